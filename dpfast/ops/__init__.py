@@ -1,0 +1,13 @@
+"""The fused operations of a guided sampler: entropy, guided step, keyed noise, batch gather.
+
+Each file holds one operation: its formula, a plain PyTorch reference, its kernels and one public function.
+`backend_of` tells which kernels an operation would use on a device; `DPFAST_BACKEND` forces one.
+"""
+
+from dpfast.ops._dispatch import backend_of
+from dpfast.ops.entropy import entropy, entropy_and_grad
+from dpfast.ops.gather import gather_batch
+from dpfast.ops.guided_step import DynamicThreshold, guided_step
+from dpfast.ops.noise import normal
+
+__all__ = ["DynamicThreshold", "backend_of", "entropy", "entropy_and_grad", "gather_batch", "guided_step", "normal"]
