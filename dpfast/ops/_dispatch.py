@@ -13,12 +13,14 @@ import importlib.util
 import os
 import warnings
 from types import ModuleType
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+from torch import Tensor
 
 Backend = Literal["triton", "native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "native", "reference")
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/simd.hpp
 OPERATIONS = ("entropy", "guided_step", "noise", "gather")
 
 
@@ -37,15 +39,17 @@ def native() -> ModuleType | None:
         return None
 
 
+def native_module() -> ModuleType:
+    """The compiled extension, where `backend_for` has chosen it."""
+    module = native()
+    assert module is not None
+    return module
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def backend_of(operation: str, device: torch.device | str) -> Backend:
@@ -55,27 +59,42 @@ def backend_of(operation: str, device: torch.device | str) -> Backend:
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
-    kind = torch.device(device).type
-    forced = os.environ.get("DPFAST_BACKEND")
-    if forced:
-        if forced not in BACKENDS:
-            raise ValueError(f"DPFAST_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}")
-        return _forced(forced, kind)
-    if kind == "cuda" and has_triton():
-        return "triton"
-    if kind == "cpu":
-        if interpreted() and has_triton():
-            return "triton"
-        if native() is not None:
-            return "native"
-    return "reference"
+    return backend_for(torch.device(device))
 
 
-def _forced(backend: Backend, kind: str) -> Backend:
-    if backend == "native" and (kind != "cpu" or native() is None):
-        raise RuntimeError(f"DPFAST_BACKEND=native needs CPU tensors and the built extension, got {kind} tensors")
-    if backend == "triton" and not (has_triton() and (kind == "cuda" or (kind == "cpu" and interpreted()))):
+def backend_for(device: torch.device) -> Backend:
+    """`backend_of` for any of the operations: they all share the rule."""
+    return _choose(device.type, os.environ.get("DPFAST_BACKEND", ""), os.environ.get("TRITON_INTERPRET", ""))
+
+
+@functools.cache
+def _choose(kind: str, forced: str, interpret: str) -> Backend:
+    runs_triton = has_triton() and (kind == "cuda" or (kind == "cpu" and interpret == "1"))
+    if forced == "triton" and not runs_triton:
         raise RuntimeError(
             f"DPFAST_BACKEND=triton needs Triton and CUDA tensors or TRITON_INTERPRET=1, got {kind} tensors"
         )
-    return backend
+    if forced == "native" and (kind != "cpu" or native() is None):
+        raise RuntimeError(f"DPFAST_BACKEND=native needs CPU tensors and the built extension, got {kind} tensors")
+    if forced not in ("", *BACKENDS):
+        raise ValueError(f"DPFAST_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}")
+    if forced:
+        return cast(Backend, forced)
+    if runs_triton:
+        return "triton"
+    return "native" if kind == "cpu" and native() is not None else "reference"
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through the registered torch operation, because something looks at the tensors' graph.
+
+    Otherwise the kernel is called directly: the registered operation costs tens of microseconds a call.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of a tensor's first element for the native kernels, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpfast.ops import _check
+from dpfast.ops import _check, _dispatch
 
 
 def reference(
@@ -34,20 +34,112 @@ def reference(
     return batch.to(dtype).contiguous(memory_format=layout)
 
 
-def _affine(name: str, value: Sequence[float] | Tensor, channels: int, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return _check.shaped(name, _check.tensor(name, value, (*_check.FLOATS, torch.float64), device), (channels,))
-    numbers = tuple(float(number) for number in value)
-    if len(numbers) != channels:
-        raise ValueError(f"{name} has {len(numbers)} values, expected one for each of {channels} channels")
-    if torch.compiler.is_compiling():
-        return torch.tensor(numbers, dtype=torch.float64, device=device)
-    return _constant(numbers, device)
+def _empty(store: Tensor, batch: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((batch, *store.shape[1:]), dtype=dtype, device=store.device, memory_format=layout)
+
+
+def _native(
+    store: Tensor,
+    indices: Tensor,
+    flip: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    out = _empty(store, indices.shape[0], dtype, channels_last)
+    indices, flip = indices.contiguous(), None if flip is None else flip.contiguous()
+    inside = _dispatch.native_module().gather(
+        store.data_ptr(),
+        store.shape[0],
+        store.stride(0),
+        *store.shape[1:],
+        indices.data_ptr(),
+        indices.shape[0],
+        _dispatch.address(flip),
+        scale.data_ptr(),
+        bias.data_ptr(),
+        _dispatch.DTYPE_CODES[dtype],
+        channels_last,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if not inside:
+        raise IndexError(f"indices of shape {tuple(indices.shape)} must lie in [0, {store.shape[0]}), the store's rows")
+    return out
+
+
+def _run(
+    store: Tensor,
+    indices: Tensor,
+    flip: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    if not store[:1].is_contiguous():
+        store = store.contiguous()
+    backend = _dispatch.backend_for(store.device)
+    if backend == "native":
+        return _native(store, indices, flip, scale, bias, dtype, channels_last)
+    return reference(store, indices, flip, scale, bias, dtype, channels_last)
+
+
+@torch.library.custom_op("dpfast::gather_batch", mutates_args=())
+def _operation(
+    store: Tensor,
+    indices: Tensor,
+    flip: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    return _run(store, indices, flip, scale, bias, dtype, channels_last)
+
+
+@_operation.register_fake
+def _(
+    store: Tensor,
+    indices: Tensor,
+    flip: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    return _empty(store, indices.shape[0], dtype, channels_last)
+
+
+def _constants(
+    mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, channels: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The scale and bias of each channel, in fp32 after fp64 arithmetic: (C,) each."""
+    if isinstance(mean, Tensor) or isinstance(std, Tensor) or torch.compiler.is_compiling():
+        return _affine(_vector("mean", mean, channels, device), _vector("std", std, channels, device))
+    return _cached_constants(tuple(mean), tuple(std), channels, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+def _cached_constants(
+    mean: tuple[float, ...], std: tuple[float, ...], channels: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    return _affine(_vector("mean", mean, channels, device), _vector("std", std, channels, device))
+
+
+def _affine(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    return (1.0 / (255.0 * std)).float(), (-mean / std).float()
+
+
+def _vector(name: str, value: Sequence[float] | Tensor, channels: int, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        _check.tensor(name, value, (*_check.FLOATS, torch.float64), device)
+        return _check.shaped(name, value, (channels,)).double()
+    if len(value) != channels:
+        raise ValueError(f"{name} has {len(value)} values, expected one for each of {channels} channels")
+    return torch.tensor([float(number) for number in value], dtype=torch.float64, device=device)
 
 
 def gather_batch(
@@ -87,9 +179,6 @@ def gather_batch(
         _check.shaped("flip", _check.tensor("flip", flip, (torch.bool,), store.device), tuple(indices.shape))
     if dtype not in _check.FLOATS:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    channels = store.shape[1]
-    deviation = _affine("std", std, channels, store.device).double()
-    # In fp64, so that the two constants of a channel carry one rounding each.
-    scale = (1.0 / (255.0 * deviation)).float()
-    bias = (-_affine("mean", mean, channels, store.device).double() / deviation).float()
-    return reference(store, indices, flip, scale, bias, dtype, channels_last)
+    scale, bias = _constants(mean, std, store.shape[1], store.device)
+    run = _operation if _dispatch.traced() else _run
+    return run(store, indices, flip, scale, bias, dtype, channels_last)

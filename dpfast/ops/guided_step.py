@@ -11,22 +11,22 @@ The solver is a table: a row (alpha, sigma, a, b, c, d) for each step, read on t
               flow:    x0 = x~ - sigma pred              eps = x~ + alpha pred         (alpha = 1 - sigma)
     x_next = a clip(x0) + b eps + c x0_prev + d noise    eps is the one from before the clip
 
-A division by a coefficient that is zero contributes zero (flow matching starts at alpha = 0). A sample whose gradient has
-a squared norm that is not finite in fp32 takes its step unguided, and is counted. The noise of step t is
+A division by a coefficient that is zero contributes zero (flow matching starts at alpha = 0). A sample whose gradient
+has a squared norm that is not finite in fp32 takes its step unguided, and is counted. The noise of step t is
 `normal(sample_ids, ..., stream=t + 1)`; stream 0 is left to the first latent.
 
-Bytes for n elements of b bytes: 5 n b (x, pred_cond, pred_uncond, grad in, x_next out), n b more for x0_prev and for x0.
+Bytes for n elements of b bytes: 5 n b (read x, pred_cond, pred_uncond, grad, write x_next), n b more for x0_prev or x0.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
-from dpfast.ops import _check, noise
+from dpfast.ops import _check, _dispatch, noise
 
 Mode = Literal["relative", "score"]
 Prediction = Literal["epsilon", "v", "sample", "flow"]
@@ -35,7 +35,7 @@ NORM_FLOOR = 1e-8
 
 
 class DynamicThreshold(NamedTuple):
-    """Imagen's dynamic threshold: s = quantile(|x0|, ratio) of a sample, within [1, maximum]; x0 is clamp(x0, -s, s) / s.
+    """Imagen's dynamic threshold: clamp(x0, -s, s) / s, s = quantile(|x0|, ratio) of a sample within [1, maximum].
 
     Source: Saharia et al., "Photorealistic text-to-image diffusion models with deep language understanding" (2022).
     """
@@ -141,19 +141,183 @@ def reference(
     return following.to(x.dtype).reshape(x.shape), x0.to(x.dtype).reshape(x.shape)
 
 
-def _check_clip(clip: object) -> float | DynamicThreshold | None:
+class _Options(NamedTuple):
+    """What selects a variant of the step, in the types that a registered operation takes."""
+
+    mode: str
+    prediction: str
+    clip: float  # infinite for none
+    threshold_ratio: float  # negative for no dynamic threshold
+    threshold_maximum: float
+
+    def limit(self) -> float | DynamicThreshold | None:
+        if self.threshold_ratio >= 0:
+            return DynamicThreshold(self.threshold_ratio, self.threshold_maximum)
+        return None if math.isinf(self.clip) else self.clip
+
+
+def _native(
+    out: Tensor,
+    x0_out: Tensor | None,
+    skipped: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    table: Tensor,
+    step: int | Tensor,
+    cfg_scale: float | Tensor,
+    omega: float | Tensor,
+    options: _Options,
+    sample_ids: Tensor | None,
+    seed: int | Tensor,
+) -> None:
+    # The extension knows one dtype a call: with several, it works on fp32 copies.
+    dtypes = {tensor.dtype for tensor in inputs if tensor is not None}
+    dtype = out.dtype if dtypes == {out.dtype} else torch.float32
+    values = [None if tensor is None else tensor.to(dtype).contiguous() for tensor in inputs]
+    targets = [
+        tensor
+        if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous())
+        else torch.empty(tensor.shape, dtype=dtype)
+        for tensor in (out, x0_out)
+    ]
+    # These names keep the tensors alive until the kernel has read them.
+    table, ids = table.contiguous(), None if sample_ids is None else sample_ids.contiguous()
+    step_at = step.long() if isinstance(step, Tensor) else None
+    seed_at = seed.long() if isinstance(seed, Tensor) else None
+    cfg_at, cfg_value = (cfg_scale.contiguous(), 0.0) if isinstance(cfg_scale, Tensor) else (None, cfg_scale)
+    omega_at, omega_value = (omega.contiguous(), 0.0) if isinstance(omega, Tensor) else (None, omega)
+    _dispatch.native_module().guided_step(
+        out.shape[0],
+        math.prod(out.shape[1:]),
+        _dispatch.DTYPE_CODES[dtype],
+        *map(_dispatch.address, values),
+        *map(_dispatch.address, targets),
+        table.data_ptr(),
+        table.shape[0],
+        0 if isinstance(step, Tensor) else step,
+        _dispatch.address(step_at),
+        cfg_value,
+        _dispatch.address(cfg_at),
+        0 if cfg_at is None else cfg_at.dim(),
+        omega_value,
+        _dispatch.address(omega_at),
+        0 if omega_at is None else omega_at.dim(),
+        options.mode == "relative",
+        get_args(Prediction).index(options.prediction),
+        *options[2:],
+        _dispatch.address(ids),
+        0 if isinstance(seed, Tensor) else seed,
+        _dispatch.address(seed_at),
+        _dispatch.address(skipped),
+        torch.get_num_threads(),
+    )
+    for given, target in zip((out, x0_out), targets, strict=True):
+        if given is not None and target is not None and target is not given:
+            given.copy_(target)
+
+
+def _run(
+    out: Tensor,
+    x0_out: Tensor | None,
+    skipped: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    table: Tensor,
+    step: int | Tensor,
+    cfg_scale: float | Tensor,
+    omega: float | Tensor,
+    options: _Options,
+    sample_ids: Tensor | None,
+    seed: int | Tensor,
+) -> None:
+    """Writes the step into `out`; `inputs` are x, pred_cond, pred_uncond, grad and x0_prev."""
+    backend = _dispatch.backend_for(out.device)
+    if backend == "native":
+        _native(out, x0_out, skipped, inputs, table, step, cfg_scale, omega, options, sample_ids, seed)
+        return
+    x, pred_cond, pred_uncond, grad, x0_prev = inputs
+    following, x0 = reference(
+        cast(Tensor, x),
+        cast(Tensor, pred_cond),
+        pred_uncond,
+        grad,
+        table,
+        step,
+        cfg_scale,
+        omega,
+        cast(Mode, options.mode),
+        cast(Prediction, options.prediction),
+        options.limit(),
+        x0_prev,
+        sample_ids,
+        seed,
+        skipped,
+    )
+    out.copy_(following)
+    if x0_out is not None:
+        x0_out.copy_(x0)
+
+
+@torch.library.custom_op("dpfast::guided_step", mutates_args=("out", "x0_out", "skipped"))
+def _operation(
+    out: Tensor,
+    x0_out: Tensor | None,
+    skipped: Tensor | None,
+    x: Tensor,
+    pred_cond: Tensor,
+    pred_uncond: Tensor | None,
+    grad: Tensor | None,
+    x0_prev: Tensor | None,
+    table: Tensor,
+    step: int,
+    step_at: Tensor | None,
+    cfg_scale: float,
+    cfg_at: Tensor | None,
+    omega: float,
+    omega_at: Tensor | None,
+    guidance: str,
+    prediction: str,
+    clip: float,
+    threshold_ratio: float,
+    threshold_maximum: float,
+    sample_ids: Tensor | None,
+    seed: int,
+    seed_at: Tensor | None,
+) -> None:
+    _run(
+        out,
+        x0_out,
+        skipped,
+        (x, pred_cond, pred_uncond, grad, x0_prev),
+        table,
+        step if step_at is None else step_at,
+        cfg_scale if cfg_at is None else cfg_at,
+        omega if omega_at is None else omega_at,
+        _Options(guidance, prediction, clip, threshold_ratio, threshold_maximum),
+        sample_ids,
+        seed if seed_at is None else seed_at,
+    )
+
+
+def _split(value: float | Tensor) -> tuple[float, Tensor | None]:
+    return (0.0, value) if isinstance(value, Tensor) else (value, None)
+
+
+def _options(mode: str, prediction: str, clip: object) -> _Options:
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    if prediction not in get_args(Prediction):
+        raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
     if clip is None:
-        return None
+        return _Options(mode, prediction, math.inf, -1.0, 1.0)
     if isinstance(clip, tuple):
-        threshold = DynamicThreshold(*clip)
-        if not (0 <= threshold.ratio <= 1 and threshold.maximum >= 1):
-            raise ValueError(f"clip needs a ratio in [0, 1] and a maximum of at least 1, got {threshold}")
-        return threshold
+        ratio, maximum = map(float, clip)
+        if not (0 <= ratio <= 1 and maximum >= 1):
+            raise ValueError(f"clip needs a ratio in [0, 1] and a maximum of at least 1, got {(ratio, maximum)}")
+        return _Options(mode, prediction, math.inf, ratio, maximum)
     if isinstance(clip, bool) or not isinstance(clip, (int, float)):
         raise TypeError(f"clip must be None, a number or a DynamicThreshold, got {type(clip).__name__}")
     if not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
-    return float(clip)
+    return _Options(mode, prediction, float(clip), -1.0, 1.0)
 
 
 def guided_step(
@@ -223,21 +387,21 @@ def guided_step(
         raise ValueError(f"step must be in [0, {table.shape[0]}), the rows of the table, got {step}")
     cfg_scale = _check.per_sample("cfg_scale", cfg_scale, shape[0], device)
     omega = _check.per_sample("omega", omega, shape[0], device)
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-    if prediction not in get_args(Prediction):
-        raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
+    options = _options(mode, prediction, clip)
     if sample_ids is not None:
         _check.shaped("sample_ids", _check.tensor("sample_ids", sample_ids, (torch.int64,), device), shape[:1])
     if skipped is not None and _check.tensor("skipped", skipped, (torch.int64,), device).numel() != 1:
         raise ValueError(f"skipped has shape {tuple(skipped.shape)}, expected ()")
     seed = noise.check_seed("seed", seed, device)
-    threshold = _check_clip(clip)
-
-    following, x0 = reference(
-        x, pred_cond, pred_uncond, grad, table, step, cfg_scale, omega,
-        mode, prediction, threshold, x0_prev, sample_ids, seed, skipped,
+    inputs = (x, pred_cond, pred_uncond, grad, x0_prev)
+    if not _dispatch.traced():
+        out = torch.empty(shape, dtype=x.dtype, device=device) if out is None else out
+        _run(out, x0_out, skipped, inputs, table, step, cfg_scale, omega, options, sample_ids, seed)
+        return out
+    # A traced graph knows no aliases: it computes into a tensor of its own, and the copy fuses or vanishes.
+    result = torch.empty(shape, dtype=x.dtype, device=device)
+    _operation(
+        result, x0_out, skipped, *inputs, table, *noise.split(step), *_split(cfg_scale), *_split(omega), *options,
+        sample_ids, *noise.split(seed),
     )  # fmt: skip
-    if x0_out is not None:
-        x0_out.copy_(x0)
-    return following if out is None else out.copy_(following)
+    return result if out is None else out.copy_(result)

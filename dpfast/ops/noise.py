@@ -8,7 +8,8 @@ four words of 32 bits, one block for four consecutive elements of a sample:
 
 Box-Muller makes normals from the words in pairs, (w0, w1) and (w2, w3):
 
-    u = (w0 + 1/2) / 2^32,   radius = sqrt(-2 log u),   angle = 2 pi w1 / 2^32,   z0, z1 = radius * (cos, sin)(angle)
+    u = (w0 + 1/2) / 2^32 in fp32,   radius = sqrt(-2 log u),   angle = 2 pi w1 / 2^32
+    z0, z1 = radius * (cos, sin)(angle)
 
 The words are bit-identical everywhere, the normals agree to a few ulp. Bytes: 4 a normal, written once.
 """
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpfast.ops import _check
+from dpfast.ops import _check, _dispatch
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -61,12 +62,69 @@ def reference_words(sample_ids: Tensor, elements: int, seed: int | Tensor, strea
 def reference(sample_ids: Tensor, shape: tuple[int, ...], seed: int | Tensor, stream: int | Tensor) -> Tensor:
     """The formula in plain PyTorch, with Box-Muller in fp64: (B, *shape) fp32."""
     elements = math.prod(shape)
-    words = reference_words(sample_ids, elements, seed, stream).double()
-    radius = torch.sqrt(-2.0 * torch.log((words[..., 0::2] + 0.5) * 2.0**-32))
-    angle = words[..., 1::2] * (2.0 * math.pi * 2.0**-32)
+    words = reference_words(sample_ids, elements, seed, stream)
+    u = words[..., 0::2].float() * 2.0**-32 + 2.0**-33
+    radius = torch.sqrt(-2.0 * torch.log(u.double()))
+    angle = words[..., 1::2].double() * (2.0 * math.pi * 2.0**-32)
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     flat = pairs.reshape(sample_ids.shape[0], (elements + 3) // 4 * 4)[:, :elements]
     return flat.float().reshape(sample_ids.shape[0], *shape)
+
+
+def _native(sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | Tensor, words: bool = False) -> Tensor:
+    """The normals (B, elements), or the words themselves (B, ceil(elements / 4), 4) as int32 bits."""
+    samples = sample_ids.shape[0]
+    blocks = (samples, (elements + 3) // 4, 4)
+    out = torch.empty(blocks, dtype=torch.int32) if words else torch.empty(samples, elements, dtype=torch.float32)
+    seed_at = seed.long() if isinstance(seed, Tensor) else None
+    stream_at = stream.long() if isinstance(stream, Tensor) else None
+    ids = sample_ids.contiguous()
+    _dispatch.native_module().noise(
+        ids.data_ptr(),
+        samples,
+        elements,
+        0 if isinstance(seed, Tensor) else seed,
+        _dispatch.address(seed_at),
+        0 if isinstance(stream, Tensor) else stream,
+        _dispatch.address(stream_at),
+        0 if words else out.data_ptr(),
+        out.data_ptr() if words else 0,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def words(sample_ids: Tensor, elements: int, *, seed: int, stream: int) -> Tensor:
+    """The words behind `normal`: (B, ceil(elements / 4), 4) int64 in [0, 2^32), the same on every backend."""
+    if _dispatch.backend_for(sample_ids.device) == "native":
+        return _native(sample_ids, elements, seed, stream, words=True).long() & WORD
+    return reference_words(sample_ids, elements, seed, stream)
+
+
+def _run(sample_ids: Tensor, shape: Sequence[int], seed: int | Tensor, stream: int | Tensor) -> Tensor:
+    backend = _dispatch.backend_for(sample_ids.device)
+    if backend == "native":
+        return _native(sample_ids, math.prod(shape), seed, stream).reshape(sample_ids.shape[0], *shape)
+    return reference(sample_ids, tuple(shape), seed, stream)
+
+
+@torch.library.custom_op("dpfast::normal", mutates_args=())
+def _operation(
+    sample_ids: Tensor, shape: Sequence[int], seed: int, seed_at: Tensor | None, stream: int, stream_at: Tensor | None
+) -> Tensor:
+    return _run(sample_ids, shape, seed if seed_at is None else seed_at, stream if stream_at is None else stream_at)
+
+
+@_operation.register_fake
+def _(
+    sample_ids: Tensor, shape: Sequence[int], seed: int, seed_at: Tensor | None, stream: int, stream_at: Tensor | None
+) -> Tensor:
+    return sample_ids.new_empty((sample_ids.shape[0], *shape), dtype=torch.float32)
+
+
+def split(value: int | Tensor) -> tuple[int, Tensor | None]:
+    """A number or a device scalar as the pair that a registered operation takes."""
+    return (0, value) if isinstance(value, Tensor) else (value, None)
 
 
 def _signed(seed: int) -> int:
@@ -105,4 +163,6 @@ def normal(sample_ids: Tensor, shape: Sequence[int], *, seed: int | Tensor, stre
         raise ValueError(f"shape must hold non-negative integers and at most 2^34 elements, got {size}")
     seed = check_seed("seed", seed, sample_ids.device)
     stream = check_seed("stream", stream, sample_ids.device)
-    return reference(sample_ids, size, seed, stream)
+    if _dispatch.traced(sample_ids):
+        return _operation(sample_ids, size, *split(seed), *split(stream))
+    return _run(sample_ids, size, seed, stream)

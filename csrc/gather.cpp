@@ -1,0 +1,77 @@
+#include <vector>
+
+#include "kernels.hpp"
+#include "parallel.hpp"
+
+namespace dpfast {
+namespace {
+
+DPFAST_INLINE void normalise(const uint8_t* bytes, int64_t count, bool flip, float scale, float bias, float* to) {
+  if (flip) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(bytes[count - 1 - i]) * scale + bias;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(bytes[i]) * scale + bias;
+  }
+}
+
+// Planes of one line, [kChannels][width], to pixels, [width][kChannels]; a constant count lets the compiler shuffle.
+template <int kChannels>
+DPFAST_INLINE void interleave(const float* planes, int64_t width, float* pixels) {
+  for (int64_t w = 0; w < width; ++w) {
+    for (int c = 0; c < kChannels; ++c) pixels[w * kChannels + c] = planes[c * width + w];
+  }
+}
+
+DPFAST_INLINE void interleave_any(const float* planes, int64_t channels, int64_t width, float* pixels) {
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t w = 0; w < width; ++w) pixels[w * channels + c] = planes[c * width + w];
+  }
+}
+
+DPFAST_CLONES void gather_rows(const Gather& args, int64_t begin, int64_t end) {
+  const int64_t channels = args.channels, width = args.width, plane = args.height * width;
+  std::vector<float> buffers(static_cast<size_t>(2 * channels * width));
+  float *planes = buffers.data(), *pixels = planes + channels * width;
+  const bool stream = args.batch * channels * plane * size_of(args.dtype) > kStreamBytes;
+  for (int64_t i = begin; i < end; ++i) {
+    const uint8_t* row = args.store + args.indices[i] * args.row_stride;
+    const int64_t to = i * channels * plane;
+    const bool flip = args.flip != nullptr && args.flip[i] != 0;
+    for (int64_t h = 0; h < args.height; ++h) {
+      for (int64_t c = 0; c < channels; ++c) {
+        normalise(row + c * plane + h * width, width, flip, args.scale[c], args.bias[c], planes + c * width);
+        if (!args.channels_last) {
+          store_floats(args.out, args.dtype, to + c * plane + h * width, width, planes + c * width, stream);
+        }
+      }
+      if (!args.channels_last) continue;
+      const float* line = pixels;
+      if (channels == 1) {
+        line = planes;
+      } else if (channels == 3) {
+        interleave<3>(planes, width, pixels);
+      } else if (channels == 4) {
+        interleave<4>(planes, width, pixels);
+      } else {
+        interleave_any(planes, channels, width, pixels);
+      }
+      store_floats(args.out, args.dtype, to + h * width * channels, width * channels, line, stream);
+    }
+  }
+  stream_fence();
+}
+
+}  // namespace
+
+bool gather(const Gather& args, int threads) {
+  for (int64_t i = 0; i < args.batch; ++i) {
+    if (args.indices[i] < 0 || args.indices[i] >= args.rows) return false;
+  }
+  const int64_t row = std::max<int64_t>(args.channels * args.height * args.width, 1);
+  parallel_for(args.batch, 32768 / row, threads, args, gather_rows);
+  return true;
+}
+
+}  // namespace dpfast

@@ -1,0 +1,179 @@
+// Without a clip, x_next is a linear combination of the inputs whose factors are constant over a sample. With one, so are
+// x0 and eps: the same combination with other factors, then the clip between them.
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#include "kernels.hpp"
+#include "parallel.hpp"
+#include "philox.hpp"
+
+namespace dpfast {
+namespace {
+
+constexpr int64_t kBlock = kNoiseBlock;
+constexpr float kNormFloor = 1e-8f;
+
+struct Factors {
+  double x, pred, grad;
+};
+
+struct Buffers {
+  alignas(64) float x[kBlock], pred_cond[kBlock], pred_uncond[kBlock], grad[kBlock], other[kBlock], y[kBlock], x0[kBlock];
+};
+
+struct Block {
+  const float *x, *pred_cond, *pred_uncond, *grad;
+  int64_t count;
+};
+
+DPFAST_INLINE float reciprocal(float value) { return value == 0.0f ? 0.0f : 1.0f / value; }
+
+// Partial sums of a block in fp32, blocks in fp64.
+DPFAST_INLINE double sum_of_squares(const void* values, DType dtype, int64_t first, int64_t elements, float* buffer) {
+  double total = 0.0;
+  for (int64_t at = 0; at < elements; at += kBlock) {
+    const int64_t count = std::min(kBlock, elements - at);
+    const float* v = as_floats(values, dtype, first + at, count, buffer);
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += v[i] * v[i];
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+DPFAST_INLINE void combine(const Block& in, float cfg_scale, const Factors& by, float* y) {
+  const float fx = static_cast<float>(by.x), fp = static_cast<float>(by.pred), fg = static_cast<float>(by.grad);
+  const float *x = in.x, *pc = in.pred_cond, *pu = in.pred_uncond, *g = in.grad;
+  if (pu != nullptr && g != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < in.count; ++i) y[i] = fx * x[i] + fp * (pu[i] + cfg_scale * (pc[i] - pu[i])) + fg * g[i];
+  } else if (pu != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < in.count; ++i) y[i] = fx * x[i] + fp * (pu[i] + cfg_scale * (pc[i] - pu[i]));
+  } else if (g != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < in.count; ++i) y[i] = fx * x[i] + fp * pc[i] + fg * g[i];
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < in.count; ++i) y[i] = fx * x[i] + fp * pc[i];
+  }
+}
+
+// The quantile between its two neighbours, as a selection instead of a sort. Reorders `values`; NaN gives NaN.
+float quantile(std::vector<float>& values, double ratio) {
+  for (const float value : values) {
+    if (std::isnan(value)) return value;
+  }
+  const double position = ratio * static_cast<double>(values.size() - 1);
+  const auto below = values.begin() + static_cast<int64_t>(position);
+  std::nth_element(values.begin(), below, values.end());
+  if (below + 1 == values.end()) return *below;
+  const float above = *std::min_element(below + 1, values.end());
+  return *below + static_cast<float>(position - std::floor(position)) * (above - *below);
+}
+
+DPFAST_INLINE Block load(const GuidedStep& args, const void* grad, int64_t first, int64_t count, Buffers& buffers) {
+  Block in{};
+  in.count = count;
+  in.x = as_floats(args.x, args.dtype, first, count, buffers.x);
+  in.pred_cond = as_floats(args.pred_cond, args.dtype, first, count, buffers.pred_cond);
+  if (args.pred_uncond != nullptr) in.pred_uncond = as_floats(args.pred_uncond, args.dtype, first, count, buffers.pred_uncond);
+  if (grad != nullptr) in.grad = as_floats(grad, args.dtype, first, count, buffers.grad);
+  return in;
+}
+
+DPFAST_INLINE void one_sample(const GuidedStep& args, int64_t sample, Buffers& buffers, std::vector<float>& scratch, bool stream) {
+  const float alpha = args.row[0], sigma = args.row[1], a = args.row[2], b = args.row[3], c = args.row[4], d = args.row[5];
+  const int64_t base = sample * args.elements;
+  const float cfg_scale = args.cfg_scale[sample * args.cfg_stride], omega = args.omega[sample * args.omega_stride];
+
+  Factors x0{}, eps{};
+  switch (args.prediction) {
+    case Prediction::kEpsilon: x0 = {reciprocal(alpha), -sigma * reciprocal(alpha), 0}, eps = {0, 1, 0}; break;
+    case Prediction::kV: x0 = {alpha, -sigma, 0}, eps = {sigma, alpha, 0}; break;
+    case Prediction::kSample: x0 = {0, 1, 0}, eps = {reciprocal(sigma), -alpha * reciprocal(sigma), 0}; break;
+    case Prediction::kFlow: x0 = {1, -sigma, 0}, eps = {1, alpha, 0}; break;
+  }
+  const void* grad = args.grad;
+  if (grad != nullptr) {
+    const double squares = sum_of_squares(grad, args.dtype, base, args.elements, buffers.grad);
+    if (!std::isfinite(static_cast<float>(squares))) {
+      grad = nullptr;
+      if (args.skipped != nullptr) __atomic_fetch_add(args.skipped, int64_t{1}, __ATOMIC_RELAXED);
+    } else if (args.relative) {
+      const double norm = std::sqrt(sum_of_squares(args.x, args.dtype, base, args.elements, buffers.x));
+      const double push = omega * norm / (std::sqrt(squares) + kNormFloor);
+      x0.grad = x0.x * push, eps.grad = eps.x * push;
+    } else {
+      const double push = static_cast<double>(omega) * sigma;
+      x0.grad = sigma * reciprocal(alpha) * push, eps.grad = -push;
+    }
+  }
+
+  float bound = args.clip, divisor = 1.0f;
+  if (args.threshold_ratio >= 0) {
+    scratch.resize(static_cast<size_t>(args.elements));
+    for (int64_t at = 0; at < args.elements; at += kBlock) {
+      const Block in = load(args, grad, base + at, std::min(kBlock, args.elements - at), buffers);
+      combine(in, cfg_scale, x0, buffers.x0);
+      for (int64_t i = 0; i < in.count; ++i) scratch[static_cast<size_t>(at + i)] = std::fabs(buffers.x0[i]);
+    }
+    bound = quantile(scratch, args.threshold_ratio);
+    bound = bound < 1.0f ? 1.0f : bound;
+    bound = bound > args.threshold_maximum ? args.threshold_maximum : bound;
+    divisor = bound;
+  }
+  const bool clipped = args.threshold_ratio >= 0 || std::isfinite(bound);
+  const Factors next{a * x0.x + b * eps.x, a * x0.pred + b * eps.pred, a * x0.grad + b * eps.grad};
+  const float inverse = 1.0f / divisor;
+
+  for (int64_t at = 0; at < args.elements; at += kBlock) {
+    const Block in = load(args, grad, base + at, std::min(kBlock, args.elements - at), buffers);
+    float *y = buffers.y, *z = buffers.x0;
+    if (clipped || args.x0_out != nullptr) combine(in, cfg_scale, x0, z);
+    if (clipped) {
+      combine(in, cfg_scale, eps, y);
+#pragma omp simd
+      for (int64_t i = 0; i < in.count; ++i) {
+        float v = z[i];
+        v = v > bound ? bound : v;
+        v = v < -bound ? -bound : v;
+        z[i] = v * inverse;
+        y[i] = a * z[i] + b * y[i];
+      }
+    } else {
+      combine(in, cfg_scale, next, y);
+    }
+    if (args.x0_prev != nullptr) {
+      const float* previous = as_floats(args.x0_prev, args.dtype, base + at, in.count, buffers.other);
+#pragma omp simd
+      for (int64_t i = 0; i < in.count; ++i) y[i] += c * previous[i];
+    }
+    if (args.ids != nullptr) {
+      normal_block(static_cast<uint64_t>(args.ids[sample]), static_cast<uint32_t>(at / 4), args.seed, args.stream, buffers.other);
+#pragma omp simd
+      for (int64_t i = 0; i < in.count; ++i) y[i] += d * buffers.other[i];
+    }
+    store_floats(args.out, args.dtype, base + at, in.count, y, stream);
+    if (args.x0_out != nullptr) store_floats(args.x0_out, args.dtype, base + at, in.count, z, stream);
+  }
+}
+
+DPFAST_CLONES void guided_samples(const GuidedStep& args, int64_t begin, int64_t end) {
+  Buffers buffers;
+  std::vector<float> scratch;
+  const bool stream = args.samples * args.elements * size_of(args.dtype) > kStreamBytes;
+  for (int64_t sample = begin; sample < end; ++sample) one_sample(args, sample, buffers, scratch, stream);
+  stream_fence();
+}
+
+}  // namespace
+
+void guided_step(const GuidedStep& args, int threads) {
+  const int64_t grain = 8 * kBlock / std::max<int64_t>(args.elements, 1);
+  parallel_for(args.samples, grain, threads, args, guided_samples);
+}
+
+}  // namespace dpfast

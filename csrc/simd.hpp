@@ -1,0 +1,170 @@
+// Arithmetic that the compiler vectorises: each function is one lane, written without branches or library calls.
+//
+// A kernel marked DPFAST_CLONES is compiled for AVX-512, AVX2 and the baseline; the loader picks one when the module is
+// loaded. The polynomials are least-squares fits with Lawson weights, which makes them close to minimax.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define DPFAST_INLINE inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(DPFAST_PORTABLE)
+#define DPFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DPFAST_CLONES
+#endif
+
+namespace dpfast {
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+DPFAST_INLINE int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+template <class To, class From>
+DPFAST_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// e^x for x in [-87, 0]; relative error 1e-7. NaN stays NaN.
+DPFAST_INLINE float exp_nonpositive(float x) {
+  constexpr float kLog2e = 1.44269504088896f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const float shifted = x * kLog2e + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * kLn2High) - n * kLn2Low;
+  float p = 0.0013814320555f;
+  p = p * r + 0.0083688516166f;
+  p = p * r + 0.0416684001682f;
+  p = p * r + 0.1666651964188f;
+  p = p * r + 0.4999999403954f;
+  p = p * (r * r) + r + 1.0f;
+  const uint32_t power = (bit_cast<uint32_t>(shifted) + 127u) << 23;
+  return p * bit_cast<float>(power);
+}
+
+// log(u) for normal positive u; relative error 1e-7, also next to u = 1.
+DPFAST_INLINE float log_positive(float u) {
+  const uint32_t bits = bit_cast<uint32_t>(u);
+  const uint32_t above = bits - 0x3f3504f3u;  // the bits of sqrt(1/2): the mantissa lands in [sqrt(1/2), sqrt(2))
+  const int32_t exponent = static_cast<int32_t>(above) >> 23;
+  const float f = bit_cast<float>(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+  float p = -0.0763449743390f;
+  p = p * f + 0.1276158243418f;
+  p = p * f - 0.1316018402576f;
+  p = p * f + 0.1420175731182f;
+  p = p * f - 0.1662335693836f;
+  p = p * f + 0.2000122666359f;
+  p = p * f - 0.2500081956387f;
+  p = p * f + 0.3333333134651f;
+  const float square = f * f;
+  return (f + (p * (f * square) - 0.5f * square)) + static_cast<float>(exponent) * 0.693147180559945f;
+}
+
+// cos and sin of the angle 2 pi word / 2^32; absolute error 1e-7, relative next to the zeros.
+DPFAST_INLINE void cos_sin_of_word(uint32_t word, float& cosine, float& sine) {
+  const uint32_t quarter = (word + 0x20000000u) >> 30;
+  const int32_t rest = static_cast<int32_t>(word - (quarter << 30));
+  const float t = static_cast<float>(rest) * 1.46291807926716e-9f;  // (pi / 2) / 2^30
+  const float square = t * t;
+  float s = -0.000195152824745f;
+  s = s * square + 0.008332160301507f;
+  s = s * square - 0.166666552424431f;
+  s = s * (square * t) + t;
+  float c = 0.000024433195567f;
+  c = c * square - 0.001388731645420f;
+  c = c * square + 0.041666645556688f;
+  c = c * (square * square) - 0.5f * square + 1.0f;
+  const uint32_t odd = 0u - (quarter & 1u);
+  const uint32_t s_bits = bit_cast<uint32_t>(s), c_bits = bit_cast<uint32_t>(c);
+  const uint32_t cosine_sign = ((quarter + 1u) & 2u) << 30, sine_sign = (quarter & 2u) << 30;
+  cosine = bit_cast<float>(((s_bits & odd) | (c_bits & ~odd)) ^ cosine_sign);
+  sine = bit_cast<float>(((c_bits & odd) | (s_bits & ~odd)) ^ sine_sign);
+}
+
+DPFAST_INLINE float half_to_float(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu;
+  // Scaling by 2^112 rebiases the exponent and makes subnormal halves normal.
+  uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f);
+  bits |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+  return bit_cast<float>(bits | static_cast<uint32_t>(half & 0x8000u) << 16);
+}
+
+DPFAST_INLINE uint16_t float_to_half(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // Adding 1/2 leaves a subnormal half, rounded to nearest even, in the low bits.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
+
+DPFAST_INLINE float bfloat_to_float(uint16_t value) { return bit_cast<float>(static_cast<uint32_t>(value) << 16); }
+
+DPFAST_INLINE uint16_t float_to_bfloat(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// `count` elements from `first` on as floats: the source itself when it is fp32, else `buffer`.
+DPFAST_INLINE const float* as_floats(const void* source, DType dtype, int64_t first, int64_t count, float* buffer) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(source) + first;
+  const uint16_t* words = static_cast<const uint16_t*>(source) + first;
+  if (dtype == DType::kFloat16) {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = half_to_float(words[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = bfloat_to_float(words[i]);
+  }
+  return buffer;
+}
+
+// Copies past the caches: without it, a store first reads the line that it overwrites, a third of all traffic.
+DPFAST_INLINE void stream_out(float* to, const float* from, int64_t count) {
+  int64_t i = 0;
+#if defined(__SSE2__)
+  for (; i < count && reinterpret_cast<uintptr_t>(to + i) % 16 != 0; ++i) to[i] = from[i];
+  for (; i + 4 <= count; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
+#endif
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+DPFAST_INLINE void store_floats(void* to, DType dtype, int64_t first, int64_t count, const float* from, bool stream) {
+  if (dtype == DType::kFloat32) {
+    float* target = static_cast<float*>(to) + first;
+    if (stream) {
+      stream_out(target, from, count);
+    } else if (target != from) {
+      std::memcpy(target, from, static_cast<size_t>(count) * sizeof(float));
+    }
+    return;
+  }
+  uint16_t* target = static_cast<uint16_t*>(to) + first;
+  if (dtype == DType::kFloat16) {
+    for (int64_t i = 0; i < count; ++i) target[i] = float_to_half(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) target[i] = float_to_bfloat(from[i]);
+  }
+}
+
+// Streamed stores are weakly ordered: a thread calls this before it reports its part as done.
+DPFAST_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Outputs beyond this many bytes bypass the caches; below it, the reader finds them there.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+}  // namespace dpfast
