@@ -21,6 +21,7 @@ from torch import Tensor
 Backend = Literal["triton", "native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "native", "reference")
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/simd.hpp
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once too, where a kernel is defined
 OPERATIONS = ("entropy", "guided_step", "noise", "gather")
 
 
@@ -64,12 +65,12 @@ def backend_of(operation: str, device: torch.device | str) -> Backend:
 
 def backend_for(device: torch.device) -> Backend:
     """`backend_of` for any of the operations: they all share the rule."""
-    return _choose(device.type, os.environ.get("DPFAST_BACKEND", ""), os.environ.get("TRITON_INTERPRET", ""))
+    return _choose(device.type, os.environ.get("DPFAST_BACKEND", ""))
 
 
 @functools.cache
-def _choose(kind: str, forced: str, interpret: str) -> Backend:
-    runs_triton = has_triton() and (kind == "cuda" or (kind == "cpu" and interpret == "1"))
+def _choose(kind: str, forced: str) -> Backend:
+    runs_triton = has_triton() and (kind == "cuda" or (kind == "cpu" and INTERPRETED))
     if forced == "triton" and not runs_triton:
         raise RuntimeError(
             f"DPFAST_BACKEND=triton needs Triton and CUDA tensors or TRITON_INTERPRET=1, got {kind} tensors"

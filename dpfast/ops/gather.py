@@ -5,6 +5,8 @@
 Bytes: B C H W (1 + b_out) + 8 B.
 """
 
+# Triton gives the parameters of a kernel their types when it is launched.
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 from __future__ import annotations
 
 import functools
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpfast.ops import _check, _dispatch
+from dpfast.ops._triton import next_power, tl, triton
 
 
 def reference(
@@ -34,9 +37,87 @@ def reference(
     return batch.to(dtype).contiguous(memory_format=layout)
 
 
+@triton.jit
+def gather_kernel(
+    store,
+    indices,
+    flip,
+    scale,
+    bias,
+    out,
+    rows,
+    row_stride,
+    CHANNELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    FLIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK elements of one image a program, in the order of the output, so that the stores are always wide."""
+    PLANE: tl.constexpr = HEIGHT * WIDTH
+    image = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < CHANNELS * PLANE
+    if CHANNELS_LAST:
+        channel, pixel = element % CHANNELS, element // CHANNELS
+        source = channel * PLANE + pixel
+    else:
+        channel, pixel = element // PLANE, element % PLANE
+        source = element
+    index = tl.load(indices + image)
+    legal = (index >= 0) & (index < rows)
+    line = store + tl.where(legal, index, 0) * row_stride
+    if FLIP:
+        # A branch for the whole program: an image that is not mirrored keeps its wide loads.
+        if tl.load(flip + image) != 0:
+            column = pixel % WIDTH
+            byte = tl.load(line + (source + (WIDTH - 1) - 2 * column), mask=inside, other=0)
+        else:
+            byte = tl.load(line + source, mask=inside, other=0)
+    else:
+        byte = tl.load(line + source, mask=inside, other=0)
+    value = byte.to(tl.float32) * tl.load(scale + channel, mask=inside, other=0.0)
+    value += tl.load(bias + channel, mask=inside, other=0.0)
+    value = tl.where(legal, value, float("nan"))
+    tl.store(out + image * (CHANNELS * PLANE) + element, value.to(out.dtype.element_ty), mask=inside)
+
+
 def _empty(store: Tensor, batch: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty((batch, *store.shape[1:]), dtype=dtype, device=store.device, memory_format=layout)
+
+
+def _triton(
+    store: Tensor,
+    indices: Tensor,
+    flip: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    out = _empty(store, indices.shape[0], dtype, channels_last)
+    if out.numel() == 0:
+        return out
+    elements = store.shape[1:].numel()
+    block = min(max(next_power(elements), 16), 2048)
+    gather_kernel[(indices.shape[0], -(-elements // block))](
+        store,
+        indices.contiguous(),
+        None if flip is None else flip.contiguous().view(torch.uint8),
+        scale,
+        bias,
+        out,
+        store.shape[0],
+        store.stride(0),
+        *store.shape[1:],
+        channels_last,
+        flip is not None,
+        block,
+        num_warps=4,
+    )
+    return out
 
 
 def _native(
@@ -82,6 +163,8 @@ def _run(
     if not store[:1].is_contiguous():
         store = store.contiguous()
     backend = _dispatch.backend_for(store.device)
+    if backend == "triton":
+        return _triton(store, indices, flip, scale, bias, dtype, channels_last)
     if backend == "native":
         return _native(store, indices, flip, scale, bias, dtype, channels_last)
     return reference(store, indices, flip, scale, bias, dtype, channels_last)

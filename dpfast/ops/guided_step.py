@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
-from dpfast.ops import _check, _dispatch, noise
+from dpfast.ops import _check, _dispatch, _guided_step_kernel, noise
 
 Mode = Literal["relative", "score"]
 Prediction = Literal["epsilon", "v", "sample", "flow"]
@@ -67,7 +67,7 @@ def quantile(values: Tensor, ratio: float) -> Tensor:
     position = ratio * (values.shape[1] - 1)
     below = math.floor(position)
     largest = values.topk(values.shape[1] - below, dim=1).values
-    low = largest[:, -1:]
+    low = torch.where(values.isnan().any(dim=1, keepdim=True), torch.nan, largest[:, -1:])
     high = largest[:, -2:-1] if below + 1 < values.shape[1] else low
     return low + (position - below) * (high - low)
 
@@ -215,6 +215,48 @@ def _native(
             given.copy_(target)
 
 
+def _triton(
+    out: Tensor,
+    x0_out: Tensor | None,
+    skipped: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    table: Tensor,
+    step: int | Tensor,
+    cfg_scale: float | Tensor,
+    omega: float | Tensor,
+    options: _Options,
+    sample_ids: Tensor | None,
+    seed: int | Tensor,
+) -> None:
+    values = tuple(None if tensor is None else tensor.contiguous() for tensor in inputs)
+    targets = [None if tensor is None else tensor.contiguous() for tensor in (out, x0_out)]
+    scale, weight = (value.contiguous() if isinstance(value, Tensor) else value for value in (cfg_scale, omega))
+    ids = None if sample_ids is None else sample_ids.contiguous()
+    elements = math.prod(out.shape[1:])
+
+    def launch(following: Tensor, x0: Tensor | None, counter: Tensor | None, limit: _guided_step_kernel.Limit) -> None:
+        _guided_step_kernel.launch(
+            following, x0, counter, values, table, step, scale, weight, options.mode == "relative", options.prediction,
+            limit, ids, seed,
+        )  # fmt: skip
+
+    limit = _guided_step_kernel.Limit(0 if math.isinf(options.clip) else 1, options.clip)
+    if options.threshold_ratio >= 0:
+        position = options.threshold_ratio * (elements - 1)
+        limit = _guided_step_kernel.Limit(
+            2, 0.0, math.floor(position), position - math.floor(position), options.threshold_maximum
+        )
+        if elements > _guided_step_kernel.WHOLE:
+            x0 = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+            launch(torch.empty_like(x0), x0, None, _guided_step_kernel.Limit(0))
+            bound = quantile(x0.reshape(-1, elements).abs(), options.threshold_ratio)
+            limit = _guided_step_kernel.Limit(3, bound.clamp(1.0, options.threshold_maximum).contiguous())
+    launch(cast(Tensor, targets[0]), targets[1], skipped, limit)
+    for given, target in zip((out, x0_out), targets, strict=True):
+        if given is not None and target is not None and target is not given:
+            given.copy_(target)
+
+
 def _run(
     out: Tensor,
     x0_out: Tensor | None,
@@ -230,6 +272,9 @@ def _run(
 ) -> None:
     """Writes the step into `out`; `inputs` are x, pred_cond, pred_uncond, grad and x0_prev."""
     backend = _dispatch.backend_for(out.device)
+    if backend == "triton":
+        _triton(out, x0_out, skipped, inputs, table, step, cfg_scale, omega, options, sample_ids, seed)
+        return
     if backend == "native":
         _native(out, x0_out, skipped, inputs, table, step, cfg_scale, omega, options, sample_ids, seed)
         return

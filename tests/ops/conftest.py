@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from dpfast.ops import _dispatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = _dispatch.INTERPRETED
 if INTERPRETED:
     BACKENDS = ["triton"]
 else:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import GUIDED, HALF_ULP
 
-from dpfast.ops import DynamicThreshold, guided_step
+from dpfast.ops import DynamicThreshold, _guided_step_kernel, guided_step
 from dpfast.ops.noise import reference as reference_normal
 
 from .conftest import INTERPRETED
@@ -128,6 +128,27 @@ def test_every_variant(prediction, mode, clip, device):
         expected, expected_x0 = truth(*cpu[:5], 3, x0_prev=cpu[5], sample_ids=cpu[6], **options)
         assert_close(following, expected, torch.float32, 4)
         assert_close(x0, expected_x0, torch.float32, 4)
+
+
+@pytest.mark.parametrize("clip", [None, DynamicThreshold(0.9, 2.0)], ids=["free", "dynamic"])
+@pytest.mark.parametrize("mode", ["relative", "score"])
+def test_samples_that_no_single_program_holds(mode, clip, device, monkeypatch):
+    monkeypatch.setattr(_guided_step_kernel, "WHOLE", 1024)
+    monkeypatch.setattr(_guided_step_kernel, "SPLIT", 512)
+    x, cond, uncond, grad, previous = tensors((3, 3, 19, 23), device)
+    grad[1, 2, 18, 22] = math.nan
+    table, ids = solver_table(device), torch.tensor([4, 2**35, -3], device=device)
+    options = {"cfg_scale": 2.5, "omega": 0.2, "mode": mode, "prediction": "v", "clip": clip, "seed": 9}
+    x0, skipped = torch.full_like(x, torch.nan), torch.zeros((), dtype=torch.int64, device=device)
+    following = guided_step(
+        x, cond, uncond, grad, table, 3, x0_prev=previous, sample_ids=ids, x0_out=x0, skipped=skipped, **options
+    )
+    assert skipped.item() == 1
+    grad[1] = 0
+    cpu = [value.cpu() for value in (x, cond, uncond, grad, table, previous, ids)]
+    expected, expected_x0 = truth(*cpu[:5], 3, x0_prev=cpu[5], sample_ids=cpu[6], **options)
+    assert_close(following, expected, torch.float32, 4)
+    assert_close(x0, expected_x0, torch.float32, 4)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.37, 0.5, 0.995, 1.0])
