@@ -1,0 +1,247 @@
+"""Recipes: frozen keyword-only dataclasses, read from TOML, checked before any work starts.
+
+A recipe is one ``Recipe`` of five sections. Field names are unique over all sections, so that a command line names a
+field without its section (``--omega 0.03``). Every check raises ``RecipeError`` with the field, its value and what
+would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "recipes"
+ASSETS = Path(__file__).parent / "assets"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run; the message is one line that names the field, its value and what would be right."""
+
+
+def _check(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise RecipeError(f"{name} = {value!r}: {wanted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """How a sample is made, guided or not."""
+
+    pipeline: str = "fashion"  # an embedded asset's name, or a folder that DiTPipeline.from_pretrained reads
+    steps: int = 15  # DDIM steps
+    cfg_scale: float = 1.5  # diffusers' convention (1 = no classifier-free guidance), the paper's lambda + 1
+    eta: float = 0.0  # 0: deterministic DDIM, 1: ancestral
+    generation_batch: int = 250  # samples in one sampler batch; the images do not depend on it
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.steps <= 1000, "steps", self.steps, "between 1 and 1000")
+        _check(self.cfg_scale >= 0, "cfg_scale", self.cfg_scale, "at least 0; 1 switches classifier-free guidance off")
+        _check(0 <= self.eta <= 1, "eta", self.eta, "between 0 (DDIM) and 1 (ancestral)")
+        _check(self.generation_batch >= 1, "generation_batch", self.generation_batch, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How strongly and when the learner's entropy pulls on a sample (``dpfast.generate.guidance``)."""
+
+    omega: float = 0.05  # relative mode: the displacement of a latent as a fraction of its norm; 0: unguided
+    guide_every: int = 3  # guided are steps 0, k, 2k, ...
+    guide_until: float = 1.0  # the last part of the trajectory stays unguided from this fraction of the steps on
+    mode: str = "relative"  # "relative" (paper's practice) or "score" (Algorithm 1)
+    guide_with: str = "ema"  # the learner's weights that guide: "ema" or "raw"
+
+    def __post_init__(self) -> None:
+        _check(self.guide_every >= 1, "guide_every", self.guide_every, "at least 1 (every step)")
+        _check(0 < self.guide_until <= 1, "guide_until", self.guide_until, "in (0, 1]")
+        _check(self.mode in ("relative", "score"), "mode", self.mode, "'relative' or 'score'")
+        _check(self.guide_with in ("ema", "raw"), "guide_with", self.guide_with, "'ema' or 'raw'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """The classifier and how it is trained."""
+
+    model: str = (
+        "transformers:RegNetForImageClassification"  # "transformers:Class", "timm:name", "package.module:factory"
+    )
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the model's configuration
+    classes: int | None = None  # None: as many as the generator has
+    batch_size: int = 64
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.99
+    warmup: float = 0.1  # fraction of the iterations, linear
+    cooldown: float = 0.2  # fraction of the iterations, cosine to zero; no samples are added in it
+    flip: bool = True  # random horizontal flip
+    shift: int = 2  # random translation, pixels
+
+    def __post_init__(self) -> None:
+        _check(":" in self.model, "model", self.model, "'transformers:Class', 'timm:name' or 'package.module:factory'")
+        _check(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
+        _check(self.lr > 0, "lr", self.lr, "above 0")
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+        _check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        _check(0 <= self.warmup < 1, "warmup", self.warmup, "in [0, 1)")
+        _check(0 <= self.cooldown <= 1 - self.warmup, "cooldown", self.cooldown, f"in [0, {1 - self.warmup:g}]")
+        _check(self.shift >= 0, "shift", self.shift, "at least 0 pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Practice:
+    """Algorithm 1: how many samples, when more, and against which rivals."""
+
+    initial_samples: int = 1500  # N
+    round_samples: int = 750  # P
+    maximum_samples: int = 6000
+    iterations: int = 1500  # optimiser steps
+    evaluate_every: int = 25  # tau, optimiser steps
+    patience: int = 2  # T_max at the start, in evaluations without a new best
+    patience_growth: str = "pool"  # "pool": T_max = ceil(patience * pool / N); "fixed"
+    sources: tuple[str, ...] = ("dp", "static")  # runs of one command, compared in its table
+
+    def __post_init__(self) -> None:
+        _check(self.round_samples >= 1, "round_samples", self.round_samples, "at least 1")
+        _check(
+            self.maximum_samples >= self.initial_samples,
+            "maximum_samples",
+            self.maximum_samples,
+            f"at least initial_samples ({self.initial_samples})",
+        )
+        _check(self.iterations >= 10, "iterations", self.iterations, "at least 10")
+        _check(
+            1 <= self.evaluate_every <= self.iterations,
+            "evaluate_every",
+            self.evaluate_every,
+            f"between 1 and iterations ({self.iterations})",
+        )
+        _check(self.patience >= 1, "patience", self.patience, "at least 1 evaluation")
+        _check(self.patience_growth in ("pool", "fixed"), "patience_growth", self.patience_growth, "'pool' or 'fixed'")
+        _check(
+            bool(self.sources)
+            and set(self.sources) <= {"dp", "static"}
+            and len(set(self.sources)) == len(self.sources),
+            "sources",
+            ",".join(self.sources),
+            "a choice of 'dp' and 'static', each once",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run depends on. Two runs of one recipe on one machine give the same ``metrics.jsonl``."""
+
+    name: str
+    seed: int = 0
+    validation: str = "fashion"  # the real images: an embedded asset's name
+    generator: Generator = field(default_factory=Generator)
+    guidance: Guidance = field(default_factory=Guidance)
+    learner: Learner = field(default_factory=Learner)
+    practice: Practice = field(default_factory=Practice)
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2147483647")
+
+    @classmethod
+    def load(cls, source: str | Path, **overrides: Any) -> Recipe:
+        """Reads a recipe by name or path and replaces fields by ``overrides`` (leaf names, e.g. ``omega=0.03``).
+
+        Raises ``RecipeError`` for an unknown recipe, section or field, a wrong type or a value out of range.
+        """
+        path = Path(source) if str(source).endswith(".toml") else RECIPES / f"{source}.toml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+            raise RecipeError(
+                f"recipe = {str(source)!r}: no such recipe; known are {known}, or a path that ends in .toml"
+            )
+        try:
+            table = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"recipe = {str(source)!r}: not valid TOML: {error}") from None
+        table.setdefault("name", path.stem)
+        for key, value in overrides.items():
+            section = _section_of(key)
+            (table.setdefault(section, {}) if section else table)[key] = value
+        return cls.from_dict(table)
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any]) -> Recipe:
+        """Builds a recipe from nested dictionaries, the inverse of ``dataclasses.asdict``."""
+        values: dict[str, Any] = {}
+        for key, value in table.items():
+            if key in SECTIONS:
+                _check(isinstance(value, dict), key, value, "a table of fields")
+                values[key] = SECTIONS[key](**{k: _typed(SECTIONS[key], k, v) for k, v in value.items()})
+            else:
+                values[key] = _typed(cls, key, value)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+SECTIONS: dict[str, type] = {"generator": Generator, "guidance": Guidance, "learner": Learner, "practice": Practice}
+
+
+def fields() -> dict[str, dataclasses.Field[Any]]:
+    """Leaf name -> field, over the recipe and all its sections."""
+    leaves = {f.name: f for f in dataclasses.fields(Recipe) if f.name not in SECTIONS}
+    for section in SECTIONS.values():
+        leaves |= {f.name: f for f in dataclasses.fields(section)}
+    return leaves
+
+
+def _section_of(name: str) -> str | None:
+    for key, section in SECTIONS.items():
+        if name in {f.name for f in dataclasses.fields(section)}:
+            return key
+    _check(name in fields(), "recipe", name, "no such field; known are " + ", ".join(sorted(fields())))
+    return None
+
+
+def _typed(owner: type, name: str, value: Any) -> Any:
+    """Checks ``value`` against the field's type; takes the text of a command line as well."""
+    known = {f.name: f for f in dataclasses.fields(owner)}
+    if name not in known:
+        raise RecipeError(
+            f"{name} = {value!r}: no such field in {owner.__name__.lower()}; known are {', '.join(sorted(known))}"
+        )
+    kind = str(known[name].type)
+    if value is None and kind.endswith("| None"):
+        return None
+    if kind.startswith("tuple"):
+        items = value.split(",") if isinstance(value, str) else value
+        _check(
+            isinstance(items, (list, tuple)) and all(isinstance(i, str) for i in items), name, value, "a list of names"
+        )
+        return tuple(items)
+    if kind.startswith("dict"):
+        _check(isinstance(value, dict), name, value, "a table of keyword arguments")
+        return value
+    if kind == "bool":
+        texts = {"true": True, "false": False, "1": True, "0": False}
+        value = texts.get(value.lower(), value) if isinstance(value, str) else value
+        _check(isinstance(value, bool), name, value, "true or false")
+        return value
+    if kind == "str":
+        _check(isinstance(value, str), name, value, "a text")
+        return value
+    try:
+        number = float(value) if not isinstance(value, bool) else None
+    except (TypeError, ValueError):
+        number = None
+    _check(number is not None and number - number == 0, name, value, "a finite number")
+    assert number is not None
+    if kind.startswith("int"):
+        _check(number == int(number), name, value, "a whole number")
+        return int(number)
+    return number

@@ -1,0 +1,69 @@
+"""Recipes: what they accept, and that every refusal names the field, its value and what would be right."""
+
+import dataclasses
+
+import pytest
+
+from dpfast.config import RECIPES, Recipe, RecipeError, fields
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_recipes_survive_a_round_trip(path):
+    recipe = Recipe.load(path.stem)
+    assert recipe.name == path.stem
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_leaf_names_are_unique_over_the_sections():
+    recipe = Recipe.load("fashion")
+    nested = [f.name for s in dataclasses.astuple(recipe) if dataclasses.is_dataclass(s) for f in dataclasses.fields(s)]
+    assert len(nested) == len(set(nested))
+    assert {"omega", "iterations", "seed", "steps"} <= set(fields())
+
+
+def test_overrides_take_text_as_a_command_line_gives_it():
+    recipe = Recipe.load("fashion", omega="0.03", iterations="700", flip="false", sources="static")
+    assert recipe.guidance.omega == 0.03
+    assert recipe.practice.iterations == 700
+    assert recipe.learner.flip is False
+    assert recipe.practice.sources == ("static",)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"omega": "much"}, "omega = 'much'"),
+        ({"omega": "nan"}, "omega = 'nan'"),
+        ({"iterations": "10.5"}, "iterations = '10.5'"),
+        ({"iterations": "1"}, "iterations = 1"),
+        ({"steps": "0"}, "steps = 0"),
+        ({"maximum_samples": "100"}, "maximum_samples = 100"),
+        ({"sources": "dp,dp"}, "sources = 'dp,dp'"),
+        ({"mode": "sideways"}, "mode = 'sideways'"),
+        ({"flip": "perhaps"}, "flip = 'perhaps'"),
+        ({"cooldown": "0.95"}, "cooldown = 0.95"),
+        ({"seed": "-1"}, "seed = -1"),
+        ({"model": "resnet"}, "model = 'resnet'"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line_that_names_it(overrides, named):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load("fashion", **overrides)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(RecipeError, match=r"'nosuch'.*fashion"):
+        Recipe.load("nosuch")
+
+
+def test_a_wrong_field_in_a_file_is_named(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[guidance]\nomgea = 0.1\n")
+    with pytest.raises(RecipeError, match="omgea"):
+        Recipe.load(path)
+    path.write_text("[guidance\n")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        Recipe.load(path)
