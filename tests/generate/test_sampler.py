@@ -1,0 +1,105 @@
+"""The sampler against DiTPipeline, its exactness per sample, and the embedded generator's promises."""
+
+import pytest
+import torch
+from diffusers import DiTPipeline
+from diffusers.utils.torch_utils import randn_tensor
+
+from dpfast.config import ASSETS, RecipeError
+from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.learn.evaluate import predict
+from dpfast.learn.models import load_judge
+from dpfast.ops import entropy
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+@pytest.mark.parametrize("which", ["random", "embedded"])
+def test_unguided_images_are_those_of_dit_pipeline(which, cfg_scale, pipeline_folder):
+    folder = pipeline_folder if which == "random" else ASSETS / "fashion"
+    reference = DiTPipeline.from_pretrained(folder)
+    reference.set_progress_bar_config(disable=True)
+    labels = [0, 1, 2, 2]
+    if which == "random":  # its null class is not 1000 trained rows away, but DiTPipeline asks for 1000
+        assert reference.transformer.config.num_embeds_ada_norm == 1000
+    generator = torch.Generator().manual_seed(3)
+    expected = reference(
+        labels, guidance_scale=cfg_scale, generator=generator, num_inference_steps=10, output_type="np"
+    ).images
+
+    sampler = GuidedSampler.from_pretrained(folder, steps=10, cfg_scale=cfg_scale)
+    shape = (len(labels), *sampler.pipeline.denoiser.sample_shape)
+    noise = randn_tensor(shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        latents = sampler.denoise(noise, torch.tensor(labels), torch.arange(4))
+        images = sampler.pipeline.decoder(latents).mul(0.5).add(0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(images, torch.from_numpy(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_a_sample_does_not_depend_on_its_batch(pipeline, learner, eta):
+    sampler = GuidedSampler(pipeline, learner, steps=6, guidance=GuidanceConfig(omega=0.1, every=2), eta=eta)
+    labels, ids = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.tensor([4, 5, 6, 7, 8, 9, 2**40])
+    whole = sampler.generate(labels, ids)
+    for size in (1, 3):
+        parts = [sampler.generate(a, b) for a, b in zip(labels.split(size), ids.split(size), strict=True)]
+        images = torch.cat([p.images for p in parts])
+        # the noise is bit-identical; the models' sums may round differently in another batch
+        assert int((images.int() - whole.images.int()).abs().max()) <= 1
+        torch.testing.assert_close(torch.cat([p.entropy for p in parts]), whole.entropy, rtol=1e-3, atol=1e-4)
+
+
+def test_other_ids_seeds_and_labels_give_other_images(pipeline):
+    base = GuidedSampler(pipeline, steps=4).generate([0, 1])
+    assert not torch.equal(base.images, GuidedSampler(pipeline, steps=4, seed=1).generate([0, 1]).images)
+    assert not torch.equal(base.images, GuidedSampler(pipeline, steps=4).generate([0, 1], [7, 8]).images)
+    assert not torch.equal(base.images, GuidedSampler(pipeline, steps=4).generate([1, 2]).images)
+    assert torch.equal(base.images, GuidedSampler(pipeline, steps=4).generate([0, 1]).images)
+
+
+def test_omega_zero_is_the_unguided_path_bitwise(pipeline, learner):
+    guided = GuidedSampler(pipeline, learner, steps=5, guidance=GuidanceConfig(omega=0.0)).generate([0, 1, 2])
+    assert torch.equal(guided.images, GuidedSampler(pipeline, steps=5).generate([0, 1, 2]).images)
+
+
+def test_an_update_of_the_learner_in_place_changes_the_next_samples(pipeline, learner):
+    sampler = GuidedSampler(pipeline, learner, steps=5, guidance=GuidanceConfig(omega=0.3, every=1))
+    before = sampler.generate([0, 1, 2]).images
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.neg_()
+    assert not torch.equal(before, sampler.generate([0, 1, 2]).images)
+
+
+def test_stream_covers_all_labels_once(pipeline):
+    batches = list(GuidedSampler(pipeline, steps=2).stream([0, 1, 2, 0, 1], first_id=10, batch_size=2))
+    assert [len(b) for b in batches] == [2, 2, 1]
+    assert torch.cat([b.sample_ids for b in batches]).tolist() == [10, 11, 12, 13, 14]
+    assert torch.cat([b.labels for b in batches]).tolist() == [0, 1, 2, 0, 1]
+
+
+def test_bad_input_is_named(pipeline):
+    sampler = GuidedSampler(pipeline, steps=2)
+    with pytest.raises(RecipeError, match=r"labels = 3: the generator has 3 classes, 0 to 2"):
+        sampler.generate([0, 3])
+    with pytest.raises(ValueError, match="sample_ids"):
+        sampler.generate([0, 1], [5])
+
+
+def test_guidance_raises_the_learners_entropy_on_the_embedded_model(fashion):
+    """The direction of Eq. 7: ascent. The judge stands in for a learner; same labels, ids and steps on both sides."""
+    judge, labels = load_judge(), torch.arange(60) % 10
+    means = {}
+    for omega in (-0.03, 0.0, 0.03):
+        batch = GuidedSampler(fashion, judge, guidance=GuidanceConfig(omega=omega)).generate(labels)
+        means[omega] = float(batch.entropy.mean())
+    assert means[-0.03] < means[0.0]
+    assert means[0.03] > 1.5 * means[0.0]
+
+
+def test_embedded_samples_carry_their_labels(fashion):
+    labels = torch.arange(200) % 10
+    images = GuidedSampler(fashion).generate(labels).images
+    logits = predict(load_judge(), images)
+    assert float((logits.argmax(1) == labels).float().mean()) >= 0.85  # 5,000 samples: see the model card
+    assert float(entropy(logits).mean()) < 0.6
