@@ -1,0 +1,71 @@
+"""Learners from their names: any ``nn.Module`` that maps images (B, C, H, W) to logits (B, K)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.config import ASSETS, RecipeError
+
+
+class _Logits(nn.Module):
+    """A model of the transformers library, returning its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).logits
+
+
+def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> nn.Module:
+    """Builds a randomly initialised classifier in channels-last memory.
+
+    Args:
+        spec: "transformers:RegNetForImageClassification" (any image classification class of transformers),
+            "timm:resnet18" (any model of timm), or "package.module:factory", called with
+            ``classes``, ``channels`` and the options.
+        classes, channels: K and C.
+        options: the model's own settings.
+
+    Raises ``RecipeError`` when the library is not installed or does not know the name or an option.
+    """
+    library, _, name = spec.partition(":")
+    try:
+        module = importlib.import_module(library)
+    except ImportError as error:
+        raise RecipeError(f"model = {spec!r}: cannot import {library} ({error})") from None
+    try:
+        if library == "transformers":
+            model: nn.Module = _transformers_model(module, name, classes, channels, options)
+        elif library == "timm":
+            model = module.create_model(name, num_classes=classes, in_chans=channels, **options)
+        else:
+            model = getattr(module, name)(classes=classes, channels=channels, **options)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"model = {spec!r}: {str(error).splitlines()[0]}") from error
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _transformers_model(module: Any, name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
+    kind = getattr(module, name)
+    unknown = set(options) - set(kind.config_class().to_dict())
+    if unknown:
+        raise ValueError(f"options: {kind.config_class.__name__} has no {', '.join(sorted(unknown))}")
+    return _Logits(kind(kind.config_class(num_channels=channels, num_labels=classes, **options)))
+
+
+def load_judge() -> nn.Module:
+    """The embedded judge, a classifier of real Fashion-MNIST images: (B, 1, 32, 32) in [-1, 1] to logits (B, 10).
+
+    A yardstick for samples (label agreement, Fréchet distance). No learner ever sees it or what it was trained on.
+    """
+    transformers = importlib.import_module("transformers")
+    model = transformers.RegNetForImageClassification.from_pretrained(
+        ASSETS / "fashion_judge", use_safetensors=True, dtype=torch.float32
+    )
+    return _Logits(model).eval().requires_grad_(False)

@@ -1,0 +1,51 @@
+"""The learner's training: AdamW, WSD, label smoothing and an EMA of the weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dpfast.config import Learner
+from dpfast.learn.schedule import wsd
+
+
+class Trainer:
+    """Trains one model. ``ema`` holds averaged weights; both are updated in place, so a sampler can read them live."""
+
+    def __init__(self, model: nn.Module, config: Learner, *, iterations: int) -> None:
+        self.model, self.config, self.iterations = model.train(), config, iterations
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True).eval()
+        self.ema.requires_grad_(False)
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        plain = [p for p in model.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.lr,
+        )
+        factor = partial(wsd, total=iterations, warmup=config.warmup, cooldown=config.cooldown)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.step_count = 0
+
+    @property
+    def cooling(self) -> bool:
+        """Whether the last phase has begun, in which no samples are added."""
+        return self.iterations - self.step_count <= self.config.cooldown * self.iterations
+
+    @property
+    def warming(self) -> bool:
+        return self.step_count < self.config.warmup * self.iterations
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One optimiser step on images (B, C, H, W) and labels (B,); returns the loss, a 0-d tensor."""
+        loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.config.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.ema.update_parameters(self.model)
+        self.step_count += 1
+        return loss.detach()
