@@ -1,0 +1,57 @@
+"""``dpfast doctor``: what is installed, which backend every operation uses, and what to install for the rest."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from importlib import metadata
+
+import torch
+
+from dpfast.ops import backend_of
+from dpfast.ops._dispatch import OPERATIONS
+
+# package -> (what it is for, how to get it)
+OPTIONAL = {
+    "triton": ("GPU kernels", "pip install triton (Linux)"),
+    "transformers": ("the embedded learner, Stable Diffusion's text encoder", "pip install transformers"),
+    "nvidia-dali-cuda130": (
+        "the DALI loader",
+        "pip install 'dpfast[dali]' (the plain name nvidia-dali is a placeholder that fails)",
+    ),
+    "timm": ("timm learners; needs torchvision", "pip install 'dpfast[timm]'"),
+    "xformers": ("attention by xformers; must match the torch build", "pip install 'dpfast[xformers]'"),
+}
+CORE = ("dpfast", "torch", "numpy", "diffusers", "safetensors")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def report() -> str:
+    """The report as text, one fact a line."""
+    lines = [f"Python {platform.python_version()} on {platform.machine()}, {torch.get_num_threads()} torch threads"]
+    lines += [f"  {name:<20} {_version(name) or 'MISSING'}" for name in CORE]
+    lines.append("Optional")
+    for name, (purpose, command) in OPTIONAL.items():
+        version = _version(name)
+        lines.append(f"  {name:<20} {version or 'not installed'} - {purpose}" + ("" if version else f": {command}"))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU"
+    lines += [f"GPU: {gpu}", "Backend of every operation"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
+            lines += [f"  {operation:<20} {device}: {_backend(operation, device)}" for operation in OPERATIONS]
+    lines += [f"  note: {warning.message}" for warning in caught]
+    return "\n".join(lines)
+
+
+def _backend(operation: str, device: str) -> str:
+    try:
+        return backend_of(operation, device)
+    except RuntimeError as error:
+        return f"unusable: {error}"

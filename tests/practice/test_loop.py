@@ -1,0 +1,134 @@
+"""Algorithm 1 end to end on a random pipeline: what is added, when, and that a run is a function of its recipe."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from dpfast.config import Recipe, RecipeError
+from dpfast.data.real import RealData, RealSet
+from dpfast.practice import loop as loop_module
+from dpfast.practice.loop import DeliberatePractice
+from dpfast.practice.run_folder import RunFolder, load_learner
+
+
+@pytest.fixture
+def recipe(pipeline_folder, monkeypatch):
+    """A recipe of seconds: three classes, 16x16 images, noise as the real images."""
+    generator = torch.Generator().manual_seed(0)
+
+    def load_real(name):
+        sets = [
+            RealSet(
+                torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8, generator=generator), torch.arange(30) % 3
+            )
+            for _ in range(2)
+        ]
+        return RealData(("cat", "dog", "red bicycle"), *sets)
+
+    monkeypatch.setattr(loop_module, "load_real", load_real)
+    return Recipe.from_dict(
+        {
+            "name": "test",
+            "generator": {"pipeline": str(pipeline_folder), "steps": 3, "generation_batch": 20},
+            "guidance": {"omega": 0.2, "guide_every": 1},
+            "learner": {
+                "model": "transformers:RegNetForImageClassification",
+                "options": {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "groups_width": 8},
+                "batch_size": 8,
+            },
+            "practice": {
+                "initial_samples": 30,
+                "round_samples": 15,
+                "maximum_samples": 70,
+                "iterations": 100,
+                "evaluate_every": 5,
+                "patience": 1,
+                "patience_growth": "fixed",
+            },
+        }
+    )
+
+
+def with_(recipe, section, **changes):
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **changes)})
+
+
+def run(recipe, path):
+    with RunFolder(path, recipe) as folder:
+        results = DeliberatePractice(recipe).run(folder, progress=False)
+    return results, [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_dp_adds_rounds_and_static_gets_the_same_budget(recipe, tmp_path):
+    (dp, static), metrics = run(recipe, tmp_path / "run")
+    additions = [m for m in metrics if m["event"] == "addition"]
+    assert [m["samples"] for m in additions] == [45, 60, 70]  # the last round is cut at maximum_samples
+    assert all(10 <= m["step"] < 80 for m in additions)  # neither in warm-up nor in cool-down
+    assert (len(dp.pool), len(static.pool)) == (70, 70)
+    assert (dp.iterations, static.iterations) == (100, 100)
+    # static holds the samples that plain sampling gives for the same ids; the first ones are shared
+    assert torch.equal(dp.pool.images(torch.arange(30)), static.pool.images(torch.arange(30)))
+    assert not torch.equal(dp.pool.images(torch.arange(30, 70)), static.pool.images(torch.arange(30, 70)))
+    assert dp.pool.column("label").tolist() == [i % 3 for i in range(70)]
+    assert dp.pool.column("sample_id").tolist() == list(range(70))
+    assert dp.pool.column("round").tolist() == [0] * 30 + [1] * 15 + [2] * 15 + [3] * 10
+    assert dp.pool.column("omega").tolist() == pytest.approx([0.0] * 30 + [0.2] * 40)
+    assert [m["source"] for m in metrics if m["event"] == "result"] == ["dp", "static"]
+
+
+def test_the_same_recipe_twice_writes_the_same_metrics(recipe, tmp_path):
+    run(recipe, tmp_path / "a")
+    run(recipe, tmp_path / "b")
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
+    run(dataclasses.replace(recipe, seed=1), tmp_path / "c")
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() != (tmp_path / "c" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("guide_with", ["ema", "raw"])
+def test_the_current_learner_guides(recipe, guide_with):
+    """New samples of a later round have another learner behind them, and its entropy is recorded."""
+    (dp,) = DeliberatePractice(
+        with_(with_(recipe, "practice", sources=("dp",)), "guidance", guide_with=guide_with)
+    ).run(progress=False)
+    steps, entropy = dp.pool.column("learner_step"), dp.pool.column("entropy")
+    assert len(set(steps[30:].tolist())) == 3
+    assert bool(torch.isfinite(entropy[30:]).all())
+    assert bool(torch.isnan(entropy[:30]).all())  # made before there was a learner
+
+
+def test_static_alone_uses_the_maximum(recipe):
+    (static,) = DeliberatePractice(with_(recipe, "practice", sources=("static",))).run(progress=False)
+    assert len(static.pool) == 70
+    assert static.additions == 0
+
+
+def test_the_learner_of_a_run_can_be_loaded(recipe, tmp_path, pipeline):
+    (dp, _), _ = run(recipe, tmp_path / "run")
+    images = torch.randn(4, 1, 16, 16)
+    torch.testing.assert_close(load_learner(tmp_path / "run", pipeline)(images), dp.learner(images))
+    with pytest.raises(RecipeError, match="not the folder of a finished run"):
+        load_learner(tmp_path, pipeline)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "named"),
+    [
+        ("practice", {"initial_samples": 2}, "initial_samples = 2: at least one for each of 3 classes"),
+        ("practice", {"round_samples": 2}, "round_samples = 2"),
+        ("learner", {"classes": 10}, "classes = 10"),
+        ("learner", {"model": "transformers:Nope"}, "Nope"),
+        ("generator", {"pipeline": "/nowhere"}, "no such folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(recipe, section, changes, named):
+    with pytest.raises(RecipeError, match=named):
+        DeliberatePractice(with_(recipe, section, **changes))
+
+
+def test_real_images_of_other_classes_are_refused(recipe, monkeypatch):
+    real = loop_module.load_real("")
+    monkeypatch.setattr(loop_module, "load_real", lambda name: dataclasses.replace(real, classes=("cat",)))
+    with pytest.raises(RecipeError, match="1 classes, the generator has 3"):
+        DeliberatePractice(recipe)
