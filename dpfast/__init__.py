@@ -1,0 +1,61 @@
+"""dpfast: Deliberate Practice, a classifier and the diffusion generator that it steers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpfast.config import Recipe, RecipeError
+    from dpfast.generate.denoiser import Pipeline
+    from dpfast.generate.guidance import GuidanceConfig
+    from dpfast.generate.sampler import GuidedSampler, SampleBatch
+    from dpfast.ops import entropy, entropy_and_grad, gather_batch, guided_step, normal
+    from dpfast.pool.pool import SamplePool
+    from dpfast.practice.loop import DeliberatePractice, Result
+
+__version__ = "0.1.0"
+
+# Public name -> its module. Imported on first use: `dpfast --help` and a wrong argument are answered without torch.
+_HOME = {
+    "Recipe": "dpfast.config",
+    "RecipeError": "dpfast.config",
+    "Pipeline": "dpfast.generate.denoiser",
+    "GuidanceConfig": "dpfast.generate.guidance",
+    "GuidedSampler": "dpfast.generate.sampler",
+    "SampleBatch": "dpfast.generate.sampler",
+    "entropy": "dpfast.ops",
+    "entropy_and_grad": "dpfast.ops",
+    "gather_batch": "dpfast.ops",
+    "guided_step": "dpfast.ops",
+    "normal": "dpfast.ops",
+    "SamplePool": "dpfast.pool.pool",
+    "DeliberatePractice": "dpfast.practice.loop",
+    "Result": "dpfast.practice.loop",
+}
+__all__ = [
+    "DeliberatePractice",
+    "GuidanceConfig",
+    "GuidedSampler",
+    "Pipeline",
+    "Recipe",
+    "RecipeError",
+    "Result",
+    "SampleBatch",
+    "SamplePool",
+    "entropy",
+    "entropy_and_grad",
+    "gather_batch",
+    "guided_step",
+    "normal",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dpfast' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

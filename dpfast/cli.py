@@ -1,0 +1,157 @@
+"""The command ``dpfast``: run a recipe, make samples, look at the installation.
+
+An input that cannot work ends with one line on stderr and exit code 2, before any work starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dpfast.config import Recipe, RecipeError, fields
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an unusable argument in one line, with the nearest known option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(message)
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].lstrip("-").replace("-", "_").split("=")[0]
+            near = difflib.get_close_matches(name, list(fields()), n=1)
+            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else "; dpfast --help lists what is known"
+            raise RecipeError(f"{unknown[0]}: no such option or field{hint}")
+        return parsed
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="dpfast", description="Deliberate Practice on synthetic images.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="train a classifier by Deliberate Practice, beside its rivals", allow_abbrev=False
+    )
+    run.add_argument("recipe", help="a recipe's name (fashion) or a path that ends in .toml")
+    run.add_argument("--out", type=Path, help="folder of the run; default runs/RECIPE")
+    run.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    run.add_argument("--quiet", action="store_true", help="no progress, only the final table")
+    group = run.add_argument_group("fields of the recipe", "each replaces the recipe's value")
+    for name, field in fields().items():
+        if name not in ("options", "name"):
+            group.add_argument(
+                f"--{name.replace('_', '-')}", dest=f"field.{name}", metavar=str(field.type).split("[")[0].upper()
+            )
+
+    sample = commands.add_parser("sample", help="write images of given classes", allow_abbrev=False)
+    sample.add_argument("--labels", required=True, help="class ids or names, comma-separated, or 'all'")
+    sample.add_argument("--out", type=Path, required=True, help="folder for the PNG files; must be empty or new")
+    sample.add_argument("--count", type=int, default=8, help="images per label (default 8)")
+    sample.add_argument(
+        "--omega", type=float, default=0.0, help="strength of the entropy guidance (default 0, unguided)"
+    )
+    sample.add_argument("--learner", help="the run folder whose learner guides; default: the embedded judge network")
+    sample.add_argument("--pipeline", default="fashion", help="an embedded generator or a diffusers pipeline folder")
+    sample.add_argument("--steps", type=int, default=15)
+    sample.add_argument("--cfg-scale", type=float, default=1.5)
+    sample.add_argument("--seed", type=int, default=0)
+
+    commands.add_parser("doctor", help="what is installed, which backend each operation uses, what is missing")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    try:
+        parsed = _parser().parse_all(sys.argv[1:] if arguments is None else arguments)
+        return {"run": _run, "sample": _sample, "doctor": _doctor}[parsed.command](parsed)
+    except RecipeError as error:
+        print(f"dpfast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dpfast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    given = {key.removeprefix("field."): value for key, value in vars(arguments).items() if key.startswith("field.")}
+    recipe = Recipe.load(arguments.recipe, **{key: value for key, value in given.items() if value is not None})
+    # torch, diffusers and transformers take seconds to import; a wrong argument is answered before
+    from dpfast.practice.loop import DeliberatePractice
+    from dpfast.practice.run_folder import RunFolder, check_vacant
+    from dpfast.report.metrics import result_table
+    from dpfast.report.plots import write_report
+
+    out = arguments.out or Path("runs") / recipe.name
+    check_vacant(out, overwrite=arguments.overwrite)
+    practice = DeliberatePractice(recipe)
+    with RunFolder(out, recipe, overwrite=arguments.overwrite) as folder:
+        results = practice.run(folder, progress=not arguments.quiet)
+    write_report(out, results, practice.real.classes)
+    print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    if arguments.count < 1:
+        raise RecipeError(f"count = {arguments.count}: at least 1")
+    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
+        raise RecipeError(f"out = {str(arguments.out)!r}: exists and is not an empty folder")
+    generator = Recipe.load(
+        "fashion", steps=arguments.steps, cfg_scale=arguments.cfg_scale, seed=arguments.seed
+    ).generator
+
+    from dpfast.generate.denoiser import Pipeline
+    from dpfast.generate.guidance import GuidanceConfig
+    from dpfast.generate.sampler import GuidedSampler
+    from dpfast.practice.run_folder import load_learner
+    from dpfast.report.samples import write_samples
+
+    pipeline = Pipeline.from_pretrained(arguments.pipeline)
+    labels = _labels(arguments.labels, pipeline.class_names)
+    learner = load_learner(arguments.learner, pipeline) if arguments.omega else None
+    sampler = GuidedSampler(
+        pipeline,
+        learner,
+        guidance=GuidanceConfig(omega=arguments.omega),
+        steps=generator.steps,
+        cfg_scale=generator.cfg_scale,
+        seed=arguments.seed,
+    )
+    ordered = [label for label in labels for _ in range(arguments.count)]
+    sheet = write_samples(sampler.stream(ordered), pipeline.class_names, arguments.out)
+    print(f"{len(ordered)} images in {arguments.out}, overview {sheet}")
+    return 0
+
+
+def _labels(text: str, names: tuple[str, ...]) -> list[int]:
+    if text == "all":
+        return list(range(len(names)))
+    labels = []
+    for part in (p.strip() for p in text.split(",")):
+        if part in names:
+            labels.append(names.index(part))
+        elif part.isdecimal() and int(part) < len(names):
+            labels.append(int(part))
+        else:
+            raise RecipeError(
+                f"labels = {part!r}: expected 0 to {len(names) - 1}, 'all', or one of: {', '.join(names)}"
+            )
+    return labels
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from dpfast.report.doctor import report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
