@@ -19,7 +19,6 @@ are a function of (seed, step), so an interrupted run and an uninterrupted one g
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,64 +26,69 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import RegNetConfig, RegNetForImageClassification
 
 from dpfast.data import fashion
+from dpfast.generate.denoiser import Pipeline
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.learn.evaluate import evaluate, frechet_distance, predict
+from dpfast.learn.models import load_judge
+from dpfast.report.plots import contact_sheet
 
 NULL_CLASS = 1000  # the id that DiTPipeline uses for "no label"
 SNAPSHOT_STEPS = 500
 
-AUTOENCODER = dict(
-    in_channels=1,
-    out_channels=1,
-    down_block_types=("DownEncoderBlock2D",) * 3,
-    up_block_types=("UpDecoderBlock2D",) * 3,
-    block_out_channels=(16, 32, 64),
-    layers_per_block=1,
-    latent_channels=4,
-    norm_num_groups=8,
-    mid_block_add_attention=False,
-    sample_size=32,
-)
-TINY = dict(
-    in_channels=1,
-    out_channels=1,
-    encoder_block_out_channels=(8, 16, 32),
-    decoder_block_out_channels=(32, 16, 8),
-    num_encoder_blocks=(1, 1, 1),
-    num_decoder_blocks=(2, 1, 1),
-    latent_channels=4,
-)
-DENOISER = dict(
-    num_attention_heads=3,
-    attention_head_dim=64,
-    in_channels=4,
-    out_channels=4,
-    num_layers=6,
-    sample_size=8,
-    patch_size=2,
-    num_embeds_ada_norm=NULL_CLASS,
-)
-SCHEDULER = dict(
-    num_train_timesteps=1000,
-    beta_schedule="squaredcos_cap_v2",
-    prediction_type="v_prediction",
-    timestep_spacing="trailing",
-    clip_sample=False,
-)
-JUDGE = dict(
-    num_channels=1,
-    num_labels=10,
-    embedding_size=32,
-    hidden_sizes=[64, 128, 256],
-    depths=[1, 2, 1],
-    groups_width=256,
-    layer_type="x",
-)
+AUTOENCODER = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "block_out_channels": (16, 32, 64),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
+    "sample_size": 32,
+}
+TINY = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "encoder_block_out_channels": (8, 16, 32),
+    "decoder_block_out_channels": (32, 16, 8),
+    "num_encoder_blocks": (1, 1, 1),
+    "num_decoder_blocks": (2, 1, 1),
+    "latent_channels": 4,
+}
+DENOISER = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 6,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": NULL_CLASS,
+}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+JUDGE = {
+    "num_channels": 1,
+    "num_labels": 10,
+    "embedding_size": 32,
+    "hidden_sizes": [64, 128, 256],
+    "depths": [1, 2, 1],
+    "groups_width": 256,
+    "layer_type": "x",
+}
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -99,9 +103,13 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 class Trainer:
     """AdamW with warm-up and cosine decay, an EMA of the weights, and resumable snapshots in safetensors."""
 
-    def __init__(self, name: str, model: nn.Module, folder: Path, *, steps: int, lr: float, ema: float, weight_decay: float = 0.0):
+    def __init__(
+        self, name: str, model: nn.Module, folder: Path, *, steps: int, lr: float, ema: float, weight_decay: float = 0.0
+    ):
         self.name, self.model, self.folder, self.steps, self.ema_decay = name, model, folder, steps, ema
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
+        )
         warmup = min(500, steps // 10)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, s / steps)) + 1e-3)
@@ -163,7 +171,10 @@ class Trainer:
             if self.step % report_every == 0:
                 rate = (self.step - first) / (time.time() - started)
                 left = (self.steps - self.step) / rate / 60
-                print(f"{self.name} {self.step}/{self.steps} loss {total / report_every:.5f} {rate:.2f} step/s {left:.1f} min left", flush=True)
+                loss_now = f"loss {total / report_every:.5f}"
+                print(
+                    f"{self.name} {self.step}/{self.steps} {loss_now} {rate:.2f} step/s {left:.1f} min left", flush=True
+                )
                 total = 0.0
             if self.step % SNAPSHOT_STEPS == 0 or self.step == self.steps:
                 self.save()
@@ -202,9 +213,9 @@ def train_autoencoder(images: Tensor, args: argparse.Namespace) -> None:
         x = pixels(images[order(step)])
         posterior = model.encode(x).latent_dist
         y = model.decode(posterior.sample(step_generator(args.seed + 2, step))).sample
-        # The KL weight sets the posterior's noise: 0.005 nats per pixel-sum keeps it near 4 % of a latent's scale.
+        # At 0.005 two of the four channels collapse and prints and checks blur away.
         edges = sum(F.mse_loss(y.diff(dim=d), x.diff(dim=d)) for d in (-1, -2))
-        return F.mse_loss(y, x) + 0.5 * edges + 0.005 * posterior.kl().mean() / x[0].numel()
+        return F.mse_loss(y, x) + 0.5 * edges + 1e-4 * posterior.kl().mean() / x[0].numel()
 
     trainer.run(loss_of)
 
@@ -251,7 +262,7 @@ def latents_of(images: Tensor, args: argparse.Namespace) -> tuple[AutoencoderKL,
 def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
     _, mean, std = latents_of(images, args)
     torch.manual_seed(args.seed + 20)
-    # eval(): the label dropout of diffusers' embedding acts in every block on its own, so it is done here, once per sample
+    # eval(): diffusers' own label dropout draws anew in every block; here it is drawn once per sample
     model = DiTTransformer2DModel(**DENOISER).eval()
     trainer = Trainer("denoiser", model, args.work, steps=args.denoiser_steps, lr=1e-3, ema=0.9995)
     scheduler = DDIMScheduler(**SCHEDULER)
@@ -296,12 +307,74 @@ def train_tiny(images: Tensor, args: argparse.Namespace) -> None:
     trainer.run(loss_of)
 
 
+def export(images: Tensor, args: argparse.Namespace) -> None:
+    vae, _, _ = latents_of(images[:5000], args)
+    transformer = load_ema(DiTTransformer2DModel(**DENOISER), args.work, "denoiser")
+    tiny = load_ema(AutoencoderTiny(**TINY), args.work, "tiny")
+    id2label = {str(i): name for i, name in enumerate(fashion.CLASSES)}
+    pipeline = DiTPipeline(transformer.half(), vae.half(), DDIMScheduler(**SCHEDULER), id2label=id2label)
+    pipeline.register_to_config(id2label=id2label)
+    pipeline.save_pretrained(args.out / "fashion", safe_serialization=True)
+    tiny.half().save_pretrained(args.out / "fashion" / "tiny_decoder", safe_serialization=True)
+    judge = load_ema(new_judge(), args.work, "judge")
+    judge.half().save_pretrained(args.out / "fashion_judge", safe_serialization=True)
+    size = sum(
+        f.stat().st_size
+        for folder in ("fashion", "fashion_judge")
+        for f in (args.out / folder).rglob("*")
+        if f.is_file()
+    )
+    print(f"exported to {args.out}, {size / 2**20:.1f} MiB", flush=True)
+
+
+@torch.no_grad()
+def features(judge: nn.Module, images: Tensor) -> Tensor:
+    """The judge's pooled features (N, 256) of uint8 images."""
+    return torch.cat([judge.model.regnet(pixels(part)).pooler_output.flatten(1) for part in images.split(500)])
+
+
+def report(images: Tensor, args: argparse.Namespace) -> None:
+    """Measures the exported folders and prints the figures of the model card."""
+    test, test_labels = fashion.read_split(args.data, "t10k")
+    pipeline, judge = Pipeline.from_pretrained(args.out / "fashion"), load_judge()
+    print(f"judge: {evaluate(judge, test, test_labels).top1:.2%} of the 10,000 real test images")
+    vae = pipeline.decoder.vae
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(pixels(part)).latent_dist.mean for part in test.split(500)])
+        decoded = torch.cat([vae.decode(part).sample for part in latents.split(500)])
+        tiny = torch.cat([pipeline.guidance_decoder(part) for part in (latents * vae.config.scaling_factor).split(500)])
+    for name, got, wanted in (
+        ("autoencoder on real test images", decoded, pixels(test)),
+        ("tiny decoder against full", tiny, decoded),
+    ):
+        print(f"{name}: PSNR {10 * math.log10(4 / float(F.mse_loss(got, wanted))):.2f} dB")
+    real = features(judge, test)
+    kept = torch.randperm(len(images), generator=step_generator(args.seed, 99))[: len(test)]
+    floor = frechet_distance(features(judge, images[kept]), real)
+    print(f"Frechet distance to the real test images: of 10,000 real training images {floor:.3f}")
+    labels = torch.arange(5000) % 10
+    for cfg_scale in args.report_cfg:
+        for steps in args.report_steps:
+            sampler = GuidedSampler(pipeline, steps=steps, cfg_scale=cfg_scale, seed=args.seed)
+            samples = torch.cat([batch.images for batch in sampler.stream(labels)])
+            agreement = (predict(judge, samples).argmax(1) == labels).float()
+            by_class = " ".join(f"{float(agreement[labels == k].mean()):.2f}" for k in range(10))
+            distance = frechet_distance(features(judge, samples), real)
+            print(f"cfg {cfg_scale} steps {steps}: label agreement {float(agreement.mean()):.2%} ({by_class})", end=", ")
+            print(f"Frechet distance {distance:.3f}", flush=True)
+            rows = [samples[labels == k][:20] for k in range(10)]
+            title = f"unguided samples, {steps} steps, CFG scale {cfg_scale}"
+            contact_sheet(rows, fashion.CLASSES, title, args.work / f"sheet_{cfg_scale}_{steps}.png")
+
+
 def stages(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
     images, labels = fashion.read_split(args.data, "train")
     yield "autoencoder", lambda: train_autoencoder(images, args)
     yield "judge", lambda: train_judge(images, labels, args)
     yield "denoiser", lambda: train_denoiser(images, labels, args)
     yield "tiny", lambda: train_tiny(images, args)
+    yield "export", lambda: export(images, args)
+    yield "report", lambda: report(images, args)
 
 
 def main() -> None:
@@ -311,12 +384,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "dpfast" / "assets")
     parser.add_argument("--stage", default="all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autoencoder-steps", type=int, default=3500)
+    parser.add_argument("--autoencoder-steps", type=int, default=2600)
     parser.add_argument("--judge-steps", type=int, default=3000)
     parser.add_argument("--denoiser-steps", type=int, default=9000)
     parser.add_argument("--tiny-steps", type=int, default=2500)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="needs AVX512-BF16 or AMX to be fast")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="needs AVX512-BF16 or AMX to be fast"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--report-cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0])
+    parser.add_argument("--report-steps", type=int, nargs="+", default=[15])
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for name, stage in stages(args):
