@@ -7,7 +7,7 @@ A longer sample is split over programs: a first kernel leaves partial sums, the 
 
 # Triton gives the parameters of a kernel their types when it is launched.
 # ruff: noqa: RUF005 (kernels know no unpacking of tuples)
-# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, var-annotated"
 from __future__ import annotations
 
 import math
@@ -20,8 +20,10 @@ from dpfast.ops._triton import next_power, tl, triton
 from dpfast.ops.noise import normals
 
 WHOLE = 16384  # elements of a sample that one program holds
+WITH_QUANTILE = 8192  # elements of a sample whose quantile one program finds
 SPLIT = 4096  # elements a program of a longer sample
 PREDICTIONS = {"epsilon": 0, "v": 1, "sample": 2, "flow": 3}
+PADDING = tl.constexpr(0x7FFFFFFF)  # the bits of lanes past the end, above those of any value that arithmetic makes
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
@@ -54,27 +56,33 @@ def _reciprocal(value):
 
 
 @triton.jit
-def _count_below(bits, limit, CHUNKS: tl.constexpr):
+def _bits(value):
+    return tl.abs(value).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _count_below(x0s, limit, CHUNKS: tl.constexpr):
     total = tl.zeros((), tl.int32)
     for i in tl.static_range(CHUNKS):
-        total += tl.sum((bits[i] < limit).to(tl.int32), axis=0)
+        total += tl.sum((_bits(x0s[i]) < limit).to(tl.int32), axis=0)
     return total
 
 
 @triton.jit
-def _quantile(bits, below, fraction, CHUNKS: tl.constexpr):
-    """Between the values number `below` and `below + 1` of non-negative floats, whose bits order as integers do."""
+def _quantile(x0s, below, fraction, PADDING: tl.constexpr, CHUNKS: tl.constexpr):
+    """Between the values number `below` and `below + 1` of |x0|, whose bits order as integers do."""
     found = tl.zeros((), tl.int32)
     bit = tl.full((), 1 << 30, tl.int32)
     for _ in range(31):
-        found = tl.where(_count_below(bits, found | bit, CHUNKS) <= below, found | bit, found)
+        found = tl.where(_count_below(x0s, found | bit, CHUNKS) <= below, found | bit, found)
         bit = bit >> 1
-    following = tl.full((), 0x7FFFFFFF, tl.int32)
+    following = tl.full((), PADDING, tl.int32)
     broken = tl.zeros((), tl.int32)
     for i in tl.static_range(CHUNKS):
-        following = tl.minimum(following, tl.min(tl.where(bits[i] > found, bits[i], 0x7FFFFFFF), axis=0))
-        broken += tl.sum(((bits[i] > 0x7F800000) & (bits[i] < 0x7FFFFFFF)).to(tl.int32), axis=0)
-    repeated = _count_below(bits, found + 1, CHUNKS) > below + 1
+        bits = _bits(x0s[i])
+        following = tl.minimum(following, tl.min(tl.where(bits > found, bits, PADDING), axis=0))
+        broken += tl.sum(((bits > 0x7F800000) & (bits < PADDING)).to(tl.int32), axis=0)
+    repeated = _count_below(x0s, found + 1, CHUNKS) > below + 1
     low = found.to(tl.float32, bitcast=True)
     high = tl.where(repeated | (fraction == 0.0), low, following.to(tl.float32, bitcast=True))
     return tl.where(broken > 0, float("nan"), low + fraction * (high - low))
@@ -180,7 +188,6 @@ def guided_step_kernel(
 
     x0s = ()
     epss = ()
-    bits = ()
     for i in tl.static_range(CHUNKS):
         at = start + i * BLOCK + lane
         inside = at < ELEMENTS
@@ -206,16 +213,15 @@ def guided_step_kernel(
             x0 += sigma * _reciprocal(alpha) * shift
             eps -= shift
         if LIMIT == 2:
-            x0s = x0s + (x0,)
+            padding = tl.full((BLOCK,), PADDING, tl.int32).to(tl.float32, bitcast=True)
+            x0s = x0s + (tl.where(inside, x0, padding),)
             epss = epss + (eps,)
-            # Lanes past the end rank above all values.
-            bits = bits + (tl.where(inside, tl.abs(x0).to(tl.int32, bitcast=True), 0x7FFFFFFF),)
         else:
             if LIMIT == 1:
                 x0 = tl.where(x0 > bound, bound, tl.where(x0 < -bound, -bound, x0))
             elif LIMIT == 3:
                 limit = tl.load(bound + sample)
-                x0 = tl.where(x0 > limit, limit, tl.where(x0 < -limit, -limit, x0)) / limit
+                x0 = tl.where(x0 > limit, limit, tl.where(x0 < -limit, -limit, x0)) * (1.0 / limit)
             _following(
                 x0,
                 eps,
@@ -236,12 +242,12 @@ def guided_step_kernel(
                 BLOCK,
             )
     if LIMIT == 2:
-        limit = _quantile(bits, below, fraction, CHUNKS)
+        limit = _quantile(x0s, below, fraction, PADDING, CHUNKS)
         limit = tl.where(limit < 1.0, 1.0, tl.where(limit > maximum, maximum, limit))
         for i in tl.static_range(CHUNKS):
             at = start + i * BLOCK + lane
             x0 = x0s[i]
-            x0 = tl.where(x0 > limit, limit, tl.where(x0 < -limit, -limit, x0)) / limit
+            x0 = tl.where(x0 > limit, limit, tl.where(x0 < -limit, -limit, x0)) * (1.0 / limit)
             _following(
                 x0,
                 epss[i],
@@ -263,13 +269,17 @@ def guided_step_kernel(
             )
 
 
-def settings(elements: int) -> tuple[int, int, int]:
-    """Chunks, elements of a chunk and warps of a program; the audit shows that none of them spills."""
+def settings(elements: int, itemsize: int, quantile: bool = False) -> tuple[int, int, int]:
+    """Chunks, elements of a chunk and warps of a program, for tensors whose narrowest item has `itemsize` bytes.
+
+    A thread takes 16 bytes of each tensor and chunk. The search for a quantile leaves a thread registers for half as
+    many elements. The audit shows that no setting spills.
+    """
     if elements > WHOLE:
         return 1, SPLIT, 8
     width = max(next_power(elements), 16)
-    warps = min(max(width // 512, 1), 32)
-    chunks = max(1, width // (warps * 128))
+    warps = min(max(width // (256 if quantile else 512), 1), 32)
+    chunks = max(1, width // (warps * 32 * (16 // itemsize)))
     return chunks, width // chunks, warps
 
 
@@ -293,7 +303,8 @@ def launch(
     if samples == 0:
         return
     x, pred_cond, pred_uncond, grad, x0_prev = inputs
-    chunks, block, warps = settings(elements)
+    itemsize = min(tensor.element_size() for tensor in inputs if tensor is not None)
+    chunks, block, warps = settings(elements, itemsize, limit.kind == 2)
     parts = -(-elements // (chunks * block))
     partials = None
     if parts > 1 and grad is not None:

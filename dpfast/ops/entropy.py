@@ -7,7 +7,7 @@ row with a NaN, a +inf or no finite logit at all yields NaN, in that row only.
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
-# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import math
@@ -126,7 +126,7 @@ def settings(classes: int) -> tuple[int, int, int]:
     block = next_power(classes)
     if classes > ONE_BLOCK:
         return 1, CHUNK, 16
-    return max(1, 2048 // block) if classes < 512 else 1, block, max(4, block // 1024)
+    return max(1, 1024 // block) if classes < 512 else 1, block, min(max(4, block // 512), 32)
 
 
 def _triton(logits: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, Tensor]:

@@ -246,7 +246,7 @@ def _triton(
         limit = _guided_step_kernel.Limit(
             2, 0.0, math.floor(position), position - math.floor(position), options.threshold_maximum
         )
-        if elements > _guided_step_kernel.WHOLE:
+        if elements > _guided_step_kernel.WITH_QUANTILE:
             x0 = torch.empty(out.shape, dtype=torch.float32, device=out.device)
             launch(torch.empty_like(x0), x0, None, _guided_step_kernel.Limit(0))
             bound = quantile(x0.reshape(-1, elements).abs(), options.threshold_ratio)

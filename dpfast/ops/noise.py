@@ -15,7 +15,7 @@ The words are bit-identical everywhere, the normals agree to a few ulp. Bytes: 4
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
-# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import math
@@ -31,6 +31,7 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
+BLOCK = 1024  # elements of a program of the Triton kernel
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -175,7 +176,7 @@ def _triton(sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int |
     if out.numel() == 0:
         return out
     width = math.prod(shape[1:])
-    block = min(max(next_power(width), 16), 1024)
+    block = min(max(next_power(width), 16), BLOCK)
     normal_kernel[(samples, -(-width // block))](
         sample_ids.contiguous(),
         out,

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from dpfast.ops import _dispatch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 INTERPRETED = _dispatch.INTERPRETED
 if INTERPRETED:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerances import ENTROPY, ENTROPY_GRAD, HALF_ULP
 
 from dpfast.ops import entropy, entropy_and_grad
+from tests.tolerances import ENTROPY, ENTROPY_GRAD, HALF_ULP
 
 from .conftest import INTERPRETED
 

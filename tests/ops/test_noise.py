@@ -7,10 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from tolerances import NORMAL
 
 from dpfast.ops import normal
 from dpfast.ops.noise import philox, reference, reference_words, words
+from tests.tolerances import NORMAL
 
 from .conftest import INTERPRETED
 

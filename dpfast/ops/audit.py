@@ -1,0 +1,273 @@
+"""What the Triton kernels become on a GPU, read from their machine code; needs Triton's Linux wheel and no GPU.
+
+Each variant is compiled for A100 (sm_80), H100 (sm_90) and B200 (sm_100) and disassembled with the tools in that wheel.
+`problems` lists what breaks a promise: a spill or local memory, an occupancy under one half, and payload that does not
+move exactly once in accesses of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpfast.ops import _guided_step_kernel as guided
+from dpfast.ops import gather, noise
+from dpfast.ops._triton import next_power, triton
+from dpfast.ops.entropy import ONE_BLOCK, online_kernel, rows_kernel
+from dpfast.ops.entropy import settings as entropy_settings
+
+CAPABILITIES = (80, 90, 100)
+SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of one multiprocessor
+THREADS, REGISTERS, BLOCKS = 2048, 65536, 32  # of one multiprocessor, alike on the three
+WIDE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A kernel with the types and constants of one use.
+
+    `arguments` maps a parameter to a type ("*fp32", "i32", "i64:16" for a multiple of 16) or a constant; one left out
+    is None. `reads` and `writes` are the payload bytes of a program by the operation's formula, None where no 16-byte
+    access can fit. `scalars` bounds the narrow loads of a thread: coefficients, indices, ids.
+    """
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int
+    reads: int | None
+    writes: int | None
+    scalars: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Resources of a compiled variant, and its global accesses: width in bytes -> instructions."""
+
+    variant: Variant
+    capability: int
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    occupancy: float
+    loads: Counter[int] = field(default_factory=Counter)
+    stores: Counter[int] = field(default_factory=Counter)
+
+    def payload(self, accesses: Counter[int]) -> int:
+        """Bytes that a program moves in wide accesses."""
+        return accesses[WIDE] * WIDE * self.variant.warps * 32
+
+
+def _toolchain(tool: str, *arguments: str) -> str:
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([str(binary), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) -> float:
+    """Resident warps over the most that a multiprocessor holds; registers come in units of 256 a warp."""
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS // per_warp // warps
+    by_shared = SHARED_BYTES[capability] // (shared_bytes + 1024)  # the system keeps 1 KiB a block
+    return min(by_registers, by_shared, BLOCKS, THREADS // (32 * warps)) * warps * 32 / THREADS
+
+
+def inspect(variant: Variant, capability: int) -> Report:
+    """Compiles one variant for `capability` (80, 90 or 100) and reads its resources and accesses."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    arguments = {name: variant.arguments.get(name) for name in names}
+    types = {n: v.split(":")[0] if isinstance(v, str) else "constexpr" for n, v in arguments.items()}
+    constants = {(names.index(n),): v for n, v in arguments.items() if not isinstance(v, str)}
+    divisible = [
+        (isinstance(value, str) and value.startswith("*")) or str(value).endswith(":16") for value in arguments.values()
+    ]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, by_16 in enumerate(divisible) if by_16}
+    source = ASTSource(fn=variant.kernel, signature=types, constexprs=constants, attrs=aligned)
+    # Contraction to fused multiply-adds is the launchers' default; Triton's own depends on its version.
+    options = {"num_warps": variant.warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _toolchain("cuobjdump", "--dump-resource-usage", str(cubin))
+        assembly = _toolchain("nvdisasm", "-c", str(cubin))
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    spills = re.search(r"\b(?:LDL|STL)\b", assembly)
+    shared = compiled.metadata.shared
+    return Report(
+        variant=variant,
+        capability=capability,
+        registers=numbers["REG"],
+        # A frame that no instruction reads or writes costs nothing.
+        local_bytes=numbers["LOCAL"] + (numbers["STACK"] if spills else 0),
+        shared_bytes=shared,
+        occupancy=occupancy(numbers["REG"], shared, variant.warps, capability),
+        loads=_widths("LDG", assembly),
+        stores=_widths("STG", assembly),
+    )
+
+
+def _widths(instruction: str, assembly: str) -> Counter[int]:
+    widths: Counter[int] = Counter()
+    for suffixes in re.findall(rf"\b{instruction}((?:\.\w+)*)", assembly):
+        parts = suffixes.split(".")
+        bits = next((int(part) for part in parts if part in ("64", "128", "256")), None)
+        narrow = 1 if parts[-1] in ("U8", "S8") or "U8" in parts else 2 if "U16" in parts or "S16" in parts else 4
+        widths[bits // 8 if bits else narrow] += 1
+    return widths
+
+
+def problems(report: Report) -> list[str]:
+    """The promises that a report breaks; empty for a good kernel."""
+    variant, found = report.variant, []
+    if report.local_bytes:
+        found.append(f"{report.local_bytes} bytes of local memory (spills)")
+    if report.occupancy < 0.5:
+        found.append(f"occupancy {report.occupancy:.0%} with {report.registers} registers a thread")
+    for word, accesses, expected in (("reads", report.loads, variant.reads), ("writes", report.stores, variant.writes)):
+        if expected is not None and report.payload(accesses) != expected:
+            found.append(f"{word} {report.payload(accesses)} bytes in wide accesses, the formula has {expected}")
+    narrow = sum(count for width, count in report.loads.items() if width < WIDE)
+    if variant.reads is not None and narrow > variant.scalars:
+        found.append(f"{narrow} narrow loads a thread, {variant.scalars} are scalars")
+    return found
+
+
+def _entropy(classes: int, dtype: str, gradient: bool = True) -> Variant:
+    rows, block, warps = entropy_settings(classes)
+    size, unit = 4 if dtype == "fp32" else 2, math.gcd(classes, 16)
+    online = classes > ONE_BLOCK
+    fits = classes * size % WIDE == 0
+    arguments = {
+        "logits": f"*{dtype}",
+        "entropy": "*fp32",
+        "dlogits": f"*{dtype}",
+        "rows": "i32",
+        "stride_units": "i32",
+        "inverse_temperature": "fp32",
+        "CLASSES": classes,
+        "UNIT": unit,
+        "GRADIENT": gradient,
+        "ROWS": rows,
+        "BLOCK": block,
+    }
+    return Variant(
+        name=f"entropy{'' if gradient else ', value only'}, K = {classes}, {dtype}",
+        kernel=online_kernel if online else rows_kernel,
+        arguments=arguments,
+        warps=warps,
+        reads=(1 + (online and gradient)) * rows * block * size if fits else None,
+        writes=rows * block * size * gradient if fits else None,
+    )
+
+
+def _guided(name: str, elements: int, dtype: str = "fp32", **changes: Any) -> Variant:
+    size = 4 if dtype == "fp32" else 2
+    chunks, block, warps = guided.settings(elements, size, changes.get("LIMIT") == 2)
+    parts = -(-elements // (chunks * block))
+    arguments = {
+        **dict.fromkeys(("x", "pred_cond", "pred_uncond", "grad", "out"), f"*{dtype}"),
+        **{"table": "*fp32", "steps": "i32", "step": "*i64", "cfg_scale": "*fp32", "omega": "*fp32"},
+        **{"partials": "*fp32" if parts > 1 else None, "bound": "fp32", "below": "i32"},
+        **{"fraction": "fp32", "maximum": "fp32", "ELEMENTS": elements, "STEP_AT": True, "SEED_AT": True},
+        **{"CFG_STRIDE": 0, "OMEGA_STRIDE": 0, "RELATIVE": True, "PREDICTION": 1, "LIMIT": 0},
+        **{"PARTS": next_power(parts), "CHUNKS": chunks, "BLOCK": block, "seed": "*i64", **changes},
+    }
+    payload = chunks * block * size
+    inputs = sum(arguments.get(name) is not None for name in ("x", "pred_cond", "pred_uncond", "grad", "x0_prev"))
+    outputs = sum(arguments.get(name) is not None for name in ("out", "x0_out"))
+    return Variant(
+        name=f"guided_step, {name}, n = {elements}, {dtype}",
+        kernel=guided.guided_step_kernel,
+        arguments=arguments,
+        warps=warps,
+        reads=inputs * payload,
+        writes=outputs * payload,
+        scalars=24,
+    )
+
+
+def _gather(name: str, dtype: str, channels_last: bool, flip: bool) -> Variant:
+    block = gather.settings(channels_last)
+    arguments = {
+        **{"store": "*u8", "indices": "*i64", "flip": "*u8" if flip else None, "scale": "*fp32", "bias": "*fp32"},
+        **{"out": f"*{dtype}", "rows": "i64", "row_stride": "i64:16", "CHANNELS": 3, "HEIGHT": 64, "WIDTH": 64},
+        **{"CHANNELS_LAST": channels_last, "FLIP": flip, "BLOCK": block},
+    }
+    return Variant(
+        name=f"gather, {name}, {dtype}",
+        kernel=gather.gather_kernel,
+        arguments=arguments,
+        warps=gather.WARPS,
+        reads=None if channels_last or flip else block,
+        writes=block * (4 if dtype == "fp32" else 2),
+        scalars=4,
+    )
+
+
+def variants() -> list[Variant]:
+    """The uses that the audit promises something about."""
+    noise_arguments = {"ids": "*i64", "out": "*fp32", "seed": "*i64", "stream": "*i64", "ELEMENTS": 16384}
+    noise_arguments |= {"SEED_AT": True, "STREAM_AT": True, "WORDS": False, "BLOCK": noise.BLOCK}
+    every = {"x0_prev": "*fp32", "x0_out": "*fp32", "ids": "*i64", "skipped": "*i64"}
+    return [
+        *(_entropy(classes, "fp32") for classes in (10, 100, 1000, 16384, 128256)),
+        *(_entropy(classes, dtype) for dtype in ("fp16", "bf16") for classes in (1000, 128256)),
+        _entropy(1000, "fp32", gradient=False),
+        _guided("plain", 16384, pred_uncond=None, grad=None),
+        _guided("CFG", 16384, grad=None),
+        *(_guided("CFG, relative", elements) for elements in (4096, 16384, 65536)),
+        _guided("CFG, relative", 16384, "bf16"),
+        _guided("CFG, score, flow", 16384, RELATIVE=False, PREDICTION=3),
+        _guided("CFG, relative, noise", 16384, ids="*i64"),
+        _guided("every term", 16384, **every),
+        _guided("every term, clip", 16384, LIMIT=1, **every),
+        _guided("dynamic threshold", guided.WITH_QUANTILE, LIMIT=2, **every),
+        Variant(
+            name="normal",
+            kernel=noise.normal_kernel,
+            arguments=noise_arguments,
+            warps=noise.BLOCK // 256,
+            reads=0,
+            writes=noise.BLOCK * 4,
+            scalars=3,
+        ),
+        _gather("NCHW", "fp32", False, False),
+        _gather("NCHW", "bf16", False, False),
+        _gather("NCHW, flip", "fp32", False, True),
+        _gather("NHWC, flip", "fp32", True, True),
+        _gather("NHWC, flip", "bf16", True, True),
+    ]
+
+
+def audit(chosen: Iterable[Variant] | None = None, capabilities: Sequence[int] = CAPABILITIES) -> list[Report]:
+    """Reports for `chosen` variants, all by default, on each of `capabilities`."""
+    return [inspect(variant, capability) for variant in chosen or variants() for capability in capabilities]
+
+
+def table(reports: Iterable[Report]) -> str:
+    """The reports as a Markdown table."""
+    lines = [
+        "| kernel | GPU | registers | local bytes | shared bytes | occupancy | loads | stores | promises |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        loads, stores = (
+            " + ".join(f"{count} x {width} B" for width, count in sorted(accesses.items(), reverse=True)) or "-"
+            for accesses in (report.loads, report.stores)
+        )
+        lines.append(
+            f"| {report.variant.name} | sm_{report.capability} | {report.registers} | {report.local_bytes} | "
+            f"{report.shared_bytes} | {report.occupancy:.0%} | {loads} | {stores} | "
+            f"{'; '.join(problems(report)) or 'kept'} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+
+from dpfast.ops import _dispatch
+from dpfast.ops._triton import tl, triton
+from dpfast.ops.audit import CAPABILITIES, Variant, audit, inspect, occupancy, problems, table, variants
+
+pytestmark = pytest.mark.skipif(
+    _dispatch.INTERPRETED or not _dispatch.has_triton(), reason="the compiler needs Triton outside its interpreter"
+)
+VARIANTS = variants()
+ON_EVERY_GPU = [
+    "entropy, K = 1000, bf16",
+    "entropy, K = 128256, fp32",
+    "guided_step, CFG, relative, n = 16384, fp32",
+    "guided_step, every term, clip, n = 16384, fp32",
+    "guided_step, dynamic threshold, n = 8192, fp32",
+    "gather, NCHW, fp32",
+    "normal",
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_kernels_keep_their_promises_on_h100(variant):
+    assert problems(inspect(variant, 90)) == []
+
+
+@pytest.mark.parametrize("capability", [capability for capability in CAPABILITIES if capability != 90])
+@pytest.mark.parametrize("name", ON_EVERY_GPU)
+def test_kernels_keep_their_promises_on_others(name, capability):
+    (variant,) = (variant for variant in VARIANTS if variant.name == name)
+    assert problems(inspect(variant, capability)) == []
+
+
+@triton.jit
+def spilling_kernel(source, target, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    value = tl.load(source + lane)
+    tl.store(target + lane, value - tl.sum(value, axis=0))
+
+
+@triton.jit
+def rereading_kernel(source, target, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(source + lane), axis=0)
+    tl.debug_barrier()
+    tl.store(target + lane, tl.load(source + lane, volatile=True) * total)
+
+
+@triton.jit
+def narrow_kernel(source, target, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(target + lane, tl.load(source + lane * 3))
+
+
+def bad(kernel, block: int, warps: int) -> list[str]:
+    arguments = {"source": "*fp32", "target": "*fp32", "BLOCK": block}
+    variant = Variant(
+        name="bad", kernel=kernel, arguments=arguments, warps=warps, reads=4 * block, writes=4 * block, scalars=0
+    )
+    return problems(inspect(variant, 90))
+
+
+def test_audit_finds_spills():
+    assert any("local memory" in problem for problem in bad(spilling_kernel, 65536, 4))
+
+
+def test_audit_finds_a_second_read():
+    assert any(problem.startswith("reads 8192 bytes") for problem in bad(rereading_kernel, 1024, 4))
+
+
+def test_audit_finds_narrow_loads():
+    found = bad(narrow_kernel, 1024, 4)
+    assert any(problem.startswith("reads 0 bytes") for problem in found)
+    assert any("narrow loads" in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "capability", "expected"),
+    [
+        (32, 0, 8, 90, 1.0),
+        (64, 0, 32, 90, 0.5),
+        (65, 0, 32, 90, 0.0),
+        (128, 0, 4, 80, 0.25),
+        (32, 100 * 1024, 4, 80, 1 / 16),
+    ],
+)
+def test_occupancy(registers, shared, warps, capability, expected):
+    assert occupancy(registers, shared, warps, capability) == expected
+
+
+def test_table():
+    (report,) = audit([variant for variant in VARIANTS if variant.name == "normal"], [90])
+    assert "| normal | sm_90 |" in table([report])
+    assert table([report]).endswith("| kept |")
