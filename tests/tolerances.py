@@ -1,4 +1,7 @@
-"""How far an operation may be from its fp64 reference; the comment beside a number is the worst measured error."""
+"""How far an operation may be from its fp64 reference; the comment beside a number is the worst measured error.
+
+Measured on an AVX-512 CPU with torch 2.13 and in Triton 3.9's interpreter, for logits and latents of unit to 20-fold size.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,14 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 HALF_ULP = {FP32: 2.0**-24, FP16: 2.0**-11, BF16: 2.0**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 2.0**-8}
 
 # Entropy in nats, absolute, up to K = 128,256.
-ENTROPY = 4e-6
+ENTROPY = 4e-6  # reference 2.4e-7, native 8.0e-7, triton 5.7e-7
 # Its gradient, absolute, beside the rounding of the output.
-ENTROPY_GRAD = {FP32: 2e-6, FP16: 2e-6, BF16: 2e-6}
-# Normals, absolute and relative.
-NORMAL = 6e-7
+ENTROPY_GRAD = {FP32: 2e-6, FP16: 2e-6, BF16: 2e-6}  # reference 2.6e-8, native 1.0e-6, triton 5.4e-7
+# Normals, relative to 1 + |z|.
+NORMAL = 6e-7  # native 1.2e-7, triton 1.2e-7
 # Normalised pixels, absolute, beside the rounding of the output.
-GATHER = 6e-7
+GATHER = 6e-7  # reference 1.6e-7, native 9.6e-8, triton 1.6e-7
 # The guided step, absolute, for inputs of unit size, beside the rounding of the output.
-GUIDED = 3e-6
+GUIDED = 3e-6  # reference 2.2e-6, native 6.3e-7, triton 2.0e-6
+# One solver step against diffusers, times the largest factor of the step.
+SCHEDULER = 4e-5  # 1.7e-5, at the last steps of eta = 1, where diffusers takes sigma^2 - s^2 in fp32

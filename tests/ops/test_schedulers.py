@@ -1,0 +1,78 @@
+"""One step of `guided_step` with omega = 0 is one step of diffusers' own scheduler, for every step of a grid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpfast.ops import DynamicThreshold, _dispatch, guided_step, normal
+from tests.tolerances import SCHEDULER
+
+diffusers = pytest.importorskip("diffusers", reason="the schedulers are diffusers' own")
+schedule = pytest.importorskip("dpfast.generate.schedule")
+pytestmark = pytest.mark.skipif(_dispatch.INTERPRETED, reason="the kernels' variants have tests of their own")
+
+SHAPE = (2, 4, 6, 6)
+GRIDS = [10, 30, 50]
+KINDS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+
+
+def assert_step(actual, expected, row):
+    """Rounding grows with the factors of the step: x0 from epsilon divides by alpha."""
+    alpha, _, a = row[:3].tolist()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=SCHEDULER * max(1.0, a / max(alpha, 1e-9)))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0, DynamicThreshold(0.9, 1.5)], ids=["free", "clip", "dynamic"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", GRIDS)
+def test_ddim(steps, kind, eta, clip, backend):
+    dynamic = isinstance(clip, DynamicThreshold)
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type=kind,
+        beta_schedule="scaled_linear",
+        clip_sample=clip == 1.0,
+        thresholding=dynamic,
+        dynamic_thresholding_ratio=0.9,
+        sample_max_value=1.5,
+    )
+    table = schedule.ddim_table(scheduler, steps, eta=eta)
+    ids = torch.tensor([3, 2**36])
+    for step, t in enumerate(scheduler.timesteps):
+        x, pred = torch.randn(SHAPE), torch.randn(SHAPE)
+        z = normal(ids, SHAPE[1:], seed=5, stream=step + 1)
+        expected = scheduler.step(pred, t, x, eta=eta, variance_noise=z if eta else None).prev_sample
+        actual = guided_step(
+            x, pred, pred, torch.randn(SHAPE), table.rows, step, cfg_scale=3.0, omega=0.0, prediction=KINDS[kind],
+            clip=clip, sample_ids=ids if eta else None, seed=5,
+        )  # fmt: skip
+        assert_step(actual, expected, table.rows[step])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", GRIDS)
+def test_dpm_solver(steps, kind, backend):
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type=kind, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint"
+    )
+    table = schedule.dpmpp_2m_table(scheduler, steps)
+    x0 = torch.zeros(SHAPE)
+    for step, t in enumerate(scheduler.timesteps):
+        x, pred, following = torch.randn(SHAPE), torch.randn(SHAPE), torch.empty(SHAPE)
+        expected = scheduler.step(pred, t, x).prev_sample
+        options = {"cfg_scale": 1.0, "omega": 0.0, "prediction": KINDS[kind]}
+        actual = guided_step(x, pred, None, None, table.rows, step, x0_prev=x0, x0_out=following, **options)
+        assert_step(actual, expected, torch.stack((table.rows[max(step - 1, 0), 0], x.new_zeros(()), x.new_ones(()))))
+        x0 = following
+
+
+@pytest.mark.parametrize("steps", GRIDS)
+def test_flow_matching(steps, backend):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    table = schedule.flow_euler_table(scheduler, steps)
+    for step, t in enumerate(scheduler.timesteps):
+        x, pred = torch.randn(SHAPE), torch.randn(SHAPE)
+        expected = scheduler.step(pred, t, x).prev_sample
+        actual = guided_step(x, pred, None, None, table.rows, step, cfg_scale=1.0, omega=0.0, prediction="flow")
+        assert_step(actual, expected, x.new_ones(3))
