@@ -12,7 +12,7 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int64_t kSmall = 32;         // up to here, 16 rows side by side fill the vector better than one row does
 constexpr float kFloor = -87.0f;       // e^-87 is the last normal float; below it p counts as zero
-constexpr int64_t kPartial = 4096;     // so many terms are summed in fp32, the partial sums in fp64
+constexpr int64_t kPartial = 512;      // so many terms are summed in fp32, the partial sums in fp64
 constexpr int64_t kBytesPerPiece = int64_t{256} << 10;
 
 DPFAST_INLINE float scaled(float logit, float top, float inverse_temperature) {
@@ -55,7 +55,7 @@ DPFAST_INLINE void one_row(const float* z, int64_t classes, float inverse_temper
 
 // kLanes rows side by side: z and work are [classes][kLanes].
 DPFAST_INLINE void many_rows(const float* z, int64_t classes, float inverse_temperature, float* entropy, float* work) {
-  float top[kLanes], sum[kLanes], mean[kLanes];
+  float top[kLanes], sum[kLanes], mean[kLanes], scale[kLanes];
   for (int r = 0; r < kLanes; ++r) top[r] = z[r], sum[r] = 0.0f, mean[r] = 0.0f;
   for (int64_t k = 1; k < classes; ++k) {
     for (int r = 0; r < kLanes; ++r) top[r] = top[r] < z[k * kLanes + r] ? z[k * kLanes + r] : top[r];
@@ -71,13 +71,14 @@ DPFAST_INLINE void many_rows(const float* z, int64_t classes, float inverse_temp
   }
   for (int r = 0; r < kLanes; ++r) {
     mean[r] /= sum[r];
+    scale[r] = -inverse_temperature / sum[r];
     // 1 <= sum <= kSmall; a NaN passes through the bits of log_positive, so it is added back by the mean.
     entropy[r] = log_positive(sum[r]) - mean[r];
   }
   for (int64_t k = 0; k < classes; ++k) {
     for (int r = 0; r < kLanes; ++r) {
       const float d = scaled(z[k * kLanes + r], top[r], inverse_temperature);
-      work[k * kLanes + r] = work[k * kLanes + r] * (-inverse_temperature / sum[r]) * (d - mean[r]);
+      work[k * kLanes + r] = work[k * kLanes + r] * scale[r] * (d - mean[r]);
     }
   }
 }
@@ -95,6 +96,13 @@ DPFAST_INLINE void small_rows(const Entropy& args, int64_t begin, int64_t end) {
     many_rows(z, args.classes, args.inverse_temperature, entropies, work);
     for (int64_t r = 0; r < rows; ++r) args.entropy[first + r] = entropies[r];
     if (args.gradient == nullptr) continue;
+    if (args.dtype == DType::kFloat32) {
+      float* target = static_cast<float*>(args.gradient) + first * args.classes;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t k = 0; k < args.classes; ++k) target[r * args.classes + k] = work[k * kLanes + r];
+      }
+      continue;
+    }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t k = 0; k < args.classes; ++k) row[k] = work[k * kLanes + r];
       store_floats(args.gradient, args.dtype, (first + r) * args.classes, args.classes, row, false);

@@ -115,8 +115,8 @@ def test_shapes_and_dtypes(shape, dtype, device):
 @pytest.mark.parametrize("mode", ["relative", "score"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_variant(prediction, mode, clip, device):
-    x, cond, uncond, grad, previous = tensors((3, 2, 5, 7), device)
-    table, ids = solver_table(device), torch.tensor([4, 2**35, -3], device=device)
+    x, cond, uncond, grad, previous = tensors((2, 2, 5, 7), device)
+    table, ids = solver_table(device), torch.tensor([2**35, -3], device=device)
     variants = list(itertools.product(BOTH, BOTH, BOTH, BOTH))
     for has_uncond, has_grad, has_previous, has_noise in variants[::5] if INTERPRETED else variants:
         inputs = [x, cond, uncond if has_uncond else None, grad if has_grad else None, table]
@@ -192,7 +192,7 @@ def test_step_and_seed_may_live_on_the_device(device):
     x, cond, _, _, _ = tensors((2, 4, 5), device)
     table, ids = solver_table(device), torch.arange(2, device=device)
     options = {"cfg_scale": 1.0, "omega": 0.0, "sample_ids": ids}
-    for step, dtype in itertools.product(range(7), (torch.int64, torch.int32)):
+    for step, dtype in itertools.product((0, 3, 6), (torch.int64, torch.int32)):
         expected = guided_step(x, cond, None, None, table, step, seed=3, **options)
         at, seed = torch.tensor(step, dtype=dtype, device=device), torch.tensor(3, device=device)
         assert torch.equal(guided_step(x, cond, None, None, table, at, seed=seed, **options), expected)

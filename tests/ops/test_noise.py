@@ -41,7 +41,7 @@ def test_known_answer_of_the_kernels(counter, key, expected, device):
 @pytest.mark.parametrize("elements", [1, 4, 7, 1023, 1024, 1025, 4099])
 @pytest.mark.parametrize(("seed", "stream"), [(0, 0), (2**40 + 9, 3), (-5, 2**32 - 1)])
 def test_words_are_identical_on_every_backend(elements, seed, stream, device):
-    ids = torch.tensor(IDS, device=device)
+    ids = torch.tensor(IDS[::3] if INTERPRETED else IDS, device=device)
     assert torch.equal(words(ids, elements, seed=seed, stream=stream), reference_words(ids, elements, seed, stream))
 
 
@@ -83,7 +83,7 @@ def test_keys_are_independent(device):
 
 @pytest.mark.parametrize("part", [slice(0, None, 2), slice(1, None, 2), slice(None)])
 def test_distribution(part, device):
-    rows = 4 if INTERPRETED else 64
+    rows = 2 if INTERPRETED else 64
     z = normal(torch.arange(rows, device=device), (2048,), seed=3, stream=9)[:, part].flatten().cpu().numpy()
     assert stats.kstest(z, "norm").pvalue > 1e-3
     assert abs(z.mean()) < 4 / math.sqrt(z.size)
