@@ -57,10 +57,10 @@ AUTOENCODER = {
 TINY = {
     "in_channels": 1,
     "out_channels": 1,
-    "encoder_block_out_channels": (8, 16, 32),
-    "decoder_block_out_channels": (32, 16, 8),
+    "encoder_block_out_channels": (16, 16, 16),
+    "decoder_block_out_channels": (16, 16, 16),
     "num_encoder_blocks": (1, 1, 1),
-    "num_decoder_blocks": (2, 1, 1),
+    "num_decoder_blocks": (3, 2, 1),
     "latent_channels": 4,
 }
 DENOISER = {
@@ -237,9 +237,8 @@ def train_judge(images: Tensor, labels: Tensor, args: argparse.Namespace) -> Non
         top, left = torch.randint(0, 5, (2,), generator=generator).tolist()
         x = x[..., top : top + 32, left : left + 32]
         flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            logits = model(torch.where(flip, x.flip(-1), x)).logits
-        return F.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)
+        logits = model(torch.where(flip, x.flip(-1), x)).logits
+        return F.cross_entropy(logits, labels[index], label_smoothing=0.05)
 
     trainer.run(loss_of)
 
@@ -291,7 +290,7 @@ def train_tiny(images: Tensor, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed + 30)
     model = AutoencoderTiny(**TINY).to(memory_format=torch.channels_last)
     trainer = Trainer("tiny", model, args.work, steps=args.tiny_steps, lr=2e-3, ema=0.998)
-    order = batches(len(images), 128, args.seed + 31)
+    order = batches(len(images), 64, args.seed + 31)
 
     def loss_of(step: int) -> Tensor:
         generator = step_generator(args.seed + 32, step)
@@ -360,7 +359,9 @@ def report(images: Tensor, args: argparse.Namespace) -> None:
             agreement = (predict(judge, samples).argmax(1) == labels).float()
             by_class = " ".join(f"{float(agreement[labels == k].mean()):.2f}" for k in range(10))
             distance = frechet_distance(features(judge, samples), real)
-            print(f"cfg {cfg_scale} steps {steps}: label agreement {float(agreement.mean()):.2%} ({by_class})", end=", ")
+            print(
+                f"cfg {cfg_scale} steps {steps}: label agreement {float(agreement.mean()):.2%} ({by_class})", end=", "
+            )
             print(f"Frechet distance {distance:.3f}", flush=True)
             rows = [samples[labels == k][:20] for k in range(10)]
             title = f"unguided samples, {steps} steps, CFG scale {cfg_scale}"
@@ -386,8 +387,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder-steps", type=int, default=2600)
     parser.add_argument("--judge-steps", type=int, default=3000)
-    parser.add_argument("--denoiser-steps", type=int, default=9000)
-    parser.add_argument("--tiny-steps", type=int, default=2500)
+    parser.add_argument("--denoiser-steps", type=int, default=6000)
+    parser.add_argument("--tiny-steps", type=int, default=1500)
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, default=True, help="needs AVX512-BF16 or AMX to be fast"
     )

@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""What guidance does: entropy and label agreement against omega, and a picture of the same samples under each omega.
+
+    python tools/measure_guidance.py RUN --out docs/guidance.png [--omega 0 0.03 0.05 0.1] [--count 500]
+
+RUN is the folder of a finished run; its learner guides. Labels and sample ids are the same for every omega, so every
+column of the picture is one sample that guidance makes harder from top to bottom.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from dpfast.config import Recipe
+from dpfast.generate.denoiser import Pipeline
+from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.learn.evaluate import predict
+from dpfast.learn.models import load_judge
+from dpfast.practice.run_folder import load_learner
+from dpfast.report.plots import contact_sheet
+
+FIRST_ID = 1 << 41  # ids that no run uses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--omega", type=float, nargs="+", default=[0.0, 0.02, 0.03, 0.05, 0.1])
+    parser.add_argument("--every", type=int, default=Recipe.load("fashion").guidance.guide_every)
+    parser.add_argument("--count", type=int, default=500)
+    arguments = parser.parse_args()
+
+    recipe = Recipe.load("fashion")
+    pipeline, judge = Pipeline.from_pretrained(recipe.generator.pipeline), load_judge()
+    learner = load_learner(arguments.run, pipeline)
+    labels = torch.arange(arguments.count) % len(pipeline.class_names)
+    print("omega  entropy of the learner, nats  label agreement of the judge  seconds per 1,000 samples")
+    rows = []
+    for omega in arguments.omega:
+        guidance = GuidanceConfig(omega=omega, every=arguments.every)
+        sampler = GuidedSampler(
+            pipeline, learner, guidance=guidance, steps=recipe.generator.steps, cfg_scale=recipe.generator.cfg_scale
+        )
+        started = time.perf_counter()
+        batches = list(sampler.stream(labels, first_id=FIRST_ID))
+        seconds = (time.perf_counter() - started) / arguments.count * 1000
+        images = torch.cat([batch.images for batch in batches])
+        entropy = float(torch.cat([batch.entropy for batch in batches]).mean())
+        agreement = float((predict(judge, images).argmax(1) == labels).float().mean())
+        print(f"{omega:5.2f}  {entropy:28.3f}  {agreement:28.1%}  {seconds:25.1f}")
+        rows.append(images[:20])
+    names = tuple("unguided" if omega == 0 else f"omega {omega:g}" for omega in arguments.omega)
+    contact_sheet(rows, names, "The same labels and noise under rising guidance", arguments.out)
+
+
+if __name__ == "__main__":
+    main()
