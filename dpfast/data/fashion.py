@@ -38,7 +38,7 @@ def read_idx(path: Path) -> Tensor:
     if len(raw) < 4 or raw[0] or raw[1] or raw[2] != _IDX_UINT8:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")
     rank = raw[3]
-    shape = tuple(np.frombuffer(raw, dtype=">u4", count=rank, offset=4).astype(int))
+    shape = tuple(np.frombuffer(raw, dtype=">u4", count=rank, offset=4).tolist())
     data = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank)
     if data.size != int(np.prod(shape)):
         raise ValueError(f"{path} holds {data.size} bytes, its header promises shape {shape}")

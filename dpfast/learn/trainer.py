@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from dpfast.config import Learner
 from dpfast.learn.schedule import wsd
@@ -18,7 +18,8 @@ class Trainer:
 
     def __init__(self, model: nn.Module, config: Learner, *, iterations: int) -> None:
         self.model, self.config, self.iterations = model.train(), config, iterations
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True).eval()
+        self.step_count = 0
+        self.ema = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True).eval()
         self.ema.requires_grad_(False)
         decayed = [p for p in model.parameters() if p.ndim > 1]
         plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -28,7 +29,6 @@ class Trainer:
         )
         factor = partial(wsd, total=iterations, warmup=config.warmup, cooldown=config.cooldown)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.step_count = 0
 
     @property
     def cooling(self) -> bool:
@@ -38,6 +38,14 @@ class Trainer:
     @property
     def warming(self) -> bool:
         return self.step_count < self.config.warmup * self.iterations
+
+    def _average(self, averaged: list[Tensor], current: list[Tensor], count: object) -> None:
+        # The decay rises to its value, so that the average forgets the initial weights within a few steps.
+        decay = min(self.config.ema_decay, (1 + self.step_count) / (10 + self.step_count))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        else:
+            torch._foreach_copy_(averaged, current)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimiser step on images (B, C, H, W) and labels (B,); returns the loss, a 0-d tensor."""

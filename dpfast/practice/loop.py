@@ -103,8 +103,10 @@ class Loop:
                     continue
                 accuracy = self._evaluate(float(loss_sum) / practice.evaluate_every)
                 loss_sum.zero_()
+                if trainer.warming:
+                    continue  # the count of evaluations without progress starts with the stable phase
                 due = self.patience.update(accuracy, len(self.pool))
-                if due and not trainer.warming and not trainer.cooling:
+                if due and source.available(len(self.pool)) and not trainer.cooling:
                     self._practice(source, probe)
         training = time.perf_counter() - started - (self.generation_seconds - generated)
         self._time("training", seconds=training, steps_per_second=practice.iterations / training)
@@ -129,41 +131,31 @@ class Loop:
         return result.top1
 
     def _practice(self, source: Source, probe: SampleBatch) -> None:
-        before, step = len(self.pool), self.trainer.step_count
-        training = self.guide.training
-        self.guide.eval()
-        wanted = min(self.recipe.practice.round_samples, self.recipe.practice.maximum_samples - before)
+        before, step, guide = len(self.pool), self.trainer.step_count, self.guide
+        training = guide.training
+        guide.eval()
         self.additions += 1
-        added = self._add(
-            source.more(before, step),
-            wanted,
-            omega=self.recipe.guidance.omega,
-            label=f"{self.name}: round {self.additions}",
-        )
-        if added:
-            hard = float(self.pool.column("entropy")[before:].mean())
-            easy = float(entropy(predict(self.guide, probe.images)).mean())
-            self._log("addition", round=self.additions, samples=len(self.pool), entropy=hard, unguided_entropy=easy)
-            self._say(
-                f"{self.name:>6} | round {self.additions:2d} at iteration {step} | pool {before} -> {len(self.pool)} | "
-                f"mean entropy of the new samples {hard:.3f} nats, of unguided ones {easy:.3f}"
-            )
-        else:
-            self.additions -= 1
-        self.guide.train(training)
+        omega, label = self.recipe.guidance.omega, f"{self.name}: round {self.additions}"
+        self._add(source.more(before, step), source.available(before), omega=omega, label=label)
+        hard = float(self.pool.column("entropy")[before:].mean())
+        easy = float(entropy(predict(guide, probe.images)).mean())
+        guide.train(training)
         self.patience.reset()
+        self._log("addition", round=self.additions, samples=len(self.pool), entropy=hard, unguided_entropy=easy)
+        self._say(
+            f"{self.name:>6} | round {self.additions:2d} at iteration {step} | pool {before} -> {len(self.pool)} | "
+            f"mean entropy of the new samples {hard:.3f} nats, of unguided ones {easy:.3f}"
+        )
 
-    def _add(self, batches: Iterable[SampleBatch], total: int, *, omega: float, label: str) -> int:
-        before, started = len(self.pool), time.perf_counter()
-        with self._bar(max(total, 0), "sample", label) as bar:
+    def _add(self, batches: Iterable[SampleBatch], total: int, *, omega: float, label: str) -> None:
+        started = time.perf_counter()
+        with self._bar(total, "sample", label) as bar:
             for batch in batches:
                 self.pool.append(batch, round=self.additions, omega=omega)
                 bar.update(len(batch))
-        seconds, count = time.perf_counter() - started, len(self.pool) - before
+        seconds = time.perf_counter() - started
         self.generation_seconds += seconds
-        if count:
-            self._time("generation", seconds=seconds, samples=count, samples_per_second=count / seconds)
-        return count
+        self._time("generation", seconds=seconds, samples=total, samples_per_second=total / seconds)
 
     def _result(self, training_seconds: float) -> Result:
         real = self.real

@@ -26,8 +26,12 @@ class Source(Protocol):
         """The samples that training starts with."""
         ...
 
+    def available(self, pool_size: int) -> int:
+        """How many samples the next addition to a pool of ``pool_size`` would bring; 0: none."""
+        ...
+
     def more(self, pool_size: int, learner_step: int) -> Iterator[SampleBatch]:
-        """The samples of one addition to a pool of ``pool_size``; nothing when the source is exhausted."""
+        """The samples of one addition to a pool of ``pool_size``."""
         ...
 
 
@@ -49,14 +53,13 @@ class DeliberatePracticeSource:
         labels = balanced_labels(0, self.initial_samples, self.sampler.pipeline.denoiser.classes)
         return self.unguided.stream(labels, batch_size=self.recipe.generator.generation_batch)
 
+    def available(self, pool_size: int) -> int:
+        return max(0, min(self.recipe.practice.round_samples, self.recipe.practice.maximum_samples - pool_size))
+
     def more(self, pool_size: int, learner_step: int) -> Iterator[SampleBatch]:
-        practice = self.recipe.practice
-        count = min(practice.round_samples, practice.maximum_samples - pool_size)
-        labels = balanced_labels(pool_size, max(count, 0), self.sampler.pipeline.denoiser.classes)
-        if not len(labels):
-            return iter(())
+        classes = self.sampler.pipeline.denoiser.classes
         return self.sampler.stream(
-            labels,
+            balanced_labels(pool_size, self.available(pool_size), classes),
             first_id=pool_size,
             batch_size=self.recipe.generator.generation_batch,
             learner_step=learner_step,
@@ -80,8 +83,11 @@ class StaticSource:
         if len(labels):
             yield from self.sampler.stream(labels, first_id=made, batch_size=self.recipe.generator.generation_batch)
 
+    def available(self, pool_size: int) -> int:
+        return 0
+
     def more(self, pool_size: int, learner_step: int) -> Iterator[SampleBatch]:
-        return iter(())
+        raise RuntimeError("a static source adds nothing")
 
 
 def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: nn.Module | None) -> GuidedSampler:

@@ -41,7 +41,7 @@ def test_training_lowers_the_loss_and_ends_at_rate_zero():
 
 
 def test_ema_follows_the_weights_by_its_decay():
-    trainer, _ = toy(steps=10, ema_decay=0.9)
+    trainer, _ = toy(steps=200, ema_decay=0.9)  # (1 + n) / (10 + n) has passed 0.9
     image, label = torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
     old = trainer.ema.module[1].weight.clone()
     trainer.step(image, label)

@@ -16,9 +16,9 @@ from dpfast.practice.run_folder import RunFolder, load_learner
 @pytest.fixture
 def recipe(pipeline_folder, monkeypatch):
     """A recipe of seconds: three classes, 16x16 images, noise as the real images."""
-    generator = torch.Generator().manual_seed(0)
 
     def load_real(name):
+        generator = torch.Generator().manual_seed(0)
         sets = [
             RealSet(
                 torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8, generator=generator), torch.arange(30) % 3
