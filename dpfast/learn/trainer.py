@@ -12,6 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 from dpfast.config import Learner
 from dpfast.learn.schedule import wsd
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class Trainer:
     """Trains one model. ``ema`` holds averaged weights; both are updated in place, so a sampler can read them live."""
@@ -39,7 +41,7 @@ class Trainer:
     def warming(self) -> bool:
         return self.step_count < self.config.warmup * self.iterations
 
-    def _average(self, averaged: list[Tensor], current: list[Tensor], count: object) -> None:
+    def _average(self, averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         # The decay rises to its value, so that the average forgets the initial weights within a few steps.
         decay = min(self.config.ema_decay, (1 + self.step_count) / (10 + self.step_count))
         if averaged[0].is_floating_point():
