@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dpfast.config import ASSETS, RecipeError
@@ -64,8 +65,7 @@ def load_judge() -> nn.Module:
 
     A yardstick for samples (label agreement, Fréchet distance). No learner ever sees it or what it was trained on.
     """
-    transformers = importlib.import_module("transformers")
-    model = transformers.RegNetForImageClassification.from_pretrained(
-        ASSETS / "fashion_judge", use_safetensors=True, dtype=torch.float32
-    )
+    transformers, folder = importlib.import_module("transformers"), ASSETS / "fashion_judge"
+    model = transformers.RegNetForImageClassification(transformers.RegNetConfig.from_pretrained(folder))
+    model.load_state_dict(load_file(folder / "model.safetensors"))  # float16 on disk, copied into float32
     return _Logits(model).eval().requires_grad_(False)
