@@ -40,12 +40,14 @@ class Generator:
     cfg_scale: float = 1.5  # diffusers' convention (1 = no classifier-free guidance), the paper's lambda + 1
     eta: float = 0.0  # 0: deterministic DDIM, 1: ancestral
     generation_batch: int = 250  # samples in one sampler batch; the images do not depend on it
+    attention: str = "sdpa"  # torch's scaled_dot_product_attention, or "xformers" on a GPU
 
     def __post_init__(self) -> None:
         _check(1 <= self.steps <= 1000, "steps", self.steps, "between 1 and 1000")
         _check(self.cfg_scale >= 0, "cfg_scale", self.cfg_scale, "at least 0; 1 switches classifier-free guidance off")
         _check(0 <= self.eta <= 1, "eta", self.eta, "between 0 (DDIM) and 1 (ancestral)")
         _check(self.generation_batch >= 1, "generation_batch", self.generation_batch, "at least 1")
+        _check(self.attention in ("sdpa", "xformers"), "attention", self.attention, "'sdpa' or 'xformers'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ def test_overrides_take_text_as_a_command_line_gives_it():
         ({"steps": "0"}, "steps = 0"),
         ({"maximum_samples": "100"}, "maximum_samples = 100"),
         ({"sources": "dp,dp"}, "sources = 'dp,dp'"),
+        ({"attention": "flash"}, "attention = 'flash'"),
         ({"mode": "sideways"}, "mode = 'sideways'"),
         ({"flip": "perhaps"}, "flip = 'perhaps'"),
         ({"cooldown": "0.95"}, "cooldown = 0.95"),

@@ -6,6 +6,7 @@ method made of class labels; ``null`` is the condition of classifier-free guidan
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +70,19 @@ class Pipeline:
     device: torch.device
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, device: torch.device | str = "cpu") -> Pipeline:
+    def from_pretrained(
+        cls, source: str | Path, *, device: torch.device | str = "cpu", attention: str = "sdpa"
+    ) -> Pipeline:
         """Loads a folder that ``diffusers.DiTPipeline.from_pretrained`` loads, in float32, from safetensors only.
 
         ``source`` is a folder or the name of an embedded asset ("fashion"). An optional ``tiny_decoder``
-        (``AutoencoderTiny``) beside the pipeline's own parts serves the guidance path.
+        (``AutoencoderTiny``) beside the pipeline's own parts serves the guidance path. ``attention`` is "sdpa" or
+        "xformers"; the latter warns on import when its build does not match torch, so it is never the default.
 
-        Raises ``RecipeError`` when the folder, its ``model_index.json`` or one of its parts is missing.
+        Raises ``RecipeError`` when the folder, its ``model_index.json`` or one of its parts is missing, or xformers.
         """
+        if attention == "xformers" and importlib.util.find_spec("xformers") is None:
+            raise RecipeError("attention = 'xformers': not installed; pip install 'dpfast[xformers]', or use 'sdpa'")
         embedded = ASSETS / str(source)
         folder = embedded if (embedded / "model_index.json").is_file() else Path(source)
         index = _index(folder)
@@ -86,6 +92,8 @@ class Pipeline:
                     f"pipeline = {str(source)!r}: the folder has no part {part!r}, which its model_index.json names"
                 )
         transformer = _model(diffusers.DiTTransformer2DModel, folder, "transformer", device)
+        if attention == "xformers":
+            transformer.enable_xformers_memory_efficient_attention()
         vae = _model(diffusers.AutoencoderKL, folder, "vae", device)
         scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
         names = _class_names(index)

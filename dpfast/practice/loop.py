@@ -211,7 +211,7 @@ class DeliberatePractice:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.pipeline = Pipeline.from_pretrained(recipe.generator.pipeline)
+        self.pipeline = Pipeline.from_pretrained(recipe.generator.pipeline, attention=recipe.generator.attention)
         self.real = load_real(recipe.validation)
         self._check()
 

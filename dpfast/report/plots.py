@@ -40,6 +40,10 @@ def plot_iterations(metrics: list[dict[str, Any]], path: Path) -> Path:
         if m["event"] == "addition":
             axes.axvline(m["step"], color=COLORS.get(m["source"]), ls="--", lw=0.8, alpha=0.6)
     axes.plot([], [], color=COLORS["dp"], ls="--", lw=0.8, label="samples added")
+    heights = sorted(100 * m["accuracy"] for m in metrics if m["event"] == "evaluation")
+    axes.set_ylim(
+        heights[len(heights) // 10] - 1, heights[-1] + 1
+    )  # the climb of the first iterations would hide the rest
     return _save(figure, axes, path)
 
 

@@ -1,5 +1,6 @@
 """Loading a pipeline folder: every missing or unsafe part is named."""
 
+import importlib.util
 import json
 import shutil
 
@@ -39,6 +40,13 @@ def test_pickled_weights_are_refused(broken):
     weights.unlink()
     with pytest.raises(RecipeError, match=r"'vae' has no \.safetensors weights; pickled"):
         Pipeline.from_pretrained(broken)
+
+
+def test_xformers_is_selectable_and_missed_by_name(pipeline_folder, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xformers" else find(name))
+    with pytest.raises(RecipeError, match=r"attention = 'xformers'.*pip install"):
+        Pipeline.from_pretrained(pipeline_folder, attention="xformers")
 
 
 def test_without_a_tiny_decoder_the_full_one_guides(broken):
