@@ -40,7 +40,11 @@ def _parser() -> _Parser:
     )
     run.add_argument("recipe", help="a recipe's name (fashion) or a path that ends in .toml")
     run.add_argument("--out", type=Path, help="folder of the run; default runs/RECIPE")
-    run.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    kept = run.add_mutually_exclusive_group()
+    kept.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    kept.add_argument(
+        "--resume", action="store_true", help="continue the run that --out holds from its last evaluation"
+    )
     run.add_argument("--quiet", action="store_true", help="no progress, only the final table")
     group = run.add_argument_group("fields of the recipe", "each replaces the recipe's value")
     for name, field in fields().items():
@@ -89,9 +93,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from dpfast.report.plots import write_report
 
     out = arguments.out or Path("runs") / recipe.name
-    check_vacant(out, overwrite=arguments.overwrite)
+    check_vacant(out, recipe, overwrite=arguments.overwrite, resume=arguments.resume)
     practice = DeliberatePractice(recipe)
-    with RunFolder(out, recipe, overwrite=arguments.overwrite) as folder:
+    with RunFolder(out, recipe, overwrite=arguments.overwrite, resume=arguments.resume) as folder:
         results = practice.run(folder, progress=not arguments.quiet)
     write_report(out, results, practice.real.classes)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")

@@ -49,7 +49,7 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path, capsys):
         assert "holds no run" in capsys.readouterr().err
     (tmp_path / "run" / "recipe.json").write_text("{}")
     assert main(["run", "fashion", "--out", str(tmp_path / "run")]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert "--resume continues it, --overwrite replaces it" in capsys.readouterr().err
     assert main(["sample", "--labels", "0", "--out", str(tmp_path / "run")]) == 2
     assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
 

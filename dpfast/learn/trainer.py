@@ -41,6 +41,35 @@ class Trainer:
     def warming(self) -> bool:
         return self.step_count < self.config.warmup * self.iterations
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything the next step depends on, as flat tensors; ``restore`` takes it back."""
+        tensors = {"step": torch.tensor(self.step_count), "rng": torch.get_rng_state()}
+        tensors |= {f"model/{key}": value for key, value in self.model.state_dict().items()}
+        tensors |= {f"ema/{key}": value for key, value in self.ema.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{key}": value for key, value in slots.items()}
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Continues where ``state`` was taken; weights are written in place."""
+        self.step_count = int(tensors["step"])
+        torch.set_rng_state(tensors["rng"])
+        for name, module in (("model", self.model), ("ema", self.ema)):
+            module.load_state_dict(
+                {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
+            )
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, index, slot = key.split("/")
+                slots.setdefault(int(index), {})[slot] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.schedule.last_epoch = self.step_count
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(self.step_count)
+
     def _average(self, averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         # The decay rises to its value, so that the average forgets the initial weights within a few steps.
         decay = min(self.config.ema_decay, (1 + self.step_count) / (10 + self.step_count))

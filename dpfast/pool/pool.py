@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -55,26 +56,38 @@ class SamplePool:
             raise ValueError(
                 f"images are {tuple(images.shape[1:])}, the pool holds {tuple(self._chunks[0].images.shape[1:])}"
             )
-        rows: dict[str, Tensor | float] = {
-            "label": batch.labels,
-            "sample_id": batch.sample_ids,
-            "entropy": batch.entropy,
-            "learner_step": batch.learner_step,
-            "round": round,
-            "omega": omega,
-        }
+        self._extend(
+            images,
+            {
+                "label": batch.labels,
+                "sample_id": batch.sample_ids,
+                "entropy": batch.entropy,
+                "learner_step": batch.learner_step,
+                "round": round,
+                "omega": omega,
+            },
+        )
+
+    def _extend(self, images: Tensor, rows: Mapping[str, Tensor | float]) -> None:
         done = 0
-        while done < len(batch):
+        while done < len(images):
             if self._size == len(self._chunks) * CHUNK:
                 self._chunks.append(_Chunk(torch.empty(CHUNK, *images.shape[1:], dtype=torch.uint8), _columns(CHUNK)))
             chunk, start = self._chunks[-1], self._size % CHUNK
-            count = min(CHUNK - start, len(batch) - done)
+            count = min(CHUNK - start, len(images) - done)
             chunk.images[start : start + count] = images[done : done + count]
             for name, value in rows.items():
-                part = value[done : done + count] if isinstance(value, Tensor) else value
-                chunk.columns[name][start : start + count] = part
+                values = value[done : done + count] if isinstance(value, Tensor) else value
+                chunk.columns[name][start : start + count] = values
             self._size += count
             done += count
+
+    def state(self) -> dict[str, Tensor]:
+        """All images and columns; ``restore`` takes it into an empty pool."""
+        return {"images": self.images(torch.arange(self._size)), **{name: self.column(name) for name in _columns(0)}}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._extend(state["images"], {name: state[name] for name in _columns(0)})
 
     def column(self, name: str) -> Tensor:
         """(N,) values of a column of ``_columns``, in the order of appending: label, sample_id, entropy, ..."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dpfast.config import Recipe, RecipeError
@@ -21,6 +21,7 @@ from dpfast.learn.models import build_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
 from dpfast.pool.pool import SamplePool
+from dpfast.practice import checkpoint
 from dpfast.practice.patience import Patience
 from dpfast.practice.run_folder import RunFolder
 from dpfast.practice.sources import (
@@ -91,11 +92,13 @@ class Loop:
     def run(self, source: Source, probe: SampleBatch) -> Result:
         """Runs the loop. ``probe``: unguided samples outside every pool, the yardstick for the entropy of new ones."""
         practice, trainer = self.recipe.practice, self.trainer
-        self._add(source.initial(), source.initial_samples, omega=0.0, label=f"{self.name}: initial samples")
-        self.initial_seconds = self.generation_seconds
+        if not len(self.pool):
+            self._add(source.initial(), source.initial_samples, omega=0.0, label=f"{self.name}: initial samples")
+            self.initial_seconds = self.generation_seconds
         started, generated = time.perf_counter(), self.generation_seconds
         loss_sum = torch.zeros(())
         with self._bar(practice.iterations, "it", f"{self.name}: training") as bar:
+            bar.update(trainer.step_count)
             while trainer.step_count < practice.iterations:
                 loss_sum += trainer.step(*next(self.loader))
                 bar.update()
@@ -103,11 +106,11 @@ class Loop:
                     continue
                 accuracy = self._evaluate(float(loss_sum) / practice.evaluate_every)
                 loss_sum.zero_()
-                if trainer.warming:
-                    continue  # the count of evaluations without progress starts with the stable phase
-                due = self.patience.update(accuracy, len(self.pool))
+                # the count of evaluations without progress starts with the stable phase
+                due = not trainer.warming and self.patience.update(accuracy, len(self.pool))
                 if due and source.available(len(self.pool)) and not trainer.cooling:
                     self._practice(source, probe)
+                self._save()
         training = time.perf_counter() - started - (self.generation_seconds - generated)
         self._time("training", seconds=training, steps_per_second=practice.iterations / training)
         return self._result(training)
@@ -183,6 +186,28 @@ class Loop:
             self.folder.save_learner(self.name, self.trainer.ema.module)
         return result
 
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        state = {
+            "loader": self.loader.state(),
+            "patience": [self.patience.best, self.patience.waited],
+            "additions": self.additions,
+            "seconds": [self.initial_seconds, self.generation_seconds],
+            "written": self.folder.written(),
+        }
+        tensors = checkpoint.prefixed("trainer", self.trainer.state()) | checkpoint.prefixed("pool", self.pool.state())
+        checkpoint.save(self.folder.checkpoint(self.name), tensors, state)
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continues from a checkpoint; what follows equals the uninterrupted run bit by bit on a CPU."""
+        self.trainer.restore(checkpoint.part("trainer", tensors))
+        self.pool.restore(checkpoint.part("pool", tensors))
+        self.loader.restore(state["loader"])
+        self.patience.best, self.patience.waited = state["patience"]
+        self.additions = state["additions"]
+        self.initial_seconds, self.generation_seconds = state["seconds"]
+
     def _bar(self, total: int, unit: str, label: str) -> tqdm:
         return tqdm(total=total, unit=unit, desc=label, disable=not self.progress, leave=False, dynamic_ncols=True)
 
@@ -247,13 +272,23 @@ class DeliberatePractice:
         results = []
         for name in sorted(recipe.practice.sources, key=("dp", "static").index):
             loop = Loop(recipe, name, self.pipeline, self.real, folder, progress=progress)
+            if folder is not None and folder.checkpoint(name).is_file():
+                tensors, state = checkpoint.load(folder.checkpoint(name))
+                loop.restore(tensors, state)
+                if name == folder.resumed():
+                    folder.rewind(state["written"])
+                else:
+                    loop.folder = None  # finished before the interruption: its lines stand
             if name == "dp":
                 results.append(loop.run(DeliberatePracticeSource(recipe, self.pipeline, loop.guide), probe))
                 practised = results[0]
             elif practised is None:
                 results.append(loop.run(StaticSource(recipe, self.pipeline, recipe.practice.maximum_samples), probe))
             else:
-                loop.generation_seconds = practised.initial_seconds  # its first samples are taken over, at their price
+                if not len(loop.pool):
+                    loop.generation_seconds = (
+                        practised.initial_seconds
+                    )  # its first samples are taken over, at their price
                 source = StaticSource(recipe, self.pipeline, len(practised.pool), ready=_unguided(practised.pool))
                 results.append(loop.run(source, probe))
         return results

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import SECTIONS, Recipe, RecipeError
 from dpfast.generate.denoiser import Pipeline
 from dpfast.learn.models import build_learner, load_judge
 
@@ -24,19 +24,41 @@ class RunFolder:
     timings.jsonl   seconds and samples/s of every generation and training phase
     events.*        the same numbers for TensorBoard
     learner_*       the EMA weights of every source's classifier, safetensors
+    checkpoint_*    the state of every source's loop at its last evaluation
     *.png           plots and contact sheets
     """
 
-    def __init__(self, path: Path, recipe: Recipe, *, overwrite: bool = False) -> None:
-        check_vacant(path, overwrite=overwrite)
-        if path.exists():
+    def __init__(self, path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
+        check_vacant(path, recipe, overwrite=overwrite, resume=resume)
+        if path.exists() and not resume:
             shutil.rmtree(path)
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         self.path = path
         (path / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
-        self._metrics = (path / "metrics.jsonl").open("w")
-        self._timings = (path / "timings.jsonl").open("w")
+        order = [name for name in ("dp", "static") if self.checkpoint(name).is_file()]
+        self._resumed = order[-1] if order else None
+        mode = "a" if self._resumed else "w"
+        self._metrics = (path / "metrics.jsonl").open(mode)
+        self._timings = (path / "timings.jsonl").open(mode)
         self._events = SummaryWriter(str(path))
+
+    def checkpoint(self, source: str) -> Path:
+        """Where the checkpoint of a source's loop is kept."""
+        return self.path / f"checkpoint_{source}.safetensors"
+
+    def resumed(self) -> str | None:
+        """The source that an interrupted run was in when this folder was opened; None for a new run."""
+        return self._resumed
+
+    def written(self) -> list[int]:
+        """The lengths of ``metrics.jsonl`` and ``timings.jsonl``, bytes."""
+        return [self._metrics.tell(), self._timings.tell()]
+
+    def rewind(self, written: list[int]) -> None:
+        """Drops the lines that came after ``written``."""
+        for file, size in zip((self._metrics, self._timings), written, strict=True):
+            file.truncate(size)
+            file.seek(size)
 
     def log(self, event: str, source: str, step: int, **values: Any) -> None:
         """Writes one line of ``metrics.jsonl`` and its numbers as TensorBoard scalars "source/event/name"."""
@@ -71,16 +93,38 @@ class RunFolder:
         self._events.close()
 
 
-def check_vacant(path: Path, *, overwrite: bool = False) -> None:
-    """Raises ``RecipeError`` when ``path`` may not become the folder of a new run. Only a run is ever replaced."""
+def check_vacant(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Raises ``RecipeError`` when ``path`` may not become, or continue, the folder of a run of ``recipe``.
+
+    Only a run is ever replaced, and a run continues with its own recipe only.
+    """
+    if resume:
+        if not (path / "recipe.json").is_file():
+            raise RecipeError(f"resume: {str(path)!r} holds no run")
+        before, now = (
+            _flat(json.loads((path / "recipe.json").read_text())),
+            _flat(json.loads(json.dumps(recipe.to_dict()))),
+        )
+        changed = [
+            f"{k} = {now.get(k)!r} was {before.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)
+        ]
+        if changed:
+            raise RecipeError(f"resume: the run in {str(path)!r} has another recipe: {'; '.join(changed)}")
+        return
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / "recipe.json").is_file():
         raise RecipeError(f"out = {str(path)!r}: exists and holds no run; choose another folder")
     if not overwrite:
-        raise RecipeError(
-            f"out = {str(path)!r}: holds another run; add --overwrite to replace it, or choose another --out"
-        )
+        raise RecipeError(f"out = {str(path)!r}: holds another run; --resume continues it, --overwrite replaces it")
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's fields without their sections."""
+    leaves = {k: v for k, v in recipe.items() if k not in SECTIONS}
+    for section in SECTIONS:
+        leaves |= recipe[section]
+    return leaves
 
 
 def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str = "dp") -> nn.Module:

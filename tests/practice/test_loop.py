@@ -132,3 +132,49 @@ def test_real_images_of_other_classes_are_refused(recipe, monkeypatch):
     monkeypatch.setattr(loop_module, "load_real", lambda name: dataclasses.replace(real, classes=("cat",)))
     with pytest.raises(RecipeError, match="1 classes, the generator has 3"):
         DeliberatePractice(recipe)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("saves", [1, 7, 20, 21, 30])
+def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, saves):
+    """20 evaluations a source: the kills fall into both sources' training, and right after the first one's end."""
+    (dp, static), _ = run(recipe, tmp_path / "whole")
+    save, count = loop_module.Loop._save, 0
+
+    def killing(self):
+        nonlocal count
+        save(self)
+        count += 1
+        if count == saves:
+            self.folder.log("evaluation", self.name, 10**6)  # a line that came after the checkpoint
+            raise Killed
+
+    monkeypatch.setattr(loop_module.Loop, "_save", killing)
+    with pytest.raises(Killed):
+        run(recipe, tmp_path / "killed")
+    monkeypatch.setattr(loop_module.Loop, "_save", save)
+    with RunFolder(tmp_path / "killed", recipe, resume=True) as folder:
+        resumed = DeliberatePractice(recipe).run(folder, progress=False)
+    assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    for before, after in zip((dp, static), resumed, strict=True):
+        for name, tensor in before.learner.state_dict().items():
+            assert torch.equal(tensor, after.learner.state_dict()[name]), name
+        for name, column in before.pool.state().items():
+            assert torch.equal(column.nan_to_num(-1), after.pool.state()[name].nan_to_num(-1)), name
+
+
+def test_a_run_resumes_with_its_own_recipe_only(recipe, tmp_path):
+    run(recipe, tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"another recipe: omega = 0\.3 was 0\.2; seed = 5 was 0"):
+        RunFolder(tmp_path / "run", dataclasses.replace(with_(recipe, "guidance", omega=0.3), seed=5), resume=True)
+    with pytest.raises(RecipeError, match="holds no run"):
+        RunFolder(tmp_path, recipe, resume=True)
+    (tmp_path / "run" / "checkpoint_dp.safetensors").write_bytes(b"torn")
+    with (
+        RunFolder(tmp_path / "run", recipe, resume=True) as folder,
+        pytest.raises(RecipeError, match="not a checkpoint"),
+    ):
+        DeliberatePractice(recipe).run(folder, progress=False)
