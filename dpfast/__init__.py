@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpfast.config import Recipe, RecipeError
-    from dpfast.generate.denoiser import Pipeline
     from dpfast.generate.guidance import GuidanceConfig
+    from dpfast.generate.pipeline import Pipeline
     from dpfast.generate.sampler import GuidedSampler, SampleBatch
     from dpfast.ops import entropy, entropy_and_grad, gather_batch, guided_step, normal
     from dpfast.pool.pool import SamplePool

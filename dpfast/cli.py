@@ -111,8 +111,8 @@ def _sample(arguments: argparse.Namespace) -> int:
         "fashion", steps=arguments.steps, cfg_scale=arguments.cfg_scale, seed=arguments.seed
     ).generator
 
-    from dpfast.generate.denoiser import Pipeline
     from dpfast.generate.guidance import GuidanceConfig
+    from dpfast.generate.pipeline import Pipeline
     from dpfast.generate.sampler import GuidedSampler
     from dpfast.practice.run_folder import load_learner
     from dpfast.report.samples import write_samples

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpfast.generate.denoiser import Pipeline
+from dpfast.generate.pipeline import Pipeline
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def predict_x0(x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor, kind
 def entropy_gradient(
     x: Tensor,
     timestep: Tensor,
-    condition: Tensor,
+    labels: Tensor,
     alpha: Tensor,
     sigma: Tensor,
     *,
@@ -73,7 +73,7 @@ def entropy_gradient(
 
     Args:
         x: latents (B, c, h, w), float32.
-        timestep: 0-d tensor; condition: what ``denoiser.condition`` made of the labels.
+        timestep: 0-d tensor; labels: (B,) int64 class ids.
         alpha, sigma: 0-d tensors of the step's table row.
         learner: images in [-1, 1] to logits (B, K).
         image_size: (H, W) that the learner takes; None: the decoder's.
@@ -83,7 +83,7 @@ def entropy_gradient(
     """
 
     def logits_of(x: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = denoiser(x, timestep, condition)
+        prediction = denoiser(x, timestep, labels)
         images = decoder(predict_x0(x, prediction, alpha, sigma, denoiser.prediction))
         if image_size is not None and images.shape[-2:] != image_size:
             images = F.interpolate(images, image_size, mode="bilinear", antialias=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.config import RecipeError
-from dpfast.generate.denoiser import Pipeline
 from dpfast.generate.guidance import GuidanceConfig, entropy_gradient
+from dpfast.generate.pipeline import Pipeline
 from dpfast.generate.schedule import ddim_table
 from dpfast.ops import entropy, guided_step, normal
 
@@ -118,16 +118,16 @@ class GuidedSampler:
 
     def denoise(self, x: Tensor, labels: Tensor, sample_ids: Tensor) -> Tensor:
         """Runs all steps on initial latents (B, c, h, w), unit noise, and returns the final latents."""
-        condition = self.pipeline.denoiser.condition(labels)
-        null = self.pipeline.denoiser.null(len(labels)) if self.cfg_scale != 1 else None
+        null_label = self.pipeline.denoiser.null_label
+        null = None if self.cfg_scale == 1 or null_label is None else torch.full_like(labels, null_label)
         guided = self.guidance.steps(len(self.table)) if self.learner is not None else frozenset()
         x = x * self.table.initial_scale
         for step in range(len(self.table)):
-            x = self._step(x, step, condition, null, sample_ids, guided=step in guided)
+            x = self._step(x, step, labels, null, sample_ids, guided=step in guided)
         return x
 
     def _step(
-        self, x: Tensor, step: int, condition: Tensor, null: Tensor | None, sample_ids: Tensor, *, guided: bool
+        self, x: Tensor, step: int, labels: Tensor, null: Tensor | None, sample_ids: Tensor, *, guided: bool
     ) -> Tensor:
         denoiser, timestep = self.pipeline.denoiser, self.table.timesteps[step]
         gradient = unconditional = None
@@ -137,7 +137,7 @@ class GuidedSampler:
             gradient, conditional, _ = entropy_gradient(
                 x,
                 timestep,
-                condition,
+                labels,
                 alpha,
                 sigma,
                 denoiser=denoiser,
@@ -148,9 +148,9 @@ class GuidedSampler:
             if null is not None:
                 unconditional = denoiser(x, timestep, null)
         elif null is not None:
-            conditional, unconditional = denoiser(torch.cat([x, x]), timestep, torch.cat([condition, null])).chunk(2)
+            conditional, unconditional = denoiser(torch.cat([x, x]), timestep, torch.cat([labels, null])).chunk(2)
         else:
-            conditional = denoiser(x, timestep, condition)
+            conditional = denoiser(x, timestep, labels)
         return guided_step(
             x,
             conditional,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dpfast.config import Recipe, RecipeError
 from dpfast.data.real import RealData, load_real
 from dpfast.feed.torch_loader import TorchLoader
-from dpfast.generate.denoiser import Pipeline
+from dpfast.generate.pipeline import Pipeline
 from dpfast.generate.sampler import SampleBatch
 from dpfast.learn.evaluate import Evaluation, evaluate, predict
 from dpfast.learn.models import build_learner

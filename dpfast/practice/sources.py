@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.config import Recipe
-from dpfast.generate.denoiser import Pipeline
 from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.pipeline import Pipeline
 from dpfast.generate.sampler import GuidedSampler, SampleBatch
 from dpfast.ops.guided_step import Mode
 

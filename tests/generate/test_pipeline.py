@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpfast.config import RecipeError
-from dpfast.generate.denoiser import Pipeline
+from dpfast.generate.pipeline import Pipeline
 
 
 @pytest.fixture
