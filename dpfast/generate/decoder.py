@@ -1,9 +1,13 @@
-"""Decoders: latents (B, c, h, w), scaled to unit variance, to images (B, C, H, W) in [-1, 1]."""
+"""Decoders: latents (B, c, h, w), scaled to unit variance, to float32 images (B, C, H, W) in [-1, 1].
+
+A decoder runs in the dtype of its weights. None reads the host, so each traces inside a compiled step.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -11,15 +15,39 @@ class Decoder(Protocol):
     def __call__(self, latents: Tensor) -> Tensor: ...
 
 
+class Unscale:
+    """Latents of unit variance to those of an autoencoder: z std / scaling_factor + mean + shift_factor.
+
+    The four values come from the autoencoder's configuration; what it does not name changes nothing. mean and std are
+    per channel (``latents_mean``, ``latents_std``), as in Stable Diffusion XL; a shift is what Stable Diffusion 3 has.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        parameter = next(model.parameters())
+        self.dtype = parameter.dtype
+
+        def per_channel(name: str, default: float) -> Tensor:
+            values = config.get(name)
+            row = torch.tensor([default] if values is None else values, dtype=torch.float32, device=parameter.device)
+            return row.view(1, -1, 1, 1)
+
+        self.scale = per_channel("latents_std", 1.0) / float(config.get("scaling_factor") or 1.0)
+        self.shift = per_channel("latents_mean", 0.0) + float(config.get("shift_factor") or 0.0)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return (latents * self.scale + self.shift).to(self.dtype)
+
+
 class VaeDecoder:
     """The pipeline's full ``AutoencoderKL``: the decoder of the images that enter the pool."""
 
     def __init__(self, vae: nn.Module) -> None:
         self.vae = vae.eval().requires_grad_(False)
-        self._scale = float(vae.config.scaling_factor)  # type: ignore[union-attr, arg-type]
+        self._unscale = Unscale(vae)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents / self._scale).sample  # type: ignore[operator]
+        return self.vae.decode(self._unscale(latents)).sample.float()  # type: ignore[operator]
 
 
 class TinyDecoder:
@@ -27,13 +55,14 @@ class TinyDecoder:
 
     def __init__(self, tiny: nn.Module) -> None:
         self.tiny = tiny.eval().requires_grad_(False)
+        self._unscale = Unscale(tiny)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return self.tiny.decode(latents).sample  # type: ignore[operator]
+        return self.tiny.decode(self._unscale(latents)).sample.float()  # type: ignore[operator]
 
 
 class IdentityDecoder:
     """For models in pixel space."""
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return latents
+        return latents.float()

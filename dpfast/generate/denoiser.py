@@ -1,8 +1,9 @@
 """Denoisers: one call signature over diffusers' models.
 
-A denoiser maps (x, timestep, labels) to a prediction of x's shape. Labels are class ids (B,) for every family, so that
-a captured step has one small input to refresh; `null_label` is the id of classifier-free guidance's empty condition.
-Text-conditioned families hold a table of embeddings by id and look it up inside the call.
+A denoiser maps (x, timestep, labels) to a prediction of x's shape, in the dtype of its weights. Labels are class ids
+(B,) for every family, so that a captured step has one small input to refresh; `null_label` is the id of classifier-free
+guidance's empty condition. Text-conditioned families hold a table of embeddings by id and gather its rows inside the
+call. No call reads the host or branches on data, so each is one full graph with ``torch.func.vjp`` around it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dpfast.ops.guided_step import Prediction
 
 
 class Denoiser(Protocol):
+    """x: (B, *sample_shape) floating; timestep: 0-d, as in the solver's table; labels: (B,) int64 in [0, classes)."""
+
     classes: int
     null_label: int | None  # None where the model has no unconditional prediction
     sample_shape: tuple[int, int, int]
@@ -23,20 +26,89 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor: ...
 
 
-class DiTDenoiser:
-    """``DiTTransformer2DModel``, conditioned on class ids; the null class is the id after the last embedding row.
+class _ModelDenoiser:
+    """A frozen diffusers model behind the call. A learned variance (twice the channels) is cut to the mean."""
 
-    A model with a learned variance (twice the latent channels) is cut to its mean prediction, as in ``DiTPipeline``.
+    def __init__(self, model: nn.Module, *, classes: int, null_label: int | None, prediction: Prediction) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.classes = classes
+        self.null_label = null_label
+        self.prediction = prediction
+        config: Any = model.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.sample_shape = (int(config.in_channels), int(height), int(width))
+        self.dtype = next(model.parameters()).dtype
+
+    def __call__(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        return self._predict(x.to(self.dtype), timestep.expand(len(x)), labels)[:, : x.shape[1]]
+
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class DiTDenoiser(_ModelDenoiser):
+    """``DiTTransformer2DModel``, conditioned on class ids; the null class is the id after the last embedding row."""
+
+    def __init__(self, model: nn.Module, *, classes: int, prediction: Prediction) -> None:
+        config: Any = model.config
+        super().__init__(model, classes=classes, null_label=int(config.num_embeds_ada_norm), prediction=prediction)
+
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        return self.model(x, timestep=timesteps, class_labels=labels).sample
+
+
+class PixelUNetDenoiser(_ModelDenoiser):
+    """``UNet2DModel``, unconditional or conditioned on class ids.
+
+    The model has no null class of its own. One embedding row more than ``classes`` is taken as the null class, as
+    training with dropped labels leaves it; with as many rows as classes there is no unconditional prediction.
     """
 
     def __init__(self, model: nn.Module, *, classes: int, prediction: Prediction) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.classes = classes
-        self.prediction = prediction
         config: Any = model.config
-        self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.null_label: int | None = int(config.num_embeds_ada_norm)
+        rows = config.num_class_embeds
+        super().__init__(
+            model, classes=classes, null_label=classes if rows == classes + 1 else None, prediction=prediction
+        )
+        self._conditional = rows is not None
 
-    def __call__(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        prediction = self.model(x, timestep=timestep.expand(len(x)), class_labels=labels).sample
-        return prediction[:, : x.shape[1]]
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        return self.model(x, timesteps, class_labels=labels if self._conditional else None).sample
+
+
+class TextUNetDenoiser(_ModelDenoiser):
+    """``UNet2DConditionModel`` of Stable Diffusion 1.x and 2.x over prompts' embeddings (classes + 1, tokens, width).
+
+    The last row belongs to the empty prompt.
+    """
+
+    def __init__(self, model: nn.Module, embeddings: Tensor, *, prediction: Prediction) -> None:
+        classes = len(embeddings) - 1
+        super().__init__(model, classes=classes, null_label=classes, prediction=prediction)
+        self.embeddings = embeddings.to(self.dtype)
+
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        return self.model(x, timesteps, encoder_hidden_states=self.embeddings.index_select(0, labels)).sample
+
+
+class TextTransformerDenoiser(_ModelDenoiser):
+    """``SD3Transformer2DModel`` over prompts' embeddings (classes + 1, tokens, width) and pooled ones (classes + 1, w).
+
+    The last rows belong to the empty prompt. ``image_tokens``: length of the image sequence.
+    """
+
+    def __init__(self, model: nn.Module, embeddings: Tensor, pooled: Tensor, *, prediction: Prediction) -> None:
+        classes = len(embeddings) - 1
+        super().__init__(model, classes=classes, null_label=classes, prediction=prediction)
+        self.embeddings, self.pooled = embeddings.to(self.dtype), pooled.to(self.dtype)
+        patch = int(self.model.config.patch_size)
+        self.image_tokens = (self.sample_shape[1] // patch) * (self.sample_shape[2] // patch)
+
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        return self.model(
+            hidden_states=x,
+            timestep=timesteps,
+            encoder_hidden_states=self.embeddings.index_select(0, labels),
+            pooled_projections=self.pooled.index_select(0, labels),
+        ).sample

@@ -1,110 +1,117 @@
-"""A class-conditional pipeline folder of diffusers, loaded into the parts that a sampler needs."""
+"""A diffusers pipeline folder, loaded into the parts that a sampler needs."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
-from dpfast.config import ASSETS, RecipeError
-from dpfast.generate.decoder import Decoder, TinyDecoder, VaeDecoder
-from dpfast.generate.denoiser import Denoiser, DiTDenoiser
-from dpfast.ops.guided_step import Prediction
+from dpfast.config import RecipeError
+from dpfast.generate import families
+from dpfast.generate.decoder import Decoder
+from dpfast.generate.denoiser import Denoiser
+from dpfast.generate.folder import PipelineFolder
+from dpfast.generate.schedule import SolverTable
+from dpfast.generate.solvers import Solver, solver_table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The parts of a class-conditional pipeline folder that a sampler needs."""
+    """The parts of a pipeline folder that a sampler needs; the families are listed in ``dpfast.generate.families``.
+
+    Labels are class ids, indices into ``class_names``, for every family. An unconditional generator has no classes: its
+    images do not depend on their labels. It has the single class "unconditional", unless ``class_names`` are given;
+    their number is then the number of classes, so that a learner of as many can guide it and the labels that the
+    caller chose stay with the samples.
+    """
 
     folder: Path
     denoiser: Denoiser
     decoder: Decoder  # of the final images
     guidance_decoder: Decoder  # of the guidance path: the tiny decoder where the folder has one
-    scheduler: Any
+    scheduler: Any  # as the folder configures it: a DDIMScheduler, or a FlowMatchEulerDiscreteScheduler for flow models
     class_names: tuple[str, ...]
     image_channels: int
     device: torch.device
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: torch.device | str = "cpu", attention: str = "sdpa"
+        cls,
+        source: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = torch.float32,
+        attention: str = "sdpa",
+        class_names: Sequence[str] | None = None,
+        prompt_template: str = "a photo of a {}",
     ) -> Pipeline:
-        """Loads a folder that ``diffusers.DiTPipeline.from_pretrained`` loads, in float32, from safetensors only.
+        """Loads a local folder that the ``save_pretrained`` of its diffusers pipeline wrote, from safetensors only.
 
-        ``source`` is a folder or the name of an embedded asset ("fashion"). An optional ``tiny_decoder``
-        (``AutoencoderTiny``) beside the pipeline's own parts serves the guidance path. ``attention`` is "sdpa" or
-        "xformers"; the latter warns on import when its build does not match torch, so it is never the default.
+        Args:
+            source: a folder, or the name of an embedded asset ("fashion"). An optional ``tiny_decoder``
+                (``AutoencoderTiny``) beside the pipeline's own parts serves the guidance path. A safety checker is not
+                loaded.
+            device: of all parts and tables.
+            dtype: of the denoiser and the decoders: "float32", "bfloat16" or "float16", or the torch dtypes. Latents,
+                images and the solver stay in float32, and so do the text encoders.
+            attention: "sdpa" or "xformers"; the latter warns on import when its build does not match torch, so it is
+                never the default.
+            class_names: names of the classes by id; None: those of the folder, in ``class_names.json`` (a list) or in
+                the ``id2label`` of its ``model_index.json``.
+            prompt_template: what a text-conditioned family is asked for, with "{}" for the class name.
 
-        Raises ``RecipeError`` when the folder, its ``model_index.json`` or one of its parts is missing, or xformers.
+        Raises ``RecipeError`` for a missing folder or part, weights that are missing, incomplete or pickled, a pipeline
+        of another family, class names that are missing or do not fit the model, a scheduler option without a solver
+        here, an unknown dtype or attention, and where xformers is not installed.
         """
-        if attention == "xformers" and importlib.util.find_spec("xformers") is None:
-            raise RecipeError("attention = 'xformers': not installed; pip install 'dpfast[xformers]', or use 'sdpa'")
-        embedded = ASSETS / str(source)
-        folder = embedded if (embedded / "model_index.json").is_file() else Path(source)
-        index = _index(folder)
-        for part in ("transformer", "vae", "scheduler"):
-            if not (folder / part).is_dir():
-                raise RecipeError(
-                    f"pipeline = {str(source)!r}: the folder has no part {part!r}, which its model_index.json names"
-                )
-        transformer = _model(diffusers.DiTTransformer2DModel, folder, "transformer", device)
-        if attention == "xformers":
-            transformer.enable_xformers_memory_efficient_attention()
-        vae = _model(diffusers.AutoencoderKL, folder, "vae", device)
-        scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
-        names = _class_names(index)
-        decoder = VaeDecoder(vae)
-        guidance_decoder: Decoder = decoder
-        if (folder / "tiny_decoder").is_dir():
-            guidance_decoder = TinyDecoder(_model(diffusers.AutoencoderTiny, folder, "tiny_decoder", device))
+        options = families.Options(
+            torch.device(device), _dtype(dtype), _attention(attention), class_names, prompt_template
+        )
+        folder = PipelineFolder(source)
+        parts = families.load(folder, options)
         return cls(
-            folder=folder,
-            denoiser=DiTDenoiser(transformer, classes=len(names), prediction=_prediction(scheduler)),
-            decoder=decoder,
-            guidance_decoder=guidance_decoder,
-            scheduler=scheduler,
-            class_names=names,
-            image_channels=vae.config.out_channels,
-            device=torch.device(device),
+            folder=folder.path,
+            denoiser=parts.denoiser,
+            decoder=parts.decoder,
+            guidance_decoder=families.tiny_decoder(folder, options) or parts.decoder,
+            scheduler=parts.scheduler,
+            class_names=parts.class_names,
+            image_channels=parts.image_channels,
+            device=options.device,
         )
 
+    def table(self, steps: int, *, solver: Solver = "auto", eta: float = 0.0) -> SolverTable:
+        """The solver's table on this pipeline's device, from the folder's scheduler configuration.
 
-def _index(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        embedded = ", ".join(sorted(p.parent.name for p in ASSETS.glob("*/model_index.json")))
-        raise RecipeError(
-            f"pipeline = {str(folder)!r}: no such folder; expected a diffusers pipeline folder or one of: {embedded}"
-        )
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise RecipeError(f"pipeline = {str(folder)!r}: not a diffusers pipeline folder, it has no model_index.json")
-    index: dict[str, Any] = json.loads(path.read_text())
-    if index.get("_class_name") != "DiTPipeline":
-        raise RecipeError(f"pipeline = {str(folder)!r}: a {index.get('_class_name')}; expected a DiTPipeline")
-    return index
+        Args:
+            steps: between 1 and the scheduler's trained timesteps.
+            solver: "ddim", "dpmpp2m" (DPM-Solver++ 2M) or, for flow-matching models, "euler"; "auto" is "ddim" or
+                "euler".
+            eta: noise of DDIM, 0 deterministic to 1 ancestral.
 
-
-def _model(kind: Any, folder: Path, part: str, device: torch.device | str) -> Any:
-    if not list((folder / part).glob("*.safetensors")):
-        raise RecipeError(
-            f"pipeline = {str(folder)!r}: {part!r} has no .safetensors weights; pickled weights are refused"
-        )
-    model = kind.from_pretrained(folder / part, use_safetensors=True, torch_dtype=torch.float32)
-    return model.to(device).eval().requires_grad_(False)
+        Raises ``ValueError`` for steps, a solver or an eta that the scheduler does not take, and for an option of the
+        scheduler that the solver has no table for; the message names it.
+        """
+        tokens = getattr(self.denoiser, "image_tokens", 0)
+        return solver_table(self.scheduler, steps, solver=solver, eta=eta, image_tokens=tokens).to(self.device)
 
 
-def _class_names(index: dict[str, Any]) -> tuple[str, ...]:
-    names = {int(key): value for key, value in index.get("id2label", {}).items()}
-    if sorted(names) != list(range(len(names))) or not names:
-        raise RecipeError("pipeline: model_index.json needs an id2label table with the ids 0, 1, 2, ...")
-    return tuple(names[i] for i in range(len(names)))
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise RecipeError(f"dtype = {str(dtype)!r}: expected one of {', '.join(DTYPES)}")
+    return chosen
 
 
-def _prediction(scheduler: Any) -> Prediction:
-    kinds: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
-    return kinds[scheduler.config.prediction_type]
+def _attention(attention: str) -> str:
+    if attention not in ("sdpa", "xformers"):
+        raise RecipeError(f"attention = {attention!r}: expected 'sdpa' or 'xformers'")
+    if attention == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise RecipeError("attention = 'xformers': not installed; pip install 'dpfast[xformers]', or use 'sdpa'")
+    return attention

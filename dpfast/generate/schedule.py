@@ -3,43 +3,71 @@
     x_next = a x0 + b eps + c x0_prev + d noise        (``dpfast.ops.guided_step``)
 
 A table is computed once, in float64, from a diffusers scheduler, and reproduces that scheduler's ``step``. alpha and
-sigma are the signal and noise scale of the step's input, x = alpha x0 + sigma eps.
+sigma are the signal and noise scale of the step's input, x = alpha x0 + sigma eps. Which scheduler a folder's
+configuration gives: ``dpfast.generate.solvers``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dpfast.ops import DynamicThreshold
 
 COLUMNS = ("alpha", "sigma", "a", "b", "c", "d")
 
 
 @dataclass(frozen=True)
 class SolverTable:
-    """``rows`` (steps, 6) float32 and ``timesteps`` (steps,) as the denoiser expects them."""
+    """One solver on one grid.
+
+    rows: (steps, 6) float32; timesteps: (steps,) as the denoiser expects them, int64 or float32; initial_scale: the
+    first input is this times unit noise; clip: the bound of x0 that ``guided_step`` takes.
+    """
 
     rows: Tensor
     timesteps: Tensor
-    initial_scale: float = 1.0  # the first input is this times unit noise
+    initial_scale: float = 1.0
+    clip: float | DynamicThreshold | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def needs_x0_prev(self) -> bool:
+        """Whether a step uses the x0 of the step before (column c). Reads the rows once, on the host."""
+        return bool(self.rows[:, 4].any())
+
+    @cached_property
+    def needs_noise(self) -> bool:
+        """Whether a step adds noise (column d). Reads the rows once, on the host."""
+        return bool(self.rows[:, 5].any())
+
     def to(self, device: torch.device | str) -> SolverTable:
-        return SolverTable(self.rows.to(device), self.timesteps.to(device), self.initial_scale)
+        return replace(self, rows=self.rows.to(device), timesteps=self.timesteps.to(device))
 
 
-def _table(columns: list[Tensor], timesteps: Tensor) -> SolverTable:
-    return SolverTable(torch.stack(columns, dim=1).float(), timesteps.clone())
+def _table(columns: list[Tensor], timesteps: Tensor, clip: float | DynamicThreshold | None = None) -> SolverTable:
+    return SolverTable(torch.stack(columns, dim=1).float(), timesteps.clone(), clip=clip)
 
 
-def _no_thresholding(scheduler: Any) -> None:
-    for option in ("thresholding", "use_karras_sigmas", "rescale_betas_zero_snr"):
-        if scheduler.config.get(option):
-            raise ValueError(f"scheduler option {option}=True has no table; set it to False")
+def _check_steps(steps: int, most: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be an integer, got {type(steps).__name__}")
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps = {steps}: expected between 1 and {most}, the grid that the scheduler has")
+
+
+def _clip(config: Any) -> float | DynamicThreshold | None:
+    if config.get("thresholding"):
+        if config.sample_max_value < 1:
+            raise ValueError(f"scheduler option sample_max_value = {config.sample_max_value}: expected at least 1")
+        return DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
+    return float(config.clip_sample_range) if config.get("clip_sample") else None
 
 
 def ddim_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
@@ -47,24 +75,38 @@ def ddim_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
 
     s = eta sqrt((sigma'^2/sigma^2) (1 - alpha^2/alpha'^2));  a = alpha', b = sqrt(sigma'^2 - s^2), c = 0, d = s.
 
-    Raises ``ValueError`` when ``steps`` is outside [1, num_train_timesteps] or eta outside [0, 1].
+    The scheduler's ``clip_sample`` or ``thresholding`` becomes the table's ``clip``.
+
+    Raises ``ValueError`` when ``steps`` is outside [1, num_train_timesteps], eta outside [0, 1], ``steps_offset`` moves
+    the grid beyond the trained timesteps, or the grid starts at pure noise (zero terminal SNR), from which an epsilon
+    prediction determines no x0.
     """
-    trained = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= trained:
-        raise ValueError(f"steps = {steps}: expected between 1 and num_train_timesteps ({trained})")
+    config = scheduler.config
+    trained = config.num_train_timesteps
+    _check_steps(steps, trained)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta}: expected between 0 and 1")
     scheduler.set_timesteps(steps)
     t = scheduler.timesteps.long().cpu()
+    if int(t.max()) >= trained:
+        raise ValueError(
+            f"steps = {steps}: with steps_offset = {config.steps_offset} the grid starts at timestep {int(t.max())}, "
+            f"beyond the {trained} trained ones; use fewer steps"
+        )
     previous = t - trained // steps
-    cumulative = scheduler.alphas_cumprod.double()
+    cumulative = scheduler.alphas_cumprod.double().cpu()
     now = cumulative[t]
+    if config.prediction_type == "epsilon" and float(now[0]) == 0:
+        raise ValueError(
+            "scheduler option rescale_betas_zero_snr = True: an epsilon prediction says nothing about x0 at the first "
+            "step, which is pure noise; expected prediction_type 'v_prediction' or 'sample'"
+        )
     then = torch.where(previous >= 0, cumulative[previous.clamp(min=0)], float(scheduler.final_alpha_cumprod))
     # at zero terminal SNR the input is pure noise and now is 0; the ratio stays finite
     variance = ((1 - then) / (1 - now) * (1 - now / then)).clamp(min=0)
     d = eta * variance.sqrt()
     b = (1 - then - d.square()).clamp(min=0).sqrt()
-    return _table([now.sqrt(), (1 - now).sqrt(), then.sqrt(), b, torch.zeros_like(b), d], t)
+    return _table([now.sqrt(), (1 - now).sqrt(), then.sqrt(), b, torch.zeros_like(b), d], t, _clip(config))
 
 
 def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
@@ -73,11 +115,22 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
     With h = lambda' - lambda, lambda = log(alpha/sigma), r = h_prev/h and E = exp(-h) - 1 the update
     x' = (sigma'/sigma) x - alpha' E ((1 + 1/2r) x0 - (1/2r) x0_prev) has
     a = alpha sigma'/sigma - alpha' E (1 + 1/2r), b = sigma', c = alpha' E/2r, d = 0. The first step is of first order,
-    and the last one where it ends at sigma' = 0.
+    and so is the last one where it ends at sigma' = 0 or the scheduler asks for it.
+
+    Karras, exponential, beta and Lu grids are read from the scheduler like any other.
+
+    Raises ``ValueError`` for another algorithm than midpoint "dpmsolver++" of order 2, for ``use_flow_sigmas``, and for
+    ``thresholding``: diffusers bounds x0 there before x is split into x0 and eps, the fused update after it, and the
+    two differ wherever the bound is active.
     """
-    _no_thresholding(scheduler)
-    if scheduler.config.algorithm_type != "dpmsolver++" or scheduler.config.solver_order != 2:
-        raise ValueError("expected algorithm_type='dpmsolver++' and solver_order=2")
+    config = scheduler.config
+    for option, wanted in (("algorithm_type", "dpmsolver++"), ("solver_order", 2), ("solver_type", "midpoint")):
+        if config[option] != wanted:
+            raise ValueError(f"scheduler option {option} = {config[option]!r}: expected {wanted!r}")
+    for option in ("thresholding", "use_flow_sigmas"):
+        if config.get(option):
+            raise ValueError(f"scheduler option {option} = True: DPM-Solver++ 2M has no table for it; use 'ddim'")
+    _check_steps(steps, config.num_train_timesteps - 1)
     scheduler.set_timesteps(steps)
     ratio = scheduler.sigmas.double().cpu()
     alpha = (1 + ratio.square()).rsqrt()
@@ -88,8 +141,7 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
     h = log_ratio[then] - log_ratio[now]
     slope = torch.zeros(steps, dtype=torch.float64)
     slope[1:] = 0.5 * h[1:] / h[:-1]
-    slope[0] = 0.0
-    if float(ratio[-1]) == 0 or (scheduler.config.lower_order_final and steps < 15):
+    if float(ratio[-1]) == 0 or config.get("euler_at_final") or (config.lower_order_final and steps < 15):
         slope[-1] = 0.0
     a = alpha[now] * sigma[then] / sigma[now] - alpha[then] * shrink * (1 + slope)
     c = alpha[then] * shrink * slope
@@ -97,10 +149,16 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
 
 
 def flow_euler_table(scheduler: Any, steps: int, **options: Any) -> SolverTable:
-    """Flow-matching Euler on the grid of a ``diffusers.FlowMatchEulerDiscreteScheduler``.
+    """Flow-matching Euler (Lipman et al. 2023) on the grid of a ``diffusers.FlowMatchEulerDiscreteScheduler``.
 
     alpha = 1 - sigma, a = 1 - sigma', b = sigma', c = d = 0. ``options`` go to the scheduler's ``set_timesteps``.
+
+    Raises ``ValueError`` for ``steps`` below 1, ``invert_sigmas`` and ``stochastic_sampling``.
     """
+    for option in ("invert_sigmas", "stochastic_sampling"):
+        if scheduler.config.get(option):
+            raise ValueError(f"scheduler option {option} = True: flow-matching Euler has no table for it")
+    _check_steps(steps, scheduler.config.num_train_timesteps)
     scheduler.set_timesteps(steps, **options)
     sigmas = scheduler.sigmas.double().cpu()
     now, then = sigmas[:-1], sigmas[1:]

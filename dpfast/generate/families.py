@@ -1,0 +1,169 @@
+"""Model families: how the parts of each kind of pipeline folder become a denoiser and a decoder.
+
+DiTPipeline               class ids; the class id after the last embedding row is the null class
+StableDiffusionPipeline   1.x and 2.x; one prompt a class, the empty prompt is the null class
+StableDiffusion3Pipeline  flow matching; prompts as above; the T5 encoder where the folder has it
+DDIMPipeline, DDPMPipeline  pixels, unconditional or class ids
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+from dpfast.generate.decoder import Decoder, IdentityDecoder, TinyDecoder, VaeDecoder
+from dpfast.generate.denoiser import Denoiser, DiTDenoiser, PixelUNetDenoiser, TextTransformerDenoiser, TextUNetDenoiser
+from dpfast.generate.folder import PipelineFolder
+from dpfast.generate.prompts import class_prompts, encode_stable_diffusion, encode_stable_diffusion_3
+from dpfast.generate.solvers import load_scheduler, prediction_of
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller of ``Pipeline.from_pretrained`` chose, checked."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    class_names: Sequence[str] | None
+    prompt_template: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a family makes of a folder."""
+
+    denoiser: Denoiser
+    decoder: Decoder
+    scheduler: Any
+    class_names: tuple[str, ...]
+    image_channels: int
+
+
+def load(folder: PipelineFolder, options: Options) -> Parts:
+    """Raises ``RecipeError`` for a pipeline of no family and whatever its family refuses."""
+    if folder.kind not in FAMILIES:
+        raise folder.error(f"a {folder.kind}; expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[folder.kind](folder, options)
+
+
+def tiny_decoder(folder: PipelineFolder, options: Options) -> Decoder | None:
+    """The folder's ``tiny_decoder`` part, where there is one."""
+    if not (folder.path / "tiny_decoder").is_dir():
+        return None
+    return TinyDecoder(
+        folder.model(diffusers.AutoencoderTiny, "tiny_decoder", device=options.device, dtype=options.dtype)
+    )
+
+
+def _dit(folder: PipelineFolder, options: Options) -> Parts:
+    folder.need("transformer", "vae", "scheduler")
+    names = _names(folder, options)
+    scheduler = load_scheduler(folder.path, latent=True)
+    model = _network(folder, diffusers.DiTTransformer2DModel, "transformer", options)
+    if len(names) > model.config.num_embeds_ada_norm:
+        raise folder.error(f"{len(names)} class names for a model of {model.config.num_embeds_ada_norm} classes")
+    decoder, channels = _decoder(folder, model.config.in_channels, options)
+    return Parts(
+        DiTDenoiser(model, classes=len(names), prediction=prediction_of(scheduler)), decoder, scheduler, names, channels
+    )
+
+
+def _stable_diffusion(folder: PipelineFolder, options: Options) -> Parts:
+    folder.need("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    names = _names(folder, options)
+    prompts = class_prompts(names, options.prompt_template)
+    # as StableDiffusionPipeline sets every scheduler: old folders of this family name other values
+    scheduler = load_scheduler(folder.path, latent=True, clip_sample=False, steps_offset=1)
+    model = _network(folder, diffusers.UNet2DConditionModel, "unet", options)
+    for option in ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type"):
+        if model.config.get(option) is not None:
+            raise folder.error(f"'unet' has {option} = {model.config[option]!r}; expected a UNet of prompts alone")
+    decoder, channels = _decoder(folder, model.config.in_channels, options)
+    embeddings = encode_stable_diffusion(folder, prompts, device=options.device)
+    denoiser = TextUNetDenoiser(model, embeddings, prediction=prediction_of(scheduler))
+    return Parts(denoiser, decoder, scheduler, names, channels)
+
+
+def _stable_diffusion_3(folder: PipelineFolder, options: Options) -> Parts:
+    clip = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    folder.need("transformer", "vae", *clip, "scheduler")
+    names = _names(folder, options)
+    prompts = class_prompts(names, options.prompt_template)
+    scheduler = load_scheduler(folder.path, latent=True)
+    if prediction_of(scheduler) != "flow":
+        raise folder.error(f"scheduler {type(scheduler).__name__}: a {folder.kind} needs a flow-matching one")
+    model = _network(folder, diffusers.SD3Transformer2DModel, "transformer", options)
+    decoder, channels = _decoder(folder, model.config.in_channels, options)
+    embeddings, pooled = encode_stable_diffusion_3(folder, prompts, model, device=options.device)
+    denoiser = TextTransformerDenoiser(model, embeddings, pooled, prediction="flow")
+    return Parts(denoiser, decoder, scheduler, names, channels)
+
+
+def _pixel(folder: PipelineFolder, options: Options) -> Parts:
+    folder.need("unet", "scheduler")
+    scheduler = load_scheduler(folder.path, latent=False)
+    if prediction_of(scheduler) == "flow":
+        raise folder.error(f"scheduler {type(scheduler).__name__}: a {folder.kind} needs one with betas")
+    model = _network(folder, diffusers.UNet2DModel, "unet", options)
+    config = model.config
+    if config.sample_size is None:
+        raise folder.error("'unet' has no sample_size in its config.json; expected the images' height and width")
+    rows = config.num_class_embeds
+    if config.class_embed_type is not None:
+        raise folder.error(f"'unet' has class_embed_type = {config.class_embed_type!r}; expected num_class_embeds")
+    names = folder.class_names(options.class_names)
+    if names is None:
+        names = ("unconditional",) if rows is None else tuple(f"class {i}" for i in range(rows))
+    if rows is not None and len(names) not in (rows, rows - 1):
+        raise folder.error(
+            f"{len(names)} class names for a model of {rows} class embeddings; expected {rows}, or {rows - 1} where "
+            "the last embedding is the null class"
+        )
+    denoiser = PixelUNetDenoiser(model, classes=len(names), prediction=prediction_of(scheduler))
+    return Parts(denoiser, IdentityDecoder(), scheduler, names, int(config.in_channels))
+
+
+FAMILIES: dict[str, Callable[[PipelineFolder, Options], Parts]] = {
+    "DiTPipeline": _dit,
+    "StableDiffusionPipeline": _stable_diffusion,
+    "StableDiffusion3Pipeline": _stable_diffusion_3,
+    "DDIMPipeline": _pixel,
+    "DDPMPipeline": _pixel,
+}
+
+
+def _names(folder: PipelineFolder, options: Options) -> tuple[str, ...]:
+    names = folder.class_names(options.class_names)
+    if names is None:
+        raise folder.error(
+            f"a {folder.kind} needs class names: pass class_names = [...], or put a list of them into the folder's "
+            "class_names.json"
+        )
+    return names
+
+
+def _network(folder: PipelineFolder, kind: Any, part: str, options: Options) -> Any:
+    model = folder.model(kind, part, device=options.device, dtype=options.dtype)
+    if options.attention == "xformers":
+        model.enable_xformers_memory_efficient_attention()
+    return model
+
+
+def _decoder(folder: PipelineFolder, latent_channels: int, options: Options) -> tuple[Decoder, int]:
+    """The decoder of the part "vae" and the channels of its images."""
+    named = folder.class_of("vae")
+    if named not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise folder.error(f"'vae' is a {named}; expected an AutoencoderKL or an AutoencoderTiny")
+    model = folder.model(getattr(diffusers, named), "vae", device=options.device, dtype=options.dtype)
+    if model.config.latent_channels != latent_channels:
+        raise folder.error(
+            f"the denoiser takes {latent_channels} channels and 'vae' has {model.config.latent_channels} latent ones; "
+            "expected as many"
+        )
+    decoder: Decoder = VaeDecoder(model) if named == "AutoencoderKL" else TinyDecoder(model)
+    return decoder, int(model.config.out_channels)

@@ -1,0 +1,95 @@
+"""A diffusers pipeline folder on disk: its index, its parts, its class names. Only safetensors weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpfast.config import ASSETS, RecipeError
+
+
+class PipelineFolder:
+    """``source`` is a folder or the name of an embedded asset. Every error is a ``RecipeError`` that names the folder.
+
+    Models are loaded by the classes that the caller names, never by what ``model_index.json`` asks for, and a model
+    whose file lacks weights is refused: diffusers would fill them with random numbers.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        embedded = ASSETS / str(source)
+        self.path = embedded if (embedded / "model_index.json").is_file() else Path(source)
+        if not self.path.is_dir():
+            names = ", ".join(sorted(p.parent.name for p in ASSETS.glob("*/model_index.json")))
+            raise self.error(f"no such folder; expected a diffusers pipeline folder or one of: {names}")
+        index = self.path / "model_index.json"
+        if not index.is_file():
+            raise self.error("not a diffusers pipeline folder, it has no model_index.json")
+        self.index = self._json(index)
+        if not isinstance(self.index, dict):
+            raise self.error("model_index.json is not a table")
+        self.kind = str(self.index.get("_class_name"))
+
+    def error(self, what: str) -> RecipeError:
+        return RecipeError(f"pipeline = {str(self.path)!r}: {what}")
+
+    def _json(self, path: Path) -> Any:
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise self.error(f"{path.name} is not JSON: {error}") from error
+
+    def class_of(self, part: str) -> str | None:
+        """The class that the index gives for a part; None where the pipeline was saved without it."""
+        entry = self.index.get(part)
+        return entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+
+    def need(self, *parts: str) -> None:
+        """Raises unless the folder has these parts."""
+        for part in parts:
+            if not (self.path / part).is_dir():
+                raise self.error(f"the folder has no part {part!r}, which a {self.kind} needs")
+
+    def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """A model of diffusers or transformers, frozen, in eval mode."""
+        self.need(part)
+        if not list((self.path / part).glob("*.safetensors")):
+            raise self.error(f"{part!r} has no .safetensors weights; pickled weights are refused")
+        try:
+            model, found = kind.from_pretrained(self.path / part, use_safetensors=True, output_loading_info=True)
+        except Exception as error:  # diffusers, transformers and safetensors each raise their own
+            raise self.error(f"{part!r} cannot be loaded as a {kind.__name__}: {error}") from error
+        if found["missing_keys"]:
+            missing = sorted(found["missing_keys"])
+            raise self.error(f"{part!r} lacks {len(missing)} weights of a {kind.__name__}, the first is {missing[0]}")
+        frozen: nn.Module = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        return frozen
+
+    def class_names(self, given: Sequence[str] | None) -> tuple[str, ...] | None:
+        """``given``, or what the folder says in class_names.json (a list) or in the index's id2label, or None."""
+        if given is not None:
+            return self._checked(given, "class_names")
+        path = self.path / "class_names.json"
+        if path.is_file():
+            return self._checked(self._json(path), "class_names.json")
+        if not self.index.get("id2label"):
+            return None
+        try:
+            names = {int(key): value for key, value in self.index["id2label"].items()}
+        except (AttributeError, ValueError) as error:
+            raise self.error("id2label in model_index.json is not a table with the ids 0, 1, 2, ...") from error
+        if sorted(names) != list(range(len(names))):
+            raise self.error("id2label in model_index.json needs the ids 0, 1, 2, ... without gaps")
+        return self._checked([names[i] for i in range(len(names))], "id2label")
+
+    def _checked(self, names: Any, where: str) -> tuple[str, ...]:
+        if isinstance(names, str) or not isinstance(names, (list, tuple)) or not names:
+            raise self.error(f"{where} = {names!r}: expected a list of at least one name")
+        wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
+        if wrong:
+            raise self.error(f"{where}: {wrong[0]!r} is no name; expected text")
+        return tuple(names)
