@@ -9,7 +9,9 @@ import sys
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = [f"csrc/{name}.cpp" for name in ("module", "entropy", "guided_step", "noise", "gather")]
+SOURCES = [
+    f"csrc/{name}.cpp" for name in ("module", "entropy", "guided_step", "noise", "gather", "rows", "permutation")
+]
 HEADERS = [f"csrc/{name}.hpp" for name in ("kernels", "simd", "parallel", "philox")]
 FLAGS = [
     "-std=c++17",
@@ -21,6 +23,7 @@ FLAGS = [
     "-fno-trapping-math",
     "-Wall",
     "-Wextra",
+    "-Wno-psabi",  # vectors never cross a call: every function that takes one is inlined
     "-Wno-unknown-pragmas",
 ]
 

@@ -36,7 +36,8 @@ DPFAST_CLONES void gather_rows(const Gather& args, int64_t begin, int64_t end) {
   float *planes = buffers.data(), *pixels = planes + channels * width;
   const bool stream = args.batch * channels * plane * size_of(args.dtype) > kStreamBytes;
   for (int64_t i = begin; i < end; ++i) {
-    const uint8_t* row = args.store + args.indices[i] * args.row_stride;
+    const int64_t index = args.indices[i];
+    const uint8_t* row = args.chunks[index / args.chunk_rows] + index % args.chunk_rows * args.row_stride;
     const int64_t to = i * channels * plane;
     const bool flip = args.flip != nullptr && args.flip[i] != 0;
     for (int64_t h = 0; h < args.height; ++h) {

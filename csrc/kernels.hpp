@@ -50,8 +50,8 @@ struct GuidedStep {
 void guided_step(const GuidedStep& args, int threads);
 
 struct Gather {
-  const uint8_t* store;
-  int64_t rows, row_stride;
+  const uint8_t* const* chunks;  // of `chunk_rows` rows each; a contiguous store is one chunk
+  int64_t chunk_rows, rows, row_stride;
   int64_t channels, height, width;
   const int64_t* indices;
   int64_t batch;
@@ -62,5 +62,22 @@ struct Gather {
   void* out;
 };
 bool gather(const Gather& args, int threads);  // false, and nothing written, when an index is outside the store
+
+struct Rows {
+  const uint8_t* const* chunks;
+  int64_t chunk_rows, total, stride, width;  // row i starts (i mod chunk_rows) * stride bytes into its chunk
+  const int64_t* indices;
+  int64_t count;
+  uint8_t* out;  // count x width bytes
+};
+bool rows(const Rows& args, int threads);  // false, and nothing written, when an index is outside [0, total)
+
+struct Permutation {
+  int64_t first, count, size;  // the places `first` to `first + count` of a permutation of [0, size)
+  uint64_t seed, epoch;
+  uint32_t stream;
+  int64_t* out;
+};
+void permutation(const Permutation& args, int threads);
 
 }  // namespace dpfast

@@ -1,6 +1,7 @@
 // The Python module: addresses come as integers, checked on the Python side; every kernel runs without the GIL.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels.hpp"
@@ -69,13 +70,32 @@ void guided_step(int64_t samples, int64_t elements, int dtype, uintptr_t x, uint
   dpfast::guided_step(args, threads);
 }
 
+bool gather_chunks(uintptr_t chunks, int64_t chunk_rows, int64_t rows, int64_t row_stride, int64_t channels,
+                   int64_t height, int64_t width, uintptr_t indices, int64_t batch, uintptr_t flip, uintptr_t scale,
+                   uintptr_t bias, int dtype, bool channels_last, uintptr_t out, int threads) {
+  return dpfast::gather({at<const uint8_t* const>(chunks), chunk_rows, rows, row_stride, channels, height, width,
+                         at<const int64_t>(indices), batch, at<const uint8_t>(flip), at<const float>(scale),
+                         at<const float>(bias), static_cast<dpfast::DType>(dtype), channels_last, at<void>(out)},
+                        threads);
+}
+
 bool gather(uintptr_t store, int64_t rows, int64_t row_stride, int64_t channels, int64_t height, int64_t width,
             uintptr_t indices, int64_t batch, uintptr_t flip, uintptr_t scale, uintptr_t bias, int dtype,
             bool channels_last, uintptr_t out, int threads) {
-  return dpfast::gather({at<const uint8_t>(store), rows, row_stride, channels, height, width, at<const int64_t>(indices),
-                         batch, at<const uint8_t>(flip), at<const float>(scale), at<const float>(bias),
-                         static_cast<dpfast::DType>(dtype), channels_last, at<void>(out)},
-                        threads);
+  return gather_chunks(reinterpret_cast<uintptr_t>(&store), std::max<int64_t>(rows, 1), rows, row_stride, channels,
+                       height, width, indices, batch, flip, scale, bias, dtype, channels_last, out, threads);
+}
+
+bool rows(uintptr_t chunks, int64_t chunk_rows, int64_t total, int64_t stride, int64_t width, uintptr_t indices,
+          int64_t count, uintptr_t out, int threads) {
+  return dpfast::rows({at<const uint8_t* const>(chunks), chunk_rows, total, stride, width, at<const int64_t>(indices),
+                       count, at<uint8_t>(out)},
+                      threads);
+}
+
+void permutation(int64_t first, int64_t count, int64_t size, uint64_t seed, uint64_t epoch, uint32_t stream,
+                 uintptr_t out, int threads) {
+  dpfast::permutation({first, count, size, seed, epoch, stream, at<int64_t>(out)}, threads);
 }
 
 }  // namespace
@@ -87,4 +107,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("noise", &noise, free_threads);
   module.def("guided_step", &guided_step, free_threads);
   module.def("gather", &gather, free_threads);
+  module.def("gather_chunks", &gather_chunks, free_threads);
+  module.def("rows", &rows, free_threads);
+  module.def("permutation", &permutation, free_threads);
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpfast.feed.augment import random_flips, random_shift
-from dpfast.feed.loader import Order
+from dpfast.feed.order import Order
 from dpfast.pool.pool import SamplePool
 
 

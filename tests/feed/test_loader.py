@@ -3,7 +3,7 @@
 import torch
 
 from dpfast.feed.augment import random_shift
-from dpfast.feed.loader import Order
+from dpfast.feed.order import Order
 from dpfast.feed.torch_loader import TorchLoader
 from dpfast.generate.sampler import SampleBatch
 from dpfast.pool.pool import SamplePool

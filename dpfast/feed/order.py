@@ -1,0 +1,145 @@
+"""The order of the training samples: a keyed permutation of the pool, computed where it is needed.
+
+No list of indices exists anywhere: the sample at place p of a pass over n samples is a function of (seed, epoch, p, n).
+A Feistel network permutes b bits, 2^b the smallest power of two that is not below max(n, 64), and a value outside
+[0, n) goes through it again until it falls inside (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite
+domains", CT-RSA 2002; less than two passes on average where n > 32). The value is split into floor(b/2) left and
+ceil(b/2) right bits:
+
+    left  ^= mix(right ^ key[2 i]),   right ^= mix(left ^ key[2 i + 1]),   i = 0..3, cut to each half's bits
+
+``mix`` is the 32-bit finaliser of MurmurHash3. The eight keys are the first eight Philox words
+(``dpfast.ops.noise``) of sample id = epoch under (seed, stream). Integers only: the same on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpfast.ops import _dispatch
+from dpfast.ops.noise import reference_words
+
+ROUNDS = 8
+WORD = 0xFFFFFFFF
+STREAM = 0x6F726472  # of the keys; the noise of samples uses small stream numbers
+FRESH_STREAM = STREAM + 1  # of the passes over the newest samples alone
+SMALLEST_BITS = 6  # below, eight rounds do not reach all orders equally often: 5 samples in 3 bits fail a chi-square
+LARGEST = 1 << 62
+SHARE_BITS = 32  # of the fixed-point share of the newest samples
+
+
+def permutation(first: int, count: int, size: int, *, seed: int, epoch: int, stream: int = STREAM) -> Tensor:
+    """The samples at places ``first`` to ``first + count`` of pass ``epoch`` over ``size`` samples: (count,) int64.
+
+    The same integers from the native kernel and from ``reference``. Raises ``ValueError`` unless
+    0 <= first <= first + count <= size <= 2^62.
+    """
+    if not 0 <= first <= first + count <= size <= LARGEST:
+        raise ValueError(f"places {first} to {first + count} of {size} samples: expected 0 <= first <= last <= size")
+    if _dispatch.backend_for(torch.device("cpu")) != "native":
+        return reference(torch.arange(first, first + count), size, seed=seed, epoch=epoch, stream=stream)
+    out = torch.empty(count, dtype=torch.int64)
+    _dispatch.native_module().permutation(
+        first, count, size, seed, epoch, stream, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def reference(places: Tensor, size: int, *, seed: int, epoch: int, stream: int = STREAM) -> Tensor:
+    """The formula in plain PyTorch, for any int64 ``places`` in [0, size), on any device."""
+    words = reference_words(torch.tensor([epoch]), ROUNDS, seed, stream)
+    keys: list[int] = words.flatten().tolist()
+    bits = max((size - 1).bit_length(), SMALLEST_BITS)
+    values = _network(places, keys, bits // 2, bits - bits // 2)
+    while bool((outside := values >= size).any()):
+        values[outside] = _network(values[outside], keys, bits // 2, bits - bits // 2)
+    return values
+
+
+def _network(values: Tensor, keys: Sequence[int], left_bits: int, right_bits: int) -> Tensor:
+    left, right = values >> right_bits, values & ((1 << right_bits) - 1)
+    for first, second in zip(keys[0::2], keys[1::2], strict=True):
+        left = left ^ _mix(right ^ first) & ((1 << left_bits) - 1)
+        right = right ^ _mix(left ^ second) & ((1 << right_bits) - 1)
+    return left << right_bits | right
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x ^ x >> 16
+    x = x * 0x85EBCA6B & WORD
+    x = x ^ x >> 13
+    x = x * 0xC2B2AE35 & WORD
+    return x ^ x >> 16
+
+
+class Order:
+    """Shuffled passes over a pool that grows: (seed, epoch, position) -> indices. The state is four integers.
+
+    A pass covers every sample once. When the pool has grown, a new pass over all of it begins, so that a new sample can
+    be in the very next batch and the choice stays uniform over the current pool, as in the paper.
+
+    fresh_weight: how much more often than another sample one of the newest is drawn (``fresh`` of ``next``). 1 is the
+    paper's uniform choice. Otherwise every batch mixes a pass over the newest with a pass over the rest, in the fixed
+    proportion that the weight gives.
+    """
+
+    def __init__(self, seed: int, batch_size: int, *, fresh_weight: float = 1.0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}, expected at least 1")
+        if not 0 < fresh_weight < float("inf"):
+            raise ValueError(f"fresh_weight = {fresh_weight}, expected a finite number above 0")
+        self.seed, self.batch_size, self.fresh_weight = seed, batch_size, fresh_weight
+        self.epoch = self.position = self.size = self.fresh = 0
+
+    def next(self, size: int, fresh: int = 0) -> Tensor:
+        """(batch_size,) indices into a pool of ``size`` samples, of which the last ``fresh`` are the newest.
+
+        Where a pass ends, the batch goes on with the next.
+        """
+        if size < 1:
+            raise ValueError("the pool is empty")
+        if not 0 <= fresh <= size:
+            raise ValueError(f"fresh = {fresh}, expected 0 to {size}, the pool's samples")
+        weighted = self.fresh_weight != 1 and 0 < fresh < size
+        fresh = fresh if weighted else 0
+        if (size, fresh) != (self.size, self.fresh):
+            # Passes of different sizes never share an epoch, so a key is used for one permutation only.
+            self.epoch += -(-self.position // max(min(self.fresh, self.size - self.fresh) or self.size, 1))
+            self.position, self.size, self.fresh = 0, size, fresh
+        first, self.position = self.position, self.position + self.batch_size
+        return self._mixed(first) if weighted else self._passes(first, self.batch_size, size, STREAM)
+
+    def _passes(self, first: int, count: int, size: int, stream: int) -> Tensor:
+        """The draws ``first`` to ``first + count`` of endless passes over ``size`` samples."""
+        parts = []
+        while count:
+            epoch, place = divmod(first, size)
+            part = min(count, size - place)
+            parts.append(
+                permutation(place, part, size, seed=self.seed, epoch=self.epoch + epoch, stream=stream),
+            )
+            first, count = first + part, count - part
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _mixed(self, first: int) -> Tensor:
+        """A batch in which draw t is one of the newest samples where floor(t * share) steps up."""
+        old = self.size - self.fresh
+        share = round((1 << SHARE_BITS) * self.fresh_weight * self.fresh / (self.fresh_weight * self.fresh + old))
+        drawn = [t * share >> SHARE_BITS for t in range(first, first + self.batch_size + 1)]
+        newest = torch.tensor(drawn[1:]) > torch.tensor(drawn[:-1])
+        news = drawn[-1] - drawn[0]
+        batch = torch.empty(self.batch_size, dtype=torch.int64)
+        batch[newest] = old + self._passes(drawn[0], news, self.fresh, FRESH_STREAM) if news else batch[newest]
+        if news < self.batch_size:
+            batch[~newest] = self._passes(first - drawn[0], self.batch_size - news, old, STREAM)
+        return batch
+
+    def state(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position, "size": self.size, "fresh": self.fresh}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.size, self.fresh = state["size"], state["fresh"]
