@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,17 @@ def _parser() -> _Parser:
     sample.add_argument("--cfg-scale", type=float, default=1.5)
     sample.add_argument("--seed", type=int, default=0)
 
+    audit = commands.add_parser(
+        "audit",
+        help="compile the Triton kernels for GPUs and check their machine code; needs no GPU",
+        allow_abbrev=False,
+    )
+    audit.add_argument(
+        "--capability", type=int, nargs="+", choices=(80, 90, 100), default=[80, 90, 100],
+        help="A100, H100, B200; default all",
+    )  # fmt: skip
+    audit.add_argument("--json", type=Path, help="file for the reports, one JSON object a line")
+
     commands.add_parser("doctor", help="what is installed, which backend each operation uses, what is missing")
     return parser
 
@@ -74,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
         parsed = _parser().parse_all(sys.argv[1:] if arguments is None else arguments)
-        return {"run": _run, "sample": _sample, "doctor": _doctor}[parsed.command](parsed)
+        return {"run": _run, "sample": _sample, "audit": _audit, "doctor": _doctor}[parsed.command](parsed)
     except RecipeError as error:
         print(f"dpfast: error: {error}", file=sys.stderr)
         return 2
@@ -148,6 +160,21 @@ def _labels(text: str, names: tuple[str, ...]) -> list[int]:
                 f"labels = {part!r}: expected 0 to {len(names) - 1}, 'all', or one of: {', '.join(names)}"
             )
     return labels
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from dpfast.ops.audit import audit, missing, problems, record, table
+
+    if reason := missing():
+        raise RecipeError(reason)
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise RecipeError(f"json = {str(arguments.json)!r}: no folder {str(arguments.json.parent)!r}")
+    reports = audit(capabilities=arguments.capability)
+    if arguments.json is not None:
+        arguments.json.write_text("".join(f"{json.dumps(record(report))}\n" for report in reports))
+    broken = sum(bool(problems(report)) for report in reports)
+    print(f"{table(reports)}\n\n{len(reports) - broken} of {len(reports)} kernels keep their promises")
+    return 1 if broken else 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

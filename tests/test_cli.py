@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from dpfast.cli import main
+from dpfast.ops import _dispatch, audit
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,8 @@ from dpfast.cli import main
         (["sample", "--labels", "0", "--out", "x", "--steps", "0"], "steps = 0"),
         (["sample", "--labels", "0", "--out", "x", "--omega", "0.1", "--learner", "/nowhere"], "learner = '/nowhere'"),
         (["sample", "--out", "x"], "--labels"),
+        (["audit", "--capability", "70"], "invalid choice: 70"),
+        (["audit", "--json", "nowhere/audit.jsonl"], "json = 'nowhere/audit.jsonl'"),
         (["dance"], "dance"),
     ],
 )
@@ -70,6 +74,27 @@ def test_doctor_names_versions_backends_and_remedies(capsys):
     text = capsys.readouterr().out
     for wanted in ("torch", "diffusers", "nvidia-dali-cuda130", "guided_step", "gather"):
         assert wanted in text
+
+
+@pytest.mark.skipif(audit.missing() is not None, reason=str(audit.missing()))
+def test_audit_prints_and_writes_its_reports_and_fails_on_a_broken_promise(tmp_path, monkeypatch, capsys):
+    (good,) = (variant for variant in audit.variants() if variant.name == "normal")
+    arguments = ["audit", "--capability", "90", "--json", str(tmp_path / "audit.jsonl")]
+    monkeypatch.setattr(audit, "variants", lambda: [good])
+    assert main(arguments) == 0
+    assert "| normal | sm_90 |" in capsys.readouterr().out
+    monkeypatch.setattr(audit, "variants", lambda: [good, replace(good, writes=good.writes // 2)])
+    assert main(arguments) == 1
+    assert "1 of 2 kernels keep their promises" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [bool(row["problems"]) for row in rows] == [False, True]
+    assert {row["capability"] for row in rows} == {90}
+
+
+def test_audit_needs_the_tools_of_the_linux_wheel(monkeypatch, capsys):
+    monkeypatch.setattr(_dispatch, "has_triton", lambda: False)
+    assert main(["audit"]) == 2
+    assert capsys.readouterr().err.startswith("dpfast: error: the audit needs the compiler")
 
 
 def test_a_wrong_argument_is_answered_without_importing_torch():

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpfast.ops import _dispatch, gather, noise
 from dpfast.ops import _guided_step_kernel as guided
-from dpfast.ops import gather, noise
 from dpfast.ops._triton import next_power, triton
 from dpfast.ops.entropy import ONE_BLOCK, online_kernel, rows_kernel
 from dpfast.ops.entropy import settings as entropy_settings
@@ -65,9 +65,21 @@ class Report:
         return accesses[WIDE] * WIDE * self.variant.warps * 32
 
 
+def _binary(tool: str) -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+
+
+def missing() -> str | None:
+    """Why nothing can be audited here, or None."""
+    if not _dispatch.has_triton() or not all(_binary(tool).is_file() for tool in ("ptxas", "cuobjdump", "nvdisasm")):
+        return "the audit needs the compiler and the disassembler of Triton's Linux wheel: pip install triton"
+    if _dispatch.INTERPRETED:
+        return "the audit compiles the kernels, which TRITON_INTERPRET=1 replaces by its interpreter: unset it"
+    return None
+
+
 def _toolchain(tool: str, *arguments: str) -> str:
-    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    return subprocess.run([str(binary), *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([str(_binary(tool)), *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) -> float:
@@ -252,6 +264,23 @@ def variants() -> list[Variant]:
 def audit(chosen: Iterable[Variant] | None = None, capabilities: Sequence[int] = CAPABILITIES) -> list[Report]:
     """Reports for `chosen` variants, all by default, on each of `capabilities`."""
     return [inspect(variant, capability) for variant in chosen or variants() for capability in capabilities]
+
+
+def record(report: Report) -> dict[str, Any]:
+    """One report as a JSON object; `loads` and `stores` map a width in bytes to a thread's instructions."""
+    variant = report.variant
+    return {
+        "kernel": variant.name,
+        "capability": report.capability,
+        "warps": variant.warps,
+        "registers": report.registers,
+        "local_bytes": report.local_bytes,
+        "shared_bytes": report.shared_bytes,
+        "occupancy": report.occupancy,
+        "loads": dict(sorted(report.loads.items())),
+        "stores": dict(sorted(report.stores.items())),
+        "problems": problems(report),
+    }
 
 
 def table(reports: Iterable[Report]) -> str:
