@@ -1,56 +1,39 @@
-"""Fixtures: a tiny random pipeline folder, the embedded pipeline, and a small learner."""
+"""Fixtures: tiny random pipeline folders, the embedded pipeline, and a small learner."""
 
-import diffusers
 import pytest
 import torch
 from torch import nn
 
 from dpfast.generate.pipeline import Pipeline
+from tests import tiny_pipelines
 
 
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory):
     """A randomly initialised DiTPipeline folder of three classes, epsilon-prediction, with a tiny decoder."""
     torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-    )
-    for parameter in transformer.parameters():  # adaLN-zero would make the output independent of the input
-        nn.init.normal_(parameter, std=0.1)
-    vae = diffusers.AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.5,
-    )
-    tiny = diffusers.AutoencoderTiny(
-        in_channels=1,
-        out_channels=1,
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-    )
-    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
-    names = {"0": "cat", "1": "dog", "2": "red bicycle"}
-    pipeline = diffusers.DiTPipeline(transformer, vae, scheduler, id2label=names)
-    pipeline.register_to_config(id2label=names)
-    folder = tmp_path_factory.mktemp("pipeline")
-    pipeline.save_pretrained(folder)
-    tiny.save_pretrained(folder / "tiny_decoder")
-    return folder
+    return tiny_pipelines.dit(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion_folder(tmp_path_factory):
+    """Stable Diffusion 1.x at tiny size, with a PNDM scheduler and no class names of its own."""
+    torch.manual_seed(0)
+    return tiny_pipelines.stable_diffusion(tmp_path_factory.mktemp("stable_diffusion"))
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion_3_folder(tmp_path_factory):
+    """Stable Diffusion 3 at tiny size: three text encoders, a flow of shift 3, latents with a shift."""
+    torch.manual_seed(0)
+    return tiny_pipelines.stable_diffusion_3(tmp_path_factory.mktemp("stable_diffusion_3"))
+
+
+@pytest.fixture(scope="session")
+def pixel_folder(tmp_path_factory):
+    """An unconditional DDIMPipeline of 8x8 images that bounds x0 to [-1, 1]."""
+    torch.manual_seed(0)
+    return tiny_pipelines.pixel(tmp_path_factory.mktemp("pixel"))
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from torch import nn
 
 from dpfast.config import ASSETS, RecipeError
 
@@ -56,18 +56,22 @@ class PipelineFolder:
 
     def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
         """A model of diffusers or transformers, frozen, in eval mode."""
+        # diffusers casts while it reads; transformers changed the option's name between versions
+        cast = {"torch_dtype": dtype} if issubclass(kind, diffusers.ModelMixin) else {}
         self.need(part)
         if not list((self.path / part).glob("*.safetensors")):
             raise self.error(f"{part!r} has no .safetensors weights; pickled weights are refused")
         try:
-            model, found = kind.from_pretrained(self.path / part, use_safetensors=True, output_loading_info=True)
+            model, found = kind.from_pretrained(
+                self.path / part, use_safetensors=True, output_loading_info=True, **cast
+            )
         except Exception as error:  # diffusers, transformers and safetensors each raise their own
             raise self.error(f"{part!r} cannot be loaded as a {kind.__name__}: {error}") from error
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise self.error(f"{part!r} lacks {len(missing)} weights of a {kind.__name__}, the first is {missing[0]}")
-        frozen: nn.Module = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        return frozen
+        model = model.to(device) if cast else model.to(device, dtype)
+        return model.eval().requires_grad_(False)
 
     def class_names(self, given: Sequence[str] | None) -> tuple[str, ...] | None:
         """``given``, or what the folder says in class_names.json (a list) or in the index's id2label, or None."""

@@ -73,7 +73,14 @@ def _parts(kind: Any, **parts: Any) -> dict[str, Any]:
 
 
 def _encoder(folder: PipelineFolder, kind: Any, part: str, device: torch.device | str) -> Any:
-    return folder.model(kind, part, device=device, dtype=torch.float32)
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return folder.model(kind, part, device=device, dtype=torch.float32)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenizer(folder: PipelineFolder, part: str, kind: Any = transformers.CLIPTokenizer) -> Any:
