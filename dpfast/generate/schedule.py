@@ -52,7 +52,12 @@ class SolverTable:
 
 
 def _table(columns: list[Tensor], timesteps: Tensor, clip: float | DynamicThreshold | None = None) -> SolverTable:
-    return SolverTable(torch.stack(columns, dim=1).float(), timesteps.clone(), clip=clip)
+    rows = torch.stack(columns, dim=1).float()
+    if not rows.isfinite().all():
+        raise ValueError(
+            f"steps = {len(rows)}: the scheduler's grid has no finite coefficients at this number of steps"
+        )
+    return SolverTable(rows, timesteps.clone(), clip=clip)
 
 
 def _check_steps(steps: int, most: int) -> None:

@@ -62,7 +62,7 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
             raise refuse(f"scheduler {name}: expected {FLOW} or one of {', '.join(VARIANCE_PRESERVING)}")
         own = getattr(diffusers, name).from_pretrained(path)
         if name == FLOW:
-            flow_euler_table(own, 1, **({"mu": 0.0} if own.config.use_dynamic_shifting else {}))
+            flow_euler_table(own, 2, **({"mu": 0.0} if own.config.use_dynamic_shifting else {}))
             return own
         config = own.config
         if config.get("prediction_type", "epsilon") not in PREDICTIONS:
