@@ -4,11 +4,16 @@ import importlib.util
 import json
 import shutil
 
+import diffusers
 import pytest
+import safetensors.torch
 import torch
 
 from dpfast.config import RecipeError
+from dpfast.generate.decoder import IdentityDecoder, TinyDecoder, VaeDecoder
 from dpfast.generate.pipeline import Pipeline
+from tests import tiny_pipelines
+from tests.tiny_pipelines import NAMES
 
 
 @pytest.fixture
@@ -16,57 +21,192 @@ def broken(pipeline_folder, tmp_path):
     return shutil.copytree(pipeline_folder, tmp_path / "broken")
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae", "scheduler"])
-def test_a_missing_part_is_named(broken, part):
-    shutil.rmtree(broken / part)
+@pytest.fixture
+def broken_text(stable_diffusion_folder, tmp_path):
+    return shutil.copytree(stable_diffusion_folder, tmp_path / "broken")
+
+
+def edit(path, **values):
+    """Sets fields of a JSON file; None removes one."""
+    table = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in table.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("folder", "part"),
+    [
+        *(("pipeline_folder", part) for part in ("transformer", "vae", "scheduler")),
+        *(("stable_diffusion_folder", part) for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
+        *(("stable_diffusion_3_folder", part) for part in ("text_encoder_2", "tokenizer_2", "text_encoder_3")),
+        *(("pixel_folder", part) for part in ("unet", "scheduler")),
+    ],
+)
+def test_a_missing_part_is_named(folder, part, tmp_path, request):
+    copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "broken")
+    shutil.rmtree(copy / part)
     with pytest.raises(RecipeError, match=f"no part '{part}'"):
-        Pipeline.from_pretrained(broken)
+        Pipeline.from_pretrained(copy, class_names=NAMES)
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(broken, tmp_path):
-    with pytest.raises(RecipeError, match="no such folder"):
+    with pytest.raises(RecipeError, match="no such folder; expected a diffusers pipeline folder or one of: fashion"):
         Pipeline.from_pretrained(tmp_path / "missing")
-    (broken / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(RecipeError, match="FluxPipeline"):
+    index = broken / "model_index.json"
+    index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(RecipeError, match="a FluxPipeline; expected one of DiTPipeline, StableDiffusionPipeline"):
         Pipeline.from_pretrained(broken)
-    (broken / "model_index.json").unlink()
+    for text, named in (("{", "is not JSON"), ("[]", "is not a table")):
+        index.write_text(text)
+        with pytest.raises(RecipeError, match=rf"model_index\.json {named}"):
+            Pipeline.from_pretrained(broken)
+    index.unlink()
     with pytest.raises(RecipeError, match=r"model_index\.json"):
         Pipeline.from_pretrained(broken)
 
 
-def test_pickled_weights_are_refused(broken):
-    weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_pickled_weights_are_refused(part, broken_text):
+    (weights,) = (broken_text / part).glob("*.safetensors")
     torch.save({"weight": torch.zeros(1)}, weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(RecipeError, match=r"'vae' has no \.safetensors weights; pickled"):
+    with pytest.raises(RecipeError, match=rf"'{part}' has no \.safetensors weights; pickled"):
+        Pipeline.from_pretrained(broken_text, class_names=NAMES)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_incomplete_and_damaged_weights_are_refused(part, broken_text):
+    """diffusers and transformers would fill what is missing with random numbers."""
+    (path,) = (broken_text / part).glob("*.safetensors")
+    weights = safetensors.torch.load_file(path)
+    lost = sorted(weights)[0]
+    safetensors.torch.save_file({k: v for k, v in weights.items() if k != lost}, path, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=f"'{part}' lacks 1 weights of a .*, the first is .*{lost.split('.')[-2]}"):
+        Pipeline.from_pretrained(broken_text, class_names=NAMES)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RecipeError, match=f"'{part}' cannot be loaded as a"):
+        Pipeline.from_pretrained(broken_text, class_names=NAMES)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(broken_text):
+    for path in (broken_text / "tokenizer").iterdir():
+        path.write_text("{")
+    with pytest.raises(RecipeError, match="'tokenizer' cannot be loaded"):
+        Pipeline.from_pretrained(broken_text, class_names=NAMES)
+
+
+def test_prompts_need_class_names(broken_text):
+    with pytest.raises(RecipeError, match=r"StableDiffusionPipeline needs class names: pass class_names = .*\.json"):
+        Pipeline.from_pretrained(broken_text)
+    path = broken_text / "class_names.json"
+    path.write_text(json.dumps(["ship", "frog"]))
+    assert Pipeline.from_pretrained(broken_text).class_names == ("ship", "frog")
+    assert Pipeline.from_pretrained(broken_text, class_names=["one"]).class_names == ("one",)
+    for names, named in (
+        (["a", 3], "3 is no name"),
+        (["a", " "], "' ' is no name"),
+        ([], "at least one"),
+        ("ab", "list"),
+    ):
+        path.write_text(json.dumps(names))
+        with pytest.raises(RecipeError, match=rf"class_names\.json.*{named}"):
+            Pipeline.from_pretrained(broken_text)
+        with pytest.raises(RecipeError, match=f"class_names.*{named}"):
+            Pipeline.from_pretrained(broken_text, class_names=names)
+
+
+@pytest.mark.parametrize("template", ["a photo", "a {} of a {}", 3])
+def test_a_prompt_template_has_one_place_for_the_name(template, stable_diffusion_folder):
+    with pytest.raises(RecipeError, match=r"prompt_template = .*expected text with one '{}'"):
+        Pipeline.from_pretrained(stable_diffusion_folder, class_names=NAMES, prompt_template=template)
+
+
+@pytest.mark.parametrize(("names", "named"), [({"0": "a", "2": "b"}, "without gaps"), (["a"], "not a table")])
+def test_id2label_is_checked(names, named, broken):
+    edit(broken / "model_index.json", id2label=names)
+    with pytest.raises(RecipeError, match=f"id2label in model_index.json.*{named}"):
         Pipeline.from_pretrained(broken)
 
 
-def test_xformers_is_selectable_and_missed_by_name(pipeline_folder, monkeypatch):
+def test_more_names_than_the_model_has_classes_are_refused(pipeline_folder, tmp_path):
+    with pytest.raises(RecipeError, match="1001 class names for a model of 1000 classes"):
+        Pipeline.from_pretrained(pipeline_folder, class_names=["x"] * 1001)
+    folder = tiny_pipelines.pixel(tmp_path, class_embeddings=5)
+    with pytest.raises(RecipeError, match="3 class names for a model of 5 class embeddings; expected 5, or 4"):
+        Pipeline.from_pretrained(folder, class_names=NAMES)
+
+
+def test_models_of_other_conditions_are_refused(broken_text, pixel_folder, tmp_path):
+    """A guidance-distilled UNet, one that takes nine channels, and pixels without a size."""
+    options = {**diffusers.UNet2DConditionModel.load_config(broken_text / "unet")}
+    for changed, named in (
+        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim = 8"),
+        ({"in_channels": 9}, "takes 9 channels"),
+    ):
+        diffusers.UNet2DConditionModel.from_config({**options, **changed}).save_pretrained(broken_text / "unet")
+        with pytest.raises(RecipeError, match=named):
+            Pipeline.from_pretrained(broken_text, class_names=NAMES)
+    pixels = shutil.copytree(pixel_folder, tmp_path / "pixels")
+    edit(pixels / "unet" / "config.json", sample_size=None)
+    with pytest.raises(RecipeError, match="'unet' has no sample_size"):
+        Pipeline.from_pretrained(pixels)
+
+
+def test_the_scheduler_fits_the_family(stable_diffusion_3_folder, pixel_folder, tmp_path):
+    for folder, scheduler in (
+        (stable_diffusion_3_folder, diffusers.DDIMScheduler()),
+        (pixel_folder, diffusers.FlowMatchEulerDiscreteScheduler()),
+    ):
+        copy = shutil.copytree(folder, tmp_path / folder.name)
+        scheduler.save_pretrained(copy / "scheduler")
+        with pytest.raises(RecipeError, match=f"scheduler {type(scheduler).__name__}: a .* needs"):
+            Pipeline.from_pretrained(copy, class_names=NAMES)
+
+
+def test_decoders(pipeline_folder, pixel_folder, broken):
+    pipeline = Pipeline.from_pretrained(pipeline_folder)
+    assert isinstance(pipeline.decoder, VaeDecoder)
+    assert isinstance(pipeline.guidance_decoder, TinyDecoder)
+    pixels = Pipeline.from_pretrained(pixel_folder)
+    assert isinstance(pixels.decoder, IdentityDecoder)
+    assert pixels.image_channels == 1
+
+    shutil.rmtree(broken / "tiny_decoder")
+    without = Pipeline.from_pretrained(broken)
+    assert without.guidance_decoder is without.decoder
+
+    shutil.rmtree(broken / "vae")
+    shutil.copytree(pipeline_folder / "tiny_decoder", broken / "vae")
+    edit(broken / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
+    assert isinstance(Pipeline.from_pretrained(broken).decoder, TinyDecoder)
+    edit(broken / "model_index.json", vae=["diffusers", "AutoencoderDC"])
+    with pytest.raises(RecipeError, match="'vae' is a AutoencoderDC; expected an AutoencoderKL"):
+        Pipeline.from_pretrained(broken)
+
+
+def test_dtype_and_attention_are_checked(pipeline_folder, monkeypatch):
+    with pytest.raises(RecipeError, match=r"dtype = 'torch\.int8': expected one of float32, bfloat16, float16"):
+        Pipeline.from_pretrained(pipeline_folder, dtype=torch.int8)
+    with pytest.raises(RecipeError, match="attention = 'flash': expected 'sdpa' or 'xformers'"):
+        Pipeline.from_pretrained(pipeline_folder, attention="flash")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xformers" else find(name))
     with pytest.raises(RecipeError, match=r"attention = 'xformers'.*pip install"):
         Pipeline.from_pretrained(pipeline_folder, attention="xformers")
 
 
-def test_without_a_tiny_decoder_the_full_one_guides(broken):
-    shutil.rmtree(broken / "tiny_decoder")
-    pipeline = Pipeline.from_pretrained(broken)
-    assert pipeline.guidance_decoder is pipeline.decoder
-
-
-def test_a_learned_variance_is_cut_off(pipeline):
-    """A model of twice the channels, as DiT-XL/2 has: the prediction is its first half."""
-    model = pipeline.denoiser.model
-    double = type(model)(**{**model.config, "out_channels": 8})
-    denoiser = type(pipeline.denoiser)(double, classes=3, prediction="epsilon")
-    x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor(5), torch.tensor([0, 1])
-    assert denoiser(x, t, labels).shape == x.shape
-
-
 def test_names_and_shapes_come_from_the_folder(pipeline):
-    assert pipeline.class_names == ("cat", "dog", "red bicycle")
+    assert pipeline.class_names == NAMES
     assert pipeline.denoiser.classes == 3
     assert pipeline.denoiser.sample_shape == (4, 8, 8)
     assert pipeline.denoiser.prediction == "epsilon"
     assert pipeline.image_channels == 1
+    assert pipeline.table(5, solver="dpmpp2m").needs_x0_prev
+
+
+def test_a_loaded_model_is_frozen(stable_diffusion_folder):
+    """No gradient reaches the generator's weights, nor the embeddings of its prompts."""
+    pipeline = Pipeline.from_pretrained(stable_diffusion_folder, class_names=NAMES)
+    tensors = [*pipeline.denoiser.model.parameters(), *pipeline.decoder.vae.parameters(), pipeline.denoiser.embeddings]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert not pipeline.denoiser.model.training
+    assert pipeline.denoiser.embeddings.shape == (4, 16, 16)

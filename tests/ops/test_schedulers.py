@@ -45,16 +45,43 @@ def test_ddim(steps, kind, eta, clip, backend):
         expected = scheduler.step(pred, t, x, eta=eta, variance_noise=z if eta else None).prev_sample
         actual = guided_step(
             x, pred, pred, torch.randn(SHAPE), table.rows, step, cfg_scale=3.0, omega=0.0, prediction=KINDS[kind],
-            clip=clip, sample_ids=ids if eta else None, seed=5,
+            clip=table.clip, sample_ids=ids if eta else None, seed=5,
         )  # fmt: skip
         assert_step(actual, expected, table.rows[step])
 
 
+@pytest.mark.parametrize("alpha_one", [False, True])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_ddim_from_zero_terminal_snr(kind, spacing, alpha_one, backend):
+    """The first input may be pure noise (alpha = 0), and the last step may stop short of alpha = 1."""
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type=kind,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        rescale_betas_zero_snr=True,
+        timestep_spacing=spacing,
+        steps_offset=1,
+        set_alpha_to_one=alpha_one,
+    )
+    table = schedule.ddim_table(scheduler, 10)
+    assert (float(table.rows[0, 0]) == 0) == (spacing != "leading")
+    assert (float(table.rows[-1, 2]) == 1) == alpha_one
+    for step, t in enumerate(scheduler.timesteps):
+        x, pred = torch.randn(SHAPE), torch.randn(SHAPE)
+        expected = scheduler.step(pred, t, x).prev_sample
+        actual = guided_step(
+            x, pred, None, None, table.rows, step, cfg_scale=1.0, omega=0.0, prediction=KINDS[kind]
+        )  # fmt: skip
+        assert_step(actual, expected, x.new_ones(3))
+
+
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}])
 @pytest.mark.parametrize("steps", GRIDS)
-def test_dpm_solver(steps, kind, backend):
+def test_dpm_solver(steps, options, kind, backend):
     scheduler = diffusers.DPMSolverMultistepScheduler(
-        prediction_type=kind, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint"
+        prediction_type=kind, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", **options
     )
     table = schedule.dpmpp_2m_table(scheduler, steps)
     x0 = torch.zeros(SHAPE)
@@ -67,9 +94,10 @@ def test_dpm_solver(steps, kind, backend):
         x0 = following
 
 
+@pytest.mark.parametrize("options", [{"shift": 1.0}, {"shift": 3.0}, {"shift": 3.0, "shift_terminal": 0.1}])
 @pytest.mark.parametrize("steps", GRIDS)
-def test_flow_matching(steps, backend):
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+def test_flow_matching(steps, options, backend):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options)
     table = schedule.flow_euler_table(scheduler, steps)
     for step, t in enumerate(scheduler.timesteps):
         x, pred = torch.randn(SHAPE), torch.randn(SHAPE)
