@@ -1,5 +1,6 @@
-// H = log S - W / S and dH/dz = -(e / S) (d - W / S) / T, with d = (z - max z) / T, e = exp(d), S = sum e, W = sum e d.
-// Both terms of H are non-negative, so nothing cancels, and each logit needs one exponential.
+// With d = (z - max z) / (T ln 2), e = 2^d, S = sum e and W = sum d e: H = log S - ln 2 W / S and
+// dH/dz = -(ln 2 / (T S)) e (d - W / S). Both terms of H are non-negative, so nothing cancels, and each logit needs one
+// exponential.
 #include <cmath>
 #include <vector>
 
@@ -9,77 +10,78 @@
 namespace dpfast {
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int64_t kSmall = 32;         // up to here, 16 rows side by side fill the vector better than one row does
-constexpr float kFloor = -87.0f;       // e^-87 is the last normal float; below it p counts as zero
-constexpr int64_t kPartial = 512;      // so many terms are summed in fp32, the partial sums in fp64
+constexpr int kVectors = 4;                     // of a row that are worked on together, to hide each other's latency
+constexpr int64_t kBlock = kVectors * kLanes;
+constexpr int64_t kFold = 32;                   // so many terms are summed in fp32, the partial sums in fp64
+constexpr int64_t kSmall = 32;                  // up to here, 16 rows side by side fill a vector better than one row does
+constexpr float kFloor = -127.0f;               // 2^-127 comes out as zero
 constexpr int64_t kBytesPerPiece = int64_t{256} << 10;
+constexpr double kLn2 = 0.693147180559945309;
 
-DPFAST_INLINE float scaled(float logit, float top, float inverse_temperature) {
-  const float d = (logit - top) * inverse_temperature;
-  return d < kFloor ? kFloor : d;  // NaN compares false and stays
-}
+DPFAST_INLINE Floats scaled(Floats logits, Floats top, float scale) { return at_least((logits - top) * scale, kFloor); }
 
-DPFAST_INLINE float exp_or_zero(float d) {
-  const float e = exp_nonpositive(d);
-  return d <= kFloor ? 0.0f : e;
-}
+struct Row {
+  float entropy, mean, factor;  // gradient = factor e (d - mean)
+};
 
-// One row; `work` receives e, then the gradient where one is wanted.
-DPFAST_INLINE void one_row(const float* z, int64_t classes, float inverse_temperature, float* entropy, float* work, bool gradient) {
-  float top = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : top)
-  for (int64_t k = 0; k < classes; ++k) top = top < z[k] ? z[k] : top;
-  double total = 0.0, total_weighted = 0.0;
-  for (int64_t first = 0; first < classes; first += kPartial) {
-    const int64_t last = std::min(first + kPartial, classes);
-    float sum = 0.0f, weighted = 0.0f;
-#pragma omp simd reduction(+ : sum, weighted)
-    for (int64_t k = first; k < last; ++k) {
-      const float d = scaled(z[k], top, inverse_temperature);
-      const float e = exp_or_zero(d);
-      work[k] = e;
-      sum += e;
-      weighted += e * d;
-    }
-    total += static_cast<double>(sum);
-    total_weighted += static_cast<double>(weighted);
+// One row of whole blocks, of which `tail` is the last. Writes e and d, and fetches `next`, the row to come: the
+// arithmetic of this one hides the way of that one from memory.
+DPFAST_INLINE Row one_row(const float* z, const float* tail, const float* next, int64_t blocks, float inverse_temperature,
+                          float* e, float* d) {
+  Floats tops[kVectors];
+  for (int i = 0; i < kVectors; ++i) tops[i] = load(tail + i * kLanes);
+  for (int64_t block = 0; block + 1 < blocks; ++block) {
+    for (int i = 0; i < kVectors; ++i) tops[i] = larger(tops[i], load(z + block * kBlock + i * kLanes));
   }
-  *entropy = static_cast<float>(std::log(total) - total_weighted / total);
-  if (!gradient) return;
-  const float mean = static_cast<float>(total_weighted / total);
-  const float scale = static_cast<float>(-inverse_temperature / total);
-#pragma omp simd
-  for (int64_t k = 0; k < classes; ++k) work[k] = work[k] * scale * (scaled(z[k], top, inverse_temperature) - mean);
+  const Floats top = Floats{} + largest(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
+  const float scale = static_cast<float>(inverse_temperature / kLn2);
+  double total = 0.0, weighted = 0.0;
+  for (int64_t first = 0; first < blocks; first += kFold) {
+    const int64_t last = std::min(first + kFold, blocks);
+    Floats sums[kVectors] = {}, products[kVectors] = {};
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t at = block * kBlock;
+      const float* from = block + 1 < blocks ? z + at : tail;
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) {
+        const int64_t k = i * kLanes;
+        __builtin_prefetch(next + at + k);
+        const Floats exponent = scaled(load(from + k), top, scale);
+        const Floats power = exp2_nonpositive(exponent);
+        store(e + at + k, power);
+        store(d + at + k, exponent);
+        sums[i] += power;
+        products[i] += power * exponent;
+      }
+    }
+    total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    weighted += sum((products[0] + products[1]) + (products[2] + products[3]));
+  }
+  return {static_cast<float>(std::log(total) - kLn2 * weighted / total), static_cast<float>(weighted / total),
+          static_cast<float>(-kLn2 * inverse_temperature / total)};
 }
 
 // kLanes rows side by side: z and work are [classes][kLanes].
 DPFAST_INLINE void many_rows(const float* z, int64_t classes, float inverse_temperature, float* entropy, float* work) {
-  float top[kLanes], sum[kLanes], mean[kLanes], scale[kLanes];
-  for (int r = 0; r < kLanes; ++r) top[r] = z[r], sum[r] = 0.0f, mean[r] = 0.0f;
-  for (int64_t k = 1; k < classes; ++k) {
-    for (int r = 0; r < kLanes; ++r) top[r] = top[r] < z[k * kLanes + r] ? z[k * kLanes + r] : top[r];
-  }
+  const float scale = static_cast<float>(inverse_temperature / kLn2);
+  Floats top = load(z), total{}, mean{};
+  for (int64_t k = 1; k < classes; ++k) top = larger(top, load(z + k * kLanes));
   for (int64_t k = 0; k < classes; ++k) {
-    for (int r = 0; r < kLanes; ++r) {
-      const float d = scaled(z[k * kLanes + r], top[r], inverse_temperature);
-      const float e = exp_or_zero(d);
-      work[k * kLanes + r] = e;
-      sum[r] += e;
-      mean[r] += e * d;
-    }
+    const Floats d = scaled(load(z + k * kLanes), top, scale);
+    const Floats e = exp2_nonpositive(d);
+    store(work + k * kLanes, e);
+    total += e;
+    mean += e * d;
   }
+  mean /= total;
+  const Floats factor = static_cast<float>(-inverse_temperature) / total;
   for (int r = 0; r < kLanes; ++r) {
-    mean[r] /= sum[r];
-    scale[r] = -inverse_temperature / sum[r];
-    // 1 <= sum <= kSmall; a NaN passes through the bits of log_positive, so it is added back by the mean.
-    entropy[r] = log_positive(sum[r]) - mean[r];
+    // 1 <= total <= kSmall; a NaN passes through the bits of log_positive, so the mean adds it back.
+    entropy[r] = log_positive(total[r]) - static_cast<float>(kLn2) * mean[r];
   }
   for (int64_t k = 0; k < classes; ++k) {
-    for (int r = 0; r < kLanes; ++r) {
-      const float d = scaled(z[k * kLanes + r], top[r], inverse_temperature);
-      work[k * kLanes + r] = work[k * kLanes + r] * scale[r] * (d - mean[r]);
-    }
+    const Floats d = scaled(load(z + k * kLanes), top, scale) - mean;
+    store(work + k * kLanes, static_cast<float>(kLn2) * (d * factor) * load(work + k * kLanes));
   }
 }
 
@@ -112,14 +114,21 @@ DPFAST_INLINE void small_rows(const Entropy& args, int64_t begin, int64_t end) {
 
 DPFAST_CLONES void entropy_rows(const Entropy& args, int64_t begin, int64_t end) {
   if (args.classes <= kSmall) return small_rows(args, begin, end);
-  const bool gradient = args.gradient != nullptr;
   const bool stream = args.rows * args.classes * size_of(args.dtype) > kStreamBytes;
-  std::vector<float> buffers(static_cast<size_t>(2 * args.classes));
-  float *work = buffers.data(), *converted = work + args.classes;
+  const int64_t blocks = (args.classes + kBlock - 1) / kBlock, whole = (blocks - 1) * kBlock;
+  std::vector<float> buffers(static_cast<size_t>(3 * blocks * kBlock));
+  float *e = buffers.data(), *d = e + blocks * kBlock, *converted = d + blocks * kBlock;
+  alignas(64) float tail[kBlock];
+  for (float& logit : tail) logit = -std::numeric_limits<float>::infinity();
   for (int64_t r = begin; r < end; ++r) {
     const float* z = as_floats(args.logits, args.dtype, r * args.row_stride, args.classes, converted);
-    one_row(z, args.classes, args.inverse_temperature, args.entropy + r, work, gradient);
-    if (gradient) store_floats(args.gradient, args.dtype, r * args.classes, args.classes, work, stream);
+    std::memcpy(tail, z + whole, static_cast<size_t>(args.classes - whole) * sizeof(float));
+    const float* next = args.dtype == DType::kFloat32 && r + 1 < end ? z + args.row_stride : z;
+    const Row row = one_row(z, tail, next, blocks, args.inverse_temperature, e, d);
+    args.entropy[r] = row.entropy;
+    if (args.gradient == nullptr) continue;
+    for (int64_t k = 0; k < blocks * kBlock; k += kLanes) store(e + k, load(e + k) * ((load(d + k) - row.mean) * row.factor));
+    store_floats(args.gradient, args.dtype, r * args.classes, args.classes, e, stream);
   }
   stream_fence();
 }
@@ -128,6 +137,7 @@ DPFAST_CLONES void entropy_rows(const Entropy& args, int64_t begin, int64_t end)
 
 void entropy(const Entropy& args, int threads) {
   const int64_t row_bytes = args.classes * size_of(args.dtype);
+  expect_large(args.gradient, args.rows * row_bytes);
   const int64_t grain = std::max<int64_t>(kBytesPerPiece / row_bytes / kLanes * kLanes, kLanes);
   parallel_for(args.rows, args.classes > kSmall ? std::max<int64_t>(kBytesPerPiece / row_bytes, 1) : grain, threads, args,
                entropy_rows);

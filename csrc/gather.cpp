@@ -6,6 +6,8 @@
 namespace dpfast {
 namespace {
 
+constexpr int64_t kCacheLine = 64;
+
 DPFAST_INLINE void normalise(const uint8_t* bytes, int64_t count, bool flip, float scale, float bias, float* to) {
   if (flip) {
 #pragma omp simd
@@ -35,13 +37,18 @@ DPFAST_CLONES void gather_rows(const Gather& args, int64_t begin, int64_t end) {
   std::vector<float> buffers(static_cast<size_t>(2 * channels * width));
   float *planes = buffers.data(), *pixels = planes + channels * width;
   const bool stream = args.batch * channels * plane * size_of(args.dtype) > kStreamBytes;
-  for (int64_t i = begin; i < end; ++i) {
+  const auto row_of = [&args](int64_t i) {
     const int64_t index = args.indices[i];
-    const uint8_t* row = args.chunks[index / args.chunk_rows] + index % args.chunk_rows * args.row_stride;
+    return args.chunks[index / args.chunk_rows] + index % args.chunk_rows * args.row_stride;
+  };
+  for (int64_t i = begin; i < end; ++i) {
+    const uint8_t *row = row_of(i), *next = row_of(i + 1 < end ? i + 1 : i);
     const int64_t to = i * channels * plane;
     const bool flip = args.flip != nullptr && args.flip[i] != 0;
     for (int64_t h = 0; h < args.height; ++h) {
       for (int64_t c = 0; c < channels; ++c) {
+        // Rows lie anywhere in memory: the work on this one hides the way of the next.
+        for (int64_t w = 0; w < width; w += kCacheLine) __builtin_prefetch(next + c * plane + h * width + w);
         normalise(row + c * plane + h * width, width, flip, args.scale[c], args.bias[c], planes + c * width);
         if (!args.channels_last) {
           store_floats(args.out, args.dtype, to + c * plane + h * width, width, planes + c * width, stream);
@@ -71,6 +78,7 @@ bool gather(const Gather& args, int threads) {
     if (args.indices[i] < 0 || args.indices[i] >= args.rows) return false;
   }
   const int64_t row = std::max<int64_t>(args.channels * args.height * args.width, 1);
+  expect_large(args.out, args.batch * row * size_of(args.dtype));
   parallel_for(args.batch, 32768 / row, threads, args, gather_rows);
   return true;
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "memory.hpp"
 #include "simd.hpp"
 
 namespace dpfast {

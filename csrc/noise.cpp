@@ -31,6 +31,7 @@ DPFAST_CLONES void noise_samples(const Noise& args, int64_t begin, int64_t end) 
 }  // namespace
 
 void noise(const Noise& args, int threads) {
+  expect_large(args.normals, args.samples * args.elements * int64_t{sizeof(float)});
   const int64_t grain = 8 * kNoiseBlock / std::max<int64_t>(args.elements, 1);
   parallel_for(args.samples, grain, threads, args, noise_samples);
 }

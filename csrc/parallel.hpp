@@ -1,109 +1,88 @@
-// A small pool of threads. torch's own OpenMP runtime is private to its wheel; a second one would spin against it.
+// Loops over threads. They run on the OpenMP threads of the process, which are torch's: threads of our own would compete
+// with torch's, which go on spinning for a while after each of its operations.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <mutex>
+#include <cstring>
 #include <thread>
+#include <vector>
 
-#if defined(__unix__) || defined(__APPLE__)
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
 #include <pthread.h>
 #endif
 
 namespace dpfast {
 
-class Pool {
- public:
-  static Pool& get() {
-    // Never destroyed: idle workers may outlive the exit handlers. A forked child has no workers and starts a new pool.
-    static std::atomic<Pool*> pool{new Pool};
-#if defined(__unix__) || defined(__APPLE__)
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });
-    (void)registered;
+// The entry point behind `#pragma omp parallel` in GNU's runtime, which LLVM's and Intel's export too.
+using OpenMP = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+#if defined(__linux__)
+// The runtime that torch has loaded; it may lie inside its wheel, under a name that only the list of loaded objects knows.
+inline OpenMP find_openmp() {
+  OpenMP found = nullptr;
+  dl_iterate_phdr(
+      [](dl_phdr_info* object, size_t, void* result) {
+        const char* file = std::strrchr(object->dlpi_name, '/');
+        if (file == nullptr) return 0;
+        for (const char* name : {"/libgomp", "/libiomp5", "/libomp"}) {
+          if (std::strncmp(file, name, std::strlen(name)) != 0) continue;
+          if (void* handle = dlopen(object->dlpi_name, RTLD_LAZY | RTLD_NOLOAD)) {
+            *static_cast<OpenMP*>(result) = reinterpret_cast<OpenMP>(dlsym(handle, "GOMP_parallel"));
+            dlclose(handle);
+          }
+        }
+        return std::strstr(object->dlpi_name, "torch") != nullptr && *static_cast<OpenMP*>(result) != nullptr ? 1 : 0;
+      },
+      &found);
+  return found;
+}
+
+// Null where there is none, and in a forked child, where the threads of an OpenMP runtime are gone for good.
+inline OpenMP openmp() {
+  static std::atomic<OpenMP> runtime{find_openmp()};
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { runtime.store(nullptr); });
+  (void)registered;
+  return runtime.load(std::memory_order_relaxed);
+}
+#else
+inline OpenMP openmp() { return nullptr; }
 #endif
-    return *pool.load();
-  }
 
-  // Calls body(context, begin, end) for pieces of [0, total) of `grain` items on at most `threads` threads.
-  void run(int64_t total, int64_t grain, int threads, void (*body)(const void*, int64_t, int64_t), const void* context) {
-    const int64_t pieces = (total + grain - 1) / grain;
-    const int wanted = static_cast<int>(std::min<int64_t>(threads, pieces)) - 1;
-    std::unique_lock<std::mutex> exclusive(callers_, std::try_to_lock);
-    if (wanted <= 0 || !exclusive.owns_lock()) {  // another caller has the workers: do it here
-      if (total > 0) body(context, 0, total);
-      return;
-    }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      while (workers_ < wanted) {
-        std::thread(&Pool::work, this, workers_, generation_).detach();
-        ++workers_;
-      }
-      job_ = {body, context, total, grain, wanted};
-      next_.store(0, std::memory_order_relaxed);
-      busy_ = wanted;
-      ++generation_;
-    }
-    wake_.notify_all();
-    pull();
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
-  }
-
- private:
-  struct Job {
-    void (*body)(const void*, int64_t, int64_t);
-    const void* context;
-    int64_t total, grain;
-    int workers;
-  };
-
-  void pull() {
-    for (;;) {
-      const int64_t begin = next_.fetch_add(job_.grain, std::memory_order_relaxed);
-      if (begin >= job_.total) return;
-      job_.body(job_.context, begin, std::min(begin + job_.grain, job_.total));
-    }
-  }
-
-  void work(int index, uint64_t seen) {
-    for (;;) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_ != seen; });
-        seen = generation_;
-        if (index >= job_.workers) continue;
-      }
-      pull();
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (--busy_ == 0) done_.notify_one();
-    }
-  }
-
-  std::mutex callers_, mutex_;
-  std::condition_variable wake_, done_;
-  Job job_{};
-  std::atomic<int64_t> next_{0};
-  uint64_t generation_ = 0;
-  int workers_ = 0, busy_ = 0;
-};
-
-// `kernel(args, begin, end)` over [0, total), with pieces of about `grain` items.
+// `kernel(args, begin, end)` over [0, total) in pieces of about `grain` items, on at most `threads` threads.
 template <class Args>
 void parallel_for(int64_t total, int64_t grain, int threads, const Args& args, void (*kernel)(const Args&, int64_t, int64_t)) {
-  struct Call {
+  grain = std::max<int64_t>(grain, 1);
+  const int team = static_cast<int>(std::min<int64_t>(threads, (total + grain - 1) / grain));
+  if (team <= 1) {
+    if (total > 0) kernel(args, 0, total);
+    return;
+  }
+  struct Loop {
     const Args& args;
     void (*kernel)(const Args&, int64_t, int64_t);
-  } call{args, kernel};
-  Pool::get().run(
-      total, std::max<int64_t>(grain, 1), threads,
-      [](const void* context, int64_t begin, int64_t end) {
-        const Call& call = *static_cast<const Call*>(context);
-        call.kernel(call.args, begin, end);
-      },
-      &call);
+    int64_t total, grain;
+    std::atomic<int64_t> next;
+  } loop{args, kernel, total, grain, {0}};
+  const auto pull = [](void* data) {
+    Loop& loop = *static_cast<Loop*>(data);
+    for (;;) {
+      const int64_t begin = loop.next.fetch_add(loop.grain, std::memory_order_relaxed);
+      if (begin >= loop.total) return;
+      loop.kernel(loop.args, begin, std::min(begin + loop.grain, loop.total));
+    }
+  };
+  if (const OpenMP run = openmp()) {
+    run(pull, &loop, static_cast<unsigned>(team), 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  for (int i = 1; i < team; ++i) others.emplace_back(pull, static_cast<void*>(&loop));
+  pull(&loop);
+  for (std::thread& other : others) other.join();
 }
 
 }  // namespace dpfast

@@ -1,16 +1,13 @@
 // Arithmetic that the compiler vectorises: each function is one lane, written without branches or library calls.
 //
 // A kernel marked DPFAST_CLONES is compiled for AVX-512, AVX2 and the baseline; the loader picks one when the module is
-// loaded. The polynomials are least-squares fits with Lawson weights, which makes them close to minimax.
+// loaded. Where a loop does not vectorise well by itself it is written on `Floats`, the vector type of GCC and Clang,
+// which each of the three splits into its own registers. The polynomials are least-squares fits with Lawson weights, which makes them close to minimax.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 #define DPFAST_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(DPFAST_PORTABLE)
@@ -31,23 +28,6 @@ DPFAST_INLINE To bit_cast(From from) {
   To to;
   std::memcpy(&to, &from, sizeof(to));
   return to;
-}
-
-// e^x for x in [-87, 0]; relative error 1e-7. NaN stays NaN.
-DPFAST_INLINE float exp_nonpositive(float x) {
-  constexpr float kLog2e = 1.44269504088896f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const float shifted = x * kLog2e + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * kLn2High) - n * kLn2Low;
-  float p = 0.0013814320555f;
-  p = p * r + 0.0083688516166f;
-  p = p * r + 0.0416684001682f;
-  p = p * r + 0.1666651964188f;
-  p = p * r + 0.4999999403954f;
-  p = p * (r * r) + r + 1.0f;
-  const uint32_t power = (bit_cast<uint32_t>(shifted) + 127u) << 23;
-  return p * bit_cast<float>(power);
 }
 
 // log(u) for normal positive u; relative error 1e-7, also next to u = 1.
@@ -117,6 +97,47 @@ DPFAST_INLINE uint16_t float_to_bfloat(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+constexpr int kLanes = 16;
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+DPFAST_INLINE Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+DPFAST_INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+
+// Comparisons, not library maxima: a NaN in `value` compares false, so the first leaves it and the second skips it.
+DPFAST_INLINE Floats at_least(Floats value, float floor) { return value < floor ? Floats{} + floor : value; }
+DPFAST_INLINE Floats larger(Floats value, Floats other) { return value < other ? other : value; }
+
+DPFAST_INLINE float largest(Floats value) {
+  float top = value[0];
+  for (int i = 1; i < kLanes; ++i) top = top < value[i] ? value[i] : top;
+  return top;
+}
+
+DPFAST_INLINE double sum(Floats value) {
+  double total = 0.0;
+  for (int i = 0; i < kLanes; ++i) total += static_cast<double>(value[i]);
+  return total;
+}
+
+// 2^x for x in [-127, 0]; relative error 2e-7, and 2^-127 comes out as exactly 0. NaN stays NaN.
+DPFAST_INLINE Floats exp2_nonpositive(Floats x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Floats shifted = x + kRound;
+  const Floats f = x - (shifted - kRound);
+  Floats p = 0.0013264727312f * f + 0.0096715129912f;
+  p = p * f + 0.0555073358119f;
+  p = p * f + 0.2402224242687f;
+  p = p * f + 0.6931470036507f;
+  p = p * f + 1.0f;
+  return (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
 // `count` elements from `first` on as floats: the source itself when it is fp32, else `buffer`.
 DPFAST_INLINE const float* as_floats(const void* source, DType dtype, int64_t first, int64_t count, float* buffer) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(source) + first;
@@ -128,43 +149,5 @@ DPFAST_INLINE const float* as_floats(const void* source, DType dtype, int64_t fi
   }
   return buffer;
 }
-
-// Copies past the caches: without it, a store first reads the line that it overwrites, a third of all traffic.
-DPFAST_INLINE void stream_out(float* to, const float* from, int64_t count) {
-  int64_t i = 0;
-#if defined(__SSE2__)
-  for (; i < count && reinterpret_cast<uintptr_t>(to + i) % 16 != 0; ++i) to[i] = from[i];
-  for (; i + 4 <= count; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
-#endif
-  for (; i < count; ++i) to[i] = from[i];
-}
-
-DPFAST_INLINE void store_floats(void* to, DType dtype, int64_t first, int64_t count, const float* from, bool stream) {
-  if (dtype == DType::kFloat32) {
-    float* target = static_cast<float*>(to) + first;
-    if (stream) {
-      stream_out(target, from, count);
-    } else if (target != from) {
-      std::memcpy(target, from, static_cast<size_t>(count) * sizeof(float));
-    }
-    return;
-  }
-  uint16_t* target = static_cast<uint16_t*>(to) + first;
-  if (dtype == DType::kFloat16) {
-    for (int64_t i = 0; i < count; ++i) target[i] = float_to_half(from[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) target[i] = float_to_bfloat(from[i]);
-  }
-}
-
-// Streamed stores are weakly ordered: a thread calls this before it reports its part as done.
-DPFAST_INLINE void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
-// Outputs beyond this many bytes bypass the caches; below it, the reader finds them there.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 }  // namespace dpfast
