@@ -80,13 +80,13 @@ class PixelUNetDenoiser(_ModelDenoiser):
 class TextUNetDenoiser(_ModelDenoiser):
     """``UNet2DConditionModel`` of Stable Diffusion 1.x and 2.x over prompts' embeddings (classes + 1, tokens, width).
 
-    The last row belongs to the empty prompt.
+    They have the model's dtype and device; the last row belongs to the empty prompt.
     """
 
     def __init__(self, model: nn.Module, embeddings: Tensor, *, prediction: Prediction) -> None:
         classes = len(embeddings) - 1
         super().__init__(model, classes=classes, null_label=classes, prediction=prediction)
-        self.embeddings = embeddings.to(self.dtype)
+        self.embeddings = embeddings
 
     def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         return self.model(x, timesteps, encoder_hidden_states=self.embeddings.index_select(0, labels)).sample
@@ -95,13 +95,14 @@ class TextUNetDenoiser(_ModelDenoiser):
 class TextTransformerDenoiser(_ModelDenoiser):
     """``SD3Transformer2DModel`` over prompts' embeddings (classes + 1, tokens, width) and pooled ones (classes + 1, w).
 
-    The last rows belong to the empty prompt. ``image_tokens``: length of the image sequence.
+    They have the model's dtype and device; the last rows belong to the empty prompt. ``image_tokens`` is the length of
+    the image sequence.
     """
 
     def __init__(self, model: nn.Module, embeddings: Tensor, pooled: Tensor, *, prediction: Prediction) -> None:
         classes = len(embeddings) - 1
         super().__init__(model, classes=classes, null_label=classes, prediction=prediction)
-        self.embeddings, self.pooled = embeddings.to(self.dtype), pooled.to(self.dtype)
+        self.embeddings, self.pooled = embeddings, pooled
         patch = int(self.model.config.patch_size)
         self.image_tokens = (self.sample_shape[1] // patch) * (self.sample_shape[2] // patch)
 

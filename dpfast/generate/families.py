@@ -84,7 +84,7 @@ def _stable_diffusion(folder: PipelineFolder, options: Options) -> Parts:
         if model.config.get(option) is not None:
             raise folder.error(f"'unet' has {option} = {model.config[option]!r}; expected a UNet of prompts alone")
     decoder, channels = _decoder(folder, model.config.in_channels, options)
-    embeddings = encode_stable_diffusion(folder, prompts, device=options.device)
+    embeddings = encode_stable_diffusion(folder, prompts, device=options.device, dtype=options.dtype)
     denoiser = TextUNetDenoiser(model, embeddings, prediction=prediction_of(scheduler))
     return Parts(denoiser, decoder, scheduler, names, channels)
 
@@ -99,7 +99,7 @@ def _stable_diffusion_3(folder: PipelineFolder, options: Options) -> Parts:
         raise folder.error(f"scheduler {type(scheduler).__name__}: a {folder.kind} needs a flow-matching one")
     model = _network(folder, diffusers.SD3Transformer2DModel, "transformer", options)
     decoder, channels = _decoder(folder, model.config.in_channels, options)
-    embeddings, pooled = encode_stable_diffusion_3(folder, prompts, model, device=options.device)
+    embeddings, pooled = encode_stable_diffusion_3(folder, prompts, model, device=options.device, dtype=options.dtype)
     denoiser = TextTransformerDenoiser(model, embeddings, pooled, prediction="flow")
     return Parts(denoiser, decoder, scheduler, names, channels)
 

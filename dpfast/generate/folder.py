@@ -56,8 +56,7 @@ class PipelineFolder:
 
     def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
         """A model of diffusers or transformers, frozen, in eval mode."""
-        # diffusers casts while it reads; transformers changed the option's name between versions
-        cast = {"torch_dtype": dtype} if issubclass(kind, diffusers.ModelMixin) else {}
+        cast = {"torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype}
         self.need(part)
         if not list((self.path / part).glob("*.safetensors")):
             raise self.error(f"{part!r} has no .safetensors weights; pickled weights are refused")
@@ -70,8 +69,7 @@ class PipelineFolder:
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise self.error(f"{part!r} lacks {len(missing)} weights of a {kind.__name__}, the first is {missing[0]}")
-        model = model.to(device) if cast else model.to(device, dtype)
-        return model.eval().requires_grad_(False)
+        return model.to(device).eval().requires_grad_(False)
 
     def class_names(self, given: Sequence[str] | None) -> tuple[str, ...] | None:
         """``given``, or what the folder says in class_names.json (a list) or in the index's id2label, or None."""

@@ -58,8 +58,8 @@ class Pipeline:
                 (``AutoencoderTiny``) beside the pipeline's own parts serves the guidance path. A safety checker is not
                 loaded.
             device: of all parts and tables.
-            dtype: of the denoiser and the decoders: "float32", "bfloat16" or "float16", or the torch dtypes. Latents,
-                images and the solver stay in float32, and so do the text encoders.
+            dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents, images and the
+                solver stay in float32.
             attention: "sdpa" or "xformers"; the latter warns on import when its build does not match torch, so it is
                 never the default.
             class_names: names of the classes by id; None: those of the folder, in ``class_names.json`` (a list) or in

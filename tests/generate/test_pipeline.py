@@ -87,6 +87,23 @@ def test_incomplete_and_damaged_weights_are_refused(part, broken_text):
         Pipeline.from_pretrained(broken_text, class_names=NAMES)
 
 
+def test_the_names_of_old_attention_weights_are_read(broken_text):
+    """The published 1.x folders call the decoder's attention weights query, key, value and proj_attn."""
+    path = broken_text / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    expected = Pipeline.from_pretrained(broken_text, class_names=NAMES).decoder.vae.state_dict()
+    renamed = {}
+    for name, weight in weights.items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = weight
+    assert renamed.keys() != weights.keys()
+    safetensors.torch.save_file(renamed, path, metadata={"format": "pt"})
+    got = Pipeline.from_pretrained(broken_text, class_names=NAMES).decoder.vae.state_dict()
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
 def test_a_tokenizer_that_cannot_be_read_is_refused(broken_text):
     for path in (broken_text / "tokenizer").iterdir():
         path.write_text("{")
