@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from dpfast.learn.models import build_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.saver import Saver, SaveWarning
+from dpfast.pool.shards import DamagedPoolError
 from dpfast.practice import checkpoint
 from dpfast.practice.patience import Patience
 from dpfast.practice.run_folder import RunFolder
@@ -83,6 +86,7 @@ class Loop:
         )
         self.additions = 0
         self.generation_seconds = self.initial_seconds = 0.0
+        self.saver: Saver | None = None
 
     @property
     def guide(self) -> nn.Module:
@@ -91,6 +95,13 @@ class Loop:
 
     def run(self, source: Source, probe: SampleBatch) -> Result:
         """Runs the loop. ``probe``: unguided samples outside every pool, the yardstick for the entropy of new ones."""
+        if self.folder is None:
+            return self._run(source, probe)
+        names = self.pipeline.class_names
+        with Saver(self.pool, self.folder.pool(self.name), classes=names, truncate=True) as self.saver:
+            return self._run(source, probe)
+
+    def _run(self, source: Source, probe: SampleBatch) -> Result:
         practice, trainer = self.recipe.practice, self.trainer
         if not len(self.pool):
             self._add(source.initial(), source.initial_samples, omega=0.0, label=f"{self.name}: initial samples")
@@ -154,8 +165,17 @@ class Loop:
         started = time.perf_counter()
         with self._bar(total, "sample", label) as bar:
             for batch in batches:
-                self.pool.append(batch, round=self.additions, omega=omega)
+                self.pool.append(
+                    batch,
+                    round=self.additions,
+                    omega=omega,
+                    cfg_scale=self.recipe.generator.cfg_scale,
+                    steps=self.recipe.generator.steps,
+                    seed=self.recipe.seed,
+                )
                 bar.update(len(batch))
+        if self.saver is not None:
+            self.saver.save()
         seconds = time.perf_counter() - started
         self.generation_seconds += seconds
         self._time("generation", seconds=seconds, samples=total, samples_per_second=total / seconds)
@@ -189,20 +209,31 @@ class Loop:
     def _save(self) -> None:
         if self.folder is None:
             return
+        if self.saver is not None and self.saver.wait() < len(self.pool):
+            self.saver.save()  # a checkpoint must not promise samples that are not on the disk: try again
+            return
         state = {
+            "samples": len(self.pool),
             "loader": self.loader.state(),
             "patience": [self.patience.best, self.patience.waited],
             "additions": self.additions,
             "seconds": [self.initial_seconds, self.generation_seconds],
             "written": self.folder.written(),
         }
-        tensors = checkpoint.prefixed("trainer", self.trainer.state()) | checkpoint.prefixed("pool", self.pool.state())
-        checkpoint.save(self.folder.checkpoint(self.name), tensors, state)
+        tensors = checkpoint.prefixed("trainer", self.trainer.state())
+        try:
+            checkpoint.save(self.folder.checkpoint(self.name), tensors, state)
+        except OSError as error:
+            warnings.warn(f"the checkpoint was not written: {error}; training goes on", SaveWarning, stacklevel=2)
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continues from a checkpoint; what follows equals the uninterrupted run bit by bit on a CPU."""
         self.trainer.restore(checkpoint.part("trainer", tensors))
-        self.pool.restore(checkpoint.part("pool", tensors))
+        assert self.folder is not None
+        try:
+            self.pool = self.loader.pool = SamplePool.open(self.folder.pool(self.name), limit=state["samples"])
+        except DamagedPoolError as error:
+            raise RecipeError(f"resume: {error}") from error
         self.loader.restore(state["loader"])
         self.patience.best, self.patience.waited = state["patience"]
         self.additions = state["additions"]
@@ -239,6 +270,7 @@ class DeliberatePractice:
         self.pipeline = Pipeline.from_pretrained(recipe.generator.pipeline, attention=recipe.generator.attention)
         self.real = load_real(recipe.validation)
         self._check()
+        SamplePool.plan(recipe.practice.maximum_samples, self.real.validation.images.shape[1:]).check()
 
     def _check(self) -> None:
         practice, classes = self.recipe.practice, self.pipeline.denoiser.classes

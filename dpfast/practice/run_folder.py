@@ -25,6 +25,7 @@ class RunFolder:
     events.*        the same numbers for TensorBoard
     learner_*       the EMA weights of every source's classifier, safetensors
     checkpoint_*    the state of every source's loop at its last evaluation
+    pool_*/         every source's samples, webdataset shards with a manifest (``dpfast.pool.shards``)
     *.png           plots and contact sheets
     """
 
@@ -45,6 +46,10 @@ class RunFolder:
     def checkpoint(self, source: str) -> Path:
         """Where the checkpoint of a source's loop is kept."""
         return self.path / f"checkpoint_{source}.safetensors"
+
+    def pool(self, source: str) -> Path:
+        """Where a source's samples are saved."""
+        return self.path / f"pool_{source}"
 
     def resumed(self) -> str | None:
         """The source that an interrupted run was in when this folder was opened; None for a new run."""

@@ -1,0 +1,69 @@
+"""What a sample's payload is: uint8 pixels, fp16 latents or JPEG bytes; and the file formats that hold it exactly."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+DTYPES = {"uint8": torch.uint8, "fp16": torch.float16}  # payloads of one shape, a row of bytes a sample
+CODECS = (*DTYPES, "jpeg")
+JPEG_QUALITY = 95
+JPEG_BYTES_PER_PIXEL = 0.5  # an estimate for plans: photographs at quality 95 take 0.3 to 0.6
+
+Decode = Callable[[Tensor], Tensor]  # latents (B, c, h, w) to images (B, C, H, W) in [-1, 1]
+
+
+def check_codec(codec: str) -> str:
+    if codec not in CODECS:
+        raise ValueError(f"codec = {codec!r}, expected one of {', '.join(CODECS)}")
+    return codec
+
+
+def row_bytes(codec: str, shape: Sequence[int]) -> int:
+    """Bytes of one payload of ``shape`` (C, H, W); for JPEG an estimate."""
+    elements = int(np.prod(shape))
+    return int(elements * JPEG_BYTES_PER_PIXEL) if codec == "jpeg" else elements * DTYPES[codec].itemsize
+
+
+def to_jpeg(image: Tensor, quality: int = JPEG_QUALITY) -> bytes:
+    """JPEG bytes of a uint8 image (C, H, W) of one or three channels."""
+    return _encoded(image.cpu().numpy(), format="JPEG", quality=quality, subsampling=0)
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of uint8 pixels (C, H, W) of one or three channels."""
+    return _encoded(pixels, format="PNG", compress_level=1)
+
+
+def _encoded(pixels: np.ndarray, **options: object) -> bytes:
+    if pixels.shape[0] not in (1, 3):
+        raise ValueError(f"an image file holds one or three channels, the sample has {pixels.shape[0]}")
+    buffer = io.BytesIO()
+    Image.fromarray(
+        np.ascontiguousarray(
+            pixels.transpose(1, 2, 0).squeeze(-1) if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
+        )
+    ).save(buffer, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def from_image_file(data: bytes) -> np.ndarray:
+    """uint8 pixels (C, H, W) of a PNG or JPEG file's bytes; grey images have one channel, all others three."""
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def npy_header(codec: str, shape: Sequence[int]) -> bytes:
+    """The bytes of an .npy file before its data."""
+    buffer = io.BytesIO()
+    descr = "|u1" if codec == "uint8" else "<f2"
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": descr, "fortran_order": False, "shape": tuple(int(s) for s in shape)}
+    )
+    return buffer.getvalue()

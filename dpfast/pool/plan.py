@@ -1,0 +1,106 @@
+"""Whether a pool will fit, and where, before anything is generated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpfast.config import RecipeError
+from dpfast.pool import codecs
+from dpfast.pool.columns import RECORD
+from dpfast.pool.tiers import NAMES, Tiers, readable
+
+LATENT_SHRINK = 8  # of an autoencoder of the Stable Diffusion family: 3 x 8 x 8 pixels become 4 latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The size of a pool and its place. ``samples`` and ``places`` are those of one device."""
+
+    samples: int
+    devices: int
+    shape: tuple[int, ...]
+    codec: str
+    bytes_per_sample: int  # payload, for JPEG an estimate
+    overhead: int  # bytes of a sample's columns
+    places: dict[str, int]  # samples in each tier
+    tiers: Tiers
+
+    @property
+    def total_bytes(self) -> int:
+        """Of one device's share of the pool."""
+        return self.samples * (self.bytes_per_sample + self.overhead)
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.places.values()) >= self.samples
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{count} in {name}" for name, count in self.places.items() if count) or "none fits"
+        share = f" on each of {self.devices} devices" if self.devices > 1 else ""
+        return (
+            f"{self.samples} samples{share} of {self.bytes_per_sample} + {self.overhead} bytes: "
+            f"{readable(self.total_bytes)} ({where})"
+        )
+
+    def check(self) -> Plan:
+        """Returns the plan, or raises ``RecipeError`` with the numbers and three ways out."""
+        if self.fits:
+            return self
+        budgets = ", ".join(f"{name} {readable(self.tiers.budget(name))}" for name in NAMES)
+        room = sum(self.places.values())
+        pixels = math.prod(self.shape)
+        smaller = "raise the share of host memory"
+        if self.codec == "uint8":
+            smaller = (
+                f"store latents (about {math.ceil(pixels / 3 / LATENT_SHRINK**2) * 4 * 2} bytes a sample) or JPEG "
+                f"(about {int(pixels * codecs.JPEG_BYTES_PER_PIXEL)})"
+            )
+        devices = math.ceil(self.devices * self.samples / room) if room else self.devices + 1
+        raise RecipeError(
+            f"maximum_samples = {self.samples * self.devices}: the pool needs {self}; the budgets are {budgets}. "
+            f"Ways out: {smaller}; give the file tier a folder with {readable(self.total_bytes)} free, or spread the "
+            f"pool over {devices} devices; or set maximum_samples to at most {room * self.devices}"
+        )
+
+
+def plan(
+    samples: int,
+    shape: Sequence[int],
+    codec: str = "uint8",
+    devices: int | Sequence[object] = 1,
+    *,
+    tiers: Tiers | None = None,
+    chunk_bytes: int = 64 << 20,
+) -> Plan:
+    """Where a pool of ``samples`` payloads of ``shape`` would lie.
+
+    shape: (C, H, W) of the pixels or latents that are stored. devices: over how many devices (a number, or their list)
+    the pool is spread, each with the budgets ``tiers``, by default what is free here. A plan does nothing by itself:
+    ``plan(...).check()`` refuses what does not fit.
+    """
+    count = devices if isinstance(devices, int) else len(devices)
+    if samples < 0 or count < 1:
+        raise ValueError(f"samples = {samples}, devices = {count}: expected at least 0 and 1")
+    tiers = tiers or Tiers.detect()
+    payload = codecs.row_bytes(codecs.check_codec(codec), shape)
+    if not 0 < payload <= chunk_bytes:
+        raise ValueError(f"a sample of shape {tuple(shape)} has {payload} bytes, a chunk {chunk_bytes}")
+    each = math.ceil(samples / count)
+    places, missing, columns = {}, each, each * RECORD.itemsize
+    for name in NAMES:
+        budget = tiers.budget(name) - (columns if name == "host" else 0)  # the columns always lie in host memory
+        chunks = max(budget, 0) // chunk_bytes
+        places[name] = min(missing, chunks * (chunk_bytes // payload))
+        missing -= places[name]
+    return Plan(
+        samples=each,
+        devices=count,
+        shape=tuple(shape),
+        codec=codec,
+        bytes_per_sample=payload,
+        overhead=RECORD.itemsize,
+        places=places,
+        tiers=tiers,
+    )

@@ -1,0 +1,125 @@
+"""Rows out of a table of chunks: fixed-size records that lie in many separate blocks of memory, in one pass.
+
+    out[i] = chunk[index[i] div R] [offset + (index[i] mod R) * stride : ... + width],   R rows a chunk
+
+One kernel reads all chunks through their addresses, so a batch costs one call however many chunks it touches. On a GPU
+the addresses may be of pinned host memory as well, which the device reads in place. Bytes: 2 B width + 8 B.
+"""
+
+# Triton gives the parameters of a kernel their types when it is launched.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from dpfast.ops import _dispatch
+from dpfast.ops._triton import next_power, tl, triton
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ChunkTable:
+    """An immutable view of chunks; growing makes a new table that shares them. Whoever holds a table can read it.
+
+    chunks: uint8 blocks; addresses: (n,) int64, of their first bytes; chunk_rows rows of ``stride`` bytes in each.
+    """
+
+    chunk_rows: int
+    stride: int
+    chunks: tuple[Tensor, ...] = ()
+    addresses: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def with_chunk(self, chunk: Tensor) -> ChunkTable:
+        return self.with_chunks((*self.chunks, chunk))
+
+    def with_chunks(self, chunks: tuple[Tensor, ...]) -> ChunkTable:
+        return replace(self, chunks=chunks, addresses=torch.tensor([c.data_ptr() for c in chunks], dtype=torch.int64))
+
+    def block(self, chunk: int) -> Tensor:
+        """(chunk_rows, stride) uint8 rows of one chunk, no copy."""
+        return self.chunks[chunk][: self.chunk_rows * self.stride].view(self.chunk_rows, self.stride)
+
+    def take(
+        self, indices: Tensor, total: int, *, offset: int = 0, width: int | None = None, device: torch.device = CPU
+    ) -> Tensor:
+        """Bytes ``offset`` to ``offset + width`` of the rows at ``indices``, on ``device``: (B, width) uint8.
+
+        indices: (B,) int64 on the CPU. Raises ``IndexError`` for one outside [0, total).
+        """
+        width = self.stride if width is None else width
+        indices = indices.contiguous()
+        if _dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self._all_on("cpu"):
+            return self._native(indices, total, offset, width)
+        check_indices(indices, total)
+        if _dispatch.backend_for(device) == "triton" and all(c.device == device or c.is_pinned() for c in self.chunks):
+            return self._triton(indices, offset, width, device)
+        return self.reference(indices, offset, width, device)
+
+    def _all_on(self, kind: str) -> bool:
+        return all(chunk.device.type == kind for chunk in self.chunks)
+
+    def reference(self, indices: Tensor, offset: int, width: int, device: torch.device = CPU) -> Tensor:
+        """The formula chunk by chunk in plain PyTorch; chunks may lie on any devices."""
+        out = torch.empty(len(indices), width, dtype=torch.uint8, device=device)
+        numbers = indices // self.chunk_rows
+        for number in numbers.unique().tolist():
+            places = torch.nonzero(numbers == number).flatten()
+            block = self.block(number)
+            rows = (indices[places] - number * self.chunk_rows).to(block.device)
+            out[places.to(device)] = block[rows, offset : offset + width].to(device)
+        return out
+
+    def _native(self, indices: Tensor, total: int, offset: int, width: int) -> Tensor:
+        out = torch.empty(len(indices), width, dtype=torch.uint8)
+        addresses = self.addresses + offset if offset else self.addresses
+        inside = _dispatch.native_module().rows(
+            addresses.data_ptr(),
+            self.chunk_rows,
+            total,
+            self.stride,
+            width,
+            indices.data_ptr(),
+            len(indices),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if not inside:
+            check_indices(indices, total)
+        return out
+
+    def _triton(self, indices: Tensor, offset: int, width: int, device: torch.device) -> Tensor:
+        word = 4 if width % 4 == offset % 4 == self.stride % 4 == 0 else 1
+        out = torch.empty(len(indices), width, dtype=torch.uint8, device=device)
+        words = width // word
+        block = min(max(next_power(words), 16), 2048)
+        if out.numel():
+            rows_kernel[(len(indices), -(-words // block))](
+                (self.addresses + offset).to(device, non_blocking=True),
+                indices.to(device, non_blocking=True),
+                out.view(torch.int32) if word == 4 else out,
+                self.chunk_rows,
+                self.stride // word,
+                words,
+                block,
+            )
+        return out
+
+
+@triton.jit
+def rows_kernel(addresses, indices, out, chunk_rows, stride, words, BLOCK: tl.constexpr):
+    """BLOCK words of one row a program; a word is the element type of ``out``."""
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.load(indices + row)
+    start = tl.load(addresses + index // chunk_rows).to(out.dtype) + index % chunk_rows * stride
+    tl.store(out + row * words + word, tl.load(start + word, mask=word < words), mask=word < words)
+
+
+def check_indices(indices: Tensor, total: int) -> None:
+    """Raises ``IndexError`` unless all of ``indices`` lie in [0, total)."""
+    if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= total):
+        raise IndexError(f"indices reach {int(indices.min())}..{int(indices.max())}, the pool holds {total} samples")

@@ -1,0 +1,240 @@
+"""Saving a pool in the background, and opening what was saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpfast.pool import codecs, shards
+from dpfast.pool.pool import CHUNK_BYTES, SamplePool
+from dpfast.pool.rows import ChunkTable
+from dpfast.pool.tiers import Tiers
+
+SHARD_SAMPLES = 10_000
+SHARD_BYTES = 512 << 20
+READ_BYTES = 64 << 20  # of payloads that are copied out of the pool at a time
+
+
+class SaveWarning(UserWarning):
+    """Saving has stopped; the pool goes on in memory."""
+
+
+class Saver:
+    """Writes a pool's new samples into a folder of webdataset shards, in a thread of its own.
+
+    Call ``save`` after an addition: it returns at once. ``wait`` returns when everything asked for is on the disk, or
+    saving has stopped. A failure (a full disk) is a ``SaveWarning`` and in ``error``; what the manifest promises stays
+    intact, and the next ``save`` tries again from there. Training reads the pool in memory and is never touched.
+
+    Args:
+        pool: its samples from ``first`` on go into shards; those before are in the folder already.
+        images: "npy" (raw, opened fastest) or "png" for a pool of uint8 pixels; latents are .npy and JPEG .jpg.
+        classes: names of the labels, kept in the manifest.
+        truncate: drop the shards that hold more than the pool does, where a run goes back to an earlier state.
+
+    Raises ``RuntimeError`` when another process saves into the folder, ``ValueError`` when the folder holds another
+    pool's samples.
+    """
+
+    def __init__(
+        self,
+        pool: SamplePool,
+        folder: str | Path,
+        *,
+        images: str = "npy",
+        classes: Sequence[str] | None = None,
+        shard_samples: int = SHARD_SAMPLES,
+        truncate: bool = False,
+    ) -> None:
+        if images not in ("npy", "png"):
+            raise ValueError(f"images = {images!r}, expected 'npy' or 'png'")
+        if shard_samples < 1:
+            raise ValueError(f"shard_samples = {shard_samples}, expected at least 1")
+        self.pool, self.folder, self.shard_samples = pool, Path(folder), shard_samples
+        self.error: BaseException | None = None
+        self._suffix = {"uint8": images, "fp16": "npy", "jpeg": "jpg"}[pool.codec]
+        self._classes = None if classes is None else list(classes)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock_file = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock_file.close()
+            raise RuntimeError(f"another process saves a pool into {str(self.folder)!r}") from None
+        self._manifest = self._existing(truncate)
+        self._asked = self.saved
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="dpfast-pool-saver", daemon=True)
+        self._thread.start()
+
+    def _existing(self, truncate: bool) -> shards.Manifest:
+        if not (self.folder / shards.MANIFEST).exists():
+            return shards.Manifest(self.pool.codec, None, self._suffix, self._classes)
+        manifest = shards.Manifest.read(self.folder)
+        while truncate and manifest.samples > len(self.pool):
+            manifest = dataclasses.replace(manifest, shards=manifest.shards[:-1])
+        count = manifest.samples
+        ids = [np.arange(a, b + 1) for shard in manifest.shards for a, b in shard.ids]
+        same = manifest.codec == self.pool.codec and count <= len(self.pool)
+        if not same or not np.array_equal(np.concatenate([*ids, []]), self.pool.records(0, count)["sample_id"]):
+            raise ValueError(f"{str(self.folder)!r} holds {count} samples that are not the first ones of this pool")
+        if truncate:
+            manifest.write(self.folder)
+        self._suffix = manifest.suffix
+        return manifest
+
+    @property
+    def saved(self) -> int:
+        """How many of the pool's samples are on the disk for good."""
+        return self._manifest.samples
+
+    def save(self) -> None:
+        """Asks for everything that the pool holds now."""
+        with self._changed:
+            self._asked, self.error = len(self.pool), None
+            self._changed.notify_all()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for the last ``save`` and returns ``saved``: fewer than asked for where saving has stopped."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.saved >= self._asked or self.error is not None or not self._thread.is_alive(), timeout
+            )
+            if self.saved < self._asked and self.error is None and not self._thread.is_alive():
+                self.error = RuntimeError("the thread that saves the pool has died")
+            return self.saved
+
+    def close(self) -> int:
+        """Finishes what was asked for, ends the thread and returns ``saved``."""
+        self.wait()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._lock_file.close()
+        return self.saved
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or (self.error is None and self.saved < self._asked))
+                if self._closed:
+                    return
+                asked = self._asked
+            try:
+                self._write(asked)
+            except BaseException as error:  # whatever ends a save is reported where it is waited for
+                with self._changed:
+                    self.error = error
+                    self._changed.notify_all()
+                warnings.warn(
+                    f"saving the pool to {str(self.folder)!r} has stopped: {error!r}. {self.saved} of "
+                    f"{len(self.pool)} samples are on the disk, all are in memory and training goes on; the next "
+                    "save tries again",
+                    SaveWarning,
+                    stacklevel=1,
+                )
+
+    def _write(self, stop: int) -> None:
+        """Writes the samples up to ``stop``, one shard after the other."""
+        while self.saved < stop:
+            start = self.saved
+            records = self.pool.records(start, min(stop, start + self.shard_samples))
+            fitting = int(np.searchsorted(np.cumsum(records["length"], dtype=np.int64), SHARD_BYTES, "right"))
+            records = records[: max(fitting, 1)]
+            header = b""
+            if self._suffix == "npy":
+                assert self.pool.shape is not None
+                header = codecs.npy_header(self.pool.codec, self.pool.shape)
+            shard = shards.write_shard(
+                self.folder,
+                self._manifest.next_name(),
+                records,
+                self._payloads(start, records["length"]),
+                self._suffix,
+                header,
+            )
+            manifest = dataclasses.replace(
+                self._manifest,
+                shape=None if self.pool.shape is None else list(self.pool.shape),
+                classes=self._classes or self._manifest.classes,
+                shards=[*self._manifest.shards, shard],
+            )
+            manifest.write(self.folder)
+            with self._changed:
+                self._manifest = manifest
+                self._changed.notify_all()
+
+    def _payloads(self, start: int, lengths: np.ndarray) -> Iterator[bytes | memoryview]:
+        step = max(1, READ_BYTES // max(int(lengths.max()), 1))
+        for first in range(0, len(lengths), step):
+            payload = self.pool.payload(torch.arange(start + first, start + min(first + step, len(lengths))))
+            if not isinstance(payload, torch.Tensor):
+                yield from payload
+            elif self._suffix == "png":
+                yield from (codecs.to_png(pixels) for pixels in payload.numpy())
+            else:
+                yield from (memoryview(row).cast("B") for row in payload.flatten(1).numpy().view(np.uint8))
+
+
+def open_pool(
+    folder: str | Path,
+    *,
+    limit: int | None = None,
+    tiers: Tiers | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    decode: codecs.Decode | None = None,
+) -> SamplePool:
+    """The pool that was saved in ``folder``, every sample and column as it was; the first ``limit`` samples on request.
+
+    Every shard is checked against the manifest. A damaged one is quarantined and named in a ``LostSamplesWarning`` with
+    the ids of its samples; the rest is opened.
+
+    Raises ``DamagedPoolError`` when the folder is no saved pool, or one whose intact part has fewer than ``limit``
+    samples.
+    """
+    folder = Path(folder)
+    manifest = shards.Manifest.read(folder)
+    manifest, loaded = shards.load_shards(folder, manifest)
+    wanted = manifest.samples if limit is None else limit
+    if wanted > manifest.samples:
+        raise shards.DamagedPoolError(f"{str(folder)!r} holds {manifest.samples} intact samples, {wanted} are needed")
+    pool = SamplePool(manifest.codec, tiers=tiers, chunk_bytes=chunk_bytes, decode=decode)
+    for part in loaded:
+        records = part.records[: wanted - len(pool)]
+        if len(records):
+            pool.append_records(_payload(part, records, manifest), records.copy())
+    return pool
+
+
+def _payload(part: shards.Loaded, records: np.ndarray, manifest: shards.Manifest) -> torch.Tensor | list[bytes]:
+    offsets, lengths = records["offset"], records["length"]
+    if manifest.suffix != "npy":
+        files = [part.data[o : o + n].tobytes() for o, n in zip(offsets.tolist(), lengths.tolist(), strict=True)]
+        if manifest.codec == "jpeg":
+            return files
+        return torch.from_numpy(np.stack([codecs.from_image_file(file) for file in files]))
+    assert manifest.shape is not None
+    width = codecs.row_bytes(manifest.codec, manifest.shape)
+    if (lengths != width).any():
+        raise shards.DamagedPoolError(f"{part.shard.name}: payloads are not of shape {manifest.shape}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the mapped file is read-only and stays so
+        data = torch.from_numpy(part.data)
+    table = ChunkTable(len(data), 1).with_chunk(data)
+    rows = table.take(torch.from_numpy(offsets.astype(np.int64)), len(data), width=width)
+    return rows.view(codecs.DTYPES[manifest.codec]).view(-1, *manifest.shape)

@@ -1,0 +1,343 @@
+"""Samples on a disk: webdataset tar shards, a manifest with checksums, and what to do when a file is damaged.
+
+    manifest.json                  what the folder promises: codec, shape, and every shard with size, SHA-256 and ids
+    shard-000000.tar               000000-000000.npy|.png|.jpg, .cls (the label) and .json (all columns) of each sample
+    shard-000000.columns.npy       the same columns as one array of ``RECORD``; offsets are those of payloads in the tar
+    quarantine/                    shards that did not match their checksum
+
+Every file is written under a temporary name, fsynced, renamed, and the folder fsynced, before the manifest names it.
+A file that the manifest does not name does not exist. The columns file is a copy for speed: without it, or where it is
+damaged, the columns come from the tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from dpfast.pool.columns import RECORD, as_dict, from_dicts, ranges
+
+MANIFEST = "manifest.json"
+FORMAT = "dpfast-pool"
+VERSION = 1
+BLOCK = 512  # of a tar
+WRITE_BYTES = 1 << 20
+SUFFIXES = ("npy", "png", "jpg")
+
+
+class DamagedPoolError(ValueError):
+    """A folder that is not a saved pool, or one that cannot be read at all."""
+
+
+class LostSamplesWarning(UserWarning):
+    """A shard did not match its checksum and was quarantined."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as the manifest names it. ``ids``: inclusive runs of sample ids, in their order."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    columns_sha256: str
+    ids: list[list[int]]
+
+    @property
+    def columns(self) -> str:
+        return self.name.removesuffix(".tar") + ".columns.npy"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    codec: str
+    shape: list[int] | None  # of a payload; None for JPEG
+    suffix: str
+    classes: list[str] | None = None
+    shards: list[Shard] = field(default_factory=list)
+    quarantined: list[Shard] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def next_name(self) -> str:
+        numbers = [int(s.name[6:-4]) for s in (*self.shards, *self.quarantined)]
+        return f"shard-{max(numbers, default=-1) + 1:06d}.tar"
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
+        with durable(folder, MANIFEST) as file:
+            file.write(text.encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises ``DamagedPoolError`` when ``folder`` holds no manifest of this format."""
+        try:
+            table = json.loads((folder / MANIFEST).read_text())
+            if table.pop("format") != FORMAT or table.pop("version") != VERSION:
+                raise ValueError(f"not version {VERSION} of {FORMAT}")
+            for key in ("shards", "quarantined"):
+                table[key] = [Shard(**shard) for shard in table[key]]
+            manifest = cls(**table)
+        except FileNotFoundError:
+            raise DamagedPoolError(f"{str(folder)!r} holds no saved pool: it has no {MANIFEST}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedPoolError(f"{folder / MANIFEST} cannot be read: {error}") from None
+        for shard in (*manifest.shards, *manifest.quarantined):
+            check_member(shard.name, folder / MANIFEST)
+            if "/" in shard.name or not shard.name[6:-4].isdecimal():
+                raise DamagedPoolError(f"{folder / MANIFEST} names a shard {shard.name!r}")
+        return manifest
+
+
+class durable:
+    """Opens a file that appears under its name only when it is complete and on the disk."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.path, self.temporary = folder, folder / name, folder / f".{name}.tmp"
+
+    def __enter__(self) -> io.BufferedWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.temporary.open("wb")
+        return self.file
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
+                self.temporary.replace(self.path)
+                sync_folder(self.folder)
+        finally:
+            self.file.close()
+            self.temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The ustar header of a regular file, without owner or time, so that equal samples give equal shards."""
+    header = bytearray(BLOCK)
+    for start, text in (
+        (0, name),
+        (100, "0000644"),  # mode
+        (108, "0000000"),  # user
+        (116, "0000000"),  # group
+        (124, f"{size:011o}"),
+        (136, "0" * 11),  # time
+        (148, " " * 8),  # the checksum counts itself as blanks
+        (156, "0"),  # a regular file
+        (257, "ustar"),
+        (263, "00"),
+    ):
+        header[start : start + len(text)] = text.encode()
+    header[148:155] = f"{sum(header):06o}\0".encode()
+    return bytes(header)
+
+
+def write_shard(
+    folder: Path,
+    name: str,
+    records: np.ndarray,
+    payloads: Iterable[bytes | memoryview],
+    suffix: str,
+    header: bytes = b"",
+) -> Shard:
+    """Writes a shard and its columns. ``header`` stands before every payload in its file; offsets point behind it."""
+    records = records.copy()
+    digest, position, pending = hashlib.sha256(), 0, bytearray()
+    with durable(folder, name) as file:
+        for row, payload in enumerate(payloads):
+            key = f"{name[6:-4]}-{row:06d}"
+            length = len(header) + len(payload)
+            records["offset"][row] = position + len(pending) + BLOCK + len(header)
+            records["length"][row] = len(payload)
+            pending += tar_header(f"{key}.{suffix}", length) + header
+            pending += payload
+            pending += b"\0" * (-length % BLOCK)
+            for kind, text in (
+                ("cls", str(records["label"][row])),
+                ("json", json.dumps(as_dict(records[row]))),
+            ):
+                pending += tar_header(f"{key}.{kind}", len(text)) + text.encode() + b"\0" * (-len(text) % BLOCK)
+            if len(pending) > WRITE_BYTES:
+                file.write(pending)
+                digest.update(pending)
+                position, pending = position + len(pending), bytearray()
+        pending += b"\0" * (2 * BLOCK)
+        file.write(pending)
+        digest.update(pending)
+    columns = io.BytesIO()
+    np.save(columns, records)
+    shard = Shard(
+        name=name,
+        samples=len(records),
+        bytes=position + len(pending),
+        sha256=digest.hexdigest(),
+        columns_sha256=hashlib.sha256(columns.getbuffer()).hexdigest(),
+        ids=ranges(records["sample_id"]),
+    )
+    with durable(folder, shard.columns) as file:
+        file.write(columns.getbuffer())
+    return shard
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A verified shard: its records, whose offsets point into ``data``, the mapped tar."""
+
+    shard: Shard
+    records: np.ndarray
+    data: np.ndarray
+
+
+def verify(folder: Path, shard: Shard) -> Loaded | str:
+    """The shard, or in words what is wrong with it. A damaged columns file is replaced from the tar."""
+    try:
+        data = np.memmap(folder / shard.name, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        return str(error)
+    if len(data) != shard.bytes:
+        return f"{len(data)} bytes, the manifest says {shard.bytes}"
+    if hashlib.sha256(data.data).hexdigest() != shard.sha256:
+        return "its checksum differs from the manifest's"
+    try:
+        columns = (folder / shard.columns).read_bytes()
+        if hashlib.sha256(columns).hexdigest() == shard.columns_sha256:
+            records = np.load(io.BytesIO(columns))
+        else:
+            records = _records_of(folder / shard.name)
+    except FileNotFoundError:
+        records = _records_of(folder / shard.name)
+    if records.dtype != RECORD or len(records) != shard.samples:
+        return f"{len(records)} samples, the manifest says {shard.samples}"
+    if len(records) and (records["offset"].min() < 0 or (records["offset"] + records["length"]).max() > len(data)):
+        return "a payload lies outside it"
+    return Loaded(shard, records, data)
+
+
+def _records_of(path: Path) -> np.ndarray:
+    """The columns and payload positions of a shard, from its own members."""
+    rows, spans = [], []
+    for sample in read_tar(path):
+        rows.append(json.loads(sample.read("json")))
+        suffix = next(s for s in SUFFIXES if s in sample.members)
+        start, length = sample.members[suffix]
+        header = npy_data_start(sample.read(suffix)) if suffix == "npy" else 0
+        spans.append((start + header, length - header))
+    records = from_dicts(rows)
+    records["offset"], records["length"] = np.array(spans, np.int64).reshape(-1, 2).T
+    return records
+
+
+def npy_data_start(data: bytes) -> int:
+    """Where the data of an .npy file begin."""
+    buffer = io.BytesIO(data)
+    np.lib.format.read_magic(buffer)
+    np.lib.format.read_array_header_1_0(buffer)
+    return buffer.tell()
+
+
+def load_shards(
+    folder: Path, manifest: Manifest, *, quarantine: bool = True, threads: int = 2
+) -> tuple[Manifest, Iterator[Loaded]]:
+    """The manifest of what is intact, and the intact shards in their order, verified ``threads`` at a time.
+
+    A shard that is damaged or missing is moved to ``quarantine/``, the manifest on the disk is replaced, and a
+    ``LostSamplesWarning`` names the shard and the ids of its samples, at this and at every later opening.
+    """
+    with ThreadPoolExecutor(threads, "dpfast-verify") as executor:
+        checked = list(executor.map(lambda shard: verify(folder, shard), manifest.shards))
+    good, bad = [], list(manifest.quarantined)
+    for shard, result in zip(manifest.shards, checked, strict=True):
+        if isinstance(result, Loaded):
+            good.append(result)
+            continue
+        bad.append(shard)
+        if quarantine:
+            (folder / "quarantine").mkdir(exist_ok=True)
+            for name in (shard.name, shard.columns):
+                if (folder / name).exists():
+                    (folder / name).replace(folder / "quarantine" / name)
+        warnings.warn(f"{folder / shard.name}: {result}; it is quarantined", LostSamplesWarning, stacklevel=3)
+    intact = replace(manifest, shards=[loaded.shard for loaded in good], quarantined=bad)
+    if bad:
+        lost = "; ".join(f"{shard.name}: ids {describe(shard.ids)}" for shard in bad)
+        count = sum(shard.samples for shard in bad)
+        warnings.warn(f"{folder}: {count} samples are lost ({lost})", LostSamplesWarning, stacklevel=3)
+        if quarantine and len(intact.shards) != len(manifest.shards):
+            intact.write(folder)
+    return intact, iter(good)
+
+
+def describe(runs: Sequence[Sequence[int]]) -> str:
+    """Runs of ids in words: "0-2, 7"."""
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """The members of one sample: suffix -> (position, length) in the file."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+    read: Callable[[str], bytes]
+
+
+def read_tar(path: Path) -> Iterator[TarSample]:
+    """The samples of a webdataset shard, in order. Raises ``ValueError`` for a member that must not be there."""
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+
+        def read_span(span: tuple[int, int]) -> bytes:
+            file.seek(span[0])
+            data = file.read(span[1])
+            if len(data) != span[1]:
+                raise ValueError(f"{path} ends inside a member")
+            return data
+
+        key: str | None = None
+        members: dict[str, tuple[int, int]] = {}
+        for member in tar:
+            check_member(member.name, path)
+            if not member.isreg():
+                raise ValueError(f"{path}: member {member.name!r} is a link or a device, expected plain files")
+            stem, _, suffix = PurePosixPath(member.name).name.partition(".")
+            stem = str(PurePosixPath(member.name).with_name(stem))
+            if stem != key or suffix in members:
+                if key is not None:
+                    yield _sample(key, members, read_span)
+                key, members = stem, {}
+            members[suffix] = (member.offset_data, member.size)
+        if key is not None:
+            yield _sample(key, members, read_span)
+
+
+def _sample(key: str, members: dict[str, tuple[int, int]], read: Callable[[tuple[int, int]], bytes]) -> TarSample:
+    return TarSample(key, members, lambda suffix: read(members[suffix]))
+
+
+def check_member(name: str, where: Any) -> None:
+    """Raises ``ValueError`` for a name that leads out of a folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"{where}: member {name!r} has an absolute path or '..' in it")

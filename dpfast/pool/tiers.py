@@ -1,0 +1,111 @@
+"""Where the pool's chunks live: device memory, then host memory, then files, each up to its budget.
+
+On a machine with CUDA, host memory is pinned, so that a GPU reads it in place. A file is unlinked as soon as it is
+mapped: nothing is left behind however the process ends. Its blocks are reserved at once, so that a full disk is an
+``OSError`` here and not a signal later.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAMES = ("device", "host", "file")
+HOST_SHARE = 0.7  # of the memory that is free; the learner and its batches need some
+DEVICE_SHARE = 0.5
+FILE_SHARE = 0.9
+
+
+class PoolFullError(MemoryError):
+    """No tier has room for another chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiers:
+    """Budgets in bytes, used in this order. ``device_bytes`` needs a ``device``, ``file_bytes`` a ``folder``."""
+
+    device: torch.device | None = None
+    device_bytes: int = 0
+    host_bytes: int = 0
+    folder: Path | None = None
+    file_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for name in NAMES:
+            if self.budget(name) < 0:
+                raise ValueError(f"{name}_bytes = {self.budget(name)}, expected at least 0")
+        if self.device_bytes and self.device is None:
+            raise ValueError(f"device_bytes = {self.device_bytes} without a device")
+        if self.file_bytes and self.folder is None:
+            raise ValueError(f"file_bytes = {self.file_bytes} without a folder")
+
+    @classmethod
+    def detect(cls, device: torch.device | str | None = None, folder: Path | None = None) -> Tiers:
+        """Shares of what is free now: device memory for a CUDA device, host memory, and the disk of ``folder``."""
+        device = None if device is None else torch.device(device)
+        cuda = device is not None and device.type == "cuda"
+        return cls(
+            device=device if cuda else None,
+            device_bytes=int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) if cuda else 0,
+            host_bytes=int(_free_memory() * HOST_SHARE),
+            folder=folder,
+            file_bytes=0 if folder is None else int(shutil.disk_usage(folder).free * FILE_SHARE),
+        )
+
+    def budget(self, name: str) -> int:
+        return int(getattr(self, f"{name}_bytes"))
+
+    def place(self, used: Iterable[str], chunk_bytes: int) -> str:
+        """The tier of one more chunk beside those in ``used``; raises ``PoolFullError``."""
+        taken = list(used)
+        for name in NAMES:
+            if (taken.count(name) + 1) * chunk_bytes <= self.budget(name):
+                return name
+        budgets = ", ".join(f"{name} {readable(self.budget(name))}" for name in NAMES)
+        raise PoolFullError(
+            f"the pool holds {len(taken)} chunks of {readable(chunk_bytes)} and its budgets are full ({budgets}): "
+            "raise a budget, give a folder for the file tier, or store latents or JPEG"
+        )
+
+    def allocate(self, name: str, chunk_bytes: int) -> Tensor:
+        """(chunk_bytes,) uint8 of the tier, its contents undefined."""
+        if name == "device":
+            return torch.empty(chunk_bytes, dtype=torch.uint8, device=self.device)
+        if name == "file":
+            assert self.folder is not None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                os.posix_fallocate(file.fileno(), 0, chunk_bytes)
+                return torch.frombuffer(mmap.mmap(file.fileno(), chunk_bytes), dtype=torch.uint8)
+        if torch.cuda.is_available():
+            return torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=True)
+        memory = mmap.mmap(-1, chunk_bytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # random rows of a large pool miss the page tables less often
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def readable(count: float) -> str:
+    """Bytes in the largest unit that leaves a number above 1."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
