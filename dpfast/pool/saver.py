@@ -138,16 +138,18 @@ class Saver:
             try:
                 self._write(asked)
             except BaseException as error:  # whatever ends a save is reported where it is waited for
-                with self._changed:
-                    self.error = error
-                    self._changed.notify_all()
-                warnings.warn(
-                    f"saving the pool to {str(self.folder)!r} has stopped: {error!r}. {self.saved} of "
-                    f"{len(self.pool)} samples are on the disk, all are in memory and training goes on; the next "
-                    "save tries again",
-                    SaveWarning,
-                    stacklevel=1,
-                )
+                try:
+                    warnings.warn(
+                        f"saving the pool to {str(self.folder)!r} has stopped: {error!r}. {self.saved} of "
+                        f"{len(self.pool)} samples are on the disk, all are in memory and training goes on; the next "
+                        "save tries again",
+                        SaveWarning,
+                        stacklevel=1,
+                    )
+                finally:
+                    with self._changed:
+                        self.error = error
+                        self._changed.notify_all()
 
     def _write(self, stop: int) -> None:
         """Writes the samples up to ``stop``, one shard after the other."""

@@ -252,15 +252,25 @@ def _records_of(path: Path) -> np.ndarray:
 
 def npy_data_start(data: bytes) -> int:
     """Where the data of an .npy file begin."""
+    return _npy_header(data)[1]
+
+
+def npy_kind(data: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+    """dtype and shape of an .npy file of uint8 or float16; raises ``ValueError`` for another."""
+    (shape, fortran, dtype), _ = _npy_header(data)
+    if fortran or dtype not in (np.uint8, np.float16) or len(shape) != 3:
+        raise ValueError(f"an array of {dtype} {shape}, expected uint8 or float16 (C, H, W) in C order")
+    return dtype, shape
+
+
+def _npy_header(data: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], int]:
     buffer = io.BytesIO(data)
-    np.lib.format.read_magic(buffer)
-    np.lib.format.read_array_header_1_0(buffer)
-    return buffer.tell()
+    if np.lib.format.read_magic(buffer) != (1, 0):
+        raise ValueError("an .npy file of a version that is not 1.0")
+    return np.lib.format.read_array_header_1_0(buffer), buffer.tell()
 
 
-def load_shards(
-    folder: Path, manifest: Manifest, *, quarantine: bool = True, threads: int = 2
-) -> tuple[Manifest, Iterator[Loaded]]:
+def load_shards(folder: Path, manifest: Manifest, *, threads: int = 2) -> tuple[Manifest, Iterator[Loaded]]:
     """The manifest of what is intact, and the intact shards in their order, verified ``threads`` at a time.
 
     A shard that is damaged or missing is moved to ``quarantine/``, the manifest on the disk is replaced, and a
@@ -269,24 +279,24 @@ def load_shards(
     with ThreadPoolExecutor(threads, "dpfast-verify") as executor:
         checked = list(executor.map(lambda shard: verify(folder, shard), manifest.shards))
     good, bad = [], list(manifest.quarantined)
+    reasons = dict.fromkeys((shard.name for shard in bad), "quarantined before")
     for shard, result in zip(manifest.shards, checked, strict=True):
         if isinstance(result, Loaded):
             good.append(result)
             continue
         bad.append(shard)
-        if quarantine:
-            (folder / "quarantine").mkdir(exist_ok=True)
-            for name in (shard.name, shard.columns):
-                if (folder / name).exists():
-                    (folder / name).replace(folder / "quarantine" / name)
-        warnings.warn(f"{folder / shard.name}: {result}; it is quarantined", LostSamplesWarning, stacklevel=3)
+        reasons[shard.name] = result
+        (folder / "quarantine").mkdir(exist_ok=True)
+        for name in (shard.name, shard.columns):
+            if (folder / name).exists():
+                (folder / name).replace(folder / "quarantine" / name)
     intact = replace(manifest, shards=[loaded.shard for loaded in good], quarantined=bad)
     if bad:
-        lost = "; ".join(f"{shard.name}: ids {describe(shard.ids)}" for shard in bad)
-        count = sum(shard.samples for shard in bad)
-        warnings.warn(f"{folder}: {count} samples are lost ({lost})", LostSamplesWarning, stacklevel=3)
-        if quarantine and len(intact.shards) != len(manifest.shards):
+        if len(bad) != len(manifest.quarantined):
             intact.write(folder)
+        lost = "; ".join(f"{s.name}: ids {describe(s.ids)} ({reasons[s.name]})" for s in bad)
+        count = sum(shard.samples for shard in bad)
+        warnings.warn(f"{folder}: {count} samples are lost. {lost}", LostSamplesWarning, stacklevel=4)
     return intact, iter(good)
 
 
@@ -306,30 +316,30 @@ class TarSample:
 
 def read_tar(path: Path) -> Iterator[TarSample]:
     """The samples of a webdataset shard, in order. Raises ``ValueError`` for a member that must not be there."""
-    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    data = np.memmap(path, np.uint8, "r")
 
-        def read_span(span: tuple[int, int]) -> bytes:
-            file.seek(span[0])
-            data = file.read(span[1])
-            if len(data) != span[1]:
-                raise ValueError(f"{path} ends inside a member")
-            return data
+    def read(span: tuple[int, int]) -> bytes:
+        if sum(span) > len(data):
+            raise ValueError(f"{path} ends inside a member")
+        return data[span[0] : sum(span)].tobytes()
 
+    with tarfile.open(path, "r:") as tar:
         key: str | None = None
         members: dict[str, tuple[int, int]] = {}
         for member in tar:
             check_member(member.name, path)
             if not member.isreg():
                 raise ValueError(f"{path}: member {member.name!r} is a link or a device, expected plain files")
-            stem, _, suffix = PurePosixPath(member.name).name.partition(".")
-            stem = str(PurePosixPath(member.name).with_name(stem))
+            name = PurePosixPath(member.name)
+            stem, _, suffix = name.name.partition(".")
+            stem = str(name.with_name(stem)) if stem else str(name)
             if stem != key or suffix in members:
                 if key is not None:
-                    yield _sample(key, members, read_span)
+                    yield _sample(key, members, read)
                 key, members = stem, {}
             members[suffix] = (member.offset_data, member.size)
         if key is not None:
-            yield _sample(key, members, read_span)
+            yield _sample(key, members, read)
 
 
 def _sample(key: str, members: dict[str, tuple[int, int]], read: Callable[[tuple[int, int]], bytes]) -> TarSample:

@@ -1,0 +1,250 @@
+"""Pools in other people's formats, and back: webdataset shards, an image folder, parquet.
+
+    webdataset    shards of ``dpfast.pool.shards``, images as .png
+    imagefolder   train/<class>/<row>.png|.jpg and train/metadata.jsonl, as Hugging Face ``datasets`` reads them
+    parquet       train-00000-of-00003.parquet: an image (or a list of fp16 latents) and one field for each column
+
+Every format keeps the payload and all columns exactly, and ``import_pool`` reads each of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpfast.config import RecipeError
+from dpfast.pool import codecs, shards
+from dpfast.pool.columns import COLUMNS, RECORD, as_dict, from_dicts
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.saver import Saver, open_pool
+
+FORMATS = ("webdataset", "imagefolder", "parquet")
+BATCH = 1000  # samples in memory at a time, and in a row group
+FILE_SAMPLES = 50_000  # in one parquet file
+
+
+def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | None = None) -> Path:
+    """Writes all samples of ``pool`` into the new or empty folder ``out``.
+
+    classes: names of the labels, for folder names and ``ClassLabel`` features.
+    Raises ``RecipeError`` for a folder in use, an unknown format, and a pool that the format cannot hold.
+    """
+    if format not in FORMATS:
+        raise RecipeError(f"format = {format!r}: expected one of {', '.join(FORMATS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"out = {str(out)!r}: exists and is not an empty folder")
+    if not len(pool):
+        raise RecipeError("the pool is empty: there is nothing to export")
+    pictures = pool.codec == "jpeg" or (pool.codec == "uint8" and (pool.shape or (0,))[0] in (1, 3))
+    if format == "imagefolder" and not pictures:
+        raise RecipeError(
+            f"format = 'imagefolder': the pool holds {pool.codec} of shape {pool.shape}, an image has one or three "
+            "channels; choose webdataset or parquet"
+        )
+    if format == "webdataset":
+        with Saver(pool, out, images="png" if pictures else "npy", classes=classes) as saver:
+            saver.save()
+            if saver.wait() < len(pool):
+                raise RecipeError(f"out = {str(out)!r}: {saver.error}")
+    elif format == "imagefolder":
+        _write_images(pool, out / "train", classes)
+    else:
+        _write_parquet(pool, out, classes, pictures=pictures)
+    return out
+
+
+def import_pool(folder: Path) -> tuple[SamplePool, list[str] | None]:
+    """The pool of a run, a saved pool or an exported one, and its class names where they are known.
+
+    A run's pool is that of its source "dp", or of "static" where it alone was run.
+    Raises ``RecipeError`` when ``folder`` is none of these.
+    """
+    for source in ("pool_dp", "pool_static"):
+        if (folder / source / shards.MANIFEST).is_file():
+            return import_pool(folder / source)
+    try:
+        if (folder / shards.MANIFEST).is_file():
+            return open_pool(folder), shards.Manifest.read(folder).classes
+        if (folder / "train" / "metadata.jsonl").is_file():
+            return _read_images(folder / "train")
+        if files := sorted(folder.glob("*.parquet")):
+            return _read_parquet(files)
+        if files := sorted(folder.glob("*.tar")):
+            return _read_tars(files), None
+    except (ValueError, tarfile.TarError) as error:
+        raise RecipeError(f"{str(folder)!r} cannot be read: {error}") from error
+    raise RecipeError(f"{str(folder)!r} holds neither a run with samples nor a saved or exported pool")
+
+
+def _rows(pool: SamplePool) -> Iterator[tuple[int, np.ndarray, list[Any]]]:
+    """(first row, records, payloads) of BATCH samples at a time; payloads are image files, or rows of latents."""
+    for first in range(0, len(pool), BATCH):
+        rows = torch.arange(first, min(first + BATCH, len(pool)))
+        payload = pool.payload(rows)
+        if isinstance(payload, torch.Tensor) and pool.codec == "uint8" and payload.shape[1] in (1, 3):
+            files: list[Any] = [codecs.to_png(pixels) for pixels in payload.numpy()]
+        elif isinstance(payload, torch.Tensor):
+            files = list(payload.flatten(1).numpy())
+        else:
+            files = list(payload)
+        yield first, pool.records(first, first + len(rows)), files
+
+
+def _write_images(pool: SamplePool, folder: Path, classes: list[str] | None) -> None:
+    suffix = "jpg" if pool.codec == "jpeg" else "png"
+    folder.mkdir(parents=True)
+    with (folder / "metadata.jsonl").open("w") as lines:
+        for first, records, files in _rows(pool):
+            for row, (record, data) in enumerate(zip(records, files, strict=True), first):
+                name = f"{_folder_name(int(record['label']), classes)}/{row:09d}.{suffix}"
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(data)
+                lines.write(json.dumps({"file_name": name, **as_dict(record)}) + "\n")
+    if classes is not None:
+        (folder.parent / "classes.json").write_text(json.dumps(classes) + "\n")
+
+
+def _folder_name(label: int, classes: list[str] | None) -> str:
+    if classes is None or not 0 <= label < len(classes):
+        return f"{label:04d}"
+    return f"{label:04d}-" + "".join(c if c.isalnum() else "-" for c in classes[label])
+
+
+def _read_images(folder: Path) -> tuple[SamplePool, list[str] | None]:
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        shards.check_member(row["file_name"], folder / "metadata.jsonl")
+        if (folder / row["file_name"]).is_symlink():
+            raise ValueError(f"{folder / row['file_name']} is a link")
+    pool = SamplePool("jpeg" if rows and rows[0]["file_name"].endswith(".jpg") else "uint8")
+    for first in range(0, len(rows), BATCH):
+        part = rows[first : first + BATCH]
+        _append_files(pool, [(folder / row["file_name"]).read_bytes() for row in part], from_dicts(part))
+    names = folder.parent / "classes.json"
+    return pool, json.loads(names.read_text()) if names.is_file() else None
+
+
+def _append_files(pool: SamplePool, files: list[bytes], records: np.ndarray) -> None:
+    if pool.codec == "jpeg":
+        pool.append_records(files, records)
+    else:
+        pixels = np.stack([codecs.from_image_file(data) for data in files])
+        pool.append_records(torch.from_numpy(pixels), records)
+
+
+def _read_tars(files: list[Path]) -> SamplePool:
+    """webdataset shards that need not be ours: without .json the sample id is the row and the label the .cls."""
+    pool: SamplePool | None = None
+    for path in files:
+        samples = shards.read_tar(path)
+        while part := list(itertools.islice(samples, BATCH)):
+            rows: list[dict[str, Any]] = []
+            for sample in part:
+                row = json.loads(sample.read("json")) if "json" in sample.members else {}
+                label = int(sample.read("cls")) if "cls" in sample.members else 0
+                rows.append({"sample_id": (len(pool) if pool else 0) + len(rows), "label": label} | row)
+            suffix = next((s for s in shards.SUFFIXES if s in part[0].members), None)
+            if suffix is None:
+                raise ValueError(f"{path}: sample {part[0].key!r} has none of {', '.join(shards.SUFFIXES)}")
+            data = [sample.read(suffix) for sample in part]
+            if suffix == "npy":
+                arrays = np.stack([np.frombuffer(d, np.uint8, offset=shards.npy_data_start(d)) for d in data])
+                dtype, shape = shards.npy_kind(data[0])
+                pool = pool or SamplePool("uint8" if dtype == np.uint8 else "fp16")
+                pool.append_records(torch.from_numpy(arrays.view(dtype).reshape(-1, *shape)), from_dicts(rows))
+            else:
+                pool = pool or SamplePool("jpeg" if suffix == "jpg" else "uint8")
+                _append_files(pool, data, from_dicts(rows))
+    assert pool is not None
+    return pool
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise RecipeError("format = 'parquet': needs pyarrow; pip install 'dpfast[export]'") from None
+    return pyarrow, pyarrow.parquet
+
+
+def _write_parquet(pool: SamplePool, out: Path, classes: list[str] | None, *, pictures: bool) -> None:
+    arrow, parquet = _arrow()
+    out.mkdir(parents=True, exist_ok=True)
+    schema = _schema(arrow, pool, classes, pictures=pictures)
+    count = -(-len(pool) // FILE_SAMPLES)
+    writer = None
+    for first, records, payloads in _rows(pool):
+        if first % FILE_SAMPLES == 0:
+            if writer is not None:
+                writer.close()
+            name = f"train-{first // FILE_SAMPLES:05d}-of-{count:05d}.parquet"
+            writer = parquet.ParquetWriter(out / name, schema)
+        if pictures:
+            payload = arrow.array([{"bytes": data, "path": None} for data in payloads], schema.field(0).type)
+        else:
+            flat = arrow.array(np.concatenate(payloads))
+            payload = arrow.FixedSizeListArray.from_arrays(flat, len(payloads[0]))
+        columns = [arrow.array(np.ascontiguousarray(records[name])) for name in COLUMNS]
+        assert writer is not None
+        writer.write_table(arrow.table([payload, *columns], schema=schema))
+    if writer is not None:
+        writer.close()
+
+
+def _schema(arrow: Any, pool: SamplePool, classes: list[str] | None, *, pictures: bool) -> Any:
+    """Fields with Hugging Face's feature types, so that an image loads as an image and a label has its name."""
+    if pictures:
+        payload = arrow.field("image", arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
+        features: dict[str, Any] = {"image": {"_type": "Image"}}
+    else:
+        kind, width = (arrow.uint8(), "uint8") if pool.codec == "uint8" else (arrow.float16(), "float16")
+        elements = int(np.prod(pool.shape or ()))
+        payload = arrow.field("latent", arrow.list_(kind, elements))
+        features = {"latent": {"feature": {"dtype": width, "_type": "Value"}, "length": elements, "_type": "List"}}
+    fields = [payload]
+    for name in COLUMNS:
+        dtype = RECORD[name]
+        kind = "label" if name == "label" and classes is not None else "value"
+        # datasets casts a ClassLabel to int64; the file says so from the start
+        fields.append(arrow.field(name, arrow.int64() if kind == "label" else arrow.from_numpy_dtype(dtype)))
+        features[name] = (
+            {"names": classes, "_type": "ClassLabel"} if kind == "label" else {"dtype": str(dtype), "_type": "Value"}
+        )
+    about = {"codec": pool.codec, "shape": pool.shape, "classes": classes}
+    return arrow.schema(
+        fields, metadata={"huggingface": json.dumps({"info": {"features": features}}), "dpfast": json.dumps(about)}
+    )
+
+
+def _read_parquet(files: list[Path]) -> tuple[SamplePool, list[str] | None]:
+    _, parquet = _arrow()
+    about: dict[str, Any] | None = None
+    pool = SamplePool()
+    for path in files:
+        with parquet.ParquetFile(path) as file:
+            metadata = file.schema_arrow.metadata or {}
+            if b"dpfast" not in metadata:
+                raise ValueError(f"{path} was not written by dpfast export")
+            if about is None:
+                about = json.loads(metadata[b"dpfast"])
+                pool = SamplePool(about["codec"])
+            for batch in file.iter_batches(BATCH):
+                records = np.zeros(batch.num_rows, RECORD)
+                for name in COLUMNS:
+                    records[name] = batch.column(name).to_numpy(zero_copy_only=False)
+                if "image" in batch.schema.names:
+                    _append_files(pool, batch.column("image").field("bytes").to_pylist(), records)
+                else:
+                    values = batch.column("latent").flatten().to_numpy(zero_copy_only=False)
+                    rows = np.array(values).reshape(batch.num_rows, *about["shape"])
+                    pool.append_records(torch.from_numpy(rows), records)
+    assert about is not None
+    return pool, about["classes"]

@@ -1,0 +1,69 @@
+"""Plans: bytes and places before anything is generated, and what a refusal says."""
+
+import pytest
+
+from dpfast.config import RecipeError
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.tiers import Tiers
+from tests.pool.helpers import SHAPE, batch
+
+GIB = 1 << 30
+
+
+def test_the_paper_s_pool_of_pixels_and_latents():
+    """6.5 M images of 256 px: 1.28 TB of pixels; as fp16 latents of 512 px 213 GB (both without columns)."""
+    pixels = SamplePool.plan(6_500_000, (3, 256, 256), tiers=Tiers(host_bytes=64 * GIB))
+    assert pixels.bytes_per_sample == 196_608
+    assert pixels.overhead <= 64
+    assert pixels.samples * pixels.bytes_per_sample == pytest.approx(1.28e12, rel=0.01)
+    latents = SamplePool.plan(6_500_000, (4, 64, 64), "fp16", tiers=Tiers(host_bytes=300 * GIB))
+    assert latents.samples * latents.bytes_per_sample == pytest.approx(213e9, rel=0.01)
+    assert latents.fits
+    assert not pixels.fits
+
+
+def test_devices_share_the_pool_and_tiers_fill_in_order(tmp_path):
+    tiers = Tiers(device="cpu", device_bytes=10 * GIB, host_bytes=10 * GIB, folder=tmp_path, file_bytes=900 * GIB)
+    plan = SamplePool.plan(1_000_000, (3, 256, 256), devices=["a", "b"], tiers=tiers).check()
+    assert plan.samples == 500_000
+    assert plan.places["device"] == 160 * ((64 << 20) // 196_608)
+    assert plan.places["host"] < plan.places["device"]  # the columns take their part
+    assert sum(plan.places.values()) == 500_000
+
+
+def test_what_a_plan_promises_a_pool_holds():
+    tiers = Tiers(host_bytes=300_000)
+    refused = SamplePool.plan(2600, SHAPE, tiers=tiers, chunk_bytes=1 << 12)
+    assert not refused.fits
+    room = refused.places["host"]
+    plan = SamplePool.plan(room, SHAPE, tiers=tiers, chunk_bytes=1 << 12).check()
+    pool = SamplePool(tiers=tiers, chunk_bytes=1 << 12)
+    pool.append(batch(0, room), round=0, omega=0.0)
+    assert pool.where() == plan.places
+
+
+def test_a_refusal_has_the_numbers_and_three_ways_out():
+    with pytest.raises(RecipeError) as error:
+        SamplePool.plan(6_500_000, (3, 256, 256), devices=8, tiers=Tiers(host_bytes=64 * GIB)).check()
+    message = str(error.value)
+    for part in (
+        "maximum_samples = 6500000",
+        "196608 + 56 bytes",
+        "148.8 GiB",
+        "host 64 GiB",
+        "store latents (about 8192 bytes a sample)",
+        "a folder with 148.8 GiB free",
+        "over 19 devices",
+        "at most 2",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="devices = 0"):
+        SamplePool.plan(1, (1, 8, 8), devices=0)
+    with pytest.raises(ValueError, match="codec = 'gif'"):
+        SamplePool.plan(1, (1, 8, 8), "gif")
+    with pytest.raises(ValueError, match="a chunk 64"):
+        SamplePool.plan(1, (1, 16, 16), chunk_bytes=64)

@@ -1,0 +1,52 @@
+"""Rows through a table of chunks: every backend reads the bytes that indexing gives."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dpfast.ops import _dispatch
+from dpfast.pool.rows import CPU, ChunkTable
+
+
+def table_of(rows, chunk_rows, stride):
+    torch.manual_seed(0)
+    count = -(-rows // chunk_rows)
+    chunks = tuple(torch.randint(0, 256, (chunk_rows * stride + 3,), dtype=torch.uint8) for _ in range(count))
+    expected = torch.cat([c[: chunk_rows * stride].view(chunk_rows, stride) for c in chunks])
+    return ChunkTable(chunk_rows, stride).with_chunks(chunks), expected
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(("chunk_rows", "stride"), [(1, 1), (7, 3), (100, 56), (64, 512), (3, 40_000)])
+def test_rows_are_those_of_indexing(backend, chunk_rows, stride, monkeypatch):
+    if backend == "native" and _dispatch.native() is None:
+        pytest.skip("the native kernels are not built")
+    monkeypatch.setattr(_dispatch, "FORCED", backend)
+    table, expected = table_of(200, chunk_rows, stride)
+    indices = torch.randint(0, 200, (301,))
+    assert torch.equal(table.take(indices, 200), expected[indices])
+    part = min(stride, 4)
+    assert torch.equal(table.take(indices, 200, offset=stride - part, width=part), expected[indices, stride - part :])
+    assert table.take(indices[:0], 200).shape == (0, stride)
+    for wrong in (-1, 200):
+        with pytest.raises(IndexError, match="holds 200"):
+            table.take(torch.tensor([3, wrong]), 200)
+
+
+def test_the_gpu_s_kernel_reads_the_same_rows_in_triton_s_interpreter():
+    """In a process of its own: Triton reads the switch when a kernel is defined."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "DPFAST_BACKEND": ""}
+    subprocess.run([sys.executable, "-m", "tests.pool.test_rows"], env=environment, check=True, timeout=120)
+
+
+if __name__ == "__main__":
+    for chunk_rows, stride, offset, width in ((7, 12, 0, 12), (7, 12, 4, 8), (5, 13, 2, 3), (2, 9000, 0, 9000)):
+        table, expected = table_of(20, chunk_rows, stride)
+        indices = torch.tensor([19, 0, 7, 7, 13])
+        table = ChunkTable(chunk_rows, stride).with_chunks(tuple(chunk.clone() for chunk in table.chunks))
+        rows = table._triton(indices, offset, width, CPU)
+        assert torch.equal(rows, expected[indices, offset : offset + width]), (chunk_rows, stride, offset, width)
