@@ -78,6 +78,11 @@ def _parser() -> _Parser:
     )  # fmt: skip
     audit.add_argument("--json", type=Path, help="file for the reports, one JSON object a line")
 
+    export = commands.add_parser("export", help="write a run's samples for other libraries", allow_abbrev=False)
+    export.add_argument("run", type=Path, help="folder of a run, or of a saved or exported pool")
+    export.add_argument("--format", required=True, choices=("webdataset", "imagefolder", "parquet"))
+    export.add_argument("--out", type=Path, required=True, help="folder for the files; must be empty or new")
+
     commands.add_parser("doctor", help="what is installed, which backend each operation uses, what is missing")
     return parser
 
@@ -86,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
         parsed = _parser().parse_all(sys.argv[1:] if arguments is None else arguments)
-        return {"run": _run, "sample": _sample, "audit": _audit, "doctor": _doctor}[parsed.command](parsed)
+        commands = {"run": _run, "sample": _sample, "audit": _audit, "export": _export, "doctor": _doctor}
+        return commands[parsed.command](parsed)
     except RecipeError as error:
         print(f"dpfast: error: {error}", file=sys.stderr)
         return 2
@@ -175,6 +181,15 @@ def _audit(arguments: argparse.Namespace) -> int:
     broken = sum(bool(problems(report)) for report in reports)
     print(f"{table(reports)}\n\n{len(reports) - broken} of {len(reports)} kernels keep their promises")
     return 1 if broken else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from dpfast.pool.export import export_pool, import_pool
+
+    pool, classes = import_pool(arguments.run)
+    export_pool(pool, arguments.out, arguments.format, classes)
+    print(f"{len(pool)} samples in {arguments.out}")
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
