@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Recipe": "dpfast.config",
     "RecipeError": "dpfast.config",
-    "Pipeline": "dpfast.generate.denoiser",
+    "Pipeline": "dpfast.generate.pipeline",
     "GuidanceConfig": "dpfast.generate.guidance",
     "GuidedSampler": "dpfast.generate.sampler",
     "SampleBatch": "dpfast.generate.sampler",

@@ -27,6 +27,22 @@ def shaped(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value
 
 
+def target(
+    name: str,
+    value: object,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
+    channels_last: bool = False,
+) -> Tensor:
+    """A tensor to write into, in contiguous or channels_last memory."""
+    out = shaped(name, tensor(name, value, (dtype,), device), shape)
+    if not out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format):
+        layout = "channels_last" if channels_last else "contiguous"
+        raise ValueError(f"{name} of shape {tuple(out.shape)} has strides {out.stride()}, expected {layout} memory")
+    return out
+
+
 def per_sample(name: str, value: float | Tensor, batch: int, device: torch.device) -> float | Tensor:
     """A scalar, or a floating tensor of shape () or (batch,) on `device`; tensors come back as fp32."""
     if isinstance(value, Tensor):

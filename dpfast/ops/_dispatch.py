@@ -21,6 +21,7 @@ from torch import Tensor
 Backend = Literal["triton", "native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "native", "reference")
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/simd.hpp
+FORCED = os.environ.get("DPFAST_BACKEND", "")  # read once: a lookup a call would cost a tenth of a small operation
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once too, where a kernel is defined
 OPERATIONS = ("entropy", "guided_step", "noise", "gather")
 
@@ -65,7 +66,7 @@ def backend_of(operation: str, device: torch.device | str) -> Backend:
 
 def backend_for(device: torch.device) -> Backend:
     """`backend_of` for any of the operations: they all share the rule."""
-    return _choose(device.type, os.environ.get("DPFAST_BACKEND", ""))
+    return _choose(device.type, FORCED)
 
 
 @functools.cache
@@ -93,7 +94,11 @@ def traced(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a loop, because a generator costs a small operation more than its arithmetic
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def address(tensor: Tensor | None) -> int:

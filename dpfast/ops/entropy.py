@@ -129,34 +129,26 @@ def settings(classes: int) -> tuple[int, int, int]:
     return max(1, 1024 // block) if classes < 512 else 1, block, min(max(4, block // 512), 32)
 
 
-def _triton(logits: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, Tensor]:
+def _triton(logits: Tensor, temperature: float, entropy: Tensor, dlogits: Tensor | None) -> None:
     rows, classes = logits.shape
-    if logits.stride(1) != 1 and classes > 1:
-        logits = logits.contiguous()
-    entropy = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    dlogits = torch.empty((rows, classes) if gradient else 0, dtype=logits.dtype, device=logits.device)
     if rows == 0:
-        return entropy, dlogits
+        return
     tile, block, warps = settings(classes)
     unit = math.gcd(logits.stride(0), 16)
     stride, scale = logits.stride(0) // unit, 1.0 / temperature
+    target, gradient = (entropy, False) if dlogits is None else (dlogits, True)
     if classes <= ONE_BLOCK:
         rows_kernel[(-(-rows // tile),)](
-            logits, entropy, dlogits, rows, stride, scale, classes, unit, gradient, tile, block, num_warps=warps
+            logits, entropy, target, rows, stride, scale, classes, unit, gradient, tile, block, num_warps=warps
         )  # fmt: skip
     else:
         online_kernel[(rows,)](
-            logits, entropy, dlogits, stride, scale, classes, unit, gradient, block, num_warps=warps
+            logits, entropy, target, stride, scale, classes, unit, gradient, block, num_warps=warps
         )  # fmt: skip
-    return entropy, dlogits
 
 
-def _native(logits: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, Tensor]:
+def _native(logits: Tensor, temperature: float, entropy: Tensor, dlogits: Tensor | None) -> None:
     rows, classes = logits.shape
-    if logits.stride(1) != 1 and classes > 1:
-        logits = logits.contiguous()
-    entropy = torch.empty(rows, dtype=torch.float32)
-    dlogits = torch.empty((rows, classes) if gradient else 0, dtype=logits.dtype)
     _dispatch.native_module().entropy(
         logits.data_ptr(),
         rows,
@@ -165,26 +157,37 @@ def _native(logits: Tensor, temperature: float, gradient: bool) -> tuple[Tensor,
         _dispatch.DTYPE_CODES[logits.dtype],
         1.0 / temperature,
         entropy.data_ptr(),
-        dlogits.data_ptr() if gradient else 0,
+        0 if dlogits is None else dlogits.data_ptr(),
         torch.get_num_threads(),
     )
-    return entropy, dlogits
 
 
-def _run(logits: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Entropy, and the gradient or an empty tensor, by the backend of the logits' device."""
+def _gradient_like(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits) if logits.is_contiguous() else logits.new_empty(logits.shape)
+
+
+def _run(logits: Tensor, temperature: float, dlogits: Tensor | None) -> Tensor:
+    """The entropy, by the backend of the device; the gradient goes to `dlogits`, contiguous, where one is given."""
     backend = _dispatch.backend_for(logits.device)
-    if backend == "triton":
-        return _triton(logits, temperature, gradient)
-    if backend == "native":
-        return _native(logits, temperature, gradient)
-    values, dlogits = reference(logits, temperature)
-    return values, dlogits if gradient else dlogits.new_empty(0)
+    if backend == "reference":
+        values, gradient = reference(logits, temperature)
+        if dlogits is not None:
+            dlogits.copy_(gradient)
+        return values
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        logits = logits.contiguous()
+    entropy = logits.new_empty(len(logits), dtype=torch.float32)
+    (_native if backend == "native" else _triton)(logits, temperature, entropy, dlogits)
+    return entropy
 
 
 @torch.library.custom_op("dpfast::entropy", mutates_args=())
 def _operation(logits: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, Tensor]:
-    return _run(logits, temperature, gradient)
+    """Entropy, and the gradient or an empty tensor."""
+    if not gradient:
+        return _run(logits, temperature, None), logits.new_empty(0)
+    dlogits = _gradient_like(logits)
+    return _run(logits, temperature, dlogits), dlogits
 
 
 @_operation.register_fake
@@ -237,28 +240,37 @@ def _check_arguments(logits: Tensor, temperature: float) -> float:
     return float(temperature)
 
 
-def entropy_and_grad(logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def entropy_and_grad(logits: Tensor, *, temperature: float = 1.0, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Entropy in nats of softmax(logits / temperature) and its gradient with respect to the logits.
 
     Args:
         logits: (B, K) fp32, fp16 or bf16; rows may be strided, -inf marks an impossible class.
         temperature: positive divisor of the logits.
+        out: where to write the gradient, contiguous and otherwise like the logits; may be the logits themselves.
 
     Returns:
-        H (B,) fp32 and dH/dlogits (B, K) in the logits' dtype. H is differentiable once, dH/dlogits is not.
+        H (B,) fp32 and dH/dlogits (B, K) in the logits' dtype, `out` if given. H is differentiable once, dH/dlogits is
+        not.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape, or a temperature that is not finite and positive.
+        TypeError: wrong type or dtype. ValueError: wrong shape or device, an `out` that is not contiguous, or a
+        temperature that is not finite and positive.
 
     Source: the guidance criterion of "Improving the Scaling Laws of Synthetic Data with Deliberate Practice" (2025).
     """
     temperature = _check_arguments(logits, temperature)
-    run = _Differentiable.apply if _dispatch.traced(logits) else _run
-    return run(logits, temperature, True)
+    if out is not None:
+        _check.target("out", out, logits.dtype, logits.shape, logits.device)
+    if _dispatch.traced(logits):
+        values, dlogits = _Differentiable.apply(logits, temperature, True)
+        return values, dlogits if out is None else out.copy_(dlogits)
+    dlogits = _gradient_like(logits) if out is None else out
+    return _run(logits, temperature, dlogits), dlogits
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature): the first output of `entropy_and_grad` alone, (B,) fp32."""
     temperature = _check_arguments(logits, temperature)
-    run = _Differentiable.apply if _dispatch.traced(logits) else _run
-    return run(logits, temperature, False)[0]
+    if _dispatch.traced(logits):
+        return _Differentiable.apply(logits, temperature, False)[0]
+    return _run(logits, temperature, None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,22 +22,22 @@ from dpfast.ops._triton import next_power, tl, triton
 WARPS = 4  # of a program of the Triton kernel
 
 
-def reference(
-    store: Tensor,
-    indices: Tensor,
-    flip: Tensor | None,
-    scale: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    """The formula in plain PyTorch, fp32 inside: byte * scale[c] + bias[c]."""
-    rows = store.index_select(0, indices).float()
-    if flip is not None:
-        rows = torch.where(flip[:, None, None, None], rows.flip(3), rows)
-    batch = rows * scale[:, None, None] + bias[:, None, None]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return batch.to(dtype).contiguous(memory_format=layout)
+class Request(NamedTuple):
+    """What a batch is made of; `scale` and `bias` are one fp32 number for each channel: byte * scale + bias."""
+
+    store: Tensor
+    indices: Tensor
+    flip: Tensor | None
+    scale: Tensor
+    bias: Tensor
+
+
+def reference(request: Request) -> Tensor:
+    """The formula in plain PyTorch: a contiguous fp32 batch."""
+    rows = request.store.index_select(0, request.indices).float()
+    if request.flip is not None:
+        rows = torch.where(request.flip[:, None, None, None], rows.flip(3), rows)
+    return rows * request.scale[:, None, None] + request.bias[:, None, None]
 
 
 @triton.jit
@@ -98,32 +99,23 @@ def settings(channels_last: bool) -> int:
     return 1024 if channels_last else 2048
 
 
-def _empty(store: Tensor, batch: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((batch, *store.shape[1:]), dtype=dtype, device=store.device, memory_format=layout)
+def _is_channels_last(out: Tensor) -> bool:
+    return not out.is_contiguous()
 
 
-def _triton(
-    store: Tensor,
-    indices: Tensor,
-    flip: Tensor | None,
-    scale: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    out = _empty(store, indices.shape[0], dtype, channels_last)
+def _triton(request: Request, out: Tensor) -> None:
     if out.numel() == 0:
-        return out
+        return
+    store, flip, channels_last = request.store, request.flip, _is_channels_last(out)
     channels, height, width = store.shape[1:]
     elements = channels * height * width if channels_last else height * width
     block = min(max(next_power(elements), 16), settings(channels_last))
-    gather_kernel[(indices.shape[0], -(-elements // block), 1 if channels_last else channels)](
+    gather_kernel[(len(out), -(-elements // block), 1 if channels_last else channels)](
         store,
-        indices.contiguous(),
+        request.indices.contiguous(),
         None if flip is None else flip.contiguous().view(torch.uint8),
-        scale,
-        bias,
+        request.scale,
+        request.bias,
         out,
         store.shape[0],
         store.stride(0),
@@ -135,20 +127,11 @@ def _triton(
         block,
         num_warps=WARPS,
     )
-    return out
 
 
-def _native(
-    store: Tensor,
-    indices: Tensor,
-    flip: Tensor | None,
-    scale: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    out = _empty(store, indices.shape[0], dtype, channels_last)
-    indices, flip = indices.contiguous(), None if flip is None else flip.contiguous()
+def _native(request: Request, out: Tensor) -> None:
+    store = request.store
+    indices, flip = request.indices.contiguous(), None if request.flip is None else request.flip.contiguous()
     inside = _dispatch.native_module().gather(
         store.data_ptr(),
         store.shape[0],
@@ -157,35 +140,35 @@ def _native(
         indices.data_ptr(),
         indices.shape[0],
         _dispatch.address(flip),
-        scale.data_ptr(),
-        bias.data_ptr(),
-        _dispatch.DTYPE_CODES[dtype],
-        channels_last,
+        request.scale.data_ptr(),
+        request.bias.data_ptr(),
+        _dispatch.DTYPE_CODES[out.dtype],
+        _is_channels_last(out),
         out.data_ptr(),
         torch.get_num_threads(),
     )
     if not inside:
         raise IndexError(f"indices of shape {tuple(indices.shape)} must lie in [0, {store.shape[0]}), the store's rows")
-    return out
 
 
-def _run(
-    store: Tensor,
-    indices: Tensor,
-    flip: Tensor | None,
-    scale: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    if not store[:1].is_contiguous():
-        store = store.contiguous()
-    backend = _dispatch.backend_for(store.device)
+def _empty(request: Request, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (len(request.indices), *request.store.shape[1:])
+    return torch.empty(shape, dtype=dtype, device=request.store.device, memory_format=layout)
+
+
+def _run(request: Request, out: Tensor) -> Tensor:
+    """Writes the batch into `out`, which is contiguous or in channels_last memory."""
+    if not request.store[:1].is_contiguous():
+        request = request._replace(store=request.store.contiguous())
+    backend = _dispatch.backend_for(out.device)
     if backend == "triton":
-        return _triton(store, indices, flip, scale, bias, dtype, channels_last)
-    if backend == "native":
-        return _native(store, indices, flip, scale, bias, dtype, channels_last)
-    return reference(store, indices, flip, scale, bias, dtype, channels_last)
+        _triton(request, out)
+    elif backend == "native":
+        _native(request, out)
+    else:
+        out.copy_(reference(request))
+    return out
 
 
 @torch.library.custom_op("dpfast::gather_batch", mutates_args=())
@@ -198,7 +181,8 @@ def _operation(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    return _run(store, indices, flip, scale, bias, dtype, channels_last)
+    request = Request(store, indices, flip, scale, bias)
+    return _run(request, _empty(request, dtype, channels_last))
 
 
 @_operation.register_fake
@@ -211,7 +195,7 @@ def _(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    return _empty(store, indices.shape[0], dtype, channels_last)
+    return _empty(Request(store, indices, flip, scale, bias), dtype, channels_last)
 
 
 def _constants(
@@ -252,6 +236,7 @@ def gather_batch(
     std: Sequence[float] | Tensor,
     dtype: torch.dtype,
     channels_last: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rows of a uint8 image store as a normalised batch.
 
@@ -262,9 +247,10 @@ def gather_batch(
         mean, std: one number for each channel, for pixels in [0, 1]; a sequence or a (C,) tensor on the same device.
         dtype: fp32, fp16 or bf16 of the batch.
         channels_last: memory layout of the batch.
+        out: where to write the batch, in its shape, dtype and layout.
 
     Returns:
-        (B, C, H, W) of `dtype`, in channels_last or contiguous memory.
+        (B, C, H, W) of `dtype`, in channels_last or contiguous memory; `out` if given.
 
     Raises:
         TypeError: wrong type or dtype. ValueError: wrong shape or device. IndexError: an index outside the store, on a
@@ -281,5 +267,10 @@ def gather_batch(
     if dtype not in _check.FLOATS:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     scale, bias = _constants(mean, std, store.shape[1], store.device)
-    run = _operation if _dispatch.traced() else _run
-    return run(store, indices, flip, scale, bias, dtype, channels_last)
+    request = Request(store, indices, flip, scale, bias)
+    if out is not None:
+        _check.target("out", out, dtype, (len(indices), *store.shape[1:]), store.device, channels_last)
+    if _dispatch.traced():
+        batch = _operation(*request, dtype, channels_last)
+        return batch if out is None else out.copy_(batch)
+    return _run(request, _empty(request, dtype, channels_last) if out is None else out)

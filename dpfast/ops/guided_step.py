@@ -21,6 +21,7 @@ Bytes for n elements of b bytes: 5 n b (read x, pred_cond, pred_uncond, grad, wr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
@@ -72,76 +73,7 @@ def quantile(values: Tensor, ratio: float) -> Tensor:
     return low + (position - below) * (high - low)
 
 
-def reference(
-    x: Tensor,
-    pred_cond: Tensor,
-    pred_uncond: Tensor | None,
-    grad: Tensor | None,
-    table: Tensor,
-    step: int | Tensor,
-    cfg_scale: float | Tensor,
-    omega: float | Tensor,
-    mode: Mode,
-    prediction: Prediction,
-    clip: float | DynamicThreshold | None,
-    x0_prev: Tensor | None,
-    sample_ids: Tensor | None,
-    seed: int | Tensor,
-    skipped: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch, fp32 inside (fp64 for an fp64 x): x_next and x0, in the dtype of x."""
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    batch = x.shape[0]
-
-    def flat(tensor: Tensor) -> Tensor:
-        return tensor.to(work).reshape(batch, math.prod(x.shape[1:]))
-
-    if isinstance(step, Tensor):
-        row = table.index_select(0, step.long().clamp(0, table.shape[0] - 1).reshape(1))[0]
-        row = torch.where((step >= 0) & (step < table.shape[0]), row, torch.nan)
-    else:
-        row = table[step]
-    alpha, sigma, a, b, c, d = row.to(work).unbind()
-
-    state, pred = flat(x), flat(pred_cond)
-    if pred_uncond is not None:
-        base = flat(pred_uncond)
-        pred = base + _row(cfg_scale, state) * (pred - base)
-    shift: Tensor | None = None
-    if grad is not None:
-        gradient = flat(grad)
-        squares = gradient.square().sum(dim=1, keepdim=True)
-        finite = squares.float().isfinite()
-        gradient = torch.where(finite, gradient, 0.0)
-        if skipped is not None:
-            skipped += (~finite).sum()
-        if mode == "relative":
-            squares = torch.where(finite, squares, 0.0)
-            norm = state.square().sum(dim=1, keepdim=True).sqrt()
-            state = state + _row(omega, state) * norm / (squares.sqrt() + NORM_FLOOR) * gradient
-        else:
-            shift = _row(omega, state) * sigma * gradient
-
-    if prediction == "epsilon":
-        x0, eps = (state - sigma * pred) * _reciprocal(alpha), pred
-    elif prediction == "v":
-        x0, eps = alpha * state - sigma * pred, sigma * state + alpha * pred
-    elif prediction == "sample":
-        x0, eps = pred, (state - alpha * pred) * _reciprocal(sigma)
-    else:
-        x0, eps = state - sigma * pred, state + alpha * pred
-    if shift is not None:
-        x0, eps = x0 + sigma * _reciprocal(alpha) * shift, eps - shift
-    x0 = _clipped(x0, clip)
-    following = a * x0 + b * eps
-    if x0_prev is not None:
-        following = following + c * flat(x0_prev)
-    if sample_ids is not None:
-        following = following + d * noise.reference(sample_ids, (following.shape[1],), seed, step + 1)
-    return following.to(x.dtype).reshape(x.shape), x0.to(x.dtype).reshape(x.shape)
-
-
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """What selects a variant of the step, in the types that a registered operation takes."""
 
     mode: str
@@ -156,88 +88,153 @@ class _Options(NamedTuple):
         return None if math.isinf(self.clip) else self.clip
 
 
-def _native(
-    out: Tensor,
-    x0_out: Tensor | None,
-    skipped: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    table: Tensor,
-    step: int | Tensor,
-    cfg_scale: float | Tensor,
-    omega: float | Tensor,
-    options: _Options,
-    sample_ids: Tensor | None,
-    seed: int | Tensor,
-) -> None:
+class Call(NamedTuple):
+    """The checked arguments of one step, and where its results go."""
+
+    out: Tensor
+    x0_out: Tensor | None
+    skipped: Tensor | None
+    x: Tensor
+    pred_cond: Tensor
+    pred_uncond: Tensor | None
+    grad: Tensor | None
+    x0_prev: Tensor | None
+    table: Tensor
+    step: int | Tensor
+    cfg_scale: float | Tensor
+    omega: float | Tensor
+    options: Options
+    sample_ids: Tensor | None
+    seed: int | Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.pred_cond, self.pred_uncond, self.grad, self.x0_prev
+
+
+def reference(call: Call) -> tuple[Tensor, Tensor]:
+    """The formula in plain PyTorch, fp32 inside (fp64 for an fp64 x): x_next and x0, in the dtype of x."""
+    x, table, step, options = call.x, call.table, call.step, call.options
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    batch = x.shape[0]
+
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.to(work).reshape(batch, math.prod(x.shape[1:]))
+
+    if isinstance(step, Tensor):
+        row = table.index_select(0, step.long().clamp(0, table.shape[0] - 1).reshape(1))[0]
+        row = torch.where((step >= 0) & (step < table.shape[0]), row, torch.nan)
+    else:
+        row = table[step]
+    alpha, sigma, a, b, c, d = row.to(work).unbind()
+
+    state, pred = flat(x), flat(call.pred_cond)
+    if call.pred_uncond is not None:
+        base = flat(call.pred_uncond)
+        pred = base + _row(call.cfg_scale, state) * (pred - base)
+    shift: Tensor | None = None
+    if call.grad is not None:
+        gradient = flat(call.grad)
+        squares = gradient.square().sum(dim=1, keepdim=True)
+        finite = squares.float().isfinite()
+        gradient = torch.where(finite, gradient, 0.0)
+        if call.skipped is not None:
+            call.skipped.add_((~finite).sum())
+        if options.mode == "relative":
+            squares = torch.where(finite, squares, 0.0)
+            norm = state.square().sum(dim=1, keepdim=True).sqrt()
+            state = state + _row(call.omega, state) * norm / (squares.sqrt() + NORM_FLOOR) * gradient
+        else:
+            shift = _row(call.omega, state) * sigma * gradient
+
+    if options.prediction == "epsilon":
+        x0, eps = (state - sigma * pred) * _reciprocal(alpha), pred
+    elif options.prediction == "v":
+        x0, eps = alpha * state - sigma * pred, sigma * state + alpha * pred
+    elif options.prediction == "sample":
+        x0, eps = pred, (state - alpha * pred) * _reciprocal(sigma)
+    else:
+        x0, eps = state - sigma * pred, state + alpha * pred
+    if shift is not None:
+        x0, eps = x0 + sigma * _reciprocal(alpha) * shift, eps - shift
+    x0 = _clipped(x0, options.limit())
+    following = a * x0 + b * eps
+    if call.x0_prev is not None:
+        following = following + c * flat(call.x0_prev)
+    if call.sample_ids is not None:
+        z = noise.reference(call.sample_ids, (following.shape[1],), call.seed, step + 1)
+        following = following + d * z
+    return following.to(x.dtype).reshape(x.shape), x0.to(x.dtype).reshape(x.shape)
+
+
+def _as_pointer(value: float | Tensor) -> tuple[float, Tensor | None, int]:
+    """A scalar or a tensor as number, contiguous tensor and stride: the extension reads either."""
+    return (0.0, value.contiguous(), value.dim()) if isinstance(value, Tensor) else (value, None, 0)
+
+
+def _native(call: Call) -> None:
     # The extension knows one dtype a call: with several, it works on fp32 copies.
-    dtypes = {tensor.dtype for tensor in inputs if tensor is not None}
-    dtype = out.dtype if dtypes == {out.dtype} else torch.float32
-    values = [None if tensor is None else tensor.to(dtype).contiguous() for tensor in inputs]
+    mixed = any(tensor is not None and tensor.dtype != call.out.dtype for tensor in call.inputs)
+    dtype = torch.float32 if mixed else call.out.dtype
+    values = [None if tensor is None else tensor.to(dtype).contiguous() for tensor in call.inputs]
     targets = [
         tensor
         if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous())
         else torch.empty(tensor.shape, dtype=dtype)
-        for tensor in (out, x0_out)
+        for tensor in (call.out, call.x0_out)
     ]
     # These names keep the tensors alive until the kernel has read them.
-    table, ids = table.contiguous(), None if sample_ids is None else sample_ids.contiguous()
-    step_at = step.long() if isinstance(step, Tensor) else None
-    seed_at = seed.long() if isinstance(seed, Tensor) else None
-    cfg_at, cfg_value = (cfg_scale.contiguous(), 0.0) if isinstance(cfg_scale, Tensor) else (None, cfg_scale)
-    omega_at, omega_value = (omega.contiguous(), 0.0) if isinstance(omega, Tensor) else (None, omega)
+    table, ids = call.table.contiguous(), None if call.sample_ids is None else call.sample_ids.contiguous()
+    step, step_at = (0, call.step.long()) if isinstance(call.step, Tensor) else (call.step, None)
+    seed, seed_at = (0, call.seed.long()) if isinstance(call.seed, Tensor) else (call.seed, None)
+    cfg_scale, cfg_at, cfg_stride = _as_pointer(call.cfg_scale)
+    omega, omega_at, omega_stride = _as_pointer(call.omega)
+    address = _dispatch.address
     _dispatch.native_module().guided_step(
-        out.shape[0],
-        math.prod(out.shape[1:]),
+        call.out.shape[0],
+        math.prod(call.out.shape[1:]),
         _dispatch.DTYPE_CODES[dtype],
-        *map(_dispatch.address, values),
-        *map(_dispatch.address, targets),
+        *map(address, values),
+        *map(address, targets),
         table.data_ptr(),
         table.shape[0],
-        0 if isinstance(step, Tensor) else step,
-        _dispatch.address(step_at),
-        cfg_value,
-        _dispatch.address(cfg_at),
-        0 if cfg_at is None else cfg_at.dim(),
-        omega_value,
-        _dispatch.address(omega_at),
-        0 if omega_at is None else omega_at.dim(),
-        options.mode == "relative",
-        get_args(Prediction).index(options.prediction),
-        *options[2:],
-        _dispatch.address(ids),
-        0 if isinstance(seed, Tensor) else seed,
-        _dispatch.address(seed_at),
-        _dispatch.address(skipped),
+        step,
+        address(step_at),
+        cfg_scale,
+        address(cfg_at),
+        cfg_stride,
+        omega,
+        address(omega_at),
+        omega_stride,
+        call.options.mode == "relative",
+        get_args(Prediction).index(call.options.prediction),
+        *call.options[2:],
+        address(ids),
+        seed,
+        address(seed_at),
+        address(call.skipped),
         torch.get_num_threads(),
     )
-    for given, target in zip((out, x0_out), targets, strict=True):
+    _copy_back(call, targets)
+
+
+def _copy_back(call: Call, targets: Sequence[Tensor | None]) -> None:
+    for given, target in zip((call.out, call.x0_out), targets, strict=True):
         if given is not None and target is not None and target is not given:
             given.copy_(target)
 
 
-def _triton(
-    out: Tensor,
-    x0_out: Tensor | None,
-    skipped: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    table: Tensor,
-    step: int | Tensor,
-    cfg_scale: float | Tensor,
-    omega: float | Tensor,
-    options: _Options,
-    sample_ids: Tensor | None,
-    seed: int | Tensor,
-) -> None:
-    values = tuple(None if tensor is None else tensor.contiguous() for tensor in inputs)
-    targets = [None if tensor is None else tensor.contiguous() for tensor in (out, x0_out)]
-    scale, weight = (value.contiguous() if isinstance(value, Tensor) else value for value in (cfg_scale, omega))
-    ids = None if sample_ids is None else sample_ids.contiguous()
-    elements = math.prod(out.shape[1:])
+def _triton(call: Call) -> None:
+    options, elements = call.options, math.prod(call.out.shape[1:])
+    values = tuple(None if tensor is None else tensor.contiguous() for tensor in call.inputs)
+    targets = [None if tensor is None else tensor.contiguous() for tensor in (call.out, call.x0_out)]
+    ids = None if call.sample_ids is None else call.sample_ids.contiguous()
+    scale, weight = (v.contiguous() if isinstance(v, Tensor) else v for v in (call.cfg_scale, call.omega))
 
     def launch(following: Tensor, x0: Tensor | None, counter: Tensor | None, limit: _guided_step_kernel.Limit) -> None:
         _guided_step_kernel.launch(
-            following, x0, counter, values, table, step, scale, weight, options.mode == "relative", options.prediction,
-            limit, ids, seed,
+            following, x0, counter, values, call.table, call.step, scale, weight,
+            options.mode == "relative", options.prediction, limit, ids, call.seed,
         )  # fmt: skip
 
     limit = _guided_step_kernel.Limit(0 if math.isinf(options.clip) else 1, options.clip)
@@ -247,58 +244,26 @@ def _triton(
             2, 0.0, math.floor(position), position - math.floor(position), options.threshold_maximum
         )
         if elements > _guided_step_kernel.WITH_QUANTILE:
-            x0 = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+            x0 = torch.empty(call.out.shape, dtype=torch.float32, device=call.out.device)
             launch(torch.empty_like(x0), x0, None, _guided_step_kernel.Limit(0))
             bound = quantile(x0.reshape(-1, elements).abs(), options.threshold_ratio)
             limit = _guided_step_kernel.Limit(3, bound.clamp(1.0, options.threshold_maximum).contiguous())
-    launch(cast(Tensor, targets[0]), targets[1], skipped, limit)
-    for given, target in zip((out, x0_out), targets, strict=True):
-        if given is not None and target is not None and target is not given:
-            given.copy_(target)
+    launch(cast(Tensor, targets[0]), targets[1], call.skipped, limit)
+    _copy_back(call, targets)
 
 
-def _run(
-    out: Tensor,
-    x0_out: Tensor | None,
-    skipped: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    table: Tensor,
-    step: int | Tensor,
-    cfg_scale: float | Tensor,
-    omega: float | Tensor,
-    options: _Options,
-    sample_ids: Tensor | None,
-    seed: int | Tensor,
-) -> None:
-    """Writes the step into `out`; `inputs` are x, pred_cond, pred_uncond, grad and x0_prev."""
-    backend = _dispatch.backend_for(out.device)
+def _run(call: Call) -> None:
+    """Writes the step into `call.out`."""
+    backend = _dispatch.backend_for(call.out.device)
     if backend == "triton":
-        _triton(out, x0_out, skipped, inputs, table, step, cfg_scale, omega, options, sample_ids, seed)
-        return
-    if backend == "native":
-        _native(out, x0_out, skipped, inputs, table, step, cfg_scale, omega, options, sample_ids, seed)
-        return
-    x, pred_cond, pred_uncond, grad, x0_prev = inputs
-    following, x0 = reference(
-        cast(Tensor, x),
-        cast(Tensor, pred_cond),
-        pred_uncond,
-        grad,
-        table,
-        step,
-        cfg_scale,
-        omega,
-        cast(Mode, options.mode),
-        cast(Prediction, options.prediction),
-        options.limit(),
-        x0_prev,
-        sample_ids,
-        seed,
-        skipped,
-    )
-    out.copy_(following)
-    if x0_out is not None:
-        x0_out.copy_(x0)
+        _triton(call)
+    elif backend == "native":
+        _native(call)
+    else:
+        following, x0 = reference(call)
+        call.out.copy_(following)
+        if call.x0_out is not None:
+            call.x0_out.copy_(x0)
 
 
 @torch.library.custom_op("dpfast::guided_step", mutates_args=("out", "x0_out", "skipped"))
@@ -318,7 +283,7 @@ def _operation(
     cfg_at: Tensor | None,
     omega: float,
     omega_at: Tensor | None,
-    guidance: str,
+    guidance: str,  # `mode` is taken by torch's dispatcher
     prediction: str,
     clip: float,
     threshold_ratio: float,
@@ -327,42 +292,47 @@ def _operation(
     seed: int,
     seed_at: Tensor | None,
 ) -> None:
-    _run(
+    call = Call(
         out,
         x0_out,
         skipped,
-        (x, pred_cond, pred_uncond, grad, x0_prev),
+        x,
+        pred_cond,
+        pred_uncond,
+        grad,
+        x0_prev,
         table,
         step if step_at is None else step_at,
         cfg_scale if cfg_at is None else cfg_at,
         omega if omega_at is None else omega_at,
-        _Options(guidance, prediction, clip, threshold_ratio, threshold_maximum),
+        Options(guidance, prediction, clip, threshold_ratio, threshold_maximum),
         sample_ids,
         seed if seed_at is None else seed_at,
     )
+    _run(call)
 
 
 def _split(value: float | Tensor) -> tuple[float, Tensor | None]:
     return (0.0, value) if isinstance(value, Tensor) else (value, None)
 
 
-def _options(mode: str, prediction: str, clip: object) -> _Options:
+def _options(mode: str, prediction: str, clip: object) -> Options:
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     if prediction not in get_args(Prediction):
         raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
     if clip is None:
-        return _Options(mode, prediction, math.inf, -1.0, 1.0)
+        return Options(mode, prediction, math.inf, -1.0, 1.0)
     if isinstance(clip, tuple):
         ratio, maximum = map(float, clip)
         if not (0 <= ratio <= 1 and maximum >= 1):
             raise ValueError(f"clip needs a ratio in [0, 1] and a maximum of at least 1, got {(ratio, maximum)}")
-        return _Options(mode, prediction, math.inf, ratio, maximum)
+        return Options(mode, prediction, math.inf, ratio, maximum)
     if isinstance(clip, bool) or not isinstance(clip, (int, float)):
         raise TypeError(f"clip must be None, a number or a DynamicThreshold, got {type(clip).__name__}")
     if not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
-    return _Options(mode, prediction, float(clip), -1.0, 1.0)
+    return Options(mode, prediction, float(clip), -1.0, 1.0)
 
 
 def guided_step(
@@ -441,7 +411,7 @@ def guided_step(
     inputs = (x, pred_cond, pred_uncond, grad, x0_prev)
     if not _dispatch.traced():
         out = torch.empty(shape, dtype=x.dtype, device=device) if out is None else out
-        _run(out, x0_out, skipped, inputs, table, step, cfg_scale, omega, options, sample_ids, seed)
+        _run(Call(out, x0_out, skipped, *inputs, table, step, cfg_scale, omega, options, sample_ids, seed))
         return out
     # A traced graph knows no aliases: it computes into a tensor of its own, and the copy fuses or vanishes.
     result = torch.empty(shape, dtype=x.dtype, device=device)

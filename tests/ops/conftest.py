@@ -19,7 +19,7 @@ else:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DPFAST_BACKEND", request.param)
+    monkeypatch.setattr(_dispatch, "FORCED", request.param)
     return request.param
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(_dispatch.INTERPRETED, reason="describes a proce
 
 @pytest.fixture(autouse=True)
 def undecided(monkeypatch):
-    monkeypatch.delenv("DPFAST_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "FORCED", "")
     _dispatch._choose.cache_clear()
     yield
     _dispatch._choose.cache_clear()
@@ -62,13 +62,13 @@ def test_missing_extension_warns_once(without_extension, recwarn):
     ],
 )
 def test_forced_backend_that_cannot_run(forced, device, message, monkeypatch, without_extension):
-    monkeypatch.setenv("DPFAST_BACKEND", forced)
+    monkeypatch.setattr(_dispatch, "FORCED", forced)
     with pytest.raises(RuntimeError, match=message):
         backend_of("entropy", device)
 
 
 def test_forced_reference(monkeypatch):
-    monkeypatch.setenv("DPFAST_BACKEND", "reference")
+    monkeypatch.setattr(_dispatch, "FORCED", "reference")
     assert backend_of("entropy", "cpu") == "reference"
     assert backend_of("entropy", "cuda") == "reference"
 
@@ -76,7 +76,7 @@ def test_forced_reference(monkeypatch):
 def test_unknown_names(monkeypatch):
     with pytest.raises(ValueError, match="operation must be one of entropy, guided_step, noise, gather"):
         backend_of("softmax", "cpu")
-    monkeypatch.setenv("DPFAST_BACKEND", "cuda")
+    monkeypatch.setattr(_dispatch, "FORCED", "cuda")
     with pytest.raises(ValueError, match="DPFAST_BACKEND must be one of triton, native, reference, got 'cuda'"):
         backend_of("entropy", "cpu")
 

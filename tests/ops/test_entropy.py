@@ -52,6 +52,26 @@ def test_temperature(classes, temperature, device):
     assert_exact(torch.randn(5, classes, device=device), temperature)
 
 
+@pytest.mark.parametrize("shape", [(37, 10), (5, 1000), (3, 20000)], ids=str)
+def test_out_may_be_the_logits(shape, device):
+    logits = torch.randn(shape, device=device)
+    values, gradient = entropy_and_grad(logits)
+    out = torch.empty_like(logits)
+    assert entropy_and_grad(logits, out=out)[1] is out
+    assert torch.equal(out, gradient)
+    again, _ = entropy_and_grad(logits, out=logits)
+    assert torch.equal(again, values)
+    assert torch.equal(logits, gradient)
+
+
+def test_out_of_another_kind_is_refused(device):
+    logits = torch.randn(4, 6, device=device)
+    with pytest.raises(ValueError, match=r"out has shape \(6, 4\), expected \(4, 6\)"):
+        entropy_and_grad(logits, out=logits.new_empty(6, 4))
+    with pytest.raises(ValueError, match="expected contiguous memory"):
+        entropy_and_grad(logits, out=logits.new_empty(6, 4).T)
+
+
 @pytest.mark.parametrize("classes", [10, 600])
 def test_strided_rows_and_columns(classes, device):
     wide = torch.randn(6, 2 * classes + 3, device=device)

@@ -58,6 +58,23 @@ def test_strided_stores_and_indices(device):
         torch.testing.assert_close(batch.cpu().double(), expected, rtol=HALF_ULP[torch.float32], atol=GATHER)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_out_takes_the_batch(channels_last, device):
+    store = torch.randint(0, 256, (6, 3, 4, 5), dtype=torch.uint8, device=device)
+    indices = torch.tensor([4, 0, 4], device=device)
+    options = {"mean": [0.1] * 3, "std": [0.2] * 3, "dtype": torch.float32, "channels_last": channels_last}
+    expected = gather_batch(store, indices, **options)
+    out = torch.empty_like(expected)
+    assert gather_batch(store, indices, out=out, **options) is out
+    assert torch.equal(out, expected)
+    layout = "channels_last" if channels_last else "contiguous"
+    other = out.contiguous(memory_format=torch.contiguous_format if channels_last else torch.channels_last)
+    with pytest.raises(ValueError, match=rf"out of shape \(3, 3, 4, 5\) has strides .* expected {layout} memory"):
+        gather_batch(store, indices, out=other, **options)
+    with pytest.raises(TypeError, match=r"out must be float32, got torch\.float16"):
+        gather_batch(store, indices, out=out.half(), **options)
+
+
 def test_constants_may_be_tensors(device):
     store = torch.randint(0, 256, (4, 3, 4, 6), dtype=torch.uint8, device=device)
     indices = torch.arange(4, device=device)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def on_the_extension(monkeypatch):
-    monkeypatch.setenv("DPFAST_BACKEND", "native")
+    monkeypatch.setattr(_dispatch, "FORCED", "native")
 
 
 @pytest.fixture

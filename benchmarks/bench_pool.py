@@ -1,0 +1,102 @@
+"""The pool: appending against a plain copy, and a batch out of a pool of 6.5 million samples against one of 10,000."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.registry import OURS, Case, Variants
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.tiers import Tiers
+
+LATENTS = (4, 8, 8)  # fp16, 512 bytes: an image of 32 px behind an autoencoder of factor 4
+SMALL, LARGE, BATCH = 10_000, 6_500_000, 256
+APPEND, IMAGE = 256, (3, 224, 224)
+COPY = "plain copy"
+
+
+class Batch(SimpleNamespace):
+    """The fields of a ``SampleBatch``."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def batch_of(first: int, images: Tensor) -> Batch:
+    ids = torch.arange(first, first + len(images))
+    return Batch(images=images, labels=ids % 1000, sample_ids=ids, entropy=ids / 7.0, learner_step=0)
+
+
+def build_append(device: torch.device) -> Variants:
+    """256 images of 224 px; the pool starts anew when it holds 4 GiB, outside of no measurement."""
+    images = torch.empty(APPEND, *IMAGE, dtype=torch.uint8, device=device).random_(0, 256)
+    new, target = batch_of(0, images), torch.zeros_like(images)
+    pool = SamplePool(tiers=Tiers(host_bytes=8 << 30))
+    pool.append(new, round=0, omega=0.0)
+    assert torch.equal(pool.images(torch.arange(APPEND)), images.cpu())
+
+    def append() -> None:
+        nonlocal pool
+        if pool.nbytes > 4 << 30:
+            pool = SamplePool(tiers=Tiers(host_bytes=8 << 30))
+        pool.append(new, round=0, omega=0.0)
+
+    return {COPY: lambda: target.copy_(images), OURS: append}
+
+
+@functools.lru_cache(maxsize=1)
+def pools() -> tuple[SamplePool, SamplePool]:
+    """Pools of SMALL and LARGE latents; the large one takes 3.7 GB."""
+    made = []
+    for count in (SMALL, LARGE):
+        pool = SamplePool("fp16", tiers=Tiers(host_bytes=6 << 30))
+        part = torch.randn(10_000, *LATENTS).half()
+        while len(pool) < count:
+            pool.append(batch_of(len(pool), part), payload=part, round=0, omega=0.0)
+        made.append(pool)
+    return made[0], made[1]
+
+
+def build_gather(device: torch.device) -> Variants:
+    """256 rows and their labels. The targets compare the two sizes: 1 / 1.2 of the small pool's speed."""
+    small, large = pools()
+    order = {pool: torch.randperm(len(pool)) for pool in (small, large)}
+    position = 0
+
+    def rows(pool: SamplePool) -> Tensor:
+        nonlocal position
+        position = (position + BATCH) % (len(pool) - BATCH)
+        indices = order[pool][position : position + BATCH]
+        pool.view.take_column("label", indices)
+        payload = pool.payload(indices)
+        assert isinstance(payload, Tensor)
+        return payload
+
+    return {f"{SMALL:,} samples": lambda: rows(small), OURS: lambda: rows(large)}
+
+
+CASES = [
+    Case(
+        operation="pool.append",
+        size="256 x 3x224x224 uint8",
+        build=build_append,
+        bytes=2 * APPEND * torch.Size(IMAGE).numel(),
+        targets={COPY: 0.80, "copy": 0.80},
+    ),
+    Case(
+        operation="pool.payload",
+        size=f"256 of {LARGE:,} x 512 bytes against {SMALL:,}",
+        build=build_gather,
+        targets={f"{SMALL:,} samples": 1 / 1.2},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.operation)
+def test_pool(benchmark, case):
+    benchmark.group = case.name
+    benchmark(case.build(torch.device("cpu"))[OURS])

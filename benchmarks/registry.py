@@ -1,0 +1,46 @@
+"""What can be measured: every `bench_*.py` beside this file lists its cases."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+Variants = dict[str, Callable[[], object]]
+OURS, OURS_OUT, EAGER, COMPILED = "dpfast", "dpfast, out=", "eager", "torch.compile"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operation at one size.
+
+    `build` makes the inputs on a device and returns the variants, callables without arguments; it asserts first that
+    they agree. `bytes` is the traffic by the operation's formula, each input read and each output written once; None
+    where arithmetic or latency is the limit. `targets` maps a rival's name to the speed-up that is asked for on a CPU,
+    "copy" to the share of the copy bandwidth.
+    """
+
+    operation: str
+    size: str
+    build: Callable[[torch.device], Variants]
+    bytes: int | None = None
+    targets: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation}: {self.size}"
+
+
+def cases(chosen: str = "") -> list[Case]:
+    """All cases whose name contains `chosen`, in the order of their files."""
+    modules = [path.stem for path in sorted(Path(__file__).parent.glob("bench_*.py"))]
+    found = [case for module in modules for case in importlib.import_module(f"benchmarks.{module}").CASES]
+    return [case for case in found if chosen in case.name]
+
+
+def pytest_pairs(chosen: list[Case]) -> list[tuple[Case, str]]:
+    """The case and the variant of each single measurement, for `pytest.mark.parametrize`."""
+    return [(case, variant) for case in chosen for variant in (EAGER, OURS)]

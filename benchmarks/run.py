@@ -1,0 +1,130 @@
+"""Measures the operations beside their rivals and prints the table: `python -m benchmarks.run ops`.
+
+All variants of a case take turns in one process, with a plain copy of the same bytes among them. Ratios in one such run
+are what counts; the seconds of a shared CPU are not. Each case is measured with fresh and with reused pages, because a
+result of many megabytes costs page faults that have nothing to do with the operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gate, timing
+from benchmarks.registry import OURS, OURS_OUT, Case, cases
+
+RESULTS = Path(__file__).parent / "results"
+COPY = "copy"
+Record = dict[str, Any]
+
+
+def measure(case: Case, device: torch.device, rounds: int) -> list[Record]:
+    """One record for each kind of pages: seconds of every variant, and the ratios that the case has targets for."""
+    variants = case.build(device)
+    if case.bytes is not None:
+        variants[COPY] = timing.copy_of(case.bytes, device)
+    records = []
+    for kind in ("fresh", "reused") if device.type == "cpu" else ("cached",):
+        with timing.pages(kind):
+            times = timing.interleave(variants, rounds, device)
+        rivals = {name: times[name].median for name in times if name not in (OURS, OURS_OUT)}
+        records.append(
+            {
+                "case": case.name,
+                "pages": kind,
+                "rounds": rounds,
+                "bytes": case.bytes,
+                "seconds": {name: {"median": t.median, "minimum": t.minimum} for name, t in times.items()},
+                # Rival over dpfast: a speed-up, or for the copy the share of its bandwidth.
+                "ratios": {
+                    ours: {name: median / times[ours].median for name, median in rivals.items()}
+                    for ours in (OURS, OURS_OUT)
+                    if ours in times
+                },
+                "targets": case.targets if device.type == "cpu" else {},
+            }
+        )
+    return records
+
+
+def _ratio(record: Record, ours: str, rival: str) -> str:
+    value = record["ratios"].get(ours, {}).get(rival)
+    return "" if value is None else f"{value:.0%}" if rival == COPY else f"{value:.2f}x"
+
+
+def table(records: Iterable[Record]) -> str:
+    """The records as a Markdown table: a line for each rival, with what dpfast gains on it."""
+    header = ("case", "pages", "rival", "median ms", "min ms", "dpfast", "dpfast, out=", "target")
+    lines = [header, ("---",) * len(header)]
+    for record in records:
+        for name, seconds in record["seconds"].items():
+            target = record["targets"].get(name)
+            lines.append(
+                (
+                    record["case"],
+                    record["pages"],
+                    name,
+                    f"{seconds['median'] * 1e3:.4g}",
+                    f"{seconds['minimum'] * 1e3:.4g}",
+                    _ratio(record, OURS, name),
+                    _ratio(record, OURS_OUT, name),
+                    "" if target is None else f"{target:.0%}" if name == COPY else f"{target:g}x",
+                )
+            )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dpfast bench", description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=["ops"])
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of each variant (default 15)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/ops.jsonl")
+    parser.add_argument("--no-gate", action="store_true", help="skip the tests, and with them the speed-ups")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, or 1 where an operation fails its tests."""
+    options = _arguments(arguments)
+    chosen = cases(options.only)
+    if not chosen:
+        print(f"no case contains {options.only!r}; there are: {', '.join(c.name for c in cases())}", file=sys.stderr)
+        return 2
+    device = torch.device(options.device)
+    when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    described = {"suite": options.suite, "when": when, **timing.machine(device)}
+    print(", ".join(f"{key} {value}" for key, value in described.items()), file=sys.stderr)
+    failed = False
+    records = []
+    for case in chosen:
+        report = None if options.no_gate else gate.failure(case.operation)
+        if report is not None:
+            print(f"{case.name}: its tests fail, nothing is timed\n{report}", file=sys.stderr)
+            failed = True
+            continue
+        for record in measure(case, device, options.rounds):
+            if options.no_gate:
+                record |= {"ratios": {}, "targets": {}}
+            records.append(described | record)
+    print(table(records))
+    if options.record and not options.no_gate:
+        RESULTS.mkdir(exist_ok=True)
+        with (RESULTS / f"{options.suite}.jsonl").open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
