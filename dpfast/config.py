@@ -38,13 +38,18 @@ class Generator:
     pipeline: str = "fashion"  # an embedded asset's name, or a folder that DiTPipeline.from_pretrained reads
     steps: int = 15  # DDIM steps
     cfg_scale: float = 1.5  # diffusers' convention (1 = no classifier-free guidance), the paper's lambda + 1
+    cfg_from: float = 0.0  # classifier-free guidance acts in this part of the trajectory, fractions of the steps;
+    cfg_until: float = 1.0  # outside of it a step costs half and the images differ
     eta: float = 0.0  # 0: deterministic DDIM, 1: ancestral
+    compile: bool = False  # torch.compile: pays for many samples; a resumed run needs the same choice for the same bits
     generation_batch: int = 250  # samples in one sampler batch; the images do not depend on it
     attention: str = "sdpa"  # torch's scaled_dot_product_attention, or "xformers" on a GPU
 
     def __post_init__(self) -> None:
         _check(1 <= self.steps <= 1000, "steps", self.steps, "between 1 and 1000")
         _check(self.cfg_scale >= 0, "cfg_scale", self.cfg_scale, "at least 0; 1 switches classifier-free guidance off")
+        _check(0 <= self.cfg_from < 1, "cfg_from", self.cfg_from, "in [0, 1)")
+        _check(self.cfg_from < self.cfg_until <= 1, "cfg_until", self.cfg_until, f"in ({self.cfg_from:g}, 1]")
         _check(0 <= self.eta <= 1, "eta", self.eta, "between 0 (DDIM) and 1 (ancestral)")
         _check(self.generation_batch >= 1, "generation_batch", self.generation_batch, "at least 1")
         _check(self.attention in ("sdpa", "xformers"), "attention", self.attention, "'sdpa' or 'xformers'")
@@ -55,15 +60,22 @@ class Guidance:
     """How strongly and when the learner's entropy pulls on a sample (``dpfast.generate.guidance``)."""
 
     omega: float = 0.05  # relative mode: the displacement of a latent as a fraction of its norm; 0: unguided
-    guide_every: int = 3  # guided are steps 0, k, 2k, ...
+    guide_every: int = 3  # guided is every k-th step, from guide_from on
+    guide_from: float = 0.0  # the first part of the trajectory stays unguided, up to this fraction of the steps
     guide_until: float = 1.0  # the last part of the trajectory stays unguided from this fraction of the steps on
     mode: str = "relative"  # "relative" (paper's practice) or "score" (Algorithm 1)
+    through: str = "denoiser"  # "latent" leaves the denoiser's backward pass out: cheaper, approximate
+    criterion: str = "entropy"  # what guidance raises: "entropy", "loss" of the label, "margin" between two classes
     guide_with: str = "ema"  # the learner's weights that guide: "ema" or "raw"
 
     def __post_init__(self) -> None:
         _check(self.guide_every >= 1, "guide_every", self.guide_every, "at least 1 (every step)")
-        _check(0 < self.guide_until <= 1, "guide_until", self.guide_until, "in (0, 1]")
+        _check(0 <= self.guide_from < 1, "guide_from", self.guide_from, "in [0, 1)")
+        _check(self.guide_from < self.guide_until <= 1, "guide_until", self.guide_until, f"in ({self.guide_from:g}, 1]")
         _check(self.mode in ("relative", "score"), "mode", self.mode, "'relative' or 'score'")
+        _check(self.through in ("denoiser", "latent"), "through", self.through, "'denoiser' or 'latent'")
+        criteria = ("entropy", "loss", "margin")
+        _check(self.criterion in criteria, "criterion", self.criterion, "'entropy', 'loss' or 'margin'")
         _check(self.guide_with in ("ema", "raw"), "guide_with", self.guide_with, "'ema' or 'raw'")
 
 

@@ -1,6 +1,6 @@
-"""Entropy guidance: the gradient of the learner's prediction entropy with respect to a noisy latent.
+"""Guidance: the gradient of a criterion on the learner's logits with respect to a noisy latent.
 
-    x0 = predict_x0(x, denoiser(x, t, label)) -> decode -> learner -> logits -> (H, dH/dlogits) -> vjp back to x
+    x0 = predict_x0(x, denoiser(x, t, label)) -> decode -> resize -> learner -> logits -> criterion -> vjp back to x
 
 The conditional forward of classifier-free guidance is the one that is differentiated, so guidance costs no extra
 denoiser forward (the predecessor ran one more per guided step). The direction is ascent: Eq. 7 of arXiv 2502.15588
@@ -11,42 +11,76 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpfast.generate import criteria
+from dpfast.generate.criteria import Criterion
 from dpfast.generate.decoder import Decoder
 from dpfast.generate.denoiser import Denoiser
-from dpfast.ops import entropy_and_grad
 from dpfast.ops.guided_step import Mode
 
-Criterion = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits (B, K) -> value (B,), gradient (B, K)
+Through = Literal["denoiser", "latent"]
+
+
+def interval_steps(total: int, start: float, stop: float, every: int = 1) -> range:
+    """The steps i = first, first + every, ... with start <= i / total < stop."""
+    return range(_ceil(start * total), _ceil(stop * total), every)
+
+
+def _ceil(value: float) -> int:
+    return -int(-(value - 1e-9) // 1)  # 0.3 * 10 is a little above 3
+
+
+def check_interval(name: str, start: float, stop: float) -> None:
+    """Raises ``ValueError`` unless 0 <= start < stop <= 1."""
+    if not 0 <= start < stop <= 1:
+        raise ValueError(f"{name} = ({start:g}, {stop:g}): expected fractions of the steps, 0 <= start < stop <= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:
-    """When and how strongly a learner guides.
+    """When, how strongly and by what a learner guides.
 
-    ``omega``: in "relative" mode the displacement of a latent per guided step as a fraction of its norm; in "score"
-    mode the factor of Algorithm 1. Positive raises entropy ("hard" samples), negative lowers it.
-    Guided are the steps 0, every, 2 every, ... below ``until`` x steps.
+    omega: in "relative" mode the displacement of a latent per guided step as a fraction of its norm; in "score" mode
+        the factor of Algorithm 1. Positive raises the criterion ("hard" samples), negative lowers it ("easy" ones).
+    every, start, until: guided is every k-th step of those in [start, until), fractions of the trajectory; the count
+        begins with the first step inside.
+    through: "denoiser" is exact. "latent" holds the prediction fixed, so that the denoiser has no backward pass: an
+        approximation, whose gradient sees x only where predict_x0 does.
+    criterion: "entropy", "loss", "margin", or a function (``dpfast.generate.criteria``).
+
+    Raises ``ValueError`` for a value out of range.
     """
 
     omega: float = 0.05
     every: int = 3
+    start: float = 0.0
     until: float = 1.0
     mode: Mode = "relative"
+    through: Through = "denoiser"
+    criterion: str | Criterion = "entropy"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every = {self.every}: expected at least 1, which guides every step")
+        check_interval("(start, until)", self.start, self.until)
+        for name, value, known in (("mode", self.mode, Mode), ("through", self.through, Through)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} = {value!r}: expected one of {', '.join(get_args(known))}")
+        criteria.named(self.criterion)
 
     def steps(self, total: int) -> frozenset[int]:
-        """The indices of the guided steps among ``total``."""
-        return (
-            frozenset(i for i in range(0, total, self.every) if i < self.until * total) if self.omega else frozenset()
-        )
+        """The indices of the guided steps among ``total``, whatever omega is."""
+        return frozenset(interval_steps(total, self.start, self.until, self.every))
 
 
 def predict_x0(x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
     """x0 from a denoiser's prediction of ``kind`` "epsilon", "v", "sample" or "flow"; all of shape (B, c, h, w)."""
+    prediction = prediction.to(x.dtype)
     if kind == "epsilon":
         return (x - sigma * prediction) / alpha
     if kind == "v":
@@ -56,41 +90,70 @@ def predict_x0(x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor, kind
     return prediction
 
 
-def entropy_gradient(
-    x: Tensor,
-    timestep: Tensor,
-    labels: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    *,
-    denoiser: Denoiser,
-    decoder: Decoder,
-    learner: Callable[[Tensor], Tensor],
-    image_size: tuple[int, int] | None = None,
-    criterion: Criterion = entropy_and_grad,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of ``criterion`` at x0, and the prediction that it shares with classifier-free guidance.
+@dataclass(frozen=True, kw_only=True)
+class GuidancePath:
+    """The way from a noisy latent to the criterion, and back.
 
-    Args:
-        x: latents (B, c, h, w), float32.
-        timestep: 0-d tensor; labels: (B,) int64 class ids.
-        alpha, sigma: 0-d tensors of the step's table row.
-        learner: images in [-1, 1] to logits (B, K).
-        image_size: (H, W) that the learner takes; None: the decoder's.
-
-    Returns:
-        gradient (B, c, h, w), prediction (B, c, h, w) and value (B,) of the criterion. Samples do not mix.
+    denoiser: of the conditional prediction; decoder: the tiny one where there is one.
+    learner: images in [-1, 1] to logits (B, K).
+    image_size: (H, W) that the learner takes; None: the decoder's.
+    chunk: samples that are differentiated at a time; None: all. Samples do not mix, so any chunk gives the same result.
     """
 
-    def logits_of(x: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = denoiser(x, timestep, labels)
-        images = decoder(predict_x0(x, prediction, alpha, sigma, denoiser.prediction))
-        if image_size is not None and images.shape[-2:] != image_size:
-            images = F.interpolate(images, image_size, mode="bilinear", antialias=True)
-        return learner(images), prediction
+    denoiser: Denoiser
+    decoder: Decoder
+    learner: Callable[[Tensor], Tensor]
+    criterion: Criterion = criteria.entropy
+    image_size: tuple[int, int] | None = None
+    through: Through = "denoiser"
+    chunk: int | None = None
 
-    with torch.no_grad():  # keeps the learner's own weights out of the graph; vjp records what x needs
-        logits, backward, prediction = torch.func.vjp(logits_of, x, has_aux=True)  # type: ignore[misc]
-        value, dlogits = criterion(logits)
-        (gradient,) = backward(dlogits)
-    return gradient, prediction, value
+    def logits(self, images: Tensor) -> Tensor:
+        """The learner's logits (B, K) of images (B, C, H, W) in [-1, 1], resized to what it takes."""
+        if self.image_size is not None and images.shape[-2:] != self.image_size:
+            images = F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
+        return self.learner(images)
+
+    def gradient(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        labels: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        prediction: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of the criterion at x, and the prediction that it shares with classifier-free guidance.
+
+        Args:
+            x: latents (B, c, h, w), float32; labels: (B,) int64 class ids.
+            timestep, alpha, sigma: 0-d tensors of the step's table row.
+            prediction: the conditional prediction (B, c, h, w), held fixed; None: it is made, and differentiated.
+
+        Returns:
+            gradient (B, c, h, w), prediction (B, c, h, w) and value (B,) of the criterion.
+        """
+        size = self.chunk or len(x)
+        held = [None] * -(-len(x) // size) if prediction is None else prediction.split(size)
+        parts = [
+            self._chunk(*chunk, timestep, alpha, sigma)
+            for chunk in zip(x.split(size), labels.split(size), held, strict=True)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        gradients, predictions, values = zip(*parts, strict=True)
+        return torch.cat(gradients), torch.cat(predictions), torch.cat(values)
+
+    def _chunk(
+        self, x: Tensor, labels: Tensor, held: Tensor | None, timestep: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def logits_of(x: Tensor) -> tuple[Tensor, Tensor]:
+            prediction = self.denoiser(x, timestep, labels) if held is None else held
+            images = self.decoder(predict_x0(x, prediction, alpha, sigma, self.denoiser.prediction))
+            return self.logits(images), prediction
+
+        with torch.no_grad():  # keeps the learner's own weights out of the graph; vjp records what x needs
+            logits, backward, prediction = torch.func.vjp(logits_of, x, has_aux=True)  # type: ignore[misc]
+            value, dlogits = criteria.value_and_gradient(self.criterion, logits, labels)
+            (gradient,) = backward(dlogits)
+        return gradient, prediction, value

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import logging
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dpfast.config import RecipeError
-from dpfast.generate.guidance import GuidanceConfig, entropy_gradient
+from dpfast.generate import criteria, probing
+from dpfast.generate.batching import FIRST, LARGEST, BatchSizer, is_out_of_memory
+from dpfast.generate.compiling import CompileCosts, Tuner
+from dpfast.generate.execution import Execution
+from dpfast.generate.graphs import CudaRecorder, Recorder
+from dpfast.generate.guidance import GuidanceConfig, GuidancePath, check_interval, interval_steps
 from dpfast.generate.pipeline import Pipeline
-from dpfast.generate.schedule import ddim_table
-from dpfast.ops import entropy, guided_step, normal
+from dpfast.generate.solvers import Solver
+from dpfast.generate.step import StepInputs, StepParts, Variant
+from dpfast.ops import normal
+from dpfast.ops.noise import check_seed
 
+log = logging.getLogger(__name__)
 INITIAL_NOISE = 0  # the Philox stream of the first latent; the streams of the steps follow it
+Learner = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleBatch:
-    """What a sampler yields. Row i of every field belongs to ``sample_ids[i]``.
+    """What a sampler yields. Row i of every tensor belongs to ``sample_ids[i]``.
 
     images: (B, C, H, W) uint8; labels, sample_ids: (B,) int64; entropy: (B,) float32, nats, of the finished image under
-    the guiding learner (NaN without one); learner_step: the learner's optimiser steps at birth.
+    the guiding learner (NaN without one); learner_step: the learner's optimiser steps at birth; skipped: how many
+    guided steps of single samples went unguided, because their gradient was not finite.
     """
 
     images: Tensor
@@ -31,55 +47,108 @@ class SampleBatch:
     sample_ids: Tensor
     entropy: Tensor
     learner_step: int = 0
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8, rounded as diffusers' image processor does."""
-    return images.mul(0.5).add(0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-
-
 class GuidedSampler:
-    """Samples a diffusers pipeline folder with DDIM, classifier-free guidance and entropy guidance.
+    """Samples a diffusers pipeline folder with classifier-free guidance and guidance by a learner.
 
-    The same sample id, label, seed and learner give the same image in any batch. The learner is read live: an update
-    of its weights in place shows in the next batch. It is called in its current mode, so pass it in ``eval()``.
+    The same sample id, label, seed and learner give the same image in any batch, up to the rounding of fp32 sums (noise
+    is bit-identical). The learner is read live: an update of its weights in place shows in the next batch.
 
     Args:
         pipeline: from ``Pipeline.from_pretrained``.
-        learner: images (B, C, H, W) in [-1, 1] to logits (B, K), or None for unguided sampling.
-        guidance: strength and schedule; ignored without a learner.
-        steps, cfg_scale, eta: as in ``DiTPipeline`` with a ``DDIMScheduler``.
+        learner: images (B, C, H, W) in [-1, 1] to logits (B, K), in ``eval()`` mode while it guides; None: unguided.
+        guidance: strength, schedule and criterion; ignored without a learner.
+        steps, solver, eta: of the trajectory, as in ``Pipeline.table``.
+        cfg_scale: diffusers' convention; 1 switches classifier-free guidance off.
+        cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the steps. Outside of it
+            the conditional prediction runs alone, which halves the price of a step and changes the images.
         seed: key of all noise.
         image_size: (H, W) that the learner takes; None: as decoded.
+        memory_budget: bytes for the differentiated half of a guided step. It runs in chunks that fit, by a measurement
+            of this model; None: in one.
+        compile: True, False or "auto", which compiles where that pays within the samples of a ``stream`` (``tuner``
+            says what came of it). Compiled steps round differently: say True or False where bits must repeat.
+        cuda_graphs: replay steps from CUDA graphs; None: on a GPU.
+
+    Raises ``ValueError`` or ``TypeError`` for an argument that cannot work; the learner is tried out on two black
+    images when the first batch is asked for.
     """
 
     def __init__(
         self,
         pipeline: Pipeline,
-        learner: Callable[[Tensor], Tensor] | None = None,
+        learner: Learner | None = None,
         *,
         guidance: GuidanceConfig | None = None,
         steps: int = 15,
+        solver: Solver = "auto",
         cfg_scale: float = 1.5,
+        cfg_interval: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,
         seed: int = 0,
         image_size: tuple[int, int] | None = None,
+        memory_budget: int | None = None,
+        compile: bool | Literal["auto"] = "auto",
+        cuda_graphs: bool | None = None,
     ) -> None:
+        check_interval("cfg_interval", *cfg_interval)
+        if memory_budget is not None and memory_budget < 1:
+            raise ValueError(f"memory_budget = {memory_budget}: expected bytes, at least 1, or None")
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile = {compile!r}: expected True, False or 'auto'")
         self.pipeline = pipeline
-        self.learner = learner
         self.guidance = guidance or GuidanceConfig()
         self.cfg_scale = cfg_scale
+        self.cfg_interval = cfg_interval
         self.seed = seed
-        self.image_size = image_size
-        self.table = ddim_table(pipeline.scheduler, steps, eta=eta).to(pipeline.device)
+        self.memory_budget = memory_budget
+        self.table = pipeline.table(steps, solver=solver, eta=eta)
+        denoiser = pipeline.denoiser
+        if learner is not None and self.guidance.through == "latent" and denoiser.prediction == "sample":
+            raise ValueError("through = 'latent': this denoiser predicts x0 itself, which leaves no path around it")
+        self._path: GuidancePath | None = None
+        if learner is not None:
+            self._path = GuidancePath(
+                denoiser=denoiser,
+                decoder=pipeline.guidance_decoder,
+                learner=learner,
+                criterion=criteria.named(self.guidance.criterion),
+                image_size=image_size,
+                through=self.guidance.through,
+            )
+        on_gpu = pipeline.device.type == "cuda"
+        self.recorder: Recorder | None = CudaRecorder(pipeline.device) if on_gpu and cuda_graphs is not False else None
+        if cuda_graphs and not on_gpu:
+            raise ValueError(f"cuda_graphs = True: needs a pipeline on a GPU, this one is on {pipeline.device}")
+        model = getattr(denoiser, "model", denoiser)
+        names = [type(part).__name__ for part in (model, learner) if part is not None]
+        self.tuner = Tuner(CompileCosts(pipeline.device, f"{' + '.join(names)} {denoiser.sample_shape}"), compile)
+        self._indices = [torch.tensor(i, device=pipeline.device) for i in range(len(self.table))]
+        self._execution: Execution | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, learner: nn.Module | None = None, **options: object) -> GuidedSampler:
-        """``GuidedSampler(Pipeline.from_pretrained(folder), learner, **options)``."""
-        return cls(Pipeline.from_pretrained(folder), learner, **options)  # type: ignore[arg-type]
+    def from_pretrained(
+        cls, folder: str | Path, learner: Learner | None = None, *, device: torch.device | str = "cpu", **options: Any
+    ) -> GuidedSampler:
+        """``GuidedSampler(Pipeline.from_pretrained(folder, device=device), learner, **options)``."""
+        return cls(Pipeline.from_pretrained(folder, device=device), learner, **options)
+
+    @property
+    def learner(self) -> Learner | None:
+        """The guiding learner. Update it in place; another learner needs another sampler."""
+        return None if self._path is None else self._path.learner
+
+    @property
+    def execution(self) -> Execution:
+        """The steps, once a batch was asked for."""
+        if self._execution is None:
+            self._execution = Execution(self._parts(), recorder=self.recorder)
+        return self._execution
 
     def check_labels(self, labels: Tensor) -> None:
         """Raises ``RecipeError`` for a label that the generator does not know."""
@@ -88,85 +157,230 @@ class GuidedSampler:
         if len(wrong):
             raise RecipeError(f"labels = {int(wrong[0])}: the generator has {classes} classes, 0 to {classes - 1}")
 
-    @torch.no_grad()
     def generate(
-        self, labels: Tensor | Sequence[int], sample_ids: Tensor | Sequence[int] | None = None, *, learner_step: int = 0
+        self,
+        labels: Tensor | Sequence[int],
+        sample_ids: Tensor | Sequence[int] | None = None,
+        *,
+        omega: float | Tensor | None = None,
+        learner_step: int = 0,
     ) -> SampleBatch:
-        """One batch. labels: (B,) class ids; sample_ids: (B,) keys of the noise, default 0..B-1."""
-        labels = torch.as_tensor(labels, dtype=torch.int64).to(self.pipeline.device)
-        ids = torch.arange(len(labels)) if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64)
-        ids = ids.to(labels.device)
+        """One batch.
+
+        labels: (B,) class ids; sample_ids: (B,) keys of the noise, default 0..B-1; omega: a number or (B,) tensor in
+        place of the configured strength.
+        """
+        labels, ids, strengths = self._checked(labels, sample_ids, 0, omega)
+        if not len(labels):
+            raise ValueError("labels is empty: expected at least one")
+        if self.tuner.mode is True or self.recorder is not None:
+            size = max(len(labels), self.execution.batch or 0)
+            self.execution.prepare(size, compile=self.tuner.mode is True or self.execution.compiled)
+        return self._generate(labels, ids, strengths, learner_step)
+
+    def stream(
+        self,
+        labels: Tensor | Sequence[int],
+        *,
+        first_id: int = 0,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        omega: float | Tensor | None = None,
+        learner_step: int = 0,
+    ) -> Iterator[SampleBatch]:
+        """Yields batches for all ``labels`` in their order, each sample once.
+
+        sample_ids: (N,) keys of the noise, default counting up from ``first_id``; omega: a number or (N,) tensor.
+        batch_size: "auto" doubles the batch while samples per second grow and memory lasts. Running out of memory
+        halves any batch and goes on. Bad input raises here, not at the first batch.
+        """
+        if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
+            raise TypeError(f"batch_size must be an integer or 'auto', got {batch_size!r}")
+        if batch_size != "auto" and batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: expected at least 1, or 'auto'")
+        labels, ids, strengths = self._checked(labels, sample_ids, first_id, omega)
+        return self._stream(labels, ids, strengths, batch_size, learner_step)
+
+    def close(self) -> None:
+        """Releases compiled steps, CUDA graphs and their memory. The sampler stays usable."""
+        if self._execution is not None:
+            self._execution.close()
+        if self.recorder is not None:
+            self.recorder.close()
+
+    def _checked(
+        self,
+        labels: Tensor | Sequence[int],
+        sample_ids: Tensor | Sequence[int] | None,
+        first_id: int,
+        omega: float | Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Everything a trajectory needs, on the device, or an error: labels, ids, strengths (None: unguided)."""
+        device = self.pipeline.device
+        labels = torch.as_tensor(labels, dtype=torch.int64).to(device)
+        if labels.dim() != 1:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}, expected (B,)")
+        default = torch.arange(first_id, first_id + len(labels))
+        ids = (default if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64)).to(device)
         if ids.shape != labels.shape:
             raise ValueError(f"sample_ids has shape {tuple(ids.shape)}, expected one per label: {tuple(labels.shape)}")
         self.check_labels(labels)
-        latents = self.denoise(
-            normal(ids, self.pipeline.denoiser.sample_shape, seed=self.seed, stream=INITIAL_NOISE), labels, ids
+        strengths = torch.as_tensor(self.guidance.omega if omega is None else omega, dtype=torch.float32).to(device)
+        if strengths.shape not in ((), labels.shape):
+            raise ValueError(f"omega has shape {tuple(strengths.shape)}, expected () or {tuple(labels.shape)}")
+        if not bool(strengths.isfinite().all()):
+            raise ValueError("omega must be finite")
+        if self._path is None:
+            return labels, ids, None
+        if isinstance(self._path.learner, nn.Module) and self._path.learner.training:
+            raise ValueError("learner is in training mode, where samples of a batch may mix; call learner.eval()")
+        if self._path.criterion is criteria.entropy and bool((strengths < 0).any()):
+            _warn_of_easy_samples()
+        self.execution  # noqa: B018  tries the learner out before anything is sampled
+        return labels, ids, strengths.expand(len(labels)).contiguous() if bool(strengths.any()) else None
+
+    def _parts(self) -> StepParts:
+        """What the steps are made of, after the learner and the criterion have been tried out."""
+        pipeline, path = self.pipeline, self._path
+        if path is not None:
+            probing.try_learner(pipeline, path)
+            if self.memory_budget is not None:
+                path = replace(path, chunk=probing.guided_chunk(path, self.table, self.memory_budget))
+        return StepParts(
+            denoiser=pipeline.denoiser,
+            decoder=pipeline.decoder,
+            path=path,
+            mode=self.guidance.mode,
+            clip=self.table.clip,
+            multistep=self.table.needs_x0_prev,
+            noise=self.table.needs_noise,
         )
-        images = to_uint8(self.pipeline.decoder(latents))
+
+    @torch.no_grad()
+    def _generate(self, labels: Tensor, ids: Tensor, omega: Tensor | None, learner_step: int) -> SampleBatch:
+        size = len(labels)
+        noise = normal(ids, self.pipeline.denoiser.sample_shape, seed=self.seed, stream=INITIAL_NOISE)
+        latents, skipped = self._trajectory(noise, labels, ids, omega)
+        images, entropy = self.execution.finish(latents)
+        dropped = int(skipped)  # the one host read of a batch, when all its work is in the queue
+        if dropped:
+            log.warning("guidance was skipped %d times in a batch of %d: gradients not finite", dropped, size)
         return SampleBatch(
-            images=images, labels=labels, sample_ids=ids, entropy=self._entropy(images), learner_step=learner_step
+            images=images[:size],
+            labels=labels,
+            sample_ids=ids,
+            entropy=entropy[:size],
+            learner_step=learner_step,
+            skipped=dropped,
         )
 
-    def stream(
-        self, labels: Tensor | Sequence[int], *, first_id: int = 0, batch_size: int = 250, learner_step: int = 0
-    ) -> Iterator[SampleBatch]:
-        """Yields batches of at most ``batch_size`` for all ``labels``; sample ids count up from ``first_id``."""
-        labels = torch.as_tensor(labels, dtype=torch.int64)
-        ids = torch.arange(first_id, first_id + len(labels))
-        for part, part_ids in zip(labels.split(batch_size), ids.split(batch_size), strict=True):
-            yield self.generate(part, part_ids, learner_step=learner_step)
-
+    @torch.no_grad()
     def denoise(self, x: Tensor, labels: Tensor, sample_ids: Tensor) -> Tensor:
         """Runs all steps on initial latents (B, c, h, w), unit noise, and returns the final latents."""
-        null_label = self.pipeline.denoiser.null_label
-        null = None if self.cfg_scale == 1 or null_label is None else torch.full_like(labels, null_label)
-        guided = self.guidance.steps(len(self.table)) if self.learner is not None else frozenset()
-        x = x * self.table.initial_scale
-        for step in range(len(self.table)):
-            x = self._step(x, step, labels, null, sample_ids, guided=step in guided)
-        return x
+        labels, ids, omega = self._checked(labels, sample_ids, 0, None)
+        return self._trajectory(x, labels, ids, omega)[0][: len(x)]
 
-    def _step(
-        self, x: Tensor, step: int, labels: Tensor, null: Tensor | None, sample_ids: Tensor, *, guided: bool
-    ) -> Tensor:
-        denoiser, timestep = self.pipeline.denoiser, self.table.timesteps[step]
-        gradient = unconditional = None
-        if guided:
-            assert self.learner is not None
-            alpha, sigma = self.table.rows[step, :2]
-            gradient, conditional, _ = entropy_gradient(
-                x,
-                timestep,
-                labels,
-                alpha,
-                sigma,
-                denoiser=denoiser,
-                decoder=self.pipeline.guidance_decoder,
-                learner=self.learner,
-                image_size=self.image_size,
-            )
-            if null is not None:
-                unconditional = denoiser(x, timestep, null)
-        elif null is not None:
-            conditional, unconditional = denoiser(torch.cat([x, x]), timestep, torch.cat([labels, null])).chunk(2)
-        else:
-            conditional = denoiser(x, timestep, labels)
-        return guided_step(
-            x,
-            conditional,
-            unconditional,
-            gradient,
-            self.table.rows,
-            step,
-            cfg_scale=self.cfg_scale,
-            omega=self.guidance.omega,
-            mode=self.guidance.mode,
-            prediction=denoiser.prediction,
-            sample_ids=sample_ids,
-            seed=self.seed,
+    def _trajectory(self, x: Tensor, labels: Tensor, ids: Tensor, omega: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Final latents, filled up to a prepared batch, and the 0-d count of skipped guidance, on the device."""
+        execution, table, device, size = self.execution, self.table, x.device, len(x)
+        if execution.batch is not None and size > execution.batch:
+            execution.close()  # prepared for less: eager steps take any size
+        execution.refresh()
+        variants = self._variants(guided=omega is not None)
+        omega = torch.zeros(size, device=device) if omega is None else omega
+        valid = None
+        if execution.batch is not None:
+            valid = torch.arange(execution.batch, device=device) < size
+            x, labels, ids, omega = (_fill(rows, execution.batch - size) for rows in (x, labels, ids, omega))
+        inputs = StepInputs(
+            x=x * table.initial_scale,
+            x0_prev=torch.zeros_like(x) if table.needs_x0_prev else None,
+            labels=labels,
+            sample_ids=ids,
+            valid=valid,
+            step=self._indices[0],
+            rows=table.rows,
+            timesteps=table.timesteps,
+            omega=omega,
+            cfg_scale=torch.tensor(float(self.cfg_scale), device=device),
+            seed=torch.tensor(check_seed("seed", self.seed, device), device=device),
         )
+        skipped = torch.zeros((), dtype=torch.int64, device=device)
+        for index, variant in zip(self._indices, variants, strict=True):
+            out = execution.step(variant, inputs._replace(step=index))
+            inputs = inputs._replace(x=out.x, x0_prev=out.x0)
+            if out.skipped is not None:
+                skipped += out.skipped
+        return inputs.x, skipped
 
-    def _entropy(self, images: Tensor) -> Tensor:
-        if self.learner is None:
-            return torch.full((len(images),), float("nan"))
-        return entropy(self.learner(images.float().div(127.5).sub(1)))
+    def _variants(self, *, guided: bool) -> list[Variant]:
+        """The variant of each step."""
+        total = len(self.table)
+        guided_steps = self.guidance.steps(total) if guided else frozenset()
+        has_cfg = self.cfg_scale != 1 and self.pipeline.denoiser.null_label is not None
+        cfg_steps = interval_steps(total, *self.cfg_interval) if has_cfg else range(0)
+        return [Variant(i in guided_steps, i in cfg_steps) for i in range(total)]
+
+    def _stream(
+        self, labels: Tensor, ids: Tensor, omega: Tensor | None, batch_size: int | Literal["auto"], learner_step: int
+    ) -> Iterator[SampleBatch]:
+        execution, done, total = self.execution, 0, len(labels)
+        sizer = self._sizer(batch_size, total, guided=omega is not None)
+        while done < total:
+            if not sizer.searching:
+                compile = self.tuner.decide(execution, sizer.size, total - done)
+                if compile or self.recorder is not None:
+                    execution.prepare(sizer.size, compile=compile)
+                else:
+                    execution.close()
+            part = slice(done, done + sizer.size)
+            strengths = None if omega is None else omega[part]
+            started = time.perf_counter()
+            failure: BaseException | None = None
+            try:
+                batch = self._generate(labels[part], ids[part], strengths, learner_step)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error.with_traceback(None)  # the traceback would keep the batch's tensors alive
+            if failure is not None:
+                sizer.out_of_memory(failure)
+                execution.close()
+                _free(self.pipeline.device)
+                log.warning("out of memory: going on with batches of %d", sizer.size)
+                continue
+            if len(batch) == sizer.size:
+                seconds = time.perf_counter() - started
+                sizer.report(seconds)
+                self.tuner.report(execution, len(batch), seconds)
+            done += len(batch)
+            yield batch
+
+    def _sizer(self, batch_size: int | Literal["auto"], total: int, *, guided: bool) -> BatchSizer:
+        prepared = self.execution.batch
+        if batch_size == "auto" and prepared is not None:  # found by an earlier stream
+            return BatchSizer(prepared, limit=prepared, search=False)
+        if batch_size == "auto" and total > FIRST:
+            limit = probing.largest_batch(self.execution.parts, self.table, max(self._variants(guided=guided)))
+            return BatchSizer(FIRST, limit=min(LARGEST, limit))
+        size = max(1, total if batch_size == "auto" or (batch_size > total and prepared != batch_size) else batch_size)
+        return BatchSizer(size, limit=size, search=False)
+
+
+def _fill(rows: Tensor, count: int) -> Tensor:
+    """``rows`` with ``count`` copies of the last one behind them."""
+    return torch.cat([rows, rows[-1:].expand(count, *rows.shape[1:])])
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@functools.cache
+def _warn_of_easy_samples() -> None:
+    """Once a process."""
+    warnings.warn(
+        "omega is negative: guidance lowers the learner's entropy and makes easy samples", UserWarning, stacklevel=4
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.config import Recipe
-from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.guidance import GuidanceConfig, Through
 from dpfast.generate.pipeline import Pipeline
 from dpfast.generate.sampler import GuidedSampler, SampleBatch
 from dpfast.ops.guided_step import Mode
@@ -97,10 +97,18 @@ def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: nn.Module | None) -
         pipeline,
         learner,
         guidance=GuidanceConfig(
-            omega=guidance.omega, every=guidance.guide_every, until=guidance.guide_until, mode=cast(Mode, guidance.mode)
+            omega=guidance.omega,
+            every=guidance.guide_every,
+            start=guidance.guide_from,
+            until=guidance.guide_until,
+            mode=cast(Mode, guidance.mode),
+            through=cast(Through, guidance.through),
+            criterion=guidance.criterion,
         ),
         steps=recipe.generator.steps,
         cfg_scale=recipe.generator.cfg_scale,
+        cfg_interval=(recipe.generator.cfg_from, recipe.generator.cfg_until),
         eta=recipe.generator.eta,
         seed=recipe.seed,
+        compile=recipe.generator.compile,  # never "auto": its choice follows the clock, and with it the rounding
     )

@@ -1,68 +1,100 @@
 """The guidance gradient against plain autograd, and what guidance must not do."""
 
+import dataclasses
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from dpfast.generate.guidance import GuidanceConfig, entropy_gradient, predict_x0
+from dpfast.generate import criteria
+from dpfast.generate.guidance import GuidanceConfig, GuidancePath, interval_steps, predict_x0
 
 
-def arguments(pipeline, learner, batch=5):
+@pytest.fixture
+def path(pipeline, learner):
+    return GuidancePath(denoiser=pipeline.denoiser, decoder=pipeline.guidance_decoder, learner=learner)
+
+
+@pytest.fixture
+def inputs():
     torch.manual_seed(2)
-    x = torch.randn(batch, 4, 8, 8)
-    labels = torch.arange(batch) % 3
-    alpha, sigma = torch.tensor(0.8), torch.tensor(0.6)
-    options = {"denoiser": pipeline.denoiser, "decoder": pipeline.guidance_decoder, "learner": learner}
-    return (x, torch.tensor(300), labels, alpha, sigma), options
+    labels = torch.arange(5) % 3
+    return torch.randn(5, 4, 8, 8), torch.tensor(300), labels, torch.tensor(0.8), torch.tensor(0.6)
 
 
-def test_gradient_is_that_of_plain_autograd(pipeline, learner):
-    (x, t, labels, alpha, sigma), options = arguments(pipeline, learner)
-    gradient, prediction, value = entropy_gradient(x, t, labels, alpha, sigma, **options)
+def plain_entropy(logits, labels):
+    p = logits.softmax(1)
+    return -(p * p.log()).sum(1)
+
+
+def plain_margin(logits, labels):
+    ordered = logits.sort(dim=1, descending=True).values
+    return ordered[:, 1] - ordered[:, 0]
+
+
+def plain_loss(logits, labels):
+    return -logits.log_softmax(1)[torch.arange(len(labels)), labels]
+
+
+@pytest.mark.parametrize("through", ["denoiser", "latent"])
+@pytest.mark.parametrize(
+    ("criterion", "plain"),
+    [
+        ("entropy", plain_entropy),
+        ("loss", plain_loss),
+        ("margin", plain_margin),
+        (lambda logits, labels: logits.square().sum(1), lambda logits, labels: logits.square().sum(1)),
+    ],
+    ids=["entropy", "loss", "margin", "function"],
+)
+def test_gradient_is_that_of_plain_autograd(criterion, plain, through, path, inputs, pipeline):
+    x, t, labels, _, _ = inputs
+    path = dataclasses.replace(path, criterion=criteria.named(criterion), through=through)
+    model, tiny = pipeline.denoiser.model, pipeline.guidance_decoder.tiny
 
     leaf = x.clone().requires_grad_()
-    expected_prediction = pipeline.denoiser.model(leaf, timestep=t.expand(5), class_labels=labels).sample
-    x0 = (leaf - 0.6 * expected_prediction) / 0.8
-    p = learner(pipeline.guidance_decoder.tiny.decode(x0).sample).softmax(1)
-    expected_value = -(p * p.log()).sum(1)
+    expected_prediction = model(leaf, timestep=t.expand(5), class_labels=labels).sample
+    held = expected_prediction.detach() if through == "latent" else None
+    x0 = (leaf - 0.6 * (expected_prediction if held is None else held)) / 0.8
+    expected_value = plain(path.learner(tiny.decode(x0).sample), labels)
     (expected,) = torch.autograd.grad(expected_value.sum(), leaf)
 
+    gradient, prediction, value = path.gradient(*inputs, held)
     torch.testing.assert_close(prediction, expected_prediction.detach())
     torch.testing.assert_close(value, expected_value.detach(), rtol=1e-5, atol=1e-6)
     assert float((gradient - expected).norm() / expected.norm()) < 1e-4
 
 
-def test_a_small_step_along_the_gradient_raises_entropy_of_every_sample(pipeline, learner):
-    (x, *rest), options = arguments(pipeline, learner)
-    gradient, _, before = entropy_gradient(x, *rest, **options)
+def test_a_small_step_along_the_gradient_raises_entropy_of_every_sample(path, inputs):
+    x, *rest = inputs
+    gradient, _, before = path.gradient(x, *rest)
     scale = x.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
-    _, _, after = entropy_gradient(x + 1e-3 * scale.view(-1, 1, 1, 1) * gradient, *rest, **options)
+    _, _, after = path.gradient(x + 1e-3 * scale.view(-1, 1, 1, 1) * gradient, *rest)
     assert bool((after > before).all())
 
 
-def test_samples_do_not_mix(pipeline, learner):
-    (x, t, labels, alpha, sigma), options = arguments(pipeline, learner)
-    together, _, _ = entropy_gradient(x, t, labels, alpha, sigma, **options)
-    alone, _, _ = entropy_gradient(x[3:4], t, labels[3:4], alpha, sigma, **options)
-    torch.testing.assert_close(together[3:4], alone, rtol=1e-4, atol=1e-8)
+@pytest.mark.parametrize("chunk", [1, 2, 5, 8])
+def test_chunks_of_any_size_give_the_same(chunk, path, inputs):
+    whole = path.gradient(*inputs)
+    for one, other in zip(whole, dataclasses.replace(path, chunk=chunk).gradient(*inputs), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
-def test_the_learner_keeps_its_gradients_and_weights(pipeline, learner):
-    inputs, options = arguments(pipeline, learner)
-    before = [p.clone() for p in learner.parameters()]
-    entropy_gradient(*inputs, **options)
-    assert all(p.requires_grad and p.grad is None for p in learner.parameters())
-    assert all(torch.equal(p, q) for p, q in zip(learner.parameters(), before, strict=True))
+def test_the_learner_keeps_its_gradients_and_weights(path, inputs):
+    before = [p.clone() for p in path.learner.parameters()]
+    path.gradient(*inputs)
+    assert all(p.requires_grad and p.grad is None for p in path.learner.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(path.learner.parameters(), before, strict=True))
 
 
-def test_images_are_resized_to_the_learner(pipeline):
+def test_images_are_resized_to_the_learner(path, inputs):
     seen = []
 
     def learner(images):
         seen.append(tuple(images.shape))
         return images.flatten(1)[:, :3]
 
-    inputs, options = arguments(pipeline, learner)
-    entropy_gradient(*inputs, **options, image_size=(12, 12))
+    dataclasses.replace(path, learner=learner, image_size=(12, 12)).gradient(*inputs)
     assert seen == [(5, 1, 12, 12)]
 
 
@@ -74,14 +106,53 @@ def test_predict_x0_inverts_every_parametrisation(kind):
     torch.testing.assert_close(predict_x0(alpha * x0 + sigma * noise, prediction, alpha, sigma, kind), x0)
 
 
+def test_margin_is_zero_on_the_border_and_negative_inside():
+    logits = torch.tensor([[2.0, 2.0, 0.0], [3.0, 1.0, 0.0]])
+    assert criteria.margin(logits, torch.zeros(2, dtype=torch.int64)).tolist() == [0.0, -2.0]
+
+
+def test_the_fused_entropy_is_the_differentiable_one():
+    logits, labels = torch.randn(4, 7), torch.arange(4)
+    value, gradient = criteria.value_and_gradient(criteria.entropy, logits, labels)
+    other, expected = criteria.value_and_gradient(plain_entropy, logits, labels)
+    torch.testing.assert_close(value, other)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(
+        criteria.loss(logits, labels), F.nll_loss(logits.log_softmax(1), labels, reduction="none")
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (GuidanceConfig(every=3), {0, 3, 6, 9}),
-        (GuidanceConfig(every=1, until=0.5), {0, 1, 2, 3, 4}),
-        (GuidanceConfig(every=4, until=0.5), {0, 4}),
-        (GuidanceConfig(omega=0.0, every=1), set()),
+        ({"every": 3}, {0, 3, 6, 9}),
+        ({"every": 1, "until": 0.5}, {0, 1, 2, 3, 4}),
+        ({"every": 4, "until": 0.5}, {0, 4}),
+        ({"every": 3, "start": 0.2, "until": 0.9}, {2, 5, 8}),  # the count begins inside the interval
+        ({"every": 1, "start": 0.3, "until": 0.6}, {3, 4, 5}),  # 0.3 * 10 is not 3 in floating point
     ],
 )
 def test_guided_steps(config, expected):
-    assert config.steps(10) == expected
+    assert GuidanceConfig(**config).steps(10) == expected
+
+
+def test_intervals_that_touch_share_no_step():
+    for total in range(1, 60):
+        for cut in (0.1, 0.25, 1 / 3, 0.5, 0.7):
+            assert [*interval_steps(total, 0, cut), *interval_steps(total, cut, 1)] == list(range(total))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"every": 0}, "every = 0"),
+        ({"start": 0.5, "until": 0.5}, r"\(start, until\) = \(0.5, 0.5\)"),
+        ({"start": -0.1}, r"\(start, until\)"),
+        ({"mode": "strong"}, "mode = 'strong': expected one of relative, score"),
+        ({"through": "decoder"}, "through = 'decoder'"),
+        ({"criterion": "energy"}, "criterion = 'energy': expected one of entropy, loss, margin"),
+    ],
+)
+def test_a_wrong_configuration_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        GuidanceConfig(**wrong)

@@ -1,0 +1,147 @@
+"""``compile="auto"``: does compiling pay for itself within the samples that are asked for?
+
+Compiling costs seconds once, and saves a share of every sample after it. Both are measured when a machine compiles, and
+kept in ``compile.json`` under ``$DPFAST_CACHE`` (default: ``$XDG_CACHE_HOME/dpfast`` or ``~/.cache/dpfast``). A model
+that was never compiled here takes the figures of those that were, and a new machine the assumption below. A filled
+inductor cache makes later compilations cheaper; the figure is the last one measured, so it follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dpfast.generate.execution import Execution
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompileCost:
+    seconds: float  # of compiling all variants of a sampler
+    speedup: float  # eager seconds of a sample over compiled ones
+
+
+# Before anything is measured. CPU: two cores, the embedded generator (docs/numerics.md); GPU: not measured.
+ASSUMED = {"cpu": CompileCost(120.0, 1.1), "cuda": CompileCost(120.0, 1.5)}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether to compile, and the reason in words and numbers."""
+
+    compile: bool
+    reason: str
+
+
+def cache_folder() -> Path:
+    given = os.environ.get("DPFAST_CACHE")
+    if given:
+        return Path(given)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "dpfast"
+
+
+def machine(device: torch.device) -> str:
+    """What a measured cost holds for: the device, its threads and torch."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{platform.machine()} {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+class CompileCosts:
+    """The measured costs of one machine, by model."""
+
+    def __init__(self, device: torch.device, model: str) -> None:
+        self.device, self.model, self.machine = device, model, machine(device)
+        self.path = cache_folder() / "compile.json"
+
+    def _read(self) -> dict[str, dict[str, dict[str, float]]]:
+        try:
+            table = json.loads(self.path.read_text())
+        except (OSError, ValueError):  # absent, or half written by another version
+            return {}
+        return table if isinstance(table, dict) else {}
+
+    def known(self) -> tuple[CompileCost, str]:
+        """The best known cost, and where it comes from."""
+        try:
+            here = {name: CompileCost(**cost) for name, cost in self._read().get(self.machine, {}).items()}
+        except (AttributeError, TypeError):
+            here = {}
+        if self.model in here:
+            return here[self.model], "measured"
+        if here:
+            costs = here.values()
+            return CompileCost(
+                statistics.median(c.seconds for c in costs), statistics.median(c.speedup for c in costs)
+            ), "measured on other models"
+        return ASSUMED.get(self.device.type, ASSUMED["cpu"]), "assumed"
+
+    def decide(self, samples: int, seconds_per_sample: float) -> Decision:
+        """Weighs compiling against ``samples`` more at ``seconds_per_sample`` eagerly."""
+        cost, source = self.known()
+        saved = samples * seconds_per_sample * (1 - 1 / max(cost.speedup, 1e-9))
+        reason = (
+            f"{samples} samples at {seconds_per_sample * 1e3:.1f} ms; compiling takes {cost.seconds:.0f} s and makes a "
+            f"sample {cost.speedup:.2f}x as fast ({source}), saving {max(saved, 0.0):.0f} s"
+        )
+        return Decision(saved > cost.seconds, reason)
+
+    def record(self, cost: CompileCost) -> None:
+        """Keeps a measured cost. A folder that cannot be written is no error: the next process measures again."""
+        table = self._read()
+        table.setdefault(self.machine, {})[self.model] = asdict(cost)
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.path.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps(table, indent=1) + "\n")
+            draft.replace(self.path)
+
+
+class Tuner:
+    """Decides for each batch of a stream whether its steps run compiled, and measures what compiling cost and brought.
+
+    mode: True, False or "auto"; decision: the last one, and why; costs: what is known about this machine.
+    """
+
+    def __init__(self, costs: CompileCosts, mode: bool | Literal["auto"]) -> None:
+        self.costs, self.mode = costs, mode
+        self.decision = Decision(mode is True, f"compile = {mode!r}")
+        self._eager: float | None = None  # seconds of a sample
+        self._first: float | None = None  # seconds of the first compiled batch
+        self._recorded = False
+
+    def decide(self, execution: Execution, size: int, samples: int) -> bool:
+        """Whether a batch of ``size`` runs compiled, with ``samples`` to go. The first eager batch measures."""
+        if execution.compiled and execution.batch == size and self.decision.compile:
+            return True
+        if self.mode == "auto" and self._eager is not None:
+            self.decision = self.costs.decide(samples, self._eager)
+            log.info("compile: %s; %s", "yes" if self.decision.compile else "no", self.decision.reason)
+        if self.decision.compile:
+            self._first, self._recorded = None, False
+        return self.decision.compile
+
+    def report(self, execution: Execution, size: int, seconds: float) -> None:
+        """A whole batch took so long. The second compiled one shows what the first one spent on compiling."""
+        if not execution.compiled:
+            self._eager = seconds / size
+        elif self._first is None:
+            self._first = seconds
+        elif self._eager is not None and not self._recorded:
+            cost = CompileCost(max(0.0, self._first - seconds), self._eager * size / seconds)
+            self.costs.record(cost)
+            self._recorded = True
+            log.info("compiling took %.0f s and makes a sample %.2fx as fast", cost.seconds, cost.speedup)
+            if self.mode == "auto" and cost.speedup < 1:
+                self.decision = Decision(False, f"compiled samples are {cost.speedup:.2f}x as fast (measured)")

@@ -1,0 +1,53 @@
+"""What guidance raises: a value for each sample, from the learner's logits and the sample's label.
+
+A criterion is one differentiable function ``(logits (B, K), labels (B,)) -> values (B,)`` whose value i depends on row
+i alone. ``functools.partial(F.cross_entropy, reduction="none")`` is one; the three below are known by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpfast import ops
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Prediction entropy in nats, whatever the label: the paper's criterion."""
+    return ops.entropy(logits)
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the label in nats: also raised by a confident mistake."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """The runner-up's logit minus the winner's: at most 0, and 0 on the border between two classes."""
+    top = logits.topk(2, dim=1).values
+    return top[:, 1] - top[:, 0]
+
+
+CRITERIA: dict[str, Criterion] = {"entropy": entropy, "loss": loss, "margin": margin}
+
+
+def named(criterion: str | Criterion) -> Criterion:
+    """The criterion of that name, or the function itself. Raises ``ValueError`` for an unknown name."""
+    if not isinstance(criterion, str):
+        return criterion
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion = {criterion!r}: expected one of {', '.join(CRITERIA)}, or a function")
+    return CRITERIA[criterion]
+
+
+def value_and_gradient(criterion: Criterion, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The values (B,) and their gradient with respect to the logits (B, K); entropy has both from one operation."""
+    if criterion is entropy:
+        return ops.entropy_and_grad(logits)
+    value, backward = torch.func.vjp(lambda z: criterion(z, labels), logits)  # type: ignore[misc]
+    return value, backward(torch.ones_like(value))[0]

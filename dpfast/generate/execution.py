@@ -1,0 +1,100 @@
+"""How the variants of a step run: eagerly, compiled as one full graph each, replayed from a CUDA graph, or both.
+
+A prepared execution takes batches of one size; a smaller batch is filled up with copies of its last row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.generate.graphs import Captured, Recorder
+from dpfast.generate.step import (
+    Finished,
+    StepInputs,
+    StepOutputs,
+    StepParts,
+    Variant,
+    finish_function,
+    step_function,
+)
+
+# An isolated cache of compilations for each sampler, where torch has it: many samplers of one process share the code
+# of a step, and would use up each other's limit of recompilations.
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+
+
+class Execution:
+    """The steps of one sampler.
+
+    Args:
+        parts: what the steps are made of.
+        recorder: captures prepared steps; None runs them as they are.
+        backend: of ``torch.compile``.
+    """
+
+    def __init__(self, parts: StepParts, *, recorder: Recorder | None = None, backend: str | Callable = "inductor"):
+        self.parts, self.recorder, self.backend = parts, recorder, backend
+        self.batch: int | None = None  # the size that prepared steps take; None: eager steps of any size
+        self.compiled = False
+        self._functions: dict[Variant | str, Callable[..., Any]] = {}
+
+    def prepare(self, batch: int, *, compile: bool) -> None:
+        """From here on, batches of up to ``batch`` run compiled (``compile``) and captured (with a recorder)."""
+        if (self.batch, self.compiled) != (batch, compile):
+            self.close()
+            self.batch, self.compiled = batch, compile
+
+    def filling(self, size: int) -> int:
+        """How many rows a batch of ``size`` is filled up by."""
+        return 0 if self.batch is None else self.batch - size
+
+    def step(self, variant: Variant, inputs: StepInputs) -> StepOutputs:
+        return self._function(variant, str(variant))(*inputs)
+
+    def finish(self, latents: Tensor) -> Finished:
+        return self._function("finish", "decoding")(latents)
+
+    def _function(self, key: Variant | str, name: str) -> Callable[..., Any]:
+        if key not in self._functions:
+            function: Callable[..., Any]
+            function = step_function(self.parts, key) if isinstance(key, Variant) else finish_function(self.parts)
+            if self.compiled:
+                function = torch.compile(function, fullgraph=True, dynamic=False, backend=self.backend, **_ISOLATED)
+            if self.batch is not None and self.recorder is not None:
+                function = Captured(function, self.recorder, watched=self._weights, name=name)
+            self._functions[key] = function
+        return self._functions[key]
+
+    def _weights(self) -> Iterable[Tensor]:
+        """What of the learner a capture reads in place; the generator's own weights are frozen."""
+        learner = None if self.parts.path is None else self.parts.path.learner
+        if isinstance(learner, nn.Module):
+            yield from learner.parameters()
+            yield from learner.buffers()
+
+    def refresh(self) -> None:
+        """At the start of a batch: captures follow weights that were replaced instead of updated in place."""
+        for function in self._functions.values():
+            if isinstance(function, Captured):
+                function.refresh()
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Why steps are not captured although a recorder is there: name of the step -> reason."""
+        captured = (function for function in self._functions.values() if isinstance(function, Captured))
+        return {function.name: function.reason for function in captured if function.reason is not None}
+
+    def close(self) -> None:
+        """Releases compiled and captured steps; what runs next is eager."""
+        for function in self._functions.values():
+            if isinstance(function, Captured):
+                function.close()
+        self._functions.clear()
+        self.batch, self.compiled = None, False

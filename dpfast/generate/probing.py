@@ -1,0 +1,92 @@
+"""What a sampler finds out about its models before it samples: do they fit together, and into memory?"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from dpfast.generate import criteria
+from dpfast.generate.execution import Execution
+from dpfast.generate.guidance import GuidancePath
+from dpfast.generate.memory import available_bytes, bytes_per_sample
+from dpfast.generate.pipeline import Pipeline
+from dpfast.generate.schedule import SolverTable
+from dpfast.generate.step import StepInputs, StepParts, Variant
+
+log = logging.getLogger(__name__)
+SHARE = 0.5  # of the available memory that a batch may take
+
+
+@torch.no_grad()
+def try_learner(pipeline: Pipeline, path: GuidancePath) -> None:
+    """Runs the learner and the criterion on two black images.
+
+    Raises ``ValueError`` when the learner fails on them, when its logits are not (2, classes of the pipeline), or when
+    the criterion's values are not (2,).
+    """
+    classes, device = pipeline.denoiser.classes, pipeline.device
+    decoded = path.decoder(torch.zeros(2, *pipeline.denoiser.sample_shape, device=device))
+    images = torch.full_like(decoded, -1.0)
+    try:
+        logits = path.logits(images)
+    except (RuntimeError, ValueError, TypeError) as error:
+        shape = (*images.shape[:2], *(path.image_size or images.shape[2:]))
+        raise ValueError(f"learner fails on images of shape {shape}: {str(error).splitlines()[0]}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"learner gives {got} for 2 images, expected logits of shape (2, {classes}) for the pipeline")
+    value, _ = criteria.value_and_gradient(path.criterion, logits, torch.zeros(2, dtype=torch.int64, device=device))
+    if value.shape != (2,):
+        raise ValueError(f"criterion gives values of shape {tuple(value.shape)} for 2 samples, expected (2,)")
+
+
+def guided_chunk(path: GuidancePath, table: SolverTable, budget: int) -> int:
+    """The most samples whose gradient, taken at once, holds ``budget`` bytes.
+
+    Raises ``ValueError`` when one sample holds more.
+    """
+    device = table.rows.device
+    alpha, sigma = table.rows[0, :2]
+
+    def gradient(batch: int) -> object:
+        x = torch.zeros(batch, *path.denoiser.sample_shape, device=device)
+        labels = torch.zeros(batch, dtype=torch.int64, device=device)
+        return path.gradient(x, table.timesteps[0], labels, alpha, sigma)
+
+    fixed, each = bytes_per_sample(gradient)
+    if budget < fixed + each:
+        raise ValueError(f"memory_budget = {budget}: the gradient of one sample holds {fixed + each} bytes")
+    chunk = (budget - fixed) // each
+    log.info("guidance in chunks of %d: %.1f MB a sample, budget %.1f MB", chunk, each / 1e6, budget / 1e6)
+    return chunk
+
+
+def largest_batch(parts: StepParts, table: SolverTable, variant: Variant) -> int:
+    """The most samples whose step of this variant, and decoding, take half of the memory that is available."""
+    execution, device = Execution(parts), table.rows.device
+
+    def batch(size: int) -> None:
+        x = torch.zeros(size, *parts.denoiser.sample_shape, device=device)
+        integers = torch.zeros(size, dtype=torch.int64, device=device)
+        inputs = StepInputs(
+            x=x,
+            x0_prev=torch.zeros_like(x) if parts.multistep else None,
+            labels=integers,
+            sample_ids=integers,
+            valid=None,
+            step=integers[0],
+            rows=table.rows,
+            timesteps=table.timesteps,
+            omega=torch.zeros(size, device=device),
+            cfg_scale=torch.ones((), device=device),
+            seed=integers[0],
+        )
+        execution.step(variant, inputs)
+        execution.finish(x)
+
+    fixed, each = bytes_per_sample(batch)
+    largest = int((available_bytes(device) * SHARE - fixed) // each)
+    log.info("a sample takes %.1f MB in its dearest step: at most %d in a batch", each / 1e6, largest)
+    return max(1, largest)

@@ -1,0 +1,149 @@
+"""A step of the sampler as one pure function of tensors, in as many variants as a trajectory has kinds of steps.
+
+A variant is plain or guided, with classifier-free guidance or without. Everything that changes between two calls is an
+input tensor: the state, the step's index, the table, strengths, labels, ids, seed. Nothing is read on the host. So one
+compilation, or one capture as a CUDA graph, serves every step, batch and update of the learner's weights in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpfast.generate.decoder import Decoder
+from dpfast.generate.denoiser import Denoiser
+from dpfast.generate.guidance import GuidancePath
+from dpfast.ops import DynamicThreshold, entropy, guided_step
+from dpfast.ops.guided_step import Mode
+
+
+class StepInputs(NamedTuple):
+    """x, x0_prev: (B, c, h, w) float32; labels, sample_ids: (B,) int64; valid: (B,) bool, False where a row only fills
+    the batch; omega: (B,) float32; the rest 0-d (step and seed int64) or the solver's whole table.
+
+    None where a variant has no use for it: x0_prev without a multistep solver, valid in a batch without filling.
+    """
+
+    x: Tensor
+    x0_prev: Tensor | None
+    labels: Tensor
+    sample_ids: Tensor
+    valid: Tensor | None
+    step: Tensor
+    rows: Tensor
+    timesteps: Tensor
+    omega: Tensor
+    cfg_scale: Tensor
+    seed: Tensor
+
+
+class StepOutputs(NamedTuple):
+    """x: the next state; x0: this step's x0 for a multistep solver; value: (B,) of the criterion at the old state;
+    skipped: 0-d int64, the samples whose gradient was not finite. The last two are None in a plain step.
+    """
+
+    x: Tensor
+    x0: Tensor | None
+    value: Tensor | None
+    skipped: Tensor | None
+
+
+class Finished(NamedTuple):
+    """images: (B, C, H, W) uint8; entropy: (B,) float32 under the learner, NaN without one."""
+
+    images: Tensor
+    entropy: Tensor
+
+
+class Variant(NamedTuple):
+    guided: bool
+    cfg: bool
+
+    def __str__(self) -> str:
+        return f"{'guided' if self.guided else 'plain'} step {'with' if self.cfg else 'without'} CFG"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """What the variants of a step share, fixed for the life of a sampler."""
+
+    denoiser: Denoiser
+    decoder: Decoder  # of the final images
+    path: GuidancePath | None
+    mode: Mode = "relative"
+    clip: float | DynamicThreshold | None = None
+    multistep: bool = False  # the solver uses the x0 of the step before
+    noise: bool = False  # the solver adds noise
+
+
+def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutputs]:
+    """The step of this variant: ``StepInputs``, as positional arguments, to ``StepOutputs``."""
+    denoiser, path, (guided, cfg) = parts.denoiser, parts.path, variant
+    exact = guided and path is not None and path.through == "denoiser"
+
+    def step(*given: Tensor | None) -> StepOutputs:
+        inputs = StepInputs(*given)  # type: ignore[arg-type]
+        x, labels, index = inputs.x, inputs.labels, inputs.step.reshape(1)
+        timestep = inputs.timesteps.index_select(0, index).reshape(())
+        alpha, sigma = inputs.rows.index_select(0, index)[0, :2].unbind()
+        null = torch.full_like(labels, denoiser.null_label) if cfg and denoiser.null_label is not None else None
+        gradient = value = unconditional = skipped = None
+        if exact:
+            assert path is not None
+            gradient, conditional, value = path.gradient(x, timestep, labels, alpha, sigma)
+            if null is not None:
+                unconditional = denoiser(x, timestep, null)
+        elif null is not None:
+            conditional, unconditional = denoiser(torch.cat([x, x]), timestep, torch.cat([labels, null])).chunk(2)
+        else:
+            conditional = denoiser(x, timestep, labels)
+        if guided and not exact:
+            assert path is not None
+            gradient, _, value = path.gradient(x, timestep, labels, alpha, sigma, conditional)
+        if gradient is not None:
+            skipped = torch.zeros((), dtype=torch.int64, device=x.device)
+            if inputs.valid is not None:  # a filling row is the copy of a sample: it must not be counted twice
+                gradient = torch.where(inputs.valid.view(-1, 1, 1, 1), gradient, 0.0)
+        x0 = torch.empty_like(x) if parts.multistep else None
+        following = guided_step(
+            x,
+            conditional,
+            unconditional,
+            gradient,
+            inputs.rows,
+            inputs.step,
+            cfg_scale=inputs.cfg_scale,
+            omega=inputs.omega,
+            mode=parts.mode,
+            prediction=denoiser.prediction,
+            clip=parts.clip,
+            x0_prev=inputs.x0_prev,
+            sample_ids=inputs.sample_ids if parts.noise else None,
+            seed=inputs.seed,
+            x0_out=x0,
+            skipped=skipped,
+        )
+        return StepOutputs(following, x0, value, skipped)
+
+    return step
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8, rounded as diffusers' image processor does."""
+    return images.mul(0.5).add(0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def finish_function(parts: StepParts) -> Callable[[Tensor], Finished]:
+    """What follows the last step: final latents (B, c, h, w) to ``Finished``."""
+
+    def finish(latents: Tensor) -> Finished:
+        images = to_uint8(parts.decoder(latents))
+        if parts.path is None:
+            return Finished(images, torch.full((len(images),), float("nan"), device=images.device))
+        return Finished(images, entropy(parts.path.logits(images.float().div(127.5).sub(1))))
+
+    return finish

@@ -1,0 +1,115 @@
+"""The step as one graph: how often it is compiled, what it reads on the host, what it does to a batch's filling."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.generate.step import Variant, to_uint8
+from tests.generate.standin import Watch, force_reference
+
+
+def new_sampler(pipeline, learner, **options):
+    guidance = options.pop("guidance", GuidanceConfig(omega=0.1, every=2))
+    return GuidedSampler(pipeline, learner, **{"steps": 4, "guidance": guidance, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({}, 3),  # guided, plain, decoding
+        ({"cfg_interval": (0.25, 0.75), "eta": 0.5}, 5),  # both with and without CFG
+        ({"solver": "dpmpp2m", "guidance": GuidanceConfig(omega=0.1, every=2, through="latent")}, 3),
+    ],
+    ids=["ddim", "cfg interval", "multistep, latent"],
+)
+def test_each_variant_compiles_once_as_one_graph(options, graphs, pipeline, learner):
+    """Over steps, strengths, CFG scales, labels, seeds, updates of the learner and a partial batch."""
+    sampler = new_sampler(pipeline, learner, compile=True, **options)
+    counter = sampler.execution.backend = CompileCounterWithBackend("eager")
+    torch._dynamo.utils.counters.clear()
+    first = sampler.generate([0, 1, 2])
+    assert counter.frame_count == graphs
+    sampler.cfg_scale, sampler.seed = 2.5, 7
+    sampler.generate([2, 1, 0], [9, 2**40, 3], omega=torch.tensor([0.3, 0.1, 0.0]))
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.mul_(-1)
+    sampler.cfg_scale, sampler.seed = 1.5, 0
+    updated = sampler.generate([0, 1, 2])
+    list(sampler.stream([0, 1, 2, 0, 1], batch_size=3))
+    assert counter.frame_count == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert not torch.equal(first.images, updated.images)  # the compiled steps read the live weights
+
+
+@pytest.mark.slow
+def test_inductor_makes_the_eager_guided_step(pipeline, learner):
+    sampler = new_sampler(pipeline, learner, steps=1, compile=True)
+    labels, ids, omega = sampler._checked([0, 1, 2], None, 0, None)
+    x = torch.randn(3, 4, 8, 8)
+    with torch.no_grad():
+        expected, _ = sampler._trajectory(x, labels, ids, omega)
+        sampler.execution.prepare(4, compile=True)
+        compiled, _ = sampler._trajectory(x, labels, ids, omega)
+    assert sampler.execution.compiled
+    torch.testing.assert_close(compiled[:3], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("through", ["denoiser", "latent"])
+def test_a_trajectory_reads_nothing_on_the_host(through, pipeline, learner, monkeypatch):
+    force_reference(monkeypatch)
+    guidance = GuidanceConfig(omega=0.1, every=2, through=through)
+    sampler = new_sampler(pipeline, learner, guidance=guidance, cfg_interval=(0.25, 0.75), eta=0.5, compile=False)
+    labels, ids, omega = sampler._checked([0, 1], None, 0, None)
+    with torch.no_grad(), Watch() as watch:
+        latents, _ = sampler._trajectory(torch.randn(2, 4, 8, 8), labels, ids, omega)
+        sampler.execution.finish(latents)
+    assert not watch.reads
+    assert len(watch.calls) > 100
+
+
+def test_a_filling_row_is_not_counted_as_skipped(pipeline):
+    """Five samples whose gradient is not finite, in batches filled up to four: ten skips in two guided steps."""
+
+    def broken(images):
+        return images.flatten(1)[:, :3] * torch.inf
+
+    sampler = new_sampler(pipeline, broken, compile=True)
+    sampler.execution.backend = "eager"
+    batches = list(sampler.stream([0, 1, 2, 0, 1], batch_size=4))
+    assert [b.skipped for b in batches] == [8, 2]
+    unguided = GuidedSampler(pipeline, steps=4, compile=False).generate([0, 1, 2, 0])
+    assert int((batches[0].images.int() - unguided.images.int()).abs().max()) <= 1
+
+
+def test_the_solvers_memory_reaches_the_next_step(pipeline, learner):
+    """DPM-Solver++ 2M: without x0 of the step before, a step falls back to the first order and differs."""
+    sampler = new_sampler(pipeline, learner, solver="dpmpp2m", compile=False)
+    labels, ids, omega = sampler._checked([0], None, 0, None)
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected, _ = sampler._trajectory(x, labels, ids, omega)
+        original = sampler.execution.step
+
+        def forgetful(variant, inputs):
+            return original(variant, inputs._replace(x0_prev=torch.zeros_like(inputs.x)))
+
+        sampler.execution.step = forgetful
+        forgotten, _ = sampler._trajectory(x, labels, ids, omega)
+    assert sampler.table.needs_x0_prev
+    assert float((expected - forgotten).abs().max()) > 1e-2
+
+
+def test_variants_follow_both_intervals(pipeline, learner):
+    guidance = GuidanceConfig(omega=0.1, every=2, start=0.25, until=0.8)
+    sampler = new_sampler(pipeline, learner, steps=8, guidance=guidance, cfg_interval=(0.5, 1.0))
+    variants = sampler._variants(guided=True)
+    assert [i for i, v in enumerate(variants) if v.guided] == [2, 4, 6]
+    assert [i for i, v in enumerate(variants) if v.cfg] == [4, 5, 6, 7]
+    assert str(Variant(True, False)) == "guided step without CFG"
+
+
+def test_to_uint8_rounds_to_the_nearest():
+    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255, 255]
