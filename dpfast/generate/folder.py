@@ -59,13 +59,16 @@ class PipelineFolder:
         cast = {"torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype}
         self.need(part)
         if not list((self.path / part).glob("*.safetensors")):
-            raise self.error(f"{part!r} has no .safetensors weights; pickled weights are refused")
+            raise self.error(
+                f"{part!r} has no .safetensors weights; pickled weights are refused, and diffusers' save_pretrained "
+                "turns them into the other kind"
+            )
         try:
             model, found = kind.from_pretrained(
                 self.path / part, use_safetensors=True, output_loading_info=True, **cast
             )
         except Exception as error:  # diffusers, transformers and safetensors each raise their own
-            raise self.error(f"{part!r} cannot be loaded as a {kind.__name__}: {error}") from error
+            raise self.error(f"{part!r} cannot be loaded as a {kind.__name__}: {_line(error)}") from error
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise self.error(f"{part!r} lacks {len(missing)} weights of a {kind.__name__}, the first is {missing[0]}")
@@ -95,3 +98,8 @@ class PipelineFolder:
         if wrong:
             raise self.error(f"{where}: {wrong[0]!r} is no name; expected text")
         return tuple(names)
+
+
+def _line(error: Exception) -> str:
+    """The first line of a foreign message, which may be a page."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

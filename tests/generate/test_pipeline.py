@@ -87,21 +87,38 @@ def test_incomplete_and_damaged_weights_are_refused(part, broken_text):
         Pipeline.from_pretrained(broken_text, class_names=NAMES)
 
 
-def test_the_names_of_old_attention_weights_are_read(broken_text):
-    """The published 1.x folders call the decoder's attention weights query, key, value and proj_attn."""
-    path = broken_text / "vae" / "diffusion_pytorch_model.safetensors"
-    weights = safetensors.torch.load_file(path)
-    expected = Pipeline.from_pretrained(broken_text, class_names=NAMES).decoder.vae.state_dict()
-    renamed = {}
-    for name, weight in weights.items():
+def test_the_published_form_of_a_1_x_folder_is_read(broken_text):
+    """Attention weights of the decoder called query, key, value and proj_attn; prefixed text weights with a saved
+    index; a tokenizer of vocab.json and merges.txt."""
+    before = Pipeline.from_pretrained(broken_text, class_names=NAMES)
+
+    def rewrite(path, change):
+        weights = change(safetensors.torch.load_file(path))
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+
+    def old_attention(name):
         for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
             name = name.replace(f".{new}.", f".{old}.")
-        renamed[name] = weight
-    assert renamed.keys() != weights.keys()
-    safetensors.torch.save_file(renamed, path, metadata={"format": "pt"})
-    got = Pipeline.from_pretrained(broken_text, class_names=NAMES).decoder.vae.state_dict()
-    assert got.keys() == expected.keys()
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
+        return name
+
+    def old_text(weights):
+        prefixed = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}
+        return {**prefixed, "text_model.embeddings.position_ids": torch.arange(16)[None]}
+
+    vae, text = broken_text / "vae" / "diffusion_pytorch_model.safetensors", broken_text / "text_encoder"
+    rewrite(vae, lambda weights: {old_attention(name): weight for name, weight in weights.items()})
+    rewrite(text / "model.safetensors", old_text)
+    tokenizer = broken_text / "tokenizer"
+    model = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
+    (tokenizer / "tokenizer.json").unlink()
+    (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+
+    after = Pipeline.from_pretrained(broken_text, class_names=NAMES)
+    assert torch.equal(after.denoiser.embeddings, before.denoiser.embeddings)
+    latents = torch.randn(1, 4, 8, 8)
+    assert torch.equal(after.decoder(latents), before.decoder(latents))
 
 
 def test_a_tokenizer_that_cannot_be_read_is_refused(broken_text):
