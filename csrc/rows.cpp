@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 
 #include "kernels.hpp"
@@ -6,7 +7,7 @@
 namespace dpfast {
 namespace {
 
-constexpr int64_t kAhead = 12;           // rows; a core keeps about as many cache misses in flight
+constexpr int64_t kAhead = 16;           // rows
 constexpr int64_t kPrefetchBytes = 512;  // of a row; the hardware's own prefetcher follows a longer one
 
 DPFAST_INLINE const uint8_t* row_of(const Rows& args, int64_t i) {
@@ -14,13 +15,16 @@ DPFAST_INLINE const uint8_t* row_of(const Rows& args, int64_t i) {
   return args.chunks[index / args.chunk_rows] + index % args.chunk_rows * args.stride;
 }
 
+DPFAST_INLINE void fetch(const Rows& args, int64_t i) {
+  const uint8_t* row = row_of(args, i);
+  for (int64_t byte = 0; byte < std::min(args.width, kPrefetchBytes); byte += 64) __builtin_prefetch(row + byte);
+}
+
 void copy_rows(const Rows& args, int64_t begin, int64_t end) {
   const bool stream = args.count * args.width > kStreamBytes && args.width % int64_t{sizeof(float)} == 0;
+  for (int64_t i = begin; i < std::min(begin + kAhead, end); ++i) fetch(args, i);
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end) {
-      const uint8_t* next = row_of(args, i + kAhead);
-      for (int64_t byte = 0; byte < std::min(args.width, kPrefetchBytes); byte += 64) __builtin_prefetch(next + byte);
-    }
+    if (i + kAhead < end) fetch(args, i + kAhead);
     const uint8_t* row = row_of(args, i);
     if (stream) {
       stream_out(reinterpret_cast<float*>(args.out + i * args.width), reinterpret_cast<const float*>(row),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ from dpfast.pool import codecs
 from dpfast.pool.columns import COLUMNS, RECORD
 from dpfast.pool.plan import plan
 from dpfast.pool.rows import CPU, ChunkTable, check_indices
-from dpfast.pool.tiers import NAMES, Tiers
+from dpfast.pool.tiers import NAMES, PoolFullError, Tiers, host_memory
 
 if TYPE_CHECKING:
     from dpfast.generate.sampler import SampleBatch
 
 CHUNK_BYTES = 64 << 20
-RECORD_ROWS = 16384  # records in a chunk of them
+RECORD_CHUNK = 2 << 20  # bytes, one large page
+RECORD_ROWS = RECORD_CHUNK // RECORD.itemsize
 
 Payload = Tensor | Sequence[bytes]
 
@@ -86,7 +88,7 @@ class SamplePool:
         self._filled = 0  # bytes of JPEG payloads in the last chunk
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
-        self._spare: Future[tuple[str, Tensor]] | None = None
+        self._spares: deque[tuple[str, Future[Tensor]]] = deque()  # chunks with their tiers, ready or being prepared
         self._view = View(0, ChunkTable(chunk_bytes, 1), ChunkTable(RECORD_ROWS, RECORD.itemsize))
 
     def __len__(self) -> int:
@@ -190,8 +192,9 @@ class SamplePool:
             count = min(per_chunk - start, len(rows) - done)
             view.payload.block(number)[start : start + count].copy_(rows[done : done + count])
             done += count
-            if start < per_chunk // 2 <= start + count:
-                self._prepare(view)
+            if start < per_chunk // 2 <= start + count and not self._spares:
+                with contextlib.suppress(PoolFullError):  # there may be no need for another chunk
+                    self._prepare(view)
         return view
 
     def _write_files(self, view: View, files: Sequence[bytes], records: np.ndarray) -> View:
@@ -212,9 +215,10 @@ class SamplePool:
         while done < len(records):
             number, start = divmod(size + done, RECORD_ROWS)
             if number == len(table.chunks):
-                table = table.with_chunk(torch.from_numpy(np.empty(RECORD_ROWS, RECORD).view(np.uint8)))
+                table = table.with_chunk(host_memory(RECORD_CHUNK))
             count = min(RECORD_ROWS - start, len(records) - done)
-            table.chunks[number].numpy().view(RECORD)[start : start + count] = records[done : done + count]
+            rows = table.block(number).numpy().view(RECORD)[:, 0]
+            rows[start : start + count] = records[done : done + count]
             done += count
         return table
 
@@ -225,24 +229,37 @@ class SamplePool:
         if len(rounds):
             self.fresh += int((rounds == rounds[-1])[::-1].cumprod().sum())
 
-    def _grown(self, view: View) -> View:
-        spare, self._spare = self._spare, None
-        tier, chunk = spare.result() if spare else self._allocate(view)
-        return dataclasses.replace(view, payload=view.payload.with_chunk(chunk), tiers=(*view.tiers, tier))
+    def reserve(self, samples: int, *, wait: bool = False) -> None:
+        """Prepares chunks for ``samples`` more in the background, and touches their pages: an append is then one copy.
 
-    def _allocate(self, view: View) -> tuple[str, Tensor]:
-        tier = self.tiers.place(view.tiers, self.chunk_bytes)
-        return tier, self.tiers.allocate(tier, self.chunk_bytes)
+        Without it the pool prepares one chunk ahead. Raises ``PoolFullError`` when the budgets have no room for them.
+        """
+        with self._lock:
+            view, rows = self._view, self._view.payload.chunk_rows
+            if self.shape is None:
+                raise ValueError("reserve needs the shape of a sample: call it after the first append")
+            missing = samples - (len(view.payload.chunks) + len(self._spares)) * rows + view.size
+            for _ in range(-(-missing // rows)):
+                self._prepare(view)
+            spares = list(self._spares)
+        for _, spare in spares if wait else ():
+            spare.result()
+
+    def _grown(self, view: View) -> View:
+        if self._spares:
+            tier, spare = self._spares.popleft()
+            chunk = spare.result()
+        else:
+            tier = self.tiers.place(view.tiers, self.chunk_bytes)
+            chunk = self.tiers.allocate(tier, self.chunk_bytes)
+        return dataclasses.replace(view, payload=view.payload.with_chunk(chunk), tiers=(*view.tiers, tier))
 
     def _prepare(self, view: View) -> None:
         """Allocates the next chunk in the background and touches its pages, half of an append's time otherwise."""
-
-        def job() -> tuple[str, Tensor]:
-            tier, chunk = self._allocate(view)
-            return tier, chunk.zero_()
-
+        tiers = self.tiers
+        tier = tiers.place((*view.tiers, *(name for name, _ in self._spares)), self.chunk_bytes)
         self._worker = self._worker or ThreadPoolExecutor(1, "dpfast-pool-chunk")
-        self._spare = self._worker.submit(job)
+        self._spares.append((tier, self._worker.submit(lambda: tiers.allocate(tier, self.chunk_bytes).zero_())))
 
     def move(self, tiers: Tiers) -> None:
         """Gives the pool other budgets and moves its chunks to where they put them, in the order of appending.
@@ -251,9 +268,7 @@ class SamplePool:
         nothing, when the budgets have no room for all chunks.
         """
         with self._lock:
-            if self._spare is not None:
-                self._spare.cancel()
-                self._spare = None
+            self._spares.clear()
             view = self._view
             places: list[str] = []
             for _ in view.payload.chunks:
@@ -382,7 +397,7 @@ class SamplePool:
 
     def _one_pass(self, view: View, device: torch.device) -> bool:
         native = _dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.shape is not None
-        return native and all(chunk.device.type == "cpu" for chunk in view.payload.chunks)
+        return native and view.payload.on_host
 
     def _gather_chunks(
         self,

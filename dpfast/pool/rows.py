@@ -32,12 +32,18 @@ class ChunkTable:
     stride: int
     chunks: tuple[Tensor, ...] = ()
     addresses: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    kinds: frozenset[str] = frozenset()  # where chunks lie: "cpu", "pinned", "cuda:0"; asking each is slow
 
     def with_chunk(self, chunk: Tensor) -> ChunkTable:
         return self.with_chunks((*self.chunks, chunk))
 
     def with_chunks(self, chunks: tuple[Tensor, ...]) -> ChunkTable:
-        return replace(self, chunks=chunks, addresses=torch.tensor([c.data_ptr() for c in chunks], dtype=torch.int64))
+        return replace(
+            self,
+            chunks=chunks,
+            addresses=torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64),
+            kinds=frozenset("pinned" if chunk.is_pinned() else str(chunk.device) for chunk in chunks),
+        )
 
     def block(self, chunk: int) -> Tensor:
         """(chunk_rows, stride) uint8 rows of one chunk, no copy."""
@@ -52,15 +58,17 @@ class ChunkTable:
         """
         width = self.stride if width is None else width
         indices = indices.contiguous()
-        if _dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self._all_on("cpu"):
+        if _dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.on_host:
             return self._native(indices, total, offset, width)
         check_indices(indices, total)
-        if _dispatch.backend_for(device) == "triton" and all(c.device == device or c.is_pinned() for c in self.chunks):
+        if _dispatch.backend_for(device) == "triton" and self.kinds <= {str(device), "pinned"}:
             return self._triton(indices, offset, width, device)
         return self.reference(indices, offset, width, device)
 
-    def _all_on(self, kind: str) -> bool:
-        return all(chunk.device.type == kind for chunk in self.chunks)
+    @property
+    def on_host(self) -> bool:
+        """Whether the CPU can read all chunks in place."""
+        return self.kinds <= {"cpu", "pinned"}
 
     def reference(self, indices: Tensor, offset: int, width: int, device: torch.device = CPU) -> Tensor:
         """The formula chunk by chunk in plain PyTorch; chunks may lie on any devices."""

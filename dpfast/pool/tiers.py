@@ -87,10 +87,15 @@ class Tiers:
                 return torch.frombuffer(mmap.mmap(file.fileno(), chunk_bytes), dtype=torch.uint8)
         if torch.cuda.is_available():
             return torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=True)
-        memory = mmap.mmap(-1, chunk_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # random rows of a large pool miss the page tables less often
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return host_memory(chunk_bytes)
+
+
+def host_memory(count: int) -> Tensor:
+    """(count,) uint8 zeros on large pages where there are any: random rows then miss the page tables less often."""
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared pages are always small
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _free_memory() -> int:
