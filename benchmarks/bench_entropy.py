@@ -33,8 +33,10 @@ def _case(rows: int, classes: int, targets: dict[str, float], *, latency: bool =
         }
 
     return Case(
+        suite="ops",
         operation="entropy_and_grad",
         size=f"{rows} x {classes} fp32",
+        tests="tests/ops/test_entropy.py",
         build=build,
         bytes=None if latency else rows * classes * 8 + rows * 4,
         targets=targets,

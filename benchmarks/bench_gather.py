@@ -49,8 +49,10 @@ def build(device: torch.device) -> Variants:
 
 CASES = [
     Case(
+        suite="ops",
         operation="gather_batch",
         size="1024 of 100,000 x 3x64x64 uint8 -> fp32 NHWC",
+        tests="tests/ops/test_gather.py",
         build=build,
         bytes=BATCH * (torch.Size(SHAPE).numel() * 5 + 8),
         targets={EAGER: 20, COMPILED: 10, "copy": 0.50},

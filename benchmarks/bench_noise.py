@@ -29,7 +29,16 @@ def build(device: torch.device) -> Variants:
     return {EAGER: per_sample, OURS: lambda: normal(ids, SHAPE, seed=0, stream=0)}
 
 
-CASES = [Case(operation="normal", size="256 x 4x64x64", build=build, targets={EAGER: 4})]
+CASES = [
+    Case(
+        suite="ops",
+        operation="normal",
+        size="256 x 4x64x64",
+        tests="tests/ops/test_noise.py",
+        build=build,
+        targets={EAGER: 4},
+    )
+]
 
 
 @pytest.mark.parametrize(("case", "variant"), pytest_pairs(CASES))

@@ -75,6 +75,8 @@ def build_gather(device: torch.device) -> Variants:
 
 CASES = [
     Case(
+        suite="pool",
+        tests="tests/pool/test_pool.py",
         operation="pool.append",
         size="256 x 3x224x224 uint8",
         build=build_append,
@@ -82,6 +84,8 @@ CASES = [
         targets={COPY: 0.80, "copy": 0.80},
     ),
     Case(
+        suite="pool",
+        tests="tests/pool/test_pool.py",
         operation="pool.payload",
         size=f"256 of {LARGE:,} x 512 bytes against {SMALL:,}",
         build=build_gather,

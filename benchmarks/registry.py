@@ -17,14 +17,16 @@ OURS, OURS_OUT, EAGER, COMPILED = "dpfast", "dpfast, out=", "eager", "torch.comp
 class Case:
     """One operation at one size.
 
-    `build` makes the inputs on a device and returns the variants, callables without arguments; it asserts first that
-    they agree. `bytes` is the traffic by the operation's formula, each input read and each output written once; None
-    where arithmetic or latency is the limit. `targets` maps a rival's name to the speed-up that is asked for on a CPU,
-    "copy" to the share of the copy bandwidth.
+    `tests` is the file that has to pass before anything is timed. `build` makes the inputs on a device and returns the
+    variants, callables without arguments; it asserts first that they agree. `bytes` is the traffic by the operation's
+    formula, each input read and each output written once; None where arithmetic or latency is the limit. `targets` maps
+    a rival's name to the speed-up that is asked for on a CPU, "copy" to the share of the copy bandwidth.
     """
 
+    suite: str
     operation: str
     size: str
+    tests: str
     build: Callable[[torch.device], Variants]
     bytes: int | None = None
     targets: dict[str, float] = field(default_factory=dict)
@@ -34,11 +36,11 @@ class Case:
         return f"{self.operation}: {self.size}"
 
 
-def cases(chosen: str = "") -> list[Case]:
-    """All cases whose name contains `chosen`, in the order of their files."""
+def cases(suite: str) -> list[Case]:
+    """The cases of a suite, in the order of their files."""
     modules = [path.stem for path in sorted(Path(__file__).parent.glob("bench_*.py"))]
     found = [case for module in modules for case in importlib.import_module(f"benchmarks.{module}").CASES]
-    return [case for case in found if chosen in case.name]
+    return [case for case in found if case.suite == suite]
 
 
 def pytest_pairs(chosen: list[Case]) -> list[tuple[Case, str]]:

@@ -83,11 +83,11 @@ def table(records: Iterable[Record]) -> str:
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dpfast bench", description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=["ops"])
+    parser.add_argument("suite", choices=["ops", "pool"])
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each variant (default 15)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/ops.jsonl")
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/SUITE.jsonl")
     parser.add_argument("--no-gate", action="store_true", help="skip the tests, and with them the speed-ups")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
@@ -98,9 +98,11 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where an operation fails its tests."""
     options = _arguments(arguments)
-    chosen = cases(options.only)
+    available = cases(options.suite)
+    chosen = [case for case in available if options.only in case.name]
     if not chosen:
-        print(f"no case contains {options.only!r}; there are: {', '.join(c.name for c in cases())}", file=sys.stderr)
+        names = "; ".join(case.name for case in available)
+        print(f"no case of {options.suite} contains {options.only!r}; there are: {names}", file=sys.stderr)
         return 2
     device = torch.device(options.device)
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -109,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     records = []
     for case in chosen:
-        report = None if options.no_gate else gate.failure(case.operation)
+        report = None if options.no_gate else gate.failure(case.tests)
         if report is not None:
             print(f"{case.name}: its tests fail, nothing is timed\n{report}", file=sys.stderr)
             failed = True
