@@ -1,11 +1,14 @@
 """The sampler against DiTPipeline, its exactness per sample, and the embedded generator's promises."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers import DiTPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from dpfast.config import ASSETS, RecipeError
+from dpfast.generate import sampler as sampler_module
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.evaluate import predict
@@ -39,9 +42,9 @@ def test_unguided_images_are_those_of_dit_pipeline(which, cfg_scale, pipeline_fo
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_a_sample_does_not_depend_on_its_batch(pipeline, learner, eta):
     sampler = GuidedSampler(pipeline, learner, steps=6, guidance=GuidanceConfig(omega=0.1, every=2), eta=eta)
-    labels, ids = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.tensor([4, 5, 6, 7, 8, 9, 2**40])
+    labels, ids = torch.arange(64) % 3, torch.cat([torch.arange(4, 67), torch.tensor([2**40])])
     whole = sampler.generate(labels, ids)
-    for size in (1, 3):
+    for size in (1, 3, 8):
         parts = [sampler.generate(a, b) for a, b in zip(labels.split(size), ids.split(size), strict=True)]
         images = torch.cat([p.images for p in parts])
         # the noise is bit-identical; the models' sums may round differently in another batch
@@ -78,12 +81,117 @@ def test_stream_covers_all_labels_once(pipeline):
     assert torch.cat([b.labels for b in batches]).tolist() == [0, 1, 2, 0, 1]
 
 
-def test_bad_input_is_named(pipeline):
-    sampler = GuidedSampler(pipeline, steps=2)
+def test_strengths_may_differ_by_sample(pipeline, learner):
+    sampler = GuidedSampler(pipeline, learner, steps=4, guidance=GuidanceConfig(omega=0.0, every=1), compile=False)
+    mixed = sampler.generate([0, 1, 2], omega=torch.tensor([0.0, 0.3, 0.1]))
+    for i, omega in enumerate([0.0, 0.3, 0.1]):
+        alone = sampler.generate([i], [i], omega=omega)
+        assert int((alone.images[0].int() - mixed.images[i].int()).abs().max()) <= 1
+    assert not torch.equal(mixed.images[1], sampler.generate([1], [1]).images[0])
+
+
+def test_cfg_inside_an_interval_only_touches_its_steps(pipeline):
+    def images(**options):
+        return GuidedSampler(pipeline, steps=4, compile=False, **options).generate([0, 1, 2]).images
+
+    assert torch.equal(images(cfg_interval=(0.0, 1.0)), images())
+    assert torch.equal(images(cfg_scale=1.0), images(cfg_scale=1.0, cfg_interval=(0.25, 0.5)))
+    assert not torch.equal(images(cfg_interval=(0.25, 0.5)), images())
+    assert not torch.equal(images(cfg_interval=(0.25, 0.5)), images(cfg_scale=1.0))
+
+
+def test_outside_its_interval_cfg_costs_nothing(pipeline, monkeypatch):
+    sizes, call = [], type(pipeline.denoiser).__call__
+
+    def counting(self, x, timestep, labels):
+        sizes.append(len(x))
+        return call(self, x, timestep, labels)
+
+    monkeypatch.setattr(type(pipeline.denoiser), "__call__", counting)
+    GuidedSampler(pipeline, steps=4, compile=False, cfg_interval=(0.25, 0.75)).generate([0, 1])
+    assert sizes == [2, 4, 4, 2]
+
+
+@pytest.mark.parametrize("through", ["denoiser", "latent"])
+def test_guidance_takes_no_extra_forward_of_the_denoiser(through, pipeline, learner, monkeypatch):
+    samples, call = [], type(pipeline.denoiser).__call__
+
+    def counting(self, x, timestep, labels):
+        samples.append(len(x))
+        return call(self, x, timestep, labels)
+
+    monkeypatch.setattr(type(pipeline.denoiser), "__call__", counting)
+    guidance = GuidanceConfig(omega=0.1, every=1, through=through)
+    GuidedSampler(pipeline, learner, steps=3, guidance=guidance, compile=False).generate([0, 1])
+    assert sum(samples) == 3 * 2 * 2  # steps, halves, samples
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(pipeline):
+    def learner(images):
+        scale = torch.tensor([1.0, torch.inf, 1.0])[: len(images)]
+        return images.flatten(1)[:, :3] * scale.view(-1, 1)
+
+    guidance = GuidanceConfig(omega=0.1, every=2)
+    batch = GuidedSampler(pipeline, learner, steps=4, guidance=guidance, compile=False).generate([0, 1, 2])
+    assert batch.skipped == 2
+    unguided = GuidedSampler(pipeline, steps=4, compile=False).generate([0, 1, 2])
+    assert unguided.skipped == 0
+    assert int((batch.images[1].int() - unguided.images[1].int()).abs().max()) <= 1
+    assert not torch.equal(batch.images[0], unguided.images[0])
+
+
+def test_negative_omega_warns_once_a_process(pipeline, learner):
+    sampler_module._warn_of_easy_samples.cache_clear()
+    sampler = GuidedSampler(pipeline, learner, steps=1, guidance=GuidanceConfig(omega=-0.1), compile=False)
+    with pytest.warns(UserWarning, match="easy samples"):
+        sampler.generate([0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler.generate([0])
+
+
+def test_bad_input_is_named_before_anything_is_sampled(pipeline, learner):
+    sampler = GuidedSampler(pipeline, learner, steps=2)
     with pytest.raises(RecipeError, match=r"labels = 3: the generator has 3 classes, 0 to 2"):
-        sampler.generate([0, 3])
+        sampler.stream([0, 3])
     with pytest.raises(ValueError, match="sample_ids"):
         sampler.generate([0, 1], [5])
+    with pytest.raises(ValueError, match="omega has shape"):
+        sampler.generate([0, 1], omega=torch.zeros(3))
+    with pytest.raises(ValueError, match="batch_size = 0"):
+        sampler.stream([0], batch_size=0)
+    with pytest.raises(ValueError, match="labels is empty"):
+        sampler.generate([])
+    with pytest.raises(ValueError, match="training mode"):
+        GuidedSampler(pipeline, torch.nn.Sequential(learner).train(), steps=2).generate([0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"cfg_interval": (0.5, 0.2)}, r"cfg_interval = \(0.5, 0.2\)"),
+        ({"memory_budget": 0}, "memory_budget = 0"),
+        ({"compile": "yes"}, "compile = 'yes'"),
+        ({"cuda_graphs": True}, "cuda_graphs = True: needs a pipeline on a GPU"),
+    ],
+)
+def test_a_wrong_option_is_named(options, message, pipeline):
+    with pytest.raises(ValueError, match=message):
+        GuidedSampler(pipeline, **options)
+
+
+@pytest.mark.parametrize(
+    ("learner", "message"),
+    [
+        (torch.nn.Conv2d(3, 8, 3), r"learner fails on images of shape \(2, 1, 16, 16\)"),
+        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 5)), r"\(2, 5\).*expected logits .* \(2, 3\)"),
+    ],
+    ids=["channels", "classes"],
+)
+def test_a_learner_that_does_not_fit_is_named(learner, message, pipeline):
+    with pytest.raises(ValueError, match=message):
+        GuidedSampler(pipeline, learner.eval()).stream([0])
 
 
 def test_guidance_raises_the_learners_entropy_on_the_embedded_model(fashion):

@@ -1,0 +1,80 @@
+"""compile="auto": a decision by numbers, which a machine learns and keeps."""
+
+import json
+
+import pytest
+import torch
+
+from dpfast.generate import compiling
+from dpfast.generate.compiling import CompileCost, CompileCosts, Tuner
+from dpfast.generate.sampler import GuidedSampler
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPFAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "compile.json"
+
+
+def test_it_compiles_when_the_savings_exceed_the_cost():
+    costs = CompileCosts(CPU, "model")
+    costs.record(CompileCost(seconds=60, speedup=1.5))
+    assert not costs.decide(1000, 0.1).compile  # saves 33 s
+    assert costs.decide(2000, 0.1).compile  # saves 67 s
+    assert "2000 samples at 100.0 ms; compiling takes 60 s" in costs.decide(2000, 0.1).reason
+    assert not costs.decide(0, 0.1).compile
+
+
+def test_costs_are_kept_for_the_machine_and_lent_to_other_models(cache):
+    assert CompileCosts(CPU, "a").known() == (compiling.ASSUMED["cpu"], "assumed")
+    CompileCosts(CPU, "a").record(CompileCost(10, 2.0))
+    assert CompileCosts(CPU, "a").known() == (CompileCost(10, 2.0), "measured")
+    assert CompileCosts(CPU, "b").known() == (CompileCost(10, 2.0), "measured on other models")
+    assert list(json.loads(cache.read_text())) == [compiling.machine(CPU)]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"%s": {"a": {"minutes": 1}}}', '{"%s": 3}'])
+def test_a_broken_cache_is_as_good_as_none(content, cache):
+    cache.parent.mkdir()
+    cache.write_text(content.replace("%s", compiling.machine(CPU)))
+    assert CompileCosts(CPU, "a").known()[1] == "assumed"
+
+
+class FakeExecution:
+    compiled, batch = False, None
+
+
+def test_a_tuner_measures_compiling_and_gives_up_where_it_is_slower(cache):
+    costs, execution = CompileCosts(CPU, "model"), FakeExecution()
+    costs.record(CompileCost(1, 2.0))
+    tuner = Tuner(costs, "auto")
+    assert not tuner.decide(execution, 8, 100)  # nothing measured yet
+    tuner.report(execution, 8, 1.6)
+    assert tuner.decide(execution, 8, 100)  # 100 samples of 0.2 s: saves 10 s
+    execution.compiled, execution.batch = True, 8
+    tuner.report(execution, 8, 30.0)
+    tuner.report(execution, 8, 2.0)
+    assert costs.known() == (CompileCost(28.0, 0.8), "measured")
+    assert not tuner.decide(execution, 8, 10**6)
+
+
+def test_a_few_samples_stay_eager_and_the_reason_is_told(pipeline, caplog):
+    sampler = GuidedSampler(pipeline, steps=2)
+    with caplog.at_level("INFO"):
+        list(sampler.stream([0, 1, 2, 0], batch_size=2))
+    assert not sampler.execution.compiled
+    assert not sampler.tuner.decision.compile
+    assert "2 samples at" in sampler.tuner.decision.reason
+    assert "compile: no" in caplog.text
+
+
+def test_many_samples_are_compiled_on_the_way(pipeline, learner):
+    sampler = GuidedSampler(pipeline, learner, steps=2)
+    sampler.tuner.costs.record(CompileCost(0.0, 2.0))
+    sampler.execution.backend = "eager"
+    batches = list(sampler.stream([0, 1, 2, 0, 1, 2, 0], batch_size=2))
+    assert sampler.tuner.decision.compile
+    assert torch.cat([b.sample_ids for b in batches]).tolist() == list(range(7))
+    assert sampler.tuner.costs.known()[1] == "measured"
