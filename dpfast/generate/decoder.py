@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 
@@ -39,11 +40,29 @@ class Unscale:
         return (latents * self.scale + self.shift).to(self.dtype)
 
 
+def _repeat(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, *rest = arguments
+    b, c, h, w = x.shape
+    return (x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w), *rest)
+
+
+def _upsample_by_repeating(model: nn.Module) -> nn.Module:
+    """Nearest upsampling as a broadcast: the same values bit by bit, and a sum instead of a scatter as its backward.
+
+    With the scatter, torch.compile (2.13, CPU) gives a gradient of zero through a whole ``AutoencoderKL``.
+    """
+    for module in model.modules():
+        if isinstance(module, Upsample2D) and module.interpolate and not module.use_conv_transpose:
+            module.interpolate = False
+            module.register_forward_pre_hook(_repeat)
+    return model
+
+
 class VaeDecoder:
     """The pipeline's full ``AutoencoderKL``: the decoder of the images that enter the pool."""
 
     def __init__(self, vae: nn.Module) -> None:
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae = _upsample_by_repeating(vae).eval().requires_grad_(False)
         self._unscale = Unscale(vae)
 
     def __call__(self, latents: Tensor) -> Tensor:
