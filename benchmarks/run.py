@@ -87,7 +87,10 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each variant (default 15)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/SUITE.jsonl")
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=RESULTS, metavar="FOLDER",
+        help="append to SUITE.jsonl in FOLDER (default benchmarks/results)",
+    )  # fmt: skip
     parser.add_argument("--no-gate", action="store_true", help="skip the tests, and with them the speed-ups")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
@@ -121,9 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
                 record |= {"ratios": {}, "targets": {}}
             records.append(described | record)
     print(table(records))
-    if options.record and not options.no_gate:
-        RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / f"{options.suite}.jsonl").open("a") as file:
+    if options.record is not None and not options.no_gate:
+        options.record.mkdir(parents=True, exist_ok=True)
+        with (options.record / f"{options.suite}.jsonl").open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
     return 1 if failed else 0
 

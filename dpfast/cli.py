@@ -78,6 +78,10 @@ def _parser() -> _Parser:
     )  # fmt: skip
     audit.add_argument("--json", type=Path, help="file for the reports, one JSON object a line")
 
+    bench = commands.add_parser("bench", help="measure beside eager PyTorch and torch.compile", allow_abbrev=False)
+    bench.add_argument("suite", help="ops, pool, ...; dpfast bench ops --help lists the options")
+    bench.add_argument("options", nargs=argparse.REMAINDER, help="options of the suite")
+
     export = commands.add_parser("export", help="write a run's samples for other libraries", allow_abbrev=False)
     export.add_argument("run", type=Path, help="folder of a run, or of a saved or exported pool")
     export.add_argument("--format", required=True, choices=("webdataset", "imagefolder", "parquet"))
@@ -91,7 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
         parsed = _parser().parse_all(sys.argv[1:] if arguments is None else arguments)
-        commands = {"run": _run, "sample": _sample, "audit": _audit, "export": _export, "doctor": _doctor}
+        commands = {
+            "run": _run,
+            "sample": _sample,
+            "bench": _bench,
+            "audit": _audit,
+            "export": _export,
+            "doctor": _doctor,
+        }
         return commands[parsed.command](parsed)
     except RecipeError as error:
         print(f"dpfast: error: {error}", file=sys.stderr)
@@ -181,6 +192,16 @@ def _audit(arguments: argparse.Namespace) -> int:
     broken = sum(bool(problems(report)) for report in reports)
     print(f"{table(reports)}\n\n{len(reports) - broken} of {len(reports)} kernels keep their promises")
     return 1 if broken else 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "run.py").is_file():
+        raise RecipeError("bench: the benchmarks are part of a checkout; clone the repository and pip install -e it")
+    sys.path.insert(0, str(root))
+    from benchmarks.run import main as measure
+
+    return int(measure([arguments.suite, *arguments.options]))
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -4,33 +4,39 @@ import pytest
 import torch
 from torch import nn
 
-from dpfast.generate.pipeline import Pipeline
-from tests import tiny_pipelines
+
+@pytest.fixture(scope="session")
+def tiny_pipelines():
+    """Makers of pipeline folders. Imported here: the operations are tested where diffusers is not installed, too."""
+    pytest.importorskip("diffusers", reason="the pipeline folders are written by diffusers")
+    from tests import tiny_pipelines
+
+    return tiny_pipelines
 
 
 @pytest.fixture(scope="session")
-def pipeline_folder(tmp_path_factory):
+def pipeline_folder(tiny_pipelines, tmp_path_factory):
     """A randomly initialised DiTPipeline folder of three classes, epsilon-prediction, with a tiny decoder."""
     torch.manual_seed(0)
     return tiny_pipelines.dit(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture(scope="session")
-def stable_diffusion_folder(tmp_path_factory):
+def stable_diffusion_folder(tiny_pipelines, tmp_path_factory):
     """Stable Diffusion 1.x at tiny size, with a PNDM scheduler and no class names of its own."""
     torch.manual_seed(0)
     return tiny_pipelines.stable_diffusion(tmp_path_factory.mktemp("stable_diffusion"))
 
 
 @pytest.fixture(scope="session")
-def stable_diffusion_3_folder(tmp_path_factory):
+def stable_diffusion_3_folder(tiny_pipelines, tmp_path_factory):
     """Stable Diffusion 3 at tiny size: three text encoders, a flow of shift 3, latents with a shift."""
     torch.manual_seed(0)
     return tiny_pipelines.stable_diffusion_3(tmp_path_factory.mktemp("stable_diffusion_3"))
 
 
 @pytest.fixture(scope="session")
-def pixel_folder(tmp_path_factory):
+def pixel_folder(tiny_pipelines, tmp_path_factory):
     """An unconditional DDIMPipeline of 8x8 images that bounds x0 to [-1, 1]."""
     torch.manual_seed(0)
     return tiny_pipelines.pixel(tmp_path_factory.mktemp("pixel"))
@@ -38,12 +44,17 @@ def pixel_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pipeline(pipeline_folder):
+    from dpfast.generate.pipeline import Pipeline
+
     return Pipeline.from_pretrained(pipeline_folder)
 
 
 @pytest.fixture(scope="session")
 def fashion():
     """The embedded pipeline."""
+    pytest.importorskip("diffusers", reason="the embedded generator is a diffusers pipeline")
+    from dpfast.generate.pipeline import Pipeline
+
     return Pipeline.from_pretrained("fashion")
 
 
