@@ -169,6 +169,22 @@ def test_chunks_fill_the_tiers_in_order_and_move_with_the_budgets(tmp_path):
     assert pool.where()["host"] == 60
 
 
+def test_reserved_chunks_are_the_next_ones():
+    pool = filled(5, tiers=Tiers(host_bytes=6 * (10 * ROW + 7)))
+    pool.reserve(34, wait=True)  # five are in the first chunk already
+    reserved = [spare.result().data_ptr() for _, spare in pool._spares]
+    assert len(reserved) == 3
+    pool.reserve(34)
+    assert len(pool._spares) == 3
+    filled(34, pool=pool)
+    assert [chunk.data_ptr() for chunk in pool.view.payload.chunks[1:]] == reserved
+    check_prefix(pool, 39)
+    with pytest.raises(PoolFullError):
+        pool.reserve(1000)
+    with pytest.raises(ValueError, match="after the first append"):
+        SamplePool().reserve(1)
+
+
 def test_a_full_pool_refuses_the_whole_batch_with_the_numbers():
     pool = filled(25, tiers=Tiers(host_bytes=3 * (10 * ROW + 7)))
     with pytest.raises(PoolFullError, match=r"3 chunks of 1\.062 KiB.*host 3\.185 KiB.*latents or JPEG"):
