@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 #include "kernels.hpp"
+#include "philox.hpp"
 
 namespace py = pybind11;
 
@@ -30,6 +32,14 @@ void noise(uintptr_t ids, int64_t samples, int64_t elements, int64_t seed, uintp
   dpfast::noise({at<const int64_t>(ids), samples, elements, static_cast<uint64_t>(read(seed, seed_at)),
                  static_cast<uint32_t>(read(stream, stream_at)), at<float>(normals), at<uint32_t>(words)},
                 threads);
+}
+
+// One counter and key through the kernels' own code, for the published known answers.
+std::tuple<uint32_t, uint32_t, uint32_t, uint32_t> philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
+                                                          uint32_t k0, uint32_t k1) {
+  dpfast::Words words;
+  dpfast::philox_block(uint64_t{c1} << 32 | c0, c2, uint64_t{c3} << 32 | k0, k1, words);
+  return {words.w[0][0], words.w[1][0], words.w[2][0], words.w[3][0]};
 }
 
 void guided_step(int64_t samples, int64_t elements, int dtype, uintptr_t x, uintptr_t pred_cond, uintptr_t pred_uncond,
@@ -86,6 +96,17 @@ bool gather(uintptr_t store, int64_t rows, int64_t row_stride, int64_t channels,
                        height, width, indices, batch, flip, scale, bias, dtype, channels_last, out, threads);
 }
 
+bool crop_chunks(uintptr_t chunks, int64_t chunk_rows, int64_t rows, int64_t row_stride, int64_t channels,
+                 int64_t height, int64_t width, uintptr_t indices, int64_t batch, uintptr_t boxes, int64_t out_height,
+                 int64_t out_width, uintptr_t flip, uintptr_t scale, uintptr_t bias, int dtype, bool channels_last,
+                 uintptr_t out, int threads) {
+  return dpfast::crop({{at<const uint8_t* const>(chunks), chunk_rows, rows, row_stride, channels, height, width,
+                        at<const int64_t>(indices), batch, at<const uint8_t>(flip), at<const float>(scale),
+                        at<const float>(bias), static_cast<dpfast::DType>(dtype), channels_last, at<void>(out)},
+                       at<const float>(boxes), out_height, out_width},
+                      threads);
+}
+
 bool rows(uintptr_t chunks, int64_t chunk_rows, int64_t total, int64_t stride, int64_t width, uintptr_t indices,
           int64_t count, uintptr_t out, int threads) {
   return dpfast::rows({at<const uint8_t* const>(chunks), chunk_rows, total, stride, width, at<const int64_t>(indices),
@@ -105,9 +126,11 @@ PYBIND11_MODULE(_native, module) {
   const auto free_threads = py::call_guard<py::gil_scoped_release>();
   module.def("entropy", &entropy, free_threads);
   module.def("noise", &noise, free_threads);
+  module.def("philox", &philox);
   module.def("guided_step", &guided_step, free_threads);
   module.def("gather", &gather, free_threads);
   module.def("gather_chunks", &gather_chunks, free_threads);
+  module.def("crop_chunks", &crop_chunks, free_threads);
   module.def("rows", &rows, free_threads);
   module.def("permutation", &permutation, free_threads);
 }

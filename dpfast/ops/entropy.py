@@ -39,7 +39,7 @@ def reference(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 FLOOR = tl.constexpr(-87.0)  # exp(-87) is the last normal float; below it p counts as zero
 ONE_BLOCK = 16384  # columns that a program still holds in registers
-CHUNK = 8192
+CHUNK = 4096
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def settings(classes: int) -> tuple[int, int, int]:
     """Rows and columns of a program and its warps; the audit shows that none of them spills."""
     block = next_power(classes)
     if classes > ONE_BLOCK:
-        return 1, CHUNK, 16
+        return 1, CHUNK, 8
     return max(1, 1024 // block) if classes < 512 else 1, block, min(max(4, block // 512), 32)
 
 
