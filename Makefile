@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?=
 
-.PHONY: demo test install clean
+.PHONY: demo test sanitize install clean
 
 demo: install  ## Deliberate Practice against static data on the embedded generator, about six minutes on two cores
 	$(BIN)/dpfast run fashion --overwrite $(RUN)
@@ -14,6 +14,17 @@ test: install  ## lint, types and all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+
+sanitize: install  ## the native kernels' tests under AddressSanitizer and UBSan, on a copy in build/sanitize
+	rm -rf build/sanitize
+	DPFAST_CXXFLAGS="$(SANITIZE) -O1 -g" $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize-objects
+	test -f build/sanitize/dpfast/_native*.so
+	cp -r tests pyproject.toml build/sanitize
+	cd build/sanitize && LD_PRELOAD="$(LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		../../$(BIN)/python -m pytest tests/ops -x -k native --capture=sys
 
 install: .venv/installed
 
