@@ -64,6 +64,13 @@ struct Gather {
 };
 bool gather(const Gather& args, int threads);  // false, and nothing written, when an index is outside the store
 
+struct Crop {
+  Gather rows;                    // the whole images; `out` takes the crops
+  const float* boxes;             // batch x (top, left, height, width), in pixels; a box may reach beyond the image
+  int64_t out_height, out_width;  // of every crop
+};
+bool crop(const Crop& args, int threads);  // false as gather
+
 struct Rows {
   const uint8_t* const* chunks;
   int64_t chunk_rows, total, stride, width;  // row i starts (i mod chunk_rows) * stride bytes into its chunk

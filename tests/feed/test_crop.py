@@ -1,0 +1,106 @@
+"""Crop, resize, shift and mirror in one map: against torch's own, the plain gather and by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dpfast.feed.crop import crop_rows, resample
+from dpfast.ops import _dispatch, gather_batch
+from dpfast.pool.rows import ChunkTable
+
+MEAN, STD = [0.48, 0.45, 0.40], [0.22, 0.23, 0.25]
+
+
+def table_of(images, chunk_rows=5):
+    """Images (N, C, H, W) in chunks of a few rows."""
+    rows = images.flatten(1)
+    table = ChunkTable(chunk_rows, rows.shape[1])
+    for part in rows.split(chunk_rows):
+        chunk = torch.zeros(chunk_rows, rows.shape[1], dtype=torch.uint8)
+        chunk[: len(part)] = part
+        table = table.with_chunk(chunk.flatten())
+    return table
+
+
+def pixels(count, channels, height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+def crop(images, indices, boxes, **options):
+    options = {"mean": MEAN[: images.shape[1]], "std": STD[: images.shape[1]]} | options
+    return crop_rows(table_of(images), len(images), images.shape[1:], indices, boxes, **options)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(20, 31, (9, 14)), (8, 12, (16, 29)), (17, 9, (17, 9))])
+def test_whole_pixel_boxes_are_torchs_antialiased_resize(height, width, size):
+    """A box is torch's resize of the cropped image, away from the box's edges, where the box sees its neighbours."""
+    images = pixels(1, 3, height + 40, width + 40).float()
+    box = torch.tensor([[20.0, 20.0, height, width]])
+    wide = F.interpolate(images[..., 20 : 20 + height, 20 : 20 + width], size, mode="bilinear", antialias=True)
+    ours = resample(images, box, size)
+    edge = [max(1, -(-n // o)) for n, o in zip(size, (height, width), strict=True)]
+    inside = (..., slice(edge[0], -edge[0]), slice(edge[1], -edge[1]))
+    torch.testing.assert_close(ours[inside], wide[inside], rtol=0, atol=2e-3)
+    if size == (height, width):
+        assert torch.equal(ours, wide)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_whole_image_is_the_plain_gather_bit_by_bit(channels, channels_last, dtype):
+    images, indices = pixels(12, channels, 7, 19), torch.tensor([3, 11, 0, 3])
+    mean, std = [*MEAN, 0.5][:channels], [*STD, 0.5][:channels]
+    flip = torch.tensor([True, False, True, False])
+    options = {"flip": flip, "mean": mean, "std": std, "dtype": dtype, "channels_last": channels_last}
+    ours = crop(images, indices, torch.tensor([[0.0, 0, 7, 19]]).expand(4, 4), size=(7, 19), **options)
+    assert torch.equal(ours, gather_batch(images, indices, **options))
+    assert ours.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@pytest.mark.skipif(_dispatch.native() is None, reason="the native kernels are not built")
+@pytest.mark.parametrize("size", [(24, 24), (10, 33), (50, 7), (1, 1)])
+def test_the_kernel_is_the_reference(size, monkeypatch):
+    """Boxes larger and smaller than the crop, of any fraction, and beyond the image; both backends, flips included."""
+    generator = torch.Generator().manual_seed(1)
+    images, indices = pixels(40, 3, 24, 30), torch.randint(0, 40, (64,), generator=generator)
+    boxes = torch.rand(64, 4, generator=generator) * torch.tensor([20.0, 20, 30, 40]) + torch.tensor([-8.0, -8, 1, 1])
+    flip = torch.rand(64, generator=generator) < 0.5
+    monkeypatch.setattr(_dispatch, "FORCED", "native")
+    native = crop(images, indices, boxes, size=size, flip=flip)
+    monkeypatch.setattr(_dispatch, "FORCED", "reference")
+    torch.testing.assert_close(native, crop(images, indices, boxes, size=size, flip=flip), rtol=0, atol=2e-6)
+
+
+def test_a_shift_repeats_the_border_and_keeps_every_pixel():
+    images = pixels(1, 1, 6, 8)
+    moved = crop(images, torch.tensor([0]), torch.tensor([[-2.0, 3, 6, 8]]), size=(6, 8), mean=[0.0], std=[1 / 255])
+    padded = F.pad(images.float(), (3, 3, 2, 2), mode="replicate")
+    assert torch.equal(moved, padded[..., 0:6, 6:14])
+
+
+def test_it_writes_where_it_is_told():
+    images, box = pixels(9, 3, 8, 8), torch.tensor([[1.0, 1, 5, 5]])
+    out = torch.empty(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert crop(images, torch.tensor([8]), box, size=(4, 4), out=out) is out
+    assert torch.equal(out, crop(images, torch.tensor([8]), box, size=(4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ({"indices": torch.tensor([9])}, IndexError, "the pool holds 9"),
+        ({"indices": torch.tensor([0.0])}, TypeError, "indices"),
+        ({"boxes": torch.ones(2, 4)}, ValueError, "boxes"),
+        ({"boxes": torch.tensor([[0.0, 0, 0, 4]])}, ValueError, "heights and widths above 0"),
+        ({"boxes": torch.tensor([[0.0, 0, float("nan"), 4]])}, ValueError, "finite"),
+        ({"flip": torch.ones(1)}, TypeError, "flip"),
+        ({"out": torch.empty(1, 3, 5, 4)}, ValueError, "out"),
+        ({"mean": [0.5]}, ValueError, "mean"),
+    ],
+)
+def test_bad_input_is_named(change, error, named):
+    options = {"indices": torch.tensor([0]), "boxes": torch.tensor([[0.0, 0, 8, 8]]), "size": (4, 4)} | change
+    with pytest.raises(error, match=named):
+        crop(pixels(9, 3, 8, 8), **options)
