@@ -73,7 +73,8 @@ class TinyDecoder:
     """A distilled ``AutoencoderTiny``: the decoder of the guidance path, where the full one dominates the cost."""
 
     def __init__(self, tiny: nn.Module) -> None:
-        self.tiny = tiny.eval().requires_grad_(False)
+        # Channels last: a third faster with its gradient on a CPU, and what convolutions on a GPU want.
+        self.tiny = tiny.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._unscale = Unscale(tiny)
 
     def __call__(self, latents: Tensor) -> Tensor:
