@@ -47,7 +47,9 @@ def extensions() -> list[Extension]:
         print("dpfast: DPFAST_NO_NATIVE=1, installing without the native CPU kernels.", file=sys.stderr)
         return []
     import pybind11
+    from pybind11.setup_helpers import ParallelCompile
 
+    ParallelCompile(default=0).install()  # as many compilers as processors
     flags = FLAGS + (["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])
     extra = os.environ.get("DPFAST_CXXFLAGS", "").split()
     return [
