@@ -115,6 +115,7 @@ class Predecessor:
         Image.fromarray(pixels.squeeze()).save(path)
         return path
 
+    @torch.enable_grad()
     def gradient(self, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
         models = self.models
         z = z.detach().requires_grad_(True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import sys
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from benchmarks.registry import OURS, OURS_OUT, Case, cases
 
 RESULTS = Path(__file__).parent / "results"
 COPY = "copy"
+TABLES = {"sampler": "benchmarks.ablation", "flops": "benchmarks.flops"}
 Record = dict[str, Any]
 
 
@@ -83,7 +85,7 @@ def table(records: Iterable[Record]) -> str:
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dpfast bench", description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=["ops", "pool"])
+    parser.add_argument("suite", choices=["ops", "pool", *TABLES])
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each variant (default 15)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -100,6 +102,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where an operation fails its tests."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in TABLES:  # tables of their own columns
+        return int(importlib.import_module(TABLES[given[0]]).main(given[1:]))
     options = _arguments(arguments)
     available = cases(options.suite)
     chosen = [case for case in available if options.only in case.name]

@@ -1,0 +1,43 @@
+"""The ablation of the sampler in FLOPs at the sizes that people use, derived on meta tensors: `dpfast bench flops`."""
+
+from __future__ import annotations
+
+import argparse
+
+from dpfast.roofline import PREDECESSOR, Method, dit_xl_2, limit, stable_diffusion_15
+
+METHODS = {
+    "the predecessor, batched or not": PREDECESSOR,
+    "+ shared conditional forward": Method(tiny=False),
+    "+ tiny decoder": Method(),
+    "    the same, guided in every step": Method(guided=20),
+    "    the same, gradient not through the denoiser (approximate)": Method(gradient="latent"),
+    "    the same, CFG until 80%": Method(cfg_steps=16),
+    "+ DPM-Solver++ 2M, 8 steps": Method(steps=8),
+}
+
+
+def table() -> str:
+    """Markdown: FLOPs of a guided sample, its cost against an unguided one, and its gain on the predecessor."""
+    works = [stable_diffusion_15(512), stable_diffusion_15(256), dit_xl_2()]
+    lines = ["| | " + " | ".join(work.name for work in works) + " |", "|---" * (len(works) + 1) + "|"]
+    for name, method in METHODS.items():
+        cells = [
+            f"{method.total(work) / 1e12:.2f} TFLOP, {method.cost(work):.2f}x unguided, "
+            f"{PREDECESSOR.total(work) / method.total(work):.2f}x"
+            for work in works
+        ]
+        lines.append(f"| {name.replace('    ', '&nbsp;&nbsp;')} | " + " | ".join(cells) + " |")
+    bound = [f"{limit('H100', Method().total(work), share=0.5):.1f}" for work in works]
+    lines.append("| limit of an H100 at half its peak, 20 steps, samples/s | " + " | ".join(bound) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="dpfast bench flops", description=(__doc__ or "").strip()).parse_args(arguments)
+    print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
