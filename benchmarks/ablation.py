@@ -60,6 +60,7 @@ class Row:
     make: Make
     unguided: Make
     gradient: Gradient
+    method: roofline.Method
     alone: bool = False
     eager: bool = True
     side: bool = False  # for comparison: the next row does not build on it
@@ -89,6 +90,7 @@ class Bench:
             make=guided.generate,
             unguided=plain.generate,
             gradient=gradient,
+            method=roofline.Method(steps=STEPS, guided=_guided(STEPS, EVERY), gradient="extra", tiny=False),
             alone=True,
         )
 
@@ -103,6 +105,13 @@ class Bench:
             make=guided.generate,
             unguided=plain.generate,
             gradient=self._gradient(guided),
+            method=roofline.Method(
+                steps=guided.steps,
+                guided=_guided(guided.steps, guided.every),
+                cfg_steps=round(guided.cfg_until * guided.steps),
+                gradient="shared" if guided.share else "extra",
+                tiny=guided.decoder == "tiny",
+            ),
             eager=not guided.compile,
             side=side,
         )
@@ -129,6 +138,7 @@ class Bench:
             make=lambda labels, ids: sampler.generate(labels, ids).images,
             unguided=lambda labels, ids: sampler.generate(labels, ids, omega=0.0).images,
             gradient=gradient,
+            method=roofline.Method(steps=len(sampler.table), guided=len(sampler.guidance.steps(len(sampler.table)))),
             eager=not compile,
         )
 
@@ -181,6 +191,17 @@ class Bench:
                     totals[i] += float(cosine.mean()) / len(states)
         return totals
 
+    def work(self) -> roofline.Work:
+        """FLOPs of the parts of a sample."""
+        models, x, t = self.models, torch.randn(1, 4, 8, 8), torch.tensor(500)
+        return roofline.Work(
+            name="fashion",
+            denoiser=roofline.count(lambda x: models.predict(x, t, torch.zeros(1, dtype=torch.int64)), x),
+            decoder=roofline.count(models.decode, x),
+            tiny=roofline.count(lambda x: models.tiny.decode(x).sample, x),
+            learner=roofline.count(self.learner, torch.zeros(1, 1, 32, 32)),
+        )
+
     def quality(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Entropy under the learner and agreement of the judge with the label, of each image."""
         hits = predict(self.judge, images).argmax(1) == labels
@@ -198,6 +219,10 @@ def quick_learner(iterations: int = 250) -> torch.nn.Module:
         chosen = torch.arange(step * 64, (step + 1) * 64) % len(real)
         trainer.step(real.images[chosen].float().div(127.5).sub(1), real.labels[chosen])
     return trainer.ema.module.eval().requires_grad_(False)
+
+
+def _guided(steps: int, every: int) -> int:
+    return -(-steps // every)
 
 
 def _timed(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -289,31 +314,18 @@ def _ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def work(rows: list[Row], made: list[Record], batch: int) -> None:
-    """Adds the peak memory of eager rows, and of batched ones the share of the matrix product's rate."""
+def work(bench: Bench, rows: list[Row], made: list[Record], batch: int) -> None:
+    """Adds the peak memory of eager rows, and of all the share of the matrix product's rate, by its parts' FLOPs."""
     labels, ids = _batch(0, batch)
-    done: dict[str, tuple[int, int]] = {}
+    parts = bench.work()
     for row, record in zip(rows, made, strict=True):
-        size = 1 if row.alone else batch
-        guided, unguided = (functools.partial(make, labels[:size], ids[:size]) for make in (row.make, row.unguided))
         if row.eager:
-            record["peak_bytes"] = peak_bytes(guided)
-        if row.alone:  # the counter cannot follow autograd.grad; the arithmetic is that of the next row
-            continue
-        if row.eager:
-            done[_kind(row)] = (roofline.flops(guided) // size, roofline.flops(unguided) // size)
-        record["flops"], record["flops_unguided"] = done[_kind(row)]
+            size = 1 if row.alone else batch
+            record["peak_bytes"] = peak_bytes(functools.partial(row.make, labels[:size], ids[:size]))
+        record["flops"], record["flops_unguided"] = row.method.total(parts), row.method.unguided(parts)
         rates = record["samples_per_second"]["median"], record["unguided_samples_per_second"]
-        record["share_of_gemm"], record["share_of_gemm_unguided"] = (
-            count * rate / record["gemm"] for count, rate in zip(done[_kind(row)], rates, strict=True)
-        )
-
-
-def _kind(row: Row) -> str:
-    """Rows of one kind do the same arithmetic: a compiled row that of its eager twin."""
-    if row.name.startswith("+ ") and "dpfast" in row.name:
-        return "few"
-    return "ddim" if "DDIM" in row.name else row.name
+        record["share_of_gemm"] = record["flops"] * rates[0] / record["gemm"]
+        record["share_of_gemm_unguided"] = record["flops_unguided"] * rates[1] / record["gemm"]
 
 
 def table(made: list[Record]) -> str:
@@ -415,7 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
         rates = measure(bench, rows, options.rounds, options.batch)
         made = records(bench, rows, rates, options.batch)
         if not options.only:
-            work(rows, made, options.batch)
+            work(bench, rows, made, options.batch)
         host = None if options.no_compile or options.only else host_share(bench, options.batch)
     print(table(made))
     print(f"\nGEMM {GEMM}: {statistics.median(rates) / 1e9:.0f} GFLOP/s (median of {len(rates)} rounds)")
