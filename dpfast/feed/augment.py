@@ -1,26 +1,140 @@
-"""Augmentations of a batch, drawn from an explicit generator."""
+"""What changes in a batch by chance, drawn in one place for every loader.
+
+A draw is a function of (seed, number of the batch): Philox with that key. Loaders only carry it out, so that all of
+them show the learner the same crops in the same order, and a position restores them.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def random_flips(batch: int, generator: torch.Generator) -> Tensor:
-    """(batch,) bool, True for the half of the samples that is mirrored."""
-    return torch.rand(batch, generator=generator) < 0.5
+TRIES = 10  # boxes drawn for one crop until one lies inside its image, as in torchvision
+RATIOS = (3 / 4, 4 / 3)  # of a box's width and height
 
 
-def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Moves every image (B, C, H, W) by its own offset of up to ``pixels`` each way; repeats the border."""
-    if pixels == 0:
-        return images
-    batch, _, height, width = images.shape
-    offsets = torch.randint(0, 2 * pixels + 1, (2, batch), generator=generator)
-    padded = F.pad(images, (pixels,) * 4, mode="replicate")
-    rows = (offsets[0][:, None] + torch.arange(height))[:, None, :, None]
-    columns = (offsets[1][:, None] + torch.arange(width))[:, None, None, :]
-    sample = torch.arange(batch)[:, None, None, None]
-    channel = torch.arange(images.shape[1])[None, :, None, None]
-    return padded[sample, channel, rows, columns].contiguous(memory_format=torch.channels_last)
+@dataclass(frozen=True)
+class Mix:
+    """One mixture for a whole batch: sample i takes ``share`` of itself and the rest of sample B - 1 - i.
+
+    region: (top, bottom, left, right) that the other sample fills (cutmix), or None where pixels are averaged (mixup).
+    """
+
+    share: float
+    region: tuple[int, int, int, int] | None = None
+
+    def apply(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        """Mixes images (B, C, H, W) in place; labels (B,) become (B, classes) float32 probabilities."""
+        if self.region is None:
+            images.mul_(self.share).add_(images.flip(0), alpha=(1 - self.share) / self.share)
+        else:
+            top, bottom, left, right = self.region
+            images[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
+        targets = F.one_hot(labels, classes).float()
+        return images, targets.lerp(targets.flip(0), 1 - self.share)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The chances of one batch. boxes: (B, 4) float32 (top, left, height, width); flips: (B,) bool; None for none."""
+
+    boxes: Tensor | None
+    flips: Tensor | None
+    mix: Mix | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Which augmentations a loader applies. The default leaves the images as they are.
+
+    Args:
+        flip: mirrors half of the samples left to right.
+        shift: moves a sample by up to so many pixels each way; the border is repeated.
+        crop: the smallest share of the area that a random resized crop keeps (Szegedy et al. 2015: 0.08); 1: none.
+        size: (height, width) of a batch; None: that of the pool's images.
+        mixup, cutmix: alpha of the Beta distribution of the share (Zhang et al. 2018, Yun et al. 2019); 0: none.
+            With both, a batch gets one of the two, each half of the time.
+    """
+
+    flip: bool = False
+    shift: int = 0
+    crop: float = 1.0
+    size: tuple[int, int] | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.shift < 0:
+            raise ValueError(f"shift = {self.shift}, expected at least 0 pixels")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop = {self.crop}, expected a share of the area in (0, 1]")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size = {self.size}, expected at least one pixel each way")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected a finite alpha of at least 0")
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    def resamples(self, image: tuple[int, int]) -> bool:
+        """Whether a batch of images of (height, width) needs boxes."""
+        return self.shift > 0 or self.crop < 1 or self.size not in (None, image)
+
+    def draw(self, batch: int, image: tuple[int, int], *, seed: int, number: int) -> Draw:
+        """The chances of batch ``number`` of ``batch`` images of (height, width)."""
+        random = np.random.Generator(np.random.Philox(key=(seed << 64) + number))
+        flips = torch.from_numpy(random.random(batch) < 0.5) if self.flip else None
+        boxes = None
+        if self.resamples(image):
+            boxes = _crops(random, batch, image, self.crop) if self.crop < 1 else np.tile((0.0, 0, *image), (batch, 1))
+            if self.shift:
+                boxes[:, :2] += random.integers(-self.shift, self.shift + 1, (batch, 2))
+        return Draw(
+            None if boxes is None else torch.from_numpy(boxes.astype(np.float32)),
+            flips,
+            self._mix(random, self.size or image),
+        )
+
+    def _mix(self, random: np.random.Generator, size: tuple[int, int]) -> Mix | None:
+        if not self.mixes:
+            return None
+        if not self.cutmix or (self.mixup and random.random() < 0.5):
+            share = float(random.beta(self.mixup, self.mixup))
+            return Mix(max(share, 1 - share))  # the pairs are symmetric: the larger share names the sample
+        height, width = size
+        side = math.sqrt(1 - random.beta(self.cutmix, self.cutmix))
+        top, bottom = _cut(int(random.integers(height)), side * height, height)
+        left, right = _cut(int(random.integers(width)), side * width, width)
+        return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+
+
+def _cut(centre: int, length: float, limit: int) -> tuple[int, int]:
+    """The ends of a stretch of [0, limit), cut at its ends."""
+    first, last = round(centre - length / 2), round(centre + length / 2)
+    return min(max(first, 0), limit), min(max(last, 0), limit)
+
+
+def _crops(random: np.random.Generator, batch: int, image: tuple[int, int], smallest: float) -> np.ndarray:
+    """(batch, 4) whole-pixel boxes of a random share of the area and a random ratio, at a random place."""
+    height, width = image
+    area = random.uniform(smallest, 1, (batch, TRIES)) * height * width
+    ratio = np.exp(random.uniform(math.log(RATIOS[0]), math.log(RATIOS[1]), (batch, TRIES)))
+    heights, widths = np.round(np.sqrt(area / ratio)), np.round(np.sqrt(area * ratio))
+    fits = (heights <= height) & (widths <= width) & (heights > 0) & (widths > 0)
+    chosen = np.arange(batch), fits.argmax(1)
+    # Where no try fits: the largest box in the middle whose ratio is allowed.
+    largest = min(height, round(width / RATIOS[0])), min(width, round(height * RATIOS[1]))
+    found = fits.any(1)
+    heights = np.where(found, heights[chosen], largest[0])
+    widths = np.where(found, widths[chosen], largest[1])
+    places = random.random((2, batch))
+    tops = np.where(found, np.floor(places[0] * (height - heights + 1)), (height - heights) // 2)
+    lefts = np.where(found, np.floor(places[1] * (width - widths + 1)), (width - widths) // 2)
+    return np.stack([tops, lefts, heights, widths], 1)

@@ -1,17 +1,216 @@
-"""The protocol of the loaders."""
+"""What every loader is: the protocol, the part that they share, and the choice between them.
+
+Batches are prepared ahead, and that is invisible: batch n is a function of (seed, position, pool at the call of
+``next``). When the pool has grown, what was prepared is dropped and drawn anew, so a sample can be in the very next
+batch after its append; it costs the preparation of one batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+import importlib.util
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from dpfast.config import RecipeError
+from dpfast.feed.augment import Augment, Draw
+from dpfast.feed.order import Order
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.rows import CPU
+
+KINDS = ("auto", "dali", "torch")
+
+
+class LoaderError(RuntimeError):
+    """A batch could not be made; ``__cause__`` says why."""
 
 
 class Loader(Protocol):
-    """An endless iterator of (images (B, C, H, W) float32, labels (B,) int64)."""
+    """An endless iterator of (images (B, C, H, W), labels (B,) int64); (B, classes) float32 where batches are mixed.
+
+    waited: seconds that callers have spent in ``next``. state: the position after the last batch, a few integers;
+    ``restore`` goes on from there, whatever had been prepared.
+    """
+
+    waited: float
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
     def __next__(self) -> tuple[Tensor, Tensor]: ...
     def state(self) -> dict[str, int]: ...
     def restore(self, state: dict[str, int]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Request:
+    """One batch in preparation. before, after: the positions; work: what the loader holds until the batch is done."""
+
+    number: int
+    pool_size: int
+    indices: Tensor
+    draw: Draw
+    before: dict[str, int]
+    after: dict[str, int]
+    work: Any = field(default=None)
+
+
+class PoolLoader:
+    """The shared part: order, chances, preparation ahead, positions, mixing. A subclass makes the images.
+
+    Args:
+        pool: must hold a sample before the first batch.
+        batch_size, seed: with the position they determine every batch.
+        mean, std: a pixel v in [0, 255] becomes (v / 255 - mean) / std, one number or one for each channel.
+        device: where the batches are.
+        classes: how many; needed where ``augment`` mixes.
+        fresh_weight: see ``Order``.
+        ahead: batches that are prepared while the caller works.
+    """
+
+    def __init__(
+        self,
+        pool: SamplePool,
+        *,
+        batch_size: int,
+        seed: int,
+        augment: Augment | None = None,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+        device: torch.device = CPU,
+        classes: int | None = None,
+        fresh_weight: float = 1.0,
+        ahead: int = 2,
+    ) -> None:
+        if ahead < 1:
+            raise ValueError(f"ahead = {ahead}, expected at least 1")
+        self.augment = augment or Augment()
+        if self.augment.mixes and classes is None:
+            raise ValueError("mixup and cutmix need classes, the number of classes")
+        self.pool, self.seed, self.classes, self.ahead = pool, seed, classes, ahead
+        self.mean, self.std, self.dtype, self.channels_last, self.device = mean, std, dtype, channels_last, device
+        self.order = Order(seed, batch_size, fresh_weight=fresh_weight)
+        self.waited = 0.0
+        self._number = 0
+        self._queue: deque[Request] = deque()
+        self._position = {"batches": 0, **self.order.state()}
+        self._shape: tuple[int, int, int] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        started = time.perf_counter()
+        size = len(self.pool)
+        if self._queue and self._queue[0].pool_size != size:
+            self._rewind()
+        self._prepare(size)
+        request = self._queue.popleft()
+        try:
+            images, labels = self._finish(request)
+        except BaseException as error:
+            self._queue.appendleft(request)
+            self._rewind()
+            raise LoaderError(f"batch {request.number} could not be made: {error!r}") from error
+        request.work = None
+        if request.draw.mix is not None:
+            assert self.classes is not None
+            images, labels = request.draw.mix.apply(images, labels, self.classes)
+        self._position = request.after
+        self._prepare(size)
+        self.waited += time.perf_counter() - started
+        return images, labels
+
+    def state(self) -> dict[str, int]:
+        return dict(self._position)
+
+    def restore(self, state: dict[str, int]) -> None:
+        self._rewind()
+        self._shape = None
+        self._position = dict(state)
+        self._number = state["batches"]
+        self.order.restore(state)
+
+    def close(self) -> None:
+        """Drops what was prepared and ends the loader's threads."""
+        self._rewind()
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pool's images, before any crop."""
+        if self._shape is None:
+            shape = self.pool.shape if self.pool.codec == "uint8" else None
+            self._shape = tuple(shape or self.pool.images(torch.zeros(1, dtype=torch.int64)).shape[1:])  # type: ignore[assignment]
+        assert self._shape is not None
+        return self._shape
+
+    def batch_shape(self) -> tuple[int, int, int, int]:
+        channels, *size = self.image_shape()
+        return (self.order.batch_size, channels, *(self.augment.size or size))
+
+    def _prepare(self, size: int) -> None:
+        while len(self._queue) < self.ahead:
+            before = {"batches": self._number, **self.order.state()}
+            indices = self.order.next(size, self.pool.fresh if self.order.fresh_weight != 1 else 0)
+            draw = self.augment.draw(len(indices), self.image_shape()[1:], seed=self.seed, number=self._number)
+            after = {"batches": self._number + 1, **self.order.state()}
+            request = Request(self._number, size, indices, draw, before, after)
+            self._number += 1
+            self._start(request)
+            self._queue.append(request)
+
+    def _rewind(self) -> None:
+        """Takes everything back that was prepared and not delivered."""
+        if not self._queue:
+            return
+        before = self._queue[0].before
+        self._drop()
+        self._queue.clear()
+        self._number = before["batches"]
+        self.order.restore(before)
+
+    def _start(self, request: Request) -> None:
+        """Begins to make a batch."""
+        raise NotImplementedError
+
+    def _finish(self, request: Request) -> tuple[Tensor, Tensor]:
+        """The batch of the oldest request that was started."""
+        raise NotImplementedError
+
+    def _drop(self) -> None:
+        """Forgets all requests of the queue."""
+
+
+def dali_installed() -> bool:
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+def choose(kind: str, codec: str = "uint8") -> str:
+    """ "dali" or "torch" for a recipe's ``loader``: "auto" takes the faster one of docs/results.md.
+
+    That is DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or latents. Raises
+    ``RecipeError`` for an unknown loader and for DALI where it is not installed.
+    """
+    if kind not in KINDS:
+        raise RecipeError(f"loader = {kind!r}: 'auto', 'dali' or 'torch'")
+    if kind == "dali" and not dali_installed():
+        raise RecipeError("loader = 'dali': DALI is not installed; pip install 'dpfast[dali]', or choose 'torch'")
+    if kind == "auto":
+        return "dali" if codec == "jpeg" and dali_installed() else "torch"
+    return kind
+
+
+def make_loader(kind: str, pool: SamplePool, **options: Any) -> PoolLoader:
+    """The loader that ``choose`` names; ``options`` are those of ``PoolLoader``."""
+    if choose(kind, pool.codec) == "dali":
+        from dpfast.feed.dali import DaliLoader
+
+        return DaliLoader(pool, **options)
+    from dpfast.feed.torch_loader import TorchLoader
+
+    return TorchLoader(pool, **options)

@@ -1,42 +1,92 @@
-"""The loader in plain torch: gathers a batch from the pool and augments it."""
+"""The loader in plain torch and native kernels: a thread prepares batches on a CPU, a side stream on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpfast.feed.augment import random_flips, random_shift
-from dpfast.feed.order import Order
+from dpfast.feed.crop import crop_rows, resample
+from dpfast.feed.loader import PoolLoader, Request
+from dpfast.feed.slots import Slots
 from dpfast.pool.pool import SamplePool
 
+Batch = tuple[Tensor, Tensor]
 
-class TorchLoader:
-    """Endless batches from a pool. A sample appended to the pool can be in the next batch.
 
-    The batch that follows is a function of (seed, state, pool): ``restore(state())`` repeats it exactly.
+class TorchLoader(PoolLoader):
+    """``PoolLoader`` on ``SamplePool.gather`` and ``dpfast.feed.crop``; every codec and device of the pool.
+
+    On a CPU a batch lies in a slot that is used again when nobody holds the batch any more.
     """
 
-    def __init__(self, pool: SamplePool, *, batch_size: int, seed: int, flip: bool = True, shift: int = 0) -> None:
-        self.pool, self.seed, self.flip, self.shift = pool, seed, flip, shift
-        self.order = Order(seed, batch_size)
-        self.batches = 0
+    def __init__(self, pool: SamplePool, **options: Any) -> None:
+        super().__init__(pool, **options)
+        self._slots = Slots()
+        self._worker = ThreadPoolExecutor(1, "dpfast-loader") if self.device.type == "cpu" else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self
+    def close(self) -> None:
+        super().close()
+        if self._worker is not None:
+            self._worker.shutdown()
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        indices = self.order.next(len(self.pool))
-        generator = torch.Generator().manual_seed((self.seed << 32) + (1 << 31) + self.batches)
-        self.batches += 1
-        flips = random_flips(len(indices), generator) if self.flip else None
-        images, labels = self.pool.gather(indices, flip=flips)
-        return random_shift(images, self.shift, generator), labels
+    def _start(self, request: Request) -> None:
+        if self._worker is not None:
+            self.image_shape()  # here, so that the thread finds it
+            request.work = self._worker.submit(self._make, request)
+            return
+        with torch.cuda.stream(self._stream):
+            batch = self._make(request)
+            request.work = batch, torch.cuda.current_stream().record_event()
 
-    def state(self) -> dict[str, int]:
-        return {"batches": self.batches, **self.order.state()}
+    def _finish(self, request: Request) -> Batch:
+        if isinstance(request.work, Future):
+            return request.work.result()
+        batch: Batch
+        batch, done = request.work
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(done)
+        for tensor in batch:
+            tensor.record_stream(stream)
+        return batch
 
-    def restore(self, state: dict[str, int]) -> None:
-        self.batches = state["batches"]
-        self.order.restore(state)
+    def _drop(self) -> None:
+        for request in self._queue:
+            if isinstance(request.work, Future) and not request.work.cancel():
+                request.work.exception()  # waits: the pool may go away after this
+
+    @torch.no_grad()
+    def _make(self, request: Request) -> Batch:
+        pool, indices, boxes, flips = self.pool, request.indices, request.draw.boxes, request.draw.flips
+        shape = self.batch_shape()
+        size = shape[2], shape[3]
+        layout: dict[str, Any] = {"dtype": self.dtype, "channels_last": self.channels_last}
+        if boxes is None:
+            out = self._slots.batch(shape, **layout) if pool.gathers_in_place(self.device) else None
+            return pool.gather(indices, flip=flips, mean=self.mean, std=self.std, device=self.device, out=out, **layout)
+        if pool.gathers_in_place(self.device):
+            view, channels = pool.view, shape[1]
+            images = crop_rows(
+                view.payload,
+                view.size,
+                self.image_shape(),
+                indices,
+                boxes,
+                size=size,
+                flip=flips,
+                mean=(self.mean,) * channels if isinstance(self.mean, (int, float)) else self.mean,
+                std=(self.std,) * channels if isinstance(self.std, (int, float)) else self.std,
+                out=self._slots.batch(shape, **layout),
+                **layout,
+            )
+            return images, view.take_column("label", indices)
+        images, labels = pool.gather(
+            indices, mean=self.mean, std=self.std, dtype=torch.float32, channels_last=False, device=self.device
+        )
+        flips = None if flips is None else flips.to(self.device)
+        images = resample(images, boxes.to(self.device), size, flips)
+        memory = torch.channels_last if self.channels_last else torch.contiguous_format
+        return images.to(self.dtype, memory_format=memory), labels

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpfast.ops import _dispatch, gather_batch
+from dpfast.ops import _check, _dispatch, gather_batch
 from dpfast.ops.gather import _constants as constants
 from dpfast.pool import codecs
 from dpfast.pool.columns import COLUMNS, RECORD
@@ -358,17 +358,21 @@ class SamplePool:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
         device: torch.device = CPU,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normalised images (B, C, H, W) and int64 labels (B,) of the samples at ``indices`` (B,), on ``device``.
 
         flip: (B,) bool, mirrors a sample left to right. A pixel v in [0, 255] becomes (v / 255 - mean) / std, one
         number or one for each channel. Latents are decoded first, without rounding to uint8.
+        out: where to write the images, in their shape, dtype and layout, where ``gathers_in_place``.
         """
         view = self._view
         indices = indices.to(CPU, torch.int64).contiguous()
         labels = view.take_column("label", indices).to(device, non_blocking=True)
-        if self.codec == "uint8" and self._one_pass(view, device):
-            return self._gather_chunks(view, indices, flip, mean, std, dtype, channels_last), labels
+        if self.gathers_in_place(device):
+            return self._gather_chunks(view, indices, flip, mean, std, dtype, channels_last, out), labels
+        if out is not None:
+            raise ValueError("out is for pools of pixels on the host and the native kernels")
         if self.codec == "fp16":
             images = self._decoded(self.payload(indices, device=device))
             if flip is not None:
@@ -395,9 +399,10 @@ class SamplePool:
         with torch.no_grad():
             return self.decode(latents.float())
 
-    def _one_pass(self, view: View, device: torch.device) -> bool:
+    def gathers_in_place(self, device: torch.device) -> bool:
+        """Whether the native kernels read a batch of pixels for ``device`` in the pool's chunks, without a copy."""
         native = _dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.shape is not None
-        return native and view.payload.on_host
+        return native and self.codec == "uint8" and self._view.payload.on_host
 
     def _gather_chunks(
         self,
@@ -408,10 +413,14 @@ class SamplePool:
         std: float | Sequence[float],
         dtype: torch.dtype,
         channels_last: bool,
+        out: Tensor | None,
     ) -> Tensor:
         """``gather_batch`` over the table of chunks: the native kernel finds a row through its chunk's address."""
         assert self.shape is not None
-        out = torch.empty(len(indices), *self.shape, dtype=dtype, memory_format=_layout(channels_last))
+        target = (len(indices), *self.shape)
+        if out is None:
+            out = torch.empty(target, dtype=dtype, memory_format=_layout(channels_last))
+        _check.target("out", out, dtype, target, CPU, channels_last)
         scale, bias = constants(*_channels(mean, std, self.shape[0]), self.shape[0], CPU)
         flip = None if flip is None else flip.to(torch.bool).contiguous()
         if flip is not None and flip.shape != indices.shape:

@@ -50,20 +50,30 @@ class ChunkTable:
         return self.chunks[chunk][: self.chunk_rows * self.stride].view(self.chunk_rows, self.stride)
 
     def take(
-        self, indices: Tensor, total: int, *, offset: int = 0, width: int | None = None, device: torch.device = CPU
+        self,
+        indices: Tensor,
+        total: int,
+        *,
+        offset: int = 0,
+        width: int | None = None,
+        device: torch.device = CPU,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Bytes ``offset`` to ``offset + width`` of the rows at ``indices``, on ``device``: (B, width) uint8.
 
-        indices: (B,) int64 on the CPU. Raises ``IndexError`` for one outside [0, total).
+        indices: (B,) int64 on the CPU. out: (B, width) uint8, contiguous, on ``device``.
+        Raises ``IndexError`` for an index outside [0, total).
         """
         width = self.stride if width is None else width
         indices = indices.contiguous()
         if _dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.on_host:
-            return self._native(indices, total, offset, width)
+            return self._native(indices, total, offset, width, out)
         check_indices(indices, total)
         if _dispatch.backend_for(device) == "triton" and self.kinds <= {str(device), "pinned"}:
-            return self._triton(indices, offset, width, device)
-        return self.reference(indices, offset, width, device)
+            rows = self._triton(indices, offset, width, device)
+        else:
+            rows = self.reference(indices, offset, width, device)
+        return rows if out is None else out.copy_(rows)
 
     @property
     def on_host(self) -> bool:
@@ -81,8 +91,11 @@ class ChunkTable:
             out[places.to(device)] = block[rows, offset : offset + width].to(device)
         return out
 
-    def _native(self, indices: Tensor, total: int, offset: int, width: int) -> Tensor:
-        out = torch.empty(len(indices), width, dtype=torch.uint8)
+    def _native(self, indices: Tensor, total: int, offset: int, width: int, out: Tensor | None) -> Tensor:
+        if out is None:
+            out = torch.empty(len(indices), width, dtype=torch.uint8)
+        elif out.shape != (len(indices), width) or out.dtype != torch.uint8 or not out.is_contiguous():
+            raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected contiguous uint8 {len(indices), width}")
         addresses = self.addresses + offset if offset else self.addresses
         inside = _dispatch.native_module().rows(
             addresses.data_ptr(),

@@ -1,70 +1,222 @@
-"""Order and loader: every sample once a pass, growth at once, exact restore."""
+"""Both loaders: the same batches, exact positions, appends in the next batch, errors that arrive."""
 
+import threading
+
+import pytest
 import torch
 
-from dpfast.feed.augment import random_shift
-from dpfast.feed.order import Order
-from dpfast.feed.torch_loader import TorchLoader
-from dpfast.generate.sampler import SampleBatch
+from dpfast.config import RecipeError
+from dpfast.feed import loader as loaders
+from dpfast.feed.augment import Augment
+from dpfast.feed.loader import LoaderError, choose, make_loader
+from dpfast.feed.slots import Slots
 from dpfast.pool.pool import SamplePool
+from tests.pool.helpers import Batch
+
+DALI = pytest.param("dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed"))
+KINDS = ["torch", DALI]
+EVERYTHING = Augment(flip=True, shift=1, crop=0.3, size=(12, 10), mixup=0.2, cutmix=1.0)
 
 
-def pool_of(count, pool=None):
-    pool = pool or SamplePool()
-    ids = torch.arange(len(pool), len(pool) + count)
-    images = (ids % 256).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
-    pool.append(SampleBatch(images=images, labels=ids, sample_ids=ids, entropy=ids.float()), round=0, omega=0.0)
+def pool_of(count=30, shape=(3, 14, 16), codec="uint8", **options):
+    pool = SamplePool(codec, **options)
+    grow(pool, count, shape)
     return pool
 
 
-def test_a_pass_covers_every_sample_once():
-    order = Order(seed=0, batch_size=7)
-    seen = torch.cat([order.next(50) for _ in range(50)])  # 350 indices: seven passes
-    assert [sorted(part.tolist()) == list(range(50)) for part in seen.split(50)] == [True] * 7
-    assert not torch.equal(seen[:50], seen[50:100])
+def batch_of(first, images):
+    ids = torch.arange(first, first + len(images))
+    return Batch(images, ids, ids, torch.zeros(len(images)))
 
 
-def test_growth_starts_a_pass_over_everything_at_once():
-    order = Order(seed=0, batch_size=10)
-    order.next(20)
-    seen = torch.cat([order.next(60) for _ in range(6)])
-    assert sorted(seen.tolist()) == list(range(60))
+def grow(pool, count, shape=(3, 14, 16)):
+    """Appends images of which all pixels of sample i are near 5 i; its label is its place."""
+    first = len(pool)
+    generator = torch.Generator().manual_seed(first)
+    base = 5 * (torch.arange(first, first + count) % 50)[:, None, None, None]
+    images = (base + torch.randint(0, 5, (count, *shape), generator=generator)).to(torch.uint8)
+    pool.append(batch_of(first, images), round=int(first > 0), omega=0.0)
 
 
-def test_order_restores_from_its_state():
-    order, twin = Order(seed=3, batch_size=9), Order(seed=3, batch_size=9)
-    for _ in range(11):
-        order.next(40)
-    twin.restore(order.state())
-    assert all(torch.equal(order.next(size), twin.next(size)) for size in (40, 40, 40, 55, 55))
+@pytest.fixture
+def make():
+    made = []
+
+    def new(kind, pool, **options):
+        made.append(make_loader(kind, pool, **{"batch_size": 8, "seed": 3, "classes": 100} | options))
+        return made[-1]
+
+    yield new
+    for loader in made:
+        loader.close()
 
 
-def test_loader_repeats_exactly_from_its_state():
-    loader = TorchLoader(pool_of(30), batch_size=8, seed=1, flip=True, shift=2)
-    for _ in range(5):
-        next(loader)
-    twin = TorchLoader(loader.pool, batch_size=8, seed=1, flip=True, shift=2)
+def take(loader, count):
+    return [next(loader) for _ in range(count)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) and torch.equal(s, t) for (x, s), (y, t) in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_epochs_with_an_append_in_between_show_every_sample_once_each(kind, make):
+    pool = pool_of(24)
+    loader = make(kind, pool)
+    for _ in range(2):
+        labels = torch.cat([labels for _, labels in take(loader, 3)])
+        assert torch.equal(labels.sort().values, torch.arange(24))
+    grow(pool, 16)
+    labels = torch.cat([labels for _, labels in take(loader, 5)])
+    assert torch.equal(labels.sort().values, torch.arange(40))  # the new ones are in the batches right after
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_preparation_is_invisible(kind, make):
+    """However far ahead, appends in between or not, the batches are those of a loader that draws at each call."""
+
+    def run(ahead):
+        pool, batches = pool_of(20), []
+        loader = make(kind, pool, ahead=ahead, augment=EVERYTHING)
+        for step in range(9):
+            if step in (3, 4, 7):
+                grow(pool, 5)
+            batches.append(next(loader))
+        return batches
+
+    assert same(run(1), run(4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("augment", [Augment(), EVERYTHING], ids=["plain", "augmented"])
+def test_a_position_restores_the_next_batch_exactly(kind, augment, make):
+    pool = pool_of()
+    first, again = (make(kind, pool, augment=augment) for _ in range(2))
+    take(first, 5)
+    state = first.state()
+    assert all(type(value) is int for value in state.values())
+    rest = take(first, 6)
+    take(again, 2)
+    again.restore(state)
+    assert same(take(again, 6), rest)
+    first.restore(state)
+    assert same(take(first, 6), rest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_belong_to_their_images_and_held_batches_stay(kind, make):
+    loader = make(kind, pool_of(50), augment=Augment(flip=True, shift=2, crop=0.5), mean=0.0, std=1 / 255)
+    held = take(loader, 12)
+    for images, labels in held:
+        assert images.shape == (8, 3, 14, 16)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            assert 5 * label - 0.001 < float(image.min()) <= float(image.max()) < 5 * label + 4.001
+
+
+@pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed")
+@pytest.mark.parametrize("codec", ["uint8", "jpeg", "fp16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_dali_and_torch_show_the_same_pixels(codec, channels, make):
+    """Without augmentation the same bytes, normalised to within the last bits; with it the same crops and flips."""
+    shape = (channels, 14, 16)
+    if codec == "fp16":
+        pool = SamplePool("fp16", decode=lambda z: torch.tanh(z).repeat_interleave(2, 2).repeat_interleave(2, 3))
+        latents = torch.randn(30, channels, 7, 8, generator=torch.Generator().manual_seed(0)).half()
+        pool.append(batch_of(0, latents), payload=latents, round=0, omega=0.0)
+    else:
+        pool = pool_of(30, shape, codec)
+    for augment in (Augment(), Augment(flip=True, shift=3, crop=0.2, size=(9, 21))):
+        for options in ({}, {"channels_last": False, "mean": [0.4] * channels, "std": [0.2] * channels}):
+            ours, dali = (make(kind, pool, augment=augment, **options) for kind in ("torch", "dali"))
+            for (a, labels), (b, same_labels) in zip(take(ours, 5), take(dali, 5), strict=True):
+                assert torch.equal(labels, same_labels)
+                assert a.shape == b.shape
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # 5.1e-6 measured
+                if not options and augment == Augment() and codec != "fp16":
+                    assert torch.equal(a.add(1).mul(127.5).round(), b.add(1).mul(127.5).round())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_the_rounded_batch(kind, make):
+    pool = pool_of()
+    full, half = (make(kind, pool, augment=EVERYTHING, dtype=dtype) for dtype in (torch.float32, torch.float16))
+    for (a, targets), (b, same_targets) in zip(take(full, 3), take(half, 3), strict=True):
+        assert torch.equal(targets, same_targets)
+        assert b.dtype == torch.float16
+        torch.testing.assert_close(a, b.float(), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dies", [OSError("disk gone"), SystemExit(3)])
+def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, make, monkeypatch):
+    pool = pool_of()
+    loader, twin = make("torch", pool), make("torch", pool)
+    take(loader, 2)
+    take(twin, 2)
+    gather = pool.gather
+
+    def dying(indices, **options):
+        if threading.current_thread() is not threading.main_thread():
+            raise dies
+        return gather(indices, **options)
+
+    take(loader, 2), take(twin, 2)
+    monkeypatch.setattr(pool, "gather", dying)
+    with pytest.raises(LoaderError, match="could not be made") as caught:
+        take(loader, 4)
+    assert caught.value.__cause__ is dies
+    monkeypatch.setattr(pool, "gather", gather)
     twin.restore(loader.state())
-    for _ in range(5):
-        (images, labels), (images_twin, labels_twin) = next(loader), next(twin)
-        assert torch.equal(images, images_twin)
-        assert torch.equal(labels, labels_twin)
+    assert same(take(loader, 3), take(twin, 3))
 
 
-def test_new_samples_are_in_the_batches_after_an_append():
-    pool = pool_of(8)
-    loader = TorchLoader(pool, batch_size=8, seed=0, flip=False)
-    assert int(next(loader)[1].max()) < 8
-    pool_of(8, pool)
-    labels = torch.cat([next(loader)[1] for _ in range(2)])
-    assert sorted(labels.tolist()) == list(range(16))
+@pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed")
+def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make):
+    pool = pool_of(8, codec="jpeg")
+    loader = make("dali", pool, batch_size=4)
+    take(loader, 2)
+    good, pool.payload = pool.payload, lambda indices: [b"\xff\xd8 no image"] * len(indices)
+    with pytest.raises(LoaderError, match="could not be made"):
+        take(loader, 4)
+    pool.payload = good
+    assert next(loader)[0].shape == (4, 3, 14, 16)
 
 
-def test_shift_moves_each_image_by_its_own_whole_offset():
-    images = torch.arange(64.0).view(1, 1, 8, 8).expand(20, 1, 8, 8)
-    moved = random_shift(images, 2, torch.Generator().manual_seed(0))
-    offsets = {(int(m[0, 4, 4]) // 8 - 4, int(m[0, 4, 4]) % 8 - 4) for m in moved}
-    assert len(offsets) > 5
-    assert all(max(abs(dy), abs(dx)) <= 2 for dy, dx in offsets)
-    dy, dx = int(moved[0, 0, 4, 4]) // 8 - 4, int(moved[0, 0, 4, 4]) % 8 - 4
-    assert torch.equal(moved[0, 0, 2:6, 2:6], images[0, 0, 2 + dy : 6 + dy, 2 + dx : 6 + dx])
+def test_waiting_is_measured(make, monkeypatch):
+    pool = pool_of()
+    loader, gather = make("torch", pool), pool.gather
+    monkeypatch.setattr(
+        pool, "gather", lambda *args, **options: (threading.Event().wait(0.05), gather(*args, **options))[1]
+    )
+    take(loader, 4)
+    assert 0.15 < loader.waited < 2
+
+
+def test_slots_are_used_again_when_nobody_holds_them():
+    slots = Slots()
+    first = slots.batch((2, 3, 4, 5), torch.float32, channels_last=True)
+    view = first[1:]
+    address = first.data_ptr()
+    del first
+    second = slots.batch((2, 3, 4, 5), torch.float32, channels_last=True)
+    assert second.data_ptr() != address  # a view still holds the first
+    del view
+    assert slots.batch((2, 3, 4, 5), torch.float32, channels_last=False).data_ptr() == address
+    graph = torch.nn.Parameter(torch.ones(1)) * slots.batch((1, 1, 1, 120), torch.float32, channels_last=True)
+    slots.batch((1, 1, 1, 120), torch.float32, channels_last=True)
+    assert len(slots) == 3  # of the second, of the graph, and a free one
+    del graph, second
+
+
+def test_the_choice_is_checked(monkeypatch):
+    assert choose("torch") == "torch"
+    with pytest.raises(RecipeError, match="loader = 'tf'"):
+        choose("tf")
+    monkeypatch.setattr(loaders, "dali_installed", lambda: False)
+    assert choose("auto", "jpeg") == "torch"
+    with pytest.raises(RecipeError, match="DALI is not installed"):
+        choose("dali")
+    with pytest.raises(ValueError, match="classes"):
+        make_loader("torch", SamplePool(), batch_size=2, seed=0, augment=Augment(mixup=0.1))
+    with pytest.raises(ValueError, match="ahead = 0"):
+        make_loader("torch", SamplePool(), batch_size=2, seed=0, ahead=0)

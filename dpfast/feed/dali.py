@@ -1,0 +1,146 @@
+"""The loader on NVIDIA DALI 2: decoding, crop, resize, flip, normalise, cast and layout in its pipeline.
+
+``external_source`` takes batches that are gathered from the pool; nothing is copied on the way in, and DALI's outputs
+become tensors in place. What a batch was gathered into stays untouched until DALI has delivered that batch: the request
+holds it, however deep the queue is. DALI draws nothing by chance: boxes and flips come with the batch, so both loaders
+show the same crops. Batches are fed one by one and never end, so there is no epoch to reset.
+
+Without a GPU (``device_id=None``) DALI takes NumPy arrays; it fails on torch's CPU tensors beside a torch without CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpfast.feed.loader import PoolLoader, Request
+from dpfast.feed.slots import Slots
+from dpfast.pool.pool import SamplePool
+
+
+class DaliLoader(PoolLoader):
+    """``PoolLoader`` on a DALI pipeline, whose queue is ``ahead`` deep. fp32 and fp16.
+
+    Raises ``ImportError`` where DALI is not installed.
+    """
+
+    def __init__(self, pool: SamplePool, **options: Any) -> None:
+        import nvidia.dali  # noqa: F401 - an early error, while the caller looks
+
+        super().__init__(pool, **options)
+        if self.dtype not in (torch.float32, torch.float16):
+            raise TypeError(f"dtype = {self.dtype}: DALI normalises to float32 or float16")
+        self._slots = Slots()
+        self._pipeline: Any = None
+        self._fed = 0  # batches that DALI was given before its first run
+
+    def close(self) -> None:
+        super().close()
+        self._pipeline = None
+
+    def _start(self, request: Request) -> None:
+        if self._pipeline is None:
+            self._pipeline, self._fed = self._build(), 0
+        request.work = images, _ = self._gather(request.indices)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        self._pipeline.feed_input("images", images, cuda_stream=stream)
+        if request.draw.boxes is not None:
+            boxes = request.draw.boxes.numpy()
+            self._pipeline.feed_input("start", np.ascontiguousarray(boxes[:, :2]))
+            self._pipeline.feed_input("end", boxes[:, :2] + boxes[:, 2:])
+        if request.draw.flips is not None:
+            self._pipeline.feed_input("flip", request.draw.flips.numpy().astype(np.int32))
+        self._fed += 1
+        if self._fed >= self.ahead:  # the first run starts as many batches as the queue is deep
+            self._pipeline.schedule_run()
+
+    def _finish(self, request: Request) -> tuple[Tensor, Tensor]:
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        try:
+            (output,) = self._pipeline.share_outputs(cuda_stream=stream)
+        except RuntimeError:
+            self._pipeline = None  # DALI says that it cannot be used any more
+            raise
+        images = torch.from_dlpack(output.as_tensor())  # the memory is now the tensor's
+        self._pipeline.release_outputs()
+        return images.permute(0, 3, 1, 2) if self.channels_last else images, request.work[1]
+
+    def _drop(self) -> None:
+        if self._pipeline is None:
+            return
+        if self._fed < self.ahead:
+            self._pipeline = None  # it has inputs and has not run
+            return
+        for _ in self._queue:
+            self._pipeline.share_outputs()
+            self._pipeline.release_outputs()
+
+    def _gather(self, indices: Tensor) -> tuple[Any, Tensor]:
+        """What DALI is fed, and the labels."""
+        pool, view = self.pool, self.pool.view
+        if pool.codec == "jpeg":
+            files = [np.frombuffer(data, np.uint8) for data in pool.payload(indices)]
+            return files, view.take_column("label", indices).to(self.device)
+        if pool.codec == "fp16":  # decoded to floats on the scale of bytes
+            images, labels = pool.gather(indices, mean=0.0, std=1 / 255, channels_last=False, device=self.device)
+            return images if self.device.type == "cuda" else images.numpy(), labels
+        labels = view.take_column("label", indices)
+        if self.device.type == "cuda":
+            return pool.payload(indices, device=self.device), labels.to(self.device, non_blocking=True)
+        slot = self._slots.take(len(indices) * view.payload.stride)
+        view.payload.take(indices, view.size, out=torch.from_numpy(slot).view(len(indices), -1))
+        return slot.reshape(len(indices), *self.image_shape()), labels
+
+    def _build(self) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        batch, channels, height, width = self.batch_shape()
+        cuda = self.device.type == "cuda"
+        jpeg = self.pool.codec == "jpeg"
+        dtype = types.FLOAT if self.dtype == torch.float32 else types.FLOAT16
+        pipeline = Pipeline(
+            batch_size=batch,
+            num_threads=torch.get_num_threads(),
+            device_id=(self.device.index or torch.cuda.current_device()) if cuda else None,
+            prefetch_queue_depth=self.ahead,
+        )
+        with pipeline:
+            images = fn.external_source(
+                name="images",
+                device="gpu" if cuda and not jpeg else "cpu",
+                no_copy=True,
+                dtype=types.FLOAT if self.pool.codec == "fp16" else types.UINT8,
+                ndim=1 if jpeg else 3,
+                layout=None if jpeg else "CHW",
+            )
+            if jpeg:
+                colours = types.GRAY if channels == 1 else types.RGB
+                images = fn.decoders.image(images, device="mixed" if cuda else "cpu", output_type=colours)
+            if self.augment.resamples(self.image_shape()[1:]):
+                images = fn.resize(
+                    images,
+                    size=[height, width],
+                    roi_start=fn.external_source(name="start", dtype=types.FLOAT, ndim=1),
+                    roi_end=fn.external_source(name="end", dtype=types.FLOAT, ndim=1),
+                    interp_type=types.INTERP_TRIANGULAR,
+                    antialias=True,
+                    dtype=types.FLOAT,
+                )
+            images = fn.crop_mirror_normalize(
+                images,
+                mirror=fn.external_source(name="flip", dtype=types.INT32, ndim=0) if self.augment.flip else 0,
+                mean=[255.0 * v for v in self._per_channel(self.mean, channels)],
+                std=[255.0 * v for v in self._per_channel(self.std, channels)],
+                dtype=dtype,
+                output_layout="HWC" if self.channels_last else "CHW",
+            )
+            pipeline.set_outputs(images)
+        pipeline.build()
+        return pipeline
+
+    @staticmethod
+    def _per_channel(value: Any, channels: int) -> list[float]:
+        return [value] * channels if isinstance(value, (int, float)) else list(value)
