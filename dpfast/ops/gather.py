@@ -10,6 +10,7 @@ Bytes: B C H W (1 + b_out) + 8 B.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,48 +56,61 @@ def gather_kernel(
     WIDTH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     FLIP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PLANES: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):
-    """BLOCK elements a program in the order of the output, so that stores are wide: of an image or of a plane."""
+    """PIXELS output pixels a program, of one plane or, in channels_last order, of all (PLANES, a power of two).
+
+    Bytes arrive in groups of GROUP, a divisor of the width, and so does a mirror image: the groups of a line are read
+    in reverse order, and the bytes of a group are reversed on the chip, where channels are interleaved as well.
+    """
     PLANE: tl.constexpr = HEIGHT * WIDTH
-    IMAGE: tl.constexpr = CHANNELS * PLANE
+    COUNT: tl.constexpr = CHANNELS if CHANNELS_LAST else 1
     image = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if CHANNELS_LAST:
-        inside = element < IMAGE
-        channel, pixel = element % CHANNELS, element // CHANNELS
-        source = channel * PLANE + pixel
-        target = element
+    first_pixel = tl.program_id(1) * PIXELS
+    first_channel = 0 if CHANNELS_LAST else tl.program_id(2)
+    index = tl.load(indices + image)
+    legal = (index >= 0) & (index < rows)
+    source = store + tl.where(legal, index, 0) * row_stride + first_channel * PLANE
+    mirrored = tl.load(flip + image).to(tl.int32) if FLIP else 0
+
+    plane = tl.arange(0, PLANES)[:, None, None]
+    group = first_pixel // GROUP + tl.arange(0, PIXELS // GROUP)[None, :, None]
+    # A product, not a choice, and of whole groups: the compiler can tell that every start is aligned.
+    start = (group + mirrored * (WIDTH // GROUP - 1 - 2 * (group % (WIDTH // GROUP)))) * GROUP
+    inside = (plane < COUNT) & (group < PLANE // GROUP)
+    lane = tl.arange(0, GROUP)[None, None, :]
+    byte = tl.reshape(tl.load(source + (plane * PLANE + start + lane), mask=inside, other=0), (PLANES * PIXELS,))
+
+    element = tl.arange(0, PLANES * PIXELS)
+    pixel, channel = element // COUNT, element % COUNT
+    if FLIP or COUNT > 1:
+        # The elements behind the last of COUNT * PIXELS are not stored; their index only has to exist.
+        here = tl.minimum(pixel, PIXELS - 1)
+        if FLIP:
+            here = here ^ (mirrored * (GROUP - 1))
+        byte = tl.gather(byte, channel * PIXELS + here, 0)
+    if COUNT > 1:
         # A choice between registers is cheaper than two loads an element.
-        factor = tl.full((BLOCK,), 0.0, tl.float32)
-        offset = tl.full((BLOCK,), 0.0, tl.float32)
-        for c in tl.static_range(CHANNELS):
+        factor = tl.full((PLANES * PIXELS,), 0.0, tl.float32)
+        offset = tl.full((PLANES * PIXELS,), 0.0, tl.float32)
+        for c in tl.static_range(COUNT):
             factor = tl.where(channel == c, tl.load(scale + c), factor)
             offset = tl.where(channel == c, tl.load(bias + c), offset)
     else:
-        inside = element < PLANE
-        channel, pixel = tl.program_id(2), element
-        source = channel * PLANE + element
-        target = source
-        factor, offset = tl.load(scale + channel), tl.load(bias + channel)
-    index = tl.load(indices + image)
-    legal = (index >= 0) & (index < rows)
-    line = store + tl.where(legal, index, 0) * row_stride
-    if FLIP:
-        # A branch for the whole program: an image that is not mirrored keeps its wide loads.
-        if tl.load(flip + image) != 0:
-            byte = tl.load(line + (source + (WIDTH - 1) - 2 * (pixel % WIDTH)), mask=inside, other=0)
-        else:
-            byte = tl.load(line + source, mask=inside, other=0)
-    else:
-        byte = tl.load(line + source, mask=inside, other=0)
+        factor, offset = tl.load(scale + first_channel), tl.load(bias + first_channel)
     value = tl.where(legal, byte.to(tl.float32) * factor + offset, float("nan"))
-    tl.store(out + image * IMAGE + target, value.to(out.dtype.element_ty), mask=inside)
+    target = out + image * (CHANNELS * PLANE) + first_channel * PLANE + first_pixel * COUNT
+    last = tl.minimum(PLANE - first_pixel, PIXELS) * COUNT
+    tl.store(target + element, value.to(out.dtype.element_ty), mask=element < last)
 
 
-def settings(channels_last: bool) -> int:
-    """Elements of a program: 16 bytes a thread of the store where its lines lie in the order of the output."""
-    return 1024 if channels_last else 2048
+def settings(channels: int, height: int, width: int, channels_last: bool) -> tuple[int, int, int]:
+    """Bytes of a group, planes and pixels of a program, which loads 16 bytes a thread where there are as many."""
+    group = math.gcd(width, 16)
+    planes = next_power(channels) if channels_last else 1
+    return group, planes, max(group, min(next_power(height * width), 2048 // planes))
 
 
 def _is_channels_last(out: Tensor) -> bool:
@@ -108,9 +122,8 @@ def _triton(request: Request, out: Tensor) -> None:
         return
     store, flip, channels_last = request.store, request.flip, _is_channels_last(out)
     channels, height, width = store.shape[1:]
-    elements = channels * height * width if channels_last else height * width
-    block = min(max(next_power(elements), 16), settings(channels_last))
-    gather_kernel[(len(out), -(-elements // block), 1 if channels_last else channels)](
+    group, planes, pixels = settings(channels, height, width, channels_last)
+    gather_kernel[(len(out), -(-height * width // pixels), 1 if channels_last else channels)](
         store,
         request.indices.contiguous(),
         None if flip is None else flip.contiguous().view(torch.uint8),
@@ -124,7 +137,9 @@ def _triton(request: Request, out: Tensor) -> None:
         width,
         channels_last,
         flip is not None,
-        block,
+        group,
+        planes,
+        pixels,
         num_warps=WARPS,
     )
 
