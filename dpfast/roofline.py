@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -167,5 +167,5 @@ def _latent(name: str, denoiser: Pass, side: int) -> Work:
         )
 
 
-def _frozen(model: nn.Module) -> nn.Module:
+def _frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)

@@ -74,11 +74,12 @@ class TinyDecoder:
 
     def __init__(self, tiny: nn.Module) -> None:
         # Channels last: a third faster with its gradient on a CPU, and what convolutions on a GPU want.
-        self.tiny = tiny.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.tiny: Any = tiny.eval().requires_grad_(False)
+        self.tiny.to(memory_format=torch.channels_last)
         self._unscale = Unscale(tiny)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return self.tiny.decode(self._unscale(latents)).sample.float()  # type: ignore[operator]
+        return self.tiny.decode(self._unscale(latents)).sample.float()
 
 
 class IdentityDecoder:
