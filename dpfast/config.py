@@ -97,6 +97,10 @@ class Learner:
     cooldown: float = 0.2  # fraction of the iterations, cosine to zero; no samples are added in it
     flip: bool = True  # random horizontal flip
     shift: int = 2  # random translation, pixels
+    crop: float = 1.0  # random resized crop: the smallest share of the area that is kept; 1: none
+    mixup: float = 0.0  # alpha of the Beta distribution of the share; 0: none
+    cutmix: float = 0.0  # the same; with both, a batch gets one of the two
+    loader: str = "auto"  # "dali", "torch", or the faster one for what the pool holds
 
     def __post_init__(self) -> None:
         _check(":" in self.model, "model", self.model, "'transformers:Class', 'timm:name' or 'package.module:factory'")
@@ -108,6 +112,10 @@ class Learner:
         _check(0 <= self.warmup < 1, "warmup", self.warmup, "in [0, 1)")
         _check(0 <= self.cooldown <= 1 - self.warmup, "cooldown", self.cooldown, f"in [0, {1 - self.warmup:g}]")
         _check(self.shift >= 0, "shift", self.shift, "at least 0 pixels")
+        _check(0 < self.crop <= 1, "crop", self.crop, "in (0, 1]; 1 switches the random resized crop off")
+        _check(self.mixup >= 0, "mixup", self.mixup, "at least 0")
+        _check(self.cutmix >= 0, "cutmix", self.cutmix, "at least 0")
+        _check(self.loader in ("auto", "dali", "torch"), "loader", self.loader, "'auto', 'dali' or 'torch'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ class Trainer:
             torch._foreach_copy_(averaged, current)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimiser step on images (B, C, H, W) and labels (B,); returns the loss, a 0-d tensor."""
+        """One optimiser step on images (B, C, H, W) and labels (B,) or (B, K) probabilities; returns the 0-d loss."""
         loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

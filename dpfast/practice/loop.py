@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ from tqdm import tqdm
 
 from dpfast.config import Recipe, RecipeError
 from dpfast.data.real import RealData, load_real
-from dpfast.feed.torch_loader import TorchLoader
+from dpfast.feed.augment import Augment
+from dpfast.feed.loader import choose, make_loader
 from dpfast.generate.pipeline import Pipeline
 from dpfast.generate.sampler import SampleBatch
 from dpfast.learn.evaluate import Evaluation, evaluate, predict
@@ -53,6 +55,7 @@ class Result:
     initial_seconds: float  # of the generation, the part before training
     generation_seconds: float
     training_seconds: float
+    loader_wait: float  # time spent waiting for batches over the time of the learner's steps
 
 
 class Loop:
@@ -76,8 +79,15 @@ class Loop:
         config = recipe.learner
         self.trainer = Trainer(new_learner(recipe, pipeline), config, iterations=recipe.practice.iterations)
         self.pool = SamplePool()
-        self.loader = TorchLoader(
-            self.pool, batch_size=config.batch_size, seed=recipe.seed, flip=config.flip, shift=config.shift
+        self.loader = make_loader(
+            config.loader,
+            self.pool,
+            batch_size=config.batch_size,
+            seed=recipe.seed,
+            augment=Augment(
+                flip=config.flip, shift=config.shift, crop=config.crop, mixup=config.mixup, cutmix=config.cutmix
+            ),
+            classes=pipeline.denoiser.classes,
         )
         self.patience = Patience(
             initial=recipe.practice.patience,
@@ -95,11 +105,12 @@ class Loop:
 
     def run(self, source: Source, probe: SampleBatch) -> Result:
         """Runs the loop. ``probe``: unguided samples outside every pool, the yardstick for the entropy of new ones."""
-        if self.folder is None:
-            return self._run(source, probe)
-        names = self.pipeline.class_names
-        with Saver(self.pool, self.folder.pool(self.name), classes=names, truncate=True) as self.saver:
-            return self._run(source, probe)
+        with contextlib.closing(self.loader):
+            if self.folder is None:
+                return self._run(source, probe)
+            names = self.pipeline.class_names
+            with Saver(self.pool, self.folder.pool(self.name), classes=names, truncate=True) as self.saver:
+                return self._run(source, probe)
 
     def _run(self, source: Source, probe: SampleBatch) -> Result:
         practice, trainer = self.recipe.practice, self.trainer
@@ -107,11 +118,15 @@ class Loop:
             self._add(source.initial(), source.initial_samples, omega=0.0, label=f"{self.name}: initial samples")
             self.initial_seconds = self.generation_seconds
         started, generated = time.perf_counter(), self.generation_seconds
+        stepping, waited = 0.0, self.loader.waited
         loss_sum = torch.zeros(())
         with self._bar(practice.iterations, "it", f"{self.name}: training") as bar:
             bar.update(trainer.step_count)
             while trainer.step_count < practice.iterations:
-                loss_sum += trainer.step(*next(self.loader))
+                images, labels = next(self.loader)
+                step_started = time.perf_counter()
+                loss_sum += trainer.step(images, labels)
+                stepping += time.perf_counter() - step_started
                 bar.update()
                 if trainer.step_count % practice.evaluate_every:
                     continue
@@ -123,8 +138,9 @@ class Loop:
                     self._practice(source, probe)
                 self._save()
         training = time.perf_counter() - started - (self.generation_seconds - generated)
-        self._time("training", seconds=training, steps_per_second=practice.iterations / training)
-        return self._result(training)
+        share = (self.loader.waited - waited) / max(stepping, 1e-9)
+        self._time("training", seconds=training, steps_per_second=practice.iterations / training, loader_wait=share)
+        return self._result(training, share)
 
     def _evaluate(self, loss: float) -> float:
         result = evaluate(self.trainer.ema, self.real.validation.images, self.real.validation.labels)
@@ -180,7 +196,7 @@ class Loop:
         self.generation_seconds += seconds
         self._time("generation", seconds=seconds, samples=total, samples_per_second=total / seconds)
 
-    def _result(self, training_seconds: float) -> Result:
+    def _result(self, training_seconds: float, loader_wait: float) -> Result:
         real = self.real
         result = Result(
             source=self.name,
@@ -193,6 +209,7 @@ class Loop:
             initial_seconds=self.initial_seconds,
             generation_seconds=self.generation_seconds,
             training_seconds=training_seconds,
+            loader_wait=loader_wait,
         )
         self._log(
             "result",
@@ -286,6 +303,7 @@ class DeliberatePractice:
             raise RecipeError(
                 f"classes = {self.recipe.learner.classes}: the learner needs the generator's {classes} classes"
             )
+        choose(self.recipe.learner.loader)
         learner = new_learner(self.recipe, self.pipeline)
         shape = tuple(predict(learner, self.real.validation.images[:2]).shape)
         if shape != (2, classes):

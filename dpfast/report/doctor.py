@@ -16,7 +16,7 @@ OPTIONAL = {
     "triton": ("GPU kernels", "pip install triton (Linux)"),
     "transformers": ("the embedded learner, Stable Diffusion's text encoder", "pip install transformers"),
     "nvidia-dali-cuda130": (
-        "a DALI loader, not written yet",
+        "the DALI loader, which decodes JPEG",
         "pip install 'dpfast[dali]' (the plain name nvidia-dali is a placeholder that fails)",
     ),
     "timm": ("timm learners; needs torchvision", "pip install 'dpfast[timm]'"),

@@ -17,7 +17,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def result_table(results: list[Result]) -> str:
     """The final table as text: one row per source, accuracies of the EMA weights on real images."""
-    header = ("source", "samples", "iterations", "additions", "validation", "held-out test", "generation", "training")
+    header = (
+        "source",
+        "samples",
+        "iterations",
+        "additions",
+        "validation",
+        "held-out test",
+        "generation",
+        "training",
+        "loader wait",
+    )
     rows = [header]
     for r in results:
         rows.append(
@@ -30,6 +40,7 @@ def result_table(results: list[Result]) -> str:
                 f"{r.test.top1:.2%}",
                 f"{r.generation_seconds:.0f} s",
                 f"{r.training_seconds:.0f} s",
+                f"{r.loader_wait:.2%}",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
