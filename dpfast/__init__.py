@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dpfast.config import Recipe, RecipeError
     from dpfast.generate.guidance import GuidanceConfig
     from dpfast.generate.pipeline import Pipeline
+    from dpfast.generate.plugin import GuidanceCallback, GuidedDDIMScheduler, LearnerGuidance, make_cond_fn
     from dpfast.generate.sampler import GuidedSampler, SampleBatch
     from dpfast.ops import entropy, entropy_and_grad, gather_batch, guided_step, normal
     from dpfast.pool.pool import SamplePool
@@ -24,6 +25,10 @@ _HOME = {
     "GuidanceConfig": "dpfast.generate.guidance",
     "GuidedSampler": "dpfast.generate.sampler",
     "SampleBatch": "dpfast.generate.sampler",
+    "GuidanceCallback": "dpfast.generate.plugin",
+    "GuidedDDIMScheduler": "dpfast.generate.plugin",
+    "LearnerGuidance": "dpfast.generate.plugin",
+    "make_cond_fn": "dpfast.generate.plugin",
     "entropy": "dpfast.ops",
     "entropy_and_grad": "dpfast.ops",
     "gather_batch": "dpfast.ops",
@@ -35,8 +40,11 @@ _HOME = {
 }
 __all__ = [
     "DeliberatePractice",
+    "GuidanceCallback",
     "GuidanceConfig",
+    "GuidedDDIMScheduler",
     "GuidedSampler",
+    "LearnerGuidance",
     "Pipeline",
     "Recipe",
     "RecipeError",
@@ -47,6 +55,7 @@ __all__ = [
     "entropy_and_grad",
     "gather_batch",
     "guided_step",
+    "make_cond_fn",
     "normal",
 ]
 

@@ -11,7 +11,6 @@ from dpfast.generate import criteria
 from dpfast.generate.execution import Execution
 from dpfast.generate.guidance import GuidancePath
 from dpfast.generate.memory import available_bytes, bytes_per_sample
-from dpfast.generate.pipeline import Pipeline
 from dpfast.generate.schedule import SolverTable
 from dpfast.generate.step import StepInputs, StepParts, Variant
 
@@ -20,23 +19,24 @@ SHARE = 0.5  # of the available memory that a batch may take
 
 
 @torch.no_grad()
-def try_learner(pipeline: Pipeline, path: GuidancePath) -> None:
-    """Runs the learner and the criterion on two black images.
+def try_learner(path: GuidancePath, shape: tuple[int, ...], classes: int | None, device: torch.device) -> None:
+    """Runs the learner and the criterion on two black images, as latents of ``shape`` (c, h, w) decode to.
 
-    Raises ``ValueError`` when the learner fails on them, when its logits are not (2, classes of the pipeline), or when
-    the criterion's values are not (2,).
+    Raises ``ValueError`` when the learner fails on them, when its logits are not (2, classes) (None: any number), or
+    when the criterion's values are not (2,).
     """
-    classes, device = pipeline.denoiser.classes, pipeline.device
-    decoded = path.decoder(torch.zeros(2, *pipeline.denoiser.sample_shape, device=device))
+    decoded = path.decoder(torch.zeros(2, *shape, device=device))
     images = torch.full_like(decoded, -1.0)
     try:
         logits = path.logits(images)
     except (RuntimeError, ValueError, TypeError) as error:
         shape = (*images.shape[:2], *(path.image_size or images.shape[2:]))
         raise ValueError(f"learner fails on images of shape {shape}: {str(error).splitlines()[0]}") from error
-    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"learner gives {got} for 2 images, expected logits of shape (2, {classes}) for the pipeline")
+    found = logits.shape if isinstance(logits, Tensor) else ()
+    if len(found) != 2 or found[0] != 2 or classes not in (None, found[1]):
+        got = tuple(found) if isinstance(logits, Tensor) else type(logits).__name__
+        expected = "(2, classes)" if classes is None else f"(2, {classes}) for the pipeline"
+        raise ValueError(f"learner gives {got} for 2 images, expected logits of shape {expected}")
     value, _ = criteria.value_and_gradient(path.criterion, logits, torch.zeros(2, dtype=torch.int64, device=device))
     if value.shape != (2,):
         raise ValueError(f"criterion gives values of shape {tuple(value.shape)} for 2 samples, expected (2,)")

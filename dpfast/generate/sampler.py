@@ -243,7 +243,7 @@ class GuidedSampler:
         """What the steps are made of, after the learner and the criterion have been tried out."""
         pipeline, path = self.pipeline, self._path
         if path is not None:
-            probing.try_learner(pipeline, path)
+            probing.try_learner(path, pipeline.denoiser.sample_shape, pipeline.denoiser.classes, pipeline.device)
             if self.memory_budget is not None:
                 path = replace(path, chunk=probing.guided_chunk(path, self.table, self.memory_budget))
         return StepParts(
