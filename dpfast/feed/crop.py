@@ -61,6 +61,7 @@ def crop_rows(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
     out: Tensor | None = None,
+    threads: int | None = None,
 ) -> Tensor:
     """Boxes of uint8 images in a table of chunks on the host, normalised as by ``gather_batch``: (B, C, *size).
 
@@ -69,7 +70,7 @@ def crop_rows(
     Args:
         total: samples in the table. shape: (C, H, W) of each.
         indices: (B,) int64. boxes: (B, 4) float32 of (top, left, height, width) in pixels. flip: (B,) bool.
-        out: where to write the batch, in its shape, dtype and layout.
+        out: where to write the batch, in its shape, dtype and layout. threads: of the kernel, torch's by default.
 
     Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an index outside the table.
     """
@@ -107,7 +108,7 @@ def crop_rows(
         _dispatch.DTYPE_CODES[dtype],
         channels_last,
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads or torch.get_num_threads(),
     )
     if not inside:
         check_indices(indices, total)

@@ -20,10 +20,14 @@ class TorchLoader(PoolLoader):
     """``PoolLoader`` on ``SamplePool.gather`` and ``dpfast.feed.crop``; every codec and device of the pool.
 
     On a CPU a batch lies in a slot that is used again when nobody holds the batch any more.
+
+    threads: of the native kernels on a CPU. More than one makes batches faster and the learner beside them slower: a
+        second team of OpenMP threads spins for the cores of the first (the embedded recipe's step took twice as long).
     """
 
-    def __init__(self, pool: SamplePool, **options: Any) -> None:
+    def __init__(self, pool: SamplePool, *, threads: int = 1, **options: Any) -> None:
         super().__init__(pool, **options)
+        self.threads = threads
         self._slots = Slots()
         self._worker = ThreadPoolExecutor(1, "dpfast-loader") if self.device.type == "cpu" else None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -66,7 +70,16 @@ class TorchLoader(PoolLoader):
         layout: dict[str, Any] = {"dtype": self.dtype, "channels_last": self.channels_last}
         if boxes is None:
             out = self._slots.batch(shape, **layout) if pool.gathers_in_place(self.device) else None
-            return pool.gather(indices, flip=flips, mean=self.mean, std=self.std, device=self.device, out=out, **layout)
+            return pool.gather(
+                indices,
+                flip=flips,
+                mean=self.mean,
+                std=self.std,
+                device=self.device,
+                out=out,
+                threads=self.threads,
+                **layout,
+            )
         if pool.gathers_in_place(self.device):
             view, channels = pool.view, shape[1]
             images = crop_rows(
@@ -80,6 +93,7 @@ class TorchLoader(PoolLoader):
                 mean=(self.mean,) * channels if isinstance(self.mean, (int, float)) else self.mean,
                 std=(self.std,) * channels if isinstance(self.std, (int, float)) else self.std,
                 out=self._slots.batch(shape, **layout),
+                threads=self.threads,
                 **layout,
             )
             return images, view.take_column("label", indices)

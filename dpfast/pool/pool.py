@@ -359,18 +359,20 @@ class SamplePool:
         channels_last: bool = True,
         device: torch.device = CPU,
         out: Tensor | None = None,
+        threads: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normalised images (B, C, H, W) and int64 labels (B,) of the samples at ``indices`` (B,), on ``device``.
 
         flip: (B,) bool, mirrors a sample left to right. A pixel v in [0, 255] becomes (v / 255 - mean) / std, one
         number or one for each channel. Latents are decoded first, without rounding to uint8.
-        out: where to write the images, in their shape, dtype and layout, where ``gathers_in_place``.
+        Where ``gathers_in_place``, out: where to write the images, in their shape, dtype and layout; threads: of the
+        kernel, torch's by default.
         """
         view = self._view
         indices = indices.to(CPU, torch.int64).contiguous()
         labels = view.take_column("label", indices).to(device, non_blocking=True)
         if self.gathers_in_place(device):
-            return self._gather_chunks(view, indices, flip, mean, std, dtype, channels_last, out), labels
+            return self._gather_chunks(view, indices, flip, mean, std, dtype, channels_last, out, threads), labels
         if out is not None:
             raise ValueError("out is for pools of pixels on the host and the native kernels")
         if self.codec == "fp16":
@@ -414,6 +416,7 @@ class SamplePool:
         dtype: torch.dtype,
         channels_last: bool,
         out: Tensor | None,
+        threads: int | None,
     ) -> Tensor:
         """``gather_batch`` over the table of chunks: the native kernel finds a row through its chunk's address."""
         assert self.shape is not None
@@ -439,7 +442,7 @@ class SamplePool:
             _dispatch.DTYPE_CODES[dtype],
             channels_last,
             out.data_ptr(),
-            torch.get_num_threads(),
+            threads or torch.get_num_threads(),
         )
         if not inside:
             check_indices(indices, view.size)
