@@ -100,7 +100,7 @@ class Learner:
     crop: float = 1.0  # random resized crop: the smallest share of the area that is kept; 1: none
     mixup: float = 0.0  # alpha of the Beta distribution of the share; 0: none
     cutmix: float = 0.0  # the same; with both, a batch gets one of the two
-    loader: str = "auto"  # "dali", "torch", or the faster one for what the pool holds
+    loader: str = "auto"  # "dali", "torch", or "auto": DALI for JPEG, torch for pixels and latents
 
     def __post_init__(self) -> None:
         _check(":" in self.model, "model", self.model, "'transformers:Class', 'timm:name' or 'package.module:factory'")

@@ -21,6 +21,13 @@ from dpfast.feed.slots import Slots
 from dpfast.pool.pool import SamplePool
 
 
+def _index_of(device: torch.device) -> int | None:
+    """DALI's device id: None for a CPU, the current GPU where the device names none."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 class DaliLoader(PoolLoader):
     """``PoolLoader`` on a DALI pipeline, whose queue is ``ahead`` deep. fp32 and fp16.
 
@@ -104,7 +111,7 @@ class DaliLoader(PoolLoader):
         pipeline = Pipeline(
             batch_size=batch,
             num_threads=torch.get_num_threads(),
-            device_id=(self.device.index or torch.cuda.current_device()) if cuda else None,
+            device_id=_index_of(self.device),
             prefetch_queue_depth=self.ahead,
         )
         with pipeline:
