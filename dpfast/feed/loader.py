@@ -193,8 +193,8 @@ def dali_installed() -> bool:
 def choose(kind: str, codec: str = "uint8") -> str:
     """ "dali" or "torch" for a recipe's ``loader``.
 
-    "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or latents: there a small
-    batch waits less for torch. Raises ``RecipeError`` for an unknown loader and for DALI where it is not installed.
+    "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or latents: small
+    batches wait less there. Raises ``RecipeError`` for an unknown loader and for DALI where it is not installed.
     """
     if kind not in KINDS:
         raise RecipeError(f"loader = {kind!r}: 'auto', 'dali' or 'torch'")
