@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpfast.ops import _check, _dispatch
-from dpfast.ops.gather import _constants as constants
+from dpfast.ops.gather import constants
 from dpfast.pool.rows import ChunkTable, check_indices
 
 

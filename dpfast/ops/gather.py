@@ -213,7 +213,7 @@ def _(
     return _empty(Request(store, indices, flip, scale, bias), dtype, channels_last)
 
 
-def _constants(
+def constants(
     mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, channels: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The scale and bias of each channel, in fp32 after fp64 arithmetic: (C,) each."""
@@ -281,7 +281,7 @@ def gather_batch(
         _check.shaped("flip", _check.tensor("flip", flip, (torch.bool,), store.device), tuple(indices.shape))
     if dtype not in _check.FLOATS:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    scale, bias = _constants(mean, std, store.shape[1], store.device)
+    scale, bias = constants(mean, std, store.shape[1], store.device)
     request = Request(store, indices, flip, scale, bias)
     if out is not None:
         _check.target("out", out, dtype, (len(indices), *store.shape[1:]), store.device, channels_last)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpfast.ops import _check, _dispatch, gather_batch
-from dpfast.ops.gather import _constants as constants
+from dpfast.ops.gather import constants
 from dpfast.pool import codecs
 from dpfast.pool.columns import COLUMNS, RECORD
 from dpfast.pool.plan import plan
