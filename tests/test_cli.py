@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dpfast.cli import main
+from dpfast.cli.main import main
 from dpfast.ops import _dispatch, audit
 
 
@@ -98,5 +98,5 @@ def test_audit_needs_the_tools_of_the_linux_wheel(monkeypatch, capsys):
 
 
 def test_a_wrong_argument_is_answered_without_importing_torch():
-    code = "import sys; from dpfast.cli import main; main(['run', 'nosuch']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from dpfast.cli.main import main; main(['run', 'nosuch']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpfast.cli import main
+from dpfast.cli.main import main
 from dpfast.config import RecipeError
 from dpfast.pool.export import FORMATS, export_pool, import_pool
 from dpfast.pool.pool import SamplePool

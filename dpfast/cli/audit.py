@@ -1,0 +1,40 @@
+"""``dpfast audit``: the Triton kernels compiled for GPUs and read, without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dpfast.cli import Commands
+from dpfast.config import RecipeError
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "audit",
+        help="compile the Triton kernels for GPUs and check their machine code; needs no GPU",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--capability", type=int, nargs="+", choices=(80, 90, 100), default=[80, 90, 100],
+        help="A100, H100, B200; default all",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="file for the reports, one JSON object a line")
+    parser.set_defaults(handler=audit)
+
+
+def audit(arguments: argparse.Namespace) -> int:
+    from dpfast.ops.audit import audit as compile_all
+    from dpfast.ops.audit import missing, problems, record, table
+
+    if reason := missing():
+        raise RecipeError(reason)
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise RecipeError(f"json = {str(arguments.json)!r}: no folder {str(arguments.json.parent)!r}")
+    reports = compile_all(capabilities=arguments.capability)
+    if arguments.json is not None:
+        arguments.json.write_text("".join(f"{json.dumps(record(report))}\n" for report in reports))
+    broken = sum(bool(problems(report)) for report in reports)
+    print(f"{table(reports)}\n\n{len(reports) - broken} of {len(reports)} kernels keep their promises")
+    return 1 if broken else 0

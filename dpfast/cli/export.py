@@ -1,0 +1,25 @@
+"""``dpfast export``: a run's samples for other libraries."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dpfast.cli import Commands
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser("export", help="write a run's samples for other libraries", allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="folder of a run, or of a saved or exported pool")
+    parser.add_argument("--format", required=True, choices=("webdataset", "imagefolder", "parquet"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files; must be empty or new")
+    parser.set_defaults(handler=export)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    from dpfast.pool.export import export_pool, import_pool
+
+    pool, classes = import_pool(arguments.run)
+    export_pool(pool, arguments.out, arguments.format, classes)
+    print(f"{len(pool)} samples in {arguments.out}")
+    return 0

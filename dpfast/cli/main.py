@@ -1,0 +1,55 @@
+"""The command ``dpfast``: one module of this package for each of its commands.
+
+An input that cannot work ends with one line on stderr and exit code 2, before any work starts. What takes seconds to
+import (torch, diffusers, transformers) is imported by the handlers, after the arguments are checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dpfast.cli import audit, bench, doctor, export, run, sample
+from dpfast.config import RecipeError, fields
+
+COMMANDS = (run, sample, audit, bench, export, doctor)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an unusable argument in one line, with the nearest known option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(message)
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].lstrip("-").replace("-", "_").split("=")[0]
+            near = difflib.get_close_matches(name, list(fields()), n=1)
+            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else "; dpfast --help lists what is known"
+            raise RecipeError(f"{unknown[0]}: no such option or field{hint}")
+        return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = _Parser(prog="dpfast", description="Deliberate Practice on synthetic images.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    try:
+        parsed = parser.parse_all(sys.argv[1:] if arguments is None else arguments)
+        return int(parsed.handler(parsed))
+    except RecipeError as error:
+        print(f"dpfast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dpfast: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
