@@ -1,0 +1,43 @@
+"""Measures against counts by hand and known distributions."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dpfast.data.real import load_real
+from dpfast.evaluate.measures import evaluate, frechet_distance, predict
+from dpfast.learn.models import load_judge
+
+
+def test_evaluation_counts_by_hand():
+    logits = torch.tensor([[9.0, 0, 0], [0, 9.0, 0], [0, 9.0, 0], [0, 0, 0.0]])
+    result = evaluate(lambda images: logits, torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 2, 2]))
+    assert result.top1 == 0.5
+    assert result.per_class.tolist() == [1.0, 1.0, 0.0]
+    confident = math.log(1 + 2 * math.exp(-9)) + 18 * math.exp(-9) / (1 + 2 * math.exp(-9))
+    assert result.entropy == pytest.approx((3 * confident + math.log(3)) / 4, rel=1e-4)
+
+
+def test_prediction_leaves_the_mode_of_the_model():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    images = torch.randint(0, 256, (6, 1, 2, 2), dtype=torch.uint8)
+    assert torch.allclose(predict(model, images), predict(model, images, batch_size=2), atol=1e-6)
+    assert model.training
+    assert int(model[1].num_batches_tracked) == 0
+
+
+def test_frechet_distance_of_known_gaussians():
+    torch.manual_seed(0)
+    a = torch.randn(4000, 3)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + torch.tensor([3.0, 0, 0])) == pytest.approx(9, abs=1e-6)
+    # scaling by 2: tr(C + 4C - 4C) = tr C, and the mean moves by |m|
+    expected = float(torch.cov(a.double().T).trace() + a.double().mean(0).square().sum())
+    assert frechet_distance(a, 2 * a) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_judge_knows_real_images():
+    test = load_real("fashion").test
+    assert evaluate(load_judge(), test.images[:2000], test.labels[:2000]).top1 >= 0.91
