@@ -1,6 +1,6 @@
 """Recipes: frozen keyword-only dataclasses, read from TOML, checked before any work starts.
 
-A recipe is one ``Recipe`` of five sections. Field names are unique over all sections, so that a command line names a
+A recipe is one ``Recipe`` of six sections. Field names are unique over all sections, so that a command line names a
 field without its section (``--omega 0.03``). Every check raises ``RecipeError`` with the field, its value and what
 would be right.
 """
@@ -159,6 +159,23 @@ class Practice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pool:
+    """As what the samples are kept, and how much of which memory they may take (``dpfast.pool``)."""
+
+    codec: str = "pixels"  # uint8; "latents": fp16, decoded when a batch is made; "jpeg"
+    device_gib: float | None = None  # GiB of a GPU's memory, filled first; None: half of what is free at the start
+    host_gib: float | None = None  # GiB of host memory, filled next; None: 70 % of what is free at the start
+    mapped: bool = False  # memory-mapped files in the run's folder hold the rest, up to 90 % of its free disk
+
+    def __post_init__(self) -> None:
+        codecs = ("pixels", "latents", "jpeg")
+        _check(self.codec in codecs, "codec", self.codec, "'pixels', 'latents' or 'jpeg'")
+        for name in ("device_gib", "host_gib"):
+            value = getattr(self, name)
+            _check(value is None or value >= 0, name, value, "at least 0 GiB, or left out for a share of what is free")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything a run depends on. Two runs of one recipe on one machine give the same ``metrics.jsonl``."""
 
@@ -168,6 +185,7 @@ class Recipe:
     generator: Generator = field(default_factory=Generator)
     guidance: Guidance = field(default_factory=Guidance)
     learner: Learner = field(default_factory=Learner)
+    pool: Pool = field(default_factory=Pool)
     practice: Practice = field(default_factory=Practice)
 
     def __post_init__(self) -> None:
@@ -211,7 +229,13 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-SECTIONS: dict[str, type] = {"generator": Generator, "guidance": Guidance, "learner": Learner, "practice": Practice}
+SECTIONS: dict[str, type] = {
+    "generator": Generator,
+    "guidance": Guidance,
+    "learner": Learner,
+    "pool": Pool,
+    "practice": Practice,
+}
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:

@@ -45,6 +45,8 @@ def test_overrides_take_text_as_a_command_line_gives_it():
         ({"cooldown": "0.95"}, "cooldown = 0.95"),
         ({"seed": "-1"}, "seed = -1"),
         ({"model": "resnet"}, "model = 'resnet'"),
+        ({"codec": "png"}, "codec = 'png'"),
+        ({"host_gib": "-1"}, "host_gib = -1.0"),
         ({"colour": "red"}, "colour"),
     ],
 )
