@@ -31,8 +31,8 @@ from dpfast import roofline
 from dpfast.config import Learner
 from dpfast.data.real import load_real
 from dpfast.generate.guidance import GuidanceConfig
-from dpfast.generate.memory import peak_bytes
-from dpfast.generate.pipeline import Pipeline
+from dpfast.generate.runtime.memory import peak_bytes
+from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.evaluate import predict
 from dpfast.learn.models import build_learner, load_judge

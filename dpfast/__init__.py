@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpfast.config import Recipe, RecipeError
     from dpfast.generate.guidance import GuidanceConfig
-    from dpfast.generate.pipeline import Pipeline
+    from dpfast.generate.pipelines import Pipeline
     from dpfast.generate.plugin import GuidanceCallback, GuidedDDIMScheduler, LearnerGuidance, make_cond_fn
     from dpfast.generate.sampler import GuidedSampler, SampleBatch
     from dpfast.ops import entropy, entropy_and_grad, gather_batch, guided_step, normal
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Recipe": "dpfast.config",
     "RecipeError": "dpfast.config",
-    "Pipeline": "dpfast.generate.pipeline",
+    "Pipeline": "dpfast.generate.pipelines",
     "GuidanceConfig": "dpfast.generate.guidance",
     "GuidedSampler": "dpfast.generate.sampler",
     "SampleBatch": "dpfast.generate.sampler",

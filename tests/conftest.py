@@ -44,7 +44,7 @@ def pixel_folder(tiny_pipelines, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pipeline(pipeline_folder):
-    from dpfast.generate.pipeline import Pipeline
+    from dpfast.generate.pipelines import Pipeline
 
     return Pipeline.from_pretrained(pipeline_folder)
 
@@ -53,7 +53,7 @@ def pipeline(pipeline_folder):
 def fashion():
     """The embedded pipeline."""
     pytest.importorskip("diffusers", reason="the embedded generator is a diffusers pipeline")
-    from dpfast.generate.pipeline import Pipeline
+    from dpfast.generate.pipelines import Pipeline
 
     return Pipeline.from_pretrained("fashion")
 

@@ -17,7 +17,7 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.generate.guidance import GuidanceConfig
-from dpfast.generate.pipeline import Pipeline
+from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.evaluate import predict
 from dpfast.learn.models import load_judge

@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import RegNetConfig, RegNetForImageClassification
 
 from dpfast.data import fashion
-from dpfast.generate.pipeline import Pipeline
+from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.evaluate import evaluate, frechet_distance, predict
 from dpfast.learn.models import load_judge

@@ -35,7 +35,7 @@ def sample(arguments: argparse.Namespace) -> int:
     ).generator
 
     from dpfast.generate.guidance import GuidanceConfig
-    from dpfast.generate.pipeline import Pipeline
+    from dpfast.generate.pipelines import Pipeline
     from dpfast.generate.sampler import GuidedSampler
     from dpfast.practice.run_folder import load_learner
     from dpfast.report.samples import write_samples

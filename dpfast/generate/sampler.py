@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.config import RecipeError
-from dpfast.generate import criteria, probing
-from dpfast.generate.batching import FIRST, LARGEST, BatchSizer, is_out_of_memory
-from dpfast.generate.compiling import CompileCosts, Tuner
-from dpfast.generate.execution import Execution
-from dpfast.generate.graphs import CudaRecorder, Recorder
+from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, check_interval, interval_steps
-from dpfast.generate.pipeline import Pipeline
-from dpfast.generate.solvers import Solver
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.pipelines.solvers import Solver
+from dpfast.generate.runtime import probing
+from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer, is_out_of_memory
+from dpfast.generate.runtime.compiling import CompileCosts, Tuner
+from dpfast.generate.runtime.execution import Execution
+from dpfast.generate.runtime.graphs import CudaRecorder, Recorder
 from dpfast.generate.step import StepInputs, StepParts, Variant
 from dpfast.ops import normal
 from dpfast.ops.noise import check_seed

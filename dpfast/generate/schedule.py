@@ -4,7 +4,7 @@
 
 A table is computed once, in float64, from a diffusers scheduler, and reproduces that scheduler's ``step``. alpha and
 sigma are the signal and noise scale of the step's input, x = alpha x0 + sigma eps. Which scheduler a folder's
-configuration gives: ``dpfast.generate.solvers``.
+configuration gives: ``dpfast.generate.pipelines.solvers``.
 """
 
 from __future__ import annotations

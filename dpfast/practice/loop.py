@@ -17,7 +17,7 @@ from dpfast.config import Recipe, RecipeError
 from dpfast.data.real import RealData, load_real
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import choose, make_loader
-from dpfast.generate.pipeline import Pipeline
+from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import SampleBatch
 from dpfast.learn.evaluate import Evaluation, evaluate, predict
 from dpfast.learn.models import build_learner

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from dpfast.config import SECTIONS, Recipe, RecipeError
-from dpfast.generate.pipeline import Pipeline
+from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.models import build_learner, load_judge
 
 

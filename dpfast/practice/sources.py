@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpfast.config import Recipe
 from dpfast.generate.guidance import GuidanceConfig, Through
-from dpfast.generate.pipeline import Pipeline
+from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler, SampleBatch
 from dpfast.ops.guided_step import Mode
 

@@ -63,7 +63,7 @@ class StandInRecording:
 
 
 class StandInRecorder:
-    """The protocol of ``dpfast.generate.graphs.Recorder`` by recording operations instead of kernels.
+    """The protocol of ``dpfast.generate.runtime.graphs.Recorder`` by recording operations instead of kernels.
 
     It needs ``force_reference``.
     """

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.generate import criteria, probing
+from dpfast.generate import criteria
 from dpfast.generate.decoder import Decoder, IdentityDecoder, Unscale
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath
+from dpfast.generate.runtime import probing
 from dpfast.ops import guided_step
 from dpfast.ops.guided_step import Prediction
 

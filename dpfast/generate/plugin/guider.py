@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidanceConfig, predict_x0
+from dpfast.generate.pipelines.solvers import FLOW
 from dpfast.generate.plugin import pipes
 from dpfast.generate.plugin.gradient import LearnerGradient
 from dpfast.generate.schedule import ddim_table
-from dpfast.generate.solvers import FLOW
 from dpfast.ops.guided_step import Prediction
 
 

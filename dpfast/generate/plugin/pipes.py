@@ -9,8 +9,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from dpfast.generate.pipelines.solvers import FLOW, PREDICTIONS
 from dpfast.generate.plugin.gradient import Network
-from dpfast.generate.solvers import FLOW, PREDICTIONS
 from dpfast.ops.guided_step import Prediction
 
 # Schedulers whose state is alpha x0 + sigma eps, and which go on from the latents that they are given. PNDM, UniPC and

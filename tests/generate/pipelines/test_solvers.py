@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpfast.config import RecipeError
-from dpfast.generate.solvers import VARIANCE_PRESERVING, load_scheduler, prediction_of, solver_table
+from dpfast.generate.pipelines.solvers import VARIANCE_PRESERVING, load_scheduler, prediction_of, solver_table
 from tests.generate.test_schedule import assert_same
 
 SETTINGS = {

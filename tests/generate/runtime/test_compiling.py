@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from dpfast.generate import compiling
-from dpfast.generate.compiling import CompileCost, CompileCosts, Tuner
+from dpfast.generate.runtime import compiling
+from dpfast.generate.runtime.compiling import CompileCost, CompileCosts, Tuner
 from dpfast.generate.sampler import GuidedSampler
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from dpfast.generate.execution import Execution
+from dpfast.generate.runtime.execution import Execution
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpfast.generate.graphs import Captured
 from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.runtime.graphs import Captured
 from dpfast.generate.sampler import GuidedSampler
 from tests.generate.standin import StandInRecorder, Watch, force_reference
 

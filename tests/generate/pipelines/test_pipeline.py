@@ -11,7 +11,7 @@ import torch
 
 from dpfast.config import RecipeError
 from dpfast.generate.decoder import IdentityDecoder, TinyDecoder, VaeDecoder
-from dpfast.generate.pipeline import Pipeline
+from dpfast.generate.pipelines import Pipeline
 from tests import tiny_pipelines
 from tests.tiny_pipelines import NAMES
 

@@ -17,9 +17,9 @@ import torch
 
 from dpfast.generate.decoder import Decoder, IdentityDecoder, TinyDecoder, VaeDecoder
 from dpfast.generate.denoiser import Denoiser, DiTDenoiser, PixelUNetDenoiser, TextTransformerDenoiser, TextUNetDenoiser
-from dpfast.generate.folder import PipelineFolder
-from dpfast.generate.prompts import class_prompts, encode_stable_diffusion, encode_stable_diffusion_3
-from dpfast.generate.solvers import load_scheduler, prediction_of
+from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.prompts import class_prompts, encode_stable_diffusion, encode_stable_diffusion_3
+from dpfast.generate.pipelines.solvers import load_scheduler, prediction_of
 
 
 @dataclass(frozen=True)

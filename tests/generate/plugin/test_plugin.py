@@ -10,7 +10,7 @@ from diffusers.modular_pipelines.stable_diffusion_3.denoise import StableDiffusi
 from diffusers.utils.torch_utils import randn_tensor
 
 from dpfast import GuidanceCallback, GuidanceConfig, GuidedDDIMScheduler, GuidedSampler, LearnerGuidance, make_cond_fn
-from dpfast.generate.pipeline import Pipeline
+from dpfast.generate.pipelines import Pipeline
 from dpfast.ops import entropy, guided_step
 from tests.tiny_pipelines import NAMES
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.generate.graphs import Captured, Recorder
+from dpfast.generate.runtime.graphs import Captured, Recorder
 from dpfast.generate.step import (
     Finished,
     StepInputs,

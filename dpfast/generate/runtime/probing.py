@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dpfast.generate import criteria
-from dpfast.generate.execution import Execution
 from dpfast.generate.guidance import GuidancePath
-from dpfast.generate.memory import available_bytes, bytes_per_sample
+from dpfast.generate.runtime.execution import Execution
+from dpfast.generate.runtime.memory import available_bytes, bytes_per_sample
 from dpfast.generate.schedule import SolverTable
 from dpfast.generate.step import StepInputs, StepParts, Variant
 

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 
 from dpfast.config import RecipeError
-from dpfast.generate import families
 from dpfast.generate.decoder import Decoder
 from dpfast.generate.denoiser import Denoiser
-from dpfast.generate.folder import PipelineFolder
+from dpfast.generate.pipelines import families
+from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.solvers import Solver, solver_table
 from dpfast.generate.schedule import SolverTable
-from dpfast.generate.solvers import Solver, solver_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The parts of a pipeline folder that a sampler needs; the families are listed in ``dpfast.generate.families``.
+    """The parts of a pipeline folder that a sampler needs; ``dpfast.generate.pipelines.families`` lists the families.
 
     Labels are class ids, indices into ``class_names``, for every family. An unconditional generator has no classes: its
     images do not depend on their labels. It has the single class "unconditional", unless ``class_names`` are given;

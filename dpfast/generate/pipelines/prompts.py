@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from dpfast.config import RecipeError
-from dpfast.generate.folder import PipelineFolder
+from dpfast.generate.pipelines.folder import PipelineFolder
 
 PROMPTS_AT_ONCE = 64
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from dpfast.generate import memory, probing
-from dpfast.generate.batching import BatchSizer, is_out_of_memory
 from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.runtime import memory, probing
+from dpfast.generate.runtime.batching import BatchSizer, is_out_of_memory
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import Variant
 

@@ -1,0 +1,9 @@
+"""How the steps run on a machine, whatever they compute.
+
+execution  a sampler's steps: eager, compiled, captured
+graphs     capture and replay of CUDA graphs
+compiling  whether compiling pays
+batching   how many samples go into a batch
+memory     what a computation holds in memory
+probing    what a sampler finds out about its models before it samples
+"""
