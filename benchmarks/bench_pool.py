@@ -47,7 +47,7 @@ def pools() -> tuple[SamplePool, SamplePool]:
     """Pools of SMALL and LARGE latents; the large one takes 3.7 GB."""
     made = []
     for count in (SMALL, LARGE):
-        pool = SamplePool("fp16", tiers=Tiers(host_bytes=6 << 30))
+        pool = SamplePool("latents", tiers=Tiers(host_bytes=6 << 30))
         part = torch.randn(10_000, *LATENTS).half()
         while len(pool) < count:
             pool.append(batch_of(len(pool), part), payload=part, round=0, omega=0.0)
@@ -65,7 +65,7 @@ def build_gather(device: torch.device) -> Variants:
         nonlocal position
         position = (position + BATCH) % (len(pool) - BATCH)
         indices = order[pool][position : position + BATCH]
-        pool.view.take_column("label", indices)
+        pool.view.column("label", indices)
         payload = pool.payload(indices)
         assert isinstance(payload, Tensor)
         return payload

@@ -18,14 +18,10 @@ from torch import Tensor
 
 from dpfast.feed.loader import PoolLoader, Request
 from dpfast.feed.slots import Slots
+from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
 
-
-def _index_of(device: torch.device) -> int | None:
-    """DALI's device id: None for a CPU, the current GPU where the device names none."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
+_BYTES = BatchFormat(mean=0.0, std=1 / 255, channels_last=False)
 
 
 class DaliLoader(PoolLoader):
@@ -38,8 +34,8 @@ class DaliLoader(PoolLoader):
         import nvidia.dali  # noqa: F401 - an early error, while the caller looks
 
         super().__init__(pool, **options)
-        if self.dtype not in (torch.float32, torch.float16):
-            raise TypeError(f"dtype = {self.dtype}: DALI normalises to float32 or float16")
+        if self.form.dtype not in (torch.float32, torch.float16):
+            raise TypeError(f"dtype = {self.form.dtype}: DALI normalises to float32 or float16")
         self._slots = Slots()
         self._pipeline: Any = None
         self._fed = 0  # batches that DALI was given before its first run
@@ -73,7 +69,7 @@ class DaliLoader(PoolLoader):
             raise
         images = torch.from_dlpack(output.as_tensor())  # the memory is now the tensor's
         self._pipeline.release_outputs()
-        return images.permute(0, 3, 1, 2) if self.channels_last else images, request.work[1]
+        return images.permute(0, 3, 1, 2) if self.form.channels_last else images, request.work[1]
 
     def _drop(self) -> None:
         if self._pipeline is None:
@@ -87,18 +83,17 @@ class DaliLoader(PoolLoader):
 
     def _gather(self, indices: Tensor) -> tuple[Any, Tensor]:
         """What DALI is fed, and the labels."""
-        pool, view = self.pool, self.pool.view
-        if pool.codec == "jpeg":
-            files = [np.frombuffer(data, np.uint8) for data in pool.payload(indices)]
-            return files, view.take_column("label", indices).to(self.device)
-        if pool.codec == "fp16":  # decoded to floats on the scale of bytes
-            images, labels = pool.gather(indices, mean=0.0, std=1 / 255, channels_last=False, device=self.device)
-            return images if self.device.type == "cuda" else images.numpy(), labels
-        labels = view.take_column("label", indices)
-        if self.device.type == "cuda":
-            return pool.payload(indices, device=self.device), labels.to(self.device, non_blocking=True)
-        slot = self._slots.take(len(indices) * view.payload.stride)
-        view.payload.take(indices, view.size, out=torch.from_numpy(slot).view(len(indices), -1))
+        view, device = self.pool.view, self.device
+        if view.codec == "latents":  # decoded to floats on the scale of bytes
+            images, labels = view.gather(indices, _BYTES, device=device)
+            return images if device.type == "cuda" else images.numpy(), labels
+        labels = view.column("label", indices).to(device, non_blocking=True)
+        if view.codec == "jpeg":
+            return [np.frombuffer(data, np.uint8) for data in view.payload(indices)], labels
+        if device.type == "cuda":
+            return view.payload(indices, device=device), labels
+        slot = self._slots.take(len(indices) * view.chunks.stride)
+        view.payload(indices, out=torch.from_numpy(slot).view(len(indices), -1))
         return slot.reshape(len(indices), *self.image_shape()), labels
 
     def _build(self) -> Any:
@@ -107,7 +102,8 @@ class DaliLoader(PoolLoader):
         batch, channels, height, width = self.batch_shape()
         cuda = self.device.type == "cuda"
         jpeg = self.pool.codec == "jpeg"
-        dtype = types.FLOAT if self.dtype == torch.float32 else types.FLOAT16
+        mean, std = self.form.per_channel(channels)
+        dtype = types.FLOAT if self.form.dtype == torch.float32 else types.FLOAT16
         pipeline = Pipeline(
             batch_size=batch,
             num_threads=torch.get_num_threads(),
@@ -119,7 +115,7 @@ class DaliLoader(PoolLoader):
                 name="images",
                 device="gpu" if cuda and not jpeg else "cpu",
                 no_copy=True,
-                dtype=types.FLOAT if self.pool.codec == "fp16" else types.UINT8,
+                dtype=types.FLOAT if self.pool.codec == "latents" else types.UINT8,
                 ndim=1 if jpeg else 3,
                 layout=None if jpeg else "CHW",
             )
@@ -139,15 +135,18 @@ class DaliLoader(PoolLoader):
             images = fn.crop_mirror_normalize(
                 images,
                 mirror=fn.external_source(name="flip", dtype=types.INT32, ndim=0) if self.augment.flip else 0,
-                mean=[255.0 * v for v in self._per_channel(self.mean, channels)],
-                std=[255.0 * v for v in self._per_channel(self.std, channels)],
+                mean=[255.0 * value for value in mean],
+                std=[255.0 * value for value in std],
                 dtype=dtype,
-                output_layout="HWC" if self.channels_last else "CHW",
+                output_layout="HWC" if self.form.channels_last else "CHW",
             )
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
 
-    @staticmethod
-    def _per_channel(value: Any, channels: int) -> list[float]:
-        return [value] * channels if isinstance(value, (int, float)) else list(value)
+
+def _index_of(device: torch.device) -> int | None:
+    """DALI's device id: None for a CPU, the current GPU where the device names none."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index

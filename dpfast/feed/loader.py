@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from dpfast.config import RecipeError
 from dpfast.feed.augment import Augment, Draw
 from dpfast.feed.order import Order
+from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rows import CPU
 
@@ -65,7 +66,7 @@ class PoolLoader:
     Args:
         pool: must hold a sample before the first batch.
         batch_size, seed: with the position they determine every batch.
-        mean, std: a pixel v in [0, 255] becomes (v / 255 - mean) / std, one number or one for each channel.
+        form: scale, dtype and memory layout of the batches; the default is [-1, 1], float32, channels last.
         device: where the batches are.
         classes: how many; needed where ``augment`` mixes.
         fresh_weight: see ``Order``.
@@ -79,10 +80,7 @@ class PoolLoader:
         batch_size: int,
         seed: int,
         augment: Augment | None = None,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = True,
+        form: BatchFormat | None = None,
         device: torch.device = CPU,
         classes: int | None = None,
         fresh_weight: float = 1.0,
@@ -94,7 +92,7 @@ class PoolLoader:
         if self.augment.mixes and classes is None:
             raise ValueError("mixup and cutmix need classes, the number of classes")
         self.pool, self.seed, self.classes, self.ahead = pool, seed, classes, ahead
-        self.mean, self.std, self.dtype, self.channels_last, self.device = mean, std, dtype, channels_last, device
+        self.form, self.device = form or BatchFormat(), device
         self.order = Order(seed, batch_size, fresh_weight=fresh_weight)
         self.waited = 0.0
         self._number = 0
@@ -144,7 +142,7 @@ class PoolLoader:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the pool's images, before any crop."""
         if self._shape is None:
-            shape = self.pool.shape if self.pool.codec == "uint8" else None
+            shape = self.pool.shape if self.pool.codec == "pixels" else None
             self._shape = tuple(shape or self.pool.images(torch.zeros(1, dtype=torch.int64)).shape[1:])  # type: ignore[assignment]
         assert self._shape is not None
         return self._shape
@@ -190,7 +188,7 @@ def dali_installed() -> bool:
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
-def choose(kind: str, codec: str = "uint8") -> str:
+def choose(kind: str, codec: str = "pixels") -> str:
     """ "dali" or "torch" for a recipe's ``loader``.
 
     "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or latents: small

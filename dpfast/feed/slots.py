@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpfast.pool.batch import BatchFormat
 from dpfast.pool.tiers import host_memory
 
 
@@ -36,11 +37,11 @@ class Slots:
         self._arrays.append(host_memory(size).numpy())  # not a slice: its views would refer to what it was cut from
         return self._arrays[-1]
 
-    def batch(self, shape: tuple[int, int, int, int], dtype: torch.dtype, *, channels_last: bool) -> Tensor:
-        """(B, C, H, W) over a slot."""
+    def batch(self, shape: tuple[int, int, int, int], form: BatchFormat) -> Tensor:
+        """(B, C, H, W) over a slot, in the dtype and layout of ``form``, its contents undefined."""
         count, channels, height, width = shape
-        flat = torch.from_numpy(self.take(count * channels * height * width * dtype.itemsize)).view(dtype)
-        if channels_last:
+        flat = torch.from_numpy(self.take(count * channels * height * width * form.dtype.itemsize)).view(form.dtype)
+        if form.channels_last:
             return flat.view(count, height, width, channels).permute(0, 3, 1, 2)
         return flat.view(shape)
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.feed.crop import crop_rows, resample
 from dpfast.feed.loader import PoolLoader, Request
 from dpfast.feed.slots import Slots
 from dpfast.pool.pool import SamplePool
@@ -17,7 +16,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class TorchLoader(PoolLoader):
-    """``PoolLoader`` on ``SamplePool.gather`` and ``dpfast.feed.crop``; every codec and device of the pool.
+    """``PoolLoader`` on ``View.gather``; every codec and device of the pool.
 
     On a CPU a batch lies in a slot that is used again when nobody holds the batch any more.
 
@@ -64,43 +63,15 @@ class TorchLoader(PoolLoader):
 
     @torch.no_grad()
     def _make(self, request: Request) -> Batch:
-        pool, indices, boxes, flips = self.pool, request.indices, request.draw.boxes, request.draw.flips
-        shape = self.batch_shape()
-        size = shape[2], shape[3]
-        layout: dict[str, Any] = {"dtype": self.dtype, "channels_last": self.channels_last}
-        if boxes is None:
-            out = self._slots.batch(shape, **layout) if pool.gathers_in_place(self.device) else None
-            return pool.gather(
-                indices,
-                flip=flips,
-                mean=self.mean,
-                std=self.std,
-                device=self.device,
-                out=out,
-                threads=self.threads,
-                **layout,
-            )
-        if pool.gathers_in_place(self.device):
-            view, channels = pool.view, shape[1]
-            images = crop_rows(
-                view.payload,
-                view.size,
-                self.image_shape(),
-                indices,
-                boxes,
-                size=size,
-                flip=flips,
-                mean=(self.mean,) * channels if isinstance(self.mean, (int, float)) else self.mean,
-                std=(self.std,) * channels if isinstance(self.std, (int, float)) else self.std,
-                out=self._slots.batch(shape, **layout),
-                threads=self.threads,
-                **layout,
-            )
-            return images, view.take_column("label", indices)
-        images, labels = pool.gather(
-            indices, mean=self.mean, std=self.std, dtype=torch.float32, channels_last=False, device=self.device
+        view, draw = self.pool.view, request.draw
+        out = self._slots.batch(self.batch_shape(), self.form) if view.in_place(self.device) else None
+        return view.gather(
+            request.indices,
+            self.form,
+            flip=draw.flips,
+            boxes=draw.boxes,
+            size=self.augment.size,
+            device=self.device,
+            out=out,
+            threads=self.threads,
         )
-        flips = None if flips is None else flips.to(self.device)
-        images = resample(images, boxes.to(self.device), size, flips)
-        memory = torch.channels_last if self.channels_last else torch.contiguous_format
-        return images.to(self.dtype, memory_format=memory), labels

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-DTYPES = {"uint8": torch.uint8, "fp16": torch.float16}  # payloads of one shape, a row of bytes a sample
+DTYPES = {"pixels": torch.uint8, "latents": torch.float16}  # payloads of one shape, a row of bytes a sample
 CODECS = (*DTYPES, "jpeg")
 JPEG_QUALITY = 95
 JPEG_BYTES_PER_PIXEL = 0.5  # an estimate for plans: photographs at quality 95 take 0.3 to 0.6
@@ -62,7 +62,7 @@ def from_image_file(data: bytes) -> np.ndarray:
 def npy_header(codec: str, shape: Sequence[int]) -> bytes:
     """The bytes of an .npy file before its data."""
     buffer = io.BytesIO()
-    descr = "|u1" if codec == "uint8" else "<f2"
+    descr = "|u1" if codec == "pixels" else "<f2"
     np.lib.format.write_array_header_1_0(
         buffer, {"descr": descr, "fortran_order": False, "shape": tuple(int(s) for s in shape)}
     )

@@ -42,7 +42,7 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
         raise RecipeError(f"out = {str(out)!r}: exists and is not an empty folder")
     if not len(pool):
         raise RecipeError("the pool is empty: there is nothing to export")
-    pictures = pool.codec == "jpeg" or (pool.codec == "uint8" and (pool.shape or (0,))[0] in (1, 3))
+    pictures = pool.codec == "jpeg" or (pool.codec == "pixels" and (pool.shape or (0,))[0] in (1, 3))
     if format == "imagefolder" and not pictures:
         raise RecipeError(
             f"format = 'imagefolder': the pool holds {pool.codec} of shape {pool.shape}, an image has one or three "
@@ -88,7 +88,7 @@ def _rows(pool: SamplePool) -> Iterator[tuple[int, np.ndarray, list[Any]]]:
     for first in range(0, len(pool), BATCH):
         rows = torch.arange(first, min(first + BATCH, len(pool)))
         payload = pool.payload(rows)
-        if isinstance(payload, torch.Tensor) and pool.codec == "uint8" and payload.shape[1] in (1, 3):
+        if isinstance(payload, torch.Tensor) and pool.codec == "pixels" and payload.shape[1] in (1, 3):
             files: list[Any] = [codecs.to_png(pixels) for pixels in payload.numpy()]
         elif isinstance(payload, torch.Tensor):
             files = list(payload.flatten(1).numpy())
@@ -123,7 +123,7 @@ def _read_images(folder: Path) -> tuple[SamplePool, list[str] | None]:
         shards.check_member(row["file_name"], folder / "metadata.jsonl")
         if (folder / row["file_name"]).is_symlink():
             raise ValueError(f"{folder / row['file_name']} is a link")
-    pool = SamplePool("jpeg" if rows and rows[0]["file_name"].endswith(".jpg") else "uint8")
+    pool = SamplePool("jpeg" if rows and rows[0]["file_name"].endswith(".jpg") else "pixels")
     for first in range(0, len(rows), BATCH):
         part = rows[first : first + BATCH]
         _append_files(pool, [(folder / row["file_name"]).read_bytes() for row in part], from_dicts(part))
@@ -157,10 +157,10 @@ def _read_tars(files: list[Path]) -> SamplePool:
             if suffix == "npy":
                 arrays = np.stack([np.frombuffer(d, np.uint8, offset=shards.npy_data_start(d)) for d in data])
                 dtype, shape = shards.npy_kind(data[0])
-                pool = pool or SamplePool("uint8" if dtype == np.uint8 else "fp16")
+                pool = pool or SamplePool("pixels" if dtype == np.uint8 else "latents")
                 pool.append_records(torch.from_numpy(arrays.view(dtype).reshape(-1, *shape)), from_dicts(rows))
             else:
-                pool = pool or SamplePool("jpeg" if suffix == "jpg" else "uint8")
+                pool = pool or SamplePool("jpeg" if suffix == "jpg" else "pixels")
                 _append_files(pool, data, from_dicts(rows))
     assert pool is not None
     return pool
@@ -205,7 +205,7 @@ def _schema(arrow: Any, pool: SamplePool, classes: list[str] | None, *, pictures
         payload = arrow.field("image", arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
         features: dict[str, Any] = {"image": {"_type": "Image"}}
     else:
-        kind, width = (arrow.uint8(), "uint8") if pool.codec == "uint8" else (arrow.float16(), "float16")
+        kind, width = (arrow.uint8(), "uint8") if pool.codec == "pixels" else (arrow.float16(), "float16")
         elements = int(np.prod(pool.shape or ()))
         payload = arrow.field("latent", arrow.list_(kind, elements))
         features = {"latent": {"feature": {"dtype": width, "_type": "Value"}, "length": elements, "_type": "List"}}

@@ -11,6 +11,7 @@ from dpfast.pool import codecs
 from dpfast.pool.columns import RECORD
 from dpfast.pool.tiers import NAMES, Tiers, readable
 
+CHUNK_BYTES = 64 << 20
 LATENT_SHRINK = 8  # of an autoencoder of the Stable Diffusion family: 3 x 8 x 8 pixels become 4 latents
 
 
@@ -24,6 +25,7 @@ class Plan:
     codec: str
     bytes_per_sample: int  # payload, for JPEG an estimate
     overhead: int  # bytes of a sample's columns
+    chunk_bytes: int
     places: dict[str, int]  # samples in each tier
     tiers: Tiers
 
@@ -51,34 +53,39 @@ class Plan:
         budgets = ", ".join(f"{name} {readable(self.tiers.budget(name))}" for name in NAMES)
         room = sum(self.places.values())
         pixels = math.prod(self.shape)
-        smaller = "raise the share of host memory"
-        if self.codec == "uint8":
+        smaller = "raise host_gib"
+        if self.codec == "pixels":
+            latents = math.ceil(pixels / 3 / LATENT_SHRINK**2) * 4 * codecs.DTYPES["latents"].itemsize
             smaller = (
-                f"store latents (about {math.ceil(pixels / 3 / LATENT_SHRINK**2) * 4 * 2} bytes a sample) or JPEG "
+                f"codec = 'latents' (about {latents} bytes a sample) or 'jpeg' "
                 f"(about {int(pixels * codecs.JPEG_BYTES_PER_PIXEL)})"
             )
         devices = math.ceil(self.devices * self.samples / room) if room else self.devices + 1
         raise RecipeError(
             f"maximum_samples = {self.samples * self.devices}: the pool needs {self}; the budgets are {budgets}. "
-            f"Ways out: {smaller}; give the file tier a folder with {readable(self.total_bytes)} free, or spread the "
-            f"pool over {devices} devices; or set maximum_samples to at most {room * self.devices}"
+            f"Ways out: {smaller}; mapped = true with {readable(self.total_bytes)} free on the disk, or {devices} "
+            f"devices; or maximum_samples of at most {room * self.devices}"
         )
 
 
 def plan(
     samples: int,
     shape: Sequence[int],
-    codec: str = "uint8",
+    codec: str = "pixels",
     devices: int | Sequence[object] = 1,
     *,
     tiers: Tiers | None = None,
-    chunk_bytes: int = 64 << 20,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Plan:
     """Where a pool of ``samples`` payloads of ``shape`` would lie.
 
-    shape: (C, H, W) of the pixels or latents that are stored. devices: over how many devices (a number, or their list)
-    the pool is spread, each with the budgets ``tiers``, by default what is free here. A plan does nothing by itself:
-    ``plan(...).check()`` refuses what does not fit.
+    A plan does nothing by itself: ``plan(...).check()`` refuses what does not fit.
+
+    Args:
+        shape: (C, H, W) of the pixels or latents that are stored; for JPEG of the images.
+        devices: over how many devices (a number, or their list) the pool is spread.
+        tiers: the budgets of each device, by default what is free here.
+        chunk_bytes: of a chunk at most; a small pool has one that just holds it.
     """
     count = devices if isinstance(devices, int) else len(devices)
     if samples < 0 or count < 1:
@@ -88,6 +95,8 @@ def plan(
     if not 0 < payload <= chunk_bytes:
         raise ValueError(f"a sample of shape {tuple(shape)} has {payload} bytes, a chunk {chunk_bytes}")
     each = math.ceil(samples / count)
+    if codec != "jpeg":
+        chunk_bytes = min(chunk_bytes, max(each, 1) * payload)
     places, missing, columns = {}, each, each * RECORD.itemsize
     for name in NAMES:
         budget = tiers.budget(name) - (columns if name == "host" else 0)  # the columns always lie in host memory
@@ -101,6 +110,7 @@ def plan(
         codec=codec,
         bytes_per_sample=payload,
         overhead=RECORD.itemsize,
+        chunk_bytes=chunk_bytes,
         places=places,
         tiers=tiers,
     )

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from dpfast.pool import codecs, shards
-from dpfast.pool.pool import CHUNK_BYTES, SamplePool
+from dpfast.pool.plan import CHUNK_BYTES
+from dpfast.pool.pool import SamplePool
 from dpfast.pool.rows import ChunkTable
 from dpfast.pool.tiers import Tiers
 
@@ -35,7 +36,7 @@ class Saver:
 
     Args:
         pool: its samples from ``first`` on go into shards; those before are in the folder already.
-        images: "npy" (raw, opened fastest) or "png" for a pool of uint8 pixels; latents are .npy and JPEG .jpg.
+        images: "npy" (raw, opened fastest) or "png" for a pool of pixels; latents are .npy and JPEG .jpg.
         classes: names of the labels, kept in the manifest.
         truncate: drop the shards that hold more than the pool does, where a run goes back to an earlier state.
 
@@ -59,7 +60,7 @@ class Saver:
             raise ValueError(f"shard_samples = {shard_samples}, expected at least 1")
         self.pool, self.folder, self.shard_samples = pool, Path(folder), shard_samples
         self.error: BaseException | None = None
-        self._suffix = {"uint8": images, "fp16": "npy", "jpeg": "jpg"}[pool.codec]
+        self._suffix = {"pixels": images, "latents": "npy", "jpeg": "jpg"}[pool.codec]
         self._classes = None if classes is None else list(classes)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_file = (self.folder / ".lock").open("w")

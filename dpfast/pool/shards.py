@@ -30,7 +30,7 @@ from dpfast.pool.columns import RECORD, as_dict, from_dicts, ranges
 
 MANIFEST = "manifest.json"
 FORMAT = "dpfast-pool"
-VERSION = 1
+VERSION = 2
 BLOCK = 512  # of a tar
 WRITE_BYTES = 1 << 20
 SUFFIXES = ("npy", "png", "jpg")

@@ -18,10 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpfast import config
+
 NAMES = ("device", "host", "file")
 HOST_SHARE = 0.7  # of the memory that is free; the learner and its batches need some
 DEVICE_SHARE = 0.5
 FILE_SHARE = 0.9
+GIB = 1 << 30
 
 
 class PoolFullError(MemoryError):
@@ -48,17 +51,42 @@ class Tiers:
             raise ValueError(f"file_bytes = {self.file_bytes} without a folder")
 
     @classmethod
-    def detect(cls, device: torch.device | str | None = None, folder: Path | None = None) -> Tiers:
-        """Shares of what is free now: device memory for a CUDA device, host memory, and the disk of ``folder``."""
+    def detect(
+        cls,
+        device: torch.device | str | None = None,
+        folder: Path | None = None,
+        *,
+        device_bytes: int | None = None,
+        host_bytes: int | None = None,
+    ) -> Tiers:
+        """Shares of what is free now: device memory for a CUDA device, host memory, and the disk of ``folder``.
+
+        device_bytes, host_bytes: budgets in place of the shares.
+        """
         device = None if device is None else torch.device(device)
         cuda = device is not None and device.type == "cuda"
+        if device_bytes is None:
+            device_bytes = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) if cuda else 0
         return cls(
             device=device if cuda else None,
-            device_bytes=int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) if cuda else 0,
-            host_bytes=int(_free_memory() * HOST_SHARE),
+            device_bytes=device_bytes,
+            host_bytes=int(_free_memory() * HOST_SHARE) if host_bytes is None else host_bytes,
             folder=folder,
             file_bytes=0 if folder is None else int(shutil.disk_usage(folder).free * FILE_SHARE),
         )
+
+    @classmethod
+    def from_recipe(cls, recipe: config.Pool, device: torch.device, folder: Path | None) -> Tiers:
+        """The budgets of a recipe's section ``[pool]``. Raises ``RecipeError`` for one that this machine lacks."""
+        device_bytes, host_bytes = (
+            None if size is None else int(size * GIB) for size in (recipe.device_gib, recipe.host_gib)
+        )
+        if device_bytes and device.type != "cuda":
+            raise config.RecipeError(f"device_gib = {recipe.device_gib:g}: the run is on a {device}, expected 0")
+        if recipe.mapped and folder is None:
+            raise config.RecipeError("mapped = true: there is no folder for the files; run with one")
+        mapped = folder if recipe.mapped else None
+        return cls.detect(device, mapped, device_bytes=device_bytes, host_bytes=host_bytes)
 
     def budget(self, name: str) -> int:
         return int(getattr(self, f"{name}_bytes"))
@@ -72,7 +100,7 @@ class Tiers:
         budgets = ", ".join(f"{name} {readable(self.budget(name))}" for name in NAMES)
         raise PoolFullError(
             f"the pool holds {len(taken)} chunks of {readable(chunk_bytes)} and its budgets are full ({budgets}): "
-            "raise a budget, give a folder for the file tier, or store latents or JPEG"
+            "raise host_gib, map files (mapped = true), or store latents or JPEG (codec)"
         )
 
     def allocate(self, name: str, chunk_bytes: int) -> Tensor:

@@ -10,7 +10,9 @@ from dpfast.feed import loader as loaders
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import LoaderError, choose, make_loader
 from dpfast.feed.slots import Slots
+from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.view import View
 from tests.pool.helpers import Batch
 
 DALI = pytest.param("dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed"))
@@ -18,7 +20,7 @@ KINDS = ["torch", DALI]
 EVERYTHING = Augment(flip=True, shift=1, crop=0.3, size=(12, 10), mixup=0.2, cutmix=1.0)
 
 
-def pool_of(count=30, shape=(3, 14, 16), codec="uint8", **options):
+def pool_of(count=30, shape=(3, 14, 16), codec="pixels", **options):
     pool = SamplePool(codec, **options)
     grow(pool, count, shape)
     return pool
@@ -105,7 +107,9 @@ def test_a_position_restores_the_next_batch_exactly(kind, augment, make):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_belong_to_their_images_and_held_batches_stay(kind, make):
-    loader = make(kind, pool_of(50), augment=Augment(flip=True, shift=2, crop=0.5), mean=0.0, std=1 / 255)
+    loader = make(
+        kind, pool_of(50), augment=Augment(flip=True, shift=2, crop=0.5), form=BatchFormat(mean=0.0, std=1 / 255)
+    )
     held = take(loader, 12)
     for images, labels in held:
         assert images.shape == (8, 3, 14, 16)
@@ -115,32 +119,34 @@ def test_labels_belong_to_their_images_and_held_batches_stay(kind, make):
 
 
 @pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed")
-@pytest.mark.parametrize("codec", ["uint8", "jpeg", "fp16"])
+@pytest.mark.parametrize("codec", ["pixels", "jpeg", "latents"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_dali_and_torch_show_the_same_pixels(codec, channels, make):
     """Without augmentation the same bytes, normalised to within the last bits; with it the same crops and flips."""
     shape = (channels, 14, 16)
-    if codec == "fp16":
-        pool = SamplePool("fp16", decode=lambda z: torch.tanh(z).repeat_interleave(2, 2).repeat_interleave(2, 3))
+    if codec == "latents":
+        pool = SamplePool("latents", decode=lambda z: torch.tanh(z).repeat_interleave(2, 2).repeat_interleave(2, 3))
         latents = torch.randn(30, channels, 7, 8, generator=torch.Generator().manual_seed(0)).half()
         pool.append(batch_of(0, latents), payload=latents, round=0, omega=0.0)
     else:
         pool = pool_of(30, shape, codec)
     for augment in (Augment(), Augment(flip=True, shift=3, crop=0.2, size=(9, 21))):
-        for options in ({}, {"channels_last": False, "mean": [0.4] * channels, "std": [0.2] * channels}):
-            ours, dali = (make(kind, pool, augment=augment, **options) for kind in ("torch", "dali"))
+        for form in (None, BatchFormat(channels_last=False, mean=[0.4] * channels, std=[0.2] * channels)):
+            ours, dali = (make(kind, pool, augment=augment, form=form) for kind in ("torch", "dali"))
             for (a, labels), (b, same_labels) in zip(take(ours, 5), take(dali, 5), strict=True):
                 assert torch.equal(labels, same_labels)
                 assert a.shape == b.shape
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # 5.1e-6 measured
-                if not options and augment == Augment() and codec != "fp16":
+                if form is None and augment == Augment() and codec != "latents":
                     assert torch.equal(a.add(1).mul(127.5).round(), b.add(1).mul(127.5).round())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_the_rounded_batch(kind, make):
     pool = pool_of()
-    full, half = (make(kind, pool, augment=EVERYTHING, dtype=dtype) for dtype in (torch.float32, torch.float16))
+    full, half = (
+        make(kind, pool, augment=EVERYTHING, form=BatchFormat(dtype=dtype)) for dtype in (torch.float32, torch.float16)
+    )
     for (a, targets), (b, same_targets) in zip(take(full, 3), take(half, 3), strict=True):
         assert torch.equal(targets, same_targets)
         assert b.dtype == torch.float16
@@ -153,40 +159,40 @@ def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, make, monke
     loader, twin = make("torch", pool), make("torch", pool)
     take(loader, 2)
     take(twin, 2)
-    gather = pool.gather
+    gather = View.gather
 
-    def dying(indices, **options):
+    def dying(view, *arguments, **options):
         if threading.current_thread() is not threading.main_thread():
             raise dies
-        return gather(indices, **options)
+        return gather(view, *arguments, **options)
 
     take(loader, 2), take(twin, 2)
-    monkeypatch.setattr(pool, "gather", dying)
+    monkeypatch.setattr(View, "gather", dying)
     with pytest.raises(LoaderError, match="could not be made") as caught:
         take(loader, 4)
     assert caught.value.__cause__ is dies
-    monkeypatch.setattr(pool, "gather", gather)
+    monkeypatch.setattr(View, "gather", gather)
     twin.restore(loader.state())
     assert same(take(loader, 3), take(twin, 3))
 
 
 @pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed")
-def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make):
+def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make, monkeypatch):
     pool = pool_of(8, codec="jpeg")
     loader = make("dali", pool, batch_size=4)
     take(loader, 2)
-    good, pool.payload = pool.payload, lambda indices: [b"\xff\xd8 no image"] * len(indices)
-    with pytest.raises(LoaderError, match="could not be made"):
-        take(loader, 4)
-    pool.payload = good
+    with monkeypatch.context() as patch:
+        patch.setattr(View, "payload", lambda view, indices: [b"\xff\xd8 no image"] * len(indices))
+        with pytest.raises(LoaderError, match="could not be made"):
+            take(loader, 4)
     assert next(loader)[0].shape == (4, 3, 14, 16)
 
 
 def test_waiting_is_measured(make, monkeypatch):
     pool = pool_of()
-    loader, gather = make("torch", pool), pool.gather
+    loader, gather = make("torch", pool), View.gather
     monkeypatch.setattr(
-        pool, "gather", lambda *args, **options: (threading.Event().wait(0.05), gather(*args, **options))[1]
+        View, "gather", lambda *args, **options: (threading.Event().wait(0.05), gather(*args, **options))[1]
     )
     take(loader, 4)
     assert 0.15 < loader.waited < 2
@@ -194,16 +200,16 @@ def test_waiting_is_measured(make, monkeypatch):
 
 def test_slots_are_used_again_when_nobody_holds_them():
     slots = Slots()
-    first = slots.batch((2, 3, 4, 5), torch.float32, channels_last=True)
+    first = slots.batch((2, 3, 4, 5), BatchFormat())
     view = first[1:]
     address = first.data_ptr()
     del first
-    second = slots.batch((2, 3, 4, 5), torch.float32, channels_last=True)
+    second = slots.batch((2, 3, 4, 5), BatchFormat())
     assert second.data_ptr() != address  # a view still holds the first
     del view
-    assert slots.batch((2, 3, 4, 5), torch.float32, channels_last=False).data_ptr() == address
-    graph = torch.nn.Parameter(torch.ones(1)) * slots.batch((1, 1, 1, 120), torch.float32, channels_last=True)
-    slots.batch((1, 1, 1, 120), torch.float32, channels_last=True)
+    assert slots.batch((2, 3, 4, 5), BatchFormat(channels_last=False)).data_ptr() == address
+    graph = torch.nn.Parameter(torch.ones(1)) * slots.batch((1, 1, 1, 120), BatchFormat())
+    slots.batch((1, 1, 1, 120), BatchFormat())
     assert len(slots) == 3  # of the second, of the graph, and a free one
     del graph, second
 

@@ -43,7 +43,7 @@ def latents(ids: Tensor) -> Tensor:
 ORIGIN = {"omega": 0.1, "cfg_scale": 1.5, "steps": 15, "seed": 12}
 
 
-def check_prefix(pool, count: int, codec: str = "uint8") -> None:
+def check_prefix(pool, count: int, codec: str = "pixels") -> None:
     """That the pool holds the ids 0 to ``count``, with the payload and the columns that belong to them."""
     ids = torch.arange(count)
     assert len(pool) == count
@@ -52,7 +52,7 @@ def check_prefix(pool, count: int, codec: str = "uint8") -> None:
     expected = torch.where(ids % 5 == 0, float("nan"), ids / 7.0)
     assert torch.equal(pool.column("entropy").nan_to_num(-1), expected.nan_to_num(-1))
     assert set(pool.column("steps").tolist()) <= {15}
-    if codec == "uint8":
+    if codec == "pixels":
         assert torch.equal(pool.images(ids), pixels(ids))
-    elif codec == "fp16":
+    elif codec == "latents":
         assert torch.equal(pool.payload(ids), latents(ids))

@@ -22,7 +22,7 @@ def pool_of(codec):
     pool = SamplePool(codec)
     for number in range(3):
         ids = torch.arange(len(pool), len(pool) + 10)
-        payload = latents(ids) if codec == "fp16" else None
+        payload = latents(ids) if codec == "latents" else None
         pool.append(batch(len(pool), 10), payload=payload, round=number, **ORIGIN)
     return pool
 
@@ -35,11 +35,11 @@ def datasets(tmp_path_factory):
     return pytest.importorskip("datasets")
 
 
-@pytest.mark.parametrize("codec", ["uint8", "jpeg", "fp16"])
+@pytest.mark.parametrize("codec", ["pixels", "jpeg", "latents"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_there_and_back_is_exact(codec, format, tmp_path):
     pool = pool_of(codec)
-    if (codec, format) == ("fp16", "imagefolder"):
+    if (codec, format) == ("latents", "imagefolder"):
         with pytest.raises(RecipeError, match="choose webdataset or parquet"):
             export_pool(pool, tmp_path / "out", format)
         return
@@ -66,7 +66,7 @@ def image_matches(image, row):
 
 
 def test_datasets_reads_the_webdataset_export(datasets, tmp_path):
-    export_pool(pool_of("uint8"), tmp_path / "out", "webdataset")
+    export_pool(pool_of("pixels"), tmp_path / "out", "webdataset")
     rows = datasets.load_dataset("webdataset", data_files=str(tmp_path / "out" / "*.tar"), split="train")
     columns_match(rows["json"])
     image_matches(rows[21]["png"], 21)
@@ -74,7 +74,7 @@ def test_datasets_reads_the_webdataset_export(datasets, tmp_path):
 
 
 def test_datasets_reads_the_image_folder(datasets, tmp_path):
-    export_pool(pool_of("uint8"), tmp_path / "out", "imagefolder", CLASSES)
+    export_pool(pool_of("pixels"), tmp_path / "out", "imagefolder", CLASSES)
     rows = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), split="train")
     columns_match(sorted(rows, key=lambda row: row["sample_id"]))
     image_matches(next(row["image"] for row in rows if row["sample_id"] == 13), 13)
@@ -82,19 +82,19 @@ def test_datasets_reads_the_image_folder(datasets, tmp_path):
 
 
 def test_datasets_reads_the_parquet_export(datasets, tmp_path):
-    export_pool(pool_of("uint8"), tmp_path / "images", "parquet", CLASSES)
+    export_pool(pool_of("pixels"), tmp_path / "images", "parquet", CLASSES)
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "images" / "*.parquet"), split="train")
     columns_match(rows)
     image_matches(rows[29]["image"], 29)
     assert rows.features["label"].names == CLASSES
-    export_pool(pool_of("fp16"), tmp_path / "latents", "parquet")
+    export_pool(pool_of("latents"), tmp_path / "latents", "parquet")
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "latents" / "*.parquet"), split="train")
     columns_match(rows)
     assert np.array_equal(np.float16(rows[3]["latent"]), latents(torch.tensor([3])).flatten().numpy())
 
 
 def test_the_command_exports_a_run_and_an_export(tmp_path, capsys):
-    pool = pool_of("uint8")
+    pool = pool_of("pixels")
     with Saver(pool, tmp_path / "run" / "pool_dp", classes=CLASSES) as saver:
         saver.save()
     previous = tmp_path / "run"
@@ -125,11 +125,11 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     with pytest.raises(RecipeError, match="not an empty folder"):
-        export_pool(pool_of("uint8"), tmp_path / "full", "parquet")
+        export_pool(pool_of("pixels"), tmp_path / "full", "parquet")
     with pytest.raises(RecipeError, match="nothing to export"):
         export_pool(SamplePool(), tmp_path / "out", "parquet")
     with pytest.raises(RecipeError, match="format = 'zip'"):
-        export_pool(pool_of("uint8"), tmp_path / "out", "zip")
+        export_pool(pool_of("pixels"), tmp_path / "out", "zip")
     assert not (tmp_path / "out").exists()
     assert main(["export", str(tmp_path / "full"), "--format", "parquet", "--out", str(tmp_path / "out")]) == 2
     assert "neither a run with samples nor" in capsys.readouterr().err

@@ -16,7 +16,7 @@ def test_the_paper_s_pool_of_pixels_and_latents():
     assert pixels.bytes_per_sample == 196_608
     assert pixels.overhead <= 64
     assert pixels.samples * pixels.bytes_per_sample == pytest.approx(1.28e12, rel=0.01)
-    latents = SamplePool.plan(6_500_000, (4, 64, 64), "fp16", tiers=Tiers(host_bytes=300 * GIB))
+    latents = SamplePool.plan(6_500_000, (4, 64, 64), "latents", tiers=Tiers(host_bytes=300 * GIB))
     assert latents.samples * latents.bytes_per_sample == pytest.approx(213e9, rel=0.01)
     assert latents.fits
     assert not pixels.fits
@@ -51,10 +51,10 @@ def test_a_refusal_has_the_numbers_and_three_ways_out():
         "196608 + 56 bytes",
         "148.8 GiB",
         "host 64 GiB",
-        "store latents (about 8192 bytes a sample)",
-        "a folder with 148.8 GiB free",
-        "over 19 devices",
-        "at most 2",
+        "codec = 'latents' (about 8192 bytes a sample)",
+        "mapped = true with 148.8 GiB free",
+        "or 19 devices",
+        "maximum_samples of at most 2",
     ):
         assert part in message
     assert "\n" not in message

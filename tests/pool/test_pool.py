@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfast.ops import _dispatch
+from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.tiers import PoolFullError, Tiers
 from tests.pool.helpers import ORIGIN, SHAPE, batch, check_prefix, latents, pixels
@@ -67,10 +68,10 @@ def test_an_append_copies_each_sample_once():
 
 def test_growing_moves_no_sample_and_leaves_old_views_valid():
     pool = filled(10)
-    view, address = pool.view, pool.view.payload.chunks[0].data_ptr()
+    view, address = pool.view, pool.view.chunks.chunks[0].data_ptr()
     filled(30, pool=pool)
-    assert pool.view.payload.chunks[0].data_ptr() == address
-    assert (view.size, len(view.payload.chunks)) == (10, 1)
+    assert pool.view.chunks.chunks[0].data_ptr() == address
+    assert (view.size, len(view.chunks.chunks)) == (10, 1)
 
 
 def test_readers_see_whole_appends_only_and_hold_nobody_up():
@@ -105,7 +106,9 @@ def test_readers_see_whole_appends_only_and_hold_nobody_up():
 def test_gather_normalises_and_mirrors(backend, dtype, monkeypatch):
     monkeypatch.setattr(_dispatch, "FORCED", backend)
     pool, indices, flip = filled(33), torch.tensor([29, 2, 2, 11]), torch.tensor([False, True, False, True])
-    images, labels = pool.gather(indices, flip=flip, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), dtype=dtype)
+    images, labels = pool.gather(
+        indices, BatchFormat(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), dtype=dtype), flip=flip
+    )
     expected = (pixels(indices) / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor(
         [0.2, 0.3, 0.4]
     ).view(3, 1, 1)
@@ -117,17 +120,17 @@ def test_gather_normalises_and_mirrors(backend, dtype, monkeypatch):
 
 
 def test_latents_are_decoded_when_a_batch_is_made():
-    pool = SamplePool("fp16", chunk_bytes=100, decode=lambda z: z.repeat(1, 1, 3, 3)[:, :3].clamp(-1, 1))
+    pool = SamplePool("latents", chunk_bytes=100, decode=lambda z: z.repeat(1, 1, 3, 3)[:, :3].clamp(-1, 1))
     ids = torch.arange(17)
     pool.append(batch(0, 17), payload=latents(ids), round=0, **ORIGIN)
-    check_prefix(pool, 17, "fp16")
+    check_prefix(pool, 17, "latents")
     decoded = pool.decode(latents(ids).float())
     images, labels = pool.gather(ids, flip=ids % 2 == 0)
     torch.testing.assert_close(images, torch.where((ids % 2 == 0)[:, None, None, None], decoded.flip(3), decoded))
     assert labels.tolist() == (ids % 10).tolist()
     assert torch.equal(pool.images(ids), ((decoded + 1) * 127.5).round().to(torch.uint8))
     with pytest.raises(ValueError, match="no decode function"):
-        SamplePool("fp16").gather(torch.arange(0))
+        SamplePool("latents").gather(torch.arange(0))
 
 
 def test_jpeg_files_are_kept_byte_for_byte_and_decoded_close_to_the_image():
@@ -136,7 +139,7 @@ def test_jpeg_files_are_kept_byte_for_byte_and_decoded_close_to_the_image():
     new = batch(0, 20)
     new.images = smooth.round().to(torch.uint8)
     pool.append(new, round=0, **ORIGIN)
-    assert len(pool.view.payload.chunks) > 2
+    assert len(pool.view.chunks.chunks) > 2
     files = pool.payload(ids)
     assert all(file[:2] == b"\xff\xd8" for file in files)
     assert int((pool.images(ids).int() - new.images.int()).abs().max()) < 12
@@ -159,7 +162,7 @@ def test_chunks_fill_the_tiers_in_order_and_move_with_the_budgets(tmp_path):
     pool.move(Tiers(host_bytes=chunk, folder=tmp_path, file_bytes=9 * chunk))
     assert pool.where() == {"device": 0, "host": 10, "file": 35}
     check_prefix(pool, 45)
-    assert old.take_records(torch.tensor([44]))["sample_id"] == 44
+    assert old.records(torch.tensor([44]))["sample_id"] == 44
     filled(15, pool=pool)
     pool.move(Tiers(host_bytes=9 * chunk))
     assert pool.where() == {"device": 0, "host": 60, "file": 0}
@@ -177,11 +180,11 @@ def test_reserved_chunks_are_the_next_ones():
     pool.reserve(34)
     assert len(pool._spares) == 3
     filled(34, pool=pool)
-    assert [chunk.data_ptr() for chunk in pool.view.payload.chunks[1:]] == reserved
+    assert [chunk.data_ptr() for chunk in pool.view.chunks.chunks[1:]] == reserved
     check_prefix(pool, 39)
     with pytest.raises(PoolFullError):
         pool.reserve(1000)
-    with pytest.raises(ValueError, match="after the first append"):
+    with pytest.raises(ValueError, match="give the pool a shape"):
         SamplePool().reserve(1)
 
 

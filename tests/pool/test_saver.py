@@ -18,11 +18,11 @@ from tests.pool.helpers import ORIGIN, batch, check_prefix, latents
 
 
 def append(pool, count, round=0):
-    payload = latents(torch.arange(len(pool), len(pool) + count)) if pool.codec == "fp16" else None
+    payload = latents(torch.arange(len(pool), len(pool) + count)) if pool.codec == "latents" else None
     pool.append(batch(len(pool), count), payload=payload, round=round, **ORIGIN)
 
 
-def saved(folder, *counts, codec="uint8", **options):
+def saved(folder, *counts, codec="pixels", **options):
     pool = SamplePool(codec)
     with Saver(pool, folder, shard_samples=20, **options) as saver:
         for number, count in enumerate(counts):
@@ -32,7 +32,9 @@ def saved(folder, *counts, codec="uint8", **options):
     return pool
 
 
-@pytest.mark.parametrize(("codec", "images"), [("uint8", "npy"), ("uint8", "png"), ("fp16", "npy"), ("jpeg", "npy")])
+@pytest.mark.parametrize(
+    ("codec", "images"), [("pixels", "npy"), ("pixels", "png"), ("latents", "npy"), ("jpeg", "npy")]
+)
 def test_a_saved_pool_opens_exactly(codec, images, tmp_path):
     pool = saved(tmp_path, 33, 1, 20, codec=codec, images=images)
     again = SamplePool.open(tmp_path)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpfast.feed.crop import crop_rows, resample
 from dpfast.ops import _dispatch, gather_batch
+from dpfast.pool.batch import BatchFormat, from_rows, resample
 from dpfast.pool.rows import ChunkTable
 
 MEAN, STD = [0.48, 0.45, 0.40], [0.22, 0.23, 0.25]
@@ -27,9 +27,12 @@ def pixels(count, channels, height, width, seed=0):
     return torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
 
 
-def crop(images, indices, boxes, **options):
-    options = {"mean": MEAN[: images.shape[1]], "std": STD[: images.shape[1]]} | options
-    return crop_rows(table_of(images), len(images), images.shape[1:], indices, boxes, **options)
+def crop(images, indices, boxes, mean=None, std=None, dtype=torch.float32, channels_last=True, **options):
+    channels = images.shape[1]
+    form = BatchFormat(
+        mean=mean or MEAN[:channels], std=std or STD[:channels], dtype=dtype, channels_last=channels_last
+    )
+    return from_rows(table_of(images), len(images), images.shape[1:], indices, form, boxes=boxes, **options)
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(20, 31, (9, 14)), (8, 12, (16, 29)), (17, 9, (17, 9))])
@@ -96,6 +99,7 @@ def test_it_writes_where_it_is_told():
         ({"boxes": torch.tensor([[0.0, 0, 0, 4]])}, ValueError, "heights and widths above 0"),
         ({"boxes": torch.tensor([[0.0, 0, float("nan"), 4]])}, ValueError, "finite"),
         ({"flip": torch.ones(1)}, TypeError, "flip"),
+        ({"boxes": None}, ValueError, r"size = \(4, 4\), the images are \(8, 8\)"),
         ({"out": torch.empty(1, 3, 5, 4)}, ValueError, "out"),
         ({"mean": [0.5]}, ValueError, "mean"),
     ],

@@ -1,0 +1,150 @@
+"""What a reader sees of a pool: payloads, columns and batches of the samples that it held at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpfast.ops import _dispatch
+from dpfast.pool import codecs
+from dpfast.pool.batch import BatchFormat, from_images, from_rows
+from dpfast.pool.columns import COLUMNS, RECORD
+from dpfast.pool.rows import CPU, ChunkTable, check_indices
+
+Payload = Tensor | Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class View:
+    """The first ``size`` samples of a pool. It stays valid whatever the pool does next, and needs no lock.
+
+    codec, shape, decode: as of ``SamplePool``. chunks, origins: where payloads and records lie. tiers: of the chunks.
+    ready: the last append on a device, which a reader's stream waits for.
+    """
+
+    codec: str
+    decode: codecs.Decode | None
+    chunks: ChunkTable
+    origins: ChunkTable
+    size: int = 0
+    shape: tuple[int, ...] | None = None
+    tiers: tuple[str, ...] = ()
+    ready: torch.cuda.Event | None = None
+
+    def records(self, indices: Tensor) -> np.ndarray:
+        """(B,) copies of the ``RECORD`` of the samples at ``indices``."""
+        return self.origins.take(indices, self.size).numpy().view(RECORD)[:, 0]
+
+    def column(self, name: str, indices: Tensor) -> Tensor:
+        """(B,) int64 or float32 values of one column of ``dpfast.pool.columns`` at ``indices``."""
+        if name not in COLUMNS:
+            raise KeyError(f"column {name!r}: expected one of {', '.join(COLUMNS)}")
+        return self._field(name, indices)
+
+    def _field(self, name: str, indices: Tensor) -> Tensor:
+        dtype, offset = dict(RECORD.fields or {})[name][:2]
+        values = self.origins.take(indices, self.size, offset=offset, width=dtype.itemsize).numpy().view(dtype)[:, 0]
+        return torch.from_numpy(values if dtype.kind == "f" else values.astype(np.int64))
+
+    def chunk_numbers(self) -> Tensor:
+        """(size,) int64, the chunk of every sample."""
+        places = torch.arange(self.size)
+        if self.codec == "jpeg":
+            return self._field("offset", places) // self.chunks.chunk_rows
+        return places // self.chunks.chunk_rows
+
+    def payload(self, indices: Tensor, *, device: torch.device = CPU, out: Tensor | None = None) -> Payload:
+        """Copies of what is stored at ``indices`` (B,): (B, *shape) of the codec's dtype, or B JPEG files.
+
+        out: (B, bytes of a sample) uint8 on ``device``, where the copies shall lie; not for JPEG.
+        """
+        indices = indices.to(CPU, torch.int64)
+        if self.ready is not None and device.type == "cuda":
+            torch.cuda.current_stream(device).wait_event(self.ready)
+        if self.codec == "jpeg":
+            return self._files(indices)
+        if self.shape is None:
+            check_indices(indices, 0)
+            return torch.empty(0, dtype=torch.uint8)
+        rows = self.chunks.take(indices, self.size, device=device, out=out)
+        return rows.view(codecs.DTYPES[self.codec]).view(-1, *self.shape)
+
+    def _files(self, indices: Tensor) -> list[bytes]:
+        files = []
+        for record in self.records(indices):
+            number, start = divmod(int(record["offset"]), self.chunks.chunk_rows)
+            file = self.chunks.chunks[number][start : start + int(record["length"])]
+            files.append(file.cpu().numpy().tobytes())
+        return files
+
+    def images(self, indices: Tensor, *, device: torch.device = CPU) -> Tensor:
+        """uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the pool holds no pixels."""
+        payload = self.payload(indices, device=device)
+        if self.codec == "latents":
+            return self._decoded(payload).clamp(0, 255).round().to(torch.uint8)
+        if isinstance(payload, Tensor):
+            return payload
+        images = [torch.from_numpy(codecs.from_image_file(data).copy()) for data in payload]
+        if len({image.shape for image in images}) > 1:
+            shapes = sorted({tuple(image.shape) for image in images})
+            raise ValueError(f"the batch holds images of {shapes}, expected one shape")
+        return torch.stack(images).to(device) if images else torch.empty(0, dtype=torch.uint8, device=device)
+
+    def _decoded(self, latents: Payload) -> Tensor:
+        """(B, C, H, W) floats on the scale of bytes."""
+        if self.decode is None:
+            raise ValueError("the pool holds latents and has no decode function: SamplePool('latents', decode=...)")
+        assert isinstance(latents, Tensor)
+        with torch.no_grad():
+            return self.decode(latents.float()).float().add(1).mul(127.5)
+
+    def gather(
+        self,
+        indices: Tensor,
+        form: BatchFormat | None = None,
+        *,
+        flip: Tensor | None = None,
+        boxes: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        device: torch.device = CPU,
+        out: Tensor | None = None,
+        threads: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, C, H, W) and int64 labels (B,) of the samples at ``indices`` (B,), on ``device``.
+
+        Latents are decoded first, without rounding to uint8.
+
+        Args:
+            form: scale, dtype and memory layout of the batch.
+            flip: (B,) bool, mirrors a sample left to right.
+            boxes: (B, 4) float32 of (top, left, height, width) in pixels, what is shown of a sample; None: all of it.
+            size: (height, width) of the batch, that of the images by default; another one needs boxes.
+            out: where to write the images, in their shape, dtype and layout, and threads: of the kernel, torch's by
+                default; both where ``in_place``.
+
+        Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an index outside the pool.
+        """
+        form = form or BatchFormat()
+        indices = indices.to(CPU, torch.int64).contiguous()
+        labels = self.column("label", indices).to(device, non_blocking=True)
+        if self.in_place(device):
+            assert self.shape is not None
+            options = {"flip": flip, "boxes": boxes, "size": size, "out": out, "threads": threads}
+            return from_rows(self.chunks, self.size, self.shape, indices, form, **options), labels  # type: ignore[arg-type]
+        if out is not None:
+            raise ValueError("out is for pools of pixels on the host and the native kernels")
+        if self.codec == "latents":
+            images = self._decoded(self.payload(indices, device=device))
+        else:
+            images = self.images(indices, device=device)
+        flip, boxes = (None if rows is None else rows.to(device) for rows in (flip, boxes))
+        return from_images(images, form, flip=flip, boxes=boxes, size=size), labels
+
+    def in_place(self, device: torch.device) -> bool:
+        """Whether the native kernels read a batch of pixels for ``device`` in the pool's chunks, without a copy."""
+        native = _dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.shape is not None
+        return native and self.codec == "pixels" and self.chunks.on_host
