@@ -91,16 +91,13 @@ def gather_kernel(
         if FLIP:
             here = here ^ (mirrored * (GROUP - 1))
         byte = tl.gather(byte, channel * PIXELS + here, 0)
-    if COUNT > 1:
-        # A choice between registers is cheaper than two loads an element.
-        factor = tl.full((PLANES * PIXELS,), 0.0, tl.float32)
-        offset = tl.full((PLANES * PIXELS,), 0.0, tl.float32)
-        for c in tl.static_range(COUNT):
-            factor = tl.where(channel == c, tl.load(scale + c), factor)
-            offset = tl.where(channel == c, tl.load(bias + c), offset)
-    else:
-        factor, offset = tl.load(scale + first_channel), tl.load(bias + first_channel)
-    value = tl.where(legal, byte.to(tl.float32) * factor + offset, float("nan"))
+    byte = byte.to(tl.float32)
+    value = tl.full((PLANES * PIXELS,), 0.0, tl.float32)
+    # A choice between results: two loads an element would be dearer, and a choice between factors needs more registers.
+    for c in tl.static_range(COUNT):
+        factor, offset = tl.load(scale + first_channel + c), tl.load(bias + first_channel + c)
+        value = tl.where(channel == c, byte * factor + offset, value)
+    value = tl.where(legal, value, float("nan"))
     target = out + image * (CHANNELS * PLANE) + first_channel * PLANE + first_pixel * COUNT
     last = tl.minimum(PLANE - first_pixel, PIXELS) * COUNT
     tl.store(target + element, value.to(out.dtype.element_ty), mask=element < last)
