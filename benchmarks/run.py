@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -83,8 +83,15 @@ def table(records: Iterable[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dpfast bench", description=__doc__.splitlines()[0])
+class _Parser(argparse.ArgumentParser):
+    """Reports an unusable argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def _arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="dpfast bench", description=__doc__.splitlines()[0])
     parser.add_argument("suite", choices=["ops", "pool", *TABLES])
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each variant (default 15)")
@@ -101,11 +108,15 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 1 where an operation fails its tests."""
+    """0, 1 where an operation fails its tests, or 2 for arguments that cannot work."""
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in TABLES:  # tables of their own columns
         return int(importlib.import_module(TABLES[given[0]]).main(given[1:]))
-    options = _arguments(arguments)
+    try:
+        options = _arguments(given)
+    except argparse.ArgumentError as error:
+        print(f"dpfast bench: error: {error}", file=sys.stderr)
+        return 2
     available = cases(options.suite)
     chosen = [case for case in available if options.only in case.name]
     if not chosen:

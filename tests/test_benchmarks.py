@@ -1,0 +1,132 @@
+"""The benchmarks: no ratio without correctness, ratios of one interleaved run, records that name the machine."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import gate, run, timing
+from benchmarks.registry import EAGER, OURS, OURS_OUT, Case, cases
+
+CPU = torch.device("cpu")
+
+
+def tiny(tests: str, **changes) -> Case:
+    variants = {EAGER: lambda: time.sleep(4e-3), OURS: lambda: time.sleep(1e-3), OURS_OUT: lambda: None}
+    options = {"bytes": 1 << 12, "targets": {EAGER: 2, "copy": 0.5}, **changes}
+    return Case(
+        suite="ops", operation="sleep", size="4 ms", tests=tests, build=lambda device: dict(variants), **options
+    )
+
+
+@pytest.fixture
+def use(tmp_path, monkeypatch):
+    """Makes one tiny case the whole suite, gated by a test file with the given body."""
+
+    def replace(body: str) -> None:
+        tests = tmp_path / "test_operation.py"
+        tests.write_text(f"def test_the_operation():\n    {body}\n")
+        monkeypatch.setattr(run, "cases", lambda suite: [tiny(str(tests))])
+
+    return replace
+
+
+def test_an_operation_that_fails_its_tests_is_not_timed(use, tmp_path, monkeypatch, capsys):
+    use("assert 1 == 2, 'the gradient is wrong'")
+    monkeypatch.setattr(run, "measure", lambda *arguments: pytest.fail("timed"))
+    assert run.main(["ops", "--rounds", "1", "--record", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "the gradient is wrong" in captured.err
+    assert "sleep: 4 ms: its tests fail, nothing is timed" in captured.err
+    assert "sleep" not in captured.out
+    assert (tmp_path / "ops.jsonl").read_text() == ""
+
+
+def test_the_gate_runs_without_the_interpreter_and_the_slow_tests(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    tests = tmp_path / "test_operation.py"
+    tests.write_text(
+        "import os, pytest\n"
+        "def test_environment():\n    assert 'TRITON_INTERPRET' not in os.environ\n"
+        "@pytest.mark.slow\ndef test_slow():\n    assert False\n"
+    )
+    assert gate.failure(str(tests)) is None
+    assert "not found" in (gate.failure(str(tmp_path / "test_missing.py")) or "")
+
+
+def test_a_record_has_the_times_the_ratios_and_the_machine(use, tmp_path, capsys):
+    use("pass")
+    assert run.main(["ops", "--rounds", "3", "--device", "cpu", "--record", str(tmp_path)]) == 0
+    fresh, reused = map(json.loads, (tmp_path / "ops.jsonl").read_text().splitlines())
+    assert (fresh["pages"], reused["pages"]) == ("fresh", "reused")
+    for record in (fresh, reused):
+        assert record["case"] == "sleep: 4 ms"
+        assert record["rounds"] == 3
+        assert record["bytes"] == 1 << 12
+        assert record["targets"] == {EAGER: 2, "copy": 0.5}
+        assert set(record["seconds"]) == {EAGER, OURS, OURS_OUT, run.COPY}
+        assert {"suite", "when", "cpu", "threads", "torch", "commit"} <= set(record)
+        assert all(0 < seconds["minimum"] <= seconds["median"] for seconds in record["seconds"].values())
+        for ours, ratios in record["ratios"].items():
+            assert ratios == {
+                rival: record["seconds"][rival]["median"] / record["seconds"][ours]["median"]
+                for rival in (EAGER, run.COPY)
+            }
+    assert "| sleep: 4 ms | fresh | eager |" in capsys.readouterr().out
+
+
+def test_without_the_gate_there_are_no_ratios_and_no_record(use, tmp_path, capsys):
+    use("assert False")
+    assert run.main(["ops", "--rounds", "1", "--device", "cpu", "--no-gate", "--record", str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    assert "| sleep: 4 ms | fresh | eager |" in out
+    assert "x |" not in out
+    assert "% |" not in out
+    assert not (tmp_path / "new").exists()
+
+
+def test_variants_take_turns_and_the_median_counts(monkeypatch):
+    called: list[str] = []
+    clock = iter([1.0, 1.0, 5.0, 2.0, 3.0, 7.0, 9.0, 4.0])  # two first calls, then A B A B A B
+    monkeypatch.setattr(timing, "_once", lambda call, repeats, device: (call(), next(clock))[1])
+    times = timing.interleave({name: lambda name=name: called.append(name) for name in "AB"}, 3, CPU)
+    assert "".join(called) == "AA" + "BB" + "ABABAB"
+    assert (times["A"].median, times["A"].minimum) == (5.0, 3.0)
+    assert (times["B"].median, times["B"].minimum) == (4.0, 2.0)
+
+
+def test_short_calls_are_repeated_within_a_measurement():
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+
+    timing.interleave({"A": call}, 2, CPU)
+    assert calls > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nosuch"], "invalid choice: 'nosuch'"),
+        (["ops", "--only", "nosuch"], "no case of ops contains 'nosuch'; there are: entropy_and_grad"),
+        (["ops", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["ops", "--rounds", "few"], "invalid int value: 'few'"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, named, capsys):
+    assert run.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert named in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_every_operation_has_a_case_and_tests_that_gate_it():
+    found = cases("ops")
+    assert {case.operation for case in found} == {"entropy_and_grad", "guided_step", "normal", "gather_batch"}
+    assert all((gate.ROOT / case.tests).is_file() for case in found)
