@@ -11,41 +11,77 @@ from torch import Tensor, nn
 
 from dpfast.ops import entropy
 
+BINS = 15  # of the calibration error, as in Guo et al. 2017
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """top1: fraction in [0, 1]; loss: nats; entropy: mean prediction entropy, nats; per_class: (K,) fractions."""
+    """A classifier on one set of N labelled images.
+
+    top1, top5: fractions in [0, 1]; with five classes or fewer, top5 is 1. loss: cross-entropy, nats. entropy: of the
+    predictions, mean, nats. calibration_error: expected calibration error in [0, 1]. per_class: (K,) fractions, NaN for
+    a class without images.
+    """
 
     top1: float
+    top5: float
     loss: float
     entropy: float
+    calibration_error: float
     per_class: Tensor
 
 
 @torch.no_grad()
 def predict(model: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = 500) -> Tensor:
-    """Logits (N, K) of uint8 images (N, C, H, W), scaled to [-1, 1]; a module is run in eval mode and put back."""
-    was_training = isinstance(model, nn.Module) and model.training
+    """Logits (N, K), float32, of uint8 images (N, C, H, W), scaled to [-1, 1]; on the device of the model.
+
+    A module is run in eval mode and put back.
+    """
+    was_training, device = False, images.device
     if isinstance(model, nn.Module):
+        was_training = model.training
         model.eval()
-    logits = torch.cat([model(part.float().div(127.5).sub(1.0)) for part in images.split(batch_size)])
+        device = next((p.device for p in model.parameters()), device)
+    parts = [model(part.to(device).float().div(127.5).sub(1.0)).float() for part in images.split(batch_size)]
     if isinstance(model, nn.Module):
         model.train(was_training)
-    return logits
+    return torch.cat(parts)
 
 
 def evaluate(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Evaluation:
     """Evaluates on uint8 images (N, C, H, W) with labels (N,)."""
-    logits = predict(model, images)
-    hits = (logits.argmax(1) == labels).float()
+    return measure(predict(model, images), labels)
+
+
+def measure(logits: Tensor, labels: Tensor) -> Evaluation:
+    """All measures of logits (N, K), N >= 1, with labels (N,)."""
+    labels = labels.to(logits.device)
     classes = logits.shape[1]
-    count = torch.bincount(labels, minlength=classes).clamp(min=1)
+    ranked = logits.topk(min(5, classes), dim=1).indices == labels.unsqueeze(1)
+    hits = ranked[:, 0].float()
+    count = torch.bincount(labels, minlength=classes)
+    right = torch.zeros(classes, device=logits.device).index_add_(0, labels, hits)
     return Evaluation(
         top1=float(hits.mean()),
+        top5=float(ranked.any(1).float().mean()),
         loss=float(F.cross_entropy(logits, labels)),
         entropy=float(entropy(logits).mean()),
-        per_class=torch.zeros(classes).index_add_(0, labels, hits) / count,
+        calibration_error=calibration_error(logits, labels),
+        per_class=(right / count).cpu(),
     )
+
+
+def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = BINS) -> float:
+    """Expected calibration error of logits (N, K) (Guo et al. 2017, arXiv 1706.04599, eq. 3), in [0, 1].
+
+    The top probabilities fall into ``bins`` intervals of equal width, closed at their upper end; the gaps between a
+    bin's accuracy and its mean probability are averaged, weighted by the bins' counts.
+    """
+    top, guess = logits.double().softmax(1).max(1)
+    bin_of = (top * bins).ceil().long().clamp(1, bins) - 1
+    gap = (guess == labels).double() - top
+    sums = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, bin_of, gap)
+    return float(sums.abs().sum() / len(labels))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

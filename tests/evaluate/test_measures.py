@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dpfast.data.real import load_real
-from dpfast.evaluate.measures import evaluate, frechet_distance, predict
+from dpfast.evaluate.measures import calibration_error, evaluate, frechet_distance, measure, predict
 from dpfast.learn.models import load_judge
 
 
@@ -41,3 +41,20 @@ def test_frechet_distance_of_known_gaussians():
 def test_the_judge_knows_real_images():
     test = load_real("fashion").test
     assert evaluate(load_judge(), test.images[:2000], test.labels[:2000]).top1 >= 0.91
+
+
+def test_calibration_error_of_known_confidences():
+    # two of four predictions at 0.9 are right, all four at 0.6: 4/8 |0.5 - 0.9| + 4/8 |1 - 0.6|
+    top = torch.tensor([0.9] * 4 + [0.6] * 4)
+    logits = torch.stack([top, 1 - top], 1).log()
+    labels = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0])
+    assert calibration_error(logits, labels) == pytest.approx(0.4, abs=1e-6)
+    assert calibration_error(torch.tensor([[50.0, 0.0]]), torch.tensor([0])) == pytest.approx(0, abs=1e-9)
+
+
+def test_top_five_and_a_class_without_images():
+    logits = torch.arange(7.0).expand(3, 7)
+    result = measure(logits, torch.tensor([6, 2, 1]))
+    assert (result.top1, result.top5) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert result.per_class[6] == 1
+    assert math.isnan(result.per_class[0])

@@ -1,0 +1,111 @@
+"""Folders of real images, one sub-folder a class, read in batches of a classifier's size and channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dpfast.config import RecipeError
+from dpfast.data import imagenet
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CROP = 0.875  # of the shorter side: the usual central crop of ImageNet's evaluation
+MODES = {1: "L", 3: "RGB"}
+BATCH = 250
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Labelled image files. files: sorted paths; labels: class ids beside them; shape: (C, H, W) of what is read."""
+
+    path: Path
+    files: tuple[Path, ...]
+    labels: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (n, C, H, W) uint8 and labels (n,). Raises ``RecipeError`` for a file that is no image."""
+        for start in range(0, len(self), size):
+            files, labels = self.files[start : start + size], self.labels[start : start + size]
+            yield torch.stack([read_image(file, self.shape) for file in files]), torch.tensor(labels)
+
+
+def open_folder(
+    path: Path, classes: Sequence[str], shape: tuple[int, ...], *, ids: Sequence[str] | None, only: bool = False
+) -> ImageFolder:
+    """Lists ``path``; no image is read yet.
+
+    A sub-folder is called by its class's name ("Dress"), the name with "-" for what is neither letter nor digit
+    ("T-shirt-top"), the WordNet id, the class id ("7"), or as ``dpfast export`` calls it ("0007-Sneaker").
+
+    Args:
+        path: the folder; its sub-folders hold PNG, JPEG, WebP or BMP files, at any depth.
+        classes: the classifier's, by index.
+        shape: (C, H, W); C is 1 or 3.
+        ids: the WordNet ids of ``classes``, where they have them; a number is then an index into ImageNet's 1,000.
+        only: leaves out the classes of ImageNet that the classifier does not know, instead of refusing them.
+
+    Raises ``RecipeError`` when the folder does not exist or holds no images, and for unknown classes, which it names.
+    """
+    if shape[0] not in MODES:
+        raise RecipeError(f"evaluation = {str(path)!r}: image files hold 1 or 3 channels, the learner takes {shape[0]}")
+    if not path.is_dir():
+        raise RecipeError(f"evaluation = {str(path)!r}: no such folder")
+    folders = sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+    known = _folder_names(classes, ids)
+    left_out = set(imagenet.load().ids) | {str(i) for i in range(1000)} if only else set()
+    unknown = [f.name for f in folders if f.name.lower() not in known and f.name not in left_out]
+    if unknown:
+        named = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+        raise RecipeError(f"evaluation = {str(path)!r}: classes that the learner does not know: {named}")
+    pairs = [
+        (file, known[f.name.lower()])
+        for f in folders
+        if f.name.lower() in known
+        for file in sorted(f.rglob("*"))
+        if file.suffix.lower() in SUFFIXES
+    ]
+    if not pairs:
+        raise RecipeError(f"evaluation = {str(path)!r}: no images; expected a sub-folder of image files for each class")
+    return ImageFolder(path, tuple(f for f, _ in pairs), tuple(label for _, label in pairs), tuple(shape))
+
+
+def _folder_names(classes: Sequence[str], ids: Sequence[str] | None) -> dict[str, int]:
+    """What a class's sub-folder may be called, in lower case -> class id."""
+    names: dict[str, int] = {}
+    order = {wordnet_id: i for i, wordnet_id in enumerate(imagenet.load().ids)}
+    for label, name in enumerate(classes):
+        safe = "".join(c if c.isalnum() else "-" for c in name)
+        number = label if ids is None else order[ids[label]]
+        for key in (name, safe, f"{label:04d}-{safe}", str(number), *(() if ids is None else (ids[label],))):
+            names.setdefault(key.lower(), label)
+    return names
+
+
+def read_image(file: Path, shape: tuple[int, ...]) -> Tensor:
+    """One image (C, H, W) uint8: the largest central part of the right proportions, of it 7/8, resized (bicubic).
+
+    A picture that has the size already is taken as it is. Raises ``RecipeError`` for a file that is no image.
+    """
+    channels, height, width = shape
+    try:
+        with Image.open(file) as opened:
+            picture = opened.convert(MODES[channels])
+    except (UnidentifiedImageError, OSError) as error:
+        raise RecipeError(f"evaluation: {file} cannot be read as an image: {error}") from error
+    if picture.size != (width, height):
+        scale = CROP * min(picture.width / width, picture.height / height)
+        left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2
+        box = (left, top, left + scale * width, top + scale * height)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()

@@ -1,0 +1,162 @@
+"""The sets that a finished classifier is measured on, beside its held-out test images: each a row of the final table.
+
+A recipe's ``evaluation`` names them: "shifts" for the shifted copies of the held-out images
+(``dpfast.evaluate.shifts``), one shift of them ("blur"), a folder of images, or one with a name of its own
+("mine=/data/mine"). The names imagenet-val, imagenet-v2, imagenet-sketch, imagenet-r and imagenet-a
+("imagenet-r=/data/imagenet-r") promise that the folder holds the classes of that set, and allow a learner of fewer
+classes, which is measured on those that it knows.
+
+A learner is measured on the 200 classes of ImageNet-R and ImageNet-A among those 200 alone, as their authors do: the
+logits of the other classes are left out. A folder with exactly their WordNet ids is taken for them whatever its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpfast.config import RecipeError
+from dpfast.data import imagenet
+from dpfast.data.folders import open_folder
+from dpfast.data.real import RealSet
+from dpfast.evaluate.measures import Evaluation, measure, predict
+from dpfast.evaluate.shifts import SEVERITIES, SHIFTS, shift
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+IMAGENET_SETS = {
+    "imagenet-val": "",
+    "imagenet-v2": "",
+    "imagenet-sketch": "",
+    "imagenet-r": "r",
+    "imagenet-a": "a",
+}
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Labelled real images in batches of uint8 (n, C, H, W) and class ids (n,); every call of ``batches`` starts anew.
+
+    severity: of a shift, 1 to 5. among: the class ids that a prediction is chosen from; None: all.
+    """
+
+    name: str
+    batches: Batches
+    severity: int | None = None
+    among: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the final table: a set, its images, the classes that predictions were chosen from, the measures."""
+
+    name: str
+    severity: int | None
+    images: int
+    classes: int
+    result: Evaluation
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: name, severity, images, classes, top1, top5, loss, entropy, calibration_error."""
+        measures = {key: getattr(self.result, key) for key in ("top1", "top5", "loss", "entropy", "calibration_error")}
+        return {"name": self.name, "severity": self.severity, "images": self.images, "classes": self.classes} | measures
+
+
+def evaluation_sets(
+    names: Sequence[str], test: RealSet, classes: Sequence[str], *, seed: int = 0
+) -> list[EvaluationSet]:
+    """The sets of a recipe, checked before any work; folders are listed, nothing is read.
+
+    Args:
+        names: the recipe's ``evaluation``.
+        test: the held-out images, whose shifts "shifts" stands for and whose shape folders are read in.
+        classes: the learner's class names, by index.
+        seed: of the shifts.
+
+    Raises ``RecipeError`` for an unknown name, a missing folder and classes that the learner does not know.
+    """
+    sets: list[EvaluationSet] = []
+    for name in names:
+        if name == "shifts" or name in SHIFTS:
+            kinds = list(SHIFTS) if name == "shifts" else [name]
+            sets += [_shifted(test, kind, severity, seed) for kind in kinds for severity in SEVERITIES]
+        else:
+            sets.append(_folder(name, tuple(test.images.shape[1:]), classes))
+    seen = [(s.name, s.severity) for s in sets]
+    twice = sorted({name for name, severity in seen if seen.count((name, severity)) > 1})
+    if twice:
+        raise RecipeError(f"evaluation: {', '.join(twice)} comes twice; name folders apart by NAME=FOLDER")
+    return sets
+
+
+def evaluate_sets(model: Callable[[Tensor], Tensor], sets: Iterable[EvaluationSet]) -> list[Row]:
+    """Measures a classifier (images scaled to [-1, 1] -> logits) on every set; one batch is in memory at a time."""
+    return [_row(model, one) for one in sets]
+
+
+def _row(model: Callable[[Tensor], Tensor], one: EvaluationSet) -> Row:
+    parts = [(predict(model, images), labels) for images, labels in one.batches()]
+    logits, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    if one.among is not None:
+        place = torch.full((logits.shape[1],), -1)
+        place[list(one.among)] = torch.arange(len(one.among))
+        logits, labels = logits[:, list(one.among)], place[labels]
+    return Row(one.name, one.severity, len(labels), logits.shape[1], measure(logits, labels))
+
+
+def _shifted(test: RealSet, kind: str, severity: int, seed: int, size: int = 500) -> EvaluationSet:
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        ids = torch.arange(len(test)).split(size)
+        for images, labels, part in zip(test.images.split(size), test.labels.split(size), ids, strict=True):
+            yield shift(images, kind, severity, ids=part, seed=seed), labels
+
+    return EvaluationSet(kind, batches, severity)
+
+
+def _folder(name: str, shape: tuple[int, ...], classes: Sequence[str]) -> EvaluationSet:
+    title, equals, place = name.rpartition("=")
+    path = Path(place)
+    if not equals and not path.is_dir():
+        known = ", ".join(("shifts", *SHIFTS))
+        raise RecipeError(f"evaluation = {name!r}: neither a folder nor one of {known}")
+    present = _wordnet_ids(path)
+    known_set = title if title in IMAGENET_SETS else _recognised(present)
+    ids = imagenet.load().ids_of(classes)
+    if known_set is not None:
+        if ids is None:
+            raise RecipeError(f"evaluation = {name!r}: the learner's classes are not those of ImageNet")
+        wanted = imagenet.load().subset(IMAGENET_SETS[known_set])
+        _same_classes(name, known_set, wanted, present)
+        if not wanted & set(ids):
+            raise RecipeError(f"evaluation = {name!r}: {known_set} has none of the learner's {len(ids)} classes")
+    folder = open_folder(path, classes, shape, ids=ids, only=known_set is not None)
+    among = None
+    if known_set in ("imagenet-r", "imagenet-a"):
+        among = tuple(label for label, wordnet_id in enumerate(ids or ()) if wordnet_id in wanted)
+    return EvaluationSet(title or known_set or path.name, folder.batches, among=among)
+
+
+def _wordnet_ids(path: Path) -> frozenset[str]:
+    """The WordNet ids of a folder's sub-folders; ImageNet-V2 calls them by their indices."""
+    ids = imagenet.load().ids
+    names = [f.name for f in path.iterdir() if f.is_dir()] if path.is_dir() else []
+    if len(names) == len(ids) and all(name.isdigit() and int(name) < len(ids) for name in names):
+        return frozenset(ids[int(name)] for name in names)
+    return frozenset(name for name in names if imagenet.WORDNET_ID.fullmatch(name))
+
+
+def _recognised(present: frozenset[str]) -> str | None:
+    return next((f"imagenet-{s}" for s in ("r", "a") if present == imagenet.load().subset(s)), None)
+
+
+def _same_classes(name: str, known_set: str, wanted: frozenset[str], present: frozenset[str]) -> None:
+    for problem, ids in (("lacks", wanted - present), ("has besides", present - wanted)):
+        if ids:
+            listed = ", ".join(sorted(ids)[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+            raise RecipeError(
+                f"evaluation = {name!r}: {known_set} has {len(wanted)} classes; the folder {problem} {listed}"
+            )
