@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from dpfast.generate.sampler import GuidedSampler, SampleBatch
     from dpfast.ops import entropy, entropy_and_grad, gather_batch, guided_step, normal
     from dpfast.pool.pool import SamplePool
-    from dpfast.practice.loop import DeliberatePractice, Result
+    from dpfast.practice.experiment import DeliberatePractice
+    from dpfast.practice.loop import Result
 
 __version__ = "0.1.0"
 
@@ -35,7 +36,7 @@ _HOME = {
     "guided_step": "dpfast.ops",
     "normal": "dpfast.ops",
     "SamplePool": "dpfast.pool.pool",
-    "DeliberatePractice": "dpfast.practice.loop",
+    "DeliberatePractice": "dpfast.practice.experiment",
     "Result": "dpfast.practice.loop",
 }
 __all__ = [

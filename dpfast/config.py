@@ -18,6 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+SOURCES = ("dp", "static", "prune", "dynamic")  # in the order in which they run
 RECIPES = Path(__file__).parent / "recipes"
 ASSETS = Path(__file__).parent / "assets"
 
@@ -93,6 +94,10 @@ class Learner:
     weight_decay: float = 0.05
     label_smoothing: float = 0.0
     ema_decay: float = 0.99
+    evaluate_with: str = "ema"  # the weights whose accuracy counts: "ema" or "raw"; those that guide: ``guide_with``
+    clip_grad_norm: float = 0.0  # largest norm of the gradient of all weights; 0: not clipped
+    precision: str = "auto"  # of the forward pass: "fp32", "bf16" by autocast, or "auto": bf16 on a GPU that has it
+    compile_learner: bool = False  # torch.compile of the learner's step
     warmup: float = 0.1  # fraction of the iterations, linear
     cooldown: float = 0.2  # fraction of the iterations, cosine to zero; no samples are added in it
     flip: bool = True  # random horizontal flip
@@ -109,6 +114,10 @@ class Learner:
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         _check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        weights, precisions = ("ema", "raw"), ("auto", "fp32", "bf16")
+        _check(self.evaluate_with in weights, "evaluate_with", self.evaluate_with, "'ema' or 'raw'")
+        _check(self.clip_grad_norm >= 0, "clip_grad_norm", self.clip_grad_norm, "at least 0; 0 does not clip")
+        _check(self.precision in precisions, "precision", self.precision, "'auto', 'fp32' or 'bf16'")
         _check(0 <= self.warmup < 1, "warmup", self.warmup, "in [0, 1)")
         _check(0 <= self.cooldown <= 1 - self.warmup, "cooldown", self.cooldown, f"in [0, {1 - self.warmup:g}]")
         _check(self.shift >= 0, "shift", self.shift, "at least 0 pixels")
@@ -125,11 +134,21 @@ class Practice:
     initial_samples: int = 1500  # N
     round_samples: int = 750  # P
     maximum_samples: int = 6000
+    maximum_rounds: int | None = None  # additions; None: as many as maximum_samples allows
     iterations: int = 1500  # optimiser steps
-    evaluate_every: int = 25  # tau, optimiser steps
+    evaluate_every: int = 25  # tau, in evaluate_unit
+    evaluate_unit: str = "steps"  # "steps" of the optimiser, or "passes" over the initial samples (the paper's tau: 1)
     patience: int = 2  # T_max at the start, in evaluations without a new best
-    patience_growth: str = "pool"  # "pool": T_max = ceil(patience * pool / N); "fixed"
+    patience_growth: str = "pool"  # "pool": T_max = ceil(patience * pool / N); "round": one more per round; "fixed"
+    omega_rounds: tuple[float, ...] = ()  # omega of round 1, 2, ...; the last one for all later; empty: omega
+    cfg_rounds: tuple[float, ...] = ()  # cfg_scale of round 1, 2, ..., the same way
+    fresh_weight: float = 1.0  # how much more often a sample of the newest round is drawn; 1: the paper
+    allot: str = "equal"  # labels of new samples: "equal", or by the classes' validation error: "difficulty"
+    oversample: float = 4.0  # prune: candidates for each sample that is kept
+    prune_within: str = "class"  # prune keeps the highest entropy within each "class", or "overall"
     sources: tuple[str, ...] = ("dp", "static")  # runs of one command, compared in its table
+    checkpoints_kept: int = 2  # the newest ones of a source
+    keep_rounds: bool = False  # also those at the end of every round, for --branch-at
 
     def __post_init__(self) -> None:
         _check(self.round_samples >= 1, "round_samples", self.round_samples, "at least 1")
@@ -139,23 +158,34 @@ class Practice:
             self.maximum_samples,
             f"at least initial_samples ({self.initial_samples})",
         )
+        rounds = self.maximum_rounds
+        _check(rounds is None or rounds >= 0, "maximum_rounds", rounds, "at least 0, or left out for no limit")
         _check(self.iterations >= 10, "iterations", self.iterations, "at least 10")
-        _check(
-            1 <= self.evaluate_every <= self.iterations,
-            "evaluate_every",
-            self.evaluate_every,
-            f"between 1 and iterations ({self.iterations})",
-        )
+        units, growths = ("steps", "passes"), ("pool", "round", "fixed")
+        _check(self.evaluate_unit in units, "evaluate_unit", self.evaluate_unit, "'steps' or 'passes'")
+        most = f"between 1 and iterations ({self.iterations})" if self.evaluate_unit == "steps" else "at least 1"
+        fits = self.evaluate_unit != "steps" or self.evaluate_every <= self.iterations
+        _check(self.evaluate_every >= 1 and fits, "evaluate_every", self.evaluate_every, most)
         _check(self.patience >= 1, "patience", self.patience, "at least 1 evaluation")
-        _check(self.patience_growth in ("pool", "fixed"), "patience_growth", self.patience_growth, "'pool' or 'fixed'")
+        _check(self.patience_growth in growths, "patience_growth", self.patience_growth, "'pool', 'round' or 'fixed'")
+        _check(min(self.cfg_rounds, default=0.0) >= 0, "cfg_rounds", self.cfg_rounds, "each at least 0")
+        _check(self.fresh_weight > 0, "fresh_weight", self.fresh_weight, "above 0; 1 draws uniformly")
+        _check(self.allot in ("equal", "difficulty"), "allot", self.allot, "'equal' or 'difficulty'")
+        _check(self.oversample >= 1, "oversample", self.oversample, "at least 1, which prunes nothing")
+        _check(self.prune_within in ("class", "overall"), "prune_within", self.prune_within, "'class' or 'overall'")
+        _check(self.checkpoints_kept >= 1, "checkpoints_kept", self.checkpoints_kept, "at least 1")
         _check(
-            bool(self.sources)
-            and set(self.sources) <= {"dp", "static"}
-            and len(set(self.sources)) == len(self.sources),
+            bool(self.sources) and set(self.sources) <= set(SOURCES) and len(set(self.sources)) == len(self.sources),
             "sources",
             ",".join(self.sources),
-            "a choice of 'dp' and 'static', each once",
+            f"a choice of {', '.join(SOURCES)}, each once",
         )
+
+    def interval(self, batch_size: int) -> int:
+        """Optimiser steps between two evaluations."""
+        if self.evaluate_unit == "steps":
+            return self.evaluate_every
+        return -(-self.evaluate_every * self.initial_samples // batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +220,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2147483647")
+        interval, iterations = self.practice.interval(self.learner.batch_size), self.practice.iterations
+        _check(
+            interval <= iterations,
+            "evaluate_every",
+            self.practice.evaluate_every,
+            f"{interval} steps until the first evaluation, at most iterations ({iterations})",
+        )
 
     @classmethod
     def load(cls, source: str | Path, **overrides: Any) -> Recipe:
@@ -264,6 +301,10 @@ def _typed(owner: type, name: str, value: Any) -> Any:
     kind = str(known[name].type)
     if value is None and kind.endswith("| None"):
         return None
+    if kind.startswith("tuple[float"):
+        items = value.split(",") if isinstance(value, str) else value
+        _check(isinstance(items, (list, tuple)), name, value, "a list of numbers")
+        return tuple(_number(name, item) for item in items)
     if kind.startswith("tuple"):
         items = value.split(",") if isinstance(value, str) else value
         _check(
@@ -281,13 +322,18 @@ def _typed(owner: type, name: str, value: Any) -> Any:
     if kind == "str":
         _check(isinstance(value, str), name, value, "a text")
         return value
+    number = _number(name, value)
+    if kind.startswith("int"):
+        _check(number == int(number), name, value, "a whole number")
+        return int(number)
+    return number
+
+
+def _number(name: str, value: Any) -> float:
     try:
         number = float(value) if not isinstance(value, bool) else None
     except (TypeError, ValueError):
         number = None
     _check(number is not None and number - number == 0, name, value, "a finite number")
     assert number is not None
-    if kind.startswith("int"):
-        _check(number == int(number), name, value, "a whole number")
-        return int(number)
     return number

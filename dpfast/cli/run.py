@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 from dpfast.cli import Commands
-from dpfast.config import Recipe, fields
+from dpfast.config import Recipe, RecipeError, fields
 
 
 def add(commands: Commands) -> None:
@@ -18,8 +20,13 @@ def add(commands: Commands) -> None:
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     kept.add_argument(
-        "--resume", action="store_true", help="continue the run that --out holds from its last evaluation"
+        "--resume", action="store_true", help="continue the run that --out holds from its last checkpoint"
     )
+    parser.add_argument(
+        "--branch-at", type=int, metavar="ROUND",
+        help="continue a run that was made with --keep-rounds true from the end of this round without more additions",
+    )  # fmt: skip
+    parser.add_argument("--branch-from", type=Path, metavar="RUN", help="that run's folder; default runs/RECIPE")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the final table")
     group = parser.add_argument_group("fields of the recipe", "each replaces the recipe's value")
     for name, field in fields().items():
@@ -34,16 +41,35 @@ def run(arguments: argparse.Namespace) -> int:
     given = {key.removeprefix("field."): value for key, value in vars(arguments).items() if key.startswith("field.")}
     recipe = Recipe.load(arguments.recipe, **{key: value for key, value in given.items() if value is not None})
 
-    from dpfast.practice.loop import DeliberatePractice
+    from dpfast.practice.branch import prepare_branch
+    from dpfast.practice.experiment import DeliberatePractice
     from dpfast.practice.run_folder import RunFolder, check_vacant
+    from dpfast.practice.stopping import LossError, Stop, Stopped
     from dpfast.report.metrics import result_table
     from dpfast.report.plots import write_report
 
-    out = arguments.out or Path("runs") / recipe.name
-    check_vacant(out, recipe, overwrite=arguments.overwrite, resume=arguments.resume)
+    trunk = Path("runs") / recipe.name if arguments.branch_from is None else arguments.branch_from
+    round, resume = arguments.branch_at, arguments.resume
+    if round is None and arguments.branch_from is not None:
+        raise RecipeError("branch_from: names the run of a branch; say --branch-at ROUND as well")
+    if round is not None:
+        recipe = replace(recipe, practice=replace(recipe.practice, sources=("dp",)))
+    name = recipe.name if round is None else f"{recipe.name}-branch-{round}"
+    out = arguments.out or Path("runs") / name
+    check_vacant(out, recipe, overwrite=arguments.overwrite, resume=resume)
     practice = DeliberatePractice(recipe)
-    with RunFolder(out, recipe, overwrite=arguments.overwrite, resume=arguments.resume) as folder:
-        results = practice.run(folder, progress=not arguments.quiet)
+    if round is not None and not resume:
+        prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite)
+        resume = True
+    try:
+        with Stop() as stop, RunFolder(out, recipe, overwrite=arguments.overwrite, resume=resume) as folder:
+            results = practice.run(folder, progress=not arguments.quiet, stop=stop)
+    except Stopped:
+        print(f"stopped; --resume --out {out} continues the run")
+        return 0
+    except LossError as error:
+        print(f"dpfast: error: {error}", file=sys.stderr)
+        return 1
     write_report(out, results, practice.real.classes)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
     return 0

@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dpfast.config import Recipe, RecipeError
-from dpfast.data.real import RealData, load_real
+from dpfast.data.real import RealData
+from dpfast.evaluate.measures import Evaluation, evaluate, predict
 from dpfast.feed.augment import Augment
-from dpfast.feed.loader import choose, make_loader
+from dpfast.feed.loader import make_loader
+from dpfast.feed.order import Order
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import SampleBatch
-from dpfast.learn.evaluate import Evaluation, evaluate, predict
 from dpfast.learn.models import build_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
@@ -27,23 +27,24 @@ from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver, SaveWarning
 from dpfast.pool.shards import DamagedPoolError
 from dpfast.practice import checkpoint
+from dpfast.practice.callbacks import Addition, Callback
+from dpfast.practice.checkpoint import Checkpoint
+from dpfast.practice.costs import Cost, pruning_ratio
 from dpfast.practice.patience import Patience
 from dpfast.practice.run_folder import RunFolder
-from dpfast.practice.sources import (
-    PROBE_IDS,
-    DeliberatePracticeSource,
-    Source,
-    StaticSource,
-    balanced_labels,
-    new_sampler,
-)
+from dpfast.practice.sources import Round, Source
+from dpfast.practice.stopping import LossError, Stop, Stopped
 
-PROBE_SAMPLES = 250
+PROGRESS_SECONDS = 30.0  # of generation between two savings of a round's samples
 
 
 @dataclass(frozen=True)
 class Result:
-    """One source's outcome: the pool it trained on and its accuracy on the two real sets, EMA weights."""
+    """One source's outcome: the pool it trained on and its accuracy on the two real sets (``evaluate_with`` weights).
+
+    cost: of all samples; initial_cost: of those before training. Seconds are those of all lives of a resumed run.
+    loader_wait: time spent waiting for batches over the time of the learner's steps.
+    """
 
     source: str
     pool: SamplePool
@@ -52,16 +53,22 @@ class Result:
     test: Evaluation
     iterations: int
     additions: int
-    initial_seconds: float  # of the generation, the part before training
-    generation_seconds: float
+    initial_cost: Cost
+    cost: Cost
     training_seconds: float
-    loader_wait: float  # time spent waiting for batches over the time of the learner's steps
+    evaluation_seconds: float
+    loader_wait: float
+
+    @property
+    def generation_seconds(self) -> float:
+        return self.cost.seconds
 
 
 class Loop:
-    """One learner, one source, one pool. ``Loop(...).run()`` trains from scratch to the recipe's iterations.
+    """One learner, one source, one pool. ``Loop(...).run(source)`` trains from scratch to the recipe's iterations.
 
-    Validation is evaluated with the EMA weights; they are also the ones that guide, unless ``guide_with`` says "raw".
+    callbacks: told what happens, in their order. folder: where the state is kept; None: nowhere. stop: asked after
+    every step and batch.
     """
 
     def __init__(
@@ -70,14 +77,15 @@ class Loop:
         name: str,
         pipeline: Pipeline,
         real: RealData,
-        folder: RunFolder | None,
         *,
-        progress: bool = True,
+        folder: RunFolder | None = None,
+        callbacks: Sequence[Callback] = (),
+        stop: Stop | None = None,
     ) -> None:
-        self.recipe, self.name, self.pipeline, self.real, self.folder = recipe, name, pipeline, real, folder
-        self.progress = progress
-        config = recipe.learner
-        self.trainer = Trainer(new_learner(recipe, pipeline), config, iterations=recipe.practice.iterations)
+        self.recipe, self.name, self.pipeline, self.real = recipe, name, pipeline, real
+        self.folder, self.callbacks, self.stop = folder, callbacks, stop or Stop()
+        config, practice = recipe.learner, recipe.practice
+        self.trainer = Trainer(new_learner(recipe, pipeline), config, iterations=practice.iterations)
         self.pool = SamplePool()
         self.loader = make_loader(
             config.loader,
@@ -88,260 +96,288 @@ class Loop:
                 flip=config.flip, shift=config.shift, crop=config.crop, mixup=config.mixup, cutmix=config.cutmix
             ),
             classes=pipeline.denoiser.classes,
+            fresh_weight=practice.fresh_weight,
         )
-        self.patience = Patience(
-            initial=recipe.practice.patience,
-            initial_samples=recipe.practice.initial_samples,
-            growth=recipe.practice.patience_growth,
-        )
-        self.additions = 0
-        self.generation_seconds = self.initial_seconds = 0.0
-        self.saver: Saver | None = None
+        self.patience = Patience(practice.patience, practice.initial_samples, practice.patience_growth)
+        self.interval = practice.interval(config.batch_size)
+        self.round = -1  # the newest complete one; round 0 are the initial samples
+        self.round_start = 0  # the pool's size before it, or before the pending one
+        self.pending = True  # the next round is due, or being made
+        self.frozen = False  # a branch: no more additions
+        self.moments: list[int] = []  # the steps after which samples were added
+        self.finished = False
+        self.initial_cost = Cost()
+        self.training_seconds = self.evaluation_seconds = 0.0
+        self._per_class: Tensor | None = None
+        self._loss_sum = torch.zeros((), device=self.trainer.device)
+        self._bad_step = torch.zeros((), dtype=torch.int64, device=self.trainer.device)  # first without a finite loss
+        self._known = 0, self.loader.state()  # a step and the loader's position after it
+        self._waited = 0.0  # in earlier lives of the run
+        self._saver: Saver | None = None
+
+    @property
+    def additions(self) -> int:
+        """Complete rounds after the initial samples."""
+        return max(self.round, 0)
 
     @property
     def guide(self) -> nn.Module:
-        """The live weights that guide; the raw model switches to eval mode while it does."""
-        return self.trainer.ema if self.recipe.guidance.guide_with == "ema" else self.trainer.model
+        """The live weights that guide."""
+        return self.trainer.weights(self.recipe.guidance.guide_with)
 
-    def run(self, source: Source, probe: SampleBatch) -> Result:
-        """Runs the loop. ``probe``: unguided samples outside every pool, the yardstick for the entropy of new ones."""
-        with contextlib.closing(self.loader):
-            if self.folder is None:
-                return self._run(source, probe)
-            names = self.pipeline.class_names
-            with Saver(self.pool, self.folder.pool(self.name), classes=names, truncate=True) as self.saver:
-                return self._run(source, probe)
+    @property
+    def evaluated(self) -> nn.Module:
+        """The live weights whose accuracy counts."""
+        return self.trainer.weights(self.recipe.learner.evaluate_with)
 
-    def _run(self, source: Source, probe: SampleBatch) -> Result:
+    def run(self, source: Source, *, start: Checkpoint | None = None) -> Result:
+        """Runs the loop, from a checkpoint on where there is one.
+
+        Raises ``Stopped`` when the stop was requested, ``LossError`` when the loss is not finite.
+        """
+        self.source = source
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.loader.close)
+            stack.callback(self._tell, "on_end")
+            if start is not None:
+                self._restore(start)
+            if self.folder is not None and not self.finished:
+                names = self.pipeline.class_names
+                self._saver = stack.enter_context(
+                    Saver(self.pool, self.folder.pool(self.name), classes=names, truncate=True)
+                )
+                if start is None:
+                    self._save()
+            self._loop()
+            return self._result()
+
+    def _loop(self) -> None:
         practice, trainer = self.recipe.practice, self.trainer
-        if not len(self.pool):
-            self._add(source.initial(), source.initial_samples, omega=0.0, label=f"{self.name}: initial samples")
-            self.initial_seconds = self.generation_seconds
-        started, generated = time.perf_counter(), self.generation_seconds
-        stepping, waited = 0.0, self.loader.waited
-        loss_sum = torch.zeros(())
-        with self._bar(practice.iterations, "it", f"{self.name}: training") as bar:
-            bar.update(trainer.step_count)
-            while trainer.step_count < practice.iterations:
-                images, labels = next(self.loader)
-                step_started = time.perf_counter()
-                loss_sum += trainer.step(images, labels)
-                stepping += time.perf_counter() - step_started
-                bar.update()
-                if trainer.step_count % practice.evaluate_every:
-                    continue
-                accuracy = self._evaluate(float(loss_sum) / practice.evaluate_every)
-                loss_sum.zero_()
-                # the count of evaluations without progress starts with the stable phase
-                due = not trainer.warming and self.patience.update(accuracy, len(self.pool))
-                if due and source.available(len(self.pool)) and not trainer.cooling:
-                    self._practice(source, probe)
+        if self.pending:
+            self._add()
+            self._save()
+        started = time.perf_counter()
+        while trainer.step_count < practice.iterations:
+            if self.stop.requested:
+                self.training_seconds += time.perf_counter() - started
                 self._save()
-        training = time.perf_counter() - started - (self.generation_seconds - generated)
-        share = (self.loader.waited - waited) / max(stepping, 1e-9)
-        self._time("training", seconds=training, steps_per_second=practice.iterations / training, loader_wait=share)
-        return self._result(training, share)
+                raise Stopped
+            self._step()
+            if trainer.step_count % self.interval:
+                continue
+            mean = float(self._loss_sum) / self.interval
+            self._check_loss()
+            self._loss_sum.zero_()
+            self.training_seconds += time.perf_counter() - started
+            if self._evaluate(mean):
+                self.pending, self.round_start = True, len(self.pool)
+                self._save()
+                self._add()
+            self._save()
+            started = time.perf_counter()
+        self._check_loss()
+        self.training_seconds += time.perf_counter() - started
 
-    def _evaluate(self, loss: float) -> float:
-        result = evaluate(self.trainer.ema, self.real.validation.images, self.real.validation.labels)
-        step, size = self.trainer.step_count, len(self.pool)
-        self._log(
-            "evaluation",
-            accuracy=result.top1,
-            loss=loss,
-            validation_loss=result.loss,
-            entropy=result.entropy,
-            samples=size,
-        )
-        waited = f"{self.patience.waited}/{self.patience.limit(size)}"
-        self._say(
-            f"{self.name:>6} | iteration {step:5d} | pool {size:6d} | validation accuracy {result.top1:6.2%} | "
-            f"training loss {loss:.3f} | waited {waited}"
-        )
-        return result.top1
+    def _step(self) -> None:
+        loss = self.trainer.step(*next(self.loader))
+        self._loss_sum += loss
+        step = self.trainer.step_count
+        self._bad_step += torch.where((self._bad_step == 0) & ~loss.isfinite(), step, 0)
+        if loss.device.type == "cpu":
+            self._check_loss()  # on a GPU at the next evaluation: a step must not wait for it
+        self._tell("on_step")
 
-    def _practice(self, source: Source, probe: SampleBatch) -> None:
-        before, step, guide = len(self.pool), self.trainer.step_count, self.guide
+    def _check_loss(self) -> None:
+        bad = int(self._bad_step)
+        if not bad:
+            return
+        order = Order(self.recipe.seed, self.recipe.learner.batch_size, fresh_weight=self.recipe.practice.fresh_weight)
+        step, position = self._known
+        order.restore(position)
+        for _ in range(bad - step):
+            rows = order.next(len(self.pool), self.pool.fresh if order.fresh_weight != 1 else 0)
+        ids = sorted(self.pool.column("sample_id")[rows].tolist())
+        saved = None if self.folder is None else checkpoint.paths(self.folder.checkpoints(self.name))
+        raise LossError(
+            f"{self.name}: the loss is not finite at iteration {bad}, on the samples {', '.join(map(str, ids))}; "
+            + (f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint")
+        )
+
+    def _evaluate(self, loss: float) -> bool:
+        """Evaluates; True when samples are due."""
+        started, practice, size = time.perf_counter(), self.recipe.practice, len(self.pool)
+        validation = self.real.validation
+        result = evaluate(self.evaluated, validation.images, validation.labels)
+        self._per_class = result.per_class
+        self._known = self.trainer.step_count, self.loader.state()
+        self.evaluation_seconds += time.perf_counter() - started
+        # the count of evaluations without progress starts with the stable phase
+        due = not self.trainer.warming and self.patience.update(result.top1, size)
+        self._tell("on_evaluation", result, loss)
+        if self.source.moments is not None:
+            due = self.trainer.step_count in self.source.moments
+        most = practice.maximum_rounds
+        closed = self.frozen or self.trainer.cooling or (most is not None and self.additions >= most)
+        return due and not closed and self.source.available(size) > 0
+
+    def _add(self) -> None:
+        """Makes the pending round, or the rest of it."""
+        source, start = self.source, self.round_start
+        round = Round(
+            number=self.round + 1,
+            start=start,
+            count=source.available(start) if start else source.initial_samples,
+            learner_step=self.trainer.step_count,
+            per_class=self._per_class,
+        )
+        self._tell("on_generation", round.number, round.count)
+        before = source.cost.state()
+        with self._guiding():
+            with contextlib.nullcontext() if source.streams else self.stop.at_once():
+                batches = self._saved_on_the_way(source.make(round, len(self.pool) - start), round.number)
+                for batch in batches:
+                    self.pool.append(
+                        batch,
+                        round=round.number,
+                        omega=source.omega(round.number),
+                        cfg_scale=source.cfg_scale(round.number),
+                        steps=self.recipe.generator.steps,
+                        seed=self.recipe.seed,
+                    )
+                    self._tell("on_samples", batch)
+            cost = Cost(**{name: value - before[name] for name, value in source.cost.state().items()})
+            addition = Addition(number=round.number, added=round.count, total=len(self.pool), cost=cost)
+            if round.number:
+                hard = float(self.pool.column("entropy")[start:].mean())
+                easy = entropy(predict(self.guide, source.probe))
+                ratio = pruning_ratio(easy, hard)
+                addition = replace(addition, entropy=hard, unguided_entropy=float(easy.mean()), pruning_ratio=ratio)
+                self.patience.added()
+                self.moments.append(self.trainer.step_count)
+            else:
+                self.initial_cost = replace(source.cost)
+        if self._saver is not None:
+            self._saver.save()
+        self.round, self.pending = round.number, False
+        self._tell("on_round", addition)
+
+    @contextlib.contextmanager
+    def _guiding(self) -> Iterator[None]:
+        guide = self.guide
         training = guide.training
         guide.eval()
-        self.additions += 1
-        omega, label = self.recipe.guidance.omega, f"{self.name}: round {self.additions}"
-        self._add(source.more(before, step), source.available(before), omega=omega, label=label)
-        hard = float(self.pool.column("entropy")[before:].mean())
-        easy = float(entropy(predict(guide, probe.images)).mean())
-        guide.train(training)
-        self.patience.reset()
-        self._log("addition", round=self.additions, samples=len(self.pool), entropy=hard, unguided_entropy=easy)
-        self._say(
-            f"{self.name:>6} | round {self.additions:2d} at iteration {step} | pool {before} -> {len(self.pool)} | "
-            f"mean entropy of the new samples {hard:.3f} nats, of unguided ones {easy:.3f}"
-        )
+        try:
+            yield
+        finally:
+            guide.train(training)
 
-    def _add(self, batches: Iterable[SampleBatch], total: int, *, omega: float, label: str) -> None:
-        started = time.perf_counter()
-        with self._bar(total, "sample", label) as bar:
-            for batch in batches:
-                self.pool.append(
-                    batch,
-                    round=self.additions,
-                    omega=omega,
-                    cfg_scale=self.recipe.generator.cfg_scale,
-                    steps=self.recipe.generator.steps,
-                    seed=self.recipe.seed,
-                )
-                bar.update(len(batch))
-        if self.saver is not None:
-            self.saver.save()
-        seconds = time.perf_counter() - started
-        self.generation_seconds += seconds
-        self._time("generation", seconds=seconds, samples=total, samples_per_second=total / seconds)
+    def _saved_on_the_way(self, batches: Iterator[SampleBatch], number: int) -> Iterator[SampleBatch]:
+        """Passes batches on, saves what has been appended now and then, and stops between them when asked to."""
+        saved = time.perf_counter()
+        for batch in batches:
+            yield batch
+            asked = self.stop.requested
+            if self.source.streams and (asked or time.perf_counter() - saved > PROGRESS_SECONDS):
+                if self.folder is not None and self._saver is not None:
+                    self._saver.save()
+                    if self._saver.wait() == len(self.pool):
+                        progress = {"round": number, "samples": len(self.pool), "cost": self.source.cost.state()}
+                        self.folder.save_progress(self.name, progress)
+                saved = time.perf_counter()
+                if asked:
+                    raise Stopped
 
-    def _result(self, training_seconds: float, loader_wait: float) -> Result:
-        real = self.real
+    def _result(self) -> Result:
+        validation, test, waited = self.real.validation, self.real.test, self._waited + self.loader.waited
         result = Result(
             source=self.name,
             pool=self.pool,
-            learner=self.trainer.ema,
-            validation=evaluate(self.trainer.ema, real.validation.images, real.validation.labels),
-            test=evaluate(self.trainer.ema, real.test.images, real.test.labels),
+            learner=self.evaluated,
+            validation=evaluate(self.evaluated, validation.images, validation.labels),
+            test=evaluate(self.evaluated, test.images, test.labels),
             iterations=self.trainer.step_count,
             additions=self.additions,
-            initial_seconds=self.initial_seconds,
-            generation_seconds=self.generation_seconds,
-            training_seconds=training_seconds,
-            loader_wait=loader_wait,
+            initial_cost=self.initial_cost,
+            cost=self.source.cost,
+            training_seconds=self.training_seconds,
+            evaluation_seconds=self.evaluation_seconds,
+            loader_wait=waited / max(self.training_seconds - waited, 1e-9),
         )
-        self._log(
-            "result",
-            samples=len(self.pool),
-            additions=self.additions,
-            validation_accuracy=result.validation.top1,
-            test_accuracy=result.test.top1,
-            test_per_class=[round(float(v), 6) for v in result.test.per_class],
-        )
-        if self.folder is not None:
-            self.folder.save_learner(self.name, self.trainer.ema.module)
+        if not self.finished:
+            self._tell("on_result", result)
+            self.finished = True
+            self._save()
         return result
 
     def _save(self) -> None:
-        if self.folder is None:
+        """A checkpoint of this moment. While a round is pending it holds the moment before."""
+        if self.folder is None or self._saver is None:
             return
-        if self.saver is not None and self.saver.wait() < len(self.pool):
-            self.saver.save()  # a checkpoint must not promise samples that are not on the disk: try again
-            return
+        samples = self.round_start if self.pending else len(self.pool)
+        if self._saver.wait() < samples:
+            self._saver.save()  # a checkpoint must not promise samples that are not on the disk: try again
+            if self._saver.wait() < samples:
+                return
         state = {
-            "samples": len(self.pool),
+            "samples": samples,
+            "round": self.round,
+            "round_start": self.round_start,
+            "pending": self.pending,
+            "frozen": self.frozen,
+            "finished": self.finished,
+            "moments": self.moments,
             "loader": self.loader.state(),
-            "patience": [self.patience.best, self.patience.waited],
-            "additions": self.additions,
-            "seconds": [self.initial_seconds, self.generation_seconds],
+            "patience": self.patience.state(),
+            "per_class": None if self._per_class is None else self._per_class.tolist(),
+            "cost": self.source.cost.state(),
+            "initial_cost": self.initial_cost.state(),
+            "seconds": [self.training_seconds, self.evaluation_seconds, self._waited + self.loader.waited],
             "written": self.folder.written(),
         }
-        tensors = checkpoint.prefixed("trainer", self.trainer.state())
+        tensors = {"loss_sum": self._loss_sum, **checkpoint.prefixed("trainer", self.trainer.state())}
+        kept, ended = self.recipe.practice.checkpoints_kept, self.pending and self.recipe.practice.keep_rounds
+        folder, step = self.folder.checkpoints(self.name), self.trainer.step_count
         try:
-            checkpoint.save(self.folder.checkpoint(self.name), tensors, state)
+            checkpoint.save(folder, step, tensors, state, keep=kept, round=self.round if ended else None)
         except OSError as error:
             warnings.warn(f"the checkpoint was not written: {error}; training goes on", SaveWarning, stacklevel=2)
 
-    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _restore(self, start: Checkpoint) -> None:
         """Continues from a checkpoint; what follows equals the uninterrupted run bit by bit on a CPU."""
-        self.trainer.restore(checkpoint.part("trainer", tensors))
         assert self.folder is not None
+        state = start.state
+        self.trainer.restore(checkpoint.part("trainer", start.tensors))
+        self._loss_sum.copy_(start.tensors["loss_sum"])
+        self.round, self.round_start, self.pending = state["round"], state["round_start"], state["pending"]
+        self.frozen, self.finished, self.moments = state["frozen"], state["finished"], state["moments"]
+        self.loader.restore(state["loader"])
+        self.patience.restore(state["patience"])
+        self._per_class = None if state["per_class"] is None else torch.tensor(state["per_class"])
+        self.source.cost.restore(state["cost"])
+        self.initial_cost.restore(state["initial_cost"])
+        self.training_seconds, self.evaluation_seconds, self._waited = state["seconds"]
+        self._known = self.trainer.step_count, self.loader.state()
+        self.pool = self.loader.pool = self._saved_pool(state["samples"])
+
+    def _saved_pool(self, samples: int) -> SamplePool:
+        """The first ``samples`` from the folder, and what had been saved of a round that was being made."""
+        assert self.folder is not None
+        progress = self.folder.progress(self.name) if self.pending and self.source.streams else None
+        if progress is not None and progress["round"] == self.round + 1 and progress["samples"] > samples:
+            with contextlib.suppress(DamagedPoolError):
+                pool = SamplePool.open(self.folder.pool(self.name), limit=progress["samples"])
+                self.source.cost.restore(progress["cost"])
+                return pool
+        if not samples:
+            return SamplePool()
         try:
-            self.pool = self.loader.pool = SamplePool.open(self.folder.pool(self.name), limit=state["samples"])
+            return SamplePool.open(self.folder.pool(self.name), limit=samples)
         except DamagedPoolError as error:
             raise RecipeError(f"resume: {error}") from error
-        self.loader.restore(state["loader"])
-        self.patience.best, self.patience.waited = state["patience"]
-        self.additions = state["additions"]
-        self.initial_seconds, self.generation_seconds = state["seconds"]
 
-    def _bar(self, total: int, unit: str, label: str) -> tqdm:
-        return tqdm(total=total, unit=unit, desc=label, disable=not self.progress, leave=False, dynamic_ncols=True)
-
-    def _log(self, event: str, **values: Any) -> None:
-        if self.folder is not None:
-            self.folder.log(event, self.name, self.trainer.step_count, **values)
-
-    def _time(self, event: str, **values: Any) -> None:
-        if self.folder is not None:
-            self.folder.time(event, self.name, self.trainer.step_count, **values)
-
-    def _say(self, line: str) -> None:
-        if self.progress:
-            tqdm.write(line)
-
-
-class DeliberatePractice:
-    """The sources of a recipe, one after the other, over one generator and one set of real images.
-
-        results = DeliberatePractice(Recipe.load("fashion")).run()
-
-    Deliberate Practice runs first; a static run gets as many samples as it ended with, and as many iterations.
-
-    Raises ``RecipeError`` from the constructor when the recipe, the generator and the real images do not fit together.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.pipeline = Pipeline.from_pretrained(recipe.generator.pipeline, attention=recipe.generator.attention)
-        self.real = load_real(recipe.validation)
-        self._check()
-        SamplePool.plan(recipe.practice.maximum_samples, self.real.validation.images.shape[1:]).check()
-
-    def _check(self) -> None:
-        practice, classes = self.recipe.practice, self.pipeline.denoiser.classes
-        for name in ("initial_samples", "round_samples"):
-            if getattr(practice, name) < classes:
-                raise RecipeError(f"{name} = {getattr(practice, name)}: at least one for each of {classes} classes")
-        if len(self.real.classes) != classes:
-            raise RecipeError(
-                f"validation = {self.recipe.validation!r}: {len(self.real.classes)} classes, "
-                f"the generator has {classes}"
-            )
-        if self.recipe.learner.classes not in (None, classes):
-            raise RecipeError(
-                f"classes = {self.recipe.learner.classes}: the learner needs the generator's {classes} classes"
-            )
-        choose(self.recipe.learner.loader)
-        learner = new_learner(self.recipe, self.pipeline)
-        shape = tuple(predict(learner, self.real.validation.images[:2]).shape)
-        if shape != (2, classes):
-            raise RecipeError(
-                f"model = {self.recipe.learner.model!r}: its logits are {shape} for 2 images, expected (2, {classes})"
-            )
-
-    def run(self, folder: RunFolder | None = None, *, progress: bool = True) -> list[Result]:
-        """Runs all sources; "dp" comes first. Nothing is written without a ``folder``."""
-        recipe = self.recipe
-        classes = self.pipeline.denoiser.classes
-        probe = new_sampler(recipe, self.pipeline, None).generate(
-            balanced_labels(0, PROBE_SAMPLES, classes), torch.arange(PROBE_IDS, PROBE_IDS + PROBE_SAMPLES)
-        )
-        practised: Result | None = None
-        results = []
-        for name in sorted(recipe.practice.sources, key=("dp", "static").index):
-            loop = Loop(recipe, name, self.pipeline, self.real, folder, progress=progress)
-            if folder is not None and folder.checkpoint(name).is_file():
-                tensors, state = checkpoint.load(folder.checkpoint(name))
-                loop.restore(tensors, state)
-                if name == folder.resumed():
-                    folder.rewind(state["written"])
-                else:
-                    loop.folder = None  # finished before the interruption: its lines stand
-            if name == "dp":
-                results.append(loop.run(DeliberatePracticeSource(recipe, self.pipeline, loop.guide), probe))
-                practised = results[0]
-            elif practised is None:
-                results.append(loop.run(StaticSource(recipe, self.pipeline, recipe.practice.maximum_samples), probe))
-            else:
-                if not len(loop.pool):
-                    loop.generation_seconds = (
-                        practised.initial_seconds
-                    )  # its first samples are taken over, at their price
-                source = StaticSource(recipe, self.pipeline, len(practised.pool), ready=_unguided(practised.pool))
-                results.append(loop.run(source, probe))
-        return results
+    def _tell(self, event: str, *values: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *values)
 
 
 def new_learner(recipe: Recipe, pipeline: Pipeline) -> nn.Module:
@@ -352,15 +388,4 @@ def new_learner(recipe: Recipe, pipeline: Pipeline) -> nn.Module:
         classes=pipeline.denoiser.classes,
         channels=pipeline.image_channels,
         **recipe.learner.options,
-    )
-
-
-def _unguided(pool: SamplePool) -> SampleBatch:
-    """The initial samples of a pool: the static source would make the same ones again."""
-    rows = torch.nonzero(pool.column("round") == 0).flatten()
-    return SampleBatch(
-        images=pool.images(rows),
-        labels=pool.column("label")[rows],
-        sample_ids=pool.column("sample_id")[rows],
-        entropy=pool.column("entropy")[rows],
     )

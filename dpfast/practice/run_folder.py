@@ -5,27 +5,37 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from dpfast.config import SECTIONS, Recipe, RecipeError
+from dpfast.evaluate.measures import Evaluation
 from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.models import build_learner, load_judge
+from dpfast.pool.shards import durable
+from dpfast.practice.callbacks import Addition, Callback
+
+if TYPE_CHECKING:
+    from dpfast.practice.loop import Loop, Result
+
+RECIPE = "recipe.json"
 
 
-class RunFolder:
-    """``runs/<name>/``.
+class RunFolder(Callback):
+    """``runs/<name>/``. As a callback it writes down what a loop tells.
 
     recipe.json     the recipe with every default filled in
     metrics.jsonl   one line per evaluation, addition and result; a function of the recipe alone, so without times
-    timings.jsonl   seconds and samples/s of every generation and training phase
+    timings.jsonl   seconds, samples, denoiser forwards and FLOPs of every generation, seconds of training
     events.*        the same numbers for TensorBoard
-    learner_*       the EMA weights of every source's classifier, safetensors
-    checkpoint_*    the state of every source's loop at its last evaluation
+    learner_*       the evaluated weights of every source's classifier, safetensors
+    checkpoints_*/  the states of every source's loop (``dpfast.practice.checkpoint``)
     pool_*/         every source's samples, webdataset shards with a manifest (``dpfast.pool.shards``)
+    progress_*      what is saved of a round that is being made
+    branch.json     where a branch began: run, round and iteration
     *.png           plots and contact sheets
     """
 
@@ -35,25 +45,31 @@ class RunFolder:
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        (path / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
-        order = [name for name in ("dp", "static") if self.checkpoint(name).is_file()]
-        self._resumed = order[-1] if order else None
-        mode = "a" if self._resumed else "w"
-        self._metrics = (path / "metrics.jsonl").open(mode)
-        self._timings = (path / "timings.jsonl").open(mode)
+        if not resume:
+            with durable(path, RECIPE) as file:
+                file.write(json.dumps(recipe.to_dict(), indent=2).encode() + b"\n")
+        self._metrics = (path / "metrics.jsonl").open("a")
+        self._timings = (path / "timings.jsonl").open("a")
         self._events = SummaryWriter(str(path))
 
-    def checkpoint(self, source: str) -> Path:
-        """Where the checkpoint of a source's loop is kept."""
-        return self.path / f"checkpoint_{source}.safetensors"
+    def checkpoints(self, source: str) -> Path:
+        """Where the checkpoints of a source's loop are kept."""
+        return self.path / f"checkpoints_{source}"
 
     def pool(self, source: str) -> Path:
         """Where a source's samples are saved."""
         return self.path / f"pool_{source}"
 
-    def resumed(self) -> str | None:
-        """The source that an interrupted run was in when this folder was opened; None for a new run."""
-        return self._resumed
+    def progress(self, source: str) -> dict[str, Any] | None:
+        """What ``save_progress`` kept; None where there is nothing, or nothing that can be read."""
+        try:
+            return json.loads((self.path / f"progress_{source}.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def save_progress(self, source: str, progress: dict[str, Any]) -> None:
+        with durable(self.path, f"progress_{source}.json") as file:
+            file.write(json.dumps(progress).encode())
 
     def written(self) -> list[int]:
         """The lengths of ``metrics.jsonl`` and ``timings.jsonl``, bytes."""
@@ -64,6 +80,52 @@ class RunFolder:
         for file, size in zip((self._metrics, self._timings), written, strict=True):
             file.truncate(size)
             file.seek(size)
+
+    def on_round(self, loop: Loop, addition: Addition) -> None:
+        cost, step = addition.cost, loop.trainer.step_count
+        rate = addition.added / max(cost.seconds, 1e-9)
+        self.time("generation", loop.name, step, round=addition.number, made=cost.samples, samples=addition.added,
+                  seconds=cost.seconds, samples_per_second=rate, forwards=cost.forwards, flops=cost.flops)  # fmt: skip
+        if addition.number:
+            self.log(
+                "addition",
+                loop.name,
+                step,
+                round=addition.number,
+                samples=addition.total,
+                entropy=addition.entropy,
+                unguided_entropy=addition.unguided_entropy,
+                pruning_ratio=addition.pruning_ratio,
+            )
+
+    def on_evaluation(self, loop: Loop, evaluation: Evaluation, loss: float) -> None:
+        self.log(
+            "evaluation",
+            loop.name,
+            loop.trainer.step_count,
+            accuracy=evaluation.top1,
+            loss=loss,
+            validation_loss=evaluation.loss,
+            entropy=evaluation.entropy,
+            samples=len(loop.pool),
+        )
+
+    def on_result(self, loop: Loop, result: Result) -> None:
+        step, seconds = loop.trainer.step_count, result.training_seconds
+        self.time("training", loop.name, step, seconds=seconds, evaluation_seconds=result.evaluation_seconds,
+                  steps_per_second=result.iterations / max(seconds, 1e-9), loader_wait=result.loader_wait)  # fmt: skip
+        self.log(
+            "result",
+            loop.name,
+            step,
+            samples=len(loop.pool),
+            additions=result.additions,
+            validation_accuracy=result.validation.top1,
+            test_accuracy=result.test.top1,
+            test_per_class=[round(float(v), 6) for v in result.test.per_class],
+        )
+        weights = {key: value.contiguous() for key, value in result.learner.state_dict().items()}
+        save_file(weights, self.path / f"learner_{loop.name}.safetensors")
 
     def log(self, event: str, source: str, step: int, **values: Any) -> None:
         """Writes one line of ``metrics.jsonl`` and its numbers as TensorBoard scalars "source/event/name"."""
@@ -79,12 +141,6 @@ class RunFolder:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._events.add_scalar(f"{source}/{event}/{name}", value, step)
-
-    def save_learner(self, source: str, model: nn.Module) -> None:
-        """Writes ``learner_<source>.safetensors``, which ``load_learner`` reads."""
-        save_file(
-            {k: v.contiguous() for k, v in model.state_dict().items()}, self.path / f"learner_{source}.safetensors"
-        )
 
     def __enter__(self) -> RunFolder:
         return self
@@ -104,31 +160,31 @@ def check_vacant(path: Path, recipe: Recipe, *, overwrite: bool = False, resume:
     Only a run is ever replaced, and a run continues with its own recipe only.
     """
     if resume:
-        if not (path / "recipe.json").is_file():
+        if not (path / RECIPE).is_file():
             raise RecipeError(f"resume: {str(path)!r} holds no run")
-        before, now = (
-            _flat(json.loads((path / "recipe.json").read_text())),
-            _flat(json.loads(json.dumps(recipe.to_dict()))),
-        )
-        changed = [
-            f"{k} = {now.get(k)!r} was {before.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)
-        ]
+        changed = differences(path, recipe)
         if changed:
             raise RecipeError(f"resume: the run in {str(path)!r} has another recipe: {'; '.join(changed)}")
         return
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not (path / "recipe.json").is_file():
+    if not path.exists() or (path.is_dir() and all(p.name == f".{RECIPE}.tmp" for p in path.iterdir())):
+        return  # a temporary file alone: a run that was killed before it began
+    if not (path / RECIPE).is_file():
         raise RecipeError(f"out = {str(path)!r}: exists and holds no run; choose another folder")
     if not overwrite:
         raise RecipeError(f"out = {str(path)!r}: holds another run; --resume continues it, --overwrite replaces it")
+
+
+def differences(path: Path, recipe: Recipe) -> list[str]:
+    """The fields in which ``recipe`` differs from that of the run in ``path``, in words."""
+    before, now = _flat(json.loads((path / RECIPE).read_text())), _flat(json.loads(json.dumps(recipe.to_dict())))
+    return [f"{k} = {now.get(k)!r} was {before.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)]
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe's fields without their sections."""
     leaves = {k: v for k, v in recipe.items() if k not in SECTIONS}
     for section in SECTIONS:
-        leaves |= recipe[section]
+        leaves |= recipe.get(section, {})
     return leaves
 
 
@@ -139,7 +195,7 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
     """
     if folder is None:
         return load_judge()
-    weights, recipe_file = Path(folder) / f"learner_{source}.safetensors", Path(folder) / "recipe.json"
+    weights, recipe_file = Path(folder) / f"learner_{source}.safetensors", Path(folder) / RECIPE
     if not weights.is_file() or not recipe_file.is_file():
         raise RecipeError(f"learner = {str(folder)!r}: not the folder of a finished run, it has no {weights.name}")
     recipe = Recipe.from_dict(json.loads(recipe_file.read_text()))

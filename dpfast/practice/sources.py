@@ -1,38 +1,79 @@
-"""Where the training samples come from: Deliberate Practice and its rivals, behind one interface."""
+"""Where the training samples come from: Deliberate Practice and its rivals, behind one interface.
+
+    dp        N unguided samples, then rounds of P that the learner of that moment guides
+    dynamic   the same rounds, unguided: the timing alone
+    prune     the same rounds from an unguided surplus, of which the highest entropy under that learner is kept
+    static    all samples at the start
+
+Sample ids key the noise, and unguided samples depend on id and label alone: sources share those with the same id.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from dpfast.config import Recipe
+from dpfast.evaluate.measures import predict
 from dpfast.generate.guidance import GuidanceConfig, Through
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler, SampleBatch
+from dpfast.ops import entropy
 from dpfast.ops.guided_step import Mode
+from dpfast.pool.pool import SamplePool
+from dpfast.practice.costs import Cost, Price, price
 
-PROBE_IDS = 1 << 40  # ids of samples that no pool holds: the yardstick for entropy
+PROBE_IDS = 1 << 40  # ids of samples that no pool holds
+PROBE_SAMPLES = 250
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What is asked of a source. number: 0 for the initial samples; start: the pool's size before; count: how many.
+
+    per_class: (K,) validation accuracies of the learner at this moment; None in round 0.
+    """
+
+    number: int
+    start: int
+    count: int
+    learner_step: int = 0
+    per_class: Tensor | None = None
 
 
 class Source(Protocol):
-    """Makes the samples of a run. Sample ids count up from 0 and labels go round the classes."""
+    """Makes the samples of a run.
+
+    initial_samples: of round 0. moments: the steps after which rounds are due, in place of patience, or None.
+    streams: whether ``make`` can go on in the middle of a round. cost: of everything made so far. probe: (n, C, H, W)
+    uint8 unguided images that no pool holds, the yardstick for entropy. omega, cfg_scale: those of a round.
+    """
 
     initial_samples: int
+    moments: Collection[int] | None
+    streams: bool
+    cost: Cost
 
-    def initial(self) -> Iterator[SampleBatch]:
-        """The samples that training starts with."""
-        ...
+    @property
+    def probe(self) -> Tensor: ...
 
     def available(self, pool_size: int) -> int:
-        """How many samples the next addition to a pool of ``pool_size`` would bring; 0: none."""
+        """How many samples the next round would bring; 0: none."""
         ...
 
-    def more(self, pool_size: int, learner_step: int) -> Iterator[SampleBatch]:
-        """The samples of one addition to a pool of ``pool_size``."""
+    def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
+        """The samples of a round, from the one numbered ``done`` on. The learner is in eval mode meanwhile."""
         ...
+
+    def omega(self, number: int) -> float: ...
+
+    def cfg_scale(self, number: int) -> float: ...
 
 
 def balanced_labels(first_id: int, count: int, classes: int) -> Tensor:
@@ -40,57 +81,228 @@ def balanced_labels(first_id: int, count: int, classes: int) -> Tensor:
     return torch.arange(first_id, first_id + count) % classes
 
 
-class DeliberatePracticeSource:
-    """N unguided samples, then P samples per addition, guided by the learner as it is at that moment."""
+def allotted_labels(per_class: Tensor, first_id: int, count: int) -> Tensor:
+    """(count,) labels in proportion to the classes' validation error; half of the samples are spread evenly.
 
-    def __init__(self, recipe: Recipe, pipeline: Pipeline, learner: nn.Module) -> None:
-        self.recipe = recipe
-        self.initial_samples = recipe.practice.initial_samples
-        self.sampler = new_sampler(recipe, pipeline, learner)
-        self.unguided = new_sampler(recipe, pipeline, None)
+    The even half keeps every class in the pool's balance, and a class without any error alive. Shares are rounded by
+    largest remainder; labels take turns, so that any part of the round has about the same shares.
+    """
+    classes = len(per_class)
+    error = (1 - per_class.double()).clamp(min=0)
+    share = torch.full((classes,), 1 / classes, dtype=torch.float64)
+    if float(error.sum()) > 0:
+        share = 0.5 * share + 0.5 * error / error.sum()
+    exact = share * count
+    counts = exact.floor().long()
+    rest = (exact - counts).argsort(descending=True, stable=True)[: count - int(counts.sum())]
+    counts[rest] += 1
+    labels = torch.arange(classes).repeat_interleave(counts)
+    # the j-th of a class's n samples stands at (j + 1/2) / n of the round
+    places = torch.cat([(torch.arange(int(n)) + 0.5) / int(n) for n in counts if n])
+    return labels[places.argsort(stable=True)].roll(-(first_id % classes))
 
-    def initial(self) -> Iterator[SampleBatch]:
-        labels = balanced_labels(0, self.initial_samples, self.sampler.pipeline.denoiser.classes)
-        return self.unguided.stream(labels, batch_size=self.recipe.generator.generation_batch)
 
-    def available(self, pool_size: int) -> int:
-        return max(0, min(self.recipe.practice.round_samples, self.recipe.practice.maximum_samples - pool_size))
+class Unguided:
+    """Unguided samples by id, shared by the sources of an experiment: what a finished pool holds is not made again.
 
-    def more(self, pool_size: int, learner_step: int) -> Iterator[SampleBatch]:
-        classes = self.sampler.pipeline.denoiser.classes
-        return self.sampler.stream(
-            balanced_labels(pool_size, self.available(pool_size), classes),
-            first_id=pool_size,
-            batch_size=self.recipe.generator.generation_batch,
-            learner_step=learner_step,
-        )
+    A sample taken over costs what making one cost when it was made.
+    """
+
+    def __init__(self, recipe: Recipe, pipeline: Pipeline) -> None:
+        self.batch, self.classes = recipe.generator.generation_batch, pipeline.denoiser.classes
+        self.sampler = new_sampler(recipe, pipeline, None)
+        self.made = Cost()
+        self._eager = new_sampler(recipe, pipeline, None, eager=True)
+        self._pools: list[tuple[SamplePool, dict[int, int]]] = []
+
+    @cached_property
+    def price(self) -> Price:
+        return price(self._eager, guided=False)
+
+    @cached_property
+    def probe(self) -> Tensor:
+        ids = torch.arange(PROBE_IDS, PROBE_IDS + PROBE_SAMPLES)
+        return self.sampler.generate(balanced_labels(0, PROBE_SAMPLES, self.classes), ids).images
+
+    def remember(self, pool: SamplePool, cost: Cost) -> None:
+        """Takes over the samples of round 0 of a finished pool, whose making is accounted for in ``cost``."""
+        rows = torch.nonzero(pool.column("round") == 0).flatten()
+        self._pools.append((pool, dict(zip(pool.column("sample_id")[rows].tolist(), rows.tolist(), strict=True))))
+        if cost.samples > self.made.samples:
+            self.made = replace(cost)
+
+    def stream(self, first: int, count: int, cost: Cost, *, cfg_scale: float) -> Iterator[SampleBatch]:
+        """The samples of ids ``first`` to ``first + count`` in batches, paid for in ``cost``."""
+        for start in range(first, first + count, self.batch):
+            size = min(self.batch, first + count - start)
+            known = self._known(start, size) if cfg_scale == self.sampler.cfg_scale else None
+            if known is not None:
+                cost.add(size, self.price, size * self.made.seconds / max(self.made.samples, 1))
+                yield known
+                continue
+            labels = balanced_labels(start, size, self.classes)
+            usual, self.sampler.cfg_scale = self.sampler.cfg_scale, cfg_scale
+            try:
+                batches = self.sampler.stream(labels, first_id=start, batch_size=size)
+                yield from cost.timed(batches, self.price)
+            finally:
+                self.sampler.cfg_scale = usual
+
+    def _known(self, first: int, count: int) -> SampleBatch | None:
+        for pool, row_of in self._pools:
+            if first in row_of and first + count - 1 in row_of:
+                rows = torch.tensor([row_of[i] for i in range(first, first + count)])
+                return SampleBatch(
+                    images=pool.images(rows),
+                    labels=pool.column("label")[rows],
+                    sample_ids=pool.column("sample_id")[rows],
+                    entropy=torch.full((count,), float("nan")),
+                )
+        return None
 
 
 class StaticSource:
-    """All samples at the start, unguided. ``ready`` are samples with the first ids that exist already."""
+    """All samples at the start, unguided."""
 
-    def __init__(self, recipe: Recipe, pipeline: Pipeline, total: int, ready: SampleBatch | None = None) -> None:
-        self.recipe, self.ready = recipe, ready
-        self.initial_samples = total
-        self.sampler = new_sampler(recipe, pipeline, None)
+    moments: Collection[int] | None = ()
+    streams = True
 
-    def initial(self) -> Iterator[SampleBatch]:
-        made = 0
-        if self.ready is not None:
-            made = len(self.ready)
-            yield self.ready
-        labels = balanced_labels(made, self.initial_samples - made, self.sampler.pipeline.denoiser.classes)
-        if len(labels):
-            yield from self.sampler.stream(labels, first_id=made, batch_size=self.recipe.generator.generation_batch)
+    def __init__(self, recipe: Recipe, unguided: Unguided, total: int) -> None:
+        self.recipe, self.unguided, self.initial_samples = recipe, unguided, total
+        self.cost = Cost()
+
+    @property
+    def probe(self) -> Tensor:
+        return self.unguided.probe
 
     def available(self, pool_size: int) -> int:
         return 0
 
-    def more(self, pool_size: int, learner_step: int) -> Iterator[SampleBatch]:
-        raise RuntimeError("a static source adds nothing")
+    def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
+        first = round.start + done
+        return self.unguided.stream(first, round.count - done, self.cost, cfg_scale=self.cfg_scale(0))
+
+    def omega(self, number: int) -> float:
+        return 0.0
+
+    def cfg_scale(self, number: int) -> float:
+        return scheduled(number, self.recipe.practice.cfg_rounds, self.recipe.generator.cfg_scale)
 
 
-def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: nn.Module | None) -> GuidedSampler:
+class DynamicSource(StaticSource):
+    """N unguided samples, then rounds of P unguided ones."""
+
+    def __init__(
+        self, recipe: Recipe, unguided: Unguided, learner: nn.Module, *, moments: Collection[int] | None = None
+    ) -> None:
+        super().__init__(recipe, unguided, recipe.practice.initial_samples)
+        self.learner, self.moments = learner, moments
+
+    def available(self, pool_size: int) -> int:
+        practice = self.recipe.practice
+        return max(0, min(practice.round_samples, practice.maximum_samples - pool_size))
+
+    def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
+        if not round.number:
+            return super().make(round, done)
+        return self._more(round, done)
+
+    def _more(self, round: Round, done: int) -> Iterator[SampleBatch]:
+        first, scale = round.start + done, self.cfg_scale(round.number)
+        for batch in self.unguided.stream(first, round.count - done, self.cost, cfg_scale=scale):
+            yield self._judged(batch, round)
+
+    def _judged(self, batch: SampleBatch, round: Round) -> SampleBatch:
+        """``batch`` with the entropy under the learner of this moment; the time for it counts."""
+        started = time.perf_counter()
+        judged = replace(batch, entropy=entropy(predict(self.learner, batch.images)), learner_step=round.learner_step)
+        self.cost.seconds += time.perf_counter() - started
+        return judged
+
+
+class DeliberatePracticeSource(DynamicSource):
+    """N unguided samples, then rounds of P that the learner of that moment guides."""
+
+    def __init__(self, recipe: Recipe, pipeline: Pipeline, unguided: Unguided, learner: nn.Module) -> None:
+        super().__init__(recipe, unguided, learner)
+        self.sampler = new_sampler(recipe, pipeline, learner)
+        self._eager = new_sampler(recipe, pipeline, learner, eager=True)
+
+    @cached_property
+    def price(self) -> Price:
+        return price(self._eager, guided=True)
+
+    def omega(self, number: int) -> float:
+        return scheduled(number, self.recipe.practice.omega_rounds, self.recipe.guidance.omega) if number else 0.0
+
+    def _more(self, round: Round, done: int) -> Iterator[SampleBatch]:
+        if not self.omega(round.number):
+            yield from super()._more(round, done)
+            return
+        labels = self._labels(round)
+        self.sampler.cfg_scale = self.cfg_scale(round.number)
+        batches = self.sampler.stream(
+            labels[done:],
+            first_id=round.start + done,
+            batch_size=self.recipe.generator.generation_batch,
+            omega=self.omega(round.number),
+            learner_step=round.learner_step,
+        )
+        yield from self.cost.timed(batches, self.price)
+
+    def _labels(self, round: Round) -> Tensor:
+        if self.recipe.practice.allot == "difficulty" and round.per_class is not None:
+            return allotted_labels(round.per_class, round.start, round.count)
+        return balanced_labels(round.start, round.count, self.unguided.classes)
+
+
+class PruneSource(DynamicSource):
+    """N unguided samples, then rounds of P: of ``oversample`` x P unguided candidates those of highest entropy.
+
+    Candidates are scored by the learner of that moment and dropped when they are not kept. Ids count candidates.
+    """
+
+    streams = False  # what is kept is known when the last candidate has been scored
+
+    def _more(self, round: Round, done: int) -> Iterator[SampleBatch]:
+        ratio, initial = self.recipe.practice.oversample, self.initial_samples
+        first, last = (initial + int(ratio * (size - initial)) for size in (round.start, round.start + round.count))
+        scale = self.cfg_scale(round.number)
+        held: list[Tensor] = []
+        for batch in self.unguided.stream(first, last - first, self.cost, cfg_scale=scale):
+            batch = self._judged(batch, round)
+            columns = [batch.images, batch.labels, batch.sample_ids, batch.entropy]
+            held = [torch.cat(pair) for pair in zip(held, columns, strict=True)] if held else columns
+            best = highest(held[3], held[1], round.count, within=self.recipe.practice.prune_within)
+            held = [column[best] for column in held]  # who is out now would be out at the end
+        for images, labels, ids, scores in zip(*(c.split(self.unguided.batch) for c in held), strict=True):
+            yield SampleBatch(
+                images=images, labels=labels, sample_ids=ids, entropy=scores, learner_step=round.learner_step
+            )
+
+
+def highest(scores: Tensor, labels: Tensor, count: int, *, within: str) -> Tensor:
+    """Indices, rising, of the ``count`` highest of ``scores`` (n,): "overall", or as evenly as can be over "class"es.
+
+    labels: (n,) int64. Of equal scores the first are kept.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    if within == "class":
+        ranks = torch.empty_like(order)
+        ordered = labels[order]
+        for label in ordered.unique():
+            members = torch.nonzero(ordered == label).flatten()
+            ranks[members] = torch.arange(len(members))
+        order = order[ranks.argsort(stable=True)]  # every class's best, then every class's second, ...
+    return order[:count].sort().values
+
+
+def scheduled(number: int, values: tuple[float, ...], usual: float) -> float:
+    """A schedule's value in round ``number``: the last one from its end on, ``usual`` in round 0 and without one."""
+    return values[min(number, len(values)) - 1] if number and values else usual
+
+
+def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: nn.Module | None, *, eager: bool = False) -> GuidedSampler:
     """The sampler that a recipe describes; unguided without a learner."""
     guidance = recipe.guidance
     return GuidedSampler(
@@ -110,5 +322,6 @@ def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: nn.Module | None) -
         cfg_interval=(recipe.generator.cfg_from, recipe.generator.cfg_until),
         eta=recipe.generator.eta,
         seed=recipe.seed,
-        compile=recipe.generator.compile,  # never "auto": its choice follows the clock, and with it the rounding
+        compile=False if eager else recipe.generator.compile,  # never "auto": it follows the clock, so would the bits
+        cuda_graphs=False if eager else None,
     )

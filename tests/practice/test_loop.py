@@ -8,9 +8,13 @@ import torch
 
 from dpfast.config import Recipe, RecipeError
 from dpfast.data.real import RealData, RealSet
-from dpfast.practice import loop as loop_module
-from dpfast.practice.loop import DeliberatePractice
+from dpfast.learn.trainer import Trainer
+from dpfast.practice import checkpoint
+from dpfast.practice import experiment as loop_module
+from dpfast.practice.branch import prepare_branch
+from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_folder import RunFolder, load_learner
+from dpfast.practice.stopping import LossError
 
 
 @pytest.fixture
@@ -173,9 +177,61 @@ def test_a_run_resumes_with_its_own_recipe_only(recipe, tmp_path):
         RunFolder(tmp_path / "run", dataclasses.replace(with_(recipe, "guidance", omega=0.3), seed=5), resume=True)
     with pytest.raises(RecipeError, match="holds no run"):
         RunFolder(tmp_path, recipe, resume=True)
-    (tmp_path / "run" / "checkpoint_dp.safetensors").write_bytes(b"torn")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe, tmp_path):
+    run(recipe, tmp_path / "run")
+    whole = (tmp_path / "run" / "metrics.jsonl").read_text()
+    newest = checkpoint.paths(tmp_path / "run" / "checkpoints_static")[-1]
+    newest.with_suffix(".safetensors").write_bytes(b"torn")
+    with RunFolder(tmp_path / "run", recipe, resume=True) as folder, pytest.warns(UserWarning, match=newest.name):
+        DeliberatePractice(recipe).run(folder, progress=False)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == whole
+    for path in checkpoint.paths(tmp_path / "run" / "checkpoints_dp"):
+        path.with_suffix(".safetensors").write_bytes(b"torn")
     with (
         RunFolder(tmp_path / "run", recipe, resume=True) as folder,
-        pytest.raises(RecipeError, match="not a checkpoint"),
+        pytest.warns(UserWarning),
+        pytest.raises(RecipeError, match="none of the 2 checkpoints"),
     ):
         DeliberatePractice(recipe).run(folder, progress=False)
+
+
+def test_all_four_sources_share_moments_and_sizes_and_count_their_cost(recipe):
+    recipe = with_(recipe, "practice", sources=("dp", "static", "prune", "dynamic"), oversample=2.0)
+    dp, static, prune, dynamic = DeliberatePractice(recipe).run(progress=False)
+    assert [len(r.pool) for r in (dp, static, prune, dynamic)] == [70] * 4
+    steps = dp.pool.column("learner_step")
+    assert torch.equal(prune.pool.column("learner_step"), steps)
+    assert torch.equal(dynamic.pool.column("learner_step"), steps)
+    assert [r.cost.samples for r in (dp, static, prune, dynamic)] == [70, 70, 30 + 2 * 40, 70]
+    assert all(r.cost.forwards == 6 * r.cost.samples for r in (dp, static, prune, dynamic))  # 3 steps, each with CFG
+    assert dp.cost.flops > dynamic.cost.flops == static.cost.flops
+    assert len(set(prune.pool.column("sample_id").tolist())) == 70
+    assert float(prune.pool.column("omega").abs().sum()) == 0
+
+
+def test_a_branch_goes_on_without_additions_and_refuses_another_generator(recipe, tmp_path):
+    recipe = with_(recipe, "practice", sources=("dp",), keep_rounds=True)
+    run(recipe, tmp_path / "run")
+    prepare_branch(tmp_path / "run", 1, tmp_path / "branch", recipe)
+    with RunFolder(tmp_path / "branch", recipe, resume=True) as folder:
+        (branch,) = DeliberatePractice(recipe).run(folder, progress=False)
+    assert (len(branch.pool), branch.additions, branch.iterations) == (45, 1, 100)
+    with pytest.raises(RecipeError, match="steps = 4 was 3"):
+        prepare_branch(tmp_path / "run", 1, tmp_path / "other", with_(recipe, "generator", steps=4))
+    with pytest.raises(RecipeError, match="branch_at = 7"):
+        prepare_branch(tmp_path / "run", 7, tmp_path / "other", recipe)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(recipe, tmp_path, monkeypatch):
+    step = Trainer.step
+
+    def failing(self, images, labels):
+        loss = step(self, images, labels)
+        return loss * float("nan") if self.step_count == 23 else loss
+
+    monkeypatch.setattr(Trainer, "step", failing)
+    with pytest.raises(LossError, match=r"iteration 23, on the samples (\d+, ){7}\d+; .*checkpoint-0+\d+.json"):
+        run(recipe, tmp_path / "run")

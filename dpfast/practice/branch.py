@@ -1,0 +1,70 @@
+"""Branch-outs: a run continued from the end of a round without further additions (arXiv 2502.15588, section C.2).
+
+So one long run yields every point of a scaling curve: the pool of each round, trained to the end.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from dpfast.config import Recipe, RecipeError
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.saver import Saver
+from dpfast.practice import checkpoint
+from dpfast.practice.run_folder import RECIPE, RunFolder, differences
+
+SOURCE = "dp"
+# what a branch may have of its own: it decides nothing about the past
+FREE = {"iterations", "sources", "checkpoints_kept", "keep_rounds", "maximum_samples", "maximum_rounds", "name"}
+
+
+def prepare_branch(trunk: Path, round: int, out: Path, recipe: Recipe, *, overwrite: bool = False) -> None:
+    """Makes ``out`` a run of ``recipe`` that stands at the end of a round of the run in ``trunk``; resume it.
+
+    The trunk is only read. Raises ``RecipeError`` when it is no run, has another recipe (the fields are named; a branch
+    may have other ``iterations``), kept no checkpoint of that round, or is past the start of the new cool-down there.
+    """
+    if not (trunk / RECIPE).is_file():
+        raise RecipeError(f"branch_from = {str(trunk)!r}: holds no run")
+    if trunk.resolve() == out.resolve():
+        raise RecipeError(f"out = {str(out)!r}: is the run that the branch leaves; choose another folder")
+    changed = [field for field in differences(trunk, recipe) if field.split(" = ")[0] not in FREE]
+    if changed:
+        raise RecipeError(f"branch_from = {str(trunk)!r}: a branch has its run's recipe; {'; '.join(changed)}")
+    folder = trunk / f"checkpoints_{SOURCE}"
+    path = checkpoint.at_round(folder, round)
+    if path is None:
+        kept = sorted(int(p.stem.rsplit("-", 1)[1]) for p in folder.glob("checkpoint-*-round-*.json"))
+        rounds = f"there are those of {', '.join(map(str, kept))}" if kept else "run it with --keep-rounds true"
+        raise RecipeError(f"branch_at = {round}: {str(trunk)!r} kept no checkpoint of that round's end; {rounds}")
+    try:
+        start = checkpoint.load(path)
+    except ValueError as error:
+        raise RecipeError(f"branch_at = {round}: {error}") from error
+    last = recipe.practice.iterations * (1 - recipe.learner.cooldown)
+    if start.step > last:
+        raise RecipeError(
+            f"iterations = {recipe.practice.iterations}: the branch begins at {start.step}, after the start of the "
+            f"cool-down at {last:.0f}; expected at least {start.step / (1 - recipe.learner.cooldown):.0f}"
+        )
+    pool = SamplePool.open(trunk / f"pool_{SOURCE}", limit=start.state["samples"])
+    lines = (trunk / "metrics.jsonl").read_bytes()[: start.state["written"][0]].splitlines()
+    past = [line for line in lines if json.loads(line)["source"] == SOURCE]
+    try:
+        with RunFolder(out, recipe, overwrite=overwrite) as branch:
+            (out / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in past))
+            with Saver(pool, branch.pool(SOURCE)) as saver:
+                saver.save()
+                if saver.wait() < len(pool):
+                    raise OSError(f"the pool could not be copied: {saver.error!r}")
+            state = {**start.state, "pending": False, "frozen": True}
+            state["written"] = [(out / "metrics.jsonl").stat().st_size, 0]
+            origin = {"run": str(trunk), "round": round, "step": start.step}
+            (out / "branch.json").write_text(json.dumps(origin) + "\n")
+            keep = recipe.practice.checkpoints_kept
+            checkpoint.save(branch.checkpoints(SOURCE), start.step, start.tensors, state, keep=keep)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # half a branch would resume as another run
+        raise

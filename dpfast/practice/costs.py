@@ -1,0 +1,108 @@
+"""What samples cost, counted and measured: samples made, denoiser forwards, FLOPs and seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from dpfast.generate.sampler import GuidedSampler, SampleBatch
+
+
+@dataclass(frozen=True)
+class Price:
+    """Of one sample. forwards: of the denoiser, two in a step with classifier-free guidance; flops: of everything."""
+
+    forwards: float
+    flops: float
+
+
+@dataclass
+class Cost:
+    """What a source has spent. samples: made, kept or not; forwards, flops: counted; seconds: measured."""
+
+    samples: int = 0
+    forwards: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, samples: int, price: Price, seconds: float) -> None:
+        self.samples += samples
+        self.forwards += samples * price.forwards
+        self.flops += samples * price.flops
+        self.seconds += seconds
+
+    def timed(self, batches: Iterator[SampleBatch], price: Price) -> Iterator[SampleBatch]:
+        """``batches``, each paid for by its price and by the time that its making took."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.add(len(batch), price, time.perf_counter() - started)
+            yield batch
+
+    def state(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class _Flops(TorchDispatchMode):
+    """``torch.utils.flop_counter`` without its tracking of modules, which the backward pass of a vjp does not bear."""
+
+    total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        self.total += 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def price(sampler: GuidedSampler, *, guided: bool) -> Price:
+    """Makes one sample and counts: rows through the denoiser, and FLOPs by torch's formulas.
+
+    Samples of one sampler take the same steps, so what one costs, each costs. The sampler must run eagerly: compiled or
+    captured steps do the same work without telling a counter.
+    """
+    rows = 0
+
+    def count(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal rows
+        rows += len(arguments[0] if arguments else named["hidden_states"])
+
+    denoiser: Any = sampler.pipeline.denoiser
+    hook = denoiser.model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        with _Flops() as counter, sdpa_kernel(SDPBackend.MATH):
+            sampler.generate([0], omega=None if guided else 0.0)
+    finally:
+        hook.remove()
+    return Price(float(rows), counter.total)
+
+
+def pruning_ratio(unguided: Tensor, entropy: float) -> float:
+    """How many unguided samples a source would make to keep one, so that the kept ones' mean entropy is ``entropy``.
+
+    unguided: (n,) entropies of unguided samples under the same learner, nats. The mean of their top k falls with k;
+    the ratio is n/k where it equals ``entropy``, interpolated in k. At least 1; n where even the single highest one is
+    below ``entropy``, which then is a lower bound.
+    """
+    means = unguided.double().sort(descending=True).values.cumsum(0) / torch.arange(1, len(unguided) + 1)
+    if entropy >= float(means[0]):
+        return float(len(unguided))
+    if entropy <= float(means[-1]):
+        return 1.0
+    k = int((means >= entropy).sum())  # means[k - 1] >= entropy > means[k]
+    above, below = float(means[k - 1]), float(means[k])
+    return len(unguided) / (k + (above - entropy) / (above - below))
