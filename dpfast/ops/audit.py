@@ -2,7 +2,7 @@
 
 Each variant is compiled for A100 (sm_80), H100 (sm_90) and B200 (sm_100) and disassembled with the tools in that wheel.
 `problems` lists what breaks a promise: a spill or local memory, an occupancy under one half, and payload that does not
-move exactly once in accesses of 16 bytes.
+move exactly once in accesses of 16 bytes, or the widest that the alignment of a row permits.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ class Variant:
     """A kernel with the types and constants of one use.
 
     `arguments` maps a parameter to a type ("*fp32", "i32", "i64:16" for a multiple of 16) or a constant; one left out
-    is None. `reads` and `writes` are the payload bytes of a program by the operation's formula, None where no 16-byte
-    access can fit. `scalars` bounds the narrow loads of a thread: coefficients, indices, ids.
+    is None. `reads` and `writes` are the payload bytes of a program by the operation's formula, in accesses of `width`
+    bytes. `scalars` bounds the narrow loads of a thread: coefficients, indices, ids.
     """
 
     name: str
     kernel: Any
     arguments: dict[str, Any]
     warps: int
-    reads: int | None
-    writes: int | None
+    reads: int
+    writes: int
+    width: int = WIDE
     scalars: int = 0
 
 
@@ -61,8 +62,9 @@ class Report:
     stores: Counter[int] = field(default_factory=Counter)
 
     def payload(self, accesses: Counter[int]) -> int:
-        """Bytes that a program moves in wide accesses."""
-        return accesses[WIDE] * WIDE * self.variant.warps * 32
+        """Bytes that a program moves in accesses of the promised width."""
+        width = self.variant.width
+        return accesses[width] * width * self.variant.warps * 32
 
 
 def _binary(tool: str) -> Path:
@@ -146,10 +148,11 @@ def problems(report: Report) -> list[str]:
     if report.occupancy < 0.5:
         found.append(f"occupancy {report.occupancy:.0%} with {report.registers} registers a thread")
     for word, accesses, expected in (("reads", report.loads, variant.reads), ("writes", report.stores, variant.writes)):
-        if expected is not None and report.payload(accesses) != expected:
-            found.append(f"{word} {report.payload(accesses)} bytes in wide accesses, the formula has {expected}")
-    narrow = sum(count for width, count in report.loads.items() if width < WIDE)
-    if variant.reads is not None and narrow > variant.scalars:
+        if report.payload(accesses) != expected:
+            moved = f"{report.payload(accesses)} bytes in accesses of {variant.width}"
+            found.append(f"{word} {moved}, the formula has {expected}")
+    narrow = sum(count for width, count in report.loads.items() if width < variant.width)
+    if narrow > variant.scalars:
         found.append(f"{narrow} narrow loads a thread, {variant.scalars} are scalars")
     return found
 
@@ -158,7 +161,9 @@ def _entropy(classes: int, dtype: str, gradient: bool = True) -> Variant:
     rows, block, warps = entropy_settings(classes)
     size, unit = 4 if dtype == "fp32" else 2, math.gcd(classes, 16)
     online = classes > ONE_BLOCK
-    fits = classes * size % WIDE == 0
+    width = math.gcd(classes * size, WIDE)
+    # H takes a 4-byte store a thread, which only counts where the gradient's are no wider.
+    entropies = warps * 32 * 4 if width == 4 else 0
     arguments = {
         "logits": f"*{dtype}",
         "entropy": "*fp32",
@@ -177,8 +182,9 @@ def _entropy(classes: int, dtype: str, gradient: bool = True) -> Variant:
         kernel=online_kernel if online else rows_kernel,
         arguments=arguments,
         warps=warps,
-        reads=(1 + (online and gradient)) * rows * block * size if fits else None,
-        writes=rows * block * size * gradient if fits else None,
+        reads=(1 + (online and gradient)) * rows * block * size,
+        writes=rows * block * size * gradient + entropies,
+        width=width,
     )
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dpfast.ops import _dispatch
@@ -54,10 +56,10 @@ def narrow_kernel(source, target, BLOCK: tl.constexpr):
     tl.store(target + lane, tl.load(source + lane * 3))
 
 
-def bad(kernel, block: int, warps: int) -> list[str]:
+def bad(kernel, block: int, warps: int, width: int = 16) -> list[str]:
     arguments = {"source": "*fp32", "target": "*fp32", "BLOCK": block}
     variant = Variant(
-        name="bad", kernel=kernel, arguments=arguments, warps=warps, reads=4 * block, writes=4 * block, scalars=0
+        name="bad", kernel=kernel, arguments=arguments, warps=warps, reads=4 * block, writes=4 * block, width=width
     )
     return problems(inspect(variant, 90))
 
@@ -74,6 +76,23 @@ def test_audit_finds_narrow_loads():
     found = bad(narrow_kernel, 1024, 4)
     assert any(problem.startswith("reads 0 bytes") for problem in found)
     assert any("narrow loads" in problem for problem in found)
+
+
+def test_audit_finds_loads_narrower_than_a_row_permits():
+    assert bad(narrow_kernel, 1024, 4, width=8) == [
+        "reads 0 bytes in accesses of 8, the formula has 4096",
+        "writes 0 bytes in accesses of 8, the formula has 4096",
+        "8 narrow loads a thread, 0 are scalars",
+    ]
+
+
+@pytest.mark.parametrize(("name", "width"), [("K = 10, fp32", 8), ("K = 10, bf16", 4), ("K = 100, bf16", 8)])
+def test_rows_that_no_16_bytes_divide_move_in_the_widest_accesses_that_fit(name, width):
+    (variant,) = (variant for variant in VARIANTS if variant.name == f"entropy, {name}")
+    assert variant.width == width
+    broken = replace(variant, arguments={**variant.arguments, "UNIT": 1})
+    assert problems(inspect(variant, 90)) == []
+    assert problems(inspect(broken, 90)) != []
 
 
 @pytest.mark.parametrize(
