@@ -1,0 +1,156 @@
+"""The figures of a report: one function each, from runs to a matplotlib figure with direct labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dpfast.report.runs import Run
+
+# Okabe and Ito's colours, told apart with any colour vision
+COLORS = {"dp": "#0072B2", "static": "#D55E00", "prune": "#009E73", "dynamic": "#CC79A7"}
+INK, MUTED = "#1f2328", "#6b7280"
+
+
+def _axes(size: tuple[float, float], x: str, y: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x, color=MUTED)
+    axes.set_ylabel(y, color=MUTED)
+    axes.tick_params(colors=MUTED, length=3)
+    axes.grid(axis="y", color="#e5e7eb", lw=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#c4c8ce")
+    return figure, axes
+
+
+def _color(source: str) -> str:
+    return COLORS.get(source, MUTED)
+
+
+def _label_ends(axes: Any, ends: list[tuple[str, float, float]]) -> None:
+    """Names at the right ends of lines, moved apart where they would touch."""
+    low, high = axes.get_ylim()
+    least, last = 0.06 * (high - low), -np.inf
+    for name, x, y in sorted(ends, key=lambda end: end[2]):
+        last = max(y, last + least)
+        axes.annotate(
+            name, (x, last), xytext=(6, 0), textcoords="offset points", va="center", color=_color(name), weight="bold"
+        )
+    axes.margins(x=0.02)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.12 * (right - left))
+
+
+def curve(runs: list[Run], size: tuple[float, float], key: str, label: str, scale: float = 1.0) -> Figure | None:
+    """A measure of the evaluations against iterations, one line a run; a vertical line at each addition (Fig. 2)."""
+    figure, axes = _axes(size, "optimiser iterations", label)
+    ends: dict[str, tuple[str, float, float]] = {}
+    heights: list[float] = []
+    for run in runs:
+        for source in run.sources:
+            rows = [m for m in run.events("evaluation", source) if key in m]
+            if not rows:
+                continue
+            steps, values = [m["step"] for m in rows], [scale * m[key] for m in rows]
+            axes.plot(steps, values, color=_color(source), lw=1.5, alpha=0.9 if len(runs) == 1 else 0.65)
+            heights += values
+            ends[source] = (source, steps[-1], values[-1])
+            for m in run.events("addition", source):
+                axes.axvline(m["step"], color=_color(source), lw=0.8, ls=(0, (4, 3)), alpha=0.45, zorder=0)
+    if not heights:
+        return None
+    spread = np.quantile(heights, [0.06, 0.94])  # the climb of the first iterations would hide the rest
+    room = 0.25 * (spread[1] - spread[0]) + 1e-6
+    axes.set_ylim(max(0.0, spread[0] - room), min(spread[1] + room, max(heights) + room))
+    _label_ends(axes, list(ends.values()))
+    return figure
+
+
+def accuracy(runs: list[Run], size: tuple[float, float]) -> Figure | None:
+    return curve(runs, size, "accuracy", "validation accuracy, %", 100)
+
+
+def loss(runs: list[Run], size: tuple[float, float]) -> Figure | None:
+    return curve(runs, size, "loss", "training loss, nats")
+
+
+def fit_power_law(samples: np.ndarray, error: np.ndarray) -> tuple[float, float] | None:
+    """(a, b) of error = a samples^-b by least squares of the logarithms; None with fewer than three distinct sizes."""
+    good = (error > 0) & (samples > 0)
+    if len(np.unique(samples[good])) < 3:
+        return None
+    slope, intercept = np.polyfit(np.log(samples[good]), np.log(error[good]), 1)
+    return float(np.exp(intercept)), float(-slope)
+
+
+def scaling(points: list[dict[str, Any]], size: tuple[float, float]) -> Figure | None:
+    """Held-out accuracy against samples with fitted power laws (Figs. 1 and 4); points: source, samples, accuracy."""
+    if not points:
+        return None
+    figure, axes = _axes(size, "samples", "held-out accuracy, %")
+    ends = []
+    for source in dict.fromkeys(p["source"] for p in points):
+        samples = np.array([p["samples"] for p in points if p["source"] == source], float)
+        top1 = np.array([p["accuracy"] for p in points if p["source"] == source])
+        axes.plot(samples, 100 * top1, "o", color=_color(source), ms=5, alpha=0.8)
+        law = fit_power_law(samples, 1 - top1)
+        if law is not None:
+            line = np.geomspace(samples.min(), samples.max(), 60)
+            axes.plot(line, 100 * (1 - law[0] * line ** -law[1]), color=_color(source), lw=1.5)
+        ends.append((source, samples.max(), 100 * top1[samples == samples.max()].mean()))
+    if len({p["samples"] for p in points}) > 3:
+        axes.set_xscale("log")
+    _label_ends(axes, ends)
+    return figure
+
+
+def phases(runs: list[Run], size: tuple[float, float]) -> Figure | None:
+    """Seconds of generation and training by source, the mean of the runs."""
+    sources = list(dict.fromkeys(s for run in runs for s in run.sources))
+    rows = [(s, *(np.mean([r.seconds(e, s) for r in runs]) for e in ("generation", "training"))) for s in sources]
+    if not any(sum(row[1:]) for row in rows):
+        return None
+    figure, axes = _axes((size[0], 0.9 + 0.5 * len(rows)), "seconds, mean of the runs", "")
+    axes.grid(False)
+    for place, (source, generation, training) in enumerate(reversed(rows)):
+        axes.barh(place, generation, color=_color(source), height=0.6)
+        axes.barh(place, training, left=generation, color=_color(source), alpha=0.4, height=0.6)
+        for start, width, name in ((0, generation, "generation"), (generation, training, "training")):
+            dark = name == "generation"
+            text = f"{name} {width:.0f} s"
+            axes.text(
+                start + width / 2, place, text, ha="center", va="center", fontsize=8, color="white" if dark else INK
+            )
+    axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+    return figure
+
+
+def hardness(runs: list[Run], size: tuple[float, float]) -> Figure | None:
+    """Entropy of new samples at birth beside that of unguided ones under the same learner, by round."""
+    figure, axes = _axes(size, "round", "mean entropy, nats")
+    drawn = False
+    for run in runs:
+        rows = [m for m in run.events("addition", "dp") if "unguided_entropy" in m]
+        for key, color in (("entropy", COLORS["dp"]), ("unguided_entropy", MUTED)):
+            axes.plot([m["round"] for m in rows], [m[key] for m in rows], "o-", color=color, ms=4, lw=1.3, alpha=0.7)
+        if rows:
+            drawn = True
+            for key, name, color in (("entropy", "guided", COLORS["dp"]), ("unguided_entropy", "unguided", MUTED)):
+                if run is runs[0]:
+                    place = (rows[0]["round"], rows[0][key])
+                    axes.annotate(name, place, xytext=(0, 8), textcoords="offset points", color=color, weight="bold")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure if drawn else None
+
+
+PER_RUN: dict[str, tuple[Callable[[list[Run], tuple[float, float]], Figure | None], str]] = {
+    "accuracy_iterations": (accuracy, "Accuracy on real validation images. Dashed: samples were added."),
+    "loss_iterations": (loss, "Training loss. It rises when harder samples arrive."),
+    "hardness": (hardness, "Entropy of new samples at birth, beside unguided samples under the same learner."),
+    "phases": (phases, "Where the time goes."),
+}

@@ -1,0 +1,92 @@
+"""Run folders as a report reads them: whatever is there, finished or not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpfast.config import SECTIONS, RecipeError
+
+ORDER = ("dp", "dynamic", "prune", "static")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. metrics, timings: the lines of its files; notes: what is missing or damaged, in words."""
+
+    path: Path
+    recipe: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources that wrote metrics, Deliberate Practice first."""
+        found = list(dict.fromkeys(m["source"] for m in self.metrics))
+        return sorted(found, key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
+
+    def events(self, event: str, source: str | None = None) -> list[dict[str, Any]]:
+        """The metrics of one kind, in their order."""
+        return [m for m in self.metrics if m["event"] == event and source in (None, m["source"])]
+
+    def seconds(self, event: str, source: str) -> float:
+        """Seconds of "generation" or "training" of a source."""
+        return sum(t["seconds"] for t in self.timings if t["event"] == event and t["source"] == source)
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run folder; a line that a kill cut short is left out and noted.
+
+    Raises ``RecipeError`` when ``path`` is no run folder.
+    """
+    if not (path / "recipe.json").is_file():
+        raise RecipeError(f"run = {str(path)!r}: not the folder of a run, it has no recipe.json")
+    notes: list[str] = []
+    metrics, timings = (_lines(path / name, notes) for name in ("metrics.jsonl", "timings.jsonl"))
+    run = Run(path, json.loads((path / "recipe.json").read_text()), metrics, timings, notes)
+    for source in run.sources:
+        if not run.events("result", source):
+            last = max((m["step"] for m in metrics if m["source"] == source), default=0)
+            notes.append(f"{path.name}: {source} is unfinished, its last line is of iteration {last}")
+    if not metrics:
+        notes.append(f"{path.name}: no evaluation has been written yet")
+    return run
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """Reads runs that measure the same thing. Raises ``RecipeError`` where their real images differ."""
+    runs = [read_run(path) for path in paths]
+    kinds = {str(run.recipe.get("validation")) for run in runs}
+    if len(kinds) > 1:
+        raise RecipeError(f"runs: their real images differ ({', '.join(sorted(kinds))}); one report compares one set")
+    return runs
+
+
+def differences(runs: list[Run]) -> dict[str, list[Any]]:
+    """The recipe fields, other than seed and name, that are not the same in all runs -> their values by run."""
+    flat = [_flat(run.recipe) for run in runs]
+    keys = sorted({key for one in flat for key in one} - {"seed", "name"})
+    return {k: [one.get(k) for one in flat] for k in keys if len({json.dumps(one.get(k)) for one in flat}) > 1}
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    leaves = {k: v for k, v in recipe.items() if k not in SECTIONS}
+    for section in SECTIONS:
+        leaves |= recipe.get(section, {})
+    return leaves
+
+
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        notes.append(f"{path.parent.name}: {path.name} is missing")
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            notes.append(f"{path.parent.name}: line {number} of {path.name} is cut short and was left out")
+    return rows

@@ -1,0 +1,92 @@
+"""The report of runs: its numbers, what it says of unfinished runs, and the page in a real browser."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpfast.config import Recipe, RecipeError
+from dpfast.report.figures import fit_power_law
+from dpfast.report.page import write_report
+from dpfast.report.runs import differences, read_runs
+from tests.report import browser
+
+
+def make_run(folder, *, finished=True, **fields):
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(Recipe.load("fashion", **fields).to_dict()))
+    lines, times = [], []
+    for source, top in (("dp", 0.82), ("static", 0.8)):
+        for step in range(25, 1000, 25):
+            values = {"accuracy": top - 3 / step, "loss": 9 / step, "samples": 1500}
+            lines.append({"event": "evaluation", "source": source, "step": step, **values})
+        times.append({"event": "generation", "source": source, "step": 0, "seconds": 50.0, "samples": 1500})
+        times.append({"event": "training", "source": source, "step": 975, "seconds": 30.0})
+        result = {"samples": 1500, "additions": 1, "validation_accuracy": top, "test_accuracy": top - 0.01}
+        if finished:
+            lines.append({"event": "result", "source": source, "step": 975, **result})
+    added = {"round": 1, "samples": 2250, "entropy": 0.5, "unguided_entropy": 0.2}
+    lines.append({"event": "addition", "source": "dp", "step": 400, **added})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
+    return folder
+
+
+def test_the_page_opens_in_a_browser(tmp_path):
+    binary = browser.find()
+    if binary is None:
+        pytest.skip("no headless Chromium; apt-get install chromium-headless-shell")
+    page_file = write_report([make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)], tmp_path / "out")
+    for width, dark in ((1280, False), (360, True)):
+        with browser.Page(binary) as page:
+            page.open(page_file, width=width, dark=dark)
+            sizes = page.evaluate(
+                "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth, () => 0)))"
+            )
+            assert len(sizes) == 5
+            assert min(sizes) > 0
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate("[...document.images].every(i => i.alt.length > 9)")
+            kinds = [event["method"] for event in page.events]
+            assert "Runtime.consoleAPICalled" not in kinds
+            assert "Runtime.exceptionThrown" not in kinds
+            assert "Log.entryAdded" not in kinds
+            sent = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
+            assert [url for url in sent if not url.startswith("data:")] == [page_file.resolve().as_uri()]
+
+
+def test_the_page_tells_the_results_and_the_gap(tmp_path):
+    text = write_report([make_run(tmp_path / "a")], tmp_path / "out").read_text()
+    assert "81.00%" in text
+    assert "2.0 points above static" in text
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    run = make_run(tmp_path / "a", finished=False)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "evalu')
+    text = write_report([run], tmp_path / "out").read_text()
+    assert "dp is unfinished, its last line is of iteration 975" in text
+    assert "is cut short and was left out" in text
+
+
+def test_bad_runs_are_refused_and_mixed_recipes_are_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match="not the folder of a run"):
+        write_report([tmp_path / "empty"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    runs = [make_run(tmp_path / "a", omega=0.03), make_run(tmp_path / "b", omega=0.05, seed=1)]
+    assert differences(read_runs(runs)) == {"omega": [0.03, 0.05]}
+    assert "The recipes differ in omega: 0.03, 0.05" in write_report(runs, tmp_path / "out").read_text()
+    other = json.loads((runs[1] / "recipe.json").read_text()) | {"validation": "other"}
+    (runs[1] / "recipe.json").write_text(json.dumps(other))
+    with pytest.raises(RecipeError, match="real images differ"):
+        write_report(runs, tmp_path / "out")
+
+
+def test_a_power_law_is_found_again():
+    samples = np.array([1000.0, 2000.0, 4000.0, 16000.0])
+    a, b = fit_power_law(samples, 3 * samples**-0.4)
+    assert (a, b) == (pytest.approx(3), pytest.approx(0.4))
+    assert fit_power_law(samples[:2], samples[:2] ** -0.4) is None
