@@ -2,6 +2,7 @@
 
 import pytest
 
+from dpfast import config
 from dpfast.config import RecipeError
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.tiers import Tiers
@@ -67,3 +68,40 @@ def test_bad_input_is_named():
         SamplePool.plan(1, (1, 8, 8), "gif")
     with pytest.raises(ValueError, match="a chunk 64"):
         SamplePool.plan(1, (1, 16, 16), chunk_bytes=64)
+
+
+def test_a_recipe_s_pool_is_checked_and_placed_as_planned(tmp_path):
+    section = config.Pool(host_gib=300_000 / GIB, mapped=True)
+    pool = SamplePool.from_recipe(section, 5000, SHAPE, folder=tmp_path)
+    pool.reserve(5000, wait=True)  # before any append: the recipe knows the shape
+    pool.append(batch(0, 5000), round=0, omega=0.0)
+    assert pool.where() == {
+        "device": 0,
+        "host": 0,
+        "file": 5000,
+    }  # the host has no room for it
+    with pytest.raises(RecipeError, match=r"maximum_samples = 5000: .*mapped = true"):
+        SamplePool.from_recipe(config.Pool(host_gib=300_000 / GIB), 5000, SHAPE)
+    with pytest.raises(RecipeError, match=r"mapped = true: there is no folder"):
+        SamplePool.from_recipe(section, 5000, SHAPE)
+    with pytest.raises(RecipeError, match=r"device_gib = 2: the run is on a cpu"):
+        SamplePool.from_recipe(config.Pool(device_gib=2.0), 10, SHAPE)
+
+
+def test_a_small_pool_needs_no_more_than_its_samples():
+    section = config.Pool(host_gib=70_000 / GIB)
+    pool = SamplePool.from_recipe(section, 400, SHAPE)
+    pool.append(batch(0, 400), round=0, omega=0.0)
+    assert pool.chunk_bytes == 400 * 108
+    assert pool.where()["host"] == 400
+
+
+def test_a_reserve_of_jpeg_files_goes_by_those_before_them():
+    pool = SamplePool("jpeg", chunk_bytes=1 << 14, tiers=Tiers(host_bytes=1 << 20))
+    with pytest.raises(ValueError, match="give the pool a shape, or append first"):
+        pool.reserve(1)
+    pool.append(batch(0, 10), round=0, omega=0.0)
+    pool.reserve(90, wait=True)
+    reserved = pool.nbytes + len(pool._spares) * pool.chunk_bytes
+    pool.append(batch(10, 85), round=0, omega=0.0)
+    assert pool.nbytes <= reserved

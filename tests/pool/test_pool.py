@@ -66,6 +66,15 @@ def test_an_append_copies_each_sample_once():
     assert copies.made == []
 
 
+def test_an_append_of_channels_last_images_is_one_copy_too():
+    pool, new = filled(10), batch(10, 25)
+    new.images = new.images.to(memory_format=torch.channels_last)
+    with Copies() as copies:
+        pool.append(new, round=1, **ORIGIN)
+    assert (copies.copied, copies.made) == (25 * ROW, [])
+    check_prefix(pool, 35)
+
+
 def test_growing_moves_no_sample_and_leaves_old_views_valid():
     pool = filled(10)
     view, address = pool.view, pool.view.chunks.chunks[0].data_ptr()
