@@ -1,0 +1,50 @@
+"""``dpfast sample`` on saved folders of every family: images of the names asked for, errors in one line."""
+
+import json
+
+import pytest
+
+from dpfast.cli.main import main
+from tests.tiny_pipelines import NAMES
+
+TEXT = ["--class-names", ", ".join(NAMES), "--prompt-template", "a red photo of a {}"]
+
+
+def arguments(folder, out, *options):
+    return ["sample", "--pipeline", str(folder), "--labels", "0", "--count", "2", "--steps", "3", "--out", str(out),
+            *options]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [
+        ("pipeline_folder", ["--dtype", "bfloat16", "--cfg-until", "0.5"]),
+        ("stable_diffusion_folder", [*TEXT, "--solver", "dpmpp2m"]),
+        ("stable_diffusion_3_folder", [*TEXT, "--solver", "euler"]),
+        ("pixel_folder", ["--solver", "ddim"]),
+    ],
+)
+def test_every_family_writes_its_images(folder, options, request, tmp_path):
+    out = tmp_path / "out"
+    assert main(arguments(request.getfixturevalue(folder), out, *options)) == 0
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 2
+    assert all(json.loads(line)["label"] == 0 for line in (out / "samples.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "message"),
+    [
+        ("stable_diffusion_folder", [], "needs class names: pass class_names"),
+        ("stable_diffusion_folder", [*TEXT[:2], "--prompt-template", "a photo"], "prompt_template = 'a photo'"),
+        ("stable_diffusion_folder", [*TEXT, "--solver", "euler"], "solver = 'euler'"),
+        ("stable_diffusion_3_folder", [*TEXT, "--solver", "ddim"], "solver = 'ddim'"),
+        ("pipeline_folder", ["--dtype", "int8"], "dtype = 'int8'"),
+        ("pipeline_folder", ["--cfg-from", "0.5", "--cfg-until", "0.2"], "cfg_until = 0.2"),
+        ("pipeline_folder", ["--solver", "heun"], "solver = 'heun'"),
+    ],
+)
+def test_what_cannot_work_is_named_in_one_line(folder, options, message, request, tmp_path, capsys):
+    assert main(arguments(request.getfixturevalue(folder), tmp_path / "out", *options)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert not (tmp_path / "out").exists()
