@@ -21,7 +21,7 @@ class Page:
     def __init__(self, binary):
         read_commands, self.commands = os.pipe()
         self.answers, write_answers = os.pipe()
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         plumb = f'exec "$0" "$@" 3<&{read_commands} 4>&{write_answers}'
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--disable-dev-shm-usage"]
         self.process = subprocess.Popen(
