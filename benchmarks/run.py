@@ -23,7 +23,7 @@ from benchmarks.registry import OURS, OURS_OUT, Case, cases
 
 RESULTS = Path(__file__).parent / "results"
 COPY = "copy"
-TABLES = {"sampler": "benchmarks.ablation", "flops": "benchmarks.flops"}
+TABLES = {"sampler": "benchmarks.ablation", "flops": "benchmarks.flops", "study": "benchmarks.study"}
 Record = dict[str, Any]
 
 
@@ -92,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="dpfast bench", description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=["ops", "pool", *TABLES])
+    parser.add_argument("suite", choices=["ops", "pool", "loader", *TABLES])
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each variant (default 15)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
