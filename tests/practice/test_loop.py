@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe, tmp_pa
         path.with_suffix(".safetensors").write_bytes(b"torn")
     with (
         RunFolder(tmp_path / "run", recipe, resume=True) as folder,
-        pytest.warns(UserWarning),
+        pytest.warns(checkpoint.DamagedCheckpointWarning),
         pytest.raises(RecipeError, match="none of the 2 checkpoints"),
     ):
         DeliberatePractice(recipe).run(folder, progress=False)
