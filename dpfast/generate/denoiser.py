@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dpfast.generate.linear import freeze_linear
 from dpfast.ops.guided_step import Prediction
 
 
@@ -30,7 +31,7 @@ class _ModelDenoiser:
     """A frozen diffusers model behind the call. A learned variance (twice the channels) is cut to the mean."""
 
     def __init__(self, model: nn.Module, *, classes: int, null_label: int | None, prediction: Prediction) -> None:
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model: Any = freeze_linear(model.eval().requires_grad_(False))
         self.classes = classes
         self.null_label = null_label
         self.prediction = prediction
