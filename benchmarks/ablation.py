@@ -30,11 +30,11 @@ from benchmarks.naive import Batched, Models, Predecessor
 from dpfast import roofline
 from dpfast.config import Learner
 from dpfast.data.real import load_real
+from dpfast.evaluate.measures import predict
 from dpfast.generate.guidance import GuidanceConfig
-from dpfast.generate.runtime.memory import peak_bytes
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.runtime.memory import peak_bytes
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.learn.evaluate import predict
 from dpfast.learn.models import build_learner, load_judge
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy

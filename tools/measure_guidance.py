@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from dpfast.config import Recipe
+from dpfast.evaluate.measures import predict
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.learn.evaluate import predict
 from dpfast.learn.models import load_judge
 from dpfast.practice.run_folder import load_learner
-from dpfast.report.plots import contact_sheet
+from dpfast.report.sheets import contact_sheet
 
 FIRST_ID = 1 << 41  # ids that no run uses
 

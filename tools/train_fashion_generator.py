@@ -34,11 +34,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import RegNetConfig, RegNetForImageClassification
 
 from dpfast.data import fashion
+from dpfast.evaluate.measures import evaluate, frechet_distance, predict
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.learn.evaluate import evaluate, frechet_distance, predict
 from dpfast.learn.models import load_judge
-from dpfast.report.plots import contact_sheet
+from dpfast.report.sheets import contact_sheet
 
 NULL_CLASS = 1000  # the id that DiTPipeline uses for "no label"
 SNAPSHOT_STEPS = 500

@@ -8,10 +8,10 @@ from diffusers import DiTPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from dpfast.config import ASSETS, RecipeError
+from dpfast.evaluate.measures import predict
 from dpfast.generate import sampler as sampler_module
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.learn.evaluate import predict
 from dpfast.learn.models import load_judge
 from dpfast.ops import entropy
 
