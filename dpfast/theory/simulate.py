@@ -1,0 +1,137 @@
+"""The experiment of the theory by Monte Carlo: draw a pool, select, fit, measure the exact angle error.
+
+Selection looks at one projection only. So the pool is drawn as n projections on the selecting vector, and the other d - 1
+coordinates are drawn for the kept rows alone. The error of w_hat is its angle with the truth over pi: no test set. Cells
+with one pool (d, n, keep) share its draws: directions are right-hand sides, ridges are factorisations of one Gram matrix.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from dpfast.theory.scalars import Array, soft_rule, threshold
+from dpfast.theory.theorem import check
+
+_ELEMENTS = 32 << 20  # of one batch of kept rows
+
+
+class Simulated(NamedTuple):
+    """Mean test error over the draws and its standard error."""
+
+    error: Array
+    stderr: Array
+
+
+def simulate(
+    *,
+    d: ArrayLike,
+    n: ArrayLike,
+    keep: ArrayLike,
+    rho: ArrayLike,
+    ridge: ArrayLike,
+    strategy: str = "hard",
+    rho_g: ArrayLike | None = None,
+    rho_s: ArrayLike | None = None,
+    power: float = 1.0,
+    draws: int = 20,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> Simulated:
+    """The arguments of `test_error`, d and n whole, d >= 3; ridge > 0. On a GPU where there is one.
+
+    A cell's result depends on its own arguments, `draws` and `seed`, not on the other cells, but cells that differ in
+    rho or ridge alone use the same samples, so their deviations are correlated.
+    """
+    check(d=d, n=n, keep=keep, rho=rho, ridge=ridge, rho_g=rho_g, rho_s=rho_s, power=power)
+    if draws < 2:
+        raise ValueError(f"draws = {draws}: at least 2, for a standard error")
+    if np.any(np.asarray(ridge) <= 0):
+        raise ValueError("ridge: above 0 in a simulation")
+    if np.any(np.asarray(d) < 3):
+        raise ValueError("d: at least 3 in a simulation")
+    three = (1.0, rho, rho) if rho_g is None or rho_s is None else (rho, rho_g, rho_s)
+    cells = np.broadcast_arrays(d, n, keep, ridge, *three)
+    table = np.stack([np.asarray(c, float).ravel() for c in cells], axis=1)
+    out = np.empty((2, len(table)))
+    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    for pool in np.unique(table[:, :3], axis=0):
+        rows = np.flatnonzero((table[:, :3] == pool).all(1))
+        errors = _pool(pool, table[rows, 3:], strategy, power, draws, seed, place)
+        out[:, rows] = errors.mean(0), errors.std(0, ddof=1) / np.sqrt(draws)
+    return Simulated(*out.reshape(2, *cells[0].shape))
+
+
+def _pool(pool: Array, cells: Array, strategy: str, power: float, draws: int, seed: int, device: torch.device) -> Array:
+    """Errors (draws, cells) of one (d, n, keep); cells hold ridge, rho, rho_g, rho_s."""
+    d, n, keep = int(pool[0]), int(pool[1]), float(pool[2])
+    key = zlib.crc32(repr((seed, d, n, keep, strategy, power)).encode())
+    generator = torch.Generator(device).manual_seed(key)
+    directions, column = np.unique(cells[:, 1:], axis=0, return_inverse=True)
+    label, truth = (torch.tensor(v, dtype=torch.float32, device=device) for v in _vectors(directions))
+    # Next to a square system the smallest eigenvalue is within single precision's error of the Gram matrix.
+    dtype = torch.float64 if 0.5 < n * keep / d < 2 else torch.float32
+    size = max(1, min(draws, _ELEMENTS // max(1, int(n * keep * d))))
+    errors = []
+    for start in range(0, draws, size):
+        batch = min(size, draws - start)
+        x, kept = _kept_rows(batch, d, n, keep, strategy, power, generator, device)
+        y = torch.sign(x[..., :2] @ label.T) * kept[..., None]
+        x, y = x.to(dtype), y.to(dtype)
+        wide = x.shape[1] < d
+        gram = x @ x.mT if wide else x.mT @ x
+        target = y if wide else x.mT @ y
+        result = np.empty((batch, len(cells)))
+        for ridge in np.unique(cells[:, 0]):
+            here = np.flatnonzero(cells[:, 0] == ridge)
+            shifted = gram.clone()
+            shifted.diagonal(dim1=-2, dim2=-1).add_(n * ridge)
+            w = torch.cholesky_solve(target, torch.linalg.cholesky(shifted))
+            w = (x.mT @ w if wide else w).double()  # (batch, d, directions)
+            cosine = (w[:, :3] * truth.T.double()).sum(1) / w.norm(dim=1)
+            error = torch.arccos(cosine.clamp(-1, 1)) / torch.pi
+            result[:, here] = error.cpu().numpy()[:, column.ravel()[here]]
+        errors.append(result)
+    return np.concatenate(errors)
+
+
+def _kept_rows(
+    batch: int,
+    d: int,
+    n: int,
+    keep: float,
+    strategy: str,
+    power: float,
+    generator: torch.Generator,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Rows (batch, most kept, d) that were selected along coordinate 0, zero beyond each draw's own number."""
+    t = torch.randn(batch, n, generator=generator, device=device)
+    if strategy == "soft":
+        log_scale = float(soft_rule(keep, power)[1][0])
+        size = t.abs()
+        log_q = log_scale - 2 * power * (size / 2 + torch.log1p(torch.exp(-size)) - np.log(2))
+        chosen = torch.rand(batch, n, generator=generator, device=device).log() < log_q
+    else:
+        a = float(threshold(strategy, keep))
+        chosen = t.abs() <= a if strategy == "hard" else t.abs() > a
+    most = max(1, int(chosen.sum(1).max()))
+    order = chosen.to(torch.int8).argsort(dim=1, descending=True)[:, :most]
+    kept = chosen.gather(1, order)
+    x = torch.randn(batch, most, d, generator=generator, device=device)
+    x[..., 0] = t.gather(1, order)
+    return x.mul_(kept[..., None]), kept
+
+
+def _vectors(directions: Array) -> tuple[Array, Array]:
+    """Label vectors (k, 2) and test vectors (k, 3) where the selecting vector is the first axis."""
+    rho, rho_g, rho_s = directions.T
+    spread = np.sqrt(np.maximum(0, 1 - rho_g**2))
+    second = (rho - rho_g * rho_s) / np.where(spread > 0, spread, 1)
+    third = np.sqrt(np.maximum(0, 1 - rho_s**2 - second**2))
+    return np.stack([rho_g, spread], 1), np.stack([rho_s, second, third], 1)

@@ -1,0 +1,171 @@
+"""The predicted test error of ridge regression on selected samples (Theorem 1 of the paper, in its correct form).
+
+Model: x ~ N(0, I_d), y = sign(x.w_0), a pool of n samples of which a rule keeps the fraction p (`dpfast.theory.scalars`),
+w_hat minimises the mean squared error over the *pool size* plus ridge |w|^2. With phi = d / n, for d and n to infinity:
+
+    1/m = p/(1 + phi m) + ridge             1/m~ = gamma/(1 + phi m) + ridge
+    m0  = sqrt(1 - rho^2) beta m + rho beta~ m~
+    r   = beta^2 m + beta~^2 m~             r' = beta^2 m' + beta~^2 m~'
+    nu0 = p phi m' + r' - 2 phi m' r / (1 + phi m)
+    E   = arccos(m0 / sqrt(nu0)) / pi
+
+m' and m~' are derivatives in z = -ridge. "arxiv-v1" and "icml-main" are what arXiv 2502.15588v1 and the ICML main text print;
+both disagree with simulation of the stated model and are here for comparison only (docs/theory.md).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from dpfast.theory.scalars import STRATEGIES, Array, Scalars, _torch, scalars
+
+FORMS = ("exact", "arxiv-v1", "icml-main")
+_LEAST_RIDGE = 1e-100  # below it the squares of 1 / ridge overflow, and the error no longer depends on it
+
+
+class Spectral(NamedTuple):
+    """m, m', m~ and m~' at z = -ridge."""
+
+    m: Array
+    m_prime: Array
+    m_tilde: Array
+    m_tilde_prime: Array
+
+
+def test_error(
+    *,
+    d: ArrayLike,
+    n: ArrayLike,
+    keep: ArrayLike,
+    rho: ArrayLike,
+    ridge: ArrayLike,
+    strategy: str = "hard",
+    form: str = "exact",
+    rho_g: ArrayLike | None = None,
+    rho_s: ArrayLike | None = None,
+    power: ArrayLike = 1.0,
+) -> Array:
+    """The probability of a wrong label on a fresh sample; float64, broadcast over all arguments.
+
+    d: features. n: size of the pool before selection. keep: fraction kept, in (0, 1]. rho: cosine of the selecting vector
+    and w_0. ridge: penalty, normalised by n; 0 takes the closed form of the limit. power: of the soft rule.
+
+    With rho_g and rho_s there are three directions: labels come from a generator at cosine `rho` from the truth; the
+    selecting vector has cosine rho_g with the generator and rho_s with the truth, which the test uses.
+
+    Raises ValueError, naming the argument, outside the domain, and for ridge = 0 at d = n keep, where nu0 is infinite.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy = {strategy!r}: one of {', '.join(STRATEGIES)}")
+    if form not in FORMS:
+        raise ValueError(f"form = {form!r}: one of {', '.join(FORMS)}")
+    d, n, keep, rho, ridge = check(d=d, n=n, keep=keep, rho=rho, ridge=ridge, rho_g=rho_g, rho_s=rho_s, power=power)
+    three = rho_g is not None
+    if three and form != "exact":
+        raise ValueError(f"form = {form!r}: the superseded forms know two directions; leave rho_g and rho_s out")
+    truth, generator, selector = (rho, np.asarray(rho_g, float), np.asarray(rho_s, float)) if three else (1.0, rho, rho)
+    phi = d / n
+    with np.errstate(all="ignore"):
+        s = scalars(strategy, keep, generator, power=power)
+        spread = np.sqrt((1 - generator) * (1 + generator))
+        across = (truth - generator * selector) / np.maximum(spread, 1e-300) if three else spread
+        error = _general(s, phi, np.maximum(ridge, _LEAST_RIDGE), across, selector, generator, form)
+        if np.any(ridge == 0):
+            limit = _limit(s, phi, across, selector) if form == "exact" else np.nan
+            error = np.where(ridge == 0, limit, error)
+    if not np.isfinite(error).all():
+        raise ValueError(f"d / n, keep, ridge: no finite prediction for this combination with form {form!r}")
+    return np.asarray(error)
+
+
+test_error.__test__ = False  # type: ignore[attr-defined]  # no test, whatever pytest thinks of its name
+
+
+def ridgeless(*, d: ArrayLike, n: ArrayLike, keep: ArrayLike, rho: ArrayLike, strategy: str = "hard") -> Array:
+    """The limit of no ridge in closed form (Corollary 1); d = n keep raises ValueError."""
+    return test_error(d=d, n=n, keep=keep, rho=rho, ridge=0.0, strategy=strategy)
+
+
+def spectral(p: ArrayLike, gamma: ArrayLike, phi: ArrayLike, ridge: ArrayLike) -> Spectral:
+    """m, m~ and their derivatives; ridge > 0. The root of either sign of p - phi + ridge is taken without cancellation."""
+    p, gamma, phi, ridge = (np.asarray(x, float) for x in (p, gamma, phi, ridge))
+    b = p - phi + ridge
+    root = np.sqrt(b * b + 4 * phi * ridge)
+    m = np.where(b > 0, 2 / (np.abs(b) + root), (root + np.abs(b)) / (2 * phi * ridge))
+    grown = 1 + phi * m
+    m_prime = m * grown / root
+    m_tilde = 1 / (gamma / grown + ridge)
+    return Spectral(m, m_prime, m_tilde, m_tilde**2 * (1 + gamma * phi * m_prime / grown**2))
+
+
+def _general(s: Scalars, phi: Array, ridge: Array, across: Array, along: Array, rho: Array, form: str) -> Array:
+    f = spectral(s.p, s.gamma, phi, ridge)
+    m0 = across * s.beta * f.m + along * s.beta_tilde * f.m_tilde
+    b, b_tilde = s.beta, s.beta_tilde
+    if form != "exact":  # omega for beta, as printed
+        b, b_tilde = across * b, rho * b_tilde
+    r = b**2 * f.m + b_tilde**2 * f.m_tilde
+    r_prime = b**2 * f.m_prime + b_tilde**2 * f.m_tilde_prime
+    nu0 = s.p * phi * f.m_prime + r_prime - 2 * phi * f.m_prime / (1 + phi * f.m) * r
+    if form == "arxiv-v1":
+        m0 = np.sqrt(2 / np.pi) * r
+        left = np.maximum(nu0 - m0**2, 0) + 1e-300
+        return _torch(torch.special.ndtr, -m0 / np.sqrt(left))
+    return np.asarray(np.arccos(np.clip(m0 / np.sqrt(np.maximum(nu0, 1e-300)), -1, 1)) / np.pi)
+
+
+def _limit(s: Scalars, phi: Array, across: Array, along: Array) -> Array:
+    """Corollary 1, with the powers of |p - phi| cancelled in a / sqrt(b), so that it is stable next to phi = p."""
+    p, gamma, beta2, tilde2 = s.p, s.gamma, s.beta**2, s.beta_tilde**2
+    gap = np.abs(p - phi)
+    r0 = beta2 + tilde2 * p / gamma
+    r0_prime = p * (beta2 + tilde2 * ((p - phi) * p / gamma**2 + phi / gamma))
+    few = (across * s.beta + along * s.beta_tilde * p / gamma) * np.sqrt(gap / (p**2 * phi + r0_prime - 2 * phi * r0))
+    c1 = 1 - (p - gamma) / phi
+    many = (across * s.beta + along * s.beta_tilde / c1) * np.sqrt(gap / phi / (p * phi - beta2 - tilde2 / c1))
+    return np.asarray(np.arccos(np.clip(np.where(phi < p, few, many), -1, 1)) / np.pi)
+
+
+def check(
+    *,
+    d: ArrayLike,
+    n: ArrayLike,
+    keep: ArrayLike,
+    rho: ArrayLike,
+    ridge: ArrayLike,
+    rho_g: ArrayLike | None,
+    rho_s: ArrayLike | None,
+    power: ArrayLike,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """d, n, keep, rho and ridge as float64; ValueError names what lies outside the domain, NaN included."""
+    if (rho_g is None) != (rho_s is None):
+        raise ValueError("rho_g, rho_s: three directions need both")
+    given = {"d": d, "n": n, "keep": keep, "rho": rho, "ridge": ridge, "power": power}
+    if rho_g is not None and rho_s is not None:
+        given |= {"rho_g": rho_g, "rho_s": rho_s}
+    values = {name: np.asarray(value, float) for name, value in given.items()}
+    for name, x in values.items():
+        if name in ("d", "n"):
+            good, wanted = (x >= 1) & np.isfinite(x), "at least 1"
+        elif name == "keep":
+            good, wanted = (x > 0) & (x <= 1), "in (0, 1]"
+        elif name == "ridge":
+            good, wanted = (x >= 0) & np.isfinite(x), "at least 0"
+        elif name == "power":
+            good, wanted = np.isfinite(x), "finite"
+        else:
+            good, wanted = np.abs(x) <= 1, "a cosine, between -1 and 1"
+        if not good.all():
+            raise ValueError(f"{name} = {float(x[~good].flat[0])!r}: {wanted}")
+    if rho_g is not None:
+        a, b, c = values["rho"], values["rho_g"], values["rho_s"]
+        if np.any(1 + 2 * a * b * c - a**2 - b**2 - c**2 < -1e-12):
+            raise ValueError("rho, rho_g, rho_s: no three vectors have these cosines")
+    kept = values["n"] * values["keep"]
+    if np.any((values["ridge"] == 0) & (np.abs(values["d"] - kept) <= 1e-14 * values["d"])):
+        raise ValueError("ridge = 0: the limit does not exist at d = n keep; take a ridge above 0")
+    return values["d"], values["n"], values["keep"], values["rho"], values["ridge"]

@@ -1,0 +1,94 @@
+"""The theory against its printed check values, quadrature, finite differences, its limit, and simulation."""
+
+import numpy as np
+import pytest
+
+from dpfast.theory import hard, quadrature, ridgeless, scalars, simulate, spectral
+from dpfast.theory import test_error as predict
+from dpfast.theory.scalars import keep_probability, soft_rule, threshold
+
+
+@pytest.mark.parametrize(("rho", "keep", "error"), [(1, 1, 0.130440), (1, 0.5, 0.087377), (0.9, 0.5, 0.135621)])
+def test_check_values(rho, keep, error):
+    assert predict(d=512, n=2048, keep=keep, rho=rho, ridge=0.01) == pytest.approx(error, abs=5e-7)
+
+
+def test_check_values_of_the_scalars():
+    s = hard(0.5, 0.9)
+    f = spectral(s.p, s.gamma, 0.25, 0.01)
+    got = [*s[1:], *f]
+    want = [0.071326, 0.305439, 0.099157, 3.713553, 25.707110, 21.282337, 508.770766]
+    np.testing.assert_allclose(got, want, rtol=0, atol=5.1e-7)
+
+
+@pytest.mark.parametrize("rho", [-1, -0.5, 0, 0.6, 0.9, 0.999999, 1])
+@pytest.mark.parametrize(("strategy", "power"), [("hard", 1), ("easy", 1), ("soft", 3), ("soft", -0.3), ("soft", -5)])
+def test_scalars_agree_with_quadrature(strategy, power, rho):
+    for keep in (1e-3, 0.1, 0.5, 0.9, 1.0):
+        edge = soft_rule(keep, power)[0][0] if strategy == "soft" else threshold(strategy, keep)
+        other = quadrature(lambda t, k=keep: keep_probability(t, strategy, k, power=power), rho, breaks=[float(edge)])
+        np.testing.assert_allclose(scalars(strategy, keep, rho, power=power), other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("p", "gamma", "phi"), [(0.5, 0.07, 0.25), (0.2, 0.01, 0.9), (1, 1, 1)])
+def test_derivatives_agree_with_finite_differences(p, gamma, phi):
+    step = 1e-6
+    middle, below, above = (spectral(p, gamma, phi, 0.01 + x) for x in (0, -step, step))
+    for value, slope in (("m", "m_prime"), ("m_tilde", "m_tilde_prime")):
+        difference = (getattr(below, value) - getattr(above, value)) / (2 * step)  # z = -ridge
+        assert getattr(middle, slope) == pytest.approx(difference, rel=1e-6)
+
+
+def test_the_limit_agrees_with_the_theorem():
+    keep, rho = np.array([1, 0.8, 0.5, 0.2])[:, None, None], np.array([1, 0.9, 0.6])[:, None]
+    for n in ([256, 2048, 6144], [300, 1100, 100_000]):
+        for strategy in ("hard", "easy"):
+            near = predict(d=512, n=n, keep=keep, rho=rho, ridge=1e-9, strategy=strategy)
+            limit = ridgeless(d=512, n=n, keep=keep, rho=rho, strategy=strategy)
+            np.testing.assert_allclose(near, limit, rtol=0, atol=1e-6)
+    beside = ridgeless(d=512, n=1024, keep=np.nextafter(0.5, [0, 1]) + [-1e-12, 1e-12], rho=0.9)
+    np.testing.assert_allclose(beside, 0.5, atol=1e-4)
+
+
+def test_three_directions_contain_two():
+    two = predict(d=512, n=2048, keep=0.5, rho=0.9, ridge=0.01)
+    assert predict(d=512, n=2048, keep=0.5, rho=1, rho_g=0.9, rho_s=0.9, ridge=0.01) == pytest.approx(two, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"keep": 0.5, "rho": [1, 0.9, 0.6], "ridge": 1e-2},
+        {"keep": 0.5, "rho": [0.9, 0.6], "ridge": 1e-1, "strategy": "easy"},
+        {"keep": 0.5, "rho": 0.9, "ridge": 1e-2, "strategy": "soft", "power": 2.0},
+        {"keep": 0.5, "rho": 0.8, "rho_g": 0.7, "rho_s": 0.5, "ridge": 1e-2},
+    ],
+)
+def test_prediction_agrees_with_simulation(arguments):
+    found = simulate(d=512, n=2048, draws=8, **arguments)
+    predicted = predict(d=512, n=2048, **arguments)
+    assert np.all(np.abs(found.error - predicted) < 0.009)
+
+
+def test_superseded_forms_do_not_agree_with_simulation():
+    cell = {"d": 512, "n": 6144, "keep": 0.5, "rho": 1.0, "ridge": 1e-2}
+    found = simulate(draws=4, **cell).error
+    assert abs(predict(**cell) - found) < 0.009
+    assert abs(predict(**cell, form="arxiv-v1") - found) > 0.02
+    cell["rho"] = 0.6
+    assert abs(predict(**cell, form="icml-main") - simulate(draws=4, **cell).error) > 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("keep", 0), ("keep", 1.1), ("rho", -1.1), ("ridge", -1e-9), ("d", 0), ("n", 0.5), ("n", np.nan), ("form", "x"),
+     ("strategy", "x"), ("rho_g", 0.5)],
+)  # fmt: skip
+def test_errors_name_the_argument(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        predict(**{"d": 512, "n": 2048, "keep": 0.5, "rho": 0.9, "ridge": 0.01, name: value})
+
+
+def test_no_ridge_at_the_peak_is_refused():
+    with pytest.raises(ValueError, match="ridge = 0"):
+        predict(d=512, n=1024, keep=0.5, rho=0.9, ridge=0)
