@@ -1,0 +1,98 @@
+"""kill -9 and SIGTERM of a real process: resumed, it ends in the bits of an undisturbed run (DPFAST_KILLS=20)."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dpfast.pool.pool import SamplePool
+
+KILLS = int(os.environ.get("DPFAST_KILLS", "0"))
+pytestmark = pytest.mark.skipif(not KILLS, reason="takes minutes; DPFAST_KILLS=20 kills twenty times")
+FIELDS = {
+    "sources": "dp,static",
+    "steps": 4,
+    "initial_samples": 60,
+    "round_samples": 30,
+    "maximum_samples": 150,
+    "generation_batch": 20,
+    "iterations": 60,
+    "evaluate_every": 5,
+    "patience_growth": "fixed",
+}
+
+
+def start(folder: Path, *extra: str) -> subprocess.Popen:
+    fields = [text for name, value in FIELDS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "dpfast.cli.main", "run", "fashion", "--quiet", "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *fields, *extra], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+
+
+def begun(process: subprocess.Popen, folder: Path) -> None:
+    while process.poll() is None and not list(folder.glob("checkpoints_dp/checkpoint-*.json")):
+        time.sleep(0.02)
+
+
+def same(folder: Path, whole: Path) -> None:
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    for source in ("dp", "static"):
+        a, b = (SamplePool.open(path / f"pool_{source}") for path in (folder, whole))
+        assert a.records()[["sample_id", "label"]].tobytes() == b.records()[["sample_id", "label"]].tobytes()
+        assert a.payload(range_of(a)).equal(b.payload(range_of(b)))
+        weights = [load_file(path / f"learner_{source}.safetensors") for path in (folder, whole)]
+        assert all(weights[0][key].equal(weights[1][key]) for key in weights[1])
+
+
+def range_of(pool: SamplePool):
+    import torch
+
+    return torch.arange(len(pool))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, float]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    process = start(folder)
+    begun(process, folder)
+    started = time.monotonic()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return folder, time.monotonic() - started
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_kill_9_and_resume_gives_the_same_bits(whole, tmp_path, number):
+    """DPFAST_KILLS=20 kills twenty times."""
+    reference, seconds = whole
+    process = start(tmp_path / "run")
+    begun(process, tmp_path / "run")
+    time.sleep(random.Random(number).uniform(0, seconds))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again = start(tmp_path / "run", "--resume")
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors.decode()
+    same(tmp_path / "run", reference)
+
+
+def test_sigterm_saves_and_exits_0(whole, tmp_path):
+    reference, seconds = whole
+    process = start(tmp_path / "run")
+    begun(process, tmp_path / "run")
+    time.sleep(0.3 * seconds)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    assert b"--resume" in output
+    again = start(tmp_path / "run", "--resume")
+    again.communicate()
+    same(tmp_path / "run", reference)
