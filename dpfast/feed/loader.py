@@ -191,8 +191,11 @@ def dali_installed() -> bool:
 def choose(kind: str, codec: str = "pixels") -> str:
     """ "dali" or "torch" for a recipe's ``loader``.
 
-    "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or latents: small
-    batches wait less there. Raises ``RecipeError`` for an unknown loader and for DALI where it is not installed.
+    "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or latents: on two CPU
+    cores DALI takes 8.7 times as long for crops of 256 images of 224 px, 6.8 times at 32 px and 4.1 times without
+    crops (``dpfast bench loader``). Neither has been measured on a GPU.
+
+    Raises ``RecipeError`` for an unknown loader and for DALI where it is not installed.
     """
     if kind not in KINDS:
         raise RecipeError(f"loader = {kind!r}: 'auto', 'dali' or 'torch'")

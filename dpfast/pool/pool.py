@@ -85,8 +85,11 @@ class SamplePool:
         shape: (C, H, W) of the pixels or latents that are stored. device: whose memory comes first where it is a GPU.
         folder: of the mapped files.
 
-        Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
+        Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit, and for latents that
+        nothing decodes.
         """
+        if recipe.codec == "latents" and decode is None:
+            raise config.RecipeError("codec = 'latents': nothing decodes them here, expected 'pixels' or 'jpeg'")
         tiers = Tiers.from_recipe(recipe, device, folder)
         fitting = plan(samples, shape, recipe.codec, tiers=tiers).check()
         return cls(recipe.codec, tiers=tiers, chunk_bytes=fitting.chunk_bytes, decode=decode, shape=shape)

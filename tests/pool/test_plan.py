@@ -84,6 +84,8 @@ def test_a_recipe_s_pool_is_checked_and_placed_as_planned(tmp_path):
         SamplePool.from_recipe(config.Pool(host_gib=300_000 / GIB), 5000, SHAPE)
     with pytest.raises(RecipeError, match=r"mapped = true: there is no folder"):
         SamplePool.from_recipe(section, 5000, SHAPE)
+    with pytest.raises(RecipeError, match=r"codec = 'latents': nothing decodes them"):
+        SamplePool.from_recipe(config.Pool(codec="latents"), 10, (4, 2, 2))
     with pytest.raises(RecipeError, match=r"device_gib = 2: the run is on a cpu"):
         SamplePool.from_recipe(config.Pool(device_gib=2.0), 10, SHAPE)
 
