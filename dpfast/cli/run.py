@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dpfast.practice.run_folder import RunFolder, check_vacant
     from dpfast.practice.stopping import LossError, Stop, Stopped
     from dpfast.report.metrics import result_table
-    from dpfast.report.plots import write_report
+    from dpfast.report.page import write_report
 
     trunk = Path("runs") / recipe.name if arguments.branch_from is None else arguments.branch_from
     round, resume = arguments.branch_at, arguments.resume
@@ -70,6 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
     except LossError as error:
         print(f"dpfast: error: {error}", file=sys.stderr)
         return 1
-    write_report(out, results, practice.real.classes)
+    write_report([out], out)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
     return 0

@@ -111,21 +111,21 @@ def scaling(points: list[dict[str, Any]], size: tuple[float, float]) -> Figure |
 def phases(runs: list[Run], size: tuple[float, float]) -> Figure | None:
     """Seconds of generation and training by source, the mean of the runs."""
     sources = list(dict.fromkeys(s for run in runs for s in run.sources))
-    rows = [(s, *(np.mean([r.seconds(e, s) for r in runs]) for e in ("generation", "training"))) for s in sources]
-    if not any(sum(row[1:]) for row in rows):
+    means = [[float(np.mean([r.seconds(e, s) for r in runs])) for e in ("generation", "training")] for s in sources]
+    if not np.any(means):
         return None
-    figure, axes = _axes((size[0], 0.9 + 0.5 * len(rows)), "seconds, mean of the runs", "")
+    figure, axes = _axes((size[0], 0.9 + 0.5 * len(sources)), "seconds, mean of the runs", "")
     axes.grid(False)
-    for place, (source, generation, training) in enumerate(reversed(rows)):
+    for place, (source, (generation, training)) in enumerate(zip(reversed(sources), reversed(means), strict=True)):
         axes.barh(place, generation, color=_color(source), height=0.6)
         axes.barh(place, training, left=generation, color=_color(source), alpha=0.4, height=0.6)
         for start, width, name in ((0, generation, "generation"), (generation, training, "training")):
             dark = name == "generation"
-            text = f"{name} {width:.0f} s"
+            text = f"{name} {width:.0f} s" if size[0] > 5 else f"{width:.0f} s"
             axes.text(
                 start + width / 2, place, text, ha="center", va="center", fontsize=8, color="white" if dark else INK
             )
-    axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+    axes.set_yticks(range(len(sources)), list(reversed(sources)))
     return figure
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dpfast.generate.sampler import SampleBatch
-from dpfast.report.plots import contact_sheet
+from dpfast.report.sheets import contact_sheet
 
 
 def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder: Path) -> Path:
