@@ -86,7 +86,12 @@ class Loop:
         self.folder, self.callbacks, self.stop = folder, callbacks, stop or Stop()
         config, practice = recipe.learner, recipe.practice
         self.trainer = Trainer(new_learner(recipe, pipeline), config, iterations=practice.iterations)
-        self.pool = SamplePool()
+        self.pool = SamplePool.from_recipe(
+            recipe.pool,
+            practice.maximum_samples,
+            real.validation.images.shape[1:],
+            folder=None if folder is None else folder.path,
+        )
         self.loader = make_loader(
             config.loader,
             self.pool,
@@ -362,16 +367,17 @@ class Loop:
     def _saved_pool(self, samples: int) -> SamplePool:
         """The first ``samples`` from the folder, and what had been saved of a round that was being made."""
         assert self.folder is not None
+        placed: dict[str, Any] = {"tiers": self.pool.tiers, "chunk_bytes": self.pool.chunk_bytes}
         progress = self.folder.progress(self.name) if self.pending and self.source.streams else None
         if progress is not None and progress["round"] == self.round + 1 and progress["samples"] > samples:
             with contextlib.suppress(DamagedPoolError):
-                pool = SamplePool.open(self.folder.pool(self.name), limit=progress["samples"])
+                pool = SamplePool.open(self.folder.pool(self.name), limit=progress["samples"], **placed)
                 self.source.cost.restore(progress["cost"])
                 return pool
         if not samples:
-            return SamplePool()
+            return self.pool
         try:
-            return SamplePool.open(self.folder.pool(self.name), limit=samples)
+            return SamplePool.open(self.folder.pool(self.name), limit=samples, **placed)
         except DamagedPoolError as error:
             raise RecipeError(f"resume: {error}") from error
 
