@@ -74,14 +74,10 @@ def freeze_linear(model: nn.Module) -> nn.Module:
     if not torch.backends.mkldnn.is_available():
         return model
     for name, child in list(model.named_children()):
-        if type(child) is nn.Linear and _fits(child):
-            setattr(model, name, FrozenLinear(child))
-        elif type(child) is GELU and child.approximate == "tanh" and _fits(child.proj):
-            setattr(model, name, FrozenLinear(child.proj, gelu=True))
+        gelu = type(child) is GELU and child.approximate == "tanh"
+        linear = child.proj if gelu else child
+        if type(linear) is nn.Linear and linear.weight.dtype == torch.float32 and linear.weight.device.type == "cpu":
+            setattr(model, name, FrozenLinear(linear, gelu=gelu))
         else:
             freeze_linear(child)
     return model
-
-
-def _fits(linear: nn.Linear) -> bool:
-    return linear.weight.dtype == torch.float32 and linear.weight.device.type == "cpu"
