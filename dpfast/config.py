@@ -212,6 +212,7 @@ class Recipe:
     name: str
     seed: int = 0
     validation: str = "fashion"  # the real images: an embedded asset's name
+    evaluation: tuple[str, ...] = ()  # further sets for the final table: "shifts", one shift, [NAME=]FOLDER of images
     generator: Generator = field(default_factory=Generator)
     guidance: Guidance = field(default_factory=Guidance)
     learner: Learner = field(default_factory=Learner)

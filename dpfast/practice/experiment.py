@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dpfast.config import SOURCES, Recipe, RecipeError
 from dpfast.data.real import load_real
 from dpfast.evaluate.measures import predict
+from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed.loader import choose
 from dpfast.generate.pipelines import Pipeline
 from dpfast.pool.pool import SamplePool
@@ -39,6 +40,7 @@ class DeliberatePractice:
             else unguided.sampler.pipeline
         )
         self.real = load_real(recipe.validation)
+        self.sets = evaluation_sets(recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed)
         self._check()
         SamplePool.plan(recipe.practice.maximum_samples, self.real.validation.images.shape[1:]).check()
         self.unguided = unguided or Unguided(recipe, self.pipeline)
@@ -88,8 +90,16 @@ class DeliberatePractice:
         practised: Loop | None = None
         for name in names:
             written = [folder] if folder is not None else []
-            loop = Loop(self.recipe, name, self.pipeline, self.real, folder=folder, callbacks=[*written, *told],
-                        stop=stop)  # fmt: skip
+            loop = Loop(
+                self.recipe,
+                name,
+                self.pipeline,
+                self.real,
+                sets=self.sets,
+                folder=folder,
+                callbacks=[*written, *told],
+                stop=stop,
+            )
             result = loop.run(self._source(name, loop, practised), start=starts[name])
             self.unguided.remember(result.pool, result.initial_cost)
             results.append(result)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dpfast.config import Recipe, RecipeError
 from dpfast.data.real import RealData
 from dpfast.evaluate.measures import Evaluation, evaluate, predict
+from dpfast.evaluate.sets import EvaluationSet, Row, evaluate_sets
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
 from dpfast.feed.order import Order
@@ -58,6 +59,7 @@ class Result:
     training_seconds: float
     evaluation_seconds: float
     loader_wait: float
+    sets: tuple[Row, ...] = ()  # the recipe's further evaluation sets
 
     @property
     def generation_seconds(self) -> float:
@@ -78,11 +80,12 @@ class Loop:
         pipeline: Pipeline,
         real: RealData,
         *,
+        sets: Sequence[EvaluationSet] = (),
         folder: RunFolder | None = None,
         callbacks: Sequence[Callback] = (),
         stop: Stop | None = None,
     ) -> None:
-        self.recipe, self.name, self.pipeline, self.real = recipe, name, pipeline, real
+        self.recipe, self.name, self.pipeline, self.real, self.sets = recipe, name, pipeline, real, sets
         self.folder, self.callbacks, self.stop = folder, callbacks, stop or Stop()
         config, practice = recipe.learner, recipe.practice
         self.trainer = Trainer(new_learner(recipe, pipeline), config, iterations=practice.iterations)
@@ -307,6 +310,7 @@ class Loop:
             training_seconds=self.training_seconds,
             evaluation_seconds=self.evaluation_seconds,
             loader_wait=waited / max(self.training_seconds - waited, 1e-9),
+            sets=tuple(evaluate_sets(self.evaluated, self.sets)),
         )
         if not self.finished:
             self._tell("on_result", result)

@@ -124,6 +124,8 @@ class RunFolder(Callback):
             test_accuracy=result.test.top1,
             test_per_class=[round(float(v), 6) for v in result.test.per_class],
         )
+        for row in result.sets:
+            self.log("set", loop.name, step, **row.to_dict())
         weights = {key: value.contiguous() for key, value in result.learner.state_dict().items()}
         save_file(weights, self.path / f"learner_{loop.name}.safetensors")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def result_table(results: list[Result]) -> str:
-    """The final table as text: one row per source, accuracies of the EMA weights on real images."""
+    """The final tables as text, accuracies on real images: one row per source, then one per further set and source."""
     header = (
         "source",
         "samples",
@@ -28,21 +29,39 @@ def result_table(results: list[Result]) -> str:
         "training",
         "loader wait",
     )
-    rows = [header]
-    for r in results:
-        rows.append(
-            (
-                r.source,
-                str(len(r.pool)),
-                str(r.iterations),
-                str(r.additions),
-                f"{r.validation.top1:.2%}",
-                f"{r.test.top1:.2%}",
-                f"{r.generation_seconds:.0f} s",
-                f"{r.training_seconds:.0f} s",
-                f"{r.loader_wait:.2%}",
-            )
+    rows = [
+        (
+            r.source,
+            str(len(r.pool)),
+            str(r.iterations),
+            str(r.additions),
+            f"{r.validation.top1:.2%}",
+            f"{r.test.top1:.2%}",
+            f"{r.generation_seconds:.0f} s",
+            f"{r.training_seconds:.0f} s",
+            f"{r.loader_wait:.2%}",
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        for r in results
+    ]
+    sets = [
+        (
+            r.source,
+            row.name if row.severity is None else f"{row.name} {row.severity}",
+            str(row.images),
+            f"{row.result.top1:.2%}",
+            f"{row.result.top5:.2%}",
+            f"{row.result.calibration_error:.3f}",
+        )
+        for r in results
+        for row in r.sets
+    ]
+    tables = [_aligned(header, rows)]
+    if sets:
+        tables.append(_aligned(("source", "set", "images", "top-1", "top-5", "calibration error"), sets))
+    return "\n\n".join(tables)
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -15,6 +15,7 @@ from dpfast.practice.branch import prepare_branch
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_folder import RunFolder, load_learner
 from dpfast.practice.stopping import LossError
+from dpfast.report.metrics import result_table
 
 
 @pytest.fixture
@@ -235,3 +236,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(recipe, t
     monkeypatch.setattr(Trainer, "step", failing)
     with pytest.raises(LossError, match=r"iteration 23, on the samples (\d+, ){7}\d+; .*checkpoint-0+\d+.json"):
         run(recipe, tmp_path / "run")
+
+
+def test_further_evaluation_sets_end_in_the_table_and_in_the_metrics(recipe, tmp_path):
+    small = with_(recipe, "practice", sources=("static",), iterations=10, maximum_samples=30)
+    results, metrics = run(dataclasses.replace(small, evaluation=("blur",)), tmp_path / "run")
+    lines = [m for m in metrics if m["event"] == "set"]
+    assert [(m["name"], m["severity"], m["images"]) for m in lines] == [("blur", s, 30) for s in range(1, 6)]
+    assert [m["top1"] for m in lines] == [row.result.top1 for row in results[0].sets]
+    assert f"blur 5      30  {lines[-1]['top1']:.2%}" in result_table(results)
+
+
+def test_an_unknown_evaluation_set_is_named_before_any_work(recipe):
+    with pytest.raises(RecipeError, match="nowhere"):
+        DeliberatePractice(dataclasses.replace(recipe, evaluation=("nowhere",)))
