@@ -47,7 +47,7 @@ def _repeat(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _upsample_by_repeating(model: nn.Module) -> nn.Module:
-    """Nearest upsampling as a broadcast: the same values bit by bit, and a sum instead of a scatter as its backward.
+    """Nearest upsampling as a broadcast: the same values, and a sum instead of a scatter as its backward.
 
     With the scatter, torch.compile (2.13, CPU) gives a gradient of zero through a whole ``AutoencoderKL``.
     """
