@@ -1,19 +1,20 @@
 """The four numbers through which a selection rule enters the theory.
 
-A rule keeps a sample with probability q(t), q even, where t ~ N(0, 1) is the sample's projection on the unit vector w_s
-that selects. Labels are the signs of the projection on a vector at cosine rho from w_s. With tau = rho / sqrt(1 - rho^2),
-G ~ N(0, 1), its density phi and distribution Phi (section "Scalars" of the paper's theory):
+A rule keeps a sample with probability q(t), q even, where t ~ N(0, 1) is the sample's projection on the unit vector
+w_s that selects. Labels are the signs of the projection on a vector at cosine rho from w_s. With tau = rho / sqrt(1 -
+rho^2), G ~ N(0, 1), its density phi and distribution Phi (section "Scalars" of the paper's theory):
 
     p = E q(G)    gamma = E q(G) G^2    beta = 2 E q(G) phi(tau G)    beta~ = 2 E q(G) Phi(tau G) G
 
-Rules: "hard" keeps |t| <= a, "easy" keeps |t| > a, "soft" keeps with probability min(1, e^c (sigma(t) sigma(-t))^power) up to
-a constant in c, hard for power > 0 and easy for power < 0 (Kolossov et al. 2024). `keep` = p fixes a, and c.
+Rules: "hard" keeps |t| <= a, "easy" keeps |t| > a, "soft" keeps with probability min(1, e^c (sigma(t) sigma(-t))^power)
+up to a constant in c, hard for power > 0 and easy for power < 0 (Kolossov et al. 2024). `keep` = p fixes a, and c.
 All functions broadcast and return float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -91,7 +92,7 @@ def quadrature(rule: Callable[[Array], Array], rho: float, *, breaks: Sequence[f
     edges = [0.0, *inner, _END]
     x, w = np.polynomial.legendre.leggauss(nodes)
     graded = _graded(30)
-    pieces = [lo + (hi - lo) * graded for lo, hi in zip(edges, edges[1:], strict=False)]
+    pieces = [lo + (hi - lo) * graded for lo, hi in pairwise(edges)]
     left = np.concatenate([piece[:-1] for piece in pieces])[:, None]
     right = np.concatenate([piece[1:] for piece in pieces])[:, None]
     t = (left + (right - left) * (1 + x) / 2).ravel()
@@ -137,7 +138,7 @@ def keep_probability(t: Array, strategy: str, keep: float, *, power: float = 1.0
     """q(t) of a rule, for projections t of any shape."""
     if strategy == "soft":
         _, log_scale = soft_rule(keep, power)
-        return np.asarray(np.exp(np.minimum(0.0, log_scale + _log_profile(np.abs(t), np.float64(power)))))
+        return np.asarray(np.exp(np.minimum(0.0, log_scale + _log_profile(np.abs(t), np.asarray(power)))))
     a = threshold(strategy, keep)
     return np.asarray(np.abs(t) <= a if strategy == "hard" else np.abs(t) > a, float)
 
@@ -195,7 +196,7 @@ def _outside(a: Array, rho: ArrayLike) -> Scalars:
 
 
 def _soft_parts(a: Array, log_scale: Array, power: Array, rho: Array) -> tuple[Scalars, Array, Array]:
-    """The closed form of the part where q = 1, and nodes and weights (cells, nodes) of the rest, for both signs of t."""
+    """The part where q = 1 in closed form; nodes and weights (cells, nodes) of the rest, for both signs of t."""
     eager = power < 0
     inner, outer = _inside(np.where(eager, 0.0, a), rho), _outside(np.where(eager, a, np.inf), rho)
     sure = Scalars(*(np.where(eager, o, i) for o, i in zip(outer, inner, strict=True)))

@@ -1,8 +1,9 @@
 """The experiment of the theory by Monte Carlo: draw a pool, select, fit, measure the exact angle error.
 
-Selection looks at one projection only. So the pool is drawn as n projections on the selecting vector, and the other d - 1
-coordinates are drawn for the kept rows alone. The error of w_hat is its angle with the truth over pi: no test set. Cells
-with one pool (d, n, keep) share its draws: directions are right-hand sides, ridges are factorisations of one Gram matrix.
+Selection looks at one projection only. So the pool is drawn as n projections on the selecting vector, and the other d
+- 1 coordinates are drawn for the kept rows alone. The error of w_hat is its angle with the truth over pi: no test
+set. Cells with one pool (d, n, keep) share its draws: directions are right-hand sides, ridges are factorisations of
+one Gram matrix.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The predicted test error of ridge regression on selected samples (Theorem 1 of the paper, in its correct form).
 
-Model: x ~ N(0, I_d), y = sign(x.w_0), a pool of n samples of which a rule keeps the fraction p (`dpfast.theory.scalars`),
-w_hat minimises the mean squared error over the *pool size* plus ridge |w|^2. With phi = d / n, for d and n to infinity:
+Model: x ~ N(0, I_d), y = sign(x.w_0), a pool of n samples of which a rule keeps the fraction p
+(`dpfast.theory.scalars`), w_hat minimises the mean squared error over the *pool size* plus ridge |w|^2. With phi = d
+/ n, for d and n to infinity:
 
     1/m = p/(1 + phi m) + ridge             1/m~ = gamma/(1 + phi m) + ridge
     m0  = sqrt(1 - rho^2) beta m + rho beta~ m~
@@ -9,8 +10,8 @@ w_hat minimises the mean squared error over the *pool size* plus ridge |w|^2. Wi
     nu0 = p phi m' + r' - 2 phi m' r / (1 + phi m)
     E   = arccos(m0 / sqrt(nu0)) / pi
 
-m' and m~' are derivatives in z = -ridge. "arxiv-v1" and "icml-main" are what arXiv 2502.15588v1 and the ICML main text print;
-both disagree with simulation of the stated model and are here for comparison only (docs/theory.md).
+m' and m~' are derivatives in z = -ridge. "arxiv-v1" and "icml-main" are what arXiv 2502.15588v1 and the ICML main text
+print; both disagree with simulation of the stated model and are here for comparison only.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def test_error(
 ) -> Array:
     """The probability of a wrong label on a fresh sample; float64, broadcast over all arguments.
 
-    d: features. n: size of the pool before selection. keep: fraction kept, in (0, 1]. rho: cosine of the selecting vector
-    and w_0. ridge: penalty, normalised by n; 0 takes the closed form of the limit. power: of the soft rule.
+    d: features. n: size of the pool before selection. keep: fraction kept, in (0, 1]. rho: cosine of the selecting
+    vector and w_0. ridge: penalty, normalised by n; 0 takes the closed form of the limit. power: of the soft rule.
 
     With rho_g and rho_s there are three directions: labels come from a generator at cosine `rho` from the truth; the
     selecting vector has cosine rho_g with the generator and rho_s with the truth, which the test uses.
@@ -91,7 +92,7 @@ def ridgeless(*, d: ArrayLike, n: ArrayLike, keep: ArrayLike, rho: ArrayLike, st
 
 
 def spectral(p: ArrayLike, gamma: ArrayLike, phi: ArrayLike, ridge: ArrayLike) -> Spectral:
-    """m, m~ and their derivatives; ridge > 0. The root of either sign of p - phi + ridge is taken without cancellation."""
+    """m, m~ and their derivatives; ridge > 0. Either sign of p - phi + ridge goes without cancellation."""
     p, gamma, phi, ridge = (np.asarray(x, float) for x in (p, gamma, phi, ridge))
     b = p - phi + ridge
     root = np.sqrt(b * b + 4 * phi * ridge)

@@ -46,7 +46,7 @@ def test_the_limit_agrees_with_the_theorem():
             near = predict(d=512, n=n, keep=keep, rho=rho, ridge=1e-9, strategy=strategy)
             limit = ridgeless(d=512, n=n, keep=keep, rho=rho, strategy=strategy)
             np.testing.assert_allclose(near, limit, rtol=0, atol=1e-6)
-    beside = ridgeless(d=512, n=1024, keep=np.nextafter(0.5, [0, 1]) + [-1e-12, 1e-12], rho=0.9)
+    beside = ridgeless(d=512, n=1024, keep=np.nextafter(0.5, [0, 1]) + np.array([-1e-12, 1e-12]), rho=0.9)
     np.testing.assert_allclose(beside, 0.5, atol=1e-4)
 
 
