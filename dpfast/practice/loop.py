@@ -344,7 +344,8 @@ class Loop:
             "written": self.folder.written(),
         }
         tensors = {"loss_sum": self._loss_sum, **checkpoint.prefixed("trainer", self.trainer.state())}
-        kept, ended = self.recipe.practice.checkpoints_kept, self.pending and self.recipe.practice.keep_rounds
+        kept = self.recipe.practice.checkpoints_kept
+        ended = self.recipe.practice.keep_rounds and self.pending and self.round >= 0
         folder, step = self.folder.checkpoints(self.name), self.trainer.step_count
         try:
             checkpoint.save(folder, step, tensors, state, keep=kept, round=self.round if ended else None)
