@@ -221,7 +221,7 @@ def test_a_branch_goes_on_without_additions_and_refuses_another_generator(recipe
     assert (len(branch.pool), branch.additions, branch.iterations) == (45, 1, 100)
     with pytest.raises(RecipeError, match="steps = 4 was 3"):
         prepare_branch(tmp_path / "run", 1, tmp_path / "other", with_(recipe, "generator", steps=4))
-    with pytest.raises(RecipeError, match="branch_at = 7: .* there are those of 0, 1"):
+    with pytest.raises(RecipeError, match=r"branch_at = 7: .* there are those of 0, 1"):
         prepare_branch(tmp_path / "run", 7, tmp_path / "other", recipe)
     assert not (tmp_path / "other").exists()
 
