@@ -16,29 +16,35 @@ from pathlib import Path
 from typing import Any
 
 from dpfast.config import Recipe
+from dpfast.evaluate.measures import Evaluation
 from dpfast.generate.pipelines import Pipeline
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver
+from dpfast.practice.callbacks import Callback
 from dpfast.practice.costs import Cost
 from dpfast.practice.experiment import DeliberatePractice
+from dpfast.practice.loop import Loop
 from dpfast.practice.sources import Round, StaticSource, Unguided
 
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
+Fields = dict[str, Any]
 CACHE = Path("runs") / "study"
 SIZES = (500, 1000, 2000, 4000, 8000)
 OMEGAS = (0.0, 0.015, 0.03, 0.05, 0.08)
-RATIOS = (1.0, 2.0, 3.0, 4.0)
-PARTS = ("scaling", "rivals", "omega", "ratio", "patience")
-Fields = dict[str, Any]
+RATIOS = (1.0, 2.0, 4.0, 8.0)
+PARTS = ("scaling", "omega", "rivals", "ratio", "time", "patience", "options")
+OPTIONS: tuple[Fields, ...] = ({"allot": "difficulty"},)
+COMMON: Fields = {"steps": 8, "guide_every": 2, "omega": 0.05, "patience_growth": "fixed",
+                  "oversample": 4.0}  # fmt: skip
 
 
-def pieces(part: str, sizes: tuple[int, ...] = SIZES) -> Iterator[Fields]:
-    """The recipe fields of a part's runs. Rounds are an eighth of the total, and half of it is there at the start."""
-    middle = sizes[len(sizes) // 2]
+def pieces(part: str, sizes: tuple[int, ...] = SIZES, iterations: int = 1200) -> Iterator[Fields]:
+    """The recipe fields of a part's runs. A quarter of the total is there at the start, rounds are an eighth of it."""
+    middle, largest = sizes[len(sizes) // 2], sizes[-1]
 
     def run(source: str, total: int, **fields: Any) -> Fields:
-        return {"sources": source, "maximum_samples": total, "initial_samples": total // 2,
-                "round_samples": total // 8, **fields}  # fmt: skip
+        return {"sources": source, "maximum_samples": total, "initial_samples": total // 4,
+                "round_samples": total // 8, "iterations": iterations, **fields}  # fmt: skip
 
     if part in ("scaling", "rivals"):
         sources = ("dp", "static") if part == "scaling" else ("dynamic", "prune")
@@ -47,8 +53,13 @@ def pieces(part: str, sizes: tuple[int, ...] = SIZES) -> Iterator[Fields]:
         yield from (run("dp", middle, omega=omega) for omega in OMEGAS)
     elif part == "ratio":
         yield from (run("prune", middle, oversample=ratio) for ratio in RATIOS)
-    else:
+    elif part == "time":  # half of the iterations
+        contest = (("dp", sizes[1]), ("dp", middle), ("static", middle), ("static", largest), ("prune", middle))
+        yield from (run(source, size, iterations=iterations // 2) for source, size in contest)
+    elif part == "patience":
         yield from (run("dp", middle, patience_growth=growth) for growth in ("fixed", "pool", "round"))
+    else:
+        yield from (run("dp", middle, **option) for option in OPTIONS)
 
 
 def shared(recipe: Recipe, samples: int) -> Unguided:
@@ -67,10 +78,20 @@ def shared(recipe: Recipe, samples: int) -> Unguided:
     return unguided
 
 
+class Curve(Callback):
+    """(iteration, pool size, validation accuracy) of every evaluation."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, int, float]] = []
+
+    def on_evaluation(self, loop: Loop, evaluation: Evaluation, loss: float) -> None:
+        self.points.append((loop.trainer.step_count, len(loop.pool), round(evaluation.top1, 4)))
+
+
 def measure(fields: Fields, unguided: Unguided) -> Fields:
     """One run's line."""
-    recipe = Recipe.load("fashion", **fields)
-    (result,) = DeliberatePractice(recipe, unguided=unguided).run(progress=False)
+    recipe, curve = Recipe.load("fashion", **fields), Curve()
+    (result,) = DeliberatePractice(recipe, unguided=unguided).run(progress=False, callbacks=[curve])
     return {
         "source": result.source,
         "samples": len(result.pool),
@@ -87,6 +108,7 @@ def measure(fields: Fields, unguided: Unguided) -> Fields:
         "samples_made": result.cost.samples,
         "denoiser_forwards": result.cost.forwards,
         "flops": result.cost.flops,
+        "curve": curve.points,
     }
 
 
@@ -97,23 +119,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=1200)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--short", action="store_true", help="two small sizes and few iterations, for a test")
+    parser.add_argument("--tables", action="store_true", help="print what the runs so far say, and run nothing")
     options = parser.parse_args(arguments)
+    if options.tables:
+        from benchmarks.study_tables import tables  # which reads the common setting from here
+
+        print("\n".join(tables(options.results)))
+        return 0
     sizes = (80, 160) if options.short else SIZES
-    common: Fields = {"iterations": 40 if options.short else options.iterations, "steps": 8, "guide_every": 2}
+    iterations = 40 if options.short else options.iterations
     done = set()
     if options.results.is_file():
         done = {json.dumps(json.loads(line)["fields"], sort_keys=True) for line in options.results.open()}
-    for seed in map(int, options.seeds.split(",")):
-        unguided: Unguided | None = None
-        for part in options.part or PARTS:
-            for piece in pieces(part, sizes):
-                fields = {**common, **piece, "seed": seed}
-                if json.dumps(fields, sort_keys=True) in done:
+    unguided: dict[int, Unguided] = {}
+    for part in options.part or PARTS:
+        for seed in map(int, options.seeds.split(",")):
+            for piece in pieces(part, sizes, iterations):
+                fields = {**COMMON, **piece, "seed": seed}
+                key = json.dumps(fields, sort_keys=True)
+                if key in done:  # finished before, or a run that two parts have in common
                     continue
-                # prune draws up to the last oversampled id; what the cache lacks is made when it is asked for
-                unguided = unguided or shared(Recipe.load("fashion", **{**fields, "sources": "static"}), sizes[-1])
-                line = json.dumps({**measure(fields, unguided), "part": part, "fields": fields})
-                done.add(json.dumps(fields, sort_keys=True))
+                if seed not in unguided:
+                    # prune draws up to the last oversampled id; what the cache lacks is made when it is asked for
+                    unguided[seed] = shared(Recipe.load("fashion", **{**fields, "sources": "static"}), sizes[-1])
+                line = json.dumps({**measure(fields, unguided[seed]), "part": part, "fields": fields})
+                done.add(key)
                 options.results.parent.mkdir(parents=True, exist_ok=True)
                 with options.results.open("a") as file:
                     file.write(line + "\n")

@@ -1,0 +1,151 @@
+"""What the study's runs say, as Markdown: accuracy against samples, omega, oversampling, patience, and seconds.
+
+    dpfast bench study --tables
+
+Accuracies are means over seeds on the held-out real images, with the standard deviation of a single run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.study import COMMON
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one setting over seeds. accuracies: of each seed, in [0, 1]; seconds: mean (``seconds``)."""
+
+    accuracies: tuple[float, ...]
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return mean(self.accuracies)
+
+    def __str__(self) -> str:
+        spread = f" ± {100 * stdev(self.accuracies):.2f}" if len(self.accuracies) > 1 else ""
+        return f"{100 * self.mean:.2f}{spread}"
+
+
+def read(path: Path) -> list[Line]:
+    return [json.loads(line) for line in path.open()]
+
+
+def seconds(lines: Iterable[Line]) -> Callable[[Line], float]:
+    """A run's seconds of generation and training at the best rates that any run of the same kind had.
+
+    Runs share a machine with other work, so that their own seconds vary; their counts do not.
+    """
+    made: dict[str, float] = {}
+    step = float("inf")
+    for line in lines:
+        rate = line["generation_seconds"] / line["samples_made"]
+        made[line["source"]] = min(rate, made.get(line["source"], rate))
+        step = min(step, line["training_seconds"] / line["iterations"])
+    return lambda line: made[line["source"]] * line["samples_made"] + step * line["iterations"]
+
+
+def cells(lines: list[Line], key: Callable[[Line], Any]) -> dict[Any, Cell]:
+    """``key`` of a line -> its runs."""
+    duration, groups = seconds(lines), defaultdict(list)
+    for line in lines:
+        groups[key(line)].append(line)
+    return {
+        name: Cell(tuple(line["test_accuracy"] for line in group), mean(map(duration, group)))
+        for name, group in groups.items()
+    }
+
+
+def scaling(lines: list[Line]) -> dict[tuple[str, int], Cell]:
+    """(source, samples) -> the runs of the common setting."""
+    full = max(line["iterations"] for line in lines)
+    usual = [line for line in lines if _setting(line) == COMMON and line["iterations"] == full]
+    return cells(usual, lambda line: (line["source"], line["fields"]["maximum_samples"]))
+
+
+def sweep(lines: list[Line], source: str, field: str) -> dict[Any, Cell]:
+    """Value of ``field`` -> runs of ``source`` at the middle size that differ from the common setting in nothing else.
+
+    A field that the common setting leaves to the recipe has the value "recipe" there.
+    """
+    sizes = sorted({line["fields"]["maximum_samples"] for line in lines})
+    full = max(line["iterations"] for line in lines)
+    same = [
+        line
+        for line in lines
+        if line["source"] == source
+        and line["iterations"] == full
+        and line["fields"]["maximum_samples"] == sizes[len(sizes) // 2]
+        and _setting(line) | {field: None} == COMMON | {field: None}
+    ]
+    return dict(sorted(cells(same, lambda line: _setting(line).get(field, "recipe")).items()))
+
+
+def cheapest(lines: list[Line], target: float) -> dict[str, tuple[int, int, Cell]]:
+    """Source -> (samples, iterations, runs) of the least seconds among those that reach ``target`` on average."""
+    found: dict[str, tuple[int, int, Cell]] = {}
+    usual = [line for line in lines if _setting(line) == COMMON]
+    groups = cells(usual, lambda line: (line["source"], line["fields"]["maximum_samples"], line["iterations"]))
+    for (source, samples, iterations), cell in groups.items():
+        if cell.mean >= target and (source not in found or cell.seconds < found[source][2].seconds):
+            found[source] = samples, iterations, cell
+    return found
+
+
+def tables(path: Path) -> Iterator[str]:
+    """The lines of the Markdown tables."""
+    lines = read(path)
+    grid = scaling(lines)
+    sources = [s for s in ("static", "dynamic", "prune", "dp") if any(name == s for name, _ in grid)]
+    sizes = sorted({size for _, size in grid})
+    yield from _table(["samples", *sources], ([f"{n:,}", *(str(grid.get((s, n), "")) for s in sources)] for n in sizes))
+    best = max((cell.mean, size) for (source, size), cell in grid.items() if source == "static")
+    yield f"Best static accuracy: {100 * best[0]:.2f} % with {best[1]:,} samples. The fewest samples that reach it:"
+    for source in sources[1:]:
+        enough = [size for size in sizes if (source, size) in grid and grid[source, size].mean >= best[0]]
+        yield f"{source}: {f'{enough[0]:,}, {best[1] / enough[0]:.1f}x fewer' if enough else 'none of these sizes'}."
+    for title, source, field in SWEEPS:
+        rows = sweep(lines, source, field)
+        if len(rows) > 1:
+            yield from _table(
+                [title, "accuracy", "seconds"], ([str(v), str(c), f"{c.seconds:.0f}"] for v, c in rows.items())
+            )
+    largest = grid["static", max(size for source, size in grid if source == "static")]
+    yield f"The least seconds to the {100 * largest.mean:.2f} % of static's largest set ({largest.seconds:.0f} s):"
+    yield from _table(
+        ["source", "samples", "iterations", "accuracy", "seconds"],
+        (
+            [source, f"{n:,}", str(steps), str(cell), f"{cell.seconds:.0f}"]
+            for source, (n, steps, cell) in cheapest(lines, largest.mean).items()
+        ),
+    )
+
+
+SWEEPS = (
+    ("dp, omega", "dp", "omega"),
+    ("prune, oversampling", "prune", "oversample"),
+    ("dp, patience", "dp", "patience_growth"),
+    ("dp, labels of new samples", "dp", "allot"),
+)
+SIZE = ("sources", "seed", "iterations", "maximum_samples", "initial_samples", "round_samples")
+
+
+def _setting(line: Line) -> Line:
+    """The fields that are not the run's source, seed and size."""
+    return {name: value for name, value in line["fields"].items() if name not in SIZE}
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    yield ""
+    for cells_ in (head, ["---"] * len(head), *rows):
+        yield "| " + " | ".join(cells_) + " |"
+    yield ""
