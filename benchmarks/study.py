@@ -112,6 +112,11 @@ def measure(fields: Fields, unguided: Unguided) -> Fields:
     }
 
 
+def finished(results: Path) -> list[Fields]:
+    """The fields of the runs that have a line."""
+    return [json.loads(line)["fields"] for line in results.open()] if results.is_file() else []
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dpfast bench study", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="may be repeated; default: all")
@@ -128,22 +133,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     sizes = (80, 160) if options.short else SIZES
     iterations = 40 if options.short else options.iterations
-    done = set()
-    if options.results.is_file():
-        done = {json.dumps(json.loads(line)["fields"], sort_keys=True) for line in options.results.open()}
     unguided: dict[int, Unguided] = {}
     for part in options.part or PARTS:
         for seed in map(int, options.seeds.split(",")):
             for piece in pieces(part, sizes, iterations):
                 fields = {**COMMON, **piece, "seed": seed}
-                key = json.dumps(fields, sort_keys=True)
-                if key in done:  # finished before, or a run that two parts have in common
+                if fields in finished(options.results):  # before, in another process, or for another part
                     continue
                 if seed not in unguided:
                     # prune draws up to the last oversampled id; what the cache lacks is made when it is asked for
                     unguided[seed] = shared(Recipe.load("fashion", **{**fields, "sources": "static"}), sizes[-1])
                 line = json.dumps({**measure(fields, unguided[seed]), "part": part, "fields": fields})
-                done.add(key)
                 options.results.parent.mkdir(parents=True, exist_ok=True)
                 with options.results.open("a") as file:
                     file.write(line + "\n")
