@@ -36,8 +36,12 @@ def _check(condition: bool, name: str, value: object, wanted: str) -> None:
 class Generator:
     """How a sample is made, guided or not."""
 
-    pipeline: str = "fashion"  # an embedded asset's name, or a folder that DiTPipeline.from_pretrained reads
-    steps: int = 15  # DDIM steps
+    pipeline: str = "fashion"  # an embedded asset's name, or the folder of a diffusers pipeline
+    class_names: tuple[str, ...] = ()  # by id, what a text-conditioned pipeline is asked for; empty: the folder's own
+    prompt_template: str = "a photo of a {}"  # of a text-conditioned pipeline, {} is the class name
+    dtype: str = "float32"  # of the models: "float32", "bfloat16" or "float16"; latents stay in float32
+    solver: str = "auto"  # "ddim", "dpmpp2m", for flow models "euler"; "auto": ddim or euler
+    steps: int = 15
     cfg_scale: float = 1.5  # diffusers' convention (1 = no classifier-free guidance), the paper's lambda + 1
     cfg_from: float = 0.0  # classifier-free guidance acts in this part of the trajectory, fractions of the steps;
     cfg_until: float = 1.0  # outside of it a step costs half and the images differ
@@ -47,11 +51,20 @@ class Generator:
     attention: str = "sdpa"  # torch's scaled_dot_product_attention, or "xformers" on a GPU
 
     def __post_init__(self) -> None:
+        named = all(isinstance(name, str) and name.strip() for name in self.class_names)
+        _check(named, "class_names", self.class_names, "a list of names, none of them empty")
+        template, solvers = self.prompt_template, ("auto", "ddim", "dpmpp2m", "euler")
+        _check(template.count("{}") == 1, "prompt_template", template, "text with one '{}' for the class name")
+        dtypes = ("float32", "bfloat16", "float16")
+        _check(self.dtype in dtypes, "dtype", self.dtype, "'float32', 'bfloat16' or 'float16'")
+        _check(self.solver in solvers, "solver", self.solver, "'auto', 'ddim', 'dpmpp2m' or 'euler'")
         _check(1 <= self.steps <= 1000, "steps", self.steps, "between 1 and 1000")
         _check(self.cfg_scale >= 0, "cfg_scale", self.cfg_scale, "at least 0; 1 switches classifier-free guidance off")
         _check(0 <= self.cfg_from < 1, "cfg_from", self.cfg_from, "in [0, 1)")
         _check(self.cfg_from < self.cfg_until <= 1, "cfg_until", self.cfg_until, f"in ({self.cfg_from:g}, 1]")
         _check(0 <= self.eta <= 1, "eta", self.eta, "between 0 (DDIM) and 1 (ancestral)")
+        noisy = self.solver in ("auto", "ddim")
+        _check(noisy or not self.eta, "eta", self.eta, f"0 with solver = {self.solver!r}: only 'ddim' adds noise")
         _check(self.generation_batch >= 1, "generation_batch", self.generation_batch, "at least 1")
         _check(self.attention in ("sdpa", "xformers"), "attention", self.attention, "'sdpa' or 'xformers'")
 
@@ -307,7 +320,7 @@ def _typed(owner: type, name: str, value: Any) -> Any:
         _check(isinstance(items, (list, tuple)), name, value, "a list of numbers")
         return tuple(_number(name, item) for item in items)
     if kind.startswith("tuple"):
-        items = value.split(",") if isinstance(value, str) else value
+        items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
         _check(
             isinstance(items, (list, tuple)) and all(isinstance(i, str) for i in items), name, value, "a list of names"
         )

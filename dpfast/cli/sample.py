@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from dpfast.cli import Commands
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Generator, Guidance, Recipe, RecipeError, fields
+
+# A learner guides as it was saved, in one stream of batches that finds its size and whether compiling pays.
+ELSEWHERE = ("omega", "guide_with", "generation_batch", "compile")
+FIELDS = [f.name for s in (Generator, Guidance) for f in dataclasses.fields(s) if f.name not in ELSEWHERE] + ["seed"]
 
 
 def add(commands: Commands) -> None:
@@ -18,16 +23,10 @@ def add(commands: Commands) -> None:
         "--omega", type=float, default=0.0, help="strength of the entropy guidance (default 0, unguided)"
     )
     parser.add_argument("--learner", help="the run folder whose learner guides; default: the embedded judge network")
-    parser.add_argument("--pipeline", default="fashion", help="an embedded generator or a diffusers pipeline folder")
-    parser.add_argument("--class-names", help="names of the classes by id, comma-separated; default: the folder's")
-    parser.add_argument("--prompt-template", default="a photo of a {}", help="of a text-conditioned pipeline")
-    parser.add_argument("--dtype", default="float32", help="of the models: float32, bfloat16 or float16")
-    parser.add_argument("--solver", default="auto", help="ddim, dpmpp2m, for flow models euler; default: ddim or euler")
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--cfg-scale", type=float, default=1.5)
-    parser.add_argument("--cfg-from", type=float, default=0.0, help="classifier-free guidance acts from this fraction")
-    parser.add_argument("--cfg-until", type=float, default=1.0, help="of the steps until this one (default 0 and 1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", default="fashion", help="whose [generator] and [guidance] hold (default fashion)")
+    group = parser.add_argument_group("fields of the recipe", "each replaces the recipe's value")
+    for name in FIELDS:
+        group.add_argument(f"--{name.replace('_', '-')}", metavar=str(fields()[name].type).split("[")[0].upper())
     parser.set_defaults(handler=sample)
 
 
@@ -36,39 +35,23 @@ def sample(arguments: argparse.Namespace) -> int:
         raise RecipeError(f"count = {arguments.count}: at least 1")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise RecipeError(f"out = {str(arguments.out)!r}: exists and is not an empty folder")
-    generator = Recipe.load(
-        "fashion",
-        steps=arguments.steps,
-        cfg_scale=arguments.cfg_scale,
-        cfg_from=arguments.cfg_from,
-        cfg_until=arguments.cfg_until,
-        seed=arguments.seed,
-    ).generator
+    given = {name: getattr(arguments, name) for name in FIELDS}
+    recipe = Recipe.load(
+        arguments.recipe,
+        omega=arguments.omega,
+        **{name: value for name, value in given.items() if value is not None},
+    )
 
-    from dpfast.generate.guidance import GuidanceConfig
-    from dpfast.generate.pipelines import Pipeline
-    from dpfast.generate.sampler import GuidedSampler
+    from dpfast.generate.recipes import load_pipeline, new_sampler
     from dpfast.practice.run_folder import load_learner
     from dpfast.report.samples import write_samples
 
-    names = None if arguments.class_names is None else [name.strip() for name in arguments.class_names.split(",")]
-    pipeline = Pipeline.from_pretrained(
-        arguments.pipeline, dtype=arguments.dtype, class_names=names, prompt_template=arguments.prompt_template
-    )
+    pipeline = load_pipeline(recipe.generator)
     labels = _labels(arguments.labels, pipeline.class_names)
     learner = load_learner(arguments.learner, pipeline) if arguments.omega else None
     ordered = [label for label in labels for _ in range(arguments.count)]
     try:
-        sampler = GuidedSampler(
-            pipeline,
-            learner,
-            guidance=GuidanceConfig(omega=arguments.omega),
-            steps=generator.steps,
-            solver=arguments.solver,
-            cfg_scale=generator.cfg_scale,
-            cfg_interval=(generator.cfg_from, generator.cfg_until),
-            seed=arguments.seed,
-        )
+        sampler = new_sampler(recipe, pipeline, learner, compile="auto")
         batches = sampler.stream(ordered)
     except ValueError as error:
         raise RecipeError(str(error)) from error

@@ -9,7 +9,7 @@ from dpfast.data.real import load_real
 from dpfast.evaluate.measures import predict
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed.loader import choose
-from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.recipes import load_pipeline
 from dpfast.pool.pool import SamplePool
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
@@ -34,11 +34,7 @@ class DeliberatePractice:
 
     def __init__(self, recipe: Recipe, *, unguided: Unguided | None = None) -> None:
         self.recipe = recipe
-        self.pipeline = (
-            Pipeline.from_pretrained(recipe.generator.pipeline, attention=recipe.generator.attention)
-            if unguided is None
-            else unguided.sampler.pipeline
-        )
+        self.pipeline = load_pipeline(recipe.generator) if unguided is None else unguided.sampler.pipeline
         self.real = load_real(recipe.validation)
         self.sets = evaluation_sets(recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed)
         self._check()

@@ -14,23 +14,23 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
-from dpfast.generate.guidance import GuidanceConfig, Through
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.sampler import GuidedSampler, SampleBatch
+from dpfast.generate.recipes import new_sampler
+from dpfast.generate.sampler import SampleBatch
 from dpfast.ops import entropy
-from dpfast.ops.guided_step import Mode
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.costs import Cost, Price, price
 
 PROBE_IDS = 1 << 40  # ids of samples that no pool holds
 PROBE_SAMPLES = 250
+EAGER = {"compile": False, "cuda_graphs": False}  # for the few samples of a probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Unguided:
         self.batch, self.classes = recipe.generator.generation_batch, pipeline.denoiser.classes
         self.sampler = new_sampler(recipe, pipeline, None)
         self.made = Cost()
-        self._eager = new_sampler(recipe, pipeline, None, eager=True)
+        self._eager = new_sampler(recipe, pipeline, None, **EAGER)
         self._pools: list[tuple[SamplePool, dict[int, int]]] = []
 
     @cached_property
@@ -226,7 +226,7 @@ class DeliberatePracticeSource(DynamicSource):
     def __init__(self, recipe: Recipe, pipeline: Pipeline, unguided: Unguided, learner: nn.Module) -> None:
         super().__init__(recipe, unguided, learner)
         self.sampler = new_sampler(recipe, pipeline, learner)
-        self._eager = new_sampler(recipe, pipeline, learner, eager=True)
+        self._eager = new_sampler(recipe, pipeline, learner, **EAGER)
 
     @cached_property
     def price(self) -> Price:
@@ -300,28 +300,3 @@ def highest(scores: Tensor, labels: Tensor, count: int, *, within: str) -> Tenso
 def scheduled(number: int, values: tuple[float, ...], usual: float) -> float:
     """A schedule's value in round ``number``: the last one from its end on, ``usual`` in round 0 and without one."""
     return values[min(number, len(values)) - 1] if number and values else usual
-
-
-def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: nn.Module | None, *, eager: bool = False) -> GuidedSampler:
-    """The sampler that a recipe describes; unguided without a learner."""
-    guidance = recipe.guidance
-    return GuidedSampler(
-        pipeline,
-        learner,
-        guidance=GuidanceConfig(
-            omega=guidance.omega,
-            every=guidance.guide_every,
-            start=guidance.guide_from,
-            until=guidance.guide_until,
-            mode=cast(Mode, guidance.mode),
-            through=cast(Through, guidance.through),
-            criterion=guidance.criterion,
-        ),
-        steps=recipe.generator.steps,
-        cfg_scale=recipe.generator.cfg_scale,
-        cfg_interval=(recipe.generator.cfg_from, recipe.generator.cfg_until),
-        eta=recipe.generator.eta,
-        seed=recipe.seed,
-        compile=False if eager else recipe.generator.compile,  # never "auto": it follows the clock, so would the bits
-        cuda_graphs=False if eager else None,
-    )

@@ -1,0 +1,57 @@
+"""From a recipe to a pipeline and a sampler: where the fields of [generator] and [guidance] take effect."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from dpfast.config import Generator, Recipe, RecipeError
+from dpfast.generate.guidance import GuidanceConfig, Through
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.pipelines.solvers import Solver
+from dpfast.generate.sampler import GuidedSampler, Learner
+from dpfast.ops.guided_step import Mode
+
+
+def load_pipeline(generator: Generator, *, device: torch.device | str = "cpu") -> Pipeline:
+    """The pipeline that a recipe's [generator] names. Raises what ``Pipeline.from_pretrained`` raises."""
+    return Pipeline.from_pretrained(
+        generator.pipeline,
+        device=device,
+        dtype=generator.dtype,
+        attention=generator.attention,
+        class_names=generator.class_names or None,
+        prompt_template=generator.prompt_template,
+    )
+
+
+def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: Learner | None, **options: Any) -> GuidedSampler:
+    """The sampler that a recipe describes; unguided without a learner.
+
+    options: of ``GuidedSampler``, in place of what the recipe says. ``compile`` is never "auto" by itself: that follows
+    the clock, and so would the bits of a run. Raises ``RecipeError`` where pipeline, learner and recipe do not fit.
+    """
+    generator, guidance = recipe.generator, recipe.guidance
+    described: dict[str, Any] = {
+        "guidance": GuidanceConfig(
+            omega=guidance.omega,
+            every=guidance.guide_every,
+            start=guidance.guide_from,
+            until=guidance.guide_until,
+            mode=cast(Mode, guidance.mode),
+            through=cast(Through, guidance.through),
+            criterion=guidance.criterion,
+        ),
+        "steps": generator.steps,
+        "solver": cast(Solver, generator.solver),
+        "eta": generator.eta,
+        "cfg_scale": generator.cfg_scale,
+        "cfg_interval": (generator.cfg_from, generator.cfg_until),
+        "seed": recipe.seed,
+        "compile": generator.compile,
+    }
+    try:
+        return GuidedSampler(pipeline, learner, **described | options)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
