@@ -37,7 +37,9 @@ class Generator:
     """How a sample is made, guided or not."""
 
     pipeline: str = "fashion"  # an embedded asset's name, or the folder of a diffusers pipeline
-    class_names: tuple[str, ...] = ()  # by id, what a text-conditioned pipeline is asked for; empty: the folder's own
+    class_names: tuple[str, ...] = ()  # by id, what a text-conditioned pipeline is asked for; empty: the folder's own;
+    # "imagenet1k" or "imagenet100" alone: the classes of that set, by all of their WordNet names
+    image_size: int = 0  # side of the images that enter the pool and that the learner sees, pixels; 0: as decoded
     prompt_template: str = "a photo of a {}"  # of a text-conditioned pipeline, {} is the class name
     dtype: str = "float32"  # of the models: "float32", "bfloat16" or "float16"; latents stay in float32
     solver: str = "auto"  # "ddim", "dpmpp2m", for flow models "euler"; "auto": ddim or euler
@@ -66,6 +68,7 @@ class Generator:
         noisy = self.solver in ("auto", "ddim")
         _check(noisy or not self.eta, "eta", self.eta, f"0 with solver = {self.solver!r}: only 'ddim' adds noise")
         _check(self.generation_batch >= 1, "generation_batch", self.generation_batch, "at least 1")
+        _check(self.image_size >= 0, "image_size", self.image_size, "pixels, or 0 for the size that is decoded")
         _check(self.attention in ("sdpa", "xformers"), "attention", self.attention, "'sdpa' or 'xformers'")
 
 
@@ -224,7 +227,8 @@ class Recipe:
 
     name: str
     seed: int = 0
-    validation: str = "fashion"  # the real images: an embedded asset's name
+    validation: str = "fashion"  # the real images: an embedded asset's name, or a folder with a sub-folder a class
+    held_out: str = ""  # a folder of real images for the final test; empty: every second one of the validation's
     evaluation: tuple[str, ...] = ()  # further sets for the final table: "shifts", one shift, [NAME=]FOLDER of images
     generator: Generator = field(default_factory=Generator)
     guidance: Guidance = field(default_factory=Guidance)

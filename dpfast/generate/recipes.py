@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
 from dpfast.config import Generator, Recipe, RecipeError
+from dpfast.data import imagenet
+from dpfast.generate.decoder import ResizedDecoder
 from dpfast.generate.guidance import GuidanceConfig, Through
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.solvers import Solver
@@ -16,14 +19,37 @@ from dpfast.ops.guided_step import Mode
 
 def load_pipeline(generator: Generator, *, device: torch.device | str = "cpu") -> Pipeline:
     """The pipeline that a recipe's [generator] names. Raises what ``Pipeline.from_pretrained`` raises."""
-    return Pipeline.from_pretrained(
+    pipeline = Pipeline.from_pretrained(
         generator.pipeline,
         device=device,
         dtype=generator.dtype,
         attention=generator.attention,
-        class_names=generator.class_names or None,
+        class_names=class_names(generator),
         prompt_template=generator.prompt_template,
     )
+    return resized(pipeline, generator.image_size)
+
+
+def class_names(generator: Generator) -> tuple[str, ...] | None:
+    """The classes that a recipe names, those of ImageNet spelled out; None where it leaves them to the folder."""
+    names = generator.class_names
+    return imagenet.named(names[0]) if len(names) == 1 and names[0] in imagenet.SETS else names or None
+
+
+def resized(pipeline: Pipeline, size: int) -> Pipeline:
+    """The pipeline with images of ``size`` x ``size`` pixels, final ones and those that guide; 0: as they are."""
+    if not size:
+        return pipeline
+    decoders = (ResizedDecoder(decoder, size) for decoder in (pipeline.decoder, pipeline.guidance_decoder))
+    return replace(pipeline, **dict(zip(("decoder", "guidance_decoder"), decoders, strict=True)))
+
+
+@torch.no_grad()
+def image_shape(pipeline: Pipeline) -> tuple[int, int, int]:
+    """(C, H, W) of a pipeline's images, by decoding one."""
+    latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
+    _, channels, height, width = pipeline.decoder(latents).shape
+    return channels, height, width
 
 
 def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: Learner | None, **options: Any) -> GuidedSampler:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpfast.config import SOURCES, Recipe, RecipeError
-from dpfast.data.real import load_real
+from dpfast.data.real import check_real, load_real
 from dpfast.evaluate.measures import predict
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed.loader import choose
-from dpfast.generate.recipes import load_pipeline
+from dpfast.generate.recipes import image_shape, load_pipeline
 from dpfast.pool.pool import SamplePool
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
@@ -34,8 +34,14 @@ class DeliberatePractice:
 
     def __init__(self, recipe: Recipe, *, unguided: Unguided | None = None) -> None:
         self.recipe = recipe
+        check_real(recipe.validation, recipe.held_out)
         self.pipeline = load_pipeline(recipe.generator) if unguided is None else unguided.sampler.pipeline
-        self.real = load_real(recipe.validation)
+        self.real = load_real(
+            recipe.validation,
+            held_out=recipe.held_out,
+            classes=self.pipeline.class_names,
+            shape=image_shape(self.pipeline),
+        )
         self.sets = evaluation_sets(recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed)
         self._check()
         SamplePool.plan(recipe.practice.maximum_samples, self.real.validation.images.shape[1:]).check()
