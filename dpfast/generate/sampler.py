@@ -40,7 +40,8 @@ class SampleBatch:
 
     images: (B, C, H, W) uint8; labels, sample_ids: (B,) int64; entropy: (B,) float32, nats, of the finished image under
     the guiding learner (NaN without one); learner_step: the learner's optimiser steps at birth; skipped: how many
-    guided steps of single samples went unguided, because their gradient was not finite.
+    guided steps of single samples went unguided, because their gradient was not finite; latents: (B, c, h, w) float16,
+    what the images were decoded from.
     """
 
     images: Tensor
@@ -49,6 +50,7 @@ class SampleBatch:
     entropy: Tensor
     learner_step: int = 0
     skipped: int = 0
+    latents: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -273,6 +275,7 @@ class GuidedSampler:
             entropy=entropy[:size],
             learner_step=learner_step,
             skipped=dropped,
+            latents=latents[:size].to(torch.float16, copy=True),  # the next batch may be made where this one lies
         )
 
     @torch.no_grad()

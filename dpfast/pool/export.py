@@ -9,6 +9,7 @@ Every format keeps the payload and all columns exactly, and ``import_pool`` read
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import tarfile
@@ -19,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpfast.config import RecipeError
+from dpfast.config import Recipe, RecipeError
 from dpfast.pool import codecs, shards
 from dpfast.pool.columns import COLUMNS, RECORD, as_dict, from_dicts
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver, open_pool
+
+RECIPE = "recipe.json"  # of a run's folder
 
 FORMATS = ("webdataset", "imagefolder", "parquet")
 BATCH = 1000  # samples in memory at a time, and in a row group
@@ -60,18 +63,19 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
     return out
 
 
-def import_pool(folder: Path) -> tuple[SamplePool, list[str] | None]:
+def import_pool(folder: Path, *, decode: codecs.Decode | None = None) -> tuple[SamplePool, list[str] | None]:
     """The pool of a run, a saved pool or an exported one, and its class names where they are known.
 
+    decode: of a saved pool of latents, as of ``SamplePool``; a run's own decoder by default.
     A run's pool is that of its source "dp", or of "static" where it alone was run.
     Raises ``RecipeError`` when ``folder`` is none of these.
     """
     for source in ("pool_dp", "pool_static"):
         if (folder / source / shards.MANIFEST).is_file():
-            return import_pool(folder / source)
+            return import_pool(folder / source, decode=decode or _decoder(folder))
     try:
         if (folder / shards.MANIFEST).is_file():
-            return open_pool(folder), shards.Manifest.read(folder).classes
+            return open_pool(folder, decode=decode), shards.Manifest.read(folder).classes
         if (folder / "train" / "metadata.jsonl").is_file():
             return _read_images(folder / "train")
         if files := sorted(folder.glob("*.parquet")):
@@ -81,6 +85,19 @@ def import_pool(folder: Path) -> tuple[SamplePool, list[str] | None]:
     except (ValueError, tarfile.TarError) as error:
         raise RecipeError(f"{str(folder)!r} cannot be read: {error}") from error
     raise RecipeError(f"{str(folder)!r} holds neither a run with samples nor a saved or exported pool")
+
+
+def _decoder(run: Path) -> codecs.Decode:
+    """The decoder of a run's latents; its pipeline is loaded with the first of them."""
+
+    @functools.cache
+    def decoder() -> codecs.Decode:
+        from dpfast.generate.recipes import load_pipeline
+
+        recipe = Recipe.from_dict(json.loads((run / RECIPE).read_text()))
+        return load_pipeline(recipe.generator).guidance_decoder
+
+    return lambda latents: decoder()(latents)
 
 
 def _rows(pool: SamplePool) -> Iterator[tuple[int, np.ndarray, list[Any]]]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from dpfast import config
 from dpfast.config import RecipeError
 from dpfast.pool import codecs
 from dpfast.pool.columns import RECORD
+from dpfast.pool.rows import CPU
 from dpfast.pool.tiers import NAMES, Tiers, readable
 
 CHUNK_BYTES = 64 << 20
@@ -114,3 +119,18 @@ def plan(
         places=places,
         tiers=tiers,
     )
+
+
+def plan_recipe(
+    recipe: config.Pool,
+    samples: int,
+    shape: Sequence[int],
+    *,
+    device: torch.device = CPU,
+    folder: Path | None = None,
+) -> Plan:
+    """The plan of a recipe's section ``[pool]`` on this machine; the arguments of ``SamplePool.from_recipe``.
+
+    Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
+    """
+    return plan(samples, shape, recipe.codec, tiers=Tiers.from_recipe(recipe, device, folder)).check()

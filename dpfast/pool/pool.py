@@ -18,7 +18,7 @@ from torch import Tensor
 from dpfast import config
 from dpfast.pool import codecs
 from dpfast.pool.columns import RECORD
-from dpfast.pool.plan import CHUNK_BYTES, plan
+from dpfast.pool.plan import CHUNK_BYTES, plan, plan_recipe
 from dpfast.pool.rows import CPU, ChunkTable
 from dpfast.pool.tiers import NAMES, PoolFullError, Tiers, host_memory
 from dpfast.pool.view import Payload, View
@@ -41,7 +41,10 @@ class SamplePool:
         tiers: budgets; by default a share of the free host memory.
         chunk_bytes: size of every chunk.
         decode: latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], for a pool of latents that serves images.
-        shape: of a payload; by default that of the first one. Not for JPEG, whose payloads differ.
+        shape: (C, H, W) of a payload; by default that of the first one. JPEG images may differ from it: there it is
+            the guess of ``reserve`` for the first of them.
+
+    Raises ``ValueError`` for an unknown codec and for chunks that do not hold a sample.
     """
 
     plan = staticmethod(plan)
@@ -62,6 +65,7 @@ class SamplePool:
         self.fresh = 0  # samples of the newest round
         self._round: int | None = None
         self._filled = 0  # bytes of JPEG payloads in the last chunk
+        self._guess = 0 if shape is None else codecs.row_bytes(codec, shape)  # bytes of a payload
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
         self._spares: deque[tuple[str, Future[Tensor]]] = deque()  # chunks with their tiers, ready or being prepared
@@ -82,17 +86,13 @@ class SamplePool:
     ) -> SamplePool:
         """An empty pool for at most ``samples`` samples, as the section ``[pool]`` of a recipe describes it.
 
-        shape: (C, H, W) of the pixels or latents that are stored. device: whose memory comes first where it is a GPU.
-        folder: of the mapped files.
+        shape: (C, H, W) of the pixels or latents that are stored. device: whose memory comes first. folder: of the
+        mapped files. decode: as of ``SamplePool``.
 
-        Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit, and for latents that
-        nothing decodes.
+        Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
         """
-        if recipe.codec == "latents" and decode is None:
-            raise config.RecipeError("codec = 'latents': nothing decodes them here, expected 'pixels' or 'jpeg'")
-        tiers = Tiers.from_recipe(recipe, device, folder)
-        fitting = plan(samples, shape, recipe.codec, tiers=tiers).check()
-        return cls(recipe.codec, tiers=tiers, chunk_bytes=fitting.chunk_bytes, decode=decode, shape=shape)
+        fitting = plan_recipe(recipe, samples, shape, device=device, folder=folder)
+        return cls(recipe.codec, tiers=fitting.tiers, chunk_bytes=fitting.chunk_bytes, decode=decode, shape=shape)
 
     @classmethod
     def open(cls, folder: str | Path, **options: Any) -> SamplePool:
@@ -130,8 +130,8 @@ class SamplePool:
         The payload is copied once, from the device where it is into its chunk. ``round`` counts the additions (0: the
         initial samples).
 
-        payload: what to store instead of ``batch.images``: (B, c, h, w) fp16 latents, or B JPEG files. A JPEG pool
-        encodes uint8 images that come without.
+        payload: what to store instead of the batch's images, or of its latents in a pool of latents: (B, *shape) of the
+        codec's dtype, or B JPEG files. A JPEG pool encodes uint8 images that come without.
 
         Raises ``TypeError`` and ``ValueError`` for a payload that is not the pool's, ``PoolFullError`` when it does not
         fit into the budgets, ``OSError`` when the disk of the file tier is full.
@@ -144,7 +144,11 @@ class SamplePool:
         records["learner_step"] = batch.learner_step
         records["round"], records["steps"], records["seed"] = round, steps, seed
         records["omega"], records["cfg_scale"] = omega, cfg_scale
-        self.append_records(batch.images if payload is None else payload, records)
+        if payload is None:
+            payload = batch.latents if self.codec == "latents" else batch.images
+        if payload is None:
+            raise ValueError("the batch has no latents, and the pool stores nothing else")
+        self.append_records(payload, records)
 
     def append_records(self, payload: Payload, records: np.ndarray) -> None:
         """``append`` for samples whose columns are there already: (B,) ``RECORD``, offset and length ignored."""
@@ -244,15 +248,16 @@ class SamplePool:
     def reserve(self, samples: int, *, wait: bool = False) -> None:
         """Prepares chunks for ``samples`` more in the background, and touches their pages: an append is then one copy.
 
-        Without it the pool prepares one chunk ahead. JPEG files are taken to be as large as those before them.
+        Without it the pool prepares one chunk ahead. JPEG files are taken to be as large as those before them, the
+        first ones as half a byte a pixel.
         Raises ``PoolFullError`` when the budgets have no room for them, ``ValueError`` while the pool does not know how
         large a sample is.
         """
         with self._lock:
             view = self._view
-            if self.codec == "jpeg" and view.size:
-                used = (len(view.chunks.chunks) - 1) * self.chunk_bytes + self._filled
-                needed = used + samples * -(-used // view.size)
+            if self.codec == "jpeg" and (view.size or self._guess):
+                used = max(len(view.chunks.chunks) - 1, 0) * self.chunk_bytes + self._filled
+                needed = used + samples * (-(-used // view.size) if view.size else self._guess)
             elif self.shape is not None:
                 needed = -(-(view.size + samples) // view.chunks.chunk_rows) * self.chunk_bytes
             else:

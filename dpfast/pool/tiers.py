@@ -61,14 +61,15 @@ class Tiers:
     ) -> Tiers:
         """Shares of what is free now: device memory for a CUDA device, host memory, and the disk of ``folder``.
 
-        device_bytes, host_bytes: budgets in place of the shares.
+        device_bytes, host_bytes: budgets in place of the shares; of a CPU as the device, a budget in bytes is a part of
+        the host's memory that is filled first.
         """
         device = None if device is None else torch.device(device)
         cuda = device is not None and device.type == "cuda"
         if device_bytes is None:
             device_bytes = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) if cuda else 0
         return cls(
-            device=device if cuda else None,
+            device=device if device_bytes else None,
             device_bytes=device_bytes,
             host_bytes=int(_free_memory() * HOST_SHARE) if host_bytes is None else host_bytes,
             folder=folder,
@@ -77,12 +78,10 @@ class Tiers:
 
     @classmethod
     def from_recipe(cls, recipe: config.Pool, device: torch.device, folder: Path | None) -> Tiers:
-        """The budgets of a recipe's section ``[pool]``. Raises ``RecipeError`` for one that this machine lacks."""
+        """The budgets of a recipe's section ``[pool]``. Raises ``RecipeError`` for files without a folder."""
         device_bytes, host_bytes = (
             None if size is None else int(size * GIB) for size in (recipe.device_gib, recipe.host_gib)
         )
-        if device_bytes and device.type != "cuda":
-            raise config.RecipeError(f"device_gib = {recipe.device_gib:g}: the run is on a {device}, expected 0")
         if recipe.mapped and folder is None:
             raise config.RecipeError("mapped = true: there is no folder for the files; run with one")
         mapped = folder if recipe.mapped else None

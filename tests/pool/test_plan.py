@@ -1,6 +1,7 @@
 """Plans: bytes and places before anything is generated, and what a refusal says."""
 
 import pytest
+import torch
 
 from dpfast import config
 from dpfast.config import RecipeError
@@ -84,10 +85,17 @@ def test_a_recipe_s_pool_is_checked_and_placed_as_planned(tmp_path):
         SamplePool.from_recipe(config.Pool(host_gib=300_000 / GIB), 5000, SHAPE)
     with pytest.raises(RecipeError, match=r"mapped = true: there is no folder"):
         SamplePool.from_recipe(section, 5000, SHAPE)
-    with pytest.raises(RecipeError, match=r"codec = 'latents': nothing decodes them"):
-        SamplePool.from_recipe(config.Pool(codec="latents"), 10, (4, 2, 2))
-    with pytest.raises(RecipeError, match=r"device_gib = 2: the run is on a cpu"):
-        SamplePool.from_recipe(config.Pool(device_gib=2.0), 10, SHAPE)
+
+
+def test_a_cpu_is_a_device_whose_budget_is_filled_first():
+    section = config.Pool(device_gib=110_000 / GIB, host_gib=400_000 / GIB)
+    pool = SamplePool.from_recipe(section, 2000, SHAPE)
+    pool.append(batch(0, 2000), round=0, omega=0.0)
+    assert pool.where() == {"device": 0, "host": 2000, "file": 0}  # one chunk of 216,000 bytes, which the device lacks
+    pool = SamplePool.from_recipe(section, 1000, SHAPE)
+    pool.append(batch(0, 1000), round=0, omega=0.0)
+    assert pool.where() == {"device": 1000, "host": 0, "file": 0}
+    assert torch.equal(pool.images(torch.arange(1000)), batch(0, 1000).images)
 
 
 def test_a_small_pool_needs_no_more_than_its_samples():
@@ -99,6 +107,9 @@ def test_a_small_pool_needs_no_more_than_its_samples():
 
 
 def test_a_reserve_of_jpeg_files_goes_by_those_before_them():
+    guessed = SamplePool("jpeg", chunk_bytes=1 << 14, tiers=Tiers(host_bytes=1 << 20), shape=(3, 64, 64))
+    guessed.reserve(10)
+    assert len(guessed._spares) == 4  # half a byte for each of 12,288 values
     pool = SamplePool("jpeg", chunk_bytes=1 << 14, tiers=Tiers(host_bytes=1 << 20))
     with pytest.raises(ValueError, match="give the pool a shape, or append first"):
         pool.reserve(1)
