@@ -1,7 +1,8 @@
 """The loaders beside an image folder and webdataset shards: batches of random samples, augmented or not.
 
-One call makes BATCHES batches from a cold start and prepares none beyond them: nobody works in another's turn. The rivals
-have two worker processes, the loaders two threads. Augmented is a random resized crop, a flip and the normalisation.
+One call makes BATCHES batches from a cold start and prepares none beyond them: nobody works in another's turn. The
+rivals have two worker processes, the loaders two threads. Augmented is a random resized crop, a flip and the
+normalisation.
 """
 
 from __future__ import annotations

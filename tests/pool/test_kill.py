@@ -12,7 +12,7 @@ import pytest
 from dpfast.pool.pool import SamplePool
 from tests.pool.helpers import check_prefix
 
-KILLS = 60
+KILLS = int(os.environ.get("DPFAST_KILLS", "60"))  # more on request
 
 
 @pytest.fixture
