@@ -8,7 +8,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +73,8 @@ class GuidedSampler:
         seed: key of all noise.
         image_size: (H, W) that the learner takes; None: as decoded.
         memory_budget: bytes for the differentiated half of a guided step. It runs in chunks that fit, by a measurement
-            of this model; None: in one.
+            of this model; with compile=False the denoiser's blocks are recomputed where chunks would be small. None: in
+            one.
         compile: True, False or "auto", which compiles where that pays within the samples of a ``stream`` (``tuner``
             says what came of it). Compiled steps round differently: say True or False where bits must repeat.
         cuda_graphs: replay steps from CUDA graphs; None: on a GPU.
@@ -248,7 +249,8 @@ class GuidedSampler:
         if path is not None:
             probing.try_learner(path, pipeline.denoiser.sample_shape, pipeline.denoiser.classes, pipeline.device)
             if self.memory_budget is not None:
-                path = replace(path, chunk=probing.guided_chunk(path, self.table, self.memory_budget))
+                recompute = self.tuner.mode is False
+                path = probing.bounded(path, self.table, self.memory_budget, recompute=recompute)
         return StepParts(
             denoiser=pipeline.denoiser,
             decoder=pipeline.decoder,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidancePath
+from dpfast.generate.recompute import can_recompute, recomputing
 from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.runtime.memory import available_bytes, bytes_per_sample
 from dpfast.generate.schedule import SolverTable
 from dpfast.generate.step import StepInputs, StepParts, Variant
 
 log = logging.getLogger(__name__)
+ENOUGH = 8  # samples of a chunk, about what keeps a device busy
 SHARE = 0.5  # of the available memory that a batch may take
 
 
@@ -42,11 +45,30 @@ def try_learner(path: GuidancePath, shape: tuple[int, ...], classes: int | None,
         raise ValueError(f"criterion gives values of shape {tuple(value.shape)} for 2 samples, expected (2,)")
 
 
-def guided_chunk(path: GuidancePath, table: SolverTable, budget: int) -> int:
-    """The most samples whose gradient, taken at once, holds ``budget`` bytes.
+def bounded(path: GuidancePath, table: SolverTable, budget: int, *, recompute: bool) -> GuidancePath:
+    """The path whose gradient holds at most ``budget`` bytes: in chunks, its denoiser's blocks recomputed if need be.
 
-    Raises ``ValueError`` when one sample holds more.
+    Chunks cost nothing while one fills the device; recomputation costs another forward of the blocks, and allows more
+    samples in a chunk. So blocks are recomputed only where a chunk would otherwise hold fewer than ``ENOUGH`` samples.
+    ``recompute``: whether they may be; torch.compile (2.13) does not trace it.
+
+    Raises ``ValueError`` when one sample holds more than the budget even so.
     """
+    chunk, least = _chunk(path, table, budget)
+    if recompute and chunk < ENOUGH and path.through == "denoiser" and can_recompute(path.denoiser):
+        twin = replace(path, denoiser=recomputing(path.denoiser))
+        larger, smaller = _chunk(twin, table, budget)
+        if larger > chunk or smaller < least:
+            path, chunk, least = twin, larger, smaller
+            log.info("guidance recomputes the denoiser's blocks: chunks of %d fit the budget", chunk)
+    if chunk < 1:
+        raise ValueError(f"memory_budget = {budget}: the gradient of one sample holds {least} bytes")
+    log.info("guidance in chunks of %d, budget %.1f MB", chunk, budget / 1e6)
+    return replace(path, chunk=chunk)
+
+
+def _chunk(path: GuidancePath, table: SolverTable, budget: int) -> tuple[int, int]:
+    """The samples whose gradient, taken at once, holds ``budget`` bytes, and the bytes of a single one."""
     device = table.rows.device
     alpha, sigma = table.rows[0, :2]
 
@@ -56,11 +78,7 @@ def guided_chunk(path: GuidancePath, table: SolverTable, budget: int) -> int:
         return path.gradient(x, table.timesteps[0], labels, alpha, sigma)
 
     fixed, each = bytes_per_sample(gradient)
-    if budget < fixed + each:
-        raise ValueError(f"memory_budget = {budget}: the gradient of one sample holds {fixed + each} bytes")
-    chunk = (budget - fixed) // each
-    log.info("guidance in chunks of %d: %.1f MB a sample, budget %.1f MB", chunk, each / 1e6, budget / 1e6)
-    return chunk
+    return max(0, (budget - fixed) // each), fixed + each
 
 
 def largest_batch(parts: StepParts, table: SolverTable, variant: Variant) -> int:

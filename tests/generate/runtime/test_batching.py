@@ -95,9 +95,9 @@ def test_a_budget_bounds_what_the_gradient_holds(pipeline, learner):
         return path.gradient(x, torch.tensor(300), labels, torch.tensor(0.8), torch.tensor(0.6))
 
     whole = memory.peak_bytes(lambda: gradient(path))
-    chunk = probing.guided_chunk(path, free.table, whole // 3)
-    bounded = memory.peak_bytes(lambda: gradient(dataclasses.replace(path, chunk=chunk)))
-    assert 1 <= chunk < 16
+    path = probing.bounded(path, free.table, whole // 3, recompute=False)
+    bounded = memory.peak_bytes(lambda: gradient(path))
+    assert 1 <= path.chunk < 16
     assert bounded < whole // 3 + 4 * x.nbytes  # the gradients and predictions of all chunks come on top
     with pytest.raises(ValueError, match="memory_budget = 1000: the gradient of one sample holds"):
         GuidedSampler(pipeline, learner, memory_budget=1000).generate([0])
