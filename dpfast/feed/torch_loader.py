@@ -39,7 +39,13 @@ class TorchLoader(PoolLoader):
     def _start(self, request: Request) -> None:
         if self._worker is not None:
             self.image_shape()  # here, so that the thread finds it
-            request.work = self._worker.submit(self._make, request)
+            view, draw = self.pool.view, request.draw
+            if not view.in_place(self.device):
+                request.work = self._worker.submit(self._make, request)
+                return
+            out = self._slots.batch(self.batch_shape(), self.form)
+            options = {"flip": draw.flips, "boxes": draw.boxes, "size": self.augment.size, "threads": self.threads}
+            request.work = self._worker.submit(view.deferred(request.indices, self.form, out=out, **options))
             return
         with torch.cuda.stream(self._stream):
             batch = self._make(request)
@@ -64,7 +70,6 @@ class TorchLoader(PoolLoader):
     @torch.no_grad()
     def _make(self, request: Request) -> Batch:
         view, draw = self.pool.view, request.draw
-        out = self._slots.batch(self.batch_shape(), self.form) if view.in_place(self.device) else None
         return view.gather(
             request.indices,
             self.form,
@@ -72,6 +77,4 @@ class TorchLoader(PoolLoader):
             boxes=draw.boxes,
             size=self.augment.size,
             device=self.device,
-            out=out,
-            threads=self.threads,
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dpfast.ops import _dispatch
 from dpfast.pool import codecs
-from dpfast.pool.batch import BatchFormat, from_images, from_rows
+from dpfast.pool.batch import BatchFormat, from_images, rows_call
 from dpfast.pool.columns import COLUMNS, RECORD
 from dpfast.pool.rows import CPU, ChunkTable, check_indices
 
@@ -129,12 +130,10 @@ class View:
         Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an index outside the pool.
         """
         form = form or BatchFormat()
+        if self.in_place(device):
+            return self.deferred(indices, form, flip=flip, boxes=boxes, size=size, out=out, threads=threads)()
         indices = indices.to(CPU, torch.int64).contiguous()
         labels = self.column("label", indices).to(device, non_blocking=True)
-        if self.in_place(device):
-            assert self.shape is not None
-            options = {"flip": flip, "boxes": boxes, "size": size, "out": out, "threads": threads}
-            return from_rows(self.chunks, self.size, self.shape, indices, form, **options), labels  # type: ignore[arg-type]
         if out is not None:
             raise ValueError("out is for pools of pixels on the host and the native kernels")
         if self.codec == "latents":
@@ -143,6 +142,17 @@ class View:
             images = self.images(indices, device=device)
         flip, boxes = (None if rows is None else rows.to(device) for rows in (flip, boxes))
         return from_images(images, form, flip=flip, boxes=boxes, size=size), labels
+
+    def deferred(self, indices: Tensor, form: BatchFormat, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+        """``gather`` in two halves, where ``in_place``: the call that comes back is one kernel, for another thread.
+
+        A thread that makes tensors beside a busy one waits for Python's lock at each of them: 0.3 ms a batch.
+        """
+        assert self.shape is not None
+        indices = indices.to(CPU, torch.int64).contiguous()
+        labels = self.column("label", indices)
+        make = rows_call(self.chunks, self.size, self.shape, indices, form, **options)
+        return lambda: (make(), labels)
 
     def in_place(self, device: torch.device) -> bool:
         """Whether the native kernels read a batch of pixels for ``device`` in the pool's chunks, without a copy."""

@@ -159,19 +159,21 @@ def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, make, monke
     loader, twin = make("torch", pool), make("torch", pool)
     take(loader, 2)
     take(twin, 2)
-    gather = View.gather
+    deferred = View.deferred
 
     def dying(view, *arguments, **options):
-        if threading.current_thread() is not threading.main_thread():
+        def call():
+            assert threading.current_thread() is not threading.main_thread()
             raise dies
-        return gather(view, *arguments, **options)
+
+        return call
 
     take(loader, 2), take(twin, 2)
-    monkeypatch.setattr(View, "gather", dying)
+    monkeypatch.setattr(View, "deferred", dying)
     with pytest.raises(LoaderError, match="could not be made") as caught:
         take(loader, 4)
     assert caught.value.__cause__ is dies
-    monkeypatch.setattr(View, "gather", gather)
+    monkeypatch.setattr(View, "deferred", deferred)
     twin.restore(loader.state())
     assert same(take(loader, 3), take(twin, 3))
 
@@ -190,10 +192,13 @@ def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make, monkeypa
 
 def test_waiting_is_measured(make, monkeypatch):
     pool = pool_of()
-    loader, gather = make("torch", pool), View.gather
-    monkeypatch.setattr(
-        View, "gather", lambda *args, **options: (threading.Event().wait(0.05), gather(*args, **options))[1]
-    )
+    loader, deferred = make("torch", pool), View.deferred
+
+    def slow(*arguments, **options):
+        call = deferred(*arguments, **options)
+        return lambda: (threading.Event().wait(0.05), call())[1]
+
+    monkeypatch.setattr(View, "deferred", slow)
     take(loader, 4)
     assert 0.15 < loader.waited < 2
 
