@@ -1,8 +1,11 @@
-"""The pool: appending against a plain copy, and a batch out of a pool of 6.5 million samples against one of 10,000."""
+"""The pool: appending beside a plain copy, a batch of 6.5 million samples beside one of 10,000, and opening."""
 
 from __future__ import annotations
 
+import atexit
 import functools
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +14,12 @@ from torch import Tensor
 
 from benchmarks.registry import OURS, Case, Variants
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.saver import Saver
 from dpfast.pool.tiers import Tiers
 
 LATENTS = (4, 8, 8)  # fp16, 512 bytes: an image of 32 px behind an autoencoder of factor 4
 SMALL, LARGE, BATCH = 10_000, 6_500_000, 256
+ROWS = 1_000_000
 APPEND, IMAGE, RESERVED = 256, (3, 224, 224), 20_000
 COPY = "plain copy"
 
@@ -73,6 +78,26 @@ def build_gather(device: torch.device) -> Variants:
     return {f"{SMALL:,} samples": lambda: rows(small), OURS: lambda: rows(large)}
 
 
+def build_open(device: torch.device) -> Variants:
+    """Opening ROWS saved latents, checksums and all, beside reading their files."""
+    temporary = tempfile.TemporaryDirectory(prefix="dpfast-pool-")
+    atexit.register(temporary.cleanup)
+    folder, pool = Path(temporary.name), SamplePool("latents", tiers=Tiers(host_bytes=2 << 30))
+    with Saver(pool, folder, shard_samples=100_000) as saver:
+        part = torch.randn(10_000, *LATENTS).half()
+        while len(pool) < ROWS:
+            pool.append(batch_of(len(pool), part), payload=part, round=0, omega=0.0)
+        saver.save()
+    opened = SamplePool.open(folder, tiers=pool.tiers)
+    assert len(opened) == ROWS
+    assert opened.nbytes - ROWS * 2 * torch.Size(LATENTS).numel() <= 64 * ROWS + 2 * pool.chunk_bytes
+    files = sorted(folder.glob("shard-*"))
+    return {
+        "reading the files": lambda: sum(len(path.read_bytes()) for path in files),
+        OURS: lambda: SamplePool.open(folder, tiers=pool.tiers),
+    }
+
+
 CASES = [
     Case(
         suite="pool",
@@ -90,6 +115,13 @@ CASES = [
         size=f"256 of {LARGE:,} x 512 bytes against {SMALL:,}",
         build=build_gather,
         targets={f"{SMALL:,} samples": 1 / 1.2},
+    ),
+    Case(
+        suite="pool",
+        tests="tests/pool/test_saver.py",
+        operation="pool.open",
+        size=f"{ROWS:,} x 512 bytes",
+        build=build_open,
     ),
 ]
 
