@@ -208,8 +208,8 @@ class Practice:
 class Pool:
     """As what the samples are kept, and how much of which memory they may take (``dpfast.pool``)."""
 
-    codec: str = "pixels"  # uint8; "latents": fp16, decoded when a batch is made; "jpeg"
-    device_gib: float | None = None  # GiB of a GPU's memory, filled first; None: half of what is free at the start
+    codec: str = "pixels"  # uint8; "latents": fp16, decoded by the guidance's decoder when a batch is made; "jpeg"
+    device_gib: float | None = None  # GiB on the run's device, filled first; None: of a GPU half of what is free
     host_gib: float | None = None  # GiB of host memory, filled next; None: 70 % of what is free at the start
     mapped: bool = False  # memory-mapped files in the run's folder hold the rest, up to 90 % of its free disk
 
@@ -227,6 +227,7 @@ class Recipe:
 
     name: str
     seed: int = 0
+    device: str = "auto"  # of models and batches: "cpu", "cuda", "cuda:1"; "auto": a GPU where there is one
     validation: str = "fashion"  # the real images: an embedded asset's name, or a folder with a sub-folder a class
     held_out: str = ""  # a folder of real images for the final test; empty: every second one of the validation's
     evaluation: tuple[str, ...] = ()  # further sets for the final table: "shifts", one shift, [NAME=]FOLDER of images
