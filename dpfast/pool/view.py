@@ -146,7 +146,8 @@ class View:
     def deferred(self, indices: Tensor, form: BatchFormat, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
         """``gather`` in two halves, where ``in_place``: the call that comes back is one kernel, for another thread.
 
-        A thread that makes tensors beside a busy one waits for Python's lock at each of them: 0.3 ms a batch.
+        Raises here what ``gather`` raises, but for the ``IndexError``, which the call raises. The thread that calls it
+        holds no lock of Python while the kernel runs.
         """
         assert self.shape is not None
         indices = indices.to(CPU, torch.int64).contiguous()
