@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -18,6 +19,7 @@ from dpfast.ops.guided_step import Prediction
 # LMS schedulers scale their state.
 STATELESS = ("DDIMScheduler", "DDPMScheduler", "GuidedDDIMScheduler")
 MULTISTEP = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler")
+_GRIDS: WeakKeyDictionary[Any, tuple[Tensor, list[Any]]] = WeakKeyDictionary()  # scheduler -> its grid, on the host too
 
 
 def check_scheduler(scheduler: Any) -> Prediction:
@@ -39,17 +41,22 @@ def position(scheduler: Any, timestep: Any) -> int:
     """The index of a timestep on the scheduler's grid.
 
     Pipelines iterate over ``scheduler.timesteps``, so a timestep is mostly a view of it, and its address tells the
-    index without waiting for the device. Raises ``ValueError`` for a timestep that is not on the grid.
+    index without waiting for the device. A number is looked up in a copy of the grid on the host, made once a grid;
+    only a tensor on a device that is no view of the grid is read each time. Raises ``ValueError`` for a timestep that
+    is not on the grid.
     """
     grid = scheduler.timesteps
     if isinstance(timestep, Tensor):
         if timestep.dim() == 0 and timestep.untyped_storage().data_ptr() == grid.untyped_storage().data_ptr():
             return int(timestep.storage_offset() - grid.storage_offset())
         timestep = timestep.item()
-    found = (grid == timestep).nonzero().flatten().tolist()
-    if not found:
+    known, steps = _GRIDS.get(scheduler, (None, []))
+    if known is not grid:
+        steps = grid.tolist()
+        _GRIDS[scheduler] = grid, steps
+    if timestep not in steps:
         raise ValueError(f"timestep = {timestep}: not on the scheduler's grid of {len(grid)} steps")
-    return int(found[0])
+    return steps.index(timestep)
 
 
 def levels(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:

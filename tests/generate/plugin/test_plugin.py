@@ -11,7 +11,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from dpfast import GuidanceCallback, GuidanceConfig, GuidedDDIMScheduler, GuidedSampler, LearnerGuidance, make_cond_fn
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.plugin import pipes
 from dpfast.ops import entropy, guided_step
+from tests.generate.standin import Watch
 from tests.tiny_pipelines import NAMES
 
 STEPS = 6
@@ -158,6 +160,38 @@ def test_a_guided_scheduler_in_stable_diffusion(sd, learner):
         torch.testing.assert_close(alone, guided[row : row + 1], **ALONE)
     with pytest.raises(ValueError, match="steps 3 samples, attached is the condition of 1"):
         run(sd)
+
+
+def test_the_noise_of_a_scheduler_belongs_to_the_samples(sd, stable_diffusion_folder, learner):
+    """With eta > 0 and sample ids a Stable Diffusion pipeline makes the latents of ``GuidedSampler``, in any batch."""
+    pipeline = Pipeline.from_pretrained(stable_diffusion_folder, class_names=NAMES)
+    guidance, ids = GuidanceConfig(omega=0.05, every=2), [7, 1 << 40, 3]
+    sampler = GuidedSampler(
+        pipeline, learner, guidance=guidance, steps=STEPS, eta=0.7, cfg_scale=2.0, seed=5, compile=False
+    )
+    expected = sampler.denoise(noise(), torch.tensor(LABELS), torch.tensor(ids))
+    sd.scheduler = GuidedDDIMScheduler.from_config(sd.scheduler.config)
+    options = {"guidance": guidance, "decoder": pipeline.guidance_decoder, "seed": 5}
+    sd.scheduler.attach(sd, learner, prompts=PROMPTS, sample_ids=ids, **options)
+    torch.testing.assert_close(run(sd, eta=0.7), expected, rtol=1e-3, atol=1e-3)
+    sd.scheduler.attach(sd, learner, prompts=PROMPTS[1:2], sample_ids=ids[1:2], **options)
+    alone = run(sd, PROMPTS[1:2], noise()[1:2], eta=0.7)
+    torch.testing.assert_close(alone, expected[1:2], rtol=1e-3, atol=1e-3)
+
+
+def test_the_position_of_a_timestep_is_found_without_waiting():
+    """Views of the grid by their address, numbers in a copy on the host that follows a new grid."""
+    scheduler = diffusers.DDIMScheduler()
+    for steps in (6, 4):
+        scheduler.set_timesteps(steps)
+        with Watch() as watch:
+            assert [pipes.position(scheduler, t) for t in scheduler.timesteps] == list(range(steps))
+        assert watch.reads == []
+        numbers = scheduler.timesteps.tolist()
+        pipes.position(scheduler, numbers[0])
+        with Watch() as watch:
+            assert [pipes.position(scheduler, t) for t in numbers] == list(range(steps))
+        assert watch.reads == []
 
 
 @torch.no_grad()
