@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from dpfast.generate.guidance import GuidancePath, predict_x0
 from dpfast.generate.pipelines import Pipeline
 from dpfast.ops import guided_step
 from tests import tiny_pipelines
@@ -220,3 +221,31 @@ def test_latents_are_unscaled_by_all_four_values():
     with torch.no_grad():
         expected = vae.decode(latents * column[0] / 0.4 + column[1] + 0.25).sample
         torch.testing.assert_close(VaeDecoder(vae)(latents), expected)
+
+
+@pytest.mark.parametrize(
+    "folder", ["pipeline_folder", "stable_diffusion_folder", "stable_diffusion_3_folder", "pixel_folder"]
+)
+def test_the_guidance_gradient_is_that_of_plain_autograd(folder, request, monkeypatch):
+    """Against PyTorch's own layers and ``torch.autograd.grad``, 1e-4 relative."""
+    names = NAMES if folder.startswith("stable") else None
+    ours = Pipeline.from_pretrained(request.getfixturevalue(folder), class_names=names)
+    monkeypatch.setattr("dpfast.generate.denoiser.freeze_linear", lambda model: model)
+    plain = Pipeline.from_pretrained(request.getfixturevalue(folder), class_names=names)
+    torch.manual_seed(0)
+    weights = torch.randn(ours.image_channels * 4, 5)
+
+    def learner(images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1) @ weights
+
+    x, labels = torch.randn(3, *ours.denoiser.sample_shape), torch.zeros(3, dtype=torch.int64)
+    t, alpha, sigma = torch.tensor(300), torch.tensor(0.8), torch.tensor(0.6)
+    path = GuidancePath(denoiser=ours.denoiser, decoder=ours.guidance_decoder, learner=learner)
+    gradient, prediction, _ = path.gradient(x, t, labels, alpha, sigma)
+    leaf = x.clone().requires_grad_()
+    expected = plain.denoiser(leaf, t, labels)
+    x0 = predict_x0(leaf, expected, alpha, sigma, plain.denoiser.prediction)
+    log_p = learner(plain.guidance_decoder(x0)).log_softmax(1)
+    (truth,) = torch.autograd.grad(-(log_p.exp() * log_p).sum(), leaf)
+    torch.testing.assert_close(prediction, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert float((gradient - truth).norm() / truth.norm()) < 1e-4
