@@ -38,7 +38,7 @@ from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import build_learner, load_judge
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
-from dpfast.practice.run_folder import load_learner
+from dpfast.practice.learners import load_learner
 
 RESULTS = Path(__file__).parent / "results" / "sampler.jsonl"
 STEPS, EVERY, OMEGA, CFG = 20, 5, 0.03, 1.5

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dpfast.ops import entropy, entropy_and_grad, gather_batch, guided_step, normal
     from dpfast.pool.pool import SamplePool
     from dpfast.practice.experiment import DeliberatePractice
-    from dpfast.practice.loop import Result
+    from dpfast.practice.result import Result
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,7 @@ _HOME = {
     "normal": "dpfast.ops",
     "SamplePool": "dpfast.pool.pool",
     "DeliberatePractice": "dpfast.practice.experiment",
-    "Result": "dpfast.practice.loop",
+    "Result": "dpfast.practice.result",
 }
 __all__ = [
     "DeliberatePractice",

@@ -43,7 +43,7 @@ def sample(arguments: argparse.Namespace) -> int:
     )
 
     from dpfast.generate.recipes import load_pipeline, new_sampler
-    from dpfast.practice.run_folder import load_learner
+    from dpfast.practice.learners import load_learner
     from dpfast.report.samples import write_samples
 
     pipeline = load_pipeline(recipe.generator)

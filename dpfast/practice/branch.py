@@ -10,8 +10,7 @@ import shutil
 from pathlib import Path
 
 from dpfast.config import Recipe, RecipeError
-from dpfast.pool.pool import SamplePool
-from dpfast.pool.saver import Saver
+from dpfast.pool.saver import copy_saved
 from dpfast.practice import checkpoint
 from dpfast.practice.run_folder import RECIPE, RunFolder, differences
 
@@ -49,18 +48,17 @@ def prepare_branch(trunk: Path, round: int, out: Path, recipe: Recipe, *, overwr
             f"iterations = {recipe.practice.iterations}: the branch begins at {start.step}, after the start of the "
             f"cool-down at {last:.0f}; expected at least {start.step / (1 - recipe.learner.cooldown):.0f}"
         )
-    pool = SamplePool.open(trunk / f"pool_{SOURCE}", limit=start.state["samples"])
     lines = (trunk / "metrics.jsonl").read_bytes()[: start.state["written"][0]].splitlines()
     past = [line for line in lines if json.loads(line)["source"] == SOURCE]
     try:
         with RunFolder(out, recipe, overwrite=overwrite) as branch:
             (out / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in past))
-            with Saver(pool, branch.pool(SOURCE)) as saver:
-                saver.save()
-                if saver.wait() < len(pool):
-                    raise OSError(f"the pool could not be copied: {saver.error!r}")
-            state = {**start.state, "pending": False, "frozen": True}
-            state["written"] = [(out / "metrics.jsonl").stat().st_size, 0]
+            copy_saved(trunk / f"pool_{SOURCE}", branch.pool(SOURCE), start.state["samples"])
+            state = {
+                **start.state,
+                "loop": {**start.state["loop"], "pending": False, "frozen": True},
+                "written": [(out / "metrics.jsonl").stat().st_size, 0],
+            }
             origin = {"run": str(trunk), "round": round, "step": start.step}
             (out / "branch.json").write_text(json.dumps(origin) + "\n")
             keep = recipe.practice.checkpoints_kept

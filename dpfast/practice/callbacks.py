@@ -19,7 +19,8 @@ from dpfast.generate.sampler import SampleBatch
 from dpfast.practice.costs import Cost
 
 if TYPE_CHECKING:
-    from dpfast.practice.loop import Loop, Result
+    from dpfast.practice.loop import Loop
+    from dpfast.practice.result import Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class Console(Callback):
 
     def on_generation(self, loop: Loop, number: int, total: int) -> None:
         what = f"round {number}" if number else "initial samples"
-        self._open(total, "sample", f"{loop.name}: {what}", len(loop.pool) - loop.round_start)
+        self._open(total, "sample", f"{loop.name}: {what}", len(loop.pool) - loop.state.round_start)
 
     def on_samples(self, loop: Loop, batch: SampleBatch) -> None:
         if self.bar is not None:

@@ -50,6 +50,10 @@ class Cost:
             self.add(len(batch), price, time.perf_counter() - started)
             yield batch
 
+    def since(self, before: Cost) -> Cost:
+        """What has been spent after ``before``."""
+        return Cost(**{name: value - getattr(before, name) for name, value in self.state().items()})
+
     def state(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

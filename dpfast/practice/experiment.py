@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 from dpfast.config import SOURCES, Recipe, RecipeError
 from dpfast.data.real import check_real, load_real
+from dpfast.device import device_named
 from dpfast.evaluate.measures import predict
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed.loader import choose
 from dpfast.generate.recipes import image_shape, load_pipeline
-from dpfast.pool.pool import SamplePool
+from dpfast.pool.plan import plan_recipe
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
-from dpfast.practice.loop import Loop, Result, new_learner
+from dpfast.practice.learners import new_learner
+from dpfast.practice.loop import Loop, stored_shape
+from dpfast.practice.result import Result
 from dpfast.practice.run_folder import RunFolder
 from dpfast.practice.sources import DeliberatePracticeSource, DynamicSource, PruneSource, Source, StaticSource, Unguided
 from dpfast.practice.stopping import Stop
@@ -35,7 +38,11 @@ class DeliberatePractice:
     def __init__(self, recipe: Recipe, *, unguided: Unguided | None = None) -> None:
         self.recipe = recipe
         check_real(recipe.validation, recipe.held_out)
-        self.pipeline = load_pipeline(recipe.generator) if unguided is None else unguided.sampler.pipeline
+        self.pipeline = (
+            load_pipeline(recipe.generator, device=device_named(recipe.device))
+            if unguided is None
+            else unguided.sampler.pipeline
+        )
         self.real = load_real(
             recipe.validation,
             held_out=recipe.held_out,
@@ -44,7 +51,9 @@ class DeliberatePractice:
         )
         self.sets = evaluation_sets(recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed)
         self._check()
-        SamplePool.plan(recipe.practice.maximum_samples, self.real.validation.images.shape[1:]).check()
+        if not recipe.pool.mapped:  # the disk of mapped files is known with the folder; the loop looks before any work
+            shape = stored_shape(recipe, self.pipeline, self.real)
+            plan_recipe(recipe.pool, recipe.practice.maximum_samples, shape, device=self.pipeline.device)
         self.unguided = unguided or Unguided(recipe, self.pipeline)
 
     def _check(self) -> None:
@@ -61,7 +70,7 @@ class DeliberatePractice:
             raise RecipeError(
                 f"classes = {self.recipe.learner.classes}: the learner needs the generator's {classes} classes"
             )
-        choose(self.recipe.learner.loader)
+        choose(self.recipe.learner.loader, self.recipe.pool.codec)
         learner = new_learner(self.recipe, self.pipeline)
         shape = tuple(predict(learner, self.real.validation.images[:2]).shape)
         if shape != (2, classes):
@@ -117,4 +126,6 @@ class DeliberatePractice:
             total = recipe.practice.maximum_samples if practised is None else len(practised.pool)
             return StaticSource(recipe, unguided, total)
         kind = {"prune": PruneSource, "dynamic": DynamicSource}[name]
-        return kind(recipe, unguided, loop.guide, moments=None if practised is None else frozenset(practised.moments))
+        return kind(
+            recipe, unguided, loop.guide, moments=None if practised is None else frozenset(practised.state.moments)
+        )

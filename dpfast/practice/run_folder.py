@@ -7,19 +7,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from dpfast.config import SECTIONS, Recipe, RecipeError
 from dpfast.evaluate.measures import Evaluation
-from dpfast.generate.pipelines import Pipeline
-from dpfast.learn.models import build_learner, load_judge
 from dpfast.pool.shards import durable
 from dpfast.practice.callbacks import Addition, Callback
 
 if TYPE_CHECKING:
-    from dpfast.practice.loop import Loop, Result
+    from dpfast.practice.loop import Loop
+    from dpfast.practice.result import Result
 
 RECIPE = "recipe.json"
 
@@ -42,7 +40,7 @@ class RunFolder(Callback):
     def __init__(self, path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
         check_vacant(path, recipe, overwrite=overwrite, resume=resume)
         if path.exists() and not resume:
-            shutil.rmtree(path)
+            _remove(path)
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         if not resume:
@@ -176,6 +174,16 @@ def check_vacant(path: Path, recipe: Recipe, *, overwrite: bool = False, resume:
         raise RecipeError(f"out = {str(path)!r}: holds another run; --resume continues it, --overwrite replaces it")
 
 
+def _remove(path: Path) -> None:
+    """Removes a run. Its recipe goes last: killed on the way, the rest is still a run that may be replaced."""
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != RECIPE:
+            entry.unlink()
+    shutil.rmtree(path)
+
+
 def differences(path: Path, recipe: Recipe) -> list[str]:
     """The fields in which ``recipe`` differs from that of the run in ``path``, in words."""
     before, now = _flat(json.loads((path / RECIPE).read_text())), _flat(json.loads(json.dumps(recipe.to_dict())))
@@ -188,29 +196,3 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     for section in SECTIONS:
         leaves |= recipe.get(section, {})
     return leaves
-
-
-def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str = "dp") -> nn.Module:
-    """The finished classifier of a run, in eval mode; without a folder the embedded judge network.
-
-    Raises ``RecipeError`` when the folder holds no learner, or one whose classes are not the pipeline's.
-    """
-    if folder is None:
-        return load_judge()
-    weights, recipe_file = Path(folder) / f"learner_{source}.safetensors", Path(folder) / RECIPE
-    if not weights.is_file() or not recipe_file.is_file():
-        raise RecipeError(f"learner = {str(folder)!r}: not the folder of a finished run, it has no {weights.name}")
-    recipe = Recipe.from_dict(json.loads(recipe_file.read_text()))
-    model = build_learner(
-        recipe.learner.model,
-        classes=pipeline.denoiser.classes,
-        channels=pipeline.image_channels,
-        **recipe.learner.options,
-    )
-    try:
-        model.load_state_dict(load_file(weights))
-    except RuntimeError as error:
-        raise RecipeError(
-            f"learner = {str(folder)!r}: does not fit the pipeline: {str(error).splitlines()[1].strip()}"
-        ) from error
-    return model.eval().requires_grad_(False)

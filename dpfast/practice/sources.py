@@ -125,7 +125,12 @@ class Unguided:
         return self.sampler.generate(balanced_labels(0, PROBE_SAMPLES, self.classes), ids).images
 
     def remember(self, pool: SamplePool, cost: Cost) -> None:
-        """Takes over the samples of round 0 of a finished pool, whose making is accounted for in ``cost``."""
+        """Takes over the samples of round 0 of a finished pool, whose making is accounted for in ``cost``.
+
+        Of a pool of pixels: latents and JPEG give back other images than were made.
+        """
+        if pool.codec != "pixels":
+            return
         rows = torch.nonzero(pool.column("round") == 0).flatten()
         self._pools.append((pool, dict(zip(pool.column("sample_id")[rows].tolist(), rows.tolist(), strict=True))))
         if cost.samples > self.made.samples:
@@ -272,12 +277,19 @@ class PruneSource(DynamicSource):
         for batch in self.unguided.stream(first, last - first, self.cost, cfg_scale=scale):
             batch = self._judged(batch, round)
             columns = [batch.images, batch.labels, batch.sample_ids, batch.entropy]
+            if batch.latents is not None and self.recipe.pool.codec == "latents":
+                columns.append(batch.latents)
             held = [torch.cat(pair) for pair in zip(held, columns, strict=True)] if held else columns
             best = highest(held[3], held[1], round.count, within=self.recipe.practice.prune_within)
             held = [column[best] for column in held]  # who is out now would be out at the end
-        for images, labels, ids, scores in zip(*(c.split(self.unguided.batch) for c in held), strict=True):
+        for images, labels, ids, scores, *latents in zip(*(c.split(self.unguided.batch) for c in held), strict=True):
             yield SampleBatch(
-                images=images, labels=labels, sample_ids=ids, entropy=scores, learner_step=round.learner_step
+                images=images,
+                labels=labels,
+                sample_ids=ids,
+                entropy=scores,
+                learner_step=round.learner_step,
+                latents=latents[0] if latents else None,
             )
 
 

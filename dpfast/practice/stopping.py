@@ -37,13 +37,17 @@ class Stop:
         if self._raise:
             raise Stopped
 
+    def check(self) -> None:
+        """Raises ``Stopped`` when the stop was requested."""
+        if self.requested:
+            raise Stopped
+
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Within it a request raises ``Stopped`` where it arrives: for work that leaves nothing to save."""
-        if self.requested:
-            raise Stopped
-        self._raise = True
+        self.check()
+        before, self._raise = self._raise, True
         try:
             yield
         finally:
-            self._raise = False
+            self._raise = before

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpfast.practice.loop import Result
+from dpfast.practice.result import Result
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,9 @@ from dpfast.practice import checkpoint
 from dpfast.practice import experiment as loop_module
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunFolder, load_learner
+from dpfast.practice.learners import load_learner
+from dpfast.practice.run_folder import RunFolder
+from dpfast.practice.state import Keeper
 from dpfast.practice.stopping import LossError
 from dpfast.report.metrics import result_table
 
@@ -22,7 +24,7 @@ from dpfast.report.metrics import result_table
 def recipe(pipeline_folder, monkeypatch):
     """A recipe of seconds: three classes, 16x16 images, noise as the real images."""
 
-    def load_real(name):
+    def load_real(name, **_):
         generator = torch.Generator().manual_seed(0)
         sets = [
             RealSet(
@@ -134,7 +136,7 @@ def test_what_does_not_fit_is_refused_before_any_work(recipe, section, changes, 
 
 def test_real_images_of_other_classes_are_refused(recipe, monkeypatch):
     real = loop_module.load_real("")
-    monkeypatch.setattr(loop_module, "load_real", lambda name: dataclasses.replace(real, classes=("cat",)))
+    monkeypatch.setattr(loop_module, "load_real", lambda name, **_: dataclasses.replace(real, classes=("cat",)))
     with pytest.raises(RecipeError, match="1 classes, the generator has 3"):
         DeliberatePractice(recipe)
 
@@ -147,20 +149,20 @@ class Killed(Exception):
 def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, saves):
     """20 evaluations a source: the kills fall into both sources' training, and right after the first one's end."""
     (dp, static), _ = run(recipe, tmp_path / "whole")
-    save, count = loop_module.Loop._save, 0
+    save, count = Keeper.save, 0
 
     def killing(self):
         nonlocal count
         save(self)
         count += 1
         if count == saves:
-            self.folder.log("evaluation", self.name, 10**6)  # a line that came after the checkpoint
+            self.folder.log("evaluation", self.loop.name, 10**6)  # a line that came after the checkpoint
             raise Killed
 
-    monkeypatch.setattr(loop_module.Loop, "_save", killing)
+    monkeypatch.setattr(Keeper, "save", killing)
     with pytest.raises(Killed):
         run(recipe, tmp_path / "killed")
-    monkeypatch.setattr(loop_module.Loop, "_save", save)
+    monkeypatch.setattr(Keeper, "save", save)
     with RunFolder(tmp_path / "killed", recipe, resume=True) as folder:
         resumed = DeliberatePractice(recipe).run(folder, progress=False)
     assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()

@@ -1,0 +1,49 @@
+"""The training loss: its mean between evaluations, and the first step at which it is not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpfast.feed.loader import PoolLoader
+from dpfast.feed.order import Order
+
+
+class Losses:
+    """Takes every step's loss and reads none of them, so that a GPU's queue stays full.
+
+    ``anchor`` remembers where the loader stands; the samples of a bad step are drawn again from there.
+    """
+
+    def __init__(self, loader: PoolLoader, device: torch.device) -> None:
+        self.loader = loader
+        self.total = torch.zeros((), device=device)  # since the last ``mean``
+        self._bad = torch.zeros((), dtype=torch.int64, device=device)  # the first step without a finite loss; 0: none
+        self.anchor(0)
+
+    def anchor(self, step: int) -> None:
+        """All steps up to this one were good, and the loader stands behind it."""
+        self._step, self._position = step, self.loader.state()
+
+    def add(self, loss: Tensor, step: int) -> None:
+        self.total += loss
+        self._bad += torch.where((self._bad == 0) & ~loss.isfinite(), step, 0)
+
+    def mean(self, steps: int) -> float:
+        """Of the last ``steps`` steps; the sum begins anew."""
+        mean = float(self.total) / steps
+        self.total.zero_()
+        return mean
+
+    def bad(self) -> int:
+        """The first step without a finite loss; 0: there is none. Waits for the device."""
+        return int(self._bad)
+
+    def samples_of(self, step: int) -> list[int]:
+        """The sample ids of a step's batch, rising; the step lies between the anchor and the next addition."""
+        drawn, pool = self.loader.order, self.loader.pool
+        order = Order(drawn.seed, drawn.batch_size, fresh_weight=drawn.fresh_weight)
+        order.restore(self._position)
+        for _ in range(step - self._step):
+            rows = order.next(len(pool), pool.fresh if order.fresh_weight != 1 else 0)
+        return sorted(pool.column("sample_id")[rows].tolist())
