@@ -12,7 +12,7 @@ import webdataset
 from dpfast.pool import shards
 from dpfast.pool.columns import COLUMNS
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.saver import Saver, SaveWarning
+from dpfast.pool.saver import Saver, SaveWarning, copy_saved
 from dpfast.pool.shards import DamagedPoolError, LostSamplesWarning
 from tests.pool.helpers import ORIGIN, batch, check_prefix, latents
 
@@ -211,3 +211,16 @@ def test_two_savers_and_foreign_samples_are_refused(tmp_path):
         assert saver.saved == 0
     with pytest.raises(ValueError, match="images = 'gif'"):
         Saver(pool, tmp_path, images="gif")
+
+
+def test_a_copy_has_the_shards_of_the_first_samples_and_touches_nothing(tmp_path):
+    saved(tmp_path / "whole", 20, 30)
+    copy_saved(tmp_path / "whole", tmp_path / "part", 30)
+    assert sorted(path.name for path in (tmp_path / "part").glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
+    check_prefix(SamplePool.open(tmp_path / "part", limit=30), 30)
+    with pytest.raises(DamagedPoolError, match="holds 50 samples, 51 are needed"):
+        copy_saved(tmp_path / "whole", tmp_path / "more", 51)
+    (tmp_path / "whole" / "shard-000001.tar").unlink()
+    with pytest.raises(DamagedPoolError, match=r"shard-000001\.tar is missing"):
+        copy_saved(tmp_path / "whole", tmp_path / "torn", 30)
+    assert not (tmp_path / "whole" / "quarantine").exists()
