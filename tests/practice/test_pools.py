@@ -1,0 +1,83 @@
+"""A run's pool as its recipe asks for it: every codec and tier from the generator to the learner and back."""
+
+import pytest
+import torch
+
+from dpfast.config import RecipeError
+from dpfast.generate.recipes import new_sampler
+from dpfast.pool.export import import_pool
+from dpfast.pool.pool import SamplePool
+from dpfast.practice.branch import prepare_branch
+from dpfast.practice.experiment import DeliberatePractice
+from dpfast.practice.run_folder import RunFolder
+from tests.practice.test_loop import recipe, with_  # noqa: F401 - a fixture
+
+EVERYTHING = torch.arange(45)
+
+
+@pytest.fixture
+def short(recipe):  # noqa: F811
+    return with_(recipe, "practice", iterations=40, maximum_samples=45, sources=("dp",))
+
+
+def run(recipe, path, **options):  # noqa: F811
+    with RunFolder(path, recipe, **options) as folder:
+        return DeliberatePractice(recipe).run(folder, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "tier"),
+    [
+        ({"codec": "jpeg"}, "host"),
+        ({"device_gib": 1.0}, "device"),
+        ({"host_gib": 3000 / (1 << 30), "mapped": True}, "file"),
+    ],
+)
+def test_a_run_keeps_its_samples_where_the_recipe_says(short, section, tier, tmp_path, monkeypatch):
+    reserve, reserved = SamplePool.reserve, []
+
+    def recorded(pool, samples, **options):
+        reserved.append((len(pool), samples))
+        reserve(pool, samples, **options)
+
+    monkeypatch.setattr(SamplePool, "reserve", recorded)
+    recipe = with_(short, "pool", **section)  # noqa: F811
+    (dp,) = run(recipe, tmp_path / "run")
+    assert dp.pool.where()[tier] == len(dp.pool) == 45
+    assert reserved == [(0, 30), (30, 15)]
+    (again,) = run(recipe, tmp_path / "run", resume=True)
+    assert again.pool.where() == dp.pool.where()
+    assert torch.equal(again.pool.images(EVERYTHING), dp.pool.images(EVERYTHING))
+    assert len(reserved) == 2
+
+
+def test_latents_of_every_source_are_those_that_the_images_come_from(short, pipeline, tmp_path):
+    recipe = with_(with_(short, "pool", codec="latents"), "practice", sources=("dp", "static", "prune"))  # noqa: F811
+    results = run(recipe, tmp_path / "run")
+    made = new_sampler(recipe, pipeline, None).generate(EVERYTHING % 3)
+    for result in results:
+        assert len(result.pool) == 45
+        payload = result.pool.payload(EVERYTHING[:30])
+        torch.testing.assert_close(payload, made.latents[:30], rtol=2e-3, atol=2e-3)  # other batches, rounded to fp16
+        with torch.no_grad():
+            decoded = pipeline.guidance_decoder(payload.float())
+        torch.testing.assert_close(result.pool.gather(EVERYTHING[:30])[0], decoded, rtol=0, atol=1e-5)
+    pool, _ = import_pool(tmp_path / "run")  # as the report does: the run's own decoder
+    assert torch.equal(pool.images(EVERYTHING), results[0].pool.images(EVERYTHING))
+
+
+def test_a_run_and_its_branch_resume_from_latents(short, tmp_path):
+    recipe = with_(with_(short, "pool", codec="latents"), "practice", keep_rounds=True)  # noqa: F811
+    (dp,) = run(recipe, tmp_path / "run")
+    prepare_branch(tmp_path / "run", 0, tmp_path / "branch", recipe)
+    (branch,) = run(recipe, tmp_path / "branch", resume=True)
+    assert (len(branch.pool), branch.iterations) == (30, 40)
+    assert torch.equal(branch.pool.payload(EVERYTHING[:30]), dp.pool.payload(EVERYTHING[:30]))
+
+
+def test_a_pool_that_does_not_fit_its_own_budget_is_refused_before_any_work(short, tmp_path):
+    small = with_(short, "pool", host_gib=3000 / (1 << 30))
+    with pytest.raises(RecipeError, match=r"maximum_samples = 45: the pool needs .* host 2\.93 KiB"):
+        DeliberatePractice(small)
+    with pytest.raises(RecipeError, match=r"45 samples of 512 \+ 56 bytes"):
+        DeliberatePractice(with_(small, "pool", codec="latents"))
