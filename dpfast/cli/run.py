@@ -6,9 +6,13 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpfast.cli import Commands
 from dpfast.config import Recipe, RecipeError, fields
+
+if TYPE_CHECKING:
+    from dpfast.practice.stopping import Stop
 
 
 def add(commands: Commands) -> None:
@@ -41,35 +45,43 @@ def run(arguments: argparse.Namespace) -> int:
     given = {key.removeprefix("field."): value for key, value in vars(arguments).items() if key.startswith("field.")}
     recipe = Recipe.load(arguments.recipe, **{key: value for key, value in given.items() if value is not None})
 
-    from dpfast.practice.branch import prepare_branch
-    from dpfast.practice.experiment import DeliberatePractice
-    from dpfast.practice.run_folder import RunFolder, check_vacant
     from dpfast.practice.stopping import LossError, Stop, Stopped
-    from dpfast.report.metrics import result_table
-    from dpfast.report.page import write_report
 
-    trunk = Path("runs") / recipe.name if arguments.branch_from is None else arguments.branch_from
-    round, resume = arguments.branch_at, arguments.resume
-    if round is None and arguments.branch_from is not None:
-        raise RecipeError("branch_from: names the run of a branch; say --branch-at ROUND as well")
-    if round is not None:
-        recipe = replace(recipe, practice=replace(recipe.practice, sources=("dp",)))
-    name = recipe.name if round is None else f"{recipe.name}-branch-{round}"
-    out = arguments.out or Path("runs") / name
-    check_vacant(out, recipe, overwrite=arguments.overwrite, resume=resume)
-    practice = DeliberatePractice(recipe)
-    if round is not None and not resume:
-        prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite)
-        resume = True
     try:
-        with Stop() as stop, RunFolder(out, recipe, overwrite=arguments.overwrite, resume=resume) as folder:
-            results = practice.run(folder, progress=not arguments.quiet, stop=stop)
+        with Stop() as stop:
+            return _run(arguments, recipe, stop)
     except Stopped:
-        print(f"stopped; --resume --out {out} continues the run")
+        print("stopped; the same command with --resume continues a run that has begun")
         return 0
     except LossError as error:
         print(f"dpfast: error: {error}", file=sys.stderr)
         return 1
-    write_report([out], out)
+
+
+def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop) -> int:
+    with stop.at_once():  # nothing is there to be saved
+        from dpfast.practice.branch import prepare_branch
+        from dpfast.practice.experiment import DeliberatePractice
+        from dpfast.practice.run_folder import RunFolder, check_vacant
+        from dpfast.report.metrics import result_table
+        from dpfast.report.page import write_report
+
+        trunk = Path("runs") / recipe.name if arguments.branch_from is None else arguments.branch_from
+        round, resume = arguments.branch_at, arguments.resume
+        if round is None and arguments.branch_from is not None:
+            raise RecipeError("branch_from: names the run of a branch; say --branch-at ROUND as well")
+        if round is not None:
+            recipe = replace(recipe, practice=replace(recipe.practice, sources=("dp",)))
+        name = recipe.name if round is None else f"{recipe.name}-branch-{round}"
+        out = arguments.out or Path("runs") / name
+        check_vacant(out, recipe, overwrite=arguments.overwrite, resume=resume)
+        practice = DeliberatePractice(recipe)
+        if round is not None and not resume:
+            prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite)
+            resume = True
+    with RunFolder(out, recipe, overwrite=arguments.overwrite, resume=resume) as folder:
+        results = practice.run(folder, progress=not arguments.quiet, stop=stop)
+    with stop.at_once():
+        write_report([out], out)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
     return 0
