@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpfast.cli import Commands
-from dpfast.config import Recipe, RecipeError, fields
+from dpfast.cli.recipes import add_recipe, recipe_of
+from dpfast.config import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from dpfast.practice.stopping import Stop
@@ -19,7 +20,6 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "run", help="train a classifier by Deliberate Practice, beside its rivals", allow_abbrev=False
     )
-    parser.add_argument("recipe", help="a recipe's name (fashion) or a path that ends in .toml")
     parser.add_argument("--out", type=Path, help="folder of the run; default runs/RECIPE")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
@@ -32,18 +32,15 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("--branch-from", type=Path, metavar="RUN", help="that run's folder; default runs/RECIPE")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the final table")
-    group = parser.add_argument_group("fields of the recipe", "each replaces the recipe's value")
-    for name, field in fields().items():
-        if name not in ("options", "name"):
-            group.add_argument(
-                f"--{name.replace('_', '-')}", dest=f"field.{name}", metavar=str(field.type).split("[")[0].upper()
-            )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan and the memory for this machine, stop"
+    )
+    add_recipe(parser)
     parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    given = {key.removeprefix("field."): value for key, value in vars(arguments).items() if key.startswith("field.")}
-    recipe = Recipe.load(arguments.recipe, **{key: value for key, value in given.items() if value is not None})
+    recipe = recipe_of(arguments)
 
     from dpfast.practice.stopping import LossError, Stop, Stopped
 
@@ -76,6 +73,8 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop) -> int:
         out = arguments.out or Path("runs") / name
         check_vacant(out, recipe, overwrite=arguments.overwrite, resume=resume)
         practice = DeliberatePractice(recipe)
+        if arguments.dry_run:
+            return _dry_run(recipe, out)
         if round is not None and not resume:
             prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite)
             resume = True
@@ -84,4 +83,15 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop) -> int:
     with stop.at_once():
         write_report([out], out)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
+    return 0
+
+
+def _dry_run(recipe: Recipe, out: Path) -> int:
+    """Everything has been checked: the generator is loaded, the real images are read, the learner has been tried."""
+    from dpfast.roofline.measure import measure
+    from dpfast.roofline.plan import plan
+    from dpfast.roofline.table import plan_table
+
+    print(plan_table(plan(recipe, "here", timings=measure(recipe))))
+    print(f"\nNothing was written; without --dry-run the run begins in {out}")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,9 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def subset(self, indices: Sequence[int]) -> ImageFolder:
+        return replace(self, files=tuple(self.files[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
 
     def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (n, C, H, W) uint8 and labels (n,). Raises ``RecipeError`` for a file that is no image."""

@@ -1,4 +1,4 @@
-"""The classes of ImageNet-1k: WordNet ids in the order of their indices, names, the subsets ImageNet-R and -A."""
+"""The classes of ImageNet-1k: WordNet ids in the order of their indices, names, and the subsets -100, -R and -A."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 
 from dpfast.config import ASSETS, RecipeError
 
+SETS = ("imagenet1k", "imagenet100")  # whose classes a recipe can name by one word
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -59,6 +60,15 @@ class ImageNet:
         """Whether another of ``keys`` already is the full name of this class: "maillot, tank suit" beside "maillot"."""
         name = self.names[self.ids.index(wordnet_id)].lower()
         return name != key and name in keys
+
+
+def named(name: str) -> tuple[str, ...]:
+    """The names of the classes of "imagenet1k", or of "imagenet100" in the order of its list."""
+    known = load()
+    if name == "imagenet1k":
+        return known.names
+    listed = (ASSETS / "imagenet" / "imagenet100.txt").read_text().split()
+    return tuple(known.names[known.ids.index(wordnet_id)] for wordnet_id in listed)
 
 
 @cache

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dpfast.config import ASSETS, RecipeError
-from dpfast.data import fashion
+from dpfast.data import fashion, imagenet
+from dpfast.data.folders import SUFFIXES, ImageFolder, open_folder, read_image
 
 
 @dataclass(frozen=True)
@@ -30,18 +36,88 @@ class RealData:
     test: RealSet
 
 
-def load_real(name: str) -> RealData:
-    """Loads an embedded set.
+def load_real(
+    name: str, *, held_out: str = "", classes: Sequence[str] = (), shape: Sequence[int] | None = None
+) -> RealData:
+    """Loads an embedded set, or folders of images with a sub-folder for each class.
 
-    "fashion": the 10,000 Fashion-MNIST test images in their order; even positions are validation, odd ones test.
+    "fashion": the 10,000 Fashion-MNIST test images in their order; even positions are validation, odd ones test. A
+    folder is split the same way, within each class, unless ``held_out`` names another one for the test.
 
-    Raises ``RecipeError`` for an unknown name.
+    classes: the generator's, by id; shape: (C, H, W) that folders are read in. Sub-folders are called as
+    ``dpfast.data.folders.open_folder`` says, or by a WordNet id.
+
+    Raises ``RecipeError`` for an unknown name, and for a folder without images for a class or with others.
     """
-    if name != "fashion":
-        raise RecipeError(f"validation = {name!r}: no such set of real images; known is 'fashion'")
-    images, labels = fashion.read_split(ASSETS / "fashion_test", "t10k")
-    return RealData(
-        classes=fashion.CLASSES,
-        validation=RealSet(images[0::2].contiguous(), labels[0::2].contiguous()),
-        test=RealSet(images[1::2].contiguous(), labels[1::2].contiguous()),
-    )
+    check_real(name, held_out)
+    if name == "fashion":
+        images, labels = fashion.read_split(ASSETS / "fashion_test", "t10k")
+        return RealData(fashion.CLASSES, _part(images, labels, 0), _part(images, labels, 1))
+    folder = _open(name, "validation", classes, shape)
+    if held_out:
+        other = _open(held_out, "held_out", classes, shape)
+        return RealData(tuple(classes), read_all(folder), read_all(other))
+    place, seen = [], [0] * len(classes)
+    for label in folder.labels:
+        place.append(seen[label] % 2)
+        seen[label] += 1
+    few = [classes[label] for label, count in enumerate(seen) if count < 2]
+    if few:
+        raise RecipeError(
+            f"validation = {name!r}: {few[0]!r} has one image, expected two or more, or a held_out folder"
+        )
+    halves = [[i for i, half in enumerate(place) if half == wanted] for wanted in (0, 1)]
+    return RealData(tuple(classes), *(read_all(folder.subset(half)) for half in halves))
+
+
+def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int, int]:
+    """How many images ``load_real`` will take for validation and test; without such folders 25 a class for each."""
+    if name == "fashion":
+        return 5000, 5000
+    found = [
+        sum(1 for file in Path(place).rglob("*") if file.suffix.lower() in SUFFIXES) if place else 0
+        for place in (name, held_out)
+    ]
+    if not found[0]:
+        return 25 * classes, 25 * classes
+    return (found[0], found[1]) if held_out else (-(-found[0] // 2), found[0] // 2)
+
+
+def check_real(name: str, held_out: str = "") -> None:
+    """Raises ``RecipeError`` where a folder that ``load_real`` will read is missing; takes no time."""
+    for field, place in (("validation", name), ("held_out", held_out)):
+        path = Path(place)
+        if place in ("", "fashion") or (path.is_dir() and any(entry.is_dir() for entry in path.iterdir())):
+            continue
+        what = "it has no sub-folders" if path.is_dir() else "no such folder"
+        raise RecipeError(
+            f"{field} = {place!r}: {what}; expected 'fashion', or --{field.replace('_', '-')} DIR with a sub-folder of "
+            "real images for each class"
+        )
+
+
+def _open(name: str, field: str, classes: Sequence[str], shape: Sequence[int] | None) -> ImageFolder:
+    if shape is None or not classes:
+        raise ValueError(f"{field} = {name!r}: a folder needs the classes and the shape of the generator's images")
+    try:
+        folder = open_folder(Path(name), classes, tuple(shape), ids=imagenet.load().ids_of(classes), only=True)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("evaluation =", f"{field} =", 1)) from error
+    missing = sorted(set(range(len(classes))) - set(folder.labels))
+    if missing:
+        more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
+        raise RecipeError(f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}")
+    return folder
+
+
+def read_all(folder: ImageFolder) -> RealSet:
+    """Reads and decodes every image, on as many threads as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        images = torch.empty(len(folder), *folder.shape, dtype=torch.uint8)
+        for i, image in enumerate(threads.map(lambda file: read_image(file, folder.shape), folder.files)):
+            images[i] = image
+    return RealSet(images, torch.tensor(folder.labels))
+
+
+def _part(images: Tensor, labels: Tensor, first: int) -> RealSet:
+    return RealSet(images[first::2].contiguous(), labels[first::2].contiguous())

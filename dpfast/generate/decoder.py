@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -79,6 +80,19 @@ class TinyDecoder:
 
     def __call__(self, latents: Tensor) -> Tensor:
         return self.tiny.decode(self._unscale(latents)).sample.float()
+
+
+class ResizedDecoder:
+    """Another decoder, its images resized to a square of ``size`` pixels (bilinear, antialiased)."""
+
+    def __init__(self, decoder: Decoder, size: int) -> None:
+        self.decoder, self.size = decoder, size
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        images = self.decoder(latents)
+        if images.shape[-2:] == (self.size, self.size):
+            return images
+        return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
 
 
 class IdentityDecoder:

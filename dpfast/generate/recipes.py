@@ -40,8 +40,11 @@ def resized(pipeline: Pipeline, size: int) -> Pipeline:
     """The pipeline with images of ``size`` x ``size`` pixels, final ones and those that guide; 0: as they are."""
     if not size:
         return pipeline
-    decoders = (ResizedDecoder(decoder, size) for decoder in (pipeline.decoder, pipeline.guidance_decoder))
-    return replace(pipeline, **dict(zip(("decoder", "guidance_decoder"), decoders, strict=True)))
+    return replace(
+        pipeline,
+        decoder=ResizedDecoder(pipeline.decoder, size),
+        guidance_decoder=ResizedDecoder(pipeline.guidance_decoder, size),
+    )
 
 
 @torch.no_grad()

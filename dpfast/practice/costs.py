@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from dpfast.generate.sampler import GuidedSampler, SampleBatch
+from dpfast.roofline.counting import flops
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,6 @@ class Cost:
         self.__dict__.update(state)
 
 
-class _Flops(TorchDispatchMode):
-    """``torch.utils.flop_counter`` without its tracking of modules, which the backward pass of a vjp does not bear."""
-
-    total = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        self.total += 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def price(sampler: GuidedSampler, *, guided: bool) -> Price:
     """Makes one sample and counts: rows through the denoiser, and FLOPs by torch's formulas.
 
@@ -86,13 +72,13 @@ def price(sampler: GuidedSampler, *, guided: bool) -> Price:
         rows += len(arguments[0] if arguments else named["hidden_states"])
 
     denoiser: Any = sampler.pipeline.denoiser
+    sampler.execution  # noqa: B018  tries the learner out on images of its own, once
     hook = denoiser.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        with _Flops() as counter, sdpa_kernel(SDPBackend.MATH):
-            sampler.generate([0], omega=None if guided else 0.0)
+        counted = flops(lambda: sampler.generate([0], omega=None if guided else 0.0))
     finally:
         hook.remove()
-    return Price(float(rows), counter.total)
+    return Price(float(rows), counted)
 
 
 def pruning_ratio(unguided: Tensor, entropy: float) -> float:

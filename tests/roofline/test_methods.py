@@ -47,5 +47,5 @@ def test_methods_add_their_parts_up():
 
 def test_limits_are_of_known_devices():
     assert limit("H100", 50.7e12) == pytest.approx(19.5, abs=0.05)
-    with pytest.raises(ValueError, match=r"device = 'abacus': expected one of A100"):
+    with pytest.raises(ValueError, match=r"device = 'abacus': expected one of a100"):
         limit("abacus", 1.0)

@@ -1,0 +1,42 @@
+"""``dpfast plan``: what a recipe takes on a number of devices, before any of them is rented."""
+
+from __future__ import annotations
+
+import argparse
+
+from dpfast.cli import Commands
+from dpfast.cli.recipes import add_recipe, recipe_of
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "plan", help="hours, samples/s, memory and limits of a recipe on given devices", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--device", default="h100", help="a100, h100, h200, b200, or here: this machine, measured (default h100)"
+    )
+    parser.add_argument("--count", type=int, default=1, help="how many of them (default 1)")
+    parser.add_argument("--utilisation", type=float, help="of every limit; default 0.5 generation, 0.4 training")
+    parser.add_argument("--samples", type=int, help="at the end of the run; default: the recipe's maximum")
+    add_recipe(parser, without=("device",))  # the plan's device may be another than that of the run
+    parser.set_defaults(handler=plan)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    recipe = recipe_of(arguments)
+
+    from dpfast.roofline.devices import HERE
+    from dpfast.roofline.measure import measure
+    from dpfast.roofline.plan import plan
+    from dpfast.roofline.table import plan_table
+
+    made = plan(
+        recipe,
+        arguments.device,
+        count=arguments.count,
+        utilisation=arguments.utilisation,
+        samples=arguments.samples,
+        timings=measure(recipe) if arguments.device.lower() == HERE else None,
+    )
+    print(plan_table(made))
+    return 0

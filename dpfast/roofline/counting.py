@@ -1,0 +1,123 @@
+"""What a computation does, counted on any device: FLOPs and bytes moved.
+
+FLOPs are those of torch's flop counter: a multiplication and its addition count as two; norms, activations and softmax
+do not count. Bytes moved are the operands and results of the same operations, each once, as if everything between them
+were fused into them and the scores of an attention never left the chip: a lower bound of the memory traffic. On the
+meta device nothing is computed, so a laptop counts Stable Diffusion in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Pass:
+    """FLOPs of one sample: forward, and backward to the input alone (frozen weights)."""
+
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Counts:
+    """half, full: FLOPs whose result is a 16-bit and a 32-bit float; moved: bytes of their operands and results."""
+
+    half: float = 0.0
+    full: float = 0.0
+    moved: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return self.half + self.full
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.half + other.half, self.full + other.full, self.moved + other.moved)
+
+    def __mul__(self, times: float) -> Counts:
+        return Counts(self.half * times, self.full * times, self.moved * times)
+
+
+class _Attention(TorchFunctionMode):
+    """Remembers what attentions compute: (queries, keys) of their scores -> bytes of an element that goes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: dict[tuple[int, ...], int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            (*_, queries, _), (*_, keys, _) = args[0].shape, args[1].shape
+            self.scores |= dict.fromkeys([(queries, keys), (keys, queries)], args[0].itemsize)
+        return func(*args, **(kwargs or {}))
+
+
+class _Counter(TorchDispatchMode):
+    """``FlopCounterMode`` without its tracking of modules, which the backward pass of a vjp does not bear."""
+
+    def __init__(self, attention: _Attention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.total = Counts()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            amount = float(formula(*args, **(kwargs or {}), out_val=out))
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            scores = self.attention.scores
+            inside = [scores[tuple(t.shape[-2:])] for t in tensors if tuple(t.shape[-2:]) in scores]
+            # the plain form of an attention computes in fp32 what the fused ones compute in the dtype that goes in
+            size = inside[0] if inside else 8
+            moved = sum(t.numel() * min(t.itemsize, size) for t in tensors if tuple(t.shape[-2:]) not in scores)
+            half = min(tensors[-1].itemsize, size) <= 2
+            self.total += Counts(amount if half else 0.0, 0.0 if half else amount, moved)
+        return out
+
+
+class Fused(TorchFunctionMode):
+    """Attention on the meta device holds what a fused one does: no scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].is_meta and kwargs.get("attn_mask") is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        return func(*args, **kwargs)
+
+
+def counts(call: Callable[[], object]) -> Counts:
+    """Counts of an eager ``call``, with attention in its plain form, whose FLOPs are those of every form."""
+    with _Attention() as attention, _Counter(attention) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
+    return counter.total
+
+
+def flops(call: Callable[[], object]) -> float:
+    """FLOPs of the matrix products, convolutions and attentions in an eager ``call``."""
+    return counts(call).flops
+
+
+def count(function: Callable[[Tensor], Tensor], x: Tensor) -> Pass:
+    """The passes of ``function`` at a batch ``x`` (B, ...) of floating type, for one sample."""
+    x = x.detach().requires_grad_(True)
+    kept: list[Tensor] = []
+    with torch.enable_grad():
+        forward = flops(lambda: kept.append(function(x)))
+        backward = flops(lambda: kept[0].backward(torch.ones_like(kept[0])))
+    return Pass(forward / len(x), backward / len(x))

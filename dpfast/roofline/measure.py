@@ -1,0 +1,84 @@
+"""The stages of a recipe, timed on this machine: a few batches of each, with the weights that the recipe names."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dpfast.config import Recipe
+from dpfast.evaluate.measures import predict
+from dpfast.feed.augment import Augment
+from dpfast.feed.loader import make_loader
+from dpfast.generate.recipes import load_pipeline, new_sampler
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.learn.models import build_learner
+from dpfast.learn.trainer import Trainer
+from dpfast.pool.pool import SamplePool
+
+EVALUATED = 500  # images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds of one unit: an unguided and a guided sample, an image in a training step, an evaluated image."""
+
+    unguided: float
+    guided: float
+    training: float
+    evaluation: float
+
+
+def measure(recipe: Recipe, *, rounds: int = 3, steps: int = 40) -> Timings:
+    """Medians of ``rounds`` batches, and of ``rounds`` times ``steps`` training steps, after a round to warm up.
+
+    The samples that are made are those that the learner is trained on. Raises what ``load_pipeline`` raises.
+    """
+    pipeline = load_pipeline(recipe.generator)
+    classes, config = pipeline.denoiser.classes, recipe.learner
+    torch.manual_seed(recipe.seed)
+    learner = build_learner(config.model, classes=classes, channels=pipeline.image_channels, **config.options)
+    trainer = Trainer(learner, config, iterations=10**6)
+    guide = trainer.weights(recipe.guidance.guide_with).eval()
+    labels = torch.arange(recipe.generator.generation_batch) % classes
+    samplers = [new_sampler(recipe, pipeline, model) for model in (None, guide)]
+    unguided, guided = (_median(partial(_make, s, labels), rounds) / len(labels) for s in samplers)
+    batch = samplers[0].generate(labels)
+    pool = SamplePool(recipe.pool.codec if recipe.pool.codec != "latents" else "pixels", shape=batch.images.shape[1:])
+    pool.append(batch, round=0, omega=0.0, cfg_scale=1.0, steps=1, seed=0)
+    augment = Augment(flip=config.flip, shift=config.shift, crop=config.crop, mixup=config.mixup, cutmix=config.cutmix)
+    loader = make_loader(
+        config.loader, pool, batch_size=config.batch_size, seed=recipe.seed, augment=augment, classes=classes
+    )
+
+    def train() -> None:
+        learner.train()
+        for _ in range(steps):
+            float(trainer.step(*next(loader)))
+
+    try:
+        training = _median(train, rounds) / (steps * config.batch_size)
+    finally:
+        loader.close()
+    images = batch.images[torch.arange(EVALUATED) % len(batch)]
+    evaluation = _median(lambda: predict(trainer.ema.module, images), rounds) / EVALUATED
+    return Timings(unguided=unguided, guided=guided, training=training, evaluation=evaluation)
+
+
+def _make(sampler: GuidedSampler, labels: torch.Tensor) -> None:
+    for batch in sampler.stream(labels, batch_size=len(labels)):
+        batch.images.sum().item()  # waits for a GPU
+
+
+def _median(call: Callable[[], object], rounds: int) -> float:
+    call()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

@@ -1,0 +1,223 @@
+"""A recipe on a number of devices: hours and samples per second of each phase, memory, and what limits them.
+
+    plan(Recipe.load("imagenet1k-sd15"), "h100", count=8)
+
+A phase takes its FLOPs over the peak of its dtype, or its bytes over the bandwidth, whichever is longer, divided by the
+utilisation. Training is data-parallel: the sum of gradients over all devices runs beside the backward pass, so a step
+takes the longer of the two. Where the stages were timed (``dpfast.roofline.measure``), the plan goes by those times.
+
+The plan is for a run that adds samples until ``maximum_samples``; one that stops earlier costs less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from dpfast.config import Recipe, RecipeError
+from dpfast.data.real import count_real
+from dpfast.generate.recipes import class_names, resized
+from dpfast.pool import codecs
+from dpfast.pool.plan import Plan as PoolPlan
+from dpfast.pool.plan import plan as plan_pool
+from dpfast.pool.tiers import GIB, Tiers
+from dpfast.practice.sources import PROBE_SAMPLES
+from dpfast.roofline import devices
+from dpfast.roofline.architectures import without_weights
+from dpfast.roofline.counting import Counts
+from dpfast.roofline.devices import Device
+from dpfast.roofline.measure import Timings
+from dpfast.roofline.stages import Stages, count_stages
+
+UTILISATION = {"generation": 0.5, "training": 0.4, "evaluation": 0.4}  # of the limit; stated, not measured
+LEARNER_MEMORY = 0.9  # of a device's memory that weights, activations and pool may take together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """units: samples or images of all devices; limit: seconds at 100 %; seconds: at the utilisation, or measured."""
+
+    source: str
+    name: str
+    units: int
+    counts: Counts
+    limited_by: str
+    limit: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Units per second of all devices together."""
+        return self.units / self.seconds if self.seconds else float("inf")
+
+    @property
+    def utilisation(self) -> float:
+        return self.limit / self.seconds if self.seconds else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What ``dpfast plan`` prints. Memory is of one device, bytes."""
+
+    recipe: Recipe
+    device: Device
+    count: int
+    phases: tuple[Phase, ...]
+    stages: Stages
+    pool: PoolPlan
+    measured: bool
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def device_hours(self) -> float:
+        return self.seconds * self.count / 3600
+
+    @property
+    def sampling_memory(self) -> float:
+        """Weights of generator and learner and the dearest step of a whole batch."""
+        fixed, each = self.stages.sampling_bytes
+        return self.stages.weights + self.stages.state + fixed + each * self.recipe.generator.generation_batch
+
+    @property
+    def training_memory(self) -> float:
+        """The same weights and a training step of this device's share of the batch."""
+        fixed, each = self.stages.training_bytes
+        share = -(-self.recipe.learner.batch_size // self.count)
+        return self.stages.weights + self.stages.state + fixed + each * share
+
+    @property
+    def largest_batch(self) -> int:
+        """The most samples of a guided batch that the memory of a device holds beside the weights."""
+        fixed, each = self.stages.sampling_bytes
+        return max(
+            0, int((self.device.memory * LEARNER_MEMORY - self.stages.weights - self.stages.state - fixed) // each)
+        )
+
+
+def plan(
+    recipe: Recipe,
+    device: Device | str,
+    *,
+    count: int = 1,
+    utilisation: float | None = None,
+    timings: Timings | None = None,
+    samples: int | None = None,
+) -> Plan:
+    """Plans a recipe.
+
+    Args:
+        device: a name of ``dpfast.roofline.devices`` or a device; count: how many of them.
+        utilisation: of every phase's limit, in place of ``UTILISATION``.
+        timings: measured seconds of the stages on one device, in place of limits.
+        samples: at the end of the run, in place of the recipe's maximum.
+
+    Raises ``RecipeError`` for a count or a utilisation out of range, an unknown device, a pipeline or a learner that
+    cannot be built.
+    """
+    if count < 1:
+        raise RecipeError(f"count = {count}: at least one device")
+    if utilisation is not None and not 0 < utilisation <= 1:
+        raise RecipeError(f"utilisation = {utilisation:g}: above 0 and at most 1")
+    device = devices.device(device) if isinstance(device, str) else device
+    generator, learner = recipe.generator, recipe.learner
+    names = class_names(generator)
+    pipeline = without_weights(
+        generator.pipeline, classes=None if names is None else len(names), dtype=getattr(torch, generator.dtype)
+    )
+    pipeline = resized(pipeline, generator.image_size)
+    half = learner.precision == "bf16" or (learner.precision == "auto" and device.half > device.full)
+    try:
+        stages = count_stages(recipe, pipeline, half_training=half)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    phases = tuple(_phases(recipe, stages, device, count, utilisation, timings, samples, pipeline.denoiser.classes))
+    return Plan(
+        recipe=recipe,
+        device=device,
+        count=count,
+        phases=phases,
+        stages=stages,
+        pool=_pool(recipe, stages, device, count),
+        measured=timings is not None,
+    )
+
+
+def _phases(
+    recipe: Recipe,
+    stages: Stages,
+    device: Device,
+    count: int,
+    utilisation: float | None,
+    timings: Timings | None,
+    samples: int | None,
+    classes: int,
+) -> Iterator[Phase]:
+    practice, learner = recipe.practice, recipe.learner
+    total = practice.maximum_samples if samples is None else samples
+    steps = practice.iterations
+    validation, test = count_real(recipe.validation, recipe.held_out, classes=classes)
+    evaluated = steps // practice.interval(learner.batch_size) * validation + validation + test
+
+    def phase(source: str, name: str, kind: str, units: int, each: Counts, seconds: float | None) -> Phase:
+        limits = device.limits(each * (units / count))
+        if name == "training" and count > 1:
+            # ring all-reduce of fp32 gradients, over the slowest link on the way
+            link = device.link if count <= devices.NODE else devices.NETWORK
+            limits["network"] = steps * 2 * (count - 1) / count * 4 * stages.parameters / link
+        limited_by = max(limits, key=limits.__getitem__)
+        limit = limits[limited_by]
+        share = utilisation or UTILISATION[kind]
+        worked = units * seconds / count if seconds is not None else max(limits["compute"], limits["memory"]) / share
+        return Phase(
+            source=source,
+            name=name,
+            units=units,
+            counts=each,
+            limited_by=limited_by,
+            limit=limit,
+            seconds=max(worked, limits.get("network", 0.0)),
+        )
+
+    unguided, guided, train, judge = (
+        (None,) * 4 if timings is None else (timings.unguided, timings.guided, timings.training, timings.evaluation)
+    )
+    made = 0  # unguided samples by id are made once and shared
+    for source in ("dp", "static", "prune", "dynamic"):
+        if source not in practice.sources:
+            continue
+        first, more = practice.initial_samples, total - practice.initial_samples
+        needed = {
+            "dp": first,
+            "static": total,
+            "dynamic": total,
+            "prune": first + int(practice.oversample * more),
+        }[source]
+        new = max(0, needed - made)
+        yield phase(source, "unguided samples", "generation", new, stages.unguided, unguided)
+        made = max(made, needed)
+        if source == "dp" and more > 0:
+            yield phase(source, "guided samples", "generation", more, stages.guided, guided)
+            yield phase(source, "yardstick", "generation", PROBE_SAMPLES, stages.unguided, unguided)
+        if source in ("dynamic", "prune"):
+            yield phase(source, "scoring", "evaluation", needed - first, stages.evaluation, judge)
+        yield phase(source, "training", "training", steps * learner.batch_size, stages.training, train)
+        yield phase(source, "evaluation", "evaluation", evaluated, stages.evaluation, judge)
+
+
+def _pool(recipe: Recipe, stages: Stages, device: Device, count: int) -> PoolPlan:
+    """Where the samples lie: what a device has left beside sampling and training, then host memory."""
+    config = recipe.pool
+    shape = stages.latent if config.codec == "latents" else stages.image
+    on_gpu = device.half > device.full
+    budget = (
+        (device.memory * LEARNER_MEMORY / 2 if config.device_gib is None else config.device_gib * GIB) if on_gpu else 0
+    )
+    tiers = Tiers.detect(host_bytes=None if config.host_gib is None else int(config.host_gib * GIB))
+    tiers = replace(tiers, device=torch.device("cuda") if budget else None, device_bytes=int(budget))
+    codecs.check_codec(config.codec)
+    return plan_pool(recipe.practice.maximum_samples, shape, config.codec, count, tiers=tiers)

@@ -1,0 +1,186 @@
+"""The stages of a recipe, counted: what one sample, one training step and one evaluated image do and hold.
+
+The code that is counted is the code that runs: the sampler's own steps and the learner's own training, on meta tensors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dpfast.config import Recipe
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.recipes import new_sampler
+from dpfast.generate.runtime.execution import Execution
+from dpfast.generate.runtime.memory import bytes_per_sample
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.generate.step import StepInputs, StepParts, Variant
+from dpfast.learn.models import build_learner
+from dpfast.roofline.counting import Counts, Fused, counts
+
+META = torch.device("meta")
+SLOTS = 4  # fp32 copies of a weight beside itself: gradient, two moments of AdamW, EMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """Counts of one unit each, and bytes held.
+
+    unguided, guided: a sample, from noise to pixels; training: an image in a training step; evaluation: an image.
+    weights: bytes of the generator's weights; state: of the learner's weights, gradients, moments and average.
+    sampling_bytes: (fixed, per sample) of the dearest step or the decoding, beside the weights; training_bytes: of a
+    training step beside the state. parameters: of the learner.
+    """
+
+    unguided: Counts
+    guided: Counts
+    training: Counts
+    evaluation: Counts
+    weights: int
+    state: int
+    sampling_bytes: tuple[int, int]
+    training_bytes: tuple[int, int]
+    parameters: int
+    image: tuple[int, ...]
+    latent: tuple[int, ...]
+
+
+def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> Stages:
+    """Counts a recipe's stages with a pipeline of ``without_weights``.
+
+    half_training: the learner's forward and backward passes run under bf16 autocast.
+
+    Raises ``RecipeError`` for a learner that cannot be built, ``ValueError`` for a sampler that cannot.
+    """
+    classes = pipeline.denoiser.classes
+    with META:
+        learner = build_learner(
+            recipe.learner.model, classes=classes, channels=pipeline.image_channels, **recipe.learner.options
+        ).eval()
+    sampler = new_sampler(recipe, pipeline, learner, compile=False, cuda_graphs=False)
+    batch = recipe.generator.generation_batch
+    execution = _execution(sampler)
+    image = tuple(execution.finish(torch.empty(1, *pipeline.denoiser.sample_shape, device=META)).images.shape[1:])
+    plain = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
+    train = _training(learner, image, recipe, classes)
+    size = recipe.learner.batch_size
+    with torch.no_grad():
+        evaluation = counts(lambda: learner(torch.empty(size, *image, device=META))) * (1 / size)
+    training = counts(lambda: train(size)) * (1 / size)
+    with Fused():
+        fixed, each = bytes_per_sample(train)
+    if half_training:
+        # autocast casts the operands of every matrix product; what is held for the backward pass halves with them
+        training = Counts(half=training.flops, moved=training.moved / 2)
+        each //= 2
+    parameters = sum(p.numel() for p in learner.parameters())
+    models = {id(m): m for m in (getattr(part, name, None) for part, name in _parts(pipeline)) if m is not None}
+    return Stages(
+        unguided=_sample(plain, batch, guided=False),
+        guided=_sample(sampler, batch, guided=True),
+        training=training,
+        evaluation=evaluation,
+        weights=sum(p.numel() * p.itemsize for model in models.values() for p in model.parameters()),
+        state=parameters * 4 * (1 + SLOTS),
+        sampling_bytes=_sampling_bytes(sampler),
+        training_bytes=(fixed, each),
+        parameters=parameters,
+        image=image,
+        latent=pipeline.denoiser.sample_shape,
+    )
+
+
+def _parts(pipeline: Pipeline) -> list[tuple[object, str]]:
+    decoders = [getattr(decoder, "decoder", decoder) for decoder in (pipeline.decoder, pipeline.guidance_decoder)]
+    return [(pipeline.denoiser, "model"), *((d, "vae") for d in decoders), *((d, "tiny") for d in decoders)]
+
+
+def _training(learner: nn.Module, image: tuple[int, ...], recipe: Recipe, classes: int) -> Callable[[int], None]:
+    """One forward and backward pass of the learner at a batch size; mixed labels are probabilities."""
+    mixed = recipe.learner.mixup > 0 or recipe.learner.cutmix > 0
+
+    def step(size: int) -> None:
+        learner.train()
+        with torch.enable_grad():
+            shape, dtype = ((size, classes), torch.float32) if mixed else ((size,), torch.int64)
+            loss = F.cross_entropy(
+                learner(torch.empty(size, *image, device=META)),
+                torch.empty(shape, dtype=dtype, device=META),
+                label_smoothing=recipe.learner.label_smoothing,
+            )
+            loss.backward()
+        learner.zero_grad(set_to_none=True)
+        learner.eval()
+
+    return step
+
+
+def _execution(sampler: GuidedSampler) -> Execution:
+    """The sampler's steps, without trying the learner out: there are no numbers to try."""
+    return Execution(
+        StepParts(
+            denoiser=sampler.pipeline.denoiser,
+            decoder=sampler.pipeline.decoder,
+            path=sampler._path,
+            mode=sampler.guidance.mode,
+            clip=sampler.table.clip,
+            multistep=sampler.table.needs_x0_prev,
+            noise=sampler.table.needs_noise,
+        )
+    )
+
+
+def _inputs(sampler: GuidedSampler, size: int) -> StepInputs:
+    table, shape = sampler.table, sampler.pipeline.denoiser.sample_shape
+    x, integers = torch.empty(size, *shape, device=META), torch.empty(size, dtype=torch.int64, device=META)
+    return StepInputs(
+        x=x,
+        x0_prev=torch.empty_like(x) if table.needs_x0_prev else None,
+        labels=integers,
+        sample_ids=integers,
+        valid=None,
+        step=integers[0],
+        rows=table.rows.to(META),
+        timesteps=table.timesteps.to(META),
+        omega=torch.empty(size, device=META),
+        cfg_scale=torch.empty((), device=META),
+        seed=integers[0],
+    )
+
+
+def _variants(sampler: GuidedSampler, *, guided: bool) -> Counter[Variant]:
+    return Counter(sampler._variants(guided=guided))
+
+
+@torch.no_grad()
+def _sample(sampler: GuidedSampler, batch: int, *, guided: bool) -> Counts:
+    """One sample of a batch: its steps and its decoding."""
+    inputs, execution = _inputs(sampler, batch), _execution(sampler)
+    total = counts(lambda: execution.finish(inputs.x))
+    for variant, times in _variants(sampler, guided=guided).items():
+        total += counts(partial(execution.step, variant, inputs)) * times
+    return total * (1 / batch)
+
+
+def _sampling_bytes(sampler: GuidedSampler) -> tuple[int, int]:
+    """(fixed, per sample) bytes of the dearest of the steps and the decoding."""
+    execution = _execution(sampler)
+
+    def decoding(size: int) -> None:
+        execution.finish(_inputs(sampler, size).x)
+
+    def step(variant: Variant, size: int) -> None:
+        execution.step(variant, _inputs(sampler, size))
+
+    calls: list[Callable[[int], object]] = [
+        decoding,
+        *(partial(step, variant) for variant in _variants(sampler, guided=True)),
+    ]
+    with Fused():
+        return max((bytes_per_sample(call) for call in calls), key=lambda pair: pair[1])

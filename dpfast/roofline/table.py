@@ -1,0 +1,62 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from dpfast.pool.tiers import NAMES, readable
+from dpfast.roofline.plan import Phase, Plan
+
+
+def plan_table(plan: Plan) -> str:
+    """Phases with hours and samples/s at the utilisation and at the limit, then memory and the place of the pool."""
+    rows: list[tuple[str, ...]] = [
+        ("", "samples", "TFLOP each", "samples/s", "at 100 %", "utilisation", "hours", "limited by")
+    ]
+    rows += [_row(phase) for phase in plan.phases if phase.units]
+    rows.append(("whole run", "", "", "", "", "", _hours(plan.seconds), ""))
+    many = f"{plan.count} x " if plan.count > 1 else ""
+    how = "stages timed on this machine" if plan.measured else "utilisation stated, not measured"
+    took = f"{plan.seconds / 3600:.2f} hours, {plan.device_hours:.2f} device hours"
+    lines = [f"{plan.recipe.name} on {many}{plan.device.name}: {took}; {how}"]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, "", *_memory(plan)])
+
+
+def _row(phase: Phase) -> tuple[str, ...]:
+    return (
+        f"{phase.source}: {phase.name}",
+        str(phase.units),
+        f"{phase.counts.flops / 1e12:.4g}",
+        f"{phase.rate:.4g}",
+        f"{phase.units / phase.limit:.4g}",
+        f"{phase.utilisation:.0%}",
+        _hours(phase.seconds),
+        phase.limited_by,
+    )
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2f}" if seconds >= 360 else f"{seconds / 3600:.4f}"
+
+
+def _memory(plan: Plan) -> list[str]:
+    batch, device, pool = plan.recipe.generator.generation_batch, plan.device, plan.pool
+    share = -(-plan.recipe.learner.batch_size // plan.count)
+    lines = [
+        f"memory of a device: {readable(device.memory)}",
+        f"  generator's weights {readable(plan.stages.weights)}, learner with its optimiser and average "
+        f"{readable(plan.stages.state)}",
+        f"  a guided batch of {batch}: {readable(plan.sampling_memory)} with the weights; the largest that fits: "
+        f"{plan.largest_batch}",
+        f"  a training step of {share}: {readable(plan.training_memory)} with the weights",
+        f"pool: {pool}",
+    ]
+    if not pool.fits:
+        missing = pool.samples - sum(pool.places.values())
+        budgets = ", ".join(f"{name} {readable(pool.tiers.budget(name))}" for name in NAMES)
+        lines.append(f"  {missing} samples of a device have no place (budgets of this plan: {budgets})")
+    return lines

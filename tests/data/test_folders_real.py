@@ -1,0 +1,56 @@
+"""Real images from folders: the halves, a folder of its own for the test, and what is refused before any work."""
+
+import pytest
+import torch
+from PIL import Image
+
+from dpfast.config import RecipeError
+from dpfast.data import imagenet
+from dpfast.data.real import check_real, count_real, load_real
+
+CLASSES = ("cat", "red bicycle")
+
+
+def folder(path, classes=CLASSES, count=3):
+    for label, name in enumerate(classes):
+        (path / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), color=100 * label + i).save(path / name / f"{i}.png")
+    return path
+
+
+def test_a_folder_is_split_within_each_class(tmp_path):
+    real = load_real(str(folder(tmp_path)), classes=CLASSES, shape=(1, 8, 8))
+    assert real.validation.images[:, 0, 0, 0].tolist() == [0, 2, 100, 102]
+    assert real.test.images[:, 0, 0, 0].tolist() == [1, 101]
+    assert real.test.labels.tolist() == [0, 1]
+    assert count_real(str(tmp_path)) == (3, 3)  # of six files; the plan does not look at classes
+
+
+def test_a_held_out_folder_leaves_the_validation_whole(tmp_path):
+    first, second = folder(tmp_path / "a"), folder(tmp_path / "b", count=1)
+    real = load_real(str(first), held_out=str(second), classes=CLASSES, shape=(1, 8, 8))
+    assert (len(real.validation), len(real.test)) == (6, 2) == count_real(str(first), str(second))
+    assert real.validation.images.dtype == torch.uint8
+
+
+def test_what_cannot_be_is_refused_by_name(tmp_path):
+    with pytest.raises(RecipeError, match=r"validation = 'imagenet-val': no such folder; .*--validation DIR"):
+        check_real("imagenet-val")
+    with pytest.raises(RecipeError, match=r"held_out = .*no sub-folders"):
+        check_real("fashion", str(tmp_path))
+    one = folder(tmp_path / "one", count=1)
+    with pytest.raises(RecipeError, match=r"'cat' has one image, expected two or more"):
+        load_real(str(one), classes=CLASSES, shape=(1, 8, 8))
+    with pytest.raises(RecipeError, match=r"validation = .*no images of 'dog'"):
+        load_real(str(one), classes=(*CLASSES, "dog"), shape=(1, 8, 8))
+    with pytest.raises(RecipeError, match=r"validation = .*does not know: red bicycle"):
+        load_real(str(one), classes=("cat",), shape=(1, 8, 8))
+
+
+@pytest.mark.parametrize(("name", "count"), [("imagenet100", 100), ("imagenet1k", 1000)])
+def test_the_classes_of_a_named_set_are_those_of_imagenet(name, count):
+    names = imagenet.named(name)
+    ids = imagenet.load().ids_of(names)
+    assert len(names) == count == len(set(ids))
+    assert ids[0] == {"imagenet100": "n02869837", "imagenet1k": "n01440764"}[name]

@@ -1,0 +1,121 @@
+"""Plans against torch's counter, real counts of the sampler, the published sizes, and their own arithmetic."""
+
+import dataclasses
+
+import diffusers
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpfast.config import Recipe, RecipeError
+from dpfast.generate.recipes import new_sampler
+from dpfast.learn.models import build_learner
+from dpfast.pool.plan import plan as plan_pool
+from dpfast.practice.costs import price
+from dpfast.roofline import architectures, stable_diffusion_15
+from dpfast.roofline.architectures import without_weights
+from dpfast.roofline.counting import Counts, counts
+from dpfast.roofline.devices import DEVICES, NETWORK
+from dpfast.roofline.measure import Timings
+from dpfast.roofline.plan import plan
+from dpfast.roofline.stages import count_stages
+from dpfast.roofline.table import plan_table
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return Recipe.load("fashion", generation_batch=8)
+
+
+@pytest.fixture(scope="module")
+def stages(recipe):
+    return count_stages(recipe, without_weights("fashion"), half_training=False)
+
+
+def torch_counts(call):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
+    return counter.get_total_flops()
+
+
+def test_counts_of_every_architecture_are_those_of_torchs_counter():
+    work = stable_diffusion_15(256)
+    with torch.device("meta"):
+        x, tokens, t = torch.empty(1, 4, 32, 32), torch.empty(1, 77, 768), torch.empty(1)
+        unet = diffusers.UNet2DConditionModel(sample_size=32, **architectures.SD15)
+        vae, tiny = diffusers.AutoencoderKL(**architectures.VAE), diffusers.AutoencoderTiny()
+        dit = diffusers.DiTTransformer2DModel(sample_size=32, **architectures.DIT_XL_2)
+        vit = architectures.vit_b_16()
+    with torch.no_grad():
+        assert work.denoiser.forward == torch_counts(lambda: unet(x, t, encoder_hidden_states=tokens))
+        assert work.decoder.forward == torch_counts(lambda: vae.decode(x))
+        assert work.tiny.forward == torch_counts(lambda: tiny.decode(x))
+        images = torch.empty(1, 3, 224, 224, device="meta")
+        assert work.learner.forward == torch_counts(lambda: vit(images))
+        label = torch.zeros(1, dtype=torch.int64, device="meta")
+        counted = counts(lambda: dit(x, timestep=t.long(), class_labels=label)).flops
+        assert counted == torch_counts(lambda: dit(x, timestep=t.long(), class_labels=label)) == 237333676032
+
+
+def test_a_planned_sample_costs_what_a_real_one_is_counted_to(recipe, stages, fashion):
+    options = recipe.learner.options
+    learner = build_learner(recipe.learner.model, classes=10, channels=1, **options).eval()
+    assert stages.unguided.flops == price(new_sampler(recipe, fashion, None, compile=False), guided=False).flops
+    assert stages.guided.flops == price(new_sampler(recipe, fashion, learner, compile=False), guided=True).flops
+
+
+def test_bytes_are_operands_and_results_and_leave_scores_out():
+    a, b = torch.empty(3, 5, device="meta"), torch.empty(5, 7, device="meta")
+    assert counts(lambda: a @ b) == Counts(full=2 * 3 * 5 * 7, moved=4 * (15 + 35 + 21))
+    q = torch.empty(1, 2, 64, 8, device="meta", dtype=torch.bfloat16)
+    found = counts(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert found.full == 0  # fused attentions compute in the dtype that goes in
+    assert found.half == 2 * 2 * 2 * 64 * 64 * 8
+    assert found.moved == 4 * q.nbytes  # queries, keys, values and the result; no scores
+
+
+def test_phases_take_their_share_of_the_peak(recipe, stages):
+    made = plan(recipe, "a100", count=4, utilisation=0.25)
+    phases = {phase.name: phase for phase in made.phases if phase.source == "dp"}
+    guided, device = phases["guided samples"], DEVICES["a100"]
+    assert guided.units == 3000
+    expected = 3000 / 4 * max(stages.guided.full / device.full, stages.guided.moved / device.bandwidth)
+    assert guided.limit == pytest.approx(expected)
+    assert guided.seconds == pytest.approx(4 * expected)
+    assert phases["training"].units == 1200 * 64
+    static = [phase for phase in made.phases if phase.source == "static"]
+    assert static[0].units == 4500 - 1500  # the first ones are shared
+    assert made.device_hours == pytest.approx(4 * sum(phase.seconds for phase in made.phases) / 3600)
+
+
+def test_a_step_waits_for_the_gradients_of_many_devices(recipe, stages):
+    wide = dataclasses.replace(recipe, learner=dataclasses.replace(recipe.learner, precision="bf16"))
+    training = next(phase for phase in plan(wide, "h100", count=64).phases if phase.name == "training")
+    assert training.limited_by == "network"
+    assert training.seconds == pytest.approx(1200 * 2 * 63 / 64 * 4 * stages.parameters / NETWORK)
+
+
+def test_measured_stages_replace_limits_and_the_table_says_so(recipe):
+    timings = Timings(unguided=0.5, guided=1.0, training=1e-3, evaluation=1e-4)
+    made = plan(recipe, "a100", timings=timings, samples=2000)
+    seconds = 1500 * 0.5 + 500 * 1.0 + 250 * 0.5 + 500 * 0.5  # initial, guided, yardstick, the rest of static
+    assert made.seconds == pytest.approx(seconds + 2 * (76800e-3 + 48 * 5000e-4 + 10000e-4))
+    text = plan_table(made)
+    assert "stages timed on this machine" in text
+    assert "guided samples" in text
+
+
+def test_the_published_pools_have_their_sizes():
+    assert plan_pool(6_500_000, (3, 256, 256)).bytes_per_sample * 6_500_000 == pytest.approx(1.278e12, rel=1e-3)
+    assert plan_pool(6_500_000, (4, 32, 32), "latents").bytes_per_sample * 6_500_000 == pytest.approx(53.2e9, rel=1e-3)
+
+
+def test_what_cannot_be_planned_is_refused(recipe):
+    for changes, message in (({"count": 0}, "count = 0"), ({"utilisation": 1.5}, "utilisation = 1.5")):
+        with pytest.raises(RecipeError, match=message):
+            plan(recipe, "h100", **changes)
+    with pytest.raises(RecipeError, match=r"device = 'abacus': expected one of a100"):
+        plan(recipe, "abacus")
+    with pytest.raises(RecipeError, match=r"no such folder"):
+        without_weights("dit-of-nobody")
