@@ -56,6 +56,8 @@ def pieces(part: str, sizes: tuple[int, ...] = SIZES, iterations: int = 1200) ->
     elif part == "time":  # half of the iterations
         contest = (("dp", sizes[1]), ("dp", middle), ("static", middle), ("static", largest), ("prune", middle))
         yield from (run(source, size, iterations=iterations // 2) for source, size in contest)
+        # what the omega sweep prefers, for as long as a third of the largest static run's seconds allow
+        yield run("dp", sizes[1], iterations=iterations * 5 // 8, omega=OMEGAS[-1])
     elif part == "patience":
         yield from (run("dp", middle, patience_growth=growth) for growth in ("fixed", "pool", "round"))
     else:

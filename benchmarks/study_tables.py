@@ -41,22 +41,27 @@ def read(path: Path) -> list[Line]:
 
 
 def seconds(lines: Iterable[Line]) -> Callable[[Line], float]:
-    """A run's seconds of generation and training at the best rates that any run of the same kind had.
+    """A run's seconds of generation and training at the best rates that any of ``lines`` of the same kind had.
 
     Runs share a machine with other work, so that their own seconds vary; their counts do not.
     """
-    made: dict[str, float] = {}
+    made: dict[Any, float] = {}
     step = float("inf")
     for line in lines:
         rate = line["generation_seconds"] / line["samples_made"]
-        made[line["source"]] = min(rate, made.get(line["source"], rate))
+        made[_kind(line)] = min(rate, made.get(_kind(line), rate))
         step = min(step, line["training_seconds"] / line["iterations"])
-    return lambda line: made[line["source"]] * line["samples_made"] + step * line["iterations"]
+    return lambda line: made[_kind(line)] * line["samples_made"] + step * line["iterations"]
 
 
-def cells(lines: list[Line], key: Callable[[Line], Any]) -> dict[Any, Cell]:
+def _kind(line: Line) -> tuple[str, bool]:
+    """Runs whose samples cost the same: omega 0 skips the guidance."""
+    return line["source"], line["source"] == "dp" and line["fields"]["omega"] != 0
+
+
+def cells(lines: list[Line], key: Callable[[Line], Any], duration: Callable[[Line], float]) -> dict[Any, Cell]:
     """``key`` of a line -> its runs."""
-    duration, groups = seconds(lines), defaultdict(list)
+    groups = defaultdict(list)
     for line in lines:
         groups[key(line)].append(line)
     return {
@@ -69,7 +74,7 @@ def scaling(lines: list[Line]) -> dict[tuple[str, int], Cell]:
     """(source, samples) -> the runs of the common setting."""
     full = max(line["iterations"] for line in lines)
     usual = [line for line in lines if _setting(line) == COMMON and line["iterations"] == full]
-    return cells(usual, lambda line: (line["source"], line["fields"]["maximum_samples"]))
+    return cells(usual, lambda line: (line["source"], line["fields"]["maximum_samples"]), seconds(lines))
 
 
 def sweep(lines: list[Line], source: str, field: str) -> dict[Any, Cell]:
@@ -87,17 +92,24 @@ def sweep(lines: list[Line], source: str, field: str) -> dict[Any, Cell]:
         and line["fields"]["maximum_samples"] == sizes[len(sizes) // 2]
         and _setting(line) | {field: None} == COMMON | {field: None}
     ]
-    return dict(sorted(cells(same, lambda line: _setting(line).get(field, "recipe")).items()))
+    return dict(sorted(cells(same, lambda line: _setting(line).get(field, "recipe"), seconds(lines)).items()))
 
 
-def cheapest(lines: list[Line], target: float) -> dict[str, tuple[int, int, Cell]]:
-    """Source -> (samples, iterations, runs) of the least seconds among those that reach ``target`` on average."""
-    found: dict[str, tuple[int, int, Cell]] = {}
-    usual = [line for line in lines if _setting(line) == COMMON]
-    groups = cells(usual, lambda line: (line["source"], line["fields"]["maximum_samples"], line["iterations"]))
-    for (source, samples, iterations), cell in groups.items():
-        if cell.mean >= target and (source not in found or cell.seconds < found[source][2].seconds):
-            found[source] = samples, iterations, cell
+def cheapest(lines: list[Line], target: float) -> dict[str, tuple[int, int, float, Cell]]:
+    """Source -> (samples, iterations, omega, runs) of the least seconds among those that reach ``target`` on average.
+
+    Of all sizes, lengths and omegas that ran in an otherwise common setting.
+    """
+    found: dict[str, tuple[int, int, float, Cell]] = {}
+    usual = [line for line in lines if _setting(line) | {"omega": None} == COMMON | {"omega": None}]
+
+    def key(line: Line) -> tuple[str, int, int, float]:
+        fields = line["fields"]
+        return line["source"], fields["maximum_samples"], line["iterations"], fields["omega"]
+
+    for (source, *rest), cell in cells(usual, key, seconds(lines)).items():
+        if cell.mean >= target and (source not in found or cell.seconds < found[source][-1].seconds):
+            found[source] = *rest, cell
     return found
 
 
@@ -122,10 +134,10 @@ def tables(path: Path) -> Iterator[str]:
     largest = grid["static", max(size for source, size in grid if source == "static")]
     yield f"The least seconds to the {100 * largest.mean:.2f} % of static's largest set ({largest.seconds:.0f} s):"
     yield from _table(
-        ["source", "samples", "iterations", "accuracy", "seconds"],
+        ["source", "samples", "iterations", "omega", "accuracy", "seconds"],
         (
-            [source, f"{n:,}", str(steps), str(cell), f"{cell.seconds:.0f}"]
-            for source, (n, steps, cell) in cheapest(lines, largest.mean).items()
+            [source, f"{n:,}", str(steps), f"{omega:g}" if source == "dp" else "", str(cell), f"{cell.seconds:.0f}"]
+            for source, (n, steps, omega, cell) in cheapest(lines, largest.mean).items()
         ),
     )
 

@@ -66,5 +66,5 @@ def test_seconds_are_those_of_the_least_disturbed_run(results):
     lines = study_tables.read(results)
     slow = {**lines[0], "generation_seconds": 1000.0, "training_seconds": 1000.0}
     assert study_tables.seconds([*lines, slow])(slow) == pytest.approx(100 / 10 + 50.0)
-    samples, iterations, cell = study_tables.cheapest(lines, 0.72)["dp"]
-    assert (samples, iterations, cell.seconds) == (100, 100, pytest.approx(60.0))
+    samples, iterations, omega, cell = study_tables.cheapest(lines, 0.72)["dp"]
+    assert (samples, iterations, omega, cell.seconds) == (100, 100, study.COMMON["omega"], pytest.approx(60.0))
