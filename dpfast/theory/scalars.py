@@ -8,21 +8,22 @@ rho^2), G ~ N(0, 1), its density phi and distribution Phi (section "Scalars" of 
 
 Rules: "hard" keeps |t| <= a, "easy" keeps |t| > a, "soft" keeps with probability min(1, e^c (sigma(t) sigma(-t))^power)
 up to a constant in c, hard for power > 0 and easy for power < 0 (Kolossov et al. 2024). `keep` = p fixes a, and c.
-All functions broadcast and return float64.
+All functions broadcast and return float64; a keep outside (0, 1], |rho| > 1 or a power that is not finite raises
+ValueError, naming it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array: TypeAlias = "NDArray[np.float64]"
-STRATEGIES = ("hard", "easy", "soft")
+from dpfast.theory.cells import STRATEGIES, Array, choose, domain
+
 _PEAK = 1 / np.sqrt(2 * np.pi)  # phi(0)
 _END = 9.0  # a normal lies outside of +-9 with probability 2e-19
 _FAR = 1e3  # stands for an infinite threshold, which would make 0 x infinity
@@ -41,6 +42,7 @@ class Scalars(NamedTuple):
 
 def scalars(strategy: str, keep: ArrayLike, rho: ArrayLike, *, power: ArrayLike = 1.0) -> Scalars:
     """The scalars of "hard", "easy" (closed forms) or "soft" (quadrature, the only one to use `power`)."""
+    choose("strategy", strategy, STRATEGIES)
     if strategy == "soft":
         return soft(keep, rho, power)
     return {"hard": hard, "easy": easy}[strategy](keep, rho)
@@ -48,14 +50,14 @@ def scalars(strategy: str, keep: ArrayLike, rho: ArrayLike, *, power: ArrayLike 
 
 def hard(keep: ArrayLike, rho: ArrayLike) -> Scalars:
     """Keep the samples nearest to the selecting hyperplane, |t| <= a with P(|t| <= a) = keep. Closed form."""
-    keep = np.asarray(keep, float)
-    return _inside(threshold("hard", keep), rho)._replace(p=keep)
+    keep, rho = domain(keep=keep, rho=rho).values()
+    return _inside(_threshold("hard", keep), rho)._replace(p=keep)
 
 
 def easy(keep: ArrayLike, rho: ArrayLike) -> Scalars:
     """Keep the samples farthest from the selecting hyperplane, |t| > a with P(|t| > a) = keep. Closed form."""
-    keep = np.asarray(keep, float)
-    return _outside(threshold("easy", keep), rho)._replace(p=keep)
+    keep, rho = domain(keep=keep, rho=rho).values()
+    return _outside(_threshold("easy", keep), rho)._replace(p=keep)
 
 
 def soft(keep: ArrayLike, rho: ArrayLike, power: ArrayLike) -> Scalars:
@@ -64,7 +66,7 @@ def soft(keep: ArrayLike, rho: ArrayLike, power: ArrayLike) -> Scalars:
     The part where q = 1 is a closed form, the rest a composite Gauss rule. power = 0 keeps at random;
     towards +-infinity the rule becomes "hard" and "easy".
     """
-    keep, rho, power = np.broadcast_arrays(*(np.asarray(x, float) for x in (keep, rho, power)))
+    keep, rho, power = np.broadcast_arrays(*domain(keep=keep, rho=rho, power=power).values())
     out = np.empty((4, keep.size))
     flat = keep.ravel(), rho.ravel(), power.ravel()
     for start in range(0, keep.size, _BLOCK):
@@ -86,8 +88,7 @@ def quadrature(rule: Callable[[Array], Array], rho: float, *, breaks: Sequence[f
 
     The panels narrow towards the breaks and towards 0, where Phi(tau t) turns within sqrt(1 - rho^2) of it.
     """
-    if not -1 <= rho <= 1:
-        raise ValueError(f"rho = {rho!r}: a cosine, between -1 and 1")
+    domain(rho=rho)
     inner = sorted(b for b in breaks if 0 < b < _END)
     edges = [0.0, *inner, _END]
     x, w = np.polynomial.legendre.leggauss(nodes)
@@ -105,15 +106,19 @@ def quadrature(rule: Callable[[Array], Array], rho: float, *, breaks: Sequence[f
 
 def threshold(strategy: str, keep: ArrayLike) -> Array:
     """The a of "hard" (|t| <= a is kept) or "easy" (|t| > a is kept); infinite and 0 where everything is kept."""
-    keep = np.asarray(keep, float)
+    choose("strategy", strategy, ("hard", "easy"))
+    return _threshold(strategy, domain(keep=keep)["keep"])
+
+
+def _threshold(strategy: str, keep: Array) -> Array:
     if strategy == "hard":
-        return np.sqrt(2) * _torch(torch.special.erfinv, keep)
-    return -_torch(torch.special.ndtri, keep / 2)
+        return np.sqrt(2) * special(torch.special.erfinv, keep)
+    return -special(torch.special.ndtri, keep / 2)
 
 
 def soft_rule(keep: ArrayLike, power: ArrayLike) -> tuple[Array, Array]:
     """(a, c) of the soft rule: q = 1 for |t| <= a where power >= 0, for |t| > a where power < 0."""
-    keep, power = np.broadcast_arrays(np.atleast_1d(np.asarray(keep, float)), np.asarray(power, float))
+    keep, power = np.broadcast_arrays(*map(np.atleast_1d, domain(keep=keep, power=power).values()))
     far = np.where(power < 0, _END, 0.0)  # where q reaches 1 last, as c rises
 
     def mass(a: Array, log_scale: Array) -> Array:
@@ -123,8 +128,8 @@ def soft_rule(keep: ArrayLike, power: ArrayLike) -> tuple[Array, Array]:
     unsaturated = mass(far, -_log_profile(far, power))
     scaled = keep <= unsaturated
     # Elsewhere q = 1 up to (from) some a, which lies between that of the sharp rule and `far`.
-    lo = np.where(power < 0, np.minimum(threshold("easy", keep), _END), 0.0)
-    hi = np.where(power < 0, _END, np.minimum(threshold("hard", keep), _END))
+    lo = np.where(power < 0, np.minimum(_threshold("easy", keep), _END), 0.0)
+    hi = np.where(power < 0, _END, np.minimum(_threshold("hard", keep), _END))
     for _ in range(54):  # bisection to the last bit of a
         a = (lo + hi) / 2
         grow = (mass(a, -_log_profile(a, power)) < keep) == (power >= 0)
@@ -136,6 +141,7 @@ def soft_rule(keep: ArrayLike, power: ArrayLike) -> tuple[Array, Array]:
 
 def keep_probability(t: Array, strategy: str, keep: float, *, power: float = 1.0) -> Array:
     """q(t) of a rule, for projections t of any shape."""
+    choose("strategy", strategy, STRATEGIES)
     if strategy == "soft":
         _, log_scale = soft_rule(keep, power)
         return np.asarray(np.exp(np.minimum(0.0, log_scale + _log_profile(np.abs(t), np.asarray(power)))))
@@ -149,7 +155,7 @@ def density(x: Array) -> Array:
 
 
 def erf(x: Array) -> Array:
-    return _torch(torch.special.erf, x)
+    return special(torch.special.erf, x)
 
 
 def _inside(a: Array, rho: ArrayLike) -> Scalars:
@@ -188,9 +194,9 @@ def _outside(a: Array, rho: ArrayLike) -> Scalars:
     rho = np.asarray(rho, float)
     spread = np.sqrt((1 - rho) * (1 + rho))
     peak = density(a)
-    e1 = _torch(torch.special.erfc, _ratio(a, spread) / np.sqrt(2))
+    e1 = special(torch.special.erfc, _ratio(a, spread) / np.sqrt(2))
     beta_tilde = 2 * (rho * _PEAK * e1 + peak * erf(rho * _ratio(a, spread) / np.sqrt(2)))
-    p = _torch(torch.special.erfc, a / np.sqrt(2))
+    p = special(torch.special.erfc, a / np.sqrt(2))
     gamma = p + 2 * a * peak
     return Scalars(p, gamma, np.asarray(2 * _PEAK * spread * e1), np.asarray(beta_tilde))
 
@@ -233,6 +239,6 @@ def _ratio(x: ArrayLike, y: ArrayLike) -> Array:
     return np.asarray(x / np.maximum(y, _TINY))
 
 
-def _torch(function: Callable[..., Any], x: ArrayLike) -> Array:
+def special(function: Callable[..., Any], x: ArrayLike) -> Array:
     """A special function that NumPy lacks, on torch's threads."""
     return np.asarray(function(torch.from_numpy(np.require(x, np.float64, ["C", "W"]))).numpy())

@@ -3,21 +3,25 @@
 Selection looks at one projection only. So the pool is drawn as n projections on the selecting vector, and the other d
 - 1 coordinates are drawn for the kept rows alone. The error of w_hat is its angle with the truth over pi: no test
 set. Cells with one pool (d, n, keep) share its draws: directions are right-hand sides, ridges are factorisations of
-one Gram matrix.
+one Gram matrix. Features of a covariance are these rows times one matrix.
 """
 
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dpfast.theory.scalars import Array, soft_rule, threshold
-from dpfast.theory.theorem import check
+from dpfast.theory.cells import Arguments, Array, Cells, cells
+from dpfast.theory.covariance import Features
+from dpfast.theory.scalars import soft_rule, threshold
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _ELEMENTS = 32 << 20  # of one batch of kept rows
 
@@ -30,75 +34,115 @@ class Simulated(NamedTuple):
 
 
 def simulate(
+    *, draws: int = 20, seed: int = 0, device: str | torch.device | None = None, **arguments: Unpack[Arguments]
+) -> Simulated:
+    """The arguments of `test_error` but for `form`; d and n whole, d >= 3; ridge > 0; one power. On a GPU, if any.
+
+    A cell's result depends on its own arguments, `draws` and `seed`, not on the other cells, but cells that differ in
+    rho or ridge alone use the same samples, so their deviations are correlated. Raises ValueError, naming the argument.
+    """
+    return _simulate(cells(**arguments), arguments.get("strategy", "hard"), None, draws, seed, device)
+
+
+def simulate_covariance(
+    features: Features,
     *,
-    d: ArrayLike,
     n: ArrayLike,
     keep: ArrayLike,
-    rho: ArrayLike,
     ridge: ArrayLike,
     strategy: str = "hard",
-    rho_g: ArrayLike | None = None,
-    rho_s: ArrayLike | None = None,
     power: float = 1.0,
     draws: int = 20,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Simulated:
-    """The arguments of `test_error`, d and n whole, d >= 3; ridge > 0. On a GPU where there is one.
+    """`simulate` for the arguments of `covariance_error`."""
+    rho, rho_g, rho_s = features.cosines
+    made = cells(
+        d=features.d, n=n, keep=keep, rho=rho, ridge=ridge, strategy=strategy, rho_g=rho_g, rho_s=rho_s, power=power
+    )
+    return _simulate(made, strategy, features.mixing(), draws, seed, device)
 
-    A cell's result depends on its own arguments, `draws` and `seed`, not on the other cells, but cells that differ in
-    rho or ridge alone use the same samples, so their deviations are correlated.
-    """
-    check(d=d, n=n, keep=keep, rho=rho, ridge=ridge, rho_g=rho_g, rho_s=rho_s, power=power)
+
+def _simulate(
+    c: Cells, strategy: str, mixing: Array | None, draws: int, seed: int, device: str | torch.device | None
+) -> Simulated:
     if draws < 2:
         raise ValueError(f"draws = {draws}: at least 2, for a standard error")
-    if np.any(np.asarray(ridge) <= 0):
-        raise ValueError("ridge: above 0 in a simulation")
-    if np.any(np.asarray(d) < 3):
-        raise ValueError("d: at least 3 in a simulation")
-    three = (1.0, rho, rho) if rho_g is None or rho_s is None else (rho, rho_g, rho_s)
-    cells = np.broadcast_arrays(d, n, keep, ridge, *three)
-    table = np.stack([np.asarray(c, float).ravel() for c in cells], axis=1)
+    if np.any(c.ridge <= 0):
+        raise ValueError(f"ridge = {float(np.min(c.ridge))!r}: above 0 in a simulation")
+    if np.any(c.d < 3):
+        raise ValueError(f"d = {float(np.min(c.d))!r}: at least 3 in a simulation")
+    for name, size in (("d", c.d), ("n", c.n)):
+        if np.any(size % 1):
+            raise ValueError(f"{name} = {float(size[size % 1 > 0].flat[0])!r}: whole in a simulation")
+    if c.power.ndim:
+        raise ValueError(f"power of shape {c.power.shape}: one number in a simulation")
+    grid = np.broadcast_arrays(c.d, c.n, c.keep, c.ridge, c.rho, c.rho_g, c.rho_s)
+    table = np.stack([x.ravel() for x in grid], axis=1)
     out = np.empty((2, len(table)))
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    mix = None if mixing is None else torch.tensor(mixing, dtype=torch.float64, device=place)
     for pool in np.unique(table[:, :3], axis=0):
         rows = np.flatnonzero((table[:, :3] == pool).all(1))
-        errors = _pool(pool, table[rows, 3:], strategy, power, draws, seed, place)
+        errors = _pool(pool, table[rows, 3:], strategy, float(c.power), mix, draws, seed, place)
         out[:, rows] = errors.mean(0), errors.std(0, ddof=1) / np.sqrt(draws)
-    return Simulated(*out.reshape(2, *cells[0].shape))
+    return Simulated(*out.reshape(2, *grid[0].shape))
 
 
-def _pool(pool: Array, cells: Array, strategy: str, power: float, draws: int, seed: int, device: torch.device) -> Array:
-    """Errors (draws, cells) of one (d, n, keep); cells hold ridge, rho, rho_g, rho_s."""
+def _pool(
+    pool: Array,
+    fits: Array,
+    strategy: str,
+    power: float,
+    mix: Tensor | None,
+    draws: int,
+    seed: int,
+    device: torch.device,
+) -> Array:
+    """Errors (draws, fits) of one (d, n, keep); fits hold ridge, rho, rho_g, rho_s."""
     d, n, keep = int(pool[0]), int(pool[1]), float(pool[2])
     key = zlib.crc32(repr((seed, d, n, keep, strategy, power)).encode())
     generator = torch.Generator(device).manual_seed(key)
-    directions, column = np.unique(cells[:, 1:], axis=0, return_inverse=True)
+    directions, column = np.unique(fits[:, 1:], axis=0, return_inverse=True)
     label, truth = (torch.tensor(v, dtype=torch.float32, device=device) for v in _vectors(directions))
     # Next to a square system the smallest eigenvalue is within single precision's error of the Gram matrix.
-    dtype = torch.float64 if 0.5 < n * keep / d < 2 else torch.float32
+    double = mix is not None or 0.5 < n * keep / d < 2
     size = max(1, min(draws, _ELEMENTS // max(1, int(n * keep * d))))
     errors = []
     for start in range(0, draws, size):
         batch = min(size, draws - start)
         x, kept = _kept_rows(batch, d, n, keep, strategy, power, generator, device)
         y = torch.sign(x[..., :2] @ label.T) * kept[..., None]
-        x, y = x.to(dtype), y.to(dtype)
+        if double:
+            x, y = x.double(), y.double()
+        if mix is not None:
+            x = x @ mix
         wide = x.shape[1] < d
         gram = x @ x.mT if wide else x.mT @ x
         target = y if wide else x.mT @ y
-        result = np.empty((batch, len(cells)))
-        for ridge in np.unique(cells[:, 0]):
-            here = np.flatnonzero(cells[:, 0] == ridge)
-            shifted = gram.clone()
-            shifted.diagonal(dim1=-2, dim2=-1).add_(n * ridge)
-            w = torch.cholesky_solve(target, torch.linalg.cholesky(shifted))
-            w = (x.mT @ w if wide else w).double()  # (batch, d, directions)
-            cosine = (w[:, :3] * truth.T.double()).sum(1) / w.norm(dim=1)
+        result = np.empty((batch, len(fits)))
+        for ridge in np.unique(fits[:, 0]):
+            here = np.flatnonzero(fits[:, 0] == ridge)
+            w = _solve(gram, target, n * ridge)
+            w = x.mT @ w if wide else w  # (batch, d, directions)
+            w = (w if mix is None else mix @ w).double()  # as projections on the unmixed coordinates
+            length = w.norm(dim=1)
+            # Nothing kept: w = 0 says nothing, and is wrong half of the time.
+            cosine = (w[:, :3] * truth.T.double()).sum(1) / length.where(length > 0, 1.0)
             error = torch.arccos(cosine.clamp(-1, 1)) / torch.pi
             result[:, here] = error.cpu().numpy()[:, column.ravel()[here]]
         errors.append(result)
     return np.concatenate(errors)
+
+
+def _solve(gram: Tensor, target: Tensor, shift: float) -> Tensor:
+    shifted = gram.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
+    try:
+        return torch.cholesky_solve(target, torch.linalg.cholesky(shifted))
+    except torch.linalg.LinAlgError:
+        raise ValueError(f"ridge: n ridge = {shift:.3g} is below the rounding of the simulated Gram matrix") from None
 
 
 def _kept_rows(

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from dpfast.theory.scalars import STRATEGIES, Array, Scalars, _torch, scalars
+from dpfast.theory.cells import Array, cells, choose, domain
+from dpfast.theory.scalars import Scalars, scalars, special
 
 FORMS = ("exact", "arxiv-v1", "icml-main")
 _LEAST_RIDGE = 1e-100  # below it the squares of 1 / ridge overflow, and the error no longer depends on it
@@ -60,23 +61,20 @@ def test_error(
 
     Raises ValueError, naming the argument, outside the domain, and for ridge = 0 at d = n keep, where nu0 is infinite.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy = {strategy!r}: one of {', '.join(STRATEGIES)}")
-    if form not in FORMS:
-        raise ValueError(f"form = {form!r}: one of {', '.join(FORMS)}")
-    d, n, keep, rho, ridge = check(d=d, n=n, keep=keep, rho=rho, ridge=ridge, rho_g=rho_g, rho_s=rho_s, power=power)
-    three = rho_g is not None
-    if three and form != "exact":
+    choose("form", form, FORMS)
+    c = cells(d=d, n=n, keep=keep, rho=rho, ridge=ridge, strategy=strategy, rho_g=rho_g, rho_s=rho_s, power=power)
+    if rho_g is not None and form != "exact":
         raise ValueError(f"form = {form!r}: the superseded forms know two directions; leave rho_g and rho_s out")
-    truth, generator, selector = (rho, np.asarray(rho_g, float), np.asarray(rho_s, float)) if three else (1.0, rho, rho)
-    phi = d / n
+    if np.any((c.ridge == 0) & (np.abs(c.d - c.n * c.keep) <= 1e-14 * c.d)):
+        raise ValueError("ridge = 0: the limit does not exist at d = n keep; take a ridge above 0")
+    phi, ridge = c.d / c.n, c.ridge
     with np.errstate(all="ignore"):
-        s = scalars(strategy, keep, generator, power=power)
-        spread = np.sqrt((1 - generator) * (1 + generator))
-        across = (truth - generator * selector) / np.maximum(spread, 1e-300) if three else spread
-        error = _general(s, phi, np.maximum(ridge, _LEAST_RIDGE), across, selector, generator, form)
+        s = scalars(strategy, c.keep, c.rho_g, power=c.power)
+        spread = np.sqrt((1 - c.rho_g) * (1 + c.rho_g))
+        across = spread if rho_g is None else np.clip((c.rho - c.rho_g * c.rho_s) / np.maximum(spread, 1e-300), -1, 1)
+        error = _general(s, phi, np.maximum(ridge, _LEAST_RIDGE), across, c.rho_s, c.rho_g, form)
         if np.any(ridge == 0):
-            limit = _limit(s, phi, across, selector) if form == "exact" else np.nan
+            limit = _limit(s, phi, across, c.rho_s) if form == "exact" else np.nan
             error = np.where(ridge == 0, limit, error)
     if not np.isfinite(error).all():
         raise ValueError(f"d / n, keep, ridge: no finite prediction for this combination with form {form!r}")
@@ -92,8 +90,13 @@ def ridgeless(*, d: ArrayLike, n: ArrayLike, keep: ArrayLike, rho: ArrayLike, st
 
 
 def spectral(p: ArrayLike, gamma: ArrayLike, phi: ArrayLike, ridge: ArrayLike) -> Spectral:
-    """m, m~ and their derivatives; ridge > 0. Either sign of p - phi + ridge goes without cancellation."""
-    p, gamma, phi, ridge = (np.asarray(x, float) for x in (p, gamma, phi, ridge))
+    """m, m~ and their derivatives; ridge > 0. Either sign of p - phi + ridge goes without cancellation.
+
+    Raises ValueError, naming the argument, outside 0 < p <= 1, gamma >= 0, phi > 0, ridge > 0.
+    """
+    p, gamma, phi, ridge = domain(p=p, gamma=gamma, phi=phi, ridge=ridge).values()
+    if np.any(ridge == 0):
+        raise ValueError("ridge = 0: above 0; ridgeless() is the limit")
     b = p - phi + ridge
     root = np.sqrt(b * b + 4 * phi * ridge)
     m = np.where(b > 0, 2 / (np.abs(b) + root), (root + np.abs(b)) / (2 * phi * ridge))
@@ -115,7 +118,7 @@ def _general(s: Scalars, phi: Array, ridge: Array, across: Array, along: Array, 
     if form == "arxiv-v1":
         m0 = np.sqrt(2 / np.pi) * r
         left = np.maximum(nu0 - m0**2, 0) + 1e-300
-        return _torch(torch.special.ndtr, -m0 / np.sqrt(left))
+        return special(torch.special.ndtr, -m0 / np.sqrt(left))
     return np.asarray(np.arccos(np.clip(m0 / np.sqrt(np.maximum(nu0, 1e-300)), -1, 1)) / np.pi)
 
 
@@ -129,44 +132,3 @@ def _limit(s: Scalars, phi: Array, across: Array, along: Array) -> Array:
     c1 = 1 - (p - gamma) / phi
     many = (across * s.beta + along * s.beta_tilde / c1) * np.sqrt(gap / phi / (p * phi - beta2 - tilde2 / c1))
     return np.asarray(np.arccos(np.clip(np.where(phi < p, few, many), -1, 1)) / np.pi)
-
-
-def check(
-    *,
-    d: ArrayLike,
-    n: ArrayLike,
-    keep: ArrayLike,
-    rho: ArrayLike,
-    ridge: ArrayLike,
-    rho_g: ArrayLike | None,
-    rho_s: ArrayLike | None,
-    power: ArrayLike,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """d, n, keep, rho and ridge as float64; ValueError names what lies outside the domain, NaN included."""
-    if (rho_g is None) != (rho_s is None):
-        raise ValueError("rho_g, rho_s: three directions need both")
-    given = {"d": d, "n": n, "keep": keep, "rho": rho, "ridge": ridge, "power": power}
-    if rho_g is not None and rho_s is not None:
-        given |= {"rho_g": rho_g, "rho_s": rho_s}
-    values = {name: np.asarray(value, float) for name, value in given.items()}
-    for name, x in values.items():
-        if name in ("d", "n"):
-            good, wanted = (x >= 1) & np.isfinite(x), "at least 1"
-        elif name == "keep":
-            good, wanted = (x > 0) & (x <= 1), "in (0, 1]"
-        elif name == "ridge":
-            good, wanted = (x >= 0) & np.isfinite(x), "at least 0"
-        elif name == "power":
-            good, wanted = np.isfinite(x), "finite"
-        else:
-            good, wanted = np.abs(x) <= 1, "a cosine, between -1 and 1"
-        if not good.all():
-            raise ValueError(f"{name} = {float(x[~good].flat[0])!r}: {wanted}")
-    if rho_g is not None:
-        a, b, c = values["rho"], values["rho_g"], values["rho_s"]
-        if np.any(1 + 2 * a * b * c - a**2 - b**2 - c**2 < -1e-12):
-            raise ValueError("rho, rho_g, rho_s: no three vectors have these cosines")
-    kept = values["n"] * values["keep"]
-    if np.any((values["ridge"] == 0) & (np.abs(values["d"] - kept) <= 1e-14 * values["d"])):
-        raise ValueError("ridge = 0: the limit does not exist at d = n keep; take a ridge above 0")
-    return values["d"], values["n"], values["keep"], values["rho"], values["ridge"]
