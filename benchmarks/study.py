@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import Evaluation
 from dpfast.generate.pipelines import Pipeline
@@ -33,7 +35,12 @@ SIZES = (500, 1000, 2000, 4000, 8000)
 OMEGAS = (0.0, 0.015, 0.03, 0.05, 0.08)
 RATIOS = (1.0, 2.0, 4.0, 8.0)
 PARTS = ("scaling", "omega", "rivals", "ratio", "time", "patience", "options")
-OPTIONS: tuple[Fields, ...] = ({"allot": "difficulty"},)
+OPTIONS: tuple[Fields, ...] = (
+    {"allot": "difficulty"},
+    {"early_candidates": 2.0, "early_until": 0.375},
+    {"restart": 0.5},
+    {"criterion": "disagreement"},
+)
 COMMON: Fields = {"steps": 8, "guide_every": 2, "omega": 0.05, "patience_growth": "fixed",
                   "oversample": 4.0}  # fmt: skip
 
@@ -80,6 +87,22 @@ def shared(recipe: Recipe, samples: int) -> Unguided:
     return unguided
 
 
+def nearest_earlier(pool: SamplePool) -> float | None:
+    """How far the added samples are from what the pool held before: the mean distance to the nearest of the same class.
+
+    In root-mean-square pixels of a range of 1; None without additions. A low one says that new samples repeat old ones.
+    """
+    rounds, labels = pool.column("round"), pool.column("label")
+    pixels = pool.images(torch.arange(len(pool))).flatten(1).float() / 255
+    gaps = [
+        torch.cdist(pixels[(rounds == number) & (labels == label)], pixels[(rounds < number) & (labels == label)])
+        for number in range(1, int(rounds.max()) + 1)
+        for label in labels.unique()
+    ]
+    nearest = torch.cat([gap.min(1).values for gap in gaps if len(gap)]) if gaps else torch.empty(0)
+    return float(nearest.mean()) / pixels.shape[1] ** 0.5 if len(nearest) else None
+
+
 class Curve(Callback):
     """(iteration, pool size, validation accuracy) of every evaluation."""
 
@@ -110,6 +133,7 @@ def measure(fields: Fields, unguided: Unguided) -> Fields:
         "samples_made": result.cost.samples,
         "denoiser_forwards": result.cost.forwards,
         "flops": result.cost.flops,
+        "nearest": nearest_earlier(result.pool),
         "curve": curve.points,
     }
 

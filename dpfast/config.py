@@ -82,7 +82,8 @@ class Guidance:
     guide_until: float = 1.0  # the last part of the trajectory stays unguided from this fraction of the steps on
     mode: str = "relative"  # "relative" (paper's practice) or "score" (Algorithm 1)
     through: str = "denoiser"  # "latent" leaves the denoiser's backward pass out: cheaper, approximate
-    criterion: str = "entropy"  # what guidance raises: "entropy", "loss" of the label, "margin" between two classes
+    criterion: str = "entropy"  # what guidance raises: "entropy", "loss" of the label, "margin" between two classes, or
+    # "disagreement" of the EMA and the raw weights, which runs both in every guided step
     guide_with: str = "ema"  # the learner's weights that guide: "ema" or "raw"
 
     def __post_init__(self) -> None:
@@ -91,8 +92,8 @@ class Guidance:
         _check(self.guide_from < self.guide_until <= 1, "guide_until", self.guide_until, f"in ({self.guide_from:g}, 1]")
         _check(self.mode in ("relative", "score"), "mode", self.mode, "'relative' or 'score'")
         _check(self.through in ("denoiser", "latent"), "through", self.through, "'denoiser' or 'latent'")
-        criteria = ("entropy", "loss", "margin")
-        _check(self.criterion in criteria, "criterion", self.criterion, "'entropy', 'loss' or 'margin'")
+        criteria, named = ("entropy", "loss", "margin", "disagreement"), "'entropy', 'loss', 'margin' or 'disagreement'"
+        _check(self.criterion in criteria, "criterion", self.criterion, named)
         _check(self.guide_with in ("ema", "raw"), "guide_with", self.guide_with, "'ema' or 'raw'")
 
 
@@ -160,6 +161,9 @@ class Practice:
     cfg_rounds: tuple[float, ...] = ()  # cfg_scale of round 1, 2, ..., the same way
     fresh_weight: float = 1.0  # how much more often a sample of the newest round is drawn; 1: the paper
     allot: str = "equal"  # labels of new samples: "equal", or by the classes' validation error: "difficulty"
+    early_candidates: float = 1.0  # dp: trajectories begun for each sample, the easiest are stopped early; 1: none is
+    early_until: float = 0.4  # after the last guided step before this fraction of the steps
+    restart: float = 0.0  # dp: the fraction of the steps at which new samples begin, from pool samples; 0: from noise
     oversample: float = 4.0  # prune: candidates for each sample that is kept
     prune_within: str = "class"  # prune keeps the highest entropy within each "class", or "overall"
     sources: tuple[str, ...] = ("dp", "static")  # runs of one command, compared in its table
@@ -187,6 +191,13 @@ class Practice:
         _check(min(self.cfg_rounds, default=0.0) >= 0, "cfg_rounds", self.cfg_rounds, "each at least 0")
         _check(self.fresh_weight > 0, "fresh_weight", self.fresh_weight, "above 0; 1 draws uniformly")
         _check(self.allot in ("equal", "difficulty"), "allot", self.allot, "'equal' or 'difficulty'")
+        _check(self.early_candidates >= 1, "early_candidates", self.early_candidates, "at least 1, which stops none")
+        _check(0 < self.early_until < 1, "early_until", self.early_until, "in (0, 1)")
+        _check(0 <= self.restart < 1, "restart", self.restart, "in [0, 1); 0 starts from noise")
+        both = self.early_candidates > 1 and self.restart
+        _check(
+            not both, "restart", self.restart, f"0 with early_candidates = {self.early_candidates:g}: one of the two"
+        )
         _check(self.oversample >= 1, "oversample", self.oversample, "at least 1, which prunes nothing")
         _check(self.prune_within in ("class", "overall"), "prune_within", self.prune_within, "'class' or 'overall'")
         _check(self.checkpoints_kept >= 1, "checkpoints_kept", self.checkpoints_kept, "at least 1")
@@ -246,6 +257,16 @@ class Recipe:
             self.practice.evaluate_every,
             f"{interval} steps until the first evaluation, at most iterations ({iterations})",
         )
+
+        early, omegas = self.practice.early_candidates, self.practice.omega_rounds or (self.guidance.omega,)
+        _check(
+            early == 1 or min(omegas) > 0,
+            "early_candidates",
+            early,
+            "1 unless omega and all of omega_rounds are above 0: guidance scores the candidates, and the highest stay",
+        )
+        apart = self.guidance.criterion != "disagreement" or self.learner.ema_decay > 0
+        _check(apart, "criterion", self.guidance.criterion, "another with ema_decay = 0: both weights are the same")
 
     @classmethod
     def load(cls, source: str | Path, **overrides: Any) -> Recipe:

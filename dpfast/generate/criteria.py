@@ -1,7 +1,7 @@
 """What guidance raises: a value for each sample, from the learner's logits and the sample's label.
 
 A criterion is one differentiable function ``(logits (B, K), labels (B,)) -> values (B,)`` whose value i depends on row
-i alone. ``functools.partial(F.cross_entropy, reduction="none")`` is one; the three below are known by name.
+i alone. ``functools.partial(F.cross_entropy, reduction="none")`` is one; those below are known by name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,29 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return top[:, 1] - top[:, 0]
 
 
-CRITERIA: dict[str, Criterion] = {"entropy": entropy, "loss": loss, "margin": margin}
+def disagreement(logits: Tensor, labels: Tensor) -> Tensor:
+    """How far the members of a committee are apart: logits (B, M, K), one row a member (``dpfast.learn.committee``).
+
+    H(mean_m p_m) - mean_m H(p_m) in nats, the Jensen-Shannon divergence of the predictions, at most log M: query by
+    committee with the measure of BALD (Houlsby et al. 2011, arXiv 1112.5745). Raises ``ValueError`` for one learner's
+    logits.
+    """
+    if logits.dim() != 3:
+        raise ValueError(
+            f"criterion 'disagreement' compares the members of a committee: expected logits (B, M, K), "
+            f"got {tuple(logits.shape)}"
+        )
+    logs = logits.float().log_softmax(2)
+    mean = logs.exp().mean(1)
+    return -torch.xlogy(mean, mean).sum(1) + (logs.exp() * logs).sum(2).mean(1)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "entropy": entropy,
+    "loss": loss,
+    "margin": margin,
+    "disagreement": disagreement,
+}
 
 
 def named(criterion: str | Criterion) -> Criterion:

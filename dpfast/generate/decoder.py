@@ -5,7 +5,7 @@ A decoder runs in the dtype of its weights. None reads the host, so each traces 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 class Decoder(Protocol):
     def __call__(self, latents: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What the full decoders are as well: images in [-1, 1] back to latents, a distribution's mode where it is one."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
 
 
 class Unscale:
@@ -39,6 +46,10 @@ class Unscale:
 
     def __call__(self, latents: Tensor) -> Tensor:
         return (latents * self.scale + self.shift).to(self.dtype)
+
+    def inverse(self, latents: Tensor) -> Tensor:
+        """The way back, in float32."""
+        return (latents.float() - self.shift) / self.scale
 
 
 def _repeat(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -69,6 +80,10 @@ class VaeDecoder:
     def __call__(self, latents: Tensor) -> Tensor:
         return self.vae.decode(self._unscale(latents)).sample.float()  # type: ignore[operator]
 
+    def encode(self, images: Tensor) -> Tensor:
+        latents = self.vae.encode(images.to(self._unscale.dtype)).latent_dist.mode()  # type: ignore[operator]
+        return self._unscale.inverse(latents)
+
 
 class TinyDecoder:
     """A distilled ``AutoencoderTiny``: the decoder of the guidance path, where the full one dominates the cost."""
@@ -80,6 +95,9 @@ class TinyDecoder:
 
     def __call__(self, latents: Tensor) -> Tensor:
         return self.tiny.decode(self._unscale(latents)).sample.float()
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self._unscale.inverse(self.tiny.encode(images.to(self._unscale.dtype)).latents)
 
 
 class ResizedDecoder:
@@ -100,3 +118,6 @@ class IdentityDecoder:
 
     def __call__(self, latents: Tensor) -> Tensor:
         return latents.float()
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.float()

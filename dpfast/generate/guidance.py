@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpfast import ops
 from dpfast.generate import criteria
 from dpfast.generate.criteria import Criterion
 from dpfast.generate.decoder import Decoder
@@ -51,7 +52,7 @@ class GuidanceConfig:
         begins with the first step inside.
     through: "denoiser" is exact. "latent" holds the prediction fixed, so that the denoiser has no backward pass: an
         approximation, whose gradient sees x only where predict_x0 does.
-    criterion: "entropy", "loss", "margin", or a function (``dpfast.generate.criteria``).
+    criterion: "entropy", "loss", "margin", "disagreement", or a function (``dpfast.generate.criteria``).
 
     Raises ``ValueError`` for a value out of range.
     """
@@ -95,7 +96,7 @@ class GuidancePath:
     """The way from a noisy latent to the criterion, and back.
 
     denoiser: of the conditional prediction; decoder: the tiny one where there is one.
-    learner: images in [-1, 1] to logits (B, K).
+    learner: images in [-1, 1] to logits (B, K), or (B, M, K) of a committee for a criterion that compares its members.
     image_size: (H, W) that the learner takes; None: the decoder's.
     chunk: samples that are differentiated at a time; None: all. Samples do not mix, so any chunk gives the same result.
     """
@@ -109,10 +110,15 @@ class GuidancePath:
     chunk: int | None = None
 
     def logits(self, images: Tensor) -> Tensor:
-        """The learner's logits (B, K) of images (B, C, H, W) in [-1, 1], resized to what it takes."""
+        """The learner's logits of images (B, C, H, W) in [-1, 1], resized to what it takes."""
         if self.image_size is not None and images.shape[-2:] != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
         return self.learner(images)
+
+    def entropy(self, images: Tensor) -> Tensor:
+        """The entropy (B,) of the learner's prediction, nats; of a committee that of its first member."""
+        logits = self.logits(images)
+        return ops.entropy(logits[:, 0] if logits.dim() == 3 else logits)
 
     def gradient(
         self,

@@ -8,7 +8,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from dpfast.generate.runtime.compiling import CompileCosts, Tuner
 from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.runtime.graphs import CudaRecorder, Recorder
 from dpfast.generate.step import StepInputs, StepParts, Variant
+from dpfast.generate.trajectory import Trajectory
 from dpfast.ops import normal
 from dpfast.ops.noise import check_seed
 
@@ -177,10 +178,116 @@ class GuidedSampler:
         labels, ids, strengths = self._checked(labels, sample_ids, 0, omega)
         if not len(labels):
             raise ValueError("labels is empty: expected at least one")
-        if self.tuner.mode is True or self.recorder is not None:
-            size = max(len(labels), self.execution.batch or 0)
-            self.execution.prepare(size, compile=self.tuner.mode is True or self.execution.compiled)
+        self._prepare(len(labels))
         return self._generate(labels, ids, strengths, learner_step)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        labels: Tensor | Sequence[int],
+        sample_ids: Tensor | Sequence[int],
+        *,
+        omega: float | Tensor | None = None,
+        latents: Tensor | None = None,
+        step: int = 0,
+    ) -> Trajectory:
+        """A batch before its first step, for ``advance``; the arguments of ``generate``.
+
+        latents: (B, c, h, w) clean latents, such as ``SampleBatch.latents``: with them the batch begins at ``step``,
+        from alpha latents + sigma noise of that step (SDEdit, Meng et al. 2022, arXiv 2108.01073). A multistep solver
+        takes them for the x0 of the step before.
+
+        Raises ``ValueError`` for a step outside the trajectory, a step without latents and latents of another shape.
+        """
+        labels, ids, strengths = self._checked(labels, sample_ids, 0, omega)
+        shape = (len(labels), *self.pipeline.denoiser.sample_shape)
+        if not 0 <= step < len(self.table):
+            raise ValueError(f"step = {step}: expected 0 to {len(self.table) - 1}")
+        if latents is None and step:
+            raise ValueError(f"step = {step}: a trajectory begins there only from latents")
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}, expected {shape}")
+        self._prepare(len(labels))
+        noise = normal(ids, shape[1:], seed=self.seed, stream=INITIAL_NOISE)
+        if latents is None:
+            return self._begun(noise, labels, ids, strengths)
+        clean = latents.to(noise)
+        alpha, sigma = self.table.rows[step, :2]
+        held = clean if self.table.needs_x0_prev else None
+        return replace(
+            self._begun(noise, labels, ids, strengths), x=alpha * clean + sigma * noise, x0_prev=held, step=step
+        )
+
+    @torch.no_grad()
+    def advance(self, trajectory: Trajectory, stop: int | None = None) -> Trajectory:
+        """Runs the steps before ``stop``; None: all that are left. Reads nothing on the host.
+
+        Raises ``ValueError`` for a stop that lies behind the trajectory or beyond the last step.
+        """
+        total = len(self.table)
+        last = total if stop is None else stop
+        if not trajectory.step <= last <= total:
+            raise ValueError(f"stop = {stop}: expected {trajectory.step} to {total}")
+        execution, table, size = self.execution, self.table, len(trajectory)
+        x, x0_prev, labels, ids = trajectory.x, trajectory.x0_prev, trajectory.labels, trajectory.sample_ids
+        omega, value, device = trajectory.omega, trajectory.value, trajectory.x.device
+        if execution.batch is not None and size > execution.batch:
+            execution.close()  # prepared for less: eager steps take any size
+        execution.refresh()
+        variants = self._variants(guided=omega is not None)
+        strengths = torch.zeros(size, device=device) if omega is None else omega
+        valid = None
+        if execution.batch is not None:
+            more = execution.batch - size
+            valid = torch.arange(execution.batch, device=device) < size
+            x, labels, ids, strengths = (_fill(rows, more) for rows in (x, labels, ids, strengths))
+            x0_prev = None if x0_prev is None else _fill(x0_prev, more)
+        inputs = StepInputs(
+            x=x,
+            x0_prev=x0_prev,
+            labels=labels,
+            sample_ids=ids,
+            valid=valid,
+            step=self._indices[0],
+            rows=table.rows,
+            timesteps=table.timesteps,
+            omega=strengths,
+            cfg_scale=torch.tensor(float(self.cfg_scale), device=device),
+            seed=torch.tensor(check_seed("seed", self.seed, device), device=device),
+        )
+        skipped = trajectory.skipped.clone()
+        for index in range(trajectory.step, last):
+            out = execution.step(variants[index], inputs._replace(step=self._indices[index]))
+            inputs = inputs._replace(x=out.x, x0_prev=out.x0)
+            if out.skipped is not None:
+                skipped += out.skipped
+            if out.value is not None and last < total:  # a replayed step writes the next batch's where this one's lies
+                value = out.value[:size].clone()
+        x, x0_prev = inputs.x[:size], inputs.x0_prev
+        if last < total:
+            x, x0_prev = x.clone(), None if x0_prev is None else x0_prev[:size].clone()
+        return replace(trajectory, x=x, x0_prev=x0_prev, value=value, skipped=skipped, step=last)
+
+    @torch.no_grad()
+    def finish(self, trajectory: Trajectory, *, learner_step: int = 0) -> SampleBatch:
+        """Decodes a trajectory behind its last step."""
+        if trajectory.step != len(self.table):
+            raise ValueError(f"the trajectory is before step {trajectory.step} of {len(self.table)}: advance it first")
+        size, latents = len(trajectory), trajectory.x
+        prepared = self.execution.batch
+        images, entropy = self.execution.finish(latents if prepared is None else _fill(latents, prepared - size))
+        dropped = int(trajectory.skipped)  # the one host read of a batch, when all its work is in the queue
+        if dropped:
+            log.warning("guidance was skipped %d times in a batch of %d: gradients not finite", dropped, size)
+        return SampleBatch(
+            images=images[:size],
+            labels=trajectory.labels,
+            sample_ids=trajectory.sample_ids,
+            entropy=entropy[:size],
+            learner_step=learner_step,
+            skipped=dropped,
+            latents=latents.to(torch.float16, copy=True),  # the next batch may be made where this one lies
+        )
 
     def stream(
         self,
@@ -261,63 +368,31 @@ class GuidedSampler:
             noise=self.table.needs_noise,
         )
 
+    def _prepare(self, size: int) -> None:
+        """Compiled and captured steps for a batch of ``size``, where they are asked for."""
+        if self.tuner.mode is True or self.recorder is not None:
+            size = max(size, self.execution.batch or 0)
+            self.execution.prepare(size, compile=self.tuner.mode is True or self.execution.compiled)
+
     @torch.no_grad()
     def _generate(self, labels: Tensor, ids: Tensor, omega: Tensor | None, learner_step: int) -> SampleBatch:
-        size = len(labels)
         noise = normal(ids, self.pipeline.denoiser.sample_shape, seed=self.seed, stream=INITIAL_NOISE)
-        latents, skipped = self._trajectory(noise, labels, ids, omega)
-        images, entropy = self.execution.finish(latents)
-        dropped = int(skipped)  # the one host read of a batch, when all its work is in the queue
-        if dropped:
-            log.warning("guidance was skipped %d times in a batch of %d: gradients not finite", dropped, size)
-        return SampleBatch(
-            images=images[:size],
-            labels=labels,
-            sample_ids=ids,
-            entropy=entropy[:size],
-            learner_step=learner_step,
-            skipped=dropped,
-            latents=latents[:size].to(torch.float16, copy=True),  # the next batch may be made where this one lies
-        )
+        return self.finish(self.advance(self._begun(noise, labels, ids, omega)), learner_step=learner_step)
 
     @torch.no_grad()
     def denoise(self, x: Tensor, labels: Tensor, sample_ids: Tensor) -> Tensor:
         """Runs all steps on initial latents (B, c, h, w), unit noise, and returns the final latents."""
-        labels, ids, omega = self._checked(labels, sample_ids, 0, None)
-        return self._trajectory(x, labels, ids, omega)[0][: len(x)]
+        return self.advance(self._begun(x, *self._checked(labels, sample_ids, 0, None))).x
 
-    def _trajectory(self, x: Tensor, labels: Tensor, ids: Tensor, omega: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Final latents, filled up to a prepared batch, and the 0-d count of skipped guidance, on the device."""
-        execution, table, device, size = self.execution, self.table, x.device, len(x)
-        if execution.batch is not None and size > execution.batch:
-            execution.close()  # prepared for less: eager steps take any size
-        execution.refresh()
-        variants = self._variants(guided=omega is not None)
-        omega = torch.zeros(size, device=device) if omega is None else omega
-        valid = None
-        if execution.batch is not None:
-            valid = torch.arange(execution.batch, device=device) < size
-            x, labels, ids, omega = (_fill(rows, execution.batch - size) for rows in (x, labels, ids, omega))
-        inputs = StepInputs(
-            x=x * table.initial_scale,
-            x0_prev=torch.zeros_like(x) if table.needs_x0_prev else None,
+    def _begun(self, noise: Tensor, labels: Tensor, ids: Tensor, omega: Tensor | None) -> Trajectory:
+        return Trajectory(
+            x=noise * self.table.initial_scale,
+            x0_prev=torch.zeros_like(noise) if self.table.needs_x0_prev else None,
             labels=labels,
             sample_ids=ids,
-            valid=valid,
-            step=self._indices[0],
-            rows=table.rows,
-            timesteps=table.timesteps,
             omega=omega,
-            cfg_scale=torch.tensor(float(self.cfg_scale), device=device),
-            seed=torch.tensor(check_seed("seed", self.seed, device), device=device),
+            skipped=torch.zeros((), dtype=torch.int64, device=noise.device),
         )
-        skipped = torch.zeros((), dtype=torch.int64, device=device)
-        for index, variant in zip(self._indices, variants, strict=True):
-            out = execution.step(variant, inputs._replace(step=index))
-            inputs = inputs._replace(x=out.x, x0_prev=out.x0)
-            if out.skipped is not None:
-                skipped += out.skipped
-        return inputs.x, skipped
 
     def _variants(self, *, guided: bool) -> list[Variant]:
         """The variant of each step."""
@@ -375,7 +450,7 @@ class GuidedSampler:
 
 def _fill(rows: Tensor, count: int) -> Tensor:
     """``rows`` with ``count`` copies of the last one behind them."""
-    return torch.cat([rows, rows[-1:].expand(count, *rows.shape[1:])])
+    return rows if not count else torch.cat([rows, rows[-1:].expand(count, *rows.shape[1:])])
 
 
 def _free(device: torch.device) -> None:

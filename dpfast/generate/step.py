@@ -17,7 +17,7 @@ from torch import Tensor
 from dpfast.generate.decoder import Decoder
 from dpfast.generate.denoiser import Denoiser
 from dpfast.generate.guidance import GuidancePath
-from dpfast.ops import DynamicThreshold, entropy, guided_step
+from dpfast.ops import DynamicThreshold, guided_step
 from dpfast.ops.guided_step import Mode
 
 
@@ -144,6 +144,6 @@ def finish_function(parts: StepParts) -> Callable[[Tensor], Finished]:
         images = to_uint8(parts.decoder(latents))
         if parts.path is None:
             return Finished(images, torch.full((len(images),), float("nan"), device=images.device))
-        return Finished(images, entropy(parts.path.logits(images.float().div(127.5).sub(1))))
+        return Finished(images, parts.path.entropy(images.float().div(127.5).sub(1)))
 
     return finish

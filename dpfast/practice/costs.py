@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ class Price:
     forwards: float
     flops: float
 
+    def minus(self, part: Price) -> Price:
+        return Price(self.forwards - part.forwards, self.flops - part.flops)
+
 
 @dataclass
 class Cost:
@@ -34,9 +37,13 @@ class Cost:
 
     def add(self, samples: int, price: Price, seconds: float) -> None:
         self.samples += samples
-        self.forwards += samples * price.forwards
-        self.flops += samples * price.flops
         self.seconds += seconds
+        self.pay(samples, price)
+
+    def pay(self, times: int, price: Price) -> None:
+        """For work that ends in no sample."""
+        self.forwards += times * price.forwards
+        self.flops += times * price.flops
 
     def timed(self, batches: Iterator[SampleBatch], price: Price) -> Iterator[SampleBatch]:
         """``batches``, each paid for by its price and by the time that its making took."""
@@ -59,8 +66,8 @@ class Cost:
         self.__dict__.update(state)
 
 
-def price(sampler: GuidedSampler, *, guided: bool) -> Price:
-    """Makes one sample and counts: rows through the denoiser, and FLOPs by torch's formulas.
+def price(sampler: GuidedSampler, make: Callable[[], object] | None = None, *, guided: bool = True) -> Price:
+    """Makes one sample, or calls ``make``, and counts: rows through the denoiser, and FLOPs by torch's formulas.
 
     Samples of one sampler take the same steps, so what one costs, each costs. The sampler must run eagerly: compiled or
     captured steps do the same work without telling a counter.
@@ -75,7 +82,7 @@ def price(sampler: GuidedSampler, *, guided: bool) -> Price:
     sampler.execution  # noqa: B018  tries the learner out on images of its own, once
     hook = denoiser.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        counted = flops(lambda: sampler.generate([0], omega=None if guided else 0.0))
+        counted = flops(make or (lambda: sampler.generate([0], omega=None if guided else 0.0)))
     finally:
         hook.remove()
     return Price(float(rows), counted)

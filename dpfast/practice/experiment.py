@@ -14,6 +14,7 @@ from dpfast.generate.recipes import image_shape, load_pipeline
 from dpfast.pool.plan import plan_recipe
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
+from dpfast.practice.guided import check_way
 from dpfast.practice.learners import new_learner
 from dpfast.practice.loop import Loop, stored_shape
 from dpfast.practice.result import Result
@@ -71,6 +72,8 @@ class DeliberatePractice:
                 f"classes = {self.recipe.learner.classes}: the learner needs the generator's {classes} classes"
             )
         choose(self.recipe.learner.loader, self.recipe.pool.codec)
+        if "dp" in practice.sources:
+            check_way(self.recipe, self.pipeline)
         learner = new_learner(self.recipe, self.pipeline)
         shape = tuple(predict(learner, self.real.validation.images[:2]).shape)
         if shape != (2, classes):
@@ -121,7 +124,9 @@ class DeliberatePractice:
     def _source(self, name: str, loop: Loop, practised: Loop | None) -> Source:
         recipe, unguided = self.recipe, self.unguided
         if name == "dp":
-            return DeliberatePracticeSource(recipe, self.pipeline, unguided, loop.guide)
+            return DeliberatePracticeSource(
+                recipe, self.pipeline, unguided, loop.guide, guides=loop.guides, pool=lambda: loop.pool
+            )
         if name == "static":
             total = recipe.practice.maximum_samples if practised is None else len(practised.pool)
             return StaticSource(recipe, unguided, total)

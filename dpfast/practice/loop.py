@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dpfast.evaluate.sets import EvaluationSet, evaluate_sets
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
 from dpfast.generate.pipelines import Pipeline
+from dpfast.learn.committee import Committee
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
 from dpfast.pool.pool import SamplePool
@@ -93,6 +95,14 @@ class Loop:
     def guide(self) -> nn.Module:
         """The live weights that guide."""
         return self.trainer.weights(self.recipe.guidance.guide_with)
+
+    @cached_property
+    def guides(self) -> nn.Module:
+        """What guides: ``guide``, or for the criterion "disagreement" both weights, ``guide`` before the others."""
+        if self.recipe.guidance.criterion != "disagreement":
+            return self.guide
+        other = "raw" if self.recipe.guidance.guide_with == "ema" else "ema"
+        return Committee(self.guide, self.trainer.weights(other))
 
     @property
     def evaluated(self) -> nn.Module:
@@ -189,7 +199,7 @@ class Loop:
                         round=round.number,
                         omega=source.omega(round.number),
                         cfg_scale=source.cfg_scale(round.number),
-                        steps=self.recipe.generator.steps,
+                        steps=source.steps(round.number),
                         seed=self.recipe.seed,
                     )
                     self._tell("on_samples", batch)
@@ -216,13 +226,13 @@ class Loop:
 
     @contextlib.contextmanager
     def _guiding(self) -> Iterator[None]:
-        guide = self.guide
-        training = guide.training
-        guide.eval()
+        model = self.trainer.model  # the EMA never trains
+        training = model.training
+        self.guides.eval()
         try:
             yield
         finally:
-            guide.train(training)
+            model.train(training)
 
     def _check_loss(self) -> None:
         bad = self.losses.bad()

@@ -1,6 +1,6 @@
 """Where the training samples come from: Deliberate Practice and its rivals, behind one interface.
 
-    dp        N unguided samples, then rounds of P that the learner of that moment guides
+    dp        N unguided samples, then rounds of P that the learner of that moment guides (``dpfast.practice.guided``)
     dynamic   the same rounds, unguided: the timing alone
     prune     the same rounds from an unguided surplus, of which the highest entropy under that learner is kept
     static    all samples at the start
@@ -11,7 +11,7 @@ Sample ids key the noise, and unguided samples depend on id and label alone: sou
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -27,6 +27,7 @@ from dpfast.generate.sampler import SampleBatch
 from dpfast.ops import entropy
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.costs import Cost, Price, price
+from dpfast.practice.guided import Wanted, way_of
 
 PROBE_IDS = 1 << 40  # ids of samples that no pool holds
 PROBE_SAMPLES = 250
@@ -52,7 +53,7 @@ class Source(Protocol):
 
     initial_samples: of round 0. moments: the steps after which rounds are due, in place of patience, or None.
     streams: whether ``make`` can go on in the middle of a round. cost: of everything made so far. probe: (n, C, H, W)
-    uint8 unguided images that no pool holds, the yardstick for entropy. omega, cfg_scale: those of a round.
+    uint8 unguided images that no pool holds, the yardstick for entropy. omega, cfg_scale, steps: those of a round.
     """
 
     initial_samples: int
@@ -74,6 +75,8 @@ class Source(Protocol):
     def omega(self, number: int) -> float: ...
 
     def cfg_scale(self, number: int) -> float: ...
+
+    def steps(self, number: int) -> int: ...
 
 
 def balanced_labels(first_id: int, count: int, classes: int) -> Tensor:
@@ -193,6 +196,9 @@ class StaticSource:
     def cfg_scale(self, number: int) -> float:
         return scheduled(number, self.recipe.practice.cfg_rounds, self.recipe.generator.cfg_scale)
 
+    def steps(self, number: int) -> int:
+        return self.recipe.generator.steps
+
 
 class DynamicSource(StaticSource):
     """N unguided samples, then rounds of P unguided ones."""
@@ -226,34 +232,44 @@ class DynamicSource(StaticSource):
 
 
 class DeliberatePracticeSource(DynamicSource):
-    """N unguided samples, then rounds of P that the learner of that moment guides."""
+    """N unguided samples, then rounds of P that the learner of that moment guides.
 
-    def __init__(self, recipe: Recipe, pipeline: Pipeline, unguided: Unguided, learner: nn.Module) -> None:
+    learner: whose entropy is recorded; guides: what guides, the same or a committee; pool: of the run, as it is then.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        pipeline: Pipeline,
+        unguided: Unguided,
+        learner: nn.Module,
+        *,
+        guides: nn.Module,
+        pool: Callable[[], SamplePool],
+    ) -> None:
         super().__init__(recipe, unguided, learner)
-        self.sampler = new_sampler(recipe, pipeline, learner)
-        self._eager = new_sampler(recipe, pipeline, learner, **EAGER)
-
-    @cached_property
-    def price(self) -> Price:
-        return price(self._eager, guided=True)
+        self.sampler = new_sampler(recipe, pipeline, guides)
+        self.way = way_of(recipe, self.sampler, new_sampler(recipe, pipeline, guides, **EAGER), pool)
 
     def omega(self, number: int) -> float:
         return scheduled(number, self.recipe.practice.omega_rounds, self.recipe.guidance.omega) if number else 0.0
+
+    def steps(self, number: int) -> int:
+        return self.way.steps if self.omega(number) else super().steps(number)
 
     def _more(self, round: Round, done: int) -> Iterator[SampleBatch]:
         if not self.omega(round.number):
             yield from super()._more(round, done)
             return
-        labels = self._labels(round)
         self.sampler.cfg_scale = self.cfg_scale(round.number)
-        batches = self.sampler.stream(
-            labels[done:],
-            first_id=round.start + done,
-            batch_size=self.recipe.generator.generation_batch,
+        wanted = Wanted(
+            labels=self._labels(round),
+            start=round.start,
+            done=done,
             omega=self.omega(round.number),
             learner_step=round.learner_step,
         )
-        yield from self.cost.timed(batches, self.price)
+        yield from self.way.make(wanted, self.cost)
 
     def _labels(self, round: Round) -> Tensor:
         if self.recipe.practice.allot == "difficulty" and round.per_class is not None:

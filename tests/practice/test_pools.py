@@ -10,17 +10,17 @@ from dpfast.pool.pool import SamplePool
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_folder import RunFolder
-from tests.practice.test_loop import recipe, with_  # noqa: F401 - a fixture
+from tests.practice.test_loop import with_
 
 EVERYTHING = torch.arange(45)
 
 
 @pytest.fixture
-def short(recipe):  # noqa: F811
+def short(recipe):
     return with_(recipe, "practice", iterations=40, maximum_samples=45, sources=("dp",))
 
 
-def run(recipe, path, **options):  # noqa: F811
+def run(recipe, path, **options):
     with RunFolder(path, recipe, **options) as folder:
         return DeliberatePractice(recipe).run(folder, progress=False)
 
@@ -41,7 +41,7 @@ def test_a_run_keeps_its_samples_where_the_recipe_says(short, section, tier, tmp
         reserve(pool, samples, **options)
 
     monkeypatch.setattr(SamplePool, "reserve", recorded)
-    recipe = with_(short, "pool", **section)  # noqa: F811
+    recipe = with_(short, "pool", **section)
     (dp,) = run(recipe, tmp_path / "run")
     assert dp.pool.where()[tier] == len(dp.pool) == 45
     assert reserved == [(0, 30), (30, 15)]
@@ -52,7 +52,7 @@ def test_a_run_keeps_its_samples_where_the_recipe_says(short, section, tier, tmp
 
 
 def test_latents_of_every_source_are_those_that_the_images_come_from(short, pipeline, tmp_path):
-    recipe = with_(with_(short, "pool", codec="latents"), "practice", sources=("dp", "static", "prune"))  # noqa: F811
+    recipe = with_(with_(short, "pool", codec="latents"), "practice", sources=("dp", "static", "prune"))
     results = run(recipe, tmp_path / "run")
     made = new_sampler(recipe, pipeline, None).generate(EVERYTHING % 3)
     for result in results:
@@ -67,7 +67,7 @@ def test_latents_of_every_source_are_those_that_the_images_come_from(short, pipe
 
 
 def test_a_run_and_its_branch_resume_from_latents(short, tmp_path):
-    recipe = with_(with_(short, "pool", codec="latents"), "practice", keep_rounds=True)  # noqa: F811
+    recipe = with_(with_(short, "pool", codec="latents"), "practice", keep_rounds=True)
     (dp,) = run(recipe, tmp_path / "run")
     prepare_branch(tmp_path / "run", 0, tmp_path / "branch", recipe)
     (branch,) = run(recipe, tmp_path / "branch", resume=True)

@@ -26,7 +26,7 @@ def try_learner(path: GuidancePath, shape: tuple[int, ...], classes: int | None,
     """Runs the learner and the criterion on two black images, as latents of ``shape`` (c, h, w) decode to.
 
     Raises ``ValueError`` when the learner fails on them, when its logits are not (2, classes) (None: any number), or
-    when the criterion's values are not (2,).
+    when the criterion's values are not (2,). A committee's logits are (2, M, classes).
     """
     decoded = path.decoder(torch.zeros(2, *shape, device=device))
     images = torch.full_like(decoded, -1.0)
@@ -36,7 +36,7 @@ def try_learner(path: GuidancePath, shape: tuple[int, ...], classes: int | None,
         shape = (*images.shape[:2], *(path.image_size or images.shape[2:]))
         raise ValueError(f"learner fails on images of shape {shape}: {str(error).splitlines()[0]}") from error
     found = logits.shape if isinstance(logits, Tensor) else ()
-    if len(found) != 2 or found[0] != 2 or classes not in (None, found[1]):
+    if len(found) not in (2, 3) or found[0] != 2 or classes not in (None, found[-1]):
         got = tuple(found) if isinstance(logits, Tensor) else type(logits).__name__
         expected = "(2, classes)" if classes is None else f"(2, {classes}) for the pipeline"
         raise ValueError(f"learner gives {got} for 2 images, expected logits of shape {expected}")
