@@ -88,6 +88,23 @@ def price(sampler: GuidedSampler, make: Callable[[], object] | None = None, *, g
     return Price(float(rows), counted)
 
 
+class Prices:
+    """``price``, asked for once with classifier-free guidance and once without: a round may switch it off."""
+
+    def __init__(
+        self, sampler: GuidedSampler, make: Callable[[], object] | None = None, *, guided: bool = True
+    ) -> None:
+        self.sampler, self.make, self.guided = sampler, make, guided
+        self._known: dict[bool, Price] = {}
+
+    def at(self, cfg_scale: float) -> Price:
+        """Of one sample in a round of this scale."""
+        if (cfg_scale != 1) not in self._known:
+            self.sampler.cfg_scale = cfg_scale
+            self._known[cfg_scale != 1] = price(self.sampler, self.make, guided=self.guided)
+        return self._known[cfg_scale != 1]
+
+
 def pruning_ratio(unguided: Tensor, entropy: float) -> float:
     """How many unguided samples a source would make to keep one, so that the kept ones' mean entropy is ``entropy``.
 

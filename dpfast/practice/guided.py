@@ -18,7 +18,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -27,11 +26,11 @@ from torch import Tensor
 from dpfast.config import Recipe, RecipeError
 from dpfast.generate.decoder import Encoder
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.recipes import new_sampler
+from dpfast.generate.recipes import image_shape, new_sampler
 from dpfast.generate.sampler import GuidedSampler, SampleBatch
 from dpfast.generate.trajectory import Trajectory
 from dpfast.pool.pool import SamplePool
-from dpfast.practice.costs import Cost, Price, price
+from dpfast.practice.costs import Cost, Price, Prices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +63,12 @@ class FromNoise:
     def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
         self.recipe, self.sampler, self.eager = recipe, sampler, eager
         self.batch, self.steps = recipe.generator.generation_batch, recipe.generator.steps
+        self.prices = Prices(eager)
 
-    @cached_property
+    @property
     def price(self) -> Price:
-        return price(self.eager, guided=True)
+        """Of one sample in the present round."""
+        return self.prices.at(self.sampler.cfg_scale)
 
     def make(self, wanted: Wanted, cost: Cost) -> Iterator[SampleBatch]:
         batches = self.sampler.stream(
@@ -97,20 +98,17 @@ class EarlyRejection(FromNoise):
                 f"and a step after it; guided are {', '.join(map(str, sorted(sampler.guidance.steps(total))))}"
             )
         self.stop = max(before) + 1
-
-    @cached_property
-    def early_price(self) -> Price:
-        """Of a trajectory up to the cut."""
-        return price(self.eager, lambda: self.eager.advance(self.eager.begin([0], [0]), self.stop))
+        self.early_prices = Prices(eager, lambda: eager.advance(eager.begin([0], [0]), self.stop))
 
     def make(self, wanted: Wanted, cost: Cost) -> Iterator[SampleBatch]:
-        late = self.price.minus(self.early_price)
+        early = self.early_prices.at(self.sampler.cfg_scale)
+        late = self.price.minus(early)
         for place, labels in wanted.parts(self.batch):
             started = time.perf_counter()
             first, last = self._id(place), self._id(place + len(labels))
             kept = self._kept(labels, torch.arange(first, last), wanted.omega)
             batch = self.sampler.finish(self.sampler.advance(kept), learner_step=wanted.learner_step)
-            cost.pay(last - first, self.early_price)
+            cost.pay(last - first, early)
             cost.add(len(batch), late, time.perf_counter() - started)
             yield batch
 
@@ -154,18 +152,16 @@ class RePractice(FromNoise):
         if recipe.pool.codec != "latents" and not isinstance(sampler.pipeline.decoder, Encoder):
             raise RecipeError(f"restart = {restart:g}: images of another size than decoded need codec = 'latents'")
         self.steps = total - self.start
+        self.image = torch.zeros(1, *image_shape(sampler.pipeline), device=sampler.pipeline.device)
+        self.prices = Prices(eager, self._one)
 
-    @cached_property
-    def price(self) -> Price:
+    def _one(self) -> None:
+        """A sample, to be counted."""
         pipeline = self.eager.pipeline
-
-        def one() -> None:
-            latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
-            if self.recipe.pool.codec != "latents":
-                latents = _encoded(pipeline, pipeline.decoder(latents))
-            self.eager.finish(self.eager.advance(self.eager.begin([0], [0], latents=latents, step=self.start)))
-
-        return price(self.eager, one)
+        latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
+        if self.recipe.pool.codec != "latents":
+            latents = _encoded(pipeline, self.image)
+        self.eager.finish(self.eager.advance(self.eager.begin([0], [0], latents=latents, step=self.start)))
 
     def make(self, wanted: Wanted, cost: Cost) -> Iterator[SampleBatch]:
         parents = self._parents(wanted)

@@ -34,7 +34,7 @@ class RunFolder(Callback):
     pool_*/         every source's samples, webdataset shards with a manifest (``dpfast.pool.shards``)
     progress_*      what is saved of a round that is being made
     branch.json     where a branch began: run, round and iteration
-    *.png           plots and contact sheets
+    index.html      the report of a finished run, with its plots and contact sheets as *.png
     """
 
     def __init__(self, path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:

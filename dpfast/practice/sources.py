@@ -26,7 +26,7 @@ from dpfast.generate.recipes import new_sampler
 from dpfast.generate.sampler import SampleBatch
 from dpfast.ops import entropy
 from dpfast.pool.pool import SamplePool
-from dpfast.practice.costs import Cost, Price, price
+from dpfast.practice.costs import Cost, Prices
 from dpfast.practice.guided import Wanted, way_of
 
 PROBE_IDS = 1 << 40  # ids of samples that no pool holds
@@ -115,12 +115,8 @@ class Unguided:
         self.batch, self.classes = recipe.generator.generation_batch, pipeline.denoiser.classes
         self.sampler = new_sampler(recipe, pipeline, None)
         self.made = Cost()
-        self._eager = new_sampler(recipe, pipeline, None, **EAGER)
+        self._prices = Prices(new_sampler(recipe, pipeline, None, **EAGER), guided=False)
         self._pools: list[tuple[SamplePool, dict[int, int]]] = []
-
-    @cached_property
-    def price(self) -> Price:
-        return price(self._eager, guided=False)
 
     @cached_property
     def probe(self) -> Tensor:
@@ -141,18 +137,19 @@ class Unguided:
 
     def stream(self, first: int, count: int, cost: Cost, *, cfg_scale: float) -> Iterator[SampleBatch]:
         """The samples of ids ``first`` to ``first + count`` in batches, paid for in ``cost``."""
+        price = self._prices.at(cfg_scale)
         for start in range(first, first + count, self.batch):
             size = min(self.batch, first + count - start)
             known = self._known(start, size) if cfg_scale == self.sampler.cfg_scale else None
             if known is not None:
-                cost.add(size, self.price, size * self.made.seconds / max(self.made.samples, 1))
+                cost.add(size, price, size * self.made.seconds / max(self.made.samples, 1))
                 yield known
                 continue
             labels = balanced_labels(start, size, self.classes)
             usual, self.sampler.cfg_scale = self.sampler.cfg_scale, cfg_scale
             try:
                 batches = self.sampler.stream(labels, first_id=start, batch_size=size)
-                yield from cost.timed(batches, self.price)
+                yield from cost.timed(batches, price)
             finally:
                 self.sampler.cfg_scale = usual
 
@@ -160,11 +157,12 @@ class Unguided:
         for pool, row_of in self._pools:
             if first in row_of and first + count - 1 in row_of:
                 rows = torch.tensor([row_of[i] for i in range(first, first + count)])
+                device = self.sampler.pipeline.device  # where a batch that is made lies
                 return SampleBatch(
-                    images=pool.images(rows),
-                    labels=pool.column("label")[rows],
-                    sample_ids=pool.column("sample_id")[rows],
-                    entropy=torch.full((count,), float("nan")),
+                    images=pool.images(rows).to(device),
+                    labels=pool.column("label")[rows].to(device),
+                    sample_ids=pool.column("sample_id")[rows].to(device),
+                    entropy=torch.full((count,), float("nan"), device=device),
                 )
         return None
 
@@ -312,17 +310,16 @@ class PruneSource(DynamicSource):
 def highest(scores: Tensor, labels: Tensor, count: int, *, within: str) -> Tensor:
     """Indices, rising, of the ``count`` highest of ``scores`` (n,): "overall", or as evenly as can be over "class"es.
 
-    labels: (n,) int64. Of equal scores the first are kept.
+    labels: (n,) int64, on the same device. Of equal scores the first are kept.
     """
     order = scores.argsort(descending=True, stable=True)
     if within == "class":
-        ranks = torch.empty_like(order)
-        ordered = labels[order]
-        for label in ordered.unique():
-            members = torch.nonzero(ordered == label).flatten()
-            ranks[members] = torch.arange(len(members))
-        order = order[ranks.argsort(stable=True)]  # every class's best, then every class's second, ...
-    return order[:count].sort().values
+        labels = labels.gather(0, order)
+        ordered, places = labels.sort(stable=True)  # class by class, the highest first
+        rank = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
+        ranks = torch.empty_like(order).scatter_(0, places, rank)
+        order = order.gather(0, ranks.argsort(stable=True))  # every class's best, then every class's second, ...
+    return order.narrow(0, 0, min(count, len(order))).sort().values
 
 
 def scheduled(number: int, values: tuple[float, ...], usual: float) -> float:

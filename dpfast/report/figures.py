@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from dpfast.report.points import Point
 from dpfast.report.runs import Run
 
 # Okabe and Ito's colours, told apart with any colour vision
@@ -15,30 +16,36 @@ COLORS = {"dp": "#0072B2", "static": "#D55E00", "prune": "#009E73", "dynamic": "
 INK, MUTED = "#1f2328", "#6b7280"
 
 
-def _axes(size: tuple[float, float], x: str, y: str) -> tuple[Figure, Any]:
+def axes_of(size: tuple[float, float], x: str, y: str) -> tuple[Figure, Any]:
+    """A figure of ``size`` inches with one pair of axes."""
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
+    styled(axes, x, y)
+    return figure, axes
+
+
+def styled(axes: Any, x: str, y: str) -> None:
+    """The look of all axes, with their labels."""
     axes.set_xlabel(x, color=MUTED)
     axes.set_ylabel(y, color=MUTED)
     axes.tick_params(colors=MUTED, length=3)
     axes.grid(axis="y", color="#e5e7eb", lw=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#c4c8ce")
-    return figure, axes
 
 
 def _color(source: str) -> str:
     return COLORS.get(source, MUTED)
 
 
-def _label_ends(axes: Any, ends: list[tuple[str, float, float]]) -> None:
-    """Names at the right ends of lines, moved apart where they would touch."""
+def label_ends(axes: Any, ends: list[tuple[str, float, float, str]]) -> None:
+    """Names (name, x, y, colour) at the right ends of lines, moved apart where they would touch."""
     low, high = axes.get_ylim()
     least, last = 0.06 * (high - low), -np.inf
-    for name, x, y in sorted(ends, key=lambda end: end[2]):
+    for name, x, y, color in sorted(ends, key=lambda end: end[2]):
         last = max(y, last + least)
         axes.annotate(
-            name, (x, last), xytext=(6, 0), textcoords="offset points", va="center", color=_color(name), weight="bold"
+            name, (x, last), xytext=(6, 0), textcoords="offset points", va="center", color=color, weight="bold"
         )
     axes.margins(x=0.02)
     left, right = axes.get_xlim()
@@ -47,8 +54,8 @@ def _label_ends(axes: Any, ends: list[tuple[str, float, float]]) -> None:
 
 def curve(runs: list[Run], size: tuple[float, float], key: str, label: str, scale: float = 1.0) -> Figure | None:
     """A measure of the evaluations against iterations, one line a run; a vertical line at each addition (Fig. 2)."""
-    figure, axes = _axes(size, "optimiser iterations", label)
-    ends: dict[str, tuple[str, float, float]] = {}
+    figure, axes = axes_of(size, "optimiser iterations", label)
+    ends: dict[str, tuple[str, float, float, str]] = {}
     heights: list[float] = []
     for run in runs:
         for source in run.sources:
@@ -58,7 +65,7 @@ def curve(runs: list[Run], size: tuple[float, float], key: str, label: str, scal
             steps, values = [m["step"] for m in rows], [scale * m[key] for m in rows]
             axes.plot(steps, values, color=_color(source), lw=1.5, alpha=0.9 if len(runs) == 1 else 0.65)
             heights += values
-            ends[source] = (source, steps[-1], values[-1])
+            ends[source] = (source, steps[-1], values[-1], _color(source))
             for m in run.events("addition", source):
                 axes.axvline(m["step"], color=_color(source), lw=0.8, ls=(0, (4, 3)), alpha=0.45, zorder=0)
     if not heights:
@@ -66,7 +73,7 @@ def curve(runs: list[Run], size: tuple[float, float], key: str, label: str, scal
     spread = np.quantile(heights, [0.06, 0.94])  # the climb of the first iterations would hide the rest
     room = 0.25 * (spread[1] - spread[0]) + 1e-6
     axes.set_ylim(max(0.0, spread[0] - room), min(spread[1] + room, max(heights) + room))
-    _label_ends(axes, list(ends.values()))
+    label_ends(axes, list(ends.values()))
     return figure
 
 
@@ -87,51 +94,58 @@ def fit_power_law(samples: np.ndarray, error: np.ndarray) -> tuple[float, float]
     return float(np.exp(intercept)), float(-slope)
 
 
-def scaling(points: list[dict[str, Any]], size: tuple[float, float]) -> Figure | None:
-    """Held-out accuracy against samples with fitted power laws (Figs. 1 and 4); points: source, samples, accuracy."""
+def scaling(points: list[Point], size: tuple[float, float]) -> Figure | None:
+    """Held-out accuracy against samples with fitted power laws (Figs. 1 and 4)."""
     if not points:
         return None
-    figure, axes = _axes(size, "samples", "held-out accuracy, %")
+    figure, axes = axes_of(size, "samples", "held-out accuracy, %")
     ends = []
-    for source in dict.fromkeys(p["source"] for p in points):
-        samples = np.array([p["samples"] for p in points if p["source"] == source], float)
-        top1 = np.array([p["accuracy"] for p in points if p["source"] == source])
+    for source in dict.fromkeys(p.source for p in points):
+        samples = np.array([p.samples for p in points if p.source == source], float)
+        top1 = np.array([p.accuracy for p in points if p.source == source])
         axes.plot(samples, 100 * top1, "o", color=_color(source), ms=5, alpha=0.8)
         law = fit_power_law(samples, 1 - top1)
         if law is not None:
             line = np.geomspace(samples.min(), samples.max(), 60)
             axes.plot(line, 100 * (1 - law[0] * line ** -law[1]), color=_color(source), lw=1.5)
-        ends.append((source, samples.max(), 100 * top1[samples == samples.max()].mean()))
-    if len({p["samples"] for p in points}) > 3:
+        ends.append((source, samples.max(), 100 * top1[samples == samples.max()].mean(), _color(source)))
+    if len({p.samples for p in points}) > 3:
         axes.set_xscale("log")
-    _label_ends(axes, ends)
+        low, high = (p(point.samples for point in points) for p in (min, max))
+        ticks = [low * 2**i for i in range(0, 40, 1 if size[0] > 5 else 2) if low * 2**i <= 1.01 * high]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    label_ends(axes, ends)
     return figure
 
 
 def phases(runs: list[Run], size: tuple[float, float]) -> Figure | None:
-    """Seconds of generation and training by source, the mean of the runs."""
+    """Seconds of generation, training and evaluation by source, the mean of the runs."""
     sources = list(dict.fromkeys(s for run in runs for s in run.sources))
-    means = [[float(np.mean([r.seconds(e, s) for r in runs])) for e in ("generation", "training")] for s in sources]
-    if not np.any(means):
+    parts = {"generation": ("generation", "seconds", 1.0), "training": ("training", "seconds", 0.45),
+             "evaluation": ("training", "evaluation_seconds", 0.2)}  # fmt: skip
+    means = {s: [float(np.mean([r.total(e, k, s) or 0 for r in runs])) for e, k, _ in parts.values()] for s in sources}
+    if not np.any(list(means.values())):
         return None
-    figure, axes = _axes((size[0], 0.9 + 0.5 * len(sources)), "seconds, mean of the runs", "")
+    figure, axes = axes_of((size[0], 0.9 + 0.5 * len(sources)), "seconds, mean of the runs", "")
     axes.grid(False)
-    for place, (source, (generation, training)) in enumerate(zip(reversed(sources), reversed(means), strict=True)):
-        axes.barh(place, generation, color=_color(source), height=0.6)
-        axes.barh(place, training, left=generation, color=_color(source), alpha=0.4, height=0.6)
-        for start, width, name in ((0, generation, "generation"), (generation, training, "training")):
-            dark = name == "generation"
+    longest = max(map(sum, means.values()))
+    for place, source in enumerate(reversed(sources)):
+        left = 0.0
+        for (name, (*_, depth)), width in zip(parts.items(), means[source], strict=True):
+            axes.barh(place, width, left=left, color=_color(source), alpha=depth, height=0.6)
             text = f"{name} {width:.0f} s" if size[0] > 5 else f"{width:.0f} s"
-            axes.text(
-                start + width / 2, place, text, ha="center", va="center", fontsize=8, color="white" if dark else INK
-            )
+            if width > 0.012 * len(text) * longest * (7 / size[0]):  # room for the words
+                color = "white" if depth == 1 else INK
+                axes.text(left + width / 2, place, text, ha="center", va="center", fontsize=8, color=color)
+            left += width
     axes.set_yticks(range(len(sources)), list(reversed(sources)))
     return figure
 
 
 def hardness(runs: list[Run], size: tuple[float, float]) -> Figure | None:
     """Entropy of new samples at birth beside that of unguided ones under the same learner, by round."""
-    figure, axes = _axes(size, "round", "mean entropy, nats")
+    figure, axes = axes_of(size, "round", "mean entropy, nats")
     drawn = False
     for run in runs:
         rows = [m for m in run.events("addition", "dp") if "unguided_entropy" in m]
@@ -152,5 +166,5 @@ PER_RUN: dict[str, tuple[Callable[[list[Run], tuple[float, float]], Figure | Non
     "accuracy_iterations": (accuracy, "Accuracy on real validation images. Dashed: samples were added."),
     "loss_iterations": (loss, "Training loss. It rises when harder samples arrive."),
     "hardness": (hardness, "Entropy of new samples at birth, beside unguided samples under the same learner."),
-    "phases": (phases, "Where the time goes."),
+    "phases": (phases, "Where the time goes: generation, training, evaluation from dark to light."),
 }

@@ -1,19 +1,10 @@
-"""Reads what a run wrote."""
+"""The final tables of a run, as text."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from dpfast.practice.result import Result
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``: dictionaries with "event", "source", "step" and the event's values."""
-    with (Path(folder) / "metrics.jsonl").open() as lines:
-        return [json.loads(line) for line in lines]
 
 
 def result_table(results: list[Result]) -> str:

@@ -6,21 +6,30 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from dpfast.config import RecipeError
+from dpfast.pool.export import import_pool
+from dpfast.pool.pool import SamplePool
+from dpfast.report import tables
 from dpfast.report.figures import PER_RUN, scaling
+from dpfast.report.inclusion import births, errors_around, inclusion
+from dpfast.report.points import Point, lead, points_of_runs, points_of_study, usual
 from dpfast.report.runs import Run, differences, read_runs
 from dpfast.report.sheets import enlarged, tile
+from dpfast.report.sweeps import swept
 
 WIDE, NARROW = (7.0, 3.6), (3.7, 2.9)  # inches; a phone gets a figure drawn for its width
 SHEET_COLUMNS = 12
+SWEPT = {
+    "oversampling": "prune: accuracy and cost against how many candidates a kept sample was chosen from.",
+    "omega": "dp: accuracy and cost against the strength of guidance; 0 is the timing alone.",
+}
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#1f2328;--muted:#5c6470;--line:#e2e5e9;--card:#fff}
@@ -43,21 +52,33 @@ def write_report(paths: Sequence[Path], out: Path, *, study: Path | None = None)
     Args:
         paths: run folders, finished or not; one report holds runs on the same real images.
         out: a folder, made where it does not exist.
-        study: a JSON-lines file with "source", "samples", "seed" and "test_accuracy" in each line.
+        study: a JSON-lines file as of ``dpfast.report.points.points_of_study``, in place of the runs' own results.
 
     Raises ``RecipeError`` for a path that is no run, runs on different real images, or a study that cannot be read.
     """
     runs = read_runs(list(paths))
-    points = _study(study) if study is not None else _points(runs)
+    points = points_of_study(study) if study is not None else points_of_runs(runs)
+    pools = {run.path: _pool(run) for run in runs}
     out.mkdir(parents=True, exist_ok=True)
-    body = [_head(runs, points), _table(runs), _notes(runs)]
+
+    def figure(name: str, draw: Callable[[tuple[float, float]], Figure | None], caption: str) -> str:
+        return _figure(out / f"{name}.png", draw(WIDE), draw(NARROW), caption)
+
+    body = [_head(runs, points), tables.results(runs), _notes(runs)]
     body.append("<h2>Training</h2>")
-    for name, (draw, caption) in PER_RUN.items():
-        body.append(_figure(out / f"{name}.png", draw(runs, WIDE), draw(runs, NARROW), caption))
+    body += [figure(name, partial(draw, runs), caption) for name, (draw, caption) in PER_RUN.items()]
+    body.append(tables.phases(runs))
     body.append("<h2>Accuracy against samples</h2>")
     caption = "Held-out accuracy; points are runs, lines power laws of the error, fitted from three sizes on."
-    body.append(_figure(out / "accuracy_samples.png", scaling(points, WIDE), scaling(points, NARROW), caption))
-    body += [_sets(runs), _sheets(runs, out), _recipe(runs)]
+    body.append(figure("accuracy_samples", partial(scaling, usual(points)), caption))
+    body.append("<h2>Accuracy and cost</h2>")
+    for name, caption in SWEPT.items():
+        body.append(figure(name, partial(swept, points, name), caption))
+    body.append(tables.sets(runs))
+    body.append("<h2>Samples</h2>")
+    for run in runs:
+        body.append(_samples(run, pools[run.path], figure, out))
+    body.append(_recipe(runs))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     page = out / "index.html"
     page.write_text(
@@ -69,49 +90,10 @@ def write_report(paths: Sequence[Path], out: Path, *, study: Path | None = None)
     return page
 
 
-def _points(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    rows = [m for run in runs for m in run.events("result") if "test_accuracy" in m]
-    return [{"source": m["source"], "samples": m["samples"], "accuracy": m["test_accuracy"]} for m in rows]
-
-
-def _study(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return [{"source": r["source"], "samples": r["samples"], "accuracy": r["test_accuracy"]} for r in rows]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RecipeError(f"study = {str(path)!r}: cannot be read: {error!r}") from None
-
-
-def _head(runs: list[Run], points: list[dict[str, Any]]) -> str:
-    names = ", ".join(html.escape(run.path.name) for run in runs)
-    means = {s: np.mean([p["accuracy"] for p in points if p["source"] == s]) for s in {p["source"] for p in points}}
-    lead = ""
-    if {"dp", "static"} <= set(means) and not differences(runs):
-        gap = 100 * (means["dp"] - means["static"])
-        lead = (
-            f'<p class="lead">dp is {abs(gap):.1f} points {"above" if gap >= 0 else "below"} static on held-out images.'
-        )
-        lead += f" Mean over all points: {means['dp']:.1%} and {means['static']:.1%}.</p>"
-    return f'<h1>Deliberate Practice</h1><p class="sub">{len(runs)} run(s): {names}</p>{lead}'
-
-
-def _html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>'
-
-
-def _table(runs: list[Run]) -> str:
-    rows = []
-    for run in runs:
-        for source in run.sources:
-            for m in run.events("result", source)[-1:] or [{}]:
-                percent = [f"{m[k]:.2%}" if k in m else "-" for k in ("validation_accuracy", "test_accuracy")]
-                time = [f"{run.seconds(e, source):.0f} s" for e in ("generation", "training")]
-                counts = [str(m.get("samples", "-")), str(m.get("step", "-")), str(m.get("additions", "-"))]
-                rows.append([run.path.name, source, *counts, *percent, *time])
-    header = ("run", "source", "samples", "iterations", "additions", "validation", "held-out", "generation", "training")
-    return "<h2>Results</h2>" + _html_table(header, rows)
+def _head(runs: list[Run], points: list[Point]) -> str:
+    names, sentence = ", ".join(html.escape(run.path.name) for run in runs), lead(points)
+    first = f'<p class="lead">{html.escape(sentence)}</p>' if sentence else ""
+    return f'<h1>Deliberate Practice</h1><p class="sub">{len(runs)} run(s): {names}</p>{first}'
 
 
 def _notes(runs: list[Run]) -> str:
@@ -121,50 +103,53 @@ def _notes(runs: list[Run]) -> str:
     return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
-def _sets(runs: list[Run]) -> str:
-    rows = [
-        [
-            run.path.name,
-            m["source"],
-            m["name"] + (f" {m['severity']}" if m.get("severity") else ""),
-            str(m["images"]),
-            f"{m['top1']:.2%}",
-            f"{m['top5']:.2%}",
-            f"{m['calibration_error']:.3f}",
-            f"{m['entropy']:.3f}",
-        ]
-        for run in runs
-        for m in run.events("set")
-    ]
-    header = ("run", "source", "set", "images", "top-1", "top-5", "calibration error", "entropy")
-    return "<h2>Other evaluation sets</h2>" + _html_table(header, rows) if rows else ""
+def _pool(run: Run) -> tuple[SamplePool, int] | None:
+    """A run's saved samples and its number of classes."""
+    try:
+        pool, names = import_pool(run.path)
+    except RecipeError:
+        return None
+    return pool, len(names) if names else int(pool.column("label").max()) + 1
 
 
-def _sheets(runs: list[Run], out: Path) -> str:
-    """Contact sheets of every round, entropy at birth rising to the right; needs a saved pool."""
-    from dpfast.pool.export import import_pool
+def _samples(run: Run, saved: tuple[SamplePool, int] | None, figure: Callable[..., str], out: Path) -> str:
+    """Entropy at birth, error before and after inclusion, and contact sheets of every round."""
+    name = run.path.name
+    if saved is None:
+        return f'<p class="note">{html.escape(name)}: no saved samples, so no contact sheets.</p>'
+    pool, classes = saved
+    parts = [figure(f"births_{name}", partial(births, pool), f"{name}: entropy of new samples at birth, by round.")]
+    errors = errors_around(run, pool, classes)
+    if errors is None:
+        parts.append(
+            f'<p class="note">{html.escape(name)}: no checkpoints of every round (--keep-rounds true), so no errors of '
+            "samples before and after inclusion.</p>"
+        )
+    else:
+        caption = (
+            f"{name}: error of the learners at the ends of rounds on the samples of each round. Hard: those that the "
+            "learner of their inclusion mistook."
+        )
+        parts.append(figure(f"inclusion_{name}", partial(inclusion, errors), caption))
+    return "".join(parts) + _sheets(run, pool, out)
 
+
+def _sheets(run: Run, pool: SamplePool, out: Path) -> str:
+    """Contact sheets of every round, entropy at birth rising to the right."""
     parts = []
-    for run in runs:
-        try:
-            pool, _ = import_pool(run.path)
-        except RecipeError:
-            parts.append(f'<p class="note">{html.escape(run.path.name)}: no saved samples, so no contact sheets.</p>')
-            continue
-        rounds, entropy, labels = (pool.column(name) for name in ("round", "entropy", "label"))
-        for number in rounds.unique().tolist():
-            rows = []
-            for label in labels.unique().tolist()[:10]:
-                members = torch.nonzero((rounds == number) & (labels == label)).flatten()[:SHEET_COLUMNS]
-                if len(members):
-                    rows.append(pool.images(members[entropy[members].argsort()]))
-            if rows:
-                picture = enlarged(tile(rows), rows[0].shape[-1])
-                path = out / f"samples_{run.path.name}_round_{number:02d}.png"
-                picture.save(path)
-                caption = f"{run.path.name}, round {number}: a row per class, entropy at birth rises to the right."
-                parts.append(_img(path.read_bytes(), None, caption))
-    return "<h2>Samples</h2>" + "".join(parts)
+    rounds, entropy, labels = (pool.column(name) for name in ("round", "entropy", "label"))
+    for number in rounds.unique().tolist():
+        rows = []
+        for label in labels.unique().tolist()[:10]:
+            members = torch.nonzero((rounds == number) & (labels == label)).flatten()[:SHEET_COLUMNS]
+            if len(members):
+                rows.append(pool.images(members[entropy[members].argsort()]))
+        picture = enlarged(tile(rows), rows[0].shape[-1])
+        path = out / f"samples_{run.path.name}_round_{number:02d}.png"
+        picture.save(path)
+        caption = f"{run.path.name}, round {number}: a row per class, entropy at birth rises to the right."
+        parts.append(_img(path.read_bytes(), None, caption))
+    return "".join(parts)
 
 
 def _recipe(runs: list[Run]) -> str:

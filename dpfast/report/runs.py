@@ -32,9 +32,18 @@ class Run:
         """The metrics of one kind, in their order."""
         return [m for m in self.metrics if m["event"] == event and source in (None, m["source"])]
 
-    def seconds(self, event: str, source: str) -> float:
-        """Seconds of "generation" or "training" of a source."""
-        return sum(t["seconds"] for t in self.timings if t["event"] == event and t["source"] == source)
+    def total(self, event: str, key: str, source: str) -> float | None:
+        """The sum of a value over a source's "generation" or "training"; None where it was not written."""
+        found = [t[key] for t in self.timings if t["event"] == event and t["source"] == source and key in t]
+        return sum(found) if found else None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The recipe's fields without their sections."""
+        leaves = {k: v for k, v in self.recipe.items() if k not in SECTIONS}
+        for section in SECTIONS:
+            leaves |= self.recipe.get(section, {})
+        return leaves
 
 
 def read_run(path: Path) -> Run:
@@ -67,16 +76,9 @@ def read_runs(paths: list[Path]) -> list[Run]:
 
 def differences(runs: list[Run]) -> dict[str, list[Any]]:
     """The recipe fields, other than seed and name, that are not the same in all runs -> their values by run."""
-    flat = [_flat(run.recipe) for run in runs]
+    flat = [run.fields for run in runs]
     keys = sorted({key for one in flat for key in one} - {"seed", "name"})
     return {k: [one.get(k) for one in flat] for k in keys if len({json.dumps(one.get(k)) for one in flat}) > 1}
-
-
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    leaves = {k: v for k, v in recipe.items() if k not in SECTIONS}
-    for section in SECTIONS:
-        leaves |= recipe.get(section, {})
-    return leaves
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

@@ -143,11 +143,11 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(pipeline):
 def test_negative_omega_warns_once_a_process(pipeline, learner):
     sampler_module._warn_of_easy_samples.cache_clear()
     sampler = GuidedSampler(pipeline, learner, steps=1, guidance=GuidanceConfig(omega=-0.1), compile=False)
-    with pytest.warns(UserWarning, match="easy samples"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         sampler.generate([0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
         sampler.generate([0])
+    assert ["easy samples" in str(warning.message) for warning in caught] == [True]
 
 
 def test_bad_input_is_named_before_anything_is_sampled(pipeline, learner):

@@ -1,10 +1,14 @@
 """Schedule, trainer and learner factory."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpfast.config import Learner, RecipeError
+from dpfast.learn.committee import Committee
 from dpfast.learn.models import build_learner
 from dpfast.learn.schedule import wsd
 from dpfast.learn.trainer import Trainer
@@ -43,6 +47,46 @@ def test_ema_follows_the_weights_by_its_decay():
     old = trainer.ema.module[1].weight.clone()
     trainer.step(image, label)
     torch.testing.assert_close(trainer.ema.module[1].weight, 0.9 * old + 0.1 * trainer.model[1].weight.detach())
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    def norm(**options):
+        trainer, _ = toy(steps=1, **options)
+        return float(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm())
+
+    assert norm() > 0.2
+    assert norm(clip_grad_norm=0.1) == pytest.approx(0.1, rel=1e-4)
+    assert norm(clip_grad_norm=100.0) == norm()
+
+
+def test_bf16_is_of_the_forward_alone():
+    trainer, losses = toy(precision="bf16")
+    seen = []
+    trainer.model[1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.step(torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0]))
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses[-1] < 0.5 * losses[0]
+    exact = toy(precision="fp32")[1]
+    assert 0 < abs(losses[0] - exact[0]) < 0.01
+    assert toy(precision="auto")[1] == exact  # on a CPU
+
+
+def test_a_compiled_learner_is_compiled_once_and_learns_the_same(monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
+    _, losses = toy(compile_learner=True)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(toy()[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_committee_gives_the_logits_of_its_members_live():
+    first, second = nn.Linear(4, 3), nn.Linear(4, 3)
+    committee, x = Committee(first, second), torch.randn(5, 4)
+    assert committee(x).shape == (5, 2, 3)
+    with torch.no_grad():
+        second.bias.add_(1.0)
+    torch.testing.assert_close(committee(x)[:, 1], second(x))
 
 
 def test_training_is_the_same_twice():

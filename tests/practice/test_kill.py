@@ -16,7 +16,7 @@ from dpfast.pool.pool import SamplePool
 
 KILLS = int(os.environ.get("DPFAST_KILLS", "0"))
 pytestmark = pytest.mark.skipif(not KILLS, reason="takes minutes; DPFAST_KILLS=20 kills twenty times")
-DEADLINE = 200  # seconds
+DEADLINE = 600  # seconds, generous: other work may have the machine
 FIELDS = {
     "sources": "dp,static",
     "steps": 4,
@@ -50,18 +50,23 @@ def begun(process: subprocess.Popen, folder: Path) -> None:
 
 
 def ended(process: subprocess.Popen, folder: Path) -> None:
-    assert process.wait(DEADLINE) == 0, said(folder).read_text()
+    code = process.wait(DEADLINE)
+    assert code == 0, f"exit code {code}: {said(folder).read_text()}"
 
 
 def same(folder: Path, whole: Path) -> None:
-    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     for source in ("dp", "static"):
         a, b = (SamplePool.open(path / f"pool_{source}") for path in (folder, whole))
-        assert a.records()[["sample_id", "label"]].tobytes() == b.records()[["sample_id", "label"]].tobytes()
+        assert len(a) == len(b), source
+        for column in a.records().dtype.names:
+            assert a.records()[column].tobytes() == b.records()[column].tobytes(), f"{source}: {column}"
         rows = torch.arange(len(a))
-        assert a.payload(rows).equal(b.payload(rows))
-        weights = [load_file(path / f"learner_{source}.safetensors") for path in (folder, whole)]
-        assert all(weights[0][key].equal(weights[1][key]) for key in weights[1])
+        assert torch.equal(a.payload(rows), b.payload(rows)), f"{source}: pixels"
+        mine, theirs = (load_file(path / f"learner_{source}.safetensors") for path in (folder, whole))
+        assert mine.keys() == theirs.keys(), source
+        differing = [key for key in theirs if not torch.equal(mine[key], theirs[key])]
+        assert not differing, f"{source}: {', '.join(differing)}"
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +81,12 @@ def whole(tmp_path_factory) -> tuple[Path, float]:
 
 @pytest.mark.parametrize("number", range(KILLS))
 def test_kill_9_and_resume_gives_the_same_bits(whole, tmp_path, number):
-    """DPFAST_KILLS=20 kills twenty times."""
     reference, seconds = whole
     process = start(tmp_path / "run")
     begun(process, tmp_path / "run")
     time.sleep(random.Random(number).uniform(0, seconds))
-    process.send_signal(signal.SIGKILL)
-    process.wait(DEADLINE)
+    process.kill()
+    assert process.wait(DEADLINE) in (-signal.SIGKILL, 0)  # 0: it was a little faster than the first one
     ended(start(tmp_path / "run", "--resume"), tmp_path / "run")
     same(tmp_path / "run", reference)
 

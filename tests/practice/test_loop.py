@@ -186,6 +186,11 @@ def test_a_branch_goes_on_without_additions_and_refuses_another_generator(recipe
         prepare_branch(tmp_path / "run", 1, tmp_path / "other", with_(recipe, "generator", steps=4))
     with pytest.raises(RecipeError, match=r"branch_at = 7: .* there are those of 0, 1"):
         prepare_branch(tmp_path / "run", 7, tmp_path / "other", recipe)
+    late = with_(recipe, "practice", iterations=20)
+    with pytest.raises(
+        RecipeError, match=r"iterations = 20: the branch begins at \d+, after the start of the cool-down"
+    ):
+        prepare_branch(tmp_path / "run", 1, tmp_path / "other", late)
     assert not (tmp_path / "other").exists()
 
 

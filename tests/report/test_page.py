@@ -20,7 +20,17 @@ def make_run(folder, *, finished=True, **fields):
         for step in range(25, 1000, 25):
             values = {"accuracy": top - 3 / step, "loss": 9 / step, "samples": 1500}
             lines.append({"event": "evaluation", "source": source, "step": step, **values})
-        times.append({"event": "generation", "source": source, "step": 0, "seconds": 50.0, "samples": 1500})
+        times.append(
+            {
+                "event": "generation",
+                "source": source,
+                "step": 0,
+                "seconds": 50.0,
+                "samples": 1500,
+                "made": 1500,
+                "flops": 3e12,
+            }
+        )
         times.append({"event": "training", "source": source, "step": 975, "seconds": 30.0})
         result = {"samples": 1500, "additions": 1, "validation_accuracy": top, "test_accuracy": top - 0.01}
         if finished:
@@ -36,14 +46,14 @@ def test_the_page_opens_in_a_browser(tmp_path):
     binary = browser.find()
     if binary is None:
         pytest.skip("no headless Chromium; apt-get install chromium-headless-shell")
-    page_file = write_report([make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)], tmp_path / "out")
+    page_file = write_report([make_run(tmp_path / "a"), make_run(tmp_path / "b", omega=0.2)], tmp_path / "out")
     for width, dark in ((1280, False), (360, True)):
         with browser.Page(binary) as page:
             page.open(page_file, width=width, dark=dark)
             sizes = page.evaluate(
                 "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth, () => 0)))"
             )
-            assert len(sizes) == 5
+            assert len(sizes) == 6
             assert min(sizes) > 0
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate("[...document.images].every(i => i.alt.length > 9)")
@@ -58,7 +68,8 @@ def test_the_page_opens_in_a_browser(tmp_path):
 def test_the_page_tells_the_results_and_the_gap(tmp_path):
     text = write_report([make_run(tmp_path / "a")], tmp_path / "out").read_text()
     assert "81.00%" in text
-    assert "2.0 points above static" in text
+    assert "dp reaches 81.0% on held-out images, 2.0 points above static (79.0%)" in text
+    assert "<td>30.0</td>" in text  # samples a second
     assert "http" not in text.replace("http-equiv", "")
 
 

@@ -1,0 +1,111 @@
+"""What becomes of samples: their entropy at birth, and the learner's error on them before and after inclusion."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from dpfast.config import Recipe
+from dpfast.evaluate.measures import predict
+from dpfast.learn.models import build_learner
+from dpfast.pool.pool import SamplePool
+from dpfast.practice import checkpoint
+from dpfast.report.figures import COLORS, MUTED, axes_of, label_ends
+from dpfast.report.runs import Run
+
+PER_ROUND = 2000  # samples of a round that are looked at
+
+
+@dataclass(frozen=True)
+class Errors:
+    """By rounds since inclusion, 0 being the learner that guided: error on all new samples, and on those it mistook."""
+
+    offsets: tuple[int, ...]
+    everything: tuple[float, ...]
+    hard: tuple[float, ...]
+
+
+def errors_around(run: Run, pool: SamplePool, classes: int, *, source: str = "dp") -> Errors | None:
+    """The errors of a run's learners, at the ends of its rounds and of the run, on the samples of every round.
+
+    None without the checkpoints of every round (``keep_rounds``). Source: Fig. 6 of arXiv 2502.15588.
+    """
+    saved = run.path / f"checkpoints_{source}"
+    rounds = int(pool.column("round").max()) if len(pool) else 0
+    paths = [checkpoint.at_round(saved, number) for number in range(rounds)]
+    newest = checkpoint.latest(saved) if rounds and all(paths) else None
+    if newest is None:
+        return None
+    recipe = Recipe.from_dict(run.recipe)
+    options, weights = recipe.learner.options, recipe.guidance.guide_with
+    channels = pool.images(torch.arange(1)).shape[1]
+    model = build_learner(recipe.learner.model, classes=classes, channels=channels, **options)
+    of_round = pool.column("round")
+    members = [torch.nonzero(of_round == number).flatten()[:PER_ROUND] for number in range(1, rounds + 1)]
+    states = itertools.chain((checkpoint.load(path) for path in paths if path is not None), [newest])
+    wrong = [_wrong(_with(model, state.tensors, weights), pool, members) for state in states]
+    sums: dict[int, list[int]] = {}  # mistakes and samples, of all and of the hard ones
+    for new in range(rounds):  # the samples of round new + 1; the learner at index new guided them
+        mistaken = wrong[new][new]
+        for at, mistakes in enumerate(wrong):
+            again = mistakes[new][mistaken]
+            counts = [int(mistakes[new].sum()), len(mistaken), int(again.sum()), len(again)]
+            before = sums.get(at - new, [0, 0, 0, 0])
+            sums[at - new] = [a + b for a, b in zip(before, counts, strict=True)]
+    offsets = tuple(sorted(sums))
+    return Errors(
+        offsets,
+        tuple(sums[o][0] / sums[o][1] for o in offsets),
+        tuple(sums[o][2] / max(sums[o][3], 1) for o in offsets),
+    )
+
+
+def _with(model: nn.Module, tensors: dict[str, Tensor], weights: str) -> nn.Module:
+    trained = checkpoint.part("trainer", tensors)
+    prefix = "ema/module." if weights == "ema" else "model/"
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)})
+    return model.eval()
+
+
+def _wrong(model: nn.Module, pool: SamplePool, members: list[Tensor]) -> list[Tensor]:
+    labels = pool.column("label")
+    return [predict(model, pool.images(rows)).argmax(1).cpu() != labels[rows] for rows in members]
+
+
+def inclusion(errors: Errors | None, size: tuple[float, float]) -> Figure | None:
+    """Fig. 6: error of samples around their inclusion, over the learners at the ends of rounds."""
+    if errors is None:
+        return None
+    figure, axes = axes_of(size, "rounds since inclusion", "error on the samples, %")
+    ends = []
+    for name, values, color in (("hard", errors.hard, COLORS["dp"]), ("all", errors.everything, MUTED)):
+        axes.plot(errors.offsets, [100 * v for v in values], "o-", color=color, ms=4, lw=1.4)
+        ends.append((name, float(errors.offsets[-1]), 100 * values[-1], color))
+    axes.axvline(0, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=0)
+    axes.set_ylim(0, 105)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    label_ends(axes, ends)
+    return figure
+
+
+def births(pool: SamplePool, size: tuple[float, float]) -> Figure | None:
+    """Histograms of the entropy at birth, a line for each round from the first addition on."""
+    rounds, entropy = pool.column("round"), pool.column("entropy")
+    numbers = [n for n in rounds.unique().tolist() if bool(entropy[rounds == n].isfinite().any())]
+    if not numbers:
+        return None
+    figure, axes = axes_of(size, "entropy at birth, nats", "share of the round's samples, %")
+    top = float(entropy[entropy.isfinite()].max())
+    for place, number in enumerate(numbers):
+        values = entropy[(rounds == number) & entropy.isfinite()]
+        share = 100 * torch.histc(values, bins=20, min=0.0, max=max(top, 1e-3)) / len(values)
+        edges = torch.linspace(0.0, max(top, 1e-3), 21)
+        depth = 0.25 + 0.75 * (place + 1) / len(numbers)
+        axes.stairs(share.numpy(), edges.numpy(), color=COLORS["dp"], alpha=depth, lw=1.5, label=f"round {number}")
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(bottom=0)
+    return figure

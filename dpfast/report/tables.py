@@ -1,0 +1,90 @@
+"""The tables of a report as HTML: results, time and throughput, further evaluation sets."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dpfast.report.runs import Run
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>'
+
+
+def results(runs: list[Run]) -> str:
+    rows = []
+    for run in runs:
+        for source in run.sources:
+            m: dict[str, Any] = (run.events("result", source)[-1:] or [{}])[0]
+            percent = [f"{m[k]:.2%}" if k in m else "-" for k in ("validation_accuracy", "test_accuracy")]
+            counts = [str(m.get("samples", "-")), str(m.get("step", "-")), str(m.get("additions", "-"))]
+            rows.append([run.path.name, source, *counts, *percent])
+    return "<h2>Results</h2>" + html_table(
+        ("run", "source", "samples", "iterations", "additions", "validation", "held-out"), rows
+    )
+
+
+def phases(runs: list[Run]) -> str:
+    """Seconds of each phase and what they brought. Of an unfinished source the training is not known yet."""
+    rows = []
+    for run in runs:
+        for source in run.sources:
+            made, forwards = (run.total("generation", key, source) for key in ("made", "forwards"))
+            generation, training = (run.total(event, "seconds", source) for event in ("generation", "training"))
+            steps, evaluation, waited = (
+                run.total("training", key, source) for key in ("steps_per_second", "evaluation_seconds", "loader_wait")
+            )
+            rows.append(
+                [
+                    run.path.name,
+                    source,
+                    _number(generation, " s"),
+                    _number(made and generation and made / generation, "", 1),
+                    _number(made and forwards and forwards / made, "", 1),
+                    _number(training, " s"),
+                    _number(steps, "", 1),
+                    _number(evaluation, " s"),
+                    "-" if waited is None else f"{waited:.2%}",
+                ]
+            )
+    return "<h2>Time and throughput</h2>" + html_table(
+        (
+            "run",
+            "source",
+            "generation",
+            "samples/s",
+            "denoiser forwards a sample",
+            "training",
+            "steps/s",
+            "evaluation",
+            "loader wait",
+        ),
+        rows,
+    )
+
+
+def _number(value: float | None, unit: str, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}{unit}"
+
+
+def sets(runs: list[Run]) -> str:
+    rows = [
+        [
+            run.path.name,
+            m["source"],
+            m["name"] + (f" {m['severity']}" if m.get("severity") else ""),
+            str(m["images"]),
+            f"{m['top1']:.2%}",
+            f"{m['top5']:.2%}",
+            f"{m['calibration_error']:.3f}",
+            f"{m['entropy']:.3f}",
+        ]
+        for run in runs
+        for m in run.events("set")
+    ]
+    header = ("run", "source", "set", "images", "top-1", "top-5", "calibration error", "entropy")
+    return "<h2>Other evaluation sets</h2>" + html_table(header, rows) if rows else ""

@@ -1,0 +1,53 @@
+"""What is compared with what: equal settings only; and the figures of sweeps."""
+
+import json
+
+import pytest
+
+from dpfast.config import RecipeError
+from dpfast.report.points import Point, lead, points_of_study, sweep, usual
+from dpfast.report.sweeps import swept
+
+
+def point(source, samples, accuracy, seed=0, **fields):
+    fields = {"omega": 0.05, "oversample": 4.0, "seed": seed, "sources": source, "maximum_samples": samples} | fields
+    return Point(source, samples, accuracy, fields, flops=2e9 * samples * (1 + fields["omega"]))
+
+
+@pytest.fixture
+def points():
+    grid = {"dp": 0.8, "static": 0.7, "prune": 0.78}
+    points = [point(s, n, a + n / 1e5, seed) for s, a in grid.items() for n in (1000, 2000) for seed in (0, 1)]
+    points += [point("dp", 2000, 0.5, omega=0.3), point("dp", 2000, 0.9, omega=0.0), point("static", 4000, 0.99)]
+    return [*points, point("prune", 2000, 0.71, oversample=1.0)]
+
+
+def test_the_lead_ranks_every_source_at_the_largest_common_size(points):
+    assert lead(points) == (
+        "dp reaches 82.0% on held-out images, 2.0 points above prune (80.0%), 10.0 points above static (72.0%); "
+        "means of 2 run(s) each with 2,000 samples."
+    )
+    assert lead([p for p in points if p.source == "dp"]) == ""
+    assert {p.fields["omega"] for p in usual(points)} == {0.05}
+
+
+def test_a_sweep_holds_what_differs_in_one_field_alone(points):
+    assert {value: len(group) for value, group in sweep(points, "dp", "omega").items()} == {0.0: 1, 0.05: 2, 0.3: 1}
+    assert list(sweep(points, "prune", "oversample")) == [1.0, 4.0]
+    assert sweep(points, "static", "omega") == {}
+
+
+def test_a_sweep_is_drawn_over_its_cost(points):
+    top, bottom = swept(points, "omega", (7.0, 3.6)).axes
+    assert top.lines[-1].get_ydata().tolist() == pytest.approx([90.0, 82.0, 50.0])
+    assert bottom.lines[0].get_ydata().tolist() == pytest.approx([2.0, 2.1, 2.6])
+    assert swept([p for p in points if p.source == "static"], "omega", (7.0, 3.6)) is None
+
+
+def test_a_study_may_leave_out_what_is_not_known(tmp_path):
+    file = tmp_path / "study.jsonl"
+    file.write_text(json.dumps({"source": "dp", "samples": 10, "test_accuracy": 0.5}) + "\n\n")
+    assert points_of_study(file) == [Point("dp", 10, 0.5, {})]
+    file.write_text("[1]\n")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        points_of_study(file)
