@@ -45,6 +45,14 @@ COMMON: Fields = {"steps": 8, "guide_every": 2, "omega": 0.05, "patience_growth"
                   "oversample": 4.0}  # fmt: skip
 
 
+SIZE = ("sources", "seed", "iterations", "maximum_samples", "initial_samples", "round_samples")
+
+
+def setting(fields: Fields) -> Fields:
+    """The fields that are not a run's source, seed and size."""
+    return {name: value for name, value in fields.items() if name not in SIZE}
+
+
 def pieces(part: str, sizes: tuple[int, ...] = SIZES, iterations: int = 1200) -> Iterator[Fields]:
     """The recipe fields of a part's runs. A quarter of the total is there at the start, rounds are an eighth of it."""
     middle, largest = sizes[len(sizes) // 2], sizes[-1]

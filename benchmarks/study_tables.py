@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.study import COMMON
+from benchmarks import study_options
+from benchmarks.study import COMMON, OPTIONS, setting
 
 Line = dict[str, Any]
 
@@ -54,9 +55,10 @@ def seconds(lines: Iterable[Line]) -> Callable[[Line], float]:
     return lambda line: made[_kind(line)] * line["samples_made"] + step * line["iterations"]
 
 
-def _kind(line: Line) -> tuple[str, bool]:
-    """Runs whose samples cost the same: omega 0 skips the guidance."""
-    return line["source"], line["source"] == "dp" and line["fields"]["omega"] != 0
+def _kind(line: Line) -> tuple[Any, ...]:
+    """Runs whose samples cost the same: omega 0 skips the guidance, an option has a price of its own."""
+    guided = line["source"] == "dp" and line["fields"]["omega"] != 0
+    return line["source"], guided, *(f"{line['fields'].get(name)}" for option in OPTIONS for name in option)
 
 
 def cells(lines: list[Line], key: Callable[[Line], Any], duration: Callable[[Line], float]) -> dict[Any, Cell]:
@@ -131,6 +133,9 @@ def tables(path: Path) -> Iterator[str]:
             yield from _table(
                 [title, "accuracy", "seconds"], ([str(v), str(c), f"{c.seconds:.0f}"] for v, c in rows.items())
             )
+    options = list(study_options.rows(lines))
+    if options:
+        yield from _table(study_options.HEAD, options)
     largest = grid["static", max(size for source, size in grid if source == "static")]
     yield f"The least seconds to the {100 * largest.mean:.2f} % of static's largest set ({largest.seconds:.0f} s):"
     yield from _table(
@@ -146,14 +151,11 @@ SWEEPS = (
     ("dp, omega", "dp", "omega"),
     ("prune, oversampling", "prune", "oversample"),
     ("dp, patience", "dp", "patience_growth"),
-    ("dp, labels of new samples", "dp", "allot"),
 )
-SIZE = ("sources", "seed", "iterations", "maximum_samples", "initial_samples", "round_samples")
 
 
 def _setting(line: Line) -> Line:
-    """The fields that are not the run's source, seed and size."""
-    return {name: value for name, value in line["fields"].items() if name not in SIZE}
+    return setting(line["fields"])
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import study, study_tables
+from benchmarks import study, study_options, study_tables
 
 
 def test_a_short_study_resumes_and_shares_the_unguided_samples(tmp_path, monkeypatch, capsys):
@@ -60,6 +60,18 @@ def test_tables_compare_the_sources_at_equal_settings(results):
     text = "\n".join(study_tables.tables(results))
     assert "Best static accuracy: 72.00 % with 400 samples" in text
     assert "dp: 100, 4.0x fewer." in text
+
+
+def test_an_option_is_held_against_the_plain_loop_of_its_seed_size_and_flops(results):
+    option = study.OPTIONS[0]
+    plain = [line("dp", n, a) | {"flops": 1e9 * n} for n, a in ((100, 0.7), (200, 0.72), (400, 0.74))]
+    tried = line("dp", 200, 0.735, **option) | {"flops": 2e11 * 2**0.5, "nearest": 0.1}
+    other = line("dp", 200, 0.735, seed=1, **option) | {"flops": 2e11, "nearest": 0.1}  # nothing to compare
+    (gain,) = study_options.gains([*plain, tried, other])[study_options.text(option)]
+    assert (gain.flops, gain.same_size, gain.same_flops) == pytest.approx((2**0.5, 0.015, 0.005))
+    (row,) = study_options.rows([*plain, tried, other])
+    assert row == [study_options.text(option), "1", "73.50", "1.41x", "+1.50", "+0.50", "0.100"]
+    assert study_options.at(5e11, [(1.0, 0.5), (2.0, 0.6)]) is None
 
 
 def test_seconds_are_those_of_the_least_disturbed_run(results):
