@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import time
 import warnings
@@ -25,8 +24,9 @@ from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer, is_out_
 from dpfast.generate.runtime.compiling import CompileCosts, Tuner
 from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.runtime.graphs import CudaRecorder, Recorder
+from dpfast.generate.runtime.memory import release
 from dpfast.generate.step import StepInputs, StepParts, Variant
-from dpfast.generate.trajectory import Trajectory
+from dpfast.generate.trajectory import Trajectory, filled
 from dpfast.ops import normal
 from dpfast.ops.noise import check_seed
 
@@ -240,8 +240,8 @@ class GuidedSampler:
         if execution.batch is not None:
             more = execution.batch - size
             valid = torch.arange(execution.batch, device=device) < size
-            x, labels, ids, strengths = (_fill(rows, more) for rows in (x, labels, ids, strengths))
-            x0_prev = None if x0_prev is None else _fill(x0_prev, more)
+            x, labels, ids, strengths = (filled(rows, more) for rows in (x, labels, ids, strengths))
+            x0_prev = None if x0_prev is None else filled(x0_prev, more)
         inputs = StepInputs(
             x=x,
             x0_prev=x0_prev,
@@ -275,7 +275,7 @@ class GuidedSampler:
             raise ValueError(f"the trajectory is before step {trajectory.step} of {len(self.table)}: advance it first")
         size, latents = len(trajectory), trajectory.x
         prepared = self.execution.batch
-        images, entropy = self.execution.finish(latents if prepared is None else _fill(latents, prepared - size))
+        images, entropy = self.execution.finish(latents if prepared is None else filled(latents, prepared - size))
         dropped = int(trajectory.skipped)  # the one host read of a batch, when all its work is in the queue
         if dropped:
             log.warning("guidance was skipped %d times in a batch of %d: gradients not finite", dropped, size)
@@ -427,7 +427,7 @@ class GuidedSampler:
             if failure is not None:
                 sizer.out_of_memory(failure)
                 execution.close()
-                _free(self.pipeline.device)
+                release(self.pipeline.device)
                 log.warning("out of memory: going on with batches of %d", sizer.size)
                 continue
             if len(batch) == sizer.size:
@@ -446,17 +446,6 @@ class GuidedSampler:
             return BatchSizer(FIRST, limit=min(LARGEST, limit))
         size = max(1, total if batch_size == "auto" or (batch_size > total and prepared != batch_size) else batch_size)
         return BatchSizer(size, limit=size, search=False)
-
-
-def _fill(rows: Tensor, count: int) -> Tensor:
-    """``rows`` with ``count`` copies of the last one behind them."""
-    return rows if not count else torch.cat([rows, rows[-1:].expand(count, *rows.shape[1:])])
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @functools.cache

@@ -48,3 +48,8 @@ class Trajectory:
             name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
         }
         return replace(parts[0], **joined, skipped=torch.stack([part.skipped for part in parts]).sum())
+
+
+def filled(rows: Tensor, count: int) -> Tensor:
+    """``rows`` with ``count`` copies of the last one behind them."""
+    return rows if not count else torch.cat([rows, rows[-1:].expand(count, *rows.shape[1:])])

@@ -112,7 +112,8 @@ def scaling(points: list[Point], size: tuple[float, float]) -> Figure | None:
     if len({p.samples for p in points}) > 3:
         axes.set_xscale("log")
         low, high = (p(point.samples for point in points) for p in (min, max))
-        ticks = [low * 2**i for i in range(0, 40, 1 if size[0] > 5 else 2) if low * 2**i <= 1.01 * high]
+        doubled = (low * 2**i for i in range(0, 40, 1 if size[0] > 5 else 2))
+        ticks = [round(tick, 1 - len(str(tick))) for tick in doubled if tick <= 1.1 * high]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xticks([], minor=True)
     label_ends(axes, ends)

@@ -1,5 +1,6 @@
 """The guidance gradient against plain autograd, and what guidance must not do."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 
 from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, interval_steps, predict_x0
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.learn.committee import Committee
 
 
 @pytest.fixture
@@ -109,6 +112,44 @@ def test_predict_x0_inverts_every_parametrisation(kind):
 def test_margin_is_zero_on_the_border_and_negative_inside():
     logits = torch.tensor([[2.0, 2.0, 0.0], [3.0, 1.0, 0.0]])
     assert criteria.margin(logits, torch.zeros(2, dtype=torch.int64)).tolist() == [0.0, -2.0]
+
+
+def test_disagreement_is_the_divergence_of_the_members():
+    sure = torch.tensor([[40.0, 0.0, 0.0], [0.0, 40.0, 0.0], [0.0, 0.0, 0.0]])
+    logits = torch.stack([sure[[0, 0]], sure[[0, 1]], sure[[2, 2]], sure[[0, 2]]])
+    p = torch.tensor([2 / 3, 1 / 6, 1 / 6])  # the mean of sure and unsure, whose entropies are 0 and log 3
+    mixed = float(-(p * p.log()).sum() - torch.tensor(3.0).log() / 2)
+    expected = torch.tensor([0.0, 2.0, 0.0, 0.0]).log().nan_to_num(neginf=0.0)  # log 2 where two are sure and differ
+    expected[3] = mixed
+    torch.testing.assert_close(criteria.disagreement(logits, None), expected, rtol=1e-4, atol=1e-5)
+    _, gradient = criteria.value_and_gradient(criteria.disagreement, logits, torch.zeros(4, dtype=torch.int64))
+    assert gradient.shape == logits.shape
+    assert bool(gradient.isfinite().all())
+    with pytest.raises(ValueError, match=r"members of a committee: expected logits \(B, M, K\), got \(4, 3\)"):
+        criteria.disagreement(logits[:, 0], None)
+
+
+def test_a_committee_guides_to_where_its_members_differ(path, inputs, pipeline, learner):
+    torch.manual_seed(4)
+    other = copy.deepcopy(learner)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    committee = Committee(learner, other).eval()
+    apart = dataclasses.replace(path, learner=committee, criterion=criteria.disagreement)
+    x, timestep, labels, alpha, sigma = inputs
+    gradient, _, before = apart.gradient(x, timestep, labels, alpha, sigma)
+    size = (1e-2 * x.flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    _, _, after = apart.gradient(x + size * gradient, timestep, labels, alpha, sigma)
+    assert bool((after > before).all()), (before, after)
+
+    guidance = GuidanceConfig(criterion="disagreement")
+    batch = GuidedSampler(pipeline, committee, steps=3, guidance=guidance, compile=False).generate([0, 1])
+    with torch.no_grad():
+        first = criteria.entropy(learner(batch.images.float().div(127.5).sub(1)), labels)
+    torch.testing.assert_close(batch.entropy, first)
+    with pytest.raises(ValueError, match="members of a committee"):
+        GuidedSampler(pipeline, learner, guidance=guidance).generate([0])
 
 
 def test_the_fused_entropy_is_the_differentiable_one():

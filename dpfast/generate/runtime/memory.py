@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -68,3 +69,10 @@ def available_bytes(device: torch.device) -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 4 << 30
+
+
+def release(device: torch.device) -> None:
+    """Gives back what a failed batch held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
