@@ -18,3 +18,8 @@ class Committee(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.stack([member(images) for member in self.members], dim=1)
+
+
+def guiding(criterion: str, guide: nn.Module, other: nn.Module) -> nn.Module:
+    """What a sampler takes for its learner: ``guide``, or for the criterion "disagreement" it and ``other``."""
+    return Committee(guide, other) if criterion == "disagreement" else guide

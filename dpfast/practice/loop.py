@@ -19,7 +19,7 @@ from dpfast.evaluate.sets import EvaluationSet, evaluate_sets
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
 from dpfast.generate.pipelines import Pipeline
-from dpfast.learn.committee import Committee
+from dpfast.learn.committee import guiding
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
 from dpfast.pool.pool import SamplePool
@@ -99,10 +99,8 @@ class Loop:
     @cached_property
     def guides(self) -> nn.Module:
         """What guides: ``guide``, or for the criterion "disagreement" both weights, ``guide`` before the others."""
-        if self.recipe.guidance.criterion != "disagreement":
-            return self.guide
         other = "raw" if self.recipe.guidance.guide_with == "ema" else "ema"
-        return Committee(self.guide, self.trainer.weights(other))
+        return guiding(self.recipe.guidance.criterion, self.guide, self.trainer.weights(other))
 
     @property
     def evaluated(self) -> nn.Module:

@@ -16,6 +16,7 @@ from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
 from dpfast.generate.recipes import load_pipeline, new_sampler
 from dpfast.generate.sampler import GuidedSampler
+from dpfast.learn.committee import guiding
 from dpfast.learn.models import build_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.pool.pool import SamplePool
@@ -43,7 +44,8 @@ def measure(recipe: Recipe, *, rounds: int = 3, steps: int = 40) -> Timings:
     torch.manual_seed(recipe.seed)
     learner = build_learner(config.model, classes=classes, channels=pipeline.image_channels, **config.options)
     trainer = Trainer(learner, config, iterations=10**6)
-    guide = trainer.weights(recipe.guidance.guide_with).eval()
+    guide, other = (trainer.weights(which) for which in (recipe.guidance.guide_with, "raw"))
+    guide = guiding(recipe.guidance.criterion, guide, other).eval()
     labels = torch.arange(recipe.generator.generation_batch) % classes
     samplers = [new_sampler(recipe, pipeline, model) for model in (None, guide)]
     unguided, guided = (_median(partial(_make, s, labels), rounds) / len(labels) for s in samplers)

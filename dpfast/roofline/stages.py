@@ -21,6 +21,7 @@ from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.runtime.memory import bytes_per_sample
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import StepInputs, StepParts, Variant
+from dpfast.learn.committee import guiding
 from dpfast.learn.models import build_learner
 from dpfast.roofline.counting import Counts, Fused, counts
 
@@ -63,7 +64,8 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
         learner = build_learner(
             recipe.learner.model, classes=classes, channels=pipeline.image_channels, **recipe.learner.options
         ).eval()
-    sampler = new_sampler(recipe, pipeline, learner, compile=False, cuda_graphs=False)
+    guide = guiding(recipe.guidance.criterion, learner, learner).eval()
+    sampler = new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False)
     batch = recipe.generator.generation_batch
     execution = _execution(sampler)
     image = tuple(execution.finish(torch.empty(1, *pipeline.denoiser.sample_shape, device=META)).images.shape[1:])

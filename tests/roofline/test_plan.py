@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpfast.config import Recipe, RecipeError
 from dpfast.generate.recipes import new_sampler
+from dpfast.learn.committee import Committee
 from dpfast.learn.models import build_learner
 from dpfast.pool.plan import plan as plan_pool
 from dpfast.practice.costs import price
@@ -63,6 +64,15 @@ def test_a_planned_sample_costs_what_a_real_one_is_counted_to(recipe, stages, fa
     learner = build_learner(recipe.learner.model, classes=10, channels=1, **options).eval()
     assert stages.unguided.flops == price(new_sampler(recipe, fashion, None, compile=False), guided=False).flops
     assert stages.guided.flops == price(new_sampler(recipe, fashion, learner, compile=False), guided=True).flops
+
+
+def test_a_committee_adds_its_second_member(recipe, stages, fashion):
+    apart = dataclasses.replace(recipe, guidance=dataclasses.replace(recipe.guidance, criterion="disagreement"))
+    planned = count_stages(apart, without_weights("fashion"), half_training=False)
+    learner = build_learner(recipe.learner.model, classes=10, channels=1, **recipe.learner.options).eval()
+    sampler = new_sampler(apart, fashion, Committee(learner, learner).eval(), compile=False)
+    assert planned.guided.flops == price(sampler, guided=True).flops > stages.guided.flops
+    assert planned.training == stages.training
 
 
 def test_bytes_are_operands_and_results_and_leave_scores_out():
