@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dpfast.ops import _dispatch
-from dpfast.ops.noise import reference_words
+from dpfast.ops.reference.noise import reference_words
 
 ROUNDS = 8
 WORD = 0xFFFFFFFF

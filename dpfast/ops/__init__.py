@@ -1,6 +1,7 @@
 """The fused operations of a guided sampler: entropy, guided step, keyed noise, batch gather.
 
-Each file holds one operation: its formula, a plain PyTorch reference, its kernels and one public function.
+Each file holds one operation: its formula, its registration with torch and its public function. The same name stands
+in `reference` for plain PyTorch and in `kernels` for Triton; the C++ of `dpfast._native` is in csrc.
 `backend_of` tells which kernels an operation would use on a device; `DPFAST_BACKEND` forces one.
 """
 

@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpfast.ops import _dispatch, gather, noise
-from dpfast.ops import _guided_step_kernel as guided
+from dpfast.ops import _dispatch
 from dpfast.ops._triton import next_power, triton
-from dpfast.ops.entropy import ONE_BLOCK, online_kernel, rows_kernel
-from dpfast.ops.entropy import settings as entropy_settings
+from dpfast.ops.kernels import entropy, gather, noise
+from dpfast.ops.kernels import guided_step as guided
 
 CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of one multiprocessor
@@ -158,9 +157,9 @@ def problems(report: Report) -> list[str]:
 
 
 def _entropy(classes: int, dtype: str, gradient: bool = True) -> Variant:
-    rows, block, warps = entropy_settings(classes)
+    rows, block, warps = entropy.settings(classes)
     size, unit = 4 if dtype == "fp32" else 2, math.gcd(classes, 16)
-    online = classes > ONE_BLOCK
+    online = classes > entropy.ONE_BLOCK
     width = math.gcd(classes * size, WIDE)
     # H takes a 4-byte store a thread, which only counts where the gradient's are no wider.
     entropies = warps * 32 * 4 if width == 4 else 0
@@ -179,7 +178,7 @@ def _entropy(classes: int, dtype: str, gradient: bool = True) -> Variant:
     }
     return Variant(
         name=f"entropy{'' if gradient else ', value only'}, K = {classes}, {dtype}",
-        kernel=online_kernel if online else rows_kernel,
+        kernel=entropy.online_kernel if online else entropy.rows_kernel,
         arguments=arguments,
         warps=warps,
         reads=(1 + (online and gradient)) * rows * block * size,
@@ -210,6 +209,7 @@ def _guided(name: str, elements: int, dtype: str = "fp32", **changes: Any) -> Va
         warps=warps,
         reads=inputs * payload,
         writes=outputs * payload,
+        width=min(WIDE, block // (warps * 32) * size),
         scalars=24,
     )
 
@@ -256,7 +256,12 @@ def variants() -> list[Variant]:
         _guided("CFG, relative, noise", 16384, ids="*i64"),
         _guided("every term", 16384, **every),
         _guided("every term, clip", 16384, LIMIT=1, **every),
-        _guided("dynamic threshold", guided.WITH_QUANTILE, LIMIT=2, **every),
+        *(_guided("dynamic threshold, every term", elements, LIMIT=2, **every) for elements in (8192, 12288)),
+        _guided("dynamic threshold", 12288, LIMIT=2),
+        # A step of 4 bytes, because one of 8 would count as payload here.
+        _guided("dynamic threshold", 12288, "bf16", LIMIT=2, step="*i32"),
+        _guided("dynamic threshold, score, epsilon", 12288, LIMIT=2, RELATIVE=False, PREDICTION=0, **every),
+        _guided("every term, given bounds", 16384, LIMIT=3, **every, bound="*fp32"),
         Variant(
             name="normal",
             kernel=noise.normal_kernel,

@@ -21,18 +21,18 @@ Bytes for n elements of b bytes: 5 n b (read x, pred_cond, pred_uncond, grad, wr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from dpfast.ops import _check, _dispatch, _guided_step_kernel, noise
+from dpfast.ops import _check, _dispatch, noise
+from dpfast.ops.kernels.guided_step import launch
+from dpfast.ops.reference.guided_step import Call, Options, reference
 
 Mode = Literal["relative", "score"]
 Prediction = Literal["epsilon", "v", "sample", "flow"]
 COLUMNS = 6
-NORM_FLOOR = 1e-8
 
 
 class DynamicThreshold(NamedTuple):
@@ -43,128 +43,6 @@ class DynamicThreshold(NamedTuple):
 
     ratio: float = 0.995
     maximum: float = 1.0
-
-
-def _row(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """A scalar as it is, a (B,) tensor as (B, 1)."""
-    return value.to(like.dtype).reshape(-1, 1) if isinstance(value, Tensor) else value
-
-
-def _reciprocal(value: Tensor) -> Tensor:
-    return torch.where(value == 0, 0.0, 1.0 / value)
-
-
-def _clipped(x0: Tensor, clip: float | DynamicThreshold | None) -> Tensor:
-    if clip is None:
-        return x0
-    if not isinstance(clip, DynamicThreshold):
-        return x0.clamp(-clip, clip)
-    bound = quantile(x0.abs(), clip.ratio).clamp(1.0, clip.maximum)
-    return torch.minimum(torch.maximum(x0, -bound), bound) / bound
-
-
-def quantile(values: Tensor, ratio: float) -> Tensor:
-    """The quantile of each row, linear between its neighbours: (B, n) -> (B, 1)."""
-    position = ratio * (values.shape[1] - 1)
-    below = math.floor(position)
-    largest = values.topk(values.shape[1] - below, dim=1).values
-    low = torch.where(values.isnan().any(dim=1, keepdim=True), torch.nan, largest[:, -1:])
-    high = largest[:, -2:-1] if below + 1 < values.shape[1] else low
-    return low + (position - below) * (high - low)
-
-
-class Options(NamedTuple):
-    """What selects a variant of the step, in the types that a registered operation takes."""
-
-    mode: str
-    prediction: str
-    clip: float  # infinite for none
-    threshold_ratio: float  # negative for no dynamic threshold
-    threshold_maximum: float
-
-    def limit(self) -> float | DynamicThreshold | None:
-        if self.threshold_ratio >= 0:
-            return DynamicThreshold(self.threshold_ratio, self.threshold_maximum)
-        return None if math.isinf(self.clip) else self.clip
-
-
-class Call(NamedTuple):
-    """The checked arguments of one step, and where its results go."""
-
-    out: Tensor
-    x0_out: Tensor | None
-    skipped: Tensor | None
-    x: Tensor
-    pred_cond: Tensor
-    pred_uncond: Tensor | None
-    grad: Tensor | None
-    x0_prev: Tensor | None
-    table: Tensor
-    step: int | Tensor
-    cfg_scale: float | Tensor
-    omega: float | Tensor
-    options: Options
-    sample_ids: Tensor | None
-    seed: int | Tensor
-
-    @property
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        return self.x, self.pred_cond, self.pred_uncond, self.grad, self.x0_prev
-
-
-def reference(call: Call) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch, fp32 inside (fp64 for an fp64 x): x_next and x0, in the dtype of x."""
-    x, table, step, options = call.x, call.table, call.step, call.options
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    batch = x.shape[0]
-
-    def flat(tensor: Tensor) -> Tensor:
-        return tensor.to(work).reshape(batch, math.prod(x.shape[1:]))
-
-    if isinstance(step, Tensor):
-        row = table.index_select(0, step.long().clamp(0, table.shape[0] - 1).reshape(1))[0]
-        row = torch.where((step >= 0) & (step < table.shape[0]), row, torch.nan)
-    else:
-        row = table[step]
-    alpha, sigma, a, b, c, d = row.to(work).unbind()
-
-    state, pred = flat(x), flat(call.pred_cond)
-    if call.pred_uncond is not None:
-        base = flat(call.pred_uncond)
-        pred = base + _row(call.cfg_scale, state) * (pred - base)
-    shift: Tensor | None = None
-    if call.grad is not None:
-        gradient = flat(call.grad)
-        squares = gradient.square().sum(dim=1, keepdim=True)
-        finite = squares.float().isfinite()
-        gradient = torch.where(finite, gradient, 0.0)
-        if call.skipped is not None:
-            call.skipped.add_((~finite).sum())
-        if options.mode == "relative":
-            squares = torch.where(finite, squares, 0.0)
-            norm = state.square().sum(dim=1, keepdim=True).sqrt()
-            state = state + _row(call.omega, state) * norm / (squares.sqrt() + NORM_FLOOR) * gradient
-        else:
-            shift = _row(call.omega, state) * sigma * gradient
-
-    if options.prediction == "epsilon":
-        x0, eps = (state - sigma * pred) * _reciprocal(alpha), pred
-    elif options.prediction == "v":
-        x0, eps = alpha * state - sigma * pred, sigma * state + alpha * pred
-    elif options.prediction == "sample":
-        x0, eps = pred, (state - alpha * pred) * _reciprocal(sigma)
-    else:
-        x0, eps = state - sigma * pred, state + alpha * pred
-    if shift is not None:
-        x0, eps = x0 + sigma * _reciprocal(alpha) * shift, eps - shift
-    x0 = _clipped(x0, options.limit())
-    following = a * x0 + b * eps
-    if call.x0_prev is not None:
-        following = following + c * flat(call.x0_prev)
-    if call.sample_ids is not None:
-        z = noise.reference(call.sample_ids, (following.shape[1],), call.seed, step + 1)
-        following = following + d * z
-    return following.to(x.dtype).reshape(x.shape), x0.to(x.dtype).reshape(x.shape)
 
 
 def _as_pointer(value: float | Tensor) -> tuple[float, Tensor | None, int]:
@@ -215,48 +93,14 @@ def _native(call: Call) -> None:
         address(call.skipped),
         torch.get_num_threads(),
     )
-    _copy_back(call, targets)
-
-
-def _copy_back(call: Call, targets: Sequence[Tensor | None]) -> None:
-    for given, target in zip((call.out, call.x0_out), targets, strict=True):
-        if given is not None and target is not None and target is not given:
-            given.copy_(target)
-
-
-def _triton(call: Call) -> None:
-    options, elements = call.options, math.prod(call.out.shape[1:])
-    values = tuple(None if tensor is None else tensor.contiguous() for tensor in call.inputs)
-    targets = [None if tensor is None else tensor.contiguous() for tensor in (call.out, call.x0_out)]
-    ids = None if call.sample_ids is None else call.sample_ids.contiguous()
-    scale, weight = (v.contiguous() if isinstance(v, Tensor) else v for v in (call.cfg_scale, call.omega))
-
-    def launch(following: Tensor, x0: Tensor | None, counter: Tensor | None, limit: _guided_step_kernel.Limit) -> None:
-        _guided_step_kernel.launch(
-            following, x0, counter, values, call.table, call.step, scale, weight,
-            options.mode == "relative", options.prediction, limit, ids, call.seed,
-        )  # fmt: skip
-
-    limit = _guided_step_kernel.Limit(0 if math.isinf(options.clip) else 1, options.clip)
-    if options.threshold_ratio >= 0:
-        position = options.threshold_ratio * (elements - 1)
-        limit = _guided_step_kernel.Limit(
-            2, 0.0, math.floor(position), position - math.floor(position), options.threshold_maximum
-        )
-        if elements > _guided_step_kernel.WITH_QUANTILE:
-            x0 = torch.empty(call.out.shape, dtype=torch.float32, device=call.out.device)
-            launch(torch.empty_like(x0), x0, None, _guided_step_kernel.Limit(0))
-            bound = quantile(x0.reshape(-1, elements).abs(), options.threshold_ratio)
-            limit = _guided_step_kernel.Limit(3, bound.clamp(1.0, options.threshold_maximum).contiguous())
-    launch(cast(Tensor, targets[0]), targets[1], call.skipped, limit)
-    _copy_back(call, targets)
+    call.deliver(targets)
 
 
 def _run(call: Call) -> None:
     """Writes the step into `call.out`."""
     backend = _dispatch.backend_for(call.out.device)
     if backend == "triton":
-        _triton(call)
+        launch(call)
     elif backend == "native":
         _native(call)
     else:

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from dpfast.ops import DynamicThreshold, _guided_step_kernel, guided_step
-from dpfast.ops.noise import reference as reference_normal
+from dpfast.ops import DynamicThreshold, guided_step
+from dpfast.ops.kernels import guided_step as kernel
+from dpfast.ops.reference.noise import reference as reference_normal
 from tests.tolerances import GUIDED, HALF_ULP
 
 from .conftest import INTERPRETED
@@ -131,9 +132,9 @@ def test_every_variant(prediction, mode, clip, device):
 @pytest.mark.parametrize("clip", [None, DynamicThreshold(0.9, 2.0)], ids=["free", "dynamic"])
 @pytest.mark.parametrize("mode", ["relative", "score"])
 def test_samples_that_no_single_program_holds(mode, clip, device, monkeypatch):
-    monkeypatch.setattr(_guided_step_kernel, "WHOLE", 1024)
-    monkeypatch.setattr(_guided_step_kernel, "WITH_QUANTILE", 1024)
-    monkeypatch.setattr(_guided_step_kernel, "SPLIT", 512)
+    monkeypatch.setattr(kernel, "WHOLE", 1024)
+    monkeypatch.setattr(kernel, "WITH_QUANTILE", 1024)
+    monkeypatch.setattr(kernel, "SPLIT", 512)
     x, cond, uncond, grad, previous = tensors((3, 3, 19, 23), device)
     grad[1, 2, 18, 22] = math.nan
     table, ids = solver_table(device), torch.tensor([4, 2**35, -3], device=device)
@@ -361,3 +362,14 @@ def test_bad_input(arguments, error, message, backend):
     positional = [given.pop(name) for name in ("x", "pred_cond", "pred_uncond", "grad", "table", "step")]
     with pytest.raises(error, match=message):
         guided_step(*positional, **given)
+
+
+@pytest.mark.parametrize("elements", [8192, 8200, 12288, 12289])
+def test_a_quantile_is_found_at_the_sizes_where_the_launch_changes(elements, device):
+    x, cond, uncond, grad, _ = tensors((2, elements), device)
+    x[0, :5] = 7.5  # repeated values at the quantile
+    clip = DynamicThreshold(0.9995, 50.0)
+    options = {"cfg_scale": 2.5, "omega": 0.2, "mode": "relative", "prediction": "v", "clip": clip}
+    following = guided_step(x, cond, uncond, grad, solver_table(device), 3, **options)
+    cpu = [value.cpu() for value in (x, cond, uncond, grad, solver_table(device))]
+    assert_close(following, truth(*cpu, 3, **options)[0], torch.float32, 4)

@@ -7,7 +7,9 @@ import torch
 
 from dpfast.ops import _dispatch, normal
 from dpfast.ops._triton import tl, triton
-from dpfast.ops.noise import philox, philox_words, reference, reference_words, words
+from dpfast.ops.kernels.noise import philox_words
+from dpfast.ops.noise import words
+from dpfast.ops.reference.noise import philox, reference, reference_words
 from tests.tolerances import NORMAL
 
 from .conftest import INTERPRETED

@@ -1,8 +1,9 @@
-"""The Triton kernel of `guided_step`; formula and public function stand in guided_step.py.
+"""The Triton kernel of `guided_step`; the formula stands in dpfast/ops/guided_step.py.
 
 A sample of up to 16,384 elements belongs to one program, which keeps x and the gradient in registers while it sums
-their squares: each tensor is read once. They are held as chunks, so that the predictions need registers for one chunk.
-A longer sample is split over programs: a first kernel leaves partial sums, the second adds them up and makes the step.
+their squares, then x0 and eps in their place: each tensor is read once. They are held as chunks, of which a thread
+loads 16 bytes at a time. A longer sample is split over programs: a first kernel leaves partial sums, the second adds
+them up and makes the step.
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
@@ -11,19 +12,20 @@ A longer sample is split over programs: a first kernel leaves partial sums, the 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from dpfast.ops._triton import next_power, tl, triton
-from dpfast.ops.noise import normals
+from dpfast.ops.kernels.noise import normals
+from dpfast.ops.reference.guided_step import Call, quantile
 
 WHOLE = 16384  # elements of a sample that one program holds
-WITH_QUANTILE = 8192  # elements of a sample whose quantile one program finds
+WITH_QUANTILE = 12288  # elements of a sample whose quantile one program finds
 SPLIT = 4096  # elements a program of a longer sample
 PREDICTIONS = {"epsilon": 0, "v": 1, "sample": 2, "flow": 3}
-PADDING = tl.constexpr(0x7FFFFFFF)  # the bits of lanes past the end, above those of any value that arithmetic makes
+INFINITY = tl.constexpr(0x7F800000)  # its bits
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
@@ -56,51 +58,46 @@ def _reciprocal(value):
 
 
 @triton.jit
-def _bits(value):
-    return tl.abs(value).to(tl.int32, bitcast=True)
+def _sum_of_squares(chunks, CHUNKS: tl.constexpr):
+    """Added up by lane first: every sum over lanes is a barrier."""
+    value = chunks[0].to(tl.float32)
+    total = value * value
+    for i in tl.static_range(1, CHUNKS):
+        value = chunks[i].to(tl.float32)
+        total += value * value
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
 def _count_below(x0s, limit, CHUNKS: tl.constexpr):
-    total = tl.zeros((), tl.int32)
-    for i in tl.static_range(CHUNKS):
-        total += tl.sum((_bits(x0s[i]) < limit).to(tl.int32), axis=0)
-    return total
+    """How many of |x0| are below a limit: the comparison takes the magnitude itself, so nothing but x0 is kept."""
+    count = (tl.abs(x0s[0]) < limit).to(tl.int32)
+    for i in tl.static_range(1, CHUNKS):
+        count += (tl.abs(x0s[i]) < limit).to(tl.int32)
+    return tl.sum(count, axis=0)
 
 
 @triton.jit
-def _quantile(x0s, below, fraction, PADDING: tl.constexpr, CHUNKS: tl.constexpr):
-    """Between the values number `below` and `below + 1` of |x0|, whose bits order as integers do."""
+def _quantile(x0s, below, fraction, CHUNKS: tl.constexpr):
+    """Between the values number `below` and `below + 1` of |x0|, found bit by bit: they order as their bits do.
+
+    Lanes past the end hold infinity. A NaN is below nothing, so that as many of the lowest values are missing.
+    """
     found = tl.zeros((), tl.int32)
     bit = tl.full((), 1 << 30, tl.int32)
     for _ in range(31):
-        found = tl.where(_count_below(x0s, found | bit, CHUNKS) <= below, found | bit, found)
+        trial = tl.minimum(found | bit, INFINITY)
+        found = tl.where(_count_below(x0s, trial.to(tl.float32, bitcast=True), CHUNKS) <= below, trial, found)
         bit = bit >> 1
-    following = tl.full((), PADDING, tl.int32)
-    broken = tl.zeros((), tl.int32)
-    for i in tl.static_range(CHUNKS):
-        bits = _bits(x0s[i])
-        following = tl.minimum(following, tl.min(tl.where(bits > found, bits, PADDING), axis=0))
-        broken += tl.sum(((bits > 0x7F800000) & (bits < PADDING)).to(tl.int32), axis=0)
-    repeated = _count_below(x0s, found + 1, CHUNKS) > below + 1
     low = found.to(tl.float32, bitcast=True)
-    high = tl.where(repeated | (fraction == 0.0), low, following.to(tl.float32, bitcast=True))
-    return tl.where(broken > 0, float("nan"), low + fraction * (high - low))
-
-
-@triton.jit
-def _following(
-    x0, eps, at, inside, a, b, c, d, x0_prev, x0_out, out, ids, sample, noise_at, seed, stream, BLOCK: tl.constexpr
-):
-    """x_next from x0 and eps, and both stores; `at` counts from the first sample, `noise_at` from this one."""
-    result = a * x0 + b * eps
-    if x0_prev is not None:
-        result += c * tl.load(x0_prev + at, mask=inside, other=0.0).to(tl.float32)
-    if ids is not None:
-        result += d * normals(tl.load(ids + sample), noise_at, seed, stream, BLOCK)
-    if x0_out is not None:
-        tl.store(x0_out + at, x0.to(x0_out.dtype.element_ty), mask=inside)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+    above = tl.where(tl.abs(x0s[0]) > low, tl.abs(x0s[0]), float("inf"))
+    broken = x0s[0] != x0s[0]
+    for i in tl.static_range(1, CHUNKS):
+        above = tl.minimum(above, tl.where(tl.abs(x0s[i]) > low, tl.abs(x0s[i]), float("inf")))
+        broken = broken | (x0s[i] != x0s[i])
+    repeated = _count_below(x0s, (found + 1).to(tl.float32, bitcast=True), CHUNKS) > below + 1
+    high = tl.where(repeated | (fraction == 0.0), low, tl.min(above, axis=0))
+    return tl.where(tl.max(broken.to(tl.int32), axis=0) > 0, float("nan"), low + fraction * (high - low))
 
 
 @triton.jit(do_not_specialize=["step", "seed", "steps", "below"])
@@ -147,41 +144,32 @@ def guided_step_kernel(
     start = tl.program_id(1) * (CHUNKS * BLOCK)
     lane = tl.arange(0, BLOCK)
 
+    states = ()
+    gradients = ()
+    for i in tl.static_range(CHUNKS):
+        at = start + i * BLOCK + lane
+        states = states + (tl.load(x + base + at, mask=at < ELEMENTS, other=0.0),)
+        if grad is not None:
+            gradients = gradients + (tl.load(grad + base + at, mask=at < ELEMENTS, other=0.0),)
+
     row = (tl.load(step) if STEP_AT else step).to(tl.int64)
     legal = (row >= 0) & (row < steps)
     column = table + tl.where(legal, row, 0) * 6
     nowhere = tl.where(legal, 0.0, float("nan"))
     alpha, sigma = tl.load(column) + nowhere, tl.load(column + 1) + nowhere
-    a, b = tl.load(column + 2) + nowhere, tl.load(column + 3) + nowhere
-    c, d = tl.load(column + 4), tl.load(column + 5)
     scale = cfg_scale if CFG_STRIDE < 0 else tl.load(cfg_scale + sample * CFG_STRIDE)
-    weight = omega if OMEGA_STRIDE < 0 else tl.load(omega + sample * OMEGA_STRIDE)
-    key = (tl.load(seed) if SEED_AT else seed).to(tl.int64)
-
-    states = ()
-    gradients = ()
-    state_squares = tl.zeros((), tl.float32)
-    squares = tl.zeros((), tl.float32)
-    for i in tl.static_range(CHUNKS):
-        at = start + i * BLOCK + lane
-        inside = at < ELEMENTS
-        state = tl.load(x + base + at, mask=inside, other=0.0)
-        states = states + (state,)
-        if grad is not None:
-            gradient = tl.load(grad + base + at, mask=inside, other=0.0)
-            gradients = gradients + (gradient,)
-            if partials is None:
-                state_squares += tl.sum(state.to(tl.float32) * state.to(tl.float32), axis=0)
-                squares += tl.sum(gradient.to(tl.float32) * gradient.to(tl.float32), axis=0)
     push = 0.0
     finite = True
     if grad is not None:
-        if partials is not None:
+        if partials is None:
+            state_squares, squares = _sum_of_squares(states, CHUNKS), _sum_of_squares(gradients, CHUNKS)
+        else:
             part = tl.arange(0, PARTS)
             source = partials + (sample * tl.num_programs(1) + part) * 2
             state_squares = tl.sum(tl.load(source, mask=part < tl.num_programs(1), other=0.0), axis=0)
             squares = tl.sum(tl.load(source + 1, mask=part < tl.num_programs(1), other=0.0), axis=0)
         finite = squares <= LARGEST
+        weight = omega if OMEGA_STRIDE < 0 else tl.load(omega + sample * OMEGA_STRIDE)
         push = weight * (tl.sqrt(state_squares) / (tl.sqrt(squares) + 1e-8) if RELATIVE else sigma)
         if skipped is not None:
             tl.atomic_add(skipped, 1, mask=(start == 0) & ((squares > LARGEST) | (squares != squares)), sem="relaxed")
@@ -212,97 +200,85 @@ def guided_step_kernel(
         if grad is not None and not RELATIVE:
             x0 += sigma * _reciprocal(alpha) * shift
             eps -= shift
-        if LIMIT == 2:
-            padding = tl.full((BLOCK,), PADDING, tl.int32).to(tl.float32, bitcast=True)
-            x0s = x0s + (tl.where(inside, x0, padding),)
-            epss = epss + (eps,)
-        else:
-            if LIMIT == 1:
-                x0 = tl.where(x0 > bound, bound, tl.where(x0 < -bound, -bound, x0))
-            elif LIMIT == 3:
-                limit = tl.load(bound + sample)
-                x0 = tl.where(x0 > limit, limit, tl.where(x0 < -limit, -limit, x0)) * (1.0 / limit)
-            _following(
-                x0,
-                eps,
-                base + at,
-                inside,
-                a,
-                b,
-                c,
-                d,
-                x0_prev,
-                x0_out,
-                out,
-                ids,
-                sample,
-                start + i * BLOCK,
-                key,
-                row + 1,
-                BLOCK,
-            )
+        x0s = x0s + (tl.where(inside, x0, float("inf")) if LIMIT == 2 else x0,)
+        epss = epss + (eps,)
+
     if LIMIT == 2:
-        limit = _quantile(x0s, below, fraction, PADDING, CHUNKS)
-        limit = tl.where(limit < 1.0, 1.0, tl.where(limit > maximum, maximum, limit))
-        for i in tl.static_range(CHUNKS):
-            at = start + i * BLOCK + lane
-            x0 = x0s[i]
-            x0 = tl.where(x0 > limit, limit, tl.where(x0 < -limit, -limit, x0)) * (1.0 / limit)
-            _following(
-                x0,
-                epss[i],
-                base + at,
-                at < ELEMENTS,
-                a,
-                b,
-                c,
-                d,
-                x0_prev,
-                x0_out,
-                out,
-                ids,
-                sample,
-                start + i * BLOCK,
-                key,
-                row + 1,
-                BLOCK,
-            )
+        bound = _quantile(x0s, below, fraction, CHUNKS)
+        bound = tl.where(bound < 1.0, 1.0, tl.where(bound > maximum, maximum, bound))
+    elif LIMIT == 3:
+        bound = tl.load(bound + sample)
+    # Read here and not above: the search for a quantile needs their registers.
+    a, b = tl.load(column + 2) + nowhere, tl.load(column + 3) + nowhere
+    c, d = tl.load(column + 4), tl.load(column + 5)
+    key = (tl.load(seed) if SEED_AT else seed).to(tl.int64)
+    for i in tl.static_range(CHUNKS):
+        at = start + i * BLOCK + lane
+        inside = at < ELEMENTS
+        x0 = x0s[i]
+        if LIMIT > 0:
+            x0 = tl.where(x0 > bound, bound, tl.where(x0 < -bound, -bound, x0))
+        if LIMIT > 1:
+            x0 *= 1.0 / bound
+        result = a * x0 + b * epss[i]
+        if x0_prev is not None:
+            result += c * tl.load(x0_prev + base + at, mask=inside, other=0.0).to(tl.float32)
+        if ids is not None:
+            result += d * normals(tl.load(ids + sample), start + i * BLOCK, key, row + 1, BLOCK)
+        if x0_out is not None:
+            tl.store(x0_out + base + at, x0.to(x0_out.dtype.element_ty), mask=inside)
+        tl.store(out + base + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 def settings(elements: int, itemsize: int, quantile: bool = False) -> tuple[int, int, int]:
     """Chunks, elements of a chunk and warps of a program, for tensors whose narrowest item has `itemsize` bytes.
 
     A thread takes 16 bytes of each tensor and chunk. The search for a quantile leaves a thread registers for half as
-    many elements. The audit shows that no setting spills.
+    many elements, three chunks of four at the most: 8 bytes each where an item has two. The audit shows that no
+    setting spills.
     """
     if elements > WHOLE:
         return 1, SPLIT, 8
+    if quantile and elements > WITH_QUANTILE // 3 * 2:
+        return 3, WITH_QUANTILE // 3, 32
     width = max(next_power(elements), 16)
     warps = min(max(width // (256 if quantile else 512), 1), 32)
     chunks = max(1, width // (warps * 32 * (16 // itemsize)))
     return chunks, width // chunks, warps
 
 
-def launch(
+def launch(call: Call) -> None:
+    """The step of a call whose tensors lie on one device, in any memory layout."""
+    options, elements = call.options, math.prod(call.out.shape[1:])
+    if call.out.shape[0] == 0:
+        return
+    inputs = tuple(None if tensor is None else tensor.contiguous() for tensor in call.inputs)
+    targets = [None if tensor is None else tensor.contiguous() for tensor in (call.out, call.x0_out)]
+    limit = Limit(0 if math.isinf(options.clip) else 1, options.clip)
+    if options.threshold_ratio >= 0:
+        position = options.threshold_ratio * (elements - 1)
+        limit = Limit(2, 0.0, math.floor(position), position - math.floor(position), options.threshold_maximum)
+        if elements > WITH_QUANTILE:
+            x0 = torch.empty(call.out.shape, dtype=torch.float32, device=call.out.device)
+            _launch(call, inputs, torch.empty_like(x0), x0, None, Limit(0))
+            bound = quantile(x0.reshape(-1, elements).abs(), options.threshold_ratio)
+            limit = Limit(3, bound.clamp(1.0, options.threshold_maximum).contiguous())
+    _launch(call, inputs, cast(Tensor, targets[0]), targets[1], call.skipped, limit)
+    call.deliver(targets)
+
+
+def _launch(
+    call: Call,
+    inputs: tuple[Tensor | None, ...],
     out: Tensor,
     x0_out: Tensor | None,
     skipped: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    table: Tensor,
-    step: int | Tensor,
-    cfg_scale: float | Tensor,
-    omega: float | Tensor,
-    relative: bool,
-    prediction: str,
     limit: Limit,
-    sample_ids: Tensor | None,
-    seed: int | Tensor,
 ) -> None:
     """Writes contiguous `out` and `x0_out`; `inputs` are contiguous x, pred_cond, pred_uncond, grad and x0_prev."""
     samples, elements = out.shape[0], math.prod(out.shape[1:])
-    if samples == 0:
-        return
     x, pred_cond, pred_uncond, grad, x0_prev = inputs
+    cfg_scale, omega = (v.contiguous() if isinstance(v, Tensor) else v for v in (call.cfg_scale, call.omega))
     itemsize = min(tensor.element_size() for tensor in inputs if tensor is not None)
     chunks, block, warps = settings(elements, itemsize, limit.kind == 2)
     parts = -(-elements // (chunks * block))
@@ -318,13 +294,13 @@ def launch(
         x0_prev,
         out,
         x0_out,
-        table.contiguous(),
-        table.shape[0],
-        step,
+        call.table.contiguous(),
+        call.table.shape[0],
+        call.step,
         cfg_scale,
         omega,
-        sample_ids,
-        seed,
+        None if call.sample_ids is None else call.sample_ids.contiguous(),
+        call.seed,
         skipped,
         partials,
         limit.bound,
@@ -332,12 +308,12 @@ def launch(
         limit.fraction,
         limit.maximum,
         elements,
-        isinstance(step, Tensor),
-        isinstance(seed, Tensor),
+        isinstance(call.step, Tensor),
+        isinstance(call.seed, Tensor),
         _stride(cfg_scale),
         _stride(omega),
-        relative,
-        PREDICTIONS[prediction],
+        call.options.mode == "relative",
+        PREDICTIONS[call.options.prediction],
         limit.kind,
         next_power(parts),
         chunks,
