@@ -23,7 +23,12 @@ from benchmarks.registry import OURS, OURS_OUT, Case, cases
 
 RESULTS = Path(__file__).parent / "results"
 COPY = "copy"
-TABLES = {"sampler": "benchmarks.ablation", "flops": "benchmarks.flops", "study": "benchmarks.study"}
+TABLES = {
+    "sampler": "benchmarks.ablation",
+    "flops": "benchmarks.flops",
+    "study": "benchmarks.study",
+    "theory": "benchmarks.bench_theory",
+}
 Record = dict[str, Any]
 
 
