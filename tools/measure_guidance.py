@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What guidance does: entropy and label agreement against omega, and a picture of the same samples under each omega.
 
-    python tools/measure_guidance.py RUN --out docs/guidance.png [--omega 0 0.03 0.05 0.1] [--count 500]
+    python tools/measure_guidance.py RUN --out docs/guidance.png [--omega 0 0.05 0.15] [--count 500]
 
 RUN is the folder of a finished run; its learner guides. Labels and sample ids are the same for every omega, so every
 column of the picture is one sample that guidance makes harder from top to bottom.
@@ -21,7 +21,7 @@ from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import load_judge
-from dpfast.practice.run_folder import load_learner
+from dpfast.practice.learners import load_learner
 from dpfast.report.sheets import contact_sheet
 
 FIRST_ID = 1 << 41  # ids that no run uses
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--omega", type=float, nargs="+", default=[0.0, 0.02, 0.03, 0.05, 0.1])
+    parser.add_argument("--omega", type=float, nargs="+", default=[0.0, 0.03, 0.05, 0.08, 0.15])
     parser.add_argument("--every", type=int, default=Recipe.load("fashion").guidance.guide_every)
     parser.add_argument("--count", type=int, default=500)
     arguments = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
         images = torch.cat([batch.images for batch in batches])
         entropy = float(torch.cat([batch.entropy for batch in batches]).mean())
         agreement = float((predict(judge, images).argmax(1) == labels).float().mean())
-        print(f"{omega:5.2f}  {entropy:28.3f}  {agreement:28.1%}  {seconds:25.1f}")
+        print(f"{omega:5.3f}  {entropy:28.3f}  {agreement:28.1%}  {seconds:25.1f}")
         rows.append(images[:20])
     names = tuple("unguided" if omega == 0 else f"omega {omega:g}" for omega in arguments.omega)
     contact_sheet(rows, names, "The same labels and noise under rising guidance", arguments.out)
