@@ -151,3 +151,10 @@ def test_bad_input(arguments, error, message, backend):
     given = {"sample_ids": torch.arange(3), "shape": (4,), "seed": 0, "stream": 0} | arguments
     with pytest.raises(error, match=message):
         normal(given.pop("sample_ids"), given.pop("shape"), **given)
+
+
+@pytest.mark.parametrize("seed", [2**31 - 1, 2**31, 2**32 - 1, 2**32, -1, -(2**31) - 1])
+def test_seeds_at_the_ends_of_32_bits(seed, device):
+    ids = torch.tensor([3, 2**40], device=device)
+    expected = reference(ids.cpu(), (8,), seed, 1)
+    assert (normal(ids, (8,), seed=seed, stream=1).cpu() - expected).abs().max() < 1e-6

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dpfast.ops._triton import next_power, tl, triton
-from dpfast.ops.kernels.noise import normals
+from dpfast.ops.kernels.noise import normals, wide
 from dpfast.ops.reference.guided_step import Call, quantile
 
 WHOLE = 16384  # elements of a sample that one program holds
@@ -211,7 +211,7 @@ def guided_step_kernel(
     # Read here and not above: the search for a quantile needs their registers.
     a, b = tl.load(column + 2) + nowhere, tl.load(column + 3) + nowhere
     c, d = tl.load(column + 4), tl.load(column + 5)
-    key = (tl.load(seed) if SEED_AT else seed).to(tl.int64)
+    key = wide(tl.load(seed) if SEED_AT else seed)
     for i in tl.static_range(CHUNKS):
         at = start + i * BLOCK + lane
         inside = at < ELEMENTS

@@ -70,6 +70,12 @@ def _box_muller(word, turn):
 
 
 @triton.jit
+def wide(seed):
+    """A seed as int64. A sum, not a cast: the interpreter keeps a number from 2^31 on in 32 bits and calls it 64."""
+    return seed + tl.zeros((), tl.int64)
+
+
+@triton.jit
 def normals(sample, first, seed, stream, BLOCK: tl.constexpr):
     """BLOCK normals of one sample from element `first` on, a multiple of 4."""
     block = (first // 4).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
@@ -95,7 +101,7 @@ def normal_kernel(
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1).to(tl.int64) * BLOCK
     sample = tl.load(ids + row)
-    seed = (tl.load(seed) if SEED_AT else seed).to(tl.int64)
+    seed = wide(tl.load(seed) if SEED_AT else seed)
     stream = (tl.load(stream) if STREAM_AT else stream).to(tl.int64)
     if WORDS:
         block = (first // 4).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
