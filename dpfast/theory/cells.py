@@ -33,18 +33,23 @@ _DOMAINS: dict[str, _Domain] = {
 }
 
 
-class Arguments(TypedDict):
-    """The arguments of ``test_error`` that describe the experiment; it says what they are."""
+class Pool(TypedDict):
+    """The arguments of ``test_error`` that say what is selected and how it is fitted; it says what they are."""
 
-    d: ArrayLike
     n: ArrayLike
     keep: ArrayLike
-    rho: ArrayLike
     ridge: ArrayLike
     strategy: NotRequired[str]
+    power: NotRequired[ArrayLike]
+
+
+class Arguments(Pool):
+    """Those and the directions: the whole experiment."""
+
+    d: ArrayLike
+    rho: ArrayLike
     rho_g: NotRequired[ArrayLike | None]
     rho_s: NotRequired[ArrayLike | None]
-    power: NotRequired[ArrayLike]
 
 
 class Cells(NamedTuple):

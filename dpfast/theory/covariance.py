@@ -23,11 +23,16 @@ that the paper prints, Sigma^-1/2 (...) Sigma^-1/2 around a sum with the ridge i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dpfast.theory.cells import Array, cells
+from dpfast.theory.cells import Array, Cells, Pool, cells
 from dpfast.theory.scalars import scalars
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Features:
@@ -60,6 +65,11 @@ class Features:
         rho, rho_g, rho_s = (float(np.clip(a @ b, -1, 1)) for a, b in pairs)
         return rho, rho_g, rho_s
 
+    def cells(self, **pool: Unpack[Pool]) -> Cells:
+        """The checked arguments of an experiment with these features; ValueError names the argument."""
+        rho, rho_g, rho_s = self.cosines
+        return cells(d=self.d, rho=rho, rho_g=rho_g, rho_s=rho_s, **pool)
+
     def mixing(self) -> Array:
         """(d, d) M such that rows z M have the covariance where z ~ N(0, I), and u, then v_label across u, then v_truth
         across both are the first axes of z."""
@@ -91,15 +101,13 @@ def covariance_error(
 
     Raises ValueError, naming the argument.
     """
-    s, d = features.spectrum, features.d
-    rho, rho_g, rho_s = features.cosines
-    checked = cells(d=d, n=n, keep=keep, rho=rho, ridge=ridge, strategy=strategy, rho_g=rho_g, rho_s=rho_s, power=power)
+    s, checked = features.spectrum, features.cells(n=n, keep=keep, ridge=ridge, strategy=strategy, power=power)
     if np.any(checked.ridge == 0):
         raise ValueError("ridge = 0.0: above 0 with a covariance")
     grid = np.broadcast_arrays(checked.n, checked.keep, checked.ridge)
     n, keep, ridge = (x[..., None] for x in grid)  # the last axis is Sigma's
-    k = scalars(strategy, keep, rho_g, power=power)
-    across = features.generator - rho_g * features.selector
+    k = scalars(strategy, keep, checked.rho_g, power=power)
+    across = features.generator - checked.rho_g * features.selector
     across /= np.linalg.norm(across) or 1.0
 
     delta = _delta(s, n, k.p, ridge)

@@ -69,10 +69,14 @@ def soft(keep: ArrayLike, rho: ArrayLike, power: ArrayLike) -> Scalars:
     keep, rho, power = np.broadcast_arrays(*domain(keep=keep, rho=rho, power=power).values())
     out = np.empty((4, keep.size))
     flat = keep.ravel(), rho.ravel(), power.ravel()
+    # The rule is dear and knows neither directions nor sizes: once for all cells that share it.
+    rules, rule_of = np.unique(np.stack(flat[::2]), axis=1, return_inverse=True)
+    solved = [np.stack(soft_rule(*rules[:, s : s + _BLOCK])) for s in range(0, rules.shape[1], _BLOCK)]
+    ends = np.concatenate([np.empty((2, 0)), *solved], axis=1)[:, rule_of.ravel()]
     for start in range(0, keep.size, _BLOCK):
         block = slice(start, start + _BLOCK)
         k, r, w = (x[block] for x in flat)
-        saturated, log_scale = soft_rule(k, w)
+        saturated, log_scale = ends[:, block]
         sure, t, weights = _soft_parts(saturated, log_scale, w, r)
         spread = np.sqrt((1 - r) * (1 + r))
         margin = _ratio(r, spread)[:, None] * t

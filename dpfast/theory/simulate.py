@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dpfast.theory.cells import Arguments, Array, Cells, cells
+from dpfast.theory.cells import Arguments, Array, Cells, Pool, cells
 from dpfast.theory.covariance import Features
 from dpfast.theory.scalars import soft_rule, threshold
 
@@ -47,21 +46,13 @@ def simulate(
 def simulate_covariance(
     features: Features,
     *,
-    n: ArrayLike,
-    keep: ArrayLike,
-    ridge: ArrayLike,
-    strategy: str = "hard",
-    power: float = 1.0,
     draws: int = 20,
     seed: int = 0,
     device: str | torch.device | None = None,
+    **pool: Unpack[Pool],
 ) -> Simulated:
     """`simulate` for the arguments of `covariance_error`."""
-    rho, rho_g, rho_s = features.cosines
-    made = cells(
-        d=features.d, n=n, keep=keep, rho=rho, ridge=ridge, strategy=strategy, rho_g=rho_g, rho_s=rho_s, power=power
-    )
-    return _simulate(made, strategy, features.mixing(), draws, seed, device)
+    return _simulate(features.cells(**pool), pool.get("strategy", "hard"), features.mixing(), draws, seed, device)
 
 
 def _simulate(
