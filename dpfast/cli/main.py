@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dpfast.cli import audit, bench, doctor, export, plan, report, run, sample
+from dpfast.cli import audit, bench, doctor, export, plan, report, run, sample, theory
 from dpfast.config import RecipeError, fields
 
-COMMANDS = (run, plan, report, sample, audit, bench, export, doctor)
+COMMANDS = (run, plan, report, sample, audit, bench, export, doctor, theory)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,38 @@
+"""The figures: points lie on their lines, and files are written."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpfast.cli.main import main
+from dpfast.report.points import points_of_study
+from dpfast.theory.charts import curves, draw
+from dpfast.theory.figures import CHARTS, study
+
+STUDY = Path(__file__).parents[2] / "benchmarks" / "results" / "study.jsonl"
+
+
+@pytest.mark.parametrize("name", ["oversampling", "easy_or_hard"])
+def test_points_lie_on_the_lines(name):
+    chart = CHARTS[name]()
+    lines = [line for panel in chart.panels[-1][:2] for line in panel.lines]  # of a ridge that smooths the peak
+    for line, curve in zip(lines, curves(lines, draws=4), strict=True):
+        assert curve.error.shape == line.x.shape
+        between = np.interp(line.points, line.x, curve.error)
+        np.testing.assert_allclose(between, curve.predicted, atol=2e-3)
+        assert np.mean(np.abs(curve.simulated - curve.predicted)) < 0.02
+    assert len(draw(chart, curves(chart.lines, draws=2), 2).axes) == sum(map(len, chart.panels))
+
+
+def test_the_study_needs_its_sweeps():
+    assert len(study(points_of_study(STUDY)).axes) == 4
+    with pytest.raises(ValueError, match=r"^study: no runs of prune"):
+        study([])
+
+
+def test_bad_input_ends_in_one_line(tmp_path, capsys):
+    for options in (["--draws", "1"], ["--draws", "x"], ["--study", str(tmp_path / "none")]):
+        assert main(["theory", "figures", "--out", str(tmp_path / "new"), *options]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "new").exists()

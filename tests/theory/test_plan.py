@@ -1,0 +1,58 @@
+"""Plans: the pool reaches the accuracy, one sample fewer does not, and what is unreachable says so."""
+
+import pytest
+
+from dpfast.cli.main import main
+from dpfast.theory import test_error as predict
+from dpfast.theory.plan import plan, table
+
+
+@pytest.mark.parametrize("strategy", ["hard", "easy"])
+@pytest.mark.parametrize("ridge", [1e-2, 1e-6])
+def test_the_pool_reaches_the_accuracy_and_one_sample_fewer_does_not(strategy, ridge):
+    for made in plan(0.75, d=64, ridge=ridge, rho=0.9, strategy=strategy, keeps=(1, 0.8, 0.5)):
+        cell = {"d": 64, "keep": made.keep, "rho": 0.9, "ridge": ridge, "strategy": strategy}
+        assert predict(n=made.n, **cell) <= 0.25 < predict(n=made.n - 1, **cell)
+        assert all(predict(n=made.n * k, **cell) <= 0.25 for k in (1.1, 2, 10))
+        assert made.kept == made.n * made.keep
+
+
+def test_a_tuned_ridge_needs_the_fewest_samples():
+    for tuned, *fixed in zip(*(plan(0.85, d=100, rho=0.95, ridge=r) for r in (None, 1e-3, 1e-2, 1e-1)), strict=True):
+        assert all(other.n is None or tuned.n <= other.n for other in fixed)
+        assert tuned.accuracy == pytest.approx(0.85, abs=1e-3)
+
+
+def test_what_is_unreachable_says_how_far_one_gets():
+    (weak,) = plan(0.95, d=50, keeps=[0.5], rho=0.8, rho_g=0.8, rho_s=1.0)  # labels of an imperfect generator
+    assert weak.n is None
+    assert weak.kept is None
+    assert 0.6 < weak.accuracy < 0.95
+    assert "unreachable" in table([weak])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--accuracy", "1", "--d", "9"], "accuracy = 1.0"),
+        (["--accuracy", "nan", "--d", "9"], "accuracy = nan"),
+        (["--accuracy", "x", "--d", "9"], "argument --accuracy: invalid float value"),
+        (["--accuracy", "0.8", "--d", "0"], "d = 0"),
+        (["--accuracy", "0.8", "--d", "9", "--keep", "0.5,0"], "keep = 0"),
+        (["--accuracy", "0.8", "--d", "9", "--keep", "half"], "keep = 'half'"),
+        (["--accuracy", "0.8", "--d", "9", "--ridge", "0"], "ridge = 0"),
+        (["--accuracy", "0.8", "--d", "9", "--rho", "2"], "rho = 2"),
+        (["--accuracy", "0.8", "--d", "9", "--rho-g", "0.5"], "rho_g, rho_s"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_exit_code_2(options, named, capsys):
+    assert main(["theory", "plan", *options]) == 2
+    captured = capsys.readouterr()
+    assert named in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_the_command_prints_the_table(capsys):
+    assert main(["theory", "plan", "--accuracy", "0.8", "--d", "64", "--keep", "1,0.5"]) == 0
+    assert capsys.readouterr().out.count("|\n") == 4
