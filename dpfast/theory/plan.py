@@ -12,7 +12,7 @@ from dpfast.theory.cells import Array, domain
 from dpfast.theory.theorem import test_error
 
 KEEPS = (1.0, 0.9, 0.8, 0.5, 0.3, 0.2, 0.1)
-MOST = 100_000  # samples a dimension; beyond them the tenth of a point no longer changes
+MOST = 100_000  # samples a dimension; an accuracy that no pool up to this size reaches counts as out of reach
 _RIDGES = np.logspace(-8, 2, 101)
 
 
