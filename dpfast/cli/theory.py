@@ -8,6 +8,8 @@ from pathlib import Path
 from dpfast.cli import Commands
 from dpfast.config import RecipeError
 
+PEAK = 0.25  # |d / kept - 1| below it: the interpolation peak, as `dpfast bench theory` parts its cells
+
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser(
@@ -75,4 +77,10 @@ def plan(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise RecipeError(str(error)) from None
     print(table(made))
+    peak = [row for row in made if row.kept is not None and abs(arguments.d / row.kept - 1) < PEAK]
+    if peak:
+        near = ", ".join(f"{row.keep:g}" for row in peak)
+        print(
+            f"\nkeep {near}: about as many kept samples as dimensions, where the theory is least exact (docs/theory.md)"
+        )
     return 0

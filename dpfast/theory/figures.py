@@ -45,7 +45,8 @@ def selected_sizes() -> Chart:
             )
             for name, keep, color in zip(names, keeps, [MUTED, *_shades(4)], strict=True)
         ]
-        return Panel(f"rho = {rho:g}, ridge = {ridge:g}", lines, legend="lower right" if ridge == 1e-3 else None)
+        legend = "lower right" if (rho, ridge) == (1, 1e-3) else None
+        return Panel(f"rho = {rho:g}, ridge = {ridge:g}", lines, legend=legend)
 
     return Chart(
         title="Selecting the hardest samples, d = 512 (Fig. 3). " + NOTE,
@@ -188,11 +189,12 @@ def study(points: list[Point]) -> Figure:
         styled(bottom, x_label, "predicted gain, points")
         for kept, color in zip((512, 2048, 8192), _shades(3), strict=True):
             error = test_error(**experiment(x, kept))
-            bottom.plot(x, 100 * (error[0] - error), color=color, label=f"{kept // d} kept samples a dimension")
+            bottom.plot(x, 100 * (error[0] - error), color=color, label=f"{kept:,} kept")
         bottom.legend(frameon=False, fontsize=8, labelcolor="linecolor")
     for axes in grid.ravel():
         axes.axhline(0, color=MUTED, lw=0.8, zorder=0)
-    text = f"Above: measured, bars of 1 standard deviation. Below: theory, rho = {rho}, ridge {ridge:g} a kept sample."
+    model = f"rho = {rho}, ridge {ridge:g} a kept sample, d = {d}"
+    text = f"Above: measured, bars of 1 standard deviation. Below: theory, {model}."
     figure.suptitle(text, color=INK, fontsize=10, x=0.01, ha="left")
     return figure
 

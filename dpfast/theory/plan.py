@@ -19,13 +19,15 @@ _RIDGES = np.logspace(-8, 2, 101)
 class Plan(NamedTuple):
     """The pool that a kept fraction needs. n: size from which on the accuracy holds, None where none holds it.
 
-    accuracy and ridge: at n, or the best of all pools where n is None.
+    accuracy and ridge: those of the pool n, or of the best of all pools where n is None. A fixed ridge can reach the
+    accuracy and lose it again with more samples; then n is None and the best accuracy is above the one asked for.
     """
 
     keep: float
     n: int | None
     ridge: float
     accuracy: float
+    best_n: int
 
     @property
     def kept(self) -> float | None:
@@ -87,14 +89,14 @@ def plan(
         short = np.flatnonzero(1 - errors < accuracy)
         if len(short) and short[-1] == len(pools) - 1:
             i = int(errors.argmin())
-            plans.append(Plan(keep, None, float(ridges[i]), float(1 - errors[i])))
+            plans.append(Plan(keep, None, float(ridges[i]), float(1 - errors[i]), int(pools[i])))
             continue
         low, high = (pools[short[-1]], pools[short[-1] + 1]) if len(short) else (0, pools[0])
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if 1 - best([middle], keep)[1][0] >= accuracy else (middle, high)
         ridges, errors = best([high], keep)
-        plans.append(Plan(keep, int(high), float(ridges[0]), float(1 - errors[0])))
+        plans.append(Plan(keep, int(high), float(ridges[0]), float(1 - errors[0]), int(high)))
     return plans
 
 
@@ -107,7 +109,8 @@ def table(plans: Sequence[Plan]) -> str:
     ]
     for p in plans:
         if p.n is None or p.kept is None:
-            lines.append(f"| {p.keep:g} | unreachable | | | {p.ridge:.2g} | at most {100 * p.accuracy:.2f} % |")
+            best = f"at best {100 * p.accuracy:.2f} %, pool {p.best_n:,}"
+            lines.append(f"| {p.keep:g} | none up to {MOST:,} d holds it | | | {p.ridge:.2g} | {best} |")
             continue
         gain = f"{whole.n / p.kept:.2f}x" if whole is not None and whole.n is not None else ""
         lines.append(f"| {p.keep:g} | {p.n:,} | {p.kept:,.0f} | {gain} | {p.ridge:.2g} | {100 * p.accuracy:.2f} % |")

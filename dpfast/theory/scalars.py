@@ -91,8 +91,14 @@ def quadrature(rule: Callable[[Array], Array], rho: float, *, breaks: Sequence[f
     """The scalars of any even rule q(t), given for t >= 0, by a composite Gauss rule; `breaks` are the jumps of q.
 
     The panels narrow towards the breaks and towards 0, where Phi(tau t) turns within sqrt(1 - rho^2) of it.
+
+    Raises ValueError, naming the argument; for ``rule`` where a value is no probability.
     """
     domain(rho=rho)
+    if np.any(np.isnan(breaks)):
+        raise ValueError(f"breaks = {list(breaks)}: expected numbers")
+    if nodes < 1:
+        raise ValueError(f"nodes = {nodes}: at least 1")
     inner = sorted(b for b in breaks if 0 < b < _END)
     edges = [0.0, *inner, _END]
     x, w = np.polynomial.legendre.leggauss(nodes)
@@ -101,8 +107,12 @@ def quadrature(rule: Callable[[Array], Array], rho: float, *, breaks: Sequence[f
     left = np.concatenate([piece[:-1] for piece in pieces])[:, None]
     right = np.concatenate([piece[1:] for piece in pieces])[:, None]
     t = (left + (right - left) * (1 + x) / 2).ravel()
+    q = np.broadcast_to(rule(t), t.shape)
+    wrong = ~((q >= 0) & (q <= 1 + 1e-12))  # beyond 1 by rounding alone
+    if wrong.any():
+        raise ValueError(f"rule: q({t[wrong][0]:.6g}) = {float(q[wrong][0])!r} is no probability")
     # Both signs of t: q is even, and so are q G^2, the even part of phi(tau G) and of (2 Phi(tau G) - 1) G.
-    weights = ((right - left) * w).ravel() * density(t) * rule(t)
+    weights = ((right - left) * w).ravel() * density(t) * q
     margin = _ratio(np.float64(rho), np.sqrt((1 - rho) * (1 + rho))) * t
     turned = erf(margin / np.sqrt(2)) * t
     return Scalars(*(np.sum(weights * f) for f in (np.ones_like(t), t**2, 2 * density(margin), turned)))

@@ -92,11 +92,20 @@ def ridgeless(*, d: ArrayLike, n: ArrayLike, keep: ArrayLike, rho: ArrayLike, st
 def spectral(p: ArrayLike, gamma: ArrayLike, phi: ArrayLike, ridge: ArrayLike) -> Spectral:
     """m, m~ and their derivatives; ridge > 0. Either sign of p - phi + ridge goes without cancellation.
 
-    Raises ValueError, naming the argument, outside 0 < p <= 1, gamma >= 0, phi > 0, ridge > 0.
+    Raises ValueError, naming the argument, outside 0 < p <= 1, gamma >= 0, phi > 0, ridge > 0, and where the result
+    is beyond float64.
     """
     p, gamma, phi, ridge = domain(p=p, gamma=gamma, phi=phi, ridge=ridge).values()
     if np.any(ridge == 0):
         raise ValueError("ridge = 0: above 0; ridgeless() is the limit")
+    with np.errstate(all="ignore"):
+        made = _spectral(p, gamma, phi, ridge)
+    if not all(np.isfinite(part).all() for part in made):
+        raise ValueError("p, gamma, phi, ridge: m or a derivative of it is beyond float64")
+    return made
+
+
+def _spectral(p: Array, gamma: Array, phi: Array, ridge: Array) -> Spectral:
     b = p - phi + ridge
     root = np.sqrt(b * b + 4 * phi * ridge)
     m = np.where(b > 0, 2 / (np.abs(b) + root), (root + np.abs(b)) / (2 * phi * ridge))
@@ -107,7 +116,7 @@ def spectral(p: ArrayLike, gamma: ArrayLike, phi: ArrayLike, ridge: ArrayLike) -
 
 
 def _general(s: Scalars, phi: Array, ridge: Array, across: Array, along: Array, rho: Array, form: str) -> Array:
-    f = spectral(s.p, s.gamma, phi, ridge)
+    f = _spectral(s.p, s.gamma, phi, ridge)
     m0 = across * s.beta * f.m + along * s.beta_tilde * f.m_tilde
     b, b_tilde = s.beta, s.beta_tilde
     if form != "exact":  # omega for beta, as printed

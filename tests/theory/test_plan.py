@@ -28,7 +28,16 @@ def test_what_is_unreachable_says_how_far_one_gets():
     assert weak.n is None
     assert weak.kept is None
     assert 0.6 < weak.accuracy < 0.95
-    assert "unreachable" in table([weak])
+    assert "none up to 100,000 d holds it" in table([weak])
+
+
+def test_an_accuracy_that_more_samples_lose_again_is_not_held():
+    cell = {"d": 64, "ridge": 1e-7, "rho": 0.17, "rho_g": 0.99, "rho_s": 0.04}
+    (lost,) = plan(0.6, keeps=[0.05], **cell)
+    assert lost.n is None
+    assert lost.accuracy >= 0.6
+    assert predict(n=lost.best_n, keep=0.05, **cell) == pytest.approx(1 - lost.accuracy, abs=1e-12)
+    assert f"at best {100 * lost.accuracy:.2f} %, pool {lost.best_n:,}" in table([lost])
 
 
 @pytest.mark.parametrize(
@@ -56,3 +65,9 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(options, named, capsys):
 def test_the_command_prints_the_table(capsys):
     assert main(["theory", "plan", "--accuracy", "0.8", "--d", "64", "--keep", "1,0.5"]) == 0
     assert capsys.readouterr().out.count("|\n") == 4
+
+
+@pytest.mark.parametrize(("keep", "warned"), [("0.1", True), ("0.5", False)])
+def test_a_plan_at_the_interpolation_peak_says_so(keep, warned, capsys):
+    assert main(["theory", "plan", "--accuracy", "0.9", "--d", "512", "--keep", keep]) == 0
+    assert ("least exact" in capsys.readouterr().out) == warned

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpfast.theory import hard, quadrature, ridgeless, scalars, simulate, spectral
+from dpfast.theory import easy, hard, quadrature, ridgeless, scalars, simulate, soft, spectral
 from dpfast.theory import test_error as predict
 from dpfast.theory.scalars import keep_probability, soft_rule, threshold
 
@@ -87,6 +87,71 @@ def test_superseded_forms_do_not_agree_with_simulation():
 def test_errors_name_the_argument(name, value):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         predict(**{"d": 512, "n": 2048, "keep": 0.5, "rho": 0.9, "ridge": 0.01, name: value})
+
+
+@pytest.mark.parametrize("function", [hard, easy, soft, scalars, threshold, soft_rule, quadrature, spectral, simulate])
+def test_every_public_function_refuses_what_is_outside_its_domain(function):
+    good = {
+        **{key: {"keep": 0.5, "rho": 0.9} for key in (hard, easy)},
+        soft: {"keep": 0.5, "rho": 0.9, "power": 2.0},
+        scalars: {"strategy": "soft", "keep": 0.5, "rho": 0.9, "power": 2.0},
+        threshold: {"strategy": "hard", "keep": 0.5},
+        soft_rule: {"keep": 0.5, "power": 2.0},
+        quadrature: {"rule": np.ones_like, "rho": 0.9, "breaks": [1.0], "nodes": 8},
+        spectral: {"p": 0.5, "gamma": 0.1, "phi": 0.25, "ridge": 0.01},
+        simulate: {"d": 8, "n": 32, "keep": 0.5, "rho": 0.9, "ridge": 0.01, "draws": 2},
+    }[function]
+    bad = {
+        **dict.fromkeys(("keep", "p"), (0, 1.1, -0.5, np.nan, "half")),
+        "rho": (1.1, -1.1, np.nan),
+        "ridge": (-1e-9, 0, np.nan, np.inf),
+        "power": (np.nan, np.inf),
+        "gamma": (-1, np.nan, np.inf),
+        "phi": (0, -1, np.nan, np.inf),
+        "d": (0, 2, 8.5, np.nan),
+        "n": (0, 0.5, 32.5, np.nan),
+        "draws": (1,),
+        "strategy": ("x",),
+        "rule": (lambda t: t * np.nan, lambda t: t - 1, lambda t: t + 0.5),
+        "breaks": ([np.nan], [1.0, np.nan]),
+        "nodes": (0,),
+    }
+    assert all(np.isfinite(part).all() for part in np.atleast_1d(function(**good)))
+    for name in good:
+        for value in bad[name]:
+            with pytest.raises(ValueError, match=rf"^{name}\b"):
+                function(**{**good, name: value})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("outside", [{"ridge": 1e-300}, {"phi": 1e300, "ridge": 1e300}])
+def test_what_is_beyond_float64_is_no_nan(outside):
+    with pytest.raises(ValueError, match="beyond float64"):
+        spectral(**{"p": 1.0, "gamma": 1.0, "phi": 1.0, "ridge": 0.01, **outside})
+
+
+@pytest.mark.parametrize("strategy", ["hard", "easy", "soft"])
+def test_far_corners_are_finite(strategy):
+    power = [-1e5, -1, 0, 1, 1e9] if strategy == "soft" else 1.0
+    for keep in (1e-300, 1e-9, 1.0):
+        for rho in (-1, 0, 1):
+            assert np.isfinite(np.stack(scalars(strategy, keep, rho, power=power))).all()
+
+
+def test_regimes():
+    """The table and the weak generator of docs/theory.md, to its digits."""
+    keep, n = np.array([1, 0.5, 0.1]), 2048 / np.array([1, 0.5, 0.1])
+    cell = {"d": 512, "rho": 0.9}
+    accuracies = [
+        1 - predict(n=n, keep=keep, ridge=0.01, **cell),
+        1 - predict(n=n[:2] / 8, keep=keep[:2], ridge=0.01, **cell),
+        1 - predict(n=n[:2], keep=keep[:2], ridge=0.1, **cell),
+        1 - predict(n=8192, keep=0.5, ridge=0.01, d=512, rho=0.8, rho_g=0.8, rho_s=1),
+        1 - predict(n=8192, keep=0.5, ridge=0.01, d=512, rho=0.8, rho_g=0.8, rho_s=1, strategy="easy"),
+    ]
+    printed = [[86.96, 92.07, 65.70], [66.14, 60.69], [87.18, 83.77], 77.50, 85.14]
+    for got, wanted in zip(accuracies, printed, strict=True):
+        np.testing.assert_allclose(100 * got, wanted, rtol=0, atol=0.00501)
 
 
 def test_no_ridge_at_the_peak_is_refused():
