@@ -20,7 +20,7 @@ from dpfast.generate.guidance import GuidanceConfig, GuidancePath, check_interva
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.solvers import Solver
 from dpfast.generate.runtime import probing
-from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer, is_out_of_memory
+from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer, attempt
 from dpfast.generate.runtime.compiling import CompileCosts, Tuner
 from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.runtime.graphs import CudaRecorder, Recorder
@@ -41,8 +41,8 @@ class SampleBatch:
 
     images: (B, C, H, W) uint8; labels, sample_ids: (B,) int64; entropy: (B,) float32, nats, of the finished image under
     the guiding learner (NaN without one); learner_step: the learner's optimiser steps at birth; skipped: how many
-    guided steps of single samples went unguided, because their gradient was not finite; latents: (B, c, h, w) float16,
-    what the images were decoded from.
+    guided steps of single samples went unguided, because their gradient was not finite; retries: how often memory ran
+    out before the batch was small enough; latents: (B, c, h, w) float16, what the images were decoded from.
     """
 
     images: Tensor
@@ -52,6 +52,7 @@ class SampleBatch:
     learner_step: int = 0
     skipped: int = 0
     latents: Tensor | None = None
+    retries: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -405,7 +406,7 @@ class GuidedSampler:
     def _stream(
         self, labels: Tensor, ids: Tensor, omega: Tensor | None, batch_size: int | Literal["auto"], learner_step: int
     ) -> Iterator[SampleBatch]:
-        execution, done, total = self.execution, 0, len(labels)
+        execution, done, retries, total = self.execution, 0, 0, len(labels)
         sizer = self._sizer(batch_size, total, guided=omega is not None)
         while done < total:
             if not sizer.searching:
@@ -417,25 +418,28 @@ class GuidedSampler:
             part = slice(done, done + sizer.size)
             strengths = None if omega is None else omega[part]
             started = time.perf_counter()
-            failure: BaseException | None = None
-            try:
-                batch = self._generate(labels[part], ids[part], strengths, learner_step)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = error.with_traceback(None)  # the traceback would keep the batch's tensors alive
-            if failure is not None:
-                sizer.out_of_memory(failure)
-                execution.close()
-                release(self.pipeline.device)
-                log.warning("out of memory: going on with batches of %d", sizer.size)
+            batch, failure = attempt(
+                functools.partial(self._generate, labels[part], ids[part], strengths, learner_step)
+            )
+            if batch is None:
+                self.lighten(sizer, failure)
+                retries += 1
                 continue
             if len(batch) == sizer.size:
                 seconds = time.perf_counter() - started
                 sizer.report(seconds)
                 self.tuner.report(execution, len(batch), seconds)
             done += len(batch)
-            yield batch
+            yield replace(batch, retries=retries) if retries else batch
+            retries = 0
+
+    def lighten(self, sizer: BatchSizer, failure: BaseException | None) -> None:
+        """After memory ran out: halves ``sizer`` and releases what a batch held. Raises ``failure`` for one sample."""
+        assert failure is not None
+        sizer.out_of_memory(failure)
+        self.execution.close()
+        release(self.pipeline.device)
+        log.warning("out of memory: going on with batches of %d", sizer.size)
 
     def _sizer(self, batch_size: int | Literal["auto"], total: int, *, guided: bool) -> BatchSizer:
         prepared = self.execution.batch

@@ -28,17 +28,29 @@ class Price:
 
 @dataclass
 class Cost:
-    """What a source has spent. samples: made, kept or not; forwards, flops: counted; seconds: measured."""
+    """What a source has spent. samples: made, kept or not; forwards, flops: counted; seconds: measured.
+
+    skipped: guided steps of single samples that went unguided, their gradient not finite; retries: batches that ran out
+    of memory and were made anew in smaller ones.
+    """
 
     samples: int = 0
     forwards: float = 0.0
     flops: float = 0.0
     seconds: float = 0.0
+    skipped: int = 0
+    retries: int = 0
 
     def add(self, samples: int, price: Price, seconds: float) -> None:
         self.samples += samples
         self.seconds += seconds
         self.pay(samples, price)
+
+    def take(self, batch: SampleBatch, price: Price, seconds: float) -> None:
+        """``add`` for a batch that was made, with what happened on the way."""
+        self.add(len(batch), price, seconds)
+        self.skipped += batch.skipped
+        self.retries += batch.retries
 
     def pay(self, times: int, price: Price) -> None:
         """For work that ends in no sample."""
@@ -52,7 +64,7 @@ class Cost:
             batch = next(batches, None)
             if batch is None:
                 return
-            self.add(len(batch), price, time.perf_counter() - started)
+            self.take(batch, price, time.perf_counter() - started)
             yield batch
 
     def since(self, before: Cost) -> Cost:

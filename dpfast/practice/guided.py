@@ -19,9 +19,10 @@ Over three seeds of the study neither gained beyond its noise on the plain loop 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,10 +31,13 @@ from dpfast.config import Recipe, RecipeError
 from dpfast.generate.decoder import Encoder
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import image_shape, new_sampler
+from dpfast.generate.runtime.batching import BatchSizer, attempt
 from dpfast.generate.sampler import GuidedSampler, SampleBatch
 from dpfast.generate.trajectory import Trajectory
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.costs import Cost, Price, Prices
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,59 @@ class Way(Protocol):
     steps: int
 
     def make(self, wanted: Wanted, cost: Cost) -> Iterator[SampleBatch]: ...
+
+
+class Chunks:
+    """Work on rows in as large parts as memory takes: running out of it halves them for good, as in ``stream``."""
+
+    def __init__(self, sampler: GuidedSampler, size: int) -> None:
+        self.sampler, self.sizer = sampler, BatchSizer(size, limit=size, search=False)
+        self.retries = 0
+
+    def over(self, count: int, make: Callable[[slice], Part]) -> Iterator[Part]:
+        """``make`` of the rows 0 to ``count``, part by part."""
+        done = 0
+        while done < count:
+            rows = slice(done, min(done + self.sizer.size, count))
+            made, failure = attempt(partial(make, rows))
+            if made is None:
+                self.sampler.lighten(self.sizer, failure)
+                self.retries += 1
+                continue
+            done = rows.stop
+            yield made
+
+    def since(self) -> int:
+        """Retries since it was last asked."""
+        retries, self.retries = self.retries, 0
+        return retries
+
+
+def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
+    """The step before which early rejection chooses; ``guided``: the guided steps.
+
+    Raises ``RecipeError`` when no guided step lies before ``early_until``, or nothing after it.
+    """
+    until, total = recipe.practice.early_until, recipe.generator.steps
+    before = [i for i in guided if i < until * total - 1e-9]
+    if not before or max(before) + 1 >= total:
+        raise RecipeError(
+            f"early_until = {until:g}: expected a guided step before this part of the {total} steps "
+            f"and a step after it; guided are {', '.join(map(str, sorted(guided)))}"
+        )
+    return max(before) + 1
+
+
+def restart_step(recipe: Recipe, guided: Collection[int]) -> int:
+    """The step at which re-practice begins. Raises ``RecipeError`` when no guided step is left."""
+    restart, total = recipe.practice.restart, recipe.generator.steps
+    start = -int(-(restart * total - 1e-9) // 1)
+    if not any(i >= start for i in guided):
+        raise RecipeError(
+            f"restart = {restart:g}: expected a guided step at or after step {start} of {total}; "
+            f"guided are {', '.join(map(str, sorted(guided)))}"
+        )
+    return start
 
 
 class FromNoise:
@@ -87,20 +144,14 @@ class FromNoise:
 class EarlyRejection(FromNoise):
     """Begins more trajectories than it ends. Ids count those that begin.
 
-    Raises ``RecipeError`` when no guided step lies before ``early_until``, or nothing after it.
+    Who is kept depends on the batches that ``generation_batch`` makes of a round, not on what fits into memory.
     """
 
     def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
         super().__init__(recipe, sampler, eager)
-        practice, total = recipe.practice, recipe.generator.steps
-        self.ratio, self.initial = practice.early_candidates, practice.initial_samples
-        before = [i for i in sampler.guidance.steps(total) if i < practice.early_until * total - 1e-9]
-        if not before or max(before) + 1 >= total:
-            raise RecipeError(
-                f"early_until = {practice.early_until:g}: expected a guided step before this part of the {total} steps "
-                f"and a step after it; guided are {', '.join(map(str, sorted(sampler.guidance.steps(total))))}"
-            )
-        self.stop = max(before) + 1
+        self.ratio, self.initial = recipe.practice.early_candidates, recipe.practice.initial_samples
+        self.stop = early_stop(recipe, sampler.guidance.steps(self.steps))
+        self.chunks = Chunks(sampler, self.batch)
         self.early_prices = Prices(eager, lambda: eager.advance(eager.begin([0], [0]), self.stop))
 
     def make(self, wanted: Wanted, cost: Cost) -> Iterator[SampleBatch]:
@@ -110,10 +161,18 @@ class EarlyRejection(FromNoise):
             started = time.perf_counter()
             first, last = self._id(place), self._id(place + len(labels))
             kept = self._kept(labels, torch.arange(first, last), wanted.omega)
-            batch = self.sampler.finish(self.sampler.advance(kept), learner_step=wanted.learner_step)
+            parts = self.chunks.over(len(kept), partial(self._finished, kept, wanted.learner_step))
+            batch = replace(_joined(list(parts)), retries=self.chunks.since())
             cost.pay(last - first, early)
-            cost.add(len(batch), late, time.perf_counter() - started)
+            cost.take(batch, late, time.perf_counter() - started)
             yield batch
+
+    def _finished(self, kept: Trajectory, learner_step: int, rows: slice) -> SampleBatch:
+        """These rows of the trajectories that go on, from the cut to the end."""
+        some = kept.take(torch.arange(rows.start, rows.stop, device=kept.x.device))
+        if rows.start:  # what was skipped before the cut is told once
+            some = replace(some, skipped=torch.zeros_like(kept.skipped))
+        return self.sampler.finish(self.sampler.advance(some), learner_step=learner_step)
 
     def _id(self, place: int) -> int:
         """The id of the first candidate for the sample at this place of the pool."""
@@ -122,11 +181,11 @@ class EarlyRejection(FromNoise):
     def _kept(self, labels: Tensor, ids: Tensor, omega: float) -> Trajectory:
         """Of the candidates ``ids`` before the cut, as many of each label as ``labels`` (n,) has."""
         candidates = labels[torch.arange(len(ids)) % len(labels)]
-        begun = []
-        for rows in torch.arange(len(ids)).split(self.batch):
-            start = self.sampler.begin(candidates[rows], ids[rows], omega=omega)
-            begun.append(self.sampler.advance(start, self.stop))
-        every = Trajectory.joined(begun)
+
+        def begun(rows: slice) -> Trajectory:
+            return self.sampler.advance(self.sampler.begin(candidates[rows], ids[rows], omega=omega), self.stop)
+
+        every = Trajectory.joined(list(self.chunks.over(len(ids), begun)))
         assert every.value is not None
         scores = every.value.cpu().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         order = scores.argsort(descending=True, stable=True)
@@ -137,24 +196,20 @@ class EarlyRejection(FromNoise):
 class RePractice(FromNoise):
     """Begins half-way, from the pool's samples: of each class in a random order, each once before any comes again.
 
-    Raises ``RecipeError`` when no guided step is left, or when the pipeline cannot encode the pool's images.
+    Raises ``RecipeError`` when the pipeline cannot encode the pool's images.
     """
 
     def __init__(
         self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler, pool: Callable[[], SamplePool]
     ) -> None:
         super().__init__(recipe, sampler, eager)
-        self.pool, restart, total = pool, recipe.practice.restart, self.steps
-        self.start = -int(-(restart * total - 1e-9) // 1)
-        if not any(i >= self.start for i in sampler.guidance.steps(total)):
-            guided = ", ".join(map(str, sorted(sampler.guidance.steps(total))))
-            raise RecipeError(
-                f"restart = {restart:g}: expected a guided step at or after step {self.start} of {total}; "
-                f"guided are {guided}"
-            )
+        self.pool, self.start = pool, restart_step(recipe, sampler.guidance.steps(self.steps))
         if recipe.pool.codec != "latents" and not isinstance(sampler.pipeline.decoder, Encoder):
-            raise RecipeError(f"restart = {restart:g}: images of another size than decoded need codec = 'latents'")
-        self.steps = total - self.start
+            raise RecipeError(
+                f"restart = {recipe.practice.restart:g}: images of another size than decoded need codec = 'latents'"
+            )
+        self.steps -= self.start
+        self.chunks = Chunks(sampler, self.batch)
         self.image = torch.zeros(1, *image_shape(sampler.pipeline), device=sampler.pipeline.device)
         self.prices = Prices(eager, self._one)
 
@@ -168,15 +223,24 @@ class RePractice(FromNoise):
 
     def make(self, wanted: Wanted, cost: Cost) -> Iterator[SampleBatch]:
         parents = self._parents(wanted)
-        for place, labels in wanted.parts(self.batch):
-            started = time.perf_counter()
-            rows = parents[place - wanted.start : place - wanted.start + len(labels)]
-            ids = torch.arange(place, place + len(labels))
-            latents = self._latents(rows)
-            start = self.sampler.begin(labels, ids, omega=wanted.omega, latents=latents, step=self.start)
-            batch = self.sampler.finish(self.sampler.advance(start), learner_step=wanted.learner_step)
-            cost.add(len(batch), self.price, time.perf_counter() - started)
+        done, started = wanted.done, time.perf_counter()
+
+        def made(rows: slice) -> SampleBatch:
+            places = torch.arange(done + rows.start, done + rows.stop)
+            start = self.sampler.begin(
+                wanted.labels[places],
+                wanted.start + places,
+                omega=wanted.omega,
+                latents=self._latents(parents[places]),
+                step=self.start,
+            )
+            return self.sampler.finish(self.sampler.advance(start), learner_step=wanted.learner_step)
+
+        for part in self.chunks.over(len(wanted.labels) - done, made):
+            batch = replace(part, retries=self.chunks.since())
+            cost.take(batch, self.price, time.perf_counter() - started)
             yield batch
+            started = time.perf_counter()
 
     def _parents(self, wanted: Wanted) -> Tensor:
         """(n,) rows of the pool, one for each of the round's samples; of the round's seed and the pool alone."""
@@ -212,6 +276,13 @@ def check_way(recipe: Recipe, pipeline: Pipeline) -> None:
     """Raises ``RecipeError`` where the recipe's way does not fit its steps or its pipeline."""
     sampler = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
     way_of(recipe, sampler, sampler, lambda: SamplePool())
+
+
+def _joined(parts: list[SampleBatch]) -> SampleBatch:
+    """Parts of one batch, all with latents, in their order."""
+    names = ("images", "labels", "sample_ids", "entropy", "latents")
+    rows: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **rows, skipped=sum(part.skipped for part in parts))
 
 
 def _counted(labels: Tensor) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ HERE = "here"
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """half, full: dense FLOP/s in 16-bit and in 32-bit floats; bandwidth: of its memory, bytes/s; memory: bytes; link:
-    bytes/s to its neighbours, in one direction.
+    """half, full: dense FLOP/s in 16-bit and in 32-bit floats; bandwidth: of its memory, bytes/s; memory: bytes.
+
+    link, network: bytes/s to the other devices of its node and, through an adapter of its own, to other nodes, in one
+    direction. host, disk: bytes of a node's memory and of its local drives over its devices; None: what is free here.
     """
 
     name: str
@@ -28,6 +31,9 @@ class Device:
     bandwidth: float
     memory: float
     link: float
+    network: float
+    host: float | None = None
+    disk: float | None = None
 
     def limits(self, counts: Counts) -> dict[str, float]:
         """Seconds that the counted work takes at least: of "compute", and of "memory"."""
@@ -40,14 +46,26 @@ class Device:
 # SXM modules by NVIDIA's data sheets. half: bf16 and fp16 on tensor cores, dense; those of the H100 (2023), the H200
 # (2024) and the DGX B200 (2024, an eighth of it) print twice as much, "with sparsity". full: IEEE fp32, which is what
 # PyTorch's matrix products take unless TF32 is allowed. link: half of NVLink's bandwidth, which is of both directions.
+# network, host, disk: an eighth of a DGX (data sheets of the DGX A100 640GB, H100, H200 and B200): eight adapters, of
+# 200 Gbit/s in the A100's and of 400 in the others, 2 TB of memory and eight drives of 3.84 TB.
+DGX = {"host": 2e12 / 8, "disk": 3.84e12}
 DEVICES = {
-    "a100": Device(name="A100", half=312e12, full=19.5e12, bandwidth=2.04e12, memory=80e9, link=300e9),
-    "h100": Device(name="H100", half=989e12, full=67e12, bandwidth=3.35e12, memory=80e9, link=450e9),
-    "h200": Device(name="H200", half=989e12, full=67e12, bandwidth=4.8e12, memory=141e9, link=450e9),
-    "b200": Device(name="B200", half=2250e12, full=75e12, bandwidth=8e12, memory=180e9, link=900e9),
+    "a100": Device(
+        name="A100", half=312e12, full=19.5e12, bandwidth=2.04e12, memory=80e9, link=300e9, network=25e9, **DGX
+    ),
+    "h100": Device(
+        name="H100", half=989e12, full=67e12, bandwidth=3.35e12, memory=80e9, link=450e9, network=50e9, **DGX
+    ),
+    "h200": Device(
+        name="H200", half=989e12, full=67e12, bandwidth=4.8e12, memory=141e9, link=450e9, network=50e9, **DGX
+    ),
+    "b200": Device(
+        name="B200", half=2250e12, full=75e12, bandwidth=8e12, memory=180e9, link=900e9, network=50e9, **DGX
+    ),
 }
+LOOPBACK = 1e9  # bytes/s between processes of this machine: about what gloo was measured to do (docs/scaling.md)
 NODE = 8  # devices behind one NVLink switch
-NETWORK = 50e9  # bytes/s of a device to other nodes in one direction: one 400 Gbit/s adapter each, as in a DGX H100
+OTHERS = frozenset({"PCIe", "PCIE", "NVL", "MIG"})  # in the name of a module that is not one of the table, or a part
 
 
 def device(name: str) -> Device:
@@ -62,6 +80,14 @@ def device(name: str) -> Device:
 def limit(name: str, flops_per_sample: float, *, share: float = 1.0) -> float:
     """Samples/s at ``share`` of the peak of a device. Raises ``RecipeError`` for an unknown one."""
     return share * device(name).half / flops_per_sample
+
+
+def peaks_of(device: torch.device) -> Device | None:
+    """The peaks of a run's device: a GPU of the table, or this CPU, measured; None where they are not known."""
+    if device.type == "cpu":
+        return here()
+    words = frozenset(re.split(r"[ -]", torch.cuda.get_device_name(device)))
+    return None if words & OTHERS else next((known for known in DEVICES.values() if known.name in words), None)
 
 
 @functools.cache
@@ -93,5 +119,6 @@ def here(rounds: int = 5) -> Device:
         full=2 * side**3 / best(lambda: torch.mm(a.float(), b.float())) if gpu else peak,
         bandwidth=2 * source.nbytes / best(lambda: target.copy_(source)),
         memory=float(available_bytes(torch.device(kind))),
-        link=NETWORK,
+        link=LOOPBACK,
+        network=LOOPBACK,
     )

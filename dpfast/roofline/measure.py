@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,11 +15,13 @@ from dpfast.evaluate.measures import predict
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
 from dpfast.generate.recipes import load_pipeline, new_sampler
-from dpfast.generate.sampler import GuidedSampler
+from dpfast.generate.sampler import SampleBatch
 from dpfast.learn.committee import guiding
 from dpfast.learn.models import build_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.pool.pool import SamplePool
+from dpfast.practice.costs import Cost
+from dpfast.practice.guided import Wanted, way_of
 
 EVALUATED = 500  # images
 
@@ -47,11 +49,14 @@ def measure(recipe: Recipe, *, rounds: int = 3, steps: int = 40) -> Timings:
     guide, other = (trainer.weights(which) for which in (recipe.guidance.guide_with, "raw"))
     guide = guiding(recipe.guidance.criterion, guide, other).eval()
     labels = torch.arange(recipe.generator.generation_batch) % classes
-    samplers = [new_sampler(recipe, pipeline, model) for model in (None, guide)]
-    unguided, guided = (_median(partial(_make, s, labels), rounds) / len(labels) for s in samplers)
-    batch = samplers[0].generate(labels)
+    plain, sampler = (new_sampler(recipe, pipeline, model) for model in (None, guide))
+    unguided = _median(partial(_make, plain.stream, labels, batch_size=len(labels)), rounds) / len(labels)
+    batch = plain.generate(labels)
     pool = SamplePool(recipe.pool.codec if recipe.pool.codec != "latents" else "pixels", shape=batch.images.shape[1:])
     pool.append(batch, round=0, omega=0.0, cfg_scale=1.0, steps=1, seed=0)
+    way = way_of(recipe, sampler, new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False), lambda: pool)
+    wanted = Wanted(labels=labels, start=len(pool), done=0, omega=recipe.guidance.omega, learner_step=0)
+    guided = _median(partial(_make, way.make, wanted, Cost()), rounds) / len(labels)
     augment = Augment(flip=config.flip, shift=config.shift, crop=config.crop, mixup=config.mixup, cutmix=config.cutmix)
     loader = make_loader(
         config.loader, pool, batch_size=config.batch_size, seed=recipe.seed, augment=augment, classes=classes
@@ -71,8 +76,8 @@ def measure(recipe: Recipe, *, rounds: int = 3, steps: int = 40) -> Timings:
     return Timings(unguided=unguided, guided=guided, training=training, evaluation=evaluation)
 
 
-def _make(sampler: GuidedSampler, labels: torch.Tensor) -> None:
-    for batch in sampler.stream(labels, batch_size=len(labels)):
+def _make(make: Callable[..., Iterator[SampleBatch]], *arguments: object, **named: object) -> None:
+    for batch in make(*arguments, **named):
         batch.images.sum().item()  # waits for a GPU
 
 

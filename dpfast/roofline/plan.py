@@ -3,8 +3,8 @@
     plan(Recipe.load("imagenet1k-sd15"), "h100", count=8)
 
 A phase takes its FLOPs over the peak of its dtype, or its bytes over the bandwidth, whichever is longer, divided by the
-utilisation. Training is data-parallel: the sum of gradients over all devices runs beside the backward pass, so a step
-takes the longer of the two. Where the stages were timed (``dpfast.roofline.measure``), the plan goes by those times.
+utilisation. Training is data-parallel: the sum of gradients over all devices runs beside the backward pass
+(``dpfast.roofline.network``). Where the stages were timed (``dpfast.roofline.measure``), the plan goes by those times.
 
 The plan is for a run that adds samples until ``maximum_samples``; one that stops earlier costs less.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -22,13 +23,14 @@ from dpfast.generate.recipes import class_names, resized
 from dpfast.pool import codecs
 from dpfast.pool.plan import Plan as PoolPlan
 from dpfast.pool.plan import plan as plan_pool
-from dpfast.pool.tiers import GIB, Tiers
+from dpfast.pool.tiers import DEVICE_SHARE, FILE_SHARE, GIB, HOST_SHARE, Tiers
 from dpfast.practice.sources import PROBE_SAMPLES
 from dpfast.roofline import devices
 from dpfast.roofline.architectures import without_weights
 from dpfast.roofline.counting import Counts
 from dpfast.roofline.devices import Device
 from dpfast.roofline.measure import Timings
+from dpfast.roofline.network import link_of, step_seconds
 from dpfast.roofline.stages import Stages, count_stages
 
 UTILISATION = {"generation": 0.5, "training": 0.4, "evaluation": 0.4}  # of the limit; stated, not measured
@@ -54,6 +56,7 @@ class Phase:
 
     @property
     def utilisation(self) -> float:
+        """Of the limit."""
         return self.limit / self.seconds if self.seconds else 1.0
 
 
@@ -74,6 +77,11 @@ class Plan:
         return sum(phase.seconds for phase in self.phases)
 
     @property
+    def limit(self) -> float:
+        """Seconds at 100 %."""
+        return sum(phase.limit for phase in self.phases)
+
+    @property
     def device_hours(self) -> float:
         return self.seconds * self.count / 3600
 
@@ -92,11 +100,10 @@ class Plan:
 
     @property
     def largest_batch(self) -> int:
-        """The most samples of a guided batch that the memory of a device holds beside the weights."""
+        """The most samples of a guided batch that a device's memory holds beside weights and its part of the pool."""
         fixed, each = self.stages.sampling_bytes
-        return max(
-            0, int((self.device.memory * LEARNER_MEMORY - self.stages.weights - self.stages.state - fixed) // each)
-        )
+        held = self.stages.weights + self.stages.state + self.pool.places["device"] * self.pool.bytes_per_sample
+        return max(0, int((self.device.memory * LEARNER_MEMORY - held - fixed) // each))
 
 
 def plan(
@@ -135,14 +142,15 @@ def plan(
         stages = count_stages(recipe, pipeline, half_training=half)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    phases = tuple(_phases(recipe, stages, device, count, utilisation, timings, samples, pipeline.denoiser.classes))
+    total = recipe.practice.maximum_samples if samples is None else samples
+    phases = tuple(_phases(recipe, stages, device, count, utilisation, timings, total, pipeline.denoiser.classes))
     return Plan(
         recipe=recipe,
         device=device,
         count=count,
         phases=phases,
         stages=stages,
-        pool=_pool(recipe, stages, device, count),
+        pool=place_pool(recipe, total, stages, device, count),
         measured=timings is not None,
     )
 
@@ -154,25 +162,23 @@ def _phases(
     count: int,
     utilisation: float | None,
     timings: Timings | None,
-    samples: int | None,
+    total: int,
     classes: int,
 ) -> Iterator[Phase]:
     practice, learner = recipe.practice, recipe.learner
-    total = practice.maximum_samples if samples is None else samples
     steps = practice.iterations
     validation, test = count_real(recipe.validation, recipe.held_out, classes=classes)
     evaluated = steps // practice.interval(learner.batch_size) * validation + validation + test
 
     def phase(source: str, name: str, kind: str, units: int, each: Counts, seconds: float | None) -> Phase:
         limits = device.limits(each * (units / count))
-        if name == "training" and count > 1:
-            # ring all-reduce of fp32 gradients, over the slowest link on the way
-            link = device.link if count <= devices.NODE else devices.NETWORK
-            limits["network"] = steps * 2 * (count - 1) / count * 4 * stages.parameters / link
         limited_by = max(limits, key=limits.__getitem__)
         limit = limits[limited_by]
-        share = utilisation or UTILISATION[kind]
-        worked = units * seconds / count if seconds is not None else max(limits["compute"], limits["memory"]) / share
+        worked = units * seconds / count if seconds is not None else limit / (utilisation or UTILISATION[kind])
+        if name == "training":
+            reduce = steps * link_of(device, count).all_reduce(4 * stages.parameters, count)
+            limit, alone, worked = step_seconds(limit, reduce), worked, step_seconds(worked, reduce)
+            limited_by = "network" if worked > alone else limited_by
         return Phase(
             source=source,
             name=name,
@@ -180,7 +186,7 @@ def _phases(
             counts=each,
             limited_by=limited_by,
             limit=limit,
-            seconds=max(worked, limits.get("network", 0.0)),
+            seconds=worked,
         )
 
     unguided, guided, train, judge = (
@@ -209,15 +215,17 @@ def _phases(
         yield phase(source, "evaluation", "evaluation", evaluated, stages.evaluation, judge)
 
 
-def _pool(recipe: Recipe, stages: Stages, device: Device, count: int) -> PoolPlan:
-    """Where the samples lie: what a device has left beside sampling and training, then host memory."""
+def place_pool(recipe: Recipe, samples: int, stages: Stages, device: Device, count: int) -> PoolPlan:
+    """Where the samples lie, by a run's shares: what weights leave of a device, of a node's memory, of its drives."""
     config = recipe.pool
     shape = stages.latent if config.codec == "latents" else stages.image
     on_gpu = device.half > device.full
-    budget = (
-        (device.memory * LEARNER_MEMORY / 2 if config.device_gib is None else config.device_gib * GIB) if on_gpu else 0
-    )
-    tiers = Tiers.detect(host_bytes=None if config.host_gib is None else int(config.host_gib * GIB))
+    free = (device.memory - stages.weights - stages.state) * DEVICE_SHARE
+    budget = max(0, free if config.device_gib is None else config.device_gib * GIB) if on_gpu else 0
+    host = device.host and device.host * HOST_SHARE if config.host_gib is None else config.host_gib * GIB
+    tiers = Tiers.detect(folder=Path() if config.mapped else None, host_bytes=None if host is None else int(host))
     tiers = replace(tiers, device=torch.device("cuda") if budget else None, device_bytes=int(budget))
+    if config.mapped and device.disk is not None:
+        tiers = replace(tiers, file_bytes=int(device.disk * FILE_SHARE))
     codecs.check_codec(config.codec)
-    return plan_pool(recipe.practice.maximum_samples, shape, config.codec, count, tiers=tiers)
+    return plan_pool(samples, shape, config.codec, count, tiers=tiers)

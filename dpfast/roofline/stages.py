@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpfast.config import Recipe
+from dpfast.config import Recipe, RecipeError
+from dpfast.generate.decoder import Encoder
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import new_sampler
 from dpfast.generate.runtime.execution import Execution
@@ -23,6 +24,7 @@ from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import StepInputs, StepParts, Variant
 from dpfast.learn.committee import guiding
 from dpfast.learn.models import build_learner
+from dpfast.practice.guided import early_stop, restart_step
 from dpfast.roofline.counting import Counts, Fused, counts
 
 META = torch.device("meta")
@@ -85,7 +87,7 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
     models = {id(m): m for m in (getattr(part, name, None) for part, name in _parts(pipeline)) if m is not None}
     return Stages(
         unguided=_sample(plain, batch, guided=False),
-        guided=_sample(sampler, batch, guided=True),
+        guided=_guided(recipe, sampler, batch),
         training=training,
         evaluation=evaluation,
         weights=sum(p.numel() * p.itemsize for model in models.values() for p in model.parameters()),
@@ -101,6 +103,14 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
 def _parts(pipeline: Pipeline) -> list[tuple[object, str]]:
     decoders = [getattr(decoder, "decoder", decoder) for decoder in (pipeline.decoder, pipeline.guidance_decoder)]
     return [(pipeline.denoiser, "model"), *((d, "vae") for d in decoders), *((d, "tiny") for d in decoders)]
+
+
+def count_training(recipe: Recipe, classes: int, image: tuple[int, ...]) -> Counts:
+    """An image (C, H, W) in a training step of the recipe's learner. Raises what ``build_learner`` raises."""
+    with META:
+        learner = build_learner(recipe.learner.model, classes=classes, channels=image[0], **recipe.learner.options)
+    train, size = _training(learner.eval(), image, recipe, classes), recipe.learner.batch_size
+    return counts(lambda: train(size)) * (1 / size)
 
 
 def _training(learner: nn.Module, image: tuple[int, ...], recipe: Recipe, classes: int) -> Callable[[int], None]:
@@ -156,18 +166,45 @@ def _inputs(sampler: GuidedSampler, size: int) -> StepInputs:
     )
 
 
-def _variants(sampler: GuidedSampler, *, guided: bool) -> Counter[Variant]:
-    return Counter(sampler._variants(guided=guided))
+def _guided(recipe: Recipe, sampler: GuidedSampler, batch: int) -> Counts:
+    """One guided sample in the way that the recipe chooses (``dpfast.practice.guided``)."""
+    practice, steps = recipe.practice, sampler.guidance.steps(len(sampler.table))
+    if practice.early_candidates > 1:
+        stop = early_stop(recipe, steps)
+        early = _steps(sampler, batch, guided=True, stop=stop) * practice.early_candidates
+        return early + _steps(sampler, batch, guided=True, start=stop) + _decoding(sampler, batch)
+    if practice.restart:
+        late = _steps(sampler, batch, guided=True, start=restart_step(recipe, steps)) + _decoding(sampler, batch)
+        return late if recipe.pool.codec == "latents" else late + _encoding(sampler, batch)
+    return _sample(sampler, batch, guided=True)
+
+
+def _sample(sampler: GuidedSampler, batch: int, *, guided: bool) -> Counts:
+    """One sample of a batch: its steps and its decoding."""
+    return _steps(sampler, batch, guided=guided) + _decoding(sampler, batch)
 
 
 @torch.no_grad()
-def _sample(sampler: GuidedSampler, batch: int, *, guided: bool) -> Counts:
-    """One sample of a batch: its steps and its decoding."""
-    inputs, execution = _inputs(sampler, batch), _execution(sampler)
-    total = counts(lambda: execution.finish(inputs.x))
-    for variant, times in _variants(sampler, guided=guided).items():
+def _steps(sampler: GuidedSampler, batch: int, *, guided: bool, start: int = 0, stop: int | None = None) -> Counts:
+    """The steps from ``start`` to ``stop`` of one sample of a batch."""
+    inputs, execution, total = _inputs(sampler, batch), _execution(sampler), Counts()
+    for variant, times in Counter(sampler._variants(guided=guided)[start:stop]).items():
         total += counts(partial(execution.step, variant, inputs)) * times
     return total * (1 / batch)
+
+
+@torch.no_grad()
+def _decoding(sampler: GuidedSampler, batch: int) -> Counts:
+    return counts(lambda: _execution(sampler).finish(_inputs(sampler, batch).x)) * (1 / batch)
+
+
+@torch.no_grad()
+def _encoding(sampler: GuidedSampler, batch: int) -> Counts:
+    decoder = sampler.pipeline.decoder
+    if not isinstance(decoder, Encoder):
+        raise RecipeError("restart: images of another size than decoded need codec = 'latents'")
+    shape = _execution(sampler).finish(_inputs(sampler, 1).x).images.shape[1:]
+    return counts(lambda: decoder.encode(torch.empty(batch, *shape, device=META))) * (1 / batch)
 
 
 def _sampling_bytes(sampler: GuidedSampler) -> tuple[int, int]:
@@ -182,7 +219,7 @@ def _sampling_bytes(sampler: GuidedSampler) -> tuple[int, int]:
 
     calls: list[Callable[[int], object]] = [
         decoding,
-        *(partial(step, variant) for variant in _variants(sampler, guided=True)),
+        *(partial(step, variant) for variant in Counter(sampler._variants(guided=True))),
     ]
     with Fused():
         return max((bytes_per_sample(call) for call in calls), key=lambda pair: pair[1])

@@ -9,10 +9,10 @@ from dpfast.roofline.plan import Phase, Plan
 def plan_table(plan: Plan) -> str:
     """Phases with hours and samples/s at the utilisation and at the limit, then memory and the place of the pool."""
     rows: list[tuple[str, ...]] = [
-        ("", "samples", "TFLOP each", "samples/s", "at 100 %", "utilisation", "hours", "limited by")
+        ("", "samples", "TFLOP each", "samples/s", "at 100 %", "of the limit", "hours", "at 100 %", "limited by")
     ]
     rows += [_row(phase) for phase in plan.phases if phase.units]
-    rows.append(("whole run", "", "", "", "", "", _hours(plan.seconds), ""))
+    rows.append(("whole run", "", "", "", "", "", _hours(plan.seconds), _hours(plan.limit), ""))
     many = f"{plan.count} x " if plan.count > 1 else ""
     how = "stages timed on this machine" if plan.measured else "utilisation stated, not measured"
     took = f"{plan.seconds / 3600:.2f} hours, {plan.device_hours:.2f} device hours"
@@ -20,7 +20,7 @@ def plan_table(plan: Plan) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [
-            cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i in (0, 8) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([*lines, "", *_memory(plan)])
@@ -35,6 +35,7 @@ def _row(phase: Phase) -> tuple[str, ...]:
         f"{phase.units / phase.limit:.4g}",
         f"{phase.utilisation:.0%}",
         _hours(phase.seconds),
+        _hours(phase.limit),
         phase.limited_by,
     )
 
@@ -55,6 +56,8 @@ def _memory(plan: Plan) -> list[str]:
         f"  a training step of {share}: {readable(plan.training_memory)} with the weights",
         f"pool: {pool}",
     ]
+    each = pool.bytes_per_sample
+    lines += [f"  {name}: {readable(held * each)} a device" for name, held in pool.places.items() if held]
     if not pool.fits:
         missing = pool.samples - sum(pool.places.values())
         budgets = ", ".join(f"{name} {readable(pool.tiers.budget(name))}" for name in NAMES)

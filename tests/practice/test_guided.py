@@ -10,6 +10,7 @@ from dpfast.evaluate.measures import predict
 from dpfast.generate.recipes import new_sampler
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.trajectory import Trajectory
+from dpfast.pool.pool import SamplePool
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.costs import Cost
 from dpfast.practice.experiment import DeliberatePractice
@@ -87,6 +88,47 @@ def test_early_rejection_keeps_the_highest_of_each_class(rejection):
     assert (cost.samples, cost.forwards) == (9, 22 * 6 + 9 * 4)
     everything = rejection.sampler.generate(candidates, first, omega=0.2)
     torch.testing.assert_close(batches[0].latents, everything.latents[batches[0].sample_ids - 30], rtol=2e-3, atol=2e-3)
+
+
+def short_of_memory(monkeypatch, sampler, most):
+    """Steps of more than ``most`` samples run out of memory."""
+    advance = sampler.advance
+
+    def limited(trajectory, stop=None):
+        if len(trajectory) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return advance(trajectory, stop)
+
+    monkeypatch.setattr(sampler, "advance", limited)
+
+
+@pytest.mark.parametrize("way", ["rejection", "practice"])
+def test_out_of_memory_halves_what_is_made_at_once_and_keeps_the_same_samples(
+    way, short, pipeline, learner, rejection, monkeypatch
+):
+    if way == "practice":
+        recipe = with_(short, "practice", restart=0.5)
+        pool = SamplePool(shape=(1, 16, 16))
+        sampler = new_sampler(recipe, pipeline, learner)
+        pool.append(sampler.generate(torch.arange(30) % 3), round=0, omega=0.0)
+        chosen = RePractice(recipe, sampler, new_sampler(recipe, pipeline, learner), lambda: pool)
+    else:
+        chosen = rejection
+        chosen.eager = new_sampler(rejection.recipe, pipeline, learner)
+    usual, tight = Cost(), Cost()
+    whole = list(chosen.make(wanted(), usual))
+    short_of_memory(monkeypatch, chosen.sampler, 2)
+    parts = list(chosen.make(wanted(), tight))
+    for name in ("images", "labels", "sample_ids"):
+        joined = [torch.cat([getattr(batch, name) for batch in batches]).float() for batches in (whole, parts)]
+        torch.testing.assert_close(*joined, atol=2 if name == "images" else 0, rtol=0)
+    assert (usual.retries, tight.retries) == (0, 2)  # six are too many, three as well
+    assert {k: v for k, v in usual.state().items() if k not in ("seconds", "retries")} == {
+        k: v for k, v in tight.state().items() if k not in ("seconds", "retries")
+    }
+    short_of_memory(monkeypatch, chosen.sampler, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(chosen.make(wanted(), Cost()))
 
 
 def test_early_rejection_goes_on_in_the_middle_of_a_round(rejection):

@@ -13,13 +13,16 @@ from dpfast.generate.recipes import new_sampler
 from dpfast.learn.committee import Committee
 from dpfast.learn.models import build_learner
 from dpfast.pool.plan import plan as plan_pool
-from dpfast.practice.costs import price
+from dpfast.pool.pool import SamplePool
+from dpfast.practice.costs import Cost, price
+from dpfast.practice.guided import Wanted, way_of
 from dpfast.roofline import architectures, stable_diffusion_15
 from dpfast.roofline.architectures import without_weights
 from dpfast.roofline.counting import Counts, counts
-from dpfast.roofline.devices import DEVICES, NETWORK
-from dpfast.roofline.measure import Timings
-from dpfast.roofline.plan import plan
+from dpfast.roofline.devices import DEVICES, peaks_of
+from dpfast.roofline.measure import Timings, measure
+from dpfast.roofline.network import BASE, BETWEEN, BUCKET, WITHIN, Link, link_of, step_seconds
+from dpfast.roofline.plan import place_pool, plan
 from dpfast.roofline.stages import count_stages
 from dpfast.roofline.table import plan_table
 
@@ -66,6 +69,32 @@ def test_a_planned_sample_costs_what_a_real_one_is_counted_to(recipe, stages, fa
     assert stages.guided.flops == price(new_sampler(recipe, fashion, learner, compile=False), guided=True).flops
 
 
+@pytest.mark.parametrize("changes", [{"early_candidates": 3.0, "early_until": 0.5}, {"restart": 0.5}], ids=str)
+def test_every_way_is_planned_at_what_a_sample_is_paid(recipe, changes, fashion):
+    chosen = dataclasses.replace(recipe, practice=dataclasses.replace(recipe.practice, **changes))
+    planned = count_stages(chosen, without_weights("fashion"), half_training=False)
+    learner = build_learner(recipe.learner.model, classes=10, channels=1, **recipe.learner.options).eval()
+    sampler = new_sampler(chosen, fashion, learner, compile=False)
+    pool, cost = SamplePool(shape=(1, 32, 32)), Cost()
+    pool.append(new_sampler(chosen, fashion, None, compile=False).generate(torch.arange(10)), round=0, omega=0.0)
+    way = way_of(chosen, sampler, sampler, lambda: pool)
+    list(way.make(Wanted(labels=torch.arange(10), start=10, done=0, omega=0.05, learner_step=0), cost))
+    extra = 1 + 10 / 1490 if "restart" in changes else 1.0  # candidates' ids count from the initial samples on
+    assert planned.guided.flops * cost.samples == pytest.approx(cost.flops, rel=2 * (extra - 1) + 1e-9)
+
+
+def test_the_stages_of_every_way_are_timed(recipe):
+    quick = dataclasses.replace(
+        recipe,
+        generator=dataclasses.replace(recipe.generator, steps=2, generation_batch=10),
+        guidance=dataclasses.replace(recipe.guidance, guide_every=1),
+        practice=dataclasses.replace(recipe.practice, early_candidates=3.0, early_until=0.5),
+    )
+    timings = measure(quick, rounds=1, steps=1)
+    assert min(dataclasses.astuple(timings)) > 0
+    assert timings.guided > timings.unguided
+
+
 def test_a_committee_adds_its_second_member(recipe, stages, fashion):
     apart = dataclasses.replace(recipe, guidance=dataclasses.replace(recipe.guidance, criterion="disagreement"))
     planned = count_stages(apart, without_weights("fashion"), half_training=False)
@@ -103,7 +132,49 @@ def test_a_step_waits_for_the_gradients_of_many_devices(recipe, stages):
     wide = dataclasses.replace(recipe, learner=dataclasses.replace(recipe.learner, precision="bf16"))
     training = next(phase for phase in plan(wide, "h100", count=64).phases if phase.name == "training")
     assert training.limited_by == "network"
-    assert training.seconds == pytest.approx(1200 * 2 * 63 / 64 * 4 * stages.parameters / NETWORK)
+    alone = training.units / 64 * training.counts.flops / DEVICES["h100"].half
+    reduce = 1200 * link_of(DEVICES["h100"], 64).all_reduce(4 * stages.parameters, 64)
+    assert training.limit == pytest.approx(
+        max(alone, training.units / 64 * training.counts.moved / 3.35e12) / 3 + reduce
+    )
+
+
+def test_an_all_reduce_takes_its_ring_and_a_latency_for_each_bucket():
+    link = Link(latency=1.0, bandwidth=10.0)
+    assert link.all_reduce(100.0, 1) == 0.0
+    assert link.all_reduce(100.0, 2, bucket=100) == 1.0 + 10.0
+    assert link.all_reduce(100.0, 4, bucket=30) == 4.0 + 2 * 3 / 4 * 10.0
+    a100 = DEVICES["a100"]
+    assert link_of(a100, 8) == Link(latency=BASE + 14 * WITHIN, bandwidth=300e9)
+    assert link_of(a100, 32) == Link(latency=BASE + 14 * WITHIN + 4 * BETWEEN, bandwidth=8 * 25e9)  # four nodes
+    assert link_of(DEVICES["b200"], 256).bandwidth == 8 * 50e9
+    assert BUCKET == 25 * 2**20
+    assert step_seconds(3.0, 1.9) == 3.0  # hidden behind the backward pass
+    assert step_seconds(3.0, 5.0) == 1.0 + 5.0
+
+
+class Named:
+    def __init__(self, name):
+        self.get_device_name = lambda device: name
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_peaks_are_those_of_the_module_that_is_there(name, known, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", Named(name).get_device_name)
+    found = peaks_of(torch.device("cuda"))
+    assert (found and found.name) == known
 
 
 def test_measured_stages_replace_limits_and_the_table_says_so(recipe):
@@ -120,6 +191,21 @@ def test_measured_stages_replace_limits_and_the_table_says_so(recipe):
 def test_the_published_pools_have_their_sizes():
     assert plan_pool(6_500_000, (3, 256, 256)).bytes_per_sample * 6_500_000 == pytest.approx(1.278e12, rel=1e-3)
     assert plan_pool(6_500_000, (4, 32, 32), "latents").bytes_per_sample * 6_500_000 == pytest.approx(53.2e9, rel=1e-3)
+
+
+def test_a_pool_is_placed_by_the_shares_of_a_node(recipe, stages):
+    mapped = dataclasses.replace(recipe, pool=dataclasses.replace(recipe.pool, mapped=True))
+    wide = dataclasses.replace(stages, image=(3, 256, 256), weights=4 * 10**9)
+    eight, many = (place_pool(mapped, 6_500_000, wide, DEVICES["h100"], count) for count in (8, 256))
+    assert 8 * eight.samples * eight.bytes_per_sample == pytest.approx(1.278e12, rel=1e-3)
+    places = {name: held * eight.bytes_per_sample for name, held in eight.places.items()}
+    assert places["device"] == pytest.approx(0.5 * (80e9 - 4e9), rel=0.01)  # half of what the weights leave
+    assert places["host"] == pytest.approx(1.278e12 / 8 - places["device"], rel=1e-3)
+    assert many.places == {"device": many.samples, "host": 0, "file": 0}
+    alone = place_pool(mapped, 6_500_000, wide, DEVICES["a100"], 1)
+    assert alone.tiers.budget("file") == int(3.84e12 * 0.9)
+    assert alone.fits
+    assert alone.places["file"] > 0
 
 
 def test_what_cannot_be_planned_is_refused(recipe):
