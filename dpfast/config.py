@@ -42,12 +42,15 @@ class Generator:
     image_size: int = 0  # side of the images that enter the pool and that the learner sees, pixels; 0: as decoded
     prompt_template: str = "a photo of a {}"  # of a text-conditioned pipeline, {} is the class name
     dtype: str = "float32"  # of the models: "float32", "bfloat16" or "float16"; latents stay in float32
-    solver: str = "auto"  # "ddim", "dpmpp2m", for flow models "euler"; "auto": ddim or euler
+    solver: str = (
+        "auto"  # "ddim", "dpmpp2m", for flow models "euler", for distilled ones "lcm" or "tcd";
+        # "auto": ddim, or the one that the model was made for
+    )
     steps: int = 15
     cfg_scale: float = 1.5  # diffusers' convention (1 = no classifier-free guidance), the paper's lambda + 1
     cfg_from: float = 0.0  # classifier-free guidance acts in this part of the trajectory, fractions of the steps;
     cfg_until: float = 1.0  # outside of it a step costs half and the images differ
-    eta: float = 0.0  # 0: deterministic DDIM, 1: ancestral
+    eta: float = 0.0  # 0: deterministic DDIM, 1: ancestral; TCD's gamma
     compile: bool = False  # torch.compile: pays for many samples; a resumed run needs the same choice for the same bits
     generation_batch: int = 250  # samples in one sampler batch; the images do not depend on it
     attention: str = "sdpa"  # torch's scaled_dot_product_attention, or "xformers" on a GPU
@@ -55,18 +58,18 @@ class Generator:
     def __post_init__(self) -> None:
         named = all(isinstance(name, str) and name.strip() for name in self.class_names)
         _check(named, "class_names", self.class_names, "a list of names, none of them empty")
-        template, solvers = self.prompt_template, ("auto", "ddim", "dpmpp2m", "euler")
+        template, solvers = self.prompt_template, ("auto", "ddim", "dpmpp2m", "euler", "lcm", "tcd")
         _check(template.count("{}") == 1, "prompt_template", template, "text with one '{}' for the class name")
         dtypes = ("float32", "bfloat16", "float16")
         _check(self.dtype in dtypes, "dtype", self.dtype, "'float32', 'bfloat16' or 'float16'")
-        _check(self.solver in solvers, "solver", self.solver, "'auto', 'ddim', 'dpmpp2m' or 'euler'")
+        _check(self.solver in solvers, "solver", self.solver, "'auto', 'ddim', 'dpmpp2m', 'euler', 'lcm' or 'tcd'")
         _check(1 <= self.steps <= 1000, "steps", self.steps, "between 1 and 1000")
         _check(self.cfg_scale >= 0, "cfg_scale", self.cfg_scale, "at least 0; 1 switches classifier-free guidance off")
         _check(0 <= self.cfg_from < 1, "cfg_from", self.cfg_from, "in [0, 1)")
         _check(self.cfg_from < self.cfg_until <= 1, "cfg_until", self.cfg_until, f"in ({self.cfg_from:g}, 1]")
         _check(0 <= self.eta <= 1, "eta", self.eta, "between 0 (DDIM) and 1 (ancestral)")
-        noisy = self.solver in ("auto", "ddim")
-        _check(noisy or not self.eta, "eta", self.eta, f"0 with solver = {self.solver!r}: only 'ddim' adds noise")
+        free = self.solver in ("auto", "ddim", "tcd")
+        _check(free or not self.eta, "eta", self.eta, f"0 with solver = {self.solver!r}: for 'ddim' and 'tcd' alone")
         _check(self.generation_batch >= 1, "generation_batch", self.generation_batch, "at least 1")
         _check(self.image_size >= 0, "image_size", self.image_size, "pixels, or 0 for the size that is decoded")
         _check(self.attention in ("sdpa", "xformers"), "attention", self.attention, "'sdpa' or 'xformers'")

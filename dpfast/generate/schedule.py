@@ -67,6 +67,14 @@ def _check_steps(steps: int, most: int) -> None:
         raise ValueError(f"steps = {steps}: expected between 1 and {most}, the grid that the scheduler has")
 
 
+def _check_start(config: Any, cumulative: Tensor) -> None:
+    if config.prediction_type == "epsilon" and float(cumulative[0]) == 0:
+        raise ValueError(
+            "scheduler option rescale_betas_zero_snr = True: an epsilon prediction says nothing about x0 at the first "
+            "step, which is pure noise; expected prediction_type 'v_prediction' or 'sample'"
+        )
+
+
 def _clip(config: Any) -> float | DynamicThreshold | None:
     if config.get("thresholding"):
         if config.sample_max_value < 1:
@@ -101,11 +109,7 @@ def ddim_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
     previous = t - trained // steps
     cumulative = scheduler.alphas_cumprod.double().cpu()
     now = cumulative[t]
-    if config.prediction_type == "epsilon" and float(now[0]) == 0:
-        raise ValueError(
-            "scheduler option rescale_betas_zero_snr = True: an epsilon prediction says nothing about x0 at the first "
-            "step, which is pure noise; expected prediction_type 'v_prediction' or 'sample'"
-        )
+    _check_start(config, now)
     then = torch.where(previous >= 0, cumulative[previous.clamp(min=0)], float(scheduler.final_alpha_cumprod))
     # at zero terminal SNR the input is pure noise and now is 0; the ratio stays finite
     variance = ((1 - then) / (1 - now) * (1 - now / then)).clamp(min=0)
@@ -169,3 +173,59 @@ def flow_euler_table(scheduler: Any, steps: int, **options: Any) -> SolverTable:
     now, then = sigmas[:-1], sigmas[1:]
     zero = torch.zeros_like(now)
     return _table([1 - now, now, 1 - then, then, zero, zero], scheduler.timesteps.cpu())
+
+
+def lcm_table(scheduler: Any, steps: int) -> SolverTable:
+    """Multistep consistency sampling (Luo et al. 2023, arXiv 2310.04378) on the grid of a ``diffusers.LCMScheduler``.
+
+    The denoised image is c_out x0 + c_skip x with the boundary condition's scalings, and x = alpha x0 + sigma eps. Each
+    step but the last adds new noise to it: a = alpha' (c_out + c_skip alpha), b = alpha' c_skip sigma, c = 0,
+    d = sigma'. The last step ends there: alpha' = 1, d = 0.
+
+    Raises ``ValueError`` when ``steps`` is outside [1, original_inference_steps], for pure noise as in ``ddim_table``,
+    and for ``clip_sample`` and ``thresholding``: they bound x0 but not x, and the fused update has x only through x0.
+    """
+    config = scheduler.config
+    for option in ("clip_sample", "thresholding"):
+        if config.get(option):
+            raise ValueError(f"scheduler option {option} = True: LCM has no table for it")
+    t, now, then = _distilled_grid(scheduler, steps)
+    scaled = t.double() * config.timestep_scaling
+    variance = 0.5**2  # of the data, as diffusers fixes it
+    skip, out = variance / (scaled.square() + variance), scaled / (scaled.square() + variance).sqrt()
+    last = torch.arange(steps) == steps - 1
+    signal = torch.where(last, 1.0, then.sqrt())
+    d = torch.where(last, 0.0, (1 - then).sqrt())
+    a, b = signal * (out + skip * now.sqrt()), signal * skip * (1 - now).sqrt()
+    return _table([now.sqrt(), (1 - now).sqrt(), a, b, torch.zeros_like(a), d], t)
+
+
+def tcd_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
+    """Strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159) on the grid of a ``diffusers.TCDScheduler``.
+
+    A step goes to s = floor((1 - eta) t') without noise and from there to t' with it; eta is the paper's gamma. With
+    r = alpha'/alpha_s: a = r alpha_s, b = r sigma_s, c = 0, d = sqrt(1 - r^2); r = 1 in the last step, where t' = 0.
+
+    Raises ``ValueError`` as ``lcm_table`` does, but for bounds of x0, which the scheduler never applies; eta outside
+    [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta = {eta}: expected between 0 and 1")
+    t, now, then = _distilled_grid(scheduler, steps)
+    cumulative = scheduler.alphas_cumprod.double().cpu()
+    following = torch.cat([t[1:], t.new_zeros(1)])
+    middle = cumulative[((1 - eta) * following.float()).floor().long()]  # float32, as diffusers rounds
+    ratio = torch.where(torch.arange(steps) == steps - 1, 1.0, then / middle) if eta else torch.ones_like(middle)
+    a, b = (ratio * middle).sqrt(), (ratio * (1 - middle)).sqrt()
+    return _table([now.sqrt(), (1 - now).sqrt(), a, b, torch.zeros_like(a), (1 - ratio).clamp(min=0).sqrt()], t)
+
+
+def _distilled_grid(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """timesteps, and alpha^2 of each step and of the next one; behind the last step that of the last."""
+    config = scheduler.config
+    _check_steps(steps, config.original_inference_steps)
+    scheduler.set_timesteps(steps)
+    t = scheduler.timesteps.long().cpu()
+    now = scheduler.alphas_cumprod.double().cpu()[t]
+    _check_start(config, now)
+    return t, now, torch.cat([now[1:], now[-1:]])

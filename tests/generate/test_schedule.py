@@ -2,13 +2,23 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
+from diffusers.schedulers import scheduling_lcm, scheduling_tcd
 
-from dpfast.generate.schedule import SolverTable, ddim_table, dpmpp_2m_table, flow_euler_table
-from dpfast.ops import DynamicThreshold, guided_step
+from dpfast.generate.schedule import SolverTable, ddim_table, dpmpp_2m_table, flow_euler_table, lcm_table, tcd_table
+from dpfast.ops import DynamicThreshold, guided_step, normal
 
 SHAPE = (3, 4, 8, 8)
 KINDS = {"v_prediction": "v", "flow_prediction": "flow"}
+
+
+IDS = torch.tensor([3, 0, 8])
 
 
 def run(table, kind):
@@ -19,16 +29,17 @@ def run(table, kind):
         x0_prev, x0 = x0, torch.empty(SHAPE)
         arguments = {"cfg_scale": 1.0, "omega": 0.0, "prediction": kind, "clip": table.clip}
         arguments |= {"x0_prev": x0_prev, "x0_out": x0} if table.needs_x0_prev else {}
+        arguments |= {"sample_ids": IDS, "seed": 5} if table.needs_noise else {}
         x = guided_step(x, predictions(step), None, None, table.rows, step, **arguments)
         states.append(x)
     return torch.stack(states)
 
 
-def run_diffusers(scheduler):
+def run_diffusers(scheduler, **options):
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     states = []
     for step, t in enumerate(scheduler.timesteps):
-        x = scheduler.step(predictions(step), t, x, return_dict=False)[0]
+        x = scheduler.step(predictions(step), t, x, return_dict=False, **options)[0]
         states.append(x)
     return torch.stack(states)
 
@@ -37,10 +48,10 @@ def predictions(step):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(100 + step))
 
 
-def assert_same(table, scheduler, kind=None, tolerance=1e-4):
+def assert_same(table, scheduler, kind=None, tolerance=1e-4, **options):
     kind = kind or scheduler.config.prediction_type
     assert torch.equal(table.timesteps, scheduler.timesteps)
-    expected = run_diffusers(scheduler)
+    expected = run_diffusers(scheduler, **options)
     scale = expected.flatten(1).abs().amax(1).clamp(min=1).view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(run(table, KINDS.get(kind, kind)) / scale, expected / scale, rtol=0, atol=tolerance)
 
@@ -145,6 +156,44 @@ def test_flow_euler(steps, options, arguments):
     assert_same(flow_euler_table(scheduler, steps, **arguments), scheduler, "flow")
 
 
+@pytest.fixture
+def same_noise(monkeypatch):
+    """The schedulers of distilled models draw the noise of our steps."""
+    stream = iter(range(1, 100))
+
+    def drawn(shape, **_):
+        return normal(IDS, shape[1:], seed=5, stream=next(stream))
+
+    for module in (scheduling_lcm, scheduling_tcd):
+        monkeypatch.setattr(module, "randn_tensor", drawn)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"original_inference_steps": 20}, {"timestep_scaling": 0.001}, {"beta_schedule": "squaredcos_cap_v2"}],
+    ids=lambda options: ",".join(options) or "plain",
+)
+def test_lcm(steps, kind, options, same_noise):
+    """With a timestep_scaling of 0.001 the boundary condition keeps a good part of x."""
+    scheduler = LCMScheduler(**{"beta_schedule": "scaled_linear", "prediction_type": kind, **options})
+    table = lcm_table(scheduler, steps)
+    assert table.needs_noise == (steps > 1)
+    assert (float(table.rows[0, 3]) > 1e-3) == ("timestep_scaling" in options)
+    assert_same(table, scheduler)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_tcd(steps, eta, kind, same_noise):
+    scheduler = TCDScheduler(beta_schedule="scaled_linear", prediction_type=kind)
+    table = tcd_table(scheduler, steps, eta=eta)
+    assert table.needs_noise == (eta > 0 and steps > 1)
+    assert_same(table, scheduler, eta=eta)
+
+
 def test_a_table_says_what_its_steps_need():
     """A solver of one step wants neither x0_prev nor noise; the sampler leaves out what is not needed."""
     plain, noisy = (ddim_table(DDIMScheduler(), 5, eta=eta) for eta in (0.0, 0.5))
@@ -178,6 +227,12 @@ DPM, FLOW = DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
         (dpmpp_2m_table, DPM(solver_order=3), 9, "solver_order = 3: expected 2"),
         (dpmpp_2m_table, DPM(solver_type="heun"), 9, "solver_type = 'heun'"),
         (dpmpp_2m_table, DPM(algorithm_type="sde-dpmsolver++"), 9, "algorithm_type = 'sde-dpmsolver"),
+        (lcm_table, LCMScheduler(), 51, "steps = 51: expected between 1 and 50"),
+        (lcm_table, LCMScheduler(clip_sample=True), 4, "clip_sample = True"),
+        (lcm_table, LCMScheduler(thresholding=True), 4, "thresholding = True"),
+        (lcm_table, LCMScheduler(rescale_betas_zero_snr=True), 4, "zero_snr.*epsilon"),
+        (tcd_table, TCDScheduler(), 0, "steps = 0"),
+        (lambda s, n: tcd_table(s, n, eta=2.0), TCDScheduler(), 4, "eta = 2.0"),
         (flow_euler_table, FLOW(), 0, "steps = 0"),
         (flow_euler_table, FLOW(shift_terminal=0.02), 1, "steps = 1: the scheduler's grid has no finite"),
         (flow_euler_table, FLOW(invert_sigmas=True), 9, "invert_sigmas = True"),

@@ -35,7 +35,7 @@ class Pipeline:
     denoiser: Denoiser
     decoder: Decoder  # of the final images
     guidance_decoder: Decoder  # of the guidance path: the tiny decoder where the folder has one
-    scheduler: Any  # as the folder configures it: a DDIMScheduler, or a FlowMatchEulerDiscreteScheduler for flow models
+    scheduler: Any  # as ``load_scheduler`` gives it
     class_names: tuple[str, ...]
     image_channels: int
     device: torch.device
@@ -91,9 +91,9 @@ class Pipeline:
 
         Args:
             steps: between 1 and the scheduler's trained timesteps.
-            solver: "ddim", "dpmpp2m" (DPM-Solver++ 2M) or, for flow-matching models, "euler"; "auto" is "ddim" or
-                "euler".
-            eta: noise of DDIM, 0 deterministic to 1 ancestral.
+            solver: "ddim", "dpmpp2m" (DPM-Solver++ 2M), for distilled models "lcm" and "tcd", for flow-matching models
+                "euler"; "auto" is "ddim", or the one that the model was distilled or trained for.
+            eta: noise of DDIM, 0 deterministic to 1 ancestral; the gamma of TCD.
 
         Raises ``ValueError`` for steps, a solver or an eta that the scheduler does not take, and for an option of the
         scheduler that the solver has no table for; the message names it.

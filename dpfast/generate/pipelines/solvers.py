@@ -3,7 +3,8 @@
 The folder says how its model was trained and on which grid it samples: betas, prediction, spacing, offsets, the last
 alpha, zero terminal SNR, flow shift, bounds of x0. The caller says which solver runs on it. What a folder's scheduler
 says about its own algorithm (order, ancestral noise, Runge-Kutta steps) is therefore not read: a folder with a
-``PNDMScheduler`` samples with DDIM as ``DDIMScheduler.from_config`` would set it up.
+``PNDMScheduler`` samples with DDIM as ``DDIMScheduler.from_config`` would set it up. Distilled models are the
+exception: they were trained for one solver, "auto" takes it, and any other serves for comparison.
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ from typing import Any, Literal, get_args
 import diffusers
 
 from dpfast.config import RecipeError
-from dpfast.generate.schedule import SolverTable, ddim_table, dpmpp_2m_table, flow_euler_table
+from dpfast.generate.schedule import (
+    SolverTable,
+    ddim_table,
+    dpmpp_2m_table,
+    flow_euler_table,
+    lcm_table,
+    tcd_table,
+)
 from dpfast.ops.guided_step import Prediction
 
-Solver = Literal["auto", "ddim", "dpmpp2m", "euler"]
+Solver = Literal["auto", "ddim", "dpmpp2m", "euler", "lcm", "tcd"]
 
 # Schedulers over betas in diffusers: they differ in their algorithm, and share the options that are read here.
 VARIANCE_PRESERVING = (
@@ -35,13 +43,15 @@ VARIANCE_PRESERVING = (
     "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
 )
+DISTILLED: dict[str, Solver] = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
 def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
-    """The scheduler of ``folder/scheduler``, as a ``DDIMScheduler`` or a ``FlowMatchEulerDiscreteScheduler``.
+    """The scheduler of ``folder/scheduler``, as a ``DDIMScheduler``, or itself where it is a
+    ``FlowMatchEulerDiscreteScheduler`` or one of a distilled model.
 
     A ``DDIMScheduler`` keeps the options of the folder's scheduler that it does not know itself, for other solvers.
     ``latent``: x0 is not bounded where the folder's scheduler has no ``clip_sample``, while ``DDIMScheduler`` would
@@ -58,8 +68,9 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
         raise refuse("the part 'scheduler' has no scheduler_config.json")
     try:
         name = diffusers.DDIMScheduler.load_config(path).get("_class_name")
-        if name not in (*VARIANCE_PRESERVING, FLOW):
-            raise refuse(f"scheduler {name}: expected {FLOW} or one of {', '.join(VARIANCE_PRESERVING)}")
+        known = (*VARIANCE_PRESERVING, *DISTILLED)
+        if name not in (*known, FLOW):
+            raise refuse(f"scheduler {name}: expected {FLOW} or one of {', '.join(known)}")
         own = getattr(diffusers, name).from_pretrained(path)
         if name == FLOW:
             flow_euler_table(own, 2, **({"mu": 0.0} if own.config.use_dynamic_shifting else {}))
@@ -72,7 +83,8 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
                 raise refuse(f"scheduler option {option} = {config[option]!r} has no solver here; expected {wanted!r}")
         if latent and "clip_sample" not in config:
             overrides = {"clip_sample": False, **overrides}
-        return diffusers.DDIMScheduler.from_config(config, **overrides)
+        kind = type(own) if name in DISTILLED else diffusers.DDIMScheduler
+        return kind.from_config(config, **overrides)
     except RecipeError:
         raise
     except (OSError, TypeError, ValueError, NotImplementedError) as error:
@@ -91,19 +103,21 @@ def solver_table(
 
     ``image_tokens``: length of the image sequence, for flow models with ``use_dynamic_shifting``.
 
-    Raises ``ValueError`` for an unknown solver, one of the other model kind, an ``eta`` for a solver without noise, and
-    what ``ddim_table``, ``dpmpp_2m_table`` and ``flow_euler_table`` refuse.
+    Raises ``ValueError`` for an unknown solver, one of the other model kind, an ``eta`` for a solver without such a
+    choice, and what the tables of ``dpfast.generate.schedule`` refuse.
     """
     if solver not in get_args(Solver):
         raise ValueError(f"solver = {solver!r}: expected one of {', '.join(get_args(Solver))}")
     flow = type(scheduler).__name__ == FLOW
     if solver == "auto":
-        solver = "euler" if flow else "ddim"
+        solver = "euler" if flow else DISTILLED.get(type(scheduler).__name__, "ddim")
     if flow != (solver == "euler"):
-        expected = "'auto' or 'euler', its model matches a flow" if flow else "'auto', 'ddim' or 'dpmpp2m'"
+        expected = (
+            "'auto' or 'euler', its model matches a flow" if flow else "'auto', 'ddim', 'dpmpp2m', 'lcm' or 'tcd'"
+        )
         raise ValueError(f"solver = {solver!r}: the pipeline's scheduler takes {expected}")
-    if eta and solver != "ddim":
-        raise ValueError(f"eta = {eta}: only solver = 'ddim' adds noise, {solver!r} takes eta = 0")
+    if eta and solver not in ("ddim", "tcd"):
+        raise ValueError(f"eta = {eta}: only 'ddim' and 'tcd' have such a choice, solver = {solver!r} takes eta = 0")
     if solver == "euler":
         own = type(scheduler).from_config(scheduler.config)
         options = {"mu": _dynamic_shift(own.config, image_tokens)} if own.config.use_dynamic_shifting else {}
@@ -111,13 +125,17 @@ def solver_table(
     if solver == "dpmpp2m":
         algorithm = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
         return dpmpp_2m_table(diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, **algorithm), steps)
+    if solver == "lcm":
+        return lcm_table(diffusers.LCMScheduler.from_config(scheduler.config), steps)
+    if solver == "tcd":
+        return tcd_table(diffusers.TCDScheduler.from_config(scheduler.config), steps, eta=eta)
     for option in GRIDS:
         if scheduler.config.get(option):
             raise ValueError(
                 f"scheduler option {option} = True: DDIM steps on the trained timesteps only; use solver = 'dpmpp2m' "
                 "or set the option to false"
             )
-    return ddim_table(type(scheduler).from_config(scheduler.config), steps, eta=eta)
+    return ddim_table(diffusers.DDIMScheduler.from_config(scheduler.config), steps, eta=eta)
 
 
 def _dynamic_shift(config: Any, image_tokens: int) -> float:

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from dpfast.config import RecipeError
-from dpfast.generate.pipelines.solvers import VARIANCE_PRESERVING, load_scheduler, prediction_of, solver_table
+from dpfast.generate.pipelines.solvers import (
+    DISTILLED,
+    VARIANCE_PRESERVING,
+    load_scheduler,
+    prediction_of,
+    solver_table,
+)
 from tests.generate.test_schedule import assert_same
 
 SETTINGS = {
@@ -89,6 +95,11 @@ def test_a_table_leaves_the_scheduler_alone(save):
     assert torch.equal(solver_table(scheduler, 7, eta=0.3).rows, first.rows)
 
 
+def _set(scheduler, steps):
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
 def test_the_dynamic_shift_follows_the_length_of_the_image_sequence(save):
     folder = save("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
     scheduler = load_scheduler(folder, latent=True)
@@ -102,10 +113,15 @@ def test_the_dynamic_shift_follows_the_length_of_the_image_sequence(save):
 @pytest.mark.parametrize(
     ("name", "options", "arguments", "named"),
     [
-        ("DDIMScheduler", {}, {"solver": "heun"}, "solver = 'heun': expected one of auto, ddim, dpmpp2m, euler"),
+        (
+            "DDIMScheduler",
+            {},
+            {"solver": "heun"},
+            "solver = 'heun': expected one of auto, ddim, dpmpp2m, euler",
+        ),
         ("DDIMScheduler", {}, {"solver": "euler"}, "solver = 'euler': the pipeline's scheduler takes 'auto', 'ddim'"),
         ("FlowMatchEulerDiscreteScheduler", {}, {"solver": "ddim"}, "'ddim': the pipeline's scheduler takes 'auto'"),
-        ("DDIMScheduler", {}, {"solver": "dpmpp2m", "eta": 0.5}, "eta = 0.5: only solver = 'ddim'"),
+        ("DDIMScheduler", {}, {"solver": "dpmpp2m", "eta": 0.5}, "eta = 0.5: only 'ddim' and 'tcd'"),
         ("FlowMatchEulerDiscreteScheduler", {}, {"eta": 0.5}, "eta = 0.5"),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {}, "use_karras_sigmas = True.*use solver = 'dpmpp2m'"),
         ("DDPMScheduler", {"thresholding": True}, {"solver": "dpmpp2m"}, "thresholding = True"),
@@ -115,6 +131,19 @@ def test_what_a_solver_cannot_do_is_refused(name, options, arguments, named, sav
     scheduler = load_scheduler(save(name, **options), latent=False)
     with pytest.raises(ValueError, match=named):
         solver_table(scheduler, 10, **arguments)
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_distilled_model_samples_as_it_was_distilled(name, save):
+    loaded = load_scheduler(save(name, **SETTINGS | {"original_inference_steps": 20}), latent=True)
+    reference = getattr(diffusers, name)(**SETTINGS | {"original_inference_steps": 20})
+    reference.set_timesteps(4)
+    table = solver_table(loaded, 4)
+    assert torch.equal(table.timesteps, reference.timesteps)
+    assert torch.equal(table.rows, solver_table(loaded, 4, solver=DISTILLED[name]).rows)
+    assert_same(solver_table(loaded, 4, solver="ddim"), _set(diffusers.DDIMScheduler(**SETTINGS, clip_sample=False), 4))
+    undistilled = load_scheduler(save("DDIMScheduler", clip_sample=False), latent=True)
+    assert solver_table(undistilled, 4, solver=DISTILLED[name]).timesteps.tolist() == [999, 759, 499, 259]
 
 
 def test_karras_grids_of_a_folder_reach_dpm_solver(save):
@@ -127,7 +156,7 @@ def test_karras_grids_of_a_folder_reach_dpm_solver(save):
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [
-        ("LCMScheduler", {}, "scheduler LCMScheduler: expected FlowMatchEulerDiscreteScheduler or one of"),
+        ("SASolverScheduler", {}, "scheduler SASolverScheduler: expected FlowMatchEulerDiscreteScheduler or one of"),
         ("EDMEulerScheduler", {}, "scheduler EDMEulerScheduler"),
         ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'"),
         ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas = True has no solver here"),
