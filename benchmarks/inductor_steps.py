@@ -54,7 +54,7 @@ def dit_xl_2() -> tuple[StepParts, SolverTable]:
             patch_size=2,
             num_embeds_ada_norm=1000,
         )
-    return _large(DiTDenoiser(_bf16(dit), classes=1000, prediction="epsilon"))
+    return _large(DiTDenoiser(_bf16(dit), classes=1000, prediction="epsilon", timesteps=1000))
 
 
 def sd_15() -> tuple[StepParts, SolverTable]:

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dpfast.generate.conditioning import share_conditioning
 from dpfast.generate.linear import freeze_linear
+from dpfast.generate.projections import fuse_projections
 from dpfast.ops.guided_step import Prediction
 
 
@@ -31,7 +33,7 @@ class _ModelDenoiser:
     """A frozen diffusers model behind the call. A learned variance (twice the channels) is cut to the mean."""
 
     def __init__(self, model: nn.Module, *, classes: int, null_label: int | None, prediction: Prediction) -> None:
-        self.model: Any = freeze_linear(model.eval().requires_grad_(False))
+        self.model: Any = freeze_linear(fuse_projections(model.eval()).requires_grad_(False))
         self.classes = classes
         self.null_label = null_label
         self.prediction = prediction
@@ -49,11 +51,19 @@ class _ModelDenoiser:
 
 
 class DiTDenoiser(_ModelDenoiser):
-    """``DiTTransformer2DModel``, conditioned on class ids; the null class is the id after the last embedding row."""
+    """``DiTTransformer2DModel``, conditioned on class ids; the null class is the id after the last embedding row.
 
-    def __init__(self, model: nn.Module, *, classes: int, prediction: Prediction) -> None:
+    ``timesteps``: of the training; those of a table are among them.
+    """
+
+    def __init__(self, model: nn.Module, *, classes: int, prediction: Prediction, timesteps: int) -> None:
         config: Any = model.config
-        super().__init__(model, classes=classes, null_label=int(config.num_embeds_ada_norm), prediction=prediction)
+        super().__init__(
+            share_conditioning(model, timesteps),
+            classes=classes,
+            null_label=int(config.num_embeds_ada_norm),
+            prediction=prediction,
+        )
 
     def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         return self.model(x, timestep=timesteps, class_labels=labels).sample

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +19,13 @@ from dpfast.generate.guidance import GuidanceConfig, GuidancePath, check_interva
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.solvers import Solver
 from dpfast.generate.runtime import probing
-from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer, attempt
+from dpfast.generate.runtime.batching import BatchSizer
 from dpfast.generate.runtime.compiling import CompileCosts, Tuner
 from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.runtime.graphs import CudaRecorder, Recorder
 from dpfast.generate.runtime.memory import release
 from dpfast.generate.step import StepInputs, StepParts, Variant
+from dpfast.generate.stream import in_batches
 from dpfast.generate.trajectory import Trajectory, filled
 from dpfast.ops import normal
 from dpfast.ops.noise import check_seed
@@ -156,6 +156,14 @@ class GuidedSampler:
             self._execution = Execution(self._parts(), recorder=self.recorder)
         return self._execution
 
+    def variants(self, *, guided: bool) -> list[Variant]:
+        """The variant of each step of a trajectory, guided or not."""
+        total = len(self.table)
+        guided_steps = self.guidance.steps(total) if guided else frozenset()
+        has_cfg = self.cfg_scale != 1 and self.pipeline.denoiser.null_label is not None
+        cfg_steps = interval_steps(total, *self.cfg_interval) if has_cfg else range(0)
+        return [Variant(i in guided_steps, i in cfg_steps) for i in range(total)]
+
     def check_labels(self, labels: Tensor) -> None:
         """Raises ``RecipeError`` for a label that the generator does not know."""
         classes = self.pipeline.denoiser.classes
@@ -235,7 +243,7 @@ class GuidedSampler:
         if execution.batch is not None and size > execution.batch:
             execution.close()  # prepared for less: eager steps take any size
         execution.refresh()
-        variants = self._variants(guided=omega is not None)
+        variants = self.variants(guided=omega is not None)
         strengths = torch.zeros(size, device=device) if omega is None else omega
         valid = None
         if execution.batch is not None:
@@ -311,7 +319,11 @@ class GuidedSampler:
         if batch_size != "auto" and batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: expected at least 1, or 'auto'")
         labels, ids, strengths = self._checked(labels, sample_ids, first_id, omega)
-        return self._stream(labels, ids, strengths, batch_size, learner_step)
+
+        def make(part: slice) -> SampleBatch:
+            return self._generate(labels[part], ids[part], None if strengths is None else strengths[part], learner_step)
+
+        return in_batches(self, make, len(labels), batch_size, guided=strengths is not None)
 
     def close(self) -> None:
         """Releases compiled steps, CUDA graphs and their memory. The sampler stays usable."""
@@ -395,44 +407,6 @@ class GuidedSampler:
             skipped=torch.zeros((), dtype=torch.int64, device=noise.device),
         )
 
-    def _variants(self, *, guided: bool) -> list[Variant]:
-        """The variant of each step."""
-        total = len(self.table)
-        guided_steps = self.guidance.steps(total) if guided else frozenset()
-        has_cfg = self.cfg_scale != 1 and self.pipeline.denoiser.null_label is not None
-        cfg_steps = interval_steps(total, *self.cfg_interval) if has_cfg else range(0)
-        return [Variant(i in guided_steps, i in cfg_steps) for i in range(total)]
-
-    def _stream(
-        self, labels: Tensor, ids: Tensor, omega: Tensor | None, batch_size: int | Literal["auto"], learner_step: int
-    ) -> Iterator[SampleBatch]:
-        execution, done, retries, total = self.execution, 0, 0, len(labels)
-        sizer = self._sizer(batch_size, total, guided=omega is not None)
-        while done < total:
-            if not sizer.searching:
-                compile = self.tuner.decide(execution, sizer.size, total - done)
-                if compile or self.recorder is not None:
-                    execution.prepare(sizer.size, compile=compile)
-                else:
-                    execution.close()
-            part = slice(done, done + sizer.size)
-            strengths = None if omega is None else omega[part]
-            started = time.perf_counter()
-            batch, failure = attempt(
-                functools.partial(self._generate, labels[part], ids[part], strengths, learner_step)
-            )
-            if batch is None:
-                self.lighten(sizer, failure)
-                retries += 1
-                continue
-            if len(batch) == sizer.size:
-                seconds = time.perf_counter() - started
-                sizer.report(seconds)
-                self.tuner.report(execution, len(batch), seconds)
-            done += len(batch)
-            yield replace(batch, retries=retries) if retries else batch
-            retries = 0
-
     def lighten(self, sizer: BatchSizer, failure: BaseException | None) -> None:
         """After memory ran out: halves ``sizer`` and releases what a batch held. Raises ``failure`` for one sample."""
         assert failure is not None
@@ -440,16 +414,6 @@ class GuidedSampler:
         self.execution.close()
         release(self.pipeline.device)
         log.warning("out of memory: going on with batches of %d", sizer.size)
-
-    def _sizer(self, batch_size: int | Literal["auto"], total: int, *, guided: bool) -> BatchSizer:
-        prepared = self.execution.batch
-        if batch_size == "auto" and prepared is not None:  # found by an earlier stream
-            return BatchSizer(prepared, limit=prepared, search=False)
-        if batch_size == "auto" and total > FIRST:
-            limit = probing.largest_batch(self.execution.parts, self.table, max(self._variants(guided=guided)))
-            return BatchSizer(FIRST, limit=min(LARGEST, limit))
-        size = max(1, total if batch_size == "auto" or (batch_size > total and prepared != batch_size) else batch_size)
-        return BatchSizer(size, limit=size, search=False)
 
 
 @functools.cache

@@ -76,17 +76,19 @@ def published(
             f"pipeline = {name!r}: no folder, and no published architecture; those are {', '.join(PIXELS)}"
         )
     side = (pixels or PIXELS[name]) // 8
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS[name])
     with META, _default(dtype):
         denoiser: Any
         if name == "dit-xl-2":
             dit = frozen(diffusers.DiTTransformer2DModel(sample_size=side, **DIT_XL_2))
-            denoiser = DiTDenoiser(dit, classes=classes, prediction="epsilon")
+            denoiser = DiTDenoiser(
+                dit, classes=classes, prediction="epsilon", timesteps=scheduler.config.num_train_timesteps
+            )
         else:
             unet = frozen(diffusers.UNet2DConditionModel(sample_size=side, **SD15))
             denoiser = TextUNetDenoiser(unet, torch.empty(classes + 1, TOKENS, 768), prediction="epsilon")
         decoder: Decoder = VaeDecoder(diffusers.AutoencoderKL(**VAE))
         tiny: Decoder = TinyDecoder(diffusers.AutoencoderTiny())
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS[name])
     names = tuple(f"class {i}" for i in range(classes))
     return Pipeline(Path(name), denoiser, decoder, tiny, scheduler, names, 3, torch.device("cpu"))
 
@@ -111,7 +113,8 @@ def without_weights(source: str | Path, *, classes: int | None = None, dtype: to
     with META, _default(dtype):
         if folder.kind == "DiTPipeline":
             dit = _from_config(folder, diffusers.DiTTransformer2DModel, "transformer")
-            denoiser = DiTDenoiser(dit, classes=len(names), prediction=prediction_of(scheduler))
+            steps = scheduler.config.num_train_timesteps
+            denoiser = DiTDenoiser(dit, classes=len(names), prediction=prediction_of(scheduler), timesteps=steps)
         else:
             unet = _from_config(folder, diffusers.UNet2DConditionModel, "unet")
             prompts = torch.empty(len(names) + 1, TOKENS, unet.config.cross_attention_dim)

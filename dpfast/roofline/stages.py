@@ -188,7 +188,7 @@ def _sample(sampler: GuidedSampler, batch: int, *, guided: bool) -> Counts:
 def _steps(sampler: GuidedSampler, batch: int, *, guided: bool, start: int = 0, stop: int | None = None) -> Counts:
     """The steps from ``start`` to ``stop`` of one sample of a batch."""
     inputs, execution, total = _inputs(sampler, batch), _execution(sampler), Counts()
-    for variant, times in Counter(sampler._variants(guided=guided)[start:stop]).items():
+    for variant, times in Counter(sampler.variants(guided=guided)[start:stop]).items():
         total += counts(partial(execution.step, variant, inputs)) * times
     return total * (1 / batch)
 
@@ -219,7 +219,7 @@ def _sampling_bytes(sampler: GuidedSampler) -> tuple[int, int]:
 
     calls: list[Callable[[int], object]] = [
         decoding,
-        *(partial(step, variant) for variant in Counter(sampler._variants(guided=True))),
+        *(partial(step, variant) for variant in Counter(sampler.variants(guided=True))),
     ]
     with Fused():
         return max((bytes_per_sample(call) for call in calls), key=lambda pair: pair[1])

@@ -107,7 +107,7 @@ def test_the_solvers_memory_reaches_the_next_step(pipeline, learner):
 def test_variants_follow_both_intervals(pipeline, learner):
     guidance = GuidanceConfig(omega=0.1, every=2, start=0.25, until=0.8)
     sampler = new_sampler(pipeline, learner, steps=8, guidance=guidance, cfg_interval=(0.5, 1.0))
-    variants = sampler._variants(guided=True)
+    variants = sampler.variants(guided=True)
     assert [i for i, v in enumerate(variants) if v.guided] == [2, 4, 6]
     assert [i for i, v in enumerate(variants) if v.cfg] == [4, 5, 6, 7]
     assert str(Variant(True, False)) == "guided step without CFG"

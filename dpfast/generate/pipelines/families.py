@@ -68,9 +68,9 @@ def _dit(folder: PipelineFolder, options: Options) -> Parts:
     if len(names) > model.config.num_embeds_ada_norm:
         raise folder.error(f"{len(names)} class names for a model of {model.config.num_embeds_ada_norm} classes")
     decoder, channels = _decoder(folder, model.config.in_channels, options)
-    return Parts(
-        DiTDenoiser(model, classes=len(names), prediction=prediction_of(scheduler)), decoder, scheduler, names, channels
-    )
+    steps = scheduler.config.num_train_timesteps
+    denoiser = DiTDenoiser(model, classes=len(names), prediction=prediction_of(scheduler), timesteps=steps)
+    return Parts(denoiser, decoder, scheduler, names, channels)
 
 
 def _stable_diffusion(folder: PipelineFolder, options: Options) -> Parts:

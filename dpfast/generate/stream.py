@@ -1,0 +1,63 @@
+"""Many samples as a stream of batches: how large they are, whether they run compiled, what happens without memory."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from dpfast.generate.runtime import probing
+from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer, attempt
+
+if TYPE_CHECKING:
+    from dpfast.generate.sampler import GuidedSampler, SampleBatch
+
+
+def in_batches(
+    sampler: GuidedSampler,
+    make: Callable[[slice], SampleBatch],
+    total: int,
+    batch_size: int | Literal["auto"],
+    *,
+    guided: bool,
+) -> Iterator[SampleBatch]:
+    """Yields what ``make`` makes of the parts of ``total`` samples, in order, each once.
+
+    batch_size: "auto" doubles the batch while it pays. A batch that does not fit into memory is made again in halves.
+    """
+    execution, tuner, done, retries = sampler.execution, sampler.tuner, 0, 0
+    sizer = _sizer(sampler, batch_size, total, guided=guided)
+    while done < total:
+        if not sizer.searching:
+            compile = tuner.decide(execution, sizer.size, total - done)
+            if compile or sampler.recorder is not None:
+                execution.prepare(sizer.size, compile=compile)
+            else:
+                execution.close()
+        started = time.perf_counter()
+        batch, failure = attempt(functools.partial(make, slice(done, done + sizer.size)))
+        if batch is None:
+            sampler.lighten(sizer, failure)
+            retries += 1
+            continue
+        if len(batch) == sizer.size:
+            seconds = time.perf_counter() - started
+            sizer.report(seconds)
+            tuner.report(execution, len(batch), seconds)
+        done += len(batch)
+        yield replace(batch, retries=retries) if retries else batch
+        retries = 0
+
+
+def _sizer(sampler: GuidedSampler, batch_size: int | Literal["auto"], total: int, *, guided: bool) -> BatchSizer:
+    prepared = sampler.execution.batch
+    if batch_size == "auto" and prepared is not None:  # found by an earlier stream
+        return BatchSizer(prepared, limit=prepared, search=False)
+    if batch_size == "auto" and total > FIRST:
+        dearest = max(sampler.variants(guided=guided))
+        limit = probing.largest_batch(sampler.execution.parts, sampler.table, dearest)
+        return BatchSizer(FIRST, limit=min(LARGEST, limit))
+    size = max(1, total if batch_size == "auto" or (batch_size > total and prepared != batch_size) else batch_size)
+    return BatchSizer(size, limit=size, search=False)
