@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import platform
 import statistics
 import subprocess
@@ -61,6 +62,18 @@ def interleave(variants: dict[str, Callable[[], object]], rounds: int, device: t
         for name, call in variants.items():
             seconds[name].append(_once(call, repeats[name], device) / repeats[name])
     return {name: Times(values) for name, values in seconds.items()}
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes that a CPU's allocator held at one moment of a call, beyond what it held before.
+
+    Read from the profiler's events, so that compiled and eager calls count alike.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
 
 
 def copy_of(total_bytes: int, device: torch.device) -> Callable[[], object]:
