@@ -28,6 +28,9 @@ TABLES = {
     "flops": "benchmarks.flops",
     "study": "benchmarks.study",
     "theory": "benchmarks.bench_theory",
+    "plan": "benchmarks.planner",
+    "scaling": "benchmarks.scaling",
+    "overhead": "benchmarks.overhead",
 }
 Record = dict[str, Any]
 

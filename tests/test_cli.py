@@ -23,6 +23,7 @@ from dpfast.ops import _dispatch, audit
         (["run", "fashion", "--pipeline", "/nowhere"], "pipeline = '/nowhere': no such folder"),
         (["run", "fashion", "--classes", "7"], "classes = 7"),
         (["run", "fashion", "--validation", "imagenet"], "validation = 'imagenet'"),
+        (["run", "fashion", "--log-level", "loud"], "log_level = 'loud'"),
         (["sample", "--labels", "10", "--out", "x"], "labels = '10'"),
         (["sample", "--labels", "Hat", "--out", "x"], "labels = 'Hat'"),
         (["sample", "--labels", "0", "--out", "x", "--count", "0"], "count = 0"),
@@ -67,6 +68,24 @@ def test_sample_writes_images_of_the_classes_asked_for(tmp_path, capsys):
     assert all(0 <= row["entropy"] <= 2.303 for row in rows)
     assert Image.open(out / rows[0]["file"]).size == (32, 32)
     assert (out / "overview.png").is_file()
+
+
+def test_plan_prints_phases_schedules_memory_and_places(capsys):
+    assert main(["plan", "fashion", "--device", "H200", "--count", "2", "--utilisation", "0.3"]) == 0
+    text = capsys.readouterr().out
+    for wanted in (
+        "fashion on 2 x H200",
+        "dp: guided samples",
+        "of the limit",
+        "limited by",
+        "dp, simulated in turns",
+        "1 of 2 make samples while the others train",
+        "a guided batch of 250",
+        "2000 in device",
+    ):
+        assert wanted in text
+    assert main(["plan", "fashion", "--device", "tpu"]) == 2
+    assert "device = 'tpu': expected one of a100, h100, h200, b200, or 'here'" in capsys.readouterr().err
 
 
 def test_doctor_names_versions_backends_and_remedies(capsys):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dpfast.cli import Commands
 from dpfast.cli.recipes import add_recipe, recipe_of
 from dpfast.config import Recipe, RecipeError
+from dpfast.logs import check_level, logged
 
 if TYPE_CHECKING:
     from dpfast.practice.stopping import Stop
@@ -35,12 +36,14 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan and the memory for this machine, stop"
     )
+    parser.add_argument("--log-level", default="info", help="of logs/ in the run's folder: debug, info, warning, error")
     add_recipe(parser)
     parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
+    check_level(arguments.log_level)
 
     from dpfast.practice.stopping import LossError, Stop, Stopped
 
@@ -59,6 +62,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop) -> int:
     with stop.at_once():  # nothing is there to be saved
         from dpfast.practice.branch import prepare_branch
         from dpfast.practice.experiment import DeliberatePractice
+        from dpfast.practice.journal import Journal
         from dpfast.practice.run_folder import RunFolder, check_vacant
         from dpfast.report.metrics import result_table
         from dpfast.report.page import write_report
@@ -78,8 +82,11 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop) -> int:
         if round is not None and not resume:
             prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite)
             resume = True
-    with RunFolder(out, recipe, overwrite=arguments.overwrite, resume=resume) as folder:
-        results = practice.run(folder, progress=not arguments.quiet, stop=stop)
+    with (
+        RunFolder(out, recipe, overwrite=arguments.overwrite, resume=resume) as folder,
+        logged(out, arguments.log_level),
+    ):
+        results = practice.run(folder, progress=not arguments.quiet, callbacks=[Journal()], stop=stop)
     with stop.at_once():
         write_report([out], out)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")

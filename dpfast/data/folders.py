@@ -63,6 +63,20 @@ def open_folder(
         raise RecipeError(f"evaluation = {str(path)!r}: image files hold 1 or 3 channels, the learner takes {shape[0]}")
     if not path.is_dir():
         raise RecipeError(f"evaluation = {str(path)!r}: no such folder")
+    pairs = [
+        (file, label)
+        for folder, label in class_folders(path, classes, ids=ids, only=only)
+        for file in sorted(images_in(folder))
+    ]
+    if not pairs:
+        raise RecipeError(f"evaluation = {str(path)!r}: no images; expected a sub-folder of image files for each class")
+    return ImageFolder(path, tuple(f for f, _ in pairs), tuple(label for _, label in pairs), tuple(shape))
+
+
+def class_folders(
+    path: Path, classes: Sequence[str], *, ids: Sequence[str] | None, only: bool = False
+) -> list[tuple[Path, int]]:
+    """The sub-folders of ``path`` with their class ids; arguments and errors of ``open_folder``."""
     folders = sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
     known = _folder_names(classes, ids)
     left_out = set(imagenet.load().ids) | {str(i) for i in range(1000)} if only else set()
@@ -70,16 +84,12 @@ def open_folder(
     if unknown:
         named = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
         raise RecipeError(f"evaluation = {str(path)!r}: classes that the learner does not know: {named}")
-    pairs = [
-        (file, known[f.name.lower()])
-        for f in folders
-        if f.name.lower() in known
-        for file in sorted(f.rglob("*"))
-        if file.suffix.lower() in SUFFIXES
-    ]
-    if not pairs:
-        raise RecipeError(f"evaluation = {str(path)!r}: no images; expected a sub-folder of image files for each class")
-    return ImageFolder(path, tuple(f for f, _ in pairs), tuple(label for _, label in pairs), tuple(shape))
+    return [(f, known[f.name.lower()]) for f in folders if f.name.lower() in known]
+
+
+def images_in(folder: Path) -> Iterator[Path]:
+    """The image files in a folder, at any depth, in no order."""
+    return (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
 def _folder_names(classes: Sequence[str], ids: Sequence[str] | None) -> dict[str, int]:

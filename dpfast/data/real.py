@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpfast.config import ASSETS, RecipeError
 from dpfast.data import fashion, imagenet
-from dpfast.data.folders import SUFFIXES, ImageFolder, open_folder, read_image
+from dpfast.data.folders import SUFFIXES, ImageFolder, class_folders, images_in, open_folder, read_image
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,18 @@ def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int,
     return (found[0], found[1]) if held_out else (-(-found[0] // 2), found[0] // 2)
 
 
-def check_real(name: str, held_out: str = "") -> None:
-    """Raises ``RecipeError`` where a folder that ``load_real`` will read is missing; takes no time."""
+def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> None:
+    """Raises ``RecipeError`` where a folder that ``load_real`` will read is missing.
+
+    With ``classes`` also where it has others, or no image of one. Looks at names, to the first image of each class.
+    """
     for field, place in (("validation", name), ("held_out", held_out)):
         path = Path(place)
-        if place in ("", "fashion") or (path.is_dir() and any(entry.is_dir() for entry in path.iterdir())):
+        if place in ("", "fashion"):
+            continue
+        if path.is_dir() and any(entry.is_dir() for entry in path.iterdir()):
+            if classes:
+                _check_classes(place, field, classes)
             continue
         what = "it has no sub-folders" if path.is_dir() else "no such folder"
         raise RecipeError(
@@ -103,11 +110,23 @@ def _open(name: str, field: str, classes: Sequence[str], shape: Sequence[int] | 
         folder = open_folder(Path(name), classes, tuple(shape), ids=imagenet.load().ids_of(classes), only=True)
     except RecipeError as error:
         raise RecipeError(str(error).replace("evaluation =", f"{field} =", 1)) from error
-    missing = sorted(set(range(len(classes))) - set(folder.labels))
+    _complete(name, field, classes, folder.labels)
+    return folder
+
+
+def _check_classes(name: str, field: str, classes: Sequence[str]) -> None:
+    try:
+        folders = class_folders(Path(name), classes, ids=imagenet.load().ids_of(classes), only=True)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("evaluation =", f"{field} =", 1)) from error
+    _complete(name, field, classes, [label for folder, label in folders if any(images_in(folder))])
+
+
+def _complete(name: str, field: str, classes: Sequence[str], labels: Iterable[int]) -> None:
+    missing = sorted(set(range(len(classes))) - set(labels))
     if missing:
         more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
         raise RecipeError(f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}")
-    return folder
 
 
 def read_all(folder: ImageFolder) -> RealSet:

@@ -11,7 +11,8 @@ from dpfast.config import Generator, Recipe, RecipeError
 from dpfast.data import imagenet
 from dpfast.generate.decoder import ResizedDecoder
 from dpfast.generate.guidance import GuidanceConfig, Through
-from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.pipelines import Pipeline, families
+from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.solvers import Solver
 from dpfast.generate.sampler import GuidedSampler, Learner
 from dpfast.ops.guided_step import Mode
@@ -28,6 +29,16 @@ def load_pipeline(generator: Generator, *, device: torch.device | str = "cpu") -
         prompt_template=generator.prompt_template,
     )
     return resized(pipeline, generator.image_size)
+
+
+def check_generator(generator: Generator) -> tuple[str, ...]:
+    """The class names of a recipe's generator, () where it has none, after a look at its folder that reads no weights.
+
+    Raises ``RecipeError`` as ``dpfast.generate.pipelines.families.check`` does.
+    """
+    folder = PipelineFolder(generator.pipeline)
+    families.check(folder)
+    return folder.class_names(class_names(generator)) or ()
 
 
 def class_names(generator: Generator) -> tuple[str, ...] | None:

@@ -66,6 +66,7 @@ class SamplePool:
         self._round: int | None = None
         self._filled = 0  # bytes of JPEG payloads in the last chunk
         self._guess = 0 if shape is None else codecs.row_bytes(codec, shape)  # bytes of a payload
+        self._counted: tuple[tuple[str, ...], Counter[str]] = ((), Counter())
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
         self._spares: deque[tuple[str, Future[Tensor]]] = deque()  # chunks with their tiers, ready or being prepared
@@ -270,18 +271,27 @@ class SamplePool:
             spare.result()
 
     def _grown(self, view: View) -> View:
+        used = self._used(view)
         if self._spares:
             tier, spare = self._spares.popleft()
             chunk = spare.result()
         else:
-            tier = self.tiers.place(view.tiers, self.chunk_bytes)
+            tier = self.tiers.place(used, self.chunk_bytes)
             chunk = self.tiers.allocate(tier, self.chunk_bytes)
-        return replace(view, chunks=view.chunks.with_chunk(chunk), tiers=(*view.tiers, tier))
+        places = (*view.tiers, tier)
+        self._counted = places, used + Counter([tier])
+        return replace(view, chunks=view.chunks.with_chunk(chunk), tiers=places)
+
+    def _used(self, view: View) -> Counter[str]:
+        """How many chunks of ``view`` lie in each tier; counted anew only where a view was dropped."""
+        if self._counted[0] is not view.tiers:
+            self._counted = view.tiers, Counter(view.tiers)
+        return self._counted[1]
 
     def _prepare(self, view: View) -> None:
         """Allocates the next chunk in the background and touches its pages, half of an append's time otherwise."""
         tiers = self.tiers
-        tier = tiers.place((*view.tiers, *(name for name, _ in self._spares)), self.chunk_bytes)
+        tier = tiers.place(self._used(view) + Counter(name for name, _ in self._spares), self.chunk_bytes)
         self._worker = self._worker or ThreadPoolExecutor(1, "dpfast-pool-chunk")
         self._spares.append((tier, self._worker.submit(lambda: tiers.allocate(tier, self.chunk_bytes).zero_())))
 
@@ -294,8 +304,10 @@ class SamplePool:
         with self._lock:
             view = self._view
             places: list[str] = []
+            used: Counter[str] = Counter()
             for _ in view.chunks.chunks:
-                places.append(tiers.place(places, self.chunk_bytes))
+                places.append(tiers.place(used, self.chunk_bytes))
+                used[places[-1]] += 1
             self._spares.clear()
             chunks = list(view.chunks.chunks)
             moves = [i for i, tier in enumerate(places) if tier != view.tiers[i]]

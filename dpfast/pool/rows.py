@@ -35,7 +35,14 @@ class ChunkTable:
     kinds: frozenset[str] = frozenset()  # where chunks lie: "cpu", "pinned", "cuda:0"; asking each is slow
 
     def with_chunk(self, chunk: Tensor) -> ChunkTable:
-        return self.with_chunks((*self.chunks, chunk))
+        """Another chunk at the end; the others are not looked at again."""
+        one = replace(self, chunks=()).with_chunks((chunk,))
+        return replace(
+            one,
+            chunks=(*self.chunks, chunk),
+            addresses=torch.cat([self.addresses, one.addresses]),
+            kinds=self.kinds | one.kinds,
+        )
 
     def with_chunks(self, chunks: tuple[Tensor, ...]) -> ChunkTable:
         return replace(

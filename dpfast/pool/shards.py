@@ -20,7 +20,8 @@ import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -59,6 +60,11 @@ class Shard:
     def columns(self) -> str:
         return self.name.removesuffix(".tar") + ".columns.npy"
 
+    @cached_property
+    def line(self) -> str:
+        """In the manifest, made once: a manifest is written anew for every shard."""
+        return json.dumps({f.name: getattr(self, f.name) for f in fields(self)})
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -69,18 +75,20 @@ class Manifest:
     shards: list[Shard] = field(default_factory=list)
     quarantined: list[Shard] = field(default_factory=list)
 
-    @property
+    @cached_property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
     def next_name(self) -> str:
-        numbers = [int(s.name[6:-4]) for s in (*self.shards, *self.quarantined)]
+        numbers = [int(s.name[6:-4]) for s in (*self.shards[-1:], *self.quarantined)]  # the shards' numbers rise
         return f"shard-{max(numbers, default=-1) + 1:06d}.tar"
 
     def write(self, folder: Path) -> None:
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
+        head = {"format": FORMAT, "version": VERSION}
+        head |= {name: getattr(self, name) for name in ("codec", "shape", "suffix", "classes")}
+        lists = (f'"{name}": [\n{_lines(getattr(self, name))}]' for name in ("shards", "quarantined"))
         with durable(folder, MANIFEST) as file:
-            file.write(text.encode())
+            file.write(f"{json.dumps(head)[:-1]},\n{', '.join(lists)}}}\n".encode())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -101,6 +109,10 @@ class Manifest:
             if "/" in shard.name or not shard.name[6:-4].isdecimal():
                 raise DamagedPoolError(f"{folder / MANIFEST} names a shard {shard.name!r}")
         return manifest
+
+
+def _lines(shards: Sequence[Shard]) -> str:
+    return ",\n".join(shard.line for shard in shards)
 
 
 class durable:

@@ -11,7 +11,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,16 +90,15 @@ class Tiers:
     def budget(self, name: str) -> int:
         return int(getattr(self, f"{name}_bytes"))
 
-    def place(self, used: Iterable[str], chunk_bytes: int) -> str:
-        """The tier of one more chunk beside those in ``used``; raises ``PoolFullError``."""
-        taken = list(used)
+    def place(self, used: Mapping[str, int], chunk_bytes: int) -> str:
+        """The tier of one more chunk beside so many in each; raises ``PoolFullError``."""
         for name in NAMES:
-            if (taken.count(name) + 1) * chunk_bytes <= self.budget(name):
+            if (used.get(name, 0) + 1) * chunk_bytes <= self.budget(name):
                 return name
         budgets = ", ".join(f"{name} {readable(self.budget(name))}" for name in NAMES)
         raise PoolFullError(
-            f"the pool holds {len(taken)} chunks of {readable(chunk_bytes)} and its budgets are full ({budgets}): "
-            "raise host_gib, map files (mapped = true), or store latents or JPEG (codec)"
+            f"the pool holds {sum(used.values())} chunks of {readable(chunk_bytes)} and its budgets are full "
+            f"({budgets}): raise host_gib, map files (mapped = true), or store latents or JPEG (codec)"
         )
 
     def allocate(self, name: str, chunk_bytes: int) -> Tensor:

@@ -47,6 +47,9 @@ class Callback:
     An exception from a callback stops the run.
     """
 
+    def on_start(self, loop: Loop) -> None:
+        """The loop begins, or goes on where a checkpoint was taken."""
+
     def on_generation(self, loop: Loop, number: int, total: int) -> None:
         """A round of ``total`` samples begins."""
 

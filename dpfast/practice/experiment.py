@@ -10,7 +10,7 @@ from dpfast.device import device_named
 from dpfast.evaluate.measures import predict
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed.loader import choose
-from dpfast.generate.recipes import image_shape, load_pipeline
+from dpfast.generate.recipes import check_generator, image_shape, load_pipeline
 from dpfast.pool.plan import plan_recipe
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
@@ -38,7 +38,8 @@ class DeliberatePractice:
 
     def __init__(self, recipe: Recipe, *, unguided: Unguided | None = None) -> None:
         self.recipe = recipe
-        check_real(recipe.validation, recipe.held_out)
+        names = check_generator(recipe.generator) if unguided is None else unguided.sampler.pipeline.class_names
+        check_real(recipe.validation, recipe.held_out, names)
         self.pipeline = (
             load_pipeline(recipe.generator, device=device_named(recipe.device))
             if unguided is None

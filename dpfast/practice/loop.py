@@ -119,6 +119,7 @@ class Loop:
             if start is not None:
                 self.keeper.restore(start)
             stack.enter_context(self.keeper.opened())
+            self._tell("on_start")
             if start is None:
                 self.keeper.save()
             self._practise()

@@ -14,6 +14,7 @@ from dpfast.config import SECTIONS, Recipe, RecipeError
 from dpfast.evaluate.measures import Evaluation
 from dpfast.pool.shards import durable
 from dpfast.practice.callbacks import Addition, Callback
+from dpfast.practice.pace import Pace
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
@@ -27,8 +28,9 @@ class RunFolder(Callback):
 
     recipe.json     the recipe with every default filled in
     metrics.jsonl   one line per evaluation, addition and result; a function of the recipe alone, so without times
-    timings.jsonl   seconds, samples, denoiser forwards and FLOPs of every generation, seconds of training
-    events.*        the same numbers for TensorBoard
+    timings.jsonl   what was done how fast: a line per round, per interval between evaluations and per training
+    events.*        the numbers of both for TensorBoard
+    logs/           the log of every rank (``dpfast.logs``)
     learner_*       the evaluated weights of every source's classifier, safetensors
     checkpoints_*/  the states of every source's loop (``dpfast.practice.checkpoint``)
     pool_*/         every source's samples, webdataset shards with a manifest (``dpfast.pool.shards``)
@@ -79,11 +81,15 @@ class RunFolder(Callback):
             file.truncate(size)
             file.seek(size)
 
+    def on_start(self, loop: Loop) -> None:
+        self._pace = Pace(loop)
+
     def on_round(self, loop: Loop, addition: Addition) -> None:
         cost, step = addition.cost, loop.trainer.step_count
         rate = addition.added / max(cost.seconds, 1e-9)
         self.time("generation", loop.name, step, round=addition.number, made=cost.samples, samples=addition.added,
-                  seconds=cost.seconds, samples_per_second=rate, forwards=cost.forwards, flops=cost.flops)  # fmt: skip
+                  seconds=cost.seconds, samples_per_second=rate, forwards=cost.forwards, flops=cost.flops,
+                  **self._pace.generation(cost))  # fmt: skip
         if addition.number:
             self.log(
                 "addition",
@@ -97,6 +103,7 @@ class RunFolder(Callback):
             )
 
     def on_evaluation(self, loop: Loop, evaluation: Evaluation, loss: float) -> None:
+        self.time("interval", loop.name, loop.trainer.step_count, **self._pace.interval())
         self.log(
             "evaluation",
             loop.name,

@@ -37,6 +37,16 @@ class Run:
         found = [t[key] for t in self.timings if t["event"] == event and t["source"] == source and key in t]
         return sum(found) if found else None
 
+    def share(self, event: str, source: str) -> float | None:
+        """The mean share of the peak over a source's "generation" or "interval" seconds; None where it is not known."""
+        found = [t for t in self.timings if t["event"] == event and t["source"] == source and "mfu" in t]
+        seconds = sum(t["seconds"] for t in found)
+        return sum(t["mfu"] * t["seconds"] for t in found) / seconds if seconds else None
+
+    def highest(self, key: str, source: str) -> float | None:
+        """The largest of a value over a source's lines; None where it was not written."""
+        return max((t[key] for t in self.timings if t["source"] == source and key in t), default=None)
+
     @property
     def fields(self) -> dict[str, Any]:
         """The recipe's fields without their sections."""

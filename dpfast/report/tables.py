@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from dpfast.pool.tiers import readable
 from dpfast.report.runs import Run
 
 
@@ -45,10 +46,14 @@ def phases(runs: list[Run]) -> str:
                     _number(generation, " s"),
                     _number(made and generation and made / generation, "", 1),
                     _number(made and forwards and forwards / made, "", 1),
+                    _share(run.share("generation", source)),
                     _number(training, " s"),
                     _number(steps, "", 1),
+                    _share(run.share("interval", source)),
                     _number(evaluation, " s"),
                     "-" if waited is None else f"{waited:.2%}",
+                    _memory(run.highest("memory_peak", source)),
+                    *(_number(run.total("generation", key, source), "") for key in ("skipped", "retries")),
                 ]
             )
     return "<h2>Time and throughput</h2>" + html_table(
@@ -58,13 +63,26 @@ def phases(runs: list[Run]) -> str:
             "generation",
             "samples/s",
             "denoiser forwards a sample",
+            "of the peak",
             "training",
             "steps/s",
+            "of the peak",
             "evaluation",
             "loader wait",
+            "memory peak",
+            "skipped gradients",
+            "out-of-memory retries",
         ),
         rows,
     )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _memory(count: float | None) -> str:
+    return "-" if count is None else readable(count)
 
 
 def _number(value: float | None, unit: str, digits: int = 0) -> str:

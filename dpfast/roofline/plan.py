@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from dpfast.roofline.counting import Counts
 from dpfast.roofline.devices import Device
 from dpfast.roofline.measure import Timings
 from dpfast.roofline.network import link_of, step_seconds
+from dpfast.roofline.schedule import Costs, Job, Schedule, best_overlap, efficiency, in_turns, job_of
 from dpfast.roofline.stages import Stages, count_stages
 
 UTILISATION = {"generation": 0.5, "training": 0.4, "evaluation": 0.4}  # of the limit; stated, not measured
@@ -71,6 +73,22 @@ class Plan:
     stages: Stages
     pool: PoolPlan
     measured: bool
+    job: Job  # of Deliberate Practice
+    costs: Costs
+
+    @property
+    def turns(self) -> Schedule:
+        """The simulated schedule in which all ranks make samples, then all train."""
+        return in_turns(self.job, self.costs, self.count, link_of(self.device, self.count))
+
+    @property
+    def overlap(self) -> Schedule:
+        """The fastest one in which a part of two or more ranks makes samples while the others train."""
+        return best_overlap(self.job, self.costs, self.count, partial(link_of, self.device))
+
+    def efficiency(self, schedule: Schedule) -> float:
+        """Of a simulated schedule: the seconds of one device over the device-seconds of it."""
+        return efficiency(self.job, self.costs, schedule, partial(link_of, self.device))
 
     @property
     def seconds(self) -> float:
@@ -152,6 +170,8 @@ def plan(
         stages=stages,
         pool=place_pool(recipe, total, stages, device, count),
         measured=timings is not None,
+        job=job_of(recipe, total, _evaluated(recipe, pipeline.denoiser.classes)),
+        costs=_costs(stages, device, utilisation, timings),
     )
 
 
@@ -167,8 +187,7 @@ def _phases(
 ) -> Iterator[Phase]:
     practice, learner = recipe.practice, recipe.learner
     steps = practice.iterations
-    validation, test = count_real(recipe.validation, recipe.held_out, classes=classes)
-    evaluated = steps // practice.interval(learner.batch_size) * validation + validation + test
+    evaluated = _evaluated(recipe, classes)
 
     def phase(source: str, name: str, kind: str, units: int, each: Counts, seconds: float | None) -> Phase:
         limits = device.limits(each * (units / count))
@@ -213,6 +232,34 @@ def _phases(
             yield phase(source, "scoring", "evaluation", needed - first, stages.evaluation, judge)
         yield phase(source, "training", "training", steps * learner.batch_size, stages.training, train)
         yield phase(source, "evaluation", "evaluation", evaluated, stages.evaluation, judge)
+
+
+def _evaluated(recipe: Recipe, classes: int) -> int:
+    """Real images in all evaluations of one source, the last one with the held-out ones."""
+    validation, test = count_real(recipe.validation, recipe.held_out, classes=classes)
+    times = recipe.practice.iterations // recipe.practice.interval(recipe.learner.batch_size)
+    return (times + 1) * validation + test
+
+
+def _costs(stages: Stages, device: Device, utilisation: float | None, timings: Timings | None) -> Costs:
+    """Seconds of one unit of each stage on one device."""
+
+    def derived(counts: Counts, kind: str) -> float:
+        return max(device.limits(counts).values()) / (utilisation or UTILISATION[kind])
+
+    timings = timings or Timings(
+        unguided=derived(stages.unguided, "generation"),
+        guided=derived(stages.guided, "generation"),
+        training=derived(stages.training, "training"),
+        evaluation=derived(stages.evaluation, "evaluation"),
+    )
+    return Costs(
+        unguided=timings.unguided,
+        guided=timings.guided,
+        image=timings.training,
+        evaluation=timings.evaluation,
+        gradients=4 * stages.parameters,
+    )
 
 
 def place_pool(recipe: Recipe, samples: int, stages: Stages, device: Device, count: int) -> PoolPlan:

@@ -23,7 +23,7 @@ def plan_table(plan: Plan) -> str:
             cell.ljust(w) if i in (0, 8) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-    return "\n".join([*lines, "", *_memory(plan)])
+    return "\n".join([*lines, "", *_schedules(plan), *_memory(plan)])
 
 
 def _row(phase: Phase) -> tuple[str, ...]:
@@ -44,16 +44,30 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.2f}" if seconds >= 360 else f"{seconds / 3600:.4f}"
 
 
+def _schedules(plan: Plan) -> list[str]:
+    """Of Deliberate Practice on several devices; ``dpfast.roofline.schedule`` says what is assumed."""
+    if plan.count < 2 or "dp" not in plan.recipe.practice.sources:
+        return []
+    turns, overlap = plan.turns, plan.overlap
+    return [
+        f"dp, simulated in turns: {_hours(turns.seconds)} hours, {plan.efficiency(turns):.0%} efficient",
+        f"  side by side, {overlap.generating} of {overlap.ranks} make samples while the others train: "
+        f"{_hours(overlap.seconds)} hours, {plan.efficiency(overlap):.0%}",
+    ]
+
+
 def _memory(plan: Plan) -> list[str]:
     batch, device, pool = plan.recipe.generator.generation_batch, plan.device, plan.pool
+    held = device.memory - pool.places["device"] * pool.bytes_per_sample
     share = -(-plan.recipe.learner.batch_size // plan.count)
     lines = [
         f"memory of a device: {readable(device.memory)}",
         f"  generator's weights {readable(plan.stages.weights)}, learner with its optimiser and average "
         f"{readable(plan.stages.state)}",
-        f"  a guided batch of {batch}: {readable(plan.sampling_memory)} with the weights; the largest that fits: "
-        f"{plan.largest_batch}",
-        f"  a training step of {share}: {readable(plan.training_memory)} with the weights",
+        f"  a guided batch of {batch}: {readable(plan.sampling_memory)} with the weights; "
+        f"the largest that fits beside the pool: {plan.largest_batch}",
+        f"  a training step of {share}: {readable(plan.training_memory)} with the weights"
+        + ("" if plan.training_memory <= held else f", more than the {readable(held)} beside the pool"),
         f"pool: {pool}",
     ]
     each = pool.bytes_per_sample

@@ -29,8 +29,15 @@ def make_run(folder, *, finished=True, **fields):
                 "samples": 1500,
                 "made": 1500,
                 "flops": 3e12,
+                "mfu": 0.25,
+                "skipped": 7,
+                "retries": 3,
+                "memory_peak": 3 << 30,
             }
         )
+        times += [
+            {"event": "interval", "source": source, "step": 25 * i, "seconds": i, "mfu": 0.1 * i} for i in (1, 2, 3)
+        ]
         times.append({"event": "training", "source": source, "step": 975, "seconds": 30.0})
         result = {"samples": 1500, "additions": 1, "validation_accuracy": top, "test_accuracy": top - 0.01}
         if finished:
@@ -70,6 +77,8 @@ def test_the_page_tells_the_results_and_the_gap(tmp_path):
     assert "81.00%" in text
     assert "dp reaches 81.0% on held-out images, 2.0 points above static (79.0%)" in text
     assert "<td>30.0</td>" in text  # samples a second
+    for cell in ("25.0%", "23.3%", "3 GiB", "7", "3"):  # shares of the peak, over seconds; memory, gradients, retries
+        assert f"<td>{cell}</td>" in text
     assert "http" not in text.replace("http-equiv", "")
 
 

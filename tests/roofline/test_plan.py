@@ -1,6 +1,7 @@
 """Plans against torch's counter, real counts of the sampler, the published sizes, and their own arithmetic."""
 
 import dataclasses
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -206,6 +207,26 @@ def test_a_pool_is_placed_by_the_shares_of_a_node(recipe, stages):
     assert alone.tiers.budget("file") == int(3.84e12 * 0.9)
     assert alone.fits
     assert alone.places["file"] > 0
+
+
+def test_the_documented_hours_are_the_planners():
+    made = plan(Recipe.load("imagenet1k-dit"), "h100", count=256, samples=6_500_000)
+    lines = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text().splitlines()
+    whole, beside = (
+        next(line for line in lines if line.startswith(start)).split("|")[3:-1]
+        for start in ("| imagenet1k-dit | 256 H100 |", "| imagenet1k-dit | 256 |")
+    )
+    phases = {phase.name: phase.seconds / 3600 for phase in made.phases}
+    making = phases["unguided samples"] + phases["guided samples"] + phases["yardstick"]
+    hours = [making, phases["training"], phases["evaluation"], made.seconds / 3600]
+    assert [float(cell) for cell in whole[:4]] == pytest.approx(hours, abs=0.006)
+    assert [float(cell) for cell in whole[4:]] == pytest.approx([made.device_hours, made.limit / 3600], abs=0.6)
+    turns, overlap = made.turns, made.overlap
+    assert float(beside[0]) == pytest.approx(turns.seconds / 3600, abs=0.006)
+    assert float(beside[2]) == pytest.approx(overlap.seconds / 3600, abs=0.006)
+    shares = [float(cell.strip(" %")) / 100 for cell in (beside[1], beside[3])]
+    assert shares == pytest.approx([made.efficiency(turns), made.efficiency(overlap)], abs=0.006)
+    assert int(beside[4]) == overlap.generating
 
 
 def test_what_cannot_be_planned_is_refused(recipe):

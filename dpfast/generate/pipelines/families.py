@@ -46,9 +46,26 @@ class Parts:
 
 def load(folder: PipelineFolder, options: Options) -> Parts:
     """Raises ``RecipeError`` for a pipeline of no family and whatever its family refuses."""
+    _known(folder)
+    return FAMILIES[folder.kind](folder, options)
+
+
+def check(folder: PipelineFolder) -> None:
+    """Raises ``RecipeError`` for a pipeline of no family, and where a file of weights is missing or cut short.
+
+    Reads the headers of the files alone.
+    """
+    _known(folder)
+    for part in MODELS:
+        if folder.class_of(part) is not None:
+            folder.check_weights(part)
+    if (folder.path / "tiny_decoder").is_dir():
+        folder.check_weights("tiny_decoder")
+
+
+def _known(folder: PipelineFolder) -> None:
     if folder.kind not in FAMILIES:
         raise folder.error(f"a {folder.kind}; expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[folder.kind](folder, options)
 
 
 def tiny_decoder(folder: PipelineFolder, options: Options) -> Decoder | None:
@@ -128,6 +145,7 @@ def _pixel(folder: PipelineFolder, options: Options) -> Parts:
     return Parts(denoiser, IdentityDecoder(), scheduler, names, int(config.in_channels))
 
 
+MODELS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # parts with weights
 FAMILIES: dict[str, Callable[[PipelineFolder, Options], Parts]] = {
     "DiTPipeline": _dit,
     "StableDiffusionPipeline": _stable_diffusion,

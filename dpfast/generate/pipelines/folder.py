@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from safetensors import SafetensorError, safe_open
 
 from dpfast.config import ASSETS, RecipeError
 
@@ -54,15 +55,31 @@ class PipelineFolder:
             if not (self.path / part).is_dir():
                 raise self.error(f"the folder has no part {part!r}, which a {self.kind} needs")
 
-    def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
-        """A model of diffusers or transformers, frozen, in eval mode."""
-        cast = {"torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype}
+    def check_weights(self, part: str) -> None:
+        """Raises unless every file of a part's weights is there and as long as its header says."""
         self.need(part)
-        if not list((self.path / part).glob("*.safetensors")):
+        files = list((self.path / part).glob("*.safetensors"))
+        if not files:
             raise self.error(
                 f"{part!r} has no .safetensors weights; pickled weights are refused, and diffusers' save_pretrained "
                 "turns them into the other kind"
             )
+        for index in (self.path / part).glob("*.safetensors.index.json"):
+            named = {self.path / part / name for name in self._json(index)["weight_map"].values()}
+            lacking = sorted(file.name for file in named - set(files))
+            if lacking:
+                raise self.error(f"{part!r} lacks {lacking[0]}, which {index.name} names")
+        for file in files:
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise self.error(f"{part!r}: {file.name} is damaged or cut short: {_line(error)}") from error
+
+    def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """A model of diffusers or transformers, frozen, in eval mode."""
+        cast = {"torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype}
+        self.check_weights(part)
         try:
             model, found = kind.from_pretrained(
                 self.path / part, use_safetensors=True, output_loading_info=True, **cast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,13 @@ def available_bytes(device: torch.device) -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 4 << 30
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of a GPU what torch allocated, on a CPU resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
 def release(device: torch.device) -> None:

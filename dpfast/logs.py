@@ -1,0 +1,86 @@
+"""Structured logs of a run: JSON lines, one file for each rank.
+
+    logs/rank-00000.jsonl    {"time": "2026-01-31T12:00:00.123+00:00", "rank": 0, "level": "info", "event": "round",
+                              "logger": "dpfast.practice.journal", "message": "dp: round 1 is complete", ...}
+
+Everything that ``dpfast`` says through ``logging`` goes there, and every warning; an event of the loop has its numbers
+as fields beside the message (``dpfast.practice.journal``). A resumed run goes on in the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dpfast.config import RecipeError
+
+LEVELS = ("debug", "info", "warning", "error")
+FOLDER = "logs"
+
+
+def rank() -> int:
+    """This process's number among torchrun's; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ranks() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_level(level: str) -> str:
+    """Raises ``RecipeError`` for another than ``LEVELS``."""
+    if level not in LEVELS:
+        raise RecipeError(f"log_level = {level!r}: expected one of {', '.join(LEVELS)}")
+    return level
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON; ``extra={"fields": {...}}`` becomes fields of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        line: dict[str, Any] = {
+            "time": time.isoformat(timespec="milliseconds"),
+            "rank": rank(),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+@contextlib.contextmanager
+def logged(run: Path, level: str = "info") -> Iterator[Path]:
+    """Within it, this rank's log is written into ``run``; gives the file."""
+    path = run / FOLDER / f"rank-{rank():05d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(JsonLines())
+    log = logging.getLogger("dpfast")
+    before, show = log.level, warnings.showwarning
+
+    def showwarning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+        log.warning("%s", message, extra={"fields": {"category": category.__name__}})
+        show(message, category, *rest, **named)
+
+    log.addHandler(handler)
+    log.setLevel(check_level(level).upper())
+    warnings.showwarning = showwarning
+    try:
+        yield path
+    finally:
+        warnings.showwarning = show
+        log.setLevel(before)
+        log.removeHandler(handler)
+        handler.close()
