@@ -50,6 +50,8 @@ class Generator:
     cfg_scale: float = 1.5  # diffusers' convention (1 = no classifier-free guidance), the paper's lambda + 1
     cfg_from: float = 0.0  # classifier-free guidance acts in this part of the trajectory, fractions of the steps;
     cfg_until: float = 1.0  # outside of it a step costs half and the images differ
+    cache_interval: int = 1  # of a run of unguided steps every one so many runs the whole denoiser, the others reuse
+    # features of its inner blocks: cheaper, and other images; 1: every step is whole
     eta: float = 0.0  # 0: deterministic DDIM, 1: ancestral; TCD's gamma
     compile: bool = False  # torch.compile: pays for many samples; a resumed run needs the same choice for the same bits
     generation_batch: int = 250  # samples in one sampler batch; the images do not depend on it
@@ -67,6 +69,7 @@ class Generator:
         _check(self.cfg_scale >= 0, "cfg_scale", self.cfg_scale, "at least 0; 1 switches classifier-free guidance off")
         _check(0 <= self.cfg_from < 1, "cfg_from", self.cfg_from, "in [0, 1)")
         _check(self.cfg_from < self.cfg_until <= 1, "cfg_until", self.cfg_until, f"in ({self.cfg_from:g}, 1]")
+        _check(self.cache_interval >= 1, "cache_interval", self.cache_interval, "at least 1, which reuses nothing")
         _check(0 <= self.eta <= 1, "eta", self.eta, "between 0 (DDIM) and 1 (ancestral)")
         free = self.solver in ("auto", "ddim", "tcd")
         _check(free or not self.eta, "eta", self.eta, f"0 with solver = {self.solver!r}: for 'ddim' and 'tcd' alone")

@@ -88,6 +88,7 @@ def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: Learner | None, **o
         "eta": generator.eta,
         "cfg_scale": generator.cfg_scale,
         "cfg_interval": (generator.cfg_from, generator.cfg_until),
+        "cache_interval": generator.cache_interval,
         "seed": recipe.seed,
         "compile": generator.compile,
     }

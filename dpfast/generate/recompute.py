@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+Blocks = dict[str, list[nn.Module] | nn.Module]  # by attribute
 # The attributes under which diffusers' transformers and UNets keep their blocks.
 BLOCKS = ("transformer_blocks", "down_blocks", "mid_block", "up_blocks")
 
@@ -93,11 +94,20 @@ def recomputing(denoiser: Any) -> Any:
     """
     if not can_recompute(denoiser):
         raise ValueError(f"denoiser is a {type(denoiser).__name__} without any of {', '.join(BLOCKS)} to recompute")
+    recomputed: Blocks = {}
+    for name in _blocks(denoiser):
+        blocks = getattr(denoiser.model, name)
+        recomputed[name] = (
+            [_recomputing(b) for b in blocks] if isinstance(blocks, nn.ModuleList) else _recomputing(blocks)
+        )
+    return with_blocks(denoiser, recomputed)
+
+
+def with_blocks(denoiser: Any, blocks: Blocks) -> Any:
+    """A twin of a denoiser with other blocks in its model, and the same weights elsewhere."""
     twin = copy.copy(denoiser)
     twin.model = copy.copy(denoiser.model)
     twin.model._modules = dict(denoiser.model._modules)
-    for name in _blocks(denoiser):
-        blocks = getattr(denoiser.model, name)
-        many = isinstance(blocks, nn.ModuleList)
-        twin.model._modules[name] = nn.ModuleList(map(_recomputing, blocks)) if many else _recomputing(blocks)
+    for name, part in blocks.items():
+        twin.model._modules[name] = nn.ModuleList(part) if isinstance(part, list) else part
     return twin

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpfast.config import RecipeError
 from dpfast.generate import criteria
+from dpfast.generate.features import FeatureCache, cached_steps
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, check_interval, interval_steps
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.solvers import Solver
@@ -72,6 +73,8 @@ class GuidedSampler:
         cfg_scale: diffusers' convention; 1 switches classifier-free guidance off.
         cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the steps. Outside of it
             the conditional prediction runs alone, which halves the price of a step and changes the images.
+        cache_interval: of a run of unguided steps every one so many runs the whole denoiser, the others reuse the
+            features of its inner blocks (``dpfast.generate.features``); 1: every step is whole.
         seed: key of all noise.
         image_size: (H, W) that the learner takes; None: as decoded.
         memory_budget: bytes for the differentiated half of a guided step. It runs in chunks that fit, by a measurement
@@ -96,6 +99,7 @@ class GuidedSampler:
         cfg_scale: float = 1.5,
         cfg_interval: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,
+        cache_interval: int = 1,
         seed: int = 0,
         image_size: tuple[int, int] | None = None,
         memory_budget: int | None = None,
@@ -105,16 +109,20 @@ class GuidedSampler:
         check_interval("cfg_interval", *cfg_interval)
         if memory_budget is not None and memory_budget < 1:
             raise ValueError(f"memory_budget = {memory_budget}: expected bytes, at least 1, or None")
+        if cache_interval < 1:
+            raise ValueError(f"cache_interval = {cache_interval}: expected at least 1, which reuses nothing")
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile = {compile!r}: expected True, False or 'auto'")
         self.pipeline = pipeline
         self.guidance = guidance or GuidanceConfig()
         self.cfg_scale = cfg_scale
         self.cfg_interval = cfg_interval
+        self.cache_interval = cache_interval
         self.seed = seed
         self.memory_budget = memory_budget
         self.table = pipeline.table(steps, solver=solver, eta=eta)
         denoiser = pipeline.denoiser
+        self.cache = FeatureCache(denoiser) if cache_interval > 1 else None
         if learner is not None and self.guidance.through == "latent" and denoiser.prediction == "sample":
             raise ValueError("through = 'latent': this denoiser predicts x0 itself, which leaves no path around it")
         self._path: GuidancePath | None = None
@@ -162,7 +170,9 @@ class GuidedSampler:
         guided_steps = self.guidance.steps(total) if guided else frozenset()
         has_cfg = self.cfg_scale != 1 and self.pipeline.denoiser.null_label is not None
         cfg_steps = interval_steps(total, *self.cfg_interval) if has_cfg else range(0)
-        return [Variant(i in guided_steps, i in cfg_steps) for i in range(total)]
+        guided_at, cfg_at = ([i in steps for i in range(total)] for steps in (guided_steps, cfg_steps))
+        features = cached_steps(guided_at, cfg_at, self.cache_interval)
+        return [Variant(*kinds) for kinds in zip(guided_at, cfg_at, features, strict=True)]
 
     def check_labels(self, labels: Tensor) -> None:
         """Raises ``RecipeError`` for a label that the generator does not know."""
@@ -239,6 +249,7 @@ class GuidedSampler:
             raise ValueError(f"stop = {stop}: expected {trajectory.step} to {total}")
         execution, table, size = self.execution, self.table, len(trajectory)
         x, x0_prev, labels, ids = trajectory.x, trajectory.x0_prev, trajectory.labels, trajectory.sample_ids
+        features = trajectory.features
         omega, value, device = trajectory.omega, trajectory.value, trajectory.x.device
         if execution.batch is not None and size > execution.batch:
             execution.close()  # prepared for less: eager steps take any size
@@ -250,7 +261,7 @@ class GuidedSampler:
             more = execution.batch - size
             valid = torch.arange(execution.batch, device=device) < size
             x, labels, ids, strengths = (filled(rows, more) for rows in (x, labels, ids, strengths))
-            x0_prev = None if x0_prev is None else filled(x0_prev, more)
+            x0_prev, features = (None if rows is None else filled(rows, more) for rows in (x0_prev, features))
         inputs = StepInputs(
             x=x,
             x0_prev=x0_prev,
@@ -266,7 +277,13 @@ class GuidedSampler:
         )
         skipped = trajectory.skipped.clone()
         for index in range(trajectory.step, last):
-            out = execution.step(variants[index], inputs._replace(step=self._indices[index]))
+            variant = variants[index]
+            if variant.features != "reuse":
+                features = None
+            elif features is None:  # the trajectory begins here
+                variant = variant._replace(features="keep")
+            out = execution.step(variant, inputs._replace(step=self._indices[index], features=features))
+            features = out.features if variant.features == "keep" else features
             inputs = inputs._replace(x=out.x, x0_prev=out.x0)
             if out.skipped is not None:
                 skipped += out.skipped
@@ -275,7 +292,9 @@ class GuidedSampler:
         x, x0_prev = inputs.x[:size], inputs.x0_prev
         if last < total:
             x, x0_prev = x.clone(), None if x0_prev is None else x0_prev[:size].clone()
-        return replace(trajectory, x=x, x0_prev=x0_prev, value=value, skipped=skipped, step=last)
+            wanted = features is not None and variants[last].features == "reuse"
+            features = features[:size].clone() if features is not None and wanted else None
+        return replace(trajectory, x=x, x0_prev=x0_prev, value=value, features=features, skipped=skipped, step=last)
 
     @torch.no_grad()
     def finish(self, trajectory: Trajectory, *, learner_step: int = 0) -> SampleBatch:
@@ -379,6 +398,7 @@ class GuidedSampler:
             clip=self.table.clip,
             multistep=self.table.needs_x0_prev,
             noise=self.table.needs_noise,
+            cache=self.cache,
         )
 
     def _prepare(self, size: int) -> None:

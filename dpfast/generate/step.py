@@ -1,6 +1,7 @@
 """A step of the sampler as one pure function of tensors, in as many variants as a trajectory has kinds of steps.
 
-A variant is plain or guided, with classifier-free guidance or without. Everything that changes between two calls is an
+A variant is plain or guided, with classifier-free guidance or without; a plain one may keep or reuse features
+(``dpfast.generate.features``). Everything that changes between two calls is an
 input tensor: the state, the step's index, the table, strengths, labels, ids, seed. Nothing is read on the host. So one
 compilation, or one capture as a CUDA graph, serves every step, batch and update of the learner's weights in place.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dpfast.generate.decoder import Decoder
 from dpfast.generate.denoiser import Denoiser
+from dpfast.generate.features import FeatureCache, Features
 from dpfast.generate.guidance import GuidancePath
 from dpfast.ops import DynamicThreshold, guided_step
 from dpfast.ops.guided_step import Mode
@@ -25,7 +27,10 @@ class StepInputs(NamedTuple):
     """x, x0_prev: (B, c, h, w) float32; labels, sample_ids: (B,) int64; valid: (B,) bool, False where a row only fills
     the batch; omega: (B,) float32; the rest 0-d (step and seed int64) or the solver's whole table.
 
-    None where a variant has no use for it: x0_prev without a multistep solver, valid in a batch without filling.
+    features: (B, ways, ...) of an earlier step, ways being 2 with classifier-free guidance (row 0 the conditional one).
+
+    None where a variant has no use for it: x0_prev without a multistep solver, valid in a batch without filling,
+    features unless it reuses them.
     """
 
     x: Tensor
@@ -39,17 +44,20 @@ class StepInputs(NamedTuple):
     omega: Tensor
     cfg_scale: Tensor
     seed: Tensor
+    features: Tensor | None = None
 
 
 class StepOutputs(NamedTuple):
     """x: the next state; x0: this step's x0 for a multistep solver; value: (B,) of the criterion at the old state;
-    skipped: 0-d int64, the samples whose gradient was not finite. The last two are None in a plain step.
+    skipped: 0-d int64, the samples whose gradient was not finite; these two are None in a plain step. features: as in
+    ``StepInputs``, None unless the step keeps them.
     """
 
     x: Tensor
     x0: Tensor | None
     value: Tensor | None
     skipped: Tensor | None
+    features: Tensor | None
 
 
 class Finished(NamedTuple):
@@ -62,9 +70,11 @@ class Finished(NamedTuple):
 class Variant(NamedTuple):
     guided: bool
     cfg: bool
+    features: Features = "compute"
 
     def __str__(self) -> str:
-        return f"{'guided' if self.guided else 'plain'} step {'with' if self.cfg else 'without'} CFG"
+        name = f"{'guided' if self.guided else 'plain'} step {'with' if self.cfg else 'without'} CFG"
+        return name if self.features == "compute" else f"{name} to {self.features} features"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +88,13 @@ class StepParts:
     clip: float | DynamicThreshold | None = None
     multistep: bool = False  # the solver uses the x0 of the step before
     noise: bool = False  # the solver adds noise
+    cache: FeatureCache | None = None  # of variants that keep or reuse features
 
 
 def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutputs]:
     """The step of this variant: ``StepInputs``, as positional arguments, to ``StepOutputs``."""
-    denoiser, path, (guided, cfg) = parts.denoiser, parts.path, variant
+    denoiser, path, cache, (guided, cfg, features) = parts.denoiser, parts.path, parts.cache, variant
+    assert not (guided and features != "compute")
     exact = guided and path is not None and path.through == "denoiser"
 
     def step(*given: Tensor | None) -> StepOutputs:
@@ -91,16 +103,29 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
         timestep = inputs.timesteps.index_select(0, index).reshape(())
         alpha, sigma = inputs.rows.index_select(0, index)[0, :2].unbind()
         null = torch.full_like(labels, denoiser.null_label) if cfg and denoiser.null_label is not None else None
-        gradient = value = unconditional = skipped = None
+        gradient = value = unconditional = skipped = kept = None
+
+        def predict(x: Tensor, labels: Tensor) -> Tensor:
+            nonlocal kept
+            if features == "compute":
+                return denoiser(x, timestep, labels)
+            assert cache is not None
+            if features == "keep":
+                prediction, kept = cache.keep(x, timestep, labels)
+                kept = kept.unflatten(0, (-1, len(inputs.x))).transpose(0, 1)
+                return prediction
+            assert inputs.features is not None
+            return cache.reuse(x, timestep, labels, inputs.features.transpose(0, 1).flatten(0, 1))
+
         if exact:
             assert path is not None
             gradient, conditional, value = path.gradient(x, timestep, labels, alpha, sigma)
             if null is not None:
                 unconditional = denoiser(x, timestep, null)
         elif null is not None:
-            conditional, unconditional = denoiser(torch.cat([x, x]), timestep, torch.cat([labels, null])).chunk(2)
+            conditional, unconditional = predict(torch.cat([x, x]), torch.cat([labels, null])).chunk(2)
         else:
-            conditional = denoiser(x, timestep, labels)
+            conditional = predict(x, labels)
         if guided and not exact:
             assert path is not None
             gradient, _, value = path.gradient(x, timestep, labels, alpha, sigma, conditional)
@@ -127,7 +152,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             x0_out=x0,
             skipped=skipped,
         )
-        return StepOutputs(following, x0, value, skipped)
+        return StepOutputs(following, x0, value, skipped, kept)
 
     return step
 

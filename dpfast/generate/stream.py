@@ -56,7 +56,8 @@ def _sizer(sampler: GuidedSampler, batch_size: int | Literal["auto"], total: int
     if batch_size == "auto" and prepared is not None:  # found by an earlier stream
         return BatchSizer(prepared, limit=prepared, search=False)
     if batch_size == "auto" and total > FIRST:
-        dearest = max(sampler.variants(guided=guided))
+        whole = (variant for variant in sampler.variants(guided=guided) if variant.features != "reuse")
+        dearest = max(whole, key=lambda variant: (variant.guided, variant.cfg))
         limit = probing.largest_batch(sampler.execution.parts, sampler.table, dearest)
         return BatchSizer(FIRST, limit=min(LARGEST, limit))
     size = max(1, total if batch_size == "auto" or (batch_size > total and prepared != batch_size) else batch_size)

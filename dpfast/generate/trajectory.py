@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS = ("x", "x0_prev", "labels", "sample_ids", "omega", "value")
+ROWS = ("x", "x0_prev", "labels", "sample_ids", "omega", "value", "features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,8 @@ class Trajectory:
 
     x: (B, c, h, w) float32 latents; x0_prev: the same, the x0 of the step before, None where the solver has no use for
     it; labels, sample_ids: (B,) int64; omega: (B,) float32, None: unguided; value: (B,) float32, the criterion at the
-    x0 that the last guided step predicted, None before it; skipped: 0-d int64, as in ``SampleBatch``, of all that ever
+    x0 that the last guided step predicted, None before it; features: as in ``StepInputs``, where the next step reuses
+    them; skipped: 0-d int64, as in ``SampleBatch``, of all that ever
     belonged to the batch.
     """
 
@@ -29,6 +30,7 @@ class Trajectory:
     x0_prev: Tensor | None = None
     omega: Tensor | None = None
     value: Tensor | None = None
+    features: Tensor | None = None
     step: int = 0
 
     def __len__(self) -> int:

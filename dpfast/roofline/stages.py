@@ -144,6 +144,7 @@ def _execution(sampler: GuidedSampler) -> Execution:
             clip=sampler.table.clip,
             multistep=sampler.table.needs_x0_prev,
             noise=sampler.table.needs_noise,
+            cache=sampler.cache,
         )
     )
 
@@ -189,6 +190,9 @@ def _steps(sampler: GuidedSampler, batch: int, *, guided: bool, start: int = 0, 
     """The steps from ``start`` to ``stop`` of one sample of a batch."""
     inputs, execution, total = _inputs(sampler, batch), _execution(sampler), Counts()
     for variant, times in Counter(sampler.variants(guided=guided)[start:stop]).items():
+        if variant.features == "reuse":  # of the shape that a step before it kept
+            kept = execution.step(variant._replace(features="keep"), inputs).features
+            inputs = inputs._replace(features=kept)
         total += counts(partial(execution.step, variant, inputs)) * times
     return total * (1 / batch)
 
@@ -219,7 +223,7 @@ def _sampling_bytes(sampler: GuidedSampler) -> tuple[int, int]:
 
     calls: list[Callable[[int], object]] = [
         decoding,
-        *(partial(step, variant) for variant in Counter(sampler.variants(guided=True))),
+        *(partial(step, v) for v in set(sampler.variants(guided=True)) if v.features != "reuse"),
     ]
     with Fused():
         return max((bytes_per_sample(call) for call in calls), key=lambda pair: pair[1])

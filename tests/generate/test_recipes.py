@@ -16,6 +16,7 @@ from tests.tiny_pipelines import NAMES
 FIELDS = {
     "solver": "dpmpp2m", "steps": 6, "cfg_scale": 2.0, "cfg_from": 0.25, "cfg_until": 0.75, "omega": 0.1,
     "guide_every": 2, "guide_from": 0.1, "guide_until": 0.9, "mode": "score", "criterion": "margin", "seed": 5,
+    "cache_interval": 3,
 }  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def test_a_sampler_is_what_its_recipe_says(pipeline, learner):
     guidance = sampler.guidance
     by_hand = GuidedSampler(
         pipeline, learner, guidance=guidance, steps=6, solver="dpmpp2m", cfg_scale=2.0, cfg_interval=(0.25, 0.75),
-        seed=5, compile=False,
+        seed=5, cache_interval=3, compile=False,
     )  # fmt: skip
     assert (guidance.omega, guidance.every, guidance.start, guidance.until) == (0.1, 2, 0.1, 0.9)
     assert (guidance.mode, guidance.criterion, sampler.table.needs_x0_prev) == ("score", "margin", True)
