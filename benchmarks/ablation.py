@@ -323,8 +323,8 @@ def table(made: list[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def search(bench: Bench, samples: int, first: int, folder: Path | None) -> str:
-    """`fewer_steps` over the settings, each on the samples from `first` on and kept in the folder."""
+def qualities(bench: Bench, samples: int, first: int, folder: Path | None) -> Callable[[Record], fewer_steps.Quality]:
+    """The quality of a setting's samples, those from `first` on, kept in the folder."""
     ids = torch.arange(first, first + samples)
 
     def quality(option: Record) -> fewer_steps.Quality:
@@ -339,8 +339,14 @@ def search(bench: Bench, samples: int, first: int, folder: Path | None) -> str:
         print(option, file=sys.stderr, flush=True)
         return torch.tensor(record["entropies"]), torch.tensor(record["hits"])
 
+    return quality
+
+
+def search(bench: Bench, samples: int, first: int, folder: Path | None) -> str:
+    """`fewer_steps` over the settings."""
     reference = {"solver": "ddim", "steps": STEPS, "every": EVERY, "omega": OMEGA}
-    return fewer_steps.table(fewer_steps.search(quality, reference, fewer_steps.SETTINGS))
+    tried = fewer_steps.search(qualities(bench, samples, first, folder), reference, fewer_steps.SETTINGS)
+    return fewer_steps.table(tried)
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:

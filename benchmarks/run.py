@@ -25,6 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 COPY = "copy"
 TABLES = {
     "sampler": "benchmarks.ablation",
+    "cheaper": "benchmarks.cheaper_steps",
     "flops": "benchmarks.flops",
     "study": "benchmarks.study",
     "theory": "benchmarks.bench_theory",

@@ -56,7 +56,7 @@ class FeatureCache:
 
     def __init__(self, denoiser: Any) -> None:
         self._slot = _Slot()
-        model = getattr(denoiser, "model", None)
+        model: Any = getattr(denoiser, "model", None)
         if len(getattr(model, "transformer_blocks", ())) > 1:
             keep, reuse = _transformer(model.transformer_blocks, self._slot)
         elif len(getattr(model, "up_blocks", ())) > 1 and not hasattr(model.up_blocks[-2], "skip_conv"):

@@ -70,6 +70,14 @@ def test_a_planned_sample_costs_what_a_real_one_is_counted_to(recipe, stages, fa
     assert stages.guided.flops == price(new_sampler(recipe, fashion, learner, compile=False), guided=True).flops
 
 
+def test_reused_features_are_planned_and_paid_alike(recipe, stages, fashion):
+    cached = dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, cache_interval=2))
+    planned = count_stages(cached, without_weights("fashion"), half_training=False)
+    paid = price(new_sampler(cached, fashion, None, compile=False), guided=False)
+    assert planned.unguided.flops == paid.flops < 0.7 * stages.unguided.flops
+    assert planned.guided == stages.guided  # every second step is guided: nothing to reuse
+
+
 @pytest.mark.parametrize("changes", [{"early_candidates": 3.0, "early_until": 0.5}, {"restart": 0.5}], ids=str)
 def test_every_way_is_planned_at_what_a_sample_is_paid(recipe, changes, fashion):
     chosen = dataclasses.replace(recipe, practice=dataclasses.replace(recipe.practice, **changes))
