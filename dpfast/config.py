@@ -56,6 +56,7 @@ class Generator:
     compile: bool = False  # torch.compile: pays for many samples; a resumed run needs the same choice for the same bits
     generation_batch: int = 250  # samples in one sampler batch; the images do not depend on it
     attention: str = "sdpa"  # torch's scaled_dot_product_attention, or "xformers" on a GPU
+    channels_last: bool = False  # memory format of UNets and full decoders, what their convolutions want on a GPU
 
     def __post_init__(self) -> None:
         named = all(isinstance(name, str) and name.strip() for name in self.class_names)

@@ -55,6 +55,9 @@ class Unscale:
 def _repeat(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     x, *rest = arguments
     b, c, h, w = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, h, 2, w, 2, c).reshape(b, 2 * h, 2 * w, c)
+        return (x.permute(0, 3, 1, 2), *rest)
     return (x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w), *rest)
 
 

@@ -25,6 +25,7 @@ def load_pipeline(generator: Generator, *, device: torch.device | str = "cpu") -
         device=device,
         dtype=generator.dtype,
         attention=generator.attention,
+        channels_last=generator.channels_last,
         class_names=class_names(generator),
         prompt_template=generator.prompt_template,
     )

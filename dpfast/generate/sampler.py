@@ -147,10 +147,20 @@ class GuidedSampler:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, learner: Learner | None = None, *, device: torch.device | str = "cpu", **options: Any
+        cls,
+        folder: str | Path,
+        learner: Learner | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = torch.float32,
+        attention: str = "sdpa",
+        channels_last: bool = False,
+        **options: Any,
     ) -> GuidedSampler:
-        """``GuidedSampler(Pipeline.from_pretrained(folder, device=device), learner, **options)``."""
-        return cls(Pipeline.from_pretrained(folder, device=device), learner, **options)
+        """``GuidedSampler(Pipeline.from_pretrained(folder, device=..., dtype=..., ...), learner, **options)``."""
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        placed |= {"attention": attention, "channels_last": channels_last}
+        return cls(Pipeline.from_pretrained(folder, **placed), learner, **options)
 
     @property
     def learner(self) -> Learner | None:

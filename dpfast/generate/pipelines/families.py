@@ -17,9 +17,12 @@ import torch
 
 from dpfast.generate.decoder import Decoder, IdentityDecoder, TinyDecoder, VaeDecoder
 from dpfast.generate.denoiser import Denoiser, DiTDenoiser, PixelUNetDenoiser, TextTransformerDenoiser, TextUNetDenoiser
+from dpfast.generate.pipelines.attention import set_attention
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.prompts import class_prompts, encode_stable_diffusion, encode_stable_diffusion_3
 from dpfast.generate.pipelines.solvers import load_scheduler, prediction_of
+
+CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Options:
     device: torch.device
     dtype: torch.dtype
     attention: str
+    channels_last: bool
     class_names: Sequence[str] | None
     prompt_template: str
 
@@ -167,9 +171,13 @@ def _names(folder: PipelineFolder, options: Options) -> tuple[str, ...]:
 
 def _network(folder: PipelineFolder, kind: Any, part: str, options: Options) -> Any:
     model = folder.model(kind, part, device=options.device, dtype=options.dtype)
-    if options.attention == "xformers":
-        model.enable_xformers_memory_efficient_attention()
-    return model
+    if kind in CONVOLUTIONAL:
+        model = _in_format(model, options)
+    return set_attention(model, options.attention)
+
+
+def _in_format(model: Any, options: Options) -> Any:
+    return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 
 def _decoder(folder: PipelineFolder, latent_channels: int, options: Options) -> tuple[Decoder, int]:
@@ -177,7 +185,9 @@ def _decoder(folder: PipelineFolder, latent_channels: int, options: Options) -> 
     named = folder.class_of("vae")
     if named not in ("AutoencoderKL", "AutoencoderTiny"):
         raise folder.error(f"'vae' is a {named}; expected an AutoencoderKL or an AutoencoderTiny")
-    model = folder.model(getattr(diffusers, named), "vae", device=options.device, dtype=options.dtype)
+    model = _in_format(
+        folder.model(getattr(diffusers, named), "vae", device=options.device, dtype=options.dtype), options
+    )
     if model.config.latent_channels != latent_channels:
         raise folder.error(
             f"the denoiser takes {latent_channels} channels and 'vae' has {model.config.latent_channels} latent ones; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from dpfast.config import RecipeError
 from dpfast.generate.decoder import Decoder
 from dpfast.generate.denoiser import Denoiser
+from dpfast.generate.pipelines import attention as kernels
 from dpfast.generate.pipelines import families
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.solvers import Solver, solver_table
@@ -48,6 +48,7 @@ class Pipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         attention: str = "sdpa",
+        channels_last: bool = False,
         class_names: Sequence[str] | None = None,
         prompt_template: str = "a photo of a {}",
     ) -> Pipeline:
@@ -60,19 +61,20 @@ class Pipeline:
             device: of all parts and tables.
             dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents, images and the
                 solver stay in float32.
-            attention: "sdpa" or "xformers"; the latter warns on import when its build does not match torch, so it is
-                never the default.
+            attention: "sdpa" or "xformers", which must match torch and needs a GPU.
+            channels_last: memory format of the convolutional models, UNets and full decoders; the tiny decoder always
+                has it.
             class_names: names of the classes by id; None: those of the folder, in ``class_names.json`` (a list) or in
                 the ``id2label`` of its ``model_index.json``.
             prompt_template: what a text-conditioned family is asked for, with "{}" for the class name.
 
         Raises ``RecipeError`` for a missing folder or part, weights that are missing, incomplete or pickled, a pipeline
         of another family, class names that are missing or do not fit the model, a scheduler option without a solver
-        here, an unknown dtype or attention, and where xformers is not installed.
+        here, an unknown dtype or attention, and where xformers is missing, does not match or has no GPU.
         """
-        options = families.Options(
-            torch.device(device), _dtype(dtype), _attention(attention), class_names, prompt_template
-        )
+        placed = torch.device(device)
+        kind = kernels.checked(attention, placed)
+        options = families.Options(placed, _dtype(dtype), kind, channels_last, class_names, prompt_template)
         folder = PipelineFolder(source)
         parts = families.load(folder, options)
         return cls(
@@ -107,11 +109,3 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     if chosen is None:
         raise RecipeError(f"dtype = {str(dtype)!r}: expected one of {', '.join(DTYPES)}")
     return chosen
-
-
-def _attention(attention: str) -> str:
-    if attention not in ("sdpa", "xformers"):
-        raise RecipeError(f"attention = {attention!r}: expected 'sdpa' or 'xformers'")
-    if attention == "xformers" and importlib.util.find_spec("xformers") is None:
-        raise RecipeError("attention = 'xformers': not installed; pip install 'dpfast[xformers]', or use 'sdpa'")
-    return attention
