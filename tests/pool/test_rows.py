@@ -36,6 +36,19 @@ def test_rows_are_those_of_indexing(backend, chunk_rows, stride, monkeypatch):
             table.take(torch.tensor([3, wrong]), 200)
 
 
+def test_a_table_grows_by_a_chunk_without_a_look_at_the_others():
+    table, _ = table_of(20, 7, 3)
+    grown = ChunkTable(7, 3)
+    for chunk in table.chunks:
+        before, grown = grown, grown.with_chunk(chunk)
+        assert len(before.chunks) == len(before.addresses) == len(grown.chunks) - 1  # readers keep what they have
+    assert torch.equal(grown.addresses, table.addresses)
+    assert grown.kinds == table.kinds
+    marked = ChunkTable(7, 3, table.chunks[:1], torch.tensor([5]), frozenset({"elsewhere"})).with_chunk(table.chunks[1])
+    assert marked.addresses.tolist() == [5, table.chunks[1].data_ptr()]
+    assert marked.kinds == {"elsewhere", "cpu"}
+
+
 def test_the_gpu_s_kernel_reads_the_same_rows_in_triton_s_interpreter():
     """In a process of its own: Triton reads the switch when a kernel is defined."""
     pytest.importorskip("triton")
