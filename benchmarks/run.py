@@ -26,6 +26,7 @@ COPY = "copy"
 TABLES = {
     "sampler": "benchmarks.ablation",
     "cheaper": "benchmarks.cheaper_steps",
+    "regions": "benchmarks.compile_regions",
     "flops": "benchmarks.flops",
     "study": "benchmarks.study",
     "theory": "benchmarks.bench_theory",

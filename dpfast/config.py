@@ -54,6 +54,7 @@ class Generator:
     # features of its inner blocks: cheaper, and other images; 1: every step is whole
     eta: float = 0.0  # 0: deterministic DDIM, 1: ancestral; TCD's gamma
     compile: bool = False  # torch.compile: pays for many samples; a resumed run needs the same choice for the same bits
+    compile_region: str = "step"  # what is compiled: whole steps, or the transformer's "blocks" alone, once for all
     generation_batch: int = 250  # samples in one sampler batch; the images do not depend on it
     attention: str = "sdpa"  # torch's scaled_dot_product_attention, or "xformers" on a GPU
     channels_last: bool = False  # memory format of UNets and full decoders, what their convolutions want on a GPU
@@ -75,6 +76,8 @@ class Generator:
         free = self.solver in ("auto", "ddim", "tcd")
         _check(free or not self.eta, "eta", self.eta, f"0 with solver = {self.solver!r}: for 'ddim' and 'tcd' alone")
         _check(self.generation_batch >= 1, "generation_batch", self.generation_batch, "at least 1")
+        regions = ("step", "blocks")
+        _check(self.compile_region in regions, "compile_region", self.compile_region, "'step' or 'blocks'")
         _check(self.image_size >= 0, "image_size", self.image_size, "pixels, or 0 for the size that is decoded")
         _check(self.attention in ("sdpa", "xformers"), "attention", self.attention, "'sdpa' or 'xformers'")
 

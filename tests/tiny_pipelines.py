@@ -88,13 +88,13 @@ def clip_encoder(kind, tokenizer, width=16):
     return kind(config).eval()
 
 
-def dit(folder: Path, *, learned_sigma=False, tiny=True, **scheduler):
+def dit(folder: Path, *, learned_sigma=False, tiny=True, layers=2, **scheduler):
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
         out_channels=8 if learned_sigma else 4,
-        num_layers=2,
+        num_layers=layers,
         sample_size=8,
         patch_size=2,
     )

@@ -14,6 +14,7 @@ from dpfast.generate.guidance import GuidanceConfig, Through
 from dpfast.generate.pipelines import Pipeline, families
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.solvers import Solver
+from dpfast.generate.runtime.execution import Region
 from dpfast.generate.sampler import GuidedSampler, Learner
 from dpfast.ops.guided_step import Mode
 
@@ -92,6 +93,7 @@ def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: Learner | None, **o
         "cache_interval": generator.cache_interval,
         "seed": recipe.seed,
         "compile": generator.compile,
+        "compile_region": cast(Region, generator.compile_region),
     }
     try:
         return GuidedSampler(pipeline, learner, **described | options)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from dpfast.generate.pipelines.solvers import Solver
 from dpfast.generate.runtime import probing
 from dpfast.generate.runtime.batching import BatchSizer
 from dpfast.generate.runtime.compiling import CompileCosts, Tuner
-from dpfast.generate.runtime.execution import Execution
+from dpfast.generate.runtime.execution import Execution, Region
 from dpfast.generate.runtime.graphs import CudaRecorder, Recorder
 from dpfast.generate.runtime.memory import release
+from dpfast.generate.runtime.regional import has_region
 from dpfast.generate.step import StepInputs, StepParts, Variant
 from dpfast.generate.stream import in_batches
 from dpfast.generate.trajectory import Trajectory, filled
@@ -82,6 +83,8 @@ class GuidedSampler:
             one.
         compile: True, False or "auto", which compiles where that pays within the samples of a ``stream`` (``tuner``
             says what came of it). Compiled steps round differently: say True or False where bits must repeat.
+        compile_region: "step" compiles whole steps, "blocks" the denoiser's transformer blocks alone, once for all of
+            them: a compile time that does not grow with the depth, for steps that are less fused.
         cuda_graphs: replay steps from CUDA graphs; None: on a GPU.
 
     Raises ``ValueError`` or ``TypeError`` for an argument that cannot work; the learner is tried out on two black
@@ -104,6 +107,7 @@ class GuidedSampler:
         image_size: tuple[int, int] | None = None,
         memory_budget: int | None = None,
         compile: bool | Literal["auto"] = "auto",
+        compile_region: Region = "step",
         cuda_graphs: bool | None = None,
     ) -> None:
         check_interval("cfg_interval", *cfg_interval)
@@ -113,6 +117,11 @@ class GuidedSampler:
             raise ValueError(f"cache_interval = {cache_interval}: expected at least 1, which reuses nothing")
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile = {compile!r}: expected True, False or 'auto'")
+        if compile_region not in get_args(Region):
+            raise ValueError(f"compile_region = {compile_region!r}: expected one of {', '.join(get_args(Region))}")
+        if compile_region == "blocks" and not has_region(pipeline.denoiser):
+            raise ValueError("compile_region = 'blocks': this denoiser has no transformer blocks; use 'step'")
+        self.compile_region = compile_region
         self.pipeline = pipeline
         self.guidance = guidance or GuidanceConfig()
         self.cfg_scale = cfg_scale
@@ -141,7 +150,9 @@ class GuidedSampler:
             raise ValueError(f"cuda_graphs = True: needs a pipeline on a GPU, this one is on {pipeline.device}")
         model = getattr(denoiser, "model", denoiser)
         names = [type(part).__name__ for part in (model, learner) if part is not None]
-        self.tuner = Tuner(CompileCosts(pipeline.device, f"{' + '.join(names)} {denoiser.sample_shape}"), compile)
+        described = f"{' + '.join(names)} {denoiser.sample_shape}"
+        described += " by blocks" if compile_region == "blocks" else ""
+        self.tuner = Tuner(CompileCosts(pipeline.device, described), compile)
         self._indices = [torch.tensor(i, device=pipeline.device) for i in range(len(self.table))]
         self._execution: Execution | None = None
 
@@ -171,7 +182,7 @@ class GuidedSampler:
     def execution(self) -> Execution:
         """The steps, once a batch was asked for."""
         if self._execution is None:
-            self._execution = Execution(self._parts(), recorder=self.recorder)
+            self._execution = Execution(self._parts(), recorder=self.recorder, region=self.compile_region)
         return self._execution
 
     def variants(self, *, guided: bool) -> list[Variant]:

@@ -16,7 +16,7 @@ from tests.tiny_pipelines import NAMES
 FIELDS = {
     "solver": "dpmpp2m", "steps": 6, "cfg_scale": 2.0, "cfg_from": 0.25, "cfg_until": 0.75, "omega": 0.1,
     "guide_every": 2, "guide_from": 0.1, "guide_until": 0.9, "mode": "score", "criterion": "margin", "seed": 5,
-    "cache_interval": 3,
+    "cache_interval": 3, "compile_region": "blocks",
 }  # fmt: skip
 
 
@@ -44,6 +44,7 @@ def test_a_sampler_is_what_its_recipe_says(pipeline, learner):
     )  # fmt: skip
     assert (guidance.omega, guidance.every, guidance.start, guidance.until) == (0.1, 2, 0.1, 0.9)
     assert (guidance.mode, guidance.criterion, sampler.table.needs_x0_prev) == ("score", "margin", True)
+    assert sampler.execution.region == "blocks"
     assert torch.equal(sampler.generate([0, 1]).images, by_hand.generate([0, 1]).images)
     assert new_sampler(load(eta=0.5), pipeline, None).table.needs_noise
     assert new_sampler(load(compile=True), pipeline, None, compile=False).tuner.mode is False

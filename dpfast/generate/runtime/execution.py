@@ -1,4 +1,5 @@
-"""How the variants of a step run: eagerly, compiled as one full graph each, replayed from a CUDA graph, or both.
+"""How the variants of a step run: eagerly, compiled as one full graph each or by their denoiser's blocks, replayed from
+a CUDA graph, or both.
 
 A prepared execution takes batches of one size; a smaller batch is filled up with copies of its last row.
 """
@@ -7,12 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dpfast.generate.features import FeatureCache
 from dpfast.generate.runtime.graphs import Captured, Recorder
+from dpfast.generate.runtime.regional import regional
 from dpfast.generate.step import (
     Finished,
     StepInputs,
@@ -28,6 +33,7 @@ from dpfast.generate.step import (
 _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
+Region = Literal["step", "blocks"]
 
 
 class Execution:
@@ -37,10 +43,18 @@ class Execution:
         parts: what the steps are made of.
         recorder: captures prepared steps; None runs them as they are.
         backend: of ``torch.compile``.
+        region: what is compiled, whole steps or the denoiser's blocks (``dpfast.generate.runtime.regional``).
     """
 
-    def __init__(self, parts: StepParts, *, recorder: Recorder | None = None, backend: str | Callable = "inductor"):
-        self.parts, self.recorder, self.backend = parts, recorder, backend
+    def __init__(
+        self,
+        parts: StepParts,
+        *,
+        recorder: Recorder | None = None,
+        backend: str | Callable = "inductor",
+        region: Region = "step",
+    ) -> None:
+        self.parts, self.recorder, self.backend, self.region = parts, recorder, backend, region
         self.batch: int | None = None  # the size that prepared steps take; None: eager steps of any size
         self.compiled = False
         self._functions: dict[Variant | str, Callable[..., Any]] = {}
@@ -64,13 +78,25 @@ class Execution:
     def _function(self, key: Variant | str, name: str) -> Callable[..., Any]:
         if key not in self._functions:
             function: Callable[..., Any]
-            function = step_function(self.parts, key) if isinstance(key, Variant) else finish_function(self.parts)
-            if self.compiled:
-                function = torch.compile(function, fullgraph=True, dynamic=False, backend=self.backend, **_ISOLATED)
+            parts = self._by_blocks if self.compiled and self.region == "blocks" else self.parts
+            function = step_function(parts, key) if isinstance(key, Variant) else finish_function(parts)
+            if self.compiled and self.region == "step":
+                function = self._compile(function)
             if self.batch is not None and self.recorder is not None:
                 function = Captured(function, self.recorder, watched=self._weights, name=name)
             self._functions[key] = function
         return self._functions[key]
+
+    @cached_property
+    def _by_blocks(self) -> StepParts:
+        parts = self.parts
+        twin = regional(parts.denoiser, self._compile)
+        path = None if parts.path is None else replace(parts.path, denoiser=twin)
+        return replace(parts, denoiser=twin, path=path, cache=parts.cache and FeatureCache(twin))
+
+    @property
+    def _compile(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        return partial(torch.compile, fullgraph=True, dynamic=False, backend=self.backend, **_ISOLATED)
 
     def _weights(self) -> Iterable[Tensor]:
         """What of the learner a capture reads in place; the generator's own weights are frozen."""
