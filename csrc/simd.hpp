@@ -1,8 +1,9 @@
 // Arithmetic that the compiler vectorises: each function is one lane, written without branches or library calls.
 //
-// A kernel marked DPFAST_CLONES is compiled for AVX-512, AVX2 and the baseline; the loader picks one when the module is
-// loaded. Where a loop does not vectorise well by itself it is written on `Floats`, the vector type of GCC and Clang,
-// which each of the three splits into its own registers. The polynomials are least-squares fits with Lawson weights, which makes them close to minimax.
+// A kernel is compiled for AVX-512, AVX2 and the baseline; the loader picks one when the module is loaded. One whose loops
+// vectorise by themselves is marked DPFAST_CLONES. Others are templates on `Floats`, the vector type of GCC and Clang with
+// the width of each level's registers, and DPFAST_LEVELS makes the three. The polynomials are least-squares fits with
+// Lawson weights, which makes them close to minimax.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,23 @@
 #define DPFAST_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(DPFAST_PORTABLE)
 #define DPFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define DPFAST_LEVEL(target_, Floats, name, kernel, Args) \
+  __attribute__((target(target_))) void name(const Args& args, int64_t begin, int64_t end) { kernel<Floats>(args, begin, end); }
+#define DPFAST_LEVELS(name, kernel, Args)                         \
+  DPFAST_LEVEL("default", Floats4, name, kernel, Args)            \
+  DPFAST_LEVEL("arch=x86-64-v3", Floats8, name, kernel, Args)     \
+  DPFAST_LEVEL("arch=x86-64-v4", Floats16, name, kernel, Args)
 #else
 #define DPFAST_CLONES
+#if defined(__AVX512F__)
+#define DPFAST_FLOATS Floats16
+#elif defined(__AVX__)
+#define DPFAST_FLOATS Floats8
+#else
+#define DPFAST_FLOATS Floats4
+#endif
+#define DPFAST_LEVELS(name, kernel, Args) \
+  void name(const Args& args, int64_t begin, int64_t end) { kernel<DPFAST_FLOATS>(args, begin, end); }
 #endif
 
 namespace dpfast {
@@ -97,36 +113,54 @@ DPFAST_INLINE uint16_t float_to_bfloat(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-constexpr int kLanes = 16;
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+// Wider vectors than the registers are taken apart lane by lane where they are compared: on AVX2, 16 lanes took nine times
+// as long as 8.
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef float Floats16 __attribute__((vector_size(64)));
+template <class Floats>
+constexpr int kLanes = sizeof(Floats) / sizeof(float);
 
+template <class Floats>
 DPFAST_INLINE Floats load(const float* from) {
   Floats value;
   std::memcpy(&value, from, sizeof(value));
   return value;
 }
 
-DPFAST_INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+template <class Floats>
+DPFAST_INLINE void store(float* to, Floats value) {
+  std::memcpy(to, &value, sizeof(value));
+}
 
 // Comparisons, not library maxima: a NaN in `value` compares false, so the first leaves it and the second skips it.
-DPFAST_INLINE Floats at_least(Floats value, float floor) { return value < floor ? Floats{} + floor : value; }
-DPFAST_INLINE Floats larger(Floats value, Floats other) { return value < other ? other : value; }
+template <class Floats>
+DPFAST_INLINE Floats at_least(Floats value, float floor) {
+  return value < floor ? Floats{} + floor : value;
+}
+template <class Floats>
+DPFAST_INLINE Floats larger(Floats value, Floats other) {
+  return value < other ? other : value;
+}
 
+template <class Floats>
 DPFAST_INLINE float largest(Floats value) {
   float top = value[0];
-  for (int i = 1; i < kLanes; ++i) top = top < value[i] ? value[i] : top;
+  for (int i = 1; i < kLanes<Floats>; ++i) top = top < value[i] ? value[i] : top;
   return top;
 }
 
+template <class Floats>
 DPFAST_INLINE double sum(Floats value) {
   double total = 0.0;
-  for (int i = 0; i < kLanes; ++i) total += static_cast<double>(value[i]);
+  for (int i = 0; i < kLanes<Floats>; ++i) total += static_cast<double>(value[i]);
   return total;
 }
 
 // 2^x for x in [-127, 0]; relative error 2e-7, and 2^-127 comes out as exactly 0. NaN stays NaN.
+template <class Floats>
 DPFAST_INLINE Floats exp2_nonpositive(Floats x) {
+  using Ints = decltype(x < x);
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const Floats shifted = x + kRound;
   const Floats f = x - (shifted - kRound);

@@ -66,11 +66,12 @@ def backend_of(operation: str, device: torch.device | str) -> Backend:
 
 def backend_for(device: torch.device) -> Backend:
     """`backend_of` for any of the operations: they all share the rule."""
-    return _choose(device.type, FORCED)
+    return _choose(device, FORCED)
 
 
 @functools.cache
-def _choose(kind: str, forced: str) -> Backend:
+def _choose(device: torch.device, forced: str) -> Backend:
+    kind = device.type
     runs_triton = has_triton() and (kind == "cuda" or (kind == "cpu" and INTERPRETED))
     if forced == "triton" and not runs_triton:
         raise RuntimeError(

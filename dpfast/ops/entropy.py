@@ -19,21 +19,6 @@ from dpfast.ops.kernels.entropy import launch
 from dpfast.ops.reference.entropy import reference
 
 
-def _native(logits: Tensor, temperature: float, entropy: Tensor, dlogits: Tensor | None) -> None:
-    rows, classes = logits.shape
-    _dispatch.native_module().entropy(
-        logits.data_ptr(),
-        rows,
-        classes,
-        logits.stride(0),
-        _dispatch.DTYPE_CODES[logits.dtype],
-        1.0 / temperature,
-        entropy.data_ptr(),
-        0 if dlogits is None else dlogits.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
 def _gradient_like(logits: Tensor) -> Tensor:
     return torch.empty_like(logits) if logits.is_contiguous() else logits.new_empty(logits.shape)
 
@@ -46,10 +31,25 @@ def _run(logits: Tensor, temperature: float, dlogits: Tensor | None) -> Tensor:
         if dlogits is not None:
             dlogits.copy_(gradient)
         return values
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        logits = logits.contiguous()
-    entropy = logits.new_empty(len(logits), dtype=torch.float32)
-    (_native if backend == "native" else launch)(logits, temperature, entropy, dlogits)
+    rows, classes = logits.shape
+    stride, step = logits.stride()
+    if step != 1 and classes > 1:
+        logits, stride = logits.contiguous(), classes
+    entropy = logits.new_empty(rows, dtype=torch.float32)
+    if backend == "triton":
+        launch(logits, temperature, entropy, dlogits)
+        return entropy
+    _dispatch.native_module().entropy(
+        logits.data_ptr(),
+        rows,
+        classes,
+        stride,
+        _dispatch.DTYPE_CODES[logits.dtype],
+        1.0 / temperature,
+        entropy.data_ptr(),
+        0 if dlogits is None else dlogits.data_ptr(),
+        torch.get_num_threads(),
+    )
     return entropy
 
 
@@ -105,9 +105,9 @@ def _check_arguments(logits: Tensor, temperature: float) -> float:
     _check.tensor("logits", logits, _check.FLOATS)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (B, K) with K >= 1")
-    if isinstance(temperature, Tensor) or not isinstance(temperature, (int, float)):
+    if not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and positive, got {temperature}")
     return float(temperature)
 
