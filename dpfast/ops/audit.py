@@ -256,12 +256,22 @@ def variants() -> list[Variant]:
         _guided("CFG, relative, noise", 16384, ids="*i64"),
         _guided("every term", 16384, **every),
         _guided("every term, clip", 16384, LIMIT=1, **every),
-        *(_guided("dynamic threshold, every term", elements, LIMIT=2, **every) for elements in (8192, 12288)),
-        _guided("dynamic threshold", 12288, LIMIT=2),
+        *(_guided("dynamic threshold, every term", elements, LIMIT=2, **every) for elements in (8192, 16384)),
+        _guided("dynamic threshold", 16384, LIMIT=2),
         # A step of 4 bytes, because one of 8 would count as payload here.
-        _guided("dynamic threshold", 12288, "bf16", LIMIT=2, step="*i32"),
-        _guided("dynamic threshold, score, epsilon", 12288, LIMIT=2, RELATIVE=False, PREDICTION=0, **every),
-        _guided("every term, given bounds", 16384, LIMIT=3, **every, bound="*fp32"),
+        _guided("dynamic threshold", 16384, "bf16", LIMIT=2, step="*i32"),
+        _guided("dynamic threshold, score, epsilon", 16384, LIMIT=2, RELATIVE=False, PREDICTION=0, **every),
+        # A dynamic threshold of longer samples: x0 alone, then torch.topk, then the step with the bounds.
+        Variant(
+            name="guided_step, norms, n = 65536, fp32",
+            kernel=guided.norms_kernel,
+            arguments={"x": "*fp32", "grad": "*fp32", "partials": "*fp32", "ELEMENTS": 65536, "BLOCK": guided.SPLIT},
+            warps=guided.settings(65536, 4)[2],
+            reads=2 * 4 * guided.SPLIT,
+            writes=0,
+        ),
+        _guided("dynamic threshold, first pass", 65536, out=None, x0_out="*fp32"),
+        _guided("dynamic threshold, second pass, every term", 65536, LIMIT=3, **every, bound="*fp32"),
         Variant(
             name="normal",
             kernel=noise.normal_kernel,

@@ -17,7 +17,7 @@ ON_EVERY_GPU = [
     "entropy, K = 128256, fp32",
     "guided_step, CFG, relative, n = 16384, fp32",
     "guided_step, every term, clip, n = 16384, fp32",
-    "guided_step, dynamic threshold, every term, n = 12288, fp32",
+    "guided_step, dynamic threshold, every term, n = 16384, fp32",
     "gather, NCHW, fp32",
     "normal",
 ]

@@ -133,7 +133,6 @@ def test_every_variant(prediction, mode, clip, device):
 @pytest.mark.parametrize("mode", ["relative", "score"])
 def test_samples_that_no_single_program_holds(mode, clip, device, monkeypatch):
     monkeypatch.setattr(kernel, "WHOLE", 1024)
-    monkeypatch.setattr(kernel, "WITH_QUANTILE", 1024)
     monkeypatch.setattr(kernel, "SPLIT", 512)
     x, cond, uncond, grad, previous = tensors((3, 3, 19, 23), device)
     grad[1, 2, 18, 22] = math.nan
@@ -195,8 +194,9 @@ def test_step_and_seed_may_live_on_the_device(device):
         expected = guided_step(x, cond, None, None, table, step, seed=3, **options)
         at, seed = torch.tensor(step, dtype=dtype, device=device), torch.tensor(3, device=device)
         assert torch.equal(guided_step(x, cond, None, None, table, at, seed=seed, **options), expected)
-    for step in (-1, 7):
-        outside = guided_step(x, cond, None, None, table, torch.tensor(step, device=device), **options)
+    for step, prediction, clip in itertools.product((-1, 7), PREDICTIONS, (None, 1.0, DynamicThreshold(0.9, 2.0))):
+        at = torch.tensor(step, device=device)
+        outside = guided_step(x, cond, None, None, table, at, prediction=prediction, clip=clip, **options)
         assert outside.isnan().all()
 
 
@@ -364,7 +364,7 @@ def test_bad_input(arguments, error, message, backend):
         guided_step(*positional, **given)
 
 
-@pytest.mark.parametrize("elements", [8192, 8200, 12288, 12289])
+@pytest.mark.parametrize("elements", [8192, 8200, 16384, 16385])
 def test_a_quantile_is_found_at_the_sizes_where_the_launch_changes(elements, device):
     x, cond, uncond, grad, _ = tensors((2, elements), device)
     x[0, :5] = 7.5  # repeated values at the quantile

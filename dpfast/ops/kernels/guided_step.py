@@ -22,7 +22,6 @@ from dpfast.ops.kernels.noise import normals, wide
 from dpfast.ops.reference.guided_step import Call, quantile
 
 WHOLE = 16384  # elements of a sample that one program holds
-WITH_QUANTILE = 12288  # elements of a sample whose quantile one program finds
 SPLIT = 4096  # elements a program of a longer sample
 PREDICTIONS = {"epsilon": 0, "v": 1, "sample": 2, "flow": 3}
 INFINITY = tl.constexpr(0x7F800000)  # its bits
@@ -100,6 +99,60 @@ def _quantile(x0s, below, fraction, CHUNKS: tl.constexpr):
     return tl.where(tl.max(broken.to(tl.int32), axis=0) > 0, float("nan"), low + fraction * (high - low))
 
 
+@triton.jit
+def _predict(
+    state, gradient, pred_cond, pred_uncond, base, at, scale, push, finite, alpha, sigma,
+    ELEMENTS: tl.constexpr, GUIDED: tl.constexpr, RELATIVE: tl.constexpr, PREDICTION: tl.constexpr,
+):  # fmt: skip
+    """x0 and eps of one chunk, in fp32."""
+    inside = at < ELEMENTS
+    state = state.to(tl.float32)
+    pred = tl.load(pred_cond + base + at, mask=inside, other=0.0).to(tl.float32)
+    if pred_uncond is not None:
+        uncond = tl.load(pred_uncond + base + at, mask=inside, other=0.0).to(tl.float32)
+        pred = uncond + scale * (pred - uncond)
+    if GUIDED:
+        # A choice, not a product: zero times NaN is NaN.
+        shift = tl.where(finite, push * gradient.to(tl.float32), 0.0)
+        if RELATIVE:
+            state += shift
+    if PREDICTION == 0:
+        x0, eps = (state - sigma * pred) * _reciprocal(alpha), pred
+    elif PREDICTION == 1:
+        x0, eps = alpha * state - sigma * pred, sigma * state + alpha * pred
+    elif PREDICTION == 2:
+        x0, eps = pred, (state - alpha * pred) * _reciprocal(sigma)
+    else:
+        x0, eps = state - sigma * pred, state + alpha * pred
+    if GUIDED and not RELATIVE:
+        x0 += sigma * _reciprocal(alpha) * shift
+        eps -= shift
+    return x0, eps
+
+
+@triton.jit
+def _finish(
+    x0, eps, x0_prev, ids, out, x0_out, sample, base, first, bound, inverse, a, b, c, d, key, stream,
+    ELEMENTS: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Limits x0 and writes the results of one chunk, which starts at element `first` of the sample."""
+    at = first + tl.arange(0, BLOCK)
+    inside = at < ELEMENTS
+    if LIMIT > 0:
+        x0 = tl.where(x0 > bound, bound, tl.where(x0 < -bound, -bound, x0))
+    if LIMIT > 1:
+        x0 *= inverse
+    result = a * x0 + b * eps
+    if x0_prev is not None:
+        result += c * tl.load(x0_prev + base + at, mask=inside, other=0.0).to(tl.float32)
+    if ids is not None:
+        result += d * normals(tl.load(ids + sample), first, key, stream, BLOCK)
+    if x0_out is not None:
+        tl.store(x0_out + base + at, x0.to(x0_out.dtype.element_ty), mask=inside)
+    if out is not None:
+        tl.store(out + base + at, result.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["step", "seed", "steps", "below"])
 def guided_step_kernel(
     x,
@@ -151,6 +204,8 @@ def guided_step_kernel(
         states = states + (tl.load(x + base + at, mask=at < ELEMENTS, other=0.0),)
         if grad is not None:
             gradients = gradients + (tl.load(grad + base + at, mask=at < ELEMENTS, other=0.0),)
+    if grad is None:
+        gradients = states
 
     row = (tl.load(step) if STEP_AT else step).to(tl.int64)
     legal = (row >= 0) & (row < steps)
@@ -174,33 +229,26 @@ def guided_step_kernel(
         if skipped is not None:
             tl.atomic_add(skipped, 1, mask=(start == 0) & ((squares > LARGEST) | (squares != squares)), sem="relaxed")
 
+    # With a quantile to find, x0 and eps of all chunks stay, and a thread has no registers for the next chunk's loads.
+    # The compiler moves none across a loop. This one runs once: num_programs(1) is 1 then, which only the launch knows.
     x0s = ()
     epss = ()
     for i in tl.static_range(CHUNKS):
         at = start + i * BLOCK + lane
-        inside = at < ELEMENTS
-        state = states[i].to(tl.float32)
-        pred = tl.load(pred_cond + base + at, mask=inside, other=0.0).to(tl.float32)
-        if pred_uncond is not None:
-            uncond = tl.load(pred_uncond + base + at, mask=inside, other=0.0).to(tl.float32)
-            pred = uncond + scale * (pred - uncond)
-        if grad is not None:
-            # A choice, not a product: zero times NaN is NaN.
-            shift = tl.where(finite, push * gradients[i].to(tl.float32), 0.0)
-            if RELATIVE:
-                state += shift
-        if PREDICTION == 0:
-            x0, eps = (state - sigma * pred) * _reciprocal(alpha), pred
-        elif PREDICTION == 1:
-            x0, eps = alpha * state - sigma * pred, sigma * state + alpha * pred
-        elif PREDICTION == 2:
-            x0, eps = pred, (state - alpha * pred) * _reciprocal(sigma)
+        if LIMIT == 2:
+            x0, eps = states[i].to(tl.float32), gradients[i].to(tl.float32)
+            for _ in range(tl.num_programs(1)):
+                x0, eps = _predict(
+                    x0, eps, pred_cond, pred_uncond, base, at, scale, push, finite, alpha, sigma,
+                    ELEMENTS, grad is not None, RELATIVE, PREDICTION,
+                )  # fmt: skip
+            x0 = tl.where(at < ELEMENTS, x0, float("inf"))
         else:
-            x0, eps = state - sigma * pred, state + alpha * pred
-        if grad is not None and not RELATIVE:
-            x0 += sigma * _reciprocal(alpha) * shift
-            eps -= shift
-        x0s = x0s + (tl.where(inside, x0, float("inf")) if LIMIT == 2 else x0,)
+            x0, eps = _predict(
+                states[i], gradients[i], pred_cond, pred_uncond, base, at, scale, push, finite, alpha, sigma,
+                ELEMENTS, grad is not None, RELATIVE, PREDICTION,
+            )  # fmt: skip
+        x0s = x0s + (x0,)
         epss = epss + (eps,)
 
     if LIMIT == 2:
@@ -208,39 +256,28 @@ def guided_step_kernel(
         bound = tl.where(bound < 1.0, 1.0, tl.where(bound > maximum, maximum, bound))
     elif LIMIT == 3:
         bound = tl.load(bound + sample)
-    # Read here and not above: the search for a quantile needs their registers.
-    a, b = tl.load(column + 2) + nowhere, tl.load(column + 3) + nowhere
-    c, d = tl.load(column + 4), tl.load(column + 5)
+    inverse = 1.0 / bound if LIMIT > 1 else 1.0
+    # Read here and not above: the search needs their registers. For a step outside the table x0 or eps is NaN already.
+    a, b, c, d = tl.load(column + 2), tl.load(column + 3), tl.load(column + 4), tl.load(column + 5)
     key = wide(tl.load(seed) if SEED_AT else seed)
     for i in tl.static_range(CHUNKS):
-        at = start + i * BLOCK + lane
-        inside = at < ELEMENTS
-        x0 = x0s[i]
-        if LIMIT > 0:
-            x0 = tl.where(x0 > bound, bound, tl.where(x0 < -bound, -bound, x0))
-        if LIMIT > 1:
-            x0 *= 1.0 / bound
-        result = a * x0 + b * epss[i]
-        if x0_prev is not None:
-            result += c * tl.load(x0_prev + base + at, mask=inside, other=0.0).to(tl.float32)
-        if ids is not None:
-            result += d * normals(tl.load(ids + sample), start + i * BLOCK, key, row + 1, BLOCK)
-        if x0_out is not None:
-            tl.store(x0_out + base + at, x0.to(x0_out.dtype.element_ty), mask=inside)
-        tl.store(out + base + at, result.to(out.dtype.element_ty), mask=inside)
+        for _ in range(tl.num_programs(1) if LIMIT == 2 else 1):
+            if LIMIT == 2:
+                tl.debug_barrier()  # or ptxas unrolls it
+            _finish(
+                x0s[i], epss[i], x0_prev, ids, out, x0_out, sample, base, start + i * BLOCK, bound, inverse, a, b, c, d,
+                key, row + 1, ELEMENTS, LIMIT, BLOCK,
+            )  # fmt: skip
 
 
 def settings(elements: int, itemsize: int, quantile: bool = False) -> tuple[int, int, int]:
     """Chunks, elements of a chunk and warps of a program, for tensors whose narrowest item has `itemsize` bytes.
 
-    A thread takes 16 bytes of each tensor and chunk. The search for a quantile leaves a thread registers for half as
-    many elements, three chunks of four at the most: 8 bytes each where an item has two. The audit shows that no
-    setting spills.
+    A thread takes 16 bytes of each tensor and chunk. The search for a quantile takes twice as many threads, where there
+    are. The audit shows that no setting spills.
     """
     if elements > WHOLE:
-        return 1, SPLIT, 8
-    if quantile and elements > WITH_QUANTILE // 3 * 2:
-        return 3, WITH_QUANTILE // 3, 32
+        return 1, SPLIT, 16
     width = max(next_power(elements), 16)
     warps = min(max(width // (256 if quantile else 512), 1), 32)
     chunks = max(1, width // (warps * 32 * (16 // itemsize)))
@@ -254,38 +291,48 @@ def launch(call: Call) -> None:
         return
     inputs = tuple(None if tensor is None else tensor.contiguous() for tensor in call.inputs)
     targets = [None if tensor is None else tensor.contiguous() for tensor in (call.out, call.x0_out)]
+    partials = _norms(cast(Tensor, inputs[0]), inputs[3]) if elements > WHOLE else None
     limit = Limit(0 if math.isinf(options.clip) else 1, options.clip)
     if options.threshold_ratio >= 0:
         position = options.threshold_ratio * (elements - 1)
         limit = Limit(2, 0.0, math.floor(position), position - math.floor(position), options.threshold_maximum)
-        if elements > WITH_QUANTILE:
+        if elements > WHOLE:
             x0 = torch.empty(call.out.shape, dtype=torch.float32, device=call.out.device)
-            _launch(call, inputs, torch.empty_like(x0), x0, None, Limit(0))
+            bare = call._replace(sample_ids=None, skipped=None)
+            _launch(bare, (*inputs[:4], None), None, x0, partials, Limit(0))
             bound = quantile(x0.reshape(-1, elements).abs(), options.threshold_ratio)
             limit = Limit(3, bound.clamp(1.0, options.threshold_maximum).contiguous())
-    _launch(call, inputs, cast(Tensor, targets[0]), targets[1], call.skipped, limit)
+    _launch(call, inputs, targets[0], targets[1], partials, limit)
     call.deliver(targets)
+
+
+def _norms(x: Tensor, grad: Tensor | None) -> Tensor | None:
+    """The partial sums of split samples, (B, blocks, 2)."""
+    if grad is None:
+        return None
+    samples, elements = x.shape[0], math.prod(x.shape[1:])
+    _, block, warps = settings(elements, x.element_size())
+    blocks = -(-elements // block)
+    partials = torch.empty((samples, blocks, 2), dtype=torch.float32, device=x.device)
+    norms_kernel[(samples, blocks)](x, grad, partials, elements, block, num_warps=warps)
+    return partials
 
 
 def _launch(
     call: Call,
     inputs: tuple[Tensor | None, ...],
-    out: Tensor,
+    out: Tensor | None,
     x0_out: Tensor | None,
-    skipped: Tensor | None,
+    partials: Tensor | None,
     limit: Limit,
 ) -> None:
     """Writes contiguous `out` and `x0_out`; `inputs` are contiguous x, pred_cond, pred_uncond, grad and x0_prev."""
-    samples, elements = out.shape[0], math.prod(out.shape[1:])
+    samples, elements = call.x.shape[0], math.prod(call.x.shape[1:])
     x, pred_cond, pred_uncond, grad, x0_prev = inputs
     cfg_scale, omega = (v.contiguous() if isinstance(v, Tensor) else v for v in (call.cfg_scale, call.omega))
     itemsize = min(tensor.element_size() for tensor in inputs if tensor is not None)
     chunks, block, warps = settings(elements, itemsize, limit.kind == 2)
     parts = -(-elements // (chunks * block))
-    partials = None
-    if parts > 1 and grad is not None:
-        partials = torch.empty((samples, parts, 2), dtype=torch.float32, device=out.device)
-        norms_kernel[(samples, parts)](x, grad, partials, elements, block, num_warps=warps)
     guided_step_kernel[(samples, parts)](
         x,
         pred_cond,
@@ -301,7 +348,7 @@ def _launch(
         omega,
         None if call.sample_ids is None else call.sample_ids.contiguous(),
         call.seed,
-        skipped,
+        call.skipped,
         partials,
         limit.bound,
         limit.below,
