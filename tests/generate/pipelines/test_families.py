@@ -6,11 +6,13 @@ The update is ``guided_step`` over ``Pipeline.table``, without the sampler aroun
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import scheduling_lcm, scheduling_tcd
 from diffusers.utils.torch_utils import randn_tensor
 
 from dpfast.generate.guidance import GuidancePath, predict_x0
 from dpfast.generate.pipelines import Pipeline
-from dpfast.ops import guided_step
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.ops import guided_step, normal
 from tests import tiny_pipelines
 from tests.tiny_pipelines import NAMES
 
@@ -80,6 +82,31 @@ def test_stable_diffusion(cfg_scale, solver, stable_diffusion_folder):
     torch.testing.assert_close(got, reference(prompts, output_type="latent", **arguments).images, **CLOSE)
     expected = reference(prompts, output_type="pt", **arguments).images
     torch.testing.assert_close(images_of(pipeline, got), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "options"),
+    [(scheduling_lcm, diffusers.LCMScheduler, {}), (scheduling_tcd, diffusers.TCDScheduler, {"eta": 0.3})],
+    ids=["lcm", "tcd"],
+)
+def test_distilled_stable_diffusion(module, kind, options, tmp_path, monkeypatch):
+    """As a folder with fused LCM or TCD weights is saved: the sampler takes its solver, noise and four steps."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    folder = tiny_pipelines.stable_diffusion(tmp_path, scheduler=kind(**betas))
+    pipeline = Pipeline.from_pretrained(folder, class_names=NAMES, prompt_template=TEMPLATE)
+    sampler = GuidedSampler(pipeline, steps=4, cfg_scale=1.0, compile=False, **options)
+    ids, streams, shape = torch.tensor([5, 0, 2, 1 << 40]), iter(range(1, 9)), pipeline.denoiser.sample_shape
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: normal(ids, shape, seed=0, stream=next(streams)))
+    expected = quiet(diffusers.StableDiffusionPipeline.from_pretrained(folder))(
+        [TEMPLATE.format(NAMES[label]) for label in LABELS],
+        guidance_scale=1.0,
+        num_inference_steps=4,
+        latents=normal(ids, shape, seed=0, stream=0),
+        output_type="latent",
+        **options,
+    ).images
+    assert next(streams) == 4  # noise in all steps but the last
+    torch.testing.assert_close(sampler.advance(sampler.begin(LABELS, ids)).x, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
