@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from dpfast.config import RecipeError
 from dpfast.pool.export import import_pool
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.tiers import readable
 from dpfast.report import tables
 from dpfast.report.figures import PER_RUN, scaling
 from dpfast.report.inclusion import births, errors_around, inclusion
@@ -26,6 +27,7 @@ from dpfast.report.sweeps import swept
 
 WIDE, NARROW = (7.0, 3.6), (3.7, 2.9)  # inches; a phone gets a figure drawn for its width
 SHEET_COLUMNS = 12
+LARGEST = 16 << 30  # bytes of saved samples that are read into memory for entropies at birth and contact sheets
 SWEPT = {
     "oversampling": "prune: accuracy and cost against how many candidates a kept sample was chosen from.",
     "omega": "dp: accuracy and cost against the strength of guidance; 0 is the timing alone.",
@@ -104,7 +106,11 @@ def _notes(runs: list[Run]) -> str:
 
 
 def _pool(run: Run) -> tuple[SamplePool, int] | None:
-    """A run's saved samples and its number of classes."""
+    """A run's saved samples and its number of classes; None where there are none, or more than a page is worth."""
+    size = sum(file.stat().st_size for file in run.path.glob("pool_*/**/shard-*.tar"))
+    if size > LARGEST:
+        run.notes.append(f"{run.path.name}: its {readable(size)} of samples are not read for this page")
+        return None
     try:
         pool, names = import_pool(run.path)
     except RecipeError:
@@ -116,7 +122,7 @@ def _samples(run: Run, saved: tuple[SamplePool, int] | None, figure: Callable[..
     """Entropy at birth, error before and after inclusion, and contact sheets of every round."""
     name = run.path.name
     if saved is None:
-        return f'<p class="note">{html.escape(name)}: no saved samples, so no contact sheets.</p>'
+        return f'<p class="note">{html.escape(name)}: no samples that were read, so no contact sheets.</p>'
     pool, classes = saved
     parts = [figure(f"births_{name}", partial(births, pool), f"{name}: entropy of new samples at birth, by round.")]
     errors = errors_around(run, pool, classes)

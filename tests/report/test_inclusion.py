@@ -9,6 +9,7 @@ from dpfast.learn.models import build_learner
 from dpfast.ops import entropy
 from dpfast.pool.export import import_pool
 from dpfast.practice import checkpoint
+from dpfast.report import page
 from dpfast.report.inclusion import _with, births, errors_around
 from dpfast.report.page import write_report
 from dpfast.report.runs import read_run
@@ -53,3 +54,11 @@ def test_births_are_shares_of_the_guided_rounds(folder):
     (axes,) = births(pool, (7.0, 3.6)).axes
     assert len(axes.patches) == 3  # unguided samples have no entropy at birth
     assert [sum(patch.get_data().values) for patch in axes.patches] == pytest.approx([100.0] * 3)
+
+
+def test_a_pool_that_is_too_large_for_a_page_is_noted_instead(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "LARGEST", 100)
+    monkeypatch.setattr(page, "import_pool", lambda *_: pytest.fail("the pool was read"))
+    text = write_report([folder], tmp_path / "out").read_text()
+    assert "of samples are not read for this page" in text
+    assert not list((tmp_path / "out").glob("samples_*"))
