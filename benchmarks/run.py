@@ -33,6 +33,7 @@ TABLES = {
     "plan": "benchmarks.planner",
     "scaling": "benchmarks.scaling",
     "overhead": "benchmarks.overhead",
+    "ranks": "benchmarks.ranks",
 }
 Record = dict[str, Any]
 

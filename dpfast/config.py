@@ -178,6 +178,8 @@ class Practice:
     prune_within: str = "class"  # prune keeps the highest entropy within each "class", or "overall"
     sources: tuple[str, ...] = ("dp", "static")  # runs of one command, compared in its table
     checkpoints_kept: int = 2  # the newest ones of a source
+    overlap: int = 0  # of several ranks so many only generate, while the others train; 0: all do both in turn
+    overlap_staleness: int = 1000  # with overlap: optimiser steps between a learner and the addition of what it guided
     keep_rounds: bool = False  # also those at the end of every round, for --branch-at
 
     def __post_init__(self) -> None:
@@ -210,6 +212,9 @@ class Practice:
         )
         _check(self.oversample >= 1, "oversample", self.oversample, "at least 1, which prunes nothing")
         _check(self.prune_within in ("class", "overall"), "prune_within", self.prune_within, "'class' or 'overall'")
+        _check(self.overlap >= 0, "overlap", self.overlap, "at least 0 ranks")
+        stale = self.overlap_staleness
+        _check(stale >= 1, "overlap_staleness", stale, "at least 1 optimiser step")
         _check(self.checkpoints_kept >= 1, "checkpoints_kept", self.checkpoints_kept, "at least 1")
         _check(
             bool(self.sources) and set(self.sources) <= set(SOURCES) and len(set(self.sources)) == len(self.sources),

@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import nn
 
+from dpfast.learn.models import build_learner
+
 NAMES = ("cat", "dog", "red bicycle")
 WORDS = ("cat", "dog", "photo", "red")
 INDEX = {str(i): name for i, name in enumerate(NAMES)}
@@ -88,7 +90,7 @@ def clip_encoder(kind, tokenizer, width=16):
     return kind(config).eval()
 
 
-def dit(folder: Path, *, learned_sigma=False, tiny=True, layers=2, **scheduler):
+def dit(folder: Path, *, learned_sigma=False, tiny=True, layers=2, index=INDEX, **scheduler):
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -100,8 +102,8 @@ def dit(folder: Path, *, learned_sigma=False, tiny=True, layers=2, **scheduler):
     )
     randomise(transformer)
     schedule = diffusers.DDIMScheduler(**{"beta_schedule": "scaled_linear", "clip_sample": False, **scheduler})
-    pipeline = diffusers.DiTPipeline(transformer, vae(), schedule, id2label=INDEX)
-    pipeline.register_to_config(id2label=INDEX)
+    pipeline = diffusers.DiTPipeline(transformer, vae(), schedule, id2label=index)
+    pipeline.register_to_config(id2label=index)
     pipeline.save_pretrained(folder)
     if tiny:
         tiny_vae().save_pretrained(folder / "tiny_decoder")
@@ -191,3 +193,16 @@ def pixel(folder: Path, *, class_embeddings=None, kind=diffusers.DDIMPipeline, s
     randomise(unet)
     kind(unet, scheduler or diffusers.DDIMScheduler()).save_pretrained(folder)
     return folder
+
+
+def learner(classes, channels):
+    """A vision transformer for images of 16 px; as a recipe's model: "tests.tiny_pipelines:learner"."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return build_learner(
+        "transformers:ViTForImageClassification",
+        classes=classes,
+        channels=channels,
+        image_size=16,
+        patch_size=8,
+        **sizes,
+    )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dpfast.cli import audit, bench, doctor, export, plan, report, run, sample, theory
+from dpfast.cli import audit, bench, doctor, export, first, plan, report, run, sample, theory
 from dpfast.config import RecipeError, fields
 
+WORDS = 5.0  # seconds
 COMMANDS = (run, plan, report, sample, audit, bench, export, doctor, theory)
 
 
@@ -44,7 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = parser.parse_all(sys.argv[1:] if arguments is None else arguments)
         return int(parsed.handler(parsed))
     except RecipeError as error:
-        print(f"dpfast: error: {error}", file=sys.stderr)
+        if first():
+            print(f"dpfast: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(
+                WORDS
+            )  # torchrun ends all ranks with the first that leaves, and that shall be the one that speaks
         return 2
     except KeyboardInterrupt:
         print("dpfast: interrupted", file=sys.stderr)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpfast.cli import Commands
+from dpfast.cli import Commands, first
 from dpfast.cli.recipes import add_recipe, recipe_of
 from dpfast.config import Recipe, RecipeError
 from dpfast.logs import check_level, logged
 
+LAUNCH = ".launch"  # in a run's folder: which torchrun made it
+
 if TYPE_CHECKING:
+    from dpfast.parallel import Ranks
     from dpfast.practice.stopping import Stop
 
 
@@ -37,6 +41,10 @@ def add(commands: Commands) -> None:
         "--dry-run", action="store_true", help="check everything, print the plan and the memory for this machine, stop"
     )
     parser.add_argument("--log-level", default="info", help="of logs/ in the run's folder: debug, info, warning, error")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS",
+        help="under torchrun: how long the ranks wait for each other; default 600",
+    )  # fmt: skip
     add_recipe(parser)
     parser.set_defaults(handler=run)
 
@@ -44,26 +52,38 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     check_level(arguments.log_level)
+    if not arguments.timeout > 0:
+        raise RecipeError(f"timeout = {arguments.timeout:g}: expected seconds above 0")
 
+    from dpfast.parallel import RankError, joined
     from dpfast.practice.stopping import LossError, Stop, Stopped
 
-    try:
-        with Stop() as stop:
-            return _run(arguments, recipe, stop)
-    except Stopped:
-        print("stopped; the same command with --resume continues a run that has begun")
-        return 0
-    except LossError as error:
-        print(f"dpfast: error: {error}", file=sys.stderr)
-        return 1
+    with Stop() as stop:
+        try:
+            cuda = False if recipe.device == "cpu" else None
+            with joined(cuda=cuda, timeout=arguments.timeout) as ranks, ranks.watched(lambda: stop.requested):
+                return _run(arguments, recipe, stop, ranks)
+        except Stopped:
+            if first():
+                print("stopped; the same command with --resume continues a run that has begun")
+            return 0
+        except LossError as error:
+            if first():
+                print(f"dpfast: error: {error}", file=sys.stderr)
+        except RankError as error:
+            if stop.requested:  # torchrun ends the group, and the others have gone already
+                return 0
+            print(f"dpfast: error: {error}", file=sys.stderr)
+    return 1
 
 
-def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop) -> int:
-    with stop.at_once():  # nothing is there to be saved
+def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks) -> int:
+    with stop.at_once(), ranks.together():  # nothing is there to be saved
+        from dpfast.parallel import launch, versions
         from dpfast.practice.branch import prepare_branch
         from dpfast.practice.experiment import DeliberatePractice
         from dpfast.practice.journal import Journal
-        from dpfast.practice.run_folder import RunFolder, check_vacant
+        from dpfast.practice.run_folder import Places, RunFolder, check_vacant
         from dpfast.report.metrics import result_table
         from dpfast.report.page import write_report
 
@@ -75,22 +95,47 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop) -> int:
             recipe = replace(recipe, practice=replace(recipe.practice, sources=("dp",)))
         name = recipe.name if round is None else f"{recipe.name}-branch-{round}"
         out = arguments.out or Path("runs") / name
-        check_vacant(out, recipe, overwrite=arguments.overwrite, resume=resume)
-        practice = DeliberatePractice(recipe)
+        resume = resume or _begun(out, overwrite=arguments.overwrite)
+    with stop.at_once():
+        with ranks.together():
+            if ranks.first:
+                check_vacant(out, recipe, overwrite=arguments.overwrite, resume=resume)
+        ranks.same("versions of dpfast and torch", versions())
+        ranks.same("recipe", recipe.to_dict())
+        with ranks.together():
+            practice = DeliberatePractice(recipe, ranks=ranks)
         if arguments.dry_run:
-            return _dry_run(recipe, out)
-        if round is not None and not resume:
-            prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite)
-            resume = True
-    with (
-        RunFolder(out, recipe, overwrite=arguments.overwrite, resume=resume) as folder,
-        logged(out, arguments.log_level),
-    ):
+            return _dry_run(recipe, out) if ranks.first else 0
+        with ranks.together():
+            if round is not None and not resume and ranks.first:
+                prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite)
+            resume = resume or round is not None
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            folder = Places(out, practice.ranks)
+            if ranks.first:
+                folder = stack.enter_context(
+                    RunFolder(out, recipe, overwrite=arguments.overwrite, resume=resume, ranks=practice.ranks)
+                )
+                (out / LAUNCH).write_text(launch())
+        stack.enter_context(logged(out, arguments.log_level))
         results = practice.run(folder, progress=not arguments.quiet, callbacks=[Journal()], stop=stop)
+    if not ranks.first:
+        return 0
     with stop.at_once():
         write_report([out], out)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
     return 0
+
+
+def _begun(out: Path, *, overwrite: bool) -> bool:
+    """Whether torchrun has started the ranks again, with the same command, and the run is there already."""
+    from dpfast.parallel import launch, restarts
+
+    if not restarts() or not (out / "recipe.json").is_file():
+        return False
+    kept = out / LAUNCH  # says whether the run to be replaced was still there
+    return not overwrite or (kept.is_file() and kept.read_text() == launch())
 
 
 def _dry_run(recipe: Recipe, out: Path) -> int:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from dpfast.config import ASSETS, RecipeError
 from dpfast.data import fashion, imagenet
-from dpfast.data.folders import SUFFIXES, ImageFolder, class_folders, images_in, open_folder, read_image
+from dpfast.data.folders import BATCH, SUFFIXES, ImageFolder, class_folders, images_in, open_folder, read_image
+from dpfast.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True)
 class RealSet:
-    """images: (N, C, H, W) uint8; labels: (N,) int64."""
+    """images: (N, C, H, W) uint8; labels: (N,) int64. Of several ranks each has its own part (``Ranks.places``)."""
 
     images: Tensor
     labels: Tensor
@@ -37,7 +38,12 @@ class RealData:
 
 
 def load_real(
-    name: str, *, held_out: str = "", classes: Sequence[str] = (), shape: Sequence[int] | None = None
+    name: str,
+    *,
+    held_out: str = "",
+    classes: Sequence[str] = (),
+    shape: Sequence[int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> RealData:
     """Loads an embedded set, or folders of images with a sub-folder for each class.
 
@@ -45,18 +51,18 @@ def load_real(
     folder is split the same way, within each class, unless ``held_out`` names another one for the test.
 
     classes: the generator's, by id; shape: (C, H, W) that folders are read in. Sub-folders are called as
-    ``dpfast.data.folders.open_folder`` says, or by a WordNet id.
+    ``dpfast.data.folders.open_folder`` says, or by a WordNet id. ranks: each reads its own part.
 
     Raises ``RecipeError`` for an unknown name, and for a folder without images for a class or with others.
     """
     check_real(name, held_out)
     if name == "fashion":
         images, labels = fashion.read_split(ASSETS / "fashion_test", "t10k")
-        return RealData(fashion.CLASSES, _part(images, labels, 0), _part(images, labels, 1))
+        return RealData(fashion.CLASSES, _part(images, labels, 0, ranks), _part(images, labels, 1, ranks))
     folder = _open(name, "validation", classes, shape)
     if held_out:
         other = _open(held_out, "held_out", classes, shape)
-        return RealData(tuple(classes), read_all(folder), read_all(other))
+        return RealData(tuple(classes), read_all(folder, ranks), read_all(other, ranks))
     place, seen = [], [0] * len(classes)
     for label in folder.labels:
         place.append(seen[label] % 2)
@@ -67,7 +73,7 @@ def load_real(
             f"validation = {name!r}: {few[0]!r} has one image, expected two or more, or a held_out folder"
         )
     halves = [[i for i, half in enumerate(place) if half == wanted] for wanted in (0, 1)]
-    return RealData(tuple(classes), *(read_all(folder.subset(half)) for half in halves))
+    return RealData(tuple(classes), *(read_all(folder.subset(half), ranks) for half in halves))
 
 
 def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int, int]:
@@ -129,14 +135,17 @@ def _complete(name: str, field: str, classes: Sequence[str], labels: Iterable[in
         raise RecipeError(f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}")
 
 
-def read_all(folder: ImageFolder) -> RealSet:
-    """Reads and decodes every image, on as many threads as there are cores."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+def read_all(folder: ImageFolder, ranks: Ranks = ALONE) -> RealSet:
+    """Reads and decodes this rank's images, on its share of the machine's cores."""
+    folder = folder.subset(ranks.places(len(folder), BATCH).tolist())
+    with ThreadPoolExecutor(max((os.cpu_count() or 1) // ranks.local_size, 1)) as threads:
         images = torch.empty(len(folder), *folder.shape, dtype=torch.uint8)
         for i, image in enumerate(threads.map(lambda file: read_image(file, folder.shape), folder.files)):
             images[i] = image
-    return RealSet(images, torch.tensor(folder.labels))
+    return RealSet(images, torch.tensor(folder.labels, dtype=torch.int64))
 
 
-def _part(images: Tensor, labels: Tensor, first: int) -> RealSet:
-    return RealSet(images[first::2].contiguous(), labels[first::2].contiguous())
+def _part(images: Tensor, labels: Tensor, first: int, ranks: Ranks) -> RealSet:
+    images, labels = images[first::2], labels[first::2]
+    mine = ranks.places(len(labels), BATCH)
+    return RealSet(images[mine], labels[mine])

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpfast.data.folders import BATCH
 from dpfast.ops import entropy
+from dpfast.parallel import ALONE, Ranks
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 
@@ -32,7 +34,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def predict(model: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = 500) -> Tensor:
+def predict(model: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = BATCH) -> Tensor:
     """Logits (N, K), float32, of uint8 images (N, C, H, W), scaled to [-1, 1]; on the device of the model.
 
     A module is run in eval mode and put back.
@@ -48,26 +50,33 @@ def predict(model: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: in
     return torch.cat(parts)
 
 
-def evaluate(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Evaluation:
-    """Evaluates on uint8 images (N, C, H, W) with labels (N,)."""
-    return measure(predict(model, images), labels)
+def evaluate(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> Evaluation:
+    """Evaluates on uint8 images (N, C, H, W) with labels (N,): the whole set, or this rank's part of it.
+
+    All ranks get the measures of the whole set, and the same as one rank would.
+    """
+    few = not len(images)  # a small set, many ranks
+    return measure(torch.empty(0, 1) if few else predict(model, images), labels, ranks)
 
 
-def measure(logits: Tensor, labels: Tensor) -> Evaluation:
-    """All measures of logits (N, K), N >= 1, with labels (N,)."""
-    labels = labels.to(logits.device)
-    classes = logits.shape[1]
-    ranked = logits.topk(min(5, classes), dim=1).indices == labels.unsqueeze(1)
-    hits = ranked[:, 0].float()
-    count = torch.bincount(labels, minlength=classes)
-    right = torch.zeros(classes, device=logits.device).index_add_(0, labels, hits)
+def measure(logits: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> Evaluation:
+    """All measures of logits (N, K) with labels (N,), N >= 1 over all ranks."""
+    labels, classes = labels.to(logits.device), int(ranks.most(logits.shape[1]))
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    top, guess = logits.double().softmax(1).max(1)
+    values = [labels, ranked[:, 0], ranked.any(1), F.cross_entropy(logits, labels, reduction="none"), entropy(logits)]
+    rows = torch.stack([value.double() for value in (*values, top, guess == labels)], 1)
+    rows = ranks.gather(rows, int(ranks.total(len(rows))), BATCH)
+    hits, near, loss, entropies = (rows[:, i].float() for i in (1, 2, 3, 4))
+    labels = rows[:, 0].long()
+    right = torch.zeros(classes).index_add_(0, labels, hits)
     return Evaluation(
         top1=float(hits.mean()),
-        top5=float(ranked.any(1).float().mean()),
-        loss=float(F.cross_entropy(logits, labels)),
-        entropy=float(entropy(logits).mean()),
-        calibration_error=calibration_error(logits, labels),
-        per_class=(right / count).cpu(),
+        top5=float(near.mean()),
+        loss=float(loss.mean()),
+        entropy=float(entropies.mean()),
+        calibration_error=_calibration_error(rows[:, 5], rows[:, 6], BINS),
+        per_class=right / torch.bincount(labels, minlength=classes),
     )
 
 
@@ -78,10 +87,14 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = BINS) -> fl
     bin's accuracy and its mean probability are averaged, weighted by the bins' counts.
     """
     top, guess = logits.double().softmax(1).max(1)
+    return _calibration_error(top, (guess == labels).double(), bins)
+
+
+def _calibration_error(top: Tensor, right: Tensor, bins: int) -> float:
+    """Of the top probabilities (N,) float64, and 1 where they are right, else 0."""
     bin_of = (top * bins).ceil().long().clamp(1, bins) - 1
-    gap = (guess == labels).double() - top
-    sums = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, bin_of, gap)
-    return float(sums.abs().sum() / len(labels))
+    sums = torch.zeros(bins, dtype=torch.float64, device=top.device).index_add_(0, bin_of, right - top)
+    return float(sums.abs().sum() / len(top))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from dpfast.config import RecipeError
 from dpfast.data import imagenet
-from dpfast.data.folders import open_folder
+from dpfast.data.folders import BATCH, open_folder
 from dpfast.data.real import RealSet
 from dpfast.evaluate.measures import Evaluation, measure, predict
 from dpfast.evaluate.shifts import SEVERITIES, SHIFTS, shift
+from dpfast.parallel import ALONE, Ranks
 
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+Batches = Callable[..., Iterable[tuple[Tensor, Tensor]]]
 IMAGENET_SETS = {
     "imagenet-val": "",
     "imagenet-v2": "",
@@ -40,6 +41,8 @@ IMAGENET_SETS = {
 @dataclass(frozen=True)
 class EvaluationSet:
     """Labelled real images in batches of uint8 (n, C, H, W) and class ids (n,); every call of ``batches`` starts anew.
+
+    ``batches(ranks)`` gives a rank's part of them, ``batches()`` all.
 
     severity: of a shift, 1 to 5. among: the class ids that a prediction is chosen from; None: all.
     """
@@ -93,25 +96,28 @@ def evaluation_sets(
     return sets
 
 
-def evaluate_sets(model: Callable[[Tensor], Tensor], sets: Iterable[EvaluationSet]) -> list[Row]:
+def evaluate_sets(model: Callable[[Tensor], Tensor], sets: Iterable[EvaluationSet], ranks: Ranks = ALONE) -> list[Row]:
     """Measures a classifier (images scaled to [-1, 1] -> logits) on every set; one batch is in memory at a time."""
-    return [_row(model, one) for one in sets]
+    return [_row(model, one, ranks) for one in sets]
 
 
-def _row(model: Callable[[Tensor], Tensor], one: EvaluationSet) -> Row:
-    parts = [(predict(model, images), labels) for images, labels in one.batches()]
+def _row(model: Callable[[Tensor], Tensor], one: EvaluationSet, ranks: Ranks) -> Row:
+    parts = [(predict(model, images), labels) for images, labels in one.batches(ranks)]
+    classes = int(ranks.most(parts[0][0].shape[1] if parts else 0))
+    parts = parts or [(torch.empty(0, classes), torch.empty(0, dtype=torch.int64))]
     logits, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     if one.among is not None:
-        place = torch.full((logits.shape[1],), -1)
+        place = torch.full((classes,), -1)
         place[list(one.among)] = torch.arange(len(one.among))
         logits, labels = logits[:, list(one.among)], place[labels]
-    return Row(one.name, one.severity, len(labels), logits.shape[1], measure(logits, labels))
+    images = int(ranks.total(len(labels)))
+    return Row(one.name, one.severity, images, logits.shape[1], measure(logits, labels, ranks))
 
 
-def _shifted(test: RealSet, kind: str, severity: int, seed: int, size: int = 500) -> EvaluationSet:
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        ids = torch.arange(len(test)).split(size)
-        for images, labels, part in zip(test.images.split(size), test.labels.split(size), ids, strict=True):
+def _shifted(test: RealSet, kind: str, severity: int, seed: int) -> EvaluationSet:
+    def batches(ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+        ids = ranks.places(int(ranks.total(len(test))), BATCH).split(BATCH)
+        for images, labels, part in zip(test.images.split(BATCH), test.labels.split(BATCH), ids, strict=True):
             yield shift(images, kind, severity, ids=part, seed=seed), labels
 
     return EvaluationSet(kind, batches, severity)

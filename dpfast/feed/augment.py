@@ -47,6 +47,11 @@ class Draw:
     flips: Tensor | None
     mix: Mix | None
 
+    def part(self, places: Tensor) -> Draw:
+        """The chances of the samples at ``places`` (b,) of the batch."""
+        boxes, flips = (None if rows is None else rows[places] for rows in (self.boxes, self.flips))
+        return Draw(boxes, flips, self.mix)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:

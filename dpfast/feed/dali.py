@@ -20,6 +20,7 @@ from dpfast.feed.loader import PoolLoader, Request
 from dpfast.feed.slots import Slots
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.union import UnionPool
 
 _BYTES = BatchFormat(mean=0.0, std=1 / 255, channels_last=False)
 
@@ -30,7 +31,7 @@ class DaliLoader(PoolLoader):
     Raises ``ImportError`` where DALI is not installed.
     """
 
-    def __init__(self, pool: SamplePool, **options: Any) -> None:
+    def __init__(self, pool: SamplePool | UnionPool, **options: Any) -> None:
         import nvidia.dali  # noqa: F401 - an early error, while the caller looks
 
         super().__init__(pool, **options)
@@ -47,7 +48,7 @@ class DaliLoader(PoolLoader):
     def _start(self, request: Request) -> None:
         if self._pipeline is None:
             self._pipeline, self._fed = self._build(), 0
-        request.work = images, _ = self._gather(request.indices)
+        request.work = images, _ = self._gather(request)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self._pipeline.feed_input("images", images, cuda_stream=stream)
         if request.draw.boxes is not None:
@@ -81,9 +82,9 @@ class DaliLoader(PoolLoader):
             self._pipeline.share_outputs()
             self._pipeline.release_outputs()
 
-    def _gather(self, indices: Tensor) -> tuple[Any, Tensor]:
+    def _gather(self, request: Request) -> tuple[Any, Tensor]:
         """What DALI is fed, and the labels."""
-        view, device = self.pool.view, self.device
+        (view, indices), device = self._held(request), self.device
         if view.codec == "latents":  # decoded to floats on the scale of bytes
             images, labels = view.gather(indices, _BYTES, device=device)
             return images if device.type == "cuda" else images.numpy(), labels

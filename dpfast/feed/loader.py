@@ -3,6 +3,9 @@
 Batches are prepared ahead, and that is invisible: batch n is a function of (seed, position, pool at the call of
 ``next``). When the pool has grown, what was prepared is dropped and drawn anew, so a sample can be in the very next
 batch after its append; it costs the preparation of one batch.
+
+Where several ranks hold the pool's samples, the order, the chances and the mixing are those of the whole batch, and a
+loader delivers its rank's part of it (``dpfast.pool.union``). All ranks then ask for the same batches.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from dpfast.feed.order import Order
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rows import CPU
+from dpfast.pool.union import UnionPool
+from dpfast.pool.view import View
 
 KINDS = ("auto", "dali", "torch")
 
@@ -49,7 +54,10 @@ class Loader(Protocol):
 
 @dataclass
 class Request:
-    """One batch in preparation. before, after: the positions; work: what the loader holds until the batch is done."""
+    """One batch in preparation. before, after: the positions; work: what the loader holds until the batch is done.
+
+    indices: of the whole batch; draw: the chances of the part that is delivered.
+    """
 
     number: int
     pool_size: int
@@ -65,7 +73,7 @@ class PoolLoader:
 
     Args:
         pool: must hold a sample before the first batch.
-        batch_size, seed: with the position they determine every batch.
+        batch_size, seed: with the position they determine every batch, of which a rank delivers an even part.
         form: scale, dtype and memory layout of the batches; the default is [-1, 1], float32, channels last.
         device: where the batches are.
         classes: how many; needed where ``augment`` mixes.
@@ -75,7 +83,7 @@ class PoolLoader:
 
     def __init__(
         self,
-        pool: SamplePool,
+        pool: SamplePool | UnionPool,
         *,
         batch_size: int,
         seed: int,
@@ -149,13 +157,22 @@ class PoolLoader:
 
     def batch_shape(self) -> tuple[int, int, int, int]:
         channels, *size = self.image_shape()
-        return (self.order.batch_size, channels, *(self.augment.size or size))
+        return (self.count, channels, *(self.augment.size or size))
+
+    @property
+    def count(self) -> int:
+        """Samples of a batch that are delivered."""
+        return (
+            self.order.batch_size // self.pool.ranks.size if isinstance(self.pool, UnionPool) else self.order.batch_size
+        )
 
     def _prepare(self, size: int) -> None:
         while len(self._queue) < self.ahead:
             before = {"batches": self._number, **self.order.state()}
             indices = self.order.next(size, self.pool.fresh if self.order.fresh_weight != 1 else 0)
             draw = self.augment.draw(len(indices), self.image_shape()[1:], seed=self.seed, number=self._number)
+            if isinstance(self.pool, UnionPool):
+                draw = draw.part(self.pool.ranks.part(len(indices)))
             after = {"batches": self._number + 1, **self.order.state()}
             request = Request(self._number, size, indices, draw, before, after)
             self._number += 1
@@ -171,6 +188,12 @@ class PoolLoader:
         self._queue.clear()
         self._number = before["batches"]
         self.order.restore(before)
+
+    def _held(self, request: Request) -> tuple[View, Tensor]:
+        """A pool that holds the request's samples, and where in it; collective, in the order of requests."""
+        if isinstance(self.pool, UnionPool):
+            return self.pool.exchange(request.indices, device=self.device)
+        return self.pool.view, request.indices
 
     def _start(self, request: Request) -> None:
         """Begins to make a batch."""
@@ -206,7 +229,7 @@ def choose(kind: str, codec: str = "pixels") -> str:
     return kind
 
 
-def make_loader(kind: str, pool: SamplePool, **options: Any) -> PoolLoader:
+def make_loader(kind: str, pool: SamplePool | UnionPool, **options: Any) -> PoolLoader:
     """The loader that ``choose`` names; ``options`` are those of ``PoolLoader``."""
     if choose(kind, pool.codec) == "dali":
         from dpfast.feed.dali import DaliLoader

@@ -11,6 +11,7 @@ from torch import Tensor
 from dpfast.feed.loader import PoolLoader, Request
 from dpfast.feed.slots import Slots
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.union import UnionPool
 
 Batch = tuple[Tensor, Tensor]
 
@@ -24,7 +25,7 @@ class TorchLoader(PoolLoader):
         second team of OpenMP threads spins for the cores of the first (the embedded recipe's step took twice as long).
     """
 
-    def __init__(self, pool: SamplePool, *, threads: int = 1, **options: Any) -> None:
+    def __init__(self, pool: SamplePool | UnionPool, *, threads: int = 1, **options: Any) -> None:
         super().__init__(pool, **options)
         self.threads = threads
         self._slots = Slots()
@@ -39,11 +40,12 @@ class TorchLoader(PoolLoader):
     def _start(self, request: Request) -> None:
         if self._worker is not None:
             self.image_shape()  # here, so that the thread finds it
-            view, draw = self.pool.view, request.draw
-            if not view.in_place(self.device):
-                request.work = self._worker.submit(self._make, request)
+            pool, draw = self.pool, request.draw
+            view = pool.local.view if isinstance(pool, UnionPool) else pool.view
+            out = self._slots.batch(self.batch_shape(), self.form) if view.in_place(self.device) else None
+            if isinstance(pool, UnionPool) or out is None:
+                request.work = self._worker.submit(self._make, request, out)
                 return
-            out = self._slots.batch(self.batch_shape(), self.form)
             options = {"flip": draw.flips, "boxes": draw.boxes, "size": self.augment.size, "threads": self.threads}
             request.work = self._worker.submit(view.deferred(request.indices, self.form, out=out, **options))
             return
@@ -64,17 +66,21 @@ class TorchLoader(PoolLoader):
 
     def _drop(self) -> None:
         for request in self._queue:
-            if isinstance(request.work, Future) and not request.work.cancel():
+            # the other ranks may have begun with it: what all were to do, all do
+            cancelled = isinstance(self.pool, SamplePool) and isinstance(request.work, Future) and request.work.cancel()
+            if isinstance(request.work, Future) and not cancelled:
                 request.work.exception()  # waits: the pool may go away after this
 
     @torch.no_grad()
-    def _make(self, request: Request) -> Batch:
-        view, draw = self.pool.view, request.draw
+    def _make(self, request: Request, out: Tensor | None = None) -> Batch:
+        (view, places), draw = self._held(request), request.draw
         return view.gather(
-            request.indices,
+            places,
             self.form,
             flip=draw.flips,
             boxes=draw.boxes,
             size=self.augment.size,
             device=self.device,
+            out=out,
+            threads=None if out is None else self.threads,
         )

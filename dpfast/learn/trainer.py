@@ -2,21 +2,29 @@
 
 Two sets of weights exist, and every reader says which it takes: ``guide_with`` those that guide the sampler,
 ``evaluate_with`` those whose accuracy counts. Both are updated in place, so that a captured sampler reads them live.
+
+Several ranks train as one under ``DistributedDataParallel``: each takes its part of a batch, gradients and batch norms
+are means over all, and every rank keeps the same weights, EMA and optimiser. Those of ViT-B are 1.7 GB with gradients
+(86.6 M parameters, five copies): beside a generator they fit on any GPU of 24 GB, so nothing is sharded (FSDP).
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from dpfast.config import Learner
+from dpfast.learn.batch_norm import synchronised
 from dpfast.learn.schedule import wsd
+from dpfast.parallel import ALONE, Ranks
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -28,12 +36,13 @@ class Trainer:
     can go on under another number of iterations.
     """
 
-    def __init__(self, model: nn.Module, config: Learner, *, iterations: int) -> None:
-        self.model, self.config, self.iterations = model.train(), config, iterations
+    def __init__(self, model: nn.Module, config: Learner, *, iterations: int, ranks: Ranks = ALONE) -> None:
+        self.config, self.iterations = config, iterations
         self.device = next(model.parameters()).device
         self.step_count = 0
         self.ema = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True).eval()
         self.ema.requires_grad_(False)
+        self.model = model = synchronised(model, ranks).train()
         decayed = [p for p in model.parameters() if p.ndim > 1]
         plain = [p for p in model.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -46,6 +55,13 @@ class Trainer:
         self.bf16 = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
+        self._replica: nn.Module = model
+        if not ranks.alone:  # buffers are equal already: batch norms are the ranks'
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of a name that torch 2.9 lacks for broadcast_buffers
+                self._replica = DistributedDataParallel(
+                    model, process_group=ranks.learn, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         self._loss = torch.compile(self._forward) if config.compile_learner else self._forward
 
     @property
@@ -62,7 +78,10 @@ class Trainer:
         return self.ema.module if which == "ema" else self.model
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimiser step on images (B, C, H, W) and labels (B,) or (B, K) probabilities; returns the 0-d loss."""
+        """One optimiser step on images (B, C, H, W) and labels (B,) or (B, K) probabilities; returns the 0-d loss.
+
+        Of several ranks, all take a step together, each on its part of the batch, whose loss it returns.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(images, labels)
         loss.backward()
@@ -77,7 +96,7 @@ class Trainer:
     def _forward(self, images: Tensor, labels: Tensor) -> Tensor:
         # bf16 has the exponents of fp32: no gradient scaler is needed
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            logits = self.model(images)
+            logits = self._replica(images)
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
 
     def _average(self, averaged: Tensors, current: Tensors, count: Tensor | int) -> None:

@@ -23,8 +23,9 @@ import torch
 from dpfast.config import Recipe, RecipeError
 from dpfast.pool import codecs, shards
 from dpfast.pool.columns import COLUMNS, RECORD, as_dict, from_dicts
+from dpfast.pool.parts import open_all, parts_of
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.saver import Saver, open_pool
+from dpfast.pool.saver import Saver
 
 RECIPE = "recipe.json"  # of a run's folder
 
@@ -71,11 +72,11 @@ def import_pool(folder: Path, *, decode: codecs.Decode | None = None) -> tuple[S
     Raises ``RecipeError`` when ``folder`` is none of these.
     """
     for source in ("pool_dp", "pool_static"):
-        if (folder / source / shards.MANIFEST).is_file():
+        if parts_of(folder / source):
             return import_pool(folder / source, decode=decode or _decoder(folder))
     try:
-        if (folder / shards.MANIFEST).is_file():
-            return open_pool(folder, decode=decode), shards.Manifest.read(folder).classes
+        if parts := parts_of(folder):
+            return open_all(folder, decode=decode), shards.Manifest.read(parts[0]).classes
         if (folder / "train" / "metadata.jsonl").is_file():
             return _read_images(folder / "train")
         if files := sorted(folder.glob("*.parquet")):

@@ -128,9 +128,12 @@ def plan_recipe(
     *,
     device: torch.device = CPU,
     folder: Path | None = None,
+    processes: int = 1,
 ) -> Plan:
     """The plan of a recipe's section ``[pool]`` on this machine; the arguments of ``SamplePool.from_recipe``.
 
     Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
     """
-    return plan(samples, shape, recipe.codec, tiers=Tiers.from_recipe(recipe, device, folder)).check()
+    return plan(
+        samples, shape, recipe.codec, tiers=Tiers.from_recipe(recipe, device, folder, processes=processes)
+    ).check()

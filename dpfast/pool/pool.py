@@ -84,23 +84,27 @@ class SamplePool:
         device: torch.device = CPU,
         folder: Path | None = None,
         decode: codecs.Decode | None = None,
+        processes: int = 1,
     ) -> SamplePool:
         """An empty pool for at most ``samples`` samples, as the section ``[pool]`` of a recipe describes it.
 
         shape: (C, H, W) of the pixels or latents that are stored. device: whose memory comes first. folder: of the
-        mapped files. decode: as of ``SamplePool``.
+        mapped files. decode: as of ``SamplePool``. processes: as of ``Tiers.detect``.
 
         Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
         """
-        fitting = plan_recipe(recipe, samples, shape, device=device, folder=folder)
+        fitting = plan_recipe(recipe, samples, shape, device=device, folder=folder, processes=processes)
         return cls(recipe.codec, tiers=fitting.tiers, chunk_bytes=fitting.chunk_bytes, decode=decode, shape=shape)
 
     @classmethod
     def open(cls, folder: str | Path, **options: Any) -> SamplePool:
-        """Restores what ``dpfast.pool.saver.Saver`` has saved; see ``dpfast.pool.saver.open_pool``."""
-        from dpfast.pool.saver import open_pool
+        """Restores what ``dpfast.pool.saver.Saver`` has saved; see ``dpfast.pool.saver.open_pool``.
 
-        return open_pool(folder, **options)
+        Where several ranks have saved their parts, all of them, in the order of sample ids.
+        """
+        from dpfast.pool.parts import open_all
+
+        return open_all(Path(folder), **options)
 
     def __len__(self) -> int:
         return self._view.size
@@ -333,10 +337,10 @@ class SamplePool:
         view = self._view
         return sum(chunk.nbytes for chunk in (*view.chunks.chunks, *view.origins.chunks))
 
-    def column(self, name: str) -> Tensor:
-        """(N,) values of a column of ``dpfast.pool.columns``, in the order of appending, int64 or float32."""
+    def column(self, name: str, start: int = 0) -> Tensor:
+        """(N - start,) values of a column of ``dpfast.pool.columns``, in the order of appending, int64 or float32."""
         view = self._view
-        return view.column(name, torch.arange(view.size))
+        return view.column(name, torch.arange(start, view.size))
 
     def records(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Copies of the ``RECORD`` of the samples ``start`` to ``stop``, which is the end by default."""

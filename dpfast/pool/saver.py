@@ -246,11 +246,12 @@ def open_pool(
     for part in loaded:
         records = part.records[: wanted - len(pool)]
         if len(records):
-            pool.append_records(_payload(part, records, manifest), records.copy())
+            pool.append_records(payload_of(part, records, manifest), records.copy())
     return pool
 
 
-def _payload(part: shards.Loaded, records: np.ndarray, manifest: shards.Manifest) -> torch.Tensor | list[bytes]:
+def payload_of(part: shards.Loaded, records: np.ndarray, manifest: shards.Manifest) -> torch.Tensor | list[bytes]:
+    """What is stored of the samples of ``records``, some of the shard's, as ``SamplePool.append_records`` takes it."""
     offsets, lengths = records["offset"], records["length"]
     if manifest.suffix != "npy":
         files = [part.data[o : o + n].tobytes() for o, n in zip(offsets.tolist(), lengths.tolist(), strict=True)]

@@ -58,11 +58,12 @@ class Tiers:
         *,
         device_bytes: int | None = None,
         host_bytes: int | None = None,
+        processes: int = 1,
     ) -> Tiers:
         """Shares of what is free now: device memory for a CUDA device, host memory, and the disk of ``folder``.
 
         device_bytes, host_bytes: budgets in place of the shares; of a CPU as the device, a budget in bytes is a part of
-        the host's memory that is filled first.
+        the host's memory that is filled first. processes: that share this machine's host memory and disk alike.
         """
         device = None if device is None else torch.device(device)
         cuda = device is not None and device.type == "cuda"
@@ -71,13 +72,15 @@ class Tiers:
         return cls(
             device=device if device_bytes else None,
             device_bytes=device_bytes,
-            host_bytes=int(_free_memory() * HOST_SHARE) if host_bytes is None else host_bytes,
+            host_bytes=int(_free_memory() * HOST_SHARE / processes) if host_bytes is None else host_bytes,
             folder=folder,
-            file_bytes=0 if folder is None else int(shutil.disk_usage(folder).free * FILE_SHARE),
+            file_bytes=0 if folder is None else int(shutil.disk_usage(folder).free * FILE_SHARE / processes),
         )
 
     @classmethod
-    def from_recipe(cls, recipe: config.Pool, device: torch.device, folder: Path | None) -> Tiers:
+    def from_recipe(
+        cls, recipe: config.Pool, device: torch.device, folder: Path | None, *, processes: int = 1
+    ) -> Tiers:
         """The budgets of a recipe's section ``[pool]``. Raises ``RecipeError`` for files without a folder."""
         device_bytes, host_bytes = (
             None if size is None else int(size * GIB) for size in (recipe.device_gib, recipe.host_gib)
@@ -85,7 +88,7 @@ class Tiers:
         if recipe.mapped and folder is None:
             raise config.RecipeError("mapped = true: there is no folder for the files; run with one")
         mapped = folder if recipe.mapped else None
-        return cls.detect(device, mapped, device_bytes=device_bytes, host_bytes=host_bytes)
+        return cls.detect(device, mapped, device_bytes=device_bytes, host_bytes=host_bytes, processes=processes)
 
     def budget(self, name: str) -> int:
         return int(getattr(self, f"{name}_bytes"))

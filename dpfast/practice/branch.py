@@ -10,7 +10,10 @@ import shutil
 from pathlib import Path
 
 from dpfast.config import Recipe, RecipeError
+from dpfast.parallel import Ranks
+from dpfast.pool.parts import part_folder
 from dpfast.pool.saver import copy_saved
+from dpfast.pool.union import Layout
 from dpfast.practice import checkpoint
 from dpfast.practice.run_folder import RECIPE, RunFolder, differences
 
@@ -53,7 +56,11 @@ def prepare_branch(trunk: Path, round: int, out: Path, recipe: Recipe, *, overwr
     try:
         with RunFolder(out, recipe, overwrite=overwrite) as branch:
             (out / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in past))
-            copy_saved(trunk / f"pool_{SOURCE}", branch.pool(SOURCE), start.state["samples"])
+            for rank in range(start.state["ranks"]):
+                ranks = Ranks(rank=rank, size=start.state["ranks"])
+                held = Layout(ranks, recipe.generator.generation_batch, tuple(start.state["loop"]["rounds"])).held()
+                part, copy = (part_folder(f, ranks) for f in (trunk / f"pool_{SOURCE}", branch.pool(SOURCE)))
+                copy_saved(part, copy, held)
             state = {
                 **start.state,
                 "loop": {**start.state["loop"], "pending": False, "frozen": True},

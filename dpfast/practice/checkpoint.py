@@ -25,7 +25,7 @@ from torch import Tensor
 from dpfast.config import RecipeError
 from dpfast.pool.shards import durable, sync_folder
 
-VERSION = 3
+VERSION = 4
 
 
 class DamagedCheckpointWarning(UserWarning):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpfast.generate.sampler import GuidedSampler, SampleBatch
+from dpfast.parallel import Ranks
 from dpfast.roofline.counting import flops
 
 
@@ -70,6 +71,16 @@ class Cost:
     def since(self, before: Cost) -> Cost:
         """What has been spent after ``before``."""
         return Cost(**{name: value - getattr(before, name) for name, value in self.state().items()})
+
+    def share(self, before: Cost, ranks: Ranks) -> None:
+        """Adds up what all ranks have spent after ``before``; seconds are those of the slowest."""
+        spent = self.since(before)
+        self.samples = before.samples + int(ranks.total(spent.samples))
+        self.forwards = before.forwards + ranks.total(spent.forwards)
+        self.flops = before.flops + ranks.total(spent.flops)
+        self.seconds = before.seconds + ranks.most(spent.seconds)
+        self.skipped = before.skipped + int(ranks.total(spent.skipped))
+        self.retries = before.retries + int(ranks.total(spent.retries))
 
     def state(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

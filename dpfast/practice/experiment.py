@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dpfast.config import SOURCES, Recipe, RecipeError
 from dpfast.data.real import check_real, load_real
@@ -11,14 +12,17 @@ from dpfast.evaluate.measures import predict
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed.loader import choose
 from dpfast.generate.recipes import check_generator, image_shape, load_pipeline
+from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.plan import plan_recipe
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
+from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.guided import check_way
 from dpfast.practice.learners import new_learner
-from dpfast.practice.loop import Loop, stored_shape
+from dpfast.practice.loop import Loop, part_of_samples, stored_shape
+from dpfast.practice.overlap import Link, Maker, Overlapped
 from dpfast.practice.result import Result
-from dpfast.practice.run_folder import RunFolder
+from dpfast.practice.run_folder import Places, RunFolder
 from dpfast.practice.sources import DeliberatePracticeSource, DynamicSource, PruneSource, Source, StaticSource, Unguided
 from dpfast.practice.stopping import Stop
 
@@ -32,16 +36,26 @@ class DeliberatePractice:
     with rounds at the same moments. Without it they go by the recipe: the maximum of samples, their own patience.
 
     unguided: samples that exist already (``Unguided.remember``), for experiments that share a generator and a seed.
+    ranks: every rank of a run makes this object and calls ``run``, with the same arguments. With the recipe's
+    ``overlap`` the last ones only generate, and ``ranks`` are then the others.
 
     Raises ``RecipeError`` from the constructor when the recipe, the generator and the real images do not fit together.
     """
 
-    def __init__(self, recipe: Recipe, *, unguided: Unguided | None = None) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, *, unguided: Unguided | None = None, ranks: Ranks = ALONE) -> None:
+        practice = recipe.practice
+        if practice.overlap >= ranks.size and practice.overlap:
+            raise RecipeError(
+                f"overlap = {practice.overlap}: expected 0, or under torchrun fewer than its {ranks.size} ranks"
+            )
+        self.link = Link.of(ranks, practice.overlap) if practice.overlap else None
+        ranks = ranks if self.link is None else self.link.trainers
+        self.recipe, self.ranks = recipe, ranks
+        self._check_ranks()
         names = check_generator(recipe.generator) if unguided is None else unguided.sampler.pipeline.class_names
         check_real(recipe.validation, recipe.held_out, names)
         self.pipeline = (
-            load_pipeline(recipe.generator, device=device_named(recipe.device))
+            load_pipeline(recipe.generator, device=device_named(recipe.device, ranks))
             if unguided is None
             else unguided.sampler.pipeline
         )
@@ -50,13 +64,37 @@ class DeliberatePractice:
             held_out=recipe.held_out,
             classes=self.pipeline.class_names,
             shape=image_shape(self.pipeline),
+            ranks=ranks,
         )
         self.sets = evaluation_sets(recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed)
         self._check()
         if not recipe.pool.mapped:  # the disk of mapped files is known with the folder; the loop looks before any work
             shape = stored_shape(recipe, self.pipeline, self.real)
-            plan_recipe(recipe.pool, recipe.practice.maximum_samples, shape, device=self.pipeline.device)
-        self.unguided = unguided or Unguided(recipe, self.pipeline)
+            samples, processes = part_of_samples(recipe, ranks), ranks.local_size
+            plan_recipe(recipe.pool, samples, shape, device=self.pipeline.device, processes=processes)
+        self.unguided = unguided or Unguided(recipe, self.pipeline, ranks)
+
+    def _check_ranks(self) -> None:
+        ranks, recipe, practice = self.ranks, self.recipe, self.recipe.practice
+        if ranks.alone and self.link is None:
+            return
+        size, batch = recipe.learner.batch_size, recipe.generator.generation_batch
+        if size % (2 * ranks.size):
+            raise RecipeError(
+                f"batch_size = {size}: expected a multiple of {2 * ranks.size}, twice the {ranks.size} ranks"
+            )
+        if -(-practice.initial_samples // batch) < ranks.size:
+            raise RecipeError(
+                f"generation_batch = {batch}: initial_samples = {practice.initial_samples} are fewer batches than the "
+                f"{ranks.size} ranks; expected at most {practice.initial_samples // ranks.size}"
+            )
+        if "prune" in practice.sources and not ranks.alone:
+            raise RecipeError("sources: 'prune' chooses among all candidates of a round; run it on one rank")
+        if practice.restart:
+            raise RecipeError(
+                f"restart = {practice.restart:g}: a sample begins from any of the pool's, of which each rank holds a "
+                "part; expected 0, or one rank"
+            )
 
     def _check(self) -> None:
         practice, classes = self.recipe.practice, self.pipeline.denoiser.classes
@@ -75,8 +113,8 @@ class DeliberatePractice:
         choose(self.recipe.learner.loader, self.recipe.pool.codec)
         if "dp" in practice.sources:
             check_way(self.recipe, self.pipeline)
-        learner = new_learner(self.recipe, self.pipeline)
-        shape = tuple(predict(learner, self.real.validation.images[:2]).shape)
+        learner, images = new_learner(self.recipe, self.pipeline), self.real.validation.images
+        shape = tuple(predict(learner, images.new_zeros(2, *images.shape[1:])).shape)  # a rank may have no image
         if shape != (2, classes):
             raise RecipeError(
                 f"model = {self.recipe.learner.model!r}: its logits are {shape} for 2 images, expected (2, {classes})"
@@ -84,7 +122,7 @@ class DeliberatePractice:
 
     def run(
         self,
-        folder: RunFolder | None = None,
+        folder: Places | None = None,
         *,
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
@@ -92,19 +130,25 @@ class DeliberatePractice:
     ) -> list[Result]:
         """Runs all sources. Nothing is written without a ``folder``; one that holds a run's state is continued.
 
+        folder: of several ranks the first one has a ``RunFolder``, the others its ``Places``.
+        A rank that only generates returns no results.
         Raises ``Stopped`` after a stop was requested and ``LossError`` when a loss is not finite.
         """
         names = [name for name in SOURCES if name in self.recipe.practice.sources]
-        starts = {n: None if folder is None else checkpoint.latest(folder.checkpoints(n)) for n in names}
+        if self.link is not None and self.link.makes:
+            if "dp" in names:
+                Maker(self.recipe, self.pipeline, self.link, stop or Stop()).serve()
+            return []
+        starts = {name: self._start(folder, name) for name in names}
         begun = [name for name in names if starts[name] is not None]
-        if folder is not None:
+        if isinstance(folder, RunFolder):
             newest = starts[begun[-1]] if begun else None
             folder.rewind(newest.state["written"] if newest is not None else [0, 0])
-        told = [*callbacks, *([Console()] if progress else [])]
+        told = [*callbacks, *([Console()] if progress and self.ranks.first else [])]
         results: list[Result] = []
         practised: Loop | None = None
         for name in names:
-            written = [folder] if folder is not None else []
+            written = [folder] if isinstance(folder, RunFolder) else []
             loop = Loop(
                 self.recipe,
                 name,
@@ -114,20 +158,34 @@ class DeliberatePractice:
                 folder=folder,
                 callbacks=[*written, *told],
                 stop=stop,
+                ranks=self.ranks,
             )
-            result = loop.run(self._source(name, loop, practised), start=starts[name])
-            self.unguided.remember(result.pool, result.initial_cost)
+            source = self._source(name, loop, practised)
+            if isinstance(source, Overlapped):
+                loop.callbacks = [source, *loop.callbacks]  # before the others, and so before a checkpoint
+            result = loop.run(source, start=starts[name])
+            self.unguided.remember(loop.local, result.initial_cost)
             results.append(result)
             if name == "dp":
                 practised = loop
         return results
 
+    def _start(self, folder: Places | None, name: str) -> Checkpoint | None:
+        """The newest checkpoint of a source, the same one on every rank: that of the first."""
+        if folder is None:
+            return None
+        with self.ranks.together():
+            newest = checkpoint.latest(folder.checkpoints(name)) if self.ranks.first else None
+        path = self.ranks.of_first(None if newest is None else str(newest.path))
+        return newest if newest is not None or path is None else checkpoint.load(Path(path))
+
     def _source(self, name: str, loop: Loop, practised: Loop | None) -> Source:
         recipe, unguided = self.recipe, self.unguided
         if name == "dp":
-            return DeliberatePracticeSource(
-                recipe, self.pipeline, unguided, loop.guide, guides=loop.guides, pool=lambda: loop.pool
+            source = DeliberatePracticeSource(
+                recipe, self.pipeline, unguided, loop.guide, guides=loop.guides, pool=lambda: loop.local
             )
+            return source if self.link is None else Overlapped(source, loop.guides, self.link)
         if name == "static":
             total = recipe.practice.maximum_samples if practised is None else len(practised.pool)
             return StaticSource(recipe, unguided, total)

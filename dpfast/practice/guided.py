@@ -34,6 +34,7 @@ from dpfast.generate.recipes import image_shape, new_sampler
 from dpfast.generate.runtime.batching import BatchSizer, attempt
 from dpfast.generate.sampler import GuidedSampler, SampleBatch
 from dpfast.generate.trajectory import Trajectory
+from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.costs import Cost, Price, Prices
 
@@ -42,18 +43,28 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The guided samples of a round. labels: (n,) of all of them; start: the pool's size before; done: made already."""
+    """The guided samples of a round, of which this rank makes its part.
+
+    labels: (n,) of all of them; start: the pool's size before; turn: the rank of the first batch; done: how many of
+    this rank's are made already.
+    """
 
     labels: Tensor
     start: int
     done: int
     omega: float
     learner_step: int
+    turn: int = 0
+    ranks: Ranks = ALONE
 
     def parts(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """What is left, in batches: the place in the pool of a batch's first sample, and the batch's labels."""
-        for first in range(self.done, len(self.labels), size):
-            yield self.start + first, self.labels[first : first + size]
+        for places in self.ranks.batches(len(self.labels), size, turn=self.turn, done=self.done):
+            yield self.start + places.start, self.labels[places.start : places.stop]
+
+    def rest(self, size: int) -> Tensor:
+        """(n,) all places of ``parts``, counted from the round's start."""
+        return self.ranks.places(len(self.labels), size, turn=self.turn, done=self.done)
 
 
 class Way(Protocol):
@@ -131,9 +142,10 @@ class FromNoise:
         return self.prices.at(self.sampler.cfg_scale)
 
     def make(self, wanted: Wanted, cost: Cost) -> Iterator[SampleBatch]:
+        rest = wanted.rest(self.batch)
         batches = self.sampler.stream(
-            wanted.labels[wanted.done :],
-            first_id=wanted.start + wanted.done,
+            wanted.labels[rest],
+            sample_ids=wanted.start + rest,
             batch_size=self.batch,
             omega=wanted.omega,
             learner_step=wanted.learner_step,
@@ -162,7 +174,7 @@ class EarlyRejection(FromNoise):
             first, last = self._id(place), self._id(place + len(labels))
             kept = self._kept(labels, torch.arange(first, last), wanted.omega)
             parts = self.chunks.over(len(kept), partial(self._finished, kept, wanted.learner_step))
-            batch = replace(_joined(list(parts)), retries=self.chunks.since())
+            batch = replace(joined(list(parts)), retries=self.chunks.since())
             cost.pay(last - first, early)
             cost.take(batch, late, time.perf_counter() - started)
             yield batch
@@ -278,7 +290,7 @@ def check_way(recipe: Recipe, pipeline: Pipeline) -> None:
     way_of(recipe, sampler, sampler, lambda: SamplePool())
 
 
-def _joined(parts: list[SampleBatch]) -> SampleBatch:
+def joined(parts: list[SampleBatch]) -> SampleBatch:
     """Parts of one batch, all with latents, in their order."""
     names = ("images", "labels", "sample_ids", "entropy", "latents")
     rows: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}

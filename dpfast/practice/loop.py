@@ -22,7 +22,9 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.committee import guiding
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
+from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.union import Layout, UnionPool
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.costs import Cost, pruning_ratio
@@ -30,7 +32,7 @@ from dpfast.practice.learners import new_learner
 from dpfast.practice.losses import Losses
 from dpfast.practice.patience import Patience
 from dpfast.practice.result import Result
-from dpfast.practice.run_folder import RunFolder
+from dpfast.practice.run_folder import Places
 from dpfast.practice.sources import Round, Source
 from dpfast.practice.state import Keeper, State
 from dpfast.practice.stopping import LossError, Stop
@@ -40,7 +42,10 @@ class Loop:
     """One learner, one source, one pool. ``Loop(...).run(source)`` trains from scratch to the recipe's iterations.
 
     Models, losses and batches are on the pipeline's device. callbacks: told what happens, in their order. folder: where
-    the state is kept; None: nowhere. stop: asked after every step and batch.
+    the state is kept; None: nowhere. stop: asked after every step and batch. ranks: run one loop each, in step: they
+    make and hold their parts of the samples, train on their parts of the batches, and decide alike.
+
+    pool: what is trained on; local: the samples that this rank holds, the same pool where it is alone.
     """
 
     def __init__(
@@ -51,22 +56,27 @@ class Loop:
         real: RealData,
         *,
         sets: Sequence[EvaluationSet] = (),
-        folder: RunFolder | None = None,
+        folder: Places | None = None,
         callbacks: Sequence[Callback] = (),
         stop: Stop | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe, self.name, self.pipeline, self.real, self.sets = recipe, name, pipeline, real, sets
-        self.callbacks, self.stop = callbacks, stop or Stop()
+        self.callbacks, self.stop, self.ranks = callbacks, stop or Stop(), ranks
         config, practice, device = recipe.learner, recipe.practice, pipeline.device
-        self.trainer = Trainer(new_learner(recipe, pipeline), config, iterations=practice.iterations)
-        self.pool = SamplePool.from_recipe(
+        self.trainer = Trainer(new_learner(recipe, pipeline), config, iterations=practice.iterations, ranks=ranks)
+        self.local = SamplePool.from_recipe(
             recipe.pool,
-            practice.maximum_samples,
+            part_of_samples(recipe, ranks),
             stored_shape(recipe, pipeline, real),
             device=device,
             folder=None if folder is None else folder.path,
             decode=pipeline.guidance_decoder,
+            processes=ranks.local_size,
         )
+        self.pool: SamplePool | UnionPool = self.local
+        if not ranks.alone:
+            self.pool = UnionPool(self.local, Layout(ranks, recipe.generator.generation_batch))
         self.loader = make_loader(
             config.loader,
             self.pool,
@@ -81,7 +91,7 @@ class Loop:
         )
         self.patience = Patience(practice.patience, practice.initial_samples, practice.patience_growth)
         self.interval = practice.interval(config.batch_size)
-        self.losses = Losses(self.loader, device)
+        self.losses = Losses(self.loader, device, ranks)
         self.state, self.keeper = State(), Keeper(self, folder)
         self.initial_cost = Cost()
         self.cost_before = Cost()  # the source's, before the pending round
@@ -143,11 +153,12 @@ class Loop:
         trainer, started = self.trainer, time.perf_counter()
         try:
             while trainer.step_count < trainer.iterations:
-                if self.stop.requested:
+                if self.ranks.any(self.stop.requested):
+                    self.stop.requested = True
                     break
                 self.losses.add(trainer.step(*next(self.loader)), trainer.step_count)
                 due = trainer.step_count % self.interval == 0
-                if due or trainer.device.type == "cpu":  # a step on a GPU must not wait for it
+                if due or (trainer.device.type == "cpu" and self.ranks.alone):  # a step on a GPU must not wait for it
                     self._check_loss()
                 self._tell("on_step")
                 if due:
@@ -163,7 +174,7 @@ class Loop:
         """Evaluates; True when samples are due."""
         started, practice, state, size = time.perf_counter(), self.recipe.practice, self.state, len(self.pool)
         validation = self.real.validation
-        result = evaluate(self.evaluated, validation.images, validation.labels)
+        result = evaluate(self.evaluated, validation.images, validation.labels, self.ranks)
         state.per_class = [None if value != value else value for value in result.per_class.tolist()]
         self.losses.anchor(self.trainer.step_count)
         state.evaluation_seconds += time.perf_counter() - started
@@ -178,22 +189,25 @@ class Loop:
 
     def _add_samples(self) -> None:
         """Makes the pending round, or the rest of it."""
-        source, state = self.source, self.state
+        source, state, pool, local = self.source, self.state, self.pool, self.local
         start, known = state.round_start, state.per_class
+        turn, before = (pool.layout.turn, pool.layout.held()) if isinstance(pool, UnionPool) else (0, start)
         round = Round(
             number=state.round + 1,
             start=start,
             count=source.available(start) if start else source.initial_samples,
             learner_step=self.trainer.step_count,
             per_class=None if known is None else torch.tensor([float("nan") if v is None else v for v in known]),
+            turn=turn,
         )
-        self._tell("on_generation", round.number, round.count)
-        self.pool.reserve(round.count - (len(self.pool) - start))
+        part = self.ranks.share(round.count, self.recipe.generator.generation_batch, turn=turn)
+        self._tell("on_generation", round.number, part)
+        local.reserve(part - (len(local) - before))
         with self._guiding():
-            batches = source.make(round, len(self.pool) - start)
+            batches = source.make(round, len(local) - before)
             with contextlib.nullcontext() if source.streams else self.stop.at_once():
                 for batch in self.keeper.on_the_way(batches) if source.streams else batches:
-                    self.pool.append(
+                    local.append(
                         batch,
                         round=round.number,
                         omega=source.omega(round.number),
@@ -202,6 +216,9 @@ class Loop:
                         seed=self.recipe.seed,
                     )
                     self._tell("on_samples", batch)
+            if isinstance(pool, UnionPool):
+                pool.complete(round.count)
+                source.cost.share(self.cost_before, self.ranks)
             addition = self._addition(round)
         self.keeper.save_samples()
         if round.number:
@@ -210,6 +227,7 @@ class Loop:
         else:
             self.initial_cost = replace(source.cost)
         state.round, state.pending = round.number, False
+        state.rounds.append(round.count)
         self._tell("on_round", addition)
 
     def _addition(self, round: Round) -> Addition:
@@ -218,7 +236,7 @@ class Loop:
         addition = Addition(number=round.number, added=round.count, total=len(self.pool), cost=cost)
         if not round.number:
             return addition
-        hard = float(self.pool.column("entropy")[round.start :].mean())
+        hard = float(self.pool.column("entropy", round.start).mean())
         easy = entropy(predict(self.guide, self.source.probe)).cpu()
         ratio = pruning_ratio(easy, hard)
         return replace(addition, entropy=hard, unguided_entropy=float(easy.mean()), pruning_ratio=ratio)
@@ -250,8 +268,8 @@ class Loop:
                 source=self.name,
                 pool=self.pool,
                 learner=self.evaluated,
-                validation=evaluate(self.evaluated, validation.images, validation.labels),
-                test=evaluate(self.evaluated, test.images, test.labels),
+                validation=evaluate(self.evaluated, validation.images, validation.labels, self.ranks),
+                test=evaluate(self.evaluated, test.images, test.labels, self.ranks),
                 iterations=self.trainer.step_count,
                 additions=self.additions,
                 initial_cost=self.initial_cost,
@@ -259,7 +277,7 @@ class Loop:
                 training_seconds=state.training_seconds,
                 evaluation_seconds=state.evaluation_seconds,
                 loader_wait=waited / max(state.training_seconds - waited, 1e-9),
-                sets=tuple(evaluate_sets(self.evaluated, self.sets)),
+                sets=tuple(evaluate_sets(self.evaluated, self.sets, self.ranks)),
             )
         if not state.finished:
             self._tell("on_result", result)
@@ -270,6 +288,16 @@ class Loop:
     def _tell(self, event: str, *values: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *values)
+
+
+def part_of_samples(recipe: Recipe, ranks: Ranks) -> int:
+    """How many of the most samples that a run can have one rank holds at most."""
+    practice, batch = recipe.practice, recipe.generator.generation_batch
+    if ranks.alone:
+        return practice.maximum_samples
+    rounds = 1 + -(-(practice.maximum_samples - practice.initial_samples) // practice.round_samples)
+    batches = practice.maximum_samples // batch + rounds  # the last one of a round may be smaller
+    return min(-(-batches // ranks.size) * batch, practice.maximum_samples)
 
 
 def stored_shape(recipe: Recipe, pipeline: Pipeline, real: RealData) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dpfast.feed.loader import PoolLoader
 from dpfast.feed.order import Order
+from dpfast.parallel import ALONE, Ranks
 
 
 class Losses:
@@ -15,8 +16,8 @@ class Losses:
     ``anchor`` remembers where the loader stands; the samples of a bad step are drawn again from there.
     """
 
-    def __init__(self, loader: PoolLoader, device: torch.device) -> None:
-        self.loader = loader
+    def __init__(self, loader: PoolLoader, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.loader, self.ranks = loader, ranks
         self.total = torch.zeros((), device=device)  # since the last ``mean``
         self._bad = torch.zeros((), dtype=torch.int64, device=device)  # the first step without a finite loss; 0: none
         self.anchor(0)
@@ -30,14 +31,15 @@ class Losses:
         self._bad += torch.where((self._bad == 0) & ~loss.isfinite(), step, 0)
 
     def mean(self, steps: int) -> float:
-        """Of the last ``steps`` steps; the sum begins anew."""
-        mean = float(self.total) / steps
+        """Of the last ``steps`` steps over all ranks; the sum begins anew."""
+        mean = float(self.ranks.each(self.total).mean()) / steps
         self.total.zero_()
         return mean
 
     def bad(self) -> int:
-        """The first step without a finite loss; 0: there is none. Waits for the device."""
-        return int(self._bad)
+        """The first step without a finite loss on any rank; 0: there is none. Waits for the device."""
+        found = self.ranks.each(self._bad)
+        return int(found[found > 0].min()) if bool(found.any()) else 0
 
     def samples_of(self, step: int) -> list[int]:
         """The sample ids of a step's batch, rising; the step lies between the anchor and the next addition."""

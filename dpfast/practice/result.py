@@ -9,6 +9,7 @@ from torch import nn
 from dpfast.evaluate.measures import Evaluation
 from dpfast.evaluate.sets import Row
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.union import UnionPool
 from dpfast.practice.costs import Cost
 
 
@@ -21,7 +22,7 @@ class Result:
     """
 
     source: str
-    pool: SamplePool
+    pool: SamplePool | UnionPool
     learner: nn.Module
     validation: Evaluation
     test: Evaluation

@@ -12,6 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dpfast.config import SECTIONS, Recipe, RecipeError
 from dpfast.evaluate.measures import Evaluation
+from dpfast.parallel import ALONE, Ranks
+from dpfast.pool.parts import part_name
 from dpfast.pool.shards import durable
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.pace import Pace
@@ -23,8 +25,37 @@ if TYPE_CHECKING:
 RECIPE = "recipe.json"
 
 
-class RunFolder(Callback):
-    """``runs/<name>/``. As a callback it writes down what a loop tells.
+class Places:
+    """Where the parts of a run's folder are; every rank has its own for samples and progress."""
+
+    def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
+        self.path, self.ranks = path, ranks
+
+    def checkpoints(self, source: str) -> Path:
+        """Where the checkpoints of a source's loop are kept."""
+        return self.path / f"checkpoints_{source}"
+
+    def pool(self, source: str) -> Path:
+        """Where a source's samples are saved: one saved pool, or a folder of one for each rank."""
+        return self.path / f"pool_{source}"
+
+    def _progress(self, source: str) -> str:
+        return f"progress_{source}{'' if self.ranks.alone else f'-{part_name(self.ranks)}'}.json"
+
+    def progress(self, source: str) -> dict[str, Any] | None:
+        """What ``save_progress`` kept; None where there is nothing, or nothing that can be read."""
+        try:
+            return json.loads((self.path / self._progress(source)).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def save_progress(self, source: str, progress: dict[str, Any]) -> None:
+        with durable(self.path, self._progress(source)) as file:
+            file.write(json.dumps(progress).encode())
+
+
+class RunFolder(Places, Callback):
+    """``runs/<name>/``. As a callback it writes down what a loop tells. Of several ranks the first one has it.
 
     recipe.json     the recipe with every default filled in
     metrics.jsonl   one line per evaluation, addition and result; a function of the recipe alone, so without times
@@ -33,43 +64,28 @@ class RunFolder(Callback):
     logs/           the log of every rank (``dpfast.logs``)
     learner_*       the evaluated weights of every source's classifier, safetensors
     checkpoints_*/  the states of every source's loop (``dpfast.practice.checkpoint``)
-    pool_*/         every source's samples, webdataset shards with a manifest (``dpfast.pool.shards``)
+    pool_*/         every source's samples, webdataset shards with a manifest (``dpfast.pool.shards``), or a sub-folder
+                    of them for each rank
     progress_*      what is saved of a round that is being made
     branch.json     where a branch began: run, round and iteration
+    .launch         which call of torchrun made it
     index.html      the report of a finished run, with its plots and contact sheets as *.png
     """
 
-    def __init__(self, path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self, path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False, ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(path, ranks)
         check_vacant(path, recipe, overwrite=overwrite, resume=resume)
         if path.exists() and not resume:
             _remove(path)
         path.mkdir(parents=True, exist_ok=True)
-        self.path = path
         if not resume:
             with durable(path, RECIPE) as file:
                 file.write(json.dumps(recipe.to_dict(), indent=2).encode() + b"\n")
         self._metrics = (path / "metrics.jsonl").open("a")
         self._timings = (path / "timings.jsonl").open("a")
         self._events = SummaryWriter(str(path))
-
-    def checkpoints(self, source: str) -> Path:
-        """Where the checkpoints of a source's loop are kept."""
-        return self.path / f"checkpoints_{source}"
-
-    def pool(self, source: str) -> Path:
-        """Where a source's samples are saved."""
-        return self.path / f"pool_{source}"
-
-    def progress(self, source: str) -> dict[str, Any] | None:
-        """What ``save_progress`` kept; None where there is nothing, or nothing that can be read."""
-        try:
-            return json.loads((self.path / f"progress_{source}.json").read_text())
-        except (OSError, ValueError):
-            return None
-
-    def save_progress(self, source: str, progress: dict[str, Any]) -> None:
-        with durable(self.path, f"progress_{source}.json") as file:
-            file.write(json.dumps(progress).encode())
 
     def written(self) -> list[int]:
         """The lengths of ``metrics.jsonl`` and ``timings.jsonl``, bytes."""

@@ -25,6 +25,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import new_sampler
 from dpfast.generate.sampler import SampleBatch
 from dpfast.ops import entropy
+from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.costs import Cost, Prices
 from dpfast.practice.guided import Wanted, way_of
@@ -38,7 +39,7 @@ EAGER = {"compile": False, "cuda_graphs": False}  # for the few samples of a pro
 class Round:
     """What is asked of a source. number: 0 for the initial samples; start: the pool's size before; count: how many.
 
-    per_class: (K,) validation accuracies of the learner at this moment; None in round 0.
+    per_class: (K,) validation accuracies of the learner at this moment; None in round 0. turn: the first batch's rank.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Round:
     count: int
     learner_step: int = 0
     per_class: Tensor | None = None
+    turn: int = 0
 
 
 class Source(Protocol):
@@ -69,7 +71,7 @@ class Source(Protocol):
         ...
 
     def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
-        """The samples of a round, from the one numbered ``done`` on. The learner is in eval mode meanwhile."""
+        """This rank's samples of a round, without its first ``done``. The learner is in eval mode meanwhile."""
         ...
 
     def omega(self, number: int) -> float: ...
@@ -108,10 +110,11 @@ def allotted_labels(per_class: Tensor, first_id: int, count: int) -> Tensor:
 class Unguided:
     """Unguided samples by id, shared by the sources of an experiment: what a finished pool holds is not made again.
 
-    A sample taken over costs what making one cost when it was made.
+    A sample taken over costs what making one cost when it was made. A rank makes and shares its own part.
     """
 
-    def __init__(self, recipe: Recipe, pipeline: Pipeline) -> None:
+    def __init__(self, recipe: Recipe, pipeline: Pipeline, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.batch, self.classes = recipe.generator.generation_batch, pipeline.denoiser.classes
         self.sampler = new_sampler(recipe, pipeline, None)
         self.made = Cost()
@@ -135,11 +138,13 @@ class Unguided:
         if cost.samples > self.made.samples:
             self.made = replace(cost)
 
-    def stream(self, first: int, count: int, cost: Cost, *, cfg_scale: float) -> Iterator[SampleBatch]:
-        """The samples of ids ``first`` to ``first + count`` in batches, paid for in ``cost``."""
+    def stream(
+        self, first: int, count: int, cost: Cost, *, cfg_scale: float, turn: int = 0, done: int = 0
+    ) -> Iterator[SampleBatch]:
+        """This rank's samples (``Ranks.batches``) of the ids ``first`` to ``first + count``, paid for in ``cost``."""
         price = self._prices.at(cfg_scale)
-        for start in range(first, first + count, self.batch):
-            size = min(self.batch, first + count - start)
+        for places in self.ranks.batches(count, self.batch, turn=turn, done=done):
+            start, size = first + places.start, len(places)
             known = self._known(start, size) if cfg_scale == self.sampler.cfg_scale else None
             if known is not None:
                 cost.add(size, price, size * self.made.seconds / max(self.made.samples, 1))
@@ -185,8 +190,11 @@ class StaticSource:
         return 0
 
     def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
-        first = round.start + done
-        return self.unguided.stream(first, round.count - done, self.cost, cfg_scale=self.cfg_scale(0))
+        return self._unguided(round, done)
+
+    def _unguided(self, round: Round, done: int) -> Iterator[SampleBatch]:
+        scale = self.cfg_scale(round.number)
+        return self.unguided.stream(round.start, round.count, self.cost, cfg_scale=scale, turn=round.turn, done=done)
 
     def omega(self, number: int) -> float:
         return 0.0
@@ -217,8 +225,7 @@ class DynamicSource(StaticSource):
         return self._more(round, done)
 
     def _more(self, round: Round, done: int) -> Iterator[SampleBatch]:
-        first, scale = round.start + done, self.cfg_scale(round.number)
-        for batch in self.unguided.stream(first, round.count - done, self.cost, cfg_scale=scale):
+        for batch in self._unguided(round, done):
             yield self._judged(batch, round)
 
     def _judged(self, batch: SampleBatch, round: Round) -> SampleBatch:
@@ -264,6 +271,8 @@ class DeliberatePracticeSource(DynamicSource):
             labels=self._labels(round),
             start=round.start,
             done=done,
+            turn=round.turn,
+            ranks=self.unguided.ranks,
             omega=self.omega(round.number),
             learner_step=round.learner_step,
         )

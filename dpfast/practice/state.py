@@ -7,18 +7,22 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dpfast.config import RecipeError
 from dpfast.generate.sampler import SampleBatch
+from dpfast.parallel import Ranks
+from dpfast.pool.parts import open_part, part_folder
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.saver import Saver, SaveWarning
+from dpfast.pool.saver import Saver, SaveWarning, open_pool
 from dpfast.pool.shards import DamagedPoolError
+from dpfast.pool.union import Layout, UnionPool
 from dpfast.practice import checkpoint
 from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.costs import Cost
-from dpfast.practice.run_folder import RunFolder
+from dpfast.practice.overlap import Overlapped
+from dpfast.practice.run_folder import Places, RunFolder
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
@@ -33,6 +37,7 @@ class State:
     round: int = -1  # the newest complete one; round 0 are the initial samples
     round_start: int = 0  # the pool's size before it, or before the pending one
     pending: bool = True  # the next round is due, or being made
+    rounds: list[int] = field(default_factory=list)  # the samples of every complete one
     frozen: bool = False  # a branch: no more additions
     finished: bool = False
     moments: list[int] = field(default_factory=list)  # the steps after which samples were added
@@ -47,10 +52,14 @@ class Keeper:
 
     A checkpoint is written at the start, after every evaluation and after every round. While a round is pending, the
     newest checkpoint is of the moment before it, and ``progress`` holds the samples that it has so far.
+
+    Every rank saves the samples that it holds, in its own part of the pool's folder. When all have, the first writes a
+    checkpoint, which any number of ranks can read.
     """
 
-    def __init__(self, loop: Loop, folder: RunFolder | None) -> None:
+    def __init__(self, loop: Loop, folder: Places | None) -> None:
         self.loop, self.folder = loop, folder
+        self.layout = Layout(loop.ranks, loop.recipe.generator.generation_batch)
         self._saver: Saver | None = None
 
     @contextlib.contextmanager
@@ -59,8 +68,8 @@ class Keeper:
         if self.folder is None or self.loop.state.finished:
             yield
             return
-        names = self.loop.pipeline.class_names
-        with Saver(self.loop.pool, self.folder.pool(self.loop.name), classes=names, truncate=True) as self._saver:
+        names, folder = self.loop.pipeline.class_names, part_folder(self.folder.pool(self.loop.name), self.loop.ranks)
+        with Saver(self.loop.local, folder, classes=names, truncate=True) as self._saver:
             yield
 
     def newest(self) -> str | None:
@@ -73,22 +82,30 @@ class Keeper:
         loop, state = self.loop, self.loop.state
         if self.folder is None or self._saver is None:
             return
-        samples = state.round_start if state.pending else len(loop.pool)
-        if self._saver.wait() < samples:
+        held = replace(self.layout, rounds=tuple(state.rounds)).held()
+        if self._saver.wait() < held:
             self._saver.save()  # a checkpoint must not promise samples that are not on the disk: try again
-            if self._saver.wait() < samples:
-                return
-        now = dataclasses.replace(state, waited=state.waited + loop.loader.waited)
+        if loop.ranks.any(self._saver.wait() < held):
+            return
+        losses = loop.ranks.each(loop.losses.total)
+        if not isinstance(self.folder, RunFolder):
+            return
+        now = replace(state, waited=state.waited + loop.loader.waited)
         record = {
             "loop": dataclasses.asdict(now),
-            "samples": samples,
+            "samples": sum(state.rounds),
+            "ranks": loop.ranks.size,
             "loader": loop.loader.state(),
             "patience": loop.patience.state(),
             "cost": loop.source.cost.state(),
             "initial_cost": loop.initial_cost.state(),
             "written": self.folder.written(),
+            "overlap": None,
         }
-        tensors = {"loss_sum": loop.losses.total, **checkpoint.prefixed("trainer", loop.trainer.state())}
+        tensors = {"loss_sum": losses, **checkpoint.prefixed("trainer", loop.trainer.state())}
+        if isinstance(loop.source, Overlapped):
+            record["overlap"], weights = loop.source.state()
+            tensors |= checkpoint.prefixed("overlap", weights)
         practice = loop.recipe.practice
         ended = state.round if practice.keep_rounds and state.pending and state.round >= 0 else None
         folder, step = self.folder.checkpoints(loop.name), loop.trainer.step_count
@@ -114,9 +131,11 @@ class Keeper:
             if asked or time.perf_counter() - saved > PROGRESS_SECONDS:
                 if self.folder is not None and self._saver is not None:
                     self._saver.save()
-                    if self._saver.wait() == len(loop.pool):
+                    if self._saver.wait() == len(loop.local):
                         number, cost = loop.state.round + 1, loop.source.cost.state()
-                        self.folder.save_progress(loop.name, {"round": number, "samples": len(loop.pool), "cost": cost})
+                        self.folder.save_progress(
+                            loop.name, {"round": number, "samples": len(loop.local), "cost": cost}
+                        )
                 saved = time.perf_counter()
             loop.stop.check()
 
@@ -124,7 +143,8 @@ class Keeper:
         """Puts the loop where the checkpoint was taken; what follows equals the whole run bit by bit on a CPU."""
         loop, record = self.loop, start.state
         loop.trainer.restore(checkpoint.part("trainer", start.tensors))
-        loop.losses.total.copy_(start.tensors["loss_sum"])
+        losses = start.tensors["loss_sum"]
+        loop.losses.total.copy_(losses[loop.ranks.rank] if len(losses) == loop.ranks.size else losses.mean())
         loop.state = State(**record["loop"])
         loop.loader.restore(record["loader"])
         loop.losses.anchor(loop.trainer.step_count)
@@ -132,22 +152,31 @@ class Keeper:
         loop.source.cost.restore(record["cost"])
         loop.initial_cost.restore(record["initial_cost"])
         loop.cost_before = Cost(**record["cost"])
-        loop.pool = loop.loader.pool = self._saved_pool(record["samples"])
+        if isinstance(loop.source, Overlapped):
+            loop.source.restore(record["overlap"], checkpoint.part("overlap", start.tensors))
+        loop.local = loop.pool = loop.loader.pool = self._saved_pool(record["ranks"])
+        if not loop.ranks.alone:
+            layout = replace(self.layout, rounds=tuple(loop.state.rounds))
+            loop.pool = loop.loader.pool = UnionPool(loop.local, layout)
 
-    def _saved_pool(self, samples: int) -> SamplePool:
-        """The first ``samples`` from the folder, and what had been saved of a round that was being made."""
+    def _saved_pool(self, size: int) -> SamplePool:
+        """This rank's samples out of what ``size`` ranks saved, and what it had made of a round on the way."""
         assert self.folder is not None
         loop, folder = self.loop, self.folder.pool(self.loop.name)
-        placed: dict[str, Any] = {name: getattr(loop.pool, name) for name in ("tiers", "chunk_bytes", "decode")}
+        wanted = replace(self.layout, rounds=tuple(loop.state.rounds))
+        saved = replace(wanted, ranks=Ranks(size=size))
+        placed: dict[str, Any] = {name: getattr(loop.local, name) for name in ("tiers", "chunk_bytes", "decode")}
         progress = self.folder.progress(loop.name) if loop.state.pending and loop.source.streams else None
-        if progress is not None and progress["round"] == loop.state.round + 1 and progress["samples"] > samples:
+        if progress is not None and (progress["round"] != loop.state.round + 1 or size != loop.ranks.size):
+            progress = None
+        if progress is not None and progress["samples"] > wanted.held():
             with contextlib.suppress(DamagedPoolError):
-                pool = SamplePool.open(folder, limit=progress["samples"], **placed)
+                pool = open_pool(part_folder(folder, loop.ranks), limit=progress["samples"], **placed)
                 loop.source.cost.restore(progress["cost"])
                 return pool
-        if not samples:
-            return loop.pool
+        if not wanted.held():
+            return loop.local
         try:
-            return SamplePool.open(folder, limit=samples, **placed)
+            return open_part(folder, saved, wanted, **placed)
         except DamagedPoolError as error:
             raise RecipeError(f"resume: {error}") from error

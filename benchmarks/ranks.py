@@ -1,0 +1,205 @@
+"""Two ranks beside one, a thread each, and what a run's books cost as it grows: `dpfast bench ranks`.
+
+The ranks are processes as torchrun starts them. In turns rank 0 does the whole work while the others wait, and all do
+it together: the ratio of the two times is the gain of that many ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from benchmarks import timing
+from benchmarks.run import RESULTS
+from dpfast.config import Recipe
+from dpfast.evaluate.measures import evaluate
+from dpfast.feed.augment import Augment
+from dpfast.feed.order import Order
+from dpfast.feed.torch_loader import TorchLoader
+from dpfast.generate.recipes import load_pipeline, new_sampler
+from dpfast.learn.models import build_learner
+from dpfast.learn.trainer import Trainer
+from dpfast.parallel import ALONE, Ranks, joined
+from dpfast.pool.columns import RECORD
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.union import Layout, UnionPool
+
+SAMPLES, BATCH = 80, 20  # of a generation
+POOL, LEARNED, STEPS = 2000, 256, 2  # samples, batch of the learner, steps of a measurement
+EVALUATED = 2000
+SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
+VIT = {"image_size": 32, "patch_size": 4, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3,
+       "intermediate_size": 768}  # fmt: skip
+Work = Callable[[Ranks], Callable[[], object]]
+
+
+def generation(ranks: Ranks) -> Callable[[], object]:
+    """Guided samples of the embedded recipe, dealt in batches."""
+    recipe = Recipe.load("fashion")
+    pipeline = load_pipeline(recipe.generator)
+    learner = _learner("regnet", 10).eval()
+    sampler = new_sampler(recipe, pipeline, learner)
+    ids = ranks.places(SAMPLES, BATCH)
+
+    def make() -> None:
+        for _ in sampler.stream(ids % 10, sample_ids=ids, batch_size=BATCH):
+            pass
+
+    return make
+
+
+def learning(kind: str) -> Work:
+    """Optimiser steps with their batches: crops, flips, mixing, and between ranks the exchange of samples."""
+
+    def prepare(ranks: Ranks) -> Callable[[], object]:
+        layout = Layout(ranks, BATCH, (POOL,))
+        rows = torch.cat([torch.arange(r.start, r.stop) for r in layout.rows()])
+        local = SamplePool()
+        images = torch.randint(0, 256, (len(rows), 1, 32, 32), dtype=torch.uint8)
+        local.append_records(images, records_of(rows.numpy()))
+        pool = local if ranks.alone else UnionPool(local, layout)
+        config = replace(Recipe.load("fashion").learner, precision="fp32")
+        trainer = Trainer(_learner(kind, 10), config, iterations=10_000, ranks=ranks)
+        augment = Augment(flip=True, crop=0.3, mixup=0.5)
+        loader = TorchLoader(pool, batch_size=LEARNED, seed=0, augment=augment, classes=10)
+
+        def step() -> None:
+            for _ in range(STEPS):
+                trainer.step(*next(loader))
+
+        return step
+
+    return prepare
+
+
+def evaluation(ranks: Ranks) -> Callable[[], object]:
+    mine, model = ranks.places(EVALUATED, 500), _learner("regnet", 10).eval()
+    images, labels = torch.zeros(len(mine), 1, 32, 32, dtype=torch.uint8), mine % 10
+    return lambda: evaluate(model, images, labels, ranks)
+
+
+WORKS: dict[str, tuple[Work, float | None]] = {  # and the gain of two ranks that is asked for
+    f"generation, {SAMPLES} guided samples": (generation, 1.8),
+    f"learner step, ViT of 1.8 M parameters, batch {LEARNED}": (learning("vit"), 1.6),
+    f"learner step, the embedded recipe's RegNet, batch {LEARNED}": (learning("regnet"), 1.6),
+    f"evaluation, {EVALUATED} images": (evaluation, None),
+}
+
+
+def _learner(kind: str, classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "vit":
+        return build_learner("transformers:ViTForImageClassification", classes=classes, channels=1, **VIT)
+    learner = Recipe.load("fashion").learner
+    return build_learner(learner.model, classes=classes, channels=1, **learner.options)
+
+
+def records_of(ids: np.ndarray) -> np.ndarray:
+    records = np.zeros(len(ids), RECORD)
+    records["sample_id"], records["label"] = ids, ids % 10
+    return records
+
+
+def _rank(rank: int, size: int, port: int, rounds: int, chosen: list[str], out: Path) -> None:
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in here.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    records = []
+    with joined(cuda=False) as ranks:
+        for name in chosen:
+            work, target = WORKS[name]
+            together, alone = work(ranks), work(ALONE) if ranks.first else lambda: None
+            seconds: dict[str, list[float]] = {"one": [], "all": []}
+            for number in range(rounds + 1):
+                for kind, call in (("one", alone), ("all", together)):
+                    ranks.any(False)
+                    started = time.perf_counter()
+                    call()
+                    ranks.any(False)
+                    if number:  # the first is warm-up
+                        seconds[kind].append(time.perf_counter() - started)
+            one, every = statistics.median(seconds["one"]), statistics.median(seconds["all"])
+            records.append({"case": name, "ranks": size, "rounds": rounds, "one": one, "all": every,
+                            "gain": one / every, "target": target if size == 2 else None})  # fmt: skip
+    if rank == 0:
+        out.write_text(json.dumps(records))
+
+
+def gains(size: int, rounds: int, chosen: list[str]) -> list[dict[str, Any]]:
+    """Seconds of one rank and of all, medians over the rounds."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        mp.spawn(_rank, (size, port, rounds, chosen, Path(folder) / "out.json"), nprocs=size)
+        return json.loads((Path(folder) / "out.json").read_text())
+
+
+def books() -> Iterator[dict[str, Any]]:
+    """What rank 0 does for a sample beside making it, of payloads of one byte, as the pool of eight ranks grows."""
+    torch.set_num_threads(1)
+    ranks, pool = Ranks(size=8), SamplePool(chunk_bytes=1 << 20)
+    layout = Layout(ranks, 64)
+    for size in SIZES:
+        count, appended = size - len(layout), time.perf_counter()
+        for places in ranks.batches(count, 64, turn=layout.turn):
+            rows = np.arange(places.start, places.stop)
+            pool.append_records(torch.zeros(len(rows), 1, 1, 1, dtype=torch.uint8), records_of(rows))
+        appended = time.perf_counter() - appended
+        held, layout = layout.held(), layout.with_round(count)
+        assert layout.held() == len(pool)
+        order, batches = Order(0, 4096), []
+        for _ in range(200):
+            started = time.perf_counter()
+            owner, place = layout.locate(order.next(size))
+            batches.append(time.perf_counter() - started)
+        assert int(owner.max()) < 8
+        assert int(place.max()) < len(pool) + 64
+        yield {"case": f"books of {size:,} samples", "ranks": 8, "append_us": 1e6 * appended / (len(pool) - held),
+               "locate_us": 1e6 * statistics.median(batches) / 4096}  # fmt: skip
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    lines = ["| | one rank, s | all, s | gain | asked for |", "|---|---|---|---|---|"]
+    lines += [f"| {r['case']}, {r['ranks']} ranks | {r['one']:.3f} | {r['all']:.3f} | {r['gain']:.2f}x | "
+              f"{r['target'] or ''} |" for r in records if "gain" in r]  # fmt: skip
+    kept = [r for r in records if "append_us" in r]
+    if kept:
+        lines += ["", "| | append, us a sample | find in the order and among 8 ranks, us a sample |", "|---|---|---|"]
+        lines += [f"| {r['case']} | {r['append_us']:.2f} | {r['locate_us']:.3f} |" for r in kept]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="dpfast bench ranks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default 7)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT; books are one")
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/ranks.jsonl")
+    options = parser.parse_args(arguments)
+    chosen = [name for name in WORKS if options.only in name]
+    records = gains(options.ranks, options.rounds, chosen) if chosen else []
+    if options.only in "books":
+        records += books()
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    described = {"suite": "ranks", "when": when, **timing.machine(torch.device("cpu")), "threads": 1}
+    print(table(records))
+    if options.record:
+        with (RESULTS / "ranks.jsonl").open("a") as file:
+            file.writelines(json.dumps(described | record) + "\n" for record in records)
+    return 0

@@ -1,0 +1,285 @@
+"""Generation and training side by side: some ranks only make samples, the others train.
+
+    makers    the next round, batch by batch, guided by the learner that was published last
+    trainers  Algorithm 1; when samples are due they take that round over, and wait for what is missing of it
+
+A learner is published when a round has been added, and again as soon as what it guides would be older than
+``overlap_staleness`` optimiser steps at the next evaluation: the makers then begin the round anew. So no sample is
+older when it is added, its column ``learner_step`` says how old, and nothing depends on the clock: a run gives the same
+bits again.
+
+Weights go from the first trainer to the makers by a broadcast that the trainer does not wait for, samples from the
+makers to the trainers that will hold them, batch by batch, when they are due. Batches are those of the alternating
+schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpfast.config import Recipe
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.recipes import image_shape
+from dpfast.generate.sampler import SampleBatch
+from dpfast.learn.committee import guiding
+from dpfast.parallel import Ranks
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.union import UnionPool
+from dpfast.practice.callbacks import Addition, Callback
+from dpfast.practice.costs import Cost
+from dpfast.practice.guided import joined
+from dpfast.practice.learners import new_learner
+from dpfast.practice.sources import DeliberatePracticeSource, Round, Unguided
+from dpfast.practice.stopping import Stop
+
+if TYPE_CHECKING:
+    from dpfast.practice.loop import Loop
+
+POLL = 0.02  # seconds between two looks of an idle maker
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between trainers and makers. The first trainer speaks, through the store; ``publishing`` carries weights."""
+
+    trainers: Ranks
+    makers: Ranks
+    makes: bool  # whether this process is a maker
+    publishing: Any
+    everyone: Any  # the group of all processes, for samples
+    store: Any
+
+    @classmethod
+    def of(cls, ranks: Ranks, makers: int) -> Link:
+        """Collective: all ranks of the run call it."""
+        trainers, makers_, publishing = ranks.parted(makers)
+        makes = ranks.rank >= trainers.size
+        return cls(trainers, makers_, makes, publishing, ranks.control, dist.PrefixStore("overlap", ranks.store))
+
+    def maker_of(self, batch: int) -> int:
+        """The process that makes batch ``batch`` of a round."""
+        return self.trainers.size + batch % self.makers.size
+
+    def owner_of(self, batch: int, turn: int) -> int:
+        """The process that will hold it."""
+        return (turn + batch) % self.trainers.size
+
+
+class Overlapped(Callback):
+    """The source "dp" of a trainer: its rounds come from the makers. As a callback it publishes the learner."""
+
+    moments: Collection[int] | None = None
+    streams = False
+
+    def __init__(self, source: DeliberatePracticeSource, guides: nn.Module, link: Link) -> None:
+        self.source, self.guides, self.link, self.cost = source, guides, link, source.cost
+        self.initial_samples = source.initial_samples
+        pipeline = source.sampler.pipeline
+        self._images = image_shape(pipeline)
+        self._latents = pipeline.denoiser.sample_shape if source.recipe.pool.codec == "latents" else None
+        self.job: Round | None = None  # what the makers are at
+        self.snapshot: dict[str, Tensor] = {}  # the weights that guide it
+        self._published = -1
+        self._works: list[Any] = []
+
+    @property
+    def probe(self) -> Tensor:
+        return self.source.probe
+
+    def available(self, pool_size: int) -> int:
+        return self.source.available(pool_size)
+
+    def omega(self, number: int) -> float:
+        return self.source.omega(number)
+
+    def cfg_scale(self, number: int) -> float:
+        return self.source.cfg_scale(number)
+
+    def steps(self, number: int) -> int:
+        return self.source.steps(number)
+
+    def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
+        if self.job is None or (self.job.number, self.job.start, self.job.count) != (
+            round.number,
+            round.start,
+            round.count,
+        ):
+            self._publish(round)
+        assert self.job is not None
+        link, batch, step = self.link, self.source.unguided.batch, self.job.learner_step
+        if link.trainers.first:
+            link.store.set(f"deliver/{self._published}", "now")
+        for places in link.trainers.batches(round.count, batch, turn=round.turn):
+            yield replace(self._received(link.maker_of(places.start // batch), len(places)), learner_step=step)
+        if not link.trainers.first:
+            return
+        names = list(Cost().state())
+        spent = torch.zeros(link.makers.size, len(names), dtype=torch.float64)
+        for maker in range(link.makers.size):
+            dist.recv(spent[maker], link.trainers.size + maker, group=link.everyone)
+        total = dict(zip(names, spent.sum(0).tolist(), strict=True)) | {
+            "seconds": float(spent[:, names.index("seconds")].max())
+        }
+        before = self.cost.state()
+        self.cost.restore({name: type(value)(value + total[name]) for name, value in before.items()})
+
+    def _received(self, process: int, count: int) -> SampleBatch:
+        device, group = self.source.sampler.pipeline.device, self.link.everyone
+        columns, entropy = torch.empty(2, count, dtype=torch.int64), torch.empty(count)
+        images = torch.empty(count, *self._images, dtype=torch.uint8)
+        latents = torch.empty(count, *self._latents, dtype=torch.float16) if self._latents else None
+        for part in (columns, entropy, images, *([] if latents is None else [latents])):
+            dist.recv(part, process, group=group)
+        labels, ids, entropy, images = (part.to(device) for part in (*columns, entropy, images))
+        latents = None if latents is None else latents.to(device)
+        return SampleBatch(images=images, labels=labels, sample_ids=ids, entropy=entropy, latents=latents)
+
+    def on_round(self, loop: Loop, addition: Addition) -> None:
+        self._next(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        if self.job is None:
+            return
+        step, oldest = loop.trainer.step_count, loop.recipe.practice.overlap_staleness
+        due = -(-step // loop.interval) * loop.interval  # the next evaluation: before it no samples can be added
+        if due - self.job.learner_step > oldest >= due - step:
+            self._next(loop)
+
+    def on_end(self, loop: Loop) -> None:
+        if self.link.trainers.first:
+            self.link.store.set("end", "now")
+
+    def _next(self, loop: Loop) -> None:
+        """Lets the makers begin the next round, guided by the learner of this moment."""
+        start, known = len(loop.pool), loop.state.per_class
+        count, most = self.available(start), loop.recipe.practice.maximum_rounds
+        if not count or loop.trainer.cooling or loop.state.frozen or (most is not None and loop.additions >= most):
+            self.job = None
+            return
+        per_class = None if known is None else torch.tensor([float("nan") if v is None else v for v in known])
+        step, number = loop.trainer.step_count, loop.state.round + 1
+        turn = loop.pool.layout.turn if isinstance(loop.pool, UnionPool) else 0
+        self._publish(Round(number=number, start=start, count=count, learner_step=step, per_class=per_class, turn=turn))
+
+    def _publish(self, job: Round, weights: dict[str, Tensor] | None = None) -> None:
+        if weights is None:
+            weights = {name: value.detach().clone() for name, value in self.guides.state_dict().items()}
+        self.job, self.snapshot = job, weights
+        self._published += 1
+        if not self.link.trainers.first:
+            return
+        for work in self._works:
+            work.wait()
+        self.link.store.set(f"job/{self._published}", json.dumps(_plain(job)))
+        self._works = [dist.broadcast(v, 0, group=self.link.publishing, async_op=True) for v in weights.values()]
+
+    def state(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """What a checkpoint keeps of a round on its way: what was asked for, and the weights that guide it."""
+        return (None, {}) if self.job is None else (_plain(self.job), self.snapshot)
+
+    def restore(self, job: dict[str, Any] | None, weights: dict[str, Tensor]) -> None:
+        """Lets the makers begin again what they were at."""
+        if job is not None:
+            device = self.source.sampler.pipeline.device
+            self._publish(_round(job), {name: weights[name].to(device) for name in self.guides.state_dict()})
+
+
+class Maker:
+    """Makes what ``Overlapped`` asks for, until it says that the run ends."""
+
+    def __init__(self, recipe: Recipe, pipeline: Pipeline, link: Link, stop: Stop) -> None:
+        self.recipe, self.link, self.stop = recipe, link, stop
+        guide = new_learner(recipe, pipeline).eval().requires_grad_(False)
+        other = new_learner(recipe, pipeline).eval().requires_grad_(False)
+        self.guides = guiding(recipe.guidance.criterion, guide, other)
+        unguided = Unguided(recipe, pipeline, link.makers)
+        self.source = DeliberatePracticeSource(recipe, pipeline, unguided, guide, guides=self.guides, pool=SamplePool)
+        self._taken = -1
+
+    def serve(self) -> None:
+        """Raises ``Stopped`` when it was requested."""
+        job: Round | None = None
+        made: list[SampleBatch] = []
+        batches: Iterator[SampleBatch] = iter(())
+        store, rest = self.link.store, False
+        while True:
+            self.stop.check()
+            if store.check([f"job/{self._taken + 1}"]):
+                job, made = self._take(), []
+                batches, rest = self._batches(job), True
+            elif store.check(["end"]):
+                return
+            elif job is not None and store.check([f"deliver/{self._taken}"]):
+                self._deliver(job, made, batches)
+                job, rest = None, False
+            elif rest:
+                batch = next(batches, None)
+                rest = batch is not None
+                if batch is not None:
+                    made.append(batch)
+            else:
+                time.sleep(POLL)
+
+    def _batches(self, job: Round) -> Iterator[SampleBatch]:
+        """This maker's batches of a round, whole ones: where memory ran out they come in smaller parts."""
+        parts, held = self.source.make(replace(job, turn=0)), None
+        for places in self.link.makers.batches(job.count, self.recipe.generator.generation_batch):
+            while held is None or len(held) < len(places):
+                part = _on_host(next(parts))
+                held = part if held is None else joined([held, part])
+            yield _rows(held, slice(None, len(places)))
+            held = _rows(held, slice(len(places), None)) if len(held) > len(places) else None
+
+    def _take(self) -> Round:
+        """The next job; its weights are in place."""
+        self._taken += 1
+        for value in self.guides.state_dict().values():
+            dist.broadcast(value, 0, group=self.link.publishing)
+        return _round(json.loads(self.link.store.get(f"job/{self._taken}")))
+
+    def _deliver(self, job: Round, made: list[SampleBatch], batches: Iterator[SampleBatch]) -> None:
+        """Sends the batches of a round, those that are missing as soon as they are made."""
+        link, size, latents = self.link, self.recipe.generator.generation_batch, self.recipe.pool.codec == "latents"
+        for number, places in enumerate(link.makers.batches(job.count, size)):
+            batch = made[number] if number < len(made) else next(batches)
+            owner = link.owner_of(places.start // size, job.turn)
+            columns = torch.stack([batch.labels, batch.sample_ids])
+            parts = [columns, batch.entropy, batch.images, *([batch.latents] if latents else [])]
+            for part in parts:
+                assert part is not None
+                dist.send(part.contiguous(), owner, group=link.everyone)
+        spent = torch.tensor(list(self.source.cost.state().values()), dtype=torch.float64)
+        dist.send(spent, 0, group=link.everyone)
+        self.source.cost.restore(Cost().state())
+
+
+def _on_host(batch: SampleBatch) -> SampleBatch:
+    latents = None if batch.latents is None else batch.latents.cpu()
+    images, labels, ids, entropy = (v.cpu() for v in (batch.images, batch.labels, batch.sample_ids, batch.entropy))
+    return replace(batch, images=images, labels=labels, sample_ids=ids, entropy=entropy, latents=latents)
+
+
+def _rows(batch: SampleBatch, rows: slice) -> SampleBatch:
+    latents = None if batch.latents is None else batch.latents[rows]
+    images, labels, ids = batch.images[rows], batch.labels[rows], batch.sample_ids[rows]
+    return replace(batch, images=images, labels=labels, sample_ids=ids, entropy=batch.entropy[rows], latents=latents)
+
+
+def _plain(job: Round) -> dict[str, Any]:
+    known = None if job.per_class is None else [None if v != v else v for v in job.per_class.tolist()]
+    return {**dataclasses.asdict(job), "per_class": known}
+
+
+def _round(job: dict[str, Any]) -> Round:
+    known = job["per_class"]
+    per_class = None if known is None else torch.tensor([float("nan") if v is None else v for v in known])
+    return Round(**{**job, "per_class": per_class})

@@ -1,0 +1,129 @@
+"""The recipes of ImageNet on several ranks at tiny size, killed and resumed: real processes under torchrun.
+
+DPFAST_KILLS=20 kills a random rank at a random moment, twenty times.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpfast.pool.pool import SamplePool
+from tests.practice import launch
+from tests.practice.launch import Launched
+
+KILLS = int(os.environ.get("DPFAST_KILLS", "0"))
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The options that name the folders of imagenet100-sd15, an undisturbed run of it on two ranks, and its seconds."""
+    root = tmp_path_factory.mktemp("imagenet100")
+    options = launch.folders("imagenet100-sd15", root)
+    run, started = Launched("imagenet100-sd15", root / "whole", options), time.monotonic()
+    run.ended()
+    return options, root / "whole", time.monotonic() - started
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_pool(run, other):
+    mine, theirs = (SamplePool.open(folder / "pool_dp") for folder in (run, other))
+    names = [name for name in mine.records().dtype.names if name not in ("offset", "length", "entropy")]
+    for name in names:
+        assert (mine.records()[name] == theirs.records()[name]).all(), name
+    return mine, theirs
+
+
+def same(run, other):
+    """The same bits."""
+    assert (run / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    mine, theirs = same_pool(run, other)
+    rows = torch.arange(len(mine))
+    assert torch.equal(mine.payload(rows), theirs.payload(rows))
+    weights, expected = (load_file(folder / "learner_dp.safetensors") for folder in (run, other))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_killed_rank_is_started_again_and_the_end_is_the_same(rehearsal, tmp_path):
+    options, whole, _ = rehearsal
+    run = Launched("imagenet100-sd15", tmp_path / "run", options, restarts=1)
+    run.until("checkpoints_dp/checkpoint-000003.json")
+    assert run.signal(1)
+    run.ended()
+    same(tmp_path / "run", whole)
+
+
+def test_one_rank_goes_on_from_two_and_ends_as_one_alone(tmp_path):
+    recipe, out = "imagenet1k-dit", tmp_path / "two"
+    options = launch.folders(recipe, tmp_path)
+    run = Launched(recipe, out, options)
+    run.until("checkpoints_dp/checkpoint-000008.json")
+    assert run.killed()
+    assert len(lines(out)) < 18
+    Launched(recipe, out, [*options, "--resume"], ranks=1).ended()
+    Launched(recipe, tmp_path / "one", options, ranks=1).ended()
+    mine, theirs = same_pool(out, tmp_path / "one")
+    assert len(mine) == 3000
+    initial, later = torch.arange(1000), torch.arange(1000, 3000)
+    assert torch.equal(mine.payload(initial), theirs.payload(initial))
+    # guided by weights that differ in their last bits
+    assert (mine.payload(later).float() - theirs.payload(later).float()).abs().mean() < 0.5
+    for found, expected in zip(lines(out), lines(tmp_path / "one"), strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-3), (found["event"], name)
+
+
+@pytest.mark.skipif(not KILLS, reason="takes minutes; DPFAST_KILLS=20 kills twenty times")
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_random_rank_killed_at_a_random_moment_changes_nothing(rehearsal, tmp_path, number):
+    options, whole, seconds = rehearsal
+    chance = random.Random(number)
+    run = Launched("imagenet100-sd15", tmp_path / "run", options, restarts=1)
+    time.sleep(chance.uniform(0, seconds))
+    run.signal(chance.randrange(2))
+    run.ended()
+    same(tmp_path / "run", whole)
+
+
+@pytest.mark.skipif(not KILLS, reason="waits for a time-out; DPFAST_KILLS=1")
+def test_a_hung_rank_is_named(rehearsal, tmp_path):
+    options, _, _ = rehearsal
+    run = Launched("imagenet100-sd15", tmp_path / "run", [*options, "--timeout", "10", "--iterations", "100000"])
+    run.until("checkpoints_dp/checkpoint-000003.json")
+    assert run.signal(1, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while "rank 1 of 2 did not answer" not in run.said and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.signal(1)  # torchrun would wait half a minute for it
+    assert "dpfast: error: rank 1 of 2 did not answer: dead, or hung for 10 s" in run.ended(1)
+
+
+def test_generation_beside_training_repeats_itself_and_bounds_the_age_of_samples(tmp_path):
+    recipe = "imagenet100-sd15"
+    options = [*launch.folders(recipe, tmp_path), "--overlap", "1", "--overlap-staleness", "5", "--patience", "2"]
+    whole = tmp_path / "whole"
+    Launched(recipe, whole, options).ended()
+    pool = SamplePool.open(whole / "pool_dp")
+    assert len(pool) == 320
+    added = [line["step"] for line in lines(whole) if line["event"] == "addition"]
+    rounds, born = pool.column("round"), pool.column("learner_step")
+    ages = [step - born[rounds == number].unique() for number, step in enumerate(added, 1)]
+    assert all(len(age) == 1 and 0 <= int(age) <= 5 for age in ages), ages
+    assert any(int(age) > 0 for age in ages)  # made beside training, by an older learner
+    run = Launched(recipe, tmp_path / "run", options, restarts=1)
+    run.until("checkpoints_dp/checkpoint-000004.json")
+    assert run.signal(1)
+    run.ended()
+    same(tmp_path / "run", whole)

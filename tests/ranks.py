@@ -1,0 +1,33 @@
+"""Processes as torchrun starts them, for tests: ``spawned(2, work, folder)`` calls ``work(ranks, folder)`` in each."""
+
+import os
+import socket
+
+import torch
+import torch.multiprocessing as mp
+
+from dpfast.parallel import joined
+
+
+def spawned(size, function, *arguments, timeout=60):
+    """Raises what one of the processes raised."""
+    mp.spawn(_rank, (size, free_port(), timeout, function, arguments), nprocs=size)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def environment(rank, size, port):
+    """What torchrun tells a process."""
+    here = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {key: str(value) for key, value in {"RANK": rank, "WORLD_SIZE": size, **here}.items()}
+
+
+def _rank(rank, size, port, timeout, function, arguments):
+    os.environ |= environment(rank, size, port)
+    torch.set_num_threads(1)
+    with joined(cuda=False, timeout=timeout) as ranks:
+        function(ranks, *arguments)

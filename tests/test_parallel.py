@@ -1,0 +1,196 @@
+"""What belongs to which rank, how ranks agree, and that the parts of several make what one makes."""
+
+import itertools
+import os
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from dpfast.config import Learner, RecipeError
+from dpfast.evaluate.measures import evaluate
+from dpfast.feed.augment import Augment
+from dpfast.feed.torch_loader import TorchLoader
+from dpfast.learn.trainer import Trainer
+from dpfast.parallel import ANSWER, RankError, Ranks
+from dpfast.pool.columns import RECORD
+from dpfast.pool.parts import open_all, open_part, part_folder
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.saver import Saver
+from dpfast.pool.union import Layout, UnionPool
+from tests.ranks import spawned
+
+ROUNDS, BATCH = (50, 23, 31), 10
+AUGMENT = Augment(flip=True, crop=0.3, mixup=0.5, cutmix=1.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_row_has_one_rank_and_its_place_there(size):
+    layout = Layout(Ranks(size=size), BATCH, ROUNDS)
+    rows = torch.arange(len(layout))
+    owner, place = layout.locate(rows)
+    for rank in range(size):
+        mine = torch.cat([torch.arange(r.start, r.stop) for r in layout.rows(rank)])
+        assert torch.equal(rows[owner == rank], mine)
+        assert torch.equal(place[mine], torch.arange(layout.held(rank)))
+    shares = [layout.held(rank) for rank in range(size)]
+    assert sum(shares) == len(layout)
+    assert max(shares) - min(shares) <= 2 * BATCH  # the turn goes on over rounds
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_done_of_a_rank_s_batches_is_left_out(size):
+    for rank, done in itertools.product(range(size), (0, 4, 10, 25)):
+        ranks = Ranks(rank=rank, size=size)
+        whole = ranks.places(73, BATCH, turn=1)
+        assert len(whole) == ranks.share(73, BATCH, turn=1)
+        assert torch.equal(ranks.places(73, BATCH, turn=1, done=done), whole[done:])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_part_holds_the_pairs_that_are_mixed(size):
+    parts = [Ranks(rank=rank, size=size).part(32) for rank in range(size)]
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(32))
+    for part in parts:
+        assert torch.equal(part.flip(0), 31 - part)
+
+
+def rows_of(codec, count):
+    """Payloads and records of ``count`` samples; JPEG files of different lengths."""
+    generator = torch.Generator().manual_seed(3)
+    records = torch.zeros(count, RECORD.itemsize, dtype=torch.uint8).numpy().view(RECORD)[:, 0]
+    records["sample_id"], records["label"] = range(100, 100 + count), torch.arange(count) % 7
+    if codec == "latents":
+        return torch.randn(count, 4, 4, 4, generator=generator).half(), records
+    return torch.randint(0, 256, (count, 3, 16, 12), dtype=torch.uint8, generator=generator), records
+
+
+def pool_of(codec, layout, rank=None):
+    """The pool of one rank, or of all as one."""
+    pool = SamplePool(codec, decode=lambda latents: latents[:, :3].clamp(-1, 1), chunk_bytes=1 << 16)
+    payload, records = rows_of(codec, len(layout))
+    rows = torch.arange(len(layout))
+    if rank is not None:
+        rows = torch.cat([torch.arange(r.start, r.stop) for r in layout.rows(rank)])
+    pool.append_records(payload[rows], records[rows.numpy()])
+    return pool
+
+
+def loader_of(pool):
+    return TorchLoader(pool, batch_size=24, seed=5, augment=AUGMENT, classes=7)
+
+
+def learner():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(7))
+
+
+def same_batches(ranks, folder):
+    layout = Layout(ranks, BATCH, ROUNDS)
+    for codec in ("pixels", "latents", "jpeg"):
+        one, union = pool_of(codec, layout), UnionPool(pool_of(codec, layout, ranks.rank), layout)
+        assert torch.equal(union.column("sample_id"), one.column("sample_id"))
+        assert torch.equal(union.column("label", ROUNDS[0]), one.column("label", ROUNDS[0]))
+        loader, mine = loader_of(one), loader_of(union)
+        for number in range(6):
+            if number == 3:
+                mine.restore(loader.state())  # drops what was prepared, on all ranks alike
+            (images, labels), (part, targets) = next(loader), next(mine)
+            assert torch.equal(images[ranks.part(24)], part), (codec, number)
+            assert torch.equal(labels[ranks.part(24)], targets)
+        mine.close()
+        with Saver(union.local, part_folder(folder / codec, ranks)) as saver:
+            saver.save()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_the_batches_of_one_pool_and_anyone_opens_what_they_saved(size, tmp_path):
+    spawned(size, same_batches, tmp_path)
+    saved = Layout(Ranks(size=size), BATCH, ROUNDS)
+    for codec in ("pixels", "latents", "jpeg"):
+        one = pool_of(codec, saved)
+        rows = torch.arange(len(one))
+        everything = open_all(tmp_path / codec, decode=one.decode)
+        assert torch.equal(everything.images(rows), one.images(rows))
+        for wanted in (Ranks(), Ranks(rank=1, size=3)):
+            layout = Layout(wanted, BATCH, ROUNDS)
+            part, mine = open_part(tmp_path / codec, saved, layout), pool_of(codec, layout, wanted.rank)
+            assert torch.equal(part.column("sample_id"), mine.column("sample_id"))
+            stored, expected = (pool.payload(torch.arange(len(mine))) for pool in (part, mine))
+            assert stored == expected if codec == "jpeg" else torch.equal(stored, expected)
+
+
+def train(pool, ranks):
+    model = learner()
+    model(torch.zeros(2, 3, 16, 12))
+    trainer = Trainer(model, Learner(lr=1e-2, clip_grad_norm=1.0, precision="fp32"), iterations=20, ranks=ranks)
+    loader = loader_of(pool)
+    losses = [float(ranks.each(trainer.step(*next(loader))).mean()) for _ in range(12)]
+    loader.close()
+    return trainer, losses
+
+
+def same_training(ranks):
+    layout = Layout(ranks, BATCH, ROUNDS)
+    (one, alone), (many, shared) = (
+        train(pool_of("pixels", layout), Ranks()),
+        train(UnionPool(pool_of("pixels", layout, ranks.rank), layout), ranks),
+    )
+    assert shared == pytest.approx(alone, rel=1e-4)
+    images, labels = torch.randint(0, 256, (1203, 3, 16, 12), dtype=torch.uint8), torch.arange(1203) % 7
+    images = images * 0 + torch.arange(1203).remainder(251).byte().view(-1, 1, 1, 1)
+    mine = ranks.places(1203, 500)
+    for weights in ("raw", "ema"):
+        theirs = many.weights(weights)
+        for (name, value), other in zip(
+            one.weights(weights).state_dict().items(), theirs.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=name)
+            assert all(torch.equal(other, each) for each in ranks.each(other)), f"{name} differs between ranks"
+        found, wanted = evaluate(theirs, images[mine], labels[mine], ranks), evaluate(theirs, images, labels)
+        assert (found.top1, found.loss, found.calibration_error) == (wanted.top1, wanted.loss, wanted.calibration_error)
+        assert torch.equal(found.per_class, wanted.per_class)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_learn_and_evaluate_as_one(size):
+    spawned(size, same_training)
+
+
+def fail(ranks, error):
+    with ranks.together():
+        if ranks.rank == 1:
+            raise error
+
+
+def disagree(ranks):
+    with pytest.raises(RecipeError, match=r"^rank 1: steps = 0: no$"):
+        fail(ranks, RecipeError("steps = 0: no"))
+    with pytest.raises(RankError if ranks.first else OSError, match="disk"):
+        fail(ranks, OSError("disk"))
+    with pytest.raises(RecipeError, match="versions: rank 1 has 2, rank 0 has 1"):
+        ranks.same("versions", ranks.rank + 1)
+    assert ranks.of_first(["a", ranks.rank]) == ["a", 0]
+    assert ranks.any(ranks.rank == 1)
+    assert not ranks.any(False)
+    assert ranks.total(ranks.rank + 0.5) == 2.0
+    assert ranks.most(ranks.rank) == 1
+    assert ranks.absent() == []
+
+
+def test_an_error_of_one_rank_is_an_error_of_all():
+    spawned(2, disagree)
+
+
+def hang(ranks):
+    if ranks.rank == 1:
+        time.sleep(3 * ANSWER)
+        os._exit(0)
+    with pytest.raises(RankError, match=r"^rank 1 of 2 did not answer"), ranks.watched():
+        ranks.any(False)
+    os._exit(0)  # the group is broken: nothing is left to say good-bye to
+
+
+def test_a_rank_that_hangs_is_named():
+    spawned(2, hang, timeout=2)
