@@ -34,6 +34,16 @@ TIMEOUT = (
 )
 ANSWER = 5.0  # seconds, after a failure, in which a rank that lives says so
 AHEAD = 60.0  # seconds by which a lost rank is noticed before NCCL's watchdog would end the process without a word
+POLL = 0.005  # seconds between two looks at what others have said
+FAILURES = (
+    ArithmeticError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # no request to stop
 LOST = ("gloo", "NCCL", "Connection", "connection", "Timed out", "timed out")  # in the errors of a broken collective
 
 
@@ -157,12 +167,13 @@ class Ranks:
             return [value]
         self._asked += 1
         self.store.set(f"{self._asked}/{self.rank}", json.dumps(value))
-        said = []
+        deadline, said = time.monotonic() + self.timeout, []
         for rank in range(self.size):
-            try:
-                said.append(json.loads(self.store.get(f"{self._asked}/{rank}")))
-            except RuntimeError:
-                raise RankError(f"rank {rank} of {self.size} did not answer within {self.timeout:g} s") from None
+            while not self.store.check([f"{self._asked}/{rank}"]):  # not a wait of the store's: signals get through
+                if time.monotonic() > deadline:
+                    raise RankError(f"rank {rank} of {self.size} did not answer within {self.timeout:g} s (--timeout)")
+                time.sleep(POLL)
+            said.append(json.loads(self.store.get(f"{self._asked}/{rank}")))
         return said
 
     def of_first(self, value: Any) -> Any:
@@ -185,7 +196,7 @@ class Ranks:
         failure: BaseException | None = None
         try:
             yield
-        except Exception as error:
+        except FAILURES as error:
             failure = error
             if self.alone:
                 raise

@@ -108,11 +108,7 @@ class Overlapped(Callback):
         return self.source.steps(number)
 
     def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
-        if self.job is None or (self.job.number, self.job.start, self.job.count) != (
-            round.number,
-            round.start,
-            round.count,
-        ):
+        if self.job is None or (self.job.number, self.job.count) != (round.number, round.count):
             self._publish(round)
         assert self.job is not None
         link, batch, step = self.link, self.source.unguided.batch, self.job.learner_step
