@@ -84,10 +84,13 @@ class Launched:
     def said(self) -> str:
         return self.log.read_text()
 
-    def until(self, pattern: str) -> None:
-        """Waits until a file of the run's folder has such a name, or the processes have ended."""
+    def until(self, number: int) -> None:
+        """Waits for the checkpoint of this number, or the end of the processes."""
         deadline = time.monotonic() + DEADLINE
-        while self.process.poll() is None and not any(self.out.glob(pattern)):
+        while self.process.poll() is None:
+            saved = [int(path.stem.split("-")[1]) for path in self.out.glob("checkpoints_dp/checkpoint-*.json")]
+            if max(saved, default=-1) >= number:
+                return
             assert time.monotonic() < deadline, self.said
             time.sleep(0.01)
 

@@ -58,7 +58,7 @@ def same(run, other):
 def test_a_killed_rank_is_started_again_and_the_end_is_the_same(rehearsal, tmp_path):
     options, whole, _ = rehearsal
     run = Launched("imagenet100-sd15", tmp_path / "run", options, restarts=1)
-    run.until("checkpoints_dp/checkpoint-000003.json")
+    run.until(3)
     assert run.signal(1)
     run.ended()
     same(tmp_path / "run", whole)
@@ -68,9 +68,8 @@ def test_one_rank_goes_on_from_two_and_ends_as_one_alone(tmp_path):
     recipe, out = "imagenet1k-dit", tmp_path / "two"
     options = launch.folders(recipe, tmp_path)
     run = Launched(recipe, out, options)
-    run.until("checkpoints_dp/checkpoint-000008.json")
+    run.until(8)
     assert run.killed()
-    assert len(lines(out)) < 18
     Launched(recipe, out, [*options, "--resume"], ranks=1).ended()
     Launched(recipe, tmp_path / "one", options, ranks=1).ended()
     mine, theirs = same_pool(out, tmp_path / "one")
@@ -101,7 +100,7 @@ def test_a_random_rank_killed_at_a_random_moment_changes_nothing(rehearsal, tmp_
 def test_a_hung_rank_is_named(rehearsal, tmp_path):
     options, _, _ = rehearsal
     run = Launched("imagenet100-sd15", tmp_path / "run", [*options, "--timeout", "10", "--iterations", "100000"])
-    run.until("checkpoints_dp/checkpoint-000003.json")
+    run.until(3)
     assert run.signal(1, signal.SIGSTOP)
     deadline = time.monotonic() + 60
     while "rank 1 of 2 did not answer" not in run.said and time.monotonic() < deadline:
@@ -123,7 +122,7 @@ def test_generation_beside_training_repeats_itself_and_bounds_the_age_of_samples
     assert all(len(age) == 1 and 0 <= int(age) <= 5 for age in ages), ages
     assert any(int(age) > 0 for age in ages)  # made beside training, by an older learner
     run = Launched(recipe, tmp_path / "run", options, restarts=1)
-    run.until("checkpoints_dp/checkpoint-000004.json")
+    run.until(4)
     assert run.signal(1)
     run.ended()
     same(tmp_path / "run", whole)
