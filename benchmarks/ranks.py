@@ -1,4 +1,4 @@
-"""Two ranks beside one, a thread each, and what a run's books cost as it grows: `dpfast bench ranks`.
+"""Two ranks beside one, a thread each: `dpfast bench ranks`.
 
 The ranks are processes as torchrun starts them. In turns rank 0 does the whole work while the others wait, and all do
 it together: the ratio of the two times is the gain of that many ranks.
@@ -13,7 +13,7 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,7 +29,6 @@ from benchmarks.run import RESULTS
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import evaluate
 from dpfast.feed.augment import Augment
-from dpfast.feed.order import Order
 from dpfast.feed.torch_loader import TorchLoader
 from dpfast.generate.recipes import load_pipeline, new_sampler
 from dpfast.learn.models import build_learner
@@ -42,7 +41,6 @@ from dpfast.pool.union import Layout, UnionPool
 SAMPLES, BATCH = 80, 20  # of a generation
 POOL, LEARNED, STEPS = 2000, 256, 2  # samples, batch of the learner, steps of a measurement
 EVALUATED = 2000
-SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 VIT = {"image_size": 32, "patch_size": 4, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3,
        "intermediate_size": 768}  # fmt: skip
 Work = Callable[[Ranks], Callable[[], object]]
@@ -150,38 +148,10 @@ def gains(size: int, rounds: int, chosen: list[str]) -> list[dict[str, Any]]:
         return json.loads((Path(folder) / "out.json").read_text())
 
 
-def books() -> Iterator[dict[str, Any]]:
-    """What rank 0 does for a sample beside making it, of payloads of one byte, as the pool of eight ranks grows."""
-    torch.set_num_threads(1)
-    ranks, pool = Ranks(size=8), SamplePool(chunk_bytes=1 << 20)
-    layout = Layout(ranks, 64)
-    for size in SIZES:
-        count, appended = size - len(layout), time.perf_counter()
-        for places in ranks.batches(count, 64, turn=layout.turn):
-            rows = np.arange(places.start, places.stop)
-            pool.append_records(torch.zeros(len(rows), 1, 1, 1, dtype=torch.uint8), records_of(rows))
-        appended = time.perf_counter() - appended
-        held, layout = layout.held(), layout.with_round(count)
-        assert layout.held() == len(pool)
-        order, batches = Order(0, 4096), []
-        for _ in range(200):
-            started = time.perf_counter()
-            owner, place = layout.locate(order.next(size))
-            batches.append(time.perf_counter() - started)
-        assert int(owner.max()) < 8
-        assert int(place.max()) < len(pool) + 64
-        yield {"case": f"books of {size:,} samples", "ranks": 8, "append_us": 1e6 * appended / (len(pool) - held),
-               "locate_us": 1e6 * statistics.median(batches) / 4096}  # fmt: skip
-
-
 def table(records: list[dict[str, Any]]) -> str:
     lines = ["| | one rank, s | all, s | gain | asked for |", "|---|---|---|---|---|"]
     lines += [f"| {r['case']}, {r['ranks']} ranks | {r['one']:.3f} | {r['all']:.3f} | {r['gain']:.2f}x | "
-              f"{r['target'] or ''} |" for r in records if "gain" in r]  # fmt: skip
-    kept = [r for r in records if "append_us" in r]
-    if kept:
-        lines += ["", "| | append, us a sample | find in the order and among 8 ranks, us a sample |", "|---|---|---|"]
-        lines += [f"| {r['case']} | {r['append_us']:.2f} | {r['locate_us']:.3f} |" for r in kept]
+              f"{r['target'] or ''} |" for r in records]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -189,13 +159,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dpfast bench ranks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default 7)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT; books are one")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/ranks.jsonl")
     options = parser.parse_args(arguments)
     chosen = [name for name in WORKS if options.only in name]
-    records = gains(options.ranks, options.rounds, chosen) if chosen else []
-    if options.only in "books":
-        records += books()
+    if not chosen:
+        parser.error(f"--only {options.only}: no case; there are {'; '.join(WORKS)}")
+    records = gains(options.ranks, options.rounds, chosen)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     described = {"suite": "ranks", "when": when, **timing.machine(torch.device("cpu")), "threads": 1}
     print(table(records))
