@@ -3,6 +3,7 @@
 import itertools
 import os
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dpfast.config import Learner, RecipeError
 from dpfast.evaluate.measures import evaluate
 from dpfast.feed.augment import Augment
 from dpfast.feed.torch_loader import TorchLoader
+from dpfast.learn.batch_norm import synchronised
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import ANSWER, RankError, Ranks
 from dpfast.pool.columns import RECORD
@@ -131,7 +133,30 @@ def train(pool, ranks):
     return trainer, losses
 
 
+def same_norm(ranks):
+    """Batch norm on parts of a batch against torch's on all of it: outputs, gradients, running statistics."""
+    torch.manual_seed(0)
+    inputs, factors = torch.randn(8, 5, 6, 7) * 3 + 2, torch.randn(8, 5, 6, 7)
+    norm, mine = nn.BatchNorm2d(5), torch.arange(8).chunk(ranks.size)[ranks.rank]
+    nn.init.normal_(norm.weight)
+    shared = nn.Sequential(nn.BatchNorm2d(5))
+    shared[0].load_state_dict(norm.state_dict())
+    synchronised(shared, ranks)
+    whole, part = (value.clone().requires_grad_() for value in (inputs, inputs[mine]))
+    expected, found = norm(whole), shared(part)
+    (expected * factors).sum().backward()
+    (found * factors[mine]).sum().backward()
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(found, expected[mine])
+    close(part.grad, whole.grad[mine])
+    close(ranks.each(shared[0].weight.grad).sum(0), norm.weight.grad)
+    close(ranks.each(shared[0].bias.grad).sum(0), norm.bias.grad)
+    close(shared[0].running_var, norm.running_var)
+    close(shared[0].running_mean, norm.running_mean)
+
+
 def same_training(ranks):
+    same_norm(ranks)
     layout = Layout(ranks, BATCH, ROUNDS)
     (one, alone), (many, shared) = (
         train(pool_of("pixels", layout), Ranks()),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -28,20 +29,43 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
     return model
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over all ranks, of values and of gradients."""
+class _Normalised(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the batches of all ranks: a message forward, one backward.
+
+    The backward pass is that of ``BatchNorm`` with sums over all ranks, N values a channel:
+    dx = weight / sqrt(variance + eps) * (dy - (sum dy + xhat sum (dy xhat)) / N).
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        ctx.group, value = group, value.clone()
-        dist.all_reduce(value, group=group)
-        return value
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: Ranks
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        others = [d for d in range(x.dim()) if d != 1]
+        here = torch.stack(torch.var_mean(x, others, correction=0))
+        every = [torch.empty_like(here) for _ in range(ranks.size)]
+        dist.all_gather(every, here, group=ranks.learn)
+        variances, means = torch.stack(every).unbind(1)
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps, ctx.ranks = eps, ranks
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps), mean, variance
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance = ctx.saved_tensors
+        found = torch.ops.aten.native_batch_norm_backward(
+            gradients[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack(found[1:])
+        dist.all_reduce(sums, group=ctx.ranks.learn)
+        scale = (variance + ctx.eps).rsqrt()
+        of_xhat, of_one = sums * (weight * scale * x.shape[1] / (x.numel() * ctx.ranks.size))
+        slope = of_xhat * scale
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        dx = (found[0] - (of_one - slope * mean).view(shape)).addcmul_(x, slope.view(shape), value=-1)
+        return dx, found[1], found[2], None, None
 
 
 class RanksBatchNorm(_BatchNorm):
@@ -65,21 +89,15 @@ class RanksBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        others = [d for d in range(input.dim()) if d != 1]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        size, count = self.ranks.size, input.numel() / input.shape[1]
-        mean = _Sum.apply(input.float().mean(others), self.ranks.learn) / size
-        centred = input.float() - mean.view(shape)
-        variance = _Sum.apply(centred.square().mean(others), self.ranks.learn) / size
+        weight = input.new_ones(self.num_features, dtype=torch.float32) if self.weight is None else self.weight
+        bias = torch.zeros_like(weight) if self.bias is None else self.bias
+        out, mean, variance = _Normalised.apply(input.float(), weight, bias, self.eps, self.ranks)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 assert self.num_batches_tracked is not None
                 self.num_batches_tracked += 1
                 rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                total = size * count
+                total = self.ranks.size * input.numel() / input.shape[1]
                 self.running_mean.lerp_(mean, rate)
                 self.running_var.lerp_(variance * (total / max(total - 1, 1)), rate)
-        out = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(input.dtype)
