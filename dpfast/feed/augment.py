@@ -94,6 +94,8 @@ class Augment:
 
     def draw(self, batch: int, image: tuple[int, int], *, seed: int, number: int) -> Draw:
         """The chances of batch ``number`` of ``batch`` images of (height, width)."""
+        if not (self.flip or self.mixes or self.resamples(image)):
+            return Draw(None, None, None)  # a generator takes longer to make than a small batch
         random = np.random.Generator(np.random.Philox(key=(seed << 64) + number))
         flips = torch.from_numpy(random.random(batch) < 0.5) if self.flip else None
         boxes = None

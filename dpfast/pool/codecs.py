@@ -13,6 +13,7 @@ from torch import Tensor
 DTYPES = {"pixels": torch.uint8, "latents": torch.float16}  # payloads of one shape, a row of bytes a sample
 CODECS = (*DTYPES, "jpeg")
 JPEG_QUALITY = 95
+JPEG_START = b"\xff\xd8"
 JPEG_BYTES_PER_PIXEL = 0.5  # an estimate for plans: photographs at quality 95 take 0.3 to 0.6
 
 Decode = Callable[[Tensor], Tensor]  # latents (B, c, h, w) to images (B, C, H, W) in [-1, 1]

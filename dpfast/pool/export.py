@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def import_pool(folder: Path, *, decode: codecs.Decode | None = None) -> tuple[S
             return _read_parquet(files)
         if files := sorted(folder.glob("*.tar")):
             return _read_tars(files), None
-    except (ValueError, tarfile.TarError) as error:
+    except (ValueError, OSError) as error:
         raise RecipeError(f"{str(folder)!r} cannot be read: {error}") from error
     raise RecipeError(f"{str(folder)!r} holds neither a run with samples nor a saved or exported pool")
 
@@ -136,51 +135,73 @@ def _folder_name(label: int, classes: list[str] | None) -> str:
 
 
 def _read_images(folder: Path) -> tuple[SamplePool, list[str] | None]:
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    for row in rows:
-        shards.check_member(row["file_name"], folder / "metadata.jsonl")
+    table = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    for line, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise ValueError(f"{table}, line {line}: it has no file_name")
+        shards.check_member(row["file_name"], table)
         if (folder / row["file_name"]).is_symlink():
             raise ValueError(f"{folder / row['file_name']} is a link")
     pool = SamplePool("jpeg" if rows and rows[0]["file_name"].endswith(".jpg") else "pixels")
     for first in range(0, len(rows), BATCH):
         part = rows[first : first + BATCH]
-        _append_files(pool, [(folder / row["file_name"]).read_bytes() for row in part], from_dicts(part))
+        files = {row["file_name"]: (folder / row["file_name"]).read_bytes() for row in part}
+        if len(files) < len(part):
+            raise ValueError(f"{table}: a file_name stands in it twice")
+        _append_files(pool, files, from_dicts(part))
     names = folder.parent / "classes.json"
     return pool, json.loads(names.read_text()) if names.is_file() else None
 
 
-def _append_files(pool: SamplePool, files: list[bytes], records: np.ndarray) -> None:
+def _append_files(pool: SamplePool, files: dict[str, bytes], records: np.ndarray) -> None:
+    """Appends image files, decoded where the pool holds pixels. Raises ``ValueError`` with the name of a bad one."""
     if pool.codec == "jpeg":
-        pool.append_records(files, records)
-    else:
-        pixels = np.stack([codecs.from_image_file(data) for data in files])
-        pool.append_records(torch.from_numpy(pixels), records)
+        for name, data in files.items():
+            if not data.startswith(codecs.JPEG_START):
+                raise ValueError(f"{name} is no JPEG file")
+        pool.append_records(list(files.values()), records)
+        return
+    images: list[np.ndarray] = []
+    for name, data in files.items():
+        try:
+            images.append(codecs.from_image_file(data))
+        except OSError as error:
+            raise ValueError(f"{name} is no image: {error}") from None
+        expected = pool.shape or images[0].shape
+        if images[-1].shape != expected:
+            raise ValueError(f"{name} is of shape {images[-1].shape}, the images before it are {expected}")
+    pool.append_records(torch.from_numpy(np.stack(images)), records)
 
 
-def _read_tars(files: list[Path]) -> SamplePool:
+def _read_tars(paths: list[Path]) -> SamplePool:
     """webdataset shards that need not be ours: without .json the sample id is the row and the label the .cls."""
     pool: SamplePool | None = None
-    for path in files:
+    for path in paths:
         samples = shards.read_tar(path)
         while part := list(itertools.islice(samples, BATCH)):
             rows: list[dict[str, Any]] = []
             for sample in part:
                 row = json.loads(sample.read("json")) if "json" in sample.members else {}
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}: the .json of sample {sample.key!r} is no table")
                 label = int(sample.read("cls")) if "cls" in sample.members else 0
                 rows.append({"sample_id": (len(pool) if pool else 0) + len(rows), "label": label} | row)
             suffix = next((s for s in shards.SUFFIXES if s in part[0].members), None)
             if suffix is None:
                 raise ValueError(f"{path}: sample {part[0].key!r} has none of {', '.join(shards.SUFFIXES)}")
-            data = [sample.read(suffix) for sample in part]
+            files = {f"{path}: {sample.key}.{suffix}": sample.read(suffix) for sample in part}
             if suffix == "npy":
+                data = list(files.values())
                 arrays = np.stack([np.frombuffer(d, np.uint8, offset=shards.npy_data_start(d)) for d in data])
                 dtype, shape = shards.npy_kind(data[0])
                 pool = pool or SamplePool("pixels" if dtype == np.uint8 else "latents")
                 pool.append_records(torch.from_numpy(arrays.view(dtype).reshape(-1, *shape)), from_dicts(rows))
             else:
-                pool = pool or SamplePool("jpeg" if suffix == "jpg" else "pixels")
-                _append_files(pool, data, from_dicts(rows))
-    assert pool is not None
+                pool = pool or SamplePool("pixels" if suffix == "png" else "jpeg")
+                _append_files(pool, files, from_dicts(rows))
+    if pool is None:
+        raise ValueError(f"{paths[0]} and all other shards are empty")
     return pool
 
 
@@ -243,26 +264,42 @@ def _schema(arrow: Any, pool: SamplePool, classes: list[str] | None, *, pictures
 
 
 def _read_parquet(files: list[Path]) -> tuple[SamplePool, list[str] | None]:
+    """Our own files, and images as Hugging Face ``datasets`` writes them; missing columns as in ``_read_tars``."""
     _, parquet = _arrow()
     about: dict[str, Any] | None = None
     pool = SamplePool()
     for path in files:
         with parquet.ParquetFile(path) as file:
-            metadata = file.schema_arrow.metadata or {}
-            if b"dpfast" not in metadata:
-                raise ValueError(f"{path} was not written by dpfast export")
             if about is None:
-                about = json.loads(metadata[b"dpfast"])
+                about = _about(file, path)
                 pool = SamplePool(about["codec"])
             for batch in file.iter_batches(BATCH):
-                records = np.zeros(batch.num_rows, RECORD)
-                for name in COLUMNS:
-                    records[name] = batch.column(name).to_numpy(zero_copy_only=False)
-                if "image" in batch.schema.names:
-                    _append_files(pool, batch.column("image").field("bytes").to_pylist(), records)
+                first, names = len(pool), batch.schema.names
+                table = {name: batch.column(name).to_pylist() for name in COLUMNS if name in names}
+                table.setdefault("sample_id", list(range(first, first + batch.num_rows)))
+                records = from_dicts([dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)])
+                if "image" in names:
+                    data = batch.column("image").field("bytes").to_pylist()
+                    images = {f"{path}: the image of row {first + i}": file or b"" for i, file in enumerate(data)}
+                    _append_files(pool, images, records)
                 else:
                     values = batch.column("latent").flatten().to_numpy(zero_copy_only=False)
                     rows = np.array(values).reshape(batch.num_rows, *about["shape"])
                     pool.append_records(torch.from_numpy(rows), records)
     assert about is not None
     return pool, about["classes"]
+
+
+def _about(file: Any, path: Path) -> dict[str, Any]:
+    """codec, shape and class names of a parquet file. Raises ``ValueError`` where it holds nothing for a pool."""
+    metadata = file.schema_arrow.metadata or {}
+    if b"dpfast" in metadata:
+        return dict(json.loads(metadata[b"dpfast"]))
+    image = next((field.type for field in file.schema_arrow if field.name == "image"), None)
+    if "bytes" not in [field.name for field in image or ()]:
+        raise ValueError(f"{path} was not written by dpfast export, and it has no column 'image' of files")
+    first = next(file.iter_batches(1, columns=["image.bytes"]))
+    data = first.column("image").field("bytes").to_pylist() if first.num_rows else [None]
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    codec = "jpeg" if (data[0] or b"").startswith(codecs.JPEG_START) else "pixels"
+    return {"codec": codec, "shape": None, "classes": features.get("label", {}).get("names")}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpfast import config
+from dpfast.ops import _dispatch
 from dpfast.pool import codecs
 from dpfast.pool.columns import RECORD
 from dpfast.pool.plan import CHUNK_BYTES, plan, plan_recipe
@@ -209,8 +210,7 @@ class SamplePool:
             if number == len(view.chunks.chunks):
                 view = self._grown(view)
             count = min(per_chunk - start, len(rows) - done)
-            room = view.chunks.block(number)[start : start + count].view(rows.dtype).view(count, *rows.shape[1:])
-            room.copy_(rows[done : done + count])
+            _write(view.chunks.block(number)[start : start + count], rows[done : done + count])
             done += count
             if start < per_chunk // 2 <= start + count and not self._spares:
                 with contextlib.suppress(PoolFullError):  # there may be no need for another chunk
@@ -358,6 +358,15 @@ class SamplePool:
     def gather(self, indices: Tensor, *form: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """``View.gather`` of the pool at this moment."""
         return self._view.gather(indices, *form, **options)
+
+
+def _write(room: Tensor, rows: Tensor) -> None:
+    """One copy of (B, *shape) payloads into (B, bytes of each) uint8 of a chunk."""
+    if rows.is_contiguous() and rows.device == room.device == CPU and _dispatch.backend_for(CPU) == "native":
+        table = ChunkTable(len(rows), room.shape[1]).with_chunk(rows.view(torch.uint8).view(-1))
+        table.take(torch.arange(len(rows)), len(rows), out=room)  # its stores bypass the caches, those of copy_ do not
+    else:
+        room.view(rows.dtype).view(rows.shape).copy_(rows)
 
 
 def _check_payload(payload: Tensor, dtype: torch.dtype, name: str) -> None:

@@ -34,7 +34,7 @@ FORMAT = "dpfast-pool"
 VERSION = 2
 BLOCK = 512  # of a tar
 WRITE_BYTES = 1 << 20
-SUFFIXES = ("npy", "png", "jpg")
+SUFFIXES = ("npy", "png", "jpg", "jpeg")  # of payloads; ours are the first three
 
 
 class DamagedPoolError(ValueError):
@@ -330,32 +330,49 @@ def read_tar(path: Path) -> Iterator[TarSample]:
     """The samples of a webdataset shard, in order. Raises ``ValueError`` for a member that must not be there."""
     data = np.memmap(path, np.uint8, "r")
 
-    def read(span: tuple[int, int]) -> bytes:
+    def read(key: str, suffix: str, span: tuple[int, int] | None) -> bytes:
+        if span is None:
+            raise ValueError(f"{path}: sample {key!r} has no .{suffix}")
         if sum(span) > len(data):
             raise ValueError(f"{path} ends inside a member")
         return data[span[0] : sum(span)].tobytes()
 
-    with tarfile.open(path, "r:") as tar:
-        key: str | None = None
-        members: dict[str, tuple[int, int]] = {}
-        for member in tar:
-            check_member(member.name, path)
-            if not member.isreg():
-                raise ValueError(f"{path}: member {member.name!r} is a link or a device, expected plain files")
-            name = PurePosixPath(member.name)
-            stem, _, suffix = name.name.partition(".")
-            stem = str(name.with_name(stem)) if stem else str(name)
-            if stem != key or suffix in members:
-                if key is not None:
-                    yield _sample(key, members, read)
-                key, members = stem, {}
-            members[suffix] = (member.offset_data, member.size)
-        if key is not None:
-            yield _sample(key, members, read)
+    key: str | None = None
+    members: dict[str, tuple[int, int]] = {}
+    for member in _files(path, len(data)):
+        name = PurePosixPath(member.name)
+        stem, _, suffix = name.name.partition(".")
+        suffix = suffix.lower()  # as the webdataset library reads it
+        stem = str(name.with_name(stem)) if stem else str(name)
+        if stem != key or suffix in members:
+            if key is not None:
+                yield _sample(key, members, read)
+            key, members = stem, {}
+        members[suffix] = (member.offset_data, member.size)
+    if key is not None:
+        yield _sample(key, members, read)
 
 
-def _sample(key: str, members: dict[str, tuple[int, int]], read: Callable[[tuple[int, int]], bytes]) -> TarSample:
-    return TarSample(key, members, lambda suffix: read(members[suffix]))
+def _files(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar of ``size`` bytes that are files. Its folders are passed over, anything else is refused."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                check_member(member.name, path)
+                if not member.isreg() and not member.isdir():
+                    raise ValueError(f"{path}: member {member.name!r} is a link or a device, expected plain files")
+                if member.isreg():
+                    yield member
+            if tar.offset + BLOCK > size:  # tarfile takes a tar that ends between two members for a whole one
+                raise ValueError(f"{path} is torn: it has no end mark")
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _sample(
+    key: str, members: dict[str, tuple[int, int]], read: Callable[[str, str, tuple[int, int] | None], bytes]
+) -> TarSample:
+    return TarSample(key, members, lambda suffix: read(key, suffix, members.get(suffix)))
 
 
 def check_member(name: str, where: Any) -> None:

@@ -47,7 +47,8 @@ class View:
         return self._field(name, indices)
 
     def _field(self, name: str, indices: Tensor) -> Tensor:
-        dtype, offset = dict(RECORD.fields or {})[name][:2]
+        assert RECORD.fields is not None
+        dtype, offset = RECORD.fields[name][:2]
         values = self.origins.take(indices, self.size, offset=offset, width=dtype.itemsize).numpy().view(dtype)[:, 0]
         return torch.from_numpy(values if dtype.kind == "f" else values.astype(np.int64))
 

@@ -1,14 +1,19 @@
 """Exports: exact there and back, and readable by the libraries that they are for."""
 
+import io
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dpfast.cli.main import main
 from dpfast.config import RecipeError
+from dpfast.pool import codecs
+from dpfast.pool.columns import COLUMNS
 from dpfast.pool.export import FORMATS, export_pool, import_pool
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver
@@ -91,6 +96,108 @@ def test_datasets_reads_the_parquet_export(datasets, tmp_path):
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "latents" / "*.parquet"), split="train")
     columns_match(rows)
     assert np.array_equal(np.float16(rows[3]["latent"]), latents(torch.tensor([3])).flatten().numpy())
+
+
+def test_what_datasets_writes_is_imported(datasets, tmp_path):
+    """An export that was filtered there and written again, which loses our metadata, and one of their own columns."""
+    for codec in ("pixels", "jpeg"):
+        pool = pool_of(codec)
+        export_pool(pool, tmp_path / codec, "parquet", CLASSES)
+        rows = datasets.load_dataset("parquet", data_files=str(tmp_path / codec / "*.parquet"), split="train")
+        (tmp_path / f"{codec} again").mkdir()
+        rows.filter(lambda row: row["label"] < 3).to_parquet(tmp_path / f"{codec} again" / "a.parquet")
+        again, classes = import_pool(tmp_path / f"{codec} again")
+        kept = torch.nonzero(pool.column("label") < 3).flatten()
+        assert (again.codec, classes) == (codec, CLASSES)
+        for name in COLUMNS:
+            assert torch.equal(again.column(name).nan_to_num(-1), pool.column(name)[kept].nan_to_num(-1)), name
+        before, after = pool.payload(kept), again.payload(torch.arange(len(kept)))
+        assert before == after if codec == "jpeg" else torch.equal(before, after)
+    pictures = [Image.fromarray(pixels(torch.tensor([i]))[0].permute(1, 2, 0).numpy()) for i in range(4)]
+    plain = datasets.Dataset.from_dict({"image": pictures, "label": [3, 1, 2, 0]})
+    (tmp_path / "plain").mkdir()
+    plain.to_parquet(tmp_path / "plain" / "a.parquet")
+    foreign, _ = import_pool(tmp_path / "plain")
+    assert foreign.column("label").tolist() == [3, 1, 2, 0]
+    assert foreign.column("sample_id").tolist() == [0, 1, 2, 3]
+    assert torch.equal(foreign.images(torch.arange(4)), pixels(torch.arange(4)))
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "latents"])
+def test_webdataset_reads_the_exports_of_other_payloads(codec, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    pool = pool_of(codec)
+    export_pool(pool, tmp_path / "out", "webdataset")
+    urls = sorted(map(str, (tmp_path / "out").glob("*.tar")))
+    suffix = "jpg" if codec == "jpeg" else "npy"
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).to_tuple(suffix, "cls", "json"))
+    assert [int(label) for _, label, _ in samples] == pool.column("label").tolist()
+    assert [json.loads(columns)["sample_id"] for *_, columns in samples] == list(range(COUNT))
+    files = [data for data, *_ in samples]
+    if codec == "jpeg":
+        assert files == pool.payload(torch.arange(COUNT))
+    else:
+        arrays = np.stack([np.load(io.BytesIO(data)) for data in files])
+        assert np.array_equal(arrays, pool.payload(torch.arange(COUNT)).numpy())
+
+
+def damage(folder, format, how):
+    """One file of an export made unusable; a part of the message that names it."""
+    path = sorted(folder.rglob({"webdataset": "*.tar", "imagefolder": "*.png", "parquet": "*.parquet"}[format]))[0]
+    if how == "missing":
+        path.unlink()
+    elif how == "torn":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.write_bytes(b"no such file" * 100)
+    return path.name
+
+
+@pytest.mark.parametrize(
+    ("format", "how"),
+    [(f, h) for f in FORMATS for h in ("missing", "torn", "other") if f == "imagefolder" or h != "missing"],
+)
+def test_a_damaged_export_is_one_error_that_names_the_file(format, how, tmp_path, capsys):
+    export_pool(pool_of("pixels"), tmp_path / "out", format)
+    (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)  # as a foreign shard, without checksums
+    name = damage(tmp_path / "out", format, how)
+    assert main(["export", str(tmp_path / "out"), "--format", "parquet", "--out", str(tmp_path / "again")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert (name if format != "parquet" else str(tmp_path / "out")) in error
+
+
+@pytest.mark.parametrize(
+    ("members", "named"),
+    [
+        ({"a.png": b"no image"}, r"a\.png is no image"),
+        ({"a.jpg": b"no image"}, r"a\.jpg is no JPEG file"),
+        ({"a.cls": b"3"}, "'a' has none of npy, png, jpg"),
+        ({"a.png": codecs.to_png(pixels(torch.tensor([1]))[0].numpy()), "b.cls": b"1"}, r"'b' has no \.png"),
+        ({"a.png": b"", "a.cls": b"dog"}, "dog"),
+        ({"a.png": b"", "a.json": b"[1]"}, "'a' is no table"),
+        ({"a.png": b"", "a.json": b"{"}, "Expecting property name"),
+        ({"a.png": b"", "a.json": b'{"label": "dog"}'}, "column 'label'"),
+        ({"a.npy": b"no array"}, "magic string"),
+        ({}, "empty"),
+    ],
+)
+def test_foreign_shards_that_hold_something_else_are_named(members, named, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(RecipeError, match=named):
+        import_pool(tmp_path)
+
+
+def test_images_of_two_shapes_are_named(tmp_path):
+    export_pool(pool_of("pixels"), tmp_path / "out", "imagefolder")
+    path = tmp_path / "out" / "train" / "0001" / "000000011.png"
+    path.write_bytes(codecs.to_png(pixels(torch.tensor([1]), (3, 5, 5))[0].numpy()))
+    with pytest.raises(RecipeError, match=r"0001/000000011\.png is of shape \(3, 5, 5\).*\(3, 6, 6\)"):
+        import_pool(tmp_path / "out")
 
 
 def test_the_command_exports_a_run_and_an_export(tmp_path, capsys):

@@ -141,16 +141,40 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
         SamplePool.open(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["/etc/x.cls", "../x.cls", "a/../../x.cls", "link"])
+KINDS = {"symbolic": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE, "pipe": tarfile.FIFOTYPE}
+
+
+@pytest.mark.parametrize("name", ["/etc/x.cls", "../x.cls", "a/../../x.cls", *KINDS])
 def test_tar_members_that_lead_elsewhere_are_refused(tmp_path, name):
     path = tmp_path / "foreign.tar"
     with tarfile.open(path, "w") as tar:
+        tar.addfile(tarfile.TarInfo("folder/x.cls"))
         member = tarfile.TarInfo(name)
-        if name == "link":
-            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        if name in KINDS:
+            member.type, member.linkname = KINDS[name], "/etc/passwd"
         tar.addfile(member)
-    with pytest.raises(ValueError, match="absolute path" if name != "link" else "is a link"):
+    with pytest.raises(ValueError, match="is a link or a device" if name in KINDS else "absolute path"):
         list(shards.read_tar(path))
+
+
+def test_a_tar_that_ends_between_two_members_is_torn(tmp_path):
+    saved(tmp_path, 5)
+    path = tmp_path / "shard-000000.tar"
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[6].offset
+    with path.open("r+b") as file:
+        file.truncate(third)
+    with pytest.raises(ValueError, match=r"shard-000000\.tar is torn"):
+        list(shards.read_tar(path))
+
+
+def test_the_folders_of_a_foreign_tar_are_passed_over(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.CLS").write_text("3")
+    with tarfile.open(tmp_path / "foreign.tar", "w") as tar:
+        tar.add(tmp_path / "a", "a")
+    (sample,) = shards.read_tar(tmp_path / "foreign.tar")
+    assert (sample.key, sample.read("cls")) == ("a/x", b"3")
 
 
 def test_a_full_disk_stops_saving_and_nothing_else(tmp_path, monkeypatch):

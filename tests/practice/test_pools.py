@@ -1,12 +1,16 @@
 """A run's pool as its recipe asks for it: every codec and tier from the generator to the learner and back."""
 
+import errno
+
 import pytest
 import torch
 
 from dpfast.config import RecipeError
 from dpfast.generate.recipes import new_sampler
+from dpfast.pool import shards
 from dpfast.pool.export import import_pool
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.saver import SaveWarning
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_folder import RunFolder
@@ -81,3 +85,21 @@ def test_a_pool_that_does_not_fit_its_own_budget_is_refused_before_any_work(shor
         DeliberatePractice(small)
     with pytest.raises(RecipeError, match=r"45 samples of 512 \+ 56 bytes"):
         DeliberatePractice(with_(small, "pool", codec="latents"))
+
+
+def test_a_full_disk_stops_saving_and_the_run_goes_on_as_if_nothing_had_happened(short, tmp_path, monkeypatch):
+    (dp,) = run(short, tmp_path / "whole")
+    write_shard = shards.write_shard
+
+    def full(folder, name, *arguments, **options):
+        if name > "shard-000000.tar":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_shard(folder, name, *arguments, **options)
+
+    monkeypatch.setattr(shards, "write_shard", full)
+    with pytest.warns(SaveWarning, match=r"No space left on device.*30 of 45 samples are on the disk.*training goes on"):
+        (again,) = run(short, tmp_path / "full")
+    assert torch.equal(again.pool.images(EVERYTHING), dp.pool.images(EVERYTHING))
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "full")]
+    assert metrics[0] == metrics[1]
+    assert len(SamplePool.open(tmp_path / "full" / "pool_dp")) == 30
