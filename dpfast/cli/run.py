@@ -80,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks) -> int:
     with stop.at_once(), ranks.together():  # nothing is there to be saved
         from dpfast.parallel import launch, versions
+        from dpfast.pool.saver import unsaved
         from dpfast.practice.branch import prepare_branch
         from dpfast.practice.experiment import DeliberatePractice
         from dpfast.practice.journal import Journal
@@ -122,7 +123,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         results = practice.run(folder, progress=not arguments.quiet, callbacks=[Journal()], stop=stop)
     if not ranks.first:
         return 0
-    with stop.at_once():
+    with stop.at_once(), unsaved("the report is not complete"):
         write_report([out], out)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
     return 0

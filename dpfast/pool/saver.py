@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import shutil
@@ -26,6 +27,15 @@ READ_BYTES = 64 << 20  # of payloads that are copied out of the pool at a time
 
 class SaveWarning(UserWarning):
     """Saving has stopped; the pool goes on in memory."""
+
+
+@contextlib.contextmanager
+def unsaved(what: str) -> Iterator[None]:
+    """Turns what a full disk refuses into a ``SaveWarning`` that begins with ``what``."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what}: {error}; the run goes on in memory", SaveWarning, stacklevel=3)
 
 
 class Saver:

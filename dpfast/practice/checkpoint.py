@@ -51,12 +51,7 @@ def save(
     number = int(before[-1].name.split("-")[1].removesuffix(".json")) + 1 if before else 0
     path = folder / f"checkpoint-{number:06d}{'' if round is None else f'-round-{round:02d}'}.json"
     weights = path.with_suffix(".safetensors")
-    temporary = weights.with_suffix(".tmp")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(weights)
-    sync_folder(folder)
+    save_weights(tensors, weights)
     record = {"version": VERSION, "step": step, "sha256": _sha256(weights), "state": state}
     with durable(folder, path.name) as file:
         file.write(json.dumps(record, indent=1).encode() + b"\n")
@@ -65,6 +60,21 @@ def save(
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
     return path
+
+
+def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that appears under its name complete and synced. Raises ``OSError``, also for a full disk."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def paths(folder: Path) -> list[Path]:

@@ -7,15 +7,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from dpfast.config import SECTIONS, Recipe, RecipeError
 from dpfast.evaluate.measures import Evaluation
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.parts import part_name
+from dpfast.pool.saver import unsaved
 from dpfast.pool.shards import durable
 from dpfast.practice.callbacks import Addition, Callback
+from dpfast.practice.checkpoint import save_weights
 from dpfast.practice.pace import Pace
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Places:
             return None
 
     def save_progress(self, source: str, progress: dict[str, Any]) -> None:
-        with durable(self.path, self._progress(source)) as file:
+        name = self._progress(source)
+        with unsaved(f"{name} was not written"), durable(self.path, name) as file:
             file.write(json.dumps(progress).encode())
 
 
@@ -147,8 +149,9 @@ class RunFolder(Places, Callback):
         )
         for row in result.sets:
             self.log("set", loop.name, step, **row.to_dict())
-        weights = {key: value.contiguous() for key, value in result.learner.state_dict().items()}
-        save_file(weights, self.path / f"learner_{loop.name}.safetensors")
+        name = f"learner_{loop.name}.safetensors"
+        with unsaved(f"{name} was not written"):
+            save_weights(result.learner.state_dict(), self.path / name)
 
     def log(self, event: str, source: str, step: int, **values: Any) -> None:
         """Writes one line of ``metrics.jsonl`` and its numbers as TensorBoard scalars "source/event/name"."""
@@ -159,8 +162,9 @@ class RunFolder(Places, Callback):
         self._write(self._timings, event, source, step, values)
 
     def _write(self, file: Any, event: str, source: str, step: int, values: dict[str, Any]) -> None:
-        file.write(json.dumps({"event": event, "source": source, "step": step, **values}) + "\n")
-        file.flush()
+        with unsaved(f"{Path(file.name).name} lags behind"):  # the line stays in its buffer until there is room
+            file.write(json.dumps({"event": event, "source": source, "step": step, **values}) + "\n")
+            file.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._events.add_scalar(f"{source}/{event}/{name}", value, step)
@@ -172,9 +176,9 @@ class RunFolder(Places, Callback):
         self.close()
 
     def close(self) -> None:
-        self._metrics.close()
-        self._timings.close()
-        self._events.close()
+        for file in (self._metrics, self._timings, self._events):
+            with unsaved("the folder of the run is not complete"):
+                file.close()
 
 
 def check_vacant(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:

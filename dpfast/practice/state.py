@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from dpfast.generate.sampler import SampleBatch
 from dpfast.parallel import Ranks
 from dpfast.pool.parts import open_part, part_folder
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.saver import Saver, SaveWarning, open_pool
+from dpfast.pool.saver import Saver, open_pool, unsaved
 from dpfast.pool.shards import DamagedPoolError
 from dpfast.pool.union import Layout, UnionPool
 from dpfast.practice import checkpoint
@@ -99,7 +98,6 @@ class Keeper:
             "patience": loop.patience.state(),
             "cost": loop.source.cost.state(),
             "initial_cost": loop.initial_cost.state(),
-            "written": self.folder.written(),
             "overlap": None,
         }
         tensors = {"loss_sum": losses, **checkpoint.prefixed("trainer", loop.trainer.state())}
@@ -109,10 +107,9 @@ class Keeper:
         practice = loop.recipe.practice
         ended = state.round if practice.keep_rounds and state.pending and state.round >= 0 else None
         folder, step = self.folder.checkpoints(loop.name), loop.trainer.step_count
-        try:
+        with unsaved("the checkpoint was not written"):
+            record["written"] = self.folder.written()
             checkpoint.save(folder, step, tensors, record, keep=practice.checkpoints_kept, round=ended)
-        except OSError as error:
-            warnings.warn(f"the checkpoint was not written: {error}; training goes on", SaveWarning, stacklevel=2)
 
     def save_samples(self) -> None:
         """Begins to save what was appended to the pool."""

@@ -1,6 +1,8 @@
 """A run's pool as its recipe asks for it: every codec and tier from the generator to the learner and back."""
 
+import contextlib
 import errno
+import resource
 
 import pytest
 import torch
@@ -87,19 +89,42 @@ def test_a_pool_that_does_not_fit_its_own_budget_is_refused_before_any_work(shor
         DeliberatePractice(with_(small, "pool", codec="latents"))
 
 
-def test_a_full_disk_stops_saving_and_the_run_goes_on_as_if_nothing_had_happened(short, tmp_path, monkeypatch):
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The kernel refuses what would make any file of the process larger, shards, checkpoints and weights alike."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("full", ["between two shards", "for all large files"])
+def test_a_full_disk_stops_saving_and_changes_nothing_else(full, short, tmp_path, monkeypatch):
     (dp,) = run(short, tmp_path / "whole")
     write_shard = shards.write_shard
 
-    def full(folder, name, *arguments, **options):
+    def refusing(folder, name, *arguments, **options):
         if name > "shard-000000.tar":
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_shard(folder, name, *arguments, **options)
 
-    monkeypatch.setattr(shards, "write_shard", full)
-    with pytest.warns(SaveWarning, match=r"No space left on device.*30 of 45 samples are on the disk.*training goes on"):
+    room = contextlib.nullcontext() if full == "between two shards" else files_of_at_most(16 << 10)
+    if full == "between two shards":
+        monkeypatch.setattr(shards, "write_shard", refusing)
+    with room, pytest.warns(SaveWarning) as caught:
         (again,) = run(short, tmp_path / "full")
+    said = "\n".join(str(warning.message) for warning in caught)
     assert torch.equal(again.pool.images(EVERYTHING), dp.pool.images(EVERYTHING))
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "full")]
     assert metrics[0] == metrics[1]
-    assert len(SamplePool.open(tmp_path / "full" / "pool_dp")) == 30
+    assert not list((tmp_path / "full").rglob("*.tmp"))
+    if full == "between two shards":
+        assert "No space left on device" in said
+        assert "30 of 45 samples are on the disk" in said
+        assert len(SamplePool.open(tmp_path / "full" / "pool_dp")) == 30
+    else:
+        for what in ("saving the pool", "the checkpoint was not written"):
+            assert what in said
+        assert "File too large" in said
