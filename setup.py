@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -35,6 +36,8 @@ class OptionalBuild(build_ext):
         try:
             super().run()
         except Exception as error:
+            for extension in self.extensions:  # one of an earlier build would hide this failure
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             print(
                 f"dpfast: the native CPU kernels were not built ({error}). The package works without them, with slower "
                 "operations on a CPU; install a C++17 compiler and reinstall to build them.",

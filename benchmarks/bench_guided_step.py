@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import COMPILED, EAGER, OURS, OURS_OUT, Case, Variants, pytest_pairs
-from dpfast.ops import guided_step
+from dpfast.ops import guided_step, normal
 
 SHAPE = (256, 4, 64, 64)
 CFG_SCALE, OMEGA = 4.0, 0.05
@@ -37,8 +37,9 @@ def _case(size: str, noise: float, targets: dict[str, float]) -> Case:
         def ours(out: Tensor | None = None) -> Tensor:
             return guided_step(*inputs, table, 0, cfg_scale=CFG_SCALE, omega=OMEGA, sample_ids=ids, out=out)
 
+        drawn = 0 if ids is None else noise * normal(ids, SHAPE[1:], seed=0, stream=1)
+        torch.testing.assert_close(ours(), plain(*inputs, 0.0) + drawn, rtol=1e-5, atol=1e-5)
         if not noise:
-            torch.testing.assert_close(ours(), plain(*inputs, noise), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(ours(), compiled(*inputs, noise), rtol=1e-5, atol=1e-5)
         return {
             EAGER: lambda: plain(*inputs, noise),
