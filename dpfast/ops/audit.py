@@ -187,9 +187,9 @@ def _entropy(classes: int, dtype: str, gradient: bool = True) -> Variant:
     )
 
 
-def _guided(name: str, elements: int, dtype: str = "fp32", **changes: Any) -> Variant:
+def guided_variant(name: str, elements: int, dtype: str = "fp32", **changes: Any) -> Variant:
     size = 4 if dtype == "fp32" else 2
-    chunks, block, warps = guided.settings(elements, size, changes.get("LIMIT") == 2)
+    chunks, block, warps = guided.settings(elements, size, changes.get("LIMIT") == 2, "ids" in changes)
     parts = -(-elements // (chunks * block))
     arguments = {
         **dict.fromkeys(("x", "pred_cond", "pred_uncond", "grad", "out"), f"*{dtype}"),
@@ -248,19 +248,19 @@ def variants() -> list[Variant]:
         *(_entropy(classes, "bf16") for classes in (10, 100)),
         *(_entropy(classes, dtype) for dtype in ("fp16", "bf16") for classes in (1000, 128256)),
         _entropy(1000, "fp32", gradient=False),
-        _guided("plain", 16384, pred_uncond=None, grad=None),
-        _guided("CFG", 16384, grad=None),
-        *(_guided("CFG, relative", elements) for elements in (4096, 16384, 65536)),
-        _guided("CFG, relative", 16384, "bf16"),
-        _guided("CFG, score, flow", 16384, RELATIVE=False, PREDICTION=3),
-        _guided("CFG, relative, noise", 16384, ids="*i64"),
-        _guided("every term", 16384, **every),
-        _guided("every term, clip", 16384, LIMIT=1, **every),
-        *(_guided("dynamic threshold, every term", elements, LIMIT=2, **every) for elements in (8192, 16384)),
-        _guided("dynamic threshold", 16384, LIMIT=2),
+        guided_variant("plain", 16384, pred_uncond=None, grad=None),
+        guided_variant("CFG", 16384, grad=None),
+        *(guided_variant("CFG, relative", elements) for elements in (4096, 16384, 65536)),
+        guided_variant("CFG, relative", 16384, "bf16"),
+        guided_variant("CFG, score, flow", 16384, RELATIVE=False, PREDICTION=3),
+        guided_variant("CFG, relative, noise", 16384, ids="*i64"),
+        guided_variant("every term", 16384, **every),
+        guided_variant("every term, clip", 16384, LIMIT=1, **every),
+        *(guided_variant("dynamic threshold, every term", elements, LIMIT=2, **every) for elements in (8192, 16384)),
+        guided_variant("dynamic threshold", 16384, LIMIT=2),
         # A step of 4 bytes, because one of 8 would count as payload here.
-        _guided("dynamic threshold", 16384, "bf16", LIMIT=2, step="*i32"),
-        _guided("dynamic threshold, score, epsilon", 16384, LIMIT=2, RELATIVE=False, PREDICTION=0, **every),
+        guided_variant("dynamic threshold", 16384, "bf16", LIMIT=2, step="*i32"),
+        guided_variant("dynamic threshold, score, epsilon", 16384, LIMIT=2, RELATIVE=False, PREDICTION=0, **every),
         # A dynamic threshold of longer samples: x0 alone, then torch.topk, then the step with the bounds.
         Variant(
             name="guided_step, norms, n = 65536, fp32",
@@ -270,8 +270,8 @@ def variants() -> list[Variant]:
             reads=2 * 4 * guided.SPLIT,
             writes=0,
         ),
-        _guided("dynamic threshold, first pass", 65536, out=None, x0_out="*fp32"),
-        _guided("dynamic threshold, second pass, every term", 65536, LIMIT=3, **every, bound="*fp32"),
+        guided_variant("dynamic threshold, first pass", 65536, out=None, x0_out="*fp32"),
+        guided_variant("dynamic threshold, second pass, every term", 65536, LIMIT=3, **every, bound="*fp32"),
         Variant(
             name="normal",
             kernel=noise.normal_kernel,

@@ -6,7 +6,7 @@ import pytest
 
 from dpfast.ops import _dispatch
 from dpfast.ops._triton import tl, triton
-from dpfast.ops.audit import CAPABILITIES, Variant, audit, inspect, occupancy, problems, table, variants
+from dpfast.ops.audit import CAPABILITIES, Variant, audit, guided_variant, inspect, occupancy, problems, table, variants
 
 pytestmark = pytest.mark.skipif(
     _dispatch.INTERPRETED or not _dispatch.has_triton(), reason="the compiler needs Triton outside its interpreter"
@@ -33,6 +33,13 @@ def test_kernels_keep_their_promises_on_h100(variant):
 def test_kernels_keep_their_promises_on_others(name, capability):
     (variant,) = (variant for variant in VARIANTS if variant.name == name)
     assert problems(inspect(variant, capability)) == []
+
+
+def test_16_bit_samples_with_a_quantile_and_noise_do_not_spill():
+    """Its accesses of 8 bytes cannot be told from those of ids and seeds, so the table has no such row."""
+    terms = {"x0_prev": "*bf16", "x0_out": "*bf16", "ids": "*i64", "skipped": "*i64"}
+    variant = guided_variant("", 16384, "bf16", LIMIT=2, PREDICTION=0, **terms)
+    assert (variant.width, inspect(variant, 90).local_bytes) == (8, 0)
 
 
 @triton.jit
