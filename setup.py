@@ -33,11 +33,12 @@ class OptionalBuild(build_ext):
     """A build whose failure costs speed on a CPU, not the installation."""
 
     def run(self) -> None:
+        built = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
         try:
             super().run()
         except Exception as error:
-            for extension in self.extensions:  # one of an earlier build would hide this failure
-                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+            for path in built:  # that of an earlier build would hide this failure
+                path.unlink(missing_ok=True)
             print(
                 f"dpfast: the native CPU kernels were not built ({error}). The package works without them, with slower "
                 "operations on a CPU; install a C++17 compiler and reinstall to build them.",
