@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from dpfast.generate.guidance import GuidanceConfig
     from dpfast.generate.pipelines import Pipeline
     from dpfast.generate.plugin import GuidanceCallback, GuidedDDIMScheduler, LearnerGuidance, make_cond_fn
-    from dpfast.generate.sampler import GuidedSampler, SampleBatch
+    from dpfast.generate.sampler import GuidedSampler
+    from dpfast.generate.trajectory import SampleBatch
     from dpfast.ops import entropy, entropy_and_grad, gather_batch, guided_step, normal
     from dpfast.pool.pool import SamplePool
     from dpfast.practice.experiment import DeliberatePractice
@@ -25,7 +26,7 @@ _HOME = {
     "Pipeline": "dpfast.generate.pipelines",
     "GuidanceConfig": "dpfast.generate.guidance",
     "GuidedSampler": "dpfast.generate.sampler",
-    "SampleBatch": "dpfast.generate.sampler",
+    "SampleBatch": "dpfast.generate.trajectory",
     "GuidanceCallback": "dpfast.generate.plugin",
     "GuidedDDIMScheduler": "dpfast.generate.plugin",
     "LearnerGuidance": "dpfast.generate.plugin",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import study, study_options, study_tables
-from dpfast.generate.sampler import SampleBatch
+from dpfast.generate.trajectory import SampleBatch
 from dpfast.pool.pool import SamplePool
 
 

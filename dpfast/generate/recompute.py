@@ -2,7 +2,8 @@
 
 A block keeps its inputs alone and runs again in the backward pass: a gradient holds one block's activations instead of
 all blocks', for one more forward of the blocks. (``torch.utils.checkpoint`` hooks saved tensors, which PyTorch's
-function transforms do not allow.) For eager steps: torch.compile (2.13) does not trace it inside a vjp.
+function transforms do not allow.) For eager steps: torch.compile (2.13) does not trace it inside a vjp. Blocks that are
+compiled one by one recompute by themselves (``dpfast.generate.runtime.regional``).
 """
 
 from __future__ import annotations

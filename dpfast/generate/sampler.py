@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,36 +28,13 @@ from dpfast.generate.runtime.memory import release
 from dpfast.generate.runtime.regional import has_region
 from dpfast.generate.step import StepInputs, StepParts, Variant
 from dpfast.generate.stream import in_batches
-from dpfast.generate.trajectory import Trajectory, filled
+from dpfast.generate.trajectory import SampleBatch, Trajectory, filled
 from dpfast.ops import normal
 from dpfast.ops.noise import check_seed
 
 log = logging.getLogger(__name__)
 INITIAL_NOISE = 0  # the Philox stream of the first latent; the streams of the steps follow it
 Learner = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleBatch:
-    """What a sampler yields. Row i of every tensor belongs to ``sample_ids[i]``.
-
-    images: (B, C, H, W) uint8; labels, sample_ids: (B,) int64; entropy: (B,) float32, nats, of the finished image under
-    the guiding learner (NaN without one); learner_step: the learner's optimiser steps at birth; skipped: how many
-    guided steps of single samples went unguided, because their gradient was not finite; retries: how often memory ran
-    out before the batch was small enough; latents: (B, c, h, w) float16, what the images were decoded from.
-    """
-
-    images: Tensor
-    labels: Tensor
-    sample_ids: Tensor
-    entropy: Tensor
-    learner_step: int = 0
-    skipped: int = 0
-    latents: Tensor | None = None
-    retries: int = 0
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 class GuidedSampler:
@@ -79,8 +56,8 @@ class GuidedSampler:
         seed: key of all noise.
         image_size: (H, W) that the learner takes; None: as decoded.
         memory_budget: bytes for the differentiated half of a guided step. It runs in chunks that fit, by a measurement
-            of this model; with compile=False the denoiser's blocks are recomputed where chunks would be small. None: in
-            one.
+            of this model; where chunks would be small its blocks are recomputed as well, except in steps that are
+            compiled as a whole. None: in one.
         compile: True, False or "auto", which compiles where that pays within the samples of a ``stream`` (``tuner``
             says what came of it). Compiled steps round differently: say True or False where bits must repeat.
         compile_region: "step" compiles whole steps, "blocks" the denoiser's transformer blocks alone, once for all of
@@ -409,7 +386,7 @@ class GuidedSampler:
         if path is not None:
             probing.try_learner(path, pipeline.denoiser.sample_shape, pipeline.denoiser.classes, pipeline.device)
             if self.memory_budget is not None:
-                recompute = self.tuner.mode is False
+                recompute = self.tuner.mode is False or self.compile_region == "blocks"
                 path = probing.bounded(path, self.table, self.memory_budget, recompute=recompute)
         return StepParts(
             denoiser=pipeline.denoiser,

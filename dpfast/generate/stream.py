@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 from dpfast.generate.runtime import probing
 from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer, attempt
+from dpfast.generate.trajectory import SampleBatch
 
 if TYPE_CHECKING:
-    from dpfast.generate.sampler import GuidedSampler, SampleBatch
+    from dpfast.generate.sampler import GuidedSampler
 
 
 def in_batches(

@@ -1,4 +1,6 @@
-"""Samples on their way: what a trajectory carries from one step to the next, so that it may stop, thin out, go on."""
+"""Samples on their way, so that they may stop, thin out and go on: what a trajectory carries from step to step; and
+what comes of it.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +52,29 @@ class Trajectory:
             name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
         }
         return replace(parts[0], **joined, skipped=torch.stack([part.skipped for part in parts]).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleBatch:
+    """What a sampler yields. Row i of every tensor belongs to ``sample_ids[i]``.
+
+    images: (B, C, H, W) uint8; labels, sample_ids: (B,) int64; entropy: (B,) float32, nats, of the finished image under
+    the guiding learner (NaN without one); learner_step: the learner's optimiser steps at birth; skipped: how many
+    guided steps of single samples went unguided, because their gradient was not finite; retries: how often memory ran
+    out before the batch was small enough; latents: (B, c, h, w) float16, what the images were decoded from.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    entropy: Tensor
+    learner_step: int = 0
+    skipped: int = 0
+    latents: Tensor | None = None
+    retries: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 def filled(rows: Tensor, count: int) -> Tensor:

@@ -25,7 +25,7 @@ from dpfast.pool.tiers import NAMES, PoolFullError, Tiers, host_memory
 from dpfast.pool.view import Payload, View
 
 if TYPE_CHECKING:
-    from dpfast.generate.sampler import SampleBatch
+    from dpfast.generate.trajectory import SampleBatch
 
 RECORD_CHUNK = 2 << 20  # bytes, one large page
 RECORD_ROWS = RECORD_CHUNK // RECORD.itemsize

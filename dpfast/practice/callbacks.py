@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dpfast.evaluate.measures import Evaluation
-from dpfast.generate.sampler import SampleBatch
+from dpfast.generate.trajectory import SampleBatch
 from dpfast.practice.costs import Cost
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.generate.sampler import GuidedSampler, SampleBatch
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.generate.trajectory import SampleBatch
 from dpfast.parallel import Ranks
 from dpfast.roofline.counting import flops
 

@@ -32,8 +32,8 @@ from dpfast.generate.decoder import Encoder
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import image_shape, new_sampler
 from dpfast.generate.runtime.batching import BatchSizer, attempt
-from dpfast.generate.sampler import GuidedSampler, SampleBatch
-from dpfast.generate.trajectory import Trajectory
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.generate.trajectory import SampleBatch, Trajectory
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.costs import Cost, Price, Prices

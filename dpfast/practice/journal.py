@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dpfast.evaluate.measures import Evaluation
-from dpfast.generate.sampler import SampleBatch
+from dpfast.generate.trajectory import SampleBatch
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.stopping import Stopped
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dpfast.config import Recipe
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import image_shape
-from dpfast.generate.sampler import SampleBatch
+from dpfast.generate.trajectory import SampleBatch
 from dpfast.learn.committee import guiding
 from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool

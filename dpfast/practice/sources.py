@@ -23,7 +23,7 @@ from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import new_sampler
-from dpfast.generate.sampler import SampleBatch
+from dpfast.generate.trajectory import SampleBatch
 from dpfast.ops import entropy
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool

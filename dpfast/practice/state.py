@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dpfast.config import RecipeError
-from dpfast.generate.sampler import SampleBatch
+from dpfast.generate.trajectory import SampleBatch
 from dpfast.parallel import Ranks
 from dpfast.pool.parts import open_part, part_folder
 from dpfast.pool.pool import SamplePool

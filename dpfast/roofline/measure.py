@@ -15,7 +15,7 @@ from dpfast.evaluate.measures import predict
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
 from dpfast.generate.recipes import load_pipeline, new_sampler
-from dpfast.generate.sampler import SampleBatch
+from dpfast.generate.trajectory import SampleBatch
 from dpfast.learn.committee import guiding
 from dpfast.learn.models import build_learner
 from dpfast.learn.trainer import Trainer

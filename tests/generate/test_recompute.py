@@ -80,3 +80,19 @@ def test_a_sampler_recomputes_in_eager_steps_alone(pipeline, learner):
     assert compiled.execution.parts.path.denoiser is pipeline.denoiser
     difference = eager.generate([0, 1, 2]).images.int() - free.generate([0, 1, 2]).images.int()
     assert int(difference.abs().max()) <= 1
+
+
+def test_compiled_blocks_recompute_within_the_budget_and_whole_steps_say_how(pipeline, learner):
+    """A budget below what one sample holds: only recomputed blocks fit, eager or compiled one by one."""
+    options = {"steps": 2, "guidance": GuidanceConfig(omega=0.1, every=1), "cfg_scale": 1.0}
+    free = GuidedSampler(pipeline, learner, compile=False, **options)
+    path, table = free.execution.parts.path, free.table
+    _, one = probing._chunk(path, table, 1)
+    _, least = probing._chunk(dataclasses.replace(path, denoiser=recomputing(path.denoiser)), table, 1)
+    options["memory_budget"] = (one + least) // 2
+    with pytest.raises(ValueError, match="with compile = False or compile_region = 'blocks' it may hold less"):
+        GuidedSampler(pipeline, learner, compile=True, **options).generate([0])
+    blocks = GuidedSampler(pipeline, learner, compile=True, compile_region="blocks", **options)
+    blocks.execution.backend = "eager"
+    difference = blocks.generate([0, 1, 2]).images.int() - free.generate([0, 1, 2]).images.int()
+    assert int(difference.abs().max()) <= 1

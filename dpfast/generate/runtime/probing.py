@@ -50,7 +50,7 @@ def bounded(path: GuidancePath, table: SolverTable, budget: int, *, recompute: b
 
     Chunks cost nothing while one fills the device; recomputation costs another forward of the blocks, and allows more
     samples in a chunk. So blocks are recomputed only where a chunk would otherwise hold fewer than ``ENOUGH`` samples.
-    ``recompute``: whether they may be; torch.compile (2.13) does not trace it.
+    ``recompute``: whether they may be; torch.compile (2.13) does not trace it in a whole step.
 
     Raises ``ValueError`` when one sample holds more than the budget even so.
     """
@@ -62,7 +62,8 @@ def bounded(path: GuidancePath, table: SolverTable, budget: int, *, recompute: b
             path, chunk, least = twin, larger, smaller
             log.info("guidance recomputes the denoiser's blocks: chunks of %d fit the budget", chunk)
     if chunk < 1:
-        raise ValueError(f"memory_budget = {budget}: the gradient of one sample holds {least} bytes")
+        more = "" if recompute else "; with compile = False or compile_region = 'blocks' it may hold less"
+        raise ValueError(f"memory_budget = {budget}: the gradient of one sample holds {least} bytes{more}")
     log.info("guidance in chunks of %d, budget %.1f MB", chunk, budget / 1e6)
     return replace(path, chunk=chunk)
 
