@@ -21,7 +21,7 @@ from dpfast.pool import codecs
 from dpfast.pool.columns import RECORD
 from dpfast.pool.plan import CHUNK_BYTES, plan, plan_recipe
 from dpfast.pool.rows import CPU, ChunkTable
-from dpfast.pool.tiers import NAMES, PoolFullError, Tiers, host_memory
+from dpfast.pool.tiers import NAMES, PoolFullError, Tiers, host_memory, touched
 from dpfast.pool.view import Payload, View
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ class SamplePool:
         tiers = self.tiers
         tier = tiers.place(self._used(view) + Counter(name for name, _ in self._spares), self.chunk_bytes)
         self._worker = self._worker or ThreadPoolExecutor(1, "dpfast-pool-chunk")
-        self._spares.append((tier, self._worker.submit(lambda: tiers.allocate(tier, self.chunk_bytes).zero_())))
+        self._spares.append((tier, self._worker.submit(lambda: touched(tiers.allocate(tier, self.chunk_bytes)))))
 
     def move(self, tiers: Tiers) -> None:
         """Gives the pool other budgets and moves its chunks to where they put them, in the order of appending.
@@ -342,10 +342,13 @@ class SamplePool:
         view = self._view
         return view.column(name, torch.arange(start, view.size))
 
-    def records(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Copies of the ``RECORD`` of the samples ``start`` to ``stop``, which is the end by default."""
+    def records(self, start: int = 0, stop: int | None = None, *, threads: int | None = None) -> np.ndarray:
+        """Copies of the ``RECORD`` of the samples ``start`` to ``stop``, which is the end by default.
+
+        threads: as in ``View.payload``.
+        """
         view = self._view
-        return view.records(torch.arange(start, view.size if stop is None else stop))
+        return view.records(torch.arange(start, view.size if stop is None else stop), threads=threads)
 
     def payload(self, indices: Tensor, **options: Any) -> Payload:
         """``View.payload`` of the pool at this moment."""

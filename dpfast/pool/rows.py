@@ -65,16 +65,18 @@ class ChunkTable:
         width: int | None = None,
         device: torch.device = CPU,
         out: Tensor | None = None,
+        threads: int | None = None,
     ) -> Tensor:
         """Bytes ``offset`` to ``offset + width`` of the rows at ``indices``, on ``device``: (B, width) uint8.
 
-        indices: (B,) int64 on the CPU. out: (B, width) uint8, contiguous, on ``device``.
+        indices: (B,) int64 on the CPU. out: (B, width) uint8, contiguous, on ``device``. threads: of the native kernel
+        at most, all of torch's by default.
         Raises ``IndexError`` for an index outside [0, total).
         """
         width = self.stride if width is None else width
         indices = indices.contiguous()
         if _dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.on_host:
-            return self._native(indices, total, offset, width, out)
+            return self._native(indices, total, offset, width, out, threads or torch.get_num_threads())
         check_indices(indices, total)
         if _dispatch.backend_for(device) == "triton" and self.kinds <= {str(device), "pinned"}:
             rows = self._triton(indices, offset, width, device)
@@ -98,7 +100,7 @@ class ChunkTable:
             out[places.to(device)] = block[rows, offset : offset + width].to(device)
         return out
 
-    def _native(self, indices: Tensor, total: int, offset: int, width: int, out: Tensor | None) -> Tensor:
+    def _native(self, indices: Tensor, total: int, offset: int, width: int, out: Tensor | None, threads: int) -> Tensor:
         if out is None:
             out = torch.empty(len(indices), width, dtype=torch.uint8)
         elif out.shape != (len(indices), width) or out.dtype != torch.uint8 or not out.is_contiguous():
@@ -113,7 +115,7 @@ class ChunkTable:
             indices.data_ptr(),
             len(indices),
             out.data_ptr(),
-            torch.get_num_threads(),
+            threads,
         )
         if not inside:
             check_indices(indices, total)

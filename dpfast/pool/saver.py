@@ -164,10 +164,10 @@ class Saver:
                         self._changed.notify_all()
 
     def _write(self, stop: int) -> None:
-        """Writes the samples up to ``stop``, one shard after the other."""
+        """Writes the samples up to ``stop``, shard by shard, on this thread alone (see ``tiers.touched``)."""
         while self.saved < stop:
             start = self.saved
-            records = self.pool.records(start, min(stop, start + self.shard_samples))
+            records = self.pool.records(start, min(stop, start + self.shard_samples), threads=1)
             fitting = int(np.searchsorted(np.cumsum(records["length"], dtype=np.int64), SHARD_BYTES, "right"))
             records = records[: max(fitting, 1)]
             header = b""
@@ -196,7 +196,8 @@ class Saver:
     def _payloads(self, start: int, lengths: np.ndarray) -> Iterator[bytes | memoryview]:
         step = max(1, READ_BYTES // max(int(lengths.max()), 1))
         for first in range(0, len(lengths), step):
-            payload = self.pool.payload(torch.arange(start + first, start + min(first + step, len(lengths))))
+            rows = torch.arange(start + first, start + min(first + step, len(lengths)))
+            payload = self.pool.payload(rows, threads=1)
             if not isinstance(payload, torch.Tensor):
                 yield from payload
             elif self._suffix == "png":

@@ -36,9 +36,9 @@ class View:
     tiers: tuple[str, ...] = ()
     ready: torch.cuda.Event | None = None
 
-    def records(self, indices: Tensor) -> np.ndarray:
-        """(B,) copies of the ``RECORD`` of the samples at ``indices``."""
-        return self.origins.take(indices, self.size).numpy().view(RECORD)[:, 0]
+    def records(self, indices: Tensor, *, threads: int | None = None) -> np.ndarray:
+        """(B,) copies of the ``RECORD`` of the samples at ``indices``; ``threads`` as in ``payload``."""
+        return self.origins.take(indices, self.size, threads=threads).numpy().view(RECORD)[:, 0]
 
     def column(self, name: str, indices: Tensor) -> Tensor:
         """(B,) int64 or float32 values of one column of ``dpfast.pool.columns`` at ``indices``."""
@@ -59,10 +59,18 @@ class View:
             return self._field("offset", places) // self.chunks.chunk_rows
         return places // self.chunks.chunk_rows
 
-    def payload(self, indices: Tensor, *, device: torch.device = CPU, out: Tensor | None = None) -> Payload:
+    def payload(
+        self,
+        indices: Tensor,
+        *,
+        device: torch.device = CPU,
+        out: Tensor | None = None,
+        threads: int | None = None,
+    ) -> Payload:
         """Copies of what is stored at ``indices`` (B,): (B, *shape) of the codec's dtype, or B JPEG files.
 
-        out: (B, bytes of a sample) uint8 on ``device``, where the copies shall lie; not for JPEG.
+        out: (B, bytes of a sample) uint8 on ``device``, where the copies shall lie; not for JPEG. threads: that copy on
+        a CPU at most, all of torch's by default.
         """
         indices = indices.to(CPU, torch.int64)
         if self.ready is not None and device.type == "cuda":
@@ -72,7 +80,7 @@ class View:
         if self.shape is None:
             check_indices(indices, 0)
             return torch.empty(0, dtype=torch.uint8)
-        rows = self.chunks.take(indices, self.size, device=device, out=out)
+        rows = self.chunks.take(indices, self.size, device=device, out=out, threads=threads)
         return rows.view(codecs.DTYPES[self.codec]).view(-1, *self.shape)
 
     def _files(self, indices: Tensor) -> list[bytes]:
