@@ -6,7 +6,7 @@ RUN ?=
 
 .PHONY: demo test sanitize install clean
 
-demo: install  ## Deliberate Practice against static data on the embedded generator, about six minutes on two cores
+demo: install  ## Deliberate Practice against static data on the embedded generator, about two minutes on two cores
 	$(BIN)/dpfast run fashion --overwrite $(RUN)
 
 test: install  ## lint, types and all tests
