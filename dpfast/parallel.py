@@ -17,7 +17,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
@@ -56,8 +56,8 @@ class Ranks:
     """This process among those of a run. The default is one process alone.
 
     rank, size: of all processes; local_rank, local_size: of those on this machine; timeout: seconds. learn: the group
-    of gradients, None for all processes; control, feed: groups beside it, for what the loop says on the CPU and for the
-    loaders, whose threads talk meanwhile.
+    of gradients, None for all processes; control, feed: groups beside it, for what the loop says on the CPU and, by the
+    device of what is sent, for the loaders, whose threads talk meanwhile.
     """
 
     rank: int = 0
@@ -67,7 +67,7 @@ class Ranks:
     timeout: float = TIMEOUT
     learn: Any = None
     control: Any = None
-    feed: Any = None
+    feed: dict[str, Any] = field(default_factory=dict)
     store: Any = None
     _asked: int = field(default=0, init=False)
 
@@ -241,17 +241,16 @@ class Ranks:
 
         A rank has its number in the part that it is of, and 0 in the other.
         """
-        cut = self.size - makers
-        parts = []
+        cut, cuda = self.size - makers, "cuda" in self.feed
+        wait, parts = _wait(self.timeout, cuda), []
         for name, members in (("others", range(cut)), ("makers", range(cut, self.size))):
-            groups = {
-                kind: dist.new_group(list(members), timeout=datetime.timedelta(seconds=self.timeout), backend=backend)
-                for kind, backend in (("learn", None), ("control", "gloo"), ("feed", None))
-            }
+            learn = dist.new_group(list(members), timeout=wait)
+            control, feed = _groups(members, self.timeout, cuda)
             rank = members.index(self.rank) if self.rank in members else 0
             store = dist.PrefixStore(name, self.store)
-            parts.append(replace(self, rank=rank, size=len(members), store=store, **groups))
-        return parts[0], parts[1], dist.new_group([0, *range(cut, self.size)])
+            part = replace(self, rank=rank, size=len(members), learn=learn, control=control, feed=feed, store=store)
+            parts.append(part)
+        return parts[0], parts[1], dist.new_group([0, *range(cut, self.size)], timeout=wait)
 
 
 ALONE = Ranks()
@@ -280,6 +279,20 @@ def launch() -> str:
     return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
+def _wait(timeout: float, cuda: bool) -> datetime.timedelta:
+    """How long a collective waits: on a GPU longer than those on the CPU beside it, whose errors say more."""
+    return datetime.timedelta(seconds=timeout + (AHEAD if cuda else 0))
+
+
+def _groups(members: Iterable[int], timeout: float, cuda: bool) -> tuple[Any, dict[str, Any]]:
+    """``control`` and ``feed`` of ``Ranks``. Each is told how long to wait: torch's own choice is half an hour."""
+
+    def group(backend: str) -> Any:
+        return dist.new_group(list(members), timeout=_wait(timeout, backend == "nccl"), backend=backend)
+
+    return group("gloo"), {"cpu": group("gloo"), **({"cuda": group("nccl")} if cuda else {})}
+
+
 @contextlib.contextmanager
 def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """The ranks that torchrun started, within it as process groups; without torchrun one process alone.
@@ -294,27 +307,26 @@ def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ra
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
         torch.cuda.set_device(local)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     wait = datetime.timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", timeout=wait))
     store.set_timeout(wait)
     store = dist.PrefixStore(f"start-{restarts()}", store)  # torchrun's store still knows what the last start said
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("groups", store),
-        rank=rank,
-        world_size=size,
-        timeout=wait + datetime.timedelta(seconds=AHEAD if cuda else 0),
-    )
     ranks = Ranks(
         rank=rank,
         size=size,
         local_rank=local,
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         timeout=timeout,
-        control=dist.new_group(backend="gloo", timeout=wait),
-        feed=dist.new_group(backend=backend),
         store=dist.PrefixStore("said", store),
     )
+    ranks.everyone("here")  # names who is not; what follows would not
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.PrefixStore("groups", store),
+        rank=rank,
+        world_size=size,
+        timeout=_wait(timeout, cuda),
+    )
+    ranks.control, ranks.feed = _groups(range(size), timeout, cuda)
     yield ranks
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

@@ -9,9 +9,9 @@ import torch.multiprocessing as mp
 from dpfast.parallel import joined
 
 
-def spawned(size, function, *arguments, timeout=60):
+def spawned(size, function, *arguments):
     """Raises what one of the processes raised."""
-    mp.spawn(_rank, (size, free_port(), timeout, function, arguments), nprocs=size)
+    mp.spawn(_rank, (size, free_port(), function, arguments), nprocs=size)
 
 
 def free_port():
@@ -26,8 +26,8 @@ def environment(rank, size, port):
     return {key: str(value) for key, value in {"RANK": rank, "WORLD_SIZE": size, **here}.items()}
 
 
-def _rank(rank, size, port, timeout, function, arguments):
+def _rank(rank, size, port, function, arguments):
     os.environ |= environment(rank, size, port)
     torch.set_num_threads(1)
-    with joined(cuda=False, timeout=timeout) as ranks:
+    with joined(cuda=False, timeout=60) as ranks:
         function(ranks, *arguments)

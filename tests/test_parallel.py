@@ -1,5 +1,6 @@
 """What belongs to which rank, how ranks agree, and that the parts of several make what one makes."""
 
+import contextlib
 import itertools
 import os
 import time
@@ -7,21 +8,23 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from dpfast import parallel
 from dpfast.config import Learner, RecipeError
 from dpfast.evaluate.measures import evaluate
 from dpfast.feed.augment import Augment
 from dpfast.feed.torch_loader import TorchLoader
 from dpfast.learn.batch_norm import synchronised
 from dpfast.learn.trainer import Trainer
-from dpfast.parallel import ANSWER, RankError, Ranks
+from dpfast.parallel import RankError, Ranks, joined
 from dpfast.pool.columns import RECORD
 from dpfast.pool.parts import open_all, open_part, part_folder
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver
 from dpfast.pool.union import Layout, UnionPool
-from tests.ranks import spawned
+from tests.ranks import environment, spawned
 
 ROUNDS, BATCH = (50, 23, 31), 10
 AUGMENT = Augment(flip=True, crop=0.3, mixup=0.5, cutmix=1.0)
@@ -209,13 +212,32 @@ def test_an_error_of_one_rank_is_an_error_of_all():
 
 
 def hang(ranks):
+    parallel.ANSWER = 1.0
+    ranks.timeout = 2  # after the start, which may take longer than that
+    ranks.control, ranks.feed = parallel._groups(range(ranks.size), ranks.timeout, cuda=False)
     if ranks.rank == 1:
-        time.sleep(3 * ANSWER)
+        with contextlib.suppress(RuntimeError):  # the store goes with rank 0
+            ranks.store.wait(["done"])
         os._exit(0)
-    with pytest.raises(RankError, match=r"^rank 1 of 2 did not answer"), ranks.watched():
+    named = partial(pytest.raises, RankError, match=r"^rank 1 of 2 did not answer")
+    started, layout = time.monotonic(), Layout(ranks, BATCH, ROUNDS)
+    pool = UnionPool(pool_of("pixels", layout, 0), layout)
+    with named(), ranks.watched(), contextlib.closing(loader_of(pool)) as loader:
+        next(loader)  # closing waits for the loader's thread as well
+    with named(), ranks.watched():
         ranks.any(False)
+    assert time.monotonic() - started < 10
+    ranks.store.set("done", "")
     os._exit(0)  # the group is broken: nothing is left to say good-bye to
 
 
-def test_a_rank_that_hangs_is_named():
-    spawned(2, hang, timeout=2)
+def test_a_rank_that_hangs_is_named_by_whoever_waits_for_it():
+    spawned(2, hang)
+
+
+def test_a_rank_that_never_comes_is_named(monkeypatch):
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
+    for name, value in {**environment(0, 2, agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match=r"^rank 1 of 2 did not answer within 1 s"), joined(cuda=False, timeout=1):
+        pass

@@ -165,8 +165,8 @@ class UnionPool:
         return held, where
 
     def _swapped(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        out = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=self.ranks.feed)
+        out, group = rows.new_empty(sum(received), *rows.shape[1:]), self.ranks.feed[rows.device.type]
+        dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=group)
         return out
 
     def _files(

@@ -110,6 +110,20 @@ def test_a_hung_rank_is_named(rehearsal, tmp_path):
     assert "dpfast: error: rank 1 of 2 did not answer: dead, or hung for 10 s" in run.ended(1)
 
 
+@pytest.mark.skipif(not KILLS, reason="takes half a minute; DPFAST_KILLS=1")
+@pytest.mark.parametrize("number", [1, 3])
+def test_sigterm_to_torchrun_saves_the_state_and_torchrun_says_1(rehearsal, tmp_path, number):
+    options, whole, _ = rehearsal
+    run = Launched("imagenet100-sd15", tmp_path / "run", options)
+    run.until(number)
+    run.process.terminate()
+    said = run.ended(1)  # torchrun's own code after any signal
+    assert "dpfast FAILED" not in said, "a rank did not end with 0"
+    assert said.count("stopped; the same command with --resume") == 1
+    Launched("imagenet100-sd15", tmp_path / "run", [*options, "--resume"]).ended()
+    same(tmp_path / "run", whole)
+
+
 def test_generation_beside_training_repeats_itself_and_bounds_the_age_of_samples(tmp_path):
     recipe = "imagenet100-sd15"
     options = [*launch.folders(recipe, tmp_path), "--overlap", "1", "--overlap-staleness", "5", "--patience", "2"]
