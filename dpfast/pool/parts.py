@@ -4,11 +4,13 @@
     pool_dp/rank-001-of-002/
 
 One process alone saves into the folder itself. A run that goes on with another number of ranks reads the old parts,
-holds other rows and saves them anew beside the old ones, which may be removed once it has written a checkpoint.
+holds other rows and saves them anew beside the old ones, which are removed when no checkpoint needs them any more.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from dpfast.pool import shards
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import open_pool, payload_of
 from dpfast.pool.union import Layout
+
+PARTS = "rank-*-of-*"
 
 
 def part_name(ranks: Ranks, rank: int | None = None) -> str:
@@ -36,11 +40,33 @@ def parts_of(folder: Path) -> list[Path]:
 
     Empty where nothing is saved.
     """
-    names = {path.name.rsplit("-", 1)[1] for path in folder.glob("rank-*-of-*") if path.is_dir()}
+    names = {path.name.rsplit("-", 1)[1] for path in folder.glob(PARTS) if path.is_dir()}
     found = [[folder]] if (folder / shards.MANIFEST).is_file() else []
     found += [sorted(folder.glob(f"rank-*-of-{name}")) for name in sorted(names)]
     saved = [[path for path in paths if (path / shards.MANIFEST).is_file()] for paths in found]
     return max(saved, key=lambda paths: sum(shards.Manifest.read(path).samples for path in paths), default=[])
+
+
+def remove_parts(folder: Path, sizes: Collection[int]) -> None:
+    """Removes under ``folder``, the saved pool of a run, what other numbers of ranks than ``sizes`` have saved.
+
+    A part's manifest goes first: killed on the way, the rest is no saved pool, and who saves there begins anew.
+    """
+    entries = list(folder.iterdir())
+    parts = [entry for entry in entries if entry.match(PARTS)]
+    for part in (part for part in parts if int(part.name.rsplit("-", 1)[1]) not in sizes):
+        _forget(part)
+        shutil.rmtree(part)
+    own = [entry for entry in entries if entry not in parts]
+    if 1 not in sizes and own:
+        _forget(folder)
+        for entry in own:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def _forget(part: Path) -> None:
+    (part / shards.MANIFEST).unlink(missing_ok=True)
+    shards.sync_folder(part)
 
 
 class _Saved:

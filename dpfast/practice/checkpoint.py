@@ -9,11 +9,13 @@ The JSON is written last: a checkpoint without one does not exist. Both appear u
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,13 @@ def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
 def paths(folder: Path) -> list[Path]:
     """The JSON files of a folder's checkpoints, oldest first."""
     return sorted(folder.glob("checkpoint-*.json"))
+
+
+def states(folder: Path) -> Iterator[dict[str, Any]]:
+    """What ``save`` was given as ``state``, of every checkpoint whose JSON can be read."""
+    for path in paths(folder):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            yield json.loads(path.read_text())["state"]
 
 
 def at_round(folder: Path, round: int) -> Path | None:

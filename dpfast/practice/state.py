@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dpfast.config import RecipeError
 from dpfast.generate.trajectory import SampleBatch
 from dpfast.parallel import Ranks
-from dpfast.pool.parts import open_part, part_folder
+from dpfast.pool.parts import open_part, part_folder, remove_parts
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver, open_pool, unsaved
 from dpfast.pool.shards import DamagedPoolError
@@ -53,13 +53,14 @@ class Keeper:
     newest checkpoint is of the moment before it, and ``progress`` holds the samples that it has so far.
 
     Every rank saves the samples that it holds, in its own part of the pool's folder. When all have, the first writes a
-    checkpoint, which any number of ranks can read.
+    checkpoint, which any number of ranks can read, and removes the parts of other numbers that no checkpoint needs.
     """
 
     def __init__(self, loop: Loop, folder: Places | None) -> None:
         self.loop, self.folder = loop, folder
         self.layout = Layout(loop.ranks, loop.recipe.generator.generation_batch)
         self._saver: Saver | None = None
+        self._moved = True  # whether there may be samples that another number of ranks has saved
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -110,6 +111,10 @@ class Keeper:
         with unsaved("the checkpoint was not written"):
             record["written"] = self.folder.written()
             checkpoint.save(folder, step, tensors, record, keep=practice.checkpoints_kept, round=ended)
+            if self._moved:
+                needed = {state["ranks"] for state in checkpoint.states(folder)}
+                remove_parts(self.folder.pool(loop.name), needed)
+                self._moved = needed != {loop.ranks.size}
 
     def save_samples(self) -> None:
         """Begins to save what was appended to the pool."""

@@ -71,6 +71,7 @@ def test_one_rank_goes_on_from_two_and_ends_as_one_alone(tmp_path):
     run.until(8)
     assert run.killed()
     Launched(recipe, out, [*options, "--resume"], ranks=1).ended()
+    assert not list(out.glob("pool_dp/rank-*")), "what two ranks had saved is needed no more"
     Launched(recipe, tmp_path / "one", options, ranks=1).ended()
     mine, theirs = same_pool(out, tmp_path / "one")
     assert len(mine) == 3000
