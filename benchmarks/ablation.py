@@ -68,12 +68,13 @@ class Row:
 class Bench:
     """The generator, the learner that guides, and the rows over both."""
 
-    def __init__(self, learner: str | None, folder: Path, *, compile: bool = True) -> None:
-        self.pipeline = Pipeline.from_pretrained("fashion")
+    def __init__(self, learner: str | None, folder: Path, device: torch.device, *, compile: bool = True) -> None:
+        self.device = device
+        self.pipeline = Pipeline.from_pretrained("fashion", device=device)
         self.named = learner or "quick"
-        self.learner = quick_learner() if learner is None else load_learner(learner, self.pipeline)
-        self.models = Models.load(self.pipeline.folder, self.learner)
-        self.judge = load_judge()
+        self.learner = quick_learner(device) if learner is None else load_learner(learner, self.pipeline)
+        self.models = Models.load(self.pipeline.folder, self.learner, device)
+        self.judge = load_judge().to(device)
         self.folder, self.compile = folder, compile
 
     def naive(self) -> Row:
@@ -128,7 +129,8 @@ class Bench:
         assert path is not None
 
         def gradient(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            return path.gradient(x, t, labels, *self.models.scales(t))[0]
+            scales = (scale.to(self.device) for scale in self.models.scales(t))
+            return path.gradient(x, t.to(self.device), labels, *scales)[0]
 
         return Row(
             name=name,
@@ -173,12 +175,12 @@ class Bench:
             return gradient(x, t, *rest)
 
         exact.gradient = recorded  # type: ignore[method-assign]
-        exact.latents(labels, FIRST_ID + torch.arange(len(labels)))
+        exact.latents(labels, FIRST_ID + torch.arange(len(labels), device=self.device))
         return seen
 
     def cosine(self, row: Row) -> float:
         """The mean over 64 samples and the guided steps of the cosine of a row's gradient to the exact one."""
-        labels = torch.arange(64) % 10
+        labels = torch.arange(64, device=self.device) % 10
         exact = self._gradient(Batched(models=self.models, decoder="full"))
         with torch.no_grad():
             pairs = [
@@ -188,32 +190,36 @@ class Bench:
 
     def work(self, *, ours: bool) -> roofline.Work:
         """FLOPs of the parts of a sample; the denoiser's are fewer in dpfast's form of it."""
-        models, x, t, label = self.models, torch.randn(1, 4, 8, 8), torch.tensor(500), torch.zeros(1, dtype=torch.int64)
+        models = self.models
+        with self.device:
+            x, t, label = torch.randn(1, 4, 8, 8), torch.tensor(500), torch.zeros(1, dtype=torch.int64)
+            image = torch.zeros(1, 1, 32, 32)
         predict = self.pipeline.denoiser if ours else models.predict
         return roofline.Work(
             name="fashion",
             denoiser=roofline.count(lambda x: predict(x, t, label), x),
             decoder=roofline.count(models.decode, x),
             tiny=roofline.count(lambda x: models.tiny.decode(x).sample, x),
-            learner=roofline.count(self.learner, torch.zeros(1, 1, 32, 32)),
+            learner=roofline.count(self.learner, image),
         )
 
     def quality(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Entropy under the learner and agreement of the judge with the label, of each image."""
-        hits = predict(self.judge, images).argmax(1) == labels
-        return entropy(predict(self.learner, images)), hits.float()
+        hits = predict(self.judge, images).argmax(1) == labels.to(images.device)
+        return entropy(predict(self.learner, images)).cpu(), hits.float().cpu()
 
 
-def quick_learner(iterations: int = 250) -> torch.nn.Module:
+def quick_learner(device: torch.device, iterations: int = 250) -> torch.nn.Module:
     """A learner in the middle of its training: 250 steps on real validation images, about 15 s on two cores."""
     torch.manual_seed(0)
     options = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1], "groups_width": 128}
-    model = build_learner(Learner().model, classes=10, channels=1, layer_type="x", **options)
+    model = build_learner(Learner().model, classes=10, channels=1, layer_type="x", **options).to(device)
     trainer = Trainer(model, Learner(lr=2e-3), iterations=iterations)
     real = load_real("fashion").validation
     for step in range(iterations):
         chosen = torch.arange(step * 64, (step + 1) * 64) % len(real)
-        trainer.step(real.images[chosen].float().div(127.5).sub(1), real.labels[chosen])
+        images, labels = real.images[chosen].to(device), real.labels[chosen].to(device)
+        trainer.step(images.float().div(127.5).sub(1), labels)
     return trainer.ema.module.eval().requires_grad_(False)
 
 
@@ -221,44 +227,45 @@ def _guided(steps: int, every: int) -> int:
     return -(-steps // every)
 
 
-def _timed(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
+def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    timing.synchronise(device)
     start = time.perf_counter()
     out = call()
+    timing.synchronise(device)
     return time.perf_counter() - start, out
 
 
-def _batch(number: int, size: int) -> tuple[Tensor, Tensor]:
-    ids = torch.arange(number * size, (number + 1) * size)
+def _batch(number: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    ids = torch.arange(number * size, (number + 1) * size, device=device)
     return ids % 10, FIRST_ID + ids
 
 
 def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> Record:
     """A row beside the reference: seconds in turns with it and with a matrix product, images, gradient, memory."""
-    size = ALONE if row.alone else batch
+    size, device = ALONE if row.alone else batch, bench.device
     for one, make in ((row, row.make), (row, row.unguided), (reference, reference.make)):
-        if not one.eager or one.alone:  # the first call compiles, loads and maps memory
-            make(*_batch(0, 1 if one.alone else batch))
-    a, b = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
+        if device.type == "cuda" or not one.eager or one.alone:  # the first call compiles, captures, maps memory
+            make(*_batch(0, 1 if one.alone else batch, device))
+    a, b = (torch.randn(GEMM, GEMM, device=device) for _ in range(2))
+    a @ b
     products, guided, unguided, beside, images, base = [], [], [], [], [], []
     for number in range(rounds):
-        labels, ids = _batch(number, batch)
-        start = time.perf_counter()
-        for _ in range(PRODUCTS):
-            a @ b
-        products.append(PRODUCTS * 2 * GEMM**3 / (time.perf_counter() - start))
+        labels, ids = _batch(number, batch, device)
+        seconds, _ = _timed(lambda: [a @ b for _ in range(PRODUCTS)][-1], device)
+        products.append(PRODUCTS * 2 * GEMM**3 / seconds)
         calls = [
             functools.partial(reference.make, labels, ids),
             functools.partial(row.make, labels[:size], ids[:size]),
             functools.partial(row.unguided, labels[:size], ids[:size]),
         ]
         order = (0, 1, 2) if number % 2 == 0 else (2, 1, 0)  # what comes first finds the machine as the product left it
-        made = {which: _timed(calls[which]) for which in order}
+        made = {which: _timed(calls[which], device) for which in order}
         beside.append(made[0][0] / batch)
         guided.append(made[1][0] / size)
         unguided.append(made[2][0] / size)
         base.append(made[0][1][:size])
-        images.append(made[1][1])
-    labels = torch.cat([_batch(number, batch)[0][:size] for number in range(rounds)])
+        images.append(made[1][1].to(device))
+    labels = torch.cat([_batch(number, batch, device)[0][:size] for number in range(rounds)])
     quality = (bench.quality(torch.cat(made), labels) for made in (images, base))
     record = {
         "batch": 1 if row.alone else batch,
@@ -276,9 +283,9 @@ def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> 
     record["flops"], record["flops_unguided"] = row.method.total(parts), row.method.unguided(parts)
     record["share_of_gemm"] = record["flops"] * record["samples_per_second"]["median"] / record["gemm"]
     record["share_of_gemm_unguided"] = record["flops_unguided"] * record["unguided_samples_per_second"] / record["gemm"]
-    labels, ids = _batch(0, 1 if row.alone else batch)
-    record["peak_bytes"] = timing.peak_bytes(functools.partial(row.make, labels, ids))
-    if row.ours and not row.eager:
+    labels, ids = _batch(0, 1 if row.alone else batch, device)
+    record["peak_bytes"] = timing.peak_bytes(functools.partial(row.make, labels, ids), device)
+    if row.ours and not row.eager and device.type == "cpu":
         record["host_share"] = host_share(functools.partial(row.make, labels, ids))
     return record
 
@@ -286,7 +293,7 @@ def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> 
 def host_share(make: Callable[[], Tensor]) -> float:
     """The share of a compiled trajectory that passes outside the compiled code. The profiler itself adds to it."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        seconds, _ = _timed(make)
+        seconds, _ = _timed(make, torch.device("cpu"))
     inside = sum(event.cpu_time_total for event in trace.key_averages() if "CompiledFxGraph" in event.key)
     return 1 - inside / 1e6 / seconds
 
@@ -353,6 +360,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dpfast bench sampler", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="batches of each row, in turns (default 5)")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--learner", help="the run folder whose learner guides; default: one trained for 15 s")
     parser.add_argument("--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="finished rows are left here, and not done again")
@@ -376,12 +384,12 @@ def main(arguments: list[str] | None = None) -> int:
     described = {
         "suite": "sampler",
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **timing.machine(torch.device("cpu")),
+        **timing.machine(torch.device(options.device)),
         "learner": options.learner or "quick",
     }
     print(", ".join(f"{key} {value}" for key, value in described.items()), file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.learner, Path(folder), compile=not options.no_compile)
+        bench = Bench(options.learner, Path(folder), torch.device(options.device), compile=not options.no_compile)
         if options.search is not None:
             print(search(bench, options.search, options.first, options.keep))
             return 0

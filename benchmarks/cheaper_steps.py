@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="finished settings are left here, not done again")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.learner, Path(folder), compile=False)
+        bench = Bench(options.learner, Path(folder), torch.device("cpu"), compile=False)
         quality = qualities(bench, options.samples, 0, options.keep)
         for name, settings in GROUPS.items():
             seconds = speed(bench, settings, options.batch, options.rounds) if options.rounds else {}

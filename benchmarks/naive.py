@@ -34,16 +34,16 @@ class Models:
     learner: nn.Module
 
     @classmethod
-    def load(cls, folder: str | Path, learner: nn.Module) -> Models:
+    def load(cls, folder: str | Path, learner: nn.Module, device: torch.device | str = "cpu") -> Models:
         pipeline = diffusers.DiTPipeline.from_pretrained(folder, torch_dtype=torch.float32)
         tiny = diffusers.AutoencoderTiny.from_pretrained(Path(folder) / "tiny_decoder", torch_dtype=torch.float32)
         networks = (pipeline.transformer, pipeline.vae, tiny)
         for network in networks:
-            network.eval().requires_grad_(False)
+            network.eval().requires_grad_(False).to(device)
         return cls(*networks, diffusers.DDIMScheduler.from_config(pipeline.scheduler.config), learner)
 
     def predict(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return self.transformer(x, timestep=t.expand(len(x)), class_labels=labels).sample
+        return self.transformer(x, timestep=t.to(x.device).expand(len(x)), class_labels=labels).sample
 
     def null(self, labels: Tensor) -> Tensor:
         """The labels of classifier-free guidance's empty condition."""
@@ -51,6 +51,9 @@ class Models:
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+    def decode_tiny(self, latents: Tensor) -> Tensor:
+        return self.tiny.decode(latents).sample
 
     def x0(self, x: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.scales(t)
@@ -108,7 +111,7 @@ class Predecessor:
         latents = self.latents(label, sample_id)
         with torch.no_grad():
             image = (self.models.decode(latents) / 2 + 0.5).clamp(0, 1)
-        pixels = (image[0].permute(1, 2, 0) * 255).round().byte().numpy()
+        pixels = (image[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
         target = self.folder / f"{int(label):04d}"
         target.mkdir(parents=True, exist_ok=True)
         path = target / f"{len(list(target.iterdir())):06d}.png"  # the next free number, by a look at the folder
@@ -211,12 +214,12 @@ class Batched:
             x0 = alpha * x - sigma * prediction if v else (x - sigma * prediction) / alpha
             if self.blend:
                 x0 = x0 * sigma + x * (1 - sigma)
-            image = self.models.tiny.decode(x0).sample if self.decoder == "tiny" else self.models.decode(x0)
+            image = self.models.decode_tiny(x0) if self.decoder == "tiny" else self.models.decode(x0)
             if self.blend:
                 image = image / 2 + 0.5
                 image = image - image.detach().amin(dim=(1, 2, 3), keepdim=True)
                 image = image / image.detach().amax(dim=(1, 2, 3), keepdim=True) * 2 - 1
-            log_p = self.models.learner(image).log_softmax(dim=1)
+            log_p = self.models.learner(image).float().log_softmax(dim=1)
             return -(log_p.exp() * log_p).sum(), prediction
 
         gradient, prediction = torch.func.grad(entropy, has_aux=True)(x)

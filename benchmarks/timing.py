@@ -19,6 +19,9 @@ SHORTEST = 2e-3  # seconds of one measurement; shorter calls are repeated within
 COPY_BYTES = 256 << 20
 
 
+REPLAYED = 10  # calls of one CUDA graph
+
+
 @dataclass(frozen=True)
 class Times:
     """Seconds of one call, one entry a round."""
@@ -32,6 +35,10 @@ class Times:
     @property
     def minimum(self) -> float:
         return min(self.seconds)
+
+    def each(self, calls: int) -> Times:
+        """Of one of the calls that were timed as one."""
+        return Times([seconds / calls for seconds in self.seconds])
 
 
 def _once(call: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -50,6 +57,23 @@ def _once(call: Callable[[], object], repeats: int, device: torch.device) -> flo
     return time.perf_counter() - start
 
 
+def replayed(call: Callable[[], object]) -> Callable[[], object] | None:
+    """`REPLAYED` calls as one CUDA graph: the device's time without the host's; None where a call waits for it."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(REPLAYED):
+                call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
 def interleave(variants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Times]:
     """`rounds` measurements of each variant, A B C A B C; the first call of each is warm-up and not counted."""
     repeats = {}
@@ -64,11 +88,22 @@ def interleave(variants: dict[str, Callable[[], object]], rounds: int, device: t
     return {name: Times(values) for name, values in seconds.items()}
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes that a CPU's allocator held at one moment of a call, beyond what it held before.
+def synchronise(device: torch.device) -> None:
+    """Waits for the work in the device's queue; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    Read from the profiler's events, so that compiled and eager calls count alike.
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that the device's allocator held at one moment of a call, beyond what it held before.
+
+    On a CPU read from the profiler's events, so that compiled and eager calls count alike.
     """
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - held
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
         call()
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,6 +1,7 @@
 """Decoders: latents (B, c, h, w), scaled to unit variance, to float32 images (B, C, H, W) in [-1, 1].
 
-A decoder runs in the dtype of its weights. None reads the host, so each traces inside a compiled step.
+A decoder runs in the dtype and on the device of its weights. None reads the host, so each traces inside a compiled
+step.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Unscale:
         self.shift = per_channel("latents_mean", 0.0) + float(config.get("shift_factor") or 0.0)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return (latents * self.scale + self.shift).to(self.dtype)
+        return (latents.to(self.scale.device) * self.scale + self.shift).to(self.dtype)
 
     def inverse(self, latents: Tensor) -> Tensor:
         """The way back, in float32."""

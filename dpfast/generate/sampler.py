@@ -270,8 +270,8 @@ class GuidedSampler:
             rows=table.rows,
             timesteps=table.timesteps,
             omega=strengths,
-            cfg_scale=torch.tensor(float(self.cfg_scale), device=device),
-            seed=torch.tensor(check_seed("seed", self.seed, device), device=device),
+            cfg_scale=torch.full((), float(self.cfg_scale), device=device),  # filled there; a copy would be waited for
+            seed=torch.full((), int(check_seed("seed", self.seed, device)), dtype=torch.int64, device=device),
         )
         skipped = trajectory.skipped.clone()
         for index in range(trajectory.step, last):
@@ -358,27 +358,31 @@ class GuidedSampler:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Everything a trajectory needs, on the device, or an error: labels, ids, strengths (None: unguided)."""
         device = self.pipeline.device
-        labels = torch.as_tensor(labels, dtype=torch.int64).to(device)
+        labels = torch.as_tensor(labels, dtype=torch.int64)
         if labels.dim() != 1:
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected (B,)")
         default = torch.arange(first_id, first_id + len(labels))
-        ids = (default if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64)).to(device)
+        ids = default if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64)
         if ids.shape != labels.shape:
             raise ValueError(f"sample_ids has shape {tuple(ids.shape)}, expected one per label: {tuple(labels.shape)}")
         self.check_labels(labels)
-        strengths = torch.as_tensor(self.guidance.omega if omega is None else omega, dtype=torch.float32).to(device)
+        strengths = torch.as_tensor(self.guidance.omega if omega is None else omega, dtype=torch.float32)
         if strengths.shape not in ((), labels.shape):
             raise ValueError(f"omega has shape {tuple(strengths.shape)}, expected () or {tuple(labels.shape)}")
         if not bool(strengths.isfinite().all()):
             raise ValueError("omega must be finite")
+        # Everything is looked at where it was given: what comes from the host costs no wait for the device.
+        guided = self._path is not None and bool(strengths.any())
+        easy = guided and bool((strengths < 0).any())
+        labels, ids, strengths = (tensor.to(device, non_blocking=True) for tensor in (labels, ids, strengths))
         if self._path is None:
             return labels, ids, None
         if isinstance(self._path.learner, nn.Module) and self._path.learner.training:
             raise ValueError("learner is in training mode, where samples of a batch may mix; call learner.eval()")
-        if self._path.criterion is criteria.entropy and bool((strengths < 0).any()):
+        if self._path.criterion is criteria.entropy and easy:
             _warn_of_easy_samples()
         self.execution  # noqa: B018  tries the learner out before anything is sampled
-        return labels, ids, strengths.expand(len(labels)).contiguous() if bool(strengths.any()) else None
+        return labels, ids, strengths.expand(len(labels)).contiguous() if guided else None
 
     def _parts(self) -> StepParts:
         """What the steps are made of, after the learner and the criterion have been tried out."""

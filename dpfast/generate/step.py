@@ -130,7 +130,9 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             assert path is not None
             gradient, _, value = path.gradient(x, timestep, labels, alpha, sigma, conditional)
         if gradient is not None:
-            skipped = torch.zeros((), dtype=torch.int64, device=x.device)
+            # One of two: Inductor (torch 2.11) takes the seed of memory-efficient attention, a 0-d int64 tensor on the
+            # CPU, for one on the GPU, and would put a lone counter into its memory.
+            skipped = torch.zeros(2, dtype=torch.int64, device=x.device)[0]
             if inputs.valid is not None:  # a filling row is the copy of a sample: it must not be counted twice
                 gradient = torch.where(inputs.valid.view(-1, 1, 1, 1), gradient, 0.0)
         x0 = torch.empty_like(x) if parts.multistep else None

@@ -105,12 +105,12 @@ class View:
         return torch.stack(images).to(device) if images else torch.empty(0, dtype=torch.uint8, device=device)
 
     def _decoded(self, latents: Payload) -> Tensor:
-        """(B, C, H, W) floats on the scale of bytes."""
+        """(B, C, H, W) floats on the scale of bytes, where the latents are."""
         if self.decode is None:
             raise ValueError("the pool holds latents and has no decode function: SamplePool('latents', decode=...)")
         assert isinstance(latents, Tensor)
         with torch.no_grad():
-            return self.decode(latents.float()).float().add(1).mul(127.5)
+            return self.decode(latents.float()).to(latents.device, torch.float32).add(1).mul(127.5)
 
     def gather(
         self,

@@ -63,11 +63,16 @@ def frozen(model: Any) -> Any:
 
 
 def published(
-    name: str, pixels: int | None = None, *, classes: int = 1000, dtype: torch.dtype = torch.float32
+    name: str,
+    pixels: int | None = None,
+    *,
+    classes: int = 1000,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = META,
 ) -> Pipeline:
-    """A published architecture on the meta device, with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters).
+    """A published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters), weights at random.
 
-    The solver's tables, which are numbers, are on the CPU.
+    On the meta device, where it has none, the solver's tables, which are numbers, are on the CPU.
 
     Raises ``RecipeError`` for another name than those of ``PIXELS``.
     """
@@ -77,7 +82,7 @@ def published(
         )
     side = (pixels or PIXELS[name]) // 8
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS[name])
-    with META, _default(dtype):
+    with device, _default(dtype):
         denoiser: Any
         if name == "dit-xl-2":
             dit = frozen(diffusers.DiTTransformer2DModel(sample_size=side, **DIT_XL_2))
@@ -86,11 +91,12 @@ def published(
             )
         else:
             unet = frozen(diffusers.UNet2DConditionModel(sample_size=side, **SD15))
-            denoiser = TextUNetDenoiser(unet, torch.empty(classes + 1, TOKENS, 768), prediction="epsilon")
+            denoiser = TextUNetDenoiser(unet, torch.randn(classes + 1, TOKENS, 768), prediction="epsilon")
         decoder: Decoder = VaeDecoder(diffusers.AutoencoderKL(**VAE))
         tiny: Decoder = TinyDecoder(diffusers.AutoencoderTiny())
     names = tuple(f"class {i}" for i in range(classes))
-    return Pipeline(Path(name), denoiser, decoder, tiny, scheduler, names, 3, torch.device("cpu"))
+    placed = torch.device("cpu") if device == META else device
+    return Pipeline(Path(name), denoiser, decoder, tiny, scheduler, names, 3, placed)
 
 
 def without_weights(source: str | Path, *, classes: int | None = None, dtype: torch.dtype = torch.float32) -> Pipeline:

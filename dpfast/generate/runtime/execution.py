@@ -6,10 +6,10 @@ A prepared execution takes batches of one size; a smaller batch is filled up wit
 
 from __future__ import annotations
 
-import inspect
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -28,12 +28,24 @@ from dpfast.generate.step import (
     step_function,
 )
 
-# An isolated cache of compilations for each sampler, where torch has it: many samplers of one process share the code
-# of a step, and would use up each other's limit of recompilations.
-_ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-)
 Region = Literal["step", "blocks"]
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a Python function that torch.compile counts apart.
+
+    Compilations are cached, and limited in their number, by code object. The steps of all samplers of a process come
+    from one; sharing it, the ninth compiled sampler would fail.
+    """
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 class Execution:
@@ -94,9 +106,8 @@ class Execution:
         path = None if parts.path is None else replace(parts.path, denoiser=twin)
         return replace(parts, denoiser=twin, path=path, cache=parts.cache and FeatureCache(twin))
 
-    @property
-    def _compile(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        return partial(torch.compile, fullgraph=True, dynamic=False, backend=self.backend, **_ISOLATED)
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(with_own_code(function), fullgraph=True, dynamic=False, backend=self.backend)
 
     def _weights(self) -> Iterable[Tensor]:
         """What of the learner a capture reads in place; the generator's own weights are frozen."""
