@@ -117,7 +117,7 @@ def from_pool(loader: PoolLoader, batches: int) -> Callable[[], Any]:
     def take() -> int:
         count = 0
         for left in reversed(range(batches)):
-            loader.ahead = min(ahead, left)
+            loader.ahead = min(ahead, left + loader.on_demand)
             count += len(next(loader)[1])
         return count
 

@@ -10,6 +10,7 @@ Without a GPU (``device_id=None``) DALI takes NumPy arrays; it fails on torch's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,14 @@ class DaliLoader(PoolLoader):
         super().close()
         self._pipeline = None
 
-    def _start(self, request: Request) -> None:
+    def _start(self, requests: Sequence[Request]) -> None:
         if self._pipeline is None:
             self._pipeline, self._fed = self._build(), 0
-        request.work = images, _ = self._gather(request)
+        for request in requests:
+            self._feed(request)
+
+    def _feed(self, request: Request) -> None:
+        images, labels = self._gather(request)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self._pipeline.feed_input("images", images, cuda_stream=stream)
         if request.draw.boxes is not None:
@@ -57,6 +62,7 @@ class DaliLoader(PoolLoader):
             self._pipeline.feed_input("end", boxes[:, :2] + boxes[:, 2:])
         if request.draw.flips is not None:
             self._pipeline.feed_input("flip", request.draw.flips.numpy().astype(np.int32))
+        request.work = images, labels
         self._fed += 1
         if self._fed >= self.ahead:  # the first run starts as many batches as the queue is deep
             self._pipeline.schedule_run()
@@ -78,9 +84,10 @@ class DaliLoader(PoolLoader):
         if self._fed < self.ahead:
             self._pipeline = None  # it has inputs and has not run
             return
-        for _ in self._queue:
-            self._pipeline.share_outputs()
-            self._pipeline.release_outputs()
+        for request in self._queue:
+            if request.work is not None:
+                self._pipeline.share_outputs()
+                self._pipeline.release_outputs()
 
     def _gather(self, request: Request) -> tuple[Any, Tensor]:
         """What DALI is fed, and the labels."""
@@ -93,7 +100,8 @@ class DaliLoader(PoolLoader):
             return [np.frombuffer(data, np.uint8) for data in view.payload(indices)], labels
         if device.type == "cuda":
             return view.payload(indices, device=device), labels
-        slot = self._slots.take(len(indices) * view.chunks.stride)
+        size = len(indices) * view.chunks.stride
+        slot = self._slots.take(size)[:size]
         view.payload(indices, out=torch.from_numpy(slot).view(len(indices), -1))
         return slot.reshape(len(indices), *self.image_shape()), labels
 

@@ -2,7 +2,7 @@
 
 Batches are prepared ahead, and that is invisible: batch n is a function of (seed, position, pool at the call of
 ``next``). When the pool has grown, what was prepared is dropped and drawn anew, so a sample can be in the very next
-batch after its append; it costs the preparation of one batch.
+batch after its append; it costs the preparation of what was dropped.
 
 Where several ranks hold the pool's samples, the order, the chances and the mixing are those of the whole batch, and a
 loader delivers its rank's part of it (``dpfast.pool.union``). All ranks then ask for the same batches.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ KINDS = ("auto", "dali", "torch")
 
 
 class LoaderError(RuntimeError):
-    """A batch could not be made; ``__cause__`` says why."""
+    """A batch could not be made; ``__cause__`` says why. The position stays where it was."""
 
 
 class Loader(Protocol):
@@ -54,16 +54,15 @@ class Loader(Protocol):
 
 @dataclass
 class Request:
-    """One batch in preparation. before, after: the positions; work: what the loader holds until the batch is done.
+    """One batch in preparation. after: the position behind it; work: what the loader holds of it, once it is started.
 
-    indices: of the whole batch; draw: the chances of the part that is delivered.
+    pool_size: samples in the pool that it is drawn from. indices: (batch_size,) int64, of the whole batch; draw: the
+    chances of the part that is delivered.
     """
 
-    number: int
     pool_size: int
     indices: Tensor
     draw: Draw
-    before: dict[str, int]
     after: dict[str, int]
     work: Any = field(default=None)
 
@@ -99,14 +98,16 @@ class PoolLoader:
         self.augment = augment or Augment()
         if self.augment.mixes and classes is None:
             raise ValueError("mixup and cutmix need classes, the number of classes")
-        self.pool, self.seed, self.classes, self.ahead = pool, seed, classes, ahead
+        self.pool, self.seed, self.classes = pool, seed, classes
         self.form, self.device = form or BatchFormat(), device
         self.order = Order(seed, batch_size, fresh_weight=fresh_weight)
         self.waited = 0.0
-        self._number = 0
+        self._number = 0  # of the next batch that is prepared
         self._queue: deque[Request] = deque()
-        self._position = {"batches": 0, **self.order.state()}
+        self._position = {"batches": 0, **self.order.state()}  # behind the last batch that was delivered
         self._shape: tuple[int, int, int] | None = None
+        self.ahead = ahead
+        self.on_demand = False  # whether batches are made when one is asked for, and not before
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
@@ -116,20 +117,19 @@ class PoolLoader:
         size = len(self.pool)
         if self._queue and self._queue[0].pool_size != size:
             self._rewind()
-        self._prepare(size)
-        request = self._queue.popleft()
+        if not self._queue:
+            self._prepare(size)
         try:
-            images, labels = self._finish(request)
+            images, labels = self._finish(self._queue[0])
         except BaseException as error:
-            self._queue.appendleft(request)
-            self._rewind()
-            raise LoaderError(f"batch {request.number} could not be made: {error!r}") from error
-        request.work = None
+            raise self._failed(error) from error
+        request = self._queue.popleft()
         if request.draw.mix is not None:
             assert self.classes is not None
             images, labels = request.draw.mix.apply(images, labels, self.classes)
+        if not self.on_demand and len(self._queue) <= self.ahead // 2:
+            self._prepare(size)
         self._position = request.after
-        self._prepare(size)
         self.waited += time.perf_counter() - started
         return images, labels
 
@@ -137,11 +137,9 @@ class PoolLoader:
         return dict(self._position)
 
     def restore(self, state: dict[str, int]) -> None:
-        self._rewind()
         self._shape = None
         self._position = dict(state)
-        self._number = state["batches"]
-        self.order.restore(state)
+        self._rewind()
 
     def close(self) -> None:
         """Drops what was prepared and ends the loader's threads."""
@@ -167,27 +165,41 @@ class PoolLoader:
         )
 
     def _prepare(self, size: int) -> None:
-        while len(self._queue) < self.ahead:
-            before = {"batches": self._number, **self.order.state()}
-            indices = self.order.next(size, self.pool.fresh if self.order.fresh_weight != 1 else 0)
-            draw = self.augment.draw(len(indices), self.image_shape()[1:], seed=self.seed, number=self._number)
+        """Fills the queue."""
+        count = self.ahead - len(self._queue)
+        if count < 1:
+            return
+        try:
+            new = self._requests(size, count)
+            self._queue.extend(new)
+            self._start(new)
+        except BaseException as error:
+            raise self._failed(error) from error
+
+    def _requests(self, size: int, count: int) -> list[Request]:
+        """What the next batches are made of."""
+        fresh = self.pool.fresh if self.order.fresh_weight != 1 else 0
+        indices, image, requests = self.order.next(size, fresh, batches=count), self.image_shape()[1:], []
+        for left, part in zip(reversed(range(count)), indices.split(self.order.batch_size), strict=True):
+            draw = self.augment.draw(len(part), image, seed=self.seed, number=self._number)
             if isinstance(self.pool, UnionPool):
-                draw = draw.part(self.pool.ranks.part(len(indices)))
-            after = {"batches": self._number + 1, **self.order.state()}
-            request = Request(self._number, size, indices, draw, before, after)
+                draw = draw.part(self.pool.ranks.part(len(part)))
             self._number += 1
-            self._start(request)
-            self._queue.append(request)
+            after = {"batches": self._number, **self.order.state(before=left)}
+            requests.append(Request(size, part, draw, after))
+        return requests
+
+    def _failed(self, error: BaseException) -> LoaderError:
+        """What to raise, once all is taken back."""
+        self._rewind()
+        return LoaderError(f"a batch after the first {self._number} could not be made: {error!r}")
 
     def _rewind(self) -> None:
         """Takes everything back that was prepared and not delivered."""
-        if not self._queue:
-            return
-        before = self._queue[0].before
         self._drop()
         self._queue.clear()
-        self._number = before["batches"]
-        self.order.restore(before)
+        self._number = self._position["batches"]
+        self.order.restore(self._position)
 
     def _held(self, request: Request) -> tuple[View, Tensor]:
         """A pool that holds the request's samples, and where in it; collective, in the order of requests."""
@@ -195,8 +207,8 @@ class PoolLoader:
             return self.pool.exchange(request.indices, device=self.device)
         return self.pool.view, request.indices
 
-    def _start(self, request: Request) -> None:
-        """Begins to make a batch."""
+    def _start(self, requests: Sequence[Request]) -> None:
+        """Begins to make batches."""
         raise NotImplementedError
 
     def _finish(self, request: Request) -> tuple[Tensor, Tensor]:

@@ -94,10 +94,11 @@ class Order:
         self.seed, self.batch_size, self.fresh_weight = seed, batch_size, fresh_weight
         self.epoch = self.position = self.size = self.fresh = 0
 
-    def next(self, size: int, fresh: int = 0) -> Tensor:
-        """(batch_size,) indices into a pool of ``size`` samples, of which the last ``fresh`` are the newest.
+    def next(self, size: int, fresh: int = 0, *, batches: int = 1) -> Tensor:
+        """(batches * batch_size,) int64 indices into a pool of ``size`` samples, the last ``fresh`` of them the newest.
 
-        Where a pass ends, the batch goes on with the next.
+        The same as of so many calls for one batch. Where a pass ends, a batch goes on with the next.
+        Raises ``ValueError`` for an empty pool and for ``fresh`` outside [0, size].
         """
         if size < 1:
             raise ValueError("the pool is empty")
@@ -109,8 +110,9 @@ class Order:
             # Passes of different sizes never share an epoch, so a key is used for one permutation only.
             self.epoch += -(-self.position // max(min(self.fresh, self.size - self.fresh) or self.size, 1))
             self.position, self.size, self.fresh = 0, size, fresh
-        first, self.position = self.position, self.position + self.batch_size
-        return self._mixed(first) if weighted else self._passes(first, self.batch_size, size, STREAM)
+        first, count = self.position, batches * self.batch_size
+        self.position += count
+        return self._mixed(first, count) if weighted else self._passes(first, count, size, STREAM)
 
     def _passes(self, first: int, count: int, size: int, stream: int) -> Tensor:
         """The draws ``first`` to ``first + count`` of endless passes over ``size`` samples."""
@@ -124,21 +126,23 @@ class Order:
             first, count = first + part, count - part
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _mixed(self, first: int) -> Tensor:
-        """A batch in which draw t is one of the newest samples where floor(t * share) steps up."""
+    def _mixed(self, first: int, count: int) -> Tensor:
+        """The draws ``first`` to ``first + count``, t of them one of the newest where floor(t * share) steps up."""
         old = self.size - self.fresh
         share = round((1 << SHARE_BITS) * self.fresh_weight * self.fresh / (self.fresh_weight * self.fresh + old))
-        drawn = [t * share >> SHARE_BITS for t in range(first, first + self.batch_size + 1)]
+        drawn = [t * share >> SHARE_BITS for t in range(first, first + count + 1)]
         newest = torch.tensor(drawn[1:]) > torch.tensor(drawn[:-1])
         news = drawn[-1] - drawn[0]
-        batch = torch.empty(self.batch_size, dtype=torch.int64)
+        batch = torch.empty(count, dtype=torch.int64)
         batch[newest] = old + self._passes(drawn[0], news, self.fresh, FRESH_STREAM) if news else batch[newest]
-        if news < self.batch_size:
-            batch[~newest] = self._passes(first - drawn[0], self.batch_size - news, old, STREAM)
+        if news < count:
+            batch[~newest] = self._passes(first - drawn[0], count - news, old, STREAM)
         return batch
 
-    def state(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position, "size": self.size, "fresh": self.fresh}
+    def state(self, *, before: int = 0) -> dict[str, int]:
+        """The position, or that of ``before`` batches earlier in the same call of ``next``."""
+        position = self.position - before * self.batch_size
+        return {"epoch": self.epoch, "position": position, "size": self.size, "fresh": self.fresh}
 
     def restore(self, state: dict[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import numpy as np
@@ -28,19 +29,21 @@ class Slots:
         return len(self._arrays)
 
     def take(self, size: int) -> np.ndarray:
-        """(size,) uint8, at least one, its contents undefined: a free slot, or a new one."""
-        if size != self._size:
+        """(n,) uint8, at least ``size``, its contents undefined: a free slot, or a new one."""
+        if size > self._size:
             self._arrays, self._size = [], size
         for position in range(len(self._arrays)):
             if _references(self._arrays, position) == _FREE:
                 return self._arrays[position]
-        self._arrays.append(host_memory(size).numpy())  # not a slice: its views would refer to what it was cut from
+        # not a slice: its views would refer to what it was cut from
+        self._arrays.append(host_memory(self._size).numpy())
         return self._arrays[-1]
 
     def batch(self, shape: tuple[int, int, int, int], form: BatchFormat) -> Tensor:
         """(B, C, H, W) over a slot, in the dtype and layout of ``form``, its contents undefined."""
         count, channels, height, width = shape
-        flat = torch.from_numpy(self.take(count * channels * height * width * form.dtype.itemsize)).view(form.dtype)
+        size = math.prod(shape) * form.dtype.itemsize
+        flat = torch.from_numpy(self.take(size))[:size].view(form.dtype)
         if form.channels_last:
             return flat.view(count, height, width, channels).permute(0, 3, 1, 2)
         return flat.view(shape)

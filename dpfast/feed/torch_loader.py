@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,22 +16,34 @@ from dpfast.pool.pool import SamplePool
 from dpfast.pool.union import UnionPool
 
 Batch = tuple[Tensor, Tensor]
+BURST, BURST_BYTES = 16, 64 << 20  # batches that are made at once at most, and how large they are together
 
 
 class TorchLoader(PoolLoader):
     """``PoolLoader`` on ``View.gather``; every codec and device of the pool.
 
+    On a GPU a side stream prepares batches, on a CPU a thread. Small batches of pixels on a CPU (two or more in
+    BURST_BYTES) are made in bursts by the caller: after a learner's step the caches hold nothing of a loader, and to
+    find it again takes longer than to make the batch, but not longer than to make sixteen.
+
     On a CPU a batch lies in a slot that is used again when nobody holds the batch any more.
 
-    threads: of the native kernels on a CPU. More than one makes batches faster and the learner beside them slower: a
-        second team of OpenMP threads spins for the cores of the first (the embedded recipe's step took twice as long).
+    threads: of the native kernels in the loader's thread. More than one makes batches faster and the learner beside
+        them slower: a second team of OpenMP threads spins for the cores of the first.
+    ahead: batches that are prepared while the caller works, and none in bursts; None: two, or bursts.
     """
 
-    def __init__(self, pool: SamplePool | UnionPool, *, threads: int = 1, **options: Any) -> None:
-        super().__init__(pool, **options)
+    def __init__(
+        self, pool: SamplePool | UnionPool, *, threads: int = 1, ahead: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(pool, **options if ahead is None else options | {"ahead": ahead})
         self.threads = threads
         self._slots = Slots()
-        self._worker = ThreadPoolExecutor(1, "dpfast-loader") if self.device.type == "cpu" else None
+        burst = self._burst_of() if ahead is None else 1
+        if burst > 1:
+            self.ahead, self.on_demand = burst, True
+        background = self.device.type == "cpu" and burst == 1
+        self._worker = ThreadPoolExecutor(1, "dpfast-loader") if background else None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def close(self) -> None:
@@ -37,25 +51,60 @@ class TorchLoader(PoolLoader):
         if self._worker is not None:
             self._worker.shutdown()
 
-    def _start(self, request: Request) -> None:
-        if self._worker is not None:
-            self.image_shape()  # here, so that the thread finds it
-            pool, draw = self.pool, request.draw
-            view = pool.local.view if isinstance(pool, UnionPool) else pool.view
-            out = self._slots.batch(self.batch_shape(), self.form) if view.in_place(self.device) else None
-            if isinstance(pool, UnionPool) or out is None:
-                request.work = self._worker.submit(self._make, request, out)
-                return
-            options = {"flip": draw.flips, "boxes": draw.boxes, "size": self.augment.size, "threads": self.threads}
-            request.work = self._worker.submit(view.deferred(request.indices, self.form, out=out, **options))
+    def _burst_of(self) -> int:
+        """How many batches are made at once; 1: each by itself."""
+        if isinstance(self.pool, UnionPool) or not self.pool.view.in_place(self.device):
+            return 1
+        return min(BURST_BYTES // (math.prod(self.batch_shape()) * self.form.dtype.itemsize), BURST)
+
+    def _start(self, requests: Sequence[Request]) -> None:
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                for request in requests:
+                    batch = self._make(request)
+                    request.work = batch, torch.cuda.current_stream().record_event()
+        elif self._worker is not None:
+            for request in requests:
+                request.work = self._in_background(self._worker, request)
+        else:
+            self._burst(requests)
+
+    def _in_background(self, worker: ThreadPoolExecutor, request: Request) -> Future[Batch]:
+        self.image_shape()  # here, so that the thread finds it
+        pool, draw = self.pool, request.draw
+        view = pool.local.view if isinstance(pool, UnionPool) else pool.view
+        out = self._slots.batch(self.batch_shape(), self.form) if view.in_place(self.device) else None
+        if isinstance(pool, UnionPool) or out is None:
+            return worker.submit(self._make, request, out)
+        options = {"flip": draw.flips, "boxes": draw.boxes, "size": self.augment.size, "threads": self.threads}
+        return worker.submit(view.deferred(request.indices, self.form, out=out, **options))
+
+    def _burst(self, requests: Sequence[Request]) -> None:
+        """Makes all batches in one pass, into one slot."""
+        assert isinstance(self.pool, SamplePool)
+        view = self.pool.view
+        if not view.in_place(self.device):  # any more
+            for request in requests:
+                request.work = self._make(request)
             return
-        with torch.cuda.stream(self._stream):
-            batch = self._make(request)
-            request.work = batch, torch.cuda.current_stream().record_event()
+        count, channels, height, width = self.batch_shape()
+        images, labels = view.gather(
+            torch.cat([request.indices for request in requests]),
+            self.form,
+            flip=_joined([request.draw.flips for request in requests]),
+            boxes=_joined([request.draw.boxes for request in requests]),
+            size=self.augment.size,
+            out=self._slots.batch((count * len(requests), channels, height, width), self.form),
+        )
+        for number, request in enumerate(requests):
+            part = slice(number * count, (number + 1) * count)
+            request.work = images[part], labels[part]
 
     def _finish(self, request: Request) -> Batch:
         if isinstance(request.work, Future):
             return request.work.result()
+        if self._stream is None:
+            return request.work
         batch: Batch
         batch, done = request.work
         stream = torch.cuda.current_stream(self.device)
@@ -84,3 +133,9 @@ class TorchLoader(PoolLoader):
             out=out,
             threads=None if out is None else self.threads,
         )
+
+
+def _joined(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """The rows of all batches, None where they have none."""
+    there = [part for part in rows if part is not None]
+    return torch.cat(there) if there else None

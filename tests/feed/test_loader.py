@@ -57,6 +57,11 @@ def take(loader, count):
     return [next(loader) for _ in range(count)]
 
 
+def take_after(loader, skipped, count):
+    take(loader, skipped)
+    return take(loader, count)
+
+
 def same(a, b):
     return all(torch.equal(x, y) and torch.equal(s, t) for (x, s), (y, t) in zip(a, b, strict=True))
 
@@ -75,18 +80,47 @@ def test_three_epochs_with_an_append_in_between_show_every_sample_once_each(kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_preparation_is_invisible(kind, make):
-    """However far ahead, appends in between or not, the batches are those of a loader that draws at each call."""
+    """However far ahead, in bursts or not, appends in between: the batches of a loader that draws at each call."""
 
-    def run(ahead):
+    def run(**ahead):
         pool, batches = pool_of(20), []
-        loader = make(kind, pool, ahead=ahead, augment=EVERYTHING)
-        for step in range(9):
-            if step in (3, 4, 7):
+        loader = make(kind, pool, augment=EVERYTHING, **ahead)
+        for step in range(25):
+            if step in (3, 4, 23):
                 grow(pool, 5)
             batches.append(next(loader))
         return batches
 
-    assert same(run(1), run(4))
+    one = run(ahead=1)
+    assert same(one, run(ahead=4))
+    assert same(one, run())
+
+
+def test_small_batches_come_in_bursts_and_large_ones_from_a_thread(make):
+    pool = pool_of()
+    small, large = make("torch", pool), make("torch", pool, augment=Augment(size=(1200, 1200)))
+    assert (small.ahead, large.ahead) == (16, 2)
+    images = [images for images, _ in take(small, 17)]
+    assert len({batch.untyped_storage().data_ptr() for batch in images}) == 2  # of sixteen, and of the next
+    del images
+    for images, _ in take(small, 64):
+        images.zero_()  # a caller may write to its batch
+    assert same(take(small, 8), take_after(make("torch", pool, ahead=1), 81, 8))
+    assert len(small._slots) <= 6
+
+
+def test_a_loader_goes_on_where_the_pool_has_moved(make):
+    """A view that the kernels cannot read in place is read without them."""
+    pool = pool_of()
+    loader, twin = make("torch", pool, augment=EVERYTHING), make("torch", pool, augment=EVERYTHING)
+    take(loader, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(View, "in_place", lambda view, device: False)
+        loader.restore(loader.state())
+        moved = take(loader, 2)
+    for (a, targets), (b, same_targets) in zip(moved, take_after(twin, 2, 2), strict=True):
+        assert torch.equal(targets, same_targets)
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,24 +188,23 @@ def test_half_precision_is_the_rounded_batch(kind, make):
 
 
 @pytest.mark.parametrize("dies", [OSError("disk gone"), SystemExit(3)])
-def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, make, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"ahead": 2}], ids=["burst", "thread"])
+def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, options, make, monkeypatch):
     pool = pool_of()
-    loader, twin = make("torch", pool), make("torch", pool)
+    loader, twin = make("torch", pool, **options), make("torch", pool)
     take(loader, 2)
-    take(twin, 2)
     deferred = View.deferred
 
     def dying(view, *arguments, **options):
         def call():
-            assert threading.current_thread() is not threading.main_thread()
+            assert (threading.current_thread() is threading.main_thread()) == (not options["threads"])
             raise dies
 
         return call
 
-    take(loader, 2), take(twin, 2)
     monkeypatch.setattr(View, "deferred", dying)
     with pytest.raises(LoaderError, match="could not be made") as caught:
-        take(loader, 4)
+        take(loader, 20)
     assert caught.value.__cause__ is dies
     monkeypatch.setattr(View, "deferred", deferred)
     twin.restore(loader.state())
@@ -192,7 +225,7 @@ def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make, monkeypa
 
 def test_waiting_is_measured(make, monkeypatch):
     pool = pool_of()
-    loader, deferred = make("torch", pool), View.deferred
+    loader, deferred = make("torch", pool, ahead=2), View.deferred
 
     def slow(*arguments, **options):
         call = deferred(*arguments, **options)

@@ -77,6 +77,11 @@ def test_the_position_is_the_whole_state():
         for step, (size, fresh) in enumerate(sizes):
             twin.restore(order.state())
             assert torch.equal(order.next(size, fresh), twin.next(size, fresh)), step
+        for count in (1, 5, 2):
+            several = order.next(60, 5, batches=count)
+            for left, part in zip(reversed(range(count)), several.split(9), strict=True):
+                assert torch.equal(part, twin.next(60, 5))
+                assert order.state(before=left) == twin.state()
         assert set(order.state()) == {"epoch", "position", "size", "fresh"}
 
 
