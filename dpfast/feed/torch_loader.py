@@ -22,15 +22,17 @@ BURST, BURST_BYTES = 16, 64 << 20  # batches that are made at once at most, and 
 class TorchLoader(PoolLoader):
     """``PoolLoader`` on ``View.gather``; every codec and device of the pool.
 
-    On a GPU a side stream prepares batches, on a CPU a thread. Small batches of pixels on a CPU (two or more in
-    BURST_BYTES) are made in bursts by the caller: after a learner's step the caches hold nothing of a loader, and to
-    find it again takes longer than to make the batch, but not longer than to make sixteen.
+    On a GPU a side stream prepares batches, on a CPU a thread, except for what the caller makes faster on a CPU:
 
-    On a CPU a batch lies in a slot that is used again when nobody holds the batch any more.
+    - small batches of pixels, in bursts of BURST or BURST_BYTES: after a learner's step the caches hold nothing of
+      a loader, and to find it again takes longer than to make the batch, but not longer than to make sixteen;
+    - batches out of latents: a decoder in a thread of ours brings a second team of OpenMP threads, which spins for the
+      cores of the learner's.
 
-    threads: of the native kernels in the loader's thread. More than one makes batches faster and the learner beside
-        them slower: a second team of OpenMP threads spins for the cores of the first.
-    ahead: batches that are prepared while the caller works, and none in bursts; None: two, or bursts.
+    On a CPU a batch of pixels lies in a slot that is used again when nobody holds the batch any more.
+
+    threads: of the native kernels in the loader's thread; more than one bring that second team.
+    ahead: batches that are prepared while the caller works, by the thread; None: as above, two where there is a thread.
     """
 
     def __init__(
@@ -39,10 +41,9 @@ class TorchLoader(PoolLoader):
         super().__init__(pool, **options if ahead is None else options | {"ahead": ahead})
         self.threads = threads
         self._slots = Slots()
-        burst = self._burst_of() if ahead is None else 1
-        if burst > 1:
-            self.ahead, self.on_demand = burst, True
-        background = self.device.type == "cpu" and burst == 1
+        if ahead is None and (count := self._count_on_demand()):
+            self.ahead, self.on_demand = count, True
+        background = self.device.type == "cpu" and not self.on_demand
         self._worker = ThreadPoolExecutor(1, "dpfast-loader") if background else None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -51,11 +52,14 @@ class TorchLoader(PoolLoader):
         if self._worker is not None:
             self._worker.shutdown()
 
-    def _burst_of(self) -> int:
-        """How many batches are made at once; 1: each by itself."""
-        if isinstance(self.pool, UnionPool) or not self.pool.view.in_place(self.device):
-            return 1
-        return min(BURST_BYTES // (math.prod(self.batch_shape()) * self.form.dtype.itemsize), BURST)
+    def _count_on_demand(self) -> int:
+        """How many batches the caller makes at once; 0: none."""
+        if isinstance(self.pool, UnionPool) or self.device.type != "cpu":
+            return 0
+        if not self.pool.view.in_place(self.device):
+            return int(self.pool.codec == "latents")
+        count = min(BURST_BYTES // (math.prod(self.batch_shape()) * self.form.dtype.itemsize), BURST)
+        return count if count > 1 else 0
 
     def _start(self, requests: Sequence[Request]) -> None:
         if self._stream is not None:
@@ -80,10 +84,10 @@ class TorchLoader(PoolLoader):
         return worker.submit(view.deferred(request.indices, self.form, out=out, **options))
 
     def _burst(self, requests: Sequence[Request]) -> None:
-        """Makes all batches in one pass, into one slot."""
+        """Makes all batches in one pass, into one slot, where they are pixels on the host."""
         assert isinstance(self.pool, SamplePool)
         view = self.pool.view
-        if not view.in_place(self.device):  # any more
+        if not view.in_place(self.device):
             for request in requests:
                 request.work = self._make(request)
             return

@@ -143,7 +143,7 @@ class UnionPool:
         Returns a pool of the part's samples as they came in, on ``device``, and (b,) where the part lies there in its
         order. Raises what a collective raises where another rank is gone.
         """
-        ranks, view = self.ranks, self.local.view
+        ranks, view, threads = self.ranks, self.local.view, 1  # a loader's thread calls: see ``tiers.touched``
         owners, places = self.layout.locate(indices)
         parts = [ranks.part(len(indices), rank) for rank in range(ranks.size)]
         wanted = [places[part][owners[part] == ranks.rank] for part in parts]
@@ -151,9 +151,9 @@ class UnionPool:
         sent, received = [len(rows) for rows in wanted], torch.bincount(mine, minlength=ranks.size).tolist()
         where = torch.empty_like(mine)
         where[mine.argsort(stable=True)] = torch.arange(len(mine))
-        packed = torch.from_numpy(view.records(rows).view(np.uint8).reshape(-1, RECORD.itemsize))
+        packed = torch.from_numpy(view.records(rows, threads=threads).view(np.uint8).reshape(-1, RECORD.itemsize))
         columns = self._swapped(packed, sent, received)
-        stored = view.payload(rows, device=device)
+        stored = view.payload(rows, device=device, threads=threads)
         if isinstance(stored, Tensor):
             stride = view.chunks.stride
             payload = self._swapped(stored.flatten(1).view(torch.uint8), sent, received)

@@ -109,6 +109,23 @@ def test_small_batches_come_in_bursts_and_large_ones_from_a_thread(make):
     assert len(small._slots) <= 6
 
 
+def test_latents_are_decoded_by_the_threads_of_the_caller(make):
+    """A decoder in another thread would leave a second team of OpenMP threads behind."""
+    decoded_in = []
+
+    def decode(latents):
+        decoded_in.append(threading.current_thread())
+        return latents.tanh()
+
+    pool = SamplePool("latents", decode=decode)
+    latents = torch.randn(30, 3, 7, 8, generator=torch.Generator().manual_seed(0)).half()
+    pool.append(batch_of(0, latents), payload=latents, round=0, omega=0.0)
+    by_caller = take(make("torch", pool), 5)
+    assert set(decoded_in) == {threading.main_thread()}
+    assert same(by_caller, take(make("torch", pool, ahead=2), 5))
+    assert set(decoded_in) > {threading.main_thread()}
+
+
 def test_a_loader_goes_on_where_the_pool_has_moved(make):
     """A view that the kernels cannot read in place is read without them."""
     pool = pool_of()
