@@ -15,8 +15,10 @@ schedule.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +33,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import image_shape
 from dpfast.generate.trajectory import SampleBatch
 from dpfast.learn.committee import guiding
-from dpfast.parallel import Ranks
+from dpfast.parallel import RankError, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.union import UnionPool
 from dpfast.practice.callbacks import Addition, Callback
@@ -90,6 +92,9 @@ class Overlapped(Callback):
         self.snapshot: dict[str, Tensor] = {}  # the weights that guide it
         self._published = -1
         self._works: list[Any] = []
+        self._ended = threading.Event()
+        if link.trainers.first:
+            threading.Thread(target=self._beat, name="dpfast-beat", daemon=True).start()
 
     @property
     def probe(self) -> Tensor:
@@ -150,7 +155,14 @@ class Overlapped(Callback):
         if due - self.job.learner_step > oldest >= due - step:
             self._next(loop)
 
+    def _beat(self) -> None:
+        """Says now and then that this process lives: makers may wait for their next job longer than a time-out."""
+        with contextlib.suppress(RuntimeError):  # the store has gone, and so has torchrun
+            while not self._ended.wait(self.link.trainers.timeout / 4):
+                self.link.store.add("beat", 1)
+
     def on_end(self, loop: Loop) -> None:
+        self._ended.set()
         if self.link.trainers.first:
             self.link.store.set("end", "now")
 
@@ -200,9 +212,10 @@ class Maker:
         unguided = Unguided(recipe, pipeline, link.makers)
         self.source = DeliberatePracticeSource(recipe, pipeline, unguided, guide, guides=self.guides, pool=SamplePool)
         self._taken = -1
+        self._heard = (-1, 0.0)  # the trainers' last sign of life, and when
 
     def serve(self) -> None:
-        """Raises ``Stopped`` when it was requested."""
+        """Raises ``Stopped`` when it was requested, ``RankError`` when the first trainer gives no sign of life."""
         job: Round | None = None
         made: list[SampleBatch] = []
         batches: Iterator[SampleBatch] = iter(())
@@ -223,7 +236,18 @@ class Maker:
                 if batch is not None:
                     made.append(batch)
             else:
+                self._listen()
                 time.sleep(POLL)
+
+    def _listen(self) -> None:
+        beats, now, link = self.link.store.add("beat", 0), time.monotonic(), self.link
+        if beats != self._heard[0]:
+            self._heard = beats, now
+        elif now - self._heard[1] > link.trainers.timeout:
+            raise RankError(
+                f"rank 0 of {link.trainers.size + link.makers.size} did not answer: dead, or hung for "
+                f"{link.trainers.timeout:g} s (--timeout)"
+            )
 
     def _batches(self, job: Round) -> Iterator[SampleBatch]:
         """This maker's batches of a round, whole ones: where memory ran out they come in smaller parts."""

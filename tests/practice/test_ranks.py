@@ -99,16 +99,21 @@ def test_a_random_rank_killed_at_a_random_moment_changes_nothing(rehearsal, tmp_
 
 
 @pytest.mark.skipif(not KILLS, reason="waits for a time-out; DPFAST_KILLS=1")
-def test_a_hung_rank_is_named(rehearsal, tmp_path):
+@pytest.mark.parametrize(
+    ("hung", "more"), [(1, []), (0, []), (0, ["--overlap", "1", "--overlap-staleness", "5"])],
+    ids=["rank 1", "rank 0", "the only trainer"],
+)  # fmt: skip
+def test_a_hung_rank_is_named(rehearsal, tmp_path, hung, more):
     options, _, _ = rehearsal
-    run = Launched("imagenet100-sd15", tmp_path / "run", [*options, "--timeout", "10", "--iterations", "100000"])
-    run.until(3)
-    assert run.signal(1, signal.SIGSTOP)
+    options = [*options, "--timeout", "10", "--iterations", "100000", *more]
+    run = Launched("imagenet100-sd15", tmp_path / "run", options)
+    run.until(1 if more else 3)
+    assert run.signal(hung, signal.SIGSTOP)
     deadline = time.monotonic() + 60
-    while "rank 1 of 2 did not answer" not in run.said and time.monotonic() < deadline:
+    while f"rank {hung} of 2 did not answer" not in run.said and time.monotonic() < deadline:
         time.sleep(0.1)
-    run.signal(1)  # torchrun would wait half a minute for it
-    assert "dpfast: error: rank 1 of 2 did not answer: dead, or hung for 10 s" in run.ended(1)
+    run.signal(hung)  # torchrun would wait half a minute for it
+    assert f"dpfast: error: rank {hung} of 2 did not answer: dead, or hung for 10 s" in run.ended(1)
 
 
 @pytest.mark.skipif(not KILLS, reason="takes half a minute; DPFAST_KILLS=1")
