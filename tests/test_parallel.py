@@ -1,6 +1,7 @@
 """What belongs to which rank, how ranks agree, and that the parts of several make what one makes."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import time
@@ -16,6 +17,7 @@ from dpfast.config import Learner, RecipeError
 from dpfast.evaluate.measures import evaluate
 from dpfast.feed.augment import Augment
 from dpfast.feed.torch_loader import TorchLoader
+from dpfast.generate.trajectory import SampleBatch
 from dpfast.learn.batch_norm import synchronised
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import RankError, Ranks, joined
@@ -24,6 +26,7 @@ from dpfast.pool.parts import open_all, open_part, part_folder
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver
 from dpfast.pool.union import Layout, UnionPool
+from dpfast.practice.costs import Cost, Price
 from tests.ranks import environment, spawned
 
 ROUNDS, BATCH = (50, 23, 31), 10
@@ -209,6 +212,26 @@ def disagree(ranks):
 
 def test_an_error_of_one_rank_is_an_error_of_all():
     spawned(2, disagree)
+
+
+def spend(ranks):
+    before = Cost(samples=10, forwards=20.0, flops=30.0, seconds=40.0, skipped=50, retries=60)
+    cost = dataclasses.replace(before)
+    for batch in ([(4, 1, 2)], [(2, 0, 3), (3, 5, 0)])[ranks.rank]:
+        samples, skipped, retries = batch
+        made = dataclasses.replace(samples_of(samples), skipped=skipped, retries=retries)
+        cost.take(made, Price(forwards=2.0, flops=3.0), seconds=1.0 + ranks.rank)
+    cost.share(before, ranks)
+    assert cost == Cost(samples=19, forwards=38.0, flops=57.0, seconds=44.0, skipped=56, retries=65)
+
+
+def samples_of(count):
+    ids = torch.arange(count)
+    return SampleBatch(images=torch.zeros(count, 1, 2, 2), labels=ids, sample_ids=ids, entropy=torch.zeros(count))
+
+
+def test_what_ranks_spend_adds_up_and_the_slowest_counts():
+    spawned(2, spend)
 
 
 def hang(ranks):

@@ -132,6 +132,7 @@ class GuidedSampler:
         self.tuner = Tuner(CompileCosts(pipeline.device, described), compile)
         self._indices = [torch.tensor(i, device=pipeline.device) for i in range(len(self.table))]
         self._execution: Execution | None = None
+        self.fitting: dict[bool, int] = {}  # guided or not -> the batch that fitted where memory ran out
 
     @classmethod
     def from_pretrained(
@@ -329,7 +330,7 @@ class GuidedSampler:
 
         sample_ids: (N,) keys of the noise, default counting up from ``first_id``; omega: a number or (N,) tensor.
         batch_size: "auto" doubles the batch while samples per second grow and memory lasts. Running out of memory
-        halves any batch and goes on. Bad input raises here, not at the first batch.
+        halves any batch and goes on; later streams do not try it again. Bad input raises here, not at the first batch.
         """
         if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
             raise TypeError(f"batch_size must be an integer or 'auto', got {batch_size!r}")

@@ -26,7 +26,8 @@ def in_batches(
 ) -> Iterator[SampleBatch]:
     """Yields what ``make`` makes of the parts of ``total`` samples, in order, each once.
 
-    batch_size: "auto" doubles the batch while it pays. A batch that does not fit into memory is made again in halves.
+    batch_size: "auto" doubles the batch while it pays. A batch that does not fit into memory is made again in halves,
+    and ``sampler.fitting`` remembers what did fit.
     """
     execution, tuner, done, retries = sampler.execution, sampler.tuner, 0, 0
     sizer = _sizer(sampler, batch_size, total, guided=guided)
@@ -41,6 +42,7 @@ def in_batches(
         batch, failure = attempt(functools.partial(make, slice(done, done + sizer.size)))
         if batch is None:
             sampler.lighten(sizer, failure)
+            sampler.fitting[guided] = sizer.size
             retries += 1
             continue
         if len(batch) == sizer.size:
@@ -53,13 +55,13 @@ def in_batches(
 
 
 def _sizer(sampler: GuidedSampler, batch_size: int | Literal["auto"], total: int, *, guided: bool) -> BatchSizer:
-    prepared = sampler.execution.batch
+    prepared, fitting = sampler.execution.batch, sampler.fitting.get(guided, LARGEST)
     if batch_size == "auto" and prepared is not None:  # found by an earlier stream
         return BatchSizer(prepared, limit=prepared, search=False)
     if batch_size == "auto" and total > FIRST:
         whole = (variant for variant in sampler.variants(guided=guided) if variant.features != "reuse")
         dearest = max(whole, key=lambda variant: (variant.guided, variant.cfg))
         limit = probing.largest_batch(sampler.execution.parts, sampler.table, dearest)
-        return BatchSizer(FIRST, limit=min(LARGEST, limit))
+        return BatchSizer(FIRST, limit=min(fitting, limit))
     size = max(1, total if batch_size == "auto" or (batch_size > total and prepared != batch_size) else batch_size)
-    return BatchSizer(size, limit=size, search=False)
+    return BatchSizer(size, limit=sampler.fitting.get(guided, size), search=False)
