@@ -9,12 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from dpfast.config import RecipeError
+from dpfast.generate.linear import FrozenLinear
 from dpfast.generate.runtime.memory import available_bytes
 from dpfast.roofline.counting import Counts
 
 HERE = "here"
+ROUNDS, MEASURED = 5, 0.1  # of each measurement of this machine: calls, seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,34 +95,58 @@ def peaks_of(device: torch.device) -> Device | None:
 
 
 @functools.cache
-def here(rounds: int = 5) -> Device:
-    """This machine: the best of ``rounds`` of large matrix products, in fp32 alone on a CPU, and of a copy."""
+def here() -> Device:
+    """This machine: the best that it is seen to do of products of random numbers, and of a copy.
+
+    A CPU multiplies in fp32 alone, by the best of its libraries: oneDNN's layers, which a frozen denoiser and a
+    learner's convolutions take, may do twice what ``torch.mm`` does.
+    """
     gpu = torch.cuda.is_available()
-    kind, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    side = 8192 if gpu else 2048
-    a, b = (torch.ones(side, side, device=kind, dtype=dtype) for _ in range(2))
-    source = torch.ones(1 << 26, device=kind, dtype=torch.uint8)
-    target = torch.empty_like(source)
-
-    def best(call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(rounds):
-            if gpu:
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            call()
-            if gpu:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    peak = 2 * side**3 / best(lambda: torch.mm(a, b))
+    kind = torch.device("cuda" if gpu else "cpu")
+    with torch.random.fork_rng([torch.cuda.current_device()] if gpu else []):  # a run's own numbers stay its own
+        full = max(work / _best(call, kind) for work, call in _products(kind, torch.float32))
+        half = max(work / _best(call, kind) for work, call in _products(kind, torch.bfloat16)) if gpu else full
+        source = torch.randint(256, (1 << 26,), device=kind, dtype=torch.uint8)
+    target = torch.zeros_like(source)
     return Device(
         name=torch.cuda.get_device_name() if gpu else f"this CPU with {torch.get_num_threads()} threads",
-        half=peak,
-        full=2 * side**3 / best(lambda: torch.mm(a.float(), b.float())) if gpu else peak,
-        bandwidth=2 * source.nbytes / best(lambda: target.copy_(source)),
-        memory=float(available_bytes(torch.device(kind))),
+        half=half,
+        full=full,
+        bandwidth=2 * source.nbytes / _best(lambda: target.copy_(source), kind),
+        memory=float(available_bytes(kind)),
         link=LOOPBACK,
         network=LOOPBACK,
     )
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> list[tuple[float, Callable[[], object]]]:
+    """FLOPs, and a call that does them: large products on a GPU, of sizes that stay in a CPU's caches there."""
+    side = 8192 if device.type == "cuda" else 1024
+    random = functools.partial(torch.randn, device=device, dtype=dtype)  # constants may run faster and cooler
+    a, b = random(side, side), random(side, side)
+    products: list[tuple[float, Callable[[], object]]] = [(2 * side**3, lambda: torch.mm(a, b))]
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        rows, inside, out = 2048, 256, 768
+        layer = FrozenLinear(nn.Linear(inside, out))
+        x = random(rows, inside)
+        products.append((2 * rows * inside * out, lambda: layer(x)))
+        images, channels, width = 64, 128, 16
+        kernel = random(channels, channels, 3, 3).to(memory_format=torch.channels_last)
+        batch = random(images, channels, width, width).to(memory_format=torch.channels_last)
+        work = 2 * images * width**2 * 9 * channels**2
+        products.append((work, lambda: F.conv2d(batch, kernel, padding=1)))
+    return products
+
+
+def _best(call: Callable[[], object], device: torch.device) -> float:
+    """The least seconds of a call, of the ROUNDS or more that MEASURED takes."""
+    times: list[float] = []
+    while len(times) < ROUNDS or sum(times) < MEASURED:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times)
