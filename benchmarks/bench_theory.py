@@ -9,8 +9,6 @@ the formula and of the finite d; near it a finite d smooths what the limit makes
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import time
 from itertools import product
@@ -184,10 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     for line in missed(record):
         print(f"missed: {line}")
     if options.record is not None and not options.no_gate:
-        when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        described = {"suite": "theory", "when": when, **timing.machine(torch.device("cpu"))}
-        with options.record.open("a") as file:
-            file.write(json.dumps(described | record) + "\n")
+        timing.append(options.record, "theory", [record])
     return 1 if missed(record) else 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import statistics
 import subprocess
@@ -214,14 +213,9 @@ def main(arguments: list[str] | None = None) -> int:
     for line in missed(records):
         print(f"missed: {line}")
     if options.record is not None:
-        import torch
-
         from benchmarks import timing
 
-        when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        described = {"suite": "overhead", "when": when, **timing.machine(torch.device("cpu"))}
-        with options.record.open("a") as file:
-            file.writelines(json.dumps(described | record) + "\n" for record in records)
+        timing.append(options.record, "overhead", records)
     return 1 if missed(records) else 0
 
 

@@ -6,13 +6,9 @@ The stages are timed first, as `dpfast plan fashion --device here` does, then th
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import timing
 from dpfast.config import Recipe
@@ -78,10 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     for line in missed(record):
         print(f"missed: {line}")
     if options.record is not None:
-        when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        described = {"suite": "plan", "when": when, **timing.machine(torch.device("cpu"))}
-        with options.record.open("a") as file:
-            file.write(json.dumps(described | record) + "\n")
+        timing.append(options.record, "plan", [record])
     return 1 if missed(record) else 0
 
 

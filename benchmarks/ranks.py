@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         parser.error(f"--only {options.only}: no case; there are {'; '.join(WORKS)}")
     records = gains(options.ranks, options.rounds, chosen)
-    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    described = {"suite": "ranks", "when": when, **timing.machine(torch.device("cpu")), "threads": 1}
     print(table(records))
     if options.record:
-        with (RESULTS / "ranks.jsonl").open("a") as file:
-            file.writelines(json.dumps(described | record) + "\n" for record in records)
+        timing.append(RESULTS / "ranks.jsonl", "ranks", ({"threads": 1, **record} for record in records))
     return 0

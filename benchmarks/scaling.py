@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import statistics
@@ -173,10 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, found in record["derived"].items():
         print(f"\n{name} on H100s, derived\n\n{table(found)}")
     if options.record is not None:
-        when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        described = {"suite": "scaling", "when": when, **timing.machine(torch.device("cpu"))}
-        with options.record.open("a") as file:
-            file.write(json.dumps(described | record) + "\n")
+        timing.append(options.record, "scaling", [record])
     return 0
 
 

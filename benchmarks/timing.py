@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import itertools
+import json
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -157,3 +160,11 @@ def machine(device: torch.device) -> dict[str, object]:
             command, cwd=root, check=True, capture_output=True, text=True
         ).stdout.strip()
     return described
+
+
+def append(file: Path, suite: str, records: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu") -> None:
+    """Appends the records to a file, a line of JSON each, with the suite, the moment and the machine before them."""
+    when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    described = {"suite": suite, "when": when, **machine(torch.device(device))}
+    with file.open("a") as lines:
+        lines.writelines(json.dumps({**described, **record}) + "\n" for record in records)

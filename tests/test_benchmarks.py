@@ -136,3 +136,12 @@ def test_every_operation_has_a_case_and_tests_that_gate_it():
     found = cases("ops")
     assert {case.operation for case in found} == {"entropy_and_grad", "guided_step", "normal", "gather_batch"}
     assert all((gate.ROOT / case.tests).is_file() for case in found)
+
+
+def test_records_are_appended_with_the_machine_before_them(tmp_path):
+    file = tmp_path / "some.jsonl"
+    timing.append(file, "some", [{"value": 1}])
+    timing.append(file, "some", [{"value": 2, "threads": 7}])
+    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    assert list(first)[:4] == ["suite", "when", "cpu", "threads"]
+    assert (first["suite"], first["value"], second["value"], second["threads"]) == ("some", 1, 2, 7)
