@@ -22,14 +22,15 @@ RATIOS = (3 / 4, 4 / 3)  # of a box's width and height
 class Mix:
     """One mixture for a whole batch: sample i takes ``share`` of itself and the rest of sample B - 1 - i.
 
-    region: (top, bottom, left, right) that the other sample fills (cutmix), or None where pixels are averaged (mixup).
+    region: (top, bottom, left, right) in pixels that the other sample fills (cutmix), or None where pixels are averaged
+    (mixup).
     """
 
     share: float
     region: tuple[int, int, int, int] | None = None
 
     def apply(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Mixes images (B, C, H, W) in place; labels (B,) become (B, classes) float32 probabilities."""
+        """Mixes floating images (B, C, H, W) in place; int64 labels (B,) become (B, classes) float32 probabilities."""
         if self.region is None:
             images.mul_(self.share).add_(images.flip(0), alpha=(1 - self.share) / self.share)
         else:
@@ -41,7 +42,10 @@ class Mix:
 
 @dataclass(frozen=True)
 class Draw:
-    """The chances of one batch. boxes: (B, 4) float32 (top, left, height, width); flips: (B,) bool; None for none."""
+    """The chances of one batch, on the CPU; None for none.
+
+    boxes: (B, 4) float32 of (top, left, height, width) in pixels; flips: (B,) bool.
+    """
 
     boxes: Tensor | None
     flips: Tensor | None
@@ -64,6 +68,8 @@ class Augment:
         size: (height, width) of a batch; None: that of the pool's images.
         mixup, cutmix: alpha of the Beta distribution of the share (Zhang et al. 2018, Yun et al. 2019); 0: none.
             With both, a batch gets one of the two, each half of the time.
+
+    Raises ``ValueError`` that names the argument which is out of range.
     """
 
     flip: bool = False

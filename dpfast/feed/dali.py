@@ -29,7 +29,7 @@ _BYTES = BatchFormat(mean=0.0, std=1 / 255, channels_last=False)
 class DaliLoader(PoolLoader):
     """``PoolLoader`` on a DALI pipeline, whose queue is ``ahead`` deep. fp32 and fp16.
 
-    Raises ``ImportError`` where DALI is not installed.
+    Raises ``ImportError`` where DALI is not installed, ``TypeError`` for batches in bf16.
     """
 
     def __init__(self, pool: SamplePool | UnionPool, **options: Any) -> None:

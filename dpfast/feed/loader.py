@@ -39,17 +39,25 @@ class LoaderError(RuntimeError):
 class Loader(Protocol):
     """An endless iterator of (images (B, C, H, W), labels (B,) int64); (B, classes) float32 where batches are mixed.
 
-    waited: seconds that callers have spent in ``next``. state: the position after the last batch, a few integers;
-    ``restore`` goes on from there, whatever had been prepared.
+    Images and labels are on one device; the caller may write to them. waited: seconds that callers have spent in
+    ``next``, which raises ``LoaderError``.
     """
 
     waited: float
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
     def __next__(self) -> tuple[Tensor, Tensor]: ...
-    def state(self) -> dict[str, int]: ...
-    def restore(self, state: dict[str, int]) -> None: ...
-    def close(self) -> None: ...
+    def state(self) -> dict[str, int]:
+        """The position after the last batch, a few integers."""
+        ...
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Goes on from a position, of this loader or of another one with the same seed, batch size and pool."""
+        ...
+
+    def close(self) -> None:
+        """Drops what was prepared and ends the loader's threads."""
+        ...
 
 
 @dataclass
@@ -67,17 +75,21 @@ class Request:
     work: Any = field(default=None)
 
 
-class PoolLoader:
+class PoolLoader(Loader):
     """The shared part: order, chances, preparation ahead, positions, mixing. A subclass makes the images.
 
     Args:
         pool: must hold a sample before the first batch.
         batch_size, seed: with the position they determine every batch, of which a rank delivers an even part.
+        augment: what changes in a batch by chance; nothing by default.
         form: scale, dtype and memory layout of the batches; the default is [-1, 1], float32, channels last.
         device: where the batches are.
         classes: how many; needed where ``augment`` mixes.
         fresh_weight: see ``Order``.
         ahead: batches that are prepared while the caller works.
+
+    Raises ``ValueError`` for a batch size or ``ahead`` below 1, a weight that is not above 0, and mixing without
+    ``classes``.
     """
 
     def __init__(
@@ -142,7 +154,6 @@ class PoolLoader:
         self._rewind()
 
     def close(self) -> None:
-        """Drops what was prepared and ends the loader's threads."""
         self._rewind()
 
     def image_shape(self) -> tuple[int, int, int]:
@@ -154,6 +165,7 @@ class PoolLoader:
         return self._shape
 
     def batch_shape(self) -> tuple[int, int, int, int]:
+        """(B, C, H, W) of what is delivered."""
         channels, *size = self.image_shape()
         return (self.count, channels, *(self.augment.size or size))
 
@@ -242,7 +254,7 @@ def choose(kind: str, codec: str = "pixels") -> str:
 
 
 def make_loader(kind: str, pool: SamplePool | UnionPool, **options: Any) -> PoolLoader:
-    """The loader that ``choose`` names; ``options`` are those of ``PoolLoader``."""
+    """The loader that ``choose`` names, with the options of its class. Raises what they raise."""
     if choose(kind, pool.codec) == "dali":
         from dpfast.feed.dali import DaliLoader
 

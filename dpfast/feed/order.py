@@ -84,6 +84,8 @@ class Order:
     fresh_weight: how much more often than another sample one of the newest is drawn (``fresh`` of ``next``). 1 is the
     paper's uniform choice. Otherwise every batch mixes a pass over the newest with a pass over the rest, in the fixed
     proportion that the weight gives.
+
+    Raises ``ValueError`` for a batch size below 1 and a weight that is not finite and above 0.
     """
 
     def __init__(self, seed: int, batch_size: int, *, fresh_weight: float = 1.0) -> None:
@@ -145,5 +147,6 @@ class Order:
         return {"epoch": self.epoch, "position": position, "size": self.size, "fresh": self.fresh}
 
     def restore(self, state: dict[str, int]) -> None:
+        """Goes on from a position."""
         self.epoch, self.position = state["epoch"], state["position"]
         self.size, self.fresh = state["size"], state["fresh"]

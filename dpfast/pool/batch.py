@@ -30,7 +30,7 @@ class BatchFormat:
     """How a batch lies in memory, and the scale of its values.
 
     mean, std: a pixel v in [0, 255] becomes (v / 255 - mean) / std, one number or one for each channel.
-    dtype: float32, float16 or bfloat16. channels_last: memory layout of the batch.
+    dtype: float32, float16 or bfloat16; raises ``TypeError`` for another. channels_last: memory layout of the batch.
     """
 
     mean: float | Sequence[float] = 0.5
@@ -47,12 +47,12 @@ class BatchFormat:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def per_channel(self, channels: int) -> tuple[Sequence[float], Sequence[float]]:
-        """mean and std as one number for each channel."""
+        """mean and std as one number for each channel; sequences as they are."""
         mean, std = ((v,) * channels if isinstance(v, (int, float)) else v for v in (self.mean, self.std))
         return mean, std
 
     def affine(self, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(C,) float32 scale and bias: byte * scale + bias."""
+        """(C,) float32 scale and bias: byte * scale + bias. Raises ``ValueError`` for another number of channels."""
         return constants(*self.per_channel(channels), channels, device)
 
 

@@ -20,6 +20,7 @@ Decode = Callable[[Tensor], Tensor]  # latents (B, c, h, w) to images (B, C, H, 
 
 
 def check_codec(codec: str) -> str:
+    """``codec``, which is one of ``CODECS``; raises ``ValueError`` for another."""
     if codec not in CODECS:
         raise ValueError(f"codec = {codec!r}, expected one of {', '.join(CODECS)}")
     return codec
@@ -32,12 +33,15 @@ def row_bytes(codec: str, shape: Sequence[int]) -> int:
 
 
 def to_jpeg(image: Tensor, quality: int = JPEG_QUALITY) -> bytes:
-    """JPEG bytes of a uint8 image (C, H, W) of one or three channels."""
+    """JPEG bytes of a uint8 image (C, H, W), without loss of colour resolution.
+
+    Raises ``ValueError`` unless it has one or three channels.
+    """
     return _encoded(image.cpu().numpy(), format="JPEG", quality=quality, subsampling=0)
 
 
 def to_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of uint8 pixels (C, H, W) of one or three channels."""
+    """PNG bytes of uint8 pixels (C, H, W). Raises ``ValueError`` unless they have one or three channels."""
     return _encoded(pixels, format="PNG", compress_level=1)
 
 
@@ -54,7 +58,10 @@ def _encoded(pixels: np.ndarray, **options: object) -> bytes:
 
 
 def from_image_file(data: bytes) -> np.ndarray:
-    """uint8 pixels (C, H, W) of a PNG or JPEG file's bytes; grey images have one channel, all others three."""
+    """uint8 pixels (C, H, W) of a PNG or JPEG file's bytes; grey images have one channel, all others three.
+
+    Raises ``OSError`` for what is no image.
+    """
     with Image.open(io.BytesIO(data)) as image:
         pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -31,7 +31,10 @@ def as_dict(record: np.void) -> dict[str, Any]:
 
 
 def from_dicts(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Records of what ``as_dict`` gave. A missing column is 0, a missing entropy NaN."""
+    """(B,) ``RECORD`` of what ``as_dict`` gave, offset and length 0. A missing column is 0, a missing entropy NaN.
+
+    Raises ``ValueError`` that names the column whose value does not fit.
+    """
     records = np.zeros(len(rows), RECORD)
     for name in COLUMNS:
         default = float("nan") if name == "entropy" else 0

@@ -1,6 +1,6 @@
 """Pools in other people's formats, and back: webdataset shards, an image folder, parquet.
 
-    webdataset    shards of ``dpfast.pool.shards``, images as .png
+    webdataset    shards of ``dpfast.pool.shards``: images as .png, JPEG files as they are, latents as .npy
     imagefolder   train/<class>/<row>.png|.jpg and train/metadata.jsonl, as Hugging Face ``datasets`` reads them
     parquet       train-00000-of-00003.parquet: an image (or a list of fp16 latents) and one field for each column
 

@@ -27,6 +27,7 @@ PARTS = "rank-*-of-*"
 
 
 def part_name(ranks: Ranks, rank: int | None = None) -> str:
+    """Of the folder of ``rank``, this one by default."""
     return f"rank-{ranks.rank if rank is None else rank:03d}-of-{ranks.size:03d}"
 
 

@@ -91,6 +91,8 @@ def plan(
         devices: over how many devices (a number, or their list) the pool is spread.
         tiers: the budgets of each device, by default what is free here.
         chunk_bytes: of a chunk at most; a small pool has one that just holds it.
+
+    Raises ``ValueError`` for an unknown codec, negative ``samples``, no device, and a sample that no chunk holds.
     """
     count = devices if isinstance(devices, int) else len(devices)
     if samples < 0 or count < 1:

@@ -35,7 +35,7 @@ class ChunkTable:
     kinds: frozenset[str] = frozenset()  # where chunks lie: "cpu", "pinned", "cuda:0"; asking each is slow
 
     def with_chunk(self, chunk: Tensor) -> ChunkTable:
-        """Another chunk at the end; the others are not looked at again."""
+        """Another chunk, (n,) uint8, at the end; the others are not looked at again."""
         one = replace(self, chunks=()).with_chunks((chunk,))
         return replace(
             one,
@@ -45,6 +45,7 @@ class ChunkTable:
         )
 
     def with_chunks(self, chunks: tuple[Tensor, ...]) -> ChunkTable:
+        """The same table over other chunks."""
         return replace(
             self,
             chunks=chunks,
@@ -71,7 +72,7 @@ class ChunkTable:
 
         indices: (B,) int64 on the CPU. out: (B, width) uint8, contiguous, on ``device``. threads: of the native kernel
         at most, all of torch's by default.
-        Raises ``IndexError`` for an index outside [0, total).
+        Raises ``IndexError`` for an index outside [0, total), ``ValueError`` for an ``out`` of another kind.
         """
         width = self.stride if width is None else width
         indices = indices.contiguous()

@@ -115,7 +115,10 @@ class Saver:
             self._changed.notify_all()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for the last ``save`` and returns ``saved``: fewer than asked for where saving has stopped."""
+        """Waits for the last ``save``, ``timeout`` seconds at most, and returns ``saved``.
+
+        It is less than was asked for where saving has stopped, or goes on.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: self.saved >= self._asked or self.error is not None or not self._thread.is_alive(), timeout

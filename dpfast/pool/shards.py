@@ -68,6 +68,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
+    """What a folder promises. suffix: of the payloads' files; classes: names of the labels, where they are known."""
+
     codec: str
     shape: list[int] | None  # of a payload; None for JPEG
     suffix: str
@@ -80,10 +82,12 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     def next_name(self) -> str:
+        """Of the shard that comes next; names of quarantined ones are not used again."""
         numbers = [int(s.name[6:-4]) for s in (*self.shards[-1:], *self.quarantined)]  # the shards' numbers rise
         return f"shard-{max(numbers, default=-1) + 1:06d}.tar"
 
     def write(self, folder: Path) -> None:
+        """Replaces the manifest of ``folder`` at once."""
         head = {"format": FORMAT, "version": VERSION}
         head |= {name: getattr(self, name) for name in ("codec", "shape", "suffix", "classes")}
         lists = (f'"{name}": [\n{_lines(getattr(self, name))}]' for name in ("shards", "quarantined"))
@@ -140,6 +144,7 @@ class durable:
 
 
 def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last, not only the files' contents."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -175,7 +180,11 @@ def write_shard(
     suffix: str,
     header: bytes = b"",
 ) -> Shard:
-    """Writes a shard and its columns. ``header`` stands before every payload in its file; offsets point behind it."""
+    """Writes a shard and its columns.
+
+    records: (B,) ``RECORD``; the offset and length that are written are those of the payloads in the tar. header: stands
+    before every payload in its file; offsets point behind it. Raises ``OSError`` where the disk is full.
+    """
     records = records.copy()
     digest, position, pending = hashlib.sha256(), 0, bytearray()
     with durable(folder, name) as file:

@@ -34,7 +34,10 @@ class PoolFullError(MemoryError):
 
 @dataclass(frozen=True, kw_only=True)
 class Tiers:
-    """Budgets in bytes, used in this order. ``device_bytes`` needs a ``device``, ``file_bytes`` a ``folder``."""
+    """Budgets in bytes, used in this order. ``device_bytes`` needs a ``device``, ``file_bytes`` a ``folder``.
+
+    Raises ``ValueError`` without them, and for a budget below 0.
+    """
 
     device: torch.device | None = None
     device_bytes: int = 0
@@ -92,6 +95,7 @@ class Tiers:
         return cls.detect(device, mapped, device_bytes=device_bytes, host_bytes=host_bytes, processes=processes)
 
     def budget(self, name: str) -> int:
+        """Bytes of the tier, one of ``NAMES``."""
         return int(getattr(self, f"{name}_bytes"))
 
     def place(self, used: Mapping[str, int], chunk_bytes: int) -> str:
@@ -106,7 +110,7 @@ class Tiers:
         )
 
     def allocate(self, name: str, chunk_bytes: int) -> Tensor:
-        """(chunk_bytes,) uint8 of the tier, its contents undefined."""
+        """(chunk_bytes,) uint8 of the tier, its contents undefined. Raises ``OSError`` where the disk is full."""
         if name == "device":
             return torch.empty(chunk_bytes, dtype=torch.uint8, device=self.device)
         if name == "file":

@@ -48,6 +48,7 @@ class Layout:
         return sum(-(-count // self.batch) for count in self.rounds) % self.ranks.size
 
     def with_round(self, count: int) -> Layout:
+        """With another round of ``count`` samples behind it."""
         return replace(self, rounds=(*self.rounds, count))
 
     @cached_property

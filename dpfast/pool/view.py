@@ -41,7 +41,10 @@ class View:
         return self.origins.take(indices, self.size, threads=threads).numpy().view(RECORD)[:, 0]
 
     def column(self, name: str, indices: Tensor) -> Tensor:
-        """(B,) int64 or float32 values of one column of ``dpfast.pool.columns`` at ``indices``."""
+        """(B,) int64 or float32 values of one column of ``dpfast.pool.columns`` at ``indices`` (B,) int64.
+
+        Raises ``KeyError`` for an unknown column, ``IndexError`` for an index outside the pool.
+        """
         if name not in COLUMNS:
             raise KeyError(f"column {name!r}: expected one of {', '.join(COLUMNS)}")
         return self._field(name, indices)
@@ -70,7 +73,7 @@ class View:
         """Copies of what is stored at ``indices`` (B,): (B, *shape) of the codec's dtype, or B JPEG files.
 
         out: (B, bytes of a sample) uint8 on ``device``, where the copies shall lie; not for JPEG. threads: that copy on
-        a CPU at most, all of torch's by default.
+        a CPU at most, all of torch's by default. Raises ``IndexError`` for an index outside the pool.
         """
         indices = indices.to(CPU, torch.int64)
         if self.ready is not None and device.type == "cuda":
@@ -92,7 +95,10 @@ class View:
         return files
 
     def images(self, indices: Tensor, *, device: torch.device = CPU) -> Tensor:
-        """uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the pool holds no pixels."""
+        """uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the pool holds no pixels.
+
+        Raises ``ValueError`` for JPEG images of several shapes and for latents without a ``decode``.
+        """
         payload = self.payload(indices, device=device)
         if self.codec == "latents":
             return self._decoded(payload).clamp(0, 255).round().to(torch.uint8)
