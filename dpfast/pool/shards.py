@@ -182,7 +182,7 @@ def write_shard(
 ) -> Shard:
     """Writes a shard and its columns.
 
-    records: (B,) ``RECORD``; the offset and length that are written are those of the payloads in the tar. header: stands
+    records: (B,) ``RECORD``; their offset and length are written as those of the payloads in the tar. header: stands
     before every payload in its file; offsets point behind it. Raises ``OSError`` where the disk is full.
     """
     records = records.copy()
