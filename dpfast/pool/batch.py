@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dpfast.ops import _check, _dispatch, gather_batch
 from dpfast.ops.gather import constants
+from dpfast.pool import crops
 from dpfast.pool.rows import CPU, ChunkTable, check_indices
 
 
@@ -73,10 +74,10 @@ def axis_weights(start: Tensor, length: Tensor, inputs: int, outputs: int) -> Te
 def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None) -> Tensor:
     """The formula in plain PyTorch: (B, C, H, W) floating point to (B, C, *size), on any device.
 
-    boxes: (B, 4) float32 of (top, left, height, width) in pixels; flip: (B,) bool.
+    boxes: (B, 4) float32 of (top, left, height, width) in pixels, on the CPU; flip: (B,) bool.
     """
-    rows = axis_weights(boxes[:, 0], boxes[:, 2], images.shape[2], size[0]).to(images.dtype)
-    columns = axis_weights(boxes[:, 1], boxes[:, 3], images.shape[3], size[1]).to(images.dtype)
+    rows = axis_weights(boxes[:, 0], boxes[:, 2], images.shape[2], size[0]).to(images)
+    columns = axis_weights(boxes[:, 1], boxes[:, 3], images.shape[3], size[1]).to(images)
     if flip is not None:
         columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     return rows[:, None] @ images @ columns.mT[:, None]
@@ -92,7 +93,7 @@ def from_images(
 ) -> Tensor:
     """A batch out of (B, C, H, W) images that are there already, on their device: uint8, or floats in [0, 255].
 
-    The arguments and errors of ``from_rows``; flip and boxes on the images' device, where a GPU's are not looked at.
+    The arguments and errors of ``from_rows``; flip lies on the images' device, boxes on the CPU.
     """
     size = _checked_size(images.shape, flip, boxes, size)
     if images.dtype == torch.uint8 and boxes is None:
@@ -100,6 +101,13 @@ def from_images(
         return gather_batch(
             images, rows, flip=flip, mean=mean, std=std, dtype=form.dtype, channels_last=form.channels_last
         )
+    if boxes is not None and _dispatch.backend_for(images.device) == "triton":
+        images = images.contiguous() if images.dtype == torch.uint8 else images.float().contiguous()
+        stored = images.view(torch.uint8).view(len(images), -1)
+        table = ChunkTable(len(images), stored.shape[1]).with_chunks((stored.flatten(),))
+        rows = torch.arange(len(images), device=images.device)
+        options = {"flip": flip, "boxes": boxes, "size": size, "element": images.dtype}
+        return crop_rows(table, images.shape[1:], rows, form, **options)  # type: ignore[arg-type]
     scale, bias = form.affine(images.shape[1], images.device)
     batch = images.float() * scale[:, None, None] + bias[:, None, None]
     if boxes is not None:
@@ -107,6 +115,40 @@ def from_images(
     elif flip is not None:
         batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
     return batch.to(form.dtype, memory_format=form.layout)
+
+
+def crop_rows(
+    table: ChunkTable,
+    shape: Sequence[int],
+    indices: Tensor,
+    form: BatchFormat,
+    *,
+    boxes: Tensor,
+    flip: Tensor | None = None,
+    size: tuple[int, int] | None = None,
+    element: torch.dtype = torch.uint8,
+) -> Tensor:
+    """A batch of boxes out of a table of chunks that a GPU can read, in one kernel: (B, C, *size) on its device.
+
+    The arguments and errors of ``from_rows``; indices and flip lie on that device, boxes on the CPU. element: uint8, or
+    float32 for images in [0, 255]. Indices are not looked at.
+    """
+    size = _checked_size((len(indices), *shape), flip, boxes, size)
+    device, (channels, height, width) = indices.device, shape
+    out = torch.empty((len(indices), channels, *size), dtype=form.dtype, device=device, memory_format=form.layout)
+    crops.launch(
+        table.addresses.to(device, non_blocking=True),
+        table.chunk_rows,
+        (channels, height, width),
+        table.stride,
+        indices,
+        boxes,
+        flip,
+        form.affine(channels, device),
+        element,
+        out,
+    )
+    return out
 
 
 def from_rows(

@@ -79,7 +79,7 @@ class ChunkTable:
         if _dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.on_host:
             return self._native(indices, total, offset, width, out, threads or torch.get_num_threads())
         check_indices(indices, total)
-        if _dispatch.backend_for(device) == "triton" and self.kinds <= {str(device), "pinned"}:
+        if self.read_by(device):
             rows = self._triton(indices, offset, width, device)
         else:
             rows = self.reference(indices, offset, width, device)
@@ -89,6 +89,12 @@ class ChunkTable:
     def on_host(self) -> bool:
         """Whether the CPU can read all chunks in place."""
         return self.kinds <= {"cpu", "pinned"}
+
+    def read_by(self, device: torch.device) -> bool:
+        """Whether the kernels of a GPU read all chunks in place; "cuda" is the current one."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return _dispatch.backend_for(device) == "triton" and self.kinds <= {str(device), "pinned"}
 
     def reference(self, indices: Tensor, offset: int, width: int, device: torch.device = CPU) -> Tensor:
         """The formula chunk by chunk in plain PyTorch; chunks may lie on any devices."""

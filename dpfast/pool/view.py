@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpfast.ops import _dispatch
 from dpfast.pool import codecs
-from dpfast.pool.batch import BatchFormat, from_images, rows_call
+from dpfast.pool.batch import BatchFormat, crop_rows, from_images, rows_call
 from dpfast.pool.columns import COLUMNS, RECORD
 from dpfast.pool.rows import CPU, ChunkTable, check_indices
 
@@ -76,8 +76,7 @@ class View:
         a CPU at most, all of torch's by default. Raises ``IndexError`` for an index outside the pool.
         """
         indices = indices.to(CPU, torch.int64)
-        if self.ready is not None and device.type == "cuda":
-            torch.cuda.current_stream(device).wait_event(self.ready)
+        self._wait(device)
         if self.codec == "jpeg":
             return self._files(indices)
         if self.shape is None:
@@ -85,6 +84,11 @@ class View:
             return torch.empty(0, dtype=torch.uint8)
         rows = self.chunks.take(indices, self.size, device=device, out=out, threads=threads)
         return rows.view(codecs.DTYPES[self.codec]).view(-1, *self.shape)
+
+    def _wait(self, device: torch.device) -> None:
+        """Lets a reader's stream wait for the last append on a device."""
+        if self.ready is not None and device.type == "cuda":
+            torch.cuda.current_stream(device).wait_event(self.ready)
 
     def _files(self, indices: Tensor) -> list[bytes]:
         files = []
@@ -151,11 +155,16 @@ class View:
         labels = self.column("label", indices).to(device, non_blocking=True)
         if out is not None:
             raise ValueError("out is for pools of pixels on the host and the native kernels")
+        flip = None if flip is None else flip.to(device, non_blocking=True)
+        if boxes is not None and self.codec == "pixels" and self.shape is not None and self.chunks.read_by(device):
+            check_indices(indices, self.size)
+            self._wait(device)
+            rows = indices.to(device, non_blocking=True)
+            return crop_rows(self.chunks, self.shape, rows, form, boxes=boxes, flip=flip, size=size), labels
         if self.codec == "latents":
             images = self._decoded(self.payload(indices, device=device))
         else:
             images = self.images(indices, device=device)
-        flip, boxes = (None if rows is None else rows.to(device) for rows in (flip, boxes))
         return from_images(images, form, flip=flip, boxes=boxes, size=size), labels
 
     def deferred(self, indices: Tensor, form: BatchFormat, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:

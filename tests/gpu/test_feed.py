@@ -8,12 +8,15 @@ from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.rows import ChunkTable
 from dpfast.pool.tiers import Tiers
 from tests.pool import helpers
 
 DALI = pytest.param("dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed"))
+MOVED = Augment(flip=True, shift=2)
 EVERYTHING = Augment(flip=True, crop=0.3, size=(12, 10), mixup=0.2, cutmix=1.0)
 GPU = torch.device("cuda", 0)
+CURRENT = torch.device("cuda")  # what a recipe's device is
 ROW = 3 * 14 * 16
 TIERS = {
     "device": {"device": GPU, "device_bytes": 1 << 30},
@@ -50,13 +53,14 @@ def test_a_pool_of_any_tier_gives_back_what_it_was_given(tiers):
 @pytest.mark.parametrize("kind", ["torch", DALI])
 @pytest.mark.parametrize("tiers", TIERS)
 @pytest.mark.parametrize("augment", [Augment(), Augment(flip=True), EVERYTHING], ids=["plain", "flip", "everything"])
-def test_batches_are_those_of_a_cpu(kind, tiers, augment):
+def test_batches_are_those_of_a_cpu(kind, tiers, augment, monkeypatch):
+    monkeypatch.setattr(ChunkTable, "reference", None)  # chunk by chunk with a wait for each: for what no kernel reads
     form = BatchFormat(mean=0.4, std=0.3)
     device, host = (
         make_loader(
             kind, pool_of(tiers, 300, where), batch_size=32, seed=3, classes=10, augment=augment, form=form, device=to
         )
-        for where, to in (("cuda", GPU), ("cpu", torch.device("cpu")))
+        for where, to in (("cuda", CURRENT), ("cpu", torch.device("cpu")))
     )
     for _ in range(12):
         images, labels = next(device)
@@ -67,6 +71,19 @@ def test_batches_are_those_of_a_cpu(kind, tiers, augment):
         torch.testing.assert_close(images.cpu(), expected, rtol=0, atol=2e-2 if augment is EVERYTHING else 1e-5)
     device.close()
     host.close()
+
+
+def test_the_torch_loader_never_waits_for_the_device():
+    loader = make_loader("torch", pool_of("device", 300, "cuda"), batch_size=32, seed=3, augment=MOVED, device=CURRENT)
+    next(loader)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            next(loader)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    loader.close()
 
 
 @pytest.mark.parametrize("kind", ["torch", DALI])

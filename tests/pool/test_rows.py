@@ -49,6 +49,15 @@ def test_a_table_grows_by_a_chunk_without_a_look_at_the_others():
     assert marked.kinds == {"elsewhere", "cpu"}
 
 
+def test_a_gpu_s_kernels_read_its_own_chunks_and_pinned_ones(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    table = ChunkTable(7, 3, kinds=frozenset({"cuda:0", "pinned"}))
+    assert table.read_by(torch.device("cuda"))
+    assert table.read_by(torch.device("cuda", 0))
+    assert not table.read_by(torch.device("cuda", 1))
+    assert not ChunkTable(7, 3, kinds=frozenset({"cpu"})).read_by(torch.device("cuda"))
+
+
 def test_the_gpu_s_kernel_reads_the_same_rows_in_triton_s_interpreter():
     """In a process of its own: Triton reads the switch when a kernel is defined."""
     pytest.importorskip("triton")
