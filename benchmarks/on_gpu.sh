@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # All GPU tests and benchmarks in one call, in under nine minutes:  benchmarks/on_gpu.sh [FOLDER]
 #
-# Needs torch, Triton, numpy, pytest and, for the native kernels, pybind11 and a C++ compiler. What needs diffusers, pillow
-# or other packages skips with its reason. Records and logs go to FOLDER, by default benchmarks/results. A step that fails, the
-# build too, lets the others run and makes the exit status 1; the limits add up to 530 seconds.
+# Needs torch, Triton, numpy, pytest and, for the native kernels, pybind11 and a C++ compiler; pytest-xdist makes the tests
+# faster. What needs diffusers skips with its reason. Records and logs go to FOLDER, by default benchmarks/results, each as
+# soon as it is there. A step that fails, the build too, lets the others run and makes the exit status 1; the limits add up
+# to 535 seconds.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-benchmarks/results}")
@@ -32,16 +33,18 @@ has() { $python -c "import $1" 2> /dev/null; }
 
 # The build itself never fails, so that dpfast installs without a compiler: whether it worked shows in the import.
 step build 60 bash -c "$python setup.py -q build_ext --inplace && $python -c 'import dpfast._native'"
-step ops_tests 120 $python -m pytest tests/ops -q -rs -m "not slow" -p no:cacheprovider
-step ops 150 $python -m benchmarks.run ops --device cuda --record "$out"
+tests=($python -m pytest -q -rs -m "not slow" -p no:cacheprovider)
+has xdist && tests+=(-n 6)
+step ops_tests 140 "${tests[@]}" tests/ops
+ops=($python -m benchmarks.run ops --device cuda --rounds 9 --record "$out")
+if [ $failed -eq 0 ]; then ops+=(--tested); fi
+step ops 50 "${ops[@]}"
 if has diffusers; then
-  step sampler_tests 110 $python -m pytest tests/generate -q -rs -m "not slow" -p no:cacheprovider
+  step gpu_tests 90 "${tests[@]}" tests/gpu
+  rows="the predecessor|batched|dpfast, eager|dpfast, CUDA graphs|blocks"
+  step models 150 $python -m benchmarks.run models --rows "$rows" --rounds 2 --record "$out"
+  step run 45 $python -m dpfast run fashion --device cuda --sources dp --out "$out/gpu_run" --overwrite
 else
-  echo "== sampler tests skipped: diffusers is not installed"
-fi
-if has PIL; then
-  step feed_tests 90 $python -m pytest tests/feed -q -rs -m "not slow" -p no:cacheprovider
-else
-  echo "== loader tests skipped: pillow is not installed"
+  echo "== sampler, loader and loop skipped: diffusers is not installed"
 fi
 exit $failed

@@ -6,8 +6,8 @@ updates in place are seen, moved tensors are not, and `Captured.refresh` notices
 one memory pool; that is sound because they replay one after the other on one stream and nothing but the copies outlives
 a replay.
 
-`Recorder` is all that this file knows of a device. No GPU has run `CudaRecorder` yet; the rules are tested with a
-recorder that re-executes the recorded operations at their old addresses.
+`Recorder` is all that this file knows of a device. `tests/gpu` holds `CudaRecorder` against eager steps; where there is
+no GPU the rules are tested with a recorder that re-executes the recorded operations at their old addresses.
 """
 
 from __future__ import annotations
