@@ -239,7 +239,7 @@ def choose(kind: str, codec: str = "pixels") -> str:
     """ "dali" or "torch" for a recipe's ``loader``.
 
     "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or latents: on two CPU
-    cores DALI takes 7.5 times as long for crops of 256 images of 224 px, 3.3 times at 32 px and 2.6 to 7.8 times
+    cores DALI takes 7.5 times as long for crops of 256 images of 224 px, 9.7 times at 32 px and 2.6 to 9.3 times
     without crops (``dpfast bench loader``). Neither has been measured on a GPU.
 
     Raises ``RecipeError`` for an unknown loader and for DALI where it is not installed.
