@@ -20,6 +20,7 @@ from dpfast.ops import _dispatch
 from dpfast.pool import codecs
 from dpfast.pool.columns import RECORD
 from dpfast.pool.plan import CHUNK_BYTES, plan, plan_recipe
+from dpfast.pool.prefix import Prefix
 from dpfast.pool.rows import CPU, ChunkTable
 from dpfast.pool.tiers import NAMES, PoolFullError, Tiers, host_memory, touched
 from dpfast.pool.view import Payload, View
@@ -67,7 +68,7 @@ class SamplePool:
         self._round: int | None = None
         self._filled = 0  # bytes of JPEG payloads in the last chunk
         self._guess = 0 if shape is None else codecs.row_bytes(codec, shape)  # bytes of a payload
-        self._counted: tuple[tuple[str, ...], Counter[str]] = ((), Counter())
+        self._counted: tuple[Sequence[str], Counter[str]] = ((), Counter())
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
         self._spares: deque[tuple[str, Future[Tensor]]] = deque()  # chunks with their tiers, ready or being prepared
@@ -282,7 +283,7 @@ class SamplePool:
         else:
             tier = self.tiers.place(used, self.chunk_bytes)
             chunk = self.tiers.allocate(tier, self.chunk_bytes)
-        places = (*view.tiers, tier)
+        places = view.tiers.plus(tier)
         self._counted = places, used + Counter([tier])
         return replace(view, chunks=view.chunks.with_chunk(chunk), tiers=places)
 
@@ -319,8 +320,8 @@ class SamplePool:
                 chunks[i] = tiers.allocate(places[i], self.chunk_bytes).copy_(chunks[i])
                 view = replace(
                     view,
-                    chunks=view.chunks.with_chunks(tuple(chunks)),
-                    tiers=(*view.tiers[:i], places[i], *view.tiers[i + 1 :]),
+                    chunks=view.chunks.with_chunks(chunks),
+                    tiers=Prefix([*view.tiers[:i], places[i], *view.tiers[i + 1 :]]),
                 )
                 self._view = view
             self.tiers = tiers

@@ -10,13 +10,16 @@ the addresses may be of pinned host memory as well, which the device reads in pl
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpfast.ops import _dispatch
 from dpfast.ops._triton import next_power, tl, triton
+from dpfast.pool.prefix import Prefix
 
 CPU = torch.device("cpu")
 
@@ -30,28 +33,28 @@ class ChunkTable:
 
     chunk_rows: int
     stride: int
-    chunks: tuple[Tensor, ...] = ()
+    chunks: Prefix[Tensor] = field(default_factory=Prefix)
     addresses: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     kinds: frozenset[str] = frozenset()  # where chunks lie: "cpu", "pinned", "cuda:0"; asking each is slow
 
     def with_chunk(self, chunk: Tensor) -> ChunkTable:
-        """Another chunk, (n,) uint8, at the end; the others are not looked at again."""
-        one = replace(self, chunks=()).with_chunks((chunk,))
-        return replace(
-            one,
-            chunks=(*self.chunks, chunk),
-            addresses=torch.cat([self.addresses, one.addresses]),
-            kinds=self.kinds | one.kinds,
-        )
+        """Another chunk, (n,) uint8, at the end, in constant time, amortised; the others are not looked at again."""
+        size, room = len(self.chunks), self.addresses
+        if self.chunks.newest and room.untyped_storage().nbytes() > room.nbytes:
+            room = room.as_strided((size + 1,), (1,))  # behind what this table and those before it read
+        else:
+            wider = np.empty(2 * size + 1, np.int64)
+            wider[:size] = room.numpy()
+            room = torch.from_numpy(wider)[: size + 1]
+        room.numpy()[size] = chunk.data_ptr()
+        kinds = self.kinds | {_kind(chunk)}
+        return replace(self, chunks=self.chunks.plus(chunk), addresses=room, kinds=kinds)
 
-    def with_chunks(self, chunks: tuple[Tensor, ...]) -> ChunkTable:
+    def with_chunks(self, chunks: Iterable[Tensor]) -> ChunkTable:
         """The same table over other chunks."""
-        return replace(
-            self,
-            chunks=chunks,
-            addresses=torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64),
-            kinds=frozenset("pinned" if chunk.is_pinned() else str(chunk.device) for chunk in chunks),
-        )
+        held = Prefix(chunks)
+        addresses = torch.tensor([chunk.data_ptr() for chunk in held], dtype=torch.int64)
+        return replace(self, chunks=held, addresses=addresses, kinds=frozenset(map(_kind, held)))
 
     def block(self, chunk: int) -> Tensor:
         """(chunk_rows, stride) uint8 rows of one chunk, no copy."""
@@ -154,6 +157,10 @@ def rows_kernel(addresses, indices, out, chunk_rows, stride, words, BLOCK: tl.co
     index = tl.load(indices + row)
     start = tl.load(addresses + index // chunk_rows).to(out.dtype) + index % chunk_rows * stride
     tl.store(out + row * words + word, tl.load(start + word, mask=word < words), mask=word < words)
+
+
+def _kind(chunk: Tensor) -> str:
+    return "pinned" if chunk.is_pinned() else str(chunk.device)
 
 
 def check_indices(indices: Tensor, total: int) -> None:

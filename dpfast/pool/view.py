@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from dpfast.ops import _dispatch
 from dpfast.pool import codecs
 from dpfast.pool.batch import BatchFormat, crop_rows, from_images, rows_call
 from dpfast.pool.columns import COLUMNS, RECORD
+from dpfast.pool.prefix import Prefix
 from dpfast.pool.rows import CPU, ChunkTable, check_indices
 
 Payload = Tensor | Sequence[bytes]
@@ -33,7 +34,7 @@ class View:
     origins: ChunkTable
     size: int = 0
     shape: tuple[int, ...] | None = None
-    tiers: tuple[str, ...] = ()
+    tiers: Prefix[str] = field(default_factory=Prefix)
     ready: torch.cuda.Event | None = None
 
     def records(self, indices: Tensor, *, threads: int | None = None) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpfast.ops import _dispatch
+from dpfast.pool.prefix import Prefix
 from dpfast.pool.rows import CPU, ChunkTable
 
 
@@ -44,7 +45,9 @@ def test_a_table_grows_by_a_chunk_without_a_look_at_the_others():
         assert len(before.chunks) == len(before.addresses) == len(grown.chunks) - 1  # readers keep what they have
     assert torch.equal(grown.addresses, table.addresses)
     assert grown.kinds == table.kinds
-    marked = ChunkTable(7, 3, table.chunks[:1], torch.tensor([5]), frozenset({"elsewhere"})).with_chunk(table.chunks[1])
+    marked = ChunkTable(7, 3, Prefix(table.chunks[:1]), torch.tensor([5]), frozenset({"elsewhere"})).with_chunk(
+        table.chunks[1]
+    )
     assert marked.addresses.tolist() == [5, table.chunks[1].data_ptr()]
     assert marked.kinds == {"elsewhere", "cpu"}
 
@@ -58,6 +61,34 @@ def test_a_gpu_s_kernels_read_its_own_chunks_and_pinned_ones(monkeypatch):
     assert not ChunkTable(7, 3, kinds=frozenset({"cpu"})).read_by(torch.device("cuda"))
 
 
+def test_tables_that_grow_out_of_one_keep_their_own_chunks():
+    chunks = [torch.full((6,), i, dtype=torch.uint8) for i in range(40)]
+    trunk, tables = ChunkTable(2, 3), []
+    for number, chunk in enumerate(chunks):
+        tables.append((trunk, list(range(number))))
+        grown = trunk.with_chunk(chunk)
+        if number % 3 == 1:  # an append that failed behind it, and was dropped or kept by a reader
+            other = trunk.with_chunk(chunks[0])
+            tables.append((other, [*range(number), 0]))
+        trunk = grown
+    for table, expected in [*tables, (trunk, list(range(40)))]:
+        rows = torch.arange(2 * len(expected))
+        assert table.take(rows, len(rows))[:, 0].tolist() == [i for i in expected for _ in range(2)]
+        assert [int(chunk[0]) for chunk in table.chunks] == expected
+        assert len(table.addresses) == len(table.chunks) == len(expected)
+        assert [int(chunk[0]) for chunk in table.chunks[1:]] == expected[1:]
+        with pytest.raises(IndexError):
+            table.chunks[len(expected)]
+
+
+def test_a_growing_table_copies_its_addresses_seldom():
+    table, rooms = ChunkTable(2, 3), set()
+    for _ in range(1000):
+        table = table.with_chunk(torch.zeros(6, dtype=torch.uint8))
+        rooms.add(table.addresses.data_ptr())
+    assert len(rooms) <= 10  # 1, 3, 7, ... 1023
+
+
 def test_the_gpu_s_kernel_reads_the_same_rows_in_triton_s_interpreter():
     """In a process of its own: Triton reads the switch when a kernel is defined."""
     pytest.importorskip("triton")
@@ -69,6 +100,6 @@ if __name__ == "__main__":
     for chunk_rows, stride, offset, width in ((7, 12, 0, 12), (7, 12, 4, 8), (5, 13, 2, 3), (2, 9000, 0, 9000)):
         table, expected = table_of(20, chunk_rows, stride)
         indices = torch.tensor([19, 0, 7, 7, 13])
-        table = ChunkTable(chunk_rows, stride).with_chunks(tuple(chunk.clone() for chunk in table.chunks))
+        table = ChunkTable(chunk_rows, stride).with_chunks(chunk.clone() for chunk in table.chunks)
         rows = table._triton(indices, offset, width, CPU)
         assert torch.equal(rows, expected[indices, offset : offset + width]), (chunk_rows, stride, offset, width)
