@@ -64,16 +64,14 @@ def folders(recipe: str, root: Path) -> list[str]:
 class Launched:
     """``dpfast run RECIPE`` on ``ranks`` processes of one thread, and what they say in ``OUT.log``."""
 
-    def __init__(
-        self, recipe: str, out: Path, options: list[str], *, ranks: int = 2, restarts: int = 0, module: str = "dpfast"
-    ):
+    def __init__(self, recipe: str, out: Path, options: list[str], *, ranks: int = 2, restarts: int = 0):
         self.out, self.log = out, out.with_suffix(".log")
-        fields = FIELDS | SIZES[recipe]
+        fields = FIELDS | SIZES[recipe] if recipe in SIZES else {}
         command = [sys.executable, "-m"]
         if ranks > 1:
             command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--monitor-interval=0.05"]
             command += [f"--max-restarts={restarts}", "-m"]
-        command += [module, "run", recipe, "--quiet", "--out", str(out)]
+        command += ["dpfast", "run", recipe, "--quiet", "--out", str(out)]
         command += [text for name, value in fields.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         with self.log.open("w") as file:  # not a pipe: nobody reads while the test waits
             self.process = subprocess.Popen(

@@ -86,6 +86,25 @@ def test_one_rank_goes_on_from_two_and_ends_as_one_alone(tmp_path):
             assert found[name] == wanted, (found["event"], name)
 
 
+@pytest.mark.skipif(not KILLS, reason="takes minutes; DPFAST_KILLS=1")
+def test_the_embedded_recipe_is_the_same_on_one_two_and_four_ranks(tmp_path):
+    fields = {"sources": "dp", "initial_samples": 250, "round_samples": 250, "maximum_samples": 750,
+              "generation_batch": 25, "maximum_rounds": 2, "iterations": 20, "evaluate_every": 5}  # fmt: skip
+    options = [text for name, value in fields.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    for ranks in (1, 2, 4):
+        Launched("fashion", tmp_path / str(ranks), options, ranks=ranks).ended()
+    initial, alone = torch.arange(250), lines(tmp_path / "1")
+    assert "addition" in {line["event"] for line in alone}
+    for ranks in (2, 4):
+        mine, theirs = same_pool(tmp_path / str(ranks), tmp_path / "1")  # ids, labels, rounds
+        assert torch.equal(mine.payload(initial), theirs.payload(initial))
+        for found, expected in zip(lines(tmp_path / str(ranks)), alone, strict=True):
+            assert (found["event"], found["step"]) == (expected["event"], expected["step"])
+            if "loss" in expected:
+                # Adam divides by the gradients' own size, rounding included: a second thread changes as much as ranks
+                assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+
+
 @pytest.mark.skipif(not KILLS, reason="takes minutes; DPFAST_KILLS=20 kills twenty times")
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_random_rank_killed_at_a_random_moment_changes_nothing(rehearsal, tmp_path, number):
