@@ -135,7 +135,7 @@ class TorchLoader(PoolLoader):
             size=self.augment.size,
             device=self.device,
             out=out,
-            threads=None if out is None else self.threads,
+            threads=None if self._worker is None else self.threads,
         )
 
 

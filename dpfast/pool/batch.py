@@ -14,6 +14,7 @@ resampled once: B C (h w + b_out H' W').
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -90,11 +91,17 @@ def from_images(
     flip: Tensor | None = None,
     boxes: Tensor | None = None,
     size: tuple[int, int] | None = None,
+    threads: int | None = None,
 ) -> Tensor:
     """A batch out of (B, C, H, W) images that are there already, on their device: uint8, or floats in [0, 255].
 
     The arguments and errors of ``from_rows``; flip lies on the images' device, boxes on the CPU.
     """
+    if images.dtype == torch.uint8 and _dispatch.backend_for(images.device) == "native":
+        count, *shape = images.shape
+        table = ChunkTable(max(count, 1), math.prod(shape)).with_chunk(images.flatten())
+        rows = torch.arange(count)
+        return from_rows(table, count, shape, rows, form, flip=flip, boxes=boxes, size=size, threads=threads)
     size = _checked_size(images.shape, flip, boxes, size)
     if images.dtype == torch.uint8 and boxes is None:
         rows, (mean, std) = torch.arange(len(images), device=images.device), form.per_channel(images.shape[1])

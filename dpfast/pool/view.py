@@ -109,11 +109,13 @@ class View:
             return self._decoded(payload).clamp(0, 255).round().to(torch.uint8)
         if isinstance(payload, Tensor):
             return payload
-        images = [torch.from_numpy(codecs.from_image_file(data).copy()) for data in payload]
+        images = [codecs.from_image_file(data) for data in payload]
         if len({image.shape for image in images}) > 1:
-            shapes = sorted({tuple(image.shape) for image in images})
+            shapes = sorted({image.shape for image in images})
             raise ValueError(f"the batch holds images of {shapes}, expected one shape")
-        return torch.stack(images).to(device) if images else torch.empty(0, dtype=torch.uint8, device=device)
+        if not images:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        return torch.from_numpy(np.stack(images)).to(device)  # NumPy's stack brings no threads, see ``tiers.touched``
 
     def _decoded(self, latents: Payload) -> Tensor:
         """(B, C, H, W) floats on the scale of bytes, where the latents are."""
@@ -144,8 +146,8 @@ class View:
             flip: (B,) bool, mirrors a sample left to right.
             boxes: (B, 4) float32 of (top, left, height, width) in pixels, what is shown of a sample; None: all of it.
             size: (height, width) of the batch, that of the images by default; another one needs boxes.
-            out: where to write the images, in their shape, dtype and layout, and threads: of the kernel, torch's by
-                default; both where ``in_place``.
+            out: where to write the images, in their shape, dtype and layout, where ``in_place``.
+            threads: of the native kernels on a CPU, torch's by default.
 
         Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an index outside the pool.
         """
@@ -166,7 +168,7 @@ class View:
             images = self._decoded(self.payload(indices, device=device))
         else:
             images = self.images(indices, device=device)
-        return from_images(images, form, flip=flip, boxes=boxes, size=size), labels
+        return from_images(images, form, flip=flip, boxes=boxes, size=size, threads=threads), labels
 
     def deferred(self, indices: Tensor, form: BatchFormat, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
         """``gather`` in two halves, where ``in_place``: the call that comes back is one kernel, for another thread.

@@ -32,8 +32,8 @@ print(len(set(os.listdir("/proc/self/task")) - before))
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 @pytest.mark.parametrize(
     ("codec", "size", "threads"),
-    [("pixels", 0, 0), ("pixels", 300, 1), ("latents", 0, 0)],
-    ids=["bursts", "large batches", "latents"],
+    [("pixels", 0, 0), ("pixels", 300, 1), ("jpeg", 0, 1), ("latents", 0, 0)],
+    ids=["bursts", "large batches", "files", "latents"],
 )
 def test_batches_bring_no_second_team_of_openmp_threads(codec, size, threads):
     done = subprocess.run(
