@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +27,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def device(backend: str) -> str:
     return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+
+
+def far_apart(width: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Two rows 2^31 elements apart, more than 32 bits count. On a CPU no page between them is ever touched."""
+    elements = 2**31 + width
+    if device == "cpu":
+        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(memory, dtype=dtype).as_strided((2, width), (2**31, 1))
+    return torch.empty(elements, dtype=dtype, device=device).as_strided((2, width), (2**31, 1))
 
 
 @pytest.fixture(autouse=True)

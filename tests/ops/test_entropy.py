@@ -8,7 +8,7 @@ import torch
 from dpfast.ops import entropy, entropy_and_grad
 from tests.tolerances import ENTROPY, ENTROPY_GRAD, HALF_ULP
 
-from .conftest import INTERPRETED
+from .conftest import INTERPRETED, far_apart
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (5, 3), (37, 10), (3, 100), (41, 1271), (37, 1000), (0, 10), (2, 21841), (1, 128256)]
@@ -76,6 +76,11 @@ def test_strided_rows_and_columns(classes, device):
     assert_exact(wide[::2, 3 : 3 + classes])
     assert_exact(wide[:, 1 : 2 * classes : 2])
     assert_exact(torch.randn(classes, 4, device=device).T)
+
+
+@pytest.mark.parametrize("classes", [10, 20000])
+def test_rows_further_apart_than_32_bits_count(classes, device):
+    assert_exact(far_apart(classes, torch.bfloat16, device).copy_(torch.randn(2, classes)))
 
 
 @pytest.mark.parametrize("classes", [10, 1000])

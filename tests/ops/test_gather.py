@@ -6,6 +6,8 @@ import torch
 from dpfast.ops import gather_batch
 from tests.tolerances import GATHER, HALF_ULP
 
+from .conftest import far_apart
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(9, 1, 28, 28), (7, 3, 8, 9), (5, 4, 5, 16), (6, 5, 3, 7), (4, 3, 1, 1), (3, 3, 16, 48)]
 
@@ -56,6 +58,13 @@ def test_strided_stores_and_indices(device):
         expected = truth(view.cpu(), indices.cpu(), flip.cpu(), mean, std)
         batch = gather_batch(view, indices, flip=flip, mean=mean, std=std, dtype=torch.float32, channels_last=True)
         torch.testing.assert_close(batch.cpu().double(), expected, rtol=HALF_ULP[torch.float32], atol=GATHER)
+
+
+def test_rows_further_apart_than_32_bits_count(device):
+    store = far_apart(72, torch.uint8, device).copy_(torch.randint(0, 256, (2, 72))).view(2, 3, 4, 6)
+    options = {"mean": [0.5] * 3, "std": [0.2] * 3, "dtype": torch.float32, "channels_last": True}
+    indices = torch.tensor([1, 0], device=device)
+    assert torch.equal(gather_batch(store, indices, **options), gather_batch(store.clone(), indices, **options))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

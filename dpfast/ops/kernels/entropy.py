@@ -42,7 +42,7 @@ def rows_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row[:, None] < rows) & (column < CLASSES)
-    z = tl.load(logits + row[:, None] * (stride_units * UNIT) + column, mask=inside, other=float("-inf")).to(tl.float32)
+    z = tl.load(logits + row[:, None] * stride_units * UNIT + column, mask=inside, other=float("-inf")).to(tl.float32)
     # LOWEST keeps a row of -inf from inf - inf; its sum is 0, and 0 / 0 makes it NaN as it should be.
     top = tl.maximum(tl.max(z, axis=1), LOWEST)[:, None]
     d, e = _exponential(z, top, inverse_temperature)
@@ -69,7 +69,7 @@ def online_kernel(
 ):
     """One row a program, too long for registers: running sums, and a second read for the gradient."""
     row = tl.program_id(0).to(tl.int64)
-    source = logits + row * (stride_units * UNIT)
+    source = logits + row * stride_units * UNIT
     top = tl.full((), LOWEST, tl.float32)
     total = tl.full((), 0.0, tl.float32)
     weighted = tl.full((), 0.0, tl.float32)

@@ -98,8 +98,10 @@ def normal_kernel(
     BLOCK: tl.constexpr,
 ):
     """BLOCK elements of one sample a program. SEED_AT and STREAM_AT: the argument is a pointer instead of a number."""
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * BLOCK
+    # One axis of the grid for both: the second one ends at 65,535, which is 2^26 elements of a sample.
+    PROGRAMS: tl.constexpr = (ELEMENTS + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    first = (tl.program_id(0) % PROGRAMS).to(tl.int64) * BLOCK
     sample = tl.load(ids + row)
     seed = wide(tl.load(seed) if SEED_AT else seed)
     stream = (tl.load(stream) if STREAM_AT else stream).to(tl.int64)
@@ -122,7 +124,7 @@ def launch(sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | 
         return out
     width = math.prod(shape[1:])
     block = min(max(next_power(width), 16), BLOCK)
-    normal_kernel[(samples, -(-width // block))](
+    normal_kernel[(samples * -(-width // block),)](
         sample_ids.contiguous(),
         out,
         seed,
