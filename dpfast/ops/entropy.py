@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dpfast.ops import _check, _dispatch
 from dpfast.ops.kernels.entropy import launch
@@ -95,6 +96,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.temperature, ctx.has_gradient = inputs[1:]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (saved,) = ctx.saved_tensors
         dlogits = saved if ctx.has_gradient else _Differentiable.apply(saved, ctx.temperature, True)[1]
@@ -122,7 +124,7 @@ def entropy_and_grad(logits: Tensor, *, temperature: float = 1.0, out: Tensor | 
 
     Returns:
         H (B,) fp32 and dH/dlogits (B, K) in the logits' dtype, `out` if given. H is differentiable once, dH/dlogits is
-        not.
+        not; asking for more raises RuntimeError.
 
     Raises:
         TypeError: wrong type or dtype. ValueError: wrong shape or device, an `out` that is not contiguous, or a

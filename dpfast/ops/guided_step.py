@@ -257,10 +257,13 @@ def guided_step(
         out = torch.empty(shape, dtype=x.dtype, device=device) if out is None else out
         _run(Call(out, x0_out, skipped, *inputs, table, step, cfg_scale, omega, options, sample_ids, seed))
         return out
+    # torch.func would look for a derivative of the operation, and there is none: its inputs carry no gradient either.
+    constants = (None if tensor is None else tensor.detach() for tensor in inputs)
+    cfg_scale, omega = (value.detach() if isinstance(value, Tensor) else value for value in (cfg_scale, omega))
     # A traced graph knows no aliases: it computes into a tensor of its own, and the copy fuses or vanishes.
     result = torch.empty(shape, dtype=x.dtype, device=device)
     _operation(
-        result, x0_out, skipped, *inputs, table, *noise.split(step), *_split(cfg_scale), *_split(omega), *options,
+        result, x0_out, skipped, *constants, table, *noise.split(step), *_split(cfg_scale), *_split(omega), *options,
         sample_ids, *noise.split(seed),
     )  # fmt: skip
     return result if out is None else out.copy_(result)

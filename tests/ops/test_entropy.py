@@ -129,6 +129,13 @@ def test_entropy_is_differentiable(shape, device):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=ENTROPY_GRAD[torch.float32])
 
 
+def test_a_second_derivative_is_refused(device):
+    logits = torch.randn(3, 6, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(entropy(logits).square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
 def test_reference_passes_gradcheck():
     from dpfast.ops.reference.entropy import reference
 

@@ -1,7 +1,8 @@
-"""All operations in one graph: `torch.export`, and a compiled step with a vector-Jacobian product inside."""
+"""All operations in one graph: `torch.export`, a compiled step with a vector-Jacobian product inside, `torch.func`."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dpfast.ops import entropy_and_grad, gather_batch, guided_step, normal
@@ -36,3 +37,26 @@ def test_a_guided_step_compiles_with_its_vjp(device):
 
     x = torch.randn(3, 8, device=device)
     torch.testing.assert_close(torch.compile(guide, fullgraph=True, backend="aot_eager")(x), guide(x))
+
+
+def test_what_has_no_derivative_counts_as_constant_in_function_transforms(device):
+    table, ids = torch.rand(7, 6, device=device), torch.arange(3, device=device)
+
+    def total(x):
+        stepped = guided_step(x, x, None, x, table, 2, cfg_scale=1.0, omega=x.mean(), sample_ids=ids)
+        return (x * (stepped + normal(ids, (8,), seed=1, stream=0))).sum()
+
+    x = torch.randn(3, 8, device=device)
+    constant = guided_step(x, x, None, x, table, 2, cfg_scale=1.0, omega=x.mean(), sample_ids=ids)
+    expected = constant + normal(ids, (8,), seed=1, stream=0)
+    torch.testing.assert_close(torch.func.grad(total)(x), expected)
+    torch.testing.assert_close(torch.compile(torch.func.grad(total), fullgraph=True, backend="aot_eager")(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop")
+def test_noise_and_batches_under_vmap(device):
+    ids = torch.tensor([[0, 5], [3, 1]], device=device)
+    store = torch.randint(0, 256, (6, 3, 5, 6), dtype=torch.uint8, device=device)
+    options = {"mean": [0.5] * 3, "std": [0.2] * 3, "dtype": torch.float32, "channels_last": False}
+    for call in (lambda i: normal(i, (7,), seed=1, stream=0), lambda i: gather_batch(store, i, **options)):
+        assert torch.equal(torch.func.vmap(call)(ids), torch.stack([call(row) for row in ids]))
