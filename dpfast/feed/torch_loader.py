@@ -69,19 +69,11 @@ class TorchLoader(PoolLoader):
                     request.work = batch, torch.cuda.current_stream().record_event()
         elif self._worker is not None:
             for request in requests:
-                request.work = self._in_background(self._worker, request)
+                view = self.pool.local.view if isinstance(self.pool, UnionPool) else self.pool.view
+                out = self._slots.batch(self.batch_shape(), self.form) if view.in_place(self.device) else None
+                request.work = self._worker.submit(self._make, request, out)
         else:
             self._burst(requests)
-
-    def _in_background(self, worker: ThreadPoolExecutor, request: Request) -> Future[Batch]:
-        self.image_shape()  # here, so that the thread finds it
-        pool, draw = self.pool, request.draw
-        view = pool.local.view if isinstance(pool, UnionPool) else pool.view
-        out = self._slots.batch(self.batch_shape(), self.form) if view.in_place(self.device) else None
-        if isinstance(pool, UnionPool) or out is None:
-            return worker.submit(self._make, request, out)
-        options = {"flip": draw.flips, "boxes": draw.boxes, "size": self.augment.size, "threads": self.threads}
-        return worker.submit(view.deferred(request.indices, self.form, out=out, **options))
 
     def _burst(self, requests: Sequence[Request]) -> None:
         """Makes all batches in one pass, into one slot, where they are pixels on the host."""
