@@ -15,7 +15,7 @@ resampled once: B C (h w + b_out H' W').
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,28 +171,10 @@ def from_rows(
     out: Tensor | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """A batch out of uint8 images in a table of chunks on the host: (B, C, *size). See ``rows_call``."""
-    options = {"flip": flip, "boxes": boxes, "size": size, "out": out, "threads": threads}
-    return rows_call(table, total, shape, indices, form, **options)()  # type: ignore[arg-type]
+    """A batch out of uint8 images in a table of chunks on the host: (B, C, *size).
 
-
-def rows_call(
-    table: ChunkTable,
-    total: int,
-    shape: Sequence[int],
-    indices: Tensor,
-    form: BatchFormat,
-    *,
-    flip: Tensor | None = None,
-    boxes: Tensor | None = None,
-    size: tuple[int, int] | None = None,
-    out: Tensor | None = None,
-    threads: int | None = None,
-) -> Callable[[], Tensor]:
-    """A call that makes the batch, everything about it checked: one native kernel, which holds no lock of Python.
-
-    The native kernels read the images where they lie; without them, ``from_images`` of copies. A box of a whole image
-    is the whole image bit by bit.
+    One native kernel reads the images where they lie and holds no lock of Python; without it, ``from_images`` of
+    copies. A box of a whole image is the whole image bit by bit.
 
     Args:
         total: samples in the table. shape: (C, H, W) of each.
@@ -200,8 +182,7 @@ def rows_call(
         size: (height, width) of the batch, that of the images by default; another one needs boxes.
         out: where to write the batch, in its shape, dtype and layout. threads: of the kernel, torch's by default.
 
-    Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape; the call ``IndexError`` for an index outside the
-    table.
+    Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an index outside the table.
     """
     _check.tensor("indices", indices, (torch.int64,))
     size = _checked_size((len(indices), *shape), flip, boxes, size)
@@ -211,13 +192,8 @@ def rows_call(
     _check.target("out", out, form.dtype, target, indices.device, form.channels_last)
     scale, bias = form.affine(shape[0], indices.device)
     if _dispatch.backend_for(indices.device) != "native":
-        target_of = out
-
-        def plain() -> Tensor:
-            images = table.take(indices, total).view(len(indices), *shape)
-            return target_of.copy_(from_images(images, form, flip=flip, boxes=boxes, size=size))
-
-        return plain
+        images = table.take(indices, total).view(len(indices), *shape)
+        return out.copy_(from_images(images, form, flip=flip, boxes=boxes, size=size))
     indices, flip = indices.contiguous(), None if flip is None else flip.contiguous()
     where = table.addresses.data_ptr(), table.chunk_rows, total, table.stride, *shape, indices.data_ptr(), len(indices)
     what = (
@@ -230,18 +206,14 @@ def rows_call(
         threads or torch.get_num_threads(),
     )
     native = _dispatch.native_module()
-    boxes = None if boxes is None else boxes.contiguous()
-    arguments = (*where, *what) if boxes is None else (*where, boxes.data_ptr(), *size, *what)
-    kernel = native.gather_chunks if boxes is None else native.crop_chunks
-    read = indices, flip, boxes, scale, bias, table  # what the addresses point to lives as long as the call
-    batch = out
-
-    def make() -> Tensor:
-        if not kernel(*arguments):
-            check_indices(read[0], total)
-        return batch
-
-    return make
+    if boxes is None:
+        inside = native.gather_chunks(*where, *what)
+    else:
+        boxes = boxes.contiguous()
+        inside = native.crop_chunks(*where, boxes.data_ptr(), *size, *what)
+    if not inside:
+        check_indices(indices, total)
+    return out
 
 
 def _checked_size(

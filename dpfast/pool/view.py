@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from dpfast.ops import _dispatch
 from dpfast.pool import codecs
-from dpfast.pool.batch import BatchFormat, crop_rows, from_images, rows_call
+from dpfast.pool.batch import BatchFormat, crop_rows, from_images, from_rows
 from dpfast.pool.columns import COLUMNS, RECORD
 from dpfast.pool.prefix import Prefix
 from dpfast.pool.rows import CPU, ChunkTable, check_indices
@@ -152,10 +151,12 @@ class View:
         Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an index outside the pool.
         """
         form = form or BatchFormat()
-        if self.in_place(device):
-            return self.deferred(indices, form, flip=flip, boxes=boxes, size=size, out=out, threads=threads)()
         indices = indices.to(CPU, torch.int64).contiguous()
         labels = self.column("label", indices).to(device, non_blocking=True)
+        if self.in_place(device):
+            assert self.shape is not None
+            table = self.chunks, self.size, self.shape
+            return from_rows(*table, indices, form, flip=flip, boxes=boxes, size=size, out=out, threads=threads), labels
         if out is not None:
             raise ValueError("out is for pools of pixels on the host and the native kernels")
         flip = None if flip is None else flip.to(device, non_blocking=True)
@@ -169,18 +170,6 @@ class View:
         else:
             images = self.images(indices, device=device)
         return from_images(images, form, flip=flip, boxes=boxes, size=size, threads=threads), labels
-
-    def deferred(self, indices: Tensor, form: BatchFormat, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
-        """``gather`` in two halves, where ``in_place``: the call that comes back is one kernel, for another thread.
-
-        Raises here what ``gather`` raises, but for the ``IndexError``, which the call raises. The thread that calls it
-        holds no lock of Python while the kernel runs.
-        """
-        assert self.shape is not None
-        indices = indices.to(CPU, torch.int64).contiguous()
-        labels = self.column("label", indices)
-        make = rows_call(self.chunks, self.size, self.shape, indices, form, **options)
-        return lambda: (make(), labels)
 
     def in_place(self, device: torch.device) -> bool:
         """Whether the native kernels read a batch of pixels for ``device`` in the pool's chunks, without a copy."""

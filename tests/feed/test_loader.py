@@ -210,20 +210,17 @@ def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, options, ma
     pool = pool_of()
     loader, twin = make("torch", pool, **options), make("torch", pool)
     take(loader, 2)
-    deferred = View.deferred
+    gather = View.gather
 
-    def dying(view, *arguments, **options):
-        def call():
-            assert (threading.current_thread() is threading.main_thread()) == (not options["threads"])
-            raise dies
+    def dying(view, *arguments, threads=None, **options):
+        assert (threading.current_thread() is threading.main_thread()) == (threads is None)
+        raise dies
 
-        return call
-
-    monkeypatch.setattr(View, "deferred", dying)
+    monkeypatch.setattr(View, "gather", dying)
     with pytest.raises(LoaderError, match="could not be made") as caught:
         take(loader, 20)
     assert caught.value.__cause__ is dies
-    monkeypatch.setattr(View, "deferred", deferred)
+    monkeypatch.setattr(View, "gather", gather)
     twin.restore(loader.state())
     assert same(take(loader, 3), take(twin, 3))
 
@@ -242,13 +239,13 @@ def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make, monkeypa
 
 def test_waiting_is_measured(make, monkeypatch):
     pool = pool_of()
-    loader, deferred = make("torch", pool, ahead=2), View.deferred
+    loader, gather = make("torch", pool, ahead=2), View.gather
 
     def slow(*arguments, **options):
-        call = deferred(*arguments, **options)
-        return lambda: (threading.Event().wait(0.05), call())[1]
+        threading.Event().wait(0.05)
+        return gather(*arguments, **options)
 
-    monkeypatch.setattr(View, "deferred", slow)
+    monkeypatch.setattr(View, "gather", slow)
     take(loader, 4)
     assert 0.15 < loader.waited < 2
 
