@@ -21,6 +21,11 @@ LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-fi
 # A level runs what a processor without AVX-512 or AVX2 would; `make test` runs the best that this one has.
 LEVELS ?= x86-64 x86-64-v3
 
+# What runs csrc at every size and option. Graphs, exports and schedulers call the same kernels once more.
+SANITIZED := tests/ops tests/pool/test_rows.py tests/pool/test_batch.py tests/feed/test_order.py \
+	--ignore tests/ops/test_schedulers.py --ignore tests/ops/test_export.py \
+	-k "(native or test_rows or test_batch or test_order) and not (compiles or registered or triton)"
+
 sanitize: install  ## the native kernels' tests under AddressSanitizer and UBSan, on copies in build/sanitize
 	$(MAKE) -j2 $(LEVELS:%=sanitize-%)
 
@@ -31,7 +36,7 @@ sanitize-%:
 	test -f build/sanitize/$*/dpfast/_native*.so
 	cp -r tests pyproject.toml build/sanitize/$*
 	cd build/sanitize/$* && LD_PRELOAD="$(LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		../../../$(BIN)/python -m pytest tests/ops -x -k native --capture=sys
+		../../../$(BIN)/python -m pytest $(SANITIZED) -x --capture=sys
 
 install: .venv/installed
 
