@@ -140,7 +140,7 @@ def rows(costs: Costs, link: Callable[[int], Link], job: Job) -> list[dict[str, 
 
 
 def derived() -> dict[str, list[dict[str, float]]]:
-    """The same for GPUs, from the planner's stages at its stated utilisation."""
+    """The same for GPUs, from the planner's stages at its shares of the limit."""
     found = {}
     for name in ("imagenet1k-sd15", "imagenet1k-dit"):
         made = plan(Recipe.load(name), "h100", samples=SAMPLES)

@@ -16,7 +16,9 @@ def add(commands: Commands) -> None:
         "--device", default="h100", help="a100, h100, h200, b200, or here: this machine, measured (default h100)"
     )
     parser.add_argument("--count", type=int, default=1, help="how many of them (default 1)")
-    parser.add_argument("--utilisation", type=float, help="of every limit; default 0.5 generation, 0.4 training")
+    parser.add_argument(
+        "--utilisation", type=float, help="of every limit; default: of generation measured on an H200, 0.4 training"
+    )
     parser.add_argument("--samples", type=int, help="at the end of the run; default: the recipe's maximum")
     add_recipe(parser, without=("device",))  # the plan's device may be another than that of the run
     parser.set_defaults(handler=plan)

@@ -11,7 +11,7 @@ The plan is for a run that adds samples until ``maximum_samples``; one that stop
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from dpfast.config import Recipe, RecipeError
 from dpfast.data.real import count_real
 from dpfast.generate.recipes import class_names, resized
+from dpfast.generate.runtime.regional import has_region
 from dpfast.pool import codecs
 from dpfast.pool.plan import Plan as PoolPlan
 from dpfast.pool.plan import plan as plan_pool
@@ -35,7 +36,10 @@ from dpfast.roofline.network import link_of, step_seconds
 from dpfast.roofline.schedule import Costs, Job, Schedule, best_overlap, efficiency, in_turns, job_of
 from dpfast.roofline.stages import Stages, count_stages
 
-UTILISATION = {"generation": 0.5, "training": 0.4, "evaluation": 0.4}  # of the limit; stated, not measured
+# Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (compiled blocks, CUDA graphs, batch 32)
+# and of Stable Diffusion 1.5 (512 px, eager, batch 16) on one H200 (docs/results.md). The others are stated.
+GENERATION = {"transformer": 0.36, "unet": 0.24}
+STATED = {"training": 0.4, "evaluation": 0.4}
 LEARNER_MEMORY = 0.9  # of a device's memory that weights, activations and pool may take together
 
 
@@ -72,7 +76,8 @@ class Plan:
     phases: tuple[Phase, ...]
     stages: Stages
     pool: PoolPlan
-    measured: bool
+    measured: bool  # stages were timed
+    given: bool  # the utilisation was
     job: Job  # of Deliberate Practice
     costs: Costs
 
@@ -137,7 +142,7 @@ def plan(
 
     Args:
         device: a name of ``dpfast.roofline.devices`` or a device; count: how many of them.
-        utilisation: of every phase's limit, in place of ``UTILISATION``.
+        utilisation: of every phase's limit, in place of ``GENERATION`` and ``STATED``.
         timings: measured seconds of the stages on one device, in place of limits.
         samples: at the end of the run, in place of the recipe's maximum.
 
@@ -161,7 +166,10 @@ def plan(
     except ValueError as error:
         raise RecipeError(str(error)) from error
     total = recipe.practice.maximum_samples if samples is None else samples
-    phases = tuple(_phases(recipe, stages, device, count, utilisation, timings, total, pipeline.denoiser.classes))
+    shares = {"generation": GENERATION["transformer" if has_region(pipeline.denoiser) else "unet"], **STATED}
+    if utilisation is not None:
+        shares = dict.fromkeys(shares, utilisation)
+    phases = tuple(_phases(recipe, stages, device, count, shares, timings, total, pipeline.denoiser.classes))
     return Plan(
         recipe=recipe,
         device=device,
@@ -170,8 +178,9 @@ def plan(
         stages=stages,
         pool=place_pool(recipe, total, stages, device, count),
         measured=timings is not None,
+        given=utilisation is not None,
         job=job_of(recipe, total, _evaluated(recipe, pipeline.denoiser.classes)),
-        costs=_costs(stages, device, utilisation, timings),
+        costs=_costs(stages, device, shares, timings),
     )
 
 
@@ -180,7 +189,7 @@ def _phases(
     stages: Stages,
     device: Device,
     count: int,
-    utilisation: float | None,
+    shares: Mapping[str, float],
     timings: Timings | None,
     total: int,
     classes: int,
@@ -193,7 +202,7 @@ def _phases(
         limits = device.limits(each * (units / count))
         limited_by = max(limits, key=limits.__getitem__)
         limit = limits[limited_by]
-        worked = units * seconds / count if seconds is not None else limit / (utilisation or UTILISATION[kind])
+        worked = units * seconds / count if seconds is not None else limit / shares[kind]
         if name == "training":
             reduce = steps * link_of(device, count).all_reduce(4 * stages.parameters, count)
             limit, alone, worked = step_seconds(limit, reduce), worked, step_seconds(worked, reduce)
@@ -241,11 +250,11 @@ def _evaluated(recipe: Recipe, classes: int) -> int:
     return (times + 1) * validation + test
 
 
-def _costs(stages: Stages, device: Device, utilisation: float | None, timings: Timings | None) -> Costs:
+def _costs(stages: Stages, device: Device, shares: Mapping[str, float], timings: Timings | None) -> Costs:
     """Seconds of one unit of each stage on one device."""
 
     def derived(counts: Counts, kind: str) -> float:
-        return max(device.limits(counts).values()) / (utilisation or UTILISATION[kind])
+        return max(device.limits(counts).values()) / shares[kind]
 
     timings = timings or Timings(
         unguided=derived(stages.unguided, "generation"),

@@ -23,7 +23,7 @@ from dpfast.roofline.counting import Counts, counts
 from dpfast.roofline.devices import DEVICES, peaks_of
 from dpfast.roofline.measure import Timings, measure
 from dpfast.roofline.network import BASE, BETWEEN, BUCKET, WITHIN, Link, link_of, step_seconds
-from dpfast.roofline.plan import place_pool, plan
+from dpfast.roofline.plan import GENERATION, STATED, place_pool, plan
 from dpfast.roofline.stages import count_stages
 from dpfast.roofline.table import plan_table
 
@@ -121,6 +121,14 @@ def test_bytes_are_operands_and_results_and_leave_scores_out():
     assert found.full == 0  # fused attentions compute in the dtype that goes in
     assert found.half == 2 * 2 * 2 * 64 * 64 * 8
     assert found.moved == 4 * q.nbytes  # queries, keys, values and the result; no scores
+
+
+def test_generation_takes_the_share_that_a_gpu_reached_with_its_kind_of_network(recipe):
+    for pipeline, share in (("fashion", GENERATION["transformer"]), ("stable-diffusion-1.5", GENERATION["unet"])):
+        changed = dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, pipeline=pipeline))
+        phases = {phase.name: phase for phase in plan(changed, "h200").phases}
+        assert phases["guided samples"].utilisation == pytest.approx(share)
+        assert phases["training"].utilisation == pytest.approx(STATED["training"])
 
 
 def test_phases_take_their_share_of_the_peak(recipe, stages):
