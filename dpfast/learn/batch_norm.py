@@ -40,11 +40,10 @@ class _Normalised(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: Ranks
     ) -> tuple[Tensor, Tensor, Tensor]:
-        others = [d for d in range(x.dim()) if d != 1]
-        here = torch.stack(torch.var_mean(x, others, correction=0))
-        every = [torch.empty_like(here) for _ in range(ranks.size)]
-        dist.all_gather(every, here, group=ranks.learn)
-        variances, means = torch.stack(every).unbind(1)
+        here = torch.stack(torch.batch_norm_update_stats(x, None, None, 0.0))  # var_mean takes up to 30 times as long
+        every = here.new_empty(ranks.size, *here.shape)
+        dist.all_gather(list(every), here, group=ranks.learn)
+        means, variances = every.unbind(1)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
         ctx.save_for_backward(x, weight, mean, variance)
@@ -64,7 +63,7 @@ class _Normalised(torch.autograd.Function):
         of_xhat, of_one = sums * (weight * scale * x.shape[1] / (x.numel() * ctx.ranks.size))
         slope = of_xhat * scale
         shape = [1, -1] + [1] * (x.dim() - 2)
-        dx = (found[0] - (of_one - slope * mean).view(shape)).addcmul_(x, slope.view(shape), value=-1)
+        dx = found[0].sub_((of_one - slope * mean).view(shape)).addcmul_(x, slope.view(shape), value=-1)
         return dx, found[1], found[2], None, None
 
 
