@@ -100,9 +100,11 @@ def test_the_embedded_recipe_is_the_same_on_one_two_and_four_ranks(tmp_path):
         assert torch.equal(mine.payload(initial), theirs.payload(initial))
         for found, expected in zip(lines(tmp_path / str(ranks)), alone, strict=True):
             assert (found["event"], found["step"]) == (expected["event"], expected["step"])
-            if "loss" in expected:
-                # Adam divides by the gradients' own size, rounding included: a second thread changes as much as ranks
-                assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+            if expected["event"] == "evaluation":
+                # Adam divides by the gradients' own size, rounding included, and new samples follow the learner: a
+                # second thread of one rank changes as much as ranks do (docs/scaling.md)
+                near = 5e-3 if expected["samples"] == 250 else 3e-2
+                assert found["loss"] == pytest.approx(expected["loss"], rel=near)
 
 
 @pytest.mark.skipif(not KILLS, reason="takes minutes; DPFAST_KILLS=20 kills twenty times")
