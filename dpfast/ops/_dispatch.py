@@ -93,7 +93,11 @@ def traced(*tensors: Tensor | None) -> bool:
 
     Otherwise the kernel is called directly: the registered operation costs tens of microseconds a call.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()  # fake tensors, make_fx
+    ):
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:  # a loop, because a generator costs a small operation more than its arithmetic

@@ -91,9 +91,9 @@ def constants(
     mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, channels: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The scale and bias of each channel, in fp32 after fp64 arithmetic: (C,) each."""
-    if isinstance(mean, Tensor) or isinstance(std, Tensor) or torch.compiler.is_compiling():
+    if isinstance(mean, Tensor) or isinstance(std, Tensor) or _dispatch.traced():
         return _affine(_vector("mean", mean, channels, device), _vector("std", std, channels, device))
-    return _cached_constants(tuple(mean), tuple(std), channels, device)
+    return _cached_constants(_numbers("mean", mean), _numbers("std", std), channels, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,9 +111,17 @@ def _vector(name: str, value: Sequence[float] | Tensor, channels: int, device: t
     if isinstance(value, Tensor):
         _check.tensor(name, value, (*_check.FLOATS, torch.float64), device)
         return _check.shaped(name, value, (channels,)).double()
-    if len(value) != channels:
-        raise ValueError(f"{name} has {len(value)} values, expected one for each of {channels} channels")
-    return torch.tensor([float(number) for number in value], dtype=torch.float64, device=device)
+    numbers = _numbers(name, value)
+    if len(numbers) != channels:
+        raise ValueError(f"{name} has {len(numbers)} values, expected one for each of {channels} channels")
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def _numbers(name: str, value: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a sequence of numbers or a tensor, got {value!r}") from None
 
 
 def gather_batch(

@@ -167,13 +167,13 @@ def _options(mode: str, prediction: str, clip: object) -> Options:
         raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
     if clip is None:
         return Options(mode, prediction, math.inf, -1.0, 1.0)
-    if isinstance(clip, tuple):
+    if isinstance(clip, tuple) and len(clip) == 2 and all(isinstance(value, (int, float)) for value in clip):
         ratio, maximum = map(float, clip)
         if not (0 <= ratio <= 1 and maximum >= 1):
             raise ValueError(f"clip needs a ratio in [0, 1] and a maximum of at least 1, got {(ratio, maximum)}")
         return Options(mode, prediction, math.inf, ratio, maximum)
     if isinstance(clip, bool) or not isinstance(clip, (int, float)):
-        raise TypeError(f"clip must be None, a number or a DynamicThreshold, got {type(clip).__name__}")
+        raise TypeError(f"clip must be None, a number or a DynamicThreshold, got {clip!r}")
     if not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
     return Options(mode, prediction, float(clip), -1.0, 1.0)

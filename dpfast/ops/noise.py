@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -115,6 +116,8 @@ def normal(sample_ids: Tensor, shape: Sequence[int], *, seed: int | Tensor, stre
     _check.tensor("sample_ids", sample_ids, (torch.int64,))
     if sample_ids.dim() != 1:
         raise ValueError(f"sample_ids has shape {tuple(sample_ids.shape)}, expected (B,)")
+    if not isinstance(shape, (tuple, list)) or not all(isinstance(n, (Integral, torch.SymInt)) for n in shape):
+        raise TypeError(f"shape must be a tuple or list of integers, got {shape!r}")
     size = tuple(shape)
     if any(isinstance(n, bool) or n < 0 for n in size) or math.prod(size) > 2**34:
         raise ValueError(f"shape must hold non-negative integers and at most 2^34 elements, got {size}")

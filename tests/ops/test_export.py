@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpfast.ops import entropy_and_grad, gather_batch, guided_step, normal
 
@@ -25,6 +26,19 @@ def test_export(device):
     exported = torch.export.export(module, arguments).module()
     for actual, expected in zip(exported(*arguments), module(*arguments), strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_fake_tensors_pass_through(device):
+    """Their memory cannot be read: whoever plans or traces with them has to meet the registered operations."""
+    with FakeTensorMode():
+        x, ids = torch.empty(3, 8, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+        results = Everything()(
+            x, x, x, x, torch.empty(7, 6, device=device), ids[0], ids[0], ids, x.bfloat16(),
+            torch.empty(4, 3, 5, 6, dtype=torch.uint8, device=device),
+        )  # fmt: skip
+    assert [tuple(result.shape) for result in results] == [(3,), (3, 8), (3, 8), (3, 3), (3, 3, 5, 6)]
+    assert results[1].dtype == torch.bfloat16
+    assert results[-1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_guided_step_compiles_with_its_vjp(device):

@@ -148,6 +148,8 @@ def test_registered_operation(channels_last, device):
         ({"flip": torch.zeros(3, dtype=torch.bool)}, ValueError, r"flip has shape \(3,\), expected \(2,\)"),
         ({"flip": torch.zeros(2)}, TypeError, "flip must be bool"),
         ({"mean": [0.5]}, ValueError, "mean has 1 values, expected one for each of 3 channels"),
+        ({"mean": 0.5}, TypeError, "mean must be a sequence of numbers or a tensor, got 0.5"),
+        ({"std": ["a", 1, 1]}, TypeError, "std must be a sequence of numbers or a tensor"),
         ({"std": torch.ones(4)}, ValueError, r"std has shape \(4,\), expected \(3,\)"),
         ({"dtype": torch.float64}, TypeError, "dtype must be float32"),
     ],

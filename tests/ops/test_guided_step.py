@@ -342,6 +342,8 @@ def test_registered_operation(device):
         ({"clip": -1.0}, ValueError, "clip must be positive"),
         ({"clip": (1.5, 1.0)}, ValueError, r"clip needs a ratio in \[0, 1\]"),
         ({"clip": "1"}, TypeError, "clip must be None, a number or a DynamicThreshold"),
+        ({"clip": (0.9, 1.0, 2.0)}, TypeError, r"clip must be .* or a DynamicThreshold, got \(0.9, 1.0, 2.0\)"),
+        ({"clip": (0.9, "1")}, TypeError, "clip must be None, a number or a DynamicThreshold"),
         ({"sample_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, r"sample_ids has shape \(3,\)"),
         ({"sample_ids": torch.zeros(2)}, TypeError, "sample_ids must be int64"),
         ({"seed": 0.5}, TypeError, "seed must be an integer"),

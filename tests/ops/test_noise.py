@@ -141,6 +141,8 @@ def test_registered_operation(device):
         ({"sample_ids": torch.zeros(3)}, TypeError, r"sample_ids must be int64.*\(3,\)"),
         ({"sample_ids": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"sample_ids has shape \(3, 1\)"),
         ({"shape": (-1,)}, ValueError, "shape must hold non-negative"),
+        ({"shape": (2.5,)}, TypeError, r"shape must be a tuple or list of integers, got \(2.5,\)"),
+        ({"shape": 4}, TypeError, "shape must be a tuple or list of integers, got 4"),
         ({"seed": 1.5}, TypeError, "seed must be an integer"),
         ({"seed": 2**64}, ValueError, "seed must fit into 64 bits"),
         ({"stream": torch.zeros(2, dtype=torch.int64)}, ValueError, r"stream has shape \(2,\)"),
