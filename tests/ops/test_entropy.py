@@ -11,7 +11,7 @@ from tests.tolerances import ENTROPY, ENTROPY_GRAD, HALF_ULP
 from .conftest import INTERPRETED, far_apart
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1), (5, 3), (37, 10), (3, 100), (41, 1271), (37, 1000), (0, 10), (2, 21841), (1, 128256)]
+SHAPES = [(1, 1), (5, 3), (37, 10), (3, 100), (41, 1271), (37, 1000), (0, 10), (2, 21841), (1, 128256), (1, 262144)]
 if INTERPRETED:
     SHAPES = [(1, 1), (5, 3), (37, 10), (3, 100), (4, 1271), (5, 1000), (0, 10), (1, 21841)]
 
