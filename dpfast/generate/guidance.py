@@ -99,6 +99,8 @@ class GuidancePath:
     learner: images in [-1, 1] to logits (B, K), or (B, M, K) of a committee for a criterion that compares its members.
     image_size: (H, W) that the learner takes; None: the decoder's.
     chunk: samples that are differentiated at a time; None: all. Samples do not mix, so any chunk gives the same result.
+    taped: autograd records the denoiser, whose blocks may then be compiled or checkpointed; otherwise
+    ``torch.func.vjp`` does, which torch.compile traces as a part of a whole step. The numbers are the same.
     """
 
     denoiser: Denoiser
@@ -108,6 +110,7 @@ class GuidancePath:
     image_size: tuple[int, int] | None = None
     through: Through = "denoiser"
     chunk: int | None = None
+    taped: bool = False
 
     def logits(self, images: Tensor) -> Tensor:
         """The learner's logits of images (B, C, H, W) in [-1, 1], resized to what it takes."""
@@ -153,13 +156,25 @@ class GuidancePath:
     def _chunk(
         self, x: Tensor, labels: Tensor, held: Tensor | None, timestep: Tensor, alpha: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        def logits_of(x: Tensor) -> tuple[Tensor, Tensor]:
+        def x0_of(x: Tensor) -> tuple[Tensor, Tensor]:
             prediction = self.denoiser(x, timestep, labels) if held is None else held
-            images = self.decoder(predict_x0(x, prediction, alpha, sigma, self.denoiser.prediction))
-            return self.logits(images), prediction
+            return predict_x0(x, prediction, alpha, sigma, self.denoiser.prediction), prediction
 
         with torch.no_grad():  # keeps the learner's own weights out of the graph; vjp records what x needs
-            logits, backward, prediction = torch.func.vjp(logits_of, x, has_aux=True)  # type: ignore[misc]
-            value, dlogits = criteria.value_and_gradient(self.criterion, logits, labels)
-            (gradient,) = backward(dlogits)
+            if self.taped:
+                with torch.enable_grad():
+                    x = x.detach().requires_grad_()
+                    x0, prediction = x0_of(x)
+                value, dx0 = self._pull(x0.detach(), labels)
+                (gradient,) = torch.autograd.grad(x0, x, dx0)
+                return gradient, prediction.detach(), value
+            x0, backward, prediction = torch.func.vjp(x0_of, x, has_aux=True)  # type: ignore[misc]
+            value, dx0 = self._pull(x0, labels)
+            (gradient,) = backward(dx0)
         return gradient, prediction, value
+
+    def _pull(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The criterion's values (B,) at x0, and their gradient there."""
+        logits, backward = torch.func.vjp(lambda x0: self.logits(self.decoder(x0)), x0)  # type: ignore[misc]
+        value, dlogits = criteria.value_and_gradient(self.criterion, logits, labels)
+        return value, backward(dlogits)[0]

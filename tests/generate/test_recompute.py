@@ -23,7 +23,7 @@ def paths(request, learner):
     plain = GuidancePath(
         denoiser=pipeline.denoiser, decoder=pipeline.guidance_decoder, learner=lambda i: i.mean((2, 3))
     )
-    return plain, dataclasses.replace(plain, denoiser=recomputing(pipeline.denoiser))
+    return plain, dataclasses.replace(plain, denoiser=recomputing(pipeline.denoiser), taped=True)
 
 
 def gradient(path, count):
@@ -49,7 +49,7 @@ def test_a_budget_recomputes_only_where_chunks_would_be_small(pipeline, learner)
     path = GuidancePath(denoiser=pipeline.denoiser, decoder=pipeline.guidance_decoder, learner=learner)
     table = pipeline.table(4)
     _, one = probing._chunk(path, table, 1)
-    _, least = probing._chunk(dataclasses.replace(path, denoiser=recomputing(path.denoiser)), table, 1)
+    _, least = probing._chunk(dataclasses.replace(path, denoiser=recomputing(path.denoiser), taped=True), table, 1)
     assert least < one
     roomy, tight, tighter = (
         probing.bounded(path, table, budget, recompute=True) for budget in (20 * one, 3 * one, least)
@@ -88,7 +88,7 @@ def test_compiled_blocks_recompute_within_the_budget_and_whole_steps_say_how(pip
     free = GuidedSampler(pipeline, learner, compile=False, **options)
     path, table = free.execution.parts.path, free.table
     _, one = probing._chunk(path, table, 1)
-    _, least = probing._chunk(dataclasses.replace(path, denoiser=recomputing(path.denoiser)), table, 1)
+    _, least = probing._chunk(dataclasses.replace(path, denoiser=recomputing(path.denoiser), taped=True), table, 1)
     options["memory_budget"] = (one + least) // 2
     with pytest.raises(ValueError, match="with compile = False or compile_region = 'blocks' it may hold less"):
         GuidedSampler(pipeline, learner, compile=True, **options).generate([0])

@@ -102,8 +102,11 @@ class Execution:
     @cached_property
     def _by_blocks(self) -> StepParts:
         parts = self.parts
-        twin = regional(parts.denoiser, self._compile)
-        path = None if parts.path is None else replace(parts.path, denoiser=twin)
+        twin, path = regional(parts.denoiser, self._compile), parts.path
+        if path is not None:
+            recompute = path.denoiser is not parts.denoiser  # within a memory budget
+            guiding = regional(parts.denoiser, self._compile, recompute=True) if recompute else twin
+            path = replace(path, denoiser=guiding, taped=True)
         return replace(parts, denoiser=twin, path=path, cache=parts.cache and FeatureCache(twin))
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:

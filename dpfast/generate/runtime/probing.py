@@ -56,7 +56,7 @@ def bounded(path: GuidancePath, table: SolverTable, budget: int, *, recompute: b
     """
     chunk, least = _chunk(path, table, budget)
     if recompute and chunk < ENOUGH and path.through == "denoiser" and can_recompute(path.denoiser):
-        twin = replace(path, denoiser=recomputing(path.denoiser))
+        twin = replace(path, denoiser=recomputing(path.denoiser), taped=True)
         larger, smaller = _chunk(twin, table, budget)
         if larger > chunk or smaller < least:
             path, chunk, least = twin, larger, smaller
