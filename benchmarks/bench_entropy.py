@@ -33,7 +33,6 @@ def _case(rows: int, classes: int, targets: dict[str, float], *, latency: bool =
         }
 
     return Case(
-        suite="ops",
         operation="entropy_and_grad",
         size=f"{rows} x {classes} fp32",
         tests="tests/ops/test_entropy.py",

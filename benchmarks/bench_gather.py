@@ -49,7 +49,6 @@ def build(device: torch.device) -> Variants:
 
 CASES = [
     Case(
-        suite="ops",
         operation="gather_batch",
         size="1024 of 100,000 x 3x64x64 uint8 -> fp32 NHWC",
         tests="tests/ops/test_gather.py",

@@ -51,7 +51,6 @@ def _case(size: str, noise: float, targets: dict[str, float]) -> Case:
     # Five passes: x, two predictions and the gradient read, the result written.
     elements = torch.Size(SHAPE).numel()
     return Case(
-        suite="ops",
         operation="guided_step",
         size=size,
         tests="tests/ops/test_guided_step.py",

@@ -152,7 +152,6 @@ def build(device: torch.device, *, size: int, batch: int, augment: bool) -> Vari
 def case(size: int, batch: int, augment: bool) -> Case:
     targets = {FOLDER: 8.0 if size == 224 else 3.0} if augment and batch == 256 else {}
     return Case(
-        suite="loader",
         operation="loader",
         size=f"{BATCHES[size]} x {batch} x 3x{size}x{size}, {'crop, flip, normalise' if augment else 'normalise'}",
         tests="tests/feed/test_loader.py",

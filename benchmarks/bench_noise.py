@@ -31,7 +31,6 @@ def build(device: torch.device) -> Variants:
 
 CASES = [
     Case(
-        suite="ops",
         operation="normal",
         size="256 x 4x64x64",
         tests="tests/ops/test_noise.py",

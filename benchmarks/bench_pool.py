@@ -103,7 +103,6 @@ def build_open(device: torch.device) -> Variants:
 
 CASES = [
     Case(
-        suite="pool",
         tests="tests/pool/test_pool.py",
         operation="pool.append",
         size="256 x 3x224x224 uint8",
@@ -113,7 +112,6 @@ CASES = [
     ),
     *(
         Case(
-            suite="pool",
             tests="tests/pool/test_pool.py",
             operation="pool.payload",
             size=f"{'the same ' if again else ''}256 of {LARGE:,} x 512 bytes against {SMALL:,}",
@@ -123,7 +121,6 @@ CASES = [
         for again in (True, False)
     ),
     Case(
-        suite="pool",
         tests="tests/pool/test_saver.py",
         operation="pool.open",
         size=f"{ROWS:,} x 512 bytes",

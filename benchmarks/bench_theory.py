@@ -92,7 +92,7 @@ def build(device: torch.device) -> Variants:
     }
 
 
-CASES = [Case(suite="theory", operation="test_error", size=f"{EVALUATIONS:,} cells", tests=TESTS, build=build)]
+CASES = [Case(operation="test_error", size=f"{EVALUATIONS:,} cells", tests=TESTS, build=build)]
 
 
 @pytest.mark.parametrize("variant", [f"{OURS}, hard", f"{OURS}, easy"])

@@ -1,15 +1,20 @@
-"""What can be measured: every `bench_*.py` beside this file lists its cases."""
+"""What can be measured: the `bench_*.py` beside this file list their cases."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 Variants = dict[str, Callable[[], object]]
+SUITES = {
+    "ops": ("bench_entropy", "bench_gather", "bench_guided_step", "bench_noise"),
+    "pool": ("bench_pool",),
+    "loader": ("bench_loader",),
+    "theory": ("bench_theory",),
+}
 OURS, OURS_OUT, EAGER, COMPILED = "dpfast", "dpfast, out=", "eager", "torch.compile"
 
 
@@ -23,7 +28,6 @@ class Case:
     a rival's name to the speed-up that is asked for on a CPU, "copy" to the share of the copy bandwidth.
     """
 
-    suite: str
     operation: str
     size: str
     tests: str
@@ -37,10 +41,9 @@ class Case:
 
 
 def cases(suite: str) -> list[Case]:
-    """The cases of a suite, in the order of their files."""
-    modules = [path.stem for path in sorted(Path(__file__).parent.glob("bench_*.py"))]
-    found = [case for module in modules for case in importlib.import_module(f"benchmarks.{module}").CASES]
-    return [case for case in found if case.suite == suite]
+    """The cases of a suite, in the order of its files; those of other suites may need packages that are not there."""
+    modules = (importlib.import_module(f"benchmarks.{module}") for module in SUITES[suite])
+    return [case for module in modules for case in module.CASES]
 
 
 def pytest_pairs(chosen: list[Case]) -> list[tuple[Case, str]]:

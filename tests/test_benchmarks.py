@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from benchmarks import gate, run, timing
-from benchmarks.registry import EAGER, OURS, OURS_OUT, Case, cases
+from benchmarks.registry import EAGER, OURS, OURS_OUT, SUITES, Case, cases
 
 CPU = torch.device("cpu")
 
@@ -17,9 +19,7 @@ CPU = torch.device("cpu")
 def tiny(tests: str, **changes) -> Case:
     variants = {EAGER: lambda: time.sleep(4e-3), OURS: lambda: time.sleep(1e-3), OURS_OUT: lambda: None}
     options = {"bytes": 1 << 12, "targets": {EAGER: 2, "copy": 0.5}, **changes}
-    return Case(
-        suite="ops", operation="sleep", size="4 ms", tests=tests, build=lambda device: dict(variants), **options
-    )
+    return Case(operation="sleep", size="4 ms", tests=tests, build=lambda device: dict(variants), **options)
 
 
 @pytest.fixture
@@ -130,6 +130,21 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, named, capsys):
     assert named in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_every_file_of_cases_belongs_to_a_suite():
+    files = {path.stem for path in (gate.ROOT / "benchmarks").glob("bench_*.py")}
+    assert sorted(name for names in SUITES.values() for name in names) == sorted(files)
+
+
+def test_operations_are_measured_without_the_packages_of_other_suites():
+    """On a bare machine: torch, Triton, numpy, pytest and nothing else of what dpfast needs."""
+    hidden = "import sys; sys.modules.update(dict.fromkeys(('PIL', 'diffusers', 'transformers', 'webdataset')))"
+    code = (
+        f"{hidden}; from benchmarks.run import main; main(['ops', '--only', '256 x 10', '--rounds', '1', '--no-gate'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=gate.ROOT, capture_output=True, text=True)
+    assert "entropy_and_grad: 256 x 10" in result.stdout, result.stderr
 
 
 def test_every_operation_has_a_case_and_tests_that_gate_it():
