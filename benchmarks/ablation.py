@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -381,15 +379,11 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _arguments(arguments)
-    described = {
-        "suite": "sampler",
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **timing.machine(torch.device(options.device)),
-        "learner": options.learner or "quick",
-    }
+    device = torch.device(options.device)
+    described = timing.described("sampler", device) | {"learner": options.learner or "quick"}
     print(", ".join(f"{key} {value}" for key, value in described.items()), file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.learner, Path(folder), torch.device(options.device), compile=not options.no_compile)
+        bench = Bench(options.learner, Path(folder), device, compile=not options.no_compile)
         if options.search is not None:
             print(search(bench, options.search, options.first, options.keep))
             return 0
@@ -420,9 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen is not None:
         print(f"fewest steps that keep entropy and agreement on these samples: {chosen['row']}")
     if options.record is not None:
-        options.record.mkdir(parents=True, exist_ok=True)
-        with (options.record / RESULTS.name).open("a") as file:
-            file.writelines(json.dumps(described | record) + "\n" for record in made)
+        timing.append(options.record / RESULTS.name, "sampler", made, device)
     return 0
 
 

@@ -8,7 +8,6 @@ of samples from labels to uint8 images on the device; their rivals are those of 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import statistics
@@ -254,22 +253,23 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--record", type=Path, nargs="?", const=RESULTS.parent, metavar="FOLDER",
         help="append to models.jsonl in FOLDER (default benchmarks/results)",
     )  # fmt: skip
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in options.models.split("|"):
+        if name not in BATCHES:
+            parser.error(f"--models has {name!r}, expected {' or '.join(BATCHES)}")
+    for name, value in (("rounds", options.rounds), ("batch", options.batch)):
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 without a GPU."""
+    """0, 1 where a row fails, or 2 without a GPU."""
     options = _arguments(arguments)
     if not torch.cuda.is_available():
         print("dpfast bench models: torch sees no GPU", file=sys.stderr)
         return 2
-    peak = here().half
-    described = {
-        "suite": "models",
-        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **timing.machine(torch.device("cuda")),
-        "peak": peak,
-    }
+    peak, failed = here().half, False
     for name in options.models.split("|"):
         work, made = WORKS[name](), []
         with tempfile.TemporaryDirectory() as folder:
@@ -279,17 +279,17 @@ def main(arguments: list[str] | None = None) -> int:
                     made.append(measure(make(), work, peak, options.rounds))
                 except Exception as error:  # a row that fails leaves the others
                     print(f"{title}: {type(error).__name__}: {str(error)[:2000]}", file=sys.stderr, flush=True)
+                    failed = True
                     continue
                 finally:
                     gc.collect()
                     torch.cuda.empty_cache()
                 print(json.dumps(made[-1]), file=sys.stderr, flush=True)
                 if options.record is not None:
-                    options.record.mkdir(parents=True, exist_ok=True)
-                    with (options.record / RESULTS.name).open("a") as file:
-                        file.write(json.dumps(described | {"model": name} | made[-1]) + "\n")
+                    record = {"peak": peak, "model": name} | made[-1]
+                    timing.append(options.record / RESULTS.name, "models", [record], "cuda")
         print(table(name, made), flush=True)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

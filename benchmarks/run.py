@@ -9,9 +9,7 @@ Python and replayed from a CUDA graph, because a small operation takes the host 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -144,9 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no case of {options.suite} contains {options.only!r}; there are: {names}", file=sys.stderr)
         return 2
     device = torch.device(options.device)
-    when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    described = {"suite": options.suite, "when": when, **timing.machine(device)}
-    print(", ".join(f"{key} {value}" for key, value in described.items()), file=sys.stderr)
+    print(
+        ", ".join(f"{key} {value}" for key, value in timing.described(options.suite, device).items()), file=sys.stderr
+    )
     failed = False
     records = []
     for case in chosen:
@@ -158,12 +156,10 @@ def main(arguments: list[str] | None = None) -> int:
         for record in measure(case, device, options.rounds):
             if options.no_gate:
                 record |= {"ratios": {}, "targets": {}}
-            records.append(described | record)
+            records.append(record)
     print(table(records))
     if options.record is not None and not options.no_gate:
-        options.record.mkdir(parents=True, exist_ok=True)
-        with (options.record / f"{options.suite}.jsonl").open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        timing.append(options.record / f"{options.suite}.jsonl", options.suite, records, device)
     return 1 if failed else 0
 
 

@@ -164,7 +164,13 @@ def machine(device: torch.device) -> dict[str, object]:
 
 def append(file: Path, suite: str, records: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu") -> None:
     """Appends the records to a file, a line of JSON each, with the suite, the moment and the machine before them."""
-    when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    described = {"suite": suite, "when": when, **machine(torch.device(device))}
+    before = described(suite, torch.device(device))
+    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
-        lines.writelines(json.dumps({**described, **record}) + "\n" for record in records)
+        lines.writelines(json.dumps({**before, **record}) + "\n" for record in records)
+
+
+def described(suite: str, device: torch.device) -> dict[str, object]:
+    """The suite, the moment and the machine."""
+    when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"suite": suite, "when": when, **machine(device)}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gate, run, timing
-from benchmarks.registry import EAGER, OURS, OURS_OUT, SUITES, Case, cases
+from benchmarks.registry import COMPILED, EAGER, OURS, OURS_OUT, SUITES, Case, cases
 
 CPU = torch.device("cpu")
 
@@ -151,6 +151,34 @@ def test_every_operation_has_a_case_and_tests_that_gate_it():
     found = cases("ops")
     assert {case.operation for case in found} == {"entropy_and_grad", "guided_step", "normal", "gather_batch"}
     assert all((gate.ROOT / case.tests).is_file() for case in found)
+
+
+def recorded(suite):
+    return [json.loads(line) for line in (run.RESULTS / f"{suite}.jsonl").read_text().splitlines()]
+
+
+def test_the_documented_gpu_rows_of_the_sampler_are_those_of_the_record():
+    lines = (gate.ROOT / "docs" / "results.md").read_text().splitlines()
+    records = recorded("models")
+    assert {record["model"] for record in records} == {"dit-xl-2", "stable-diffusion-1.5"}
+    for record in records:
+        rows = [line.split("|")[2:] for line in lines if line.startswith(f"| {record['row']} |")]
+        rates = [record["samples_per_second"][kind] for kind in ("guided", "unguided")]
+        cost = f"{record['cost']:.2f} ({record['cost_by_flops']:.2f})"
+        same = [row for row in rows if row[2].strip() == cost]
+        assert any([float(row[0]), float(row[1])] == pytest.approx(rates, rel=5e-3) for row in same), record["row"]
+
+
+def test_the_gpu_ratios_that_the_readme_gives_are_those_of_the_record():
+    replayed = [record["ratios"][OURS] for record in recorded("ops") if record["pages"] == "replayed"]
+    low, high = (
+        {rival: limit(ratios[rival] for ratios in replayed if rival in ratios) for rival in ("copy", EAGER, COMPILED)}
+        for limit in (min, max)
+    )
+    text = " ".join((gate.ROOT / "README.md").read_text().split())
+    assert f"move {100 * low['copy']:.0f} to {100 * high['copy']:.0f} % of a copy's bandwidth" in text
+    assert f"{low[EAGER]:.1f} to {high[EAGER]:.1f} times as fast as eager PyTorch" in text
+    assert f"{low[COMPILED]:.2f} to {high[COMPILED]:.2f} times as fast as torch.compile" in text
 
 
 def test_records_are_appended_with_the_machine_before_them(tmp_path):
