@@ -240,7 +240,7 @@ def choose(kind: str, codec: str = "pixels") -> str:
 
     "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or latents: on two CPU
     cores DALI takes 7.5 times as long for crops of 256 images of 224 px, 9.7 times at 32 px and 2.6 to 9.3 times
-    without crops (``dpfast bench loader``). Neither has been measured on a GPU.
+    without crops (``dpfast bench loader``). DALI has not run on a GPU yet.
 
     Raises ``RecipeError`` for an unknown loader and for DALI where it is not installed.
     """
