@@ -36,9 +36,9 @@ from dpfast.roofline.network import link_of, step_seconds
 from dpfast.roofline.schedule import Costs, Job, Schedule, best_overlap, efficiency, in_turns, job_of
 from dpfast.roofline.stages import Stages, count_stages
 
-# Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (compiled blocks, CUDA graphs, batch 32)
-# and of Stable Diffusion 1.5 (512 px, eager, batch 16) on one H200 (docs/results.md). The others are stated.
-GENERATION = {"transformer": 0.36, "unet": 0.24}
+# Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (batch 32) and of Stable Diffusion 1.5
+# (512 px, batch 16) in steps that were not compiled, on one H200 (docs/results.md). The others are stated.
+GENERATION = {"transformer": 0.33, "unet": 0.24}
 STATED = {"training": 0.4, "evaluation": 0.4}
 LEARNER_MEMORY = 0.9  # of a device's memory that weights, activations and pool may take together
 
