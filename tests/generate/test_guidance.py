@@ -188,6 +188,7 @@ def test_intervals_that_touch_share_no_step():
     [
         ({"every": 0}, "every = 0"),
         ({"start": 0.5, "until": 0.5}, r"\(start, until\) = \(0.5, 0.5\)"),
+        ({"start": 0.6, "until": 0.2}, r"\(start, until\) = \(0.6, 0.2\)"),
         ({"start": -0.1}, r"\(start, until\)"),
         ({"mode": "strong"}, "mode = 'strong': expected one of relative, score"),
         ({"through": "decoder"}, "through = 'decoder'"),
