@@ -25,8 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import fewer_steps, timing
 from benchmarks.naive import Batched, Models, Predecessor
 from dpfast import roofline
-from dpfast.config import Learner
+from dpfast.config import Learner, RecipeError
 from dpfast.data.real import load_real
+from dpfast.device import device_named
 from dpfast.evaluate.measures import predict
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.pipelines import Pipeline
@@ -374,16 +375,19 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name} must be at least {least}, got {value}")
+    try:
+        options.device = device_named(options.device)
+    except RecipeError as error:
+        parser.error(f"--{error}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _arguments(arguments)
-    device = torch.device(options.device)
-    described = timing.described("sampler", device) | {"learner": options.learner or "quick"}
+    described = timing.described("sampler", options.device) | {"learner": options.learner or "quick"}
     print(", ".join(f"{key} {value}" for key, value in described.items()), file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.learner, Path(folder), device, compile=not options.no_compile)
+        bench = Bench(options.learner, Path(folder), options.device, compile=not options.no_compile)
         if options.search is not None:
             print(search(bench, options.search, options.first, options.keep))
             return 0
@@ -414,7 +418,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen is not None:
         print(f"fewest steps that keep entropy and agreement on these samples: {chosen['row']}")
     if options.record is not None:
-        timing.append(options.record / RESULTS.name, "sampler", made, device)
+        timing.append(options.record / RESULTS.name, "sampler", made, options.device)
     return 0
 
 

@@ -19,6 +19,8 @@ import torch
 
 from benchmarks import gate, timing
 from benchmarks.registry import OURS, OURS_OUT, Case, cases
+from dpfast.config import RecipeError
+from dpfast.device import device_named
 
 RESULTS = Path(__file__).parent / "results"
 COPY = "copy"
@@ -122,6 +124,10 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    try:
+        options.device = device_named(options.device)
+    except RecipeError as error:
+        parser.error(f"--{error}")
     return options
 
 
@@ -141,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = "; ".join(case.name for case in available)
         print(f"no case of {options.suite} contains {options.only!r}; there are: {names}", file=sys.stderr)
         return 2
-    device = torch.device(options.device)
+    device = options.device
     print(
         ", ".join(f"{key} {value}" for key, value in timing.described(options.suite, device).items()), file=sys.stderr
     )

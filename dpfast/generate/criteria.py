@@ -59,8 +59,13 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def named(criterion: str | Criterion) -> Criterion:
-    """The criterion of that name, or the function itself. Raises ``ValueError`` for an unknown name."""
+    """The criterion of that name, or the function itself.
+
+    Raises ``ValueError`` for an unknown name, ``TypeError`` for what is neither.
+    """
     if not isinstance(criterion, str):
+        if not callable(criterion):
+            raise TypeError(f"criterion must be a name or a function, got {criterion!r}")
         return criterion
     if criterion not in CRITERIA:
         raise ValueError(f"criterion = {criterion!r}: expected one of {', '.join(CRITERIA)}, or a function")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast import ops
-from dpfast.generate import criteria
+from dpfast.generate import _check, criteria
 from dpfast.generate.criteria import Criterion
 from dpfast.generate.decoder import Decoder
 from dpfast.generate.denoiser import Denoiser
@@ -54,7 +54,7 @@ class GuidanceConfig:
         approximation, whose gradient sees x only where predict_x0 does.
     criterion: "entropy", "loss", "margin", "disagreement", or a function (``dpfast.generate.criteria``).
 
-    Raises ``ValueError`` for a value out of range.
+    Raises ``ValueError`` for a value out of range, ``TypeError`` for one of another kind.
     """
 
     omega: float = 0.05
@@ -66,8 +66,9 @@ class GuidanceConfig:
     criterion: str | Criterion = "entropy"
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every = {self.every}: expected at least 1, which guides every step")
+        _check.count("every", self.every, "at least 1, which guides every step")
+        _check.number("start", self.start)
+        _check.number("until", self.until)
         check_interval("(start, until)", self.start, self.until)
         for name, value, known in (("mode", self.mode, Mode), ("through", self.through, Through)):
             if value not in get_args(known):
@@ -161,20 +162,27 @@ class GuidancePath:
             return predict_x0(x, prediction, alpha, sigma, self.denoiser.prediction), prediction
 
         with torch.no_grad():  # keeps the learner's own weights out of the graph; vjp records what x needs
-            if self.taped:
-                with torch.enable_grad():
-                    x = x.detach().requires_grad_()
-                    x0, prediction = x0_of(x)
-                value, dx0 = self._pull(x0.detach(), labels)
+            if not self.taped:
+                x0, backward, prediction = torch.func.vjp(x0_of, x, has_aux=True)  # type: ignore[misc]
+                value, dx0 = self._pull(x0, labels)
+                return backward(dx0)[0], prediction, value
+            # Autograd records nothing in inference mode, not even what is recomputed, and saves no tensor made there.
+            x, timestep, labels, alpha, sigma = map(_recordable, (x, timestep, labels, alpha, sigma))
+            with torch.inference_mode(False), torch.enable_grad():
+                x0, prediction = x0_of(x.requires_grad_())
+            value, dx0 = self._pull(x0.detach(), labels)
+            with torch.inference_mode(False):
                 (gradient,) = torch.autograd.grad(x0, x, dx0)
-                return gradient, prediction.detach(), value
-            x0, backward, prediction = torch.func.vjp(x0_of, x, has_aux=True)  # type: ignore[misc]
-            value, dx0 = self._pull(x0, labels)
-            (gradient,) = backward(dx0)
-        return gradient, prediction, value
+        return gradient, prediction.detach(), value
 
     def _pull(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The criterion's values (B,) at x0, and their gradient there."""
         logits, backward = torch.func.vjp(lambda x0: self.logits(self.decoder(x0)), x0)  # type: ignore[misc]
         value, dlogits = criteria.value_and_gradient(self.criterion, logits, labels)
         return value, backward(dlogits)[0]
+
+
+@torch.inference_mode(False)
+def _recordable(tensor: Tensor) -> Tensor:
+    """A tensor that autograd can save, apart from what it recorded before."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()

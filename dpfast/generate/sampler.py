@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.config import RecipeError
-from dpfast.generate import criteria
+from dpfast.generate import _check, criteria
 from dpfast.generate.features import FeatureCache, cached_steps
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, check_interval, interval_steps
 from dpfast.generate.pipelines import Pipeline
@@ -87,11 +88,16 @@ class GuidedSampler:
         compile_region: Region = "step",
         cuda_graphs: bool | None = None,
     ) -> None:
+        if not isinstance(guidance, GuidanceConfig | None):
+            raise TypeError(f"guidance must be a GuidanceConfig, got {guidance!r}")
+        _check.number("cfg_scale", cfg_scale)
+        _check.pair("cfg_interval", cfg_interval, Real, "(start, stop), fractions of the steps")
         check_interval("cfg_interval", *cfg_interval)
-        if memory_budget is not None and memory_budget < 1:
-            raise ValueError(f"memory_budget = {memory_budget}: expected bytes, at least 1, or None")
-        if cache_interval < 1:
-            raise ValueError(f"cache_interval = {cache_interval}: expected at least 1, which reuses nothing")
+        if image_size is not None:
+            _check.pair("image_size", image_size, Integral, "(height, width) in pixels")
+        if memory_budget is not None:
+            _check.count("memory_budget", memory_budget, "bytes, at least 1, or None")
+        _check.count("cache_interval", cache_interval, "at least 1, which reuses nothing")
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile = {compile!r}: expected True, False or 'auto'")
         if compile_region not in get_args(Region):
@@ -359,15 +365,15 @@ class GuidedSampler:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Everything a trajectory needs, on the device, or an error: labels, ids, strengths (None: unguided)."""
         device = self.pipeline.device
-        labels = torch.as_tensor(labels, dtype=torch.int64)
+        labels = _check.integers("labels", labels)
         if labels.dim() != 1:
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected (B,)")
         default = torch.arange(first_id, first_id + len(labels))
-        ids = default if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64)
+        ids = default if sample_ids is None else _check.integers("sample_ids", sample_ids)
         if ids.shape != labels.shape:
             raise ValueError(f"sample_ids has shape {tuple(ids.shape)}, expected one per label: {tuple(labels.shape)}")
         self.check_labels(labels)
-        strengths = torch.as_tensor(self.guidance.omega if omega is None else omega, dtype=torch.float32)
+        strengths = _check.strengths("omega", self.guidance.omega if omega is None else omega)
         if strengths.shape not in ((), labels.shape):
             raise ValueError(f"omega has shape {tuple(strengths.shape)}, expected () or {tuple(labels.shape)}")
         if not bool(strengths.isfinite().all()):

@@ -153,6 +153,9 @@ def plan(
         raise RecipeError(f"count = {count}: at least one device")
     if utilisation is not None and not 0 < utilisation <= 1:
         raise RecipeError(f"utilisation = {utilisation:g}: above 0 and at most 1")
+    total = recipe.practice.maximum_samples if samples is None else samples
+    if total < recipe.practice.initial_samples:
+        raise RecipeError(f"samples = {total}: the run begins with {recipe.practice.initial_samples}")
     device = devices.device(device) if isinstance(device, str) else device
     generator, learner = recipe.generator, recipe.learner
     names = class_names(generator)
@@ -165,7 +168,6 @@ def plan(
         stages = count_stages(recipe, pipeline, half_training=half)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    total = recipe.practice.maximum_samples if samples is None else samples
     shares = {"generation": GENERATION["transformer" if has_region(pipeline.denoiser) else "unet"], **STATED}
     if utilisation is not None:
         shares = dict.fromkeys(shares, utilisation)

@@ -40,6 +40,22 @@ def test_gradient_prediction_and_value_are_the_same(paths):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+def test_inference_mode_gives_the_same_gradient(paths):
+    """Where a service runs models: autograd records nothing there unless it is told to."""
+    outside = gradient(paths[1], 3)
+    with torch.inference_mode():
+        inside = gradient(paths[1], 3)
+    for ours, theirs in zip(inside, outside, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_pipeline_loaded_in_inference_mode_can_be_differentiated(pipeline_folder, learner):
+    with torch.inference_mode():
+        pipeline = Pipeline.from_pretrained(pipeline_folder)
+        path = GuidancePath(denoiser=recomputing(pipeline.denoiser), decoder=pipeline.guidance_decoder, learner=learner)
+        assert bool(gradient(dataclasses.replace(path, taped=True), 2)[0].abs().sum() > 0)
+
+
 def test_it_holds_less(paths):
     plain, twin = (memory.peak_bytes(lambda path=path: gradient(path, 8)) for path in paths)
     assert twin < 0.95 * plain  # of these tiny models; the deeper, the less

@@ -174,11 +174,33 @@ def test_bad_input_is_named_before_anything_is_sampled(pipeline, learner):
         ({"memory_budget": 0}, "memory_budget = 0"),
         ({"compile": "yes"}, "compile = 'yes'"),
         ({"cuda_graphs": True}, "cuda_graphs = True: needs a pipeline on a GPU"),
+        ({"cfg_scale": float("nan")}, "cfg_scale = nan"),
+        ({"cfg_scale": "high"}, "cfg_scale must be a number, got 'high'"),
+        ({"cfg_interval": 0.5}, r"cfg_interval must be \(start, stop\)"),
+        ({"image_size": 28}, r"image_size must be \(height, width\) in pixels, got 28"),
+        ({"memory_budget": "1GB"}, "memory_budget must be an integer, got '1GB'"),
+        ({"cache_interval": 1.5}, "cache_interval must be an integer, got 1.5"),
+        ({"guidance": 0.05}, "guidance must be a GuidanceConfig, got 0.05"),
     ],
 )
 def test_a_wrong_option_is_named(options, message, pipeline):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         GuidedSampler(pipeline, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": [0.5]}, "labels must be integers, got torch.float32"),
+        ({"labels": ["Bag"]}, r"labels must be integers, got \['Bag'\]"),
+        ({"labels": torch.tensor([True])}, "labels must be integers, got torch.bool"),
+        ({"labels": [0], "sample_ids": [0.5]}, "sample_ids must be integers, got torch.float32"),
+        ({"labels": [0], "omega": "strong"}, "omega must be a number or a tensor of numbers, got 'strong'"),
+    ],
+)
+def test_what_would_be_truncated_or_is_no_number_is_named(given, message, pipeline, learner):
+    with pytest.raises(TypeError, match=message):
+        GuidedSampler(pipeline, learner, steps=2).generate(**given)
 
 
 @pytest.mark.parametrize(

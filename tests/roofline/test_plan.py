@@ -246,7 +246,12 @@ def test_the_documented_hours_are_the_planners():
 
 
 def test_what_cannot_be_planned_is_refused(recipe):
-    for changes, message in (({"count": 0}, "count = 0"), ({"utilisation": 1.5}, "utilisation = 1.5")):
+    few = recipe.practice.initial_samples - 1
+    for changes, message in (
+        ({"count": 0}, "count = 0"),
+        ({"utilisation": 1.5}, "utilisation = 1.5"),
+        ({"samples": few}, f"samples = {few}: the run begins with {few + 1}"),
+    ):
         with pytest.raises(RecipeError, match=message):
             plan(recipe, "h100", **changes)
     with pytest.raises(RecipeError, match=r"device = 'abacus': expected one of a100"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dpfast.config import RecipeError
+from dpfast.device import device_named
 from dpfast.generate.decoder import Decoder
 from dpfast.generate.denoiser import Denoiser
 from dpfast.generate.pipelines import attention as kernels
@@ -41,6 +42,7 @@ class Pipeline:
     device: torch.device
 
     @classmethod
+    @torch.inference_mode(False)  # autograd could save no weights that were made there
     def from_pretrained(
         cls,
         source: str | Path,
@@ -58,7 +60,7 @@ class Pipeline:
             source: a folder, or the name of an embedded asset ("fashion"). An optional ``tiny_decoder``
                 (``AutoencoderTiny``) beside the pipeline's own parts serves the guidance path. A safety checker is not
                 loaded.
-            device: of all parts and tables.
+            device: of all parts and tables; a name is "auto", "cpu", "cuda" or "cuda:N".
             dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents, images and the
                 solver stay in float32.
             attention: "sdpa" or "xformers", which must match torch and needs a GPU.
@@ -70,9 +72,9 @@ class Pipeline:
 
         Raises ``RecipeError`` for a missing folder or part, weights that are missing, incomplete or pickled, a pipeline
         of another family, class names that are missing or do not fit the model, a scheduler option without a solver
-        here, an unknown dtype or attention, and where xformers is missing, does not match or has no GPU.
+        here, an unknown device, dtype or attention, and where xformers is missing, does not match or has no GPU.
         """
-        placed = torch.device(device)
+        placed = device if isinstance(device, torch.device) else device_named(device)
         kind = kernels.checked(attention, placed)
         options = families.Options(placed, _dtype(dtype), kind, channels_last, class_names, prompt_template)
         folder = PipelineFolder(source)

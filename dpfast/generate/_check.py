@@ -1,0 +1,52 @@
+"""Checks of what a sampler is given: each error names the argument, what it is and what is expected."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def count(name: str, value: object, meaning: str) -> None:
+    """Raises ``TypeError`` unless ``value`` is an integer, ``ValueError`` for one below 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} = {value}: expected {meaning}")
+
+
+def number(name: str, value: object) -> None:
+    """Raises ``TypeError`` unless ``value`` is a real number, ``ValueError`` unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} = {value}: expected a finite number")
+
+
+def pair(name: str, value: object, kind: type, meaning: str) -> None:
+    """Raises ``TypeError`` unless ``value`` is two numbers of ``kind``, such as ``Real``."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(part, kind) for part in value):
+        raise TypeError(f"{name} must be {meaning}, got {value!r}")
+
+
+def integers(name: str, values: Any) -> Tensor:
+    """``values`` as an int64 tensor. Raises ``TypeError`` for anything that is not integers, fractions included."""
+    given = _tensor(name, values, "integers")
+    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+        raise TypeError(f"{name} must be integers, got {given.dtype}")
+    return given.to(torch.int64)
+
+
+def strengths(name: str, values: Any) -> Tensor:
+    """``values`` as a float32 tensor. Raises ``TypeError`` for what is no number or numbers."""
+    return _tensor(name, values, "a number or a tensor of numbers").to(torch.float32)
+
+
+def _tensor(name: str, values: Any, expected: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be {expected}, got {values!r}") from error
