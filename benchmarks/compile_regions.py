@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="timed batches of each (default 3)")
     parser.add_argument("--regions", default="eager,blocks,step", help="which of them (default eager,blocks,step)")
     options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     pipeline, judge, labels = pipeline_of(options.layers), load_judge(), torch.arange(BATCH) % 10
     guidance = GuidanceConfig(omega=0.05, every=EVERY)
     print("| compiled | compile time, s | samples/s |\n|---|---|---|")

@@ -13,7 +13,11 @@ export PYTHONPATH=$PWD
 python=${PYTHON:-python3}
 
 $python - <<'EOF' || exit 1
-import sys, torch
+import sys
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"on_gpu.sh: {sys.executable} has no torch; PYTHON=... names another")
 if not torch.cuda.is_available():
     sys.exit("on_gpu.sh: torch sees no GPU")
 print("torch", torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_capability())

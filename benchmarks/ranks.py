@@ -161,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/ranks.jsonl")
     options = parser.parse_args(arguments)
+    for name in ("ranks", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     chosen = [name for name in WORKS if options.only in name]
     if not chosen:
         parser.error(f"--only {options.only}: no case; there are {'; '.join(WORKS)}")

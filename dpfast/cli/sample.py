@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from dpfast.cli import Commands
+from dpfast.cli.recipes import ALIASES
 from dpfast.config import Generator, Guidance, Recipe, RecipeError, fields
 
 # A learner guides as it was saved, in one stream of batches that finds its size and whether compiling pays.
@@ -26,7 +27,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("--recipe", default="fashion", help="whose [generator] and [guidance] hold (default fashion)")
     group = parser.add_argument_group("fields of the recipe", "each replaces the recipe's value")
     for name in FIELDS:
-        group.add_argument(f"--{name.replace('_', '-')}", metavar=str(fields()[name].type).split("[")[0].upper())
+        flags = (f"--{name.replace('_', '-')}", *ALIASES.get(name, ()))
+        group.add_argument(*flags, metavar=str(fields()[name].type).split("[")[0].upper())
     parser.set_defaults(handler=sample)
 
 
@@ -35,6 +37,8 @@ def sample(arguments: argparse.Namespace) -> int:
         raise RecipeError(f"count = {arguments.count}: at least 1")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise RecipeError(f"out = {str(arguments.out)!r}: exists and is not an empty folder")
+    if arguments.learner is not None and not arguments.omega:
+        raise RecipeError(f"learner = {arguments.learner!r}: guides only with omega, which is 0")
     given = {name: getattr(arguments, name) for name in FIELDS}
     recipe = Recipe.load(
         arguments.recipe,

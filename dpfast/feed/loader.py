@@ -100,7 +100,7 @@ class PoolLoader(Loader):
         seed: int,
         augment: Augment | None = None,
         form: BatchFormat | None = None,
-        device: torch.device = CPU,
+        device: torch.device | str = CPU,
         classes: int | None = None,
         fresh_weight: float = 1.0,
         ahead: int = 2,
@@ -111,7 +111,7 @@ class PoolLoader(Loader):
         if self.augment.mixes and classes is None:
             raise ValueError("mixup and cutmix need classes, the number of classes")
         self.pool, self.seed, self.classes = pool, seed, classes
-        self.form, self.device = form or BatchFormat(), device
+        self.form, self.device = form or BatchFormat(), torch.device(device)
         self.order = Order(seed, batch_size, fresh_weight=fresh_weight)
         self.waited = 0.0
         self._number = 0  # of the next batch that is prepared

@@ -81,7 +81,10 @@ class RunFolder(Places, Callback):
         check_vacant(path, recipe, overwrite=overwrite, resume=resume)
         if path.exists() and not resume:
             _remove(path)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"out = {str(path)!r}: cannot be made: {error.strerror}") from error
         if not resume:
             with durable(path, RECIPE) as file:
                 file.write(json.dumps(recipe.to_dict(), indent=2).encode() + b"\n")

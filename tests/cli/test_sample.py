@@ -48,3 +48,10 @@ def test_what_cannot_work_is_named_in_one_line(folder, options, message, request
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, capsys):
+    options = ["sample", "--generator", str(pipeline_folder), "--labels", "0", "--out", str(tmp_path / "out")]
+    assert main([*options, "--learner", "/nowhere"]) == 2
+    assert capsys.readouterr().err == "dpfast: error: learner = '/nowhere': guides only with omega, which is 0\n"
+    assert main([*options, "--count", "1", "--steps", "2"]) == 0

@@ -278,3 +278,11 @@ def test_the_choice_is_checked(monkeypatch):
         make_loader("torch", SamplePool(), batch_size=2, seed=0, augment=Augment(mixup=0.1))
     with pytest.raises(ValueError, match="ahead = 0"):
         make_loader("torch", SamplePool(), batch_size=2, seed=0, ahead=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_may_be_its_name(kind, make):
+    pool = pool_of()
+    named, given = (next(make(kind, pool, device=device)) for device in ("cpu", torch.device("cpu")))
+    assert torch.equal(named[0], given[0])
+    assert torch.equal(named[1], given[1])
