@@ -69,7 +69,7 @@ class Augment:
         mixup, cutmix: alpha of the Beta distribution of the share (Zhang et al. 2018, Yun et al. 2019); 0: none.
             With both, a batch gets one of the two, each half of the time.
 
-    Raises ``ValueError`` that names the argument which is out of range.
+    Raises ``ValueError`` that names the argument which is out of range, ``TypeError`` for a size that is no pair.
     """
 
     flip: bool = False
@@ -84,6 +84,8 @@ class Augment:
             raise ValueError(f"shift = {self.shift}, expected at least 0 pixels")
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop = {self.crop}, expected a share of the area in (0, 1]")
+        if self.size is not None and not (isinstance(self.size, (tuple, list)) and len(self.size) == 2):
+            raise TypeError(f"size must be (height, width) in pixels, got {self.size!r}")
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size = {self.size}, expected at least one pixel each way")
         for name in ("mixup", "cutmix"):

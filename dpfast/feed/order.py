@@ -15,6 +15,7 @@ ceil(b/2) right bits:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -85,10 +86,14 @@ class Order:
     paper's uniform choice. Otherwise every batch mixes a pass over the newest with a pass over the rest, in the fixed
     proportion that the weight gives.
 
-    Raises ``ValueError`` for a batch size below 1 and a weight that is not finite and above 0.
+    Raises ``TypeError`` for a seed or a batch size that is no integer, ``ValueError`` for a batch size below 1 and a
+    weight that is not finite and above 0.
     """
 
     def __init__(self, seed: int, batch_size: int, *, fresh_weight: float = 1.0) -> None:
+        for name, value in (("seed", seed), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}, expected at least 1")
         if not 0 < fresh_weight < float("inf"):

@@ -81,3 +81,8 @@ def test_cutmix_cuts_the_share_that_it_reports():
 def test_bad_input_is_named(options, named):
     with pytest.raises(ValueError, match=f"{named} = "):
         Augment(**options)
+
+
+def test_a_size_that_is_no_pair_is_named():
+    with pytest.raises(TypeError, match=r"size must be \(height, width\) in pixels, got 224"):
+        Augment(size=224)

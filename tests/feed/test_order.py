@@ -112,6 +112,10 @@ def test_bad_input_is_named():
         Order(0, 4).next(0)
     with pytest.raises(ValueError, match="fresh_weight = 0"):
         Order(0, 4, fresh_weight=0)
+    with pytest.raises(TypeError, match="batch_size must be an integer, got '8'"):
+        Order(0, "8")
+    with pytest.raises(TypeError, match="seed must be an integer, got "):
+        Order(0.5, 8)
     with pytest.raises(ValueError, match="batch_size = 0"):
         Order(0, 0)
     with pytest.raises(ValueError, match="fresh = 11"):
