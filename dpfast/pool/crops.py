@@ -127,9 +127,9 @@ def launch(
     device = out.device
     crops_kernel[(count, -(-lines * columns // BLOCK))](
         addresses,
-        indices,
+        indices.contiguous(),
         boxes.contiguous().to(device, non_blocking=True),
-        None if flip is None else flip.view(torch.uint8),
+        None if flip is None else flip.contiguous().view(torch.uint8),
         *affine,
         out,
         chunk_rows,

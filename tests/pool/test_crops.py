@@ -74,7 +74,9 @@ def check(shape, size, channels_last, dtype):
     normalised = images[indices].float() * scale[:, None, None] + bias[:, None, None]
     expected = resample(normalised, boxes, size, flip)
     error = {torch.float32: 6e-6, torch.bfloat16: 2e-2}[dtype]  # 2.7e-6: the kernel finds places in fp32
+    apart = [rows.repeat_interleave(2, 0)[::2] for rows in (indices, boxes, flip)]  # not next to each other
     made = {
+        "strides": crop_rows(table_of(images, 4), shape, apart[0], form, boxes=apart[1], flip=apart[2], size=size),
         "rows": crop_rows(table_of(images, 4), shape, indices, form, boxes=boxes, flip=flip, size=size),
         "bytes": from_images(images[indices], form, flip=flip, boxes=boxes, size=size),
         "floats": from_images(images[indices].double(), form, flip=flip, boxes=boxes, size=size),
