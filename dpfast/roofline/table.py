@@ -14,7 +14,7 @@ def plan_table(plan: Plan) -> str:
     rows += [_row(phase) for phase in plan.phases if phase.units]
     rows.append(("whole run", "", "", "", "", "", _hours(plan.seconds), _hours(plan.limit), ""))
     many = f"{plan.count} x " if plan.count > 1 else ""
-    how = "generation at the share of the limit that one H200 reached, the rest at a stated one"
+    how = "generation at the share of the limit that one H200 reached with a large network of its kind, the rest stated"
     how = "stages timed on this machine" if plan.measured else "utilisation as given" if plan.given else how
     took = f"{plan.seconds / 3600:.2f} hours, {plan.device_hours:.2f} device hours"
     lines = [f"{plan.recipe.name} on {many}{plan.device.name}: {took}; {how}"]

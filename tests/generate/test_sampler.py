@@ -216,6 +216,18 @@ def test_a_learner_that_does_not_fit_is_named(learner, message, pipeline):
         GuidedSampler(pipeline, learner.eval()).stream([0])
 
 
+@pytest.mark.parametrize("way", ["detached", "no_grad"])
+def test_a_learner_that_cuts_the_graph_is_refused(way, pipeline, learner):
+    def cut(images):
+        if way == "detached":
+            return learner(images.detach())
+        with torch.no_grad():
+            return learner(images)
+
+    with pytest.raises(ValueError, match="learner gives logits without a gradient at its images"):
+        GuidedSampler(pipeline, cut, steps=2).generate([0])
+
+
 def test_guidance_raises_the_learners_entropy_on_the_embedded_model(fashion):
     """The direction of Eq. 7: ascent. The judge stands in for a learner; same labels, ids and steps on both sides."""
     judge, labels = load_judge(), torch.arange(60) % 10

@@ -25,13 +25,14 @@ SHARE = 0.5  # of the available memory that a batch may take
 def try_learner(path: GuidancePath, shape: tuple[int, ...], classes: int | None, device: torch.device) -> None:
     """Runs the learner and the criterion on two black images, as latents of ``shape`` (c, h, w) decode to.
 
-    Raises ``ValueError`` when the learner fails on them, when its logits are not (2, classes) (None: any number), or
-    when the criterion's values are not (2,). A committee's logits are (2, M, classes).
+    Raises ``ValueError`` when the learner fails on them, when its logits are not (2, classes) (None: any number) or
+    have no gradient at the images, and when the criterion's values are not (2,). A committee's are (2, M, classes).
     """
     decoded = path.decoder(torch.zeros(2, *shape, device=device))
-    images = torch.full_like(decoded, -1.0)
     try:
-        logits = path.logits(images)
+        with torch.inference_mode(False), torch.enable_grad():
+            images = torch.full(decoded.shape, -1.0, device=decoded.device, requires_grad=True)
+            logits = path.logits(images)
     except (RuntimeError, ValueError, TypeError) as error:
         shape = (*images.shape[:2], *(path.image_size or images.shape[2:]))
         raise ValueError(f"learner fails on images of shape {shape}: {str(error).splitlines()[0]}") from error
@@ -40,9 +41,17 @@ def try_learner(path: GuidancePath, shape: tuple[int, ...], classes: int | None,
         got = tuple(found) if isinstance(logits, Tensor) else type(logits).__name__
         expected = "(2, classes)" if classes is None else f"(2, {classes}) for the pipeline"
         raise ValueError(f"learner gives {got} for 2 images, expected logits of shape {expected}")
+    if not logits.requires_grad or _gradient(logits, images) is None:
+        raise ValueError("learner gives logits without a gradient at its images: it detaches them, or runs in no_grad")
+    logits = logits.detach()
     value, _ = criteria.value_and_gradient(path.criterion, logits, torch.zeros(2, dtype=torch.int64, device=device))
     if value.shape != (2,):
         raise ValueError(f"criterion gives values of shape {tuple(value.shape)} for 2 samples, expected (2,)")
+
+
+def _gradient(logits: Tensor, images: Tensor) -> Tensor | None:
+    with torch.inference_mode(False):
+        return torch.autograd.grad(logits, images, torch.ones_like(logits), allow_unused=True)[0]
 
 
 def bounded(path: GuidancePath, table: SolverTable, budget: int, *, recompute: bool) -> GuidancePath:
