@@ -72,7 +72,8 @@ def published(
 ) -> Pipeline:
     """A published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters), weights at random.
 
-    On the meta device, where it has none, the solver's tables, which are numbers, are on the CPU.
+    dtype, device: of all weights. On the meta device, where there are none, the solver's tables, which are numbers, are
+    on the CPU.
 
     Raises ``RecipeError`` for another name than those of ``PIXELS``.
     """

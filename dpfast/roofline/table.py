@@ -14,8 +14,12 @@ def plan_table(plan: Plan) -> str:
     rows += [_row(phase) for phase in plan.phases if phase.units]
     rows.append(("whole run", "", "", "", "", "", _hours(plan.seconds), _hours(plan.limit), ""))
     many = f"{plan.count} x " if plan.count > 1 else ""
-    how = "generation at the share of the limit that one H200 reached with a large network of its kind, the rest stated"
-    how = "stages timed on this machine" if plan.measured else "utilisation as given" if plan.given else how
+    if plan.measured:
+        how = "stages timed on this machine"
+    elif plan.given:
+        how = "utilisation as given"
+    else:
+        how = "generation at the share of its limit that an H200 reached with a large such network, the rest stated"
     took = f"{plan.seconds / 3600:.2f} hours, {plan.device_hours:.2f} device hours"
     lines = [f"{plan.recipe.name} on {many}{plan.device.name}: {took}; {how}"]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from dpfast.ops import _dispatch
+from dpfast.ops import _dispatch, audit
 from dpfast.pool.prefix import Prefix
-from dpfast.pool.rows import CPU, ChunkTable
+from dpfast.pool.rows import CPU, ChunkTable, rows_kernel
 
 
 def table_of(rows, chunk_rows, stride):
@@ -87,6 +87,17 @@ def test_a_growing_table_copies_its_addresses_seldom():
         table = table.with_chunk(torch.zeros(6, dtype=torch.uint8))
         rooms.add(table.addresses.data_ptr())
     assert len(rooms) <= 10  # 1, 3, 7, ... 1023
+
+
+@pytest.mark.skipif(audit.missing() is not None, reason="the audit needs Triton's Linux wheel")
+@pytest.mark.parametrize("word", ["i32", "u8"])
+def test_the_gpu_s_kernel_keeps_everything_in_registers(word):
+    pointers = {"addresses": "*i64", "indices": "*i64", "out": f"*{word}"}
+    arguments = {**pointers, "chunk_rows": "i32", "stride": "i32", "words": "i32", "BLOCK": 2048}
+    variant = audit.Variant(name="rows", kernel=rows_kernel, arguments=arguments, warps=4, reads=0, writes=0)
+    for report in audit.audit([variant]):
+        assert report.local_bytes == 0
+        assert report.occupancy >= 0.5
 
 
 def test_the_gpu_s_kernel_reads_the_same_rows_in_triton_s_interpreter():
