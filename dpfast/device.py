@@ -1,4 +1,4 @@
-"""Where models, batches and samples are: one decision for a run."""
+"""Where models, batches and samples are: one decision for a run, and one question to a device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import torch
 
 from dpfast.config import RecipeError
 from dpfast.parallel import ALONE, Ranks
+
+
+GPUS = {"cuda"}  # torch's types of devices with streams and graphs; a rehearsal adds the one that stands for a GPU
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether work on ``device`` goes through streams, may be captured and must not be waited for."""
+    return device.type in GPUS
 
 
 def device_named(name: str, ranks: Ranks = ALONE) -> torch.device:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast.device import is_gpu
 from dpfast.feed.loader import PoolLoader, Request
 from dpfast.feed.slots import Slots
 from dpfast.pool.pool import SamplePool
@@ -45,7 +46,7 @@ class TorchLoader(PoolLoader):
             self.ahead, self.on_demand = count, True
         background = self.device.type == "cpu" and not self.on_demand
         self._worker = ThreadPoolExecutor(1, "dpfast-loader") if background else None
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self.device) if is_gpu(self.device) else None
 
     def close(self) -> None:
         super().close()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.config import RecipeError
+from dpfast.device import is_gpu
 from dpfast.generate import _check, criteria
 from dpfast.generate.features import FeatureCache, cached_steps
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, check_interval, interval_steps
@@ -127,7 +128,7 @@ class GuidedSampler:
                 image_size=image_size,
                 through=self.guidance.through,
             )
-        on_gpu = pipeline.device.type == "cuda"
+        on_gpu = is_gpu(pipeline.device)
         self.recorder: Recorder | None = CudaRecorder(pipeline.device) if on_gpu and cuda_graphs is not False else None
         if cuda_graphs and not on_gpu:
             raise ValueError(f"cuda_graphs = True: needs a pipeline on a GPU, this one is on {pipeline.device}")

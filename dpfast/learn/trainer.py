@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from dpfast.config import Learner
+from dpfast.device import is_gpu
 from dpfast.learn.batch_norm import synchronised
 from dpfast.learn.schedule import wsd
 from dpfast.parallel import ALONE, Ranks
@@ -48,12 +49,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=config.lr,
-            fused=self.device.type == "cuda",
+            fused=is_gpu(self.device),
         )
         factor = partial(wsd, total=iterations, warmup=config.warmup, cooldown=config.cooldown)
         self.schedule = LambdaLR(self.optimizer, factor)
         self.bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+            config.precision == "auto" and is_gpu(self.device) and torch.cuda.is_bf16_supported()
         )
         self._replica: nn.Module = model
         if not ranks.alone:  # buffers are equal already: batch norms are the ranks'
@@ -110,7 +111,7 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on, as flat tensors; ``restore`` takes it back."""
         tensors = {"step": torch.tensor(self.step_count), "rng": torch.get_rng_state()}
-        if self.device.type == "cuda":
+        if is_gpu(self.device):
             tensors["device_rng"] = torch.cuda.get_rng_state(self.device)
         tensors |= {f"model/{key}": value for key, value in self.model.state_dict().items()}
         tensors |= {f"ema/{key}": value for key, value in self.ema.state_dict().items()}
@@ -122,7 +123,7 @@ class Trainer:
         """Continues where ``state`` was taken; weights are written in place."""
         self.step_count = int(tensors["step"])
         torch.set_rng_state(tensors["rng"])
-        if self.device.type == "cuda" and "device_rng" in tensors:
+        if is_gpu(self.device) and "device_rng" in tensors:
             torch.cuda.set_rng_state(tensors["device_rng"], self.device)
         for name, module in (("model", self.model), ("ema", self.ema)):
             module.load_state_dict(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpfast import config
+from dpfast.device import is_gpu
 from dpfast.ops import _dispatch
 from dpfast.pool import codecs
 from dpfast.pool.columns import RECORD
@@ -172,7 +173,7 @@ class SamplePool:
             origins = self._write_records(view.origins, size, records)
             self._count_fresh(records["round"])
             ready = None
-            if isinstance(payload, Tensor) and payload.is_cuda:
+            if isinstance(payload, Tensor) and is_gpu(payload.device):
                 ready = torch.cuda.Event()
                 ready.record()
             self._view = replace(view, origins=origins, size=size + len(records), ready=ready)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpfast.device import is_gpu
 from dpfast.ops import _dispatch
 from dpfast.pool import codecs
 from dpfast.pool.batch import BatchFormat, crop_rows, from_images, from_rows
@@ -87,7 +88,7 @@ class View:
 
     def _wait(self, device: torch.device) -> None:
         """Lets a reader's stream wait for the last append on a device."""
-        if self.ready is not None and device.type == "cuda":
+        if self.ready is not None and is_gpu(device):
             torch.cuda.current_stream(device).wait_event(self.ready)
 
     def _files(self, indices: Tensor) -> list[bytes]:
