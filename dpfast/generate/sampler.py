@@ -22,11 +22,9 @@ from dpfast.generate.guidance import GuidanceConfig, GuidancePath, check_interva
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.solvers import Solver
 from dpfast.generate.runtime import probing
-from dpfast.generate.runtime.batching import BatchSizer
 from dpfast.generate.runtime.compiling import CompileCosts, Tuner
 from dpfast.generate.runtime.execution import Execution, Region
 from dpfast.generate.runtime.graphs import CudaRecorder, Recorder
-from dpfast.generate.runtime.memory import release
 from dpfast.generate.runtime.regional import has_region
 from dpfast.generate.step import StepInputs, StepParts, Variant
 from dpfast.generate.stream import in_batches
@@ -436,14 +434,6 @@ class GuidedSampler:
             omega=omega,
             skipped=torch.zeros((), dtype=torch.int64, device=noise.device),
         )
-
-    def lighten(self, sizer: BatchSizer, failure: BaseException | None) -> None:
-        """After memory ran out: halves ``sizer`` and releases what a batch held. Raises ``failure`` for one sample."""
-        assert failure is not None
-        sizer.out_of_memory(failure)
-        self.execution.close()
-        release(self.pipeline.device)
-        log.warning("out of memory: going on with batches of %d", sizer.size)
 
 
 @functools.cache

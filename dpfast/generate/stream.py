@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from dpfast.generate.runtime import probing
-from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer, attempt
+from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer
 from dpfast.generate.trajectory import SampleBatch
+from dpfast.out_of_memory import attempt, release
 
 if TYPE_CHECKING:
     from dpfast.generate.sampler import GuidedSampler
+
+log = logging.getLogger(__name__)
 
 
 def in_batches(
@@ -41,7 +45,11 @@ def in_batches(
         started = time.perf_counter()
         batch, failure = attempt(functools.partial(make, slice(done, done + sizer.size)))
         if batch is None:
-            sampler.lighten(sizer, failure)
+            assert failure is not None
+            sizer.out_of_memory(failure)
+            sampler.close()
+            release(sampler.pipeline.device)
+            log.warning("out of memory: going on with batches of %d", sizer.size)
             sampler.fitting[guided] = sizer.size
             retries += 1
             continue

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,14 +31,12 @@ from dpfast.config import Recipe, RecipeError
 from dpfast.generate.decoder import Encoder
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import image_shape, new_sampler
-from dpfast.generate.runtime.batching import BatchSizer, attempt
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.trajectory import SampleBatch, Trajectory
+from dpfast.out_of_memory import HalvingBatches
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.costs import Cost, Price, Prices
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,32 +71,6 @@ class Way(Protocol):
     steps: int
 
     def make(self, wanted: Wanted, cost: Cost) -> Iterator[SampleBatch]: ...
-
-
-class Chunks:
-    """Work on rows in as large parts as memory takes: running out of it halves them for good, as in ``stream``."""
-
-    def __init__(self, sampler: GuidedSampler, size: int) -> None:
-        self.sampler, self.sizer = sampler, BatchSizer(size, limit=size, search=False)
-        self.retries = 0
-
-    def over(self, count: int, make: Callable[[slice], Part]) -> Iterator[Part]:
-        """``make`` of the rows 0 to ``count``, part by part."""
-        done = 0
-        while done < count:
-            rows = slice(done, min(done + self.sizer.size, count))
-            made, failure = attempt(partial(make, rows))
-            if made is None:
-                self.sampler.lighten(self.sizer, failure)
-                self.retries += 1
-                continue
-            done = rows.stop
-            yield made
-
-    def since(self) -> int:
-        """Retries since it was last asked."""
-        retries, self.retries = self.retries, 0
-        return retries
 
 
 def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
@@ -163,7 +135,7 @@ class EarlyRejection(FromNoise):
         super().__init__(recipe, sampler, eager)
         self.ratio, self.initial = recipe.practice.early_candidates, recipe.practice.initial_samples
         self.stop = early_stop(recipe, sampler.guidance.steps(self.steps))
-        self.chunks = Chunks(sampler, self.batch)
+        self.chunks = HalvingBatches(self.batch, sampler.pipeline.device, lighten=sampler.close)
         self.early_prices = Prices(eager, lambda: eager.advance(eager.begin([0], [0]), self.stop))
 
     def make(self, wanted: Wanted, cost: Cost) -> Iterator[SampleBatch]:
@@ -221,7 +193,7 @@ class RePractice(FromNoise):
                 f"restart = {recipe.practice.restart:g}: images of another size than decoded need codec = 'latents'"
             )
         self.steps -= self.start
-        self.chunks = Chunks(sampler, self.batch)
+        self.chunks = HalvingBatches(self.batch, sampler.pipeline.device, lighten=sampler.close)
         self.image = torch.zeros(1, *image_shape(sampler.pipeline), device=sampler.pipeline.device)
         self.prices = Prices(eager, self._one)
 

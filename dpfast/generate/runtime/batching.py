@@ -5,33 +5,9 @@ The batches that measure are batches of the stream: nothing is sampled twice or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
-import torch
-
-Made = TypeVar("Made")
 FIRST = 8
 LARGEST = 1024
 GAIN = 1.05  # a doubling that brings less than this is not worth its memory
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on a CPU (where torch raises a plain ``RuntimeError``)."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
-
-
-def attempt(make: Callable[[], Made]) -> tuple[Made | None, BaseException | None]:
-    """What ``make`` gives, or the error where memory ran out; other errors are raised."""
-    try:
-        return make(), None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None, error.with_traceback(None)  # the traceback would keep the batch's tensors alive
 
 
 class BatchSizer:

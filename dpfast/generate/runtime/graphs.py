@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dpfast.generate.runtime.batching import is_out_of_memory
+from dpfast.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 WARM_UPS = 3  # Triton's and cuBLAS' choices and workspaces must exist before a capture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 import weakref
 from collections.abc import Callable
@@ -77,10 +76,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-
-
-def release(device: torch.device) -> None:
-    """Gives back what a failed batch held."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
