@@ -7,7 +7,6 @@ import torch
 from dpfast.config import RecipeError
 from dpfast.parallel import ALONE, Ranks
 
-
 GPUS = {"cuda"}  # torch's types of devices with streams and graphs; a rehearsal adds the one that stands for a GPU
 
 
