@@ -25,9 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import fewer_steps, timing
 from benchmarks.naive import Batched, Models, Predecessor
 from dpfast import roofline
-from dpfast.config import Learner, RecipeError
+from dpfast.config import Learner
 from dpfast.data.real import load_real
-from dpfast.device import device_named
 from dpfast.evaluate.measures import predict
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.pipelines import Pipeline
@@ -359,7 +358,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dpfast bench sampler", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="batches of each row, in turns (default 5)")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    timing.add_device(parser)
     parser.add_argument("--learner", help="the run folder whose learner guides; default: one trained for 15 s")
     parser.add_argument("--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="finished rows are left here, and not done again")
@@ -375,10 +374,6 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name} must be at least {least}, got {value}")
-    try:
-        options.device = device_named(options.device)
-    except RecipeError as error:
-        parser.error(f"--{error}")
     return options
 
 

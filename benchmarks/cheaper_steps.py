@@ -46,10 +46,10 @@ def table(tried: list[dict[str, Any]], seconds: dict[int, float]) -> str:
 
 def speed(bench: Bench, options: tuple[dict[str, Any], ...], batch: int, rounds: int) -> dict[int, float]:
     """Seconds of a sample of each setting, medians over batches in turns."""
-    labels = torch.arange(batch) % 10
+    labels = torch.arange(batch, device=bench.device) % 10
     samplers = [bench.sampler(compile=False, **option) for option in options]
     calls = {str(i): functools.partial(sampler.generate, labels) for i, sampler in enumerate(samplers)}
-    timed = timing.interleave(calls, rounds, torch.device("cpu"))
+    timed = timing.interleave(calls, rounds, bench.device)
     return {int(name): times.median / batch for name, times in timed.items()}
 
 
@@ -60,9 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="of the timed batches (default 64)")
     parser.add_argument("--rounds", type=int, default=5, help="timed batches of each setting; 0: none (default 5)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="finished settings are left here, not done again")
+    timing.add_device(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.learner, Path(folder), torch.device("cpu"), compile=False)
+        bench = Bench(options.learner, Path(folder), options.device, compile=False)
         quality = qualities(bench, options.samples, 0, options.keep)
         for name, settings in GROUPS.items():
             seconds = speed(bench, settings, options.batch, options.rounds) if options.rounds else {}

@@ -72,6 +72,7 @@ def child(generator: str, validation: str) -> None:
 
         from dpfast.config import Recipe
         from dpfast.data.real import check_real, load_real
+        from dpfast.device import device_named
         from dpfast.generate.recipes import check_generator, image_shape, load_pipeline
         from dpfast.practice import experiment  # noqa: F401  what `dpfast run` imports
         from dpfast.practice.guided import check_way
@@ -85,7 +86,7 @@ def child(generator: str, validation: str) -> None:
     with stage("folders"):
         check_real(validation, "", check_generator(recipe.generator))
     with stage("pipeline and prompts"):
-        pipeline = load_pipeline(recipe.generator)
+        pipeline = load_pipeline(recipe.generator, device=device_named(recipe.device))
     with stage("real images"):
         shape = image_shape(pipeline)
         real = load_real(validation, classes=pipeline.class_names, shape=shape)

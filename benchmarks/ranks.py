@@ -48,7 +48,7 @@ Work = Callable[[Ranks], Callable[[], object]]
 def generation(ranks: Ranks) -> Callable[[], object]:
     """Guided samples of the embedded recipe, dealt in batches."""
     recipe = Recipe.load("fashion")
-    pipeline = load_pipeline(recipe.generator)
+    pipeline = load_pipeline(recipe.generator, device="cpu")
     learner = _learner("regnet", 10).eval()
     sampler = new_sampler(recipe, pipeline, learner)
     ids = ranks.places(SAMPLES, BATCH)

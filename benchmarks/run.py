@@ -19,8 +19,6 @@ import torch
 
 from benchmarks import gate, timing
 from benchmarks.registry import OURS, OURS_OUT, Case, cases
-from dpfast.config import RecipeError
-from dpfast.device import device_named
 
 RESULTS = Path(__file__).parent / "results"
 COPY = "copy"
@@ -114,7 +112,7 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("suite", choices=["ops", "pool", "loader", *TABLES])
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each variant (default 15)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    timing.add_device(parser)
     parser.add_argument(
         "--record", type=Path, nargs="?", const=RESULTS, metavar="FOLDER",
         help="append to SUITE.jsonl in FOLDER (default benchmarks/results)",
@@ -124,10 +122,6 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
-    try:
-        options.device = device_named(options.device)
-    except RecipeError as error:
-        parser.error(f"--{error}")
     return options
 
 

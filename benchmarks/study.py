@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dpfast.config import Recipe
+from dpfast.device import device_named
 from dpfast.evaluate.measures import Evaluation
 from dpfast.generate.pipelines import Pipeline
 from dpfast.pool.pool import SamplePool
@@ -81,7 +82,7 @@ def pieces(part: str, sizes: tuple[int, ...] = SIZES, iterations: int = 1200) ->
 
 def shared(recipe: Recipe, samples: int) -> Unguided:
     """The seed's unguided samples, from the cache folder or made now and kept there."""
-    pipeline = Pipeline.from_pretrained(recipe.generator.pipeline)
+    pipeline = Pipeline.from_pretrained(recipe.generator.pipeline, device=device_named(recipe.device))
     unguided, generator = Unguided(recipe, pipeline), recipe.generator
     folder = CACHE / f"unguided-seed{recipe.seed}-steps{generator.steps}-cfg{generator.cfg_scale:g}-{samples}"
     if not (folder / "cost.json").is_file():

@@ -122,7 +122,7 @@ def test_peak_counts_what_is_held_at_once():
         (["ops", "--only", "nosuch"], "no case of ops contains 'nosuch'; there are: entropy_and_grad"),
         (["ops", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["ops", "--rounds", "few"], "invalid int value: 'few'"),
-        (["ops", "--device", "cuda:99"], "--device = 'cuda:99'"),
+        (["ops", "--device", "cuda:99"], "--device: device = 'cuda:99'"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, named, capsys):

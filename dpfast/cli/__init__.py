@@ -9,6 +9,13 @@ from typing import Any, TypeAlias
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
+def add_device(parser: argparse.ArgumentParser, what: str) -> None:
+    """``--device`` of a command without a recipe's fields; its handler resolves it with ``dpfast.device``."""
+    parser.add_argument(
+        "--device", default="auto", help=f"of {what}: cpu, cuda, cuda:N, or auto, a GPU where there is one (default)"
+    )
+
+
 def first() -> bool:
     """Whether this process speaks for all that torchrun started; without it every one does."""
     return os.environ.get("RANK", "0") == "0"

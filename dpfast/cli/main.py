@@ -11,29 +11,31 @@ import difflib
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dpfast.cli import audit, bench, doctor, export, first, plan, report, run, sample, theory
-from dpfast.config import RecipeError, fields
+from dpfast.config import RecipeError
 
 WORDS = 5.0  # seconds
 COMMANDS = (run, plan, report, sample, audit, bench, export, doctor, theory)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports an unusable argument in one line, with the nearest known option."""
+    """Reports an unusable argument in one line, with the nearest option of the same command."""
 
     def error(self, message: str) -> NoReturn:
         raise RecipeError(message)
 
-    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
-        parsed, unknown = self.parse_known_args(arguments)
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As of ``ArgumentParser``, for the whole line and for each command; nothing unknown is left over."""
+        parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            name = unknown[0].lstrip("-").replace("-", "_").split("=")[0]
-            near = difflib.get_close_matches(name, list(fields()), n=1)
-            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else "; dpfast --help lists what is known"
-            raise RecipeError(f"{unknown[0]}: no such option or field{hint}")
-        return parsed
+            name = unknown[0].lstrip("-").split("=")[0].replace("_", "-")
+            known = [option.removeprefix("--") for option in self._option_string_actions]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists what is known"
+            raise RecipeError(f"{unknown[0]}: no such option of {self.prog}; {hint}")
+        return parsed, unknown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add(commands)
     try:
-        parsed = parser.parse_all(sys.argv[1:] if arguments is None else arguments)
+        parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
         return int(parsed.handler(parsed))
     except RecipeError as error:
         if first():

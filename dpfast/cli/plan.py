@@ -13,8 +13,10 @@ def add(commands: Commands) -> None:
         "plan", help="hours, samples/s, memory and limits of a recipe on given devices", allow_abbrev=False
     )
     parser.add_argument(
-        "--device", default="h100", help="a100, h100, h200, b200, or here: this machine, measured (default h100)"
-    )
+        "--device", default="h100",
+        help="the GPU that the plan is about, not one to run on: a100, h100, h200, b200, or here, this machine, "
+        "measured (default h100)",
+    )  # fmt: skip
     parser.add_argument("--count", type=int, default=1, help="how many of them (default 1)")
     parser.add_argument(
         "--utilisation", type=float, help="of every limit; default: of generation measured on an H200, 0.4 training"

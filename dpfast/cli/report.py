@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dpfast.cli import Commands
+from dpfast.cli import Commands, add_device
 
 
 def add(commands: Commands) -> None:
@@ -13,12 +13,15 @@ def add(commands: Commands) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, finished or not")
     parser.add_argument("--out", type=Path, help="folder of the page; default RUN/report of the first run")
     parser.add_argument("--study", type=Path, help="JSON lines of a study: source, samples, seed, test_accuracy")
+    add_device(parser, "the learners and decoders that read the samples again")
     parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from dpfast.device import device_named
     from dpfast.report.page import write_report
 
-    page = write_report(arguments.runs, arguments.out or arguments.runs[0] / "report", study=arguments.study)
+    out, device = arguments.out or arguments.runs[0] / "report", device_named(arguments.device)
+    page = write_report(arguments.runs, out, study=arguments.study, device=device)
     print(f"Report: {page}")
     return 0

@@ -124,7 +124,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
     if not ranks.first:
         return 0
     with stop.at_once(), unsaved("the report is not complete"):
-        write_report([out], out)
+        write_report([out], out, device=practice.pipeline.device)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
     return 0
 

@@ -12,7 +12,8 @@ from dpfast.config import Generator, Guidance, Recipe, RecipeError, fields
 
 # A learner guides as it was saved, in one stream of batches that finds its size and whether compiling pays.
 ELSEWHERE = ("omega", "guide_with", "generation_batch", "compile")
-FIELDS = [f.name for s in (Generator, Guidance) for f in dataclasses.fields(s) if f.name not in ELSEWHERE] + ["seed"]
+FIELDS = [f.name for s in (Generator, Guidance) for f in dataclasses.fields(s) if f.name not in ELSEWHERE]
+FIELDS += ["seed", "device"]
 
 
 def add(commands: Commands) -> None:
@@ -46,11 +47,12 @@ def sample(arguments: argparse.Namespace) -> int:
         **{name: value for name, value in given.items() if value is not None},
     )
 
+    from dpfast.device import device_named
     from dpfast.generate.recipes import load_pipeline, new_sampler
     from dpfast.practice.learners import load_learner
     from dpfast.report.samples import write_samples
 
-    pipeline = load_pipeline(recipe.generator)
+    pipeline = load_pipeline(recipe.generator, device=device_named(recipe.device))
     labels = _labels(arguments.labels, pipeline.class_names)
     learner = load_learner(arguments.learner, pipeline) if arguments.omega else None
     ordered = [label for label in labels for _ in range(arguments.count)]

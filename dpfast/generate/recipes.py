@@ -19,8 +19,8 @@ from dpfast.generate.sampler import GuidedSampler, Learner
 from dpfast.ops.guided_step import Mode
 
 
-def load_pipeline(generator: Generator, *, device: torch.device | str = "cpu") -> Pipeline:
-    """The pipeline that a recipe's [generator] names. Raises what ``Pipeline.from_pretrained`` raises."""
+def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeline:
+    """The pipeline of a recipe's [generator] on ``device``. Raises what ``Pipeline.from_pretrained`` raises."""
     pipeline = Pipeline.from_pretrained(
         generator.pipeline,
         device=device,

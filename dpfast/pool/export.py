@@ -4,7 +4,8 @@
     imagefolder   train/<class>/<row>.png|.jpg and train/metadata.jsonl, as Hugging Face ``datasets`` reads them
     parquet       train-00000-of-00003.parquet: an image (or a list of fp16 latents) and one field for each column
 
-Every format keeps the payload and all columns exactly, and ``import_pool`` reads each of them.
+Every format keeps the payload and all columns exactly, and ``import_pool`` reads each of them; but an image folder of
+latents holds the images that they decode to.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpfast.config import Recipe, RecipeError
 from dpfast.pool import codecs, shards
@@ -46,10 +48,12 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
     if not len(pool):
         raise RecipeError("the pool is empty: there is nothing to export")
     pictures = pool.codec == "jpeg" or (pool.codec == "pixels" and (pool.shape or (0,))[0] in (1, 3))
-    if format == "imagefolder" and not pictures:
+    decoded = pool.codec == "latents" and pool.decode is not None
+    if format == "imagefolder" and not (pictures or decoded):
+        why = "their decoder is that of a run's folder" if pool.codec == "latents" else "an image has 1 or 3 channels"
         raise RecipeError(
-            f"format = 'imagefolder': the pool holds {pool.codec} of shape {pool.shape}, an image has one or three "
-            "channels; choose webdataset or parquet"
+            f"format = 'imagefolder': the pool holds {pool.codec} of shape {pool.shape}, {why}; choose webdataset or "
+            "parquet"
         )
     if format == "webdataset":
         with Saver(pool, out, images="png" if pictures else "npy", classes=classes) as saver:
@@ -63,16 +67,18 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
     return out
 
 
-def import_pool(folder: Path, *, decode: codecs.Decode | None = None) -> tuple[SamplePool, list[str] | None]:
-    """The pool of a run, a saved pool or an exported one, and its class names where they are known.
+def import_pool(
+    folder: Path, *, decode: codecs.Decode | None = None, device: torch.device | str = "cpu"
+) -> tuple[SamplePool, list[str] | None]:
+    """The pool of a run, a saved pool or an exported one, in host memory, and its class names where they are known.
 
-    decode: of a saved pool of latents, as of ``SamplePool``; a run's own decoder by default.
+    decode: of a saved pool of latents, as of ``SamplePool``; a run's own decoder by default, on ``device``.
     A run's pool is that of its source "dp", or of "static" where it alone was run.
     Raises ``RecipeError`` when ``folder`` is none of these.
     """
     for source in ("pool_dp", "pool_static"):
         if parts_of(folder / source):
-            return import_pool(folder / source, decode=decode or _decoder(folder))
+            return import_pool(folder / source, decode=decode or _decoder(folder, device))
     try:
         if parts := parts_of(folder):
             return open_all(folder, decode=decode), shards.Manifest.read(parts[0]).classes
@@ -87,27 +93,34 @@ def import_pool(folder: Path, *, decode: codecs.Decode | None = None) -> tuple[S
     raise RecipeError(f"{str(folder)!r} holds neither a run with samples nor a saved or exported pool")
 
 
-def _decoder(run: Path) -> codecs.Decode:
-    """The decoder of a run's latents; its pipeline is loaded with the first of them."""
+def _decoder(run: Path, device: torch.device | str) -> codecs.Decode:
+    """The decoder of a run's latents on ``device``, in batches of its generator; loaded with the first of them."""
 
     @functools.cache
-    def decoder() -> codecs.Decode:
+    def loaded() -> tuple[codecs.Decode, int]:
         from dpfast.generate.recipes import load_pipeline
 
-        recipe = Recipe.from_dict(json.loads((run / RECIPE).read_text()))
-        return load_pipeline(recipe.generator).guidance_decoder
+        generator = Recipe.from_dict(json.loads((run / RECIPE).read_text())).generator
+        return load_pipeline(generator, device=device).guidance_decoder, generator.generation_batch
 
-    return lambda latents: decoder()(latents)
+    def decode(latents: Tensor) -> Tensor:
+        decoder, batch = loaded()
+        return torch.cat([decoder(part).to(latents.device) for part in latents.split(batch)])
+
+    return decode
 
 
-def _rows(pool: SamplePool) -> Iterator[tuple[int, np.ndarray, list[Any]]]:
-    """(first row, records, payloads) of BATCH samples at a time; payloads are image files, or rows of latents."""
+def _rows(pool: SamplePool, *, decoded: bool = False) -> Iterator[tuple[int, np.ndarray, list[Any]]]:
+    """(first row, records, payloads) of BATCH samples at a time; payloads are image files, or rows of latents.
+
+    decoded: latents as the image files that they decode to.
+    """
     for first in range(0, len(pool), BATCH):
         rows = torch.arange(first, min(first + BATCH, len(pool)))
-        payload = pool.payload(rows)
-        if isinstance(payload, torch.Tensor) and pool.codec == "pixels" and payload.shape[1] in (1, 3):
+        payload = pool.images(rows) if decoded and pool.codec == "latents" else pool.payload(rows)
+        if isinstance(payload, Tensor) and payload.dtype == torch.uint8 and payload.shape[1] in (1, 3):
             files: list[Any] = [codecs.to_png(pixels) for pixels in payload.numpy()]
-        elif isinstance(payload, torch.Tensor):
+        elif isinstance(payload, Tensor):
             files = list(payload.flatten(1).numpy())
         else:
             files = list(payload)
@@ -118,7 +131,7 @@ def _write_images(pool: SamplePool, folder: Path, classes: list[str] | None) -> 
     suffix = "jpg" if pool.codec == "jpeg" else "png"
     folder.mkdir(parents=True)
     with (folder / "metadata.jsonl").open("w") as lines:
-        for first, records, files in _rows(pool):
+        for first, records, files in _rows(pool, decoded=True):
             for row, (record, data) in enumerate(zip(records, files, strict=True), first):
                 name = f"{_folder_name(int(record['label']), classes)}/{row:09d}.{suffix}"
                 (folder / name).parent.mkdir(exist_ok=True)

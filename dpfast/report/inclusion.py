@@ -29,10 +29,13 @@ class Errors:
     hard: tuple[float, ...]
 
 
-def errors_around(run: Run, pool: SamplePool, classes: int, *, source: str = "dp") -> Errors | None:
+def errors_around(
+    run: Run, pool: SamplePool, classes: int, *, source: str = "dp", device: torch.device | str = "cpu"
+) -> Errors | None:
     """The errors of a run's learners, at the ends of its rounds and of the run, on the samples of every round.
 
-    None without the checkpoints of every round (``keep_rounds``). Source: Fig. 6 of arXiv 2502.15588.
+    The learners run on ``device``. None without the checkpoints of every round (``keep_rounds``). Source: Fig. 6 of
+    arXiv 2502.15588.
     """
     saved = run.path / f"checkpoints_{source}"
     rounds = int(pool.column("round").max()) if len(pool) else 0
@@ -43,7 +46,7 @@ def errors_around(run: Run, pool: SamplePool, classes: int, *, source: str = "dp
     recipe = Recipe.from_dict(run.recipe)
     options, weights = recipe.learner.options, recipe.guidance.guide_with
     channels = pool.images(torch.arange(1)).shape[1]
-    model = build_learner(recipe.learner.model, classes=classes, channels=channels, **options)
+    model = build_learner(recipe.learner.model, classes=classes, channels=channels, **options).to(device)
     of_round = pool.column("round")
     members = [torch.nonzero(of_round == number).flatten()[:PER_ROUND] for number in range(1, rounds + 1)]
     states = itertools.chain((checkpoint.load(path) for path in paths if path is not None), [newest])

@@ -48,19 +48,22 @@ th:first-child,td:first-child{text-align:left;padding-left:0}thead th{color:var(
 """
 
 
-def write_report(paths: Sequence[Path], out: Path, *, study: Path | None = None) -> Path:
+def write_report(
+    paths: Sequence[Path], out: Path, *, study: Path | None = None, device: torch.device | str = "cpu"
+) -> Path:
     """Writes ``index.html`` and PNG files into ``out`` and returns the page's path.
 
     Args:
         paths: run folders, finished or not; one report holds runs on the same real images.
         out: a folder, made where it does not exist.
         study: a JSON-lines file as of ``dpfast.report.points.points_of_study``, in place of the runs' own results.
+        device: where learners and decoders read the samples again.
 
     Raises ``RecipeError`` for a path that is no run, runs on different real images, or a study that cannot be read.
     """
     runs = read_runs(list(paths))
     points = points_of_study(study) if study is not None else points_of_runs(runs)
-    pools = {run.path: _pool(run) for run in runs}
+    pools = {run.path: _pool(run, device) for run in runs}
     out.mkdir(parents=True, exist_ok=True)
 
     def figure(name: str, draw: Callable[[tuple[float, float]], Figure | None], caption: str) -> str:
@@ -79,7 +82,7 @@ def write_report(paths: Sequence[Path], out: Path, *, study: Path | None = None)
     body.append(tables.sets(runs))
     body.append("<h2>Samples</h2>")
     for run in runs:
-        body.append(_samples(run, pools[run.path], figure, out))
+        body.append(_samples(run, pools[run.path], figure, out, device))
     body.append(_recipe(runs))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     page = out / "index.html"
@@ -105,27 +108,33 @@ def _notes(runs: list[Run]) -> str:
     return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
-def _pool(run: Run) -> tuple[SamplePool, int] | None:
+def _pool(run: Run, device: torch.device | str) -> tuple[SamplePool, int] | None:
     """A run's saved samples and its number of classes; None where there are none, or more than a page is worth."""
     size = sum(file.stat().st_size for file in run.path.glob("pool_*/**/shard-*.tar"))
     if size > LARGEST:
         run.notes.append(f"{run.path.name}: its {readable(size)} of samples are not read for this page")
         return None
     try:
-        pool, names = import_pool(run.path)
+        pool, names = import_pool(run.path, device=device)
     except RecipeError:
         return None
     return pool, len(names) if names else int(pool.column("label").max()) + 1
 
 
-def _samples(run: Run, saved: tuple[SamplePool, int] | None, figure: Callable[..., str], out: Path) -> str:
+def _samples(
+    run: Run,
+    saved: tuple[SamplePool, int] | None,
+    figure: Callable[..., str],
+    out: Path,
+    device: torch.device | str,
+) -> str:
     """Entropy at birth, error before and after inclusion, and contact sheets of every round."""
     name = run.path.name
     if saved is None:
         return f'<p class="note">{html.escape(name)}: no samples that were read, so no contact sheets.</p>'
     pool, classes = saved
     parts = [figure(f"births_{name}", partial(births, pool), f"{name}: entropy of new samples at birth, by round.")]
-    errors = errors_around(run, pool, classes)
+    errors = errors_around(run, pool, classes, device=device)
     if errors is None:
         parts.append(
             f'<p class="note">{html.escape(name)}: no checkpoints of every round (--keep-rounds true), so no errors of '

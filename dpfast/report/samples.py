@@ -23,9 +23,8 @@ def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder
     by_label: dict[int, list[torch.Tensor]] = {}
     with (folder / "samples.jsonl").open("w") as lines, tqdm(unit="sample") as bar:
         for batch in batches:
-            for image, label, number, entropy in zip(
-                batch.images, batch.labels.tolist(), batch.sample_ids.tolist(), batch.entropy.tolist(), strict=True
-            ):
+            columns = batch.labels.tolist(), batch.sample_ids.tolist(), batch.entropy.tolist()
+            for image, label, number, entropy in zip(batch.images.cpu(), *columns, strict=True):
                 safe = "".join(c if c.isalnum() else "-" for c in names[label])
                 file = f"{number:06d}_{safe}.png"
                 Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(folder / file)

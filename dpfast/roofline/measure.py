@@ -41,7 +41,7 @@ def measure(recipe: Recipe, *, rounds: int = 3, steps: int = 40) -> Timings:
 
     The samples that are made are those that the learner is trained on. Raises what ``load_pipeline`` raises.
     """
-    pipeline = load_pipeline(recipe.generator)
+    pipeline = load_pipeline(recipe.generator, device="cpu")
     classes, config = pipeline.denoiser.classes, recipe.learner
     torch.manual_seed(recipe.seed)
     learner = build_learner(config.model, classes=classes, channels=pipeline.image_channels, **config.options)

@@ -79,7 +79,7 @@ def launch_folder(options, root):
 
     parser = command._Parser()
     command.run.add(parser.add_subparsers())
-    with RunFolder(root / "begun", recipe_of(parser.parse_all(arguments(options, [], root / "begun")))):
+    with RunFolder(root / "begun", recipe_of(parser.parse_args(arguments(options, [], root / "begun")))):
         pass
     return sorted(path.name for path in (root / "begun").iterdir())
 

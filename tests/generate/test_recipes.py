@@ -26,7 +26,7 @@ def load(**overrides):
 
 def test_a_text_pipeline_gets_its_prompts_dtype_and_names_from_the_recipe(stable_diffusion_folder):
     asked = {"class_names": ", ".join(NAMES), "prompt_template": "a red photo of a {}", "dtype": "bfloat16"}
-    pipeline = load_pipeline(load(pipeline=str(stable_diffusion_folder), **asked).generator)
+    pipeline = load_pipeline(load(pipeline=str(stable_diffusion_folder), **asked).generator, device="cpu")
     wanted = Pipeline.from_pretrained(
         stable_diffusion_folder, class_names=NAMES, prompt_template=asked["prompt_template"], dtype=torch.bfloat16
     )

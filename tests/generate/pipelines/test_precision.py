@@ -77,7 +77,7 @@ def test_xformers_that_is_missing_is_named(pipeline_folder, monkeypatch):
     with pytest.raises(
         RecipeError, match=r"'xformers': not installed; pip install 'dpfast\[xformers\]', or use 'sdpa'"
     ):
-        load_pipeline(recipe.generator)
+        load_pipeline(recipe.generator, device="cpu")
 
 
 def test_xformers_for_another_torch_is_named(pipeline_folder, tmp_path, monkeypatch, forgotten):
@@ -134,7 +134,7 @@ def test_channels_last_makes_the_same_images(kind, request, monkeypatch):
     """Guided and not; the weights and what the upsampling repeats are in that format."""
     folder, names = request.getfixturevalue(kind), list(NAMES)
     recipe = Recipe.load("fashion", pipeline=str(folder), class_names=",".join(names), channels_last=True)
-    pipelines = load_pipeline(recipe.generator), Pipeline.from_pretrained(folder, class_names=names)
+    pipelines = load_pipeline(recipe.generator, device="cpu"), Pipeline.from_pretrained(folder, class_names=names)
     weight = pipelines[0].denoiser.model.conv_in.weight
     assert pipelines[1].denoiser.model.conv_in.weight.is_contiguous()
     assert weight.is_contiguous(memory_format=torch.channels_last)
