@@ -177,6 +177,11 @@ class Practice:
     oversample: float = 4.0  # prune: candidates for each sample that is kept
     prune_within: str = "class"  # prune keeps the highest entropy within each "class", or "overall"
     sources: tuple[str, ...] = ("dp", "static")  # runs of one command, compared in its table
+    checkpoint_share: float = (
+        0.01  # saving takes at most this share of the run's seconds, though it is in the background
+    )
+    checkpoint_minutes: float = 10.0  # but a checkpoint is never older than this while the learner trains; 0: one at
+    # every evaluation. Before and after a round and at the end there is always one
     checkpoints_kept: int = 2  # the newest ones of a source
     overlap: int = 0  # of several ranks so many only generate, while the others train; 0: all do both in turn
     overlap_staleness: int = 1000  # with overlap: optimiser steps between a learner and the addition of what it guided
@@ -215,6 +220,9 @@ class Practice:
         _check(self.overlap >= 0, "overlap", self.overlap, "at least 0 ranks")
         stale = self.overlap_staleness
         _check(stale >= 1, "overlap_staleness", stale, "at least 1 optimiser step")
+        share, minutes = self.checkpoint_share, self.checkpoint_minutes
+        _check(0 < share <= 1, "checkpoint_share", share, "in (0, 1]")
+        _check(minutes >= 0, "checkpoint_minutes", minutes, "at least 0, which saves at every evaluation")
         _check(self.checkpoints_kept >= 1, "checkpoints_kept", self.checkpoints_kept, "at least 1")
         _check(
             bool(self.sources) and set(self.sources) <= set(SOURCES) and len(set(self.sources)) == len(self.sources),
@@ -238,10 +246,16 @@ class Pool:
     device_gib: float | None = None  # GiB on the run's device, filled first; None: of a GPU half of what is free
     host_gib: float | None = None  # GiB of host memory, filled next; None: 70 % of what is free at the start
     mapped: bool = False  # memory-mapped files in the run's folder hold the rest, up to 90 % of its free disk
+    save_samples: str = "png"  # how the run's folder keeps pixels: "png" or "npy", exact; "jpeg": a third of the bytes,
+    # and the learner trains on what is decoded from them; "none": no resume, branch, Figure 6 or export.
+    # Latents are kept as .npy and a pool of JPEG as .jpg
 
     def __post_init__(self) -> None:
         codecs = ("pixels", "latents", "jpeg")
         _check(self.codec in codecs, "codec", self.codec, "'pixels', 'latents' or 'jpeg'")
+        kept, named = self.save_samples, "'png', 'npy', 'jpeg' or 'none'"
+        _check(kept in ("png", "npy", "jpeg", "none"), "save_samples", kept, named)
+        _check(kept != "jpeg" or self.codec == "pixels", "save_samples", kept, "'png' unless codec = 'pixels'")
         for name in ("device_gib", "host_gib"):
             value = getattr(self, name)
             _check(value is None or value >= 0, name, value, "at least 0 GiB, or left out for a share of what is free")
@@ -273,6 +287,8 @@ class Recipe:
             f"{interval} steps until the first evaluation, at most iterations ({iterations})",
         )
 
+        branches = self.practice.keep_rounds and self.pool.save_samples == "none"
+        _check(not branches, "keep_rounds", True, "false with save_samples = 'none': a branch needs the samples")
         early, omegas = self.practice.early_candidates, self.practice.omega_rounds or (self.guidance.omega,)
         _check(
             early == 1 or min(omegas) > 0,

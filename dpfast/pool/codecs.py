@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ CODECS = (*DTYPES, "jpeg")
 JPEG_QUALITY = 95
 JPEG_START = b"\xff\xd8"
 JPEG_BYTES_PER_PIXEL = 0.5  # an estimate for plans: photographs at quality 95 take 0.3 to 0.6
+PNG_SHARE = 0.75  # of the pixels' own bytes, an estimate for plans: a photograph of 224 px takes 0.65 (docs/scaling.md)
+TAR_BYTES = 6 * 512  # of a saved sample beside its payload: headers and files of label and columns, padding, a record
 
 Decode = Callable[[Tensor], Tensor]  # latents (B, c, h, w) to images (B, C, H, W) in [-1, 1]
 
@@ -30,6 +33,17 @@ def row_bytes(codec: str, shape: Sequence[int]) -> int:
     """Bytes of one payload of ``shape`` (C, H, W); for JPEG an estimate."""
     elements = int(np.prod(shape))
     return int(elements * JPEG_BYTES_PER_PIXEL) if codec == "jpeg" else elements * DTYPES[codec].itemsize
+
+
+def saved_bytes(codec: str, shape: Sequence[int], images: str = "png") -> int:
+    """Bytes on a disk of one sample whose payload is of ``shape`` (C, H, W): an estimate for PNG and JPEG.
+
+    images: a recipe's ``save_samples``; "none" takes nothing.
+    """
+    if images == "none":
+        return 0
+    payload = row_bytes("jpeg" if images == "jpeg" else codec, shape)
+    return TAR_BYTES + (int(payload * PNG_SHARE) if codec == "pixels" and images == "png" else payload)
 
 
 def to_jpeg(image: Tensor, quality: int = JPEG_QUALITY) -> bytes:
@@ -55,6 +69,14 @@ def _encoded(pixels: np.ndarray, **options: object) -> bytes:
         )
     ).save(buffer, **options)  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+def from_image_files(files: Sequence[bytes], threads: int = 1) -> np.ndarray:
+    """(B, C, H, W) uint8 pixels of images of one shape, decoded by so many threads; Pillow holds no lock meanwhile."""
+    if threads == 1:
+        return np.stack([from_image_file(file) for file in files])
+    with ThreadPoolExecutor(threads, "dpfast-decode") as executor:
+        return np.stack(list(executor.map(from_image_file, files, chunksize=16)))
 
 
 def from_image_file(data: bytes) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
+import os
 import shutil
 import threading
 import warnings
@@ -15,13 +16,16 @@ import numpy as np
 import torch
 
 from dpfast.pool import codecs, shards
+from dpfast.pool.owner import Owner
 from dpfast.pool.plan import CHUNK_BYTES
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rows import ChunkTable
-from dpfast.pool.tiers import Tiers
+from dpfast.pool.tiers import Tiers, readable
 
+IMAGES = {"npy": "npy", "png": "png", "jpeg": "jpg"}  # how pixels are kept, and the suffix
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 512 << 20
+DECODE_THREADS = 4  # of image files that are read again
 READ_BYTES = 64 << 20  # of payloads that are copied out of the pool at a time
 
 
@@ -47,12 +51,14 @@ class Saver:
 
     Args:
         pool: its samples from ``first`` on go into shards; those before are in the folder already.
-        images: "npy" (raw, opened fastest) or "png" for a pool of pixels; latents are .npy and JPEG .jpg.
+        images: of a pool of pixels "npy" (raw, opened fastest), "png", or "jpeg", whose files ``encoded`` makes;
+            latents are .npy and JPEG .jpg.
         classes: names of the labels, kept in the manifest.
         truncate: drop the shards that hold more than the pool does, where a run goes back to an earlier state.
+        reserve: bytes of the disk that are left to others: no shard is begun that would take from them.
 
-    Raises ``RuntimeError`` when another process saves into the folder, ``ValueError`` when the folder holds another
-    pool's samples.
+    Raises ``OwnedError`` when another process saves into the folder, ``OSError`` for what the file system refuses, and
+    ``ValueError`` when the folder holds another pool's samples.
     """
 
     def __init__(
@@ -64,23 +70,24 @@ class Saver:
         classes: Sequence[str] | None = None,
         shard_samples: int = SHARD_SAMPLES,
         truncate: bool = False,
+        reserve: int = 0,
     ) -> None:
-        if images not in ("npy", "png"):
-            raise ValueError(f"images = {images!r}, expected 'npy' or 'png'")
+        if images not in IMAGES:
+            raise ValueError(f"images = {images!r}, expected one of {', '.join(IMAGES)}")
         if shard_samples < 1:
             raise ValueError(f"shard_samples = {shard_samples}, expected at least 1")
         self.pool, self.folder, self.shard_samples = pool, Path(folder), shard_samples
         self.error: BaseException | None = None
-        self._suffix = {"pixels": images, "latents": "npy", "jpeg": "jpg"}[pool.codec]
+        self.reserve = reserve
+        self._suffix = {"pixels": IMAGES[images], "latents": "npy", "jpeg": "jpg"}[pool.codec]
+        self._files: dict[int, bytes] = {}  # JPEG files of a pool of pixels, by row, until they are on the disk
         self._classes = None if classes is None else list(classes)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock_file = (self.folder / ".lock").open("w")
+        self._owner = Owner(self.folder)
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock_file.close()
-            raise RuntimeError(f"another process saves a pool into {str(self.folder)!r}") from None
-        self._manifest = self._existing(truncate)
+            self._manifest = self._existing(truncate)
+        except BaseException:
+            self._owner.close()
+            raise
         self._asked = self.saved
         self._changed = threading.Condition()
         self._closed = False
@@ -108,6 +115,16 @@ class Saver:
         """How many of the pool's samples are on the disk for good."""
         return self._manifest.samples
 
+    def encoded(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, C, H, W) as they come back from JPEG files, which are kept for the pool's next B samples.
+
+        So a pool of pixels holds from the first moment what a resumed run will read: to encode again is not exact.
+        """
+        first = len(self.pool)
+        decoded, files = through_jpeg(images)
+        self._files |= dict(enumerate(files, first))
+        return decoded
+
     def save(self) -> None:
         """Asks for everything that the pool holds now."""
         with self._changed:
@@ -134,7 +151,7 @@ class Saver:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
-        self._lock_file.close()
+        self._owner.close()
         return self.saved
 
     def __enter__(self) -> Saver:
@@ -173,6 +190,7 @@ class Saver:
             records = self.pool.records(start, min(stop, start + self.shard_samples), threads=1)
             fitting = int(np.searchsorted(np.cumsum(records["length"], dtype=np.int64), SHARD_BYTES, "right"))
             records = records[: max(fitting, 1)]
+            self._check_disk(records)
             header = b""
             if self._suffix == "npy":
                 assert self.pool.shape is not None
@@ -191,15 +209,32 @@ class Saver:
                 classes=self._classes or self._manifest.classes,
                 shards=[*self._manifest.shards, shard],
             )
+            self._owner.check()
             manifest.write(self.folder)
+            for row in range(start, start + len(records)):
+                self._files.pop(row, None)
             with self._changed:
                 self._manifest = manifest
                 self._changed.notify_all()
+
+    def _check_disk(self, records: np.ndarray) -> None:
+        """Raises ``OSError`` where a shard of ``records`` would leave less of the disk than ``reserve``."""
+        needed = int(records["length"].sum(dtype=np.int64)) + len(records) * codecs.TAR_BYTES
+        free = shutil.disk_usage(self.folder).free
+        if self.reserve and free - needed < self.reserve:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: {readable(free)} are free, the next {len(records)} samples need up to "
+                f"{readable(needed)}, and {readable(self.reserve)} are left for checkpoints",
+            )
 
     def _payloads(self, start: int, lengths: np.ndarray) -> Iterator[bytes | memoryview]:
         step = max(1, READ_BYTES // max(int(lengths.max()), 1))
         for first in range(0, len(lengths), step):
             rows = torch.arange(start + first, start + min(first + step, len(lengths)))
+            if self._suffix == "jpg" and self.pool.codec == "pixels":
+                yield from (self._files[row] for row in rows.tolist())
+                continue
             payload = self.pool.payload(rows, threads=1)
             if not isinstance(payload, torch.Tensor):
                 yield from payload
@@ -209,11 +244,17 @@ class Saver:
                 yield from (memoryview(row).cast("B") for row in payload.flatten(1).numpy().view(np.uint8))
 
 
-def copy_saved(source: Path, target: Path, samples: int) -> None:
-    """Copies the shards that hold the first ``samples`` of a saved pool into a new folder; nothing is decoded.
+def through_jpeg(images: torch.Tensor) -> tuple[torch.Tensor, list[bytes]]:
+    """(B, C, H, W) uint8 as they come back from JPEG, on their device, and the files."""
+    files = [codecs.to_jpeg(image) for image in images.cpu()]
+    return torch.from_numpy(codecs.from_image_files(files)).to(images.device), files
 
-    Checksums go with them: what is damaged is found where the copy is opened. Raises ``DamagedPoolError`` when fewer
-    samples are saved, or a shard is missing.
+
+def copy_saved(source: Path, target: Path, samples: int) -> None:
+    """Gives a new folder the shards that hold the first ``samples`` of a saved pool: linked, or copied elsewhere.
+
+    A shard never changes once it has its name, so two folders can share it. Checksums go with them: what is damaged is
+    found where the copy is opened. Raises ``DamagedPoolError`` when fewer samples are saved, or a shard is missing.
     """
     manifest, held = shards.Manifest.read(source), 0
     target.mkdir(parents=True)
@@ -224,14 +265,25 @@ def copy_saved(source: Path, target: Path, samples: int) -> None:
         held += shard.samples
         for name in (shard.name, shard.columns):
             try:
-                with (source / name).open("rb") as data, shards.durable(target, name) as file:
-                    shutil.copyfileobj(data, file, READ_BYTES)
+                _link(source / name, target)
             except FileNotFoundError:
                 if name == shard.name:
                     raise shards.DamagedPoolError(f"{source / name} is missing") from None
     if held < samples:
         raise shards.DamagedPoolError(f"{str(source)!r} holds {held} samples, {samples} are needed")
     dataclasses.replace(manifest, quarantined=[]).write(target)
+
+
+def _link(path: Path, target: Path) -> None:
+    """``path`` in the folder ``target`` as well: another name of the file, or a copy where the disk refuses that."""
+    try:
+        (target / path.name).hardlink_to(path)
+        shards.sync_folder(target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without hard links
+        with path.open("rb") as data, shards.durable(target, path.name) as file:
+            shutil.copyfileobj(data, file, READ_BYTES)
 
 
 def open_pool(
@@ -271,7 +323,7 @@ def payload_of(part: shards.Loaded, records: np.ndarray, manifest: shards.Manife
         files = [part.data[o : o + n].tobytes() for o, n in zip(offsets.tolist(), lengths.tolist(), strict=True)]
         if manifest.codec == "jpeg":
             return files
-        return torch.from_numpy(np.stack([codecs.from_image_file(file) for file in files]))
+        return torch.from_numpy(codecs.from_image_files(files, threads=DECODE_THREADS))
     assert manifest.shape is not None
     width = codecs.row_bytes(manifest.codec, manifest.shape)
     if (lengths != width).any():

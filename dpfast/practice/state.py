@@ -69,7 +69,8 @@ class Keeper:
             yield
             return
         names, folder = self.loop.pipeline.class_names, part_folder(self.folder.pool(self.loop.name), self.loop.ranks)
-        with Saver(self.loop.local, folder, classes=names, truncate=True) as self._saver:
+        images = self.loop.recipe.pool.save_samples
+        with Saver(self.loop.local, folder, images=images, classes=names, truncate=True) as self._saver:
             yield
 
     def newest(self) -> str | None:

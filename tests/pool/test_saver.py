@@ -11,6 +11,7 @@ import webdataset
 
 from dpfast.pool import shards
 from dpfast.pool.columns import COLUMNS
+from dpfast.pool.owner import OwnedError
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver, SaveWarning, copy_saved
 from dpfast.pool.shards import DamagedPoolError, LostSamplesWarning
@@ -223,7 +224,7 @@ def test_a_saving_thread_that_dies_is_reported_and_not_waited_for(tmp_path, monk
 
 def test_two_savers_and_foreign_samples_are_refused(tmp_path):
     pool = saved(tmp_path, 20)
-    with Saver(pool, tmp_path), pytest.raises(RuntimeError, match="another process"):
+    with Saver(pool, tmp_path), pytest.raises(OwnedError, match=r"process \d+ on .* writes in"):
         Saver(pool, tmp_path)
     other = SamplePool()
     other.append(batch(100, 30), round=0, **ORIGIN)
@@ -248,3 +249,50 @@ def test_a_copy_has_the_shards_of_the_first_samples_and_touches_nothing(tmp_path
     with pytest.raises(DamagedPoolError, match=r"shard-000001\.tar is missing"):
         copy_saved(tmp_path / "whole", tmp_path / "torn", 30)
     assert not (tmp_path / "whole" / "quarantine").exists()
+
+
+def test_a_copy_shares_the_files_and_copies_where_links_are_refused(tmp_path, monkeypatch):
+    saved(tmp_path / "whole", 20, 30)
+    copy_saved(tmp_path / "whole", tmp_path / "linked", 30)
+    assert all(path.stat().st_nlink == 2 for path in (tmp_path / "linked").glob("shard-*"))
+
+    def refused(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", refused)
+    copy_saved(tmp_path / "whole", tmp_path / "copied", 30)
+    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "copied").glob("shard-*"))
+    for name in ("linked", "copied"):
+        check_prefix(SamplePool.open(tmp_path / name, limit=30), 30)
+
+
+def test_a_pool_of_pixels_holds_what_its_jpeg_files_give_back(tmp_path):
+    pool, rows = SamplePool(), torch.arange(30)
+    with Saver(pool, tmp_path, images="jpeg", shard_samples=20) as saver:
+        made = batch(0, 30)
+        pool.append(made, payload=saver.encoded(made.images), round=0, **ORIGIN)
+        saver.save()
+        assert saver.wait() == 30
+        assert not saver._files
+    assert not torch.equal(pool.payload(rows), made.images)
+    again = SamplePool.open(tmp_path)
+    assert torch.equal(again.payload(rows), pool.payload(rows))
+    assert again.records().tobytes() == pool.records().tobytes()
+    assert len(list(tmp_path.glob("*.tar"))) == 2
+
+
+def test_no_shard_takes_what_is_left_for_checkpoints(tmp_path, monkeypatch):
+    pool, free = SamplePool(), 300_000
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
+    with Saver(pool, tmp_path, reserve=250_000) as saver:
+        append(pool, 10)
+        saver.save()
+        assert saver.wait(20) == 10
+        free = 260_000
+        append(pool, 10)
+        saver.save()
+        with pytest.warns(SaveWarning, match=r"253.9 KiB are free, .* up to .* and 244.1 KiB are left for checkpoints"):
+            assert saver.wait(20) == 10
+        free = 300_000
+        saver.save()
+        assert saver.wait(20) == 20
