@@ -156,6 +156,10 @@ class PoolLoader(Loader):
     def close(self) -> None:
         self._rewind()
 
+    def release(self) -> None:
+        """Gives back the memory of batches that were prepared; they are made again when they are asked for."""
+        self._rewind()
+
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the pool's images, before any crop."""
         if self._shape is None:

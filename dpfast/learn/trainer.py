@@ -108,6 +108,10 @@ class Trainer:
         else:
             torch._foreach_copy_(averaged, current)
 
+    def release(self) -> None:
+        """Gives back the memory of what a step leaves behind and the next one makes again: the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on, as flat tensors; ``restore`` takes it back."""
         tensors = {"step": torch.tensor(self.step_count), "rng": torch.get_rng_state()}

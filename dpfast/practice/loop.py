@@ -14,14 +14,15 @@ from torch import nn
 
 from dpfast.config import Recipe
 from dpfast.data.real import RealData
-from dpfast.evaluate.measures import evaluate, predict
+from dpfast.device import is_gpu
+from dpfast.evaluate.measures import evaluate
 from dpfast.evaluate.sets import EvaluationSet, evaluate_sets
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
 from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.committee import guiding
 from dpfast.learn.trainer import Trainer
-from dpfast.ops import entropy
+from dpfast.out_of_memory import release
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.union import Layout, UnionPool
@@ -202,6 +203,7 @@ class Loop:
         )
         part = self.ranks.share(round.count, self.recipe.generator.generation_batch, turn=turn)
         self._tell("on_generation", round.number, part)
+        self._make_room()
         local.reserve(part - (len(local) - before))
         with self._guiding():
             batches = source.make(round, len(local) - before)
@@ -219,7 +221,9 @@ class Loop:
             if isinstance(pool, UnionPool):
                 pool.complete(round.count)
                 source.cost.share(self.cost_before, self.ranks)
+            source.release()  # before the yardstick is made
             addition = self._addition(round)
+        self._make_room()
         self.keeper.save_samples()
         if round.number:
             self.patience.added()
@@ -230,6 +234,18 @@ class Loop:
         state.rounds.append(round.count)
         self._tell("on_round", addition)
 
+    def _make_room(self) -> None:
+        """Gives back what a phase leaves in the device's memory: training and generation take turns in it.
+
+        Training leaves gradients and batches that a growing pool makes stale, either one leaves blocks in the
+        allocator's cache; captured steps are the sampler's (``GuidedSampler.release``). Weights, optimiser, EMA and
+        pool stay.
+        """
+        self.trainer.release()
+        self.loader.release()
+        if is_gpu(self.trainer.device):
+            release(self.trainer.device)
+
     def _addition(self, round: Round) -> Addition:
         """The account of a round whose samples are all in the pool."""
         cost = self.source.cost.since(self.cost_before)
@@ -237,7 +253,7 @@ class Loop:
         if not round.number:
             return addition
         hard = float(self.pool.column("entropy", round.start).mean())
-        easy = entropy(predict(self.guide, self.source.probe)).cpu()
+        easy = self.source.yardstick.entropies(self.guide)
         ratio = pruning_ratio(easy, hard)
         return replace(addition, entropy=hard, unguided_entropy=float(easy.mean()), pruning_ratio=ratio)
 

@@ -42,6 +42,7 @@ from dpfast.practice.guided import joined
 from dpfast.practice.learners import new_learner
 from dpfast.practice.sources import DeliberatePracticeSource, Round, Unguided
 from dpfast.practice.stopping import Stop
+from dpfast.practice.yardstick import Yardstick
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
@@ -97,8 +98,8 @@ class Overlapped(Callback):
             threading.Thread(target=self._beat, name="dpfast-beat", daemon=True).start()
 
     @property
-    def probe(self) -> Tensor:
-        return self.source.probe
+    def yardstick(self) -> Yardstick:
+        return self.source.yardstick
 
     def available(self, pool_size: int) -> int:
         return self.source.available(pool_size)
@@ -132,6 +133,9 @@ class Overlapped(Callback):
         }
         before = self.cost.state()
         self.cost.restore({name: type(value)(value + total[name]) for name, value in before.items()})
+
+    def release(self) -> None:
+        """Nothing: the makers' memory is theirs."""
 
     def _received(self, process: int, count: int) -> SampleBatch:
         device, group = self.source.sampler.pipeline.device, self.link.everyone
@@ -280,6 +284,7 @@ class Maker:
         spent = torch.tensor(list(self.source.cost.state().values()), dtype=torch.float64)
         dist.send(spent, 0, group=link.everyone)
         self.source.cost.restore(Cost().state())
+        self.source.release()  # the next round may have other steps than this one, the unguided of round 0
 
 
 def _on_host(batch: SampleBatch) -> SampleBatch:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -29,10 +28,9 @@ from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.costs import Cost, Prices
 from dpfast.practice.guided import Wanted, way_of
+from dpfast.practice.yardstick import Yardstick
 
-PROBE_IDS = 1 << 40  # ids of samples that no pool holds
-PROBE_SAMPLES = 250
-EAGER = {"compile": False, "cuda_graphs": False}  # for the few samples of a probe
+EAGER = {"compile": False, "cuda_graphs": False}  # for few samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +52,8 @@ class Source(Protocol):
     """Makes the samples of a run.
 
     initial_samples: of round 0. moments: the steps after which rounds are due, in place of patience, or None.
-    streams: whether ``make`` can go on in the middle of a round. cost: of everything made so far. probe: (n, C, H, W)
-    uint8 unguided images that no pool holds, the yardstick for entropy. omega, cfg_scale, steps: those of a round.
+    streams: whether ``make`` can go on in the middle of a round. cost: of everything made so far. yardstick: what a
+    round's entropy is compared with. omega, cfg_scale, steps: those of a round.
     """
 
     initial_samples: int
@@ -64,7 +62,7 @@ class Source(Protocol):
     cost: Cost
 
     @property
-    def probe(self) -> Tensor: ...
+    def yardstick(self) -> Yardstick: ...
 
     def available(self, pool_size: int) -> int:
         """How many samples the next round would bring; 0: none."""
@@ -72,6 +70,10 @@ class Source(Protocol):
 
     def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
         """This rank's samples of a round, without its first ``done``. The learner is in eval mode meanwhile."""
+        ...
+
+    def release(self) -> None:
+        """Gives back the memory that the making of a round leaves behind (``GuidedSampler.release``)."""
         ...
 
     def omega(self, number: int) -> float: ...
@@ -119,12 +121,8 @@ class Unguided:
         self.sampler = new_sampler(recipe, pipeline, None)
         self.made = Cost()
         self._prices = Prices(new_sampler(recipe, pipeline, None, **EAGER), guided=False)
+        self.yardstick = Yardstick(new_sampler(recipe, pipeline, None, **EAGER), self.batch, ranks)
         self._pools: list[tuple[SamplePool, dict[int, int]]] = []
-
-    @cached_property
-    def probe(self) -> Tensor:
-        ids = torch.arange(PROBE_IDS, PROBE_IDS + PROBE_SAMPLES)
-        return self.sampler.generate(balanced_labels(0, PROBE_SAMPLES, self.classes), ids).images
 
     def remember(self, pool: SamplePool, cost: Cost) -> None:
         """Takes over the samples of round 0 of a finished pool, whose making is accounted for in ``cost``.
@@ -153,7 +151,7 @@ class Unguided:
             labels = balanced_labels(start, size, self.classes)
             usual, self.sampler.cfg_scale = self.sampler.cfg_scale, cfg_scale
             try:
-                batches = self.sampler.stream(labels, first_id=start, batch_size=size)
+                batches = self.sampler.stream(labels, first_id=start, batch_size=self.batch)
                 yield from cost.timed(batches, price)
             finally:
                 self.sampler.cfg_scale = usual
@@ -183,14 +181,17 @@ class StaticSource:
         self.cost = Cost()
 
     @property
-    def probe(self) -> Tensor:
-        return self.unguided.probe
+    def yardstick(self) -> Yardstick:
+        return self.unguided.yardstick
 
     def available(self, pool_size: int) -> int:
         return 0
 
     def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
         return self._unguided(round, done)
+
+    def release(self) -> None:
+        self.unguided.sampler.release()
 
     def _unguided(self, round: Round, done: int) -> Iterator[SampleBatch]:
         scale = self.cfg_scale(round.number)
@@ -255,6 +256,10 @@ class DeliberatePracticeSource(DynamicSource):
         super().__init__(recipe, unguided, learner)
         self.sampler = new_sampler(recipe, pipeline, guides)
         self.way = way_of(recipe, self.sampler, new_sampler(recipe, pipeline, guides, **EAGER), pool)
+
+    def release(self) -> None:
+        super().release()
+        self.sampler.release()
 
     def omega(self, number: int) -> float:
         return scheduled(number, self.recipe.practice.omega_rounds, self.recipe.guidance.omega) if number else 0.0

@@ -26,7 +26,7 @@ from dpfast.pool import codecs
 from dpfast.pool.plan import Plan as PoolPlan
 from dpfast.pool.plan import plan as plan_pool
 from dpfast.pool.tiers import DEVICE_SHARE, FILE_SHARE, GIB, HOST_SHARE, Tiers
-from dpfast.practice.sources import PROBE_SAMPLES
+from dpfast.practice import yardstick
 from dpfast.roofline import devices
 from dpfast.roofline.architectures import without_weights
 from dpfast.roofline.counting import Counts
@@ -238,7 +238,7 @@ def _phases(
         made = max(made, needed)
         if source == "dp" and more > 0:
             yield phase(source, "guided samples", "generation", more, stages.guided, guided)
-            yield phase(source, "yardstick", "generation", PROBE_SAMPLES, stages.unguided, unguided)
+            yield phase(source, "yardstick", "generation", yardstick.SAMPLES, stages.unguided, unguided)
         if source in ("dynamic", "prune"):
             yield phase(source, "scoring", "evaluation", needed - first, stages.evaluation, judge)
         yield phase(source, "training", "training", steps * learner.batch_size, stages.training, train)

@@ -47,8 +47,9 @@ class Watch(TorchDispatchMode):
 class StandInRecording:
     """Re-executes the recorded operations on the recorded tensors: what a call closed over stays where it was."""
 
-    def __init__(self, calls, outputs):
-        self.calls, self.outputs = calls, outputs
+    def __init__(self, calls, outputs, recorder):
+        self.calls, self.outputs, self.recorder = calls, outputs, recorder
+        recorder.alive += 1
 
     def replay(self):
         with torch.no_grad():
@@ -60,16 +61,17 @@ class StandInRecording:
 
     def reset(self):
         self.calls, self.outputs = [], ()
+        self.recorder.alive -= 1
 
 
 class StandInRecorder:
     """The protocol of ``dpfast.generate.runtime.graphs.Recorder`` by recording operations instead of kernels.
 
-    It needs ``force_reference``.
+    It needs ``force_reference``. recorded: recordings ever made; alive: those that were not reset.
     """
 
     def __init__(self):
-        self.recorded = self.closed = 0
+        self.recorded = self.closed = self.alive = 0
 
     def record(self, call):
         with torch.no_grad():
@@ -77,7 +79,7 @@ class StandInRecorder:
             with Watch(refuse=True) as watch:
                 outputs = call()
         self.recorded += 1
-        return StandInRecording(watch.calls, outputs)
+        return StandInRecording(watch.calls, outputs, self)
 
     def close(self):
         self.closed += 1

@@ -5,12 +5,13 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.data.real import RealData, RealSet
-from dpfast.practice import experiment
+from dpfast.practice import experiment, yardstick
 
 
 @pytest.fixture
 def recipe(pipeline_folder, monkeypatch):
-    """A recipe of seconds: three classes, 16x16 images, noise as the real images."""
+    """A recipe of seconds: three classes, 16x16 images, noise as the real images, a yardstick of 20 samples."""
+    monkeypatch.setattr(yardstick, "SAMPLES", 20)
 
     def load_real(name, **_):
         generator = torch.Generator().manual_seed(0)

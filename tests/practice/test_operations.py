@@ -105,7 +105,6 @@ def folder(short, tmp_path, monkeypatch):
 
     with RunFolder(tmp_path / "run", short) as opened:
         practice = DeliberatePractice(short)
-        practice.unguided.probe  # noqa: B018  made whole, before memory runs out
         monkeypatch.setattr(GuidedSampler, "finish", limited)
         practice.run(opened, progress=False)
     return tmp_path / "run"

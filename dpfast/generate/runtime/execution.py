@@ -131,10 +131,14 @@ class Execution:
         captured = (function for function in self._functions.values() if isinstance(function, Captured))
         return {function.name: function.reason for function in captured if function.reason is not None}
 
-    def close(self) -> None:
-        """Releases compiled and captured steps; what runs next is eager."""
+    def release(self) -> None:
+        """Releases captures; the steps stay compiled and prepared, and are captured anew when they run."""
         for function in self._functions.values():
             if isinstance(function, Captured):
                 function.close()
+
+    def close(self) -> None:
+        """Releases compiled and captured steps; what runs next is eager."""
+        self.release()
         self._functions.clear()
         self.batch, self.compiled = None, False

@@ -169,6 +169,32 @@ def test_a_captured_sampler_sees_an_update_of_the_learner(replayed, learner, rec
     assert recorder.recorded == 3
 
 
+def test_a_released_sampler_captures_anew_and_makes_the_same_images(replayed, recorder):
+    before = replayed.generate([0, 1, 2]).images
+    replayed.release()
+    assert recorder.closed == 1
+    assert recorder.alive == 0
+    assert replayed.execution.batch == 3, "steps stay prepared"
+    assert torch.equal(before, replayed.generate([0, 1, 2]).images)
+    assert (recorder.recorded, recorder.alive) == (6, 3)
+
+
+def test_a_release_compiles_nothing_anew(pipeline):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    sampler = GuidedSampler(pipeline, steps=2, compile=True)
+    sampler.execution.backend = backend
+    before = sampler.generate([0, 1]).images
+    count = len(compiled)
+    sampler.release()
+    assert torch.equal(before, sampler.generate([0, 1]).images)
+    assert len(compiled) == count > 0
+
+
 def test_the_watch_notices_a_host_read():
     with Watch() as watch:
         torch.ones(3).sum().item()
