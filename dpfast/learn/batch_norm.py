@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +20,7 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.alone:
         return model
     if next(model.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model, ranks.learn)
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model, ranks.learn.handle)
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, _BatchNorm):
@@ -41,9 +40,7 @@ class _Normalised(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: Ranks
     ) -> tuple[Tensor, Tensor, Tensor]:
         here = torch.stack(torch.batch_norm_update_stats(x, None, None, 0.0))  # var_mean takes up to 30 times as long
-        every = here.new_empty(ranks.size, *here.shape)
-        dist.all_gather(list(every), here, group=ranks.learn)
-        means, variances = every.unbind(1)
+        means, variances = torch.stack(ranks.learn.all_gather(here)).unbind(1)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
         ctx.save_for_backward(x, weight, mean, variance)
@@ -58,7 +55,7 @@ class _Normalised(torch.autograd.Function):
             gradients[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
         sums = torch.stack(found[1:])
-        dist.all_reduce(sums, group=ctx.ranks.learn)
+        ctx.ranks.learn.all_reduce(sums)
         scale = (variance + ctx.eps).rsqrt()
         of_xhat, of_one = sums * (weight * scale * x.shape[1] / (x.numel() * ctx.ranks.size))
         slope = of_xhat * scale

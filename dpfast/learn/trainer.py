@@ -17,7 +17,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
@@ -60,9 +59,7 @@ class Trainer:
         if not ranks.alone:  # buffers are equal already: batch norms are the ranks'
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of a name that torch 2.9 lacks for broadcast_buffers
-                self._replica = DistributedDataParallel(
-                    model, process_group=ranks.learn, broadcast_buffers=False, gradient_as_bucket_view=True
-                )
+                self._replica = ranks.learn.replicate(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         self._loss = torch.compile(self._forward) if config.compile_learner else self._forward
 
     @property

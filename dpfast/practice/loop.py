@@ -36,7 +36,7 @@ from dpfast.practice.result import Result
 from dpfast.practice.run_folder import Places
 from dpfast.practice.sources import Round, Source
 from dpfast.practice.state import Keeper, State
-from dpfast.practice.stopping import LossError, Stop
+from dpfast.practice.stopping import LossError, Stop, StopTogether
 
 
 class Loop:
@@ -64,6 +64,7 @@ class Loop:
     ) -> None:
         self.recipe, self.name, self.pipeline, self.real, self.sets = recipe, name, pipeline, real, sets
         self.callbacks, self.stop, self.ranks = callbacks, stop or Stop(), ranks
+        self.stop_together = StopTogether(self.stop, ranks)
         config, practice, device = recipe.learner, recipe.practice, pipeline.device
         self.trainer = Trainer(new_learner(recipe, pipeline), config, iterations=practice.iterations, ranks=ranks)
         self.local = SamplePool.from_recipe(
@@ -152,10 +153,10 @@ class Loop:
     def _train(self) -> bool:
         """Trains up to the next evaluation; False when the iterations end before it."""
         trainer, started = self.trainer, time.perf_counter()
+        self.stop_together.anew()
         try:
             while trainer.step_count < trainer.iterations:
-                if self.ranks.any(self.stop.requested):
-                    self.stop.requested = True
+                if self.stop_together.before(trainer.step_count):
                     break
                 self.losses.add(trainer.step(*next(self.loader)), trainer.step_count)
                 due = trainer.step_count % self.interval == 0
@@ -209,6 +210,7 @@ class Loop:
             batches = source.make(round, len(local) - before)
             with contextlib.nullcontext() if source.streams else self.stop.at_once():
                 for batch in self.keeper.on_the_way(batches) if source.streams else batches:
+                    self.ranks.beat()
                     local.append(
                         batch,
                         round=round.number,

@@ -9,23 +9,21 @@ older when it is added, its column ``learner_step`` says how old, and nothing de
 bits again.
 
 Weights go from the first trainer to the makers by a broadcast that the trainer does not wait for, samples from the
-makers to the trainers that will hold them, batch by batch, when they are due. Batches are those of the alternating
-schedule.
+makers to the trainers that will hold them, batch by batch, when they are due and both are ready. All of it goes through
+the hosts: on a GPU it would be a second communicator beside the gradients' (``dpfast.parallel.groups``). Batches are
+those of the alternating schedule.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import threading
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpfast.config import Recipe
@@ -33,7 +31,9 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import image_shape
 from dpfast.generate.trajectory import SampleBatch
 from dpfast.learn.committee import guiding
-from dpfast.parallel import RankError, Ranks
+from dpfast.parallel import Ranks
+from dpfast.parallel.groups import Group
+from dpfast.parallel.heartbeat import Heartbeat
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.union import UnionPool
 from dpfast.practice.callbacks import Addition, Callback
@@ -47,8 +47,6 @@ from dpfast.practice.yardstick import Yardstick
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
 
-POLL = 0.02  # seconds between two looks of an idle maker
-
 
 @dataclass(frozen=True)
 class Link:
@@ -57,8 +55,9 @@ class Link:
     trainers: Ranks
     makers: Ranks
     makes: bool  # whether this process is a maker
-    publishing: Any
-    everyone: Any  # the group of all processes, for samples
+    publishing: Group
+    everyone: Group  # of all processes, for samples
+    heartbeat: Heartbeat
     store: Any
 
     @classmethod
@@ -66,7 +65,7 @@ class Link:
         """Collective: all ranks of the run call it."""
         trainers, makers_, publishing = ranks.parted(makers)
         makes = ranks.rank >= trainers.size
-        return cls(trainers, makers_, makes, publishing, ranks.control, dist.PrefixStore("overlap", ranks.store))
+        return cls(trainers, makers_, makes, publishing, ranks.control, ranks.heartbeat, ranks.store)
 
     def maker_of(self, batch: int) -> int:
         """The process that makes batch ``batch`` of a round."""
@@ -75,6 +74,27 @@ class Link:
     def owner_of(self, batch: int, turn: int) -> int:
         """The process that will hold it."""
         return (turn + batch) % self.trainers.size
+
+    def tell(self, key: str, value: Any = None) -> None:
+        """Says something to the other processes, which JSON can hold."""
+        self.store.set(f"overlap/{key}", json.dumps(value))
+
+    def told(self, key: str) -> bool:
+        return bool(self.store.check([f"overlap/{key}"]))
+
+    def any_told(self, keys: Sequence[str]) -> bool:
+        return any(map(self.told, keys))
+
+    def said(self, key: str, process: int) -> Any:
+        """What ``process`` has said, as late as it may. Raises ``RankError`` when it is dead."""
+        self.heartbeat.wait(lambda: self.told(key), lambda: [process])
+        return json.loads(self.store.get(f"overlap/{key}"))
+
+    def meet(self, key: str, process: int) -> None:
+        """Returns when ``process``, which says the same, and this one are ready to pass on what ``key`` names."""
+        self.tell(f"{key}/{int(self.makes)}")
+        self.said(f"{key}/{int(not self.makes)}", process)
+        self.store.delete_key(f"overlap/{key}/{int(not self.makes)}")
 
 
 class Overlapped(Callback):
@@ -93,9 +113,6 @@ class Overlapped(Callback):
         self.snapshot: dict[str, Tensor] = {}  # the weights that guide it
         self._published = -1
         self._works: list[Any] = []
-        self._ended = threading.Event()
-        if link.trainers.first:
-            threading.Thread(target=self._beat, name="dpfast-beat", daemon=True).start()
 
     @property
     def yardstick(self) -> Yardstick:
@@ -119,20 +136,18 @@ class Overlapped(Callback):
         assert self.job is not None
         link, batch, step = self.link, self.source.unguided.batch, self.job.learner_step
         if link.trainers.first:
-            link.store.set(f"deliver/{self._published}", "now")
+            link.tell(f"deliver/{self._published}")
         for places in link.trainers.batches(round.count, batch, turn=round.turn):
-            yield replace(self._received(link.maker_of(places.start // batch), len(places)), learner_step=step)
+            number = places.start // batch
+            link.meet(f"batch/{self._published}/{number}", link.maker_of(number))
+            yield replace(self._received(link.maker_of(number), len(places)), learner_step=step)
         if not link.trainers.first:
             return
-        names = list(Cost().state())
-        spent = torch.zeros(link.makers.size, len(names), dtype=torch.float64)
-        for maker in range(link.makers.size):
-            dist.recv(spent[maker], link.trainers.size + maker, group=link.everyone)
-        total = dict(zip(names, spent.sum(0).tolist(), strict=True)) | {
-            "seconds": float(spent[:, names.index("seconds")].max())
-        }
-        before = self.cost.state()
-        self.cost.restore({name: type(value)(value + total[name]) for name, value in before.items()})
+        every = [link.said(f"spent/{self._published}/{maker}", link.makers.process(maker))
+                 for maker in range(link.makers.size)]  # fmt: skip
+        for name, before in self.cost.state().items():
+            values = [spent[name] for spent in every]
+            setattr(self.cost, name, before + (max(values) if name == "seconds" else sum(values)))
 
     def release(self) -> None:
         """Nothing: the makers' memory is theirs."""
@@ -143,7 +158,7 @@ class Overlapped(Callback):
         images = torch.empty(count, *self._images, dtype=torch.uint8)
         latents = torch.empty(count, *self._latents, dtype=torch.float16) if self._latents else None
         for part in (columns, entropy, images, *([] if latents is None else [latents])):
-            dist.recv(part, process, group=group)
+            group.receive(part, process)
         labels, ids, entropy, images = (part.to(device) for part in (*columns, entropy, images))
         latents = None if latents is None else latents.to(device)
         return SampleBatch(images=images, labels=labels, sample_ids=ids, entropy=entropy, latents=latents)
@@ -159,16 +174,9 @@ class Overlapped(Callback):
         if due - self.job.learner_step > oldest >= due - step:
             self._next(loop)
 
-    def _beat(self) -> None:
-        """Says now and then that this process lives: makers may wait for their next job longer than a time-out."""
-        with contextlib.suppress(RuntimeError):  # the store has gone, and so has torchrun
-            while not self._ended.wait(self.link.trainers.timeout / 4):
-                self.link.store.add("beat", 1)
-
     def on_end(self, loop: Loop) -> None:
-        self._ended.set()
         if self.link.trainers.first:
-            self.link.store.set("end", "now")
+            self.link.tell("end")
 
     def _next(self, loop: Loop) -> None:
         """Lets the makers begin the next round, guided by the learner of this moment."""
@@ -183,16 +191,17 @@ class Overlapped(Callback):
         self._publish(Round(number=number, start=start, count=count, learner_step=step, per_class=per_class, turn=turn))
 
     def _publish(self, job: Round, weights: dict[str, Tensor] | None = None) -> None:
-        if weights is None:
-            weights = {name: value.detach().clone() for name, value in self.guides.state_dict().items()}
-        self.job, self.snapshot = job, weights
+        self.job = job
         self._published += 1
         if not self.link.trainers.first:
             return
+        if weights is None:
+            weights = {name: v.detach().to("cpu", copy=True) for name, v in self.guides.state_dict().items()}
+        self.snapshot = weights
         for work in self._works:
             work.wait()
-        self.link.store.set(f"job/{self._published}", json.dumps(_plain(job)))
-        self._works = [dist.broadcast(v, 0, group=self.link.publishing, async_op=True) for v in weights.values()]
+        self.link.tell(f"job/{self._published}", _plain(job))
+        self._works = [self.link.publishing.broadcast(value, 0, wait=False) for value in weights.values()]
 
     def state(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """What a checkpoint keeps of a round on its way: what was asked for, and the weights that guide it."""
@@ -201,8 +210,7 @@ class Overlapped(Callback):
     def restore(self, job: dict[str, Any] | None, weights: dict[str, Tensor]) -> None:
         """Lets the makers begin again what they were at."""
         if job is not None:
-            device = self.source.sampler.pipeline.device
-            self._publish(_round(job), {name: weights[name].to(device) for name in self.guides.state_dict()})
+            self._publish(_round(job), {name: weights[name] for name in self.guides.state_dict()})
 
 
 class Maker:
@@ -216,22 +224,24 @@ class Maker:
         unguided = Unguided(recipe, pipeline, link.makers)
         self.source = DeliberatePracticeSource(recipe, pipeline, unguided, guide, guides=self.guides, pool=SamplePool)
         self._taken = -1
-        self._heard = (-1, 0.0)  # the trainers' last sign of life, and when
 
     def serve(self) -> None:
-        """Raises ``Stopped`` when it was requested, ``RankError`` when the first trainer gives no sign of life."""
+        """Raises ``Stopped`` as soon as it is requested, ``RankError`` when a trainer that it waits for is dead."""
+        with self.stop.at_once():
+            self._serve()
+
+    def _serve(self) -> None:
         job: Round | None = None
         made: list[SampleBatch] = []
         batches: Iterator[SampleBatch] = iter(())
-        store, rest = self.link.store, False
+        link, rest = self.link, False
         while True:
-            self.stop.check()
-            if store.check([f"job/{self._taken + 1}"]):
+            if link.told(f"job/{self._taken + 1}"):
                 job, made = self._take(), []
                 batches, rest = self._batches(job), True
-            elif store.check(["end"]):
+            elif link.told("end"):
                 return
-            elif job is not None and store.check([f"deliver/{self._taken}"]):
+            elif job is not None and link.told(f"deliver/{self._taken}"):
                 self._deliver(job, made, batches)
                 job, rest = None, False
             elif rest:
@@ -240,18 +250,8 @@ class Maker:
                 if batch is not None:
                     made.append(batch)
             else:
-                self._listen()
-                time.sleep(POLL)
-
-    def _listen(self) -> None:
-        beats, now, link = self.link.store.add("beat", 0), time.monotonic(), self.link
-        if beats != self._heard[0]:
-            self._heard = beats, now
-        elif now - self._heard[1] > link.trainers.timeout:
-            raise RankError(
-                f"rank 0 of {link.trainers.size + link.makers.size} did not answer: dead, or hung for "
-                f"{link.trainers.timeout:g} s (--timeout)"
-            )
+                news = [f"job/{self._taken + 1}", "end", *([] if job is None else [f"deliver/{self._taken}"])]
+                link.heartbeat.wait(partial(link.any_told, news), lambda: [0])
 
     def _batches(self, job: Round) -> Iterator[SampleBatch]:
         """This maker's batches of a round, whole ones: where memory ran out they come in smaller parts."""
@@ -260,6 +260,7 @@ class Maker:
             while held is None or len(held) < len(places):
                 part = _on_host(next(parts))
                 held = part if held is None else joined([held, part])
+            self.link.heartbeat.beat()
             yield _rows(held, slice(None, len(places)))
             held = _rows(held, slice(len(places), None)) if len(held) > len(places) else None
 
@@ -267,8 +268,10 @@ class Maker:
         """The next job; its weights are in place."""
         self._taken += 1
         for value in self.guides.state_dict().values():
-            dist.broadcast(value, 0, group=self.link.publishing)
-        return _round(json.loads(self.link.store.get(f"job/{self._taken}")))
+            received = torch.empty_like(value, device="cpu")
+            self.link.publishing.broadcast(received, 0)
+            value.copy_(received)
+        return _round(self.link.said(f"job/{self._taken}", 0))
 
     def _deliver(self, job: Round, made: list[SampleBatch], batches: Iterator[SampleBatch]) -> None:
         """Sends the batches of a round, those that are missing as soon as they are made."""
@@ -276,13 +279,13 @@ class Maker:
         for number, places in enumerate(link.makers.batches(job.count, size)):
             batch = made[number] if number < len(made) else next(batches)
             owner = link.owner_of(places.start // size, job.turn)
+            link.meet(f"batch/{self._taken}/{places.start // size}", owner)
             columns = torch.stack([batch.labels, batch.sample_ids])
             parts = [columns, batch.entropy, batch.images, *([batch.latents] if latents else [])]
             for part in parts:
                 assert part is not None
-                dist.send(part.contiguous(), owner, group=link.everyone)
-        spent = torch.tensor(list(self.source.cost.state().values()), dtype=torch.float64)
-        dist.send(spent, 0, group=link.everyone)
+                link.everyone.send(part, owner)
+        link.tell(f"spent/{self._taken}/{link.makers.rank}", self.source.cost.state())
         self.source.cost.restore(Cost().state())
         self.source.release()  # the next round may have other steps than this one, the unguided of round 0
 

@@ -1,4 +1,4 @@
-"""How a run ends before its time: SIGTERM, and a loss that is not finite."""
+"""How a run ends before its time: SIGTERM, after the same step on all ranks, and a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+from dpfast.parallel import ALONE, Ranks
+
+ASK = 1.0  # seconds of training between two questions among ranks: a request waits so long at most, or one step
 
 
 class Stopped(Exception):
@@ -51,3 +55,41 @@ class Stop:
             yield
         finally:
             self._raise = before
+
+
+class StopTogether:
+    """Whether to stop before an optimiser step, the same answer on every rank.
+
+    A rank cannot stop for itself: the others would wait for it in the next step. So ranks ask each other, not at every
+    step, which would cost a GPU its queue, but ``ASK`` seconds apart. What they say at one question (who was asked to
+    stop, and how long steps take) settles the step of the next one, so that all ask at the same step.
+    """
+
+    def __init__(self, stop: Stop, ranks: Ranks = ALONE) -> None:
+        self.stop, self.ranks = stop, ranks
+        self._next = 0  # the step before which ranks ask
+        self._asked = (0, 0.0)  # the step of the last question, and when it was answered
+
+    def anew(self) -> None:
+        """Training begins, or goes on after something else: ranks ask before its first step."""
+        self._next = 0
+
+    def before(self, step: int) -> bool:
+        """Whether to stop before ``step``. Raises ``RankError`` where a rank is dead that was to be asked."""
+        ranks, clock = self.ranks, self.ranks.heartbeat.clock
+        if ranks.alone:
+            return self.stop.requested
+        ranks.beat()
+        if step < self._next:
+            return False
+        before, since = self._asked
+        steps = step - before
+        said = ranks.everyone([self.stop.requested, clock.now() - since])
+        if any(requested for requested, _ in said):
+            self.stop.requested = True
+            return True
+        # from the first question on the steps between two are timed; they double at most, for a step may be an outlier
+        pace = ASK * steps / max(max(seconds for _, seconds in said), 1e-9)
+        self._next = step + (1 if self._next == 0 else max(1, min(int(pace), 2 * steps)))
+        self._asked = step, clock.now()
+        return False

@@ -134,7 +134,7 @@ def test_a_hung_rank_is_named(rehearsal, tmp_path, hung, more):
     while f"rank {hung} of 2 did not answer" not in run.said and time.monotonic() < deadline:
         time.sleep(0.1)
     run.signal(hung)  # torchrun would wait half a minute for it
-    assert f"dpfast: error: rank {hung} of 2 did not answer: dead, or hung for 10 s" in run.ended(1)
+    assert f"dpfast: error: rank {hung} of 2 did not answer: dead, or without progress for 10 s" in run.ended(1)
 
 
 @pytest.mark.skipif(not KILLS, reason="takes half a minute; DPFAST_KILLS=1")

@@ -1,12 +1,6 @@
-"""Several processes as one run: torchrun's ranks, what each of them makes, and how they agree.
+"""What belongs to which rank, and how the ranks of a run agree.
 
-    torchrun --nproc-per-node 8 -m dpfast run imagenet1k-sd15 --generator DIR --validation DIR
-
-Work is dealt in batches: batch k of a round, or of a set of real images, belongs to rank (turn + k) mod ranks. A batch
-holds the same samples on any number of ranks, so the images are the same bits. Everything that decides (accuracies,
-patience, the order of training) is a function of what all ranks know, and every rank decides alike.
-
-NCCL moves what lies on GPUs, gloo what lies on a CPU. One process alone has no group, and nothing here costs it time.
+What is short they say through torchrun's store, tensors through gloo once all are ready: ``dpfast.parallel.heartbeat``.
 """
 
 from __future__ import annotations
@@ -14,27 +8,20 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
-import socket
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import dpfast
 from dpfast.config import RecipeError
+from dpfast.parallel.groups import Group
+from dpfast.parallel.heartbeat import Heartbeat, RankError, silent
 
-TIMEOUT = (
-    600.0  # seconds that ranks wait for each other; the slowest thing that they wait for is a compiled first batch
-)
 ANSWER = 5.0  # seconds, after a failure, in which a rank that lives says so
 AHEAD = 60.0  # seconds by which a lost rank is noticed before NCCL's watchdog would end the process without a word
-POLL = 0.005  # seconds between two looks at what others have said
 FAILURES = (
     ArithmeticError,
     ImportError,
@@ -47,28 +34,26 @@ FAILURES = (
 LOST = ("gloo", "NCCL", "Connection", "connection", "Timed out", "timed out")  # in the errors of a broken collective
 
 
-class RankError(RuntimeError):
-    """A rank does not answer; the message names it."""
-
-
 @dataclass(eq=False)
 class Ranks:
     """This process among those of a run. The default is one process alone.
 
-    rank, size: of all processes; local_rank, local_size: of those on this machine; timeout: seconds. learn: the group
-    of gradients, None for all processes; control, feed: groups beside it, for what the loop says on the CPU and, by the
-    device of what is sent, for the loaders, whose threads talk meanwhile.
+    rank, size: of all processes; local_rank, local_size: of those on this machine. learn: the group of gradients;
+    control, feed: those for what the loop says on the CPU and, by the device of what is sent, for the loaders. On a GPU
+    the loader's is ``learn`` itself (``dpfast.parallel.groups``). heartbeat: this process among all of the run; store:
+    for what these ranks say. members: their numbers among all processes, None: the same.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    timeout: float = TIMEOUT
-    learn: Any = None
-    control: Any = None
-    feed: dict[str, Any] = field(default_factory=dict)
+    learn: Group = field(default_factory=lambda: Group("learn"))
+    control: Group = field(default_factory=lambda: Group("control"))
+    feed: dict[str, Group] = field(default_factory=dict)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     store: Any = None
+    members: tuple[int, ...] | None = None
     _asked: int = field(default=0, init=False)
 
     @property
@@ -79,6 +64,19 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the rank that writes and shows progress."""
         return self.rank == 0
+
+    @property
+    def timeout(self) -> float:
+        """Seconds without progress after which a rank counts as dead."""
+        return self.heartbeat.timeout
+
+    def process(self, rank: int) -> int:
+        """The number of ``rank`` among all processes of the run."""
+        return rank if self.members is None else self.members[rank]
+
+    def beat(self) -> None:
+        """Says that this rank has completed something: whoever waits for it goes on waiting."""
+        self.heartbeat.beat()
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.size}"
@@ -130,8 +128,8 @@ class Ranks:
         most = max(map(len, owned))
         padded = torch.zeros(most, *values.shape[1:], dtype=values.dtype)
         padded[: len(values)] = values.cpu()
-        parts = [torch.empty_like(padded) for _ in owned]
-        dist.all_gather(parts, padded, group=self.control)
+        self.ready()
+        parts = self.control.all_gather(padded)
         every = torch.empty(count, *values.shape[1:], dtype=values.dtype)
         for places, part in zip(owned, parts, strict=True):
             every[places] = part[: len(places)]
@@ -141,39 +139,39 @@ class Ranks:
         """(size, ...) on the CPU: every rank's ``value``, all of one shape."""
         if self.alone:
             return value.cpu()[None]
-        parts = [torch.empty(value.shape, dtype=value.dtype) for _ in range(self.size)]
-        dist.all_gather(parts, value.detach().cpu().contiguous(), group=self.control)
-        return torch.stack(parts)
+        self.ready()
+        return torch.stack(self.control.all_gather(value.detach().cpu().contiguous()))
 
     def total(self, number: float) -> float:
         """The sum over ranks of a number; exact for integers below 2^53."""
-        return number if self.alone else float(self.each(torch.tensor(number, dtype=torch.float64)).sum())
+        return number if self.alone else float(sum(self.everyone(number)))
 
     def most(self, number: float) -> float:
         """The largest of the ranks' numbers."""
-        return number if self.alone else float(self.each(torch.tensor(number, dtype=torch.float64)).max())
+        return number if self.alone else float(max(self.everyone(number)))
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on some rank."""
-        if self.alone:
-            return flag
-        flags = torch.tensor([flag], dtype=torch.uint8)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
-        return bool(flags)
+        return any(self.everyone(flag))
+
+    def ready(self) -> None:
+        """Returns when all ranks have come here, as late as they may. Raises ``RankError`` that names who is dead."""
+        self.everyone(None)
 
     def everyone(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, which JSON can hold. Raises ``RankError`` that names a rank which does not answer."""
+        """Every rank's ``value``, which JSON can hold. Raises ``RankError`` that names a rank which is dead."""
         if self.alone:
             return [value]
         self._asked += 1
-        self.store.set(f"{self._asked}/{self.rank}", json.dumps(value))
-        deadline, said = time.monotonic() + self.timeout, []
-        for rank in range(self.size):
-            while not self.store.check([f"{self._asked}/{rank}"]):  # not a wait of the store's: signals get through
-                if time.monotonic() > deadline:
-                    raise RankError(f"rank {rank} of {self.size} did not answer within {self.timeout:g} s (--timeout)")
-                time.sleep(POLL)
-            said.append(json.loads(self.store.get(f"{self._asked}/{rank}")))
+        keys = [f"{self._asked}/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], json.dumps(value))
+        self.heartbeat.wait(
+            lambda: self.store.check(keys),
+            lambda: [self.process(rank) for rank, key in enumerate(keys) if not self.store.check([key])],
+        )
+        said = [json.loads(words) for words in self.store.multi_get(keys)]
+        if self._asked > 2:  # all have come here, so all have read what was said two times ago
+            self.store.delete_key(f"{self._asked - 2}/{self.rank}")
         return said
 
     def of_first(self, value: Any) -> Any:
@@ -213,120 +211,71 @@ class Ranks:
     def absent(self, given_up: Callable[[], bool] = lambda: False) -> list[int]:
         """A roll call after a failure: the ranks that do not answer. Ends early when ``given_up`` says so."""
         self.store.set(f"here/{self.rank}", "1")
-        deadline, missing = time.monotonic() + ANSWER, list(range(self.size))
-        while missing and time.monotonic() < deadline and not given_up():
+        clock, missing = self.heartbeat.clock, list(range(self.size))
+        deadline = clock.now() + ANSWER
+        while missing and clock.now() < deadline and not given_up():
             missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
-            time.sleep(0.05)
+            clock.sleep(0.05)
         return missing
 
     @contextlib.contextmanager
     def watched(self, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Turns the error of a broken collective into a ``RankError`` that names who is missing."""
+        """Turns the error of a broken collective into a ``RankError``: who is missing, or who left and why."""
         try:
             yield
+        except RankError as error:
+            if not self.alone:
+                self.store.set(f"left/{self.rank}", str(error))  # the others lose their connections to this rank
+            raise
         except RuntimeError as error:
-            if self.alone or isinstance(error, RankError) or not any(word in str(error) for word in LOST):
+            if self.alone or not any(word in str(error) for word in LOST):
                 raise
             missing = self.absent(given_up)
-            if not missing:
-                raise
-            named = ", ".join(map(str, missing))
-            raise RankError(
-                f"rank{'s' if len(missing) > 1 else ''} {named} of {self.size} did not answer: dead, or hung for "
-                f"{self.timeout:g} s (--timeout)"
-            ) from error
+            if missing:
+                words = silent([self.process(rank) for rank in missing], self.heartbeat.processes, self.timeout)
+                raise RankError(words) from error
+            left = [key for key in (f"left/{rank}" for rank in range(self.size)) if self.store.check([key])]
+            words = self.store.get(left[0]).decode() if left else f"{self}: a collective broke off: {error}"
+            raise RankError(words.splitlines()[0]) from error
 
-    def parted(self, makers: int) -> tuple[Ranks, Ranks, Any]:
+    def parted(self, makers: int) -> tuple[Ranks, Ranks, Group]:
         """The ranks but the last ``makers``, those, and the group of rank 0 and those. All ranks call it together.
 
         A rank has its number in the part that it is of, and 0 in the other.
         """
         cut, cuda = self.size - makers, "cuda" in self.feed
-        wait, parts = _wait(self.timeout, cuda), []
+        parts = []
         for name, members in (("others", range(cut)), ("makers", range(cut, self.size))):
-            learn = dist.new_group(list(members), timeout=wait)
-            control, feed = _groups(members, self.timeout, cuda)
+            learn = Group(f"{name}/learn", dist.new_group(list(members), timeout=patience(self.timeout, cuda)))
+            control, feed = side_groups(members, self.timeout, learn, cuda)
             rank = members.index(self.rank) if self.rank in members else 0
-            store = dist.PrefixStore(name, self.store)
-            part = replace(self, rank=rank, size=len(members), learn=learn, control=control, feed=feed, store=store)
+            part = replace(
+                self,
+                rank=rank,
+                size=len(members),
+                learn=learn,
+                control=control,
+                feed=feed,
+                store=dist.PrefixStore(name, self.store),
+                members=tuple(members),
+            )
             parts.append(part)
-        return parts[0], parts[1], dist.new_group([0, *range(cut, self.size)], timeout=wait)
+        speaks = dist.new_group([0, *range(cut, self.size)], timeout=patience(self.timeout, False), backend="gloo")
+        return parts[0], parts[1], Group("weights", speaks)
 
 
 ALONE = Ranks()
 
 
-def versions() -> dict[str, str]:
-    """Of what all ranks need the same: the packages that make images and weights."""
-    return {
-        "dpfast": dpfast.__version__,
-        **{name: metadata.version(name) for name in ("torch", "diffusers", "transformers")},
-    }
-
-
-def launched() -> tuple[int, int]:
-    """(rank, ranks) as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def restarts() -> int:
-    """How often torchrun has started this group again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def launch() -> str:
-    """A name for one call of torchrun, over its restarts; empty without torchrun."""
-    return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-
-
-def _wait(timeout: float, cuda: bool) -> datetime.timedelta:
+def patience(timeout: float, cuda: bool) -> datetime.timedelta:
     """How long a collective waits: on a GPU longer than those on the CPU beside it, whose errors say more."""
     return datetime.timedelta(seconds=timeout + (AHEAD if cuda else 0))
 
 
-def _groups(members: Iterable[int], timeout: float, cuda: bool) -> tuple[Any, dict[str, Any]]:
+def side_groups(members: Iterable[int], timeout: float, learn: Group, cuda: bool) -> tuple[Group, dict[str, Group]]:
     """``control`` and ``feed`` of ``Ranks``. Each is told how long to wait: torch's own choice is half an hour."""
 
-    def group(backend: str) -> Any:
-        return dist.new_group(list(members), timeout=_wait(timeout, backend == "nccl"), backend=backend)
+    def group(name: str) -> Group:
+        return Group(name, dist.new_group(list(members), timeout=patience(timeout, False), backend="gloo"))
 
-    return group("gloo"), {"cpu": group("gloo"), **({"cuda": group("nccl")} if cuda else {})}
-
-
-@contextlib.contextmanager
-def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ranks]:
-    """The ranks that torchrun started, within it as process groups; without torchrun one process alone.
-
-    cuda: whether the run is on GPUs; None: where there are any. timeout: seconds that ranks wait for each other.
-    """
-    rank, size = launched()
-    if size == 1:
-        yield Ranks()
-        return
-    cuda = torch.cuda.is_available() if cuda is None else cuda
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda:
-        torch.cuda.set_device(local)
-    wait = datetime.timedelta(seconds=timeout)
-    store, _, _ = next(dist.rendezvous("env://", timeout=wait))
-    store.set_timeout(wait)
-    store = dist.PrefixStore(f"start-{restarts()}", store)  # torchrun's store still knows what the last start said
-    ranks = Ranks(
-        rank=rank,
-        size=size,
-        local_rank=local,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        timeout=timeout,
-        store=dist.PrefixStore("said", store),
-    )
-    ranks.everyone("here")  # names who is not; what follows would not
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore("groups", store),
-        rank=rank,
-        world_size=size,
-        timeout=_wait(timeout, cuda),
-    )
-    ranks.control, ranks.feed = _groups(range(size), timeout, cuda)
-    yield ranks
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+    return group("control"), {"cpu": group("feed"), **({"cuda": learn} if cuda else {})}

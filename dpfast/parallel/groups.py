@@ -1,0 +1,82 @@
+"""Every collective of this package: tensors that the ranks of a group send each other.
+
+Which collectives may be in flight together is settled here, for torch warns: "When using multiple process groups with
+the NCCL backend, the user must ensure a globally consistent execution order of collectives across ranks", and "once one
+or more async ops have been issued on one process group, they must be synchronized with other cuda streams by calling
+work.wait() before using another process group" (``torch.distributed.new_group``). A kernel of NCCL holds its part of
+the GPU until all ranks have come. If one GPU runs communicator A and waits, while another runs communicator B and
+waits, both may wait forever. So:
+
+- A process uses one NCCL communicator, that of the gradients. The loader's exchange of samples goes through it, too
+  (``Ranks.feed``). A communicator runs its operations one after the other on one stream, in the order of their issue.
+- The main thread issues them: the loader's exchange within ``next``, then those of the step's forward and backward
+  pass. That order is a function of the recipe, and so the same on all ranks. The exchange starts behind the last
+  step's all-reduces, and the next step's wait for it; between the two lies a forward pass, which hides it.
+- All else is on the host, through gloo: what the loop says, and the weights and samples of ranks that only generate.
+  A group of gloo has connections and threads of its own, waits for no GPU and may overlap any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Work(Protocol):
+    """An operation in flight."""
+
+    def wait(self) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Some ranks, and the collectives that they call together.
+
+    name: what a recorder calls it; one communicator has one name. handle: torch's process group, None for that of all
+    processes. Ranks are numbered as in the whole run. A recorder or a simulation overrides the methods.
+    """
+
+    name: str
+    handle: Any = None
+
+    def all_gather(self, value: Tensor) -> list[Tensor]:
+        """Every rank's ``value``; all have one shape and dtype."""
+        parts = [torch.empty_like(value) for _ in range(dist.get_world_size(self.handle))]
+        dist.all_gather(parts, value, group=self.handle)
+        return parts
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        """The sum over ranks, written into ``value``."""
+        dist.all_reduce(value, group=self.handle)
+        return value
+
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """(sum(received), ...) rows: of rank r ``received[r]``, which gets the next ``sent[r]`` of this rank's."""
+        out = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=self.handle)
+        return out
+
+    def broadcast(self, value: Tensor, source: int, *, wait: bool = True) -> Work | None:
+        """Fills ``value`` with that of rank ``source``; without ``wait`` in the background."""
+        work = dist.broadcast(value, source, group=self.handle, async_op=True)
+        if not wait:
+            return work
+        work.wait()
+        return None
+
+    def send(self, value: Tensor, rank: int) -> None:
+        dist.send(value.contiguous(), rank, group=self.handle)
+
+    def receive(self, value: Tensor, rank: int) -> None:
+        """Fills ``value`` with what ``rank`` sends."""
+        dist.recv(value, rank, group=self.handle)
+
+    def replicate(self, model: nn.Module, **options: Any) -> nn.Module:
+        """``model`` in ``DistributedDataParallel``, whose backward pass averages the gradients over the ranks."""
+        return DistributedDataParallel(model, process_group=self.handle, **options)

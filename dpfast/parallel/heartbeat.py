@@ -1,0 +1,115 @@
+"""Who waits for whom, and when a rank counts as dead: when it has made no progress for ``--timeout`` seconds.
+
+A rank counts what it completes (batches made, optimiser steps, batches evaluated, images read) and tells the others
+through torchrun's store. No thread does that for it: a rank whose main thread hangs makes no progress. Who waits for a
+rank looks at that count, and waits as long as it rises. So a GPU may be as slow as it likes: a round of hours has no
+collective before its end, and two GPUs are never equally fast. To wait counts as progress as well, for who waits
+watches whom it waits for.
+
+Ranks wait here first and call a collective of gloo or NCCL then, when all are ready. What is left to a collective's own
+timeout is less than one step of the learner, in which a slow rank and a dead one look alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+TIMEOUT = 600.0  # seconds without progress; the longest that makes none is a compiled first batch
+POLLS = 0.001, 0.05  # seconds between two looks at what others have said, at first and after a while
+TELLS = 5.0  # seconds between two messages of a rank that makes progress, at most a tenth of the timeout
+
+
+class RankError(RuntimeError):
+    """A rank does not answer; the message names it."""
+
+
+class Clock:
+    """The time that ranks wait by. A simulation gives its own, together with the store."""
+
+    def now(self) -> float:
+        """Seconds from some moment on."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+@dataclass(eq=False)
+class Heartbeat:
+    """This process's progress, and the others' as far as it waits for them.
+
+    store: of torch.distributed, or what has its ``set``, ``get`` and ``check`` (``Ranks.store``: ``multi_get`` and
+    ``delete_key`` as well); None: a process alone. process, processes: its number among all of the run, and how many
+    they are. timeout: seconds.
+    """
+
+    store: Any = None
+    process: int = 0
+    processes: int = 1
+    timeout: float = TIMEOUT
+    clock: Clock = field(default_factory=Clock)
+    count: int = field(default=0, init=False)
+    _told: float | None = field(default=None, init=False)
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two messages, and between two looks at another's."""
+        return min(self.timeout / 10, TELLS)
+
+    def beat(self) -> None:
+        """Something is complete. Costs an addition, and a message through the store now and then."""
+        if self.store is None:
+            return
+        self.count += 1
+        now = self.clock.now()
+        if self._told is None or now - self._told >= self.interval:
+            self._told = now
+            self.store.set(f"beat/{self.process}", str(self.count))
+
+    def wait(self, done: Callable[[], bool], late: Callable[[], Collection[int]]) -> None:
+        """Waits until ``done``, as long as the processes ``late`` make progress.
+
+        Raises ``RankError`` that names those that make none. Signals get through: it does not wait inside the store.
+        """
+        watch, pause, looked = Watch(self), POLLS[0], self.clock.now()
+        while not done():
+            self.beat()
+            if self.clock.now() - looked >= self.interval:
+                looked = self.clock.now()
+                watch.look(late())
+            self.clock.sleep(pause)
+            pause = min(1.2 * pause, POLLS[1])
+
+
+class Watch:
+    """How long other processes have made no progress, from the first look on."""
+
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
+        self._began = heartbeat.clock.now()
+        self._seen: dict[int, tuple[bytes, float]] = {}  # the count that was read last, and when it was new
+
+    def look(self, processes: Collection[int]) -> None:
+        """Raises ``RankError`` that names those of ``processes`` without progress for the timeout."""
+        heart, dead = self.heartbeat, []
+        for process in processes:
+            key, now = f"beat/{process}", heart.clock.now()
+            count = heart.store.get(key) if heart.store.check([key]) else b""
+            before, since = self._seen.get(process, (count, self._began))
+            self._seen[process] = (count, since if count == before else now)
+            if now - self._seen[process][1] >= heart.timeout:
+                dead.append(process)
+        if dead:
+            raise RankError(silent(dead, heart.processes, heart.timeout))
+
+
+def silent(dead: Collection[int], processes: int, timeout: float) -> str:
+    """What is said of processes that do not answer."""
+    named = ", ".join(map(str, sorted(dead)))
+    return (
+        f"rank{'s' if len(dead) > 1 else ''} {named} of {processes} did not answer: dead, or without progress for "
+        f"{timeout:g} s (--timeout)"
+    )

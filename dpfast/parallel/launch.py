@@ -1,0 +1,82 @@
+"""The processes that torchrun started: who they are, and how they find each other."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+import torch.distributed as dist
+
+import dpfast
+from dpfast.parallel.groups import Group
+from dpfast.parallel.heartbeat import TIMEOUT, Heartbeat
+from dpfast.parallel.ranks import Ranks, patience, side_groups
+
+
+def versions() -> dict[str, str]:
+    """Of what all ranks need the same: the packages that make images and weights."""
+    return {
+        "dpfast": dpfast.__version__,
+        **{name: metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+
+
+def launched() -> tuple[int, int]:
+    """(rank, ranks) as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def restarts() -> int:
+    """How often torchrun has started this group again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launch() -> str:
+    """A name for one call of torchrun, over its restarts; empty without torchrun."""
+    return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
+@contextlib.contextmanager
+def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ranks]:
+    """The ranks that torchrun started, within it as process groups; without torchrun one process alone.
+
+    cuda: whether the run is on GPUs; None: where there are any. timeout: seconds without progress after which a rank
+    counts as dead.
+    """
+    rank, size = launched()
+    if size == 1:
+        yield Ranks()
+        return
+    cuda = torch.cuda.is_available() if cuda is None else cuda
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda:
+        torch.cuda.set_device(local)
+    wait = datetime.timedelta(seconds=timeout)
+    store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+    store.set_timeout(wait)
+    store = dist.PrefixStore(f"start-{restarts()}", store)  # torchrun's store still knows what the last start said
+    ranks = Ranks(
+        rank=rank,
+        size=size,
+        local_rank=local,
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        heartbeat=Heartbeat(dist.PrefixStore("progress", store), rank, size, timeout),
+        store=dist.PrefixStore("said", store),
+    )
+    ranks.everyone("here")  # names who is not; what follows would not
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.PrefixStore("groups", store),
+        rank=rank,
+        world_size=size,
+        timeout=patience(timeout, cuda),
+    )
+    ranks.learn = Group("learn")
+    ranks.control, ranks.feed = side_groups(range(size), timeout, ranks.learn, cuda)
+    yield ranks
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

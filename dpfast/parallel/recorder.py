@@ -1,0 +1,158 @@
+"""The collectives of a process in their order, and which of two groups were in flight at once.
+
+    recorder = Recorder()
+    recorder.record(ranks)
+    ...
+    recorder.order            equal on all ranks, group by group or as a whole (``dpfast.parallel.groups``)
+    recorder.overlaps("learn", "feed")
+
+For tests and rehearsals; a run has none. Gradients are seen through a hook of ``DistributedDataParallel``, bucket by
+bucket, and what ``SyncBatchNorm`` sends on a GPU is not.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpfast.parallel.groups import Group, Work
+from dpfast.parallel.ranks import Ranks
+
+
+@dataclass
+class Collective:
+    """group, kind, bytes: what was called with how much of this rank's data. began, ended: seconds; None: in flight."""
+
+    group: str
+    kind: str
+    bytes: int
+    began: float
+    ended: float | None = None
+
+    def meets(self, other: Collective) -> bool:
+        """Whether both were in flight at one moment."""
+        first, second = sorted((self, other), key=lambda collective: collective.began)
+        return first.ended is None or second.began < first.ended
+
+
+@dataclass(eq=False)
+class Recorder:
+    """Writes down every collective of the groups that it records. delay: called before each, to provoke disorder."""
+
+    delay: Any = None
+    collectives: list[Collective] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def record(self, ranks: Ranks) -> None:
+        """Puts itself between ``ranks`` and their groups: before a trainer takes them."""
+        recorded = {id(group): self.group(group) for group in (ranks.learn, ranks.control, *ranks.feed.values())}
+        ranks.learn, ranks.control = recorded[id(ranks.learn)], recorded[id(ranks.control)]
+        ranks.feed = {kind: recorded[id(group)] for kind, group in ranks.feed.items()}
+
+    def group(self, group: Group) -> Group:
+        return _Recorded(group.name, group.handle, inner=group, recorder=self)
+
+    @property
+    def order(self) -> list[tuple[str, str, int]]:
+        """(group, kind, bytes) of all, in the order of their beginning."""
+        return [(each.group, each.kind, each.bytes) for each in self.collectives]
+
+    def overlaps(self, *names: str) -> list[tuple[Collective, Collective]]:
+        """Pairs of collectives of two of the groups ``names``, of any two by default, that were in flight together."""
+        chosen = [each for each in self.collectives if not names or each.group in names]
+        return [
+            (one, other)
+            for number, one in enumerate(chosen)
+            for other in chosen[number + 1 :]
+            if one.group != other.group and one.meets(other)
+        ]
+
+    def begun(self, group: str, kind: str, value: Tensor) -> Collective:
+        if self.delay is not None:
+            self.delay()
+        with self._lock:
+            found = Collective(group, kind, value.numel() * value.element_size(), time.perf_counter())
+            self.collectives.append(found)
+        return found
+
+    @contextmanager
+    def during(self, group: str, kind: str, value: Tensor) -> Iterator[None]:
+        found = self.begun(group, kind, value)
+        yield
+        found.ended = time.perf_counter()
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorded(Group):
+    """A group under the eyes of a recorder; what its collectives do is ``inner``'s, a simulation's perhaps."""
+
+    inner: Group = field(kw_only=True)
+    recorder: Recorder = field(kw_only=True)
+
+    def all_gather(self, value: Tensor) -> list[Tensor]:
+        with self.recorder.during(self.name, "all_gather", value):
+            return self.inner.all_gather(value)
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        with self.recorder.during(self.name, "all_reduce", value):
+            return self.inner.all_reduce(value)
+
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        with self.recorder.during(self.name, "all_to_all", rows):
+            return self.inner.all_to_all(rows, sent, received)
+
+    def broadcast(self, value: Tensor, source: int, *, wait: bool = True) -> Work | None:
+        if wait:
+            with self.recorder.during(self.name, "broadcast", value):
+                return self.inner.broadcast(value, source)
+        found = self.recorder.begun(self.name, "broadcast", value)
+        work = self.inner.broadcast(value, source, wait=False)
+        return None if work is None else _Watched(work, found)
+
+    def send(self, value: Tensor, rank: int) -> None:
+        with self.recorder.during(self.name, "send", value):
+            self.inner.send(value, rank)
+
+    def receive(self, value: Tensor, rank: int) -> None:
+        with self.recorder.during(self.name, "receive", value):
+            self.inner.receive(value, rank)
+
+    def replicate(self, model: nn.Module, **options: Any) -> nn.Module:
+        replica = self.inner.replicate(model, **options)
+        if hasattr(replica, "register_comm_hook"):
+            replica.register_comm_hook(None, self._bucket)
+        return replica
+
+    def _bucket(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """The mean over ranks of a bucket of gradients, as torch's own hook computes it."""
+        gradients = bucket.buffer().div_(dist.get_world_size(self.handle))
+        found = self.recorder.begun(self.name, "all_reduce", gradients)
+
+        def ended(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+            found.ended = time.perf_counter()
+            return future.value()[0]
+
+        work = dist.all_reduce(gradients, group=self.handle, async_op=True)
+        assert work is not None
+        return work.get_future().then(ended)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """An operation in flight whose end is written down when somebody waits for it."""
+
+    work: Work
+    found: Collective
+
+    def wait(self) -> Any:
+        done = self.work.wait()
+        self.found.ended = time.perf_counter()
+        return done
