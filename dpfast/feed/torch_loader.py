@@ -34,17 +34,26 @@ class TorchLoader(PoolLoader):
 
     threads: of the native kernels in the loader's thread; more than one bring that second team.
     ahead: batches that are prepared while the caller works, by the thread; None: as above, two where there is a thread.
+    background: whether there is a thread; None: as above. On a GPU there is none: the caller's thread issues what goes
+    over the ranks, in one order with the learner's collectives (``dpfast.parallel.groups``).
     """
 
     def __init__(
-        self, pool: SamplePool | UnionPool, *, threads: int = 1, ahead: int | None = None, **options: Any
+        self,
+        pool: SamplePool | UnionPool,
+        *,
+        threads: int = 1,
+        ahead: int | None = None,
+        background: bool | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(pool, **options if ahead is None else options | {"ahead": ahead})
         self.threads = threads
         self._slots = Slots()
         if ahead is None and (count := self._count_on_demand()):
             self.ahead, self.on_demand = count, True
-        background = self.device.type == "cpu" and not self.on_demand
+        if background is None:
+            background = self.device.type == "cpu" and not self.on_demand
         self._worker = ThreadPoolExecutor(1, "dpfast-loader") if background else None
         self._stream = torch.cuda.Stream(self.device) if is_gpu(self.device) else None
 
@@ -78,14 +87,12 @@ class TorchLoader(PoolLoader):
 
     def _burst(self, requests: Sequence[Request]) -> None:
         """Makes all batches in one pass, into one slot, where they are pixels on the host."""
-        assert isinstance(self.pool, SamplePool)
-        view = self.pool.view
-        if not view.in_place(self.device):
+        if isinstance(self.pool, UnionPool) or not self.pool.view.in_place(self.device):
             for request in requests:
                 request.work = self._make(request)
             return
         count, channels, height, width = self.batch_shape()
-        images, labels = view.gather(
+        images, labels = self.pool.view.gather(
             torch.cat([request.indices for request in requests]),
             self.form,
             flip=_joined([request.draw.flips for request in requests]),

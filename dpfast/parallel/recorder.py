@@ -128,10 +128,11 @@ class _Recorded(Group):
     def replicate(self, model: nn.Module, **options: Any) -> nn.Module:
         replica = self.inner.replicate(model, **options)
         if hasattr(replica, "register_comm_hook"):
-            replica.register_comm_hook(None, self._bucket)
+            # torch looks at the hook's annotations, and takes them for others where they are postponed
+            replica.register_comm_hook(None, lambda _, bucket: self._bucket(bucket))  # type: ignore[operator]
         return replica
 
-    def _bucket(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """The mean over ranks of a bucket of gradients, as torch's own hook computes it."""
         gradients = bucket.buffer().div_(dist.get_world_size(self.handle))
         found = self.recorder.begun(self.name, "all_reduce", gradients)

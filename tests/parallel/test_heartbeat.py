@@ -1,0 +1,135 @@
+"""Who waits for whom, on a simulated clock: other ranks' progress comes at times that a script gives."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from dpfast.parallel import RankError, Ranks
+from dpfast.parallel.heartbeat import Clock, Heartbeat
+from dpfast.practice import stopping
+from dpfast.practice.stopping import Stop, StopTogether
+
+
+class Script(Clock):
+    """A clock that stands while this process works; ``at`` a time something happens elsewhere."""
+
+    def __init__(self):
+        self.time, self.events = 0.0, []
+
+    def at(self, when, happens):
+        self.events.append((when, happens))
+
+    def now(self):
+        return self.time
+
+    def sleep(self, seconds):
+        self.time += seconds
+        due = [event for event in self.events if event[0] <= self.time]
+        self.events = [event for event in self.events if event[0] > self.time]
+        for _, happens in sorted(due, key=lambda event: event[0]):
+            happens()
+
+
+def simulated(size, timeout):
+    """Rank 0 of ``size`` on a scripted clock, and a function that says what another rank has completed by a time."""
+    clock, store = Script(), dist.HashStore()
+    ranks = Ranks(size=size, heartbeat=Heartbeat(store, 0, size, timeout, clock), store=dist.PrefixStore("said", store))
+
+    def beats(rank, *times):
+        for count, when in enumerate(times, 1):
+            clock.at(when, lambda count=count: store.set(f"beat/{rank}", str(count)))
+
+    def says(rank, value, when):
+        clock.at(when, lambda: ranks.store.set(f"1/{rank}", value))
+
+    return ranks, clock, beats, says
+
+
+@pytest.mark.parametrize("size", [2, 8, 32])
+def test_a_rank_may_be_as_slow_as_it_likes_while_it_makes_progress(size):
+    ranks, clock, beats, says = simulated(size, timeout=5)
+    for rank in range(1, size):  # a batch every 4 s, and up to ten times the timeout later than rank 0
+        last = 20 + 30 * rank / size
+        beats(rank, *(4.0 * n for n in range(int(last / 4) + 1)))
+        says(rank, str(rank), last)
+    assert ranks.everyone(0) == list(range(size))
+    assert last <= clock.time < last + 0.1
+
+
+def test_a_rank_without_progress_is_named_within_the_timeout_and_a_tenth():
+    ranks, clock, beats, says = simulated(4, timeout=10)
+    beats(1, *range(1, 100))
+    beats(2, 1, 2, 3)  # hangs after three batches
+    says(3, "0", 2)  # waits as rank 0 does
+    with pytest.raises(RankError, match=r"^rank 2 of 4 did not answer: dead, or without progress for 10 s"):
+        ranks.everyone(0)
+    assert 13 <= clock.time < 13 + 10 / 10 + 0.2
+
+
+def test_all_ranks_without_progress_are_named():
+    ranks, clock, beats, _ = simulated(4, timeout=10)
+    beats(2, *range(1, 100))
+    with pytest.raises(RankError, match=r"^ranks 1, 3 of 4 did not answer"):
+        ranks.everyone(0)
+    assert 10 <= clock.time < 11.2
+
+
+def test_who_waits_for_a_slow_rank_is_not_dead_to_a_third():
+    """Rank 0 waits for rank 1, which waits for rank 2 in another place: to wait counts as progress."""
+    ranks, clock, _, says = simulated(3, timeout=5)
+    other = Heartbeat(ranks.heartbeat.store, 1, 3, 5, clock)
+    for n in range(200):
+        clock.at(n / 10, other.beat)  # what ``Heartbeat.wait`` does meanwhile
+    says(2, "2", 1)
+    says(1, "1", 19)
+    assert ranks.everyone(0) == [0, 1, 2]
+
+
+def test_a_beat_costs_a_message_now_and_then():
+    ranks, clock, _, _ = simulated(2, timeout=600)
+    told = []
+    ranks.heartbeat.store = type("Store", (), {"set": lambda self, key, value: told.append((clock.time, value))})()
+    for _ in range(30):
+        ranks.beat()
+        clock.sleep(0.25)
+    assert told == [(0.0, "1"), (5.0, "21")]
+    Ranks().beat()  # a process alone says nothing
+
+
+def steps_of(size, seed, speeds):
+    """Threads as ranks, one of which is asked to stop at a random step: that step, the steps of each, the keys."""
+    store, chance, stops = dist.HashStore(), random.Random(seed), [Stop() for _ in range(size)]
+    asked = chance.randrange(size), chance.randrange(5, 60)
+    found = [0] * size
+
+    def rank(number):
+        ranks = Ranks(number, size, heartbeat=Heartbeat(store, number, size, 20), store=dist.PrefixStore("said", store))
+        together = StopTogether(stops[number], ranks)
+        while True:
+            if found[number] % 25 == 0:
+                together.anew()
+            if together.before(found[number]):
+                return
+            time.sleep(speeds[number] * chance.random())
+            found[number] += 1
+            if (number, found[number]) == asked:
+                stops[number].requested = True
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return asked[1], found, store.num_keys()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_ranks_stop_before_the_same_step(monkeypatch, seed):
+    monkeypatch.setattr(stopping, "ASK", 0.02)
+    asked, found, keys = steps_of(3, seed, speeds=(0.002, 0.001, 0.003))
+    assert len(set(found)) == 1, found
+    assert asked <= found[0] <= asked + 60
+    assert keys < 20, "what was said long ago is removed"
