@@ -142,6 +142,7 @@ def read_all(folder: ImageFolder, ranks: Ranks = ALONE) -> RealSet:
         images = torch.empty(len(folder), *folder.shape, dtype=torch.uint8)
         for i, image in enumerate(threads.map(lambda file: read_image(file, folder.shape), folder.files)):
             images[i] = image
+            ranks.beat()
     return RealSet(images, torch.tensor(folder.labels, dtype=torch.int64))
 
 

@@ -55,8 +55,11 @@ def evaluate(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, 
 
     All ranks get the measures of the whole set, and the same as one rank would.
     """
-    few = not len(images)  # a small set, many ranks
-    return measure(torch.empty(0, 1) if few else predict(model, images), labels, ranks)
+    logits = []
+    for batch in images.split(BATCH) if len(images) else ():
+        logits.append(predict(model, batch))
+        ranks.beat()
+    return measure(torch.cat(logits) if logits else torch.empty(0, 1), labels, ranks)  # a small set, many ranks
 
 
 def measure(logits: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> Evaluation:

@@ -102,7 +102,10 @@ def evaluate_sets(model: Callable[[Tensor], Tensor], sets: Iterable[EvaluationSe
 
 
 def _row(model: Callable[[Tensor], Tensor], one: EvaluationSet, ranks: Ranks) -> Row:
-    parts = [(predict(model, images), labels) for images, labels in one.batches(ranks)]
+    parts: list[tuple[Tensor, Tensor]] = []
+    for images, labels in one.batches(ranks):
+        parts.append((predict(model, images), labels))
+        ranks.beat()
     classes = int(ranks.most(parts[0][0].shape[1] if parts else 0))
     parts = parts or [(torch.empty(0, classes), torch.empty(0, dtype=torch.int64))]
     logits, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -110,8 +113,8 @@ def _row(model: Callable[[Tensor], Tensor], one: EvaluationSet, ranks: Ranks) ->
         place = torch.full((classes,), -1)
         place[list(one.among)] = torch.arange(len(one.among))
         logits, labels = logits[:, list(one.among)], place[labels]
-    images = int(ranks.total(len(labels)))
-    return Row(one.name, one.severity, images, logits.shape[1], measure(logits, labels, ranks))
+    count = int(ranks.total(len(labels)))
+    return Row(one.name, one.severity, count, logits.shape[1], measure(logits, labels, ranks))
 
 
 def _shifted(test: RealSet, kind: str, severity: int, seed: int) -> EvaluationSet:

@@ -10,7 +10,7 @@ holds other rows and saves them anew beside the old ones, which are removed when
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,8 @@ def _forget(part: Path) -> None:
 class _Saved:
     """The samples of one saved pool, where they lie: its shards are mapped, nothing is copied."""
 
-    def __init__(self, folder: Path) -> None:
-        self.manifest, loaded = shards.load_shards(folder, shards.Manifest.read(folder))
+    def __init__(self, folder: Path, told: Callable[[], None] = lambda: None) -> None:
+        self.manifest, loaded = shards.load_shards(folder, shards.Manifest.read(folder), told=told)
         self.folder, self.shards = folder, list(loaded)
         self.starts = np.cumsum([0, *(len(part.records) for part in self.shards)])
 
@@ -110,7 +110,9 @@ def open_all(folder: Path, **options: Any) -> SamplePool:
     return pool
 
 
-def open_part(folder: Path, saved: Layout, wanted: Layout, **options: Any) -> SamplePool:
+def open_part(
+    folder: Path, saved: Layout, wanted: Layout, *, told: Callable[[], None] = lambda: None, **options: Any
+) -> SamplePool:
     """The rows of ``wanted.ranks`` out of what the ranks of ``saved`` have saved under ``folder``.
 
     Both have the same rounds and batches, so a batch of one is a batch of the other.
@@ -118,16 +120,17 @@ def open_part(folder: Path, saved: Layout, wanted: Layout, **options: Any) -> Sa
     """
     ranks = wanted.ranks
     if saved.ranks.size == ranks.size:
-        return open_pool(part_folder(folder, ranks), limit=wanted.held(), **options)
+        return open_pool(part_folder(folder, ranks), limit=wanted.held(), told=told, **options)
     parts: dict[int, _Saved] = {}
     pool: SamplePool | None = None
     for rows in wanted.rows():
         owner, places = saved.locate(torch.arange(rows.start, rows.stop))
         rank = int(owner[0])
         if rank not in parts:
-            parts[rank] = _Saved(part_folder(folder, saved.ranks, rank))
+            parts[rank] = _Saved(part_folder(folder, saved.ranks, rank), told)
         pool = pool or SamplePool(parts[rank].manifest.codec, **options)
         parts[rank].copy(places.numpy(), pool)
+        told()
     if pool is None:
         raise shards.DamagedPoolError(f"{str(folder)!r} holds no samples of {ranks}")
     return pool

@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -293,18 +293,19 @@ def open_pool(
     tiers: Tiers | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     decode: codecs.Decode | None = None,
+    told: Callable[[], None] = lambda: None,
 ) -> SamplePool:
     """The pool that was saved in ``folder``, every sample and column as it was; the first ``limit`` samples on request.
 
     Every shard is checked against the manifest. A damaged one is quarantined and named in a ``LostSamplesWarning`` with
-    the ids of its samples; the rest is opened.
+    the ids of its samples; the rest is opened. ``told`` is called after each that was read.
 
     Raises ``DamagedPoolError`` when the folder is no saved pool, or one whose intact part has fewer than ``limit``
     samples.
     """
     folder = Path(folder)
     manifest = shards.Manifest.read(folder)
-    manifest, loaded = shards.load_shards(folder, manifest)
+    manifest, loaded = shards.load_shards(folder, manifest, told=told)
     wanted = manifest.samples if limit is None else limit
     if wanted > manifest.samples:
         raise shards.DamagedPoolError(f"{str(folder)!r} holds {manifest.samples} intact samples, {wanted} are needed")
@@ -313,6 +314,7 @@ def open_pool(
         records = part.records[: wanted - len(pool)]
         if len(records):
             pool.append_records(payload_of(part, records, manifest), records.copy())
+        told()
     return pool
 
 

@@ -152,7 +152,9 @@ class Unguided:
             usual, self.sampler.cfg_scale = self.sampler.cfg_scale, cfg_scale
             try:
                 batches = self.sampler.stream(labels, first_id=start, batch_size=self.batch)
-                yield from cost.timed(batches, price)
+                for batch in cost.timed(batches, price):
+                    self.ranks.beat()
+                    yield batch
             finally:
                 self.sampler.cfg_scale = usual
 

@@ -41,7 +41,11 @@ class Yardstick:
         places = self.ranks.places(SAMPLES, self.batch)
         labels = spread_labels(SAMPLES, self.sampler.pipeline.denoiser.classes)[places]
         batches = self.sampler.stream(labels, sample_ids=FIRST_ID + places, batch_size=self.batch)
-        return [batch.images.cpu() for batch in batches]
+        made = []
+        for batch in batches:
+            made.append(batch.images.cpu())
+            self.ranks.beat()
+        return made
 
     def entropies(self, learner: nn.Module) -> Tensor:
         """(SAMPLES,) nats of the samples of all ranks under ``learner``, on the CPU. All ranks call it together."""
