@@ -13,6 +13,7 @@ import benchmarks.run
 from dpfast.cli.main import main
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.trajectory import SampleBatch
+from dpfast.pool import export
 from dpfast.pool.tiers import Tiers
 from dpfast.report import inclusion, page
 from dpfast.report.samples import write_samples
@@ -61,17 +62,18 @@ def latents(recipe, tmp_path):  # noqa: F811
 
 
 def test_report_and_export_decode_and_predict_on_the_device(latents, tmp_path, request, monkeypatch):
-    export = ["export", str(latents), "--format", "imagefolder", "--out", str(tmp_path / "images")]
-    assert main(export) == 0  # on the CPU that is here
+    command = ["export", str(latents), "--format", "imagefolder", "--out", str(tmp_path / "images")]
+    assert main(command) == 0  # on the CPU that is here
     assert len(list((tmp_path / "images").rglob("*.png"))) == 45
     request.getfixturevalue("gpu")
     monkeypatch.setattr(Tiers, "allocate", lambda _, __, size: torch.empty(size, dtype=torch.uint8))  # not pinned
     monkeypatch.setattr(page, "births", lambda *_: None)  # histograms take a second
     for options, device in (CHOSEN[0], CHOSEN[-1]):
-        export[-1] = str(tmp_path / f"images {device} {len(options)}")
-        assert asked([*export, *options]) == device
+        command[-1] = str(tmp_path / f"images {device} {len(options)}")
+        assert asked([*command, *options]) == device
         assert asked(["report", str(latents), "--out", str(tmp_path / "page"), *options]) == device  # a decoder
         with monkeypatch.context() as patch:
+            patch.setattr(export, "_decoder", lambda *_: lambda latents: torch.zeros(len(latents), 1, 16, 16))
             patch.setattr(inclusion, "build_learner", lambda *_, **__: Learner())
             assert asked(["report", str(latents), "--out", str(tmp_path / "page"), *options]) == device
 
