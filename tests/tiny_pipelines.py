@@ -73,7 +73,7 @@ def t5_tokenizer():
     return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0)
 
 
-def clip_encoder(kind, tokenizer, width=16):
+def clip_encoder(kind, tokenizer, width=16, **options):
     torch.manual_seed(3)
     config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -86,6 +86,7 @@ def clip_encoder(kind, tokenizer, width=16):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
     return kind(config).eval()
 
@@ -110,8 +111,8 @@ def dit(folder: Path, *, learned_sigma=False, tiny=True, layers=2, index=INDEX, 
     return folder
 
 
-def stable_diffusion(folder: Path, scheduler=None):
-    unet = diffusers.UNet2DConditionModel(
+def stable_diffusion(folder: Path, scheduler=None, encoder=None, **unet):
+    network = diffusers.UNet2DConditionModel(
         block_out_channels=(8, 16),
         layers_per_block=1,
         sample_size=8,
@@ -120,10 +121,10 @@ def stable_diffusion(folder: Path, scheduler=None):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16,
-        attention_head_dim=2,
         norm_num_groups=4,
+        **{"attention_head_dim": 2, **unet},
     )
-    randomise(unet, std=0.3)
+    randomise(network, std=0.3)
     tokenizer = clip_tokenizer()
     # the scheduler of the published 1.5 folder
     scheduler = scheduler or diffusers.PNDMScheduler(
@@ -131,9 +132,9 @@ def stable_diffusion(folder: Path, scheduler=None):
     )
     diffusers.StableDiffusionPipeline(
         vae=vae(),
-        text_encoder=clip_encoder(transformers.CLIPTextModel, tokenizer),
+        text_encoder=clip_encoder(transformers.CLIPTextModel, tokenizer, **(encoder or {})),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=network,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -84,6 +84,26 @@ def test_stable_diffusion(cfg_scale, solver, stable_diffusion_folder):
     torch.testing.assert_close(images_of(pipeline, got), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_stable_diffusion_2(prediction, tmp_path):
+    """What differs from 1.x: linear projections, heads by level, an encoder with GELU, and v-prediction at 768 px."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    folder = tiny_pipelines.stable_diffusion(
+        tmp_path,
+        diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction),
+        {"hidden_act": "gelu"},
+        attention_head_dim=[1, 2],
+        use_linear_projection=True,
+        upcast_attention=True,
+    )
+    pipeline = Pipeline.from_pretrained(folder, class_names=NAMES, prompt_template=TEMPLATE)
+    noise, prompts = noise_for(pipeline), [TEMPLATE.format(NAMES[label]) for label in LABELS]
+    reference = quiet(diffusers.StableDiffusionPipeline.from_pretrained(folder))
+    arguments = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "latents": noise, "output_type": "latent"}
+    got = run(pipeline, noise, 3.0, solver="ddim")
+    torch.testing.assert_close(got, reference(prompts, **arguments).images, **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("module", "kind", "options"),
     [(scheduling_lcm, diffusers.LCMScheduler, {}), (scheduling_tcd, diffusers.TCDScheduler, {"eta": 0.3})],
