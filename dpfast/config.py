@@ -21,6 +21,10 @@ else:
 SOURCES = ("dp", "static", "prune", "dynamic")  # in the order in which they run
 RECIPES = Path(__file__).parent / "recipes"
 ASSETS = Path(__file__).parent / "assets"
+YOURS = {  # field -> its option, and the names by which recipes call a folder that only their user has
+    "pipeline": ("--generator DIR", ("stable-diffusion-1.5", "dit-xl-2")),
+    "validation": ("--validation DIR", ("imagenet-val",)),
+}
 
 
 class RecipeError(ValueError):
@@ -298,6 +302,13 @@ class Recipe:
         )
         apart = self.guidance.criterion != "disagreement" or self.learner.ema_decay > 0
         _check(apart, "criterion", self.guidance.criterion, "another with ema_decay = 0: both weights are the same")
+
+    def need_folders(self, *names: str) -> None:
+        """Raises ``RecipeError`` with the options of all fields of ``names`` whose folder its user has yet to name."""
+        given = {"pipeline": self.generator.pipeline, "validation": self.validation}
+        missing = [YOURS[name][0] for name in names if given[name] in YOURS[name][1] and not Path(given[name]).is_dir()]
+        if missing:
+            raise RecipeError(f"recipe = {self.name!r}: needs folders of yours, say {' '.join(missing)}")
 
     @classmethod
     def load(cls, source: str | Path, **overrides: Any) -> Recipe:

@@ -128,3 +128,18 @@ def test_folders_that_do_not_fit_are_named_before_weights_are_read(message, fold
     assert error.count("\n") == 1
     assert re.search(message, error), error
     assert {path.name for path in tmp_path.iterdir()} <= {"generator", "validation"}  # nothing half-written
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_a_recipe_without_its_folders_names_all_options_that_are_missing(name, folders, capsys):
+    generator, validation = ["--generator", str(folders[0])], ["--validation", str(folders[1])]
+    said = f"dpfast: error: recipe = '{name}': needs folders of yours, say "
+    for given, missing in (
+        ([], "--generator DIR --validation DIR"),
+        (generator, "--validation DIR"),
+        (validation, "--generator DIR"),
+    ):
+        assert main(["run", name, *given]) == 2
+        assert capsys.readouterr().err == f"{said}{missing}\n"
+    assert main(["sample", "--recipe", name, "--labels", "0", "--out", "images"]) == 2
+    assert capsys.readouterr().err == f"{said}--generator DIR\n"

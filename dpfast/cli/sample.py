@@ -47,6 +47,8 @@ def sample(arguments: argparse.Namespace) -> int:
         **{name: value for name, value in given.items() if value is not None},
     )
 
+    recipe.need_folders("pipeline")
+
     from dpfast.device import device_named
     from dpfast.generate.recipes import load_pipeline, new_sampler
     from dpfast.practice.learners import load_learner

@@ -52,6 +52,7 @@ class DeliberatePractice:
         ranks = ranks if self.link is None else self.link.trainers
         self.recipe, self.ranks = recipe, ranks
         self._check_ranks()
+        recipe.need_folders(*(["pipeline"] if unguided is None else []), "validation")
         names = check_generator(recipe.generator) if unguided is None else unguided.sampler.pipeline.class_names
         check_real(recipe.validation, recipe.held_out, names)
         self.pipeline = (
