@@ -32,6 +32,7 @@ TABLES = {
     "study": "benchmarks.study",
     "theory": "benchmarks.bench_theory",
     "plan": "benchmarks.planner",
+    "patience": "benchmarks.patience",
     "scaling": "benchmarks.scaling",
     "overhead": "benchmarks.overhead",
     "ranks": "benchmarks.ranks",

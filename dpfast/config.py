@@ -170,7 +170,8 @@ class Practice:
     evaluate_every: int = 25  # tau, in evaluate_unit
     evaluate_unit: str = "steps"  # "steps" of the optimiser, or "passes" over the initial samples (the paper's tau: 1)
     patience: int = 2  # T_max at the start, in evaluations without a new best
-    patience_growth: str = "pool"  # "pool": T_max = ceil(patience * pool / N); "round": one more per round; "fixed"
+    patience_growth: str = "coverage"  # of T_max: "coverage": max(patience, pool / 4 N), so that a quarter of the pool
+    # is drawn before more is added; "pool": patience * pool / N; "round": one more per round; "fixed"
     omega_rounds: tuple[float, ...] = ()  # omega of round 1, 2, ...; the last one for all later; empty: omega
     cfg_rounds: tuple[float, ...] = ()  # cfg_scale of round 1, 2, ..., the same way
     fresh_weight: float = 1.0  # how much more often a sample of the newest round is drawn; 1: the paper
@@ -202,13 +203,14 @@ class Practice:
         rounds = self.maximum_rounds
         _check(rounds is None or rounds >= 0, "maximum_rounds", rounds, "at least 0, or left out for no limit")
         _check(self.iterations >= 10, "iterations", self.iterations, "at least 10")
-        units, growths = ("steps", "passes"), ("pool", "round", "fixed")
+        units, growths = ("steps", "passes"), ("coverage", "pool", "round", "fixed")
         _check(self.evaluate_unit in units, "evaluate_unit", self.evaluate_unit, "'steps' or 'passes'")
         most = f"between 1 and iterations ({self.iterations})" if self.evaluate_unit == "steps" else "at least 1"
         fits = self.evaluate_unit != "steps" or self.evaluate_every <= self.iterations
         _check(self.evaluate_every >= 1 and fits, "evaluate_every", self.evaluate_every, most)
         _check(self.patience >= 1, "patience", self.patience, "at least 1 evaluation")
-        _check(self.patience_growth in growths, "patience_growth", self.patience_growth, "'pool', 'round' or 'fixed'")
+        known = "'coverage', 'pool', 'round' or 'fixed'"
+        _check(self.patience_growth in growths, "patience_growth", self.patience_growth, known)
         _check(min(self.cfg_rounds, default=0.0) >= 0, "cfg_rounds", self.cfg_rounds, "each at least 0")
         _check(self.fresh_weight > 0, "fresh_weight", self.fresh_weight, "above 0; 1 draws uniformly")
         _check(self.allot in ("equal", "difficulty"), "allot", self.allot, "'equal' or 'difficulty'")

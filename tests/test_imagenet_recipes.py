@@ -23,6 +23,8 @@ COMMON = {
     "ema_decay": 1 - 0.001,
     "warmup": 0.1,
     "cooldown": 0.2,
+    "evaluate_every": 1,
+    "evaluate_unit": "passes",
     "sources": ("dp",),
 }
 IMAGENET_1K = {
