@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from dpfast.config import ASSETS, RecipeError
 from dpfast.data import fashion, imagenet
 from dpfast.data.folders import BATCH, SUFFIXES, ImageFolder, class_folders, images_in, open_folder, read_image
+from dpfast.hardware.cpus import cpus
 from dpfast.parallel import ALONE, Ranks
 
 
@@ -136,9 +136,9 @@ def _complete(name: str, field: str, classes: Sequence[str], labels: Iterable[in
 
 
 def read_all(folder: ImageFolder, ranks: Ranks = ALONE) -> RealSet:
-    """Reads and decodes this rank's images, on its share of the machine's cores."""
+    """Reads and decodes this rank's images, on its share of the job's CPUs."""
     folder = folder.subset(ranks.places(len(folder), BATCH).tolist())
-    with ThreadPoolExecutor(max((os.cpu_count() or 1) // ranks.local_size, 1)) as threads:
+    with ThreadPoolExecutor(max(cpus() // ranks.local_size, 1)) as threads:
         images = torch.empty(len(folder), *folder.shape, dtype=torch.uint8)
         for i, image in enumerate(threads.map(lambda file: read_image(file, folder.shape), folder.files)):
             images[i] = image

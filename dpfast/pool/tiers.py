@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dpfast import config
+from dpfast.hardware.memory import free_bytes
 
 NAMES = ("device", "host", "file")
 HOST_SHARE = 0.7  # of the memory that is free; the learner and its batches need some
@@ -64,7 +65,8 @@ class Tiers:
         host_bytes: int | None = None,
         processes: int = 1,
     ) -> Tiers:
-        """Shares of what is free now: device memory for a CUDA device, host memory, and the disk of ``folder``.
+        """Shares of what is free now: device memory for a CUDA device, host memory within the limits of a container or
+        of Slurm (``dpfast.hardware.memory``), and the disk of ``folder``.
 
         device_bytes, host_bytes: budgets in place of the shares; of a CPU as the device, a budget in bytes is a part of
         the host's memory that is filled first. processes: that share this machine's host memory and disk alike.
@@ -76,7 +78,7 @@ class Tiers:
         return cls(
             device=device if device_bytes else None,
             device_bytes=device_bytes,
-            host_bytes=int(_free_memory() * HOST_SHARE / processes) if host_bytes is None else host_bytes,
+            host_bytes=int(free_bytes() * HOST_SHARE / processes) if host_bytes is None else host_bytes,
             folder=folder,
             file_bytes=0 if folder is None else int(shutil.disk_usage(folder).free * FILE_SHARE / processes),
         )
@@ -141,15 +143,6 @@ def touched(memory: Tensor) -> Tensor:
     if memory.device.type == "cpu":
         ctypes.memset(memory.data_ptr(), 0, memory.nbytes)
     return memory
-
-
-def _free_memory() -> int:
-    """Bytes that can be had without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def readable(count: float) -> str:

@@ -8,8 +8,11 @@ from importlib import metadata
 
 import torch
 
+from dpfast.hardware.cpus import cpu_counts
+from dpfast.hardware.memory import free_memory
 from dpfast.ops import backend_of
 from dpfast.ops._dispatch import OPERATIONS
+from dpfast.pool.tiers import readable
 
 # package -> (what it is for, how to get it)
 OPTIONAL = {
@@ -40,6 +43,12 @@ def report() -> str:
     for name, (purpose, command) in OPTIONAL.items():
         version = _version(name)
         lines.append(f"  {name:<20} {version or 'not installed'} - {purpose}" + ("" if version else f": {command}"))
+    lines.append("Host memory that is free to this job: the least counts, and local ranks share it")
+    for free in free_memory():
+        within = "" if free.limit is None else f" of {readable(free.limit)}"
+        lines.append(f"  {readable(free.bytes)}{within}, by {free.source}")
+    lines.append("CPUs of this job: the least counts, and local ranks share it")
+    lines += [f"  {count.cpus}, by {count.source}" for count in cpu_counts()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU"
     lines += [f"GPU: {gpu}", "Backend of every operation"]
     with warnings.catch_warnings(record=True) as caught:

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 
 from dpfast.generate.runtime.execution import Execution
+from dpfast.hardware.cpus import cpus
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def machine(device: torch.device) -> str:
     """What a measured cost holds for: the device, its threads and torch."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{platform.machine()} {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{platform.machine()} {cpus()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 class CompileCosts:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from dpfast.hardware.memory import free_bytes, local_ranks
 
 
 class _Peak(TorchDispatchMode):
@@ -61,14 +62,10 @@ def bytes_per_sample(call: Callable[[int], object]) -> tuple[int, int]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, what the kernel calls available on a Linux CPU, elsewhere 4 GiB."""
+    """Free memory of a GPU; of a CPU this rank's part of what is free to the job (``dpfast.hardware.memory``)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 << 30
+    return free_bytes() // local_ranks()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,0 +1,1 @@
+"""What this process may use of the machine that it runs on. Knows nobody else in the package."""
