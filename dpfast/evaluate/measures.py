@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 
 from dpfast.data.folders import BATCH
 from dpfast.ops import entropy
+from dpfast.out_of_memory import HalvingBatches
 from dpfast.parallel import ALONE, Ranks
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
+_FITTING: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # model -> the batch that fitted where memory ran out
 
 
 @dataclass(frozen=True)
@@ -33,42 +37,67 @@ class Evaluation:
     per_class: Tensor
 
 
-@torch.no_grad()
 def predict(model: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = BATCH) -> Tensor:
     """Logits (N, K), float32, of uint8 images (N, C, H, W), scaled to [-1, 1]; on the device of the model.
 
-    A module is run in eval mode and put back.
+    A module is run in eval mode and put back. Batches halve where memory runs out.
     """
+    return torch.cat([logits for _, logits in predictions(model, images, batch_size=batch_size)])
+
+
+def predictions(
+    model: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = BATCH
+) -> Iterator[tuple[slice, Tensor]]:
+    """``predict``, batch by batch: the rows of ``images``, and their logits."""
     was_training, device = False, images.device
     if isinstance(model, nn.Module):
         was_training = model.training
-        model.eval()
         device = next((p.device for p in model.parameters()), device)
-    parts = [model(part.to(device).float().div(127.5).sub(1.0)).float() for part in images.split(batch_size)]
-    if isinstance(model, nn.Module):
-        model.train(was_training)
-    return torch.cat(parts)
+        model.eval()
+    batches = HalvingBatches(min(batch_size, _FITTING.get(model, batch_size)), device)
+
+    @torch.no_grad()
+    def made(rows: slice) -> tuple[slice, Tensor]:
+        return rows, model(images[rows].to(device).float().div(127.5).sub(1.0)).float()
+
+    try:
+        yield from batches.over(len(images), made)
+    finally:
+        if batches.retries:
+            _FITTING[model] = batches.size
+        if isinstance(model, nn.Module):
+            model.train(was_training)
 
 
 def evaluate(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> Evaluation:
     """Evaluates on uint8 images (N, C, H, W) with labels (N,): the whole set, or this rank's part of it.
 
-    All ranks get the measures of the whole set, and the same as one rank would.
+    All ranks get the measures of the whole set, and the same as one rank would. A batch's logits are in memory at a
+    time.
     """
-    logits = []
-    for batch in images.split(BATCH) if len(images) else ():
-        logits.append(predict(model, batch))
+    scores, classes = [], 0  # a small set, many ranks: one may have no image
+    for rows, logits in predictions(model, images):
+        scores.append(score(logits, labels[rows]))
+        classes = logits.shape[1]
         ranks.beat()
-    return measure(torch.cat(logits) if logits else torch.empty(0, 1), labels, ranks)  # a small set, many ranks
+    return measure(scores, classes, ranks)
 
 
-def measure(logits: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> Evaluation:
-    """All measures of logits (N, K) with labels (N,), N >= 1 over all ranks."""
-    labels, classes = labels.to(logits.device), int(ranks.most(logits.shape[1]))
+def score(logits: Tensor, labels: Tensor) -> Tensor:
+    """What ``measure`` needs of a batch's logits (n, K) with labels (n,): (n, 7) float64, on their device.
+
+    The columns: label, right, right among the top five, cross-entropy, entropy, highest probability, right in float64.
+    """
+    labels = labels.to(logits.device)
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
     top, guess = logits.double().softmax(1).max(1)
     values = [labels, ranked[:, 0], ranked.any(1), F.cross_entropy(logits, labels, reduction="none"), entropy(logits)]
-    rows = torch.stack([value.double() for value in (*values, top, guess == labels)], 1)
+    return torch.stack([value.double() for value in (*values, top, guess == labels)], 1)
+
+
+def measure(scores: Sequence[Tensor], classes: int, ranks: Ranks = ALONE) -> Evaluation:
+    """All measures of this rank's ``score``, N >= 1 over all ranks. classes: K, 0 where this rank has none."""
+    rows, classes = torch.cat([*scores]) if scores else torch.empty(0, 7).double(), int(ranks.most(classes))
     rows = ranks.gather(rows, int(ranks.total(len(rows))), BATCH)
     hits, near, loss, entropies = (rows[:, i].float() for i in (1, 2, 3, 4))
     labels = rows[:, 0].long()

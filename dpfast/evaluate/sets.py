@@ -24,7 +24,7 @@ from dpfast.config import RecipeError
 from dpfast.data import imagenet
 from dpfast.data.folders import BATCH, open_folder
 from dpfast.data.real import RealSet
-from dpfast.evaluate.measures import Evaluation, measure, predict
+from dpfast.evaluate.measures import Evaluation, measure, predict, score
 from dpfast.evaluate.shifts import SEVERITIES, SHIFTS, shift
 from dpfast.parallel import ALONE, Ranks
 
@@ -102,19 +102,18 @@ def evaluate_sets(model: Callable[[Tensor], Tensor], sets: Iterable[EvaluationSe
 
 
 def _row(model: Callable[[Tensor], Tensor], one: EvaluationSet, ranks: Ranks) -> Row:
-    parts: list[tuple[Tensor, Tensor]] = []
+    scores, classes, among = [], 0, None if one.among is None else list(one.among)
     for images, labels in one.batches(ranks):
-        parts.append((predict(model, images), labels))
+        logits = predict(model, images)
+        if among is not None:
+            place = torch.full((logits.shape[1],), -1)
+            place[among] = torch.arange(len(among))
+            logits, labels = logits[:, among], place[labels]
+        scores.append(score(logits, labels))
+        classes = logits.shape[1]
         ranks.beat()
-    classes = int(ranks.most(parts[0][0].shape[1] if parts else 0))
-    parts = parts or [(torch.empty(0, classes), torch.empty(0, dtype=torch.int64))]
-    logits, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    if one.among is not None:
-        place = torch.full((classes,), -1)
-        place[list(one.among)] = torch.arange(len(one.among))
-        logits, labels = logits[:, list(one.among)], place[labels]
-    count = int(ranks.total(len(labels)))
-    return Row(one.name, one.severity, count, logits.shape[1], measure(logits, labels, ranks))
+    total, classes = int(ranks.total(sum(map(len, scores)))), int(ranks.most(classes))
+    return Row(one.name, one.severity, total, classes, measure(scores, classes, ranks))
 
 
 def _shifted(test: RealSet, kind: str, severity: int, seed: int) -> EvaluationSet:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dpfast.data.real import load_real
-from dpfast.evaluate.measures import calibration_error, evaluate, frechet_distance, measure, predict
+from dpfast.evaluate.measures import calibration_error, evaluate, frechet_distance, measure, predict, score
+from dpfast.generate.runtime.memory import peak_bytes
 from dpfast.learn.models import load_judge
 
 
@@ -26,6 +27,46 @@ def test_prediction_leaves_the_mode_of_the_model():
     assert torch.allclose(predict(model, images), predict(model, images, batch_size=2), atol=1e-6)
     assert model.training
     assert int(model[1].num_batches_tracked) == 0
+
+
+class Narrow(nn.Module):
+    """A model whose machine holds ``most`` images."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.sizes = most, []
+
+    def forward(self, images):
+        self.sizes.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return images.flatten(1)[:, :3]
+
+
+def test_evaluation_halves_its_batches_where_memory_runs_out_and_remembers():
+    images, labels = torch.randint(0, 256, (60, 1, 2, 2), dtype=torch.uint8), torch.arange(60) % 3
+    whole, narrow = evaluate(Narrow(60), images, labels), Narrow(20)
+    found = evaluate(narrow, images, labels)
+    assert (found.top1, found.loss, found.entropy) == (whole.top1, whole.loss, whole.entropy)
+    assert narrow.sizes == [60, 30, 15, 15, 15, 15]
+    assert narrow.training, "back in its mode"
+    evaluate(narrow, images, labels)
+    assert narrow.sizes[6:] == [15, 15, 15, 15]
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(Narrow(0), images)
+
+
+def test_evaluation_holds_the_logits_of_one_batch_at_a_time():
+    """A thousand classes: the logits of all images would be 40 times the images."""
+    images, labels = torch.zeros(4000, 1, 4, 4, dtype=torch.uint8), torch.arange(4000) % 1000
+    weight = torch.randn(16, 1000)
+
+    def model(images):
+        return images.flatten(1) @ weight
+
+    assert peak_bytes(lambda: evaluate(model, images, labels)) < 2 * peak_bytes(
+        lambda: evaluate(model, images[:500], labels[:500])
+    )
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -54,7 +95,7 @@ def test_calibration_error_of_known_confidences():
 
 def test_top_five_and_a_class_without_images():
     logits = torch.arange(7.0).expand(3, 7)
-    result = measure(logits, torch.tensor([6, 2, 1]))
+    result = measure([score(logits, torch.tensor([6, 2, 1]))], 7)
     assert (result.top1, result.top5) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert result.per_class[6] == 1
     assert math.isnan(result.per_class[0])
