@@ -73,7 +73,8 @@ class SamplePool:
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
         self._spares: deque[tuple[str, Future[Tensor]]] = deque()  # chunks with their tiers, ready or being prepared
-        self._view = View(codec, decode, ChunkTable(chunk_bytes, 1), ChunkTable(RECORD_ROWS, RECORD.itemsize))
+        bounded = None if decode is None else codecs.BoundedDecode(decode)
+        self._view = View(codec, bounded, ChunkTable(chunk_bytes, 1), ChunkTable(RECORD_ROWS, RECORD.itemsize))
         if shape is not None and codec != "jpeg":
             self._adopt(tuple(shape))
 

@@ -123,7 +123,7 @@ class View:
             raise ValueError("the pool holds latents and has no decode function: SamplePool('latents', decode=...)")
         assert isinstance(latents, Tensor)
         with torch.no_grad():
-            return self.decode(latents.float()).to(latents.device, torch.float32).add(1).mul(127.5)
+            return self.decode(latents.float()).to(latents.device, torch.float32).add_(1).mul_(127.5)
 
     def gather(
         self,

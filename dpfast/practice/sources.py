@@ -309,6 +309,7 @@ class PruneSource(DynamicSource):
             columns = [batch.images, batch.labels, batch.sample_ids, batch.entropy]
             if batch.latents is not None and self.recipe.pool.codec == "latents":
                 columns.append(batch.latents)
+            columns = [column.cpu() for column in columns]  # a round is too much for the device
             held = [torch.cat(pair) for pair in zip(held, columns, strict=True)] if held else columns
             best = highest(held[3], held[1], round.count, within=self.recipe.practice.prune_within)
             held = [column[best] for column in held]  # who is out now would be out at the end

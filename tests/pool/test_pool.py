@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfast.ops import _dispatch
+from dpfast.pool import codecs
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.tiers import PoolFullError, Tiers
@@ -134,6 +135,28 @@ def test_gather_normalises_and_mirrors(backend, dtype, monkeypatch):
     assert images.dtype == dtype
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert labels.tolist() == [9, 2, 2, 1]
+
+
+def test_latents_are_decoded_in_bounded_parts_that_halve_where_memory_runs_out(monkeypatch):
+    monkeypatch.setattr(codecs, "DECODED", 5 * 16)  # latents have sixteen values
+    sizes, most = [], 5
+
+    def decode(z):
+        sizes.append(len(z))
+        if len(z) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return z.repeat(1, 1, 3, 3)[:, :3].clamp(-1, 1)
+
+    pool = SamplePool("latents", decode=decode)
+    pool.append(batch(0, 12), payload=latents(torch.arange(12)), round=0, **ORIGIN)
+    whole = pool.images(torch.arange(12))
+    assert sizes == [5, 5, 2]
+    most = 3
+    assert torch.equal(pool.images(torch.arange(12)), whole)
+    assert sizes[3:] == [5, 2, 2, 2, 2, 2, 2]
+    pool.append(batch(12, 2), payload=latents(torch.arange(12, 14)), round=0, **ORIGIN)
+    pool.gather(torch.arange(5))
+    assert sizes[10:] == [2, 2, 1], "later views remember"
 
 
 def test_latents_are_decoded_when_a_batch_is_made():
