@@ -121,6 +121,8 @@ class Learner:
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the model's configuration
     classes: int | None = None  # None: as many as the generator has
     batch_size: int = 64
+    micro_batch: int | None = None  # images of a rank in one forward and backward pass; None: as many as fit
+    activation_checkpointing: bool = False  # blocks compute their activations twice: less memory, a third more work
     lr: float = 3e-3
     weight_decay: float = 0.05
     label_smoothing: float = 0.0
@@ -128,7 +130,7 @@ class Learner:
     evaluate_with: str = "ema"  # the weights whose accuracy counts: "ema" or "raw"; those that guide: ``guide_with``
     clip_grad_norm: float = 0.0  # largest norm of the gradient of all weights; 0: not clipped
     precision: str = "auto"  # of the forward pass: "fp32", "bf16" by autocast, or "auto": bf16 on a GPU that has it
-    compile_learner: bool = False  # torch.compile of the learner's step
+    compile_learner: bool | str = "auto"  # torch.compile of the learner's step; "auto": on a GPU
     warmup: float = 0.1  # fraction of the iterations, linear
     cooldown: float = 0.2  # fraction of the iterations, cosine to zero; no samples are added in it
     flip: bool = True  # random horizontal flip
@@ -141,6 +143,10 @@ class Learner:
     def __post_init__(self) -> None:
         _check(":" in self.model, "model", self.model, "'transformers:Class', 'timm:name' or 'package.module:factory'")
         _check(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
+        micro = self.micro_batch
+        _check(micro is None or micro >= 1, "micro_batch", micro, "at least 1, or left out for as many as fit")
+        named = isinstance(self.compile_learner, bool) or self.compile_learner == "auto"
+        _check(named, "compile_learner", self.compile_learner, "true, false or 'auto'")
         _check(self.lr > 0, "lr", self.lr, "above 0")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
@@ -398,10 +404,10 @@ def _typed(owner: type, name: str, value: Any) -> Any:
     if kind.startswith("dict"):
         _check(isinstance(value, dict), name, value, "a table of keyword arguments")
         return value
-    if kind == "bool":
+    if kind.startswith("bool"):
         texts = {"true": True, "false": False, "1": True, "0": False}
         value = texts.get(value.lower(), value) if isinstance(value, str) else value
-        _check(isinstance(value, bool), name, value, "true or false")
+        _check(isinstance(value, bool) or kind == "bool | str", name, value, "true or false")
         return value
     if kind == "str":
         _check(isinstance(value, str), name, value, "a text")

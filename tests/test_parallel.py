@@ -18,6 +18,7 @@ from dpfast.feed.augment import Augment
 from dpfast.feed.torch_loader import TorchLoader
 from dpfast.generate.trajectory import SampleBatch
 from dpfast.learn.batch_norm import synchronised
+from dpfast.learn.gradients import GradientBuckets
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import RankError, Ranks, joined
 from dpfast.parallel import ranks as parallel
@@ -27,6 +28,7 @@ from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver
 from dpfast.pool.union import Layout, UnionPool
 from dpfast.practice.costs import Cost, Price
+from tests.learn import test_micro_batches as micro_batches
 from tests.ranks import environment, spawned
 
 ROUNDS, BATCH = (50, 23, 31), 10
@@ -161,8 +163,35 @@ def same_norm(ranks):
     close(shared[0].running_mean, norm.running_mean)
 
 
+def in_halves(ranks, limit, *, norms=False):
+    """A trainer after three steps, whose memory holds ``limit`` images in the backward pass; of this rank's part."""
+    made = micro_batches.model(limit, "backward")
+    made[3] = nn.BatchNorm1d(24) if norms else nn.Identity()
+    trainer = Trainer(made, Learner(lr=1e-2, precision="fp32"), iterations=20, ranks=ranks)
+    if not ranks.alone:
+        trainer._buckets = GradientBuckets(trainer.parameters, ranks, bucket_bytes=500)
+    images, labels = micro_batches.batch(24)
+    for _ in range(3):
+        trainer.step(images[ranks.part(24)], labels[ranks.part(24)])
+    return trainer
+
+
+def one_rank_out_of_memory(ranks):
+    """The last rank alone runs out of memory, when it has sent its first buckets: what all learn stays the same."""
+    last = ranks.rank == ranks.size - 1
+    alone, shared = in_halves(Ranks(), 1000), in_halves(ranks, 2 if last else 1000)
+    assert (shared.micro_batch is not None) == last
+    for mine, whole in zip(shared.parameters, alone.parameters, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(mine, each) for each in ranks.each(mine))
+    shared = in_halves(ranks, 2 if last else 1000, norms=True)
+    assert shared.micro_batch <= 2, "batch norms over ranks wait for each other: all take what fits the last"
+    assert all(torch.equal(value, each) for value in shared.parameters for each in ranks.each(value))
+
+
 def same_training(ranks):
     same_norm(ranks)
+    one_rank_out_of_memory(ranks)
     layout = Layout(ranks, BATCH, ROUNDS)
     (one, alone), (many, shared) = (
         train(pool_of("pixels", layout), Ranks()),

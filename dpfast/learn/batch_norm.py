@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +28,23 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
             if isinstance(child, _BatchNorm):
                 setattr(module, name, RanksBatchNorm.of(child, ranks))
     return model
+
+
+def shared_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of ``synchronised``, which wait for all ranks in training mode."""
+    return [module for module in model.modules() if isinstance(module, (RanksBatchNorm, nn.SyncBatchNorm))]
+
+
+@contextlib.contextmanager
+def alone(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within it batch norms go by their running statistics: they hold the same memory and wait for nobody."""
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 class _Normalised(torch.autograd.Function):

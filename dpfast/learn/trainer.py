@@ -3,64 +3,80 @@
 Two sets of weights exist, and every reader says which it takes: ``guide_with`` those that guide the sampler,
 ``evaluate_with`` those whose accuracy counts. Both are updated in place, so that a captured sampler reads them live.
 
-Several ranks train as one under ``DistributedDataParallel``: each takes its part of a batch, gradients and batch norms
-are means over all, and every rank keeps the same weights, EMA and optimiser. Those of ViT-B are 1.7 GB with gradients
+A step takes its batch in micro-batches and sums their gradients, so that a batch of any size fits into memory. The mean
+is that over the whole batch: label smoothing and the probabilities of mixed labels, which were mixed before, change
+nothing, and the gradients are those of one pass up to rounding. Batch norms alone are of each micro-batch.
+
+Several ranks train as one: each takes its part of a batch, gradients (``dpfast.learn.gradients``) and batch norms are
+means over all, and every rank keeps the same weights, EMA and optimiser. Those of ViT-B are 1.7 GB with gradients
 (86.6 M parameters, five copies): beside a generator they fit on any GPU of 24 GB, so nothing is sharded (FSDP).
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
+import logging
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
-from dpfast.config import Learner
+from dpfast.config import Learner, RecipeError
 from dpfast.device import is_gpu
-from dpfast.learn.batch_norm import synchronised
+from dpfast.learn.batch_norm import alone, shared_norms, synchronised
+from dpfast.learn.checkpointing import checkpoint_activations
+from dpfast.learn.ema import Ema
+from dpfast.learn.gradients import GradientBuckets
+from dpfast.learn.precision import autocast, in_bf16
 from dpfast.learn.schedule import wsd
+from dpfast.out_of_memory import attempt, release
 from dpfast.parallel import ALONE, Ranks
 
-Tensors = tuple[Tensor, ...] | list[Tensor]
+log = logging.getLogger(__name__)
+
+
+def compiles(config: Learner, device: torch.device) -> bool:
+    """Whether the learner's step is compiled: as the recipe says, and for "auto" on a GPU."""
+    return config.compile_learner is True or (config.compile_learner == "auto" and device.type == "cuda")
 
 
 class Trainer:
     """Trains one model, on the device where its weights are, over ``iterations`` steps.
 
-    The rate is a closed form of the step (``LambdaLR``), not the product of its past (``SequentialLR``): a checkpoint
-    can go on under another number of iterations.
+    A step waits for nothing on a GPU, so that the queue stays full: neither the loss nor a norm is read, and rate and
+    decay go with the kernels. The rate is a closed form of the step, not the product of its past: a checkpoint can go
+    on under another number of iterations.
+
+    micro_batch: images of this rank in one forward and backward pass; None: its whole part of a batch. Running out of
+    memory halves it for good.
     """
 
     def __init__(self, model: nn.Module, config: Learner, *, iterations: int, ranks: Ranks = ALONE) -> None:
-        self.config, self.iterations = config, iterations
+        self.config, self.iterations, self.ranks = config, iterations, ranks
         self.device = next(model.parameters()).device
         self.step_count = 0
-        self.ema = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True).eval()
-        self.ema.requires_grad_(False)
+        self.micro_batch = config.micro_batch
+        if not ranks.alone:
+            for tensor in model.state_dict().values():
+                ranks.learn.broadcast(tensor, ranks.process(0))
+        self.ema = Ema(model)
         self.model = model = synchronised(model, ranks).train()
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        plain = [p for p in model.parameters() if p.ndim <= 1]
+        if config.activation_checkpointing:
+            checkpoint_activations(model)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        decayed = [p for p in self.parameters if p.ndim > 1]
+        plain = [p for p in self.parameters if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=config.lr,
-            fused=is_gpu(self.device),
+            fused=True,
         )
-        factor = partial(wsd, total=iterations, warmup=config.warmup, cooldown=config.cooldown)
-        self.schedule = LambdaLR(self.optimizer, factor)
-        self.bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and is_gpu(self.device) and torch.cuda.is_bf16_supported()
-        )
-        self._replica: nn.Module = model
-        if not ranks.alone:  # buffers are equal already: batch norms are the ranks'
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of a name that torch 2.9 lacks for broadcast_buffers
-                self._replica = ranks.learn.replicate(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self._loss = torch.compile(self._forward) if config.compile_learner else self._forward
+        self.bf16 = in_bf16(config.precision, self.device)
+        self._buckets = None if ranks.alone else GradientBuckets(self.parameters, ranks)
+        self._norms = [] if ranks.alone else shared_norms(model)
+        self._fits = not self._norms
+        self._loss = torch.compile(self._forward) if compiles(config, self.device) else self._forward
 
     @property
     def cooling(self) -> bool:
@@ -71,6 +87,17 @@ class Trainer:
     def warming(self) -> bool:
         return self.step_count < self.config.warmup * self.iterations
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        config = self.config
+        return config.lr * wsd(self.step_count, total=self.iterations, warmup=config.warmup, cooldown=config.cooldown)
+
+    @property
+    def ema_decay(self) -> float:
+        """The decay of the next step. It rises to its value, so that the average soon forgets the initial weights."""
+        return min(self.config.ema_decay, (1 + self.step_count) / (10 + self.step_count))
+
     def weights(self, which: str) -> nn.Module:
         """The module with the "ema" or the "raw" weights, live."""
         return self.ema.module if which == "ema" else self.model
@@ -79,35 +106,120 @@ class Trainer:
         """One optimiser step on images (B, C, H, W) and labels (B,) or (B, K) probabilities; returns the 0-d loss.
 
         Of several ranks, all take a step together, each on its part of the batch, whose loss it returns.
+
+        Raises ``torch.OutOfMemoryError`` where a single image does not fit.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(images, labels)
-        loss.backward()
+        loss = self._gradients(images, labels)
         if self.config.clip_grad_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
         self.optimizer.step()
-        self.schedule.step()
-        self.ema.update_parameters(self.model)
+        self.ema.update(self.ema_decay)
         self.step_count += 1
-        return loss.detach()
+        return loss
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Leaves the mean gradients of the whole batch in the parameters; returns the loss of this rank's part.
+
+        Where memory runs out, the same batch begins anew in micro-batches of half the size, from the same random state.
+        The running statistics of batch norms have then seen some of it twice; nothing else has changed.
+        """
+        if not self._fits:
+            self._try_alone(images, labels)
+        random = self._random()
+        if self._buckets is not None:
+            self._buckets.begin()
+        while (loss := self._attempt(images, labels)) is None:
+            self._set_random(random)
+            if self._buckets is not None:
+                self._buckets.again()
+        if self._buckets is not None:
+            self._buckets.finish()
+        return loss
+
+    def _attempt(self, images: Tensor, labels: Tensor) -> Tensor | None:
+        """``_accumulate``; None where it has to begin anew: in smaller micro-batches, or not compiled."""
+        try:
+            loss, failure = attempt(partial(self._accumulate, images, labels))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if self.config.compile_learner is True:
+                raise
+            log.warning("the learner's step does not compile and goes on without: %s", str(error).splitlines()[0])
+            self._loss = self._forward
+            return None
+        if failure is not None:
+            self._halve(len(images), failure)
+        return loss
+
+    def _accumulate(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Adds up the gradients of all micro-batches; the last one's go to the other ranks as they come."""
+        buckets, size = self._buckets, self._size(len(images))
+        if buckets is None:
+            for parameter in self.parameters:
+                parameter.grad = None
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        losses = []
+        for number, (part, wanted) in enumerate(parts, 1):
+            loss = self._loss(part, wanted) * (len(part) / len(images))
+            with nullcontext() if buckets is None else buckets.sending(number == len(parts)):
+                (loss / self.ranks.size).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _size(self, count: int) -> int:
+        """Images of a micro-batch out of ``count``: even parts, none of them larger than ``micro_batch``."""
+        return count if self.micro_batch is None else -(-count // -(-count // self.micro_batch))
+
+    def _halve(self, count: int, failure: BaseException) -> None:
+        size = self._size(count)
+        if size == 1:
+            raise failure
+        if self._norms and self._fits:
+            raise RecipeError(
+                f"micro_batch = {size}: a step ran out of memory while other ranks waited for its batch norms; "
+                f"expected at most {size // 2}, also with --resume"
+            ) from failure
+        self.micro_batch = size // 2
+        for parameter in self.parameters:
+            parameter.grad = None
+        release(self.device)
+        log.warning("out of memory in a training step: going on with micro-batches of %d", self.micro_batch)
+
+    def _try_alone(self, images: Tensor, labels: Tensor) -> None:
+        """Finds a micro-batch that fits all ranks, before one that fails leaves the others waiting in a batch norm."""
+        random, buckets, self._buckets = self._random(), self._buckets, None
+        with alone(self._norms):
+            while (failure := attempt(partial(self._accumulate, images, labels))[1]) is not None:
+                self._halve(len(images), failure)
+        self._buckets, self._fits = buckets, True
+        self.micro_batch = -int(self.ranks.most(-self._size(len(images))))
+        self._set_random(random)
 
     def _forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        # bf16 has the exponents of fp32: no gradient scaler is needed
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            logits = self._replica(images)
+        with autocast(self.bf16, self.device):
+            logits = self.model(images)
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
 
-    def _average(self, averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
-        # The decay rises to its value, so that the average forgets the initial weights within a few steps.
-        decay = min(self.config.ema_decay, (1 + self.step_count) / (10 + self.step_count))
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
-        else:
-            torch._foreach_copy_(averaged, current)
+    def _random(self) -> list[Tensor]:
+        """The states of the generators that a forward pass draws from, which live on the host."""
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(self.device)] if is_gpu(self.device) else states
+
+    def _set_random(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if is_gpu(self.device) and len(states) > 1:
+            torch.cuda.set_rng_state(states[1], self.device)
 
     def release(self) -> None:
-        """Gives back the memory of what a step leaves behind and the next one makes again: the gradients."""
+        """Gives back the memory of what a step leaves behind and the next one makes again: the gradients.
+
+        What fits beside others may differ afterwards: ranks that share batch norms try their micro-batches once more.
+        """
         self.optimizer.zero_grad(set_to_none=True)
+        if self._buckets is not None:
+            self._buckets.release()
+        self._fits = not self._norms
 
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on, as flat tensors; ``restore`` takes it back."""
@@ -115,7 +227,7 @@ class Trainer:
         if is_gpu(self.device):
             tensors["device_rng"] = torch.cuda.get_rng_state(self.device)
         tensors |= {f"model/{key}": value for key, value in self.model.state_dict().items()}
-        tensors |= {f"ema/{key}": value for key, value in self.ema.state_dict().items()}
+        tensors |= {f"ema/{key}": value for key, value in self.ema.module.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": value for key, value in slots.items()}
         return tensors
@@ -126,18 +238,19 @@ class Trainer:
         torch.set_rng_state(tensors["rng"])
         if is_gpu(self.device) and "device_rng" in tensors:
             torch.cuda.set_rng_state(tensors["device_rng"], self.device)
-        for name, module in (("model", self.model), ("ema", self.ema)):
+        for name, module in (("model", self.model), ("ema", self.ema.module)):
             module.load_state_dict(
                 {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
             )
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 _, index, slot = key.split("/")
-                slots.setdefault(int(index), {})[slot] = value
+                slots.setdefault(int(index), {})[slot] = _laid_out_as(parameters[int(index)], value)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self.schedule.last_epoch = self.step_count
-        for group, base, factor in zip(
-            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(self.step_count)
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A moment in the memory layout of its parameter: fused kernels walk through both in the order of the memory."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape and value.dim() else value

@@ -24,8 +24,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 
 class Work(Protocol):
@@ -51,10 +50,9 @@ class Group:
         dist.all_gather(parts, value, group=self.handle)
         return parts
 
-    def all_reduce(self, value: Tensor) -> Tensor:
-        """The sum over ranks, written into ``value``."""
-        dist.all_reduce(value, group=self.handle)
-        return value
+    def all_reduce(self, value: Tensor, *, wait: bool = True) -> Work | None:
+        """Writes the sum over ranks into ``value``; without ``wait`` in the background."""
+        return _waited(dist.all_reduce(value, group=self.handle, async_op=True), wait)
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """(sum(received), ...) rows: of rank r ``received[r]``, which gets the next ``sent[r]`` of this rank's."""
@@ -64,11 +62,7 @@ class Group:
 
     def broadcast(self, value: Tensor, source: int, *, wait: bool = True) -> Work | None:
         """Fills ``value`` with that of rank ``source``; without ``wait`` in the background."""
-        work = dist.broadcast(value, source, group=self.handle, async_op=True)
-        if not wait:
-            return work
-        work.wait()
-        return None
+        return _waited(dist.broadcast(value, source, group=self.handle, async_op=True), wait)
 
     def send(self, value: Tensor, rank: int) -> None:
         dist.send(value.contiguous(), rank, group=self.handle)
@@ -77,6 +71,9 @@ class Group:
         """Fills ``value`` with what ``rank`` sends."""
         dist.recv(value, rank, group=self.handle)
 
-    def replicate(self, model: nn.Module, **options: Any) -> nn.Module:
-        """``model`` in ``DistributedDataParallel``, whose backward pass averages the gradients over the ranks."""
-        return DistributedDataParallel(model, process_group=self.handle, **options)
+
+def _waited(work: Work | None, wait: bool) -> Work | None:
+    if not wait or work is None:
+        return work
+    work.wait()
+    return None

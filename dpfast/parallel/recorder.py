@@ -6,22 +6,20 @@
     recorder.order            equal on all ranks, group by group or as a whole (``dpfast.parallel.groups``)
     recorder.overlaps("learn", "feed")
 
-For tests and rehearsals; a run has none. Gradients are seen through a hook of ``DistributedDataParallel``, bucket by
-bucket, and what ``SyncBatchNorm`` sends on a GPU is not.
+For tests and rehearsals; a run has none. What ``SyncBatchNorm`` sends on a GPU is not seen.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpfast.parallel.groups import Group, Work
 from dpfast.parallel.ranks import Ranks
@@ -101,21 +99,15 @@ class _Recorded(Group):
         with self.recorder.during(self.name, "all_gather", value):
             return self.inner.all_gather(value)
 
-    def all_reduce(self, value: Tensor) -> Tensor:
-        with self.recorder.during(self.name, "all_reduce", value):
-            return self.inner.all_reduce(value)
+    def all_reduce(self, value: Tensor, *, wait: bool = True) -> Work | None:
+        return self._watched("all_reduce", value, wait, self.inner.all_reduce)
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         with self.recorder.during(self.name, "all_to_all", rows):
             return self.inner.all_to_all(rows, sent, received)
 
     def broadcast(self, value: Tensor, source: int, *, wait: bool = True) -> Work | None:
-        if wait:
-            with self.recorder.during(self.name, "broadcast", value):
-                return self.inner.broadcast(value, source)
-        found = self.recorder.begun(self.name, "broadcast", value)
-        work = self.inner.broadcast(value, source, wait=False)
-        return None if work is None else _Watched(work, found)
+        return self._watched("broadcast", value, wait, partial(self.inner.broadcast, source=source))
 
     def send(self, value: Tensor, rank: int) -> None:
         with self.recorder.during(self.name, "send", value):
@@ -125,25 +117,13 @@ class _Recorded(Group):
         with self.recorder.during(self.name, "receive", value):
             self.inner.receive(value, rank)
 
-    def replicate(self, model: nn.Module, **options: Any) -> nn.Module:
-        replica = self.inner.replicate(model, **options)
-        if hasattr(replica, "register_comm_hook"):
-            # torch looks at the hook's annotations, and takes them for others where they are postponed
-            replica.register_comm_hook(None, lambda _, bucket: self._bucket(bucket))  # type: ignore[operator]
-        return replica
-
-    def _bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """The mean over ranks of a bucket of gradients, as torch's own hook computes it."""
-        gradients = bucket.buffer().div_(dist.get_world_size(self.handle))
-        found = self.recorder.begun(self.name, "all_reduce", gradients)
-
-        def ended(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-            found.ended = time.perf_counter()
-            return future.value()[0]
-
-        work = dist.all_reduce(gradients, group=self.handle, async_op=True)
-        assert work is not None
-        return work.get_future().then(ended)
+    def _watched(self, kind: str, value: Tensor, wait: bool, call: Callable[..., Work | None]) -> Work | None:
+        found = self.recorder.begun(self.name, kind, value)
+        work = call(value, wait=wait)
+        if not wait and work is not None:
+            return _Watched(work, found)
+        found.ended = time.perf_counter()
+        return None
 
 
 @dataclass(frozen=True)

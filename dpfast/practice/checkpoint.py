@@ -27,7 +27,7 @@ from torch import Tensor
 from dpfast.config import RecipeError
 from dpfast.pool.shards import durable, sync_folder
 
-VERSION = 4
+VERSION = 5
 
 
 class DamagedCheckpointWarning(UserWarning):

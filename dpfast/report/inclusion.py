@@ -69,7 +69,7 @@ def errors_around(
 
 def _with(model: nn.Module, tensors: dict[str, Tensor], weights: str) -> nn.Module:
     trained = checkpoint.part("trainer", tensors)
-    prefix = "ema/module." if weights == "ema" else "model/"
+    prefix = f"{'ema' if weights == 'ema' else 'model'}/"
     model.load_state_dict({k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)})
     return model.eval()
 

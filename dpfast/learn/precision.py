@@ -1,0 +1,35 @@
+"""The precision that a learner runs in: when it trains, when it is evaluated, and when it guides."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.device import is_gpu
+
+
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether a recipe's ``precision`` is bf16 on ``device``; "auto" is, on a GPU that has it."""
+    return precision == "bf16" or (precision == "auto" and is_gpu(device) and torch.cuda.is_bf16_supported())
+
+
+def autocast(bf16: bool, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within it matrix products and convolutions run in bf16, which has the exponents of fp32: no gradient is scaled.
+
+    Casts of weights are not kept: a captured step has to make them anew from the weights of its moment.
+    """
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()
+
+
+class Autocast(nn.Module):
+    """A classifier, read live, under ``autocast``: images (B, C, H, W) to its logits in float32."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        with autocast(True, images.device):
+            return self.classifier(images).float()
