@@ -12,7 +12,7 @@ from dpfast.generate.runtime.memory import peak_memory
 from dpfast.logs import ranks
 from dpfast.practice.costs import Cost
 from dpfast.roofline.devices import Device, peaks_of
-from dpfast.roofline.stages import count_training
+from dpfast.roofline.training import count_training
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
@@ -51,7 +51,8 @@ class Pace:
         loop = self.loop
         image = tuple(loop.real.validation.images.shape[1:])
         try:
-            return count_training(loop.recipe, loop.pipeline.denoiser.classes, image).flops
+            counted = count_training(loop.recipe.learner, loop.pipeline.denoiser.classes, image, half=loop.trainer.bf16)
+            return counted.flops
         except (RecipeError, RuntimeError, NotImplementedError) as error:
             log.warning("the learner's FLOPs are not known, so no mfu of training: %s", str(error).splitlines()[0])
             return None

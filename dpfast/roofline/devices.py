@@ -39,6 +39,11 @@ class Device:
     host: float | None = None
     disk: float | None = None
 
+    @property
+    def gpu(self) -> bool:
+        """Whether it has units for 16-bit floats of its own, as all GPUs of the table and no CPU here."""
+        return self.half > self.full
+
     def limits(self, counts: Counts) -> dict[str, float]:
         """Seconds that the counted work takes at least: of "compute", and of "memory"."""
         return {
@@ -52,6 +57,8 @@ class Device:
 # PyTorch's matrix products take unless TF32 is allowed. link: half of NVLink's bandwidth, which is of both directions.
 # network, host, disk: an eighth of a DGX (data sheets of the DGX A100 640GB, H100, H200 and B200): eight adapters, of
 # 200 Gbit/s in the A100's and of 400 in the others, 2 TB of memory and eight drives of 3.84 TB.
+# The RTX 4090 by NVIDIA's white paper of the Ada architecture (2022, appendix A): half is dense with sums in fp32; no
+# NVLink, link is PCIe 4.0 x16. Around it a workstation, stated: 64 GB of memory, 2 TB of disk, 10 Gbit/s of network.
 DGX = {"host": 2e12 / 8, "disk": 3.84e12}
 DEVICES = {
     "a100": Device(
@@ -66,10 +73,22 @@ DEVICES = {
     "b200": Device(
         name="B200", half=2250e12, full=75e12, bandwidth=8e12, memory=180e9, link=900e9, network=50e9, **DGX
     ),
+    "rtx4090": Device(
+        name="RTX 4090",
+        half=165.2e12,
+        full=82.6e12,
+        bandwidth=1.008e12,
+        memory=24e9,
+        link=31.5e9,
+        network=1.25e9,
+        host=64e9,
+        disk=2e12,
+    ),
 }
 LOOPBACK = 1e9  # bytes/s between processes of this machine: about what gloo was measured to do (docs/scaling.md)
 NODE = 8  # devices behind one NVLink switch
-OTHERS = frozenset({"PCIe", "PCIE", "NVL", "MIG"})  # in the name of a module that is not one of the table, or a part
+# In the name of a module that is not one of the table, or a part of one:
+OTHERS = frozenset({"PCIe", "PCIE", "NVL", "MIG", "Laptop", "D"})
 
 
 def device(name: str) -> Device:
@@ -91,7 +110,8 @@ def peaks_of(device: torch.device) -> Device | None:
     if device.type == "cpu":
         return here()
     words = frozenset(re.split(r"[ -]", torch.cuda.get_device_name(device)))
-    return None if words & OTHERS else next((known for known in DEVICES.values() if known.name in words), None)
+    known = (device for device in DEVICES.values() if words >= set(device.name.split()))
+    return None if words & OTHERS else next(known, None)
 
 
 @functools.cache

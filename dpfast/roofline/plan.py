@@ -12,35 +12,25 @@ The plan is for a run that adds samples until ``maximum_samples``; one that stop
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-
-import torch
 
 from dpfast.config import Recipe, RecipeError
 from dpfast.data.real import count_real
-from dpfast.generate.recipes import class_names, resized
-from dpfast.generate.runtime.regional import has_region
-from dpfast.pool import codecs
-from dpfast.pool.plan import Plan as PoolPlan
-from dpfast.pool.plan import plan as plan_pool
-from dpfast.pool.tiers import DEVICE_SHARE, FILE_SHARE, GIB, HOST_SHARE, Tiers
 from dpfast.practice import yardstick
 from dpfast.roofline import devices
-from dpfast.roofline.architectures import without_weights
 from dpfast.roofline.counting import Counts
 from dpfast.roofline.devices import Device
+from dpfast.roofline.fitting import Fit, fit, stages_of
 from dpfast.roofline.measure import Timings
 from dpfast.roofline.network import link_of, step_seconds
 from dpfast.roofline.schedule import Costs, Job, Schedule, best_overlap, efficiency, in_turns, job_of
-from dpfast.roofline.stages import Stages, count_stages
+from dpfast.roofline.stages import Stages
 
 # Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (batch 32) and of Stable Diffusion 1.5
 # (512 px, batch 16) in steps that were not compiled, on one H200 (docs/results.md). The others are stated.
 GENERATION = {"transformer": 0.33, "unet": 0.24}
 STATED = {"training": 0.4, "evaluation": 0.4}
-LEARNER_MEMORY = 0.9  # of a device's memory that weights, activations and pool may take together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +58,14 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What ``dpfast plan`` prints. Memory is of one device, bytes."""
+    """What ``dpfast plan`` prints."""
 
     recipe: Recipe
     device: Device
     count: int
     phases: tuple[Phase, ...]
     stages: Stages
-    pool: PoolPlan
+    fit: Fit
     measured: bool  # stages were timed
     given: bool  # the utilisation was
     job: Job  # of Deliberate Practice
@@ -108,26 +98,6 @@ class Plan:
     def device_hours(self) -> float:
         return self.seconds * self.count / 3600
 
-    @property
-    def sampling_memory(self) -> float:
-        """Weights of generator and learner and the dearest step of a whole batch."""
-        fixed, each = self.stages.sampling_bytes
-        return self.stages.weights + self.stages.state + fixed + each * self.recipe.generator.generation_batch
-
-    @property
-    def training_memory(self) -> float:
-        """The same weights and a training step of this device's share of the batch."""
-        fixed, each = self.stages.training_bytes
-        share = -(-self.recipe.learner.batch_size // self.count)
-        return self.stages.weights + self.stages.state + fixed + each * share
-
-    @property
-    def largest_batch(self) -> int:
-        """The most samples of a guided batch that a device's memory holds beside weights and its part of the pool."""
-        fixed, each = self.stages.sampling_bytes
-        held = self.stages.weights + self.stages.state + self.pool.places["device"] * self.pool.bytes_per_sample
-        return max(0, int((self.device.memory * LEARNER_MEMORY - held - fixed) // each))
-
 
 def plan(
     recipe: Recipe,
@@ -157,31 +127,21 @@ def plan(
     if total < recipe.practice.initial_samples:
         raise RecipeError(f"samples = {total}: the run begins with {recipe.practice.initial_samples}")
     device = devices.device(device) if isinstance(device, str) else device
-    generator, learner = recipe.generator, recipe.learner
-    names = class_names(generator)
-    pipeline = without_weights(
-        generator.pipeline, classes=None if names is None else len(names), dtype=getattr(torch, generator.dtype)
-    )
-    pipeline = resized(pipeline, generator.image_size)
-    half = learner.precision == "bf16" or (learner.precision == "auto" and device.half > device.full)
-    try:
-        stages = count_stages(recipe, pipeline, half_training=half)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    shares = {"generation": GENERATION["transformer" if has_region(pipeline.denoiser) else "unet"], **STATED}
+    stages = stages_of(recipe, device)
+    shares = {"generation": GENERATION["transformer" if stages.transformer else "unet"], **STATED}
     if utilisation is not None:
         shares = dict.fromkeys(shares, utilisation)
-    phases = tuple(_phases(recipe, stages, device, count, shares, timings, total, pipeline.denoiser.classes))
+    phases = tuple(_phases(recipe, stages, device, count, shares, timings, total))
     return Plan(
         recipe=recipe,
         device=device,
         count=count,
         phases=phases,
         stages=stages,
-        pool=place_pool(recipe, total, stages, device, count),
+        fit=fit(recipe, device, count=count, samples=total, stages=stages),
         measured=timings is not None,
         given=utilisation is not None,
-        job=job_of(recipe, total, _evaluated(recipe, pipeline.denoiser.classes)),
+        job=job_of(recipe, total, _evaluated(recipe, stages.classes)),
         costs=_costs(stages, device, shares, timings),
     )
 
@@ -194,11 +154,10 @@ def _phases(
     shares: Mapping[str, float],
     timings: Timings | None,
     total: int,
-    classes: int,
 ) -> Iterator[Phase]:
     practice, learner = recipe.practice, recipe.learner
     steps = practice.iterations
-    evaluated = _evaluated(recipe, classes)
+    evaluated = _evaluated(recipe, stages.classes)
 
     def phase(source: str, name: str, kind: str, units: int, each: Counts, seconds: float | None) -> Phase:
         limits = device.limits(each * (units / count))
@@ -206,7 +165,7 @@ def _phases(
         limit = limits[limited_by]
         worked = units * seconds / count if seconds is not None else limit / shares[kind]
         if name == "training":
-            reduce = steps * link_of(device, count).all_reduce(4 * stages.parameters, count)
+            reduce = steps * link_of(device, count).all_reduce(stages.learner.gradients, count)
             limit, alone, worked = step_seconds(limit, reduce), worked, step_seconds(worked, reduce)
             limited_by = "network" if worked > alone else limited_by
         return Phase(
@@ -269,21 +228,5 @@ def _costs(stages: Stages, device: Device, shares: Mapping[str, float], timings:
         guided=timings.guided,
         image=timings.training,
         evaluation=timings.evaluation,
-        gradients=4 * stages.parameters,
+        gradients=stages.learner.gradients,
     )
-
-
-def place_pool(recipe: Recipe, samples: int, stages: Stages, device: Device, count: int) -> PoolPlan:
-    """Where the samples lie, by a run's shares: what weights leave of a device, of a node's memory, of its drives."""
-    config = recipe.pool
-    shape = stages.latent if config.codec == "latents" else stages.image
-    on_gpu = device.half > device.full
-    free = (device.memory - stages.weights - stages.state) * DEVICE_SHARE
-    budget = max(0, free if config.device_gib is None else config.device_gib * GIB) if on_gpu else 0
-    host = device.host and device.host * HOST_SHARE if config.host_gib is None else config.host_gib * GIB
-    tiers = Tiers.detect(folder=Path() if config.mapped else None, host_bytes=None if host is None else int(host))
-    tiers = replace(tiers, device=torch.device("cuda") if budget else None, device_bytes=int(budget))
-    if config.mapped and device.disk is not None:
-        tiers = replace(tiers, file_bytes=int(device.disk * FILE_SHARE))
-    codecs.check_codec(config.codec)
-    return plan_pool(samples, shape, config.codec, count, tiers=tiers)

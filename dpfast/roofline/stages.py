@@ -6,13 +6,10 @@ The code that is counted is the code that runs: the sampler's own steps and the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from dpfast.config import Recipe, RecipeError
 from dpfast.generate.decoder import Encoder
@@ -20,38 +17,45 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import new_sampler
 from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.runtime.memory import bytes_per_sample
+from dpfast.generate.runtime.regional import has_region
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.generate.step import StepInputs, StepParts, Variant
+from dpfast.generate.step import StepInputs, StepParts
 from dpfast.learn.committee import guiding
 from dpfast.learn.models import build_learner
 from dpfast.practice.guided import early_stop, restart_step
 from dpfast.roofline.counting import Counts, Fused, counts
+from dpfast.roofline.training import Training, count_learner
 
 META = torch.device("meta")
-SLOTS = 4  # fp32 copies of a weight beside itself: gradient, two moments of AdamW, EMA
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
     """Counts of one unit each, and bytes held.
 
-    unguided, guided: a sample, from noise to pixels; training: an image in a training step; evaluation: an image.
-    weights: bytes of the generator's weights; state: of the learner's weights, gradients, moments and average.
-    sampling_bytes: (fixed, per sample) of the dearest step or the decoding, beside the weights; training_bytes: of a
-    training step beside the state. parameters: of the learner.
+    unguided, guided: a sample, from noise to pixels; learner: an image in a training step and an evaluated one.
+    weights: bytes of the generator's weights. unguided_bytes, guided_bytes: (fixed, per sample) of the dearest step or
+    the decoding, beside the weights. transformer: whether the denoiser is one. classes: K. image, latent: (C, H, W).
     """
 
     unguided: Counts
     guided: Counts
-    training: Counts
-    evaluation: Counts
+    learner: Training
     weights: int
-    state: int
-    sampling_bytes: tuple[int, int]
-    training_bytes: tuple[int, int]
-    parameters: int
+    unguided_bytes: tuple[int, int]
+    guided_bytes: tuple[int, int]
+    transformer: bool
+    classes: int
     image: tuple[int, ...]
     latent: tuple[int, ...]
+
+    @property
+    def training(self) -> Counts:
+        return self.learner.training
+
+    @property
+    def evaluation(self) -> Counts:
+        return self.learner.evaluation
 
 
 def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> Stages:
@@ -72,29 +76,17 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
     execution = _execution(sampler)
     image = tuple(execution.finish(torch.empty(1, *pipeline.denoiser.sample_shape, device=META)).images.shape[1:])
     plain = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
-    train = _training(learner, image, recipe, classes)
-    size = recipe.learner.batch_size
-    with torch.no_grad():
-        evaluation = counts(lambda: learner(torch.empty(size, *image, device=META))) * (1 / size)
-    training = counts(lambda: train(size)) * (1 / size)
-    with Fused():
-        fixed, each = bytes_per_sample(train)
-    if half_training:
-        # autocast casts the operands of every matrix product; what is held for the backward pass halves with them
-        training = Counts(half=training.flops, moved=training.moved / 2)
-        each //= 2
-    parameters = sum(p.numel() for p in learner.parameters())
+    decoding = _decoding_bytes(plain)
     models = {id(m): m for m in (getattr(part, name, None) for part, name in _parts(pipeline)) if m is not None}
     return Stages(
         unguided=_sample(plain, batch, guided=False),
         guided=_guided(recipe, sampler, batch),
-        training=training,
-        evaluation=evaluation,
+        learner=count_learner(recipe.learner, classes, image, half=half_training),
         weights=sum(p.numel() * p.itemsize for model in models.values() for p in model.parameters()),
-        state=parameters * 4 * (1 + SLOTS),
-        sampling_bytes=_sampling_bytes(sampler),
-        training_bytes=(fixed, each),
-        parameters=parameters,
+        unguided_bytes=_dearer(decoding, _step_bytes(plain, guided=False)),
+        guided_bytes=_dearer(decoding, _step_bytes(sampler, guided=True)),
+        transformer=has_region(pipeline.denoiser),
+        classes=classes,
         image=image,
         latent=pipeline.denoiser.sample_shape,
     )
@@ -103,34 +95,6 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
 def _parts(pipeline: Pipeline) -> list[tuple[object, str]]:
     decoders = [getattr(decoder, "decoder", decoder) for decoder in (pipeline.decoder, pipeline.guidance_decoder)]
     return [(pipeline.denoiser, "model"), *((d, "vae") for d in decoders), *((d, "tiny") for d in decoders)]
-
-
-def count_training(recipe: Recipe, classes: int, image: tuple[int, ...]) -> Counts:
-    """An image (C, H, W) in a training step of the recipe's learner. Raises what ``build_learner`` raises."""
-    with META:
-        learner = build_learner(recipe.learner.model, classes=classes, channels=image[0], **recipe.learner.options)
-    train, size = _training(learner.eval(), image, recipe, classes), recipe.learner.batch_size
-    return counts(lambda: train(size)) * (1 / size)
-
-
-def _training(learner: nn.Module, image: tuple[int, ...], recipe: Recipe, classes: int) -> Callable[[int], None]:
-    """One forward and backward pass of the learner at a batch size; mixed labels are probabilities."""
-    mixed = recipe.learner.mixup > 0 or recipe.learner.cutmix > 0
-
-    def step(size: int) -> None:
-        learner.train()
-        with torch.enable_grad():
-            shape, dtype = ((size, classes), torch.float32) if mixed else ((size,), torch.int64)
-            loss = F.cross_entropy(
-                learner(torch.empty(size, *image, device=META)),
-                torch.empty(shape, dtype=dtype, device=META),
-                label_smoothing=recipe.learner.label_smoothing,
-            )
-            loss.backward()
-        learner.zero_grad(set_to_none=True)
-        learner.eval()
-
-    return step
 
 
 def _execution(sampler: GuidedSampler) -> Execution:
@@ -211,19 +175,24 @@ def _encoding(sampler: GuidedSampler, batch: int) -> Counts:
     return counts(lambda: decoder.encode(torch.empty(batch, *shape, device=META))) * (1 / batch)
 
 
-def _sampling_bytes(sampler: GuidedSampler) -> tuple[int, int]:
-    """(fixed, per sample) bytes of the dearest of the steps and the decoding."""
+def _dearer(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """Of two lines (fixed, per sample) the one that rises faster."""
+    return max(one, other, key=lambda line: line[1])
+
+
+def _decoding_bytes(sampler: GuidedSampler) -> tuple[int, int]:
+    """(fixed, per sample) bytes of decoding latents."""
     execution = _execution(sampler)
-
-    def decoding(size: int) -> None:
-        execution.finish(_inputs(sampler, size).x)
-
-    def step(variant: Variant, size: int) -> None:
-        execution.step(variant, _inputs(sampler, size))
-
-    calls: list[Callable[[int], object]] = [
-        decoding,
-        *(partial(step, v) for v in set(sampler.variants(guided=True)) if v.features != "reuse"),
-    ]
     with Fused():
-        return max((bytes_per_sample(call) for call in calls), key=lambda pair: pair[1])
+        return bytes_per_sample(lambda size: execution.finish(_inputs(sampler, size).x))
+
+
+def _step_bytes(sampler: GuidedSampler, *, guided: bool) -> tuple[int, int]:
+    """(fixed, per sample) bytes of the dearest of the steps."""
+    execution = _execution(sampler)
+    dearest = max(
+        (variant for variant in sampler.variants(guided=guided) if variant.features != "reuse"),
+        key=lambda variant: (variant.guided, variant.cfg),
+    )
+    with Fused():
+        return bytes_per_sample(lambda size: execution.step(dearest, _inputs(sampler, size)))

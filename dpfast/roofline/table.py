@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dpfast.pool.tiers import NAMES, readable
+from dpfast.roofline.fitting import Fit
 from dpfast.roofline.plan import Phase, Plan
 
 
@@ -62,19 +63,12 @@ def _schedules(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    batch, device, pool = plan.recipe.generator.generation_batch, plan.device, plan.pool
-    held = device.memory - pool.places["device"] * pool.bytes_per_sample
-    share = -(-plan.recipe.learner.batch_size // plan.count)
-    lines = [
-        f"memory of a device: {readable(device.memory)}",
-        f"  generator's weights {readable(plan.stages.weights)}, learner with its optimiser and average "
-        f"{readable(plan.stages.state)}",
-        f"  a guided batch of {batch}: {readable(plan.sampling_memory)} with the weights; "
-        f"the largest that fits beside the pool: {plan.largest_batch}",
-        f"  a training step of {share}: {readable(plan.training_memory)} with the weights"
-        + ("" if plan.training_memory <= held else f", more than the {readable(held)} beside the pool"),
-        f"pool: {pool}",
-    ]
+    fit, pool = plan.fit, plan.fit.pool
+    lines = fit.lines()
+    for footprint in fit.phases:
+        kinds = ", ".join(f"{kind} {readable(held)}" for kind, held in footprint.kinds.items() if held)
+        lines.append(f"  {footprint.phase}{_at_once(fit, footprint.phase)}: {readable(footprint.total)} ({kinds})")
+    lines.append(f"pool: {pool}")
     each = pool.bytes_per_sample
     lines += [f"  {name}: {readable(held * each)} a device" for name, held in pool.places.items() if held]
     if not pool.fits:
@@ -82,3 +76,9 @@ def _memory(plan: Plan) -> list[str]:
         budgets = ", ".join(f"{name} {readable(pool.tiers.budget(name))}" for name in NAMES)
         lines.append(f"  {missing} samples of a device have no place (budgets of this plan: {budgets})")
     return lines
+
+
+def _at_once(fit: Fit, phase: str) -> str:
+    if phase.endswith("samples"):
+        return f", {fit.generation_batch} at once"
+    return f", {fit.micro_batch if phase == 'training' else fit.evaluation_batch} at once"

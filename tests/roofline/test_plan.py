@@ -21,9 +21,10 @@ from dpfast.roofline import architectures, stable_diffusion_15
 from dpfast.roofline.architectures import without_weights
 from dpfast.roofline.counting import Counts, counts
 from dpfast.roofline.devices import DEVICES, peaks_of
+from dpfast.roofline.fitting import place_pool
 from dpfast.roofline.measure import Timings, measure
 from dpfast.roofline.network import BASE, BETWEEN, BUCKET, WITHIN, Link, link_of, step_seconds
-from dpfast.roofline.plan import GENERATION, STATED, place_pool, plan
+from dpfast.roofline.plan import GENERATION, STATED, plan
 from dpfast.roofline.stages import count_stages
 from dpfast.roofline.table import plan_table
 
@@ -150,7 +151,7 @@ def test_a_step_waits_for_the_gradients_of_many_devices(recipe, stages):
     training = next(phase for phase in plan(wide, "h100", count=64).phases if phase.name == "training")
     assert training.limited_by == "network"
     alone = training.units / 64 * training.counts.flops / DEVICES["h100"].half
-    reduce = 1200 * link_of(DEVICES["h100"], 64).all_reduce(4 * stages.parameters, 64)
+    reduce = 1200 * link_of(DEVICES["h100"], 64).all_reduce(stages.learner.gradients, 64)
     assert training.limit == pytest.approx(
         max(alone, training.units / 64 * training.counts.moved / 3.35e12) / 3 + reduce
     )

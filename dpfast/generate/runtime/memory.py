@@ -13,6 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dpfast.hardware.memory import free_bytes, local_ranks
+from dpfast.out_of_memory import attempt
+
+SETTLED = 0.02  # of a slope: so near are two that count as one
+LARGEST = 64  # samples of a batch that is counted
 
 
 class _Peak(TorchDispatchMode):
@@ -54,11 +58,27 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return counter.peak
 
 
-def bytes_per_sample(call: Callable[[int], object]) -> tuple[int, int]:
-    """(fixed, per sample) bytes of ``call(batch)``, from runs of two and four samples."""
-    two, four = peak_bytes(lambda: call(2)), peak_bytes(lambda: call(4))
-    each = max(1, (four - two) // 2)
-    return max(0, two - 2 * each), each
+def bytes_per_sample(call: Callable[[int], object], *, first: int = 1) -> tuple[int, int]:
+    """(fixed, per sample) bytes of ``call(batch)``, a line through its peaks at two batches.
+
+    The peak of a batch is the largest of several moments, and those that do not grow with it, as when the gradients of
+    all weights are there, hide the others in small batches. So batches double from ``first`` until the line goes on as
+    it came (two slopes in a row differ by at most 2 %) and what grows is the larger part. Where memory runs out before,
+    the last slope is taken.
+    """
+    size, before, slope = first, peak_bytes(lambda: call(first)), 0
+    while size < LARGEST:
+        peak, failure = attempt(lambda: peak_bytes(lambda: call(2 * size)))  # noqa: B023
+        if peak is None:
+            if not slope:
+                assert failure is not None
+                raise failure
+            break
+        last, slope = slope, max(1, (peak - before) // size)
+        size, before = 2 * size, peak
+        if abs(slope - last) <= SETTLED * slope and 2 * slope * size >= peak:
+            break
+    return max(0, before - size * slope), slope
 
 
 def available_bytes(device: torch.device) -> int:
