@@ -48,7 +48,11 @@ class SolverTable:
         return bool(self.rows[:, 5].any())
 
     def to(self, device: torch.device | str) -> SolverTable:
-        return replace(self, rows=self.rows.to(device), timesteps=self.timesteps.to(device))
+        """The table on ``device``. What is asked about the rows has been read before: there nothing is waited for."""
+        known = {"needs_x0_prev": self.needs_x0_prev, "needs_noise": self.needs_noise}
+        moved = replace(self, rows=self.rows.to(device), timesteps=self.timesteps.to(device))
+        moved.__dict__.update(known)  # where a cached property keeps its value
+        return moved
 
 
 def _table(columns: list[Tensor], timesteps: Tensor, clip: float | DynamicThreshold | None = None) -> SolverTable:
