@@ -7,11 +7,18 @@ collective before its end, and two GPUs are never equally fast. To wait counts a
 watches whom it waits for.
 
 Ranks wait here first and call a collective of gloo or NCCL then, when all are ready. What is left to a collective's own
-timeout is less than one step of the learner, in which a slow rank and a dead one look alike.
+timeout is less than one step of the learner, in which a slow rank and a dead one look alike. gloo raises then. On GPUs
+nothing would: the host waits in CUDA, where no exception arrives, until NCCL's watchdog ends the process without a
+name. There a thread (``Presence``) watches the others' threads: a process that was stopped or whose node is gone is
+named. One whose main thread alone hangs is not, but ends by NCCL's watchdog.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -19,6 +26,7 @@ from typing import Any
 
 TIMEOUT = 600.0  # seconds without progress; the longest that makes none is a compiled first batch
 POLLS = 0.001, 0.05  # seconds between two looks at what others have said, at first and after a while
+AHEAD = 60.0  # seconds by which NCCL's watchdog waits longer than who can name the rank that is lost
 TELLS = 5.0  # seconds between two messages of a rank that makes progress, at most a tenth of the timeout
 
 
@@ -85,25 +93,61 @@ class Heartbeat:
 
 
 class Watch:
-    """How long other processes have made no progress, from the first look on."""
+    """How long other processes have said the same, from the first look on. key: under which they say it."""
 
-    def __init__(self, heartbeat: Heartbeat) -> None:
-        self.heartbeat = heartbeat
+    def __init__(self, heartbeat: Heartbeat, key: str = "beat") -> None:
+        self.heartbeat, self.key = heartbeat, key
         self._began = heartbeat.clock.now()
         self._seen: dict[int, tuple[bytes, float]] = {}  # the count that was read last, and when it was new
 
-    def look(self, processes: Collection[int]) -> None:
-        """Raises ``RankError`` that names those of ``processes`` without progress for the timeout."""
+    def look(self, processes: Collection[int], *, longer: float = 0.0) -> None:
+        """Raises ``RankError`` that names those of ``processes`` without news for the timeout and ``longer``."""
         heart, dead = self.heartbeat, []
         for process in processes:
-            key, now = f"beat/{process}", heart.clock.now()
+            key, now = f"{self.key}/{process}", heart.clock.now()
             count = heart.store.get(key) if heart.store.check([key]) else b""
             before, since = self._seen.get(process, (count, self._began))
             self._seen[process] = (count, since if count == before else now)
-            if now - self._seen[process][1] >= heart.timeout:
+            if now - self._seen[process][1] >= heart.timeout + longer:
                 dead.append(process)
         if dead:
             raise RankError(silent(dead, heart.processes, heart.timeout))
+
+
+class Presence:
+    """A thread that says that this process is there, and ends it when another one has not been for too long.
+
+    For GPUs, where the main thread may wait for a lost rank in CUDA. Half of ``AHEAD`` after the timeout: whoever can
+    raise has done so, and NCCL's watchdog has not spoken yet. leave: what ends the process, after the words.
+    """
+
+    def __init__(self, heartbeat: Heartbeat, leave: Callable[[int], object] = os._exit) -> None:
+        self.heartbeat, self.leave = heartbeat, leave
+        self._others = [process for process in range(heartbeat.processes) if process != heartbeat.process]
+        self._watch = Watch(heartbeat, "here")
+        self._count = 0
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="dpfast-presence", daemon=True).start()
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def look(self) -> None:
+        """Says it once more, and looks for the others."""
+        self._count += 1
+        self.heartbeat.store.set(f"here/{self.heartbeat.process}", str(self._count))
+        try:
+            self._watch.look(self._others, longer=AHEAD / 2)
+        except RankError as error:
+            print(f"dpfast: error: {error}", file=sys.stderr, flush=True)
+            self.leave(1)
+
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store has gone, and torchrun with it
+            while not self._ended.wait(self.heartbeat.interval):
+                self.look()
 
 
 def silent(dead: Collection[int], processes: int, timeout: float) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import dpfast
 from dpfast.parallel.groups import Group
-from dpfast.parallel.heartbeat import TIMEOUT, Heartbeat
+from dpfast.parallel.heartbeat import TIMEOUT, Heartbeat, Presence
 from dpfast.parallel.ranks import Ranks, patience, side_groups
 
 
@@ -78,5 +78,9 @@ def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ra
     )
     ranks.learn = Group("learn")
     ranks.control, ranks.feed = side_groups(range(size), timeout, ranks.learn, cuda)
+    presence = Presence(ranks.heartbeat)
+    if cuda:
+        presence.start()
     yield ranks
+    presence.stop()
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from dpfast.config import RecipeError
 from dpfast.parallel.groups import Group
-from dpfast.parallel.heartbeat import Heartbeat, RankError, silent
+from dpfast.parallel.heartbeat import AHEAD, Heartbeat, RankError, silent
 
 ANSWER = 5.0  # seconds, after a failure, in which a rank that lives says so
-AHEAD = 60.0  # seconds by which a lost rank is noticed before NCCL's watchdog would end the process without a word
 FAILURES = (
     ArithmeticError,
     ImportError,

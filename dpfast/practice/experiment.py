@@ -55,11 +55,13 @@ class DeliberatePractice:
         recipe.need_folders(*(["pipeline"] if unguided is None else []), "validation")
         names = check_generator(recipe.generator) if unguided is None else unguided.sampler.pipeline.class_names
         check_real(recipe.validation, recipe.held_out, names)
+        ranks.beat()
         self.pipeline = (
             load_pipeline(recipe.generator, device=device_named(recipe.device, ranks))
             if unguided is None
             else unguided.sampler.pipeline
         )
+        ranks.beat()
         self.real = load_real(
             recipe.validation,
             held_out=recipe.held_out,
@@ -68,7 +70,9 @@ class DeliberatePractice:
             ranks=ranks,
         )
         self.sets = evaluation_sets(recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed)
+        ranks.beat()
         self._check()
+        ranks.beat()
         if not recipe.pool.mapped:  # the disk of mapped files is known with the folder; the loop looks before any work
             shape = stored_shape(recipe, self.pipeline, self.real)
             samples, processes = part_of_samples(recipe, ranks), ranks.local_size

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from dpfast.parallel import RankError, Ranks
-from dpfast.parallel.heartbeat import Clock, Heartbeat
+from dpfast.parallel.heartbeat import AHEAD, Clock, Heartbeat, Presence
 from dpfast.practice import stopping
 from dpfast.practice.stopping import Stop, StopTogether
 
@@ -97,6 +97,20 @@ def test_a_beat_costs_a_message_now_and_then():
         clock.sleep(0.25)
     assert told == [(0.0, "1"), (5.0, "21")]
     Ranks().beat()  # a process alone says nothing
+
+
+def test_a_process_that_was_stopped_is_named_before_nccl_ends_this_one(capsys):
+    ranks, clock, _, _ = simulated(3, timeout=100)
+    store, left = ranks.heartbeat.store, []
+    presence = Presence(ranks.heartbeat, leave=lambda code: left.append((code, clock.time)))
+    while clock.time < 300 and not left:
+        store.set("here/1", str(clock.time))
+        if clock.time < 50:
+            store.set("here/2", str(clock.time))
+        presence.look()
+        clock.sleep(1)
+    assert left == [(1, pytest.approx(49 + 100 + AHEAD / 2))]
+    assert "dpfast: error: rank 2 of 3 did not answer: dead, or without progress for 100 s" in capsys.readouterr().err
 
 
 def steps_of(size, seed, speeds):
