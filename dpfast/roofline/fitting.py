@@ -88,7 +88,8 @@ def fit(
     device = devices.device(device) if isinstance(device, str) else device
     stages = stages or stages_of(recipe, device)
     total = recipe.practice.maximum_samples if samples is None else samples
-    share, wanted = math.ceil(recipe.learner.batch_size / count), recipe.generator.generation_batch
+    config, wanted = recipe.learner, recipe.generator.generation_batch
+    share = math.ceil(config.batch_size / count)
     guided = "dp" in recipe.practice.sources and total > recipe.practice.initial_samples
     limit, always = usable(device), float(stages.weights + stages.learner.state)
     if not device.gpu:  # a CPU's pool is in the same memory, and goes nowhere else
@@ -97,7 +98,7 @@ def fit(
     def samples_fit(batch: int) -> bool:
         kinds = (False, True) if guided else (False,)
         held = max(sampling_bytes(stages, device, batch, guided=kind) for kind in kinds)
-        return always + stages.learner.gradients + held <= limit
+        return always + held <= limit
 
     def step_fits(micro: int) -> bool:
         return always + training_bytes(stages, device, share=share, micro_batch=micro, ranks=count) <= limit
@@ -106,13 +107,15 @@ def fit(
         return always + stages.learner.gradients + evaluation_bytes(stages, device, images) <= limit
 
     batch = equal_part(wanted, samples_fit)
-    micro = equal_part(share, step_fits, even=True)
+    most = share if config.micro_batch is None else min(share, config.micro_batch)
+    micro = equal_part(share, lambda size: size <= most and step_fits(size), even=True)
     evaluated = equal_part(BATCH, evaluation_fits)
     changes = []
     if batch < wanted:
         changes.append(f"samples are made in batches of {batch}, not {wanted} (generation_batch)")
-    if micro < share:
-        changes.append(f"a training step takes its {share} images in micro-batches of {micro}")
+    if micro < most:
+        recipe = replace(recipe, learner=replace(config, micro_batch=micro))
+        changes.append(f"a training step takes its {share} images in micro-batches of {micro} (micro_batch)")
 
     def phases(pool: float) -> tuple[Footprint, ...]:
         return footprints(

@@ -82,7 +82,6 @@ def footprints(
     """
     learner = stages.learner
     always = {"pool": pool, "generator": float(stages.weights), "learner, average and moments": float(learner.state)}
-    waiting = {"gradients": float(learner.gradients)}  # of the last step, until the next one begins
     made = {"unguided samples": False} | ({"guided samples": True} if guided else {})
     training = training_bytes(stages, device, share=share, micro_batch=micro_batch, ranks=ranks)
     judged = evaluation_bytes(stages, device, evaluated)
@@ -90,10 +89,10 @@ def footprints(
         *(
             Footprint(
                 phase=name,
-                kinds=always | waiting | {"batch and graphs": sampling_bytes(stages, device, batch, guided=which)},
+                kinds=always | {"batch and graphs": sampling_bytes(stages, device, batch, guided=which)},
             )
             for name, which in made.items()
         ),
         Footprint(phase="training", kinds=always | {"activations, gradients and batches": training}),
-        Footprint(phase="evaluation", kinds=always | waiting | {"activations": judged}),
+        Footprint(phase="evaluation", kinds=always | {"gradients": float(learner.gradients), "activations": judged}),
     )

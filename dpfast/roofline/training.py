@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpfast.config import Learner
 from dpfast.generate.runtime.memory import bytes_per_sample
+from dpfast.learn.checkpointing import checkpoint_activations
 from dpfast.learn.models import build_learner
 from dpfast.roofline.counting import Counts, counts
 
@@ -54,8 +55,8 @@ class Training:
     def memory(self, images: int, *, accumulated: bool) -> int:
         """The most bytes that a step holds beside ``state``, with micro-batches of ``images``.
 
-        accumulated: gradients are there all the time, of the micro-batches before or in the buckets of
-        ``DistributedDataParallel``; otherwise they come while what was kept for them goes.
+        accumulated: gradients are there all the time, of the micro-batches before, or in the buckets that ranks sum;
+        otherwise they come while what was kept for them goes.
         """
         fixed, each = self.held
         kept = fixed + each * images
@@ -78,13 +79,16 @@ def count_training(learner: Learner, classes: int, image: tuple[int, ...], *, ha
 def _key(learner: Learner, classes: int, image: tuple[int, ...], half: bool) -> tuple[Any, ...]:
     options = json.dumps(learner.options, sort_keys=True)
     mixed = learner.mixup > 0 or learner.cutmix > 0
-    return learner.model, options, classes, tuple(image), half, mixed, learner.batch_size
+    model = (learner.model, options, classes, image[0], learner.activation_checkpointing)
+    return model, classes, tuple(image), half, mixed, learner.batch_size
 
 
 @functools.lru_cache(maxsize=16)
-def _fake(model: str, options: str, classes: int, channels: int) -> tuple[FakeTensorMode, nn.Module]:
+def _fake(model: str, options: str, classes: int, channels: int, again: bool) -> tuple[FakeTensorMode, nn.Module]:
     with torch.device("meta"):
         learner = build_learner(model, classes=classes, channels=channels, **json.loads(options))
+    if again:
+        checkpoint_activations(learner)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         return mode, without_numbers(learner)
@@ -92,9 +96,9 @@ def _fake(model: str, options: str, classes: int, channels: int) -> tuple[FakeTe
 
 @functools.lru_cache(maxsize=64)
 def _counted(
-    model: str, options: str, classes: int, image: tuple[int, ...], half: bool, mixed: bool, batch_size: int
+    model: tuple[Any, ...], classes: int, image: tuple[int, ...], half: bool, mixed: bool, batch_size: int
 ) -> Counts:
-    mode, learner = _fake(model, options, classes, image[0])
+    mode, learner = _fake(*model)
     step = _step(learner, image, classes, half=half, mixed=mixed)
     with mode:
         return counts(lambda: step(batch_size)) * (1 / batch_size)
@@ -102,9 +106,9 @@ def _counted(
 
 @functools.lru_cache(maxsize=64)
 def _held(
-    model: str, options: str, classes: int, image: tuple[int, ...], half: bool, mixed: bool, batch_size: int
+    model: tuple[Any, ...], classes: int, image: tuple[int, ...], half: bool, mixed: bool, batch_size: int
 ) -> Training:
-    mode, learner = _fake(model, options, classes, image[0])
+    mode, learner = _fake(*model)
     step = _step(learner, image, classes, half=half, mixed=mixed)
 
     @torch.no_grad()
@@ -117,7 +121,7 @@ def _held(
         evaluation = counts(lambda: evaluate(batch_size)) * (1 / batch_size)
         evaluated = bytes_per_sample(evaluate)
     return Training(
-        training=_counted(model, options, classes, image, half, mixed, batch_size),
+        training=_counted(model, classes, image, half, mixed, batch_size),
         evaluation=evaluation,
         parameters=sum(p.numel() for p in learner.parameters()),
         buffers=sum(b.numel() for b in learner.buffers()),

@@ -42,7 +42,7 @@ def test_phases_add_what_lives_at_the_same_time(recipe, stages):
     assert phases.keys() == {"unguided samples", "guided samples", "training", "evaluation"}
     pool = fitted.pool.places["device"] * fitted.pool.bytes_per_sample
     always = pool + stages.weights + stages.learner.state
-    samples = always + stages.learner.gradients + sampling_bytes(stages, H100, 32, guided=True)
+    samples = always + sampling_bytes(stages, H100, 32, guided=True)
     assert phases["guided samples"].total == pytest.approx(samples)
     step = always + training_bytes(stages, H100, share=64, micro_batch=64, ranks=1)
     assert phases["training"].total == pytest.approx(step)

@@ -48,6 +48,27 @@ def test_a_training_step_holds_what_is_planned(kind, precision):
         assert planned.state + planned.memory(size, accumulated=False) == pytest.approx(measured, rel=0.1), size
 
 
+def test_checkpointed_activations_are_planned_as_they_are_measured():
+    config = learner_of("ViT", precision="fp32", activation_checkpointing=True)
+    planned = count_learner(config, 10, (3, SIDE, SIDE), half=False)
+    assert planned.held[1] < 0.6 * count_learner(learner_of("ViT"), 10, (3, SIDE, SIDE), half=False).held[1]
+    trainer = Trainer(build_learner(config.model, classes=10, channels=3, **config.options), config, iterations=100)
+    images, labels = torch.randn(32, 3, SIDE, SIDE), torch.zeros(32, dtype=torch.int64)
+    trainer.step(images, labels)
+    step = torch.enable_grad()(lambda: trainer.step(images, labels))
+    assert planned.memory(32, accumulated=False) == pytest.approx(peak_bytes(step), rel=0.1)
+
+
+def test_gradients_are_there_all_the_time_where_micro_batches_add_up():
+    config = learner_of("RegNet", precision="fp32", micro_batch=8)
+    planned = count_learner(config, 10, (3, SIDE, SIDE), half=False)
+    trainer = Trainer(build_learner(config.model, classes=10, channels=3, **config.options), config, iterations=100)
+    images, labels = torch.randn(32, 3, SIDE, SIDE), torch.zeros(32, dtype=torch.int64)
+    trainer.step(images, labels)
+    step = torch.enable_grad()(lambda: trainer.step(images, labels))
+    assert planned.memory(8, accumulated=True) == pytest.approx(peak_bytes(step), rel=0.1)
+
+
 def test_autocast_halves_less_than_everything():
     full, half = (count_learner(learner_of("ViT"), 10, (3, SIDE, SIDE), half=half) for half in (False, True))
     assert 0.55 < half.held[1] / full.held[1] < 0.75  # norms and residuals stay in fp32
