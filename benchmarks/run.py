@@ -31,6 +31,7 @@ TABLES = {
     "flops": "benchmarks.flops",
     "study": "benchmarks.study",
     "theory": "benchmarks.bench_theory",
+    "precision": "benchmarks.precision",
     "plan": "benchmarks.planner",
     "patience": "benchmarks.patience",
     "scaling": "benchmarks.scaling",

@@ -23,12 +23,25 @@ def autocast(bf16: bool, device: torch.device) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()
 
 
+def in_precision(classifier: nn.Module, precision: str, device: torch.device) -> nn.Module:
+    """The classifier as a recipe's ``precision`` runs it on ``device``, its weights read live."""
+    return Autocast(classifier) if in_bf16(precision, device) else classifier
+
+
 class Autocast(nn.Module):
-    """A classifier, read live, under ``autocast``: images (B, C, H, W) to its logits in float32."""
+    """A classifier under ``autocast``: images (B, C, H, W) to its logits in float32. It trains where that one does."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.classifier = classifier
+
+    @property
+    def training(self) -> bool:
+        return self.classifier.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Nothing: ``train`` and ``eval`` reach the classifier."""
 
     def forward(self, images: Tensor) -> Tensor:
         with autocast(True, images.device):

@@ -28,7 +28,7 @@ from dpfast.learn.batch_norm import alone, shared_norms, synchronised
 from dpfast.learn.checkpointing import checkpoint_activations
 from dpfast.learn.ema import Ema
 from dpfast.learn.gradients import GradientBuckets
-from dpfast.learn.precision import autocast, in_bf16
+from dpfast.learn.precision import autocast, in_bf16, in_precision
 from dpfast.learn.schedule import wsd
 from dpfast.out_of_memory import attempt, release
 from dpfast.parallel import ALONE, Ranks
@@ -73,6 +73,9 @@ class Trainer:
             fused=True,
         )
         self.bf16 = in_bf16(config.precision, self.device)
+        self._classifiers = {
+            which: in_precision(self.weights(which), config.precision, self.device) for which in ("ema", "raw")
+        }
         self._buckets = None if ranks.alone else GradientBuckets(self.parameters, ranks)
         self._norms = [] if ranks.alone else shared_norms(model)
         self._fits = not self._norms
@@ -101,6 +104,10 @@ class Trainer:
     def weights(self, which: str) -> nn.Module:
         """The module with the "ema" or the "raw" weights, live."""
         return self.ema.module if which == "ema" else self.model
+
+    def classifier(self, which: str) -> nn.Module:
+        """``weights`` in the precision of the training, for evaluation and guidance."""
+        return self._classifiers[which]
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimiser step on images (B, C, H, W) and labels (B,) or (B, K) probabilities; returns the 0-d loss.

@@ -12,6 +12,7 @@ from torch import nn
 from dpfast.config import Recipe, RecipeError
 from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.models import build_learner, load_judge
+from dpfast.learn.precision import in_precision
 from dpfast.practice.run_folder import RECIPE
 
 
@@ -28,7 +29,7 @@ def new_learner(recipe: Recipe, pipeline: Pipeline) -> nn.Module:
 
 
 def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str = "dp") -> nn.Module:
-    """The finished classifier of a run, in eval mode; without a folder the embedded judge network.
+    """The finished classifier of a run in eval mode and its precision; without a folder the embedded judge network.
 
     Raises ``RecipeError`` when the folder holds no learner, or one whose classes are not the pipeline's.
     """
@@ -37,11 +38,12 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
     weights, recipe_file = Path(folder) / f"learner_{source}.safetensors", Path(folder) / RECIPE
     if not weights.is_file() or not recipe_file.is_file():
         raise RecipeError(f"learner = {str(folder)!r}: not the folder of a finished run, it has no {weights.name}")
-    model = new_learner(Recipe.from_dict(json.loads(recipe_file.read_text())), pipeline)
+    recipe = Recipe.from_dict(json.loads(recipe_file.read_text()))
+    model = new_learner(recipe, pipeline)
     try:
         model.load_state_dict(load_file(weights))
     except RuntimeError as error:
         raise RecipeError(
             f"learner = {str(folder)!r}: does not fit the pipeline: {str(error).splitlines()[1].strip()}"
         ) from error
-    return model.eval().requires_grad_(False)
+    return in_precision(model.eval().requires_grad_(False), recipe.learner.precision, pipeline.device)

@@ -105,14 +105,19 @@ class Loop:
 
     @property
     def guide(self) -> nn.Module:
-        """The live weights that guide."""
-        return self.trainer.weights(self.recipe.guidance.guide_with)
+        """The live weights that guide, in the learner's precision."""
+        return self.trainer.classifier(self.recipe.guidance.guide_with)
 
     @cached_property
     def guides(self) -> nn.Module:
         """What guides: ``guide``, or for the criterion "disagreement" both weights, ``guide`` before the others."""
         other = "raw" if self.recipe.guidance.guide_with == "ema" else "ema"
-        return guiding(self.recipe.guidance.criterion, self.guide, self.trainer.weights(other))
+        return guiding(self.recipe.guidance.criterion, self.guide, self.trainer.classifier(other))
+
+    @property
+    def judged(self) -> nn.Module:
+        """``evaluated`` in the learner's precision."""
+        return self.trainer.classifier(self.recipe.learner.evaluate_with)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -176,7 +181,7 @@ class Loop:
         """Evaluates; True when samples are due."""
         started, practice, state, size = time.perf_counter(), self.recipe.practice, self.state, len(self.pool)
         validation = self.real.validation
-        result = evaluate(self.evaluated, validation.images, validation.labels, self.ranks)
+        result = evaluate(self.judged, validation.images, validation.labels, self.ranks)
         state.per_class = [None if value != value else value for value in result.per_class.tolist()]
         self.losses.anchor(self.trainer.step_count)
         state.evaluation_seconds += time.perf_counter() - started
@@ -286,8 +291,8 @@ class Loop:
                 source=self.name,
                 pool=self.pool,
                 learner=self.evaluated,
-                validation=evaluate(self.evaluated, validation.images, validation.labels, self.ranks),
-                test=evaluate(self.evaluated, test.images, test.labels, self.ranks),
+                validation=evaluate(self.judged, validation.images, validation.labels, self.ranks),
+                test=evaluate(self.judged, test.images, test.labels, self.ranks),
                 iterations=self.trainer.step_count,
                 additions=self.additions,
                 initial_cost=self.initial_cost,
@@ -295,7 +300,7 @@ class Loop:
                 training_seconds=state.training_seconds,
                 evaluation_seconds=state.evaluation_seconds,
                 loader_wait=waited / max(state.training_seconds - waited, 1e-9),
-                sets=tuple(evaluate_sets(self.evaluated, self.sets, self.ranks)),
+                sets=tuple(evaluate_sets(self.judged, self.sets, self.ranks)),
             )
         if not state.finished:
             self._tell("on_result", result)

@@ -31,6 +31,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import image_shape
 from dpfast.generate.trajectory import SampleBatch
 from dpfast.learn.committee import guiding
+from dpfast.learn.precision import in_precision
 from dpfast.parallel import Ranks
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import Heartbeat
@@ -220,6 +221,7 @@ class Maker:
         self.recipe, self.link, self.stop = recipe, link, stop
         guide = new_learner(recipe, pipeline).eval().requires_grad_(False)
         other = new_learner(recipe, pipeline).eval().requires_grad_(False)
+        guide, other = (in_precision(m, recipe.learner.precision, pipeline.device) for m in (guide, other))
         self.guides = guiding(recipe.guidance.criterion, guide, other)
         unguided = Unguided(recipe, pipeline, link.makers)
         self.source = DeliberatePracticeSource(recipe, pipeline, unguided, guide, guides=self.guides, pool=SamplePool)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
 from dpfast.learn.models import build_learner
+from dpfast.learn.precision import in_precision
 from dpfast.pool.pool import SamplePool
 from dpfast.practice import checkpoint
 from dpfast.report.figures import COLORS, MUTED, axes_of, label_ends
@@ -50,7 +51,11 @@ def errors_around(
     of_round = pool.column("round")
     members = [torch.nonzero(of_round == number).flatten()[:PER_ROUND] for number in range(1, rounds + 1)]
     states = itertools.chain((checkpoint.load(path) for path in paths if path is not None), [newest])
-    wrong = [_wrong(_with(model, state.tensors, weights), pool, members) for state in states]
+    learner = in_precision(model, recipe.learner.precision, torch.device(device))
+    wrong = []
+    for state in states:
+        _with(model, state.tensors, weights)
+        wrong.append(_wrong(learner, pool, members))
     sums: dict[int, list[int]] = {}  # mistakes and samples, of all and of the hard ones
     for new in range(rounds):  # the samples of round new + 1; the learner at index new guided them
         mistaken = wrong[new][new]

@@ -46,7 +46,7 @@ def measure(recipe: Recipe, *, rounds: int = 3, steps: int = 40) -> Timings:
     torch.manual_seed(recipe.seed)
     learner = build_learner(config.model, classes=classes, channels=pipeline.image_channels, **config.options)
     trainer = Trainer(learner, config, iterations=10**6)
-    guide, other = (trainer.weights(which) for which in (recipe.guidance.guide_with, "raw"))
+    guide, other = (trainer.classifier(which) for which in (recipe.guidance.guide_with, "raw"))
     guide = guiding(recipe.guidance.criterion, guide, other).eval()
     labels = torch.arange(recipe.generator.generation_batch) % classes
     plain, sampler = (new_sampler(recipe, pipeline, model) for model in (None, guide))
@@ -72,7 +72,7 @@ def measure(recipe: Recipe, *, rounds: int = 3, steps: int = 40) -> Timings:
     finally:
         loader.close()
     images = batch.images[torch.arange(EVALUATED) % len(batch)]
-    evaluation = _median(lambda: predict(trainer.ema.module, images), rounds) / EVALUATED
+    evaluation = _median(lambda: predict(trainer.classifier("ema"), images), rounds) / EVALUATED
     return Timings(unguided=unguided, guided=guided, training=training, evaluation=evaluation)
 
 
