@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
             recipe = replace(recipe, practice=replace(recipe.practice, sources=("dp",)))
         name = recipe.name if round is None else f"{recipe.name}-branch-{round}"
         out = arguments.out or Path("runs") / name
-        resume = resume or _begun(out, overwrite=arguments.overwrite)
+        resume = resume or (ranks.restarted and _begun(out, overwrite=arguments.overwrite))
     with stop.at_once():
         with ranks.together():
             if ranks.first:
@@ -130,10 +130,10 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
 
 
 def _begun(out: Path, *, overwrite: bool) -> bool:
-    """Whether torchrun has started the ranks again, with the same command, and the run is there already."""
-    from dpfast.parallel import launch, restarts
+    """Whether the ranks that torchrun has started again have begun their run."""
+    from dpfast.parallel import launch
 
-    if not restarts() or not (out / "recipe.json").is_file():
+    if not (out / "recipe.json").is_file():
         return False
     kept = out / LAUNCH  # says whether the run to be replaced was still there
     return not overwrite or (kept.is_file() and kept.read_text() == launch())

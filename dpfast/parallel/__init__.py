@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 8 -m dpfast run imagenet1k-sd15 --generator DIR --validation DIR
 
     launch      the ranks that torchrun started, as ``Ranks``; without torchrun one process alone, which nothing costs
+    rendezvous  how they find each other in torchrun's store, which remembers earlier starts
     ranks       what belongs to which rank, and how ranks agree
     heartbeat   who waits for whom, and when a rank counts as dead
     groups      every collective of this package, and which of them may be in flight together
@@ -14,7 +15,7 @@ patience, the order of training) is a function of what all ranks know, and every
 """
 
 from dpfast.parallel.heartbeat import TIMEOUT, RankError
-from dpfast.parallel.launch import joined, launch, launched, restarts, versions
+from dpfast.parallel.launch import joined, launch, launched, versions
 from dpfast.parallel.ranks import ALONE, Ranks
 
-__all__ = ["ALONE", "TIMEOUT", "RankError", "Ranks", "joined", "launch", "launched", "restarts", "versions"]
+__all__ = ["ALONE", "TIMEOUT", "RankError", "Ranks", "joined", "launch", "launched", "versions"]

@@ -16,6 +16,7 @@ import dpfast
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import TIMEOUT, Heartbeat, Presence
 from dpfast.parallel.ranks import Ranks, patience, side_groups
+from dpfast.parallel.rendezvous import meet
 
 
 def versions() -> dict[str, str]:
@@ -31,14 +32,15 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def restarts() -> int:
-    """How often torchrun has started this group again."""
+def _failures() -> int:
+    """How often torchrun has started this node's processes again after one of them failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def launch() -> str:
-    """A name for one call of torchrun, over its restarts; empty without torchrun."""
-    return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    """A name for one call of torchrun, over its restarts and on all nodes; empty without torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{socket.gethostname()} {os.getppid()}" if run == "none" else run  # a call without --rdzv-id
 
 
 @contextlib.contextmanager
@@ -50,7 +52,7 @@ def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ra
     """
     rank, size = launched()
     if size == 1:
-        yield Ranks()
+        yield Ranks(restarted=_failures() > 0)
         return
     cuda = torch.cuda.is_available() if cuda is None else cuda
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -59,7 +61,8 @@ def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ra
     wait = datetime.timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", timeout=wait))
     store.set_timeout(wait)
-    store = dist.PrefixStore(f"start-{restarts()}", store)  # torchrun's store still knows what the last start said
+    start = meet(dist.PrefixStore("rendezvous", store), rank, size, timeout, failures=_failures())
+    store = dist.PrefixStore(start.name, store)
     ranks = Ranks(
         rank=rank,
         size=size,
@@ -67,8 +70,8 @@ def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ra
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         heartbeat=Heartbeat(dist.PrefixStore("progress", store), rank, size, timeout),
         store=dist.PrefixStore("said", store),
+        restarted=start.again,
     )
-    ranks.everyone("here")  # names who is not; what follows would not
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=dist.PrefixStore("groups", store),

@@ -40,7 +40,8 @@ class Ranks:
     rank, size: of all processes; local_rank, local_size: of those on this machine. learn: the group of gradients;
     control, feed: those for what the loop says on the CPU and, by the device of what is sent, for the loaders. On a GPU
     the loader's is ``learn`` itself (``dpfast.parallel.groups``). heartbeat: this process among all of the run; store:
-    for what these ranks say. members: their numbers among all processes, None: the same.
+    for what these ranks say. members: their numbers among all processes, None: the same. restarted: whether torchrun
+    has started the processes again.
     """
 
     rank: int = 0
@@ -53,6 +54,7 @@ class Ranks:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     store: Any = None
     members: tuple[int, ...] | None = None
+    restarted: bool = False
     _asked: int = field(default=0, init=False)
 
     @property
