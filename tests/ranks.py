@@ -4,14 +4,18 @@ import os
 import socket
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dpfast.parallel import joined
 
+AGENT = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+
 
 def spawned(size, function, *arguments):
     """Raises what one of the processes raised."""
-    mp.spawn(_rank, (size, free_port(), function, arguments), nprocs=size)
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives a rank, as torchrun's does
+    mp.spawn(_rank, (size, agent.port, function, arguments), nprocs=size)
 
 
 def free_port():
@@ -27,7 +31,7 @@ def environment(rank, size, port):
 
 
 def _rank(rank, size, port, function, arguments):
-    os.environ |= environment(rank, size, port)
+    os.environ |= environment(rank, size, port) | AGENT
     torch.set_num_threads(1)
     with joined(cuda=False, timeout=60) as ranks:
         function(ranks, *arguments)

@@ -29,7 +29,7 @@ from dpfast.pool.saver import Saver
 from dpfast.pool.union import Layout, UnionPool
 from dpfast.practice.costs import Cost, Price
 from tests.learn import test_micro_batches as micro_batches
-from tests.ranks import environment, spawned
+from tests.ranks import AGENT, environment, spawned
 
 ROUNDS, BATCH = (50, 23, 31), 10
 AUGMENT = Augment(flip=True, crop=0.3, mixup=0.5, cutmix=1.0)
@@ -237,6 +237,11 @@ def disagree(ranks):
     assert ranks.total(ranks.rank + 0.5) == 2.0
     assert ranks.most(ranks.rank) == 1
     assert ranks.absent() == []
+    ranks.heartbeat.timeout = 1
+    for _ in range(8 * ranks.rank):  # twice the timeout, and no collective meanwhile
+        time.sleep(0.25)
+        ranks.beat()
+    assert ranks.everyone(ranks.rank) == [0, 1]
 
 
 def test_an_error_of_one_rank_is_an_error_of_all():
@@ -270,8 +275,10 @@ def hang(ranks):
     ranks.heartbeat.timeout = 2  # after the start, which may take longer than that
     ranks.control, ranks.feed = parallel.side_groups(range(ranks.size), 2, ranks.learn, False)
     if ranks.rank == 1:
-        with contextlib.suppress(RuntimeError):  # the store goes with rank 0
-            ranks.store.wait(["done"])
+        ranks.store.wait(["done"])
+        # rank 0 is about to leave: gloo says "Connection closed by peer", and rank 0 has said why
+        with pytest.raises(RankError, match=r"^rank 1 of 2 did not answer"), ranks.watched():
+            ranks.control.all_reduce(torch.zeros(1))
         os._exit(0)
     named = partial(pytest.raises, RankError, match=r"^rank 1 of 2 did not answer")
     started = time.monotonic()
@@ -290,7 +297,7 @@ def test_a_rank_that_hangs_is_named_by_whoever_waits_for_it():
 
 def test_a_rank_that_never_comes_is_named(monkeypatch):
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
-    for name, value in {**environment(0, 2, agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+    for name, value in (environment(0, 2, agent.port) | AGENT).items():
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(RankError, match=r"^rank 1 of 2 did not answer: dead, or without progress for 1 s"),

@@ -151,7 +151,9 @@ class Presence:
 
 
 def silent(dead: Collection[int], processes: int, timeout: float) -> str:
-    """What is said of processes that do not answer."""
+    """What is said of processes that do not answer; nothing of none."""
+    if not dead:
+        return ""
     named = ", ".join(map(str, sorted(dead)))
     return (
         f"rank{'s' if len(dead) > 1 else ''} {named} of {processes} did not answer: dead, or without progress for "

@@ -126,15 +126,15 @@ def test_a_random_rank_killed_at_a_random_moment_changes_nothing(rehearsal, tmp_
 )  # fmt: skip
 def test_a_hung_rank_is_named(rehearsal, tmp_path, hung, more):
     options, _, _ = rehearsal
-    options = [*options, "--timeout", "10", "--iterations", "100000", *more]
+    options = [*options, "--timeout", "20", "--iterations", "100000", *more]
     run = Launched("imagenet100-sd15", tmp_path / "run", options)
     run.until(1 if more else 3)
     assert run.signal(hung, signal.SIGSTOP)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 20 + 20  # a rank may be asked for once more, and a busy machine is slow
     while f"rank {hung} of 2 did not answer" not in run.said and time.monotonic() < deadline:
         time.sleep(0.1)
     run.signal(hung)  # torchrun would wait half a minute for it
-    assert f"dpfast: error: rank {hung} of 2 did not answer: dead, or without progress for 10 s" in run.ended(1)
+    assert f"dpfast: error: rank {hung} of 2 did not answer: dead, or without progress for 20 s" in run.ended(1)
 
 
 @pytest.mark.skipif(not KILLS, reason="takes half a minute; DPFAST_KILLS=1")
