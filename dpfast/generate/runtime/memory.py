@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from dpfast.hardware.memory import free_bytes, local_ranks
 from dpfast.out_of_memory import attempt
@@ -28,9 +28,13 @@ class _Peak(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tree_map_only(Tensor, lambda tensor: self._track(tensor, new=False), (args, kwargs))
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                self._track(given, new=False)
         out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, lambda tensor: self._track(tensor, new=True), out)
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor):
+                self._track(made, new=True)
         return out
 
     def _track(self, tensor: Tensor, *, new: bool) -> None:
