@@ -60,6 +60,7 @@ class Generator:
     compile: bool = False  # torch.compile: pays for many samples; a resumed run needs the same choice for the same bits
     compile_region: str = "step"  # what is compiled: whole steps, or the transformer's "blocks" alone, once for all
     generation_batch: int = 250  # samples in one sampler batch; the images do not depend on it
+    sampling_batch: int | None = None  # samples that are in memory at once; None: generation_batch, or what fits of it
     attention: str = "sdpa"  # torch's scaled_dot_product_attention, or "xformers" on a GPU
     channels_last: bool = False  # memory format of UNets and full decoders, what their convolutions want on a GPU
 
@@ -80,10 +81,18 @@ class Generator:
         free = self.solver in ("auto", "ddim", "tcd")
         _check(free or not self.eta, "eta", self.eta, f"0 with solver = {self.solver!r}: for 'ddim' and 'tcd' alone")
         _check(self.generation_batch >= 1, "generation_batch", self.generation_batch, "at least 1")
+        most = self.sampling_batch
+        _check(most is None or most >= 1, "sampling_batch", most, "at least 1, or left out for what fits")
         regions = ("step", "blocks")
         _check(self.compile_region in regions, "compile_region", self.compile_region, "'step' or 'blocks'")
         _check(self.image_size >= 0, "image_size", self.image_size, "pixels, or 0 for the size that is decoded")
         _check(self.attention in ("sdpa", "xformers"), "attention", self.attention, "'sdpa' or 'xformers'")
+
+    @property
+    def at_once(self) -> int:
+        """Samples that a sampler has in memory at once, at most."""
+        most = self.sampling_batch
+        return self.generation_batch if most is None else min(most, self.generation_batch)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,12 +80,12 @@ def test_plan_prints_phases_schedules_memory_and_places(capsys):
         "limited by",
         "dp, simulated in turns",
         "1 of 2 make samples while the others train",
-        "a guided batch of 250",
+        "guided samples, 250 at once",
         "2000 in device",
     ):
         assert wanted in text
     assert main(["plan", "fashion", "--device", "tpu"]) == 2
-    assert "device = 'tpu': expected one of a100, h100, h200, b200, or 'here'" in capsys.readouterr().err
+    assert "device = 'tpu': expected one of a100, h100, h200, b200, rtx4090, or 'here'" in capsys.readouterr().err
 
 
 def test_doctor_names_versions_backends_and_remedies(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ from dpfast.cli.recipes import add_recipe, recipe_of
 from dpfast.config import Recipe, RecipeError
 from dpfast.logs import check_level, logged
 
+log = logging.getLogger(__name__)
 LAUNCH = ".launch"  # in a run's folder: which torchrun made it
 
 if TYPE_CHECKING:
     from dpfast.parallel import Ranks
     from dpfast.practice.stopping import Stop
+    from dpfast.roofline.fitting import Fit
 
 
 def add(commands: Commands) -> None:
@@ -120,6 +123,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
                 )
                 (out / LAUNCH).write_text(launch())
         stack.enter_context(logged(out, arguments.log_level))
+        _tell_fit(practice.fit, aloud=ranks.first and not arguments.quiet)
         results = practice.run(folder, progress=not arguments.quiet, callbacks=[Journal()], stop=stop)
     if not ranks.first:
         return 0
@@ -127,6 +131,14 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         write_report([out], out, device=practice.pipeline.device)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
     return 0
+
+
+def _tell_fit(fit: Fit | None, *, aloud: bool) -> None:
+    """How the recipe was fitted to the memory, into the log and onto the screen."""
+    for line in [] if fit is None else fit.lines():
+        log.info(line.strip())
+        if aloud:
+            print(line)
 
 
 def _begun(out: Path, *, overwrite: bool) -> bool:

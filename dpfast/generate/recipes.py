@@ -96,6 +96,8 @@ def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: Learner | None, **o
         "compile_region": cast(Region, generator.compile_region),
     }
     try:
-        return GuidedSampler(pipeline, learner, **described | options)
+        sampler = GuidedSampler(pipeline, learner, **described | options)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    sampler.fitting = dict.fromkeys((False, True), generator.at_once)
+    return sampler

@@ -17,6 +17,7 @@ from dpfast.pool.plan import plan_recipe
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
 from dpfast.practice.checkpoint import Checkpoint
+from dpfast.practice.fitted import fit_run
 from dpfast.practice.guided import check_way
 from dpfast.practice.learners import new_learner
 from dpfast.practice.loop import Loop, part_of_samples, stored_shape
@@ -72,6 +73,9 @@ class DeliberatePractice:
         self.sets = evaluation_sets(recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed)
         ranks.beat()
         self._check()
+        ranks.beat()
+        self.fit = fit_run(recipe, self.pipeline, ranks, together=self.link is None)
+        self.recipe = recipe = recipe if self.fit is None else self.fit.recipe
         ranks.beat()
         if not recipe.pool.mapped:  # the disk of mapped files is known with the folder; the loop looks before any work
             shape = stored_shape(recipe, self.pipeline, self.real)

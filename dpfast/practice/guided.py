@@ -135,7 +135,7 @@ class EarlyRejection(FromNoise):
         super().__init__(recipe, sampler, eager)
         self.ratio, self.initial = recipe.practice.early_candidates, recipe.practice.initial_samples
         self.stop = early_stop(recipe, sampler.guidance.steps(self.steps))
-        self.chunks = HalvingBatches(self.batch, sampler.pipeline.device, lighten=sampler.close)
+        self.chunks = HalvingBatches(recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close)
         self.early_prices = Prices(eager, lambda: eager.advance(eager.begin([0], [0]), self.stop))
 
     def make(self, wanted: Wanted, cost: Cost) -> Iterator[SampleBatch]:
@@ -193,7 +193,7 @@ class RePractice(FromNoise):
                 f"restart = {recipe.practice.restart:g}: images of another size than decoded need codec = 'latents'"
             )
         self.steps -= self.start
-        self.chunks = HalvingBatches(self.batch, sampler.pipeline.device, lighten=sampler.close)
+        self.chunks = HalvingBatches(recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close)
         self.image = torch.zeros(1, *image_shape(sampler.pipeline), device=sampler.pipeline.device)
         self.prices = Prices(eager, self._one)
 

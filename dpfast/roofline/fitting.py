@@ -35,8 +35,8 @@ from dpfast.roofline.stages import Stages, count_stages
 class Fit:
     """What a recipe takes of each of its devices, and what of it had to change.
 
-    recipe: with the micro-batch and the pool's budget that fit. generation_batch: samples that a sampler makes at once;
-    the recipe's own stays, it says which rank makes what. evaluation_batch: images that the learner predicts at once.
+    recipe: with the batches and the pool's budget that fit. sampling_batch: samples that are made at once; the recipe's
+    generation_batch stays, it says which rank makes what. evaluation_batch: images that the learner predicts at once.
     usable: bytes of a device. changes: in words; proposals: options with which it would fit where it does not.
     """
 
@@ -44,7 +44,7 @@ class Fit:
     device: Device
     count: int
     micro_batch: int
-    generation_batch: int
+    sampling_batch: int
     evaluation_batch: int
     pool: PoolPlan
     phases: tuple[Footprint, ...]
@@ -89,7 +89,7 @@ def fit(
     stages = stages or stages_of(recipe, device)
     total = recipe.practice.maximum_samples if samples is None else samples
     config, wanted = recipe.learner, recipe.generator.generation_batch
-    share = math.ceil(config.batch_size / count)
+    asked, share = recipe.generator.at_once, math.ceil(config.batch_size / count)
     guided = "dp" in recipe.practice.sources and total > recipe.practice.initial_samples
     limit, always = usable(device), float(stages.weights + stages.learner.state)
     if not device.gpu:  # a CPU's pool is in the same memory, and goes nowhere else
@@ -106,13 +106,14 @@ def fit(
     def evaluation_fits(images: int) -> bool:
         return always + stages.learner.gradients + evaluation_bytes(stages, device, images) <= limit
 
-    batch = equal_part(wanted, samples_fit)
+    batch = equal_part(wanted, lambda size: size <= asked and samples_fit(size))
     most = share if config.micro_batch is None else min(share, config.micro_batch)
     micro = equal_part(share, lambda size: size <= most and step_fits(size), even=True)
     evaluated = equal_part(BATCH, evaluation_fits)
     changes = []
-    if batch < wanted:
-        changes.append(f"samples are made in batches of {batch}, not {wanted} (generation_batch)")
+    if batch < asked:
+        recipe = replace(recipe, generator=replace(recipe.generator, sampling_batch=batch))
+        changes.append(f"samples are made {batch} at once, not {asked} (sampling_batch)")
     if micro < most:
         recipe = replace(recipe, learner=replace(config, micro_batch=micro))
         changes.append(f"a training step takes its {share} images in micro-batches of {micro} (micro_batch)")
@@ -143,7 +144,7 @@ def fit(
         device=device,
         count=count,
         micro_batch=micro,
-        generation_batch=batch,
+        sampling_batch=batch,
         evaluation_batch=evaluated,
         pool=pool,
         phases=phases(_held(pool, device)),

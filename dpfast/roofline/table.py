@@ -80,5 +80,5 @@ def _memory(plan: Plan) -> list[str]:
 
 def _at_once(fit: Fit, phase: str) -> str:
     if phase.endswith("samples"):
-        return f", {fit.generation_batch} at once"
+        return f", {fit.sampling_batch} at once"
     return f", {fit.micro_batch if phase == 'training' else fit.evaluation_batch} at once"

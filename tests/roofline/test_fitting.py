@@ -30,7 +30,7 @@ def small(memory):
 def test_a_recipe_that_fits_is_left_as_it_is(recipe, stages):
     fitted = fit(recipe, H100, count=2, stages=stages)
     assert fitted.fits
-    assert (fitted.recipe, fitted.micro_batch, fitted.generation_batch) == (recipe, 32, 32)
+    assert (fitted.recipe, fitted.micro_batch, fitted.sampling_batch) == (recipe, 32, 32)
     assert fitted.changes == fitted.proposals == ()
     assert fitted.margin == usable(H100) - max(phase.total for phase in fitted.phases)
     assert "margin" in fitted.lines()[0]
@@ -61,12 +61,12 @@ def test_batches_are_parted_before_the_pool_gives_way_and_nothing_exceeds_the_de
         assert fitted.fits
         assert 64 % fitted.micro_batch == 0
         assert fitted.pool.places["device"] * fitted.pool.bytes_per_sample <= fitted.recipe.pool.device_gib * GIB
-        seen.add((fitted.generation_batch, fitted.micro_batch))
+        seen.add((fitted.sampling_batch, fitted.micro_batch))
         said = "\n".join(fitted.lines())
-        assert ("batches of" in said) == (fitted.generation_batch < 32)
+        assert ("at once" in said) == (fitted.sampling_batch < 32)
         assert ("micro-batches of" in said) == (fitted.micro_batch < 64)
     assert len(seen) > 2
-    assert fitted.generation_batch < 32
+    assert fitted.sampling_batch < 32
     assert fitted.micro_batch < 64
 
 

@@ -1,0 +1,62 @@
+"""A run's recipe fitted to the memory that its ranks find, before anything is made."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+
+import torch
+
+from dpfast.config import Recipe, RecipeError
+from dpfast.device import is_gpu
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.recipes import image_shape
+from dpfast.generate.runtime.memory import available_bytes
+from dpfast.hardware.memory import free_bytes
+from dpfast.parallel import Ranks
+from dpfast.roofline.devices import DEVICES, Device
+from dpfast.roofline.fitting import Fit, fit
+
+log = logging.getLogger(__name__)
+HELD = (
+    1000  # a sample or an image in training, over its own bytes in fp32: less than that (ViT-B in training 200 times,
+)
+# Stable Diffusion 1.5 in a guided step 800 times, counted)
+
+
+def fit_run(recipe: Recipe, pipeline: Pipeline, ranks: Ranks, *, together: bool = True) -> Fit | None:
+    """The recipe fitted to a rank's device.
+
+    together: all of ``ranks`` call it, and get what fits the one with the least memory. None where there is nothing to
+    fit: on a CPU with far more memory than the batches can take, and for models that cannot be counted, where a warning
+    says so.
+    """
+    device = pipeline.device
+    memory = device_memory(device)
+    memory = -ranks.most(-memory) if together else memory
+    if not is_gpu(device) and memory > 2 * HELD * _batch_bytes(recipe, pipeline, ranks):
+        return None
+    known = replace(DEVICES["h100"] if is_gpu(device) else _CPU, name=str(device), memory=memory)
+    known = replace(known, host=free_bytes() / ranks.local_size, disk=None)
+    try:
+        return fit(recipe, known, count=ranks.size)
+    except (RecipeError, RuntimeError, NotImplementedError) as error:
+        log.warning("the memory of the models is not known, nothing is fitted: %s", str(error).splitlines()[0])
+        return None
+
+
+_CPU = Device(name="cpu", half=1.0, full=1.0, bandwidth=1.0, memory=0.0, link=1.0, network=1.0)
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes of a rank's device that are free or this process's own."""
+    own = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    return float(available_bytes(device) + own)
+
+
+def _batch_bytes(recipe: Recipe, pipeline: Pipeline, ranks: Ranks) -> int:
+    image = 4 * math.prod(image_shape(pipeline))
+    decoded = 4 * 3 * math.prod(8 * side for side in pipeline.denoiser.sample_shape[1:])  # of a resized image
+    share = math.ceil(recipe.learner.batch_size / ranks.size)
+    return max(share * image, recipe.generator.at_once * max(image, decoded))

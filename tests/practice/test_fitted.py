@@ -1,0 +1,44 @@
+"""A run's own fit: what it changes where memory is short, and that it changes nothing elsewhere."""
+
+import dataclasses
+
+from dpfast.config import Recipe
+from dpfast.practice import fitted
+from dpfast.practice.costs import Cost
+from dpfast.practice.experiment import DeliberatePractice
+from dpfast.roofline.fitting import place_pool, stages_of
+from dpfast.roofline.memory import sampling_bytes
+
+SMALL = {"sources": "dp", "initial_samples": 60, "round_samples": 30, "maximum_samples": 90, "iterations": 10}
+
+
+def test_a_run_with_little_memory_takes_smaller_batches_and_says_so(monkeypatch):
+    recipe = Recipe.load("fashion", device="cpu", generation_batch=40, batch_size=32, evaluate_every=5, **SMALL)
+    cpu = dataclasses.replace(fitted._CPU, memory=1e9, host=1e9)
+    stages = stages_of(recipe, cpu)
+    pool = place_pool(recipe, 90, stages, cpu, 1)
+    held = stages.weights + stages.learner.state + pool.samples * pool.bytes_per_sample
+    memory = held + sampling_bytes(stages, cpu, 12, guided=True)
+    monkeypatch.setattr(fitted, "device_memory", lambda device: memory)
+    practice = DeliberatePractice(recipe)
+    assert practice.fit.sampling_batch == 10  # four equal parts; three of 14 do not fit
+    assert practice.recipe.generator.generation_batch == 40
+    assert set(practice.unguided.sampler.fitting.values()) == {10}
+    assert "samples are made 10 at once, not 40 (sampling_batch)" in "\n".join(practice.fit.lines())
+    made = practice.unguided.stream(0, 60, Cost(), cfg_scale=recipe.generator.cfg_scale)
+    assert [len(batch) for batch in made] == [10] * 6
+
+
+def test_a_cpu_with_enough_memory_is_not_asked(monkeypatch):
+    monkeypatch.setattr(fitted, "fit", lambda *_, **__: 1 / 0)
+    practice = DeliberatePractice(Recipe.load("fashion", device="cpu", generation_batch=40, **SMALL, evaluate_every=5))
+    assert practice.fit is None
+    assert practice.recipe.generator.sampling_batch is None
+
+
+def test_a_model_that_cannot_be_counted_is_left_to_run_out_of_memory(monkeypatch, caplog):
+    monkeypatch.setattr(fitted, "device_memory", lambda device: 1.0)
+    monkeypatch.setattr(fitted, "fit", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no count\nof this")))
+    practice = DeliberatePractice(Recipe.load("fashion", device="cpu", generation_batch=40, **SMALL, evaluate_every=5))
+    assert practice.fit is None
+    assert "nothing is fitted: no count" in caplog.text
