@@ -27,7 +27,7 @@ from dpfast.pool.parts import open_all, open_part, part_folder
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver
 from dpfast.pool.union import Layout, UnionPool
-from dpfast.practice.costs import Cost, Price
+from dpfast.practice.costs import Cost, Price, slowest
 from tests.learn import test_micro_batches as micro_batches
 from tests.ranks import AGENT, environment, spawned
 
@@ -262,6 +262,15 @@ def spend(ranks):
 def samples_of(count):
     ids = torch.arange(count)
     return SampleBatch(images=torch.zeros(count, 1, 2, 2), labels=ids, sample_ids=ids, entropy=torch.zeros(count))
+
+
+def test_a_rank_that_is_slower_than_the_others_is_found_by_its_seconds_a_sample():
+    def of(*seconds):  # ranks with 5, 10, 15, ... samples
+        return slowest([{"samples": 5 * n, "seconds": 5 * n * each} for n, each in enumerate(seconds, 1)])
+
+    assert of(10, 10, 11, 10) == (2, pytest.approx(1.1))
+    assert of(10, 10, 10.4, 10) is None
+    assert slowest([{"samples": 5, "seconds": 50}, {"samples": 0, "seconds": 0.0}]) is None  # a small round
 
 
 def test_what_ranks_spend_adds_up_and_the_slowest_counts():

@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--log-level", default="info", help="of logs/ in the run's folder: debug, info, warning, error")
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS",
-        help="under torchrun: how long the ranks wait for each other; default 600",
+        help="under torchrun: a rank without progress for so long is dead; default 600",
     )  # fmt: skip
     add_recipe(parser)
     parser.set_defaults(handler=run)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,9 @@ from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.trajectory import SampleBatch
 from dpfast.parallel import Ranks
 from dpfast.roofline.counting import flops
+
+log = logging.getLogger(__name__)
+SLOW = 1.05  # times the median rank's seconds a sample from which on a rank is named
 
 
 @dataclass(frozen=True)
@@ -74,20 +79,34 @@ class Cost:
         return Cost(**{name: value - getattr(before, name) for name, value in self.state().items()})
 
     def share(self, before: Cost, ranks: Ranks) -> None:
-        """Adds up what all ranks have spent after ``before``; seconds are those of the slowest."""
-        spent = self.since(before)
-        self.samples = before.samples + int(ranks.total(spent.samples))
-        self.forwards = before.forwards + ranks.total(spent.forwards)
-        self.flops = before.flops + ranks.total(spent.flops)
-        self.seconds = before.seconds + ranks.most(spent.seconds)
-        self.skipped = before.skipped + int(ranks.total(spent.skipped))
-        self.retries = before.retries + int(ranks.total(spent.retries))
+        """Adds up what all ranks have spent after ``before``; seconds are those of the slowest, which is named."""
+        spent = ranks.everyone(self.since(before).state())
+        self.restore(before.state())
+        self.take_all(spent)
+        slow = slowest(spent)
+        if slow is not None and ranks.first:
+            log.warning("rank %d took %.0f %% longer for a sample than the median rank, and all wait for it",
+                        slow[0], 100 * slow[1] - 100)  # fmt: skip
+
+    def take_all(self, spent: Sequence[Mapping[str, Any]]) -> None:
+        """Adds what several ranks have spent side by side, as ``state`` gives it."""
+        for name, before in self.state().items():
+            values = [each[name] for each in spent]
+            setattr(self, name, before + (max(values) if name == "seconds" else sum(values)))
 
     def state(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def restore(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def slowest(spent: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
+    """The rank that took longest for a sample, and how many times as long as the median one; None within ``SLOW``."""
+    each = {rank: spend["seconds"] / spend["samples"] for rank, spend in enumerate(spent) if spend["samples"]}
+    typical = statistics.median(each.values()) if each else 0.0
+    rank = max(each, key=each.__getitem__, default=0)
+    return (rank, each[rank] / typical) if typical and each[rank] > SLOW * typical else None
 
 
 def price(sampler: GuidedSampler, make: Callable[[], object] | None = None, *, guided: bool = True) -> Price:

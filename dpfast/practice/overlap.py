@@ -146,9 +146,7 @@ class Overlapped(Callback):
             return
         every = [link.said(f"spent/{self._published}/{maker}", link.makers.process(maker))
                  for maker in range(link.makers.size)]  # fmt: skip
-        for name, before in self.cost.state().items():
-            values = [spent[name] for spent in every]
-            setattr(self.cost, name, before + (max(values) if name == "seconds" else sum(values)))
+        self.cost.take_all(every)
 
     def release(self) -> None:
         """Nothing: the makers' memory is theirs."""
