@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All GPU tests and benchmarks in one call, in under nine minutes:  benchmarks/on_gpu.sh [FOLDER]
+# All GPU tests and benchmarks in one call, in under ten minutes:  benchmarks/on_gpu.sh [FOLDER]
 #
 # Needs torch, Triton, numpy, pytest and, for the native kernels, pybind11 and a C++ compiler; pytest-xdist makes the tests
 # faster. What needs diffusers skips with its reason. Records and logs go to FOLDER, by default benchmarks/results, each as
 # soon as it is there. A step that fails, the build too, lets the others run and makes the exit status 1; the limits add up
-# to 535 seconds.
+# to 595 seconds.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-benchmarks/results}")
@@ -47,6 +47,7 @@ if has diffusers; then
   step gpu_tests 90 "${tests[@]}" tests/gpu
   rows="the predecessor|batched|dpfast, eager|dpfast, CUDA graphs|blocks"
   step models 150 $python -m benchmarks.run models --rows "$rows" --rounds 2 --record "$out"
+  step learner 60 $python -m benchmarks.run learner --rows "fused AdamW|dpfast" --rounds 5 --record "$out"
   step run 45 $python -m dpfast run fashion --device cuda --sources dp --out "$out/gpu_run" --overwrite
 else
   echo "== sampler, loader and loop skipped: diffusers is not installed"

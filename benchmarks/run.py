@@ -32,6 +32,7 @@ TABLES = {
     "study": "benchmarks.study",
     "theory": "benchmarks.bench_theory",
     "precision": "benchmarks.precision",
+    "learner": "benchmarks.learner",
     "plan": "benchmarks.planner",
     "patience": "benchmarks.patience",
     "scaling": "benchmarks.scaling",

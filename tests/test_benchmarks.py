@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import gate, run, timing
+from benchmarks import gate, learner, run, timing
 from benchmarks.registry import COMPILED, EAGER, OURS, OURS_OUT, SUITES, Case, cases
 
 CPU = torch.device("cpu")
@@ -180,6 +180,30 @@ def test_the_gpu_ratios_that_the_readme_gives_are_those_of_the_record():
     assert f"move {100 * low['copy']:.0f} to {100 * high['copy']:.0f} % of a copy's bandwidth" in text
     assert f"{low[EAGER]:.1f} to {high[EAGER]:.1f} times as fast as eager PyTorch" in text
     assert f"{low[COMPILED]:.2f} to {high[COMPILED]:.2f} times as fast as torch.compile" in text
+
+
+def test_the_documented_differences_of_bf16_are_those_of_the_record():
+    text = (gate.ROOT / "docs" / "numerics.md").read_text()
+    for record in {record["learner"]: record for record in recorded("precision")}.values():
+        accuracy, cosine = record["accuracy"], record["cosine"]
+        row = f"| {record['learner']} | {accuracy[0]:.2%}, {accuracy[1]:.2%} | {record['other_class']:.2%} | "
+        row += f"{record['entropy']:.3f}, {record['entropy_difference']:.4f} nats | {cosine['median']:.4f}, "
+        assert row + f"{cosine['one_percent']:.3f}, {cosine['minimum']:.3f} |" in text
+
+
+def test_a_step_of_the_learner_is_timed_in_turns_with_its_host_waits():
+    config = learner.Learner(
+        model="transformers:RegNetForImageClassification",
+        options={"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "groups_width": 4},
+        mixup=0.5,
+        clip_grad_norm=1.0,
+    )
+    training = learner.Training(name="tiny", config=config, classes=3, channels=1, side=8, size=4)
+    record = learner.measure(training, CPU, rounds=2, steps=1, wanted=["plain loop", "dpfast"])
+    waits = {row["row"]: row["host_waits"] for row in record["rows"]}
+    assert waits["plain loop"] > 0, "AdamW reads the step of each weight"
+    assert waits["dpfast"] == waits["dpfast, 4 micro-batches"] == 0
+    assert "| dpfast, 4 micro-batches | " in learner.table(record)
 
 
 def test_records_are_appended_with_the_machine_before_them(tmp_path):
