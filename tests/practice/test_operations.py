@@ -19,7 +19,7 @@ from dpfast.practice.run_folder import RunFolder
 from dpfast.practice.stopping import Stop, Stopped
 from tests.practice.test_loop import with_
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "runbook.md"
 
 
 def lines_of(path):

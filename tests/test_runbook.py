@@ -1,0 +1,62 @@
+"""The runbook: its commands are commands, and what the logs say is explained."""
+
+import argparse
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from dpfast.cli import main
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "runbook.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True) for line in re.findall(r"^    (\S.*)$", TEXT.replace("\\\n", " "), re.MULTILINE)
+]
+
+
+def test_every_kind_of_command_is_there():
+    assert {command[0] for command in COMMANDS} == {"dpfast", "torchrun", "sbatch", "tensorboard", "tail"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_command_has_options_that_exist(command):
+    if command[0] == "torchrun":
+        options = get_args_parser().parse_args(command[1:])
+        assert (options.module, options.training_script) == (True, "dpfast")
+        command = ["dpfast", *options.training_script_args]
+    if command[0] == "sbatch":
+        script = next(part for part in command if part.endswith(".sbatch"))
+        assert (ROOT / script).is_file()
+        command = ["dpfast", "run", command[command.index(script) + 1], *command[command.index(script) + 3 :]]
+    if command[0] == "dpfast":
+        parser = main._Parser(prog="dpfast")
+        commands = parser.add_subparsers(dest="command")
+        for each in main.COMMANDS:
+            each.add(commands)
+        assert isinstance(parser.parse_args(command[1:]), argparse.Namespace)
+
+
+def said():
+    """(file, message) of every line that the package logs, events of the loop aside."""
+    for file in sorted((ROOT / "dpfast").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and re.fullmatch(r"log\.(info|warning|error)", ast.unparse(node.func)):
+                message = node.args[0]
+                if isinstance(message, ast.Constant) and message.value != "%s":
+                    yield file.name, message.value
+
+
+@pytest.mark.parametrize(("file", "message"), sorted(set(said())))
+def test_what_the_logs_say_is_explained(file, message):
+    longest = max(re.split(r"%[.\d]*\w", message), key=len).strip(" ,.;:")
+    assert longest in TEXT, f"{file}: {message}"
+
+
+def test_every_event_of_the_logs_is_explained():
+    source = (ROOT / "dpfast" / "practice" / "journal.py").read_text()
+    for event in set(re.findall(r'_tell\(loop, "(\w+)"', source)):
+        assert f"| `{event}` |" in TEXT, event
