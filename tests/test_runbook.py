@@ -10,6 +10,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from dpfast.cli import main
+from dpfast.pool.codecs import saved_bytes
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "runbook.md").read_text()
@@ -52,7 +53,7 @@ def said():
 
 @pytest.mark.parametrize(("file", "message"), sorted(set(said())))
 def test_what_the_logs_say_is_explained(file, message):
-    longest = max(re.split(r"%[.\d]*\w", message), key=len).strip(" ,.;:")
+    longest = max(re.split(r"%[.\d]*\w", message), key=len).replace("%%", "%").strip(" ,.;:")
     assert longest in TEXT, f"{file}: {message}"
 
 
@@ -60,3 +61,14 @@ def test_every_event_of_the_logs_is_explained():
     source = (ROOT / "dpfast" / "practice" / "journal.py").read_text()
     for event in set(re.findall(r'_tell\(loop, "(\w+)"', source)):
         assert f"| `{event}` |" in TEXT, event
+
+
+def test_the_disk_of_a_run_is_that_of_the_plan():
+    for images in ("npy", "png", "jpeg"):
+        each = saved_bytes("pixels", (3, 224, 224), images)
+        row = next(line for line in TEXT.splitlines() if line.startswith("| samples") and f'"{images}"' in line)
+        assert [float(number) for number in re.findall(r"([\d.]+) [kGT]B", row)] == [
+            pytest.approx(each / 1e3, rel=0.01),
+            pytest.approx(1.9e6 * each / 1e9, rel=0.01),
+            pytest.approx(9.1e6 * each / 1e12, rel=0.01),
+        ]
