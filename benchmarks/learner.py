@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import timing
-from dpfast.config import Learner, Recipe, RecipeError
-from dpfast.device import device_named
+from dpfast.config import Learner, Recipe
 from dpfast.learn.models import build_learner
 from dpfast.learn.precision import in_bf16
 from dpfast.learn.schedule import wsd
@@ -228,16 +227,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30, help="measurements of each row (default 30)")
     parser.add_argument("--steps", type=int, help="training steps of a measurement (default 10, on a CPU 1)")
     parser.add_argument("--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several")
-    parser.add_argument("--device", default="auto")
+    timing.add_device(parser)
     parser.add_argument(
         "--record", type=Path, nargs="?", const=RESULTS.parent, metavar="FOLDER",
         help="append to learner.jsonl in FOLDER (default benchmarks/results)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    try:
-        device = device_named(options.device)
-    except RecipeError as error:
-        parser.error(f"--{error}")
+    device = options.device
     if options.steps is None:
         options.steps = 10 if device.type == "cuda" else 1
     for name, value in (("rounds", options.rounds), ("steps", options.steps)):

@@ -9,6 +9,7 @@ import torch
 import benchmarks.ablation
 import benchmarks.cheaper_steps
 import benchmarks.compile_regions
+import benchmarks.learner
 import benchmarks.run
 from dpfast.cli.main import main
 from dpfast.generate.pipelines import Pipeline
@@ -90,6 +91,7 @@ class Learner(torch.nn.Module):
         ("sampler", benchmarks.ablation, "Bench", 2),
         ("cheaper", benchmarks.cheaper_steps, "Bench", 2),
         ("regions", benchmarks.compile_regions, "pipeline_of", 1),
+        ("learner", benchmarks.learner, "trainings", 0),
     ],
 )
 def test_bench_measures_on_the_device(suite, module, name, at, gpu, monkeypatch):
