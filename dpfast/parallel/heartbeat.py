@@ -80,16 +80,34 @@ class Heartbeat:
     def wait(self, done: Callable[[], bool], late: Callable[[], Collection[int]]) -> None:
         """Waits until ``done``, as long as the processes ``late`` make progress.
 
-        Raises ``RankError`` that names those that make none. Signals get through: it does not wait inside the store.
+        Raises ``RankError`` that names those that make none, or says why one has ended. Signals get through: it does
+        not wait inside the store.
         """
         watch, pause, looked = Watch(self), POLLS[0], self.clock.now()
         while not done():
             self.beat()
             if self.clock.now() - looked >= self.interval:
-                looked = self.clock.now()
-                watch.look(late())
+                looked, missing = self.clock.now(), late()
+                for words in filter(None, map(self.left, missing)):
+                    raise RankError(words)
+                watch.look(missing)
             self.clock.sleep(pause)
             pause = min(1.2 * pause, POLLS[1])
+
+    def leave(self, error: BaseException | None) -> None:
+        """This process ends, before its time where there is an error: nobody need wait for it any longer."""
+        words = f"rank {self.process} of {self.processes} has ended"
+        if isinstance(error, RankError):
+            words = str(error)
+        elif error is not None:
+            words += f": {type(error).__name__}: {error}".splitlines()[0]
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            self.store.set(f"left/{self.process}", words)
+
+    def left(self, process: int) -> str:
+        """What a process said when it ended; empty while it has not."""
+        key = f"left/{process}"
+        return self.store.get(key).decode() if self.store.check([key]) else ""
 
 
 class Watch:
@@ -139,7 +157,7 @@ class Presence:
         self._count += 1
         self.heartbeat.store.set(f"here/{self.heartbeat.process}", str(self._count))
         try:
-            self._watch.look(self._others, longer=AHEAD / 2)
+            self._watch.look([p for p in self._others if not self.heartbeat.left(p)], longer=AHEAD / 2)
         except RankError as error:
             print(f"dpfast: error: {error}", file=sys.stderr, flush=True)
             self.leave(1)

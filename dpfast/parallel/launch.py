@@ -84,6 +84,12 @@ def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ra
     presence = Presence(ranks.heartbeat)
     if cuda:
         presence.start()
-    yield ranks
-    presence.stop()
+    try:
+        yield ranks
+    except BaseException as error:
+        ranks.heartbeat.leave(error)
+        raise
+    finally:
+        presence.stop()
+    ranks.heartbeat.leave(None)
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

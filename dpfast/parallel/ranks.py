@@ -232,22 +232,21 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            named = isinstance(error, RankError)
-            if self.alone or not (named or any(word in str(error) for word in LOST)):
+            if self.alone or isinstance(error, RankError) or not any(word in str(error) for word in LOST):
                 raise
-            words = str(error) if named else f"{self}: a collective broke off: {error}".splitlines()[0]
-            with contextlib.suppress(RuntimeError):  # the store may have gone as well
-                words = words if named else self._lost(given_up) or words
-                self.store.set(f"left/{self.rank}", words)  # the others lose their connections to this rank
-            raise RankError(words) from (None if named else error)
+            words = f"{self}: a collective broke off: {error}".splitlines()[0]
+            with contextlib.suppress(RuntimeError):  # the store may be gone as well
+                words = self._lost(given_up) or words
+            raise RankError(words) from error
 
     def _lost(self, given_up: Callable[[], bool]) -> str:
-        """Why a collective broke: what a rank said when it left, or who does not answer; empty where nobody knows."""
-        missing = self.absent(given_up)
-        left = [key for key in (f"left/{rank}" for rank in range(self.size)) if self.store.check([key])]
-        if left:  # who said so may be missing by now
-            return self.store.get(left[0]).decode()
-        return silent([self.process(rank) for rank in missing], self.heartbeat.processes, self.timeout)
+        """Why a collective broke: what a rank said when it ended, or who does not answer; empty where nobody knows."""
+
+        def left() -> str:
+            return next(filter(None, (self.heartbeat.left(self.process(rank)) for rank in range(self.size))), "")
+
+        missing = self.absent(lambda: given_up() or bool(left()))
+        return left() or silent([self.process(rank) for rank in missing], self.heartbeat.processes, self.timeout)
 
     def parted(self, makers: int) -> tuple[Ranks, Ranks, Group]:
         """The ranks but the last ``makers``, those, and the group of rank 0 and those. All ranks call it together.

@@ -250,11 +250,12 @@ def through_jpeg(images: torch.Tensor) -> tuple[torch.Tensor, list[bytes]]:
     return torch.from_numpy(codecs.from_image_files(files)).to(images.device), files
 
 
-def copy_saved(source: Path, target: Path, samples: int) -> None:
+def copy_saved(source: Path, target: Path, samples: int, *, told: Callable[[], None] = lambda: None) -> None:
     """Gives a new folder the shards that hold the first ``samples`` of a saved pool: linked, or copied elsewhere.
 
     A shard never changes once it has its name, so two folders can share it. Checksums go with them: what is damaged is
-    found where the copy is opened. Raises ``DamagedPoolError`` when fewer samples are saved, or a shard is missing.
+    found where the copy is opened. ``told`` is called after each shard. Raises ``DamagedPoolError`` when fewer samples
+    are saved, or a shard is missing.
     """
     manifest, held = shards.Manifest.read(source), 0
     target.mkdir(parents=True)
@@ -269,6 +270,7 @@ def copy_saved(source: Path, target: Path, samples: int) -> None:
             except FileNotFoundError:
                 if name == shard.name:
                     raise shards.DamagedPoolError(f"{source / name} is missing") from None
+        told()
     if held < samples:
         raise shards.DamagedPoolError(f"{str(source)!r} holds {held} samples, {samples} are needed")
     dataclasses.replace(manifest, quarantined=[]).write(target)

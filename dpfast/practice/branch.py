@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from dpfast.config import Recipe, RecipeError
@@ -22,11 +23,20 @@ SOURCE = "dp"
 FREE = {"iterations", "sources", "checkpoints_kept", "keep_rounds", "maximum_samples", "maximum_rounds", "name"}
 
 
-def prepare_branch(trunk: Path, round: int, out: Path, recipe: Recipe, *, overwrite: bool = False) -> None:
+def prepare_branch(
+    trunk: Path,
+    round: int,
+    out: Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    told: Callable[[], None] = lambda: None,
+) -> None:
     """Makes ``out`` a run of ``recipe`` that stands at the end of a round of the run in ``trunk``; resume it.
 
-    The trunk is only read. Raises ``RecipeError`` when it is no run, has another recipe (the fields are named; a branch
-    may have other ``iterations``), kept no checkpoint of that round, or is past the start of the new cool-down there.
+    The trunk is only read. ``told`` is called after each of its shards. Raises ``RecipeError`` when it is no run, has
+    another recipe (the fields are named; a branch may have other ``iterations``), kept no checkpoint of that round, or
+    is past the start of the new cool-down there.
     """
     if not (trunk / RECIPE).is_file():
         raise RecipeError(f"branch_from = {str(trunk)!r}: holds no run")
@@ -60,7 +70,7 @@ def prepare_branch(trunk: Path, round: int, out: Path, recipe: Recipe, *, overwr
                 ranks = Ranks(rank=rank, size=start.state["ranks"])
                 held = Layout(ranks, recipe.generator.generation_batch, tuple(start.state["loop"]["rounds"])).held()
                 part, copy = (part_folder(f, ranks) for f in (trunk / f"pool_{SOURCE}", branch.pool(SOURCE)))
-                copy_saved(part, copy, held)
+                copy_saved(part, copy, held, told=told)
             state = {
                 **start.state,
                 "loop": {**start.state["loop"], "pending": False, "frozen": True},

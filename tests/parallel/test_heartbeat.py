@@ -88,6 +88,23 @@ def test_who_waits_for_a_slow_rank_is_not_dead_to_a_third():
     assert ranks.everyone(0) == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("no\nsuch thing"), r"^rank 1 of 3 has ended: ValueError: no$"),
+        (RankError("rank 2 of 3 did not answer"), r"^rank 2 of 3 did not answer$"),
+        (None, r"^rank 1 of 3 has ended$"),
+    ],
+)
+def test_nobody_waits_for_a_rank_that_has_ended(error, words):
+    ranks, clock, beats, _ = simulated(3, timeout=600)
+    beats(2, *range(100))
+    clock.at(3, lambda: Heartbeat(ranks.heartbeat.store, 1, 3).leave(error))
+    with pytest.raises(RankError, match=words):
+        ranks.everyone(0)
+    assert clock.time < 11
+
+
 def test_a_beat_costs_a_message_now_and_then():
     ranks, clock, _, _ = simulated(2, timeout=600)
     told = []
@@ -104,7 +121,10 @@ def test_a_process_that_was_stopped_is_named_before_nccl_ends_this_one(capsys):
     store, left = ranks.heartbeat.store, []
     presence = Presence(ranks.heartbeat, leave=lambda code: left.append((code, clock.time)))
     while clock.time < 300 and not left:
-        store.set("here/1", str(clock.time))
+        if clock.time < 20:
+            store.set("here/1", str(clock.time))
+        elif clock.time == 20:
+            Heartbeat(store, 1, 3).leave(None)  # makes samples only, and has nothing to do any more
         if clock.time < 50:
             store.set("here/2", str(clock.time))
         presence.look()
