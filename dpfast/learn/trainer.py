@@ -84,7 +84,11 @@ class Trainer:
     @property
     def cooling(self) -> bool:
         """Whether the last phase has begun, in which no samples are added."""
-        return self.iterations - self.step_count <= self.config.cooldown * self.iterations
+        return self.cooling_at(self.step_count)
+
+    def cooling_at(self, step: int) -> bool:
+        """``cooling``, after ``step`` steps."""
+        return self.iterations - step <= self.config.cooldown * self.iterations
 
     @property
     def warming(self) -> bool:

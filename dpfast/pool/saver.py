@@ -115,6 +115,11 @@ class Saver:
         """How many of the pool's samples are on the disk for good."""
         return self._manifest.samples
 
+    @property
+    def shards(self) -> list[shards.Shard]:
+        """What is on the disk."""
+        return self._manifest.shards
+
     def encoded(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images (B, C, H, W) as they come back from JPEG files, which are kept for the pool's next B samples.
 

@@ -12,6 +12,7 @@ damaged, the columns come from the tar.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -139,7 +140,8 @@ class durable:
                 self.temporary.replace(self.path)
                 sync_folder(self.folder)
         finally:
-            self.file.close()
+            with contextlib.suppress(OSError):  # of what a full disk has left in the buffer; it has been raised before
+                self.file.close()
             self.temporary.unlink(missing_ok=True)
 
 

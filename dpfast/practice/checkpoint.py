@@ -3,6 +3,7 @@
     checkpoint-000012.safetensors          all tensors
     checkpoint-000012.json                 format version, step, SHA-256 of the tensors, and the rest of the state
     checkpoint-000013-round-02.json        kept for good: the end of round 2, right before the next addition
+    checkpoint-000017-stable.json          kept: the last one before the cool-down, from which a run can be made longer
 
 The JSON is written last: a checkpoint without one does not exist. Both appear under their names complete and synced.
 """
@@ -11,23 +12,38 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import mmap
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dpfast.config import RecipeError
-from dpfast.pool.shards import durable, sync_folder
+from dpfast.pool.shards import durable
 
 VERSION = 5
+STABLE = "stable"
+WRITE_BYTES = 16 << 20
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # and their names in a safetensors file
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -44,39 +60,60 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+def of_round(number: int) -> str:
+    """The label of the checkpoint of a round's end."""
+    return f"round-{number:02d}"
+
+
 def save(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int, round: int | None = None
+    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int, label: str | None = None
 ) -> Path:
-    """Writes a checkpoint and removes the oldest ones beyond ``keep``; those of the end of a ``round`` stay."""
+    """Writes a checkpoint and removes the oldest ones beyond ``keep``; those with a ``label`` stay.
+
+    label: ``of_round`` or ``STABLE``, of which the newest alone stays. Raises ``OSError``, also for a full disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     before = paths(folder)
     number = int(before[-1].name.split("-")[1].removesuffix(".json")) + 1 if before else 0
-    path = folder / f"checkpoint-{number:06d}{'' if round is None else f'-round-{round:02d}'}.json"
-    weights = path.with_suffix(".safetensors")
-    save_weights(tensors, weights)
-    record = {"version": VERSION, "step": step, "sha256": _sha256(weights), "state": state}
+    path = folder / f"checkpoint-{number:06d}{'' if label is None else f'-{label}'}.json"
+    digest = save_weights(tensors, path.with_suffix(".safetensors"))
+    record = {"version": VERSION, "step": step, "sha256": digest, "state": state}
     with durable(folder, path.name) as file:
         file.write(json.dumps(record, indent=1).encode() + b"\n")
-    passing = [p for p in (*before, path) if "-round-" not in p.name]
-    for old in passing[:-keep]:
+    every = (*before, path)
+    passing = [p for p in every if len(p.stem.split("-")) == 2]
+    stable = [p for p in every if p.stem.endswith(f"-{STABLE}")]
+    for old in (*passing[:-keep], *stable[:-1]):
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
     return path
 
 
-def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file that appears under its name complete and synced. Raises ``OSError``, also for a full disk."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+def save_weights(tensors: dict[str, Tensor], path: Path) -> str:
+    """A safetensors file that appears under its name complete and synced; its SHA-256. Raises ``OSError``.
+
+    Written from where the tensors lie, a piece at a time, each hashed while it is at hand: safetensors' own function
+    copies everything first, and the checksum would read it all again.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that all are aligned
+    header, end, digest = {}, 0, hashlib.sha256()
+    for name, value in ordered:
+        start, end = end, end + value.numel() * value.itemsize
+        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start_of_file = memoryview(len(text).to_bytes(8, "little") + text)
+    with durable(path.parent, path.name) as file:
+        for part in itertools.chain([start_of_file], (_bytes(value) for _, value in ordered)):
+            for first in range(0, len(part), WRITE_BYTES):
+                piece = part[first : first + WRITE_BYTES]
+                file.write(piece)
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def paths(folder: Path) -> list[Path]:
@@ -93,7 +130,13 @@ def states(folder: Path) -> Iterator[dict[str, Any]]:
 
 def at_round(folder: Path, round: int) -> Path | None:
     """The kept checkpoint of the end of a round, the newest where there are several; None where there is none."""
-    found = [p for p in paths(folder) if p.stem.endswith(f"-round-{round:02d}")]
+    found = [p for p in paths(folder) if p.stem.endswith(f"-{of_round(round)}")]
+    return found[-1] if found else None
+
+
+def stable(folder: Path) -> Path | None:
+    """The kept checkpoint before the cool-down; None where there is none yet."""
+    found = [p for p in paths(folder) if p.stem.endswith(f"-{STABLE}")]
     return found[-1] if found else None
 
 

@@ -173,7 +173,8 @@ class DeliberatePractice:
             if isinstance(source, Overlapped):
                 loop.callbacks = [source, *loop.callbacks]  # before the others, and so before a checkpoint
             result = loop.run(source, start=starts[name])
-            self.unguided.remember(loop.local, result.initial_cost)
+            if self.recipe.pool.save_samples != "jpeg":  # the pool has what is left of the images that were made
+                self.unguided.remember(loop.local, result.initial_cost)
             results.append(result)
             if name == "dp":
                 practised = loop

@@ -36,7 +36,7 @@ from dpfast.practice.result import Result
 from dpfast.practice.run_folder import Places
 from dpfast.practice.sources import Round, Source
 from dpfast.practice.state import Keeper, State
-from dpfast.practice.stopping import LossError, Stop, StopTogether
+from dpfast.practice.stopping import CHECKPOINT, STOP, LossError, Stop, StopTogether
 
 
 class Loop:
@@ -67,10 +67,11 @@ class Loop:
         self.stop_together = StopTogether(self.stop, ranks)
         config, practice, device = recipe.learner, recipe.practice, pipeline.device
         self.trainer = Trainer(new_learner(recipe, pipeline), config, iterations=practice.iterations, ranks=ranks)
+        self.shape = stored_shape(recipe, pipeline, real)
         self.local = SamplePool.from_recipe(
             recipe.pool,
             part_of_samples(recipe, ranks),
-            stored_shape(recipe, pipeline, real),
+            self.shape,
             device=device,
             folder=None if folder is None else folder.path,
             decode=pipeline.guidance_decoder,
@@ -145,6 +146,7 @@ class Loop:
     def _practise(self) -> None:
         """Algorithm 1."""
         if self.state.pending:  # line 1: N unguided samples; or a round that was cut short
+            self.keeper.check_disk()
             self._add_samples()
             self.keeper.save()
         while self._train():  # tau steps
@@ -152,8 +154,11 @@ class Loop:
                 self.state.pending, self.state.round_start = True, len(self.pool)
                 self.cost_before = replace(self.source.cost)
                 self.keeper.save()
+                self.keeper.check_disk()
                 self._add_samples()  # P samples that the learner of this moment guides
-            self.keeper.save()
+                self.keeper.save()
+            else:
+                self.keeper.evaluated()
 
     def _train(self) -> bool:
         """Trains up to the next evaluation; False when the iterations end before it."""
@@ -161,8 +166,12 @@ class Loop:
         self.stop_together.anew()
         try:
             while trainer.step_count < trainer.iterations:
-                if self.stop_together.before(trainer.step_count):
+                asked = self.stop_together.before(trainer.step_count, checkpoint=self.keeper.overdue)
+                if asked == STOP:
                     break
+                if asked == CHECKPOINT:
+                    self._check_loss()
+                    self.keeper.save()
                 self.losses.add(trainer.step(*next(self.loader)), trainer.step_count)
                 due = trainer.step_count % self.interval == 0
                 if due or (trainer.device.type == "cpu" and self.ranks.alone):  # a step on a GPU must not wait for it
@@ -173,7 +182,7 @@ class Loop:
             self._check_loss()
         finally:
             self.state.training_seconds += time.perf_counter() - started
-        self.keeper.save()
+        self.keeper.save(wait=self.stop.requested)
         self.stop.check()
         return False
 
@@ -218,6 +227,7 @@ class Loop:
                     self.ranks.beat()
                     local.append(
                         batch,
+                        payload=self.keeper.payload(batch),
                         round=round.number,
                         omega=source.omega(round.number),
                         cfg_scale=source.cfg_scale(round.number),
@@ -305,7 +315,7 @@ class Loop:
         if not state.finished:
             self._tell("on_result", result)
             state.finished = True
-            self.keeper.save()
+            self.keeper.save(wait=True)
         return result
 
     def _tell(self, event: str, *values: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,11 @@ class RunFolder(Places, Callback):
     def written(self) -> list[int]:
         """The lengths of ``metrics.jsonl`` and ``timings.jsonl``, bytes."""
         return [self._metrics.tell(), self._timings.tell()]
+
+    def sync(self) -> None:
+        """Makes the lines last that a checkpoint is to speak of; from any thread."""
+        for file in (self._metrics, self._timings):
+            os.fsync(file.fileno())
 
     def rewind(self, written: list[int]) -> None:
         """Drops the lines that came after ``written``."""

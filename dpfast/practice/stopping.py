@@ -1,16 +1,17 @@
-"""How a run ends before its time: SIGTERM, after the same step on all ranks, and a loss that is not finite."""
+"""What comes between two steps, the same on all ranks: SIGTERM or a checkpoint; and a loss that is not finite."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 from dpfast.parallel import ALONE, Ranks
 
 ASK = 1.0  # seconds of training between two questions among ranks: a request waits so long at most, or one step
+CHECKPOINT, STOP = 1, 2  # what a rank asks for; the highest counts
 
 
 class Stopped(Exception):
@@ -58,11 +59,11 @@ class Stop:
 
 
 class StopTogether:
-    """Whether to stop before an optimiser step, the same answer on every rank.
+    """Whether to stop before an optimiser step, or to make a checkpoint, the same answer on every rank.
 
     A rank cannot stop for itself: the others would wait for it in the next step. So ranks ask each other, not at every
-    step, which would cost a GPU its queue, but ``ASK`` seconds apart. What they say at one question (who was asked to
-    stop, and how long steps take) settles the step of the next one, so that all ask at the same step.
+    step, which would cost a GPU its queue, but ``ASK`` seconds apart. What they say at one question (what they ask for,
+    and how long steps take) settles the step of the next one, so that all ask at the same step.
     """
 
     def __init__(self, stop: Stop, ranks: Ranks = ALONE) -> None:
@@ -74,22 +75,28 @@ class StopTogether:
         """Training begins, or goes on after something else: ranks ask before its first step."""
         self._next = 0
 
-    def before(self, step: int) -> bool:
-        """Whether to stop before ``step``. Raises ``RankError`` where a rank is dead that was to be asked."""
+    def before(self, step: int, *, checkpoint: Callable[[], bool] = lambda: False) -> int:
+        """What all do before ``step``: ``STOP``, a ``CHECKPOINT`` that a rank asks for, or nothing (0).
+
+        Raises ``RankError`` where a rank is dead that was to be asked.
+        """
         ranks, clock = self.ranks, self.ranks.heartbeat.clock
+        if not ranks.alone:
+            ranks.beat()
+            if step < self._next:
+                return 0
+        asked = STOP if self.stop.requested else CHECKPOINT if checkpoint() else 0
         if ranks.alone:
-            return self.stop.requested
-        ranks.beat()
-        if step < self._next:
-            return False
+            return asked
         before, since = self._asked
         steps = step - before
-        said = ranks.everyone([self.stop.requested, clock.now() - since])
-        if any(requested for requested, _ in said):
+        said = ranks.everyone([asked, clock.now() - since])
+        asked = max(wish for wish, _ in said)
+        if asked == STOP:
             self.stop.requested = True
-            return True
+            return STOP
         # from the first question on the steps between two are timed; they double at most, for a step may be an outlier
         pace = ASK * steps / max(max(seconds for _, seconds in said), 1e-9)
         self._next = step + (1 if self._next == 0 else max(1, min(int(pace), 2 * steps)))
         self._asked = step, clock.now()
-        return False
+        return asked

@@ -42,6 +42,7 @@ def recipe(pipeline_folder, monkeypatch):
                 "evaluate_every": 5,
                 "patience": 1,
                 "patience_growth": "fixed",
+                "checkpoint_minutes": 0,  # a checkpoint at every evaluation, whatever the clock says
             },
         }
     )

@@ -28,6 +28,7 @@ FIELDS = {
     "patience_growth": "fixed",
     "maximum_rounds": 2,
     "checkpoints_kept": 3,
+    "checkpoint_minutes": 0,
 }
 SIZES = {
     "imagenet100-sd15": {"initial_samples": 120, "round_samples": 100, "maximum_samples": 320, "generation_batch": 25},

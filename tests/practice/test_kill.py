@@ -27,6 +27,7 @@ FIELDS = {
     "iterations": 60,
     "evaluate_every": 5,
     "patience_growth": "fixed",
+    "checkpoint_minutes": 0.0005,  # between evaluations as well
 }
 
 

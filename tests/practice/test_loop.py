@@ -107,23 +107,33 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("saves", [1, 7, 20, 21, 30])
-def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, saves):
-    """20 evaluations a source: the kills fall into both sources' training, and right after the first one's end."""
-    (dp, static), _ = run(recipe, tmp_path / "whole")
-    save, count = Keeper.save, 0
+@pytest.mark.parametrize("lost", [False, True], ids=["written", "half written"])
+def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, saves, lost):
+    """20 evaluations a source: the kills fall into both sources' training, and right after the first one's end.
 
-    def killing(self):
+    The checkpoint of that moment may be on the disk or not: the thread that writes it dies with the run.
+    """
+    (dp, static), _ = run(recipe, tmp_path / "whole")
+    begin, count = Keeper._begin, 0
+
+    def killing(self, losses):
         nonlocal count
-        save(self)
         count += 1
+        with monkeypatch.context() as patched:
+            if lost and count == saves > 1:
+                patched.setattr(checkpoint, "durable", None)  # the weights' file is there, the JSON is not
+                self.writer.clear()
+            begin(self, losses)
+            self.writer.wait()
         if count == saves:
+            self.writer.collect()
             self.folder.log("evaluation", self.loop.name, 10**6)  # a line that came after the checkpoint
             raise Killed
 
-    monkeypatch.setattr(Keeper, "save", killing)
+    monkeypatch.setattr(Keeper, "_begin", killing)
     with pytest.raises(Killed):
         run(recipe, tmp_path / "killed")
-    monkeypatch.setattr(Keeper, "save", save)
+    monkeypatch.setattr(Keeper, "_begin", begin)
     with RunFolder(tmp_path / "killed", recipe, resume=True) as folder:
         resumed = DeliberatePractice(recipe).run(folder, progress=False)
     assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
@@ -156,7 +166,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe, tmp_pa
     with (
         RunFolder(tmp_path / "run", recipe, resume=True) as folder,
         pytest.warns(checkpoint.DamagedCheckpointWarning),
-        pytest.raises(RecipeError, match="none of the 2 checkpoints"),
+        pytest.raises(RecipeError, match="none of the 3 checkpoints"),
     ):
         DeliberatePractice(recipe).run(folder, progress=False)
 

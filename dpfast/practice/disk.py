@@ -1,0 +1,109 @@
+"""What a run still has to write, against what its disk has: asked before the first sample and before every round.
+
+    samples       of the rounds to come: what a saved one has taken so far, before the first an estimate by its kind
+    mapped files  of the pool, where host and device memory do not hold it (``mapped``)
+    checkpoints   those that are kept, and the one that is being written
+
+The file system's own number counts: a quota beside it is not seen.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from dpfast.config import RecipeError
+from dpfast.parallel import Ranks
+from dpfast.pool import codecs, shards
+from dpfast.pool.plan import plan
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.tiers import readable
+
+if TYPE_CHECKING:
+    from dpfast.practice.loop import Loop
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Of one checkpoint: weights, their average, and two moments of AdamW for each parameter."""
+    state = sum(value.numel() * value.itemsize for value in model.state_dict().values())
+    return 2 * state + 2 * sum(value.numel() * value.itemsize for value in model.parameters())
+
+
+def samples_to_come(loop: Loop) -> int:
+    """How many samples a loop makes at most beyond those of its complete rounds."""
+    source, most, rounds = loop.source, loop.recipe.practice.maximum_rounds, loop.additions
+    size = total = len(loop.pool)
+    if loop.state.round < 0:
+        total += source.initial_samples
+    elif loop.state.frozen:
+        return 0
+    while (count := source.available(total)) and (most is None or rounds < most):
+        total, rounds = total + count, rounds + 1
+    return total - size
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that are still to be written: of ``count`` samples, of the pool's mapped files, of checkpoints."""
+
+    count: int
+    samples: int
+    mapped: int
+    checkpoints: int
+
+    @classmethod
+    def of(cls, loop: Loop, count: int, saved: Iterable[shards.Shard], checkpoints: Path) -> Needs:
+        """Of a loop of all ranks that makes ``count`` samples more. saved: shards that are there, of one rank."""
+        recipe, local, ranks = loop.recipe, loop.local, loop.ranks.size
+        written = [(shard.samples, shard.bytes) for shard in saved]
+        made = sum(samples for samples, _ in written)
+        each = codecs.saved_bytes(recipe.pool.codec, loop.shape, recipe.pool.save_samples)
+        each = -(-sum(size for _, size in written) // made) if made else each
+        room = {path: path.stat().st_size for path in checkpoints.glob("*.safetensors")}
+        practice = recipe.practice
+        rounds = -(-count // practice.round_samples) if practice.keep_rounds else 0
+        kept = (practice.checkpoints_kept + 2 + rounds) * checkpoint_bytes(loop.trainer.model)
+        return cls(
+            count=count,
+            samples=0 if recipe.pool.save_samples == "none" else count * each,
+            mapped=ranks * _mapped(local, loop.shape, -(-count // ranks)),
+            checkpoints=0 if recipe.pool.save_samples == "none" else max(kept - sum(room.values()), 0),
+        )
+
+    @property
+    def total(self) -> int:
+        return self.samples + self.mapped + self.checkpoints
+
+    def refusal(self, folder: Path, when: str) -> str | None:
+        """Why ``folder`` cannot take it, in one line; None where it can."""
+        free = shutil.disk_usage(folder).free
+        if self.total <= free:
+            return None
+        mapped = f", mapped files {readable(self.mapped)}" if self.mapped else ""
+        return (
+            f"out = {str(folder)!r}: {when} needs {readable(self.total)} of disk ({self.count} samples "
+            f"{readable(self.samples)}{mapped}, checkpoints {readable(self.checkpoints)}), "
+            f"{readable(free)} are free; make room, and go on with --resume where the run had begun"
+        )
+
+
+def check_disk(ranks: Ranks, needs: Needs | None, folder: Path, when: str) -> None:
+    """Raises one ``RecipeError`` on all ranks where the first one, which has ``needs``, finds too little room."""
+    refusal = ranks.of_first(None if needs is None else needs.refusal(folder, when))
+    if refusal is not None:
+        raise RecipeError(refusal)
+
+
+def _mapped(local: SamplePool, shape: tuple[int, ...], count: int) -> int:
+    """Bytes of files that a rank's pool maps for ``count`` samples more."""
+    if not local.tiers.file_bytes:
+        return 0
+    total = len(local) + count
+    planned = plan(total, shape, local.codec, tiers=local.tiers, chunk_bytes=local.chunk_bytes)
+    here = local.where().get("file", 0)
+    return max(planned.places["file"] - here, 0) * planned.bytes_per_sample
