@@ -169,7 +169,7 @@ def in_halves(ranks, limit, *, norms=False):
     made[3] = nn.BatchNorm1d(24) if norms else nn.Identity()
     trainer = Trainer(made, Learner(lr=1e-2, precision="fp32"), iterations=20, ranks=ranks)
     if not ranks.alone:
-        trainer._buckets = GradientBuckets(trainer.parameters, ranks, bucket_bytes=500)
+        trainer.gradients = GradientBuckets(trainer.parameters, ranks, bucket_bytes=500)
     images, labels = micro_batches.batch(24)
     for _ in range(3):
         trainer.step(images[ranks.part(24)], labels[ranks.part(24)])

@@ -39,14 +39,42 @@ class Bucket:
         return self.flat.zero_()
 
 
-class GradientBuckets:
-    """Makes the ``grad`` of each parameter the sum over ranks, as ``DistributedDataParallel`` makes it the mean.
+class Gradients:
+    """The gradients of a process alone, where autograd leaves them.
 
-        buckets.begin()
-        for part in parts of the batch:
-            with buckets.sending(part is the last one):
-                loss(part).backward()
-        buckets.finish()
+    gradients.begin()
+    for part in parts of the batch:
+        with gradients.sending(part is the last one):
+            loss(part).backward()
+    gradients.finish()
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    def begin(self) -> None:
+        """A step begins: there is no gradient."""
+        self.again()
+
+    def again(self) -> None:
+        """The step's backward passes begin anew."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def sending(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around a backward pass; last: it brings the last part of every gradient."""
+        return contextlib.nullcontext()
+
+    def finish(self) -> None:
+        """The step's gradients are complete."""
+
+    def release(self) -> None:
+        """Gives back what the next ``begin`` makes anew."""
+        self.again()
+
+
+class GradientBuckets(Gradients):
+    """Makes the ``grad`` of each parameter the sum over ranks, as ``DistributedDataParallel`` makes it the mean.
 
     Within ``sending(True)``, a bucket leaves as soon as its last gradient is there, in one order on all ranks; without
     it gradients add up where they are (DDP's ``no_sync``). So a step sends every bucket once, whatever number of parts
@@ -56,6 +84,7 @@ class GradientBuckets:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], ranks: Ranks, *, bucket_bytes: int = BUCKET) -> None:
+        super().__init__(parameters)
         self.ranks = ranks
         self.buckets = [Bucket(group) for group in _groups(parameters, bucket_bytes)]
         self._index = {p: index for index, bucket in enumerate(self.buckets) for p in bucket.parameters}
@@ -65,12 +94,11 @@ class GradientBuckets:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def begin(self) -> None:
-        """A step begins: all gradients are zero."""
         self._work.clear()
         self.again()
 
     def again(self) -> None:
-        """The step's backward passes begin anew, for the buckets that have not been sent."""
+        """The step's backward passes begin anew, from zero, for the buckets that have not been sent."""
         sent, rest = self.buckets[: len(self._work)], self.buckets[len(self._work) :]
         for bucket in rest:
             bucket.clear()
@@ -82,7 +110,6 @@ class GradientBuckets:
 
     @contextlib.contextmanager
     def sending(self, last: bool) -> Iterator[None]:
-        """Around a backward pass; last: it brings the last part of every gradient."""
         self._sending = last
         try:
             yield
@@ -99,7 +126,6 @@ class GradientBuckets:
             parameter.grad = view
 
     def release(self) -> None:
-        """Gives back the memory of all buckets; ``begin`` makes them again."""
         for bucket in self.buckets:
             bucket.flat, bucket.views = None, []
 

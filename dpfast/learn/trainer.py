@@ -15,7 +15,6 @@ means over all, and every rank keeps the same weights, EMA and optimiser. Those 
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -27,7 +26,7 @@ from dpfast.device import is_gpu
 from dpfast.learn.batch_norm import alone, shared_norms, synchronised
 from dpfast.learn.checkpointing import checkpoint_activations
 from dpfast.learn.ema import Ema
-from dpfast.learn.gradients import GradientBuckets
+from dpfast.learn.gradients import GradientBuckets, Gradients
 from dpfast.learn.precision import autocast, in_bf16, in_precision
 from dpfast.learn.schedule import wsd
 from dpfast.out_of_memory import attempt, release
@@ -76,7 +75,7 @@ class Trainer:
         self._classifiers = {
             which: in_precision(self.weights(which), config.precision, self.device) for which in ("ema", "raw")
         }
-        self._buckets = None if ranks.alone else GradientBuckets(self.parameters, ranks)
+        self.gradients = Gradients(self.parameters) if ranks.alone else GradientBuckets(self.parameters, ranks)
         self._norms = [] if ranks.alone else shared_norms(model)
         self._fits = not self._norms
         self._loss = torch.compile(self._forward) if compiles(config, self.device) else self._forward
@@ -138,21 +137,23 @@ class Trainer:
         """
         if not self._fits:
             self._try_alone(images, labels)
-        random = self._random()
-        if self._buckets is not None:
-            self._buckets.begin()
-        while (loss := self._attempt(images, labels)) is None:
-            self._set_random(random)
-            if self._buckets is not None:
-                self._buckets.again()
-        if self._buckets is not None:
-            self._buckets.finish()
+        self.gradients.begin()
+        loss = self._until_it_fits(self.gradients, images, labels)
+        self.gradients.finish()
         return loss
 
-    def _attempt(self, images: Tensor, labels: Tensor) -> Tensor | None:
+    def _until_it_fits(self, gradients: Gradients, images: Tensor, labels: Tensor) -> Tensor:
+        random = self._random()
+        while (loss := self._attempt(gradients, images, labels)) is None:
+            self._set_random(random)
+            gradients.again()
+            release(self.device)
+        return loss
+
+    def _attempt(self, gradients: Gradients, images: Tensor, labels: Tensor) -> Tensor | None:
         """``_accumulate``; None where it has to begin anew: in smaller micro-batches, or not compiled."""
         try:
-            loss, failure = attempt(partial(self._accumulate, images, labels))
+            loss, failure = attempt(partial(self._accumulate, gradients, images, labels))
         except torch._dynamo.exc.TorchDynamoException as error:
             if self.config.compile_learner is True:
                 raise
@@ -163,17 +164,14 @@ class Trainer:
             self._halve(len(images), failure)
         return loss
 
-    def _accumulate(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _accumulate(self, gradients: Gradients, images: Tensor, labels: Tensor) -> Tensor:
         """Adds up the gradients of all micro-batches; the last one's go to the other ranks as they come."""
-        buckets, size = self._buckets, self._size(len(images))
-        if buckets is None:
-            for parameter in self.parameters:
-                parameter.grad = None
+        size = self._size(len(images))
         parts = list(zip(images.split(size), labels.split(size), strict=True))
         losses = []
         for number, (part, wanted) in enumerate(parts, 1):
             loss = self._loss(part, wanted) * (len(part) / len(images))
-            with nullcontext() if buckets is None else buckets.sending(number == len(parts)):
+            with gradients.sending(number == len(parts)):
                 (loss / self.ranks.size).backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
@@ -192,19 +190,15 @@ class Trainer:
                 f"expected at most {size // 2}, also with --resume"
             ) from failure
         self.micro_batch = size // 2
-        for parameter in self.parameters:
-            parameter.grad = None
-        release(self.device)
         log.warning("out of memory in a training step: going on with micro-batches of %d", self.micro_batch)
 
     def _try_alone(self, images: Tensor, labels: Tensor) -> None:
         """Finds a micro-batch that fits all ranks, before one that fails leaves the others waiting in a batch norm."""
-        random, buckets, self._buckets = self._random(), self._buckets, None
+        random = self._random()
         with alone(self._norms):
-            while (failure := attempt(partial(self._accumulate, images, labels))[1]) is not None:
-                self._halve(len(images), failure)
-        self._buckets, self._fits = buckets, True
+            self._until_it_fits(Gradients(self.parameters), images, labels)
         self.micro_batch = -int(self.ranks.most(-self._size(len(images))))
+        self._fits = True
         self._set_random(random)
 
     def _forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -227,9 +221,7 @@ class Trainer:
 
         What fits beside others may differ afterwards: ranks that share batch norms try their micro-batches once more.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._buckets is not None:
-            self._buckets.release()
+        self.gradients.release()
         self._fits = not self._norms
 
     def state(self) -> dict[str, Tensor]:

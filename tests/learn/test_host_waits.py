@@ -64,7 +64,7 @@ def test_no_step_waits_for_the_device(trainer_of, options):
 def test_no_step_of_several_ranks_waits_for_the_device(trainer_of):
     trainer = trainer_of(micro_batch=4)
     trainer.ranks = Ranks(size=2, learn=Two())
-    trainer._buckets = GradientBuckets(trainer.parameters, trainer.ranks)
+    trainer.gradients = GradientBuckets(trainer.parameters, trainer.ranks)
     with Waits():
         for _ in range(3):
             trainer.step(*BATCH)

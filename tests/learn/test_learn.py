@@ -12,7 +12,7 @@ from dpfast.config import Learner, RecipeError
 from dpfast.learn.committee import Committee
 from dpfast.learn.models import build_learner
 from dpfast.learn.schedule import wsd
-from dpfast.learn.trainer import Trainer
+from dpfast.learn.trainer import Trainer, compiles
 from dpfast.practice.checkpoint import save_weights
 
 
@@ -80,6 +80,22 @@ def test_a_compiled_learner_is_compiled_once_and_learns_the_same(monkeypatch):
     _, losses = toy(compile_learner=True)
     assert counter.frame_count == 1
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(toy()[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_auto_compiles_on_a_gpu_and_goes_on_without_where_that_fails(monkeypatch, caplog):
+    assert not compiles(Learner(), torch.device("cpu"))
+    assert compiles(Learner(), torch.device("cuda"))
+    assert not compiles(Learner(compile_learner=False), torch.device("cuda"))
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    monkeypatch.setattr("dpfast.learn.trainer.compiles", lambda config, device: True)
+    assert toy(steps=3)[1] == toy(steps=3, compile_learner=False)[1]
+    assert "the learner's step does not compile and goes on without" in caplog.text
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        toy(steps=3, compile_learner=True)
 
 
 def test_a_committee_gives_the_logits_of_its_members_live():

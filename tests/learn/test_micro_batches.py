@@ -122,7 +122,7 @@ class Two(Group):
 def shared(made, **options):
     trainer, Two.sent = trainer_of(made, **options), 0
     trainer.ranks = Ranks(size=2, learn=Two())
-    trainer._buckets = GradientBuckets(trainer.parameters, trainer.ranks, bucket_bytes=500)
+    trainer.gradients = GradientBuckets(trainer.parameters, trainer.ranks, bucket_bytes=500)
     return trainer
 
 
@@ -134,7 +134,7 @@ def test_every_bucket_is_sent_once_a_step_and_whole(micro_batch):
         trainer.step(*batch())
         torch.manual_seed(step)
         alone.step(*batch())
-        assert Two.sent == len(trainer._buckets.buckets) * (step + 1)
+        assert Two.sent == len(trainer.gradients.buckets) * (step + 1)
         for mine, whole in zip(trainer.parameters, alone.parameters, strict=True):
             torch.testing.assert_close(mine.grad, whole.grad, rtol=1e-5, atol=1e-7)
 
@@ -146,7 +146,7 @@ def test_a_bucket_leaves_while_earlier_layers_are_still_differentiated():
     trainer.step(*batch())
     first, last = left
     assert first == 0, "micro-batches before the last one send nothing"
-    assert 0 < last < len(trainer._buckets.buckets)
+    assert 0 < last < len(trainer.gradients.buckets)
 
 
 def test_a_rank_that_runs_out_of_memory_after_it_has_sent_owes_nobody_anything():
@@ -155,7 +155,7 @@ def test_a_rank_that_runs_out_of_memory_after_it_has_sent_owes_nobody_anything()
     trainer.step(*batch())
     alone.step(*batch())
     assert trainer.micro_batch == 2
-    assert Two.sent == len(trainer._buckets.buckets)
+    assert Two.sent == len(trainer.gradients.buckets)
     for mine, whole in zip(trainer.parameters, alone.parameters, strict=True):
         torch.testing.assert_close(mine.grad, whole.grad, rtol=1e-5, atol=1e-7)
 
