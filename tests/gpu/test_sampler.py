@@ -129,6 +129,17 @@ def test_a_partial_batch_replays_the_whole_one(on_gpu, pipeline_folder, gpu_lear
     assert int((images.int() - whole.images.int()).abs().max()) <= 1
 
 
+def test_a_released_sampler_holds_no_memory_of_its_captures(on_gpu, pipeline_folder, gpu_learner):
+    sampler = GuidedSampler(on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=4, compile=False)
+    labels, held, left = torch.arange(64) % 3, [], []
+    for _ in range(3):
+        sampler.generate(labels)
+        held.append(torch.cuda.memory_reserved())
+        sampler.release()
+        left.append(torch.cuda.memory_reserved())
+    assert left[1] == left[2] < held[1]  # the first batch leaves the libraries' workspaces
+
+
 def test_a_compiled_step_is_captured(on_gpu, pipeline_folder, gpu_learner):
     pipeline = on_gpu(pipeline_folder)
     settings = {"guidance": GUIDANCE, "steps": 4}

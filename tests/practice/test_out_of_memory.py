@@ -14,6 +14,7 @@ from dpfast.practice import experiment, yardstick
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_folder import Places, RunFolder
 from dpfast.report.page import write_report
+from dpfast.roofline.devices import here
 from tests.memory_limit import MemoryLimit
 from tests.ranks import spawned
 from tests.tiny_pipelines import NAMES, stable_diffusion, tiny_vae
@@ -72,6 +73,7 @@ def go(ranks, folder, path, limits):
     experiment.load_real, yardstick.SAMPLES = load_real, 32
     recipe = recipe_of(folder)
     practice = DeliberatePractice(recipe, ranks=ranks)
+    here()  # measures this CPU once a process, with products of megabytes
     placed = RunFolder(path, recipe, ranks=ranks) if ranks.first else Places(path, ranks)
     with MemoryLimit(limits[ranks.rank]) as memory:
         practice.run(placed, progress=False)
