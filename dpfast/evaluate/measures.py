@@ -97,8 +97,9 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
 
 def measure(scores: Sequence[Tensor], classes: int, ranks: Ranks = ALONE) -> Evaluation:
     """All measures of this rank's ``score``, N >= 1 over all ranks. classes: K, 0 where this rank has none."""
-    rows, classes = torch.cat([*scores]) if scores else torch.empty(0, 7).double(), int(ranks.most(classes))
-    rows = ranks.gather(rows, int(ranks.total(len(rows))), BATCH)
+    rows = torch.cat([*scores]) if scores else torch.empty(0, 7).double()
+    known, counts = zip(*ranks.everyone([classes, len(rows)]), strict=True)
+    classes, rows = max(known), ranks.gather(rows, sum(counts), BATCH)
     hits, near, loss, entropies = (rows[:, i].float() for i in (1, 2, 3, 4))
     labels = rows[:, 0].long()
     right = torch.zeros(classes).index_add_(0, labels, hits)
