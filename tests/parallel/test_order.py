@@ -9,6 +9,7 @@ from dpfast.config import Learner
 from dpfast.feed.torch_loader import TorchLoader
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel.groups import Group
+from dpfast.parallel.ranks import side_groups
 from dpfast.parallel.recorder import Recorder
 from dpfast.pool.union import Layout, UnionPool
 from tests.ranks import spawned
@@ -36,6 +37,7 @@ def in_order(ranks):
 
     plain = ranks.learn, ranks.control, ranks.feed
     # as on a GPU: one communicator, and one thread that issues
+    assert side_groups(range(2), 60, ranks.learn, True)[1]["cuda"] is ranks.learn
     ranks.feed = {"cpu": ranks.learn}
     recorder = Recorder(delay)
     recorder.record(ranks)
