@@ -93,11 +93,11 @@ def steps(recipe: Recipe, count: int = 40) -> dict[int, list[float]]:
 def record_of(rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     recipe = Recipe.load("fashion")
-    timings, times, reduces = measure(recipe, rounds=rounds), steps(recipe), all_reduces()
+    timings, times, reduces = measure(recipe), steps(recipe), all_reduces()
     medians = {batch: statistics.median(values) for batch, values in times.items()}
     small, large = min(medians), max(medians)
     image = (medians[large] - medians[small]) / (large - small)
-    parameters = plan(recipe, "h100").stages.parameters
+    parameters = plan(recipe, "h100").stages.learner.parameters
     costs = Costs(
         unguided=timings.unguided,
         guided=timings.guided,

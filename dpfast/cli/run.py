@@ -20,6 +20,7 @@ LAUNCH = ".launch"  # in a run's folder: which torchrun made it
 
 if TYPE_CHECKING:
     from dpfast.parallel import Ranks
+    from dpfast.practice.experiment import DeliberatePractice
     from dpfast.practice.stopping import Stop
     from dpfast.roofline.fitting import Fit
 
@@ -109,7 +110,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         with ranks.together():
             practice = DeliberatePractice(recipe, ranks=ranks)
         if arguments.dry_run:
-            return _dry_run(recipe, out) if ranks.first else 0
+            return _dry_run(practice, out) if ranks.first else 0
         with ranks.together():
             if round is not None and not resume and ranks.first:
                 prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite, told=ranks.beat)
@@ -151,12 +152,13 @@ def _begun(out: Path, *, overwrite: bool) -> bool:
     return not overwrite or (kept.is_file() and kept.read_text() == launch())
 
 
-def _dry_run(recipe: Recipe, out: Path) -> int:
+def _dry_run(practice: DeliberatePractice, out: Path) -> int:
     """Everything has been checked: the generator is loaded, the real images are read, the learner has been tried."""
     from dpfast.roofline.measure import measure
     from dpfast.roofline.plan import plan
     from dpfast.roofline.table import plan_table
 
-    print(plan_table(plan(recipe, "here", timings=measure(recipe))))
+    timings = measure(practice.recipe, pipeline=practice.pipeline)
+    print(plan_table(plan(practice.recipe, "here", count=practice.ranks.size, timings=timings)))
     print(f"\nNothing was written; without --dry-run the run begins in {out}")
     return 0

@@ -66,7 +66,7 @@ class Plan:
     phases: tuple[Phase, ...]
     stages: Stages
     fit: Fit
-    measured: bool  # stages were timed
+    timed: tuple[str, ...]  # what was timed, in words; empty: nothing was
     given: bool  # the utilisation was
     job: Job  # of Deliberate Practice
     costs: Costs
@@ -139,7 +139,7 @@ def plan(
         phases=phases,
         stages=stages,
         fit=fit(recipe, device, count=count, samples=total, stages=stages),
-        measured=timings is not None,
+        timed=() if timings is None else timings.notes or ("stages timed on this machine",),
         given=utilisation is not None,
         job=job_of(recipe, total, _evaluated(recipe, stages.classes)),
         costs=_costs(stages, device, shares, timings),
@@ -217,16 +217,14 @@ def _costs(stages: Stages, device: Device, shares: Mapping[str, float], timings:
     def derived(counts: Counts, kind: str) -> float:
         return max(device.limits(counts).values()) / shares[kind]
 
-    timings = timings or Timings(
-        unguided=derived(stages.unguided, "generation"),
-        guided=derived(stages.guided, "generation"),
-        training=derived(stages.training, "training"),
-        evaluation=derived(stages.evaluation, "evaluation"),
-    )
+    def seconds(name: str, counts: Counts, kind: str) -> float:
+        timed: float | None = getattr(timings, name, None)
+        return derived(counts, kind) if timed is None else timed
+
     return Costs(
-        unguided=timings.unguided,
-        guided=timings.guided,
-        image=timings.training,
-        evaluation=timings.evaluation,
+        unguided=seconds("unguided", stages.unguided, "generation"),
+        guided=seconds("guided", stages.guided, "generation"),
+        image=seconds("training", stages.training, "training"),
+        evaluation=seconds("evaluation", stages.evaluation, "evaluation"),
         gradients=stages.learner.gradients,
     )

@@ -15,7 +15,7 @@ def plan_table(plan: Plan) -> str:
     rows += [_row(phase) for phase in plan.phases if phase.units]
     rows.append(("whole run", "", "", "", "", "", _hours(plan.seconds), _hours(plan.limit), ""))
     many = f"{plan.count} x " if plan.count > 1 else ""
-    if plan.measured:
+    if plan.timed:
         how = "stages timed on this machine"
     elif plan.given:
         how = "utilisation as given"
@@ -29,7 +29,8 @@ def plan_table(plan: Plan) -> str:
             cell.ljust(w) if i in (0, 8) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-    return "\n".join([*lines, "", *_schedules(plan), *_memory(plan)])
+    timed = ["", "timed in small batches:", *(f"  {note}" for note in plan.timed)] if plan.timed else []
+    return "\n".join([*lines, *timed, "", *_schedules(plan), *_memory(plan)])
 
 
 def _row(phase: Phase) -> tuple[str, ...]:

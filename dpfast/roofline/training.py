@@ -24,7 +24,10 @@ from dpfast.config import Learner
 from dpfast.generate.runtime.memory import bytes_per_sample
 from dpfast.learn.checkpointing import checkpoint_activations
 from dpfast.learn.models import build_learner
+from dpfast.learn.precision import autocast
 from dpfast.roofline.counting import Counts, counts
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def _held(
 
     @torch.no_grad()
     def evaluate(size: int) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with autocast(half, CPU):
             learner.eval()(torch.empty(size, *image))
 
     with mode:
@@ -155,7 +158,7 @@ def _step(
         images = torch.empty(size, *image)
         labels = torch.empty(size, classes) if mixed else torch.empty(size, dtype=torch.int64)
         with torch.enable_grad():
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with autocast(half, CPU):
                 logits = learner.train()(images)
             F.cross_entropy(logits.float(), labels).backward()
         learner.zero_grad(set_to_none=True)
