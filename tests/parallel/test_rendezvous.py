@@ -25,16 +25,17 @@ def test_every_start_has_a_name_of_its_own_that_all_its_ranks_know():
     assert [ranks[0].again for ranks in starts] == [False, True, True, True]
 
 
-def test_ranks_that_are_late_find_no_roster_of_an_earlier_start_that_would_do():
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_is_early_does_not_take_an_earlier_start_for_its_own(late):
     store = dist.HashStore()
-    before = start(store, 2)
-    late = threading.Timer(0.3, lambda: names.append(meet(store, 1, 2, 10.0)))
+    (before, _) = start(store, 2)
     names = []
-    late.start()
-    names.append(meet(store, 0, 2, 10.0, failures=1))
-    late.join()
+    comes = threading.Timer(0.3, lambda: names.append(meet(store, late, 2, 10.0).name))
+    comes.start()
+    names.append(meet(store, 1 - late, 2, 10.0, failures=1).name)
+    comes.join()
     assert len(set(names)) == 1
-    assert names[0] != before[0]
+    assert names[0] != before.name
 
 
 def test_a_store_that_was_lost_with_its_node_does_not_make_a_restart_the_first_start():
