@@ -131,7 +131,7 @@ class Learner:
     classes: int | None = None  # None: as many as the generator has
     batch_size: int = 64
     micro_batch: int | None = None  # images of a rank in one forward and backward pass; None: as many as fit
-    activation_checkpointing: bool = False  # blocks compute their activations twice: less memory, a third more work
+    activation_checkpointing: bool = False  # blocks compute their activations twice: less memory, a quarter more work
     lr: float = 3e-3
     weight_decay: float = 0.05
     label_smoothing: float = 0.0

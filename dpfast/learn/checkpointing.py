@@ -19,7 +19,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     """Lets every repeated block of ``model`` keep its input alone for the backward pass, where the model learns.
 
     The gradients are the same: the random state of dropout is restored, and batch norms count a batch once. A step
-    costs one more forward pass, and a third more in all.
+    costs almost one more forward pass of the blocks.
 
     Raises ``RecipeError`` where no module is repeated.
     """
