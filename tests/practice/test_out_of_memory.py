@@ -70,13 +70,15 @@ def load_real(name, *, ranks, **_):
 
 def go(ranks, folder, path, limits):
     """A run, in the memory that each rank has of ``limits``, bytes."""
-    experiment.load_real, yardstick.SAMPLES = load_real, 32
     recipe = recipe_of(folder)
-    practice = DeliberatePractice(recipe, ranks=ranks)
     here()  # measures this CPU once a process, with products of megabytes
-    placed = RunFolder(path, recipe, ranks=ranks) if ranks.first else Places(path, ranks)
-    with MemoryLimit(limits[ranks.rank]) as memory:
-        practice.run(placed, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "load_real", load_real)
+        patch.setattr(yardstick, "SAMPLES", 32)
+        practice = DeliberatePractice(recipe, ranks=ranks)
+        placed = RunFolder(path, recipe, ranks=ranks) if ranks.first else Places(path, ranks)
+        with MemoryLimit(limits[ranks.rank]) as memory:
+            practice.run(placed, progress=False)
     if ranks.first:
         placed.close()
     return memory
