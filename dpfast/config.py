@@ -139,7 +139,7 @@ class Learner:
     evaluate_with: str = "ema"  # the weights whose accuracy counts: "ema" or "raw"; those that guide: ``guide_with``
     clip_grad_norm: float = 0.0  # largest norm of the gradient of all weights; 0: not clipped
     precision: str = "auto"  # of the forward pass: "fp32", "bf16" by autocast, or "auto": bf16 on a GPU that has it
-    compile_learner: bool | str = "auto"  # torch.compile of the learner's step; "auto": on a GPU
+    compile_learner: bool | str = "auto"  # torch.compile of the learner's step; "auto": on a GPU, where it pays
     warmup: float = 0.1  # fraction of the iterations, linear
     cooldown: float = 0.2  # fraction of the iterations, cosine to zero; no samples are added in it
     flip: bool = True  # random horizontal flip

@@ -25,6 +25,7 @@ from dpfast.config import Learner, RecipeError
 from dpfast.device import is_gpu
 from dpfast.learn.batch_norm import alone, shared_norms, synchronised
 from dpfast.learn.checkpointing import checkpoint_activations
+from dpfast.learn.compiling import WhenItPays
 from dpfast.learn.ema import Ema
 from dpfast.learn.gradients import GradientBuckets, Gradients
 from dpfast.learn.precision import autocast, in_bf16, in_precision
@@ -33,11 +34,6 @@ from dpfast.out_of_memory import attempt, release
 from dpfast.parallel import ALONE, Ranks
 
 log = logging.getLogger(__name__)
-
-
-def compiles(config: Learner, device: torch.device) -> bool:
-    """Whether the learner's step is compiled: as the recipe says, and for "auto" on a GPU."""
-    return config.compile_learner is True or (config.compile_learner == "auto" and device.type == "cuda")
 
 
 class Trainer:
@@ -78,7 +74,8 @@ class Trainer:
         self.gradients = Gradients(self.parameters) if ranks.alone else GradientBuckets(self.parameters, ranks)
         self._norms = [] if ranks.alone else shared_norms(model)
         self._fits = not self._norms
-        self._loss = torch.compile(self._forward) if compiles(config, self.device) else self._forward
+        self._loss = torch.compile(self._forward) if config.compile_learner is True else self._forward
+        self._pays = WhenItPays() if config.compile_learner == "auto" and self.device.type == "cuda" else None
 
     @property
     def cooling(self) -> bool:
@@ -119,6 +116,8 @@ class Trainer:
 
         Raises ``torch.OutOfMemoryError`` where a single image does not fit.
         """
+        if self._pays is not None and self._pays(self.iterations - self.step_count):
+            self._loss = torch.compile(self._forward)
         loss = self._gradients(images, labels)
         if self.config.clip_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)

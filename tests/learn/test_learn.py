@@ -10,9 +10,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpfast.config import Learner, RecipeError
 from dpfast.learn.committee import Committee
+from dpfast.learn.compiling import WhenItPays
 from dpfast.learn.models import build_learner
 from dpfast.learn.schedule import wsd
-from dpfast.learn.trainer import Trainer, compiles
+from dpfast.learn.trainer import Trainer
 from dpfast.practice.checkpoint import save_weights
 
 
@@ -82,17 +83,44 @@ def test_a_compiled_learner_is_compiled_once_and_learns_the_same(monkeypatch):
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(toy()[1]), rtol=1e-4, atol=1e-5)
 
 
-def test_auto_compiles_on_a_gpu_and_goes_on_without_where_that_fails(monkeypatch, caplog):
-    assert not compiles(Learner(), torch.device("cpu"))
-    assert compiles(Learner(), torch.device("cuda"))
-    assert not compiles(Learner(compile_learner=False), torch.device("cuda"))
+class Event:
+    """A place in the queue of a GPU that takes ``step`` seconds for a step and lies five steps behind."""
 
+    steps, step = 0, 0.0
+
+    def record(self):
+        self.at = Event.steps
+
+    def query(self):
+        return Event.steps >= self.at + 5
+
+    def elapsed_time(self, end):
+        return 1e3 * Event.step * (end.at - self.at)
+
+
+@pytest.mark.parametrize(
+    ("step", "iterations", "pays"), [(0.1, 40_000, True), (0.1, 30_000, False), (4e-3, 1200, False)]
+)
+def test_a_step_is_compiled_where_that_pays_within_the_steps_that_are_left(step, iterations, pays):
+    ask, said = WhenItPays(Event), []
+    Event.step = step
+    for Event.steps in range(200):
+        said.append(ask(iterations - Event.steps))
+    assert said.count(True) == pays
+    assert not any(said[:64]), "the queue has not reached the end of what is timed"
+
+
+def test_what_does_not_compile_goes_on_without_unless_it_was_asked_for(monkeypatch, caplog):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
-    monkeypatch.setattr("dpfast.learn.trainer.compiles", lambda config, device: True)
-    assert toy(steps=3)[1] == toy(steps=3, compile_learner=False)[1]
+    (trainer, _), (eager, _) = toy(steps=9), toy(steps=9)
+    answers = iter((True, False))
+    trainer._pays = lambda left: next(answers)
+    for _ in range(2):
+        images, labels = torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+        assert float(trainer.step(images, labels)) == float(eager.step(images, labels))
     assert "the learner's step does not compile and goes on without" in caplog.text
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         toy(steps=3, compile_learner=True)
