@@ -86,6 +86,7 @@ def test_who_waits_for_a_slow_rank_is_not_dead_to_a_third():
     says(2, "2", 1)
     says(1, "1", 19)
     assert ranks.everyone(0) == [0, 1, 2]
+    assert ranks.heartbeat.store.check(["beat/0"]), "rank 0 has waited, too"
 
 
 @pytest.mark.parametrize(
