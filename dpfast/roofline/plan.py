@@ -21,6 +21,7 @@ from dpfast.practice import yardstick
 from dpfast.roofline import devices
 from dpfast.roofline.counting import Counts
 from dpfast.roofline.devices import Device
+from dpfast.roofline.disk import Disk, plan_disk
 from dpfast.roofline.fitting import Fit, fit, stages_of
 from dpfast.roofline.measure import Timings
 from dpfast.roofline.network import link_of, step_seconds
@@ -66,6 +67,7 @@ class Plan:
     phases: tuple[Phase, ...]
     stages: Stages
     fit: Fit
+    samples: int  # at the end
     timed: tuple[str, ...]  # what was timed, in words; empty: nothing was
     given: bool  # the utilisation was
     job: Job  # of Deliberate Practice
@@ -88,6 +90,14 @@ class Plan:
     @property
     def seconds(self) -> float:
         return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def disk(self) -> Disk:
+        """What the first source writes; every further one writes as much."""
+        first = [phase for phase in self.phases if phase.source == self.phases[0].source]
+        training = sum(phase.seconds for phase in first if phase.name in ("training", "evaluation"))
+        whole = sum(phase.seconds for phase in first)
+        return plan_disk(self.recipe, self.fit.pool, self.stages, self.samples, whole, training)
 
     @property
     def limit(self) -> float:
@@ -138,6 +148,7 @@ def plan(
         count=count,
         phases=phases,
         stages=stages,
+        samples=total,
         fit=fit(recipe, device, count=count, samples=total, stages=stages),
         timed=() if timings is None else timings.notes or ("stages timed on this machine",),
         given=utilisation is not None,

@@ -76,7 +76,7 @@ def _memory(plan: Plan) -> list[str]:
         missing = pool.samples - sum(pool.places.values())
         budgets = ", ".join(f"{name} {readable(pool.tiers.budget(name))}" for name in NAMES)
         lines.append(f"  {missing} samples of a device have no place (budgets of this plan: {budgets})")
-    return lines
+    return [*lines, *plan.disk.lines()]
 
 
 def _at_once(fit: Fit, phase: str) -> str:
