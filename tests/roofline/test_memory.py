@@ -1,6 +1,7 @@
 """Planned memory against measured memory: of training steps byte by byte, of generation by the record of a GPU."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from dpfast.roofline.training import count_learner
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "models.jsonl"
 LEARNERS = {
-    "ViT": {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384},
+    "ViT": {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 768},
     "RegNet": {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1], "groups_width": 16},
     "ResNet": {"embedding_size": 16, "hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 2, 2]},
 }
@@ -23,7 +24,7 @@ SIDE = 64
 
 
 def learner_of(kind, **fields):
-    options = LEARNERS[kind] | ({"image_size": SIDE, "patch_size": 8} if kind == "ViT" else {})
+    options = LEARNERS[kind] | ({"image_size": SIDE, "patch_size": 16} if kind == "ViT" else {})
     return Learner(model=f"transformers:{kind}ForImageClassification", options=options, batch_size=32, **fields)
 
 
@@ -46,6 +47,24 @@ def test_a_training_step_holds_what_is_planned(kind, precision):
 
         measured = state + peak_bytes(step)
         assert planned.state + planned.memory(size, accumulated=False) == pytest.approx(measured, rel=0.1), size
+
+
+@pytest.mark.skipif(
+    "DPFAST_MEMORY" not in os.environ, reason="minutes and gigabytes; DPFAST_MEMORY=1 runs it, -s shows"
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_published_learners_hold_what_is_planned(kind, precision):
+    config = Learner(model=f"transformers:{kind}ForImageClassification", batch_size=64, precision=precision, mixup=0.2)
+    planned = count_learner(config, 1000, (3, 224, 224), half=precision == "bf16")
+    trainer = Trainer(build_learner(config.model, classes=1000, channels=3), config, iterations=100)
+    for size in (4, 8, 16):
+        images, labels = torch.randn(size, 3, 224, 224), torch.full((size, 1000), 0.001)
+        trainer.step(images[:2], labels[:2])
+        step = torch.enable_grad()(lambda: trainer.step(images, labels))  # noqa: B023
+        guess, found = planned.memory(size, accumulated=False), peak_bytes(step)
+        print(f"| {kind} | {precision} | {size} | {guess / 1e6:.1f} | {found / 1e6:.1f} | {guess / found:.3f} |")
+        assert guess == pytest.approx(found, rel=0.1)
 
 
 def test_checkpointed_activations_are_planned_as_they_are_measured():

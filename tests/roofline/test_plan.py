@@ -15,13 +15,14 @@ from dpfast.learn.committee import Committee
 from dpfast.learn.models import build_learner
 from dpfast.pool.plan import plan as plan_pool
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.tiers import GIB
 from dpfast.practice.costs import Cost, price
 from dpfast.practice.guided import Wanted, way_of
 from dpfast.roofline import architectures, stable_diffusion_15
 from dpfast.roofline.architectures import without_weights
 from dpfast.roofline.counting import Counts, counts
 from dpfast.roofline.devices import DEVICES, peaks_of
-from dpfast.roofline.fitting import place_pool
+from dpfast.roofline.fitting import fit, place_pool
 from dpfast.roofline.measure import Timings, measure
 from dpfast.roofline.network import BASE, BETWEEN, BUCKET, WITHIN, Link, link_of, step_seconds
 from dpfast.roofline.plan import GENERATION, STATED, plan
@@ -244,6 +245,21 @@ def test_the_documented_hours_are_the_planners():
     shares = [float(cell.strip(" %")) / 100 for cell in (beside[1], beside[3])]
     assert shares == pytest.approx([made.efficiency(turns), made.efficiency(overlap)], abs=0.006)
     assert int(beside[4]) == overlap.generating
+
+
+def test_the_documented_fits_are_the_planners():
+    recipe = Recipe.load("imagenet1k-dit")
+    lines = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text().splitlines()
+    for name, device, count in (("8 H200", "h200", 8), ("1 H100", "h100", 1), ("1 RTX 4090", "rtx4090", 1)):
+        row = next(line for line in lines if line.startswith(f"| imagenet1k-dit | {name} |")).split("|")[3:-1]
+        fitted = fit(recipe, device, count=count)
+        pool = fitted.pool.places["device"] * fitted.pool.bytes_per_sample
+        assert row[0].split() == [str(fitted.sampling_batch), "of", "64"]
+        assert row[1].split() == [str(fitted.micro_batch), "of", str(4096 // count)]
+        assert float(row[2]) == pytest.approx(pool / GIB, abs=0.06)
+        peak, most = (bytes / GIB for bytes in (fitted.peak.total, fitted.usable))
+        assert row[3].strip() == f"{peak:.1f} of {most:.1f}, {fitted.peak.phase}"
+        assert fitted.fits
 
 
 def test_what_cannot_be_planned_is_refused(recipe):
