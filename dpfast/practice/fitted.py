@@ -57,6 +57,7 @@ def device_memory(device: torch.device) -> float:
 
 def _batch_bytes(recipe: Recipe, pipeline: Pipeline, ranks: Ranks) -> int:
     image = 4 * math.prod(image_shape(pipeline))
-    decoded = 4 * 3 * math.prod(8 * side for side in pipeline.denoiser.sample_shape[1:])  # of a resized image
+    latent = pipeline.denoiser.sample_shape[1:]
+    decoded = 4 * 3 * math.prod(8 * side for side in latent) if recipe.generator.image_size else image  # then resized
     share = math.ceil(recipe.learner.batch_size / ranks.size)
-    return max(share * image, recipe.generator.at_once * max(image, decoded))
+    return max(share * image, recipe.generator.at_once * decoded)

@@ -30,7 +30,7 @@ from dpfast.practice.guided import Wanted, way_of
 from dpfast.practice.learners import new_learner
 from dpfast.roofline.counting import Counts
 from dpfast.roofline.devices import Device, here
-from dpfast.roofline.fitting import stages_of
+from dpfast.roofline.fitting import fit, stages_of
 
 EVALUATED = 500  # images
 SECONDS = 20.0  # of all stages together, an even part each
@@ -58,6 +58,7 @@ def measure(recipe: Recipe, *, pipeline: Pipeline | None = None, seconds: float 
     pipeline: where it is loaded already. Raises what ``load_pipeline`` and ``stages_of`` raise.
     """
     pipeline = pipeline or load_pipeline(recipe.generator, device=device_named(recipe.device))
+    recipe = fit(recipe, here()).recipe
     classes, config, device = pipeline.denoiser.classes, recipe.learner, pipeline.device
     stages, clock = stages_of(recipe, here()), _Clock(here(), seconds / 4, device)
     trainer = Trainer(new_learner(recipe, pipeline), config, iterations=10**6)

@@ -31,7 +31,8 @@ def test_a_run_with_little_memory_takes_smaller_batches_and_says_so(monkeypatch)
 
 def test_a_cpu_with_enough_memory_is_not_asked(monkeypatch):
     monkeypatch.setattr(fitted, "fit", lambda *_, **__: 1 / 0)
-    practice = DeliberatePractice(Recipe.load("fashion", device="cpu", generation_batch=40, **SMALL, evaluate_every=5))
+    monkeypatch.setattr(fitted, "device_memory", lambda device: 4e9)
+    practice = DeliberatePractice(Recipe.load("fashion", device="cpu"))
     assert practice.fit is None
     assert practice.recipe.generator.sampling_batch is None
 
