@@ -178,7 +178,7 @@ def _phases(
         if name == "training":
             reduce = steps * link_of(device, count).all_reduce(stages.learner.gradients, count)
             limit, alone, worked = step_seconds(limit, reduce), worked, step_seconds(worked, reduce)
-            limited_by = "network" if worked > alone else limited_by
+            limited_by = "network" if worked > alone * (1 + 1e-9) else limited_by  # not by rounding
         return Phase(
             source=source,
             name=name,
