@@ -86,9 +86,10 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         from dpfast.parallel import launch, versions
         from dpfast.pool.saver import unsaved
         from dpfast.practice.branch import prepare_branch
+        from dpfast.practice.changes import continued
         from dpfast.practice.experiment import DeliberatePractice
         from dpfast.practice.journal import Journal
-        from dpfast.practice.run_folder import Places, RunFolder, check_vacant
+        from dpfast.practice.run_folder import Places, RunFolder, check_saving, check_shared, check_vacant
         from dpfast.report.metrics import result_table
         from dpfast.report.page import write_report
 
@@ -102,11 +103,16 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         out = arguments.out or Path("runs") / name
         resume = resume or (ranks.restarted and _begun(out, overwrite=arguments.overwrite))
     with stop.at_once():
-        with ranks.together():
-            if ranks.first:
-                check_vacant(out, recipe, overwrite=arguments.overwrite, resume=resume)
         ranks.same("versions of dpfast and torch", versions())
         ranks.same("recipe", recipe.to_dict())
+        asked = recipe
+        with ranks.together():
+            check_saving(recipe, resume=resume, branch=round is not None)
+            if ranks.first:
+                recipe = check_vacant(out, recipe, overwrite=arguments.overwrite, resume=resume)
+                if round is not None and not resume:
+                    recipe = continued(trunk, recipe, branch=True)
+        recipe = Recipe.from_dict(ranks.of_first(recipe.to_dict()))
         with ranks.together():
             practice = DeliberatePractice(recipe, ranks=ranks)
         if arguments.dry_run:
@@ -120,9 +126,10 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
             folder = Places(out, practice.ranks)
             if ranks.first:
                 folder = stack.enter_context(
-                    RunFolder(out, recipe, overwrite=arguments.overwrite, resume=resume, ranks=practice.ranks)
+                    RunFolder(out, asked, overwrite=arguments.overwrite, resume=resume, ranks=practice.ranks)
                 )
                 (out / LAUNCH).write_text(launch())
+        check_shared(out, ranks)
         stack.enter_context(logged(out, arguments.log_level))
         _tell_fit(practice.fit, aloud=ranks.first and not arguments.quiet)
         results = practice.run(folder, progress=not arguments.quiet, callbacks=[Journal()], stop=stop)

@@ -16,11 +16,10 @@ from dpfast.pool.parts import part_folder
 from dpfast.pool.saver import copy_saved
 from dpfast.pool.union import Layout
 from dpfast.practice import checkpoint
-from dpfast.practice.run_folder import RECIPE, RunFolder, differences
+from dpfast.practice.changes import BORN, RECIPE, continued
+from dpfast.practice.run_folder import RunFolder
 
 SOURCE = "dp"
-# what a branch may have of its own: it decides nothing about the past
-FREE = {"iterations", "sources", "checkpoints_kept", "keep_rounds", "maximum_samples", "maximum_rounds", "name"}
 
 
 def prepare_branch(
@@ -42,9 +41,7 @@ def prepare_branch(
         raise RecipeError(f"branch_from = {str(trunk)!r}: holds no run")
     if trunk.resolve() == out.resolve():
         raise RecipeError(f"out = {str(out)!r}: is the run that the branch leaves; choose another folder")
-    changed = [field for field in differences(trunk, recipe) if field.split(" = ")[0] not in FREE]
-    if changed:
-        raise RecipeError(f"branch_from = {str(trunk)!r}: a branch has its run's recipe; {'; '.join(changed)}")
+    recipe = continued(trunk, recipe, branch=True)
     folder = trunk / f"checkpoints_{SOURCE}"
     path = checkpoint.at_round(folder, round)
     if path is None:
@@ -64,7 +61,8 @@ def prepare_branch(
     lines = (trunk / "metrics.jsonl").read_bytes()[: start.state["written"][0]].splitlines()
     past = [line for line in lines if json.loads(line)["source"] == SOURCE]
     try:
-        with RunFolder(out, recipe, overwrite=overwrite) as branch:
+        born = (trunk / (BORN if (trunk / BORN).is_file() else RECIPE)).read_text()
+        with RunFolder(out, recipe, overwrite=overwrite, born=born) as branch:
             (out / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in past))
             for rank in range(start.state["ranks"]):
                 ranks = Ranks(rank=rank, size=start.state["ranks"])
@@ -73,6 +71,7 @@ def prepare_branch(
                 copy_saved(part, copy, held, told=told)
             state = {
                 **start.state,
+                "iterations": recipe.practice.iterations,
                 "loop": {**start.state["loop"], "pending": False, "frozen": True},
                 "written": [(out / "metrics.jsonl").stat().st_size, 0],
             }

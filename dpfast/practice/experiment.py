@@ -185,9 +185,31 @@ class DeliberatePractice:
         if folder is None:
             return None
         with self.ranks.together():
-            newest = checkpoint.latest(folder.checkpoints(name)) if self.ranks.first else None
+            newest = self._newest(folder.checkpoints(name), name) if self.ranks.first else None
         path = self.ranks.of_first(None if newest is None else str(newest.path))
         return newest if newest is not None or path is None else checkpoint.load(Path(path))
+
+    def _newest(self, folder: Path, name: str) -> Checkpoint | None:
+        """Where a source goes on. After the iterations have grown the first one goes on before the old cool-down, and
+        its rivals, which take their sizes and moments from it, begin anew."""
+        newest, practice = checkpoint.latest(folder), self.recipe.practice
+        if newest is None or newest.state["iterations"] == practice.iterations:
+            return newest
+        if name != next(source for source in SOURCES if source in practice.sources):
+            return None
+        before = newest.state["iterations"]
+        if newest.step < before - self.recipe.learner.cooldown * before:
+            return newest
+        kept = checkpoint.stable(folder)
+        if kept is None:
+            raise RecipeError(
+                f"iterations = {practice.iterations} was {before}: the run has begun its cool-down, and kept no "
+                "checkpoint before it"
+            )
+        try:
+            return checkpoint.load(kept)
+        except ValueError as error:
+            raise RecipeError(f"iterations = {practice.iterations} was {before}: {error}") from error
 
     def _source(self, name: str, loop: Loop, practised: Loop | None) -> Source:
         recipe, unguided = self.recipe, self.unguided

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
+import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dpfast.config import SECTIONS, Recipe, RecipeError
+from dpfast.config import Recipe, RecipeError
 from dpfast.evaluate.measures import Evaluation
-from dpfast.parallel import ALONE, Ranks
+from dpfast.parallel import ALONE, Ranks, launched
+from dpfast.pool.owner import OwnedError, Owner, owner_of
 from dpfast.pool.parts import part_name
-from dpfast.pool.saver import unsaved
+from dpfast.pool.saver import SaveWarning, unsaved
 from dpfast.pool.shards import durable
+from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Addition, Callback
+from dpfast.practice.changes import BORN, RECIPE, continued, record_changes, write_recipe
 from dpfast.practice.checkpoint import save_weights
 from dpfast.practice.pace import Pace
 
@@ -24,7 +31,9 @@ if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
     from dpfast.practice.result import Result
 
-RECIPE = "recipe.json"
+
+SHARED = ".shared"  # what the first rank writes for the others to see
+SEEN = 30.0  # seconds in which a network's file system shows it to them
 
 
 class Places:
@@ -60,7 +69,10 @@ class Places:
 class RunFolder(Places, Callback):
     """``runs/<name>/``. As a callback it writes down what a loop tells. Of several ranks the first one has it.
 
-    recipe.json     the recipe with every default filled in
+    recipe: with which the run goes on, where that may not be the one that was asked for.
+
+    recipe.json     the recipe in force, with every default filled in; born.json the first one, and changes.jsonl what
+                    changed in between (``dpfast.practice.changes``)
     metrics.jsonl   one line per evaluation, addition and result; a function of the recipe alone, so without times
     timings.jsonl   what was done how fast: a line per round, per interval between evaluations and per training
     events.*        the numbers of both for TensorBoard
@@ -76,19 +88,28 @@ class RunFolder(Places, Callback):
     """
 
     def __init__(
-        self, path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False, ranks: Ranks = ALONE
+        self,
+        path: Path,
+        recipe: Recipe,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        ranks: Ranks = ALONE,
+        born: str | None = None,
     ) -> None:
         super().__init__(path, ranks)
-        check_vacant(path, recipe, overwrite=overwrite, resume=resume)
+        self.recipe = recipe = check_vacant(path, recipe, overwrite=overwrite, resume=resume)
         if path.exists() and not resume:
             _remove(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecipeError(f"out = {str(path)!r}: cannot be made: {error.strerror}") from error
-        if not resume:
-            with durable(path, RECIPE) as file:
-                file.write(json.dumps(recipe.to_dict(), indent=2).encode() + b"\n")
+        self._owner = owned(path)
+        if resume:
+            record_changes(path, recipe, _steps(path))
+        else:
+            write_recipe(path, recipe, born=born)
         self._metrics = (path / "metrics.jsonl").open("a")
         self._timings = (path / "timings.jsonl").open("a")
         self._events = SummaryWriter(str(path))
@@ -188,26 +209,94 @@ class RunFolder(Places, Callback):
         for file in (self._metrics, self._timings, self._events):
             with unsaved("the folder of the run is not complete"):
                 file.close()
+        self._owner.close()
 
 
-def check_vacant(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Raises ``RecipeError`` when ``path`` may not become, or continue, the folder of a run of ``recipe``.
+def check_vacant(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Recipe:
+    """The recipe with which the run in ``path`` begins, or goes on.
 
-    Only a run is ever replaced, and a run continues with its own recipe only.
+    Raises ``RecipeError`` when ``path`` may not become, or continue, the folder of a run of ``recipe``: only a run is
+    ever replaced, none in which a process still writes, and what a run may change is in ``dpfast.practice.changes``.
     """
     if resume:
         if not (path / RECIPE).is_file():
             raise RecipeError(f"resume: {str(path)!r} holds no run")
-        changed = differences(path, recipe)
-        if changed:
-            raise RecipeError(f"resume: the run in {str(path)!r} has another recipe: {'; '.join(changed)}")
-        return
-    if not path.exists() or (path.is_dir() and all(p.name == f".{RECIPE}.tmp" for p in path.iterdir())):
-        return  # a temporary file alone: a run that was killed before it began
+        if recipe.pool.save_samples == "none":
+            raise RecipeError(f"resume: {str(path)!r} has kept no samples (save_samples = 'none'); run it anew")
+        return continued(path, recipe)
+    if not path.exists() or (path.is_dir() and all(_early(p.name) for p in path.iterdir())):
+        return recipe  # a run that was killed before it began
     if not (path / RECIPE).is_file():
         raise RecipeError(f"out = {str(path)!r}: exists and holds no run; choose another folder")
     if not overwrite:
         raise RecipeError(f"out = {str(path)!r}: holds another run; --resume continues it, --overwrite replaces it")
+    living = owner_of(path)
+    if living is not None:
+        raise RecipeError(f"out = {str(path)!r}: {living} writes there")
+    return recipe
+
+
+def check_saving(recipe: Recipe, *, resume: bool, branch: bool) -> None:
+    """Raises ``RecipeError`` where a run without saved samples would be asked to go on; warns of one that begins."""
+    if recipe.pool.save_samples != "none":
+        return
+    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    for asked, what in ((resume, "--resume"), (branch, "--branch-at"), (again, f"--max-restarts {again} of torchrun")):
+        if asked:
+            raise RecipeError(f"save_samples = 'none': nothing is kept that {what} could go on from; expected 'png'")
+    if not launched()[0]:
+        warnings.warn(
+            "save_samples = 'none': no samples and no checkpoints are kept, so this run cannot be resumed, branched or "
+            "exported, and the report has no errors by round",
+            SaveWarning,
+            stacklevel=2,
+        )
+
+
+def check_shared(out: Path, ranks: Ranks) -> None:
+    """Raises ``RecipeError``, naming a rank and its host, unless all ranks see what the first one writes in ``out``."""
+    if ranks.alone:
+        return
+    token = ranks.of_first(f"{time.time_ns()} {os.getpid()}" if ranks.first else None)
+    with ranks.together():
+        if ranks.first:
+            with durable(out, SHARED) as file:
+                file.write(token.encode())
+    with ranks.together():
+        deadline = time.monotonic() + SEEN
+        while not (out / SHARED).is_file() or (out / SHARED).read_text() != token:
+            if time.monotonic() > deadline:
+                raise RecipeError(
+                    f"out = {str(out)!r}: on {socket.gethostname()} it is not the folder in which rank 0 writes; "
+                    "expected one that all nodes share"
+                )
+            ranks.beat()
+            time.sleep(0.1)
+
+
+def _early(name: str) -> bool:
+    """Whether a file may be there before a run's recipe is."""
+    return name.startswith(".owner-") or name in (BORN, f".{BORN}.tmp", f".{RECIPE}.tmp")
+
+
+def owned(path: Path) -> Owner:
+    """Makes this process the one that writes a run's folder. Raises ``RecipeError`` where another does, or none can."""
+    try:
+        return Owner(path)
+    except OwnedError as error:
+        raise RecipeError(f"out = {str(path)!r}: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"out = {str(path)!r}: cannot be written: {error.strerror}") from error
+
+
+def _steps(path: Path) -> dict[str, int]:
+    """The optimiser steps of the newest checkpoint of every source that has one."""
+    found = {}
+    for folder in sorted(path.glob("checkpoints_*")):
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            newest = checkpoint.paths(folder)[-1]
+            found[folder.name.removeprefix("checkpoints_")] = json.loads(newest.read_text())["step"]
+    return found
 
 
 def _remove(path: Path) -> None:
@@ -218,17 +307,3 @@ def _remove(path: Path) -> None:
         elif entry.name != RECIPE:
             entry.unlink()
     shutil.rmtree(path)
-
-
-def differences(path: Path, recipe: Recipe) -> list[str]:
-    """The fields in which ``recipe`` differs from that of the run in ``path``, in words."""
-    before, now = _flat(json.loads((path / RECIPE).read_text())), _flat(json.loads(json.dumps(recipe.to_dict())))
-    return [f"{k} = {now.get(k)!r} was {before.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)]
-
-
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's fields without their sections."""
-    leaves = {k: v for k, v in recipe.items() if k not in SECTIONS}
-    for section in SECTIONS:
-        leaves |= recipe.get(section, {})
-    return leaves

@@ -230,6 +230,7 @@ class Keeper:
             "loop": dataclasses.asdict(now),
             "samples": sum(state.rounds),
             "ranks": loop.ranks.size,
+            "iterations": loop.trainer.iterations,
             "loader": loop.loader.state(),
             "patience": loop.patience.state(),
             "cost": loop.source.cost.state(),

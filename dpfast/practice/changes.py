@@ -1,0 +1,210 @@
+"""What a run that goes on may have other than it was born with: one table for ``--resume`` and ``--branch-at``.
+
+born.json       the recipe of the run's first command
+recipe.json     the recipe in force
+changes.jsonl   every change in between: when, after which optimiser steps, and each field's value before and after
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpfast.config import SECTIONS, Recipe, RecipeError
+from dpfast.pool.shards import durable
+
+log = logging.getLogger(__name__)
+RECIPE, BORN, CHANGES = "recipe.json", "born.json", "changes.jsonl"
+
+FREE = "free"  # a resumed run and a branch may have another value
+BRANCH = "branch"  # a branch may, which takes no more samples
+FIXED = "fixed"  # as the run was born
+
+SAMPLES = "it makes the samples: those of later rounds would be of another recipe than those that are there"
+TRAINING = "the weights so far were trained by it"
+DATES = "it decides when samples are added, and has decided so far"
+ROUNDING = "it changes the rounding of what comes, no more"
+MEMORY = "it decides where things lie, not what they are"
+MOVED = "a folder may move; that its contents are the same is up to you"
+
+RULES: dict[str, tuple[str, str]] = {
+    # the recipe
+    "name": (FREE, "a name"),
+    "seed": (FIXED, "it is in every sample and every batch"),
+    "device": (FREE, ROUNDING),
+    "validation": (FREE, MOVED),
+    "held_out": (FREE, MOVED + "; but with a folder all of the validation's images drive the run, without one half"),
+    "evaluation": (FREE, "it is measured at the end"),
+    # the generator
+    "pipeline": (FREE, MOVED),
+    "class_names": (FIXED, "it says what the labels mean"),
+    "image_size": (FIXED, "the pool's images have one size"),
+    "prompt_template": (FIXED, SAMPLES),
+    "dtype": (FIXED, SAMPLES),
+    "solver": (FIXED, SAMPLES),
+    "steps": (FIXED, SAMPLES),
+    "cfg_scale": (FIXED, SAMPLES),
+    "cfg_from": (FIXED, SAMPLES),
+    "cfg_until": (FIXED, SAMPLES),
+    "cache_interval": (FIXED, SAMPLES),
+    "eta": (FIXED, SAMPLES),
+    "compile": (FREE, ROUNDING),
+    "compile_region": (FREE, ROUNDING),
+    "generation_batch": (FREE, "who holds which samples stays as it was born; the sampler's batches are not larger"),
+    "sampling_batch": (FREE, MEMORY),
+    "attention": (FREE, ROUNDING),
+    "channels_last": (FREE, ROUNDING),
+    # guidance
+    "omega": (FIXED, SAMPLES),
+    "guide_every": (FIXED, SAMPLES),
+    "guide_from": (FIXED, SAMPLES),
+    "guide_until": (FIXED, SAMPLES),
+    "mode": (FIXED, SAMPLES),
+    "through": (FIXED, SAMPLES),
+    "criterion": (FIXED, SAMPLES),
+    "guide_with": (FIXED, SAMPLES),
+    # the learner
+    "model": (FIXED, "its weights are in the checkpoint"),
+    "options": (FIXED, "they shape the weights in the checkpoint"),
+    "classes": (FIXED, "they shape the weights in the checkpoint"),
+    "batch_size": (FIXED, "the order of training and the learning rate go with it; micro_batch takes less memory"),
+    "micro_batch": (FREE, MEMORY),
+    "activation_checkpointing": (FREE, MEMORY),
+    "lr": (FIXED, TRAINING),
+    "weight_decay": (FIXED, TRAINING),
+    "label_smoothing": (FIXED, TRAINING),
+    "ema_decay": (FIXED, TRAINING),
+    "evaluate_with": (FIXED, "the accuracies so far are of these weights"),
+    "clip_grad_norm": (FIXED, TRAINING),
+    "precision": (FIXED, TRAINING),
+    "compile_learner": (FREE, ROUNDING),
+    "warmup": (FIXED, TRAINING),
+    "cooldown": (FIXED, "it says until when samples are added"),
+    "flip": (FIXED, TRAINING),
+    "shift": (FIXED, TRAINING),
+    "crop": (FIXED, TRAINING),
+    "mixup": (FIXED, TRAINING),
+    "cutmix": (FIXED, TRAINING),
+    "loader": (FREE, ROUNDING),
+    # the pool
+    "codec": (FIXED, "the samples that are there are kept so"),
+    "device_gib": (FREE, MEMORY),
+    "host_gib": (FREE, MEMORY),
+    "mapped": (FREE, MEMORY),
+    "save_samples": (FIXED, "a saved pool has files of one kind, and JPEG is what the learner has seen"),
+    # practice
+    "initial_samples": (FIXED, "they are there"),
+    "round_samples": (FIXED, DATES),
+    "maximum_samples": (BRANCH, "a run that has reached it would have gone on adding"),
+    "maximum_rounds": (BRANCH, "a run that has reached it would have gone on adding"),
+    "iterations": (
+        FREE,
+        "they may grow: the warm-up keeps its steps, and from the cool-down a run goes back before it",
+    ),
+    "evaluate_every": (FIXED, DATES),
+    "evaluate_unit": (FIXED, DATES),
+    "patience": (FIXED, DATES),
+    "patience_growth": (FIXED, DATES),
+    "omega_rounds": (FIXED, SAMPLES),
+    "cfg_rounds": (FIXED, SAMPLES),
+    "fresh_weight": (FIXED, TRAINING),
+    "allot": (FIXED, SAMPLES),
+    "early_candidates": (FIXED, SAMPLES),
+    "early_until": (FIXED, SAMPLES),
+    "restart": (FIXED, SAMPLES),
+    "oversample": (FIXED, SAMPLES),
+    "prune_within": (FIXED, SAMPLES),
+    "sources": (BRANCH, "rivals take sizes and moments from dp; run others into a folder of their own"),
+    "checkpoint_share": (FREE, "it says when is saved, not what"),
+    "checkpoint_minutes": (FREE, "it says when is saved, not what"),
+    "checkpoints_kept": (FREE, "it says how many are kept from now on"),
+    "overlap": (FIXED, SAMPLES),
+    "overlap_staleness": (FIXED, SAMPLES),
+    "keep_rounds": (FREE, "it says what is kept from now on"),
+}
+
+
+def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
+    """``recipe`` as the run in ``run`` goes on with it: the layout of its samples and its warm-up are those of birth.
+
+    Raises ``RecipeError`` with every field that must stay as the run was born, and why, and where iterations fell.
+    """
+    born, now = _read(run, BORN), _read(run, RECIPE)
+    leaves, branch = branch, branch or (run / "branch.json").is_file()
+    allowed = {name for name, (kind, _) in RULES.items() if kind == FREE or (branch and kind == BRANCH)}
+    asked = _flat(recipe)
+    refused = [
+        f"{name} = {asked.get(name)!r} was {born.get(name)!r} ({RULES[name][1]})"
+        for name in sorted(asked.keys() | born.keys())
+        if asked.get(name) != born.get(name) and name not in allowed
+    ]
+    if bool(asked["held_out"]) != bool(born.get("held_out")):
+        refused.append(f"held_out = {asked['held_out']!r} was {born.get('held_out')!r} ({RULES['held_out'][1]})")
+    if not leaves and recipe.practice.iterations < now["iterations"]:
+        refused.append(f"iterations = {recipe.practice.iterations} was {now['iterations']} ({RULES['iterations'][1]})")
+    if refused:
+        whose = "a branch has its run's recipe" if leaves else f"the run in {str(run)!r} has another recipe"
+        raise RecipeError(f"{f'branch_from = {str(run)!r}' if leaves else 'resume'}: {whose}: {'; '.join(refused)}")
+    generator, learner = recipe.generator, recipe.learner
+    if generator.generation_batch != born["generation_batch"]:
+        most = min(generator.sampling_batch or generator.generation_batch, born["generation_batch"])
+        generator = replace(generator, generation_batch=born["generation_batch"], sampling_batch=most)
+    iterations, warm = recipe.practice.iterations, born["warmup"] * born["iterations"]
+    if iterations != born["iterations"]:
+        if warm + learner.cooldown * iterations > iterations:
+            raise RecipeError(f"iterations = {iterations}: the run's warm-up took {warm:.0f}, before the cool-down")
+        learner = replace(learner, warmup=warm / iterations)
+    return replace(recipe, generator=generator, learner=learner)
+
+
+def write_recipe(run: Path, recipe: Recipe, *, born: str | None = None) -> None:
+    """Begins the folder of a run. born: the text of another run's ``BORN``, whose branch it is."""
+    text = json.dumps(recipe.to_dict(), indent=2) + "\n"
+    for name, words in ((BORN, born or text), (RECIPE, text)):  # the recipe last: it makes a folder a run
+        with durable(run, name) as file:
+            file.write(words.encode())
+
+
+def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> None:
+    """Puts ``recipe`` in force for the run, logs what changes and notes it. steps: of its sources' checkpoints."""
+    before, now = _read(run, RECIPE), _flat(recipe)
+    changes = {
+        name: [before.get(name), now.get(name)]
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    }
+    if not changes:
+        return
+    if not (run / BORN).is_file():
+        with durable(run, BORN) as file:
+            file.write((run / RECIPE).read_bytes())
+    moment = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    with (run / CHANGES).open("a") as lines:
+        lines.write(json.dumps({"time": moment, "steps": steps, "changes": changes}) + "\n")
+    with durable(run, RECIPE) as file:
+        file.write(json.dumps(recipe.to_dict(), indent=2).encode() + b"\n")
+    for name, (was, value) in changes.items():
+        log.info("from here on %s = %r, it was %r", name, value, was)
+
+
+def _read(run: Path, name: str) -> dict[str, Any]:
+    """The fields of a recipe in a run's folder; one that was never changed is as it was born."""
+    path = run / name if (run / name).is_file() else run / RECIPE
+    return _leaves(json.loads(path.read_text()))
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    return _leaves(json.loads(json.dumps(dataclasses.asdict(recipe))))
+
+
+def _leaves(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's fields without their sections."""
+    leaves = {name: value for name, value in recipe.items() if name not in SECTIONS}
+    for section in SECTIONS:
+        leaves |= recipe.get(section, {})
+    return leaves

@@ -1,0 +1,126 @@
+"""What a run that goes on may have other than it was born with, and that it then is the run that it should be."""
+
+import contextlib
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from dpfast.config import RecipeError, fields
+from dpfast.practice import checkpoint
+from dpfast.practice.callbacks import Callback
+from dpfast.practice.changes import RULES, continued
+from dpfast.practice.experiment import DeliberatePractice
+from dpfast.practice.run_folder import RunFolder
+from dpfast.practice.stopping import Stop, Stopped
+from tests.practice.test_loop import run, with_
+
+
+class At(Callback):
+    """Asks for a stop after a step."""
+
+    def __init__(self, stop, step):
+        self.stop, self.step = stop, step
+
+    def on_step(self, loop):
+        self.stop.requested = self.stop.requested or loop.trainer.step_count == self.step
+
+
+@pytest.fixture
+def short(recipe):
+    return with_(recipe, "practice", sources=("dp",), iterations=40, maximum_samples=45)
+
+
+def resumed(recipe, path):
+    with RunFolder(path, recipe, resume=True) as folder:
+        return DeliberatePractice(folder.recipe).run(folder, progress=False)
+
+
+def test_every_field_of_a_recipe_says_whether_it_may_change_and_why():
+    """A new field fails here until dpfast/practice/changes.py says what a resumed run may do with it."""
+    assert RULES.keys() == fields().keys()
+    assert all(kind in ("free", "branch", "fixed") and why for kind, why in RULES.values())
+
+
+def test_a_stopped_run_goes_on_with_less_memory_and_ends_in_the_same_samples(short, tmp_path):
+    (whole,), _ = run(short, tmp_path / "whole")
+    stop = Stop()
+    with RunFolder(tmp_path / "run", short) as folder, pytest.raises(Stopped):
+        DeliberatePractice(short).run(folder, progress=False, callbacks=[At(stop, 12)], stop=stop)
+    less = with_(with_(short, "generator", generation_batch=7), "practice", checkpoints_kept=5)
+    less = with_(less, "pool", host_gib=0.5)
+    (again,) = resumed(less, tmp_path / "run")
+    assert (again.pool.records()["sample_id"] == whole.pool.records()["sample_id"]).all()
+    difference = again.pool.images(torch.arange(45)).float() - whole.pool.images(torch.arange(45)).float()
+    assert float(difference.abs().mean()) < 0.5  # batches of seven round otherwise
+    (line,) = (json.loads(line) for line in (tmp_path / "run" / "changes.jsonl").read_text().splitlines())
+    assert line["steps"] == {"dp": 12}
+    assert line["changes"] == {"checkpoints_kept": [2, 5], "host_gib": [None, 0.5], "sampling_batch": [None, 7]}
+    now = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert (now["generator"]["generation_batch"], now["generator"]["sampling_batch"]) == (20, 7)
+    assert json.loads((tmp_path / "run" / "born.json").read_text())["pool"]["host_gib"] is None
+
+
+@pytest.mark.parametrize("stopped", [20, None], ids=["before its cool-down", "at its end"])
+def test_a_run_that_is_made_longer_is_the_long_run_from_its_birth(short, tmp_path, stopped):
+    """Fewer additions than there would be in the long run: the cool-down of the short one begins at 32."""
+    stop, long = Stop(), with_(short, "practice", iterations=80)
+    ends = pytest.raises(Stopped) if stopped else contextlib.nullcontext()
+    with RunFolder(tmp_path / "run", short) as folder, ends:
+        DeliberatePractice(short).run(folder, progress=False, callbacks=[At(stop, stopped)], stop=stop)
+    (again,) = resumed(long, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["learner"]["warmup"] == 0.05
+    (whole,), _ = run(with_(long, "learner", warmup=0.05), tmp_path / "whole")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    for name, value in whole.learner.state_dict().items():
+        assert torch.equal(value, again.learner.state_dict()[name]), name
+    with pytest.raises(RecipeError, match=r"iterations = 40 was 80 \(they may grow"):
+        resumed(short, tmp_path / "run")
+
+
+def test_the_rivals_of_a_longer_run_begin_anew(recipe, tmp_path):
+    short = with_(recipe, "practice", iterations=40, maximum_samples=45)
+    run(short, tmp_path / "run")
+    long = with_(short, "practice", iterations=60)
+    dp, static = resumed(long, tmp_path / "run")
+    assert (dp.iterations, static.iterations, len(static.pool)) == (60, 60, len(dp.pool))
+    run(with_(long, "learner", warmup=0.1 * 40 / 60), tmp_path / "whole")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_without_a_checkpoint_before_the_cooldown_a_run_is_not_made_longer(short, tmp_path):
+    run(short, tmp_path / "run")
+    kept = checkpoint.stable(tmp_path / "run" / "checkpoints_dp")
+    assert checkpoint.load(kept).step == 30
+    kept.unlink()
+    with pytest.raises(RecipeError, match="iterations = 80 was 40: the run has begun its cool-down"):
+        resumed(with_(short, "practice", iterations=80), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "named"),
+    [
+        ("generator", {"dtype": "bfloat16"}, r"dtype = 'bfloat16' was 'float32' \(it makes the samples"),
+        ("learner", {"batch_size": 16}, r"batch_size = 16 was 8 \(.*micro_batch takes less memory"),
+        ("pool", {"save_samples": "npy"}, r"save_samples = 'npy' was 'png' \(a saved pool has files of one kind"),
+        ("practice", {"maximum_samples": 70}, r"maximum_samples = 70 was 45 \(a run that has reached it"),
+    ],
+)
+def test_what_may_not_change_is_named_with_the_reason(short, tmp_path, section, changes, named):
+    with RunFolder(tmp_path / "run", short):
+        pass
+    with pytest.raises(RecipeError, match=named):
+        RunFolder(tmp_path / "run", with_(short, section, **changes), resume=True)
+    halved = dataclasses.replace(short, held_out="elsewhere")
+    with pytest.raises(RecipeError, match=r"held_out = 'elsewhere' was '' .*without one half"):
+        continued(tmp_path / "run", halved)
+
+
+def test_a_run_in_progress_is_neither_resumed_nor_replaced(short, tmp_path):
+    with RunFolder(tmp_path / "run", short):
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(RecipeError, match=r"process \d+ on \S+ writes"):
+                RunFolder(tmp_path / "run", short, **options)
+    with RunFolder(tmp_path / "run", short, overwrite=True):
+        pass
