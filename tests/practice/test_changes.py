@@ -3,12 +3,16 @@
 import contextlib
 import dataclasses
 import json
+import queue
+import re
+import threading
 
 import pytest
 import torch
 
 from dpfast.config import RecipeError, fields
-from dpfast.practice import checkpoint
+from dpfast.parallel import Ranks
+from dpfast.practice import checkpoint, run_folder
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.changes import RULES, continued
 from dpfast.practice.experiment import DeliberatePractice
@@ -124,3 +128,40 @@ def test_a_run_in_progress_is_neither_resumed_nor_replaced(short, tmp_path):
                 RunFolder(tmp_path / "run", short, **options)
     with RunFolder(tmp_path / "run", short, overwrite=True):
         pass
+
+
+class Two(Ranks):
+    """One of two threads that hear each other."""
+
+    def everyone(self, value):
+        for line in self.store:
+            line.put((self.rank, value))
+        return [
+            said for _, said in sorted((self.store[self.rank].get(timeout=20) for _ in range(2)), key=lambda s: s[0])
+        ]
+
+
+def looked(folders):
+    """What two ranks find that take these for the folder of one run."""
+    lines, found = (queue.Queue(), queue.Queue()), {}
+
+    def look(rank):
+        folders[rank].mkdir(exist_ok=True)
+        try:
+            found[rank] = run_folder.check_shared(folders[rank], Two(rank=rank, size=2, store=lines))
+        except RecipeError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=look, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+def test_a_rank_that_does_not_see_the_folder_of_the_first_is_named_on_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "SEEN", 0.3)
+    assert looked([tmp_path / "a", tmp_path / "a"]) == {0: None, 1: None}
+    for error in looked([tmp_path / "a", tmp_path / "b"]).values():
+        assert re.match(r"rank 1: out = .*/b': on \S+ it is not the folder in which rank 0 writes", error)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import resource
+import shutil
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from dpfast.pool import shards
 from dpfast.pool.export import import_pool
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import SaveWarning
+from dpfast.practice import disk
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunFolder
+from dpfast.practice.run_folder import RunFolder, check_saving
 from tests.practice.test_loop import with_
 
 EVERYTHING = torch.arange(45)
@@ -128,3 +130,52 @@ def test_a_full_disk_stops_saving_and_changes_nothing_else(full, short, tmp_path
         for what in ("saving the pool", "the checkpoint was not written"):
             assert what in said
         assert "File too large" in said
+
+
+def test_a_pool_of_decoded_jpeg_resumes_to_the_same_bits_and_the_learner_sees_what_is_kept(short, tmp_path):
+    jpeg = with_(short, "pool", save_samples="jpeg")
+    (exact,), (dp,) = run(short, tmp_path / "png"), run(jpeg, tmp_path / "jpeg")
+    assert next((tmp_path / "png" / "pool_dp").glob("*.tar")).read_bytes().find(b"\x89PNG") > 0
+    assert not torch.equal(dp.pool.images(EVERYTHING), exact.pool.images(EVERYTHING))
+    assert torch.equal(SamplePool.open(tmp_path / "jpeg" / "pool_dp").images(EVERYTHING), dp.pool.images(EVERYTHING))
+    (again,) = run(jpeg, tmp_path / "jpeg", resume=True)
+    assert torch.equal(again.pool.images(EVERYTHING), dp.pool.images(EVERYTHING))
+
+
+def test_a_run_without_saved_samples_ends_and_says_what_it_cannot_do(short, tmp_path, monkeypatch):
+    nothing = with_(short, "pool", save_samples="none")
+    (dp,) = run(nothing, tmp_path / "run")
+    assert len(dp.pool) == 45
+    assert not list((tmp_path / "run").glob("pool_*")) + list((tmp_path / "run").glob("checkpoints_*"))
+    with pytest.raises(RecipeError, match=r"resume: .* has kept no samples"):
+        run(nothing, tmp_path / "run", resume=True)
+    with pytest.warns(SaveWarning, match="cannot be resumed, branched or exported"):
+        check_saving(nothing, resume=False, branch=False)
+    with pytest.raises(RecipeError, match="nothing is kept that --branch-at could go on from"):
+        check_saving(nothing, resume=False, branch=True)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(RecipeError, match="--max-restarts 3 of torchrun"):
+        check_saving(nothing, resume=False, branch=False)
+    with pytest.raises(RecipeError, match="keep_rounds = True: false with save_samples = 'none'"):
+        with_(nothing, "practice", keep_rounds=True)
+    with pytest.raises(RecipeError, match="save_samples = 'jpeg': 'png' unless codec = 'pixels'"):
+        with_(short, "pool", codec="latents", save_samples="jpeg")
+
+
+@pytest.mark.parametrize("when", ["the run", "round 1"])
+def test_a_disk_without_room_is_named_before_samples_are_made_that_it_cannot_take(short, tmp_path, monkeypatch, when):
+    """45 samples of some 4 kB each, and five checkpoints of about 22 kB; the state before the round is kept."""
+    usage, folder = shutil.disk_usage, tmp_path / "run"
+
+    def little(path):
+        full = when == "the run" or (folder / "metrics.jsonl").stat().st_size
+        return usage(path)._replace(free=40_000 if full else 1 << 30)
+
+    words = rf"{when} needs .* of disk \(\d+ samples .* checkpoints .*\), 39\.06 KiB are free"
+    with monkeypatch.context() as patched:
+        patched.setattr(disk.shutil, "disk_usage", little)
+        with pytest.raises(RecipeError, match=words):
+            run(short, folder)
+    assert bool(list(folder.glob("pool_dp/*.tar"))) == (when == "round 1")
+    (dp,) = run(short, folder, resume=True)
+    assert len(dp.pool) == 45
