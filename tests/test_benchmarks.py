@@ -191,6 +191,15 @@ def test_the_documented_differences_of_bf16_are_those_of_the_record():
         assert row + f"{cosine['one_percent']:.3f}, {cosine['minimum']:.3f} |" in text
 
 
+def test_the_documented_steps_of_the_learner_are_those_of_the_record():
+    text = (gate.ROOT / "docs" / "results.md").read_text()
+    for record in recorded("learner")[-2:]:
+        for row in record["rows"]:
+            median, minimum = (f"{row['seconds'][kind] * 1e3:.2f}" for kind in ("median", "minimum"))
+            line = f"| {record['training']}, {record['batch']} images | {row['row']} | {median} | {minimum} | "
+            assert f"{line}{row['host_waits']} |" in text
+
+
 def test_a_step_of_the_learner_is_timed_in_turns_with_its_host_waits():
     config = learner.Learner(
         model="transformers:RegNetForImageClassification",
