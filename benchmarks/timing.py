@@ -24,8 +24,6 @@ from dpfast.device import device_named
 
 SHORTEST = 2e-3  # seconds of one measurement; shorter calls are repeated within it
 COPY_BYTES = 256 << 20
-
-
 REPLAYED = 10  # calls of one CUDA graph
 
 

@@ -185,8 +185,7 @@ class Practice:
     evaluate_every: int = 25  # tau, in evaluate_unit
     evaluate_unit: str = "steps"  # "steps" of the optimiser, or "passes" over the initial samples (the paper's tau: 1)
     patience: int = 2  # T_max at the start, in evaluations without a new best
-    patience_growth: str = "coverage"  # of T_max: "coverage": max(patience, pool / 4 N), so that a quarter of the pool
-    # is drawn before more is added; "pool": patience * pool / N; "round": one more per round; "fixed"
+    patience_growth: str = "coverage"  # T_max: max(patience, pool / 4 N); "pool": patience * pool / N; "round", "fixed"
     omega_rounds: tuple[float, ...] = ()  # omega of round 1, 2, ...; the last one for all later; empty: omega
     cfg_rounds: tuple[float, ...] = ()  # cfg_scale of round 1, 2, ..., the same way
     fresh_weight: float = 1.0  # how much more often a sample of the newest round is drawn; 1: the paper
@@ -197,11 +196,8 @@ class Practice:
     oversample: float = 4.0  # prune: candidates for each sample that is kept
     prune_within: str = "class"  # prune keeps the highest entropy within each "class", or "overall"
     sources: tuple[str, ...] = ("dp", "static")  # runs of one command, compared in its table
-    checkpoint_share: float = (
-        0.01  # saving takes at most this share of the run's seconds, though it is in the background
-    )
-    checkpoint_minutes: float = 10.0  # but a checkpoint is never older than this while the learner trains; 0: one at
-    # every evaluation. Before and after a round and at the end there is always one
+    checkpoint_share: float = 0.01  # of the run's seconds: what saving takes at most, though it is in the background
+    checkpoint_minutes: float = 10.0  # none is older than this while the learner trains; 0: one at every evaluation
     checkpoints_kept: int = 2  # the newest ones of a source
     overlap: int = 0  # of several ranks so many only generate, while the others train; 0: all do both in turn
     overlap_staleness: int = 1000  # with overlap: optimiser steps between a learner and the addition of what it guided
@@ -267,9 +263,7 @@ class Pool:
     device_gib: float | None = None  # GiB on the run's device, filled first; None: of a GPU half of what is free
     host_gib: float | None = None  # GiB of host memory, filled next; None: 70 % of what is free at the start
     mapped: bool = False  # memory-mapped files in the run's folder hold the rest, up to 90 % of its free disk
-    save_samples: str = "png"  # how the run's folder keeps pixels: "png" or "npy", exact; "jpeg": a third of the bytes,
-    # and the learner trains on what is decoded from them; "none": no resume, branch, Figure 6 or export.
-    # Latents are kept as .npy and a pool of JPEG as .jpg
+    save_samples: str = "png"  # pixels in the run's folder: "png" or "npy", exact; "jpeg"; "none": no resume, no export
 
     def __post_init__(self) -> None:
         codecs = ("pixels", "latents", "jpeg")

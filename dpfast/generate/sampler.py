@@ -138,9 +138,8 @@ class GuidedSampler:
         self.tuner = Tuner(CompileCosts(pipeline.device, described), compile)
         self._indices = [torch.tensor(i, device=pipeline.device) for i in range(len(self.table))]
         self._execution: Execution | None = None
-        self.fitting: dict[
-            bool, int
-        ] = {}  # guided or not -> the largest batch of a stream: what fits, or fitted where memory ran out
+        # guided or not -> the largest batch of a stream: what fits, or fitted where memory ran out
+        self.fitting: dict[bool, int] = {}
 
     @classmethod
     def from_pretrained(

@@ -32,7 +32,7 @@ from dpfast.pool.shards import durable
 VERSION = 5
 STABLE = "stable"
 WRITE_BYTES = 16 << 20
-DTYPES = {
+DTYPES = {  # and their names in a safetensors file
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -43,7 +43,7 @@ DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
-}  # and their names in a safetensors file
+}
 
 
 class DamagedCheckpointWarning(UserWarning):

@@ -19,10 +19,9 @@ from dpfast.roofline.devices import DEVICES, Device
 from dpfast.roofline.fitting import Fit, fit
 
 log = logging.getLogger(__name__)
-HELD = (
-    1000  # a sample or an image in training, over its own bytes in fp32: less than that (ViT-B in training 200 times,
-)
-# Stable Diffusion 1.5 in a guided step 800 times, counted)
+# What a sample or an image in training holds at most, over its own bytes in fp32: less than this many times (counted:
+# ViT-B in training 200, Stable Diffusion 1.5 in a guided step 800).
+HELD = 1000
 
 
 def fit_run(recipe: Recipe, pipeline: Pipeline, ranks: Ranks, *, together: bool = True) -> Fit | None:
