@@ -94,20 +94,16 @@ def import_pool(
 
 
 def _decoder(run: Path, device: torch.device | str) -> codecs.Decode:
-    """The decoder of a run's latents on ``device``, in batches of its generator; loaded with the first of them."""
+    """The decoder of a run's latents on ``device``; its pipeline is loaded with the first of them."""
 
     @functools.cache
-    def loaded() -> tuple[codecs.Decode, int]:
+    def decoder() -> codecs.Decode:
         from dpfast.generate.recipes import load_pipeline
 
-        generator = Recipe.from_dict(json.loads((run / RECIPE).read_text())).generator
-        return load_pipeline(generator, device=device).guidance_decoder, generator.generation_batch
+        recipe = Recipe.from_dict(json.loads((run / RECIPE).read_text()))
+        return load_pipeline(recipe.generator, device=device).guidance_decoder
 
-    def decode(latents: Tensor) -> Tensor:
-        decoder, batch = loaded()
-        return torch.cat([decoder(part).to(latents.device) for part in latents.split(batch)])
-
-    return decode
+    return lambda latents: decoder()(latents).to(latents.device)
 
 
 def _rows(pool: SamplePool, *, decoded: bool = False) -> Iterator[tuple[int, np.ndarray, list[Any]]]:
