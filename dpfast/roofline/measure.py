@@ -58,9 +58,10 @@ def measure(recipe: Recipe, *, pipeline: Pipeline | None = None, seconds: float 
     pipeline: where it is loaded already. Raises what ``load_pipeline`` and ``stages_of`` raise.
     """
     pipeline = pipeline or load_pipeline(recipe.generator, device=device_named(recipe.device))
-    recipe = fit(recipe, here()).recipe
+    stages = stages_of(recipe, here())
+    recipe = fit(recipe, here(), stages=stages).recipe
     classes, config, device = pipeline.denoiser.classes, recipe.learner, pipeline.device
-    stages, clock = stages_of(recipe, here()), _Clock(here(), seconds / 4, device)
+    clock = _Clock(here(), seconds / 4, device)
     trainer = Trainer(new_learner(recipe, pipeline), config, iterations=10**6)
     guide, other = (trainer.classifier(which) for which in (recipe.guidance.guide_with, "raw"))
     guide = guiding(recipe.guidance.criterion, guide, other).eval()
