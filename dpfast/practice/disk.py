@@ -2,7 +2,7 @@
 
     samples       of the rounds to come: what a saved one has taken so far, before the first an estimate by its kind
     mapped files  of the pool, where host and device memory do not hold it (``mapped``)
-    checkpoints   those that are kept, and the one that is being written
+    checkpoints   as many as lie there at once (``most_checkpoints``)
 
 The file system's own number counts: a quota beside it is not seen.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dpfast.config import RecipeError
+from dpfast.config import Recipe, RecipeError
 from dpfast.parallel import Ranks
 from dpfast.pool import codecs, shards
 from dpfast.pool.plan import plan
@@ -32,6 +32,18 @@ def checkpoint_bytes(model: nn.Module) -> int:
     """Of one checkpoint: weights, their average, and two moments of AdamW for each parameter."""
     state = sum(value.numel() * value.itemsize for value in model.state_dict().values())
     return 2 * state + 2 * sum(value.numel() * value.itemsize for value in model.parameters())
+
+
+def most_checkpoints(recipe: Recipe, rounds: int) -> int:
+    """How many checkpoints of a source lie on the disk at once, ``rounds`` rounds later; none without saved samples.
+
+    The newest ones, the last one before the cool-down, the one that is being written, and with ``keep_rounds`` one of
+    every round.
+    """
+    practice = recipe.practice
+    if recipe.pool.save_samples == "none":
+        return 0
+    return practice.checkpoints_kept + 2 + (rounds if practice.keep_rounds else 0)
 
 
 def samples_to_come(loop: Loop) -> int:
@@ -64,15 +76,13 @@ class Needs:
         made = sum(samples for samples, _ in written)
         each = codecs.saved_bytes(recipe.pool.codec, loop.shape, recipe.pool.save_samples)
         each = -(-sum(size for _, size in written) // made) if made else each
-        room = {path: path.stat().st_size for path in checkpoints.glob("*.safetensors")}
-        practice = recipe.practice
-        rounds = -(-count // practice.round_samples) if practice.keep_rounds else 0
-        kept = (practice.checkpoints_kept + 2 + rounds) * checkpoint_bytes(loop.trainer.model)
+        room = sum(path.stat().st_size for path in checkpoints.glob("*.safetensors"))
+        kept = most_checkpoints(recipe, -(-count // recipe.practice.round_samples))
         return cls(
             count=count,
-            samples=0 if recipe.pool.save_samples == "none" else count * each,
+            samples=count * each,
             mapped=ranks * _mapped(local, loop.shape, -(-count // ranks)),
-            checkpoints=0 if recipe.pool.save_samples == "none" else max(kept - sum(room.values()), 0),
+            checkpoints=max(kept * checkpoint_bytes(loop.trainer.model) - room, 0),
         )
 
     @property

@@ -9,6 +9,7 @@ from dpfast.config import Recipe
 from dpfast.pool import codecs
 from dpfast.pool.plan import Plan as PoolPlan
 from dpfast.pool.tiers import readable
+from dpfast.practice.disk import most_checkpoints
 from dpfast.roofline.stages import Stages
 
 # A checkpoint of 1.37 GB with its checksum and fsync took 7.8 s, the median of 6.4, 7.8 and 9.0 (a virtual machine's
@@ -60,19 +61,20 @@ def plan_disk(recipe: Recipe, pool: PoolPlan, stages: Stages, samples: int, seco
     ``checkpoint_minutes`` at the latest, before and after every round, and at the end.
     """
     practice, config = recipe.practice, recipe.pool
-    each = 0 if config.save_samples == "none" else codecs.saved_bytes(config.codec, pool.shape, config.save_samples)
+    each = codecs.saved_bytes(config.codec, pool.shape, config.save_samples)
     took = stages.learner.state / WRITTEN
     rounds = math.ceil(max(0, samples - practice.initial_samples) / practice.round_samples)
     evaluations = practice.iterations / practice.interval(recipe.learner.batch_size)
     between = max(took / practice.checkpoint_share, training / evaluations)
     between = min(between, 60 * practice.checkpoint_minutes or training / evaluations)
-    written = int(training / between) + 2 * (rounds + 1) + 1
+    kept = most_checkpoints(recipe, rounds)
+    written = int(training / between) + 2 * (rounds + 1) + 1 if kept else 0
     return Disk(
         samples=float(samples * each),
         each=each,
         images=config.save_samples if config.codec == "pixels" else config.codec,
         checkpoint=stages.learner.state,
-        kept=practice.checkpoints_kept + 1 + (rounds if practice.keep_rounds else 0),
+        kept=kept,
         files=float(pool.devices * pool.places["file"] * pool.bytes_per_sample),
         checkpoints=written,
         seconds=took,

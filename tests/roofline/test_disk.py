@@ -33,12 +33,12 @@ def test_samples_and_checkpoints_add_up(recipe):
     disk = planned(recipe, save_samples="npy")
     assert disk.each == saved_bytes("pixels", (1, 32, 32), "npy")
     assert disk.samples == 3000 * disk.each
-    assert disk.kept == 3  # two, and the one that is being written
-    assert disk.total == disk.samples + 3 * disk.checkpoint
-    assert planned(recipe, save_samples="none").samples == 0
+    assert disk.kept == 4  # two, the one before the cool-down, and the one that is being written
+    assert disk.total == disk.samples + 4 * disk.checkpoint
+    assert planned(recipe, save_samples="none").total == 0
     assert planned(recipe, save_samples="png").samples < disk.samples
     branches = dataclasses.replace(recipe, practice=dataclasses.replace(recipe.practice, keep_rounds=True))
-    assert planned(branches).kept == 3 + 4
+    assert planned(branches).kept == 4 + 4
 
 
 def test_checkpoints_come_by_the_share_then_by_the_minutes(recipe):
