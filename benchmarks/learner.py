@@ -190,10 +190,8 @@ def measure(training: Training, device: torch.device, *, rounds: int, steps: int
         there = timing.interleave(calls, rounds, device)
         back = timing.interleave(dict(reversed(calls.items())), rounds, device)
     timed = {name: timing.Times([*there[name].seconds, *back[name].seconds]) for name in calls}
-    counted, peak = (
-        flops(lambda: plain_loop(training.model(device), training.config, device, fused=False)(*batches[0])),
-        None,
-    )
+    counted = flops(lambda: plain_loop(training.model(device), training.config, device, fused=False)(*batches[0]))
+    peak = None
     if device.type == "cuda":
         machine = here()
         peak = machine.half if in_bf16(training.config.precision, device) else machine.full
