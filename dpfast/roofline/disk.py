@@ -12,9 +12,9 @@ from dpfast.pool.tiers import readable
 from dpfast.practice.disk import most_checkpoints
 from dpfast.roofline.stages import Stages
 
-# A checkpoint of 1.37 GB with its checksum and fsync took 7.8 s, the median of 6.4, 7.8 and 9.0 (a virtual machine's
-# disk, two cores); a node's own drives are faster.
-WRITTEN = 1.37e9 / 7.8  # bytes/s
+# A checkpoint of 1.37 GB was written with its checksum and fsync in 3.6 to 4.9 s (a virtual machine's disk, two cores:
+# docs/scaling.md); a node's own drives are faster.
+WRITTEN = 1.37e9 / 4.9  # bytes/s
 
 
 @dataclass(frozen=True, kw_only=True)
