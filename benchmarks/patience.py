@@ -70,9 +70,7 @@ RUNS = (
     _imagenet100(64, 32, 4, {6: 469, 8: 606, 11: 782, 18: 1001}),
     _imagenet100(130, 130, 14, {}, 6),
     _imagenet100(130, 64, 5, {27: 494, 47: 618}),
-    _imagenet100(
-        130, 64, 5, {26: 494, 47: 618}
-    ),  # the same run: 1.794 M samples are printed with k = 27, and are k = 26
+    _imagenet100(130, 64, 5, {26: 494, 47: 618}),  # the same: its 1.794 M samples, printed with k = 27, are k = 26
     _imagenet1k(160, 160, {1: 134}),
     _imagenet1k(320, 160, {1: 191}),
     _imagenet1k(320, 320, {1: 71}),

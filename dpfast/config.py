@@ -21,7 +21,7 @@ else:
 SOURCES = ("dp", "static", "prune", "dynamic")  # in the order in which they run
 RECIPES = Path(__file__).parent / "recipes"
 ASSETS = Path(__file__).parent / "assets"
-YOURS = {  # field -> its option, and the names by which recipes call a folder that only their user has
+USER_FOLDERS = {  # field -> its option, and the names by which recipes call a folder that only their user has
     "pipeline": ("--generator DIR", ("stable-diffusion-1.5", "dit-xl-2")),
     "validation": ("--validation DIR", ("imagenet-val",)),
 }
@@ -316,8 +316,11 @@ class Recipe:
 
     def need_folders(self, *names: str) -> None:
         """Raises ``RecipeError`` with the options of all fields of ``names`` whose folder its user has yet to name."""
-        given = {"pipeline": self.generator.pipeline, "validation": self.validation}
-        missing = [YOURS[name][0] for name in names if given[name] in YOURS[name][1] and not Path(given[name]).is_dir()]
+        given, missing = {"pipeline": self.generator.pipeline, "validation": self.validation}, []
+        for name in names:
+            option, placeholders = USER_FOLDERS[name]
+            if given[name] in placeholders and not Path(given[name]).is_dir():
+                missing.append(option)
         if missing:
             raise RecipeError(f"recipe = {self.name!r}: needs folders of yours, say {' '.join(missing)}")
 

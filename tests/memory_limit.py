@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from dpfast.generate.runtime.memory import _Peak
+from dpfast.generate.runtime.memory import LiveBytes
 
 
-class MemoryLimit(_Peak):
+class MemoryLimit(LiveBytes):
     """Within it, this thread's tensors have ``limit`` bytes: an operation that takes them beyond it runs out of memory.
 
         with MemoryLimit(1 << 20) as memory:

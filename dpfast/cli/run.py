@@ -119,7 +119,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
             return _dry_run(practice, out) if ranks.first else 0
         with ranks.together():
             if round is not None and not resume and ranks.first:
-                prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite, told=ranks.beat)
+                prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite, beat=ranks.beat)
             resume = resume or round is not None
     with contextlib.ExitStack() as stack:
         with ranks.together():

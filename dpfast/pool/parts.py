@@ -73,8 +73,8 @@ def _forget(part: Path) -> None:
 class _Saved:
     """The samples of one saved pool, where they lie: its shards are mapped, nothing is copied."""
 
-    def __init__(self, folder: Path, told: Callable[[], None] = lambda: None) -> None:
-        self.manifest, loaded = shards.load_shards(folder, shards.Manifest.read(folder), told=told)
+    def __init__(self, folder: Path, beat: Callable[[], None] = lambda: None) -> None:
+        self.manifest, loaded = shards.load_shards(folder, shards.Manifest.read(folder), beat=beat)
         self.folder, self.shards = folder, list(loaded)
         self.starts = np.cumsum([0, *(len(part.records) for part in self.shards)])
 
@@ -111,7 +111,7 @@ def open_all(folder: Path, **options: Any) -> SamplePool:
 
 
 def open_part(
-    folder: Path, saved: Layout, wanted: Layout, *, told: Callable[[], None] = lambda: None, **options: Any
+    folder: Path, saved: Layout, wanted: Layout, *, beat: Callable[[], None] = lambda: None, **options: Any
 ) -> SamplePool:
     """The rows of ``wanted.ranks`` out of what the ranks of ``saved`` have saved under ``folder``.
 
@@ -120,17 +120,17 @@ def open_part(
     """
     ranks = wanted.ranks
     if saved.ranks.size == ranks.size:
-        return open_pool(part_folder(folder, ranks), limit=wanted.held(), told=told, **options)
+        return open_pool(part_folder(folder, ranks), limit=wanted.held(), beat=beat, **options)
     parts: dict[int, _Saved] = {}
     pool: SamplePool | None = None
     for rows in wanted.rows():
         owner, places = saved.locate(torch.arange(rows.start, rows.stop))
         rank = int(owner[0])
         if rank not in parts:
-            parts[rank] = _Saved(part_folder(folder, saved.ranks, rank), told)
+            parts[rank] = _Saved(part_folder(folder, saved.ranks, rank), beat)
         pool = pool or SamplePool(parts[rank].manifest.codec, **options)
         parts[rank].copy(places.numpy(), pool)
-        told()
+        beat()
     if pool is None:
         raise shards.DamagedPoolError(f"{str(folder)!r} holds no samples of {ranks}")
     return pool

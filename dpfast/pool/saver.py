@@ -255,11 +255,11 @@ def through_jpeg(images: torch.Tensor) -> tuple[torch.Tensor, list[bytes]]:
     return torch.from_numpy(codecs.from_image_files(files)).to(images.device), files
 
 
-def copy_saved(source: Path, target: Path, samples: int, *, told: Callable[[], None] = lambda: None) -> None:
+def copy_saved(source: Path, target: Path, samples: int, *, beat: Callable[[], None] = lambda: None) -> None:
     """Gives a new folder the shards that hold the first ``samples`` of a saved pool: linked, or copied elsewhere.
 
     A shard never changes once it has its name, so two folders can share it. Checksums go with them: what is damaged is
-    found where the copy is opened. ``told`` is called after each shard. Raises ``DamagedPoolError`` when fewer samples
+    found where the copy is opened. ``beat`` is called after each shard. Raises ``DamagedPoolError`` when fewer samples
     are saved, or a shard is missing.
     """
     manifest, held = shards.Manifest.read(source), 0
@@ -275,7 +275,7 @@ def copy_saved(source: Path, target: Path, samples: int, *, told: Callable[[], N
             except FileNotFoundError:
                 if name == shard.name:
                     raise shards.DamagedPoolError(f"{source / name} is missing") from None
-        told()
+        beat()
     if held < samples:
         raise shards.DamagedPoolError(f"{str(source)!r} holds {held} samples, {samples} are needed")
     dataclasses.replace(manifest, quarantined=[]).write(target)
@@ -300,19 +300,19 @@ def open_pool(
     tiers: Tiers | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     decode: codecs.Decode | None = None,
-    told: Callable[[], None] = lambda: None,
+    beat: Callable[[], None] = lambda: None,
 ) -> SamplePool:
     """The pool that was saved in ``folder``, every sample and column as it was; the first ``limit`` samples on request.
 
     Every shard is checked against the manifest. A damaged one is quarantined and named in a ``LostSamplesWarning`` with
-    the ids of its samples; the rest is opened. ``told`` is called after each that was read.
+    the ids of its samples; the rest is opened. ``beat`` is called after each that was read.
 
     Raises ``DamagedPoolError`` when the folder is no saved pool, or one whose intact part has fewer than ``limit``
     samples.
     """
     folder = Path(folder)
     manifest = shards.Manifest.read(folder)
-    manifest, loaded = shards.load_shards(folder, manifest, told=told)
+    manifest, loaded = shards.load_shards(folder, manifest, beat=beat)
     wanted = manifest.samples if limit is None else limit
     if wanted > manifest.samples:
         raise shards.DamagedPoolError(f"{str(folder)!r} holds {manifest.samples} intact samples, {wanted} are needed")
@@ -321,7 +321,7 @@ def open_pool(
         records = part.records[: wanted - len(pool)]
         if len(records):
             pool.append_records(payload_of(part, records, manifest), records.copy())
-        told()
+        beat()
     return pool
 
 

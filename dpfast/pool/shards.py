@@ -294,19 +294,19 @@ def _npy_header(data: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], in
 
 
 def load_shards(
-    folder: Path, manifest: Manifest, *, threads: int = 2, told: Callable[[], None] = lambda: None
+    folder: Path, manifest: Manifest, *, threads: int = 2, beat: Callable[[], None] = lambda: None
 ) -> tuple[Manifest, Iterator[Loaded]]:
     """The manifest of what is intact, and the intact shards in their order, verified ``threads`` at a time.
 
     A shard that is damaged or missing is moved to ``quarantine/``, the manifest on the disk is replaced, and a
     ``LostSamplesWarning`` names the shard and the ids of its samples, at this and at every later opening.
-    ``told`` is called after each shard.
+    ``beat`` is called after each shard.
     """
     checked = []
     with ThreadPoolExecutor(threads, "dpfast-verify") as executor:
         for result in executor.map(lambda shard: verify(folder, shard), manifest.shards):
             checked.append(result)
-            told()
+            beat()
     good, bad = [], list(manifest.quarantined)
     reasons = dict.fromkeys((shard.name for shard in bad), "quarantined before")
     for shard, result in zip(manifest.shards, checked, strict=True):

@@ -29,11 +29,11 @@ def prepare_branch(
     recipe: Recipe,
     *,
     overwrite: bool = False,
-    told: Callable[[], None] = lambda: None,
+    beat: Callable[[], None] = lambda: None,
 ) -> None:
     """Makes ``out`` a run of ``recipe`` that stands at the end of a round of the run in ``trunk``; resume it.
 
-    The trunk is only read. ``told`` is called after each of its shards. Raises ``RecipeError`` when it is no run, has
+    The trunk is only read. ``beat`` is called after each of its shards. Raises ``RecipeError`` when it is no run, has
     another recipe (the fields are named; a branch may have other ``iterations``), kept no checkpoint of that round, or
     is past the start of the new cool-down there.
     """
@@ -68,7 +68,7 @@ def prepare_branch(
                 ranks = Ranks(rank=rank, size=start.state["ranks"])
                 held = Layout(ranks, recipe.generator.generation_batch, tuple(start.state["loop"]["rounds"])).held()
                 part, copy = (part_folder(f, ranks) for f in (trunk / f"pool_{SOURCE}", branch.pool(SOURCE)))
-                copy_saved(part, copy, held, told=told)
+                copy_saved(part, copy, held, beat=beat)
             state = {
                 **start.state,
                 "iterations": recipe.practice.iterations,

@@ -354,7 +354,7 @@ class Keeper:
         wanted = replace(self.layout, rounds=tuple(loop.state.rounds))
         saved = replace(wanted, ranks=Ranks(size=size))
         placed: dict[str, Any] = {name: getattr(loop.local, name) for name in ("tiers", "chunk_bytes", "decode")}
-        placed["told"] = loop.ranks.beat
+        placed["beat"] = loop.ranks.beat
         progress = self.folder.progress(loop.name) if loop.state.pending and loop.source.streams else None
         if progress is not None and (progress["round"] != loop.state.round + 1 or size != loop.ranks.size):
             progress = None

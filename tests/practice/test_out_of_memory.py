@@ -105,9 +105,7 @@ def check(path, whole):
         assert torch.equal(mine.column(name), theirs.column(name)), name
     images, expected = (pool.images(torch.arange(96)).int() for pool in (mine, theirs))
     assert int((images - expected).abs().max()) <= 1
-    found, wanted = (
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (path, whole)
-    )
+    found, wanted = (lines_of(run / "metrics.jsonl") for run in (path, whole))
     assert [(line["event"], line["step"]) for line in found] == [(line["event"], line["step"]) for line in wanted]
     for line, other in zip(found, wanted, strict=True):
         if line["event"] == "evaluation":

@@ -19,8 +19,8 @@ SETTLED = 0.02  # of a slope: so near are two that count as one
 LARGEST = 64  # samples of a batch that is counted
 
 
-class _Peak(TorchDispatchMode):
-    """Counts the bytes of storages that operations create, while they live."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations create, while they live: ``live`` now, ``peak`` at most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
     Counted by storage, so it is exact and repeatable; workspaces inside an operation are not seen.
     """
-    with torch.no_grad(), _Peak() as counter:
+    with torch.no_grad(), LiveBytes() as counter:
         call()
     return counter.peak
 
