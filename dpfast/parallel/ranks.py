@@ -288,4 +288,9 @@ def side_groups(members: Iterable[int], timeout: float, learn: Group, cuda: bool
     def group(name: str) -> Group:
         return Group(name, dist.new_group(list(members), timeout=patience(timeout, False), backend="gloo"))
 
-    return group("control"), {"cpu": group("feed"), **({"cuda": learn} if cuda else {})}
+    return group("control"), feeds(group("feed"), learn, "cuda" if cuda else None)
+
+
+def feeds(host: Group, learn: Group, device: str | None) -> dict[str, Group]:
+    """``feed`` of ``Ranks``: what lies on a device goes through the communicator of the gradients, in one order."""
+    return {"cpu": host} if device is None else {"cpu": host, device: learn}
