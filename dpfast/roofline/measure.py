@@ -61,7 +61,7 @@ def measure(recipe: Recipe, *, pipeline: Pipeline | None = None, seconds: float 
     stages = stages_of(recipe, here())
     recipe = fit(recipe, here(), stages=stages).recipe
     classes, config, device = pipeline.denoiser.classes, recipe.learner, pipeline.device
-    clock = _Clock(here(), seconds / 4, device)
+    clock = StageClock(here(), seconds / 4, device)
     trainer = Trainer(new_learner(recipe, pipeline), config, iterations=10**6)
     guide, other = (trainer.classifier(which) for which in (recipe.guidance.guide_with, "raw"))
     guide = guiding(recipe.guidance.criterion, guide, other).eval()
@@ -127,7 +127,7 @@ def _noise(pipeline: Pipeline) -> SampleBatch:
     return SampleBatch(images=images, labels=ids % pipeline.denoiser.classes, sample_ids=ids, entropy=ids.float())
 
 
-class _Clock:
+class StageClock:
     """Times stages in ``seconds`` each; ``notes`` says how."""
 
     def __init__(self, peaks: Device, seconds: float, device: torch.device) -> None:

@@ -43,7 +43,7 @@ def test_a_stage_ends_in_its_time(most, start, slower, monkeypatch):
     work = Counts(full=1e9)  # a millisecond at the limit, ten expected
     machine = Machine(start, 0.01 * slower)
     monkeypatch.setattr(measured, "time", types.SimpleNamespace(perf_counter=machine.perf_counter))
-    clock = measured._Clock(peaks, 5.0, CPU)
+    clock = measured.StageClock(peaks, 5.0, CPU)
     each = clock.time("training", machine.prepared, work, most=most, dtype="float32")
     assert machine.now <= 5.0 * max(1.0, slower / 2)  # even where it is nine times slower than expected
     assert max(machine.sizes) <= most
@@ -54,7 +54,7 @@ def test_a_stage_ends_in_its_time(most, start, slower, monkeypatch):
 
 def test_what_is_too_long_is_said_and_not_begun(monkeypatch):
     machine = Machine(0.0, 1.0)
-    clock = measured._Clock(DEVICES["h100"], 5.0, CPU)
+    clock = measured.StageClock(DEVICES["h100"], 5.0, CPU)
     assert clock.time("guided samples", machine.prepared, Counts(half=1e15), most=32, dtype="bfloat16") is None
     assert not machine.sizes
     assert clock.notes == ["guided samples: not timed, 1 may take 10 s on cpu: derived"]
