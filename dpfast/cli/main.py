@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dpfast.cli import audit, bench, doctor, export, first, plan, report, run, sample, theory
+from dpfast.cli import audit, bench, doctor, export, first, plan, rehearse, report, run, sample, theory
 from dpfast.config import RecipeError
 
 WORDS = 5.0  # seconds
-COMMANDS = (run, plan, report, sample, audit, bench, export, doctor, theory)
+COMMANDS = (run, plan, rehearse, report, sample, audit, bench, export, doctor, theory)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,56 @@
+"""How long ``dpfast run --dry-run`` times the stages on a device, by the plan's seconds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from dpfast.rehearsal.standins import put
+from dpfast.roofline import measure
+from dpfast.roofline.counting import Counts
+from dpfast.roofline.plan import Plan
+
+MOST = 30.0  # seconds that a dry run may take beside loading and counting
+
+
+class _Time:
+    """In place of the module ``time``: seconds pass where a call says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
+def dry_run_seconds(planned: Plan) -> float:
+    """Seconds in which ``measure`` times all stages of the plan's recipe on one of its devices.
+
+    Its own clock decides on batches and rounds; a call takes what the plan says.
+    """
+    recipe, stages, costs = planned.recipe, planned.stages, planned.costs
+    simulated, device = _Time(), torch.device("cpu")
+    clock = measure.StageClock(planned.device, measure.SECONDS / 4, device)
+    work: list[tuple[str, Counts, float, int]] = [
+        ("unguided samples", stages.unguided, costs.unguided, recipe.generator.at_once),
+        ("guided samples", stages.guided, costs.guided, recipe.generator.at_once),
+        ("training", stages.training, costs.image, recipe.learner.batch_size),
+        ("evaluation", stages.evaluation, costs.evaluation, measure.EVALUATED),
+    ]
+
+    def calls(each: float) -> Callable[[int], contextlib.AbstractContextManager[Callable[[], object]]]:
+        @contextlib.contextmanager
+        def prepared(size: int) -> Iterator[Callable[[], object]]:
+            def call() -> None:
+                simulated.seconds += size * each
+
+            yield call
+
+        return prepared
+
+    with put([(measure, "time", simulated)]):
+        for name, counts, each, most in work:
+            clock.time(name, calls(each), counts, most=most, dtype=recipe.generator.dtype, least=2)
+    return simulated.seconds

@@ -1,0 +1,203 @@
+"""``rehearse``: a recipe at its true size on devices that are not there, and everything that would go wrong."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dpfast.config import Pool, Recipe
+from dpfast.data.real import count_real
+from dpfast.parallel.heartbeat import TIMEOUT
+from dpfast.parallel.recorder import Recorder
+from dpfast.pool.columns import RECORD
+from dpfast.pool.tiers import readable
+from dpfast.rehearsal.device import FakeDevice, PhaseMemory, Wait
+from dpfast.rehearsal.dry_run import MOST as DRY_RUN
+from dpfast.rehearsal.dry_run import dry_run_seconds
+from dpfast.rehearsal.ranks import ranks_of
+from dpfast.rehearsal.timeline import COPY, WRITE, Timeline, timeline
+from dpfast.rehearsal.walk import walk
+from dpfast.roofline.devices import NODE
+from dpfast.roofline.memory import usable
+from dpfast.roofline.plan import Plan, plan
+
+PROCESS = 4e9  # bytes of host memory of a process beside what is counted: Python, torch, CUDA, NCCL (stated)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walked:
+    """One rank's walk, with what ``dpfast.rehearsal.walk.Account`` says.
+
+    collectives: (group, kind, bytes) in their order; device_groups: the groups that moved what lies on the device.
+    """
+
+    rank: int
+    phases: dict[str, PhaseMemory]
+    waits: tuple[Wait, ...]
+    captures: int
+    alive: int
+    checkpoint_bytes: int
+    copied: int
+    written: int
+    collectives: tuple[tuple[str, str, int], ...]
+    device_groups: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What a rehearsal found.
+
+    host: bytes of a node's memory, by kind; dry_run: seconds in which ``--dry-run`` times the stages; failures: in
+    words; empty where a run would go from start to end.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    walks: tuple[Walked, ...]
+    timeline: Timeline
+    host: dict[str, float]
+    dry_run: float
+    failures: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> tuple[str, PhaseMemory]:
+        """The phase that holds most of the first rank's device, and what."""
+        return max(self.walks[0].phases.items(), key=lambda named: named[1].peak)
+
+    @property
+    def margin(self) -> float:
+        """Bytes of a device that may be used and are not: by the tensors that were counted."""
+        return usable(self.plan.device) - self.peak[1].peak
+
+
+def rehearse(
+    recipe: Recipe,
+    device: str,
+    *,
+    count: int = 1,
+    timeout: float = TIMEOUT,
+    disk: float | None = None,
+    ranks: int = 2,
+) -> Rehearsal:
+    """Walks a recipe through ``count`` devices of a kind, as ``dpfast run`` would adapt it to them.
+
+    timeout: of the run (``--timeout``). disk: bytes that are free where its folder is; None: not asked. ranks: how many
+    of the ranks are walked, from the first and the last one on; one is enough for memory, the second holds the order of
+    the collectives.
+
+    Raises ``RecipeError`` for an unknown device, and for a recipe that cannot be planned.
+    """
+    planned = plan(recipe, device, count=count)
+    chosen = sorted({0, count - 1} if ranks > 1 else {0})
+    walks = tuple(walked(planned, rank) for rank in chosen)
+    first = walks[0]
+    saves = first.copied / COPY + first.written / WRITE
+    line = timeline(recipe, planned, saves=saves, checkpoint_bytes=first.checkpoint_bytes, timeout=timeout)
+    host = host_memory(recipe, planned)
+    found = Rehearsal(
+        recipe=planned.fit.recipe,
+        plan=planned,
+        walks=walks,
+        timeline=line,
+        host=host,
+        dry_run=dry_run_seconds(planned),
+    )
+    return replace(found, failures=tuple(_failures(found, timeout, disk)))
+
+
+def walked(planned: Plan, rank: int) -> Walked:
+    """The walk of one rank, with what the plan fitted, and its part of the pool on the device all the time."""
+    recipe = planned.fit.recipe
+    pool = planned.fit.pool
+    held = int(pool.places["device"] * pool.bytes_per_sample)
+    walk = _walked(json.dumps(replace(recipe, pool=Pool(codec=recipe.pool.codec)).to_dict()), planned.count, rank)
+    phases = {
+        name: PhaseMemory(memory.peak + held, {**memory.kinds, "pool": held + memory.kinds.get("pool", 0)})
+        for name, memory in walk.phases.items()
+    }
+    return replace(walk, phases=phases)
+
+
+@functools.lru_cache(maxsize=64)
+def _walked(recipe: str, count: int, rank: int) -> Walked:
+    """Devices differ in what fits, not in what a walk is: the same batches on another device are walked once."""
+    recorder, device = Recorder(), FakeDevice()
+    carried: set[str] = set()
+    ranks = ranks_of(count, rank, NODE, recorder, carried)
+    account = walk(Recipe.from_dict(json.loads(recipe)), ranks, device)
+    return Walked(
+        rank=rank,
+        phases={name: memory for name, memory in device.phases.items() if not name.endswith("start")},
+        waits=tuple(device.waits),
+        captures=account.captures,
+        alive=account.alive,
+        checkpoint_bytes=account.checkpoint_bytes,
+        copied=account.copied,
+        written=account.written,
+        collectives=tuple(recorder.order),
+        device_groups=frozenset(carried),
+    )
+
+
+def host_memory(recipe: Recipe, planned: Plan) -> dict[str, float]:
+    """Bytes of a node's host memory that a run takes, by kind."""
+    pool, here = planned.fit.pool, min(NODE, planned.count)
+    validation, test = count_real(recipe.validation, recipe.held_out, classes=planned.stages.classes)
+    return {
+        "processes": PROCESS * here,
+        "pool": float(pool.places["host"] * pool.bytes_per_sample) * here,
+        "columns": float(pool.samples * RECORD.itemsize) * here,
+        "real images": (validation + test) / planned.count * here * math.prod(planned.stages.image),
+        "checkpoint": 2.0 * planned.stages.learner.state,
+    }
+
+
+def _failures(found: Rehearsal, timeout: float, disk: float | None) -> Iterator[str]:
+    recipe, planned, walks, line, host = found.recipe, found.plan, found.walks, found.timeline, found.host
+    device, first = planned.device, walks[0]
+    limit, here = usable(device), min(NODE, planned.count)
+    for name, memory in first.phases.items():
+        if memory.peak > limit:
+            kinds = ", ".join(f"{kind} {readable(size)}" for kind, size in _largest(memory.kinds))
+            yield f"memory: {name} holds {readable(memory.peak)} of {readable(limit)} ({kinds})"
+    if planned.fit.margin < 0:
+        peak = planned.fit.peak
+        yield f"memory: {peak.phase} takes {readable(peak.total)} of {readable(limit)} with the allocator's reserve"
+    if not planned.fit.pool.fits:
+        yield f"pool: {planned.fit.pool}"
+    if device.host is not None and sum(host.values()) > device.host * here:
+        yield f"host memory: a node's ranks take {readable(sum(host.values()))} of {readable(device.host * here)}"
+    if first.alive:
+        yield f"memory: {first.alive} captured graphs are alive while the learner trains"
+    for wait, times in Counter(w for w in first.waits if w.in_step).items():
+        yield f"waits: a step waits for the host {times} times in {wait.phase}: {wait.operation} ({wait.where})"
+    for other in walks[1:]:
+        if _kinds(other) != _kinds(first)[: len(other.collectives)]:
+            yield f"collectives: rank {other.rank} calls them in another order than rank {first.rank}"
+    if len(first.device_groups) > 1:
+        groups = ", ".join(sorted(first.device_groups))
+        yield f"collectives: the groups {groups} move data of the device and may be in flight together"
+    if line.dead is not None:
+        yield f"ranks: {line.dead}"
+    if line.quiet > timeout:
+        yield f"ranks: a rank tells nothing for {line.quiet:.0f} s, more than --timeout {timeout:g}"
+    share = line.waited / max(line.seconds, 1e-9)
+    if share > recipe.practice.checkpoint_share:
+        yield f"checkpoints: the loop waits {share:.1%} of the run for {line.checkpoints} of them"
+    if disk is not None and planned.disk.total > disk:
+        yield f"disk: the run writes {readable(planned.disk.total)}, free are {readable(disk)}"
+    if found.dry_run > DRY_RUN:
+        yield f"dry run: times the stages for {found.dry_run:.0f} s on this device, more than {DRY_RUN:.0f}"
+
+
+def _kinds(walk: Walked) -> list[tuple[str, str]]:
+    """What every rank calls in one order; what it sends differs."""
+    return [(group, kind) for group, kind, _ in walk.collectives]
+
+
+def _largest(kinds: dict[str, int], most: int = 4) -> list[tuple[str, int]]:
+    return sorted(((k, v) for k, v in kinds.items() if v > 1 << 20), key=lambda pair: -pair[1])[:most]

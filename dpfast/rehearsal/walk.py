@@ -1,0 +1,308 @@
+"""One rank of a run, walked through on a device without numbers: the real loop, at the published sizes.
+
+Models, batches and images have the recipe's sizes; what repeats is cut: a few batches a round, a few steps between two
+evaluations, one round of each kind, a restart in the middle. Every part is the one that runs on a GPU. What has to be
+read from the device is scripted (``dpfast.rehearsal.device.scripted``), what only a GPU has is stood in for
+(``dpfast.rehearsal.standins``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.config import Recipe
+from dpfast.data.folders import BATCH
+from dpfast.data.real import RealData, RealSet
+from dpfast.generate import sampler
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.recipes import class_names, image_shape, resized
+from dpfast.learn import trainer
+from dpfast.parallel import Ranks
+from dpfast.practice import costs, experiment, learners, stopping, yardstick
+from dpfast.practice.callbacks import Addition, Callback
+from dpfast.practice.costs import Price
+from dpfast.practice.loop import Loop
+from dpfast.practice.run_folder import Places, RunFolder
+from dpfast.practice.sources import Round
+from dpfast.practice.stopping import Stop, Stopped
+from dpfast.rehearsal.device import META, FakeDevice
+from dpfast.rehearsal.disk import RehearsedDisk
+from dpfast.rehearsal.graphs import RehearsedRecorder
+from dpfast.rehearsal.standins import put, stand_ins
+from dpfast.roofline.architectures import without_weights
+from dpfast.roofline.counting import Fused
+from dpfast.roofline.memory import AHEAD
+
+BATCHES = 2  # of a rank in each round, and one that is not full
+STEPS = 3  # between two evaluations
+ITERATIONS = 10
+STOPPED = 7  # the step after which the run is stopped: behind an addition, before the cool-down
+MICRO_BATCHES = 4  # of a step; what the loader holds of the others is accounted for
+WALKED = 1  # steps of the learner after each addition; the others are the same again
+
+
+def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
+    """The recipe with everything that repeats cut short, at the sizes of its models, batches and images."""
+    batch = recipe.generator.generation_batch  # a rank's turn; what is in memory at once may be less
+    samples = max(ranks.size * BATCHES * batch, -(-classes // batch) * batch) + batch // 2
+    practice = replace(
+        recipe.practice,
+        initial_samples=samples,
+        round_samples=samples,
+        maximum_samples=2 * samples,
+        iterations=ITERATIONS,
+        evaluate_every=STEPS,
+        evaluate_unit="steps",
+        patience=1,
+        patience_growth="fixed",
+        sources=("dp",),
+    )
+    steps = min(recipe.generator.steps, 2)  # a guided one and a plain one, unless every step is guided
+    share = recipe.learner.batch_size // ranks.size
+    shown = min(share, MICRO_BATCHES * (recipe.learner.micro_batch or share))
+    return replace(
+        recipe,
+        practice=practice,
+        evaluation=(),
+        generator=replace(recipe.generator, steps=steps),
+        learner=replace(recipe.learner, batch_size=shown * ranks.size),
+        pool=replace(recipe.pool, device_gib=1.0, host_gib=1.0, mapped=False),
+    )
+
+
+def without_numbers(recipe: Recipe) -> Pipeline:
+    """The recipe's pipeline on the meta device."""
+    generator = recipe.generator
+    names = class_names(generator)
+    count = None if names is None else len(names)
+    pipeline = without_weights(generator.pipeline, classes=count, dtype=getattr(torch, generator.dtype))
+    return resized(replace(pipeline, device=META), generator.image_size)
+
+
+def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:
+    """As many real images as fill one evaluation batch of every rank and a part of another; no memory of their own."""
+    count = ranks.size * BATCH + BATCH // 5
+    mine = len(ranks.places(count, BATCH))
+    images = torch.zeros((), dtype=torch.uint8).expand(mine, *image_shape(pipeline))
+    real = RealSet(images, torch.arange(mine) % pipeline.denoiser.classes)
+    return RealData(pipeline.class_names, real, real)
+
+
+@dataclass
+class Account:
+    """Beside what the device tells. captures: of all samplers; alive: captured graphs at a training step, at most.
+
+    checkpoint_bytes: of one; copied, written: bytes of it that the loop itself copied to the host, and wrote.
+    """
+
+    captures: int = 0
+    alive: int = 0
+    checkpoint_bytes: int = 0
+    copied: int = 0
+    written: int = 0
+
+
+class RehearsedLoop(Loop):
+    """A loop whose parts are phases of a ``FakeDevice``."""
+
+    device: FakeDevice  # these four are set by ``in_place``
+    recorders: list[RehearsedRecorder]
+    account: Account
+    hidden: int  # bytes of the batches' micro-batches that ``cut`` left out
+    steps = 0  # since samples were added
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        device = self.device
+        with device.kind("learner"):
+            super().__init__(*args, **kwargs)
+        learner = self.trainer
+        device.claim_module(learner.ema.module, "average")
+        device.claim_module(learner.model, "learner")
+        for parameter in learner.model.parameters():
+            parameter.register_post_accumulate_grad_hook(_claimed_gradient(device))
+        learner.optimizer.register_step_post_hook(lambda optimizer, *_: device.claim(_slots(optimizer), "optimizer"))
+        step = device.step(learner.step, "activations")
+
+        def watched(images: Tensor, labels: Tensor) -> Tensor:
+            alive = sum(recorder.alive for recorder in self.recorders)
+            self.account.alive = max(self.account.alive, alive)
+            self.steps += 1
+            if self.steps <= WALKED:
+                loss: Tensor = step(images, labels)
+                return loss
+            learner.step_count += 1
+            return images.new_zeros(())
+
+        learner.step = watched  # type: ignore[method-assign]
+
+    def _train(self) -> bool:
+        with self.device.phase("training"), self.device.kind("batches"), self.device.held("batches", self.hidden):
+            return super()._train()
+
+    def _stands_still(self) -> bool:
+        with self.device.phase("evaluation"), self.device.kind("evaluation"):
+            return super()._stands_still()
+
+    def _add_samples(self) -> None:
+        name = "guided samples" if self.state.round >= 0 else "initial samples"
+        with self.device.phase(name), self.device.kind("sampling"):
+            super()._add_samples()
+        self.steps = 0
+
+    def _addition(self, round: Round) -> Addition:
+        with self.device.phase("account of a round"):
+            return super()._addition(round)
+
+    def _finish(self) -> Any:
+        with self.device.phase("final evaluation"), self.device.kind("evaluation"):
+            return super()._finish()
+
+
+def _claimed_gradient(device: FakeDevice) -> Any:
+    def claim(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            device.claim([parameter.grad], "gradients")
+
+    return claim
+
+
+def _slots(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for slots in optimizer.state.values():
+        yield from (value for value in slots.values() if isinstance(value, Tensor))
+
+
+@contextlib.contextmanager
+def in_place(
+    recipe: Recipe, pipeline: Pipeline, ranks: Ranks, device: FakeDevice, account: Account, hidden: int
+) -> Iterator[None]:
+    """Within it ``DeliberatePractice`` finds the pipeline and the real images of a rehearsal, and its loops tell it."""
+    real = real_images(pipeline, ranks)
+    recorders: list[RehearsedRecorder] = []
+    told = {"device": device, "recorders": recorders, "account": account, "hidden": hidden}
+    loop = type("RehearsedLoop", (RehearsedLoop,), told)
+
+    def recorder(_: torch.device) -> RehearsedRecorder:
+        recorders.append(RehearsedRecorder(device, f"sampler {len(recorders)}"))
+        return recorders[-1]
+
+    values: list[tuple[Any, str, Any]] = [
+        (Recipe, "need_folders", lambda *_: None),
+        (yardstick, "SAMPLES", min(yardstick.SAMPLES, ranks.size * recipe.generator.generation_batch)),
+        (experiment, "check_generator", lambda _: pipeline.class_names),
+        (experiment, "check_real", lambda *_: None),
+        (experiment, "device_named", lambda *_: META),
+        (experiment, "load_pipeline", lambda *_, **__: pipeline),
+        (experiment, "load_real", lambda *_, **__: real),
+        (experiment, "fit_run", lambda *_, **__: None),  # it was fitted before
+        (experiment, "Loop", loop),
+        (learners, "build_learner", _on_the_device(learners.build_learner)),
+        (trainer, "synchronised", lambda model, _: model),  # torch's own on a GPU, whose messages nobody records
+        (stopping, "ASK", 0.0),  # ranks agree before every step, so that all stop at the same one
+        (costs, "price", lambda *_, **__: Price(0.0, 0.0)),
+        (sampler, "CudaRecorder", recorder),
+    ]
+    with put(values):
+        yield
+    account.captures = sum(each.captures for each in recorders)
+
+
+def _on_the_device(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``build``, without drawing the weights on the host first."""
+
+    def built(*args: Any, **kwargs: Any) -> nn.Module:
+        with META:
+            return build(*args, **kwargs)
+
+    return built
+
+
+def _weights(pipeline: Pipeline) -> Iterator[Tensor]:
+    """Of all models that a pipeline's parts hold, and the tables beside them."""
+    seen: set[int] = set()
+    parts: list[object] = [pipeline.denoiser, pipeline.decoder, pipeline.guidance_decoder]
+    while parts:
+        part = parts.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, nn.Module):
+            yield from (*part.parameters(), *part.buffers())
+        elif isinstance(part, Tensor):
+            yield part
+        elif type(part).__module__.startswith("dpfast."):
+            parts += vars(part).values()
+
+
+class _StopsAt(Callback):
+    """Asks a run to stop after a step, as SIGTERM does."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.stop = step, Stop()
+
+    def on_step(self, loop: Loop) -> None:
+        if loop.trainer.step_count == self.step:
+            self.stop.requested = True
+
+
+def walk(recipe: Recipe, ranks: Ranks, device: FakeDevice, *, gpu: bool = True) -> Account:
+    """Runs a recipe, made short by ``cut``, as ``ranks.rank``. gpu: or on a CPU.
+
+    The run is stopped in its middle. The first rank then goes on from the folder to the end, as after a kill.
+    """
+    account, disk = Account(), RehearsedDisk()
+    with contextlib.ExitStack() as stack:
+        gc.collect()
+        gc.freeze()  # what was there before is not looked at each time that a phase gives back its memory
+        stack.callback(gc.unfreeze)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "for .*copying from a non-meta parameter")  # there is nothing to copy into
+        for context in (Fused(), device, stand_ins(device, gpu=gpu), put(disk.values())):
+            stack.enter_context(context)
+        with device.phase("models"), device.kind("generator"):
+            pipeline = without_numbers(recipe)
+            device.claim(_weights(pipeline), "generator")
+        short = cut(recipe, ranks, pipeline.denoiser.classes)
+        missing = (recipe.learner.batch_size - short.learner.batch_size) // ranks.size
+        hidden = AHEAD * missing * 4 * math.prod(image_shape(pipeline))
+        stack.enter_context(in_place(short, pipeline, ranks, device, account, hidden))
+        out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        _stopped(short, ranks, out)
+        if ranks.first:
+            gc.collect()
+            with device.after_a_restart():
+                _to_the_end(short, ranks, out)
+    account.checkpoint_bytes, account.copied, account.written = disk.bytes, disk.copied, disk.written
+    return account
+
+
+def _stopped(recipe: Recipe, ranks: Ranks, out: Path) -> None:
+    stops = _StopsAt(STOPPED)
+    with _folder(recipe, ranks, out, resume=False) as folder, contextlib.suppress(Stopped):
+        practice = experiment.DeliberatePractice(recipe, ranks=ranks)
+        practice.run(folder, progress=False, callbacks=[stops], stop=stops.stop)
+
+
+def _to_the_end(recipe: Recipe, ranks: Ranks, out: Path) -> None:
+    with _folder(recipe, ranks, out, resume=True) as folder:
+        experiment.DeliberatePractice(recipe, ranks=ranks).run(folder, progress=False)
+
+
+@contextlib.contextmanager
+def _folder(recipe: Recipe, ranks: Ranks, out: Path, *, resume: bool) -> Iterator[Places]:
+    if ranks.first:
+        with RunFolder(out, recipe, resume=resume, ranks=ranks) as folder:
+            yield folder
+    else:
+        out.mkdir()
+        yield Places(out, ranks)
