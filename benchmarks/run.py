@@ -35,6 +35,7 @@ TABLES = {
     "learner": "benchmarks.learner",
     "plan": "benchmarks.planner",
     "patience": "benchmarks.patience",
+    "rehearsal": "benchmarks.rehearsal",
     "scaling": "benchmarks.scaling",
     "overhead": "benchmarks.overhead",
     "ranks": "benchmarks.ranks",
