@@ -1,0 +1,62 @@
+"""The ImageNet recipes go from start to end on the GPUs that people have, at their true size."""
+
+import pytest
+
+from dpfast.cli.main import main
+from dpfast.config import Recipe
+from dpfast.rehearsal import rehearse
+from dpfast.rehearsal.dry_run import MOST, dry_run_seconds
+from dpfast.roofline import measure
+from dpfast.roofline.memory import usable
+from dpfast.roofline.plan import plan
+
+RECIPES = ("imagenet100-sd15", "imagenet1k-sd15", "imagenet1k-dit")
+PLACES = (("h100", 8), ("h100", 32), ("a100", 8), ("h200", 8), ("h100", 1), ("rtx4090", 1))
+
+
+@pytest.mark.parametrize(("device", "count"), PLACES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_or_adapts(name, device, count):
+    # a second rank holds the order of the collectives: of one place is enough
+    found = rehearse(Recipe.load(name), device, count=count, ranks=2 if (name, count) == (RECIPES[0], 8) else 1)
+    pool = found.plan.fit.pool
+    wanted = [failure for failure in found.failures if not failure.startswith("pool")]
+    assert not wanted
+    assert found.margin > 0
+    # all that does not fit is the pool of the largest recipes on one card, and there a size is proposed that does
+    assert pool.fits or (device == "rtx4090" and found.plan.fit.proposals)
+    assert not any(wait.in_step for wait in found.walks[0].waits)
+    assert max(phase.peak for phase in found.walks[0].phases.values()) < usable(found.plan.device)
+
+
+def test_a_disk_that_cannot_hold_the_samples():
+    recipe = Recipe.load(RECIPES[1], save_samples="npy")
+    found = rehearse(recipe, "h100", count=8, disk=1e12, ranks=1)
+    assert [failure for failure in found.failures if failure.startswith("disk: the run writes 1.")]
+    assert not rehearse(recipe, "h100", count=8, disk=2e12, ranks=1).failures
+
+
+def test_a_dry_run_that_times_whole_batches(monkeypatch):
+    planned = plan(Recipe.load(RECIPES[1]), "h100")
+    assert dry_run_seconds(planned) < MOST
+
+    def whole(self, name, prepared, counts, *, most, dtype, least=1):
+        with prepared(most) as call:
+            for _ in range(4 * (40 if name == "training" else 1)):
+                call()
+
+    monkeypatch.setattr(measure.StageClock, "time", whole)
+    assert dry_run_seconds(planned) > MOST
+
+
+def test_the_command_prints_what_it_found(capsys):
+    assert main(["rehearse", "fashion", "--device", "h100", "--disk", "0.001"]) == 1
+    told = capsys.readouterr().out
+    for words in (
+        "fashion on H100, rehearsed without data",
+        "guided samples",
+        "clock, by",
+        "FAILS disk: the run writes",
+    ):
+        assert words in told
+    assert "0 alive while the learner trains" in told
