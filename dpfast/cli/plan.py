@@ -14,8 +14,8 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--device", default="h100",
-        help="the GPU that the plan is about, not one to run on: a100, h100, h200, b200, or here, this machine, "
-        "measured (default h100)",
+        help="the GPU that the plan is about, not one to run on: a100, h100, h200, b200, rtx4090, or here, this "
+        "machine, measured (default h100)",
     )  # fmt: skip
     parser.add_argument("--count", type=int, default=1, help="how many of them (default 1)")
     parser.add_argument(

@@ -201,7 +201,8 @@ def stages_of(recipe: Recipe, device: Device) -> Stages:
     learner = recipe.learner
     half = learner.precision == "bf16" or (learner.precision == "auto" and device.gpu)
     practice = recipe.practice
-    key = repr((recipe.generator, recipe.guidance, learner, practice.early_candidates, practice.early_until))
+    parts = replace(recipe.generator, sampling_batch=None), replace(learner, micro_batch=None)  # they change no count
+    key = repr((*parts, recipe.guidance, practice.early_candidates, practice.early_until))
     key += repr((practice.restart, recipe.pool.codec, recipe.seed, half))
     if key not in _STAGES:
         names = class_names(recipe.generator)

@@ -108,7 +108,8 @@ def measure(recipe: Recipe, *, pipeline: Pipeline | None = None, seconds: float 
         with contextlib.closing(loader):
             yield lambda: trainer.step(*next(loader))
 
-    precision, share = "bfloat16" if trainer.bf16 else "float32", min(config.batch_size, config.micro_batch or 1 << 30)
+    precision = "bfloat16" if trainer.bf16 else "float32"
+    share = min(config.batch_size, config.micro_batch or config.batch_size)
     learned = clock.time("training", training, stages.training, most=share, dtype=precision, least=2)
     images = pool.images(torch.arange(EVALUATED) % len(pool))
 
