@@ -84,9 +84,6 @@ class EchoStore:
     def delete_key(self, key: str) -> bool:
         return True
 
-    def add(self, key: str, amount: int) -> int:
-        return amount
-
 
 def ranks_of(count: int, rank: int, node: int, recorder: Recorder, carried: set[str]) -> Ranks:
     """Rank ``rank`` of ``count``, ``node`` of them on a machine; its collectives go to ``recorder``.

@@ -19,9 +19,10 @@ from dpfast.rehearsal.device import FakeDevice, PhaseMemory, Wait
 from dpfast.rehearsal.dry_run import MOST as DRY_RUN
 from dpfast.rehearsal.dry_run import dry_run_seconds
 from dpfast.rehearsal.ranks import ranks_of
-from dpfast.rehearsal.timeline import COPY, WRITE, Timeline, timeline
+from dpfast.rehearsal.timeline import COPY, Timeline, timeline
 from dpfast.rehearsal.walk import walk
 from dpfast.roofline.devices import NODE
+from dpfast.roofline.disk import WRITTEN
 from dpfast.roofline.memory import usable
 from dpfast.roofline.plan import Plan, plan
 
@@ -95,7 +96,7 @@ def rehearse(
     chosen = sorted({0, count - 1} if ranks > 1 else {0})
     walks = tuple(walked(planned, rank) for rank in chosen)
     first = walks[0]
-    saves = first.copied / COPY + first.written / WRITE
+    saves = first.copied / COPY + first.written / WRITTEN
     line = timeline(recipe, planned, saves=saves, checkpoint_bytes=first.checkpoint_bytes, timeout=timeout)
     host = host_memory(recipe, planned)
     found = Rehearsal(

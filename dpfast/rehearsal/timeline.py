@@ -16,10 +16,10 @@ from dpfast.parallel import RankError, Ranks
 from dpfast.parallel.heartbeat import TIMEOUT, Clock, Heartbeat
 from dpfast.practice.background import CheckpointTimer
 from dpfast.practice.patience import Patience
+from dpfast.roofline.disk import WRITTEN
 from dpfast.roofline.network import link_of, step_seconds
 from dpfast.roofline.plan import Plan
 
-WRITE = 0.2e9  # bytes/s of a checkpoint with checksum and fsync: 1.37 GB in 6.4 to 9.0 s on a local disk (stated)
 COPY = 20e9  # bytes/s from a GPU into pinned memory, PCIe 4.0 (stated)
 LOOKS = 5.0  # seconds that a simulated rank sleeps at least between two looks at the others
 SLOWER = 0.5  # how much slower than the others one rank may be, and the run goes on
@@ -122,7 +122,7 @@ def timeline(recipe: Recipe, plan: Plan, *, saves: float, checkpoint_bytes: int,
     timer = CheckpointTimer(practice.checkpoint_share, practice.checkpoint_minutes, clock.now)
     patience = Patience(practice.patience, practice.initial_samples, practice.patience_growth)
     line = Timeline(interval=interval * step, checkpoint_bytes=checkpoint_bytes)
-    took = checkpoint_bytes / WRITE
+    took = checkpoint_bytes / WRITTEN
     newest = 0.0
 
     def save() -> None:

@@ -26,7 +26,7 @@ from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
 from dpfast.generate import sampler
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.recipes import class_names, image_shape, resized
+from dpfast.generate.recipes import image_shape
 from dpfast.learn import trainer
 from dpfast.parallel import Ranks
 from dpfast.practice import costs, experiment, learners, stopping, yardstick
@@ -40,7 +40,7 @@ from dpfast.rehearsal.device import META, FakeDevice
 from dpfast.rehearsal.disk import RehearsedDisk
 from dpfast.rehearsal.graphs import RehearsedRecorder
 from dpfast.rehearsal.standins import put, stand_ins
-from dpfast.roofline.architectures import without_weights
+from dpfast.roofline.architectures import pipeline_of
 from dpfast.roofline.counting import Fused
 from dpfast.roofline.memory import AHEAD
 
@@ -79,15 +79,6 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         learner=replace(recipe.learner, batch_size=shown * ranks.size),
         pool=replace(recipe.pool, device_gib=1.0, host_gib=1.0, mapped=False),
     )
-
-
-def without_numbers(recipe: Recipe) -> Pipeline:
-    """The recipe's pipeline on the meta device."""
-    generator = recipe.generator
-    names = class_names(generator)
-    count = None if names is None else len(names)
-    pipeline = without_weights(generator.pipeline, classes=count, dtype=getattr(torch, generator.dtype))
-    return resized(replace(pipeline, device=META), generator.image_size)
 
 
 def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:
@@ -270,7 +261,7 @@ def walk(recipe: Recipe, ranks: Ranks, device: FakeDevice, *, gpu: bool = True) 
         for context in (Fused(), device, stand_ins(device, gpu=gpu), put(disk.values())):
             stack.enter_context(context)
         with device.phase("models"), device.kind("generator"):
-            pipeline = without_numbers(recipe)
+            pipeline = replace(pipeline_of(recipe.generator), device=META)
             device.claim(_weights(pipeline), "generator")
         short = cut(recipe, ranks, pipeline.denoiser.classes)
         missing = (recipe.learner.batch_size - short.learner.batch_size) // ranks.size

@@ -11,12 +11,13 @@ import diffusers
 import torch
 from torch import nn
 
-from dpfast.config import RecipeError
+from dpfast.config import Generator, RecipeError
 from dpfast.generate.decoder import Decoder, TinyDecoder, VaeDecoder
 from dpfast.generate.denoiser import DiTDenoiser, TextUNetDenoiser
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.solvers import load_scheduler, prediction_of
+from dpfast.generate.recipes import class_names, resized
 from dpfast.learn.models import build_learner
 
 META = torch.device("meta")
@@ -98,6 +99,13 @@ def published(
     names = tuple(f"class {i}" for i in range(classes))
     placed = torch.device("cpu") if device == META else device
     return Pipeline(Path(name), denoiser, decoder, tiny, scheduler, names, 3, placed)
+
+
+def pipeline_of(generator: Generator) -> Pipeline:
+    """The pipeline of a recipe's [generator], with its classes and its size of images. Raises ``RecipeError``."""
+    names = class_names(generator)
+    classes, dtype = None if names is None else len(names), getattr(torch, generator.dtype)
+    return resized(without_weights(generator.pipeline, classes=classes, dtype=dtype), generator.image_size)
 
 
 def without_weights(source: str | Path, *, classes: int | None = None, dtype: torch.dtype = torch.float32) -> Pipeline:

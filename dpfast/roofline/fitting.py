@@ -19,13 +19,12 @@ import torch
 
 from dpfast.config import Recipe, RecipeError
 from dpfast.data.folders import BATCH
-from dpfast.generate.recipes import class_names, resized
 from dpfast.pool import codecs
 from dpfast.pool.plan import Plan as PoolPlan
 from dpfast.pool.plan import plan as plan_pool
 from dpfast.pool.tiers import DEVICE_SHARE, FILE_SHARE, GIB, HOST_SHARE, Tiers, readable
 from dpfast.roofline import devices
-from dpfast.roofline.architectures import without_weights
+from dpfast.roofline.architectures import pipeline_of
 from dpfast.roofline.devices import Device
 from dpfast.roofline.memory import Footprint, evaluation_bytes, footprints, sampling_bytes, training_bytes, usable
 from dpfast.roofline.stages import Stages, count_stages
@@ -205,14 +204,8 @@ def stages_of(recipe: Recipe, device: Device) -> Stages:
     key = repr((*parts, recipe.guidance, practice.early_candidates, practice.early_until))
     key += repr((practice.restart, recipe.pool.codec, recipe.seed, half))
     if key not in _STAGES:
-        names = class_names(recipe.generator)
-        pipeline = without_weights(
-            recipe.generator.pipeline,
-            classes=None if names is None else len(names),
-            dtype=getattr(torch, recipe.generator.dtype),
-        )
         try:
-            _STAGES[key] = count_stages(recipe, resized(pipeline, recipe.generator.image_size), half_training=half)
+            _STAGES[key] = count_stages(recipe, pipeline_of(recipe.generator), half_training=half)
         except ValueError as error:
             raise RecipeError(str(error)) from error
     return _STAGES[key]
