@@ -28,7 +28,7 @@ from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import AHEAD, Heartbeat, RankError, silent
 
 ANSWER = 5.0  # seconds, after a failure, in which a rank that lives says so
-FAILURES = (
+FAILURES = (  # no request to stop
     ArithmeticError,
     ImportError,
     LookupError,
@@ -36,7 +36,7 @@ FAILURES = (
     RuntimeError,
     TypeError,
     ValueError,
-)  # no request to stop
+)
 LOST = ("gloo", "NCCL", "Connection", "connection", "Timed out", "timed out")  # in the errors of a broken collective
 
 
