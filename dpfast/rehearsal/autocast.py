@@ -7,13 +7,18 @@ promote to. With ``cache_enabled`` a weight has one bf16 copy for all of its use
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+
+from dpfast.roofline.counting import Fused
 
 HALF = frozenset(
     {
@@ -75,10 +80,21 @@ FULL = frozenset(
 class MetaAutocast(TorchFunctionMode):
     """In place of ``torch.autocast("cuda", torch.bfloat16)``, for floating tensors of the meta device."""
 
+    active: ClassVar[int] = 0  # how many are entered
+
     def __init__(self, *, cache_enabled: bool = True) -> None:
         super().__init__()
         self.cache_enabled = cache_enabled
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> MetaAutocast:
+        MetaAutocast.active += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        MetaAutocast.active -= 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,6 +112,20 @@ class MetaAutocast(TorchFunctionMode):
         if id(tensor) not in self._weights:
             self._weights[id(tensor)] = tensor, tensor.to(torch.bfloat16)
         return self._weights[id(tensor)][1]
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """``torch.utils.checkpoint.checkpoint``, which runs ``function`` again as it ran: under autocast or not.
+
+    A backward pass has left the modes that its call was made in.
+    """
+    cast = MetaAutocast.active > 0
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        with Fused(), MetaAutocast(cache_enabled=False) if cast else contextlib.nullcontext():
+            return function(*inputs, **named)
+
+    return torch.utils.checkpoint.checkpoint(run, *args, **options)
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ What it does not see: workspaces inside a kernel, and the gaps of the caching al
 from __future__ import annotations
 
 import contextlib
+import math
 import traceback
 import weakref
 from collections import Counter
@@ -23,17 +24,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+LARGE = 1 << 26  # elements
 META = torch.device("meta")
 aten = torch.ops.aten
 BESIDE = ("/rehearsal/device.py", "/rehearsal/autocast.py", "/roofline/counting.py")
 
 
 def scripted(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """What the host reads from a device without numbers: zeros, on the CPU and without memory of their own.
+    """What the host reads from a device without numbers: zeros, on the CPU; large ones without memory of their own.
 
     So every accuracy is 0, no evaluation but the first is a new best, every loss is finite, and no gradient is skipped.
     """
-    return torch.zeros((), dtype=dtype).expand(tuple(shape))
+    shape = tuple(shape)
+    return torch.zeros(shape if math.prod(shape) <= LARGE else (), dtype=dtype).expand(shape)
 
 
 @dataclass(frozen=True)

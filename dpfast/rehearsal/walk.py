@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.config import Recipe
+from dpfast.config import Recipe, RecipeError
 from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
 from dpfast.generate import sampler
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.recipes import image_shape
-from dpfast.learn import trainer
+from dpfast.learn import checkpointing, trainer
 from dpfast.parallel import Ranks
 from dpfast.practice import costs, experiment, learners, stopping, yardstick
 from dpfast.practice.callbacks import Addition, Callback
@@ -36,6 +36,7 @@ from dpfast.practice.loop import Loop
 from dpfast.practice.run_folder import Places, RunFolder
 from dpfast.practice.sources import Round
 from dpfast.practice.stopping import Stop, Stopped
+from dpfast.rehearsal.autocast import checkpoint
 from dpfast.rehearsal.device import META, FakeDevice
 from dpfast.rehearsal.disk import RehearsedDisk
 from dpfast.rehearsal.graphs import RehearsedRecorder
@@ -53,7 +54,18 @@ WALKED = 1  # steps of the learner after each addition; the others are the same 
 
 
 def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
-    """The recipe with everything that repeats cut short, at the sizes of its models, batches and images."""
+    """The recipe with everything that repeats cut short, at the sizes of its models, batches and images; not compiled.
+
+    Raises ``RecipeError`` for what cannot be walked: files that are decoded take numbers, and ranks that only generate
+    speak with the others all the time.
+    """
+    for name, value in (("codec", recipe.pool.codec), ("loader", recipe.learner.loader)):
+        if value in ("jpeg", "dali"):
+            raise RecipeError(f"{name} = {value!r}: a rehearsal decodes no files; rehearse it with pixels or latents")
+    if recipe.practice.overlap:
+        raise RecipeError(
+            f"overlap = {recipe.practice.overlap}: a rehearsal walks ranks that do all in turns; expected 0"
+        )
     batch = recipe.generator.generation_batch  # a rank's turn; what is in memory at once may be less
     samples = max(ranks.size * BATCHES * batch, -(-classes // batch) * batch) + batch // 2
     practice = replace(
@@ -66,17 +78,18 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         evaluate_unit="steps",
         patience=1,
         patience_growth="fixed",
-        sources=("dp",),
+        sources=("dp",) if "dp" in recipe.practice.sources else recipe.practice.sources[:1],
     )
-    steps = min(recipe.generator.steps, 2)  # a guided one and a plain one, unless every step is guided
+    # a guided step and a plain one, unless every step is guided; where a round begins late, it begins at its own step
+    steps = recipe.generator.steps if recipe.practice.restart else min(recipe.generator.steps, 2)
     share = recipe.learner.batch_size // ranks.size
     shown = min(share, MICRO_BATCHES * (recipe.learner.micro_batch or share))
     return replace(
         recipe,
         practice=practice,
         evaluation=(),
-        generator=replace(recipe.generator, steps=steps),
-        learner=replace(recipe.learner, batch_size=shown * ranks.size),
+        generator=replace(recipe.generator, steps=steps, compile=False),
+        learner=replace(recipe.learner, batch_size=shown * ranks.size, compile_learner=False),
         pool=replace(recipe.pool, device_gib=1.0, host_gib=1.0, mapped=False),
     )
 
@@ -199,6 +212,7 @@ def in_place(
         (experiment, "Loop", loop),
         (learners, "build_learner", _on_the_device(learners.build_learner)),
         (trainer, "synchronised", lambda model, _: model),  # torch's own on a GPU, whose messages nobody records
+        (checkpointing, "checkpoint", checkpoint),
         (stopping, "ASK", 0.0),  # ranks agree before every step, so that all stop at the same one
         (costs, "price", lambda *_, **__: Price(0.0, 0.0)),
         (sampler, "CudaRecorder", recorder),
@@ -269,7 +283,7 @@ def walk(recipe: Recipe, ranks: Ranks, device: FakeDevice, *, gpu: bool = True) 
         stack.enter_context(in_place(short, pipeline, ranks, device, account, hidden))
         out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         _stopped(short, ranks, out)
-        if ranks.first:
+        if ranks.first and short.pool.save_samples != "none":
             gc.collect()
             with device.after_a_restart():
                 _to_the_end(short, ranks, out)
