@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,8 +91,14 @@ class GradientBuckets(Gradients):
         self._index = {p: index for index, bucket in enumerate(self.buckets) for p in bucket.parameters}
         self._work: list[Any] = []  # of the buckets that have been sent, the first ones
         self._sending = False
+        buckets = weakref.ref(self)  # Python finds no cycle through a parameter's hooks: it would live for good
+
+        def arrived(parameter: Tensor) -> None:
+            if (held := buckets()) is not None:
+                held._arrived(parameter)
+
         for parameter in self._index:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            parameter.register_post_accumulate_grad_hook(arrived)
 
     def begin(self) -> None:
         self._work.clear()

@@ -1,5 +1,8 @@
 """A step in micro-batches: the same gradients, less memory, and out of memory as no more than a reason for halves."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -206,3 +209,12 @@ def test_checkpointed_activations_change_the_memory_and_nothing_else(spec, optio
 def test_a_network_without_repeated_blocks_is_named():
     with pytest.raises(RecipeError, match="activation_checkpointing = True: Sequential repeats no module"):
         trainer_of(model(), activation_checkpointing=True)
+
+
+def test_a_learner_of_several_ranks_is_freed_with_its_trainer():
+    model = nn.Linear(4, 4)
+    buckets = GradientBuckets(list(model.parameters()), Ranks(size=2))
+    freed = weakref.ref(model.weight)
+    del model, buckets
+    gc.collect()
+    assert freed() is None
