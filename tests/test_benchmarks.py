@@ -182,6 +182,15 @@ def test_the_gpu_ratios_that_the_readme_gives_are_those_of_the_record():
     assert f"{low[COMPILED]:.2f} to {high[COMPILED]:.2f} times as fast as torch.compile" in text
 
 
+def test_the_documented_rehearsal_is_that_of_the_record_and_within_a_tenth():
+    text = (gate.ROOT / "docs" / "scaling.md").read_text()
+    for record in {record["samples"]: record for record in recorded("rehearsal")}.values():
+        rehearsed, measured, ratio = max(record["phases"].values()), record["measured"], record["ratio"]
+        sizes = f"{record['samples']}, {record['images']}"
+        assert f"| {sizes} | {measured / 1e6:.0f} MB | {rehearsed / 1e6:.0f} MB | {ratio:.3f} |" in text
+        assert abs(ratio - 1) < 0.1
+
+
 def test_the_documented_differences_of_bf16_are_those_of_the_record():
     text = (gate.ROOT / "docs" / "numerics.md").read_text()
     for record in {record["learner"]: record for record in recorded("precision")}.values():
