@@ -324,6 +324,31 @@ class Recipe:
         if missing:
             raise RecipeError(f"recipe = {self.name!r}: needs folders of yours, say {' '.join(missing)}")
 
+    def check_ranks(self, count: int) -> None:
+        """Raises ``RecipeError`` where a run under torchrun with ``count`` ranks would be refused."""
+        practice, size, batch = self.practice, self.learner.batch_size, self.generator.generation_batch
+        if practice.overlap and practice.overlap >= count:
+            raise RecipeError(
+                f"overlap = {practice.overlap}: expected 0, or under torchrun fewer than its {count} ranks"
+            )
+        if count <= 1:
+            return
+        ranks = count - practice.overlap  # the others only generate
+        if size % (2 * ranks):
+            raise RecipeError(f"batch_size = {size}: expected a multiple of {2 * ranks}, twice the {ranks} ranks")
+        if -(-practice.initial_samples // batch) < ranks:
+            raise RecipeError(
+                f"generation_batch = {batch}: initial_samples = {practice.initial_samples} are fewer batches than the "
+                f"{ranks} ranks; expected at most {practice.initial_samples // ranks}"
+            )
+        if "prune" in practice.sources and ranks > 1:
+            raise RecipeError("sources: 'prune' chooses among all candidates of a round; run it on one rank")
+        if practice.restart:
+            raise RecipeError(
+                f"restart = {practice.restart:g}: a sample begins from any of the pool's, of which each rank holds a "
+                "part; expected 0, or one rank"
+            )
+
     @classmethod
     def load(cls, source: str | Path, **overrides: Any) -> Recipe:
         """Reads a recipe by name or path and replaces fields by ``overrides`` (leaf names, e.g. ``omega=0.03``).

@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
+    recipe.check_ranks(arguments.count)
 
     from dpfast.roofline.devices import HERE
     from dpfast.roofline.measure import measure

@@ -26,6 +26,7 @@ def add(commands: Commands) -> None:
 def rehearse(arguments: argparse.Namespace) -> int:
     """Prints what was found. Exit code 1 where something would go wrong."""
     recipe = recipe_of(arguments)
+    recipe.check_ranks(arguments.count)
 
     from dpfast.rehearsal import rehearse
     from dpfast.rehearsal.table import rehearsal_table
