@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -57,6 +58,34 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path, capsys):
     assert "--resume continues it, --overwrite replaces it" in capsys.readouterr().err
     assert main(["sample", "--labels", "0", "--out", str(tmp_path / "run")]) == 2
     assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_dry_run_ends_with_the_refusal_of_the_run(tmp_path, monkeypatch, capsys):
+    """A pool of mapped files, on a disk without room for it."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - 10**6, free=10**6))
+    command = ["run", "fashion", "--mapped", "true", "--host-gib", "0", "--out", str(tmp_path / "run"), "--quiet"]
+    said = []
+    for options in (["--dry-run"], []):
+        assert main([*command, *options, "--device", "cpu"]) == 2
+        out, error = capsys.readouterr()
+        assert out == ""
+        said.append(error)
+    assert said[0] == said[1]
+    assert "the pool needs" in said[0]
+    assert said[0].count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["plan", "rehearse"])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--count", "7"], "batch_size = 512: expected a multiple of 14, twice the 7 ranks"),
+        (["--count", "2", "--initial-samples", "1000", "--generation-batch", "1000"], "fewer batches than the 2 ranks"),
+    ],
+)
+def test_a_count_of_devices_is_refused_as_the_run_refuses_it(command, options, named, capsys):
+    assert main([command, "imagenet100-sd15", "--device", "h100", "--batch-size", "512", *options]) == 2
+    assert named in capsys.readouterr().err
 
 
 def test_sample_writes_images_of_the_classes_asked_for(tmp_path, capsys):

@@ -20,6 +20,7 @@ LAUNCH = ".launch"  # in a run's folder: which torchrun made it
 
 if TYPE_CHECKING:
     from dpfast.parallel import Ranks
+    from dpfast.pool.plan import Plan as PoolPlan
     from dpfast.practice.experiment import DeliberatePractice
     from dpfast.practice.stopping import Stop
     from dpfast.roofline.fitting import Fit
@@ -116,7 +117,9 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         with ranks.together():
             practice = DeliberatePractice(recipe, ranks=ranks)
         if arguments.dry_run:
-            return _dry_run(practice, out) if ranks.first else 0
+            with ranks.together():
+                pool = practice.place_pool(out)
+            return _dry_run(practice, pool, out) if ranks.first else 0
         with ranks.together():
             if round is not None and not resume and ranks.first:
                 prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite, beat=ranks.beat)
@@ -159,13 +162,16 @@ def _begun(out: Path, *, overwrite: bool) -> bool:
     return not overwrite or (kept.is_file() and kept.read_text() == launch())
 
 
-def _dry_run(practice: DeliberatePractice, out: Path) -> int:
+def _dry_run(practice: DeliberatePractice, pool: PoolPlan, out: Path) -> int:
     """Everything has been checked: the generator is loaded, the real images are read, the learner has been tried."""
     from dpfast.roofline.measure import measure
     from dpfast.roofline.plan import plan
     from dpfast.roofline.table import plan_table
 
     timings = measure(practice.recipe, pipeline=practice.pipeline)
-    print(plan_table(plan(practice.recipe, "here", count=practice.ranks.size, timings=timings)))
+    count = practice.ranks.size
+    made = plan(practice.recipe, "here", count=count, timings=timings)
+    made = replace(made, fit=replace(made.fit, pool=replace(pool, devices=count), proposals=()))  # as the run places it
+    print(plan_table(made))
     print(f"\nNothing was written; without --dry-run the run begins in {out}")
     return 0

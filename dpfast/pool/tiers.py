@@ -63,22 +63,27 @@ class Tiers:
         *,
         device_bytes: int | None = None,
         host_bytes: int | None = None,
+        free: float | None = None,
         processes: int = 1,
     ) -> Tiers:
         """Shares of what is free now: device memory for a CUDA device, host memory within the limits of a container or
         of Slurm (``dpfast.hardware.memory``), and the disk of ``folder``.
 
         device_bytes, host_bytes: budgets in place of the shares; of a CPU as the device, a budget in bytes is a part of
-        the host's memory that is filled first. processes: that share this machine's host memory and disk alike.
+        the host's memory that is filled first. free: bytes of one process's host memory in place of what is found.
+        processes: that share this machine's host memory and disk alike.
         """
         device = None if device is None else torch.device(device)
         cuda = device is not None and device.type == "cuda"
         if device_bytes is None:
             device_bytes = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) if cuda else 0
+        if host_bytes is None:
+            share = HOST_SHARE * (free_bytes() / processes if free is None else free)
+            host_bytes = max(0, int(share) - (0 if cuda else device_bytes))
         return cls(
             device=device if device_bytes else None,
             device_bytes=device_bytes,
-            host_bytes=int(free_bytes() * HOST_SHARE / processes) if host_bytes is None else host_bytes,
+            host_bytes=host_bytes,
             folder=folder,
             file_bytes=0 if folder is None else int(shutil.disk_usage(folder).free * FILE_SHARE / processes),
         )

@@ -13,7 +13,7 @@ from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed.loader import choose
 from dpfast.generate.recipes import check_generator, image_shape, load_pipeline
 from dpfast.parallel import ALONE, Ranks
-from dpfast.pool.plan import plan_recipe
+from dpfast.pool.plan import Plan, plan_recipe
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
 from dpfast.practice.checkpoint import Checkpoint
@@ -45,14 +45,10 @@ class DeliberatePractice:
 
     def __init__(self, recipe: Recipe, *, unguided: Unguided | None = None, ranks: Ranks = ALONE) -> None:
         practice = recipe.practice
-        if practice.overlap >= ranks.size and practice.overlap:
-            raise RecipeError(
-                f"overlap = {practice.overlap}: expected 0, or under torchrun fewer than its {ranks.size} ranks"
-            )
+        recipe.check_ranks(ranks.size)
         self.link = Link.of(ranks, practice.overlap) if practice.overlap else None
         ranks = ranks if self.link is None else self.link.trainers
         self.recipe, self.ranks = recipe, ranks
-        self._check_ranks()
         recipe.need_folders(*(["pipeline"] if unguided is None else []), "validation")
         names = check_generator(recipe.generator) if unguided is None else unguided.sampler.pipeline.class_names
         check_real(recipe.validation, recipe.held_out, names)
@@ -78,32 +74,24 @@ class DeliberatePractice:
         self.recipe = recipe = recipe if self.fit is None else self.fit.recipe
         ranks.beat()
         if not recipe.pool.mapped:  # the disk of mapped files is known with the folder; the loop looks before any work
-            shape = stored_shape(recipe, self.pipeline, self.real)
-            samples, processes = part_of_samples(recipe, ranks), ranks.local_size
-            plan_recipe(recipe.pool, samples, shape, device=self.pipeline.device, processes=processes)
+            self.place_pool()
         self.unguided = unguided or Unguided(recipe, self.pipeline, ranks)
 
-    def _check_ranks(self) -> None:
-        ranks, recipe, practice = self.ranks, self.recipe, self.recipe.practice
-        if ranks.alone and self.link is None:
-            return
-        size, batch = recipe.learner.batch_size, recipe.generator.generation_batch
-        if size % (2 * ranks.size):
-            raise RecipeError(
-                f"batch_size = {size}: expected a multiple of {2 * ranks.size}, twice the {ranks.size} ranks"
-            )
-        if -(-practice.initial_samples // batch) < ranks.size:
-            raise RecipeError(
-                f"generation_batch = {batch}: initial_samples = {practice.initial_samples} are fewer batches than the "
-                f"{ranks.size} ranks; expected at most {practice.initial_samples // ranks.size}"
-            )
-        if "prune" in practice.sources and not ranks.alone:
-            raise RecipeError("sources: 'prune' chooses among all candidates of a round; run it on one rank")
-        if practice.restart:
-            raise RecipeError(
-                f"restart = {practice.restart:g}: a sample begins from any of the pool's, of which each rank holds a "
-                "part; expected 0, or one rank"
-            )
+    def place_pool(self, out: Path | None = None) -> Plan:
+        """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place, as the run does.
+
+        out: the run's folder, on whose disk mapped files lie; it need not be there yet.
+        """
+        recipe, ranks = self.recipe, self.ranks
+        folder = None if out is None else next(place for place in (out, *out.absolute().parents) if place.is_dir())
+        return plan_recipe(
+            recipe.pool,
+            part_of_samples(recipe, ranks),
+            stored_shape(recipe, self.pipeline, self.real),
+            device=self.pipeline.device,
+            folder=folder,
+            processes=ranks.local_size,
+        )
 
     def _check(self) -> None:
         practice, classes = self.recipe.practice, self.pipeline.denoiser.classes

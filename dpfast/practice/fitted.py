@@ -39,7 +39,7 @@ def fit_run(recipe: Recipe, pipeline: Pipeline, ranks: Ranks, *, together: bool 
     known = replace(DEVICES["h100"] if is_gpu(device) else _CPU, name=str(device), memory=memory)
     known = replace(known, host=free_bytes() / ranks.local_size, disk=None)
     try:
-        return fit(recipe, known, count=ranks.size)
+        return replace(fit(recipe, known, count=ranks.size), proposals=())  # the run's own check refuses a pool
     except (RecipeError, RuntimeError, NotImplementedError) as error:
         log.warning("the memory of the models is not known, nothing is fitted: %s", str(error).splitlines()[0])
         return None

@@ -22,7 +22,7 @@ from dpfast.data.folders import BATCH
 from dpfast.pool import codecs
 from dpfast.pool.plan import Plan as PoolPlan
 from dpfast.pool.plan import plan as plan_pool
-from dpfast.pool.tiers import DEVICE_SHARE, FILE_SHARE, GIB, HOST_SHARE, Tiers, readable
+from dpfast.pool.tiers import DEVICE_SHARE, FILE_SHARE, GIB, Tiers, readable
 from dpfast.roofline import devices
 from dpfast.roofline.architectures import pipeline_of
 from dpfast.roofline.devices import Device
@@ -161,7 +161,8 @@ def equal_part(whole: int, fits: Callable[[int], bool], *, even: bool = False) -
 
 def _held(pool: PoolPlan, device: Device) -> float:
     """Bytes of the pool's part in a device's own memory."""
-    return float(pool.places["device" if device.gpu else "host"] * pool.bytes_per_sample)
+    held = pool.places["device"] + (0 if device.gpu else pool.places["host"])
+    return float(held * pool.bytes_per_sample)
 
 
 def _proposals(recipe: Recipe, pool: PoolPlan) -> tuple[str, ...]:
@@ -182,10 +183,14 @@ def place_pool(recipe: Recipe, samples: int, stages: Stages, device: Device, cou
     config = recipe.pool
     shape = stages.latent if config.codec == "latents" else stages.image
     free = (device.memory - stages.weights - stages.learner.state - stages.learner.gradients) * DEVICE_SHARE
-    budget = max(0, free if config.device_gib is None else config.device_gib * GIB) if device.gpu else 0
-    host = device.host and device.host * HOST_SHARE if config.host_gib is None else config.host_gib * GIB
-    tiers = Tiers.detect(folder=Path() if config.mapped else None, host_bytes=None if host is None else int(host))
-    tiers = replace(tiers, device=torch.device("cuda") if budget else None, device_bytes=int(budget))
+    budget = (max(0, free) if device.gpu else 0) if config.device_gib is None else config.device_gib * GIB
+    tiers = Tiers.detect(
+        torch.device("cuda" if device.gpu else "cpu"),
+        Path() if config.mapped else None,
+        device_bytes=int(budget),
+        host_bytes=None if config.host_gib is None else int(config.host_gib * GIB),
+        free=device.host,
+    )
     if config.mapped and device.disk is not None:
         tiers = replace(tiers, file_bytes=int(device.disk * FILE_SHARE))
     codecs.check_codec(config.codec)

@@ -2,7 +2,12 @@
 
 import dataclasses
 
+import pytest
+import torch
+
 from dpfast.config import Recipe
+from dpfast.pool import tiers
+from dpfast.pool.tiers import GIB, Tiers
 from dpfast.practice import fitted
 from dpfast.practice.costs import Cost
 from dpfast.practice.experiment import DeliberatePractice
@@ -43,3 +48,13 @@ def test_a_model_that_cannot_be_counted_is_left_to_run_out_of_memory(monkeypatch
     practice = DeliberatePractice(Recipe.load("fashion", device="cpu", generation_batch=40, **SMALL, evaluate_every=5))
     assert practice.fit is None
     assert "nothing is fitted: no count" in caplog.text
+
+
+@pytest.mark.parametrize(("sizes", "device", "host"), [({}, 0, 7), ({"device_gib": 2}, 2, 5), ({"host_gib": 1}, 0, 1)])
+def test_a_cpu_s_memory_is_counted_once_and_by_the_fit_as_by_the_run(sizes, device, host, monkeypatch):
+    monkeypatch.setattr(tiers, "free_bytes", lambda: 10 * GIB)
+    recipe = Recipe.load("fashion", device="cpu", **sizes)
+    found = Tiers.from_recipe(recipe.pool, torch.device("cpu"), None)
+    assert (found.device_bytes, found.host_bytes) == (device * GIB, host * GIB)
+    cpu = dataclasses.replace(fitted._CPU, memory=10.0 * GIB, host=10.0 * GIB)
+    assert place_pool(recipe, 90, stages_of(recipe, cpu), cpu, 1).tiers == found
