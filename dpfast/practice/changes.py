@@ -17,6 +17,7 @@ from typing import Any
 
 from dpfast.config import SECTIONS, Recipe, RecipeError
 from dpfast.pool.shards import durable
+from dpfast.practice.contents import check_contents, note_contents
 
 log = logging.getLogger(__name__)
 RECIPE, BORN, CHANGES = "recipe.json", "born.json", "changes.jsonl"
@@ -30,7 +31,7 @@ TRAINING = "the weights so far were trained by it"
 DATES = "it decides when samples are added, and has decided so far"
 ROUNDING = "it changes the rounding of what comes, no more"
 MEMORY = "it decides where things lie, not what they are"
-MOVED = "a folder may move; that its contents are the same is up to you"
+MOVED = "a folder may move, and holds what it held at birth (contents.json)"
 
 RULES: dict[str, tuple[str, str]] = {
     # the recipe
@@ -132,7 +133,8 @@ RULES: dict[str, tuple[str, str]] = {
 def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     """``recipe`` as the run in ``run`` goes on with it: the layout of its samples and its warm-up are those of birth.
 
-    Raises ``RecipeError`` with every field that must stay as the run was born, and why, and where iterations fell.
+    Raises ``RecipeError`` with every field that must stay as the run was born, and why, where iterations fell, and
+    where a folder holds other things than at birth.
     """
     born, now = _read(run, BORN), _read(run, RECIPE)
     leaves, branch = branch, branch or (run / "branch.json").is_file()
@@ -150,6 +152,7 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     if refused:
         whose = "a branch has its run's recipe" if leaves else f"the run in {str(run)!r} has another recipe"
         raise RecipeError(f"{f'branch_from = {str(run)!r}' if leaves else 'resume'}: {whose}: {'; '.join(refused)}")
+    check_contents(run, recipe)
     generator, learner = recipe.generator, recipe.learner
     if generator.generation_batch != born["generation_batch"]:
         most = min(generator.sampling_batch or generator.generation_batch, born["generation_batch"])
@@ -164,6 +167,7 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
 
 def write_recipe(run: Path, recipe: Recipe, *, born: str | None = None) -> None:
     """Begins the folder of a run. born: the text of another run's ``BORN``, whose branch it is."""
+    note_contents(run, recipe)
     text = json.dumps(recipe.to_dict(), indent=2) + "\n"
     for name, words in ((BORN, born or text), (RECIPE, text)):  # the recipe last: it makes a folder a run
         with durable(run, name) as file:

@@ -25,6 +25,7 @@ from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.changes import BORN, RECIPE, continued, record_changes, write_recipe
 from dpfast.practice.checkpoint import save_weights
+from dpfast.practice.contents import CONTENTS
 from dpfast.practice.pace import Pace
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class RunFolder(Places, Callback):
 
     recipe.json     the recipe in force, with every default filled in; born.json the first one, and changes.jsonl what
                     changed in between (``dpfast.practice.changes``)
+    contents.json   what the folders of the generator and the real images held (``dpfast.practice.contents``)
     metrics.jsonl   one line per evaluation, addition and result; a function of the recipe alone, so without times
     timings.jsonl   what was done how fast: a line per round, per interval between evaluations and per training
     events.*        the numbers of both for TensorBoard
@@ -276,7 +278,11 @@ def check_shared(out: Path, ranks: Ranks) -> None:
 
 def _early(name: str) -> bool:
     """Whether a file may be there before a run's recipe is."""
-    return name.startswith(".owner-") or name in (BORN, f".{BORN}.tmp", f".{RECIPE}.tmp")
+    return name.startswith(".owner-") or name in (
+        BORN,
+        CONTENTS,
+        *(f".{each}.tmp" for each in (BORN, CONTENTS, RECIPE)),
+    )
 
 
 def owned(path: Path) -> Owner:

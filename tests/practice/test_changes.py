@@ -5,6 +5,7 @@ import dataclasses
 import json
 import queue
 import re
+import shutil
 import threading
 
 import pytest
@@ -15,6 +16,7 @@ from dpfast.parallel import Ranks
 from dpfast.practice import checkpoint, run_folder
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.changes import RULES, continued
+from dpfast.practice.contents import UnknownContentsWarning
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_folder import RunFolder
 from dpfast.practice.stopping import Stop, Stopped
@@ -119,6 +121,40 @@ def test_what_may_not_change_is_named_with_the_reason(short, tmp_path, section, 
     halved = dataclasses.replace(short, held_out="elsewhere")
     with pytest.raises(RecipeError, match=r"held_out = 'elsewhere' was '' .*without one half"):
         continued(tmp_path / "run", halved)
+
+
+def images(folder, counts):
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            (folder / name / f"{i}.png").touch()
+    return str(folder)
+
+
+def test_a_folder_may_move_but_holds_what_it_held(short, tmp_path):
+    """Names and sizes are compared, so the images here are empty files."""
+    first = images(tmp_path / "real", {"cat": 3, "dog": 2})
+    born = dataclasses.replace(short, validation=first, held_out=first)
+    generator = shutil.copytree(born.generator.pipeline, tmp_path / "generator")
+    moved = with_(born, "generator", pipeline=str(generator))
+    with RunFolder(tmp_path / "run", born):
+        pass
+    assert continued(tmp_path / "run", moved).generator.pipeline == str(generator)
+    with (generator / "model_index.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(RecipeError, match=r"^pipeline = .*began with: model_index.json is \w{16}, was \w{16}$"):
+        continued(tmp_path / "run", moved)
+    with next(generator.rglob("*.safetensors")).open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(RecipeError, match=r"^pipeline = .*, and 1 more differ$"):
+        continued(tmp_path / "run", moved)
+    other = images(tmp_path / "other", {"cat": 3, "dog": 1})
+    for field in ("validation", "held_out"):
+        with pytest.raises(RecipeError, match=rf"^{field} = .*began with: dog is 1, was 2$"):
+            continued(tmp_path / "run", dataclasses.replace(born, **{field: other}))
+    (tmp_path / "run" / "contents.json").unlink()
+    with pytest.warns(UnknownContentsWarning, match="is up to you"):
+        continued(tmp_path / "run", dataclasses.replace(born, validation=other))
 
 
 def test_a_run_in_progress_is_neither_resumed_nor_replaced(short, tmp_path):

@@ -1,0 +1,78 @@
+"""What was in the folders that a run was born with, so that one that goes on has moved folders at most.
+
+contents.json   field -> what its folder holds: of the generator the bytes of each file of weights and a checksum of
+                each file of JSON, of real images how many files each class has
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+
+from dpfast.config import ASSETS, Recipe, RecipeError
+from dpfast.data.folders import images_in
+from dpfast.pool.shards import durable
+
+CONTENTS = "contents.json"
+
+
+class UnknownContentsWarning(UserWarning):
+    """A run was begun before its contents were noted."""
+
+
+def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
+    """The table of ``CONTENTS``, by names and sizes: no weights and no images are read. {} for what is not there."""
+    pipeline = recipe.generator.pipeline
+    embedded = ASSETS / pipeline
+    generator: dict[str, int | str] = {}
+    folder = embedded if (embedded / "model_index.json").is_file() else Path(pipeline)
+    for file in sorted(folder.rglob("*")) if (folder / "model_index.json").is_file() else ():
+        name = str(file.relative_to(folder))
+        if file.suffix == ".safetensors":
+            generator[name] = file.stat().st_size
+        elif file.suffix == ".json":
+            generator[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    found = {"pipeline": generator}
+    for field, place in (("validation", recipe.validation), ("held_out", recipe.held_out)):
+        if place == "fashion":
+            found[field] = {"fashion": 1}
+        elif place and Path(place).is_dir():
+            folders = sorted(entry for entry in Path(place).iterdir() if entry.is_dir() and entry.name[0] != ".")
+            found[field] = {entry.name: count for entry in folders if (count := sum(1 for _ in images_in(entry)))}
+    return found
+
+
+def note_contents(run: Path, recipe: Recipe) -> None:
+    """Keeps ``contents_of`` the recipe in the folder of a run that begins."""
+    with durable(run, CONTENTS) as file:
+        file.write(json.dumps(contents_of(recipe), indent=2).encode() + b"\n")
+
+
+def check_contents(run: Path, recipe: Recipe) -> None:
+    """Raises ``RecipeError`` where a folder of ``recipe`` holds other things than the run in ``run`` was born with.
+
+    A folder that is not there is left to those who read it. Warns where the run is older than ``CONTENTS``.
+    """
+    if not (run / CONTENTS).is_file():
+        warnings.warn(
+            f"{str(run)!r} was begun without {CONTENTS}: that generator and images are still the same is up to you",
+            UnknownContentsWarning,
+            stacklevel=2,
+        )
+        return
+    born, now = json.loads((run / CONTENTS).read_text()), contents_of(recipe)
+    for field, place in (
+        ("pipeline", recipe.generator.pipeline), ("validation", recipe.validation), ("held_out", recipe.held_out)
+    ):  # fmt: skip
+        before, found = born.get(field), now.get(field)
+        if not before or not found or before == found:
+            continue
+        other = sorted(name for name in before.keys() | found.keys() if before.get(name) != found.get(name))
+        was, value = (each.get(other[0], "not there") for each in (before, found))
+        more = f", and {len(other) - 1} more differ" if len(other) > 1 else ""
+        raise RecipeError(
+            f"{field} = {place!r}: holds other things than the run in {str(run)!r} began with: "
+            f"{other[0]} is {value}, was {was}{more}"
+        )
