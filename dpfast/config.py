@@ -443,18 +443,20 @@ def _typed(owner: type, name: str, value: Any) -> Any:
     if kind == "str":
         _check(isinstance(value, str), name, value, "a text")
         return value
-    number = _number(name, value)
+    number = _number(
+        name, value, "expected a number, or leave it out" if kind.endswith("| None") else "a finite number"
+    )
     if kind.startswith("int"):
         _check(number == int(number), name, value, "a whole number")
         return int(number)
     return number
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any, expected: str = "a finite number") -> float:
     try:
         number = float(value) if not isinstance(value, bool) else None
     except (TypeError, ValueError):
         number = None
-    _check(number is not None and number - number == 0, name, value, "a finite number")
+    _check(number is not None and number - number == 0, name, value, expected)
     assert number is not None
     return number

@@ -19,6 +19,7 @@ from dpfast.ops import _dispatch, audit
         (["run", "nosuch"], "recipe = 'nosuch'"),
         (["run", "fashion", "--omgea", "0.1"], "did you mean --omega?"),
         (["run", "fashion", "--omega", "strong"], "omega = 'strong'"),
+        (["run", "fashion", "--micro-batch", "auto"], "micro_batch = 'auto': expected a number, or leave it out"),
         (["run", "fashion", "--initial-samples", "5"], "initial_samples = 5: at least one for each of 10 classes"),
         (["run", "fashion", "--round-samples", "5"], "round_samples = 5"),
         (["run", "fashion", "--pipeline", "/nowhere"], "pipeline = '/nowhere': no such folder"),
@@ -45,6 +46,19 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, named, tmp_path, 
     assert named in captured.err
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warning_is_one_line_of_words(tmp_path):
+    """Also one whose place is not in the package; others keep theirs."""
+    ours = "warnings.warn('no room', SaveWarning); warnings.warn('old'); return 0"
+    code = (
+        "import sys, warnings\nfrom dpfast.cli import main\nfrom dpfast.pool.saver import SaveWarning\n"
+        f"def handler(arguments):\n    {ours}\nmain.doctor.doctor = handler\nsys.exit(main.main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    lines = done.stderr.splitlines()
+    assert lines[0] == "dpfast: warning: no room"
+    assert "UserWarning: old" in lines[1]
 
 
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path, capsys):

@@ -270,6 +270,7 @@ def test_a_rank_that_is_slower_than_the_others_is_found_by_its_seconds_a_sample(
 
     assert of(10, 10, 11, 10) == (2, pytest.approx(1.1))
     assert of(10, 10, 10.4, 10) is None
+    assert of(12.5, 10) == (0, pytest.approx(1.25))
     assert slowest([{"samples": 5, "seconds": 50}, {"samples": 0, "seconds": 0.0}]) is None  # a small round
 
 

@@ -10,13 +10,17 @@ import argparse
 import difflib
 import sys
 import time
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dpfast.cli import audit, bench, doctor, export, first, plan, rehearse, report, run, sample, theory
 from dpfast.config import RecipeError
 
 WORDS = 5.0  # seconds
+PACKAGE = Path(__file__).parents[1]
+_PYTHONS = warnings.formatwarning
 COMMANDS = (run, plan, rehearse, report, sample, audit, bench, export, doctor, theory)
 
 
@@ -38,12 +42,22 @@ class _Parser(argparse.ArgumentParser):
         return parsed, unknown
 
 
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of dpfast as one line without its place in the source; those of others as Python shows them."""
+    if category.__module__.startswith("dpfast.") or Path(filename).is_relative_to(PACKAGE):
+        return f"dpfast: warning: {message}\n"
+    return _PYTHONS(message, category, filename, lineno, line)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = _Parser(prog="dpfast", description="Deliberate Practice on synthetic images.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
+    warnings.formatwarning = _warning
     try:
         parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
         return int(parsed.handler(parsed))
@@ -58,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dpfast: interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = _PYTHONS
 
 
 if __name__ == "__main__":

@@ -102,9 +102,12 @@ class Cost:
 
 
 def slowest(spent: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
-    """The rank that took longest for a sample, and how many times as long as the median one; None within ``SLOW``."""
+    """The rank that took longest for a sample, and how many times as long as the median one; None within ``SLOW``.
+
+    The median is the lower one: that of two ranks is the faster one, and not a mean with the slow one in it.
+    """
     each = {rank: spend["seconds"] / spend["samples"] for rank, spend in enumerate(spent) if spend["samples"]}
-    typical = statistics.median(each.values()) if each else 0.0
+    typical = statistics.median_low(each.values()) if each else 0.0
     rank = max(each, key=each.__getitem__, default=0)
     return (rank, each[rank] / typical) if typical and each[rank] > SLOW * typical else None
 
