@@ -63,6 +63,24 @@ def test_every_event_of_the_logs_is_explained():
         assert f"| `{event}` |" in TEXT, event
 
 
+def failures():
+    """(row, the longest fixed part) of every message that the table of failures quotes."""
+    table = TEXT.split("\n## When something fails\n")[1].split("\n## ")[0]
+    for row, line in enumerate(line for line in table.splitlines() if line.startswith("| ")):
+        for message in re.findall(r"`([^`]+)`", line.split(" | ")[0]):
+            parts = re.split(r"\.\.\.|\d+(?:\.\d+)? ?(?:[GT]iB)?|\bI\b|\bnode2?\b|: ", message)
+            yield row, max(parts, key=len).strip(" ,.;:()")
+
+
+SOURCE = re.sub(r'"\s*\n\s*f?"', "", "".join(file.read_text() for file in sorted((ROOT / "dpfast").rglob("*.py"))))
+
+
+@pytest.mark.parametrize(("row", "words"), list(failures()))
+def test_a_failure_is_quoted_in_the_words_of_the_code_and_has_one_row(row, words):
+    assert words in SOURCE
+    assert {other for other, more in failures() if words in more} == {row}
+
+
 def test_the_disk_of_a_run_is_that_of_the_plan():
     for images in ("npy", "png", "jpeg"):
         each = saved_bytes("pixels", (3, 224, 224), images)
