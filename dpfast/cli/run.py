@@ -122,7 +122,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
             return _dry_run(practice, pool, out) if ranks.first else 0
         with ranks.together():
             if round is not None and not resume and ranks.first:
-                prepare_branch(trunk, round, out, recipe, overwrite=arguments.overwrite, beat=ranks.beat)
+                prepare_branch(trunk, round, out, asked, overwrite=arguments.overwrite, beat=ranks.beat)
             resume = resume or round is not None
     with contextlib.ExitStack() as stack:
         with ranks.together():
@@ -138,7 +138,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         results = practice.run(folder, progress=not arguments.quiet, callbacks=[Journal()], stop=stop)
     if not ranks.first:
         return 0
-    with stop.at_once(), unsaved("the report is not complete"):
+    with stop.at_once(), unsaved("the report is not complete", f"with room 'dpfast report {out}' makes it"):
         write_report([out], out, device=practice.pipeline.device)
     print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
     return 0

@@ -34,12 +34,12 @@ class SaveWarning(UserWarning):
 
 
 @contextlib.contextmanager
-def unsaved(what: str) -> Iterator[None]:
-    """Turns what a full disk refuses into a ``SaveWarning`` that begins with ``what``."""
+def unsaved(what: str, then: str = "the run goes on in memory") -> Iterator[None]:
+    """Turns what a full disk refuses into a ``SaveWarning``: ``what`` is not written, and what ``then`` is the case."""
     try:
         yield
     except OSError as error:
-        warnings.warn(f"{what}: {error}; the run goes on in memory", SaveWarning, stacklevel=3)
+        warnings.warn(f"{what}: {error}; {then}", SaveWarning, stacklevel=3)
 
 
 class Saver:

@@ -1,0 +1,35 @@
+"""``dpfast run``: a run and its branch from the command line."""
+
+import errno
+import json
+from dataclasses import replace
+
+import pytest
+
+from dpfast.cli import run as command
+from dpfast.cli.main import main
+from dpfast.pool.saver import SaveWarning
+from dpfast.report import page
+from tests.practice.conftest import recipe  # noqa: F401 - a fixture
+from tests.practice.test_loop import with_
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_branch_may_be_longer_and_a_report_that_the_disk_refuses_names_its_command(recipe, tmp_path, monkeypatch):  # noqa: F811
+    short = with_(recipe, "practice", sources=("dp",), keep_rounds=True, iterations=40, maximum_samples=45)
+    long = replace(short, practice=replace(short.practice, iterations=60))
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    monkeypatch.setattr(page, "write_report", full)
+    options = ["--branch-at", "0", "--branch-from", str(run)]
+    for asked, out, more in ((short, run, []), (long, branch, options)):
+        monkeypatch.setattr(command, "recipe_of", lambda _, asked=asked: asked)
+        with pytest.warns(SaveWarning) as caught:
+            assert main(["run", "fashion", "--quiet", "--out", str(out), *more]) == 0
+        (said,) = {str(warning.message) for warning in caught}
+        assert said.startswith("the report is not complete: [Errno 28]")
+        assert said.endswith(f"with room 'dpfast report {out}' makes it")
+    born, now = (json.loads((branch / name).read_text())["learner"]["warmup"] for name in ("born.json", "recipe.json"))
+    assert now == born * 40 / 60
