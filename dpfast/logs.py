@@ -4,7 +4,8 @@
                               "logger": "dpfast.practice.journal", "message": "dp: round 1 is complete", ...}
 
 Everything that ``dpfast`` says through ``logging`` goes there, and every warning; an event of the loop has its numbers
-as fields beside the message (``dpfast.practice.journal``). A resumed run goes on in the same files.
+as fields beside the message (``dpfast.practice.journal``). A resumed run goes on in the same files. A full disk costs
+lines, and one warning.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import datetime
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,12 +62,33 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class LogFile(logging.FileHandler):
+    """A log that lags behind, or loses lines, where the disk refuses them, and warns of it once."""
+
+    _warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._warned:
+            from dpfast.pool.saver import unsaved
+
+            self._warned = True  # the warning comes here as well
+            with unsaved(f"{FOLDER}/{Path(self.baseFilename).name} lags behind"):
+                raise error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of which emit has warned
+            super().close()
+
+
 @contextlib.contextmanager
 def logged(run: Path, level: str = "info") -> Iterator[Path]:
     """Within it, this rank's log is written into ``run``; gives the file."""
     path = run / FOLDER / f"rank-{rank():05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = LogFile(path)
     handler.setFormatter(JsonLines())
     log = logging.getLogger("dpfast")
     before, show = log.level, warnings.showwarning

@@ -12,8 +12,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from dpfast.config import Recipe, RecipeError
 from dpfast.evaluate.measures import Evaluation
 from dpfast.parallel import ALONE, Ranks, launched
@@ -26,6 +24,7 @@ from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.changes import BORN, RECIPE, continued, record_changes, write_recipe
 from dpfast.practice.checkpoint import save_weights
 from dpfast.practice.contents import CONTENTS
+from dpfast.practice.events import Events
 from dpfast.practice.pace import Pace
 
 if TYPE_CHECKING:
@@ -114,10 +113,10 @@ class RunFolder(Places, Callback):
             write_recipe(path, recipe, born=born)
         self._metrics = (path / "metrics.jsonl").open("a")
         self._timings = (path / "timings.jsonl").open("a")
-        self._events = SummaryWriter(str(path))
+        self._events: Events | None = Events(path)
 
     def written(self) -> list[int]:
-        """The lengths of ``metrics.jsonl`` and ``timings.jsonl``, bytes."""
+        """The lengths of ``metrics.jsonl`` and ``timings.jsonl``, bytes. Raises ``OSError`` where they lag behind."""
         return [self._metrics.tell(), self._timings.tell()]
 
     def sync(self) -> None:
@@ -197,9 +196,13 @@ class RunFolder(Places, Callback):
         with unsaved(f"{Path(file.name).name} lags behind"):  # the line stays in its buffer until there is room
             file.write(json.dumps({"event": event, "source": source, "step": step, **values}) + "\n")
             file.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._events.add_scalar(f"{source}/{event}/{name}", value, step)
+        if self._events is None:
+            return
+        numbers = {f"{source}/{event}/{k}": float(v) for k, v in values.items() if isinstance(v, (int, float))}
+        events, self._events = self._events, None  # given up, unless the disk takes it
+        with unsaved("TensorBoard's events end here", "metrics.jsonl and timings.jsonl have the numbers"):
+            events.scalars(step, numbers)
+            self._events = events
 
     def __enter__(self) -> RunFolder:
         return self
@@ -208,9 +211,11 @@ class RunFolder(Places, Callback):
         self.close()
 
     def close(self) -> None:
-        for file in (self._metrics, self._timings, self._events):
-            with unsaved("the folder of the run is not complete"):
+        for file in (self._metrics, self._timings):
+            with unsaved(f"{Path(file.name).name} is not complete", "its last lines are lost"):
                 file.close()
+        if self._events is not None:
+            self._events.close()
         self._owner.close()
 
 

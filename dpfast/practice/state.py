@@ -185,7 +185,11 @@ class Keeper:
         kept = self._pending_label is not None
         if self.writer.clear(self._grace if kept else 0.0) and (kept or self.timer.overdue()):
             self._warn("not all samples that it promises are on the disk")
-        record, tensors = self._state()
+        try:
+            record, tensors = self._state()
+        except OSError as error:  # of lines that it would promise
+            self._warn(str(error))
+            return
         tensors = self._copy.take({"loss_sum": losses, **tensors})
         step, label, held = loop.trainer.step_count, self._label(), [self._held(r) for r in range(loop.ranks.size)]
         self._pending_label, waited = label, self.clock() - started

@@ -10,14 +10,17 @@ import torch
 
 from dpfast.config import RecipeError
 from dpfast.generate.recipes import new_sampler
+from dpfast.logs import logged
 from dpfast.pool import shards
 from dpfast.pool.export import import_pool
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import SaveWarning
 from dpfast.practice import disk
 from dpfast.practice.branch import prepare_branch
+from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunFolder, check_saving
+from dpfast.practice.journal import Journal
+from dpfast.practice.run_folder import RunFolder, check_saving, check_vacant
 from tests.practice.test_loop import with_
 
 EVERYTHING = torch.arange(45)
@@ -130,6 +133,56 @@ def test_a_full_disk_stops_saving_and_changes_nothing_else(full, short, tmp_path
         for what in ("saving the pool", "the checkpoint was not written"):
             assert what in said
         assert "File too large" in said
+
+
+class FullAt(Callback):
+    """From a step on the kernel refuses whatever makes a file of the process larger."""
+
+    def __init__(self, step, room):
+        self.step, self.room = step, room
+
+    def on_step(self, loop):
+        if loop.trainer.step_count == self.step:
+            self.room.enter_context(files_of_at_most(1))
+
+
+def test_a_disk_that_fills_while_the_learner_trains_costs_lines_and_one_warning_of_each_file(short, tmp_path, capsys):
+    (dp,) = run(short, tmp_path / "whole")
+    path = tmp_path / "full"
+    with (
+        pytest.warns(SaveWarning) as caught,
+        contextlib.ExitStack() as room,  # until all is closed
+        RunFolder(path, short) as folder,
+        logged(path),
+    ):
+        (again,) = DeliberatePractice(short).run(folder, progress=False, callbacks=[Journal(), FullAt(7, room)])
+    assert torch.equal(again.pool.images(EVERYTHING), dp.pool.images(EVERYTHING))
+    assert again.test.top1 == dp.test.top1
+    said = [str(warning.message) for warning in caught]
+    for what in ("TensorBoard's events end here", "logs/rank-00000.jsonl lags behind"):
+        assert len([line for line in said if line.startswith(what)]) == 1, what
+    assert any("metrics.jsonl lags behind" in line for line in said)
+    assert "metrics.jsonl is not complete" in said[-2]
+    assert "Traceback" not in capsys.readouterr().err
+    assert not any("goes on in memory" in line for line in said[-2:])
+
+
+def test_lines_that_a_disk_has_refused_are_written_once_there_is_room(short, tmp_path):
+    run(short, tmp_path / "whole")
+
+    class RoomAgain(Callback):
+        def on_step(self, loop):
+            if loop.trainer.step_count == 23:
+                room.close()
+
+    with (
+        contextlib.ExitStack() as room,
+        pytest.warns(SaveWarning, match=r"metrics\.jsonl lags behind"),
+        RunFolder(tmp_path / "full", short) as folder,
+    ):
+        DeliberatePractice(short).run(folder, progress=False, callbacks=[FullAt(7, room), RoomAgain()])
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "full")]
+    assert metrics[0] == metrics[1]
 
 
 def test_a_pool_of_decoded_jpeg_resumes_to_the_same_bits_and_the_learner_sees_what_is_kept(short, tmp_path):
