@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from dpfast.config import SECTIONS, Recipe, RecipeError
 from dpfast.pool.shards import durable
 from dpfast.practice.contents import check_contents, note_contents
 
-log = logging.getLogger(__name__)
 RECIPE, BORN, CHANGES = "recipe.json", "born.json", "changes.jsonl"
 
 FREE = "free"  # a resumed run and a branch may have another value
@@ -174,8 +172,11 @@ def write_recipe(run: Path, recipe: Recipe, *, born: str | None = None) -> None:
             file.write(words.encode())
 
 
-def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> None:
-    """Puts ``recipe`` in force for the run, logs what changes and notes it. steps: of its sources' checkpoints."""
+def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> dict[str, list[Any]]:
+    """Puts ``recipe`` in force for the run and notes what changes: each field's value before and after, returned.
+
+    steps: of its sources' checkpoints.
+    """
     before, now = _read(run, RECIPE), _flat(recipe)
     changes = {
         name: [before.get(name), now.get(name)]
@@ -183,7 +184,7 @@ def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> None:
         if before.get(name) != now.get(name)
     }
     if not changes:
-        return
+        return changes
     if not (run / BORN).is_file():
         with durable(run, BORN) as file:
             file.write((run / RECIPE).read_bytes())
@@ -192,8 +193,7 @@ def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> None:
         lines.write(json.dumps({"time": moment, "steps": steps, "changes": changes}) + "\n")
     with durable(run, RECIPE) as file:
         file.write(json.dumps(recipe.to_dict(), indent=2).encode() + b"\n")
-    for name, (was, value) in changes.items():
-        log.info("from here on %s = %r, it was %r", name, value, was)
+    return changes
 
 
 def _read(run: Path, name: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from dpfast.pool import codecs, shards
 from dpfast.pool.plan import plan
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.tiers import readable
+from dpfast.practice.run_folder import unbegun
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
@@ -94,11 +95,12 @@ class Needs:
         free = shutil.disk_usage(folder).free
         if self.total <= free:
             return None
+        anew = ", or begin anew without it and with other fields, as --save-samples jpeg" if unbegun(folder) else ""
         mapped = f", mapped files {readable(self.mapped)}" if self.mapped else ""
         return (
             f"out = {str(folder)!r}: {when} needs {readable(self.total)} of disk ({self.count} samples "
             f"{readable(self.samples)}{mapped}, checkpoints {readable(self.checkpoints)}), "
-            f"{readable(free)} are free; make room, and go on with --resume where the run had begun"
+            f"{readable(free)} are free; make room and go on with --resume{anew}"
         )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
 import time
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from dpfast.pool.saver import SaveWarning, unsaved
 from dpfast.pool.shards import durable
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Addition, Callback
-from dpfast.practice.changes import BORN, RECIPE, continued, record_changes, write_recipe
+from dpfast.practice.changes import BORN, CHANGES, RECIPE, continued, record_changes, write_recipe
 from dpfast.practice.checkpoint import save_weights
 from dpfast.practice.contents import CONTENTS
 from dpfast.practice.events import Events
@@ -32,7 +34,11 @@ if TYPE_CHECKING:
     from dpfast.practice.result import Result
 
 
+log = logging.getLogger(__name__)
 SHARED = ".shared"  # what the first rank writes for the others to see
+PARTS = (  # what a run's folder has before the first sample
+    RECIPE, CHANGES, "metrics.jsonl", "timings.jsonl", "events.*", "logs", "checkpoints_*", "pool_*", SHARED, ".launch",
+)  # fmt: skip
 SEEN = 30.0  # seconds in which a network's file system shows it to them
 
 
@@ -107,8 +113,9 @@ class RunFolder(Places, Callback):
         except OSError as error:
             raise RecipeError(f"out = {str(path)!r}: cannot be made: {error.strerror}") from error
         self._owner = owned(path)
+        self._changes: dict[str, list[Any]] = {}
         if resume:
-            record_changes(path, recipe, _steps(path))
+            self._changes = record_changes(path, recipe, _steps(path))
         else:
             write_recipe(path, recipe, born=born)
         self._metrics = (path / "metrics.jsonl").open("a")
@@ -131,6 +138,9 @@ class RunFolder(Places, Callback):
             file.seek(size)
 
     def on_start(self, loop: Loop) -> None:
+        for name, (was, value) in self._changes.items():  # the run's log is in this folder, and so begins after it
+            log.info("from here on %s = %r, it was %r", name, value, was)
+        self._changes = {}
         self._pace = Pace(loop)
 
     def on_round(self, loop: Loop, addition: Addition) -> None:
@@ -223,7 +233,8 @@ def check_vacant(path: Path, recipe: Recipe, *, overwrite: bool = False, resume:
     """The recipe with which the run in ``path`` begins, or goes on.
 
     Raises ``RecipeError`` when ``path`` may not become, or continue, the folder of a run of ``recipe``: only a run is
-    ever replaced, none in which a process still writes, and what a run may change is in ``dpfast.practice.changes``.
+    ever replaced, none in which a process still writes, and unasked only one that is ``unbegun``. What a run may
+    change is in ``dpfast.practice.changes``.
     """
     if resume:
         if not (path / RECIPE).is_file():
@@ -235,12 +246,23 @@ def check_vacant(path: Path, recipe: Recipe, *, overwrite: bool = False, resume:
         return recipe  # a run that was killed before it began
     if not (path / RECIPE).is_file():
         raise RecipeError(f"out = {str(path)!r}: exists and holds no run; choose another folder")
-    if not overwrite:
+    if not overwrite and not unbegun(path):
         raise RecipeError(f"out = {str(path)!r}: holds another run; --resume continues it, --overwrite replaces it")
     living = owner_of(path)
     if living is not None:
         raise RecipeError(f"out = {str(path)!r}: {living} writes there")
     return recipe
+
+
+def unbegun(path: Path) -> bool:
+    """Whether a folder holds a run without any sample, as one that the disk refuses at its start, and nothing else."""
+    metrics = path / "metrics.jsonl"
+    return (
+        metrics.is_file()
+        and not metrics.stat().st_size
+        and not any(path.glob("pool_*/**/*.tar"))
+        and all(_early(p.name) or any(fnmatch(p.name, part) for part in PARTS) for p in path.iterdir())
+    )
 
 
 def check_saving(recipe: Recipe, *, resume: bool, branch: bool) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dpfast.config import RecipeError, fields
+from dpfast.logs import logged
 from dpfast.parallel import Ranks
 from dpfast.practice import checkpoint, run_folder
 from dpfast.practice.callbacks import Callback
@@ -39,7 +40,7 @@ def short(recipe):
 
 
 def resumed(recipe, path):
-    with RunFolder(path, recipe, resume=True) as folder:
+    with RunFolder(path, recipe, resume=True) as folder, logged(path):
         return DeliberatePractice(folder.recipe).run(folder, progress=False)
 
 
@@ -63,6 +64,9 @@ def test_a_stopped_run_goes_on_with_less_memory_and_ends_in_the_same_samples(sho
     (line,) = (json.loads(line) for line in (tmp_path / "run" / "changes.jsonl").read_text().splitlines())
     assert line["steps"] == {"dp": 12}
     assert line["changes"] == {"checkpoints_kept": [2, 5], "host_gib": [None, 0.5], "sampling_batch": [None, 7]}
+    told = (tmp_path / "run" / "logs" / "rank-00000.jsonl").read_text()
+    for name, (was, value) in line["changes"].items():
+        assert told.count(f"from here on {name} = {value!r}, it was {was!r}") == 1
     now = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert (now["generator"]["generation_batch"], now["generator"]["sampling_batch"]) == (20, 7)
     assert json.loads((tmp_path / "run" / "born.json").read_text())["pool"]["host_gib"] is None

@@ -227,8 +227,16 @@ def test_a_disk_without_room_is_named_before_samples_are_made_that_it_cannot_tak
     words = rf"{when} needs .* of disk \(\d+ samples .* checkpoints .*\), 39\.06 KiB are free"
     with monkeypatch.context() as patched:
         patched.setattr(disk.shutil, "disk_usage", little)
-        with pytest.raises(RecipeError, match=words):
+        with pytest.raises(RecipeError, match=words) as refused:
             run(short, folder)
+    assert "make room and go on with --resume" in str(refused.value)
+    jpeg = with_(short, "pool", save_samples="jpeg")
+    if when == "the run":  # what the message says
+        assert "or begin anew without it and with other fields, as --save-samples jpeg" in str(refused.value)
+        assert check_vacant(folder, jpeg) == jpeg
+        (folder / "thesis.txt").touch()
+    with pytest.raises(RecipeError, match="holds another run"):
+        check_vacant(folder, jpeg)
     assert bool(list(folder.glob("pool_dp/*.tar"))) == (when == "round 1")
     (dp,) = run(short, folder, resume=True)
     assert len(dp.pool) == 45
