@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -16,7 +17,7 @@ class Events:
     """Writes scalars into ``events.out.tfevents.*`` of a folder, at once and in the caller's thread.
 
     ``SummaryWriter`` has a thread for it, which dies with a traceback on a full disk. Here every call that the disk
-    refuses raises ``OSError``; the file may then end in half a record, so give it up.
+    refuses raises ``OSError`` and closes the file, which may end in half a record.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,8 +32,13 @@ class Events:
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _write(self, event: Event) -> None:
-        self._records.write(event.SerializeToString())
-        self._file.flush()
+        try:
+            self._records.write(event.SerializeToString())
+            self._file.flush()
+        except OSError:
+            with contextlib.suppress(OSError):  # of the record that is still in its buffer
+                self._file.close()
+            raise
 
     def close(self) -> None:
         self._file.close()

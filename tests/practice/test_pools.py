@@ -163,6 +163,7 @@ def test_a_disk_that_fills_while_the_learner_trains_costs_lines_and_one_warning_
         assert len([line for line in said if line.startswith(what)]) == 1, what
     assert any("metrics.jsonl lags behind" in line for line in said)
     assert "metrics.jsonl is not complete" in said[-2]
+    assert not any("unclosed" in line for line in said)
     assert "Traceback" not in capsys.readouterr().err
     assert not any("goes on in memory" in line for line in said[-2:])
 
