@@ -53,7 +53,7 @@ def test_a_sampler_is_what_its_recipe_says(pipeline, learner):
 def test_no_field_is_without_effect():
     """A new field needs a place in ``dpfast.generate.recipes``, or in the practice's own list."""
     described = inspect.getsource(recipes)
-    elsewhere = {"generation_batch", "guide_with"}  # of the loop around the sampler
+    elsewhere = {"generation_batch", "sampling_batch", "guide_with"}  # of the loop around the sampler, and ``at_once``
     for section, name in ((load().generator, "generator"), (load().guidance, "guidance")):
         for field in dataclasses.fields(section):
             assert field.name in elsewhere or f"{name}.{field.name}" in described, field.name
