@@ -267,6 +267,8 @@ def walk(recipe: Recipe, ranks: Ranks, device: FakeDevice, *, gpu: bool = True) 
     """
     account, disk = Account(), RehearsedDisk()
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # nothing is computed: more threads would only wait for each other
         gc.collect()
         gc.freeze()  # what was there before is not looked at each time that a phase gives back its memory
         stack.callback(gc.unfreeze)

@@ -1,5 +1,7 @@
 """The ImageNet recipes go from start to end on the GPUs that people have, at their true size."""
 
+import os
+
 import pytest
 
 from dpfast.cli.main import main
@@ -12,13 +14,24 @@ from dpfast.roofline.plan import plan
 
 RECIPES = ("imagenet100-sd15", "imagenet1k-sd15", "imagenet1k-dit")
 PLACES = (("h100", 8), ("h100", 32), ("a100", 8), ("h200", 8), ("h100", 1), ("rtx4090", 1))
+ALWAYS = {  # each recipe, each kind of place; the A100s walk as the H100s
+    *((name, device, 8) for name in RECIPES for device in ("h100", "a100")),
+    (RECIPES[0], "rtx4090", 1),
+    (RECIPES[1], "h200", 8),
+    (RECIPES[2], "h100", 32),
+    (RECIPES[2], "h100", 1),
+}
 
 
 @pytest.mark.parametrize(("device", "count"), PLACES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_fits_or_adapts(name, device, count):
+    if (name, device, count) not in ALWAYS and "DPFAST_REHEARSALS" not in os.environ:
+        pytest.skip("DPFAST_REHEARSALS=1 walks every recipe everywhere, in some minutes more")
     # a second rank holds the order of the collectives: of one place is enough
-    found = rehearse(Recipe.load(name), device, count=count, ranks=2 if (name, count) == (RECIPES[0], 8) else 1)
+    found = rehearse(
+        Recipe.load(name), device, count=count, ranks=2 if (name, device, count) == (RECIPES[0], "h100", 8) else 1
+    )
     pool = found.plan.fit.pool
     wanted = [failure for failure in found.failures if not failure.startswith("pool")]
     assert not wanted
