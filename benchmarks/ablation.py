@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import fewer_steps, timing
 from benchmarks.naive import Batched, Models, Predecessor
-from dpfast import roofline
+from dpfast import planning
 from dpfast.config import Learner
 from dpfast.data.real import load_real
 from dpfast.evaluate.measures import predict
@@ -56,7 +56,7 @@ class Row:
     make: Make
     unguided: Make
     gradient: Gradient
-    method: roofline.Method
+    method: planning.Method
     alone: bool = False
     eager: bool = True
     ours: bool = False
@@ -86,7 +86,7 @@ class Bench:
             make=guided.generate,
             unguided=plain.generate,
             gradient=gradient,
-            method=roofline.Method(steps=STEPS, guided=_guided(STEPS, EVERY), gradient="extra", tiny=False),
+            method=planning.Method(steps=STEPS, guided=_guided(STEPS, EVERY), gradient="extra", tiny=False),
             alone=True,
         )
 
@@ -101,7 +101,7 @@ class Bench:
             make=guided.generate,
             unguided=plain.generate,
             gradient=self._gradient(guided),
-            method=roofline.Method(
+            method=planning.Method(
                 steps=guided.steps,
                 guided=_guided(guided.steps, guided.every),
                 cfg_steps=round(guided.cfg_until * guided.steps),
@@ -135,7 +135,7 @@ class Bench:
             make=lambda labels, ids: sampler.generate(labels, ids).images,
             unguided=lambda labels, ids: sampler.generate(labels, ids, omega=0.0).images,
             gradient=gradient,
-            method=roofline.Method(steps=len(sampler.table), guided=len(sampler.guidance.steps(len(sampler.table)))),
+            method=planning.Method(steps=len(sampler.table), guided=len(sampler.guidance.steps(len(sampler.table)))),
             eager=not compile,
             ours=True,
         )
@@ -186,19 +186,19 @@ class Bench:
             ]
             return float(torch.stack([torch.cosine_similarity(*pair).mean() for pair in pairs]).mean())
 
-    def work(self, *, ours: bool) -> roofline.Work:
+    def work(self, *, ours: bool) -> planning.Work:
         """FLOPs of the parts of a sample; the denoiser's are fewer in dpfast's form of it."""
         models = self.models
         with self.device:
             x, t, label = torch.randn(1, 4, 8, 8), torch.tensor(500), torch.zeros(1, dtype=torch.int64)
             image = torch.zeros(1, 1, 32, 32)
         predict = self.pipeline.denoiser if ours else models.predict
-        return roofline.Work(
+        return planning.Work(
             name="fashion",
-            denoiser=roofline.count(lambda x: predict(x, t, label), x),
-            decoder=roofline.count(models.decode, x),
-            tiny=roofline.count(lambda x: models.tiny.decode(x).sample, x),
-            learner=roofline.count(self.learner, image),
+            denoiser=planning.count(lambda x: predict(x, t, label), x),
+            decoder=planning.count(models.decode, x),
+            tiny=planning.count(lambda x: models.tiny.decode(x).sample, x),
+            learner=planning.count(self.learner, image),
         )
 
     def quality(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,8 @@ from dpfast.feed.augment import Augment
 from dpfast.feed.loader import PoolLoader, dali_installed, make_loader
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.codecs import to_png
+from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.tiers import Tiers
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = {32: 4096, 224: 1024}  # images of each size in pixels
@@ -126,7 +126,7 @@ def from_pool(loader: PoolLoader, batches: int) -> Callable[[], Any]:
 
 def build(device: torch.device, *, size: int, batch: int, augment: bool) -> Variants:
     folder, images = data(size)
-    pool = SamplePool(tiers=Tiers.detect(device), shape=images.shape[1:])
+    pool = SamplePool(tiers=MemoryTiers.detect(device), shape=images.shape[1:])
     pool.append(batch_of(0, images), round=0, omega=0.0)
     options: dict[str, Any] = {
         "batch_size": batch,

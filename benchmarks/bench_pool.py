@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import OURS, Case, Variants
+from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver
-from dpfast.pool.tiers import Tiers
 
 LATENTS = (4, 8, 8)  # fp16, 512 bytes: an image of 32 px behind an autoencoder of factor 4
 SMALL, LARGE, BATCH = 10_000, 6_500_000, 256
@@ -40,7 +40,7 @@ def build_append(device: torch.device) -> Variants:
     """256 images of 224 px into chunks that were reserved, as a loop does that knows how many samples it will add."""
     images = torch.empty(APPEND, *IMAGE, dtype=torch.uint8, device=device).random_(0, 256)
     new, target = batch_of(0, images), torch.zeros_like(images)
-    pool = SamplePool(tiers=Tiers(host_bytes=8 << 30))
+    pool = SamplePool(tiers=MemoryTiers(host_bytes=8 << 30))
     pool.append(new, round=0, omega=0.0)
     assert torch.equal(pool.images(torch.arange(APPEND)), images.cpu())
     pool.reserve(RESERVED, wait=True)
@@ -52,7 +52,7 @@ def pools() -> tuple[SamplePool, SamplePool]:
     """Pools of SMALL and LARGE latents; the large one takes 3.7 GB."""
     made = []
     for count in (SMALL, LARGE):
-        pool = SamplePool("latents", tiers=Tiers(host_bytes=6 << 30))
+        pool = SamplePool("latents", tiers=MemoryTiers(host_bytes=6 << 30))
         part = torch.randn(10_000, *LATENTS).half()
         while len(pool) < count:
             pool.append(batch_of(len(pool), part), payload=part, round=0, omega=0.0)
@@ -85,7 +85,7 @@ def build_open(device: torch.device) -> Variants:
     """Opening ROWS saved latents, checksums and all, beside reading their files."""
     temporary = tempfile.TemporaryDirectory(prefix="dpfast-pool-")
     atexit.register(temporary.cleanup)
-    folder, pool = Path(temporary.name), SamplePool("latents", tiers=Tiers(host_bytes=2 << 30))
+    folder, pool = Path(temporary.name), SamplePool("latents", tiers=MemoryTiers(host_bytes=2 << 30))
     with Saver(pool, folder, shard_samples=100_000) as saver:
         part = torch.randn(10_000, *LATENTS).half()
         while len(pool) < ROWS:

@@ -19,8 +19,8 @@ import torch
 from torch._inductor.utils import fresh_inductor_cache
 
 from benchmarks import timing
-from dpfast.generate.denoiser import DiTDenoiser
 from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.models.denoiser import DiTDenoiser
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import load_judge

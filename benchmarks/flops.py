@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dpfast.roofline import PREDECESSOR, Method, dit_xl_2, limit, stable_diffusion_15
+from dpfast.planning import PREDECESSOR, Method, dit_xl_2, limit, stable_diffusion_15
 
 METHODS = {
     "the predecessor, batched or not": PREDECESSOR,

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.inductor_comparison import _helper
-from dpfast.generate import denoiser as denoisers
-from dpfast.generate.decoder import TinyDecoder
-from dpfast.generate.denoiser import Denoiser, DiTDenoiser, TextUNetDenoiser
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath
+from dpfast.generate.models import denoiser as denoisers
+from dpfast.generate.models.decoder import TinyDecoder
+from dpfast.generate.models.denoiser import Denoiser, DiTDenoiser, TextUNetDenoiser
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.generate.schedule import SolverTable, ddim_table
+from dpfast.generate.solvers import SolverTable, ddim_table
 from dpfast.generate.step import StepParts, Variant, step_function
 from dpfast.learn.models import load_judge
-from dpfast.ops import _dispatch
+from dpfast.ops import dispatch
 
 
 def embedded() -> tuple[StepParts, SolverTable]:
@@ -128,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lower = _helper(arguments.helper).lower
     denoisers.freeze_linear = lambda model: model  # the replacement is for a CPU
-    _dispatch.traced = lambda *tensors: True  # make_fx is no compilation to torch: the operations stay whole
+    dispatch.traced = lambda *tensors: True  # make_fx is no compilation to torch: the operations stay whole
     parts, table = MODELS[arguments.model]()
     for guided in (False, True):
         record = {"model": arguments.model, **count(lower, parts, table, Variant(guided, True), arguments.batch)}

@@ -27,12 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import timing
 from dpfast.config import Learner, Recipe
+from dpfast.hardware.flops import flops
+from dpfast.hardware.peaks import here
 from dpfast.learn.models import build_learner
 from dpfast.learn.precision import in_bf16
 from dpfast.learn.schedule import wsd
 from dpfast.learn.trainer import Trainer
-from dpfast.roofline.counting import flops
-from dpfast.roofline.devices import here
 
 RESULTS = Path(__file__).parent / "results" / "learner.jsonl"
 ITERATIONS, BATCHES = 100_000, 4

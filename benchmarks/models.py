@@ -25,17 +25,17 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.naive import Batched, Models, Predecessor
-from dpfast import roofline
+from dpfast import planning
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.roofline.architectures import BETAS, DIT_XL_2, PIXELS, SD15, VAE, frozen, published, vit_b_16
-from dpfast.roofline.devices import here
+from dpfast.hardware.peaks import here
+from dpfast.planning.architectures import BETAS, DIT_XL_2, PIXELS, SD15, VAE, frozen, published, vit_b_16
 
 RESULTS = Path(__file__).parent / "results" / "models.jsonl"
 STEPS, EVERY, OMEGA, CFG = 20, 5, 0.03, 1.5
 CLASSES = 1000
 BATCHES = {"dit-xl-2": 32, "stable-diffusion-1.5": 16}
-WORKS = {"dit-xl-2": roofline.dit_xl_2, "stable-diffusion-1.5": lambda: roofline.stable_diffusion_15(512)}
+WORKS = {"dit-xl-2": planning.dit_xl_2, "stable-diffusion-1.5": lambda: planning.stable_diffusion_15(512)}
 DTYPE = torch.bfloat16
 Make = Callable[[Tensor, Tensor], Tensor]
 Record = dict[str, Any]
@@ -106,7 +106,7 @@ class Row:
     name: str
     make: Make
     unguided: Make
-    method: roofline.Method
+    method: planning.Method
     size: int
     ours: bool = False
 
@@ -134,7 +134,7 @@ def rows(name: str, batch: int, folder: Path, wanted: list[str]) -> dict[str, Ca
             Predecessor(models, folder / kind, steps=STEPS, every=EVERY, omega=omega, cfg_scale=CFG)
             for kind, omega in (("guided", OMEGA), ("unguided", 0.0))
         )
-        method = roofline.Method(steps=STEPS, gradient="extra", tiny=False)
+        method = planning.Method(steps=STEPS, gradient="extra", tiny=False)
         return Row(name=_A, make=guided.generate, unguided=plain.generate, method=method, size=1)
 
     def batched(title: str, **options: Any) -> Row:
@@ -143,7 +143,7 @@ def rows(name: str, batch: int, folder: Path, wanted: list[str]) -> dict[str, Ca
         guided, plain = Batched(omega=OMEGA, **common), Batched(omega=0.0, **common)
         if guided.compile:
             plain._predict, plain._decode = guided._predict, guided._decode
-        method = roofline.Method(steps=STEPS)
+        method = planning.Method(steps=STEPS)
         return Row(name=title, make=guided.generate, unguided=plain.generate, method=method, size=batch)
 
     def ours(title: str, **options: Any) -> Row:
@@ -167,7 +167,7 @@ def rows(name: str, batch: int, folder: Path, wanted: list[str]) -> dict[str, Ca
             name=title,
             make=lambda labels, ids: sampler.generate(labels, ids).images,
             unguided=unguided,
-            method=roofline.Method(steps=STEPS),
+            method=planning.Method(steps=STEPS),
             size=batch,
             ours=True,
         )
@@ -199,7 +199,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(row: Row, work: roofline.Work, peak: float, rounds: int) -> Record:
+def measure(row: Row, work: planning.Work, peak: float, rounds: int) -> Record:
     """Seconds of guided and unguided samples in turns, the first of each apart; memory of the guided ones."""
     labels, ids = (torch.arange(row.size, device="cuda") + start for start in (0, 1 << 41))
     calls = {"guided": lambda: row.make(labels, ids), "unguided": lambda: row.unguided(labels, ids)}

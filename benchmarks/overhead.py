@@ -72,10 +72,10 @@ def child(generator: str, validation: str) -> None:
 
         from dpfast.config import Recipe
         from dpfast.data.real import check_real, load_real
-        from dpfast.device import device_named
-        from dpfast.generate.recipes import check_generator, image_shape, load_pipeline
+        from dpfast.generate.from_recipe import check_generator, image_shape, load_pipeline
+        from dpfast.hardware.device import device_named
         from dpfast.practice import experiment  # noqa: F401  what `dpfast run` imports
-        from dpfast.practice.guided import check_way
+        from dpfast.practice.guided_methods import check_guided_method
         from dpfast.practice.loop import Loop
         from dpfast.practice.sources import Unguided
     with stage("recipe"):
@@ -91,7 +91,7 @@ def child(generator: str, validation: str) -> None:
         shape = image_shape(pipeline)
         real = load_real(validation, classes=pipeline.class_names, shape=shape)
     with stage("learner, pool and loader"):
-        check_way(recipe, pipeline)
+        check_guided_method(recipe, pipeline)
         Unguided(recipe, pipeline)
         Loop(recipe, "dp", pipeline, real)
     print(json.dumps(seconds))
@@ -102,11 +102,11 @@ def bookkeeping(rounds: int) -> list[dict[str, Any]]:
     import torch
 
     from dpfast.feed.order import Order
-    from dpfast.pool.columns import RECORD
+    from dpfast.pool.memory_tiers import MemoryTiers
     from dpfast.pool.pool import SamplePool
+    from dpfast.pool.record import RECORD
     from dpfast.pool.saver import Saver
     from dpfast.pool.shards import MANIFEST, Manifest, Shard
-    from dpfast.pool.tiers import Tiers
 
     def runs_of(start: int) -> list[list[int]]:
         """The ids of a shard as one of several ranks lists them, batch by batch."""
@@ -126,7 +126,7 @@ def bookkeeping(rounds: int) -> list[dict[str, Any]]:
             times.append((time.perf_counter() - began) / count)
         return 1e6 * statistics.median(times)
 
-    pool = SamplePool(shape=(1, 1, 1), tiers=Tiers(host_bytes=1 << 34), chunk_bytes=CHUNK // PAYLOAD)
+    pool = SamplePool(shape=(1, 1, 1), tiers=MemoryTiers(host_bytes=1 << 34), chunk_bytes=CHUNK // PAYLOAD)
     order, found = Order(0, 4096), []
 
     def append(count: int) -> int:

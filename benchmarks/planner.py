@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks import timing
 from dpfast.config import Recipe
+from dpfast.planning.measure import measure
+from dpfast.planning.plan import plan
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.roofline.measure import measure
-from dpfast.roofline.plan import plan
 
 RESULTS = Path(__file__).parent / "results" / "plan.jsonl"
 TARGET = 0.25  # a prediction may be so far from what was measured

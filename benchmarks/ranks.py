@@ -29,13 +29,13 @@ from dpfast.config import Recipe
 from dpfast.evaluate.measures import evaluate
 from dpfast.feed.augment import Augment
 from dpfast.feed.torch_loader import TorchLoader
-from dpfast.generate.recipes import load_pipeline, new_sampler
+from dpfast.generate.from_recipe import load_pipeline, new_sampler
 from dpfast.learn.models import build_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import ALONE, Ranks, joined
-from dpfast.pool.columns import RECORD
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.union import Layout, UnionPool
+from dpfast.pool.record import RECORD
+from dpfast.pool.sharded import ShardedPool, ShardLayout
 
 SAMPLES, BATCH = 80, 20  # of a generation
 POOL, LEARNED, STEPS = 2000, 256, 2  # samples, batch of the learner, steps of a measurement
@@ -64,12 +64,12 @@ def learning(kind: str) -> Work:
     """Optimiser steps with their batches: crops, flips, mixing, and between ranks the exchange of samples."""
 
     def prepare(ranks: Ranks) -> Callable[[], object]:
-        layout = Layout(ranks, BATCH, (POOL,))
+        layout = ShardLayout(ranks, BATCH, (POOL,))
         rows = torch.cat([torch.arange(r.start, r.stop) for r in layout.rows()])
         local = SamplePool()
         images = torch.randint(0, 256, (len(rows), 1, 32, 32), dtype=torch.uint8)
         local.append_records(images, records_of(rows.numpy()))
-        pool = local if ranks.alone else UnionPool(local, layout)
+        pool = local if ranks.alone else ShardedPool(local, layout)
         config = replace(Recipe.load("fashion").learner, precision="fp32")
         trainer = Trainer(_learner(kind, 10), config, iterations=10_000, ranks=ranks)
         augment = Augment(flip=True, crop=0.3, mixup=0.5)

@@ -2,8 +2,8 @@
 
 A rank is a process with one thread. The stages are those of `fashion`; the loop is that of `imagenet1k-sd15` up to
 6.5 M samples, whose rounds and batches are large enough to be dealt to so many. The all-reduces are gloo's between two
-processes of this machine; over more ranks they follow the ring that `dpfast.roofline.network` describes. What is
-assumed beside that: `dpfast.roofline.schedule`.
+processes of this machine; over more ranks they follow the ring that `dpfast.planning.network` describes. What is
+assumed beside that: `dpfast.planning.simulation`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import torch.multiprocessing as mp
 
 from benchmarks import timing
 from dpfast.config import Recipe
+from dpfast.hardware.peaks import DEVICES
 from dpfast.learn.models import build_learner
 from dpfast.learn.trainer import Trainer
-from dpfast.roofline.devices import DEVICES
-from dpfast.roofline.measure import measure
-from dpfast.roofline.network import Link, link_of
-from dpfast.roofline.plan import plan
-from dpfast.roofline.schedule import Costs, Job, best_overlap, efficiency, in_turns
+from dpfast.planning.measure import measure
+from dpfast.planning.network import Link, link_of
+from dpfast.planning.plan import plan
+from dpfast.planning.simulation import Costs, Job, best_overlap, efficiency, in_turns
 
 RESULTS = Path(__file__).parent / "results" / "scaling.jsonl"
 RANKS = (1, 2, 8, 32, 64, 128, 256)

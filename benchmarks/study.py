@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from dpfast.config import Recipe
-from dpfast.device import device_named
 from dpfast.evaluate.measures import Evaluation
 from dpfast.generate.pipelines import Pipeline
+from dpfast.hardware.device import device_named
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver
 from dpfast.practice.callbacks import Callback

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from dpfast.config import RecipeError
-from dpfast.device import device_named
+from dpfast.errors import RecipeError
+from dpfast.hardware.device import device_named
 
 SHORTEST = 2e-3  # seconds of one measurement; shorter calls are repeated within it
 COPY_BYTES = 256 << 20

@@ -6,31 +6,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpfast.config import Recipe, RecipeError
+    from dpfast.adapters import GuidanceCallback, GuidedDDIMScheduler, LearnerGuidance, make_cond_fn
+    from dpfast.config import Recipe
+    from dpfast.errors import RecipeError
     from dpfast.generate.guidance import GuidanceConfig
     from dpfast.generate.pipelines import Pipeline
-    from dpfast.generate.plugin import GuidanceCallback, GuidedDDIMScheduler, LearnerGuidance, make_cond_fn
     from dpfast.generate.sampler import GuidedSampler
-    from dpfast.generate.trajectory import SampleBatch
     from dpfast.ops import entropy, entropy_and_grad, gather_batch, guided_step, normal
     from dpfast.pool.pool import SamplePool
     from dpfast.practice.experiment import DeliberatePractice
     from dpfast.practice.result import Result
+    from dpfast.samples import SampleBatch
 
 __version__ = "0.1.0"
 
 # Public name -> its module. Imported on first use: `dpfast --help` and a wrong argument are answered without torch.
 _HOME = {
     "Recipe": "dpfast.config",
-    "RecipeError": "dpfast.config",
+    "InputError": "dpfast.errors",
+    "RecipeError": "dpfast.errors",
     "Pipeline": "dpfast.generate.pipelines",
     "GuidanceConfig": "dpfast.generate.guidance",
     "GuidedSampler": "dpfast.generate.sampler",
-    "SampleBatch": "dpfast.generate.trajectory",
-    "GuidanceCallback": "dpfast.generate.plugin",
-    "GuidedDDIMScheduler": "dpfast.generate.plugin",
-    "LearnerGuidance": "dpfast.generate.plugin",
-    "make_cond_fn": "dpfast.generate.plugin",
+    "SampleBatch": "dpfast.samples",
+    "GuidanceCallback": "dpfast.adapters",
+    "GuidedDDIMScheduler": "dpfast.adapters",
+    "LearnerGuidance": "dpfast.adapters",
+    "make_cond_fn": "dpfast.adapters",
     "entropy": "dpfast.ops",
     "entropy_and_grad": "dpfast.ops",
     "gather_batch": "dpfast.ops",
@@ -46,6 +48,7 @@ __all__ = [
     "GuidanceConfig",
     "GuidedDDIMScheduler",
     "GuidedSampler",
+    "InputError",
     "LearnerGuidance",
     "Pipeline",
     "Recipe",

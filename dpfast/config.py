@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpfast.errors import RecipeError
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -25,10 +27,6 @@ USER_FOLDERS = {  # field -> its option, and the names by which recipes call a f
     "pipeline": ("--generator DIR", ("stable-diffusion-1.5", "dit-xl-2")),
     "validation": ("--validation DIR", ("imagenet-val",)),
 }
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot run; the message is one line that names the field, its value and what would be right."""
 
 
 def _check(condition: bool, name: str, value: object, wanted: str) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 
 LEVELS = ("debug", "info", "warning", "error")
 FOLDER = "logs"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dpfast.cli.main import main
-from dpfast.ops import _dispatch, audit
+from dpfast.ops import audit, dispatch
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_audit_prints_and_writes_its_reports_and_fails_on_a_broken_promise(tmp_p
 
 
 def test_audit_needs_the_tools_of_the_linux_wheel(monkeypatch, capsys):
-    monkeypatch.setattr(_dispatch, "has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert main(["audit"]) == 2
     assert capsys.readouterr().err.startswith("dpfast: error: the audit needs the compiler")
 

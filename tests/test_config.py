@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from dpfast.config import RECIPES, Recipe, RecipeError, fields
+from dpfast.config import RECIPES, Recipe, fields
+from dpfast.errors import RecipeError
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)

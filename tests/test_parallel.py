@@ -12,22 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dpfast.config import Learner, RecipeError
+from dpfast.config import Learner
+from dpfast.errors import RecipeError
 from dpfast.evaluate.measures import evaluate
 from dpfast.feed.augment import Augment
 from dpfast.feed.torch_loader import TorchLoader
-from dpfast.generate.trajectory import SampleBatch
 from dpfast.learn.batch_norm import synchronised
 from dpfast.learn.gradients import GradientBuckets
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import RankError, Ranks, joined
 from dpfast.parallel import ranks as parallel
-from dpfast.pool.columns import RECORD
-from dpfast.pool.parts import open_all, open_part, part_folder
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.rank_folders import open_all, open_part, part_folder
+from dpfast.pool.record import RECORD
 from dpfast.pool.saver import Saver
-from dpfast.pool.union import Layout, UnionPool
+from dpfast.pool.sharded import ShardedPool, ShardLayout
 from dpfast.practice.costs import Cost, Price, slowest
+from dpfast.samples import SampleBatch
 from tests.learn import test_micro_batches as micro_batches
 from tests.ranks import AGENT, environment, spawned
 
@@ -37,7 +38,7 @@ AUGMENT = Augment(flip=True, crop=0.3, mixup=0.5, cutmix=1.0)
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_every_row_has_one_rank_and_its_place_there(size):
-    layout = Layout(Ranks(size=size), BATCH, ROUNDS)
+    layout = ShardLayout(Ranks(size=size), BATCH, ROUNDS)
     rows = torch.arange(len(layout))
     owner, place = layout.locate(rows)
     for rank in range(size):
@@ -97,9 +98,9 @@ def learner():
 
 
 def same_batches(ranks, folder):
-    layout = Layout(ranks, BATCH, ROUNDS)
+    layout = ShardLayout(ranks, BATCH, ROUNDS)
     for codec in ("pixels", "latents", "jpeg"):
-        one, union = pool_of(codec, layout), UnionPool(pool_of(codec, layout, ranks.rank), layout)
+        one, union = pool_of(codec, layout), ShardedPool(pool_of(codec, layout, ranks.rank), layout)
         assert torch.equal(union.column("sample_id"), one.column("sample_id"))
         assert torch.equal(union.column("label", ROUNDS[0]), one.column("label", ROUNDS[0]))
         loader, mine = loader_of(one), loader_of(union)
@@ -117,14 +118,14 @@ def same_batches(ranks, folder):
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_share_the_batches_of_one_pool_and_anyone_opens_what_they_saved(size, tmp_path):
     spawned(size, same_batches, tmp_path)
-    saved = Layout(Ranks(size=size), BATCH, ROUNDS)
+    saved = ShardLayout(Ranks(size=size), BATCH, ROUNDS)
     for codec in ("pixels", "latents", "jpeg"):
         one = pool_of(codec, saved)
         rows = torch.arange(len(one))
         everything = open_all(tmp_path / codec, decode=one.decode)
         assert torch.equal(everything.images(rows), one.images(rows))
         for wanted in (Ranks(), Ranks(rank=1, size=3)):
-            layout = Layout(wanted, BATCH, ROUNDS)
+            layout = ShardLayout(wanted, BATCH, ROUNDS)
             part, mine = open_part(tmp_path / codec, saved, layout), pool_of(codec, layout, wanted.rank)
             assert torch.equal(part.column("sample_id"), mine.column("sample_id"))
             stored, expected = (pool.payload(torch.arange(len(mine))) for pool in (part, mine))
@@ -192,10 +193,10 @@ def one_rank_out_of_memory(ranks):
 def same_training(ranks):
     same_norm(ranks)
     one_rank_out_of_memory(ranks)
-    layout = Layout(ranks, BATCH, ROUNDS)
+    layout = ShardLayout(ranks, BATCH, ROUNDS)
     (one, alone), (many, shared) = (
         train(pool_of("pixels", layout), Ranks()),
-        train(UnionPool(pool_of("pixels", layout, ranks.rank), layout), ranks),
+        train(ShardedPool(pool_of("pixels", layout, ranks.rank), layout), ranks),
     )
     assert shared == pytest.approx(alone, rel=1e-4)
     images, labels = torch.randint(0, 256, (1203, 3, 16, 12), dtype=torch.uint8), torch.arange(1203) % 7
@@ -280,8 +281,8 @@ def test_what_ranks_spend_adds_up_and_the_slowest_counts():
 
 def hang(ranks):
     parallel.ANSWER = 1.0
-    layout = Layout(ranks, BATCH, ROUNDS)
-    pool = UnionPool(pool_of("pixels", layout, ranks.rank), layout)
+    layout = ShardLayout(ranks, BATCH, ROUNDS)
+    pool = ShardedPool(pool_of("pixels", layout, ranks.rank), layout)
     ranks.heartbeat.timeout = 2  # after the start, which may take longer than that
     ranks.control, ranks.feed = parallel.side_groups(range(ranks.size), 2, ranks.learn, False)
     if ranks.rank == 1:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import study, study_options, study_tables
-from dpfast.generate.trajectory import SampleBatch
 from dpfast.pool.pool import SamplePool
+from dpfast.samples import SampleBatch
 
 
 def test_a_short_study_resumes_and_shares_the_unguided_samples(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
 def add_device(parser: argparse.ArgumentParser, what: str) -> None:
-    """``--device`` of a command without a recipe's fields; its handler resolves it with ``dpfast.device``."""
+    """``--device`` of a command without a recipe's fields; its handler resolves it with ``dpfast.hardware.device``."""
     parser.add_argument(
         "--device", default="auto", help=f"of {what}: cpu, cuda, cuda:N, or auto, a GPU where there is one (default)"
     )

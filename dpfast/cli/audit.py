@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from dpfast.cli import Commands
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 
 
 def add(commands: Commands) -> None:

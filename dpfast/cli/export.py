@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from dpfast.device import device_named
+    from dpfast.hardware.device import device_named
     from dpfast.pool.export import export_pool, import_pool
 
     pool, classes = import_pool(arguments.run, device=device_named(arguments.device))

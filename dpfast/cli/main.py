@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dpfast.cli import audit, bench, doctor, export, first, plan, rehearse, report, run, sample, theory
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 
 WORDS = 5.0  # seconds
 PACKAGE = Path(__file__).parents[1]

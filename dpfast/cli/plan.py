@@ -30,10 +30,10 @@ def plan(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     recipe.check_ranks(arguments.count)
 
-    from dpfast.roofline.devices import HERE
-    from dpfast.roofline.measure import measure
-    from dpfast.roofline.plan import plan
-    from dpfast.roofline.table import plan_table
+    from dpfast.hardware.peaks import HERE
+    from dpfast.planning.measure import measure
+    from dpfast.planning.plan import plan
+    from dpfast.planning.table import plan_table
 
     made = plan(
         recipe,

@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from dpfast.device import device_named
+    from dpfast.hardware.device import device_named
     from dpfast.report.page import write_report
 
     out, device = arguments.out or arguments.runs[0] / "report", device_named(arguments.device)

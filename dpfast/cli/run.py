@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from dpfast.cli import Commands, first
 from dpfast.cli.recipes import add_recipe, recipe_of
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
 from dpfast.logs import check_level, logged
 
 log = logging.getLogger(__name__)
@@ -20,10 +21,10 @@ LAUNCH = ".launch"  # in a run's folder: which torchrun made it
 
 if TYPE_CHECKING:
     from dpfast.parallel import Ranks
+    from dpfast.planning.fitting import Fit
     from dpfast.pool.plan import Plan as PoolPlan
     from dpfast.practice.experiment import DeliberatePractice
     from dpfast.practice.stopping import Stop
-    from dpfast.roofline.fitting import Fit
 
 
 def add(commands: Commands) -> None:
@@ -89,8 +90,8 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         from dpfast.practice.branch import prepare_branch
         from dpfast.practice.changes import continued
         from dpfast.practice.experiment import DeliberatePractice
-        from dpfast.practice.journal import Journal
-        from dpfast.practice.run_folder import Places, RunFolder, check_saving, check_shared, check_vacant
+        from dpfast.practice.journal import LogCallback
+        from dpfast.practice.run_folder import RunPaths, RunWriter, check_saving, check_shared, check_vacant
         from dpfast.report.metrics import result_table
         from dpfast.report.page import write_report
 
@@ -126,16 +127,16 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
             resume = resume or round is not None
     with contextlib.ExitStack() as stack:
         with ranks.together():
-            folder = Places(out, practice.ranks)
+            folder = RunPaths(out, practice.ranks)
             if ranks.first:
                 folder = stack.enter_context(
-                    RunFolder(out, asked, overwrite=arguments.overwrite, resume=resume, ranks=practice.ranks)
+                    RunWriter(out, asked, overwrite=arguments.overwrite, resume=resume, ranks=practice.ranks)
                 )
                 (out / LAUNCH).write_text(launch())
         check_shared(out, ranks)
         stack.enter_context(logged(out, arguments.log_level))
         _tell_fit(practice.fit, aloud=ranks.first and not arguments.quiet)
-        results = practice.run(folder, progress=not arguments.quiet, callbacks=[Journal()], stop=stop)
+        results = practice.run(folder, progress=not arguments.quiet, callbacks=[LogCallback()], stop=stop)
     if not ranks.first:
         return 0
     with stop.at_once(), unsaved("the report is not complete", f"with room 'dpfast report {out}' makes it"):
@@ -164,9 +165,9 @@ def _begun(out: Path, *, overwrite: bool) -> bool:
 
 def _dry_run(practice: DeliberatePractice, pool: PoolPlan, out: Path) -> int:
     """Everything has been checked: the generator is loaded, the real images are read, the learner has been tried."""
-    from dpfast.roofline.measure import measure
-    from dpfast.roofline.plan import plan
-    from dpfast.roofline.table import plan_table
+    from dpfast.planning.measure import measure
+    from dpfast.planning.plan import plan
+    from dpfast.planning.table import plan_table
 
     timings = measure(practice.recipe, pipeline=practice.pipeline)
     count = practice.ranks.size

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dpfast.cli import Commands
 from dpfast.cli.recipes import ALIASES
-from dpfast.config import Generator, Guidance, Recipe, RecipeError, fields
+from dpfast.config import Generator, Guidance, Recipe, fields
+from dpfast.errors import RecipeError
 
 # A learner guides as it was saved, in one stream of batches that finds its size and whether compiling pays.
 ELSEWHERE = ("omega", "guide_with", "generation_batch", "compile")
@@ -49,8 +50,8 @@ def sample(arguments: argparse.Namespace) -> int:
 
     recipe.need_folders("pipeline")
 
-    from dpfast.device import device_named
-    from dpfast.generate.recipes import load_pipeline, new_sampler
+    from dpfast.generate.from_recipe import load_pipeline, new_sampler
+    from dpfast.hardware.device import device_named
     from dpfast.practice.learners import load_learner
     from dpfast.report.samples import write_samples
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from dpfast.cli import Commands
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 
 PEAK = 0.25  # |d / kept - 1| below it: the interpolation peak, as `dpfast bench theory` parts its cells
 

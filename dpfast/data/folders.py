@@ -11,8 +11,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dpfast.config import RecipeError
 from dpfast.data import imagenet
+from dpfast.errors import RecipeError
 from dpfast.parallel import ALONE, Ranks
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from dpfast.config import ASSETS, RecipeError
+from dpfast.config import ASSETS
+from dpfast.errors import RecipeError
 
 SETS = ("imagenet1k", "imagenet100")  # whose classes a recipe can name by one word
 WORDNET_ID = re.compile(r"n\d{8}")

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpfast.config import ASSETS, RecipeError
+from dpfast.config import ASSETS
 from dpfast.data import fashion, imagenet
 from dpfast.data.folders import BATCH, SUFFIXES, ImageFolder, class_folders, images_in, open_folder, read_image
+from dpfast.errors import RecipeError
 from dpfast.hardware.cpus import cpus
 from dpfast.parallel import ALONE, Ranks
 

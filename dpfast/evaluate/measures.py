@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpfast.data.folders import BATCH
+from dpfast.hardware.out_of_memory import HalvingBatches
 from dpfast.ops import entropy
-from dpfast.out_of_memory import HalvingBatches
 from dpfast.parallel import ALONE, Ranks
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.config import RecipeError
 from dpfast.data import imagenet
 from dpfast.data.folders import BATCH, open_folder
 from dpfast.data.real import RealSet
+from dpfast.errors import RecipeError
 from dpfast.evaluate.measures import Evaluation, measure, predict, score
 from dpfast.evaluate.shifts import SEVERITIES, SHIFTS, shift
 from dpfast.parallel import ALONE, Ranks

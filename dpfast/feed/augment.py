@@ -41,7 +41,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Draw:
+class AugmentationDraw:
     """The chances of one batch, on the CPU; None for none.
 
     boxes: (B, 4) float32 of (top, left, height, width) in pixels; flips: (B,) bool.
@@ -51,10 +51,10 @@ class Draw:
     flips: Tensor | None
     mix: Mix | None
 
-    def part(self, places: Tensor) -> Draw:
+    def part(self, places: Tensor) -> AugmentationDraw:
         """The chances of the samples at ``places`` (b,) of the batch."""
         boxes, flips = (None if rows is None else rows[places] for rows in (self.boxes, self.flips))
-        return Draw(boxes, flips, self.mix)
+        return AugmentationDraw(boxes, flips, self.mix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +100,10 @@ class Augment:
         """Whether a batch of images of (height, width) needs boxes."""
         return self.shift > 0 or self.crop < 1 or self.size not in (None, image)
 
-    def draw(self, batch: int, image: tuple[int, int], *, seed: int, number: int) -> Draw:
+    def draw(self, batch: int, image: tuple[int, int], *, seed: int, number: int) -> AugmentationDraw:
         """The chances of batch ``number`` of ``batch`` images of (height, width)."""
         if not (self.flip or self.mixes or self.resamples(image)):
-            return Draw(None, None, None)  # a generator takes longer to make than a small batch
+            return AugmentationDraw(None, None, None)  # a generator takes longer to make than a small batch
         random = np.random.Generator(np.random.Philox(key=(seed << 64) + number))
         flips = torch.from_numpy(random.random(batch) < 0.5) if self.flip else None
         boxes = None
@@ -111,7 +111,7 @@ class Augment:
             boxes = _crops(random, batch, image, self.crop) if self.crop < 1 else np.tile((0.0, 0, *image), (batch, 1))
             if self.shift:
                 boxes[:, :2] += random.integers(-self.shift, self.shift + 1, (batch, 2))
-        return Draw(
+        return AugmentationDraw(
             None if boxes is None else torch.from_numpy(boxes.astype(np.float32)),
             flips,
             self._mix(random, self.size or image),

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpfast.feed.loader import PoolLoader, Request
-from dpfast.feed.slots import Slots
+from dpfast.feed.buffers import BufferPool
+from dpfast.feed.loader import PendingBatch, PoolLoader
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.union import UnionPool
+from dpfast.pool.sharded import ShardedPool
 
 _BYTES = BatchFormat(mean=0.0, std=1 / 255, channels_last=False)
 
@@ -32,13 +32,13 @@ class DaliLoader(PoolLoader):
     Raises ``ImportError`` where DALI is not installed, ``TypeError`` for batches in bf16.
     """
 
-    def __init__(self, pool: SamplePool | UnionPool, **options: Any) -> None:
+    def __init__(self, pool: SamplePool | ShardedPool, **options: Any) -> None:
         import nvidia.dali  # noqa: F401 - an early error, while the caller looks
 
         super().__init__(pool, **options)
         if self.form.dtype not in (torch.float32, torch.float16):
             raise TypeError(f"dtype = {self.form.dtype}: DALI normalises to float32 or float16")
-        self._slots = Slots()
+        self._slots = BufferPool()
         self._pipeline: Any = None
         self._fed = 0  # batches that DALI was given before its first run
 
@@ -46,13 +46,13 @@ class DaliLoader(PoolLoader):
         super().close()
         self._pipeline = None
 
-    def _start(self, requests: Sequence[Request]) -> None:
+    def _start(self, requests: Sequence[PendingBatch]) -> None:
         if self._pipeline is None:
             self._pipeline, self._fed = self._build(), 0
         for request in requests:
             self._feed(request)
 
-    def _feed(self, request: Request) -> None:
+    def _feed(self, request: PendingBatch) -> None:
         images, labels = self._gather(request)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self._pipeline.feed_input("images", images, cuda_stream=stream)
@@ -67,7 +67,7 @@ class DaliLoader(PoolLoader):
         if self._fed >= self.ahead:  # the first run starts as many batches as the queue is deep
             self._pipeline.schedule_run()
 
-    def _finish(self, request: Request) -> tuple[Tensor, Tensor]:
+    def _finish(self, request: PendingBatch) -> tuple[Tensor, Tensor]:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
             (output,) = self._pipeline.share_outputs(cuda_stream=stream)
@@ -89,7 +89,7 @@ class DaliLoader(PoolLoader):
                 self._pipeline.share_outputs()
                 self._pipeline.release_outputs()
 
-    def _gather(self, request: Request) -> tuple[Any, Tensor]:
+    def _gather(self, request: PendingBatch) -> tuple[Any, Tensor]:
         """What DALI is fed, and the labels."""
         (view, indices), device = self._held(request), self.device
         if view.codec == "latents":  # decoded to floats on the scale of bytes

@@ -5,7 +5,7 @@ Batches are prepared ahead, and that is invisible: batch n is a function of (see
 batch after its append; it costs the preparation of what was dropped.
 
 Where several ranks hold the pool's samples, the order, the chances and the mixing are those of the whole batch, and a
-loader delivers its rank's part of it (``dpfast.pool.union``). All ranks then ask for the same batches.
+loader delivers its rank's part of it (``dpfast.pool.sharded``). All ranks then ask for the same batches.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dpfast.config import RecipeError
-from dpfast.feed.augment import Augment, Draw
+from dpfast.errors import RecipeError
+from dpfast.feed.augment import Augment, AugmentationDraw
 from dpfast.feed.order import Order
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rows import CPU
-from dpfast.pool.union import UnionPool
-from dpfast.pool.view import View
+from dpfast.pool.sharded import ShardedPool
+from dpfast.pool.snapshot import PoolSnapshot
 
 KINDS = ("auto", "dali", "torch")
 
@@ -61,7 +61,7 @@ class Loader(Protocol):
 
 
 @dataclass
-class Request:
+class PendingBatch:
     """One batch in preparation. after: the position behind it; work: what the loader holds of it, once it is started.
 
     pool_size: samples in the pool that it is drawn from. indices: (batch_size,) int64, of the whole batch; draw: the
@@ -70,7 +70,7 @@ class Request:
 
     pool_size: int
     indices: Tensor
-    draw: Draw
+    draw: AugmentationDraw
     after: dict[str, int]
     work: Any = field(default=None)
 
@@ -94,7 +94,7 @@ class PoolLoader(Loader):
 
     def __init__(
         self,
-        pool: SamplePool | UnionPool,
+        pool: SamplePool | ShardedPool,
         *,
         batch_size: int,
         seed: int,
@@ -115,7 +115,7 @@ class PoolLoader(Loader):
         self.order = Order(seed, batch_size, fresh_weight=fresh_weight)
         self.waited = 0.0
         self._number = 0  # of the next batch that is prepared
-        self._queue: deque[Request] = deque()
+        self._queue: deque[PendingBatch] = deque()
         self._position = {"batches": 0, **self.order.state()}  # behind the last batch that was delivered
         self._shape: tuple[int, int, int] | None = None
         self.ahead = ahead
@@ -177,7 +177,9 @@ class PoolLoader(Loader):
     def count(self) -> int:
         """Samples of a batch that are delivered."""
         return (
-            self.order.batch_size // self.pool.ranks.size if isinstance(self.pool, UnionPool) else self.order.batch_size
+            self.order.batch_size // self.pool.ranks.size
+            if isinstance(self.pool, ShardedPool)
+            else self.order.batch_size
         )
 
     def _prepare(self, size: int) -> None:
@@ -192,17 +194,17 @@ class PoolLoader(Loader):
         except BaseException as error:
             raise self._failed(error) from error
 
-    def _requests(self, size: int, count: int) -> list[Request]:
+    def _requests(self, size: int, count: int) -> list[PendingBatch]:
         """What the next batches are made of."""
         fresh = self.pool.fresh if self.order.fresh_weight != 1 else 0
         indices, image, requests = self.order.next(size, fresh, batches=count), self.image_shape()[1:], []
         for left, part in zip(reversed(range(count)), indices.split(self.order.batch_size), strict=True):
             draw = self.augment.draw(len(part), image, seed=self.seed, number=self._number)
-            if isinstance(self.pool, UnionPool):
+            if isinstance(self.pool, ShardedPool):
                 draw = draw.part(self.pool.ranks.part(len(part)))
             self._number += 1
             after = {"batches": self._number, **self.order.state(before=left)}
-            requests.append(Request(size, part, draw, after))
+            requests.append(PendingBatch(size, part, draw, after))
         return requests
 
     def _failed(self, error: BaseException) -> LoaderError:
@@ -217,17 +219,17 @@ class PoolLoader(Loader):
         self._number = self._position["batches"]
         self.order.restore(self._position)
 
-    def _held(self, request: Request) -> tuple[View, Tensor]:
+    def _held(self, request: PendingBatch) -> tuple[PoolSnapshot, Tensor]:
         """A pool that holds the request's samples, and where in it; collective, in the order of requests."""
-        if isinstance(self.pool, UnionPool):
+        if isinstance(self.pool, ShardedPool):
             return self.pool.exchange(request.indices, device=self.device)
         return self.pool.view, request.indices
 
-    def _start(self, requests: Sequence[Request]) -> None:
+    def _start(self, requests: Sequence[PendingBatch]) -> None:
         """Begins to make batches."""
         raise NotImplementedError
 
-    def _finish(self, request: Request) -> tuple[Tensor, Tensor]:
+    def _finish(self, request: PendingBatch) -> tuple[Tensor, Tensor]:
         """The batch of the oldest request that was started."""
         raise NotImplementedError
 
@@ -257,7 +259,7 @@ def choose(kind: str, codec: str = "pixels") -> str:
     return kind
 
 
-def make_loader(kind: str, pool: SamplePool | UnionPool, **options: Any) -> PoolLoader:
+def make_loader(kind: str, pool: SamplePool | ShardedPool, **options: Any) -> PoolLoader:
     """The loader that ``choose`` names, with the options of its class. Raises what they raise."""
     if choose(kind, pool.codec) == "dali":
         from dpfast.feed.dali import DaliLoader

@@ -20,7 +20,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from dpfast.ops import _dispatch
+from dpfast.ops import dispatch
 from dpfast.ops.reference.noise import reference_words
 
 ROUNDS = 8
@@ -40,10 +40,10 @@ def permutation(first: int, count: int, size: int, *, seed: int, epoch: int, str
     """
     if not 0 <= first <= first + count <= size <= LARGEST:
         raise ValueError(f"places {first} to {first + count} of {size} samples: expected 0 <= first <= last <= size")
-    if _dispatch.backend_for(torch.device("cpu")) != "native":
+    if dispatch.backend_for(torch.device("cpu")) != "native":
         return reference(torch.arange(first, first + count), size, seed=seed, epoch=epoch, stream=stream)
     out = torch.empty(count, dtype=torch.int64)
-    _dispatch.native_module().permutation(
+    dispatch.native_module().permutation(
         first, count, size, seed, epoch, stream, out.data_ptr(), torch.get_num_threads()
     )
     return out

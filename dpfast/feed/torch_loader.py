@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.device import is_gpu
-from dpfast.feed.loader import PoolLoader, Request
-from dpfast.feed.slots import Slots
+from dpfast.feed.buffers import BufferPool
+from dpfast.feed.loader import PendingBatch, PoolLoader
+from dpfast.hardware.device import is_gpu
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.union import UnionPool
+from dpfast.pool.sharded import ShardedPool
 
 Batch = tuple[Tensor, Tensor]
 BURST, BURST_BYTES = 16, 64 << 20  # batches that are made at once at most, and how large they are together
 
 
 class TorchLoader(PoolLoader):
-    """``PoolLoader`` on ``View.gather``; every codec and device of the pool.
+    """``PoolLoader`` on ``PoolSnapshot.gather``; every codec and device of the pool.
 
     On a GPU a side stream prepares batches, on a CPU a thread, except for what the caller makes faster on a CPU:
 
@@ -40,7 +40,7 @@ class TorchLoader(PoolLoader):
 
     def __init__(
         self,
-        pool: SamplePool | UnionPool,
+        pool: SamplePool | ShardedPool,
         *,
         threads: int = 1,
         ahead: int | None = None,
@@ -49,7 +49,7 @@ class TorchLoader(PoolLoader):
     ) -> None:
         super().__init__(pool, **options if ahead is None else options | {"ahead": ahead})
         self.threads = threads
-        self._slots = Slots()
+        self._slots = BufferPool()
         if ahead is None and (count := self._count_on_demand()):
             self.ahead, self.on_demand = count, True
         if background is None:
@@ -64,14 +64,14 @@ class TorchLoader(PoolLoader):
 
     def _count_on_demand(self) -> int:
         """How many batches the caller makes at once; 0: none."""
-        if isinstance(self.pool, UnionPool) or self.device.type != "cpu":
+        if isinstance(self.pool, ShardedPool) or self.device.type != "cpu":
             return 0
         if not self.pool.view.in_place(self.device):
             return int(self.pool.codec == "latents")
         count = min(BURST_BYTES // (math.prod(self.batch_shape()) * self.form.dtype.itemsize), BURST)
         return count if count > 1 else 0
 
-    def _start(self, requests: Sequence[Request]) -> None:
+    def _start(self, requests: Sequence[PendingBatch]) -> None:
         if self._stream is not None:
             with torch.cuda.stream(self._stream):
                 for request in requests:
@@ -79,15 +79,15 @@ class TorchLoader(PoolLoader):
                     request.work = batch, torch.cuda.current_stream().record_event()
         elif self._worker is not None:
             for request in requests:
-                view = self.pool.local.view if isinstance(self.pool, UnionPool) else self.pool.view
+                view = self.pool.local.view if isinstance(self.pool, ShardedPool) else self.pool.view
                 out = self._slots.batch(self.batch_shape(), self.form) if view.in_place(self.device) else None
                 request.work = self._worker.submit(self._make, request, out)
         else:
             self._burst(requests)
 
-    def _burst(self, requests: Sequence[Request]) -> None:
+    def _burst(self, requests: Sequence[PendingBatch]) -> None:
         """Makes all batches in one pass, into one slot, where they are pixels on the host."""
-        if isinstance(self.pool, UnionPool) or not self.pool.view.in_place(self.device):
+        if isinstance(self.pool, ShardedPool) or not self.pool.view.in_place(self.device):
             for request in requests:
                 request.work = self._make(request)
             return
@@ -104,7 +104,7 @@ class TorchLoader(PoolLoader):
             part = slice(number * count, (number + 1) * count)
             request.work = images[part], labels[part]
 
-    def _finish(self, request: Request) -> Batch:
+    def _finish(self, request: PendingBatch) -> Batch:
         if isinstance(request.work, Future):
             return request.work.result()
         if self._stream is None:
@@ -125,7 +125,7 @@ class TorchLoader(PoolLoader):
                 request.work.exception()  # waits: the pool may go away after this
 
     @torch.no_grad()
-    def _make(self, request: Request, out: Tensor | None = None) -> Batch:
+    def _make(self, request: PendingBatch, out: Tensor | None = None) -> Batch:
         (view, places), draw = self._held(request), request.draw
         return view.gather(
             places,

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast import ops
-from dpfast.generate import _check, criteria
+from dpfast.generate import check, criteria
 from dpfast.generate.criteria import Criterion
-from dpfast.generate.decoder import Decoder
-from dpfast.generate.denoiser import Denoiser
+from dpfast.generate.models.decoder import Decoder
+from dpfast.generate.models.denoiser import Denoiser
 from dpfast.ops.guided_step import Mode
 
 Through = Literal["denoiser", "latent"]
@@ -66,9 +66,9 @@ class GuidanceConfig:
     criterion: str | Criterion = "entropy"
 
     def __post_init__(self) -> None:
-        _check.count("every", self.every, "at least 1, which guides every step")
-        _check.number("start", self.start)
-        _check.number("until", self.until)
+        check.count("every", self.every, "at least 1, which guides every step")
+        check.number("start", self.start)
+        check.number("until", self.until)
         check_interval("(start, until)", self.start, self.until)
         for name, value, known in (("mode", self.mode, Mode), ("through", self.through, Through)):
             if value not in get_args(known):

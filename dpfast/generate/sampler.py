@@ -14,24 +14,25 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dpfast.config import RecipeError
-from dpfast.device import is_gpu
-from dpfast.generate import _check, criteria
-from dpfast.generate.features import FeatureCache, cached_steps
+from dpfast.errors import RecipeError
+from dpfast.generate import check, criteria
+from dpfast.generate import preflight as probing
+from dpfast.generate.feature_cache import FeatureCache, cached_steps
+from dpfast.generate.graphs import CudaRecorder, Recorder
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, check_interval, interval_steps
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.pipelines.solvers import Solver
-from dpfast.generate.runtime import probing
+from dpfast.generate.pipelines.schedulers import Solver
 from dpfast.generate.runtime.compiling import CompileCosts, Tuner
 from dpfast.generate.runtime.execution import Execution, Region
-from dpfast.generate.runtime.graphs import CudaRecorder, Recorder
 from dpfast.generate.runtime.regional import has_region
 from dpfast.generate.step import StepInputs, StepParts, Variant
 from dpfast.generate.stream import in_batches
-from dpfast.generate.trajectory import SampleBatch, Trajectory, filled
+from dpfast.generate.trajectory import Trajectory, filled
+from dpfast.hardware.device import is_gpu
+from dpfast.hardware.out_of_memory import release
 from dpfast.ops import normal
 from dpfast.ops.noise import check_seed
-from dpfast.out_of_memory import release
+from dpfast.samples import SampleBatch
 
 log = logging.getLogger(__name__)
 INITIAL_NOISE = 0  # the Philox stream of the first latent; the streams of the steps follow it
@@ -53,7 +54,7 @@ class GuidedSampler:
         cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the steps. Outside of it
             the conditional prediction runs alone, which halves the price of a step and changes the images.
         cache_interval: of a run of unguided steps every one so many runs the whole denoiser, the others reuse the
-            features of its inner blocks (``dpfast.generate.features``); 1: every step is whole.
+            features of its inner blocks (``dpfast.generate.feature_cache``); 1: every step is whole.
         seed: key of all noise.
         image_size: (H, W) that the learner takes; None: as decoded.
         memory_budget: bytes for the differentiated half of a guided step. It runs in chunks that fit, by a measurement
@@ -90,14 +91,14 @@ class GuidedSampler:
     ) -> None:
         if not isinstance(guidance, GuidanceConfig | None):
             raise TypeError(f"guidance must be a GuidanceConfig, got {guidance!r}")
-        _check.number("cfg_scale", cfg_scale)
-        _check.pair("cfg_interval", cfg_interval, Real, "(start, stop), fractions of the steps")
+        check.number("cfg_scale", cfg_scale)
+        check.pair("cfg_interval", cfg_interval, Real, "(start, stop), fractions of the steps")
         check_interval("cfg_interval", *cfg_interval)
         if image_size is not None:
-            _check.pair("image_size", image_size, Integral, "(height, width) in pixels")
+            check.pair("image_size", image_size, Integral, "(height, width) in pixels")
         if memory_budget is not None:
-            _check.count("memory_budget", memory_budget, "bytes, at least 1, or None")
-        _check.count("cache_interval", cache_interval, "at least 1, which reuses nothing")
+            check.count("memory_budget", memory_budget, "bytes, at least 1, or None")
+        check.count("cache_interval", cache_interval, "at least 1, which reuses nothing")
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile = {compile!r}: expected True, False or 'auto'")
         if compile_region not in get_args(Region):
@@ -381,15 +382,15 @@ class GuidedSampler:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Everything a trajectory needs, on the device, or an error: labels, ids, strengths (None: unguided)."""
         device = self.pipeline.device
-        labels = _check.integers("labels", labels)
+        labels = check.integers("labels", labels)
         if labels.dim() != 1:
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected (B,)")
         default = torch.arange(first_id, first_id + len(labels))
-        ids = default if sample_ids is None else _check.integers("sample_ids", sample_ids)
+        ids = default if sample_ids is None else check.integers("sample_ids", sample_ids)
         if ids.shape != labels.shape:
             raise ValueError(f"sample_ids has shape {tuple(ids.shape)}, expected one per label: {tuple(labels.shape)}")
         self.check_labels(labels)
-        strengths = _check.strengths("omega", self.guidance.omega if omega is None else omega)
+        strengths = check.strengths("omega", self.guidance.omega if omega is None else omega)
         if strengths.shape not in ((), labels.shape):
             raise ValueError(f"omega has shape {tuple(strengths.shape)}, expected () or {tuple(labels.shape)}")
         if not bool(strengths.isfinite().all()):

@@ -1,7 +1,7 @@
 """A step of the sampler as one pure function of tensors, in as many variants as a trajectory has kinds of steps.
 
 A variant is plain or guided, with classifier-free guidance or without; a plain one may keep or reuse features
-(``dpfast.generate.features``). Everything that changes between two calls is an
+(``dpfast.generate.feature_cache``). Everything that changes between two calls is an
 input tensor: the state, the step's index, the table, strengths, labels, ids, seed. Nothing is read on the host. So one
 compilation, or one capture as a CUDA graph, serves every step, batch and update of the learner's weights in place.
 """
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpfast.generate.decoder import Decoder
-from dpfast.generate.denoiser import Denoiser
-from dpfast.generate.features import FeatureCache, Features
+from dpfast.generate.feature_cache import FeatureCache, Features
 from dpfast.generate.guidance import GuidancePath
+from dpfast.generate.models.decoder import Decoder
+from dpfast.generate.models.denoiser import Denoiser
 from dpfast.ops import DynamicThreshold, guided_step
 from dpfast.ops.guided_step import Mode
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from dpfast.generate.runtime import probing
+from dpfast.generate import preflight as probing
 from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer
-from dpfast.generate.trajectory import SampleBatch
-from dpfast.out_of_memory import attempt, release
+from dpfast.hardware.out_of_memory import attempt, release
+from dpfast.samples import SampleBatch
 
 if TYPE_CHECKING:
     from dpfast.generate.sampler import GuidedSampler

@@ -54,29 +54,6 @@ class Trajectory:
         return replace(parts[0], **joined, skipped=torch.stack([part.skipped for part in parts]).sum())
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleBatch:
-    """What a sampler yields. Row i of every tensor belongs to ``sample_ids[i]``.
-
-    images: (B, C, H, W) uint8; labels, sample_ids: (B,) int64; entropy: (B,) float32, nats, of the finished image under
-    the guiding learner (NaN without one); learner_step: the learner's optimiser steps at birth; skipped: how many
-    guided steps of single samples went unguided, because their gradient was not finite; retries: how often memory ran
-    out before the batch was small enough; latents: (B, c, h, w) float16, what the images were decoded from.
-    """
-
-    images: Tensor
-    labels: Tensor
-    sample_ids: Tensor
-    entropy: Tensor
-    learner_step: int = 0
-    skipped: int = 0
-    latents: Tensor | None = None
-    retries: int = 0
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
 def filled(rows: Tensor, count: int) -> Tensor:
     """``rows`` with ``count`` copies of the last one behind them."""
     return rows if not count else torch.cat([rows, rows[-1:].expand(count, *rows.shape[1:])])

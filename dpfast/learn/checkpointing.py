@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 
 
 def checkpoint_activations(model: nn.Module) -> None:

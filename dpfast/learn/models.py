@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dpfast.config import ASSETS, RecipeError
+from dpfast.config import ASSETS
+from dpfast.errors import RecipeError
 
 
 class _Logits(nn.Module):

@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from dpfast.device import is_gpu
+from dpfast.hardware.device import is_gpu
 
 
 def in_bf16(precision: str, device: torch.device) -> bool:

@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpfast.config import Learner, RecipeError
-from dpfast.device import is_gpu
+from dpfast.config import Learner
+from dpfast.errors import RecipeError
+from dpfast.hardware.device import is_gpu
+from dpfast.hardware.out_of_memory import attempt, release
 from dpfast.learn.batch_norm import alone, shared_norms, synchronised
 from dpfast.learn.checkpointing import checkpoint_activations
 from dpfast.learn.compiling import WhenItPays
@@ -30,7 +32,6 @@ from dpfast.learn.ema import Ema
 from dpfast.learn.gradients import GradientBuckets, Gradients
 from dpfast.learn.precision import autocast, in_bf16, in_precision
 from dpfast.learn.schedule import wsd
-from dpfast.out_of_memory import attempt, release
 from dpfast.parallel import ALONE, Ranks
 
 log = logging.getLogger(__name__)

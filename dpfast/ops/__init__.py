@@ -5,7 +5,7 @@ in `reference` for plain PyTorch and in `kernels` for Triton; the C++ of `dpfast
 `backend_of` tells which kernels an operation would use on a device; `DPFAST_BACKEND` forces one.
 """
 
-from dpfast.ops._dispatch import backend_of
+from dpfast.ops.dispatch import backend_of
 from dpfast.ops.entropy import entropy, entropy_and_grad
 from dpfast.ops.gather import gather_batch
 from dpfast.ops.guided_step import DynamicThreshold, guided_step

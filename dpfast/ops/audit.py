@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpfast.ops import _dispatch
+from dpfast.ops import dispatch
 from dpfast.ops._triton import next_power, triton
 from dpfast.ops.kernels import entropy, gather, noise
 from dpfast.ops.kernels import guided_step as guided
@@ -72,9 +72,9 @@ def _binary(tool: str) -> Path:
 
 def missing() -> str | None:
     """Why nothing can be audited here, or None."""
-    if not _dispatch.has_triton() or not all(_binary(tool).is_file() for tool in ("ptxas", "cuobjdump", "nvdisasm")):
+    if not dispatch.has_triton() or not all(_binary(tool).is_file() for tool in ("ptxas", "cuobjdump", "nvdisasm")):
         return "the audit needs the compiler and the disassembler of Triton's Linux wheel: pip install triton"
-    if _dispatch.INTERPRETED:
+    if dispatch.INTERPRETED:
         return "the audit compiles the kernels, which TRITON_INTERPRET=1 replaces by its interpreter: unset it"
     return None
 

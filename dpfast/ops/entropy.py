@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpfast.ops import _check, _dispatch
+from dpfast.ops import check, dispatch
 from dpfast.ops.kernels.entropy import launch
 from dpfast.ops.reference.entropy import reference
 
@@ -26,7 +26,7 @@ def _gradient_like(logits: Tensor) -> Tensor:
 
 def _run(logits: Tensor, temperature: float, dlogits: Tensor | None) -> Tensor:
     """The entropy, by the backend of the device; the gradient goes to `dlogits`, contiguous, where one is given."""
-    backend = _dispatch.backend_for(logits.device)
+    backend = dispatch.backend_for(logits.device)
     if backend == "reference":
         values, gradient = reference(logits, temperature)
         if dlogits is not None:
@@ -40,12 +40,12 @@ def _run(logits: Tensor, temperature: float, dlogits: Tensor | None) -> Tensor:
     if backend == "triton":
         launch(logits, temperature, entropy, dlogits)
         return entropy
-    _dispatch.native_module().entropy(
+    dispatch.native_module().entropy(
         logits.data_ptr(),
         rows,
         classes,
         stride,
-        _dispatch.DTYPE_CODES[logits.dtype],
+        dispatch.DTYPE_CODES[logits.dtype],
         1.0 / temperature,
         entropy.data_ptr(),
         0 if dlogits is None else dlogits.data_ptr(),
@@ -104,7 +104,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _check_arguments(logits: Tensor, temperature: float) -> float:
-    _check.tensor("logits", logits, _check.FLOATS)
+    check.tensor("logits", logits, check.FLOATS)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (B, K) with K >= 1")
     if not isinstance(temperature, (int, float)):
@@ -134,8 +134,8 @@ def entropy_and_grad(logits: Tensor, *, temperature: float = 1.0, out: Tensor | 
     """
     temperature = _check_arguments(logits, temperature)
     if out is not None:
-        _check.target("out", out, logits.dtype, logits.shape, logits.device)
-    if _dispatch.traced(logits):
+        check.target("out", out, logits.dtype, logits.shape, logits.device)
+    if dispatch.traced(logits):
         values, dlogits = _Differentiable.apply(logits, temperature, True)
         return values, dlogits if out is None else out.copy_(dlogits)
     dlogits = _gradient_like(logits) if out is None else out
@@ -145,6 +145,6 @@ def entropy_and_grad(logits: Tensor, *, temperature: float = 1.0, out: Tensor | 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature): the first output of `entropy_and_grad` alone, (B,) fp32."""
     temperature = _check_arguments(logits, temperature)
-    if _dispatch.traced(logits):
+    if dispatch.traced(logits):
         return _Differentiable.apply(logits, temperature, False)[0]
     return _run(logits, temperature, None)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpfast.ops import _check, _dispatch
+from dpfast.ops import check, dispatch
 from dpfast.ops.kernels.gather import launch
 from dpfast.ops.reference.gather import Request, reference
 
@@ -21,17 +21,17 @@ from dpfast.ops.reference.gather import Request, reference
 def _native(request: Request, out: Tensor) -> None:
     store = request.store
     indices, flip = request.indices.contiguous(), None if request.flip is None else request.flip.contiguous()
-    inside = _dispatch.native_module().gather(
+    inside = dispatch.native_module().gather(
         store.data_ptr(),
         store.shape[0],
         store.stride(0),
         *store.shape[1:],
         indices.data_ptr(),
         indices.shape[0],
-        _dispatch.address(flip),
+        dispatch.address(flip),
         request.scale.data_ptr(),
         request.bias.data_ptr(),
-        _dispatch.DTYPE_CODES[out.dtype],
+        dispatch.DTYPE_CODES[out.dtype],
         not out.is_contiguous(),
         out.data_ptr(),
         torch.get_num_threads(),
@@ -50,7 +50,7 @@ def _run(request: Request, out: Tensor) -> Tensor:
     """Writes the batch into `out`, which is contiguous or in channels_last memory."""
     if not request.store[:1].is_contiguous():
         request = request._replace(store=request.store.contiguous())
-    backend = _dispatch.backend_for(out.device)
+    backend = dispatch.backend_for(out.device)
     if backend == "triton":
         launch(request, out)
     elif backend == "native":
@@ -91,7 +91,7 @@ def constants(
     mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, channels: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The scale and bias of each channel, in fp32 after fp64 arithmetic: (C,) each."""
-    if isinstance(mean, Tensor) or isinstance(std, Tensor) or _dispatch.traced():
+    if isinstance(mean, Tensor) or isinstance(std, Tensor) or dispatch.traced():
         return _affine(_vector("mean", mean, channels, device), _vector("std", std, channels, device))
     return _cached_constants(_numbers("mean", mean), _numbers("std", std), channels, device)
 
@@ -109,8 +109,8 @@ def _affine(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
 
 def _vector(name: str, value: Sequence[float] | Tensor, channels: int, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        _check.tensor(name, value, (*_check.FLOATS, torch.float64), device)
-        return _check.shaped(name, value, (channels,)).double()
+        check.tensor(name, value, (*check.FLOATS, torch.float64), device)
+        return check.shaped(name, value, (channels,)).double()
     numbers = _numbers(name, value)
     if len(numbers) != channels:
         raise ValueError(f"{name} has {len(numbers)} values, expected one for each of {channels} channels")
@@ -153,21 +153,21 @@ def gather_batch(
         TypeError: wrong type or dtype. ValueError: wrong shape or device. IndexError: an index outside the store, on a
         CPU; on a GPU, where the host cannot look, such a row is NaN.
     """
-    _check.tensor("store", store, (torch.uint8,))
+    check.tensor("store", store, (torch.uint8,))
     if store.dim() != 4:
         raise ValueError(f"store has shape {tuple(store.shape)}, expected (N, C, H, W)")
-    _check.tensor("indices", indices, (torch.int64,), store.device)
+    check.tensor("indices", indices, (torch.int64,), store.device)
     if indices.dim() != 1:
         raise ValueError(f"indices has shape {tuple(indices.shape)}, expected (B,)")
     if flip is not None:
-        _check.shaped("flip", _check.tensor("flip", flip, (torch.bool,), store.device), tuple(indices.shape))
-    if dtype not in _check.FLOATS:
+        check.shaped("flip", check.tensor("flip", flip, (torch.bool,), store.device), tuple(indices.shape))
+    if dtype not in check.FLOATS:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     scale, bias = constants(mean, std, store.shape[1], store.device)
     request = Request(store, indices, flip, scale, bias)
     if out is not None:
-        _check.target("out", out, dtype, (len(indices), *store.shape[1:]), store.device, channels_last)
-    if _dispatch.traced():
+        check.target("out", out, dtype, (len(indices), *store.shape[1:]), store.device, channels_last)
+    if dispatch.traced():
         batch = _operation(*request, dtype, channels_last)
         return batch if out is None else out.copy_(batch)
     return _run(request, _empty(request, dtype, channels_last) if out is None else out)

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dpfast.ops import _check, _dispatch, noise
+from dpfast.ops import check, dispatch, noise
 from dpfast.ops.kernels.guided_step import launch
 from dpfast.ops.reference.guided_step import Call, Options, reference
 
@@ -67,11 +67,11 @@ def _native(call: Call) -> None:
     seed, seed_at = (0, call.seed.long()) if isinstance(call.seed, Tensor) else (call.seed, None)
     cfg_scale, cfg_at, cfg_stride = _as_pointer(call.cfg_scale)
     omega, omega_at, omega_stride = _as_pointer(call.omega)
-    address = _dispatch.address
-    _dispatch.native_module().guided_step(
+    address = dispatch.address
+    dispatch.native_module().guided_step(
         call.out.shape[0],
         math.prod(call.out.shape[1:]),
-        _dispatch.DTYPE_CODES[dtype],
+        dispatch.DTYPE_CODES[dtype],
         *map(address, values),
         *map(address, targets),
         table.data_ptr(),
@@ -98,7 +98,7 @@ def _native(call: Call) -> None:
 
 def _run(call: Call) -> None:
     """Writes the step into `call.out`."""
-    backend = _dispatch.backend_for(call.out.device)
+    backend = dispatch.backend_for(call.out.device)
     if backend == "triton":
         launch(call)
     elif backend == "native":
@@ -227,33 +227,33 @@ def guided_step(
 
     Source: Song et al., DDIM (2021); Lu et al., DPM-Solver++ (2022); Lipman et al., flow matching (2023).
     """
-    _check.tensor("x", x, _check.FLOATS)
+    check.tensor("x", x, check.FLOATS)
     if x.dim() < 2 or math.prod(x.shape[1:]) == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, ...) with at least one element a sample")
     shape, device = tuple(x.shape), x.device
     named = {"pred_cond": pred_cond, "pred_uncond": pred_uncond, "grad": grad, "x0_prev": x0_prev}
     for name, value in named.items():
         if value is not None or name == "pred_cond":
-            _check.shaped(name, _check.tensor(name, value, _check.FLOATS, device), shape)
+            check.shaped(name, check.tensor(name, value, check.FLOATS, device), shape)
     for name, value in {"out": out, "x0_out": x0_out}.items():
         if value is not None:
-            _check.shaped(name, _check.tensor(name, value, (x.dtype,), device), shape)
-    _check.tensor("table", table, (torch.float32,), device)
+            check.shaped(name, check.tensor(name, value, (x.dtype,), device), shape)
+    check.tensor("table", table, (torch.float32,), device)
     if table.dim() != 2 or table.shape[1] != COLUMNS or table.shape[0] == 0:
         raise ValueError(f"table has shape {tuple(table.shape)}, expected (steps, {COLUMNS}) with steps >= 1")
-    step = _check.integer("step", step, device)
+    step = check.integer("step", step, device)
     if isinstance(step, int) and not 0 <= step < table.shape[0]:
         raise ValueError(f"step must be in [0, {table.shape[0]}), the rows of the table, got {step}")
-    cfg_scale = _check.per_sample("cfg_scale", cfg_scale, shape[0], device)
-    omega = _check.per_sample("omega", omega, shape[0], device)
+    cfg_scale = check.per_sample("cfg_scale", cfg_scale, shape[0], device)
+    omega = check.per_sample("omega", omega, shape[0], device)
     options = _options(mode, prediction, clip)
     if sample_ids is not None:
-        _check.shaped("sample_ids", _check.tensor("sample_ids", sample_ids, (torch.int64,), device), shape[:1])
-    if skipped is not None and _check.tensor("skipped", skipped, (torch.int64,), device).numel() != 1:
+        check.shaped("sample_ids", check.tensor("sample_ids", sample_ids, (torch.int64,), device), shape[:1])
+    if skipped is not None and check.tensor("skipped", skipped, (torch.int64,), device).numel() != 1:
         raise ValueError(f"skipped has shape {tuple(skipped.shape)}, expected ()")
     seed = noise.check_seed("seed", seed, device)
     inputs = (x, pred_cond, pred_uncond, grad, x0_prev)
-    if not _dispatch.traced():
+    if not dispatch.traced():
         out = torch.empty(shape, dtype=x.dtype, device=device) if out is None else out
         _run(Call(out, x0_out, skipped, *inputs, table, step, cfg_scale, omega, options, sample_ids, seed))
         return out

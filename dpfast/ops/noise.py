@@ -23,7 +23,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from dpfast.ops import _check, _dispatch
+from dpfast.ops import check, dispatch
 from dpfast.ops.kernels.noise import launch
 from dpfast.ops.reference.noise import WORD, reference, reference_words, signed
 
@@ -36,14 +36,14 @@ def _native(sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int |
     seed_at = seed.long() if isinstance(seed, Tensor) else None
     stream_at = stream.long() if isinstance(stream, Tensor) else None
     ids = sample_ids.contiguous()
-    _dispatch.native_module().noise(
+    dispatch.native_module().noise(
         ids.data_ptr(),
         samples,
         elements,
         0 if isinstance(seed, Tensor) else seed,
-        _dispatch.address(seed_at),
+        dispatch.address(seed_at),
         0 if isinstance(stream, Tensor) else stream,
-        _dispatch.address(stream_at),
+        dispatch.address(stream_at),
         0 if words else out.data_ptr(),
         out.data_ptr() if words else 0,
         torch.get_num_threads(),
@@ -53,7 +53,7 @@ def _native(sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int |
 
 def words(sample_ids: Tensor, elements: int, *, seed: int, stream: int) -> Tensor:
     """The words behind `normal`: (B, ceil(elements / 4), 4) int64 in [0, 2^32), the same on every backend."""
-    backend = _dispatch.backend_for(sample_ids.device)
+    backend = dispatch.backend_for(sample_ids.device)
     if backend == "triton":
         return launch(sample_ids, elements, seed, stream, words=True).long() & WORD
     if backend == "native":
@@ -62,7 +62,7 @@ def words(sample_ids: Tensor, elements: int, *, seed: int, stream: int) -> Tenso
 
 
 def _run(sample_ids: Tensor, shape: Sequence[int], seed: int | Tensor, stream: int | Tensor) -> Tensor:
-    backend = _dispatch.backend_for(sample_ids.device)
+    backend = dispatch.backend_for(sample_ids.device)
     if backend == "triton":
         return launch(sample_ids, math.prod(shape), seed, stream).reshape(sample_ids.shape[0], *shape)
     if backend == "native":
@@ -91,7 +91,7 @@ def split(value: int | Tensor) -> tuple[int, Tensor | None]:
 
 def check_seed(name: str, seed: int | Tensor, device: torch.device) -> int | Tensor:
     """A seed or stream: any 64-bit integer, signed or not, or a 0-d integer tensor; integers come back signed."""
-    value = _check.integer(name, seed, device)
+    value = check.integer(name, seed, device)
     if isinstance(value, Tensor):
         return value
     if not -(2**63) <= value < 2**64:
@@ -113,7 +113,7 @@ def normal(sample_ids: Tensor, shape: Sequence[int], *, seed: int | Tensor, stre
 
     Source: Salmon et al., SC 2011 (Philox4x32-10); Box and Muller, 1958.
     """
-    _check.tensor("sample_ids", sample_ids, (torch.int64,))
+    check.tensor("sample_ids", sample_ids, (torch.int64,))
     if sample_ids.dim() != 1:
         raise ValueError(f"sample_ids has shape {tuple(sample_ids.shape)}, expected (B,)")
     if not isinstance(shape, (tuple, list)) or not all(isinstance(n, (Integral, torch.SymInt)) for n in shape):
@@ -123,6 +123,6 @@ def normal(sample_ids: Tensor, shape: Sequence[int], *, seed: int | Tensor, stre
         raise ValueError(f"shape must hold non-negative integers and at most 2^34 elements, got {size}")
     seed = check_seed("seed", seed, sample_ids.device)
     stream = check_seed("stream", stream, sample_ids.device)
-    if _dispatch.traced(sample_ids):
+    if dispatch.traced(sample_ids):
         return _operation(sample_ids, size, *split(seed), *split(stream))
     return _run(sample_ids, size, seed, stream)

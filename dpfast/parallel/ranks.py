@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import AHEAD, Heartbeat, RankError, silent
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpfast.ops import _check, _dispatch, gather_batch
+from dpfast.ops import check, dispatch, gather_batch
 from dpfast.ops.gather import constants
 from dpfast.pool import crops
 from dpfast.pool.rows import CPU, ChunkTable, check_indices
@@ -41,7 +41,7 @@ class BatchFormat:
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in _check.FLOATS:
+        if self.dtype not in check.FLOATS:
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {self.dtype}")
 
     @property
@@ -97,7 +97,7 @@ def from_images(
 
     The arguments and errors of ``from_rows``; flip lies on the images' device, boxes on the CPU.
     """
-    if images.dtype == torch.uint8 and _dispatch.backend_for(images.device) == "native":
+    if images.dtype == torch.uint8 and dispatch.backend_for(images.device) == "native":
         count, *shape = images.shape
         table = ChunkTable(max(count, 1), math.prod(shape)).with_chunk(images.flatten())
         rows = torch.arange(count)
@@ -108,7 +108,7 @@ def from_images(
         return gather_batch(
             images, rows, flip=flip, mean=mean, std=std, dtype=form.dtype, channels_last=form.channels_last
         )
-    if boxes is not None and _dispatch.backend_for(images.device) == "triton":
+    if boxes is not None and dispatch.backend_for(images.device) == "triton":
         images = images.contiguous() if images.dtype == torch.uint8 else images.float().contiguous()
         stored = images.view(torch.uint8).view(len(images), -1)
         table = ChunkTable(len(images), stored.shape[1]).with_chunks((stored.flatten(),))
@@ -184,28 +184,28 @@ def from_rows(
 
     Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an index outside the table.
     """
-    _check.tensor("indices", indices, (torch.int64,))
+    check.tensor("indices", indices, (torch.int64,))
     size = _checked_size((len(indices), *shape), flip, boxes, size)
     target = (len(indices), shape[0], *size)
     if out is None:
         out = torch.empty(target, dtype=form.dtype, memory_format=form.layout)
-    _check.target("out", out, form.dtype, target, indices.device, form.channels_last)
+    check.target("out", out, form.dtype, target, indices.device, form.channels_last)
     scale, bias = form.affine(shape[0], indices.device)
-    if _dispatch.backend_for(indices.device) != "native":
+    if dispatch.backend_for(indices.device) != "native":
         images = table.take(indices, total).view(len(indices), *shape)
         return out.copy_(from_images(images, form, flip=flip, boxes=boxes, size=size))
     indices, flip = indices.contiguous(), None if flip is None else flip.contiguous()
     where = table.addresses.data_ptr(), table.chunk_rows, total, table.stride, *shape, indices.data_ptr(), len(indices)
     what = (
-        _dispatch.address(flip),
+        dispatch.address(flip),
         scale.data_ptr(),
         bias.data_ptr(),
-        _dispatch.DTYPE_CODES[form.dtype],
+        dispatch.DTYPE_CODES[form.dtype],
         form.channels_last,
         out.data_ptr(),
         threads or torch.get_num_threads(),
     )
-    native = _dispatch.native_module()
+    native = dispatch.native_module()
     if boxes is None:
         inside = native.gather_chunks(*where, *what)
     else:
@@ -222,9 +222,9 @@ def _checked_size(
     """The (height, width) of a batch out of ``images`` (B, C, H, W), after a look at what it is to be made with."""
     count, _, height, width = images
     if flip is not None:
-        _check.shaped("flip", _check.tensor("flip", flip, (torch.bool,)), (count,))
+        check.shaped("flip", check.tensor("flip", flip, (torch.bool,)), (count,))
     if boxes is not None:
-        _check.shaped("boxes", _check.tensor("boxes", boxes, (torch.float32,)), (count, 4))
+        check.shaped("boxes", check.tensor("boxes", boxes, (torch.float32,)), (count, 4))
         if boxes.device == CPU and not bool((boxes[:, 2:] > 0).all() & boxes.isfinite().all()):
             raise ValueError("boxes must be finite with heights and widths above 0")
     elif size not in (None, (height, width)):

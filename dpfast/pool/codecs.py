@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dpfast.out_of_memory import HalvingBatches
+from dpfast.hardware.out_of_memory import HalvingBatches
 
 DTYPES = {"pixels": torch.uint8, "latents": torch.float16}  # payloads of one shape, a row of bytes a sample
 CODECS = (*DTYPES, "jpeg")

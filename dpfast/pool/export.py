@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
 from dpfast.pool import codecs, shards
-from dpfast.pool.columns import COLUMNS, RECORD, as_dict, from_dicts
-from dpfast.pool.parts import open_all, parts_of
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.rank_folders import open_all, parts_of
+from dpfast.pool.record import COLUMNS, RECORD, as_dict, from_dicts
 from dpfast.pool.saver import Saver
 
 RECIPE = "recipe.json"  # of a run's folder
@@ -98,7 +99,7 @@ def _decoder(run: Path, device: torch.device | str) -> codecs.Decode:
 
     @functools.cache
     def decoder() -> codecs.Decode:
-        from dpfast.generate.recipes import load_pipeline
+        from dpfast.generate.from_recipe import load_pipeline
 
         recipe = Recipe.from_dict(json.loads((run / RECIPE).read_text()))
         return load_pipeline(recipe.generator, device=device).guidance_decoder

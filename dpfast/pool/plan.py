@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from dpfast import config
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 from dpfast.pool import codecs
-from dpfast.pool.columns import RECORD
+from dpfast.pool.memory_tiers import NAMES, MemoryTiers, readable
+from dpfast.pool.record import RECORD
 from dpfast.pool.rows import CPU
-from dpfast.pool.tiers import NAMES, Tiers, readable
 
 CHUNK_BYTES = 64 << 20
 LATENT_SHRINK = 8  # of an autoencoder of the Stable Diffusion family: 3 x 8 x 8 pixels become 4 latents
@@ -32,7 +32,7 @@ class Plan:
     overhead: int  # bytes of a sample's columns
     chunk_bytes: int
     places: dict[str, int]  # samples in each tier
-    tiers: Tiers
+    tiers: MemoryTiers
 
     @property
     def total_bytes(self) -> int:
@@ -79,7 +79,7 @@ def plan(
     codec: str = "pixels",
     devices: int | Sequence[object] = 1,
     *,
-    tiers: Tiers | None = None,
+    tiers: MemoryTiers | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Plan:
     """Where a pool of ``samples`` payloads of ``shape`` would lie.
@@ -97,7 +97,7 @@ def plan(
     count = devices if isinstance(devices, int) else len(devices)
     if samples < 0 or count < 1:
         raise ValueError(f"samples = {samples}, devices = {count}: expected at least 0 and 1")
-    tiers = tiers or Tiers.detect()
+    tiers = tiers or MemoryTiers.detect()
     payload = codecs.row_bytes(codecs.check_codec(codec), shape)
     if not 0 < payload <= chunk_bytes:
         raise ValueError(f"a sample of shape {tuple(shape)} has {payload} bytes, a chunk {chunk_bytes}")
@@ -137,5 +137,5 @@ def plan_recipe(
     Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
     """
     return plan(
-        samples, shape, recipe.codec, tiers=Tiers.from_recipe(recipe, device, folder, processes=processes)
+        samples, shape, recipe.codec, tiers=MemoryTiers.from_recipe(recipe, device, folder, processes=processes)
     ).check()

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from dpfast import config
-from dpfast.device import is_gpu
-from dpfast.ops import _dispatch
+from dpfast.hardware.device import is_gpu
+from dpfast.ops import dispatch
 from dpfast.pool import codecs
-from dpfast.pool.columns import RECORD
+from dpfast.pool.memory_tiers import NAMES, MemoryTiers, PoolFullError, host_memory, touched
 from dpfast.pool.plan import CHUNK_BYTES, plan, plan_recipe
-from dpfast.pool.prefix import Prefix
+from dpfast.pool.record import RECORD
 from dpfast.pool.rows import CPU, ChunkTable
-from dpfast.pool.tiers import NAMES, PoolFullError, Tiers, host_memory, touched
-from dpfast.pool.view import Payload, View
+from dpfast.pool.shared_list import SharedList
+from dpfast.pool.snapshot import Payload, PoolSnapshot
 
 if TYPE_CHECKING:
-    from dpfast.generate.trajectory import SampleBatch
+    from dpfast.samples import SampleBatch
 
 RECORD_CHUNK = 2 << 20  # bytes, one large page
 RECORD_ROWS = RECORD_CHUNK // RECORD.itemsize
@@ -56,7 +56,7 @@ class SamplePool:
         self,
         codec: str = "pixels",
         *,
-        tiers: Tiers | None = None,
+        tiers: MemoryTiers | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         decode: codecs.Decode | None = None,
         shape: Sequence[int] | None = None,
@@ -64,7 +64,7 @@ class SamplePool:
         if chunk_bytes < 1:
             raise ValueError(f"chunk_bytes = {chunk_bytes}, expected at least 1")
         self.codec, self.chunk_bytes, self.decode = codecs.check_codec(codec), chunk_bytes, decode
-        self.tiers = tiers or Tiers.detect()
+        self.tiers = tiers or MemoryTiers.detect()
         self.fresh = 0  # samples of the newest round
         self._round: int | None = None
         self._filled = 0  # bytes of JPEG payloads in the last chunk
@@ -74,7 +74,7 @@ class SamplePool:
         self._worker: ThreadPoolExecutor | None = None
         self._spares: deque[tuple[str, Future[Tensor]]] = deque()  # chunks with their tiers, ready or being prepared
         bounded = None if decode is None else codecs.BoundedDecode(decode)
-        self._view = View(codec, bounded, ChunkTable(chunk_bytes, 1), ChunkTable(RECORD_ROWS, RECORD.itemsize))
+        self._view = PoolSnapshot(codec, bounded, ChunkTable(chunk_bytes, 1), ChunkTable(RECORD_ROWS, RECORD.itemsize))
         if shape is not None and codec != "jpeg":
             self._adopt(tuple(shape))
 
@@ -93,7 +93,7 @@ class SamplePool:
         """An empty pool for at most ``samples`` samples, as the section ``[pool]`` of a recipe describes it.
 
         shape: (C, H, W) of the pixels or latents that are stored. device: whose memory comes first. folder: of the
-        mapped files. decode: as of ``SamplePool``. processes: as of ``Tiers.detect``.
+        mapped files. decode: as of ``SamplePool``. processes: as of ``MemoryTiers.detect``.
 
         Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
         """
@@ -106,7 +106,7 @@ class SamplePool:
 
         Where several ranks have saved their parts, all of them, in the order of sample ids.
         """
-        from dpfast.pool.parts import open_all
+        from dpfast.pool.rank_folders import open_all
 
         return open_all(Path(folder), **options)
 
@@ -119,7 +119,7 @@ class SamplePool:
         return self._view.shape
 
     @property
-    def view(self) -> View:
+    def view(self) -> PoolSnapshot:
         """The pool at this moment, for a reader that needs several answers about the same samples."""
         return self._view
 
@@ -206,7 +206,7 @@ class SamplePool:
             raise ValueError(f"a sample of shape {shape} has {stride} bytes, a chunk {self.chunk_bytes}")
         self._view = replace(self._view, shape=shape, chunks=ChunkTable(self.chunk_bytes // stride, stride))
 
-    def _write_rows(self, view: View, rows: Tensor) -> View:
+    def _write_rows(self, view: PoolSnapshot, rows: Tensor) -> PoolSnapshot:
         done, per_chunk = 0, view.chunks.chunk_rows
         while done < len(rows):
             number, start = divmod(view.size + done, per_chunk)
@@ -220,7 +220,7 @@ class SamplePool:
                     self._prepare(view)
         return view
 
-    def _write_files(self, view: View, files: Sequence[bytes], records: np.ndarray) -> View:
+    def _write_files(self, view: PoolSnapshot, files: Sequence[bytes], records: np.ndarray) -> PoolSnapshot:
         filled = self._filled
         for row, data in enumerate(files):
             if not view.chunks.chunks or filled + len(data) > self.chunk_bytes:
@@ -277,7 +277,7 @@ class SamplePool:
         for _, spare in spares if wait else ():
             spare.result()
 
-    def _grown(self, view: View) -> View:
+    def _grown(self, view: PoolSnapshot) -> PoolSnapshot:
         used = self._used(view)
         if self._spares:
             tier, spare = self._spares.popleft()
@@ -289,20 +289,20 @@ class SamplePool:
         self._counted = places, used + Counter([tier])
         return replace(view, chunks=view.chunks.with_chunk(chunk), tiers=places)
 
-    def _used(self, view: View) -> Counter[str]:
+    def _used(self, view: PoolSnapshot) -> Counter[str]:
         """How many chunks of ``view`` lie in each tier; counted anew only where a view was dropped."""
         if self._counted[0] is not view.tiers:
             self._counted = view.tiers, Counter(view.tiers)
         return self._counted[1]
 
-    def _prepare(self, view: View) -> None:
+    def _prepare(self, view: PoolSnapshot) -> None:
         """Allocates the next chunk in the background and touches its pages, half of an append's time otherwise."""
         tiers = self.tiers
         tier = tiers.place(self._used(view) + Counter(name for name, _ in self._spares), self.chunk_bytes)
         self._worker = self._worker or ThreadPoolExecutor(1, "dpfast-pool-chunk")
         self._spares.append((tier, self._worker.submit(lambda: touched(tiers.allocate(tier, self.chunk_bytes)))))
 
-    def move(self, tiers: Tiers) -> None:
+    def move(self, tiers: MemoryTiers) -> None:
         """Gives the pool other budgets and moves its chunks to where they put them, in the order of appending.
 
         Readers go on with the old chunks until they have finished; appends wait. Raises ``PoolFullError``, and moves
@@ -323,7 +323,7 @@ class SamplePool:
                 view = replace(
                     view,
                     chunks=view.chunks.with_chunks(chunks),
-                    tiers=Prefix([*view.tiers[:i], places[i], *view.tiers[i + 1 :]]),
+                    tiers=SharedList([*view.tiers[:i], places[i], *view.tiers[i + 1 :]]),
                 )
                 self._view = view
             self.tiers = tiers
@@ -341,34 +341,34 @@ class SamplePool:
         return sum(chunk.nbytes for chunk in (*view.chunks.chunks, *view.origins.chunks))
 
     def column(self, name: str, start: int = 0) -> Tensor:
-        """(N - start,) values of a column of ``dpfast.pool.columns``, in the order of appending, int64 or float32."""
+        """(N - start,) values of a column of ``dpfast.pool.record``, in the order of appending, int64 or float32."""
         view = self._view
         return view.column(name, torch.arange(start, view.size))
 
     def records(self, start: int = 0, stop: int | None = None, *, threads: int | None = None) -> np.ndarray:
         """Copies of the ``RECORD`` of the samples ``start`` to ``stop``, which is the end by default.
 
-        threads: as in ``View.payload``.
+        threads: as in ``PoolSnapshot.payload``.
         """
         view = self._view
         return view.records(torch.arange(start, view.size if stop is None else stop), threads=threads)
 
     def payload(self, indices: Tensor, **options: Any) -> Payload:
-        """``View.payload`` of the pool at this moment."""
+        """``PoolSnapshot.payload`` of the pool at this moment."""
         return self._view.payload(indices, **options)
 
     def images(self, indices: Tensor, **options: Any) -> Tensor:
-        """``View.images`` of the pool at this moment."""
+        """``PoolSnapshot.images`` of the pool at this moment."""
         return self._view.images(indices, **options)
 
     def gather(self, indices: Tensor, *form: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """``View.gather`` of the pool at this moment."""
+        """``PoolSnapshot.gather`` of the pool at this moment."""
         return self._view.gather(indices, *form, **options)
 
 
 def _write(room: Tensor, rows: Tensor) -> None:
     """One copy of (B, *shape) payloads into (B, bytes of each) uint8 of a chunk."""
-    if rows.is_contiguous() and rows.device == room.device == CPU and _dispatch.backend_for(CPU) == "native":
+    if rows.is_contiguous() and rows.device == room.device == CPU and dispatch.backend_for(CPU) == "native":
         table = ChunkTable(len(rows), room.shape[1]).with_chunk(rows.view(torch.uint8).view(-1))
         table.take(torch.arange(len(rows)), len(rows), out=room)  # its stores bypass the caches, those of copy_ do not
     else:

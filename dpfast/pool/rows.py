@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpfast.ops import _dispatch
+from dpfast.ops import dispatch
 from dpfast.ops._triton import next_power, tl, triton
-from dpfast.pool.prefix import Prefix
+from dpfast.pool.shared_list import SharedList
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ class ChunkTable:
 
     chunk_rows: int
     stride: int
-    chunks: Prefix[Tensor] = field(default_factory=Prefix)
+    chunks: SharedList[Tensor] = field(default_factory=SharedList)
     addresses: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     kinds: frozenset[str] = frozenset()  # where chunks lie: "cpu", "pinned", "cuda:0"; asking each is slow
 
@@ -52,7 +52,7 @@ class ChunkTable:
 
     def with_chunks(self, chunks: Iterable[Tensor]) -> ChunkTable:
         """The same table over other chunks."""
-        held = Prefix(chunks)
+        held = SharedList(chunks)
         addresses = torch.tensor([chunk.data_ptr() for chunk in held], dtype=torch.int64)
         return replace(self, chunks=held, addresses=addresses, kinds=frozenset(map(_kind, held)))
 
@@ -79,7 +79,7 @@ class ChunkTable:
         """
         width = self.stride if width is None else width
         indices = indices.contiguous()
-        if _dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.on_host:
+        if dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.on_host:
             return self._native(indices, total, offset, width, out, threads or torch.get_num_threads())
         check_indices(indices, total)
         if self.read_by(device):
@@ -97,7 +97,7 @@ class ChunkTable:
         """Whether the kernels of a GPU read all chunks in place; "cuda" is the current one."""
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        return _dispatch.backend_for(device) == "triton" and self.kinds <= {str(device), "pinned"}
+        return dispatch.backend_for(device) == "triton" and self.kinds <= {str(device), "pinned"}
 
     def reference(self, indices: Tensor, offset: int, width: int, device: torch.device = CPU) -> Tensor:
         """The formula chunk by chunk in plain PyTorch; chunks may lie on any devices."""
@@ -116,7 +116,7 @@ class ChunkTable:
         elif out.shape != (len(indices), width) or out.dtype != torch.uint8 or not out.is_contiguous():
             raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected contiguous uint8 {len(indices), width}")
         addresses = self.addresses + offset if offset else self.addresses
-        inside = _dispatch.native_module().rows(
+        inside = dispatch.native_module().rows(
             addresses.data_ptr(),
             self.chunk_rows,
             total,

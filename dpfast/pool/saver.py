@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from dpfast.pool import codecs, shards
+from dpfast.pool.memory_tiers import MemoryTiers, readable
 from dpfast.pool.owner import Owner
 from dpfast.pool.plan import CHUNK_BYTES
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rows import ChunkTable
-from dpfast.pool.tiers import Tiers, readable
 
 IMAGES = {"npy": "npy", "png": "png", "jpeg": "jpg"}  # how pixels are kept, and the suffix
 SHARD_SAMPLES = 10_000
@@ -297,7 +297,7 @@ def open_pool(
     folder: str | Path,
     *,
     limit: int | None = None,
-    tiers: Tiers | None = None,
+    tiers: MemoryTiers | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     decode: codecs.Decode | None = None,
     beat: Callable[[], None] = lambda: None,

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from dpfast.pool.columns import RECORD, as_dict, from_dicts, ranges
+from dpfast.pool.record import RECORD, as_dict, from_dicts, ranges
 
 MANIFEST = "manifest.json"
 FORMAT = "dpfast-pool"

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpfast.device import is_gpu
+from dpfast.hardware.device import is_gpu
 
 POLL = 0.05  # seconds between two looks of the thread at what other ranks have saved
 

@@ -10,14 +10,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
 from dpfast.parallel import Ranks
-from dpfast.pool.parts import part_folder
+from dpfast.pool.rank_folders import part_folder
 from dpfast.pool.saver import copy_saved
-from dpfast.pool.union import Layout
+from dpfast.pool.sharded import ShardLayout
 from dpfast.practice import checkpoint
 from dpfast.practice.changes import BORN, RECIPE, continued
-from dpfast.practice.run_folder import RunFolder
+from dpfast.practice.run_folder import RunWriter
 
 SOURCE = "dp"
 
@@ -62,11 +63,13 @@ def prepare_branch(
     past = [line for line in lines if json.loads(line)["source"] == SOURCE]
     try:
         born = (trunk / (BORN if (trunk / BORN).is_file() else RECIPE)).read_text()
-        with RunFolder(out, recipe, overwrite=overwrite, born=born) as branch:
+        with RunWriter(out, recipe, overwrite=overwrite, born=born) as branch:
             (out / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in past))
             for rank in range(start.state["ranks"]):
                 ranks = Ranks(rank=rank, size=start.state["ranks"])
-                held = Layout(ranks, recipe.generator.generation_batch, tuple(start.state["loop"]["rounds"])).held()
+                held = ShardLayout(
+                    ranks, recipe.generator.generation_batch, tuple(start.state["loop"]["rounds"])
+                ).held()
                 part, copy = (part_folder(f, ranks) for f in (trunk / f"pool_{SOURCE}", branch.pool(SOURCE)))
                 copy_saved(part, copy, held, beat=beat)
             state = {

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dpfast.evaluate.measures import Evaluation
-from dpfast.generate.trajectory import SampleBatch
 from dpfast.practice.costs import Cost
+from dpfast.samples import SampleBatch
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import SECTIONS, Recipe, RecipeError
+from dpfast.config import SECTIONS, Recipe
+from dpfast.errors import RecipeError
 from dpfast.pool.shards import durable
 from dpfast.practice.contents import check_contents, note_contents
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 from dpfast.pool.shards import durable
 
 VERSION = 5

@@ -11,8 +11,9 @@ import json
 import warnings
 from pathlib import Path
 
-from dpfast.config import ASSETS, Recipe, RecipeError
+from dpfast.config import ASSETS, Recipe
 from dpfast.data.folders import images_in
+from dpfast.errors import RecipeError
 from dpfast.pool.shards import durable
 
 CONTENTS = "contents.json"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.generate.trajectory import SampleBatch
+from dpfast.hardware.flops import flops
 from dpfast.parallel import Ranks
-from dpfast.roofline.counting import flops
+from dpfast.samples import SampleBatch
 
 log = logging.getLogger(__name__)
 SLOW = 1.05  # times the median rank's seconds a sample from which on a rank is named

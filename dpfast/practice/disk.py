@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
 from dpfast.parallel import Ranks
 from dpfast.pool import codecs, shards
+from dpfast.pool.memory_tiers import readable
 from dpfast.pool.plan import plan
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.tiers import readable
 from dpfast.practice.run_folder import unbegun
 
 if TYPE_CHECKING:

@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpfast.config import SOURCES, Recipe, RecipeError
+from dpfast.config import SOURCES, Recipe
 from dpfast.data.real import check_real, load_real
-from dpfast.device import device_named
+from dpfast.errors import RecipeError
 from dpfast.evaluate.measures import predict
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed.loader import choose
-from dpfast.generate.recipes import check_generator, image_shape, load_pipeline
+from dpfast.generate.from_recipe import check_generator, image_shape, load_pipeline
+from dpfast.hardware.device import device_named
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.plan import Plan, plan_recipe
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
 from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.fitted import fit_run
-from dpfast.practice.guided import check_way
+from dpfast.practice.guided_methods import check_guided_method
 from dpfast.practice.learners import new_learner
 from dpfast.practice.loop import Loop, part_of_samples, stored_shape
-from dpfast.practice.overlap import Link, Maker, Overlapped
+from dpfast.practice.overlap import GeneratorRank, OverlapGroups, OverlappedSource
 from dpfast.practice.result import Result
-from dpfast.practice.run_folder import Places, RunFolder
+from dpfast.practice.run_folder import RunPaths, RunWriter
 from dpfast.practice.sources import DeliberatePracticeSource, DynamicSource, PruneSource, Source, StaticSource, Unguided
 from dpfast.practice.stopping import Stop
 
@@ -46,7 +47,7 @@ class DeliberatePractice:
     def __init__(self, recipe: Recipe, *, unguided: Unguided | None = None, ranks: Ranks = ALONE) -> None:
         practice = recipe.practice
         recipe.check_ranks(ranks.size)
-        self.link = Link.of(ranks, practice.overlap) if practice.overlap else None
+        self.link = OverlapGroups.of(ranks, practice.overlap) if practice.overlap else None
         ranks = ranks if self.link is None else self.link.trainers
         self.recipe, self.ranks = recipe, ranks
         recipe.need_folders(*(["pipeline"] if unguided is None else []), "validation")
@@ -109,7 +110,7 @@ class DeliberatePractice:
             )
         choose(self.recipe.learner.loader, self.recipe.pool.codec)
         if "dp" in practice.sources:
-            check_way(self.recipe, self.pipeline)
+            check_guided_method(self.recipe, self.pipeline)
         learner, images = new_learner(self.recipe, self.pipeline), self.real.validation.images
         shape = tuple(predict(learner, images.new_zeros(2, *images.shape[1:])).shape)  # a rank may have no image
         if shape != (2, classes):
@@ -119,7 +120,7 @@ class DeliberatePractice:
 
     def run(
         self,
-        folder: Places | None = None,
+        folder: RunPaths | None = None,
         *,
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
@@ -127,25 +128,25 @@ class DeliberatePractice:
     ) -> list[Result]:
         """Runs all sources. Nothing is written without a ``folder``; one that holds a run's state is continued.
 
-        folder: of several ranks the first one has a ``RunFolder``, the others its ``Places``.
+        folder: of several ranks the first one has a ``RunWriter``, the others its ``RunPaths``.
         A rank that only generates returns no results.
         Raises ``Stopped`` after a stop was requested and ``LossError`` when a loss is not finite.
         """
         names = [name for name in SOURCES if name in self.recipe.practice.sources]
         if self.link is not None and self.link.makes:
             if "dp" in names:
-                Maker(self.recipe, self.pipeline, self.link, stop or Stop()).serve()
+                GeneratorRank(self.recipe, self.pipeline, self.link, stop or Stop()).serve()
             return []
         starts = {name: self._start(folder, name) for name in names}
         begun = [name for name in names if starts[name] is not None]
-        if isinstance(folder, RunFolder):
+        if isinstance(folder, RunWriter):
             newest = starts[begun[-1]] if begun else None
             folder.rewind(newest.state["written"] if newest is not None else [0, 0])
         told = [*callbacks, *([Console()] if progress and self.ranks.first else [])]
         results: list[Result] = []
         practised: Loop | None = None
         for name in names:
-            written = [folder] if isinstance(folder, RunFolder) else []
+            written = [folder] if isinstance(folder, RunWriter) else []
             loop = Loop(
                 self.recipe,
                 name,
@@ -158,7 +159,7 @@ class DeliberatePractice:
                 ranks=self.ranks,
             )
             source = self._source(name, loop, practised)
-            if isinstance(source, Overlapped):
+            if isinstance(source, OverlappedSource):
                 loop.callbacks = [source, *loop.callbacks]  # before the others, and so before a checkpoint
             result = loop.run(source, start=starts[name])
             if self.recipe.pool.save_samples != "jpeg":  # the pool has what is left of the images that were made
@@ -168,7 +169,7 @@ class DeliberatePractice:
                 practised = loop
         return results
 
-    def _start(self, folder: Places | None, name: str) -> Checkpoint | None:
+    def _start(self, folder: RunPaths | None, name: str) -> Checkpoint | None:
         """The newest checkpoint of a source, the same one on every rank: that of the first."""
         if folder is None:
             return None
@@ -205,7 +206,7 @@ class DeliberatePractice:
             source = DeliberatePracticeSource(
                 recipe, self.pipeline, unguided, loop.guide, guides=loop.guides, pool=lambda: loop.local
             )
-            return source if self.link is None else Overlapped(source, loop.guides, self.link)
+            return source if self.link is None else OverlappedSource(source, loop.guides, self.link)
         if name == "static":
             total = recipe.practice.maximum_samples if practised is None else len(practised.pool)
             return StaticSource(recipe, unguided, total)

@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import torch
 
-from dpfast.config import Recipe, RecipeError
-from dpfast.device import is_gpu
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
+from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.recipes import image_shape
 from dpfast.generate.runtime.memory import available_bytes
+from dpfast.hardware.device import is_gpu
 from dpfast.hardware.memory import free_bytes
+from dpfast.hardware.peaks import DEVICES, Device
 from dpfast.parallel import Ranks
-from dpfast.roofline.devices import DEVICES, Device
-from dpfast.roofline.fitting import Fit, fit
+from dpfast.planning.fitting import Fit, fit
 
 log = logging.getLogger(__name__)
 # What a sample or an image in training holds at most, over its own bytes in fp32: less than this many times (counted:

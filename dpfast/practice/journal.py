@@ -7,9 +7,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dpfast.evaluate.measures import Evaluation
-from dpfast.generate.trajectory import SampleBatch
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.stopping import Stopped
+from dpfast.samples import SampleBatch
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Journal(Callback):
+class LogCallback(Callback):
     """Level info: where a loop begins, rounds, evaluations, results. Level debug: every batch of samples."""
 
     def on_start(self, loop: Loop) -> None:

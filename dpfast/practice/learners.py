@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
 from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.models import build_learner, load_judge
 from dpfast.learn.precision import in_precision

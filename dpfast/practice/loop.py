@@ -14,28 +14,28 @@ from torch import nn
 
 from dpfast.config import Recipe
 from dpfast.data.real import RealData
-from dpfast.device import is_gpu
 from dpfast.evaluate.measures import evaluate
 from dpfast.evaluate.sets import EvaluationSet, evaluate_sets
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
 from dpfast.generate.pipelines import Pipeline
+from dpfast.hardware.device import is_gpu
+from dpfast.hardware.out_of_memory import release
 from dpfast.learn.committee import guiding
 from dpfast.learn.trainer import Trainer
-from dpfast.out_of_memory import release
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.union import Layout, UnionPool
+from dpfast.pool.sharded import ShardedPool, ShardLayout
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.checkpoint import Checkpoint
+from dpfast.practice.checkpointer import LoopCheckpointer, LoopState
 from dpfast.practice.costs import Cost, pruning_ratio
 from dpfast.practice.learners import new_learner
 from dpfast.practice.losses import Losses
 from dpfast.practice.patience import Patience
 from dpfast.practice.result import Result
-from dpfast.practice.run_folder import Places
+from dpfast.practice.run_folder import RunPaths
 from dpfast.practice.sources import Round, Source
-from dpfast.practice.state import Keeper, State
 from dpfast.practice.stopping import CHECKPOINT, STOP, LossError, Stop, StopTogether
 
 
@@ -57,7 +57,7 @@ class Loop:
         real: RealData,
         *,
         sets: Sequence[EvaluationSet] = (),
-        folder: Places | None = None,
+        folder: RunPaths | None = None,
         callbacks: Sequence[Callback] = (),
         stop: Stop | None = None,
         ranks: Ranks = ALONE,
@@ -77,9 +77,9 @@ class Loop:
             decode=pipeline.guidance_decoder,
             processes=ranks.local_size,
         )
-        self.pool: SamplePool | UnionPool = self.local
+        self.pool: SamplePool | ShardedPool = self.local
         if not ranks.alone:
-            self.pool = UnionPool(self.local, Layout(ranks, recipe.generator.generation_batch))
+            self.pool = ShardedPool(self.local, ShardLayout(ranks, recipe.generator.generation_batch))
         self.loader = make_loader(
             config.loader,
             self.pool,
@@ -95,7 +95,7 @@ class Loop:
         self.patience = Patience(practice.patience, practice.initial_samples, practice.patience_growth)
         self.interval = practice.interval(config.batch_size)
         self.losses = Losses(self.loader, device, ranks)
-        self.state, self.keeper = State(), Keeper(self, folder)
+        self.state, self.keeper = LoopState(), LoopCheckpointer(self, folder)
         self.initial_cost = Cost()
         self.cost_before = Cost()  # the source's, before the pending round
 
@@ -207,7 +207,7 @@ class Loop:
         """Makes the pending round, or the rest of it."""
         source, state, pool, local = self.source, self.state, self.pool, self.local
         start, known = state.round_start, state.per_class
-        turn, before = (pool.layout.turn, pool.layout.held()) if isinstance(pool, UnionPool) else (0, start)
+        turn, before = (pool.layout.turn, pool.layout.held()) if isinstance(pool, ShardedPool) else (0, start)
         round = Round(
             number=state.round + 1,
             start=start,
@@ -235,7 +235,7 @@ class Loop:
                         seed=self.recipe.seed,
                     )
                     self._tell("on_samples", batch)
-            if isinstance(pool, UnionPool):
+            if isinstance(pool, ShardedPool):
                 pool.complete(round.count)
                 source.cost.share(self.cost_before, self.ranks)
             source.release()  # before the yardstick is made

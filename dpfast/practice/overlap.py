@@ -27,30 +27,30 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.config import Recipe
+from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.recipes import image_shape
-from dpfast.generate.trajectory import SampleBatch
 from dpfast.learn.committee import guiding
 from dpfast.learn.precision import in_precision
 from dpfast.parallel import Ranks
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import Heartbeat
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.union import UnionPool
+from dpfast.pool.sharded import ShardedPool
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.costs import Cost
-from dpfast.practice.guided import joined
+from dpfast.practice.guided_methods import joined
 from dpfast.practice.learners import new_learner
 from dpfast.practice.sources import DeliberatePracticeSource, Round, Unguided
 from dpfast.practice.stopping import Stop
 from dpfast.practice.yardstick import Yardstick
+from dpfast.samples import SampleBatch
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
 
 
 @dataclass(frozen=True)
-class Link:
+class OverlapGroups:
     """Between trainers and makers. The first trainer speaks, through the store; ``publishing`` carries weights."""
 
     trainers: Ranks
@@ -62,7 +62,7 @@ class Link:
     store: Any
 
     @classmethod
-    def of(cls, ranks: Ranks, makers: int) -> Link:
+    def of(cls, ranks: Ranks, makers: int) -> OverlapGroups:
         """Collective: all ranks of the run call it."""
         trainers, makers_, publishing = ranks.parted(makers)
         makes = ranks.rank >= trainers.size
@@ -98,13 +98,13 @@ class Link:
         self.store.delete_key(f"overlap/{key}/{int(not self.makes)}")
 
 
-class Overlapped(Callback):
+class OverlappedSource(Callback):
     """The source "dp" of a trainer: its rounds come from the makers. As a callback it publishes the learner."""
 
     moments: Collection[int] | None = None
     streams = False
 
-    def __init__(self, source: DeliberatePracticeSource, guides: nn.Module, link: Link) -> None:
+    def __init__(self, source: DeliberatePracticeSource, guides: nn.Module, link: OverlapGroups) -> None:
         self.source, self.guides, self.link, self.cost = source, guides, link, source.cost
         self.initial_samples = source.initial_samples
         pipeline = source.sampler.pipeline
@@ -186,7 +186,7 @@ class Overlapped(Callback):
             return
         per_class = None if known is None else torch.tensor([float("nan") if v is None else v for v in known])
         step, number = loop.trainer.step_count, loop.state.round + 1
-        turn = loop.pool.layout.turn if isinstance(loop.pool, UnionPool) else 0
+        turn = loop.pool.layout.turn if isinstance(loop.pool, ShardedPool) else 0
         self._publish(Round(number=number, start=start, count=count, learner_step=step, per_class=per_class, turn=turn))
 
     def _publish(self, job: Round, weights: dict[str, Tensor] | None = None) -> None:
@@ -212,10 +212,10 @@ class Overlapped(Callback):
             self._publish(_round(job), {name: weights[name] for name in self.guides.state_dict()})
 
 
-class Maker:
-    """Makes what ``Overlapped`` asks for, until it says that the run ends."""
+class GeneratorRank:
+    """Makes what ``OverlappedSource`` asks for, until it says that the run ends."""
 
-    def __init__(self, recipe: Recipe, pipeline: Pipeline, link: Link, stop: Stop) -> None:
+    def __init__(self, recipe: Recipe, pipeline: Pipeline, link: OverlapGroups, stop: Stop) -> None:
         self.recipe, self.link, self.stop = recipe, link, stop
         guide = new_learner(recipe, pipeline).eval().requires_grad_(False)
         other = new_learner(recipe, pipeline).eval().requires_grad_(False)

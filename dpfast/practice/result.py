@@ -9,7 +9,7 @@ from torch import nn
 from dpfast.evaluate.measures import Evaluation
 from dpfast.evaluate.sets import Row
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.union import UnionPool
+from dpfast.pool.sharded import ShardedPool
 from dpfast.practice.costs import Cost
 
 
@@ -22,7 +22,7 @@ class Result:
     """
 
     source: str
-    pool: SamplePool | UnionPool
+    pool: SamplePool | ShardedPool
     learner: nn.Module
     validation: Evaluation
     test: Evaluation

@@ -14,11 +14,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
 from dpfast.evaluate.measures import Evaluation
 from dpfast.parallel import ALONE, Ranks, launched
 from dpfast.pool.owner import OwnedError, Owner, owner_of
-from dpfast.pool.parts import part_name
+from dpfast.pool.rank_folders import part_name
 from dpfast.pool.saver import SaveWarning, unsaved
 from dpfast.pool.shards import durable
 from dpfast.practice import checkpoint
@@ -27,7 +28,7 @@ from dpfast.practice.changes import BORN, CHANGES, RECIPE, continued, record_cha
 from dpfast.practice.checkpoint import save_weights
 from dpfast.practice.contents import CONTENTS
 from dpfast.practice.events import Events
-from dpfast.practice.pace import Pace
+from dpfast.practice.throughput import Throughput
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
@@ -42,7 +43,7 @@ PARTS = (  # what a run's folder has before the first sample
 SEEN = 30.0  # seconds in which a network's file system shows it to them
 
 
-class Places:
+class RunPaths:
     """Where the parts of a run's folder are; every rank has its own for samples and progress."""
 
     def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
@@ -72,7 +73,7 @@ class Places:
             file.write(json.dumps(progress).encode())
 
 
-class RunFolder(Places, Callback):
+class RunWriter(RunPaths, Callback):
     """``runs/<name>/``. As a callback it writes down what a loop tells. Of several ranks the first one has it.
 
     recipe: with which the run goes on, where that may not be the one that was asked for.
@@ -141,7 +142,7 @@ class RunFolder(Places, Callback):
         for name, (was, value) in self._changes.items():  # the run's log is in this folder, and so begins after it
             log.info("from here on %s = %r, it was %r", name, value, was)
         self._changes = {}
-        self._pace = Pace(loop)
+        self._pace = Throughput(loop)
 
     def on_round(self, loop: Loop, addition: Addition) -> None:
         cost, step = addition.cost, loop.trainer.step_count
@@ -214,7 +215,7 @@ class RunFolder(Places, Callback):
             events.scalars(step, numbers)
             self._events = events
 
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> RunWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,6 +1,6 @@
 """Where the training samples come from: Deliberate Practice and its rivals, behind one interface.
 
-    dp        N unguided samples, then rounds of P that the learner of that moment guides (``dpfast.practice.guided``)
+    dp        N unguided samples, then rounds of P that the learner of that moment guides (``dpfast.practice.guided_methods``)
     dynamic   the same rounds, unguided: the timing alone
     prune     the same rounds from an unguided surplus, of which the highest entropy under that learner is kept
     static    all samples at the start
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
+from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.recipes import new_sampler
-from dpfast.generate.trajectory import SampleBatch
 from dpfast.ops import entropy
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.costs import Cost, Prices
-from dpfast.practice.guided import Wanted, way_of
+from dpfast.practice.guided_methods import RoundRequest, guided_method
 from dpfast.practice.yardstick import Yardstick
+from dpfast.samples import SampleBatch
 
 EAGER = {"compile": False, "cuda_graphs": False}  # for few samples
 
@@ -257,7 +257,7 @@ class DeliberatePracticeSource(DynamicSource):
     ) -> None:
         super().__init__(recipe, unguided, learner)
         self.sampler = new_sampler(recipe, pipeline, guides)
-        self.way = way_of(recipe, self.sampler, new_sampler(recipe, pipeline, guides, **EAGER), pool)
+        self.way = guided_method(recipe, self.sampler, new_sampler(recipe, pipeline, guides, **EAGER), pool)
 
     def release(self) -> None:
         super().release()
@@ -274,7 +274,7 @@ class DeliberatePracticeSource(DynamicSource):
             yield from super()._more(round, done)
             return
         self.sampler.cfg_scale = self.cfg_scale(round.number)
-        wanted = Wanted(
+        wanted = RoundRequest(
             labels=self._labels(round),
             start=round.start,
             done=done,

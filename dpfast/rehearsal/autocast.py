@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from dpfast.roofline.counting import Fused
+from dpfast.hardware.flops import Fused
 
 HALF = frozenset(
     {

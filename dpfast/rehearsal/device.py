@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 LARGE = 1 << 26  # elements
 META = torch.device("meta")
 aten = torch.ops.aten
-BESIDE = ("/rehearsal/device.py", "/rehearsal/autocast.py", "/roofline/counting.py")
+BESIDE = ("/rehearsal/device.py", "/rehearsal/autocast.py", "/hardware/flops.py")
 
 
 def scripted(shape: Iterable[int], dtype: torch.dtype) -> Tensor:

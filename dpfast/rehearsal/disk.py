@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dpfast.practice import background, checkpoint, state
+from dpfast.practice import background, checkpoint
+from dpfast.practice import checkpointer as state
 from dpfast.rehearsal.device import scripted
 
 DIGEST = "rehearsed"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from dpfast.hardware.flops import Counts
+from dpfast.planning import measure
+from dpfast.planning.plan import Plan
 from dpfast.rehearsal.standins import put
-from dpfast.roofline import measure
-from dpfast.roofline.counting import Counts
-from dpfast.roofline.plan import Plan
 
 MOST = 30.0  # seconds that a dry run may take beside loading and counting
 

@@ -1,4 +1,4 @@
-"""What captured CUDA graphs hold, without a GPU: a recorder for ``dpfast.generate.runtime.graphs``."""
+"""What captured CUDA graphs hold, without a GPU: a recorder for ``dpfast.generate.graphs``."""
 
 from __future__ import annotations
 

@@ -11,20 +11,20 @@ from dataclasses import dataclass, replace
 
 from dpfast.config import Pool, Recipe
 from dpfast.data.real import count_real
+from dpfast.hardware.peaks import NODE
 from dpfast.parallel.heartbeat import TIMEOUT
 from dpfast.parallel.recorder import Recorder
-from dpfast.pool.columns import RECORD
-from dpfast.pool.tiers import readable
+from dpfast.planning.disk import WRITTEN
+from dpfast.planning.memory import usable
+from dpfast.planning.plan import Plan, plan
+from dpfast.pool.memory_tiers import readable
+from dpfast.pool.record import RECORD
 from dpfast.rehearsal.device import FakeDevice, PhaseMemory, Wait
 from dpfast.rehearsal.dry_run import MOST as DRY_RUN
 from dpfast.rehearsal.dry_run import dry_run_seconds
 from dpfast.rehearsal.ranks import ranks_of
 from dpfast.rehearsal.timeline import COPY, Timeline, timeline
 from dpfast.rehearsal.walk import walk
-from dpfast.roofline.devices import NODE
-from dpfast.roofline.disk import WRITTEN
-from dpfast.roofline.memory import usable
-from dpfast.roofline.plan import Plan, plan
 
 PROCESS = 4e9  # bytes of host memory of a process beside what is counted: Python, torch, CUDA, NCCL (stated)
 

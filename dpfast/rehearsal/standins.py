@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import adam
 
-from dpfast import device as devices
+from dpfast.hardware import device as devices
 from dpfast.pool import crops, rows
-from dpfast.pool.tiers import Tiers
+from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.rehearsal.autocast import MetaAutocast
 from dpfast.rehearsal.device import META, FakeDevice
 
@@ -79,7 +79,7 @@ def stand_ins(device: FakeDevice, *, gpu: bool = True) -> Iterator[None]:
             return autocast(kind, dtype, enabled, cache_enabled)
         return MetaAutocast(cache_enabled=cache_enabled is not False) if enabled else contextlib.nullcontext()
 
-    def allocate(tiers: Tiers, name: str, size: int) -> Tensor:
+    def allocate(tiers: MemoryTiers, name: str, size: int) -> Tensor:
         if name == "device":
             with device.kind("pool"):
                 return torch.empty(size, dtype=torch.uint8, device=META)
@@ -113,7 +113,7 @@ def stand_ins(device: FakeDevice, *, gpu: bool = True) -> Iterator[None]:
         (crops, "crops_kernel", _Kernel()),
         (rows.ChunkTable, "read_by", lambda table, where: where.type == "meta"),
         (rows.ChunkTable, "take", taken),
-        (Tiers, "allocate", allocate),
+        (MemoryTiers, "allocate", allocate),
     ]
     with put(values):
         yield

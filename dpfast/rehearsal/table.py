@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from dpfast.pool.tiers import readable
+from dpfast.planning.memory import usable
+from dpfast.pool.memory_tiers import readable
 from dpfast.rehearsal.rehearsal import Rehearsal
-from dpfast.roofline.memory import usable
 
 
 def rehearsal_table(found: Rehearsal) -> str:

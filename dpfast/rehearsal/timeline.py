@@ -1,6 +1,6 @@
 """The seconds of a whole run, without its work: rounds, evaluations, checkpoints, and ranks that are not equally fast.
 
-The stages' seconds are those of a plan (``dpfast.roofline.plan``). What decides is the code of a run: the patience asks
+The stages' seconds are those of a plan (``dpfast.planning.plan``). What decides is the code of a run: the patience asks
 for samples (on accuracies that never rise, so as early and as often as it can), ``CheckpointTimer`` for checkpoints,
 and ranks wait for each other by their heartbeats. Only the clock and the store are simulated.
 """
@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from dpfast.config import Recipe
 from dpfast.parallel import RankError, Ranks
 from dpfast.parallel.heartbeat import TIMEOUT, Clock, Heartbeat
+from dpfast.planning.disk import WRITTEN
+from dpfast.planning.network import link_of, step_seconds
+from dpfast.planning.plan import Plan
 from dpfast.practice.background import CheckpointTimer
 from dpfast.practice.patience import Patience
-from dpfast.roofline.disk import WRITTEN
-from dpfast.roofline.network import link_of, step_seconds
-from dpfast.roofline.plan import Plan
 
 COPY = 20e9  # bytes/s from a GPU into pinned memory, PCIe 4.0 (stated)
 LOOKS = 5.0  # seconds that a simulated rank sleeps at least between two looks at the others

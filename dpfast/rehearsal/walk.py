@@ -21,19 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Recipe
 from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
+from dpfast.errors import RecipeError
 from dpfast.generate import sampler
+from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.recipes import image_shape
+from dpfast.hardware.flops import Fused
 from dpfast.learn import checkpointing, trainer
 from dpfast.parallel import Ranks
+from dpfast.planning.architectures import pipeline_of
+from dpfast.planning.memory import AHEAD
 from dpfast.practice import costs, experiment, learners, stopping, yardstick
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.costs import Price
 from dpfast.practice.loop import Loop
-from dpfast.practice.run_folder import Places, RunFolder
+from dpfast.practice.run_folder import RunPaths, RunWriter
 from dpfast.practice.sources import Round
 from dpfast.practice.stopping import Stop, Stopped
 from dpfast.rehearsal.autocast import checkpoint
@@ -41,9 +45,6 @@ from dpfast.rehearsal.device import META, FakeDevice
 from dpfast.rehearsal.disk import RehearsedDisk
 from dpfast.rehearsal.graphs import RehearsedRecorder
 from dpfast.rehearsal.standins import put, stand_ins
-from dpfast.roofline.architectures import pipeline_of
-from dpfast.roofline.counting import Fused
-from dpfast.roofline.memory import AHEAD
 
 BATCHES = 2  # of a rank in each round, and one that is not full
 STEPS = 3  # between two evaluations
@@ -306,10 +307,10 @@ def _to_the_end(recipe: Recipe, ranks: Ranks, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _folder(recipe: Recipe, ranks: Ranks, out: Path, *, resume: bool) -> Iterator[Places]:
+def _folder(recipe: Recipe, ranks: Ranks, out: Path, *, resume: bool) -> Iterator[RunPaths]:
     if ranks.first:
-        with RunFolder(out, recipe, resume=resume, ranks=ranks) as folder:
+        with RunWriter(out, recipe, resume=resume, ranks=ranks) as folder:
             yield folder
     else:
         out.mkdir()
-        yield Places(out, ranks)
+        yield RunPaths(out, ranks)

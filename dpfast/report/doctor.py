@@ -11,8 +11,8 @@ import torch
 from dpfast.hardware.cpus import cpu_counts
 from dpfast.hardware.memory import free_memory
 from dpfast.ops import backend_of
-from dpfast.ops._dispatch import OPERATIONS
-from dpfast.pool.tiers import readable
+from dpfast.ops.dispatch import OPERATIONS
+from dpfast.pool.memory_tiers import readable
 
 # package -> (what it is for, how to get it)
 OPTIONAL = {

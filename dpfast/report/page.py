@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 from dpfast.pool.export import import_pool
+from dpfast.pool.memory_tiers import readable
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.tiers import readable
 from dpfast.report import tables
 from dpfast.report.figures import PER_RUN, scaling
 from dpfast.report.inclusion import births, errors_around, inclusion

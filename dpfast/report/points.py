@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 from dpfast.report.runs import ORDER, Run
 
 # fields that say which run it is, or what it writes down, not how it learns

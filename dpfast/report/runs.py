@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import SECTIONS, RecipeError
+from dpfast.config import SECTIONS
+from dpfast.errors import RecipeError
 
 ORDER = ("dp", "dynamic", "prune", "static")
 

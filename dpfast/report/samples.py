@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dpfast.generate.trajectory import SampleBatch
 from dpfast.report.sheets import contact_sheet
+from dpfast.samples import SampleBatch
 
 
 def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder: Path) -> Path:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dpfast.pool.tiers import readable
+from dpfast.pool.memory_tiers import readable
 from dpfast.report.runs import Run
 
 

@@ -13,11 +13,11 @@ import benchmarks.learner
 import benchmarks.run
 from dpfast.cli.main import main
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.trajectory import SampleBatch
 from dpfast.pool import export
-from dpfast.pool.tiers import Tiers
+from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.report import inclusion, page
 from dpfast.report.samples import write_samples
+from dpfast.samples import SampleBatch
 from tests.practice.conftest import recipe  # noqa: F401 - a fixture
 from tests.practice.test_loop import run, with_
 
@@ -67,7 +67,7 @@ def test_report_and_export_decode_and_predict_on_the_device(latents, tmp_path, r
     assert main(command) == 0  # on the CPU that is here
     assert len(list((tmp_path / "images").rglob("*.png"))) == 45
     request.getfixturevalue("gpu")
-    monkeypatch.setattr(Tiers, "allocate", lambda _, __, size: torch.empty(size, dtype=torch.uint8))  # not pinned
+    monkeypatch.setattr(MemoryTiers, "allocate", lambda _, __, size: torch.empty(size, dtype=torch.uint8))  # not pinned
     monkeypatch.setattr(page, "births", lambda *_: None)  # histograms take a second
     for options, device in (CHOSEN[0], CHOSEN[-1]):
         command[-1] = str(tmp_path / f"images {device} {len(options)}")

@@ -75,11 +75,11 @@ def say(rank, ports, options, root):
 def launch_folder(options, root):
     """A run of the recipe that has just begun."""
     from dpfast.cli.recipes import recipe_of
-    from dpfast.practice.run_folder import RunFolder
+    from dpfast.practice.run_folder import RunWriter
 
     parser = command._Parser()
     command.run.add(parser.add_subparsers())
-    with RunFolder(root / "begun", recipe_of(parser.parse_args(arguments(options, [], root / "begun")))):
+    with RunWriter(root / "begun", recipe_of(parser.parse_args(arguments(options, [], root / "begun")))):
         pass
     return sorted(path.name for path in (root / "begun").iterdir())
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dpfast.config import RecipeError
 from dpfast.data import imagenet
 from dpfast.data.real import check_real, count_real, load_real
+from dpfast.errors import RecipeError
 
 CLASSES = ("cat", "red bicycle")
 

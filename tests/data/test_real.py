@@ -5,9 +5,9 @@ import gzip
 import pytest
 import torch
 
-from dpfast.config import RecipeError
 from dpfast.data.fashion import CLASSES, read_idx
 from dpfast.data.real import load_real
+from dpfast.errors import RecipeError
 
 
 def test_validation_and_test_are_disjoint_halves_of_the_test_images():

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dpfast.config import RecipeError
 from dpfast.data import imagenet
 from dpfast.data.real import RealSet
+from dpfast.errors import RecipeError
 from dpfast.evaluate.sets import evaluate_sets, evaluation_sets
 from dpfast.evaluate.shifts import SHIFTS, shift
 

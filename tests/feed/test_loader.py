@@ -5,14 +5,14 @@ import threading
 import pytest
 import torch
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 from dpfast.feed import loader as loaders
 from dpfast.feed.augment import Augment
+from dpfast.feed.buffers import BufferPool
 from dpfast.feed.loader import LoaderError, choose, make_loader
-from dpfast.feed.slots import Slots
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.view import View
+from dpfast.pool.snapshot import PoolSnapshot
 from tests.pool.helpers import Batch
 
 DALI = pytest.param("dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed"))
@@ -132,7 +132,7 @@ def test_a_loader_goes_on_where_the_pool_has_moved(make):
     loader, twin = make("torch", pool, augment=EVERYTHING), make("torch", pool, augment=EVERYTHING)
     take(loader, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(View, "in_place", lambda view, device: False)
+        patch.setattr(PoolSnapshot, "in_place", lambda view, device: False)
         loader.restore(loader.state())
         moved = take(loader, 2)
     for (a, targets), (b, same_targets) in zip(moved, take_after(twin, 2, 2), strict=True):
@@ -210,17 +210,17 @@ def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, options, ma
     pool = pool_of()
     loader, twin = make("torch", pool, **options), make("torch", pool)
     take(loader, 2)
-    gather = View.gather
+    gather = PoolSnapshot.gather
 
     def dying(view, *arguments, threads=None, **options):
         assert (threading.current_thread() is threading.main_thread()) == (threads is None)
         raise dies
 
-    monkeypatch.setattr(View, "gather", dying)
+    monkeypatch.setattr(PoolSnapshot, "gather", dying)
     with pytest.raises(LoaderError, match="could not be made") as caught:
         take(loader, 20)
     assert caught.value.__cause__ is dies
-    monkeypatch.setattr(View, "gather", gather)
+    monkeypatch.setattr(PoolSnapshot, "gather", gather)
     twin.restore(loader.state())
     assert same(take(loader, 3), take(twin, 3))
 
@@ -231,7 +231,7 @@ def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make, monkeypa
     loader = make("dali", pool, batch_size=4)
     take(loader, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(View, "payload", lambda view, indices: [b"\xff\xd8 no image"] * len(indices))
+        patch.setattr(PoolSnapshot, "payload", lambda view, indices: [b"\xff\xd8 no image"] * len(indices))
         with pytest.raises(LoaderError, match="could not be made"):
             take(loader, 4)
     assert next(loader)[0].shape == (4, 3, 14, 16)
@@ -239,19 +239,19 @@ def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make, monkeypa
 
 def test_waiting_is_measured(make, monkeypatch):
     pool = pool_of()
-    loader, gather = make("torch", pool, ahead=2), View.gather
+    loader, gather = make("torch", pool, ahead=2), PoolSnapshot.gather
 
     def slow(*arguments, **options):
         threading.Event().wait(0.05)
         return gather(*arguments, **options)
 
-    monkeypatch.setattr(View, "gather", slow)
+    monkeypatch.setattr(PoolSnapshot, "gather", slow)
     take(loader, 4)
     assert 0.15 < loader.waited < 2
 
 
 def test_slots_are_used_again_when_nobody_holds_them():
-    slots = Slots()
+    slots = BufferPool()
     first = slots.batch((2, 3, 4, 5), BatchFormat())
     view = first[1:]
     address = first.data_ptr()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpfast.feed.order import Order, permutation, reference
-from dpfast.ops import _dispatch
+from dpfast.ops import dispatch
 
 FIRST_SIX = [2, 5, 1, 6, 4, 7]
 
@@ -23,15 +23,15 @@ def test_a_pass_is_a_permutation(size):
     assert torch.equal(drawn.sort().values, torch.arange(size))
 
 
-@pytest.mark.skipif(_dispatch.native() is None, reason="the native kernels are not built")
+@pytest.mark.skipif(dispatch.native() is None, reason="the native kernels are not built")
 @pytest.mark.parametrize("size", [1, 5, 100, 65_537, 6_500_000, (1 << 33) + 5, 1 << 62])
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (2**31 - 1, 12), (2**64 - 1, 2**40)])
 def test_native_and_reference_agree_bit_by_bit(size, seed, epoch, monkeypatch):
-    monkeypatch.setattr(_dispatch, "FORCED", "native")
+    monkeypatch.setattr(dispatch, "FORCED", "native")
     count = min(size, 3000)
     first = (size - count) // 2
     native = permutation(first, count, size, seed=seed, epoch=epoch)
-    monkeypatch.setattr(_dispatch, "FORCED", "reference")
+    monkeypatch.setattr(dispatch, "FORCED", "reference")
     assert torch.equal(native, permutation(first, count, size, seed=seed, epoch=epoch))
     assert 0 <= int(native.min()) <= int(native.max()) < size
 

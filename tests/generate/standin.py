@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpfast.ops import _dispatch
+from dpfast.ops import dispatch
 
 HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 
@@ -16,7 +16,7 @@ class HostRead(RuntimeError):
 
 def force_reference(monkeypatch):
     """dpfast's operations as PyTorch's: native kernels hide from a dispatch mode what they do."""
-    monkeypatch.setattr(_dispatch, "backend_for", lambda device: "reference")
+    monkeypatch.setattr(dispatch, "backend_for", lambda device: "reference")
 
 
 def tensors(tree):
@@ -65,7 +65,7 @@ class StandInRecording:
 
 
 class StandInRecorder:
-    """The protocol of ``dpfast.generate.runtime.graphs.Recorder`` by recording operations instead of kernels.
+    """The protocol of ``dpfast.generate.graphs.Recorder`` by recording operations instead of kernels.
 
     It needs ``force_reference``. recorded: recordings ever made; alive: those that were not reset.
     """

@@ -7,7 +7,8 @@ import torch
 from diffusers import DiTPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
-from dpfast.config import ASSETS, RecipeError
+from dpfast.config import ASSETS
+from dpfast.errors import RecipeError
 from dpfast.evaluate.measures import predict
 from dpfast.generate import sampler as sampler_module
 from dpfast.generate.guidance import GuidanceConfig

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 
-from dpfast.generate.conditioning import share_conditioning
+from dpfast.generate.models.conditioning import share_conditioning
+from dpfast.generate.models.projections import fuse_projections
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.projections import fuse_projections
 from tests.tiny_pipelines import NAMES, randomise
 
 

@@ -7,9 +7,9 @@ from dpfast.feed import loader as loaders
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
 from dpfast.pool.batch import BatchFormat
+from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rows import ChunkTable
-from dpfast.pool.tiers import Tiers
 from tests.pool import helpers
 
 DALI = pytest.param("dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed"))
@@ -26,7 +26,7 @@ TIERS = {
 
 
 def pool_of(tiers, count, device, codec="pixels", **options):
-    budgets = Tiers(**TIERS[tiers]) if device == "cuda" else Tiers(host_bytes=1 << 30)
+    budgets = MemoryTiers(**TIERS[tiers]) if device == "cuda" else MemoryTiers(host_bytes=1 << 30)
     pool = SamplePool(codec, tiers=budgets, chunk_bytes=1 << 18, **options)
     grow(pool, count, device)
     return pool
@@ -106,7 +106,7 @@ def test_an_append_on_the_device_shows_in_the_next_batch(kind):
 
 @pytest.mark.parametrize("kind", ["torch", DALI])
 def test_jpeg_files_are_decoded(kind):
-    pool = SamplePool("jpeg", tiers=Tiers(host_bytes=1 << 30))
+    pool = SamplePool("jpeg", tiers=MemoryTiers(host_bytes=1 << 30))
     smooth = torch.linspace(20, 230, 16).expand(40, 3, 16, 16).to(torch.uint8)
     made = helpers.batch(0, 40, (3, 16, 16))
     made.images = smooth.cuda()
@@ -120,7 +120,7 @@ def test_jpeg_files_are_decoded(kind):
 
 def test_latents_are_decoded_on_the_device_and_shown_on_the_host(on_gpu, pipeline_folder):
     decode = on_gpu(pipeline_folder).guidance_decoder
-    pool = SamplePool("latents", tiers=Tiers(**TIERS["device"]), decode=decode)
+    pool = SamplePool("latents", tiers=MemoryTiers(**TIERS["device"]), decode=decode)
     made = helpers.batch(0, 64)
     made.latents = helpers.latents(torch.arange(64)).cuda()
     pool.append(made, round=0, omega=0.0)

@@ -11,14 +11,14 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunFolder
+from dpfast.practice.run_folder import RunWriter
 from tests.practice import conftest
 
 recipe = conftest.recipe
 
 
 def run(chosen, path):
-    with RunFolder(path, chosen) as folder:
+    with RunWriter(path, chosen) as folder:
         results = DeliberatePractice(chosen).run(folder, progress=False)
     return results, [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 

@@ -7,7 +7,7 @@ import pytest
 from dpfast.hardware import cpus, memory
 from dpfast.hardware.cpus import cpu_counts
 from dpfast.hardware.memory import free_memory
-from dpfast.pool.tiers import HOST_SHARE, Tiers
+from dpfast.pool.memory_tiers import HOST_SHARE, MemoryTiers
 
 GIB = 1 << 30
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
@@ -116,7 +116,7 @@ def test_a_machine_without_these_files_has_half_of_its_memory(tmp_path):
 def test_ranks_of_one_machine_share_the_limit(tmp_path, monkeypatch):
     root = machine(tmp_path, v2("", 32, 0))
     monkeypatch.setattr(memory, "free_memory", lambda: free_memory(root, {}))
-    assert Tiers.detect(processes=8).host_bytes == int(32 * GIB * HOST_SHARE / 8)
+    assert MemoryTiers.detect(processes=8).host_bytes == int(32 * GIB * HOST_SHARE / 8)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dpfast.config import Learner, RecipeError
+from dpfast.config import Learner
+from dpfast.errors import RecipeError
 from dpfast.learn.committee import Committee
 from dpfast.learn.compiling import WhenItPays
 from dpfast.learn.models import build_learner

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dpfast.config import Learner, RecipeError
+from dpfast.config import Learner
+from dpfast.errors import RecipeError
 from dpfast.feed.augment import Mix
 from dpfast.learn.checkpointing import checkpoint_activations, repeated_blocks
 from dpfast.learn.gradients import GradientBuckets

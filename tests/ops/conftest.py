@@ -8,19 +8,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dpfast.ops import _dispatch
+from dpfast.ops import dispatch
 
-INTERPRETED = _dispatch.INTERPRETED
+INTERPRETED = dispatch.INTERPRETED
 if INTERPRETED:
     BACKENDS = ["triton"]
 else:
-    BACKENDS = ["reference", "native"] if _dispatch.native() is not None else ["reference"]
+    BACKENDS = ["reference", "native"] if dispatch.native() is not None else ["reference"]
     BACKENDS += ["triton"] if torch.cuda.is_available() else []
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(_dispatch, "FORCED", request.param)
+    monkeypatch.setattr(dispatch, "FORCED", request.param)
     return request.param
 
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from dpfast.ops import _dispatch
+from dpfast.ops import dispatch
 from dpfast.ops._triton import tl, triton
 from dpfast.ops.audit import CAPABILITIES, Variant, audit, guided_variant, inspect, occupancy, problems, table, variants
 
 pytestmark = pytest.mark.skipif(
-    _dispatch.INTERPRETED or not _dispatch.has_triton(), reason="the compiler needs Triton outside its interpreter"
+    dispatch.INTERPRETED or not dispatch.has_triton(), reason="the compiler needs Triton outside its interpreter"
 )
 VARIANTS = variants()
 ON_EVERY_GPU = [

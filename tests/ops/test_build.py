@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dpfast.ops import _dispatch
+from dpfast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(_dispatch.INTERPRETED, reason="describes a process outside the interpreter")
+pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="describes a process outside the interpreter")
 EVERY_OPERATION = """
 import sys
 

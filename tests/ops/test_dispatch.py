@@ -8,25 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpfast.ops import _dispatch, backend_of, entropy
+from dpfast.ops import backend_of, dispatch, entropy
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(_dispatch.INTERPRETED, reason="describes a process outside the interpreter")
+pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="describes a process outside the interpreter")
 
 
 @pytest.fixture(autouse=True)
 def undecided(monkeypatch):
-    monkeypatch.setattr(_dispatch, "FORCED", "")
-    _dispatch._choose.cache_clear()
+    monkeypatch.setattr(dispatch, "FORCED", "")
+    dispatch._choose.cache_clear()
     yield
-    _dispatch._choose.cache_clear()
-    _dispatch.native.cache_clear()
+    dispatch._choose.cache_clear()
+    dispatch.native.cache_clear()
 
 
 @pytest.fixture
 def without_extension(monkeypatch):
     monkeypatch.setitem(sys.modules, "dpfast._native", None)
-    _dispatch.native.cache_clear()
+    dispatch.native.cache_clear()
 
 
 def test_cuda_uses_triton():
@@ -34,8 +34,8 @@ def test_cuda_uses_triton():
     assert backend_of("entropy", torch.device("cuda", 1)) == "triton"
 
 
-@pytest.mark.skipif(_dispatch.native() is None, reason="the extension was not built")
-@pytest.mark.parametrize("operation", _dispatch.OPERATIONS)
+@pytest.mark.skipif(dispatch.native() is None, reason="the extension was not built")
+@pytest.mark.parametrize("operation", dispatch.OPERATIONS)
 def test_cpu_uses_the_extension(operation):
     assert backend_of(operation, "cpu") == "native"
 
@@ -62,13 +62,13 @@ def test_missing_extension_warns_once(without_extension, recwarn):
     ],
 )
 def test_forced_backend_that_cannot_run(forced, device, message, monkeypatch, without_extension):
-    monkeypatch.setattr(_dispatch, "FORCED", forced)
+    monkeypatch.setattr(dispatch, "FORCED", forced)
     with pytest.raises(RuntimeError, match=message):
         backend_of("entropy", device)
 
 
 def test_forced_reference(monkeypatch):
-    monkeypatch.setattr(_dispatch, "FORCED", "reference")
+    monkeypatch.setattr(dispatch, "FORCED", "reference")
     assert backend_of("entropy", "cpu") == "reference"
     assert backend_of("entropy", "cuda") == "reference"
 
@@ -76,13 +76,13 @@ def test_forced_reference(monkeypatch):
 def test_unknown_names(monkeypatch):
     with pytest.raises(ValueError, match="operation must be one of entropy, guided_step, noise, gather"):
         backend_of("softmax", "cpu")
-    monkeypatch.setattr(_dispatch, "FORCED", "cuda")
+    monkeypatch.setattr(dispatch, "FORCED", "cuda")
     with pytest.raises(ValueError, match="DPFAST_BACKEND must be one of triton, native, reference, got 'cuda'"):
         backend_of("entropy", "cpu")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _dispatch.has_triton(), reason="needs Triton")
+@pytest.mark.skipif(not dispatch.has_triton(), reason="needs Triton")
 def test_triton_kernels_pass_the_same_tests_in_the_interpreter():
     """Triton decides when a kernel is defined whether to interpret it, so these tests have a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", "tests/ops"]

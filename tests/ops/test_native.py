@@ -9,16 +9,16 @@ import threading
 import pytest
 import torch
 
-from dpfast.ops import _dispatch, entropy_and_grad, gather_batch, guided_step, normal
+from dpfast.ops import dispatch, entropy_and_grad, gather_batch, guided_step, normal
 
 pytestmark = pytest.mark.skipif(
-    _dispatch.INTERPRETED or _dispatch.native() is None, reason="the extension was not built, or Triton is under test"
+    dispatch.INTERPRETED or dispatch.native() is None, reason="the extension was not built, or Triton is under test"
 )
 
 
 @pytest.fixture(autouse=True)
 def on_the_extension(monkeypatch):
-    monkeypatch.setattr(_dispatch, "FORCED", "native")
+    monkeypatch.setattr(dispatch, "FORCED", "native")
 
 
 @pytest.fixture

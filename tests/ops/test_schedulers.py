@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpfast.ops import DynamicThreshold, _dispatch, guided_step, normal
+from dpfast.ops import DynamicThreshold, dispatch, guided_step, normal
 from tests.tolerances import SCHEDULER
 
 diffusers = pytest.importorskip("diffusers", reason="the schedulers are diffusers' own")
-schedule = pytest.importorskip("dpfast.generate.schedule")
-pytestmark = pytest.mark.skipif(_dispatch.INTERPRETED, reason="the kernels' variants have tests of their own")
+schedule = pytest.importorskip("dpfast.generate.solvers")
+pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="the kernels' variants have tests of their own")
 
 SHAPE = (2, 4, 6, 6)
 GRIDS = [10, 30, 50]

@@ -11,15 +11,15 @@ from dpfast.learn.trainer import Trainer
 from dpfast.parallel.groups import Group
 from dpfast.parallel.ranks import side_groups
 from dpfast.parallel.recorder import Recorder
-from dpfast.pool.union import Layout, UnionPool
+from dpfast.pool.sharded import ShardedPool, ShardLayout
 from tests.ranks import spawned
 from tests.test_parallel import AUGMENT, BATCH, ROUNDS, learner, pool_of
 
 
 def trained(ranks, *, background):
     """Twelve steps of training on batches that ranks exchange."""
-    layout = Layout(ranks, BATCH, ROUNDS)
-    pool = UnionPool(pool_of("pixels", layout, ranks.rank), layout)
+    layout = ShardLayout(ranks, BATCH, ROUNDS)
+    pool = ShardedPool(pool_of("pixels", layout, ranks.rank), layout)
     model = learner()
     model(torch.zeros(2, 3, 16, 12))
     trainer = Trainer(model, Learner(lr=1e-2, precision="fp32"), iterations=20, ranks=ranks)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpfast.ops import _dispatch, gather_batch
+from dpfast.ops import dispatch, gather_batch
 from dpfast.pool.batch import BatchFormat, from_rows, resample
 from dpfast.pool.rows import ChunkTable
 
@@ -62,7 +62,7 @@ def test_the_whole_image_is_the_plain_gather_bit_by_bit(channels, channels_last,
     assert ours.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@pytest.mark.skipif(_dispatch.native() is None, reason="the native kernels are not built")
+@pytest.mark.skipif(dispatch.native() is None, reason="the native kernels are not built")
 @pytest.mark.parametrize("size", [(24, 24), (10, 33), (50, 7), (1, 1)])
 def test_the_kernel_is_the_reference(size, monkeypatch):
     """Boxes larger and smaller than the crop, of any fraction, and beyond the image; both backends, flips included."""
@@ -70,9 +70,9 @@ def test_the_kernel_is_the_reference(size, monkeypatch):
     images, indices = pixels(40, 3, 24, 30), torch.randint(0, 40, (64,), generator=generator)
     boxes = torch.rand(64, 4, generator=generator) * torch.tensor([20.0, 20, 30, 40]) + torch.tensor([-8.0, -8, 1, 1])
     flip = torch.rand(64, generator=generator) < 0.5
-    monkeypatch.setattr(_dispatch, "FORCED", "native")
+    monkeypatch.setattr(dispatch, "FORCED", "native")
     native = crop(images, indices, boxes, size=size, flip=flip)
-    monkeypatch.setattr(_dispatch, "FORCED", "reference")
+    monkeypatch.setattr(dispatch, "FORCED", "reference")
     torch.testing.assert_close(native, crop(images, indices, boxes, size=size, flip=flip), rtol=0, atol=2e-6)
 
 

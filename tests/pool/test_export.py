@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from dpfast.cli.main import main
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 from dpfast.pool import codecs
-from dpfast.pool.columns import COLUMNS
 from dpfast.pool.export import FORMATS, export_pool, import_pool
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.record import COLUMNS
 from dpfast.pool.saver import Saver
 from tests.pool.helpers import ORIGIN, batch, latents, pixels
 

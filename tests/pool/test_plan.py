@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dpfast import config
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
+from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.tiers import Tiers
 from tests.pool.helpers import SHAPE, batch
 
 GIB = 1 << 30
@@ -14,18 +14,18 @@ GIB = 1 << 30
 
 def test_the_paper_s_pool_of_pixels_and_latents():
     """6.5 M images of 256 px: 1.28 TB of pixels; as fp16 latents of 512 px 213 GB (both without columns)."""
-    pixels = SamplePool.plan(6_500_000, (3, 256, 256), tiers=Tiers(host_bytes=64 * GIB))
+    pixels = SamplePool.plan(6_500_000, (3, 256, 256), tiers=MemoryTiers(host_bytes=64 * GIB))
     assert pixels.bytes_per_sample == 196_608
     assert pixels.overhead <= 64
     assert pixels.samples * pixels.bytes_per_sample == pytest.approx(1.28e12, rel=0.01)
-    latents = SamplePool.plan(6_500_000, (4, 64, 64), "latents", tiers=Tiers(host_bytes=300 * GIB))
+    latents = SamplePool.plan(6_500_000, (4, 64, 64), "latents", tiers=MemoryTiers(host_bytes=300 * GIB))
     assert latents.samples * latents.bytes_per_sample == pytest.approx(213e9, rel=0.01)
     assert latents.fits
     assert not pixels.fits
 
 
 def test_devices_share_the_pool_and_tiers_fill_in_order(tmp_path):
-    tiers = Tiers(device="cpu", device_bytes=10 * GIB, host_bytes=10 * GIB, folder=tmp_path, file_bytes=900 * GIB)
+    tiers = MemoryTiers(device="cpu", device_bytes=10 * GIB, host_bytes=10 * GIB, folder=tmp_path, file_bytes=900 * GIB)
     plan = SamplePool.plan(1_000_000, (3, 256, 256), devices=["a", "b"], tiers=tiers).check()
     assert plan.samples == 500_000
     assert plan.places["device"] == 160 * ((64 << 20) // 196_608)
@@ -34,7 +34,7 @@ def test_devices_share_the_pool_and_tiers_fill_in_order(tmp_path):
 
 
 def test_what_a_plan_promises_a_pool_holds():
-    tiers = Tiers(host_bytes=300_000)
+    tiers = MemoryTiers(host_bytes=300_000)
     refused = SamplePool.plan(2600, SHAPE, tiers=tiers, chunk_bytes=1 << 12)
     assert not refused.fits
     room = refused.places["host"]
@@ -46,7 +46,7 @@ def test_what_a_plan_promises_a_pool_holds():
 
 def test_a_refusal_has_the_numbers_and_three_ways_out():
     with pytest.raises(RecipeError) as error:
-        SamplePool.plan(6_500_000, (3, 256, 256), devices=8, tiers=Tiers(host_bytes=64 * GIB)).check()
+        SamplePool.plan(6_500_000, (3, 256, 256), devices=8, tiers=MemoryTiers(host_bytes=64 * GIB)).check()
     message = str(error.value)
     for part in (
         "maximum_samples = 6500000",
@@ -107,10 +107,10 @@ def test_a_small_pool_needs_no_more_than_its_samples():
 
 
 def test_a_reserve_of_jpeg_files_goes_by_those_before_them():
-    guessed = SamplePool("jpeg", chunk_bytes=1 << 14, tiers=Tiers(host_bytes=1 << 20), shape=(3, 64, 64))
+    guessed = SamplePool("jpeg", chunk_bytes=1 << 14, tiers=MemoryTiers(host_bytes=1 << 20), shape=(3, 64, 64))
     guessed.reserve(10)
     assert len(guessed._spares) == 4  # half a byte for each of 12,288 values
-    pool = SamplePool("jpeg", chunk_bytes=1 << 14, tiers=Tiers(host_bytes=1 << 20))
+    pool = SamplePool("jpeg", chunk_bytes=1 << 14, tiers=MemoryTiers(host_bytes=1 << 20))
     with pytest.raises(ValueError, match="give the pool a shape, or append first"):
         pool.reserve(1)
     pool.append(batch(0, 10), round=0, omega=0.0)

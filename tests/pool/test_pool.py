@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpfast.ops import _dispatch
+from dpfast.ops import dispatch
 from dpfast.pool import codecs
 from dpfast.pool.batch import BatchFormat
+from dpfast.pool.memory_tiers import MemoryTiers, PoolFullError
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.tiers import PoolFullError, Tiers
 from tests.pool.helpers import ORIGIN, SHAPE, batch, check_prefix, latents, pixels
 
 ROW = 3 * 6 * 6
@@ -47,13 +47,13 @@ class Copies(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.copied, self.made = 0, []
-        if _dispatch.native() is not None:
-            monkeypatch.setattr(_dispatch, "native_module", lambda: self)
+        if dispatch.native() is not None:
+            monkeypatch.setattr(dispatch, "native_module", lambda: self)
 
     def rows(self, *arguments):
         """The native kernel; its fifth and seventh arguments are the bytes of a row and their number."""
         self.copied += arguments[4] * arguments[6]
-        return _dispatch.native().rows(*arguments)
+        return dispatch.native().rows(*arguments)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -122,7 +122,7 @@ def test_readers_see_whole_appends_only_and_hold_nobody_up():
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gather_normalises_and_mirrors(backend, dtype, monkeypatch):
-    monkeypatch.setattr(_dispatch, "FORCED", backend)
+    monkeypatch.setattr(dispatch, "FORCED", backend)
     pool, indices, flip = filled(33), torch.tensor([29, 2, 2, 11]), torch.tensor([False, True, False, True])
     images, labels = pool.gather(
         indices, BatchFormat(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), dtype=dtype), flip=flip
@@ -193,27 +193,27 @@ def test_jpeg_files_are_kept_byte_for_byte_and_decoded_close_to_the_image():
 def test_chunks_fill_the_tiers_in_order_and_move_with_the_budgets(tmp_path):
     """A CPU stands in for the device: the tiers differ in how a chunk is allocated, not in how it is read."""
     chunk = 10 * ROW + 7
-    tiers = Tiers(device=CPU, device_bytes=2 * chunk, host_bytes=chunk, folder=tmp_path, file_bytes=3 * chunk)
+    tiers = MemoryTiers(device=CPU, device_bytes=2 * chunk, host_bytes=chunk, folder=tmp_path, file_bytes=3 * chunk)
     pool = filled(45, tiers=tiers)
     assert pool.where() == {"device": 20, "host": 10, "file": 15}
     assert list(tmp_path.iterdir()) == []  # nothing to clean up, whatever happens
     check_prefix(pool, 45)
     old = pool.view
-    pool.move(Tiers(host_bytes=chunk, folder=tmp_path, file_bytes=9 * chunk))
+    pool.move(MemoryTiers(host_bytes=chunk, folder=tmp_path, file_bytes=9 * chunk))
     assert pool.where() == {"device": 0, "host": 10, "file": 35}
     check_prefix(pool, 45)
     assert old.records(torch.tensor([44]))["sample_id"] == 44
     filled(15, pool=pool)
-    pool.move(Tiers(host_bytes=9 * chunk))
+    pool.move(MemoryTiers(host_bytes=9 * chunk))
     assert pool.where() == {"device": 0, "host": 60, "file": 0}
     check_prefix(pool, 60)
     with pytest.raises(PoolFullError):
-        pool.move(Tiers(host_bytes=chunk))
+        pool.move(MemoryTiers(host_bytes=chunk))
     assert pool.where()["host"] == 60
 
 
 def test_reserved_chunks_are_the_next_ones():
-    pool = filled(5, tiers=Tiers(host_bytes=6 * (10 * ROW + 7)))
+    pool = filled(5, tiers=MemoryTiers(host_bytes=6 * (10 * ROW + 7)))
     pool.reserve(34, wait=True)  # five are in the first chunk already
     reserved = [spare.result().data_ptr() for _, spare in pool._spares]
     assert len(reserved) == 3
@@ -229,7 +229,7 @@ def test_reserved_chunks_are_the_next_ones():
 
 
 def test_a_full_pool_refuses_the_whole_batch_with_the_numbers():
-    pool = filled(25, tiers=Tiers(host_bytes=3 * (10 * ROW + 7)))
+    pool = filled(25, tiers=MemoryTiers(host_bytes=3 * (10 * ROW + 7)))
     with pytest.raises(PoolFullError, match=r"3 chunks of 1\.062 KiB.*host 3\.185 KiB.*latents or JPEG"):
         filled(12, pool=pool)
     check_prefix(pool, 25)
@@ -242,7 +242,7 @@ def test_the_disk_of_the_file_tier_is_reserved_before_it_is_written(tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    pool = filled(10, tiers=Tiers(host_bytes=10 * ROW + 7, folder=tmp_path, file_bytes=1 << 20))
+    pool = filled(10, tiers=MemoryTiers(host_bytes=10 * ROW + 7, folder=tmp_path, file_bytes=1 << 20))
     with pytest.raises(OSError, match="No space left"):
         filled(1, pool=pool)
     monkeypatch.undo()
@@ -274,5 +274,5 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="codec = 'webp'"):
         SamplePool("webp")
     with pytest.raises(ValueError, match="without a folder"):
-        Tiers(file_bytes=1)
+        MemoryTiers(file_bytes=1)
     assert len(pool) == 3

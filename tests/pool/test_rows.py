@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from dpfast.ops import _dispatch, audit
-from dpfast.pool.prefix import Prefix
+from dpfast.ops import audit, dispatch
 from dpfast.pool.rows import CPU, ChunkTable, rows_kernel
+from dpfast.pool.shared_list import SharedList
 
 
 def table_of(rows, chunk_rows, stride):
@@ -23,9 +23,9 @@ def table_of(rows, chunk_rows, stride):
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize(("chunk_rows", "stride"), [(1, 1), (7, 3), (100, 56), (64, 512), (3, 40_000)])
 def test_rows_are_those_of_indexing(backend, chunk_rows, stride, monkeypatch):
-    if backend == "native" and _dispatch.native() is None:
+    if backend == "native" and dispatch.native() is None:
         pytest.skip("the native kernels are not built")
-    monkeypatch.setattr(_dispatch, "FORCED", backend)
+    monkeypatch.setattr(dispatch, "FORCED", backend)
     table, expected = table_of(200, chunk_rows, stride)
     indices = torch.randint(0, 200, (301,))
     assert torch.equal(table.take(indices, 200), expected[indices])
@@ -45,7 +45,7 @@ def test_a_table_grows_by_a_chunk_without_a_look_at_the_others():
         assert len(before.chunks) == len(before.addresses) == len(grown.chunks) - 1  # readers keep what they have
     assert torch.equal(grown.addresses, table.addresses)
     assert grown.kinds == table.kinds
-    marked = ChunkTable(7, 3, Prefix(table.chunks[:1]), torch.tensor([5]), frozenset({"elsewhere"})).with_chunk(
+    marked = ChunkTable(7, 3, SharedList(table.chunks[:1]), torch.tensor([5]), frozenset({"elsewhere"})).with_chunk(
         table.chunks[1]
     )
     assert marked.addresses.tolist() == [5, table.chunks[1].data_ptr()]

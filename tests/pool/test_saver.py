@@ -10,9 +10,9 @@ import torch
 import webdataset
 
 from dpfast.pool import shards
-from dpfast.pool.columns import COLUMNS
 from dpfast.pool.owner import OwnedError
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.record import COLUMNS
 from dpfast.pool.saver import Saver, SaveWarning, copy_saved
 from dpfast.pool.shards import DamagedPoolError, LostSamplesWarning
 from tests.pool.helpers import ORIGIN, batch, check_prefix, latents

@@ -11,7 +11,8 @@ import threading
 import pytest
 import torch
 
-from dpfast.config import RecipeError, fields
+from dpfast.config import fields
+from dpfast.errors import RecipeError
 from dpfast.logs import logged
 from dpfast.parallel import Ranks
 from dpfast.practice import checkpoint, run_folder
@@ -19,7 +20,7 @@ from dpfast.practice.callbacks import Callback
 from dpfast.practice.changes import RULES, continued
 from dpfast.practice.contents import UnknownContentsWarning
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunFolder
+from dpfast.practice.run_folder import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
 from tests.practice.test_loop import run, with_
 
@@ -40,7 +41,7 @@ def short(recipe):
 
 
 def resumed(recipe, path):
-    with RunFolder(path, recipe, resume=True) as folder, logged(path):
+    with RunWriter(path, recipe, resume=True) as folder, logged(path):
         return DeliberatePractice(folder.recipe).run(folder, progress=False)
 
 
@@ -53,7 +54,7 @@ def test_every_field_of_a_recipe_says_whether_it_may_change_and_why():
 def test_a_stopped_run_goes_on_with_less_memory_and_ends_in_the_same_samples(short, tmp_path):
     (whole,), _ = run(short, tmp_path / "whole")
     stop = Stop()
-    with RunFolder(tmp_path / "run", short) as folder, pytest.raises(Stopped):
+    with RunWriter(tmp_path / "run", short) as folder, pytest.raises(Stopped):
         DeliberatePractice(short).run(folder, progress=False, callbacks=[At(stop, 12)], stop=stop)
     less = with_(with_(short, "generator", generation_batch=7), "practice", checkpoints_kept=5)
     less = with_(less, "pool", host_gib=0.5)
@@ -77,7 +78,7 @@ def test_a_run_that_is_made_longer_is_the_long_run_from_its_birth(short, tmp_pat
     """Fewer additions than there would be in the long run: the cool-down of the short one begins at 32."""
     stop, long = Stop(), with_(short, "practice", iterations=80)
     ends = pytest.raises(Stopped) if stopped else contextlib.nullcontext()
-    with RunFolder(tmp_path / "run", short) as folder, ends:
+    with RunWriter(tmp_path / "run", short) as folder, ends:
         DeliberatePractice(short).run(folder, progress=False, callbacks=[At(stop, stopped)], stop=stop)
     (again,) = resumed(long, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["learner"]["warmup"] == 0.05
@@ -118,10 +119,10 @@ def test_without_a_checkpoint_before_the_cooldown_a_run_is_not_made_longer(short
     ],
 )
 def test_what_may_not_change_is_named_with_the_reason(short, tmp_path, section, changes, named):
-    with RunFolder(tmp_path / "run", short):
+    with RunWriter(tmp_path / "run", short):
         pass
     with pytest.raises(RecipeError, match=named):
-        RunFolder(tmp_path / "run", with_(short, section, **changes), resume=True)
+        RunWriter(tmp_path / "run", with_(short, section, **changes), resume=True)
     halved = dataclasses.replace(short, held_out="elsewhere")
     with pytest.raises(RecipeError, match=r"held_out = 'elsewhere' was '' .*without one half"):
         continued(tmp_path / "run", halved)
@@ -141,7 +142,7 @@ def test_a_folder_may_move_but_holds_what_it_held(short, tmp_path):
     born = dataclasses.replace(short, validation=first, held_out=first)
     generator = shutil.copytree(born.generator.pipeline, tmp_path / "generator")
     moved = with_(born, "generator", pipeline=str(generator))
-    with RunFolder(tmp_path / "run", born):
+    with RunWriter(tmp_path / "run", born):
         pass
     assert continued(tmp_path / "run", moved).generator.pipeline == str(generator)
     with (generator / "model_index.json").open("a") as file:
@@ -162,11 +163,11 @@ def test_a_folder_may_move_but_holds_what_it_held(short, tmp_path):
 
 
 def test_a_run_in_progress_is_neither_resumed_nor_replaced(short, tmp_path):
-    with RunFolder(tmp_path / "run", short):
+    with RunWriter(tmp_path / "run", short):
         for options in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(RecipeError, match=r"process \d+ on \S+ writes"):
-                RunFolder(tmp_path / "run", short, **options)
-    with RunFolder(tmp_path / "run", short, overwrite=True):
+                RunWriter(tmp_path / "run", short, **options)
+    with RunWriter(tmp_path / "run", short, overwrite=True):
         pass
 
 

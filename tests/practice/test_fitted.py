@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from dpfast.config import Recipe
-from dpfast.pool import tiers
-from dpfast.pool.tiers import GIB, Tiers
+from dpfast.planning.fitting import place_pool, stages_of
+from dpfast.planning.memory import sampling_bytes
+from dpfast.pool import memory_tiers as tiers
+from dpfast.pool.memory_tiers import GIB, MemoryTiers
 from dpfast.practice import fitted
 from dpfast.practice.costs import Cost
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.roofline.fitting import place_pool, stages_of
-from dpfast.roofline.memory import sampling_bytes
 
 SMALL = {"sources": "dp", "initial_samples": 60, "round_samples": 30, "maximum_samples": 90, "iterations": 10}
 
@@ -54,7 +54,7 @@ def test_a_model_that_cannot_be_counted_is_left_to_run_out_of_memory(monkeypatch
 def test_a_cpu_s_memory_is_counted_once_and_by_the_fit_as_by_the_run(sizes, device, host, monkeypatch):
     monkeypatch.setattr(tiers, "free_bytes", lambda: 10 * GIB)
     recipe = Recipe.load("fashion", device="cpu", **sizes)
-    found = Tiers.from_recipe(recipe.pool, torch.device("cpu"), None)
+    found = MemoryTiers.from_recipe(recipe.pool, torch.device("cpu"), None)
     assert (found.device_bytes, found.host_bytes) == (device * GIB, host * GIB)
     cpu = dataclasses.replace(fitted._CPU, memory=10.0 * GIB, host=10.0 * GIB)
     assert place_pool(recipe, 90, stages_of(recipe, cpu), cpu, 1).tiers == found

@@ -6,15 +6,15 @@ import json
 import pytest
 import torch
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 from dpfast.learn.trainer import Trainer
 from dpfast.practice import checkpoint
 from dpfast.practice import experiment as loop_module
 from dpfast.practice.branch import prepare_branch
+from dpfast.practice.checkpointer import LoopCheckpointer
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.learners import load_learner
-from dpfast.practice.run_folder import RunFolder
-from dpfast.practice.state import Keeper
+from dpfast.practice.run_folder import RunWriter
 from dpfast.practice.stopping import LossError
 from dpfast.report.metrics import result_table
 
@@ -24,7 +24,7 @@ def with_(recipe, section, **changes):
 
 
 def run(recipe, path):
-    with RunFolder(path, recipe) as folder:
+    with RunWriter(path, recipe) as folder:
         results = DeliberatePractice(recipe).run(folder, progress=False)
     return results, [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
@@ -114,7 +114,7 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, sa
     The checkpoint of that moment may be on the disk or not: the thread that writes it dies with the run.
     """
     (dp, static), _ = run(recipe, tmp_path / "whole")
-    begin, count = Keeper._begin, 0
+    begin, count = LoopCheckpointer._begin, 0
 
     def killing(self, losses):
         nonlocal count
@@ -130,11 +130,11 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, sa
             self.folder.log("evaluation", self.loop.name, 10**6)  # a line that came after the checkpoint
             raise Killed
 
-    monkeypatch.setattr(Keeper, "_begin", killing)
+    monkeypatch.setattr(LoopCheckpointer, "_begin", killing)
     with pytest.raises(Killed):
         run(recipe, tmp_path / "killed")
-    monkeypatch.setattr(Keeper, "_begin", begin)
-    with RunFolder(tmp_path / "killed", recipe, resume=True) as folder:
+    monkeypatch.setattr(LoopCheckpointer, "_begin", begin)
+    with RunWriter(tmp_path / "killed", recipe, resume=True) as folder:
         resumed = DeliberatePractice(recipe).run(folder, progress=False)
     assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
     for before, after in zip((dp, static), resumed, strict=True):
@@ -148,9 +148,9 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, sa
 def test_a_run_resumes_with_its_own_recipe_only(recipe, tmp_path):
     run(recipe, tmp_path / "run")
     with pytest.raises(RecipeError, match=r"another recipe: omega = 0\.3 was 0\.2 \(it makes .*; seed = 5 was 0 \("):
-        RunFolder(tmp_path / "run", dataclasses.replace(with_(recipe, "guidance", omega=0.3), seed=5), resume=True)
+        RunWriter(tmp_path / "run", dataclasses.replace(with_(recipe, "guidance", omega=0.3), seed=5), resume=True)
     with pytest.raises(RecipeError, match="holds no run"):
-        RunFolder(tmp_path, recipe, resume=True)
+        RunWriter(tmp_path, recipe, resume=True)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe, tmp_path):
@@ -158,13 +158,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe, tmp_pa
     whole = (tmp_path / "run" / "metrics.jsonl").read_text()
     newest = checkpoint.paths(tmp_path / "run" / "checkpoints_static")[-1]
     newest.with_suffix(".safetensors").write_bytes(b"torn")
-    with RunFolder(tmp_path / "run", recipe, resume=True) as folder, pytest.warns(UserWarning, match=newest.name):
+    with RunWriter(tmp_path / "run", recipe, resume=True) as folder, pytest.warns(UserWarning, match=newest.name):
         DeliberatePractice(recipe).run(folder, progress=False)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == whole
     for path in checkpoint.paths(tmp_path / "run" / "checkpoints_dp"):
         path.with_suffix(".safetensors").write_bytes(b"torn")
     with (
-        RunFolder(tmp_path / "run", recipe, resume=True) as folder,
+        RunWriter(tmp_path / "run", recipe, resume=True) as folder,
         pytest.warns(checkpoint.DamagedCheckpointWarning),
         pytest.raises(RecipeError, match="none of the 3 checkpoints"),
     ):
@@ -189,7 +189,7 @@ def test_a_branch_goes_on_without_additions_and_refuses_another_generator(recipe
     recipe = with_(recipe, "practice", sources=("dp",), keep_rounds=True)
     run(recipe, tmp_path / "run")
     prepare_branch(tmp_path / "run", 1, tmp_path / "branch", recipe)
-    with RunFolder(tmp_path / "branch", recipe, resume=True) as folder:
+    with RunWriter(tmp_path / "branch", recipe, resume=True) as folder:
         (branch,) = DeliberatePractice(recipe).run(folder, progress=False)
     assert (len(branch.pool), branch.additions, branch.iterations) == (45, 1, 100)
     with pytest.raises(RecipeError, match="steps = 4 was 3"):

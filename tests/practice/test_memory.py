@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpfast.generate.decoder import TinyDecoder, VaeDecoder
+from dpfast.generate.models.decoder import TinyDecoder, VaeDecoder
 from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.trainer import Trainer

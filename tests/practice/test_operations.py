@@ -10,12 +10,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpfast import logs
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.journal import Journal
-from dpfast.practice.run_folder import RunFolder
+from dpfast.practice.journal import LogCallback
+from dpfast.practice.run_folder import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
 from tests.practice.test_loop import with_
 
@@ -32,8 +33,8 @@ def short(recipe):
 
 
 def go(recipe, path, *, level="info", callbacks=(), stop=None, resume=False):
-    with RunFolder(path, recipe, resume=resume) as folder, logs.logged(path, level):
-        DeliberatePractice(recipe).run(folder, progress=False, callbacks=[Journal(), *callbacks], stop=stop)
+    with RunWriter(path, recipe, resume=resume) as folder, logs.logged(path, level):
+        DeliberatePractice(recipe).run(folder, progress=False, callbacks=[LogCallback(), *callbacks], stop=stop)
     return lines_of(path / "logs" / f"rank-{logs.rank():05d}.jsonl")
 
 
@@ -103,7 +104,7 @@ def folder(short, tmp_path, monkeypatch):
         trajectory.skipped.add_(1 if trajectory.omega is not None else 0)
         return finish(self, trajectory, **options)
 
-    with RunFolder(tmp_path / "run", short) as opened:
+    with RunWriter(tmp_path / "run", short) as opened:
         practice = DeliberatePractice(short)
         monkeypatch.setattr(GuidedSampler, "finish", limited)
         practice.run(opened, progress=False)

@@ -8,13 +8,13 @@ import torch
 from dpfast.config import Recipe
 from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
+from dpfast.hardware.peaks import here
 from dpfast.parallel import ALONE
 from dpfast.pool.pool import SamplePool
 from dpfast.practice import experiment, yardstick
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import Places, RunFolder
+from dpfast.practice.run_folder import RunPaths, RunWriter
 from dpfast.report.page import write_report
-from dpfast.roofline.devices import here
 from tests.memory_limit import MemoryLimit
 from tests.ranks import spawned
 from tests.tiny_pipelines import NAMES, stable_diffusion, tiny_vae
@@ -76,7 +76,7 @@ def go(ranks, folder, path, limits):
         patch.setattr(experiment, "load_real", load_real)
         patch.setattr(yardstick, "SAMPLES", 32)
         practice = DeliberatePractice(recipe, ranks=ranks)
-        placed = RunFolder(path, recipe, ranks=ranks) if ranks.first else Places(path, ranks)
+        placed = RunWriter(path, recipe, ranks=ranks) if ranks.first else RunPaths(path, ranks)
         with MemoryLimit(limits[ranks.rank]) as memory:
             practice.run(placed, progress=False)
     if ranks.first:

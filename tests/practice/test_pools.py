@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
-from dpfast.config import RecipeError
-from dpfast.generate.recipes import new_sampler
+from dpfast.errors import RecipeError
+from dpfast.generate.from_recipe import new_sampler
 from dpfast.logs import logged
 from dpfast.pool import shards
 from dpfast.pool.export import import_pool
@@ -19,8 +19,8 @@ from dpfast.practice import disk
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.journal import Journal
-from dpfast.practice.run_folder import RunFolder, check_saving, check_vacant
+from dpfast.practice.journal import LogCallback
+from dpfast.practice.run_folder import RunWriter, check_saving, check_vacant
 from tests.practice.test_loop import with_
 
 EVERYTHING = torch.arange(45)
@@ -32,7 +32,7 @@ def short(recipe):
 
 
 def run(recipe, path, **options):
-    with RunFolder(path, recipe, **options) as folder:
+    with RunWriter(path, recipe, **options) as folder:
         return DeliberatePractice(recipe).run(folder, progress=False)
 
 
@@ -152,10 +152,10 @@ def test_a_disk_that_fills_while_the_learner_trains_costs_lines_and_one_warning_
     with (
         pytest.warns(SaveWarning) as caught,
         contextlib.ExitStack() as room,  # until all is closed
-        RunFolder(path, short) as folder,
+        RunWriter(path, short) as folder,
         logged(path),
     ):
-        (again,) = DeliberatePractice(short).run(folder, progress=False, callbacks=[Journal(), FullAt(7, room)])
+        (again,) = DeliberatePractice(short).run(folder, progress=False, callbacks=[LogCallback(), FullAt(7, room)])
     assert torch.equal(again.pool.images(EVERYTHING), dp.pool.images(EVERYTHING))
     assert again.test.top1 == dp.test.top1
     said = [str(warning.message) for warning in caught]
@@ -179,7 +179,7 @@ def test_lines_that_a_disk_has_refused_are_written_once_there_is_room(short, tmp
     with (
         contextlib.ExitStack() as room,
         pytest.warns(SaveWarning, match=r"metrics\.jsonl lags behind"),
-        RunFolder(tmp_path / "full", short) as folder,
+        RunWriter(tmp_path / "full", short) as folder,
     ):
         DeliberatePractice(short).run(folder, progress=False, callbacks=[FullAt(7, room), RoomAgain()])
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "full")]

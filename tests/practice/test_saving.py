@@ -11,9 +11,9 @@ from dpfast.parallel import heartbeat
 from dpfast.practice import checkpoint
 from dpfast.practice.background import CheckpointTimer, HostCopy
 from dpfast.practice.callbacks import Callback
+from dpfast.practice.checkpointer import LoopCheckpointer
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunFolder
-from dpfast.practice.state import Keeper
+from dpfast.practice.run_folder import RunWriter
 from tests.practice.test_loop import run, with_
 
 
@@ -54,14 +54,14 @@ def die():
 def clock(monkeypatch):
     """The clock of all saving. Samples are on the disk before it goes on: a checkpoint that waits for them is dropped
     for a newer one, which is right where the clock is the true one."""
-    clock, save_samples = Clock(), Keeper.save_samples
+    clock, save_samples = Clock(), LoopCheckpointer.save_samples
 
     def saved(keeper):
         save_samples(keeper)
         keeper._saver.wait()
 
     monkeypatch.setattr(heartbeat.Clock, "now", clock)
-    monkeypatch.setattr(Keeper, "save_samples", saved)
+    monkeypatch.setattr(LoopCheckpointer, "save_samples", saved)
     return clock
 
 
@@ -72,7 +72,7 @@ def usual(recipe):
 
 
 def go(recipe, path, callback, **options):
-    with RunFolder(path, recipe, **options) as folder:
+    with RunWriter(path, recipe, **options) as folder:
         return DeliberatePractice(recipe).run(folder, progress=False, callbacks=[callback])
 
 

@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 
-from dpfast.config import RecipeError
-from dpfast.device import device_named
+from dpfast.errors import RecipeError
+from dpfast.hardware.device import device_named
 from dpfast.practice.costs import Cost, Price
 from dpfast.practice.stopping import Stop, Stopped
 

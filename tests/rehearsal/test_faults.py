@@ -8,11 +8,11 @@ from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.ema import Ema
 from dpfast.parallel import RankError
 from dpfast.parallel.heartbeat import Heartbeat
+from dpfast.planning import fitting
 from dpfast.practice import background, yardstick
 from dpfast.rehearsal import ranks, rehearsal, rehearse
 from dpfast.rehearsal.rehearsal import _walked
 from dpfast.rehearsal.timeline import outwaits
-from dpfast.roofline import fitting
 
 
 @pytest.fixture(autouse=True)

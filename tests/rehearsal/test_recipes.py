@@ -6,11 +6,11 @@ import pytest
 
 from dpfast.cli.main import main
 from dpfast.config import Recipe
+from dpfast.planning import measure
+from dpfast.planning.memory import usable
+from dpfast.planning.plan import plan
 from dpfast.rehearsal import rehearse
 from dpfast.rehearsal.dry_run import MOST, dry_run_seconds
-from dpfast.roofline import measure
-from dpfast.roofline.memory import usable
-from dpfast.roofline.plan import plan
 
 RECIPES = ("imagenet100-sd15", "imagenet1k-sd15", "imagenet1k-dit")
 PLACES = (("h100", 8), ("h100", 32), ("a100", 8), ("h200", 8), ("h100", 1), ("rtx4090", 1))

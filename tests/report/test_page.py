@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
 from dpfast.report.figures import fit_power_law
 from dpfast.report.page import write_report
 from dpfast.report.runs import differences, read_runs

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 from dpfast.report.points import Point, lead, points_of_study, sweep, usual
 from dpfast.report.sweeps import swept
 

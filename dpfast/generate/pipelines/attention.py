@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 
 
 def checked(attention: str, device: torch.device) -> str:

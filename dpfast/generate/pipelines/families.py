@@ -15,12 +15,18 @@ from typing import Any
 import diffusers
 import torch
 
-from dpfast.generate.decoder import Decoder, IdentityDecoder, TinyDecoder, VaeDecoder
-from dpfast.generate.denoiser import Denoiser, DiTDenoiser, PixelUNetDenoiser, TextTransformerDenoiser, TextUNetDenoiser
+from dpfast.generate.models.decoder import Decoder, IdentityDecoder, TinyDecoder, VaeDecoder
+from dpfast.generate.models.denoiser import (
+    Denoiser,
+    DiTDenoiser,
+    PixelUNetDenoiser,
+    TextTransformerDenoiser,
+    TextUNetDenoiser,
+)
 from dpfast.generate.pipelines.attention import set_attention
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.prompts import class_prompts, encode_stable_diffusion, encode_stable_diffusion_3
-from dpfast.generate.pipelines.solvers import load_scheduler, prediction_of
+from dpfast.generate.pipelines.schedulers import load_scheduler, prediction_of
 
 CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
 

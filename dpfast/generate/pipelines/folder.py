@@ -11,7 +11,8 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dpfast.config import ASSETS, RecipeError
+from dpfast.config import ASSETS
+from dpfast.errors import RecipeError
 
 
 class PipelineFolder:

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from dpfast.config import RecipeError
-from dpfast.device import device_named
-from dpfast.generate.decoder import Decoder
-from dpfast.generate.denoiser import Denoiser
+from dpfast.errors import RecipeError
+from dpfast.generate.models.decoder import Decoder
+from dpfast.generate.models.denoiser import Denoiser
 from dpfast.generate.pipelines import attention as kernels
 from dpfast.generate.pipelines import families
 from dpfast.generate.pipelines.folder import PipelineFolder
-from dpfast.generate.pipelines.solvers import Solver, solver_table
-from dpfast.generate.schedule import SolverTable
+from dpfast.generate.pipelines.schedulers import Solver, solver_table
+from dpfast.generate.solvers import SolverTable
+from dpfast.hardware.device import device_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

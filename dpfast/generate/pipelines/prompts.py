@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from dpfast.config import RecipeError
+from dpfast.errors import RecipeError
 from dpfast.generate.pipelines.folder import PipelineFolder
 
 PROMPTS_AT_ONCE = 64

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dpfast.generate.features import FeatureCache
-from dpfast.generate.runtime.graphs import Captured, Recorder
+from dpfast.generate.feature_cache import FeatureCache
+from dpfast.generate.graphs import Captured, Recorder
 from dpfast.generate.runtime.regional import regional
 from dpfast.generate.step import (
     Finished,

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpfast.hardware.memory import free_bytes, local_ranks
-from dpfast.out_of_memory import attempt
+from dpfast.hardware.out_of_memory import attempt
 
 SETTLED = 0.02  # of a slope: so near are two that count as one
 LARGEST = 64  # samples of a batch that is counted

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dpfast.generate.conditioning import Conditioned
-from dpfast.generate.recompute import checkpointed, with_blocks
+from dpfast.generate.models.conditioning import Conditioned
+from dpfast.generate.models.recompute import checkpointed, with_blocks
 
 Names = tuple[str, ...]
 

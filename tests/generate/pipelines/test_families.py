@@ -259,7 +259,7 @@ def test_half_precision_keeps_images_and_solver_in_float32(folder, request):
 
 def test_latents_are_unscaled_by_all_four_values():
     """z std / scaling_factor + mean + shift_factor, per channel."""
-    from dpfast.generate.decoder import VaeDecoder
+    from dpfast.generate.models.decoder import VaeDecoder
 
     std, mean = [1.0, 2.0, 0.5, 1.5], [0.1, -0.2, 0.3, 0.0]
     vae = tiny_pipelines.vae(latents_mean=mean, latents_std=std, shift_factor=0.25, scaling_factor=0.4).eval()
@@ -277,7 +277,7 @@ def test_the_guidance_gradient_is_that_of_plain_autograd(folder, request, monkey
     """Against PyTorch's own layers and ``torch.autograd.grad``, 1e-4 relative."""
     names = NAMES if folder.startswith("stable") else None
     ours = Pipeline.from_pretrained(request.getfixturevalue(folder), class_names=names)
-    monkeypatch.setattr("dpfast.generate.denoiser.freeze_linear", lambda model: model)
+    monkeypatch.setattr("dpfast.generate.models.denoiser.freeze_linear", lambda model: model)
     plain = Pipeline.from_pretrained(request.getfixturevalue(folder), class_names=names)
     torch.manual_seed(0)
     weights = torch.randn(ours.image_channels * 4, 5)

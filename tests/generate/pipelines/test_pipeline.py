@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from dpfast.config import RecipeError
-from dpfast.generate.decoder import IdentityDecoder, TinyDecoder, VaeDecoder
+from dpfast.errors import RecipeError
+from dpfast.generate.models.decoder import IdentityDecoder, TinyDecoder, VaeDecoder
 from dpfast.generate.pipelines import Pipeline
 from tests import tiny_pipelines
 from tests.tiny_pipelines import NAMES

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpfast.config import Recipe, RecipeError
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
 from dpfast.generate import step as step_module
-from dpfast.generate.decoder import _repeat
+from dpfast.generate.from_recipe import load_pipeline
 from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.models.decoder import _repeat
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.recipes import load_pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.ops import guided_step
 from tests.tiny_pipelines import NAMES

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from dpfast.generate import preflight as probing
 from dpfast.generate.guidance import GuidanceConfig
-from dpfast.generate.runtime import memory, probing
+from dpfast.generate.runtime import memory
 from dpfast.generate.runtime.batching import BatchSizer
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import Variant

@@ -1,0 +1,195 @@
+"""The learner's gradient for code that owns its own denoiser and its own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpfast.generate import criteria
+from dpfast.generate import preflight as probing
+from dpfast.generate.guidance import GuidanceConfig, GuidancePath
+from dpfast.generate.models.decoder import Decoder, IdentityDecoder, Unscale
+from dpfast.ops import guided_step
+from dpfast.ops.guided_step import Prediction
+
+Network = Callable[..., Tensor]
+_IN_PLACE = ((1.0, 0.0, 1.0, 0.0, 0.0, 0.0),)  # a solver row that only moves x along the gradient
+
+
+class _Autoencoder:
+    """A live pipeline's autoencoder, which stays as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self._unscale = Unscale(model)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return self.model.decode(self._unscale(latents)).sample.float()
+
+
+def decoder_of(decoder: Any) -> Decoder:
+    """A decoder from an autoencoder of diffusers, a function of latents, or None for pixels. Else ``TypeError``."""
+    if decoder is None:
+        return IdentityDecoder()
+    if isinstance(decoder, nn.Module) and hasattr(decoder, "decode"):
+        return _Autoencoder(decoder)
+    if not callable(decoder):
+        raise TypeError(
+            f"decoder is a {type(decoder).__name__}, expected an autoencoder or a function from latents to images"
+        )
+    return decoder
+
+
+@dataclass
+class _Bound:
+    """A network with its condition, as the denoiser of a ``GuidancePath``."""
+
+    network: Network
+    condition: Mapping[str, Tensor]
+    prediction: Prediction
+    classes: int = 0
+    null_label: int | None = None
+    sample_shape: tuple[int, int, int] = (0, 0, 0)
+
+    def __call__(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        return self.network(x, timestep, **self.condition)[:, : x.shape[1]]
+
+
+@dataclass(kw_only=True)
+class LearnerGradient:
+    """The gradient of a learner's criterion at noisy latents, whoever runs the denoiser.
+
+    Args:
+        learner: images (B, C, H, W) in [-1, 1] to logits (B, K), in ``eval()`` mode.
+        decoder: of the guidance path: an autoencoder of diffusers (an ``AutoencoderTiny`` is the cheap one), a function
+            from latents of unit variance to images in [-1, 1], or None for pixels.
+        labels: (B,) class ids, for a criterion that reads them.
+        image_size: (H, W) that the learner takes; None: as decoded.
+        chunk: samples that are differentiated at a time; None: all.
+
+    ``skipped`` counts the samples whose gradient was not finite, which went unguided for that step; reading it waits
+    for the device.
+
+    Raises ``TypeError`` or ``ValueError``, here or at the first gradient, for arguments that cannot work.
+    """
+
+    learner: Callable[[Tensor], Tensor]
+    guidance: GuidanceConfig
+    decoder: Any = None
+    labels: Tensor | Sequence[int] | None = None
+    image_size: tuple[int, int] | None = None
+    chunk: int | None = None
+    _skipped: Tensor | None = field(default=None, repr=False)
+    _tried: set[tuple[int, ...]] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.learner):
+            raise TypeError(f"learner is a {type(self.learner).__name__}, expected a function from images to logits")
+        if not isinstance(self.guidance, GuidanceConfig):
+            raise TypeError(f"guidance is a {type(self.guidance).__name__}, expected a GuidanceConfig")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk = {self.chunk}: expected at least 1, or None")
+        self.decoder = decoder_of(self.decoder)
+        self.criterion = criteria.named(self.guidance.criterion)
+        if self.labels is not None:
+            self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
+            if self.labels.dim() != 1 or not len(self.labels) or int(self.labels.min()) < 0:
+                raise ValueError(f"labels = {self.labels.tolist()}: expected class ids (B,), 0 or more")
+        self.check_mode()
+
+    @property
+    def skipped(self) -> int:
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def counter(self, device: torch.device) -> Tensor:
+        """The count of skipped samples, 0-d int64."""
+        if self._skipped is None or self._skipped.device != device:
+            self._skipped = torch.tensor(self.skipped, device=device)
+        return self._skipped
+
+    def check_mode(self) -> None:
+        if isinstance(self.learner, nn.Module) and self.learner.training:
+            raise ValueError("learner is in training mode, where samples of a batch may mix; call learner.eval()")
+
+    def path(self, x: Tensor, denoiser: Any = None) -> GuidancePath:
+        """The path for latents like x, its learner tried out at this size."""
+        self.check_mode()
+        path = GuidancePath(
+            denoiser=denoiser,
+            decoder=self.decoder,
+            learner=self.learner,
+            criterion=self.criterion,
+            image_size=self.image_size,
+            through=self.guidance.through,
+        )
+        shape = tuple(x.shape[1:])
+        if shape not in self._tried:
+            probing.try_learner(path, shape, None, x.device)
+            self._tried.add(shape)
+        return path
+
+    def labels_for(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B,) class ids, those given or those of the constructor; zeros for a criterion that reads none."""
+        labels = self.labels if labels is None else labels  # type: ignore[assignment]
+        if labels is None:
+            if self.criterion not in (criteria.entropy, criteria.margin):
+                raise ValueError("labels is None: expected one class id a sample, which this criterion reads")
+            return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        if len(labels) != len(x):
+            raise ValueError(f"labels has {len(labels)} class ids, expected one for each of the {len(x)} samples")
+        return labels.to(x.device)
+
+    def __call__(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        *,
+        network: Network,
+        prediction: Prediction,
+        condition: Mapping[str, Tensor],
+        labels: Tensor | None = None,
+        held: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient (B, c, h, w) in float32 at latents x, through one forward of the network.
+
+        Args:
+            timestep, alpha, sigma: 0-d; or (B,) and (B, 1, 1, 1).
+            network: ``(x, timestep, **condition)`` to its conditional prediction, at least x's channels.
+            condition: tensors of B rows.
+            held: with through="latent", the prediction to hold fixed; None: the network makes it, undifferentiated.
+        """
+        x, labels = x.float(), self.labels_for(x, labels)
+        for name, rows in condition.items():
+            if len(rows) != len(x):
+                raise ValueError(f"{name} has {len(rows)} rows, expected one for each of the {len(x)} samples")
+        size = self.chunk or len(x)
+        parts = []
+        for start in range(0, len(x), size):
+            part_of = slice(start, start + size)
+            part = {name: value[part_of] for name, value in condition.items()}
+            path = self.path(x, _Bound(network, part, prediction))
+            at = [value[part_of] if value.dim() else value for value in (timestep, alpha, sigma)]
+            fixed = None
+            if self.guidance.through == "latent":
+                with torch.no_grad():
+                    fixed = path.denoiser(x[part_of], at[0], labels[part_of]) if held is None else held[part_of]
+            parts.append(path.gradient(x[part_of], at[0], labels[part_of], at[1], at[2], fixed)[0])
+        return torch.cat(parts)
+
+    def displaced(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """x + omega |x| / |g| g with the norms of one sample; a sample whose gradient is not finite stays."""
+        table = torch.tensor(_IN_PLACE, device=x.device)
+        skipped = self.counter(x.device)
+        return guided_step(x, x, None, gradient, table, 0, cfg_scale=1.0, omega=self.guidance.omega, skipped=skipped)
+
+    def finite(self, gradient: Tensor) -> Tensor:
+        """The gradient, with zeros for the samples where it is not finite."""
+        finite = gradient.flatten(1).square().sum(dim=1).isfinite()
+        self.counter(gradient.device).add_((~finite).sum())
+        return torch.where(finite.view(-1, 1, 1, 1), gradient, 0.0)

@@ -1,0 +1,184 @@
+"""A guider for diffusers' modular pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import GuiderOutput
+from torch import Tensor, nn
+
+from dpfast.adapters import live_pipeline as pipes
+from dpfast.adapters.gradient import LearnerGradient
+from dpfast.generate import criteria
+from dpfast.generate.guidance import GuidanceConfig, predict_x0
+from dpfast.generate.pipelines.schedulers import FLOW
+from dpfast.generate.solvers import ddim_table
+from dpfast.ops.guided_step import Prediction
+
+
+class LearnerGuidance(ClassifierFreeGuidance):
+    """``ClassifierFreeGuidance``, and guidance by a learner once one is attached.
+
+    The conditional forward that the pipeline runs anyway is the one that is differentiated, as in ``GuidedSampler``:
+    ``prepare_models`` records it on guided steps, ``cleanup_models`` leaves the network as it was. A guider returns a
+    prediction and cannot move latents, so the move of "relative" mode becomes the change of the prediction that leads
+    the scheduler to the same next latents. That is exact for ``DDIMScheduler`` at eta = 0 and flow-matching Euler;
+    other schedulers take mode="score". Schedulers that bound x0 are refused: the two differ where the bound is active.
+
+    The configuration is that of ``ClassifierFreeGuidance``; an attachment is never saved. ``disable()`` switches both
+    off.
+    """
+
+    _gradient: LearnerGradient | None = None
+    _scheduler: Any = None
+    _x: Tensor | None = None
+    _hooks: tuple[Any, ...] = ()
+    _frozen: tuple[nn.Parameter, ...] = ()
+
+    def attach(
+        self,
+        learner: Callable[[Tensor], Tensor],
+        scheduler: Any,
+        decoder: Any,
+        *,
+        guidance: GuidanceConfig | None = None,
+        labels: Tensor | Sequence[int] | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> LearnerGuidance:
+        """Guides by the learner from now on.
+
+        Args:
+            scheduler, decoder: the pipeline's own, ``pipe.scheduler`` and ``pipe.vae`` (or an ``AutoencoderTiny``).
+            learner, guidance, labels, image_size: as in ``LearnerGradient``.
+
+        Raises ``ValueError`` for a scheduler that the guider cannot follow.
+        """
+        guidance = guidance or GuidanceConfig()
+        prediction = pipes.check_scheduler(scheduler)
+        if guidance.mode == "relative" and not isinstance(scheduler, diffusers.DDIMScheduler) and prediction != "flow":
+            raise ValueError(
+                f"guidance has mode = 'relative': with a {type(scheduler).__name__} a guider takes 'score'"
+            )
+        for option in ("clip_sample", "thresholding"):
+            if scheduler.config.get(option):
+                raise ValueError(f"scheduler option {option} = True: expected False, a guider has no bound on x0")
+        if guidance.through == "latent" and prediction == "sample":
+            raise ValueError("through = 'latent': this model predicts x0 itself, which leaves no path around it")
+        self._gradient = LearnerGradient(
+            learner=learner, guidance=guidance, decoder=decoder, labels=labels, image_size=image_size
+        )
+        self._scheduler = scheduler
+        return self
+
+    def detach(self) -> None:
+        """Back to classifier-free guidance alone."""
+        self._gradient = self._scheduler = self._x = None
+
+    def new(self, **kwargs: Any) -> LearnerGuidance:
+        """A copy with other options, and the same attachment."""
+        copy = super().new(**kwargs)
+        copy._gradient, copy._scheduler = self._gradient, self._scheduler
+        return copy
+
+    @property
+    def skipped(self) -> int:
+        """How often a sample went unguided for a step, because its gradient was not finite."""
+        return 0 if self._gradient is None else self._gradient.skipped
+
+    def _is_guided(self) -> bool:
+        if self._gradient is None or not self._enabled or self._timestep is None:
+            return False
+        config, total = self._gradient.guidance, len(self._scheduler.timesteps)
+        return bool(config.omega) and pipes.position(self._scheduler, self._timestep) in config.steps(total)
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        super().prepare_models(denoiser)
+        if not (self.is_conditional and self._is_guided()) or self._gradient is None:
+            return
+        self._gradient.check_mode()
+        exact = self._gradient.guidance.through == "denoiser"
+        outside = torch.is_grad_enabled()
+        self._frozen = tuple(p for p in denoiser.parameters() if p.requires_grad) if exact else ()
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            name = "hidden_states" if "hidden_states" in kwargs else "sample"
+            if not args and name not in kwargs:
+                raise ValueError("the denoiser is called without latents: expected 'hidden_states' or 'sample'")
+            self._x = (args[0] if args else kwargs[name]).detach().requires_grad_(exact)
+            torch.set_grad_enabled(exact or outside)
+            return ((self._x, *args[1:]), kwargs) if args else (args, {**kwargs, name: self._x})
+
+        def after(*_: Any) -> None:
+            torch.set_grad_enabled(outside)
+
+        self._hooks = (
+            denoiser.register_forward_pre_hook(before, with_kwargs=True),
+            denoiser.register_forward_hook(after, always_call=True),
+        )
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._hooks, self._frozen = (), ()
+        super().cleanup_models(denoiser)
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
+        """The guided prediction, and the two it is made of, without their graphs."""
+        uncond = None if pred_uncond is None else pred_uncond.detach()
+        output = super().forward(pred_cond.detach(), uncond)
+        if self._x is None or self._gradient is None:
+            return output
+        x, self._x = self._x, None
+        return GuiderOutput(
+            pred=self._guided(output.pred, x, pred_cond), pred_cond=output.pred_cond, pred_uncond=output.pred_uncond
+        )
+
+    def _guided(self, pred: Tensor, x: Tensor, pred_cond: Tensor) -> Tensor:
+        learner, scheduler = self._gradient, self._scheduler
+        assert learner is not None
+        kind: Prediction = pipes.check_scheduler(scheduler)
+        index = pipes.position(scheduler, self._timestep)
+        alpha, sigma = (value.to(x.device) for value in pipes.levels(scheduler, index))
+        gradient = learner.finite(self._differentiated(learner, x, pred_cond, alpha, sigma, kind))
+        if learner.guidance.mode == "score":
+            factor = {"epsilon": -sigma, "sample": sigma.square() / alpha}.get(kind, -sigma / alpha)
+            change = learner.guidance.omega * factor * gradient
+            return (pred.float() + torch.where(alpha == 0, 0.0, change)).to(pred.dtype)
+        state = x.detach().float()
+        a, b = (value.to(x.device) for value in _following(scheduler, index))
+        numerator = {"epsilon": a, "v": a * alpha + b * sigma, "flow": a + b, "sample": -b}[kind]
+        move = learner.displaced(state, gradient) - state
+        return (pred.float() + numerator / (b * alpha - a * sigma) * move).to(pred.dtype)
+
+    @staticmethod
+    def _differentiated(
+        learner: LearnerGradient, x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor, kind: Prediction
+    ) -> Tensor:
+        """d criterion / d x through the recorded forward (x0 is the border of the two graphs)."""
+        path, labels = learner.path(x.detach().float()), learner.labels_for(x)
+        with torch.enable_grad():
+            leaf = x if x.requires_grad else x.detach().requires_grad_()
+            x0 = predict_x0(leaf.float(), prediction[:, : x.shape[1]], alpha, sigma, kind)
+        with torch.no_grad():
+            logits, backward = torch.func.vjp(lambda z: path.logits(path.decoder(z)), x0.detach())  # type: ignore[misc]
+            _, dlogits = criteria.value_and_gradient(path.criterion, logits, labels)
+            (dx0,) = backward(dlogits)
+        return torch.autograd.grad(x0, leaf, dx0)[0].float()
+
+
+def _following(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:
+    """The solver's a and b of a step: x_next = a x0 + b eps."""
+    if type(scheduler).__name__ == FLOW:
+        then = scheduler.sigmas[index + 1].float()
+        return 1 - then, then
+    plain = diffusers.DDIMScheduler.from_config(scheduler.config)
+    row = ddim_table(plain, scheduler.num_inference_steps).rows[index]
+    return row[2], row[3]

@@ -1,0 +1,104 @@
+"""From a recipe to a pipeline and a sampler: where the fields of [generator] and [guidance] take effect."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from dpfast.config import Generator, Recipe
+from dpfast.data import imagenet
+from dpfast.errors import RecipeError
+from dpfast.generate.guidance import GuidanceConfig, Through
+from dpfast.generate.models.decoder import ResizedDecoder
+from dpfast.generate.pipelines import Pipeline, families
+from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.schedulers import Solver
+from dpfast.generate.runtime.execution import Region
+from dpfast.generate.sampler import GuidedSampler, Learner
+from dpfast.ops.guided_step import Mode
+
+
+def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeline:
+    """The pipeline of a recipe's [generator] on ``device``. Raises what ``Pipeline.from_pretrained`` raises."""
+    pipeline = Pipeline.from_pretrained(
+        generator.pipeline,
+        device=device,
+        dtype=generator.dtype,
+        attention=generator.attention,
+        channels_last=generator.channels_last,
+        class_names=class_names(generator),
+        prompt_template=generator.prompt_template,
+    )
+    return resized(pipeline, generator.image_size)
+
+
+def check_generator(generator: Generator) -> tuple[str, ...]:
+    """The class names of a recipe's generator, () where it has none, after a look at its folder that reads no weights.
+
+    Raises ``RecipeError`` as ``dpfast.generate.pipelines.families.check`` does.
+    """
+    folder = PipelineFolder(generator.pipeline)
+    families.check(folder)
+    return folder.class_names(class_names(generator)) or ()
+
+
+def class_names(generator: Generator) -> tuple[str, ...] | None:
+    """The classes that a recipe names, those of ImageNet spelled out; None where it leaves them to the folder."""
+    names = generator.class_names
+    return imagenet.named(names[0]) if len(names) == 1 and names[0] in imagenet.SETS else names or None
+
+
+def resized(pipeline: Pipeline, size: int) -> Pipeline:
+    """The pipeline with images of ``size`` x ``size`` pixels, final ones and those that guide; 0: as they are."""
+    if not size:
+        return pipeline
+    return replace(
+        pipeline,
+        decoder=ResizedDecoder(pipeline.decoder, size),
+        guidance_decoder=ResizedDecoder(pipeline.guidance_decoder, size),
+    )
+
+
+@torch.no_grad()
+def image_shape(pipeline: Pipeline) -> tuple[int, int, int]:
+    """(C, H, W) of a pipeline's images, by decoding one."""
+    latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
+    _, channels, height, width = pipeline.decoder(latents).shape
+    return channels, height, width
+
+
+def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: Learner | None, **options: Any) -> GuidedSampler:
+    """The sampler that a recipe describes; unguided without a learner.
+
+    options: of ``GuidedSampler``, in place of what the recipe says. ``compile`` is never "auto" by itself: that follows
+    the clock, and so would the bits of a run. Raises ``RecipeError`` where pipeline, learner and recipe do not fit.
+    """
+    generator, guidance = recipe.generator, recipe.guidance
+    described: dict[str, Any] = {
+        "guidance": GuidanceConfig(
+            omega=guidance.omega,
+            every=guidance.guide_every,
+            start=guidance.guide_from,
+            until=guidance.guide_until,
+            mode=cast(Mode, guidance.mode),
+            through=cast(Through, guidance.through),
+            criterion=guidance.criterion,
+        ),
+        "steps": generator.steps,
+        "solver": cast(Solver, generator.solver),
+        "eta": generator.eta,
+        "cfg_scale": generator.cfg_scale,
+        "cfg_interval": (generator.cfg_from, generator.cfg_until),
+        "cache_interval": generator.cache_interval,
+        "seed": recipe.seed,
+        "compile": generator.compile,
+        "compile_region": cast(Region, generator.compile_region),
+    }
+    try:
+        sampler = GuidedSampler(pipeline, learner, **described | options)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    sampler.fitting = dict.fromkeys((False, True), generator.at_once)
+    return sampler

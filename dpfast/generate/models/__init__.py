@@ -1,0 +1,1 @@
+"""Networks that the sampler runs: denoisers, decoders, and the blocks inside them."""

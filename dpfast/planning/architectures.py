@@ -1,0 +1,155 @@
+"""Generators without weights, on the meta device: of a pipeline folder's configurations, or of published ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from dpfast.config import Generator
+from dpfast.errors import RecipeError
+from dpfast.generate.from_recipe import class_names, resized
+from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder
+from dpfast.generate.models.denoiser import DiTDenoiser, TextUNetDenoiser
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.schedulers import load_scheduler, prediction_of
+from dpfast.learn.models import build_learner
+
+META = torch.device("meta")
+TOKENS = 77  # of CLIP's text encoder
+
+# The published configurations, as their repositories' config.json say: stable-diffusion-v1-5 (UNet of 859.5 M
+# parameters) and facebook/DiT-XL-2-256 (675 M); both use the autoencoder of Stable Diffusion (83.7 M).
+SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
+DIT_XL_2: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+BETAS: dict[str, dict[str, Any]] = {
+    "stable-diffusion-1.5": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    "dit-xl-2": {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
+}
+PIXELS = {"stable-diffusion-1.5": 512, "dit-xl-2": 256}  # the published names, and what they were trained at
+
+
+@contextlib.contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def frozen(model: Any) -> Any:
+    return model.eval().requires_grad_(False)
+
+
+def published(
+    name: str,
+    pixels: int | None = None,
+    *,
+    classes: int = 1000,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = META,
+) -> Pipeline:
+    """A published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters), weights at random.
+
+    dtype, device: of all weights. On the meta device, where there are none, the solver's tables, which are numbers, are
+    on the CPU.
+
+    Raises ``RecipeError`` for another name than those of ``PIXELS``.
+    """
+    if name not in PIXELS:
+        raise RecipeError(
+            f"pipeline = {name!r}: no folder, and no published architecture; those are {', '.join(PIXELS)}"
+        )
+    side = (pixels or PIXELS[name]) // 8
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS[name])
+    with device, _default(dtype):
+        denoiser: Any
+        if name == "dit-xl-2":
+            dit = frozen(diffusers.DiTTransformer2DModel(sample_size=side, **DIT_XL_2))
+            denoiser = DiTDenoiser(
+                dit, classes=classes, prediction="epsilon", timesteps=scheduler.config.num_train_timesteps
+            )
+        else:
+            unet = frozen(diffusers.UNet2DConditionModel(sample_size=side, **SD15))
+            denoiser = TextUNetDenoiser(unet, torch.randn(classes + 1, TOKENS, 768), prediction="epsilon")
+        decoder: Decoder = VaeDecoder(diffusers.AutoencoderKL(**VAE))
+        tiny: Decoder = TinyDecoder(diffusers.AutoencoderTiny())
+    names = tuple(f"class {i}" for i in range(classes))
+    placed = torch.device("cpu") if device == META else device
+    return Pipeline(Path(name), denoiser, decoder, tiny, scheduler, names, 3, placed)
+
+
+def pipeline_of(generator: Generator) -> Pipeline:
+    """The pipeline of a recipe's [generator], with its classes and its size of images. Raises ``RecipeError``."""
+    names = class_names(generator)
+    classes, dtype = None if names is None else len(names), getattr(torch, generator.dtype)
+    return resized(without_weights(generator.pipeline, classes=classes, dtype=dtype), generator.image_size)
+
+
+def without_weights(source: str | Path, *, classes: int | None = None, dtype: torch.dtype = torch.float32) -> Pipeline:
+    """The pipeline of a folder or an embedded asset, from its configurations alone; of a published name otherwise.
+
+    classes: where the folder does not name its own. Raises ``RecipeError`` for a folder of another kind than
+    ``DiTPipeline`` and ``StableDiffusionPipeline``.
+    """
+    if source in PIXELS and not Path(source).is_dir():
+        return published(str(source), classes=classes or 1000, dtype=dtype)
+    folder = PipelineFolder(source)
+    if folder.kind not in ("DiTPipeline", "StableDiffusionPipeline"):
+        raise folder.error(f"a {folder.kind}; a plan takes a DiTPipeline or a StableDiffusionPipeline")
+    given = None if classes is None else [f"class {i}" for i in range(classes)]
+    names = (folder.class_names(None) if given is None else tuple(given)) or ()
+    if not names:
+        raise folder.error("does not name its classes; say class_names")
+    scheduler = load_scheduler(folder.path, latent=True)
+    denoiser: Any
+    with META, _default(dtype):
+        if folder.kind == "DiTPipeline":
+            dit = _from_config(folder, diffusers.DiTTransformer2DModel, "transformer")
+            steps = scheduler.config.num_train_timesteps
+            denoiser = DiTDenoiser(dit, classes=len(names), prediction=prediction_of(scheduler), timesteps=steps)
+        else:
+            unet = _from_config(folder, diffusers.UNet2DConditionModel, "unet")
+            prompts = torch.empty(len(names) + 1, TOKENS, unet.config.cross_attention_dim)
+            denoiser = TextUNetDenoiser(unet, prompts, prediction=prediction_of(scheduler))
+        kind = getattr(diffusers, str(folder.class_of("vae")))
+        vae = _from_config(folder, kind, "vae")
+        decoder: Decoder = VaeDecoder(vae) if kind is diffusers.AutoencoderKL else TinyDecoder(vae)
+        tiny = decoder
+        if (folder.path / "tiny_decoder").is_dir():
+            tiny = TinyDecoder(_from_config(folder, diffusers.AutoencoderTiny, "tiny_decoder"))
+    channels = int(vae.config.out_channels)
+    return Pipeline(folder.path, denoiser, decoder, tiny, scheduler, names, channels, torch.device("cpu"))
+
+
+def _from_config(folder: PipelineFolder, kind: Any, part: str) -> Any:
+    folder.need(part)
+    return frozen(kind.from_config(kind.load_config(folder.path / part)))
+
+
+def vit_b_16(classes: int = 1000) -> nn.Module:
+    """ViT-B/16 at 224 px (Dosovitskiy et al. 2020), on the device of the context."""
+    return build_learner("transformers:ViTForImageClassification", classes=classes, channels=3)

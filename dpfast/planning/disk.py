@@ -1,0 +1,82 @@
+"""What a run writes: bytes on the disk at its end, and the seconds that saving takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dpfast.config import Recipe
+from dpfast.planning.stages import Stages
+from dpfast.pool import codecs
+from dpfast.pool.memory_tiers import readable
+from dpfast.pool.plan import Plan as PoolPlan
+from dpfast.practice.disk import most_checkpoints
+
+# A checkpoint of 1.37 GB was written with its checksum and fsync in 3.6 to 4.9 s (a virtual machine's disk, two cores:
+# docs/scaling.md); a node's own drives are faster.
+WRITTEN = 1.37e9 / 4.9  # bytes/s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """Bytes of one run in its folder, of all ranks together.
+
+    samples: saved; each: of one of them, 0 where none is saved; checkpoint: of one; kept: how many lie there at once,
+    with the one that is being written; files: of the pool's mapped part, until the run ends. checkpoints: how many are
+    written; seconds: that writing one takes; share: of the run's seconds that all of them take, beside the loop.
+    """
+
+    samples: float
+    each: int
+    images: str
+    checkpoint: int
+    kept: int
+    files: float
+    checkpoints: int
+    seconds: float
+    share: float
+
+    @property
+    def total(self) -> float:
+        return self.samples + self.kept * self.checkpoint + self.files
+
+    def lines(self) -> list[str]:
+        """For a reader."""
+        samples = (
+            f"samples {readable(self.samples)} ({self.each} bytes each, {self.images})" if self.each else "no sample"
+        )
+        mapped = f", mapped files of the pool {readable(self.files)}" if self.files else ""
+        return [
+            f"disk: {readable(self.total)} a run: {samples}, "
+            f"checkpoints {readable(self.kept * self.checkpoint)} ({self.kept} of {readable(self.checkpoint)}){mapped}",
+            f"  {self.checkpoints} checkpoints are written beside the loop, {self.seconds:.2g} s each: "
+            f"{self.share:.2%} of the seconds",
+        ]
+
+
+def plan_disk(recipe: Recipe, pool: PoolPlan, stages: Stages, samples: int, seconds: float, training: float) -> Disk:
+    """Of one source that ends with ``samples`` after ``seconds``, of which ``training`` go by between additions.
+
+    A checkpoint comes at the first evaluation after which saving is at most ``checkpoint_share`` of the seconds, after
+    ``checkpoint_minutes`` at the latest, before and after every round, and at the end.
+    """
+    practice, config = recipe.practice, recipe.pool
+    each = codecs.saved_bytes(config.codec, pool.shape, config.save_samples)
+    took = stages.learner.state / WRITTEN
+    rounds = math.ceil(max(0, samples - practice.initial_samples) / practice.round_samples)
+    evaluations = practice.iterations / practice.interval(recipe.learner.batch_size)
+    between = max(took / practice.checkpoint_share, training / evaluations)
+    between = min(between, 60 * practice.checkpoint_minutes or training / evaluations)
+    kept = most_checkpoints(recipe, rounds)
+    written = int(training / between) + 2 * (rounds + 1) + 1 if kept else 0
+    return Disk(
+        samples=float(samples * each),
+        each=each,
+        images=config.save_samples if config.codec == "pixels" else config.codec,
+        checkpoint=stages.learner.state,
+        kept=kept,
+        files=float(pool.devices * pool.places["file"] * pool.bytes_per_sample),
+        checkpoints=written,
+        seconds=took,
+        share=written * took / seconds if seconds else 0.0,
+    )

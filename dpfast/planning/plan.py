@@ -1,0 +1,242 @@
+"""A recipe on a number of devices: hours and samples per second of each phase, memory, and what limits them.
+
+    plan(Recipe.load("imagenet1k-sd15"), "h100", count=8)
+
+A phase takes its FLOPs over the peak of its dtype, or its bytes over the bandwidth, whichever is longer, divided by the
+utilisation. Training is data-parallel: the sum of gradients over all devices runs beside the backward pass
+(``dpfast.planning.network``). Where the stages were timed (``dpfast.planning.measure``), the plan goes by those times.
+
+The plan is for a run that adds samples until ``maximum_samples``; one that stops earlier costs less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from dpfast.config import Recipe
+from dpfast.data.real import count_real
+from dpfast.errors import RecipeError
+from dpfast.hardware import peaks
+from dpfast.hardware.flops import Counts
+from dpfast.hardware.peaks import Device
+from dpfast.planning.disk import Disk, plan_disk
+from dpfast.planning.fitting import Fit, fit, stages_of
+from dpfast.planning.measure import Timings
+from dpfast.planning.network import link_of, step_seconds
+from dpfast.planning.simulation import Costs, Job, Schedule, best_overlap, efficiency, in_turns, job_of
+from dpfast.planning.stages import Stages
+from dpfast.practice import yardstick
+
+# Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (batch 32) and of Stable Diffusion 1.5
+# (512 px, batch 16) in steps that were not compiled, on one H200 (docs/results.md). The others are stated.
+GENERATION = {"transformer": 0.33, "unet": 0.24}
+STATED = {"training": 0.4, "evaluation": 0.4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """units: samples or images of all devices; limit: seconds at 100 %; seconds: at the utilisation, or measured."""
+
+    source: str
+    name: str
+    units: int
+    counts: Counts
+    limited_by: str
+    limit: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Units per second of all devices together."""
+        return self.units / self.seconds if self.seconds else float("inf")
+
+    @property
+    def utilisation(self) -> float:
+        """Of the limit."""
+        return self.limit / self.seconds if self.seconds else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What ``dpfast plan`` prints."""
+
+    recipe: Recipe
+    device: Device
+    count: int
+    phases: tuple[Phase, ...]
+    stages: Stages
+    fit: Fit
+    samples: int  # at the end
+    timed: tuple[str, ...]  # what was timed, in words; empty: nothing was
+    given: bool  # the utilisation was
+    job: Job  # of Deliberate Practice
+    costs: Costs
+
+    @property
+    def turns(self) -> Schedule:
+        """The simulated schedule in which all ranks make samples, then all train."""
+        return in_turns(self.job, self.costs, self.count, link_of(self.device, self.count))
+
+    @property
+    def overlap(self) -> Schedule:
+        """The fastest one in which a part of two or more ranks makes samples while the others train."""
+        return best_overlap(self.job, self.costs, self.count, partial(link_of, self.device))
+
+    def efficiency(self, schedule: Schedule) -> float:
+        """Of a simulated schedule: the seconds of one device over the device-seconds of it."""
+        return efficiency(self.job, self.costs, schedule, partial(link_of, self.device))
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def disk(self) -> Disk:
+        """What the first source writes; every further one writes as much."""
+        first = [phase for phase in self.phases if phase.source == self.phases[0].source]
+        training = sum(phase.seconds for phase in first if phase.name in ("training", "evaluation"))
+        whole = sum(phase.seconds for phase in first)
+        return plan_disk(self.recipe, self.fit.pool, self.stages, self.samples, whole, training)
+
+    @property
+    def limit(self) -> float:
+        """Seconds at 100 %."""
+        return sum(phase.limit for phase in self.phases)
+
+    @property
+    def device_hours(self) -> float:
+        return self.seconds * self.count / 3600
+
+
+def plan(
+    recipe: Recipe,
+    device: Device | str,
+    *,
+    count: int = 1,
+    utilisation: float | None = None,
+    timings: Timings | None = None,
+    samples: int | None = None,
+) -> Plan:
+    """Plans a recipe.
+
+    Args:
+        device: a name of ``dpfast.hardware.peaks`` or a device; count: how many of them.
+        utilisation: of every phase's limit, in place of ``GENERATION`` and ``STATED``.
+        timings: measured seconds of the stages on one device, in place of limits.
+        samples: at the end of the run, in place of the recipe's maximum.
+
+    Raises ``RecipeError`` for a count or a utilisation out of range, an unknown device, a pipeline or a learner that
+    cannot be built.
+    """
+    if count < 1:
+        raise RecipeError(f"count = {count}: at least one device")
+    if utilisation is not None and not 0 < utilisation <= 1:
+        raise RecipeError(f"utilisation = {utilisation:g}: above 0 and at most 1")
+    total = recipe.practice.maximum_samples if samples is None else samples
+    if total < recipe.practice.initial_samples:
+        raise RecipeError(f"samples = {total}: the run begins with {recipe.practice.initial_samples}")
+    device = peaks.device(device) if isinstance(device, str) else device
+    stages = stages_of(recipe, device)
+    shares = {"generation": GENERATION["transformer" if stages.transformer else "unet"], **STATED}
+    if utilisation is not None:
+        shares = dict.fromkeys(shares, utilisation)
+    phases = tuple(_phases(recipe, stages, device, count, shares, timings, total))
+    return Plan(
+        recipe=recipe,
+        device=device,
+        count=count,
+        phases=phases,
+        stages=stages,
+        samples=total,
+        fit=fit(recipe, device, count=count, samples=total, stages=stages),
+        timed=() if timings is None else timings.notes or ("stages timed on this machine",),
+        given=utilisation is not None,
+        job=job_of(recipe, total, _evaluated(recipe, stages.classes)),
+        costs=_costs(stages, device, shares, timings),
+    )
+
+
+def _phases(
+    recipe: Recipe,
+    stages: Stages,
+    device: Device,
+    count: int,
+    shares: Mapping[str, float],
+    timings: Timings | None,
+    total: int,
+) -> Iterator[Phase]:
+    practice, learner = recipe.practice, recipe.learner
+    steps = practice.iterations
+    evaluated = _evaluated(recipe, stages.classes)
+
+    def phase(source: str, name: str, kind: str, units: int, each: Counts, seconds: float | None) -> Phase:
+        limits = device.limits(each * (units / count))
+        limited_by = max(limits, key=limits.__getitem__)
+        limit = limits[limited_by]
+        worked = units * seconds / count if seconds is not None else limit / shares[kind]
+        if name == "training":
+            reduce = steps * link_of(device, count).all_reduce(stages.learner.gradients, count)
+            limit, alone, worked = step_seconds(limit, reduce), worked, step_seconds(worked, reduce)
+            limited_by = "network" if worked > alone * (1 + 1e-9) else limited_by  # not by rounding
+        return Phase(
+            source=source,
+            name=name,
+            units=units,
+            counts=each,
+            limited_by=limited_by,
+            limit=limit,
+            seconds=worked,
+        )
+
+    unguided, guided, train, judge = (
+        (None,) * 4 if timings is None else (timings.unguided, timings.guided, timings.training, timings.evaluation)
+    )
+    made = 0  # unguided samples by id are made once and shared
+    for source in ("dp", "static", "prune", "dynamic"):
+        if source not in practice.sources:
+            continue
+        first, more = practice.initial_samples, total - practice.initial_samples
+        needed = {
+            "dp": first,
+            "static": total,
+            "dynamic": total,
+            "prune": first + int(practice.oversample * more),
+        }[source]
+        new = max(0, needed - made)
+        yield phase(source, "unguided samples", "generation", new, stages.unguided, unguided)
+        made = max(made, needed)
+        if source == "dp" and more > 0:
+            yield phase(source, "guided samples", "generation", more, stages.guided, guided)
+            yield phase(source, "yardstick", "generation", yardstick.SAMPLES, stages.unguided, unguided)
+        if source in ("dynamic", "prune"):
+            yield phase(source, "scoring", "evaluation", needed - first, stages.evaluation, judge)
+        yield phase(source, "training", "training", steps * learner.batch_size, stages.training, train)
+        yield phase(source, "evaluation", "evaluation", evaluated, stages.evaluation, judge)
+
+
+def _evaluated(recipe: Recipe, classes: int) -> int:
+    """Real images in all evaluations of one source, the last one with the held-out ones."""
+    validation, test = count_real(recipe.validation, recipe.held_out, classes=classes)
+    times = recipe.practice.iterations // recipe.practice.interval(recipe.learner.batch_size)
+    return (times + 1) * validation + test
+
+
+def _costs(stages: Stages, device: Device, shares: Mapping[str, float], timings: Timings | None) -> Costs:
+    """Seconds of one unit of each stage on one device."""
+
+    def derived(counts: Counts, kind: str) -> float:
+        return max(device.limits(counts).values()) / shares[kind]
+
+    def seconds(name: str, counts: Counts, kind: str) -> float:
+        timed: float | None = getattr(timings, name, None)
+        return derived(counts, kind) if timed is None else timed
+
+    return Costs(
+        unguided=seconds("unguided", stages.unguided, "generation"),
+        guided=seconds("guided", stages.guided, "generation"),
+        image=seconds("training", stages.training, "training"),
+        evaluation=seconds("evaluation", stages.evaluation, "evaluation"),
+        gradients=stages.learner.gradients,
+    )

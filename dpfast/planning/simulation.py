@@ -1,0 +1,157 @@
+"""A run on many ranks, simulated from what its stages take: rounds and training in turns, or side by side.
+
+In turns, all ranks make a round's samples, then all train up to the next. Side by side ("overlap"), some ranks make the
+next round's samples under the learner as it was when the segment began, while the others train; the initial samples and
+the cool-down, in which none are made, take all ranks. What is assumed:
+
+- the rounds come at equal distances between the first step and the cool-down;
+- samples are dealt in whole generation batches, and a batch that is not full costs a full one;
+- a training step takes a fixed time, a time for each image of the rank's part of the batch, and the all-reduce beside
+  its backward pass; all ranks wait for the slowest (``slowest``);
+- evaluations are dealt by image. Saving, which a thread of its own does, and moving samples cost nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dpfast.config import Recipe
+from dpfast.planning.network import Link, step_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """initial: samples before training; rounds: samples of each addition; segments: training steps before each of them
+    and after the last; batch: of a training step, of all ranks; generation_batch: of a rank; evaluated: images in all.
+    """
+
+    initial: int
+    rounds: tuple[int, ...]
+    segments: tuple[int, ...]
+    batch: int
+    generation_batch: int
+    evaluated: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.segments) != len(self.rounds) + 1:
+            raise ValueError(f"segments = {self.segments}: expected {len(self.rounds) + 1}, one more than rounds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds on one rank: unguided, guided: of a sample; image: in a training step; step: of a step beside its images;
+    evaluation: of an image. gradients: bytes that an all-reduce sums. spread: measured times of a step over their
+    median; of one value all ranks are equally fast.
+    """
+
+    unguided: float
+    guided: float
+    image: float
+    evaluation: float = 0.0
+    step: float = 0.0
+    gradients: float = 0.0
+    spread: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Seconds. generating: ranks that make samples beside training; 0: in turns. overlapped: of both at once."""
+
+    ranks: int
+    generating: int
+    generation: float
+    training: float
+    overlapped: float
+    evaluation: float
+
+    @property
+    def seconds(self) -> float:
+        return self.generation + self.training + self.overlapped + self.evaluation
+
+
+def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
+    """A recipe's loop up to ``samples``."""
+    practice, batch = recipe.practice, recipe.learner.batch_size
+    more = max(samples - practice.initial_samples, 0)
+    count = math.ceil(more / practice.round_samples)
+    rounds = tuple(min(practice.round_samples, more - i * practice.round_samples) for i in range(count))
+    stable = practice.iterations - round(practice.iterations * recipe.learner.cooldown)
+    ends = [stable * i // max(count, 1) for i in range(count + 1)] if count else [0]
+    segments = (*(b - a for a, b in itertools.pairwise(ends)), practice.iterations - ends[-1])
+    return Job(
+        initial=min(practice.initial_samples, samples),
+        rounds=rounds,
+        segments=segments,
+        batch=batch,
+        generation_batch=recipe.generator.generation_batch,
+        evaluated=evaluated,
+    )
+
+
+def slowest(spread: Sequence[float], ranks: int) -> float:
+    """The expected largest of ``ranks`` independent draws from ``spread``."""
+    ordered, count = sorted(spread), len(spread)
+    return sum(v * (((i + 1) / count) ** ranks - (i / count) ** ranks) for i, v in enumerate(ordered))
+
+
+def in_turns(job: Job, costs: Costs, ranks: int, link: Link) -> Schedule:
+    """All ranks make samples, then all train."""
+    made = sum(_making(count, costs.guided, job.generation_batch, ranks) for count in job.rounds)
+    return Schedule(
+        ranks=ranks,
+        generating=0,
+        generation=_making(job.initial, costs.unguided, job.generation_batch, ranks) + made,
+        training=sum(job.segments) * _step(job, costs, ranks, link),
+        overlapped=0.0,
+        evaluation=math.ceil(job.evaluated / ranks) * costs.evaluation,
+    )
+
+
+def side_by_side(
+    job: Job, costs: Costs, ranks: int, generating: int, link: Link, *, whole: Link | None = None
+) -> Schedule:
+    """``generating`` ranks make the next round's samples while the others train. link: of those; whole: of all ranks.
+
+    Raises ``ValueError`` unless both parts have a rank.
+    """
+    if not 0 < generating < ranks:
+        raise ValueError(f"generating = {generating}: expected 1 to {ranks - 1} of {ranks} ranks")
+    step = _step(job, costs, ranks - generating, link)
+    beside = sum(
+        max(steps * step, _making(count, costs.guided, job.generation_batch, generating))
+        for steps, count in zip(job.segments, job.rounds, strict=False)
+    )
+    return Schedule(
+        ranks=ranks,
+        generating=generating,
+        generation=_making(job.initial, costs.unguided, job.generation_batch, ranks),
+        training=job.segments[-1] * _step(job, costs, ranks, whole or link),
+        overlapped=beside,
+        evaluation=math.ceil(job.evaluated / ranks) * costs.evaluation,
+    )
+
+
+def best_overlap(job: Job, costs: Costs, ranks: int, link: Callable[[int], Link]) -> Schedule:
+    """The fastest of the overlapped schedules of two or more ranks. link: of so many ranks."""
+    whole = link(ranks)
+    return min(
+        (side_by_side(job, costs, ranks, k, link(ranks - k), whole=whole) for k in range(1, ranks)),
+        key=lambda schedule: schedule.seconds,
+    )
+
+
+def efficiency(job: Job, costs: Costs, schedule: Schedule, link: Callable[[int], Link]) -> float:
+    """One rank's seconds over the rank-seconds of a schedule."""
+    return in_turns(job, costs, 1, link(1)).seconds / (schedule.ranks * schedule.seconds)
+
+
+def _making(samples: int, each: float, batch: int, ranks: int) -> float:
+    return math.ceil(math.ceil(samples / batch) / ranks) * batch * each
+
+
+def _step(job: Job, costs: Costs, ranks: int, link: Link) -> float:
+    compute = costs.step + costs.image * math.ceil(job.batch / ranks)
+    return step_seconds(compute * slowest(costs.spread, ranks), link.all_reduce(costs.gradients, ranks))

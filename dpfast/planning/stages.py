@@ -1,0 +1,199 @@
+"""The stages of a recipe, counted: what one sample, one training step and one evaluated image do and hold.
+
+The code that is counted is the code that runs: the sampler's own steps and the learner's own training, on meta tensors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
+from dpfast.generate.from_recipe import new_sampler
+from dpfast.generate.models.decoder import Encoder
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.runtime.execution import Execution
+from dpfast.generate.runtime.memory import bytes_per_sample
+from dpfast.generate.runtime.regional import has_region
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.generate.step import StepInputs, StepParts
+from dpfast.hardware.flops import Counts, Fused, counts
+from dpfast.learn.committee import guiding
+from dpfast.learn.models import build_learner
+from dpfast.planning.training import Training, count_learner
+from dpfast.practice.guided_methods import early_stop, restart_step
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """Counts of one unit each, and bytes held.
+
+    unguided, guided: a sample, from noise to pixels; learner: an image in a training step and an evaluated one.
+    weights: bytes of the generator's weights. unguided_bytes, guided_bytes: (fixed, per sample) of the dearest step or
+    the decoding, beside the weights. transformer: whether the denoiser is one. classes: K. image, latent: (C, H, W).
+    """
+
+    unguided: Counts
+    guided: Counts
+    learner: Training
+    weights: int
+    unguided_bytes: tuple[int, int]
+    guided_bytes: tuple[int, int]
+    transformer: bool
+    classes: int
+    image: tuple[int, ...]
+    latent: tuple[int, ...]
+
+    @property
+    def training(self) -> Counts:
+        return self.learner.training
+
+    @property
+    def evaluation(self) -> Counts:
+        return self.learner.evaluation
+
+
+def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> Stages:
+    """Counts a recipe's stages with a pipeline of ``without_weights``.
+
+    half_training: the learner's forward and backward passes run under bf16 autocast.
+
+    Raises ``RecipeError`` for a learner that cannot be built, ``ValueError`` for a sampler that cannot.
+    """
+    classes = pipeline.denoiser.classes
+    with META:
+        learner = build_learner(
+            recipe.learner.model, classes=classes, channels=pipeline.image_channels, **recipe.learner.options
+        ).eval()
+    guide = guiding(recipe.guidance.criterion, learner, learner).eval()
+    sampler = new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False)
+    batch = recipe.generator.generation_batch
+    execution = _execution(sampler)
+    image = tuple(execution.finish(torch.empty(1, *pipeline.denoiser.sample_shape, device=META)).images.shape[1:])
+    plain = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
+    decoding = _decoding_bytes(plain)
+    models = {id(m): m for m in (getattr(part, name, None) for part, name in _parts(pipeline)) if m is not None}
+    return Stages(
+        unguided=_sample(plain, batch, guided=False),
+        guided=_guided(recipe, sampler, batch),
+        learner=count_learner(recipe.learner, classes, image, half=half_training),
+        weights=sum(p.numel() * p.itemsize for model in models.values() for p in model.parameters()),
+        unguided_bytes=_dearer(decoding, _step_bytes(plain, guided=False)),
+        guided_bytes=_dearer(decoding, _step_bytes(sampler, guided=True)),
+        transformer=has_region(pipeline.denoiser),
+        classes=classes,
+        image=image,
+        latent=pipeline.denoiser.sample_shape,
+    )
+
+
+def _parts(pipeline: Pipeline) -> list[tuple[object, str]]:
+    decoders = [getattr(decoder, "decoder", decoder) for decoder in (pipeline.decoder, pipeline.guidance_decoder)]
+    return [(pipeline.denoiser, "model"), *((d, "vae") for d in decoders), *((d, "tiny") for d in decoders)]
+
+
+def _execution(sampler: GuidedSampler) -> Execution:
+    """The sampler's steps, without trying the learner out: there are no numbers to try."""
+    return Execution(
+        StepParts(
+            denoiser=sampler.pipeline.denoiser,
+            decoder=sampler.pipeline.decoder,
+            path=sampler._path,
+            mode=sampler.guidance.mode,
+            clip=sampler.table.clip,
+            multistep=sampler.table.needs_x0_prev,
+            noise=sampler.table.needs_noise,
+            cache=sampler.cache,
+        )
+    )
+
+
+def _inputs(sampler: GuidedSampler, size: int) -> StepInputs:
+    table, shape = sampler.table, sampler.pipeline.denoiser.sample_shape
+    x, integers = torch.empty(size, *shape, device=META), torch.empty(size, dtype=torch.int64, device=META)
+    return StepInputs(
+        x=x,
+        x0_prev=torch.empty_like(x) if table.needs_x0_prev else None,
+        labels=integers,
+        sample_ids=integers,
+        valid=None,
+        step=integers[0],
+        rows=table.rows.to(META),
+        timesteps=table.timesteps.to(META),
+        omega=torch.empty(size, device=META),
+        cfg_scale=torch.empty((), device=META),
+        seed=integers[0],
+    )
+
+
+def _guided(recipe: Recipe, sampler: GuidedSampler, batch: int) -> Counts:
+    """One guided sample in the way that the recipe chooses (``dpfast.practice.guided_methods``)."""
+    practice, steps = recipe.practice, sampler.guidance.steps(len(sampler.table))
+    if practice.early_candidates > 1:
+        stop = early_stop(recipe, steps)
+        early = _steps(sampler, batch, guided=True, stop=stop) * practice.early_candidates
+        return early + _steps(sampler, batch, guided=True, start=stop) + _decoding(sampler, batch)
+    if practice.restart:
+        late = _steps(sampler, batch, guided=True, start=restart_step(recipe, steps)) + _decoding(sampler, batch)
+        return late if recipe.pool.codec == "latents" else late + _encoding(sampler, batch)
+    return _sample(sampler, batch, guided=True)
+
+
+def _sample(sampler: GuidedSampler, batch: int, *, guided: bool) -> Counts:
+    """One sample of a batch: its steps and its decoding."""
+    return _steps(sampler, batch, guided=guided) + _decoding(sampler, batch)
+
+
+@torch.no_grad()
+def _steps(sampler: GuidedSampler, batch: int, *, guided: bool, start: int = 0, stop: int | None = None) -> Counts:
+    """The steps from ``start`` to ``stop`` of one sample of a batch."""
+    inputs, execution, total = _inputs(sampler, batch), _execution(sampler), Counts()
+    for variant, times in Counter(sampler.variants(guided=guided)[start:stop]).items():
+        if variant.features == "reuse":  # of the shape that a step before it kept
+            kept = execution.step(variant._replace(features="keep"), inputs).features
+            inputs = inputs._replace(features=kept)
+        total += counts(partial(execution.step, variant, inputs)) * times
+    return total * (1 / batch)
+
+
+@torch.no_grad()
+def _decoding(sampler: GuidedSampler, batch: int) -> Counts:
+    return counts(lambda: _execution(sampler).finish(_inputs(sampler, batch).x)) * (1 / batch)
+
+
+@torch.no_grad()
+def _encoding(sampler: GuidedSampler, batch: int) -> Counts:
+    decoder = sampler.pipeline.decoder
+    if not isinstance(decoder, Encoder):
+        raise RecipeError("restart: images of another size than decoded need codec = 'latents'")
+    shape = _execution(sampler).finish(_inputs(sampler, 1).x).images.shape[1:]
+    return counts(lambda: decoder.encode(torch.empty(batch, *shape, device=META))) * (1 / batch)
+
+
+def _dearer(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """Of two lines (fixed, per sample) the one that rises faster."""
+    return max(one, other, key=lambda line: line[1])
+
+
+def _decoding_bytes(sampler: GuidedSampler) -> tuple[int, int]:
+    """(fixed, per sample) bytes of decoding latents."""
+    execution = _execution(sampler)
+    with Fused():
+        return bytes_per_sample(lambda size: execution.finish(_inputs(sampler, size).x))
+
+
+def _step_bytes(sampler: GuidedSampler, *, guided: bool) -> tuple[int, int]:
+    """(fixed, per sample) bytes of the dearest of the steps."""
+    execution = _execution(sampler)
+    dearest = max(
+        (variant for variant in sampler.variants(guided=guided) if variant.features != "reuse"),
+        key=lambda variant: (variant.guided, variant.cfg),
+    )
+    with Fused():
+        return bytes_per_sample(lambda size: execution.step(dearest, _inputs(sampler, size)))

@@ -1,0 +1,178 @@
+"""What a reader sees of a pool: payloads, columns and batches of the samples that it held at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpfast.hardware.device import is_gpu
+from dpfast.ops import dispatch
+from dpfast.pool import codecs
+from dpfast.pool.batch import BatchFormat, crop_rows, from_images, from_rows
+from dpfast.pool.record import COLUMNS, RECORD
+from dpfast.pool.rows import CPU, ChunkTable, check_indices
+from dpfast.pool.shared_list import SharedList
+
+Payload = Tensor | Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class PoolSnapshot:
+    """The first ``size`` samples of a pool. It stays valid whatever the pool does next, and needs no lock.
+
+    codec, shape, decode: as of ``SamplePool``. chunks, origins: where payloads and records lie. tiers: of the chunks.
+    ready: the last append on a device, which a reader's stream waits for.
+    """
+
+    codec: str
+    decode: codecs.Decode | None
+    chunks: ChunkTable
+    origins: ChunkTable
+    size: int = 0
+    shape: tuple[int, ...] | None = None
+    tiers: SharedList[str] = field(default_factory=SharedList)
+    ready: torch.cuda.Event | None = None
+
+    def records(self, indices: Tensor, *, threads: int | None = None) -> np.ndarray:
+        """(B,) copies of the ``RECORD`` of the samples at ``indices``; ``threads`` as in ``payload``."""
+        return self.origins.take(indices, self.size, threads=threads).numpy().view(RECORD)[:, 0]
+
+    def column(self, name: str, indices: Tensor) -> Tensor:
+        """(B,) int64 or float32 values of one column of ``dpfast.pool.record`` at ``indices`` (B,) int64.
+
+        Raises ``KeyError`` for an unknown column, ``IndexError`` for an index outside the pool.
+        """
+        if name not in COLUMNS:
+            raise KeyError(f"column {name!r}: expected one of {', '.join(COLUMNS)}")
+        return self._field(name, indices)
+
+    def _field(self, name: str, indices: Tensor) -> Tensor:
+        assert RECORD.fields is not None
+        dtype, offset = RECORD.fields[name][:2]
+        values = self.origins.take(indices, self.size, offset=offset, width=dtype.itemsize).numpy().view(dtype)[:, 0]
+        return torch.from_numpy(values if dtype.kind == "f" else values.astype(np.int64))
+
+    def chunk_numbers(self) -> Tensor:
+        """(size,) int64, the chunk of every sample."""
+        places = torch.arange(self.size)
+        if self.codec == "jpeg":
+            return self._field("offset", places) // self.chunks.chunk_rows
+        return places // self.chunks.chunk_rows
+
+    def payload(
+        self,
+        indices: Tensor,
+        *,
+        device: torch.device = CPU,
+        out: Tensor | None = None,
+        threads: int | None = None,
+    ) -> Payload:
+        """Copies of what is stored at ``indices`` (B,): (B, *shape) of the codec's dtype, or B JPEG files.
+
+        out: (B, bytes of a sample) uint8 on ``device``, where the copies shall lie; not for JPEG. threads: that copy on
+        a CPU at most, all of torch's by default. Raises ``IndexError`` for an index outside the pool.
+        """
+        indices = indices.to(CPU, torch.int64)
+        self._wait(device)
+        if self.codec == "jpeg":
+            return self._files(indices)
+        if self.shape is None:
+            check_indices(indices, 0)
+            return torch.empty(0, dtype=torch.uint8)
+        rows = self.chunks.take(indices, self.size, device=device, out=out, threads=threads)
+        return rows.view(codecs.DTYPES[self.codec]).view(-1, *self.shape)
+
+    def _wait(self, device: torch.device) -> None:
+        """Lets a reader's stream wait for the last append on a device."""
+        if self.ready is not None and is_gpu(device):
+            torch.cuda.current_stream(device).wait_event(self.ready)
+
+    def _files(self, indices: Tensor) -> list[bytes]:
+        files = []
+        for record in self.records(indices):
+            number, start = divmod(int(record["offset"]), self.chunks.chunk_rows)
+            file = self.chunks.chunks[number][start : start + int(record["length"])]
+            files.append(file.cpu().numpy().tobytes())
+        return files
+
+    def images(self, indices: Tensor, *, device: torch.device = CPU) -> Tensor:
+        """uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the pool holds no pixels.
+
+        Raises ``ValueError`` for JPEG images of several shapes and for latents without a ``decode``.
+        """
+        payload = self.payload(indices, device=device)
+        if self.codec == "latents":
+            return self._decoded(payload).clamp(0, 255).round().to(torch.uint8)
+        if isinstance(payload, Tensor):
+            return payload
+        images = [codecs.from_image_file(data) for data in payload]
+        if len({image.shape for image in images}) > 1:
+            shapes = sorted({image.shape for image in images})
+            raise ValueError(f"the batch holds images of {shapes}, expected one shape")
+        if not images:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        return torch.from_numpy(np.stack(images)).to(device)  # NumPy's stack brings no threads, see ``tiers.touched``
+
+    def _decoded(self, latents: Payload) -> Tensor:
+        """(B, C, H, W) floats on the scale of bytes, where the latents are."""
+        if self.decode is None:
+            raise ValueError("the pool holds latents and has no decode function: SamplePool('latents', decode=...)")
+        assert isinstance(latents, Tensor)
+        with torch.no_grad():
+            return self.decode(latents.float()).to(latents.device, torch.float32).add_(1).mul_(127.5)
+
+    def gather(
+        self,
+        indices: Tensor,
+        form: BatchFormat | None = None,
+        *,
+        flip: Tensor | None = None,
+        boxes: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        device: torch.device = CPU,
+        out: Tensor | None = None,
+        threads: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, C, H, W) and int64 labels (B,) of the samples at ``indices`` (B,), on ``device``.
+
+        Latents are decoded first, without rounding to uint8.
+
+        Args:
+            form: scale, dtype and memory layout of the batch.
+            flip: (B,) bool, mirrors a sample left to right.
+            boxes: (B, 4) float32 of (top, left, height, width) in pixels, what is shown of a sample; None: all of it.
+            size: (height, width) of the batch, that of the images by default; another one needs boxes.
+            out: where to write the images, in their shape, dtype and layout, where ``in_place``.
+            threads: of the native kernels on a CPU, torch's by default.
+
+        Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an index outside the pool.
+        """
+        form = form or BatchFormat()
+        indices = indices.to(CPU, torch.int64).contiguous()
+        labels = self.column("label", indices).to(device, non_blocking=True)
+        if self.in_place(device):
+            assert self.shape is not None
+            table = self.chunks, self.size, self.shape
+            return from_rows(*table, indices, form, flip=flip, boxes=boxes, size=size, out=out, threads=threads), labels
+        if out is not None:
+            raise ValueError("out is for pools of pixels on the host and the native kernels")
+        flip = None if flip is None else flip.to(device, non_blocking=True)
+        if boxes is not None and self.codec == "pixels" and self.shape is not None and self.chunks.read_by(device):
+            check_indices(indices, self.size)
+            self._wait(device)
+            rows = indices.to(device, non_blocking=True)
+            return crop_rows(self.chunks, self.shape, rows, form, boxes=boxes, flip=flip, size=size), labels
+        if self.codec == "latents":
+            images = self._decoded(self.payload(indices, device=device))
+        else:
+            images = self.images(indices, device=device)
+        return from_images(images, form, flip=flip, boxes=boxes, size=size, threads=threads), labels
+
+    def in_place(self, device: torch.device) -> bool:
+        """Whether the native kernels read a batch of pixels for ``device`` in the pool's chunks, without a copy."""
+        native = dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.shape is not None
+        return native and self.codec == "pixels" and self.chunks.on_host

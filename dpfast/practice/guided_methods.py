@@ -1,0 +1,284 @@
+"""The ways in which a round's guided samples come about: the paper's, and two that a recipe may choose instead.
+
+    from noise       every trajectory runs from noise to its end: the paper (Algorithm 1)
+    early rejection  ``early_candidates`` trajectories begin for each sample. When the last guided step before
+                     ``early_until`` has run, those go on whose x0 had the highest criterion there, within each class
+    re-practice      a trajectory begins at ``restart`` of its steps, from a sample of the pool with that step's noise
+
+Early rejection is one round of successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943) over trajectories.
+The criterion at the predicted x0 is there already: guidance has computed it. With s of n steps before the cut, a sample
+costs 1 + (candidates - 1) s/n of a plain one, guidance included where it falls.
+
+Re-practice is SDEdit (Meng et al. 2022, arXiv 2108.01073) on the pool: 1 - restart of the steps, one encoding where the
+pool keeps pixels. The samples are variants of known ones, so the pool gains less variety.
+
+Over three seeds of the study neither gained beyond its noise on the plain loop of the same FLOPs (`dpfast bench study
+--tables`): both are off by default.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
+from dpfast.generate.from_recipe import image_shape, new_sampler
+from dpfast.generate.models.decoder import Encoder
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.generate.trajectory import Trajectory
+from dpfast.hardware.out_of_memory import HalvingBatches
+from dpfast.parallel import ALONE, Ranks
+from dpfast.pool.pool import SamplePool
+from dpfast.practice.costs import Cost, Price, Prices
+from dpfast.samples import SampleBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRequest:
+    """The guided samples of a round, of which this rank makes its part.
+
+    labels: (n,) of all of them; start: the pool's size before; turn: the rank of the first batch; done: how many of
+    this rank's are made already.
+    """
+
+    labels: Tensor
+    start: int
+    done: int
+    omega: float
+    learner_step: int
+    turn: int = 0
+    ranks: Ranks = ALONE
+
+    def parts(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """What is left, in batches: the place in the pool of a batch's first sample, and the batch's labels."""
+        for places in self.ranks.batches(len(self.labels), size, turn=self.turn, done=self.done):
+            yield self.start + places.start, self.labels[places.start : places.stop]
+
+    def rest(self, size: int) -> Tensor:
+        """(n,) all places of ``parts``, counted from the round's start."""
+        return self.ranks.places(len(self.labels), size, turn=self.turn, done=self.done)
+
+
+class GuidedMethod(Protocol):
+    """Makes guided samples and pays for them in ``cost``. steps: those that a sample takes."""
+
+    steps: int
+
+    def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]: ...
+
+
+def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
+    """The step before which early rejection chooses; ``guided``: the guided steps.
+
+    Raises ``RecipeError`` when no guided step lies before ``early_until``, or nothing after it.
+    """
+    until, total = recipe.practice.early_until, recipe.generator.steps
+    before = [i for i in guided if i < until * total - 1e-9]
+    if not before or max(before) + 1 >= total:
+        raise RecipeError(
+            f"early_until = {until:g}: expected a guided step before this part of the {total} steps "
+            f"and a step after it; guided are {', '.join(map(str, sorted(guided)))}"
+        )
+    return max(before) + 1
+
+
+def restart_step(recipe: Recipe, guided: Collection[int]) -> int:
+    """The step at which re-practice begins. Raises ``RecipeError`` when no guided step is left."""
+    restart, total = recipe.practice.restart, recipe.generator.steps
+    start = -int(-(restart * total - 1e-9) // 1)
+    if not any(i >= start for i in guided):
+        raise RecipeError(
+            f"restart = {restart:g}: expected a guided step at or after step {start} of {total}; "
+            f"guided are {', '.join(map(str, sorted(guided)))}"
+        )
+    return start
+
+
+class FromNoise:
+    """The paper's way. ``sampler`` makes the samples; ``eager`` is its like for counting what one costs."""
+
+    def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
+        self.recipe, self.sampler, self.eager = recipe, sampler, eager
+        self.batch, self.steps = recipe.generator.generation_batch, recipe.generator.steps
+        self.prices = Prices(eager)
+
+    @property
+    def price(self) -> Price:
+        """Of one sample in the present round."""
+        return self.prices.at(self.sampler.cfg_scale)
+
+    def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
+        rest = wanted.rest(self.batch)
+        batches = self.sampler.stream(
+            wanted.labels[rest],
+            sample_ids=wanted.start + rest,
+            batch_size=self.batch,
+            omega=wanted.omega,
+            learner_step=wanted.learner_step,
+        )
+        yield from cost.timed(batches, self.price)
+
+
+class EarlyRejection(FromNoise):
+    """Begins more trajectories than it ends. Ids count those that begin.
+
+    Who is kept depends on the batches that ``generation_batch`` makes of a round, not on what fits into memory.
+    """
+
+    def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
+        super().__init__(recipe, sampler, eager)
+        self.ratio, self.initial = recipe.practice.early_candidates, recipe.practice.initial_samples
+        self.stop = early_stop(recipe, sampler.guidance.steps(self.steps))
+        self.chunks = HalvingBatches(recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close)
+        self.early_prices = Prices(eager, lambda: eager.advance(eager.begin([0], [0]), self.stop))
+
+    def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
+        early = self.early_prices.at(self.sampler.cfg_scale)
+        late = self.price.minus(early)
+        for place, labels in wanted.parts(self.batch):
+            started = time.perf_counter()
+            first, last = self._id(place), self._id(place + len(labels))
+            kept = self._kept(labels, torch.arange(first, last), wanted.omega)
+            parts = self.chunks.over(len(kept), partial(self._finished, kept, wanted.learner_step))
+            batch = replace(joined(list(parts)), retries=self.chunks.since())
+            cost.pay(last - first, early)
+            cost.take(batch, late, time.perf_counter() - started)
+            yield batch
+
+    def _finished(self, kept: Trajectory, learner_step: int, rows: slice) -> SampleBatch:
+        """These rows of the trajectories that go on, from the cut to the end."""
+        some = kept.take(torch.arange(rows.start, rows.stop, device=kept.x.device))
+        if rows.start:  # what was skipped before the cut is told once
+            some = replace(some, skipped=torch.zeros_like(kept.skipped))
+        return self.sampler.finish(self.sampler.advance(some), learner_step=learner_step)
+
+    def _id(self, place: int) -> int:
+        """The id of the first candidate for the sample at this place of the pool."""
+        return self.initial + int(self.ratio * (place - self.initial))
+
+    def _kept(self, labels: Tensor, ids: Tensor, omega: float) -> Trajectory:
+        """Of the candidates ``ids`` before the cut, as many of each label as ``labels`` (n,) has."""
+        candidates = labels[torch.arange(len(ids)) % len(labels)]
+
+        def begun(rows: slice) -> Trajectory:
+            return self.sampler.advance(self.sampler.begin(candidates[rows], ids[rows], omega=omega), self.stop)
+
+        every = Trajectory.joined(list(self.chunks.over(len(ids), begun)))
+        assert every.value is not None
+        scores = every.value.cpu().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        order = scores.argsort(descending=True, stable=True)
+        best = [order[candidates[order] == label][:count] for label, count in _counted(labels)]
+        return every.take(torch.cat(best).sort().values.to(every.x.device))
+
+
+class RePractice(FromNoise):
+    """Begins half-way, from the pool's samples: of each class in a random order, each once before any comes again.
+
+    Raises ``RecipeError`` when the pipeline cannot encode the pool's images.
+    """
+
+    def __init__(
+        self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler, pool: Callable[[], SamplePool]
+    ) -> None:
+        super().__init__(recipe, sampler, eager)
+        self.pool, self.start = pool, restart_step(recipe, sampler.guidance.steps(self.steps))
+        if recipe.pool.codec != "latents" and not isinstance(sampler.pipeline.decoder, Encoder):
+            raise RecipeError(
+                f"restart = {recipe.practice.restart:g}: images of another size than decoded need codec = 'latents'"
+            )
+        self.steps -= self.start
+        self.chunks = HalvingBatches(recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close)
+        self.image = torch.zeros(1, *image_shape(sampler.pipeline), device=sampler.pipeline.device)
+        self.prices = Prices(eager, self._one)
+
+    def _one(self) -> None:
+        """A sample, to be counted."""
+        pipeline = self.eager.pipeline
+        latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
+        if self.recipe.pool.codec != "latents":
+            latents = _encoded(pipeline, self.image)
+        self.eager.finish(self.eager.advance(self.eager.begin([0], [0], latents=latents, step=self.start)))
+
+    def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
+        parents = self._parents(wanted)
+        done, started = wanted.done, time.perf_counter()
+
+        def made(rows: slice) -> SampleBatch:
+            places = torch.arange(done + rows.start, done + rows.stop)
+            start = self.sampler.begin(
+                wanted.labels[places],
+                wanted.start + places,
+                omega=wanted.omega,
+                latents=self._latents(parents[places]),
+                step=self.start,
+            )
+            return self.sampler.finish(self.sampler.advance(start), learner_step=wanted.learner_step)
+
+        for part in self.chunks.over(len(wanted.labels) - done, made):
+            batch = replace(part, retries=self.chunks.since())
+            cost.take(batch, self.price, time.perf_counter() - started)
+            yield batch
+            started = time.perf_counter()
+
+    def _parents(self, wanted: RoundRequest) -> Tensor:
+        """(n,) rows of the pool, one for each of the round's samples; of the round's seed and the pool alone."""
+        known = self.pool().column("label")[: wanted.start].cpu()
+        generator = torch.Generator().manual_seed((self.recipe.seed << 32) + wanted.start)
+        parents = torch.empty(len(wanted.labels), dtype=torch.int64)
+        for label, count in _counted(wanted.labels):
+            members = torch.nonzero(known == label).flatten()
+            order = members[torch.randperm(len(members), generator=generator)]
+            parents[wanted.labels == label] = order.repeat(-(-count // len(order)))[:count]
+        return parents
+
+    @torch.no_grad()
+    def _latents(self, rows: Tensor) -> Tensor:
+        pool, pipeline = self.pool(), self.sampler.pipeline
+        if pool.codec == "latents":
+            payload = pool.payload(rows)
+            assert isinstance(payload, Tensor)
+            return payload.to(pipeline.device)
+        return _encoded(pipeline, pool.images(rows).to(pipeline.device).float().div(127.5).sub(1.0))
+
+
+def guided_method(
+    recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler, pool: Callable[[], SamplePool]
+) -> GuidedMethod:
+    """The way that a recipe chooses. Raises ``RecipeError`` where its values leave nothing to choose."""
+    if recipe.practice.early_candidates > 1:
+        return EarlyRejection(recipe, sampler, eager)
+    if recipe.practice.restart:
+        return RePractice(recipe, sampler, eager, pool)
+    return FromNoise(recipe, sampler, eager)
+
+
+def check_guided_method(recipe: Recipe, pipeline: Pipeline) -> None:
+    """Raises ``RecipeError`` where the recipe's way does not fit its steps or its pipeline."""
+    sampler = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
+    guided_method(recipe, sampler, sampler, lambda: SamplePool())
+
+
+def joined(parts: list[SampleBatch]) -> SampleBatch:
+    """Parts of one batch, all with latents, in their order."""
+    names = ("images", "labels", "sample_ids", "entropy", "latents")
+    rows: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **rows, skipped=sum(part.skipped for part in parts))
+
+
+def _counted(labels: Tensor) -> list[tuple[int, int]]:
+    values, counts = labels.unique(return_counts=True)
+    return list(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+@torch.no_grad()
+def _encoded(pipeline: Pipeline, images: Tensor) -> Tensor:
+    assert isinstance(pipeline.decoder, Encoder)
+    return pipeline.decoder.encode(images)

@@ -1,0 +1,183 @@
+"""A folder's scheduler to a table: what every scheduler class of diffusers becomes, and what is refused."""
+
+import inspect
+import json
+
+import diffusers
+import pytest
+import torch
+
+from dpfast.errors import RecipeError
+from dpfast.generate.pipelines.schedulers import (
+    DISTILLED,
+    VARIANCE_PRESERVING,
+    load_scheduler,
+    prediction_of,
+    solver_table,
+)
+from tests.generate.test_solvers import assert_same
+
+SETTINGS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+}
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes a scheduler of a class and options as a part of a pipeline folder, and returns the folder."""
+
+    def write(name, **options):
+        scheduler = getattr(diffusers, name)(**options)
+        scheduler.save_pretrained(tmp_path / "scheduler")
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
+def test_every_scheduler_over_betas(name, save):
+    """Loaded from disk, each gives the DDIM and the DPM-Solver++ that diffusers' ``from_config`` gives."""
+    known = inspect.signature(getattr(diffusers, name).__init__).parameters
+    folder = save(name, **{option: value for option, value in SETTINGS.items() if option in known})
+    loaded = load_scheduler(folder, latent=False)
+    own = getattr(diffusers, name).from_pretrained(folder / "scheduler")
+    assert prediction_of(loaded) == "v"
+    for solver, kind in (("ddim", diffusers.DDIMScheduler), ("dpmpp2m", diffusers.DPMSolverMultistepScheduler)):
+        options = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"} if solver == "dpmpp2m" else {}
+        reference = kind.from_config(own.config, **options)
+        reference.set_timesteps(10)
+        table = solver_table(loaded, 10, solver=solver)
+        assert_same(table, reference)
+        assert torch.equal(table.rows[:, 0], table.rows[:, 0].sort().values)  # alpha grows towards the image
+    assert torch.equal(solver_table(loaded, 10).rows, solver_table(loaded, 10, solver="ddim").rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("PNDMScheduler", {"steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True}),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+        ("DDPMScheduler", {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 2.0}),
+        ("DDIMScheduler", {"trained_betas": [0.001 + 0.0005 * i for i in range(40)], "num_train_timesteps": 40}),
+    ],
+    ids=["offset-alpha", "zero-snr", "thresholding", "trained-betas"],
+)
+def test_options_reach_the_table(name, options, save):
+    folder = save(name, **options)
+    reference = diffusers.DDIMScheduler.from_config(
+        getattr(diffusers, name).from_pretrained(folder / "scheduler").config
+    )
+    reference.set_timesteps(8)
+    assert_same(solver_table(load_scheduler(folder, latent=False), 8), reference)
+
+
+def test_latents_are_bounded_only_where_the_folder_says_so(save):
+    """DDIMScheduler bounds x0 by default; the PNDM scheduler of a latent model knows no such option."""
+    assert solver_table(load_scheduler(save("PNDMScheduler"), latent=True), 5).clip is None
+    assert solver_table(load_scheduler(save("PNDMScheduler"), latent=False), 5).clip == 1.0
+    bounded = load_scheduler(save("DDIMScheduler", clip_sample=True, clip_sample_range=3.0), latent=True)
+    assert solver_table(bounded, 5).clip == 3.0
+    assert solver_table(bounded, 5, solver="dpmpp2m").clip is None  # as in diffusers, whose solver has no such option
+    off = load_scheduler(save("DDIMScheduler", clip_sample=True), latent=True, clip_sample=False)
+    assert solver_table(off, 5).clip is None
+
+
+def test_a_table_leaves_the_scheduler_alone(save):
+    scheduler = load_scheduler(save("DDIMScheduler"), latent=False)
+    before = scheduler.timesteps.clone()
+    first = solver_table(scheduler, 7, eta=0.3)
+    solver_table(scheduler, 11, solver="dpmpp2m")
+    assert torch.equal(scheduler.timesteps, before)
+    assert torch.equal(solver_table(scheduler, 7, eta=0.3).rows, first.rows)
+
+
+def _set(scheduler, steps):
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def test_the_dynamic_shift_follows_the_length_of_the_image_sequence(save):
+    folder = save("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    scheduler = load_scheduler(folder, latent=True)
+    assert prediction_of(scheduler) == "flow"
+    for tokens, mu in ((256, 0.5), (4096, 1.15)):
+        reference = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        reference.set_timesteps(6, mu=mu)
+        torch.testing.assert_close(solver_table(scheduler, 6, image_tokens=tokens).timesteps, reference.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "arguments", "named"),
+    [
+        (
+            "DDIMScheduler",
+            {},
+            {"solver": "heun"},
+            "solver = 'heun': expected one of auto, ddim, dpmpp2m, euler",
+        ),
+        ("DDIMScheduler", {}, {"solver": "euler"}, "solver = 'euler': the pipeline's scheduler takes 'auto', 'ddim'"),
+        ("FlowMatchEulerDiscreteScheduler", {}, {"solver": "ddim"}, "'ddim': the pipeline's scheduler takes 'auto'"),
+        ("DDIMScheduler", {}, {"solver": "dpmpp2m", "eta": 0.5}, "eta = 0.5: only 'ddim' and 'tcd'"),
+        ("FlowMatchEulerDiscreteScheduler", {}, {"eta": 0.5}, "eta = 0.5"),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {}, "use_karras_sigmas = True.*use solver = 'dpmpp2m'"),
+        ("DDPMScheduler", {"thresholding": True}, {"solver": "dpmpp2m"}, "thresholding = True"),
+    ],
+)
+def test_what_a_solver_cannot_do_is_refused(name, options, arguments, named, save):
+    scheduler = load_scheduler(save(name, **options), latent=False)
+    with pytest.raises(ValueError, match=named):
+        solver_table(scheduler, 10, **arguments)
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_distilled_model_samples_as_it_was_distilled(name, save):
+    loaded = load_scheduler(save(name, **SETTINGS | {"original_inference_steps": 20}), latent=True)
+    reference = getattr(diffusers, name)(**SETTINGS | {"original_inference_steps": 20})
+    reference.set_timesteps(4)
+    table = solver_table(loaded, 4)
+    assert torch.equal(table.timesteps, reference.timesteps)
+    assert torch.equal(table.rows, solver_table(loaded, 4, solver=DISTILLED[name]).rows)
+    assert_same(solver_table(loaded, 4, solver="ddim"), _set(diffusers.DDIMScheduler(**SETTINGS, clip_sample=False), 4))
+    undistilled = load_scheduler(save("DDIMScheduler", clip_sample=False), latent=True)
+    assert solver_table(undistilled, 4, solver=DISTILLED[name]).timesteps.tolist() == [999, 759, 499, 259]
+
+
+def test_karras_grids_of_a_folder_reach_dpm_solver(save):
+    scheduler = load_scheduler(save("EulerDiscreteScheduler", use_karras_sigmas=True), latent=True)
+    reference = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    reference.set_timesteps(10)
+    assert_same(solver_table(scheduler, 10, solver="dpmpp2m"), reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("SASolverScheduler", {}, "scheduler SASolverScheduler: expected FlowMatchEulerDiscreteScheduler or one of"),
+        ("EDMEulerScheduler", {}, "scheduler EDMEulerScheduler"),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'"),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas = True has no solver here"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type = 'continuous' has no solver"),
+        ("DDPMScheduler", {"beta_schedule": "sigmoid"}, "its scheduler cannot be read: sigmoid is not implemented"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas = True"),
+    ],
+)
+def test_what_no_solver_stands_for_is_refused_at_load(name, options, named, save):
+    with pytest.raises(RecipeError, match=named):
+        load_scheduler(save(name, **options), latent=True)
+
+
+def test_a_scheduler_that_cannot_be_read_is_refused(save):
+    path = save("DDIMScheduler") / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": "low"}))
+    with pytest.raises(RecipeError, match="its scheduler cannot be read"):
+        load_scheduler(path.parent.parent, latent=True)
+    path.write_text("{")
+    with pytest.raises(RecipeError, match="its scheduler cannot be read"):
+        load_scheduler(path.parent.parent, latent=True)
+    path.unlink()
+    with pytest.raises(RecipeError, match=r"no scheduler_config\.json"):
+        load_scheduler(path.parent.parent, latent=True)

@@ -1,0 +1,53 @@
+"""What a run writes, planned: bytes of samples and checkpoints, and how often these are due."""
+
+import dataclasses
+
+import pytest
+
+from dpfast.config import Recipe
+from dpfast.planning.disk import WRITTEN, plan_disk
+from dpfast.planning.training import count_learner
+from dpfast.pool.codecs import saved_bytes
+from dpfast.pool.memory_tiers import MemoryTiers
+from dpfast.pool.plan import plan as plan_pool
+
+
+class Counted:
+    def __init__(self, recipe):
+        self.learner = count_learner(recipe.learner, 10, (1, 32, 32), half=False)
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return Recipe.load("fashion", iterations=1000, evaluate_every=10, initial_samples=1000, round_samples=500)
+
+
+def planned(recipe, seconds=20_000.0, training=10_000.0, **pool):
+    pool = dataclasses.replace(recipe.pool, **pool)
+    recipe = dataclasses.replace(recipe, pool=pool)
+    places = plan_pool(3000, (1, 32, 32), tiers=MemoryTiers(host_bytes=1 << 30))
+    return plan_disk(recipe, places, Counted(recipe), 3000, seconds, training)
+
+
+def test_samples_and_checkpoints_add_up(recipe):
+    disk = planned(recipe, save_samples="npy")
+    assert disk.each == saved_bytes("pixels", (1, 32, 32), "npy")
+    assert disk.samples == 3000 * disk.each
+    assert disk.kept == 4  # two, the one before the cool-down, and the one that is being written
+    assert disk.total == disk.samples + 4 * disk.checkpoint
+    assert planned(recipe, save_samples="none").total == 0
+    assert planned(recipe, save_samples="png").samples < disk.samples
+    branches = dataclasses.replace(recipe, practice=dataclasses.replace(recipe.practice, keep_rounds=True))
+    assert planned(branches).kept == 4 + 4
+
+
+def test_checkpoints_come_by_the_share_then_by_the_minutes(recipe):
+    def written(**practice):
+        changed = dataclasses.replace(recipe, practice=dataclasses.replace(recipe.practice, **practice))
+        return planned(changed).checkpoints - 11  # before and after the first samples and four rounds, and the end
+
+    assert written(checkpoint_minutes=0.0) == 100  # at every evaluation
+    assert written(checkpoint_share=1e-6) == 16  # every ten minutes of 10,000 s
+    took = planned(recipe).checkpoint / WRITTEN
+    assert written(checkpoint_share=took / 250) == 40
+    assert planned(recipe).share == pytest.approx(planned(recipe).checkpoints * took / 20_000)

@@ -1,0 +1,51 @@
+"""Counted work against the published figures of the models, and the costs that follow from it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dpfast.planning import PREDECESSOR, Method, Pass, Work, count, limit, stable_diffusion_15
+
+
+def test_a_linear_layer_counts_two_flops_a_weight_in_each_direction():
+    layer = torch.nn.Linear(3, 5, device="meta").requires_grad_(False)
+    assert count(layer, torch.empty(4, 3, device="meta")) == Pass(30, 30)
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return stable_diffusion_15(512)
+
+
+def test_stable_diffusion_has_its_known_work(sd):
+    tera = {name: getattr(sd, name).forward / 1e12 for name in ("denoiser", "decoder", "tiny", "learner")}
+    assert tera == pytest.approx({"denoiser": 0.803, "decoder": 2.515, "tiny": 0.141, "learner": 0.035}, abs=0.001)
+    assert sd.denoiser.backward / 1e12 == pytest.approx(0.923, abs=0.001)
+
+
+def test_guidance_costs_what_the_shared_forward_and_the_tiny_decoder_leave_of_it(sd):
+    costs = {
+        "predecessor": PREDECESSOR,
+        "full": Method(tiny=False),
+        "extra": Method(gradient="extra"),
+        "ours": Method(),
+    }
+    thirty = {name: dataclasses.replace(m, steps=30, guided=6).cost(sd) for name, m in costs.items()}
+    assert thirty == pytest.approx({"predecessor": 1.81, "full": 1.72, "extra": 1.25, "ours": 1.15}, abs=0.006)
+    assert Method().cost(sd) <= 1.15
+
+
+def test_methods_add_their_parts_up():
+    one = Work(name="", denoiser=Pass(1, 2), decoder=Pass(10, 20), tiny=Pass(3, 4), learner=Pass(0.5, 0.25))
+    assert Method(steps=4, guided=0).total(one) == 4 * 2 + 10
+    assert Method(steps=4, guided=0, cfg_steps=1).total(one) == 5 + 10
+    assert Method(steps=4, guided=2).total(one) == 18 + 2 * (2 + 7 + 0.75)
+    assert Method(steps=4, guided=2, gradient="extra", tiny=False).total(one) == 18 + 2 * (3 + 30 + 0.75)
+    assert Method(steps=4, guided=2, gradient="latent").total(one) == 18 + 2 * 7.75
+
+
+def test_limits_are_of_known_devices():
+    assert limit("H100", 50.7e12) == pytest.approx(19.5, abs=0.05)
+    with pytest.raises(ValueError, match=r"device = 'abacus': expected one of a100"):
+        limit("abacus", 1.0)

@@ -1,0 +1,278 @@
+"""Plans against torch's counter, real counts of the sampler, the published sizes, and their own arithmetic."""
+
+import dataclasses
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
+from dpfast.generate.from_recipe import new_sampler
+from dpfast.hardware.flops import Counts, counts
+from dpfast.hardware.peaks import DEVICES, peaks_of
+from dpfast.learn.committee import Committee
+from dpfast.learn.models import build_learner
+from dpfast.planning import architectures, stable_diffusion_15
+from dpfast.planning.architectures import without_weights
+from dpfast.planning.fitting import fit, place_pool
+from dpfast.planning.measure import Timings, measure
+from dpfast.planning.network import BASE, BETWEEN, BUCKET, WITHIN, Link, link_of, step_seconds
+from dpfast.planning.plan import GENERATION, STATED, plan
+from dpfast.planning.stages import count_stages
+from dpfast.planning.table import plan_table
+from dpfast.pool.memory_tiers import GIB
+from dpfast.pool.plan import plan as plan_pool
+from dpfast.pool.pool import SamplePool
+from dpfast.practice.costs import Cost, price
+from dpfast.practice.guided_methods import RoundRequest, guided_method
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return Recipe.load("fashion", generation_batch=8)
+
+
+@pytest.fixture(scope="module")
+def stages(recipe):
+    return count_stages(recipe, without_weights("fashion"), half_training=False)
+
+
+def torch_counts(call):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
+    return counter.get_total_flops()
+
+
+def test_counts_of_every_architecture_are_those_of_torchs_counter():
+    work = stable_diffusion_15(256)
+    with torch.device("meta"):
+        x, tokens, t = torch.empty(1, 4, 32, 32), torch.empty(1, 77, 768), torch.empty(1)
+        unet = diffusers.UNet2DConditionModel(sample_size=32, **architectures.SD15)
+        vae, tiny = diffusers.AutoencoderKL(**architectures.VAE), diffusers.AutoencoderTiny()
+        dit = diffusers.DiTTransformer2DModel(sample_size=32, **architectures.DIT_XL_2)
+        vit = architectures.vit_b_16()
+    with torch.no_grad():
+        assert work.denoiser.forward == torch_counts(lambda: unet(x, t, encoder_hidden_states=tokens))
+        assert work.decoder.forward == torch_counts(lambda: vae.decode(x))
+        assert work.tiny.forward == torch_counts(lambda: tiny.decode(x))
+        images = torch.empty(1, 3, 224, 224, device="meta")
+        assert work.learner.forward == torch_counts(lambda: vit(images))
+        label = torch.zeros(1, dtype=torch.int64, device="meta")
+        counted = counts(lambda: dit(x, timestep=t.long(), class_labels=label)).flops
+        assert counted == torch_counts(lambda: dit(x, timestep=t.long(), class_labels=label)) == 237333676032
+
+
+def test_a_planned_sample_costs_what_a_real_one_is_counted_to(recipe, stages, fashion):
+    options = recipe.learner.options
+    learner = build_learner(recipe.learner.model, classes=10, channels=1, **options).eval()
+    assert stages.unguided.flops == price(new_sampler(recipe, fashion, None, compile=False), guided=False).flops
+    assert stages.guided.flops == price(new_sampler(recipe, fashion, learner, compile=False), guided=True).flops
+
+
+def test_reused_features_are_planned_and_paid_alike(recipe, stages, fashion):
+    cached = dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, cache_interval=2))
+    planned = count_stages(cached, without_weights("fashion"), half_training=False)
+    paid = price(new_sampler(cached, fashion, None, compile=False), guided=False)
+    assert planned.unguided.flops == paid.flops < 0.7 * stages.unguided.flops
+    assert planned.guided == stages.guided  # every second step is guided: nothing to reuse
+
+
+@pytest.mark.parametrize("changes", [{"early_candidates": 3.0, "early_until": 0.5}, {"restart": 0.5}], ids=str)
+def test_every_way_is_planned_at_what_a_sample_is_paid(recipe, changes, fashion):
+    chosen = dataclasses.replace(recipe, practice=dataclasses.replace(recipe.practice, **changes))
+    planned = count_stages(chosen, without_weights("fashion"), half_training=False)
+    learner = build_learner(recipe.learner.model, classes=10, channels=1, **recipe.learner.options).eval()
+    sampler = new_sampler(chosen, fashion, learner, compile=False)
+    pool, cost = SamplePool(shape=(1, 32, 32)), Cost()
+    pool.append(new_sampler(chosen, fashion, None, compile=False).generate(torch.arange(10)), round=0, omega=0.0)
+    way = guided_method(chosen, sampler, sampler, lambda: pool)
+    list(way.make(RoundRequest(labels=torch.arange(10), start=10, done=0, omega=0.05, learner_step=0), cost))
+    extra = 1 + 10 / 1490 if "restart" in changes else 1.0  # candidates' ids count from the initial samples on
+    assert planned.guided.flops * cost.samples == pytest.approx(cost.flops, rel=2 * (extra - 1) + 1e-9)
+
+
+def test_the_stages_of_every_way_are_timed(recipe):
+    quick = dataclasses.replace(
+        recipe,
+        generator=dataclasses.replace(recipe.generator, steps=2, generation_batch=10),
+        guidance=dataclasses.replace(recipe.guidance, guide_every=1),
+        practice=dataclasses.replace(recipe.practice, early_candidates=3.0, early_until=0.5),
+    )
+    timings = measure(quick, seconds=2.0)
+    assert min(timings.unguided, timings.guided, timings.training, timings.evaluation) > 0
+    assert timings.guided > timings.unguided
+
+
+def test_a_committee_adds_its_second_member(recipe, stages, fashion):
+    apart = dataclasses.replace(recipe, guidance=dataclasses.replace(recipe.guidance, criterion="disagreement"))
+    planned = count_stages(apart, without_weights("fashion"), half_training=False)
+    learner = build_learner(recipe.learner.model, classes=10, channels=1, **recipe.learner.options).eval()
+    sampler = new_sampler(apart, fashion, Committee(learner, learner).eval(), compile=False)
+    assert planned.guided.flops == price(sampler, guided=True).flops > stages.guided.flops
+    assert planned.training == stages.training
+
+
+def test_bytes_are_operands_and_results_and_leave_scores_out():
+    a, b = torch.empty(3, 5, device="meta"), torch.empty(5, 7, device="meta")
+    assert counts(lambda: a @ b) == Counts(full=2 * 3 * 5 * 7, moved=4 * (15 + 35 + 21))
+    q = torch.empty(1, 2, 64, 8, device="meta", dtype=torch.bfloat16)
+    found = counts(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert found.full == 0  # fused attentions compute in the dtype that goes in
+    assert found.half == 2 * 2 * 2 * 64 * 64 * 8
+    assert found.moved == 4 * q.nbytes  # queries, keys, values and the result; no scores
+
+
+def test_generation_takes_the_share_that_a_gpu_reached_with_its_kind_of_network(recipe):
+    for pipeline, share in (("fashion", GENERATION["transformer"]), ("stable-diffusion-1.5", GENERATION["unet"])):
+        changed = dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, pipeline=pipeline))
+        phases = {phase.name: phase for phase in plan(changed, "h200").phases}
+        assert phases["guided samples"].utilisation == pytest.approx(share)
+        assert phases["training"].utilisation == pytest.approx(STATED["training"])
+
+
+def test_phases_take_their_share_of_the_peak(recipe, stages):
+    made = plan(recipe, "a100", count=4, utilisation=0.25)
+    phases = {phase.name: phase for phase in made.phases if phase.source == "dp"}
+    guided, device = phases["guided samples"], DEVICES["a100"]
+    assert guided.units == 3000
+    expected = 3000 / 4 * max(stages.guided.full / device.full, stages.guided.moved / device.bandwidth)
+    assert guided.limit == pytest.approx(expected)
+    assert guided.seconds == pytest.approx(4 * expected)
+    assert phases["training"].units == 1200 * 64
+    static = [phase for phase in made.phases if phase.source == "static"]
+    assert static[0].units == 4500 - 1500  # the first ones are shared
+    assert made.device_hours == pytest.approx(4 * sum(phase.seconds for phase in made.phases) / 3600)
+
+
+def test_a_step_waits_for_the_gradients_of_many_devices(recipe, stages):
+    wide = dataclasses.replace(recipe, learner=dataclasses.replace(recipe.learner, precision="bf16"))
+    training = next(phase for phase in plan(wide, "h100", count=64).phases if phase.name == "training")
+    assert training.limited_by == "network"
+    alone = training.units / 64 * training.counts.flops / DEVICES["h100"].half
+    reduce = 1200 * link_of(DEVICES["h100"], 64).all_reduce(stages.learner.gradients, 64)
+    assert training.limit == pytest.approx(
+        max(alone, training.units / 64 * training.counts.moved / 3.35e12) / 3 + reduce
+    )
+
+
+def test_an_all_reduce_takes_its_ring_and_a_latency_for_each_bucket():
+    link = Link(latency=1.0, bandwidth=10.0)
+    assert link.all_reduce(100.0, 1) == 0.0
+    assert link.all_reduce(100.0, 2, bucket=100) == 1.0 + 10.0
+    assert link.all_reduce(100.0, 4, bucket=30) == 4.0 + 2 * 3 / 4 * 10.0
+    a100 = DEVICES["a100"]
+    assert link_of(a100, 8) == Link(latency=BASE + 14 * WITHIN, bandwidth=300e9)
+    assert link_of(a100, 32) == Link(latency=BASE + 14 * WITHIN + 4 * BETWEEN, bandwidth=8 * 25e9)  # four nodes
+    assert link_of(DEVICES["b200"], 256).bandwidth == 8 * 50e9
+    assert BUCKET == 25 * 2**20
+    assert step_seconds(3.0, 1.9) == 3.0  # hidden behind the backward pass
+    assert step_seconds(3.0, 5.0) == 1.0 + 5.0
+
+
+class Named:
+    def __init__(self, name):
+        self.get_device_name = lambda device: name
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_peaks_are_those_of_the_module_that_is_there(name, known, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", Named(name).get_device_name)
+    found = peaks_of(torch.device("cuda"))
+    assert (found and found.name) == known
+
+
+def test_measured_stages_replace_limits_and_the_table_says_so(recipe):
+    timings = Timings(unguided=0.5, guided=1.0, training=1e-3, evaluation=1e-4)
+    made = plan(recipe, "a100", timings=timings, samples=2000)
+    first = recipe.practice.initial_samples
+    seconds = first * 0.5 + (2000 - first) * (1.0 + 0.5) + 250 * 0.5  # initial, guided, the rest of static, yardstick
+    assert made.seconds == pytest.approx(seconds + 2 * (76800e-3 + 48 * 5000e-4 + 10000e-4))
+    text = plan_table(made)
+    assert "stages timed on this machine" in text
+    assert "guided samples" in text
+
+
+def test_the_published_pools_have_their_sizes():
+    assert plan_pool(6_500_000, (3, 256, 256)).bytes_per_sample * 6_500_000 == pytest.approx(1.278e12, rel=1e-3)
+    assert plan_pool(6_500_000, (4, 32, 32), "latents").bytes_per_sample * 6_500_000 == pytest.approx(53.2e9, rel=1e-3)
+
+
+def test_a_pool_is_placed_by_the_shares_of_a_node(recipe, stages):
+    mapped = dataclasses.replace(recipe, pool=dataclasses.replace(recipe.pool, mapped=True))
+    wide = dataclasses.replace(stages, image=(3, 256, 256), weights=4 * 10**9)
+    eight, many = (place_pool(mapped, 6_500_000, wide, DEVICES["h100"], count) for count in (8, 256))
+    assert 8 * eight.samples * eight.bytes_per_sample == pytest.approx(1.278e12, rel=1e-3)
+    places = {name: held * eight.bytes_per_sample for name, held in eight.places.items()}
+    assert places["device"] == pytest.approx(0.5 * (80e9 - 4e9), rel=0.01)  # half of what the weights leave
+    assert places["host"] == pytest.approx(1.278e12 / 8 - places["device"], rel=1e-3)
+    assert many.places == {"device": many.samples, "host": 0, "file": 0}
+    alone = place_pool(mapped, 6_500_000, wide, DEVICES["a100"], 1)
+    assert alone.tiers.budget("file") == int(3.84e12 * 0.9)
+    assert alone.fits
+    assert alone.places["file"] > 0
+
+
+def test_the_documented_hours_are_the_planners():
+    made = plan(Recipe.load("imagenet1k-dit"), "h100", count=256, samples=6_500_000)
+    lines = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text().splitlines()
+    whole, beside = (
+        next(line for line in lines if line.startswith(start)).split("|")[3:-1]
+        for start in ("| imagenet1k-dit | 256 H100 |", "| imagenet1k-dit | 256 |")
+    )
+    phases = {phase.name: phase.seconds / 3600 for phase in made.phases}
+    making = phases["unguided samples"] + phases["guided samples"] + phases["yardstick"]
+    hours = [making, phases["training"], phases["evaluation"], made.seconds / 3600]
+    assert [float(cell) for cell in whole[:4]] == pytest.approx(hours, abs=0.006)
+    assert [float(cell) for cell in whole[4:]] == pytest.approx([made.device_hours, made.limit / 3600], abs=0.6)
+    turns, overlap = made.turns, made.overlap
+    assert float(beside[0]) == pytest.approx(turns.seconds / 3600, abs=0.006)
+    assert float(beside[2]) == pytest.approx(overlap.seconds / 3600, abs=0.006)
+    shares = [float(cell.strip(" %")) / 100 for cell in (beside[1], beside[3])]
+    assert shares == pytest.approx([made.efficiency(turns), made.efficiency(overlap)], abs=0.006)
+    assert int(beside[4]) == overlap.generating
+
+
+def test_the_documented_fits_are_the_planners():
+    recipe = Recipe.load("imagenet1k-dit")
+    lines = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text().splitlines()
+    for name, device, count in (("8 H200", "h200", 8), ("1 H100", "h100", 1), ("1 RTX 4090", "rtx4090", 1)):
+        row = next(line for line in lines if line.startswith(f"| imagenet1k-dit | {name} |")).split("|")[3:-1]
+        fitted = fit(recipe, device, count=count)
+        pool = fitted.pool.places["device"] * fitted.pool.bytes_per_sample
+        assert row[0].split() == [str(fitted.sampling_batch), "of", "64"]
+        assert row[1].split() == [str(fitted.micro_batch), "of", str(4096 // count)]
+        assert float(row[2]) == pytest.approx(pool / GIB, abs=0.06)
+        peak, most = (bytes / GIB for bytes in (fitted.peak.total, fitted.usable))
+        assert row[3].strip() == f"{peak:.1f} of {most:.1f}, {fitted.peak.phase}"
+        assert fitted.fits
+
+
+def test_what_cannot_be_planned_is_refused(recipe):
+    few = recipe.practice.initial_samples - 1
+    for changes, message in (
+        ({"count": 0}, "count = 0"),
+        ({"utilisation": 1.5}, "utilisation = 1.5"),
+        ({"samples": few}, f"samples = {few}: the run begins with {few + 1}"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            plan(recipe, "h100", **changes)
+    with pytest.raises(RecipeError, match=r"device = 'abacus': expected one of a100"):
+        plan(recipe, "abacus")
+    with pytest.raises(RecipeError, match=r"no such folder"):
+        without_weights("dit-of-nobody")
