@@ -11,7 +11,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = [
-    f"csrc/{name}.cpp" for name in ("module", "entropy", "guided_step", "noise", "gather", "rows", "permutation")
+    f"csrc/{name}.cpp"
+    for name in ("module", "entropy", "guided_step", "noise", "gather", "rows", "permutation")
 ]
 HEADERS = [f"csrc/{name}.hpp" for name in ("kernels", "memory", "simd", "parallel", "philox")]
 FLAGS = [
@@ -40,7 +41,8 @@ class OptionalBuild(build_ext):
             for path in built:  # that of an earlier build would hide this failure
                 path.unlink(missing_ok=True)
             print(
-                f"dpfast: the native CPU kernels were not built ({error}). The package works without them, with slower "
+                f"dpfast: the native CPU kernels were not built ({error}). The package works "
+                "without them, with slower "
                 "operations on a CPU; install a C++17 compiler and reinstall to build them.",
                 file=sys.stderr,
             )
@@ -48,13 +50,18 @@ class OptionalBuild(build_ext):
 
 def extensions() -> list[Extension]:
     if os.environ.get("DPFAST_NO_NATIVE") == "1":
-        print("dpfast: DPFAST_NO_NATIVE=1, installing without the native CPU kernels.", file=sys.stderr)
+        print(
+            "dpfast: DPFAST_NO_NATIVE=1, installing without the native CPU kernels.",
+            file=sys.stderr,
+        )
         return []
     import pybind11
     from pybind11.setup_helpers import ParallelCompile
 
     ParallelCompile(default=0).install()  # as many compilers as processors
-    flags = FLAGS + (["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])
+    flags = FLAGS + (
+        ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+    )
     extra = os.environ.get("DPFAST_CXXFLAGS", "").split()
     return [
         Extension(

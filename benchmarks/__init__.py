@@ -1,1 +1,3 @@
-"""Benchmarks: `python -m benchmarks.run ops` prints the table, `pytest benchmarks` gives single operations."""
+"""Benchmarks: `python -m benchmarks.run ops` prints the table, `pytest benchmarks` gives single
+operations.
+"""

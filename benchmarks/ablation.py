@@ -1,8 +1,9 @@
 """From the published way of guiding to dpfast, one change at a time: `dpfast bench sampler`.
 
-All rows make the same samples (labels, ids and noise) of the embedded generator, guided by one learner, and take turns
-in one process with a matrix product among them. Rows that differ from the one above in execution alone make the same
-images; for the others the table says what the change does to entropy, label agreement and gradient.
+All rows make the same samples (labels, ids and noise) of the embedded generator, guided by one
+learner, and take turns in one process with a matrix product among them. Rows that differ from the
+one above in execution alone make the same images; for the others the table says what the change
+does to entropy, label agreement and gradient.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ from dpfast.practice.learners import load_learner
 
 RESULTS = Path(__file__).parent / "results" / "sampler.jsonl"
 STEPS, EVERY, OMEGA, CFG = 20, 5, 0.03, 1.5
-FEW = {"steps": 8, "every": 2, "omega": 0.028}  # the fewest of DPM-Solver++ that keep entropy and agreement: --search
+FEW = {
+    "steps": 8,
+    "every": 2,
+    "omega": 0.028,
+}  # the fewest of DPM-Solver++ that keep entropy and agreement: --search
 CFG_UNTIL = 0.8
 ALONE = 8  # samples a round of a row that makes them one by one
 FIRST_ID = 1 << 41  # ids that no run uses
@@ -50,7 +55,9 @@ Record = dict[str, Any]
 
 @dataclass(kw_only=True)
 class Row:
-    """One way to make guided samples. make: (labels, ids) to uint8 images; gradient: (x, t, labels) to its own."""
+    """One way to make guided samples. make: (labels, ids) to uint8 images; gradient: (x, t, labels)
+    to its own.
+    """
 
     name: str
     make: Make
@@ -66,18 +73,29 @@ class Row:
 class Bench:
     """The generator, the learner that guides, and the rows over both."""
 
-    def __init__(self, learner: str | None, folder: Path, device: torch.device, *, compile: bool = True) -> None:
+    def __init__(
+        self, learner: str | None, folder: Path, device: torch.device, *, compile: bool = True
+    ) -> None:
         self.device = device
         self.pipeline = Pipeline.from_pretrained("fashion", device=device)
         self.named = learner or "quick"
-        self.learner = quick_learner(device) if learner is None else load_learner(learner, self.pipeline)
+        self.learner = (
+            quick_learner(device) if learner is None else load_learner(learner, self.pipeline)
+        )
         self.models = Models.load(self.pipeline.folder, self.learner, device)
         self.judge = load_judge().to(device)
         self.folder, self.compile = folder, compile
 
     def naive(self) -> Row:
         guided, plain = (
-            Predecessor(self.models, self.folder / name, steps=STEPS, every=EVERY, omega=omega, cfg_scale=CFG)
+            Predecessor(
+                self.models,
+                self.folder / name,
+                steps=STEPS,
+                every=EVERY,
+                omega=omega,
+                cfg_scale=CFG,
+            )
             for name, omega in (("guided", OMEGA), ("unguided", 0.0))
         )
         gradient = self._gradient(Batched(models=self.models, blend=True, decoder="full"))
@@ -86,13 +104,22 @@ class Bench:
             make=guided.generate,
             unguided=plain.generate,
             gradient=gradient,
-            method=planning.Method(steps=STEPS, guided=_guided(STEPS, EVERY), gradient="extra", tiny=False),
+            method=planning.Method(
+                steps=STEPS, guided=_guided(STEPS, EVERY), gradient="extra", tiny=False
+            ),
             alone=True,
         )
 
     def plain(self, name: str, *, side: bool = False, **options: Any) -> Row:
         """Plain diffusers code in a batch."""
-        options = {"models": self.models, "steps": STEPS, "every": EVERY, "omega": OMEGA, "cfg_scale": CFG, **options}
+        options = {
+            "models": self.models,
+            "steps": STEPS,
+            "every": EVERY,
+            "omega": OMEGA,
+            "cfg_scale": CFG,
+            **options,
+        }
         guided, plain = Batched(**options), Batched(**options | {"omega": 0.0})
         if options.get("compile"):  # one compilation serves both
             plain._predict, plain._decode = guided._predict, guided._decode
@@ -115,10 +142,24 @@ class Bench:
     def _gradient(self, plain: Batched) -> Gradient:
         return lambda x, t, labels: plain.gradient(x, t, labels, *self.models.scales(t))[0]
 
-    def sampler(self, *, compile: bool, steps: int = STEPS, every: int = EVERY, omega: float = OMEGA, **options: Any):
+    def sampler(
+        self,
+        *,
+        compile: bool,
+        steps: int = STEPS,
+        every: int = EVERY,
+        omega: float = OMEGA,
+        **options: Any,
+    ):
         guidance = GuidanceConfig(omega=omega, every=every)
         return GuidedSampler(
-            self.pipeline, self.learner, guidance=guidance, steps=steps, cfg_scale=CFG, compile=compile, **options
+            self.pipeline,
+            self.learner,
+            guidance=guidance,
+            steps=steps,
+            cfg_scale=CFG,
+            compile=compile,
+            **options,
         )
 
     def ours(self, name: str, *, compile: bool, **options: Any) -> Row:
@@ -135,7 +176,9 @@ class Bench:
             make=lambda labels, ids: sampler.generate(labels, ids).images,
             unguided=lambda labels, ids: sampler.generate(labels, ids, omega=0.0).images,
             gradient=gradient,
-            method=planning.Method(steps=len(sampler.table), guided=len(sampler.guidance.steps(len(sampler.table)))),
+            method=planning.Method(
+                steps=len(sampler.table), guided=len(sampler.guidance.steps(len(sampler.table)))
+            ),
             eager=not compile,
             ours=True,
         )
@@ -149,7 +192,9 @@ class Bench:
             self.plain("+ shared conditional forward", decoder="full", blend=True),
             self.plain("+ the entropy of x0 itself", decoder="full"),
             self.plain("(b) + tiny decoder"),
-            self.plain("    the same, guided in every step", side=True, every=1, omega=OMEGA / EVERY),
+            self.plain(
+                "    the same, guided in every step", side=True, every=1, omega=OMEGA / EVERY
+            ),
             self.plain(f"    the same, CFG until {CFG_UNTIL:.0%}", side=True, cfg_until=CFG_UNTIL),
             self.plain(f"+ DPM-Solver++ 2M, {FEW['steps']} steps", **few),
             self.ours("+ fused operations (dpfast)", compile=False, **few),
@@ -165,7 +210,9 @@ class Bench:
 
     def states(self, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(x, t) of the guided steps of a trajectory with the exact gradient."""
-        exact = Batched(models=self.models, steps=STEPS, every=EVERY, omega=OMEGA, cfg_scale=CFG, decoder="full")
+        exact = Batched(
+            models=self.models, steps=STEPS, every=EVERY, omega=OMEGA, cfg_scale=CFG, decoder="full"
+        )
         seen, gradient = [], exact.gradient
 
         def recorded(x: Tensor, t: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,20 +224,29 @@ class Bench:
         return seen
 
     def cosine(self, row: Row) -> float:
-        """The mean over 64 samples and the guided steps of the cosine of a row's gradient to the exact one."""
+        """The mean over 64 samples and the guided steps of the cosine of a row's gradient to the
+        exact one.
+        """
         labels = torch.arange(64, device=self.device) % 10
         exact = self._gradient(Batched(models=self.models, decoder="full"))
         with torch.no_grad():
             pairs = [
-                (row.gradient(x, t, labels).flatten(1), exact(x, t, labels).flatten(1)) for x, t in self.states(labels)
+                (row.gradient(x, t, labels).flatten(1), exact(x, t, labels).flatten(1))
+                for x, t in self.states(labels)
             ]
-            return float(torch.stack([torch.cosine_similarity(*pair).mean() for pair in pairs]).mean())
+            return float(
+                torch.stack([torch.cosine_similarity(*pair).mean() for pair in pairs]).mean()
+            )
 
     def work(self, *, ours: bool) -> planning.Work:
         """FLOPs of the parts of a sample; the denoiser's are fewer in dpfast's form of it."""
         models = self.models
         with self.device:
-            x, t, label = torch.randn(1, 4, 8, 8), torch.tensor(500), torch.zeros(1, dtype=torch.int64)
+            x, t, label = (
+                torch.randn(1, 4, 8, 8),
+                torch.tensor(500),
+                torch.zeros(1, dtype=torch.int64),
+            )
             image = torch.zeros(1, 1, 32, 32)
         predict = self.pipeline.denoiser if ours else models.predict
         return planning.Work(
@@ -208,10 +264,19 @@ class Bench:
 
 
 def quick_learner(device: torch.device, iterations: int = 250) -> torch.nn.Module:
-    """A learner in the middle of its training: 250 steps on real validation images, about 15 s on two cores."""
+    """A learner in the middle of its training: 250 steps on real validation images, about 15 s on
+    two cores.
+    """
     torch.manual_seed(0)
-    options = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1], "groups_width": 128}
-    model = build_learner(Learner().model, classes=10, channels=1, layer_type="x", **options).to(device)
+    options = {
+        "embedding_size": 32,
+        "hidden_sizes": [32, 64, 128],
+        "depths": [1, 1, 1],
+        "groups_width": 128,
+    }
+    model = build_learner(Learner().model, classes=10, channels=1, layer_type="x", **options).to(
+        device
+    )
     trainer = Trainer(model, Learner(lr=2e-3), iterations=iterations)
     real = load_real("fashion").validation
     for step in range(iterations):
@@ -239,10 +304,14 @@ def _batch(number: int, size: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> Record:
-    """A row beside the reference: seconds in turns with it and with a matrix product, images, gradient, memory."""
+    """A row beside the reference: seconds in turns with it and with a matrix product, images,
+    gradient, memory.
+    """
     size, device = ALONE if row.alone else batch, bench.device
     for one, make in ((row, row.make), (row, row.unguided), (reference, reference.make)):
-        if device.type == "cuda" or not one.eager or one.alone:  # the first call compiles, captures, maps memory
+        if (
+            device.type == "cuda" or not one.eager or one.alone
+        ):  # the first call compiles, captures, maps memory
             make(*_batch(0, 1 if one.alone else batch, device))
     a, b = (torch.randn(GEMM, GEMM, device=device) for _ in range(2))
     a @ b
@@ -256,7 +325,9 @@ def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> 
             functools.partial(row.make, labels[:size], ids[:size]),
             functools.partial(row.unguided, labels[:size], ids[:size]),
         ]
-        order = (0, 1, 2) if number % 2 == 0 else (2, 1, 0)  # what comes first finds the machine as the product left it
+        order = (
+            (0, 1, 2) if number % 2 == 0 else (2, 1, 0)
+        )  # what comes first finds the machine as the product left it
         made = {which: _timed(calls[which], device) for which in order}
         beside.append(made[0][0] / batch)
         guided.append(made[1][0] / size)
@@ -279,8 +350,12 @@ def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> 
     }
     parts = bench.work(ours=row.ours)
     record["flops"], record["flops_unguided"] = row.method.total(parts), row.method.unguided(parts)
-    record["share_of_gemm"] = record["flops"] * record["samples_per_second"]["median"] / record["gemm"]
-    record["share_of_gemm_unguided"] = record["flops_unguided"] * record["unguided_samples_per_second"] / record["gemm"]
+    record["share_of_gemm"] = (
+        record["flops"] * record["samples_per_second"]["median"] / record["gemm"]
+    )
+    record["share_of_gemm_unguided"] = (
+        record["flops_unguided"] * record["unguided_samples_per_second"] / record["gemm"]
+    )
     labels, ids = _batch(0, 1 if row.alone else batch, device)
     record["peak_bytes"] = timing.peak_bytes(functools.partial(row.make, labels, ids), device)
     if row.ours and not row.eager and device.type == "cpu":
@@ -289,10 +364,14 @@ def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> 
 
 
 def host_share(make: Callable[[], Tensor]) -> float:
-    """The share of a compiled trajectory that passes outside the compiled code. The profiler itself adds to it."""
+    """The share of a compiled trajectory that passes outside the compiled code. The profiler itself
+    adds to it.
+    """
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         seconds, _ = _timed(make, torch.device("cpu"))
-    inside = sum(event.cpu_time_total for event in trace.key_averages() if "CompiledFxGraph" in event.key)
+    inside = sum(
+        event.cpu_time_total for event in trace.key_averages() if "CompiledFxGraph" in event.key
+    )
     return 1 - inside / 1e6 / seconds
 
 
@@ -303,9 +382,17 @@ def _ratio(a: list[float], b: list[float]) -> float:
 def table(made: list[Record]) -> str:
     """Markdown. Rows meet (a) through (b), which was timed beside each of them."""
     header = (
-        "", "samples/s median (best)", "guided / unguided", "over (a)", "over (b)", "entropy, nats", "label agreement",
-        "cosine to exact", "share of GEMM", "peak memory",
-    )  # fmt: skip
+        "",
+        "samples/s median (best)",
+        "guided / unguided",
+        "over (a)",
+        "over (b)",
+        "entropy, nats",
+        "label agreement",
+        "cosine to exact",
+        "share of GEMM",
+        "peak memory",
+    )
     first = next((record["over_b"] for record in made if record["row"].startswith("(a)")), None)
     lines = [header, ("---",) * len(header)]
     for record in made:
@@ -318,7 +405,8 @@ def table(made: list[Record]) -> str:
                 f"{record['cost']:.2f}",
                 "" if first is None else f"{record['over_b'] / first:.1f}x",
                 f"{record['over_b']:.2f}x",
-                f"{record['entropy'][0]:.3f} ± {record['entropy'][1]:.3f} ({record['entropy_change'][0]:+.1%})",
+                f"{record['entropy'][0]:.3f} ± {record['entropy'][1]:.3f} "
+                f"({record['entropy_change'][0]:+.1%})",
                 f"{record['agreement'][0]:.1%} ± {record['agreement'][1]:.1%} ({points:+.1f})",
                 f"{record['cosine']:.3f}",
                 f"{record['share_of_gemm']:.0%}",
@@ -328,7 +416,9 @@ def table(made: list[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def qualities(bench: Bench, samples: int, first: int, folder: Path | None) -> Callable[[Record], fewer_steps.Quality]:
+def qualities(
+    bench: Bench, samples: int, first: int, folder: Path | None
+) -> Callable[[Record], fewer_steps.Quality]:
     """The quality of a setting's samples, those from `first` on, kept in the folder."""
     ids = torch.arange(first, first + samples)
 
@@ -350,25 +440,48 @@ def qualities(bench: Bench, samples: int, first: int, folder: Path | None) -> Ca
 def search(bench: Bench, samples: int, first: int, folder: Path | None) -> str:
     """`fewer_steps` over the settings."""
     reference = {"solver": "ddim", "steps": STEPS, "every": EVERY, "omega": OMEGA}
-    tried = fewer_steps.search(qualities(bench, samples, first, folder), reference, fewer_steps.SETTINGS)
+    tried = fewer_steps.search(
+        qualities(bench, samples, first, folder), reference, fewer_steps.SETTINGS
+    )
     return fewer_steps.table(tried)
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dpfast bench sampler", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="batches of each row, in turns (default 5)")
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench sampler", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="batches of each row, in turns (default 5)"
+    )
     parser.add_argument("--batch", type=int, default=64)
     timing.add_device(parser)
-    parser.add_argument("--learner", help="the run folder whose learner guides; default: one trained for 15 s")
-    parser.add_argument("--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="finished rows are left here, and not done again")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the rows that compile")
-    parser.add_argument("--search", type=int, metavar="SAMPLES", help="look for the fewest steps instead")
-    parser.add_argument("--first", type=int, default=0, help="of --search, the first sample (default 0)")
     parser.add_argument(
-        "--record", type=Path, nargs="?", const=RESULTS.parent, metavar="FOLDER",
+        "--learner", help="the run folder whose learner guides; default: one trained for 15 s"
+    )
+    parser.add_argument(
+        "--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several"
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FOLDER",
+        help="finished rows are left here, and not done again",
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave out the rows that compile")
+    parser.add_argument(
+        "--search", type=int, metavar="SAMPLES", help="look for the fewest steps instead"
+    )
+    parser.add_argument(
+        "--first", type=int, default=0, help="of --search, the first sample (default 0)"
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RESULTS.parent,
+        metavar="FOLDER",
         help="append to sampler.jsonl in FOLDER (default benchmarks/results)",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
     for name, least in (("rounds", 1), ("batch", ALONE), ("search", 100), ("first", 0)):
         value = getattr(options, name)
@@ -379,7 +492,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _arguments(arguments)
-    described = timing.described("sampler", options.device) | {"learner": options.learner or "quick"}
+    described = timing.described("sampler", options.device) | {
+        "learner": options.learner or "quick"
+    }
     print(", ".join(f"{key} {value}" for key, value in described.items()), file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.learner, Path(folder), options.device, compile=not options.no_compile)
@@ -400,15 +515,23 @@ def main(arguments: list[str] | None = None) -> int:
                     lambda: measure(bench, row, reference, options.rounds, options.batch),  # noqa: B023
                 )
             )
-            print(f"{row.name}: {made[-1]['samples_per_second']['median']:.1f}/s", file=sys.stderr, flush=True)
+            print(
+                f"{row.name}: {made[-1]['samples_per_second']['median']:.1f}/s",
+                file=sys.stderr,
+                flush=True,
+            )
     print(table(made))
     print(
-        f"\nGEMM {GEMM}: {statistics.median(record['gemm'] for record in made) / 1e9:.0f} GFLOP/s (median of the rows)"
+        f"\nGEMM {GEMM}: {statistics.median(record['gemm'] for record in made) / 1e9:.0f} GFLOP/s "
+        "(median of the rows)"
     )
     for record in made:
         if "host_share" in record:
             share, size = record["host_share"], record["batch"]
-            print(f"{record['row']}: {share:.2%} of a guided batch of {size} outside the compiled code, profiled")
+            print(
+                f"{record['row']}: {share:.2%} of a guided batch of {size} outside the compiled "
+                "code, profiled"
+            )
     chosen = fewer_steps.fewest(made)
     if chosen is not None:
         print(f"fewest steps that keep entropy and agreement on these samples: {chosen['row']}")

@@ -1,4 +1,6 @@
-"""Entropy and its gradient: the guidance of 65,536 ImageNet logits, and the latency of one small batch."""
+"""Entropy and its gradient: the guidance of 65,536 ImageNet logits, and the latency of one small
+batch.
+"""
 
 from __future__ import annotations
 

@@ -33,12 +33,16 @@ def build(device: torch.device) -> Variants:
         return order[position : position + BATCH]
 
     def ours(chosen: Tensor, out: Tensor | None = None) -> Tensor:
-        return gather_batch(store, chosen, mean=MEAN, std=STD, dtype=torch.float32, channels_last=True, out=out)
+        return gather_batch(
+            store, chosen, mean=MEAN, std=STD, dtype=torch.float32, channels_last=True, out=out
+        )
 
     chosen = indices()
     out = torch.empty_like(ours(chosen))
     torch.testing.assert_close(ours(chosen), plain(store, chosen, mean, std), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours(chosen), compiled(store, chosen, mean, std), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours(chosen), compiled(store, chosen, mean, std), rtol=1e-5, atol=1e-5
+    )
     return {
         EAGER: lambda: plain(store, indices(), mean, std),
         COMPILED: lambda: compiled(store, indices(), mean, std),

@@ -35,7 +35,9 @@ def _case(size: str, noise: float, targets: dict[str, float]) -> Case:
         compiled = torch.compile(plain, fullgraph=True, dynamic=False)
 
         def ours(out: Tensor | None = None) -> Tensor:
-            return guided_step(*inputs, table, 0, cfg_scale=CFG_SCALE, omega=OMEGA, sample_ids=ids, out=out)
+            return guided_step(
+                *inputs, table, 0, cfg_scale=CFG_SCALE, omega=OMEGA, sample_ids=ids, out=out
+            )
 
         drawn = 0 if ids is None else noise * normal(ids, SHAPE[1:], seed=0, stream=1)
         torch.testing.assert_close(ours(), plain(*inputs, 0.0) + drawn, rtol=1e-5, atol=1e-5)
@@ -61,7 +63,9 @@ def _case(size: str, noise: float, targets: dict[str, float]) -> Case:
 
 
 CASES = [
-    _case("CFG, relative, eta 0, 256 x 4x64x64 fp32", 0.0, {EAGER: 20, COMPILED: 1.3, "copy": 0.85}),
+    _case(
+        "CFG, relative, eta 0, 256 x 4x64x64 fp32", 0.0, {EAGER: 20, COMPILED: 1.3, "copy": 0.85}
+    ),
     _case("CFG, relative, eta 1 with noise, 256 x 4x64x64 fp32", NOISE, {EAGER: 10, COMPILED: 2}),
 ]
 

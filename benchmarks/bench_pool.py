@@ -1,4 +1,6 @@
-"""The pool: appending beside a plain copy, a batch of 6.5 million samples beside one of 10,000, and opening."""
+"""The pool: appending beside a plain copy, a batch of 6.5 million samples beside one of 10,000, and
+opening.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,15 @@ class Batch(SimpleNamespace):
 
 def batch_of(first: int, images: Tensor) -> Batch:
     ids = torch.arange(first, first + len(images))
-    return Batch(images=images, labels=ids % 1000, sample_ids=ids, entropy=ids / 7.0, learner_step=0)
+    return Batch(
+        images=images, labels=ids % 1000, sample_ids=ids, entropy=ids / 7.0, learner_step=0
+    )
 
 
 def build_append(device: torch.device) -> Variants:
-    """256 images of 224 px into chunks that were reserved, as a loop does that knows how many samples it will add."""
+    """256 images of 224 px into chunks that were reserved, as a loop does that knows how many
+    samples it will add.
+    """
     images = torch.empty(APPEND, *IMAGE, dtype=torch.uint8, device=device).random_(0, 256)
     new, target = batch_of(0, images), torch.zeros_like(images)
     pool = SamplePool(tiers=MemoryTiers(host_bytes=8 << 30))
@@ -61,7 +67,8 @@ def pools() -> tuple[SamplePool, SamplePool]:
 
 
 def build_gather(device: torch.device, *, again: bool) -> Variants:
-    """256 rows and their labels, others in each call or the same ``again``, when they lie in the caches.
+    """256 rows and their labels, others in each call or the same ``again``, when they lie in the
+    caches.
 
     The targets compare the two sizes: 1 / 1.2 of the small pool's speed.
     """
@@ -85,7 +92,10 @@ def build_open(device: torch.device) -> Variants:
     """Opening ROWS saved latents, checksums and all, beside reading their files."""
     temporary = tempfile.TemporaryDirectory(prefix="dpfast-pool-")
     atexit.register(temporary.cleanup)
-    folder, pool = Path(temporary.name), SamplePool("latents", tiers=MemoryTiers(host_bytes=2 << 30))
+    folder, pool = (
+        Path(temporary.name),
+        SamplePool("latents", tiers=MemoryTiers(host_bytes=2 << 30)),
+    )
     with Saver(pool, folder, shard_samples=100_000) as saver:
         part = torch.randn(10_000, *LATENTS).half()
         while len(pool) < ROWS:
@@ -93,7 +103,9 @@ def build_open(device: torch.device) -> Variants:
         saver.save()
     opened = SamplePool.open(folder, tiers=pool.tiers)
     assert len(opened) == ROWS
-    assert opened.nbytes - ROWS * 2 * torch.Size(LATENTS).numel() <= 64 * ROWS + 2 * pool.chunk_bytes
+    assert (
+        opened.nbytes - ROWS * 2 * torch.Size(LATENTS).numel() <= 64 * ROWS + 2 * pool.chunk_bytes
+    )
     files = sorted(folder.glob("shard-*"))
     return {
         "reading the files": lambda: sum(len(path.read_bytes()) for path in files),

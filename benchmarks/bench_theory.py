@@ -1,9 +1,11 @@
-"""The theory against its experiment: a grid of cells, every printed form, and what predicting and simulating cost.
+"""The theory against its experiment: a grid of cells, every printed form, and what predicting and
+simulating cost.
 
     dpfast bench theory --record
 
-Off the interpolation peak, |d / (n keep) - 1| > 0.25, the deviation of a prediction from the simulated mean is that of
-the formula and of the finite d; near it a finite d smooths what the limit makes a pole, at small ridges.
+Off the interpolation peak, |d / (n keep) - 1| > 0.25, the deviation of a prediction from the
+simulated mean is that of the formula and of the finite d; near it a finite d smooths what the limit
+makes a pole, at small ridges.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Grid(NamedTuple):
     def of(self, strategy: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Where the cells of a strategy are, and their arguments."""
         here = self.strategy == strategy
-        return here, {"d": D, "strategy": strategy} | {name: getattr(self, name)[here] for name in self._fields[1:]}
+        return here, {"d": D, "strategy": strategy} | {
+            name: getattr(self, name)[here] for name in self._fields[1:]
+        }
 
 
 def grid() -> Grid:
@@ -78,7 +82,9 @@ def predicted(cells: Grid, form: str) -> np.ndarray:
 
 
 def build(device: torch.device) -> Variants:
-    """EVALUATIONS cells, no two arguments of which broadcast, of each strategy that has a closed form."""
+    """EVALUATIONS cells, no two arguments of which broadcast, of each strategy that has a closed
+    form.
+    """
     rng = np.random.default_rng(0)
     arguments = {
         "d": rng.integers(64, 1024, EVALUATIONS),
@@ -88,7 +94,8 @@ def build(device: torch.device) -> Variants:
         "ridge": 10 ** rng.uniform(-6, 0, EVALUATIONS),
     }
     return {
-        f"{OURS}, {strategy}": (lambda s=strategy: test_error(**arguments, strategy=s)) for strategy in ("hard", "easy")
+        f"{OURS}, {strategy}": (lambda s=strategy: test_error(**arguments, strategy=s))
+        for strategy in ("hard", "easy")
     }
 
 
@@ -113,15 +120,23 @@ def measure(draws: int, seed: int, rounds: int) -> dict[str, Any]:
         "cells": {part: int(here.sum()) for part, here in parts.items()},
         "draws": draws,
         "seed": seed,
-        "stderr": {part: {"mean": stderr[here].mean(), "max": stderr[here].max()} for part, here in parts.items()},
+        "stderr": {
+            part: {"mean": stderr[here].mean(), "max": stderr[here].max()}
+            for part, here in parts.items()
+        },
         "deviation": {
             form: {
-                part: {"mean": np.abs(error - found)[here].mean(), "max": np.abs(error - found)[here].max()}
+                part: {
+                    "mean": np.abs(error - found)[here].mean(),
+                    "max": np.abs(error - found)[here].max(),
+                }
                 for part, here in parts.items()
             }
             for form, error in forms.items()
         },
-        "evaluation_seconds": {name: {"median": t.median, "minimum": t.minimum} for name, t in times.items()},
+        "evaluation_seconds": {
+            name: {"median": t.median, "minimum": t.minimum} for name, t in times.items()
+        },
         "simulation_seconds": seconds,
         "columns": [*Grid._fields, "simulated", "stderr", *FORMS],
         "rows": [
@@ -135,43 +150,74 @@ def table(record: dict[str, Any]) -> str:
     """Markdown."""
     count = record["cells"]
     lines = [
-        f"| form | max off the peak ({count['off']} cells) | mean | max on the peak ({count['on']} cells) | mean |",
+        f"| form | max off the peak ({count['off']} cells) | mean | max on the peak ({count['on']} "
+        "cells) | mean |",
         "|---|---|---|---|---|",
     ]
     for form, parts in record["deviation"].items():
         lines.append(
-            f"| {form} | " + " | ".join(f"{parts[p][k]:.4f}" for p in ("off", "on") for k in ("max", "mean")) + " |"
+            f"| {form} | "
+            + " | ".join(f"{parts[p][k]:.4f}" for p in ("off", "on") for k in ("max", "mean"))
+            + " |"
         )
     error = record["stderr"]["off"]
-    lines += ["", f"Standard errors off the peak: mean {error['mean']:.4f}, max {error['max']:.4f}."]
+    lines += [
+        "",
+        f"Standard errors off the peak: mean {error['mean']:.4f}, max {error['max']:.4f}.",
+    ]
     for name, seconds in record["evaluation_seconds"].items():
         lines.append(
-            f"{EVALUATIONS:,} evaluations, {name}: median {seconds['median']:.2f} s, best {seconds['minimum']:.2f} s."
+            f"{EVALUATIONS:,} evaluations, {name}: median {seconds['median']:.2f} s, best "
+            f"{seconds['minimum']:.2f} s."
         )
-    return "\n".join([*lines, f"Simulation of all {sum(count.values())} cells: {record['simulation_seconds']:.0f} s."])
+    return "\n".join(
+        [
+            *lines,
+            f"Simulation of all {sum(count.values())} cells: {record['simulation_seconds']:.0f} s.",
+        ]
+    )
 
 
 def missed(record: dict[str, Any]) -> list[str]:
     """What is beyond its target, one line each."""
     exact = record["deviation"]["exact"]["off"]
     slowest = max(seconds["median"] for seconds in record["evaluation_seconds"].values())
-    values = {**exact, "evaluation seconds": slowest, "simulation seconds": record["simulation_seconds"]}
-    return [f"{name}: {values[name]:.4g}, target {most:g}" for name, most in TARGETS.items() if values[name] > most]
+    values = {
+        **exact,
+        "evaluation seconds": slowest,
+        "simulation seconds": record["simulation_seconds"],
+    }
+    return [
+        f"{name}: {values[name]:.4g}, target {most:g}"
+        for name, most in TARGETS.items()
+        if values[name] > most
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where the tests fail or a target is missed."""
-    parser = argparse.ArgumentParser(prog="dpfast bench theory", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench theory", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--draws", type=int, default=DRAWS, help=f"of each cell (default {DRAWS})")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=5, help="timings of the evaluations (default 5)")
     parser.add_argument(
-        "--record", type=Path, nargs="?", const=RESULTS, help=f"file to append to (default {RESULTS.name})"
+        "--rounds", type=int, default=5, help="timings of the evaluations (default 5)"
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        help=f"file to append to (default {RESULTS.name})",
     )
     parser.add_argument("--no-gate", action="store_true", help="skip the tests, and record nothing")
     options = parser.parse_args(arguments)
     if options.draws < 2 or options.rounds < 1:
-        print("dpfast bench theory: error: --draws must be at least 2 and --rounds at least 1", file=sys.stderr)
+        print(
+            "dpfast bench theory: error: --draws must be at least 2 and --rounds at least 1",
+            file=sys.stderr,
+        )
         return 2
     report = None if options.no_gate else gate.failure(TESTS)
     if report is not None:

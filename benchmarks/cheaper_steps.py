@@ -1,7 +1,8 @@
-"""Cheaper unguided steps: reused features and solvers of distilled models, beside whole steps of the same samples.
+"""Cheaper unguided steps: reused features and solvers of distilled models, beside whole steps of
+the same samples.
 
-Each group has a reference with the same labels, ids and first noise. Quality is that of every sample; seconds are of
-batches that take turns within a group, of eager steps.
+Each group has a reference with the same labels, ids and first noise. Quality is that of every
+sample; seconds are of batches that take turns within a group, of eager steps.
 """
 
 from __future__ import annotations
@@ -33,42 +34,70 @@ GROUPS: dict[str, tuple[dict[str, Any], ...]] = {
 
 def table(tried: list[dict[str, Any]], seconds: dict[int, float]) -> str:
     """Markdown; the first record is the reference."""
-    lines = ["| solver | steps | cache interval | samples/s | entropy, nats | agreement |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| solver | steps | cache interval | samples/s | entropy, nats | agreement |",
+        "|---|---|---|---|---|---|",
+    ]
     for index, record in enumerate(tried):
-        (change, error), (points, points_error) = record["entropy_change"], record["agreement_change"]
+        (change, error), (points, points_error) = (
+            record["entropy_change"],
+            record["agreement_change"],
+        )
         cells = [record["solver"], record["steps"], record.get("cache_interval", 1)]
-        cells.append(f"{1 / seconds[index]:.1f} ({seconds[0] / seconds[index]:.2f}x)" if seconds else "")
+        cells.append(
+            f"{1 / seconds[index]:.1f} ({seconds[0] / seconds[index]:.2f}x)" if seconds else ""
+        )
         cells.append(f"{record['entropy'][0]:.3f} ({change:+.1%} ± {error:.1%})")
-        cells.append(f"{record['agreement'][0]:.1%} ({100 * points:+.1f} ± {100 * points_error:.1f})")
+        cells.append(
+            f"{record['agreement'][0]:.1%} ({100 * points:+.1f} ± {100 * points_error:.1f})"
+        )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-def speed(bench: Bench, options: tuple[dict[str, Any], ...], batch: int, rounds: int) -> dict[int, float]:
+def speed(
+    bench: Bench, options: tuple[dict[str, Any], ...], batch: int, rounds: int
+) -> dict[int, float]:
     """Seconds of a sample of each setting, medians over batches in turns."""
     labels = torch.arange(batch, device=bench.device) % 10
     samplers = [bench.sampler(compile=False, **option) for option in options]
-    calls = {str(i): functools.partial(sampler.generate, labels) for i, sampler in enumerate(samplers)}
+    calls = {
+        str(i): functools.partial(sampler.generate, labels) for i, sampler in enumerate(samplers)
+    }
     timed = timing.interleave(calls, rounds, bench.device)
     return {int(name): times.median / batch for name, times in timed.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dpfast bench cheaper", description=__doc__.splitlines()[0])
-    parser.add_argument("--learner", help="the run folder whose learner guides; default: one trained for 15 s")
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench cheaper", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--learner", help="the run folder whose learner guides; default: one trained for 15 s"
+    )
     parser.add_argument("--samples", type=int, default=2048, help="of each setting (default 2048)")
     parser.add_argument("--batch", type=int, default=64, help="of the timed batches (default 64)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed batches of each setting; 0: none (default 5)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="finished settings are left here, not done again")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed batches of each setting; 0: none (default 5)"
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FOLDER",
+        help="finished settings are left here, not done again",
+    )
     timing.add_device(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.learner, Path(folder), options.device, compile=False)
         quality = qualities(bench, options.samples, 0, options.keep)
         for name, settings in GROUPS.items():
-            seconds = speed(bench, settings, options.batch, options.rounds) if options.rounds else {}
+            seconds = (
+                speed(bench, settings, options.batch, options.rounds) if options.rounds else {}
+            )
             print(f"{name}: {seconds}", file=sys.stderr, flush=True)
-            print(f"{name}\n\n{table(fewer_steps.search(quality, settings[0], settings[1:]), seconds)}\n")
+            rows = fewer_steps.search(quality, settings[0], settings[1:])
+            print(f"{name}\n\n{table(rows, seconds)}\n")
     return 0
 
 

@@ -1,7 +1,9 @@
-"""Compile time of whole steps beside that of a transformer's blocks, and the speed of both and of eager steps.
+"""Compile time of whole steps beside that of a transformer's blocks, and the speed of both and of
+eager steps.
 
-The embedded generator, or a DiT of its width with another number of blocks and random weights. Each compilation begins
-with an empty inductor cache; what it took is the first batch less the second, of guided and plain steps and decoding.
+The embedded generator, or a DiT of its width with another number of blocks and random weights. Each
+compilation begins with an empty inductor cache; what it took is the first batch less the second, of
+guided and plain steps and decoding.
 """
 
 from __future__ import annotations
@@ -29,15 +31,22 @@ BATCH, STEPS, EVERY = 64, 8, 2
 
 
 def pipeline_of(layers: int | None, device: torch.device) -> Pipeline:
-    """The embedded pipeline, its transformer replaced by one of ``layers`` blocks; None: as it is."""
+    """The embedded pipeline, its transformer replaced by one of ``layers`` blocks; None: as it
+    is.
+    """
     pipeline = Pipeline.from_pretrained("fashion", device=device)
     if layers is None:
         return pipeline
-    config = dict(diffusers.DiTTransformer2DModel.load_config(pipeline.folder / "transformer"), num_layers=layers)
+    config = dict(
+        diffusers.DiTTransformer2DModel.load_config(pipeline.folder / "transformer"),
+        num_layers=layers,
+    )
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel.from_config(config).to(device)
     steps = pipeline.scheduler.config.num_train_timesteps
-    return replace(pipeline, denoiser=DiTDenoiser(model, classes=10, prediction="v", timesteps=steps))
+    return replace(
+        pipeline, denoiser=DiTDenoiser(model, classes=10, prediction="v", timesteps=steps)
+    )
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -48,10 +57,16 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dpfast bench regions", description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, help="blocks of the DiT; default: the embedded generator")
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench regions", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--layers", type=int, help="blocks of the DiT; default: the embedded generator"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed batches of each (default 3)")
-    parser.add_argument("--regions", default="eager,blocks,step", help="which of them (default eager,blocks,step)")
+    parser.add_argument(
+        "--regions", default="eager,blocks,step", help="which of them (default eager,blocks,step)"
+    )
     timing.add_device(parser)
     options = parser.parse_args(arguments)
     if options.rounds < 1:
@@ -62,10 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
     guidance = GuidanceConfig(omega=0.05, every=EVERY)
     print("| compiled | compile time, s | samples/s |\n|---|---|---|")
     for region in options.regions.split(","):
-        chosen = {"compile": False} if region == "eager" else {"compile": True, "compile_region": region}
+        chosen = (
+            {"compile": False} if region == "eager" else {"compile": True, "compile_region": region}
+        )
         sampler = GuidedSampler(pipeline, judge, guidance=guidance, steps=STEPS, **chosen)
         with fresh_inductor_cache():
-            first, *rest = (seconds(partial(sampler.generate, labels), device) for _ in range(1 + options.rounds))
+            first, *rest = (
+                seconds(partial(sampler.generate, labels), device)
+                for _ in range(1 + options.rounds)
+            )
         compiling = "" if region == "eager" else f"{first - rest[0]:.0f}"
         print(f"| {region} | {compiling} | {BATCH / statistics.median(rest):.1f} |", flush=True)
     return 0

@@ -1,4 +1,6 @@
-"""The ablation of the sampler in FLOPs at the sizes that people use, derived on meta tensors: `dpfast bench flops`."""
+"""The ablation of the sampler in FLOPs at the sizes that people use, derived on meta tensors:
+`dpfast bench flops`.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,14 @@ METHODS = {
 
 
 def table() -> str:
-    """Markdown: FLOPs of a guided sample, its cost against an unguided one, and its gain on the predecessor."""
+    """Markdown: FLOPs of a guided sample, its cost against an unguided one, and its gain on the
+    predecessor.
+    """
     works = [stable_diffusion_15(512), stable_diffusion_15(256), dit_xl_2()]
-    lines = ["| | " + " | ".join(work.name for work in works) + " |", "|---" * (len(works) + 1) + "|"]
+    lines = [
+        "| | " + " | ".join(work.name for work in works) + " |",
+        "|---" * (len(works) + 1) + "|",
+    ]
     for name, method in METHODS.items():
         cells = [
             f"{method.total(work) / 1e12:.2f} TFLOP, {method.cost(work):.2f}x unguided, "
@@ -29,12 +36,16 @@ def table() -> str:
         ]
         lines.append(f"| {name.replace('    ', '&nbsp;&nbsp;')} | " + " | ".join(cells) + " |")
     bound = [f"{limit('H100', Method().total(work), share=0.5):.1f}" for work in works]
-    lines.append("| limit of an H100 at half its peak, 20 steps, samples/s | " + " | ".join(bound) + " |")
+    lines.append(
+        "| limit of an H100 at half its peak, 20 steps, samples/s | " + " | ".join(bound) + " |"
+    )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="dpfast bench flops", description=(__doc__ or "").strip()).parse_args(arguments)
+    argparse.ArgumentParser(
+        prog="dpfast bench flops", description=(__doc__ or "").strip()
+    ).parse_args(arguments)
     print(table())
     return 0
 

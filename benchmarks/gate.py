@@ -15,9 +15,25 @@ ROOT = Path(__file__).resolve().parents[1]
 def failure(tests: str) -> str | None:
     """None where the tests in the file `tests` pass, else the last lines of their report.
 
-    The tests run in a process of their own without the marked slow ones and without the interpreter.
+    The tests run in a process of their own without the marked slow ones and without the
+    interpreter.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        tests,
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    return None if result.returncode == 0 else "\n".join((result.stdout + result.stderr).splitlines()[-12:])
+    return (
+        None
+        if result.returncode == 0
+        else "\n".join((result.stdout + result.stderr).splitlines()[-12:])
+    )

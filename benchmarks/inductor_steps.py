@@ -1,10 +1,13 @@
-"""What Inductor would launch on an H100 for the plain and the guided step of the sampler; needs no GPU.
+"""What Inductor would launch on an H100 for the plain and the guided step of the sampler; needs no
+GPU.
 
-    python -m benchmarks.inductor_steps --helper lower.py --model embedded --out benchmarks/results/inductor_steps.jsonl
+    python -m benchmarks.inductor_steps --helper lower.py --model embedded --out
+    benchmarks/results/inductor_steps.jsonl
 
-`--helper` is that of `benchmarks.inductor_comparison`. Attention is one library call. Operations of dpfast are counted
-apart: each is one launch at these sizes. Linear layers stay PyTorch's, as on a GPU. Counts are read from generated
-code, they are no times.
+`--helper` is that of `benchmarks.inductor_comparison`. Attention is one library call. Operations of
+dpfast are counted
+apart: each is one launch at these sizes. Linear layers stay PyTorch's, as on a GPU. Counts are read
+from generated code, they are no times.
 """
 
 from __future__ import annotations
@@ -34,7 +37,11 @@ from dpfast.ops import dispatch
 def embedded() -> tuple[StepParts, SolverTable]:
     """The embedded generator in fp32, guided by the judge network."""
     sampler = GuidedSampler(
-        Pipeline.from_pretrained("fashion"), load_judge(), guidance=GuidanceConfig(every=5), steps=20, compile=False
+        Pipeline.from_pretrained("fashion"),
+        load_judge(),
+        guidance=GuidanceConfig(every=5),
+        steps=20,
+        compile=False,
     )
     return sampler.execution.parts, sampler.table
 
@@ -68,7 +75,9 @@ def sd_15() -> tuple[StepParts, SolverTable]:
 
 
 def _large(denoiser: Denoiser) -> tuple[StepParts, SolverTable]:
-    """The steps of a denoiser with a tiny decoder and ViT-B/16 at 224 px as the learner, in bf16."""
+    """The steps of a denoiser with a tiny decoder and ViT-B/16 at 224 px as the learner, in
+    bf16.
+    """
     import diffusers
     import transformers
 
@@ -81,7 +90,9 @@ def _large(denoiser: Denoiser) -> tuple[StepParts, SolverTable]:
         return classifier(images.to(torch.bfloat16)).logits
 
     path = GuidancePath(denoiser=denoiser, decoder=decoder, learner=learner, image_size=(224, 224))
-    return StepParts(denoiser=denoiser, decoder=decoder, path=path), ddim_table(diffusers.DDIMScheduler(), 20)
+    return StepParts(denoiser=denoiser, decoder=decoder, path=path), ddim_table(
+        diffusers.DDIMScheduler(), 20
+    )
 
 
 def _bf16(model: torch.nn.Module) -> torch.nn.Module:
@@ -95,16 +106,28 @@ MODELS: dict[str, Callable[[], tuple[StepParts, SolverTable]]] = {
 }
 
 
-def count(lower: Any, parts: StepParts, table: SolverTable, variant: Variant, batch: int) -> dict[str, Any]:
+def count(
+    lower: Any, parts: StepParts, table: SolverTable, variant: Variant, batch: int
+) -> dict[str, Any]:
     """Launches of one step, by what they are."""
     step = step_function(parts, variant)
 
-    def call(x: Tensor, labels: Tensor, ids: Tensor, index: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        return tuple(value for value in step(x, None, labels, ids, None, index, *rest) if value is not None)
+    def call(
+        x: Tensor, labels: Tensor, ids: Tensor, index: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple(
+            value for value in step(x, None, labels, ids, None, index, *rest) if value is not None
+        )
 
     ids, index = torch.zeros(batch, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    x, omega, scale = torch.empty(batch, *parts.denoiser.sample_shape), torch.empty(batch), torch.empty(())
-    report = lower(call, [x, ids, ids.clone(), index, table.rows, table.timesteps, omega, scale, index.clone()])
+    x, omega, scale = (
+        torch.empty(batch, *parts.denoiser.sample_shape),
+        torch.empty(batch),
+        torch.empty(()),
+    )
+    report = lower(
+        call, [x, ids, ids.clone(), index, table.rows, table.timesteps, omega, scale, index.clone()]
+    )
     ours = {name: times for name, times in report.externs.items() if name.startswith("dpfast.")}
     library = {name: times for name, times in report.externs.items() if name not in ours}
     return {
@@ -120,7 +143,9 @@ def count(lower: Any, parts: StepParts, table: SolverTable, variant: Variant, ba
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--helper", type=Path, required=True)
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--batch", type=int, default=64)
@@ -128,10 +153,15 @@ def main() -> None:
     arguments = parser.parse_args()
     lower = _helper(arguments.helper).lower
     denoisers.freeze_linear = lambda model: model  # the replacement is for a CPU
-    dispatch.traced = lambda *tensors: True  # make_fx is no compilation to torch: the operations stay whole
+    dispatch.traced = lambda *tensors: (
+        True
+    )  # make_fx is no compilation to torch: the operations stay whole
     parts, table = MODELS[arguments.model]()
     for guided in (False, True):
-        record = {"model": arguments.model, **count(lower, parts, table, Variant(guided, True), arguments.batch)}
+        record = {
+            "model": arguments.model,
+            **count(lower, parts, table, Variant(guided, True), arguments.batch),
+        }
         print(json.dumps(record), flush=True)
         with arguments.out.open("a") as file:
             file.write(json.dumps(record) + "\n")

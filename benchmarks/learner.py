@@ -1,9 +1,10 @@
 """The learner's training step beside a plain loop, measured: `dpfast bench learner`.
 
-The plain loop is what timm's training script does: AdamW with decay for matrices alone, autocast, clipping, a rate for
-each step, and an average of weights and buffers (`ModelEmaV3`), in torch's defaults and with the fused AdamW. All rows
-train copies of one model on the same batches, which lie in memory, and take turns. On a CPU that is the learner of the
-recipe "fashion" and a small vision transformer; on a GPU ViT-B/16 of the ImageNet recipes, 256 images of 224 px.
+The plain loop is what timm's training script does: AdamW with decay for matrices alone, autocast,
+clipping, a rate for each step, and an average of weights and buffers (`ModelEmaV3`), in torch's
+defaults and with the fused AdamW. All rows train copies of one model on the same batches, which lie
+in memory, and take turns. On a CPU that is the learner of the recipe "fashion" and a small vision
+transformer; on a GPU ViT-B/16 of the ImageNet recipes, 256 images of 224 px.
 """
 
 from __future__ import annotations
@@ -38,14 +39,20 @@ RESULTS = Path(__file__).parent / "results" / "learner.jsonl"
 ITERATIONS, BATCHES = 100_000, 4
 PLAIN = "plain loop"
 SMALL_VIT = {
-    "image_size": 96, "hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768,
-}  # fmt: skip
+    "image_size": 96,
+    "hidden_size": 192,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+}
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A learner and its batches: ``size`` images of (channels, side, side) and their labels, probabilities if mixed."""
+    """A learner and its batches: ``size`` images of (channels, side, side) and their labels,
+    probabilities if mixed.
+    """
 
     name: str
     config: Learner
@@ -56,7 +63,9 @@ class Training:
 
     def model(self, device: torch.device) -> nn.Module:
         torch.manual_seed(0)
-        model = build_learner(self.config.model, classes=self.classes, channels=self.channels, **self.config.options)
+        model = build_learner(
+            self.config.model, classes=self.classes, channels=self.channels, **self.config.options
+        )
         return model.to(device)
 
     def batches(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -76,10 +85,21 @@ class Training:
 def trainings(device: torch.device) -> list[Training]:
     vit = Recipe.load("imagenet1k-sd15").learner
     if device.type == "cuda":
-        return [Training(name="ViT-B/16, 224 px", config=vit, classes=1000, channels=3, side=224, size=256)]
+        return [
+            Training(
+                name="ViT-B/16, 224 px", config=vit, classes=1000, channels=3, side=224, size=256
+            )
+        ]
     small = replace(vit, options=SMALL_VIT)
     return [
-        Training(name="fashion", config=Recipe.load("fashion").learner, classes=10, channels=1, side=32, size=64),
+        Training(
+            name="fashion",
+            config=Recipe.load("fashion").learner,
+            classes=10,
+            channels=1,
+            side=32,
+            size=64,
+        ),
         Training(name="ViT-Ti/16, 96 px", config=small, classes=1000, channels=3, side=96, size=8),
     ]
 
@@ -95,7 +115,10 @@ def plain_loop(model: nn.Module, config: Learner, device: torch.device, *, fused
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=fused or None)
     factor = partial(wsd, total=ITERATIONS, warmup=config.warmup, cooldown=config.cooldown)
-    schedule, bf16 = torch.optim.lr_scheduler.LambdaLR(optimizer, factor), in_bf16(config.precision, device)
+    schedule, bf16 = (
+        torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        in_bf16(config.precision, device),
+    )
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
@@ -108,7 +131,9 @@ def plain_loop(model: nn.Module, config: Learner, device: torch.device, *, fused
         optimizer.zero_grad()
         schedule.step()
         with torch.no_grad():
-            for mean, value in zip(averaged.state_dict().values(), model.state_dict().values(), strict=True):
+            for mean, value in zip(
+                averaged.state_dict().values(), model.state_dict().values(), strict=True
+            ):
                 if mean.is_floating_point():
                     mean.lerp_(value, 1 - config.ema_decay)
                 else:
@@ -119,7 +144,9 @@ def plain_loop(model: nn.Module, config: Learner, device: torch.device, *, fused
 
 
 def rows(training: Training, device: torch.device, wanted: list[str]) -> dict[str, Step]:
-    """The plain loops and ours whose names contain one of ``wanted``, each with a copy of the model."""
+    """The plain loops and ours whose names contain one of ``wanted``, each with a copy of the
+    model.
+    """
     config, model = training.config, training.model(device)
 
     def plain(*, fused: bool = True, compile: bool = False) -> Step:
@@ -176,8 +203,12 @@ def host_waits(step: Step, batch: tuple[Tensor, Tensor], device: torch.device) -
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def measure(training: Training, device: torch.device, *, rounds: int, steps: int, wanted: list[str]) -> dict[str, Any]:
-    """Seconds of a step of every row, in turns; host waits; images a second and the share of the peak."""
+def measure(
+    training: Training, device: torch.device, *, rounds: int, steps: int, wanted: list[str]
+) -> dict[str, Any]:
+    """Seconds of a step of every row, in turns; host waits; images a second and the share of the
+    peak.
+    """
     made, batches = rows(training, device, wanted), training.batches(device)
 
     def several(step: Step) -> None:
@@ -190,7 +221,11 @@ def measure(training: Training, device: torch.device, *, rounds: int, steps: int
         there = timing.interleave(calls, rounds, device)
         back = timing.interleave(dict(reversed(calls.items())), rounds, device)
     timed = {name: timing.Times([*there[name].seconds, *back[name].seconds]) for name in calls}
-    counted = flops(lambda: plain_loop(training.model(device), training.config, device, fused=False)(*batches[0]))
+    counted = flops(
+        lambda: plain_loop(training.model(device), training.config, device, fused=False)(
+            *batches[0]
+        )
+    )
     peak = None
     if device.type == "cuda":
         machine = here()
@@ -207,36 +242,57 @@ def measure(training: Training, device: torch.device, *, rounds: int, steps: int
                 "share_of_peak": None if peak is None else counted / times.median / peak,
             }
         )
-    return {"training": training.name, "batch": training.size, "rounds": 2 * rounds, "flops": counted, "rows": found}
+    return {
+        "training": training.name,
+        "batch": training.size,
+        "rounds": 2 * rounds,
+        "flops": counted,
+        "rows": found,
+    }
 
 
 def table(record: dict[str, Any]) -> str:
     lines = [
-        f"| {record['training']}, {record['batch']} images | median ms | min ms | images/s | host waits | "
+        f"| {record['training']}, {record['batch']} images | median ms | min ms | images/s | host "
+        "waits | "
         "share of the peak |",
         "|---" * 6 + "|",
     ]
     for row in record["rows"]:
         share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"
         lines.append(
-            f"| {row['row']} | {row['seconds']['median'] * 1e3:.2f} | {row['seconds']['minimum'] * 1e3:.2f} | "
+            f"| {row['row']} | {row['seconds']['median'] * 1e3:.2f} | "
+            f"{row['seconds']['minimum'] * 1e3:.2f} | "
             f"{row['images_per_second']:.0f} | {row['host_waits']} | {share} |"
         )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dpfast bench learner", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--rounds", type=int, default=15, help="measurements of each row in each of two orders (default 15)"
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench learner", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--steps", type=int, help="training steps of a measurement (default 10, on a CPU 1)")
-    parser.add_argument("--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=15,
+        help="measurements of each row in each of two orders (default 15)",
+    )
+    parser.add_argument(
+        "--steps", type=int, help="training steps of a measurement (default 10, on a CPU 1)"
+    )
+    parser.add_argument(
+        "--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several"
+    )
     timing.add_device(parser)
     parser.add_argument(
-        "--record", type=Path, nargs="?", const=RESULTS.parent, metavar="FOLDER",
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RESULTS.parent,
+        metavar="FOLDER",
         help="append to learner.jsonl in FOLDER (default benchmarks/results)",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
     device = options.device
     if options.steps is None:
@@ -245,7 +301,13 @@ def main(arguments: list[str] | None = None) -> int:
         if value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
     for training in trainings(device):
-        record = measure(training, device, rounds=options.rounds, steps=options.steps, wanted=options.rows.split("|"))
+        record = measure(
+            training,
+            device,
+            rounds=options.rounds,
+            steps=options.steps,
+            wanted=options.rows.split("|"),
+        )
         print(json.dumps(record), file=sys.stderr, flush=True)
         print(table(record), flush=True)
         if options.record is not None:

@@ -1,8 +1,9 @@
 """Guided sampling at the sizes that people use, measured: `dpfast bench models`, on a GPU.
 
-DiT-XL/2 at 256 px and Stable Diffusion 1.5 at 512 px in bf16, guided by ViT-B/16 at 224 px in every fifth of 20 DDIM
-steps through the tiny decoder. Weights are random, which changes neither FLOPs nor bytes. All rows make the same number
-of samples from labels to uint8 images on the device; their rivals are those of `benchmarks.naive`.
+DiT-XL/2 at 256 px and Stable Diffusion 1.5 at 512 px in bf16, guided by ViT-B/16 at 224 px in every
+fifth of 20 DDIM steps through the tiny decoder. Weights are random, which changes neither FLOPs nor
+bytes. All rows make the same number of samples from labels to uint8 images on the device; their
+rivals are those of `benchmarks.naive`.
 """
 
 from __future__ import annotations
@@ -29,13 +30,25 @@ from dpfast import planning
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.hardware.peaks import here
-from dpfast.planning.architectures import BETAS, DIT_XL_2, PIXELS, SD15, VAE, frozen, published, vit_b_16
+from dpfast.planning.architectures import (
+    BETAS,
+    DIT_XL_2,
+    PIXELS,
+    SD15,
+    VAE,
+    frozen,
+    published,
+    vit_b_16,
+)
 
 RESULTS = Path(__file__).parent / "results" / "models.jsonl"
 STEPS, EVERY, OMEGA, CFG = 20, 5, 0.03, 1.5
 CLASSES = 1000
 BATCHES = {"dit-xl-2": 32, "stable-diffusion-1.5": 16}
-WORKS = {"dit-xl-2": planning.dit_xl_2, "stable-diffusion-1.5": lambda: planning.stable_diffusion_15(512)}
+WORKS = {
+    "dit-xl-2": planning.dit_xl_2,
+    "stable-diffusion-1.5": lambda: planning.stable_diffusion_15(512),
+}
 DTYPE = torch.bfloat16
 Make = Callable[[Tensor, Tensor], Tensor]
 Record = dict[str, Any]
@@ -60,7 +73,9 @@ class Resized(nn.Module):
         self.learner, self.size = learner, (size, size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.learner(nn.functional.interpolate(images, self.size, mode="bilinear", antialias=True))
+        return self.learner(
+            nn.functional.interpolate(images, self.size, mode="bilinear", antialias=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -75,10 +90,14 @@ class Large(Models):
         if name == "dit-xl-2":
             network, prompts = diffusers.DiTTransformer2DModel(sample_size=side, **DIT_XL_2), None
         else:
-            network = diffusers.UNet2DConditionModel(sample_size=side, **SD15).to(memory_format=torch.channels_last)
+            network = diffusers.UNet2DConditionModel(sample_size=side, **SD15).to(
+                memory_format=torch.channels_last
+            )
             prompts = torch.randn(CLASSES + 1, 77, 768)
         vae, tiny = diffusers.AutoencoderKL(**VAE), diffusers.AutoencoderTiny()
-        scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS[name])
+        scheduler = diffusers.DDIMScheduler(
+            clip_sample=False, set_alpha_to_one=False, **BETAS[name]
+        )
         return cls(frozen(network), frozen(vae), frozen(tiny), scheduler, Resized(learner), prompts)
 
     def predict(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -86,7 +105,9 @@ class Large(Models):
         if self.prompts is None:
             out = self.transformer(x.to(DTYPE), timestep=steps, class_labels=labels).sample
         else:
-            out = self.transformer(x.to(DTYPE), steps, encoder_hidden_states=self.prompts[labels]).sample
+            out = self.transformer(
+                x.to(DTYPE), steps, encoder_hidden_states=self.prompts[labels]
+            ).sample
         return out[:, : x.shape[1]].float()
 
     def null(self, labels: Tensor) -> Tensor:
@@ -144,7 +165,9 @@ def rows(name: str, batch: int, folder: Path, wanted: list[str]) -> dict[str, Ca
         if guided.compile:
             plain._predict, plain._decode = guided._predict, guided._decode
         method = planning.Method(steps=STEPS)
-        return Row(name=title, make=guided.generate, unguided=plain.generate, method=method, size=batch)
+        return Row(
+            name=title, make=guided.generate, unguided=plain.generate, method=method, size=batch
+        )
 
     def ours(title: str, **options: Any) -> Row:
         pipeline = published(name, classes=CLASSES, dtype=DTYPE, device=device)
@@ -200,7 +223,9 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def measure(row: Row, work: planning.Work, peak: float, rounds: int) -> Record:
-    """Seconds of guided and unguided samples in turns, the first of each apart; memory of the guided ones."""
+    """Seconds of guided and unguided samples in turns, the first of each apart; memory of the
+    guided ones.
+    """
     labels, ids = (torch.arange(row.size, device="cuda") + start for start in (0, 1 << 41))
     calls = {"guided": lambda: row.make(labels, ids), "unguided": lambda: row.unguided(labels, ids)}
     first = {kind: _seconds(call) for kind, call in calls.items()}
@@ -219,7 +244,10 @@ def measure(row: Row, work: planning.Work, peak: float, rounds: int) -> Record:
         "cost": guided / unguided,
         "cost_by_flops": row.method.cost(work),
         "flops": flops,
-        "share_of_peak": {"guided": flops["guided"] / guided / peak, "unguided": flops["unguided"] / unguided / peak},
+        "share_of_peak": {
+            "guided": flops["guided"] / guided / peak,
+            "unguided": flops["unguided"] / unguided / peak,
+        },
         "first_seconds": first,
         "peak_bytes": torch.cuda.max_memory_reserved(),  # with the pool of captures
     }
@@ -227,32 +255,53 @@ def measure(row: Row, work: planning.Work, peak: float, rounds: int) -> Record:
 
 def table(name: str, made: list[Record]) -> str:
     lines = [
-        f"| {name} | samples/s | unguided | guided / unguided (by FLOPs) | over (b) | share of the peak | "
+        f"| {name} | samples/s | unguided | guided / unguided (by FLOPs) | over (b) | share of the "
+        "peak | "
         "first batch, s | memory |",
         "|---" * 8 + "|",
     ]
-    base = next((record["samples_per_second"]["guided"] for record in made if record["row"].startswith("(b)")), None)
+    base = next(
+        (
+            record["samples_per_second"]["guided"]
+            for record in made
+            if record["row"].startswith("(b)")
+        ),
+        None,
+    )
     for record in made:
         rate, share = record["samples_per_second"], record["share_of_peak"]
         lines.append(
-            f"| {record['row']} | {rate['guided']:.2f} | {rate['unguided']:.2f} | {record['cost']:.2f} "
-            f"({record['cost_by_flops']:.2f}) | {'' if base is None else format(rate['guided'] / base, '.2f') + 'x'} | "
-            f"{share['guided']:.0%}, {share['unguided']:.0%} unguided | {record['first_seconds']['guided']:.0f} | "
+            f"| {record['row']} | {rate['guided']:.2f} | {rate['unguided']:.2f} | "
+            f"{record['cost']:.2f} "
+            f"({record['cost_by_flops']:.2f}) | "
+            f"{'' if base is None else format(rate['guided'] / base, '.2f') + 'x'} | "
+            f"{share['guided']:.0%}, {share['unguided']:.0%} unguided | "
+            f"{record['first_seconds']['guided']:.0f} | "
             f"{record['peak_bytes'] / 1e9:.1f} GB |"
         )
     return "\n".join(lines)
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dpfast bench models", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", default="|".join(BATCHES), help=f"of {', '.join(BATCHES)}, | between several")
-    parser.add_argument("--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several")
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench models", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--models", default="|".join(BATCHES), help=f"of {', '.join(BATCHES)}, | between several"
+    )
+    parser.add_argument(
+        "--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed batches of each (default 3)")
     parser.add_argument("--batch", type=int, help=f"samples at once (default {BATCHES})")
     parser.add_argument(
-        "--record", type=Path, nargs="?", const=RESULTS.parent, metavar="FOLDER",
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RESULTS.parent,
+        metavar="FOLDER",
         help="append to models.jsonl in FOLDER (default benchmarks/results)",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
     for name in options.models.split("|"):
         if name not in BATCHES:
@@ -273,12 +322,18 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.models.split("|"):
         work, made = WORKS[name](), []
         with tempfile.TemporaryDirectory() as folder:
-            makers = rows(name, options.batch or BATCHES[name], Path(folder), options.rows.split("|"))
+            makers = rows(
+                name, options.batch or BATCHES[name], Path(folder), options.rows.split("|")
+            )
             for title, make in makers.items():
                 try:
                     made.append(measure(make(), work, peak, options.rounds))
                 except Exception as error:  # a row that fails leaves the others
-                    print(f"{title}: {type(error).__name__}: {str(error)[:2000]}", file=sys.stderr, flush=True)
+                    print(
+                        f"{title}: {type(error).__name__}: {str(error)[:2000]}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     failed = True
                     continue
                 finally:

@@ -1,11 +1,14 @@
 """The baselines that dpfast is measured against, in plain diffusers code. Three, kept apart:
 
-(a) ``Predecessor``: guidance as published before dpfast: one image at a time, one more denoiser forward for each guided
+(a) ``Predecessor``: guidance as published before dpfast: one image at a time, one more denoiser
+forward for each guided
     step, the full decoder in the gradient, PNG files that a loader reads back.
-(b) ``Batched``: the mathematics of dpfast in batched eager code, with nothing left out that plain code can do.
-(c) ``Batched(compile=True)``: the networks of (b) and their gradient under ``torch.compile``.
+(b) ``Batched``: the mathematics of dpfast in batched eager code, with nothing left out that plain
+code can do. (c) ``Batched(compile=True)``: the networks of (b) and their gradient under
+``torch.compile``.
 
-All take the initial noise from ``dpfast.ops.normal``, so that images with one sample id can be compared one by one.
+All take the initial noise from ``dpfast.ops.normal``, so that images with one sample id can be
+compared one by one.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from dpfast.ops import normal
 
 @dataclass(frozen=True)
 class Models:
-    """A ``DiTPipeline`` folder in float32, as diffusers loads it, and the learner: images in [-1, 1] to logits."""
+    """A ``DiTPipeline`` folder in float32, as diffusers loads it, and the learner: images in [-1,
+    1] to logits.
+    """
 
     transformer: nn.Module
     vae: nn.Module
@@ -34,16 +39,24 @@ class Models:
     learner: nn.Module
 
     @classmethod
-    def load(cls, folder: str | Path, learner: nn.Module, device: torch.device | str = "cpu") -> Models:
+    def load(
+        cls, folder: str | Path, learner: nn.Module, device: torch.device | str = "cpu"
+    ) -> Models:
         pipeline = diffusers.DiTPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-        tiny = diffusers.AutoencoderTiny.from_pretrained(Path(folder) / "tiny_decoder", torch_dtype=torch.float32)
+        tiny = diffusers.AutoencoderTiny.from_pretrained(
+            Path(folder) / "tiny_decoder", torch_dtype=torch.float32
+        )
         networks = (pipeline.transformer, pipeline.vae, tiny)
         for network in networks:
             network.eval().requires_grad_(False).to(device)
-        return cls(*networks, diffusers.DDIMScheduler.from_config(pipeline.scheduler.config), learner)
+        return cls(
+            *networks, diffusers.DDIMScheduler.from_config(pipeline.scheduler.config), learner
+        )
 
     def predict(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return self.transformer(x, timestep=t.to(x.device).expand(len(x)), class_labels=labels).sample
+        return self.transformer(
+            x, timestep=t.to(x.device).expand(len(x)), class_labels=labels
+        ).sample
 
     def null(self, labels: Tensor) -> Tensor:
         """The labels of classifier-free guidance's empty condition."""
@@ -69,22 +82,32 @@ class Models:
 class Predecessor:
     """(a): image by image through files.
 
-    A guided step moves the latent z by omega |z| along the normalised gradient of the entropy of the learner at
-    x0 s + z (1 - s), s = sqrt(1 - alpha_bar), decoded in full and stretched to [0, 1] by its own minimum and maximum.
-    The prediction of the scheduler's step is the one from before the shift.
+    A guided step moves the latent z by omega |z| along the normalised gradient of the entropy of
+    the learner at x0 s + z (1 - s), s = sqrt(1 - alpha_bar), decoded in full and stretched to [0,
+    1] by its own minimum and maximum. The prediction of the scheduler's step is the one from before
+    the shift.
     """
 
     def __init__(
-        self, models: Models, folder: Path, *, steps: int = 20, every: int = 5, omega: float = 0.03,
-        cfg_scale: float = 1.5, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        models: Models,
+        folder: Path,
+        *,
+        steps: int = 20,
+        every: int = 5,
+        omega: float = 0.03,
+        cfg_scale: float = 1.5,
+        seed: int = 0,
+    ) -> None:
         self.models, self.folder, self.every, self.omega = models, folder, every, omega
         self.cfg_scale, self.seed = cfg_scale, seed
         self.scheduler = diffusers.DDIMScheduler.from_config(models.scheduler.config)
         self.scheduler.set_timesteps(steps)
 
     def generate(self, labels: Tensor, ids: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W), which were files in between; the order is that of the labels."""
+        """uint8 images (B, C, H, W), which were files in between; the order is that of the
+        labels.
+        """
         paths = [self._sample(label[None], i[None]) for label, i in zip(labels, ids, strict=True)]
         loaded = dict(self._image_folder())
         return torch.stack([loaded[path] for path in paths])
@@ -114,7 +137,9 @@ class Predecessor:
         pixels = (image[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
         target = self.folder / f"{int(label):04d}"
         target.mkdir(parents=True, exist_ok=True)
-        path = target / f"{len(list(target.iterdir())):06d}.png"  # the next free number, by a look at the folder
+        path = (
+            target / f"{len(list(target.iterdir())):06d}.png"
+        )  # the next free number, by a look at the folder
         Image.fromarray(pixels.squeeze()).save(path)
         return path
 
@@ -133,18 +158,25 @@ class Predecessor:
 
     def _image_folder(self) -> list[tuple[Path, Tensor]]:
         """What an image-folder data set does: class folders in order, every file decoded by PIL."""
-        files = [path for folder in sorted(self.folder.iterdir()) for path in sorted(folder.iterdir())]
+        files = [
+            path for folder in sorted(self.folder.iterdir()) for path in sorted(folder.iterdir())
+        ]
         arrays = ((path, np.array(Image.open(path))) for path in files)
-        return [(path, torch.from_numpy(a if a.ndim == 3 else a[..., None]).permute(2, 0, 1)) for path, a in arrays]
+        return [
+            (path, torch.from_numpy(a if a.ndim == 3 else a[..., None]).permute(2, 0, 1))
+            for path, a in arrays
+        ]
 
 
 @dataclass(kw_only=True)
 class Batched:
     """(b) by default, and its variants on the way from (a).
 
-    share: the conditional forward of classifier-free guidance is the one that is differentiated; False: one more
-    forward. decoder: in the gradient. blend: the image that (a) shows its learner, per sample; False: x0's own.
-    cfg_until: classifier-free guidance stops at this fraction of the steps. solver: "ddim" or "dpmpp2m".
+    share: the conditional forward of classifier-free guidance is the one that is differentiated;
+    False: one more forward. decoder: in the gradient. blend: the image that (a) shows its learner,
+    per sample; False: x0's own.
+    cfg_until: classifier-free guidance stops at this fraction of the steps. solver: "ddim" or
+    "dpmpp2m".
     compile: (c). Norms belong to samples.
     """
 
@@ -162,7 +194,11 @@ class Batched:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        kind = diffusers.DDIMScheduler if self.solver == "ddim" else diffusers.DPMSolverMultistepScheduler
+        kind = (
+            diffusers.DDIMScheduler
+            if self.solver == "ddim"
+            else diffusers.DPMSolverMultistepScheduler
+        )
         self.scheduler = kind.from_config(self.models.scheduler.config)
         if self.compile:
             self.gradient = torch.compile(self.gradient, fullgraph=True, dynamic=False)
@@ -174,14 +210,21 @@ class Batched:
     @torch.no_grad()
     def generate(self, labels: Tensor, ids: Tensor) -> Tensor:
         """uint8 images (B, C, H, W)."""
-        return ((self._decode(self.latents(labels, ids)) / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+        return (
+            ((self._decode(self.latents(labels, ids)) / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+        )
 
     @torch.no_grad()
     def latents(self, labels: Tensor, ids: Tensor) -> Tensor:
         """The final latents (B, c, h, w)."""
         models, config = self.models, self.models.transformer.config
         null = models.null(labels)
-        x = normal(ids, (config.in_channels, config.sample_size, config.sample_size), seed=self.seed, stream=0)
+        x = normal(
+            ids,
+            (config.in_channels, config.sample_size, config.sample_size),
+            seed=self.seed,
+            stream=0,
+        )
         self.scheduler.set_timesteps(self.steps)
         for index, t in enumerate(self.scheduler.timesteps):
             guided = index % self.every == 0 and self.omega != 0
@@ -200,12 +243,16 @@ class Batched:
             if unconditional is not None:
                 prediction = unconditional + self.cfg_scale * (conditional - unconditional)
             if gradient is not None:
-                size, length = (tensor.flatten(1).norm(dim=1)[:, None, None, None] for tensor in (x, gradient))
+                size, length = (
+                    tensor.flatten(1).norm(dim=1)[:, None, None, None] for tensor in (x, gradient)
+                )
                 x = x + self.omega * size / (length + 1e-8) * gradient
             x = self.scheduler.step(prediction, t, x).prev_sample
         return x
 
-    def gradient(self, x: Tensor, t: Tensor, labels: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, x: Tensor, t: Tensor, labels: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The gradient of the learner's entropy at x, and the conditional prediction."""
 
         def entropy(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,7 +261,9 @@ class Batched:
             x0 = alpha * x - sigma * prediction if v else (x - sigma * prediction) / alpha
             if self.blend:
                 x0 = x0 * sigma + x * (1 - sigma)
-            image = self.models.decode_tiny(x0) if self.decoder == "tiny" else self.models.decode(x0)
+            image = (
+                self.models.decode_tiny(x0) if self.decoder == "tiny" else self.models.decode(x0)
+            )
             if self.blend:
                 image = image / 2 + 0.5
                 image = image - image.detach().amin(dim=(1, 2, 3), keepdim=True)

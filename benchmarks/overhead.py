@@ -1,10 +1,12 @@
-"""What a run costs beside its work: the start with 1,000 classes, and rank 0's bookkeeping of each sample.
+"""What a run costs beside its work: the start with 1,000 classes, and rank 0's bookkeeping of each
+sample.
 
     dpfast bench overhead --record
 
-The start is that of `imagenet1k-sd15` with a tiny random Stable Diffusion pipeline, so that loading weights takes
-nothing, and real images of the usual size. The bookkeeping is measured at pools of 10^4 to 10^7 samples whose payloads
-are a byte each, in as many chunks as payloads of 224 px would fill.
+The start is that of `imagenet1k-sd15` with a tiny random Stable Diffusion pipeline, so that loading
+weights takes nothing, and real images of the usual size. The bookkeeping is measured at pools of
+10^4 to 10^7 samples whose payloads are a byte each, in as many chunks as payloads of 224 px would
+fill.
 """
 
 from __future__ import annotations
@@ -47,14 +49,31 @@ def start_seconds(rounds: int) -> dict[str, Any]:
             (validation / wordnet_id).mkdir(parents=True)
             for i in range(IMAGES):
                 picture.save(validation / wordnet_id / f"{i}.JPEG", quality=90)
-        command = [sys.executable, "-m", "benchmarks.overhead", "--child", str(generator), str(validation)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.overhead",
+            "--child",
+            str(generator),
+            str(validation),
+        ]
         runs = []
         for _ in range(rounds):
             began = time.perf_counter()
-            out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-            runs.append({**json.loads(out.stdout.splitlines()[-1]), "process": time.perf_counter() - began})
+            out = subprocess.run(
+                command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+            )
+            runs.append(
+                {**json.loads(out.stdout.splitlines()[-1]), "process": time.perf_counter() - began}
+            )
     stages = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    return {"part": "start", "rounds": rounds, "classes": CLASSES, "images": CLASSES * IMAGES, "seconds": stages}
+    return {
+        "part": "start",
+        "rounds": rounds,
+        "classes": CLASSES,
+        "images": CLASSES * IMAGES,
+        "seconds": stages,
+    }
 
 
 def child(generator: str, validation: str) -> None:
@@ -79,10 +98,15 @@ def child(generator: str, validation: str) -> None:
         from dpfast.practice.loop import Loop
         from dpfast.practice.sources import Unguided
     with stage("recipe"):
-        changes: dict[str, Any] = {"codec": "latents", "mapped": False}  # 9.1 M samples of this pipeline fit anywhere
+        changes: dict[str, Any] = {
+            "codec": "latents",
+            "mapped": False,
+        }  # 9.1 M samples of this pipeline fit anywhere
         if not torch.cuda.is_available():
             changes["dtype"] = "float32"  # bf16 is emulated on most CPUs
-        recipe = Recipe.load("imagenet1k-sd15", pipeline=generator, validation=validation, **changes)
+        recipe = Recipe.load(
+            "imagenet1k-sd15", pipeline=generator, validation=validation, **changes
+        )
     with stage("folders"):
         check_real(validation, "", check_generator(recipe.generator))
     with stage("pipeline and prompts"):
@@ -126,11 +150,15 @@ def bookkeeping(rounds: int) -> list[dict[str, Any]]:
             times.append((time.perf_counter() - began) / count)
         return 1e6 * statistics.median(times)
 
-    pool = SamplePool(shape=(1, 1, 1), tiers=MemoryTiers(host_bytes=1 << 34), chunk_bytes=CHUNK // PAYLOAD)
+    pool = SamplePool(
+        shape=(1, 1, 1), tiers=MemoryTiers(host_bytes=1 << 34), chunk_bytes=CHUNK // PAYLOAD
+    )
     order, found = Order(0, 4096), []
 
     def append(count: int) -> int:
-        pool.append_records(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), records(len(pool), count))
+        pool.append_records(
+            torch.zeros(count, 1, 1, 1, dtype=torch.uint8), records(len(pool), count)
+        )
         return count
 
     def appended() -> int:
@@ -175,11 +203,18 @@ def table(records: list[dict[str, Any]]) -> str:
     books = [r for r in records if r["part"] == "bookkeeping"]
     if books:
         names = list(books[0]["microseconds"])
-        lines += ["", "| samples | chunks | manifest, bytes | " + " | ".join(f"{n}, us a sample" for n in names) + " |"]
+        lines += [
+            "",
+            "| samples | chunks | manifest, bytes | "
+            + " | ".join(f"{n}, us a sample" for n in names)
+            + " |",
+        ]
         lines.append("|---" * (3 + len(names)) + "|")
         for r in books:
             cells = [f"{r[k]:,}" for k in ("samples", "chunks", "manifest_bytes")]
-            lines.append("| " + " | ".join([*cells, *(f"{r['microseconds'][n]:.2f}" for n in names)]) + " |")
+            lines.append(
+                "| " + " | ".join([*cells, *(f"{r['microseconds'][n]:.2f}" for n in names)]) + " |"
+            )
     return "\n".join(lines)
 
 
@@ -188,7 +223,9 @@ def missed(records: list[dict[str, Any]]) -> list[str]:
     found = []
     for record in (r for r in records if r["part"] == "start"):
         if record["seconds"]["process"] > TARGETS["start"]:
-            found.append(f"start: {record['seconds']['process']:.1f} s, target {TARGETS['start']:g} s")
+            found.append(
+                f"start: {record['seconds']['process']:.1f} s, target {TARGETS['start']:g} s"
+            )
     books = [r for r in records if r["part"] == "bookkeeping"]
     if books:
         first, last = (sum(r["microseconds"].values()) for r in (books[0], books[-1]))
@@ -199,7 +236,9 @@ def missed(records: list[dict[str, Any]]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where a target is missed."""
-    parser = argparse.ArgumentParser(prog="dpfast bench overhead", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench overhead", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--part", choices=["start", "bookkeeping"], help="one of the two")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3)")
     parser.add_argument("--record", type=Path, nargs="?", const=RESULTS, help="file to append to")

@@ -1,11 +1,13 @@
-"""Which rules of patience the paper's tables allow, and how many samples a recipe reaches under each.
+"""Which rules of patience the paper's tables allow, and how many samples a recipe reaches under
+each.
 
     dpfast bench patience
 
-Tables 4 and 5 of arXiv 2502.15588 print, for runs of N initial samples and P a round, the epoch at which a branch with
-k additions leaves the run, chosen just before the next addition. An epoch is read as a pass over the N initial samples,
-and an evaluation comes after each. Between two branches every addition waits for T_max evaluations at the least, so a
-rule whose sum of them is larger than the epochs between is not the paper's.
+Tables 4 and 5 of arXiv 2502.15588 print, for runs of N initial samples and P a round, the epoch at
+which a branch with k additions leaves the run, chosen just before the next addition. An epoch is
+read as a pass over the N initial samples, and an evaluation comes after each. Between two branches
+every addition waits for T_max evaluations at the least, so a rule whose sum of them is larger than
+the epochs between is not the paper's.
 """
 
 from __future__ import annotations
@@ -22,12 +24,17 @@ import numpy as np
 from dpfast.config import Recipe
 from dpfast.practice.patience import Patience
 
-Rule = Callable[[int, float, int], int]  # T_max from its initial value, pool / N and the additions so far
+Rule = Callable[
+    [int, float, int], int
+]  # T_max from its initial value, pool / N and the additions so far
 STABLE = 0.8  # of the iterations come before the cool-down, in which nothing is added
 LATE = 1  # epochs: an addition is at its branch's epoch or right after it
 
 VALIDATION = 2500  # images that drive a run of ImageNet-100 without ``held_out``
-SIZES, ACCURACIES = (1, 2, 7, 14, 24), (0.52, 0.57, 0.62, 0.64, 0.65)  # pool / N, and the accuracy that it allows
+SIZES, ACCURACIES = (
+    (1, 2, 7, 14, 24),
+    (0.52, 0.57, 0.62, 0.64, 0.65),
+)  # pool / N, and the accuracy that it allows
 FIRST = 0.35  # accuracy after the warm-up
 NOISES, PACES, SEEDS = (0.002, 0.005, 0.009), (0.02, 0.1), range(10)
 
@@ -46,7 +53,9 @@ OTHERS: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A row of the tables: sizes in thousands, T_max at the start, passes over N up to the cool-down, k -> epoch."""
+    """A row of the tables: sizes in thousands, T_max at the start, passes over N up to the
+    cool-down, k -> epoch.
+    """
 
     table: str
     initial: int
@@ -57,7 +66,9 @@ class Run:
     additions: int | None = None  # of a run that is printed to its end
 
 
-def _imagenet100(initial: int, round: int, patience: int, branches: dict[int, int], end: int | None = None) -> Run:
+def _imagenet100(
+    initial: int, round: int, patience: int, branches: dict[int, int], end: int | None = None
+) -> Run:
     return Run("Table 4", initial, round, patience, STABLE * 50 * 2048 / initial, branches, end)
 
 
@@ -70,7 +81,9 @@ RUNS = (
     _imagenet100(64, 32, 4, {6: 469, 8: 606, 11: 782, 18: 1001}),
     _imagenet100(130, 130, 14, {}, 6),
     _imagenet100(130, 64, 5, {27: 494, 47: 618}),
-    _imagenet100(130, 64, 5, {26: 494, 47: 618}),  # the same: its 1.794 M samples, printed with k = 27, are k = 26
+    _imagenet100(
+        130, 64, 5, {26: 494, 47: 618}
+    ),  # the same: its 1.794 M samples, printed with k = 27, are k = 26
     _imagenet1k(160, 160, {1: 134}),
     _imagenet1k(320, 160, {1: 191}),
     _imagenet1k(320, 320, {1: 71}),
@@ -81,7 +94,9 @@ RUNS = (
 
 @dataclass(frozen=True)
 class Span:
-    """Additions whose waiting lies in a known number of evaluations: those after ``first``, ..., ``last`` others."""
+    """Additions whose waiting lies in a known number of evaluations: those after ``first``, ...,
+    ``last`` others.
+    """
 
     run: Run
     first: int
@@ -96,7 +111,9 @@ class Span:
 
 
 def spans(run: Run) -> Iterator[Span]:
-    """From the start to the first branch, between branches, and to the end of a run that is printed to its end."""
+    """From the start to the first branch, between branches, and to the end of a run that is printed
+    to its end.
+    """
     first, since = 0, 0
     for additions, epoch in run.branches.items():
         yield Span(run, first, additions, epoch - since + (LATE if since else 0))
@@ -127,9 +144,10 @@ def fits(rule: Rule) -> bool:
 def samples_reached(recipe: Recipe, growth: str, noise: float, pace: float, seed: int) -> int:
     """Samples at the end of a simulated run of a recipe, under one of the shipped rules.
 
-    With every evaluation the accuracy comes nearer, by ``pace`` of the gap, to what the size of the pool allows:
-    ``ACCURACIES`` over the logarithm of ``SIZES``, near those of Table 4. It is measured on ``VALIDATION`` images, with
-    noise of standard deviation ``noise`` that keeps 0.7 of itself from one evaluation to the next, as averaged weights.
+    With every evaluation the accuracy comes nearer, by ``pace`` of the gap, to what the size of the
+    pool allows: ``ACCURACIES`` over the logarithm of ``SIZES``, near those of Table 4. It is
+    measured on ``VALIDATION`` images, with noise of standard deviation ``noise`` that keeps 0.7 of
+    itself from one evaluation to the next, as averaged weights.
     """
     practice, chance = recipe.practice, random.Random(seed)
     interval = practice.interval(recipe.learner.batch_size)
@@ -155,7 +173,11 @@ def rules_table() -> str:
         *(f"{s.run.initial}k + {s.run.round}k, {s.first + 1} to {s.last + 1}" for s in tight),
         "all spans",
     ]
-    lines = [header, ["---"] * len(header), ["there are", *(str(span.evaluations) for span in tight), ""]]
+    lines = [
+        header,
+        ["---"] * len(header),
+        ["there are", *(str(span.evaluations) for span in tight), ""],
+    ]
     for name, rule in RULES.items():
         needed = [span.least(rule) for span in tight]
         lines.append([name, *map(str, needed), "fits" if fits(rule) else "does not fit"])
@@ -166,15 +188,21 @@ def reached_table(name: str) -> str:
     recipe = Recipe.load(name)
     lines = [f"| {name} | fewest | median | most |", "|---|---|---|---|"]
     for growth in SHIPPED:
-        ends = sorted(samples_reached(recipe, growth, n, p, s) for n in NOISES for p in PACES for s in SEEDS)
+        ends = sorted(
+            samples_reached(recipe, growth, n, p, s) for n in NOISES for p in PACES for s in SEEDS
+        )
         values = (ends[0], statistics.median_low(ends), ends[-1])
-        lines.append(f"| {growth} | " + " | ".join(f"{value / 1e6:.2f} M" for value in values) + " |")
+        lines.append(
+            f"| {growth} | " + " | ".join(f"{value / 1e6:.2f} M" for value in values) + " |"
+        )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where the recipes' rule does not fit."""
-    argparse.ArgumentParser(prog="dpfast bench patience", description=__doc__.splitlines()[0]).parse_args(arguments)
+    argparse.ArgumentParser(
+        prog="dpfast bench patience", description=__doc__.splitlines()[0]
+    ).parse_args(arguments)
     print(f"{rules_table()}\n\n{reached_table('imagenet100-sd15')}")
     return 0 if fits(RULES["coverage"]) else 1
 

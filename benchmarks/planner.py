@@ -1,6 +1,7 @@
 """The planner's prediction for `fashion` beside the run itself: `dpfast bench plan --record`.
 
-The stages are timed first, as `dpfast plan fashion --device here` does, then the recipe runs. Both take this machine.
+The stages are timed first, as `dpfast plan fashion --device here` does, then the recipe runs. Both
+take this machine.
 """
 
 from __future__ import annotations
@@ -60,14 +61,25 @@ def table(record: dict[str, Any]) -> str:
 
 def missed(record: dict[str, Any]) -> list[str]:
     """The phases whose prediction is too far off."""
-    off = {name: record["predicted"][name] / seconds - 1 for name, seconds in record["measured"].items()}
-    return [f"{name}: {value:+.0%}, target {TARGET:.0%}" for name, value in off.items() if abs(value) > TARGET]
+    off = {
+        name: record["predicted"][name] / seconds - 1
+        for name, seconds in record["measured"].items()
+    }
+    return [
+        f"{name}: {value:+.0%}, target {TARGET:.0%}"
+        for name, value in off.items()
+        if abs(value) > TARGET
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where a prediction is too far off."""
-    parser = argparse.ArgumentParser(prog="dpfast bench plan", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--record", type=Path, nargs="?", const=RESULTS, help=f"file to append to ({RESULTS.name})")
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench plan", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=RESULTS, help=f"file to append to ({RESULTS.name})"
+    )
     options = parser.parse_args(arguments)
     record = compare(Recipe.load("fashion", sources="dp"))
     print(table(record))

@@ -1,8 +1,9 @@
 """What bf16 changes in a learner that is evaluated and that guides: `dpfast bench precision`.
 
-The embedded generator, guided by a learner in the middle of its training and by the embedded judge, each in fp32 and
-under bf16 autocast, which a CPU is made to run as a GPU does by default. Accuracy is that on the real test images;
-gradients are those of the entropy with respect to the latents, at the guided steps of trajectories that fp32 guides.
+The embedded generator, guided by a learner in the middle of its training and by the embedded judge,
+each in fp32 and under bf16 autocast, which a CPU is made to run as a GPU does by default. Accuracy
+is that on the real test images; gradients are those of the entropy with respect to the latents, at
+the guided steps of trajectories that fp32 guides.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ CPU = torch.device("cpu")
 
 
 def accuracies(learner: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Accuracy in both precisions, the share of images whose class differs, and how far entropies are apart."""
+    """Accuracy in both precisions, the share of images whose class differs, and how far entropies
+    are apart.
+    """
     exact, rounded = (predict(model, images) for model in (learner, Autocast(learner)))
     guesses = [logits.argmax(1) for logits in (exact, rounded)]
     return {
@@ -47,11 +50,21 @@ def accuracies(learner: nn.Module, images: Tensor, labels: Tensor) -> dict[str, 
 
 
 def cosines(learner: nn.Module, samples: int) -> Tensor:
-    """(guided steps, samples): the cosine of a sample's gradient in bf16 with that in fp32, at the same latents."""
+    """(guided steps, samples): the cosine of a sample's gradient in bf16 with that in fp32, at the
+    same latents.
+    """
     pipeline = Pipeline.from_pretrained("fashion")
     guidance = GuidanceConfig(omega=OMEGA, every=EVERY)
     exact, rounded = (
-        GuidedSampler(pipeline, model, guidance=guidance, steps=STEPS, cfg_scale=CFG, compile=False, cuda_graphs=False)
+        GuidedSampler(
+            pipeline,
+            model,
+            guidance=guidance,
+            steps=STEPS,
+            cfg_scale=CFG,
+            compile=False,
+            cuda_graphs=False,
+        )
         for model in (learner, Autocast(learner))
     )
     labels, found = torch.arange(samples) % 10, []
@@ -72,21 +85,31 @@ def _gradient(sampler: GuidedSampler, at: tuple[Tensor, ...]) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dpfast bench precision", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench precision", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--samples", type=int, default=250, help="trajectories (default 250)")
     parser.add_argument("--images", type=int, default=5000, help="real test images (default 5000)")
     parser.add_argument(
-        "--record", type=Path, nargs="?", const=RESULTS.parent, metavar="FOLDER",
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RESULTS.parent,
+        metavar="FOLDER",
         help="append to precision.jsonl in FOLDER (default benchmarks/results)",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
     real = load_real("fashion").test
     images, labels = real.images[: options.images], real.labels[: options.images]
     print(
-        "| learner | accuracy fp32, bf16 | other class | entropy, apart by | cosine of gradients: median, 1 %, least |"
+        "| learner | accuracy fp32, bf16 | other class | entropy, apart by | cosine of gradients: "
+        "median, 1 %, least |"
     )
     print("|---|---|---|---|---|")
-    for name, learner in {"250 steps of training": quick_learner(CPU), "judge": load_judge()}.items():
+    for name, learner in {
+        "250 steps of training": quick_learner(CPU),
+        "judge": load_judge(),
+    }.items():
         record = {"learner": name, **accuracies(learner, images, labels)}
         values = cosines(learner, options.samples)
         record["cosine"] = {
@@ -98,8 +121,10 @@ def main(arguments: list[str] | None = None) -> int:
         }
         accuracy, cosine = record["accuracy"], record["cosine"]
         print(
-            f"| {name} | {accuracy[0]:.2%}, {accuracy[1]:.2%} | {record['other_class']:.2%} | {record['entropy']:.3f}, "
-            f"{record['entropy_difference']:.4f} nats | {cosine['median']:.4f}, {cosine['one_percent']:.3f}, "
+            f"| {name} | {accuracy[0]:.2%}, {accuracy[1]:.2%} | {record['other_class']:.2%} | "
+            f"{record['entropy']:.3f}, "
+            f"{record['entropy_difference']:.4f} nats | {cosine['median']:.4f}, "
+            f"{cosine['one_percent']:.3f}, "
             f"{cosine['minimum']:.3f} |"
         )
         print(json.dumps(record), file=sys.stderr)

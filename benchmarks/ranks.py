@@ -1,6 +1,7 @@
 """Two ranks beside one, a thread each: `dpfast bench ranks`.
 
-The ranks are processes as torchrun starts them. In turns rank 0 does the whole work while the others wait, and all do
+The ranks are processes as torchrun starts them. In turns rank 0 does the whole work while the
+others wait, and all do
 it together: the ratio of the two times is the gain of that many ranks.
 """
 
@@ -40,8 +41,14 @@ from dpfast.pool.sharded import ShardedPool, ShardLayout
 SAMPLES, BATCH = 80, 20  # of a generation
 POOL, LEARNED, STEPS = 2000, 256, 2  # samples, batch of the learner, steps of a measurement
 EVALUATED = 2000
-VIT = {"image_size": 32, "patch_size": 4, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3,
-       "intermediate_size": 768}  # fmt: skip
+VIT = {
+    "image_size": 32,
+    "patch_size": 4,
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+}
 Work = Callable[[Ranks], Callable[[], object]]
 
 
@@ -61,7 +68,9 @@ def generation(ranks: Ranks) -> Callable[[], object]:
 
 
 def learning(kind: str) -> Work:
-    """Optimiser steps with their batches: crops, flips, mixing, and between ranks the exchange of samples."""
+    """Optimiser steps with their batches: crops, flips, mixing, and between ranks the exchange of
+    samples.
+    """
 
     def prepare(ranks: Ranks) -> Callable[[], object]:
         layout = ShardLayout(ranks, BATCH, (POOL,))
@@ -101,7 +110,9 @@ WORKS: dict[str, tuple[Work, float | None]] = {  # and the gain of two ranks tha
 def _learner(kind: str, classes: int) -> nn.Module:
     torch.manual_seed(0)
     if kind == "vit":
-        return build_learner("transformers:ViTForImageClassification", classes=classes, channels=1, **VIT)
+        return build_learner(
+            "transformers:ViTForImageClassification", classes=classes, channels=1, **VIT
+        )
     learner = Recipe.load("fashion").learner
     return build_learner(learner.model, classes=classes, channels=1, **learner.options)
 
@@ -113,7 +124,13 @@ def records_of(ids: np.ndarray) -> np.ndarray:
 
 
 def _rank(rank: int, size: int, port: int, rounds: int, chosen: list[str], out: Path) -> None:
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    here = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in here.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     records = []
@@ -124,15 +141,26 @@ def _rank(rank: int, size: int, port: int, rounds: int, chosen: list[str], out: 
             seconds: dict[str, list[float]] = {"one": [], "all": []}
             for number in range(rounds + 1):
                 for kind, call in (("one", alone), ("all", together)):
-                    ranks.control.all_reduce(torch.zeros(1))  # who waits for the store looks now and then only
+                    ranks.control.all_reduce(
+                        torch.zeros(1)
+                    )  # who waits for the store looks now and then only
                     started = time.perf_counter()
                     call()
                     ranks.control.all_reduce(torch.zeros(1))
                     if number:  # the first is warm-up
                         seconds[kind].append(time.perf_counter() - started)
             one, every = statistics.median(seconds["one"]), statistics.median(seconds["all"])
-            records.append({"case": name, "ranks": size, "rounds": rounds, "one": one, "all": every,
-                            "gain": one / every, "target": target if size == 2 else None})  # fmt: skip
+            records.append(
+                {
+                    "case": name,
+                    "ranks": size,
+                    "rounds": rounds,
+                    "one": one,
+                    "all": every,
+                    "gain": one / every,
+                    "target": target if size == 2 else None,
+                }
+            )
     if rank == 0:
         out.write_text(json.dumps(records))
 
@@ -149,17 +177,25 @@ def gains(size: int, rounds: int, chosen: list[str]) -> list[dict[str, Any]]:
 
 def table(records: list[dict[str, Any]]) -> str:
     lines = ["| | one rank, s | all, s | gain | asked for |", "|---|---|---|---|---|"]
-    lines += [f"| {r['case']}, {r['ranks']} ranks | {r['one']:.3f} | {r['all']:.3f} | {r['gain']:.2f}x | "
-              f"{r['target'] or ''} |" for r in records]  # fmt: skip
+    lines += [
+        f"| {r['case']}, {r['ranks']} ranks | {r['one']:.3f} | {r['all']:.3f} | "
+        f"{r['gain']:.2f}x | "
+        f"{r['target'] or ''} |"
+        for r in records
+    ]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dpfast bench ranks", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench ranks", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default 7)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/ranks.jsonl")
+    parser.add_argument(
+        "--record", action="store_true", help="append to benchmarks/results/ranks.jsonl"
+    )
     options = parser.parse_args(arguments)
     for name in ("ranks", "rounds"):
         if getattr(options, name) < 1:
@@ -170,5 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     records = gains(options.ranks, options.rounds, chosen)
     print(table(records))
     if options.record:
-        timing.append(RESULTS / "ranks.jsonl", "ranks", ({"threads": 1, **record} for record in records))
+        timing.append(
+            RESULTS / "ranks.jsonl", "ranks", ({"threads": 1, **record} for record in records)
+        )
     return 0

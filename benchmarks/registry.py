@@ -22,10 +22,11 @@ OURS, OURS_OUT, EAGER, COMPILED = "dpfast", "dpfast, out=", "eager", "torch.comp
 class Case:
     """One operation at one size.
 
-    `tests` is the file that has to pass before anything is timed. `build` makes the inputs on a device and returns the
-    variants, callables without arguments; it asserts first that they agree. `bytes` is the traffic by the operation's
-    formula, each input read and each output written once; None where arithmetic or latency is the limit. `targets` maps
-    a rival's name to the speed-up that is asked for on a CPU, "copy" to the share of the copy bandwidth.
+    `tests` is the file that has to pass before anything is timed. `build` makes the inputs on a
+    device and returns the variants, callables without arguments; it asserts first that they agree.
+    `bytes` is the traffic by the operation's formula, each input read and each output written once;
+    None where arithmetic or latency is the limit. `targets` maps a rival's name to the speed-up
+    that is asked for on a CPU, "copy" to the share of the copy bandwidth.
     """
 
     operation: str
@@ -41,7 +42,9 @@ class Case:
 
 
 def cases(suite: str) -> list[Case]:
-    """The cases of a suite, in the order of its files; those of other suites may need packages that are not there."""
+    """The cases of a suite, in the order of its files; those of other suites may need packages that
+    are not there.
+    """
     modules = (importlib.import_module(f"benchmarks.{module}") for module in SUITES[suite])
     return [case for module in modules for case in module.CASES]
 

@@ -1,11 +1,12 @@
-"""A rehearsal held against a run: what the embedded recipe holds in memory, counted without data and measured.
+"""A rehearsal held against a run: what the embedded recipe holds in memory, counted without data
+and measured.
 
     dpfast bench rehearsal --record
 
-Both walk the same short run of `fashion` (`dpfast.rehearsal.walk.cut`), with batches so large that tensors and not
-libraries fill the memory. Measured is what the process holds at most beyond what it held before (VmHWM against VmRSS),
-with an allocator that gives freed blocks back at once (MALLOC_MMAP_THRESHOLD_): the memory of a process only grows
-otherwise.
+Both walk the same short run of `fashion` (`dpfast.rehearsal.walk.cut`), with batches so large that
+tensors and not libraries fill the memory. Measured is what the process holds at most beyond what it
+held before (VmHWM against VmRSS), with an allocator that gives freed blocks back at once
+(MALLOC_MMAP_THRESHOLD_): the memory of a process only grows otherwise.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def recipe(samples: int, images: int) -> Any:
     from dpfast.parallel import ALONE
     from dpfast.rehearsal.walk import cut
 
-    whole = Recipe.load("fashion", generation_batch=samples, batch_size=images, host_gib=0.1, loader="torch")
+    whole = Recipe.load(
+        "fashion", generation_batch=samples, batch_size=images, host_gib=0.1, loader="torch"
+    )
     return cut(whole, ALONE, 10)
 
 
@@ -43,7 +46,9 @@ def measured(samples: int, images: int) -> int:
     command = [sys.executable, "-m", "benchmarks.rehearsal", "--child", str(samples), str(images)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": MMAP, "OMP_NUM_THREADS": "2"}
     place = Path(__file__).parents[1]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=place, env=environment)
+    out = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=place, env=environment
+    )
     return int(json.loads(out.stdout.splitlines()[-1])["bytes"])
 
 
@@ -81,22 +86,38 @@ def rehearsed(samples: int, images: int) -> dict[str, int]:
 
 def main(arguments: list[str]) -> int:
     """0, or 1 where the rehearsal is further from the run than ``WITHIN``."""
-    parser = argparse.ArgumentParser(prog="dpfast bench rehearsal", description=__doc__.splitlines()[0])
-    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/rehearsal.jsonl")
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench rehearsal", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="append to benchmarks/results/rehearsal.jsonl"
+    )
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child is not None:
         child(*options.child)
         return 0
     records = []
-    print("| samples, images of a batch | measured | rehearsed | ratio | phase of the peak |\n|---|---|---|---|---|")
+    print(
+        "| samples, images of a batch | measured | rehearsed | ratio | phase of the peak "
+        "|\n|---|---|---|---|---|"
+    )
     for samples, images in SIZES:
         phases, took = rehearsed(samples, images), measured(samples, images)
         name = max(phases, key=phases.__getitem__)
         ratio = phases[name] / took
-        records.append({"samples": samples, "images": images, "measured": took, "phases": phases, "ratio": ratio})
+        records.append(
+            {
+                "samples": samples,
+                "images": images,
+                "measured": took,
+                "phases": phases,
+                "ratio": ratio,
+            }
+        )
         print(
-            f"| {samples}, {images} | {took / 1e6:.0f} MB | {phases[name] / 1e6:.0f} MB | {ratio:.3f} | {name} |",
+            f"| {samples}, {images} | {took / 1e6:.0f} MB | {phases[name] / 1e6:.0f} MB | "
+            f"{ratio:.3f} | {name} |",
             flush=True,
         )
     if options.record:

@@ -1,9 +1,10 @@
 """Measures the operations beside their rivals and prints the table: `python -m benchmarks.run ops`.
 
-All variants of a case take turns in one process, with a plain copy of the same bytes among them. Ratios in one such run
-are what counts; the seconds of a shared CPU are not. On a CPU each case is measured with fresh and with reused pages,
-because a result of many megabytes costs page faults that have nothing to do with the operation; on a GPU launched from
-Python and replayed from a CUDA graph, because a small operation takes the host longer than the device.
+All variants of a case take turns in one process, with a plain copy of the same bytes among them.
+Ratios in one such run are what counts; the seconds of a shared CPU are not. On a CPU each case is
+measured with fresh and with reused pages, because a result of many megabytes costs page faults that
+have nothing to do with the operation; on a GPU launched from Python and replayed from a CUDA graph,
+because a small operation takes the host longer than the device.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ Record = dict[str, Any]
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> list[Record]:
-    """One record for each kind of pages, or way to launch: seconds of the variants, ratios where there are targets."""
+    """One record for each kind of pages, or way to launch: seconds of the variants, ratios where
+    there are targets.
+    """
     variants = case.build(device)
     if case.bytes is not None:
         variants[COPY] = timing.copy_of(case.bytes, device)
@@ -52,7 +55,9 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[Record]:
     for kind in KINDS[device.type]:
         if kind == "replayed":
             graphs = {name: timing.replayed(call) for name, call in variants.items()}
-            times = timing.interleave({name: g for name, g in graphs.items() if g is not None}, rounds, device)
+            times = timing.interleave(
+                {name: g for name, g in graphs.items() if g is not None}, rounds, device
+            )
             times = {name: t.each(timing.REPLAYED) for name, t in times.items()}
         else:
             with timing.pages(kind):
@@ -64,7 +69,9 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[Record]:
                 "pages": kind,
                 "rounds": rounds,
                 "bytes": case.bytes,
-                "seconds": {name: {"median": t.median, "minimum": t.minimum} for name, t in times.items()},
+                "seconds": {
+                    name: {"median": t.median, "minimum": t.minimum} for name, t in times.items()
+                },
                 # Rival over dpfast: a speed-up, or for the copy the share of its bandwidth.
                 "ratios": {
                     ours: {name: median / times[ours].median for name, median in rivals.items()}
@@ -84,7 +91,16 @@ def _ratio(record: Record, ours: str, rival: str) -> str:
 
 def table(records: Iterable[Record]) -> str:
     """The records as a Markdown table: a line for each rival, with what dpfast gains on it."""
-    header = ("case", "pages or way", "rival", "median ms", "min ms", "dpfast", "dpfast, out=", "target")
+    header = (
+        "case",
+        "pages or way",
+        "rival",
+        "median ms",
+        "min ms",
+        "dpfast",
+        "dpfast, out=",
+        "target",
+    )
     lines = [header, ("---",) * len(header)]
     for record in records:
         for name, seconds in record["seconds"].items():
@@ -115,14 +131,24 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="dpfast bench", description=__doc__.splitlines()[0])
     parser.add_argument("suite", choices=["ops", "pool", "loader", *TABLES])
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument("--rounds", type=int, default=15, help="measurements of each variant (default 15)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="measurements of each variant (default 15)"
+    )
     timing.add_device(parser)
     parser.add_argument(
-        "--record", type=Path, nargs="?", const=RESULTS, metavar="FOLDER",
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="FOLDER",
         help="append to SUITE.jsonl in FOLDER (default benchmarks/results)",
-    )  # fmt: skip
-    parser.add_argument("--tested", action="store_true", help="the tests have just passed: do not run them again")
-    parser.add_argument("--no-gate", action="store_true", help="skip the tests, and with them the speed-ups")
+    )
+    parser.add_argument(
+        "--tested", action="store_true", help="the tests have just passed: do not run them again"
+    )
+    parser.add_argument(
+        "--no-gate", action="store_true", help="skip the tests, and with them the speed-ups"
+    )
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
@@ -143,11 +169,17 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [case for case in available if options.only in case.name]
     if not chosen:
         names = "; ".join(case.name for case in available)
-        print(f"no case of {options.suite} contains {options.only!r}; there are: {names}", file=sys.stderr)
+        print(
+            f"no case of {options.suite} contains {options.only!r}; there are: {names}",
+            file=sys.stderr,
+        )
         return 2
     device = options.device
     print(
-        ", ".join(f"{key} {value}" for key, value in timing.described(options.suite, device).items()), file=sys.stderr
+        ", ".join(
+            f"{key} {value}" for key, value in timing.described(options.suite, device).items()
+        ),
+        file=sys.stderr,
     )
     failed = False
     records = []

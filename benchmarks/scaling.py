@@ -1,8 +1,10 @@
-"""A run on 8 to 256 ranks, simulated from stages and all-reduces timed here: `dpfast bench scaling --record`.
+"""A run on 8 to 256 ranks, simulated from stages and all-reduces timed here: `dpfast bench scaling
+--record`.
 
-A rank is a process with one thread. The stages are those of `fashion`; the loop is that of `imagenet1k-sd15` up to
-6.5 M samples, whose rounds and batches are large enough to be dealt to so many. The all-reduces are gloo's between two
-processes of this machine; over more ranks they follow the ring that `dpfast.planning.network` describes. What is
+A rank is a process with one thread. The stages are those of `fashion`; the loop is that of
+`imagenet1k-sd15` up to 6.5 M samples, whose rounds and batches are large enough to be dealt to so
+many. The all-reduces are gloo's between two processes of this machine; over more ranks they follow
+the ring that `dpfast.planning.network` describes. What is
 assumed beside that: `dpfast.planning.simulation`.
 """
 
@@ -64,7 +66,10 @@ def all_reduces(rounds: int = 20) -> dict[int, float]:
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         mp.spawn(_reduce, args=(store, rounds), nprocs=2)
-        return {int(size): seconds for size, seconds in json.loads(Path(f"{store}.json").read_text()).items()}
+        return {
+            int(size): seconds
+            for size, seconds in json.loads(Path(f"{store}.json").read_text()).items()
+        }
 
 
 def fitted(seconds: dict[int, float]) -> Link:
@@ -78,7 +83,9 @@ def steps(recipe: Recipe, count: int = 40) -> dict[int, list[float]]:
     found = {}
     for batch in BATCHES:
         torch.manual_seed(0)
-        learner = build_learner(recipe.learner.model, classes=10, channels=1, **recipe.learner.options)
+        learner = build_learner(
+            recipe.learner.model, classes=10, channels=1, **recipe.learner.options
+        )
         trainer = Trainer(learner, recipe.learner, iterations=10**6)
         images, labels = torch.rand(batch, 1, 32, 32), torch.arange(batch) % 10
         times = []
@@ -113,7 +120,11 @@ def record_of(rounds: int) -> dict[str, Any]:
         "step_seconds": medians,
         "costs": dataclasses.asdict(costs),
         "link": dataclasses.asdict(link),
-        "measured": rows(costs, lambda ranks: link, plan(Recipe.load("imagenet1k-sd15"), "h100", samples=SAMPLES).job),
+        "measured": rows(
+            costs,
+            lambda ranks: link,
+            plan(Recipe.load("imagenet1k-sd15"), "h100", samples=SAMPLES).job,
+        ),
         "derived": derived(),
     }
 
@@ -149,21 +160,43 @@ def derived() -> dict[str, list[dict[str, float]]]:
 
 
 def table(found: list[dict[str, float]]) -> str:
-    head = ("ranks", "hours", "generation", "training", "evaluation", "in turns", "side by side", "hours", "generating")
+    head = (
+        "ranks",
+        "hours",
+        "generation",
+        "training",
+        "evaluation",
+        "in turns",
+        "side by side",
+        "hours",
+        "generating",
+    )
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in found:
-        shares = [f"{row[name]:.0%}" for name in ("generation", "training", "evaluation", "seconds")]
+        shares = [
+            f"{row[name]:.0%}" for name in ("generation", "training", "evaluation", "seconds")
+        ]
         other = ["-", "-", "-"]
         if "overlapped" in row:
-            other = [f"{row['overlapped']:.0%}", f"{row['overlapped_hours']:.3g}", f"{row['generating']:.0f}"]
-        lines.append(f"| {row['ranks']:.0f} | {row['hours']:.3g} | " + " | ".join([*shares, *other]) + " |")
+            other = [
+                f"{row['overlapped']:.0%}",
+                f"{row['overlapped_hours']:.3g}",
+                f"{row['generating']:.0f}",
+            ]
+        lines.append(
+            f"| {row['ranks']:.0f} | {row['hours']:.3g} | " + " | ".join([*shares, *other]) + " |"
+        )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dpfast bench scaling", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench scaling", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of each stage (default 3)")
-    parser.add_argument("--record", type=Path, nargs="?", const=RESULTS, help=f"file to append to ({RESULTS.name})")
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=RESULTS, help=f"file to append to ({RESULTS.name})"
+    )
     options = parser.parse_args(arguments)
     record = record_of(options.rounds)
     link = record["link"]

@@ -1,9 +1,11 @@
-"""The study: accuracy against samples, omega, oversampling and patience on the embedded generator, resumable.
+"""The study: accuracy against samples, omega, oversampling and patience on the embedded generator,
+resumable.
 
     dpfast bench study --part scaling --seeds 0,1,2
 
-Every finished run is one line of `benchmarks/results/study.jsonl`; a run that is there already is skipped. Unguided
-samples are made once for a seed and shared by all runs, which pay for them what their making cost.
+Every finished run is one line of `benchmarks/results/study.jsonl`; a run that is there already is
+skipped. Unguided samples are made once for a seed and shared by all runs, which pay for them what
+their making cost.
 """
 
 from __future__ import annotations
@@ -42,8 +44,13 @@ OPTIONS: tuple[Fields, ...] = (
     {"restart": 0.5},
     {"criterion": "disagreement"},
 )
-COMMON: Fields = {"steps": 8, "guide_every": 2, "omega": 0.05, "patience_growth": "fixed",
-                  "oversample": 4.0}  # fmt: skip
+COMMON: Fields = {
+    "steps": 8,
+    "guide_every": 2,
+    "omega": 0.05,
+    "patience_growth": "fixed",
+    "oversample": 4.0,
+}
 
 
 SIZE = ("sources", "seed", "iterations", "maximum_samples", "initial_samples", "round_samples")
@@ -55,12 +62,20 @@ def setting(fields: Fields) -> Fields:
 
 
 def pieces(part: str, sizes: tuple[int, ...] = SIZES, iterations: int = 1200) -> Iterator[Fields]:
-    """The recipe fields of a part's runs. A quarter of the total is there at the start, rounds are an eighth of it."""
+    """The recipe fields of a part's runs. A quarter of the total is there at the start, rounds are
+    an eighth of it.
+    """
     middle, largest = sizes[len(sizes) // 2], sizes[-1]
 
     def run(source: str, total: int, **fields: Any) -> Fields:
-        return {"sources": source, "maximum_samples": total, "initial_samples": total // 4,
-                "round_samples": total // 8, "iterations": iterations, **fields}  # fmt: skip
+        return {
+            "sources": source,
+            "maximum_samples": total,
+            "initial_samples": total // 4,
+            "round_samples": total // 8,
+            "iterations": iterations,
+            **fields,
+        }
 
     if part in ("scaling", "rivals"):
         sources = ("dp", "static") if part == "scaling" else ("dynamic", "prune")
@@ -70,21 +85,35 @@ def pieces(part: str, sizes: tuple[int, ...] = SIZES, iterations: int = 1200) ->
     elif part == "ratio":
         yield from (run("prune", middle, oversample=ratio) for ratio in RATIOS)
     elif part == "time":  # half of the iterations
-        contest = (("dp", sizes[1]), ("dp", middle), ("static", middle), ("static", largest), ("prune", middle))
+        contest = (
+            ("dp", sizes[1]),
+            ("dp", middle),
+            ("static", middle),
+            ("static", largest),
+            ("prune", middle),
+        )
         yield from (run(source, size, iterations=iterations // 2) for source, size in contest)
-        # what the omega sweep prefers, for as long as a third of the largest static run's seconds allow
+        # what the omega sweep prefers, for as long as a third of the largest static run's seconds
+        # allow
         yield run("dp", sizes[1], iterations=iterations * 5 // 8, omega=OMEGAS[-1])
     elif part == "patience":
-        yield from (run("dp", middle, patience_growth=growth) for growth in ("fixed", "pool", "round"))
+        yield from (
+            run("dp", middle, patience_growth=growth) for growth in ("fixed", "pool", "round")
+        )
     else:
         yield from (run("dp", middle, **option) for option in OPTIONS)
 
 
 def shared(recipe: Recipe, samples: int) -> Unguided:
     """The seed's unguided samples, from the cache folder or made now and kept there."""
-    pipeline = Pipeline.from_pretrained(recipe.generator.pipeline, device=device_named(recipe.device))
+    pipeline = Pipeline.from_pretrained(
+        recipe.generator.pipeline, device=device_named(recipe.device)
+    )
     unguided, generator = Unguided(recipe, pipeline), recipe.generator
-    folder = CACHE / f"unguided-seed{recipe.seed}-steps{generator.steps}-cfg{generator.cfg_scale:g}-{samples}"
+    folder = (
+        CACHE
+        / f"unguided-seed{recipe.seed}-steps{generator.steps}-cfg{generator.cfg_scale:g}-{samples}"
+    )
     if not (folder / "cost.json").is_file():
         source, pool = StaticSource(recipe, unguided, samples), SamplePool()
         for batch in source.make(Round(number=0, start=0, count=samples)):
@@ -92,19 +121,26 @@ def shared(recipe: Recipe, samples: int) -> Unguided:
         with Saver(pool, folder, truncate=True) as saver:
             saver.save()
         (folder / "cost.json").write_text(json.dumps(asdict(source.cost)))
-    unguided.remember(SamplePool.open(folder), Cost(**json.loads((folder / "cost.json").read_text())))
+    unguided.remember(
+        SamplePool.open(folder), Cost(**json.loads((folder / "cost.json").read_text()))
+    )
     return unguided
 
 
 def nearest_earlier(pool: SamplePool) -> float | None:
-    """How far the added samples are from what the pool held before: the mean distance to the nearest of the same class.
+    """How far the added samples are from what the pool held before: the mean distance to the
+    nearest of the same class.
 
-    In root-mean-square pixels of a range of 1; None without additions. A low one says that new samples repeat old ones.
+    In root-mean-square pixels of a range of 1; None without additions. A low one says that new
+    samples repeat old ones.
     """
     rounds, labels = pool.column("round"), pool.column("label")
     pixels = pool.images(torch.arange(len(pool))).flatten(1).float() / 255
     gaps = [
-        torch.cdist(pixels[(rounds == number) & (labels == label)], pixels[(rounds < number) & (labels == label)])
+        torch.cdist(
+            pixels[(rounds == number) & (labels == label)],
+            pixels[(rounds < number) & (labels == label)],
+        )
         for number in range(1, int(rounds.max()) + 1)
         for label in labels.unique()
     ]
@@ -153,13 +189,21 @@ def finished(results: Path) -> list[Fields]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dpfast bench study", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=PARTS, action="append", help="may be repeated; default: all")
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench study", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="may be repeated; default: all"
+    )
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--iterations", type=int, default=1200)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--short", action="store_true", help="two small sizes and few iterations, for a test")
-    parser.add_argument("--tables", action="store_true", help="print what the runs so far say, and run nothing")
+    parser.add_argument(
+        "--short", action="store_true", help="two small sizes and few iterations, for a test"
+    )
+    parser.add_argument(
+        "--tables", action="store_true", help="print what the runs so far say, and run nothing"
+    )
     options = parser.parse_args(arguments)
     if options.tables:
         from benchmarks.study_tables import tables  # which reads the common setting from here
@@ -173,12 +217,19 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in map(int, options.seeds.split(",")):
             for piece in pieces(part, sizes, iterations):
                 fields = {**COMMON, **piece, "seed": seed}
-                if fields in finished(options.results):  # before, in another process, or for another part
+                if fields in finished(
+                    options.results
+                ):  # before, in another process, or for another part
                     continue
                 if seed not in unguided:
-                    # prune draws up to the last oversampled id; what the cache lacks is made when it is asked for
-                    unguided[seed] = shared(Recipe.load("fashion", **{**fields, "sources": "static"}), sizes[-1])
-                line = json.dumps({**measure(fields, unguided[seed]), "part": part, "fields": fields})
+                    # prune draws up to the last oversampled id; what the cache lacks is made when
+                    # it is asked for
+                    unguided[seed] = shared(
+                        Recipe.load("fashion", **{**fields, "sources": "static"}), sizes[-1]
+                    )
+                line = json.dumps(
+                    {**measure(fields, unguided[seed]), "part": part, "fields": fields}
+                )
                 options.results.parent.mkdir(parents=True, exist_ok=True)
                 with options.results.open("a") as file:
                     file.write(line + "\n")

@@ -1,7 +1,9 @@
-"""What the study's options gain: against plain Deliberate Practice of the same size, and of the same FLOPs.
+"""What the study's options gain: against plain Deliberate Practice of the same size, and of the
+same FLOPs.
 
-An option that makes its samples dearer or cheaper is held against the accuracy that the plain loop of the same seed
-has where it spends as many FLOPs on generation, interpolated in their logarithm between the sizes that ran.
+An option that makes its samples dearer or cheaper is held against the accuracy that the plain loop
+of the same seed has where it spends as many FLOPs on generation, interpolated in their logarithm
+between the sizes that ran.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Gain:
-    """One run of an option. accuracy in [0, 1]; flops: of generation, over those of the plain run of its size and seed;
-    same_size, same_flops: accuracy over the plain run's; nearest: ``benchmarks.study.nearest_earlier``.
+    """One run of an option. accuracy in [0, 1]; flops: of generation, over those of the plain run
+    of its size and seed;
+    same_size, same_flops: accuracy over the plain run's; nearest:
+    ``benchmarks.study.nearest_earlier``.
     """
 
     accuracy: float
@@ -33,7 +37,9 @@ class Gain:
 
 
 def gains(lines: Iterable[Line]) -> dict[str, list[Gain]]:
-    """Option, as text -> its runs. Runs without a plain counterpart, or beyond its sizes in FLOPs, are left out."""
+    """Option, as text -> its runs. Runs without a plain counterpart, or beyond its sizes in FLOPs,
+    are left out.
+    """
     plain: dict[tuple[int, int], list[Line]] = defaultdict(list)
     tried: list[tuple[str, Line]] = []
     for line in (line for line in lines if line["source"] == "dp"):
@@ -43,12 +49,22 @@ def gains(lines: Iterable[Line]) -> dict[str, list[Gain]]:
         tried += [(text(o), line) for o in OPTIONS if setting(line["fields"]) == COMMON | o]
     found: dict[str, list[Gain]] = {text(option): [] for option in OPTIONS}
     for name, line in tried:
-        curve = sorted(plain[line["fields"]["seed"], line["iterations"]], key=lambda other: other["flops"])
-        twins = [o for o in curve if o["fields"]["maximum_samples"] == line["fields"]["maximum_samples"]]
+        curve = sorted(
+            plain[line["fields"]["seed"], line["iterations"]], key=lambda other: other["flops"]
+        )
+        twins = [
+            o for o in curve if o["fields"]["maximum_samples"] == line["fields"]["maximum_samples"]
+        ]
         equal = at(line["flops"], [(o["flops"], o["test_accuracy"]) for o in curve])
         if twins and equal is not None:
             top, twin = line["test_accuracy"], twins[0]
-            gain = top, line["flops"] / twin["flops"], top - twin["test_accuracy"], top - equal, line["nearest"]
+            gain = (
+                top,
+                line["flops"] / twin["flops"],
+                top - twin["test_accuracy"],
+                top - equal,
+                line["nearest"],
+            )
             found[name].append(Gain(*gain))
     return {name: runs for name, runs in found.items() if runs}
 
@@ -57,7 +73,11 @@ def at(flops: float, curve: list[tuple[float, float]]) -> float | None:
     """The accuracy of rising (flops, accuracy) points at ``flops``; None outside of them."""
     for (low, below), (high, above) in pairwise(curve):
         if low <= flops <= high:
-            return below + (above - below) * math.log(flops / low) / math.log(high / low) if high > low else below
+            return (
+                below + (above - below) * math.log(flops / low) / math.log(high / low)
+                if high > low
+                else below
+            )
     return None
 
 
@@ -66,14 +86,26 @@ def text(option: Line) -> str:
 
 
 def rows(lines: Iterable[Line]) -> Iterator[list[str]]:
-    """HEAD's cells of every option: means over seeds, with the standard deviation of a single run."""
+    """HEAD's cells of every option: means over seeds, with the standard deviation of a single
+    run.
+    """
     for name, runs in gains(lines).items():
-        points = [[100 * getattr(run, key) for run in runs] for key in ("accuracy", "same_size", "same_flops")]
+        points = [
+            [100 * getattr(run, key) for run in runs]
+            for key in ("accuracy", "same_size", "same_flops")
+        ]
         spread = [f" ± {stdev(values):.2f}" if len(values) > 1 else "" for values in points]
         accuracy, size, flops = (mean(values) for values in points)
         cost, nearest = mean(run.flops for run in runs), mean(run.nearest for run in runs)
-        yield [name, str(len(runs)), f"{accuracy:.2f}{spread[0]}", f"{cost:.2f}x", f"{size:+.2f}{spread[1]}",
-               f"{flops:+.2f}{spread[2]}", f"{nearest:.3f}"]  # fmt: skip
+        yield [
+            name,
+            str(len(runs)),
+            f"{accuracy:.2f}{spread[0]}",
+            f"{cost:.2f}x",
+            f"{size:+.2f}{spread[1]}",
+            f"{flops:+.2f}{spread[2]}",
+            f"{nearest:.3f}",
+        ]
 
 
 HEAD = [

@@ -1,4 +1,6 @@
-"""Times of several variants, taken in turns so that a slow minute of the machine meets all of them."""
+"""Times of several variants, taken in turns so that a slow minute of the machine meets all of
+them.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class Times:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device`` as a ``torch.device``, as of ``dpfast run``: the GPU that is there by default."""
+    """``--device`` as a ``torch.device``, as of ``dpfast run``: the GPU that is there by
+    default.
+    """
 
     def named(text: str) -> torch.device:
         try:
@@ -55,7 +59,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         except RecipeError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    parser.add_argument("--device", type=named, default="auto", help="cpu, cuda or cuda:N; default: a GPU if there is")
+    parser.add_argument(
+        "--device",
+        type=named,
+        default="auto",
+        help="cpu, cuda or cuda:N; default: a GPU if there is",
+    )
 
 
 def _once(call: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -75,7 +84,9 @@ def _once(call: Callable[[], object], repeats: int, device: torch.device) -> flo
 
 
 def replayed(call: Callable[[], object]) -> Callable[[], object] | None:
-    """`REPLAYED` calls as one CUDA graph: the device's time without the host's; None where a call waits for it."""
+    """`REPLAYED` calls as one CUDA graph: the device's time without the host's; None where a call
+    waits for it.
+    """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -91,8 +102,12 @@ def replayed(call: Callable[[], object]) -> Callable[[], object] | None:
     return graph.replay
 
 
-def interleave(variants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Times]:
-    """`rounds` measurements of each variant, A B C A B C; the first call of each is warm-up and not counted."""
+def interleave(
+    variants: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, Times]:
+    """`rounds` measurements of each variant, A B C A B C; the first call of each is warm-up and not
+    counted.
+    """
     repeats = {}
     for name, call in variants.items():
         call()
@@ -112,7 +127,8 @@ def synchronise(device: torch.device) -> None:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that the device's allocator held at one moment of a call, beyond what it held before.
+    """The most bytes that the device's allocator held at one moment of a call, beyond what it held
+    before.
 
     On a CPU read from the profiler's events, so that compiled and eager calls count alike.
     """
@@ -121,15 +137,21 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - held
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as trace:
         call()
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(itertools.accumulate(changes), default=0)
 
 
 def copy_of(total_bytes: int, device: torch.device) -> Callable[[], object]:
-    """A plain copy that moves `total_bytes`, half of them read and half written, between buffers that exist."""
+    """A plain copy that moves `total_bytes`, half of them read and half written, between buffers
+    that exist.
+    """
     source = torch.ones(max(total_bytes // 8, 1), device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
@@ -137,9 +159,11 @@ def copy_of(total_bytes: int, device: torch.device) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def pages(kind: str) -> Iterator[None]:
-    """How the C library treats large results: "fresh" maps new pages for each (its default), "reused" keeps them.
+    """How the C library treats large results: "fresh" maps new pages for each (its default),
+    "reused" keeps them.
 
-    Without a new page a result costs no page fault; a caller gets the same from `out=` buffers or a caching allocator.
+    Without a new page a result costs no page fault; a caller gets the same from `out=` buffers or a
+    caching allocator.
     """
     libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
     if kind == "reused" and libc is not None and hasattr(libc, "mallopt"):
@@ -160,7 +184,11 @@ def machine(device: torch.device) -> dict[str, object]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    described: dict[str, object] = {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    described: dict[str, object] = {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     with contextlib.suppress(ImportError):
         import triton
 
@@ -176,8 +204,12 @@ def machine(device: torch.device) -> dict[str, object]:
     return described
 
 
-def append(file: Path, suite: str, records: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu") -> None:
-    """Appends the records to a file, a line of JSON each, with the suite, the moment and the machine before them."""
+def append(
+    file: Path, suite: str, records: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu"
+) -> None:
+    """Appends the records to a file, a line of JSON each, with the suite, the moment and the
+    machine before them.
+    """
     before = described(suite, torch.device(device))
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:

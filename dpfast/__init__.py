@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> its module. Imported on first use: `dpfast --help` and a wrong argument are answered without torch.
+# Public name -> its module. Imported on first use: `dpfast --help` and a wrong argument are
+# answered without torch.
 _HOME = {
     "Recipe": "dpfast.config",
     "InputError": "dpfast.errors",

@@ -1,11 +1,13 @@
 """Structured logs of a run: JSON lines, one file for each rank.
 
-    logs/rank-00000.jsonl    {"time": "2026-01-31T12:00:00.123+00:00", "rank": 0, "level": "info", "event": "round",
-                              "logger": "dpfast.practice.journal", "message": "dp: round 1 is complete", ...}
+    logs/rank-00000.jsonl    {"time": "2026-01-31T12:00:00.123+00:00", "rank": 0, "level": "info",
+                             "event": "round",
+                              "logger": "dpfast.practice.journal", "message": "dp: round 1 is
+                              complete", ...}
 
-Everything that ``dpfast`` says through ``logging`` goes there, and every warning; an event of the loop has its numbers
-as fields beside the message (``dpfast.practice.journal``). A resumed run goes on in the same files. A full disk costs
-lines, and one warning.
+Everything that ``dpfast`` says through ``logging`` goes there, and every warning; an event of the
+loop has its numbers as fields beside the message (``dpfast.practice.journal``). A resumed run goes
+on in the same files. A full disk costs lines, and one warning.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ def logged(run: Path, level: str = "info") -> Iterator[Path]:
     log = logging.getLogger("dpfast")
     before, show = log.level, warnings.showwarning
 
-    def showwarning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+    def showwarning(
+        message: Warning | str, category: type[Warning], *rest: Any, **named: Any
+    ) -> None:
         log.warning("%s", message, extra={"fields": {"category": category.__name__}})
         show(message, category, *rest, **named)
 

@@ -11,10 +11,11 @@ from torch import Tensor
 class SampleBatch:
     """What a sampler yields. Row i of every tensor belongs to ``sample_ids[i]``.
 
-    images: (B, C, H, W) uint8; labels, sample_ids: (B,) int64; entropy: (B,) float32, nats, of the finished image under
-    the guiding learner (NaN without one); learner_step: the learner's optimiser steps at birth; skipped: how many
-    guided steps of single samples went unguided, because their gradient was not finite; retries: how often memory ran
-    out before the batch was small enough; latents: (B, c, h, w) float16, what the images were decoded from.
+    images: (B, C, H, W) uint8; labels, sample_ids: (B,) int64; entropy: (B,) float32, nats, of the
+    finished image under the guiding learner (NaN without one); learner_step: the learner's
+    optimiser steps at birth; skipped: how many guided steps of single samples went unguided,
+    because their gradient was not finite; retries: how often memory ran out before the batch was
+    small enough; latents: (B, c, h, w) float16, what the images were decoded from.
     """
 
     images: Tensor

@@ -7,7 +7,9 @@ from torch import nn
 
 @pytest.fixture(scope="session")
 def tiny_pipelines():
-    """Makers of pipeline folders. Imported here: the operations are tested where diffusers is not installed, too."""
+    """Makers of pipeline folders. Imported here: the operations are tested where diffusers is not
+    installed, too.
+    """
     pytest.importorskip("diffusers", reason="the pipeline folders are written by diffusers")
     from tests import tiny_pipelines
 
@@ -16,7 +18,9 @@ def tiny_pipelines():
 
 @pytest.fixture(scope="session")
 def pipeline_folder(tiny_pipelines, tmp_path_factory):
-    """A randomly initialised DiTPipeline folder of three classes, epsilon-prediction, with a tiny decoder."""
+    """A randomly initialised DiTPipeline folder of three classes, epsilon-prediction, with a tiny
+    decoder.
+    """
     torch.manual_seed(0)
     return tiny_pipelines.dit(tmp_path_factory.mktemp("pipeline"))
 
@@ -30,7 +34,9 @@ def stable_diffusion_folder(tiny_pipelines, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def stable_diffusion_3_folder(tiny_pipelines, tmp_path_factory):
-    """Stable Diffusion 3 at tiny size: three text encoders, a flow of shift 3, latents with a shift."""
+    """Stable Diffusion 3 at tiny size: three text encoders, a flow of shift 3, latents with a
+    shift.
+    """
     torch.manual_seed(0)
     return tiny_pipelines.stable_diffusion_3(tmp_path_factory.mktemp("stable_diffusion_3"))
 
@@ -62,4 +68,6 @@ def fashion():
 def learner():
     """A small random classifier of 16x16 images into three classes."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 49, 3)).eval()
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 49, 3)
+    ).eval()

@@ -9,15 +9,16 @@ from dpfast.generate.runtime.memory import LiveBytes
 
 
 class MemoryLimit(LiveBytes):
-    """Within it, this thread's tensors have ``limit`` bytes: an operation that takes them beyond it runs out of memory.
+    """Within it, this thread's tensors have ``limit`` bytes: an operation that takes them beyond it
+    runs out of memory.
 
         with MemoryLimit(1 << 20) as memory:
             ...
         memory.failures  # which functions were running when it ran out
 
-    Storages that operations create count while they live, weights and what autograd saves among them; what was there
-    before, what other threads make and workspaces inside an operation do not. The operation that fails has run: what it
-    wrote in place stays written, unlike on a GPU.
+    Storages that operations create count while they live, weights and what autograd saves among
+    them; what was there before, what other threads make and workspaces inside an operation do not.
+    The operation that fails has run: what it wrote in place stays written, unlike on a GPU.
     """
 
     def __init__(self, limit: int) -> None:
@@ -29,7 +30,9 @@ class MemoryLimit(LiveBytes):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.live > self.limit:
             self.failures.append(_running())
-            raise torch.OutOfMemoryError(f"out of memory: {self.live} bytes of {self.limit} after {func}")
+            raise torch.OutOfMemoryError(
+                f"out of memory: {self.live} bytes of {self.limit} after {func}"
+            )
         return out
 
     def failed_in(self, function: str) -> int:

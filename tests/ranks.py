@@ -1,4 +1,6 @@
-"""Processes as torchrun starts them, for tests: ``spawned(2, work, folder)`` calls ``work(ranks, folder)`` in each."""
+"""Processes as torchrun starts them, for tests: ``spawned(2, work, folder)`` calls ``work(ranks,
+folder)`` in each.
+"""
 
 import os
 import socket
@@ -14,7 +16,9 @@ AGENT = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 def spawned(size, function, *arguments):
     """Raises what one of the processes raised."""
-    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives a rank, as torchrun's does
+    agent = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # outlives a rank, as torchrun's does
     mp.spawn(_rank, (size, agent.port, function, arguments), nprocs=size)
 
 
@@ -26,7 +30,12 @@ def free_port():
 
 def environment(rank, size, port):
     """What torchrun tells a process."""
-    here = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    here = {
+        "LOCAL_RANK": rank,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     return {key: str(value) for key, value in {"RANK": rank, "WORLD_SIZE": size, **here}.items()}
 
 

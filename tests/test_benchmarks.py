@@ -1,4 +1,6 @@
-"""The benchmarks: no ratio without correctness, ratios of one interleaved run, records that name the machine."""
+"""The benchmarks: no ratio without correctness, ratios of one interleaved run, records that name
+the machine.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,15 @@ CPU = torch.device("cpu")
 
 
 def tiny(tests: str, **changes) -> Case:
-    variants = {EAGER: lambda: time.sleep(4e-3), OURS: lambda: time.sleep(1e-3), OURS_OUT: lambda: None}
+    variants = {
+        EAGER: lambda: time.sleep(4e-3),
+        OURS: lambda: time.sleep(1e-3),
+        OURS_OUT: lambda: None,
+    }
     options = {"bytes": 1 << 12, "targets": {EAGER: 2, "copy": 0.5}, **changes}
-    return Case(operation="sleep", size="4 ms", tests=tests, build=lambda device: dict(variants), **options)
+    return Case(
+        operation="sleep", size="4 ms", tests=tests, build=lambda device: dict(variants), **options
+    )
 
 
 @pytest.fixture
@@ -69,7 +77,9 @@ def test_a_record_has_the_times_the_ratios_and_the_machine(use, tmp_path, capsys
         assert record["targets"] == {EAGER: 2, "copy": 0.5}
         assert set(record["seconds"]) == {EAGER, OURS, OURS_OUT, run.COPY}
         assert {"suite", "when", "cpu", "threads", "torch", "commit"} <= set(record)
-        assert all(0 < seconds["minimum"] <= seconds["median"] for seconds in record["seconds"].values())
+        assert all(
+            0 < seconds["minimum"] <= seconds["median"] for seconds in record["seconds"].values()
+        )
         for ours, ratios in record["ratios"].items():
             assert ratios == {
                 rival: record["seconds"][rival]["median"] / record["seconds"][ours]["median"]
@@ -80,7 +90,21 @@ def test_a_record_has_the_times_the_ratios_and_the_machine(use, tmp_path, capsys
 
 def test_without_the_gate_there_are_no_ratios_and_no_record(use, tmp_path, capsys):
     use("assert False")
-    assert run.main(["ops", "--rounds", "1", "--device", "cpu", "--no-gate", "--record", str(tmp_path / "new")]) == 0
+    assert (
+        run.main(
+            [
+                "ops",
+                "--rounds",
+                "1",
+                "--device",
+                "cpu",
+                "--no-gate",
+                "--record",
+                str(tmp_path / "new"),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "| sleep: 4 ms | fresh | eager |" in out
     assert "x |" not in out
@@ -92,7 +116,9 @@ def test_variants_take_turns_and_the_median_counts(monkeypatch):
     called: list[str] = []
     clock = iter([1.0, 1.0, 5.0, 2.0, 3.0, 7.0, 9.0, 4.0])  # two first calls, then A B A B A B
     monkeypatch.setattr(timing, "_once", lambda call, repeats, device: (call(), next(clock))[1])
-    times = timing.interleave({name: lambda name=name: called.append(name) for name in "AB"}, 3, CPU)
+    times = timing.interleave(
+        {name: lambda name=name: called.append(name) for name in "AB"}, 3, CPU
+    )
     assert "".join(called) == "AA" + "BB" + "ABABAB"
     assert (times["A"].median, times["A"].minimum) == (5.0, 3.0)
     assert (times["B"].median, times["B"].minimum) == (4.0, 2.0)
@@ -111,15 +137,22 @@ def test_short_calls_are_repeated_within_a_measurement():
 
 def test_peak_counts_what_is_held_at_once():
     x = torch.zeros(1000)
-    assert timing.peak_bytes(lambda: (x + 1) * 2 + 3, CPU) == pytest.approx(8000, abs=100)  # a result and what makes it
-    assert timing.peak_bytes(lambda: ((x + 1), (x + 2), (x + 3)), CPU) == pytest.approx(12000, abs=100)
+    assert timing.peak_bytes(lambda: (x + 1) * 2 + 3, CPU) == pytest.approx(
+        8000, abs=100
+    )  # a result and what makes it
+    assert timing.peak_bytes(lambda: ((x + 1), (x + 2), (x + 3)), CPU) == pytest.approx(
+        12000, abs=100
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["nosuch"], "invalid choice: 'nosuch'"),
-        (["ops", "--only", "nosuch"], "no case of ops contains 'nosuch'; there are: entropy_and_grad"),
+        (
+            ["ops", "--only", "nosuch"],
+            "no case of ops contains 'nosuch'; there are: entropy_and_grad",
+        ),
         (["ops", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["ops", "--rounds", "few"], "invalid int value: 'few'"),
         (["ops", "--device", "cuda:99"], "--device: device = 'cuda:99'"),
@@ -140,17 +173,28 @@ def test_every_file_of_cases_belongs_to_a_suite():
 
 def test_operations_are_measured_without_the_packages_of_other_suites():
     """On a bare machine: torch, Triton, numpy, pytest and nothing else of what dpfast needs."""
-    hidden = "import sys; sys.modules.update(dict.fromkeys(('PIL', 'diffusers', 'transformers', 'webdataset')))"
-    code = (
-        f"{hidden}; from benchmarks.run import main; main(['ops', '--only', '256 x 10', '--rounds', '1', '--no-gate'])"
+    hidden = (
+        "import sys; sys.modules.update(dict.fromkeys(('PIL', 'diffusers', 'transformers', "
+        "'webdataset')))"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=gate.ROOT, capture_output=True, text=True)
+    code = (
+        f"{hidden}; from benchmarks.run import main; main(['ops', '--only', '256 x 10', "
+        "'--rounds', '1', '--no-gate'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=gate.ROOT, capture_output=True, text=True
+    )
     assert "entropy_and_grad: 256 x 10" in result.stdout, result.stderr
 
 
 def test_every_operation_has_a_case_and_tests_that_gate_it():
     found = cases("ops")
-    assert {case.operation for case in found} == {"entropy_and_grad", "guided_step", "normal", "gather_batch"}
+    assert {case.operation for case in found} == {
+        "entropy_and_grad",
+        "guided_step",
+        "normal",
+        "gather_batch",
+    }
     assert all((gate.ROOT / case.tests).is_file() for case in found)
 
 
@@ -167,17 +211,26 @@ def test_the_documented_gpu_rows_of_the_sampler_are_those_of_the_record():
         rates = [record["samples_per_second"][kind] for kind in ("guided", "unguided")]
         cost = f"{record['cost']:.2f} ({record['cost_by_flops']:.2f})"
         same = [row for row in rows if row[2].strip() == cost]
-        assert any([float(row[0]), float(row[1])] == pytest.approx(rates, rel=5e-3) for row in same), record["row"]
+        assert any(
+            [float(row[0]), float(row[1])] == pytest.approx(rates, rel=5e-3) for row in same
+        ), record["row"]
 
 
 def test_the_gpu_ratios_that_the_readme_gives_are_those_of_the_record():
-    replayed = [record["ratios"][OURS] for record in recorded("ops") if record["pages"] == "replayed"]
+    replayed = [
+        record["ratios"][OURS] for record in recorded("ops") if record["pages"] == "replayed"
+    ]
     low, high = (
-        {rival: limit(ratios[rival] for ratios in replayed if rival in ratios) for rival in ("copy", EAGER, COMPILED)}
+        {
+            rival: limit(ratios[rival] for ratios in replayed if rival in ratios)
+            for rival in ("copy", EAGER, COMPILED)
+        }
         for limit in (min, max)
     )
     text = " ".join((gate.ROOT / "README.md").read_text().split())
-    assert f"move {100 * low['copy']:.0f} to {100 * high['copy']:.0f} % of a copy's bandwidth" in text
+    assert (
+        f"move {100 * low['copy']:.0f} to {100 * high['copy']:.0f} % of a copy's bandwidth" in text
+    )
     assert f"{low[EAGER]:.1f} to {high[EAGER]:.1f} times as fast as eager PyTorch" in text
     assert f"{low[COMPILED]:.2f} to {high[COMPILED]:.2f} times as fast as torch.compile" in text
 
@@ -185,9 +238,16 @@ def test_the_gpu_ratios_that_the_readme_gives_are_those_of_the_record():
 def test_the_documented_rehearsal_is_that_of_the_record_and_within_a_tenth():
     text = (gate.ROOT / "docs" / "scaling.md").read_text()
     for record in {record["samples"]: record for record in recorded("rehearsal")}.values():
-        rehearsed, measured, ratio = max(record["phases"].values()), record["measured"], record["ratio"]
+        rehearsed, measured, ratio = (
+            max(record["phases"].values()),
+            record["measured"],
+            record["ratio"],
+        )
         sizes = f"{record['samples']}, {record['images']}"
-        assert f"| {sizes} | {measured / 1e6:.0f} MB | {rehearsed / 1e6:.0f} MB | {ratio:.3f} |" in text
+        assert (
+            f"| {sizes} | {measured / 1e6:.0f} MB | {rehearsed / 1e6:.0f} MB | {ratio:.3f} |"
+            in text
+        )
         assert abs(ratio - 1) < 0.1
 
 
@@ -195,8 +255,14 @@ def test_the_documented_differences_of_bf16_are_those_of_the_record():
     text = (gate.ROOT / "docs" / "numerics.md").read_text()
     for record in {record["learner"]: record for record in recorded("precision")}.values():
         accuracy, cosine = record["accuracy"], record["cosine"]
-        row = f"| {record['learner']} | {accuracy[0]:.2%}, {accuracy[1]:.2%} | {record['other_class']:.2%} | "
-        row += f"{record['entropy']:.3f}, {record['entropy_difference']:.4f} nats | {cosine['median']:.4f}, "
+        row = (
+            f"| {record['learner']} | {accuracy[0]:.2%}, {accuracy[1]:.2%} | "
+            f"{record['other_class']:.2%} | "
+        )
+        row += (
+            f"{record['entropy']:.3f}, {record['entropy_difference']:.4f} nats | "
+            f"{cosine['median']:.4f}, "
+        )
         assert row + f"{cosine['one_percent']:.3f}, {cosine['minimum']:.3f} |" in text
 
 
@@ -204,8 +270,13 @@ def test_the_documented_steps_of_the_learner_are_those_of_the_record():
     text = (gate.ROOT / "docs" / "results.md").read_text()
     for record in recorded("learner")[-2:]:
         for row in record["rows"]:
-            median, minimum = (f"{row['seconds'][kind] * 1e3:.2f}" for kind in ("median", "minimum"))
-            line = f"| {record['training']}, {record['batch']} images | {row['row']} | {median} | {minimum} | "
+            median, minimum = (
+                f"{row['seconds'][kind] * 1e3:.2f}" for kind in ("median", "minimum")
+            )
+            line = (
+                f"| {record['training']}, {record['batch']} images | {row['row']} | {median} | "
+                f"{minimum} | "
+            )
             assert f"{line}{row['host_waits']} |" in text
 
 

@@ -19,8 +19,14 @@ from dpfast.ops import audit, dispatch
         (["run", "nosuch"], "recipe = 'nosuch'"),
         (["run", "fashion", "--omgea", "0.1"], "did you mean --omega?"),
         (["run", "fashion", "--omega", "strong"], "omega = 'strong'"),
-        (["run", "fashion", "--micro-batch", "auto"], "micro_batch = 'auto': expected a number, or leave it out"),
-        (["run", "fashion", "--initial-samples", "5"], "initial_samples = 5: at least one for each of 10 classes"),
+        (
+            ["run", "fashion", "--micro-batch", "auto"],
+            "micro_batch = 'auto': expected a number, or leave it out",
+        ),
+        (
+            ["run", "fashion", "--initial-samples", "5"],
+            "initial_samples = 5: at least one for each of 10 classes",
+        ),
         (["run", "fashion", "--round-samples", "5"], "round_samples = 5"),
         (["run", "fashion", "--pipeline", "/nowhere"], "pipeline = '/nowhere': no such folder"),
         (["run", "fashion", "--classes", "7"], "classes = 7"),
@@ -30,14 +36,19 @@ from dpfast.ops import audit, dispatch
         (["sample", "--labels", "Hat", "--out", "x"], "labels = 'Hat'"),
         (["sample", "--labels", "0", "--out", "x", "--count", "0"], "count = 0"),
         (["sample", "--labels", "0", "--out", "x", "--steps", "0"], "steps = 0"),
-        (["sample", "--labels", "0", "--out", "x", "--omega", "0.1", "--learner", "/nowhere"], "learner = '/nowhere'"),
+        (
+            ["sample", "--labels", "0", "--out", "x", "--omega", "0.1", "--learner", "/nowhere"],
+            "learner = '/nowhere'",
+        ),
         (["sample", "--out", "x"], "--labels"),
         (["audit", "--capability", "70"], "invalid choice: 70"),
         (["audit", "--json", "nowhere/audit.jsonl"], "json = 'nowhere/audit.jsonl'"),
         (["dance"], "dance"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, named, tmp_path, monkeypatch, capsys):
+def test_bad_input_ends_in_one_line_and_exit_code_2(
+    arguments, named, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -52,10 +63,14 @@ def test_a_warning_is_one_line_of_words(tmp_path):
     """Also one whose place is not in the package; others keep theirs."""
     ours = "warnings.warn('no room', SaveWarning); warnings.warn('old'); return 0"
     code = (
-        "import sys, warnings\nfrom dpfast.cli import main\nfrom dpfast.pool.saver import SaveWarning\n"
-        f"def handler(arguments):\n    {ours}\nmain.doctor.doctor = handler\nsys.exit(main.main(['doctor']))"
+        "import sys, warnings\nfrom dpfast.cli import main\nfrom dpfast.pool.saver import "
+        "SaveWarning\n"
+        f"def handler(arguments):\n    {ours}\nmain.doctor.doctor = "
+        "handler\nsys.exit(main.main(['doctor']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
     lines = done.stderr.splitlines()
     assert lines[0] == "dpfast: warning: no room"
     assert "UserWarning: old" in lines[1]
@@ -76,8 +91,20 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path, capsys):
 
 def test_a_dry_run_ends_with_the_refusal_of_the_run(tmp_path, monkeypatch, capsys):
     """A pool of mapped files, on a disk without room for it."""
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - 10**6, free=10**6))
-    command = ["run", "fashion", "--mapped", "true", "--host-gib", "0", "--out", str(tmp_path / "run"), "--quiet"]
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - 10**6, free=10**6)
+    )
+    command = [
+        "run",
+        "fashion",
+        "--mapped",
+        "true",
+        "--host-gib",
+        "0",
+        "--out",
+        str(tmp_path / "run"),
+        "--quiet",
+    ]
     said = []
     for options in (["--dry-run"], []):
         assert main([*command, *options, "--device", "cpu"]) == 2
@@ -94,17 +121,33 @@ def test_a_dry_run_ends_with_the_refusal_of_the_run(tmp_path, monkeypatch, capsy
     ("options", "named"),
     [
         (["--count", "7"], "batch_size = 512: expected a multiple of 14, twice the 7 ranks"),
-        (["--count", "2", "--initial-samples", "1000", "--generation-batch", "1000"], "fewer batches than the 2 ranks"),
+        (
+            ["--count", "2", "--initial-samples", "1000", "--generation-batch", "1000"],
+            "fewer batches than the 2 ranks",
+        ),
     ],
 )
 def test_a_count_of_devices_is_refused_as_the_run_refuses_it(command, options, named, capsys):
-    assert main([command, "imagenet100-sd15", "--device", "h100", "--batch-size", "512", *options]) == 2
+    assert (
+        main([command, "imagenet100-sd15", "--device", "h100", "--batch-size", "512", *options])
+        == 2
+    )
     assert named in capsys.readouterr().err
 
 
 def test_sample_writes_images_of_the_classes_asked_for(tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["sample", "--labels", "Bag, 1", "--count", "2", "--omega", "0.03", "--out", str(out)]
+    arguments = [
+        "sample",
+        "--labels",
+        "Bag, 1",
+        "--count",
+        "2",
+        "--omega",
+        "0.03",
+        "--out",
+        str(out),
+    ]
     assert main(arguments) == 0
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [row["class"] for row in rows] == ["Bag", "Bag", "Trouser", "Trouser"]
@@ -114,7 +157,9 @@ def test_sample_writes_images_of_the_classes_asked_for(tmp_path, capsys):
 
 
 def test_plan_prints_phases_schedules_memory_and_places(capsys):
-    assert main(["plan", "fashion", "--device", "H200", "--count", "2", "--utilisation", "0.3"]) == 0
+    assert (
+        main(["plan", "fashion", "--device", "H200", "--count", "2", "--utilisation", "0.3"]) == 0
+    )
     text = capsys.readouterr().out
     for wanted in (
         "fashion on 2 x H200",
@@ -128,7 +173,10 @@ def test_plan_prints_phases_schedules_memory_and_places(capsys):
     ):
         assert wanted in text
     assert main(["plan", "fashion", "--device", "tpu"]) == 2
-    assert "device = 'tpu': expected one of a100, h100, h200, b200, rtx4090, or 'here'" in capsys.readouterr().err
+    assert (
+        "device = 'tpu': expected one of a100, h100, h200, b200, rtx4090, or 'here'"
+        in capsys.readouterr().err
+    )
 
 
 def test_doctor_names_versions_backends_and_remedies(capsys):
@@ -139,7 +187,9 @@ def test_doctor_names_versions_backends_and_remedies(capsys):
 
 
 @pytest.mark.skipif(audit.missing() is not None, reason=str(audit.missing()))
-def test_audit_prints_and_writes_its_reports_and_fails_on_a_broken_promise(tmp_path, monkeypatch, capsys):
+def test_audit_prints_and_writes_its_reports_and_fails_on_a_broken_promise(
+    tmp_path, monkeypatch, capsys
+):
     (good,) = (variant for variant in audit.variants() if variant.name == "normal")
     arguments = ["audit", "--capability", "90", "--json", str(tmp_path / "audit.jsonl")]
     monkeypatch.setattr(audit, "variants", lambda: [good])
@@ -160,5 +210,11 @@ def test_audit_needs_the_tools_of_the_linux_wheel(monkeypatch, capsys):
 
 
 def test_a_wrong_argument_is_answered_without_importing_torch():
-    code = "import sys; from dpfast.cli.main import main; main(['run', 'nosuch']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    code = (
+        "import sys; from dpfast.cli.main import main; main(['run', 'nosuch']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+        == 0
+    )

@@ -1,4 +1,6 @@
-"""Recipes: what they accept, and that every refusal names the field, its value and what would be right."""
+"""Recipes: what they accept, and that every refusal names the field, its value and what would be
+right.
+"""
 
 import dataclasses
 
@@ -17,7 +19,12 @@ def test_shipped_recipes_survive_a_round_trip(path):
 
 def test_leaf_names_are_unique_over_the_sections():
     recipe = Recipe.load("fashion")
-    nested = [f.name for s in dataclasses.astuple(recipe) if dataclasses.is_dataclass(s) for f in dataclasses.fields(s)]
+    nested = [
+        f.name
+        for s in dataclasses.astuple(recipe)
+        if dataclasses.is_dataclass(s)
+        for f in dataclasses.fields(s)
+    ]
     assert len(nested) == len(set(nested))
     assert {"omega", "iterations", "seed", "steps"} <= set(fields())
 

@@ -17,12 +17,22 @@ BLOCKS = [
 def test_every_way_in_has_its_block():
     text = (ROOT / "docs/embedding.md").read_text()
     assert len(BLOCK.findall(text)) == text.count("```") / 2
-    for name in ("generate", "stream", "GuidanceCallback", "attach", "LearnerGuidance", "make_cond_fn", "criterion="):
+    for name in (
+        "generate",
+        "stream",
+        "GuidanceCallback",
+        "attach",
+        "LearnerGuidance",
+        "make_cond_fn",
+        "criterion=",
+    ):
         assert any(name in block for block in BLOCK.findall(text)), name
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_block_is_short_and_runs(block, tmp_path, monkeypatch, stable_diffusion_folder, stable_diffusion_3_folder):
+def test_a_block_is_short_and_runs(
+    block, tmp_path, monkeypatch, stable_diffusion_folder, stable_diffusion_3_folder
+):
     assert sum(bool(line.strip()) for line in block.splitlines()) < 15
     (tmp_path / "sd15").symlink_to(stable_diffusion_folder)
     (tmp_path / "sd3").symlink_to(stable_diffusion_3_folder)

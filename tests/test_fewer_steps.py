@@ -13,7 +13,13 @@ def record(steps, entropy, agreement):
 def test_the_fewest_steps_keep_entropy_and_agreement():
     reference, lost, hard, few, better = (
         record(*values)
-        for values in ((20, 0.0, 0.0), (6, 0.0, -0.011), (6, 0.051, 0.0), (8, -0.05, -0.01), (8, 0.02, 0.0))
+        for values in (
+            (20, 0.0, 0.0),
+            (6, 0.0, -0.011),
+            (6, 0.051, 0.0),
+            (8, -0.05, -0.01),
+            (8, 0.02, 0.0),
+        )
     )
     assert fewer_steps.fewest([reference, lost, hard, few, better]) is better
     assert fewer_steps.fewest([reference, lost, hard, few]) is few

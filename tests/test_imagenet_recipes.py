@@ -1,4 +1,6 @@
-"""The recipes of the paper's size: where their values are from, and what is refused before any weights are read."""
+"""The recipes of the paper's size: where their values are from, and what is refused before any
+weights are read.
+"""
 
 import json
 import re
@@ -58,7 +60,13 @@ PAPER = {  # arXiv 2502.15588: sections 5 and C.5, Tables 1, 4 and 5
 def test_every_value_is_the_papers_or_says_that_it_is_ours(name):
     recipe = Recipe.load(name)
     values = {"validation": recipe.validation}
-    for section in (recipe.generator, recipe.guidance, recipe.learner, recipe.pool, recipe.practice):
+    for section in (
+        recipe.generator,
+        recipe.guidance,
+        recipe.learner,
+        recipe.pool,
+        recipe.practice,
+    ):
         values |= vars(section)
     paper, named = COMMON | PAPER[name], set()
     for line in (RECIPES / f"{name}.toml").read_text().splitlines():
@@ -68,7 +76,11 @@ def test_every_value_is_the_papers_or_says_that_it_is_ours(name):
         key = setting[1]
         named.add(key)
         if re.search(r"#.*\bours\b", line) is None:
-            assert values[key] == pytest.approx(paper[key]) if isinstance(paper[key], float) else paper[key], key
+            assert (
+                values[key] == pytest.approx(paper[key])
+                if isinstance(paper[key], float)
+                else paper[key]
+            ), key
     assert paper.keys() <= named
 
 
@@ -107,13 +119,18 @@ def no_shard(generator, validation):
 
 BROKEN = {
     r"pipeline = .*generator'\)?: no such folder": lambda g, v: shutil.rmtree(g),
-    r"the folder has no part 'unet', which a StableDiffusionPipeline needs": lambda g, v: shutil.rmtree(g / "unet"),
+    r"the folder has no part 'unet', which a StableDiffusionPipeline needs": lambda g, v: (
+        shutil.rmtree(g / "unet")
+    ),
     r"'vae' has no \.safetensors weights": no_weights,
     r"'text_encoder': .*safetensors is damaged or cut short": cut_short,
-    r"'text_encoder' lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names": no_shard,
+    r"'text_encoder' lacks model-00002-of-00002.safetensors, which model.safetensors.index.json "
+    r"names": no_shard,
     r"validation = .*: no such folder": lambda g, v: shutil.rmtree(v),
     r"validation = .*: it has no sub-folders": lambda g, v: (shutil.rmtree(v), v.mkdir()),
-    r"validation = .*: classes that the learner does not know: terrier": lambda g, v: (v / "terrier").mkdir(),
+    r"validation = .*: classes that the learner does not know: terrier": lambda g, v: (
+        v / "terrier"
+    ).mkdir(),
     r"validation = .*: no images of 'bonnet, poke bonnet'": no_image,
     r"validation = .*: no images of .* and 98 more classes": lambda g, v: [
         shutil.rmtree(path) for path in sorted(v.iterdir())[1:]
@@ -122,14 +139,19 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_folders_that_do_not_fit_are_named_before_weights_are_read(message, folders, capsys, tmp_path):
+def test_folders_that_do_not_fit_are_named_before_weights_are_read(
+    message, folders, capsys, tmp_path
+):
     BROKEN[message](*folders)
     arguments = ["--generator", str(folders[0]), "--validation", str(folders[1])]
     assert main(["run", "imagenet100-sd15", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error), error
-    assert {path.name for path in tmp_path.iterdir()} <= {"generator", "validation"}  # nothing half-written
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        "generator",
+        "validation",
+    }  # nothing half-written
 
 
 @pytest.mark.parametrize("name", sorted(PAPER))

@@ -20,7 +20,9 @@ def models(pipeline_folder, learner):
 
 
 def predecessor_by_formula(models, label, sample_id, omega):
-    """The published steps for one image, from alpha-bar alone: no scheduler, no helper of the baseline."""
+    """The published steps for one image, from alpha-bar alone: no scheduler, no helper of the
+    baseline.
+    """
     betas = torch.linspace(0.0001**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2
     cumulative = torch.cumprod(1 - betas, 0)
     z = normal(sample_id[None], (4, 8, 8), seed=0, stream=0)
@@ -53,7 +55,9 @@ def predecessor_by_formula(models, label, sample_id, omega):
 def test_predecessor_follows_its_published_steps(models, tmp_path, omega):
     baseline = Predecessor(models, tmp_path, **SETTINGS | {"omega": omega})
     latents = baseline.latents(LABELS[1:2], IDS[1:2])
-    torch.testing.assert_close(latents, predecessor_by_formula(models, LABELS[1], IDS[1], omega), **close)
+    torch.testing.assert_close(
+        latents, predecessor_by_formula(models, LABELS[1], IDS[1], omega), **close
+    )
 
 
 def test_predecessor_goes_through_files(models, tmp_path):
@@ -67,7 +71,9 @@ def test_predecessor_goes_through_files(models, tmp_path):
     ]
     expected = (models.decode(baseline.latents(labels[:1], IDS[:1])) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(first[0] / 255.0, expected[0], rtol=0, atol=0.5001 / 255)
-    assert torch.equal(first, baseline.generate(labels, IDS))  # other files, the same images in the labels' order
+    assert torch.equal(
+        first, baseline.generate(labels, IDS)
+    )  # other files, the same images in the labels' order
     assert len(list(tmp_path.rglob("*.png"))) == 6
 
 
@@ -93,9 +99,11 @@ def test_batched_makes_the_images_of_the_sampler(models, pipeline, learner, plai
     guidance = GuidanceConfig(omega=ours.pop("omega", OMEGA), every=EVERY)
     sampler = GuidedSampler(
         pipeline, learner, guidance=guidance, compile=False, steps=STEPS, cfg_scale=CFG, **ours
-    )  # fmt: skip
+    )
     latents = sampler.denoise(normal(IDS, (4, 8, 8), seed=0, stream=0), LABELS, IDS)
-    torch.testing.assert_close(Batched(models=models, **SETTINGS | plain).latents(LABELS, IDS), latents, **close)
+    torch.testing.assert_close(
+        Batched(models=models, **SETTINGS | plain).latents(LABELS, IDS), latents, **close
+    )
 
 
 def test_guidance_of_the_baselines_changes_latents(models, tmp_path):

@@ -1,4 +1,6 @@
-"""What is measured beside the work of a run: the bookkeeping of a pool of any size, and the manifest that it writes."""
+"""What is measured beside the work of a run: the bookkeeping of a pool of any size, and the
+manifest that it writes.
+"""
 
 import json
 from pathlib import Path
@@ -17,7 +19,10 @@ def test_the_bookkeeping_is_measured_on_a_pool_of_that_size(monkeypatch, tmp_pat
     monkeypatch.setattr(overhead, "BATCH", 50)
     monkeypatch.setattr(overhead, "DEALT", 25)
     first, second = overhead.bookkeeping(2)
-    assert (first["samples"], second["samples"]) == (400, 600)  # each size, and two shards that are measured
+    assert (first["samples"], second["samples"]) == (
+        400,
+        600,
+    )  # each size, and two shards that are measured
     assert second["chunks"] == -(-600 // (overhead.CHUNK // overhead.PAYLOAD))
     assert min(second["microseconds"].values()) > 0
     assert second["manifest_bytes"] > first["manifest_bytes"]
@@ -29,12 +34,17 @@ def test_a_manifest_is_read_as_it_was_written(shards, tmp_path):
     manifest = Manifest("pixels", [3, 2, 2], "npy", ["cat"], made, made[:1])
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest
-    assert json.loads((tmp_path / "manifest.json").read_text())["shards"] == [vars_of(shard) for shard in made]
+    assert json.loads((tmp_path / "manifest.json").read_text())["shards"] == [
+        vars_of(shard) for shard in made
+    ]
     assert manifest.next_name() == f"shard-{shards:06d}.tar"
 
 
 def vars_of(shard):
-    return {name: getattr(shard, name) for name in ("name", "samples", "bytes", "sha256", "columns_sha256", "ids")}
+    return {
+        name: getattr(shard, name)
+        for name in ("name", "samples", "bytes", "sha256", "columns_sha256", "ids")
+    }
 
 
 def last(name):
@@ -56,9 +66,16 @@ def test_the_documented_efficiencies_are_those_of_the_record():
 def test_the_documented_bookkeeping_is_that_of_the_record():
     rows = [cells(line) for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
     records = [json.loads(line) for line in overhead.RESULTS.read_text().splitlines()]
-    books = [record for record in records if record["part"] == "bookkeeping"][-len(overhead.SIZES) :]
+    books = [record for record in records if record["part"] == "bookkeeping"][
+        -len(overhead.SIZES) :
+    ]
     for record in books:
         append, order, save = record["microseconds"].values()
         (row,) = [row for row in rows if row[0] == str(record["samples"])]
-        assert [row[1], *row[3:]] == [str(record["chunks"]), f"{append:.2f}", f"{order:.2f}", f"{save:.1f}"]
+        assert [row[1], *row[3:]] == [
+            str(record["chunks"]),
+            f"{append:.2f}",
+            f"{order:.2f}",
+            f"{save:.1f}",
+        ]
     assert overhead.missed(books) == []

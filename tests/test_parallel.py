@@ -1,4 +1,6 @@
-"""What belongs to which rank, how ranks agree, and that the parts of several make what one makes."""
+"""What belongs to which rank, how ranks agree, and that the parts of several make what one
+makes.
+"""
 
 import contextlib
 import dataclasses
@@ -74,12 +76,16 @@ def rows_of(codec, count):
     records["sample_id"], records["label"] = range(100, 100 + count), torch.arange(count) % 7
     if codec == "latents":
         return torch.randn(count, 4, 4, 4, generator=generator).half(), records
-    return torch.randint(0, 256, (count, 3, 16, 12), dtype=torch.uint8, generator=generator), records
+    return torch.randint(
+        0, 256, (count, 3, 16, 12), dtype=torch.uint8, generator=generator
+    ), records
 
 
 def pool_of(codec, layout, rank=None):
     """The pool of one rank, or of all as one."""
-    pool = SamplePool(codec, decode=lambda latents: latents[:, :3].clamp(-1, 1), chunk_bytes=1 << 16)
+    pool = SamplePool(
+        codec, decode=lambda latents: latents[:, :3].clamp(-1, 1), chunk_bytes=1 << 16
+    )
     payload, records = rows_of(codec, len(layout))
     rows = torch.arange(len(layout))
     if rank is not None:
@@ -94,7 +100,9 @@ def loader_of(pool):
 
 def learner():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(7))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(7)
+    )
 
 
 def same_batches(ranks, folder):
@@ -126,7 +134,10 @@ def test_ranks_share_the_batches_of_one_pool_and_anyone_opens_what_they_saved(si
         assert torch.equal(everything.images(rows), one.images(rows))
         for wanted in (Ranks(), Ranks(rank=1, size=3)):
             layout = ShardLayout(wanted, BATCH, ROUNDS)
-            part, mine = open_part(tmp_path / codec, saved, layout), pool_of(codec, layout, wanted.rank)
+            part, mine = (
+                open_part(tmp_path / codec, saved, layout),
+                pool_of(codec, layout, wanted.rank),
+            )
             assert torch.equal(part.column("sample_id"), mine.column("sample_id"))
             stored, expected = (pool.payload(torch.arange(len(mine))) for pool in (part, mine))
             assert stored == expected if codec == "jpeg" else torch.equal(stored, expected)
@@ -135,7 +146,9 @@ def test_ranks_share_the_batches_of_one_pool_and_anyone_opens_what_they_saved(si
 def train(pool, ranks):
     model = learner()
     model(torch.zeros(2, 3, 16, 12))
-    trainer = Trainer(model, Learner(lr=1e-2, clip_grad_norm=1.0, precision="fp32"), iterations=20, ranks=ranks)
+    trainer = Trainer(
+        model, Learner(lr=1e-2, clip_grad_norm=1.0, precision="fp32"), iterations=20, ranks=ranks
+    )
     loader = loader_of(pool)
     losses = [float(ranks.each(trainer.step(*next(loader))).mean()) for _ in range(12)]
     loader.close()
@@ -143,7 +156,9 @@ def train(pool, ranks):
 
 
 def same_norm(ranks):
-    """Batch norm on parts of a batch against torch's on all of it: outputs, gradients, running statistics."""
+    """Batch norm on parts of a batch against torch's on all of it: outputs, gradients, running
+    statistics.
+    """
     torch.manual_seed(0)
     inputs, factors = torch.randn(8, 5, 6, 7) * 3 + 2, torch.randn(8, 5, 6, 7)
     norm, mine = nn.BatchNorm2d(5), torch.arange(8).chunk(ranks.size)[ranks.rank]
@@ -165,7 +180,9 @@ def same_norm(ranks):
 
 
 def in_halves(ranks, limit, *, norms=False):
-    """A trainer after three steps, whose memory holds ``limit`` images in the backward pass; of this rank's part."""
+    """A trainer after three steps, whose memory holds ``limit`` images in the backward pass; of
+    this rank's part.
+    """
     made = micro_batches.model(limit, "backward")
     made[3] = nn.BatchNorm1d(24) if norms else nn.Identity()
     trainer = Trainer(made, Learner(lr=1e-2, precision="fp32"), iterations=20, ranks=ranks)
@@ -178,7 +195,9 @@ def in_halves(ranks, limit, *, norms=False):
 
 
 def one_rank_out_of_memory(ranks):
-    """The last rank alone runs out of memory, when it has sent its first buckets: what all learn stays the same."""
+    """The last rank alone runs out of memory, when it has sent its first buckets: what all learn
+    stays the same.
+    """
     last = ranks.rank == ranks.size - 1
     alone, shared = in_halves(Ranks(), 1000), in_halves(ranks, 2 if last else 1000)
     assert (shared.micro_batch is not None) == last
@@ -186,8 +205,12 @@ def one_rank_out_of_memory(ranks):
         torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
         assert all(torch.equal(mine, each) for each in ranks.each(mine))
     shared = in_halves(ranks, 2 if last else 1000, norms=True)
-    assert shared.micro_batch <= 2, "batch norms over ranks wait for each other: all take what fits the last"
-    assert all(torch.equal(value, each) for value in shared.parameters for each in ranks.each(value))
+    assert shared.micro_batch <= 2, (
+        "batch norms over ranks wait for each other: all take what fits the last"
+    )
+    assert all(
+        torch.equal(value, each) for value in shared.parameters for each in ranks.each(value)
+    )
 
 
 def same_training(ranks):
@@ -199,7 +222,10 @@ def same_training(ranks):
         train(ShardedPool(pool_of("pixels", layout, ranks.rank), layout), ranks),
     )
     assert shared == pytest.approx(alone, rel=1e-4)
-    images, labels = torch.randint(0, 256, (1203, 3, 16, 12), dtype=torch.uint8), torch.arange(1203) % 7
+    images, labels = (
+        torch.randint(0, 256, (1203, 3, 16, 12), dtype=torch.uint8),
+        torch.arange(1203) % 7,
+    )
     images = images * 0 + torch.arange(1203).remainder(251).byte().view(-1, 1, 1, 1)
     mine = ranks.places(1203, 500)
     for weights in ("raw", "ema"):
@@ -208,9 +234,18 @@ def same_training(ranks):
             one.weights(weights).state_dict().items(), theirs.state_dict().values(), strict=True
         ):
             torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=name)
-            assert all(torch.equal(other, each) for each in ranks.each(other)), f"{name} differs between ranks"
-        found, wanted = evaluate(theirs, images[mine], labels[mine], ranks), evaluate(theirs, images, labels)
-        assert (found.top1, found.loss, found.calibration_error) == (wanted.top1, wanted.loss, wanted.calibration_error)
+            assert all(torch.equal(other, each) for each in ranks.each(other)), (
+                f"{name} differs between ranks"
+            )
+        found, wanted = (
+            evaluate(theirs, images[mine], labels[mine], ranks),
+            evaluate(theirs, images, labels),
+        )
+        assert (found.top1, found.loss, found.calibration_error) == (
+            wanted.top1,
+            wanted.loss,
+            wanted.calibration_error,
+        )
         assert torch.equal(found.per_class, wanted.per_class)
 
 
@@ -262,17 +297,23 @@ def spend(ranks):
 
 def samples_of(count):
     ids = torch.arange(count)
-    return SampleBatch(images=torch.zeros(count, 1, 2, 2), labels=ids, sample_ids=ids, entropy=torch.zeros(count))
+    return SampleBatch(
+        images=torch.zeros(count, 1, 2, 2), labels=ids, sample_ids=ids, entropy=torch.zeros(count)
+    )
 
 
 def test_a_rank_that_is_slower_than_the_others_is_found_by_its_seconds_a_sample():
     def of(*seconds):  # ranks with 5, 10, 15, ... samples
-        return slowest([{"samples": 5 * n, "seconds": 5 * n * each} for n, each in enumerate(seconds, 1)])
+        return slowest(
+            [{"samples": 5 * n, "seconds": 5 * n * each} for n, each in enumerate(seconds, 1)]
+        )
 
     assert of(10, 10, 11, 10) == (2, pytest.approx(1.1))
     assert of(10, 10, 10.4, 10) is None
     assert of(12.5, 10) == (0, pytest.approx(1.25))
-    assert slowest([{"samples": 5, "seconds": 50}, {"samples": 0, "seconds": 0.0}]) is None  # a small round
+    assert (
+        slowest([{"samples": 5, "seconds": 50}, {"samples": 0, "seconds": 0.0}]) is None
+    )  # a small round
 
 
 def test_what_ranks_spend_adds_up_and_the_slowest_counts():
@@ -312,7 +353,9 @@ def test_a_rank_that_never_comes_is_named(monkeypatch):
     for name, value in (environment(0, 2, agent.port) | AGENT).items():
         monkeypatch.setenv(name, value)
     with (
-        pytest.raises(RankError, match=r"^rank 1 of 2 did not answer: dead, or without progress for 1 s"),
+        pytest.raises(
+            RankError, match=r"^rank 1 of 2 did not answer: dead, or without progress for 1 s"
+        ),
         joined(cuda=False, timeout=1),
     ):
         pass

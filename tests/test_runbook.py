@@ -15,12 +15,19 @@ from dpfast.pool.codecs import saved_bytes
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "runbook.md").read_text()
 COMMANDS = [
-    shlex.split(line, comments=True) for line in re.findall(r"^    (\S.*)$", TEXT.replace("\\\n", " "), re.MULTILINE)
+    shlex.split(line, comments=True)
+    for line in re.findall(r"^    (\S.*)$", TEXT.replace("\\\n", " "), re.MULTILINE)
 ]
 
 
 def test_every_kind_of_command_is_there():
-    assert {command[0] for command in COMMANDS} == {"dpfast", "torchrun", "sbatch", "tensorboard", "tail"}
+    assert {command[0] for command in COMMANDS} == {
+        "dpfast",
+        "torchrun",
+        "sbatch",
+        "tensorboard",
+        "tail",
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -32,7 +39,12 @@ def test_a_command_has_options_that_exist(command):
     if command[0] == "sbatch":
         script = next(part for part in command if part.endswith(".sbatch"))
         assert (ROOT / script).is_file()
-        command = ["dpfast", "run", command[command.index(script) + 1], *command[command.index(script) + 3 :]]
+        command = [
+            "dpfast",
+            "run",
+            command[command.index(script) + 1],
+            *command[command.index(script) + 3 :],
+        ]
     if command[0] == "dpfast":
         parser = main._Parser(prog="dpfast")
         commands = parser.add_subparsers(dest="command")
@@ -45,7 +57,9 @@ def said():
     """(file, message) of every line that the package logs, events of the loop aside."""
     for file in sorted((ROOT / "dpfast").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and re.fullmatch(r"log\.(info|warning|error)", ast.unparse(node.func)):
+            if isinstance(node, ast.Call) and re.fullmatch(
+                r"log\.(info|warning|error)", ast.unparse(node.func)
+            ):
                 message = node.args[0]
                 if isinstance(message, ast.Constant) and message.value != "%s":
                     yield file.name, message.value
@@ -72,7 +86,11 @@ def failures():
             yield row, max(parts, key=len).strip(" ,.;:()")
 
 
-SOURCE = re.sub(r'"\s*\n\s*f?"', "", "".join(file.read_text() for file in sorted((ROOT / "dpfast").rglob("*.py"))))
+SOURCE = re.sub(
+    r'"\s*\n\s*f?"',
+    "",
+    "".join(file.read_text() for file in sorted((ROOT / "dpfast").rglob("*.py"))),
+)
 
 
 @pytest.mark.parametrize(("row", "words"), list(failures()))
@@ -84,7 +102,11 @@ def test_a_failure_is_quoted_in_the_words_of_the_code_and_has_one_row(row, words
 def test_the_disk_of_a_run_is_that_of_the_plan():
     for images in ("npy", "png", "jpeg"):
         each = saved_bytes("pixels", (3, 224, 224), images)
-        row = next(line for line in TEXT.splitlines() if line.startswith("| samples") and f'"{images}"' in line)
+        row = next(
+            line
+            for line in TEXT.splitlines()
+            if line.startswith("| samples") and f'"{images}"' in line
+        )
         assert [float(number) for number in re.findall(r"([\d.]+) [kGT]B", row)] == [
             pytest.approx(each / 1e3, rel=0.01),
             pytest.approx(1.9e6 * each / 1e9, rel=0.01),

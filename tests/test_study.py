@@ -36,17 +36,34 @@ def test_a_short_study_resumes_and_shares_the_unguided_samples(tmp_path, monkeyp
 
 
 def line(source: str, samples: int, accuracy: float, seed: int = 0, **changes) -> dict:
-    fields = {**study.COMMON, "sources": source, "maximum_samples": samples, "iterations": 100, "seed": seed, **changes}
+    fields = {
+        **study.COMMON,
+        "sources": source,
+        "maximum_samples": samples,
+        "iterations": 100,
+        "seed": seed,
+        **changes,
+    }
     return {
-        "source": source, "samples": samples, "iterations": fields["iterations"], "test_accuracy": accuracy,
-        "generation_seconds": samples / 10, "training_seconds": 50.0, "samples_made": samples, "fields": fields,
-    }  # fmt: skip
+        "source": source,
+        "samples": samples,
+        "iterations": fields["iterations"],
+        "test_accuracy": accuracy,
+        "generation_seconds": samples / 10,
+        "training_seconds": 50.0,
+        "samples_made": samples,
+        "fields": fields,
+    }
 
 
 @pytest.fixture
 def results(tmp_path):
     """Static gains a point a doubling; dp with 100 samples is where static is with 400."""
-    lines = [line("static", n, a, seed) for n, a in ((100, 0.7), (200, 0.71), (400, 0.72)) for seed in (0, 1)]
+    lines = [
+        line("static", n, a, seed)
+        for n, a in ((100, 0.7), (200, 0.71), (400, 0.72))
+        for seed in (0, 1)
+    ]
     lines += [line("dp", 100, 0.71, 0), line("dp", 100, 0.73, 1), line("dp", 200, 0.75)]
     lines += [line("dp", 200, 0.5, omega=0.2), line("dp", 200, 0.71, iterations=50)]
     path = tmp_path / "study.jsonl"
@@ -67,9 +84,14 @@ def test_tables_compare_the_sources_at_equal_settings(results):
 
 def test_an_option_is_held_against_the_plain_loop_of_its_seed_size_and_flops(results):
     option = study.OPTIONS[0]
-    plain = [line("dp", n, a) | {"flops": 1e9 * n} for n, a in ((100, 0.7), (200, 0.72), (400, 0.74))]
+    plain = [
+        line("dp", n, a) | {"flops": 1e9 * n} for n, a in ((100, 0.7), (200, 0.72), (400, 0.74))
+    ]
     tried = line("dp", 200, 0.735, **option) | {"flops": 2e11 * 2**0.5, "nearest": 0.1}
-    other = line("dp", 200, 0.735, seed=1, **option) | {"flops": 2e11, "nearest": 0.1}  # nothing to compare
+    other = line("dp", 200, 0.735, seed=1, **option) | {
+        "flops": 2e11,
+        "nearest": 0.1,
+    }  # nothing to compare
     (gain,) = study_options.gains([*plain, tried, other])[study_options.text(option)]
     assert (gain.flops, gain.same_size, gain.same_flops) == pytest.approx((2**0.5, 0.015, 0.005))
     (row,) = study_options.rows([*plain, tried, other])
@@ -79,10 +101,16 @@ def test_an_option_is_held_against_the_plain_loop_of_its_seed_size_and_flops(res
 
 def test_new_samples_are_measured_against_earlier_ones_of_their_class():
     pool = SamplePool()
-    for number, (level, labels) in enumerate((((0, 200), [0, 1]), ((51, 251), [0, 1]), ((51, 251), [0, 0]))):
-        images = torch.tensor(level, dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 4, 4).contiguous()
+    for number, (level, labels) in enumerate(
+        (((0, 200), [0, 1]), ((51, 251), [0, 1]), ((51, 251), [0, 0]))
+    ):
+        images = (
+            torch.tensor(level, dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 4, 4).contiguous()
+        )
         ids = torch.arange(2) + 2 * number
-        batch = SampleBatch(images=images, labels=torch.tensor(labels), sample_ids=ids, entropy=torch.zeros(2))
+        batch = SampleBatch(
+            images=images, labels=torch.tensor(labels), sample_ids=ids, entropy=torch.zeros(2)
+        )
         pool.append(batch, round=number, omega=0.0)
         if number == 0:
             assert study.nearest_earlier(pool) is None
@@ -94,4 +122,9 @@ def test_seconds_are_those_of_the_least_disturbed_run(results):
     slow = {**lines[0], "generation_seconds": 1000.0, "training_seconds": 1000.0}
     assert study_tables.seconds([*lines, slow])(slow) == pytest.approx(100 / 10 + 50.0)
     samples, iterations, omega, cell = study_tables.cheapest(lines, 0.72)["dp"]
-    assert (samples, iterations, omega, cell.seconds) == (100, 100, study.COMMON["omega"], pytest.approx(60.0))
+    assert (samples, iterations, omega, cell.seconds) == (
+        100,
+        100,
+        study.COMMON["omega"],
+        pytest.approx(60.0),
+    )

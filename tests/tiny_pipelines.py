@@ -1,4 +1,6 @@
-"""Tiny pipelines of each family with random weights, tokenizers included, saved as diffusers saves them."""
+"""Tiny pipelines of each family with random weights, tokenizers included, saved as diffusers saves
+them.
+"""
 
 import string
 from pathlib import Path
@@ -16,7 +18,9 @@ INDEX = {str(i): name for i, name in enumerate(NAMES)}
 
 
 def randomise(*models, std=0.1):
-    """Weights far from the usual initialisation: zero-initialised outputs would hide the input and the condition."""
+    """Weights far from the usual initialisation: zero-initialised outputs would hide the input and
+    the condition.
+    """
     generator = torch.Generator().manual_seed(7)
     for model in models:
         for parameter in model.parameters():
@@ -61,7 +65,11 @@ def clip_tokenizer():
             merge = ("".join(pieces[:i]), pieces[i])
             if merge not in merges:
                 merges.append(merge)
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(merge) for merge in merges),
+    ]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
@@ -69,7 +77,9 @@ def clip_tokenizer():
 
 def t5_tokenizer():
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(f"▁{word}", -1.0) for word in WORDS] + [(letter, -3.0) for letter in string.ascii_lowercase]
+    pieces += [(f"▁{word}", -1.0) for word in WORDS] + [
+        (letter, -3.0) for letter in string.ascii_lowercase
+    ]
     return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0)
 
 
@@ -102,7 +112,9 @@ def dit(folder: Path, *, learned_sigma=False, tiny=True, layers=2, index=INDEX, 
         patch_size=2,
     )
     randomise(transformer)
-    schedule = diffusers.DDIMScheduler(**{"beta_schedule": "scaled_linear", "clip_sample": False, **scheduler})
+    schedule = diffusers.DDIMScheduler(
+        **{"beta_schedule": "scaled_linear", "clip_sample": False, **scheduler}
+    )
     pipeline = diffusers.DiTPipeline(transformer, vae(), schedule, id2label=index)
     pipeline.register_to_config(id2label=index)
     pipeline.save_pretrained(folder)
@@ -128,7 +140,11 @@ def stable_diffusion(folder: Path, scheduler=None, encoder=None, **unet):
     tokenizer = clip_tokenizer()
     # the scheduler of the published 1.5 folder
     scheduler = scheduler or diffusers.PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
     )
     diffusers.StableDiffusionPipeline(
         vae=vae(),
@@ -162,7 +178,13 @@ def stable_diffusion_3(folder: Path, *, t5=True, **scheduler):
     encoder = clip_encoder(transformers.CLIPTextModelWithProjection, clip)
     torch.manual_seed(4)
     third = transformers.T5Config(
-        vocab_size=len(t5_words), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, is_encoder_decoder=False
+        vocab_size=len(t5_words),
+        d_model=32,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        is_encoder_decoder=False,
     )
     diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
@@ -197,8 +219,15 @@ def pixel(folder: Path, *, class_embeddings=None, kind=diffusers.DDIMPipeline, s
 
 
 def learner(classes, channels):
-    """A vision transformer for images of 16 px; as a recipe's model: "tests.tiny_pipelines:learner"."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    """A vision transformer for images of 16 px; as a recipe's model:
+    "tests.tiny_pipelines:learner".
+    """
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     return build_learner(
         "transformers:ViTForImageClassification",
         classes=classes,

@@ -1,6 +1,8 @@
-"""How far an operation may be from its fp64 reference; the comment beside a number is the worst measured error.
+"""How far an operation may be from its fp64 reference; the comment beside a number is the worst
+measured error.
 
-Measured on an AVX-512 CPU with torch 2.13, and in Triton 3.9 as interpreter, for inputs of unit to 20-fold size.
+Measured on an AVX-512 CPU with torch 2.13, and in Triton 3.9 as interpreter, for inputs of unit to
+20-fold size.
 """
 
 from __future__ import annotations
@@ -11,8 +13,13 @@ import torch
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
-# Rounding of an output: half a unit in the last place, relative. Triton's interpreter truncates to bf16, a GPU rounds.
-HALF_ULP = {FP32: 2.0**-24, FP16: 2.0**-11, BF16: 2.0**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 2.0**-8}
+# Rounding of an output: half a unit in the last place, relative. Triton's interpreter truncates to
+# bf16, a GPU rounds.
+HALF_ULP = {
+    FP32: 2.0**-24,
+    FP16: 2.0**-11,
+    BF16: 2.0**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 2.0**-8,
+}
 
 # Entropy in nats, absolute, up to K = 262,144.
 ENTROPY = 2e-6  # reference 2.4e-7, native 4.5e-7, triton 5.7e-7
@@ -26,4 +33,6 @@ GATHER = 6e-7  # reference 1.6e-7, native 9.6e-8, triton 1.6e-7
 # The guided step, absolute, for inputs of unit size, beside the rounding of the output.
 GUIDED = 3e-6  # reference 2.2e-6, native 6.3e-7, triton 2.0e-6
 # One solver step against diffusers, times the largest factor of the step.
-SCHEDULER = 4e-5  # 1.7e-5, at the last steps of eta = 1, where diffusers takes sigma^2 - s^2 in fp32
+SCHEDULER = (
+    4e-5  # 1.7e-5, at the last steps of eta = 1, where diffusers takes sigma^2 - s^2 in fp32
+)

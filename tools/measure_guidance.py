@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""What guidance does: entropy and label agreement against omega, and a picture of the same samples under each omega.
+"""What guidance does: entropy and label agreement against omega, and a picture of the same samples
+under each omega.
 
     python tools/measure_guidance.py RUN --out docs/guidance.png [--omega 0 0.05 0.15] [--count 500]
 
-RUN is the folder of a finished run; its learner guides. Labels and sample ids are the same for every omega, so every
-column of the picture is one sample that guidance makes harder from top to bottom.
+RUN is the folder of a finished run; its learner guides. Labels and sample ids are the same for
+every omega, so every column of the picture is one sample that guidance makes harder from top to
+bottom.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ FIRST_ID = 1 << 41  # ids that no run uses
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--omega", type=float, nargs="+", default=[0.0, 0.03, 0.05, 0.08, 0.15])
@@ -40,12 +44,19 @@ def main() -> None:
     pipeline, judge = Pipeline.from_pretrained(recipe.generator.pipeline), load_judge()
     learner = load_learner(arguments.run, pipeline)
     labels = torch.arange(arguments.count) % len(pipeline.class_names)
-    print("omega  entropy of the learner, nats  label agreement of the judge  seconds per 1,000 samples")
+    print(
+        "omega  entropy of the learner, nats  label agreement of the judge  seconds per 1,000 "
+        "samples"
+    )
     rows = []
     for omega in arguments.omega:
         guidance = GuidanceConfig(omega=omega, every=arguments.every)
         sampler = GuidedSampler(
-            pipeline, learner, guidance=guidance, steps=recipe.generator.steps, cfg_scale=recipe.generator.cfg_scale
+            pipeline,
+            learner,
+            guidance=guidance,
+            steps=recipe.generator.steps,
+            cfg_scale=recipe.generator.cfg_scale,
         )
         started = time.perf_counter()
         batches = list(sampler.stream(labels, first_id=FIRST_ID))

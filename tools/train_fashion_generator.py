@@ -1,19 +1,24 @@
 #!/usr/bin/env python3
-"""Trains the embedded generator: a class-conditional latent diffusion model of Fashion-MNIST, and its judge.
+"""Trains the embedded generator: a class-conditional latent diffusion model of Fashion-MNIST, and
+its judge.
 
-    python tools/train_fashion_generator.py --data /usr/share/datasets/fashion-mnist --work DIR [--stage STAGE]
+    python tools/train_fashion_generator.py --data /usr/share/datasets/fashion-mnist --work DIR
+    [--stage STAGE]
 
 Stages, in order (``--stage all`` runs each that is not finished):
 
     autoencoder  AutoencoderKL, 32x32x1 -> 4x8x8
-    judge        a classifier of the real training images: the yardstick for the samples, never shown to a learner
-    denoiser     DiTTransformer2DModel on the latents, v-prediction, label dropout for classifier-free guidance
+    judge        a classifier of the real training images: the yardstick for the samples, never
+                 shown to a learner
+    denoiser     DiTTransformer2DModel on the latents, v-prediction, label dropout for
+                 classifier-free guidance
     tiny         AutoencoderTiny, distilled from the autoencoder: the decoder of the guidance path
     export       float16 pipeline folder for ``DiTPipeline`` and the judge, into --out
     report       label agreement, Fréchet distances, a contact sheet and the model card
 
-Each stage writes a snapshot every few minutes and continues from it when started again. The random numbers of a step
-are a function of (seed, step), so an interrupted run and an uninterrupted one give the same weights on one machine.
+Each stage writes a snapshot every few minutes and continues from it when started again. The random
+numbers of a step are a function of (seed, step), so an interrupted run and an uninterrupted one
+give the same weights on one machine.
 """
 
 from __future__ import annotations
@@ -27,7 +32,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -102,18 +113,37 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, an EMA of the weights, and resumable snapshots in safetensors."""
+    """AdamW with warm-up and cosine decay, an EMA of the weights, and resumable snapshots in
+    safetensors.
+    """
 
     def __init__(
-        self, name: str, model: nn.Module, folder: Path, *, steps: int, lr: float, ema: float, weight_decay: float = 0.0
+        self,
+        name: str,
+        model: nn.Module,
+        folder: Path,
+        *,
+        steps: int,
+        lr: float,
+        ema: float,
+        weight_decay: float = 0.0,
     ):
-        self.name, self.model, self.folder, self.steps, self.ema_decay = name, model, folder, steps, ema
+        self.name, self.model, self.folder, self.steps, self.ema_decay = (
+            name,
+            model,
+            folder,
+            steps,
+            ema,
+        )
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
         )
         warmup = min(500, steps // 10)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, s / steps)) + 1e-3)
+            self.optimizer,
+            lambda s: min(
+                (s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, s / steps)) + 1e-3
+            ),
         )
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.step = 0
@@ -174,7 +204,9 @@ class Trainer:
                 left = (self.steps - self.step) / rate / 60
                 loss_now = f"loss {total / report_every:.5f}"
                 print(
-                    f"{self.name} {self.step}/{self.steps} {loss_now} {rate:.2f} step/s {left:.1f} min left", flush=True
+                    f"{self.name} {self.step}/{self.steps} {loss_now} {rate:.2f} step/s {left:.1f} "
+                    "min left",
+                    flush=True,
                 )
                 total = 0.0
             if self.step % SNAPSHOT_STEPS == 0 or self.step == self.steps:
@@ -207,7 +239,9 @@ def load_ema(model: nn.Module, folder: Path, name: str) -> nn.Module:
 def train_autoencoder(images: Tensor, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = AutoencoderKL(**AUTOENCODER).to(memory_format=torch.channels_last)
-    trainer = Trainer("autoencoder", model, args.work, steps=args.autoencoder_steps, lr=1e-3, ema=0.998)
+    trainer = Trainer(
+        "autoencoder", model, args.work, steps=args.autoencoder_steps, lr=1e-3, ema=0.998
+    )
     order = batches(len(images), 64, args.seed + 1)
 
     def loss_of(step: int) -> Tensor:
@@ -228,7 +262,9 @@ def new_judge() -> nn.Module:
 def train_judge(images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed + 10)
     model = new_judge().to(memory_format=torch.channels_last).train()
-    trainer = Trainer("judge", model, args.work, steps=args.judge_steps, lr=3e-3, ema=0.998, weight_decay=0.05)
+    trainer = Trainer(
+        "judge", model, args.work, steps=args.judge_steps, lr=3e-3, ema=0.998, weight_decay=0.05
+    )
     order = batches(len(images), 128, args.seed + 11)
 
     def loss_of(step: int) -> Tensor:
@@ -251,18 +287,23 @@ def encode_all(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def latents_of(images: Tensor, args: argparse.Namespace) -> tuple[AutoencoderKL, Tensor, Tensor]:
-    """The trained autoencoder with its scaling factor set, and mean and std of every image's scaled posterior."""
+    """The trained autoencoder with its scaling factor set, and mean and std of every image's scaled
+    posterior.
+    """
     vae = load_ema(AutoencoderKL(**AUTOENCODER), args.work, "autoencoder")
     mean, std = encode_all(vae, images)
     vae.register_to_config(scaling_factor=round(1.0 / float(mean.std()), 5))
-    print(f"latents: std {float(mean.std()):.4f}, posterior noise {float(std.mean()):.4f}", flush=True)
+    print(
+        f"latents: std {float(mean.std()):.4f}, posterior noise {float(std.mean()):.4f}", flush=True
+    )
     return vae, mean * vae.config.scaling_factor, std * vae.config.scaling_factor
 
 
 def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
     _, mean, std = latents_of(images, args)
     torch.manual_seed(args.seed + 20)
-    # eval(): diffusers' own label dropout draws anew in every block; here it is drawn once per sample
+    # eval(): diffusers' own label dropout draws anew in every block; here it is drawn once per
+    # sample
     model = DiTTransformer2DModel(**DENOISER).eval()
     trainer = Trainer("denoiser", model, args.work, steps=args.denoiser_steps, lr=1e-3, ema=0.9995)
     scheduler = DDIMScheduler(**SCHEDULER)
@@ -273,10 +314,14 @@ def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> 
     def loss_of(step: int) -> Tensor:
         generator = step_generator(args.seed + 22, step)
         index = order(step)
-        x0 = torch.addcmul(mean[index], std[index], torch.randn(mean[index].shape, generator=generator))
+        x0 = torch.addcmul(
+            mean[index], std[index], torch.randn(mean[index].shape, generator=generator)
+        )
         noise = torch.randn(x0.shape, generator=generator)
         t = torch.randint(0, 1000, (len(x0),), generator=generator)
-        label = torch.where(torch.rand(len(x0), generator=generator) < 0.1, NULL_CLASS, labels[index])
+        label = torch.where(
+            torch.rand(len(x0), generator=generator) < 0.1, NULL_CLASS, labels[index]
+        )
         a, s = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
         # 16 tokens: the plain product is twice as fast as the flash kernel in bfloat16 on a CPU
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16), sdpa_kernel(SDPBackend.MATH):
@@ -296,9 +341,12 @@ def train_tiny(images: Tensor, args: argparse.Namespace) -> None:
     def loss_of(step: int) -> Tensor:
         generator = step_generator(args.seed + 32, step)
         index = order(step)
-        # guidance decodes predictions of x0 made at every noise level, so half of the latents are perturbed
+        # guidance decodes predictions of x0 made at every noise level, so half of the latents are
+        # perturbed
         spread = torch.rand(len(index), 1, 1, 1, generator=generator).sub(0.5).clamp(min=0.0)
-        z = mean[index] + (std[index] + spread) * torch.randn(mean[index].shape, generator=generator)
+        z = mean[index] + (std[index] + spread) * torch.randn(
+            mean[index].shape, generator=generator
+        )
         with torch.no_grad():
             target = vae.decode(z / vae.config.scaling_factor).sample
         encoded = model.encode(pixels(images[index])).latents
@@ -312,13 +360,17 @@ def export(images: Tensor, args: argparse.Namespace) -> None:
     transformer = load_ema(DiTTransformer2DModel(**DENOISER), args.work, "denoiser")
     tiny = load_ema(AutoencoderTiny(**TINY), args.work, "tiny")
     id2label = {str(i): name for i, name in enumerate(fashion.CLASSES)}
-    pipeline = DiTPipeline(transformer.half(), vae.half(), DDIMScheduler(**SCHEDULER), id2label=id2label)
+    pipeline = DiTPipeline(
+        transformer.half(), vae.half(), DDIMScheduler(**SCHEDULER), id2label=id2label
+    )
     pipeline.register_to_config(id2label=id2label)
     pipeline.save_pretrained(args.out / "fashion", safe_serialization=True)
     tiny.half().save_pretrained(args.out / "fashion" / "tiny_decoder", safe_serialization=True)
     config = args.out / "fashion" / "tiny_decoder" / "config.json"
     known = {k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}
-    config.write_text(json.dumps(known, indent=2) + "\n")  # a key that diffusers writes and then warns of
+    config.write_text(
+        json.dumps(known, indent=2) + "\n"
+    )  # a key that diffusers writes and then warns of
     judge = load_ema(new_judge(), args.work, "judge")
     judge.half().save_pretrained(args.out / "fashion_judge", safe_serialization=True)
     size = sum(
@@ -333,7 +385,9 @@ def export(images: Tensor, args: argparse.Namespace) -> None:
 @torch.no_grad()
 def features(judge: nn.Module, images: Tensor) -> Tensor:
     """The judge's pooled features (N, 256) of uint8 images."""
-    return torch.cat([judge.model.regnet(pixels(part)).pooler_output.flatten(1) for part in images.split(500)])
+    return torch.cat(
+        [judge.model.regnet(pixels(part)).pooler_output.flatten(1) for part in images.split(500)]
+    )
 
 
 def report(images: Tensor, args: argparse.Namespace) -> None:
@@ -343,9 +397,16 @@ def report(images: Tensor, args: argparse.Namespace) -> None:
     print(f"judge: {evaluate(judge, test, test_labels).top1:.2%} of the 10,000 real test images")
     vae = pipeline.decoder.vae
     with torch.no_grad():
-        latents = torch.cat([vae.encode(pixels(part)).latent_dist.mean for part in test[:2000].split(500)])
+        latents = torch.cat(
+            [vae.encode(pixels(part)).latent_dist.mean for part in test[:2000].split(500)]
+        )
         decoded = torch.cat([vae.decode(part).sample for part in latents.split(500)])
-        tiny = torch.cat([pipeline.guidance_decoder(part) for part in (latents * vae.config.scaling_factor).split(500)])
+        tiny = torch.cat(
+            [
+                pipeline.guidance_decoder(part)
+                for part in (latents * vae.config.scaling_factor).split(500)
+            ]
+        )
     for name, got, wanted in (
         ("autoencoder on real test images", decoded, pixels(test[:2000])),
         ("tiny decoder against full", tiny, decoded),
@@ -364,12 +425,16 @@ def report(images: Tensor, args: argparse.Namespace) -> None:
             by_class = " ".join(f"{float(agreement[labels == k].mean()):.2f}" for k in range(10))
             distance = frechet_distance(features(judge, samples), real)
             print(
-                f"cfg {cfg_scale} steps {steps}: label agreement {float(agreement.mean()):.2%} ({by_class})", end=", "
+                f"cfg {cfg_scale} steps {steps}: label agreement {float(agreement.mean()):.2%} "
+                f"({by_class})",
+                end=", ",
             )
             print(f"Frechet distance {distance:.3f}", flush=True)
             rows = [samples[labels == k][:20] for k in range(10)]
             title = f"unguided samples, {steps} steps, CFG scale {cfg_scale}"
-            contact_sheet(rows, fashion.CLASSES, title, args.work / f"sheet_{cfg_scale}_{steps}.png")
+            contact_sheet(
+                rows, fashion.CLASSES, title, args.work / f"sheet_{cfg_scale}_{steps}.png"
+            )
 
 
 def stages(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -383,7 +448,9 @@ def stages(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files")
     parser.add_argument("--work", type=Path, required=True, help="snapshots")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "dpfast" / "assets")
@@ -394,7 +461,10 @@ def main() -> None:
     parser.add_argument("--denoiser-steps", type=int, default=6000)
     parser.add_argument("--tiny-steps", type=int, default=1500)
     parser.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="needs AVX512-BF16 or AMX to be fast"
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="needs AVX512-BF16 or AMX to be fast",
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--report-cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0])

@@ -5,8 +5,9 @@ GuidedDDIMScheduler   a ``DDIMScheduler`` for DiT, Stable Diffusion and pixel pi
 LearnerGuidance       a guider of diffusers' modular pipelines
 make_cond_fn          ``cond_fn(x, t, y)`` of guided-diffusion
 
-They differ in the price of the gradient. The guider differentiates the conditional forward that the pipeline runs
-anyway, as ``GuidedSampler`` does; a callback and a scheduler are called after it, so they run one more.
+They differ in the price of the gradient. The guider differentiates the conditional forward that the
+pipeline runs anyway, as ``GuidedSampler`` does; a callback and a scheduler are called after it, so
+they run one more.
 """
 
 from dpfast.adapters.callback import GuidanceCallback

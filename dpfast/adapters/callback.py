@@ -24,19 +24,25 @@ _TENSORS = {
 
 
 class GuidanceCallback(PipelineCallback):
-    """Moves a pipeline's latents towards what the learner finds hard: ``pipe(..., callback_on_step_end=callback)``.
+    """Moves a pipeline's latents towards what the learner finds hard: ``pipe(...,
+    callback_on_step_end=callback)``.
 
-    A callback runs after a step, so what it moves is the input of the next: step 0 is never guided, and the gradient
-    takes one more conditional forward at the next timestep (a pipeline hands out no graph of its own). The prediction
-    that the next step uses is made at the moved latents; ``GuidedSampler`` keeps the one from before the move.
+    A callback runs after a step, so what it moves is the input of the next: step 0 is never guided,
+    and the gradient takes one more conditional forward at the next timestep (a pipeline hands out
+    no graph of its own). The prediction that the next step uses is made at the moved latents;
+    ``GuidedSampler`` keeps the one from before the move.
 
     Args:
-        pipe: a ``StableDiffusionPipeline`` or a ``StableDiffusion3Pipeline``; its scheduler may be replaced later.
-        learner, guidance, labels, image_size, chunk: as in ``LearnerGradient``; guidance in "relative" mode.
-        decoder: of the guidance path; None: the pipeline's own autoencoder. An ``AutoencoderTiny`` is much cheaper.
+        pipe: a ``StableDiffusionPipeline`` or a ``StableDiffusion3Pipeline``; its scheduler may be
+        replaced later.
+        learner, guidance, labels, image_size, chunk: as in ``LearnerGradient``; guidance in
+        "relative" mode.
+        decoder: of the guidance path; None: the pipeline's own autoencoder. An ``AutoencoderTiny``
+        is much cheaper.
 
-    Raises ``TypeError`` for another pipeline (a ``DiTPipeline`` has no callbacks: use ``GuidedDDIMScheduler``) and
-    ``ValueError`` for mode="score", which only a scheduler can do, or a scheduler whose latents cannot be moved.
+    Raises ``TypeError`` for another pipeline (a ``DiTPipeline`` has no callbacks: use
+    ``GuidedDDIMScheduler``) and ``ValueError`` for mode="score", which only a scheduler can do, or
+    a scheduler whose latents cannot be moved.
     """
 
     def __init__(
@@ -54,13 +60,16 @@ class GuidanceCallback(PipelineCallback):
         kinds = [kind for kind in _TENSORS if isinstance(pipe, kind)]
         if not kinds:
             raise TypeError(
-                f"pipe is a {type(pipe).__name__}, expected one of {', '.join(kind.__name__ for kind in _TENSORS)}; a "
+                f"pipe is a {type(pipe).__name__}, expected one of "
+                f"{', '.join(kind.__name__ for kind in _TENSORS)}; a "
                 "pipeline without callbacks takes a GuidedDDIMScheduler"
             )
         self._names = _TENSORS[kinds[0]]
         self.guidance = guidance or GuidanceConfig()
         if self.guidance.mode != "relative":
-            raise ValueError("guidance has mode = 'score': a callback moves latents and takes 'relative'")
+            raise ValueError(
+                "guidance has mode = 'score': a callback moves latents and takes 'relative'"
+            )
         pipes.check_scheduler(pipe.scheduler)
         self.gradient = LearnerGradient(
             learner=learner,
@@ -82,15 +91,23 @@ class GuidanceCallback(PipelineCallback):
         return self.gradient.skipped
 
     @torch.no_grad()
-    def callback_fn(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def callback_fn(
+        self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """Replaces ``callback_kwargs["latents"]`` (B, c, h, w) before a guided step."""
         missing = [name for name in self.tensor_inputs if name not in callback_kwargs]
         if missing:
-            raise ValueError(f"callback_kwargs lacks {missing[0]!r}: expected the tensors {self.tensor_inputs}")
+            raise ValueError(
+                f"callback_kwargs lacks {missing[0]!r}: expected the tensors {self.tensor_inputs}"
+            )
         scheduler = pipe.scheduler
         prediction = pipes.check_scheduler(scheduler)
         following, total = pipes.position(scheduler, timestep) + 1, len(scheduler.timesteps)
-        if following == total or following not in self.guidance.steps(total) or self.guidance.omega == 0:
+        if (
+            following == total
+            or following not in self.guidance.steps(total)
+            or self.guidance.omega == 0
+        ):
             return callback_kwargs
         x = callback_kwargs["latents"]
         gradient = self.gradient(

@@ -1,10 +1,11 @@
 """``cond_fn`` as guided-diffusion (Dhariwal and Nichol, 2021) and its descendants call it.
 
-Their samplers take ``cond_fn(x, t, **model_kwargs)`` for the gradient of a log-probability with respect to x: ancestral
-sampling goes to ``mean + variance * cond_fn``, DDIM to ``eps - sigma * cond_fn`` with sigma = sqrt(1 - alpha bar). Both
-ascend. Here the log-probability is omega H, so positive omega raises the entropy and makes hard
-samples: it is mode="score" of ``dpfast.guided_step``. Do not negate it: Eq. 7 of arXiv 2502.15588 prints eps + omega
-grad H, which would lower the entropy; its Algorithm 1 ascends.
+Their samplers take ``cond_fn(x, t, **model_kwargs)`` for the gradient of a log-probability with
+respect to x: ancestral sampling goes to ``mean + variance * cond_fn``, DDIM to ``eps - sigma *
+cond_fn`` with sigma = sqrt(1 - alpha bar). Both ascend. Here the log-probability is omega H, so
+positive omega raises the entropy and makes hard
+samples: it is mode="score" of ``dpfast.guided_step``. Do not negate it: Eq. 7 of arXiv 2502.15588
+prints eps + omega grad H, which would lower the entropy; its Algorithm 1 ascends.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ class CondFn:
     """See ``make_cond_fn``."""
 
     def __init__(
-        self, model: Network, gradient: LearnerGradient, alphas_cumprod: Tensor, prediction: Prediction
+        self,
+        model: Network,
+        gradient: LearnerGradient,
+        alphas_cumprod: Tensor,
+        prediction: Prediction,
     ) -> None:
         self.model = model
         self.gradient = gradient
@@ -37,16 +42,23 @@ class CondFn:
         return self.gradient.skipped
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, **model_kwargs: Tensor) -> Tensor:
-        """omega d criterion / d x, (B, c, h, w) in x's dtype; t: (B,) trained timesteps; y: (B,) class ids."""
+    def __call__(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, **model_kwargs: Tensor
+    ) -> Tensor:
+        """omega d criterion / d x, (B, c, h, w) in x's dtype; t: (B,) trained timesteps; y: (B,)
+        class ids.
+        """
         if x.dim() != 4:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, c, h, w)")
         if not isinstance(t, Tensor) or t.shape != (len(x),):
             raise ValueError(
-                f"t has shape {tuple(getattr(t, 'shape', ()))}, expected one timestep a sample: ({len(x)},)"
+                f"t has shape {tuple(getattr(t, 'shape', ()))}, expected one timestep a sample: "
+                f"({len(x)},)"
             )
         if y is not None and y.shape != (len(x),):
-            raise ValueError(f"y has shape {tuple(y.shape)}, expected one class id a sample: ({len(x)},)")
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}, expected one class id a sample: ({len(x)},)"
+            )
         self.alphas_cumprod = self.alphas_cumprod.to(x.device)
         level = self.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
         condition = model_kwargs if y is None else {"y": y, **model_kwargs}
@@ -77,12 +89,16 @@ def make_cond_fn(
     image_size: tuple[int, int] | None = None,
     chunk: int | None = None,
 ) -> CondFn:
-    """The ``cond_fn`` of a learner of clean images, which sees the model's prediction of x0 in place of a noisy x.
+    """The ``cond_fn`` of a learner of clean images, which sees the model's prediction of x0 in
+    place of a noisy x.
 
     Args:
-        model: ``model(x, t, y=y, **model_kwargs)`` to its prediction; a learned variance behind it is cut off.
-        alphas_cumprod: (T,) of the trained grid, as in ``GaussianDiffusion.alphas_cumprod`` before respacing.
-        guidance: mode="score" and every=1 (a ``cond_fn`` knows no step index); start and until are fractions of the T
+        model: ``model(x, t, y=y, **model_kwargs)`` to its prediction; a learned variance behind it
+        is cut off.
+        alphas_cumprod: (T,) of the trained grid, as in ``GaussianDiffusion.alphas_cumprod`` before
+        respacing.
+        guidance: mode="score" and every=1 (a ``cond_fn`` knows no step index); start and until are
+        fractions of the T
             timesteps. Default: omega = 1.
         learner, decoder, image_size, chunk: as in ``LearnerGradient``; decoder=None for pixels.
         prediction: "epsilon", "v" or "sample".
@@ -92,12 +108,19 @@ def make_cond_fn(
     guidance = guidance or GuidanceConfig(omega=1.0, every=1, mode="score")
     if not callable(model):
         raise TypeError(f"model is a {type(model).__name__}, expected a function of x, t and y")
-    gradient = LearnerGradient(learner=learner, guidance=guidance, decoder=decoder, image_size=image_size, chunk=chunk)
+    gradient = LearnerGradient(
+        learner=learner, guidance=guidance, decoder=decoder, image_size=image_size, chunk=chunk
+    )
     if guidance.mode != "score" or guidance.every != 1:
-        raise ValueError(f"guidance has mode = {guidance.mode!r}, every = {guidance.every}: expected 'score' and 1")
+        raise ValueError(
+            f"guidance has mode = {guidance.mode!r}, every = {guidance.every}: expected 'score' "
+            "and 1"
+        )
     if prediction not in get_args(Prediction) or prediction == "flow":
         raise ValueError(f"prediction = {prediction!r}: expected 'epsilon', 'v' or 'sample'")
     levels = torch.as_tensor(alphas_cumprod, dtype=torch.float32)
     if levels.dim() != 1 or not len(levels) or not bool(((levels > 0) & (levels <= 1)).all()):
-        raise ValueError(f"alphas_cumprod has shape {tuple(levels.shape)}, expected (T,) with values in (0, 1]")
+        raise ValueError(
+            f"alphas_cumprod has shape {tuple(levels.shape)}, expected (T,) with values in (0, 1]"
+        )
     return CondFn(model, gradient, levels, prediction)

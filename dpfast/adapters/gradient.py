@@ -32,14 +32,17 @@ class _Autoencoder:
 
 
 def decoder_of(decoder: Any) -> Decoder:
-    """A decoder from an autoencoder of diffusers, a function of latents, or None for pixels. Else ``TypeError``."""
+    """A decoder from an autoencoder of diffusers, a function of latents, or None for pixels. Else
+    ``TypeError``.
+    """
     if decoder is None:
         return IdentityDecoder()
     if isinstance(decoder, nn.Module) and hasattr(decoder, "decode"):
         return _Autoencoder(decoder)
     if not callable(decoder):
         raise TypeError(
-            f"decoder is a {type(decoder).__name__}, expected an autoencoder or a function from latents to images"
+            f"decoder is a {type(decoder).__name__}, expected an autoencoder or a function from "
+            "latents to images"
         )
     return decoder
 
@@ -65,16 +68,18 @@ class LearnerGradient:
 
     Args:
         learner: images (B, C, H, W) in [-1, 1] to logits (B, K), in ``eval()`` mode.
-        decoder: of the guidance path: an autoencoder of diffusers (an ``AutoencoderTiny`` is the cheap one), a function
+        decoder: of the guidance path: an autoencoder of diffusers (an ``AutoencoderTiny`` is the
+        cheap one), a function
             from latents of unit variance to images in [-1, 1], or None for pixels.
         labels: (B,) class ids, for a criterion that reads them.
         image_size: (H, W) that the learner takes; None: as decoded.
         chunk: samples that are differentiated at a time; None: all.
 
-    ``skipped`` counts the samples whose gradient was not finite, which went unguided for that step; reading it waits
-    for the device.
+    ``skipped`` counts the samples whose gradient was not finite, which went unguided for that step;
+    reading it waits for the device.
 
-    Raises ``TypeError`` or ``ValueError``, here or at the first gradient, for arguments that cannot work.
+    Raises ``TypeError`` or ``ValueError``, here or at the first gradient, for arguments that cannot
+    work.
     """
 
     learner: Callable[[Tensor], Tensor]
@@ -88,9 +93,14 @@ class LearnerGradient:
 
     def __post_init__(self) -> None:
         if not callable(self.learner):
-            raise TypeError(f"learner is a {type(self.learner).__name__}, expected a function from images to logits")
+            raise TypeError(
+                f"learner is a {type(self.learner).__name__}, expected a function from images to "
+                "logits"
+            )
         if not isinstance(self.guidance, GuidanceConfig):
-            raise TypeError(f"guidance is a {type(self.guidance).__name__}, expected a GuidanceConfig")
+            raise TypeError(
+                f"guidance is a {type(self.guidance).__name__}, expected a GuidanceConfig"
+            )
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk = {self.chunk}: expected at least 1, or None")
         self.decoder = decoder_of(self.decoder)
@@ -98,7 +108,9 @@ class LearnerGradient:
         if self.labels is not None:
             self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
             if self.labels.dim() != 1 or not len(self.labels) or int(self.labels.min()) < 0:
-                raise ValueError(f"labels = {self.labels.tolist()}: expected class ids (B,), 0 or more")
+                raise ValueError(
+                    f"labels = {self.labels.tolist()}: expected class ids (B,), 0 or more"
+                )
         self.check_mode()
 
     @property
@@ -113,7 +125,9 @@ class LearnerGradient:
 
     def check_mode(self) -> None:
         if isinstance(self.learner, nn.Module) and self.learner.training:
-            raise ValueError("learner is in training mode, where samples of a batch may mix; call learner.eval()")
+            raise ValueError(
+                "learner is in training mode, where samples of a batch may mix; call learner.eval()"
+            )
 
     def path(self, x: Tensor, denoiser: Any = None) -> GuidancePath:
         """The path for latents like x, its learner tried out at this size."""
@@ -133,14 +147,20 @@ class LearnerGradient:
         return path
 
     def labels_for(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(B,) class ids, those given or those of the constructor; zeros for a criterion that reads none."""
+        """(B,) class ids, those given or those of the constructor; zeros for a criterion that reads
+        none.
+        """
         labels = self.labels if labels is None else labels  # type: ignore[assignment]
         if labels is None:
             if self.criterion not in (criteria.entropy, criteria.margin):
-                raise ValueError("labels is None: expected one class id a sample, which this criterion reads")
+                raise ValueError(
+                    "labels is None: expected one class id a sample, which this criterion reads"
+                )
             return torch.zeros(len(x), dtype=torch.int64, device=x.device)
         if len(labels) != len(x):
-            raise ValueError(f"labels has {len(labels)} class ids, expected one for each of the {len(x)} samples")
+            raise ValueError(
+                f"labels has {len(labels)} class ids, expected one for each of the {len(x)} samples"
+            )
         return labels.to(x.device)
 
     def __call__(
@@ -160,14 +180,18 @@ class LearnerGradient:
 
         Args:
             timestep, alpha, sigma: 0-d; or (B,) and (B, 1, 1, 1).
-            network: ``(x, timestep, **condition)`` to its conditional prediction, at least x's channels.
+            network: ``(x, timestep, **condition)`` to its conditional prediction, at least x's
+            channels.
             condition: tensors of B rows.
-            held: with through="latent", the prediction to hold fixed; None: the network makes it, undifferentiated.
+            held: with through="latent", the prediction to hold fixed; None: the network makes it,
+            undifferentiated.
         """
         x, labels = x.float(), self.labels_for(x, labels)
         for name, rows in condition.items():
             if len(rows) != len(x):
-                raise ValueError(f"{name} has {len(rows)} rows, expected one for each of the {len(x)} samples")
+                raise ValueError(
+                    f"{name} has {len(rows)} rows, expected one for each of the {len(x)} samples"
+                )
         size = self.chunk or len(x)
         parts = []
         for start in range(0, len(x), size):
@@ -178,15 +202,31 @@ class LearnerGradient:
             fixed = None
             if self.guidance.through == "latent":
                 with torch.no_grad():
-                    fixed = path.denoiser(x[part_of], at[0], labels[part_of]) if held is None else held[part_of]
+                    fixed = (
+                        path.denoiser(x[part_of], at[0], labels[part_of])
+                        if held is None
+                        else held[part_of]
+                    )
             parts.append(path.gradient(x[part_of], at[0], labels[part_of], at[1], at[2], fixed)[0])
         return torch.cat(parts)
 
     def displaced(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """x + omega |x| / |g| g with the norms of one sample; a sample whose gradient is not finite stays."""
+        """x + omega |x| / |g| g with the norms of one sample; a sample whose gradient is not finite
+        stays.
+        """
         table = torch.tensor(_IN_PLACE, device=x.device)
         skipped = self.counter(x.device)
-        return guided_step(x, x, None, gradient, table, 0, cfg_scale=1.0, omega=self.guidance.omega, skipped=skipped)
+        return guided_step(
+            x,
+            x,
+            None,
+            gradient,
+            table,
+            0,
+            cfg_scale=1.0,
+            omega=self.guidance.omega,
+            skipped=skipped,
+        )
 
     def finite(self, gradient: Tensor) -> Tensor:
         """The gradient, with zeros for the samples where it is not finite."""

@@ -23,14 +23,16 @@ from dpfast.ops.guided_step import Prediction
 class LearnerGuidance(ClassifierFreeGuidance):
     """``ClassifierFreeGuidance``, and guidance by a learner once one is attached.
 
-    The conditional forward that the pipeline runs anyway is the one that is differentiated, as in ``GuidedSampler``:
-    ``prepare_models`` records it on guided steps, ``cleanup_models`` leaves the network as it was. A guider returns a
-    prediction and cannot move latents, so the move of "relative" mode becomes the change of the prediction that leads
-    the scheduler to the same next latents. That is exact for ``DDIMScheduler`` at eta = 0 and flow-matching Euler;
-    other schedulers take mode="score". Schedulers that bound x0 are refused: the two differ where the bound is active.
+    The conditional forward that the pipeline runs anyway is the one that is differentiated, as in
+    ``GuidedSampler``: ``prepare_models`` records it on guided steps, ``cleanup_models`` leaves the
+    network as it was. A guider returns a prediction and cannot move latents, so the move of
+    "relative" mode becomes the change of the prediction that leads the scheduler to the same next
+    latents. That is exact for ``DDIMScheduler`` at eta = 0 and flow-matching Euler; other
+    schedulers take mode="score". Schedulers that bound x0 are refused: the two differ where the
+    bound is active.
 
-    The configuration is that of ``ClassifierFreeGuidance``; an attachment is never saved. ``disable()`` switches both
-    off.
+    The configuration is that of ``ClassifierFreeGuidance``; an attachment is never saved.
+    ``disable()`` switches both off.
     """
 
     _gradient: LearnerGradient | None = None
@@ -52,24 +54,38 @@ class LearnerGuidance(ClassifierFreeGuidance):
         """Guides by the learner from now on.
 
         Args:
-            scheduler, decoder: the pipeline's own, ``pipe.scheduler`` and ``pipe.vae`` (or an ``AutoencoderTiny``).
+            scheduler, decoder: the pipeline's own, ``pipe.scheduler`` and ``pipe.vae`` (or an
+            ``AutoencoderTiny``).
             learner, guidance, labels, image_size: as in ``LearnerGradient``.
 
         Raises ``ValueError`` for a scheduler that the guider cannot follow.
         """
         guidance = guidance or GuidanceConfig()
         prediction = pipes.check_scheduler(scheduler)
-        if guidance.mode == "relative" and not isinstance(scheduler, diffusers.DDIMScheduler) and prediction != "flow":
+        if (
+            guidance.mode == "relative"
+            and not isinstance(scheduler, diffusers.DDIMScheduler)
+            and prediction != "flow"
+        ):
             raise ValueError(
-                f"guidance has mode = 'relative': with a {type(scheduler).__name__} a guider takes 'score'"
+                f"guidance has mode = 'relative': with a {type(scheduler).__name__} a guider takes "
+                "'score'"
             )
         for option in ("clip_sample", "thresholding"):
             if scheduler.config.get(option):
-                raise ValueError(f"scheduler option {option} = True: expected False, a guider has no bound on x0")
+                raise ValueError(
+                    f"scheduler option {option} = True: expected False, a guider has no bound on x0"
+                )
         if guidance.through == "latent" and prediction == "sample":
-            raise ValueError("through = 'latent': this model predicts x0 itself, which leaves no path around it")
+            raise ValueError(
+                "through = 'latent': this model predicts x0 itself, which leaves no path around it"
+            )
         self._gradient = LearnerGradient(
-            learner=learner, guidance=guidance, decoder=decoder, labels=labels, image_size=image_size
+            learner=learner,
+            guidance=guidance,
+            decoder=decoder,
+            labels=labels,
+            image_size=image_size,
         )
         self._scheduler = scheduler
         return self
@@ -93,7 +109,9 @@ class LearnerGuidance(ClassifierFreeGuidance):
         if self._gradient is None or not self._enabled or self._timestep is None:
             return False
         config, total = self._gradient.guidance, len(self._scheduler.timesteps)
-        return bool(config.omega) and pipes.position(self._scheduler, self._timestep) in config.steps(total)
+        return bool(config.omega) and pipes.position(
+            self._scheduler, self._timestep
+        ) in config.steps(total)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         super().prepare_models(denoiser)
@@ -109,7 +127,9 @@ class LearnerGuidance(ClassifierFreeGuidance):
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             name = "hidden_states" if "hidden_states" in kwargs else "sample"
             if not args and name not in kwargs:
-                raise ValueError("the denoiser is called without latents: expected 'hidden_states' or 'sample'")
+                raise ValueError(
+                    "the denoiser is called without latents: expected 'hidden_states' or 'sample'"
+                )
             self._x = (args[0] if args else kwargs[name]).detach().requires_grad_(exact)
             torch.set_grad_enabled(exact or outside)
             return ((self._x, *args[1:]), kwargs) if args else (args, {**kwargs, name: self._x})
@@ -138,7 +158,9 @@ class LearnerGuidance(ClassifierFreeGuidance):
             return output
         x, self._x = self._x, None
         return GuiderOutput(
-            pred=self._guided(output.pred, x, pred_cond), pred_cond=output.pred_cond, pred_uncond=output.pred_uncond
+            pred=self._guided(output.pred, x, pred_cond),
+            pred_cond=output.pred_cond,
+            pred_uncond=output.pred_uncond,
         )
 
     def _guided(self, pred: Tensor, x: Tensor, pred_cond: Tensor) -> Tensor:
@@ -160,7 +182,12 @@ class LearnerGuidance(ClassifierFreeGuidance):
 
     @staticmethod
     def _differentiated(
-        learner: LearnerGradient, x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor, kind: Prediction
+        learner: LearnerGradient,
+        x: Tensor,
+        prediction: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        kind: Prediction,
     ) -> Tensor:
         """d criterion / d x through the recorded forward (x0 is the border of the two graphs)."""
         path, labels = learner.path(x.detach().float()), learner.labels_for(x)

@@ -14,40 +14,52 @@ from dpfast.adapters.gradient import Network
 from dpfast.generate.pipelines.schedulers import FLOW, PREDICTIONS
 from dpfast.ops.guided_step import Prediction
 
-# Schedulers whose state is alpha x0 + sigma eps, and which go on from the latents that they are given. PNDM, UniPC and
-# the single-step DPM solver restart from latents of their own, so that a displacement would be lost; Euler, Heun and
-# LMS schedulers scale their state.
+# Schedulers whose state is alpha x0 + sigma eps, and which go on from the latents that they are
+# given. PNDM, UniPC and the single-step DPM solver restart from latents of their own, so that a
+# displacement would be lost; Euler, Heun and LMS schedulers scale their state.
 STATELESS = ("DDIMScheduler", "DDPMScheduler", "GuidedDDIMScheduler")
 MULTISTEP = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler")
-_GRIDS: WeakKeyDictionary[Any, tuple[Tensor, list[Any]]] = WeakKeyDictionary()  # scheduler -> its grid, on the host too
+_GRIDS: WeakKeyDictionary[Any, tuple[Tensor, list[Any]]] = (
+    WeakKeyDictionary()
+)  # scheduler -> its grid, on the host too
 
 
 def check_scheduler(scheduler: Any) -> Prediction:
-    """What the scheduler's model predicts. Raises ``ValueError`` for a scheduler that the plugins cannot follow."""
+    """What the scheduler's model predicts. Raises ``ValueError`` for a scheduler that the plugins
+    cannot follow.
+    """
     name, known = type(scheduler).__name__, (*STATELESS, *MULTISTEP, FLOW)
     if name not in known:
-        raise ValueError(f"scheduler is a {name}, whose latents cannot be moved; expected one of {', '.join(known)}")
+        raise ValueError(
+            f"scheduler is a {name}, whose latents cannot be moved; expected one of "
+            f"{', '.join(known)}"
+        )
     if scheduler.config.get("use_flow_sigmas"):
         raise ValueError("scheduler option use_flow_sigmas = True: expected False")
     if name == FLOW:
         return "flow"
     kind = scheduler.config.prediction_type
     if kind not in PREDICTIONS:
-        raise ValueError(f"scheduler option prediction_type = {kind!r}: expected one of {', '.join(PREDICTIONS)}")
+        raise ValueError(
+            f"scheduler option prediction_type = {kind!r}: expected one of {', '.join(PREDICTIONS)}"
+        )
     return PREDICTIONS[kind]
 
 
 def position(scheduler: Any, timestep: Any) -> int:
     """The index of a timestep on the scheduler's grid.
 
-    Pipelines iterate over ``scheduler.timesteps``, so a timestep is mostly a view of it, and its address tells the
-    index without waiting for the device. A number is looked up in a copy of the grid on the host, made once a grid;
-    only a tensor on a device that is no view of the grid is read each time. Raises ``ValueError`` for a timestep that
-    is not on the grid.
+    Pipelines iterate over ``scheduler.timesteps``, so a timestep is mostly a view of it, and its
+    address tells the index without waiting for the device. A number is looked up in a copy of the
+    grid on the host, made once a grid; only a tensor on a device that is no view of the grid is
+    read each time. Raises ``ValueError`` for a timestep that is not on the grid.
     """
     grid = scheduler.timesteps
     if isinstance(timestep, Tensor):
-        if timestep.dim() == 0 and timestep.untyped_storage().data_ptr() == grid.untyped_storage().data_ptr():
+        if (
+            timestep.dim() == 0
+            and timestep.untyped_storage().data_ptr() == grid.untyped_storage().data_ptr()
+        ):
             return int(timestep.storage_offset() - grid.storage_offset())
         timestep = timestep.item()
     known, steps = _GRIDS.get(scheduler, (None, []))
@@ -60,7 +72,9 @@ def position(scheduler: Any, timestep: Any) -> int:
 
 
 def levels(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:
-    """alpha and sigma of the state at the input of step ``index``, 0-d float32 on the device of the timesteps."""
+    """alpha and sigma of the state at the input of step ``index``, 0-d float32 on the device of the
+    timesteps.
+    """
     device = scheduler.timesteps.device
     name = type(scheduler).__name__
     if name in STATELESS:
@@ -74,7 +88,9 @@ def levels(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:
 
 
 def network_of(pipe: Any) -> Network:
-    """``(x, timestep, **condition)`` to the prediction of a pipeline's network, whose dtype the arguments take."""
+    """``(x, timestep, **condition)`` to the prediction of a pipeline's network, whose dtype the
+    arguments take.
+    """
     model = getattr(pipe, "unet", None) or pipe.transformer
 
     def network(x: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
@@ -91,7 +107,9 @@ def network_of(pipe: Any) -> Network:
 
 
 def conditional_half(tensor: Tensor, batch: int) -> Tensor:
-    """The conditional rows of what a pipeline batches for classifier-free guidance: unconditional rows come first."""
+    """The conditional rows of what a pipeline batches for classifier-free guidance: unconditional
+    rows come first.
+    """
     return tensor[-batch:] if len(tensor) == 2 * batch else tensor
 
 

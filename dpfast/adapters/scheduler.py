@@ -33,16 +33,18 @@ class _Attached:
 
 
 class GuidedDDIMScheduler(diffusers.DDIMScheduler):
-    """``DDIMScheduler`` with the same configuration and the same results, guided once a learner is attached.
+    """``DDIMScheduler`` with the same configuration and the same results, guided once a learner is
+    attached.
 
-    ``step`` is ``dpfast.guided_step``. A guided step is that of ``GuidedSampler``: the gradient at the step's input,
-    the move of the latents, the prediction from before the move. A scheduler is called after the network and without
-    its graph, so the gradient takes one more conditional forward. through="latent" takes none: it holds the prediction
-    that the scheduler was given, which under classifier-free guidance is the combined one, where the sampler holds the
+    ``step`` is ``dpfast.guided_step``. A guided step is that of ``GuidedSampler``: the gradient at
+    the step's input, the move of the latents, the prediction from before the move. A scheduler is
+    called after the network and without its graph, so the gradient takes one more conditional
+    forward. through="latent" takes none: it holds the prediction that the scheduler was given,
+    which under classifier-free guidance is the combined one, where the sampler holds the
     conditional one; the two agree without classifier-free guidance.
 
-    A timestep must be on the grid of ``set_timesteps``. ``use_clipped_model_output`` with a bound on x0 has no fused
-    form and raises ``ValueError``.
+    A timestep must be on the grid of ``set_timesteps``. ``use_clipped_model_output`` with a bound
+    on x0 has no fused form and raises ``ValueError``.
     """
 
     _attached: _Attached | None = None
@@ -62,15 +64,19 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         image_size: tuple[int, int] | None = None,
         chunk: int | None = None,
     ) -> GuidedDDIMScheduler:
-        """Guides the next calls of ``pipe`` by the learner, until ``detach``; an attachment is never saved.
+        """Guides the next calls of ``pipe`` by the learner, until ``detach``; an attachment is
+        never saved.
 
         Args:
             pipe: a ``DiTPipeline``, ``StableDiffusionPipeline`` or ``DDIMPipeline``.
-            labels: (B,) class ids: the condition of a ``DiTPipeline``, which needs them, and the criterion's labels.
+            labels: (B,) class ids: the condition of a ``DiTPipeline``, which needs them, and the
+            criterion's labels.
             prompts: one a sample, for a ``StableDiffusionPipeline``, which needs them.
-            sample_ids: (B,) keys of the noise of eta > 0, as in ``GuidedSampler``, with ``seed``; None: the pipeline's
+            sample_ids: (B,) keys of the noise of eta > 0, as in ``GuidedSampler``, with ``seed``;
+            None: the pipeline's
                 generator.
-            learner, guidance, image_size, chunk: as in ``LearnerGradient``. decoder: None is the pipeline's own.
+            learner, guidance, image_size, chunk: as in ``LearnerGradient``. decoder: None is the
+            pipeline's own.
 
         Raises ``TypeError`` for another pipeline, ``ValueError`` for a missing condition.
         """
@@ -86,25 +92,37 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         condition: Mapping[str, Tensor] = {}
         if doubled:
             if gradient.labels is None:
-                raise ValueError("labels is None: expected the class ids that the DiTPipeline is called with")
+                raise ValueError(
+                    "labels is None: expected the class ids that the DiTPipeline is called with"
+                )
             rows = pipe.transformer.config.num_embeds_ada_norm
             if int(max(gradient.labels)) >= rows:
-                raise ValueError(f"labels = {int(max(gradient.labels))}: the model has {rows} classes")
+                raise ValueError(
+                    f"labels = {int(max(gradient.labels))}: the model has {rows} classes"
+                )
             condition = {"class_labels": torch.as_tensor(gradient.labels).to(pipe.device)}
         elif isinstance(pipe, diffusers.StableDiffusionPipeline):
             if prompts is None or isinstance(prompts, str):
                 raise ValueError(
-                    f"prompts = {prompts!r}: expected a list of the prompts that the pipeline is called with"
+                    f"prompts = {prompts!r}: expected a list of the prompts that the pipeline is "
+                    "called with"
                 )
             condition = pipes.encoded(pipe, list(prompts))
         elif not isinstance(pipe, diffusers.DDIMPipeline):
             raise TypeError(
-                f"pipe is a {type(pipe).__name__}, expected a DiTPipeline, StableDiffusionPipeline or DDIMPipeline"
+                f"pipe is a {type(pipe).__name__}, expected a DiTPipeline, StableDiffusionPipeline "
+                "or DDIMPipeline"
             )
         batch = len(next(iter(condition.values()))) if condition else None
-        ids = None if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64).to(pipe.device)
+        ids = (
+            None
+            if sample_ids is None
+            else torch.as_tensor(sample_ids, dtype=torch.int64).to(pipe.device)
+        )
         if ids is not None and (ids.dim() != 1 or batch not in (None, len(ids))):
-            raise ValueError(f"sample_ids has shape {tuple(ids.shape)}, expected one id a sample: ({batch},)")
+            raise ValueError(
+                f"sample_ids has shape {tuple(ids.shape)}, expected one id a sample: ({batch},)"
+            )
         self._attached = _Attached(
             gradient=gradient,
             network=pipes.network_of(pipe),
@@ -122,7 +140,9 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
 
     @property
     def skipped(self) -> int:
-        """How often a sample of the attached learner went unguided, because its gradient was not finite."""
+        """How often a sample of the attached learner went unguided, because its gradient was not
+        finite.
+        """
         return 0 if self._attached is None else self._attached.gradient.skipped
 
     @torch.no_grad()
@@ -144,7 +164,9 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             raise ValueError("generator and variance_noise are both given: expected at most one")
         table = self._table(eta, sample.device)
         if use_clipped_model_output and table.clip is not None:
-            raise ValueError("use_clipped_model_output = True: has no fused form while the scheduler bounds x0")
+            raise ValueError(
+                "use_clipped_model_output = True: has no fused form while the scheduler bounds x0"
+            )
         index, attached = pipes.position(self, timestep), self._attached
         gradient = ids = None
         omega, mode, skipped, seed = 0.0, "relative", None, 0
@@ -180,10 +202,17 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         if table.needs_noise and ids is None:
             if variance_noise is None:
                 variance_noise = randn_tensor(
-                    model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+                    model_output.shape,
+                    generator=generator,
+                    device=model_output.device,
+                    dtype=model_output.dtype,
                 )
             following = following + (table.rows[index, 5] * variance_noise).to(following.dtype)
-        return DDIMSchedulerOutput(prev_sample=following, pred_original_sample=x0) if return_dict else (following, x0)
+        return (
+            DDIMSchedulerOutput(prev_sample=following, pred_original_sample=x0)
+            if return_dict
+            else (following, x0)
+        )
 
     def _table(self, eta: float, device: torch.device) -> SolverTable:
         self._tables = {} if self._tables is None else self._tables
@@ -199,13 +228,20 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         if ids is not None and size != len(ids):
             ids = torch.cat([ids, ids]) if attached.doubled and size == 2 * len(ids) else ids
             if len(ids) != size:
-                raise ValueError(f"the pipeline steps {size} samples, attached are {len(ids)} sample_ids")
+                raise ValueError(
+                    f"the pipeline steps {size} samples, attached are {len(ids)} sample_ids"
+                )
         return ids
 
-    def _gradient(self, attached: _Attached, table: SolverTable, index: int, x: Tensor, prediction: Tensor) -> Tensor:
+    def _gradient(
+        self, attached: _Attached, table: SolverTable, index: int, x: Tensor, prediction: Tensor
+    ) -> Tensor:
         twice = attached.doubled and attached.batch is not None and len(x) == 2 * attached.batch
         if attached.batch is not None and len(x) != attached.batch and not twice:
-            raise ValueError(f"the pipeline steps {len(x)} samples, attached is the condition of {attached.batch}")
+            raise ValueError(
+                f"the pipeline steps {len(x)} samples, attached is the condition of "
+                f"{attached.batch}"
+            )
         size = len(x) // 2 if twice else len(x)
         gradient = attached.gradient(
             x[:size],

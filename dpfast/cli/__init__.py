@@ -1,4 +1,6 @@
-"""The command line. Each command is a module whose ``add`` makes the command's parser and names its handler."""
+"""The command line. Each command is a module whose ``add`` makes the command's parser and names its
+handler.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,13 @@ Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
 def add_device(parser: argparse.ArgumentParser, what: str) -> None:
-    """``--device`` of a command without a recipe's fields; its handler resolves it with ``dpfast.hardware.device``."""
+    """``--device`` of a command without a recipe's fields; its handler resolves it with
+    ``dpfast.hardware.device``.
+    """
     parser.add_argument(
-        "--device", default="auto", help=f"of {what}: cpu, cuda, cuda:N, or auto, a GPU where there is one (default)"
+        "--device",
+        default="auto",
+        help=f"of {what}: cpu, cuda, cuda:N, or auto, a GPU where there is one (default)",
     )
 
 

@@ -17,9 +17,13 @@ def add(commands: Commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--capability", type=int, nargs="+", choices=(80, 90, 100), default=[80, 90, 100],
+        "--capability",
+        type=int,
+        nargs="+",
+        choices=(80, 90, 100),
+        default=[80, 90, 100],
         help="A100, H100, B200; default all",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", type=Path, help="file for the reports, one JSON object a line")
     parser.set_defaults(handler=audit)
 
@@ -31,10 +35,14 @@ def audit(arguments: argparse.Namespace) -> int:
     if reason := missing():
         raise RecipeError(reason)
     if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise RecipeError(f"json = {str(arguments.json)!r}: no folder {str(arguments.json.parent)!r}")
+        raise RecipeError(
+            f"json = {str(arguments.json)!r}: no folder {str(arguments.json.parent)!r}"
+        )
     reports = compile_all(capabilities=arguments.capability)
     if arguments.json is not None:
         arguments.json.write_text("".join(f"{json.dumps(record(report))}\n" for report in reports))
     broken = sum(bool(problems(report)) for report in reports)
-    print(f"{table(reports)}\n\n{len(reports) - broken} of {len(reports)} kernels keep their promises")
+    print(
+        f"{table(reports)}\n\n{len(reports) - broken} of {len(reports)} kernels keep their promises"
+    )
     return 1 if broken else 0

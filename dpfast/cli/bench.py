@@ -11,7 +11,9 @@ from dpfast.errors import RecipeError
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("bench", help="measure beside eager PyTorch and torch.compile", allow_abbrev=False)
+    parser = commands.add_parser(
+        "bench", help="measure beside eager PyTorch and torch.compile", allow_abbrev=False
+    )
     parser.add_argument("suite", help="ops, pool, ...; dpfast bench ops --help lists the options")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the suite")
     parser.set_defaults(handler=bench)
@@ -20,7 +22,10 @@ def add(commands: Commands) -> None:
 def bench(arguments: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "run.py").is_file():
-        raise RecipeError("bench: the benchmarks are part of a checkout; clone the repository and pip install -e it")
+        raise RecipeError(
+            "bench: the benchmarks are part of a checkout; clone the repository and pip install -e "
+            "it"
+        )
     sys.path.insert(0, str(root))
     from benchmarks.run import main as measure
 

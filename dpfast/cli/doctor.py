@@ -8,7 +8,9 @@ from dpfast.cli import Commands
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("doctor", help="what is installed, which backend each operation uses, what is missing")
+    parser = commands.add_parser(
+        "doctor", help="what is installed, which backend each operation uses, what is missing"
+    )
     parser.set_defaults(handler=doctor)
 
 

@@ -9,10 +9,14 @@ from dpfast.cli import Commands, add_device
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("export", help="write a run's samples for other libraries", allow_abbrev=False)
+    parser = commands.add_parser(
+        "export", help="write a run's samples for other libraries", allow_abbrev=False
+    )
     parser.add_argument("run", type=Path, help="folder of a run, or of a saved or exported pool")
     parser.add_argument("--format", required=True, choices=("webdataset", "imagefolder", "parquet"))
-    parser.add_argument("--out", type=Path, required=True, help="folder for the files; must be empty or new")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the files; must be empty or new"
+    )
     add_device(parser, "the decoder that makes images of latents for an image folder")
     parser.set_defaults(handler=export)
 

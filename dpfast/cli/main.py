@@ -1,7 +1,8 @@
 """The command ``dpfast``: one module of this package for each of its commands.
 
-An input that cannot work ends with one line on stderr and exit code 2, before any work starts. What takes seconds to
-import (torch, diffusers, transformers) is imported by the handlers, after the arguments are checked.
+An input that cannot work ends with one line on stderr and exit code 2, before any work starts. What
+takes seconds to import (torch, diffusers, transformers) is imported by the handlers, after the
+arguments are checked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dpfast.cli import audit, bench, doctor, export, first, plan, rehearse, report, run, sample, theory
+from dpfast.cli import (
+    audit,
+    bench,
+    doctor,
+    export,
+    first,
+    plan,
+    rehearse,
+    report,
+    run,
+    sample,
+    theory,
+)
 from dpfast.errors import RecipeError
 
 WORDS = 5.0  # seconds
@@ -31,21 +44,31 @@ class _Parser(argparse.ArgumentParser):
         raise RecipeError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As of ``ArgumentParser``, for the whole line and for each command; nothing unknown is left over."""
+        """As of ``ArgumentParser``, for the whole line and for each command; nothing unknown is
+        left over.
+        """
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0].replace("_", "-")
             known = [option.removeprefix("--") for option in self._option_string_actions]
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists what is known"
+            hint = (
+                f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists what is known"
+            )
             raise RecipeError(f"{unknown[0]}: no such option of {self.prog}; {hint}")
         return parsed, unknown
 
 
 def _warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
-    """A warning of dpfast as one line without its place in the source; those of others as Python shows them."""
+    """A warning of dpfast as one line without its place in the source; those of others as Python
+    shows them.
+    """
     if category.__module__.startswith("dpfast.") or Path(filename).is_relative_to(PACKAGE):
         return f"dpfast: warning: {message}\n"
     return _PYTHONS(message, category, filename, lineno, line)
@@ -53,7 +76,9 @@ def _warning(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = _Parser(prog="dpfast", description="Deliberate Practice on synthetic images.", allow_abbrev=False)
+    parser = _Parser(
+        prog="dpfast", description="Deliberate Practice on synthetic images.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
@@ -67,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             time.sleep(
                 WORDS
-            )  # torchrun ends all ranks with the first that leaves, and that shall be the one that speaks
+                # torchrun ends all ranks with the first that leaves, and that shall be the one that
+                # speaks
+            )
         return 2
     except KeyboardInterrupt:
         print("dpfast: interrupted", file=sys.stderr)

@@ -10,18 +10,26 @@ from dpfast.cli.recipes import add_recipe, recipe_of
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser(
-        "plan", help="hours, samples/s, memory and limits of a recipe on given devices", allow_abbrev=False
+        "plan",
+        help="hours, samples/s, memory and limits of a recipe on given devices",
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--device", default="h100",
-        help="the GPU that the plan is about, not one to run on: a100, h100, h200, b200, rtx4090, or here, this "
+        "--device",
+        default="h100",
+        help="the GPU that the plan is about, not one to run on: a100, h100, h200, b200, rtx4090, "
+        "or here, this "
         "machine, measured (default h100)",
-    )  # fmt: skip
+    )
     parser.add_argument("--count", type=int, default=1, help="how many of them (default 1)")
     parser.add_argument(
-        "--utilisation", type=float, help="of every limit; default: of generation measured on an H200, 0.4 training"
+        "--utilisation",
+        type=float,
+        help="of every limit; default: of generation measured on an H200, 0.4 training",
     )
-    parser.add_argument("--samples", type=int, help="at the end of the run; default: the recipe's maximum")
+    parser.add_argument(
+        "--samples", type=int, help="at the end of the run; default: the recipe's maximum"
+    )
     add_recipe(parser, without=("device",))  # the plan's device may be another than that of the run
     parser.set_defaults(handler=plan)
 

@@ -17,10 +17,18 @@ def add_recipe(parser: argparse.ArgumentParser, *, without: Collection[str] = ()
     for name, field in fields().items():
         if name not in ("options", "name", *without):
             options = (f"--{name.replace('_', '-')}", *ALIASES.get(name, ()))
-            group.add_argument(*options, dest=f"field.{name}", metavar=str(field.type).split("[")[0].upper())
+            group.add_argument(
+                *options, dest=f"field.{name}", metavar=str(field.type).split("[")[0].upper()
+            )
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """Raises ``RecipeError`` for an unknown recipe and for a field that cannot be."""
-    given = {key.removeprefix("field."): value for key, value in vars(arguments).items() if key.startswith("field.")}
-    return Recipe.load(arguments.recipe, **{key: value for key, value in given.items() if value is not None})
+    given = {
+        key.removeprefix("field."): value
+        for key, value in vars(arguments).items()
+        if key.startswith("field.")
+    }
+    return Recipe.load(
+        arguments.recipe, **{key: value for key, value in given.items() if value is not None}
+    )

@@ -9,10 +9,18 @@ from dpfast.cli import Commands, add_device
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("report", help="write a page on one or more runs", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, finished or not")
-    parser.add_argument("--out", type=Path, help="folder of the page; default RUN/report of the first run")
-    parser.add_argument("--study", type=Path, help="JSON lines of a study: source, samples, seed, test_accuracy")
+    parser = commands.add_parser(
+        "report", help="write a page on one or more runs", allow_abbrev=False
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, finished or not"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the page; default RUN/report of the first run"
+    )
+    parser.add_argument(
+        "--study", type=Path, help="JSON lines of a study: source, samples, seed, test_accuracy"
+    )
     add_device(parser, "the learners and decoders that read the samples again")
     parser.set_defaults(handler=run)
 

@@ -29,28 +29,46 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser(
-        "run", help="train a classifier by Deliberate Practice, beside its rivals", allow_abbrev=False
+        "run",
+        help="train a classifier by Deliberate Practice, beside its rivals",
+        allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, help="folder of the run; default runs/RECIPE")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     kept.add_argument(
-        "--resume", action="store_true", help="continue the run that --out holds from its last checkpoint"
+        "--resume",
+        action="store_true",
+        help="continue the run that --out holds from its last checkpoint",
     )
     parser.add_argument(
-        "--branch-at", type=int, metavar="ROUND",
-        help="continue a run that was made with --keep-rounds true from the end of this round without more additions",
-    )  # fmt: skip
-    parser.add_argument("--branch-from", type=Path, metavar="RUN", help="that run's folder; default runs/RECIPE")
+        "--branch-at",
+        type=int,
+        metavar="ROUND",
+        help="continue a run that was made with --keep-rounds true from the end of this round "
+        "without more additions",
+    )
+    parser.add_argument(
+        "--branch-from", type=Path, metavar="RUN", help="that run's folder; default runs/RECIPE"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, only the final table")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan and the memory for this machine, stop"
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the plan and the memory for this machine, stop",
     )
-    parser.add_argument("--log-level", default="info", help="of logs/ in the run's folder: debug, info, warning, error")
     parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS",
+        "--log-level",
+        default="info",
+        help="of logs/ in the run's folder: debug, info, warning, error",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
         help="under torchrun: a rank without progress for so long is dead; default 600",
-    )  # fmt: skip
+    )
     add_recipe(parser)
     parser.set_defaults(handler=run)
 
@@ -67,7 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
     with Stop() as stop:
         try:
             cuda = False if recipe.device == "cpu" else None
-            with joined(cuda=cuda, timeout=arguments.timeout) as ranks, ranks.watched(lambda: stop.requested):
+            with (
+                joined(cuda=cuda, timeout=arguments.timeout) as ranks,
+                ranks.watched(lambda: stop.requested),
+            ):
                 return _run(arguments, recipe, stop, ranks)
         except Stopped:
             if first():
@@ -91,14 +112,24 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         from dpfast.practice.changes import continued
         from dpfast.practice.experiment import DeliberatePractice
         from dpfast.practice.journal import LogCallback
-        from dpfast.practice.run_folder import RunPaths, RunWriter, check_saving, check_shared, check_vacant
+        from dpfast.practice.run_folder import (
+            RunPaths,
+            RunWriter,
+            check_saving,
+            check_shared,
+            check_vacant,
+        )
         from dpfast.report.metrics import result_table
         from dpfast.report.page import write_report
 
-        trunk = Path("runs") / recipe.name if arguments.branch_from is None else arguments.branch_from
+        trunk = (
+            Path("runs") / recipe.name if arguments.branch_from is None else arguments.branch_from
+        )
         round, resume = arguments.branch_at, arguments.resume
         if round is None and arguments.branch_from is not None:
-            raise RecipeError("branch_from: names the run of a branch; say --branch-at ROUND as well")
+            raise RecipeError(
+                "branch_from: names the run of a branch; say --branch-at ROUND as well"
+            )
         if round is not None:
             recipe = replace(recipe, practice=replace(recipe.practice, sources=("dp",)))
         name = recipe.name if round is None else f"{recipe.name}-branch-{round}"
@@ -123,25 +154,41 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
             return _dry_run(practice, pool, out) if ranks.first else 0
         with ranks.together():
             if round is not None and not resume and ranks.first:
-                prepare_branch(trunk, round, out, asked, overwrite=arguments.overwrite, beat=ranks.beat)
+                prepare_branch(
+                    trunk, round, out, asked, overwrite=arguments.overwrite, beat=ranks.beat
+                )
             resume = resume or round is not None
     with contextlib.ExitStack() as stack:
         with ranks.together():
             folder = RunPaths(out, practice.ranks)
             if ranks.first:
                 folder = stack.enter_context(
-                    RunWriter(out, asked, overwrite=arguments.overwrite, resume=resume, ranks=practice.ranks)
+                    RunWriter(
+                        out,
+                        asked,
+                        overwrite=arguments.overwrite,
+                        resume=resume,
+                        ranks=practice.ranks,
+                    )
                 )
                 (out / LAUNCH).write_text(launch())
         check_shared(out, ranks)
         stack.enter_context(logged(out, arguments.log_level))
         _tell_fit(practice.fit, aloud=ranks.first and not arguments.quiet)
-        results = practice.run(folder, progress=not arguments.quiet, callbacks=[LogCallback()], stop=stop)
+        results = practice.run(
+            folder, progress=not arguments.quiet, callbacks=[LogCallback()], stop=stop
+        )
     if not ranks.first:
         return 0
-    with stop.at_once(), unsaved("the report is not complete", f"with room 'dpfast report {out}' makes it"):
+    with (
+        stop.at_once(),
+        unsaved("the report is not complete", f"with room 'dpfast report {out}' makes it"),
+    ):
         write_report([out], out, device=practice.pipeline.device)
-    print(f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and learners: {out}")
+    print(
+        f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and "
+        f"learners: {out}"
+    )
     return 0
 
 
@@ -164,7 +211,9 @@ def _begun(out: Path, *, overwrite: bool) -> bool:
 
 
 def _dry_run(practice: DeliberatePractice, pool: PoolPlan, out: Path) -> int:
-    """Everything has been checked: the generator is loaded, the real images are read, the learner has been tried."""
+    """Everything has been checked: the generator is loaded, the real images are read, the learner
+    has been tried.
+    """
     from dpfast.planning.measure import measure
     from dpfast.planning.plan import plan
     from dpfast.planning.table import plan_table
@@ -172,7 +221,9 @@ def _dry_run(practice: DeliberatePractice, pool: PoolPlan, out: Path) -> int:
     timings = measure(practice.recipe, pipeline=practice.pipeline)
     count = practice.ranks.size
     made = plan(practice.recipe, "here", count=count, timings=timings)
-    made = replace(made, fit=replace(made.fit, pool=replace(pool, devices=count), proposals=()))  # as the run places it
+    made = replace(
+        made, fit=replace(made.fit, pool=replace(pool, devices=count), proposals=())
+    )  # as the run places it
     print(plan_table(made))
     print(f"\nNothing was written; without --dry-run the run begins in {out}")
     return 0

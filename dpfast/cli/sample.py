@@ -11,22 +11,38 @@ from dpfast.cli.recipes import ALIASES
 from dpfast.config import Generator, Guidance, Recipe, fields
 from dpfast.errors import RecipeError
 
-# A learner guides as it was saved, in one stream of batches that finds its size and whether compiling pays.
+# A learner guides as it was saved, in one stream of batches that finds its size and whether
+# compiling pays.
 ELSEWHERE = ("omega", "guide_with", "generation_batch", "compile")
-FIELDS = [f.name for s in (Generator, Guidance) for f in dataclasses.fields(s) if f.name not in ELSEWHERE]
+FIELDS = [
+    f.name for s in (Generator, Guidance) for f in dataclasses.fields(s) if f.name not in ELSEWHERE
+]
 FIELDS += ["seed", "device"]
 
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser("sample", help="write images of given classes", allow_abbrev=False)
-    parser.add_argument("--labels", required=True, help="class ids or names, comma-separated, or 'all'")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the PNG files; must be empty or new")
+    parser.add_argument(
+        "--labels", required=True, help="class ids or names, comma-separated, or 'all'"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the PNG files; must be empty or new"
+    )
     parser.add_argument("--count", type=int, default=8, help="images per label (default 8)")
     parser.add_argument(
-        "--omega", type=float, default=0.0, help="strength of the entropy guidance (default 0, unguided)"
+        "--omega",
+        type=float,
+        default=0.0,
+        help="strength of the entropy guidance (default 0, unguided)",
     )
-    parser.add_argument("--learner", help="the run folder whose learner guides; default: the embedded judge network")
-    parser.add_argument("--recipe", default="fashion", help="whose [generator] and [guidance] hold (default fashion)")
+    parser.add_argument(
+        "--learner", help="the run folder whose learner guides; default: the embedded judge network"
+    )
+    parser.add_argument(
+        "--recipe",
+        default="fashion",
+        help="whose [generator] and [guidance] hold (default fashion)",
+    )
     group = parser.add_argument_group("fields of the recipe", "each replaces the recipe's value")
     for name in FIELDS:
         flags = (f"--{name.replace('_', '-')}", *ALIASES.get(name, ()))
@@ -80,6 +96,7 @@ def _labels(text: str, names: tuple[str, ...]) -> list[int]:
             labels.append(int(part))
         else:
             raise RecipeError(
-                f"labels = {part!r}: expected 0 to {len(names) - 1}, 'all', or one of: {', '.join(names)}"
+                f"labels = {part!r}: expected 0 to {len(names) - 1}, 'all', or one of: "
+                f"{', '.join(names)}"
             )
     return labels

@@ -8,7 +8,8 @@ from pathlib import Path
 from dpfast.cli import Commands
 from dpfast.errors import RecipeError
 
-PEAK = 0.25  # |d / kept - 1| below it: the interpolation peak, as `dpfast bench theory` parts its cells
+# |d / kept - 1| below it: the interpolation peak, as `dpfast bench theory` parts its cells
+PEAK = 0.25
 
 
 def add(commands: Commands) -> None:
@@ -16,22 +17,40 @@ def add(commands: Commands) -> None:
         "theory", help="predicted accuracy of training on selected samples", allow_abbrev=False
     )
     parts = parser.add_subparsers(dest="part", required=True, metavar="COMMAND")
-    drawing = parts.add_parser("figures", help="the paper's Figs. 3, 5c and 7 with simulation", allow_abbrev=False)
+    drawing = parts.add_parser(
+        "figures", help="the paper's Figs. 3, 5c and 7 with simulation", allow_abbrev=False
+    )
     drawing.add_argument("--out", type=Path, required=True, help="folder for the PNG files")
-    drawing.add_argument("--draws", type=int, default=20, help="of each simulated point (default 20)")
+    drawing.add_argument(
+        "--draws", type=int, default=20, help="of each simulated point (default 20)"
+    )
     drawing.add_argument("--seed", type=int, default=0)
-    drawing.add_argument("--study", type=Path, help="JSON lines of a study, to set beside the theory")
+    drawing.add_argument(
+        "--study", type=Path, help="JSON lines of a study, to set beside the theory"
+    )
     drawing.set_defaults(handler=figures)
-    planning = parts.add_parser("plan", help="samples that an accuracy takes, by kept fraction", allow_abbrev=False)
+    planning = parts.add_parser(
+        "plan", help="samples that an accuracy takes, by kept fraction", allow_abbrev=False
+    )
     planning.add_argument("--accuracy", type=float, required=True, help="between 0.5 and 1")
     planning.add_argument("--d", type=int, required=True, help="dimensions of the features")
-    planning.add_argument("--keep", help="comma-separated fractions (default 1, 0.9, 0.8, 0.5, 0.3, 0.2, 0.1)")
     planning.add_argument(
-        "--ridge", type=float, help="penalty, normalised by the pool (default: the best for each pool)"
+        "--keep", help="comma-separated fractions (default 1, 0.9, 0.8, 0.5, 0.3, 0.2, 0.1)"
     )
-    planning.add_argument("--rho", type=float, default=1.0, help="cosine of the selecting vector and the truth")
-    planning.add_argument("--rho-g", type=float, help="of the selecting vector and an imperfect generator of labels")
-    planning.add_argument("--rho-s", type=float, help="of the selecting vector and the truth; --rho: labels and truth")
+    planning.add_argument(
+        "--ridge",
+        type=float,
+        help="penalty, normalised by the pool (default: the best for each pool)",
+    )
+    planning.add_argument(
+        "--rho", type=float, default=1.0, help="cosine of the selecting vector and the truth"
+    )
+    planning.add_argument(
+        "--rho-g", type=float, help="of the selecting vector and an imperfect generator of labels"
+    )
+    planning.add_argument(
+        "--rho-s", type=float, help="of the selecting vector and the truth; --rho: labels and truth"
+    )
     planning.add_argument("--strategy", default="hard", choices=("hard", "easy", "soft"))
     planning.add_argument("--power", type=float, default=1.0, help="of the soft rule")
     planning.set_defaults(handler=plan)
@@ -54,7 +73,8 @@ def figures(arguments: argparse.Namespace) -> int:
         raise RecipeError(str(error)) from None
     for made in write(arguments.out, draws=arguments.draws, seed=arguments.seed):
         print(
-            f"{made.path}: {made.points} points, off by {made.mean:.4f} on average and {made.largest:.4f} at most"
+            f"{made.path}: {made.points} points, off by {made.mean:.4f} on average and "
+            f"{made.largest:.4f} at most"
             f" (standard error {made.stderr:.4f})"
         )
     if beside is not None:
@@ -68,12 +88,18 @@ def plan(arguments: argparse.Namespace) -> int:
     from dpfast.theory.plan import KEEPS, plan, table
 
     try:
-        keeps = [float(k) for k in arguments.keep.split(",")] if arguments.keep is not None else KEEPS
+        keeps = (
+            [float(k) for k in arguments.keep.split(",")] if arguments.keep is not None else KEEPS
+        )
     except ValueError:
-        raise RecipeError(f"keep = {arguments.keep!r}: comma-separated fractions, as in 1,0.5,0.2") from None
+        raise RecipeError(
+            f"keep = {arguments.keep!r}: comma-separated fractions, as in 1,0.5,0.2"
+        ) from None
     names = ("d", "ridge", "rho", "rho_g", "rho_s", "strategy", "power")
     try:
-        made = plan(arguments.accuracy, keeps=keeps, **{name: getattr(arguments, name) for name in names})
+        made = plan(
+            arguments.accuracy, keeps=keeps, **{name: getattr(arguments, name) for name in names}
+        )
     except ValueError as error:
         raise RecipeError(str(error)) from None
     print(table(made))
@@ -81,6 +107,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if peak:
         near = ", ".join(f"{row.keep:g}" for row in peak)
         print(
-            f"\nkeep {near}: about as many kept samples as dimensions, where the theory is least exact (docs/theory.md)"
+            f"\nkeep {near}: about as many kept samples as dimensions, where the theory is least "
+            "exact (docs/theory.md)"
         )
     return 0

@@ -29,8 +29,9 @@ _IDX_UINT8 = 0x08
 def read_idx(path: Path) -> Tensor:
     """Reads one gzip-compressed IDX file of unsigned bytes.
 
-    Returns a uint8 tensor with the shape that the file's header states. Raises ``FileNotFoundError`` when
-    the file is missing and ``ValueError`` when it is not an IDX file of bytes or is cut short.
+    Returns a uint8 tensor with the shape that the file's header states. Raises
+    ``FileNotFoundError`` when the file is missing and ``ValueError`` when it is not an IDX file of
+    bytes or is cut short.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a gzip-compressed IDX file")
@@ -48,7 +49,8 @@ def read_idx(path: Path) -> Tensor:
 def read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Reads ``split`` ("train" or "t10k") from a folder with the four files of the data set.
 
-    Returns images (N, 1, 32, 32) uint8, the 28x28 originals with a border of two zero pixels, and labels (N,) int64.
+    Returns images (N, 1, 32, 32) uint8, the 28x28 originals with a border of two zero pixels, and
+    labels (N,) int64.
     """
     images = read_idx(Path(folder) / f"{split}-images-idx3-ubyte.gz")
     labels = read_idx(Path(folder) / f"{split}-labels-idx1-ubyte.gz")

@@ -1,4 +1,6 @@
-"""Folders of real images, one sub-folder a class, read in batches of a classifier's size and channels."""
+"""Folders of real images, one sub-folder a class, read in batches of a classifier's size and
+channels.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ BATCH = 500  # images that are read, or predicted, at a time
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Labelled image files. files: sorted paths; labels: class ids beside them; shape: (C, H, W) of what is read."""
+    """Labelled image files. files: sorted paths; labels: class ids beside them; shape: (C, H, W) of
+    what is read.
+    """
 
     path: Path
     files: tuple[Path, ...]
@@ -34,34 +38,58 @@ class ImageFolder:
         return len(self.files)
 
     def subset(self, indices: Sequence[int]) -> ImageFolder:
-        return replace(self, files=tuple(self.files[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in indices),
+            labels=tuple(self.labels[i] for i in indices),
+        )
 
     def batches(self, ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's images (n, C, H, W) uint8 and labels (n,). Raises ``RecipeError`` for a file that is no image."""
+        """This rank's images (n, C, H, W) uint8 and labels (n,). Raises ``RecipeError`` for a file
+        that is no image.
+        """
         for places in ranks.batches(len(self), BATCH):
-            files, labels = self.files[places.start : places.stop], self.labels[places.start : places.stop]
-            yield torch.stack([read_image(file, self.shape) for file in files]), torch.tensor(labels)
+            files, labels = (
+                self.files[places.start : places.stop],
+                self.labels[places.start : places.stop],
+            )
+            yield (
+                torch.stack([read_image(file, self.shape) for file in files]),
+                torch.tensor(labels),
+            )
 
 
 def open_folder(
-    path: Path, classes: Sequence[str], shape: tuple[int, ...], *, ids: Sequence[str] | None, only: bool = False
+    path: Path,
+    classes: Sequence[str],
+    shape: tuple[int, ...],
+    *,
+    ids: Sequence[str] | None,
+    only: bool = False,
 ) -> ImageFolder:
     """Lists ``path``; no image is read yet.
 
-    A sub-folder is called by its class's name ("Dress"), the name with "-" for what is neither letter nor digit
-    ("T-shirt-top"), the WordNet id, the class id ("7"), or as ``dpfast export`` calls it ("0007-Sneaker").
+    A sub-folder is called by its class's name ("Dress"), the name with "-" for what is neither
+    letter nor digit ("T-shirt-top"), the WordNet id, the class id ("7"), or as ``dpfast export``
+    calls it ("0007-Sneaker").
 
     Args:
         path: the folder; its sub-folders hold PNG, JPEG, WebP or BMP files, at any depth.
         classes: the classifier's, by index.
         shape: (C, H, W); C is 1 or 3.
-        ids: the WordNet ids of ``classes``, where they have them; a number is then an index into ImageNet's 1,000.
-        only: leaves out the classes of ImageNet that the classifier does not know, instead of refusing them.
+        ids: the WordNet ids of ``classes``, where they have them; a number is then an index into
+        ImageNet's 1,000.
+        only: leaves out the classes of ImageNet that the classifier does not know, instead of
+        refusing them.
 
-    Raises ``RecipeError`` when the folder does not exist or holds no images, and for unknown classes, which it names.
+    Raises ``RecipeError`` when the folder does not exist or holds no images, and for unknown
+    classes, which it names.
     """
     if shape[0] not in MODES:
-        raise RecipeError(f"evaluation = {str(path)!r}: image files hold 1 or 3 channels, the learner takes {shape[0]}")
+        raise RecipeError(
+            f"evaluation = {str(path)!r}: image files hold 1 or 3 channels, the learner takes "
+            f"{shape[0]}"
+        )
     if not path.is_dir():
         raise RecipeError(f"evaluation = {str(path)!r}: no such folder")
     pairs = [
@@ -70,8 +98,13 @@ def open_folder(
         for file in sorted(images_in(folder))
     ]
     if not pairs:
-        raise RecipeError(f"evaluation = {str(path)!r}: no images; expected a sub-folder of image files for each class")
-    return ImageFolder(path, tuple(f for f, _ in pairs), tuple(label for _, label in pairs), tuple(shape))
+        raise RecipeError(
+            f"evaluation = {str(path)!r}: no images; expected a sub-folder of image files for each "
+            "class"
+        )
+    return ImageFolder(
+        path, tuple(f for f, _ in pairs), tuple(label for _, label in pairs), tuple(shape)
+    )
 
 
 def class_folders(
@@ -83,8 +116,12 @@ def class_folders(
     left_out = set(imagenet.load().ids) | {str(i) for i in range(1000)} if only else set()
     unknown = [f.name for f in folders if f.name.lower() not in known and f.name not in left_out]
     if unknown:
-        named = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
-        raise RecipeError(f"evaluation = {str(path)!r}: classes that the learner does not know: {named}")
+        named = ", ".join(unknown[:10]) + (
+            f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        )
+        raise RecipeError(
+            f"evaluation = {str(path)!r}: classes that the learner does not know: {named}"
+        )
     return [(f, known[f.name.lower()]) for f in folders if f.name.lower() in known]
 
 
@@ -100,15 +137,23 @@ def _folder_names(classes: Sequence[str], ids: Sequence[str] | None) -> dict[str
     for label, name in enumerate(classes):
         safe = "".join(c if c.isalnum() else "-" for c in name)
         number = label if ids is None else order[ids[label]]
-        for key in (name, safe, f"{label:04d}-{safe}", str(number), *(() if ids is None else (ids[label],))):
+        for key in (
+            name,
+            safe,
+            f"{label:04d}-{safe}",
+            str(number),
+            *(() if ids is None else (ids[label],)),
+        ):
             names.setdefault(key.lower(), label)
     return names
 
 
 def read_image(file: Path, shape: tuple[int, ...]) -> Tensor:
-    """One image (C, H, W) uint8: the largest central part of the right proportions, of it 7/8, resized (bicubic).
+    """One image (C, H, W) uint8: the largest central part of the right proportions, of it 7/8,
+    resized (bicubic).
 
-    A picture that has the size already is taken as it is. Raises ``RecipeError`` for a file that is no image.
+    A picture that has the size already is taken as it is. Raises ``RecipeError`` for a file that is
+    no image.
     """
     channels, height, width = shape
     try:

@@ -1,4 +1,6 @@
-"""The classes of ImageNet-1k: WordNet ids in the order of their indices, names, and the subsets -100, -R and -A."""
+"""The classes of ImageNet-1k: WordNet ids in the order of their indices, names, and the subsets
+-100, -R and -A.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ WORDNET_ID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True)
 class ImageNet:
-    """ids: the 1,000 WordNet ids by index; names: their comma-separated synonyms; r, a: the ids of a subset each."""
+    """ids: the 1,000 WordNet ids by index; names: their comma-separated synonyms; r, a: the ids of
+    a subset each.
+    """
 
     ids: tuple[str, ...]
     names: tuple[str, ...]
@@ -28,11 +32,12 @@ class ImageNet:
         return {"r": self.r, "a": self.a}.get(name, frozenset(self.ids))
 
     def ids_of(self, classes: Sequence[str]) -> tuple[str, ...] | None:
-        """The WordNet ids of a classifier's classes, by index; None when they are not classes of ImageNet.
+        """The WordNet ids of a classifier's classes, by index; None when they are not classes of
+        ImageNet.
 
-        A class is called by its WordNet id, by all of its synonyms ("tench, Tinca tinca") or by the first one. Three
-        names, "crane", "cardigan" and "maillot", belong to two classes each: where both are there, they are in
-        ImageNet's order.
+        A class is called by its WordNet id, by all of its synonyms ("tench, Tinca tinca") or by the
+        first one. Three names, "crane", "cardigan" and "maillot", belong to two classes each: where
+        both are there, they are in ImageNet's order.
 
         Raises ``RecipeError`` where only one class of such a name is there, which may be either.
         """
@@ -46,11 +51,14 @@ class ImageNet:
         taken: dict[str, int] = {}
         found = []
         for key in keys:
-            choices = [i for i in known[key] if i.lower() == key or not self._named_fully(i, keys, key)]
+            choices = [
+                i for i in known[key] if i.lower() == key or not self._named_fully(i, keys, key)
+            ]
             place = taken.get(key, 0)
             if len(choices) != keys.count(key):
                 raise RecipeError(
-                    f"classes: {key!r} is the name of {len(choices)} classes of ImageNet ({', '.join(choices)}) "
+                    f"classes: {key!r} is the name of {len(choices)} classes of ImageNet "
+                    f"({', '.join(choices)}) "
                     f"and comes {keys.count(key)} times; name the classes by their WordNet ids"
                 )
             found.append(choices[place])
@@ -58,7 +66,9 @@ class ImageNet:
         return tuple(found)
 
     def _named_fully(self, wordnet_id: str, keys: list[str], key: str) -> bool:
-        """Whether another of ``keys`` already is the full name of this class: "maillot, tank suit" beside "maillot"."""
+        """Whether another of ``keys`` already is the full name of this class: "maillot, tank suit"
+        beside "maillot".
+        """
         name = self.names[self.ids.index(wordnet_id)].lower()
         return name != key and name in keys
 

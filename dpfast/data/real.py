@@ -1,4 +1,6 @@
-"""The real images of a run: a validation half that drives patience and a held-out half that is only reported."""
+"""The real images of a run: a validation half that drives patience and a held-out half that is only
+reported.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from torch import Tensor
 
 from dpfast.config import ASSETS
 from dpfast.data import fashion, imagenet
-from dpfast.data.folders import BATCH, SUFFIXES, ImageFolder, class_folders, images_in, open_folder, read_image
+from dpfast.data.folders import (
+    BATCH,
+    SUFFIXES,
+    ImageFolder,
+    class_folders,
+    images_in,
+    open_folder,
+    read_image,
+)
 from dpfast.errors import RecipeError
 from dpfast.hardware.cpus import cpus
 from dpfast.parallel import ALONE, Ranks
@@ -20,7 +30,9 @@ from dpfast.parallel import ALONE, Ranks
 
 @dataclass(frozen=True)
 class RealSet:
-    """images: (N, C, H, W) uint8; labels: (N,) int64. Of several ranks each has its own part (``Ranks.places``)."""
+    """images: (N, C, H, W) uint8; labels: (N,) int64. Of several ranks each has its own part
+    (``Ranks.places``).
+    """
 
     images: Tensor
     labels: Tensor
@@ -48,18 +60,23 @@ def load_real(
 ) -> RealData:
     """Loads an embedded set, or folders of images with a sub-folder for each class.
 
-    "fashion": the 10,000 Fashion-MNIST test images in their order; even positions are validation, odd ones test. A
-    folder is split the same way, within each class, unless ``held_out`` names another one for the test.
+    "fashion": the 10,000 Fashion-MNIST test images in their order; even positions are validation,
+    odd ones test. A folder is split the same way, within each class, unless ``held_out`` names
+    another one for the test.
 
-    classes: the generator's, by id; shape: (C, H, W) that folders are read in. Sub-folders are called as
-    ``dpfast.data.folders.open_folder`` says, or by a WordNet id. ranks: each reads its own part.
+    classes: the generator's, by id; shape: (C, H, W) that folders are read in. Sub-folders are
+    called as ``dpfast.data.folders.open_folder`` says, or by a WordNet id. ranks: each reads its
+    own part.
 
-    Raises ``RecipeError`` for an unknown name, and for a folder without images for a class or with others.
+    Raises ``RecipeError`` for an unknown name, and for a folder without images for a class or with
+    others.
     """
     check_real(name, held_out)
     if name == "fashion":
         images, labels = fashion.read_split(ASSETS / "fashion_test", "t10k")
-        return RealData(fashion.CLASSES, _part(images, labels, 0, ranks), _part(images, labels, 1, ranks))
+        return RealData(
+            fashion.CLASSES, _part(images, labels, 0, ranks), _part(images, labels, 1, ranks)
+        )
     folder = _open(name, "validation", classes, shape)
     if held_out:
         other = _open(held_out, "held_out", classes, shape)
@@ -71,14 +88,17 @@ def load_real(
     few = [classes[label] for label, count in enumerate(seen) if count < 2]
     if few:
         raise RecipeError(
-            f"validation = {name!r}: {few[0]!r} has one image, expected two or more, or a held_out folder"
+            f"validation = {name!r}: {few[0]!r} has one image, expected two or more, or a held_out "
+            "folder"
         )
     halves = [[i for i, half in enumerate(place) if half == wanted] for wanted in (0, 1)]
     return RealData(tuple(classes), *(read_all(folder.subset(half), ranks) for half in halves))
 
 
 def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int, int]:
-    """How many images ``load_real`` will take for validation and test; without such folders 25 a class for each."""
+    """How many images ``load_real`` will take for validation and test; without such folders 25 a
+    class for each.
+    """
     if name == "fashion":
         return 5000, 5000
     found = [
@@ -93,7 +113,8 @@ def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int,
 def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> None:
     """Raises ``RecipeError`` where a folder that ``load_real`` will read is missing.
 
-    With ``classes`` also where it has others, or no image of one. Looks at names, to the first image of each class.
+    With ``classes`` also where it has others, or no image of one. Looks at names, to the first
+    image of each class.
     """
     for field, place in (("validation", name), ("held_out", held_out)):
         path = Path(place)
@@ -105,16 +126,24 @@ def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> No
             continue
         what = "it has no sub-folders" if path.is_dir() else "no such folder"
         raise RecipeError(
-            f"{field} = {place!r}: {what}; expected 'fashion', or --{field.replace('_', '-')} DIR with a sub-folder of "
+            f"{field} = {place!r}: {what}; expected 'fashion', or --{field.replace('_', '-')} DIR "
+            "with a sub-folder of "
             "real images for each class"
         )
 
 
-def _open(name: str, field: str, classes: Sequence[str], shape: Sequence[int] | None) -> ImageFolder:
+def _open(
+    name: str, field: str, classes: Sequence[str], shape: Sequence[int] | None
+) -> ImageFolder:
     if shape is None or not classes:
-        raise ValueError(f"{field} = {name!r}: a folder needs the classes and the shape of the generator's images")
+        raise ValueError(
+            f"{field} = {name!r}: a folder needs the classes and the shape of the generator's "
+            "images"
+        )
     try:
-        folder = open_folder(Path(name), classes, tuple(shape), ids=imagenet.load().ids_of(classes), only=True)
+        folder = open_folder(
+            Path(name), classes, tuple(shape), ids=imagenet.load().ids_of(classes), only=True
+        )
     except RecipeError as error:
         raise RecipeError(str(error).replace("evaluation =", f"{field} =", 1)) from error
     _complete(name, field, classes, folder.labels)
@@ -141,7 +170,9 @@ def read_all(folder: ImageFolder, ranks: Ranks = ALONE) -> RealSet:
     folder = folder.subset(ranks.places(len(folder), BATCH).tolist())
     with ThreadPoolExecutor(max(cpus() // ranks.local_size, 1)) as threads:
         images = torch.empty(len(folder), *folder.shape, dtype=torch.uint8)
-        for i, image in enumerate(threads.map(lambda file: read_image(file, folder.shape), folder.files)):
+        for i, image in enumerate(
+            threads.map(lambda file: read_image(file, folder.shape), folder.files)
+        ):
             images[i] = image
             ranks.beat()
     return RealSet(images, torch.tensor(folder.labels, dtype=torch.int64))

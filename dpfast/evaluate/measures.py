@@ -17,16 +17,18 @@ from dpfast.ops import entropy
 from dpfast.parallel import ALONE, Ranks
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
-_FITTING: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # model -> the batch that fitted where memory ran out
+_FITTING: WeakKeyDictionary[Any, int] = (
+    WeakKeyDictionary()
+)  # model -> the batch that fitted where memory ran out
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """A classifier on one set of N labelled images.
 
-    top1, top5: fractions in [0, 1]; with five classes or fewer, top5 is 1. loss: cross-entropy, nats. entropy: of the
-    predictions, mean, nats. calibration_error: expected calibration error in [0, 1]. per_class: (K,) fractions, NaN for
-    a class without images.
+    top1, top5: fractions in [0, 1]; with five classes or fewer, top5 is 1. loss: cross-entropy,
+    nats. entropy: of the predictions, mean, nats. calibration_error: expected calibration error in
+    [0, 1]. per_class: (K,) fractions, NaN for a class without images.
     """
 
     top1: float
@@ -37,8 +39,11 @@ class Evaluation:
     per_class: Tensor
 
 
-def predict(model: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = BATCH) -> Tensor:
-    """Logits (N, K), float32, of uint8 images (N, C, H, W), scaled to [-1, 1]; on the device of the model.
+def predict(
+    model: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = BATCH
+) -> Tensor:
+    """Logits (N, K), float32, of uint8 images (N, C, H, W), scaled to [-1, 1]; on the device of the
+    model.
 
     A module is run in eval mode and put back. Batches halve where memory runs out.
     """
@@ -69,11 +74,14 @@ def predictions(
             model.train(was_training)
 
 
-def evaluate(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> Evaluation:
-    """Evaluates on uint8 images (N, C, H, W) with labels (N,): the whole set, or this rank's part of it.
+def evaluate(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, ranks: Ranks = ALONE
+) -> Evaluation:
+    """Evaluates on uint8 images (N, C, H, W) with labels (N,): the whole set, or this rank's part
+    of it.
 
-    All ranks get the measures of the whole set, and the same as one rank would. A batch's logits are in memory at a
-    time.
+    All ranks get the measures of the whole set, and the same as one rank would. A batch's logits
+    are in memory at a time.
     """
     scores, classes = [], 0  # a small set, many ranks: one may have no image
     for rows, logits in predictions(model, images):
@@ -84,19 +92,29 @@ def evaluate(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, 
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """What ``measure`` needs of a batch's logits (n, K) with labels (n,): (n, 7) float64, on their device.
+    """What ``measure`` needs of a batch's logits (n, K) with labels (n,): (n, 7) float64, on their
+    device.
 
-    The columns: label, right, right among the top five, cross-entropy, entropy, highest probability, right in float64.
+    The columns: label, right, right among the top five, cross-entropy, entropy, highest
+    probability, right in float64.
     """
     labels = labels.to(logits.device)
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
     top, guess = logits.double().softmax(1).max(1)
-    values = [labels, ranked[:, 0], ranked.any(1), F.cross_entropy(logits, labels, reduction="none"), entropy(logits)]
+    values = [
+        labels,
+        ranked[:, 0],
+        ranked.any(1),
+        F.cross_entropy(logits, labels, reduction="none"),
+        entropy(logits),
+    ]
     return torch.stack([value.double() for value in (*values, top, guess == labels)], 1)
 
 
 def measure(scores: Sequence[Tensor], classes: int, ranks: Ranks = ALONE) -> Evaluation:
-    """All measures of this rank's ``score``, N >= 1 over all ranks. classes: K, 0 where this rank has none."""
+    """All measures of this rank's ``score``, N >= 1 over all ranks. classes: K, 0 where this rank
+    has none.
+    """
     rows = torch.cat([*scores]) if scores else torch.empty(0, 7).double()
     known, counts = zip(*ranks.everyone([classes, len(rows)]), strict=True)
     classes, rows = max(known), ranks.gather(rows, sum(counts), BATCH)
@@ -114,10 +132,12 @@ def measure(scores: Sequence[Tensor], classes: int, ranks: Ranks = ALONE) -> Eva
 
 
 def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = BINS) -> float:
-    """Expected calibration error of logits (N, K) (Guo et al. 2017, arXiv 1706.04599, eq. 3), in [0, 1].
+    """Expected calibration error of logits (N, K) (Guo et al. 2017, arXiv 1706.04599, eq. 3), in
+    [0, 1].
 
-    The top probabilities fall into ``bins`` intervals of equal width, closed at their upper end; the gaps between a
-    bin's accuracy and its mean probability are averaged, weighted by the bins' counts.
+    The top probabilities fall into ``bins`` intervals of equal width, closed at their upper end;
+    the gaps between a bin's accuracy and its mean probability are averaged, weighted by the bins'
+    counts.
     """
     top, guess = logits.double().softmax(1).max(1)
     return _calibration_error(top, (guess == labels).double(), bins)
@@ -126,14 +146,18 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = BINS) -> fl
 def _calibration_error(top: Tensor, right: Tensor, bins: int) -> float:
     """Of the top probabilities (N,) float64, and 1 where they are right, else 0."""
     bin_of = (top * bins).ceil().long().clamp(1, bins) - 1
-    sums = torch.zeros(bins, dtype=torch.float64, device=top.device).index_add_(0, bin_of, right - top)
+    sums = torch.zeros(bins, dtype=torch.float64, device=top.device).index_add_(
+        0, bin_of, right - top
+    )
     return float(sums.abs().sum() / len(top))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of two sets of features (N, D) and (M, D) (Heusel et al. 2017, eq. 6), in float64.
+    """Fréchet distance of two sets of features (N, D) and (M, D) (Heusel et al. 2017, eq. 6), in
+    float64.
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)); the trace of the root is that of the root of B^(1/2) A B^(1/2).
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)); the trace of the root is that of the root of
+    B^(1/2) A B^(1/2).
     """
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)

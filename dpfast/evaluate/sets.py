@@ -1,13 +1,15 @@
-"""The sets that a finished classifier is measured on, beside its held-out test images: each a row of the final table.
+"""The sets that a finished classifier is measured on, beside its held-out test images: each a row
+of the final table.
 
 A recipe's ``evaluation`` names them: "shifts" for the shifted copies of the held-out images
-(``dpfast.evaluate.shifts``), one shift of them ("blur"), a folder of images, or one with a name of its own
-("mine=/data/mine"). The names imagenet-val, imagenet-v2, imagenet-sketch, imagenet-r and imagenet-a
-("imagenet-r=/data/imagenet-r") promise that the folder holds the classes of that set, and allow a learner of fewer
-classes, which is measured on those that it knows.
+(``dpfast.evaluate.shifts``), one shift of them ("blur"), a folder of images, or one with a name of
+its own ("mine=/data/mine"). The names imagenet-val, imagenet-v2, imagenet-sketch, imagenet-r and
+imagenet-a ("imagenet-r=/data/imagenet-r") promise that the folder holds the classes of that set,
+and allow a learner of fewer classes, which is measured on those that it knows.
 
-A learner is measured on the 200 classes of ImageNet-R and ImageNet-A among those 200 alone, as their authors do: the
-logits of the other classes are left out. A folder with exactly their WordNet ids is taken for them whatever its name.
+A learner is measured on the 200 classes of ImageNet-R and ImageNet-A among those 200 alone, as
+their authors do: the logits of the other classes are left out. A folder with exactly their WordNet
+ids is taken for them whatever its name.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ IMAGENET_SETS = {
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Labelled real images in batches of uint8 (n, C, H, W) and class ids (n,); every call of ``batches`` starts anew.
+    """Labelled real images in batches of uint8 (n, C, H, W) and class ids (n,); every call of
+    ``batches`` starts anew.
 
     ``batches(ranks)`` gives a rank's part of them, ``batches()`` all.
 
@@ -55,7 +58,9 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table: a set, its images, the classes that predictions were chosen from, the measures."""
+    """One line of the final table: a set, its images, the classes that predictions were chosen
+    from, the measures.
+    """
 
     name: str
     severity: int | None
@@ -64,9 +69,19 @@ class Row:
     result: Evaluation
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: name, severity, images, classes, top1, top5, loss, entropy, calibration_error."""
-        measures = {key: getattr(self.result, key) for key in ("top1", "top5", "loss", "entropy", "calibration_error")}
-        return {"name": self.name, "severity": self.severity, "images": self.images, "classes": self.classes} | measures
+        """JSON-able: name, severity, images, classes, top1, top5, loss, entropy,
+        calibration_error.
+        """
+        measures = {
+            key: getattr(self.result, key)
+            for key in ("top1", "top5", "loss", "entropy", "calibration_error")
+        }
+        return {
+            "name": self.name,
+            "severity": self.severity,
+            "images": self.images,
+            "classes": self.classes,
+        } | measures
 
 
 def evaluation_sets(
@@ -76,28 +91,38 @@ def evaluation_sets(
 
     Args:
         names: the recipe's ``evaluation``.
-        test: the held-out images, whose shifts "shifts" stands for and whose shape folders are read in.
+        test: the held-out images, whose shifts "shifts" stands for and whose shape folders are read
+        in.
         classes: the learner's class names, by index.
         seed: of the shifts.
 
-    Raises ``RecipeError`` for an unknown name, a missing folder and classes that the learner does not know.
+    Raises ``RecipeError`` for an unknown name, a missing folder and classes that the learner does
+    not know.
     """
     sets: list[EvaluationSet] = []
     for name in names:
         if name == "shifts" or name in SHIFTS:
             kinds = list(SHIFTS) if name == "shifts" else [name]
-            sets += [_shifted(test, kind, severity, seed) for kind in kinds for severity in SEVERITIES]
+            sets += [
+                _shifted(test, kind, severity, seed) for kind in kinds for severity in SEVERITIES
+            ]
         else:
             sets.append(_folder(name, tuple(test.images.shape[1:]), classes))
     seen = [(s.name, s.severity) for s in sets]
     twice = sorted({name for name, severity in seen if seen.count((name, severity)) > 1})
     if twice:
-        raise RecipeError(f"evaluation: {', '.join(twice)} comes twice; name folders apart by NAME=FOLDER")
+        raise RecipeError(
+            f"evaluation: {', '.join(twice)} comes twice; name folders apart by NAME=FOLDER"
+        )
     return sets
 
 
-def evaluate_sets(model: Callable[[Tensor], Tensor], sets: Iterable[EvaluationSet], ranks: Ranks = ALONE) -> list[Row]:
-    """Measures a classifier (images scaled to [-1, 1] -> logits) on every set; one batch is in memory at a time."""
+def evaluate_sets(
+    model: Callable[[Tensor], Tensor], sets: Iterable[EvaluationSet], ranks: Ranks = ALONE
+) -> list[Row]:
+    """Measures a classifier (images scaled to [-1, 1] -> logits) on every set; one batch is in
+    memory at a time.
+    """
     return [_row(model, one, ranks) for one in sets]
 
 
@@ -119,7 +144,9 @@ def _row(model: Callable[[Tensor], Tensor], one: EvaluationSet, ranks: Ranks) ->
 def _shifted(test: RealSet, kind: str, severity: int, seed: int) -> EvaluationSet:
     def batches(ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
         ids = ranks.places(int(ranks.total(len(test))), BATCH).split(BATCH)
-        for images, labels, part in zip(test.images.split(BATCH), test.labels.split(BATCH), ids, strict=True):
+        for images, labels, part in zip(
+            test.images.split(BATCH), test.labels.split(BATCH), ids, strict=True
+        ):
             yield shift(images, kind, severity, ids=part, seed=seed), labels
 
     return EvaluationSet(kind, batches, severity)
@@ -136,11 +163,15 @@ def _folder(name: str, shape: tuple[int, ...], classes: Sequence[str]) -> Evalua
     ids = imagenet.load().ids_of(classes)
     if known_set is not None:
         if ids is None:
-            raise RecipeError(f"evaluation = {name!r}: the learner's classes are not those of ImageNet")
+            raise RecipeError(
+                f"evaluation = {name!r}: the learner's classes are not those of ImageNet"
+            )
         wanted = imagenet.load().subset(IMAGENET_SETS[known_set])
         _same_classes(name, known_set, wanted, present)
         if not wanted & set(ids):
-            raise RecipeError(f"evaluation = {name!r}: {known_set} has none of the learner's {len(ids)} classes")
+            raise RecipeError(
+                f"evaluation = {name!r}: {known_set} has none of the learner's {len(ids)} classes"
+            )
     folder = open_folder(path, classes, shape, ids=ids, only=known_set is not None)
     among = None
     if known_set in ("imagenet-r", "imagenet-a"):
@@ -161,10 +192,15 @@ def _recognised(present: frozenset[str]) -> str | None:
     return next((f"imagenet-{s}" for s in ("r", "a") if present == imagenet.load().subset(s)), None)
 
 
-def _same_classes(name: str, known_set: str, wanted: frozenset[str], present: frozenset[str]) -> None:
+def _same_classes(
+    name: str, known_set: str, wanted: frozenset[str], present: frozenset[str]
+) -> None:
     for problem, ids in (("lacks", wanted - present), ("has besides", present - wanted)):
         if ids:
-            listed = ", ".join(sorted(ids)[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+            listed = ", ".join(sorted(ids)[:10]) + (
+                f" and {len(ids) - 10} more" if len(ids) > 10 else ""
+            )
             raise RecipeError(
-                f"evaluation = {name!r}: {known_set} has {len(wanted)} classes; the folder {problem} {listed}"
+                f"evaluation = {name!r}: {known_set} has {len(wanted)} classes; the folder "
+                f"{problem} {listed}"
             )

@@ -1,7 +1,9 @@
-"""Shifts of real images: what a camera, a file format or another framing does to a test set, in five severities.
+"""Shifts of real images: what a camera, a file format or another framing does to a test set, in
+five severities.
 
-Written after the idea of ImageNet-C (Hendrycks and Dietterich 2019, arXiv 1903.12261) for images of any size: lengths
-are fractions of the shorter side. A shifted image depends on its pixels, its id, the seed and the severity, not on its
+Written after the idea of ImageNet-C (Hendrycks and Dietterich 2019, arXiv 1903.12261) for images of
+any size: lengths are fractions of the shorter side. A shifted image depends on its pixels, its id,
+the seed and the severity, not on its
 batch: noise and directions come from ``dpfast.ops.normal``.
 """
 
@@ -31,7 +33,9 @@ ROTATE = (5.0, 10.0, 15.0, 20.0, 30.0)  # degrees, left or right by the image's 
 TRANSLATE = (0.04, 0.08, 0.12, 0.16, 0.2)  # of the shorter side, in a direction of the image's id
 
 
-def shift(images: Tensor, name: str, severity: int, *, ids: Tensor | None = None, seed: int = 0) -> Tensor:
+def shift(
+    images: Tensor, name: str, severity: int, *, ids: Tensor | None = None, seed: int = 0
+) -> Tensor:
     """Shifted copies of uint8 images (N, C, H, W), in the same shape and type.
 
     Args:
@@ -40,7 +44,8 @@ def shift(images: Tensor, name: str, severity: int, *, ids: Tensor | None = None
         ids: (N,) int64, the images' identities; None: their positions.
         seed: of the noise and the directions.
 
-    Raises ``TypeError`` for images that are not uint8, ``ValueError`` for another shape, an unknown shift or severity.
+    Raises ``TypeError`` for images that are not uint8, ``ValueError`` for another shape, an unknown
+    shift or severity.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images: dtype is {images.dtype}, expected torch.uint8")
@@ -59,7 +64,9 @@ def shift(images: Tensor, name: str, severity: int, *, ids: Tensor | None = None
 
 
 def _noise(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
-    return _bytes(images + 255 * NOISE[level] * normal(ids, images.shape[1:], seed=seed, stream=STREAM))
+    return _bytes(
+        images + 255 * NOISE[level] * normal(ids, images.shape[1:], seed=seed, stream=STREAM)
+    )
 
 
 def _blur(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
@@ -83,7 +90,9 @@ def _contrast(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
 def _pixelate(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
     size = images.shape[-2:]
     small = [max(1, round(PIXELATE[level] * side)) for side in size]
-    return _bytes(F.interpolate(F.interpolate(images.float(), small, mode="area"), size, mode="nearest-exact"))
+    return _bytes(
+        F.interpolate(F.interpolate(images.float(), small, mode="area"), size, mode="nearest-exact")
+    )
 
 
 def _jpeg(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
@@ -106,13 +115,21 @@ def _rotate(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
     zero = torch.zeros_like(angle)
     aspect = images.shape[-2] / images.shape[-1]  # the grid counts in half heights and half widths
     cos, sin = angle.cos(), angle.sin()
-    return _resample(images, torch.stack([cos, -sin * aspect, zero, sin / aspect, cos, zero], 1).view(-1, 2, 3))
+    return _resample(
+        images, torch.stack([cos, -sin * aspect, zero, sin / aspect, cos, zero], 1).view(-1, 2, 3)
+    )
 
 
 def _translate(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
     way = F.normalize(normal(ids, (2,), seed=seed, stream=STREAM + 2), dim=1)
     height, width = images.shape[-2:]
-    move = 2 * TRANSLATE[level] * min(height, width) * way / torch.tensor([width, height], device=images.device)
+    move = (
+        2
+        * TRANSLATE[level]
+        * min(height, width)
+        * way
+        / torch.tensor([width, height], device=images.device)
+    )
     one = torch.eye(2, device=images.device).expand(len(images), 2, 2)
     return _resample(images, torch.cat([one, move.unsqueeze(2)], 2))
 

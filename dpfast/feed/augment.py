@@ -1,7 +1,8 @@
 """What changes in a batch by chance, drawn in one place for every loader.
 
-A draw is a function of (seed, number of the batch): Philox with that key. Loaders only carry it out, so that all of
-them show the learner the same crops in the same order, and a position restores them.
+A draw is a function of (seed, number of the batch): Philox with that key. Loaders only carry it
+out, so that all of them show the learner the same crops in the same order, and a position restores
+them.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ RATIOS = (3 / 4, 4 / 3)  # of a box's width and height
 
 @dataclass(frozen=True)
 class Mix:
-    """One mixture for a whole batch: sample i takes ``share`` of itself and the rest of sample B - 1 - i.
+    """One mixture for a whole batch: sample i takes ``share`` of itself and the rest of sample B -
+    1 - i.
 
-    region: (top, bottom, left, right) in pixels that the other sample fills (cutmix), or None where pixels are averaged
-    (mixup).
+    region: (top, bottom, left, right) in pixels that the other sample fills (cutmix), or None where
+    pixels are averaged (mixup).
     """
 
     share: float
     region: tuple[int, int, int, int] | None = None
 
     def apply(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Mixes floating images (B, C, H, W) in place; int64 labels (B,) become (B, classes) float32 probabilities."""
+        """Mixes floating images (B, C, H, W) in place; int64 labels (B,) become (B, classes)
+        float32 probabilities.
+        """
         if self.region is None:
             images.mul_(self.share).add_(images.flip(0), alpha=(1 - self.share) / self.share)
         else:
@@ -64,12 +68,15 @@ class Augment:
     Args:
         flip: mirrors half of the samples left to right.
         shift: moves a sample by up to so many pixels each way; the border is repeated.
-        crop: the smallest share of the area that a random resized crop keeps (Szegedy et al. 2015: 0.08); 1: none.
+        crop: the smallest share of the area that a random resized crop keeps (Szegedy et al. 2015:
+        0.08); 1: none.
         size: (height, width) of a batch; None: that of the pool's images.
-        mixup, cutmix: alpha of the Beta distribution of the share (Zhang et al. 2018, Yun et al. 2019); 0: none.
+        mixup, cutmix: alpha of the Beta distribution of the share (Zhang et al. 2018, Yun et al.
+        2019); 0: none.
             With both, a batch gets one of the two, each half of the time.
 
-    Raises ``ValueError`` that names the argument which is out of range, ``TypeError`` for a size that is no pair.
+    Raises ``ValueError`` that names the argument which is out of range, ``TypeError`` for a size
+    that is no pair.
     """
 
     flip: bool = False
@@ -84,13 +91,17 @@ class Augment:
             raise ValueError(f"shift = {self.shift}, expected at least 0 pixels")
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop = {self.crop}, expected a share of the area in (0, 1]")
-        if self.size is not None and not (isinstance(self.size, (tuple, list)) and len(self.size) == 2):
+        if self.size is not None and not (
+            isinstance(self.size, (tuple, list)) and len(self.size) == 2
+        ):
             raise TypeError(f"size must be (height, width) in pixels, got {self.size!r}")
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size = {self.size}, expected at least one pixel each way")
         for name in ("mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected a finite alpha of at least 0")
+                raise ValueError(
+                    f"{name} = {getattr(self, name)}, expected a finite alpha of at least 0"
+                )
 
     @property
     def mixes(self) -> bool:
@@ -100,15 +111,23 @@ class Augment:
         """Whether a batch of images of (height, width) needs boxes."""
         return self.shift > 0 or self.crop < 1 or self.size not in (None, image)
 
-    def draw(self, batch: int, image: tuple[int, int], *, seed: int, number: int) -> AugmentationDraw:
+    def draw(
+        self, batch: int, image: tuple[int, int], *, seed: int, number: int
+    ) -> AugmentationDraw:
         """The chances of batch ``number`` of ``batch`` images of (height, width)."""
         if not (self.flip or self.mixes or self.resamples(image)):
-            return AugmentationDraw(None, None, None)  # a generator takes longer to make than a small batch
+            return AugmentationDraw(
+                None, None, None
+            )  # a generator takes longer to make than a small batch
         random = np.random.Generator(np.random.Philox(key=(seed << 64) + number))
         flips = torch.from_numpy(random.random(batch) < 0.5) if self.flip else None
         boxes = None
         if self.resamples(image):
-            boxes = _crops(random, batch, image, self.crop) if self.crop < 1 else np.tile((0.0, 0, *image), (batch, 1))
+            boxes = (
+                _crops(random, batch, image, self.crop)
+                if self.crop < 1
+                else np.tile((0.0, 0, *image), (batch, 1))
+            )
             if self.shift:
                 boxes[:, :2] += random.integers(-self.shift, self.shift + 1, (batch, 2))
         return AugmentationDraw(
@@ -122,12 +141,16 @@ class Augment:
             return None
         if not self.cutmix or (self.mixup and random.random() < 0.5):
             share = float(random.beta(self.mixup, self.mixup))
-            return Mix(max(share, 1 - share))  # the pairs are symmetric: the larger share names the sample
+            return Mix(
+                max(share, 1 - share)
+            )  # the pairs are symmetric: the larger share names the sample
         height, width = size
         side = math.sqrt(1 - random.beta(self.cutmix, self.cutmix))
         top, bottom = _cut(int(random.integers(height)), side * height, height)
         left, right = _cut(int(random.integers(width)), side * width, width)
-        return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+        return Mix(
+            1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
+        )
 
 
 def _cut(centre: int, length: float, limit: int) -> tuple[int, int]:
@@ -136,8 +159,12 @@ def _cut(centre: int, length: float, limit: int) -> tuple[int, int]:
     return min(max(first, 0), limit), min(max(last, 0), limit)
 
 
-def _crops(random: np.random.Generator, batch: int, image: tuple[int, int], smallest: float) -> np.ndarray:
-    """(batch, 4) whole-pixel boxes of a random share of the area and a random ratio, at a random place."""
+def _crops(
+    random: np.random.Generator, batch: int, image: tuple[int, int], smallest: float
+) -> np.ndarray:
+    """(batch, 4) whole-pixel boxes of a random share of the area and a random ratio, at a random
+    place.
+    """
     height, width = image
     area = random.uniform(smallest, 1, (batch, TRIES)) * height * width
     ratio = np.exp(random.uniform(math.log(RATIOS[0]), math.log(RATIOS[1]), (batch, TRIES)))

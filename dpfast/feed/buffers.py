@@ -1,4 +1,6 @@
-"""Buffers that are used again: a large batch in new memory costs more in page faults than in arithmetic."""
+"""Buffers that are used again: a large batch in new memory costs more in page faults than in
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ from dpfast.pool.memory_tiers import host_memory
 class BufferPool:
     """Host buffers, each used again as soon as nobody refers to what lies in it.
 
-    A tensor over a NumPy array keeps the array alive, and so does every view of it and every graph that saved it: the
-    array's reference count says whether a slot is free. So a batch is never overwritten while somebody holds it. Who
-    reads a slot without referring to it (DALI with ``no_copy``) holds the array for as long as the reading lasts.
+    A tensor over a NumPy array keeps the array alive, and so does every view of it and every graph
+    that saved it: the array's reference count says whether a slot is free. So a batch is never
+    overwritten while somebody holds it. Who reads a slot without referring to it (DALI with
+    ``no_copy``) holds the array for as long as the reading lasts.
     """
 
     def __init__(self) -> None:
@@ -53,4 +56,6 @@ def _references(arrays: list[np.ndarray], position: int) -> int:
     return sys.getrefcount(arrays[position])
 
 
-_FREE = _references([np.empty(0)], 0)  # of an array that only its list holds; it differs between versions of Python
+_FREE = _references(
+    [np.empty(0)], 0
+)  # of an array that only its list holds; it differs between versions of Python

@@ -1,11 +1,14 @@
-"""The loader on NVIDIA DALI 2: decoding, crop, resize, flip, normalise, cast and layout in its pipeline.
+"""The loader on NVIDIA DALI 2: decoding, crop, resize, flip, normalise, cast and layout in its
+pipeline.
 
-``external_source`` takes batches that are gathered from the pool; nothing is copied on the way in, and DALI's outputs
-become tensors in place. What a batch was gathered into stays untouched until DALI has delivered that batch: the request
-holds it, however deep the queue is. DALI draws nothing by chance: boxes and flips come with the batch, so both loaders
-show the same crops. Batches are fed one by one and never end, so there is no epoch to reset.
+``external_source`` takes batches that are gathered from the pool; nothing is copied on the way in,
+and DALI's outputs become tensors in place. What a batch was gathered into stays untouched until
+DALI has delivered that batch: the request holds it, however deep the queue is. DALI draws nothing
+by chance: boxes and flips come with the batch, so both loaders show the same crops. Batches are fed
+one by one and never end, so there is no epoch to reset.
 
-Without a GPU (``device_id=None``) DALI takes NumPy arrays; it fails on torch's CPU tensors beside a torch without CUDA.
+Without a GPU (``device_id=None``) DALI takes NumPy arrays; it fails on torch's CPU tensors beside a
+torch without CUDA.
 """
 
 from __future__ import annotations
@@ -130,7 +133,9 @@ class DaliLoader(PoolLoader):
             )
             if jpeg:
                 colours = types.GRAY if channels == 1 else types.RGB
-                images = fn.decoders.image(images, device="mixed" if cuda else "cpu", output_type=colours)
+                images = fn.decoders.image(
+                    images, device="mixed" if cuda else "cpu", output_type=colours
+                )
             if self.augment.resamples(self.image_shape()[1:]):
                 images = fn.resize(
                     images,
@@ -143,7 +148,9 @@ class DaliLoader(PoolLoader):
                 )
             images = fn.crop_mirror_normalize(
                 images,
-                mirror=fn.external_source(name="flip", dtype=types.INT32, ndim=0) if self.augment.flip else 0,
+                mirror=fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+                if self.augment.flip
+                else 0,
                 mean=[255.0 * value for value in mean],
                 std=[255.0 * value for value in std],
                 dtype=dtype,

@@ -1,11 +1,12 @@
 """What every loader is: the protocol, the part that they share, and the choice between them.
 
-Batches are prepared ahead, and that is invisible: batch n is a function of (seed, position, pool at the call of
-``next``). When the pool has grown, what was prepared is dropped and drawn anew, so a sample can be in the very next
-batch after its append; it costs the preparation of what was dropped.
+Batches are prepared ahead, and that is invisible: batch n is a function of (seed, position, pool at
+the call of ``next``). When the pool has grown, what was prepared is dropped and drawn anew, so a
+sample can be in the very next batch after its append; it costs the preparation of what was dropped.
 
-Where several ranks hold the pool's samples, the order, the chances and the mixing are those of the whole batch, and a
-loader delivers its rank's part of it (``dpfast.pool.sharded``). All ranks then ask for the same batches.
+Where several ranks hold the pool's samples, the order, the chances and the mixing are those of the
+whole batch, and a loader delivers its rank's part of it (``dpfast.pool.sharded``). All ranks then
+ask for the same batches.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ class LoaderError(RuntimeError):
 
 
 class Loader(Protocol):
-    """An endless iterator of (images (B, C, H, W), labels (B,) int64); (B, classes) float32 where batches are mixed.
+    """An endless iterator of (images (B, C, H, W), labels (B,) int64); (B, classes) float32 where
+    batches are mixed.
 
-    Images and labels are on one device; the caller may write to them. waited: seconds that callers have spent in
-    ``next``, which raises ``LoaderError``.
+    Images and labels are on one device; the caller may write to them. waited: seconds that callers
+    have spent in ``next``, which raises ``LoaderError``.
     """
 
     waited: float
@@ -52,7 +54,9 @@ class Loader(Protocol):
         ...
 
     def restore(self, state: dict[str, int]) -> None:
-        """Goes on from a position, of this loader or of another one with the same seed, batch size and pool."""
+        """Goes on from a position, of this loader or of another one with the same seed, batch size
+        and pool.
+        """
         ...
 
     def close(self) -> None:
@@ -62,10 +66,11 @@ class Loader(Protocol):
 
 @dataclass
 class PendingBatch:
-    """One batch in preparation. after: the position behind it; work: what the loader holds of it, once it is started.
+    """One batch in preparation. after: the position behind it; work: what the loader holds of it,
+    once it is started.
 
-    pool_size: samples in the pool that it is drawn from. indices: (batch_size,) int64, of the whole batch; draw: the
-    chances of the part that is delivered.
+    pool_size: samples in the pool that it is drawn from. indices: (batch_size,) int64, of the whole
+    batch; draw: the chances of the part that is delivered.
     """
 
     pool_size: int
@@ -76,20 +81,23 @@ class PendingBatch:
 
 
 class PoolLoader(Loader):
-    """The shared part: order, chances, preparation ahead, positions, mixing. A subclass makes the images.
+    """The shared part: order, chances, preparation ahead, positions, mixing. A subclass makes the
+    images.
 
     Args:
         pool: must hold a sample before the first batch.
-        batch_size, seed: with the position they determine every batch, of which a rank delivers an even part.
+        batch_size, seed: with the position they determine every batch, of which a rank delivers an
+        even part.
         augment: what changes in a batch by chance; nothing by default.
-        form: scale, dtype and memory layout of the batches; the default is [-1, 1], float32, channels last.
+        form: scale, dtype and memory layout of the batches; the default is [-1, 1], float32,
+        channels last.
         device: where the batches are.
         classes: how many; needed where ``augment`` mixes.
         fresh_weight: see ``Order``.
         ahead: batches that are prepared while the caller works.
 
-    Raises ``ValueError`` for a batch size or ``ahead`` below 1, a weight that is not above 0, and mixing without
-    ``classes``.
+    Raises ``ValueError`` for a batch size or ``ahead`` below 1, a weight that is not above 0, and
+    mixing without ``classes``.
     """
 
     def __init__(
@@ -116,7 +124,10 @@ class PoolLoader(Loader):
         self.waited = 0.0
         self._number = 0  # of the next batch that is prepared
         self._queue: deque[PendingBatch] = deque()
-        self._position = {"batches": 0, **self.order.state()}  # behind the last batch that was delivered
+        self._position = {
+            "batches": 0,
+            **self.order.state(),
+        }  # behind the last batch that was delivered
         self._shape: tuple[int, int, int] | None = None
         self.ahead = ahead
         self.on_demand = False  # whether batches are made when one is asked for, and not before
@@ -157,14 +168,18 @@ class PoolLoader(Loader):
         self._rewind()
 
     def release(self) -> None:
-        """Gives back the memory of batches that were prepared; they are made again when they are asked for."""
+        """Gives back the memory of batches that were prepared; they are made again when they are
+        asked for.
+        """
         self._rewind()
 
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the pool's images, before any crop."""
         if self._shape is None:
             shape = self.pool.shape if self.pool.codec == "pixels" else None
-            self._shape = tuple(shape or self.pool.images(torch.zeros(1, dtype=torch.int64)).shape[1:])  # type: ignore[assignment]
+            self._shape = tuple(
+                shape or self.pool.images(torch.zeros(1, dtype=torch.int64)).shape[1:]
+            )  # type: ignore[assignment]
         assert self._shape is not None
         return self._shape
 
@@ -197,8 +212,14 @@ class PoolLoader(Loader):
     def _requests(self, size: int, count: int) -> list[PendingBatch]:
         """What the next batches are made of."""
         fresh = self.pool.fresh if self.order.fresh_weight != 1 else 0
-        indices, image, requests = self.order.next(size, fresh, batches=count), self.image_shape()[1:], []
-        for left, part in zip(reversed(range(count)), indices.split(self.order.batch_size), strict=True):
+        indices, image, requests = (
+            self.order.next(size, fresh, batches=count),
+            self.image_shape()[1:],
+            [],
+        )
+        for left, part in zip(
+            reversed(range(count)), indices.split(self.order.batch_size), strict=True
+        ):
             draw = self.augment.draw(len(part), image, seed=self.seed, number=self._number)
             if isinstance(self.pool, ShardedPool):
                 draw = draw.part(self.pool.ranks.part(len(part)))
@@ -220,7 +241,9 @@ class PoolLoader(Loader):
         self.order.restore(self._position)
 
     def _held(self, request: PendingBatch) -> tuple[PoolSnapshot, Tensor]:
-        """A pool that holds the request's samples, and where in it; collective, in the order of requests."""
+        """A pool that holds the request's samples, and where in it; collective, in the order of
+        requests.
+        """
         if isinstance(self.pool, ShardedPool):
             return self.pool.exchange(request.indices, device=self.device)
         return self.pool.view, request.indices
@@ -238,22 +261,28 @@ class PoolLoader(Loader):
 
 
 def dali_installed() -> bool:
-    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    return (
+        importlib.util.find_spec("nvidia") is not None
+        and importlib.util.find_spec("nvidia.dali") is not None
+    )
 
 
 def choose(kind: str, codec: str = "pixels") -> str:
     """ "dali" or "torch" for a recipe's ``loader``.
 
-    "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or latents: on two CPU
-    cores DALI takes 7.5 times as long for crops of 256 images of 224 px, 9.7 times at 32 px and 2.6 to 9.3 times
-    without crops (``dpfast bench loader``). DALI has not run on a GPU yet.
+    "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or
+    latents: on two CPU cores DALI takes 7.5 times as long for crops of 256 images of 224 px, 9.7
+    times at 32 px and 2.6 to 9.3 times without crops (``dpfast bench loader``). DALI has not run on
+    a GPU yet.
 
     Raises ``RecipeError`` for an unknown loader and for DALI where it is not installed.
     """
     if kind not in KINDS:
         raise RecipeError(f"loader = {kind!r}: 'auto', 'dali' or 'torch'")
     if kind == "dali" and not dali_installed():
-        raise RecipeError("loader = 'dali': DALI is not installed; pip install 'dpfast[dali]', or choose 'torch'")
+        raise RecipeError(
+            "loader = 'dali': DALI is not installed; pip install 'dpfast[dali]', or choose 'torch'"
+        )
     if kind == "auto":
         return "dali" if codec == "jpeg" and dali_installed() else "torch"
     return kind

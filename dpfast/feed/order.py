@@ -1,15 +1,17 @@
 """The order of the training samples: a keyed permutation of the pool, computed where it is needed.
 
-No list of indices exists anywhere: the sample at place p of a pass over n samples is a function of (seed, epoch, p, n).
-A Feistel network permutes b bits, 2^b the smallest power of two that is not below max(n, 64), and a value outside
-[0, n) goes through it again until it falls inside (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite
-domains", CT-RSA 2002; less than two passes on average where n > 32). The value is split into floor(b/2) left and
-ceil(b/2) right bits:
+No list of indices exists anywhere: the sample at place p of a pass over n samples is a function of
+(seed, epoch, p, n). A Feistel network permutes b bits, 2^b the smallest power of two that is not
+below max(n, 64), and a value outside [0, n) goes through it again until it falls inside (cycle
+walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002; less than two
+passes on average where n > 32). The value is split into floor(b/2) left and ceil(b/2) right bits:
 
-    left  ^= mix(right ^ key[2 i]),   right ^= mix(left ^ key[2 i + 1]),   i = 0..3, cut to each half's bits
+    left ^= mix(right ^ key[2 i]), right ^= mix(left ^ key[2 i + 1]), i = 0..3, cut to each half's
+        bits
 
 ``mix`` is the 32-bit finaliser of MurmurHash3. The eight keys are the first eight Philox words
-(``dpfast.ops.noise``) of sample id = epoch under (seed, stream). Integers only: the same on every machine.
+(``dpfast.ops.noise``) of sample id = epoch under (seed, stream). Integers only: the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -27,21 +29,30 @@ ROUNDS = 8
 WORD = 0xFFFFFFFF
 STREAM = 0x6F726472  # of the keys; the noise of samples uses small stream numbers
 FRESH_STREAM = STREAM + 1  # of the passes over the newest samples alone
-SMALLEST_BITS = 6  # below, eight rounds do not reach all orders equally often: 5 samples in 3 bits fail a chi-square
+# below, eight rounds do not reach all orders equally often: 5 samples in 3 bits fail a chi-square
+SMALLEST_BITS = 6
 LARGEST = 1 << 62
 SHARE_BITS = 32  # of the fixed-point share of the newest samples
 
 
-def permutation(first: int, count: int, size: int, *, seed: int, epoch: int, stream: int = STREAM) -> Tensor:
-    """The samples at places ``first`` to ``first + count`` of pass ``epoch`` over ``size`` samples: (count,) int64.
+def permutation(
+    first: int, count: int, size: int, *, seed: int, epoch: int, stream: int = STREAM
+) -> Tensor:
+    """The samples at places ``first`` to ``first + count`` of pass ``epoch`` over ``size`` samples:
+    (count,) int64.
 
     The same integers from the native kernel and from ``reference``. Raises ``ValueError`` unless
     0 <= first <= first + count <= size <= 2^62.
     """
     if not 0 <= first <= first + count <= size <= LARGEST:
-        raise ValueError(f"places {first} to {first + count} of {size} samples: expected 0 <= first <= last <= size")
+        raise ValueError(
+            f"places {first} to {first + count} of {size} samples: expected 0 <= first <= last <= "
+            "size"
+        )
     if dispatch.backend_for(torch.device("cpu")) != "native":
-        return reference(torch.arange(first, first + count), size, seed=seed, epoch=epoch, stream=stream)
+        return reference(
+            torch.arange(first, first + count), size, seed=seed, epoch=epoch, stream=stream
+        )
     out = torch.empty(count, dtype=torch.int64)
     dispatch.native_module().permutation(
         first, count, size, seed, epoch, stream, out.data_ptr(), torch.get_num_threads()
@@ -77,17 +88,19 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class Order:
-    """Shuffled passes over a pool that grows: (seed, epoch, position) -> indices. The state is four integers.
+    """Shuffled passes over a pool that grows: (seed, epoch, position) -> indices. The state is four
+    integers.
 
-    A pass covers every sample once. When the pool has grown, a new pass over all of it begins, so that a new sample can
-    be in the very next batch and the choice stays uniform over the current pool, as in the paper.
+    A pass covers every sample once. When the pool has grown, a new pass over all of it begins, so
+    that a new sample can be in the very next batch and the choice stays uniform over the current
+    pool, as in the paper.
 
-    fresh_weight: how much more often than another sample one of the newest is drawn (``fresh`` of ``next``). 1 is the
-    paper's uniform choice. Otherwise every batch mixes a pass over the newest with a pass over the rest, in the fixed
-    proportion that the weight gives.
+    fresh_weight: how much more often than another sample one of the newest is drawn (``fresh`` of
+    ``next``). 1 is the paper's uniform choice. Otherwise every batch mixes a pass over the newest
+    with a pass over the rest, in the fixed proportion that the weight gives.
 
-    Raises ``TypeError`` for a seed or a batch size that is no integer, ``ValueError`` for a batch size below 1 and a
-    weight that is not finite and above 0.
+    Raises ``TypeError`` for a seed or a batch size that is no integer, ``ValueError`` for a batch
+    size below 1 and a weight that is not finite and above 0.
     """
 
     def __init__(self, seed: int, batch_size: int, *, fresh_weight: float = 1.0) -> None:
@@ -102,10 +115,11 @@ class Order:
         self.epoch = self.position = self.size = self.fresh = 0
 
     def next(self, size: int, fresh: int = 0, *, batches: int = 1) -> Tensor:
-        """(batches * batch_size,) int64 indices into a pool of ``size`` samples, the last ``fresh`` of them the newest.
+        """(batches * batch_size,) int64 indices into a pool of ``size`` samples, the last ``fresh``
+        of them the newest.
 
-        The same as of so many calls for one batch. Where a pass ends, a batch goes on with the next.
-        Raises ``ValueError`` for an empty pool and for ``fresh`` outside [0, size].
+        The same as of so many calls for one batch. Where a pass ends, a batch goes on with the
+        next. Raises ``ValueError`` for an empty pool and for ``fresh`` outside [0, size].
         """
         if size < 1:
             raise ValueError("the pool is empty")
@@ -114,8 +128,11 @@ class Order:
         weighted = self.fresh_weight != 1 and 0 < fresh < size
         fresh = fresh if weighted else 0
         if (size, fresh) != (self.size, self.fresh):
-            # Passes of different sizes never share an epoch, so a key is used for one permutation only.
-            self.epoch += -(-self.position // max(min(self.fresh, self.size - self.fresh) or self.size, 1))
+            # Passes of different sizes never share an epoch, so a key is used for one permutation
+            # only.
+            self.epoch += -(
+                -self.position // max(min(self.fresh, self.size - self.fresh) or self.size, 1)
+            )
             self.position, self.size, self.fresh = 0, size, fresh
         first, count = self.position, batches * self.batch_size
         self.position += count
@@ -128,20 +145,31 @@ class Order:
             epoch, place = divmod(first, size)
             part = min(count, size - place)
             parts.append(
-                permutation(place, part, size, seed=self.seed, epoch=self.epoch + epoch, stream=stream),
+                permutation(
+                    place, part, size, seed=self.seed, epoch=self.epoch + epoch, stream=stream
+                ),
             )
             first, count = first + part, count - part
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _mixed(self, first: int, count: int) -> Tensor:
-        """The draws ``first`` to ``first + count``, t of them one of the newest where floor(t * share) steps up."""
+        """The draws ``first`` to ``first + count``, t of them one of the newest where floor(t *
+        share) steps up.
+        """
         old = self.size - self.fresh
-        share = round((1 << SHARE_BITS) * self.fresh_weight * self.fresh / (self.fresh_weight * self.fresh + old))
+        share = round(
+            (1 << SHARE_BITS)
+            * self.fresh_weight
+            * self.fresh
+            / (self.fresh_weight * self.fresh + old)
+        )
         drawn = [t * share >> SHARE_BITS for t in range(first, first + count + 1)]
         newest = torch.tensor(drawn[1:]) > torch.tensor(drawn[:-1])
         news = drawn[-1] - drawn[0]
         batch = torch.empty(count, dtype=torch.int64)
-        batch[newest] = old + self._passes(drawn[0], news, self.fresh, FRESH_STREAM) if news else batch[newest]
+        batch[newest] = (
+            old + self._passes(drawn[0], news, self.fresh, FRESH_STREAM) if news else batch[newest]
+        )
         if news < count:
             batch[~newest] = self._passes(first - drawn[0], count - news, old, STREAM)
         return batch

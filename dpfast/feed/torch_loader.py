@@ -1,4 +1,6 @@
-"""The loader in plain torch and native kernels: a thread prepares batches on a CPU, a side stream on a GPU."""
+"""The loader in plain torch and native kernels: a thread prepares batches on a CPU, a side stream
+on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +19,35 @@ from dpfast.pool.pool import SamplePool
 from dpfast.pool.sharded import ShardedPool
 
 Batch = tuple[Tensor, Tensor]
-BURST, BURST_BYTES = 16, 64 << 20  # batches that are made at once at most, and how large they are together
+BURST, BURST_BYTES = (
+    16,
+    64 << 20,
+)  # batches that are made at once at most, and how large they are together
 
 
 class TorchLoader(PoolLoader):
     """``PoolLoader`` on ``PoolSnapshot.gather``; every codec and device of the pool.
 
-    On a GPU a side stream prepares batches, on a CPU a thread, except for what the caller makes faster on a CPU:
+    On a GPU a side stream prepares batches, on a CPU a thread, except for what the caller makes
+    faster on a CPU:
 
-    - small batches of pixels, in bursts of BURST or BURST_BYTES: after a learner's step the caches hold nothing of
-      a loader, and to find it again takes longer than to make the batch, but not longer than to make sixteen;
-    - batches out of latents: a decoder in a thread of ours brings a second team of OpenMP threads, which spins for the
+    - small batches of pixels, in bursts of BURST or BURST_BYTES: after a learner's step the caches
+    hold nothing of
+      a loader, and to find it again takes longer than to make the batch, but not longer than to
+      make sixteen;
+    - batches out of latents: a decoder in a thread of ours brings a second team of OpenMP threads,
+    which spins for the
       cores of the learner's.
 
-    On a CPU a batch of pixels lies in a slot that is used again when nobody holds the batch any more.
+    On a CPU a batch of pixels lies in a slot that is used again when nobody holds the batch any
+    more.
 
     threads: of the native kernels in the loader's thread; more than one bring that second team.
-    ahead: batches that are prepared while the caller works, by the thread; None: as above, two where there is a thread.
-    background: whether there is a thread; None: as above. On a GPU there is none: the caller's thread issues what goes
-    over the ranks, in one order with the learner's collectives (``dpfast.parallel.groups``).
+    ahead: batches that are prepared while the caller works, by the thread; None: as above, two
+    where there is a thread.
+    background: whether there is a thread; None: as above. On a GPU there is none: the caller's
+    thread issues what goes over the ranks, in one order with the learner's collectives
+    (``dpfast.parallel.groups``).
     """
 
     def __init__(
@@ -68,7 +80,9 @@ class TorchLoader(PoolLoader):
             return 0
         if not self.pool.view.in_place(self.device):
             return int(self.pool.codec == "latents")
-        count = min(BURST_BYTES // (math.prod(self.batch_shape()) * self.form.dtype.itemsize), BURST)
+        count = min(
+            BURST_BYTES // (math.prod(self.batch_shape()) * self.form.dtype.itemsize), BURST
+        )
         return count if count > 1 else 0
 
     def _start(self, requests: Sequence[PendingBatch]) -> None:
@@ -79,8 +93,14 @@ class TorchLoader(PoolLoader):
                     request.work = batch, torch.cuda.current_stream().record_event()
         elif self._worker is not None:
             for request in requests:
-                view = self.pool.local.view if isinstance(self.pool, ShardedPool) else self.pool.view
-                out = self._slots.batch(self.batch_shape(), self.form) if view.in_place(self.device) else None
+                view = (
+                    self.pool.local.view if isinstance(self.pool, ShardedPool) else self.pool.view
+                )
+                out = (
+                    self._slots.batch(self.batch_shape(), self.form)
+                    if view.in_place(self.device)
+                    else None
+                )
                 request.work = self._worker.submit(self._make, request, out)
         else:
             self._burst(requests)
@@ -120,7 +140,11 @@ class TorchLoader(PoolLoader):
     def _drop(self) -> None:
         for request in self._queue:
             # the other ranks may have begun with it: what all were to do, all do
-            cancelled = isinstance(self.pool, SamplePool) and isinstance(request.work, Future) and request.work.cancel()
+            cancelled = (
+                isinstance(self.pool, SamplePool)
+                and isinstance(request.work, Future)
+                and request.work.cancel()
+            )
             if isinstance(request.work, Future) and not cancelled:
                 request.work.exception()  # waits: the pool may go away after this
 

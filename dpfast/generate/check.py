@@ -1,4 +1,6 @@
-"""Checks of what a sampler is given: each error names the argument, what it is and what is expected."""
+"""Checks of what a sampler is given: each error names the argument, what it is and what is
+expected.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def count(name: str, value: object, meaning: str) -> None:
 
 
 def number(name: str, value: object) -> None:
-    """Raises ``TypeError`` unless ``value`` is a real number, ``ValueError`` unless it is finite."""
+    """Raises ``TypeError`` unless ``value`` is a real number, ``ValueError`` unless it is
+    finite.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
@@ -28,14 +32,22 @@ def number(name: str, value: object) -> None:
 
 def pair(name: str, value: object, kind: type, meaning: str) -> None:
     """Raises ``TypeError`` unless ``value`` is two numbers of ``kind``, such as ``Real``."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(part, kind) for part in value):
+    if (
+        not isinstance(value, (tuple, list))
+        or len(value) != 2
+        or not all(isinstance(part, kind) for part in value)
+    ):
         raise TypeError(f"{name} must be {meaning}, got {value!r}")
 
 
 def integers(name: str, values: Any) -> Tensor:
-    """``values`` as an int64 tensor. Raises ``TypeError`` for anything that is not integers, fractions included."""
+    """``values`` as an int64 tensor. Raises ``TypeError`` for anything that is not integers,
+    fractions included.
+    """
     given = _tensor(name, values, "integers")
-    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+    if given.numel() and (
+        given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
+    ):
         raise TypeError(f"{name} must be integers, got {given.dtype}")
     return given.to(torch.int64)
 

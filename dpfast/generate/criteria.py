@@ -1,7 +1,8 @@
 """What guidance raises: a value for each sample, from the learner's logits and the sample's label.
 
-A criterion is one differentiable function ``(logits (B, K), labels (B,)) -> values (B,)`` whose value i depends on row
-i alone. ``functools.partial(F.cross_entropy, reduction="none")`` is one; those below are known by name.
+A criterion is one differentiable function ``(logits (B, K), labels (B,)) -> values (B,)`` whose
+value i depends on row i alone. ``functools.partial(F.cross_entropy, reduction="none")`` is one;
+those below are known by name.
 """
 
 from __future__ import annotations
@@ -28,21 +29,25 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """The runner-up's logit minus the winner's: at most 0, and 0 on the border between two classes."""
+    """The runner-up's logit minus the winner's: at most 0, and 0 on the border between two
+    classes.
+    """
     top = logits.topk(2, dim=1).values
     return top[:, 1] - top[:, 0]
 
 
 def disagreement(logits: Tensor, labels: Tensor) -> Tensor:
-    """How far the members of a committee are apart: logits (B, M, K), one row a member (``dpfast.learn.committee``).
+    """How far the members of a committee are apart: logits (B, M, K), one row a member
+    (``dpfast.learn.committee``).
 
-    H(mean_m p_m) - mean_m H(p_m) in nats, the Jensen-Shannon divergence of the predictions, at most log M: query by
-    committee with the measure of BALD (Houlsby et al. 2011, arXiv 1112.5745). Raises ``ValueError`` for one learner's
-    logits.
+    H(mean_m p_m) - mean_m H(p_m) in nats, the Jensen-Shannon divergence of the predictions, at most
+    log M: query by committee with the measure of BALD (Houlsby et al. 2011, arXiv 1112.5745).
+    Raises ``ValueError`` for one learner's logits.
     """
     if logits.dim() != 3:
         raise ValueError(
-            f"criterion 'disagreement' compares the members of a committee: expected logits (B, M, K), "
+            "criterion 'disagreement' compares the members of a committee: expected logits (B, M, "
+            "K), "
             f"got {tuple(logits.shape)}"
         )
     logs = logits.float().log_softmax(2)
@@ -68,12 +73,18 @@ def named(criterion: str | Criterion) -> Criterion:
             raise TypeError(f"criterion must be a name or a function, got {criterion!r}")
         return criterion
     if criterion not in CRITERIA:
-        raise ValueError(f"criterion = {criterion!r}: expected one of {', '.join(CRITERIA)}, or a function")
+        raise ValueError(
+            f"criterion = {criterion!r}: expected one of {', '.join(CRITERIA)}, or a function"
+        )
     return CRITERIA[criterion]
 
 
-def value_and_gradient(criterion: Criterion, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The values (B,) and their gradient with respect to the logits (B, K); entropy has both from one operation."""
+def value_and_gradient(
+    criterion: Criterion, logits: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The values (B,) and their gradient with respect to the logits (B, K); entropy has both from
+    one operation.
+    """
     if criterion is entropy:
         return ops.entropy_and_grad(logits)
     value, backward = torch.func.vjp(lambda z: criterion(z, labels), logits)  # type: ignore[misc]

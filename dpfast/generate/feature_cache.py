@@ -1,20 +1,27 @@
-"""Feature caching: a denoiser whose inner blocks rest on some unguided steps, in a form that stays one full graph.
+"""Feature caching: a denoiser whose inner blocks rest on some unguided steps, in a form that stays
+one full graph.
 
-Between neighbouring steps the deep features of a denoiser change little. A "keep" step runs the whole network and hands
-out what its inner blocks made; a "reuse" step runs the outer ones around that tensor:
+Between neighbouring steps the deep features of a denoiser change little. A "keep" step runs the
+whole network and hands out what its inner blocks made; a "reuse" step runs the outer ones around
+that tensor:
 
-transformers  the first block runs, what the others add to it is kept (as in First Block Cache of diffusers)
-UNets         the outermost down and up block run, the output of the up blocks below is kept (DeepCache, Ma et al.
+transformers  the first block runs, what the others add to it is kept (as in First Block Cache of
+              diffusers)
+UNets         the outermost down and up block run, the output of the up blocks below is kept
+              (DeepCache, Ma et al.
               2023, arXiv 2312.00858)
 
-Guided steps neither keep nor reuse, and nothing is reused across one. The gradient of a network with a constant inside
-is not the gradient of the network: guidance would climb what the outer blocks alone say. And guidance moves x by omega
-of its norm in a direction that no trajectory takes by itself: features from before the move belong to another sample.
-With every second step guided there is therefore nothing to reuse.
+Guided steps neither keep nor reuse, and nothing is reused across one. The gradient of a network
+with a constant inside
+is not the gradient of the network: guidance would climb what the outer blocks alone say. And
+guidance moves x by omega
+of its norm in a direction that no trajectory takes by itself: features from before the move belong
+to another sample. With every second step guided there is therefore nothing to reuse.
 
-Which steps reuse is fixed by the schedule, not by a comparison of features: diffusers' hooks compare them, read the
-result on the host and keep their tensors in Python, which neither one full graph nor a CUDA graph allows. Here the kept
-tensor is an input and an output of the step like the state itself.
+Which steps reuse is fixed by the schedule, not by a comparison of features: diffusers' hooks
+compare them, read the result on the host and keep their tensors in Python, which neither one full
+graph nor a CUDA graph allows. Here the kept tensor is an input and an output of the step like the
+state itself.
 """
 
 from __future__ import annotations
@@ -31,10 +38,11 @@ Features = Literal["compute", "keep", "reuse"]
 
 
 def cached_steps(guided: Sequence[bool], cfg: Sequence[bool], interval: int) -> list[Features]:
-    """What each step does with its features: every ``interval``-th step of a run of unguided steps keeps them.
+    """What each step does with its features: every ``interval``-th step of a run of unguided steps
+    keeps them.
 
-    guided, cfg: of each step. A run ends at a guided step and where classifier-free guidance begins or ends, which
-    changes the batch of the denoiser. A step that nobody reuses has nothing to keep.
+    guided, cfg: of each step. A run ends at a guided step and where classifier-free guidance begins
+    or ends, which changes the batch of the denoiser. A step that nobody reuses has nothing to keep.
     """
     found: list[Features] = []
     position = 0
@@ -49,7 +57,8 @@ def cached_steps(guided: Sequence[bool], cfg: Sequence[bool], interval: int) -> 
 
 
 class FeatureCache:
-    """The "keep" and "reuse" calls of a denoiser of ``dpfast.generate.models.denoiser``, which share its weights.
+    """The "keep" and "reuse" calls of a denoiser of ``dpfast.generate.models.denoiser``, which
+    share its weights.
 
     Raises ``ValueError`` for a model without blocks that are known here, or with a single one.
     """
@@ -59,10 +68,15 @@ class FeatureCache:
         model: Any = getattr(denoiser, "model", None)
         if len(getattr(model, "transformer_blocks", ())) > 1:
             keep, reuse = _transformer(model.transformer_blocks, self._slot)
-        elif len(getattr(model, "up_blocks", ())) > 1 and not hasattr(model.up_blocks[-2], "skip_conv"):
+        elif len(getattr(model, "up_blocks", ())) > 1 and not hasattr(
+            model.up_blocks[-2], "skip_conv"
+        ):
             keep, reuse = _unet(model, self._slot)
         else:
-            raise ValueError(f"cache_interval: a {type(denoiser).__name__} has no inner blocks that are known here")
+            raise ValueError(
+                f"cache_interval: a {type(denoiser).__name__} has no inner blocks that are known "
+                "here"
+            )
         self._keep, self._reuse = with_blocks(denoiser, keep), with_blocks(denoiser, reuse)
 
     def keep(self, x: Tensor, timestep: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +127,10 @@ def _transformer(blocks: nn.ModuleList, slot: _Slot) -> tuple[Blocks, Blocks]:
         return out
 
     def add(*args: Any, **kwargs: Any) -> Any:
-        hidden, text = args[0] if args else kwargs["hidden_states"], kwargs.get("encoder_hidden_states")
+        hidden, text = (
+            args[0] if args else kwargs["hidden_states"],
+            kwargs.get("encoder_hidden_states"),
+        )
         hidden = hidden + slot.value
         return hidden if text is None else (text, hidden)
 
@@ -136,8 +153,12 @@ def _unet(model: Any, slot: _Slot) -> tuple[Blocks, Blocks]:
         return slot.value
 
     def idle(block: Any) -> nn.Module:
-        count = len(block.resnets) + (block.downsamplers is not None)  # of the residuals that the up blocks take away
-        return _with_forward(block, lambda hidden_states, *_, **__: (hidden_states, (hidden_states,) * count))
+        count = len(block.resnets) + (
+            block.downsamplers is not None
+        )  # of the residuals that the up blocks take away
+        return _with_forward(
+            block, lambda hidden_states, *_, **__: (hidden_states, (hidden_states,) * count)
+        )
 
     resting = [_with_forward(block, passes) for block in inner[:-1]]
     reuse: Blocks = {

@@ -1,4 +1,6 @@
-"""From a recipe to a pipeline and a sampler: where the fields of [generator] and [guidance] take effect."""
+"""From a recipe to a pipeline and a sampler: where the fields of [generator] and [guidance] take
+effect.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from dpfast.ops.guided_step import Mode
 
 
 def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeline:
-    """The pipeline of a recipe's [generator] on ``device``. Raises what ``Pipeline.from_pretrained`` raises."""
+    """The pipeline of a recipe's [generator] on ``device``. Raises what
+    ``Pipeline.from_pretrained`` raises.
+    """
     pipeline = Pipeline.from_pretrained(
         generator.pipeline,
         device=device,
@@ -35,7 +39,8 @@ def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeli
 
 
 def check_generator(generator: Generator) -> tuple[str, ...]:
-    """The class names of a recipe's generator, () where it has none, after a look at its folder that reads no weights.
+    """The class names of a recipe's generator, () where it has none, after a look at its folder
+    that reads no weights.
 
     Raises ``RecipeError`` as ``dpfast.generate.pipelines.families.check`` does.
     """
@@ -45,13 +50,19 @@ def check_generator(generator: Generator) -> tuple[str, ...]:
 
 
 def class_names(generator: Generator) -> tuple[str, ...] | None:
-    """The classes that a recipe names, those of ImageNet spelled out; None where it leaves them to the folder."""
+    """The classes that a recipe names, those of ImageNet spelled out; None where it leaves them to
+    the folder.
+    """
     names = generator.class_names
-    return imagenet.named(names[0]) if len(names) == 1 and names[0] in imagenet.SETS else names or None
+    return (
+        imagenet.named(names[0]) if len(names) == 1 and names[0] in imagenet.SETS else names or None
+    )
 
 
 def resized(pipeline: Pipeline, size: int) -> Pipeline:
-    """The pipeline with images of ``size`` x ``size`` pixels, final ones and those that guide; 0: as they are."""
+    """The pipeline with images of ``size`` x ``size`` pixels, final ones and those that guide; 0:
+    as they are.
+    """
     if not size:
         return pipeline
     return replace(
@@ -69,11 +80,14 @@ def image_shape(pipeline: Pipeline) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def new_sampler(recipe: Recipe, pipeline: Pipeline, learner: Learner | None, **options: Any) -> GuidedSampler:
+def new_sampler(
+    recipe: Recipe, pipeline: Pipeline, learner: Learner | None, **options: Any
+) -> GuidedSampler:
     """The sampler that a recipe describes; unguided without a learner.
 
-    options: of ``GuidedSampler``, in place of what the recipe says. ``compile`` is never "auto" by itself: that follows
-    the clock, and so would the bits of a run. Raises ``RecipeError`` where pipeline, learner and recipe do not fit.
+    options: of ``GuidedSampler``, in place of what the recipe says. ``compile`` is never "auto" by
+    itself: that follows the clock, and so would the bits of a run. Raises ``RecipeError`` where
+    pipeline, learner and recipe do not fit.
     """
     generator, guidance = recipe.generator, recipe.guidance
     described: dict[str, Any] = {

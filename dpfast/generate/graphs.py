@@ -1,13 +1,14 @@
 """CUDA graphs of the sampler's steps: captured once, replayed for every step.
 
-A capture fixes addresses, so each input has a private buffer that a call fills before the replay, and outputs are
-copied out, because the next replay overwrites them. What a call closes over (weights) is read where it was at capture:
-updates in place are seen, moved tensors are not, and `Captured.refresh` notices them. All captures of a recorder share
-one memory pool; that is sound because they replay one after the other on one stream and nothing but the copies outlives
-a replay.
+A capture fixes addresses, so each input has a private buffer that a call fills before the replay,
+and outputs are copied out, because the next replay overwrites them. What a call closes over
+(weights) is read where it was at capture: updates in place are seen, moved tensors are not, and
+`Captured.refresh` notices them. All captures of a recorder share one memory pool; that is sound
+because they replay one after the other on one stream and nothing but the copies outlives a replay.
 
-`Recorder` is all that this file knows of a device. `tests/gpu` holds `CudaRecorder` against eager steps; where there is
-no GPU the rules are tested with a recorder that re-executes the recorded operations at their old addresses.
+`Recorder` is all that this file knows of a device. `tests/gpu` holds `CudaRecorder` against eager
+steps; where there is no GPU the rules are tested with a recorder that re-executes the recorded
+operations at their old addresses.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ class Recording(Protocol):
 
 class Recorder(Protocol):
     def record(self, call: Callable[[], Any]) -> Recording:
-        """Runs ``call`` to warm up, then records it. Inputs and weights stay alive as long as the recording."""
+        """Runs ``call`` to warm up, then records it. Inputs and weights stay alive as long as the
+        recording.
+        """
         ...
 
     def close(self) -> None:
-        """Lets go of the pool, after its recordings were reset. The next recording opens a new one."""
+        """Lets go of the pool, after its recordings were reset. The next recording opens a new
+        one.
+        """
         ...
 
 
@@ -73,7 +78,9 @@ class CudaRecorder:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # thread_local: a loader's thread may call CUDA during the capture
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
             outputs = call()
         return CudaRecording(graph, outputs)
 
@@ -90,8 +97,9 @@ def _signature(value: Any) -> object:
 class Captured:
     """A function of tensors and constants to a named tuple of tensors, replayed from its capture.
 
-    One signature (shapes, strides, dtypes, devices, constants) is held; another one releases it and captures anew.
-    Where a capture fails the function runs eagerly from then on, and ``reason`` says why.
+    One signature (shapes, strides, dtypes, devices, constants) is held; another one releases it and
+    captures anew. Where a capture fails the function runs eagerly from then on, and ``reason`` says
+    why.
 
     Args:
         function: reads nothing on the host and allocates what it returns.
@@ -127,8 +135,14 @@ class Captured:
                 self.close()
                 if is_out_of_memory(error):
                     raise
-                self.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                log.warning("the capture of the %s failed, it runs eagerly from here on: %s", self.name, self.reason)
+                self.reason = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                )
+                log.warning(
+                    "the capture of the %s failed, it runs eagerly from here on: %s",
+                    self.name,
+                    self.reason,
+                )
                 return self.function(*inputs)
         else:
             self._fill(inputs)
@@ -148,14 +162,21 @@ class Captured:
         log.info("captured the %s, for the %d. time", self.name, self.captures)
 
     def _fill(self, inputs: tuple[Any, ...]) -> None:
-        """Copies what differs from the last call: tables and labels stay, the state and the step's index change."""
+        """Copies what differs from the last call: tables and labels stay, the state and the step's
+        index change.
+        """
         for at, (buffer, value) in enumerate(zip(self._buffers, inputs, strict=True)):
             if not isinstance(value, Tensor):
                 continue
             # an inference tensor counts no versions
             source = None if value.is_inference() else (value, value._version)
             known = self._sources[at]
-            if known is None or source is None or known[0] is not source[0] or known[1] != source[1]:
+            if (
+                known is None
+                or source is None
+                or known[0] is not source[0]
+                or known[1] != source[1]
+            ):
                 buffer.copy_(value)
             self._sources[at] = source
 
@@ -163,7 +184,9 @@ class Captured:
         return tuple(tensor.data_ptr() for tensor in self.watched())
 
     def refresh(self) -> None:
-        """Releases the capture if a watched tensor has moved since. Costs a microsecond a tensor: once a batch."""
+        """Releases the capture if a watched tensor has moved since. Costs a microsecond a tensor:
+        once a batch.
+        """
         if self._recording is not None and self._addresses != self._watched_addresses():
             log.info("weights of the %s have moved to another address: capturing anew", self.name)
             self.close()

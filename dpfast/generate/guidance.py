@@ -1,10 +1,12 @@
 """Guidance: the gradient of a criterion on the learner's logits with respect to a noisy latent.
 
-    x0 = predict_x0(x, denoiser(x, t, label)) -> decode -> resize -> learner -> logits -> criterion -> vjp back to x
+    x0 = predict_x0(x, denoiser(x, t, label)) -> decode -> resize -> learner -> logits -> criterion
+    -> vjp back to x
 
-The conditional forward of classifier-free guidance is the one that is differentiated, so guidance costs no extra
-denoiser forward (the predecessor ran one more per guided step). The direction is ascent: Eq. 7 of arXiv 2502.15588
-prints the opposite sign, its Algorithm 1 and the predecessor's code ascend.
+The conditional forward of classifier-free guidance is the one that is differentiated, so guidance
+costs no extra denoiser forward (the predecessor ran one more per guided step). The direction is
+ascent: Eq. 7 of arXiv 2502.15588 prints the opposite sign, its Algorithm 1 and the predecessor's
+code ascend.
 """
 
 from __future__ import annotations
@@ -39,20 +41,28 @@ def _ceil(value: float) -> int:
 def check_interval(name: str, start: float, stop: float) -> None:
     """Raises ``ValueError`` unless 0 <= start < stop <= 1."""
     if not 0 <= start < stop <= 1:
-        raise ValueError(f"{name} = ({start:g}, {stop:g}): expected fractions of the steps, 0 <= start < stop <= 1")
+        raise ValueError(
+            f"{name} = ({start:g}, {stop:g}): expected fractions of the steps, 0 <= start < stop "
+            "<= 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:
     """When, how strongly and by what a learner guides.
 
-    omega: in "relative" mode the displacement of a latent per guided step as a fraction of its norm; in "score" mode
-        the factor of Algorithm 1. Positive raises the criterion ("hard" samples), negative lowers it ("easy" ones).
-    every, start, until: guided is every k-th step of those in [start, until), fractions of the trajectory; the count
+    omega: in "relative" mode the displacement of a latent per guided step as a fraction of its
+    norm; in "score" mode
+        the factor of Algorithm 1. Positive raises the criterion ("hard" samples), negative lowers
+        it ("easy" ones).
+    every, start, until: guided is every k-th step of those in [start, until), fractions of the
+    trajectory; the count
         begins with the first step inside.
-    through: "denoiser" is exact. "latent" holds the prediction fixed, so that the denoiser has no backward pass: an
+    through: "denoiser" is exact. "latent" holds the prediction fixed, so that the denoiser has no
+    backward pass: an
         approximation, whose gradient sees x only where predict_x0 does.
-    criterion: "entropy", "loss", "margin", "disagreement", or a function (``dpfast.generate.criteria``).
+    criterion: "entropy", "loss", "margin", "disagreement", or a function
+    (``dpfast.generate.criteria``).
 
     Raises ``ValueError`` for a value out of range, ``TypeError`` for one of another kind.
     """
@@ -72,7 +82,9 @@ class GuidanceConfig:
         check_interval("(start, until)", self.start, self.until)
         for name, value, known in (("mode", self.mode, Mode), ("through", self.through, Through)):
             if value not in get_args(known):
-                raise ValueError(f"{name} = {value!r}: expected one of {', '.join(get_args(known))}")
+                raise ValueError(
+                    f"{name} = {value!r}: expected one of {', '.join(get_args(known))}"
+                )
         criteria.named(self.criterion)
 
     def steps(self, total: int) -> frozenset[int]:
@@ -81,7 +93,9 @@ class GuidanceConfig:
 
 
 def predict_x0(x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
-    """x0 from a denoiser's prediction of ``kind`` "epsilon", "v", "sample" or "flow"; all of shape (B, c, h, w)."""
+    """x0 from a denoiser's prediction of ``kind`` "epsilon", "v", "sample" or "flow"; all of shape
+    (B, c, h, w).
+    """
     prediction = prediction.to(x.dtype)
     if kind == "epsilon":
         return (x - sigma * prediction) / alpha
@@ -97,11 +111,14 @@ class GuidancePath:
     """The way from a noisy latent to the criterion, and back.
 
     denoiser: of the conditional prediction; decoder: the tiny one where there is one.
-    learner: images in [-1, 1] to logits (B, K), or (B, M, K) of a committee for a criterion that compares its members.
+    learner: images in [-1, 1] to logits (B, K), or (B, M, K) of a committee for a criterion that
+    compares its members.
     image_size: (H, W) that the learner takes; None: the decoder's.
-    chunk: samples that are differentiated at a time; None: all. Samples do not mix, so any chunk gives the same result.
-    taped: autograd records the denoiser, whose blocks may then be compiled or checkpointed; otherwise
-    ``torch.func.vjp`` does, which torch.compile traces as a part of a whole step. The numbers are the same.
+    chunk: samples that are differentiated at a time; None: all. Samples do not mix, so any chunk
+    gives the same result.
+    taped: autograd records the denoiser, whose blocks may then be compiled or checkpointed;
+    otherwise ``torch.func.vjp`` does, which torch.compile traces as a part of a whole step. The
+    numbers are the same.
     """
 
     denoiser: Denoiser
@@ -120,7 +137,9 @@ class GuidancePath:
         return self.learner(images)
 
     def entropy(self, images: Tensor) -> Tensor:
-        """The entropy (B,) of the learner's prediction, nats; of a committee that of its first member."""
+        """The entropy (B,) of the learner's prediction, nats; of a committee that of its first
+        member.
+        """
         logits = self.logits(images)
         return ops.entropy(logits[:, 0] if logits.dim() == 3 else logits)
 
@@ -133,12 +152,14 @@ class GuidancePath:
         sigma: Tensor,
         prediction: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient of the criterion at x, and the prediction that it shares with classifier-free guidance.
+        """The gradient of the criterion at x, and the prediction that it shares with
+        classifier-free guidance.
 
         Args:
             x: latents (B, c, h, w), float32; labels: (B,) int64 class ids.
             timestep, alpha, sigma: 0-d tensors of the step's table row.
-            prediction: the conditional prediction (B, c, h, w), held fixed; None: it is made, and differentiated.
+            prediction: the conditional prediction (B, c, h, w), held fixed; None: it is made, and
+            differentiated.
 
         Returns:
             gradient (B, c, h, w), prediction (B, c, h, w) and value (B,) of the criterion.
@@ -155,19 +176,30 @@ class GuidancePath:
         return torch.cat(gradients), torch.cat(predictions), torch.cat(values)
 
     def _chunk(
-        self, x: Tensor, labels: Tensor, held: Tensor | None, timestep: Tensor, alpha: Tensor, sigma: Tensor
+        self,
+        x: Tensor,
+        labels: Tensor,
+        held: Tensor | None,
+        timestep: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         def x0_of(x: Tensor) -> tuple[Tensor, Tensor]:
             prediction = self.denoiser(x, timestep, labels) if held is None else held
             return predict_x0(x, prediction, alpha, sigma, self.denoiser.prediction), prediction
 
-        with torch.no_grad():  # keeps the learner's own weights out of the graph; vjp records what x needs
+        with (
+            torch.no_grad()
+        ):  # keeps the learner's own weights out of the graph; vjp records what x needs
             if not self.taped:
                 x0, backward, prediction = torch.func.vjp(x0_of, x, has_aux=True)  # type: ignore[misc]
                 value, dx0 = self._pull(x0, labels)
                 return backward(dx0)[0], prediction, value
-            # Autograd records nothing in inference mode, not even what is recomputed, and saves no tensor made there.
-            x, timestep, labels, alpha, sigma = map(_recordable, (x, timestep, labels, alpha, sigma))
+            # Autograd records nothing in inference mode, not even what is recomputed, and saves no
+            # tensor made there.
+            x, timestep, labels, alpha, sigma = map(
+                _recordable, (x, timestep, labels, alpha, sigma)
+            )
             with torch.inference_mode(False), torch.enable_grad():
                 x0, prediction = x0_of(x.requires_grad_())
             value, dx0 = self._pull(x0.detach(), labels)

@@ -1,4 +1,6 @@
-"""``GuidedSampler``: class labels to images, pushed towards high entropy under a learner while they are made."""
+"""``GuidedSampler``: class labels to images, pushed towards high entropy under a learner while they
+are made.
+"""
 
 from __future__ import annotations
 
@@ -42,32 +44,42 @@ Learner = Callable[[Tensor], Tensor]
 class GuidedSampler:
     """Samples a diffusers pipeline folder with classifier-free guidance and guidance by a learner.
 
-    The same sample id, label, seed and learner give the same image in any batch, up to the rounding of fp32 sums (noise
-    is bit-identical). The learner is read live: an update of its weights in place shows in the next batch.
+    The same sample id, label, seed and learner give the same image in any batch, up to the rounding
+    of fp32 sums (noise is bit-identical). The learner is read live: an update of its weights in
+    place shows in the next batch.
 
     Args:
         pipeline: from ``Pipeline.from_pretrained``.
-        learner: images (B, C, H, W) in [-1, 1] to logits (B, K), in ``eval()`` mode while it guides; None: unguided.
+        learner: images (B, C, H, W) in [-1, 1] to logits (B, K), in ``eval()`` mode while it
+        guides; None: unguided.
         guidance: strength, schedule and criterion; ignored without a learner.
         steps, solver, eta: of the trajectory, as in ``Pipeline.table``.
         cfg_scale: diffusers' convention; 1 switches classifier-free guidance off.
-        cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the steps. Outside of it
-            the conditional prediction runs alone, which halves the price of a step and changes the images.
-        cache_interval: of a run of unguided steps every one so many runs the whole denoiser, the others reuse the
-            features of its inner blocks (``dpfast.generate.feature_cache``); 1: every step is whole.
+        cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the
+        steps. Outside of it
+            the conditional prediction runs alone, which halves the price of a step and changes the
+            images.
+        cache_interval: of a run of unguided steps every one so many runs the whole denoiser, the
+        others reuse the
+            features of its inner blocks (``dpfast.generate.feature_cache``); 1: every step is
+            whole.
         seed: key of all noise.
         image_size: (H, W) that the learner takes; None: as decoded.
-        memory_budget: bytes for the differentiated half of a guided step. It runs in chunks that fit, by a measurement
-            of this model; where chunks would be small its blocks are recomputed as well, except in steps that are
-            compiled as a whole. None: in one.
-        compile: True, False or "auto", which compiles where that pays within the samples of a ``stream`` (``tuner``
-            says what came of it). Compiled steps round differently: say True or False where bits must repeat.
-        compile_region: "step" compiles whole steps, "blocks" the denoiser's transformer blocks alone, once for all of
+        memory_budget: bytes for the differentiated half of a guided step. It runs in chunks that
+        fit, by a measurement
+            of this model; where chunks would be small its blocks are recomputed as well, except in
+            steps that are compiled as a whole. None: in one.
+        compile: True, False or "auto", which compiles where that pays within the samples of a
+        ``stream`` (``tuner``
+            says what came of it). Compiled steps round differently: say True or False where bits
+            must repeat.
+        compile_region: "step" compiles whole steps, "blocks" the denoiser's transformer blocks
+        alone, once for all of
             them: a compile time that does not grow with the depth, for steps that are less fused.
         cuda_graphs: replay steps from CUDA graphs; None: on a GPU.
 
-    Raises ``ValueError`` or ``TypeError`` for an argument that cannot work; the learner is tried out on two black
-    images when the first batch is asked for.
+    Raises ``ValueError`` or ``TypeError`` for an argument that cannot work; the learner is tried
+    out on two black images when the first batch is asked for.
     """
 
     def __init__(
@@ -102,9 +114,14 @@ class GuidedSampler:
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile = {compile!r}: expected True, False or 'auto'")
         if compile_region not in get_args(Region):
-            raise ValueError(f"compile_region = {compile_region!r}: expected one of {', '.join(get_args(Region))}")
+            raise ValueError(
+                f"compile_region = {compile_region!r}: expected one of "
+                f"{', '.join(get_args(Region))}"
+            )
         if compile_region == "blocks" and not has_region(pipeline.denoiser):
-            raise ValueError("compile_region = 'blocks': this denoiser has no transformer blocks; use 'step'")
+            raise ValueError(
+                "compile_region = 'blocks': this denoiser has no transformer blocks; use 'step'"
+            )
         self.compile_region = compile_region
         self.pipeline = pipeline
         self.guidance = guidance or GuidanceConfig()
@@ -116,8 +133,15 @@ class GuidedSampler:
         self.table = pipeline.table(steps, solver=solver, eta=eta)
         denoiser = pipeline.denoiser
         self.cache = FeatureCache(denoiser) if cache_interval > 1 else None
-        if learner is not None and self.guidance.through == "latent" and denoiser.prediction == "sample":
-            raise ValueError("through = 'latent': this denoiser predicts x0 itself, which leaves no path around it")
+        if (
+            learner is not None
+            and self.guidance.through == "latent"
+            and denoiser.prediction == "sample"
+        ):
+            raise ValueError(
+                "through = 'latent': this denoiser predicts x0 itself, which leaves no path around "
+                "it"
+            )
         self._path: GuidancePath | None = None
         if learner is not None:
             self._path = GuidancePath(
@@ -129,9 +153,13 @@ class GuidedSampler:
                 through=self.guidance.through,
             )
         on_gpu = is_gpu(pipeline.device)
-        self.recorder: Recorder | None = CudaRecorder(pipeline.device) if on_gpu and cuda_graphs is not False else None
+        self.recorder: Recorder | None = (
+            CudaRecorder(pipeline.device) if on_gpu and cuda_graphs is not False else None
+        )
         if cuda_graphs and not on_gpu:
-            raise ValueError(f"cuda_graphs = True: needs a pipeline on a GPU, this one is on {pipeline.device}")
+            raise ValueError(
+                f"cuda_graphs = True: needs a pipeline on a GPU, this one is on {pipeline.device}"
+            )
         model = getattr(denoiser, "model", denoiser)
         names = [type(part).__name__ for part in (model, learner) if part is not None]
         described = f"{' + '.join(names)} {denoiser.sample_shape}"
@@ -154,7 +182,9 @@ class GuidedSampler:
         channels_last: bool = False,
         **options: Any,
     ) -> GuidedSampler:
-        """``GuidedSampler(Pipeline.from_pretrained(folder, device=..., dtype=..., ...), learner, **options)``."""
+        """``GuidedSampler(Pipeline.from_pretrained(folder, device=..., dtype=..., ...), learner,
+        **options)``.
+        """
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         placed |= {"attention": attention, "channels_last": channels_last}
         return cls(Pipeline.from_pretrained(folder, **placed), learner, **options)
@@ -168,7 +198,9 @@ class GuidedSampler:
     def execution(self) -> Execution:
         """The steps, once a batch was asked for."""
         if self._execution is None:
-            self._execution = Execution(self._parts(), recorder=self.recorder, region=self.compile_region)
+            self._execution = Execution(
+                self._parts(), recorder=self.recorder, region=self.compile_region
+            )
         return self._execution
 
     def variants(self, *, guided: bool) -> list[Variant]:
@@ -177,7 +209,9 @@ class GuidedSampler:
         guided_steps = self.guidance.steps(total) if guided else frozenset()
         has_cfg = self.cfg_scale != 1 and self.pipeline.denoiser.null_label is not None
         cfg_steps = interval_steps(total, *self.cfg_interval) if has_cfg else range(0)
-        guided_at, cfg_at = ([i in steps for i in range(total)] for steps in (guided_steps, cfg_steps))
+        guided_at, cfg_at = (
+            [i in steps for i in range(total)] for steps in (guided_steps, cfg_steps)
+        )
         features = cached_steps(guided_at, cfg_at, self.cache_interval)
         return [Variant(*kinds) for kinds in zip(guided_at, cfg_at, features, strict=True)]
 
@@ -186,7 +220,9 @@ class GuidedSampler:
         classes = self.pipeline.denoiser.classes
         wrong = labels[(labels < 0) | (labels >= classes)]
         if len(wrong):
-            raise RecipeError(f"labels = {int(wrong[0])}: the generator has {classes} classes, 0 to {classes - 1}")
+            raise RecipeError(
+                f"labels = {int(wrong[0])}: the generator has {classes} classes, 0 to {classes - 1}"
+            )
 
     def generate(
         self,
@@ -198,8 +234,8 @@ class GuidedSampler:
     ) -> SampleBatch:
         """One batch.
 
-        labels: (B,) class ids; sample_ids: (B,) keys of the noise, default 0..B-1; omega: a number or (B,) tensor in
-        place of the configured strength.
+        labels: (B,) class ids; sample_ids: (B,) keys of the noise, default 0..B-1; omega: a number
+        or (B,) tensor in place of the configured strength.
         """
         labels, ids, strengths = self._checked(labels, sample_ids, 0, omega)
         if not len(labels):
@@ -219,11 +255,12 @@ class GuidedSampler:
     ) -> Trajectory:
         """A batch before its first step, for ``advance``; the arguments of ``generate``.
 
-        latents: (B, c, h, w) clean latents, such as ``SampleBatch.latents``: with them the batch begins at ``step``,
-        from alpha latents + sigma noise of that step (SDEdit, Meng et al. 2022, arXiv 2108.01073). A multistep solver
-        takes them for the x0 of the step before.
+        latents: (B, c, h, w) clean latents, such as ``SampleBatch.latents``: with them the batch
+        begins at ``step``, from alpha latents + sigma noise of that step (SDEdit, Meng et al. 2022,
+        arXiv 2108.01073). A multistep solver takes them for the x0 of the step before.
 
-        Raises ``ValueError`` for a step outside the trajectory, a step without latents and latents of another shape.
+        Raises ``ValueError`` for a step outside the trajectory, a step without latents and latents
+        of another shape.
         """
         labels, ids, strengths = self._checked(labels, sample_ids, 0, omega)
         shape = (len(labels), *self.pipeline.denoiser.sample_shape)
@@ -241,7 +278,10 @@ class GuidedSampler:
         alpha, sigma = self.table.rows[step, :2]
         held = clean if self.table.needs_x0_prev else None
         return replace(
-            self._begun(noise, labels, ids, strengths), x=alpha * clean + sigma * noise, x0_prev=held, step=step
+            self._begun(noise, labels, ids, strengths),
+            x=alpha * clean + sigma * noise,
+            x0_prev=held,
+            step=step,
         )
 
     @torch.no_grad()
@@ -255,7 +295,12 @@ class GuidedSampler:
         if not trajectory.step <= last <= total:
             raise ValueError(f"stop = {stop}: expected {trajectory.step} to {total}")
         execution, table, size = self.execution, self.table, len(trajectory)
-        x, x0_prev, labels, ids = trajectory.x, trajectory.x0_prev, trajectory.labels, trajectory.sample_ids
+        x, x0_prev, labels, ids = (
+            trajectory.x,
+            trajectory.x0_prev,
+            trajectory.labels,
+            trajectory.sample_ids,
+        )
         features = trajectory.features
         omega, value, device = trajectory.omega, trajectory.value, trajectory.x.device
         if execution.batch is not None and size > execution.batch:
@@ -268,7 +313,9 @@ class GuidedSampler:
             more = execution.batch - size
             valid = torch.arange(execution.batch, device=device) < size
             x, labels, ids, strengths = (filled(rows, more) for rows in (x, labels, ids, strengths))
-            x0_prev, features = (None if rows is None else filled(rows, more) for rows in (x0_prev, features))
+            x0_prev, features = (
+                None if rows is None else filled(rows, more) for rows in (x0_prev, features)
+            )
         inputs = StepInputs(
             x=x,
             x0_prev=x0_prev,
@@ -279,8 +326,12 @@ class GuidedSampler:
             rows=table.rows,
             timesteps=table.timesteps,
             omega=strengths,
-            cfg_scale=torch.full((), float(self.cfg_scale), device=device),  # filled there; a copy would be waited for
-            seed=torch.full((), int(check_seed("seed", self.seed, device)), dtype=torch.int64, device=device),
+            cfg_scale=torch.full(
+                (), float(self.cfg_scale), device=device
+            ),  # filled there; a copy would be waited for
+            seed=torch.full(
+                (), int(check_seed("seed", self.seed, device)), dtype=torch.int64, device=device
+            ),
         )
         skipped = trajectory.skipped.clone()
         for index in range(trajectory.step, last):
@@ -289,31 +340,54 @@ class GuidedSampler:
                 features = None
             elif features is None:  # the trajectory begins here
                 variant = variant._replace(features="keep")
-            out = execution.step(variant, inputs._replace(step=self._indices[index], features=features))
+            out = execution.step(
+                variant, inputs._replace(step=self._indices[index], features=features)
+            )
             features = out.features if variant.features == "keep" else features
             inputs = inputs._replace(x=out.x, x0_prev=out.x0)
             if out.skipped is not None:
                 skipped += out.skipped
-            if out.value is not None and last < total:  # a replayed step writes the next batch's where this one's lies
+            if (
+                out.value is not None and last < total
+            ):  # a replayed step writes the next batch's where this one's lies
                 value = out.value[:size].clone()
         x, x0_prev = inputs.x[:size], inputs.x0_prev
         if last < total:
             x, x0_prev = x.clone(), None if x0_prev is None else x0_prev[:size].clone()
             wanted = features is not None and variants[last].features == "reuse"
             features = features[:size].clone() if features is not None and wanted else None
-        return replace(trajectory, x=x, x0_prev=x0_prev, value=value, features=features, skipped=skipped, step=last)
+        return replace(
+            trajectory,
+            x=x,
+            x0_prev=x0_prev,
+            value=value,
+            features=features,
+            skipped=skipped,
+            step=last,
+        )
 
     @torch.no_grad()
     def finish(self, trajectory: Trajectory, *, learner_step: int = 0) -> SampleBatch:
         """Decodes a trajectory behind its last step."""
         if trajectory.step != len(self.table):
-            raise ValueError(f"the trajectory is before step {trajectory.step} of {len(self.table)}: advance it first")
+            raise ValueError(
+                f"the trajectory is before step {trajectory.step} of {len(self.table)}: advance it "
+                "first"
+            )
         size, latents = len(trajectory), trajectory.x
         prepared = self.execution.batch
-        images, entropy = self.execution.finish(latents if prepared is None else filled(latents, prepared - size))
-        dropped = int(trajectory.skipped)  # the one host read of a batch, when all its work is in the queue
+        images, entropy = self.execution.finish(
+            latents if prepared is None else filled(latents, prepared - size)
+        )
+        dropped = int(
+            trajectory.skipped
+        )  # the one host read of a batch, when all its work is in the queue
         if dropped:
-            log.warning("guidance was skipped %d times in a batch of %d: gradients not finite", dropped, size)
+            log.warning(
+                "guidance was skipped %d times in a batch of %d: gradients not finite",
+                dropped,
+                size,
+            )
         return SampleBatch(
             images=images[:size],
             labels=trajectory.labels,
@@ -321,7 +395,9 @@ class GuidedSampler:
             entropy=entropy[:size],
             learner_step=learner_step,
             skipped=dropped,
-            latents=latents.to(torch.float16, copy=True),  # the next batch may be made where this one lies
+            latents=latents.to(
+                torch.float16, copy=True
+            ),  # the next batch may be made where this one lies
         )
 
     def stream(
@@ -336,29 +412,40 @@ class GuidedSampler:
     ) -> Iterator[SampleBatch]:
         """Yields batches for all ``labels`` in their order, each sample once.
 
-        sample_ids: (N,) keys of the noise, default counting up from ``first_id``; omega: a number or (N,) tensor.
-        batch_size: "auto" doubles the batch while samples per second grow and memory lasts. Running out of memory
-        halves any batch and goes on; later streams do not try it again. Bad input raises here, not at the first batch.
+        sample_ids: (N,) keys of the noise, default counting up from ``first_id``; omega: a number
+        or (N,) tensor.
+        batch_size: "auto" doubles the batch while samples per second grow and memory lasts. Running
+        out of memory halves any batch and goes on; later streams do not try it again. Bad input
+        raises here, not at the first batch.
         """
-        if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
+        if batch_size != "auto" and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int)
+        ):
             raise TypeError(f"batch_size must be an integer or 'auto', got {batch_size!r}")
         if batch_size != "auto" and batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: expected at least 1, or 'auto'")
         labels, ids, strengths = self._checked(labels, sample_ids, first_id, omega)
 
         def make(part: slice) -> SampleBatch:
-            return self._generate(labels[part], ids[part], None if strengths is None else strengths[part], learner_step)
+            return self._generate(
+                labels[part],
+                ids[part],
+                None if strengths is None else strengths[part],
+                learner_step,
+            )
 
         return in_batches(self, make, len(labels), batch_size, guided=strengths is not None)
 
     def release(self) -> None:
-        """Gives back the memory of captured steps, for others to use until the next batch captures them anew.
+        """Gives back the memory of captured steps, for others to use until the next batch captures
+        them anew.
 
-        A capture's memory is a pool of its own, which no other allocation can use while the capture lives: 12 GiB for
-        32 unguided samples of Stable Diffusion 1.5 at 512 px, 37 GiB for as many guided ones (counted). Capturing again
-        takes 2.2 s, to the end of the first batch (measured on an H200), and a round of such samples minutes to hours:
-        so nothing stays captured between rounds. What was compiled holds code and no memory of the device, takes
-        minutes to make again, and stays.
+        A capture's memory is a pool of its own, which no other allocation can use while the capture
+        lives: 12 GiB for 32 unguided samples of Stable Diffusion 1.5 at 512 px, 37 GiB for as many
+        guided ones (counted). Capturing again takes 2.2 s, to the end of the first batch (measured
+        on an H200), and a round of such samples minutes to hours: so nothing stays captured between
+        rounds. What was compiled holds code and no memory of the device, takes minutes to make
+        again, and stays.
         """
         if self._execution is not None:
             self._execution.release()
@@ -380,7 +467,9 @@ class GuidedSampler:
         first_id: int,
         omega: float | Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Everything a trajectory needs, on the device, or an error: labels, ids, strengths (None: unguided)."""
+        """Everything a trajectory needs, on the device, or an error: labels, ids, strengths (None:
+        unguided).
+        """
         device = self.pipeline.device
         labels = check.integers("labels", labels)
         if labels.dim() != 1:
@@ -388,21 +477,31 @@ class GuidedSampler:
         default = torch.arange(first_id, first_id + len(labels))
         ids = default if sample_ids is None else check.integers("sample_ids", sample_ids)
         if ids.shape != labels.shape:
-            raise ValueError(f"sample_ids has shape {tuple(ids.shape)}, expected one per label: {tuple(labels.shape)}")
+            raise ValueError(
+                f"sample_ids has shape {tuple(ids.shape)}, expected one per label: "
+                f"{tuple(labels.shape)}"
+            )
         self.check_labels(labels)
         strengths = check.strengths("omega", self.guidance.omega if omega is None else omega)
         if strengths.shape not in ((), labels.shape):
-            raise ValueError(f"omega has shape {tuple(strengths.shape)}, expected () or {tuple(labels.shape)}")
+            raise ValueError(
+                f"omega has shape {tuple(strengths.shape)}, expected () or {tuple(labels.shape)}"
+            )
         if not bool(strengths.isfinite().all()):
             raise ValueError("omega must be finite")
-        # Everything is looked at where it was given: what comes from the host costs no wait for the device.
+        # Everything is looked at where it was given: what comes from the host costs no wait for the
+        # device.
         guided = self._path is not None and bool(strengths.any())
         easy = guided and bool((strengths < 0).any())
-        labels, ids, strengths = (tensor.to(device, non_blocking=True) for tensor in (labels, ids, strengths))
+        labels, ids, strengths = (
+            tensor.to(device, non_blocking=True) for tensor in (labels, ids, strengths)
+        )
         if self._path is None:
             return labels, ids, None
         if isinstance(self._path.learner, nn.Module) and self._path.learner.training:
-            raise ValueError("learner is in training mode, where samples of a batch may mix; call learner.eval()")
+            raise ValueError(
+                "learner is in training mode, where samples of a batch may mix; call learner.eval()"
+            )
         if self._path.criterion is criteria.entropy and easy:
             _warn_of_easy_samples()
         self.execution  # noqa: B018  tries the learner out before anything is sampled
@@ -412,7 +511,9 @@ class GuidedSampler:
         """What the steps are made of, after the learner and the criterion have been tried out."""
         pipeline, path = self.pipeline, self._path
         if path is not None:
-            probing.try_learner(path, pipeline.denoiser.sample_shape, pipeline.denoiser.classes, pipeline.device)
+            probing.try_learner(
+                path, pipeline.denoiser.sample_shape, pipeline.denoiser.classes, pipeline.device
+            )
             if self.memory_budget is not None:
                 recompute = self.tuner.mode is False or self.compile_region == "blocks"
                 path = probing.bounded(path, self.table, self.memory_budget, recompute=recompute)
@@ -434,16 +535,26 @@ class GuidedSampler:
             self.execution.prepare(size, compile=self.tuner.mode is True or self.execution.compiled)
 
     @torch.no_grad()
-    def _generate(self, labels: Tensor, ids: Tensor, omega: Tensor | None, learner_step: int) -> SampleBatch:
-        noise = normal(ids, self.pipeline.denoiser.sample_shape, seed=self.seed, stream=INITIAL_NOISE)
-        return self.finish(self.advance(self._begun(noise, labels, ids, omega)), learner_step=learner_step)
+    def _generate(
+        self, labels: Tensor, ids: Tensor, omega: Tensor | None, learner_step: int
+    ) -> SampleBatch:
+        noise = normal(
+            ids, self.pipeline.denoiser.sample_shape, seed=self.seed, stream=INITIAL_NOISE
+        )
+        return self.finish(
+            self.advance(self._begun(noise, labels, ids, omega)), learner_step=learner_step
+        )
 
     @torch.no_grad()
     def denoise(self, x: Tensor, labels: Tensor, sample_ids: Tensor) -> Tensor:
-        """Runs all steps on initial latents (B, c, h, w), unit noise, and returns the final latents."""
+        """Runs all steps on initial latents (B, c, h, w), unit noise, and returns the final
+        latents.
+        """
         return self.advance(self._begun(x, *self._checked(labels, sample_ids, 0, None))).x
 
-    def _begun(self, noise: Tensor, labels: Tensor, ids: Tensor, omega: Tensor | None) -> Trajectory:
+    def _begun(
+        self, noise: Tensor, labels: Tensor, ids: Tensor, omega: Tensor | None
+    ) -> Trajectory:
         return Trajectory(
             x=noise * self.table.initial_scale,
             x0_prev=torch.zeros_like(noise) if self.table.needs_x0_prev else None,
@@ -458,5 +569,7 @@ class GuidedSampler:
 def _warn_of_easy_samples() -> None:
     """Once a process."""
     warnings.warn(
-        "omega is negative: guidance lowers the learner's entropy and makes easy samples", UserWarning, stacklevel=4
+        "omega is negative: guidance lowers the learner's entropy and makes easy samples",
+        UserWarning,
+        stacklevel=4,
     )

@@ -1,9 +1,11 @@
-"""Solvers as tables: one row (alpha, sigma, a, b, c, d) per step, so that every solver runs the same fused update.
+"""Solvers as tables: one row (alpha, sigma, a, b, c, d) per step, so that every solver runs the
+same fused update.
 
     x_next = a x0 + b eps + c x0_prev + d noise        (``dpfast.ops.guided_step``)
 
-A table is computed once, in float64, from a diffusers scheduler, and reproduces that scheduler's ``step``. alpha and
-sigma are the signal and noise scale of the step's input, x = alpha x0 + sigma eps. Which scheduler a folder's
+A table is computed once, in float64, from a diffusers scheduler, and reproduces that scheduler's
+``step``. alpha and sigma are the signal and noise scale of the step's input, x = alpha x0 + sigma
+eps. Which scheduler a folder's
 configuration gives: ``dpfast.generate.pipelines.schedulers``.
 """
 
@@ -25,8 +27,9 @@ COLUMNS = ("alpha", "sigma", "a", "b", "c", "d")
 class SolverTable:
     """One solver on one grid.
 
-    rows: (steps, 6) float32; timesteps: (steps,) as the denoiser expects them, int64 or float32; initial_scale: the
-    first input is this times unit noise; clip: the bound of x0 that ``guided_step`` takes.
+    rows: (steps, 6) float32; timesteps: (steps,) as the denoiser expects them, int64 or float32;
+    initial_scale: the first input is this times unit noise; clip: the bound of x0 that
+    ``guided_step`` takes.
     """
 
     rows: Tensor
@@ -39,7 +42,9 @@ class SolverTable:
 
     @cached_property
     def needs_x0_prev(self) -> bool:
-        """Whether a step uses the x0 of the step before (column c). Reads the rows once, on the host."""
+        """Whether a step uses the x0 of the step before (column c). Reads the rows once, on the
+        host.
+        """
         return bool(self.rows[:, 4].any())
 
     @cached_property
@@ -48,18 +53,23 @@ class SolverTable:
         return bool(self.rows[:, 5].any())
 
     def to(self, device: torch.device | str) -> SolverTable:
-        """The table on ``device``. What is asked about the rows has been read before: there nothing is waited for."""
+        """The table on ``device``. What is asked about the rows has been read before: there nothing
+        is waited for.
+        """
         known = {"needs_x0_prev": self.needs_x0_prev, "needs_noise": self.needs_noise}
         moved = replace(self, rows=self.rows.to(device), timesteps=self.timesteps.to(device))
         moved.__dict__.update(known)  # where a cached property keeps its value
         return moved
 
 
-def _table(columns: list[Tensor], timesteps: Tensor, clip: float | DynamicThreshold | None = None) -> SolverTable:
+def _table(
+    columns: list[Tensor], timesteps: Tensor, clip: float | DynamicThreshold | None = None
+) -> SolverTable:
     rows = torch.stack(columns, dim=1).float()
     if not rows.isfinite().all():
         raise ValueError(
-            f"steps = {len(rows)}: the scheduler's grid has no finite coefficients at this number of steps"
+            f"steps = {len(rows)}: the scheduler's grid has no finite coefficients at this number "
+            "of steps"
         )
     return SolverTable(rows, timesteps.clone(), clip=clip)
 
@@ -68,13 +78,16 @@ def _check_steps(steps: int, most: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps must be an integer, got {type(steps).__name__}")
     if not 1 <= steps <= most:
-        raise ValueError(f"steps = {steps}: expected between 1 and {most}, the grid that the scheduler has")
+        raise ValueError(
+            f"steps = {steps}: expected between 1 and {most}, the grid that the scheduler has"
+        )
 
 
 def _check_start(config: Any, cumulative: Tensor) -> None:
     if config.prediction_type == "epsilon" and float(cumulative[0]) == 0:
         raise ValueError(
-            "scheduler option rescale_betas_zero_snr = True: an epsilon prediction says nothing about x0 at the first "
+            "scheduler option rescale_betas_zero_snr = True: an epsilon prediction says nothing "
+            "about x0 at the first "
             "step, which is pure noise; expected prediction_type 'v_prediction' or 'sample'"
         )
 
@@ -82,7 +95,10 @@ def _check_start(config: Any, cumulative: Tensor) -> None:
 def _clip(config: Any) -> float | DynamicThreshold | None:
     if config.get("thresholding"):
         if config.sample_max_value < 1:
-            raise ValueError(f"scheduler option sample_max_value = {config.sample_max_value}: expected at least 1")
+            raise ValueError(
+                f"scheduler option sample_max_value = {config.sample_max_value}: expected at least "
+                "1"
+            )
         return DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
     return float(config.clip_sample_range) if config.get("clip_sample") else None
 
@@ -90,13 +106,14 @@ def _clip(config: Any) -> float | DynamicThreshold | None:
 def ddim_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
     """DDIM (Song et al. 2021, eq. 12) on the grid of a ``diffusers.DDIMScheduler``.
 
-    s = eta sqrt((sigma'^2/sigma^2) (1 - alpha^2/alpha'^2));  a = alpha', b = sqrt(sigma'^2 - s^2), c = 0, d = s.
+    s = eta sqrt((sigma'^2/sigma^2) (1 - alpha^2/alpha'^2));  a = alpha', b = sqrt(sigma'^2 - s^2),
+                                                              c = 0, d = s.
 
     The scheduler's ``clip_sample`` or ``thresholding`` becomes the table's ``clip``.
 
-    Raises ``ValueError`` when ``steps`` is outside [1, num_train_timesteps], eta outside [0, 1], ``steps_offset`` moves
-    the grid beyond the trained timesteps, or the grid starts at pure noise (zero terminal SNR), from which an epsilon
-    prediction determines no x0.
+    Raises ``ValueError`` when ``steps`` is outside [1, num_train_timesteps], eta outside [0, 1],
+    ``steps_offset`` moves the grid beyond the trained timesteps, or the grid starts at pure noise
+    (zero terminal SNR), from which an epsilon prediction determines no x0.
     """
     config = scheduler.config
     trained = config.num_train_timesteps
@@ -107,42 +124,55 @@ def ddim_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
     t = scheduler.timesteps.long().cpu()
     if int(t.max()) >= trained:
         raise ValueError(
-            f"steps = {steps}: with steps_offset = {config.steps_offset} the grid starts at timestep {int(t.max())}, "
+            f"steps = {steps}: with steps_offset = {config.steps_offset} the grid starts at "
+            f"timestep {int(t.max())}, "
             f"beyond the {trained} trained ones; use fewer steps"
         )
     previous = t - trained // steps
     cumulative = scheduler.alphas_cumprod.double().cpu()
     now = cumulative[t]
     _check_start(config, now)
-    then = torch.where(previous >= 0, cumulative[previous.clamp(min=0)], float(scheduler.final_alpha_cumprod))
+    then = torch.where(
+        previous >= 0, cumulative[previous.clamp(min=0)], float(scheduler.final_alpha_cumprod)
+    )
     # at zero terminal SNR the input is pure noise and now is 0; the ratio stays finite
     variance = ((1 - then) / (1 - now) * (1 - now / then)).clamp(min=0)
     d = eta * variance.sqrt()
     b = (1 - then - d.square()).clamp(min=0).sqrt()
-    return _table([now.sqrt(), (1 - now).sqrt(), then.sqrt(), b, torch.zeros_like(b), d], t, _clip(config))
+    return _table(
+        [now.sqrt(), (1 - now).sqrt(), then.sqrt(), b, torch.zeros_like(b), d], t, _clip(config)
+    )
 
 
 def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
-    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2) on the grid of a ``diffusers.DPMSolverMultistepScheduler``.
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2) on the grid of a
+    ``diffusers.DPMSolverMultistepScheduler``.
 
-    With h = lambda' - lambda, lambda = log(alpha/sigma), r = h_prev/h and E = exp(-h) - 1 the update
-    x' = (sigma'/sigma) x - alpha' E ((1 + 1/2r) x0 - (1/2r) x0_prev) has
-    a = alpha sigma'/sigma - alpha' E (1 + 1/2r), b = sigma', c = alpha' E/2r, d = 0. The first step is of first order,
-    and so is the last one where it ends at sigma' = 0 or the scheduler asks for it.
+    With h = lambda' - lambda, lambda = log(alpha/sigma), r = h_prev/h and E = exp(-h) - 1 the
+    update x' = (sigma'/sigma) x - alpha' E ((1 + 1/2r) x0 - (1/2r) x0_prev) has a = alpha
+    sigma'/sigma - alpha' E (1 + 1/2r), b = sigma', c = alpha' E/2r, d = 0. The first step is of
+    first order, and so is the last one where it ends at sigma' = 0 or the scheduler asks for it.
 
     Karras, exponential, beta and Lu grids are read from the scheduler like any other.
 
-    Raises ``ValueError`` for another algorithm than midpoint "dpmsolver++" of order 2, for ``use_flow_sigmas``, and for
-    ``thresholding``: diffusers bounds x0 there before x is split into x0 and eps, the fused update after it, and the
-    two differ wherever the bound is active.
+    Raises ``ValueError`` for another algorithm than midpoint "dpmsolver++" of order 2, for
+    ``use_flow_sigmas``, and for
+    ``thresholding``: diffusers bounds x0 there before x is split into x0 and eps, the fused update
+    after it, and the two differ wherever the bound is active.
     """
     config = scheduler.config
-    for option, wanted in (("algorithm_type", "dpmsolver++"), ("solver_order", 2), ("solver_type", "midpoint")):
+    for option, wanted in (
+        ("algorithm_type", "dpmsolver++"),
+        ("solver_order", 2),
+        ("solver_type", "midpoint"),
+    ):
         if config[option] != wanted:
             raise ValueError(f"scheduler option {option} = {config[option]!r}: expected {wanted!r}")
     for option in ("thresholding", "use_flow_sigmas"):
         if config.get(option):
-            raise ValueError(f"scheduler option {option} = True: DPM-Solver++ 2M has no table for it; use 'ddim'")
+            raise ValueError(
+                f"scheduler option {option} = True: DPM-Solver++ 2M has no table for it; use 'ddim'"
+            )
     _check_steps(steps, config.num_train_timesteps - 1)
     scheduler.set_timesteps(steps)
     ratio = scheduler.sigmas.double().cpu()
@@ -154,23 +184,33 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
     h = log_ratio[then] - log_ratio[now]
     slope = torch.zeros(steps, dtype=torch.float64)
     slope[1:] = 0.5 * h[1:] / h[:-1]
-    if float(ratio[-1]) == 0 or config.get("euler_at_final") or (config.lower_order_final and steps < 15):
+    if (
+        float(ratio[-1]) == 0
+        or config.get("euler_at_final")
+        or (config.lower_order_final and steps < 15)
+    ):
         slope[-1] = 0.0
     a = alpha[now] * sigma[then] / sigma[now] - alpha[then] * shrink * (1 + slope)
     c = alpha[then] * shrink * slope
-    return _table([alpha[now], sigma[now], a, sigma[then], c, torch.zeros_like(a)], scheduler.timesteps.cpu())
+    return _table(
+        [alpha[now], sigma[now], a, sigma[then], c, torch.zeros_like(a)], scheduler.timesteps.cpu()
+    )
 
 
 def flow_euler_table(scheduler: Any, steps: int, **options: Any) -> SolverTable:
-    """Flow-matching Euler (Lipman et al. 2023) on the grid of a ``diffusers.FlowMatchEulerDiscreteScheduler``.
+    """Flow-matching Euler (Lipman et al. 2023) on the grid of a
+    ``diffusers.FlowMatchEulerDiscreteScheduler``.
 
-    alpha = 1 - sigma, a = 1 - sigma', b = sigma', c = d = 0. ``options`` go to the scheduler's ``set_timesteps``.
+    alpha = 1 - sigma, a = 1 - sigma', b = sigma', c = d = 0. ``options`` go to the scheduler's
+    ``set_timesteps``.
 
     Raises ``ValueError`` for ``steps`` below 1, ``invert_sigmas`` and ``stochastic_sampling``.
     """
     for option in ("invert_sigmas", "stochastic_sampling"):
         if scheduler.config.get(option):
-            raise ValueError(f"scheduler option {option} = True: flow-matching Euler has no table for it")
+            raise ValueError(
+                f"scheduler option {option} = True: flow-matching Euler has no table for it"
+            )
     _check_steps(steps, scheduler.config.num_train_timesteps)
     scheduler.set_timesteps(steps, **options)
     sigmas = scheduler.sigmas.double().cpu()
@@ -180,14 +220,18 @@ def flow_euler_table(scheduler: Any, steps: int, **options: Any) -> SolverTable:
 
 
 def lcm_table(scheduler: Any, steps: int) -> SolverTable:
-    """Multistep consistency sampling (Luo et al. 2023, arXiv 2310.04378) on the grid of a ``diffusers.LCMScheduler``.
+    """Multistep consistency sampling (Luo et al. 2023, arXiv 2310.04378) on the grid of a
+    ``diffusers.LCMScheduler``.
 
-    The denoised image is c_out x0 + c_skip x with the boundary condition's scalings, and x = alpha x0 + sigma eps. Each
-    step but the last adds new noise to it: a = alpha' (c_out + c_skip alpha), b = alpha' c_skip sigma, c = 0,
-    d = sigma'. The last step ends there: alpha' = 1, d = 0.
+    The denoised image is c_out x0 + c_skip x with the boundary condition's scalings, and x = alpha
+    x0 + sigma eps. Each
+    step but the last adds new noise to it: a = alpha' (c_out + c_skip alpha), b = alpha' c_skip
+    sigma, c = 0, d = sigma'. The last step ends there: alpha' = 1, d = 0.
 
-    Raises ``ValueError`` when ``steps`` is outside [1, original_inference_steps], for pure noise as in ``ddim_table``,
-    and for ``clip_sample`` and ``thresholding``: they bound x0 but not x, and the fused update has x only through x0.
+    Raises ``ValueError`` when ``steps`` is outside [1, original_inference_steps], for pure noise as
+    in ``ddim_table``,
+    and for ``clip_sample`` and ``thresholding``: they bound x0 but not x, and the fused update has
+    x only through x0.
     """
     config = scheduler.config
     for option in ("clip_sample", "thresholding"):
@@ -196,7 +240,10 @@ def lcm_table(scheduler: Any, steps: int) -> SolverTable:
     t, now, then = _distilled_grid(scheduler, steps)
     scaled = t.double() * config.timestep_scaling
     variance = 0.5**2  # of the data, as diffusers fixes it
-    skip, out = variance / (scaled.square() + variance), scaled / (scaled.square() + variance).sqrt()
+    skip, out = (
+        variance / (scaled.square() + variance),
+        scaled / (scaled.square() + variance).sqrt(),
+    )
     last = torch.arange(steps) == steps - 1
     signal = torch.where(last, 1.0, then.sqrt())
     d = torch.where(last, 0.0, (1 - then).sqrt())
@@ -205,27 +252,40 @@ def lcm_table(scheduler: Any, steps: int) -> SolverTable:
 
 
 def tcd_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
-    """Strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159) on the grid of a ``diffusers.TCDScheduler``.
+    """Strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159) on the grid of a
+    ``diffusers.TCDScheduler``.
 
-    A step goes to s = floor((1 - eta) t') without noise and from there to t' with it; eta is the paper's gamma. With
-    r = alpha'/alpha_s: a = r alpha_s, b = r sigma_s, c = 0, d = sqrt(1 - r^2); r = 1 in the last step, where t' = 0.
+    A step goes to s = floor((1 - eta) t') without noise and from there to t' with it; eta is the
+    paper's gamma. With r = alpha'/alpha_s: a = r alpha_s, b = r sigma_s, c = 0, d = sqrt(1 - r^2);
+    r = 1 in the last step, where t' = 0.
 
-    Raises ``ValueError`` as ``lcm_table`` does, but for bounds of x0, which the scheduler never applies; eta outside
-    [0, 1].
+    Raises ``ValueError`` as ``lcm_table`` does, but for bounds of x0, which the scheduler never
+    applies; eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta}: expected between 0 and 1")
     t, now, then = _distilled_grid(scheduler, steps)
     cumulative = scheduler.alphas_cumprod.double().cpu()
     following = torch.cat([t[1:], t.new_zeros(1)])
-    middle = cumulative[((1 - eta) * following.float()).floor().long()]  # float32, as diffusers rounds
-    ratio = torch.where(torch.arange(steps) == steps - 1, 1.0, then / middle) if eta else torch.ones_like(middle)
+    middle = cumulative[
+        ((1 - eta) * following.float()).floor().long()
+    ]  # float32, as diffusers rounds
+    ratio = (
+        torch.where(torch.arange(steps) == steps - 1, 1.0, then / middle)
+        if eta
+        else torch.ones_like(middle)
+    )
     a, b = (ratio * middle).sqrt(), (ratio * (1 - middle)).sqrt()
-    return _table([now.sqrt(), (1 - now).sqrt(), a, b, torch.zeros_like(a), (1 - ratio).clamp(min=0).sqrt()], t)
+    return _table(
+        [now.sqrt(), (1 - now).sqrt(), a, b, torch.zeros_like(a), (1 - ratio).clamp(min=0).sqrt()],
+        t,
+    )
 
 
 def _distilled_grid(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """timesteps, and alpha^2 of each step and of the next one; behind the last step that of the last."""
+    """timesteps, and alpha^2 of each step and of the next one; behind the last step that of the
+    last.
+    """
     config = scheduler.config
     _check_steps(steps, config.original_inference_steps)
     scheduler.set_timesteps(steps)

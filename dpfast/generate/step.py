@@ -1,9 +1,11 @@
-"""A step of the sampler as one pure function of tensors, in as many variants as a trajectory has kinds of steps.
+"""A step of the sampler as one pure function of tensors, in as many variants as a trajectory has
+kinds of steps.
 
-A variant is plain or guided, with classifier-free guidance or without; a plain one may keep or reuse features
-(``dpfast.generate.feature_cache``). Everything that changes between two calls is an
-input tensor: the state, the step's index, the table, strengths, labels, ids, seed. Nothing is read on the host. So one
-compilation, or one capture as a CUDA graph, serves every step, batch and update of the learner's weights in place.
+A variant is plain or guided, with classifier-free guidance or without; a plain one may keep or
+reuse features (``dpfast.generate.feature_cache``). Everything that changes between two calls is an
+input tensor: the state, the step's index, the table, strengths, labels, ids, seed. Nothing is read
+on the host. So one compilation, or one capture as a CUDA graph, serves every step, batch and update
+of the learner's weights in place.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ from dpfast.ops.guided_step import Mode
 
 
 class StepInputs(NamedTuple):
-    """x, x0_prev: (B, c, h, w) float32; labels, sample_ids: (B,) int64; valid: (B,) bool, False where a row only fills
-    the batch; omega: (B,) float32; the rest 0-d (step and seed int64) or the solver's whole table.
+    """x, x0_prev: (B, c, h, w) float32; labels, sample_ids: (B,) int64; valid: (B,) bool, False
+    where a row only fills the batch; omega: (B,) float32; the rest 0-d (step and seed int64) or the
+    solver's whole table.
 
-    features: (B, ways, ...) of an earlier step, ways being 2 with classifier-free guidance (row 0 the conditional one).
+    features: (B, ways, ...) of an earlier step, ways being 2 with classifier-free guidance (row 0
+    the conditional one).
 
-    None where a variant has no use for it: x0_prev without a multistep solver, valid in a batch without filling,
-    features unless it reuses them.
+    None where a variant has no use for it: x0_prev without a multistep solver, valid in a batch
+    without filling, features unless it reuses them.
     """
 
     x: Tensor
@@ -48,9 +52,10 @@ class StepInputs(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """x: the next state; x0: this step's x0 for a multistep solver; value: (B,) of the criterion at the old state;
-    skipped: 0-d int64, the samples whose gradient was not finite; these two are None in a plain step. features: as in
-    ``StepInputs``, None unless the step keeps them.
+    """x: the next state; x0: this step's x0 for a multistep solver; value: (B,) of the criterion at
+    the old state;
+    skipped: 0-d int64, the samples whose gradient was not finite; these two are None in a plain
+    step. features: as in ``StepInputs``, None unless the step keeps them.
     """
 
     x: Tensor
@@ -73,7 +78,9 @@ class Variant(NamedTuple):
     features: Features = "compute"
 
     def __str__(self) -> str:
-        name = f"{'guided' if self.guided else 'plain'} step {'with' if self.cfg else 'without'} CFG"
+        name = (
+            f"{'guided' if self.guided else 'plain'} step {'with' if self.cfg else 'without'} CFG"
+        )
         return name if self.features == "compute" else f"{name} to {self.features} features"
 
 
@@ -93,7 +100,12 @@ class StepParts:
 
 def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutputs]:
     """The step of this variant: ``StepInputs``, as positional arguments, to ``StepOutputs``."""
-    denoiser, path, cache, (guided, cfg, features) = parts.denoiser, parts.path, parts.cache, variant
+    denoiser, path, cache, (guided, cfg, features) = (
+        parts.denoiser,
+        parts.path,
+        parts.cache,
+        variant,
+    )
     assert not (guided and features != "compute")
     exact = guided and path is not None and path.through == "denoiser"
 
@@ -102,7 +114,11 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
         x, labels, index = inputs.x, inputs.labels, inputs.step.reshape(1)
         timestep = inputs.timesteps.index_select(0, index).reshape(())
         alpha, sigma = inputs.rows.index_select(0, index)[0, :2].unbind()
-        null = torch.full_like(labels, denoiser.null_label) if cfg and denoiser.null_label is not None else None
+        null = (
+            torch.full_like(labels, denoiser.null_label)
+            if cfg and denoiser.null_label is not None
+            else None
+        )
         gradient = value = unconditional = skipped = kept = None
 
         def predict(x: Tensor, labels: Tensor) -> Tensor:
@@ -123,17 +139,22 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             if null is not None:
                 unconditional = denoiser(x, timestep, null)
         elif null is not None:
-            conditional, unconditional = predict(torch.cat([x, x]), torch.cat([labels, null])).chunk(2)
+            conditional, unconditional = predict(
+                torch.cat([x, x]), torch.cat([labels, null])
+            ).chunk(2)
         else:
             conditional = predict(x, labels)
         if guided and not exact:
             assert path is not None
             gradient, _, value = path.gradient(x, timestep, labels, alpha, sigma, conditional)
         if gradient is not None:
-            # One of two: Inductor (torch 2.11) takes the seed of memory-efficient attention, a 0-d int64 tensor on the
-            # CPU, for one on the GPU, and would put a lone counter into its memory.
+            # One of two: Inductor (torch 2.11) takes the seed of memory-efficient attention, a 0-d
+            # int64 tensor on the CPU, for one on the GPU, and would put a lone counter into its
+            # memory.
             skipped = torch.zeros(2, dtype=torch.int64, device=x.device)[0]
-            if inputs.valid is not None:  # a filling row is the copy of a sample: it must not be counted twice
+            if (
+                inputs.valid is not None
+            ):  # a filling row is the copy of a sample: it must not be counted twice
                 gradient = torch.where(inputs.valid.view(-1, 1, 1, 1), gradient, 0.0)
         x0 = torch.empty_like(x) if parts.multistep else None
         following = guided_step(

@@ -1,4 +1,6 @@
-"""Many samples as a stream of batches: how large they are, whether they run compiled, what happens without memory."""
+"""Many samples as a stream of batches: how large they are, whether they run compiled, what happens
+without memory.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ def in_batches(
 ) -> Iterator[SampleBatch]:
     """Yields what ``make`` makes of the parts of ``total`` samples, in order, each once.
 
-    batch_size: "auto" doubles the batch while it pays. A batch that does not fit into memory is made again in halves,
-    and ``sampler.fitting`` remembers what did fit.
+    batch_size: "auto" doubles the batch while it pays. A batch that does not fit into memory is
+    made again in halves, and ``sampler.fitting`` remembers what did fit.
     """
     execution, tuner, done, retries = sampler.execution, sampler.tuner, 0, 0
     sizer = _sizer(sampler, batch_size, total, guided=guided)
@@ -62,14 +64,23 @@ def in_batches(
         retries = 0
 
 
-def _sizer(sampler: GuidedSampler, batch_size: int | Literal["auto"], total: int, *, guided: bool) -> BatchSizer:
+def _sizer(
+    sampler: GuidedSampler, batch_size: int | Literal["auto"], total: int, *, guided: bool
+) -> BatchSizer:
     prepared, fitting = sampler.execution.batch, sampler.fitting.get(guided, LARGEST)
     if batch_size == "auto" and prepared is not None:  # found by an earlier stream
         return BatchSizer(prepared, limit=prepared, search=False)
     if batch_size == "auto" and total > FIRST:
-        whole = (variant for variant in sampler.variants(guided=guided) if variant.features != "reuse")
+        whole = (
+            variant for variant in sampler.variants(guided=guided) if variant.features != "reuse"
+        )
         dearest = max(whole, key=lambda variant: (variant.guided, variant.cfg))
         limit = probing.largest_batch(sampler.execution.parts, sampler.table, dearest)
         return BatchSizer(FIRST, limit=min(fitting, limit))
-    size = max(1, total if batch_size == "auto" or (batch_size > total and prepared != batch_size) else batch_size)
+    size = max(
+        1,
+        total
+        if batch_size == "auto" or (batch_size > total and prepared != batch_size)
+        else batch_size,
+    )
     return BatchSizer(size, limit=sampler.fitting.get(guided, size), search=False)

@@ -1,4 +1,6 @@
-"""The control groups of this process, under version 1 and 2 of Linux: containers and Slurm set their limits there."""
+"""The control groups of this process, under version 1 and 2 of Linux: containers and Slurm set
+their limits there.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,12 @@ def number(file: Path) -> int | None:
 
 
 def groups(controller: str, root: Path = ROOT) -> Iterator[tuple[int, Path]]:
-    """(version, folder) of this process's group and all around it that can be seen, the inner ones first.
+    """(version, folder) of this process's group and all around it that can be seen, the inner ones
+    first.
 
-    A limit may stand at any of them. Of version 1 those of ``controller`` ("memory", "cpu"), which has a tree of its
-    own; both versions may be there. Within a container the files begin at its own group, whatever that is called
-    outside. root: where "/proc" and "/sys" are.
+    A limit may stand at any of them. Of version 1 those of ``controller`` ("memory", "cpu"), which
+    has a tree of its own; both versions may be there. Within a container the files begin at its own
+    group, whatever that is called outside. root: where "/proc" and "/sys" are.
     """
     own: dict[str, str] = {}
     for line in lines(root / "proc/self/cgroup"):
@@ -37,7 +40,9 @@ def groups(controller: str, root: Path = ROOT) -> Iterator[tuple[int, Path]]:
         left, _, right = line.partition(" - ")
         shown, point = left.split()[3:5]
         kind, _, options = right.split(maxsplit=2)
-        if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and controller not in options.split(",")):
+        if kind not in ("cgroup", "cgroup2") or (
+            kind == "cgroup" and controller not in options.split(",")
+        ):
             continue
         name = controller if kind == "cgroup" else ""
         if name not in own:

@@ -1,7 +1,8 @@
 """How many CPUs this job may use on this machine, and who says so.
 
-The least of these counts: the CPUs that the scheduler may put this process on (taskset, Slurm, cpuset groups), the
-quota of its control groups (cpu.max; cpu.cfs_quota_us), and Slurm's share of the node.
+The least of these counts: the CPUs that the scheduler may put this process on (taskset, Slurm,
+cpuset groups), the quota of its control groups (cpu.max; cpu.cfs_quota_us), and Slurm's share of
+the node.
 """
 
 from __future__ import annotations
@@ -44,8 +45,12 @@ def _of_groups(root: Path) -> Iterator[Count]:
     for version, folder in groups("cpu", root):
         if version == 2:
             name = "cpu.max"
-            words = " ".join(lines(folder / name)).split()  # "max 100000", or microseconds of a period
-            quota, period = (int(word) if word.isdecimal() else None for word in (*words, "", "")[:2])
+            words = " ".join(
+                lines(folder / name)
+            ).split()  # "max 100000", or microseconds of a period
+            quota, period = (
+                int(word) if word.isdecimal() else None for word in (*words, "", "")[:2]
+            )
         else:
             name = "cpu.cfs_quota_us"
             quota, period = number(folder / name), number(folder / "cpu.cfs_period_us")

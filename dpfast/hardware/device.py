@@ -7,16 +7,23 @@ import torch
 from dpfast.errors import RecipeError
 from dpfast.parallel import ALONE, Ranks
 
-GPUS = {"cuda"}  # torch's types of devices with streams and graphs; a rehearsal adds the one that stands for a GPU
+GPUS = {
+    "cuda"
+    # torch's types of devices with streams and graphs; a rehearsal adds the one that stands for a
+    # GPU
+}
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether work on ``device`` goes through streams, may be captured and must not be waited for."""
+    """Whether work on ``device`` goes through streams, may be captured and must not be waited
+    for.
+    """
     return device.type in GPUS
 
 
 def device_named(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device of a recipe's ``device``; "auto" is the current GPU, or the CPU where there is none.
+    """The device of a recipe's ``device``; "auto" is the current GPU, or the CPU where there is
+    none.
 
     Of several ranks on a machine each takes the GPU of its number there; "cuda:N" is for one alone.
 
@@ -27,11 +34,16 @@ def device_named(name: str, ranks: Ranks = ALONE) -> torch.device:
     kind, _, index = name.partition(":")
     if not ranks.alone and kind == "cuda":
         if index:
-            raise RecipeError(f"device = {name!r}: {ranks.size} ranks need a GPU each; expected 'cuda'")
+            raise RecipeError(
+                f"device = {name!r}: {ranks.size} ranks need a GPU each; expected 'cuda'"
+            )
         index = str(ranks.local_rank)
         name = f"cuda:{index}"
     if name != "cpu" and (kind != "cuda" or name == "cuda:" or not (index or "0").isdecimal()):
         raise RecipeError(f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise RecipeError(f"device = {name!r}: torch {torch.__version__} finds {torch.cuda.device_count()} GPUs here")
+        raise RecipeError(
+            f"device = {name!r}: torch {torch.__version__} finds {torch.cuda.device_count()} GPUs "
+            "here"
+        )
     return torch.device(name)

@@ -1,9 +1,10 @@
 """What a computation does, counted on any device: FLOPs and bytes moved.
 
-FLOPs are those of torch's flop counter: a multiplication and its addition count as two; norms, activations and softmax
-do not count. Bytes moved are the operands and results of the same operations, each once, as if everything between them
-were fused into them and the scores of an attention never left the chip: a lower bound of the memory traffic. On the
-meta device nothing is computed, so a laptop counts Stable Diffusion in seconds.
+FLOPs are those of torch's flop counter: a multiplication and its addition count as two; norms,
+activations and softmax do not count. Bytes moved are the operands and results of the same
+operations, each once, as if everything between them
+were fused into them and the scores of an attention never left the chip: a lower bound of the memory
+traffic. On the meta device nothing is computed, so a laptop counts Stable Diffusion in seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Pass:
 
 @dataclass(frozen=True)
 class Counts:
-    """half, full: FLOPs whose result is a 16-bit and a 32-bit float; moved: bytes of their operands and results."""
+    """half, full: FLOPs whose result is a 16-bit and a 32-bit float; moved: bytes of their operands
+    and results.
+    """
 
     half: float = 0.0
     full: float = 0.0
@@ -54,7 +57,9 @@ class Counts:
 
 
 class _Attention(TorchFunctionMode):
-    """Remembers what attentions compute: (queries, keys) of their scores -> bytes of an element that goes in."""
+    """Remembers what attentions compute: (queries, keys) of their scores -> bytes of an element
+    that goes in.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +73,9 @@ class _Attention(TorchFunctionMode):
 
 
 class _Counter(TorchDispatchMode):
-    """``FlopCounterMode`` without its tracking of modules, which the backward pass of a vjp does not bear."""
+    """``FlopCounterMode`` without its tracking of modules, which the backward pass of a vjp does
+    not bear.
+    """
 
     def __init__(self, attention: _Attention) -> None:
         super().__init__()
@@ -80,12 +87,19 @@ class _Counter(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             amount = float(formula(*args, **(kwargs or {}), out_val=out))
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            tensors = [
+                leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)
+            ]
             scores = self.attention.scores
             inside = [scores[tuple(t.shape[-2:])] for t in tensors if tuple(t.shape[-2:]) in scores]
-            # the plain form of an attention computes in fp32 what the fused ones compute in the dtype that goes in
+            # the plain form of an attention computes in fp32 what the fused ones compute in the
+            # dtype that goes in
             size = inside[0] if inside else 8
-            moved = sum(t.numel() * min(t.itemsize, size) for t in tensors if tuple(t.shape[-2:]) not in scores)
+            moved = sum(
+                t.numel() * min(t.itemsize, size)
+                for t in tensors
+                if tuple(t.shape[-2:]) not in scores
+            )
             half = min(tensors[-1].itemsize, size) <= 2
             self.total += Counts(amount if half else 0.0, 0.0 if half else amount, moved)
         return out
@@ -96,13 +110,19 @@ class Fused(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].is_meta and kwargs.get("attn_mask") is None:
+        if (
+            func is F.scaled_dot_product_attention
+            and args[0].is_meta
+            and kwargs.get("attn_mask") is None
+        ):
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
         return func(*args, **kwargs)
 
 
 def counts(call: Callable[[], object]) -> Counts:
-    """Counts of an eager ``call``, with attention in its plain form, whose FLOPs are those of every form."""
+    """Counts of an eager ``call``, with attention in its plain form, whose FLOPs are those of every
+    form.
+    """
     with _Attention() as attention, _Counter(attention) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.total

@@ -3,10 +3,12 @@
 The least of what these say counts:
 
     /proc/meminfo   MemAvailable, what the kernel would give without swapping
-    control groups  of version 2 memory.max and memory.high, of version 1 memory.limit_in_bytes, of this group and of
-                    all around it, minus what is used. Page cache does not count as used: the kernel drops it before it
-                    ends a process. Memory in /dev/shm does
-    Slurm           --mem, --mem-per-cpu or --mem-per-gpu of the job on this node, minus what its ranks hold: this
+    control groups  of version 2 memory.max and memory.high, of version 1 memory.limit_in_bytes, of
+                    this group and of
+                    all around it, minus what is used. Page cache does not count as used: the kernel
+                    drops it before it ends a process. Memory in /dev/shm does
+    Slurm           --mem, --mem-per-cpu or --mem-per-gpu of the job on this node, minus what its
+                    ranks hold: this
                     process's resident memory times the ranks on this machine, which are alike
 """
 
@@ -22,7 +24,10 @@ from dpfast.hardware.cgroups import ROOT, groups, lines, number
 
 MIB = 1 << 20
 UNLIMITED = 1 << 60  # version 1 has no word for no limit, but the largest number of pages
-CACHE = {1: ("total_active_file", "total_inactive_file"), 2: ("active_file", "inactive_file", "slab_reclaimable")}
+CACHE = {
+    1: ("total_active_file", "total_inactive_file"),
+    2: ("active_file", "inactive_file", "slab_reclaimable"),
+}
 UNITS = {"": MIB, "K": 1 << 10, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -48,7 +53,9 @@ def free_memory(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> l
 
 
 def free_bytes() -> int:
-    """Bytes of host memory that the processes of this job may still take on this machine, all together."""
+    """Bytes of host memory that the processes of this job may still take on this machine, all
+    together.
+    """
     return free_memory()[0].bytes
 
 
@@ -75,7 +82,9 @@ def _of_groups(root: Path) -> Iterator[Free]:
         cache = sum(int(value) for name, value in pairs if name in CACHE[version])
         for file, limit in limits.items():
             if limit is not None and limit < UNLIMITED:
-                yield Free(max(limit - max(used - cache, 0), 0), f"/{file.relative_to(root)}", limit)
+                yield Free(
+                    max(limit - max(used - cache, 0), 0), f"/{file.relative_to(root)}", limit
+                )
 
 
 def _of_slurm(root: Path, environ: Mapping[str, str]) -> Iterator[Free]:
@@ -84,8 +93,14 @@ def _of_slurm(root: Path, environ: Mapping[str, str]) -> Iterator[Free]:
         "SLURM_MEM_PER_CPU": _count(environ.get("SLURM_CPUS_ON_NODE")),
         "SLURM_MEM_PER_GPU": _count(environ.get("SLURM_GPUS_ON_NODE")),
     }
-    resident = next((int(line.split()[1]) * 1024 for line in lines(root / "proc/self/status")
-                     if line.startswith("VmRSS:")), 0)  # fmt: skip
+    resident = next(
+        (
+            int(line.split()[1]) * 1024
+            for line in lines(root / "proc/self/status")
+            if line.startswith("VmRSS:")
+        ),
+        0,
+    )
     for name, times in job.items():
         amount = re.fullmatch(r"(\d+)([KMGT]?)", environ.get(name, ""))
         if amount is None or not times or not int(amount[1]):  # 0: all memory of the node

@@ -1,4 +1,6 @@
-"""Running out of memory: how it is recognised, what is given back, and how work on rows goes on in halves."""
+"""Running out of memory: how it is recognised, what is given back, and how work on rows goes on in
+halves.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,15 @@ Made = TypeVar("Made")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on a CPU (where torch raises a plain ``RuntimeError``)."""
+    """Whether an allocation failed, on a GPU or on a CPU (where torch raises a plain
+    ``RuntimeError``).
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and (
+        "not enough memory" in text or "can't allocate memory" in text
+    )
 
 
 def attempt(make: Callable[[], Made]) -> tuple[Made | None, BaseException | None]:
@@ -29,7 +35,9 @@ def attempt(make: Callable[[], Made]) -> tuple[Made | None, BaseException | None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return None, error.with_traceback(None)  # the traceback would keep the batch's tensors alive
+        return None, error.with_traceback(
+            None
+        )  # the traceback would keep the batch's tensors alive
 
 
 def release(device: torch.device) -> None:
@@ -40,17 +48,23 @@ def release(device: torch.device) -> None:
 
 
 class HalvingBatches:
-    """Work on rows, at most ``size`` of them at a time. Running out of memory halves ``size`` for good.
+    """Work on rows, at most ``size`` of them at a time. Running out of memory halves ``size`` for
+    good.
 
-    device: whose memory it is. lighten: called where memory ran out, to let go of what else could be made again.
+    device: whose memory it is. lighten: called where memory ran out, to let go of what else could
+    be made again.
     """
 
-    def __init__(self, size: int, device: torch.device, *, lighten: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, size: int, device: torch.device, *, lighten: Callable[[], object] | None = None
+    ) -> None:
         self.size, self.device, self.lighten = size, device, lighten
         self.retries = 0
 
     def over(self, count: int, make: Callable[[slice], Made]) -> Iterator[Made]:
-        """Yields ``make`` of the rows 0 to ``count``, part by part. Raises what a part of a single row raises."""
+        """Yields ``make`` of the rows 0 to ``count``, part by part. Raises what a part of a single
+        row raises.
+        """
         done = 0
         while done < count:
             rows = slice(done, min(done + self.size, count))

@@ -23,10 +23,12 @@ ROUNDS, MEASURED = 5, 0.1  # of each measurement of this machine: calls, seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """half, full: dense FLOP/s in 16-bit and in 32-bit floats; bandwidth: of its memory, bytes/s; memory: bytes.
+    """half, full: dense FLOP/s in 16-bit and in 32-bit floats; bandwidth: of its memory, bytes/s;
+    memory: bytes.
 
-    link, network: bytes/s to the other devices of its node and, through an adapter of its own, to other nodes, in one
-    direction. host, disk: bytes of a node's memory and of its local drives over its devices; None: what is free here.
+    link, network: bytes/s to the other devices of its node and, through an adapter of its own, to
+    other nodes, in one direction. host, disk: bytes of a node's memory and of its local drives over
+    its devices; None: what is free here.
     """
 
     name: str
@@ -41,7 +43,9 @@ class Device:
 
     @property
     def gpu(self) -> bool:
-        """Whether it has units for 16-bit floats of its own, as all GPUs of the table and no CPU here."""
+        """Whether it has units for 16-bit floats of its own, as all GPUs of the table and no CPU
+        here.
+        """
         return self.half > self.full
 
     def limits(self, counts: Counts) -> dict[str, float]:
@@ -52,26 +56,56 @@ class Device:
         }
 
 
-# SXM modules by NVIDIA's data sheets. half: bf16 and fp16 on tensor cores, dense; those of the H100 (2023), the H200
-# (2024) and the DGX B200 (2024, an eighth of it) print twice as much, "with sparsity". full: IEEE fp32, which is what
-# PyTorch's matrix products take unless TF32 is allowed. link: half of NVLink's bandwidth, which is of both directions.
-# network, host, disk: an eighth of a DGX (data sheets of the DGX A100 640GB, H100, H200 and B200): eight adapters, of
-# 200 Gbit/s in the A100's and of 400 in the others, 2 TB of memory and eight drives of 3.84 TB.
-# The RTX 4090 by NVIDIA's white paper of the Ada architecture (2022, appendix A): half is dense with sums in fp32; no
-# NVLink, link is PCIe 4.0 x16. Around it a workstation, stated: 64 GB of memory, 2 TB of disk, 10 Gbit/s of network.
+# SXM modules by NVIDIA's data sheets. half: bf16 and fp16 on tensor cores, dense; those of the H100
+# (2023), the H200 (2024) and the DGX B200 (2024, an eighth of it) print twice as much, "with
+# sparsity". full: IEEE fp32, which is what PyTorch's matrix products take unless TF32 is allowed.
+# link: half of NVLink's bandwidth, which is of both directions. network, host, disk: an eighth of a
+# DGX (data sheets of the DGX A100 640GB, H100, H200 and B200): eight adapters, of 200 Gbit/s in the
+# A100's and of 400 in the others, 2 TB of memory and eight drives of 3.84 TB. The RTX 4090 by
+# NVIDIA's white paper of the Ada architecture (2022, appendix A): half is dense with sums in fp32;
+# no NVLink, link is PCIe 4.0 x16. Around it a workstation, stated: 64 GB of memory, 2 TB of disk,
+# 10 Gbit/s of network.
 DGX = {"host": 2e12 / 8, "disk": 3.84e12}
 DEVICES = {
     "a100": Device(
-        name="A100", half=312e12, full=19.5e12, bandwidth=2.04e12, memory=80e9, link=300e9, network=25e9, **DGX
+        name="A100",
+        half=312e12,
+        full=19.5e12,
+        bandwidth=2.04e12,
+        memory=80e9,
+        link=300e9,
+        network=25e9,
+        **DGX,
     ),
     "h100": Device(
-        name="H100", half=989e12, full=67e12, bandwidth=3.35e12, memory=80e9, link=450e9, network=50e9, **DGX
+        name="H100",
+        half=989e12,
+        full=67e12,
+        bandwidth=3.35e12,
+        memory=80e9,
+        link=450e9,
+        network=50e9,
+        **DGX,
     ),
     "h200": Device(
-        name="H200", half=989e12, full=67e12, bandwidth=4.8e12, memory=141e9, link=450e9, network=50e9, **DGX
+        name="H200",
+        half=989e12,
+        full=67e12,
+        bandwidth=4.8e12,
+        memory=141e9,
+        link=450e9,
+        network=50e9,
+        **DGX,
     ),
     "b200": Device(
-        name="B200", half=2250e12, full=75e12, bandwidth=8e12, memory=180e9, link=900e9, network=50e9, **DGX
+        name="B200",
+        half=2250e12,
+        full=75e12,
+        bandwidth=8e12,
+        memory=180e9,
+        link=900e9,
+        network=50e9,
+        **DGX,
     ),
     "rtx4090": Device(
         name="RTX 4090",
@@ -85,18 +119,23 @@ DEVICES = {
         disk=2e12,
     ),
 }
-LOOPBACK = 1e9  # bytes/s between processes of this machine: about what gloo was measured to do (docs/scaling.md)
+# bytes/s between processes of this machine: about what gloo was measured to do (docs/scaling.md)
+LOOPBACK = 1e9
 NODE = 8  # devices behind one NVLink switch
 # In the name of a module that is not one of the table, or a part of one:
 OTHERS = frozenset({"PCIe", "PCIE", "NVL", "MIG", "Laptop", "D"})
 
 
 def device(name: str) -> Device:
-    """A device of the table, or "here": this machine, measured. Raises ``RecipeError`` for another name."""
+    """A device of the table, or "here": this machine, measured. Raises ``RecipeError`` for another
+    name.
+    """
     if name.lower() == HERE:
         return here()
     if name.lower() not in DEVICES:
-        raise RecipeError(f"device = {name!r}: expected one of {', '.join(DEVICES)}, or {HERE!r} for this machine")
+        raise RecipeError(
+            f"device = {name!r}: expected one of {', '.join(DEVICES)}, or {HERE!r} for this machine"
+        )
     return DEVICES[name.lower()]
 
 
@@ -106,7 +145,9 @@ def limit(name: str, flops_per_sample: float, *, share: float = 1.0) -> float:
 
 
 def peaks_of(device: torch.device) -> Device | None:
-    """The peaks of a run's device: a GPU of the table, or this CPU, measured; None where they are not known."""
+    """The peaks of a run's device: a GPU of the table, or this CPU, measured; None where they are
+    not known.
+    """
     if device.type == "cpu":
         return here()
     words = frozenset(re.split(r"[ -]", torch.cuda.get_device_name(device)))
@@ -118,18 +159,26 @@ def peaks_of(device: torch.device) -> Device | None:
 def here() -> Device:
     """This machine: the best that it is seen to do of products of random numbers, and of a copy.
 
-    A CPU multiplies in fp32 alone, by the best of its libraries: oneDNN's layers, which a frozen denoiser and a
-    learner's convolutions take, may do twice what ``torch.mm`` does.
+    A CPU multiplies in fp32 alone, by the best of its libraries: oneDNN's layers, which a frozen
+    denoiser and a learner's convolutions take, may do twice what ``torch.mm`` does.
     """
     gpu = torch.cuda.is_available()
     kind = torch.device("cuda" if gpu else "cpu")
-    with torch.random.fork_rng([torch.cuda.current_device()] if gpu else []):  # a run's own numbers stay its own
+    with torch.random.fork_rng(
+        [torch.cuda.current_device()] if gpu else []
+    ):  # a run's own numbers stay its own
         full = max(work / _best(call, kind) for work, call in _products(kind, torch.float32))
-        half = max(work / _best(call, kind) for work, call in _products(kind, torch.bfloat16)) if gpu else full
+        half = (
+            max(work / _best(call, kind) for work, call in _products(kind, torch.bfloat16))
+            if gpu
+            else full
+        )
         source = torch.randint(256, (1 << 26,), device=kind, dtype=torch.uint8)
     target = torch.zeros_like(source)
     return Device(
-        name=torch.cuda.get_device_name() if gpu else f"this CPU with {torch.get_num_threads()} threads",
+        name=torch.cuda.get_device_name()
+        if gpu
+        else f"this CPU with {torch.get_num_threads()} threads",
         half=half,
         full=full,
         bandwidth=2 * source.nbytes / _best(lambda: target.copy_(source), kind),
@@ -140,9 +189,13 @@ def here() -> Device:
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> list[tuple[float, Callable[[], object]]]:
-    """FLOPs, and a call that does them: large products on a GPU, of sizes that stay in a CPU's caches there."""
+    """FLOPs, and a call that does them: large products on a GPU, of sizes that stay in a CPU's
+    caches there.
+    """
     side = 8192 if device.type == "cuda" else 1024
-    random = functools.partial(torch.randn, device=device, dtype=dtype)  # constants may run faster and cooler
+    random = functools.partial(
+        torch.randn, device=device, dtype=dtype
+    )  # constants may run faster and cooler
     a, b = random(side, side), random(side, side)
     products: list[tuple[float, Callable[[], object]]] = [(2 * side**3, lambda: torch.mm(a, b))]
     if device.type == "cpu" and torch.backends.mkldnn.is_available():

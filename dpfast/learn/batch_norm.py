@@ -1,4 +1,6 @@
-"""Batch normalisation over the batches of all ranks, so that a learner does not depend on how many share one."""
+"""Batch normalisation over the batches of all ranks, so that a learner does not depend on how many
+share one.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,18 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 def shared_norms(model: nn.Module) -> list[_BatchNorm]:
     """The batch norms of ``synchronised``, which wait for all ranks in training mode."""
-    return [module for module in model.modules() if isinstance(module, (RanksBatchNorm, nn.SyncBatchNorm))]
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, (RanksBatchNorm, nn.SyncBatchNorm))
+    ]
 
 
 @contextlib.contextmanager
 def alone(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Within it batch norms go by their running statistics: they hold the same memory and wait for nobody."""
+    """Within it batch norms go by their running statistics: they hold the same memory and wait for
+    nobody.
+    """
     for norm in norms:
         norm.eval()
     try:
@@ -48,7 +56,8 @@ def alone(norms: Sequence[_BatchNorm]) -> Iterator[None]:
 
 
 class _Normalised(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the batches of all ranks: a message forward, one backward.
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the batches of all ranks: a message
+    forward, one backward.
 
     The backward pass is that of ``BatchNorm`` with sums over all ranks, N values a channel:
     dx = weight / sqrt(variance + eps) * (dy - (sum dy + xhat sum (dy xhat)) / N).
@@ -58,14 +67,20 @@ class _Normalised(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: Ranks
     ) -> tuple[Tensor, Tensor, Tensor]:
-        here = torch.stack(torch.batch_norm_update_stats(x, None, None, 0.0))  # var_mean takes up to 30 times as long
+        here = torch.stack(
+            torch.batch_norm_update_stats(x, None, None, 0.0)
+        )  # var_mean takes up to 30 times as long
         means, variances = torch.stack(ranks.learn.all_gather(here)).unbind(1)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
         ctx.save_for_backward(x, weight, mean, variance)
         ctx.eps, ctx.ranks = eps, ranks
         ctx.mark_non_differentiable(mean, variance)
-        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps), mean, variance
+        return (
+            F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps),
+            mean,
+            variance,
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -79,12 +94,18 @@ class _Normalised(torch.autograd.Function):
         of_xhat, of_one = sums * (weight * scale * x.shape[1] / (x.numel() * ctx.ranks.size))
         slope = of_xhat * scale
         shape = [1, -1] + [1] * (x.dim() - 2)
-        dx = found[0].sub_((of_one - slope * mean).view(shape)).addcmul_(x, slope.view(shape), value=-1)
+        dx = (
+            found[0]
+            .sub_((of_one - slope * mean).view(shape))
+            .addcmul_(x, slope.view(shape), value=-1)
+        )
         return dx, found[1], found[2], None, None
 
 
 class RanksBatchNorm(_BatchNorm):
-    """``BatchNorm`` of any dimension with mean and variance over all ranks' batches, which have one size."""
+    """``BatchNorm`` of any dimension with mean and variance over all ranks' batches, which have one
+    size.
+    """
 
     ranks: Ranks
 
@@ -92,7 +113,10 @@ class RanksBatchNorm(_BatchNorm):
     def of(cls, norm: _BatchNorm, ranks: Ranks) -> RanksBatchNorm:
         """The same norm over all ranks, its parameters and buffers taken over."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+        for name, value in (
+            *norm.named_parameters(recurse=False),
+            *norm.named_buffers(recurse=False),
+        ):
             setattr(new, name, value)
         new.ranks = ranks
         return new.train(norm.training)
@@ -104,14 +128,24 @@ class RanksBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        weight = input.new_ones(self.num_features, dtype=torch.float32) if self.weight is None else self.weight
+        weight = (
+            input.new_ones(self.num_features, dtype=torch.float32)
+            if self.weight is None
+            else self.weight
+        )
         bias = torch.zeros_like(weight) if self.bias is None else self.bias
         out, mean, variance = _Normalised.apply(input.float(), weight, bias, self.eps, self.ranks)
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+        if (
+            self.track_running_stats
+            and self.running_mean is not None
+            and self.running_var is not None
+        ):
             with torch.no_grad():
                 assert self.num_batches_tracked is not None
                 self.num_batches_tracked += 1
-                rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                rate = (
+                    1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                )
                 total = self.ranks.size * input.numel() / input.shape[1]
                 self.running_mean.lerp_(mean, rate)
                 self.running_var.lerp_(variance * (total / max(total - 1, 1)), rate)

@@ -1,4 +1,6 @@
-"""Activation checkpointing: a block keeps its input alone, and its backward pass computes the rest again."""
+"""Activation checkpointing: a block keeps its input alone, and its backward pass computes the rest
+again.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +18,35 @@ from dpfast.errors import RecipeError
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Lets every repeated block of ``model`` keep its input alone for the backward pass, where the model learns.
+    """Lets every repeated block of ``model`` keep its input alone for the backward pass, where the
+    model learns.
 
-    The gradients are the same: the random state of dropout is restored, and batch norms count a batch once. A step
-    costs almost one more forward pass of the blocks.
+    The gradients are the same: the random state of dropout is restored, and batch norms count a
+    batch once. A step costs almost one more forward pass of the blocks.
 
     Raises ``RecipeError`` where no module is repeated.
     """
     blocks = repeated_blocks(model)
     if len(blocks) < 2:
         raise RecipeError(
-            f"activation_checkpointing = True: {type(model).__name__} repeats no module in a list of modules of one "
-            "class, so there is no block to compute again; expected False, and a smaller micro_batch"
+            f"activation_checkpointing = True: {type(model).__name__} repeats no module in a list "
+            "of modules of one "
+            "class, so there is no block to compute again; expected False, and a smaller "
+            "micro_batch"
         )
     for block in blocks:
         block.forward = partial(_checkpointed, block, block.forward)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a network is a stack of: the members of its innermost ``ModuleList``s and ``Sequential``s whose
-    members are of one class and made of further modules.
+    """The blocks that a network is a stack of: the members of its innermost ``ModuleList``s and
+    ``Sequential``s whose members are of one class and made of further modules.
     """
     found = [block for child in model.children() for block in repeated_blocks(child)]
     members = list(model.children()) if isinstance(model, (nn.ModuleList, nn.Sequential)) else []
-    alike = len({type(member) for member in members}) == 1 and all(any(True for _ in m.children()) for m in members)
+    alike = len({type(member) for member in members}) == 1 and all(
+        any(True for _ in m.children()) for m in members
+    )
     return found or (members if alike else [])
 
 
@@ -60,7 +67,10 @@ def _contexts(
 def _counted(block: nn.Module) -> Iterator[None]:
     """Within it batch norms leave their running statistics, which have seen the batch already."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
-    momenta, counts = [norm.momentum for norm in norms], [norm.num_batches_tracked for norm in norms]
+    momenta, counts = (
+        [norm.momentum for norm in norms],
+        [norm.num_batches_tracked for norm in norms],
+    )
     before = [None if count is None else count.clone() for count in counts]
     for norm in norms:
         norm.momentum = 0.0

@@ -1,4 +1,6 @@
-"""``compile_learner = "auto"``: does compiling the learner's step pay within the steps that are left?"""
+"""``compile_learner = "auto"``: does compiling the learner's step pay within the steps that are
+left?
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,14 @@ from typing import Any, Protocol
 import torch
 
 log = logging.getLogger(__name__)
-FROM, UNTIL = 10, 60  # an eager step is timed between these two; the first ones choose their kernels
-SECONDS, SPEEDUP = 300.0, 1.1  # of compiling, and by compiling; assumed, as for the generator: no learner was timed
+FROM, UNTIL = (
+    10,
+    60,
+)  # an eager step is timed between these two; the first ones choose their kernels
+SECONDS, SPEEDUP = (
+    300.0,
+    1.1,
+)  # of compiling, and by compiling; assumed, as for the generator: no learner was timed
 
 
 class Event(Protocol):
@@ -23,7 +31,9 @@ class Event(Protocol):
 
 
 class WhenItPays:
-    """Asked before each step, says once whether to compile from now on. It waits for nothing: it times by events."""
+    """Asked before each step, says once whether to compile from now on. It waits for nothing: it
+    times by events.
+    """
 
     def __init__(self, event: Callable[[], Event] | None = None) -> None:
         self.event = event or partial(torch.cuda.Event, enable_timing=True)
@@ -44,5 +54,7 @@ class WhenItPays:
             return False
         step = self._begin.elapsed_time(self._end) / 1e3 / (UNTIL - FROM)
         self._end, saved = None, left * step * (1 - 1 / SPEEDUP)
-        log.info("compiling the learner saves %.0f s of %d steps at %.1f ms", saved, left, step * 1e3)
+        log.info(
+            "compiling the learner saves %.0f s of %d steps at %.1f ms", saved, left, step * 1e3
+        )
         return saved > SECONDS

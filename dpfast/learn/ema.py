@@ -11,9 +11,10 @@ from torch import Tensor, nn
 class Ema:
     """The average of ``model`` over its steps: ``module``, in eval mode, which never learns.
 
-    Floating-point parameters and buffers are averaged and others copied, out of the tensors that ``model`` has now: it
-    must change them in place. Nothing is read on the host and nothing copied from it. (torch's ``AveragedModel`` sends
-    its counter to the device in each update, and that copy waits for all work before it.)
+    Floating-point parameters and buffers are averaged and others copied, out of the tensors that
+    ``model`` has now: it must change them in place. Nothing is read on the host and nothing copied
+    from it. (torch's ``AveragedModel`` sends its counter to the device in each update, and that
+    copy waits for all work before it.)
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -19,7 +19,8 @@ BUCKET = 25 << 20  # bytes, as in DistributedDataParallel
 class Bucket:
     """The gradients of some parameters, one behind the other.
 
-    views: the parts of ``flat``, one a parameter; missing: how many of them this backward pass has still to bring.
+    views: the parts of ``flat``, one a parameter; missing: how many of them this backward pass has
+    still to bring.
     """
 
     parameters: list[nn.Parameter]
@@ -30,9 +31,12 @@ class Bucket:
     def clear(self) -> Tensor:
         """``flat``, full of zeros."""
         if self.flat is None:
-            self.flat = self.parameters[0].new_empty(sum(p.numel() for p in self.parameters), requires_grad=False)
+            self.flat = self.parameters[0].new_empty(
+                sum(p.numel() for p in self.parameters), requires_grad=False
+            )
             parts = self.flat.split([p.numel() for p in self.parameters])
-            # strides as those of the parameter: an optimiser's fused kernel walks through both in the order of memory
+            # strides as those of the parameter: an optimiser's fused kernel walks through both in
+            # the order of memory
             self.views = [
                 part.as_strided(p.shape, p.stride(), part.storage_offset())
                 for p, part in zip(self.parameters, parts, strict=True)
@@ -75,23 +79,31 @@ class Gradients:
 
 
 class GradientBuckets(Gradients):
-    """Makes the ``grad`` of each parameter the sum over ranks, as ``DistributedDataParallel`` makes it the mean.
+    """Makes the ``grad`` of each parameter the sum over ranks, as ``DistributedDataParallel`` makes
+    it the mean.
 
-    Within ``sending(True)``, a bucket leaves as soon as its last gradient is there, in one order on all ranks; without
-    it gradients add up where they are (DDP's ``no_sync``). So a step sends every bucket once, whatever number of parts
-    a rank takes. A rank whose backward pass fails calls ``again`` and computes the whole batch anew: what it has sent
-    already was whole and stays, so that nobody waits for a rank which runs out of memory, or learns of it. DDP cannot:
-    a backward pass that was left leaves it waiting for the rest of its buckets.
+    Within ``sending(True)``, a bucket leaves as soon as its last gradient is there, in one order on
+    all ranks; without it gradients add up where they are (DDP's ``no_sync``). So a step sends every
+    bucket once, whatever number of parts a rank takes. A rank whose backward pass fails calls
+    ``again`` and computes the whole batch anew: what it has sent already was whole and stays, so
+    that nobody waits for a rank which runs out of memory, or learns of it. DDP cannot: a backward
+    pass that was left leaves it waiting for the rest of its buckets.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], ranks: Ranks, *, bucket_bytes: int = BUCKET) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], ranks: Ranks, *, bucket_bytes: int = BUCKET
+    ) -> None:
         super().__init__(parameters)
         self.ranks = ranks
         self.buckets = [Bucket(group) for group in _groups(parameters, bucket_bytes)]
-        self._index = {p: index for index, bucket in enumerate(self.buckets) for p in bucket.parameters}
+        self._index = {
+            p: index for index, bucket in enumerate(self.buckets) for p in bucket.parameters
+        }
         self._work: list[Any] = []  # of the buckets that have been sent, the first ones
         self._sending = False
-        buckets = weakref.ref(self)  # Python finds no cycle through a parameter's hooks: it would live for good
+        buckets = weakref.ref(
+            self
+        )  # Python finds no cycle through a parameter's hooks: it would live for good
 
         def arrived(parameter: Tensor) -> None:
             if (held := buckets()) is not None:
@@ -105,7 +117,9 @@ class GradientBuckets(Gradients):
         self.again()
 
     def again(self) -> None:
-        """The step's backward passes begin anew, from zero, for the buckets that have not been sent."""
+        """The step's backward passes begin anew, from zero, for the buckets that have not been
+        sent.
+        """
         sent, rest = self.buckets[: len(self._work)], self.buckets[len(self._work) :]
         for bucket in rest:
             bucket.clear()
@@ -124,7 +138,9 @@ class GradientBuckets(Gradients):
             self._sending = False
 
     def finish(self) -> None:
-        """Sends the rest, that of parameters without a gradient, and waits: on a GPU its stream does, not the host."""
+        """Sends the rest, that of parameters without a gradient, and waits: on a GPU its stream
+        does, not the host.
+        """
         for bucket in self.buckets[len(self._work) :]:
             self._send(bucket)
         for work in self._work:
@@ -150,7 +166,9 @@ class GradientBuckets(Gradients):
 
 
 def _groups(parameters: Sequence[nn.Parameter], size: int) -> list[list[nn.Parameter]]:
-    """The parameters from the last to the first, as their gradients come, in groups of one dtype and about ``size``."""
+    """The parameters from the last to the first, as their gradients come, in groups of one dtype
+    and about ``size``.
+    """
     groups: list[list[nn.Parameter]] = []
     held = 0
     for parameter in reversed(parameters):

@@ -28,7 +28,8 @@ def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> 
     """Builds a randomly initialised classifier in channels-last memory.
 
     Args:
-        spec: "transformers:RegNetForImageClassification" (any image classification class of transformers),
+        spec: "transformers:RegNetForImageClassification" (any image classification class of
+        transformers),
             "timm:resnet18" (any model of timm), or "package.module:factory", called with
             ``classes``, ``channels`` and the options.
         classes, channels: K and C.
@@ -53,20 +54,30 @@ def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> 
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _transformers_model(module: Any, name: str, classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
+def _transformers_model(
+    module: Any, name: str, classes: int, channels: int, options: dict[str, Any]
+) -> nn.Module:
     kind = getattr(module, name)
     unknown = set(options) - set(kind.config_class().to_dict())
     if unknown:
-        raise ValueError(f"options: {kind.config_class.__name__} has no {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"options: {kind.config_class.__name__} has no {', '.join(sorted(unknown))}"
+        )
     return _Logits(kind(kind.config_class(num_channels=channels, num_labels=classes, **options)))
 
 
 def load_judge() -> nn.Module:
-    """The embedded judge, a classifier of real Fashion-MNIST images: (B, 1, 32, 32) in [-1, 1] to logits (B, 10).
+    """The embedded judge, a classifier of real Fashion-MNIST images: (B, 1, 32, 32) in [-1, 1] to
+    logits (B, 10).
 
-    A yardstick for samples (label agreement, Fréchet distance). No learner ever sees it or what it was trained on.
+    A yardstick for samples (label agreement, Fréchet distance). No learner ever sees it or what it
+    was trained on.
     """
     transformers, folder = importlib.import_module("transformers"), ASSETS / "fashion_judge"
-    model = transformers.RegNetForImageClassification(transformers.RegNetConfig.from_pretrained(folder))
-    model.load_state_dict(load_file(folder / "model.safetensors"))  # float16 on disk, copied into float32
+    model = transformers.RegNetForImageClassification(
+        transformers.RegNetConfig.from_pretrained(folder)
+    )
+    model.load_state_dict(
+        load_file(folder / "model.safetensors")
+    )  # float16 on disk, copied into float32
     return _Logits(model).eval().requires_grad_(False)

@@ -1,4 +1,6 @@
-"""The precision that a learner runs in: when it trains, when it is evaluated, and when it guides."""
+"""The precision that a learner runs in: when it trains, when it is evaluated, and when it
+guides.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,23 @@ from dpfast.hardware.device import is_gpu
 
 def in_bf16(precision: str, device: torch.device) -> bool:
     """Whether a recipe's ``precision`` is bf16 on ``device``; "auto" is, on a GPU that has it."""
-    return precision == "bf16" or (precision == "auto" and is_gpu(device) and torch.cuda.is_bf16_supported())
+    return precision == "bf16" or (
+        precision == "auto" and is_gpu(device) and torch.cuda.is_bf16_supported()
+    )
 
 
 def autocast(bf16: bool, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Within it matrix products and convolutions run in bf16, which has the exponents of fp32: no gradient is scaled.
+    """Within it matrix products and convolutions run in bf16, which has the exponents of fp32: no
+    gradient is scaled.
 
-    Casts of weights are not kept: a captured step has to make them anew from the weights of its moment.
+    Casts of weights are not kept: a captured step has to make them anew from the weights of its
+    moment.
     """
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        if bf16
+        else contextlib.nullcontext()
+    )
 
 
 def in_precision(classifier: nn.Module, precision: str, device: torch.device) -> nn.Module:
@@ -29,7 +39,9 @@ def in_precision(classifier: nn.Module, precision: str, device: torch.device) ->
 
 
 class Autocast(nn.Module):
-    """A classifier under ``autocast``: images (B, C, H, W) to its logits in float32. It trains where that one does."""
+    """A classifier under ``autocast``: images (B, C, H, W) to its logits in float32. It trains
+    where that one does.
+    """
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()

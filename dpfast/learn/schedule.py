@@ -8,7 +8,8 @@ import math
 def wsd(step: int, *, total: int, warmup: float, cooldown: float) -> float:
     """The learning rate of optimiser step ``step`` (0-based) as a factor of its peak.
 
-    Linear over the first ``warmup`` x total steps, then 1, then a half cosine to 0 over the last ``cooldown`` x total.
+    Linear over the first ``warmup`` x total steps, then 1, then a half cosine to 0 over the last
+    ``cooldown`` x total.
     """
     if step < warmup * total:
         return (step + 1) / (warmup * total + 1)

@@ -1,15 +1,20 @@
-"""The learner's training: AdamW, warm-up/stable/decay, label smoothing, clipping, bf16 and an EMA of the weights.
+"""The learner's training: AdamW, warm-up/stable/decay, label smoothing, clipping, bf16 and an EMA
+of the weights.
 
-Two sets of weights exist, and every reader says which it takes: ``guide_with`` those that guide the sampler,
-``evaluate_with`` those whose accuracy counts. Both are updated in place, so that a captured sampler reads them live.
+Two sets of weights exist, and every reader says which it takes: ``guide_with`` those that guide the
+sampler, ``evaluate_with`` those whose accuracy counts. Both are updated in place, so that a
+captured sampler reads them live.
 
-A step takes its batch in micro-batches and sums their gradients, so that a batch of any size fits into memory. The mean
-is that over the whole batch: label smoothing and the probabilities of mixed labels, which were mixed before, change
-nothing, and the gradients are those of one pass up to rounding. Batch norms alone are of each micro-batch.
+A step takes its batch in micro-batches and sums their gradients, so that a batch of any size fits
+into memory. The mean
+is that over the whole batch: label smoothing and the probabilities of mixed labels, which were
+mixed before, change nothing, and the gradients are those of one pass up to rounding. Batch norms
+alone are of each micro-batch.
 
-Several ranks train as one: each takes its part of a batch, gradients (``dpfast.learn.gradients``) and batch norms are
-means over all, and every rank keeps the same weights, EMA and optimiser. Those of ViT-B are 1.7 GB with gradients
-(86.6 M parameters, five copies): beside a generator they fit on any GPU of 24 GB, so nothing is sharded (FSDP).
+Several ranks train as one: each takes its part of a batch, gradients (``dpfast.learn.gradients``)
+and batch norms are means over all, and every rank keeps the same weights, EMA and optimiser. Those
+of ViT-B are 1.7 GB with gradients (86.6 M parameters, five copies): beside a generator they fit on
+any GPU of 24 GB, so nothing is sharded (FSDP).
 """
 
 from __future__ import annotations
@@ -40,15 +45,17 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Trains one model, on the device where its weights are, over ``iterations`` steps.
 
-    A step waits for nothing on a GPU, so that the queue stays full: neither the loss nor a norm is read, and rate and
-    decay go with the kernels. The rate is a closed form of the step, not the product of its past: a checkpoint can go
-    on under another number of iterations.
+    A step waits for nothing on a GPU, so that the queue stays full: neither the loss nor a norm is
+    read, and rate and decay go with the kernels. The rate is a closed form of the step, not the
+    product of its past: a checkpoint can go on under another number of iterations.
 
-    micro_batch: images of this rank in one forward and backward pass; None: its whole part of a batch. Running out of
-    memory halves it for good.
+    micro_batch: images of this rank in one forward and backward pass; None: its whole part of a
+    batch. Running out of memory halves it for good.
     """
 
-    def __init__(self, model: nn.Module, config: Learner, *, iterations: int, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, model: nn.Module, config: Learner, *, iterations: int, ranks: Ranks = ALONE
+    ) -> None:
         self.config, self.iterations, self.ranks = config, iterations, ranks
         self.device = next(model.parameters()).device
         self.step_count = 0
@@ -64,19 +71,31 @@ class Trainer:
         decayed = [p for p in self.parameters if p.ndim > 1]
         plain = [p for p in self.parameters if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
             lr=config.lr,
             fused=True,
         )
         self.bf16 = in_bf16(config.precision, self.device)
         self._classifiers = {
-            which: in_precision(self.weights(which), config.precision, self.device) for which in ("ema", "raw")
+            which: in_precision(self.weights(which), config.precision, self.device)
+            for which in ("ema", "raw")
         }
-        self.gradients = Gradients(self.parameters) if ranks.alone else GradientBuckets(self.parameters, ranks)
+        self.gradients = (
+            Gradients(self.parameters) if ranks.alone else GradientBuckets(self.parameters, ranks)
+        )
         self._norms = [] if ranks.alone else shared_norms(model)
         self._fits = not self._norms
-        self._loss = torch.compile(self._forward) if config.compile_learner is True else self._forward
-        self._pays = WhenItPays() if config.compile_learner == "auto" and self.device.type == "cuda" else None
+        self._loss = (
+            torch.compile(self._forward) if config.compile_learner is True else self._forward
+        )
+        self._pays = (
+            WhenItPays()
+            if config.compile_learner == "auto" and self.device.type == "cuda"
+            else None
+        )
 
     @property
     def cooling(self) -> bool:
@@ -95,11 +114,15 @@ class Trainer:
     def rate(self) -> float:
         """The learning rate of the next step."""
         config = self.config
-        return config.lr * wsd(self.step_count, total=self.iterations, warmup=config.warmup, cooldown=config.cooldown)
+        return config.lr * wsd(
+            self.step_count, total=self.iterations, warmup=config.warmup, cooldown=config.cooldown
+        )
 
     @property
     def ema_decay(self) -> float:
-        """The decay of the next step. It rises to its value, so that the average soon forgets the initial weights."""
+        """The decay of the next step. It rises to its value, so that the average soon forgets the
+        initial weights.
+        """
         return min(self.config.ema_decay, (1 + self.step_count) / (10 + self.step_count))
 
     def weights(self, which: str) -> nn.Module:
@@ -111,9 +134,11 @@ class Trainer:
         return self._classifiers[which]
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimiser step on images (B, C, H, W) and labels (B,) or (B, K) probabilities; returns the 0-d loss.
+        """One optimiser step on images (B, C, H, W) and labels (B,) or (B, K) probabilities;
+        returns the 0-d loss.
 
-        Of several ranks, all take a step together, each on its part of the batch, whose loss it returns.
+        Of several ranks, all take a step together, each on its part of the batch, whose loss it
+        returns.
 
         Raises ``torch.OutOfMemoryError`` where a single image does not fit.
         """
@@ -130,10 +155,12 @@ class Trainer:
         return loss
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Leaves the mean gradients of the whole batch in the parameters; returns the loss of this rank's part.
+        """Leaves the mean gradients of the whole batch in the parameters; returns the loss of this
+        rank's part.
 
-        Where memory runs out, the same batch begins anew in micro-batches of half the size, from the same random state.
-        The running statistics of batch norms have then seen some of it twice; nothing else has changed.
+        Where memory runs out, the same batch begins anew in micro-batches of half the size, from
+        the same random state. The running statistics of batch norms have then seen some of it
+        twice; nothing else has changed.
         """
         if not self._fits:
             self._try_alone(images, labels)
@@ -151,13 +178,18 @@ class Trainer:
         return loss
 
     def _attempt(self, gradients: Gradients, images: Tensor, labels: Tensor) -> Tensor | None:
-        """``_accumulate``; None where it has to begin anew: in smaller micro-batches, or not compiled."""
+        """``_accumulate``; None where it has to begin anew: in smaller micro-batches, or not
+        compiled.
+        """
         try:
             loss, failure = attempt(partial(self._accumulate, gradients, images, labels))
         except torch._dynamo.exc.TorchDynamoException as error:
             if self.config.compile_learner is True:
                 raise
-            log.warning("the learner's step does not compile and goes on without: %s", str(error).splitlines()[0])
+            log.warning(
+                "the learner's step does not compile and goes on without: %s",
+                str(error).splitlines()[0],
+            )
             self._loss = self._forward
             return None
         if failure is not None:
@@ -165,7 +197,9 @@ class Trainer:
         return loss
 
     def _accumulate(self, gradients: Gradients, images: Tensor, labels: Tensor) -> Tensor:
-        """Adds up the gradients of all micro-batches; the last one's go to the other ranks as they come."""
+        """Adds up the gradients of all micro-batches; the last one's go to the other ranks as they
+        come.
+        """
         size = self._size(len(images))
         parts = list(zip(images.split(size), labels.split(size), strict=True))
         losses = []
@@ -177,7 +211,9 @@ class Trainer:
         return torch.stack(losses).sum()
 
     def _size(self, count: int) -> int:
-        """Images of a micro-batch out of ``count``: even parts, none of them larger than ``micro_batch``."""
+        """Images of a micro-batch out of ``count``: even parts, none of them larger than
+        ``micro_batch``.
+        """
         return count if self.micro_batch is None else -(-count // -(-count // self.micro_batch))
 
     def _halve(self, count: int, failure: BaseException) -> None:
@@ -186,14 +222,19 @@ class Trainer:
             raise failure
         if self._norms and self._fits:
             raise RecipeError(
-                f"micro_batch = {size}: a step ran out of memory while other ranks waited for its batch norms; "
+                f"micro_batch = {size}: a step ran out of memory while other ranks waited for its "
+                "batch norms; "
                 f"expected at most {size // 2}, also with --resume"
             ) from failure
         self.micro_batch = size // 2
-        log.warning("out of memory in a training step: going on with micro-batches of %d", self.micro_batch)
+        log.warning(
+            "out of memory in a training step: going on with micro-batches of %d", self.micro_batch
+        )
 
     def _try_alone(self, images: Tensor, labels: Tensor) -> None:
-        """Finds a micro-batch that fits all ranks, before one that fails leaves the others waiting in a batch norm."""
+        """Finds a micro-batch that fits all ranks, before one that fails leaves the others waiting
+        in a batch norm.
+        """
         random = self._random()
         with alone(self._norms):
             self._until_it_fits(Gradients(self.parameters), images, labels)
@@ -217,9 +258,11 @@ class Trainer:
             torch.cuda.set_rng_state(states[1], self.device)
 
     def release(self) -> None:
-        """Gives back the memory of what a step leaves behind and the next one makes again: the gradients.
+        """Gives back the memory of what a step leaves behind and the next one makes again: the
+        gradients.
 
-        What fits beside others may differ afterwards: ranks that share batch norms try their micro-batches once more.
+        What fits beside others may differ afterwards: ranks that share batch norms try their
+        micro-batches once more.
         """
         self.gradients.release()
         self._fits = not self._norms
@@ -243,7 +286,11 @@ class Trainer:
             torch.cuda.set_rng_state(tensors["device_rng"], self.device)
         for name, module in (("model", self.model), ("ema", self.ema.module)):
             module.load_state_dict(
-                {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
+                {
+                    k.removeprefix(f"{name}/"): v
+                    for k, v in tensors.items()
+                    if k.startswith(f"{name}/")
+                }
             )
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         slots: dict[int, dict[str, Tensor]] = {}
@@ -255,5 +302,11 @@ class Trainer:
 
 
 def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """A moment in the memory layout of its parameter: fused kernels walk through both in the order of the memory."""
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape and value.dim() else value
+    """A moment in the memory layout of its parameter: fused kernels walk through both in the order
+    of the memory.
+    """
+    return (
+        torch.empty_like(parameter).copy_(value)
+        if value.shape == parameter.shape and value.dim()
+        else value
+    )

@@ -1,4 +1,6 @@
-"""Triton where it is installed; elsewhere stand-ins that let the kernels be defined, though never launched."""
+"""Triton where it is installed; elsewhere stand-ins that let the kernels be defined, though never
+launched.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""What the Triton kernels become on a GPU, read from their machine code; needs Triton's Linux wheel and no GPU.
+"""What the Triton kernels become on a GPU, read from their machine code; needs Triton's Linux wheel
+and no GPU.
 
-Each variant is compiled for A100 (sm_80), H100 (sm_90) and B200 (sm_100) and disassembled with the tools in that wheel.
-`problems` lists what breaks a promise: a spill or local memory, an occupancy under one half, and payload that does not
-move exactly once in accesses of 16 bytes, or the widest that the alignment of a row permits.
+Each variant is compiled for A100 (sm_80), H100 (sm_90) and B200 (sm_100) and disassembled with the
+tools in that wheel.
+`problems` lists what breaks a promise: a spill or local memory, an occupancy under one half, and
+payload that does not move exactly once in accesses of 16 bytes, or the widest that the alignment of
+a row permits.
 """
 
 from __future__ import annotations
@@ -32,9 +35,10 @@ WIDE = 16
 class Variant:
     """A kernel with the types and constants of one use.
 
-    `arguments` maps a parameter to a type ("*fp32", "i32", "i64:16" for a multiple of 16) or a constant; one left out
-    is None. `reads` and `writes` are the payload bytes of a program by the operation's formula, in accesses of `width`
-    bytes. `scalars` bounds the narrow loads of a thread: coefficients, indices, ids.
+    `arguments` maps a parameter to a type ("*fp32", "i32", "i64:16" for a multiple of 16) or a
+    constant; one left out is None. `reads` and `writes` are the payload bytes of a program by the
+    operation's formula, in accesses of `width` bytes. `scalars` bounds the narrow loads of a
+    thread: coefficients, indices, ids.
     """
 
     name: str
@@ -72,19 +76,31 @@ def _binary(tool: str) -> Path:
 
 def missing() -> str | None:
     """Why nothing can be audited here, or None."""
-    if not dispatch.has_triton() or not all(_binary(tool).is_file() for tool in ("ptxas", "cuobjdump", "nvdisasm")):
-        return "the audit needs the compiler and the disassembler of Triton's Linux wheel: pip install triton"
+    if not dispatch.has_triton() or not all(
+        _binary(tool).is_file() for tool in ("ptxas", "cuobjdump", "nvdisasm")
+    ):
+        return (
+            "the audit needs the compiler and the disassembler of Triton's Linux wheel: pip "
+            "install triton"
+        )
     if dispatch.INTERPRETED:
-        return "the audit compiles the kernels, which TRITON_INTERPRET=1 replaces by its interpreter: unset it"
+        return (
+            "the audit compiles the kernels, which TRITON_INTERPRET=1 replaces by its "
+            "interpreter: unset it"
+        )
     return None
 
 
 def _toolchain(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(_binary(tool)), *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [str(_binary(tool)), *arguments], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) -> float:
-    """Resident warps over the most that a multiprocessor holds; registers come in units of 256 a warp."""
+    """Resident warps over the most that a multiprocessor holds; registers come in units of 256 a
+    warp.
+    """
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // per_warp // warps
     by_shared = SHARED_BYTES[capability] // (shared_bytes + 1024)  # the system keeps 1 KiB a block
@@ -92,20 +108,26 @@ def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) ->
 
 
 def inspect(variant: Variant, capability: int) -> Report:
-    """Compiles one variant for `capability` (80, 90 or 100) and reads its resources and accesses."""
+    """Compiles one variant for `capability` (80, 90 or 100) and reads its resources and
+    accesses.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
     arguments = {name: variant.arguments.get(name) for name in names}
-    types = {n: v.split(":")[0] if isinstance(v, str) else "constexpr" for n, v in arguments.items()}
+    types = {
+        n: v.split(":")[0] if isinstance(v, str) else "constexpr" for n, v in arguments.items()
+    }
     constants = {(names.index(n),): v for n, v in arguments.items() if not isinstance(v, str)}
     divisible = [
-        (isinstance(value, str) and value.startswith("*")) or str(value).endswith(":16") for value in arguments.values()
+        (isinstance(value, str) and value.startswith("*")) or str(value).endswith(":16")
+        for value in arguments.values()
     ]
     aligned = {(i,): [["tt.divisibility", 16]] for i, by_16 in enumerate(divisible) if by_16}
     source = ASTSource(fn=variant.kernel, signature=types, constexprs=constants, attrs=aligned)
-    # Contraction to fused multiply-adds is the launchers' default; Triton's own depends on its version.
+    # Contraction to fused multiply-adds is the launchers' default; Triton's own depends on its
+    # version.
     options = {"num_warps": variant.warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +135,9 @@ def inspect(variant: Variant, capability: int) -> Report:
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _toolchain("cuobjdump", "--dump-resource-usage", str(cubin))
         assembly = _toolchain("nvdisasm", "-c", str(cubin))
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    numbers = {
+        key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)
+    }
     spills = re.search(r"\b(?:LDL|STL)\b", assembly)
     shared = compiled.metadata.shared
     return Report(
@@ -134,7 +158,13 @@ def _widths(instruction: str, assembly: str) -> Counter[int]:
     for suffixes in re.findall(rf"\b{instruction}((?:\.\w+)*)", assembly):
         parts = suffixes.split(".")
         bits = next((int(part) for part in parts if part in ("64", "128", "256")), None)
-        narrow = 1 if parts[-1] in ("U8", "S8") or "U8" in parts else 2 if "U16" in parts or "S16" in parts else 4
+        narrow = (
+            1
+            if parts[-1] in ("U8", "S8") or "U8" in parts
+            else 2
+            if "U16" in parts or "S16" in parts
+            else 4
+        )
         widths[bits // 8 if bits else narrow] += 1
     return widths
 
@@ -146,7 +176,10 @@ def problems(report: Report) -> list[str]:
         found.append(f"{report.local_bytes} bytes of local memory (spills)")
     if report.occupancy < 0.5:
         found.append(f"occupancy {report.occupancy:.0%} with {report.registers} registers a thread")
-    for word, accesses, expected in (("reads", report.loads, variant.reads), ("writes", report.stores, variant.writes)):
+    for word, accesses, expected in (
+        ("reads", report.loads, variant.reads),
+        ("writes", report.stores, variant.writes),
+    ):
         if report.payload(accesses) != expected:
             moved = f"{report.payload(accesses)} bytes in accesses of {variant.width}"
             found.append(f"{word} {moved}, the formula has {expected}")
@@ -189,18 +222,35 @@ def _entropy(classes: int, dtype: str, gradient: bool = True) -> Variant:
 
 def guided_variant(name: str, elements: int, dtype: str = "fp32", **changes: Any) -> Variant:
     size = 4 if dtype == "fp32" else 2
-    chunks, block, warps = guided.settings(elements, size, changes.get("LIMIT") == 2, "ids" in changes)
+    chunks, block, warps = guided.settings(
+        elements, size, changes.get("LIMIT") == 2, "ids" in changes
+    )
     parts = -(-elements // (chunks * block))
     arguments = {
         **dict.fromkeys(("x", "pred_cond", "pred_uncond", "grad", "out"), f"*{dtype}"),
-        **{"table": "*fp32", "steps": "i32", "step": "*i64", "cfg_scale": "*fp32", "omega": "*fp32"},
+        **{
+            "table": "*fp32",
+            "steps": "i32",
+            "step": "*i64",
+            "cfg_scale": "*fp32",
+            "omega": "*fp32",
+        },
         **{"partials": "*fp32" if parts > 1 else None, "bound": "fp32", "below": "i32"},
-        **{"fraction": "fp32", "maximum": "fp32", "ELEMENTS": elements, "STEP_AT": True, "SEED_AT": True},
+        **{
+            "fraction": "fp32",
+            "maximum": "fp32",
+            "ELEMENTS": elements,
+            "STEP_AT": True,
+            "SEED_AT": True,
+        },
         **{"CFG_STRIDE": 0, "OMEGA_STRIDE": 0, "RELATIVE": True, "PREDICTION": 1, "LIMIT": 0},
         **{"PARTS": next_power(parts), "CHUNKS": chunks, "BLOCK": block, "seed": "*i64", **changes},
     }
     payload = chunks * block * size
-    inputs = sum(arguments.get(name) is not None for name in ("x", "pred_cond", "pred_uncond", "grad", "x0_prev"))
+    inputs = sum(
+        arguments.get(name) is not None
+        for name in ("x", "pred_cond", "pred_uncond", "grad", "x0_prev")
+    )
     outputs = sum(arguments.get(name) is not None for name in ("out", "x0_out"))
     return Variant(
         name=f"guided_step, {name}, n = {elements}, {dtype}",
@@ -219,13 +269,34 @@ def _gather(name: str, dtype: str, channels_last: bool, flip: bool) -> Variant:
     count, access = 3 if channels_last else 1, WIDE * 32 * gather.WARPS
 
     def whole(size: int) -> int:
-        """With the lanes that three planes in a tile of four leave idle: rounded up to an access of all threads."""
+        """With the lanes that three planes in a tile of four leave idle: rounded up to an access of
+        all threads.
+        """
         return -(-size // access) * access
 
     arguments = {
-        **{"store": "*u8", "indices": "*i64", "flip": "*u8" if flip else None, "scale": "*fp32", "bias": "*fp32"},
-        **{"out": f"*{dtype}", "rows": "i64", "row_stride": "i64:16", "CHANNELS": 3, "HEIGHT": 64, "WIDTH": 64},
-        **{"CHANNELS_LAST": channels_last, "FLIP": flip, "GROUP": group, "PLANES": planes, "PIXELS": pixels},
+        **{
+            "store": "*u8",
+            "indices": "*i64",
+            "flip": "*u8" if flip else None,
+            "scale": "*fp32",
+            "bias": "*fp32",
+        },
+        **{
+            "out": f"*{dtype}",
+            "rows": "i64",
+            "row_stride": "i64:16",
+            "CHANNELS": 3,
+            "HEIGHT": 64,
+            "WIDTH": 64,
+        },
+        **{
+            "CHANNELS_LAST": channels_last,
+            "FLIP": flip,
+            "GROUP": group,
+            "PLANES": planes,
+            "PIXELS": pixels,
+        },
     }
     return Variant(
         name=f"gather, {name}, {dtype}",
@@ -240,7 +311,13 @@ def _gather(name: str, dtype: str, channels_last: bool, flip: bool) -> Variant:
 
 def variants() -> list[Variant]:
     """The uses that the audit promises something about."""
-    noise_arguments = {"ids": "*i64", "out": "*fp32", "seed": "*i64", "stream": "*i64", "ELEMENTS": 16384}
+    noise_arguments = {
+        "ids": "*i64",
+        "out": "*fp32",
+        "seed": "*i64",
+        "stream": "*i64",
+        "ELEMENTS": 16384,
+    }
     noise_arguments |= {"SEED_AT": True, "STREAM_AT": True, "WORDS": False, "BLOCK": noise.BLOCK}
     every = {"x0_prev": "*fp32", "x0_out": "*fp32", "ids": "*i64", "skipped": "*i64"}
     return [
@@ -256,22 +333,41 @@ def variants() -> list[Variant]:
         guided_variant("CFG, relative, noise", 16384, ids="*i64"),
         guided_variant("every term", 16384, **every),
         guided_variant("every term, clip", 16384, LIMIT=1, **every),
-        *(guided_variant("dynamic threshold, every term", elements, LIMIT=2, **every) for elements in (8192, 16384)),
+        *(
+            guided_variant("dynamic threshold, every term", elements, LIMIT=2, **every)
+            for elements in (8192, 16384)
+        ),
         guided_variant("dynamic threshold", 16384, LIMIT=2),
         # A step of 4 bytes, because one of 8 would count as payload here.
         guided_variant("dynamic threshold", 16384, "bf16", LIMIT=2, step="*i32"),
-        guided_variant("dynamic threshold, score, epsilon", 16384, LIMIT=2, RELATIVE=False, PREDICTION=0, **every),
-        # A dynamic threshold of longer samples: x0 alone, then torch.topk, then the step with the bounds.
+        guided_variant(
+            "dynamic threshold, score, epsilon",
+            16384,
+            LIMIT=2,
+            RELATIVE=False,
+            PREDICTION=0,
+            **every,
+        ),
+        # A dynamic threshold of longer samples: x0 alone, then torch.topk, then the step with the
+        # bounds.
         Variant(
             name="guided_step, norms, n = 65536, fp32",
             kernel=guided.norms_kernel,
-            arguments={"x": "*fp32", "grad": "*fp32", "partials": "*fp32", "ELEMENTS": 65536, "BLOCK": guided.SPLIT},
+            arguments={
+                "x": "*fp32",
+                "grad": "*fp32",
+                "partials": "*fp32",
+                "ELEMENTS": 65536,
+                "BLOCK": guided.SPLIT,
+            },
             warps=guided.settings(65536, 4)[2],
             reads=2 * 4 * guided.SPLIT,
             writes=0,
         ),
         guided_variant("dynamic threshold, first pass", 65536, out=None, x0_out="*fp32"),
-        guided_variant("dynamic threshold, second pass, every term", 65536, LIMIT=3, **every, bound="*fp32"),
+        guided_variant(
+            "dynamic threshold, second pass, every term", 65536, LIMIT=3, **every, bound="*fp32"
+        ),
         Variant(
             name="normal",
             kernel=noise.normal_kernel,
@@ -288,13 +384,21 @@ def variants() -> list[Variant]:
     ]
 
 
-def audit(chosen: Iterable[Variant] | None = None, capabilities: Sequence[int] = CAPABILITIES) -> list[Report]:
+def audit(
+    chosen: Iterable[Variant] | None = None, capabilities: Sequence[int] = CAPABILITIES
+) -> list[Report]:
     """Reports for `chosen` variants, all by default, on each of `capabilities`."""
-    return [inspect(variant, capability) for variant in chosen or variants() for capability in capabilities]
+    return [
+        inspect(variant, capability)
+        for variant in chosen or variants()
+        for capability in capabilities
+    ]
 
 
 def record(report: Report) -> dict[str, Any]:
-    """One report as a JSON object; `loads` and `stores` map a width in bytes to a thread's instructions."""
+    """One report as a JSON object; `loads` and `stores` map a width in bytes to a thread's
+    instructions.
+    """
     variant = report.variant
     return {
         "kernel": variant.name,
@@ -313,16 +417,21 @@ def record(report: Report) -> dict[str, Any]:
 def table(reports: Iterable[Report]) -> str:
     """The reports as a Markdown table."""
     lines = [
-        "| kernel | GPU | registers | local bytes | shared bytes | occupancy | loads | stores | promises |",
+        "| kernel | GPU | registers | local bytes | shared bytes | occupancy | loads | stores | "
+        "promises |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         loads, stores = (
-            " + ".join(f"{count} x {width} B" for width, count in sorted(accesses.items(), reverse=True)) or "-"
+            " + ".join(
+                f"{count} x {width} B" for width, count in sorted(accesses.items(), reverse=True)
+            )
+            or "-"
             for accesses in (report.loads, report.stores)
         )
         lines.append(
-            f"| {report.variant.name} | sm_{report.capability} | {report.registers} | {report.local_bytes} | "
+            f"| {report.variant.name} | sm_{report.capability} | {report.registers} | "
+            f"{report.local_bytes} | "
             f"{report.shared_bytes} | {report.occupancy:.0%} | {loads} | {stores} | "
             f"{'; '.join(problems(report)) or 'kept'} |"
         )

@@ -1,4 +1,6 @@
-"""Checks of arguments, shared by the operations: each error names the argument, its shape and what is expected."""
+"""Checks of arguments, shared by the operations: each error names the argument, its shape and what
+is expected.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,21 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> Tensor:
+def tensor(
+    name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
+) -> Tensor:
     """`value` as a tensor of one of `dtypes`, on `device` where one is given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be {expected}, got {value.dtype} of shape {tuple(value.shape)}")
+        raise TypeError(
+            f"{name} must be {expected}, got {value.dtype} of shape {tuple(value.shape)}"
+        )
     if device is not None and value.device != device:
-        raise ValueError(f"{name} of shape {tuple(value.shape)} is on {value.device}, expected {device}")
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} is on {value.device}, expected {device}"
+        )
     return value
 
 
@@ -37,31 +45,47 @@ def target(
 ) -> Tensor:
     """A tensor to write into, in contiguous or channels_last memory."""
     out = shaped(name, tensor(name, value, (dtype,), device), shape)
-    if not out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format):
+    if not out.is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    ):
         layout = "channels_last" if channels_last else "contiguous"
-        raise ValueError(f"{name} of shape {tuple(out.shape)} has strides {out.stride()}, expected {layout} memory")
+        raise ValueError(
+            f"{name} of shape {tuple(out.shape)} has strides {out.stride()}, expected {layout} "
+            "memory"
+        )
     return out
 
 
-def per_sample(name: str, value: float | Tensor, batch: int, device: torch.device) -> float | Tensor:
-    """A scalar, or a floating tensor of shape () or (batch,) on `device`; tensors come back as fp32."""
+def per_sample(
+    name: str, value: float | Tensor, batch: int, device: torch.device
+) -> float | Tensor:
+    """A scalar, or a floating tensor of shape () or (batch,) on `device`; tensors come back as
+    fp32.
+    """
     if isinstance(value, Tensor):
         tensor(name, value, (*FLOATS, torch.float64), device)
         if value.shape not in (torch.Size(()), torch.Size((batch,))):
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected () or ({batch},)")
         return value.float()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor of shape () or ({batch},), got {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be a number or a tensor of shape () or ({batch},), got "
+            f"{type(value).__name__}"
+        )
     return float(value)
 
 
 def integer(name: str, value: int | Tensor, device: torch.device) -> int | Tensor:
-    """A Python integer, or an int64 or int32 tensor of shape () or (1,) on `device`, which comes back 0-d."""
+    """A Python integer, or an int64 or int32 tensor of shape () or (1,) on `device`, which comes
+    back 0-d.
+    """
     if isinstance(value, Tensor):
         tensor(name, value, (torch.int64, torch.int32), device)
         if value.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected ()")
         return value.reshape(())
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer or a 0-d integer tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be an integer or a 0-d integer tensor, got {type(value).__name__}"
+        )
     return value

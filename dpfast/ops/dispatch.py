@@ -1,8 +1,8 @@
 """The one rule that chooses the kernels of an operation.
 
-CUDA runs Triton, a CPU runs the native extension `dpfast._native`, or the PyTorch reference with one warning where the
-extension was not built. `DPFAST_BACKEND=triton|native|reference` forces a backend, and `TRITON_INTERPRET=1` lets the
-Triton kernels run on CPU tensors.
+CUDA runs Triton, a CPU runs the native extension `dpfast._native`, or the PyTorch reference with
+one warning where the extension was not built. `DPFAST_BACKEND=triton|native|reference` forces a
+backend, and `TRITON_INTERPRET=1` lets the Triton kernels run on CPU tensors.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from torch import Tensor
 Backend = Literal["triton", "native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "native", "reference")
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/simd.hpp
-FORCED = os.environ.get("DPFAST_BACKEND", "")  # read once: a lookup a call would cost a tenth of a small operation
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once too, where a kernel is defined
+FORCED = os.environ.get(
+    "DPFAST_BACKEND", ""
+)  # read once: a lookup a call would cost a tenth of a small operation
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # Triton reads it once too, where a kernel is defined
 OPERATIONS = ("entropy", "guided_step", "noise", "gather")
 
 
@@ -33,7 +37,8 @@ def native() -> ModuleType | None:
         return importlib.import_module("dpfast._native")
     except ImportError as error:
         warnings.warn(
-            f"dpfast's native CPU kernels are not available ({error}); the slower PyTorch reference runs instead. "
+            f"dpfast's native CPU kernels are not available ({error}); the slower PyTorch "
+            "reference runs instead. "
             "Reinstall dpfast where a C++17 compiler is present to build them.",
             RuntimeWarning,
             stacklevel=2,
@@ -55,9 +60,11 @@ def has_triton() -> bool:
 
 
 def backend_of(operation: str, device: torch.device | str) -> Backend:
-    """The backend that `operation` ("entropy", "guided_step", "noise" or "gather") uses for tensors on `device`.
+    """The backend that `operation` ("entropy", "guided_step", "noise" or "gather") uses for tensors
+    on `device`.
 
-    Raises `ValueError` for an unknown operation or `DPFAST_BACKEND`, `RuntimeError` where a forced backend cannot run.
+    Raises `ValueError` for an unknown operation or `DPFAST_BACKEND`, `RuntimeError` where a forced
+    backend cannot run.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
@@ -75,10 +82,13 @@ def _choose(device: torch.device, forced: str) -> Backend:
     runs_triton = has_triton() and (kind == "cuda" or (kind == "cpu" and INTERPRETED))
     if forced == "triton" and not runs_triton:
         raise RuntimeError(
-            f"DPFAST_BACKEND=triton needs Triton and CUDA tensors or TRITON_INTERPRET=1, got {kind} tensors"
+            "DPFAST_BACKEND=triton needs Triton and CUDA tensors or TRITON_INTERPRET=1, got "
+            f"{kind} tensors"
         )
     if forced == "native" and (kind != "cpu" or native() is None):
-        raise RuntimeError(f"DPFAST_BACKEND=native needs CPU tensors and the built extension, got {kind} tensors")
+        raise RuntimeError(
+            f"DPFAST_BACKEND=native needs CPU tensors and the built extension, got {kind} tensors"
+        )
     if forced not in ("", *BACKENDS):
         raise ValueError(f"DPFAST_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}")
     if forced:
@@ -89,9 +99,11 @@ def _choose(device: torch.device, forced: str) -> Backend:
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through the registered torch operation, because something looks at the tensors' graph.
+    """Whether a call must go through the registered torch operation, because something looks at the
+    tensors' graph.
 
-    Otherwise the kernel is called directly: the registered operation costs tens of microseconds a call.
+    Otherwise the kernel is called directly: the registered operation costs tens of microseconds a
+    call.
     """
     if (
         torch.compiler.is_compiling()
@@ -100,7 +112,9 @@ def traced(*tensors: Tensor | None) -> bool:
     ):
         return True
     if torch.is_grad_enabled():
-        for tensor in tensors:  # a loop, because a generator costs a small operation more than its arithmetic
+        for tensor in (
+            tensors
+        ):  # a loop, because a generator costs a small operation more than its arithmetic
             if tensor is not None and tensor.requires_grad:
                 return True
     return False

@@ -2,8 +2,8 @@
 
     p = softmax(z / T),   H_b = -sum_k p_k log p_k  (nats),   dH/dz_k = -p_k (log p_k + H_b) / T
 
-One read and one write of the logits: B K (b_in + b_out) + 4 B bytes. A logit of -inf has p = 0 and gradient 0; a
-row with a NaN, a +inf or no finite logit at all yields NaN, in that row only.
+One read and one write of the logits: B K (b_in + b_out) + 4 B bytes. A logit of -inf has p = 0 and
+gradient 0; a row with a NaN, a +inf or no finite logit at all yields NaN, in that row only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def _gradient_like(logits: Tensor) -> Tensor:
 
 
 def _run(logits: Tensor, temperature: float, dlogits: Tensor | None) -> Tensor:
-    """The entropy, by the backend of the device; the gradient goes to `dlogits`, contiguous, where one is given."""
+    """The entropy, by the backend of the device; the gradient goes to `dlogits`, contiguous, where
+    one is given.
+    """
     backend = dispatch.backend_for(logits.device)
     if backend == "reference":
         values, gradient = reference(logits, temperature)
@@ -66,7 +68,9 @@ def _operation(logits: Tensor, temperature: float, gradient: bool) -> tuple[Tens
 @_operation.register_fake
 def _(logits: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, Tensor]:
     rows, classes = logits.shape
-    return logits.new_empty(rows, dtype=torch.float32), logits.new_empty((rows, classes) if gradient else 0)
+    return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(
+        (rows, classes) if gradient else 0
+    )
 
 
 @_operation.register_vmap
@@ -81,7 +85,9 @@ def _(
 
 
 class _Differentiable(torch.autograd.Function):
-    """The registered operation with its derivative; a registered derivative would not work inside torch.func."""
+    """The registered operation with its derivative; a registered derivative would not work inside
+    torch.func.
+    """
 
     generate_vmap_rule = True
 
@@ -90,7 +96,9 @@ class _Differentiable(torch.autograd.Function):
         return _operation(logits, temperature, gradient)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, float, bool], output: tuple[Tensor, Tensor]
+    ) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1] if inputs[2] else inputs[0])
         ctx.temperature, ctx.has_gradient = inputs[1:]
@@ -99,7 +107,9 @@ class _Differentiable(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (saved,) = ctx.saved_tensors
-        dlogits = saved if ctx.has_gradient else _Differentiable.apply(saved, ctx.temperature, True)[1]
+        dlogits = (
+            saved if ctx.has_gradient else _Differentiable.apply(saved, ctx.temperature, True)[1]
+        )
         return grads[0].unsqueeze(1).to(dlogits.dtype) * dlogits, None, None
 
 
@@ -114,23 +124,27 @@ def _check_arguments(logits: Tensor, temperature: float) -> float:
     return float(temperature)
 
 
-def entropy_and_grad(logits: Tensor, *, temperature: float = 1.0, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def entropy_and_grad(
+    logits: Tensor, *, temperature: float = 1.0, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Entropy in nats of softmax(logits / temperature) and its gradient with respect to the logits.
 
     Args:
         logits: (B, K) fp32, fp16 or bf16; rows may be strided, -inf marks an impossible class.
         temperature: positive divisor of the logits.
-        out: where to write the gradient, contiguous and otherwise like the logits; may be the logits themselves.
+        out: where to write the gradient, contiguous and otherwise like the logits; may be the
+        logits themselves.
 
     Returns:
-        H (B,) fp32 and dH/dlogits (B, K) in the logits' dtype, `out` if given. H is differentiable once, dH/dlogits is
-        not; asking for more raises RuntimeError.
+        H (B,) fp32 and dH/dlogits (B, K) in the logits' dtype, `out` if given. H is differentiable
+        once, dH/dlogits is not; asking for more raises RuntimeError.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape or device, an `out` that is not contiguous, or a
-        temperature that is not finite and positive.
+        TypeError: wrong type or dtype. ValueError: wrong shape or device, an `out` that is not
+        contiguous, or a temperature that is not finite and positive.
 
-    Source: the guidance criterion of "Improving the Scaling Laws of Synthetic Data with Deliberate Practice" (2025).
+    Source: the guidance criterion of "Improving the Scaling Laws of Synthetic Data with Deliberate
+    Practice" (2025).
     """
     temperature = _check_arguments(logits, temperature)
     if out is not None:
@@ -143,7 +157,9 @@ def entropy_and_grad(logits: Tensor, *, temperature: float = 1.0, out: Tensor | 
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature): the first output of `entropy_and_grad` alone, (B,) fp32."""
+    """Entropy in nats of softmax(logits / temperature): the first output of `entropy_and_grad`
+    alone, (B,) fp32.
+    """
     temperature = _check_arguments(logits, temperature)
     if dispatch.traced(logits):
         return _Differentiable.apply(logits, temperature, False)[0]

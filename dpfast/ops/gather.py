@@ -1,6 +1,8 @@
-"""A batch out of a store of uint8 images: chosen rows, optionally mirrored, normalised, in one pass.
+"""A batch out of a store of uint8 images: chosen rows, optionally mirrored, normalised, in one
+pass.
 
-    batch[i, c, h, w] = (store[indices[i], c, h, w'] / 255 - mean[c]) / std[c],   w' = W - 1 - w where flip[i], else w
+    batch[i, c, h, w] = (store[indices[i], c, h, w'] / 255 - mean[c]) / std[c]
+    w' = W - 1 - w where flip[i], else w
 
 Bytes: B C H W (1 + b_out) + 8 B.
 """
@@ -20,7 +22,10 @@ from dpfast.ops.reference.gather import Request, reference
 
 def _native(request: Request, out: Tensor) -> None:
     store = request.store
-    indices, flip = request.indices.contiguous(), None if request.flip is None else request.flip.contiguous()
+    indices, flip = (
+        request.indices.contiguous(),
+        None if request.flip is None else request.flip.contiguous(),
+    )
     inside = dispatch.native_module().gather(
         store.data_ptr(),
         store.shape[0],
@@ -37,7 +42,10 @@ def _native(request: Request, out: Tensor) -> None:
         torch.get_num_threads(),
     )
     if not inside:
-        raise IndexError(f"indices of shape {tuple(indices.shape)} must lie in [0, {store.shape[0]}), the store's rows")
+        raise IndexError(
+            f"indices of shape {tuple(indices.shape)} must lie in [0, {store.shape[0]}), the "
+            "store's rows"
+        )
 
 
 def _empty(request: Request, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -88,11 +96,16 @@ def _(
 
 
 def constants(
-    mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, channels: int, device: torch.device
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
+    channels: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The scale and bias of each channel, in fp32 after fp64 arithmetic: (C,) each."""
     if isinstance(mean, Tensor) or isinstance(std, Tensor) or dispatch.traced():
-        return _affine(_vector("mean", mean, channels, device), _vector("std", std, channels, device))
+        return _affine(
+            _vector("mean", mean, channels, device), _vector("std", std, channels, device)
+        )
     return _cached_constants(_numbers("mean", mean), _numbers("std", std), channels, device)
 
 
@@ -107,13 +120,17 @@ def _affine(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     return (1.0 / (255.0 * std)).float(), (-mean / std).float()
 
 
-def _vector(name: str, value: Sequence[float] | Tensor, channels: int, device: torch.device) -> Tensor:
+def _vector(
+    name: str, value: Sequence[float] | Tensor, channels: int, device: torch.device
+) -> Tensor:
     if isinstance(value, Tensor):
         check.tensor(name, value, (*check.FLOATS, torch.float64), device)
         return check.shaped(name, value, (channels,)).double()
     numbers = _numbers(name, value)
     if len(numbers) != channels:
-        raise ValueError(f"{name} has {len(numbers)} values, expected one for each of {channels} channels")
+        raise ValueError(
+            f"{name} has {len(numbers)} values, expected one for each of {channels} channels"
+        )
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
@@ -121,7 +138,9 @@ def _numbers(name: str, value: Sequence[float]) -> tuple[float, ...]:
     try:
         return tuple(float(number) for number in value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a sequence of numbers or a tensor, got {value!r}") from None
+        raise TypeError(
+            f"{name} must be a sequence of numbers or a tensor, got {value!r}"
+        ) from None
 
 
 def gather_batch(
@@ -141,7 +160,8 @@ def gather_batch(
         store: (N, C, H, W) uint8; each row contiguous.
         indices: (B,) int64 in [0, N).
         flip: (B,) bool, which rows to mirror left to right; None mirrors none.
-        mean, std: one number for each channel, for pixels in [0, 1]; a sequence or a (C,) tensor on the same device.
+        mean, std: one number for each channel, for pixels in [0, 1]; a sequence or a (C,) tensor on
+        the same device.
         dtype: fp32, fp16 or bf16 of the batch.
         channels_last: memory layout of the batch.
         out: where to write the batch, in its shape, dtype and layout.
@@ -150,8 +170,8 @@ def gather_batch(
         (B, C, H, W) of `dtype`, in channels_last or contiguous memory; `out` if given.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape or device. IndexError: an index outside the store, on a
-        CPU; on a GPU, where the host cannot look, such a row is NaN.
+        TypeError: wrong type or dtype. ValueError: wrong shape or device. IndexError: an index
+        outside the store, on a CPU; on a GPU, where the host cannot look, such a row is NaN.
     """
     check.tensor("store", store, (torch.uint8,))
     if store.dim() != 4:
@@ -160,13 +180,17 @@ def gather_batch(
     if indices.dim() != 1:
         raise ValueError(f"indices has shape {tuple(indices.shape)}, expected (B,)")
     if flip is not None:
-        check.shaped("flip", check.tensor("flip", flip, (torch.bool,), store.device), tuple(indices.shape))
+        check.shaped(
+            "flip", check.tensor("flip", flip, (torch.bool,), store.device), tuple(indices.shape)
+        )
     if dtype not in check.FLOATS:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     scale, bias = constants(mean, std, store.shape[1], store.device)
     request = Request(store, indices, flip, scale, bias)
     if out is not None:
-        check.target("out", out, dtype, (len(indices), *store.shape[1:]), store.device, channels_last)
+        check.target(
+            "out", out, dtype, (len(indices), *store.shape[1:]), store.device, channels_last
+        )
     if dispatch.traced():
         batch = _operation(*request, dtype, channels_last)
         return batch if out is None else out.copy_(batch)

@@ -1,21 +1,26 @@
-"""One step of a guided diffusion solver in one pass: CFG, guidance, the prediction of x0 and the update.
+"""One step of a guided diffusion solver in one pass: CFG, guidance, the prediction of x0 and the
+update.
 
-The solver is a table: a row (alpha, sigma, a, b, c, d) for each step, read on the device; x = alpha x0 + sigma eps.
+The solver is a table: a row (alpha, sigma, a, b, c, d) for each step, read on the device; x = alpha
+x0 + sigma eps.
 
     pred = pred_uncond + cfg_scale (pred_cond - pred_uncond)
     relative: x~ = x + omega |x| / (|g| + 1e-8) g        the norms are those of one sample
-    score:    eps <- eps - omega sigma g                 an ascent; x0 follows: x0 <- x0 + omega sigma^2 / alpha g
+    score:    eps <- eps - omega sigma g                 an ascent; x0 follows:
+                                                         x0 <- x0 + omega sigma^2 / alpha g
     x0, eps:  epsilon: x0 = (x~ - sigma pred) / alpha    eps = pred
               v:       x0 = alpha x~ - sigma pred        eps = sigma x~ + alpha pred
               sample:  x0 = pred                         eps = (x~ - alpha pred) / sigma
-              flow:    x0 = x~ - sigma pred              eps = x~ + alpha pred         (alpha = 1 - sigma)
+              flow:    x0 = x~ - sigma pred              eps = x~ + alpha pred (alpha = 1 - sigma)
     x_next = a clip(x0) + b eps + c x0_prev + d noise    eps is the one from before the clip
 
-A division by a coefficient that is zero contributes zero (flow matching starts at alpha = 0). A sample whose gradient
-has a squared norm that is not finite in fp32 takes its step unguided, and is counted. The noise of step t is
-`normal(sample_ids, ..., stream=t + 1)`; stream 0 is left to the first latent.
+A division by a coefficient that is zero contributes zero (flow matching starts at alpha = 0). A
+sample whose gradient has a squared norm that is not finite in fp32 takes its step unguided, and is
+counted. The noise of step t is `normal(sample_ids, ..., stream=t + 1)`; stream 0 is left to the
+first latent.
 
-Bytes for n elements of b bytes: 5 n b (read x, pred_cond, pred_uncond, grad, write x_next), n b more for x0_prev or x0.
+Bytes for n elements of b bytes: 5 n b (read x, pred_cond, pred_uncond, grad, write x_next), n b
+more for x0_prev or x0.
 """
 
 from __future__ import annotations
@@ -36,9 +41,11 @@ COLUMNS = 6
 
 
 class DynamicThreshold(NamedTuple):
-    """Imagen's dynamic threshold: clamp(x0, -s, s) / s, s = quantile(|x0|, ratio) of a sample within [1, maximum].
+    """Imagen's dynamic threshold: clamp(x0, -s, s) / s, s = quantile(|x0|, ratio) of a sample
+    within [1, maximum].
 
-    Source: Saharia et al., "Photorealistic text-to-image diffusion models with deep language understanding" (2022).
+    Source: Saharia et al., "Photorealistic text-to-image diffusion models with deep language
+    understanding" (2022).
     """
 
     ratio: float = 0.995
@@ -62,7 +69,10 @@ def _native(call: Call) -> None:
         for tensor in (call.out, call.x0_out)
     ]
     # These names keep the tensors alive until the kernel has read them.
-    table, ids = call.table.contiguous(), None if call.sample_ids is None else call.sample_ids.contiguous()
+    table, ids = (
+        call.table.contiguous(),
+        None if call.sample_ids is None else call.sample_ids.contiguous(),
+    )
     step, step_at = (0, call.step.long()) if isinstance(call.step, Tensor) else (call.step, None)
     seed, seed_at = (0, call.seed.long()) if isinstance(call.seed, Tensor) else (call.seed, None)
     cfg_scale, cfg_at, cfg_stride = _as_pointer(call.cfg_scale)
@@ -164,13 +174,21 @@ def _options(mode: str, prediction: str, clip: object) -> Options:
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     if prediction not in get_args(Prediction):
-        raise ValueError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}")
+        raise ValueError(
+            f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}"
+        )
     if clip is None:
         return Options(mode, prediction, math.inf, -1.0, 1.0)
-    if isinstance(clip, tuple) and len(clip) == 2 and all(isinstance(value, (int, float)) for value in clip):
+    if (
+        isinstance(clip, tuple)
+        and len(clip) == 2
+        and all(isinstance(value, (int, float)) for value in clip)
+    ):
         ratio, maximum = map(float, clip)
         if not (0 <= ratio <= 1 and maximum >= 1):
-            raise ValueError(f"clip needs a ratio in [0, 1] and a maximum of at least 1, got {(ratio, maximum)}")
+            raise ValueError(
+                f"clip needs a ratio in [0, 1] and a maximum of at least 1, got {(ratio, maximum)}"
+            )
         return Options(mode, prediction, math.inf, ratio, maximum)
     if isinstance(clip, bool) or not isinstance(clip, (int, float)):
         raise TypeError(f"clip must be None, a number or a DynamicThreshold, got {clip!r}")
@@ -205,31 +223,41 @@ def guided_step(
         x: (B, ...) fp32, fp16 or bf16: the state at this step.
         pred_cond: the network's output with the condition, x's shape, any of the three dtypes.
         pred_uncond: the output without it, or None for no classifier-free guidance.
-        grad: the gradient of the guidance criterion with respect to x, or None for an unguided step.
+        grad: the gradient of the guidance criterion with respect to x, or None for an unguided
+        step.
         table: (steps, 6) fp32 on x's device, columns alpha, sigma, a, b, c, d.
-        step: the row of the table; a Python integer, or a 0-d integer tensor that is read on the device.
-        cfg_scale: diffusers' convention, 1 is the conditional prediction; number, 0-d or (B,) tensor.
+        step: the row of the table; a Python integer, or a 0-d integer tensor that is read on the
+        device.
+        cfg_scale: diffusers' convention, 1 is the conditional prediction; number, 0-d or (B,)
+        tensor.
         omega: strength of the guidance; number, 0-d or (B,) tensor.
-        mode: "relative" moves the state by omega times its norm, "score" adds omega grad to the score.
+        mode: "relative" moves the state by omega times its norm, "score" adds omega grad to the
+        score.
         prediction: what the network predicts: "epsilon", "v", "sample" or "flow".
         clip: bound of |x0|, or a `DynamicThreshold`, or None.
         x0_prev: the x0 of the step before, for the table's column c; None drops the term.
         sample_ids: (B,) int64 keys of the noise for the table's column d; None drops the term.
         seed: seed of the noise; integer or 0-d tensor.
-        out: where to write the result; may be x itself. x0_out: where to write the (clipped) x0; must not overlap.
-        skipped: int64 counter of shape () or (1,), raised by the number of samples whose gradient was not finite.
+        out: where to write the result; may be x itself. x0_out: where to write the (clipped) x0;
+        must not overlap.
+        skipped: int64 counter of shape () or (1,), raised by the number of samples whose gradient
+        was not finite.
 
     Returns:
         x_next: `out`, or a new contiguous tensor. A step tensor outside the table gives NaN.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape or device, an unknown option, a step outside the table.
+        TypeError: wrong type or dtype. ValueError: wrong shape or device, an unknown option, a step
+        outside the table.
 
-    Source: Song et al., DDIM (2021); Lu et al., DPM-Solver++ (2022); Lipman et al., flow matching (2023).
+    Source: Song et al., DDIM (2021); Lu et al., DPM-Solver++ (2022); Lipman et al., flow matching
+    (2023).
     """
     check.tensor("x", x, check.FLOATS)
     if x.dim() < 2 or math.prod(x.shape[1:]) == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, ...) with at least one element a sample")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected (B, ...) with at least one element a sample"
+        )
     shape, device = tuple(x.shape), x.device
     named = {"pred_cond": pred_cond, "pred_uncond": pred_uncond, "grad": grad, "x0_prev": x0_prev}
     for name, value in named.items():
@@ -240,30 +268,66 @@ def guided_step(
             check.shaped(name, check.tensor(name, value, (x.dtype,), device), shape)
     check.tensor("table", table, (torch.float32,), device)
     if table.dim() != 2 or table.shape[1] != COLUMNS or table.shape[0] == 0:
-        raise ValueError(f"table has shape {tuple(table.shape)}, expected (steps, {COLUMNS}) with steps >= 1")
+        raise ValueError(
+            f"table has shape {tuple(table.shape)}, expected (steps, {COLUMNS}) with steps >= 1"
+        )
     step = check.integer("step", step, device)
     if isinstance(step, int) and not 0 <= step < table.shape[0]:
-        raise ValueError(f"step must be in [0, {table.shape[0]}), the rows of the table, got {step}")
+        raise ValueError(
+            f"step must be in [0, {table.shape[0]}), the rows of the table, got {step}"
+        )
     cfg_scale = check.per_sample("cfg_scale", cfg_scale, shape[0], device)
     omega = check.per_sample("omega", omega, shape[0], device)
     options = _options(mode, prediction, clip)
     if sample_ids is not None:
-        check.shaped("sample_ids", check.tensor("sample_ids", sample_ids, (torch.int64,), device), shape[:1])
-    if skipped is not None and check.tensor("skipped", skipped, (torch.int64,), device).numel() != 1:
+        check.shaped(
+            "sample_ids", check.tensor("sample_ids", sample_ids, (torch.int64,), device), shape[:1]
+        )
+    if (
+        skipped is not None
+        and check.tensor("skipped", skipped, (torch.int64,), device).numel() != 1
+    ):
         raise ValueError(f"skipped has shape {tuple(skipped.shape)}, expected ()")
     seed = noise.check_seed("seed", seed, device)
     inputs = (x, pred_cond, pred_uncond, grad, x0_prev)
     if not dispatch.traced():
         out = torch.empty(shape, dtype=x.dtype, device=device) if out is None else out
-        _run(Call(out, x0_out, skipped, *inputs, table, step, cfg_scale, omega, options, sample_ids, seed))
+        _run(
+            Call(
+                out,
+                x0_out,
+                skipped,
+                *inputs,
+                table,
+                step,
+                cfg_scale,
+                omega,
+                options,
+                sample_ids,
+                seed,
+            )
+        )
         return out
-    # torch.func would look for a derivative of the operation, and there is none: its inputs carry no gradient either.
+    # torch.func would look for a derivative of the operation, and there is none: its inputs carry
+    # no gradient either.
     constants = (None if tensor is None else tensor.detach() for tensor in inputs)
-    cfg_scale, omega = (value.detach() if isinstance(value, Tensor) else value for value in (cfg_scale, omega))
-    # A traced graph knows no aliases: it computes into a tensor of its own, and the copy fuses or vanishes.
+    cfg_scale, omega = (
+        value.detach() if isinstance(value, Tensor) else value for value in (cfg_scale, omega)
+    )
+    # A traced graph knows no aliases: it computes into a tensor of its own, and the copy fuses or
+    # vanishes.
     result = torch.empty(shape, dtype=x.dtype, device=device)
     _operation(
-        result, x0_out, skipped, *constants, table, *noise.split(step), *_split(cfg_scale), *_split(omega), *options,
-        sample_ids, *noise.split(seed),
-    )  # fmt: skip
+        result,
+        x0_out,
+        skipped,
+        *constants,
+        table,
+        *noise.split(step),
+        *_split(cfg_scale),
+        *_split(omega),
+        *options,
+        sample_ids,
+        *noise.split(seed),
+    )
     return result if out is None else out.copy_(result)

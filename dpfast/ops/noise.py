@@ -1,7 +1,7 @@
 """Normal noise that depends on the sample's id alone, never on the batch, the rank or the device.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a key and a counter into
-four words of 32 bits, one block for four consecutive elements of a sample:
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a key
+and a counter into four words of 32 bits, one block for four consecutive elements of a sample:
 
     key     = (seed's low word, stream)
     counter = (id's low word, id's high word, element // 4, seed's high word)
@@ -11,7 +11,8 @@ Box-Muller makes normals from the words in pairs, (w0, w1) and (w2, w3):
     u = (w0 + 1/2) / 2^32 in fp32,   radius = sqrt(-2 log u),   angle = 2 pi w1 / 2^32
     z0, z1 = radius * (cos, sin)(angle)
 
-The words are bit-identical everywhere, the normals agree to a few ulp. Bytes: 4 a normal, written once.
+The words are bit-identical everywhere, the normals agree to a few ulp. Bytes: 4 a normal, written
+once.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ from dpfast.ops.kernels.noise import launch
 from dpfast.ops.reference.noise import WORD, reference, reference_words, signed
 
 
-def _native(sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | Tensor, words: bool = False) -> Tensor:
-    """The normals (B, elements), or the words themselves (B, ceil(elements / 4), 4) as int32 bits."""
+def _native(
+    sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | Tensor, words: bool = False
+) -> Tensor:
+    """The normals (B, elements), or the words themselves (B, ceil(elements / 4), 4) as int32
+    bits.
+    """
     samples = sample_ids.shape[0]
     blocks = (samples, (elements + 3) // 4, 4)
-    out = torch.empty(blocks, dtype=torch.int32) if words else torch.empty(samples, elements, dtype=torch.float32)
+    out = (
+        torch.empty(blocks, dtype=torch.int32)
+        if words
+        else torch.empty(samples, elements, dtype=torch.float32)
+    )
     seed_at = seed.long() if isinstance(seed, Tensor) else None
     stream_at = stream.long() if isinstance(stream, Tensor) else None
     ids = sample_ids.contiguous()
@@ -52,7 +61,9 @@ def _native(sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int |
 
 
 def words(sample_ids: Tensor, elements: int, *, seed: int, stream: int) -> Tensor:
-    """The words behind `normal`: (B, ceil(elements / 4), 4) int64 in [0, 2^32), the same on every backend."""
+    """The words behind `normal`: (B, ceil(elements / 4), 4) int64 in [0, 2^32), the same on every
+    backend.
+    """
     backend = dispatch.backend_for(sample_ids.device)
     if backend == "triton":
         return launch(sample_ids, elements, seed, stream, words=True).long() & WORD
@@ -61,25 +72,46 @@ def words(sample_ids: Tensor, elements: int, *, seed: int, stream: int) -> Tenso
     return reference_words(sample_ids, elements, seed, stream)
 
 
-def _run(sample_ids: Tensor, shape: Sequence[int], seed: int | Tensor, stream: int | Tensor) -> Tensor:
+def _run(
+    sample_ids: Tensor, shape: Sequence[int], seed: int | Tensor, stream: int | Tensor
+) -> Tensor:
     backend = dispatch.backend_for(sample_ids.device)
     if backend == "triton":
-        return launch(sample_ids, math.prod(shape), seed, stream).reshape(sample_ids.shape[0], *shape)
+        return launch(sample_ids, math.prod(shape), seed, stream).reshape(
+            sample_ids.shape[0], *shape
+        )
     if backend == "native":
-        return _native(sample_ids, math.prod(shape), seed, stream).reshape(sample_ids.shape[0], *shape)
+        return _native(sample_ids, math.prod(shape), seed, stream).reshape(
+            sample_ids.shape[0], *shape
+        )
     return reference(sample_ids, tuple(shape), seed, stream)
 
 
 @torch.library.custom_op("dpfast::normal", mutates_args=())
 def _operation(
-    sample_ids: Tensor, shape: Sequence[int], seed: int, seed_at: Tensor | None, stream: int, stream_at: Tensor | None
+    sample_ids: Tensor,
+    shape: Sequence[int],
+    seed: int,
+    seed_at: Tensor | None,
+    stream: int,
+    stream_at: Tensor | None,
 ) -> Tensor:
-    return _run(sample_ids, shape, seed if seed_at is None else seed_at, stream if stream_at is None else stream_at)
+    return _run(
+        sample_ids,
+        shape,
+        seed if seed_at is None else seed_at,
+        stream if stream_at is None else stream_at,
+    )
 
 
 @_operation.register_fake
 def _(
-    sample_ids: Tensor, shape: Sequence[int], seed: int, seed_at: Tensor | None, stream: int, stream_at: Tensor | None
+    sample_ids: Tensor,
+    shape: Sequence[int],
+    seed: int,
+    seed_at: Tensor | None,
+    stream: int,
+    stream_at: Tensor | None,
 ) -> Tensor:
     return sample_ids.new_empty((sample_ids.shape[0], *shape), dtype=torch.float32)
 
@@ -90,7 +122,9 @@ def split(value: int | Tensor) -> tuple[int, Tensor | None]:
 
 
 def check_seed(name: str, seed: int | Tensor, device: torch.device) -> int | Tensor:
-    """A seed or stream: any 64-bit integer, signed or not, or a 0-d integer tensor; integers come back signed."""
+    """A seed or stream: any 64-bit integer, signed or not, or a 0-d integer tensor; integers come
+    back signed.
+    """
     value = check.integer(name, seed, device)
     if isinstance(value, Tensor):
         return value
@@ -99,14 +133,18 @@ def check_seed(name: str, seed: int | Tensor, device: torch.device) -> int | Ten
     return signed(value)
 
 
-def normal(sample_ids: Tensor, shape: Sequence[int], *, seed: int | Tensor, stream: int | Tensor) -> Tensor:
-    """Standard normals, one stream of them for each sample id: (B, *shape) fp32 on the device of `sample_ids`.
+def normal(
+    sample_ids: Tensor, shape: Sequence[int], *, seed: int | Tensor, stream: int | Tensor
+) -> Tensor:
+    """Standard normals, one stream of them for each sample id: (B, *shape) fp32 on the device of
+    `sample_ids`.
 
     Args:
         sample_ids: (B,) int64; a sample keeps its noise in any batch, order or device.
         shape: the shape of one sample, at most 2^34 elements.
         seed: 64-bit integer or 0-d integer tensor on the same device.
-        stream: which independent draw for the same seed and id; its low 32 bits count. Integer or 0-d tensor.
+        stream: which independent draw for the same seed and id; its low 32 bits count. Integer or
+        0-d tensor.
 
     Raises:
         TypeError: wrong type or dtype. ValueError: wrong shape, device or range.
@@ -116,11 +154,15 @@ def normal(sample_ids: Tensor, shape: Sequence[int], *, seed: int | Tensor, stre
     check.tensor("sample_ids", sample_ids, (torch.int64,))
     if sample_ids.dim() != 1:
         raise ValueError(f"sample_ids has shape {tuple(sample_ids.shape)}, expected (B,)")
-    if not isinstance(shape, (tuple, list)) or not all(isinstance(n, (Integral, torch.SymInt)) for n in shape):
+    if not isinstance(shape, (tuple, list)) or not all(
+        isinstance(n, (Integral, torch.SymInt)) for n in shape
+    ):
         raise TypeError(f"shape must be a tuple or list of integers, got {shape!r}")
     size = tuple(shape)
     if any(isinstance(n, bool) or n < 0 for n in size) or math.prod(size) > 2**34:
-        raise ValueError(f"shape must hold non-negative integers and at most 2^34 elements, got {size}")
+        raise ValueError(
+            f"shape must hold non-negative integers and at most 2^34 elements, got {size}"
+        )
     seed = check_seed("seed", seed, sample_ids.device)
     stream = check_seed("stream", stream, sample_ids.device)
     if dispatch.traced(sample_ids):

@@ -1,20 +1,27 @@
 """Every collective of this package: tensors that the ranks of a group send each other.
 
-Which collectives may be in flight together is settled here, for torch warns: "When using multiple process groups with
-the NCCL backend, the user must ensure a globally consistent execution order of collectives across ranks", and "once one
-or more async ops have been issued on one process group, they must be synchronized with other cuda streams by calling
-work.wait() before using another process group" (``torch.distributed.new_group``). A kernel of NCCL holds its part of
-the GPU until all ranks have come. If one GPU runs communicator A and waits, while another runs communicator B and
+Which collectives may be in flight together is settled here, for torch warns: "When using multiple
+process groups with the NCCL backend, the user must ensure a globally consistent execution order of
+collectives across ranks", and "once one or more async ops have been issued on one process group,
+they must be synchronized with other cuda streams by calling work.wait() before using another
+process group" (``torch.distributed.new_group``). A kernel of NCCL holds its part of the GPU until
+all ranks have come. If one GPU runs communicator A and waits, while another runs communicator B and
 waits, both may wait forever. So:
 
-- A process uses one NCCL communicator, that of the gradients. The loader's exchange of samples goes through it, too
-  (``Ranks.feed``). A communicator runs its operations one after the other on one stream, in the order of their issue.
-- The main thread issues them: the loader's exchange within ``next``, then those of the step's forward and backward
-  pass, each of which is waited for within its step. That order is a function of the recipe, and so the same on all
-  ranks. The exchange starts behind the last step's all-reduces, and the next step's wait for it; between the two lies
-  a forward pass beside which it goes on. (Derived: no GPU has run it with several ranks.)
-- All else is on the host, through gloo: what the loop says, JPEG files, and the weights and samples of ranks that only
-  generate. A group of gloo has connections and threads of its own, waits for no GPU and may overlap any other.
+- A process uses one NCCL communicator, that of the gradients. The loader's exchange of samples goes
+through it, too
+  (``Ranks.feed``). A communicator runs its operations one after the other on one stream, in the
+  order of their issue.
+- The main thread issues them: the loader's exchange within ``next``, then those of the step's
+forward and backward
+  pass, each of which is waited for within its step. That order is a function of the recipe, and so
+  the same on all ranks. The exchange starts behind the last step's all-reduces, and the next step's
+  wait for it; between the two lies a forward pass beside which it goes on. (Derived: no GPU has run
+  it with several ranks.)
+- All else is on the host, through gloo: what the loop says, JPEG files, and the weights and samples
+of ranks that only
+  generate. A group of gloo has connections and threads of its own, waits for no GPU and may overlap
+  any other.
 """
 
 from __future__ import annotations
@@ -38,8 +45,9 @@ class Work(Protocol):
 class Group:
     """Some ranks, and the collectives that they call together.
 
-    name: what a recorder calls it; one communicator has one name. handle: torch's process group, None for that of all
-    processes. Ranks are numbered as in the whole run. A recorder or a simulation overrides the methods.
+    name: what a recorder calls it; one communicator has one name. handle: torch's process group,
+    None for that of all processes. Ranks are numbered as in the whole run. A recorder or a
+    simulation overrides the methods.
     """
 
     name: str
@@ -56,9 +64,13 @@ class Group:
         return _waited(dist.all_reduce(value, group=self.handle, async_op=True), wait)
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """(sum(received), ...) rows: of rank r ``received[r]``, which gets the next ``sent[r]`` of this rank's."""
+        """(sum(received), ...) rows: of rank r ``received[r]``, which gets the next ``sent[r]`` of
+        this rank's.
+        """
         out = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=self.handle)
+        dist.all_to_all_single(
+            out, rows.contiguous(), list(received), list(sent), group=self.handle
+        )
         return out
 
     def broadcast(self, value: Tensor, source: int, *, wait: bool = True) -> Work | None:

@@ -1,16 +1,19 @@
-"""Who waits for whom, and when a rank counts as dead: when it has made no progress for ``--timeout`` seconds.
+"""Who waits for whom, and when a rank counts as dead: when it has made no progress for
+``--timeout`` seconds.
 
-A rank counts what it completes (batches made, optimiser steps, batches evaluated, images read) and tells the others
-through torchrun's store. No thread does that for it: a rank whose main thread hangs makes no progress. Who waits for a
-rank looks at that count, and waits as long as it rises. So a GPU may be as slow as it likes: a round of hours has no
-collective before its end, and two GPUs are never equally fast. To wait counts as progress as well, for who waits
-watches whom it waits for.
+A rank counts what it completes (batches made, optimiser steps, batches evaluated, images read) and
+tells the others through torchrun's store. No thread does that for it: a rank whose main thread
+hangs makes no progress. Who waits for a rank looks at that count, and waits as long as it rises. So
+a GPU may be as slow as it likes: a round of hours has no collective before its end, and two GPUs
+are never equally fast. To wait counts as progress as well, for who waits watches whom it waits for.
 
-Ranks wait here first and call a collective of gloo or NCCL then, when all are ready. What is left to a collective's own
-timeout is less than one step of the learner, in which a slow rank and a dead one look alike. gloo raises then. On GPUs
-nothing would: the host waits in CUDA, where no exception arrives, until NCCL's watchdog ends the process without a
-name. There a thread (``Presence``) watches the others' threads: a process that was stopped or whose node is gone is
-named. One whose main thread alone hangs is not, but ends by NCCL's watchdog.
+Ranks wait here first and call a collective of gloo or NCCL then, when all are ready. What is left
+to a collective's own timeout is less than one step of the learner, in which a slow rank and a dead
+one look alike. gloo raises then. On GPUs
+nothing would: the host waits in CUDA, where no exception arrives, until NCCL's watchdog ends the
+process without a name. There a thread (``Presence``) watches the others' threads: a process that
+was stopped or whose node is gone is named. One whose main thread alone hangs is not, but ends by
+NCCL's watchdog.
 """
 
 from __future__ import annotations
@@ -25,9 +28,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TIMEOUT = 600.0  # seconds without progress; the longest that makes none is a compiled first batch
-POLLS = 0.001, 0.05  # seconds between two looks at what others have said, at first and after a while
-AHEAD = 60.0  # seconds by which NCCL's watchdog waits longer than who can name the rank that is lost
-TELLS = 5.0  # seconds between two messages of a rank that makes progress, at most a tenth of the timeout
+POLLS = (
+    0.001,
+    0.05,
+)  # seconds between two looks at what others have said, at first and after a while
+AHEAD = (
+    60.0  # seconds by which NCCL's watchdog waits longer than who can name the rank that is lost
+)
+# seconds between two messages of a rank that makes progress, at most a tenth of the timeout
+TELLS = 5.0
 
 
 class RankError(RuntimeError):
@@ -49,9 +58,9 @@ class Clock:
 class Heartbeat:
     """This process's progress, and the others' as far as it waits for them.
 
-    store: of torch.distributed, or what has its ``set``, ``get`` and ``check`` (``Ranks.store``: ``multi_get`` and
-    ``delete_key`` as well); None: a process alone. process, processes: its number among all of the run, and how many
-    they are. timeout: seconds.
+    store: of torch.distributed, or what has its ``set``, ``get`` and ``check`` (``Ranks.store``:
+    ``multi_get`` and ``delete_key`` as well); None: a process alone. process, processes: its number
+    among all of the run, and how many they are. timeout: seconds.
     """
 
     store: Any = None
@@ -68,7 +77,9 @@ class Heartbeat:
         return min(self.timeout / 10, TELLS)
 
     def beat(self) -> None:
-        """Something is complete. Costs an addition, and a message through the store now and then."""
+        """Something is complete. Costs an addition, and a message through the store now and
+        then.
+        """
         if self.store is None:
             return
         self.count += 1
@@ -80,8 +91,8 @@ class Heartbeat:
     def wait(self, done: Callable[[], bool], late: Callable[[], Collection[int]]) -> None:
         """Waits until ``done``, as long as the processes ``late`` make progress.
 
-        Raises ``RankError`` that names those that make none, or says why one has ended. Signals get through: it does
-        not wait inside the store.
+        Raises ``RankError`` that names those that make none, or says why one has ended. Signals get
+        through: it does not wait inside the store.
         """
         watch, pause, looked = Watch(self), POLLS[0], self.clock.now()
         while not done():
@@ -95,7 +106,9 @@ class Heartbeat:
             pause = min(1.2 * pause, POLLS[1])
 
     def leave(self, error: BaseException | None) -> None:
-        """This process ends, before its time where there is an error: nobody need wait for it any longer."""
+        """This process ends, before its time where there is an error: nobody need wait for it any
+        longer.
+        """
         words = f"rank {self.process} of {self.processes} has ended"
         if isinstance(error, RankError):
             words = str(error)
@@ -111,15 +124,21 @@ class Heartbeat:
 
 
 class Watch:
-    """How long other processes have said the same, from the first look on. key: under which they say it."""
+    """How long other processes have said the same, from the first look on. key: under which they
+    say it.
+    """
 
     def __init__(self, heartbeat: Heartbeat, key: str = "beat") -> None:
         self.heartbeat, self.key = heartbeat, key
         self._began = heartbeat.clock.now()
-        self._seen: dict[int, tuple[bytes, float]] = {}  # the count that was read last, and when it was new
+        self._seen: dict[
+            int, tuple[bytes, float]
+        ] = {}  # the count that was read last, and when it was new
 
     def look(self, processes: Collection[int], *, longer: float = 0.0) -> None:
-        """Raises ``RankError`` that names those of ``processes`` without news for the timeout and ``longer``."""
+        """Raises ``RankError`` that names those of ``processes`` without news for the timeout and
+        ``longer``.
+        """
         heart, dead = self.heartbeat, []
         for process in processes:
             key, now = f"{self.key}/{process}", heart.clock.now()
@@ -133,15 +152,19 @@ class Watch:
 
 
 class Presence:
-    """A thread that says that this process is there, and ends it when another one has not been for too long.
+    """A thread that says that this process is there, and ends it when another one has not been for
+    too long.
 
-    For GPUs, where the main thread may wait for a lost rank in CUDA. Half of ``AHEAD`` after the timeout: whoever can
-    raise has done so, and NCCL's watchdog has not spoken yet. leave: what ends the process, after the words.
+    For GPUs, where the main thread may wait for a lost rank in CUDA. Half of ``AHEAD`` after the
+    timeout: whoever can raise has done so, and NCCL's watchdog has not spoken yet. leave: what ends
+    the process, after the words.
     """
 
     def __init__(self, heartbeat: Heartbeat, leave: Callable[[int], object] = os._exit) -> None:
         self.heartbeat, self.leave = heartbeat, leave
-        self._others = [process for process in range(heartbeat.processes) if process != heartbeat.process]
+        self._others = [
+            process for process in range(heartbeat.processes) if process != heartbeat.process
+        ]
         self._watch = Watch(heartbeat, "here")
         self._count = 0
         self._ended = threading.Event()
@@ -157,7 +180,9 @@ class Presence:
         self._count += 1
         self.heartbeat.store.set(f"here/{self.heartbeat.process}", str(self._count))
         try:
-            self._watch.look([p for p in self._others if not self.heartbeat.left(p)], longer=AHEAD / 2)
+            self._watch.look(
+                [p for p in self._others if not self.heartbeat.left(p)], longer=AHEAD / 2
+            )
         except RankError as error:
             print(f"dpfast: error: {error}", file=sys.stderr, flush=True)
             self.leave(1)
@@ -174,6 +199,7 @@ def silent(dead: Collection[int], processes: int, timeout: float) -> str:
         return ""
     named = ", ".join(map(str, sorted(dead)))
     return (
-        f"rank{'s' if len(dead) > 1 else ''} {named} of {processes} did not answer: dead, or without progress for "
+        f"rank{'s' if len(dead) > 1 else ''} {named} of {processes} did not answer: dead, or "
+        "without progress for "
         f"{timeout:g} s (--timeout)"
     )

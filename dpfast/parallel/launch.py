@@ -38,17 +38,22 @@ def _failures() -> int:
 
 
 def launch() -> str:
-    """A name for one call of torchrun, over its restarts and on all nodes; empty without torchrun."""
+    """A name for one call of torchrun, over its restarts and on all nodes; empty without
+    torchrun.
+    """
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{socket.gethostname()} {os.getppid()}" if run == "none" else run  # a call without --rdzv-id
+    return (
+        f"{socket.gethostname()} {os.getppid()}" if run == "none" else run
+    )  # a call without --rdzv-id
 
 
 @contextlib.contextmanager
 def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ranks]:
-    """The ranks that torchrun started, within it as process groups; without torchrun one process alone.
+    """The ranks that torchrun started, within it as process groups; without torchrun one process
+    alone.
 
-    cuda: whether the run is on GPUs; None: where there are any. timeout: seconds without progress after which a rank
-    counts as dead.
+    cuda: whether the run is on GPUs; None: where there are any. timeout: seconds without progress
+    after which a rank counts as dead.
     """
     rank, size = launched()
     if size == 1:

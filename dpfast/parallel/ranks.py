@@ -1,13 +1,15 @@
 """What belongs to which rank, and how the ranks of a run agree.
 
-What is short they say through torchrun's store, tensors through gloo once all are ready: ``dpfast.parallel.heartbeat``.
+What is short they say through torchrun's store, tensors through gloo once all are ready:
+``dpfast.parallel.heartbeat``.
 
-Batches are dealt before they are made, evenly: who holds a sample is then arithmetic, in the pool, in a checkpoint and
-on another number of ranks. The price is that all wait for the slowest. With one GPU 10 % slower than the others (it
-takes 1/0.9 of their time) they are idle for (W - 1)/W * 10 % of a round, 8.8 % of the GPU hours of 8 ranks and 9.7 % of
-32; dealing each batch to whoever is free would leave 0 to one batch a rank, and cost a table of who made which batch in
-pool and checkpoint. It would not help the training steps, which wait for that GPU alike. So a slow rank is
-named in the log after each round (``dpfast.practice.costs``), to be replaced, and dealing stays even.
+Batches are dealt before they are made, evenly: who holds a sample is then arithmetic, in the pool,
+in a checkpoint and on another number of ranks. The price is that all wait for the slowest. With one
+GPU 10 % slower than the others (it takes 1/0.9 of their time) they are idle for (W - 1)/W * 10 % of
+a round, 8.8 % of the GPU hours of 8 ranks and 9.7 % of 32; dealing each batch to whoever is free
+would leave 0 to one batch a rank, and cost a table of who made which batch in pool and checkpoint.
+It would not help the training steps, which wait for that GPU alike. So a slow rank is named in the
+log after each round (``dpfast.practice.costs``), to be replaced, and dealing stays even.
 """
 
 from __future__ import annotations
@@ -37,18 +39,26 @@ FAILURES = (  # no request to stop
     TypeError,
     ValueError,
 )
-LOST = ("gloo", "NCCL", "Connection", "connection", "Timed out", "timed out")  # in the errors of a broken collective
+LOST = (
+    "gloo",
+    "NCCL",
+    "Connection",
+    "connection",
+    "Timed out",
+    "timed out",
+)  # in the errors of a broken collective
 
 
 @dataclass(eq=False)
 class Ranks:
     """This process among those of a run. The default is one process alone.
 
-    rank, size: of all processes; local_rank, local_size: of those on this machine. learn: the group of gradients;
-    control, feed: those for what the loop says on the CPU and, by the device of what is sent, for the loaders. On a GPU
-    the loader's is ``learn`` itself (``dpfast.parallel.groups``). heartbeat: this process among all of the run; store:
-    for what these ranks say. members: their numbers among all processes, None: the same. restarted: whether torchrun
-    has started the processes again.
+    rank, size: of all processes; local_rank, local_size: of those on this machine. learn: the group
+    of gradients;
+    control, feed: those for what the loop says on the CPU and, by the device of what is sent, for
+    the loaders. On a GPU the loader's is ``learn`` itself (``dpfast.parallel.groups``). heartbeat:
+    this process among all of the run; store: for what these ranks say. members: their numbers among
+    all processes, None: the same. restarted: whether torchrun has started the processes again.
     """
 
     rank: int = 0
@@ -110,16 +120,22 @@ class Ranks:
         mine = max(-(-(whole - first) // self.size), 0) * batch
         return mine + (rest if whole % self.size == first else 0)
 
-    def places(self, count: int, batch: int, *, turn: int = 0, done: int = 0, rank: int | None = None) -> Tensor:
+    def places(
+        self, count: int, batch: int, *, turn: int = 0, done: int = 0, rank: int | None = None
+    ) -> Tensor:
         """(n,) int64, what ``batches`` gives, as one tensor."""
-        parts = [torch.arange(p.start, p.stop) for p in self.batches(count, batch, turn=turn, done=done, rank=rank)]
+        parts = [
+            torch.arange(p.start, p.stop)
+            for p in self.batches(count, batch, turn=turn, done=done, rank=rank)
+        ]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def part(self, count: int, rank: int | None = None) -> Tensor:
-        """(count / size,) places of a training batch of ``count`` that this rank, or ``rank``, learns from.
+        """(count / size,) places of a training batch of ``count`` that this rank, or ``rank``,
+        learns from.
 
-        A stretch of the first half and its mirror image of the second: sample i is mixed with sample count - 1 - i, and
-        so both are on one rank, in the mirrored places of its part.
+        A stretch of the first half and its mirror image of the second: sample i is mixed with
+        sample count - 1 - i, and so both are on one rank, in the mirrored places of its part.
         """
         rank = self.rank if rank is None else rank
         half = count // (2 * self.size)
@@ -129,7 +145,9 @@ class Ranks:
         return torch.cat([front, count - 1 - front.flip(0)])
 
     def gather(self, values: Tensor, count: int, batch: int, *, turn: int = 0) -> Tensor:
-        """(count, ...) on the CPU, in order: each rank gives the rows of its own ``places``. The bits are kept."""
+        """(count, ...) on the CPU, in order: each rank gives the rows of its own ``places``. The
+        bits are kept.
+        """
         if self.alone:
             return values.cpu()
         owned = [self.places(count, batch, turn=turn, rank=rank) for rank in range(self.size)]
@@ -163,11 +181,15 @@ class Ranks:
         return any(self.everyone(flag))
 
     def ready(self) -> None:
-        """Returns when all ranks have come here, as late as they may. Raises ``RankError`` that names who is dead."""
+        """Returns when all ranks have come here, as late as they may. Raises ``RankError`` that
+        names who is dead.
+        """
         self.everyone(None)
 
     def everyone(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, which JSON can hold. Raises ``RankError`` that names a rank which is dead."""
+        """Every rank's ``value``, which JSON can hold. Raises ``RankError`` that names a rank which
+        is dead.
+        """
         if self.alone:
             return [value]
         self._asked += 1
@@ -175,7 +197,9 @@ class Ranks:
         self.store.set(keys[self.rank], json.dumps(value))
         self.heartbeat.wait(
             lambda: self.store.check(keys),
-            lambda: [self.process(rank) for rank, key in enumerate(keys) if not self.store.check([key])],
+            lambda: [
+                self.process(rank) for rank, key in enumerate(keys) if not self.store.check([key])
+            ],
         )
         said = [json.loads(words) for words in self.store.multi_get(keys)]
         if self._asked > 2:  # all have come here, so all have read what was said two times ago
@@ -187,15 +211,21 @@ class Ranks:
         return self.everyone(value if self.first else None)[0]
 
     def same(self, what: str, value: Any) -> None:
-        """Raises ``RecipeError`` on every rank unless all have the same ``value``, which JSON can hold."""
+        """Raises ``RecipeError`` on every rank unless all have the same ``value``, which JSON can
+        hold.
+        """
         values = self.everyone(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise RecipeError(f"{what}: rank {rank} has {other}, rank 0 has {values[0]}; all ranks need the same")
+                raise RecipeError(
+                    f"{what}: rank {rank} has {other}, rank 0 has {values[0]}; all ranks need the "
+                    "same"
+                )
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks succeed, or none: a ``RecipeError`` on one of them is raised on all, after the same words.
+        """All ranks succeed, or none: a ``RecipeError`` on one of them is raised on all, after the
+        same words.
 
         Another error is raised where it was, and named by a ``RankError`` elsewhere.
         """
@@ -206,7 +236,9 @@ class Ranks:
             failure = error
             if self.alone:
                 raise
-        said = self.everyone(None if failure is None else [isinstance(failure, RecipeError), str(failure)])
+        said = self.everyone(
+            None if failure is None else [isinstance(failure, RecipeError), str(failure)]
+        )
         for rank, words in enumerate(said):
             if words is None:
                 continue
@@ -217,7 +249,9 @@ class Ranks:
             raise failure or RankError(f"rank {rank} of {self.size}: {message}")
 
     def absent(self, given_up: Callable[[], bool] = lambda: False) -> list[int]:
-        """A roll call after a failure: the ranks that do not answer. Ends early when ``given_up`` says so."""
+        """A roll call after a failure: the ranks that do not answer. Ends early when ``given_up``
+        says so.
+        """
         self.store.set(f"here/{self.rank}", "1")
         clock, missing = self.heartbeat.clock, list(range(self.size))
         deadline = clock.now() + ANSWER
@@ -228,11 +262,17 @@ class Ranks:
 
     @contextlib.contextmanager
     def watched(self, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Turns the error of a broken collective into a ``RankError``: who is missing, or who left and why."""
+        """Turns the error of a broken collective into a ``RankError``: who is missing, or who left
+        and why.
+        """
         try:
             yield
         except RuntimeError as error:
-            if self.alone or isinstance(error, RankError) or not any(word in str(error) for word in LOST):
+            if (
+                self.alone
+                or isinstance(error, RankError)
+                or not any(word in str(error) for word in LOST)
+            ):
                 raise
             words = f"{self}: a collective broke off: {error}".splitlines()[0]
             with contextlib.suppress(RuntimeError):  # the store may be gone as well
@@ -240,23 +280,35 @@ class Ranks:
             raise RankError(words) from error
 
     def _lost(self, given_up: Callable[[], bool]) -> str:
-        """Why a collective broke: what a rank said when it ended, or who does not answer; empty where nobody knows."""
+        """Why a collective broke: what a rank said when it ended, or who does not answer; empty
+        where nobody knows.
+        """
 
         def left() -> str:
-            return next(filter(None, (self.heartbeat.left(self.process(rank)) for rank in range(self.size))), "")
+            return next(
+                filter(
+                    None, (self.heartbeat.left(self.process(rank)) for rank in range(self.size))
+                ),
+                "",
+            )
 
         missing = self.absent(lambda: given_up() or bool(left()))
-        return left() or silent([self.process(rank) for rank in missing], self.heartbeat.processes, self.timeout)
+        return left() or silent(
+            [self.process(rank) for rank in missing], self.heartbeat.processes, self.timeout
+        )
 
     def parted(self, makers: int) -> tuple[Ranks, Ranks, Group]:
-        """The ranks but the last ``makers``, those, and the group of rank 0 and those. All ranks call it together.
+        """The ranks but the last ``makers``, those, and the group of rank 0 and those. All ranks
+        call it together.
 
         A rank has its number in the part that it is of, and 0 in the other.
         """
         cut, cuda = self.size - makers, "cuda" in self.feed
         parts = []
         for name, members in (("others", range(cut)), ("makers", range(cut, self.size))):
-            learn = Group(f"{name}/learn", dist.new_group(list(members), timeout=patience(self.timeout, cuda)))
+            learn = Group(
+                f"{name}/learn", dist.new_group(list(members), timeout=patience(self.timeout, cuda))
+            )
             control, feed = side_groups(members, self.timeout, learn, cuda)
             rank = members.index(self.rank) if self.rank in members else 0
             part = replace(
@@ -270,7 +322,9 @@ class Ranks:
                 members=tuple(members),
             )
             parts.append(part)
-        speaks = dist.new_group([0, *range(cut, self.size)], timeout=patience(self.timeout, False), backend="gloo")
+        speaks = dist.new_group(
+            [0, *range(cut, self.size)], timeout=patience(self.timeout, False), backend="gloo"
+        )
         return parts[0], parts[1], Group("weights", speaks)
 
 
@@ -278,19 +332,29 @@ ALONE = Ranks()
 
 
 def patience(timeout: float, cuda: bool) -> datetime.timedelta:
-    """How long a collective waits: on a GPU longer than those on the CPU beside it, whose errors say more."""
+    """How long a collective waits: on a GPU longer than those on the CPU beside it, whose errors
+    say more.
+    """
     return datetime.timedelta(seconds=timeout + (AHEAD if cuda else 0))
 
 
-def side_groups(members: Iterable[int], timeout: float, learn: Group, cuda: bool) -> tuple[Group, dict[str, Group]]:
-    """``control`` and ``feed`` of ``Ranks``. Each is told how long to wait: torch's own choice is half an hour."""
+def side_groups(
+    members: Iterable[int], timeout: float, learn: Group, cuda: bool
+) -> tuple[Group, dict[str, Group]]:
+    """``control`` and ``feed`` of ``Ranks``. Each is told how long to wait: torch's own choice is
+    half an hour.
+    """
 
     def group(name: str) -> Group:
-        return Group(name, dist.new_group(list(members), timeout=patience(timeout, False), backend="gloo"))
+        return Group(
+            name, dist.new_group(list(members), timeout=patience(timeout, False), backend="gloo")
+        )
 
     return group("control"), feeds(group("feed"), learn, "cuda" if cuda else None)
 
 
 def feeds(host: Group, learn: Group, device: str | None) -> dict[str, Group]:
-    """``feed`` of ``Ranks``: what lies on a device goes through the communicator of the gradients, in one order."""
+    """``feed`` of ``Ranks``: what lies on a device goes through the communicator of the gradients,
+    in one order.
+    """
     return {"cpu": host} if device is None else {"cpu": host, device: learn}

@@ -3,7 +3,8 @@
     recorder = Recorder()
     recorder.record(ranks)
     ...
-    recorder.order            equal on all ranks, group by group or as a whole (``dpfast.parallel.groups``)
+    recorder.order            equal on all ranks, group by group or as a whole
+                              (``dpfast.parallel.groups``)
     recorder.overlaps("learn", "feed")
 
 For tests and rehearsals; a run has none. What ``SyncBatchNorm`` sends on a GPU is not seen.
@@ -27,7 +28,9 @@ from dpfast.parallel.ranks import Ranks
 
 @dataclass
 class Collective:
-    """group, kind, bytes: what was called with how much of this rank's data. began, ended: seconds; None: in flight."""
+    """group, kind, bytes: what was called with how much of this rank's data. began, ended: seconds;
+    None: in flight.
+    """
 
     group: str
     kind: str
@@ -43,7 +46,9 @@ class Collective:
 
 @dataclass(eq=False)
 class Recorder:
-    """Writes down every collective of the groups that it records. delay: called before each, to provoke disorder."""
+    """Writes down every collective of the groups that it records. delay: called before each, to
+    provoke disorder.
+    """
 
     delay: Any = None
     collectives: list[Collective] = field(default_factory=list)
@@ -51,7 +56,10 @@ class Recorder:
 
     def record(self, ranks: Ranks) -> None:
         """Puts itself between ``ranks`` and their groups: before a trainer takes them."""
-        recorded = {id(group): self.group(group) for group in (ranks.learn, ranks.control, *ranks.feed.values())}
+        recorded = {
+            id(group): self.group(group)
+            for group in (ranks.learn, ranks.control, *ranks.feed.values())
+        }
         ranks.learn, ranks.control = recorded[id(ranks.learn)], recorded[id(ranks.control)]
         ranks.feed = {kind: recorded[id(group)] for kind, group in ranks.feed.items()}
 
@@ -64,7 +72,9 @@ class Recorder:
         return [(each.group, each.kind, each.bytes) for each in self.collectives]
 
     def overlaps(self, *names: str) -> list[tuple[Collective, Collective]]:
-        """Pairs of collectives of two of the groups ``names``, of any two by default, that were in flight together."""
+        """Pairs of collectives of two of the groups ``names``, of any two by default, that were in
+        flight together.
+        """
         chosen = [each for each in self.collectives if not names or each.group in names]
         return [
             (one, other)
@@ -77,7 +87,9 @@ class Recorder:
         if self.delay is not None:
             self.delay()
         with self._lock:
-            found = Collective(group, kind, value.numel() * value.element_size(), time.perf_counter())
+            found = Collective(
+                group, kind, value.numel() * value.element_size(), time.perf_counter()
+            )
             self.collectives.append(found)
         return found
 
@@ -90,7 +102,9 @@ class Recorder:
 
 @dataclass(frozen=True, eq=False)
 class _Recorded(Group):
-    """A group under the eyes of a recorder; what its collectives do is ``inner``'s, a simulation's perhaps."""
+    """A group under the eyes of a recorder; what its collectives do is ``inner``'s, a simulation's
+    perhaps.
+    """
 
     inner: Group = field(kw_only=True)
     recorder: Recorder = field(kw_only=True)
@@ -117,7 +131,9 @@ class _Recorded(Group):
         with self.recorder.during(self.name, "receive", value):
             self.inner.receive(value, rank)
 
-    def _watched(self, kind: str, value: Tensor, wait: bool, call: Callable[..., Work | None]) -> Work | None:
+    def _watched(
+        self, kind: str, value: Tensor, wait: bool, call: Callable[..., Work | None]
+    ) -> Work | None:
         found = self.recorder.begun(self.name, kind, value)
         work = call(value, wait=wait)
         if not wait and work is not None:

@@ -1,11 +1,13 @@
 """How the processes of one start find each other in torchrun's store, which outlives them.
 
-The store still holds what the ranks of an earlier start said, and no variable of torchrun tells two starts apart: its
-``TORCHELASTIC_RESTART_COUNT`` counts the failures of one node, so after a process has failed on one of two nodes the
-ranks of the other still read the old number. torchrun begins a start when all processes of the one before have ended.
-So every process writes a word of its own, and rank 0 lists the words until all whom it lists have answered:
+The store still holds what the ranks of an earlier start said, and no variable of torchrun tells two
+starts apart: its ``TORCHELASTIC_RESTART_COUNT`` counts the failures of one node, so after a process
+has failed on one of two nodes the ranks of the other still read the old number. torchrun begins a
+start when all processes of the one before have ended. So every process writes a word of its own,
+and rank 0 lists the words until all whom it lists have answered:
 
-    join/RANK      a random word after the failures on its node, written over that of an earlier start
+    join/RANK      a random word after the failures on its node, written over that of an earlier
+                   start
     roster         what rank 0 has read there, as JSON; anew when one changes
     START/WORD     a rank has found its word in the roster whose digest is START
     START          rank 0: all have, and START names this start
@@ -24,14 +26,25 @@ from dpfast.parallel.heartbeat import POLLS, Clock, RankError, silent
 
 @dataclass(frozen=True)
 class Start:
-    """name: the same on all ranks, of no other start. again: whether it is not the first one of a run."""
+    """name: the same on all ranks, of no other start. again: whether it is not the first one of a
+    run.
+    """
 
     name: str
     again: bool
 
 
-def meet(store: Any, rank: int, size: int, timeout: float, *, failures: int = 0, clock: Clock | None = None) -> Start:
-    """Returns when all ``size`` ranks of this start are here. failures: on this node, as torchrun counts them.
+def meet(
+    store: Any,
+    rank: int,
+    size: int,
+    timeout: float,
+    *,
+    failures: int = 0,
+    clock: Clock | None = None,
+) -> Start:
+    """Returns when all ``size`` ranks of this start are here. failures: on this node, as torchrun
+    counts them.
 
     Raises ``RankError`` after ``timeout`` seconds, with the names of those who are not.
     """
@@ -47,11 +60,17 @@ def meet(store: Any, rank: int, size: int, timeout: float, *, failures: int = 0,
         if listed:
             store.set(answers[rank], "here")
             if rank == 0 and store.check(answers):
-                store.set(name, json.dumps(known or any(not other.startswith("0 ") for other in roster)))
+                store.set(
+                    name, json.dumps(known or any(not other.startswith("0 ") for other in roster))
+                )
             if store.check([name]):
                 return Start(name, json.loads(store.get(name)))
         if clock.now() >= deadline:
-            absent = [other for other, key in enumerate(answers if listed else joins) if not store.check([key])]
+            absent = [
+                other
+                for other, key in enumerate(answers if listed else joins)
+                if not store.check([key])
+            ]
             raise RankError(silent(absent or [0], size, timeout))
         clock.sleep(POLLS[1])
 

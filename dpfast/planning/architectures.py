@@ -1,4 +1,6 @@
-"""Generators without weights, on the meta device: of a pipeline folder's configurations, or of published ones."""
+"""Generators without weights, on the meta device: of a pipeline folder's configurations, or of
+published ones.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ from dpfast.learn.models import build_learner
 META = torch.device("meta")
 TOKENS = 77  # of CLIP's text encoder
 
-# The published configurations, as their repositories' config.json say: stable-diffusion-v1-5 (UNet of 859.5 M
-# parameters) and facebook/DiT-XL-2-256 (675 M); both use the autoencoder of Stable Diffusion (83.7 M).
+# The published configurations, as their repositories' config.json say: stable-diffusion-v1-5 (UNet
+# of 859.5 M parameters) and facebook/DiT-XL-2-256 (675 M); both use the autoencoder of Stable
+# Diffusion (83.7 M).
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
 DIT_XL_2: dict[str, Any] = {
     "num_attention_heads": 16,
@@ -44,10 +47,17 @@ VAE: dict[str, Any] = {
     "latent_channels": 4,
 }
 BETAS: dict[str, dict[str, Any]] = {
-    "stable-diffusion-1.5": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    "stable-diffusion-1.5": {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    },
     "dit-xl-2": {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
 }
-PIXELS = {"stable-diffusion-1.5": 512, "dit-xl-2": 256}  # the published names, and what they were trained at
+PIXELS = {
+    "stable-diffusion-1.5": 512,
+    "dit-xl-2": 256,
+}  # the published names, and what they were trained at
 
 
 @contextlib.contextmanager
@@ -72,16 +82,18 @@ def published(
     dtype: torch.dtype = torch.float32,
     device: torch.device = META,
 ) -> Pipeline:
-    """A published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters), weights at random.
+    """A published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters),
+    weights at random.
 
-    dtype, device: of all weights. On the meta device, where there are none, the solver's tables, which are numbers, are
-    on the CPU.
+    dtype, device: of all weights. On the meta device, where there are none, the solver's tables,
+    which are numbers, are on the CPU.
 
     Raises ``RecipeError`` for another name than those of ``PIXELS``.
     """
     if name not in PIXELS:
         raise RecipeError(
-            f"pipeline = {name!r}: no folder, and no published architecture; those are {', '.join(PIXELS)}"
+            f"pipeline = {name!r}: no folder, and no published architecture; those are "
+            f"{', '.join(PIXELS)}"
         )
     side = (pixels or PIXELS[name]) // 8
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS[name])
@@ -90,11 +102,16 @@ def published(
         if name == "dit-xl-2":
             dit = frozen(diffusers.DiTTransformer2DModel(sample_size=side, **DIT_XL_2))
             denoiser = DiTDenoiser(
-                dit, classes=classes, prediction="epsilon", timesteps=scheduler.config.num_train_timesteps
+                dit,
+                classes=classes,
+                prediction="epsilon",
+                timesteps=scheduler.config.num_train_timesteps,
             )
         else:
             unet = frozen(diffusers.UNet2DConditionModel(sample_size=side, **SD15))
-            denoiser = TextUNetDenoiser(unet, torch.randn(classes + 1, TOKENS, 768), prediction="epsilon")
+            denoiser = TextUNetDenoiser(
+                unet, torch.randn(classes + 1, TOKENS, 768), prediction="epsilon"
+            )
         decoder: Decoder = VaeDecoder(diffusers.AutoencoderKL(**VAE))
         tiny: Decoder = TinyDecoder(diffusers.AutoencoderTiny())
     names = tuple(f"class {i}" for i in range(classes))
@@ -103,23 +120,32 @@ def published(
 
 
 def pipeline_of(generator: Generator) -> Pipeline:
-    """The pipeline of a recipe's [generator], with its classes and its size of images. Raises ``RecipeError``."""
+    """The pipeline of a recipe's [generator], with its classes and its size of images. Raises
+    ``RecipeError``.
+    """
     names = class_names(generator)
     classes, dtype = None if names is None else len(names), getattr(torch, generator.dtype)
-    return resized(without_weights(generator.pipeline, classes=classes, dtype=dtype), generator.image_size)
+    return resized(
+        without_weights(generator.pipeline, classes=classes, dtype=dtype), generator.image_size
+    )
 
 
-def without_weights(source: str | Path, *, classes: int | None = None, dtype: torch.dtype = torch.float32) -> Pipeline:
-    """The pipeline of a folder or an embedded asset, from its configurations alone; of a published name otherwise.
+def without_weights(
+    source: str | Path, *, classes: int | None = None, dtype: torch.dtype = torch.float32
+) -> Pipeline:
+    """The pipeline of a folder or an embedded asset, from its configurations alone; of a published
+    name otherwise.
 
-    classes: where the folder does not name its own. Raises ``RecipeError`` for a folder of another kind than
-    ``DiTPipeline`` and ``StableDiffusionPipeline``.
+    classes: where the folder does not name its own. Raises ``RecipeError`` for a folder of another
+    kind than ``DiTPipeline`` and ``StableDiffusionPipeline``.
     """
     if source in PIXELS and not Path(source).is_dir():
         return published(str(source), classes=classes or 1000, dtype=dtype)
     folder = PipelineFolder(source)
     if folder.kind not in ("DiTPipeline", "StableDiffusionPipeline"):
-        raise folder.error(f"a {folder.kind}; a plan takes a DiTPipeline or a StableDiffusionPipeline")
+        raise folder.error(
+            f"a {folder.kind}; a plan takes a DiTPipeline or a StableDiffusionPipeline"
+        )
     given = None if classes is None else [f"class {i}" for i in range(classes)]
     names = (folder.class_names(None) if given is None else tuple(given)) or ()
     if not names:
@@ -130,7 +156,9 @@ def without_weights(source: str | Path, *, classes: int | None = None, dtype: to
         if folder.kind == "DiTPipeline":
             dit = _from_config(folder, diffusers.DiTTransformer2DModel, "transformer")
             steps = scheduler.config.num_train_timesteps
-            denoiser = DiTDenoiser(dit, classes=len(names), prediction=prediction_of(scheduler), timesteps=steps)
+            denoiser = DiTDenoiser(
+                dit, classes=len(names), prediction=prediction_of(scheduler), timesteps=steps
+            )
         else:
             unet = _from_config(folder, diffusers.UNet2DConditionModel, "unet")
             prompts = torch.empty(len(names) + 1, TOKENS, unet.config.cross_attention_dim)
@@ -142,7 +170,9 @@ def without_weights(source: str | Path, *, classes: int | None = None, dtype: to
         if (folder.path / "tiny_decoder").is_dir():
             tiny = TinyDecoder(_from_config(folder, diffusers.AutoencoderTiny, "tiny_decoder"))
     channels = int(vae.config.out_channels)
-    return Pipeline(folder.path, denoiser, decoder, tiny, scheduler, names, channels, torch.device("cpu"))
+    return Pipeline(
+        folder.path, denoiser, decoder, tiny, scheduler, names, channels, torch.device("cpu")
+    )
 
 
 def _from_config(folder: PipelineFolder, kind: Any, part: str) -> Any:

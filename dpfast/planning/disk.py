@@ -12,8 +12,8 @@ from dpfast.pool.memory_tiers import readable
 from dpfast.pool.plan import Plan as PoolPlan
 from dpfast.practice.disk import most_checkpoints
 
-# A checkpoint of 1.37 GB was written with its checksum and fsync in 3.6 to 4.9 s (a virtual machine's disk, two cores:
-# docs/scaling.md); a node's own drives are faster.
+# A checkpoint of 1.37 GB was written with its checksum and fsync in 3.6 to 4.9 s (a virtual
+# machine's disk, two cores: docs/scaling.md); a node's own drives are faster.
 WRITTEN = 1.37e9 / 4.9  # bytes/s
 
 
@@ -21,9 +21,10 @@ WRITTEN = 1.37e9 / 4.9  # bytes/s
 class Disk:
     """Bytes of one run in its folder, of all ranks together.
 
-    samples: saved; each: of one of them, 0 where none is saved; checkpoint: of one; kept: how many lie there at once,
-    with the one that is being written; files: of the pool's mapped part, until the run ends. checkpoints: how many are
-    written; seconds: that writing one takes; share: of the run's seconds that all of them take, beside the loop.
+    samples: saved; each: of one of them, 0 where none is saved; checkpoint: of one; kept: how many
+    lie there at once, with the one that is being written; files: of the pool's mapped part, until
+    the run ends. checkpoints: how many are written; seconds: that writing one takes; share: of the
+    run's seconds that all of them take, beside the loop.
     """
 
     samples: float
@@ -43,22 +44,30 @@ class Disk:
     def lines(self) -> list[str]:
         """For a reader."""
         samples = (
-            f"samples {readable(self.samples)} ({self.each} bytes each, {self.images})" if self.each else "no sample"
+            f"samples {readable(self.samples)} ({self.each} bytes each, {self.images})"
+            if self.each
+            else "no sample"
         )
         mapped = f", mapped files of the pool {readable(self.files)}" if self.files else ""
         return [
             f"disk: {readable(self.total)} a run: {samples}, "
-            f"checkpoints {readable(self.kept * self.checkpoint)} ({self.kept} of {readable(self.checkpoint)}){mapped}",
-            f"  {self.checkpoints} checkpoints are written beside the loop, {self.seconds:.2g} s each: "
+            f"checkpoints {readable(self.kept * self.checkpoint)} ({self.kept} of "
+            f"{readable(self.checkpoint)}){mapped}",
+            f"  {self.checkpoints} checkpoints are written beside the loop, {self.seconds:.2g} s "
+            "each: "
             f"{self.share:.2%} of the seconds",
         ]
 
 
-def plan_disk(recipe: Recipe, pool: PoolPlan, stages: Stages, samples: int, seconds: float, training: float) -> Disk:
-    """Of one source that ends with ``samples`` after ``seconds``, of which ``training`` go by between additions.
+def plan_disk(
+    recipe: Recipe, pool: PoolPlan, stages: Stages, samples: int, seconds: float, training: float
+) -> Disk:
+    """Of one source that ends with ``samples`` after ``seconds``, of which ``training`` go by
+    between additions.
 
-    A checkpoint comes at the first evaluation after which saving is at most ``checkpoint_share`` of the seconds, after
-    ``checkpoint_minutes`` at the latest, before and after every round, and at the end.
+    A checkpoint comes at the first evaluation after which saving is at most ``checkpoint_share`` of
+    the seconds, after ``checkpoint_minutes`` at the latest, before and after every round, and at
+    the end.
     """
     practice, config = recipe.practice, recipe.pool
     each = codecs.saved_bytes(config.codec, pool.shape, config.save_samples)

@@ -3,9 +3,9 @@
     fitted = fit(Recipe.load("imagenet1k-sd15"), "h100", count=8)
     fitted.recipe, fitted.lines()
 
-What is always there comes first, then batches as large as the recipe names them, in equal parts where a whole one does
-not fit, and the pool takes what they leave, at most what the recipe gives it. None of the three changes a sample, and a
-micro-batch changes a gradient by its rounding alone.
+What is always there comes first, then batches as large as the recipe names them, in equal parts
+where a whole one does not fit, and the pool takes what they leave, at most what the recipe gives
+it. None of the three changes a sample, and a micro-batch changes a gradient by its rounding alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from dpfast.errors import RecipeError
 from dpfast.hardware import peaks
 from dpfast.hardware.peaks import Device
 from dpfast.planning.architectures import pipeline_of
-from dpfast.planning.memory import Footprint, evaluation_bytes, footprints, sampling_bytes, training_bytes, usable
+from dpfast.planning.memory import (
+    Footprint,
+    evaluation_bytes,
+    footprints,
+    sampling_bytes,
+    training_bytes,
+    usable,
+)
 from dpfast.planning.stages import Stages, count_stages
 from dpfast.pool import codecs
 from dpfast.pool.memory_tiers import DEVICE_SHARE, FILE_SHARE, GIB, MemoryTiers, readable
@@ -35,9 +42,11 @@ from dpfast.pool.plan import plan as plan_pool
 class Fit:
     """What a recipe takes of each of its devices, and what of it had to change.
 
-    recipe: with the batches and the pool's budget that fit. sampling_batch: samples that are made at once; the recipe's
-    generation_batch stays, it says which rank makes what. evaluation_batch: images that the learner predicts at once.
-    usable: bytes of a device. changes: in words; proposals: options with which it would fit where it does not.
+    recipe: with the batches and the pool's budget that fit. sampling_batch: samples that are made
+    at once; the recipe's generation_batch stays, it says which rank makes what. evaluation_batch:
+    images that the learner predicts at once.
+    usable: bytes of a device. changes: in words; proposals: options with which it would fit where
+    it does not.
     """
 
     recipe: Recipe
@@ -70,20 +79,32 @@ class Fit:
         """For a reader: the peak and its margin, then what was changed and what is proposed."""
         kind = "margin" if self.margin >= 0 else "missing"
         first = (
-            f"memory: at most {readable(self.peak.total)} of the {readable(self.usable)} of a device that may be used "
+            f"memory: at most {readable(self.peak.total)} of the {readable(self.usable)} of a "
+            "device that may be used "
             f"({self.peak.phase}), {kind} {readable(abs(self.margin))}"
         )
-        return [first, *(f"  adapted: {change}" for change in self.changes), *(f"  try: {p}" for p in self.proposals)]
+        return [
+            first,
+            *(f"  adapted: {change}" for change in self.changes),
+            *(f"  try: {p}" for p in self.proposals),
+        ]
 
 
 def fit(
-    recipe: Recipe, device: Device | str, *, count: int = 1, samples: int | None = None, stages: Stages | None = None
+    recipe: Recipe,
+    device: Device | str,
+    *,
+    count: int = 1,
+    samples: int | None = None,
+    stages: Stages | None = None,
 ) -> Fit:
     """Fits a recipe to ``count`` peaks.
 
-    samples: of the pool at the end, in place of the recipe's maximum; stages: where they were counted already.
+    samples: of the pool at the end, in place of the recipe's maximum; stages: where they were
+    counted already.
 
-    Raises ``RecipeError`` for an unknown device, and for a pipeline or a learner that cannot be counted.
+    Raises ``RecipeError`` for an unknown device, and for a pipeline or a learner that cannot be
+    counted.
     """
     device = peaks.device(device) if isinstance(device, str) else device
     stages = stages or stages_of(recipe, device)
@@ -101,7 +122,10 @@ def fit(
         return always + held <= limit
 
     def step_fits(micro: int) -> bool:
-        return always + training_bytes(stages, device, share=share, micro_batch=micro, ranks=count) <= limit
+        return (
+            always + training_bytes(stages, device, share=share, micro_batch=micro, ranks=count)
+            <= limit
+        )
 
     def evaluation_fits(images: int) -> bool:
         return always + stages.learner.gradients + evaluation_bytes(stages, device, images) <= limit
@@ -116,7 +140,9 @@ def fit(
         changes.append(f"samples are made {batch} at once, not {asked} (sampling_batch)")
     if micro < most:
         recipe = replace(recipe, learner=replace(config, micro_batch=micro))
-        changes.append(f"a training step takes its {share} images in micro-batches of {micro} (micro_batch)")
+        changes.append(
+            f"a training step takes its {share} images in micro-batches of {micro} (micro_batch)"
+        )
 
     def phases(pool: float) -> tuple[Footprint, ...]:
         return footprints(
@@ -134,7 +160,9 @@ def fit(
     pool = place_pool(recipe, total, stages, device, count)
     room = max(0.0, limit - max(phase.total for phase in phases(0.0)))
     if device.gpu and _held(pool, device) > room:
-        recipe = replace(recipe, pool=replace(recipe.pool, device_gib=int(1000 * room / GIB) / 1000))
+        recipe = replace(
+            recipe, pool=replace(recipe.pool, device_gib=int(1000 * room / GIB) / 1000)
+        )
         less = place_pool(recipe, total, stages, device, count)
         taken, planned = (readable(_held(each, device)) for each in (less, pool))
         changes.append(f"the pool takes {taken} of a device, not {planned} (device_gib)")
@@ -155,7 +183,9 @@ def fit(
 
 
 def equal_part(whole: int, fits: Callable[[int], bool], *, even: bool = False) -> int:
-    """The size of the fewest equal parts of ``whole`` that fit, the last one smaller unless ``even``; 1 where none."""
+    """The size of the fewest equal parts of ``whole`` that fit, the last one smaller unless
+    ``even``; 1 where none.
+    """
     sizes = (-(-whole // parts) for parts in range(1, whole + 1) if not even or whole % parts == 0)
     return next((size for size in sizes if fits(size)), 1)
 
@@ -179,12 +209,22 @@ def _proposals(recipe: Recipe, pool: PoolPlan) -> tuple[str, ...]:
     return tuple(ways)
 
 
-def place_pool(recipe: Recipe, samples: int, stages: Stages, device: Device, count: int) -> PoolPlan:
-    """Where the samples lie, by a run's shares: what weights leave of a device, of a node's memory, of its drives."""
+def place_pool(
+    recipe: Recipe, samples: int, stages: Stages, device: Device, count: int
+) -> PoolPlan:
+    """Where the samples lie, by a run's shares: what weights leave of a device, of a node's memory,
+    of its drives.
+    """
     config = recipe.pool
     shape = stages.latent if config.codec == "latents" else stages.image
-    free = (device.memory - stages.weights - stages.learner.state - stages.learner.gradients) * DEVICE_SHARE
-    budget = (max(0, free) if device.gpu else 0) if config.device_gib is None else config.device_gib * GIB
+    free = (
+        device.memory - stages.weights - stages.learner.state - stages.learner.gradients
+    ) * DEVICE_SHARE
+    budget = (
+        (max(0, free) if device.gpu else 0)
+        if config.device_gib is None
+        else config.device_gib * GIB
+    )
     tiers = MemoryTiers.detect(
         torch.device("cuda" if device.gpu else "cpu"),
         Path() if config.mapped else None,
@@ -199,14 +239,18 @@ def place_pool(recipe: Recipe, samples: int, stages: Stages, device: Device, cou
 
 
 def stages_of(recipe: Recipe, device: Device) -> Stages:
-    """The counted stages of a recipe's generator and learner on a device; the same ones are counted once.
+    """The counted stages of a recipe's generator and learner on a device; the same ones are counted
+    once.
 
     Raises ``RecipeError`` for a pipeline or a learner that cannot be counted.
     """
     learner = recipe.learner
     half = learner.precision == "bf16" or (learner.precision == "auto" and device.gpu)
     practice = recipe.practice
-    parts = replace(recipe.generator, sampling_batch=None), replace(learner, micro_batch=None)  # they change no count
+    parts = (
+        replace(recipe.generator, sampling_batch=None),
+        replace(learner, micro_batch=None),
+    )  # they change no count
     key = repr((*parts, recipe.guidance, practice.early_candidates, practice.early_until))
     key += repr((practice.restart, recipe.pool.codec, recipe.seed, half))
     if key not in _STAGES:

@@ -1,7 +1,9 @@
-"""The stages of a recipe, timed on this machine: a few batches of each, with the weights that the recipe names.
+"""The stages of a recipe, timed on this machine: a few batches of each, with the weights that the
+recipe names.
 
-They are timed where the recipe runs, in batches that end in time: a small one by the counted work, then one as large as
-the small one's seconds allow. What is too long for even one sample is not timed, and the plan goes by its limit.
+They are timed where the recipe runs, in batches that end in time: a small one by the counted work,
+then one as large as the small one's seconds allow. What is too long for even one sample is not
+timed, and the plan goes by its limit.
 """
 
 from __future__ import annotations
@@ -35,14 +37,19 @@ from dpfast.samples import SampleBatch
 EVALUATED = 500  # images
 SECONDS = 20.0  # of all stages together, an even part each
 EXPECTED = 0.1  # of its limit: what a stage is expected to reach before it is timed
-ROUNDS, ENOUGH = 3, 1.0  # calls after the first, and seconds of all of them, with which a stage has been timed
+ROUNDS, ENOUGH = (
+    3,
+    1.0,
+)  # calls after the first, and seconds of all of them, with which a stage has been timed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds of one unit: an unguided and a guided sample, an image in a training step, an evaluated image.
+    """Seconds of one unit: an unguided and a guided sample, an image in a training step, an
+    evaluated image.
 
-    None: not timed, since one unit takes too long here. notes: what was timed, a line for each stage.
+    None: not timed, since one unit takes too long here. notes: what was timed, a line for each
+    stage.
     """
 
     unguided: float | None
@@ -52,8 +59,11 @@ class Timings:
     notes: tuple[str, ...] = ()
 
 
-def measure(recipe: Recipe, *, pipeline: Pipeline | None = None, seconds: float = SECONDS) -> Timings:
-    """Times the stages on the recipe's device, in at most about ``seconds`` beside loading and counting.
+def measure(
+    recipe: Recipe, *, pipeline: Pipeline | None = None, seconds: float = SECONDS
+) -> Timings:
+    """Times the stages on the recipe's device, in at most about ``seconds`` beside loading and
+    counting.
 
     pipeline: where it is loaded already. Raises what ``load_pipeline`` and ``stages_of`` raise.
     """
@@ -78,22 +88,36 @@ def measure(recipe: Recipe, *, pipeline: Pipeline | None = None, seconds: float 
     dtype, at_once = recipe.generator.dtype, recipe.generator.at_once
     made = clock.time("unguided samples", unguided, stages.unguided, most=at_once, dtype=dtype)
     plain.release()
-    pool = SamplePool(recipe.pool.codec if recipe.pool.codec != "latents" else "pixels", shape=held[0].images.shape[1:])
+    pool = SamplePool(
+        recipe.pool.codec if recipe.pool.codec != "latents" else "pixels",
+        shape=held[0].images.shape[1:],
+    )
     for batch in held:
         pool.append(batch, round=0, omega=0.0, cfg_scale=1.0, steps=1, seed=0)
     way = guided_method(
-        recipe, sampler, new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False), lambda: pool
+        recipe,
+        sampler,
+        new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False),
+        lambda: pool,
     )
 
     @contextlib.contextmanager
     def guided(size: int) -> Iterator[Callable[[], object]]:
         labels = torch.arange(size) % classes
-        wanted = RoundRequest(labels=labels, start=len(pool), done=0, omega=recipe.guidance.omega, learner_step=0)
+        wanted = RoundRequest(
+            labels=labels, start=len(pool), done=0, omega=recipe.guidance.omega, learner_step=0
+        )
         yield lambda: list(way.make(wanted, Cost()))
 
     pushed = clock.time("guided samples", guided, stages.guided, most=at_once, dtype=dtype)
     sampler.release()
-    augment = Augment(flip=config.flip, shift=config.shift, crop=config.crop, mixup=config.mixup, cutmix=config.cutmix)
+    augment = Augment(
+        flip=config.flip,
+        shift=config.shift,
+        crop=config.crop,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+    )
 
     @contextlib.contextmanager
     def training(size: int) -> Iterator[Callable[[], object]]:
@@ -112,22 +136,32 @@ def measure(recipe: Recipe, *, pipeline: Pipeline | None = None, seconds: float 
 
     precision = "bfloat16" if trainer.bf16 else "float32"
     share = min(config.batch_size, config.micro_batch or config.batch_size)
-    learned = clock.time("training", training, stages.training, most=share, dtype=precision, least=2)
+    learned = clock.time(
+        "training", training, stages.training, most=share, dtype=precision, least=2
+    )
     images = pool.images(torch.arange(EVALUATED) % len(pool))
 
     @contextlib.contextmanager
     def evaluation(size: int) -> Iterator[Callable[[], object]]:
         yield lambda: predict(trainer.classifier("ema"), images[:size])
 
-    judged = clock.time("evaluation", evaluation, stages.evaluation, most=EVALUATED, dtype=precision)
-    return Timings(unguided=made, guided=pushed, training=learned, evaluation=judged, notes=tuple(clock.notes))
+    judged = clock.time(
+        "evaluation", evaluation, stages.evaluation, most=EVALUATED, dtype=precision
+    )
+    return Timings(
+        unguided=made, guided=pushed, training=learned, evaluation=judged, notes=tuple(clock.notes)
+    )
 
 
 def _noise(pipeline: Pipeline) -> SampleBatch:
     """Two samples of noise, for a pool where making one takes too long."""
-    images = torch.randint(256, (2, *image_shape(pipeline)), dtype=torch.uint8, device=pipeline.device)
+    images = torch.randint(
+        256, (2, *image_shape(pipeline)), dtype=torch.uint8, device=pipeline.device
+    )
     ids = torch.arange(2, device=pipeline.device)
-    return SampleBatch(images=images, labels=ids % pipeline.denoiser.classes, sample_ids=ids, entropy=ids.float())
+    return SampleBatch(
+        images=images, labels=ids % pipeline.denoiser.classes, sample_ids=ids, entropy=ids.float()
+    )
 
 
 class StageClock:
@@ -147,13 +181,18 @@ class StageClock:
         dtype: str,
         least: int = 1,
     ) -> float | None:
-        """Seconds of one unit, in a batch of a multiple of ``least`` and at most ``most`` units; None: not timed.
+        """Seconds of one unit, in a batch of a multiple of ``least`` and at most ``most`` units;
+        None: not timed.
 
-        prepared: of a number of units, within which it gives a call that does them. counts: of a unit.
+        prepared: of a number of units, within which it gives a call that does them. counts: of a
+        unit.
         """
         expected = max(self.peaks.limits(counts).values()) / EXPECTED
         if expected * least > self.seconds:
-            self.notes.append(f"{name}: not timed, {least} may take {expected * least:.0f} s on {self.device}: derived")
+            self.notes.append(
+                f"{name}: not timed, {least} may take {expected * least:.0f} s on {self.device}: "
+                "derived"
+            )
             return None
         size = max(least, min(most, int(self.seconds / (16 * expected))) // least * least)
         times = self._times(prepared, size, self.seconds / 2, rounds=1)
@@ -164,7 +203,9 @@ class StageClock:
             times = self._times(prepared, size, left, rounds=ROUNDS)
         each = statistics.median(times[1:] or times) / size
         whole = "" if size == most else f", of {most}"
-        self.notes.append(f"{name}: {size} at once{whole} on {self.device} in {dtype}, {each:.3g} s each")
+        self.notes.append(
+            f"{name}: {size} at once{whole} on {self.device} in {dtype}, {each:.3g} s each"
+        )
         return each
 
     def _times(
@@ -175,7 +216,9 @@ class StageClock:
         *,
         rounds: int,
     ) -> list[float]:
-        """Seconds of calls, the first of which warms up; fewer of them where another one would exceed ``seconds``."""
+        """Seconds of calls, the first of which warms up; fewer of them where another one would
+        exceed ``seconds``.
+        """
         times: list[float] = []
         with prepared(size) as call:
             while not times or (

@@ -1,8 +1,9 @@
-"""What a device holds while each phase of a run goes on: the sum of everything that lives at the same time.
+"""What a device holds while each phase of a run goes on: the sum of everything that lives at the
+same time.
 
-The pool's part, the generator's weights and the learner's state are there all the time. Beside them there are the
-batches and captured graphs of a sampler while samples are made, and what the backward pass needs while the learner
-trains; each phase gives back what the next one does not need.
+The pool's part, the generator's weights and the learner's state are there all the time. Beside them
+there are the batches and captured graphs of a sampler while samples are made, and what the backward
+pass needs while the learner trains; each phase gives back what the next one does not need.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from dataclasses import dataclass
 from dpfast.hardware.peaks import Device
 from dpfast.planning.stages import Stages
 
-# Counted are the tensors that live at one moment. On a GPU there is more: the allocator's reserve (blocks that are free
-# and too small for what comes next) and the workspaces of convolutions. What it had reserved at most over what is
-# counted, beside the weights, on one H200 (benchmarks/results/models.jsonl): 37.6 GB for 16 guided samples of Stable
-# Diffusion 1.5 at 512 px and 19.6 GB for 32 of DiT-XL/2, eager. Captured graphs keep a pool of their own: 21.0 GB with
-# them for DiT-XL/2, not measured for Stable Diffusion.
+# Counted are the tensors that live at one moment. On a GPU there is more: the allocator's reserve
+# (blocks that are free and too small for what comes next) and the workspaces of convolutions. What
+# it had reserved at most over what is counted, beside the weights, on one H200
+# (benchmarks/results/models.jsonl): 37.6 GB for 16 guided samples of Stable Diffusion 1.5 at 512 px
+# and 19.6 GB for 32 of DiT-XL/2, eager. Captured graphs keep a pool of their own: 21.0 GB with them
+# for DiT-XL/2, not measured for Stable Diffusion.
 RESERVED = {"unet": 1.85, "transformer": 1.90}
 GRAPHS = 1.08
 TRAINING_RESERVED = 1.1  # the same of a training step and of evaluation: stated
-USABLE = 0.9  # of a GPU's memory; the rest is for its context, NCCL's buffers and others' processes: stated
-AHEAD = 3  # batches of images that a loader has on the device: the one in work and those that are prepared
+# of a GPU's memory; the rest is for its context, NCCL's buffers and others' processes: stated
+USABLE = 0.9
+# batches of images that a loader has on the device: the one in work and those that are prepared
+AHEAD = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +50,21 @@ def usable(device: Device) -> float:
 def sampling_bytes(stages: Stages, device: Device, batch: int, *, guided: bool) -> float:
     """Of a batch of samples and the graphs that were captured for it, beside the weights."""
     fixed, each = stages.guided_bytes if guided else stages.unguided_bytes
-    reserve = RESERVED["transformer" if stages.transformer else "unet"] * GRAPHS if device.gpu else 1.0
+    reserve = (
+        RESERVED["transformer" if stages.transformer else "unet"] * GRAPHS if device.gpu else 1.0
+    )
     return (fixed + each * batch) * reserve
 
 
-def training_bytes(stages: Stages, device: Device, *, share: int, micro_batch: int, ranks: int) -> float:
-    """Of a training step of ``share`` images in micro-batches, with the loader's batches, beside weights and state."""
-    held = stages.learner.memory(min(micro_batch, share), accumulated=micro_batch < share or ranks > 1)
+def training_bytes(
+    stages: Stages, device: Device, *, share: int, micro_batch: int, ranks: int
+) -> float:
+    """Of a training step of ``share`` images in micro-batches, with the loader's batches, beside
+    weights and state.
+    """
+    held = stages.learner.memory(
+        min(micro_batch, share), accumulated=micro_batch < share or ranks > 1
+    )
     batches = AHEAD * share * 4 * math.prod(stages.image)
     return held * (TRAINING_RESERVED if device.gpu else 1.0) + batches
 
@@ -77,11 +89,16 @@ def footprints(
 ) -> tuple[Footprint, ...]:
     """Of every phase of a run.
 
-    pool: bytes of the samples on this device; batch: samples that a sampler makes at once; share: images of a training
-    step on this device; evaluated: images of a batch; ranks: that train; guided: whether there are guided samples.
+    pool: bytes of the samples on this device; batch: samples that a sampler makes at once; share:
+    images of a training step on this device; evaluated: images of a batch; ranks: that train;
+    guided: whether there are guided samples.
     """
     learner = stages.learner
-    always = {"pool": pool, "generator": float(stages.weights), "learner, average and moments": float(learner.state)}
+    always = {
+        "pool": pool,
+        "generator": float(stages.weights),
+        "learner, average and moments": float(learner.state),
+    }
     made = {"unguided samples": False} | ({"guided samples": True} if guided else {})
     training = training_bytes(stages, device, share=share, micro_batch=micro_batch, ranks=ranks)
     judged = evaluation_bytes(stages, device, evaluated)
@@ -89,10 +106,16 @@ def footprints(
         *(
             Footprint(
                 phase=name,
-                kinds=always | {"batch and graphs": sampling_bytes(stages, device, batch, guided=which)},
+                kinds=always
+                | {"batch and graphs": sampling_bytes(stages, device, batch, guided=which)},
             )
             for name, which in made.items()
         ),
-        Footprint(phase="training", kinds=always | {"activations, gradients and batches": training}),
-        Footprint(phase="evaluation", kinds=always | {"gradients": float(learner.gradients), "activations": judged}),
+        Footprint(
+            phase="training", kinds=always | {"activations, gradients and batches": training}
+        ),
+        Footprint(
+            phase="evaluation",
+            kinds=always | {"gradients": float(learner.gradients), "activations": judged},
+        ),
     )

@@ -1,7 +1,7 @@
 """What a guided sample costs by the way its gradient is made, in FLOPs.
 
-Everything derived from here is a limit or a ratio, never a measurement: FLOP ratios equal time ratios only where every
-part runs at the same share of the peak.
+Everything derived from here is a limit or a ratio, never a measurement: FLOP ratios equal time
+ratios only where every part runs at the same share of the peak.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Method:
     """How a sample is made.
 
     guided: number of guided steps; cfg_steps: steps with classifier-free guidance, None: all.
-    gradient: "extra" runs a denoiser forward of its own on a guided step, "shared" differentiates the conditional one
-    of classifier-free guidance, "latent" does not differentiate the denoiser. tiny: the decoder in the gradient.
+    gradient: "extra" runs a denoiser forward of its own on a guided step, "shared" differentiates
+    the conditional one of classifier-free guidance, "latent" does not differentiate the denoiser.
+    tiny: the decoder in the gradient.
     """
 
     steps: int = 20
@@ -43,7 +44,9 @@ class Method:
 
     def guidance(self, work: Work) -> float:
         """FLOPs that one guided step adds to an unguided one."""
-        denoiser = {"extra": work.denoiser.both, "shared": work.denoiser.backward, "latent": 0.0}[self.gradient]
+        denoiser = {"extra": work.denoiser.both, "shared": work.denoiser.backward, "latent": 0.0}[
+            self.gradient
+        ]
         return denoiser + (work.tiny if self.tiny else work.decoder).both + work.learner.both
 
     def unguided(self, work: Work) -> float:
@@ -69,7 +72,9 @@ def stable_diffusion_15(pixels: int) -> Work:
 
 
 def dit_xl_2(pixels: int = 256) -> Work:
-    """DiT-XL/2 with learned sigma; decoders and learner as for Stable Diffusion 1.5, whose autoencoder it uses."""
+    """DiT-XL/2 with learned sigma; decoders and learner as for Stable Diffusion 1.5, whose
+    autoencoder it uses.
+    """
     return _work(f"DiT-XL/2, {pixels} px", "dit-xl-2", pixels)
 
 
@@ -77,7 +82,11 @@ def _work(title: str, name: str, pixels: int) -> Work:
     pipeline = published(name, pixels)
     denoiser = pipeline.denoiser
     with torch.device("meta"):
-        x, t, label = torch.empty(1, *denoiser.sample_shape), torch.empty(()), torch.zeros(1, dtype=torch.int64)
+        x, t, label = (
+            torch.empty(1, *denoiser.sample_shape),
+            torch.empty(()),
+            torch.zeros(1, dtype=torch.int64),
+        )
         learner, images = frozen(vit_b_16()), torch.empty(1, 3, 224, 224)
         return Work(
             name=title,

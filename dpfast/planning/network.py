@@ -1,10 +1,11 @@
 """The sum of gradients over ranks: how long it takes, and what it adds to a training step.
 
-A ring moves 2 (n - 1)/n of the bytes through the slowest link of every rank (the "bus bandwidth" of nccl-tests, its
-doc/PERFORMANCE.md). Between nodes each of a node's devices has an adapter, and as many rings as adapters share the
-bytes, so a node's link is the sum of them. The latency is that of NCCL's tuning model for a tree (src/graph/tuning.cc,
-protocol Simple): a base, and there and back the steps within a node and the depth of the tree of nodes. Gradients are
-fp32 and go in buckets, each with a latency of its own, while the backward pass runs (``DistributedDataParallel``).
+A ring moves 2 (n - 1)/n of the bytes through the slowest link of every rank (the "bus bandwidth" of
+nccl-tests, its doc/PERFORMANCE.md). Between nodes each of a node's devices has an adapter, and as
+many rings as adapters share the bytes, so a node's link is the sum of them. The latency is that of
+NCCL's tuning model for a tree (src/graph/tuning.cc, protocol Simple): a base, and there and back
+the steps within a node and the depth of the tree of nodes. Gradients are fp32 and go in buckets,
+each with a latency of its own, while the backward pass runs (``DistributedDataParallel``).
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ from dataclasses import dataclass
 from dpfast.hardware.peaks import NODE, Device
 
 BUCKET = 25 << 20  # bytes, DistributedDataParallel's default
-BASE, WITHIN, BETWEEN = 8.4e-6, 4.0e-6, 14.0e-6  # seconds: of a call, a step over NVLink, a step over the network
-BACKWARD = 2 / 3  # of a training step's FLOPs: the gradients of the input and of the weights of each layer
+BASE, WITHIN, BETWEEN = (
+    8.4e-6,
+    4.0e-6,
+    14.0e-6,
+)  # seconds: of a call, a step over NVLink, a step over the network
+BACKWARD = (
+    2 / 3
+)  # of a training step's FLOPs: the gradients of the input and of the weights of each layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """Seconds of an all-reduce: ``latency`` for each bucket, then 2 (n - 1)/n of the bytes at ``bandwidth``."""
+    """Seconds of an all-reduce: ``latency`` for each bucket, then 2 (n - 1)/n of the bytes at
+    ``bandwidth``.
+    """
 
     latency: float
     bandwidth: float
@@ -30,7 +39,10 @@ class Link:
         """Seconds to sum ``size`` bytes over ``ranks`` in buckets; nothing for one rank."""
         if ranks < 2:
             return 0.0
-        return math.ceil(size / bucket) * self.latency + 2 * (ranks - 1) / ranks * size / self.bandwidth
+        return (
+            math.ceil(size / bucket) * self.latency
+            + 2 * (ranks - 1) / ranks * size / self.bandwidth
+        )
 
 
 def link_of(device: Device, ranks: int) -> Link:

@@ -1,12 +1,15 @@
-"""A recipe on a number of devices: hours and samples per second of each phase, memory, and what limits them.
+"""A recipe on a number of devices: hours and samples per second of each phase, memory, and what
+limits them.
 
     plan(Recipe.load("imagenet1k-sd15"), "h100", count=8)
 
-A phase takes its FLOPs over the peak of its dtype, or its bytes over the bandwidth, whichever is longer, divided by the
-utilisation. Training is data-parallel: the sum of gradients over all devices runs beside the backward pass
-(``dpfast.planning.network``). Where the stages were timed (``dpfast.planning.measure``), the plan goes by those times.
+A phase takes its FLOPs over the peak of its dtype, or its bytes over the bandwidth, whichever is
+longer, divided by the utilisation. Training is data-parallel: the sum of gradients over all devices
+runs beside the backward pass (``dpfast.planning.network``). Where the stages were timed
+(``dpfast.planning.measure``), the plan goes by those times.
 
-The plan is for a run that adds samples until ``maximum_samples``; one that stops earlier costs less.
+The plan is for a run that adds samples until ``maximum_samples``; one that stops earlier costs
+less.
 """
 
 from __future__ import annotations
@@ -25,19 +28,30 @@ from dpfast.planning.disk import Disk, plan_disk
 from dpfast.planning.fitting import Fit, fit, stages_of
 from dpfast.planning.measure import Timings
 from dpfast.planning.network import link_of, step_seconds
-from dpfast.planning.simulation import Costs, Job, Schedule, best_overlap, efficiency, in_turns, job_of
+from dpfast.planning.simulation import (
+    Costs,
+    Job,
+    Schedule,
+    best_overlap,
+    efficiency,
+    in_turns,
+    job_of,
+)
 from dpfast.planning.stages import Stages
 from dpfast.practice import yardstick
 
-# Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (batch 32) and of Stable Diffusion 1.5
-# (512 px, batch 16) in steps that were not compiled, on one H200 (docs/results.md). The others are stated.
+# Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (batch 32) and of
+# Stable Diffusion 1.5 (512 px, batch 16) in steps that were not compiled, on one H200
+# (docs/results.md). The others are stated.
 GENERATION = {"transformer": 0.33, "unet": 0.24}
 STATED = {"training": 0.4, "evaluation": 0.4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """units: samples or images of all devices; limit: seconds at 100 %; seconds: at the utilisation, or measured."""
+    """units: samples or images of all devices; limit: seconds at 100 %; seconds: at the
+    utilisation, or measured.
+    """
 
     source: str
     name: str
@@ -81,7 +95,9 @@ class Plan:
 
     @property
     def overlap(self) -> Schedule:
-        """The fastest one in which a part of two or more ranks makes samples while the others train."""
+        """The fastest one in which a part of two or more ranks makes samples while the others
+        train.
+        """
         return best_overlap(self.job, self.costs, self.count, partial(link_of, self.device))
 
     def efficiency(self, schedule: Schedule) -> float:
@@ -127,8 +143,8 @@ def plan(
         timings: measured seconds of the stages on one device, in place of limits.
         samples: at the end of the run, in place of the recipe's maximum.
 
-    Raises ``RecipeError`` for a count or a utilisation out of range, an unknown device, a pipeline or a learner that
-    cannot be built.
+    Raises ``RecipeError`` for a count or a utilisation out of range, an unknown device, a pipeline
+    or a learner that cannot be built.
     """
     if count < 1:
         raise RecipeError(f"count = {count}: at least one device")
@@ -136,7 +152,9 @@ def plan(
         raise RecipeError(f"utilisation = {utilisation:g}: above 0 and at most 1")
     total = recipe.practice.maximum_samples if samples is None else samples
     if total < recipe.practice.initial_samples:
-        raise RecipeError(f"samples = {total}: the run begins with {recipe.practice.initial_samples}")
+        raise RecipeError(
+            f"samples = {total}: the run begins with {recipe.practice.initial_samples}"
+        )
     device = peaks.device(device) if isinstance(device, str) else device
     stages = stages_of(recipe, device)
     shares = {"generation": GENERATION["transformer" if stages.transformer else "unet"], **STATED}
@@ -171,7 +189,9 @@ def _phases(
     steps = practice.iterations
     evaluated = _evaluated(recipe, stages.classes)
 
-    def phase(source: str, name: str, kind: str, units: int, each: Counts, seconds: float | None) -> Phase:
+    def phase(
+        source: str, name: str, kind: str, units: int, each: Counts, seconds: float | None
+    ) -> Phase:
         limits = device.limits(each * (units / count))
         limited_by = max(limits, key=limits.__getitem__)
         limit = limits[limited_by]
@@ -191,7 +211,9 @@ def _phases(
         )
 
     unguided, guided, train, judge = (
-        (None,) * 4 if timings is None else (timings.unguided, timings.guided, timings.training, timings.evaluation)
+        (None,) * 4
+        if timings is None
+        else (timings.unguided, timings.guided, timings.training, timings.evaluation)
     )
     made = 0  # unguided samples by id are made once and shared
     for source in ("dp", "static", "prune", "dynamic"):
@@ -209,10 +231,14 @@ def _phases(
         made = max(made, needed)
         if source == "dp" and more > 0:
             yield phase(source, "guided samples", "generation", more, stages.guided, guided)
-            yield phase(source, "yardstick", "generation", yardstick.SAMPLES, stages.unguided, unguided)
+            yield phase(
+                source, "yardstick", "generation", yardstick.SAMPLES, stages.unguided, unguided
+            )
         if source in ("dynamic", "prune"):
             yield phase(source, "scoring", "evaluation", needed - first, stages.evaluation, judge)
-        yield phase(source, "training", "training", steps * learner.batch_size, stages.training, train)
+        yield phase(
+            source, "training", "training", steps * learner.batch_size, stages.training, train
+        )
         yield phase(source, "evaluation", "evaluation", evaluated, stages.evaluation, judge)
 
 
@@ -223,7 +249,9 @@ def _evaluated(recipe: Recipe, classes: int) -> int:
     return (times + 1) * validation + test
 
 
-def _costs(stages: Stages, device: Device, shares: Mapping[str, float], timings: Timings | None) -> Costs:
+def _costs(
+    stages: Stages, device: Device, shares: Mapping[str, float], timings: Timings | None
+) -> Costs:
     """Seconds of one unit of each stage on one device."""
 
     def derived(counts: Counts, kind: str) -> float:

@@ -1,14 +1,18 @@
-"""A run on many ranks, simulated from what its stages take: rounds and training in turns, or side by side.
+"""A run on many ranks, simulated from what its stages take: rounds and training in turns, or side
+by side.
 
-In turns, all ranks make a round's samples, then all train up to the next. Side by side ("overlap"), some ranks make the
-next round's samples under the learner as it was when the segment began, while the others train; the initial samples and
-the cool-down, in which none are made, take all ranks. What is assumed:
+In turns, all ranks make a round's samples, then all train up to the next. Side by side ("overlap"),
+some ranks make the next round's samples under the learner as it was when the segment began, while
+the others train; the initial samples and the cool-down, in which none are made, take all ranks.
+What is assumed:
 
 - the rounds come at equal distances between the first step and the cool-down;
 - samples are dealt in whole generation batches, and a batch that is not full costs a full one;
-- a training step takes a fixed time, a time for each image of the rank's part of the batch, and the all-reduce beside
+- a training step takes a fixed time, a time for each image of the rank's part of the batch, and the
+all-reduce beside
   its backward pass; all ranks wait for the slowest (``slowest``);
-- evaluations are dealt by image. Saving, which a thread of its own does, and moving samples cost nothing.
+- evaluations are dealt by image. Saving, which a thread of its own does, and moving samples cost
+nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +28,9 @@ from dpfast.planning.network import Link, step_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """initial: samples before training; rounds: samples of each addition; segments: training steps before each of them
-    and after the last; batch: of a training step, of all ranks; generation_batch: of a rank; evaluated: images in all.
+    """initial: samples before training; rounds: samples of each addition; segments: training steps
+    before each of them and after the last; batch: of a training step, of all ranks;
+    generation_batch: of a rank; evaluated: images in all.
     """
 
     initial: int
@@ -37,14 +42,17 @@ class Job:
 
     def __post_init__(self) -> None:
         if len(self.segments) != len(self.rounds) + 1:
-            raise ValueError(f"segments = {self.segments}: expected {len(self.rounds) + 1}, one more than rounds")
+            raise ValueError(
+                f"segments = {self.segments}: expected {len(self.rounds) + 1}, one more than rounds"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds on one rank: unguided, guided: of a sample; image: in a training step; step: of a step beside its images;
-    evaluation: of an image. gradients: bytes that an all-reduce sums. spread: measured times of a step over their
-    median; of one value all ranks are equally fast.
+    """Seconds on one rank: unguided, guided: of a sample; image: in a training step; step: of a
+    step beside its images;
+    evaluation: of an image. gradients: bytes that an all-reduce sums. spread: measured times of a
+    step over their median; of one value all ranks are equally fast.
     """
 
     unguided: float
@@ -58,7 +66,9 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Seconds. generating: ranks that make samples beside training; 0: in turns. overlapped: of both at once."""
+    """Seconds. generating: ranks that make samples beside training; 0: in turns. overlapped: of
+    both at once.
+    """
 
     ranks: int
     generating: int
@@ -77,7 +87,9 @@ def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
     practice, batch = recipe.practice, recipe.learner.batch_size
     more = max(samples - practice.initial_samples, 0)
     count = math.ceil(more / practice.round_samples)
-    rounds = tuple(min(practice.round_samples, more - i * practice.round_samples) for i in range(count))
+    rounds = tuple(
+        min(practice.round_samples, more - i * practice.round_samples) for i in range(count)
+    )
     stable = practice.iterations - round(practice.iterations * recipe.learner.cooldown)
     ends = [stable * i // max(count, 1) for i in range(count + 1)] if count else [0]
     segments = (*(b - a for a, b in itertools.pairwise(ends)), practice.iterations - ends[-1])
@@ -94,7 +106,9 @@ def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
 def slowest(spread: Sequence[float], ranks: int) -> float:
     """The expected largest of ``ranks`` independent draws from ``spread``."""
     ordered, count = sorted(spread), len(spread)
-    return sum(v * (((i + 1) / count) ** ranks - (i / count) ** ranks) for i, v in enumerate(ordered))
+    return sum(
+        v * (((i + 1) / count) ** ranks - (i / count) ** ranks) for i, v in enumerate(ordered)
+    )
 
 
 def in_turns(job: Job, costs: Costs, ranks: int, link: Link) -> Schedule:
@@ -113,7 +127,8 @@ def in_turns(job: Job, costs: Costs, ranks: int, link: Link) -> Schedule:
 def side_by_side(
     job: Job, costs: Costs, ranks: int, generating: int, link: Link, *, whole: Link | None = None
 ) -> Schedule:
-    """``generating`` ranks make the next round's samples while the others train. link: of those; whole: of all ranks.
+    """``generating`` ranks make the next round's samples while the others train. link: of those;
+    whole: of all ranks.
 
     Raises ``ValueError`` unless both parts have a rank.
     """
@@ -154,4 +169,6 @@ def _making(samples: int, each: float, batch: int, ranks: int) -> float:
 
 def _step(job: Job, costs: Costs, ranks: int, link: Link) -> float:
     compute = costs.step + costs.image * math.ceil(job.batch / ranks)
-    return step_seconds(compute * slowest(costs.spread, ranks), link.all_reduce(costs.gradients, ranks))
+    return step_seconds(
+        compute * slowest(costs.spread, ranks), link.all_reduce(costs.gradients, ranks)
+    )

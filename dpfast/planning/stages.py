@@ -1,6 +1,8 @@
-"""The stages of a recipe, counted: what one sample, one training step and one evaluated image do and hold.
+"""The stages of a recipe, counted: what one sample, one training step and one evaluated image do
+and hold.
 
-The code that is counted is the code that runs: the sampler's own steps and the learner's own training, on meta tensors.
+The code that is counted is the code that runs: the sampler's own steps and the learner's own
+training, on meta tensors.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ META = torch.device("meta")
 class Stages:
     """Counts of one unit each, and bytes held.
 
-    unguided, guided: a sample, from noise to pixels; learner: an image in a training step and an evaluated one.
-    weights: bytes of the generator's weights. unguided_bytes, guided_bytes: (fixed, per sample) of the dearest step or
-    the decoding, beside the weights. transformer: whether the denoiser is one. classes: K. image, latent: (C, H, W).
+    unguided, guided: a sample, from noise to pixels; learner: an image in a training step and an
+    evaluated one.
+    weights: bytes of the generator's weights. unguided_bytes, guided_bytes: (fixed, per sample) of
+    the dearest step or the decoding, beside the weights. transformer: whether the denoiser is one.
+    classes: K. image, latent: (C, H, W).
     """
 
     unguided: Counts
@@ -64,26 +68,40 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
 
     half_training: the learner's forward and backward passes run under bf16 autocast.
 
-    Raises ``RecipeError`` for a learner that cannot be built, ``ValueError`` for a sampler that cannot.
+    Raises ``RecipeError`` for a learner that cannot be built, ``ValueError`` for a sampler that
+    cannot.
     """
     classes = pipeline.denoiser.classes
     with META:
         learner = build_learner(
-            recipe.learner.model, classes=classes, channels=pipeline.image_channels, **recipe.learner.options
+            recipe.learner.model,
+            classes=classes,
+            channels=pipeline.image_channels,
+            **recipe.learner.options,
         ).eval()
     guide = guiding(recipe.guidance.criterion, learner, learner).eval()
     sampler = new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False)
     batch = recipe.generator.generation_batch
     execution = _execution(sampler)
-    image = tuple(execution.finish(torch.empty(1, *pipeline.denoiser.sample_shape, device=META)).images.shape[1:])
+    image = tuple(
+        execution.finish(torch.empty(1, *pipeline.denoiser.sample_shape, device=META)).images.shape[
+            1:
+        ]
+    )
     plain = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
     decoding = _decoding_bytes(plain)
-    models = {id(m): m for m in (getattr(part, name, None) for part, name in _parts(pipeline)) if m is not None}
+    models = {
+        id(m): m
+        for m in (getattr(part, name, None) for part, name in _parts(pipeline))
+        if m is not None
+    }
     return Stages(
         unguided=_sample(plain, batch, guided=False),
         guided=_guided(recipe, sampler, batch),
         learner=count_learner(recipe.learner, classes, image, half=half_training),
-        weights=sum(p.numel() * p.itemsize for model in models.values() for p in model.parameters()),
+        weights=sum(
+            p.numel() * p.itemsize for model in models.values() for p in model.parameters()
+        ),
         unguided_bytes=_dearer(decoding, _step_bytes(plain, guided=False)),
         guided_bytes=_dearer(decoding, _step_bytes(sampler, guided=True)),
         transformer=has_region(pipeline.denoiser),
@@ -94,8 +112,15 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
 
 
 def _parts(pipeline: Pipeline) -> list[tuple[object, str]]:
-    decoders = [getattr(decoder, "decoder", decoder) for decoder in (pipeline.decoder, pipeline.guidance_decoder)]
-    return [(pipeline.denoiser, "model"), *((d, "vae") for d in decoders), *((d, "tiny") for d in decoders)]
+    decoders = [
+        getattr(decoder, "decoder", decoder)
+        for decoder in (pipeline.decoder, pipeline.guidance_decoder)
+    ]
+    return [
+        (pipeline.denoiser, "model"),
+        *((d, "vae") for d in decoders),
+        *((d, "tiny") for d in decoders),
+    ]
 
 
 def _execution(sampler: GuidedSampler) -> Execution:
@@ -116,7 +141,10 @@ def _execution(sampler: GuidedSampler) -> Execution:
 
 def _inputs(sampler: GuidedSampler, size: int) -> StepInputs:
     table, shape = sampler.table, sampler.pipeline.denoiser.sample_shape
-    x, integers = torch.empty(size, *shape, device=META), torch.empty(size, dtype=torch.int64, device=META)
+    x, integers = (
+        torch.empty(size, *shape, device=META),
+        torch.empty(size, dtype=torch.int64, device=META),
+    )
     return StepInputs(
         x=x,
         x0_prev=torch.empty_like(x) if table.needs_x0_prev else None,
@@ -140,7 +168,9 @@ def _guided(recipe: Recipe, sampler: GuidedSampler, batch: int) -> Counts:
         early = _steps(sampler, batch, guided=True, stop=stop) * practice.early_candidates
         return early + _steps(sampler, batch, guided=True, start=stop) + _decoding(sampler, batch)
     if practice.restart:
-        late = _steps(sampler, batch, guided=True, start=restart_step(recipe, steps)) + _decoding(sampler, batch)
+        late = _steps(sampler, batch, guided=True, start=restart_step(recipe, steps)) + _decoding(
+            sampler, batch
+        )
         return late if recipe.pool.codec == "latents" else late + _encoding(sampler, batch)
     return _sample(sampler, batch, guided=True)
 
@@ -151,7 +181,9 @@ def _sample(sampler: GuidedSampler, batch: int, *, guided: bool) -> Counts:
 
 
 @torch.no_grad()
-def _steps(sampler: GuidedSampler, batch: int, *, guided: bool, start: int = 0, stop: int | None = None) -> Counts:
+def _steps(
+    sampler: GuidedSampler, batch: int, *, guided: bool, start: int = 0, stop: int | None = None
+) -> Counts:
     """The steps from ``start`` to ``stop`` of one sample of a batch."""
     inputs, execution, total = _inputs(sampler, batch), _execution(sampler), Counts()
     for variant, times in Counter(sampler.variants(guided=guided)[start:stop]).items():

@@ -8,9 +8,21 @@ from dpfast.pool.memory_tiers import NAMES, readable
 
 
 def plan_table(plan: Plan) -> str:
-    """Phases with hours and samples/s at the utilisation and at the limit, then memory and the place of the pool."""
+    """Phases with hours and samples/s at the utilisation and at the limit, then memory and the
+    place of the pool.
+    """
     rows: list[tuple[str, ...]] = [
-        ("", "samples", "TFLOP each", "samples/s", "at 100 %", "of the limit", "hours", "at 100 %", "limited by")
+        (
+            "",
+            "samples",
+            "TFLOP each",
+            "samples/s",
+            "at 100 %",
+            "of the limit",
+            "hours",
+            "at 100 %",
+            "limited by",
+        )
     ]
     rows += [_row(phase) for phase in plan.phases if phase.units]
     rows.append(("whole run", "", "", "", "", "", _hours(plan.seconds), _hours(plan.limit), ""))
@@ -20,16 +32,22 @@ def plan_table(plan: Plan) -> str:
     elif plan.given:
         how = "utilisation as given"
     else:
-        how = "generation at the share of its limit that an H200 reached with a large such network, the rest stated"
+        how = (
+            "generation at the share of its limit that an H200 reached with a large such "
+            "network, the rest stated"
+        )
     took = f"{plan.seconds / 3600:.2f} hours, {plan.device_hours:.2f} device hours"
     lines = [f"{plan.recipe.name} on {many}{plan.device.name}: {took}; {how}"]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [
-            cell.ljust(w) if i in (0, 8) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i in (0, 8) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-    timed = ["", "timed in small batches:", *(f"  {note}" for note in plan.timed)] if plan.timed else []
+    timed = (
+        ["", "timed in small batches:", *(f"  {note}" for note in plan.timed)] if plan.timed else []
+    )
     return "\n".join([*lines, *timed, "", *_schedules(plan), *_memory(plan)])
 
 
@@ -52,13 +70,17 @@ def _hours(seconds: float) -> str:
 
 
 def _schedules(plan: Plan) -> list[str]:
-    """Of Deliberate Practice on several devices; ``dpfast.planning.simulation`` says what is assumed."""
+    """Of Deliberate Practice on several devices; ``dpfast.planning.simulation`` says what is
+    assumed.
+    """
     if plan.count < 2 or "dp" not in plan.recipe.practice.sources:
         return []
     turns, overlap = plan.turns, plan.overlap
     return [
-        f"dp, simulated in turns: {_hours(turns.seconds)} hours, {plan.efficiency(turns):.0%} efficient",
-        f"  side by side, {overlap.generating} of {overlap.ranks} make samples while the others train: "
+        f"dp, simulated in turns: {_hours(turns.seconds)} hours, {plan.efficiency(turns):.0%} "
+        "efficient",
+        f"  side by side, {overlap.generating} of {overlap.ranks} make samples while the others "
+        "train: "
         f"{_hours(overlap.seconds)} hours, {plan.efficiency(overlap):.0%}",
     ]
 
@@ -67,15 +89,24 @@ def _memory(plan: Plan) -> list[str]:
     fit, pool = plan.fit, plan.fit.pool
     lines = fit.lines()
     for footprint in fit.phases:
-        kinds = ", ".join(f"{kind} {readable(held)}" for kind, held in footprint.kinds.items() if held)
-        lines.append(f"  {footprint.phase}{_at_once(fit, footprint.phase)}: {readable(footprint.total)} ({kinds})")
+        kinds = ", ".join(
+            f"{kind} {readable(held)}" for kind, held in footprint.kinds.items() if held
+        )
+        lines.append(
+            f"  {footprint.phase}{_at_once(fit, footprint.phase)}: {readable(footprint.total)} "
+            f"({kinds})"
+        )
     lines.append(f"pool: {pool}")
     each = pool.bytes_per_sample
-    lines += [f"  {name}: {readable(held * each)} a device" for name, held in pool.places.items() if held]
+    lines += [
+        f"  {name}: {readable(held * each)} a device" for name, held in pool.places.items() if held
+    ]
     if not pool.fits:
         missing = pool.samples - sum(pool.places.values())
         budgets = ", ".join(f"{name} {readable(pool.tiers.budget(name))}" for name in NAMES)
-        lines.append(f"  {missing} samples of a device have no place (budgets of this plan: {budgets})")
+        lines.append(
+            f"  {missing} samples of a device have no place (budgets of this plan: {budgets})"
+        )
     return [*lines, *plan.disk.lines()]
 
 

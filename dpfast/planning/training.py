@@ -1,9 +1,12 @@
-"""A learner's training and evaluation, counted: FLOPs, bytes moved, and bytes held, on tensors that hold no numbers.
+"""A learner's training and evaluation, counted: FLOPs, bytes moved, and bytes held, on tensors that
+hold no numbers.
 
-The tensors are fake ones of the CPU (``FakeTensorMode``) and not those of the meta device, which autocast does not
-reach: it casts the operands of products and convolutions and leaves norms, residuals and losses in fp32, so that bf16
-halves less than everything. What is counted is what an eager step on a CPU holds, byte for byte (docs/scaling.md); a
-GPU's kernels may keep other statistics, and its allocator's reserve comes on top (``dpfast.planning.memory``).
+The tensors are fake ones of the CPU (``FakeTensorMode``) and not those of the meta device, which
+autocast does not
+reach: it casts the operands of products and convolutions and leaves norms, residuals and losses in
+fp32, so that bf16 halves less than everything. What is counted is what an eager step on a CPU
+holds, byte for byte (docs/scaling.md); a GPU's kernels may keep other statistics, and its
+allocator's reserve comes on top (``dpfast.planning.memory``).
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ CPU = torch.device("cpu")
 class Training:
     """Counts of one image in a training step and of an evaluated one, and bytes.
 
-    parameters, buffers: their numbers of elements. held: (fixed, per image) bytes of a micro-batch's forward and
-    backward pass beside weights and images, without the gradients of the weights; gradients: bytes of those;
+    parameters, buffers: their numbers of elements. held: (fixed, per image) bytes of a
+    micro-batch's forward and backward pass beside weights and images, without the gradients of the
+    weights; gradients: bytes of those;
     evaluation_held: (fixed, per image) of an evaluated batch.
     """
 
@@ -52,24 +56,29 @@ class Training:
 
     @property
     def state(self) -> int:
-        """Bytes of weights and buffers, of their average, and of AdamW's two moments: what a checkpoint has as well."""
+        """Bytes of weights and buffers, of their average, and of AdamW's two moments: what a
+        checkpoint has as well.
+        """
         return 4 * (4 * self.parameters + 2 * self.buffers)
 
     def memory(self, images: int, *, accumulated: bool) -> int:
         """The most bytes that a step holds beside ``state``, with micro-batches of ``images``.
 
-        accumulated: gradients are there all the time, of the micro-batches before, or in the buckets that ranks sum;
-        otherwise they come while what was kept for them goes.
+        accumulated: gradients are there all the time, of the micro-batches before, or in the
+        buckets that ranks sum; otherwise they come while what was kept for them goes.
         """
         fixed, each = self.held
         kept = fixed + each * images
         return kept + self.gradients if accumulated else max(kept, self.gradients)
 
 
-def count_learner(learner: Learner, classes: int, image: tuple[int, ...], *, half: bool) -> Training:
+def count_learner(
+    learner: Learner, classes: int, image: tuple[int, ...], *, half: bool
+) -> Training:
     """Counts a learner on images (C, H, W). half: under bf16 autocast.
 
-    Raises ``RecipeError`` for a learner that cannot be built, and what the model raises on such images.
+    Raises ``RecipeError`` for a learner that cannot be built, and what the model raises on such
+    images.
     """
     return _held(*_key(learner, classes, image, half))
 
@@ -87,7 +96,9 @@ def _key(learner: Learner, classes: int, image: tuple[int, ...], half: bool) -> 
 
 
 @functools.lru_cache(maxsize=16)
-def _fake(model: str, options: str, classes: int, channels: int, again: bool) -> tuple[FakeTensorMode, nn.Module]:
+def _fake(
+    model: str, options: str, classes: int, channels: int, again: bool
+) -> tuple[FakeTensorMode, nn.Module]:
     with torch.device("meta"):
         learner = build_learner(model, classes=classes, channels=channels, **json.loads(options))
     if again:
@@ -99,7 +110,12 @@ def _fake(model: str, options: str, classes: int, channels: int, again: bool) ->
 
 @functools.lru_cache(maxsize=64)
 def _counted(
-    model: tuple[Any, ...], classes: int, image: tuple[int, ...], half: bool, mixed: bool, batch_size: int
+    model: tuple[Any, ...],
+    classes: int,
+    image: tuple[int, ...],
+    half: bool,
+    mixed: bool,
+    batch_size: int,
 ) -> Counts:
     mode, learner = _fake(*model)
     step = _step(learner, image, classes, half=half, mixed=mixed)
@@ -109,7 +125,12 @@ def _counted(
 
 @functools.lru_cache(maxsize=64)
 def _held(
-    model: tuple[Any, ...], classes: int, image: tuple[int, ...], half: bool, mixed: bool, batch_size: int
+    model: tuple[Any, ...],
+    classes: int,
+    image: tuple[int, ...],
+    half: bool,
+    mixed: bool,
+    batch_size: int,
 ) -> Training:
     mode, learner = _fake(*model)
     step = _step(learner, image, classes, half=half, mixed=mixed)
@@ -134,7 +155,9 @@ def _held(
 
 
 def without_numbers(module: nn.Module) -> nn.Module:
-    """``module`` with fake parameters and buffers of the CPU in place of its own; within a ``FakeTensorMode``."""
+    """``module`` with fake parameters and buffers of the CPU in place of its own; within a
+    ``FakeTensorMode``.
+    """
     known: dict[int, Any] = {}  # tied weights stay tied
     for part in module.modules():
         for named in (part._parameters, part._buffers):
@@ -142,9 +165,13 @@ def without_numbers(module: nn.Module) -> nn.Module:
                 if tensor is None:
                     continue
                 if id(tensor) not in known:
-                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                    fake = torch.empty_strided(
+                        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                    )
                     parameter = isinstance(tensor, nn.Parameter)
-                    known[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if parameter else fake
+                    known[id(tensor)] = (
+                        nn.Parameter(fake, tensor.requires_grad) if parameter else fake
+                    )
                 named[name] = known[id(tensor)]
     return module
 

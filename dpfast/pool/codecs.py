@@ -1,4 +1,6 @@
-"""What a sample's payload is: uint8 pixels, fp16 latents or JPEG bytes; and the file formats that hold it exactly."""
+"""What a sample's payload is: uint8 pixels, fp16 latents or JPEG bytes; and the file formats that
+hold it exactly.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,31 @@ from torch import Tensor
 
 from dpfast.hardware.out_of_memory import HalvingBatches
 
-DTYPES = {"pixels": torch.uint8, "latents": torch.float16}  # payloads of one shape, a row of bytes a sample
+DTYPES = {
+    "pixels": torch.uint8,
+    "latents": torch.float16,
+}  # payloads of one shape, a row of bytes a sample
 CODECS = (*DTYPES, "jpeg")
 JPEG_QUALITY = 95
 JPEG_START = b"\xff\xd8"
 JPEG_BYTES_PER_PIXEL = 0.5  # an estimate for plans: photographs at quality 95 take 0.3 to 0.6
-PNG_SHARE = 0.75  # of the pixels' own bytes, an estimate for plans: a photograph of 224 px takes 0.65 (docs/scaling.md)
-TAR_BYTES = 6 * 512  # of a saved sample beside its payload: headers and files of label and columns, padding, a record
+# of the pixels' own bytes, an estimate for plans: a photograph of 224 px takes 0.65
+# (docs/scaling.md)
+PNG_SHARE = 0.75
+TAR_BYTES = (
+    6 * 512
+)  # of a saved sample beside its payload: headers and files of label and columns, padding, a record
 
 Decode = Callable[[Tensor], Tensor]  # latents (B, c, h, w) to images (B, C, H, W) in [-1, 1]
 DECODED = 1 << 18  # values of latents that are decoded at a time: 16 samples of 4 x 64 x 64
 
 
 class BoundedDecode:
-    """A ``Decode`` that takes a batch of any size in parts of ``DECODED`` values, which halve where memory runs out.
+    """A ``Decode`` that takes a batch of any size in parts of ``DECODED`` values, which halve where
+    memory runs out.
 
-    The decoder of Stable Diffusion 1.5 at 512 px holds 384 MiB a sample (counted), a training batch has hundreds.
+    The decoder of Stable Diffusion 1.5 at 512 px holds 384 MiB a sample (counted), a training batch
+    has hundreds.
     """
 
     def __init__(self, decode: Decode) -> None:
@@ -41,7 +52,9 @@ class BoundedDecode:
             return self.decode(latents)
         if self._batches is None:
             self._batches = HalvingBatches(max(1, DECODED // latents[0].numel()), latents.device)
-        return torch.cat(list(self._batches.over(len(latents), lambda rows: self.decode(latents[rows]))))
+        return torch.cat(
+            list(self._batches.over(len(latents), lambda rows: self.decode(latents[rows])))
+        )
 
 
 def check_codec(codec: str) -> str:
@@ -54,18 +67,25 @@ def check_codec(codec: str) -> str:
 def row_bytes(codec: str, shape: Sequence[int]) -> int:
     """Bytes of one payload of ``shape`` (C, H, W); for JPEG an estimate."""
     elements = int(np.prod(shape))
-    return int(elements * JPEG_BYTES_PER_PIXEL) if codec == "jpeg" else elements * DTYPES[codec].itemsize
+    return (
+        int(elements * JPEG_BYTES_PER_PIXEL)
+        if codec == "jpeg"
+        else elements * DTYPES[codec].itemsize
+    )
 
 
 def saved_bytes(codec: str, shape: Sequence[int], images: str = "png") -> int:
-    """Bytes on a disk of one sample whose payload is of ``shape`` (C, H, W): an estimate for PNG and JPEG.
+    """Bytes on a disk of one sample whose payload is of ``shape`` (C, H, W): an estimate for PNG
+    and JPEG.
 
     images: a recipe's ``save_samples``; "none" takes nothing.
     """
     if images == "none":
         return 0
     payload = row_bytes("jpeg" if images == "jpeg" else codec, shape)
-    return TAR_BYTES + (int(payload * PNG_SHARE) if codec == "pixels" and images == "png" else payload)
+    return TAR_BYTES + (
+        int(payload * PNG_SHARE) if codec == "pixels" and images == "png" else payload
+    )
 
 
 def to_jpeg(image: Tensor, quality: int = JPEG_QUALITY) -> bytes:
@@ -77,24 +97,32 @@ def to_jpeg(image: Tensor, quality: int = JPEG_QUALITY) -> bytes:
 
 
 def to_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of uint8 pixels (C, H, W). Raises ``ValueError`` unless they have one or three channels."""
+    """PNG bytes of uint8 pixels (C, H, W). Raises ``ValueError`` unless they have one or three
+    channels.
+    """
     return _encoded(pixels, format="PNG", compress_level=1)
 
 
 def _encoded(pixels: np.ndarray, **options: object) -> bytes:
     if pixels.shape[0] not in (1, 3):
-        raise ValueError(f"an image file holds one or three channels, the sample has {pixels.shape[0]}")
+        raise ValueError(
+            f"an image file holds one or three channels, the sample has {pixels.shape[0]}"
+        )
     buffer = io.BytesIO()
     Image.fromarray(
         np.ascontiguousarray(
-            pixels.transpose(1, 2, 0).squeeze(-1) if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
+            pixels.transpose(1, 2, 0).squeeze(-1)
+            if pixels.shape[0] == 1
+            else pixels.transpose(1, 2, 0)
         )
     ).save(buffer, **options)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
 def from_image_files(files: Sequence[bytes], threads: int = 1) -> np.ndarray:
-    """(B, C, H, W) uint8 pixels of images of one shape, decoded by so many threads; Pillow holds no lock meanwhile."""
+    """(B, C, H, W) uint8 pixels of images of one shape, decoded by so many threads; Pillow holds no
+    lock meanwhile.
+    """
     if threads == 1:
         return np.stack([from_image_file(file) for file in files])
     with ThreadPoolExecutor(threads, "dpfast-decode") as executor:
@@ -102,7 +130,8 @@ def from_image_files(files: Sequence[bytes], threads: int = 1) -> np.ndarray:
 
 
 def from_image_file(data: bytes) -> np.ndarray:
-    """uint8 pixels (C, H, W) of a PNG or JPEG file's bytes; grey images have one channel, all others three.
+    """uint8 pixels (C, H, W) of a PNG or JPEG file's bytes; grey images have one channel, all
+    others three.
 
     Raises ``OSError`` for what is no image.
     """

@@ -1,13 +1,14 @@
 """Boxes of images as a normalised batch on a GPU, in one pass: the map of ``dpfast.pool.batch``.
 
-A thread makes output pixels: it weighs the few inputs that their triangles cover and reads them where the chunks lie,
-in device memory or in pinned memory of the host. Neighbours share inputs, which the caches serve. Bytes: about
-B C (h w + b_out H' W') of boxes of h x w pixels.
+A thread makes output pixels: it weighs the few inputs that their triangles cover and reads them
+where the chunks lie, in device memory or in pinned memory of the host. Neighbours share inputs,
+which the caches serve. Bytes: about B C (h w + b_out H' W') of boxes of h x w pixels.
 
-Places are found in fp32: at 224 pixels a weight is off by up to 1e-5 of fp64's, and by nothing for whole boxes.
+Places are found in fp32: at 224 pixels a weight is off by up to 1e-5 of fp64's, and by nothing for
+whole boxes.
 
-Nothing waits for the device: how many inputs a triangle covers is a constant of a launch, found in the boxes while they
-are on the host.
+Nothing waits for the device: how many inputs a triangle covers is a constant of a launch, found in
+the boxes while they are on the host.
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
@@ -63,7 +64,9 @@ def crops_kernel(
     ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK pixels of one image a program, all channels. ELEMENT is the type of the images, stride in bytes."""
+    """BLOCK pixels of one image a program, all channels. ELEMENT is the type of the images, stride
+    in bytes.
+    """
     image = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < LINES * COLUMNS
@@ -95,7 +98,8 @@ def crops_kernel(
 
 
 def taps(lengths: Tensor, outputs: int) -> int:
-    """The most inputs that one of ``outputs`` triangles covers over an axis of boxes of ``lengths`` (B,), on the CPU.
+    """The most inputs that one of ``outputs`` triangles covers over an axis of boxes of ``lengths``
+    (B,), on the CPU.
 
     Rounded up to a power of two: each number is a kernel of its own.
     """
@@ -115,11 +119,13 @@ def launch(
     element: torch.dtype,
     out: Tensor,
 ) -> None:
-    """Writes ``out`` (B, C, H', W'), contiguous or channels last, out of images of ``shape`` (C, H, W).
+    """Writes ``out`` (B, C, H', W'), contiguous or channels last, out of images of ``shape`` (C, H,
+    W).
 
-    addresses: (n,) int64 of chunks of chunk_rows images, stride bytes apart, uint8 or float32 (``element``);
-    indices: (B,) int64; flip: (B,) bool; affine: (C,) float32 scale and bias. These and out lie on the device, boxes
-    (B, 4) float32 on the CPU.
+    addresses: (n,) int64 of chunks of chunk_rows images, stride bytes apart, uint8 or float32
+    (``element``);
+    indices: (B,) int64; flip: (B,) bool; affine: (C,) float32 scale and bias. These and out lie on
+    the device, boxes (B, 4) float32 on the CPU.
     """
     if not out.numel():
         return

@@ -1,11 +1,14 @@
 """Pools in other people's formats, and back: webdataset shards, an image folder, parquet.
 
-    webdataset    shards of ``dpfast.pool.shards``: images as .png, JPEG files as they are, latents as .npy
-    imagefolder   train/<class>/<row>.png|.jpg and train/metadata.jsonl, as Hugging Face ``datasets`` reads them
-    parquet       train-00000-of-00003.parquet: an image (or a list of fp16 latents) and one field for each column
+    webdataset    shards of ``dpfast.pool.shards``: images as .png, JPEG files as they are, latents
+                  as .npy
+    imagefolder   train/<class>/<row>.png|.jpg and train/metadata.jsonl, as Hugging Face
+                  ``datasets`` reads them
+    parquet       train-00000-of-00003.parquet: an image (or a list of fp16 latents) and one field
+                  for each column
 
-Every format keeps the payload and all columns exactly, and ``import_pool`` reads each of them; but an image folder of
-latents holds the images that they decode to.
+Every format keeps the payload and all columns exactly, and ``import_pool`` reads each of them; but
+an image folder of latents holds the images that they decode to.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
     """Writes all samples of ``pool`` into the new or empty folder ``out``.
 
     classes: names of the labels, for folder names and ``ClassLabel`` features.
-    Raises ``RecipeError`` for a folder in use, an unknown format, and a pool that the format cannot hold.
+    Raises ``RecipeError`` for a folder in use, an unknown format, and a pool that the format cannot
+    hold.
     """
     if format not in FORMATS:
         raise RecipeError(f"format = {format!r}: expected one of {', '.join(FORMATS)}")
@@ -48,12 +52,19 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
         raise RecipeError(f"out = {str(out)!r}: exists and is not an empty folder")
     if not len(pool):
         raise RecipeError("the pool is empty: there is nothing to export")
-    pictures = pool.codec == "jpeg" or (pool.codec == "pixels" and (pool.shape or (0,))[0] in (1, 3))
+    pictures = pool.codec == "jpeg" or (
+        pool.codec == "pixels" and (pool.shape or (0,))[0] in (1, 3)
+    )
     decoded = pool.codec == "latents" and pool.decode is not None
     if format == "imagefolder" and not (pictures or decoded):
-        why = "their decoder is that of a run's folder" if pool.codec == "latents" else "an image has 1 or 3 channels"
+        why = (
+            "their decoder is that of a run's folder"
+            if pool.codec == "latents"
+            else "an image has 1 or 3 channels"
+        )
         raise RecipeError(
-            f"format = 'imagefolder': the pool holds {pool.codec} of shape {pool.shape}, {why}; choose webdataset or "
+            f"format = 'imagefolder': the pool holds {pool.codec} of shape {pool.shape}, {why}; "
+            "choose webdataset or "
             "parquet"
         )
     if format == "webdataset":
@@ -71,10 +82,11 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
 def import_pool(
     folder: Path, *, decode: codecs.Decode | None = None, device: torch.device | str = "cpu"
 ) -> tuple[SamplePool, list[str] | None]:
-    """The pool of a run, a saved pool or an exported one, in host memory, and its class names where they are known.
+    """The pool of a run, a saved pool or an exported one, in host memory, and its class names where
+    they are known.
 
-    decode: of a saved pool of latents, as of ``SamplePool``; a run's own decoder by default, on ``device``.
-    A run's pool is that of its source "dp", or of "static" where it alone was run.
+    decode: of a saved pool of latents, as of ``SamplePool``; a run's own decoder by default, on
+    ``device``. A run's pool is that of its source "dp", or of "static" where it alone was run.
     Raises ``RecipeError`` when ``folder`` is none of these.
     """
     for source in ("pool_dp", "pool_static"):
@@ -91,11 +103,15 @@ def import_pool(
             return _read_tars(files), None
     except (ValueError, OSError) as error:
         raise RecipeError(f"{str(folder)!r} cannot be read: {error}") from error
-    raise RecipeError(f"{str(folder)!r} holds neither a run with samples nor a saved or exported pool")
+    raise RecipeError(
+        f"{str(folder)!r} holds neither a run with samples nor a saved or exported pool"
+    )
 
 
 def _decoder(run: Path, device: torch.device | str) -> codecs.Decode:
-    """The decoder of a run's latents on ``device``; its pipeline is loaded with the first of them."""
+    """The decoder of a run's latents on ``device``; its pipeline is loaded with the first of
+    them.
+    """
 
     @functools.cache
     def decoder() -> codecs.Decode:
@@ -107,15 +123,22 @@ def _decoder(run: Path, device: torch.device | str) -> codecs.Decode:
     return lambda latents: decoder()(latents).to(latents.device)
 
 
-def _rows(pool: SamplePool, *, decoded: bool = False) -> Iterator[tuple[int, np.ndarray, list[Any]]]:
-    """(first row, records, payloads) of BATCH samples at a time; payloads are image files, or rows of latents.
+def _rows(
+    pool: SamplePool, *, decoded: bool = False
+) -> Iterator[tuple[int, np.ndarray, list[Any]]]:
+    """(first row, records, payloads) of BATCH samples at a time; payloads are image files, or rows
+    of latents.
 
     decoded: latents as the image files that they decode to.
     """
     for first in range(0, len(pool), BATCH):
         rows = torch.arange(first, min(first + BATCH, len(pool)))
         payload = pool.images(rows) if decoded and pool.codec == "latents" else pool.payload(rows)
-        if isinstance(payload, Tensor) and payload.dtype == torch.uint8 and payload.shape[1] in (1, 3):
+        if (
+            isinstance(payload, Tensor)
+            and payload.dtype == torch.uint8
+            and payload.shape[1] in (1, 3)
+        ):
             files: list[Any] = [codecs.to_png(pixels) for pixels in payload.numpy()]
         elif isinstance(payload, Tensor):
             files = list(payload.flatten(1).numpy())
@@ -165,7 +188,9 @@ def _read_images(folder: Path) -> tuple[SamplePool, list[str] | None]:
 
 
 def _append_files(pool: SamplePool, files: dict[str, bytes], records: np.ndarray) -> None:
-    """Appends image files, decoded where the pool holds pixels. Raises ``ValueError`` with the name of a bad one."""
+    """Appends image files, decoded where the pool holds pixels. Raises ``ValueError`` with the name
+    of a bad one.
+    """
     if pool.codec == "jpeg":
         for name, data in files.items():
             if not data.startswith(codecs.JPEG_START):
@@ -180,12 +205,16 @@ def _append_files(pool: SamplePool, files: dict[str, bytes], records: np.ndarray
             raise ValueError(f"{name} is no image: {error}") from None
         expected = pool.shape or images[0].shape
         if images[-1].shape != expected:
-            raise ValueError(f"{name} is of shape {images[-1].shape}, the images before it are {expected}")
+            raise ValueError(
+                f"{name} is of shape {images[-1].shape}, the images before it are {expected}"
+            )
     pool.append_records(torch.from_numpy(np.stack(images)), records)
 
 
 def _read_tars(paths: list[Path]) -> SamplePool:
-    """webdataset shards that need not be ours: without .json the sample id is the row and the label the .cls."""
+    """webdataset shards that need not be ours: without .json the sample id is the row and the label
+    the .cls.
+    """
     pool: SamplePool | None = None
     for path in paths:
         samples = shards.read_tar(path)
@@ -196,17 +225,25 @@ def _read_tars(paths: list[Path]) -> SamplePool:
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}: the .json of sample {sample.key!r} is no table")
                 label = int(sample.read("cls")) if "cls" in sample.members else 0
-                rows.append({"sample_id": (len(pool) if pool else 0) + len(rows), "label": label} | row)
+                rows.append(
+                    {"sample_id": (len(pool) if pool else 0) + len(rows), "label": label} | row
+                )
             suffix = next((s for s in shards.SUFFIXES if s in part[0].members), None)
             if suffix is None:
-                raise ValueError(f"{path}: sample {part[0].key!r} has none of {', '.join(shards.SUFFIXES)}")
+                raise ValueError(
+                    f"{path}: sample {part[0].key!r} has none of {', '.join(shards.SUFFIXES)}"
+                )
             files = {f"{path}: {sample.key}.{suffix}": sample.read(suffix) for sample in part}
             if suffix == "npy":
                 data = list(files.values())
-                arrays = np.stack([np.frombuffer(d, np.uint8, offset=shards.npy_data_start(d)) for d in data])
+                arrays = np.stack(
+                    [np.frombuffer(d, np.uint8, offset=shards.npy_data_start(d)) for d in data]
+                )
                 dtype, shape = shards.npy_kind(data[0])
                 pool = pool or SamplePool("pixels" if dtype == np.uint8 else "latents")
-                pool.append_records(torch.from_numpy(arrays.view(dtype).reshape(-1, *shape)), from_dicts(rows))
+                pool.append_records(
+                    torch.from_numpy(arrays.view(dtype).reshape(-1, *shape)), from_dicts(rows)
+                )
             else:
                 pool = pool or SamplePool("pixels" if suffix == "png" else "jpeg")
                 _append_files(pool, files, from_dicts(rows))
@@ -220,11 +257,15 @@ def _arrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise RecipeError("format = 'parquet': needs pyarrow; pip install 'dpfast[export]'") from None
+        raise RecipeError(
+            "format = 'parquet': needs pyarrow; pip install 'dpfast[export]'"
+        ) from None
     return pyarrow, pyarrow.parquet
 
 
-def _write_parquet(pool: SamplePool, out: Path, classes: list[str] | None, *, pictures: bool) -> None:
+def _write_parquet(
+    pool: SamplePool, out: Path, classes: list[str] | None, *, pictures: bool
+) -> None:
     arrow, parquet = _arrow()
     out.mkdir(parents=True, exist_ok=True)
     schema = _schema(arrow, pool, classes, pictures=pictures)
@@ -237,7 +278,9 @@ def _write_parquet(pool: SamplePool, out: Path, classes: list[str] | None, *, pi
             name = f"train-{first // FILE_SAMPLES:05d}-of-{count:05d}.parquet"
             writer = parquet.ParquetWriter(out / name, schema)
         if pictures:
-            payload = arrow.array([{"bytes": data, "path": None} for data in payloads], schema.field(0).type)
+            payload = arrow.array(
+                [{"bytes": data, "path": None} for data in payloads], schema.field(0).type
+            )
         else:
             flat = arrow.array(np.concatenate(payloads))
             payload = arrow.FixedSizeListArray.from_arrays(flat, len(payloads[0]))
@@ -249,32 +292,54 @@ def _write_parquet(pool: SamplePool, out: Path, classes: list[str] | None, *, pi
 
 
 def _schema(arrow: Any, pool: SamplePool, classes: list[str] | None, *, pictures: bool) -> Any:
-    """Fields with Hugging Face's feature types, so that an image loads as an image and a label has its name."""
+    """Fields with Hugging Face's feature types, so that an image loads as an image and a label has
+    its name.
+    """
     if pictures:
-        payload = arrow.field("image", arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
+        payload = arrow.field(
+            "image", arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+        )
         features: dict[str, Any] = {"image": {"_type": "Image"}}
     else:
-        kind, width = (arrow.uint8(), "uint8") if pool.codec == "pixels" else (arrow.float16(), "float16")
+        kind, width = (
+            (arrow.uint8(), "uint8") if pool.codec == "pixels" else (arrow.float16(), "float16")
+        )
         elements = int(np.prod(pool.shape or ()))
         payload = arrow.field("latent", arrow.list_(kind, elements))
-        features = {"latent": {"feature": {"dtype": width, "_type": "Value"}, "length": elements, "_type": "List"}}
+        features = {
+            "latent": {
+                "feature": {"dtype": width, "_type": "Value"},
+                "length": elements,
+                "_type": "List",
+            }
+        }
     fields = [payload]
     for name in COLUMNS:
         dtype = RECORD[name]
         kind = "label" if name == "label" and classes is not None else "value"
         # datasets casts a ClassLabel to int64; the file says so from the start
-        fields.append(arrow.field(name, arrow.int64() if kind == "label" else arrow.from_numpy_dtype(dtype)))
+        fields.append(
+            arrow.field(name, arrow.int64() if kind == "label" else arrow.from_numpy_dtype(dtype))
+        )
         features[name] = (
-            {"names": classes, "_type": "ClassLabel"} if kind == "label" else {"dtype": str(dtype), "_type": "Value"}
+            {"names": classes, "_type": "ClassLabel"}
+            if kind == "label"
+            else {"dtype": str(dtype), "_type": "Value"}
         )
     about = {"codec": pool.codec, "shape": pool.shape, "classes": classes}
     return arrow.schema(
-        fields, metadata={"huggingface": json.dumps({"info": {"features": features}}), "dpfast": json.dumps(about)}
+        fields,
+        metadata={
+            "huggingface": json.dumps({"info": {"features": features}}),
+            "dpfast": json.dumps(about),
+        },
     )
 
 
 def _read_parquet(files: list[Path]) -> tuple[SamplePool, list[str] | None]:
-    """Our own files, and images as Hugging Face ``datasets`` writes them; missing columns as in ``_read_tars``."""
+    """Our own files, and images as Hugging Face ``datasets`` writes them; missing columns as in
+    ``_read_tars``.
+    """
     _, parquet = _arrow()
     about: dict[str, Any] | None = None
     pool = SamplePool()
@@ -287,10 +352,18 @@ def _read_parquet(files: list[Path]) -> tuple[SamplePool, list[str] | None]:
                 first, names = len(pool), batch.schema.names
                 table = {name: batch.column(name).to_pylist() for name in COLUMNS if name in names}
                 table.setdefault("sample_id", list(range(first, first + batch.num_rows)))
-                records = from_dicts([dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)])
+                records = from_dicts(
+                    [
+                        dict(zip(table, row, strict=True))
+                        for row in zip(*table.values(), strict=True)
+                    ]
+                )
                 if "image" in names:
                     data = batch.column("image").field("bytes").to_pylist()
-                    images = {f"{path}: the image of row {first + i}": file or b"" for i, file in enumerate(data)}
+                    images = {
+                        f"{path}: the image of row {first + i}": file or b""
+                        for i, file in enumerate(data)
+                    }
                     _append_files(pool, images, records)
                 else:
                     values = batch.column("latent").flatten().to_numpy(zero_copy_only=False)
@@ -301,13 +374,17 @@ def _read_parquet(files: list[Path]) -> tuple[SamplePool, list[str] | None]:
 
 
 def _about(file: Any, path: Path) -> dict[str, Any]:
-    """codec, shape and class names of a parquet file. Raises ``ValueError`` where it holds nothing for a pool."""
+    """codec, shape and class names of a parquet file. Raises ``ValueError`` where it holds nothing
+    for a pool.
+    """
     metadata = file.schema_arrow.metadata or {}
     if b"dpfast" in metadata:
         return dict(json.loads(metadata[b"dpfast"]))
     image = next((field.type for field in file.schema_arrow if field.name == "image"), None)
     if "bytes" not in [field.name for field in image or ()]:
-        raise ValueError(f"{path} was not written by dpfast export, and it has no column 'image' of files")
+        raise ValueError(
+            f"{path} was not written by dpfast export, and it has no column 'image' of files"
+        )
     first = next(file.iter_batches(1, columns=["image.bytes"]))
     data = first.column("image").field("bytes").to_pylist() if first.num_rows else [None]
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})

@@ -1,8 +1,9 @@
 """Where the pool's chunks live: device memory, then host memory, then files, each up to its budget.
 
-On a machine with CUDA, host memory is pinned, so that a GPU reads it in place. A file is unlinked as soon as it is
-mapped: nothing is left behind however the process ends. Its blocks are reserved at once, so that a full disk is an
-``OSError`` here and not a signal later.
+On a machine with CUDA, host memory is pinned, so that a GPU reads it in place. A file is unlinked
+as soon as it is
+mapped: nothing is left behind however the process ends. Its blocks are reserved at once, so that a
+full disk is an ``OSError`` here and not a signal later.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class PoolFullError(MemoryError):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryTiers:
-    """Budgets in bytes, used in this order. ``device_bytes`` needs a ``device``, ``file_bytes`` a ``folder``.
+    """Budgets in bytes, used in this order. ``device_bytes`` needs a ``device``, ``file_bytes`` a
+    ``folder``.
 
     Raises ``ValueError`` without them, and for a budget below 0.
     """
@@ -66,11 +68,12 @@ class MemoryTiers:
         free: float | None = None,
         processes: int = 1,
     ) -> MemoryTiers:
-        """Shares of what is free now: device memory for a CUDA device, host memory within the limits of a container or
-        of Slurm (``dpfast.hardware.memory``), and the disk of ``folder``.
+        """Shares of what is free now: device memory for a CUDA device, host memory within the
+        limits of a container or of Slurm (``dpfast.hardware.memory``), and the disk of ``folder``.
 
-        device_bytes, host_bytes: budgets in place of the shares; of a CPU as the device, a budget in bytes is a part of
-        the host's memory that is filled first. free: bytes of one process's host memory in place of what is found.
+        device_bytes, host_bytes: budgets in place of the shares; of a CPU as the device, a budget
+        in bytes is a part of the host's memory that is filled first. free: bytes of one process's
+        host memory in place of what is found.
         processes: that share this machine's host memory and disk alike.
         """
         device = None if device is None else torch.device(device)
@@ -85,21 +88,30 @@ class MemoryTiers:
             device_bytes=device_bytes,
             host_bytes=host_bytes,
             folder=folder,
-            file_bytes=0 if folder is None else int(shutil.disk_usage(folder).free * FILE_SHARE / processes),
+            file_bytes=0
+            if folder is None
+            else int(shutil.disk_usage(folder).free * FILE_SHARE / processes),
         )
 
     @classmethod
     def from_recipe(
         cls, recipe: config.Pool, device: torch.device, folder: Path | None, *, processes: int = 1
     ) -> MemoryTiers:
-        """The budgets of a recipe's section ``[pool]``. Raises ``RecipeError`` for files without a folder."""
+        """The budgets of a recipe's section ``[pool]``. Raises ``RecipeError`` for files without a
+        folder.
+        """
         device_bytes, host_bytes = (
-            None if size is None else int(size * GIB) for size in (recipe.device_gib, recipe.host_gib)
+            None if size is None else int(size * GIB)
+            for size in (recipe.device_gib, recipe.host_gib)
         )
         if recipe.mapped and folder is None:
-            raise config.RecipeError("mapped = true: there is no folder for the files; run with one")
+            raise config.RecipeError(
+                "mapped = true: there is no folder for the files; run with one"
+            )
         mapped = folder if recipe.mapped else None
-        return cls.detect(device, mapped, device_bytes=device_bytes, host_bytes=host_bytes, processes=processes)
+        return cls.detect(
+            device, mapped, device_bytes=device_bytes, host_bytes=host_bytes, processes=processes
+        )
 
     def budget(self, name: str) -> int:
         """Bytes of the tier, one of ``NAMES``."""
@@ -112,12 +124,16 @@ class MemoryTiers:
                 return name
         budgets = ", ".join(f"{name} {readable(self.budget(name))}" for name in NAMES)
         raise PoolFullError(
-            f"the pool holds {sum(used.values())} chunks of {readable(chunk_bytes)} and its budgets are full "
-            f"({budgets}): raise host_gib, map files (mapped = true), or store latents or JPEG (codec)"
+            f"the pool holds {sum(used.values())} chunks of {readable(chunk_bytes)} and its "
+            "budgets are full "
+            f"({budgets}): raise host_gib, map files (mapped = true), or store latents or JPEG "
+            "(codec)"
         )
 
     def allocate(self, name: str, chunk_bytes: int) -> Tensor:
-        """(chunk_bytes,) uint8 of the tier, its contents undefined. Raises ``OSError`` where the disk is full."""
+        """(chunk_bytes,) uint8 of the tier, its contents undefined. Raises ``OSError`` where the
+        disk is full.
+        """
         if name == "device":
             return torch.empty(chunk_bytes, dtype=torch.uint8, device=self.device)
         if name == "file":
@@ -132,8 +148,12 @@ class MemoryTiers:
 
 
 def host_memory(count: int) -> Tensor:
-    """(count,) uint8 zeros on large pages where there are any: random rows then miss the page tables less often."""
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared pages are always small
+    """(count,) uint8 zeros on large pages where there are any: random rows then miss the page
+    tables less often.
+    """
+    memory = mmap.mmap(
+        -1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # shared pages are always small
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
@@ -142,8 +162,10 @@ def host_memory(count: int) -> Tensor:
 def touched(memory: Tensor) -> Tensor:
     """``memory`` (n,) uint8 with every page of it there, on one thread and without torch.
 
-    An operation of torch in a thread of ours leaves a second team of OpenMP threads behind. With more of them than
-    cores, the runtime lets all of them sleep at once when they wait: the learner's step then takes twice as long.
+    An operation of torch in a thread of ours leaves a second team of OpenMP threads behind. With
+    more of them than
+    cores, the runtime lets all of them sleep at once when they wait: the learner's step then takes
+    twice as long.
     """
     if memory.device.type == "cpu":
         ctypes.memset(memory.data_ptr(), 0, memory.nbytes)

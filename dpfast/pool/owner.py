@@ -1,15 +1,18 @@
-"""One process at a time writes a folder, on any file system that its nodes share: no ``flock``, no server.
+"""One process at a time writes a folder, on any file system that its nodes share: no ``flock``, no
+server.
 
     .owner-000003      who writes: host, process and a beat that rises every ``BEAT`` seconds
 
-The owner is who made the file with the highest number, which ``O_CREAT | O_EXCL`` gives to one process alone, over NFS
-and on Lustre as well. Nobody removes or replaces a number that may be the highest, so there is no moment at which two
-take the same one over. A process that finds an owner takes the next number only where that one is gone:
+The owner is who made the file with the highest number, which ``O_CREAT | O_EXCL`` gives to one
+process alone, over NFS and on Lustre as well. Nobody removes or replaces a number that may be the
+highest, so there is no moment at which two take the same one over. A process that finds an owner
+takes the next number only where that one is gone:
 
     on the same host   its process has ended (a process is known by its id and its start)
     on another host    its beat has not risen for ``STALE`` seconds by the newcomer's own clock
 
-An owner that was taken for dead, after a minute without running, sees the higher number and writes nothing more.
+An owner that was taken for dead, after a minute without running, sees the higher number and writes
+nothing more.
 """
 
 from __future__ import annotations
@@ -35,8 +38,9 @@ class OwnedError(RuntimeError):
 class Owner:
     """Makes this process the one that writes ``folder``, until ``close``.
 
-    Raises ``OwnedError`` when another process lives that does, ``OSError`` with its own words for whatever the file
-    system refuses. Waits up to ``STALE`` seconds for a sign of life of a process on another host.
+    Raises ``OwnedError`` when another process lives that does, ``OSError`` with its own words for
+    whatever the file system refuses. Waits up to ``STALE`` seconds for a sign of life of a process
+    on another host.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +54,9 @@ class Owner:
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
-            raise OwnedError(f"{_named(self.path)} has just begun to write in {str(folder)!r}") from None
+            raise OwnedError(
+                f"{_named(self.path)} has just begun to write in {str(folder)!r}"
+            ) from None
         self._state: dict[str, Any] = {**_process(os.getpid()), "beat": 0, "ended": False}
         self._write()
         for path in folder.glob(PATTERN):
@@ -61,14 +67,20 @@ class Owner:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises ``OwnedError`` when another process has taken the folder over, which it believed to be left."""
+        """Raises ``OwnedError`` when another process has taken the folder over, which it believed
+        to be left.
+        """
         number = _highest(self.folder)
         if number != self.number:
             whom = "nobody" if number is None else _named(_path(self.folder, number))
-            raise OwnedError(f"{str(self.folder)!r} has been taken over by {whom}; nothing more is written")
+            raise OwnedError(
+                f"{str(self.folder)!r} has been taken over by {whom}; nothing more is written"
+            )
 
     def close(self) -> None:
-        """Leaves the folder to the next one. The file stays and says so: its number must not be given twice."""
+        """Leaves the folder to the next one. The file stays and says so: its number must not be
+        given twice.
+        """
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(OSError):  # the folder may have been removed
@@ -89,9 +101,15 @@ class Owner:
 
 
 def owner_of(folder: Path) -> str | None:
-    """The living process that writes ``folder``, in words; None where there is none. It may wait as ``Owner`` does."""
+    """The living process that writes ``folder``, in words; None where there is none. It may wait as
+    ``Owner`` does.
+    """
     number = _highest(folder) if folder.is_dir() else None
-    return _named(_path(folder, number)) if number is not None and _lives(_path(folder, number)) else None
+    return (
+        _named(_path(folder, number))
+        if number is not None and _lives(_path(folder, number))
+        else None
+    )
 
 
 def _path(folder: Path, number: int) -> Path:
@@ -99,7 +117,9 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _highest(folder: Path) -> int | None:
-    return max((int(name[7:]) for name in os.listdir(folder) if name.startswith(".owner-")), default=None)
+    return max(
+        (int(name[7:]) for name in os.listdir(folder) if name.startswith(".owner-")), default=None
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -137,7 +157,9 @@ def _named(path: Path) -> str:
 
 
 def _process(number: int) -> dict[str, Any]:
-    """A process of this host. start: tells it from others of its number; None once it has ended, and without /proc."""
+    """A process of this host. start: tells it from others of its number; None once it has ended,
+    and without /proc.
+    """
     state, start = "", None
     with contextlib.suppress(OSError, IndexError):
         fields = Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()
@@ -151,8 +173,13 @@ def _process(number: int) -> dict[str, Any]:
 
 
 def _host() -> str:
-    """What processes that see each other share: name, boot, and the name space of their numbers (a container's)."""
+    """What processes that see each other share: name, boot, and the name space of their numbers (a
+    container's).
+    """
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+        parts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
     return " ".join(parts)

@@ -17,7 +17,9 @@ from dpfast.pool.record import RECORD
 from dpfast.pool.rows import CPU
 
 CHUNK_BYTES = 64 << 20
-LATENT_SHRINK = 8  # of an autoencoder of the Stable Diffusion family: 3 x 8 x 8 pixels become 4 latents
+LATENT_SHRINK = (
+    8  # of an autoencoder of the Stable Diffusion family: 3 x 8 x 8 pixels become 4 latents
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,10 @@ class Plan:
         return sum(self.places.values()) >= self.samples
 
     def __str__(self) -> str:
-        where = ", ".join(f"{count} in {name}" for name, count in self.places.items() if count) or "none fits"
+        where = (
+            ", ".join(f"{count} in {name}" for name, count in self.places.items() if count)
+            or "none fits"
+        )
         share = f" on each of {self.devices} devices" if self.devices > 1 else ""
         return (
             f"{self.samples} samples{share} of {self.bytes_per_sample} + {self.overhead} bytes: "
@@ -60,15 +65,19 @@ class Plan:
         pixels = math.prod(self.shape)
         smaller = "raise host_gib"
         if self.codec == "pixels":
-            latents = math.ceil(pixels / 3 / LATENT_SHRINK**2) * 4 * codecs.DTYPES["latents"].itemsize
+            latents = (
+                math.ceil(pixels / 3 / LATENT_SHRINK**2) * 4 * codecs.DTYPES["latents"].itemsize
+            )
             smaller = (
                 f"codec = 'latents' (about {latents} bytes a sample) or 'jpeg' "
                 f"(about {int(pixels * codecs.JPEG_BYTES_PER_PIXEL)})"
             )
         devices = math.ceil(self.devices * self.samples / room) if room else self.devices + 1
         raise RecipeError(
-            f"maximum_samples = {self.samples * self.devices}: the pool needs {self}; the budgets are {budgets}. "
-            f"Ways out: {smaller}; mapped = true with {readable(self.total_bytes)} free on the disk, or {devices} "
+            f"maximum_samples = {self.samples * self.devices}: the pool needs {self}; the budgets "
+            f"are {budgets}. "
+            f"Ways out: {smaller}; mapped = true with {readable(self.total_bytes)} free on the "
+            f"disk, or {devices} "
             f"devices; or maximum_samples of at most {room * self.devices}"
         )
 
@@ -92,7 +101,8 @@ def plan(
         tiers: the budgets of each device, by default what is free here.
         chunk_bytes: of a chunk at most; a small pool has one that just holds it.
 
-    Raises ``ValueError`` for an unknown codec, negative ``samples``, no device, and a sample that no chunk holds.
+    Raises ``ValueError`` for an unknown codec, negative ``samples``, no device, and a sample that
+    no chunk holds.
     """
     count = devices if isinstance(devices, int) else len(devices)
     if samples < 0 or count < 1:
@@ -100,13 +110,17 @@ def plan(
     tiers = tiers or MemoryTiers.detect()
     payload = codecs.row_bytes(codecs.check_codec(codec), shape)
     if not 0 < payload <= chunk_bytes:
-        raise ValueError(f"a sample of shape {tuple(shape)} has {payload} bytes, a chunk {chunk_bytes}")
+        raise ValueError(
+            f"a sample of shape {tuple(shape)} has {payload} bytes, a chunk {chunk_bytes}"
+        )
     each = math.ceil(samples / count)
     if codec != "jpeg":
         chunk_bytes = min(chunk_bytes, max(each, 1) * payload)
     places, missing, columns = {}, each, each * RECORD.itemsize
     for name in NAMES:
-        budget = tiers.budget(name) - (columns if name == "host" else 0)  # the columns always lie in host memory
+        budget = tiers.budget(name) - (
+            columns if name == "host" else 0
+        )  # the columns always lie in host memory
         chunks = max(budget, 0) // chunk_bytes
         places[name] = min(missing, chunks * (chunk_bytes // payload))
         missing -= places[name]
@@ -132,10 +146,14 @@ def plan_recipe(
     folder: Path | None = None,
     processes: int = 1,
 ) -> Plan:
-    """The plan of a recipe's section ``[pool]`` on this machine; the arguments of ``SamplePool.from_recipe``.
+    """The plan of a recipe's section ``[pool]`` on this machine; the arguments of
+    ``SamplePool.from_recipe``.
 
     Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
     """
     return plan(
-        samples, shape, recipe.codec, tiers=MemoryTiers.from_recipe(recipe, device, folder, processes=processes)
+        samples,
+        shape,
+        recipe.codec,
+        tiers=MemoryTiers.from_recipe(recipe, device, folder, processes=processes),
     ).check()

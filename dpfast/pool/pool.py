@@ -1,4 +1,6 @@
-"""``SamplePool``: append-only storage of samples in fixed-size chunks, with every sample's origin beside it."""
+"""``SamplePool``: append-only storage of samples in fixed-size chunks, with every sample's origin
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +38,18 @@ RECORD_ROWS = RECORD_CHUNK // RECORD.itemsize
 class SamplePool:
     """Samples with labels and provenance, in device memory, host memory and files.
 
-    Growing copies nothing that is already in the pool: a new sample is written once, into its chunk. One thread at a
-    time appends; any number of threads read meanwhile, without locks: they see the samples of finished appends.
+    Growing copies nothing that is already in the pool: a new sample is written once, into its
+    chunk. One thread at a time appends; any number of threads read meanwhile, without locks: they
+    see the samples of finished appends.
 
     Args:
         codec: "pixels", uint8 (C, H, W); "latents", fp16 (c, h, w); or "jpeg", bytes.
         tiers: budgets; by default a share of the free host memory.
         chunk_bytes: size of every chunk.
-        decode: latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], for a pool of latents that serves images.
-        shape: (C, H, W) of a payload; by default that of the first one. JPEG images may differ from it: there it is
+        decode: latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], for a pool of latents that
+        serves images.
+        shape: (C, H, W) of a payload; by default that of the first one. JPEG images may differ from
+        it: there it is
             the guess of ``reserve`` for the first of them.
 
     Raises ``ValueError`` for an unknown codec and for chunks that do not hold a sample.
@@ -72,9 +77,13 @@ class SamplePool:
         self._counted: tuple[Sequence[str], Counter[str]] = ((), Counter())
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
-        self._spares: deque[tuple[str, Future[Tensor]]] = deque()  # chunks with their tiers, ready or being prepared
+        self._spares: deque[tuple[str, Future[Tensor]]] = (
+            deque()
+        )  # chunks with their tiers, ready or being prepared
         bounded = None if decode is None else codecs.BoundedDecode(decode)
-        self._view = PoolSnapshot(codec, bounded, ChunkTable(chunk_bytes, 1), ChunkTable(RECORD_ROWS, RECORD.itemsize))
+        self._view = PoolSnapshot(
+            codec, bounded, ChunkTable(chunk_bytes, 1), ChunkTable(RECORD_ROWS, RECORD.itemsize)
+        )
         if shape is not None and codec != "jpeg":
             self._adopt(tuple(shape))
 
@@ -90,15 +99,25 @@ class SamplePool:
         decode: codecs.Decode | None = None,
         processes: int = 1,
     ) -> SamplePool:
-        """An empty pool for at most ``samples`` samples, as the section ``[pool]`` of a recipe describes it.
+        """An empty pool for at most ``samples`` samples, as the section ``[pool]`` of a recipe
+        describes it.
 
-        shape: (C, H, W) of the pixels or latents that are stored. device: whose memory comes first. folder: of the
-        mapped files. decode: as of ``SamplePool``. processes: as of ``MemoryTiers.detect``.
+        shape: (C, H, W) of the pixels or latents that are stored. device: whose memory comes first.
+        folder: of the mapped files. decode: as of ``SamplePool``. processes: as of
+        ``MemoryTiers.detect``.
 
         Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
         """
-        fitting = plan_recipe(recipe, samples, shape, device=device, folder=folder, processes=processes)
-        return cls(recipe.codec, tiers=fitting.tiers, chunk_bytes=fitting.chunk_bytes, decode=decode, shape=shape)
+        fitting = plan_recipe(
+            recipe, samples, shape, device=device, folder=folder, processes=processes
+        )
+        return cls(
+            recipe.codec,
+            tiers=fitting.tiers,
+            chunk_bytes=fitting.chunk_bytes,
+            decode=decode,
+            shape=shape,
+        )
 
     @classmethod
     def open(cls, folder: str | Path, **options: Any) -> SamplePool:
@@ -120,7 +139,9 @@ class SamplePool:
 
     @property
     def view(self) -> PoolSnapshot:
-        """The pool at this moment, for a reader that needs several answers about the same samples."""
+        """The pool at this moment, for a reader that needs several answers about the same
+        samples.
+        """
         return self._view
 
     def append(
@@ -136,19 +157,27 @@ class SamplePool:
     ) -> None:
         """Appends all samples of ``batch``, or none where it raises.
 
-        The payload is copied once, from the device where it is into its chunk. ``round`` counts the additions (0: the
-        initial samples).
+        The payload is copied once, from the device where it is into its chunk. ``round`` counts the
+        additions (0: the initial samples).
 
-        payload: what to store instead of the batch's images, or of its latents in a pool of latents: (B, *shape) of the
-        codec's dtype, or B JPEG files. A JPEG pool encodes uint8 images that come without.
+        payload: what to store instead of the batch's images, or of its latents in a pool of
+        latents: (B, *shape) of the codec's dtype, or B JPEG files. A JPEG pool encodes uint8 images
+        that come without.
 
-        Raises ``TypeError`` and ``ValueError`` for a payload that is not the pool's, ``PoolFullError`` when it does not
-        fit into the budgets, ``OSError`` when the disk of the file tier is full.
+        Raises ``TypeError`` and ``ValueError`` for a payload that is not the pool's,
+        ``PoolFullError`` when it does not fit into the budgets, ``OSError`` when the disk of the
+        file tier is full.
         """
         records = np.empty(len(batch), RECORD)
-        for name, values in (("label", batch.labels), ("sample_id", batch.sample_ids), ("entropy", batch.entropy)):
+        for name, values in (
+            ("label", batch.labels),
+            ("sample_id", batch.sample_ids),
+            ("entropy", batch.entropy),
+        ):
             if len(values) != len(batch):
-                raise ValueError(f"the batch has {len(batch)} labels and {len(values)} values of {name}")
+                raise ValueError(
+                    f"the batch has {len(batch)} labels and {len(values)} values of {name}"
+                )
             records[name] = values.cpu().numpy()
         records["learner_step"] = batch.learner_step
         records["round"], records["steps"], records["seed"] = round, steps, seed
@@ -160,7 +189,9 @@ class SamplePool:
         self.append_records(payload, records)
 
     def append_records(self, payload: Payload, records: np.ndarray) -> None:
-        """``append`` for samples whose columns are there already: (B,) ``RECORD``, offset and length ignored."""
+        """``append`` for samples whose columns are there already: (B,) ``RECORD``, offset and
+        length ignored.
+        """
         with self._lock:
             payload = self._checked(payload, len(records))
             view, size = self._view, self._view.size
@@ -189,11 +220,15 @@ class SamplePool:
                 return [codecs.to_jpeg(image) for image in payload]
             largest = max(map(len, payload), default=0)
             if largest > self.chunk_bytes:
-                raise ValueError(f"a JPEG file has {largest} bytes, a chunk only {self.chunk_bytes}")
+                raise ValueError(
+                    f"a JPEG file has {largest} bytes, a chunk only {self.chunk_bytes}"
+                )
             return payload
         if not isinstance(payload, Tensor):
             raise TypeError(f"a pool of {self.codec} takes a tensor, got {type(payload).__name__}")
-        _check_payload(payload, codecs.DTYPES[self.codec], "images" if self.codec == "pixels" else "latents")
+        _check_payload(
+            payload, codecs.DTYPES[self.codec], "images" if self.codec == "pixels" else "latents"
+        )
         if self.shape is None:
             self._adopt(tuple(payload.shape[1:]))
         elif tuple(payload.shape[1:]) != self.shape:
@@ -203,8 +238,12 @@ class SamplePool:
     def _adopt(self, shape: tuple[int, ...]) -> None:
         stride = codecs.row_bytes(self.codec, shape)
         if not 0 < stride <= self.chunk_bytes:
-            raise ValueError(f"a sample of shape {shape} has {stride} bytes, a chunk {self.chunk_bytes}")
-        self._view = replace(self._view, shape=shape, chunks=ChunkTable(self.chunk_bytes // stride, stride))
+            raise ValueError(
+                f"a sample of shape {shape} has {stride} bytes, a chunk {self.chunk_bytes}"
+            )
+        self._view = replace(
+            self._view, shape=shape, chunks=ChunkTable(self.chunk_bytes // stride, stride)
+        )
 
     def _write_rows(self, view: PoolSnapshot, rows: Tensor) -> PoolSnapshot:
         done, per_chunk = 0, view.chunks.chunk_rows
@@ -220,13 +259,17 @@ class SamplePool:
                     self._prepare(view)
         return view
 
-    def _write_files(self, view: PoolSnapshot, files: Sequence[bytes], records: np.ndarray) -> PoolSnapshot:
+    def _write_files(
+        self, view: PoolSnapshot, files: Sequence[bytes], records: np.ndarray
+    ) -> PoolSnapshot:
         filled = self._filled
         for row, data in enumerate(files):
             if not view.chunks.chunks or filled + len(data) > self.chunk_bytes:
                 view, filled = self._grown(view), 0
             end = filled + len(data)
-            view.chunks.chunks[-1][filled:end].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            view.chunks.chunks[-1][filled:end].copy_(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            )
             records["offset"][row] = (len(view.chunks.chunks) - 1) * self.chunk_bytes + filled
             records["length"][row] = len(data)
             filled = end
@@ -249,17 +292,20 @@ class SamplePool:
         """Counts the samples since the last change of the round."""
         if not len(rounds):
             return
-        changes = np.flatnonzero(np.diff(rounds, prepend=rounds[0] if self._round is None else self._round))
+        changes = np.flatnonzero(
+            np.diff(rounds, prepend=rounds[0] if self._round is None else self._round)
+        )
         self.fresh = len(rounds) - int(changes[-1]) if len(changes) else self.fresh + len(rounds)
         self._round = int(rounds[-1])
 
     def reserve(self, samples: int, *, wait: bool = False) -> None:
-        """Prepares chunks for ``samples`` more in the background, and touches their pages: an append is then one copy.
+        """Prepares chunks for ``samples`` more in the background, and touches their pages: an
+        append is then one copy.
 
-        Without it the pool prepares one chunk ahead. JPEG files are taken to be as large as those before them, the
-        first ones as half a byte a pixel.
-        Raises ``PoolFullError`` when the budgets have no room for them, ``ValueError`` while the pool does not know how
-        large a sample is.
+        Without it the pool prepares one chunk ahead. JPEG files are taken to be as large as those
+        before them, the first ones as half a byte a pixel. Raises ``PoolFullError`` when the
+        budgets have no room for them, ``ValueError`` while the pool does not know how large a
+        sample is.
         """
         with self._lock:
             view = self._view
@@ -269,7 +315,9 @@ class SamplePool:
             elif self.shape is not None:
                 needed = -(-(view.size + samples) // view.chunks.chunk_rows) * self.chunk_bytes
             else:
-                raise ValueError("reserve needs the size of a sample: give the pool a shape, or append first")
+                raise ValueError(
+                    "reserve needs the size of a sample: give the pool a shape, or append first"
+                )
             missing = -(-needed // self.chunk_bytes) - len(view.chunks.chunks) - len(self._spares)
             for _ in range(missing):
                 self._prepare(view)
@@ -290,23 +338,32 @@ class SamplePool:
         return replace(view, chunks=view.chunks.with_chunk(chunk), tiers=places)
 
     def _used(self, view: PoolSnapshot) -> Counter[str]:
-        """How many chunks of ``view`` lie in each tier; counted anew only where a view was dropped."""
+        """How many chunks of ``view`` lie in each tier; counted anew only where a view was
+        dropped.
+        """
         if self._counted[0] is not view.tiers:
             self._counted = view.tiers, Counter(view.tiers)
         return self._counted[1]
 
     def _prepare(self, view: PoolSnapshot) -> None:
-        """Allocates the next chunk in the background and touches its pages, half of an append's time otherwise."""
+        """Allocates the next chunk in the background and touches its pages, half of an append's
+        time otherwise.
+        """
         tiers = self.tiers
-        tier = tiers.place(self._used(view) + Counter(name for name, _ in self._spares), self.chunk_bytes)
+        tier = tiers.place(
+            self._used(view) + Counter(name for name, _ in self._spares), self.chunk_bytes
+        )
         self._worker = self._worker or ThreadPoolExecutor(1, "dpfast-pool-chunk")
-        self._spares.append((tier, self._worker.submit(lambda: touched(tiers.allocate(tier, self.chunk_bytes)))))
+        self._spares.append(
+            (tier, self._worker.submit(lambda: touched(tiers.allocate(tier, self.chunk_bytes))))
+        )
 
     def move(self, tiers: MemoryTiers) -> None:
-        """Gives the pool other budgets and moves its chunks to where they put them, in the order of appending.
+        """Gives the pool other budgets and moves its chunks to where they put them, in the order of
+        appending.
 
-        Readers go on with the old chunks until they have finished; appends wait. Raises ``PoolFullError``, and moves
-        nothing, when the budgets have no room for all chunks.
+        Readers go on with the old chunks until they have finished; appends wait. Raises
+        ``PoolFullError``, and moves nothing, when the budgets have no room for all chunks.
         """
         with self._lock:
             view = self._view
@@ -318,7 +375,9 @@ class SamplePool:
             self._spares.clear()
             chunks = list(view.chunks.chunks)
             moves = [i for i, tier in enumerate(places) if tier != view.tiers[i]]
-            for i in sorted(moves, key=lambda i: -NAMES.index(places[i])):  # to slower tiers first: that frees budget
+            for i in sorted(
+                moves, key=lambda i: -NAMES.index(places[i])
+            ):  # to slower tiers first: that frees budget
                 chunks[i] = tiers.allocate(places[i], self.chunk_bytes).copy_(chunks[i])
                 view = replace(
                     view,
@@ -341,17 +400,24 @@ class SamplePool:
         return sum(chunk.nbytes for chunk in (*view.chunks.chunks, *view.origins.chunks))
 
     def column(self, name: str, start: int = 0) -> Tensor:
-        """(N - start,) values of a column of ``dpfast.pool.record``, in the order of appending, int64 or float32."""
+        """(N - start,) values of a column of ``dpfast.pool.record``, in the order of appending,
+        int64 or float32.
+        """
         view = self._view
         return view.column(name, torch.arange(start, view.size))
 
-    def records(self, start: int = 0, stop: int | None = None, *, threads: int | None = None) -> np.ndarray:
-        """Copies of the ``RECORD`` of the samples ``start`` to ``stop``, which is the end by default.
+    def records(
+        self, start: int = 0, stop: int | None = None, *, threads: int | None = None
+    ) -> np.ndarray:
+        """Copies of the ``RECORD`` of the samples ``start`` to ``stop``, which is the end by
+        default.
 
         threads: as in ``PoolSnapshot.payload``.
         """
         view = self._view
-        return view.records(torch.arange(start, view.size if stop is None else stop), threads=threads)
+        return view.records(
+            torch.arange(start, view.size if stop is None else stop), threads=threads
+        )
 
     def payload(self, indices: Tensor, **options: Any) -> Payload:
         """``PoolSnapshot.payload`` of the pool at this moment."""
@@ -368,9 +434,15 @@ class SamplePool:
 
 def _write(room: Tensor, rows: Tensor) -> None:
     """One copy of (B, *shape) payloads into (B, bytes of each) uint8 of a chunk."""
-    if rows.is_contiguous() and rows.device == room.device == CPU and dispatch.backend_for(CPU) == "native":
+    if (
+        rows.is_contiguous()
+        and rows.device == room.device == CPU
+        and dispatch.backend_for(CPU) == "native"
+    ):
         table = ChunkTable(len(rows), room.shape[1]).with_chunk(rows.view(torch.uint8).view(-1))
-        table.take(torch.arange(len(rows)), len(rows), out=room)  # its stores bypass the caches, those of copy_ do not
+        table.take(
+            torch.arange(len(rows)), len(rows), out=room
+        )  # its stores bypass the caches, those of copy_ do not
     else:
         room.view(rows.dtype).view(rows.shape).copy_(rows)
 
@@ -378,4 +450,6 @@ def _write(room: Tensor, rows: Tensor) -> None:
 def _check_payload(payload: Tensor, dtype: torch.dtype, name: str) -> None:
     if payload.dtype != dtype or payload.ndim != 4:
         wanted = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{name} are {payload.dtype} {tuple(payload.shape)}, expected {wanted} (B, C, H, W)")
+        raise ValueError(
+            f"{name} are {payload.dtype} {tuple(payload.shape)}, expected {wanted} (B, C, H, W)"
+        )

@@ -1,10 +1,12 @@
 """The saved pools of several ranks: a folder for each, and how any number of ranks reads them.
 
-    pool_dp/rank-000-of-002/       a saved pool (``dpfast.pool.shards``) of the rows that this rank holds, in order
+    pool_dp/rank-000-of-002/       a saved pool (``dpfast.pool.shards``) of the rows that this rank
+                                   holds, in order
     pool_dp/rank-001-of-002/
 
-One process alone saves into the folder itself. A run that goes on with another number of ranks reads the old parts,
-holds other rows and saves them anew beside the old ones, which are removed when no checkpoint needs them any more.
+One process alone saves into the folder itself. A run that goes on with another number of ranks
+reads the old parts, holds other rows and saves them anew beside the old ones, which are removed
+when no checkpoint needs them any more.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def part_folder(folder: Path, ranks: Ranks, rank: int | None = None) -> Path:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The saved pools that make one: ``folder`` itself, or its parts; of several the one with the most samples.
+    """The saved pools that make one: ``folder`` itself, or its parts; of several the one with the
+    most samples.
 
     Empty where nothing is saved.
     """
@@ -45,13 +48,19 @@ def parts_of(folder: Path) -> list[Path]:
     found = [[folder]] if (folder / shards.MANIFEST).is_file() else []
     found += [sorted(folder.glob(f"rank-*-of-{name}")) for name in sorted(names)]
     saved = [[path for path in paths if (path / shards.MANIFEST).is_file()] for paths in found]
-    return max(saved, key=lambda paths: sum(shards.Manifest.read(path).samples for path in paths), default=[])
+    return max(
+        saved,
+        key=lambda paths: sum(shards.Manifest.read(path).samples for path in paths),
+        default=[],
+    )
 
 
 def remove_parts(folder: Path, sizes: Collection[int]) -> None:
-    """Removes under ``folder``, the saved pool of a run, what other numbers of ranks than ``sizes`` have saved.
+    """Removes under ``folder``, the saved pool of a run, what other numbers of ranks than ``sizes``
+    have saved.
 
-    A part's manifest goes first: killed on the way, the rest is no saved pool, and who saves there begins anew.
+    A part's manifest goes first: killed on the way, the rest is no saved pool, and who saves there
+    begins anew.
     """
     entries = list(folder.iterdir())
     parts = [entry for entry in entries if entry.match(PARTS)]
@@ -79,10 +88,13 @@ class _Saved:
         self.starts = np.cumsum([0, *(len(part.records) for part in self.shards)])
 
     def copy(self, rows: np.ndarray, pool: SamplePool) -> None:
-        """Appends the samples at ``rows``, rising, to ``pool``; ``DamagedPoolError`` where they are not there."""
+        """Appends the samples at ``rows``, rising, to ``pool``; ``DamagedPoolError`` where they are
+        not there.
+        """
         if len(rows) and rows[-1] >= self.starts[-1]:
             raise shards.DamagedPoolError(
-                f"{str(self.folder)!r} holds {self.starts[-1]} intact samples, {rows[-1] + 1} are needed"
+                f"{str(self.folder)!r} holds {self.starts[-1]} intact samples, {rows[-1] + 1} are "
+                "needed"
             )
         number = np.searchsorted(self.starts, rows, "right") - 1
         for shard in np.unique(number).tolist():
@@ -92,7 +104,8 @@ class _Saved:
 
 
 def open_all(folder: Path, **options: Any) -> SamplePool:
-    """The pool of a run as one, whoever saved it: ``open_pool`` of its parts, in the order of sample ids.
+    """The pool of a run as one, whoever saved it: ``open_pool`` of its parts, in the order of
+    sample ids.
 
     Raises ``DamagedPoolError`` where nothing is saved.
     """
@@ -101,9 +114,16 @@ def open_all(folder: Path, **options: Any) -> SamplePool:
         return open_pool(folder, **options)
     parts = [_Saved(path) for path in paths]
     pool = SamplePool(parts[0].manifest.codec, **options)
-    held = [np.concatenate([np.empty(0, np.int64), *(s.records["sample_id"] for s in part.shards)]) for part in parts]
-    source, row = (np.concatenate(column) for column in zip(*((np.full(len(h), i), np.arange(len(h)))
-                   for i, h in enumerate(held)), strict=True))  # fmt: skip
+    held = [
+        np.concatenate([np.empty(0, np.int64), *(s.records["sample_id"] for s in part.shards)])
+        for part in parts
+    ]
+    source, row = (
+        np.concatenate(column)
+        for column in zip(
+            *((np.full(len(h), i), np.arange(len(h))) for i, h in enumerate(held)), strict=True
+        )
+    )
     order = np.argsort(np.concatenate(held), kind="stable")
     for run in np.split(order, np.flatnonzero(np.diff(source[order])) + 1):
         parts[source[run[0]]].copy(row[run], pool)
@@ -111,7 +131,12 @@ def open_all(folder: Path, **options: Any) -> SamplePool:
 
 
 def open_part(
-    folder: Path, saved: ShardLayout, wanted: ShardLayout, *, beat: Callable[[], None] = lambda: None, **options: Any
+    folder: Path,
+    saved: ShardLayout,
+    wanted: ShardLayout,
+    *,
+    beat: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> SamplePool:
     """The rows of ``wanted.ranks`` out of what the ranks of ``saved`` have saved under ``folder``.
 

@@ -26,12 +26,15 @@ COLUMNS = tuple(name for name in RECORD.names or () if name not in ("offset", "l
 
 
 def as_dict(record: np.void) -> dict[str, Any]:
-    """A record's columns as Python numbers; a float32 survives JSON exactly, NaN as the token NaN."""
+    """A record's columns as Python numbers; a float32 survives JSON exactly, NaN as the token
+    NaN.
+    """
     return {name: record[name].item() for name in COLUMNS}
 
 
 def from_dicts(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(B,) ``RECORD`` of what ``as_dict`` gave, offset and length 0. A missing column is 0, a missing entropy NaN.
+    """(B,) ``RECORD`` of what ``as_dict`` gave, offset and length 0. A missing column is 0, a
+    missing entropy NaN.
 
     Raises ``ValueError`` that names the column whose value does not fit.
     """

@@ -1,9 +1,13 @@
-"""Rows out of a table of chunks: fixed-size records that lie in many separate blocks of memory, in one pass.
+"""Rows out of a table of chunks: fixed-size records that lie in many separate blocks of memory, in
+one pass.
 
-    out[i] = chunk[index[i] div R] [offset + (index[i] mod R) * stride : ... + width],   R rows a chunk
+    out[i] = chunk[index[i] div R] [offset + (index[i] mod R) * stride : ... + width]
 
-One kernel reads all chunks through their addresses, so a batch costs one call however many chunks it touches. On a GPU
-the addresses may be of pinned host memory as well, which the device reads in place. Bytes: 2 B width + 8 B.
+R is the number of rows in a chunk.
+
+One kernel reads all chunks through their addresses, so a batch costs one call however many chunks
+it touches. On a GPU the addresses may be of pinned host memory as well, which the device reads in
+place. Bytes: 2 B width + 8 B.
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
@@ -26,22 +30,30 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ChunkTable:
-    """An immutable view of chunks; growing makes a new table that shares them. Whoever holds a table can read it.
+    """An immutable view of chunks; growing makes a new table that shares them. Whoever holds a
+    table can read it.
 
-    chunks: uint8 blocks; addresses: (n,) int64, of their first bytes; chunk_rows rows of ``stride`` bytes in each.
+    chunks: uint8 blocks; addresses: (n,) int64, of their first bytes; chunk_rows rows of ``stride``
+    bytes in each.
     """
 
     chunk_rows: int
     stride: int
     chunks: SharedList[Tensor] = field(default_factory=SharedList)
     addresses: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    kinds: frozenset[str] = frozenset()  # where chunks lie: "cpu", "pinned", "cuda:0"; asking each is slow
+    kinds: frozenset[str] = (
+        frozenset()
+    )  # where chunks lie: "cpu", "pinned", "cuda:0"; asking each is slow
 
     def with_chunk(self, chunk: Tensor) -> ChunkTable:
-        """Another chunk, (n,) uint8, at the end, in constant time, amortised; the others are not looked at again."""
+        """Another chunk, (n,) uint8, at the end, in constant time, amortised; the others are not
+        looked at again.
+        """
         size, room = len(self.chunks), self.addresses
         if self.chunks.newest and room.untyped_storage().nbytes() > room.nbytes:
-            room = room.as_strided((size + 1,), (1,))  # behind what this table and those before it read
+            room = room.as_strided(
+                (size + 1,), (1,)
+            )  # behind what this table and those before it read
         else:
             wider = np.empty(2 * size + 1, np.int64)
             wider[:size] = room.numpy()
@@ -58,7 +70,9 @@ class ChunkTable:
 
     def block(self, chunk: int) -> Tensor:
         """(chunk_rows, stride) uint8 rows of one chunk, no copy."""
-        return self.chunks[chunk][: self.chunk_rows * self.stride].view(self.chunk_rows, self.stride)
+        return self.chunks[chunk][: self.chunk_rows * self.stride].view(
+            self.chunk_rows, self.stride
+        )
 
     def take(
         self,
@@ -71,16 +85,19 @@ class ChunkTable:
         out: Tensor | None = None,
         threads: int | None = None,
     ) -> Tensor:
-        """Bytes ``offset`` to ``offset + width`` of the rows at ``indices``, on ``device``: (B, width) uint8.
+        """Bytes ``offset`` to ``offset + width`` of the rows at ``indices``, on ``device``: (B,
+        width) uint8.
 
-        indices: (B,) int64 on the CPU. out: (B, width) uint8, contiguous, on ``device``. threads: of the native kernel
-        at most, all of torch's by default.
-        Raises ``IndexError`` for an index outside [0, total), ``ValueError`` for an ``out`` of another kind.
+        indices: (B,) int64 on the CPU. out: (B, width) uint8, contiguous, on ``device``. threads:
+        of the native kernel at most, all of torch's by default. Raises ``IndexError`` for an index
+        outside [0, total), ``ValueError`` for an ``out`` of another kind.
         """
         width = self.stride if width is None else width
         indices = indices.contiguous()
         if dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.on_host:
-            return self._native(indices, total, offset, width, out, threads or torch.get_num_threads())
+            return self._native(
+                indices, total, offset, width, out, threads or torch.get_num_threads()
+            )
         check_indices(indices, total)
         if self.read_by(device):
             rows = self._triton(indices, offset, width, device)
@@ -99,7 +116,9 @@ class ChunkTable:
             device = torch.device("cuda", torch.cuda.current_device())
         return dispatch.backend_for(device) == "triton" and self.kinds <= {str(device), "pinned"}
 
-    def reference(self, indices: Tensor, offset: int, width: int, device: torch.device = CPU) -> Tensor:
+    def reference(
+        self, indices: Tensor, offset: int, width: int, device: torch.device = CPU
+    ) -> Tensor:
         """The formula chunk by chunk in plain PyTorch; chunks may lie on any devices."""
         out = torch.empty(len(indices), width, dtype=torch.uint8, device=device)
         numbers = indices // self.chunk_rows
@@ -110,11 +129,20 @@ class ChunkTable:
             out[places.to(device)] = block[rows, offset : offset + width].to(device)
         return out
 
-    def _native(self, indices: Tensor, total: int, offset: int, width: int, out: Tensor | None, threads: int) -> Tensor:
+    def _native(
+        self, indices: Tensor, total: int, offset: int, width: int, out: Tensor | None, threads: int
+    ) -> Tensor:
         if out is None:
             out = torch.empty(len(indices), width, dtype=torch.uint8)
-        elif out.shape != (len(indices), width) or out.dtype != torch.uint8 or not out.is_contiguous():
-            raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected contiguous uint8 {len(indices), width}")
+        elif (
+            out.shape != (len(indices), width)
+            or out.dtype != torch.uint8
+            or not out.is_contiguous()
+        ):
+            raise ValueError(
+                f"out is {out.dtype} {tuple(out.shape)}, expected contiguous uint8 "
+                f"{len(indices), width}"
+            )
         addresses = self.addresses + offset if offset else self.addresses
         inside = dispatch.native_module().rows(
             addresses.data_ptr(),
@@ -166,4 +194,7 @@ def _kind(chunk: Tensor) -> str:
 def check_indices(indices: Tensor, total: int) -> None:
     """Raises ``IndexError`` unless all of ``indices`` lie in [0, total)."""
     if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= total):
-        raise IndexError(f"indices reach {int(indices.min())}..{int(indices.max())}, the pool holds {total} samples")
+        raise IndexError(
+            f"indices reach {int(indices.min())}..{int(indices.max())}, the pool holds {total} "
+            "samples"
+        )

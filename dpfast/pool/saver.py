@@ -35,7 +35,9 @@ class SaveWarning(UserWarning):
 
 @contextlib.contextmanager
 def unsaved(what: str, then: str = "the run goes on in memory") -> Iterator[None]:
-    """Turns what a full disk refuses into a ``SaveWarning``: ``what`` is not written, and what ``then`` is the case."""
+    """Turns what a full disk refuses into a ``SaveWarning``: ``what`` is not written, and what
+    ``then`` is the case.
+    """
     try:
         yield
     except OSError as error:
@@ -45,20 +47,24 @@ def unsaved(what: str, then: str = "the run goes on in memory") -> Iterator[None
 class Saver:
     """Writes a pool's new samples into a folder of webdataset shards, in a thread of its own.
 
-    Call ``save`` after an addition: it returns at once. ``wait`` returns when everything asked for is on the disk, or
-    saving has stopped. A failure (a full disk) is a ``SaveWarning`` and in ``error``; what the manifest promises stays
-    intact, and the next ``save`` tries again from there. Training reads the pool in memory and is never touched.
+    Call ``save`` after an addition: it returns at once. ``wait`` returns when everything asked for
+    is on the disk, or saving has stopped. A failure (a full disk) is a ``SaveWarning`` and in
+    ``error``; what the manifest promises stays intact, and the next ``save`` tries again from
+    there. Training reads the pool in memory and is never touched.
 
     Args:
         pool: its samples from ``first`` on go into shards; those before are in the folder already.
-        images: of a pool of pixels "npy" (raw, opened fastest), "png", or "jpeg", whose files ``encoded`` makes;
+        images: of a pool of pixels "npy" (raw, opened fastest), "png", or "jpeg", whose files
+        ``encoded`` makes;
             latents are .npy and JPEG .jpg.
         classes: names of the labels, kept in the manifest.
-        truncate: drop the shards that hold more than the pool does, where a run goes back to an earlier state.
-        reserve: bytes of the disk that are left to others: no shard is begun that would take from them.
+        truncate: drop the shards that hold more than the pool does, where a run goes back to an
+        earlier state.
+        reserve: bytes of the disk that are left to others: no shard is begun that would take from
+        them.
 
-    Raises ``OwnedError`` when another process saves into the folder, ``OSError`` for what the file system refuses, and
-    ``ValueError`` when the folder holds another pool's samples.
+    Raises ``OwnedError`` when another process saves into the folder, ``OSError`` for what the file
+    system refuses, and ``ValueError`` when the folder holds another pool's samples.
     """
 
     def __init__(
@@ -80,7 +86,9 @@ class Saver:
         self.error: BaseException | None = None
         self.reserve = reserve
         self._suffix = {"pixels": IMAGES[images], "latents": "npy", "jpeg": "jpg"}[pool.codec]
-        self._files: dict[int, bytes] = {}  # JPEG files of a pool of pixels, by row, until they are on the disk
+        self._files: dict[
+            int, bytes
+        ] = {}  # JPEG files of a pool of pixels, by row, until they are on the disk
         self._classes = None if classes is None else list(classes)
         self._owner = Owner(self.folder)
         try:
@@ -103,8 +111,13 @@ class Saver:
         count = manifest.samples
         ids = [np.arange(a, b + 1) for shard in manifest.shards for a, b in shard.ids]
         same = manifest.codec == self.pool.codec and count <= len(self.pool)
-        if not same or not np.array_equal(np.concatenate([*ids, []]), self.pool.records(0, count)["sample_id"]):
-            raise ValueError(f"{str(self.folder)!r} holds {count} samples that are not the first ones of this pool")
+        if not same or not np.array_equal(
+            np.concatenate([*ids, []]), self.pool.records(0, count)["sample_id"]
+        ):
+            raise ValueError(
+                f"{str(self.folder)!r} holds {count} samples that are not the first ones of this "
+                "pool"
+            )
         if truncate:
             manifest.write(self.folder)
         self._suffix = manifest.suffix
@@ -121,9 +134,11 @@ class Saver:
         return self._manifest.shards
 
     def encoded(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images (B, C, H, W) as they come back from JPEG files, which are kept for the pool's next B samples.
+        """uint8 images (B, C, H, W) as they come back from JPEG files, which are kept for the
+        pool's next B samples.
 
-        So a pool of pixels holds from the first moment what a resumed run will read: to encode again is not exact.
+        So a pool of pixels holds from the first moment what a resumed run will read: to encode
+        again is not exact.
         """
         first = len(self.pool)
         decoded, files = through_jpeg(images)
@@ -143,7 +158,12 @@ class Saver:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self.saved >= self._asked or self.error is not None or not self._thread.is_alive(), timeout
+                lambda: (
+                    self.saved >= self._asked
+                    or self.error is not None
+                    or not self._thread.is_alive()
+                ),
+                timeout,
             )
             if self.saved < self._asked and self.error is None and not self._thread.is_alive():
                 self.error = RuntimeError("the thread that saves the pool has died")
@@ -168,17 +188,23 @@ class Saver:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or (self.error is None and self.saved < self._asked))
+                self._changed.wait_for(
+                    lambda: self._closed or (self.error is None and self.saved < self._asked)
+                )
                 if self._closed:
                     return
                 asked = self._asked
             try:
                 self._write(asked)
-            except BaseException as error:  # whatever ends a save is reported where it is waited for
+            except (
+                BaseException
+            ) as error:  # whatever ends a save is reported where it is waited for
                 try:
                     warnings.warn(
-                        f"saving the pool to {str(self.folder)!r} has stopped: {error!r}. {self.saved} of "
-                        f"{len(self.pool)} samples are on the disk, all are in memory and training goes on; the next "
+                        f"saving the pool to {str(self.folder)!r} has stopped: {error!r}. "
+                        f"{self.saved} of "
+                        f"{len(self.pool)} samples are on the disk, all are in memory and training "
+                        "goes on; the next "
                         "save tries again",
                         SaveWarning,
                         stacklevel=1,
@@ -189,11 +215,15 @@ class Saver:
                         self._changed.notify_all()
 
     def _write(self, stop: int) -> None:
-        """Writes the samples up to ``stop``, shard by shard, on this thread alone (see ``tiers.touched``)."""
+        """Writes the samples up to ``stop``, shard by shard, on this thread alone (see
+        ``tiers.touched``).
+        """
         while self.saved < stop:
             start = self.saved
             records = self.pool.records(start, min(stop, start + self.shard_samples), threads=1)
-            fitting = int(np.searchsorted(np.cumsum(records["length"], dtype=np.int64), SHARD_BYTES, "right"))
+            fitting = int(
+                np.searchsorted(np.cumsum(records["length"], dtype=np.int64), SHARD_BYTES, "right")
+            )
             records = records[: max(fitting, 1)]
             self._check_disk(records)
             header = b""
@@ -223,13 +253,16 @@ class Saver:
                 self._changed.notify_all()
 
     def _check_disk(self, records: np.ndarray) -> None:
-        """Raises ``OSError`` where a shard of ``records`` would leave less of the disk than ``reserve``."""
+        """Raises ``OSError`` where a shard of ``records`` would leave less of the disk than
+        ``reserve``.
+        """
         needed = int(records["length"].sum(dtype=np.int64)) + len(records) * codecs.TAR_BYTES
         free = shutil.disk_usage(self.folder).free
         if self.reserve and free - needed < self.reserve:
             raise OSError(
                 errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)}: {readable(free)} are free, the next {len(records)} samples need up to "
+                f"{os.strerror(errno.ENOSPC)}: {readable(free)} are free, the next {len(records)} "
+                "samples need up to "
                 f"{readable(needed)}, and {readable(self.reserve)} are left for checkpoints",
             )
 
@@ -246,7 +279,9 @@ class Saver:
             elif self._suffix == "png":
                 yield from (codecs.to_png(pixels) for pixels in payload.numpy())
             else:
-                yield from (memoryview(row).cast("B") for row in payload.flatten(1).numpy().view(np.uint8))
+                yield from (
+                    memoryview(row).cast("B") for row in payload.flatten(1).numpy().view(np.uint8)
+                )
 
 
 def through_jpeg(images: torch.Tensor) -> tuple[torch.Tensor, list[bytes]]:
@@ -255,12 +290,15 @@ def through_jpeg(images: torch.Tensor) -> tuple[torch.Tensor, list[bytes]]:
     return torch.from_numpy(codecs.from_image_files(files)).to(images.device), files
 
 
-def copy_saved(source: Path, target: Path, samples: int, *, beat: Callable[[], None] = lambda: None) -> None:
-    """Gives a new folder the shards that hold the first ``samples`` of a saved pool: linked, or copied elsewhere.
+def copy_saved(
+    source: Path, target: Path, samples: int, *, beat: Callable[[], None] = lambda: None
+) -> None:
+    """Gives a new folder the shards that hold the first ``samples`` of a saved pool: linked, or
+    copied elsewhere.
 
-    A shard never changes once it has its name, so two folders can share it. Checksums go with them: what is damaged is
-    found where the copy is opened. ``beat`` is called after each shard. Raises ``DamagedPoolError`` when fewer samples
-    are saved, or a shard is missing.
+    A shard never changes once it has its name, so two folders can share it. Checksums go with them:
+    what is damaged is found where the copy is opened. ``beat`` is called after each shard. Raises
+    ``DamagedPoolError`` when fewer samples are saved, or a shard is missing.
     """
     manifest, held = shards.Manifest.read(source), 0
     target.mkdir(parents=True)
@@ -282,7 +320,9 @@ def copy_saved(source: Path, target: Path, samples: int, *, beat: Callable[[], N
 
 
 def _link(path: Path, target: Path) -> None:
-    """``path`` in the folder ``target`` as well: another name of the file, or a copy where the disk refuses that."""
+    """``path`` in the folder ``target`` as well: another name of the file, or a copy where the disk
+    refuses that.
+    """
     try:
         (target / path.name).hardlink_to(path)
         shards.sync_folder(target)
@@ -302,20 +342,24 @@ def open_pool(
     decode: codecs.Decode | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> SamplePool:
-    """The pool that was saved in ``folder``, every sample and column as it was; the first ``limit`` samples on request.
+    """The pool that was saved in ``folder``, every sample and column as it was; the first ``limit``
+    samples on request.
 
-    Every shard is checked against the manifest. A damaged one is quarantined and named in a ``LostSamplesWarning`` with
-    the ids of its samples; the rest is opened. ``beat`` is called after each that was read.
+    Every shard is checked against the manifest. A damaged one is quarantined and named in a
+    ``LostSamplesWarning`` with the ids of its samples; the rest is opened. ``beat`` is called after
+    each that was read.
 
-    Raises ``DamagedPoolError`` when the folder is no saved pool, or one whose intact part has fewer than ``limit``
-    samples.
+    Raises ``DamagedPoolError`` when the folder is no saved pool, or one whose intact part has fewer
+    than ``limit`` samples.
     """
     folder = Path(folder)
     manifest = shards.Manifest.read(folder)
     manifest, loaded = shards.load_shards(folder, manifest, beat=beat)
     wanted = manifest.samples if limit is None else limit
     if wanted > manifest.samples:
-        raise shards.DamagedPoolError(f"{str(folder)!r} holds {manifest.samples} intact samples, {wanted} are needed")
+        raise shards.DamagedPoolError(
+            f"{str(folder)!r} holds {manifest.samples} intact samples, {wanted} are needed"
+        )
     pool = SamplePool(manifest.codec, tiers=tiers, chunk_bytes=chunk_bytes, decode=decode)
     for part in loaded:
         records = part.records[: wanted - len(pool)]
@@ -325,18 +369,27 @@ def open_pool(
     return pool
 
 
-def payload_of(part: shards.Loaded, records: np.ndarray, manifest: shards.Manifest) -> torch.Tensor | list[bytes]:
-    """What is stored of the samples of ``records``, some of the shard's, as ``SamplePool.append_records`` takes it."""
+def payload_of(
+    part: shards.Loaded, records: np.ndarray, manifest: shards.Manifest
+) -> torch.Tensor | list[bytes]:
+    """What is stored of the samples of ``records``, some of the shard's, as
+    ``SamplePool.append_records`` takes it.
+    """
     offsets, lengths = records["offset"], records["length"]
     if manifest.suffix != "npy":
-        files = [part.data[o : o + n].tobytes() for o, n in zip(offsets.tolist(), lengths.tolist(), strict=True)]
+        files = [
+            part.data[o : o + n].tobytes()
+            for o, n in zip(offsets.tolist(), lengths.tolist(), strict=True)
+        ]
         if manifest.codec == "jpeg":
             return files
         return torch.from_numpy(codecs.from_image_files(files, threads=DECODE_THREADS))
     assert manifest.shape is not None
     width = codecs.row_bytes(manifest.codec, manifest.shape)
     if (lengths != width).any():
-        raise shards.DamagedPoolError(f"{part.shard.name}: payloads are not of shape {manifest.shape}")
+        raise shards.DamagedPoolError(
+            f"{part.shard.name}: payloads are not of shape {manifest.shape}"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the mapped file is read-only and stays so
         data = torch.from_numpy(part.data)

@@ -1,15 +1,16 @@
 """The pools of all ranks as one: who holds which sample, and how a training batch comes together.
 
-A sample stays in the memory of the rank that made it. The order of training is that of one pool (``dpfast.feed.order``)
-and every rank knows it; so each rank sends the others what it holds of their parts of the batch, as it is stored, in
-one all-to-all. Who sends how much to whom is arithmetic, and labels and lengths of files are known everywhere (8 bytes
-a sample, 73 MB of 9.1 M), gathered once a round: a step has no collective on the host.
+A sample stays in the memory of the rank that made it. The order of training is that of one pool
+(``dpfast.feed.order``) and every rank knows it; so each rank sends the others what it holds of
+their parts of the batch, as it is stored, in one all-to-all. Who sends how much to whom is
+arithmetic, and labels and lengths of files are known everywhere (8 bytes a sample, 73 MB of 9.1 M),
+gathered once a round: a step has no collective on the host.
 
-The alternatives were dropped for these reasons. A copy of every sample on every rank: 1.3 TB for ImageNet-1k at its
-end, times the ranks. Every rank draws from what it made itself: other batches on another number of ranks, and samples
-that the mixing pairs apart. At 224 px a batch of 4,096 is 617 MB of uint8; on W ranks each sends and receives
-(W - 1)/W^2 of it, 67 MB of 8 ranks, 0.1 ms a step of NVLink's 450 GB/s one way (derived), and it goes on while the
-learner works.
+The alternatives were dropped for these reasons. A copy of every sample on every rank: 1.3 TB for
+ImageNet-1k at its end, times the ranks. Every rank draws from what it made itself: other batches on
+another number of ranks, and samples that the mixing pairs apart. At 224 px a batch of 4,096 is 617
+MB of uint8; on W ranks each sends and receives (W - 1)/W^2 of it, 67 MB of 8 ranks, 0.1 ms a step
+of NVLink's 450 GB/s one way (derived), and it goes on while the learner works.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ KNOWN = np.dtype([("label", "<i4"), ("length", "<i4")])  # of a sample, on every
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Who holds row g of the union: rounds of samples, each dealt to ``ranks.size`` ranks in batches, in turn.
+    """Who holds row g of the union: rounds of samples, each dealt to ``ranks.size`` ranks in
+    batches, in turn.
 
-    A rank holds its rows in their order. batch: the samples of a batch; rounds: the sizes of the complete rounds.
+    A rank holds its rows in their order. batch: the samples of a batch; rounds: the sizes of the
+    complete rounds.
     """
 
     ranks: Ranks
@@ -48,7 +51,9 @@ class ShardLayout:
 
     @property
     def turn(self) -> int:
-        """The rank of the next round's first batch: goes on where the last round ended, so that shares stay even."""
+        """The rank of the next round's first batch: goes on where the last round ended, so that
+        shares stay even.
+        """
         return sum(-(-count // self.batch) for count in self.rounds) % self.ranks.size
 
     def with_round(self, count: int) -> ShardLayout:
@@ -57,15 +62,23 @@ class ShardLayout:
 
     @cached_property
     def _table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For every round: its first row, its turn, and what each rank holds before it, (rounds + 1, size)."""
+        """For every round: its first row, its turn, and what each rank holds before it, (rounds +
+        1, size).
+        """
         size, rounds = self.ranks.size, len(self.rounds)
-        starts, turns, before = torch.zeros(rounds, dtype=torch.int64), [], torch.zeros(rounds + 1, size).long()
+        starts, turns, before = (
+            torch.zeros(rounds, dtype=torch.int64),
+            [],
+            torch.zeros(rounds + 1, size).long(),
+        )
         for i, count in enumerate(self.rounds):
             turn = replace(self, rounds=self.rounds[:i]).turn
             turns.append(turn)
             starts[i] = sum(self.rounds[:i])
             for rank in range(size):
-                before[i + 1, rank] = before[i, rank] + self.ranks.share(count, self.batch, turn=turn, rank=rank)
+                before[i + 1, rank] = before[i, rank] + self.ranks.share(
+                    count, self.batch, turn=turn, rank=rank
+                )
         return starts, torch.tensor(turns, dtype=torch.int64), before
 
     def held(self, rank: int | None = None) -> int:
@@ -83,21 +96,27 @@ class ShardLayout:
         ]
 
     def locate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The ranks that hold ``rows`` (B,) of the union, and the rows' places there, both (B,) int64."""
+        """The ranks that hold ``rows`` (B,) of the union, and the rows' places there, both (B,)
+        int64.
+        """
         starts, turns, before = self._table
         number = torch.searchsorted(starts, rows, right=True) - 1
         number_in, size = rows - starts[number], self.ranks.size
         batch = number_in // self.batch
         owner = (turns[number] + batch) % size
         first = (owner - turns[number]) % size  # the owner's first batch of that round
-        place = before[number, owner] + (batch - first) // size * self.batch + number_in % self.batch
+        place = (
+            before[number, owner] + (batch - first) // size * self.batch + number_in % self.batch
+        )
         return owner, place
 
 
 class ShardedPool:
-    """What a loop trains on where several ranks hold samples: ``local`` is this rank's pool, of its own rows.
+    """What a loop trains on where several ranks hold samples: ``local`` is this rank's pool, of its
+    own rows.
 
-    The length counts complete rounds. ``column``, ``complete`` and ``exchange`` are collective, and the constructor of
+    The length counts complete rounds. ``column``, ``complete`` and ``exchange`` are collective, and
+    the constructor of
     a pool that holds samples: all ranks call them together.
     """
 
@@ -127,12 +146,16 @@ class ShardedPool:
         """All ranks have appended their samples of a round of ``count``."""
         layout = self.layout.with_round(count)
         if layout.held() != len(self.local):
-            raise RuntimeError(f"{self.ranks} holds {len(self.local)} samples, {layout.held()} are its part")
+            raise RuntimeError(
+                f"{self.ranks} holds {len(self.local)} samples, {layout.held()} are its part"
+            )
         self.layout = layout
         self._learn_of(len(layout) - count)
 
     def _learn_of(self, start: int) -> None:
-        """Gathers what every rank knows of the samples from row ``start`` on, the start of a round."""
+        """Gathers what every rank knows of the samples from row ``start`` on, the start of a
+        round.
+        """
         names = ("label", "length") if self.codec == "jpeg" else ("label",)
         new = np.zeros(len(self) - start, KNOWN)
         for name in names:
@@ -145,7 +168,9 @@ class ShardedPool:
         return self.local.images(indices)
 
     def column(self, name: str, start: int = 0) -> Tensor:
-        """(N - start,) values of a column in the union's order, from row ``start`` on, the start of a round."""
+        """(N - start,) values of a column in the union's order, from row ``start`` on, the start of
+        a round.
+        """
         return self._gathered(self.local.column(name, self._held_before(start)), start)
 
     def _first_round(self, start: int) -> int:
@@ -163,22 +188,34 @@ class ShardedPool:
         layout = replace(self.layout, rounds=rounds[:first])
         for count in rounds[first:]:
             turn, before, layout = layout.turn, layout.held(), layout.with_round(count)
-            mine, values = values.split([layout.held() - before, len(values) - layout.held() + before])
+            mine, values = values.split(
+                [layout.held() - before, len(values) - layout.held() + before]
+            )
             parts.append(self.ranks.gather(mine, count, self.layout.batch, turn=turn))
         return torch.cat(parts) if parts else values[:0]
 
-    def exchange(self, indices: Tensor, *, device: torch.device = CPU) -> tuple[PoolSnapshot, Tensor]:
+    def exchange(
+        self, indices: Tensor, *, device: torch.device = CPU
+    ) -> tuple[PoolSnapshot, Tensor]:
         """This rank's part of a training batch, of the rows ``indices`` (B,), which all ranks know.
 
-        Returns a pool of the part's samples as they came in, on ``device``, and (b,) where the part lies there in its
-        order. Of the columns it has the labels. Raises what a collective raises where another rank is gone.
+        Returns a pool of the part's samples as they came in, on ``device``, and (b,) where the part
+        lies there in its order. Of the columns it has the labels. Raises what a collective raises
+        where another rank is gone.
         """
-        ranks, view, threads = self.ranks, self.local.view, 1  # a loader's thread calls: see ``tiers.touched``
+        ranks, view, threads = (
+            self.ranks,
+            self.local.view,
+            1,
+        )  # a loader's thread calls: see ``tiers.touched``
         owners, places = self.layout.locate(indices)
         parts = [ranks.part(len(indices), rank) for rank in range(ranks.size)]
         wanted = [places[part][owners[part] == ranks.rank] for part in parts]
         mine, rows = owners[parts[ranks.rank]], torch.cat(wanted)
-        sent, received = [len(rows) for rows in wanted], torch.bincount(mine, minlength=ranks.size).tolist()
+        sent, received = (
+            [len(rows) for rows in wanted],
+            torch.bincount(mine, minlength=ranks.size).tolist(),
+        )
         order = mine.argsort(stable=True)  # as the samples come in: rank by rank
         where = torch.empty_like(mine)
         where[order] = torch.arange(len(mine))
@@ -188,24 +225,40 @@ class ShardedPool:
         stored = view.payload(rows, device=device, threads=threads)
         if isinstance(stored, Tensor):
             stride = view.chunks.stride
-            payload = ranks.feed[device.type].all_to_all(stored.flatten(1).view(torch.uint8), sent, received)
+            payload = ranks.feed[device.type].all_to_all(
+                stored.flatten(1).view(torch.uint8), sent, received
+            )
             table = ChunkTable(len(mine), stride).with_chunk(payload.view(-1))
         else:
             table = self._files(stored, columns, sent, received)
         packed = torch.from_numpy(columns.view(np.uint8))
         origins = ChunkTable(len(mine), RECORD.itemsize).with_chunk(packed)
-        held = PoolSnapshot(view.codec, view.decode, table, origins, size=len(mine), shape=view.shape)
+        held = PoolSnapshot(
+            view.codec, view.decode, table, origins, size=len(mine), shape=view.shape
+        )
         return held, where
 
     def _files(
-        self, files: Sequence[bytes], columns: np.ndarray, sent: Sequence[int], received: Sequence[int]
+        self,
+        files: Sequence[bytes],
+        columns: np.ndarray,
+        sent: Sequence[int],
+        received: Sequence[int],
     ) -> ChunkTable:
-        """JPEG files, one behind the other; ``columns``, which say their lengths, get their new offsets."""
+        """JPEG files, one behind the other; ``columns``, which say their lengths, get their new
+        offsets.
+        """
         lengths = columns["length"].astype(np.int64)
         ends = np.cumsum(lengths)
         columns["offset"] = ends - lengths
         out = [int(part.sum()) for part in np.split(lengths, np.cumsum(received)[:-1])]
         cut = np.cumsum([0, *sent])
         gone = [sum(map(len, files[a:b])) for a, b in itertools.pairwise(cut)]
-        data = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8) if files else torch.empty(0).byte()
-        return ChunkTable(max(sum(out), 1), 1).with_chunk(self.ranks.feed["cpu"].all_to_all(data, gone, out))
+        data = (
+            torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
+            if files
+            else torch.empty(0).byte()
+        )
+        return ChunkTable(max(sum(out), 1), 1).with_chunk(
+            self.ranks.feed["cpu"].all_to_all(data, gone, out)
+        )

@@ -1,13 +1,17 @@
-"""Samples on a disk: webdataset tar shards, a manifest with checksums, and what to do when a file is damaged.
+"""Samples on a disk: webdataset tar shards, a manifest with checksums, and what to do when a file
+is damaged.
 
-    manifest.json                  what the folder promises: codec, shape, and every shard with size, SHA-256 and ids
-    shard-000000.tar               000000-000000.npy|.png|.jpg, .cls (the label) and .json (all columns) of each sample
-    shard-000000.columns.npy       the same columns as one array of ``RECORD``; offsets are those of payloads in the tar
+    manifest.json                  what the folder promises: codec, shape, and every shard with
+                                   size, SHA-256 and ids
+    shard-000000.tar               000000-000000.npy|.png|.jpg, .cls (the label) and .json (all
+                                   columns) of each sample
+    shard-000000.columns.npy       the same columns as one array of ``RECORD``; offsets are those of
+                                   payloads in the tar
     quarantine/                    shards that did not match their checksum
 
-Every file is written under a temporary name, fsynced, renamed, and the folder fsynced, before the manifest names it.
-A file that the manifest does not name does not exist. The columns file is a copy for speed: without it, or where it is
-damaged, the columns come from the tar.
+Every file is written under a temporary name, fsynced, renamed, and the folder fsynced, before the
+manifest names it. A file that the manifest does not name does not exist. The columns file is a copy
+for speed: without it, or where it is damaged, the columns come from the tar.
 """
 
 from __future__ import annotations
@@ -69,7 +73,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder promises. suffix: of the payloads' files; classes: names of the labels, where they are known."""
+    """What a folder promises. suffix: of the payloads' files; classes: names of the labels, where
+    they are known.
+    """
 
     codec: str
     shape: list[int] | None  # of a payload; None for JPEG
@@ -84,14 +90,18 @@ class Manifest:
 
     def next_name(self) -> str:
         """Of the shard that comes next; names of quarantined ones are not used again."""
-        numbers = [int(s.name[6:-4]) for s in (*self.shards[-1:], *self.quarantined)]  # the shards' numbers rise
+        numbers = [
+            int(s.name[6:-4]) for s in (*self.shards[-1:], *self.quarantined)
+        ]  # the shards' numbers rise
         return f"shard-{max(numbers, default=-1) + 1:06d}.tar"
 
     def write(self, folder: Path) -> None:
         """Replaces the manifest of ``folder`` at once."""
         head = {"format": FORMAT, "version": VERSION}
         head |= {name: getattr(self, name) for name in ("codec", "shape", "suffix", "classes")}
-        lists = (f'"{name}": [\n{_lines(getattr(self, name))}]' for name in ("shards", "quarantined"))
+        lists = (
+            f'"{name}": [\n{_lines(getattr(self, name))}]' for name in ("shards", "quarantined")
+        )
         with durable(folder, MANIFEST) as file:
             file.write(f"{json.dumps(head)[:-1]},\n{', '.join(lists)}}}\n".encode())
 
@@ -106,7 +116,9 @@ class Manifest:
                 table[key] = [Shard(**shard) for shard in table[key]]
             manifest = cls(**table)
         except FileNotFoundError:
-            raise DamagedPoolError(f"{str(folder)!r} holds no saved pool: it has no {MANIFEST}") from None
+            raise DamagedPoolError(
+                f"{str(folder)!r} holds no saved pool: it has no {MANIFEST}"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedPoolError(f"{folder / MANIFEST} cannot be read: {error}") from None
         for shard in (*manifest.shards, *manifest.quarantined):
@@ -140,7 +152,9 @@ class durable:
                 self.temporary.replace(self.path)
                 sync_folder(self.folder)
         finally:
-            with contextlib.suppress(OSError):  # of what a full disk has left in the buffer; it has been raised before
+            with contextlib.suppress(
+                OSError
+            ):  # of what a full disk has left in the buffer; it has been raised before
                 self.file.close()
             self.temporary.unlink(missing_ok=True)
 
@@ -155,7 +169,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The ustar header of a regular file, without owner or time, so that equal samples give equal shards."""
+    """The ustar header of a regular file, without owner or time, so that equal samples give equal
+    shards.
+    """
     header = bytearray(BLOCK)
     for start, text in (
         (0, name),
@@ -184,8 +200,9 @@ def write_shard(
 ) -> Shard:
     """Writes a shard and its columns.
 
-    records: (B,) ``RECORD``; their offset and length are written as those of the payloads in the tar. header: stands
-    before every payload in its file; offsets point behind it. Raises ``OSError`` where the disk is full.
+    records: (B,) ``RECORD``; their offset and length are written as those of the payloads in the
+    tar. header: stands before every payload in its file; offsets point behind it. Raises
+    ``OSError`` where the disk is full.
     """
     records = records.copy()
     digest, position, pending = hashlib.sha256(), 0, bytearray()
@@ -202,7 +219,11 @@ def write_shard(
                 ("cls", str(records["label"][row])),
                 ("json", json.dumps(as_dict(records[row]))),
             ):
-                pending += tar_header(f"{key}.{kind}", len(text)) + text.encode() + b"\0" * (-len(text) % BLOCK)
+                pending += (
+                    tar_header(f"{key}.{kind}", len(text))
+                    + text.encode()
+                    + b"\0" * (-len(text) % BLOCK)
+                )
             if len(pending) > WRITE_BYTES:
                 file.write(pending)
                 digest.update(pending)
@@ -235,7 +256,9 @@ class Loaded:
 
 
 def verify(folder: Path, shard: Shard) -> Loaded | str:
-    """The shard, or in words what is wrong with it. A damaged columns file is replaced from the tar."""
+    """The shard, or in words what is wrong with it. A damaged columns file is replaced from the
+    tar.
+    """
     try:
         data = np.memmap(folder / shard.name, np.uint8, "r")
     except (OSError, ValueError) as error:
@@ -254,7 +277,9 @@ def verify(folder: Path, shard: Shard) -> Loaded | str:
         records = _records_of(folder / shard.name)
     if records.dtype != RECORD or len(records) != shard.samples:
         return f"{len(records)} samples, the manifest says {shard.samples}"
-    if len(records) and (records["offset"].min() < 0 or (records["offset"] + records["length"]).max() > len(data)):
+    if len(records) and (
+        records["offset"].min() < 0 or (records["offset"] + records["length"]).max() > len(data)
+    ):
         return "a payload lies outside it"
     return Loaded(shard, records, data)
 
@@ -282,7 +307,9 @@ def npy_kind(data: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     """dtype and shape of an .npy file of uint8 or float16; raises ``ValueError`` for another."""
     (shape, fortran, dtype), _ = _npy_header(data)
     if fortran or dtype not in (np.uint8, np.float16) or len(shape) != 3:
-        raise ValueError(f"an array of {dtype} {shape}, expected uint8 or float16 (C, H, W) in C order")
+        raise ValueError(
+            f"an array of {dtype} {shape}, expected uint8 or float16 (C, H, W) in C order"
+        )
     return dtype, shape
 
 
@@ -296,11 +323,12 @@ def _npy_header(data: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], in
 def load_shards(
     folder: Path, manifest: Manifest, *, threads: int = 2, beat: Callable[[], None] = lambda: None
 ) -> tuple[Manifest, Iterator[Loaded]]:
-    """The manifest of what is intact, and the intact shards in their order, verified ``threads`` at a time.
+    """The manifest of what is intact, and the intact shards in their order, verified ``threads`` at
+    a time.
 
-    A shard that is damaged or missing is moved to ``quarantine/``, the manifest on the disk is replaced, and a
-    ``LostSamplesWarning`` names the shard and the ids of its samples, at this and at every later opening.
-    ``beat`` is called after each shard.
+    A shard that is damaged or missing is moved to ``quarantine/``, the manifest on the disk is
+    replaced, and a ``LostSamplesWarning`` names the shard and the ids of its samples, at this and
+    at every later opening. ``beat`` is called after each shard.
     """
     checked = []
     with ThreadPoolExecutor(threads, "dpfast-verify") as executor:
@@ -325,7 +353,9 @@ def load_shards(
             intact.write(folder)
         lost = "; ".join(f"{s.name}: ids {describe(s.ids)} ({reasons[s.name]})" for s in bad)
         count = sum(shard.samples for shard in bad)
-        warnings.warn(f"{folder}: {count} samples are lost. {lost}", LostSamplesWarning, stacklevel=4)
+        warnings.warn(
+            f"{folder}: {count} samples are lost. {lost}", LostSamplesWarning, stacklevel=4
+        )
     return intact, iter(good)
 
 
@@ -344,7 +374,9 @@ class TarSample:
 
 
 def read_tar(path: Path) -> Iterator[TarSample]:
-    """The samples of a webdataset shard, in order. Raises ``ValueError`` for a member that must not be there."""
+    """The samples of a webdataset shard, in order. Raises ``ValueError`` for a member that must not
+    be there.
+    """
     data = np.memmap(path, np.uint8, "r")
 
     def read(key: str, suffix: str, span: tuple[int, int] | None) -> bytes:
@@ -371,23 +403,32 @@ def read_tar(path: Path) -> Iterator[TarSample]:
 
 
 def _files(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar of ``size`` bytes that are files. Its folders are passed over, anything else is refused."""
+    """The members of a tar of ``size`` bytes that are files. Its folders are passed over, anything
+    else is refused.
+    """
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 check_member(member.name, path)
                 if not member.isreg() and not member.isdir():
-                    raise ValueError(f"{path}: member {member.name!r} is a link or a device, expected plain files")
+                    raise ValueError(
+                        f"{path}: member {member.name!r} is a link or a device, expected plain "
+                        "files"
+                    )
                 if member.isreg():
                     yield member
-            if tar.offset + BLOCK > size:  # tarfile takes a tar that ends between two members for a whole one
+            if (
+                tar.offset + BLOCK > size
+            ):  # tarfile takes a tar that ends between two members for a whole one
                 raise ValueError(f"{path} is torn: it has no end mark")
     except tarfile.TarError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _sample(
-    key: str, members: dict[str, tuple[int, int]], read: Callable[[str, str, tuple[int, int] | None], bytes]
+    key: str,
+    members: dict[str, tuple[int, int]],
+    read: Callable[[str, str, tuple[int, int] | None], bytes],
 ) -> TarSample:
     return TarSample(key, members, lambda suffix: read(key, suffix, members.get(suffix)))
 

@@ -9,7 +9,8 @@ Item = TypeVar("Item")
 
 
 class SharedList(Sequence[Item]):
-    """The first items of a list that it shares with what has grown out of it; none of them ever changes.
+    """The first items of a list that it shares with what has grown out of it; none of them ever
+    changes.
 
     One thread at a time grows; any number read meanwhile.
     """
@@ -26,7 +27,9 @@ class SharedList(Sequence[Item]):
         return len(self._items) == self._size
 
     def plus(self, item: Item) -> SharedList[Item]:
-        """With ``item`` at the end: in constant time, amortised, of the newest; of another by a copy."""
+        """With ``item`` at the end: in constant time, amortised, of the newest; of another by a
+        copy.
+        """
         grown: SharedList[Item] = SharedList.__new__(SharedList)
         grown._items = self._items if self.newest else self._items[: self._size]
         grown._items.append(item)
@@ -45,4 +48,8 @@ class SharedList(Sequence[Item]):
     def __getitem__(self, index: slice) -> tuple[Item, ...]: ...
     def __getitem__(self, index: int | slice) -> Item | tuple[Item, ...]:
         places = range(self._size)[index]
-        return self._items[places] if isinstance(places, int) else tuple(self._items[i] for i in places)
+        return (
+            self._items[places]
+            if isinstance(places, int)
+            else tuple(self._items[i] for i in places)
+        )

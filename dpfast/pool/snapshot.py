@@ -1,4 +1,6 @@
-"""What a reader sees of a pool: payloads, columns and batches of the samples that it held at one moment."""
+"""What a reader sees of a pool: payloads, columns and batches of the samples that it held at one
+moment.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ Payload = Tensor | Sequence[bytes]
 
 @dataclass(frozen=True)
 class PoolSnapshot:
-    """The first ``size`` samples of a pool. It stays valid whatever the pool does next, and needs no lock.
+    """The first ``size`` samples of a pool. It stays valid whatever the pool does next, and needs
+    no lock.
 
-    codec, shape, decode: as of ``SamplePool``. chunks, origins: where payloads and records lie. tiers: of the chunks.
+    codec, shape, decode: as of ``SamplePool``. chunks, origins: where payloads and records lie.
+    tiers: of the chunks.
     ready: the last append on a device, which a reader's stream waits for.
     """
 
@@ -38,11 +42,14 @@ class PoolSnapshot:
     ready: torch.cuda.Event | None = None
 
     def records(self, indices: Tensor, *, threads: int | None = None) -> np.ndarray:
-        """(B,) copies of the ``RECORD`` of the samples at ``indices``; ``threads`` as in ``payload``."""
+        """(B,) copies of the ``RECORD`` of the samples at ``indices``; ``threads`` as in
+        ``payload``.
+        """
         return self.origins.take(indices, self.size, threads=threads).numpy().view(RECORD)[:, 0]
 
     def column(self, name: str, indices: Tensor) -> Tensor:
-        """(B,) int64 or float32 values of one column of ``dpfast.pool.record`` at ``indices`` (B,) int64.
+        """(B,) int64 or float32 values of one column of ``dpfast.pool.record`` at ``indices`` (B,)
+        int64.
 
         Raises ``KeyError`` for an unknown column, ``IndexError`` for an index outside the pool.
         """
@@ -53,7 +60,11 @@ class PoolSnapshot:
     def _field(self, name: str, indices: Tensor) -> Tensor:
         assert RECORD.fields is not None
         dtype, offset = RECORD.fields[name][:2]
-        values = self.origins.take(indices, self.size, offset=offset, width=dtype.itemsize).numpy().view(dtype)[:, 0]
+        values = (
+            self.origins.take(indices, self.size, offset=offset, width=dtype.itemsize)
+            .numpy()
+            .view(dtype)[:, 0]
+        )
         return torch.from_numpy(values if dtype.kind == "f" else values.astype(np.int64))
 
     def chunk_numbers(self) -> Tensor:
@@ -71,10 +82,12 @@ class PoolSnapshot:
         out: Tensor | None = None,
         threads: int | None = None,
     ) -> Payload:
-        """Copies of what is stored at ``indices`` (B,): (B, *shape) of the codec's dtype, or B JPEG files.
+        """Copies of what is stored at ``indices`` (B,): (B, *shape) of the codec's dtype, or B JPEG
+        files.
 
-        out: (B, bytes of a sample) uint8 on ``device``, where the copies shall lie; not for JPEG. threads: that copy on
-        a CPU at most, all of torch's by default. Raises ``IndexError`` for an index outside the pool.
+        out: (B, bytes of a sample) uint8 on ``device``, where the copies shall lie; not for JPEG.
+        threads: that copy on a CPU at most, all of torch's by default. Raises ``IndexError`` for an
+        index outside the pool.
         """
         indices = indices.to(CPU, torch.int64)
         self._wait(device)
@@ -100,9 +113,11 @@ class PoolSnapshot:
         return files
 
     def images(self, indices: Tensor, *, device: torch.device = CPU) -> Tensor:
-        """uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the pool holds no pixels.
+        """uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the pool
+        holds no pixels.
 
-        Raises ``ValueError`` for JPEG images of several shapes and for latents without a ``decode``.
+        Raises ``ValueError`` for JPEG images of several shapes and for latents without a
+        ``decode``.
         """
         payload = self.payload(indices, device=device)
         if self.codec == "latents":
@@ -115,15 +130,22 @@ class PoolSnapshot:
             raise ValueError(f"the batch holds images of {shapes}, expected one shape")
         if not images:
             return torch.empty(0, dtype=torch.uint8, device=device)
-        return torch.from_numpy(np.stack(images)).to(device)  # NumPy's stack brings no threads, see ``tiers.touched``
+        return torch.from_numpy(np.stack(images)).to(
+            device
+        )  # NumPy's stack brings no threads, see ``tiers.touched``
 
     def _decoded(self, latents: Payload) -> Tensor:
         """(B, C, H, W) floats on the scale of bytes, where the latents are."""
         if self.decode is None:
-            raise ValueError("the pool holds latents and has no decode function: SamplePool('latents', decode=...)")
+            raise ValueError(
+                "the pool holds latents and has no decode function: SamplePool('latents', "
+                "decode=...)"
+            )
         assert isinstance(latents, Tensor)
         with torch.no_grad():
-            return self.decode(latents.float()).to(latents.device, torch.float32).add_(1).mul_(127.5)
+            return (
+                self.decode(latents.float()).to(latents.device, torch.float32).add_(1).mul_(127.5)
+            )
 
     def gather(
         self,
@@ -137,19 +159,23 @@ class PoolSnapshot:
         out: Tensor | None = None,
         threads: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, C, H, W) and int64 labels (B,) of the samples at ``indices`` (B,), on ``device``.
+        """Normalised images (B, C, H, W) and int64 labels (B,) of the samples at ``indices`` (B,),
+        on ``device``.
 
         Latents are decoded first, without rounding to uint8.
 
         Args:
             form: scale, dtype and memory layout of the batch.
             flip: (B,) bool, mirrors a sample left to right.
-            boxes: (B, 4) float32 of (top, left, height, width) in pixels, what is shown of a sample; None: all of it.
-            size: (height, width) of the batch, that of the images by default; another one needs boxes.
+            boxes: (B, 4) float32 of (top, left, height, width) in pixels, what is shown of a
+            sample; None: all of it.
+            size: (height, width) of the batch, that of the images by default; another one needs
+            boxes.
             out: where to write the images, in their shape, dtype and layout, where ``in_place``.
             threads: of the native kernels on a CPU, torch's by default.
 
-        Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an index outside the pool.
+        Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an
+        index outside the pool.
         """
         form = form or BatchFormat()
         indices = indices.to(CPU, torch.int64).contiguous()
@@ -157,15 +183,24 @@ class PoolSnapshot:
         if self.in_place(device):
             assert self.shape is not None
             table = self.chunks, self.size, self.shape
-            return from_rows(*table, indices, form, flip=flip, boxes=boxes, size=size, out=out, threads=threads), labels
+            return from_rows(
+                *table, indices, form, flip=flip, boxes=boxes, size=size, out=out, threads=threads
+            ), labels
         if out is not None:
             raise ValueError("out is for pools of pixels on the host and the native kernels")
         flip = None if flip is None else flip.to(device, non_blocking=True)
-        if boxes is not None and self.codec == "pixels" and self.shape is not None and self.chunks.read_by(device):
+        if (
+            boxes is not None
+            and self.codec == "pixels"
+            and self.shape is not None
+            and self.chunks.read_by(device)
+        ):
             check_indices(indices, self.size)
             self._wait(device)
             rows = indices.to(device, non_blocking=True)
-            return crop_rows(self.chunks, self.shape, rows, form, boxes=boxes, flip=flip, size=size), labels
+            return crop_rows(
+                self.chunks, self.shape, rows, form, boxes=boxes, flip=flip, size=size
+            ), labels
         if self.codec == "latents":
             images = self._decoded(self.payload(indices, device=device))
         else:
@@ -173,6 +208,12 @@ class PoolSnapshot:
         return from_images(images, form, flip=flip, boxes=boxes, size=size, threads=threads), labels
 
     def in_place(self, device: torch.device) -> bool:
-        """Whether the native kernels read a batch of pixels for ``device`` in the pool's chunks, without a copy."""
-        native = dispatch.backend_for(CPU) == "native" and device.type == "cpu" and self.shape is not None
+        """Whether the native kernels read a batch of pixels for ``device`` in the pool's chunks,
+        without a copy.
+        """
+        native = (
+            dispatch.backend_for(CPU) == "native"
+            and device.type == "cpu"
+            and self.shape is not None
+        )
         return native and self.codec == "pixels" and self.chunks.on_host

@@ -1,8 +1,9 @@
-"""Checkpoints beside the training: when one is due, a copy of the state on the host, and the thread that writes it.
+"""Checkpoints beside the training: when one is due, a copy of the state on the host, and the thread
+that writes it.
 
-What the loop waits for is the copy alone: on a GPU the host waits for nothing (copies into pinned memory in the order
-of the stream, 1.4 GB of ViT-B's state; the next step begins on the device when they are made), on a CPU for a memcpy.
-Checksum, writing and fsync go on in the thread.
+What the loop waits for is the copy alone: on a GPU the host waits for nothing (copies into pinned
+memory in the order of the stream, 1.4 GB of ViT-B's state; the next step begins on the device when
+they are made), on a CPU for a memcpy. Checksum, writing and fsync go on in the thread.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ POLL = 0.05  # seconds between two looks of the thread at what other ranks have 
 
 
 class CheckpointTimer:
-    """When the next checkpoint is due: saving takes at most ``share`` of all seconds, none is older than ``minutes``.
+    """When the next checkpoint is due: saving takes at most ``share`` of all seconds, none is older
+    than ``minutes``.
 
-    Saving counts from the copy to the end of fsync, though the loop only waits for the copy: the disk is shared by all
-    that a run writes. The limit in minutes wins. clock: seconds that rise, of the rank that decides.
+    Saving counts from the copy to the end of fsync, though the loop only waits for the copy: the
+    disk is shared by all that a run writes. The limit in minutes wins. clock: seconds that rise, of
+    the rank that decides.
     """
 
-    def __init__(self, share: float, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, share: float, minutes: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.share, self.limit, self.clock = share, 60 * minutes, clock
         self._begun, self._took = clock(), 0.0
 
@@ -39,7 +44,9 @@ class CheckpointTimer:
         return passed >= self.limit or passed * self.share >= self._took
 
     def overdue(self) -> bool:
-        """Between two evaluations: whether one must be made. Without a limit (0) none is, they come at evaluations."""
+        """Between two evaluations: whether one must be made. Without a limit (0) none is, they come
+        at evaluations.
+        """
         return 0 < self.limit <= self.clock() - self._begun
 
     def begun(self) -> None:
@@ -47,19 +54,25 @@ class CheckpointTimer:
         self._begun, self._took = self.clock(), float("inf")
 
     def took(self, seconds: float) -> None:
-        """It is on the disk after so many seconds. One that failed is tried again when ``minutes`` have passed."""
+        """It is on the disk after so many seconds. One that failed is tried again when ``minutes``
+        have passed.
+        """
         self._took = seconds
 
 
 class HostCopy:
-    """Tensors as they are at a moment, on the host, in memory that is kept from one time to the next."""
+    """Tensors as they are at a moment, on the host, in memory that is kept from one time to the
+    next.
+    """
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
         self._copied: torch.cuda.Event | None = None
 
     def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Contiguous copies of ``tensors``. Those of a GPU are there after ``wait``, which the caller need not call."""
+        """Contiguous copies of ``tensors``. Those of a GPU are there after ``wait``, which the
+        caller need not call.
+        """
         memory: dict[str, Tensor] = {}
         gpu = None
         for name, value in tensors.items():
@@ -81,7 +94,9 @@ class HostCopy:
 
 @dataclass
 class Written:
-    """How a checkpoint ended. path: None where it was not written; seconds: from its copy on; waited: by the loop."""
+    """How a checkpoint ended. path: None where it was not written; seconds: from its copy on;
+    waited: by the loop.
+    """
 
     step: int
     path: Path | None
@@ -94,7 +109,8 @@ class Written:
 class BackgroundWriter:
     """One thread, which writes one checkpoint at a time and ends with it.
 
-    ready: asked again and again before the writing begins; until then a newer checkpoint may take the place.
+    ready: asked again and again before the writing begins; until then a newer checkpoint may take
+    the place.
     """
 
     def __init__(self) -> None:
@@ -115,7 +131,8 @@ class BackgroundWriter:
         return self.busy and not self._waits
 
     def clear(self, grace: float = 0.0) -> bool:
-        """Makes room for the next one: waits for one that is being written, drops one that waits for its samples.
+        """Makes room for the next one: waits for one that is being written, drops one that waits
+        for its samples.
 
         grace: seconds that it may wait for them. True where one was dropped. Signals get through.
         """
@@ -139,7 +156,9 @@ class BackgroundWriter:
         """Writes in the background as soon as ``ready``. After ``clear``."""
         self._cancelled.clear()
         self._waits = False
-        self._thread = threading.Thread(target=self._run, args=(ready, write), name="dpfast-checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(ready, write), name="dpfast-checkpoint", daemon=True
+        )
         self._thread.start()
 
     def collect(self) -> list[Written]:

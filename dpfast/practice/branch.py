@@ -1,4 +1,5 @@
-"""Branch-outs: a run continued from the end of a round without further additions (arXiv 2502.15588, section C.2).
+"""Branch-outs: a run continued from the end of a round without further additions (arXiv 2502.15588,
+section C.2).
 
 So one long run yields every point of a scaling curve: the pool of each round, trained to the end.
 """
@@ -32,23 +33,34 @@ def prepare_branch(
     overwrite: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> None:
-    """Makes ``out`` a run of ``recipe`` that stands at the end of a round of the run in ``trunk``; resume it.
+    """Makes ``out`` a run of ``recipe`` that stands at the end of a round of the run in ``trunk``;
+    resume it.
 
-    The trunk is only read. ``beat`` is called after each of its shards. Raises ``RecipeError`` when it is no run, has
-    another recipe (the fields are named; a branch may have other ``iterations``), kept no checkpoint of that round, or
-    is past the start of the new cool-down there.
+    The trunk is only read. ``beat`` is called after each of its shards. Raises ``RecipeError`` when
+    it is no run, has another recipe (the fields are named; a branch may have other ``iterations``),
+    kept no checkpoint of that round, or is past the start of the new cool-down there.
     """
     if not (trunk / RECIPE).is_file():
         raise RecipeError(f"branch_from = {str(trunk)!r}: holds no run")
     if trunk.resolve() == out.resolve():
-        raise RecipeError(f"out = {str(out)!r}: is the run that the branch leaves; choose another folder")
+        raise RecipeError(
+            f"out = {str(out)!r}: is the run that the branch leaves; choose another folder"
+        )
     recipe = continued(trunk, recipe, branch=True)
     folder = trunk / f"checkpoints_{SOURCE}"
     path = checkpoint.at_round(folder, round)
     if path is None:
-        kept = sorted(int(p.stem.rsplit("-", 1)[1]) for p in folder.glob("checkpoint-*-round-*.json"))
-        rounds = f"there are those of {', '.join(map(str, kept))}" if kept else "run it with --keep-rounds true"
-        raise RecipeError(f"branch_at = {round}: {str(trunk)!r} kept no checkpoint of that round's end; {rounds}")
+        kept = sorted(
+            int(p.stem.rsplit("-", 1)[1]) for p in folder.glob("checkpoint-*-round-*.json")
+        )
+        rounds = (
+            f"there are those of {', '.join(map(str, kept))}"
+            if kept
+            else "run it with --keep-rounds true"
+        )
+        raise RecipeError(
+            f"branch_at = {round}: {str(trunk)!r} kept no checkpoint of that round's end; {rounds}"
+        )
     try:
         start = checkpoint.load(path)
     except ValueError as error:
@@ -56,8 +68,10 @@ def prepare_branch(
     last = recipe.practice.iterations * (1 - recipe.learner.cooldown)
     if start.step > last:
         raise RecipeError(
-            f"iterations = {recipe.practice.iterations}: the branch begins at {start.step}, after the start of the "
-            f"cool-down at {last:.0f}; expected at least {start.step / (1 - recipe.learner.cooldown):.0f}"
+            f"iterations = {recipe.practice.iterations}: the branch begins at {start.step}, after "
+            "the start of the "
+            f"cool-down at {last:.0f}; expected at least "
+            f"{start.step / (1 - recipe.learner.cooldown):.0f}"
         )
     lines = (trunk / "metrics.jsonl").read_bytes()[: start.state["written"][0]].splitlines()
     past = [line for line in lines if json.loads(line)["source"] == SOURCE]
@@ -70,7 +84,9 @@ def prepare_branch(
                 held = ShardLayout(
                     ranks, recipe.generator.generation_batch, tuple(start.state["loop"]["rounds"])
                 ).held()
-                part, copy = (part_folder(f, ranks) for f in (trunk / f"pool_{SOURCE}", branch.pool(SOURCE)))
+                part, copy = (
+                    part_folder(f, ranks) for f in (trunk / f"pool_{SOURCE}", branch.pool(SOURCE))
+                )
                 copy_saved(part, copy, held, beat=beat)
             state = {
                 **start.state,

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Addition:
-    """One finished round. number: 0 for the initial samples; added, total: samples; cost: of making them.
+    """One finished round. number: 0 for the initial samples; added, total: samples; cost: of making
+    them.
 
-    The rest has no value in round 0. entropy, unguided_entropy: mean nats of the new samples and of unguided ones under
-    the learner that guided; pruning_ratio: how many unguided samples one of these replaces
-    (``dpfast.practice.costs.pruning_ratio``).
+    The rest has no value in round 0. entropy, unguided_entropy: mean nats of the new samples and of
+    unguided ones under the learner that guided; pruning_ratio: how many unguided samples one of
+    these replaces (``dpfast.practice.costs.pruning_ratio``).
     """
 
     number: int
@@ -42,7 +43,8 @@ class Addition:
 
 
 class Callback:
-    """Override what you need. ``loop`` has the recipe, the source's name, trainer, pool and costs: read, do not change.
+    """Override what you need. ``loop`` has the recipe, the source's name, trainer, pool and costs:
+    read, do not change.
 
     An exception from a callback stops the run.
     """
@@ -63,7 +65,9 @@ class Callback:
         """One optimiser step."""
 
     def on_evaluation(self, loop: Loop, evaluation: Evaluation, loss: float) -> None:
-        """An evaluation on the validation set; ``loss`` is the mean training loss since the one before."""
+        """An evaluation on the validation set; ``loss`` is the mean training loss since the one
+        before.
+        """
 
     def on_result(self, loop: Loop, result: Result) -> None:
         """The end of the loop."""
@@ -88,7 +92,12 @@ class Console(Callback):
 
     def on_step(self, loop: Loop) -> None:
         if self.bar is None or self.bar.unit != "it":
-            self._open(loop.recipe.practice.iterations, "it", f"{loop.name}: training", loop.trainer.step_count - 1)
+            self._open(
+                loop.recipe.practice.iterations,
+                "it",
+                f"{loop.name}: training",
+                loop.trainer.step_count - 1,
+            )
         assert self.bar is not None
         self.bar.update()
 
@@ -103,8 +112,10 @@ class Console(Callback):
     def on_round(self, loop: Loop, addition: Addition) -> None:
         if addition.number:
             tqdm.write(
-                f"{loop.name:>7} | round {addition.number:2d} at iteration {loop.trainer.step_count} | "
-                f"pool {addition.total - addition.added} -> {addition.total} | mean entropy of the new samples "
+                f"{loop.name:>7} | round {addition.number:2d} at iteration "
+                f"{loop.trainer.step_count} | "
+                f"pool {addition.total - addition.added} -> {addition.total} | mean entropy of the "
+                "new samples "
                 f"{addition.entropy:.3f} nats, of unguided ones {addition.unguided_entropy:.3f}"
             )
 
@@ -113,7 +124,9 @@ class Console(Callback):
 
     def _open(self, total: int, unit: str, label: str, initial: int) -> None:
         self._close()
-        self.bar = tqdm(total=total, unit=unit, desc=label, initial=initial, leave=False, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total, unit=unit, desc=label, initial=initial, leave=False, dynamic_ncols=True
+        )
 
     def _close(self) -> None:
         if self.bar is not None:

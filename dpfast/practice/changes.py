@@ -1,8 +1,10 @@
-"""What a run that goes on may have other than it was born with: one table for ``--resume`` and ``--branch-at``.
+"""What a run that goes on may have other than it was born with: one table for ``--resume`` and
+``--branch-at``.
 
 born.json       the recipe of the run's first command
 recipe.json     the recipe in force
-changes.jsonl   every change in between: when, after which optimiser steps, and each field's value before and after
+changes.jsonl   every change in between: when, after which optimiser steps, and each field's value
+                before and after
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ FREE = "free"  # a resumed run and a branch may have another value
 BRANCH = "branch"  # a branch may, which takes no more samples
 FIXED = "fixed"  # as the run was born
 
-SAMPLES = "it makes the samples: those of later rounds would be of another recipe than those that are there"
+SAMPLES = (
+    "it makes the samples: those of later rounds would be of another recipe than those that "
+    "are there"
+)
 TRAINING = "the weights so far were trained by it"
 DATES = "it decides when samples are added, and has decided so far"
 ROUNDING = "it changes the rounding of what comes, no more"
@@ -38,7 +43,11 @@ RULES: dict[str, tuple[str, str]] = {
     "seed": (FIXED, "it is in every sample and every batch"),
     "device": (FREE, ROUNDING),
     "validation": (FREE, MOVED),
-    "held_out": (FREE, MOVED + "; but with a folder all of the validation's images drive the run, without one half"),
+    "held_out": (
+        FREE,
+        MOVED
+        + "; but with a folder all of the validation's images drive the run, without one half",
+    ),
     "evaluation": (FREE, "it is measured at the end"),
     # the generator
     "pipeline": (FREE, MOVED),
@@ -55,7 +64,10 @@ RULES: dict[str, tuple[str, str]] = {
     "eta": (FIXED, SAMPLES),
     "compile": (FREE, ROUNDING),
     "compile_region": (FREE, ROUNDING),
-    "generation_batch": (FREE, "who holds which samples stays as it was born; the sampler's batches are not larger"),
+    "generation_batch": (
+        FREE,
+        "who holds which samples stays as it was born; the sampler's batches are not larger",
+    ),
     "sampling_batch": (FREE, MEMORY),
     "attention": (FREE, ROUNDING),
     "channels_last": (FREE, ROUNDING),
@@ -72,7 +84,10 @@ RULES: dict[str, tuple[str, str]] = {
     "model": (FIXED, "its weights are in the checkpoint"),
     "options": (FIXED, "they shape the weights in the checkpoint"),
     "classes": (FIXED, "they shape the weights in the checkpoint"),
-    "batch_size": (FIXED, "the order of training and the learning rate go with it; micro_batch takes less memory"),
+    "batch_size": (
+        FIXED,
+        "the order of training and the learning rate go with it; micro_batch takes less memory",
+    ),
     "micro_batch": (FREE, MEMORY),
     "activation_checkpointing": (FREE, MEMORY),
     "lr": (FIXED, TRAINING),
@@ -96,7 +111,10 @@ RULES: dict[str, tuple[str, str]] = {
     "device_gib": (FREE, MEMORY),
     "host_gib": (FREE, MEMORY),
     "mapped": (FREE, MEMORY),
-    "save_samples": (FIXED, "a saved pool has files of one kind, and JPEG is what the learner has seen"),
+    "save_samples": (
+        FIXED,
+        "a saved pool has files of one kind, and JPEG is what the learner has seen",
+    ),
     # practice
     "initial_samples": (FIXED, "they are there"),
     "round_samples": (FIXED, DATES),
@@ -104,7 +122,8 @@ RULES: dict[str, tuple[str, str]] = {
     "maximum_rounds": (BRANCH, "a run that has reached it would have gone on adding"),
     "iterations": (
         FREE,
-        "they may grow: the warm-up keeps its steps, and from the cool-down a run goes back before it",
+        "they may grow: the warm-up keeps its steps, and from the cool-down a run goes back before "
+        "it",
     ),
     "evaluate_every": (FIXED, DATES),
     "evaluate_unit": (FIXED, DATES),
@@ -119,7 +138,10 @@ RULES: dict[str, tuple[str, str]] = {
     "restart": (FIXED, SAMPLES),
     "oversample": (FIXED, SAMPLES),
     "prune_within": (FIXED, SAMPLES),
-    "sources": (BRANCH, "rivals take sizes and moments from dp; run others into a folder of their own"),
+    "sources": (
+        BRANCH,
+        "rivals take sizes and moments from dp; run others into a folder of their own",
+    ),
     "checkpoint_share": (FREE, "it says when is saved, not what"),
     "checkpoint_minutes": (FREE, "it says when is saved, not what"),
     "checkpoints_kept": (FREE, "it says how many are kept from now on"),
@@ -130,14 +152,17 @@ RULES: dict[str, tuple[str, str]] = {
 
 
 def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
-    """``recipe`` as the run in ``run`` goes on with it: the layout of its samples and its warm-up are those of birth.
+    """``recipe`` as the run in ``run`` goes on with it: the layout of its samples and its warm-up
+    are those of birth.
 
-    Raises ``RecipeError`` with every field that must stay as the run was born, and why, where iterations fell, and
-    where a folder holds other things than at birth.
+    Raises ``RecipeError`` with every field that must stay as the run was born, and why, where
+    iterations fell, and where a folder holds other things than at birth.
     """
     born, now = _read(run, BORN), _read(run, RECIPE)
     leaves, branch = branch, branch or (run / "branch.json").is_file()
-    allowed = {name for name, (kind, _) in RULES.items() if kind == FREE or (branch and kind == BRANCH)}
+    allowed = {
+        name for name, (kind, _) in RULES.items() if kind == FREE or (branch and kind == BRANCH)
+    }
     asked = _flat(recipe)
     refused = [
         f"{name} = {asked.get(name)!r} was {born.get(name)!r} ({RULES[name][1]})"
@@ -145,21 +170,39 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
         if asked.get(name) != born.get(name) and name not in allowed
     ]
     if bool(asked["held_out"]) != bool(born.get("held_out")):
-        refused.append(f"held_out = {asked['held_out']!r} was {born.get('held_out')!r} ({RULES['held_out'][1]})")
+        refused.append(
+            f"held_out = {asked['held_out']!r} was {born.get('held_out')!r} "
+            f"({RULES['held_out'][1]})"
+        )
     if not leaves and recipe.practice.iterations < now["iterations"]:
-        refused.append(f"iterations = {recipe.practice.iterations} was {now['iterations']} ({RULES['iterations'][1]})")
+        refused.append(
+            f"iterations = {recipe.practice.iterations} was {now['iterations']} "
+            f"({RULES['iterations'][1]})"
+        )
     if refused:
-        whose = "a branch has its run's recipe" if leaves else f"the run in {str(run)!r} has another recipe"
-        raise RecipeError(f"{f'branch_from = {str(run)!r}' if leaves else 'resume'}: {whose}: {'; '.join(refused)}")
+        whose = (
+            "a branch has its run's recipe"
+            if leaves
+            else f"the run in {str(run)!r} has another recipe"
+        )
+        raise RecipeError(
+            f"{f'branch_from = {str(run)!r}' if leaves else 'resume'}: {whose}: "
+            f"{'; '.join(refused)}"
+        )
     check_contents(run, recipe)
     generator, learner = recipe.generator, recipe.learner
     if generator.generation_batch != born["generation_batch"]:
         most = min(generator.sampling_batch or generator.generation_batch, born["generation_batch"])
-        generator = replace(generator, generation_batch=born["generation_batch"], sampling_batch=most)
+        generator = replace(
+            generator, generation_batch=born["generation_batch"], sampling_batch=most
+        )
     iterations, warm = recipe.practice.iterations, born["warmup"] * born["iterations"]
     if iterations != born["iterations"]:
         if warm + learner.cooldown * iterations > iterations:
-            raise RecipeError(f"iterations = {iterations}: the run's warm-up took {warm:.0f}, before the cool-down")
+            raise RecipeError(
+                f"iterations = {iterations}: the run's warm-up took {warm:.0f}, before the "
+                "cool-down"
+            )
         learner = replace(learner, warmup=warm / iterations)
     return replace(recipe, generator=generator, learner=learner)
 
@@ -168,13 +211,17 @@ def write_recipe(run: Path, recipe: Recipe, *, born: str | None = None) -> None:
     """Begins the folder of a run. born: the text of another run's ``BORN``, whose branch it is."""
     note_contents(run, recipe)
     text = json.dumps(recipe.to_dict(), indent=2) + "\n"
-    for name, words in ((BORN, born or text), (RECIPE, text)):  # the recipe last: it makes a folder a run
+    for name, words in (
+        (BORN, born or text),
+        (RECIPE, text),
+    ):  # the recipe last: it makes a folder a run
         with durable(run, name) as file:
             file.write(words.encode())
 
 
 def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> dict[str, list[Any]]:
-    """Puts ``recipe`` in force for the run and notes what changes: each field's value before and after, returned.
+    """Puts ``recipe`` in force for the run and notes what changes: each field's value before and
+    after, returned.
 
     steps: of its sources' checkpoints.
     """

@@ -1,11 +1,16 @@
-"""Checkpoints of a loop: a kill at any moment is harmless, and a damaged one costs the way back to the one before.
+"""Checkpoints of a loop: a kill at any moment is harmless, and a damaged one costs the way back to
+the one before.
 
     checkpoint-000012.safetensors          all tensors
-    checkpoint-000012.json                 format version, step, SHA-256 of the tensors, and the rest of the state
-    checkpoint-000013-round-02.json        kept for good: the end of round 2, right before the next addition
-    checkpoint-000017-stable.json          kept: the last one before the cool-down, from which a run can be made longer
+    checkpoint-000012.json                 format version, step, SHA-256 of the tensors, and the
+                                           rest of the state
+    checkpoint-000013-round-02.json        kept for good: the end of round 2, right before the next
+                                           addition
+    checkpoint-000017-stable.json          kept: the last one before the cool-down, from which a run
+                                           can be made longer
 
-The JSON is written last: a checkpoint without one does not exist. Both appear under their names complete and synced.
+The JSON is written last: a checkpoint without one does not exist. Both appear under their names
+complete and synced.
 """
 
 from __future__ import annotations
@@ -66,11 +71,18 @@ def of_round(number: int) -> str:
 
 
 def save(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int, label: str | None = None
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    label: str | None = None,
 ) -> Path:
     """Writes a checkpoint and removes the oldest ones beyond ``keep``; those with a ``label`` stay.
 
-    label: ``of_round`` or ``STABLE``, of which the newest alone stays. Raises ``OSError``, also for a full disk.
+    label: ``of_round`` or ``STABLE``, of which the newest alone stays. Raises ``OSError``, also for
+    a full disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = paths(folder)
@@ -90,16 +102,23 @@ def save(
 
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> str:
-    """A safetensors file that appears under its name complete and synced; its SHA-256. Raises ``OSError``.
+    """A safetensors file that appears under its name complete and synced; its SHA-256. Raises
+    ``OSError``.
 
-    Written from where the tensors lie, a piece at a time, each hashed while it is at hand: safetensors' own function
-    copies everything first, and the checksum would read it all again.
+    Written from where the tensors lie, a piece at a time, each hashed while it is at hand:
+    safetensors' own function copies everything first, and the checksum would read it all again.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that all are aligned
+    ordered = sorted(
+        tensors.items(), key=lambda item: (-item[1].itemsize, item[0])
+    )  # so that all are aligned
     header, end, digest = {}, 0, hashlib.sha256()
     for name, value in ordered:
         start, end = end, end + value.numel() * value.itemsize
-        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start_of_file = memoryview(len(text).to_bytes(8, "little") + text)
@@ -129,7 +148,9 @@ def states(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def at_round(folder: Path, round: int) -> Path | None:
-    """The kept checkpoint of the end of a round, the newest where there are several; None where there is none."""
+    """The kept checkpoint of the end of a round, the newest where there are several; None where
+    there is none.
+    """
     found = [p for p in paths(folder) if p.stem.endswith(f"-{of_round(round)}")]
     return found[-1] if found else None
 
@@ -157,17 +178,21 @@ def load(path: Path) -> Checkpoint:
 def latest(folder: Path) -> Checkpoint | None:
     """The newest intact checkpoint; None where there has never been one.
 
-    A damaged one is named in a ``DamagedCheckpointWarning`` and the one before is taken. Raises ``RecipeError`` when
-    none is intact.
+    A damaged one is named in a ``DamagedCheckpointWarning`` and the one before is taken. Raises
+    ``RecipeError`` when none is intact.
     """
     found = paths(folder)
     for path in reversed(found):
         try:
             return load(path)
         except ValueError as error:
-            warnings.warn(f"{error}; the one before is used", DamagedCheckpointWarning, stacklevel=2)
+            warnings.warn(
+                f"{error}; the one before is used", DamagedCheckpointWarning, stacklevel=2
+            )
     if found:
-        raise RecipeError(f"resume: none of the {len(found)} checkpoints in {str(folder)!r} is intact")
+        raise RecipeError(
+            f"resume: none of the {len(found)} checkpoints in {str(folder)!r} is intact"
+        )
     return None
 
 
@@ -177,7 +202,11 @@ def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under ``prefix``, without it."""
-    return {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
+    return {
+        key.removeprefix(f"{prefix}/"): value
+        for key, value in tensors.items()
+        if key.startswith(f"{prefix}/")
+    }
 
 
 def _sha256(path: Path) -> str:

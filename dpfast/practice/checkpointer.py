@@ -1,4 +1,6 @@
-"""The state of a loop, and how it outlives the process: what is saved when, and what a restored loop goes on from."""
+"""The state of a loop, and how it outlives the process: what is saved when, and what a restored
+loop goes on from.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,16 @@ if TYPE_CHECKING:
 
 PROGRESS_SECONDS = 30.0  # of generation between two savings of a round's samples
 RETRY_SECONDS = 60.0  # between two attempts to save samples that the disk has refused
-GRACE = 20.0  # seconds that a run waits for samples of other ranks whose checkpoint is kept for good, or is the last
+# seconds that a run waits for samples of other ranks whose checkpoint is kept for good, or is the
+# last
+GRACE = 20.0
 
 
 @dataclass
 class LoopState:
-    """Where a loop stands, beside the learner's weights, the loader's position and the patience; JSON holds it."""
+    """Where a loop stands, beside the learner's weights, the loader's position and the patience;
+    JSON holds it.
+    """
 
     round: int = -1  # the newest complete one; round 0 are the initial samples
     round_start: int = 0  # the pool's size before it, or before the pending one
@@ -48,7 +54,9 @@ class LoopState:
     frozen: bool = False  # a branch: no more additions
     finished: bool = False
     moments: list[int] = field(default_factory=list)  # the steps after which samples were added
-    per_class: list[float | None] | None = None  # of the last evaluation; None for a class without images
+    per_class: list[float | None] | None = (
+        None  # of the last evaluation; None for a class without images
+    )
     training_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     waited: float = 0.0  # for batches, in the lives of the run before this one
@@ -57,23 +65,31 @@ class LoopState:
 class LoopCheckpointer:
     """Saves a loop in the folder of its run, and restores it; without a folder it does nothing.
 
-    A checkpoint is written at the start, before and after every round and at the end, and by time at evaluations, or
-    between two where they are further apart than ``checkpoint_minutes`` (``CheckpointTimer``). While a round is
-    pending, the newest checkpoint is of the moment before it, and ``progress`` holds the samples that it has so far.
+    A checkpoint is written at the start, before and after every round and at the end, and by time
+    at evaluations, or between two where they are further apart than ``checkpoint_minutes``
+    (``CheckpointTimer``). While a round is pending, the newest checkpoint is of the moment before
+    it, and ``progress`` holds the samples that it has so far.
 
-    Every rank saves the samples that it holds, in its own part of the pool's folder. The first one copies its state and
-    writes it in the background, as soon as the parts' manifests hold what the checkpoint promises. Any number of ranks
-    can read it; parts of other numbers that no checkpoint needs are then removed.
+    Every rank saves the samples that it holds, in its own part of the pool's folder. The first one
+    copies its state and writes it in the background, as soon as the parts' manifests hold what the
+    checkpoint promises. Any number of ranks can read it; parts of other numbers that no checkpoint
+    needs are then removed.
 
-    The clock of the first rank decides. At an evaluation it does so alone, as the others have nothing to give; between
-    two, its wish travels with the message in which ranks ask each other to stop.
+    The clock of the first rank decides. At an evaluation it does so alone, as the others have
+    nothing to give; between two, its wish travels with the message in which ranks ask each other to
+    stop.
     """
 
     def __init__(self, loop: Loop, folder: RunPaths | None) -> None:
         self.loop, self.folder = loop, folder
         self.layout = ShardLayout(loop.ranks, loop.recipe.generator.generation_batch)
-        self.clock, practice = loop.ranks.heartbeat.clock.now, loop.recipe.practice  # all times of saving are its own
-        self.timer = CheckpointTimer(practice.checkpoint_share, practice.checkpoint_minutes, self.clock)
+        self.clock, practice = (
+            loop.ranks.heartbeat.clock.now,
+            loop.recipe.practice,
+        )  # all times of saving are its own
+        self.timer = CheckpointTimer(
+            practice.checkpoint_share, practice.checkpoint_minutes, self.clock
+        )
         self.writer, self._copy = BackgroundWriter(), HostCopy()
         self._saver: Saver | None = None
         self._moved = True  # whether there may be samples that another number of ranks has saved
@@ -88,7 +104,9 @@ class LoopCheckpointer:
 
     @property
     def _grace(self) -> float:
-        """How long a checkpoint that must not be lost may wait for its samples: not at all where saving has stopped."""
+        """How long a checkpoint that must not be lost may wait for its samples: not at all where
+        saving has stopped.
+        """
         return GRACE if self._saver is not None and self._saver.error is None else 0.0
 
     @contextlib.contextmanager
@@ -119,11 +137,14 @@ class LoopCheckpointer:
     def newest(self) -> str | None:
         """The path of the newest checkpoint, if there is one."""
         self.writer.clear()
-        saved = [] if self.folder is None else checkpoint.paths(self.folder.checkpoints(self.loop.name))
+        saved = (
+            [] if self.folder is None else checkpoint.paths(self.folder.checkpoints(self.loop.name))
+        )
         return str(saved[-1]) if saved else None
 
     def check_disk(self) -> None:
-        """Before the first sample: whether the disk has room for all. Before a later round: for that.
+        """Before the first sample: whether the disk has room for all. Before a later round: for
+        that.
 
         Raises ``RecipeError`` on all ranks.
         """
@@ -135,14 +156,21 @@ class LoopCheckpointer:
             count = samples_to_come(loop) if first else loop.source.available(size)
             saved = [] if self._saver is None else self._saver.shards
             needs = Needs.of(loop, count, saved, self.folder.checkpoints(loop.name))
-        check_disk(loop.ranks, needs, self.folder.path, "the run" if first else f"round {loop.state.round + 1}")
+        check_disk(
+            loop.ranks,
+            needs,
+            self.folder.path,
+            "the run" if first else f"round {loop.state.round + 1}",
+        )
 
     def overdue(self) -> bool:
         """Whether this rank asks for a checkpoint between two evaluations."""
         return self._writes and self.timer.overdue() and not self.writer.writing
 
     def evaluated(self) -> None:
-        """After an evaluation, from which every rank's sum of losses begins anew: a checkpoint if it is time."""
+        """After an evaluation, from which every rank's sum of losses begins anew: a checkpoint if
+        it is time.
+        """
         self._retry()
         self._report()
         if not self._writes:
@@ -152,7 +180,8 @@ class LoopCheckpointer:
             self._begin(torch.zeros(self.loop.ranks.size))
 
     def save(self, *, wait: bool = False) -> None:
-        """A checkpoint of this moment, which all ranks ask for; ``wait``: it is on the disk when this returns.
+        """A checkpoint of this moment, which all ranks ask for; ``wait``: it is on the disk when
+        this returns.
 
         One that the disk refuses is a warning: training goes on.
         """
@@ -164,7 +193,9 @@ class LoopCheckpointer:
             if self._saver.wait() < held:
                 self._saver.save()
             if loop.ranks.any(self._saver.wait() < held):
-                self._warn(f"{self._saver.saved} of the {held} samples of {loop.ranks} are on the disk")
+                self._warn(
+                    f"{self._saver.saved} of the {held} samples of {loop.ranks} are on the disk"
+                )
                 return
         self._retry()
         losses = loop.ranks.each(loop.losses.total)
@@ -179,7 +210,9 @@ class LoopCheckpointer:
         return replace(self.layout, rounds=tuple(self.loop.state.rounds)).held(rank)
 
     def _begin(self, losses: Tensor) -> None:
-        """Copies the state and writes it in the background. losses: (ranks,) the sums since the last evaluation."""
+        """Copies the state and writes it in the background. losses: (ranks,) the sums since the
+        last evaluation.
+        """
         assert isinstance(self.folder, RunWriter)
         started, loop, folder = self.clock(), self.loop, self.folder
         kept = self._pending_label is not None
@@ -191,7 +224,11 @@ class LoopCheckpointer:
             self._warn(str(error))
             return
         tensors = self._copy.take({"loss_sum": losses, **tensors})
-        step, label, held = loop.trainer.step_count, self._label(), [self._held(r) for r in range(loop.ranks.size)]
+        step, label, held = (
+            loop.trainer.step_count,
+            self._label(),
+            [self._held(r) for r in range(loop.ranks.size)],
+        )
         self._pending_label, waited = label, self.clock() - started
         size = sum(value.numel() * value.itemsize for value in tensors.values())
 
@@ -201,7 +238,9 @@ class LoopCheckpointer:
                 self._copy.wait()
                 folder.sync()
                 kept = loop.recipe.practice.checkpoints_kept
-                path = checkpoint.save(folder.checkpoints(loop.name), step, tensors, record, keep=kept, label=label)
+                path = checkpoint.save(
+                    folder.checkpoints(loop.name), step, tensors, record, keep=kept, label=label
+                )
                 self._newest = started
                 self._remove_parts(folder)
             except Exception as error:  # told by the loop's own thread
@@ -214,7 +253,9 @@ class LoopCheckpointer:
         self.writer.begin(lambda: self._on_disk(held), write)
 
     def _on_disk(self, held: list[int]) -> bool:
-        """Whether the ranks have saved so many samples: this one says so, of others what they have promised counts."""
+        """Whether the ranks have saved so many samples: this one says so, of others what they have
+        promised counts.
+        """
         loop, saver = self.loop, self._saver
         assert self.folder is not None
         assert saver is not None
@@ -226,7 +267,9 @@ class LoopCheckpointer:
         )
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a checkpoint holds beside the losses: a record for JSON and tensors where they lie."""
+        """What a checkpoint holds beside the losses: a record for JSON and tensors where they
+        lie.
+        """
         assert isinstance(self.folder, RunWriter)
         loop, state = self.loop, self.loop.state
         now = replace(state, waited=state.waited + loop.loader.waited)
@@ -249,14 +292,18 @@ class LoopCheckpointer:
         return record, tensors
 
     def _label(self) -> str | None:
-        """Of a checkpoint of this moment, where it is kept: before an addition, or the last before the cool-down."""
+        """Of a checkpoint of this moment, where it is kept: before an addition, or the last before
+        the cool-down.
+        """
         state = self.loop.state
         if self.loop.recipe.practice.keep_rounds and state.pending and state.round >= 0:
             return checkpoint.of_round(state.round)
         return checkpoint.STABLE if self._last_before_cooldown() else None
 
     def _last_before_cooldown(self) -> bool:
-        """Whether the next evaluation is in the cool-down already: from here a run can still be made longer."""
+        """Whether the next evaluation is in the cool-down already: from here a run can still be
+        made longer.
+        """
         trainer, interval = self.loop.trainer, self.loop.interval
         due = trainer.step_count % interval == 0
         return due and not trainer.cooling and trainer.cooling_at(trainer.step_count + interval)
@@ -275,13 +322,24 @@ class LoopCheckpointer:
             if written.error is not None:
                 self._warn(f"iteration {written.step}, {written.error}")
             elif isinstance(self.folder, RunWriter):
-                self.folder.time("checkpoint", self.loop.name, written.step, waited=written.waited,
-                                 seconds=written.seconds, bytes=written.bytes)  # fmt: skip
+                self.folder.time(
+                    "checkpoint",
+                    self.loop.name,
+                    written.step,
+                    waited=written.waited,
+                    seconds=written.seconds,
+                    bytes=written.bytes,
+                )
 
     def _warn(self, why: str) -> None:
-        age = "there is none" if self._newest is None else f"the newest is {self.clock() - self._newest:.0f} s old"
+        age = (
+            "there is none"
+            if self._newest is None
+            else f"the newest is {self.clock() - self._newest:.0f} s old"
+        )
         warnings.warn(
-            f"the checkpoint was not written: {why}. {age[0].upper()}{age[1:]}, a kill loses what came after; the run "
+            f"the checkpoint was not written: {why}. {age[0].upper()}{age[1:]}, a kill loses what "
+            "came after; the run "
             "goes on and tries again",
             SaveWarning,
             stacklevel=3,
@@ -295,10 +353,16 @@ class LoopCheckpointer:
             self.save_samples()
 
     def payload(self, batch: SampleBatch) -> Tensor | None:
-        """What the pool keeps of a batch in the place of its images: what JPEG leaves of them, or nothing else."""
+        """What the pool keeps of a batch in the place of its images: what JPEG leaves of them, or
+        nothing else.
+        """
         if self.loop.recipe.pool.save_samples != "jpeg":
             return None
-        return through_jpeg(batch.images)[0] if self._saver is None else self._saver.encoded(batch.images)
+        return (
+            through_jpeg(batch.images)[0]
+            if self._saver is None
+            else self._saver.encoded(batch.images)
+        )
 
     def save_samples(self) -> None:
         """Begins to save what was appended to the pool."""
@@ -306,10 +370,12 @@ class LoopCheckpointer:
             self._saver.save()
 
     def on_the_way(self, batches: Iterator[SampleBatch]) -> Iterator[SampleBatch]:
-        """The batches of a round that can go on in its middle; saves its samples now and then, and when asked to stop.
+        """The batches of a round that can go on in its middle; saves its samples now and then, and
+        when asked to stop.
 
-        The samples of the last half minute are asked for, and noted as progress at the first batch that finds them on
-        the disk. A batch counts as appended when the next one is asked for. Raises ``Stopped``.
+        The samples of the last half minute are asked for, and noted as progress at the first batch
+        that finds them on the disk. A batch counts as appended when the next one is asked for.
+        Raises ``Stopped``.
         """
         loop, begun = self.loop, self.clock()
         asked: dict[str, Any] | None = None
@@ -319,8 +385,14 @@ class LoopCheckpointer:
             if saver is not None and asked is not None and saver.saved >= asked["samples"]:
                 self._note(asked)
                 begun, asked = self.clock(), None
-            if saver is not None and (loop.stop.requested or self.clock() - begun > PROGRESS_SECONDS):
-                asked = {"round": loop.state.round + 1, "samples": len(loop.local), "cost": loop.source.cost.state()}
+            if saver is not None and (
+                loop.stop.requested or self.clock() - begun > PROGRESS_SECONDS
+            ):
+                asked = {
+                    "round": loop.state.round + 1,
+                    "samples": len(loop.local),
+                    "cost": loop.source.cost.state(),
+                }
                 begun = self.clock()
                 saver.save()
                 if loop.stop.requested and saver.wait() == asked["samples"]:
@@ -332,11 +404,15 @@ class LoopCheckpointer:
         self.folder.save_progress(self.loop.name, progress)
 
     def restore(self, start: Checkpoint) -> None:
-        """Puts the loop where the checkpoint was taken; what follows equals the whole run bit by bit on a CPU."""
+        """Puts the loop where the checkpoint was taken; what follows equals the whole run bit by
+        bit on a CPU.
+        """
         loop, record = self.loop, start.state
         loop.trainer.restore(checkpoint.part("trainer", start.tensors))
         losses = start.tensors["loss_sum"]
-        loop.losses.total.copy_(losses[loop.ranks.rank] if len(losses) == loop.ranks.size else losses.mean())
+        loop.losses.total.copy_(
+            losses[loop.ranks.rank] if len(losses) == loop.ranks.size else losses.mean()
+        )
         loop.state = LoopState(**record["loop"])
         loop.loader.restore(record["loader"])
         loop.losses.anchor(loop.trainer.step_count)
@@ -352,19 +428,29 @@ class LoopCheckpointer:
             loop.pool = loop.loader.pool = ShardedPool(loop.local, layout)
 
     def _saved_pool(self, size: int) -> SamplePool:
-        """This rank's samples out of what ``size`` ranks saved, and what it had made of a round on the way."""
+        """This rank's samples out of what ``size`` ranks saved, and what it had made of a round on
+        the way.
+        """
         assert self.folder is not None
         loop, folder = self.loop, self.folder.pool(self.loop.name)
         wanted = replace(self.layout, rounds=tuple(loop.state.rounds))
         saved = replace(wanted, ranks=Ranks(size=size))
-        placed: dict[str, Any] = {name: getattr(loop.local, name) for name in ("tiers", "chunk_bytes", "decode")}
+        placed: dict[str, Any] = {
+            name: getattr(loop.local, name) for name in ("tiers", "chunk_bytes", "decode")
+        }
         placed["beat"] = loop.ranks.beat
-        progress = self.folder.progress(loop.name) if loop.state.pending and loop.source.streams else None
-        if progress is not None and (progress["round"] != loop.state.round + 1 or size != loop.ranks.size):
+        progress = (
+            self.folder.progress(loop.name) if loop.state.pending and loop.source.streams else None
+        )
+        if progress is not None and (
+            progress["round"] != loop.state.round + 1 or size != loop.ranks.size
+        ):
             progress = None
         if progress is not None and progress["samples"] > wanted.held():
             with contextlib.suppress(DamagedPoolError):
-                pool = open_pool(part_folder(folder, loop.ranks), limit=progress["samples"], **placed)
+                pool = open_pool(
+                    part_folder(folder, loop.ranks), limit=progress["samples"], **placed
+                )
                 loop.source.cost.restore(progress["cost"])
                 return pool
         if not wanted.held():

@@ -1,6 +1,8 @@
-"""What was in the folders that a run was born with, so that one that goes on has moved folders at most.
+"""What was in the folders that a run was born with, so that one that goes on has moved folders at
+most.
 
-contents.json   field -> what its folder holds: of the generator the bytes of each file of weights and a checksum of
+contents.json   field -> what its folder holds: of the generator the bytes of each file of weights
+                and a checksum of
                 each file of JSON, of real images how many files each class has
 """
 
@@ -24,7 +26,9 @@ class UnknownContentsWarning(UserWarning):
 
 
 def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
-    """The table of ``CONTENTS``, by names and sizes: no weights and no images are read. {} for what is not there."""
+    """The table of ``CONTENTS``, by names and sizes: no weights and no images are read. {} for what
+    is not there.
+    """
     pipeline = recipe.generator.pipeline
     embedded = ASSETS / pipeline
     generator: dict[str, int | str] = {}
@@ -40,8 +44,14 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
         if place == "fashion":
             found[field] = {"fashion": 1}
         elif place and Path(place).is_dir():
-            folders = sorted(entry for entry in Path(place).iterdir() if entry.is_dir() and entry.name[0] != ".")
-            found[field] = {entry.name: count for entry in folders if (count := sum(1 for _ in images_in(entry)))}
+            folders = sorted(
+                entry for entry in Path(place).iterdir() if entry.is_dir() and entry.name[0] != "."
+            )
+            found[field] = {
+                entry.name: count
+                for entry in folders
+                if (count := sum(1 for _ in images_in(entry)))
+            }
     return found
 
 
@@ -52,25 +62,32 @@ def note_contents(run: Path, recipe: Recipe) -> None:
 
 
 def check_contents(run: Path, recipe: Recipe) -> None:
-    """Raises ``RecipeError`` where a folder of ``recipe`` holds other things than the run in ``run`` was born with.
+    """Raises ``RecipeError`` where a folder of ``recipe`` holds other things than the run in
+    ``run`` was born with.
 
-    A folder that is not there is left to those who read it. Warns where the run is older than ``CONTENTS``.
+    A folder that is not there is left to those who read it. Warns where the run is older than
+    ``CONTENTS``.
     """
     if not (run / CONTENTS).is_file():
         warnings.warn(
-            f"{str(run)!r} was begun without {CONTENTS}: that generator and images are still the same is up to you",
+            f"{str(run)!r} was begun without {CONTENTS}: that generator and images are still the "
+            "same is up to you",
             UnknownContentsWarning,
             stacklevel=2,
         )
         return
     born, now = json.loads((run / CONTENTS).read_text()), contents_of(recipe)
     for field, place in (
-        ("pipeline", recipe.generator.pipeline), ("validation", recipe.validation), ("held_out", recipe.held_out)
-    ):  # fmt: skip
+        ("pipeline", recipe.generator.pipeline),
+        ("validation", recipe.validation),
+        ("held_out", recipe.held_out),
+    ):
         before, found = born.get(field), now.get(field)
         if not before or not found or before == found:
             continue
-        other = sorted(name for name in before.keys() | found.keys() if before.get(name) != found.get(name))
+        other = sorted(
+            name for name in before.keys() | found.keys() if before.get(name) != found.get(name)
+        )
         was, value = (each.get(other[0], "not there") for each in (before, found))
         more = f", and {len(other) - 1} more differ" if len(other) > 1 else ""
         raise RecipeError(

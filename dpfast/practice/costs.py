@@ -24,7 +24,9 @@ SLOW = 1.05  # times the median rank's seconds a sample from which on a rank is 
 
 @dataclass(frozen=True)
 class Price:
-    """Of one sample. forwards: of the denoiser, two in a step with classifier-free guidance; flops: of everything."""
+    """Of one sample. forwards: of the denoiser, two in a step with classifier-free guidance; flops:
+    of everything.
+    """
 
     forwards: float
     flops: float
@@ -35,10 +37,11 @@ class Price:
 
 @dataclass
 class Cost:
-    """What a source has spent. samples: made, kept or not; forwards, flops: counted; seconds: measured.
+    """What a source has spent. samples: made, kept or not; forwards, flops: counted; seconds:
+    measured.
 
-    skipped: guided steps of single samples that went unguided, their gradient not finite; retries: batches that ran out
-    of memory and were made anew in smaller ones.
+    skipped: guided steps of single samples that went unguided, their gradient not finite; retries:
+    batches that ran out of memory and were made anew in smaller ones.
     """
 
     samples: int = 0
@@ -79,14 +82,20 @@ class Cost:
         return Cost(**{name: value - getattr(before, name) for name, value in self.state().items()})
 
     def share(self, before: Cost, ranks: Ranks) -> None:
-        """Adds up what all ranks have spent after ``before``; seconds are those of the slowest, which is named."""
+        """Adds up what all ranks have spent after ``before``; seconds are those of the slowest,
+        which is named.
+        """
         spent = ranks.everyone(self.since(before).state())
         self.restore(before.state())
         self.take_all(spent)
         slow = slowest(spent)
         if slow is not None and ranks.first:
-            log.warning("rank %d took %.0f %% longer for a sample than the median rank, and all wait for it",
-                        slow[0], 100 * slow[1] - 100)  # fmt: skip
+            log.warning(
+                "rank %d took %.0f %% longer for a sample than the median rank, and all "
+                "wait for it",
+                slow[0],
+                100 * slow[1] - 100,
+            )
 
     def take_all(self, spent: Sequence[Mapping[str, Any]]) -> None:
         """Adds what several ranks have spent side by side, as ``state`` gives it."""
@@ -102,21 +111,30 @@ class Cost:
 
 
 def slowest(spent: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
-    """The rank that took longest for a sample, and how many times as long as the median one; None within ``SLOW``.
+    """The rank that took longest for a sample, and how many times as long as the median one; None
+    within ``SLOW``.
 
-    The median is the lower one: that of two ranks is the faster one, and not a mean with the slow one in it.
+    The median is the lower one: that of two ranks is the faster one, and not a mean with the slow
+    one in it.
     """
-    each = {rank: spend["seconds"] / spend["samples"] for rank, spend in enumerate(spent) if spend["samples"]}
+    each = {
+        rank: spend["seconds"] / spend["samples"]
+        for rank, spend in enumerate(spent)
+        if spend["samples"]
+    }
     typical = statistics.median_low(each.values()) if each else 0.0
     rank = max(each, key=each.__getitem__, default=0)
     return (rank, each[rank] / typical) if typical and each[rank] > SLOW * typical else None
 
 
-def price(sampler: GuidedSampler, make: Callable[[], object] | None = None, *, guided: bool = True) -> Price:
-    """Makes one sample, or calls ``make``, and counts: rows through the denoiser, and FLOPs by torch's formulas.
+def price(
+    sampler: GuidedSampler, make: Callable[[], object] | None = None, *, guided: bool = True
+) -> Price:
+    """Makes one sample, or calls ``make``, and counts: rows through the denoiser, and FLOPs by
+    torch's formulas.
 
-    Samples of one sampler take the same steps, so what one costs, each costs. The sampler must run eagerly: compiled or
-    captured steps do the same work without telling a counter.
+    Samples of one sampler take the same steps, so what one costs, each costs. The sampler must run
+    eagerly: compiled or captured steps do the same work without telling a counter.
     """
     rows = 0
 
@@ -135,10 +153,16 @@ def price(sampler: GuidedSampler, make: Callable[[], object] | None = None, *, g
 
 
 class Prices:
-    """``price``, asked for once with classifier-free guidance and once without: a round may switch it off."""
+    """``price``, asked for once with classifier-free guidance and once without: a round may switch
+    it off.
+    """
 
     def __init__(
-        self, sampler: GuidedSampler, make: Callable[[], object] | None = None, *, guided: bool = True
+        self,
+        sampler: GuidedSampler,
+        make: Callable[[], object] | None = None,
+        *,
+        guided: bool = True,
     ) -> None:
         self.sampler, self.make, self.guided = sampler, make, guided
         self._known: dict[bool, Price] = {}
@@ -152,13 +176,16 @@ class Prices:
 
 
 def pruning_ratio(unguided: Tensor, entropy: float) -> float:
-    """How many unguided samples a source would make to keep one, so that the kept ones' mean entropy is ``entropy``.
+    """How many unguided samples a source would make to keep one, so that the kept ones' mean
+    entropy is ``entropy``.
 
-    unguided: (n,) entropies of unguided samples under the same learner, nats. The mean of their top k falls with k;
-    the ratio is n/k where it equals ``entropy``, interpolated in k. At least 1; n where even the single highest one is
-    below ``entropy``, which then is a lower bound.
+    unguided: (n,) entropies of unguided samples under the same learner, nats. The mean of their top
+    k falls with k; the ratio is n/k where it equals ``entropy``, interpolated in k. At least 1; n
+    where even the single highest one is below ``entropy``, which then is a lower bound.
     """
-    means = unguided.double().sort(descending=True).values.cumsum(0) / torch.arange(1, len(unguided) + 1)
+    means = unguided.double().sort(descending=True).values.cumsum(0) / torch.arange(
+        1, len(unguided) + 1
+    )
     if entropy >= float(means[0]):
         return float(len(unguided))
     if entropy <= float(means[-1]):

@@ -1,6 +1,8 @@
-"""What a run still has to write, against what its disk has: asked before the first sample and before every round.
+"""What a run still has to write, against what its disk has: asked before the first sample and
+before every round.
 
-    samples       of the rounds to come: what a saved one has taken so far, before the first an estimate by its kind
+    samples       of the rounds to come: what a saved one has taken so far, before the first an
+                  estimate by its kind
     mapped files  of the pool, where host and device memory do not hold it (``mapped``)
     checkpoints   as many as lie there at once (``most_checkpoints``)
 
@@ -37,10 +39,11 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 
 def most_checkpoints(recipe: Recipe, rounds: int) -> int:
-    """How many checkpoints of a source lie on the disk at once, ``rounds`` rounds later; none without saved samples.
+    """How many checkpoints of a source lie on the disk at once, ``rounds`` rounds later; none
+    without saved samples.
 
-    The newest ones, the last one before the cool-down, the one that is being written, and with ``keep_rounds`` one of
-    every round.
+    The newest ones, the last one before the cool-down, the one that is being written, and with
+    ``keep_rounds`` one of every round.
     """
     practice = recipe.practice
     if recipe.pool.save_samples == "none":
@@ -63,7 +66,9 @@ def samples_to_come(loop: Loop) -> int:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that are still to be written: of ``count`` samples, of the pool's mapped files, of checkpoints."""
+    """Bytes that are still to be written: of ``count`` samples, of the pool's mapped files, of
+    checkpoints.
+    """
 
     count: int
     samples: int
@@ -72,7 +77,9 @@ class Needs:
 
     @classmethod
     def of(cls, loop: Loop, count: int, saved: Iterable[shards.Shard], checkpoints: Path) -> Needs:
-        """Of a loop of all ranks that makes ``count`` samples more. saved: shards that are there, of one rank."""
+        """Of a loop of all ranks that makes ``count`` samples more. saved: shards that are there,
+        of one rank.
+        """
         recipe, local, ranks = loop.recipe, loop.local, loop.ranks.size
         written = [(shard.samples, shard.bytes) for shard in saved]
         made = sum(samples for samples, _ in written)
@@ -96,17 +103,24 @@ class Needs:
         free = shutil.disk_usage(folder).free
         if self.total <= free:
             return None
-        anew = ", or begin anew without it and with other fields, as --save-samples jpeg" if unbegun(folder) else ""
+        anew = (
+            ", or begin anew without it and with other fields, as --save-samples jpeg"
+            if unbegun(folder)
+            else ""
+        )
         mapped = f", mapped files {readable(self.mapped)}" if self.mapped else ""
         return (
-            f"out = {str(folder)!r}: {when} needs {readable(self.total)} of disk ({self.count} samples "
+            f"out = {str(folder)!r}: {when} needs {readable(self.total)} of disk ({self.count} "
+            "samples "
             f"{readable(self.samples)}{mapped}, checkpoints {readable(self.checkpoints)}), "
             f"{readable(free)} are free; make room and go on with --resume{anew}"
         )
 
 
 def check_disk(ranks: Ranks, needs: Needs | None, folder: Path, when: str) -> None:
-    """Raises one ``RecipeError`` on all ranks where the first one, which has ``needs``, finds too little room."""
+    """Raises one ``RecipeError`` on all ranks where the first one, which has ``needs``, finds too
+    little room.
+    """
     refusal = ranks.of_first(None if needs is None else needs.refusal(folder, when))
     if refusal is not None:
         raise RecipeError(refusal)

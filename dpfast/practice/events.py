@@ -14,21 +14,27 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class Events:
-    """Writes scalars into ``events.out.tfevents.*`` of a folder, at once and in the caller's thread.
+    """Writes scalars into ``events.out.tfevents.*`` of a folder, at once and in the caller's
+    thread.
 
-    ``SummaryWriter`` has a thread for it, which dies with a traceback on a full disk. Here every call that the disk
-    refuses raises ``OSError`` and closes the file, which may end in half a record.
+    ``SummaryWriter`` has a thread for it, which dies with a traceback on a full disk. Here every
+    call that the disk refuses raises ``OSError`` and closes the file, which may end in half a
+    record.
     """
 
     def __init__(self, folder: Path) -> None:
         host, now = socket.gethostname(), time.time_ns()
-        self._file = (folder / f"events.out.tfevents.{now // 10**9:010d}.{host}.{os.getpid()}.{now}").open("wb")
+        self._file = (
+            folder / f"events.out.tfevents.{now // 10**9:010d}.{host}.{os.getpid()}.{now}"
+        ).open("wb")
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds the numbers of a step by their tags."""
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        summary = Summary(
+            value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        )
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _write(self, event: Event) -> None:

@@ -25,7 +25,14 @@ from dpfast.practice.loop import Loop, part_of_samples, stored_shape
 from dpfast.practice.overlap import GeneratorRank, OverlapGroups, OverlappedSource
 from dpfast.practice.result import Result
 from dpfast.practice.run_folder import RunPaths, RunWriter
-from dpfast.practice.sources import DeliberatePracticeSource, DynamicSource, PruneSource, Source, StaticSource, Unguided
+from dpfast.practice.sources import (
+    DeliberatePracticeSource,
+    DynamicSource,
+    PruneSource,
+    Source,
+    StaticSource,
+    Unguided,
+)
 from dpfast.practice.stopping import Stop
 
 
@@ -34,24 +41,33 @@ class DeliberatePractice:
 
         results = DeliberatePractice(Recipe.load("fashion")).run()
 
-    Deliberate Practice runs first. Its rivals then get as many samples as it ended with and as many iterations, those
-    with rounds at the same moments. Without it they go by the recipe: the maximum of samples, their own patience.
+    Deliberate Practice runs first. Its rivals then get as many samples as it ended with and as many
+    iterations, those with rounds at the same moments. Without it they go by the recipe: the maximum
+    of samples, their own patience.
 
-    unguided: samples that exist already (``Unguided.remember``), for experiments that share a generator and a seed.
-    ranks: every rank of a run makes this object and calls ``run``, with the same arguments. With the recipe's
-    ``overlap`` the last ones only generate, and ``ranks`` are then the others.
+    unguided: samples that exist already (``Unguided.remember``), for experiments that share a
+    generator and a seed.
+    ranks: every rank of a run makes this object and calls ``run``, with the same arguments. With
+    the recipe's ``overlap`` the last ones only generate, and ``ranks`` are then the others.
 
-    Raises ``RecipeError`` from the constructor when the recipe, the generator and the real images do not fit together.
+    Raises ``RecipeError`` from the constructor when the recipe, the generator and the real images
+    do not fit together.
     """
 
-    def __init__(self, recipe: Recipe, *, unguided: Unguided | None = None, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, recipe: Recipe, *, unguided: Unguided | None = None, ranks: Ranks = ALONE
+    ) -> None:
         practice = recipe.practice
         recipe.check_ranks(ranks.size)
         self.link = OverlapGroups.of(ranks, practice.overlap) if practice.overlap else None
         ranks = ranks if self.link is None else self.link.trainers
         self.recipe, self.ranks = recipe, ranks
         recipe.need_folders(*(["pipeline"] if unguided is None else []), "validation")
-        names = check_generator(recipe.generator) if unguided is None else unguided.sampler.pipeline.class_names
+        names = (
+            check_generator(recipe.generator)
+            if unguided is None
+            else unguided.sampler.pipeline.class_names
+        )
         check_real(recipe.validation, recipe.held_out, names)
         ranks.beat()
         self.pipeline = (
@@ -67,24 +83,33 @@ class DeliberatePractice:
             shape=image_shape(self.pipeline),
             ranks=ranks,
         )
-        self.sets = evaluation_sets(recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed)
+        self.sets = evaluation_sets(
+            recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed
+        )
         ranks.beat()
         self._check()
         ranks.beat()
         self.fit = fit_run(recipe, self.pipeline, ranks, together=self.link is None)
         self.recipe = recipe = recipe if self.fit is None else self.fit.recipe
         ranks.beat()
-        if not recipe.pool.mapped:  # the disk of mapped files is known with the folder; the loop looks before any work
+        if (
+            not recipe.pool.mapped
+        ):  # the disk of mapped files is known with the folder; the loop looks before any work
             self.place_pool()
         self.unguided = unguided or Unguided(recipe, self.pipeline, ranks)
 
     def place_pool(self, out: Path | None = None) -> Plan:
-        """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place, as the run does.
+        """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place, as the
+        run does.
 
         out: the run's folder, on whose disk mapped files lie; it need not be there yet.
         """
         recipe, ranks = self.recipe, self.ranks
-        folder = None if out is None else next(place for place in (out, *out.absolute().parents) if place.is_dir())
+        folder = (
+            None
+            if out is None
+            else next(place for place in (out, *out.absolute().parents) if place.is_dir())
+        )
         return plan_recipe(
             recipe.pool,
             part_of_samples(recipe, ranks),
@@ -98,7 +123,10 @@ class DeliberatePractice:
         practice, classes = self.recipe.practice, self.pipeline.denoiser.classes
         for name in ("initial_samples", "round_samples"):
             if getattr(practice, name) < classes:
-                raise RecipeError(f"{name} = {getattr(practice, name)}: at least one for each of {classes} classes")
+                raise RecipeError(
+                    f"{name} = {getattr(practice, name)}: at least one for each of {classes} "
+                    "classes"
+                )
         if len(self.real.classes) != classes:
             raise RecipeError(
                 f"validation = {self.recipe.validation!r}: {len(self.real.classes)} classes, "
@@ -106,16 +134,20 @@ class DeliberatePractice:
             )
         if self.recipe.learner.classes not in (None, classes):
             raise RecipeError(
-                f"classes = {self.recipe.learner.classes}: the learner needs the generator's {classes} classes"
+                f"classes = {self.recipe.learner.classes}: the learner needs the generator's "
+                f"{classes} classes"
             )
         choose(self.recipe.learner.loader, self.recipe.pool.codec)
         if "dp" in practice.sources:
             check_guided_method(self.recipe, self.pipeline)
         learner, images = new_learner(self.recipe, self.pipeline), self.real.validation.images
-        shape = tuple(predict(learner, images.new_zeros(2, *images.shape[1:])).shape)  # a rank may have no image
+        shape = tuple(
+            predict(learner, images.new_zeros(2, *images.shape[1:])).shape
+        )  # a rank may have no image
         if shape != (2, classes):
             raise RecipeError(
-                f"model = {self.recipe.learner.model!r}: its logits are {shape} for 2 images, expected (2, {classes})"
+                f"model = {self.recipe.learner.model!r}: its logits are {shape} for 2 images, "
+                f"expected (2, {classes})"
             )
 
     def run(
@@ -126,7 +158,8 @@ class DeliberatePractice:
         callbacks: Sequence[Callback] = (),
         stop: Stop | None = None,
     ) -> list[Result]:
-        """Runs all sources. Nothing is written without a ``folder``; one that holds a run's state is continued.
+        """Runs all sources. Nothing is written without a ``folder``; one that holds a run's state
+        is continued.
 
         folder: of several ranks the first one has a ``RunWriter``, the others its ``RunPaths``.
         A rank that only generates returns no results.
@@ -160,9 +193,14 @@ class DeliberatePractice:
             )
             source = self._source(name, loop, practised)
             if isinstance(source, OverlappedSource):
-                loop.callbacks = [source, *loop.callbacks]  # before the others, and so before a checkpoint
+                loop.callbacks = [
+                    source,
+                    *loop.callbacks,
+                ]  # before the others, and so before a checkpoint
             result = loop.run(source, start=starts[name])
-            if self.recipe.pool.save_samples != "jpeg":  # the pool has what is left of the images that were made
+            if (
+                self.recipe.pool.save_samples != "jpeg"
+            ):  # the pool has what is left of the images that were made
                 self.unguided.remember(loop.local, result.initial_cost)
             results.append(result)
             if name == "dp":
@@ -179,7 +217,8 @@ class DeliberatePractice:
         return newest if newest is not None or path is None else checkpoint.load(Path(path))
 
     def _newest(self, folder: Path, name: str) -> Checkpoint | None:
-        """Where a source goes on. After the iterations have grown the first one goes on before the old cool-down, and
+        """Where a source goes on. After the iterations have grown the first one goes on before the
+        old cool-down, and
         its rivals, which take their sizes and moments from it, begin anew."""
         newest, practice = checkpoint.latest(folder), self.recipe.practice
         if newest is None or newest.state["iterations"] == practice.iterations:
@@ -192,19 +231,27 @@ class DeliberatePractice:
         kept = checkpoint.stable(folder)
         if kept is None:
             raise RecipeError(
-                f"iterations = {practice.iterations} was {before}: the run has begun its cool-down, and kept no "
+                f"iterations = {practice.iterations} was {before}: the run has begun its "
+                "cool-down, and kept no "
                 "checkpoint before it"
             )
         try:
             return checkpoint.load(kept)
         except ValueError as error:
-            raise RecipeError(f"iterations = {practice.iterations} was {before}: {error}") from error
+            raise RecipeError(
+                f"iterations = {practice.iterations} was {before}: {error}"
+            ) from error
 
     def _source(self, name: str, loop: Loop, practised: Loop | None) -> Source:
         recipe, unguided = self.recipe, self.unguided
         if name == "dp":
             source = DeliberatePracticeSource(
-                recipe, self.pipeline, unguided, loop.guide, guides=loop.guides, pool=lambda: loop.local
+                recipe,
+                self.pipeline,
+                unguided,
+                loop.guide,
+                guides=loop.guides,
+                pool=lambda: loop.local,
             )
             return source if self.link is None else OverlappedSource(source, loop.guides, self.link)
         if name == "static":
@@ -212,5 +259,8 @@ class DeliberatePractice:
             return StaticSource(recipe, unguided, total)
         kind = {"prune": PruneSource, "dynamic": DynamicSource}[name]
         return kind(
-            recipe, unguided, loop.guide, moments=None if practised is None else frozenset(practised.state.moments)
+            recipe,
+            unguided,
+            loop.guide,
+            moments=None if practised is None else frozenset(practised.state.moments),
         )

@@ -20,17 +20,20 @@ from dpfast.parallel import Ranks
 from dpfast.planning.fitting import Fit, fit
 
 log = logging.getLogger(__name__)
-# What a sample or an image in training holds at most, over its own bytes in fp32: less than this many times (counted:
-# ViT-B in training 200, Stable Diffusion 1.5 in a guided step 800).
+# What a sample or an image in training holds at most, over its own bytes in fp32: less than this
+# many times (counted: ViT-B in training 200, Stable Diffusion 1.5 in a guided step 800).
 HELD = 1000
 
 
-def fit_run(recipe: Recipe, pipeline: Pipeline, ranks: Ranks, *, together: bool = True) -> Fit | None:
+def fit_run(
+    recipe: Recipe, pipeline: Pipeline, ranks: Ranks, *, together: bool = True
+) -> Fit | None:
     """The recipe fitted to a rank's device.
 
-    together: all of ``ranks`` call it, and get what fits the one with the least memory. None where there is nothing to
-    fit: on a CPU with far more memory than the batches can take, and for models that cannot be counted, where a warning
-    says so.
+    together: all of ``ranks`` call it, and get what fits the one with the least memory. None where
+    there is nothing to
+    fit: on a CPU with far more memory than the batches can take, and for models that cannot be
+    counted, where a warning says so.
     """
     device = pipeline.device
     memory = device_memory(device)
@@ -40,9 +43,14 @@ def fit_run(recipe: Recipe, pipeline: Pipeline, ranks: Ranks, *, together: bool 
     known = replace(DEVICES["h100"] if is_gpu(device) else _CPU, name=str(device), memory=memory)
     known = replace(known, host=free_bytes() / ranks.local_size, disk=None)
     try:
-        return replace(fit(recipe, known, count=ranks.size), proposals=())  # the run's own check refuses a pool
+        return replace(
+            fit(recipe, known, count=ranks.size), proposals=()
+        )  # the run's own check refuses a pool
     except (RecipeError, RuntimeError, NotImplementedError) as error:
-        log.warning("the memory of the models is not known, nothing is fitted: %s", str(error).splitlines()[0])
+        log.warning(
+            "the memory of the models is not known, nothing is fitted: %s",
+            str(error).splitlines()[0],
+        )
         return None
 
 
@@ -58,6 +66,8 @@ def device_memory(device: torch.device) -> float:
 def _batch_bytes(recipe: Recipe, pipeline: Pipeline, ranks: Ranks) -> int:
     image = 4 * math.prod(image_shape(pipeline))
     latent = pipeline.denoiser.sample_shape[1:]
-    decoded = 4 * 3 * math.prod(8 * side for side in latent) if recipe.generator.image_size else image  # then resized
+    decoded = (
+        4 * 3 * math.prod(8 * side for side in latent) if recipe.generator.image_size else image
+    )  # then resized
     share = math.ceil(recipe.learner.batch_size / ranks.size)
     return max(share * image, recipe.generator.at_once * decoded)

@@ -1,18 +1,26 @@
-"""The ways in which a round's guided samples come about: the paper's, and two that a recipe may choose instead.
+"""The ways in which a round's guided samples come about: the paper's, and two that a recipe may
+choose instead.
 
     from noise       every trajectory runs from noise to its end: the paper (Algorithm 1)
-    early rejection  ``early_candidates`` trajectories begin for each sample. When the last guided step before
-                     ``early_until`` has run, those go on whose x0 had the highest criterion there, within each class
-    re-practice      a trajectory begins at ``restart`` of its steps, from a sample of the pool with that step's noise
+    early rejection  ``early_candidates`` trajectories begin for each sample. When the last guided
+                     step before
+                     ``early_until`` has run, those go on whose x0 had the highest criterion there,
+                     within each class
+    re-practice      a trajectory begins at ``restart`` of its steps, from a sample of the pool with
+                     that step's noise
 
-Early rejection is one round of successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943) over trajectories.
-The criterion at the predicted x0 is there already: guidance has computed it. With s of n steps before the cut, a sample
-costs 1 + (candidates - 1) s/n of a plain one, guidance included where it falls.
+Early rejection is one round of successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943)
+over trajectories.
+The criterion at the predicted x0 is there already: guidance has computed it. With s of n steps
+before the cut, a sample costs 1 + (candidates - 1) s/n of a plain one, guidance included where it
+falls.
 
-Re-practice is SDEdit (Meng et al. 2022, arXiv 2108.01073) on the pool: 1 - restart of the steps, one encoding where the
-pool keeps pixels. The samples are variants of known ones, so the pool gains less variety.
+Re-practice is SDEdit (Meng et al. 2022, arXiv 2108.01073) on the pool: 1 - restart of the steps,
+one encoding where the pool keeps pixels. The samples are variants of known ones, so the pool gains
+less variety.
 
-Over three seeds of the study neither gained beyond its noise on the plain loop of the same FLOPs (`dpfast bench study
+Over three seeds of the study neither gained beyond its noise on the plain loop of the same FLOPs
+(`dpfast bench study
 --tables`): both are off by default.
 """
 
@@ -45,8 +53,8 @@ from dpfast.samples import SampleBatch
 class RoundRequest:
     """The guided samples of a round, of which this rank makes its part.
 
-    labels: (n,) of all of them; start: the pool's size before; turn: the rank of the first batch; done: how many of
-    this rank's are made already.
+    labels: (n,) of all of them; start: the pool's size before; turn: the rank of the first batch;
+    done: how many of this rank's are made already.
     """
 
     labels: Tensor
@@ -58,7 +66,9 @@ class RoundRequest:
     ranks: Ranks = ALONE
 
     def parts(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """What is left, in batches: the place in the pool of a batch's first sample, and the batch's labels."""
+        """What is left, in batches: the place in the pool of a batch's first sample, and the
+        batch's labels.
+        """
         for places in self.ranks.batches(len(self.labels), size, turn=self.turn, done=self.done):
             yield self.start + places.start, self.labels[places.start : places.stop]
 
@@ -84,7 +94,8 @@ def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
     before = [i for i in guided if i < until * total - 1e-9]
     if not before or max(before) + 1 >= total:
         raise RecipeError(
-            f"early_until = {until:g}: expected a guided step before this part of the {total} steps "
+            f"early_until = {until:g}: expected a guided step before this part of the {total} "
+            "steps "
             f"and a step after it; guided are {', '.join(map(str, sorted(guided)))}"
         )
     return max(before) + 1
@@ -103,7 +114,9 @@ def restart_step(recipe: Recipe, guided: Collection[int]) -> int:
 
 
 class FromNoise:
-    """The paper's way. ``sampler`` makes the samples; ``eager`` is its like for counting what one costs."""
+    """The paper's way. ``sampler`` makes the samples; ``eager`` is its like for counting what one
+    costs.
+    """
 
     def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
         self.recipe, self.sampler, self.eager = recipe, sampler, eager
@@ -130,14 +143,17 @@ class FromNoise:
 class EarlyRejection(FromNoise):
     """Begins more trajectories than it ends. Ids count those that begin.
 
-    Who is kept depends on the batches that ``generation_batch`` makes of a round, not on what fits into memory.
+    Who is kept depends on the batches that ``generation_batch`` makes of a round, not on what fits
+    into memory.
     """
 
     def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
         super().__init__(recipe, sampler, eager)
         self.ratio, self.initial = recipe.practice.early_candidates, recipe.practice.initial_samples
         self.stop = early_stop(recipe, sampler.guidance.steps(self.steps))
-        self.chunks = HalvingBatches(recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close)
+        self.chunks = HalvingBatches(
+            recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close
+        )
         self.early_prices = Prices(eager, lambda: eager.advance(eager.begin([0], [0]), self.stop))
 
     def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
@@ -165,11 +181,15 @@ class EarlyRejection(FromNoise):
         return self.initial + int(self.ratio * (place - self.initial))
 
     def _kept(self, labels: Tensor, ids: Tensor, omega: float) -> Trajectory:
-        """Of the candidates ``ids`` before the cut, as many of each label as ``labels`` (n,) has."""
+        """Of the candidates ``ids`` before the cut, as many of each label as ``labels`` (n,)
+        has.
+        """
         candidates = labels[torch.arange(len(ids)) % len(labels)]
 
         def begun(rows: slice) -> Trajectory:
-            return self.sampler.advance(self.sampler.begin(candidates[rows], ids[rows], omega=omega), self.stop)
+            return self.sampler.advance(
+                self.sampler.begin(candidates[rows], ids[rows], omega=omega), self.stop
+            )
 
         every = Trajectory.joined(list(self.chunks.over(len(ids), begun)))
         assert every.value is not None
@@ -180,22 +200,30 @@ class EarlyRejection(FromNoise):
 
 
 class RePractice(FromNoise):
-    """Begins half-way, from the pool's samples: of each class in a random order, each once before any comes again.
+    """Begins half-way, from the pool's samples: of each class in a random order, each once before
+    any comes again.
 
     Raises ``RecipeError`` when the pipeline cannot encode the pool's images.
     """
 
     def __init__(
-        self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler, pool: Callable[[], SamplePool]
+        self,
+        recipe: Recipe,
+        sampler: GuidedSampler,
+        eager: GuidedSampler,
+        pool: Callable[[], SamplePool],
     ) -> None:
         super().__init__(recipe, sampler, eager)
         self.pool, self.start = pool, restart_step(recipe, sampler.guidance.steps(self.steps))
         if recipe.pool.codec != "latents" and not isinstance(sampler.pipeline.decoder, Encoder):
             raise RecipeError(
-                f"restart = {recipe.practice.restart:g}: images of another size than decoded need codec = 'latents'"
+                f"restart = {recipe.practice.restart:g}: images of another size than decoded need "
+                "codec = 'latents'"
             )
         self.steps -= self.start
-        self.chunks = HalvingBatches(recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close)
+        self.chunks = HalvingBatches(
+            recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close
+        )
         self.image = torch.zeros(1, *image_shape(sampler.pipeline), device=sampler.pipeline.device)
         self.prices = Prices(eager, self._one)
 
@@ -205,7 +233,9 @@ class RePractice(FromNoise):
         latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
         if self.recipe.pool.codec != "latents":
             latents = _encoded(pipeline, self.image)
-        self.eager.finish(self.eager.advance(self.eager.begin([0], [0], latents=latents, step=self.start)))
+        self.eager.finish(
+            self.eager.advance(self.eager.begin([0], [0], latents=latents, step=self.start))
+        )
 
     def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
         parents = self._parents(wanted)
@@ -220,7 +250,9 @@ class RePractice(FromNoise):
                 latents=self._latents(parents[places]),
                 step=self.start,
             )
-            return self.sampler.finish(self.sampler.advance(start), learner_step=wanted.learner_step)
+            return self.sampler.finish(
+                self.sampler.advance(start), learner_step=wanted.learner_step
+            )
 
         for part in self.chunks.over(len(wanted.labels) - done, made):
             batch = replace(part, retries=self.chunks.since())
@@ -229,7 +261,9 @@ class RePractice(FromNoise):
             started = time.perf_counter()
 
     def _parents(self, wanted: RoundRequest) -> Tensor:
-        """(n,) rows of the pool, one for each of the round's samples; of the round's seed and the pool alone."""
+        """(n,) rows of the pool, one for each of the round's samples; of the round's seed and the
+        pool alone.
+        """
         known = self.pool().column("label")[: wanted.start].cpu()
         generator = torch.Generator().manual_seed((self.recipe.seed << 32) + wanted.start)
         parents = torch.empty(len(wanted.labels), dtype=torch.int64)
@@ -252,7 +286,9 @@ class RePractice(FromNoise):
 def guided_method(
     recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler, pool: Callable[[], SamplePool]
 ) -> GuidedMethod:
-    """The way that a recipe chooses. Raises ``RecipeError`` where its values leave nothing to choose."""
+    """The way that a recipe chooses. Raises ``RecipeError`` where its values leave nothing to
+    choose.
+    """
     if recipe.practice.early_candidates > 1:
         return EarlyRejection(recipe, sampler, eager)
     if recipe.practice.restart:
@@ -269,7 +305,9 @@ def check_guided_method(recipe: Recipe, pipeline: Pipeline) -> None:
 def joined(parts: list[SampleBatch]) -> SampleBatch:
     """Parts of one batch, all with latents, in their order."""
     names = ("images", "labels", "sample_ids", "entropy", "latents")
-    rows: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    rows: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in names
+    }
     return replace(parts[0], **rows, skipped=sum(part.skipped for part in parts))
 
 

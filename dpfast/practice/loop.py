@@ -1,4 +1,6 @@
-"""Algorithm 1 of arXiv 2502.15588: train until the validation accuracy stands still, make harder samples, go on."""
+"""Algorithm 1 of arXiv 2502.15588: train until the validation accuracy stands still, make harder
+samples, go on.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,16 @@ from dpfast.practice.stopping import CHECKPOINT, STOP, LossError, Stop, StopToge
 
 
 class Loop:
-    """One learner, one source, one pool. ``Loop(...).run(source)`` trains from scratch to the recipe's iterations.
+    """One learner, one source, one pool. ``Loop(...).run(source)`` trains from scratch to the
+    recipe's iterations.
 
-    Models, losses and batches are on the pipeline's device. callbacks: told what happens, in their order. folder: where
-    the state is kept; None: nowhere. stop: asked after every step and batch. ranks: run one loop each, in step: they
-    make and hold their parts of the samples, train on their parts of the batches, and decide alike.
+    Models, losses and batches are on the pipeline's device. callbacks: told what happens, in their
+    order. folder: where the state is kept; None: nowhere. stop: asked after every step and batch.
+    ranks: run one loop each, in step: they make and hold their parts of the samples, train on their
+    parts of the batches, and decide alike.
 
-    pool: what is trained on; local: the samples that this rank holds, the same pool where it is alone.
+    pool: what is trained on; local: the samples that this rank holds, the same pool where it is
+    alone.
     """
 
     def __init__(
@@ -62,11 +67,19 @@ class Loop:
         stop: Stop | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.recipe, self.name, self.pipeline, self.real, self.sets = recipe, name, pipeline, real, sets
+        self.recipe, self.name, self.pipeline, self.real, self.sets = (
+            recipe,
+            name,
+            pipeline,
+            real,
+            sets,
+        )
         self.callbacks, self.stop, self.ranks = callbacks, stop or Stop(), ranks
         self.stop_together = StopTogether(self.stop, ranks)
         config, practice, device = recipe.learner, recipe.practice, pipeline.device
-        self.trainer = Trainer(new_learner(recipe, pipeline), config, iterations=practice.iterations, ranks=ranks)
+        self.trainer = Trainer(
+            new_learner(recipe, pipeline), config, iterations=practice.iterations, ranks=ranks
+        )
         self.shape = stored_shape(recipe, pipeline, real)
         self.local = SamplePool.from_recipe(
             recipe.pool,
@@ -79,20 +92,28 @@ class Loop:
         )
         self.pool: SamplePool | ShardedPool = self.local
         if not ranks.alone:
-            self.pool = ShardedPool(self.local, ShardLayout(ranks, recipe.generator.generation_batch))
+            self.pool = ShardedPool(
+                self.local, ShardLayout(ranks, recipe.generator.generation_batch)
+            )
         self.loader = make_loader(
             config.loader,
             self.pool,
             batch_size=config.batch_size,
             seed=recipe.seed,
             augment=Augment(
-                flip=config.flip, shift=config.shift, crop=config.crop, mixup=config.mixup, cutmix=config.cutmix
+                flip=config.flip,
+                shift=config.shift,
+                crop=config.crop,
+                mixup=config.mixup,
+                cutmix=config.cutmix,
             ),
             device=device,
             classes=pipeline.denoiser.classes,
             fresh_weight=practice.fresh_weight,
         )
-        self.patience = Patience(practice.patience, practice.initial_samples, practice.patience_growth)
+        self.patience = Patience(
+            practice.patience, practice.initial_samples, practice.patience_growth
+        )
         self.interval = practice.interval(config.batch_size)
         self.losses = Losses(self.loader, device, ranks)
         self.state, self.keeper = LoopState(), LoopCheckpointer(self, folder)
@@ -111,7 +132,9 @@ class Loop:
 
     @cached_property
     def guides(self) -> nn.Module:
-        """What guides: ``guide``, or for the criterion "disagreement" both weights, ``guide`` before the others."""
+        """What guides: ``guide``, or for the criterion "disagreement" both weights, ``guide``
+        before the others.
+        """
         other = "raw" if self.recipe.guidance.guide_with == "ema" else "ema"
         return guiding(self.recipe.guidance.criterion, self.guide, self.trainer.classifier(other))
 
@@ -166,7 +189,9 @@ class Loop:
         self.stop_together.anew()
         try:
             while trainer.step_count < trainer.iterations:
-                asked = self.stop_together.before(trainer.step_count, checkpoint=self.keeper.overdue)
+                asked = self.stop_together.before(
+                    trainer.step_count, checkpoint=self.keeper.overdue
+                )
                 if asked == STOP:
                     break
                 if asked == CHECKPOINT:
@@ -174,7 +199,9 @@ class Loop:
                     self.keeper.save()
                 self.losses.add(trainer.step(*next(self.loader)), trainer.step_count)
                 due = trainer.step_count % self.interval == 0
-                if due or (trainer.device.type == "cpu" and self.ranks.alone):  # a step on a GPU must not wait for it
+                if due or (
+                    trainer.device.type == "cpu" and self.ranks.alone
+                ):  # a step on a GPU must not wait for it
                     self._check_loss()
                 self._tell("on_step")
                 if due:
@@ -188,7 +215,12 @@ class Loop:
 
     def _stands_still(self) -> bool:
         """Evaluates; True when samples are due."""
-        started, practice, state, size = time.perf_counter(), self.recipe.practice, self.state, len(self.pool)
+        started, practice, state, size = (
+            time.perf_counter(),
+            self.recipe.practice,
+            self.state,
+            len(self.pool),
+        )
         validation = self.real.validation
         result = evaluate(self.judged, validation.images, validation.labels, self.ranks)
         state.per_class = [None if value != value else value for value in result.per_class.tolist()]
@@ -200,20 +232,26 @@ class Loop:
         if self.source.moments is not None:
             due = self.trainer.step_count in self.source.moments
         most = practice.maximum_rounds
-        closed = state.frozen or self.trainer.cooling or (most is not None and self.additions >= most)
+        closed = (
+            state.frozen or self.trainer.cooling or (most is not None and self.additions >= most)
+        )
         return due and not closed and self.source.available(size) > 0
 
     def _add_samples(self) -> None:
         """Makes the pending round, or the rest of it."""
         source, state, pool, local = self.source, self.state, self.pool, self.local
         start, known = state.round_start, state.per_class
-        turn, before = (pool.layout.turn, pool.layout.held()) if isinstance(pool, ShardedPool) else (0, start)
+        turn, before = (
+            (pool.layout.turn, pool.layout.held()) if isinstance(pool, ShardedPool) else (0, start)
+        )
         round = Round(
             number=state.round + 1,
             start=start,
             count=source.available(start) if start else source.initial_samples,
             learner_step=self.trainer.step_count,
-            per_class=None if known is None else torch.tensor([float("nan") if v is None else v for v in known]),
+            per_class=None
+            if known is None
+            else torch.tensor([float("nan") if v is None else v for v in known]),
             turn=turn,
         )
         part = self.ranks.share(round.count, self.recipe.generator.generation_batch, turn=turn)
@@ -252,11 +290,12 @@ class Loop:
         self._tell("on_round", addition)
 
     def _make_room(self) -> None:
-        """Gives back what a phase leaves in the device's memory: training and generation take turns in it.
+        """Gives back what a phase leaves in the device's memory: training and generation take turns
+        in it.
 
-        Training leaves gradients and batches that a growing pool makes stale, either one leaves blocks in the
-        allocator's cache; captured steps are the sampler's (``GuidedSampler.release``). Weights, optimiser, EMA and
-        pool stay.
+        Training leaves gradients and batches that a growing pool makes stale, either one leaves
+        blocks in the allocator's cache; captured steps are the sampler's
+        (``GuidedSampler.release``). Weights, optimiser, EMA and pool stay.
         """
         self.trainer.release()
         self.loader.release()
@@ -272,7 +311,9 @@ class Loop:
         hard = float(self.pool.column("entropy", round.start).mean())
         easy = self.source.yardstick.entropies(self.guide)
         ratio = pruning_ratio(easy, hard)
-        return replace(addition, entropy=hard, unguided_entropy=float(easy.mean()), pruning_ratio=ratio)
+        return replace(
+            addition, entropy=hard, unguided_entropy=float(easy.mean()), pruning_ratio=ratio
+        )
 
     @contextlib.contextmanager
     def _guiding(self) -> Iterator[None]:
@@ -334,7 +375,9 @@ def part_of_samples(recipe: Recipe, ranks: Ranks) -> int:
 
 
 def stored_shape(recipe: Recipe, pipeline: Pipeline, real: RealData) -> tuple[int, ...]:
-    """(C, H, W) of what a run's pool stores of a sample: latents, or pixels as those of the real images."""
+    """(C, H, W) of what a run's pool stores of a sample: latents, or pixels as those of the real
+    images.
+    """
     if recipe.pool.codec == "latents":
         return pipeline.denoiser.sample_shape
     return tuple(real.validation.images.shape[1:])

@@ -13,13 +13,16 @@ from dpfast.parallel import ALONE, Ranks
 class Losses:
     """Takes every step's loss and reads none of them, so that a GPU's queue stays full.
 
-    ``anchor`` remembers where the loader stands; the samples of a bad step are drawn again from there.
+    ``anchor`` remembers where the loader stands; the samples of a bad step are drawn again from
+    there.
     """
 
     def __init__(self, loader: PoolLoader, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.loader, self.ranks = loader, ranks
         self.total = torch.zeros((), device=device)  # since the last ``mean``
-        self._bad = torch.zeros((), dtype=torch.int64, device=device)  # the first step without a finite loss; 0: none
+        self._bad = torch.zeros(
+            (), dtype=torch.int64, device=device
+        )  # the first step without a finite loss; 0: none
         self.anchor(0)
 
     def anchor(self, step: int) -> None:
@@ -37,12 +40,16 @@ class Losses:
         return mean
 
     def bad(self) -> int:
-        """The first step without a finite loss on any rank; 0: there is none. Waits for the device."""
+        """The first step without a finite loss on any rank; 0: there is none. Waits for the
+        device.
+        """
         found = self.ranks.each(self._bad)
         return int(found[found > 0].min()) if bool(found.any()) else 0
 
     def samples_of(self, step: int) -> list[int]:
-        """The sample ids of a step's batch, rising; the step lies between the anchor and the next addition."""
+        """The sample ids of a step's batch, rising; the step lies between the anchor and the next
+        addition.
+        """
         drawn, pool = self.loader.order, self.loader.pool
         order = Order(drawn.seed, drawn.batch_size, fresh_weight=drawn.fresh_weight)
         order.restore(self._position)

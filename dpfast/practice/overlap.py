@@ -1,17 +1,21 @@
 """Generation and training side by side: some ranks only make samples, the others train.
 
     makers    the next round, batch by batch, guided by the learner that was published last
-    trainers  Algorithm 1; when samples are due they take that round over, and wait for what is missing of it
+    trainers  Algorithm 1; when samples are due they take that round over, and wait for what is
+              missing of it
 
-A learner is published when a round has been added, and again as soon as what it guides would be older than
-``overlap_staleness`` optimiser steps at the next evaluation: the makers then begin the round anew. So no sample is
-older when it is added, its column ``learner_step`` says how old, and nothing depends on the clock: a run gives the same
-bits again.
+A learner is published when a round has been added, and again as soon as what it guides would be
+older than
+``overlap_staleness`` optimiser steps at the next evaluation: the makers then begin the round anew.
+So no sample is
+older when it is added, its column ``learner_step`` says how old, and nothing depends on the clock:
+a run gives the same bits again.
 
-Weights go from the first trainer to the makers by a broadcast that the trainer does not wait for, samples from the
-makers to the trainers that will hold them, batch by batch, when they are due and both are ready. All of it goes through
-the hosts: on a GPU it would be a second communicator beside the gradients' (``dpfast.parallel.groups``). Batches are
-those of the alternating schedule.
+Weights go from the first trainer to the makers by a broadcast that the trainer does not wait for,
+samples from the makers to the trainers that will hold them, batch by batch, when they are due and
+both are ready. All of it goes through
+the hosts: on a GPU it would be a second communicator beside the gradients'
+(``dpfast.parallel.groups``). Batches are those of the alternating schedule.
 """
 
 from __future__ import annotations
@@ -51,7 +55,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OverlapGroups:
-    """Between trainers and makers. The first trainer speaks, through the store; ``publishing`` carries weights."""
+    """Between trainers and makers. The first trainer speaks, through the store; ``publishing``
+    carries weights.
+    """
 
     trainers: Ranks
     makers: Ranks
@@ -66,7 +72,9 @@ class OverlapGroups:
         """Collective: all ranks of the run call it."""
         trainers, makers_, publishing = ranks.parted(makers)
         makes = ranks.rank >= trainers.size
-        return cls(trainers, makers_, makes, publishing, ranks.control, ranks.heartbeat, ranks.store)
+        return cls(
+            trainers, makers_, makes, publishing, ranks.control, ranks.heartbeat, ranks.store
+        )
 
     def maker_of(self, batch: int) -> int:
         """The process that makes batch ``batch`` of a round."""
@@ -92,24 +100,32 @@ class OverlapGroups:
         return json.loads(self.store.get(f"overlap/{key}"))
 
     def meet(self, key: str, process: int) -> None:
-        """Returns when ``process``, which says the same, and this one are ready to pass on what ``key`` names."""
+        """Returns when ``process``, which says the same, and this one are ready to pass on what
+        ``key`` names.
+        """
         self.tell(f"{key}/{int(self.makes)}")
         self.said(f"{key}/{int(not self.makes)}", process)
         self.store.delete_key(f"overlap/{key}/{int(not self.makes)}")
 
 
 class OverlappedSource(Callback):
-    """The source "dp" of a trainer: its rounds come from the makers. As a callback it publishes the learner."""
+    """The source "dp" of a trainer: its rounds come from the makers. As a callback it publishes the
+    learner.
+    """
 
     moments: Collection[int] | None = None
     streams = False
 
-    def __init__(self, source: DeliberatePracticeSource, guides: nn.Module, link: OverlapGroups) -> None:
+    def __init__(
+        self, source: DeliberatePracticeSource, guides: nn.Module, link: OverlapGroups
+    ) -> None:
         self.source, self.guides, self.link, self.cost = source, guides, link, source.cost
         self.initial_samples = source.initial_samples
         pipeline = source.sampler.pipeline
         self._images = image_shape(pipeline)
-        self._latents = pipeline.denoiser.sample_shape if source.recipe.pool.codec == "latents" else None
+        self._latents = (
+            pipeline.denoiser.sample_shape if source.recipe.pool.codec == "latents" else None
+        )
         self.job: Round | None = None  # what the makers are at
         self.snapshot: dict[str, Tensor] = {}  # the weights that guide it
         self._published = -1
@@ -144,8 +160,10 @@ class OverlappedSource(Callback):
             yield replace(self._received(link.maker_of(number), len(places)), learner_step=step)
         if not link.trainers.first:
             return
-        every = [link.said(f"spent/{self._published}/{maker}", link.makers.process(maker))
-                 for maker in range(link.makers.size)]  # fmt: skip
+        every = [
+            link.said(f"spent/{self._published}/{maker}", link.makers.process(maker))
+            for maker in range(link.makers.size)
+        ]
         self.cost.take_all(every)
 
     def release(self) -> None:
@@ -160,7 +178,9 @@ class OverlappedSource(Callback):
             group.receive(part, process)
         labels, ids, entropy, images = (part.to(device) for part in (*columns, entropy, images))
         latents = None if latents is None else latents.to(device)
-        return SampleBatch(images=images, labels=labels, sample_ids=ids, entropy=entropy, latents=latents)
+        return SampleBatch(
+            images=images, labels=labels, sample_ids=ids, entropy=entropy, latents=latents
+        )
 
     def on_round(self, loop: Loop, addition: Addition) -> None:
         self._next(loop)
@@ -169,7 +189,9 @@ class OverlappedSource(Callback):
         if self.job is None:
             return
         step, oldest = loop.trainer.step_count, loop.recipe.practice.overlap_staleness
-        due = -(-step // loop.interval) * loop.interval  # the next evaluation: before it no samples can be added
+        due = (
+            -(-step // loop.interval) * loop.interval
+        )  # the next evaluation: before it no samples can be added
         if due - self.job.learner_step > oldest >= due - step:
             self._next(loop)
 
@@ -181,13 +203,31 @@ class OverlappedSource(Callback):
         """Lets the makers begin the next round, guided by the learner of this moment."""
         start, known = len(loop.pool), loop.state.per_class
         count, most = self.available(start), loop.recipe.practice.maximum_rounds
-        if not count or loop.trainer.cooling or loop.state.frozen or (most is not None and loop.additions >= most):
+        if (
+            not count
+            or loop.trainer.cooling
+            or loop.state.frozen
+            or (most is not None and loop.additions >= most)
+        ):
             self.job = None
             return
-        per_class = None if known is None else torch.tensor([float("nan") if v is None else v for v in known])
+        per_class = (
+            None
+            if known is None
+            else torch.tensor([float("nan") if v is None else v for v in known])
+        )
         step, number = loop.trainer.step_count, loop.state.round + 1
         turn = loop.pool.layout.turn if isinstance(loop.pool, ShardedPool) else 0
-        self._publish(Round(number=number, start=start, count=count, learner_step=step, per_class=per_class, turn=turn))
+        self._publish(
+            Round(
+                number=number,
+                start=start,
+                count=count,
+                learner_step=step,
+                per_class=per_class,
+                turn=turn,
+            )
+        )
 
     def _publish(self, job: Round, weights: dict[str, Tensor] | None = None) -> None:
         self.job = job
@@ -195,15 +235,22 @@ class OverlappedSource(Callback):
         if not self.link.trainers.first:
             return
         if weights is None:
-            weights = {name: v.detach().to("cpu", copy=True) for name, v in self.guides.state_dict().items()}
+            weights = {
+                name: v.detach().to("cpu", copy=True)
+                for name, v in self.guides.state_dict().items()
+            }
         self.snapshot = weights
         for work in self._works:
             work.wait()
         self.link.tell(f"job/{self._published}", _plain(job))
-        self._works = [self.link.publishing.broadcast(value, 0, wait=False) for value in weights.values()]
+        self._works = [
+            self.link.publishing.broadcast(value, 0, wait=False) for value in weights.values()
+        ]
 
     def state(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-        """What a checkpoint keeps of a round on its way: what was asked for, and the weights that guide it."""
+        """What a checkpoint keeps of a round on its way: what was asked for, and the weights that
+        guide it.
+        """
         return (None, {}) if self.job is None else (_plain(self.job), self.snapshot)
 
     def restore(self, job: dict[str, Any] | None, weights: dict[str, Tensor]) -> None:
@@ -219,14 +266,20 @@ class GeneratorRank:
         self.recipe, self.link, self.stop = recipe, link, stop
         guide = new_learner(recipe, pipeline).eval().requires_grad_(False)
         other = new_learner(recipe, pipeline).eval().requires_grad_(False)
-        guide, other = (in_precision(m, recipe.learner.precision, pipeline.device) for m in (guide, other))
+        guide, other = (
+            in_precision(m, recipe.learner.precision, pipeline.device) for m in (guide, other)
+        )
         self.guides = guiding(recipe.guidance.criterion, guide, other)
         unguided = Unguided(recipe, pipeline, link.makers)
-        self.source = DeliberatePracticeSource(recipe, pipeline, unguided, guide, guides=self.guides, pool=SamplePool)
+        self.source = DeliberatePracticeSource(
+            recipe, pipeline, unguided, guide, guides=self.guides, pool=SamplePool
+        )
         self._taken = -1
 
     def serve(self) -> None:
-        """Raises ``Stopped`` as soon as it is requested, ``RankError`` when a trainer that it waits for is dead."""
+        """Raises ``Stopped`` as soon as it is requested, ``RankError`` when a trainer that it waits
+        for is dead.
+        """
         with self.stop.at_once():
             self._serve()
 
@@ -250,11 +303,17 @@ class GeneratorRank:
                 if batch is not None:
                     made.append(batch)
             else:
-                news = [f"job/{self._taken + 1}", "end", *([] if job is None else [f"deliver/{self._taken}"])]
+                news = [
+                    f"job/{self._taken + 1}",
+                    "end",
+                    *([] if job is None else [f"deliver/{self._taken}"]),
+                ]
                 link.heartbeat.wait(partial(link.any_told, news), lambda: [0])
 
     def _batches(self, job: Round) -> Iterator[SampleBatch]:
-        """This maker's batches of a round, whole ones: where memory ran out they come in smaller parts."""
+        """This maker's batches of a round, whole ones: where memory ran out they come in smaller
+        parts.
+        """
         parts, held = self.source.make(replace(job, turn=0)), None
         for places in self.link.makers.batches(job.count, self.recipe.generator.generation_batch):
             while held is None or len(held) < len(places):
@@ -275,7 +334,11 @@ class GeneratorRank:
 
     def _deliver(self, job: Round, made: list[SampleBatch], batches: Iterator[SampleBatch]) -> None:
         """Sends the batches of a round, those that are missing as soon as they are made."""
-        link, size, latents = self.link, self.recipe.generator.generation_batch, self.recipe.pool.codec == "latents"
+        link, size, latents = (
+            self.link,
+            self.recipe.generator.generation_batch,
+            self.recipe.pool.codec == "latents",
+        )
         for number, places in enumerate(link.makers.batches(job.count, size)):
             batch = made[number] if number < len(made) else next(batches)
             owner = link.owner_of(places.start // size, job.turn)
@@ -287,27 +350,43 @@ class GeneratorRank:
                 link.everyone.send(part, owner)
         link.tell(f"spent/{self._taken}/{link.makers.rank}", self.source.cost.state())
         self.source.cost.restore(Cost().state())
-        self.source.release()  # the next round may have other steps than this one, the unguided of round 0
+        # the next round may have other steps than this one, the unguided of round 0
+        self.source.release()
 
 
 def _on_host(batch: SampleBatch) -> SampleBatch:
     latents = None if batch.latents is None else batch.latents.cpu()
-    images, labels, ids, entropy = (v.cpu() for v in (batch.images, batch.labels, batch.sample_ids, batch.entropy))
-    return replace(batch, images=images, labels=labels, sample_ids=ids, entropy=entropy, latents=latents)
+    images, labels, ids, entropy = (
+        v.cpu() for v in (batch.images, batch.labels, batch.sample_ids, batch.entropy)
+    )
+    return replace(
+        batch, images=images, labels=labels, sample_ids=ids, entropy=entropy, latents=latents
+    )
 
 
 def _rows(batch: SampleBatch, rows: slice) -> SampleBatch:
     latents = None if batch.latents is None else batch.latents[rows]
     images, labels, ids = batch.images[rows], batch.labels[rows], batch.sample_ids[rows]
-    return replace(batch, images=images, labels=labels, sample_ids=ids, entropy=batch.entropy[rows], latents=latents)
+    return replace(
+        batch,
+        images=images,
+        labels=labels,
+        sample_ids=ids,
+        entropy=batch.entropy[rows],
+        latents=latents,
+    )
 
 
 def _plain(job: Round) -> dict[str, Any]:
-    known = None if job.per_class is None else [None if v != v else v for v in job.per_class.tolist()]
+    known = (
+        None if job.per_class is None else [None if v != v else v for v in job.per_class.tolist()]
+    )
     return {**dataclasses.asdict(job), "per_class": known}
 
 
 def _round(job: dict[str, Any]) -> Round:
     known = job["per_class"]
-    per_class = None if known is None else torch.tensor([float("nan") if v is None else v for v in known])
+    per_class = (
+        None if known is None else torch.tensor([float("nan") if v is None else v for v in known])
+    )
     return Round(**{**job, "per_class": per_class})

@@ -1,4 +1,6 @@
-"""When to ask for more samples: patience with the validation accuracy (Algorithm 1 and section C.2 of the paper)."""
+"""When to ask for more samples: patience with the validation accuracy (Algorithm 1 and section C.2
+of the paper).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,14 @@ COVERED = 0.25  # of the pool at least is drawn between two additions by the rul
 class Patience:
     """Counts evaluations without a new best accuracy.
 
-    The paper lets T_max grow with the data set, so that samples are seen often enough before more are added, and does
-    not state the rule. With an evaluation for every N samples that are drawn (N: the initial ones):
+    The paper lets T_max grow with the data set, so that samples are seen often enough before more
+    are added, and does not state the rule. With an evaluation for every N samples that are drawn
+    (N: the initial ones):
 
-        coverage    max(initial, ceil(pool / 4 N)): between two additions at least a quarter of the pool is drawn
-        pool        ceil(initial x pool / N): the number of passes over the pool stays that of the start
+        coverage    max(initial, ceil(pool / 4 N)): between two additions at least a quarter of the
+                    pool is drawn
+        pool        ceil(initial x pool / N): the number of passes over the pool stays that of the
+                    start
         round       initial + rounds so far
         fixed       initial
 
@@ -41,7 +46,9 @@ class Patience:
         return self.initial + (self.rounds if self.growth == "round" else 0)
 
     def update(self, accuracy: float, pool_size: int) -> bool:
-        """Takes one evaluation; True when samples are due. The caller says ``added`` after adding them."""
+        """Takes one evaluation; True when samples are due. The caller says ``added`` after adding
+        them.
+        """
         if accuracy > self.best:
             self.best, self.waited = accuracy, 0
         else:
@@ -55,7 +62,11 @@ class Patience:
 
     def state(self) -> dict[str, Any]:
         # JSON knows no infinity
-        return {"best": None if self.best == -math.inf else self.best, "waited": self.waited, "rounds": self.rounds}
+        return {
+            "best": None if self.best == -math.inf else self.best,
+            "waited": self.waited,
+            "rounds": self.rounds,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.best = -math.inf if state["best"] is None else state["best"]

@@ -15,10 +15,13 @@ from dpfast.practice.costs import Cost
 
 @dataclass(frozen=True)
 class Result:
-    """One source's outcome: the pool it trained on and its accuracy on the two real sets (``evaluate_with`` weights).
+    """One source's outcome: the pool it trained on and its accuracy on the two real sets
+    (``evaluate_with`` weights).
 
-    cost: of all samples; initial_cost: of those before training. Seconds are those of all lives of a resumed run.
-    loader_wait: time spent waiting for batches over the time of the learner's steps. sets: the recipe's further ones.
+    cost: of all samples; initial_cost: of those before training. Seconds are those of all lives of
+    a resumed run.
+    loader_wait: time spent waiting for batches over the time of the learner's steps. sets: the
+    recipe's further ones.
     """
 
     source: str

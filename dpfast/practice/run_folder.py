@@ -1,4 +1,6 @@
-"""The folder of a run: the recipe as run, metrics as JSON lines and TensorBoard events, pictures."""
+"""The folder of a run: the recipe as run, metrics as JSON lines and TensorBoard events,
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SHARED = ".shared"  # what the first rank writes for the others to see
 PARTS = (  # what a run's folder has before the first sample
-    RECIPE, CHANGES, "metrics.jsonl", "timings.jsonl", "events.*", "logs", "checkpoints_*", "pool_*", SHARED, ".launch",
-)  # fmt: skip
+    RECIPE,
+    CHANGES,
+    "metrics.jsonl",
+    "timings.jsonl",
+    "events.*",
+    "logs",
+    "checkpoints_*",
+    "pool_*",
+    SHARED,
+    ".launch",
+)
 SEEN = 30.0  # seconds in which a network's file system shows it to them
 
 
@@ -74,20 +85,26 @@ class RunPaths:
 
 
 class RunWriter(RunPaths, Callback):
-    """``runs/<name>/``. As a callback it writes down what a loop tells. Of several ranks the first one has it.
+    """``runs/<name>/``. As a callback it writes down what a loop tells. Of several ranks the first
+    one has it.
 
     recipe: with which the run goes on, where that may not be the one that was asked for.
 
-    recipe.json     the recipe in force, with every default filled in; born.json the first one, and changes.jsonl what
+    recipe.json     the recipe in force, with every default filled in; born.json the first one, and
+                    changes.jsonl what
                     changed in between (``dpfast.practice.changes``)
-    contents.json   what the folders of the generator and the real images held (``dpfast.practice.contents``)
-    metrics.jsonl   one line per evaluation, addition and result; a function of the recipe alone, so without times
-    timings.jsonl   what was done how fast: a line per round, per interval between evaluations and per training
+    contents.json   what the folders of the generator and the real images held
+                    (``dpfast.practice.contents``)
+    metrics.jsonl   one line per evaluation, addition and result; a function of the recipe alone, so
+                    without times
+    timings.jsonl   what was done how fast: a line per round, per interval between evaluations and
+                    per training
     events.*        the numbers of both for TensorBoard
     logs/           the log of every rank (``dpfast.logs``)
     learner_*       the evaluated weights of every source's classifier, safetensors
     checkpoints_*/  the states of every source's loop (``dpfast.practice.checkpoint``)
-    pool_*/         every source's samples, webdataset shards with a manifest (``dpfast.pool.shards``), or a sub-folder
+    pool_*/         every source's samples, webdataset shards with a manifest
+                    (``dpfast.pool.shards``), or a sub-folder
                     of them for each rank
     progress_*      what is saved of a round that is being made
     branch.json     where a branch began: run, round and iteration
@@ -124,7 +141,9 @@ class RunWriter(RunPaths, Callback):
         self._events: Events | None = Events(path)
 
     def written(self) -> list[int]:
-        """The lengths of ``metrics.jsonl`` and ``timings.jsonl``, bytes. Raises ``OSError`` where they lag behind."""
+        """The lengths of ``metrics.jsonl`` and ``timings.jsonl``, bytes. Raises ``OSError`` where
+        they lag behind.
+        """
         return [self._metrics.tell(), self._timings.tell()]
 
     def sync(self) -> None:
@@ -139,7 +158,10 @@ class RunWriter(RunPaths, Callback):
             file.seek(size)
 
     def on_start(self, loop: Loop) -> None:
-        for name, (was, value) in self._changes.items():  # the run's log is in this folder, and so begins after it
+        for name, (
+            was,
+            value,
+        ) in self._changes.items():  # the run's log is in this folder, and so begins after it
             log.info("from here on %s = %r, it was %r", name, value, was)
         self._changes = {}
         self._pace = Throughput(loop)
@@ -147,9 +169,19 @@ class RunWriter(RunPaths, Callback):
     def on_round(self, loop: Loop, addition: Addition) -> None:
         cost, step = addition.cost, loop.trainer.step_count
         rate = addition.added / max(cost.seconds, 1e-9)
-        self.time("generation", loop.name, step, round=addition.number, made=cost.samples, samples=addition.added,
-                  seconds=cost.seconds, samples_per_second=rate, forwards=cost.forwards, flops=cost.flops,
-                  **self._pace.generation(cost))  # fmt: skip
+        self.time(
+            "generation",
+            loop.name,
+            step,
+            round=addition.number,
+            made=cost.samples,
+            samples=addition.added,
+            seconds=cost.seconds,
+            samples_per_second=rate,
+            forwards=cost.forwards,
+            flops=cost.flops,
+            **self._pace.generation(cost),
+        )
         if addition.number:
             self.log(
                 "addition",
@@ -177,8 +209,15 @@ class RunWriter(RunPaths, Callback):
 
     def on_result(self, loop: Loop, result: Result) -> None:
         step, seconds = loop.trainer.step_count, result.training_seconds
-        self.time("training", loop.name, step, seconds=seconds, evaluation_seconds=result.evaluation_seconds,
-                  steps_per_second=result.iterations / max(seconds, 1e-9), loader_wait=result.loader_wait)  # fmt: skip
+        self.time(
+            "training",
+            loop.name,
+            step,
+            seconds=seconds,
+            evaluation_seconds=result.evaluation_seconds,
+            steps_per_second=result.iterations / max(seconds, 1e-9),
+            loader_wait=result.loader_wait,
+        )
         self.log(
             "result",
             loop.name,
@@ -196,7 +235,9 @@ class RunWriter(RunPaths, Callback):
             save_weights(result.learner.state_dict(), self.path / name)
 
     def log(self, event: str, source: str, step: int, **values: Any) -> None:
-        """Writes one line of ``metrics.jsonl`` and its numbers as TensorBoard scalars "source/event/name"."""
+        """Writes one line of ``metrics.jsonl`` and its numbers as TensorBoard scalars
+        "source/event/name".
+        """
         self._write(self._metrics, event, source, step, values)
 
     def time(self, event: str, source: str, step: int, **values: Any) -> None:
@@ -204,14 +245,24 @@ class RunWriter(RunPaths, Callback):
         self._write(self._timings, event, source, step, values)
 
     def _write(self, file: Any, event: str, source: str, step: int, values: dict[str, Any]) -> None:
-        with unsaved(f"{Path(file.name).name} lags behind"):  # the line stays in its buffer until there is room
-            file.write(json.dumps({"event": event, "source": source, "step": step, **values}) + "\n")
+        with unsaved(
+            f"{Path(file.name).name} lags behind"
+        ):  # the line stays in its buffer until there is room
+            file.write(
+                json.dumps({"event": event, "source": source, "step": step, **values}) + "\n"
+            )
             file.flush()
         if self._events is None:
             return
-        numbers = {f"{source}/{event}/{k}": float(v) for k, v in values.items() if isinstance(v, (int, float))}
+        numbers = {
+            f"{source}/{event}/{k}": float(v)
+            for k, v in values.items()
+            if isinstance(v, (int, float))
+        }
         events, self._events = self._events, None  # given up, unless the disk takes it
-        with unsaved("TensorBoard's events end here", "metrics.jsonl and timings.jsonl have the numbers"):
+        with unsaved(
+            "TensorBoard's events end here", "metrics.jsonl and timings.jsonl have the numbers"
+        ):
             events.scalars(step, numbers)
             self._events = events
 
@@ -230,25 +281,32 @@ class RunWriter(RunPaths, Callback):
         self._owner.close()
 
 
-def check_vacant(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Recipe:
+def check_vacant(
+    path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False
+) -> Recipe:
     """The recipe with which the run in ``path`` begins, or goes on.
 
-    Raises ``RecipeError`` when ``path`` may not become, or continue, the folder of a run of ``recipe``: only a run is
-    ever replaced, none in which a process still writes, and unasked only one that is ``unbegun``. What a run may
-    change is in ``dpfast.practice.changes``.
+    Raises ``RecipeError`` when ``path`` may not become, or continue, the folder of a run of
+    ``recipe``: only a run is ever replaced, none in which a process still writes, and unasked only
+    one that is ``unbegun``. What a run may change is in ``dpfast.practice.changes``.
     """
     if resume:
         if not (path / RECIPE).is_file():
             raise RecipeError(f"resume: {str(path)!r} holds no run")
         if recipe.pool.save_samples == "none":
-            raise RecipeError(f"resume: {str(path)!r} has kept no samples (save_samples = 'none'); run it anew")
+            raise RecipeError(
+                f"resume: {str(path)!r} has kept no samples (save_samples = 'none'); run it anew"
+            )
         return continued(path, recipe)
     if not path.exists() or (path.is_dir() and all(_early(p.name) for p in path.iterdir())):
         return recipe  # a run that was killed before it began
     if not (path / RECIPE).is_file():
         raise RecipeError(f"out = {str(path)!r}: exists and holds no run; choose another folder")
     if not overwrite and not unbegun(path):
-        raise RecipeError(f"out = {str(path)!r}: holds another run; --resume continues it, --overwrite replaces it")
+        raise RecipeError(
+            f"out = {str(path)!r}: holds another run; --resume continues it, --overwrite replaces "
+            "it"
+        )
     living = owner_of(path)
     if living is not None:
         raise RecipeError(f"out = {str(path)!r}: {living} writes there")
@@ -256,27 +314,41 @@ def check_vacant(path: Path, recipe: Recipe, *, overwrite: bool = False, resume:
 
 
 def unbegun(path: Path) -> bool:
-    """Whether a folder holds a run without any sample, as one that the disk refuses at its start, and nothing else."""
+    """Whether a folder holds a run without any sample, as one that the disk refuses at its start,
+    and nothing else.
+    """
     metrics = path / "metrics.jsonl"
     return (
         metrics.is_file()
         and not metrics.stat().st_size
         and not any(path.glob("pool_*/**/*.tar"))
-        and all(_early(p.name) or any(fnmatch(p.name, part) for part in PARTS) for p in path.iterdir())
+        and all(
+            _early(p.name) or any(fnmatch(p.name, part) for part in PARTS) for p in path.iterdir()
+        )
     )
 
 
 def check_saving(recipe: Recipe, *, resume: bool, branch: bool) -> None:
-    """Raises ``RecipeError`` where a run without saved samples would be asked to go on; warns of one that begins."""
+    """Raises ``RecipeError`` where a run without saved samples would be asked to go on; warns of
+    one that begins.
+    """
     if recipe.pool.save_samples != "none":
         return
     again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    for asked, what in ((resume, "--resume"), (branch, "--branch-at"), (again, f"--max-restarts {again} of torchrun")):
+    for asked, what in (
+        (resume, "--resume"),
+        (branch, "--branch-at"),
+        (again, f"--max-restarts {again} of torchrun"),
+    ):
         if asked:
-            raise RecipeError(f"save_samples = 'none': nothing is kept that {what} could go on from; expected 'png'")
+            raise RecipeError(
+                f"save_samples = 'none': nothing is kept that {what} could go on from; expected "
+                "'png'"
+            )
     if not launched()[0]:
         warnings.warn(
-            "save_samples = 'none': no samples and no checkpoints are kept, so this run cannot be resumed, branched or "
+            "save_samples = 'none': no samples and no checkpoints are kept, so this run cannot be "
+            "resumed, branched or "
             "exported, and the report has no errors by round",
             SaveWarning,
             stacklevel=2,
@@ -284,7 +356,9 @@ def check_saving(recipe: Recipe, *, resume: bool, branch: bool) -> None:
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:
-    """Raises ``RecipeError``, naming a rank and its host, unless all ranks see what the first one writes in ``out``."""
+    """Raises ``RecipeError``, naming a rank and its host, unless all ranks see what the first one
+    writes in ``out``.
+    """
     if ranks.alone:
         return
     token = ranks.of_first(f"{time.time_ns()} {os.getpid()}" if ranks.first else None)
@@ -297,7 +371,8 @@ def check_shared(out: Path, ranks: Ranks) -> None:
         while not (out / SHARED).is_file() or (out / SHARED).read_text() != token:
             if time.monotonic() > deadline:
                 raise RecipeError(
-                    f"out = {str(out)!r}: on {socket.gethostname()} it is not the folder in which rank 0 writes; "
+                    f"out = {str(out)!r}: on {socket.gethostname()} it is not the folder in which "
+                    "rank 0 writes; "
                     "expected one that all nodes share"
                 )
             ranks.beat()
@@ -314,7 +389,9 @@ def _early(name: str) -> bool:
 
 
 def owned(path: Path) -> Owner:
-    """Makes this process the one that writes a run's folder. Raises ``RecipeError`` where another does, or none can."""
+    """Makes this process the one that writes a run's folder. Raises ``RecipeError`` where another
+    does, or none can.
+    """
     try:
         return Owner(path)
     except OwnedError as error:
@@ -334,7 +411,9 @@ def _steps(path: Path) -> dict[str, int]:
 
 
 def _remove(path: Path) -> None:
-    """Removes a run. Its recipe goes last: killed on the way, the rest is still a run that may be replaced."""
+    """Removes a run. Its recipe goes last: killed on the way, the rest is still a run that may be
+    replaced.
+    """
     for entry in path.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)

@@ -1,11 +1,14 @@
 """Where the training samples come from: Deliberate Practice and its rivals, behind one interface.
 
-    dp        N unguided samples, then rounds of P that the learner of that moment guides (``dpfast.practice.guided_methods``)
+    dp        N unguided samples, then rounds of P that the learner of that moment guides
+              (``dpfast.practice.guided_methods``)
     dynamic   the same rounds, unguided: the timing alone
-    prune     the same rounds from an unguided surplus, of which the highest entropy under that learner is kept
+    prune     the same rounds from an unguided surplus, of which the highest entropy under that
+              learner is kept
     static    all samples at the start
 
-Sample ids key the noise, and unguided samples depend on id and label alone: sources share those with the same id.
+Sample ids key the noise, and unguided samples depend on id and label alone: sources share those
+with the same id.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ EAGER = {"compile": False, "cuda_graphs": False}  # for few samples
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What is asked of a source. number: 0 for the initial samples; start: the pool's size before; count: how many.
+    """What is asked of a source. number: 0 for the initial samples; start: the pool's size before;
+    count: how many.
 
-    per_class: (K,) validation accuracies of the learner at this moment; None in round 0. turn: the first batch's rank.
+    per_class: (K,) validation accuracies of the learner at this moment; None in round 0. turn: the
+    first batch's rank.
     """
 
     number: int
@@ -51,9 +56,10 @@ class Round:
 class Source(Protocol):
     """Makes the samples of a run.
 
-    initial_samples: of round 0. moments: the steps after which rounds are due, in place of patience, or None.
-    streams: whether ``make`` can go on in the middle of a round. cost: of everything made so far. yardstick: what a
-    round's entropy is compared with. omega, cfg_scale, steps: those of a round.
+    initial_samples: of round 0. moments: the steps after which rounds are due, in place of
+    patience, or None.
+    streams: whether ``make`` can go on in the middle of a round. cost: of everything made so far.
+    yardstick: what a round's entropy is compared with. omega, cfg_scale, steps: those of a round.
     """
 
     initial_samples: int
@@ -69,11 +75,15 @@ class Source(Protocol):
         ...
 
     def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
-        """This rank's samples of a round, without its first ``done``. The learner is in eval mode meanwhile."""
+        """This rank's samples of a round, without its first ``done``. The learner is in eval mode
+        meanwhile.
+        """
         ...
 
     def release(self) -> None:
-        """Gives back the memory that the making of a round leaves behind (``GuidedSampler.release``)."""
+        """Gives back the memory that the making of a round leaves behind
+        (``GuidedSampler.release``).
+        """
         ...
 
     def omega(self, number: int) -> float: ...
@@ -89,10 +99,12 @@ def balanced_labels(first_id: int, count: int, classes: int) -> Tensor:
 
 
 def allotted_labels(per_class: Tensor, first_id: int, count: int) -> Tensor:
-    """(count,) labels in proportion to the classes' validation error; half of the samples are spread evenly.
+    """(count,) labels in proportion to the classes' validation error; half of the samples are
+    spread evenly.
 
-    The even half keeps every class in the pool's balance, and a class without any error alive. Shares are rounded by
-    largest remainder; labels take turns, so that any part of the round has about the same shares.
+    The even half keeps every class in the pool's balance, and a class without any error alive.
+    Shares are rounded by largest remainder; labels take turns, so that any part of the round has
+    about the same shares.
     """
     classes = len(per_class)
     error = (1 - per_class.double()).clamp(min=0)
@@ -110,9 +122,11 @@ def allotted_labels(per_class: Tensor, first_id: int, count: int) -> Tensor:
 
 
 class Unguided:
-    """Unguided samples by id, shared by the sources of an experiment: what a finished pool holds is not made again.
+    """Unguided samples by id, shared by the sources of an experiment: what a finished pool holds is
+    not made again.
 
-    A sample taken over costs what making one cost when it was made. A rank makes and shares its own part.
+    A sample taken over costs what making one cost when it was made. A rank makes and shares its own
+    part.
     """
 
     def __init__(self, recipe: Recipe, pipeline: Pipeline, ranks: Ranks = ALONE) -> None:
@@ -125,21 +139,26 @@ class Unguided:
         self._pools: list[tuple[SamplePool, dict[int, int]]] = []
 
     def remember(self, pool: SamplePool, cost: Cost) -> None:
-        """Takes over the samples of round 0 of a finished pool, whose making is accounted for in ``cost``.
+        """Takes over the samples of round 0 of a finished pool, whose making is accounted for in
+        ``cost``.
 
         Of a pool of pixels: latents and JPEG give back other images than were made.
         """
         if pool.codec != "pixels":
             return
         rows = torch.nonzero(pool.column("round") == 0).flatten()
-        self._pools.append((pool, dict(zip(pool.column("sample_id")[rows].tolist(), rows.tolist(), strict=True))))
+        self._pools.append(
+            (pool, dict(zip(pool.column("sample_id")[rows].tolist(), rows.tolist(), strict=True)))
+        )
         if cost.samples > self.made.samples:
             self.made = replace(cost)
 
     def stream(
         self, first: int, count: int, cost: Cost, *, cfg_scale: float, turn: int = 0, done: int = 0
     ) -> Iterator[SampleBatch]:
-        """This rank's samples (``Ranks.batches``) of the ids ``first`` to ``first + count``, paid for in ``cost``."""
+        """This rank's samples (``Ranks.batches``) of the ids ``first`` to ``first + count``, paid
+        for in ``cost``.
+        """
         price = self._prices.at(cfg_scale)
         for places in self.ranks.batches(count, self.batch, turn=turn, done=done):
             start, size = first + places.start, len(places)
@@ -197,7 +216,9 @@ class StaticSource:
 
     def _unguided(self, round: Round, done: int) -> Iterator[SampleBatch]:
         scale = self.cfg_scale(round.number)
-        return self.unguided.stream(round.start, round.count, self.cost, cfg_scale=scale, turn=round.turn, done=done)
+        return self.unguided.stream(
+            round.start, round.count, self.cost, cfg_scale=scale, turn=round.turn, done=done
+        )
 
     def omega(self, number: int) -> float:
         return 0.0
@@ -213,7 +234,12 @@ class DynamicSource(StaticSource):
     """N unguided samples, then rounds of P unguided ones."""
 
     def __init__(
-        self, recipe: Recipe, unguided: Unguided, learner: nn.Module, *, moments: Collection[int] | None = None
+        self,
+        recipe: Recipe,
+        unguided: Unguided,
+        learner: nn.Module,
+        *,
+        moments: Collection[int] | None = None,
     ) -> None:
         super().__init__(recipe, unguided, recipe.practice.initial_samples)
         self.learner, self.moments = learner, moments
@@ -234,7 +260,11 @@ class DynamicSource(StaticSource):
     def _judged(self, batch: SampleBatch, round: Round) -> SampleBatch:
         """``batch`` with the entropy under the learner of this moment; the time for it counts."""
         started = time.perf_counter()
-        judged = replace(batch, entropy=entropy(predict(self.learner, batch.images)), learner_step=round.learner_step)
+        judged = replace(
+            batch,
+            entropy=entropy(predict(self.learner, batch.images)),
+            learner_step=round.learner_step,
+        )
         self.cost.seconds += time.perf_counter() - started
         return judged
 
@@ -242,7 +272,8 @@ class DynamicSource(StaticSource):
 class DeliberatePracticeSource(DynamicSource):
     """N unguided samples, then rounds of P that the learner of that moment guides.
 
-    learner: whose entropy is recorded; guides: what guides, the same or a committee; pool: of the run, as it is then.
+    learner: whose entropy is recorded; guides: what guides, the same or a committee; pool: of the
+    run, as it is then.
     """
 
     def __init__(
@@ -257,14 +288,20 @@ class DeliberatePracticeSource(DynamicSource):
     ) -> None:
         super().__init__(recipe, unguided, learner)
         self.sampler = new_sampler(recipe, pipeline, guides)
-        self.way = guided_method(recipe, self.sampler, new_sampler(recipe, pipeline, guides, **EAGER), pool)
+        self.way = guided_method(
+            recipe, self.sampler, new_sampler(recipe, pipeline, guides, **EAGER), pool
+        )
 
     def release(self) -> None:
         super().release()
         self.sampler.release()
 
     def omega(self, number: int) -> float:
-        return scheduled(number, self.recipe.practice.omega_rounds, self.recipe.guidance.omega) if number else 0.0
+        return (
+            scheduled(number, self.recipe.practice.omega_rounds, self.recipe.guidance.omega)
+            if number
+            else 0.0
+        )
 
     def steps(self, number: int) -> int:
         return self.way.steps if self.omega(number) else super().steps(number)
@@ -292,16 +329,21 @@ class DeliberatePracticeSource(DynamicSource):
 
 
 class PruneSource(DynamicSource):
-    """N unguided samples, then rounds of P: of ``oversample`` x P unguided candidates those of highest entropy.
+    """N unguided samples, then rounds of P: of ``oversample`` x P unguided candidates those of
+    highest entropy.
 
-    Candidates are scored by the learner of that moment and dropped when they are not kept. Ids count candidates.
+    Candidates are scored by the learner of that moment and dropped when they are not kept. Ids
+    count candidates.
     """
 
     streams = False  # what is kept is known when the last candidate has been scored
 
     def _more(self, round: Round, done: int) -> Iterator[SampleBatch]:
         ratio, initial = self.recipe.practice.oversample, self.initial_samples
-        first, last = (initial + int(ratio * (size - initial)) for size in (round.start, round.start + round.count))
+        first, last = (
+            initial + int(ratio * (size - initial))
+            for size in (round.start, round.start + round.count)
+        )
         scale = self.cfg_scale(round.number)
         held: list[Tensor] = []
         for batch in self.unguided.stream(first, last - first, self.cost, cfg_scale=scale):
@@ -310,10 +352,14 @@ class PruneSource(DynamicSource):
             if batch.latents is not None and self.recipe.pool.codec == "latents":
                 columns.append(batch.latents)
             columns = [column.cpu() for column in columns]  # a round is too much for the device
-            held = [torch.cat(pair) for pair in zip(held, columns, strict=True)] if held else columns
+            held = (
+                [torch.cat(pair) for pair in zip(held, columns, strict=True)] if held else columns
+            )
             best = highest(held[3], held[1], round.count, within=self.recipe.practice.prune_within)
             held = [column[best] for column in held]  # who is out now would be out at the end
-        for images, labels, ids, scores, *latents in zip(*(c.split(self.unguided.batch) for c in held), strict=True):
+        for images, labels, ids, scores, *latents in zip(
+            *(c.split(self.unguided.batch) for c in held), strict=True
+        ):
             yield SampleBatch(
                 images=images,
                 labels=labels,
@@ -325,7 +371,8 @@ class PruneSource(DynamicSource):
 
 
 def highest(scores: Tensor, labels: Tensor, count: int, *, within: str) -> Tensor:
-    """Indices, rising, of the ``count`` highest of ``scores`` (n,): "overall", or as evenly as can be over "class"es.
+    """Indices, rising, of the ``count`` highest of ``scores`` (n,): "overall", or as evenly as can
+    be over "class"es.
 
     labels: (n,) int64, on the same device. Of equal scores the first are kept.
     """
@@ -335,10 +382,14 @@ def highest(scores: Tensor, labels: Tensor, count: int, *, within: str) -> Tenso
         ordered, places = labels.sort(stable=True)  # class by class, the highest first
         rank = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
         ranks = torch.empty_like(order).scatter_(0, places, rank)
-        order = order.gather(0, ranks.argsort(stable=True))  # every class's best, then every class's second, ...
+        order = order.gather(
+            0, ranks.argsort(stable=True)
+        )  # every class's best, then every class's second, ...
     return order.narrow(0, 0, min(count, len(order))).sort().values
 
 
 def scheduled(number: int, values: tuple[float, ...], usual: float) -> float:
-    """A schedule's value in round ``number``: the last one from its end on, ``usual`` in round 0 and without one."""
+    """A schedule's value in round ``number``: the last one from its end on, ``usual`` in round 0
+    and without one.
+    """
     return values[min(number, len(values)) - 1] if number and values else usual

@@ -1,4 +1,6 @@
-"""What comes between two steps, the same on all ranks: SIGTERM or a checkpoint; and a loss that is not finite."""
+"""What comes between two steps, the same on all ranks: SIGTERM or a checkpoint; and a loss that is
+not finite.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from typing import Any
 
 from dpfast.parallel import ALONE, Ranks
 
-ASK = 1.0  # seconds of training between two questions among ranks: a request waits so long at most, or one step
+# seconds of training between two questions among ranks: a request waits so long at most, or one
+# step
+ASK = 1.0
 CHECKPOINT, STOP = 1, 2  # what a rank asks for; the highest counts
 
 
@@ -19,7 +23,9 @@ class Stopped(Exception):
 
 
 class LossError(RuntimeError):
-    """The loss is not finite; the message names the iteration, the batch's sample ids and the last checkpoint."""
+    """The loss is not finite; the message names the iteration, the batch's sample ids and the last
+    checkpoint.
+    """
 
 
 class Stop:
@@ -49,7 +55,9 @@ class Stop:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within it a request raises ``Stopped`` where it arrives: for work that leaves nothing to save."""
+        """Within it a request raises ``Stopped`` where it arrives: for work that leaves nothing to
+        save.
+        """
         self.check()
         before, self._raise = self._raise, True
         try:
@@ -59,11 +67,13 @@ class Stop:
 
 
 class StopTogether:
-    """Whether to stop before an optimiser step, or to make a checkpoint, the same answer on every rank.
+    """Whether to stop before an optimiser step, or to make a checkpoint, the same answer on every
+    rank.
 
-    A rank cannot stop for itself: the others would wait for it in the next step. So ranks ask each other, not at every
-    step, which would cost a GPU its queue, but ``ASK`` seconds apart. What they say at one question (what they ask for,
-    and how long steps take) settles the step of the next one, so that all ask at the same step.
+    A rank cannot stop for itself: the others would wait for it in the next step. So ranks ask each
+    other, not at every step, which would cost a GPU its queue, but ``ASK`` seconds apart. What they
+    say at one question (what they ask for, and how long steps take) settles the step of the next
+    one, so that all ask at the same step.
     """
 
     def __init__(self, stop: Stop, ranks: Ranks = ALONE) -> None:
@@ -76,7 +86,8 @@ class StopTogether:
         self._next = 0
 
     def before(self, step: int, *, checkpoint: Callable[[], bool] = lambda: False) -> int:
-        """What all do before ``step``: ``STOP``, a ``CHECKPOINT`` that a rank asks for, or nothing (0).
+        """What all do before ``step``: ``STOP``, a ``CHECKPOINT`` that a rank asks for, or nothing
+        (0).
 
         Raises ``RankError`` where a rank is dead that was to be asked.
         """
@@ -95,7 +106,8 @@ class StopTogether:
         if asked == STOP:
             self.stop.requested = True
             return STOP
-        # from the first question on the steps between two are timed; they double at most, for a step may be an outlier
+        # from the first question on the steps between two are timed; they double at most, for a
+        # step may be an outlier
         pace = ASK * steps / max(max(seconds for _, seconds in said), 1e-9)
         self._next = step + (1 if self._next == 0 else max(1, min(int(pace), 2 * steps)))
         self._asked = step, clock.now()

@@ -1,4 +1,6 @@
-"""How fast a loop goes: rates, the share of the peak, waits and memory, for ``timings.jsonl`` and TensorBoard."""
+"""How fast a loop goes: rates, the share of the peak, waits and memory, for ``timings.jsonl`` and
+TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,9 @@ class Reading:
 class Throughput:
     """Of one loop, from the moment that it begins or goes on.
 
-    mfu is the share of the peak of all ranks' devices: FLOPs by torch's formulas over seconds, against the peak of the
-    dtype that the models run in. It is left out where the peak is not known, or the learner cannot be counted.
+    mfu is the share of the peak of all ranks' devices: FLOPs by torch's formulas over seconds,
+    against the peak of the dtype that the models run in. It is left out where the peak is not
+    known, or the learner cannot be counted.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -51,10 +54,15 @@ class Throughput:
         loop = self.loop
         image = tuple(loop.real.validation.images.shape[1:])
         try:
-            counted = count_training(loop.recipe.learner, loop.pipeline.denoiser.classes, image, half=loop.trainer.bf16)
+            counted = count_training(
+                loop.recipe.learner, loop.pipeline.denoiser.classes, image, half=loop.trainer.bf16
+            )
             return counted.flops
         except (RecipeError, RuntimeError, NotImplementedError) as error:
-            log.warning("the learner's FLOPs are not known, so no mfu of training: %s", str(error).splitlines()[0])
+            log.warning(
+                "the learner's FLOPs are not known, so no mfu of training: %s",
+                str(error).splitlines()[0],
+            )
             return None
 
     def generation(self, cost: Cost) -> dict[str, float]:
@@ -91,4 +99,9 @@ class Throughput:
 
     def _now(self) -> Reading:
         loop, state = self.loop, self.loop.state
-        return Reading(loop.trainer.step_count, state.training_seconds, state.evaluation_seconds, loop.loader.waited)
+        return Reading(
+            loop.trainer.step_count,
+            state.training_seconds,
+            state.evaluation_seconds,
+            loop.loader.waited,
+        )

@@ -1,4 +1,6 @@
-"""The yardstick: unguided samples that no pool holds, with whose entropy that of a round is compared."""
+"""The yardstick: unguided samples that no pool holds, with whose entropy that of a round is
+compared.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,11 @@ def spread_labels(count: int, classes: int) -> Tensor:
 class Yardstick:
     """``SAMPLES`` unguided samples, made once, when they are first asked for.
 
-    Each rank makes and keeps its part, in batches of at most ``batch`` that halve where memory runs out.
+    Each rank makes and keeps its part, in batches of at most ``batch`` that halve where memory runs
+    out.
 
-    sampler: unguided, and eager. Its samples are few: capturing steps for them would take memory for the rest of the
-    run, or seconds for nothing.
+    sampler: unguided, and eager. Its samples are few: capturing steps for them would take memory
+    for the rest of the run, or seconds for nothing.
     """
 
     def __init__(self, sampler: GuidedSampler, batch: int, ranks: Ranks) -> None:
@@ -37,7 +40,9 @@ class Yardstick:
 
     @cached_property
     def images(self) -> list[Tensor]:
-        """This rank's samples, batch by batch: uint8 (n, C, H, W) on the CPU, where they take no room from training."""
+        """This rank's samples, batch by batch: uint8 (n, C, H, W) on the CPU, where they take no
+        room from training.
+        """
         places = self.ranks.places(SAMPLES, self.batch)
         labels = spread_labels(SAMPLES, self.sampler.pipeline.denoiser.classes)[places]
         batches = self.sampler.stream(labels, sample_ids=FIRST_ID + places, batch_size=self.batch)
@@ -48,6 +53,8 @@ class Yardstick:
         return made
 
     def entropies(self, learner: nn.Module) -> Tensor:
-        """(SAMPLES,) nats of the samples of all ranks under ``learner``, on the CPU. All ranks call it together."""
+        """(SAMPLES,) nats of the samples of all ranks under ``learner``, on the CPU. All ranks call
+        it together.
+        """
         mine = [entropy(predict(learner, images)).cpu() for images in self.images]
         return self.ranks.gather(torch.cat(mine) if mine else torch.empty(0), SAMPLES, self.batch)

@@ -1,6 +1,7 @@
 """A run at its true size, without its devices and its data: ``dpfast rehearse``.
 
-    device     tensors without numbers: what a GPU would hold, by phase and kind, and when the host would wait for it
+    device     tensors without numbers: what a GPU would hold, by phase and kind, and when the host
+               would wait for it
     autocast   bf16 for such tensors
     graphs     what captured graphs hold
     ranks      one rank of many, without the others

@@ -1,8 +1,10 @@
-"""bf16 autocast for tensors of the meta device, by the lists of CUDA's (torch.amp, "Autocast Op Reference").
+"""bf16 autocast for tensors of the meta device, by the lists of CUDA's (torch.amp, "Autocast Op
+Reference").
 
-torch.autocast knows no meta device, so what it would save for a backward pass cannot be read off there. This mode casts
-as it does: products in bf16, norms, softmax and losses in fp32, all other operations in the type that their inputs
-promote to. With ``cache_enabled`` a weight has one bf16 copy for all of its uses.
+torch.autocast knows no meta device, so what it would save for a backward pass cannot be read off
+there. This mode casts
+as it does: products in bf16, norms, softmax and losses in fp32, all other operations in the type
+that their inputs promote to. With ``cache_enabled`` a weight has one bf16 copy for all of its uses.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ FULL = frozenset(
 
 
 class MetaAutocast(TorchFunctionMode):
-    """In place of ``torch.autocast("cuda", torch.bfloat16)``, for floating tensors of the meta device."""
+    """In place of ``torch.autocast("cuda", torch.bfloat16)``, for floating tensors of the meta
+    device.
+    """
 
     active: ClassVar[int] = 0  # how many are entered
 
@@ -115,7 +119,8 @@ class MetaAutocast(TorchFunctionMode):
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """``torch.utils.checkpoint.checkpoint``, which runs ``function`` again as it ran: under autocast or not.
+    """``torch.utils.checkpoint.checkpoint``, which runs ``function`` again as it ran: under
+    autocast or not.
 
     A backward pass has left the modes that its call was made in.
     """

@@ -1,8 +1,10 @@
-"""A GPU without one: tensors on the meta device, and an account of what a GPU would hold and wait for.
+"""A GPU without one: tensors on the meta device, and an account of what a GPU would hold and wait
+for.
 
-Everything that a run keeps on its GPU is a tensor of torch's meta device here: it has a shape and a size and no
-numbers. ``FakeDevice`` sees every operation on them. It counts the bytes of their storages by what they are kept for,
-remembers the largest sum of every phase, answers what the host reads with ``scripted``, and records each such read and
+Everything that a run keeps on its GPU is a tensor of torch's meta device here: it has a shape and a
+size and no numbers. ``FakeDevice`` sees every operation on them. It counts the bytes of their
+storages by what they are kept for, remembers the largest sum of every phase, answers what the host
+reads with ``scripted``, and records each such read and
 each blocking copy as a host wait: on a GPU the host would stand still until the queue is empty.
 
 What it does not see: workspaces inside a kernel, and the gaps of the caching allocator.
@@ -31,9 +33,11 @@ BESIDE = ("/rehearsal/device.py", "/rehearsal/autocast.py", "/hardware/flops.py"
 
 
 def scripted(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """What the host reads from a device without numbers: zeros, on the CPU; large ones without memory of their own.
+    """What the host reads from a device without numbers: zeros, on the CPU; large ones without
+    memory of their own.
 
-    So every accuracy is 0, no evaluation but the first is a new best, every loss is finite, and no gradient is skipped.
+    So every accuracy is 0, no evaluation but the first is a new best, every loss is finite, and no
+    gradient is skipped.
     """
     shape = tuple(shape)
     return torch.zeros(shape if math.prod(shape) <= LARGE else (), dtype=dtype).expand(shape)
@@ -43,8 +47,8 @@ def scripted(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
 class Wait:
     """The host waited for the device.
 
-    operation: what it asked for; where: "file:line function" of dpfast's caller; in_step: amid a step of training or
-    sampling, whose kernels should follow each other without a gap.
+    operation: what it asked for; where: "file:line function" of dpfast's caller; in_step: amid a
+    step of training or sampling, whose kernels should follow each other without a gap.
     """
 
     phase: str
@@ -64,8 +68,9 @@ class PhaseMemory:
 class FakeDevice(TorchDispatchMode):
     """Within it, operations on meta tensors are accounted for.
 
-    phases: name -> ``PhaseMemory``; waits: all host waits. ``phase`` and ``kind`` are context managers that name what
-    happens within them; new storages are of the innermost kind, until ``claim`` says better.
+    phases: name -> ``PhaseMemory``; waits: all host waits. ``phase`` and ``kind`` are context
+    managers that name what happens within them; new storages are of the innermost kind, until
+    ``claim`` says better.
     """
 
     def __init__(self) -> None:
@@ -121,7 +126,9 @@ class FakeDevice(TorchDispatchMode):
             self._watermarks.remove(top)
 
     def step(self, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
-        """``function``, whose new storages are of a kind, as a step of a GPU: what waits within it is ``in_step``."""
+        """``function``, whose new storages are of a kind, as a step of a GPU: what waits within it
+        is ``in_step``.
+        """
 
         def run(*args: Any, **kwargs: Any) -> Any:
             before, self._in_step = self._in_step, True
@@ -170,7 +177,10 @@ class FakeDevice(TorchDispatchMode):
             target, source = kwargs.get("device"), args[0].device.type
             if target is not None and target.type != source:
                 if not kwargs.get("non_blocking"):
-                    self._wait(f"a copy of {tuple(args[0].shape)} from {_side(source)} to {_side(target.type)}")
+                    self._wait(
+                        f"a copy of {tuple(args[0].shape)} from {_side(source)} to "
+                        f"{_side(target.type)}"
+                    )
                 if source == "meta":
                     return scripted(args[0].shape, kwargs.get("dtype") or args[0].dtype)
         if func is aten.copy_.default and args[0].device.type != args[1].device.type:
@@ -195,7 +205,9 @@ class FakeDevice(TorchDispatchMode):
                 self.live[gone.kind] -= gone.size
                 self._total -= gone.size
 
-            held = self._known[key] = _Held(self._kind, storage.nbytes(), weakref.ref(storage, freed))
+            held = self._known[key] = _Held(
+                self._kind, storage.nbytes(), weakref.ref(storage, freed)
+            )
             self.live[held.kind] += held.size
             self._total += held.size
             self._note()

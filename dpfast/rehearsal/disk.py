@@ -1,4 +1,6 @@
-"""What a run writes, without a disk of its size: checkpoints keep their shapes, samples are few and real."""
+"""What a run writes, without a disk of its size: checkpoints keep their shapes, samples are few and
+real.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ DIGEST = "rehearsed"
 class RehearsedDisk:
     """Takes the place of checkpoints' copies and files.
 
-    bytes: of the newest checkpoint; copied: bytes that the loop's thread copied to the host for it; written: bytes that
-    the loop's thread wrote itself, instead of the background.
+    bytes: of the newest checkpoint; copied: bytes that the loop's thread copied to the host for it;
+    written: bytes that the loop's thread wrote itself, instead of the background.
     """
 
     def __init__(self) -> None:

@@ -40,7 +40,9 @@ def dry_run_seconds(planned: Plan) -> float:
         ("evaluation", stages.evaluation, costs.evaluation, measure.EVALUATED),
     ]
 
-    def calls(each: float) -> Callable[[int], contextlib.AbstractContextManager[Callable[[], object]]]:
+    def calls(
+        each: float,
+    ) -> Callable[[int], contextlib.AbstractContextManager[Callable[[], object]]]:
         @contextlib.contextmanager
         def prepared(size: int) -> Iterator[Callable[[], object]]:
             def call() -> None:

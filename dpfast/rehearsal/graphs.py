@@ -25,8 +25,9 @@ class RehearsedRecording:
 class RehearsedRecorder:
     """Accounts for the private memory pool that the captures of one sampler share.
 
-    A graph keeps all that its pool ever held, though its temporary tensors are gone: the pool is as large as the
-    dearest capture beside the outputs of those before it, until the last graph is reset. The runs that warm a capture
+    A graph keeps all that its pool ever held, though its temporary tensors are gone: the pool is as
+    large as the dearest capture beside the outputs of those before it, until the last graph is
+    reset. The runs that warm a capture
     up come before it and do not find that pool: for a moment both are there.
     """
 

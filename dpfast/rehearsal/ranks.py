@@ -1,7 +1,8 @@
-"""One rank of many, without the others: a store in which they answer at once, groups whose collectives they join.
+"""One rank of many, without the others: a store in which they answer at once, groups whose
+collectives they join.
 
-What the others would say is what this rank says: they run the same loop. Every collective is written down in its order
-(``dpfast.parallel.recorder``).
+What the others would say is what this rank says: they run the same loop. Every collective is
+written down in its order (``dpfast.parallel.recorder``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class _Done:
 
 @dataclass(frozen=True, eq=False)
 class RehearsedGroup(Group):
-    """A group of ``size`` ranks, this one in it; the others' tensors have the sizes of its own and no numbers.
+    """A group of ``size`` ranks, this one in it; the others' tensors have the sizes of its own and
+    no numbers.
 
     carried: the names of all groups that have moved what lies on the device.
     """
@@ -86,7 +88,8 @@ class EchoStore:
 
 
 def ranks_of(count: int, rank: int, node: int, recorder: Recorder, carried: set[str]) -> Ranks:
-    """Rank ``rank`` of ``count``, ``node`` of them on a machine; its collectives go to ``recorder``.
+    """Rank ``rank`` of ``count``, ``node`` of them on a machine; its collectives go to
+    ``recorder``.
 
     carried: filled with the names of the groups that move what lies on the device.
     """

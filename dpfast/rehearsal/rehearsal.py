@@ -1,4 +1,6 @@
-"""``rehearse``: a recipe at its true size on devices that are not there, and everything that would go wrong."""
+"""``rehearse``: a recipe at its true size on devices that are not there, and everything that would
+go wrong.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,16 @@ from dpfast.rehearsal.ranks import ranks_of
 from dpfast.rehearsal.timeline import COPY, Timeline, timeline
 from dpfast.rehearsal.walk import walk
 
-PROCESS = 4e9  # bytes of host memory of a process beside what is counted: Python, torch, CUDA, NCCL (stated)
+# bytes of host memory of a process beside what is counted: Python, torch, CUDA, NCCL (stated)
+PROCESS = 4e9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Walked:
     """One rank's walk, with what ``dpfast.rehearsal.walk.Account`` says.
 
-    collectives: (group, kind, bytes) in their order; device_groups: the groups that moved what lies on the device.
+    collectives: (group, kind, bytes) in their order; device_groups: the groups that moved what lies
+    on the device.
     """
 
     rank: int
@@ -52,8 +56,8 @@ class Walked:
 class Rehearsal:
     """What a rehearsal found.
 
-    host: bytes of a node's memory, by kind; dry_run: seconds in which ``--dry-run`` times the stages; failures: in
-    words; empty where a run would go from start to end.
+    host: bytes of a node's memory, by kind; dry_run: seconds in which ``--dry-run`` times the
+    stages; failures: in words; empty where a run would go from start to end.
     """
 
     recipe: Recipe
@@ -86,9 +90,9 @@ def rehearse(
 ) -> Rehearsal:
     """Walks a recipe through ``count`` devices of a kind, as ``dpfast run`` would adapt it to them.
 
-    timeout: of the run (``--timeout``). disk: bytes that are free where its folder is; None: not asked. ranks: how many
-    of the ranks are walked, from the first and the last one on; one is enough for memory, the second holds the order of
-    the collectives.
+    timeout: of the run (``--timeout``). disk: bytes that are free where its folder is; None: not
+    asked. ranks: how many of the ranks are walked, from the first and the last one on; one is
+    enough for memory, the second holds the order of the collectives.
 
     Raises ``RecipeError`` for an unknown device, and for a recipe that cannot be planned.
     """
@@ -97,7 +101,9 @@ def rehearse(
     walks = tuple(walked(planned, rank) for rank in chosen)
     first = walks[0]
     saves = first.copied / COPY + first.written / WRITTEN
-    line = timeline(recipe, planned, saves=saves, checkpoint_bytes=first.checkpoint_bytes, timeout=timeout)
+    line = timeline(
+        recipe, planned, saves=saves, checkpoint_bytes=first.checkpoint_bytes, timeout=timeout
+    )
     host = host_memory(recipe, planned)
     found = Rehearsal(
         recipe=planned.fit.recipe,
@@ -111,13 +117,21 @@ def rehearse(
 
 
 def walked(planned: Plan, rank: int) -> Walked:
-    """The walk of one rank, with what the plan fitted, and its part of the pool on the device all the time."""
+    """The walk of one rank, with what the plan fitted, and its part of the pool on the device all
+    the time.
+    """
     recipe = planned.fit.recipe
     pool = planned.fit.pool
     held = int(pool.places["device"] * pool.bytes_per_sample)
-    walk = _walked(json.dumps(replace(recipe, pool=Pool(codec=recipe.pool.codec)).to_dict()), planned.count, rank)
+    walk = _walked(
+        json.dumps(replace(recipe, pool=Pool(codec=recipe.pool.codec)).to_dict()),
+        planned.count,
+        rank,
+    )
     phases = {
-        name: PhaseMemory(memory.peak + held, {**memory.kinds, "pool": held + memory.kinds.get("pool", 0)})
+        name: PhaseMemory(
+            memory.peak + held, {**memory.kinds, "pool": held + memory.kinds.get("pool", 0)}
+        )
         for name, memory in walk.phases.items()
     }
     return replace(walk, phases=phases)
@@ -125,14 +139,18 @@ def walked(planned: Plan, rank: int) -> Walked:
 
 @functools.lru_cache(maxsize=64)
 def _walked(recipe: str, count: int, rank: int) -> Walked:
-    """Devices differ in what fits, not in what a walk is: the same batches on another device are walked once."""
+    """Devices differ in what fits, not in what a walk is: the same batches on another device are
+    walked once.
+    """
     recorder, device = Recorder(), FakeDevice()
     carried: set[str] = set()
     ranks = ranks_of(count, rank, NODE, recorder, carried)
     account = walk(Recipe.from_dict(json.loads(recipe)), ranks, device)
     return Walked(
         rank=rank,
-        phases={name: memory for name, memory in device.phases.items() if not name.endswith("start")},
+        phases={
+            name: memory for name, memory in device.phases.items() if not name.endswith("start")
+        },
         waits=tuple(device.waits),
         captures=account.captures,
         alive=account.alive,
@@ -147,7 +165,9 @@ def _walked(recipe: str, count: int, rank: int) -> Walked:
 def host_memory(recipe: Recipe, planned: Plan) -> dict[str, float]:
     """Bytes of a node's host memory that a run takes, by kind."""
     pool, here = planned.fit.pool, min(NODE, planned.count)
-    validation, test = count_real(recipe.validation, recipe.held_out, classes=planned.stages.classes)
+    validation, test = count_real(
+        recipe.validation, recipe.held_out, classes=planned.stages.classes
+    )
     return {
         "processes": PROCESS * here,
         "pool": float(pool.places["host"] * pool.bytes_per_sample) * here,
@@ -158,7 +178,13 @@ def host_memory(recipe: Recipe, planned: Plan) -> dict[str, float]:
 
 
 def _failures(found: Rehearsal, timeout: float, disk: float | None) -> Iterator[str]:
-    recipe, planned, walks, line, host = found.recipe, found.plan, found.walks, found.timeline, found.host
+    recipe, planned, walks, line, host = (
+        found.recipe,
+        found.plan,
+        found.walks,
+        found.timeline,
+        found.host,
+    )
     device, first = planned.device, walks[0]
     limit, here = usable(device), min(NODE, planned.count)
     for name, memory in first.phases.items():
@@ -167,21 +193,35 @@ def _failures(found: Rehearsal, timeout: float, disk: float | None) -> Iterator[
             yield f"memory: {name} holds {readable(memory.peak)} of {readable(limit)} ({kinds})"
     if planned.fit.margin < 0:
         peak = planned.fit.peak
-        yield f"memory: {peak.phase} takes {readable(peak.total)} of {readable(limit)} with the allocator's reserve"
+        yield (
+            f"memory: {peak.phase} takes {readable(peak.total)} of {readable(limit)} with the "
+            "allocator's reserve"
+        )
     if not planned.fit.pool.fits:
         yield f"pool: {planned.fit.pool}"
     if device.host is not None and sum(host.values()) > device.host * here:
-        yield f"host memory: a node's ranks take {readable(sum(host.values()))} of {readable(device.host * here)}"
+        yield (
+            f"host memory: a node's ranks take {readable(sum(host.values()))} of "
+            f"{readable(device.host * here)}"
+        )
     if first.alive:
         yield f"memory: {first.alive} captured graphs are alive while the learner trains"
     for wait, times in Counter(w for w in first.waits if w.in_step).items():
-        yield f"waits: a step waits for the host {times} times in {wait.phase}: {wait.operation} ({wait.where})"
+        yield (
+            f"waits: a step waits for the host {times} times in {wait.phase}: {wait.operation} "
+            f"({wait.where})"
+        )
     for other in walks[1:]:
         if _kinds(other) != _kinds(first)[: len(other.collectives)]:
-            yield f"collectives: rank {other.rank} calls them in another order than rank {first.rank}"
+            yield (
+                f"collectives: rank {other.rank} calls them in another order than rank {first.rank}"
+            )
     if len(first.device_groups) > 1:
         groups = ", ".join(sorted(first.device_groups))
-        yield f"collectives: the groups {groups} move data of the device and may be in flight together"
+        yield (
+            f"collectives: the groups {groups} move data of the device and may be in flight "
+            "together"
+        )
     if line.dead is not None:
         yield f"ranks: {line.dead}"
     if line.quiet > timeout:
@@ -192,7 +232,10 @@ def _failures(found: Rehearsal, timeout: float, disk: float | None) -> Iterator[
     if disk is not None and planned.disk.total > disk:
         yield f"disk: the run writes {readable(planned.disk.total)}, free are {readable(disk)}"
     if found.dry_run > DRY_RUN:
-        yield f"dry run: times the stages for {found.dry_run:.0f} s on this device, more than {DRY_RUN:.0f}"
+        yield (
+            f"dry run: times the stages for {found.dry_run:.0f} s on this device, more than "
+            f"{DRY_RUN:.0f}"
+        )
 
 
 def _kinds(walk: Walked) -> list[tuple[str, str]]:
@@ -201,4 +244,6 @@ def _kinds(walk: Walked) -> list[tuple[str, str]]:
 
 
 def _largest(kinds: dict[str, int], most: int = 4) -> list[tuple[str, int]]:
-    return sorted(((k, v) for k, v in kinds.items() if v > 1 << 20), key=lambda pair: -pair[1])[:most]
+    return sorted(((k, v) for k, v in kinds.items() if v > 1 << 20), key=lambda pair: -pair[1])[
+        :most
+    ]

@@ -1,8 +1,8 @@
 """What a rehearsal puts in place of a GPU's own parts, all of it here.
 
-A stand-in does nothing but what the account needs: streams and events order nothing (all operations run at once, in the
-order of the host), kernels that are not registered with torch write nothing, chunks of the pool have a size and no
-bytes.
+A stand-in does nothing but what the account needs: streams and events order nothing (all operations
+run at once, in the order of the host), kernels that are not registered with torch write nothing,
+chunks of the pool have a size and no bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class _Kernel:
 
 @contextlib.contextmanager
 def put(values: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Within it, each ``owner`` has ``value`` under ``name``, for ``values`` of (owner, name, value)."""
+    """Within it, each ``owner`` has ``value`` under ``name``, for ``values`` of (owner, name,
+    value).
+    """
     before = []
     try:
         for owner, name, value in values:
@@ -68,16 +70,23 @@ _MISSING = object()
 
 @contextlib.contextmanager
 def stand_ins(device: FakeDevice, *, gpu: bool = True) -> Iterator[None]:
-    """Within it the meta device is taken for a GPU with ``FREE`` bytes, or without ``gpu`` for a CPU.
+    """Within it the meta device is taken for a GPU with ``FREE`` bytes, or without ``gpu`` for a
+    CPU.
 
     Nothing of it outlives the context.
     """
     autocast = torch.autocast
 
-    def cast(kind: str, dtype: Any = None, enabled: bool = True, cache_enabled: bool | None = None) -> Any:
+    def cast(
+        kind: str, dtype: Any = None, enabled: bool = True, cache_enabled: bool | None = None
+    ) -> Any:
         if kind != "meta":
             return autocast(kind, dtype, enabled, cache_enabled)
-        return MetaAutocast(cache_enabled=cache_enabled is not False) if enabled else contextlib.nullcontext()
+        return (
+            MetaAutocast(cache_enabled=cache_enabled is not False)
+            if enabled
+            else contextlib.nullcontext()
+        )
 
     def allocate(tiers: MemoryTiers, name: str, size: int) -> Tensor:
         if name == "device":
@@ -88,7 +97,9 @@ def stand_ins(device: FakeDevice, *, gpu: bool = True) -> Iterator[None]:
     take = rows.ChunkTable.take
 
     def taken(table: rows.ChunkTable, indices: Tensor, total: int, **options: Any) -> Tensor:
-        """What a thread that saves samples reads out of the device's memory: zeros, without an operation there."""
+        """What a thread that saves samples reads out of the device's memory: zeros, without an
+        operation there.
+        """
         if "meta" not in table.kinds or options.get("device", rows.CPU) != rows.CPU:
             return take(table, indices, total, **options)
         return torch.zeros(len(indices), options.get("width") or table.stride, dtype=torch.uint8)

@@ -13,7 +13,9 @@ def rehearsal_table(found: Rehearsal) -> str:
     """Memory by phase and kind, the run's clock, waits and collectives, and what would go wrong."""
     plan, line, walk = found.plan, found.timeline, found.walks[0]
     many = f"{plan.count} x " if plan.count > 1 else ""
-    verdict = "goes from start to end" if not found.failures else f"{len(found.failures)} things go wrong"
+    verdict = (
+        "goes from start to end" if not found.failures else f"{len(found.failures)} things go wrong"
+    )
     lines = [f"{found.recipe.name} on {many}{plan.device.name}, rehearsed without data: {verdict}"]
     lines += [f"  adapted: {change}" for change in plan.fit.changes]
     lines += ["", *_memory(found), ""]
@@ -21,15 +23,19 @@ def rehearsal_table(found: Rehearsal) -> str:
     lines.append(f"memory of a node's host: {readable(sum(found.host.values()))} ({host})")
     rounds = sum(line.rounds)
     lines += [
-        f"clock, by the plan's seconds: {line.seconds / 3600:.1f} hours, of them {rounds / 3600:.1f} in "
+        f"clock, by the plan's seconds: {line.seconds / 3600:.1f} hours, of them "
+        f"{rounds / 3600:.1f} in "
         f"{len(line.rounds)} rounds of samples; evaluations {line.interval:.0f} s apart",
-        f"checkpoints: {line.checkpoints} of {readable(line.checkpoint_bytes)}, {readable(line.written)} in all; the "
-        f"loop waits {line.waited:.1f} s for them; a kill costs at most {line.lost / 60:.0f} minutes of training",
+        f"checkpoints: {line.checkpoints} of {readable(line.checkpoint_bytes)}, "
+        f"{readable(line.written)} in all; the "
+        f"loop waits {line.waited:.1f} s for them; a kill costs at most {line.lost / 60:.0f} "
+        "minutes of training",
         *plan.disk.lines(),
         f"dry run: times the stages for {found.dry_run:.0f} s",
         f"ranks: the longest silence is {line.quiet:.0f} s",
         f"graphs: {walk.captures} captures, {walk.alive} alive while the learner trains",
-        f"host waits in steps: {sum(wait.in_step for wait in walk.waits)}; beside them {_waits(found)}",
+        f"host waits in steps: {sum(wait.in_step for wait in walk.waits)}; beside them "
+        f"{_waits(found)}",
     ]
     if walk.collectives:
         kinds = Counter((group, kind) for group, kind, _ in walk.collectives)
@@ -45,12 +51,15 @@ def _memory(found: Rehearsal) -> list[str]:
     rows = [f"memory of a device, of {readable(limit)} that may be used (counted tensors)"]
     width = max(len(name) for name in found.walks[0].phases)
     for name, memory in found.walks[0].phases.items():
-        kinds = sorted(((k, v) for k, v in memory.kinds.items() if v > 10 << 20), key=lambda pair: -pair[1])
+        kinds = sorted(
+            ((k, v) for k, v in memory.kinds.items() if v > 10 << 20), key=lambda pair: -pair[1]
+        )
         told = ", ".join(f"{kind} {readable(size)}" for kind, size in kinds)
         rows.append(f"  {name.ljust(width)}  {readable(memory.peak):>10}  {told}")
     fit = found.plan.fit
     rows.append(
-        f"with the allocator's reserve, by the plan: at most {readable(fit.peak.total)} ({fit.peak.phase}), "
+        f"with the allocator's reserve, by the plan: at most {readable(fit.peak.total)} "
+        f"({fit.peak.phase}), "
         f"{'margin' if fit.margin >= 0 else 'missing'} {readable(abs(fit.margin))}"
     )
     return rows
@@ -58,7 +67,9 @@ def _memory(found: Rehearsal) -> list[str]:
 
 def _waits(found: Rehearsal) -> str:
     counts = Counter(wait.phase for wait in found.walks[0].waits if not wait.in_step)
-    return ", ".join(f"{count} in {phase}" for phase, count in counts.items() if phase not in ("start", "models"))
+    return ", ".join(
+        f"{count} in {phase}" for phase, count in counts.items() if phase not in ("start", "models")
+    )
 
 
 def _numbers(found: Rehearsal) -> str:

@@ -1,8 +1,10 @@
-"""The seconds of a whole run, without its work: rounds, evaluations, checkpoints, and ranks that are not equally fast.
+"""The seconds of a whole run, without its work: rounds, evaluations, checkpoints, and ranks that
+are not equally fast.
 
-The stages' seconds are those of a plan (``dpfast.planning.plan``). What decides is the code of a run: the patience asks
-for samples (on accuracies that never rise, so as early and as often as it can), ``CheckpointTimer`` for checkpoints,
-and ranks wait for each other by their heartbeats. Only the clock and the store are simulated.
+The stages' seconds are those of a plan (``dpfast.planning.plan``). What decides is the code of a
+run: the patience asks for samples (on accuracies that never rise, so as early and as often as it
+can), ``CheckpointTimer`` for checkpoints, and ranks wait for each other by their heartbeats. Only
+the clock and the store are simulated.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ SLOWER = 0.5  # how much slower than the others one rank may be, and the run goe
 
 @dataclass
 class Timeline:
-    """seconds: of the run; rounds: of each round of samples; evaluations, checkpoints: how many; interval: seconds
-    between two evaluations; checkpoint_bytes: of one; waited: seconds that the loop waited for checkpoints; lost: the
-    most seconds of training that a kill costs; quiet: the most seconds in which a rank tells nothing; dead: what a rank
-    says of another that is ``SLOWER``, None where all goes on.
+    """seconds: of the run; rounds: of each round of samples; evaluations, checkpoints: how many;
+    interval: seconds between two evaluations; checkpoint_bytes: of one; waited: seconds that the
+    loop waited for checkpoints; lost: the most seconds of training that a kill costs; quiet: the
+    most seconds in which a rank tells nothing; dead: what a rank says of another that is
+    ``SLOWER``, None where all goes on.
     """
 
     seconds: float = 0.0
@@ -64,7 +67,9 @@ class SimulatedClock(Clock):
 
 
 class _Others:
-    """A store in which the other ranks count batches as time passes, and say at their end that they are ready."""
+    """A store in which the other ranks count batches as time passes, and say at their end that they
+    are ready.
+    """
 
     def __init__(self, clock: SimulatedClock, batch: Sequence[float], batches: int) -> None:
         self.clock, self.batch, self.batches = clock, batch, batches
@@ -88,8 +93,11 @@ class _Others:
         return True
 
 
-def outwaits(count: int, batch: float, batches: int, *, timeout: float = TIMEOUT, slower: float = SLOWER) -> str | None:
-    """What the first rank says at the end of a round, while the last one is ``slower`` by this part; None: it waits.
+def outwaits(
+    count: int, batch: float, batches: int, *, timeout: float = TIMEOUT, slower: float = SLOWER
+) -> str | None:
+    """What the first rank says at the end of a round, while the last one is ``slower`` by this
+    part; None: it waits.
 
     batch: seconds of a batch; batches: of every rank.
     """
@@ -106,15 +114,20 @@ def outwaits(count: int, batch: float, batches: int, *, timeout: float = TIMEOUT
     return None
 
 
-def timeline(recipe: Recipe, plan: Plan, *, saves: float, checkpoint_bytes: int, timeout: float) -> Timeline:
+def timeline(
+    recipe: Recipe, plan: Plan, *, saves: float, checkpoint_bytes: int, timeout: float
+) -> Timeline:
     """The whole run of a recipe on a plan's devices.
 
-    saves: seconds for which the loop waits at a checkpoint; checkpoint_bytes: of one; timeout: of the run.
+    saves: seconds for which the loop waits at a checkpoint; checkpoint_bytes: of one; timeout: of
+    the run.
     """
     practice, costs, count = recipe.practice, plan.costs, plan.count
     link = link_of(plan.device, count)
     batch, size = recipe.generator.generation_batch, recipe.learner.batch_size
-    step = step_seconds(costs.step + costs.image * -(-size // count), link.all_reduce(costs.gradients, count))
+    step = step_seconds(
+        costs.step + costs.image * -(-size // count), link.all_reduce(costs.gradients, count)
+    )
     interval = practice.interval(size)
     evaluations = practice.iterations // interval
     evaluation = costs.evaluation * plan.job.evaluated / max(evaluations, 1) / count

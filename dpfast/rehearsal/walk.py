@@ -1,8 +1,10 @@
-"""One rank of a run, walked through on a device without numbers: the real loop, at the published sizes.
+"""One rank of a run, walked through on a device without numbers: the real loop, at the published
+sizes.
 
-Models, batches and images have the recipe's sizes; what repeats is cut: a few batches a round, a few steps between two
-evaluations, one round of each kind, a restart in the middle. Every part is the one that runs on a GPU. What has to be
-read from the device is scripted (``dpfast.rehearsal.device.scripted``), what only a GPU has is stood in for
+Models, batches and images have the recipe's sizes; what repeats is cut: a few batches a round, a
+few steps between two evaluations, one round of each kind, a restart in the middle. Every part is
+the one that runs on a GPU. What has to be read from the device is scripted
+(``dpfast.rehearsal.device.scripted``), what only a GPU has is stood in for
 (``dpfast.rehearsal.standins``).
 """
 
@@ -55,19 +57,26 @@ WALKED = 1  # steps of the learner after each addition; the others are the same 
 
 
 def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
-    """The recipe with everything that repeats cut short, at the sizes of its models, batches and images; not compiled.
+    """The recipe with everything that repeats cut short, at the sizes of its models, batches and
+    images; not compiled.
 
-    Raises ``RecipeError`` for what cannot be walked: files that are decoded take numbers, and ranks that only generate
-    speak with the others all the time.
+    Raises ``RecipeError`` for what cannot be walked: files that are decoded take numbers, and ranks
+    that only generate speak with the others all the time.
     """
     for name, value in (("codec", recipe.pool.codec), ("loader", recipe.learner.loader)):
         if value in ("jpeg", "dali"):
-            raise RecipeError(f"{name} = {value!r}: a rehearsal decodes no files; rehearse it with pixels or latents")
+            raise RecipeError(
+                f"{name} = {value!r}: a rehearsal decodes no files; rehearse it with pixels or "
+                "latents"
+            )
     if recipe.practice.overlap:
         raise RecipeError(
-            f"overlap = {recipe.practice.overlap}: a rehearsal walks ranks that do all in turns; expected 0"
+            f"overlap = {recipe.practice.overlap}: a rehearsal walks ranks that do all in turns; "
+            "expected 0"
         )
-    batch = recipe.generator.generation_batch  # a rank's turn; what is in memory at once may be less
+    batch = (
+        recipe.generator.generation_batch
+    )  # a rank's turn; what is in memory at once may be less
     samples = max(ranks.size * BATCHES * batch, -(-classes // batch) * batch) + batch // 2
     practice = replace(
         recipe.practice,
@@ -81,7 +90,8 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         patience_growth="fixed",
         sources=("dp",) if "dp" in recipe.practice.sources else recipe.practice.sources[:1],
     )
-    # a guided step and a plain one, unless every step is guided; where a round begins late, it begins at its own step
+    # a guided step and a plain one, unless every step is guided; where a round begins late, it
+    # begins at its own step
     steps = recipe.generator.steps if recipe.practice.restart else min(recipe.generator.steps, 2)
     share = recipe.learner.batch_size // ranks.size
     shown = min(share, MICRO_BATCHES * (recipe.learner.micro_batch or share))
@@ -96,7 +106,9 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
 
 
 def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:
-    """As many real images as fill one evaluation batch of every rank and a part of another; no memory of their own."""
+    """As many real images as fill one evaluation batch of every rank and a part of another; no
+    memory of their own.
+    """
     count = ranks.size * BATCH + BATCH // 5
     mine = len(ranks.places(count, BATCH))
     images = torch.zeros((), dtype=torch.uint8).expand(mine, *image_shape(pipeline))
@@ -106,9 +118,11 @@ def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:
 
 @dataclass
 class Account:
-    """Beside what the device tells. captures: of all samplers; alive: captured graphs at a training step, at most.
+    """Beside what the device tells. captures: of all samplers; alive: captured graphs at a training
+    step, at most.
 
-    checkpoint_bytes: of one; copied, written: bytes of it that the loop itself copied to the host, and wrote.
+    checkpoint_bytes: of one; copied, written: bytes of it that the loop itself copied to the host,
+    and wrote.
     """
 
     captures: int = 0
@@ -136,7 +150,9 @@ class RehearsedLoop(Loop):
         device.claim_module(learner.model, "learner")
         for parameter in learner.model.parameters():
             parameter.register_post_accumulate_grad_hook(_claimed_gradient(device))
-        learner.optimizer.register_step_post_hook(lambda optimizer, *_: device.claim(_slots(optimizer), "optimizer"))
+        learner.optimizer.register_step_post_hook(
+            lambda optimizer, *_: device.claim(_slots(optimizer), "optimizer")
+        )
         step = device.step(learner.step, "activations")
 
         def watched(images: Tensor, labels: Tensor) -> Tensor:
@@ -152,7 +168,11 @@ class RehearsedLoop(Loop):
         learner.step = watched  # type: ignore[method-assign]
 
     def _train(self) -> bool:
-        with self.device.phase("training"), self.device.kind("batches"), self.device.held("batches", self.hidden):
+        with (
+            self.device.phase("training"),
+            self.device.kind("batches"),
+            self.device.held("batches", self.hidden),
+        ):
             return super()._train()
 
     def _stands_still(self) -> bool:
@@ -189,9 +209,16 @@ def _slots(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def in_place(
-    recipe: Recipe, pipeline: Pipeline, ranks: Ranks, device: FakeDevice, account: Account, hidden: int
+    recipe: Recipe,
+    pipeline: Pipeline,
+    ranks: Ranks,
+    device: FakeDevice,
+    account: Account,
+    hidden: int,
 ) -> Iterator[None]:
-    """Within it ``DeliberatePractice`` finds the pipeline and the real images of a rehearsal, and its loops tell it."""
+    """Within it ``DeliberatePractice`` finds the pipeline and the real images of a rehearsal, and
+    its loops tell it.
+    """
     real = real_images(pipeline, ranks)
     recorders: list[RehearsedRecorder] = []
     told = {"device": device, "recorders": recorders, "account": account, "hidden": hidden}
@@ -203,7 +230,11 @@ def in_place(
 
     values: list[tuple[Any, str, Any]] = [
         (Recipe, "need_folders", lambda *_: None),
-        (yardstick, "SAMPLES", min(yardstick.SAMPLES, ranks.size * recipe.generator.generation_batch)),
+        (
+            yardstick,
+            "SAMPLES",
+            min(yardstick.SAMPLES, ranks.size * recipe.generator.generation_batch),
+        ),
         (experiment, "check_generator", lambda _: pipeline.class_names),
         (experiment, "check_real", lambda *_: None),
         (experiment, "device_named", lambda *_: META),
@@ -212,7 +243,11 @@ def in_place(
         (experiment, "fit_run", lambda *_, **__: None),  # it was fitted before
         (experiment, "Loop", loop),
         (learners, "build_learner", _on_the_device(learners.build_learner)),
-        (trainer, "synchronised", lambda model, _: model),  # torch's own on a GPU, whose messages nobody records
+        (
+            trainer,
+            "synchronised",
+            lambda model, _: model,
+        ),  # torch's own on a GPU, whose messages nobody records
         (checkpointing, "checkpoint", checkpoint),
         (stopping, "ASK", 0.0),  # ranks agree before every step, so that all stop at the same one
         (costs, "price", lambda *_, **__: Price(0.0, 0.0)),
@@ -264,17 +299,21 @@ class _StopsAt(Callback):
 def walk(recipe: Recipe, ranks: Ranks, device: FakeDevice, *, gpu: bool = True) -> Account:
     """Runs a recipe, made short by ``cut``, as ``ranks.rank``. gpu: or on a CPU.
 
-    The run is stopped in its middle. The first rank then goes on from the folder to the end, as after a kill.
+    The run is stopped in its middle. The first rank then goes on from the folder to the end, as
+    after a kill.
     """
     account, disk = Account(), RehearsedDisk()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # nothing is computed: more threads would only wait for each other
         gc.collect()
-        gc.freeze()  # what was there before is not looked at each time that a phase gives back its memory
+        # what was there before is not looked at each time that a phase gives back its memory
+        gc.freeze()
         stack.callback(gc.unfreeze)
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "for .*copying from a non-meta parameter")  # there is nothing to copy into
+        warnings.filterwarnings(
+            "ignore", "for .*copying from a non-meta parameter"
+        )  # there is nothing to copy into
         for context in (Fused(), device, stand_ins(device, gpu=gpu), put(disk.values())):
             stack.enter_context(context)
         with device.phase("models"), device.kind("generator"):
@@ -290,7 +329,11 @@ def walk(recipe: Recipe, ranks: Ranks, device: FakeDevice, *, gpu: bool = True) 
             gc.collect()
             with device.after_a_restart():
                 _to_the_end(short, ranks, out)
-    account.checkpoint_bytes, account.copied, account.written = disk.bytes, disk.copied, disk.written
+    account.checkpoint_bytes, account.copied, account.written = (
+        disk.bytes,
+        disk.copied,
+        disk.written,
+    )
     return account
 
 

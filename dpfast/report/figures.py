@@ -1,4 +1,6 @@
-"""The figures of a report: one function each, from runs to a matplotlib figure with direct labels."""
+"""The figures of a report: one function each, from runs to a matplotlib figure with direct
+labels.
+"""
 
 from __future__ import annotations
 
@@ -45,15 +47,25 @@ def label_ends(axes: Any, ends: list[tuple[str, float, float, str]]) -> None:
     for name, x, y, color in sorted(ends, key=lambda end: end[2]):
         last = max(y, last + least)
         axes.annotate(
-            name, (x, last), xytext=(6, 0), textcoords="offset points", va="center", color=color, weight="bold"
+            name,
+            (x, last),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            weight="bold",
         )
     axes.margins(x=0.02)
     left, right = axes.get_xlim()
     axes.set_xlim(left, right + 0.12 * (right - left))
 
 
-def curve(runs: list[Run], size: tuple[float, float], key: str, label: str, scale: float = 1.0) -> Figure | None:
-    """A measure of the evaluations against iterations, one line a run; a vertical line at each addition (Fig. 2)."""
+def curve(
+    runs: list[Run], size: tuple[float, float], key: str, label: str, scale: float = 1.0
+) -> Figure | None:
+    """A measure of the evaluations against iterations, one line a run; a vertical line at each
+    addition (Fig. 2).
+    """
     figure, axes = axes_of(size, "optimiser iterations", label)
     ends: dict[str, tuple[str, float, float, str]] = {}
     heights: list[float] = []
@@ -63,14 +75,20 @@ def curve(runs: list[Run], size: tuple[float, float], key: str, label: str, scal
             if not rows:
                 continue
             steps, values = [m["step"] for m in rows], [scale * m[key] for m in rows]
-            axes.plot(steps, values, color=_color(source), lw=1.5, alpha=0.9 if len(runs) == 1 else 0.65)
+            axes.plot(
+                steps, values, color=_color(source), lw=1.5, alpha=0.9 if len(runs) == 1 else 0.65
+            )
             heights += values
             ends[source] = (source, steps[-1], values[-1], _color(source))
             for m in run.events("addition", source):
-                axes.axvline(m["step"], color=_color(source), lw=0.8, ls=(0, (4, 3)), alpha=0.45, zorder=0)
+                axes.axvline(
+                    m["step"], color=_color(source), lw=0.8, ls=(0, (4, 3)), alpha=0.45, zorder=0
+                )
     if not heights:
         return None
-    spread = np.quantile(heights, [0.06, 0.94])  # the climb of the first iterations would hide the rest
+    spread = np.quantile(
+        heights, [0.06, 0.94]
+    )  # the climb of the first iterations would hide the rest
     room = 0.25 * (spread[1] - spread[0]) + 1e-6
     axes.set_ylim(max(0.0, spread[0] - room), min(spread[1] + room, max(heights) + room))
     label_ends(axes, list(ends.values()))
@@ -86,7 +104,9 @@ def loss(runs: list[Run], size: tuple[float, float]) -> Figure | None:
 
 
 def fit_power_law(samples: np.ndarray, error: np.ndarray) -> tuple[float, float] | None:
-    """(a, b) of error = a samples^-b by least squares of the logarithms; None with fewer than three distinct sizes."""
+    """(a, b) of error = a samples^-b by least squares of the logarithms; None with fewer than three
+    distinct sizes.
+    """
     good = (error > 0) & (samples > 0)
     if len(np.unique(samples[good])) < 3:
         return None
@@ -108,7 +128,9 @@ def scaling(points: list[Point], size: tuple[float, float]) -> Figure | None:
         if law is not None:
             line = np.geomspace(samples.min(), samples.max(), 60)
             axes.plot(line, 100 * (1 - law[0] * line ** -law[1]), color=_color(source), lw=1.5)
-        ends.append((source, samples.max(), 100 * top1[samples == samples.max()].mean(), _color(source)))
+        ends.append(
+            (source, samples.max(), 100 * top1[samples == samples.max()].mean(), _color(source))
+        )
     if len({p.samples for p in points}) > 3:
         axes.set_xscale("log")
         low, high = (p(point.samples for point in points) for p in (min, max))
@@ -123,9 +145,15 @@ def scaling(points: list[Point], size: tuple[float, float]) -> Figure | None:
 def phases(runs: list[Run], size: tuple[float, float]) -> Figure | None:
     """Seconds of generation, training and evaluation by source, the mean of the runs."""
     sources = list(dict.fromkeys(s for run in runs for s in run.sources))
-    parts = {"generation": ("generation", "seconds", 1.0), "training": ("training", "seconds", 0.45),
-             "evaluation": ("training", "evaluation_seconds", 0.2)}  # fmt: skip
-    means = {s: [float(np.mean([r.total(e, k, s) or 0 for r in runs])) for e, k, _ in parts.values()] for s in sources}
+    parts = {
+        "generation": ("generation", "seconds", 1.0),
+        "training": ("training", "seconds", 0.45),
+        "evaluation": ("training", "evaluation_seconds", 0.2),
+    }
+    means = {
+        s: [float(np.mean([r.total(e, k, s) or 0 for r in runs])) for e, k, _ in parts.values()]
+        for s in sources
+    }
     if not np.any(list(means.values())):
         return None
     figure, axes = axes_of((size[0], 0.9 + 0.5 * len(sources)), "seconds, mean of the runs", "")
@@ -138,34 +166,62 @@ def phases(runs: list[Run], size: tuple[float, float]) -> Figure | None:
             text = f"{name} {width:.0f} s" if size[0] > 5 else f"{width:.0f} s"
             if width > 0.012 * len(text) * longest * (7 / size[0]):  # room for the words
                 color = "white" if depth == 1 else INK
-                axes.text(left + width / 2, place, text, ha="center", va="center", fontsize=8, color=color)
+                axes.text(
+                    left + width / 2, place, text, ha="center", va="center", fontsize=8, color=color
+                )
             left += width
     axes.set_yticks(range(len(sources)), list(reversed(sources)))
     return figure
 
 
 def hardness(runs: list[Run], size: tuple[float, float]) -> Figure | None:
-    """Entropy of new samples at birth beside that of unguided ones under the same learner, by round."""
+    """Entropy of new samples at birth beside that of unguided ones under the same learner, by
+    round.
+    """
     figure, axes = axes_of(size, "round", "mean entropy, nats")
     drawn = False
     for run in runs:
         rows = [m for m in run.events("addition", "dp") if "unguided_entropy" in m]
         for key, color in (("entropy", COLORS["dp"]), ("unguided_entropy", MUTED)):
-            axes.plot([m["round"] for m in rows], [m[key] for m in rows], "o-", color=color, ms=4, lw=1.3, alpha=0.7)
+            axes.plot(
+                [m["round"] for m in rows],
+                [m[key] for m in rows],
+                "o-",
+                color=color,
+                ms=4,
+                lw=1.3,
+                alpha=0.7,
+            )
         if rows:
             drawn = True
-            for key, name, color in (("entropy", "guided", COLORS["dp"]), ("unguided_entropy", "unguided", MUTED)):
+            for key, name, color in (
+                ("entropy", "guided", COLORS["dp"]),
+                ("unguided_entropy", "unguided", MUTED),
+            ):
                 if run is runs[0]:
                     place = (rows[0]["round"], rows[0][key])
-                    axes.annotate(name, place, xytext=(0, 8), textcoords="offset points", color=color, weight="bold")
+                    axes.annotate(
+                        name,
+                        place,
+                        xytext=(0, 8),
+                        textcoords="offset points",
+                        color=color,
+                        weight="bold",
+                    )
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     return figure if drawn else None
 
 
 PER_RUN: dict[str, tuple[Callable[[list[Run], tuple[float, float]], Figure | None], str]] = {
-    "accuracy_iterations": (accuracy, "Accuracy on real validation images. Dashed: samples were added."),
+    "accuracy_iterations": (
+        accuracy,
+        "Accuracy on real validation images. Dashed: samples were added.",
+    ),
     "loss_iterations": (loss, "Training loss. It rises when harder samples arrive."),
-    "hardness": (hardness, "Entropy of new samples at birth, beside unguided samples under the same learner."),
+    "hardness": (
+        hardness,
+        "Entropy of new samples at birth, beside unguided samples under the same learner.",
+    ),
     "phases": (phases, "Where the time goes: generation, training, evaluation from dark to light."),
 }

@@ -1,4 +1,6 @@
-"""What becomes of samples: their entropy at birth, and the learner's error on them before and after inclusion."""
+"""What becomes of samples: their entropy at birth, and the learner's error on them before and after
+inclusion.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PER_ROUND = 2000  # samples of a round that are looked at
 
 @dataclass(frozen=True)
 class Errors:
-    """By rounds since inclusion, 0 being the learner that guided: error on all new samples, and on those it mistook."""
+    """By rounds since inclusion, 0 being the learner that guided: error on all new samples, and on
+    those it mistook.
+    """
 
     offsets: tuple[int, ...]
     everything: tuple[float, ...]
@@ -31,12 +35,18 @@ class Errors:
 
 
 def errors_around(
-    run: Run, pool: SamplePool, classes: int, *, source: str = "dp", device: torch.device | str = "cpu"
+    run: Run,
+    pool: SamplePool,
+    classes: int,
+    *,
+    source: str = "dp",
+    device: torch.device | str = "cpu",
 ) -> Errors | None:
-    """The errors of a run's learners, at the ends of its rounds and of the run, on the samples of every round.
+    """The errors of a run's learners, at the ends of its rounds and of the run, on the samples of
+    every round.
 
-    The learners run on ``device``. None without the checkpoints of every round (``keep_rounds``). Source: Fig. 6 of
-    arXiv 2502.15588.
+    The learners run on ``device``. None without the checkpoints of every round (``keep_rounds``).
+    Source: Fig. 6 of arXiv 2502.15588.
     """
     saved = run.path / f"checkpoints_{source}"
     rounds = int(pool.column("round").max()) if len(pool) else 0
@@ -47,10 +57,16 @@ def errors_around(
     recipe = Recipe.from_dict(run.recipe)
     options, weights = recipe.learner.options, recipe.guidance.guide_with
     channels = pool.images(torch.arange(1)).shape[1]
-    model = build_learner(recipe.learner.model, classes=classes, channels=channels, **options).to(device)
+    model = build_learner(recipe.learner.model, classes=classes, channels=channels, **options).to(
+        device
+    )
     of_round = pool.column("round")
-    members = [torch.nonzero(of_round == number).flatten()[:PER_ROUND] for number in range(1, rounds + 1)]
-    states = itertools.chain((checkpoint.load(path) for path in paths if path is not None), [newest])
+    members = [
+        torch.nonzero(of_round == number).flatten()[:PER_ROUND] for number in range(1, rounds + 1)
+    ]
+    states = itertools.chain(
+        (checkpoint.load(path) for path in paths if path is not None), [newest]
+    )
     learner = in_precision(model, recipe.learner.precision, torch.device(device))
     wrong = []
     for state in states:
@@ -75,7 +91,9 @@ def errors_around(
 def _with(model: nn.Module, tensors: dict[str, Tensor], weights: str) -> nn.Module:
     trained = checkpoint.part("trainer", tensors)
     prefix = f"{'ema' if weights == 'ema' else 'model'}/"
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)})
+    model.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
+    )
     return model.eval()
 
 
@@ -90,7 +108,10 @@ def inclusion(errors: Errors | None, size: tuple[float, float]) -> Figure | None
         return None
     figure, axes = axes_of(size, "rounds since inclusion", "error on the samples, %")
     ends = []
-    for name, values, color in (("hard", errors.hard, COLORS["dp"]), ("all", errors.everything, MUTED)):
+    for name, values, color in (
+        ("hard", errors.hard, COLORS["dp"]),
+        ("all", errors.everything, MUTED),
+    ):
         axes.plot(errors.offsets, [100 * v for v in values], "o-", color=color, ms=4, lw=1.4)
         ends.append((name, float(errors.offsets[-1]), 100 * values[-1], color))
     axes.axvline(0, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=0)
@@ -113,7 +134,14 @@ def births(pool: SamplePool, size: tuple[float, float]) -> Figure | None:
         share = 100 * torch.histc(values, bins=20, min=0.0, max=max(top, 1e-3)) / len(values)
         edges = torch.linspace(0.0, max(top, 1e-3), 21)
         depth = 0.25 + 0.75 * (place + 1) / len(numbers)
-        axes.stairs(share.numpy(), edges.numpy(), color=COLORS["dp"], alpha=depth, lw=1.5, label=f"round {number}")
+        axes.stairs(
+            share.numpy(),
+            edges.numpy(),
+            color=COLORS["dp"],
+            alpha=depth,
+            lw=1.5,
+            label=f"round {number}",
+        )
     axes.legend(frameon=False, fontsize=8)
     axes.set_ylim(bottom=0)
     return figure

@@ -8,7 +8,9 @@ from dpfast.practice.result import Result
 
 
 def result_table(results: list[Result]) -> str:
-    """The final tables as text, accuracies on real images: one row per source, then one per further set and source."""
+    """The final tables as text, accuracies on real images: one row per source, then one per further
+    set and source.
+    """
     header = (
         "source",
         "samples",
@@ -48,11 +50,16 @@ def result_table(results: list[Result]) -> str:
     ]
     tables = [_aligned(header, rows)]
     if sets:
-        tables.append(_aligned(("source", "set", "images", "top-1", "top-5", "calibration error"), sets))
+        tables.append(
+            _aligned(("source", "set", "images", "top-1", "top-5", "calibration error"), sets)
+        )
     return "\n\n".join(tables)
 
 
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [header, *rows]
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

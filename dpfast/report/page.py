@@ -27,54 +27,75 @@ from dpfast.report.sweeps import swept
 
 WIDE, NARROW = (7.0, 3.6), (3.7, 2.9)  # inches; a phone gets a figure drawn for its width
 SHEET_COLUMNS = 12
-LARGEST = 16 << 30  # bytes of saved samples that are read into memory for entropies at birth and contact sheets
+LARGEST = (
+    16 << 30
+)  # bytes of saved samples that are read into memory for entropies at birth and contact sheets
 SWEPT = {
-    "oversampling": "prune: accuracy and cost against how many candidates a kept sample was chosen from.",
+    "oversampling": "prune: accuracy and cost against how many candidates a kept sample was chosen "
+    "from.",
     "omega": "dp: accuracy and cost against the strength of guidance; 0 is the timing alone.",
 }
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#1f2328;--muted:#5c6470;--line:#e2e5e9;--card:#fff}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--ink:#e6e8eb;--muted:#a3abb6;--line:#30363d;--card:#f4f5f6}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
-main{max-width:60rem;margin:0 auto;padding:2.5rem 1rem 4rem}h1{font-size:1.9rem;line-height:1.2;margin:0 0 .3rem}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
+main{max-width:60rem;margin:0 auto;padding:2.5rem 1rem 4rem}
+h1{font-size:1.9rem;line-height:1.2;margin:0 0 .3rem}
 h2{font-size:1.2rem;margin:2.8rem 0 .6rem;padding-top:.8rem;border-top:1px solid var(--line)}
-h3{font-size:1rem;margin:1.6rem 0 .4rem}.sub,figcaption,.note{color:var(--muted)}.lead{font-size:1.2rem;max-width:42rem}
-figure{margin:1.4rem 0}figure img{max-width:100%;height:auto;background:var(--card);border-radius:6px;display:block}
+h3{font-size:1rem;margin:1.6rem 0 .4rem}.sub,figcaption,.note{color:var(--muted)}
+.lead{font-size:1.2rem;max-width:42rem}
+figure{margin:1.4rem 0}
+figure img{max-width:100%;height:auto;background:var(--card);border-radius:6px;display:block}
 figcaption{font-size:.9rem;margin-top:.4rem}.scroll{overflow-x:auto}code{overflow-wrap:anywhere}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:100%;font-size:.92rem}
 th,td{padding:.4rem .8rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left;padding-left:0}thead th{color:var(--muted);font-weight:600}
+th:first-child,td:first-child{text-align:left;padding-left:0}
+thead th{color:var(--muted);font-weight:600}
 """
 
 
 def write_report(
-    paths: Sequence[Path], out: Path, *, study: Path | None = None, device: torch.device | str = "cpu"
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    study: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Writes ``index.html`` and PNG files into ``out`` and returns the page's path.
 
     Args:
         paths: run folders, finished or not; one report holds runs on the same real images.
         out: a folder, made where it does not exist.
-        study: a JSON-lines file as of ``dpfast.report.points.points_of_study``, in place of the runs' own results.
+        study: a JSON-lines file as of ``dpfast.report.points.points_of_study``, in place of the
+        runs' own results.
         device: where learners and decoders read the samples again.
 
-    Raises ``RecipeError`` for a path that is no run, runs on different real images, or a study that cannot be read.
+    Raises ``RecipeError`` for a path that is no run, runs on different real images, or a study that
+    cannot be read.
     """
     runs = read_runs(list(paths))
     points = points_of_study(study) if study is not None else points_of_runs(runs)
     pools = {run.path: _pool(run, device) for run in runs}
     out.mkdir(parents=True, exist_ok=True)
 
-    def figure(name: str, draw: Callable[[tuple[float, float]], Figure | None], caption: str) -> str:
+    def figure(
+        name: str, draw: Callable[[tuple[float, float]], Figure | None], caption: str
+    ) -> str:
         return _figure(out / f"{name}.png", draw(WIDE), draw(NARROW), caption)
 
     body = [_head(runs, points), tables.results(runs), _notes(runs)]
     body.append("<h2>Training</h2>")
-    body += [figure(name, partial(draw, runs), caption) for name, (draw, caption) in PER_RUN.items()]
+    body += [
+        figure(name, partial(draw, runs), caption) for name, (draw, caption) in PER_RUN.items()
+    ]
     body.append(tables.phases(runs))
     body.append("<h2>Accuracy against samples</h2>")
-    caption = "Held-out accuracy; points are runs, lines power laws of the error, fitted from three sizes on."
+    caption = (
+        "Held-out accuracy; points are runs, lines power laws of the error, fitted from "
+        "three sizes on."
+    )
     body.append(figure("accuracy_samples", partial(scaling, usual(points)), caption))
     body.append("<h2>Accuracy and cost</h2>")
     for name, caption in SWEPT.items():
@@ -87,9 +108,11 @@ def write_report(
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     page = out / "index.html"
     page.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Deliberate Practice</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Deliberate '
+        "Practice</title>"
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" '
+        'href="data:,">'
         f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n"
     )
     return page
@@ -109,10 +132,14 @@ def _notes(runs: list[Run]) -> str:
 
 
 def _pool(run: Run, device: torch.device | str) -> tuple[SamplePool, int] | None:
-    """A run's saved samples and its number of classes; None where there are none, or more than a page is worth."""
+    """A run's saved samples and its number of classes; None where there are none, or more than a
+    page is worth.
+    """
     size = sum(file.stat().st_size for file in run.path.glob("pool_*/**/shard-*.tar"))
     if size > LARGEST:
-        run.notes.append(f"{run.path.name}: its {readable(size)} of samples are not read for this page")
+        run.notes.append(
+            f"{run.path.name}: its {readable(size)} of samples are not read for this page"
+        )
         return None
     try:
         pool, names = import_pool(run.path, device=device)
@@ -131,18 +158,29 @@ def _samples(
     """Entropy at birth, error before and after inclusion, and contact sheets of every round."""
     name = run.path.name
     if saved is None:
-        return f'<p class="note">{html.escape(name)}: no samples that were read, so no contact sheets.</p>'
+        return (
+            f'<p class="note">{html.escape(name)}: no samples that were read, so no contact '
+            "sheets.</p>"
+        )
     pool, classes = saved
-    parts = [figure(f"births_{name}", partial(births, pool), f"{name}: entropy of new samples at birth, by round.")]
+    parts = [
+        figure(
+            f"births_{name}",
+            partial(births, pool),
+            f"{name}: entropy of new samples at birth, by round.",
+        )
+    ]
     errors = errors_around(run, pool, classes, device=device)
     if errors is None:
         parts.append(
-            f'<p class="note">{html.escape(name)}: no checkpoints of every round (--keep-rounds true), so no errors of '
+            f'<p class="note">{html.escape(name)}: no checkpoints of every round (--keep-rounds '
+            "true), so no errors of "
             "samples before and after inclusion.</p>"
         )
     else:
         caption = (
-            f"{name}: error of the learners at the ends of rounds on the samples of each round. Hard: those that the "
+            f"{name}: error of the learners at the ends of rounds on the samples of each round. "
+            "Hard: those that the "
             "learner of their inclusion mistook."
         )
         parts.append(figure(f"inclusion_{name}", partial(inclusion, errors), caption))
@@ -156,20 +194,28 @@ def _sheets(run: Run, pool: SamplePool, out: Path) -> str:
     for number in rounds.unique().tolist():
         rows = []
         for label in labels.unique().tolist()[:10]:
-            members = torch.nonzero((rounds == number) & (labels == label)).flatten()[:SHEET_COLUMNS]
+            members = torch.nonzero((rounds == number) & (labels == label)).flatten()[
+                :SHEET_COLUMNS
+            ]
             if len(members):
                 rows.append(pool.images(members[entropy[members].argsort()]))
         picture = enlarged(tile(rows), rows[0].shape[-1])
         path = out / f"samples_{run.path.name}_round_{number:02d}.png"
         picture.save(path)
-        caption = f"{run.path.name}, round {number}: a row per class, entropy at birth rises to the right."
+        caption = (
+            f"{run.path.name}, round {number}: a row per class, entropy at birth rises to "
+            "the right."
+        )
         parts.append(_img(path.read_bytes(), None, caption))
     return "".join(parts)
 
 
 def _recipe(runs: list[Run]) -> str:
     text = html.escape(json.dumps(runs[0].recipe, indent=2))
-    return f'<h2>Recipe of {html.escape(runs[0].path.name)}</h2><div class="scroll"><pre>{text}</pre></div>'
+    return (
+        f"<h2>Recipe of {html.escape(runs[0].path.name)}</h2><div "
+        f'class="scroll"><pre>{text}</pre></div>'
+    )
 
 
 def _png(figure: Figure) -> bytes:
@@ -189,7 +235,9 @@ def _figure(path: Path, wide: Figure | None, narrow: Figure | None, caption: str
 def _img(wide: bytes, narrow: bytes | None, caption: str) -> str:
     text = html.escape(caption)
     image = f'<img src="{_uri(wide)}" alt="{text}">'
-    small = f'<source media="(max-width:600px)" srcset="{_uri(narrow)}">' if narrow is not None else ""
+    small = (
+        f'<source media="(max-width:600px)" srcset="{_uri(narrow)}">' if narrow is not None else ""
+    )
     return f"<figure><picture>{small}{image}</picture><figcaption>{text}</figcaption></figure>"
 
 

@@ -1,4 +1,6 @@
-"""Finished runs as points to compare: held-out accuracy against samples, of equal settings, and sweeps of one field."""
+"""Finished runs as points to compare: held-out accuracy against samples, of equal settings, and
+sweeps of one field.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ SIZE = {"maximum_samples", "initial_samples", "round_samples"}
 
 @dataclass(frozen=True)
 class Point:
-    """One finished source. accuracy: held-out, in [0, 1]; flops: of its generation, None where nobody counted."""
+    """One finished source. accuracy: held-out, in [0, 1]; flops: of its generation, None where
+    nobody counted.
+    """
 
     source: str
     samples: int
@@ -30,12 +34,20 @@ class Point:
 
     def setting(self, *without: str) -> str:
         """The recipe's fields that two runs must share to be compared, those named left out."""
-        return json.dumps({k: v for k, v in sorted(self.fields.items()) if k not in IDENTITY | {*without}})
+        return json.dumps(
+            {k: v for k, v in sorted(self.fields.items()) if k not in IDENTITY | {*without}}
+        )
 
 
 def points_of_runs(runs: Iterable[Run]) -> list[Point]:
     return [
-        Point(m["source"], m["samples"], m["test_accuracy"], run.fields, run.total("generation", "flops", m["source"]))
+        Point(
+            m["source"],
+            m["samples"],
+            m["test_accuracy"],
+            run.fields,
+            run.total("generation", "flops", m["source"]),
+        )
         for run in runs
         for m in run.events("result")
         if "test_accuracy" in m
@@ -43,29 +55,39 @@ def points_of_runs(runs: Iterable[Run]) -> list[Point]:
 
 
 def points_of_study(path: Path) -> list[Point]:
-    """The lines of a study: "source", "samples", "test_accuracy", and where they are known "fields" and "flops".
+    """The lines of a study: "source", "samples", "test_accuracy", and where they are known "fields"
+    and "flops".
 
     Raises ``RecipeError`` for a file that cannot be read.
     """
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         return [
-            Point(e["source"], e["samples"], e["test_accuracy"], e.get("fields", {}), e.get("flops")) for e in lines
+            Point(
+                e["source"], e["samples"], e["test_accuracy"], e.get("fields", {}), e.get("flops")
+            )
+            for e in lines
         ]
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"study = {str(path)!r}: cannot be read: {error!r}") from None
 
 
 def usual(points: Iterable[Point]) -> list[Point]:
-    """The largest part of the points, by sources and then by number, that share everything but size and seed."""
+    """The largest part of the points, by sources and then by number, that share everything but size
+    and seed.
+    """
     groups = defaultdict(list)
     for point in points:
         groups[point.setting(*SIZE)].append(point)
-    return max(groups.values(), key=lambda group: (len({p.source for p in group}), len(group)), default=[])
+    return max(
+        groups.values(), key=lambda group: (len({p.source for p in group}), len(group)), default=[]
+    )
 
 
 def sweep(points: Iterable[Point], source: str, field: str) -> dict[float, list[Point]]:
-    """The points of one source that differ in one field and the seed alone, most values first; {} with only one."""
+    """The points of one source that differ in one field and the seed alone, most values first; {}
+    with only one.
+    """
     groups: dict[str, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
         if point.source == source and field in point.fields:
@@ -75,18 +97,26 @@ def sweep(points: Iterable[Point], source: str, field: str) -> dict[float, list[
 
 
 def lead(points: list[Point]) -> str:
-    """One sentence that ranks the sources at the largest size that all of them have, "" with fewer than two."""
+    """One sentence that ranks the sources at the largest size that all of them have, "" with fewer
+    than two.
+    """
     same = usual(points)
-    sources = sorted({p.source for p in same}, key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
+    sources = sorted(
+        {p.source for p in same}, key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s)
+    )
     if len(sources) < 2:
         return ""
     common = set.intersection(*({p.samples for p in same if p.source == s} for s in sources))
     size = max(common) if common else None
-    chosen = {s: [p.accuracy for p in same if p.source == s and size in (None, p.samples)] for s in sources}
+    chosen = {
+        s: [p.accuracy for p in same if p.source == s and size in (None, p.samples)]
+        for s in sources
+    }
     ranked = sorted(sources, key=lambda s: -mean(chosen[s]))
     first, top = ranked[0], mean(chosen[ranked[0]])
     others = ", ".join(
-        f"{100 * (top - mean(chosen[s])):.1f} points above {s} ({mean(chosen[s]):.1%})" for s in ranked[1:]
+        f"{100 * (top - mean(chosen[s])):.1f} points above {s} ({mean(chosen[s]):.1%})"
+        for s in ranked[1:]
     )
     counts = sorted({len(values) for values in chosen.values()})
     runs = f"{'-'.join(map(str, {counts[0]: 0, counts[-1]: 0}))} run(s) each"

@@ -15,7 +15,9 @@ ORDER = ("dp", "dynamic", "prune", "static")
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. metrics, timings: the lines of its files; notes: what is missing or damaged, in words."""
+    """One run folder. metrics, timings: the lines of its files; notes: what is missing or damaged,
+    in words.
+    """
 
     path: Path
     recipe: dict[str, Any]
@@ -34,19 +36,31 @@ class Run:
         return [m for m in self.metrics if m["event"] == event and source in (None, m["source"])]
 
     def total(self, event: str, key: str, source: str) -> float | None:
-        """The sum of a value over a source's "generation" or "training"; None where it was not written."""
-        found = [t[key] for t in self.timings if t["event"] == event and t["source"] == source and key in t]
+        """The sum of a value over a source's "generation" or "training"; None where it was not
+        written.
+        """
+        found = [
+            t[key]
+            for t in self.timings
+            if t["event"] == event and t["source"] == source and key in t
+        ]
         return sum(found) if found else None
 
     def share(self, event: str, source: str) -> float | None:
-        """The mean share of the peak over a source's "generation" or "interval" seconds; None where it is not known."""
-        found = [t for t in self.timings if t["event"] == event and t["source"] == source and "mfu" in t]
+        """The mean share of the peak over a source's "generation" or "interval" seconds; None where
+        it is not known.
+        """
+        found = [
+            t for t in self.timings if t["event"] == event and t["source"] == source and "mfu" in t
+        ]
         seconds = sum(t["seconds"] for t in found)
         return sum(t["mfu"] * t["seconds"] for t in found) / seconds if seconds else None
 
     def highest(self, key: str, source: str) -> float | None:
         """The largest of a value over a source's lines; None where it was not written."""
-        return max((t[key] for t in self.timings if t["source"] == source and key in t), default=None)
+        return max(
+            (t[key] for t in self.timings if t["source"] == source and key in t), default=None
+        )
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -70,26 +84,39 @@ def read_run(path: Path) -> Run:
     for source in run.sources:
         if not run.events("result", source):
             last = max((m["step"] for m in metrics if m["source"] == source), default=0)
-            notes.append(f"{path.name}: {source} is unfinished, its last line is of iteration {last}")
+            notes.append(
+                f"{path.name}: {source} is unfinished, its last line is of iteration {last}"
+            )
     if not metrics:
         notes.append(f"{path.name}: no evaluation has been written yet")
     return run
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """Reads runs that measure the same thing. Raises ``RecipeError`` where their real images differ."""
+    """Reads runs that measure the same thing. Raises ``RecipeError`` where their real images
+    differ.
+    """
     runs = [read_run(path) for path in paths]
     kinds = {str(run.recipe.get("validation")) for run in runs}
     if len(kinds) > 1:
-        raise RecipeError(f"runs: their real images differ ({', '.join(sorted(kinds))}); one report compares one set")
+        raise RecipeError(
+            f"runs: their real images differ ({', '.join(sorted(kinds))}); one report compares one "
+            "set"
+        )
     return runs
 
 
 def differences(runs: list[Run]) -> dict[str, list[Any]]:
-    """The recipe fields, other than seed and name, that are not the same in all runs -> their values by run."""
+    """The recipe fields, other than seed and name, that are not the same in all runs -> their
+    values by run.
+    """
     flat = [run.fields for run in runs]
     keys = sorted({key for one in flat for key in one} - {"seed", "name"})
-    return {k: [one.get(k) for one in flat] for k in keys if len({json.dumps(one.get(k)) for one in flat}) > 1}
+    return {
+        k: [one.get(k) for one in flat]
+        for k in keys
+        if len({json.dumps(one.get(k)) for one in flat}) > 1
+    }
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -101,5 +128,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            notes.append(f"{path.parent.name}: line {number} of {path.name} is cut short and was left out")
+            notes.append(
+                f"{path.parent.name}: line {number} of {path.name} is cut short and was left out"
+            )
     return rows

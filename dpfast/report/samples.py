@@ -15,7 +15,8 @@ from dpfast.samples import SampleBatch
 
 
 def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder: Path) -> Path:
-    """Writes ``<sample id>_<label>.png`` for every sample, ``samples.jsonl`` and an overview, whose path it returns.
+    """Writes ``<sample id>_<label>.png`` for every sample, ``samples.jsonl`` and an overview, whose
+    path it returns.
 
     A name's characters that do not belong in a file name become "-".
     """
@@ -29,9 +30,13 @@ def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder
                 file = f"{number:06d}_{safe}.png"
                 Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(folder / file)
                 row = {"file": file, "sample_id": number, "label": label, "class": names[label]}
-                lines.write(json.dumps(row | ({"entropy": entropy} if entropy == entropy else {})) + "\n")
+                lines.write(
+                    json.dumps(row | ({"entropy": entropy} if entropy == entropy else {})) + "\n"
+                )
                 by_label.setdefault(label, []).append(image)
             bar.update(len(batch))
     labels = sorted(by_label)
     rows = [torch.stack(by_label[label][:20]) for label in labels]
-    return contact_sheet(rows, tuple(names[label] for label in labels), "samples", folder / "overview.png")
+    return contact_sheet(
+        rows, tuple(names[label] for label in labels), "samples", folder / "overview.png"
+    )

@@ -10,11 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 GAP = 1  # pixels between images
-TARGET = 48  # pixels: small images are enlarged by a whole number, so that their pixels stay square and sharp
+# pixels: small images are enlarged by a whole number, so that their pixels stay square and sharp
+TARGET = 48
 
 
 def tile(rows: list[Tensor], *, background: int = 255) -> Image.Image:
-    """A grid of images; ``rows`` holds one uint8 (n, C, H, W) tensor per row, of any n, C being 1 or 3."""
+    """A grid of images; ``rows`` holds one uint8 (n, C, H, W) tensor per row, of any n, C being 1
+    or 3.
+    """
     columns = max(len(row) for row in rows)
     channels, height, width = rows[0].shape[1:]
     size = (len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels)
@@ -29,7 +32,9 @@ def tile(rows: list[Tensor], *, background: int = 255) -> Image.Image:
 def enlarged(picture: Image.Image, side: int) -> Image.Image:
     """A grid of images with ``side`` pixels each, at least ``TARGET`` pixels an image."""
     factor = max(1, -(-TARGET // side))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    )
 
 
 def contact_sheet(rows: list[Tensor], names: tuple[str, ...], title: str, path: Path) -> Path:

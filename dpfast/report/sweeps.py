@@ -16,7 +16,9 @@ SWEEPS = {
 
 
 def swept(points: list[Point], name: str, size: tuple[float, float]) -> Figure | None:
-    """Held-out accuracy over the cost of a sample, GFLOP of generation; bars are standard deviations over runs."""
+    """Held-out accuracy over the cost of a sample, GFLOP of generation; bars are standard
+    deviations over runs.
+    """
     source, field, label = SWEEPS[name]
     values = sweep(points, source, field)
     if not values:
@@ -28,10 +30,14 @@ def swept(points: list[Point], name: str, size: tuple[float, float]) -> Figure |
     for value, group in values.items():
         accuracies = [100 * p.accuracy for p in group]
         spread = stdev(accuracies) if len(group) > 1 else 0.0
-        top.errorbar(value, mean(accuracies), spread, fmt="o", color=COLORS[source], ms=5, capsize=3, lw=1.2)
+        top.errorbar(
+            value, mean(accuracies), spread, fmt="o", color=COLORS[source], ms=5, capsize=3, lw=1.2
+        )
     means = [100 * mean(p.accuracy for p in group) for group in values.values()]
     top.plot(list(values), means, color=COLORS[source], lw=1.3, alpha=0.6)
-    costs = {v: [p.flops / p.samples / 1e9 for p in group if p.flops] for v, group in values.items()}
+    costs = {
+        v: [p.flops / p.samples / 1e9 for p in group if p.flops] for v, group in values.items()
+    }
     known = {v: mean(cost) for v, cost in costs.items() if cost}
     bottom.plot(list(known), list(known.values()), "o-", color=MUTED, ms=4, lw=1.3)
     bottom.set_ylim(bottom=0)

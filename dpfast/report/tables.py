@@ -12,8 +12,13 @@ from dpfast.report.runs import Run
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>'
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return (
+        "<div "
+        f'class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>'
+    )
 
 
 def results(runs: list[Run]) -> str:
@@ -21,8 +26,14 @@ def results(runs: list[Run]) -> str:
     for run in runs:
         for source in run.sources:
             m: dict[str, Any] = (run.events("result", source)[-1:] or [{}])[0]
-            percent = [f"{m[k]:.2%}" if k in m else "-" for k in ("validation_accuracy", "test_accuracy")]
-            counts = [str(m.get("samples", "-")), str(m.get("step", "-")), str(m.get("additions", "-"))]
+            percent = [
+                f"{m[k]:.2%}" if k in m else "-" for k in ("validation_accuracy", "test_accuracy")
+            ]
+            counts = [
+                str(m.get("samples", "-")),
+                str(m.get("step", "-")),
+                str(m.get("additions", "-")),
+            ]
             rows.append([run.path.name, source, *counts, *percent])
     return "<h2>Results</h2>" + html_table(
         ("run", "source", "samples", "iterations", "additions", "validation", "held-out"), rows
@@ -30,14 +41,19 @@ def results(runs: list[Run]) -> str:
 
 
 def phases(runs: list[Run]) -> str:
-    """Seconds of each phase and what they brought. Of an unfinished source the training is not known yet."""
+    """Seconds of each phase and what they brought. Of an unfinished source the training is not
+    known yet.
+    """
     rows = []
     for run in runs:
         for source in run.sources:
             made, forwards = (run.total("generation", key, source) for key in ("made", "forwards"))
-            generation, training = (run.total(event, "seconds", source) for event in ("generation", "training"))
+            generation, training = (
+                run.total(event, "seconds", source) for event in ("generation", "training")
+            )
             steps, evaluation, waited = (
-                run.total("training", key, source) for key in ("steps_per_second", "evaluation_seconds", "loader_wait")
+                run.total("training", key, source)
+                for key in ("steps_per_second", "evaluation_seconds", "loader_wait")
             )
             rows.append(
                 [
@@ -53,7 +69,10 @@ def phases(runs: list[Run]) -> str:
                     _number(evaluation, " s"),
                     "-" if waited is None else f"{waited:.2%}",
                     _memory(run.highest("memory_peak", source)),
-                    *(_number(run.total("generation", key, source), "") for key in ("skipped", "retries")),
+                    *(
+                        _number(run.total("generation", key, source), "")
+                        for key in ("skipped", "retries")
+                    ),
                 ]
             )
     return "<h2>Time and throughput</h2>" + html_table(

@@ -34,7 +34,9 @@ _DOMAINS: dict[str, _Domain] = {
 
 
 class Pool(TypedDict):
-    """The arguments of ``test_error`` that say what is selected and how it is fitted; it says what they are."""
+    """The arguments of ``test_error`` that say what is selected and how it is fitted; it says what
+    they are.
+    """
 
     n: ArrayLike
     keep: ArrayLike
@@ -53,7 +55,8 @@ class Arguments(Pool):
 
 
 class Cells(NamedTuple):
-    """Checked arguments in float64. rho: cosine of the labels' vector and the truth; rho_g and rho_s: of the selecting
+    """Checked arguments in float64. rho: cosine of the labels' vector and the truth; rho_g and
+    rho_s: of the selecting
     vector and either. Two directions are three of which two are one: rho = 1."""
 
     d: Array
@@ -78,7 +81,9 @@ def cells(
     rho_s: ArrayLike | None = None,
     power: ArrayLike = 1.0,
 ) -> Cells:
-    """The arguments, each in its own shape; ValueError names what lies outside the domain, NaN included."""
+    """The arguments, each in its own shape; ValueError names what lies outside the domain, NaN
+    included.
+    """
     choose("strategy", strategy, STRATEGIES)
     if (rho_g is None) != (rho_s is None):
         raise ValueError("rho_g, rho_s: three directions need both")
@@ -95,7 +100,9 @@ def cells(
 
 
 def domain(**values: ArrayLike) -> dict[str, Array]:
-    """Each value as float64; ValueError names the first outside of its domain, and shapes that do not broadcast."""
+    """Each value as float64; ValueError names the first outside of its domain, and shapes that do
+    not broadcast.
+    """
     checked = {}
     for name, value in values.items():
         good, wanted = _DOMAINS[name]

@@ -20,7 +20,9 @@ from dpfast.theory.theorem import test_error
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A family of experiments. experiment: x (k,) -> arguments of ``test_error``; points: the x that are simulated."""
+    """A family of experiments. experiment: x (k,) -> arguments of ``test_error``; points: the x
+    that are simulated.
+    """
 
     name: str
     color: str
@@ -32,7 +34,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """title: what distinguishes it; marks: x of vertical lines; legend: where the lines' names stand, if anywhere."""
+    """title: what distinguishes it; marks: x of vertical lines; legend: where the lines' names
+    stand, if anywhere.
+    """
 
     title: str
     lines: Sequence[Line]
@@ -42,7 +46,9 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Panels in rows. accuracy: of the y axis, else the error, both in percent; octaves: x in steps of 2."""
+    """Panels in rows. accuracy: of the y axis, else the error, both in percent; octaves: x in steps
+    of 2.
+    """
 
     title: str
     x: str
@@ -67,14 +73,20 @@ class Curve(NamedTuple):
 
 
 def curves(lines: Sequence[Line], *, draws: int = 20, seed: int = 0) -> list[Curve]:
-    """What the lines of a chart show. Cells of one pool share its draws, so their deviations are correlated."""
+    """What the lines of a chart show. Cells of one pool share its draws, so their deviations are
+    correlated.
+    """
     at_points = [line.experiment(line.points) for line in lines]
     for cells in at_points:
         cells["n"] = np.rint(cells["n"])
     batches: dict[tuple[str, float], list[tuple[int, int, dict[str, Any]]]] = defaultdict(list)
     for i, (line, cells) in enumerate(zip(lines, at_points, strict=True)):
         for j in range(len(line.points)):
-            cell = {name: _entry(value, j) for name, value in cells.items() if name not in ("strategy", "power")}
+            cell = {
+                name: _entry(value, j)
+                for name, value in cells.items()
+                if name not in ("strategy", "power")
+            }
             kind = str(cells.get("strategy", "hard")), float(_entry(cells.get("power", 1.0), j))
             batches[kind].append((i, j, cell))
     found = [np.empty((2, len(line.points))) for line in lines]
@@ -84,7 +96,11 @@ def curves(lines: Sequence[Line], *, draws: int = 20, seed: int = 0) -> list[Cur
         for (i, j, _), *result in zip(batch, *results, strict=True):
             found[i][:, j] = result
     return [
-        Curve(test_error(**line.experiment(line.x)), np.broadcast_to(test_error(**cells), len(line.points)), *result)
+        Curve(
+            test_error(**line.experiment(line.x)),
+            np.broadcast_to(test_error(**cells), len(line.points)),
+            *result,
+        )
         for line, cells, result in zip(lines, at_points, found, strict=True)
     ]
 
@@ -94,14 +110,20 @@ def _entry(value: Any, j: int) -> Any:
 
 
 def draw(chart: Chart, made: Sequence[Curve], draws: int) -> Figure:
-    """The chart of ``curves(chart.lines, draws=draws)``; bars are two standard errors to either side."""
+    """The chart of ``curves(chart.lines, draws=draws)``; bars are two standard errors to either
+    side.
+    """
     figure = Figure(figsize=chart.size, layout="constrained", facecolor="white")
     figure.suptitle(chart.title.format(draws=draws), color=INK, fontsize=10.5, x=0.01, ha="left")
-    grid = figure.subplots(len(chart.panels), len(chart.panels[0]), sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(
+        len(chart.panels), len(chart.panels[0]), sharex=True, sharey=True, squeeze=False
+    )
     left, rest = "test accuracy, %" if chart.accuracy else "test error, %", iter(made)
     for row, (panels, places) in enumerate(zip(chart.panels, grid, strict=True)):
         for column, (panel, axes) in enumerate(zip(panels, places, strict=True)):
-            styled(axes, chart.x if row == len(chart.panels) - 1 else "", left if column == 0 else "")
+            styled(
+                axes, chart.x if row == len(chart.panels) - 1 else "", left if column == 0 else ""
+            )
             axes.set_title(panel.title, fontsize=9.5, color=INK, loc="left")
             axes.set_ylim(*chart.limits)
             for mark in panel.marks:
@@ -116,10 +138,27 @@ def _panel(axes: Any, panel: Panel, made: Sequence[Curve], chart: Chart) -> None
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
         axes.xaxis.set_minor_locator(NullLocator())
     for line, curve in zip(panel.lines, made, strict=True):
-        shown, mean = (100 * (1 - e if chart.accuracy else e) for e in (curve.error, curve.simulated))
-        axes.plot(line.x, shown, color=line.color, lw=1.4, ls=(0, (4, 2)) if line.dashed else "-", label=line.name)
+        shown, mean = (
+            100 * (1 - e if chart.accuracy else e) for e in (curve.error, curve.simulated)
+        )
+        axes.plot(
+            line.x,
+            shown,
+            color=line.color,
+            lw=1.4,
+            ls=(0, (4, 2)) if line.dashed else "-",
+            label=line.name,
+        )
         axes.errorbar(
-            line.points, mean, 200 * curve.stderr, fmt="o", ms=2.8, color=line.color, capsize=2, lw=0.9, zorder=3
+            line.points,
+            mean,
+            200 * curve.stderr,
+            fmt="o",
+            ms=2.8,
+            color=line.color,
+            capsize=2,
+            lw=0.9,
+            zorder=3,
         )
     if panel.legend is not None:
         axes.legend(loc=panel.legend, frameon=False, fontsize=8, labelcolor="linecolor")

@@ -1,24 +1,29 @@
-"""The predicted test error for features of any covariance (the appendix of the paper, with its open part filled in).
+"""The predicted test error for features of any covariance (the appendix of the paper, with its open
+part filled in).
 
-Model of `dpfast.theory.theorem` with x ~ N(0, Sigma). In the whitened space, x = Sigma^1/2 z, labels and selection look
-along v_0 ~ Sigma^1/2 w_0 and u ~ Sigma^1/2 w_s (unit vectors), so the four scalars are those at rho = u.v_0. With
+Model of `dpfast.theory.theorem` with x ~ N(0, Sigma). In the whitened space, x = Sigma^1/2 z,
+labels and selection look along v_0 ~ Sigma^1/2 w_0 and u ~ Sigma^1/2 w_s (unit vectors), so the
+four scalars are those at rho = u.v_0. With
 
     A = E[q x x^T] = Sigma^1/2 (p I - (p - gamma) u u^T) Sigma^1/2
     c = E[q y x]   = Sigma^1/2 (beta~ u + beta v)            v: the part of v_0 across u, normalised
     delta = tr(Sigma R0) / n                                 R0 = (p Sigma / (1 + delta) + ridge)^-1
-    R = (A / (1 + delta) + ridge)^-1                         of (X^T D X / n + ridge)^-1 the deterministic equivalent
+    R = (A / (1 + delta) + ridge)^-1                         of (X^T D X / n + ridge)^-1 the
+                                                             deterministic equivalent
 
 the paper gives m0 = c.R Sigma w_0 / |Sigma^1/2 w_0| and
 
     nu0 = p chi + c.S c - 2 chi c.R c / (1 + delta)          chi = tr(Sigma S) / n
 
-and leaves S, the equivalent of E[(X^T D X / n + ridge)^-1 Sigma (...)^-1], open. Leave one row out twice, as for R:
+and leaves S, the equivalent of E[(X^T D X / n + ridge)^-1 Sigma (...)^-1], open. Leave one row out
+twice, as for R:
 
     S = R Sigma R + chi / (1 + delta)^2 R A R
     chi = tr(Sigma R0 Sigma R0) / n / (1 - p tr(Sigma R0 Sigma R0) / n / (1 + delta)^2)
 
-The one direction u does not count in the traces. Sigma = 1 gives Theorem 1 back: delta = phi m, chi = phi m'. The R
-that the paper prints, Sigma^-1/2 (...) Sigma^-1/2 around a sum with the ridge in it, is of the penalty ridge w.Sigma w.
+The one direction u does not count in the traces. Sigma = 1 gives Theorem 1 back: delta = phi m, chi
+= phi m'. The R that the paper prints, Sigma^-1/2 (...) Sigma^-1/2 around a sum with the ridge in
+it, is of the penalty ridge w.Sigma w.
 """
 
 from __future__ import annotations
@@ -38,13 +43,19 @@ if TYPE_CHECKING:
 class Features:
     """A covariance and the vectors that label, select and test, in one basis.
 
-    covariance: (d,) variances of independent features, or (d, d), symmetric and positive definite. truth, selector,
-    generator: (d,) vectors of any length: the labels of the test, the selection, and the labels of the training set,
-    which are the truth's when left out. Raises ValueError, naming the argument.
+    covariance: (d,) variances of independent features, or (d, d), symmetric and positive definite.
+    truth, selector,
+    generator: (d,) vectors of any length: the labels of the test, the selection, and the labels of
+    the training set, which are the truth's when left out. Raises ValueError, naming the argument.
     """
 
     def __init__(
-        self, covariance: ArrayLike, *, truth: ArrayLike, selector: ArrayLike, generator: ArrayLike | None = None
+        self,
+        covariance: ArrayLike,
+        *,
+        truth: ArrayLike,
+        selector: ArrayLike,
+        generator: ArrayLike | None = None,
     ) -> None:
         self.spectrum, basis = _spectrum(covariance)
         self.d = len(self.spectrum)
@@ -52,26 +63,38 @@ class Features:
         for name, vector in (("truth", truth), ("selector", selector), ("generator", generator)):
             w = np.asarray(truth if vector is None else vector, float)
             if w.shape != (self.d,) or not np.isfinite(w).all() or not w.any():
-                raise ValueError(f"{name} of shape {w.shape}: expected ({self.d},) finite numbers that are not all 0")
+                raise ValueError(
+                    f"{name} of shape {w.shape}: expected ({self.d},) finite numbers that are not "
+                    "all 0"
+                )
             w = w / np.abs(w).max()
-            units.append(np.sqrt(self.spectrum / self.spectrum.max()) * (w if basis is None else basis.T @ w))
+            units.append(
+                np.sqrt(self.spectrum / self.spectrum.max()) * (w if basis is None else basis.T @ w)
+            )
         # unit vectors (d,) along Sigma^1/2 w, in the basis of the eigenvectors
         self.truth, self.selector, self.generator = (unit / np.linalg.norm(unit) for unit in units)
 
     @property
     def cosines(self) -> tuple[float, float, float]:
         """rho, rho_g and rho_s of the theorem, in the whitened space."""
-        pairs = (self.generator, self.truth), (self.selector, self.generator), (self.selector, self.truth)
+        pairs = (
+            (self.generator, self.truth),
+            (self.selector, self.generator),
+            (self.selector, self.truth),
+        )
         rho, rho_g, rho_s = (float(np.clip(a @ b, -1, 1)) for a, b in pairs)
         return rho, rho_g, rho_s
 
     def cells(self, **pool: Unpack[Pool]) -> Cells:
-        """The checked arguments of an experiment with these features; ValueError names the argument."""
+        """The checked arguments of an experiment with these features; ValueError names the
+        argument.
+        """
         rho, rho_g, rho_s = self.cosines
         return cells(d=self.d, rho=rho, rho_g=rho_g, rho_s=rho_s, **pool)
 
     def mixing(self) -> Array:
-        """(d, d) M such that rows z M have the covariance where z ~ N(0, I), and u, then v_label across u, then v_truth
+        """(d, d) M such that rows z M have the covariance where z ~ N(0, I), and u, then v_label
+        across u, then v_truth
         across both are the first axes of z."""
         spanned = np.stack([self.selector, self.generator, self.truth], axis=1)
         # A vector that the ones before it span gets a direction of its own: any will do.
@@ -95,13 +118,18 @@ def covariance_error(
     strategy: str = "hard",
     power: float = 1.0,
 ) -> Array:
-    """The probability of a wrong label on a fresh sample; float64, broadcast over n, keep and ridge.
+    """The probability of a wrong label on a fresh sample; float64, broadcast over n, keep and
+    ridge.
 
-    keep is a fraction: the rule's threshold is in units of the projection's standard deviation. ridge above 0.
+    keep is a fraction: the rule's threshold is in units of the projection's standard deviation.
+    ridge above 0.
 
     Raises ValueError, naming the argument.
     """
-    s, checked = features.spectrum, features.cells(n=n, keep=keep, ridge=ridge, strategy=strategy, power=power)
+    s, checked = (
+        features.spectrum,
+        features.cells(n=n, keep=keep, ridge=ridge, strategy=strategy, power=power),
+    )
     if np.any(checked.ridge == 0):
         raise ValueError("ridge = 0.0: above 0 with a covariance")
     grid = np.broadcast_arrays(checked.n, checked.keep, checked.ridge)
@@ -130,14 +158,20 @@ def covariance_error(
     with np.errstate(all="ignore"):
         error = np.arccos(np.clip(m0 / np.sqrt(nu0), -1, 1)) / np.pi
     if not np.isfinite(error).all():
-        raise ValueError("n, keep, ridge: no finite prediction for this combination and this covariance")
+        raise ValueError(
+            "n, keep, ridge: no finite prediction for this combination and this covariance"
+        )
     return np.asarray(error)[..., 0]
 
 
 def _spectrum(covariance: ArrayLike) -> tuple[Array, Array | None]:
     """Eigenvalues (d,) and eigenvectors (d, d) in columns, which a diagonal does without."""
     sigma = np.asarray(covariance, float)
-    if sigma.ndim not in (1, 2) or not sigma.size or (sigma.ndim == 2 and sigma.shape[0] != sigma.shape[1]):
+    if (
+        sigma.ndim not in (1, 2)
+        or not sigma.size
+        or (sigma.ndim == 2 and sigma.shape[0] != sigma.shape[1])
+    ):
         raise ValueError(f"covariance of shape {sigma.shape}: expected (d,) variances or (d, d)")
     if not np.isfinite(sigma).all():
         raise ValueError("covariance: has entries that are not finite")
@@ -148,15 +182,18 @@ def _spectrum(covariance: ArrayLike) -> tuple[Array, Array | None]:
     else:
         spectrum, basis = np.linalg.eigh((sigma + sigma.T) / 2)
     if not (spectrum > 0).all():
-        raise ValueError(f"covariance: its smallest eigenvalue is {spectrum.min():.3g}, expected above 0")
+        raise ValueError(
+            f"covariance: its smallest eigenvalue is {spectrum.min():.3g}, expected above 0"
+        )
     return spectrum, basis
 
 
 def _delta(s: Array, n: Array, p: Array, ridge: Array) -> Array:
     """The root of delta = tr(Sigma R0) / n, (..., 1).
 
-    tr(Sigma R0) / n - delta is 0 at one point, as n delta (p s / (1 + delta) + ridge) grows with delta for each s. It
-    lies between the trace at delta = 0 and at infinity; bisection in the logarithm.
+    tr(Sigma R0) / n - delta is 0 at one point, as n delta (p s / (1 + delta) + ridge) grows with
+    delta for each s. It lies between the trace at delta = 0 and at infinity; bisection in the
+    logarithm.
     """
     low = np.log(np.sum(s / (p * s + ridge), axis=-1, keepdims=True) / n)
     high = np.log(np.sum(s) / (n * ridge)) + np.zeros_like(p)

@@ -1,7 +1,8 @@
-"""The theory figures of the paper. What it leaves open is chosen here, named in the figure, and varied.
+"""The theory figures of the paper. What it leaves open is chosen here, named in the figure, and
+varied.
 
-Fig. 3 states d = 512 and the fractions, Fig. 5c nothing, Fig. 7 d, n and the ridges. The paper's penalty is that of the
-mean over the pool, so that of a kept sample is ridge / keep.
+Fig. 3 states d = 512 and the fractions, Fig. 5c nothing, Fig. 7 d, n and the ridges. The paper's
+penalty is that of the mean over the pool, so that of a kept sample is ridge / keep.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ HARD, EASY = COLORS["dp"], COLORS["static"]
 
 
 def selected_sizes() -> Chart:
-    """Fig. 3: accuracy against the number of selected samples, for pools that are selected more or less sharply."""
+    """Fig. 3: accuracy against the number of selected samples, for pools that are selected more or
+    less sharply.
+    """
     keeps = (1.0, 0.9, 0.8, 0.5, 0.1)
     names = ("all", "top 90 %", "top 80 %", "top 50 %", "top 10 %")
 
@@ -59,7 +62,9 @@ def selected_sizes() -> Chart:
 
 
 def oversampling() -> Chart:
-    """Fig. 5c: accuracy against candidates for each kept sample, at a fixed number of kept samples."""
+    """Fig. 5c: accuracy against candidates for each kept sample, at a fixed number of kept
+    samples.
+    """
 
     def experiment(ratio: Array, kept: int, rho: float, ridge: float) -> Arguments:
         return {"d": 512, "n": kept * ratio, "keep": 1 / ratio, "rho": rho, "ridge": ridge}
@@ -77,7 +82,10 @@ def oversampling() -> Chart:
     by_ridge = [
         Panel(
             f"rho = {rho:g}, 2,048 kept",
-            [line(f"ridge {r:g}", c, 2048, rho, r) for r, c in zip(ridges, _shades(4), strict=True)],
+            [
+                line(f"ridge {r:g}", c, 2048, rho, r)
+                for r, c in zip(ridges, _shades(4), strict=True)
+            ],
             legend="lower left" if rho == 1 else None,
         )
         for rho in (1.0, 0.9)
@@ -129,7 +137,11 @@ def easy_or_hard() -> Chart:
     )
 
 
-CHARTS = {"selected_sizes": selected_sizes, "oversampling": oversampling, "easy_or_hard": easy_or_hard}
+CHARTS = {
+    "selected_sizes": selected_sizes,
+    "oversampling": oversampling,
+    "easy_or_hard": easy_or_hard,
+}
 
 
 class Written(NamedTuple):
@@ -149,11 +161,12 @@ def _shades(count: int) -> list[str]:
 
 
 def study(points: list[Point]) -> Figure:
-    """The study's sweeps of omega and of oversampling above the theory's: gains over no selection, in points.
+    """The study's sweeps of omega and of oversampling above the theory's: gains over no selection,
+    in points.
 
-    Guidance draws samples of a tilted density rather than from a pool; its counterpart is the soft rule, whose power
-    tilts the density of the projection in the same way. Penalties are those of a kept sample, as in training.
-    Raises ValueError for points without both sweeps.
+    Guidance draws samples of a tilted density rather than from a pool; its counterpart is the soft
+    rule, whose power tilts the density of the projection in the same way. Penalties are those of a
+    kept sample, as in training. Raises ValueError for points without both sweeps.
     """
     d, rho, ridge = 512, 0.9, 1e-3
 
@@ -162,7 +175,13 @@ def study(points: list[Point]) -> Figure:
             return np.asarray(np.cosh(t / 2) ** (-2 * w))
 
         keep = np.array([min(1.0, quadrature(partial(rule, w=w), 0.0).p) for w in power])  # rounded
-        given: Arguments = {"d": d, "n": kept / keep, "keep": keep, "rho": rho, "ridge": ridge * keep}
+        given: Arguments = {
+            "d": d,
+            "n": kept / keep,
+            "keep": keep,
+            "rho": rho,
+            "ridge": ridge * keep,
+        }
         return {**given, "strategy": "soft", "power": power}
 
     def oversampled(ratio: Array, kept: int) -> Arguments:
@@ -170,8 +189,10 @@ def study(points: list[Point]) -> Figure:
 
     figure = Figure(figsize=(9, 6.5), layout="constrained", facecolor="white")
     grid = figure.subplots(2, 2)
-    theory = (("candidates for each kept sample", np.linspace(1, 16, 61), oversampled),
-              ("power of the soft rule", np.linspace(0, 12, 61), tilted))  # fmt: skip
+    theory = (
+        ("candidates for each kept sample", np.linspace(1, 16, 61), oversampled),
+        ("power of the soft rule", np.linspace(0, 12, 61), tilted),
+    )
     for (top, bottom), (source, field, label), (x_label, x, experiment) in zip(
         grid.T, SWEEPS.values(), theory, strict=True
     ):
@@ -185,7 +206,14 @@ def study(points: list[Point]) -> Figure:
             for group in values.values()
         ]
         spread = [float(np.std(gain, ddof=1)) if len(gain) > 1 else 0.0 for gain in gains]
-        top.errorbar(list(values), [np.mean(g) for g in gains], spread, fmt="o-", color=COLORS[source], capsize=3)
+        top.errorbar(
+            list(values),
+            [np.mean(g) for g in gains],
+            spread,
+            fmt="o-",
+            color=COLORS[source],
+            capsize=3,
+        )
         styled(bottom, x_label, "predicted gain, points")
         for kept, color in zip((512, 2048, 8192), _shades(3), strict=True):
             error = test_error(**experiment(x, kept))
@@ -211,5 +239,7 @@ def write(out: Path, *, draws: int = 20, seed: int = 0) -> list[Written]:
         figure.savefig(path, dpi=110)
         off = np.concatenate([np.abs(c.predicted - c.simulated) for c in made])
         error = np.concatenate([c.stderr for c in made])
-        written.append(Written(path, off.size, float(off.max()), float(off.mean()), float(error.mean())))
+        written.append(
+            Written(path, off.size, float(off.max()), float(off.mean()), float(error.mean()))
+        )
     return written

@@ -12,15 +12,18 @@ from dpfast.theory.cells import Array, domain
 from dpfast.theory.theorem import test_error
 
 KEEPS = (1.0, 0.9, 0.8, 0.5, 0.3, 0.2, 0.1)
-MOST = 100_000  # samples a dimension; an accuracy that no pool up to this size reaches counts as out of reach
+# samples a dimension; an accuracy that no pool up to this size reaches counts as out of reach
+MOST = 100_000
 _RIDGES = np.logspace(-8, 2, 101)
 
 
 class Plan(NamedTuple):
-    """The pool that a kept fraction needs. n: size from which on the accuracy holds, None where none holds it.
+    """The pool that a kept fraction needs. n: size from which on the accuracy holds, None where
+    none holds it.
 
-    accuracy and ridge: those of the pool n, or of the best of all pools where n is None. A fixed ridge can reach the
-    accuracy and lose it again with more samples; then n is None and the best accuracy is above the one asked for.
+    accuracy and ridge: those of the pool n, or of the best of all pools where n is None. A fixed
+    ridge can reach the accuracy and lose it again with more samples; then n is None and the best
+    accuracy is above the one asked for.
     """
 
     keep: float
@@ -46,7 +49,8 @@ def plan(
     rho_s: float | None = None,
     power: float = 1.0,
 ) -> list[Plan]:
-    """One plan for each kept fraction, of pools up to MOST d. The other arguments are those of ``test_error``.
+    """One plan for each kept fraction, of pools up to MOST d. The other arguments are those of
+    ``test_error``.
 
     ridge: above 0; None takes the best one for every pool. Raises ValueError, naming the argument.
     """
@@ -62,7 +66,9 @@ def plan(
         """Ridges and errors of pools n (k,)."""
         n = np.asarray(n, float)[:, None]
         log = np.log(_RIDGES if ridge is None else np.array([ridge])) + np.zeros_like(n)
-        for _ in range(1 if ridge is not None else 3):  # each round looks between the neighbours of the best
+        for _ in range(
+            1 if ridge is not None else 3
+        ):  # each round looks between the neighbours of the best
             error = test_error(
                 d=d,
                 n=n,
@@ -76,13 +82,18 @@ def plan(
             )
             at, rows = error.argmin(1), np.arange(len(n))
             found = np.exp(log[rows, at]), error[rows, at]
-            low, high = log[rows, np.maximum(at - 1, 0)], log[rows, np.minimum(at + 1, log.shape[1] - 1)]
+            low, high = (
+                log[rows, np.maximum(at - 1, 0)],
+                log[rows, np.minimum(at + 1, log.shape[1] - 1)],
+            )
             log = np.linspace(low, high, 21, axis=1)
         return found
 
     plans = []
     for keep in keeps:
-        peak = d / keep  # where a small ridge lets the error rise again, within less than the grid resolves
+        peak = (
+            d / keep
+        )  # where a small ridge lets the error rise again, within less than the grid resolves
         near = [max(1, int(peak)), int(np.ceil(peak))]
         pools = np.unique([*np.rint(np.geomspace(1, MOST * d, 400)).astype(np.int64), *near])
         ridges, errors = best(pools, keep)
@@ -94,7 +105,9 @@ def plan(
         low, high = (pools[short[-1]], pools[short[-1] + 1]) if len(short) else (0, pools[0])
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if 1 - best([middle], keep)[1][0] >= accuracy else (middle, high)
+            low, high = (
+                (low, middle) if 1 - best([middle], keep)[1][0] >= accuracy else (middle, high)
+            )
         ridges, errors = best([high], keep)
         plans.append(Plan(keep, int(high), float(ridges[0]), float(1 - errors[0]), int(high)))
     return plans
@@ -110,8 +123,13 @@ def table(plans: Sequence[Plan]) -> str:
     for p in plans:
         if p.n is None or p.kept is None:
             best = f"at best {100 * p.accuracy:.2f} %, pool {p.best_n:,}"
-            lines.append(f"| {p.keep:g} | none up to {MOST:,} d holds it | | | {p.ridge:.2g} | {best} |")
+            lines.append(
+                f"| {p.keep:g} | none up to {MOST:,} d holds it | | | {p.ridge:.2g} | {best} |"
+            )
             continue
         gain = f"{whole.n / p.kept:.2f}x" if whole is not None and whole.n is not None else ""
-        lines.append(f"| {p.keep:g} | {p.n:,} | {p.kept:,.0f} | {gain} | {p.ridge:.2g} | {100 * p.accuracy:.2f} % |")
+        lines.append(
+            f"| {p.keep:g} | {p.n:,} | {p.kept:,.0f} | {gain} | {p.ridge:.2g} | "
+            f"{100 * p.accuracy:.2f} % |"
+        )
     return "\n".join(lines)

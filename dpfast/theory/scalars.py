@@ -1,15 +1,16 @@
 """The four numbers through which a selection rule enters the theory.
 
-A rule keeps a sample with probability q(t), q even, where t ~ N(0, 1) is the sample's projection on the unit vector
-w_s that selects. Labels are the signs of the projection on a vector at cosine rho from w_s. With tau = rho / sqrt(1 -
-rho^2), G ~ N(0, 1), its density phi and distribution Phi (section "Scalars" of the paper's theory):
+A rule keeps a sample with probability q(t), q even, where t ~ N(0, 1) is the sample's projection on
+the unit vector w_s that selects. Labels are the signs of the projection on a vector at cosine rho
+from w_s. With tau = rho / sqrt(1 - rho^2), G ~ N(0, 1), its density phi and distribution Phi
+(section "Scalars" of the paper's theory):
 
     p = E q(G)    gamma = E q(G) G^2    beta = 2 E q(G) phi(tau G)    beta~ = 2 E q(G) Phi(tau G) G
 
-Rules: "hard" keeps |t| <= a, "easy" keeps |t| > a, "soft" keeps with probability min(1, e^c (sigma(t) sigma(-t))^power)
-up to a constant in c, hard for power > 0 and easy for power < 0 (Kolossov et al. 2024). `keep` = p fixes a, and c.
-All functions broadcast and return float64; a keep outside (0, 1], |rho| > 1 or a power that is not finite raises
-ValueError, naming it.
+Rules: "hard" keeps |t| <= a, "easy" keeps |t| > a, "soft" keeps with probability min(1, e^c
+(sigma(t) sigma(-t))^power) up to a constant in c, hard for power > 0 and easy for power < 0
+(Kolossov et al. 2024). `keep` = p fixes a, and c. All functions broadcast and return float64; a
+keep outside (0, 1], |rho| > 1 or a power that is not finite raises ValueError, naming it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Scalars(NamedTuple):
 
 
 def scalars(strategy: str, keep: ArrayLike, rho: ArrayLike, *, power: ArrayLike = 1.0) -> Scalars:
-    """The scalars of "hard", "easy" (closed forms) or "soft" (quadrature, the only one to use `power`)."""
+    """The scalars of "hard", "easy" (closed forms) or "soft" (quadrature, the only one to use
+    `power`).
+    """
     choose("strategy", strategy, STRATEGIES)
     if strategy == "soft":
         return soft(keep, rho, power)
@@ -49,29 +52,36 @@ def scalars(strategy: str, keep: ArrayLike, rho: ArrayLike, *, power: ArrayLike 
 
 
 def hard(keep: ArrayLike, rho: ArrayLike) -> Scalars:
-    """Keep the samples nearest to the selecting hyperplane, |t| <= a with P(|t| <= a) = keep. Closed form."""
+    """Keep the samples nearest to the selecting hyperplane, |t| <= a with P(|t| <= a) = keep.
+    Closed form.
+    """
     keep, rho = domain(keep=keep, rho=rho).values()
     return _inside(_threshold("hard", keep), rho)._replace(p=keep)
 
 
 def easy(keep: ArrayLike, rho: ArrayLike) -> Scalars:
-    """Keep the samples farthest from the selecting hyperplane, |t| > a with P(|t| > a) = keep. Closed form."""
+    """Keep the samples farthest from the selecting hyperplane, |t| > a with P(|t| > a) = keep.
+    Closed form.
+    """
     keep, rho = domain(keep=keep, rho=rho).values()
     return _outside(_threshold("easy", keep), rho)._replace(p=keep)
 
 
 def soft(keep: ArrayLike, rho: ArrayLike, power: ArrayLike) -> Scalars:
-    """Keep with probability min(1, e^c (sigma(t) sigma(-t))^power / sigma(0)^(2 power)), c such that E q = keep.
+    """Keep with probability min(1, e^c (sigma(t) sigma(-t))^power / sigma(0)^(2 power)), c such
+    that E q = keep.
 
-    The part where q = 1 is a closed form, the rest a composite Gauss rule. power = 0 keeps at random;
-    towards +-infinity the rule becomes "hard" and "easy".
+    The part where q = 1 is a closed form, the rest a composite Gauss rule. power = 0 keeps at
+    random; towards +-infinity the rule becomes "hard" and "easy".
     """
     keep, rho, power = np.broadcast_arrays(*domain(keep=keep, rho=rho, power=power).values())
     out = np.empty((4, keep.size))
     flat = keep.ravel(), rho.ravel(), power.ravel()
     # The rule is dear and knows neither directions nor sizes: once for all cells that share it.
     rules, rule_of = np.unique(np.stack(flat[::2]), axis=1, return_inverse=True)
-    solved = [np.stack(soft_rule(*rules[:, s : s + _BLOCK])) for s in range(0, rules.shape[1], _BLOCK)]
+    solved = [
+        np.stack(soft_rule(*rules[:, s : s + _BLOCK])) for s in range(0, rules.shape[1], _BLOCK)
+    ]
     ends = np.concatenate([np.empty((2, 0)), *solved], axis=1)[:, rule_of.ravel()]
     for start in range(0, keep.size, _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -87,10 +97,14 @@ def soft(keep: ArrayLike, rho: ArrayLike, power: ArrayLike) -> Scalars:
     return Scalars(*out.reshape(4, *keep.shape))
 
 
-def quadrature(rule: Callable[[Array], Array], rho: float, *, breaks: Sequence[float] = (), nodes: int = 48) -> Scalars:
-    """The scalars of any even rule q(t), given for t >= 0, by a composite Gauss rule; `breaks` are the jumps of q.
+def quadrature(
+    rule: Callable[[Array], Array], rho: float, *, breaks: Sequence[float] = (), nodes: int = 48
+) -> Scalars:
+    """The scalars of any even rule q(t), given for t >= 0, by a composite Gauss rule; `breaks` are
+    the jumps of q.
 
-    The panels narrow towards the breaks and towards 0, where Phi(tau t) turns within sqrt(1 - rho^2) of it.
+    The panels narrow towards the breaks and towards 0, where Phi(tau t) turns within sqrt(1 -
+    rho^2) of it.
 
     Raises ValueError, naming the argument; for ``rule`` where a value is no probability.
     """
@@ -111,15 +125,20 @@ def quadrature(rule: Callable[[Array], Array], rho: float, *, breaks: Sequence[f
     wrong = ~((q >= 0) & (q <= 1 + 1e-12))  # beyond 1 by rounding alone
     if wrong.any():
         raise ValueError(f"rule: q({t[wrong][0]:.6g}) = {float(q[wrong][0])!r} is no probability")
-    # Both signs of t: q is even, and so are q G^2, the even part of phi(tau G) and of (2 Phi(tau G) - 1) G.
+    # Both signs of t: q is even, and so are q G^2, the even part of phi(tau G) and of (2 Phi(tau G)
+    # - 1) G.
     weights = ((right - left) * w).ravel() * density(t) * q
     margin = _ratio(np.float64(rho), np.sqrt((1 - rho) * (1 + rho))) * t
     turned = erf(margin / np.sqrt(2)) * t
-    return Scalars(*(np.sum(weights * f) for f in (np.ones_like(t), t**2, 2 * density(margin), turned)))
+    return Scalars(
+        *(np.sum(weights * f) for f in (np.ones_like(t), t**2, 2 * density(margin), turned))
+    )
 
 
 def threshold(strategy: str, keep: ArrayLike) -> Array:
-    """The a of "hard" (|t| <= a is kept) or "easy" (|t| > a is kept); infinite and 0 where everything is kept."""
+    """The a of "hard" (|t| <= a is kept) or "easy" (|t| > a is kept); infinite and 0 where
+    everything is kept.
+    """
     choose("strategy", strategy, ("hard", "easy"))
     return _threshold(strategy, domain(keep=keep)["keep"])
 
@@ -158,7 +177,9 @@ def keep_probability(t: Array, strategy: str, keep: float, *, power: float = 1.0
     choose("strategy", strategy, STRATEGIES)
     if strategy == "soft":
         _, log_scale = soft_rule(keep, power)
-        return np.asarray(np.exp(np.minimum(0.0, log_scale + _log_profile(np.abs(t), np.asarray(power)))))
+        return np.asarray(
+            np.exp(np.minimum(0.0, log_scale + _log_profile(np.abs(t), np.asarray(power))))
+        )
     a = threshold(strategy, keep)
     return np.asarray(np.abs(t) <= a if strategy == "hard" else np.abs(t) > a, float)
 
@@ -181,7 +202,9 @@ def _inside(a: Array, rho: ArrayLike) -> Scalars:
     e1 = erf(_ratio(a, spread) / np.sqrt(2))
     p = erf(a / np.sqrt(2))
     gamma = p - 2 * a * peak
-    beta_tilde = np.asarray(2 * (rho * _PEAK * e1 - peak * erf(rho * _ratio(a, spread) / np.sqrt(2))))
+    beta_tilde = np.asarray(
+        2 * (rho * _PEAK * e1 - peak * erf(rho * _ratio(a, spread) / np.sqrt(2)))
+    )
     small = np.broadcast_to(a < _SMALL, beta_tilde.shape)
     if small.any():
         few, r, s = (np.broadcast_to(x, small.shape)[small] for x in (a, rho, spread))
@@ -198,7 +221,9 @@ def _near_zero(a: Array, rho: Array, spread: Array) -> tuple[Array, Array]:
     gamma = 2 * a * np.sum(w * t**2 * density(t), axis=-1)
     turn = np.minimum(a, 8 * _ratio(spread, np.abs(rho)))  # from here on |erf| = 1
     t = turn[:, None] * x
-    rising = turn * np.sum(w * t * erf(rho[:, None] * _ratio(t, spread[:, None]) / np.sqrt(2)) * density(t), axis=-1)
+    rising = turn * np.sum(
+        w * t * erf(rho[:, None] * _ratio(t, spread[:, None]) / np.sqrt(2)) * density(t), axis=-1
+    )
     return gamma, 2 * (rising - np.sign(rho) * density(turn) * np.expm1((turn**2 - a**2) / 2))
 
 
@@ -215,8 +240,12 @@ def _outside(a: Array, rho: ArrayLike) -> Scalars:
     return Scalars(p, gamma, np.asarray(2 * _PEAK * spread * e1), np.asarray(beta_tilde))
 
 
-def _soft_parts(a: Array, log_scale: Array, power: Array, rho: Array) -> tuple[Scalars, Array, Array]:
-    """The part where q = 1 in closed form; nodes and weights (cells, nodes) of the rest, for both signs of t."""
+def _soft_parts(
+    a: Array, log_scale: Array, power: Array, rho: Array
+) -> tuple[Scalars, Array, Array]:
+    """The part where q = 1 in closed form; nodes and weights (cells, nodes) of the rest, for both
+    signs of t.
+    """
     eager = power < 0
     inner, outer = _inside(np.where(eager, 0.0, a), rho), _outside(np.where(eager, a, np.inf), rho)
     sure = Scalars(*(np.where(eager, o, i) for o, i in zip(outer, inner, strict=True)))

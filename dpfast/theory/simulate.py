@@ -1,9 +1,12 @@
-"""The experiment of the theory by Monte Carlo: draw a pool, select, fit, measure the exact angle error.
+"""The experiment of the theory by Monte Carlo: draw a pool, select, fit, measure the exact angle
+error.
 
-Selection looks at one projection only. So the pool is drawn as n projections on the selecting vector, and the other d
-- 1 coordinates are drawn for the kept rows alone. The error of w_hat is its angle with the truth over pi: no test
-set. Cells with one pool (d, n, keep) share its draws: directions are right-hand sides, ridges are factorisations of
-one Gram matrix. Features of a covariance are these rows times one matrix.
+Selection looks at one projection only. So the pool is drawn as n projections on the selecting
+vector, and the other d
+- 1 coordinates are drawn for the kept rows alone. The error of w_hat is its angle with the truth
+over pi: no test set. Cells with one pool (d, n, keep) share its draws: directions are right-hand
+sides, ridges are factorisations of one Gram matrix. Features of a covariance are these rows times
+one matrix.
 """
 
 from __future__ import annotations
@@ -33,14 +36,22 @@ class Simulated(NamedTuple):
 
 
 def simulate(
-    *, draws: int = 20, seed: int = 0, device: str | torch.device | None = None, **arguments: Unpack[Arguments]
+    *,
+    draws: int = 20,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    **arguments: Unpack[Arguments],
 ) -> Simulated:
-    """The arguments of `test_error` but for `form`; d and n whole, d >= 3; ridge > 0; one power. On a GPU, if any.
+    """The arguments of `test_error` but for `form`; d and n whole, d >= 3; ridge > 0; one power. On
+    a GPU, if any.
 
-    A cell's result depends on its own arguments, `draws` and `seed`, not on the other cells, but cells that differ in
-    rho or ridge alone use the same samples, so their deviations are correlated. Raises ValueError, naming the argument.
+    A cell's result depends on its own arguments, `draws` and `seed`, not on the other cells, but
+    cells that differ in rho or ridge alone use the same samples, so their deviations are
+    correlated. Raises ValueError, naming the argument.
     """
-    return _simulate(cells(**arguments), arguments.get("strategy", "hard"), None, draws, seed, device)
+    return _simulate(
+        cells(**arguments), arguments.get("strategy", "hard"), None, draws, seed, device
+    )
 
 
 def simulate_covariance(
@@ -52,11 +63,18 @@ def simulate_covariance(
     **pool: Unpack[Pool],
 ) -> Simulated:
     """`simulate` for the arguments of `covariance_error`."""
-    return _simulate(features.cells(**pool), pool.get("strategy", "hard"), features.mixing(), draws, seed, device)
+    return _simulate(
+        features.cells(**pool), pool.get("strategy", "hard"), features.mixing(), draws, seed, device
+    )
 
 
 def _simulate(
-    c: Cells, strategy: str, mixing: Array | None, draws: int, seed: int, device: str | torch.device | None
+    c: Cells,
+    strategy: str,
+    mixing: Array | None,
+    draws: int,
+    seed: int,
+    device: str | torch.device | None,
 ) -> Simulated:
     if draws < 2:
         raise ValueError(f"draws = {draws}: at least 2, for a standard error")
@@ -66,13 +84,17 @@ def _simulate(
         raise ValueError(f"d = {float(np.min(c.d))!r}: at least 3 in a simulation")
     for name, size in (("d", c.d), ("n", c.n)):
         if np.any(size % 1):
-            raise ValueError(f"{name} = {float(size[size % 1 > 0].flat[0])!r}: whole in a simulation")
+            raise ValueError(
+                f"{name} = {float(size[size % 1 > 0].flat[0])!r}: whole in a simulation"
+            )
     if c.power.ndim:
         raise ValueError(f"power of shape {c.power.shape}: one number in a simulation")
     grid = np.broadcast_arrays(c.d, c.n, c.keep, c.ridge, c.rho, c.rho_g, c.rho_s)
     table = np.stack([x.ravel() for x in grid], axis=1)
     out = np.empty((2, len(table)))
-    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(
+        device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     mix = None if mixing is None else torch.tensor(mixing, dtype=torch.float64, device=place)
     for pool in np.unique(table[:, :3], axis=0):
         rows = np.flatnonzero((table[:, :3] == pool).all(1))
@@ -96,8 +118,11 @@ def _pool(
     key = zlib.crc32(repr((seed, d, n, keep, strategy, power)).encode())
     generator = torch.Generator(device).manual_seed(key)
     directions, column = np.unique(fits[:, 1:], axis=0, return_inverse=True)
-    label, truth = (torch.tensor(v, dtype=torch.float32, device=device) for v in _vectors(directions))
-    # Next to a square system the smallest eigenvalue is within single precision's error of the Gram matrix.
+    label, truth = (
+        torch.tensor(v, dtype=torch.float32, device=device) for v in _vectors(directions)
+    )
+    # Next to a square system the smallest eigenvalue is within single precision's error of the Gram
+    # matrix.
     double = mix is not None or 0.5 < n * keep / d < 2
     size = max(1, min(draws, _ELEMENTS // max(1, int(n * keep * d))))
     errors = []
@@ -117,7 +142,9 @@ def _pool(
             here = np.flatnonzero(fits[:, 0] == ridge)
             w = _solve(gram, target, n * ridge)
             w = x.mT @ w if wide else w  # (batch, d, directions)
-            w = (w if mix is None else mix @ w).double()  # as projections on the unmixed coordinates
+            w = (
+                w if mix is None else mix @ w
+            ).double()  # as projections on the unmixed coordinates
             length = w.norm(dim=1)
             # Nothing kept: w = 0 says nothing, and is wrong half of the time.
             cosine = (w[:, :3] * truth.T.double()).sum(1) / length.where(length > 0, 1.0)
@@ -133,7 +160,9 @@ def _solve(gram: Tensor, target: Tensor, shift: float) -> Tensor:
     try:
         return torch.cholesky_solve(target, torch.linalg.cholesky(shifted))
     except torch.linalg.LinAlgError:
-        raise ValueError(f"ridge: n ridge = {shift:.3g} is below the rounding of the simulated Gram matrix") from None
+        raise ValueError(
+            f"ridge: n ridge = {shift:.3g} is below the rounding of the simulated Gram matrix"
+        ) from None
 
 
 def _kept_rows(
@@ -146,7 +175,9 @@ def _kept_rows(
     generator: torch.Generator,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Rows (batch, most kept, d) that were selected along coordinate 0, zero beyond each draw's own number."""
+    """Rows (batch, most kept, d) that were selected along coordinate 0, zero beyond each draw's own
+    number.
+    """
     t = torch.randn(batch, n, generator=generator, device=device)
     if strategy == "soft":
         log_scale = float(soft_rule(keep, power)[1][0])

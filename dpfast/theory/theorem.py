@@ -1,8 +1,9 @@
-"""The predicted test error of ridge regression on selected samples (Theorem 1 of the paper, in its correct form).
+"""The predicted test error of ridge regression on selected samples (Theorem 1 of the paper, in its
+correct form).
 
 Model: x ~ N(0, I_d), y = sign(x.w_0), a pool of n samples of which a rule keeps the fraction p
-(`dpfast.theory.scalars`), w_hat minimises the mean squared error over the *pool size* plus ridge |w|^2. With phi = d
-/ n, for d and n to infinity:
+(`dpfast.theory.scalars`), w_hat minimises the mean squared error over the *pool size* plus ridge
+|w|^2. With phi = d / n, for d and n to infinity:
 
     1/m = p/(1 + phi m) + ridge             1/m~ = gamma/(1 + phi m) + ridge
     m0  = sqrt(1 - rho^2) beta m + rho beta~ m~
@@ -10,8 +11,9 @@ Model: x ~ N(0, I_d), y = sign(x.w_0), a pool of n samples of which a rule keeps
     nu0 = p phi m' + r' - 2 phi m' r / (1 + phi m)
     E   = arccos(m0 / sqrt(nu0)) / pi
 
-m' and m~' are derivatives in z = -ridge. "arxiv-v1" and "icml-main" are what arXiv 2502.15588v1 and the ICML main text
-print; both disagree with simulation of the stated model and are here for comparison only.
+m' and m~' are derivatives in z = -ridge. "arxiv-v1" and "icml-main" are what arXiv 2502.15588v1 and
+the ICML main text print; both disagree with simulation of the stated model and are here for
+comparison only.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from dpfast.theory.cells import Array, cells, choose, domain
 from dpfast.theory.scalars import Scalars, scalars, special
 
 FORMS = ("exact", "arxiv-v1", "icml-main")
-_LEAST_RIDGE = 1e-100  # below it the squares of 1 / ridge overflow, and the error no longer depends on it
+_LEAST_RIDGE = (
+    1e-100  # below it the squares of 1 / ridge overflow, and the error no longer depends on it
+)
 
 
 class Spectral(NamedTuple):
@@ -53,47 +57,71 @@ def test_error(
 ) -> Array:
     """The probability of a wrong label on a fresh sample; float64, broadcast over all arguments.
 
-    d: features. n: size of the pool before selection. keep: fraction kept, in (0, 1]. rho: cosine of the selecting
-    vector and w_0. ridge: penalty, normalised by n; 0 takes the closed form of the limit. power: of the soft rule.
+    d: features. n: size of the pool before selection. keep: fraction kept, in (0, 1]. rho: cosine
+    of the selecting vector and w_0. ridge: penalty, normalised by n; 0 takes the closed form of the
+    limit. power: of the soft rule.
 
-    With rho_g and rho_s there are three directions: labels come from a generator at cosine `rho` from the truth; the
-    selecting vector has cosine rho_g with the generator and rho_s with the truth, which the test uses.
+    With rho_g and rho_s there are three directions: labels come from a generator at cosine `rho`
+    from the truth; the selecting vector has cosine rho_g with the generator and rho_s with the
+    truth, which the test uses.
 
-    Raises ValueError, naming the argument, outside the domain, and for ridge = 0 at d = n keep, where nu0 is infinite.
+    Raises ValueError, naming the argument, outside the domain, and for ridge = 0 at d = n keep,
+    where nu0 is infinite.
     """
     choose("form", form, FORMS)
-    c = cells(d=d, n=n, keep=keep, rho=rho, ridge=ridge, strategy=strategy, rho_g=rho_g, rho_s=rho_s, power=power)
+    c = cells(
+        d=d,
+        n=n,
+        keep=keep,
+        rho=rho,
+        ridge=ridge,
+        strategy=strategy,
+        rho_g=rho_g,
+        rho_s=rho_s,
+        power=power,
+    )
     if rho_g is not None and form != "exact":
-        raise ValueError(f"form = {form!r}: the superseded forms know two directions; leave rho_g and rho_s out")
+        raise ValueError(
+            f"form = {form!r}: the superseded forms know two directions; leave rho_g and rho_s out"
+        )
     if np.any((c.ridge == 0) & (np.abs(c.d - c.n * c.keep) <= 1e-14 * c.d)):
         raise ValueError("ridge = 0: the limit does not exist at d = n keep; take a ridge above 0")
     phi, ridge = c.d / c.n, c.ridge
     with np.errstate(all="ignore"):
         s = scalars(strategy, c.keep, c.rho_g, power=c.power)
         spread = np.sqrt((1 - c.rho_g) * (1 + c.rho_g))
-        across = spread if rho_g is None else np.clip((c.rho - c.rho_g * c.rho_s) / np.maximum(spread, 1e-300), -1, 1)
+        across = (
+            spread
+            if rho_g is None
+            else np.clip((c.rho - c.rho_g * c.rho_s) / np.maximum(spread, 1e-300), -1, 1)
+        )
         error = _general(s, phi, np.maximum(ridge, _LEAST_RIDGE), across, c.rho_s, c.rho_g, form)
         if np.any(ridge == 0):
             limit = _limit(s, phi, across, c.rho_s) if form == "exact" else np.nan
             error = np.where(ridge == 0, limit, error)
     if not np.isfinite(error).all():
-        raise ValueError(f"d / n, keep, ridge: no finite prediction for this combination with form {form!r}")
+        raise ValueError(
+            f"d / n, keep, ridge: no finite prediction for this combination with form {form!r}"
+        )
     return np.asarray(error)
 
 
 test_error.__test__ = False  # type: ignore[attr-defined]  # no test, whatever pytest thinks of its name
 
 
-def ridgeless(*, d: ArrayLike, n: ArrayLike, keep: ArrayLike, rho: ArrayLike, strategy: str = "hard") -> Array:
+def ridgeless(
+    *, d: ArrayLike, n: ArrayLike, keep: ArrayLike, rho: ArrayLike, strategy: str = "hard"
+) -> Array:
     """The limit of no ridge in closed form (Corollary 1); d = n keep raises ValueError."""
     return test_error(d=d, n=n, keep=keep, rho=rho, ridge=0.0, strategy=strategy)
 
 
 def spectral(p: ArrayLike, gamma: ArrayLike, phi: ArrayLike, ridge: ArrayLike) -> Spectral:
-    """m, m~ and their derivatives; ridge > 0. Either sign of p - phi + ridge goes without cancellation.
+    """m, m~ and their derivatives; ridge > 0. Either sign of p - phi + ridge goes without
+    cancellation.
 
-    Raises ValueError, naming the argument, outside 0 < p <= 1, gamma >= 0, phi > 0, ridge > 0, and where the result
-    is beyond float64.
+    Raises ValueError, naming the argument, outside 0 < p <= 1, gamma >= 0, phi > 0, ridge > 0, and
+    where the result is beyond float64.
     """
     p, gamma, phi, ridge = domain(p=p, gamma=gamma, phi=phi, ridge=ridge).values()
     if np.any(ridge == 0):
@@ -115,7 +143,9 @@ def _spectral(p: Array, gamma: Array, phi: Array, ridge: Array) -> Spectral:
     return Spectral(m, m_prime, m_tilde, m_tilde**2 * (1 + gamma * phi * m_prime / grown**2))
 
 
-def _general(s: Scalars, phi: Array, ridge: Array, across: Array, along: Array, rho: Array, form: str) -> Array:
+def _general(
+    s: Scalars, phi: Array, ridge: Array, across: Array, along: Array, rho: Array, form: str
+) -> Array:
     f = _spectral(s.p, s.gamma, phi, ridge)
     m0 = across * s.beta * f.m + along * s.beta_tilde * f.m_tilde
     b, b_tilde = s.beta, s.beta_tilde
@@ -132,12 +162,18 @@ def _general(s: Scalars, phi: Array, ridge: Array, across: Array, along: Array, 
 
 
 def _limit(s: Scalars, phi: Array, across: Array, along: Array) -> Array:
-    """Corollary 1, with the powers of |p - phi| cancelled in a / sqrt(b), so that it is stable next to phi = p."""
+    """Corollary 1, with the powers of |p - phi| cancelled in a / sqrt(b), so that it is stable next
+    to phi = p.
+    """
     p, gamma, beta2, tilde2 = s.p, s.gamma, s.beta**2, s.beta_tilde**2
     gap = np.abs(p - phi)
     r0 = beta2 + tilde2 * p / gamma
     r0_prime = p * (beta2 + tilde2 * ((p - phi) * p / gamma**2 + phi / gamma))
-    few = (across * s.beta + along * s.beta_tilde * p / gamma) * np.sqrt(gap / (p**2 * phi + r0_prime - 2 * phi * r0))
+    few = (across * s.beta + along * s.beta_tilde * p / gamma) * np.sqrt(
+        gap / (p**2 * phi + r0_prime - 2 * phi * r0)
+    )
     c1 = 1 - (p - gamma) / phi
-    many = (across * s.beta + along * s.beta_tilde / c1) * np.sqrt(gap / phi / (p * phi - beta2 - tilde2 / c1))
+    many = (across * s.beta + along * s.beta_tilde / c1) * np.sqrt(
+        gap / phi / (p * phi - beta2 - tilde2 / c1)
+    )
     return np.asarray(np.arccos(np.clip(np.where(phi < p, few, many), -1, 1)) / np.pi)

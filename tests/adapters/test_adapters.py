@@ -1,4 +1,6 @@
-"""Guidance inside diffusers' own samplers: it raises entropy, samples do not mix, and unguided nothing changes."""
+"""Guidance inside diffusers' own samplers: it raises entropy, samples do not mix, and unguided
+nothing changes.
+"""
 
 from types import SimpleNamespace
 
@@ -9,7 +11,14 @@ from diffusers.modular_pipelines.modular_pipeline import BlockState
 from diffusers.modular_pipelines.stable_diffusion_3.denoise import StableDiffusion3LoopDenoiser
 from diffusers.utils.torch_utils import randn_tensor
 
-from dpfast import GuidanceCallback, GuidanceConfig, GuidedDDIMScheduler, GuidedSampler, LearnerGuidance, make_cond_fn
+from dpfast import (
+    GuidanceCallback,
+    GuidanceConfig,
+    GuidedDDIMScheduler,
+    GuidedSampler,
+    LearnerGuidance,
+    make_cond_fn,
+)
 from dpfast.adapters import live_pipeline as pipes
 from dpfast.generate.pipelines import Pipeline
 from dpfast.ops import entropy, guided_step
@@ -35,7 +44,11 @@ def quiet(pipe):
 @torch.no_grad()
 def mean_entropy(learner, pipe, latents):
     shift = pipe.vae.config.shift_factor or 0.0
-    return float(entropy(learner(pipe.vae.decode(latents / pipe.vae.config.scaling_factor + shift).sample)).mean())
+    return float(
+        entropy(
+            learner(pipe.vae.decode(latents / pipe.vae.config.scaling_factor + shift).sample)
+        ).mean()
+    )
 
 
 @pytest.fixture
@@ -59,7 +72,12 @@ def sd3(stable_diffusion_3_folder):
 
 def run(pipe, prompts=PROMPTS, latents=None, **options):
     latents = noise() if latents is None else latents
-    options = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "output_type": "latent", **options}
+    options = {
+        "num_inference_steps": STEPS,
+        "guidance_scale": 2.0,
+        "output_type": "latent",
+        **options,
+    }
     return pipe(prompts, latents=latents, **options).images
 
 
@@ -72,31 +90,45 @@ def run_dit(pipe, cfg_scale=2.0):
 @pytest.mark.parametrize("through", ["denoiser", "latent"])
 def test_callback_raises_entropy_and_samples_do_not_mix(name, through, request, learner):
     pipe = request.getfixturevalue(name)
-    callback = GuidanceCallback(pipe, learner, guidance=GuidanceConfig(omega=0.05, every=1, through=through))
+    callback = GuidanceCallback(
+        pipe, learner, guidance=GuidanceConfig(omega=0.05, every=1, through=through)
+    )
     plain, guided = run(pipe), run(pipe, callback_on_step_end=callback)
     assert mean_entropy(learner, pipe, guided) > mean_entropy(learner, pipe, plain)
     for row in range(3):
-        alone = run(pipe, PROMPTS[row : row + 1], noise()[row : row + 1], callback_on_step_end=callback)
+        alone = run(
+            pipe, PROMPTS[row : row + 1], noise()[row : row + 1], callback_on_step_end=callback
+        )
         torch.testing.assert_close(alone, guided[row : row + 1], **ALONE)
     assert callback.skipped == 0
 
 
-@pytest.mark.parametrize("scheduler", [diffusers.DPMSolverMultistepScheduler, diffusers.DDPMScheduler])
+@pytest.mark.parametrize(
+    "scheduler", [diffusers.DPMSolverMultistepScheduler, diffusers.DDPMScheduler]
+)
 def test_callback_moves_the_guided_steps_only_by_the_norm(scheduler, sd, learner):
-    """The displacement of a step is omega of the latent's norm, at the steps of the schedule, never before step 0."""
+    """The displacement of a step is omega of the latent's norm, at the steps of the schedule, never
+    before step 0.
+    """
     sd.scheduler = scheduler.from_config(sd.scheduler.config)
-    callback = GuidanceCallback(sd, learner, guidance=GuidanceConfig(omega=0.03, every=3, until=0.9))
+    callback = GuidanceCallback(
+        sd, learner, guidance=GuidanceConfig(omega=0.03, every=3, until=0.9)
+    )
     moved = {}
 
     class Spy(GuidanceCallback):
         def callback_fn(self, pipe, step, timestep, given):
             before, out = given["latents"], callback.callback_fn(pipe, step, timestep, given)
-            moved[step + 1] = (out["latents"] - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+            moved[step + 1] = (out["latents"] - before).flatten(1).norm(dim=1) / before.flatten(
+                1
+            ).norm(dim=1)
             return out
 
     run(sd, callback_on_step_end=Spy(sd, learner))
     for step, size in moved.items():
-        torch.testing.assert_close(size, torch.full((3,), 0.03 if step == 3 else 0.0), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            size, torch.full((3,), 0.03 if step == 3 else 0.0), rtol=1e-3, atol=1e-6
+        )
 
 
 def test_a_sample_without_a_finite_gradient_goes_unguided(sd, learner):
@@ -113,9 +145,13 @@ def test_a_sample_without_a_finite_gradient_goes_unguided(sd, learner):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-@pytest.mark.parametrize("bound", [{}, {"clip_sample": True}, {"thresholding": True, "sample_max_value": 2.0}])
+@pytest.mark.parametrize(
+    "bound", [{}, {"clip_sample": True}, {"thresholding": True, "sample_max_value": 2.0}]
+)
 def test_an_unguided_scheduler_is_ddim(prediction, eta, bound, tmp_path):
-    plain = diffusers.DDIMScheduler(**{"clip_sample": False, "prediction_type": prediction, "steps_offset": 1, **bound})
+    plain = diffusers.DDIMScheduler(
+        **{"clip_sample": False, "prediction_type": prediction, "steps_offset": 1, **bound}
+    )
     GuidedDDIMScheduler.from_config(plain.config).save_pretrained(tmp_path)
     ours = GuidedDDIMScheduler.from_pretrained(tmp_path)
     assert {k: v for k, v in ours.config.items() if k[0] != "_"} == {
@@ -129,19 +165,25 @@ def test_an_unguided_scheduler_is_ddim(prediction, eta, bound, tmp_path):
         expected = plain.step(*arguments, eta=eta, generator=torch.Generator().manual_seed(1))
         got = ours.step(*arguments, eta=eta, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(got.prev_sample, expected.prev_sample, rtol=1e-5, atol=4e-5)
-        torch.testing.assert_close(got.pred_original_sample, expected.pred_original_sample, rtol=1e-5, atol=4e-5)
+        torch.testing.assert_close(
+            got.pred_original_sample, expected.pred_original_sample, rtol=1e-5, atol=4e-5
+        )
 
 
 @pytest.mark.parametrize("mode", ["relative", "score"])
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
 def test_a_guided_dit_pipeline_is_the_guided_sampler(cfg_scale, mode, dit, pipeline, learner):
     guidance = GuidanceConfig(omega=0.05 if mode == "relative" else 200.0, every=2, mode=mode)
-    sampler = GuidedSampler(pipeline, learner, guidance=guidance, steps=STEPS, cfg_scale=cfg_scale, compile=False)
+    sampler = GuidedSampler(
+        pipeline, learner, guidance=guidance, steps=STEPS, cfg_scale=cfg_scale, compile=False
+    )
     with torch.no_grad():
         latents = sampler.denoise(noise(), torch.tensor(LABELS), torch.arange(3))
         expected = pipeline.decoder(latents).div(2).add(0.5).clamp(0, 1)
     plain = run_dit(dit, cfg_scale)
-    dit.scheduler.attach(dit, learner, guidance=guidance, decoder=pipeline.guidance_decoder, labels=LABELS)
+    dit.scheduler.attach(
+        dit, learner, guidance=guidance, decoder=pipeline.guidance_decoder, labels=LABELS
+    )
     torch.testing.assert_close(run_dit(dit, cfg_scale), expected, rtol=0, atol=1e-4)
     assert not torch.allclose(plain, expected, atol=1e-3)
     dit.scheduler.detach()
@@ -163,11 +205,20 @@ def test_a_guided_scheduler_in_stable_diffusion(sd, learner):
 
 
 def test_the_noise_of_a_scheduler_belongs_to_the_samples(sd, stable_diffusion_folder, learner):
-    """With eta > 0 and sample ids a Stable Diffusion pipeline makes the latents of ``GuidedSampler``, in any batch."""
+    """With eta > 0 and sample ids a Stable Diffusion pipeline makes the latents of
+    ``GuidedSampler``, in any batch.
+    """
     pipeline = Pipeline.from_pretrained(stable_diffusion_folder, class_names=NAMES)
     guidance, ids = GuidanceConfig(omega=0.05, every=2), [7, 1 << 40, 3]
     sampler = GuidedSampler(
-        pipeline, learner, guidance=guidance, steps=STEPS, eta=0.7, cfg_scale=2.0, seed=5, compile=False
+        pipeline,
+        learner,
+        guidance=guidance,
+        steps=STEPS,
+        eta=0.7,
+        cfg_scale=2.0,
+        seed=5,
+        compile=False,
     )
     expected = sampler.denoise(noise(), torch.tensor(LABELS), torch.tensor(ids))
     sd.scheduler = GuidedDDIMScheduler.from_config(sd.scheduler.config)
@@ -196,9 +247,13 @@ def test_the_position_of_a_timestep_is_found_without_waiting():
 
 @torch.no_grad()
 def run_guider(pipe, guider, latents, condition, empty):
-    """The protocol of a modular pipeline's denoising loop, with its own block for the prediction."""
+    """The protocol of a modular pipeline's denoising loop, with its own block for the
+    prediction.
+    """
     pipe.scheduler.set_timesteps(STEPS)
-    components = SimpleNamespace(guider=guider, transformer=pipe.transformer, scheduler=pipe.scheduler)
+    components = SimpleNamespace(
+        guider=guider, transformer=pipe.transformer, scheduler=pipe.scheduler
+    )
     state = BlockState(
         latents=latents,
         num_inference_steps=STEPS,
@@ -211,19 +266,30 @@ def run_guider(pipe, guider, latents, condition, empty):
     block = StableDiffusion3LoopDenoiser()
     for i, t in enumerate(pipe.scheduler.timesteps):
         _, state = block(components, state, i, t)
-        state.latents = pipe.scheduler.step(state.noise_pred, t, state.latents, return_dict=False)[0]
+        state.latents = pipe.scheduler.step(state.noise_pred, t, state.latents, return_dict=False)[
+            0
+        ]
     return state.latents
 
 
 @pytest.mark.parametrize("through", ["denoiser", "latent"])
-def test_a_guider_in_a_modular_denoising_block_is_the_guided_sampler(through, sd3, stable_diffusion_3_folder, learner):
-    """The block of the modular Stable Diffusion 3 pipeline; the sampler's forward is shared in both."""
+def test_a_guider_in_a_modular_denoising_block_is_the_guided_sampler(
+    through, sd3, stable_diffusion_3_folder, learner
+):
+    """The block of the modular Stable Diffusion 3 pipeline; the sampler's forward is shared in
+    both.
+    """
     pipeline = Pipeline.from_pretrained(stable_diffusion_3_folder, class_names=NAMES)
     guidance = GuidanceConfig(omega=0.03, every=2, through=through)
-    sampler = GuidedSampler(pipeline, learner, guidance=guidance, steps=STEPS, cfg_scale=2.0, compile=False)
+    sampler = GuidedSampler(
+        pipeline, learner, guidance=guidance, steps=STEPS, cfg_scale=2.0, compile=False
+    )
     expected = sampler.denoise(noise(), torch.tensor(LABELS), torch.arange(3))
     denoiser = pipeline.denoiser
-    rows = [(denoiser.embeddings[ids], denoiser.pooled[ids]) for ids in (torch.tensor(LABELS), torch.full((3,), 3))]
+    rows = [
+        (denoiser.embeddings[ids], denoiser.pooled[ids])
+        for ids in (torch.tensor(LABELS), torch.full((3,), 3))
+    ]
     guider = LearnerGuidance(guidance_scale=2.0)
     plain = run_guider(sd3, guider, noise(), *rows)
     forwards = []
@@ -239,11 +305,15 @@ def test_a_guider_in_a_modular_denoising_block_is_the_guided_sampler(through, sd
     assert not guided.requires_grad
     for row in range(3):
         at = slice(row, row + 1)
-        alone = run_guider(sd3, guider, noise()[at], *[tuple(part[at] for part in pair) for pair in rows])
+        alone = run_guider(
+            sd3, guider, noise()[at], *[tuple(part[at] for part in pair) for pair in rows]
+        )
         torch.testing.assert_close(alone, guided[at], **ALONE)
 
 
-def test_a_guider_keeps_its_attachment_in_a_copy_and_saves_its_configuration(sd3, learner, tmp_path):
+def test_a_guider_keeps_its_attachment_in_a_copy_and_saves_its_configuration(
+    sd3, learner, tmp_path
+):
     guider = LearnerGuidance(guidance_scale=3.0).attach(learner, sd3.scheduler, sd3.vae)
     assert guider.new(guidance_scale=1.0)._gradient is guider._gradient
     guider.save_pretrained(tmp_path)
@@ -254,7 +324,12 @@ def test_a_guider_keeps_its_attachment_in_a_copy_and_saves_its_configuration(sd3
 
 def test_cond_fn_has_the_convention_of_guided_diffusion(pipeline, learner):
     """eps - sigma cond_fn is the score mode of guided_step, it ascends, and rows do not mix."""
-    denoiser, labels, x, table = pipeline.denoiser, torch.tensor(LABELS), noise(), pipeline.table(STEPS)
+    denoiser, labels, x, table = (
+        pipeline.denoiser,
+        torch.tensor(LABELS),
+        noise(),
+        pipeline.table(STEPS),
+    )
     t = table.timesteps[2].expand(3)
     cond_fn = make_cond_fn(
         lambda x, t, y: denoiser.model(x, timestep=t, class_labels=y).sample,
@@ -272,11 +347,16 @@ def test_cond_fn_has_the_convention_of_guided_diffusion(pipeline, learner):
     got = guided_step(x, eps - sigma * gradient, None, None, table.rows, 2, **options)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert bool(
-        (entropy_at(pipeline, learner, x + 0.5 * gradient, labels) > entropy_at(pipeline, learner, x, labels)).all()
+        (
+            entropy_at(pipeline, learner, x + 0.5 * gradient, labels)
+            > entropy_at(pipeline, learner, x, labels)
+        ).all()
     )
     for row in range(3):
         at = slice(row, row + 1)
-        torch.testing.assert_close(cond_fn(x[at], t[at], y=labels[at]), gradient[at], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            cond_fn(x[at], t[at], y=labels[at]), gradient[at], rtol=1e-3, atol=1e-6
+        )
     mixed = torch.stack([t[0], t[1], pipeline.table(STEPS).timesteps[4]])
     torch.testing.assert_close(cond_fn(x, mixed, y=labels)[:2], gradient[:2], rtol=1e-3, atol=1e-6)
 
@@ -295,7 +375,9 @@ def test_cond_fn_raises_entropy_of_a_whole_trajectory(pipeline, learner):
         x = noise()
         for step, t in enumerate(table.timesteps):
             with torch.no_grad():
-                eps = denoiser(x, t, labels) - strength * table.rows[step, 1] * cond_fn(x, t.expand(3), y=labels)
+                eps = denoiser(x, t, labels) - strength * table.rows[step, 1] * cond_fn(
+                    x, t.expand(3), y=labels
+                )
             x = guided_step(x, eps, None, None, table.rows, step, cfg_scale=1.0, omega=0.0)
         with torch.no_grad():
             found.append(float(entropy(learner(pipeline.guidance_decoder(x))).mean()))
@@ -322,7 +404,12 @@ def test_what_cannot_work_is_named(dit, sd, sd3, learner):
     with pytest.raises(ValueError, match="lacks 'latents'"):
         GuidanceCallback(sd, learner)(sd, 0, 1, {})
     with pytest.raises(ValueError, match="labels is None"):
-        run(sd, callback_on_step_end=GuidanceCallback(sd, learner, guidance=GuidanceConfig(criterion="loss")))
+        run(
+            sd,
+            callback_on_step_end=GuidanceCallback(
+                sd, learner, guidance=GuidanceConfig(criterion="loss")
+            ),
+        )
     with pytest.raises(ValueError, match="expected logits of shape"):
         run(sd, callback_on_step_end=GuidanceCallback(sd, lambda images: images, guidance=STRONG))
     sd.scheduler = diffusers.EulerDiscreteScheduler.from_config(sd.scheduler.config)

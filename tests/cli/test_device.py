@@ -1,6 +1,8 @@
-"""``--device``: every command that runs something takes the GPU that is there, and leaves it alone when told to.
+"""``--device``: every command that runs something takes the GPU that is there, and leaves it alone
+when told to.
 
-There is no GPU here: ``torch.cuda`` says that there is one, and the first that is asked to use a device says which.
+There is no GPU here: ``torch.cuda`` says that there is one, and the first that is asked to use a
+device says which.
 """
 
 import pytest
@@ -22,8 +24,12 @@ from tests.practice.conftest import recipe  # noqa: F401 - a fixture
 from tests.practice.test_loop import run, with_
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
-CHOSEN = [([], GPU), (["--device", "cuda"], GPU), (["--device", "cuda:0"], torch.device("cuda:0")),
-          (["--device", "cpu"], CPU)]  # fmt: skip
+CHOSEN = [
+    ([], GPU),
+    (["--device", "cuda"], GPU),
+    (["--device", "cuda:0"], torch.device("cuda:0")),
+    (["--device", "cpu"], CPU),
+]
 
 
 class Asked(Exception):
@@ -48,7 +54,9 @@ def asked(arguments):
 
 
 @pytest.mark.parametrize(("options", "device"), CHOSEN)
-def test_run_and_sample_load_the_pipeline_on_the_device(options, device, gpu, tmp_path, monkeypatch):
+def test_run_and_sample_load_the_pipeline_on_the_device(
+    options, device, gpu, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert asked(["run", "fashion", *options]) == device
     assert asked(["sample", "--labels", "0", "--out", "images", *options]) == device
@@ -57,26 +65,38 @@ def test_run_and_sample_load_the_pipeline_on_the_device(options, device, gpu, tm
 @pytest.fixture
 def latents(recipe, tmp_path):  # noqa: F811
     """The folder of a run whose pool holds latents, with the checkpoints of its rounds."""
-    short = with_(recipe, "practice", sources=("dp",), keep_rounds=True, iterations=40, maximum_samples=45)
+    short = with_(
+        recipe, "practice", sources=("dp",), keep_rounds=True, iterations=40, maximum_samples=45
+    )
     run(with_(short, "pool", codec="latents"), tmp_path / "run")
     return tmp_path / "run"
 
 
-def test_report_and_export_decode_and_predict_on_the_device(latents, tmp_path, request, monkeypatch):
+def test_report_and_export_decode_and_predict_on_the_device(
+    latents, tmp_path, request, monkeypatch
+):
     command = ["export", str(latents), "--format", "imagefolder", "--out", str(tmp_path / "images")]
     assert main(command) == 0  # on the CPU that is here
     assert len(list((tmp_path / "images").rglob("*.png"))) == 45
     request.getfixturevalue("gpu")
-    monkeypatch.setattr(MemoryTiers, "allocate", lambda _, __, size: torch.empty(size, dtype=torch.uint8))  # not pinned
+    monkeypatch.setattr(
+        MemoryTiers, "allocate", lambda _, __, size: torch.empty(size, dtype=torch.uint8)
+    )  # not pinned
     monkeypatch.setattr(page, "births", lambda *_: None)  # histograms take a second
     for options, device in (CHOSEN[0], CHOSEN[-1]):
         command[-1] = str(tmp_path / f"images {device} {len(options)}")
         assert asked([*command, *options]) == device
-        assert asked(["report", str(latents), "--out", str(tmp_path / "page"), *options]) == device  # a decoder
+        assert (
+            asked(["report", str(latents), "--out", str(tmp_path / "page"), *options]) == device
+        )  # a decoder
         with monkeypatch.context() as patch:
-            patch.setattr(export, "_decoder", lambda *_: lambda latents: torch.zeros(len(latents), 1, 16, 16))
+            patch.setattr(
+                export, "_decoder", lambda *_: lambda latents: torch.zeros(len(latents), 1, 16, 16)
+            )
             patch.setattr(inclusion, "build_learner", lambda *_, **__: Learner())
-            assert asked(["report", str(latents), "--out", str(tmp_path / "page"), *options]) == device
+            assert (
+                asked(["report", str(latents), "--out", str(tmp_path / "page"), *options]) == device
+            )
 
 
 class Learner(torch.nn.Module):
@@ -98,7 +118,9 @@ def test_bench_measures_on_the_device(suite, module, name, at, gpu, monkeypatch)
     monkeypatch.setattr(module, name, lambda *arguments, **_: ask(device=arguments[at]))
     monkeypatch.setattr(benchmarks.timing, "described", lambda *_: {})
     for options, device in CHOSEN:
-        assert asked(["bench", suite, *(["--no-gate"] if suite == "ops" else []), *options]) == device
+        assert (
+            asked(["bench", suite, *(["--no-gate"] if suite == "ops" else []), *options]) == device
+        )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +136,10 @@ def test_without_a_gpu_one_line_says_so(arguments, monkeypatch, capsys, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main([*arguments, "--device", "cuda"]) == 2
-    assert capsys.readouterr().err == f"dpfast: error: device = 'cuda': torch {torch.__version__} finds 0 GPUs here\n"
+    assert (
+        capsys.readouterr().err
+        == f"dpfast: error: device = 'cuda': torch {torch.__version__} finds 0 GPUs here\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,15 +164,24 @@ def test_images_of_a_gpu_are_brought_to_the_host_once_a_batch(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["plan", "fashion", "--devise", "h100"], "--devise: no such option of dpfast plan; did you mean --device?"),
-        (["export", "r", "--format", "parquet", "--out", "o", "--omega", "1"],
-         "--omega: no such option of dpfast export; dpfast export --help lists what is known"),
-        (["run", "fashion", "--initial_samples", "5"],
-         "--initial_samples: no such option of dpfast run; did you mean --initial-samples?"),
-        (["doctor", "--device", "cpu"],
-         "--device: no such option of dpfast doctor; dpfast doctor --help lists what is known"),
+        (
+            ["plan", "fashion", "--devise", "h100"],
+            "--devise: no such option of dpfast plan; did you mean --device?",
+        ),
+        (
+            ["export", "r", "--format", "parquet", "--out", "o", "--omega", "1"],
+            "--omega: no such option of dpfast export; dpfast export --help lists what is known",
+        ),
+        (
+            ["run", "fashion", "--initial_samples", "5"],
+            "--initial_samples: no such option of dpfast run; did you mean --initial-samples?",
+        ),
+        (
+            ["doctor", "--device", "cpu"],
+            "--device: no such option of dpfast doctor; dpfast doctor --help lists what is known",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_option_is_only_suggested_by_the_command_that_has_it(arguments, line, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err == f"dpfast: error: {line}\n"

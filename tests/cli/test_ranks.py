@@ -1,4 +1,6 @@
-"""Bad input under torchrun: one error from rank 0, every rank leaves with it, nothing is written."""
+"""Bad input under torchrun: one error from rank 0, every rank leaves with it, nothing is
+written.
+"""
 
 import contextlib
 import io
@@ -42,7 +44,9 @@ def prepared(root):
 
 def arguments(options, extra, out):
     fields = [
-        text for name, value in (FIELDS | SIZES[RECIPE]).items() for text in (f"--{name.replace('_', '-')}", str(value))
+        text
+        for name, value in (FIELDS | SIZES[RECIPE]).items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
     ]
     return ["run", RECIPE, "--quiet", "--out", str(out), *fields, *options, *extra]
 
@@ -62,7 +66,9 @@ def say(rank, ports, options, root):
             started = time.monotonic()
             assert command.main(arguments(options, extra, out)) == 2, name
             assert time.monotonic() - started < 30, name
-        errors = [line for line in said.getvalue().splitlines() if line.startswith("dpfast: error:")]
+        errors = [
+            line for line in said.getvalue().splitlines() if line.startswith("dpfast: error:")
+        ]
         assert len(errors) == (rank == 0), (name, said.getvalue())
         assert rank or words in errors[0], (name, errors)
         if dist.is_initialized():
@@ -79,7 +85,9 @@ def launch_folder(options, root):
 
     parser = command._Parser()
     command.run.add(parser.add_subparsers())
-    with RunWriter(root / "begun", recipe_of(parser.parse_args(arguments(options, [], root / "begun")))):
+    with RunWriter(
+        root / "begun", recipe_of(parser.parse_args(arguments(options, [], root / "begun")))
+    ):
         pass
     return sorted(path.name for path in (root / "begun").iterdir())
 
@@ -92,7 +100,9 @@ def test_bad_input_is_one_error_of_rank_0_and_every_rank_leaves(tmp_path):
 @pytest.mark.slow
 def test_torchrun_ends_with_the_words_of_rank_0(tmp_path):
     options, started = prepared(tmp_path), time.monotonic()
-    said = Launched(RECIPE, tmp_path / "out", [*options, "--validation", str(tmp_path / "few")]).ended(1)
+    said = Launched(
+        RECIPE, tmp_path / "out", [*options, "--validation", str(tmp_path / "few")]
+    ).ended(1)
     assert said.count("dpfast: error:") == 1
     assert "no images of" in said
     assert time.monotonic() - started < 30

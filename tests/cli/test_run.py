@@ -18,8 +18,14 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_branch_may_be_longer_and_a_report_that_the_disk_refuses_names_its_command(recipe, tmp_path, monkeypatch):  # noqa: F811
-    short = with_(recipe, "practice", sources=("dp",), keep_rounds=True, iterations=40, maximum_samples=45)
+def test_a_branch_may_be_longer_and_a_report_that_the_disk_refuses_names_its_command(
+    recipe,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    short = with_(
+        recipe, "practice", sources=("dp",), keep_rounds=True, iterations=40, maximum_samples=45
+    )
     long = replace(short, practice=replace(short.practice, iterations=60))
     run, branch = tmp_path / "run", tmp_path / "branch"
     monkeypatch.setattr(page, "write_report", full)
@@ -31,5 +37,8 @@ def test_a_branch_may_be_longer_and_a_report_that_the_disk_refuses_names_its_com
         (said,) = {str(warning.message) for warning in caught}
         assert said.startswith("the report is not complete: [Errno 28]")
         assert said.endswith(f"with room 'dpfast report {out}' makes it")
-    born, now = (json.loads((branch / name).read_text())["learner"]["warmup"] for name in ("born.json", "recipe.json"))
+    born, now = (
+        json.loads((branch / name).read_text())["learner"]["warmup"]
+        for name in ("born.json", "recipe.json")
+    )
     assert now == born * 40 / 60

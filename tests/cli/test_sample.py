@@ -1,4 +1,6 @@
-"""``dpfast sample`` on saved folders of every family: images of the names asked for, errors in one line."""
+"""``dpfast sample`` on saved folders of every family: images of the names asked for, errors in one
+line.
+"""
 
 import json
 
@@ -11,8 +13,20 @@ TEXT = ["--class-names", ", ".join(NAMES), "--prompt-template", "a red photo of 
 
 
 def arguments(folder, out, *options):
-    return ["sample", "--pipeline", str(folder), "--labels", "0", "--count", "2", "--steps", "3", "--out", str(out),
-            *options]  # fmt: skip
+    return [
+        "sample",
+        "--pipeline",
+        str(folder),
+        "--labels",
+        "0",
+        "--count",
+        "2",
+        "--steps",
+        "3",
+        "--out",
+        str(out),
+        *options,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -28,14 +42,20 @@ def test_every_family_writes_its_images(folder, options, request, tmp_path):
     out = tmp_path / "out"
     assert main(arguments(request.getfixturevalue(folder), out, *options)) == 0
     assert len((out / "samples.jsonl").read_text().splitlines()) == 2
-    assert all(json.loads(line)["label"] == 0 for line in (out / "samples.jsonl").read_text().splitlines())
+    assert all(
+        json.loads(line)["label"] == 0 for line in (out / "samples.jsonl").read_text().splitlines()
+    )
 
 
 @pytest.mark.parametrize(
     ("folder", "options", "message"),
     [
         ("stable_diffusion_folder", [], "needs class names: pass class_names"),
-        ("stable_diffusion_folder", [*TEXT[:2], "--prompt-template", "a photo"], "prompt_template = 'a photo'"),
+        (
+            "stable_diffusion_folder",
+            [*TEXT[:2], "--prompt-template", "a photo"],
+            "prompt_template = 'a photo'",
+        ),
         ("stable_diffusion_folder", [*TEXT, "--solver", "euler"], "solver = 'euler'"),
         ("stable_diffusion_3_folder", [*TEXT, "--solver", "ddim"], "solver = 'ddim'"),
         ("pipeline_folder", ["--dtype", "int8"], "dtype = 'int8'"),
@@ -51,7 +71,18 @@ def test_what_cannot_work_is_named_in_one_line(folder, options, message, request
 
 
 def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, capsys):
-    options = ["sample", "--generator", str(pipeline_folder), "--labels", "0", "--out", str(tmp_path / "out")]
+    options = [
+        "sample",
+        "--generator",
+        str(pipeline_folder),
+        "--labels",
+        "0",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main([*options, "--learner", "/nowhere"]) == 2
-    assert capsys.readouterr().err == "dpfast: error: learner = '/nowhere': guides only with omega, which is 0\n"
+    assert (
+        capsys.readouterr().err
+        == "dpfast: error: learner = '/nowhere': guides only with omega, which is 0\n"
+    )
     assert main([*options, "--count", "1", "--steps", "2"]) == 0

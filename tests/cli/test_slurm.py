@@ -1,4 +1,6 @@
-"""The Slurm script: ``bash`` in place of ``sbatch``, Slurm's variables set, its commands played, two "nodes"."""
+"""The Slurm script: ``bash`` in place of ``sbatch``, Slurm's variables set, its commands played,
+two "nodes".
+"""
 
 import json
 import os
@@ -39,7 +41,9 @@ exit "${CODE:-0}"
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Starts the script; Slurm's commands are those above, torchrun is the real one without ``fake``."""
+    """Starts the script; Slurm's commands are those above, torchrun is the real one without
+    ``fake``.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
 
@@ -48,13 +52,22 @@ def slurm(tmp_path):
         for name, text in played.items():
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
-        job = {"SLURM_JOB_ID": "17", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", **variables}
+        job = {
+            "SLURM_JOB_ID": "17",
+            "SLURM_NNODES": "2",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            **variables,
+        }
         path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
         paths = {"PATH": path, "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
-            ["bash", SCRIPT, *map(str, arguments)], cwd=tmp_path, env={**os.environ, **paths, **job},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            ["bash", SCRIPT, *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, **paths, **job},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     return start
 
@@ -70,7 +83,11 @@ def test_every_node_starts_torchrun_with_one_rendezvous(slurm, tmp_path):
     assert first == second
     options = dict(zip(first[:14:2], first[1:14:2], strict=True))
     assert options["--rdzv-endpoint"] == "localhost:29500"
-    assert (options["--nnodes"], options["--nproc-per-node"], options["--rdzv-id"]) == ("2", "8", "17-0")
+    assert (options["--nnodes"], options["--nproc-per-node"], options["--rdzv-id"]) == (
+        "2",
+        "8",
+        "17-0",
+    )
     assert first[-8:] == ["-m", "dpfast", "run", "fashion", "--out", "run", "--seed", "3"]
 
 
@@ -103,12 +120,31 @@ def test_before_the_time_limit_the_run_is_stopped_and_queued_again(slurm, tmp_pa
 
 @pytest.mark.slow
 def test_two_nodes_of_one_process_each_make_a_run(slurm, tmp_path):
-    small = {"initial-samples": 40, "maximum-samples": 60, "round-samples": 20, "iterations": 12, "evaluate-every": 4,
-             "generation-batch": 20, "steps": 2, "sources": "dp"}  # fmt: skip
+    small = {
+        "initial-samples": 40,
+        "maximum-samples": 60,
+        "round-samples": 20,
+        "iterations": 12,
+        "evaluate-every": 4,
+        "generation-batch": 20,
+        "steps": 2,
+        "sources": "dp",
+    }
     options = [text for name, value in small.items() for text in (f"--{name}", value)]
-    job = slurm("fashion", "run", "--quiet", *options, fake=False, PORT=str(free_port()), SLURM_GPUS_ON_NODE="1")
+    job = slurm(
+        "fashion",
+        "run",
+        "--quiet",
+        *options,
+        fake=False,
+        PORT=str(free_port()),
+        SLURM_GPUS_ON_NODE="1",
+    )
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said
-    lines = [(tmp_path / "run" / "logs" / f"rank-{rank:05d}.jsonl").read_text().splitlines() for rank in (0, 1)]
+    lines = [
+        (tmp_path / "run" / "logs" / f"rank-{rank:05d}.jsonl").read_text().splitlines()
+        for rank in (0, 1)
+    ]
     assert [json.loads(part[-1])["event"] for part in lines] == ["end", "end"]
     assert said.count("Run folder with metrics") == 1

@@ -1,4 +1,6 @@
-"""Real images from folders: the halves, a folder of its own for the test, and what is refused before any work."""
+"""Real images from folders: the halves, a folder of its own for the test, and what is refused
+before any work.
+"""
 
 import pytest
 import torch
@@ -35,7 +37,9 @@ def test_a_held_out_folder_leaves_the_validation_whole(tmp_path):
 
 
 def test_what_cannot_be_is_refused_by_name(tmp_path):
-    with pytest.raises(RecipeError, match=r"validation = 'imagenet-val': no such folder; .*--validation DIR"):
+    with pytest.raises(
+        RecipeError, match=r"validation = 'imagenet-val': no such folder; .*--validation DIR"
+    ):
         check_real("imagenet-val")
     with pytest.raises(RecipeError, match=r"held_out = .*no sub-folders"):
         check_real("fashion", str(tmp_path))

@@ -16,7 +16,9 @@ def test_validation_and_test_are_disjoint_halves_of_the_test_images():
     assert len(real.validation) == len(real.test) == 5000
     assert real.validation.images.shape == (5000, 1, 32, 32)
     assert real.validation.images.dtype == torch.uint8
-    keys = [{image.numpy().tobytes() for image in half.images} for half in (real.validation, real.test)]
+    keys = [
+        {image.numpy().tobytes() for image in half.images} for half in (real.validation, real.test)
+    ]
     assert not keys[0] & keys[1]
     counts = [torch.bincount(half.labels, minlength=10) for half in (real.validation, real.test)]
     assert (counts[0] + counts[1]).tolist() == [1000] * 10

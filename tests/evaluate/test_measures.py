@@ -7,14 +7,25 @@ import torch
 from torch import nn
 
 from dpfast.data.real import load_real
-from dpfast.evaluate.measures import calibration_error, evaluate, frechet_distance, measure, predict, score
+from dpfast.evaluate.measures import (
+    calibration_error,
+    evaluate,
+    frechet_distance,
+    measure,
+    predict,
+    score,
+)
 from dpfast.generate.runtime.memory import peak_bytes
 from dpfast.learn.models import load_judge
 
 
 def test_evaluation_counts_by_hand():
     logits = torch.tensor([[9.0, 0, 0], [0, 9.0, 0], [0, 9.0, 0], [0, 0, 0.0]])
-    result = evaluate(lambda images: logits, torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 2, 2]))
+    result = evaluate(
+        lambda images: logits,
+        torch.zeros(4, 1, 2, 2, dtype=torch.uint8),
+        torch.tensor([0, 1, 2, 2]),
+    )
     assert result.top1 == 0.5
     assert result.per_class.tolist() == [1.0, 1.0, 0.0]
     confident = math.log(1 + 2 * math.exp(-9)) + 18 * math.exp(-9) / (1 + 2 * math.exp(-9))
@@ -90,7 +101,9 @@ def test_calibration_error_of_known_confidences():
     logits = torch.stack([top, 1 - top], 1).log()
     labels = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0])
     assert calibration_error(logits, labels) == pytest.approx(0.4, abs=1e-6)
-    assert calibration_error(torch.tensor([[50.0, 0.0]]), torch.tensor([0])) == pytest.approx(0, abs=1e-9)
+    assert calibration_error(torch.tensor([[50.0, 0.0]]), torch.tensor([0])) == pytest.approx(
+        0, abs=1e-9
+    )
 
 
 def test_top_five_and_a_class_without_images():

@@ -1,4 +1,6 @@
-"""Shifts, folders and ImageNet-style sets: determinism, class subsets, and refusals before any work."""
+"""Shifts, folders and ImageNet-style sets: determinism, class subsets, and refusals before any
+work.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ IDS = imagenet.load().ids
 @pytest.mark.parametrize("name", SHIFTS)
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 24, 40), (2, 40, 21)])
 def test_a_shift_depends_on_the_image_and_its_id_alone(name, shape):
-    images = torch.randint(0, 256, (6, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (6, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     together = shift(images, name, 3)
     alone = torch.cat([shift(images[i : i + 1], name, 3, ids=torch.tensor([i])) for i in range(6)])
     assert together.shape == images.shape
@@ -71,9 +75,15 @@ def test_every_way_to_call_a_class(tmp_path):
     classes = ("T-shirt/top", "Dress", "Bag", "Coat")
     root = folder(tmp_path / "mine", ["Dress", "T-shirt-top", "2", "0003-Coat"])
     (found,) = evaluation_sets((str(root),), real(), classes)
-    labels = {int(i[0, 0, 0]): int(y) for images, ys in found.batches() for i, y in zip(images, ys, strict=True)}
+    labels = {
+        int(i[0, 0, 0]): int(y)
+        for images, ys in found.batches()
+        for i, y in zip(images, ys, strict=True)
+    }
     assert labels == {0: 1, 10: 0, 20: 2, 30: 3}
-    (row,) = evaluate_sets(lambda x: torch.nn.functional.one_hot(torch.full((len(x),), 2), 4) * 9.0, [found])
+    (row,) = evaluate_sets(
+        lambda x: torch.nn.functional.one_hot(torch.full((len(x),), 2), 4) * 9.0, [found]
+    )
     assert (row.name, row.images, row.classes, row.result.top1) == ("mine", 4, 4, 0.25)
 
 
@@ -127,7 +137,10 @@ def test_a_learner_chooses_among_the_200_classes_of_a_subset(tmp_path, subset):
 
 def test_imagenet_sets_by_name(tmp_path):
     root = folder(tmp_path / "r", sorted(imagenet.load().r))
-    few = [*sorted(imagenet.load().r)[:3], "n01440764"]  # a learner of four classes, three of them in ImageNet-R
+    few = [
+        *sorted(imagenet.load().r)[:3],
+        "n01440764",
+    ]  # a learner of four classes, three of them in ImageNet-R
     (found,) = evaluation_sets((f"imagenet-r={root}",), real(), few)
     (row,) = evaluate_sets(lambda x: torch.zeros(len(x), 4), [found])
     assert (row.images, row.classes) == (3, 3)
@@ -135,4 +148,9 @@ def test_imagenet_sets_by_name(tmp_path):
         evaluation_sets((f"imagenet-a={root}",), real(), IDS)
     v2 = folder(tmp_path / "v2", [str(i) for i in range(1000)])
     (found,) = evaluation_sets((f"imagenet-v2={v2}",), real(), few)
-    assert sorted(label for _, labels in found.batches() for label in labels.tolist()) == [0, 1, 2, 3]
+    assert sorted(label for _, labels in found.batches() for label in labels.tolist()) == [
+        0,
+        1,
+        2,
+        3,
+    ]

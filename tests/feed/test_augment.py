@@ -9,13 +9,20 @@ from dpfast.feed.augment import Augment, Mix
 def test_crops_have_the_areas_and_ratios_that_were_asked_for():
     boxes = Augment(crop=0.25).draw(20_000, (96, 128), seed=1, number=0).boxes
     top, left, height, width = boxes.T
-    assert bool((top >= 0).all() & (left >= 0).all() & (top + height <= 96).all() & (left + width <= 128).all())
+    assert bool(
+        (top >= 0).all()
+        & (left >= 0).all()
+        & (top + height <= 96).all()
+        & (left + width <= 128).all()
+    )
     assert torch.equal(boxes, boxes.round())
     area, ratio = height * width / (96 * 128), width / height
     assert 0.24 < float(area.min()) < 0.27
     assert 0.74 < float(ratio.min()) < 0.77
     assert 1.31 < float(ratio.max()) < 1.36
-    small = area < 0.5  # all of these fit at the first try: uniform in area, in log ratio and in place
+    small = (
+        area < 0.5
+    )  # all of these fit at the first try: uniform in area, in log ratio and in place
     assert float(area[small].mean()) == pytest.approx(0.375, abs=0.005)
     assert float(ratio[small].log().mean()) == pytest.approx(0.0, abs=0.01)
     assert float((top / (96 - height))[small].mean()) == pytest.approx(0.5, abs=0.01)
@@ -47,7 +54,9 @@ def test_nothing_is_drawn_where_nothing_is_asked_for():
     draw = Augment().draw(4, (8, 8), seed=0, number=0)
     assert (draw.boxes, draw.flips, draw.mix) == (None, None, None)
     assert Augment(size=(8, 8)).draw(4, (8, 8), seed=0, number=0).boxes is None
-    assert Augment(size=(4, 4)).draw(2, (8, 6), seed=0, number=0).boxes.tolist() == [[0, 0, 8, 6]] * 2
+    assert (
+        Augment(size=(4, 4)).draw(2, (8, 6), seed=0, number=0).boxes.tolist() == [[0, 0, 8, 6]] * 2
+    )
 
 
 def test_mixing_by_hand():
@@ -70,13 +79,21 @@ def test_cutmix_cuts_the_share_that_it_reports():
         assert 0 <= top <= bottom <= 20
         assert 0 <= left <= right <= 30
         assert mix.share == pytest.approx(1 - (bottom - top) * (right - left) / 600)
-    both = [Augment(cutmix=1.0, mixup=0.2).draw(2, (20, 30), seed=0, number=n).mix.region is None for n in range(500)]
+    both = [
+        Augment(cutmix=1.0, mixup=0.2).draw(2, (20, 30), seed=0, number=n).mix.region is None
+        for n in range(500)
+    ]
     assert 200 < sum(both) < 300
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"crop": 0.0}, "crop"), ({"shift": -1}, "shift"), ({"mixup": -0.1}, "mixup"), ({"size": (0, 4)}, "size")],
+    [
+        ({"crop": 0.0}, "crop"),
+        ({"shift": -1}, "shift"),
+        ({"mixup": -0.1}, "mixup"),
+        ({"size": (0, 4)}, "size"),
+    ],
 )
 def test_bad_input_is_named(options, named):
     with pytest.raises(ValueError, match=f"{named} = "):

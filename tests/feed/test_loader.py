@@ -1,4 +1,6 @@
-"""Both loaders: the same batches, exact positions, appends in the next batch, errors that arrive."""
+"""Both loaders: the same batches, exact positions, appends in the next batch, errors that
+arrive.
+"""
 
 import threading
 
@@ -15,7 +17,9 @@ from dpfast.pool.pool import SamplePool
 from dpfast.pool.snapshot import PoolSnapshot
 from tests.pool.helpers import Batch
 
-DALI = pytest.param("dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed"))
+DALI = pytest.param(
+    "dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed")
+)
 KINDS = ["torch", DALI]
 EVERYTHING = Augment(flip=True, shift=1, crop=0.3, size=(12, 10), mixup=0.2, cutmix=1.0)
 
@@ -45,7 +49,9 @@ def make():
     made = []
 
     def new(kind, pool, **options):
-        made.append(make_loader(kind, pool, **{"batch_size": 8, "seed": 3, "classes": 100} | options))
+        made.append(
+            make_loader(kind, pool, **{"batch_size": 8, "seed": 3, "classes": 100} | options)
+        )
         return made[-1]
 
     yield new
@@ -75,12 +81,16 @@ def test_three_epochs_with_an_append_in_between_show_every_sample_once_each(kind
         assert torch.equal(labels.sort().values, torch.arange(24))
     grow(pool, 16)
     labels = torch.cat([labels for _, labels in take(loader, 5)])
-    assert torch.equal(labels.sort().values, torch.arange(40))  # the new ones are in the batches right after
+    assert torch.equal(
+        labels.sort().values, torch.arange(40)
+    )  # the new ones are in the batches right after
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_preparation_is_invisible(kind, make):
-    """However far ahead, in bursts or not, appends in between: the batches of a loader that draws at each call."""
+    """However far ahead, in bursts or not, appends in between: the batches of a loader that draws
+    at each call.
+    """
 
     def run(**ahead):
         pool, batches = pool_of(20), []
@@ -101,7 +111,9 @@ def test_small_batches_come_in_bursts_and_large_ones_from_a_thread(make):
     small, large = make("torch", pool), make("torch", pool, augment=Augment(size=(1200, 1200)))
     assert (small.ahead, large.ahead) == (16, 2)
     images = [images for images, _ in take(small, 17)]
-    assert len({batch.untyped_storage().data_ptr() for batch in images}) == 2  # of sixteen, and of the next
+    assert (
+        len({batch.untyped_storage().data_ptr() for batch in images}) == 2
+    )  # of sixteen, and of the next
     del images
     for images, _ in take(small, 64):
         images.zero_()  # a caller may write to its batch
@@ -159,7 +171,10 @@ def test_a_position_restores_the_next_batch_exactly(kind, augment, make):
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_belong_to_their_images_and_held_batches_stay(kind, make):
     loader = make(
-        kind, pool_of(50), augment=Augment(flip=True, shift=2, crop=0.5), form=BatchFormat(mean=0.0, std=1 / 255)
+        kind,
+        pool_of(50),
+        augment=Augment(flip=True, shift=2, crop=0.5),
+        form=BatchFormat(mean=0.0, std=1 / 255),
     )
     held = take(loader, 12)
     for images, labels in held:
@@ -173,17 +188,27 @@ def test_labels_belong_to_their_images_and_held_batches_stay(kind, make):
 @pytest.mark.parametrize("codec", ["pixels", "jpeg", "latents"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_dali_and_torch_show_the_same_pixels(codec, channels, make):
-    """Without augmentation the same bytes, normalised to within the last bits; with it the same crops and flips."""
+    """Without augmentation the same bytes, normalised to within the last bits; with it the same
+    crops and flips.
+    """
     shape = (channels, 14, 16)
     if codec == "latents":
-        pool = SamplePool("latents", decode=lambda z: torch.tanh(z).repeat_interleave(2, 2).repeat_interleave(2, 3))
+        pool = SamplePool(
+            "latents",
+            decode=lambda z: torch.tanh(z).repeat_interleave(2, 2).repeat_interleave(2, 3),
+        )
         latents = torch.randn(30, channels, 7, 8, generator=torch.Generator().manual_seed(0)).half()
         pool.append(batch_of(0, latents), payload=latents, round=0, omega=0.0)
     else:
         pool = pool_of(30, shape, codec)
     for augment in (Augment(), Augment(flip=True, shift=3, crop=0.2, size=(9, 21))):
-        for form in (None, BatchFormat(channels_last=False, mean=[0.4] * channels, std=[0.2] * channels)):
-            ours, dali = (make(kind, pool, augment=augment, form=form) for kind in ("torch", "dali"))
+        for form in (
+            None,
+            BatchFormat(channels_last=False, mean=[0.4] * channels, std=[0.2] * channels),
+        ):
+            ours, dali = (
+                make(kind, pool, augment=augment, form=form) for kind in ("torch", "dali")
+            )
             for (a, labels), (b, same_labels) in zip(take(ours, 5), take(dali, 5), strict=True):
                 assert torch.equal(labels, same_labels)
                 assert a.shape == b.shape
@@ -196,7 +221,8 @@ def test_dali_and_torch_show_the_same_pixels(codec, channels, make):
 def test_half_precision_is_the_rounded_batch(kind, make):
     pool = pool_of()
     full, half = (
-        make(kind, pool, augment=EVERYTHING, form=BatchFormat(dtype=dtype)) for dtype in (torch.float32, torch.float16)
+        make(kind, pool, augment=EVERYTHING, form=BatchFormat(dtype=dtype))
+        for dtype in (torch.float32, torch.float16)
     )
     for (a, targets), (b, same_targets) in zip(take(full, 3), take(half, 3), strict=True):
         assert torch.equal(targets, same_targets)
@@ -231,7 +257,9 @@ def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make, monkeypa
     loader = make("dali", pool, batch_size=4)
     take(loader, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(PoolSnapshot, "payload", lambda view, indices: [b"\xff\xd8 no image"] * len(indices))
+        patch.setattr(
+            PoolSnapshot, "payload", lambda view, indices: [b"\xff\xd8 no image"] * len(indices)
+        )
         with pytest.raises(LoaderError, match="could not be made"):
             take(loader, 4)
     assert next(loader)[0].shape == (4, 3, 14, 16)
@@ -283,6 +311,8 @@ def test_the_choice_is_checked(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_device_may_be_its_name(kind, make):
     pool = pool_of()
-    named, given = (next(make(kind, pool, device=device)) for device in ("cpu", torch.device("cpu")))
+    named, given = (
+        next(make(kind, pool, device=device)) for device in ("cpu", torch.device("cpu"))
+    )
     assert torch.equal(named[0], given[0])
     assert torch.equal(named[1], given[1])

@@ -1,4 +1,6 @@
-"""The keyed permutation: exact, the same in C++ and Python, a shuffle by its statistics; the order as a pool grows."""
+"""The keyed permutation: exact, the same in C++ and Python, a shuffle by its statistics; the order
+as a pool grows.
+"""
 
 import math
 
@@ -39,16 +41,24 @@ def test_native_and_reference_agree_bit_by_bit(size, seed, epoch, monkeypatch):
 def test_the_permutation_is_the_documented_one():
     """A saved position stays valid only while these integers do."""
     assert permutation(0, 6, 10, seed=1, epoch=0).tolist() == FIRST_SIX
-    assert reference(torch.tensor([5, 0]), 10, seed=1, epoch=0).tolist() == [FIRST_SIX[5], FIRST_SIX[0]]
+    assert reference(torch.tensor([5, 0]), 10, seed=1, epoch=0).tolist() == [
+        FIRST_SIX[5],
+        FIRST_SIX[0],
+    ]
 
 
 def test_all_orders_of_few_samples_are_equally_frequent():
-    """Small sizes are the hard case of a Feistel network; 24 and 120 orders, 200 expected of each."""
+    """Small sizes are the hard case of a Feistel network; 24 and 120 orders, 200 expected of
+    each.
+    """
     for size in (4, 5):
         orders = math.factorial(size)
         places = size ** torch.arange(size)
         codes = torch.tensor(
-            [int((permutation(0, size, size, seed=0, epoch=e) * places).sum()) for e in range(orders * 200)]
+            [
+                int((permutation(0, size, size, seed=0, epoch=e) * places).sum())
+                for e in range(orders * 200)
+            ]
         )
         counts = torch.unique(codes, return_counts=True)[1]
         assert len(counts) == orders
@@ -56,7 +66,9 @@ def test_all_orders_of_few_samples_are_equally_frequent():
 
 
 def test_places_and_neighbours_are_uniform():
-    """Over 4000 passes of 100 samples: each place, and the step from one place to the next, is uniform."""
+    """Over 4000 passes of 100 samples: each place, and the step from one place to the next, is
+    uniform.
+    """
     passes = torch.stack([permutation(0, 100, 100, seed=5, epoch=e) for e in range(4000)])
     for place in (0, 1, 50, 99):
         assert abs(chi_square(torch.bincount(passes[:, place], minlength=100), 40)) < 4
@@ -70,7 +82,9 @@ def test_places_and_neighbours_are_uniform():
 
 
 def test_the_position_is_the_whole_state():
-    """Any batch of a long run follows from four integers, also right after growth and in weighted passes."""
+    """Any batch of a long run follows from four integers, also right after growth and in weighted
+    passes.
+    """
     for weight in (1.0, 3.0):
         order, twin = Order(3, 9, fresh_weight=weight), Order(3, 9, fresh_weight=weight)
         sizes = [(40, 0)] * 11 + [(55, 15)] * 7 + [(60, 5)] * 8
@@ -86,7 +100,9 @@ def test_the_position_is_the_whole_state():
 
 
 def test_growth_uses_no_key_twice():
-    """Passes before and after a growth are independent, though both began in the middle of a pass."""
+    """Passes before and after a growth are independent, though both began in the middle of a
+    pass.
+    """
     order, seen = Order(0, 7), []
     for size in (20, 21, 22, 200):
         for _ in range(5):

@@ -38,6 +38,6 @@ print(len(set(os.listdir("/proc/self/task")) - before))
 def test_batches_bring_no_second_team_of_openmp_threads(codec, size, threads):
     done = subprocess.run(
         [sys.executable, "-c", COUNT, codec, str(size)], capture_output=True, text=True, timeout=300
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == threads

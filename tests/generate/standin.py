@@ -7,7 +7,13 @@ from torch.utils._pytree import tree_leaves
 
 from dpfast.ops import dispatch
 
-HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+HOST_READS = {
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::nonzero",
+}
 
 
 class HostRead(RuntimeError):
@@ -45,7 +51,9 @@ class Watch(TorchDispatchMode):
 
 
 class StandInRecording:
-    """Re-executes the recorded operations on the recorded tensors: what a call closed over stays where it was."""
+    """Re-executes the recorded operations on the recorded tensors: what a call closed over stays
+    where it was.
+    """
 
     def __init__(self, calls, outputs, recorder):
         self.calls, self.outputs, self.recorder = calls, outputs, recorder
@@ -56,7 +64,9 @@ class StandInRecording:
             for func, args, kwargs, recorded in self.calls:
                 inputs = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
                 for old, new in zip(tensors(recorded), tensors(func(*args, **kwargs)), strict=True):
-                    if old.untyped_storage().data_ptr() not in inputs:  # a view, or a result in place
+                    if (
+                        old.untyped_storage().data_ptr() not in inputs
+                    ):  # a view, or a result in place
                         old.copy_(new)
 
     def reset(self):
@@ -65,7 +75,8 @@ class StandInRecording:
 
 
 class StandInRecorder:
-    """The protocol of ``dpfast.generate.graphs.Recorder`` by recording operations instead of kernels.
+    """The protocol of ``dpfast.generate.graphs.Recorder`` by recording operations instead of
+    kernels.
 
     It needs ``force_reference``. recorded: recordings ever made; alive: those that were not reset.
     """

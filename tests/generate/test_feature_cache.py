@@ -1,4 +1,6 @@
-"""Feature caching: what reuses what, the same prediction from kept features, and guidance that never sees them."""
+"""Feature caching: what reuses what, the same prediction from kept features, and guidance that
+never sees them.
+"""
 
 import pytest
 import torch
@@ -11,18 +13,26 @@ from dpfast.generate.sampler import GuidedSampler
 from tests.generate.standin import StandInRecorder, force_reference
 from tests.tiny_pipelines import NAMES
 
-FOLDERS = {"pipeline_folder": None, "stable_diffusion_folder": NAMES, "stable_diffusion_3_folder": NAMES}
+FOLDERS = {
+    "pipeline_folder": None,
+    "stable_diffusion_folder": NAMES,
+    "stable_diffusion_3_folder": NAMES,
+}
 LETTERS = {"compute": "c", "keep": "k", "reuse": "r"}
 
 
 @pytest.fixture(params=[*FOLDERS, "pixel_folder"])
 def family(request):
-    return Pipeline.from_pretrained(request.getfixturevalue(request.param), class_names=FOLDERS.get(request.param))
+    return Pipeline.from_pretrained(
+        request.getfixturevalue(request.param), class_names=FOLDERS.get(request.param)
+    )
 
 
 def new_sampler(pipeline, learner=None, *, every=4, **options):
     guidance = GuidanceConfig(omega=0.3, every=every)
-    return GuidedSampler(pipeline, learner, guidance=guidance, **{"steps": 8, "compile": False} | options)
+    return GuidedSampler(
+        pipeline, learner, guidance=guidance, **{"steps": 8, "compile": False} | options
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +70,9 @@ def test_at_the_same_input_kept_features_give_the_same_prediction(family):
 
 
 def test_guided_steps_run_the_whole_network(pipeline, learner):
-    """A guided step from the same state is the same step, bit for bit, and so is all of a run without reuse."""
+    """A guided step from the same state is the same step, bit for bit, and so is all of a run
+    without reuse.
+    """
     cached, whole = (new_sampler(pipeline, learner, cache_interval=n) for n in (2, 1))
     state = cached.advance(cached.begin([0, 1, 2], [0, 1, 2]), 4)
     assert [LETTERS[v.features] for v in cached.variants(guided=True)] == list("ckrcckrc")
@@ -100,7 +112,9 @@ def test_a_trajectory_that_begins_where_features_are_reused_keeps_its_own(pipeli
     cached, whole = (new_sampler(pipeline, cache_interval=n) for n in (2, 1))
     clean = torch.randn(2, *pipeline.denoiser.sample_shape)
     begun = [sampler.begin([0, 1], [0, 1], latents=clean, step=1) for sampler in (cached, whole)]
-    first, second = (sampler.advance(state, 2) for sampler, state in zip((cached, whole), begun, strict=True))
+    first, second = (
+        sampler.advance(state, 2) for sampler, state in zip((cached, whole), begun, strict=True)
+    )
     assert torch.equal(first.x, second.x)
 
 

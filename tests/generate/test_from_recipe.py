@@ -15,10 +15,21 @@ from dpfast.generate.sampler import GuidedSampler
 from tests.tiny_pipelines import NAMES
 
 FIELDS = {
-    "solver": "dpmpp2m", "steps": 6, "cfg_scale": 2.0, "cfg_from": 0.25, "cfg_until": 0.75, "omega": 0.1,
-    "guide_every": 2, "guide_from": 0.1, "guide_until": 0.9, "mode": "score", "criterion": "margin", "seed": 5,
-    "cache_interval": 3, "compile_region": "blocks",
-}  # fmt: skip
+    "solver": "dpmpp2m",
+    "steps": 6,
+    "cfg_scale": 2.0,
+    "cfg_from": 0.25,
+    "cfg_until": 0.75,
+    "omega": 0.1,
+    "guide_every": 2,
+    "guide_from": 0.1,
+    "guide_until": 0.9,
+    "mode": "score",
+    "criterion": "margin",
+    "seed": 5,
+    "cache_interval": 3,
+    "compile_region": "blocks",
+}
 
 
 def load(**overrides):
@@ -26,10 +37,19 @@ def load(**overrides):
 
 
 def test_a_text_pipeline_gets_its_prompts_dtype_and_names_from_the_recipe(stable_diffusion_folder):
-    asked = {"class_names": ", ".join(NAMES), "prompt_template": "a red photo of a {}", "dtype": "bfloat16"}
-    pipeline = load_pipeline(load(pipeline=str(stable_diffusion_folder), **asked).generator, device="cpu")
+    asked = {
+        "class_names": ", ".join(NAMES),
+        "prompt_template": "a red photo of a {}",
+        "dtype": "bfloat16",
+    }
+    pipeline = load_pipeline(
+        load(pipeline=str(stable_diffusion_folder), **asked).generator, device="cpu"
+    )
     wanted = Pipeline.from_pretrained(
-        stable_diffusion_folder, class_names=NAMES, prompt_template=asked["prompt_template"], dtype=torch.bfloat16
+        stable_diffusion_folder,
+        class_names=NAMES,
+        prompt_template=asked["prompt_template"],
+        dtype=torch.bfloat16,
     )
     assert pipeline.class_names == tuple(NAMES)
     assert pipeline.denoiser.dtype == torch.bfloat16
@@ -40,11 +60,23 @@ def test_a_sampler_is_what_its_recipe_says(pipeline, learner):
     sampler = new_sampler(load(**FIELDS), pipeline, learner)
     guidance = sampler.guidance
     by_hand = GuidedSampler(
-        pipeline, learner, guidance=guidance, steps=6, solver="dpmpp2m", cfg_scale=2.0, cfg_interval=(0.25, 0.75),
-        seed=5, cache_interval=3, compile=False,
-    )  # fmt: skip
+        pipeline,
+        learner,
+        guidance=guidance,
+        steps=6,
+        solver="dpmpp2m",
+        cfg_scale=2.0,
+        cfg_interval=(0.25, 0.75),
+        seed=5,
+        cache_interval=3,
+        compile=False,
+    )
     assert (guidance.omega, guidance.every, guidance.start, guidance.until) == (0.1, 2, 0.1, 0.9)
-    assert (guidance.mode, guidance.criterion, sampler.table.needs_x0_prev) == ("score", "margin", True)
+    assert (guidance.mode, guidance.criterion, sampler.table.needs_x0_prev) == (
+        "score",
+        "margin",
+        True,
+    )
     assert sampler.execution.region == "blocks"
     assert torch.equal(sampler.generate([0, 1]).images, by_hand.generate([0, 1]).images)
     assert new_sampler(load(eta=0.5), pipeline, None).table.needs_noise
@@ -52,9 +84,15 @@ def test_a_sampler_is_what_its_recipe_says(pipeline, learner):
 
 
 def test_no_field_is_without_effect():
-    """A new field needs a place in ``dpfast.generate.from_recipe``, or in the practice's own list."""
+    """A new field needs a place in ``dpfast.generate.from_recipe``, or in the practice's own
+    list.
+    """
     described = inspect.getsource(recipes)
-    elsewhere = {"generation_batch", "sampling_batch", "guide_with"}  # of the loop around the sampler, and ``at_once``
+    elsewhere = {
+        "generation_batch",
+        "sampling_batch",
+        "guide_with",
+    }  # of the loop around the sampler, and ``at_once``
     for section, name in ((load().generator, "generator"), (load().guidance, "guidance")):
         for field in dataclasses.fields(section):
             assert field.name in elsewhere or f"{name}.{field.name}" in described, field.name

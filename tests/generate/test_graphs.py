@@ -1,4 +1,6 @@
-"""Capture and replay under the rules of a CUDA graph: fixed addresses, no host reads, outputs that stay."""
+"""Capture and replay under the rules of a CUDA graph: fixed addresses, no host reads, outputs that
+stay.
+"""
 
 import logging
 from typing import NamedTuple
@@ -31,7 +33,9 @@ def recorder(monkeypatch):
 
 
 def captured(linear, recorder):
-    return Captured(lambda x, scale: Outputs(linear(x) * scale, None), recorder, watched=linear.parameters)
+    return Captured(
+        lambda x, scale: Outputs(linear(x) * scale, None), recorder, watched=linear.parameters
+    )
 
 
 def test_a_replay_computes_what_the_function_computes(linear, recorder):
@@ -150,11 +154,15 @@ def replayed(pipeline, learner, recorder):
 
 
 def test_a_captured_sampler_makes_the_eager_images(replayed, pipeline, learner, recorder):
-    eager = GuidedSampler(pipeline, learner, steps=5, guidance=replayed.guidance, compile=False, eta=0.3)
+    eager = GuidedSampler(
+        pipeline, learner, steps=5, guidance=replayed.guidance, compile=False, eta=0.3
+    )
     expected = torch.cat([b.images for b in eager.stream([0, 1, 2, 0, 1], batch_size=2)])
     images = torch.cat([b.images for b in replayed.stream([0, 1, 2, 0, 1], batch_size=2)])
     assert int((images.int() - expected.int()).abs().max()) <= 1
-    assert recorder.recorded == 3  # guided, plain, decoding: for all steps and batches, the partial one included
+    assert (
+        recorder.recorded == 3
+    )  # guided, plain, decoding: for all steps and batches, the partial one included
     assert not replayed.execution.fallbacks
     replayed.close()
     assert recorder.closed == 1

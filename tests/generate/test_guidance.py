@@ -15,7 +15,9 @@ from dpfast.learn.committee import Committee
 
 @pytest.fixture
 def path(pipeline, learner):
-    return GuidancePath(denoiser=pipeline.denoiser, decoder=pipeline.guidance_decoder, learner=learner)
+    return GuidancePath(
+        denoiser=pipeline.denoiser, decoder=pipeline.guidance_decoder, learner=learner
+    )
 
 
 @pytest.fixture
@@ -46,7 +48,10 @@ def plain_loss(logits, labels):
         ("entropy", plain_entropy),
         ("loss", plain_loss),
         ("margin", plain_margin),
-        (lambda logits, labels: logits.square().sum(1), lambda logits, labels: logits.square().sum(1)),
+        (
+            lambda logits, labels: logits.square().sum(1),
+            lambda logits, labels: logits.square().sum(1),
+        ),
     ],
     ids=["entropy", "loss", "margin", "function"],
 )
@@ -79,7 +84,9 @@ def test_a_small_step_along_the_gradient_raises_entropy_of_every_sample(path, in
 @pytest.mark.parametrize("chunk", [1, 2, 5, 8])
 def test_chunks_of_any_size_give_the_same(chunk, path, inputs):
     whole = path.gradient(*inputs)
-    for one, other in zip(whole, dataclasses.replace(path, chunk=chunk).gradient(*inputs), strict=True):
+    for one, other in zip(
+        whole, dataclasses.replace(path, chunk=chunk).gradient(*inputs), strict=True
+    ):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
@@ -104,9 +111,20 @@ def test_images_are_resized_to_the_learner(path, inputs):
 @pytest.mark.parametrize("kind", ["epsilon", "v", "sample", "flow"])
 def test_predict_x0_inverts_every_parametrisation(kind):
     x0, noise = torch.randn(2, 4), torch.randn(2, 4)
-    alpha, sigma = (torch.tensor(0.7), torch.tensor(0.3)) if kind == "flow" else (torch.tensor(0.8), torch.tensor(0.6))
-    prediction = {"epsilon": noise, "v": alpha * noise - sigma * x0, "sample": x0, "flow": noise - x0}[kind]
-    torch.testing.assert_close(predict_x0(alpha * x0 + sigma * noise, prediction, alpha, sigma, kind), x0)
+    alpha, sigma = (
+        (torch.tensor(0.7), torch.tensor(0.3))
+        if kind == "flow"
+        else (torch.tensor(0.8), torch.tensor(0.6))
+    )
+    prediction = {
+        "epsilon": noise,
+        "v": alpha * noise - sigma * x0,
+        "sample": x0,
+        "flow": noise - x0,
+    }[kind]
+    torch.testing.assert_close(
+        predict_x0(alpha * x0 + sigma * noise, prediction, alpha, sigma, kind), x0
+    )
 
 
 def test_margin_is_zero_on_the_border_and_negative_inside():
@@ -117,15 +135,23 @@ def test_margin_is_zero_on_the_border_and_negative_inside():
 def test_disagreement_is_the_divergence_of_the_members():
     sure = torch.tensor([[40.0, 0.0, 0.0], [0.0, 40.0, 0.0], [0.0, 0.0, 0.0]])
     logits = torch.stack([sure[[0, 0]], sure[[0, 1]], sure[[2, 2]], sure[[0, 2]]])
-    p = torch.tensor([2 / 3, 1 / 6, 1 / 6])  # the mean of sure and unsure, whose entropies are 0 and log 3
+    p = torch.tensor(
+        [2 / 3, 1 / 6, 1 / 6]
+    )  # the mean of sure and unsure, whose entropies are 0 and log 3
     mixed = float(-(p * p.log()).sum() - torch.tensor(3.0).log() / 2)
-    expected = torch.tensor([0.0, 2.0, 0.0, 0.0]).log().nan_to_num(neginf=0.0)  # log 2 where two are sure and differ
+    expected = (
+        torch.tensor([0.0, 2.0, 0.0, 0.0]).log().nan_to_num(neginf=0.0)
+    )  # log 2 where two are sure and differ
     expected[3] = mixed
     torch.testing.assert_close(criteria.disagreement(logits, None), expected, rtol=1e-4, atol=1e-5)
-    _, gradient = criteria.value_and_gradient(criteria.disagreement, logits, torch.zeros(4, dtype=torch.int64))
+    _, gradient = criteria.value_and_gradient(
+        criteria.disagreement, logits, torch.zeros(4, dtype=torch.int64)
+    )
     assert gradient.shape == logits.shape
     assert bool(gradient.isfinite().all())
-    with pytest.raises(ValueError, match=r"members of a committee: expected logits \(B, M, K\), got \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"members of a committee: expected logits \(B, M, K\), got \(4, 3\)"
+    ):
         criteria.disagreement(logits[:, 0], None)
 
 
@@ -144,7 +170,9 @@ def test_a_committee_guides_to_where_its_members_differ(path, inputs, pipeline, 
     assert bool((after > before).all()), (before, after)
 
     guidance = GuidanceConfig(criterion="disagreement")
-    batch = GuidedSampler(pipeline, committee, steps=3, guidance=guidance, compile=False).generate([0, 1])
+    batch = GuidedSampler(pipeline, committee, steps=3, guidance=guidance, compile=False).generate(
+        [0, 1]
+    )
     with torch.no_grad():
         first = criteria.entropy(learner(batch.images.float().div(127.5).sub(1)), labels)
     torch.testing.assert_close(batch.entropy, first)
@@ -169,8 +197,14 @@ def test_the_fused_entropy_is_the_differentiable_one():
         ({"every": 3}, {0, 3, 6, 9}),
         ({"every": 1, "until": 0.5}, {0, 1, 2, 3, 4}),
         ({"every": 4, "until": 0.5}, {0, 4}),
-        ({"every": 3, "start": 0.2, "until": 0.9}, {2, 5, 8}),  # the count begins inside the interval
-        ({"every": 1, "start": 0.3, "until": 0.6}, {3, 4, 5}),  # 0.3 * 10 is not 3 in floating point
+        (
+            {"every": 3, "start": 0.2, "until": 0.9},
+            {2, 5, 8},
+        ),  # the count begins inside the interval
+        (
+            {"every": 1, "start": 0.3, "until": 0.6},
+            {3, 4, 5},
+        ),  # 0.3 * 10 is not 3 in floating point
     ],
 )
 def test_guided_steps(config, expected):
@@ -180,7 +214,9 @@ def test_guided_steps(config, expected):
 def test_intervals_that_touch_share_no_step():
     for total in range(1, 60):
         for cut in (0.1, 0.25, 1 / 3, 0.5, 0.7):
-            assert [*interval_steps(total, 0, cut), *interval_steps(total, cut, 1)] == list(range(total))
+            assert [*interval_steps(total, 0, cut), *interval_steps(total, cut, 1)] == list(
+                range(total)
+            )
 
 
 @pytest.mark.parametrize(

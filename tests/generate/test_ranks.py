@@ -20,9 +20,16 @@ def make(folder, part):
     """Images and the initial noise of a share of the ids."""
     guidance = GuidanceConfig(omega=0.1, every=2)
     sampler = GuidedSampler(
-        Pipeline.from_pretrained(folder), judge(), guidance=guidance, steps=4, eta=0.5, compile=False
+        Pipeline.from_pretrained(folder),
+        judge(),
+        guidance=guidance,
+        steps=4,
+        eta=0.5,
+        compile=False,
     )
-    return sampler.generate(LABELS[part], IDS[part]).images, normal(IDS[part], (4, 8, 8), seed=0, stream=0)
+    return sampler.generate(LABELS[part], IDS[part]).images, normal(
+        IDS[part], (4, 8, 8), seed=0, stream=0
+    )
 
 
 def work(rank, folder, store, out):
@@ -38,8 +45,12 @@ def work(rank, folder, store, out):
 
 
 def test_a_sample_is_the_same_on_one_rank_and_on_two(pipeline_folder, tmp_path):
-    mp.spawn(work, (str(pipeline_folder), str(tmp_path / "store"), str(tmp_path / "out.pt")), nprocs=2)
+    mp.spawn(
+        work, (str(pipeline_folder), str(tmp_path / "store"), str(tmp_path / "out.pt")), nprocs=2
+    )
     images, noise = torch.load(tmp_path / "out.pt", weights_only=True)
     expected, expected_noise = make(pipeline_folder, slice(None))
     assert torch.equal(noise, expected_noise)
-    assert int((images.int() - expected.int()).abs().max()) <= 1  # sums round differently in another batch
+    assert (
+        int((images.int() - expected.int()).abs().max()) <= 1
+    )  # sums round differently in another batch

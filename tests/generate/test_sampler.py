@@ -1,4 +1,6 @@
-"""The sampler against DiTPipeline, its exactness per sample, and the embedded generator's promises."""
+"""The sampler against DiTPipeline, its exactness per sample, and the embedded generator's
+promises.
+"""
 
 import warnings
 
@@ -24,11 +26,17 @@ def test_unguided_images_are_those_of_dit_pipeline(which, cfg_scale, pipeline_fo
     reference = DiTPipeline.from_pretrained(folder)
     reference.set_progress_bar_config(disable=True)
     labels = [0, 1, 2, 2]
-    if which == "random":  # its null class is not 1000 trained rows away, but DiTPipeline asks for 1000
+    if (
+        which == "random"
+    ):  # its null class is not 1000 trained rows away, but DiTPipeline asks for 1000
         assert reference.transformer.config.num_embeds_ada_norm == 1000
     generator = torch.Generator().manual_seed(3)
     expected = reference(
-        labels, guidance_scale=cfg_scale, generator=generator, num_inference_steps=10, output_type="np"
+        labels,
+        guidance_scale=cfg_scale,
+        generator=generator,
+        num_inference_steps=10,
+        output_type="np",
     ).images
 
     sampler = GuidedSampler.from_pretrained(folder, steps=10, cfg_scale=cfg_scale)
@@ -42,27 +50,39 @@ def test_unguided_images_are_those_of_dit_pipeline(which, cfg_scale, pipeline_fo
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_a_sample_does_not_depend_on_its_batch(pipeline, learner, eta):
-    sampler = GuidedSampler(pipeline, learner, steps=6, guidance=GuidanceConfig(omega=0.1, every=2), eta=eta)
+    sampler = GuidedSampler(
+        pipeline, learner, steps=6, guidance=GuidanceConfig(omega=0.1, every=2), eta=eta
+    )
     labels, ids = torch.arange(64) % 3, torch.cat([torch.arange(4, 67), torch.tensor([2**40])])
     whole = sampler.generate(labels, ids)
     for size in (1, 3, 8):
-        parts = [sampler.generate(a, b) for a, b in zip(labels.split(size), ids.split(size), strict=True)]
+        parts = [
+            sampler.generate(a, b) for a, b in zip(labels.split(size), ids.split(size), strict=True)
+        ]
         images = torch.cat([p.images for p in parts])
         # the noise is bit-identical; the models' sums may round differently in another batch
         assert int((images.int() - whole.images.int()).abs().max()) <= 1
-        torch.testing.assert_close(torch.cat([p.entropy for p in parts]), whole.entropy, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            torch.cat([p.entropy for p in parts]), whole.entropy, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_other_ids_seeds_and_labels_give_other_images(pipeline):
     base = GuidedSampler(pipeline, steps=4).generate([0, 1])
-    assert not torch.equal(base.images, GuidedSampler(pipeline, steps=4, seed=1).generate([0, 1]).images)
-    assert not torch.equal(base.images, GuidedSampler(pipeline, steps=4).generate([0, 1], [7, 8]).images)
+    assert not torch.equal(
+        base.images, GuidedSampler(pipeline, steps=4, seed=1).generate([0, 1]).images
+    )
+    assert not torch.equal(
+        base.images, GuidedSampler(pipeline, steps=4).generate([0, 1], [7, 8]).images
+    )
     assert not torch.equal(base.images, GuidedSampler(pipeline, steps=4).generate([1, 2]).images)
     assert torch.equal(base.images, GuidedSampler(pipeline, steps=4).generate([0, 1]).images)
 
 
 def test_omega_zero_is_the_unguided_path_bitwise(pipeline, learner):
-    guided = GuidedSampler(pipeline, learner, steps=5, guidance=GuidanceConfig(omega=0.0)).generate([0, 1, 2])
+    guided = GuidedSampler(pipeline, learner, steps=5, guidance=GuidanceConfig(omega=0.0)).generate(
+        [0, 1, 2]
+    )
     assert torch.equal(guided.images, GuidedSampler(pipeline, steps=5).generate([0, 1, 2]).images)
 
 
@@ -76,14 +96,18 @@ def test_an_update_of_the_learner_in_place_changes_the_next_samples(pipeline, le
 
 
 def test_stream_covers_all_labels_once(pipeline):
-    batches = list(GuidedSampler(pipeline, steps=2).stream([0, 1, 2, 0, 1], first_id=10, batch_size=2))
+    batches = list(
+        GuidedSampler(pipeline, steps=2).stream([0, 1, 2, 0, 1], first_id=10, batch_size=2)
+    )
     assert [len(b) for b in batches] == [2, 2, 1]
     assert torch.cat([b.sample_ids for b in batches]).tolist() == [10, 11, 12, 13, 14]
     assert torch.cat([b.labels for b in batches]).tolist() == [0, 1, 2, 0, 1]
 
 
 def test_strengths_may_differ_by_sample(pipeline, learner):
-    sampler = GuidedSampler(pipeline, learner, steps=4, guidance=GuidanceConfig(omega=0.0, every=1), compile=False)
+    sampler = GuidedSampler(
+        pipeline, learner, steps=4, guidance=GuidanceConfig(omega=0.0, every=1), compile=False
+    )
     mixed = sampler.generate([0, 1, 2], omega=torch.tensor([0.0, 0.3, 0.1]))
     for i, omega in enumerate([0.0, 0.3, 0.1]):
         alone = sampler.generate([i], [i], omega=omega)
@@ -133,7 +157,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(pipeline):
         return images.flatten(1)[:, :3] * scale.view(-1, 1)
 
     guidance = GuidanceConfig(omega=0.1, every=2)
-    batch = GuidedSampler(pipeline, learner, steps=4, guidance=guidance, compile=False).generate([0, 1, 2])
+    batch = GuidedSampler(pipeline, learner, steps=4, guidance=guidance, compile=False).generate(
+        [0, 1, 2]
+    )
     assert batch.skipped == 2
     unguided = GuidedSampler(pipeline, steps=4, compile=False).generate([0, 1, 2])
     assert unguided.skipped == 0
@@ -143,7 +169,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(pipeline):
 
 def test_negative_omega_warns_once_a_process(pipeline, learner):
     sampler_module._warn_of_easy_samples.cache_clear()
-    sampler = GuidedSampler(pipeline, learner, steps=1, guidance=GuidanceConfig(omega=-0.1), compile=False)
+    sampler = GuidedSampler(
+        pipeline, learner, steps=1, guidance=GuidanceConfig(omega=-0.1), compile=False
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         sampler.generate([0])
@@ -196,7 +224,10 @@ def test_a_wrong_option_is_named(options, message, pipeline):
         ({"labels": ["Bag"]}, r"labels must be integers, got \['Bag'\]"),
         ({"labels": torch.tensor([True])}, "labels must be integers, got torch.bool"),
         ({"labels": [0], "sample_ids": [0.5]}, "sample_ids must be integers, got torch.float32"),
-        ({"labels": [0], "omega": "strong"}, "omega must be a number or a tensor of numbers, got 'strong'"),
+        (
+            {"labels": [0], "omega": "strong"},
+            "omega must be a number or a tensor of numbers, got 'strong'",
+        ),
     ],
 )
 def test_what_would_be_truncated_or_is_no_number_is_named(given, message, pipeline, learner):
@@ -208,7 +239,10 @@ def test_what_would_be_truncated_or_is_no_number_is_named(given, message, pipeli
     ("learner", "message"),
     [
         (torch.nn.Conv2d(3, 8, 3), r"learner fails on images of shape \(2, 1, 16, 16\)"),
-        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 5)), r"\(2, 5\).*expected logits .* \(2, 3\)"),
+        (
+            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 5)),
+            r"\(2, 5\).*expected logits .* \(2, 3\)",
+        ),
     ],
     ids=["channels", "classes"],
 )
@@ -230,7 +264,9 @@ def test_a_learner_that_cuts_the_graph_is_refused(way, pipeline, learner):
 
 
 def test_guidance_raises_the_learners_entropy_on_the_embedded_model(fashion):
-    """The direction of Eq. 7: ascent. The judge stands in for a learner; same labels, ids and steps on both sides."""
+    """The direction of Eq. 7: ascent. The judge stands in for a learner; same labels, ids and steps
+    on both sides.
+    """
     judge, labels = load_judge(), torch.arange(60) % 10
     means = {}
     for omega in (-0.03, 0.0, 0.03):
@@ -244,5 +280,7 @@ def test_embedded_samples_carry_their_labels(fashion):
     labels = torch.arange(200) % 10
     images = GuidedSampler(fashion).generate(labels).images
     logits = predict(load_judge(), images)
-    assert float((logits.argmax(1) == labels).float().mean()) >= 0.85  # 5,000 samples: see the model card
+    assert (
+        float((logits.argmax(1) == labels).float().mean()) >= 0.85
+    )  # 5,000 samples: see the model card
     assert float(entropy(logits).mean()) < 0.6

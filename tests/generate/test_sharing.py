@@ -16,7 +16,12 @@ from tests.tiny_pipelines import NAMES, randomise
 @pytest.fixture(scope="module")
 def dit():
     model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=3, sample_size=8, num_embeds_ada_norm=5
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=3,
+        sample_size=8,
+        num_embeds_ada_norm=5,
     )
     randomise(model)
     return model.eval().requires_grad_(False)
@@ -28,7 +33,9 @@ def count_products(model, *args, **kwargs):
     def note(module, given, out):
         products.append(module)
 
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    hooks = [
+        m.register_forward_hook(note) for m in model.modules() if isinstance(m, torch.nn.Linear)
+    ]
     out = model(*args, **kwargs).sample
     for hook in hooks:
         hook.remove()
@@ -37,12 +44,18 @@ def count_products(model, *args, **kwargs):
 
 def test_conditioning_of_all_blocks_at_once_is_that_of_each(dit):
     """Timesteps and labels may differ by row; the last label is the null class."""
-    x, t, labels = torch.randn(6, 4, 8, 8), torch.tensor([0, 1, 500, 999, 999, 3]), torch.tensor([0, 5, 4, 3, 2, 1])
+    x, t, labels = (
+        torch.randn(6, 4, 8, 8),
+        torch.tensor([0, 1, 500, 999, 999, 3]),
+        torch.tensor([0, 5, 4, 3, 2, 1]),
+    )
     expected, before = count_products(dit, x, timestep=t, class_labels=labels)
     shared = share_conditioning(copy.deepcopy(dit), 1000)
     got, after = count_products(shared, x, timestep=t, class_labels=labels)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert before - after == 3 * 3 + 2  # two embeddings and a projection a block, two embeddings for the output
+    assert (
+        before - after == 3 * 3 + 2
+    )  # two embeddings and a projection a block, two embeddings for the output
 
 
 def test_a_shared_conditioning_keeps_no_second_copy_of_its_weights(dit):
@@ -53,7 +66,11 @@ def test_a_shared_conditioning_keeps_no_second_copy_of_its_weights(dit):
 
 def test_fused_projections_are_the_parts(dit, stable_diffusion_folder):
     unet = diffusers.UNet2DConditionModel.from_pretrained(stable_diffusion_folder / "unet").eval()
-    text, x, t = torch.randn(2, 7, unet.config.cross_attention_dim), torch.randn(2, 4, 8, 8), torch.tensor([7, 300])
+    text, x, t = (
+        torch.randn(2, 7, unet.config.cross_attention_dim),
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([7, 300]),
+    )
     for model, args, condition in (
         (dit, (x,), {"timestep": t, "class_labels": torch.tensor([0, 3])}),
         (unet, (x, t), {"encoder_hidden_states": text}),
@@ -65,7 +82,9 @@ def test_fused_projections_are_the_parts(dit, stable_diffusion_folder):
         layers = [m for m in fused.modules() if isinstance(m, Attention)]
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         assert before - after == sum(1 if layer.is_cross_attention else 2 for layer in layers)
-        assert sum(p.numel() for p in fused.parameters()) == sum(p.numel() for p in model.parameters())
+        assert sum(p.numel() for p in fused.parameters()) == sum(
+            p.numel() for p in model.parameters()
+        )
 
 
 def test_denoisers_are_loaded_fused(stable_diffusion_folder):

@@ -11,7 +11,14 @@ from diffusers import (
 )
 from diffusers.schedulers import scheduling_lcm, scheduling_tcd
 
-from dpfast.generate.solvers import SolverTable, ddim_table, dpmpp_2m_table, flow_euler_table, lcm_table, tcd_table
+from dpfast.generate.solvers import (
+    SolverTable,
+    ddim_table,
+    dpmpp_2m_table,
+    flow_euler_table,
+    lcm_table,
+    tcd_table,
+)
 from dpfast.ops import DynamicThreshold, guided_step, normal
 
 SHAPE = (3, 4, 8, 8)
@@ -22,7 +29,9 @@ IDS = torch.tensor([3, 0, 8])
 
 
 def run(table, kind):
-    """Our trajectory: the predictions are a function of the step alone, so errors do not feed back."""
+    """Our trajectory: the predictions are a function of the step alone, so errors do not feed
+    back.
+    """
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * table.initial_scale
     x0, states = torch.zeros(SHAPE), []
     for step in range(len(table)):
@@ -53,7 +62,9 @@ def assert_same(table, scheduler, kind=None, tolerance=1e-4, **options):
     assert torch.equal(table.timesteps, scheduler.timesteps)
     expected = run_diffusers(scheduler, **options)
     scale = expected.flatten(1).abs().amax(1).clamp(min=1).view(-1, 1, 1, 1, 1)
-    torch.testing.assert_close(run(table, KINDS.get(kind, kind)) / scale, expected / scale, rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        run(table, KINDS.get(kind, kind)) / scale, expected / scale, rtol=0, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 10, 15, 50])
@@ -62,7 +73,11 @@ def assert_same(table, scheduler, kind=None, tolerance=1e-4, **options):
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_ddim_betas_and_spacing(steps, kind, schedule, spacing):
     scheduler = DDIMScheduler(
-        prediction_type=kind, beta_schedule=schedule, timestep_spacing=spacing, clip_sample=False, steps_offset=0
+        prediction_type=kind,
+        beta_schedule=schedule,
+        timestep_spacing=spacing,
+        clip_sample=False,
+        steps_offset=0,
     )
     assert_same(ddim_table(scheduler, steps), scheduler)
 
@@ -71,7 +86,8 @@ def test_ddim_betas_and_spacing(steps, kind, schedule, spacing):
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("alpha_one", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", True)]
+    ("kind", "zero_snr"),
+    [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", True)],
 )
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_ddim_ends_of_the_grid(steps, offset, alpha_one, kind, zero_snr, spacing):
@@ -89,9 +105,13 @@ def test_ddim_ends_of_the_grid(steps, offset, alpha_one, kind, zero_snr, spacing
     assert (float(table.rows[0, 0]) == 0) == (zero_snr and spacing != "leading")
 
 
-@pytest.mark.parametrize("options", [{"clip_sample": True, "clip_sample_range": 0.7}, {"thresholding": True}])
+@pytest.mark.parametrize(
+    "options", [{"clip_sample": True, "clip_sample_range": 0.7}, {"thresholding": True}]
+)
 def test_ddim_bounds_of_x0(options):
-    scheduler = DDIMScheduler(**{"clip_sample": False, **options}, sample_max_value=1.5, dynamic_thresholding_ratio=0.9)
+    scheduler = DDIMScheduler(
+        **{"clip_sample": False, **options}, sample_max_value=1.5, dynamic_thresholding_ratio=0.9
+    )
     table = ddim_table(scheduler, 10)
     assert table.clip == (DynamicThreshold(0.9, 1.5) if "thresholding" in options else 0.7)
     assert_same(table, scheduler)
@@ -172,12 +192,19 @@ def same_noise(monkeypatch):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"original_inference_steps": 20}, {"timestep_scaling": 0.001}, {"beta_schedule": "squaredcos_cap_v2"}],
+    [
+        {},
+        {"original_inference_steps": 20},
+        {"timestep_scaling": 0.001},
+        {"beta_schedule": "squaredcos_cap_v2"},
+    ],
     ids=lambda options: ",".join(options) or "plain",
 )
 def test_lcm(steps, kind, options, same_noise):
     """With a timestep_scaling of 0.001 the boundary condition keeps a good part of x."""
-    scheduler = LCMScheduler(**{"beta_schedule": "scaled_linear", "prediction_type": kind, **options})
+    scheduler = LCMScheduler(
+        **{"beta_schedule": "scaled_linear", "prediction_type": kind, **options}
+    )
     table = lcm_table(scheduler, steps)
     assert table.needs_noise == (steps > 1)
     assert (float(table.rows[0, 3]) > 1e-3) == ("timestep_scaling" in options)
@@ -195,7 +222,9 @@ def test_tcd(steps, eta, kind, same_noise):
 
 
 def test_a_table_says_what_its_steps_need():
-    """A solver of one step wants neither x0_prev nor noise; the sampler leaves out what is not needed."""
+    """A solver of one step wants neither x0_prev nor noise; the sampler leaves out what is not
+    needed.
+    """
     plain, noisy = (ddim_table(DDIMScheduler(), 5, eta=eta) for eta in (0.0, 0.5))
     multistep = dpmpp_2m_table(DPMSolverMultistepScheduler(), 5)
     assert (plain.needs_x0_prev, plain.needs_noise) == (False, False)
@@ -218,15 +247,35 @@ DPM, FLOW = DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
         (ddim_table, DDIMScheduler(), 0, "steps = 0: expected between 1 and 1000"),
         (ddim_table, DDIMScheduler(), 2000, "steps = 2000"),
         (lambda s, n: ddim_table(s, n, eta=2.0), DDIMScheduler(), 10, "eta = 2.0"),
-        (ddim_table, DDIMScheduler(steps_offset=1), 1000, "steps_offset = 1 the grid starts at timestep 1000"),
-        (ddim_table, DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), 9, "zero_snr.*epsilon"),
-        (ddim_table, DDIMScheduler(thresholding=True, sample_max_value=0.5), 9, "sample_max_value = 0.5"),
+        (
+            ddim_table,
+            DDIMScheduler(steps_offset=1),
+            1000,
+            "steps_offset = 1 the grid starts at timestep 1000",
+        ),
+        (
+            ddim_table,
+            DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+            9,
+            "zero_snr.*epsilon",
+        ),
+        (
+            ddim_table,
+            DDIMScheduler(thresholding=True, sample_max_value=0.5),
+            9,
+            "sample_max_value = 0.5",
+        ),
         (dpmpp_2m_table, DPM(), 1000, "steps = 1000: expected between 1 and 999"),
         (dpmpp_2m_table, DPM(thresholding=True), 9, "thresholding = True"),
         (dpmpp_2m_table, DPM(use_flow_sigmas=True), 9, "use_flow_sigmas = True"),
         (dpmpp_2m_table, DPM(solver_order=3), 9, "solver_order = 3: expected 2"),
         (dpmpp_2m_table, DPM(solver_type="heun"), 9, "solver_type = 'heun'"),
-        (dpmpp_2m_table, DPM(algorithm_type="sde-dpmsolver++"), 9, "algorithm_type = 'sde-dpmsolver"),
+        (
+            dpmpp_2m_table,
+            DPM(algorithm_type="sde-dpmsolver++"),
+            9,
+            "algorithm_type = 'sde-dpmsolver",
+        ),
         (lcm_table, LCMScheduler(), 51, "steps = 51: expected between 1 and 50"),
         (lcm_table, LCMScheduler(clip_sample=True), 4, "clip_sample = True"),
         (lcm_table, LCMScheduler(thresholding=True), 4, "thresholding = True"),
@@ -234,7 +283,12 @@ DPM, FLOW = DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
         (tcd_table, TCDScheduler(), 0, "steps = 0"),
         (lambda s, n: tcd_table(s, n, eta=2.0), TCDScheduler(), 4, "eta = 2.0"),
         (flow_euler_table, FLOW(), 0, "steps = 0"),
-        (flow_euler_table, FLOW(shift_terminal=0.02), 1, "steps = 1: the scheduler's grid has no finite"),
+        (
+            flow_euler_table,
+            FLOW(shift_terminal=0.02),
+            1,
+            "steps = 1: the scheduler's grid has no finite",
+        ),
         (flow_euler_table, FLOW(invert_sigmas=True), 9, "invert_sigmas = True"),
         (flow_euler_table, FLOW(stochastic_sampling=True), 9, "stochastic_sampling = True"),
     ],

@@ -1,4 +1,6 @@
-"""The step as one graph: how often it is compiled, what it reads on the host, what it does to a batch's filling."""
+"""The step as one graph: how often it is compiled, what it reads on the host, what it does to a
+batch's filling.
+"""
 
 import pytest
 import torch
@@ -20,12 +22,17 @@ def new_sampler(pipeline, learner, **options):
     [
         ({}, 3),  # guided, plain, decoding
         ({"cfg_interval": (0.25, 0.75), "eta": 0.5}, 5),  # both with and without CFG
-        ({"solver": "dpmpp2m", "guidance": GuidanceConfig(omega=0.1, every=2, through="latent")}, 3),
+        (
+            {"solver": "dpmpp2m", "guidance": GuidanceConfig(omega=0.1, every=2, through="latent")},
+            3,
+        ),
     ],
     ids=["ddim", "cfg interval", "multistep, latent"],
 )
 def test_each_variant_compiles_once_as_one_graph(options, graphs, pipeline, learner):
-    """Over steps, strengths, CFG scales, labels, seeds, updates of the learner and a partial batch."""
+    """Over steps, strengths, CFG scales, labels, seeds, updates of the learner and a partial
+    batch.
+    """
     sampler = new_sampler(pipeline, learner, compile=True, **options)
     counter = sampler.execution.backend = CompileCounterWithBackend("eager")
     torch._dynamo.utils.counters.clear()
@@ -62,7 +69,9 @@ def test_inductor_makes_the_eager_guided_step(pipeline, learner):
 def test_a_trajectory_reads_nothing_on_the_host(through, pipeline, learner, monkeypatch):
     force_reference(monkeypatch)
     guidance = GuidanceConfig(omega=0.1, every=2, through=through)
-    sampler = new_sampler(pipeline, learner, guidance=guidance, cfg_interval=(0.25, 0.75), eta=0.5, compile=False)
+    sampler = new_sampler(
+        pipeline, learner, guidance=guidance, cfg_interval=(0.25, 0.75), eta=0.5, compile=False
+    )
     labels, ids, omega = sampler._checked([0, 1], None, 0, None)
     with torch.no_grad(), Watch() as watch:
         latents = sampler.advance(sampler._begun(torch.randn(2, 4, 8, 8), labels, ids, omega)).x
@@ -72,7 +81,9 @@ def test_a_trajectory_reads_nothing_on_the_host(through, pipeline, learner, monk
 
 
 def test_a_filling_row_is_not_counted_as_skipped(pipeline):
-    """Five samples whose gradient is not finite, in batches filled up to four: ten skips in two guided steps."""
+    """Five samples whose gradient is not finite, in batches filled up to four: ten skips in two
+    guided steps.
+    """
 
     def broken(images):
         return images.flatten(1)[:, :3] * torch.inf
@@ -86,7 +97,9 @@ def test_a_filling_row_is_not_counted_as_skipped(pipeline):
 
 
 def test_the_solvers_memory_reaches_the_next_step(pipeline, learner):
-    """DPM-Solver++ 2M: without x0 of the step before, a step falls back to the first order and differs."""
+    """DPM-Solver++ 2M: without x0 of the step before, a step falls back to the first order and
+    differs.
+    """
     sampler = new_sampler(pipeline, learner, solver="dpmpp2m", compile=False)
     labels, ids, omega = sampler._checked([0], None, 0, None)
     x = torch.randn(1, 4, 8, 8)
@@ -114,4 +127,11 @@ def test_variants_follow_both_intervals(pipeline, learner):
 
 
 def test_to_uint8_rounds_to_the_nearest():
-    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255, 255]
+    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])).tolist() == [
+        0,
+        0,
+        128,
+        255,
+        255,
+        255,
+    ]

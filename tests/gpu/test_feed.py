@@ -12,7 +12,9 @@ from dpfast.pool.pool import SamplePool
 from dpfast.pool.rows import ChunkTable
 from tests.pool import helpers
 
-DALI = pytest.param("dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed"))
+DALI = pytest.param(
+    "dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed")
+)
 MOVED = Augment(flip=True, shift=2)
 EVERYTHING = Augment(flip=True, crop=0.3, size=(12, 10), mixup=0.2, cutmix=1.0)
 GPU = torch.device("cuda", 0)
@@ -47,18 +49,32 @@ def test_a_pool_of_any_tier_gives_back_what_it_was_given(tiers):
     on_device = pool.view.images(places, device=GPU)
     assert on_device.is_cuda
     assert torch.equal(on_device.cpu(), wanted)
-    assert set(pool.view.tiers) == {"device": {"device"}, "pinned": {"host"}, "both": {"device", "host"}}[tiers]
+    assert (
+        set(pool.view.tiers)
+        == {"device": {"device"}, "pinned": {"host"}, "both": {"device", "host"}}[tiers]
+    )
 
 
 @pytest.mark.parametrize("kind", ["torch", DALI])
 @pytest.mark.parametrize("tiers", TIERS)
-@pytest.mark.parametrize("augment", [Augment(), Augment(flip=True), EVERYTHING], ids=["plain", "flip", "everything"])
+@pytest.mark.parametrize(
+    "augment", [Augment(), Augment(flip=True), EVERYTHING], ids=["plain", "flip", "everything"]
+)
 def test_batches_are_those_of_a_cpu(kind, tiers, augment, monkeypatch):
-    monkeypatch.setattr(ChunkTable, "reference", None)  # chunk by chunk with a wait for each: for what no kernel reads
+    monkeypatch.setattr(
+        ChunkTable, "reference", None
+    )  # chunk by chunk with a wait for each: for what no kernel reads
     form = BatchFormat(mean=0.4, std=0.3)
     device, host = (
         make_loader(
-            kind, pool_of(tiers, 300, where), batch_size=32, seed=3, classes=10, augment=augment, form=form, device=to
+            kind,
+            pool_of(tiers, 300, where),
+            batch_size=32,
+            seed=3,
+            classes=10,
+            augment=augment,
+            form=form,
+            device=to,
         )
         for where, to in (("cuda", CURRENT), ("cpu", torch.device("cpu")))
     )
@@ -68,13 +84,22 @@ def test_batches_are_those_of_a_cpu(kind, tiers, augment, monkeypatch):
         assert images.is_cuda
         assert images.stride() == expected.stride()
         torch.testing.assert_close(labels.cpu(), wanted, rtol=0, atol=1e-6)
-        torch.testing.assert_close(images.cpu(), expected, rtol=0, atol=2e-2 if augment is EVERYTHING else 1e-5)
+        torch.testing.assert_close(
+            images.cpu(), expected, rtol=0, atol=2e-2 if augment is EVERYTHING else 1e-5
+        )
     device.close()
     host.close()
 
 
 def test_the_torch_loader_never_waits_for_the_device():
-    loader = make_loader("torch", pool_of("device", 300, "cuda"), batch_size=32, seed=3, augment=MOVED, device=CURRENT)
+    loader = make_loader(
+        "torch",
+        pool_of("device", 300, "cuda"),
+        batch_size=32,
+        seed=3,
+        augment=MOVED,
+        device=CURRENT,
+    )
     next(loader)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -98,7 +123,9 @@ def test_an_append_on_the_device_shows_in_the_next_batch(kind):
     position = loader.state()
     after = [next(loader) for _ in range(3)]
     loader.restore(position)
-    for (images, labels), (again, same) in zip(after, [next(loader) for _ in range(3)], strict=True):
+    for (images, labels), (again, same) in zip(
+        after, [next(loader) for _ in range(3)], strict=True
+    ):
         assert torch.equal(images, again)
         assert torch.equal(labels, same)
     loader.close()
@@ -111,7 +138,9 @@ def test_jpeg_files_are_decoded(kind):
     made = helpers.batch(0, 40, (3, 16, 16))
     made.images = smooth.cuda()
     pool.append(made, round=0, omega=0.0)
-    loader = make_loader(kind, pool, batch_size=8, seed=3, device=GPU, form=BatchFormat(mean=0.0, std=1 / 255))
+    loader = make_loader(
+        kind, pool, batch_size=8, seed=3, device=GPU, form=BatchFormat(mean=0.0, std=1 / 255)
+    )
     images, _ = next(loader)
     assert images.is_cuda
     torch.testing.assert_close(images.cpu(), smooth[:8].float(), rtol=0, atol=6.0)
@@ -124,12 +153,16 @@ def test_latents_are_decoded_on_the_device_and_shown_on_the_host(on_gpu, pipelin
     made = helpers.batch(0, 64)
     made.latents = helpers.latents(torch.arange(64)).cuda()
     pool.append(made, round=0, omega=0.0)
-    loader = make_loader("torch", pool, batch_size=16, seed=3, device=GPU, form=BatchFormat(mean=0.0, std=1 / 255))
+    loader = make_loader(
+        "torch", pool, batch_size=16, seed=3, device=GPU, form=BatchFormat(mean=0.0, std=1 / 255)
+    )
     images, labels = next(loader)
     assert images.is_cuda
     assert labels.is_cuda
     shown = pool.images(torch.arange(64))
     assert shown.device.type == "cpu"
-    expected = decode(made.latents.float()).add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8).cpu()
+    expected = (
+        decode(made.latents.float()).add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8).cpu()
+    )
     assert int((shown.int() - expected.int()).abs().max()) <= 1
     loader.close()

@@ -37,15 +37,39 @@ def test_a_run_on_the_gpu_makes_the_samples_of_a_cpu(recipe, tmp_path):
 
 @pytest.mark.parametrize("loader", ["torch", "auto"])
 def test_the_embedded_recipe_learns(loader, tmp_path):
-    small = Recipe.load("fashion", device="cuda", iterations=200, maximum_samples=1500, loader=loader, sources="dp")
+    small = Recipe.load(
+        "fashion", device="cuda", iterations=200, maximum_samples=1500, loader=loader, sources="dp"
+    )
     (dp,), metrics = run(small, tmp_path / "run")
     assert dp.test.top1 > 0.5, [m for m in metrics if m["event"] == "result"]
 
 
 def test_one_rank_joins_nccl(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "dpfast", "run", "fashion"]
-    options = ["--device", "cuda", "--iterations", "60", "--sources", "dp", "--out", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "1",
+        "-m",
+        "dpfast",
+        "run",
+        "fashion",
+    ]
+    options = [
+        "--device",
+        "cuda",
+        "--iterations",
+        "60",
+        "--sources",
+        "dp",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     result = subprocess.run(
-        [*command, *options], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "4"}
+        [*command, *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "4"},
     )
     assert result.returncode == 0, result.stderr[-3000:]

@@ -30,8 +30,16 @@ def learner_of(pipeline):
     """A small classifier of any image size."""
     torch.manual_seed(1)
     channels = pipeline.image_channels
-    layers = [torch.nn.Conv2d(channels, 8, 3, stride=2), torch.nn.SiLU(), torch.nn.AdaptiveAvgPool2d(3)]
-    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(72, 3)).eval().requires_grad_(False)
+    layers = [
+        torch.nn.Conv2d(channels, 8, 3, stride=2),
+        torch.nn.SiLU(),
+        torch.nn.AdaptiveAvgPool2d(3),
+    ]
+    return (
+        torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(72, 3))
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def captures(sampler):
@@ -64,19 +72,28 @@ def test_every_family_is_captured_and_makes_the_images_of_a_cpu(family, eta, on_
 def test_a_captured_batch_is_the_eager_one(on_gpu, pipeline_folder, gpu_learner):
     pipeline = on_gpu(pipeline_folder)
     settings = {"guidance": GUIDANCE, "steps": 6, "solver": "dpmpp2m", "compile": False}
-    eager = GuidedSampler(pipeline, gpu_learner, cuda_graphs=False, **settings).generate([0, 1, 2, 0])
+    eager = GuidedSampler(pipeline, gpu_learner, cuda_graphs=False, **settings).generate(
+        [0, 1, 2, 0]
+    )
     captured = GuidedSampler(pipeline, gpu_learner, **settings)
     for _ in range(2):
         batch = captured.generate([0, 1, 2, 0])
         assert close(batch, eager)
-        torch.testing.assert_close(batch.latents.float(), eager.latents.float(), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(
+            batch.latents.float(), eager.latents.float(), rtol=2e-3, atol=2e-3
+        )
     assert captured.execution.fallbacks == {}
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_steps_never_wait_for_the_device(cuda_graphs, on_gpu, pipeline_folder, gpu_learner):
     sampler = GuidedSampler(
-        on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=6, compile=False, cuda_graphs=cuda_graphs
+        on_gpu(pipeline_folder),
+        gpu_learner,
+        guidance=GUIDANCE,
+        steps=6,
+        compile=False,
+        cuda_graphs=cuda_graphs,
     )
     sampler.generate([0, 1, 2])  # the first batch captures
     trajectory = sampler.begin([0, 1, 2], [5, 6, 7])
@@ -89,9 +106,15 @@ def test_steps_never_wait_for_the_device(cuda_graphs, on_gpu, pipeline_folder, g
     assert done.step == 6
 
 
-def test_an_update_of_the_learner_shows_without_another_capture(on_gpu, pipeline_folder, gpu_learner):
+def test_an_update_of_the_learner_shows_without_another_capture(
+    on_gpu, pipeline_folder, gpu_learner
+):
     sampler = GuidedSampler(
-        on_gpu(pipeline_folder), gpu_learner, guidance=GuidanceConfig(omega=0.3, every=1), steps=4, compile=False
+        on_gpu(pipeline_folder),
+        gpu_learner,
+        guidance=GuidanceConfig(omega=0.3, every=1),
+        steps=4,
+        compile=False,
     )
     before = sampler.generate([0, 1, 2])
     with torch.no_grad():
@@ -101,13 +124,20 @@ def test_an_update_of_the_learner_shows_without_another_capture(on_gpu, pipeline
     assert not torch.equal(before.images, after.images)
     assert set(captures(sampler).values()) == {1}
     eager = GuidedSampler(
-        sampler.pipeline, gpu_learner, guidance=sampler.guidance, steps=4, compile=False, cuda_graphs=False
+        sampler.pipeline,
+        gpu_learner,
+        guidance=sampler.guidance,
+        steps=4,
+        compile=False,
+        cuda_graphs=False,
     )
     assert close(after, eager.generate([0, 1, 2]))
 
 
 def test_weights_that_moved_are_captured_anew(on_gpu, pipeline_folder, gpu_learner, caplog):
-    sampler = GuidedSampler(on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=4, compile=False)
+    sampler = GuidedSampler(
+        on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=4, compile=False
+    )
     sampler.generate([0, 1, 2])
     with torch.no_grad():
         for parameter in gpu_learner.parameters():
@@ -115,12 +145,16 @@ def test_weights_that_moved_are_captured_anew(on_gpu, pipeline_folder, gpu_learn
     with caplog.at_level(logging.INFO):
         moved = sampler.generate([0, 1, 2])
     assert "weights of the" in caplog.text
-    eager = GuidedSampler(sampler.pipeline, gpu_learner, guidance=GUIDANCE, steps=4, compile=False, cuda_graphs=False)
+    eager = GuidedSampler(
+        sampler.pipeline, gpu_learner, guidance=GUIDANCE, steps=4, compile=False, cuda_graphs=False
+    )
     assert close(moved, eager.generate([0, 1, 2]))
 
 
 def test_a_partial_batch_replays_the_whole_one(on_gpu, pipeline_folder, gpu_learner):
-    sampler = GuidedSampler(on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=4, compile=False)
+    sampler = GuidedSampler(
+        on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=4, compile=False
+    )
     labels, ids = torch.arange(20) % 3, torch.arange(20)
     whole = sampler.generate(labels, ids)
     parts = list(sampler.stream(labels, batch_size=8))
@@ -130,7 +164,9 @@ def test_a_partial_batch_replays_the_whole_one(on_gpu, pipeline_folder, gpu_lear
 
 
 def test_a_released_sampler_holds_no_memory_of_its_captures(on_gpu, pipeline_folder, gpu_learner):
-    sampler = GuidedSampler(on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=4, compile=False)
+    sampler = GuidedSampler(
+        on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=4, compile=False
+    )
     labels, held, left = torch.arange(64) % 3, [], []
     for _ in range(3):
         sampler.generate(labels)
@@ -143,7 +179,9 @@ def test_a_released_sampler_holds_no_memory_of_its_captures(on_gpu, pipeline_fol
 def test_a_compiled_step_is_captured(on_gpu, pipeline_folder, gpu_learner):
     pipeline = on_gpu(pipeline_folder)
     settings = {"guidance": GUIDANCE, "steps": 4}
-    eager = GuidedSampler(pipeline, gpu_learner, compile=False, cuda_graphs=False, **settings).generate([0, 1, 2])
+    eager = GuidedSampler(
+        pipeline, gpu_learner, compile=False, cuda_graphs=False, **settings
+    ).generate([0, 1, 2])
     sampler = GuidedSampler(pipeline, gpu_learner, compile=True, **settings)
     for _ in range(2):
         assert close(sampler.generate([0, 1, 2]), eager)
@@ -154,15 +192,24 @@ def test_a_compiled_step_is_captured(on_gpu, pipeline_folder, gpu_learner):
 def test_compiled_blocks_are_captured(on_gpu, pipeline_folder, gpu_learner):
     pipeline = on_gpu(pipeline_folder)
     settings = {"guidance": GUIDANCE, "steps": 4}
-    eager = GuidedSampler(pipeline, gpu_learner, compile=False, cuda_graphs=False, **settings).generate([0, 1, 2])
-    sampler = GuidedSampler(pipeline, gpu_learner, compile=True, compile_region="blocks", **settings)
+    eager = GuidedSampler(
+        pipeline, gpu_learner, compile=False, cuda_graphs=False, **settings
+    ).generate([0, 1, 2])
+    sampler = GuidedSampler(
+        pipeline, gpu_learner, compile=True, compile_region="blocks", **settings
+    )
     assert close(sampler.generate([0, 1, 2]), eager)
     assert sampler.execution.fallbacks == {}
 
 
 def test_features_are_reused_between_captures(on_gpu, pipeline_folder, gpu_learner):
     pipeline = on_gpu(pipeline_folder)
-    settings = {"guidance": GuidanceConfig(omega=0.1, every=4), "steps": 8, "cache_interval": 2, "compile": False}
+    settings = {
+        "guidance": GuidanceConfig(omega=0.1, every=4),
+        "steps": 8,
+        "cache_interval": 2,
+        "compile": False,
+    }
     eager = GuidedSampler(pipeline, gpu_learner, cuda_graphs=False, **settings).generate([0, 1, 2])
     sampler = GuidedSampler(pipeline, gpu_learner, **settings)
     for _ in range(2):
@@ -175,7 +222,13 @@ def test_a_budget_bounds_the_memory_of_a_guided_step(on_gpu, pipeline_folder, gp
 
     def peak(**options):
         sampler = GuidedSampler(
-            pipeline, gpu_learner, guidance=GUIDANCE, steps=2, compile=False, cuda_graphs=False, **options
+            pipeline,
+            gpu_learner,
+            guidance=GUIDANCE,
+            steps=2,
+            compile=False,
+            cuda_graphs=False,
+            **options,
         )
         sampler.generate(labels)
         torch.cuda.reset_peak_memory_stats()
@@ -190,7 +243,9 @@ def test_a_budget_bounds_the_memory_of_a_guided_step(on_gpu, pipeline_folder, gp
 
 
 def test_a_batch_that_does_not_fit_is_halved(on_gpu, pipeline_folder, gpu_learner, caplog):
-    sampler = GuidedSampler(on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=2, compile=False)
+    sampler = GuidedSampler(
+        on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=2, compile=False
+    )
     list(sampler.stream(torch.arange(8) % 3, batch_size=8))
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (160 << 20)) / total)
@@ -203,7 +258,9 @@ def test_a_batch_that_does_not_fit_is_halved(on_gpu, pipeline_folder, gpu_learne
 
 
 def test_closing_gives_the_memory_of_captures_back(on_gpu, pipeline_folder, gpu_learner):
-    sampler = GuidedSampler(on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=2, compile=False)
+    sampler = GuidedSampler(
+        on_gpu(pipeline_folder), gpu_learner, guidance=GUIDANCE, steps=2, compile=False
+    )
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     sampler.generate(torch.arange(512) % 3)

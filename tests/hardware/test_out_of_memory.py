@@ -1,4 +1,6 @@
-"""Running out of memory: what counts as it, and that work goes on in halves without losing a row."""
+"""Running out of memory: what counts as it, and that work goes on in halves without losing a
+row.
+"""
 
 import pytest
 import torch
@@ -14,10 +16,16 @@ CPU = torch.device("cpu")
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
         (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+                "9 bytes"
+            ),
             True,
         ),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), True),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+            True,
+        ),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("not enough memory"), False),
     ],

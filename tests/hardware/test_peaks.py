@@ -33,7 +33,9 @@ def below_the_peak(work, call):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the GPU there")
-@pytest.mark.parametrize(("rows", "inside", "out"), [(2048, 192, 768), (2048, 768, 192), (4096, 512, 512)])
+@pytest.mark.parametrize(
+    ("rows", "inside", "out"), [(2048, 192, 768), (2048, 768, 192), (4096, 512, 512)]
+)
 def test_no_frozen_layer_is_faster_than_the_peak(rows, inside, out):
     layer, x = FrozenLinear(nn.Linear(inside, out)), torch.randn(rows, inside)
     assert below_the_peak(2 * rows * inside * out, lambda: layer(x))

@@ -23,12 +23,16 @@ COPIES = {"aten::copy_", "aten::_to_copy", "aten::_foreach_copy_"}
 
 
 class Waits(TorchDispatchMode):
-    """Refuses what a host waits for: reading a value, and copies between it and the device, in either direction."""
+    """Refuses what a host waits for: reading a value, and copies between it and the device, in
+    either direction.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func._schema.name
         given = tensors((args, kwargs))
-        assert name not in HOST_READS or all(tensor.is_cpu for tensor in given), f"{name} reads a value"
+        assert name not in HOST_READS or all(tensor.is_cpu for tensor in given), (
+            f"{name} reads a value"
+        )
         out = func(*args, **kwargs)
         devices = {tensor.device.type for tensor in (*given, *tensors(out))}
         assert name not in COPIES or len(devices) == 1, f"{name} between {devices}"
@@ -38,11 +42,15 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def trainer_of(monkeypatch):
     """Trainers on tensors without data, which are no device that torch knows fused kernels of."""
-    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda parameter: None)
+    monkeypatch.setattr(
+        sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda parameter: None
+    )
 
     def make(**options):
         with META:
-            made = build_learner("transformers:ViTForImageClassification", classes=5, channels=3, **VIT)
+            made = build_learner(
+                "transformers:ViTForImageClassification", classes=5, channels=3, **VIT
+            )
         return Trainer(made, Learner(clip_grad_norm=1.0, **options), iterations=20)
 
     return make

@@ -31,7 +31,9 @@ def test_wsd_warms_up_stays_and_cools_down():
 
 def toy(steps=60, **options):
     torch.manual_seed(0)
-    trainer = Trainer(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), Learner(lr=0.05, **options), iterations=steps)
+    trainer = Trainer(
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), Learner(lr=0.05, **options), iterations=steps
+    )
     images = torch.randn(48, 1, 4, 4)
     labels = images.flatten(1)[:, :3].argmax(1)
     return trainer, [float(trainer.step(images, labels)) for _ in range(steps)]
@@ -50,7 +52,9 @@ def test_ema_follows_the_weights_by_its_decay():
     image, label = torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
     old = trainer.ema.module[1].weight.clone()
     trainer.step(image, label)
-    torch.testing.assert_close(trainer.ema.module[1].weight, 0.9 * old + 0.1 * trainer.model[1].weight.detach())
+    torch.testing.assert_close(
+        trainer.ema.module[1].weight, 0.9 * old + 0.1 * trainer.model[1].weight.detach()
+    )
 
 
 def test_the_gradient_is_clipped_to_its_norm():
@@ -78,14 +82,18 @@ def test_bf16_is_of_the_forward_alone():
 
 def test_a_compiled_learner_is_compiled_once_and_learns_the_same(monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True)
+    )
     _, losses = toy(compile_learner=True)
     assert counter.frame_count == 1
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(toy()[1]), rtol=1e-4, atol=1e-5)
 
 
 class Event:
-    """A place in the queue of a GPU that takes ``step`` seconds for a step and lies five steps behind."""
+    """A place in the queue of a GPU that takes ``step`` seconds for a step and lies five steps
+    behind.
+    """
 
     steps, step = 0, 0.0
 
@@ -140,7 +148,11 @@ def test_a_restored_trainer_goes_on_to_the_same_bits_in_any_memory_layout(tmp_pa
     def trainer_of():
         torch.manual_seed(0)
         layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
-        return Trainer(nn.Sequential(*layers).to(memory_format=torch.channels_last), Learner(lr=0.05), iterations=9)
+        return Trainer(
+            nn.Sequential(*layers).to(memory_format=torch.channels_last),
+            Learner(lr=0.05),
+            iterations=9,
+        )
 
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
     whole, first, second = trainer_of(), trainer_of(), trainer_of()
@@ -161,8 +173,14 @@ def test_training_is_the_same_twice():
 @pytest.mark.parametrize(
     ("spec", "options"),
     [
-        ("transformers:RegNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]}),
-        ("transformers:ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]}),
+        (
+            "transformers:RegNetForImageClassification",
+            {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]},
+        ),
+        (
+            "transformers:ResNetForImageClassification",
+            {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]},
+        ),
         ("tests.learn.test_learn:factory", {"width": 5}),
     ],
 )
@@ -173,7 +191,10 @@ def test_learners_map_images_to_logits(spec, options):
 
 def factory(*, classes, channels, width):
     return nn.Sequential(
-        nn.Conv2d(channels, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)
+        nn.Conv2d(channels, width, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, classes),
     )
 
 

@@ -1,4 +1,6 @@
-"""A step in micro-batches: the same gradients, less memory, and out of memory as no more than a reason for halves."""
+"""A step in micro-batches: the same gradients, less memory, and out of memory as no more than a
+reason for halves.
+"""
 
 import gc
 import weakref
@@ -18,12 +20,20 @@ from dpfast.parallel import Ranks
 from dpfast.parallel.groups import Group
 
 MIXED = Mix(0.7, (0, 3, 1, 4))
-VIT = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
 REGNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "groups_width": 8}
 
 
 class Scarce(torch.autograd.Function):
-    """As if memory ran out for more than ``limit`` images, in the forward or in the backward pass."""
+    """As if memory ran out for more than ``limit`` images, in the forward or in the backward
+    pass.
+    """
 
     @staticmethod
     def forward(ctx, x, limit, where):
@@ -50,7 +60,13 @@ class Scarcity(nn.Module):
 
 def model(limit=1000, where="forward"):
     torch.manual_seed(0)
-    hidden = (nn.Linear(16, 24), Scarcity(limit, where), nn.Dropout(0.3), nn.GELU(), nn.Linear(24, 24))
+    hidden = (
+        nn.Linear(16, 24),
+        Scarcity(limit, where),
+        nn.Dropout(0.3),
+        nn.GELU(),
+        nn.Linear(24, 24),
+    )
     return nn.Sequential(nn.Flatten(), *hidden, nn.GELU(), nn.Linear(24, 3))
 
 
@@ -102,7 +118,9 @@ def test_an_image_that_does_not_fit_is_an_error_and_changes_no_weight():
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     with pytest.raises(torch.OutOfMemoryError):
         trainer.step(*batch())
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items()
+    )
     assert trainer.step_count == 0
 
 
@@ -132,7 +150,10 @@ def shared(made, **options):
 
 @pytest.mark.parametrize("micro_batch", [None, 3])
 def test_every_bucket_is_sent_once_a_step_and_whole(micro_batch):
-    trainer, alone = shared(model(), micro_batch=micro_batch), trainer_of(model(), micro_batch=micro_batch)
+    trainer, alone = (
+        shared(model(), micro_batch=micro_batch),
+        trainer_of(model(), micro_batch=micro_batch),
+    )
     for step in range(2):
         torch.manual_seed(step)
         trainer.step(*batch())
@@ -208,7 +229,9 @@ def test_checkpointed_activations_change_the_memory_and_nothing_else(spec, optio
 
 
 def test_a_network_without_repeated_blocks_is_named():
-    with pytest.raises(RecipeError, match="activation_checkpointing = True: Sequential repeats no module"):
+    with pytest.raises(
+        RecipeError, match="activation_checkpointing = True: Sequential repeats no module"
+    ):
         trainer_of(model(), activation_checkpointing=True)
 
 

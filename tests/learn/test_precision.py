@@ -12,10 +12,14 @@ from tests.practice.conftest import recipe  # noqa: F401 - a fixture
 from tests.practice.test_loop import with_
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
 @pytest.mark.parametrize("source", ["dp", "prune"])
 def test_every_forward_pass_of_a_run_has_the_learners_precision(recipe, precision, dtype, source):  # noqa: F811
-    recipe = with_(with_(recipe, "practice", sources=(source,), iterations=30), "learner", precision=precision)
+    recipe = with_(
+        with_(recipe, "practice", sources=(source,), iterations=30), "learner", precision=precision
+    )
     practice, seen = DeliberatePractice(recipe), {}
 
     def look(module, inputs, output):

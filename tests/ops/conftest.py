@@ -1,4 +1,6 @@
-"""Every test of an operation runs on each backend of this process; allocations hold NaN until a kernel writes them."""
+"""Every test of an operation runs on each backend of this process; allocations hold NaN until a
+kernel writes them.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,23 @@ def device(backend: str) -> str:
 
 
 def far_apart(width: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Two rows 2^31 elements apart, more than 32 bits count. On a CPU no page between them is ever touched."""
+    """Two rows 2^31 elements apart, more than 32 bits count. On a CPU no page between them is ever
+    touched.
+    """
     elements = 2**31 + width
     if device == "cpu":
-        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(
+            -1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         return torch.frombuffer(memory, dtype=dtype).as_strided((2, width), (2**31, 1))
     return torch.empty(elements, dtype=dtype, device=device).as_strided((2, width), (2**31, 1))
 
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations() -> Iterator[None]:
-    """Deterministic mode fills new memory with NaN, so that an element which no kernel wrote fails its test."""
+    """Deterministic mode fills new memory with NaN, so that an element which no kernel wrote fails
+    its test.
+    """
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -6,10 +6,21 @@ import pytest
 
 from dpfast.ops import dispatch
 from dpfast.ops._triton import tl, triton
-from dpfast.ops.audit import CAPABILITIES, Variant, audit, guided_variant, inspect, occupancy, problems, table, variants
+from dpfast.ops.audit import (
+    CAPABILITIES,
+    Variant,
+    audit,
+    guided_variant,
+    inspect,
+    occupancy,
+    problems,
+    table,
+    variants,
+)
 
 pytestmark = pytest.mark.skipif(
-    dispatch.INTERPRETED or not dispatch.has_triton(), reason="the compiler needs Triton outside its interpreter"
+    dispatch.INTERPRETED or not dispatch.has_triton(),
+    reason="the compiler needs Triton outside its interpreter",
 )
 VARIANTS = variants()
 ON_EVERY_GPU = [
@@ -28,7 +39,9 @@ def test_kernels_keep_their_promises_on_h100(variant):
     assert problems(inspect(variant, 90)) == []
 
 
-@pytest.mark.parametrize("capability", [capability for capability in CAPABILITIES if capability != 90])
+@pytest.mark.parametrize(
+    "capability", [capability for capability in CAPABILITIES if capability != 90]
+)
 @pytest.mark.parametrize("name", ON_EVERY_GPU)
 def test_kernels_keep_their_promises_on_others(name, capability):
     (variant,) = (variant for variant in VARIANTS if variant.name == name)
@@ -36,7 +49,9 @@ def test_kernels_keep_their_promises_on_others(name, capability):
 
 
 def test_16_bit_samples_with_a_quantile_and_noise_do_not_spill():
-    """Its accesses of 8 bytes cannot be told from those of ids and seeds, so the table has no such row."""
+    """Its accesses of 8 bytes cannot be told from those of ids and seeds, so the table has no such
+    row.
+    """
     terms = {"x0_prev": "*bf16", "x0_out": "*bf16", "ids": "*i64", "skipped": "*i64"}
     variant = guided_variant("", 16384, "bf16", LIMIT=2, PREDICTION=0, **terms)
     assert (variant.width, inspect(variant, 90).local_bytes) == (8, 0)
@@ -66,7 +81,13 @@ def narrow_kernel(source, target, BLOCK: tl.constexpr):
 def bad(kernel, block: int, warps: int, width: int = 16) -> list[str]:
     arguments = {"source": "*fp32", "target": "*fp32", "BLOCK": block}
     variant = Variant(
-        name="bad", kernel=kernel, arguments=arguments, warps=warps, reads=4 * block, writes=4 * block, width=width
+        name="bad",
+        kernel=kernel,
+        arguments=arguments,
+        warps=warps,
+        reads=4 * block,
+        writes=4 * block,
+        width=width,
     )
     return problems(inspect(variant, 90))
 
@@ -93,7 +114,9 @@ def test_audit_finds_loads_narrower_than_a_row_permits():
     ]
 
 
-@pytest.mark.parametrize(("name", "width"), [("K = 10, fp32", 8), ("K = 10, bf16", 4), ("K = 100, bf16", 8)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("K = 10, fp32", 8), ("K = 10, bf16", 4), ("K = 100, bf16", 8)]
+)
 def test_rows_that_no_16_bytes_divide_move_in_the_widest_accesses_that_fit(name, width):
     (variant,) = (variant for variant in VARIANTS if variant.name == f"entropy, {name}")
     assert variant.width == width

@@ -1,4 +1,6 @@
-"""What an installation has where no compiler works: all of the package but the extension, and the reference."""
+"""What an installation has where no compiler works: all of the package but the extension, and the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,16 @@ import pytest
 from dpfast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="describes a process outside the interpreter")
+pytestmark = pytest.mark.skipif(
+    dispatch.INTERPRETED, reason="describes a process outside the interpreter"
+)
 EVERY_OPERATION = """
 import sys
 
 # An editable installation would lend its extension to any package of this name.
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+sys.meta_path = [
+    f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")
+]
 import torch
 import dpfast
 from dpfast.ops import backend_of, entropy_and_grad, gather_batch, guided_step, normal
@@ -34,8 +40,12 @@ print(dpfast.__file__, backend_of("entropy", "cpu"))
 """
 
 
-def run(arguments: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+def run(
+    arguments: list[str], folder: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def test_without_a_compiler_the_package_builds_and_runs_the_reference(tmp_path):
@@ -53,7 +63,11 @@ def test_without_a_compiler_the_package_builds_and_runs_the_reference(tmp_path):
     assert built.stderr.count("dpfast: the native CPU kernels were not built (") == 1
     assert not left_over.exists()
 
-    environment = {name: value for name, value in os.environ.items() if name not in ("DPFAST_BACKEND", "PYTHONPATH")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("DPFAST_BACKEND", "PYTHONPATH")
+    }
     ran = run(["-c", EVERY_OPERATION], library, environment)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [str(library / "dpfast" / "__init__.py"), "reference"]

@@ -11,7 +11,9 @@ import torch
 from dpfast.ops import backend_of, dispatch, entropy
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="describes a process outside the interpreter")
+pytestmark = pytest.mark.skipif(
+    dispatch.INTERPRETED, reason="describes a process outside the interpreter"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +58,16 @@ def test_missing_extension_warns_once(without_extension, recwarn):
 @pytest.mark.parametrize(
     ("forced", "device", "message"),
     [
-        ("triton", "cpu", "DPFAST_BACKEND=triton needs Triton and CUDA tensors or TRITON_INTERPRET=1, got cpu"),
-        ("native", "cuda", "DPFAST_BACKEND=native needs CPU tensors and the built extension, got cuda"),
+        (
+            "triton",
+            "cpu",
+            "DPFAST_BACKEND=triton needs Triton and CUDA tensors or TRITON_INTERPRET=1, got cpu",
+        ),
+        (
+            "native",
+            "cuda",
+            "DPFAST_BACKEND=native needs CPU tensors and the built extension, got cuda",
+        ),
         ("native", "cpu", "needs CPU tensors and the built extension"),
     ],
 )
@@ -74,18 +84,35 @@ def test_forced_reference(monkeypatch):
 
 
 def test_unknown_names(monkeypatch):
-    with pytest.raises(ValueError, match="operation must be one of entropy, guided_step, noise, gather"):
+    with pytest.raises(
+        ValueError, match="operation must be one of entropy, guided_step, noise, gather"
+    ):
         backend_of("softmax", "cpu")
     monkeypatch.setattr(dispatch, "FORCED", "cuda")
-    with pytest.raises(ValueError, match="DPFAST_BACKEND must be one of triton, native, reference, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="DPFAST_BACKEND must be one of triton, native, reference, got 'cuda'"
+    ):
         backend_of("entropy", "cpu")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dispatch.has_triton(), reason="needs Triton")
 def test_triton_kernels_pass_the_same_tests_in_the_interpreter():
-    """Triton decides when a kernel is defined whether to interpret it, so these tests have a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", "tests/ops"]
+    """Triton decides when a kernel is defined whether to interpret it, so these tests have a
+    process of their own.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-W",
+        "ignore",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

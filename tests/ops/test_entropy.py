@@ -11,7 +11,18 @@ from tests.tolerances import ENTROPY, ENTROPY_GRAD, HALF_ULP
 from .conftest import INTERPRETED, far_apart
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1), (5, 3), (37, 10), (3, 100), (41, 1271), (37, 1000), (0, 10), (2, 21841), (1, 128256), (1, 262144)]
+SHAPES = [
+    (1, 1),
+    (5, 3),
+    (37, 10),
+    (3, 100),
+    (41, 1271),
+    (37, 1000),
+    (0, 10),
+    (2, 21841),
+    (1, 128256),
+    (1, 262144),
+]
 if INTERPRETED:
     SHAPES = [(1, 1), (5, 3), (37, 10), (3, 100), (4, 1271), (5, 1000), (0, 10), (1, 21841)]
 
@@ -33,9 +44,14 @@ def assert_exact(logits: torch.Tensor, temperature: float = 1.0) -> None:
     assert gradient.shape == logits.shape
     torch.testing.assert_close(values.double(), expected, rtol=0, atol=ENTROPY)
     torch.testing.assert_close(
-        gradient.double(), expected_gradient, rtol=HALF_ULP[logits.dtype], atol=ENTROPY_GRAD[logits.dtype] / temperature
+        gradient.double(),
+        expected_gradient,
+        rtol=HALF_ULP[logits.dtype],
+        atol=ENTROPY_GRAD[logits.dtype] / temperature,
     )
-    torch.testing.assert_close(entropy(logits, temperature=temperature), values, rtol=0, atol=ENTROPY)
+    torch.testing.assert_close(
+        entropy(logits, temperature=temperature), values, rtol=0, atol=ENTROPY
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -150,9 +166,13 @@ def test_function_transforms(device):
     def objective(x):
         return entropy(x @ weight).sum()
 
-    expected = torch.func.vjp(lambda x: truth_entropy(x @ weight).sum(), x)[1](torch.ones((), device=device))[0]
+    expected = torch.func.vjp(lambda x: truth_entropy(x @ weight).sum(), x)[1](
+        torch.ones((), device=device)
+    )[0]
     torch.testing.assert_close(torch.func.grad(objective)(x), expected)
-    torch.testing.assert_close(torch.func.vjp(objective, x)[1](torch.ones((), device=device))[0], expected)
+    torch.testing.assert_close(
+        torch.func.vjp(objective, x)[1](torch.ones((), device=device))[0], expected
+    )
     per_row = torch.func.vmap(torch.func.grad(lambda row: objective(row.unsqueeze(0))))(x)
     torch.testing.assert_close(per_row, expected)
     batched = torch.func.vmap(entropy_and_grad, in_dims=1)(x.unsqueeze(0).expand(3, 4, 6))
@@ -166,21 +186,32 @@ def truth_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 def test_compiles_into_one_graph(device):
     logits = torch.randn(5, 11, device=device)
-    compiled = torch.compile(lambda z: entropy_and_grad(z, temperature=2.0), fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(logits), entropy_and_grad(logits, temperature=2.0), strict=True):
+    compiled = torch.compile(
+        lambda z: entropy_and_grad(z, temperature=2.0), fullgraph=True, backend="aot_eager"
+    )
+    for actual, expected in zip(
+        compiled(logits), entropy_and_grad(logits, temperature=2.0), strict=True
+    ):
         torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_registered_operation(gradient, device):
-    torch.library.opcheck(torch.ops.dpfast.entropy.default, (torch.randn(3, 5, device=device), 1.5, gradient))
+    torch.library.opcheck(
+        torch.ops.dpfast.entropy.default, (torch.randn(3, 5, device=device), 1.5, gradient)
+    )
 
 
 @pytest.mark.parametrize(
     ("logits", "temperature", "error", "message"),
     [
         ([[1.0]], 1.0, TypeError, "logits must be a tensor"),
-        (torch.zeros(2, 3, dtype=torch.float64), 1.0, TypeError, r"logits must be float32.*\(2, 3\)"),
+        (
+            torch.zeros(2, 3, dtype=torch.float64),
+            1.0,
+            TypeError,
+            r"logits must be float32.*\(2, 3\)",
+        ),
         (torch.zeros(2, 3, dtype=torch.int64), 1.0, TypeError, "logits must be float32"),
         (torch.zeros(3), 1.0, ValueError, r"logits has shape \(3,\), expected \(B, K\)"),
         (torch.zeros(3, 0), 1.0, ValueError, r"logits has shape \(3, 0\)"),

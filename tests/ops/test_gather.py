@@ -16,7 +16,9 @@ def truth(store, indices, flip, mean, std):
     rows = store[indices].double() / 255
     if flip is not None:
         rows[flip] = rows[flip].flip(3)
-    return (rows - torch.tensor(mean).double()[:, None, None]) / torch.tensor(std).double()[:, None, None]
+    return (rows - torch.tensor(mean).double()[:, None, None]) / torch.tensor(std).double()[
+        :, None, None
+    ]
 
 
 def constants(channels):
@@ -33,20 +35,34 @@ def test_matches_fp64(shape, dtype, channels_last, device):
     mean, std = constants(shape[1])
     for mirrored in (None, flip):
         batch = gather_batch(
-            store, indices, flip=mirrored, mean=mean, std=std, dtype=dtype, channels_last=channels_last
+            store,
+            indices,
+            flip=mirrored,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            channels_last=channels_last,
         )
-        expected = truth(store.cpu(), indices.cpu(), None if mirrored is None else flip.cpu(), mean, std)
+        expected = truth(
+            store.cpu(), indices.cpu(), None if mirrored is None else flip.cpu(), mean, std
+        )
         assert batch.dtype == dtype
         layout = torch.channels_last if channels_last else torch.contiguous_format
         assert batch.is_contiguous(memory_format=layout)
-        torch.testing.assert_close(batch.cpu().double(), expected, rtol=HALF_ULP[dtype], atol=GATHER)
+        torch.testing.assert_close(
+            batch.cpu().double(), expected, rtol=HALF_ULP[dtype], atol=GATHER
+        )
 
 
 def test_every_byte(device):
     store = torch.arange(256, dtype=torch.uint8, device=device).reshape(1, 1, 16, 16)
     indices = torch.zeros(1, dtype=torch.int64, device=device)
-    batch = gather_batch(store, indices, mean=[0.0], std=[1.0], dtype=torch.float32, channels_last=False)
-    torch.testing.assert_close(batch.flatten() * 255, torch.arange(256.0, device=device), rtol=1e-6, atol=0)
+    batch = gather_batch(
+        store, indices, mean=[0.0], std=[1.0], dtype=torch.float32, channels_last=False
+    )
+    torch.testing.assert_close(
+        batch.flatten() * 255, torch.arange(256.0, device=device), rtol=1e-6, atol=0
+    )
 
 
 def test_strided_stores_and_indices(device):
@@ -56,29 +72,46 @@ def test_strided_stores_and_indices(device):
     mean, std = constants(3)
     for view in (store[::2], store.permute(0, 1, 3, 2), store[:, :, 1:3]):
         expected = truth(view.cpu(), indices.cpu(), flip.cpu(), mean, std)
-        batch = gather_batch(view, indices, flip=flip, mean=mean, std=std, dtype=torch.float32, channels_last=True)
-        torch.testing.assert_close(batch.cpu().double(), expected, rtol=HALF_ULP[torch.float32], atol=GATHER)
+        batch = gather_batch(
+            view, indices, flip=flip, mean=mean, std=std, dtype=torch.float32, channels_last=True
+        )
+        torch.testing.assert_close(
+            batch.cpu().double(), expected, rtol=HALF_ULP[torch.float32], atol=GATHER
+        )
 
 
 def test_rows_further_apart_than_32_bits_count(device):
-    store = far_apart(72, torch.uint8, device).copy_(torch.randint(0, 256, (2, 72))).view(2, 3, 4, 6)
+    store = (
+        far_apart(72, torch.uint8, device).copy_(torch.randint(0, 256, (2, 72))).view(2, 3, 4, 6)
+    )
     options = {"mean": [0.5] * 3, "std": [0.2] * 3, "dtype": torch.float32, "channels_last": True}
     indices = torch.tensor([1, 0], device=device)
-    assert torch.equal(gather_batch(store, indices, **options), gather_batch(store.clone(), indices, **options))
+    assert torch.equal(
+        gather_batch(store, indices, **options), gather_batch(store.clone(), indices, **options)
+    )
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_out_takes_the_batch(channels_last, device):
     store = torch.randint(0, 256, (6, 3, 4, 5), dtype=torch.uint8, device=device)
     indices = torch.tensor([4, 0, 4], device=device)
-    options = {"mean": [0.1] * 3, "std": [0.2] * 3, "dtype": torch.float32, "channels_last": channels_last}
+    options = {
+        "mean": [0.1] * 3,
+        "std": [0.2] * 3,
+        "dtype": torch.float32,
+        "channels_last": channels_last,
+    }
     expected = gather_batch(store, indices, **options)
     out = torch.empty_like(expected)
     assert gather_batch(store, indices, out=out, **options) is out
     assert torch.equal(out, expected)
     layout = "channels_last" if channels_last else "contiguous"
-    other = out.contiguous(memory_format=torch.contiguous_format if channels_last else torch.channels_last)
-    with pytest.raises(ValueError, match=rf"out of shape \(3, 3, 4, 5\) has strides .* expected {layout} memory"):
+    other = out.contiguous(
+        memory_format=torch.contiguous_format if channels_last else torch.channels_last
+    )
+    with pytest.raises(
+        ValueError, match=rf"out of shape \(3, 3, 4, 5\) has strides .* expected {layout} memory"
+    ):
         gather_batch(store, indices, out=other, **options)
     with pytest.raises(TypeError, match=r"out must be float32, got torch\.float16"):
         gather_batch(store, indices, out=out.half(), **options)
@@ -121,7 +154,13 @@ def test_compiles_into_one_graph(device):
 
     def batch(store, indices, flip):
         return gather_batch(
-            store, indices, flip=flip, mean=[0.5] * 3, std=[0.2] * 3, dtype=torch.bfloat16, channels_last=True
+            store,
+            indices,
+            flip=flip,
+            mean=[0.5] * 3,
+            std=[0.2] * 3,
+            dtype=torch.bfloat16,
+            channels_last=True,
         )
 
     indices, flip = torch.tensor([2, 0], device=device), torch.tensor([True, False], device=device)
@@ -133,7 +172,15 @@ def test_compiles_into_one_graph(device):
 def test_registered_operation(channels_last, device):
     store = torch.randint(0, 256, (4, 3, 4, 6), dtype=torch.uint8, device=device)
     scale = torch.ones(3, device=device)
-    arguments = (store, torch.tensor([2, 0], device=device), None, scale, scale, torch.float16, channels_last)
+    arguments = (
+        store,
+        torch.tensor([2, 0], device=device),
+        None,
+        scale,
+        scale,
+        torch.float16,
+        channels_last,
+    )
     torch.library.opcheck(torch.ops.dpfast.gather_batch.default, arguments)
 
 
@@ -141,11 +188,27 @@ def test_registered_operation(channels_last, device):
     ("arguments", "error", "message"),
     [
         ({"store": torch.zeros(2, 3, 4, 4)}, TypeError, r"store must be uint8.*\(2, 3, 4, 4\)"),
-        ({"store": torch.zeros(2, 3, 4, dtype=torch.uint8)}, ValueError, r"store has shape \(2, 3, 4\)"),
+        (
+            {"store": torch.zeros(2, 3, 4, dtype=torch.uint8)},
+            ValueError,
+            r"store has shape \(2, 3, 4\)",
+        ),
         ({"indices": torch.zeros(2)}, TypeError, "indices must be int64"),
-        ({"indices": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"indices has shape \(2, 1\)"),
-        ({"indices": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "indices.*is on meta"),
-        ({"flip": torch.zeros(3, dtype=torch.bool)}, ValueError, r"flip has shape \(3,\), expected \(2,\)"),
+        (
+            {"indices": torch.zeros(2, 1, dtype=torch.int64)},
+            ValueError,
+            r"indices has shape \(2, 1\)",
+        ),
+        (
+            {"indices": torch.zeros(2, dtype=torch.int64, device="meta")},
+            ValueError,
+            "indices.*is on meta",
+        ),
+        (
+            {"flip": torch.zeros(3, dtype=torch.bool)},
+            ValueError,
+            r"flip has shape \(3,\), expected \(2,\)",
+        ),
         ({"flip": torch.zeros(2)}, TypeError, "flip must be bool"),
         ({"mean": [0.5]}, ValueError, "mean has 1 values, expected one for each of 3 channels"),
         ({"mean": 0.5}, TypeError, "mean must be a sequence of numbers or a tensor, got 0.5"),

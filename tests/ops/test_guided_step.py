@@ -21,7 +21,14 @@ BOTH = (False, True)
 
 def solver_table(device: str, steps: int = 7) -> torch.Tensor:
     angle = torch.linspace(1.3, 0.2, steps)
-    columns = (angle.cos(), angle.sin(), (angle - 0.1).cos(), (angle - 0.1).sin(), 0.3 - angle / 7, 0.2 + angle / 9)
+    columns = (
+        angle.cos(),
+        angle.sin(),
+        (angle - 0.1).cos(),
+        (angle - 0.1).sin(),
+        0.3 - angle / 7,
+        0.2 + angle / 9,
+    )
     return torch.stack(columns, dim=1).to(device)
 
 
@@ -50,9 +57,16 @@ def truth(
     """The formulas of the module's docstring, one sample at a time in fp64."""
     following, x0s = [], []
     alpha, sigma, a, b, c, d = table[step].double().unbind()
-    per_sample = [torch.as_tensor(value, dtype=torch.float64).expand(len(x)) for value in (cfg_scale, omega)]
+    per_sample = [
+        torch.as_tensor(value, dtype=torch.float64).expand(len(x)) for value in (cfg_scale, omega)
+    ]
     for i in range(len(x)):
-        state, pred, scale, weight = x[i].double(), cond[i].double(), per_sample[0][i], per_sample[1][i]
+        state, pred, scale, weight = (
+            x[i].double(),
+            cond[i].double(),
+            per_sample[0][i],
+            per_sample[1][i],
+        )
         if uncond is not None:
             pred = uncond[i].double() + scale * (pred - uncond[i].double())
         g = torch.zeros_like(state) if grad is None else grad[i].double()
@@ -80,14 +94,20 @@ def truth(
         if x0_prev is not None:
             result = result + c * x0_prev[i].double()
         if sample_ids is not None:
-            result = result + d * reference_normal(sample_ids[i : i + 1], x.shape[1:], seed, step + 1)[0].double()
+            result = (
+                result
+                + d
+                * reference_normal(sample_ids[i : i + 1], x.shape[1:], seed, step + 1)[0].double()
+            )
         following.append(result)
         x0s.append(x0)
     return torch.stack(following), torch.stack(x0s)
 
 
 def assert_close(actual, expected, dtype, scale=1.0):
-    torch.testing.assert_close(actual.cpu().double(), expected, rtol=HALF_ULP[dtype], atol=GUIDED * scale)
+    torch.testing.assert_close(
+        actual.cpu().double(), expected, rtol=HALF_ULP[dtype], atol=GUIDED * scale
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,17 +120,23 @@ def test_shapes_and_dtypes(shape, dtype, device):
     ids = torch.arange(shape[0], device=device) + 2**33
     options = {"cfg_scale": 3.0, "omega": 0.1, "mode": "relative", "prediction": "v", "seed": 5}
     x0 = torch.full_like(x, torch.nan)
-    following = guided_step(x, cond, uncond, grad, table, 2, x0_prev=previous, sample_ids=ids, x0_out=x0, **options)
+    following = guided_step(
+        x, cond, uncond, grad, table, 2, x0_prev=previous, sample_ids=ids, x0_out=x0, **options
+    )
     assert following.shape == x.shape
     assert following.dtype == dtype
     if shape[0]:
         cpu = [tensor.cpu() for tensor in (x, cond, uncond, grad, table)]
-        expected, expected_x0 = truth(*cpu, 2, x0_prev=previous.cpu(), sample_ids=ids.cpu(), **options)
+        expected, expected_x0 = truth(
+            *cpu, 2, x0_prev=previous.cpu(), sample_ids=ids.cpu(), **options
+        )
         assert_close(following, expected, dtype)
         assert_close(x0, expected_x0, dtype)
 
 
-@pytest.mark.parametrize("clip", [None, 0.7, DynamicThreshold(0.9, 2.0)], ids=["free", "clip", "dynamic"])
+@pytest.mark.parametrize(
+    "clip", [None, 0.7, DynamicThreshold(0.9, 2.0)], ids=["free", "clip", "dynamic"]
+)
 @pytest.mark.parametrize("mode", ["relative", "score"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_variant(prediction, mode, clip, device):
@@ -119,8 +145,18 @@ def test_every_variant(prediction, mode, clip, device):
     variants = list(itertools.product(BOTH, BOTH, BOTH, BOTH))
     for has_uncond, has_grad, has_previous, has_noise in variants[::5] if INTERPRETED else variants:
         inputs = [x, cond, uncond if has_uncond else None, grad if has_grad else None, table]
-        terms = {"x0_prev": previous if has_previous else None, "sample_ids": ids if has_noise else None}
-        options = {"cfg_scale": 2.5, "omega": 0.2, "mode": mode, "prediction": prediction, "clip": clip, "seed": 9}
+        terms = {
+            "x0_prev": previous if has_previous else None,
+            "sample_ids": ids if has_noise else None,
+        }
+        options = {
+            "cfg_scale": 2.5,
+            "omega": 0.2,
+            "mode": mode,
+            "prediction": prediction,
+            "clip": clip,
+            "seed": 9,
+        }
         x0 = torch.full_like(x, torch.nan)
         following = guided_step(*inputs, 3, x0_out=x0, **terms, **options)
         cpu = [None if value is None else value.cpu() for value in (*inputs, *terms.values())]
@@ -137,10 +173,27 @@ def test_samples_that_no_single_program_holds(mode, clip, device, monkeypatch):
     x, cond, uncond, grad, previous = tensors((3, 3, 19, 23), device)
     grad[1, 2, 18, 22] = math.nan
     table, ids = solver_table(device), torch.tensor([4, 2**35, -3], device=device)
-    options = {"cfg_scale": 2.5, "omega": 0.2, "mode": mode, "prediction": "v", "clip": clip, "seed": 9}
+    options = {
+        "cfg_scale": 2.5,
+        "omega": 0.2,
+        "mode": mode,
+        "prediction": "v",
+        "clip": clip,
+        "seed": 9,
+    }
     x0, skipped = torch.full_like(x, torch.nan), torch.zeros((), dtype=torch.int64, device=device)
     following = guided_step(
-        x, cond, uncond, grad, table, 3, x0_prev=previous, sample_ids=ids, x0_out=x0, skipped=skipped, **options
+        x,
+        cond,
+        uncond,
+        grad,
+        table,
+        3,
+        x0_prev=previous,
+        sample_ids=ids,
+        x0_out=x0,
+        skipped=skipped,
+        **options,
     )
     assert skipped.item() == 1
     grad[1] = 0
@@ -157,7 +210,16 @@ def test_dynamic_threshold_is_the_exact_quantile(elements, ratio, device):
     x[1] = x[1].round()  # many equal values
     table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0]], device=device)
     clipped = guided_step(
-        x, x, None, None, table, 0, cfg_scale=1.0, omega=0.0, prediction="sample", clip=DynamicThreshold(ratio, 100.0)
+        x,
+        x,
+        None,
+        None,
+        table,
+        0,
+        cfg_scale=1.0,
+        omega=0.0,
+        prediction="sample",
+        clip=DynamicThreshold(ratio, 100.0),
     )
     bound = torch.quantile(x.double().abs(), ratio, dim=1, keepdim=True).clamp(min=1.0)
     assert_close(clipped, (x.double().clamp(-bound, bound) / bound).cpu(), torch.float32)
@@ -177,7 +239,10 @@ def test_mixed_dtypes(device):
 def test_strengths_may_differ_between_samples(mode, device):
     x, cond, uncond, grad, _ = tensors((3, 4, 5), device)
     table = solver_table(device)
-    scales, weights = torch.tensor([1.0, 0.0, 7.5], device=device), torch.tensor([0.0, 0.3, 0.1], device=device)
+    scales, weights = (
+        torch.tensor([1.0, 0.0, 7.5], device=device),
+        torch.tensor([0.0, 0.3, 0.1], device=device),
+    )
     whole = guided_step(x, cond, uncond, grad, table, 2, cfg_scale=scales, omega=weights, mode=mode)
     for i in range(3):
         rows = [tensor[i : i + 1] for tensor in (x, cond, uncond, grad)]
@@ -193,10 +258,16 @@ def test_step_and_seed_may_live_on_the_device(device):
     for step, dtype in itertools.product((0, 3, 6), (torch.int64, torch.int32)):
         expected = guided_step(x, cond, None, None, table, step, seed=3, **options)
         at, seed = torch.tensor(step, dtype=dtype, device=device), torch.tensor(3, device=device)
-        assert torch.equal(guided_step(x, cond, None, None, table, at, seed=seed, **options), expected)
-    for step, prediction, clip in itertools.product((-1, 7), PREDICTIONS, (None, 1.0, DynamicThreshold(0.9, 2.0))):
+        assert torch.equal(
+            guided_step(x, cond, None, None, table, at, seed=seed, **options), expected
+        )
+    for step, prediction, clip in itertools.product(
+        (-1, 7), PREDICTIONS, (None, 1.0, DynamicThreshold(0.9, 2.0))
+    ):
         at = torch.tensor(step, device=device)
-        outside = guided_step(x, cond, None, None, table, at, prediction=prediction, clip=clip, **options)
+        outside = guided_step(
+            x, cond, None, None, table, at, prediction=prediction, clip=clip, **options
+        )
         assert outside.isnan().all()
 
 
@@ -205,8 +276,12 @@ def test_each_step_has_its_own_noise(device):
     table = torch.tensor([[1.0, 0.5, 0.0, 0.0, 0.0, 1.0]], device=device).repeat(3, 1)
     ids = torch.tensor([8, 3], device=device)
     for step in range(3):
-        drawn = guided_step(zero, zero, None, None, table, step, cfg_scale=1.0, omega=0.0, sample_ids=ids, seed=2)
-        torch.testing.assert_close(drawn.cpu(), reference_normal(ids.cpu(), (40,), 2, step + 1), rtol=1e-5, atol=1e-6)
+        drawn = guided_step(
+            zero, zero, None, None, table, step, cfg_scale=1.0, omega=0.0, sample_ids=ids, seed=2
+        )
+        torch.testing.assert_close(
+            drawn.cpu(), reference_normal(ids.cpu(), (40,), 2, step + 1), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("mode", ["relative", "score"])
@@ -237,9 +312,15 @@ def test_zero_gradient_and_zero_omega_leave_the_step_unguided(device):
 
 def test_coefficients_of_zero(device):
     x, cond, _, grad, _ = tensors((2, 30), device)
-    table = torch.tensor([[0.0, 1.0, 0.1, 0.9, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0, 0.0, 0.0]], device=device)
-    start = guided_step(x, cond, None, grad, table, 0, cfg_scale=1.0, omega=0.5, mode="score", prediction="flow")
-    torch.testing.assert_close(start, 0.1 * (x - cond) + 0.9 * (x - 0.5 * grad), rtol=1e-6, atol=1e-6)
+    table = torch.tensor(
+        [[0.0, 1.0, 0.1, 0.9, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0, 0.0, 0.0]], device=device
+    )
+    start = guided_step(
+        x, cond, None, grad, table, 0, cfg_scale=1.0, omega=0.5, mode="score", prediction="flow"
+    )
+    torch.testing.assert_close(
+        start, 0.1 * (x - cond) + 0.9 * (x - 0.5 * grad), rtol=1e-6, atol=1e-6
+    )
     end = guided_step(x, cond, None, None, table, 1, cfg_scale=1.0, omega=0.0, prediction="sample")
     torch.testing.assert_close(end, cond, rtol=0, atol=0)
 
@@ -266,16 +347,24 @@ def test_strided_inputs(device):
     table, ids = solver_table(device), torch.arange(6, device=device)[::2]
     options = {"cfg_scale": torch.rand(6, device=device)[::2], "omega": 0.1, "sample_ids": ids}
     expected = guided_step(
-        *(tensor.contiguous() for tensor in (x, cond, uncond, grad)), table, 2, x0_prev=previous.contiguous(), **options
+        *(tensor.contiguous() for tensor in (x, cond, uncond, grad)),
+        table,
+        2,
+        x0_prev=previous.contiguous(),
+        **options,
     )
-    assert torch.equal(guided_step(x, cond, uncond, grad, table, 2, x0_prev=previous, **options), expected)
+    assert torch.equal(
+        guided_step(x, cond, uncond, grad, table, 2, x0_prev=previous, **options), expected
+    )
 
 
 def test_samples_do_not_see_each_other(device):
     x, cond, uncond, grad, previous = tensors((4, 50), device)
     table, ids = solver_table(device), torch.arange(4, device=device)
     options = {"cfg_scale": 2.0, "omega": 0.1, "clip": DynamicThreshold(0.9, 3.0)}
-    whole = guided_step(x, cond, uncond, grad, table, 1, x0_prev=previous, sample_ids=ids, **options)
+    whole = guided_step(
+        x, cond, uncond, grad, table, 1, x0_prev=previous, sample_ids=ids, **options
+    )
     order = torch.tensor([2, 0], device=device)
     part = [tensor[order] for tensor in (x, cond, uncond, grad)]
     subset = guided_step(*part, table, 1, x0_prev=previous[order], sample_ids=ids[order], **options)
@@ -289,7 +378,9 @@ def test_compiles_into_one_graph(device):
     def step(x, at, seed, omega, skipped):
         x0 = torch.empty_like(x)
         options = {"x0_prev": previous, "sample_ids": ids, "x0_out": x0, "skipped": skipped}
-        following = guided_step(x, cond, uncond, grad, table, at, cfg_scale=2.0, omega=omega, seed=seed, **options)
+        following = guided_step(
+            x, cond, uncond, grad, table, at, cfg_scale=2.0, omega=omega, seed=seed, **options
+        )
         guided_step(x, cond, None, None, table, at, cfg_scale=1.0, omega=0.0, clip=1.0, out=x)
         return following, x0
 
@@ -308,10 +399,30 @@ def test_registered_operation(device):
     x, cond, uncond, grad, previous = tensors((2, 4, 5), device)
     at, skipped = torch.tensor(2, device=device), torch.zeros((), dtype=torch.int64, device=device)
     arguments = (
-        torch.zeros_like(x), torch.zeros_like(x), skipped, x, cond, uncond, grad, previous, solver_table(device), 0, at,
-        2.0, None, 0.0, torch.rand(2, device=device), "relative", "v", math.inf, -1.0, 1.0,
-        torch.arange(2, device=device), 3, None,
-    )  # fmt: skip
+        torch.zeros_like(x),
+        torch.zeros_like(x),
+        skipped,
+        x,
+        cond,
+        uncond,
+        grad,
+        previous,
+        solver_table(device),
+        0,
+        at,
+        2.0,
+        None,
+        0.0,
+        torch.rand(2, device=device),
+        "relative",
+        "v",
+        math.inf,
+        -1.0,
+        1.0,
+        torch.arange(2, device=device),
+        3,
+        None,
+    )
     torch.library.opcheck(torch.ops.dpfast.guided_step.default, arguments)
 
 
@@ -321,20 +432,36 @@ def test_registered_operation(device):
         ({"x": torch.zeros(2, 3, dtype=torch.float64)}, TypeError, r"x must be float32.*\(2, 3\)"),
         ({"x": torch.zeros(2)}, ValueError, r"x has shape \(2,\), expected \(B, ...\)"),
         ({"pred_cond": None}, TypeError, "pred_cond must be a tensor"),
-        ({"pred_cond": torch.zeros(2, 4)}, ValueError, r"pred_cond has shape \(2, 4\), expected \(2, 3\)"),
-        ({"pred_uncond": torch.zeros(1, 3)}, ValueError, r"pred_uncond has shape \(1, 3\), expected \(2, 3\)"),
+        (
+            {"pred_cond": torch.zeros(2, 4)},
+            ValueError,
+            r"pred_cond has shape \(2, 4\), expected " r"\(2, 3\)",
+        ),
+        (
+            {"pred_uncond": torch.zeros(1, 3)},
+            ValueError,
+            r"pred_uncond has shape \(1, 3\), " r"expected \(2, 3\)",
+        ),
         ({"grad": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "grad must be float32"),
         ({"grad": torch.zeros(2, 3, device="meta")}, ValueError, "grad.*is on meta"),
         ({"x0_prev": torch.zeros(3, 2)}, ValueError, r"x0_prev has shape \(3, 2\)"),
         ({"out": torch.zeros(2, 3, dtype=torch.float16)}, TypeError, "out must be float32"),
         ({"x0_out": torch.zeros(2)}, ValueError, r"x0_out has shape \(2,\)"),
-        ({"table": torch.zeros(4, 5)}, ValueError, r"table has shape \(4, 5\), expected \(steps, 6\)"),
+        (
+            {"table": torch.zeros(4, 5)},
+            ValueError,
+            r"table has shape \(4, 5\), expected \(steps, " r"6\)",
+        ),
         ({"table": torch.zeros(4, 6, dtype=torch.float64)}, TypeError, "table must be float32"),
         ({"step": 4}, ValueError, r"step must be in \[0, 4\), the rows of the table, got 4"),
         ({"step": -1}, ValueError, "step must be in"),
         ({"step": torch.zeros(2, dtype=torch.int64)}, ValueError, r"step has shape \(2,\)"),
         ({"step": 0.0}, TypeError, "step must be an integer"),
-        ({"cfg_scale": torch.zeros(3)}, ValueError, r"cfg_scale has shape \(3,\), expected \(\) or \(2,\)"),
+        (
+            {"cfg_scale": torch.zeros(3)},
+            ValueError,
+            r"cfg_scale has shape \(3,\), expected \(\) or " r"\(2,\)",
+        ),
         ({"omega": "0.1"}, TypeError, "omega must be a number"),
         ({"omega": torch.zeros((), device="meta")}, ValueError, "omega.*is on meta"),
         ({"mode": "absolute"}, ValueError, "mode must be one of relative, score"),
@@ -342,14 +469,22 @@ def test_registered_operation(device):
         ({"clip": -1.0}, ValueError, "clip must be positive"),
         ({"clip": (1.5, 1.0)}, ValueError, r"clip needs a ratio in \[0, 1\]"),
         ({"clip": "1"}, TypeError, "clip must be None, a number or a DynamicThreshold"),
-        ({"clip": (0.9, 1.0, 2.0)}, TypeError, r"clip must be .* or a DynamicThreshold, got \(0.9, 1.0, 2.0\)"),
+        (
+            {"clip": (0.9, 1.0, 2.0)},
+            TypeError,
+            r"clip must be .* or a DynamicThreshold, got \(0.9, " r"1.0, 2.0\)",
+        ),
         ({"clip": (0.9, "1")}, TypeError, "clip must be None, a number or a DynamicThreshold"),
-        ({"sample_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, r"sample_ids has shape \(3,\)"),
+        (
+            {"sample_ids": torch.zeros(3, dtype=torch.int64)},
+            ValueError,
+            r"sample_ids has shape \(3,\)",
+        ),
         ({"sample_ids": torch.zeros(2)}, TypeError, "sample_ids must be int64"),
         ({"seed": 0.5}, TypeError, "seed must be an integer"),
         ({"skipped": torch.zeros(2, dtype=torch.int64)}, ValueError, r"skipped has shape \(2,\)"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(arguments, error, message, backend):
     given = {
         "x": torch.zeros(2, 3),
@@ -361,7 +496,9 @@ def test_bad_input(arguments, error, message, backend):
         "cfg_scale": 1.0,
         "omega": 0.0,
     } | arguments
-    positional = [given.pop(name) for name in ("x", "pred_cond", "pred_uncond", "grad", "table", "step")]
+    positional = [
+        given.pop(name) for name in ("x", "pred_cond", "pred_uncond", "grad", "table", "step")
+    ]
     with pytest.raises(error, match=message):
         guided_step(*positional, **given)
 

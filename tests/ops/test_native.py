@@ -1,4 +1,6 @@
-"""What only the compiled extension can get wrong: threads, forks, large outputs, conversions of 16-bit floats."""
+"""What only the compiled extension can get wrong: threads, forks, large outputs, conversions of
+16-bit floats.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import torch
 from dpfast.ops import dispatch, entropy_and_grad, gather_batch, guided_step, normal
 
 pytestmark = pytest.mark.skipif(
-    dispatch.INTERPRETED or dispatch.native() is None, reason="the extension was not built, or Triton is under test"
+    dispatch.INTERPRETED or dispatch.native() is None,
+    reason="the extension was not built, or Triton is under test",
 )
 
 
@@ -36,7 +39,9 @@ def results() -> list[torch.Tensor]:
     ids = torch.arange(33)
     skipped = torch.zeros((), dtype=torch.int64)
     grad[::2, 3] = torch.nan
-    step = guided_step(x, cond, None, grad, table, 0, cfg_scale=1.0, omega=0.1, sample_ids=ids, skipped=skipped)
+    step = guided_step(
+        x, cond, None, grad, table, 0, cfg_scale=1.0, omega=0.1, sample_ids=ids, skipped=skipped
+    )
     store = torch.randint(0, 256, (9, 3, 31, 33), dtype=torch.uint8, generator=generator)
     options = {"mean": [0.5] * 3, "std": [0.2] * 3, "dtype": torch.float32, "channels_last": True}
     batch = gather_batch(store, torch.arange(200) % 9, **options)
@@ -73,7 +78,9 @@ def test_callers_may_come_from_many_threads(threads):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_has_its_own_threads(threads):
     threads(2)
-    torch.use_deterministic_algorithms(False)  # the fill would start torch's own threads, which no forked child has
+    torch.use_deterministic_algorithms(
+        False
+    )  # the fill would start torch's own threads, which no forked child has
     ids = torch.arange(64)
     expected = normal(ids, (2000,), seed=1, stream=0).numpy()
     child = os.fork()
@@ -95,9 +102,13 @@ def test_outputs_beyond_the_caches():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_float_converts(dtype):
-    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(2, -1)
+    values = (
+        torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(2, -1)
+    )
     table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0]])
-    same = guided_step(values, values, None, None, table, 0, cfg_scale=1.0, omega=0.0, prediction="sample")
+    same = guided_step(
+        values, values, None, None, table, 0, cfg_scale=1.0, omega=0.0, prediction="sample"
+    )
     whole = values.isfinite()
     assert torch.equal(same[whole].view(torch.int16), values[whole].view(torch.int16) * 1)
     assert same[values.isnan()].isnan().all()
@@ -106,7 +117,12 @@ def test_every_16_bit_float_converts(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_floats_round_to_nearest_even(dtype):
     wide = torch.cat(
-        (torch.randn(4000), torch.randn(4000) * 1e-6, torch.randn(100) * 7e4, torch.tensor([65519.0, 65520.0]))
+        (
+            torch.randn(4000),
+            torch.randn(4000) * 1e-6,
+            torch.randn(100) * 7e4,
+            torch.tensor([65519.0, 65520.0]),
+        )
     )
     x = torch.zeros(1, len(wide), dtype=dtype)
     table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0]])
@@ -115,9 +131,19 @@ def test_floats_round_to_nearest_even(dtype):
     rounded = guided_step(x, wide[None], None, None, table, 0, **options)
     torch.testing.assert_close(rounded, wide[None].to(dtype), rtol=0, atol=0)
     batch = gather_batch(
-        store, torch.zeros(1, dtype=torch.int64), mean=[0.3], std=[1e-3], dtype=dtype, channels_last=False
+        store,
+        torch.zeros(1, dtype=torch.int64),
+        mean=[0.3],
+        std=[1e-3],
+        dtype=dtype,
+        channels_last=False,
     )
     exact = gather_batch(
-        store, torch.zeros(1, dtype=torch.int64), mean=[0.3], std=[1e-3], dtype=torch.float32, channels_last=False
+        store,
+        torch.zeros(1, dtype=torch.int64),
+        mean=[0.3],
+        std=[1e-3],
+        dtype=torch.float32,
+        channels_last=False,
     )
     assert torch.equal(batch, exact.to(dtype))

@@ -43,7 +43,9 @@ def philox_kernel(keys, out):
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_known_answers_of_the_kernels(counter, key, expected, backend, device):
-    """All three through the kernels' own function: element // 4 of a real sample ends long before 2^32 - 1."""
+    """All three through the kernels' own function: element // 4 of a real sample ends long before
+    2^32 - 1.
+    """
     if backend == "reference":
         pytest.skip("the reference has a test of its own")
     if backend == "native":
@@ -65,7 +67,9 @@ def test_the_first_known_answer_through_the_operation(device):
 @pytest.mark.parametrize(("seed", "stream"), [(0, 0), (2**40 + 9, 3), (-5, 2**32 - 1)])
 def test_words_are_identical_on_every_backend(elements, seed, stream, device):
     ids = torch.tensor(IDS[::3] if INTERPRETED else IDS, device=device)
-    assert torch.equal(words(ids, elements, seed=seed, stream=stream), reference_words(ids, elements, seed, stream))
+    assert torch.equal(
+        words(ids, elements, seed=seed, stream=stream), reference_words(ids, elements, seed, stream)
+    )
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (4, 9, 5), (1031,), (3, 32, 32)], ids=str)
@@ -73,17 +77,24 @@ def test_normals_match_fp64(shape, device):
     ids = torch.tensor(IDS, device=device)
     z = normal(ids, shape, seed=11, stream=2)
     assert z.shape == (len(IDS), *shape)
-    torch.testing.assert_close(z.double(), reference(ids, shape, 11, 2).double(), rtol=NORMAL, atol=NORMAL)
+    torch.testing.assert_close(
+        z.double(), reference(ids, shape, 11, 2).double(), rtol=NORMAL, atol=NORMAL
+    )
 
 
 def test_a_sample_keeps_its_noise(device):
     ids = torch.tensor(IDS, device=device)
     whole = normal(ids, (2, 333), seed=1, stream=0)
     order = torch.tensor([4, 0, 6], device=device)
-    torch.testing.assert_close(normal(ids[order], (2, 333), seed=1, stream=0), whole[order], rtol=0, atol=0)
-    torch.testing.assert_close(normal(ids, (2, 300), seed=1, stream=0)[:, 0], whole[:, 0, :300], rtol=0, atol=0)
+    torch.testing.assert_close(
+        normal(ids[order], (2, 333), seed=1, stream=0), whole[order], rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        normal(ids, (2, 300), seed=1, stream=0)[:, 0], whole[:, 0, :300], rtol=0, atol=0
+    )
     assert torch.equal(
-        normal(ids.repeat(2)[::2], (5,), seed=1, stream=0), normal(ids.repeat(2)[::2].clone(), (5,), seed=1, stream=0)
+        normal(ids.repeat(2)[::2], (5,), seed=1, stream=0),
+        normal(ids.repeat(2)[::2].clone(), (5,), seed=1, stream=0),
     )
 
 
@@ -91,10 +102,15 @@ def test_seed_and_stream_may_live_on_the_device(device):
     ids = torch.arange(3, device=device)
     for seed, stream in [(7, 3), (-(2**50), 2**31)]:
         on_device = normal(
-            ids, (21,), seed=torch.tensor(seed, device=device), stream=torch.tensor(stream, device=device)
+            ids,
+            (21,),
+            seed=torch.tensor(seed, device=device),
+            stream=torch.tensor(stream, device=device),
         )
         assert torch.equal(on_device, normal(ids, (21,), seed=seed, stream=stream))
-    assert torch.equal(normal(ids, (9,), seed=2**64 - 1, stream=0), normal(ids, (9,), seed=-1, stream=0))
+    assert torch.equal(
+        normal(ids, (9,), seed=2**64 - 1, stream=0), normal(ids, (9,), seed=-1, stream=0)
+    )
 
 
 def test_keys_are_independent(device):
@@ -108,7 +124,12 @@ def test_keys_are_independent(device):
 def test_distribution(part, device):
     stats = pytest.importorskip("scipy.stats")
     rows = 2 if INTERPRETED else 64
-    z = normal(torch.arange(rows, device=device), (2048,), seed=3, stream=9)[:, part].flatten().cpu().numpy()
+    z = (
+        normal(torch.arange(rows, device=device), (2048,), seed=3, stream=9)[:, part]
+        .flatten()
+        .cpu()
+        .numpy()
+    )
     assert stats.kstest(z, "norm").pvalue > 1e-3
     assert abs(z.mean()) < 4 / math.sqrt(z.size)
     assert abs(z.var() - 1) < 6 / math.sqrt(z.size)
@@ -127,7 +148,9 @@ def test_compiles_into_one_graph(device):
         return normal(ids, (2, 5), seed=seed, stream=1) + normal(ids, (2, 5), seed=3, stream=1)
 
     seed = torch.tensor(4, device=device)
-    torch.testing.assert_close(torch.compile(draw, fullgraph=True, backend="aot_eager")(ids, seed), draw(ids, seed))
+    torch.testing.assert_close(
+        torch.compile(draw, fullgraph=True, backend="aot_eager")(ids, seed), draw(ids, seed)
+    )
 
 
 def test_registered_operation(device):
@@ -139,14 +162,22 @@ def test_registered_operation(device):
     ("arguments", "error", "message"),
     [
         ({"sample_ids": torch.zeros(3)}, TypeError, r"sample_ids must be int64.*\(3,\)"),
-        ({"sample_ids": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"sample_ids has shape \(3, 1\)"),
+        (
+            {"sample_ids": torch.zeros(3, 1, dtype=torch.int64)},
+            ValueError,
+            r"sample_ids has shape \(3, 1\)",
+        ),
         ({"shape": (-1,)}, ValueError, "shape must hold non-negative"),
         ({"shape": (2.5,)}, TypeError, r"shape must be a tuple or list of integers, got \(2.5,\)"),
         ({"shape": 4}, TypeError, "shape must be a tuple or list of integers, got 4"),
         ({"seed": 1.5}, TypeError, "seed must be an integer"),
         ({"seed": 2**64}, ValueError, "seed must fit into 64 bits"),
         ({"stream": torch.zeros(2, dtype=torch.int64)}, ValueError, r"stream has shape \(2,\)"),
-        ({"seed": torch.zeros((), dtype=torch.int64, device="meta")}, ValueError, r"seed.*is on meta"),
+        (
+            {"seed": torch.zeros((), dtype=torch.int64, device="meta")},
+            ValueError,
+            r"seed.*is on meta",
+        ),
     ],
 )
 def test_bad_input(arguments, error, message, backend):

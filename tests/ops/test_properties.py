@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 examples = settings(
-    max_examples=5 if INTERPRETED else 30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5 if INTERPRETED else 30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
@@ -50,7 +52,9 @@ def test_entropy_and_its_gradient(rows, classes, scale, shift, seed, device):
     omega=st.floats(0, 2),
     seed=st.integers(0, 2**31),
 )
-def test_relative_guidance_moves_by_omega_norms(batch, elements, step, cfg_scale, omega, seed, device):
+def test_relative_guidance_moves_by_omega_norms(
+    batch, elements, step, cfg_scale, omega, seed, device
+):
     torch.manual_seed(seed)
     x, cond, uncond, grad = (torch.randn(batch, elements).to(device) for _ in range(4))
     table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0]] * 7, device=device)
@@ -72,4 +76,6 @@ def test_normals_of_any_key(sample, seed, stream, elements, device):
     z = normal(ids, (elements,), seed=seed, stream=stream)
     assert z.isfinite().all()
     signed = seed - 2**64 if seed >= 2**63 else seed
-    torch.testing.assert_close(z, reference(ids, (elements,), signed, stream), rtol=NORMAL, atol=NORMAL)
+    torch.testing.assert_close(
+        z, reference(ids, (elements,), signed, stream), rtol=NORMAL, atol=NORMAL
+    )

@@ -1,4 +1,6 @@
-"""Who waits for whom, on a simulated clock: other ranks' progress comes at times that a script gives."""
+"""Who waits for whom, on a simulated clock: other ranks' progress comes at times that a script
+gives.
+"""
 
 import random
 import threading
@@ -34,9 +36,15 @@ class Script(Clock):
 
 
 def simulated(size, timeout):
-    """Rank 0 of ``size`` on a scripted clock, and a function that says what another rank has completed by a time."""
+    """Rank 0 of ``size`` on a scripted clock, and a function that says what another rank has
+    completed by a time.
+    """
     clock, store = Script(), dist.HashStore()
-    ranks = Ranks(size=size, heartbeat=Heartbeat(store, 0, size, timeout, clock), store=dist.PrefixStore("said", store))
+    ranks = Ranks(
+        size=size,
+        heartbeat=Heartbeat(store, 0, size, timeout, clock),
+        store=dist.PrefixStore("said", store),
+    )
 
     def beats(rank, *times):
         for count, when in enumerate(times, 1):
@@ -51,7 +59,9 @@ def simulated(size, timeout):
 @pytest.mark.parametrize("size", [2, 8, 32])
 def test_a_rank_may_be_as_slow_as_it_likes_while_it_makes_progress(size):
     ranks, clock, beats, says = simulated(size, timeout=5)
-    for rank in range(1, size):  # a batch every 4 s, and up to ten times the timeout later than rank 0
+    for rank in range(
+        1, size
+    ):  # a batch every 4 s, and up to ten times the timeout later than rank 0
         last = 20 + 30 * rank / size
         beats(rank, *(4.0 * n for n in range(int(last / 4) + 1)))
         says(rank, str(rank), last)
@@ -64,7 +74,9 @@ def test_a_rank_without_progress_is_named_within_the_timeout_and_a_tenth():
     beats(1, *range(1, 100))
     beats(2, 1, 2, 3)  # hangs after three batches
     says(3, "0", 2)  # waits as rank 0 does
-    with pytest.raises(RankError, match=r"^rank 2 of 4 did not answer: dead, or without progress for 10 s"):
+    with pytest.raises(
+        RankError, match=r"^rank 2 of 4 did not answer: dead, or without progress for 10 s"
+    ):
         ranks.everyone(0)
     assert 13 <= clock.time < 13 + 10 / 10 + 0.2
 
@@ -78,7 +90,9 @@ def test_all_ranks_without_progress_are_named():
 
 
 def test_who_waits_for_a_slow_rank_is_not_dead_to_a_third():
-    """Rank 0 waits for rank 1, which waits for rank 2 in another place: to wait counts as progress."""
+    """Rank 0 waits for rank 1, which waits for rank 2 in another place: to wait counts as
+    progress.
+    """
     ranks, clock, _, says = simulated(3, timeout=5)
     other = Heartbeat(ranks.heartbeat.store, 1, 3, 5, clock)
     for n in range(200):
@@ -109,7 +123,9 @@ def test_nobody_waits_for_a_rank_that_has_ended(error, words):
 def test_a_beat_costs_a_message_now_and_then():
     ranks, clock, _, _ = simulated(2, timeout=600)
     told = []
-    ranks.heartbeat.store = type("Store", (), {"set": lambda self, key, value: told.append((clock.time, value))})()
+    ranks.heartbeat.store = type(
+        "Store", (), {"set": lambda self, key, value: told.append((clock.time, value))}
+    )()
     for _ in range(30):
         ranks.beat()
         clock.sleep(0.25)
@@ -131,17 +147,27 @@ def test_a_process_that_was_stopped_is_named_before_nccl_ends_this_one(capsys):
         presence.look()
         clock.sleep(1)
     assert left == [(1, pytest.approx(49 + 100 + AHEAD / 2))]
-    assert "dpfast: error: rank 2 of 3 did not answer: dead, or without progress for 100 s" in capsys.readouterr().err
+    assert (
+        "dpfast: error: rank 2 of 3 did not answer: dead, or without progress for 100 s"
+        in capsys.readouterr().err
+    )
 
 
 def steps_of(size, seed, speeds):
-    """Threads as ranks, one of which is asked to stop at a random step: that step, the steps of each, the keys."""
+    """Threads as ranks, one of which is asked to stop at a random step: that step, the steps of
+    each, the keys.
+    """
     store, chance, stops = dist.HashStore(), random.Random(seed), [Stop() for _ in range(size)]
     asked = chance.randrange(size), chance.randrange(5, 60)
     found = [0] * size
 
     def rank(number):
-        ranks = Ranks(number, size, heartbeat=Heartbeat(store, number, size, 20), store=dist.PrefixStore("said", store))
+        ranks = Ranks(
+            number,
+            size,
+            heartbeat=Heartbeat(store, number, size, 20),
+            store=dist.PrefixStore("said", store),
+        )
         together = StopTogether(stops[number], ranks)
         while True:
             if found[number] % 25 == 0:

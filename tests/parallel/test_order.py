@@ -1,4 +1,6 @@
-"""In which order ranks call collectives, and which are in flight together: real processes, delayed at random."""
+"""In which order ranks call collectives, and which are in flight together: real processes, delayed
+at random.
+"""
 
 import random
 import time
@@ -23,7 +25,9 @@ def trained(ranks, *, background):
     model = learner()
     model(torch.zeros(2, 3, 16, 12))
     trainer = Trainer(model, Learner(lr=1e-2, precision="fp32"), iterations=20, ranks=ranks)
-    loader = TorchLoader(pool, batch_size=24, seed=5, augment=AUGMENT, classes=7, background=background)
+    loader = TorchLoader(
+        pool, batch_size=24, seed=5, augment=AUGMENT, classes=7, background=background
+    )
     for _ in range(12):
         trainer.step(*next(loader))
     loader.close()
@@ -43,18 +47,27 @@ def in_order(ranks):
     recorder.record(ranks)
     trained(ranks, background=False)
     assert {group for group, _, _ in recorder.order} == {"learn", "control"}
-    assert [kind for group, kind, _ in recorder.order if group == "learn"].count("all_to_all") == 14  # two ahead
-    shapes = [[group, kind] for group, kind, _ in recorder.order]  # parts of a batch differ in their bytes
+    assert [kind for group, kind, _ in recorder.order if group == "learn"].count(
+        "all_to_all"
+    ) == 14  # two ahead
+    shapes = [
+        [group, kind] for group, kind, _ in recorder.order
+    ]  # parts of a batch differ in their bytes
     assert all(order == shapes for order in ranks.everyone(shapes))
     assert not recorder.overlaps()
-    # as on a CPU: gloo's groups have connections of their own, and the loader's thread talks meanwhile
+    # as on a CPU: gloo's groups have connections of their own, and the loader's thread talks
+    # meanwhile
     ranks.learn, ranks.control, ranks.feed = plain
     recorder = Recorder(delay)
     recorder.record(ranks)
     trained(ranks, background=True)
     assert recorder.overlaps("learn", "feed"), "the recorder sees no overlap where there is one"
     for name in ("learn", "feed", "control"):
-        order = [[kind, size] for group, kind, size in recorder.order if group == name and kind != "all_to_all"]
+        order = [
+            [kind, size]
+            for group, kind, size in recorder.order
+            if group == name and kind != "all_to_all"
+        ]
         assert all(other == order for other in ranks.everyone(order))
 
 

@@ -12,14 +12,25 @@ from dpfast.parallel.rendezvous import meet
 
 
 def start(store, size, failures=()):
-    """All ranks of a start, a thread each; ``failures`` by rank, as torchrun counts them on each one's node."""
+    """All ranks of a start, a thread each; ``failures`` by rank, as torchrun counts them on each
+    one's node.
+    """
     with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(lambda r: meet(store, r, size, 10.0, failures=dict(failures).get(r, 0)), range(size)))
+        return list(
+            threads.map(
+                lambda r: meet(store, r, size, 10.0, failures=dict(failures).get(r, 0)), range(size)
+            )
+        )
 
 
 def test_every_start_has_a_name_of_its_own_that_all_its_ranks_know():
     store = dist.HashStore()
-    starts = [start(store, 3), start(store, 3, {1: 1}), start(store, 2, {0: 1}), start(store, 3, {0: 1, 1: 1, 2: 1})]
+    starts = [
+        start(store, 3),
+        start(store, 3, {1: 1}),
+        start(store, 2, {0: 1}),
+        start(store, 3, {0: 1, 1: 1, 2: 1}),
+    ]
     assert all(len(set(ranks)) == 1 for ranks in starts)
     assert len({ranks[0].name for ranks in starts}) == len(starts)
     assert [ranks[0].again for ranks in starts] == [False, True, True, True]
@@ -44,7 +55,9 @@ def test_a_store_that_was_lost_with_its_node_does_not_make_a_restart_the_first_s
 
 @pytest.mark.parametrize(("here", "size"), [(0, 2), (1, 2), (2, 3)])
 def test_who_is_not_there_is_named(here, size):
-    with pytest.raises(RankError, match=r"did not answer: dead, or without progress for 0.2 s") as raised:
+    with pytest.raises(
+        RankError, match=r"did not answer: dead, or without progress for 0.2 s"
+    ) as raised:
         meet(dist.HashStore(), here, size, 0.2)
     absent = ", ".join(str(rank) for rank in range(size) if rank != here)
     assert f" {absent} of {size} " in str(raised.value)

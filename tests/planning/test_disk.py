@@ -19,7 +19,9 @@ class Counted:
 
 @pytest.fixture(scope="module")
 def recipe():
-    return Recipe.load("fashion", iterations=1000, evaluate_every=10, initial_samples=1000, round_samples=500)
+    return Recipe.load(
+        "fashion", iterations=1000, evaluate_every=10, initial_samples=1000, round_samples=500
+    )
 
 
 def planned(recipe, seconds=20_000.0, training=10_000.0, **pool):
@@ -37,14 +39,20 @@ def test_samples_and_checkpoints_add_up(recipe):
     assert disk.total == disk.samples + 4 * disk.checkpoint
     assert planned(recipe, save_samples="none").total == 0
     assert planned(recipe, save_samples="png").samples < disk.samples
-    branches = dataclasses.replace(recipe, practice=dataclasses.replace(recipe.practice, keep_rounds=True))
+    branches = dataclasses.replace(
+        recipe, practice=dataclasses.replace(recipe.practice, keep_rounds=True)
+    )
     assert planned(branches).kept == 4 + 4
 
 
 def test_checkpoints_come_by_the_share_then_by_the_minutes(recipe):
     def written(**practice):
-        changed = dataclasses.replace(recipe, practice=dataclasses.replace(recipe.practice, **practice))
-        return planned(changed).checkpoints - 11  # before and after the first samples and four rounds, and the end
+        changed = dataclasses.replace(
+            recipe, practice=dataclasses.replace(recipe.practice, **practice)
+        )
+        return (
+            planned(changed).checkpoints - 11
+        )  # before and after the first samples and four rounds, and the end
 
     assert written(checkpoint_minutes=0.0) == 100  # at every evaluation
     assert written(checkpoint_share=1e-6) == 16  # every ten minutes of 10,000 s

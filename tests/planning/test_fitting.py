@@ -47,11 +47,16 @@ def test_phases_add_what_lives_at_the_same_time(recipe, stages):
     step = always + training_bytes(stages, H100, share=64, micro_batch=64, ranks=1)
     assert phases["training"].total == pytest.approx(step)
     assert "guided samples" not in {
-        phase.phase for phase in fit(recipe, H100, samples=recipe.practice.initial_samples, stages=stages).phases
+        phase.phase
+        for phase in fit(
+            recipe, H100, samples=recipe.practice.initial_samples, stages=stages
+        ).phases
     }
 
 
-def test_batches_are_parted_before_the_pool_gives_way_and_nothing_exceeds_the_device(recipe, stages):
+def test_batches_are_parted_before_the_pool_gives_way_and_nothing_exceeds_the_device(
+    recipe, stages
+):
     always = stages.weights + stages.learner.state + stages.learner.gradients
     pooled = dataclasses.replace(recipe, pool=dataclasses.replace(recipe.pool, device_gib=1.0))
     seen = set()
@@ -60,7 +65,10 @@ def test_batches_are_parted_before_the_pool_gives_way_and_nothing_exceeds_the_de
         fitted = fit(pooled, device, stages=stages)
         assert fitted.fits
         assert 64 % fitted.micro_batch == 0
-        assert fitted.pool.places["device"] * fitted.pool.bytes_per_sample <= fitted.recipe.pool.device_gib * GIB
+        assert (
+            fitted.pool.places["device"] * fitted.pool.bytes_per_sample
+            <= fitted.recipe.pool.device_gib * GIB
+        )
         seen.add((fitted.sampling_batch, fitted.micro_batch))
         said = "\n".join(fitted.lines())
         assert ("at once" in said) == (fitted.sampling_batch < 32)
@@ -78,7 +86,9 @@ def test_a_device_that_holds_no_sample_is_said_not_to_fit(recipe, stages):
 
 
 def test_a_pool_without_room_gets_a_size_that_has_one(recipe, stages):
-    full = dataclasses.replace(recipe, pool=dataclasses.replace(recipe.pool, device_gib=0.0, host_gib=1.0))
+    full = dataclasses.replace(
+        recipe, pool=dataclasses.replace(recipe.pool, device_gib=0.0, host_gib=1.0)
+    )
     fitted = fit(full, H100, samples=10**7, stages=stages)
     assert not fitted.fits
     most = int(next(line for line in fitted.proposals if "maximum" in line).split()[1].rstrip(","))
@@ -86,7 +96,9 @@ def test_a_pool_without_room_gets_a_size_that_has_one(recipe, stages):
     assert not fit(full, H100, samples=4 * most, stages=stages).pool.fits
 
 
-@pytest.mark.parametrize(("whole", "most", "even", "size"), [(32, 7, False, 7), (32, 7, True, 4), (8, 9, False, 8)])
+@pytest.mark.parametrize(
+    ("whole", "most", "even", "size"), [(32, 7, False, 7), (32, 7, True, 4), (8, 9, False, 8)]
+)
 def test_parts_are_equal_and_as_few_as_fit(whole, most, even, size):
     assert equal_part(whole, lambda part: part <= most, even=even) == size
 

@@ -45,7 +45,9 @@ def test_a_stage_ends_in_its_time(most, start, slower, monkeypatch):
     monkeypatch.setattr(measured, "time", types.SimpleNamespace(perf_counter=machine.perf_counter))
     clock = measured.StageClock(peaks, 5.0, CPU)
     each = clock.time("training", machine.prepared, work, most=most, dtype="float32")
-    assert machine.now <= 5.0 * max(1.0, slower / 2)  # even where it is nine times slower than expected
+    assert machine.now <= 5.0 * max(
+        1.0, slower / 2
+    )  # even where it is nine times slower than expected
     assert max(machine.sizes) <= most
     assert each == pytest.approx(0.01 * slower, rel=0.2)
     assert f"{max(machine.sizes)} at once" in clock.notes[0]
@@ -55,14 +57,19 @@ def test_a_stage_ends_in_its_time(most, start, slower, monkeypatch):
 def test_what_is_too_long_is_said_and_not_begun(monkeypatch):
     machine = Machine(0.0, 1.0)
     clock = measured.StageClock(DEVICES["h100"], 5.0, CPU)
-    assert clock.time("guided samples", machine.prepared, Counts(half=1e15), most=32, dtype="bfloat16") is None
+    assert (
+        clock.time("guided samples", machine.prepared, Counts(half=1e15), most=32, dtype="bfloat16")
+        is None
+    )
     assert not machine.sizes
     assert clock.notes == ["guided samples: not timed, 1 may take 10 s on cpu: derived"]
 
 
 def test_huge_batches_are_timed_in_small_ones(monkeypatch):
     sizes, step = [], Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda self, *batch: (sizes.append(len(batch[0])), step(self, *batch))[1])
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, *batch: (sizes.append(len(batch[0])), step(self, *batch))[1]
+    )
     recipe = Recipe.load("fashion", device="cpu", batch_size=1 << 20, generation_batch=1 << 20)
     timings = measure(recipe, seconds=1.0)
     assert 0 < max(sizes) < 1 << 15

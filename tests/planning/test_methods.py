@@ -19,8 +19,13 @@ def sd():
 
 
 def test_stable_diffusion_has_its_known_work(sd):
-    tera = {name: getattr(sd, name).forward / 1e12 for name in ("denoiser", "decoder", "tiny", "learner")}
-    assert tera == pytest.approx({"denoiser": 0.803, "decoder": 2.515, "tiny": 0.141, "learner": 0.035}, abs=0.001)
+    tera = {
+        name: getattr(sd, name).forward / 1e12
+        for name in ("denoiser", "decoder", "tiny", "learner")
+    }
+    assert tera == pytest.approx(
+        {"denoiser": 0.803, "decoder": 2.515, "tiny": 0.141, "learner": 0.035}, abs=0.001
+    )
     assert sd.denoiser.backward / 1e12 == pytest.approx(0.923, abs=0.001)
 
 
@@ -31,17 +36,25 @@ def test_guidance_costs_what_the_shared_forward_and_the_tiny_decoder_leave_of_it
         "extra": Method(gradient="extra"),
         "ours": Method(),
     }
-    thirty = {name: dataclasses.replace(m, steps=30, guided=6).cost(sd) for name, m in costs.items()}
-    assert thirty == pytest.approx({"predecessor": 1.81, "full": 1.72, "extra": 1.25, "ours": 1.15}, abs=0.006)
+    thirty = {
+        name: dataclasses.replace(m, steps=30, guided=6).cost(sd) for name, m in costs.items()
+    }
+    assert thirty == pytest.approx(
+        {"predecessor": 1.81, "full": 1.72, "extra": 1.25, "ours": 1.15}, abs=0.006
+    )
     assert Method().cost(sd) <= 1.15
 
 
 def test_methods_add_their_parts_up():
-    one = Work(name="", denoiser=Pass(1, 2), decoder=Pass(10, 20), tiny=Pass(3, 4), learner=Pass(0.5, 0.25))
+    one = Work(
+        name="", denoiser=Pass(1, 2), decoder=Pass(10, 20), tiny=Pass(3, 4), learner=Pass(0.5, 0.25)
+    )
     assert Method(steps=4, guided=0).total(one) == 4 * 2 + 10
     assert Method(steps=4, guided=0, cfg_steps=1).total(one) == 5 + 10
     assert Method(steps=4, guided=2).total(one) == 18 + 2 * (2 + 7 + 0.75)
-    assert Method(steps=4, guided=2, gradient="extra", tiny=False).total(one) == 18 + 2 * (3 + 30 + 0.75)
+    assert Method(steps=4, guided=2, gradient="extra", tiny=False).total(one) == 18 + 2 * (
+        3 + 30 + 0.75
+    )
     assert Method(steps=4, guided=2, gradient="latent").total(one) == 18 + 2 * 7.75
 
 

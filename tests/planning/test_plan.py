@@ -1,4 +1,6 @@
-"""Plans against torch's counter, real counts of the sampler, the published sizes, and their own arithmetic."""
+"""Plans against torch's counter, real counts of the sampler, the published sizes, and their own
+arithmetic.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -56,43 +58,74 @@ def test_counts_of_every_architecture_are_those_of_torchs_counter():
         dit = diffusers.DiTTransformer2DModel(sample_size=32, **architectures.DIT_XL_2)
         vit = architectures.vit_b_16()
     with torch.no_grad():
-        assert work.denoiser.forward == torch_counts(lambda: unet(x, t, encoder_hidden_states=tokens))
+        assert work.denoiser.forward == torch_counts(
+            lambda: unet(x, t, encoder_hidden_states=tokens)
+        )
         assert work.decoder.forward == torch_counts(lambda: vae.decode(x))
         assert work.tiny.forward == torch_counts(lambda: tiny.decode(x))
         images = torch.empty(1, 3, 224, 224, device="meta")
         assert work.learner.forward == torch_counts(lambda: vit(images))
         label = torch.zeros(1, dtype=torch.int64, device="meta")
         counted = counts(lambda: dit(x, timestep=t.long(), class_labels=label)).flops
-        assert counted == torch_counts(lambda: dit(x, timestep=t.long(), class_labels=label)) == 237333676032
+        assert (
+            counted
+            == torch_counts(lambda: dit(x, timestep=t.long(), class_labels=label))
+            == 237333676032
+        )
 
 
 def test_a_planned_sample_costs_what_a_real_one_is_counted_to(recipe, stages, fashion):
     options = recipe.learner.options
     learner = build_learner(recipe.learner.model, classes=10, channels=1, **options).eval()
-    assert stages.unguided.flops == price(new_sampler(recipe, fashion, None, compile=False), guided=False).flops
-    assert stages.guided.flops == price(new_sampler(recipe, fashion, learner, compile=False), guided=True).flops
+    assert (
+        stages.unguided.flops
+        == price(new_sampler(recipe, fashion, None, compile=False), guided=False).flops
+    )
+    assert (
+        stages.guided.flops
+        == price(new_sampler(recipe, fashion, learner, compile=False), guided=True).flops
+    )
 
 
 def test_reused_features_are_planned_and_paid_alike(recipe, stages, fashion):
-    cached = dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, cache_interval=2))
+    cached = dataclasses.replace(
+        recipe, generator=dataclasses.replace(recipe.generator, cache_interval=2)
+    )
     planned = count_stages(cached, without_weights("fashion"), half_training=False)
     paid = price(new_sampler(cached, fashion, None, compile=False), guided=False)
     assert planned.unguided.flops == paid.flops < 0.7 * stages.unguided.flops
     assert planned.guided == stages.guided  # every second step is guided: nothing to reuse
 
 
-@pytest.mark.parametrize("changes", [{"early_candidates": 3.0, "early_until": 0.5}, {"restart": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"early_candidates": 3.0, "early_until": 0.5}, {"restart": 0.5}], ids=str
+)
 def test_every_way_is_planned_at_what_a_sample_is_paid(recipe, changes, fashion):
     chosen = dataclasses.replace(recipe, practice=dataclasses.replace(recipe.practice, **changes))
     planned = count_stages(chosen, without_weights("fashion"), half_training=False)
-    learner = build_learner(recipe.learner.model, classes=10, channels=1, **recipe.learner.options).eval()
+    learner = build_learner(
+        recipe.learner.model, classes=10, channels=1, **recipe.learner.options
+    ).eval()
     sampler = new_sampler(chosen, fashion, learner, compile=False)
     pool, cost = SamplePool(shape=(1, 32, 32)), Cost()
-    pool.append(new_sampler(chosen, fashion, None, compile=False).generate(torch.arange(10)), round=0, omega=0.0)
+    pool.append(
+        new_sampler(chosen, fashion, None, compile=False).generate(torch.arange(10)),
+        round=0,
+        omega=0.0,
+    )
     way = guided_method(chosen, sampler, sampler, lambda: pool)
-    list(way.make(RoundRequest(labels=torch.arange(10), start=10, done=0, omega=0.05, learner_step=0), cost))
-    extra = 1 + 10 / 1490 if "restart" in changes else 1.0  # candidates' ids count from the initial samples on
-    assert planned.guided.flops * cost.samples == pytest.approx(cost.flops, rel=2 * (extra - 1) + 1e-9)
+    list(
+        way.make(
+            RoundRequest(labels=torch.arange(10), start=10, done=0, omega=0.05, learner_step=0),
+            cost,
+        )
+    )
+    extra = (
+        1 + 10 / 1490 if "restart" in changes else 1.0
+    )  # candidates' ids count from the initial samples on
+    assert planned.guided.flops * cost.samples == pytest.approx(
+        cost.flops, rel=2 * (extra - 1) + 1e-9
+    )
 
 
 def test_the_stages_of_every_way_are_timed(recipe):
@@ -108,9 +141,13 @@ def test_the_stages_of_every_way_are_timed(recipe):
 
 
 def test_a_committee_adds_its_second_member(recipe, stages, fashion):
-    apart = dataclasses.replace(recipe, guidance=dataclasses.replace(recipe.guidance, criterion="disagreement"))
+    apart = dataclasses.replace(
+        recipe, guidance=dataclasses.replace(recipe.guidance, criterion="disagreement")
+    )
     planned = count_stages(apart, without_weights("fashion"), half_training=False)
-    learner = build_learner(recipe.learner.model, classes=10, channels=1, **recipe.learner.options).eval()
+    learner = build_learner(
+        recipe.learner.model, classes=10, channels=1, **recipe.learner.options
+    ).eval()
     sampler = new_sampler(apart, fashion, Committee(learner, learner).eval(), compile=False)
     assert planned.guided.flops == price(sampler, guided=True).flops > stages.guided.flops
     assert planned.training == stages.training
@@ -127,8 +164,13 @@ def test_bytes_are_operands_and_results_and_leave_scores_out():
 
 
 def test_generation_takes_the_share_that_a_gpu_reached_with_its_kind_of_network(recipe):
-    for pipeline, share in (("fashion", GENERATION["transformer"]), ("stable-diffusion-1.5", GENERATION["unet"])):
-        changed = dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, pipeline=pipeline))
+    for pipeline, share in (
+        ("fashion", GENERATION["transformer"]),
+        ("stable-diffusion-1.5", GENERATION["unet"]),
+    ):
+        changed = dataclasses.replace(
+            recipe, generator=dataclasses.replace(recipe.generator, pipeline=pipeline)
+        )
         phases = {phase.name: phase for phase in plan(changed, "h200").phases}
         assert phases["guided samples"].utilisation == pytest.approx(share)
         assert phases["training"].utilisation == pytest.approx(STATED["training"])
@@ -139,18 +181,26 @@ def test_phases_take_their_share_of_the_peak(recipe, stages):
     phases = {phase.name: phase for phase in made.phases if phase.source == "dp"}
     guided, device = phases["guided samples"], DEVICES["a100"]
     assert guided.units == 3000
-    expected = 3000 / 4 * max(stages.guided.full / device.full, stages.guided.moved / device.bandwidth)
+    expected = (
+        3000 / 4 * max(stages.guided.full / device.full, stages.guided.moved / device.bandwidth)
+    )
     assert guided.limit == pytest.approx(expected)
     assert guided.seconds == pytest.approx(4 * expected)
     assert phases["training"].units == 1200 * 64
     static = [phase for phase in made.phases if phase.source == "static"]
     assert static[0].units == 4500 - 1500  # the first ones are shared
-    assert made.device_hours == pytest.approx(4 * sum(phase.seconds for phase in made.phases) / 3600)
+    assert made.device_hours == pytest.approx(
+        4 * sum(phase.seconds for phase in made.phases) / 3600
+    )
 
 
 def test_a_step_waits_for_the_gradients_of_many_devices(recipe, stages):
-    wide = dataclasses.replace(recipe, learner=dataclasses.replace(recipe.learner, precision="bf16"))
-    training = next(phase for phase in plan(wide, "h100", count=64).phases if phase.name == "training")
+    wide = dataclasses.replace(
+        recipe, learner=dataclasses.replace(recipe.learner, precision="bf16")
+    )
+    training = next(
+        phase for phase in plan(wide, "h100", count=64).phases if phase.name == "training"
+    )
     assert training.limited_by == "network"
     alone = training.units / 64 * training.counts.flops / DEVICES["h100"].half
     reduce = 1200 * link_of(DEVICES["h100"], 64).all_reduce(stages.learner.gradients, 64)
@@ -166,7 +216,9 @@ def test_an_all_reduce_takes_its_ring_and_a_latency_for_each_bucket():
     assert link.all_reduce(100.0, 4, bucket=30) == 4.0 + 2 * 3 / 4 * 10.0
     a100 = DEVICES["a100"]
     assert link_of(a100, 8) == Link(latency=BASE + 14 * WITHIN, bandwidth=300e9)
-    assert link_of(a100, 32) == Link(latency=BASE + 14 * WITHIN + 4 * BETWEEN, bandwidth=8 * 25e9)  # four nodes
+    assert link_of(a100, 32) == Link(
+        latency=BASE + 14 * WITHIN + 4 * BETWEEN, bandwidth=8 * 25e9
+    )  # four nodes
     assert link_of(DEVICES["b200"], 256).bandwidth == 8 * 50e9
     assert BUCKET == 25 * 2**20
     assert step_seconds(3.0, 1.9) == 3.0  # hidden behind the backward pass
@@ -201,7 +253,9 @@ def test_measured_stages_replace_limits_and_the_table_says_so(recipe):
     timings = Timings(unguided=0.5, guided=1.0, training=1e-3, evaluation=1e-4)
     made = plan(recipe, "a100", timings=timings, samples=2000)
     first = recipe.practice.initial_samples
-    seconds = first * 0.5 + (2000 - first) * (1.0 + 0.5) + 250 * 0.5  # initial, guided, the rest of static, yardstick
+    seconds = (
+        first * 0.5 + (2000 - first) * (1.0 + 0.5) + 250 * 0.5
+    )  # initial, guided, the rest of static, yardstick
     assert made.seconds == pytest.approx(seconds + 2 * (76800e-3 + 48 * 5000e-4 + 10000e-4))
     text = plan_table(made)
     assert "stages timed on this machine" in text
@@ -209,17 +263,25 @@ def test_measured_stages_replace_limits_and_the_table_says_so(recipe):
 
 
 def test_the_published_pools_have_their_sizes():
-    assert plan_pool(6_500_000, (3, 256, 256)).bytes_per_sample * 6_500_000 == pytest.approx(1.278e12, rel=1e-3)
-    assert plan_pool(6_500_000, (4, 32, 32), "latents").bytes_per_sample * 6_500_000 == pytest.approx(53.2e9, rel=1e-3)
+    assert plan_pool(6_500_000, (3, 256, 256)).bytes_per_sample * 6_500_000 == pytest.approx(
+        1.278e12, rel=1e-3
+    )
+    assert plan_pool(
+        6_500_000, (4, 32, 32), "latents"
+    ).bytes_per_sample * 6_500_000 == pytest.approx(53.2e9, rel=1e-3)
 
 
 def test_a_pool_is_placed_by_the_shares_of_a_node(recipe, stages):
     mapped = dataclasses.replace(recipe, pool=dataclasses.replace(recipe.pool, mapped=True))
     wide = dataclasses.replace(stages, image=(3, 256, 256), weights=4 * 10**9)
-    eight, many = (place_pool(mapped, 6_500_000, wide, DEVICES["h100"], count) for count in (8, 256))
+    eight, many = (
+        place_pool(mapped, 6_500_000, wide, DEVICES["h100"], count) for count in (8, 256)
+    )
     assert 8 * eight.samples * eight.bytes_per_sample == pytest.approx(1.278e12, rel=1e-3)
     places = {name: held * eight.bytes_per_sample for name, held in eight.places.items()}
-    assert places["device"] == pytest.approx(0.5 * (80e9 - 4e9), rel=0.01)  # half of what the weights leave
+    assert places["device"] == pytest.approx(
+        0.5 * (80e9 - 4e9), rel=0.01
+    )  # half of what the weights leave
     assert places["host"] == pytest.approx(1.278e12 / 8 - places["device"], rel=1e-3)
     assert many.places == {"device": many.samples, "host": 0, "file": 0}
     alone = place_pool(mapped, 6_500_000, wide, DEVICES["a100"], 1)
@@ -239,7 +301,9 @@ def test_the_documented_hours_are_the_planners():
     making = phases["unguided samples"] + phases["guided samples"] + phases["yardstick"]
     hours = [making, phases["training"], phases["evaluation"], made.seconds / 3600]
     assert [float(cell) for cell in whole[:4]] == pytest.approx(hours, abs=0.006)
-    assert [float(cell) for cell in whole[4:]] == pytest.approx([made.device_hours, made.limit / 3600], abs=0.6)
+    assert [float(cell) for cell in whole[4:]] == pytest.approx(
+        [made.device_hours, made.limit / 3600], abs=0.6
+    )
     turns, overlap = made.turns, made.overlap
     assert float(beside[0]) == pytest.approx(turns.seconds / 3600, abs=0.006)
     assert float(beside[2]) == pytest.approx(overlap.seconds / 3600, abs=0.006)
@@ -251,8 +315,14 @@ def test_the_documented_hours_are_the_planners():
 def test_the_documented_fits_are_the_planners():
     recipe = Recipe.load("imagenet1k-dit")
     lines = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text().splitlines()
-    for name, device, count in (("8 H200", "h200", 8), ("1 H100", "h100", 1), ("1 RTX 4090", "rtx4090", 1)):
-        row = next(line for line in lines if line.startswith(f"| imagenet1k-dit | {name} |")).split("|")[3:-1]
+    for name, device, count in (
+        ("8 H200", "h200", 8),
+        ("1 H100", "h100", 1),
+        ("1 RTX 4090", "rtx4090", 1),
+    ):
+        row = next(line for line in lines if line.startswith(f"| imagenet1k-dit | {name} |")).split(
+            "|"
+        )[3:-1]
         fitted = fit(recipe, device, count=count)
         pool = fitted.pool.places["device"] * fitted.pool.bytes_per_sample
         assert row[0].split() == [str(fitted.sampling_batch), "of", "64"]

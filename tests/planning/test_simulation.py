@@ -17,7 +17,9 @@ from dpfast.planning.simulation import (
     slowest,
 )
 
-JOB = Job(initial=40, rounds=(40, 40), segments=(10, 10, 5), batch=8, generation_batch=5, evaluated=12)
+JOB = Job(
+    initial=40, rounds=(40, 40), segments=(10, 10, 5), batch=8, generation_batch=5, evaluated=12
+)
 COSTS = Costs(unguided=1.0, guided=2.0, image=0.5, evaluation=0.25)
 FREE = Link(latency=0.0, bandwidth=1e30)
 
@@ -35,7 +37,9 @@ def test_samples_are_dealt_in_whole_batches_and_the_rest_evenly():
     assert efficiency(JOB, COSTS, four, lambda ranks: FREE) == 1.0
     three = in_turns(JOB, COSTS, 3, FREE)  # eight batches: three for the busiest
     assert (three.generation, three.training, three.evaluation) == (15 + 2 * 30, 25 * 1.5, 1.0)
-    assert in_turns(JOB, COSTS, 16, FREE).generation == 5 + 2 * 10  # half of the ranks have nothing to do
+    assert (
+        in_turns(JOB, COSTS, 16, FREE).generation == 5 + 2 * 10
+    )  # half of the ranks have nothing to do
 
 
 def test_a_step_pays_what_does_not_shrink_and_what_the_backward_pass_does_not_hide():
@@ -57,14 +61,22 @@ def test_side_by_side_a_segment_takes_the_longer_of_the_two():
     # one of four makes 40 samples in 80 s; three train ten steps of three images in 15 s
     lazy = side_by_side(JOB, COSTS, 4, 1, FREE)
     assert lazy.overlapped == 2 * 80.0
-    # three make 15 samples each in 30 s, one trains ten steps in 40 s; then all train the five last ones in 5 s
+    # three make 15 samples each in 30 s, one trains ten steps in 40 s; then all train the five last
+    # ones in 5 s
     busy = side_by_side(JOB, COSTS, 4, 3, FREE)
-    assert (busy.generation, busy.overlapped, busy.training, busy.evaluation) == (10.0, 2 * 40.0, 5.0, 0.75)
+    assert (busy.generation, busy.overlapped, busy.training, busy.evaluation) == (
+        10.0,
+        2 * 40.0,
+        5.0,
+        0.75,
+    )
     even = side_by_side(JOB, COSTS, 4, 2, FREE)
     assert even.overlapped == 2 * 40.0
     assert best_overlap(JOB, COSTS, 4, lambda ranks: FREE).overlapped == 80.0
     for generating in (0, 4):
-        with pytest.raises(ValueError, match=f"generating = {generating}: expected 1 to 3 of 4 ranks"):
+        with pytest.raises(
+            ValueError, match=f"generating = {generating}: expected 1 to 3 of 4 ranks"
+        ):
             side_by_side(JOB, COSTS, 4, generating, FREE)
 
 
@@ -73,7 +85,8 @@ def test_overlap_gains_nothing_where_everything_divides_and_much_where_training_
         return FREE
 
     assert best_overlap(JOB, COSTS, 4, free).seconds >= in_turns(JOB, COSTS, 4, FREE).seconds
-    # training that no number of ranks makes faster: 10 s a step, and a round takes a rank as long as a segment
+    # training that no number of ranks makes faster: 10 s a step, and a round takes a rank as long
+    # as a segment
     stuck = Costs(unguided=0.0, guided=2.5, image=0.0, step=10.0)
     assert in_turns(JOB, stuck, 2, FREE).seconds == 2 * 50.0 + 250.0
     assert best_overlap(JOB, stuck, 2, free).seconds == 250.0

@@ -12,7 +12,9 @@ SHAPE = (3, 6, 6)
 
 @dataclass
 class Batch:
-    """The fields of a ``SampleBatch``, without the imports of the sampler: a killed child has to start fast."""
+    """The fields of a ``SampleBatch``, without the imports of the sampler: a killed child has to
+    start fast.
+    """
 
     images: Tensor
     labels: Tensor
@@ -44,7 +46,9 @@ ORIGIN = {"omega": 0.1, "cfg_scale": 1.5, "steps": 15, "seed": 12}
 
 
 def check_prefix(pool, count: int, codec: str = "pixels") -> None:
-    """That the pool holds the ids 0 to ``count``, with the payload and the columns that belong to them."""
+    """That the pool holds the ids 0 to ``count``, with the payload and the columns that belong to
+    them.
+    """
     ids = torch.arange(count)
     assert len(pool) == count
     assert torch.equal(pool.column("sample_id"), ids)

@@ -1,7 +1,7 @@
 """A process that forks children, each of which appends and saves until it is killed.
 
-Forked children have torch imported already: a life of one costs milliseconds. Reads folders from stdin, one a line;
-forks a child for each, prints its pid, and, once that has died, a line "dead".
+Forked children have torch imported already: a life of one costs milliseconds. Reads folders from
+stdin, one a line; forks a child for each, prints its pid, and, once that has died, a line "dead".
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from tests.pool.helpers import ORIGIN, batch
 
 
 def live(folder: Path) -> None:
-    """Continues the pool in ``folder``; ``promised`` counts the samples that ``wait`` has reported as saved."""
-    pool = SamplePool.open(folder, chunk_bytes=4096) if (folder / "manifest.json").exists() else SamplePool()
+    """Continues the pool in ``folder``; ``promised`` counts the samples that ``wait`` has reported
+    as saved.
+    """
+    pool = (
+        SamplePool.open(folder, chunk_bytes=4096)
+        if (folder / "manifest.json").exists()
+        else SamplePool()
+    )
     promised = os.open(folder / "promised", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     saver = Saver(pool, folder, shard_samples=64)
     while True:

@@ -24,23 +24,38 @@ def table_of(images, chunk_rows=5):
 
 def pixels(count, channels, height, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
+    return torch.randint(
+        0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator
+    )
 
 
-def crop(images, indices, boxes, mean=None, std=None, dtype=torch.float32, channels_last=True, **options):
+def crop(
+    images, indices, boxes, mean=None, std=None, dtype=torch.float32, channels_last=True, **options
+):
     channels = images.shape[1]
     form = BatchFormat(
-        mean=mean or MEAN[:channels], std=std or STD[:channels], dtype=dtype, channels_last=channels_last
+        mean=mean or MEAN[:channels],
+        std=std or STD[:channels],
+        dtype=dtype,
+        channels_last=channels_last,
     )
-    return from_rows(table_of(images), len(images), images.shape[1:], indices, form, boxes=boxes, **options)
+    return from_rows(
+        table_of(images), len(images), images.shape[1:], indices, form, boxes=boxes, **options
+    )
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(20, 31, (9, 14)), (8, 12, (16, 29)), (17, 9, (17, 9))])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(20, 31, (9, 14)), (8, 12, (16, 29)), (17, 9, (17, 9))]
+)
 def test_whole_pixel_boxes_are_torchs_antialiased_resize(height, width, size):
-    """A box is torch's resize of the cropped image, away from the box's edges, where the box sees its neighbours."""
+    """A box is torch's resize of the cropped image, away from the box's edges, where the box sees
+    its neighbours.
+    """
     images = pixels(1, 3, height + 40, width + 40).float()
     box = torch.tensor([[20.0, 20.0, height, width]])
-    wide = F.interpolate(images[..., 20 : 20 + height, 20 : 20 + width], size, mode="bilinear", antialias=True)
+    wide = F.interpolate(
+        images[..., 20 : 20 + height, 20 : 20 + width], size, mode="bilinear", antialias=True
+    )
     ours = resample(images, box, size)
     edge = [max(1, -(-n // o)) for n, o in zip(size, (height, width), strict=True)]
     inside = (..., slice(edge[0], -edge[0]), slice(edge[1], -edge[1]))
@@ -56,29 +71,52 @@ def test_the_whole_image_is_the_plain_gather_bit_by_bit(channels, channels_last,
     images, indices = pixels(12, channels, 7, 19), torch.tensor([3, 11, 0, 3])
     mean, std = [*MEAN, 0.5][:channels], [*STD, 0.5][:channels]
     flip = torch.tensor([True, False, True, False])
-    options = {"flip": flip, "mean": mean, "std": std, "dtype": dtype, "channels_last": channels_last}
-    ours = crop(images, indices, torch.tensor([[0.0, 0, 7, 19]]).expand(4, 4), size=(7, 19), **options)
+    options = {
+        "flip": flip,
+        "mean": mean,
+        "std": std,
+        "dtype": dtype,
+        "channels_last": channels_last,
+    }
+    ours = crop(
+        images, indices, torch.tensor([[0.0, 0, 7, 19]]).expand(4, 4), size=(7, 19), **options
+    )
     assert torch.equal(ours, gather_batch(images, indices, **options))
-    assert ours.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert ours.is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
 
 
 @pytest.mark.skipif(dispatch.native() is None, reason="the native kernels are not built")
 @pytest.mark.parametrize("size", [(24, 24), (10, 33), (50, 7), (1, 1)])
 def test_the_kernel_is_the_reference(size, monkeypatch):
-    """Boxes larger and smaller than the crop, of any fraction, and beyond the image; both backends, flips included."""
+    """Boxes larger and smaller than the crop, of any fraction, and beyond the image; both backends,
+    flips included.
+    """
     generator = torch.Generator().manual_seed(1)
     images, indices = pixels(40, 3, 24, 30), torch.randint(0, 40, (64,), generator=generator)
-    boxes = torch.rand(64, 4, generator=generator) * torch.tensor([20.0, 20, 30, 40]) + torch.tensor([-8.0, -8, 1, 1])
+    boxes = torch.rand(64, 4, generator=generator) * torch.tensor(
+        [20.0, 20, 30, 40]
+    ) + torch.tensor([-8.0, -8, 1, 1])
     flip = torch.rand(64, generator=generator) < 0.5
     monkeypatch.setattr(dispatch, "FORCED", "native")
     native = crop(images, indices, boxes, size=size, flip=flip)
     monkeypatch.setattr(dispatch, "FORCED", "reference")
-    torch.testing.assert_close(native, crop(images, indices, boxes, size=size, flip=flip), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        native, crop(images, indices, boxes, size=size, flip=flip), rtol=0, atol=2e-6
+    )
 
 
 def test_a_shift_repeats_the_border_and_keeps_every_pixel():
     images = pixels(1, 1, 6, 8)
-    moved = crop(images, torch.tensor([0]), torch.tensor([[-2.0, 3, 6, 8]]), size=(6, 8), mean=[0.0], std=[1 / 255])
+    moved = crop(
+        images,
+        torch.tensor([0]),
+        torch.tensor([[-2.0, 3, 6, 8]]),
+        size=(6, 8),
+        mean=[0.0],
+        std=[1 / 255],
+    )
     padded = F.pad(images.float(), (3, 3, 2, 2), mode="replicate")
     assert torch.equal(moved, padded[..., 0:6, 6:14])
 
@@ -105,6 +143,10 @@ def test_it_writes_where_it_is_told():
     ],
 )
 def test_bad_input_is_named(change, error, named):
-    options = {"indices": torch.tensor([0]), "boxes": torch.tensor([[0.0, 0, 8, 8]]), "size": (4, 4)} | change
+    options = {
+        "indices": torch.tensor([0]),
+        "boxes": torch.tensor([[0.0, 0, 8, 8]]),
+        "size": (4, 4),
+    } | change
     with pytest.raises(error, match=named):
         crop(pixels(9, 3, 8, 8), **options)

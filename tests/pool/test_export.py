@@ -67,12 +67,16 @@ def columns_match(rows):
 
 
 def image_matches(image, row):
-    assert np.array_equal(np.asarray(image).transpose(2, 0, 1), pixels(torch.tensor([row]))[0].numpy())
+    assert np.array_equal(
+        np.asarray(image).transpose(2, 0, 1), pixels(torch.tensor([row]))[0].numpy()
+    )
 
 
 def test_datasets_reads_the_webdataset_export(datasets, tmp_path):
     export_pool(pool_of("pixels"), tmp_path / "out", "webdataset")
-    rows = datasets.load_dataset("webdataset", data_files=str(tmp_path / "out" / "*.tar"), split="train")
+    rows = datasets.load_dataset(
+        "webdataset", data_files=str(tmp_path / "out" / "*.tar"), split="train"
+    )
     columns_match(rows["json"])
     image_matches(rows[21]["png"], 21)
     assert rows[21]["cls"] == 1
@@ -88,32 +92,48 @@ def test_datasets_reads_the_image_folder(datasets, tmp_path):
 
 def test_datasets_reads_the_parquet_export(datasets, tmp_path):
     export_pool(pool_of("pixels"), tmp_path / "images", "parquet", CLASSES)
-    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "images" / "*.parquet"), split="train")
+    rows = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "images" / "*.parquet"), split="train"
+    )
     columns_match(rows)
     image_matches(rows[29]["image"], 29)
     assert rows.features["label"].names == CLASSES
     export_pool(pool_of("latents"), tmp_path / "latents", "parquet")
-    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "latents" / "*.parquet"), split="train")
+    rows = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "latents" / "*.parquet"), split="train"
+    )
     columns_match(rows)
-    assert np.array_equal(np.float16(rows[3]["latent"]), latents(torch.tensor([3])).flatten().numpy())
+    assert np.array_equal(
+        np.float16(rows[3]["latent"]), latents(torch.tensor([3])).flatten().numpy()
+    )
 
 
 def test_what_datasets_writes_is_imported(datasets, tmp_path):
-    """An export that was filtered there and written again, which loses our metadata, and one of their own columns."""
+    """An export that was filtered there and written again, which loses our metadata, and one of
+    their own columns.
+    """
     for codec in ("pixels", "jpeg"):
         pool = pool_of(codec)
         export_pool(pool, tmp_path / codec, "parquet", CLASSES)
-        rows = datasets.load_dataset("parquet", data_files=str(tmp_path / codec / "*.parquet"), split="train")
+        rows = datasets.load_dataset(
+            "parquet", data_files=str(tmp_path / codec / "*.parquet"), split="train"
+        )
         (tmp_path / f"{codec} again").mkdir()
-        rows.filter(lambda row: row["label"] < 3).to_parquet(tmp_path / f"{codec} again" / "a.parquet")
+        rows.filter(lambda row: row["label"] < 3).to_parquet(
+            tmp_path / f"{codec} again" / "a.parquet"
+        )
         again, classes = import_pool(tmp_path / f"{codec} again")
         kept = torch.nonzero(pool.column("label") < 3).flatten()
         assert (again.codec, classes) == (codec, CLASSES)
         for name in COLUMNS:
-            assert torch.equal(again.column(name).nan_to_num(-1), pool.column(name)[kept].nan_to_num(-1)), name
+            assert torch.equal(
+                again.column(name).nan_to_num(-1), pool.column(name)[kept].nan_to_num(-1)
+            ), name
         before, after = pool.payload(kept), again.payload(torch.arange(len(kept)))
         assert before == after if codec == "jpeg" else torch.equal(before, after)
-    pictures = [Image.fromarray(pixels(torch.tensor([i]))[0].permute(1, 2, 0).numpy()) for i in range(4)]
+    pictures = [
+        Image.fromarray(pixels(torch.tensor([i]))[0].permute(1, 2, 0).numpy()) for i in range(4)
+    ]
     plain = datasets.Dataset.from_dict({"image": pictures, "label": [3, 1, 2, 0]})
     (tmp_path / "plain").mkdir()
     plain.to_parquet(tmp_path / "plain" / "a.parquet")
@@ -143,7 +163,11 @@ def test_webdataset_reads_the_exports_of_other_payloads(codec, tmp_path):
 
 def damage(folder, format, how):
     """One file of an export made unusable; a part of the message that names it."""
-    path = sorted(folder.rglob({"webdataset": "*.tar", "imagefolder": "*.png", "parquet": "*.parquet"}[format]))[0]
+    path = sorted(
+        folder.rglob(
+            {"webdataset": "*.tar", "imagefolder": "*.png", "parquet": "*.parquet"}[format]
+        )
+    )[0]
     if how == "missing":
         path.unlink()
     elif how == "torn":
@@ -155,13 +179,32 @@ def damage(folder, format, how):
 
 @pytest.mark.parametrize(
     ("format", "how"),
-    [(f, h) for f in FORMATS for h in ("missing", "torn", "other") if f == "imagefolder" or h != "missing"],
+    [
+        (f, h)
+        for f in FORMATS
+        for h in ("missing", "torn", "other")
+        if f == "imagefolder" or h != "missing"
+    ],
 )
 def test_a_damaged_export_is_one_error_that_names_the_file(format, how, tmp_path, capsys):
     export_pool(pool_of("pixels"), tmp_path / "out", format)
-    (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)  # as a foreign shard, without checksums
+    (tmp_path / "out" / "manifest.json").unlink(
+        missing_ok=True
+    )  # as a foreign shard, without checksums
     name = damage(tmp_path / "out", format, how)
-    assert main(["export", str(tmp_path / "out"), "--format", "parquet", "--out", str(tmp_path / "again")]) == 2
+    assert (
+        main(
+            [
+                "export",
+                str(tmp_path / "out"),
+                "--format",
+                "parquet",
+                "--out",
+                str(tmp_path / "again"),
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert (name if format != "parquet" else str(tmp_path / "out")) in error
@@ -173,7 +216,10 @@ def test_a_damaged_export_is_one_error_that_names_the_file(format, how, tmp_path
         ({"a.png": b"no image"}, r"a\.png is no image"),
         ({"a.jpg": b"no image"}, r"a\.jpg is no JPEG file"),
         ({"a.cls": b"3"}, "'a' has none of npy, png, jpg"),
-        ({"a.png": codecs.to_png(pixels(torch.tensor([1]))[0].numpy()), "b.cls": b"1"}, r"'b' has no \.png"),
+        (
+            {"a.png": codecs.to_png(pixels(torch.tensor([1]))[0].numpy()), "b.cls": b"1"},
+            r"'b' has no \.png",
+        ),
         ({"a.png": b"", "a.cls": b"dog"}, "dog"),
         ({"a.png": b"", "a.json": b"[1]"}, "'a' is no table"),
         ({"a.png": b"", "a.json": b"{"}, "Expecting property name"),
@@ -196,7 +242,9 @@ def test_images_of_two_shapes_are_named(tmp_path):
     export_pool(pool_of("pixels"), tmp_path / "out", "imagefolder")
     path = tmp_path / "out" / "train" / "0001" / "000000011.png"
     path.write_bytes(codecs.to_png(pixels(torch.tensor([1]), (3, 5, 5))[0].numpy()))
-    with pytest.raises(RecipeError, match=r"0001/000000011\.png is of shape \(3, 5, 5\).*\(3, 6, 6\)"):
+    with pytest.raises(
+        RecipeError, match=r"0001/000000011\.png is of shape \(3, 5, 5\).*\(3, 6, 6\)"
+    ):
         import_pool(tmp_path / "out")
 
 
@@ -206,7 +254,10 @@ def test_the_command_exports_a_run_and_an_export(tmp_path, capsys):
         saver.save()
     previous = tmp_path / "run"
     for format in ("parquet", "imagefolder", "webdataset"):
-        assert main(["export", str(previous), "--format", format, "--out", str(tmp_path / format)]) == 0
+        assert (
+            main(["export", str(previous), "--format", format, "--out", str(tmp_path / format)])
+            == 0
+        )
         assert "30 samples" in capsys.readouterr().out
         previous = tmp_path / format
     again, classes = import_pool(previous)
@@ -238,9 +289,23 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, capsys):
     with pytest.raises(RecipeError, match="format = 'zip'"):
         export_pool(pool_of("pixels"), tmp_path / "out", "zip")
     assert not (tmp_path / "out").exists()
-    assert main(["export", str(tmp_path / "full"), "--format", "parquet", "--out", str(tmp_path / "out")]) == 2
+    assert (
+        main(
+            [
+                "export",
+                str(tmp_path / "full"),
+                "--format",
+                "parquet",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     assert "neither a run with samples nor" in capsys.readouterr().err
     (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps({"file_name": "../../secret.png"}) + "\n")
+    (tmp_path / "train" / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "../../secret.png"}) + "\n"
+    )
     with pytest.raises(RecipeError, match=r"'\.\./\.\./secret\.png'"):
         import_pool(tmp_path)

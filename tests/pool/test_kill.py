@@ -1,4 +1,6 @@
-"""kill -9 at random moments of appending and saving: what the manifest promised is there, and nothing else."""
+"""kill -9 at random moments of appending and saving: what the manifest promised is there, and
+nothing else.
+"""
 
 import os
 import random
@@ -18,7 +20,10 @@ KILLS = int(os.environ.get("DPFAST_KILLS", "60"))  # more on request
 @pytest.fixture
 def nursery():
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.pool.kill_child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.pool.kill_child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     yield process
     process.communicate(timeout=20)
@@ -36,7 +41,9 @@ def test_reopening_after_kill_9_gives_a_consistent_prefix(nursery, tmp_path):
         nursery.stdin.flush()
         child = int(nursery.stdout.readline())
         size = (folder / "promised").stat().st_size if (folder / "promised").exists() else 0
-        while kill % 2 and (not (folder / "promised").exists() or (folder / "promised").stat().st_size == size):
+        while kill % 2 and (
+            not (folder / "promised").exists() or (folder / "promised").stat().st_size == size
+        ):
             time.sleep(0.001)  # every second child gets to finish a save, however slow the machine
         time.sleep(moments.uniform(0.0, 0.08))
         os.kill(child, signal.SIGKILL)

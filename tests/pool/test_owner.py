@@ -1,4 +1,6 @@
-"""Who writes a folder: one process, known by host, number and start, on file systems that have no ``flock``."""
+"""Who writes a folder: one process, known by host, number and start, on file systems that have no
+``flock``.
+"""
 
 import errno
 import fcntl
@@ -29,7 +31,9 @@ time.sleep(600)
 
 def held(folder):
     """A process that writes ``folder``, once it does."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline()
     return process
@@ -38,7 +42,10 @@ def held(folder):
 def elsewhere(folder, beats=False, number=0):
     """The owner's file of a process on another host, which gives signs of life or none."""
     folder.mkdir(exist_ok=True)
-    path, state = folder / f".owner-{number:06d}", {**owner._process(os.getpid()), "host": "other", "name": "node-7"}
+    path, state = (
+        folder / f".owner-{number:06d}",
+        {**owner._process(os.getpid()), "host": "other", "name": "node-7"},
+    )
     path.write_text(json.dumps({**state, "beat": 0, "ended": False}))
     if not beats:
         return lambda: None
@@ -74,7 +81,9 @@ def test_a_second_process_is_refused_by_name_and_a_killed_one_is_succeeded_at_on
 def test_another_process_of_the_same_number_is_not_taken_for_the_one_that_ended(tmp_path):
     """After a reboot, or 4 million processes later."""
     state = owner._process(os.getpid())
-    (tmp_path / ".owner-000004").write_text(json.dumps({**state, "start": "1", "beat": 0, "ended": False}))
+    (tmp_path / ".owner-000004").write_text(
+        json.dumps({**state, "start": "1", "beat": 0, "ended": False})
+    )
     with_the_number = Owner(tmp_path)
     assert with_the_number.number == 5
     with_the_number.close()
@@ -126,7 +135,9 @@ def test_an_owner_that_was_taken_for_dead_promises_nothing_more(tmp_path):
     elsewhere(tmp_path, number=7)
     pool.append(batch(0, 5), round=0, **ORIGIN)
     saver.save()
-    with pytest.warns(UserWarning, match=r"has been taken over by process \d+ on node-7; nothing more is written"):
+    with pytest.warns(
+        UserWarning, match=r"has been taken over by process \d+ on node-7; nothing more is written"
+    ):
         saver.wait(20)
     assert not (tmp_path / "manifest.json").exists()
     saver.close()

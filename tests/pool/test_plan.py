@@ -13,19 +13,29 @@ GIB = 1 << 30
 
 
 def test_the_paper_s_pool_of_pixels_and_latents():
-    """6.5 M images of 256 px: 1.28 TB of pixels; as fp16 latents of 512 px 213 GB (both without columns)."""
+    """6.5 M images of 256 px: 1.28 TB of pixels; as fp16 latents of 512 px 213 GB (both without
+    columns).
+    """
     pixels = SamplePool.plan(6_500_000, (3, 256, 256), tiers=MemoryTiers(host_bytes=64 * GIB))
     assert pixels.bytes_per_sample == 196_608
     assert pixels.overhead <= 64
     assert pixels.samples * pixels.bytes_per_sample == pytest.approx(1.28e12, rel=0.01)
-    latents = SamplePool.plan(6_500_000, (4, 64, 64), "latents", tiers=MemoryTiers(host_bytes=300 * GIB))
+    latents = SamplePool.plan(
+        6_500_000, (4, 64, 64), "latents", tiers=MemoryTiers(host_bytes=300 * GIB)
+    )
     assert latents.samples * latents.bytes_per_sample == pytest.approx(213e9, rel=0.01)
     assert latents.fits
     assert not pixels.fits
 
 
 def test_devices_share_the_pool_and_tiers_fill_in_order(tmp_path):
-    tiers = MemoryTiers(device="cpu", device_bytes=10 * GIB, host_bytes=10 * GIB, folder=tmp_path, file_bytes=900 * GIB)
+    tiers = MemoryTiers(
+        device="cpu",
+        device_bytes=10 * GIB,
+        host_bytes=10 * GIB,
+        folder=tmp_path,
+        file_bytes=900 * GIB,
+    )
     plan = SamplePool.plan(1_000_000, (3, 256, 256), devices=["a", "b"], tiers=tiers).check()
     assert plan.samples == 500_000
     assert plan.places["device"] == 160 * ((64 << 20) // 196_608)
@@ -46,7 +56,9 @@ def test_what_a_plan_promises_a_pool_holds():
 
 def test_a_refusal_has_the_numbers_and_three_ways_out():
     with pytest.raises(RecipeError) as error:
-        SamplePool.plan(6_500_000, (3, 256, 256), devices=8, tiers=MemoryTiers(host_bytes=64 * GIB)).check()
+        SamplePool.plan(
+            6_500_000, (3, 256, 256), devices=8, tiers=MemoryTiers(host_bytes=64 * GIB)
+        ).check()
     message = str(error.value)
     for part in (
         "maximum_samples = 6500000",
@@ -91,7 +103,11 @@ def test_a_cpu_is_a_device_whose_budget_is_filled_first():
     section = config.Pool(device_gib=110_000 / GIB, host_gib=400_000 / GIB)
     pool = SamplePool.from_recipe(section, 2000, SHAPE)
     pool.append(batch(0, 2000), round=0, omega=0.0)
-    assert pool.where() == {"device": 0, "host": 2000, "file": 0}  # one chunk of 216,000 bytes, which the device lacks
+    assert pool.where() == {
+        "device": 0,
+        "host": 2000,
+        "file": 0,
+    }  # one chunk of 216,000 bytes, which the device lacks
     pool = SamplePool.from_recipe(section, 1000, SHAPE)
     pool.append(batch(0, 1000), round=0, omega=0.0)
     assert pool.where() == {"device": 1000, "host": 0, "file": 0}
@@ -107,7 +123,9 @@ def test_a_small_pool_needs_no_more_than_its_samples():
 
 
 def test_a_reserve_of_jpeg_files_goes_by_those_before_them():
-    guessed = SamplePool("jpeg", chunk_bytes=1 << 14, tiers=MemoryTiers(host_bytes=1 << 20), shape=(3, 64, 64))
+    guessed = SamplePool(
+        "jpeg", chunk_bytes=1 << 14, tiers=MemoryTiers(host_bytes=1 << 20), shape=(3, 64, 64)
+    )
     guessed.reserve(10)
     assert len(guessed._spares) == 4  # half a byte for each of 12,288 values
     pool = SamplePool("jpeg", chunk_bytes=1 << 14, tiers=MemoryTiers(host_bytes=1 << 20))

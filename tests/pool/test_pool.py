@@ -1,4 +1,6 @@
-"""The pool: what goes in comes out, growing copies once and moves nothing, chunks obey budgets, bad input is named."""
+"""The pool: what goes in comes out, growing copies once and moves nothing, chunks obey budgets, bad
+input is named.
+"""
 
 import threading
 
@@ -42,7 +44,9 @@ def test_samples_and_columns_survive_chunk_borders():
 
 
 class Copies(TorchDispatchMode):
-    """Counts the bytes that torch and the native kernel copy, and the operations that make new storage."""
+    """Counts the bytes that torch and the native kernel copy, and the operations that make new
+    storage.
+    """
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -51,7 +55,9 @@ class Copies(TorchDispatchMode):
             monkeypatch.setattr(dispatch, "native_module", lambda: self)
 
     def rows(self, *arguments):
-        """The native kernel; its fifth and seventh arguments are the bytes of a row and their number."""
+        """The native kernel; its fifth and seventh arguments are the bytes of a row and their
+        number.
+        """
         self.copied += arguments[4] * arguments[6]
         return dispatch.native().rows(*arguments)
 
@@ -93,7 +99,9 @@ def test_growing_moves_no_sample_and_leaves_old_views_valid():
 
 
 def test_readers_see_whole_appends_only_and_hold_nobody_up():
-    """Four readers check everything that they see during 300 appends; one of them dies, which stops nobody."""
+    """Four readers check everything that they see during 300 appends; one of them dies, which stops
+    nobody.
+    """
     pool, wrong, done = small(), [], threading.Event()
 
     def read(dies):
@@ -123,7 +131,11 @@ def test_readers_see_whole_appends_only_and_hold_nobody_up():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gather_normalises_and_mirrors(backend, dtype, monkeypatch):
     monkeypatch.setattr(dispatch, "FORCED", backend)
-    pool, indices, flip = filled(33), torch.tensor([29, 2, 2, 11]), torch.tensor([False, True, False, True])
+    pool, indices, flip = (
+        filled(33),
+        torch.tensor([29, 2, 2, 11]),
+        torch.tensor([False, True, False, True]),
+    )
     images, labels = pool.gather(
         indices, BatchFormat(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), dtype=dtype), flip=flip
     )
@@ -131,7 +143,9 @@ def test_gather_normalises_and_mirrors(backend, dtype, monkeypatch):
         [0.2, 0.3, 0.4]
     ).view(3, 1, 1)
     expected = torch.where(flip[:, None, None, None], expected.flip(3), expected)
-    torch.testing.assert_close(images.float(), expected, atol=1e-5 if dtype is torch.float32 else 0.02, rtol=0)
+    torch.testing.assert_close(
+        images.float(), expected, atol=1e-5 if dtype is torch.float32 else 0.02, rtol=0
+    )
     assert images.dtype == dtype
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert labels.tolist() == [9, 2, 2, 1]
@@ -160,13 +174,17 @@ def test_latents_are_decoded_in_bounded_parts_that_halve_where_memory_runs_out(m
 
 
 def test_latents_are_decoded_when_a_batch_is_made():
-    pool = SamplePool("latents", chunk_bytes=100, decode=lambda z: z.repeat(1, 1, 3, 3)[:, :3].clamp(-1, 1))
+    pool = SamplePool(
+        "latents", chunk_bytes=100, decode=lambda z: z.repeat(1, 1, 3, 3)[:, :3].clamp(-1, 1)
+    )
     ids = torch.arange(17)
     pool.append(batch(0, 17), payload=latents(ids), round=0, **ORIGIN)
     check_prefix(pool, 17, "latents")
     decoded = pool.decode(latents(ids).float())
     images, labels = pool.gather(ids, flip=ids % 2 == 0)
-    torch.testing.assert_close(images, torch.where((ids % 2 == 0)[:, None, None, None], decoded.flip(3), decoded))
+    torch.testing.assert_close(
+        images, torch.where((ids % 2 == 0)[:, None, None, None], decoded.flip(3), decoded)
+    )
     assert labels.tolist() == (ids % 10).tolist()
     assert torch.equal(pool.images(ids), ((decoded + 1) * 127.5).round().to(torch.uint8))
     with pytest.raises(ValueError, match="no decode function"):
@@ -191,9 +209,13 @@ def test_jpeg_files_are_kept_byte_for_byte_and_decoded_close_to_the_image():
 
 
 def test_chunks_fill_the_tiers_in_order_and_move_with_the_budgets(tmp_path):
-    """A CPU stands in for the device: the tiers differ in how a chunk is allocated, not in how it is read."""
+    """A CPU stands in for the device: the tiers differ in how a chunk is allocated, not in how it
+    is read.
+    """
     chunk = 10 * ROW + 7
-    tiers = MemoryTiers(device=CPU, device_bytes=2 * chunk, host_bytes=chunk, folder=tmp_path, file_bytes=3 * chunk)
+    tiers = MemoryTiers(
+        device=CPU, device_bytes=2 * chunk, host_bytes=chunk, folder=tmp_path, file_bytes=3 * chunk
+    )
     pool = filled(45, tiers=tiers)
     assert pool.where() == {"device": 20, "host": 10, "file": 15}
     assert list(tmp_path.iterdir()) == []  # nothing to clean up, whatever happens
@@ -230,7 +252,9 @@ def test_reserved_chunks_are_the_next_ones():
 
 def test_a_full_pool_refuses_the_whole_batch_with_the_numbers():
     pool = filled(25, tiers=MemoryTiers(host_bytes=3 * (10 * ROW + 7)))
-    with pytest.raises(PoolFullError, match=r"3 chunks of 1\.062 KiB.*host 3\.185 KiB.*latents or JPEG"):
+    with pytest.raises(
+        PoolFullError, match=r"3 chunks of 1\.062 KiB.*host 3\.185 KiB.*latents or JPEG"
+    ):
         filled(12, pool=pool)
     check_prefix(pool, 25)
     filled(5, pool=pool)
@@ -242,7 +266,9 @@ def test_the_disk_of_the_file_tier_is_reserved_before_it_is_written(tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    pool = filled(10, tiers=MemoryTiers(host_bytes=10 * ROW + 7, folder=tmp_path, file_bytes=1 << 20))
+    pool = filled(
+        10, tiers=MemoryTiers(host_bytes=10 * ROW + 7, folder=tmp_path, file_bytes=1 << 20)
+    )
     with pytest.raises(OSError, match="No space left"):
         filled(1, pool=pool)
     monkeypatch.undo()
@@ -254,7 +280,9 @@ def test_columns_cost_at_most_64_bytes_a_sample():
     pool = SamplePool(chunk_bytes=1 << 20)
     new = batch(0, 200_000, (1, 2, 2))
     pool.append(new, round=0, **ORIGIN)
-    assert (pool.nbytes - new.images.nbytes) / 200_000 <= 64 + (1 << 20) / 200_000  # and the last chunk's free end
+    assert (pool.nbytes - new.images.nbytes) / 200_000 <= 64 + (
+        1 << 20
+    ) / 200_000  # and the last chunk's free end
 
 
 def test_bad_input_is_named():

@@ -45,7 +45,9 @@ def test_what_no_checkpoint_needs_is_removed(saved, kept):
     expected = {f"rank-{rank:03d}-of-{size:03d}" for size in kept - {1} for rank in range(size)}
     assert {name for name in names if name.startswith("rank-")} == expected
     assert ("manifest.json" in names) == (1 in kept)
-    assert before == {size: sorted(part_folder(saved, Ranks(size=size)).glob("*.tar")) for size in kept}
+    assert before == {
+        size: sorted(part_folder(saved, Ranks(size=size)).glob("*.tar")) for size in kept
+    }
     check_prefix(open_all(saved), COUNT)
 
 

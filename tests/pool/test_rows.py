@@ -15,13 +15,17 @@ from dpfast.pool.shared_list import SharedList
 def table_of(rows, chunk_rows, stride):
     torch.manual_seed(0)
     count = -(-rows // chunk_rows)
-    chunks = tuple(torch.randint(0, 256, (chunk_rows * stride + 3,), dtype=torch.uint8) for _ in range(count))
+    chunks = tuple(
+        torch.randint(0, 256, (chunk_rows * stride + 3,), dtype=torch.uint8) for _ in range(count)
+    )
     expected = torch.cat([c[: chunk_rows * stride].view(chunk_rows, stride) for c in chunks])
     return ChunkTable(chunk_rows, stride).with_chunks(chunks), expected
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize(("chunk_rows", "stride"), [(1, 1), (7, 3), (100, 56), (64, 512), (3, 40_000)])
+@pytest.mark.parametrize(
+    ("chunk_rows", "stride"), [(1, 1), (7, 3), (100, 56), (64, 512), (3, 40_000)]
+)
 def test_rows_are_those_of_indexing(backend, chunk_rows, stride, monkeypatch):
     if backend == "native" and dispatch.native() is None:
         pytest.skip("the native kernels are not built")
@@ -30,7 +34,10 @@ def test_rows_are_those_of_indexing(backend, chunk_rows, stride, monkeypatch):
     indices = torch.randint(0, 200, (301,))
     assert torch.equal(table.take(indices, 200), expected[indices])
     part = min(stride, 4)
-    assert torch.equal(table.take(indices, 200, offset=stride - part, width=part), expected[indices, stride - part :])
+    assert torch.equal(
+        table.take(indices, 200, offset=stride - part, width=part),
+        expected[indices, stride - part :],
+    )
     assert table.take(indices[:0], 200).shape == (0, stride)
     for wrong in (-1, 200):
         with pytest.raises(IndexError, match="holds 200"):
@@ -42,12 +49,14 @@ def test_a_table_grows_by_a_chunk_without_a_look_at_the_others():
     grown = ChunkTable(7, 3)
     for chunk in table.chunks:
         before, grown = grown, grown.with_chunk(chunk)
-        assert len(before.chunks) == len(before.addresses) == len(grown.chunks) - 1  # readers keep what they have
+        assert (
+            len(before.chunks) == len(before.addresses) == len(grown.chunks) - 1
+        )  # readers keep what they have
     assert torch.equal(grown.addresses, table.addresses)
     assert grown.kinds == table.kinds
-    marked = ChunkTable(7, 3, SharedList(table.chunks[:1]), torch.tensor([5]), frozenset({"elsewhere"})).with_chunk(
-        table.chunks[1]
-    )
+    marked = ChunkTable(
+        7, 3, SharedList(table.chunks[:1]), torch.tensor([5]), frozenset({"elsewhere"})
+    ).with_chunk(table.chunks[1])
     assert marked.addresses.tolist() == [5, table.chunks[1].data_ptr()]
     assert marked.kinds == {"elsewhere", "cpu"}
 
@@ -94,7 +103,9 @@ def test_a_growing_table_copies_its_addresses_seldom():
 def test_the_gpu_s_kernel_keeps_everything_in_registers(word):
     pointers = {"addresses": "*i64", "indices": "*i64", "out": f"*{word}"}
     arguments = {**pointers, "chunk_rows": "i32", "stride": "i32", "words": "i32", "BLOCK": 2048}
-    variant = audit.Variant(name="rows", kernel=rows_kernel, arguments=arguments, warps=4, reads=0, writes=0)
+    variant = audit.Variant(
+        name="rows", kernel=rows_kernel, arguments=arguments, warps=4, reads=0, writes=0
+    )
     for report in audit.audit([variant]):
         assert report.local_bytes == 0
         assert report.occupancy >= 0.5
@@ -104,13 +115,25 @@ def test_the_gpu_s_kernel_reads_the_same_rows_in_triton_s_interpreter():
     """In a process of its own: Triton reads the switch when a kernel is defined."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "DPFAST_BACKEND": ""}
-    subprocess.run([sys.executable, "-m", "tests.pool.test_rows"], env=environment, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-m", "tests.pool.test_rows"], env=environment, check=True, timeout=120
+    )
 
 
 if __name__ == "__main__":
-    for chunk_rows, stride, offset, width in ((7, 12, 0, 12), (7, 12, 4, 8), (5, 13, 2, 3), (2, 9000, 0, 9000)):
+    for chunk_rows, stride, offset, width in (
+        (7, 12, 0, 12),
+        (7, 12, 4, 8),
+        (5, 13, 2, 3),
+        (2, 9000, 0, 9000),
+    ):
         table, expected = table_of(20, chunk_rows, stride)
         indices = torch.tensor([19, 0, 7, 7, 13])
         table = ChunkTable(chunk_rows, stride).with_chunks(chunk.clone() for chunk in table.chunks)
         rows = table._triton(indices, offset, width, CPU)
-        assert torch.equal(rows, expected[indices, offset : offset + width]), (chunk_rows, stride, offset, width)
+        assert torch.equal(rows, expected[indices, offset : offset + width]), (
+            chunk_rows,
+            stride,
+            offset,
+            width,
+        )

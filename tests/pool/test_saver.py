@@ -1,4 +1,6 @@
-"""Saving: only what is new, exact when opened again, and every damage named, with its sample ids."""
+"""Saving: only what is new, exact when opened again, and every damage named, with its sample
+ids.
+"""
 
 import errno
 import json
@@ -19,7 +21,9 @@ from tests.pool.helpers import ORIGIN, batch, check_prefix, latents
 
 
 def append(pool, count, round=0):
-    payload = latents(torch.arange(len(pool), len(pool) + count)) if pool.codec == "latents" else None
+    payload = (
+        latents(torch.arange(len(pool), len(pool) + count)) if pool.codec == "latents" else None
+    )
     pool.append(batch(len(pool), count), payload=payload, round=round, **ORIGIN)
 
 
@@ -51,7 +55,9 @@ def test_a_saved_pool_opens_exactly(codec, images, tmp_path):
 def test_only_what_is_new_is_written(tmp_path):
     pool = saved(tmp_path, 25)
     stamps = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
-    assert sorted(stamps) == [f"shard-00000{i}{end}" for i in (0, 1) for end in (".columns.npy", ".tar")]
+    assert sorted(stamps) == [
+        f"shard-00000{i}{end}" for i in (0, 1) for end in (".columns.npy", ".tar")
+    ]
     again = SamplePool.open(tmp_path)
     with Saver(again, tmp_path) as saver:
         assert saver.saved == 25
@@ -77,7 +83,11 @@ def test_saving_goes_on_beside_appends(tmp_path):
 def test_webdataset_reads_the_shards(tmp_path):
     saved(tmp_path, 30, images="png")
     urls = sorted(map(str, tmp_path.glob("*.tar")))
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("png", "cls", "json"))
+    samples = list(
+        webdataset.WebDataset(urls, shardshuffle=False)
+        .decode("rgb8")
+        .to_tuple("png", "cls", "json")
+    )
     assert [label for _, label, _ in samples] == [i % 10 for i in range(30)]
     assert [columns["sample_id"] for *_, columns in samples] == list(range(30))
     assert (samples[7][0].transpose(2, 0, 1) == batch(7, 1).images[0].numpy()).all()
@@ -98,7 +108,9 @@ def test_a_damaged_shard_is_named_quarantined_and_reported_every_time(tmp_path, 
     else:
         path.unlink()
     for _ in range(2):
-        with pytest.warns(LostSamplesWarning, match=r"20 samples are lost\. shard-000001\.tar: ids 20-39 \("):
+        with pytest.warns(
+            LostSamplesWarning, match=r"20 samples are lost\. shard-000001\.tar: ids 20-39 \("
+        ):
             pool = SamplePool.open(tmp_path)
         assert pool.column("sample_id").tolist() == [*range(20), *range(40, 50)]
         assert not path.exists()
@@ -126,7 +138,9 @@ def test_damaged_columns_come_from_the_tar(tmp_path, damage):
     check_prefix(again, 20)
 
 
-@pytest.mark.parametrize("text", [None, "{", '{"format": "other", "version": 1}', '{"format": "dpfast-pool"}'])
+@pytest.mark.parametrize(
+    "text", [None, "{", '{"format": "other", "version": 1}', '{"format": "dpfast-pool"}']
+)
 def test_a_folder_without_a_readable_manifest_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "manifest.json").write_text(text)
@@ -142,7 +156,12 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
         SamplePool.open(tmp_path)
 
 
-KINDS = {"symbolic": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE, "pipe": tarfile.FIFOTYPE}
+KINDS = {
+    "symbolic": tarfile.SYMTYPE,
+    "hard": tarfile.LNKTYPE,
+    "device": tarfile.CHRTYPE,
+    "pipe": tarfile.FIFOTYPE,
+}
 
 
 @pytest.mark.parametrize("name", ["/etc/x.cls", "../x.cls", "a/../../x.cls", *KINDS])
@@ -154,7 +173,9 @@ def test_tar_members_that_lead_elsewhere_are_refused(tmp_path, name):
         if name in KINDS:
             member.type, member.linkname = KINDS[name], "/etc/passwd"
         tar.addfile(member)
-    with pytest.raises(ValueError, match="is a link or a device" if name in KINDS else "absolute path"):
+    with pytest.raises(
+        ValueError, match="is a link or a device" if name in KINDS else "absolute path"
+    ):
         list(shards.read_tar(path))
 
 
@@ -179,7 +200,9 @@ def test_the_folders_of_a_foreign_tar_are_passed_over(tmp_path):
 
 
 def test_a_full_disk_stops_saving_and_nothing_else(tmp_path, monkeypatch):
-    """ENOSPC in the middle of the second shard: the first stays promised, memory goes on, space lets saving resume."""
+    """ENOSPC in the middle of the second shard: the first stays promised, memory goes on, space
+    lets saving resume.
+    """
     pool, writes = SamplePool(), shards.tar_header
 
     def full(name, size):
@@ -191,7 +214,9 @@ def test_a_full_disk_stops_saving_and_nothing_else(tmp_path, monkeypatch):
     saver = Saver(pool, tmp_path, shard_samples=20)
     append(pool, 50)
     saver.save()
-    with pytest.warns(SaveWarning, match=r"No space left on device.*20 of 50 samples are on the disk"):
+    with pytest.warns(
+        SaveWarning, match=r"No space left on device.*20 of 50 samples are on the disk"
+    ):
         saver.wait(20)
     assert saver.saved == 20
     assert saver.error.errno == errno.ENOSPC
@@ -241,7 +266,10 @@ def test_two_savers_and_foreign_samples_are_refused(tmp_path):
 def test_a_copy_has_the_shards_of_the_first_samples_and_touches_nothing(tmp_path):
     saved(tmp_path / "whole", 20, 30)
     copy_saved(tmp_path / "whole", tmp_path / "part", 30)
-    assert sorted(path.name for path in (tmp_path / "part").glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
+    assert sorted(path.name for path in (tmp_path / "part").glob("*.tar")) == [
+        "shard-000000.tar",
+        "shard-000001.tar",
+    ]
     check_prefix(SamplePool.open(tmp_path / "part", limit=30), 30)
     with pytest.raises(DamagedPoolError, match="holds 50 samples, 51 are needed"):
         copy_saved(tmp_path / "whole", tmp_path / "more", 51)
@@ -291,7 +319,10 @@ def test_no_shard_takes_what_is_left_for_checkpoints(tmp_path, monkeypatch):
         free = 260_000
         append(pool, 10)
         saver.save()
-        with pytest.warns(SaveWarning, match=r"253.9 KiB are free, .* up to .* and 244.1 KiB are left for checkpoints"):
+        with pytest.warns(
+            SaveWarning,
+            match=r"253.9 KiB are free, .* up to .* and 244.1 KiB are left for checkpoints",
+        ):
             assert saver.wait(20) == 10
         free = 300_000
         saver.save()

@@ -26,6 +26,8 @@ with Saver(pool, sys.argv[1]) as saver:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_chunks_and_saving_bring_no_second_team_of_openmp_threads(tmp_path):
-    done = subprocess.run([sys.executable, "-c", COUNT, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 3  # the one that makes chunks, the saver, and its signs of life

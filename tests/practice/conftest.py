@@ -10,14 +10,17 @@ from dpfast.practice import experiment, yardstick
 
 @pytest.fixture
 def recipe(pipeline_folder, monkeypatch):
-    """A recipe of seconds: three classes, 16x16 images, noise as the real images, a yardstick of 20 samples."""
+    """A recipe of seconds: three classes, 16x16 images, noise as the real images, a yardstick of 20
+    samples.
+    """
     monkeypatch.setattr(yardstick, "SAMPLES", 20)
 
     def load_real(name, **_):
         generator = torch.Generator().manual_seed(0)
         sets = [
             RealSet(
-                torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8, generator=generator), torch.arange(30) % 3
+                torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8, generator=generator),
+                torch.arange(30) % 3,
             )
             for _ in range(2)
         ]
@@ -31,7 +34,12 @@ def recipe(pipeline_folder, monkeypatch):
             "guidance": {"omega": 0.2, "guide_every": 1},
             "learner": {
                 "model": "transformers:RegNetForImageClassification",
-                "options": {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "groups_width": 8},
+                "options": {
+                    "embedding_size": 8,
+                    "hidden_sizes": [8],
+                    "depths": [1],
+                    "groups_width": 8,
+                },
                 "batch_size": 8,
             },
             "practice": {
@@ -42,7 +50,8 @@ def recipe(pipeline_folder, monkeypatch):
                 "evaluate_every": 5,
                 "patience": 1,
                 "patience_growth": "fixed",
-                "checkpoint_minutes": 0,  # a checkpoint at every evaluation, whatever the clock says
+                # a checkpoint at every evaluation, whatever the clock says
+                "checkpoint_minutes": 0,
             },
         }
     )

@@ -1,4 +1,6 @@
-"""Recipes of ImageNet at tiny size, started as their users start them: by torchrun, as real processes."""
+"""Recipes of ImageNet at tiny size, started as their users start them: by torchrun, as real
+processes.
+"""
 
 import os
 import signal
@@ -31,7 +33,12 @@ FIELDS = {
     "checkpoint_minutes": 0,
 }
 SIZES = {
-    "imagenet100-sd15": {"initial_samples": 120, "round_samples": 100, "maximum_samples": 320, "generation_batch": 25},
+    "imagenet100-sd15": {
+        "initial_samples": 120,
+        "round_samples": 100,
+        "maximum_samples": 320,
+        "generation_batch": 25,
+    },
     "imagenet1k-dit": {
         "initial_samples": 1000,
         "round_samples": 1000,
@@ -45,10 +52,18 @@ def folders(recipe: str, root: Path) -> list[str]:
     """Makes the generator's and the validation's folder of a recipe; the options that name them."""
     torch.manual_seed(0)
     names = imagenet.load()
-    ids = names.ids if recipe.startswith("imagenet1k") else names.ids_of(imagenet.named("imagenet100"))
+    ids = (
+        names.ids
+        if recipe.startswith("imagenet1k")
+        else names.ids_of(imagenet.named("imagenet100"))
+    )
     if recipe.endswith("dit"):
         index = dict(enumerate(imagenet.named("imagenet1k")))
-        tiny_pipelines.dit(root / "generator", learned_sigma=True, index={str(i): name for i, name in index.items()})
+        tiny_pipelines.dit(
+            root / "generator",
+            learned_sigma=True,
+            index={str(i): name for i, name in index.items()},
+        )
     else:
         tiny_pipelines.stable_diffusion(root / "generator")
         tiny_pipelines.tiny_vae().save_pretrained(root / "generator" / "tiny_decoder")
@@ -63,20 +78,37 @@ def folders(recipe: str, root: Path) -> list[str]:
 
 
 class Launched:
-    """``dpfast run RECIPE`` on ``ranks`` processes of one thread, and what they say in ``OUT.log``."""
+    """``dpfast run RECIPE`` on ``ranks`` processes of one thread, and what they say in
+    ``OUT.log``.
+    """
 
-    def __init__(self, recipe: str, out: Path, options: list[str], *, ranks: int = 2, restarts: int = 0):
+    def __init__(
+        self, recipe: str, out: Path, options: list[str], *, ranks: int = 2, restarts: int = 0
+    ):
         self.out, self.log = out, out.with_suffix(".log")
         fields = FIELDS | SIZES[recipe] if recipe in SIZES else {}
         command = [sys.executable, "-m"]
         if ranks > 1:
-            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--monitor-interval=0.05"]
+            command += [
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={ranks}",
+                "--monitor-interval=0.05",
+            ]
             command += [f"--max-restarts={restarts}", "-m"]
         command += ["dpfast", "run", recipe, "--quiet", "--out", str(out)]
-        command += [text for name, value in fields.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        command += [
+            text
+            for name, value in fields.items()
+            for text in (f"--{name.replace('_', '-')}", str(value))
+        ]
         with self.log.open("w") as file:  # not a pipe: nobody reads while the test waits
             self.process = subprocess.Popen(
-                [*command, *options], stdout=file, stderr=file, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                [*command, *options],
+                stdout=file,
+                stderr=file,
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
 
     @property
@@ -87,7 +119,10 @@ class Launched:
         """Waits for the checkpoint of this number, or the end of the processes."""
         deadline = time.monotonic() + DEADLINE
         while self.process.poll() is None:
-            saved = [int(path.stem.split("-")[1]) for path in self.out.glob("checkpoints_dp/checkpoint-*.json")]
+            saved = [
+                int(path.stem.split("-")[1])
+                for path in self.out.glob("checkpoints_dp/checkpoint-*.json")
+            ]
             if max(saved, default=-1) >= number:
                 return
             assert time.monotonic() < deadline, self.said

@@ -1,4 +1,6 @@
-"""What a run that goes on may have other than it was born with, and that it then is the run that it should be."""
+"""What a run that goes on may have other than it was born with, and that it then is the run that it
+should be.
+"""
 
 import contextlib
 import dataclasses
@@ -46,7 +48,9 @@ def resumed(recipe, path):
 
 
 def test_every_field_of_a_recipe_says_whether_it_may_change_and_why():
-    """A new field fails here until dpfast/practice/changes.py says what a resumed run may do with it."""
+    """A new field fails here until dpfast/practice/changes.py says what a resumed run may do with
+    it.
+    """
     assert RULES.keys() == fields().keys()
     assert all(kind in ("free", "branch", "fixed") and why for kind, why in RULES.values())
 
@@ -60,11 +64,19 @@ def test_a_stopped_run_goes_on_with_less_memory_and_ends_in_the_same_samples(sho
     less = with_(less, "pool", host_gib=0.5)
     (again,) = resumed(less, tmp_path / "run")
     assert (again.pool.records()["sample_id"] == whole.pool.records()["sample_id"]).all()
-    difference = again.pool.images(torch.arange(45)).float() - whole.pool.images(torch.arange(45)).float()
+    difference = (
+        again.pool.images(torch.arange(45)).float() - whole.pool.images(torch.arange(45)).float()
+    )
     assert float(difference.abs().mean()) < 0.5  # batches of seven round otherwise
-    (line,) = (json.loads(line) for line in (tmp_path / "run" / "changes.jsonl").read_text().splitlines())
+    (line,) = (
+        json.loads(line) for line in (tmp_path / "run" / "changes.jsonl").read_text().splitlines()
+    )
     assert line["steps"] == {"dp": 12}
-    assert line["changes"] == {"checkpoints_kept": [2, 5], "host_gib": [None, 0.5], "sampling_batch": [None, 7]}
+    assert line["changes"] == {
+        "checkpoints_kept": [2, 5],
+        "host_gib": [None, 0.5],
+        "sampling_batch": [None, 7],
+    }
     told = (tmp_path / "run" / "logs" / "rank-00000.jsonl").read_text()
     for name, (was, value) in line["changes"].items():
         assert told.count(f"from here on {name} = {value!r}, it was {was!r}") == 1
@@ -75,15 +87,21 @@ def test_a_stopped_run_goes_on_with_less_memory_and_ends_in_the_same_samples(sho
 
 @pytest.mark.parametrize("stopped", [20, None], ids=["before its cool-down", "at its end"])
 def test_a_run_that_is_made_longer_is_the_long_run_from_its_birth(short, tmp_path, stopped):
-    """Fewer additions than there would be in the long run: the cool-down of the short one begins at 32."""
+    """Fewer additions than there would be in the long run: the cool-down of the short one begins at
+    32.
+    """
     stop, long = Stop(), with_(short, "practice", iterations=80)
     ends = pytest.raises(Stopped) if stopped else contextlib.nullcontext()
     with RunWriter(tmp_path / "run", short) as folder, ends:
-        DeliberatePractice(short).run(folder, progress=False, callbacks=[At(stop, stopped)], stop=stop)
+        DeliberatePractice(short).run(
+            folder, progress=False, callbacks=[At(stop, stopped)], stop=stop
+        )
     (again,) = resumed(long, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["learner"]["warmup"] == 0.05
     (whole,), _ = run(with_(long, "learner", warmup=0.05), tmp_path / "whole")
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
     for name, value in whole.learner.state_dict().items():
         assert torch.equal(value, again.learner.state_dict()[name]), name
     with pytest.raises(RecipeError, match=r"iterations = 40 was 80 \(they may grow"):
@@ -97,7 +115,9 @@ def test_the_rivals_of_a_longer_run_begin_anew(recipe, tmp_path):
     dp, static = resumed(long, tmp_path / "run")
     assert (dp.iterations, static.iterations, len(static.pool)) == (60, 60, len(dp.pool))
     run(with_(long, "learner", warmup=0.1 * 40 / 60), tmp_path / "whole")
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
 
 
 def test_without_a_checkpoint_before_the_cooldown_a_run_is_not_made_longer(short, tmp_path):
@@ -105,17 +125,31 @@ def test_without_a_checkpoint_before_the_cooldown_a_run_is_not_made_longer(short
     kept = checkpoint.stable(tmp_path / "run" / "checkpoints_dp")
     assert checkpoint.load(kept).step == 30
     kept.unlink()
-    with pytest.raises(RecipeError, match="iterations = 80 was 40: the run has begun its cool-down"):
+    with pytest.raises(
+        RecipeError, match="iterations = 80 was 40: the run has begun its cool-down"
+    ):
         resumed(with_(short, "practice", iterations=80), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("section", "changes", "named"),
     [
-        ("generator", {"dtype": "bfloat16"}, r"dtype = 'bfloat16' was 'float32' \(it makes the samples"),
+        (
+            "generator",
+            {"dtype": "bfloat16"},
+            r"dtype = 'bfloat16' was 'float32' \(it makes the samples",
+        ),
         ("learner", {"batch_size": 16}, r"batch_size = 16 was 8 \(.*micro_batch takes less memory"),
-        ("pool", {"save_samples": "npy"}, r"save_samples = 'npy' was 'png' \(a saved pool has files of one kind"),
-        ("practice", {"maximum_samples": 70}, r"maximum_samples = 70 was 45 \(a run that has reached it"),
+        (
+            "pool",
+            {"save_samples": "npy"},
+            r"save_samples = 'npy' was 'png' \(a saved pool has files of one kind",
+        ),
+        (
+            "practice",
+            {"maximum_samples": 70},
+            r"maximum_samples = 70 was 45 \(a run that has reached it",
+        ),
     ],
 )
 def test_what_may_not_change_is_named_with_the_reason(short, tmp_path, section, changes, named):
@@ -147,7 +181,9 @@ def test_a_folder_may_move_but_holds_what_it_held(short, tmp_path):
     assert continued(tmp_path / "run", moved).generator.pipeline == str(generator)
     with (generator / "model_index.json").open("a") as file:
         file.write(" ")
-    with pytest.raises(RecipeError, match=r"^pipeline = .*began with: model_index.json is \w{16}, was \w{16}$"):
+    with pytest.raises(
+        RecipeError, match=r"^pipeline = .*began with: model_index.json is \w{16}, was \w{16}$"
+    ):
         continued(tmp_path / "run", moved)
     with next(generator.rglob("*.safetensors")).open("ab") as file:
         file.write(b" ")
@@ -178,7 +214,10 @@ class Two(Ranks):
         for line in self.store:
             line.put((self.rank, value))
         return [
-            said for _, said in sorted((self.store[self.rank].get(timeout=20) for _ in range(2)), key=lambda s: s[0])
+            said
+            for _, said in sorted(
+                (self.store[self.rank].get(timeout=20) for _ in range(2)), key=lambda s: s[0]
+            )
         ]
 
 
@@ -189,7 +228,9 @@ def looked(folders):
     def look(rank):
         folders[rank].mkdir(exist_ok=True)
         try:
-            found[rank] = run_folder.check_shared(folders[rank], Two(rank=rank, size=2, store=lines))
+            found[rank] = run_folder.check_shared(
+                folders[rank], Two(rank=rank, size=2, store=lines)
+            )
         except RecipeError as error:
             found[rank] = str(error)
 
@@ -205,4 +246,6 @@ def test_a_rank_that_does_not_see_the_folder_of_the_first_is_named_on_all(tmp_pa
     monkeypatch.setattr(run_folder, "SEEN", 0.3)
     assert looked([tmp_path / "a", tmp_path / "a"]) == {0: None, 1: None}
     for error in looked([tmp_path / "a", tmp_path / "b"]).values():
-        assert re.match(r"rank 1: out = .*/b': on \S+ it is not the folder in which rank 0 writes", error)
+        assert re.match(
+            r"rank 1: out = .*/b': on \S+ it is not the folder in which rank 0 writes", error
+        )

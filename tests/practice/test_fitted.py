@@ -14,11 +14,19 @@ from dpfast.practice import fitted
 from dpfast.practice.costs import Cost
 from dpfast.practice.experiment import DeliberatePractice
 
-SMALL = {"sources": "dp", "initial_samples": 60, "round_samples": 30, "maximum_samples": 90, "iterations": 10}
+SMALL = {
+    "sources": "dp",
+    "initial_samples": 60,
+    "round_samples": 30,
+    "maximum_samples": 90,
+    "iterations": 10,
+}
 
 
 def test_a_run_with_little_memory_takes_smaller_batches_and_says_so(monkeypatch):
-    recipe = Recipe.load("fashion", device="cpu", generation_batch=40, batch_size=32, evaluate_every=5, **SMALL)
+    recipe = Recipe.load(
+        "fashion", device="cpu", generation_batch=40, batch_size=32, evaluate_every=5, **SMALL
+    )
     cpu = dataclasses.replace(fitted._CPU, memory=1e9, host=1e9)
     stages = stages_of(recipe, cpu)
     pool = place_pool(recipe, 90, stages, cpu, 1)
@@ -44,14 +52,22 @@ def test_a_cpu_with_enough_memory_is_not_asked(monkeypatch):
 
 def test_a_model_that_cannot_be_counted_is_left_to_run_out_of_memory(monkeypatch, caplog):
     monkeypatch.setattr(fitted, "device_memory", lambda device: 1.0)
-    monkeypatch.setattr(fitted, "fit", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no count\nof this")))
-    practice = DeliberatePractice(Recipe.load("fashion", device="cpu", generation_batch=40, **SMALL, evaluate_every=5))
+    monkeypatch.setattr(
+        fitted, "fit", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no count\nof this"))
+    )
+    practice = DeliberatePractice(
+        Recipe.load("fashion", device="cpu", generation_batch=40, **SMALL, evaluate_every=5)
+    )
     assert practice.fit is None
     assert "nothing is fitted: no count" in caplog.text
 
 
-@pytest.mark.parametrize(("sizes", "device", "host"), [({}, 0, 7), ({"device_gib": 2}, 2, 5), ({"host_gib": 1}, 0, 1)])
-def test_a_cpu_s_memory_is_counted_once_and_by_the_fit_as_by_the_run(sizes, device, host, monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "device", "host"), [({}, 0, 7), ({"device_gib": 2}, 2, 5), ({"host_gib": 1}, 0, 1)]
+)
+def test_a_cpu_s_memory_is_counted_once_and_by_the_fit_as_by_the_run(
+    sizes, device, host, monkeypatch
+):
     monkeypatch.setattr(tiers, "free_bytes", lambda: 10 * GIB)
     recipe = Recipe.load("fashion", device="cpu", **sizes)
     found = MemoryTiers.from_recipe(recipe.pool, torch.device("cpu"), None)

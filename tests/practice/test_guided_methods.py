@@ -1,4 +1,6 @@
-"""The ways of a round's guided samples beside the paper's: what they keep, what they cost, and that they resume."""
+"""The ways of a round's guided samples beside the paper's: what they keep, what they cost, and that
+they resume.
+"""
 
 import dataclasses
 
@@ -33,7 +35,9 @@ def short(recipe):
 
 
 def wanted(labels=LABELS, **changes):
-    return RoundRequest(**{"labels": labels, "start": 30, "done": 0, "omega": 0.2, "learner_step": 0} | changes)
+    return RoundRequest(
+        **{"labels": labels, "start": 30, "done": 0, "omega": 0.2, "learner_step": 0} | changes
+    )
 
 
 @pytest.fixture
@@ -46,7 +50,10 @@ def rejection(short, pipeline, learner):
 def test_a_trajectory_may_stop_thin_out_and_go_on(pipeline, learner, short):
     sampler = new_sampler(with_(short, "generator", solver="dpmpp2m"), pipeline, learner)
     whole = sampler.generate(LABELS, torch.arange(9))
-    halves = [sampler.advance(sampler.begin(LABELS[p], torch.arange(9)[p]), 3) for p in (slice(4), slice(4, 9))]
+    halves = [
+        sampler.advance(sampler.begin(LABELS[p], torch.arange(9)[p]), 3)
+        for p in (slice(4), slice(4, 9))
+    ]
     rows = torch.tensor([1, 5, 8])
     some = sampler.finish(sampler.advance(Trajectory.joined(halves).take(rows)))
     assert some.sample_ids.tolist() == rows.tolist()
@@ -57,17 +64,23 @@ def test_a_trajectory_may_stop_thin_out_and_go_on(pipeline, learner, short):
         sampler.advance(halves[0], 2)
     with pytest.raises(ValueError, match=r"step = 2: a trajectory begins there only from latents"):
         sampler.begin([0], [0], step=2)
-    with pytest.raises(ValueError, match=r"latents has shape \(1, 4, 4, 4\), expected \(1, 4, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"latents has shape \(1, 4, 4, 4\), expected \(1, 4, 8, 8\)"
+    ):
         sampler.begin([0], [0], latents=torch.zeros(1, 4, 4, 4), step=2)
 
 
 def test_a_batch_from_latents_begins_with_the_noise_of_its_step(pipeline, learner, short):
     """With the noise that the sampler itself arrives at x0 by, the rest of the way is the same."""
     sampler = new_sampler(short, pipeline, learner)
-    zero, two = (sampler.begin([1], [7], latents=v * torch.ones(1, 4, 8, 8), step=3).x for v in (0.0, 2.0))
+    zero, two = (
+        sampler.begin([1], [7], latents=v * torch.ones(1, 4, 8, 8), step=3).x for v in (0.0, 2.0)
+    )
     alpha, sigma = sampler.table.rows[3, :2]
     torch.testing.assert_close(two - zero, 2 * alpha * torch.ones_like(zero))
-    torch.testing.assert_close(zero, sigma * sampler.begin([1], [7]).x / sampler.table.initial_scale)
+    torch.testing.assert_close(
+        zero, sigma * sampler.begin([1], [7]).x / sampler.table.initial_scale
+    )
 
 
 def test_early_rejection_keeps_the_highest_of_each_class(rejection):
@@ -79,7 +92,9 @@ def test_early_rejection_keeps_the_highest_of_each_class(rejection):
     assert torch.cat([b.labels for b in batches]).bincount().tolist() == [3, 3, 3]
     first = torch.arange(30, 45)  # 2.5 candidates for each of the first six
     candidates = LABELS[torch.arange(15) % 6]
-    value = rejection.sampler.advance(rejection.sampler.begin(candidates, first, omega=0.2), 3).value
+    value = rejection.sampler.advance(
+        rejection.sampler.begin(candidates, first, omega=0.2), 3
+    ).value
     for label in range(3):
         mine = candidates == label
         best = first[mine][value[mine].argsort(descending=True)[:2]]
@@ -87,7 +102,9 @@ def test_early_rejection_keeps_the_highest_of_each_class(rejection):
     # 22 of three steps each and nine of two more, both with CFG
     assert (cost.samples, cost.forwards) == (9, 22 * 6 + 9 * 4)
     everything = rejection.sampler.generate(candidates, first, omega=0.2)
-    torch.testing.assert_close(batches[0].latents, everything.latents[batches[0].sample_ids - 30], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        batches[0].latents, everything.latents[batches[0].sample_ids - 30], rtol=2e-3, atol=2e-3
+    )
 
 
 def short_of_memory(monkeypatch, sampler, most):
@@ -120,7 +137,10 @@ def test_out_of_memory_halves_what_is_made_at_once_and_keeps_the_same_samples(
     short_of_memory(monkeypatch, chosen.sampler, 2)
     parts = list(chosen.make(wanted(), tight))
     for name in ("images", "labels", "sample_ids"):
-        joined = [torch.cat([getattr(batch, name) for batch in batches]).float() for batches in (whole, parts)]
+        joined = [
+            torch.cat([getattr(batch, name) for batch in batches]).float()
+            for batches in (whole, parts)
+        ]
         torch.testing.assert_close(*joined, atol=2 if name == "images" else 0, rtol=0)
     assert (usual.retries, tight.retries) == (0, 2)  # six are too many, three as well
     assert {k: v for k, v in usual.state().items() if k not in ("seconds", "retries")} == {
@@ -132,14 +152,19 @@ def test_out_of_memory_halves_what_is_made_at_once_and_keeps_the_same_samples(
 
 
 def test_early_rejection_goes_on_in_the_middle_of_a_round(rejection):
-    whole, rest = list(rejection.make(wanted(), Cost())), list(rejection.make(wanted(done=6), Cost()))
+    whole, rest = (
+        list(rejection.make(wanted(), Cost())),
+        list(rejection.make(wanted(done=6), Cost())),
+    )
     assert torch.equal(whole[1].images, rest[0].images)
     assert torch.equal(whole[1].sample_ids, rest[0].sample_ids)
 
 
 @pytest.mark.parametrize("codec", ["pixels", "latents"])
 def test_re_practice_begins_at_samples_of_the_pool(short, codec):
-    """From the last step on nearly nothing is left to change: the new samples look like their parents."""
+    """From the last step on nearly nothing is left to change: the new samples look like their
+    parents.
+    """
     recipe = with_(with_(short, "practice", restart=0.8), "pool", codec=codec)
     recipe = with_(recipe, "guidance", omega=1e-6)
     (dp,) = DeliberatePractice(recipe).run(progress=False)
@@ -148,11 +173,15 @@ def test_re_practice_begins_at_samples_of_the_pool(short, codec):
     assert dp.pool.column("label").tolist() == [i % 3 for i in range(60)]
     if codec == "pixels":  # the random autoencoder does not bring them back
         return
-    old, new = (dp.pool.payload(torch.arange(*ends)).flatten(1).float() for ends in ((0, 30), (30, 45)))
+    old, new = (
+        dp.pool.payload(torch.arange(*ends)).flatten(1).float() for ends in ((0, 30), (30, 45))
+    )
     labels = dp.pool.column("label")
     gap = torch.cdist(new, old).masked_fill(labels[30:45, None] != labels[None, :30], torch.inf)
     assert len(set(gap.argmin(1).tolist())) == 15  # each has a parent of its own
-    assert float(gap.min(1).values.mean()) < 0.1 * float(torch.cdist(old, old)[~torch.eye(30, dtype=torch.bool)].mean())
+    assert float(gap.min(1).values.mean()) < 0.1 * float(
+        torch.cdist(old, old)[~torch.eye(30, dtype=torch.bool)].mean()
+    )
 
 
 @torch.no_grad()
@@ -174,7 +203,9 @@ class Stopping(Callback):
             self.stop.requested = True
 
 
-@pytest.mark.parametrize("changes", [REJECTING, {"restart": 0.5}, {"allot": "difficulty"}, {}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [REJECTING, {"restart": 0.5}, {"allot": "difficulty"}, {}], ids=str
+)
 def test_every_option_resumes_in_the_middle_of_a_round_to_the_same_bits(short, tmp_path, changes):
     recipe = with_(short, "practice", **changes)
     if not changes:
@@ -182,22 +213,29 @@ def test_every_option_resumes_in_the_middle_of_a_round_to_the_same_bits(short, t
     (whole,), _ = run(recipe, tmp_path / "whole")
     stop = Stop()
     with RunWriter(tmp_path / "run", recipe) as folder, pytest.raises(Stopped):
-        DeliberatePractice(recipe).run(folder, progress=False, callbacks=[Stopping(stop)], stop=stop)
+        DeliberatePractice(recipe).run(
+            folder, progress=False, callbacks=[Stopping(stop)], stop=stop
+        )
     with RunWriter(tmp_path / "run", recipe, resume=True) as folder:
         (resumed,) = DeliberatePractice(recipe).run(folder, progress=False)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
     assert whole.pool.records().tobytes() == resumed.pool.records().tobytes()
     assert torch.equal(whole.pool.images(torch.arange(60)), resumed.pool.images(torch.arange(60)))
     assert {k: v for k, v in whole.cost.state().items() if k != "seconds"} == {
         k: v for k, v in resumed.cost.state().items() if k != "seconds"
     }
     assert all(
-        torch.equal(value, resumed.learner.state_dict()[key]) for key, value in whole.learner.state_dict().items()
+        torch.equal(value, resumed.learner.state_dict()[key])
+        for key, value in whole.learner.state_dict().items()
     )
 
 
 def test_disagreement_guides_where_both_weights_differ(short):
-    """One more learner in guided steps, no more of the denoiser; entropy stays that of the guiding weights."""
+    """One more learner in guided steps, no more of the denoiser; entropy stays that of the guiding
+    weights.
+    """
     usual, apart = (with_(short, "guidance", criterion=c) for c in ("entropy", "disagreement"))
     (one,), (both,) = (DeliberatePractice(r).run(progress=False) for r in (usual, apart))
     assert one.cost.forwards == both.cost.forwards
@@ -211,7 +249,11 @@ def test_disagreement_guides_where_both_weights_differ(short):
 
 def test_labels_follow_the_validation_error():
     labels = allotted_labels(torch.tensor([1.0, 0.9, 0.7]), 0, 400)
-    assert labels.bincount().tolist() == [67, 67 + 50, 66 + 150]  # half evenly, half as 0 to 0.1 to 0.3
+    assert labels.bincount().tolist() == [
+        67,
+        67 + 50,
+        66 + 150,
+    ]  # half evenly, half as 0 to 0.1 to 0.3
     for part in labels.split(100):  # any part of the round has about these shares
         assert (part.bincount() - torch.tensor([17, 29, 54])).abs().max() <= 2
     assert allotted_labels(torch.ones(3), 0, 9).bincount().tolist() == [3, 3, 3]
@@ -232,8 +274,16 @@ def test_a_round_by_difficulty_asks_for_the_hard_classes(short):
     [
         ("practice", {"early_candidates": 0.5}, "early_candidates = 0.5: at least 1"),
         ("practice", {"early_until": 1.0}, r"early_until = 1.0: in \(0, 1\)"),
-        ("practice", {"restart": 0.5, "early_candidates": 2.0}, r"restart = 0.5: 0 with early_candidates = 2"),
-        ("practice", {"early_candidates": 2.0, "omega_rounds": (0.1, 0.0)}, "early_candidates = 2.0: 1 unless omega"),
+        (
+            "practice",
+            {"restart": 0.5, "early_candidates": 2.0},
+            r"restart = 0.5: 0 with early_candidates = 2",
+        ),
+        (
+            "practice",
+            {"early_candidates": 2.0, "omega_rounds": (0.1, 0.0)},
+            "early_candidates = 2.0: 1 unless omega",
+        ),
         ("learner", {"ema_decay": 0.0}, "criterion = 'disagreement': another with ema_decay = 0"),
     ],
 )
@@ -246,12 +296,22 @@ def test_contradictory_values_are_refused(short, section, changes, named):
 @pytest.mark.parametrize(
     ("practice", "guidance", "named"),
     [
-        ({"early_candidates": 2.0}, {"guide_from": 0.6}, "early_until = 0.4: expected a guided step before"),
+        (
+            {"early_candidates": 2.0},
+            {"guide_from": 0.6},
+            "early_until = 0.4: expected a guided step before",
+        ),
         ({"restart": 0.9}, {}, "restart = 0.9: expected a guided step at or after step 5 of 5"),
-        ({"restart": 0.5}, {"guide_until": 0.4}, "restart = 0.5: expected a guided step .* guided are 0"),
+        (
+            {"restart": 0.5},
+            {"guide_until": 0.4},
+            "restart = 0.5: expected a guided step .* guided are 0",
+        ),
     ],
 )
-def test_steps_that_leave_nothing_to_do_are_refused_before_any_work(short, practice, guidance, named):
+def test_steps_that_leave_nothing_to_do_are_refused_before_any_work(
+    short, practice, guidance, named
+):
     with pytest.raises(RecipeError, match=named):
         DeliberatePractice(with_(with_(short, "practice", **practice), "guidance", **guidance))
 

@@ -1,4 +1,6 @@
-"""kill -9 and SIGTERM of a real process: resumed, it ends in the bits of an undisturbed run (DPFAST_KILLS=20)."""
+"""kill -9 and SIGTERM of a real process: resumed, it ends in the bits of an undisturbed run
+(DPFAST_KILLS=20).
+"""
 
 import os
 import random
@@ -15,7 +17,9 @@ from safetensors.torch import load_file
 from dpfast.pool.pool import SamplePool
 
 KILLS = int(os.environ.get("DPFAST_KILLS", "0"))
-pytestmark = pytest.mark.skipif(not KILLS, reason="takes minutes; DPFAST_KILLS=20 kills twenty times")
+pytestmark = pytest.mark.skipif(
+    not KILLS, reason="takes minutes; DPFAST_KILLS=20 kills twenty times"
+)
 DEADLINE = 600  # seconds, generous: other work may have the machine
 FIELDS = {
     "sources": "dp,static",
@@ -32,11 +36,26 @@ FIELDS = {
 
 
 def start(folder: Path, *extra: str) -> subprocess.Popen:
-    fields = [text for name, value in FIELDS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "dpfast.cli.main", "run", "fashion", "--quiet", "--out", str(folder)]
+    fields = [
+        text
+        for name, value in FIELDS.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "dpfast.cli.main",
+        "run",
+        "fashion",
+        "--quiet",
+        "--out",
+        str(folder),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with said(folder).open("w") as file:  # not a pipe: nobody reads while the test waits
-        return subprocess.Popen([*command, *fields, *extra], stdout=file, stderr=file, env=environment)
+        return subprocess.Popen(
+            [*command, *fields, *extra], stdout=file, stderr=file, env=environment
+        )
 
 
 def said(folder: Path) -> Path:
@@ -61,10 +80,14 @@ def same(folder: Path, whole: Path) -> None:
         a, b = (SamplePool.open(path / f"pool_{source}") for path in (folder, whole))
         assert len(a) == len(b), source
         for column in a.records().dtype.names:
-            assert a.records()[column].tobytes() == b.records()[column].tobytes(), f"{source}: {column}"
+            assert a.records()[column].tobytes() == b.records()[column].tobytes(), (
+                f"{source}: {column}"
+            )
         rows = torch.arange(len(a))
         assert torch.equal(a.payload(rows), b.payload(rows)), f"{source}: pixels"
-        mine, theirs = (load_file(path / f"learner_{source}.safetensors") for path in (folder, whole))
+        mine, theirs = (
+            load_file(path / f"learner_{source}.safetensors") for path in (folder, whole)
+        )
         assert mine.keys() == theirs.keys(), source
         differing = [key for key in theirs if not torch.equal(mine[key], theirs[key])]
         assert not differing, f"{source}: {', '.join(differing)}"
@@ -87,7 +110,10 @@ def test_kill_9_and_resume_gives_the_same_bits(whole, tmp_path, number):
     begun(process, tmp_path / "run")
     time.sleep(random.Random(number).uniform(0, seconds))
     process.kill()
-    assert process.wait(DEADLINE) in (-signal.SIGKILL, 0)  # 0: it was a little faster than the first one
+    assert process.wait(DEADLINE) in (
+        -signal.SIGKILL,
+        0,
+    )  # 0: it was a little faster than the first one
     ended(start(tmp_path / "run", "--resume"), tmp_path / "run")
     same(tmp_path / "run", reference)
 

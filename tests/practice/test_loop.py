@@ -1,4 +1,6 @@
-"""Algorithm 1 end to end on a random pipeline: what is added, when, and that a run is a function of its recipe."""
+"""Algorithm 1 end to end on a random pipeline: what is added, when, and that a run is a function of
+its recipe.
+"""
 
 import dataclasses
 import json
@@ -20,7 +22,9 @@ from dpfast.report.metrics import result_table
 
 
 def with_(recipe, section, **changes):
-    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **changes)})
+    return dataclasses.replace(
+        recipe, **{section: dataclasses.replace(getattr(recipe, section), **changes)}
+    )
 
 
 def run(recipe, path):
@@ -32,13 +36,19 @@ def run(recipe, path):
 def test_dp_adds_rounds_and_static_gets_the_same_budget(recipe, tmp_path):
     (dp, static), metrics = run(recipe, tmp_path / "run")
     additions = [m for m in metrics if m["event"] == "addition"]
-    assert [m["samples"] for m in additions] == [45, 60, 70]  # the last round is cut at maximum_samples
+    assert [m["samples"] for m in additions] == [
+        45,
+        60,
+        70,
+    ]  # the last round is cut at maximum_samples
     assert all(10 <= m["step"] < 80 for m in additions)  # neither in warm-up nor in cool-down
     assert (len(dp.pool), len(static.pool)) == (70, 70)
     assert (dp.iterations, static.iterations) == (100, 100)
     # static holds the samples that plain sampling gives for the same ids; the first ones are shared
     assert torch.equal(dp.pool.images(torch.arange(30)), static.pool.images(torch.arange(30)))
-    assert not torch.equal(dp.pool.images(torch.arange(30, 70)), static.pool.images(torch.arange(30, 70)))
+    assert not torch.equal(
+        dp.pool.images(torch.arange(30, 70)), static.pool.images(torch.arange(30, 70))
+    )
     assert dp.pool.column("label").tolist() == [i % 3 for i in range(70)]
     assert dp.pool.column("sample_id").tolist() == list(range(70))
     assert dp.pool.column("round").tolist() == [0] * 30 + [1] * 15 + [2] * 15 + [3] * 10
@@ -49,14 +59,20 @@ def test_dp_adds_rounds_and_static_gets_the_same_budget(recipe, tmp_path):
 def test_the_same_recipe_twice_writes_the_same_metrics(recipe, tmp_path):
     run(recipe, tmp_path / "a")
     run(recipe, tmp_path / "b")
-    assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == (
+        tmp_path / "b" / "metrics.jsonl"
+    ).read_text()
     run(dataclasses.replace(recipe, seed=1), tmp_path / "c")
-    assert (tmp_path / "a" / "metrics.jsonl").read_text() != (tmp_path / "c" / "metrics.jsonl").read_text()
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() != (
+        tmp_path / "c" / "metrics.jsonl"
+    ).read_text()
 
 
 @pytest.mark.parametrize("guide_with", ["ema", "raw"])
 def test_the_current_learner_guides(recipe, guide_with):
-    """New samples of a later round have another learner behind them, and its entropy is recorded."""
+    """New samples of a later round have another learner behind them, and its entropy is
+    recorded.
+    """
     (dp,) = DeliberatePractice(
         with_(with_(recipe, "practice", sources=("dp",)), "guidance", guide_with=guide_with)
     ).run(progress=False)
@@ -67,7 +83,9 @@ def test_the_current_learner_guides(recipe, guide_with):
 
 
 def test_static_alone_uses_the_maximum(recipe):
-    (static,) = DeliberatePractice(with_(recipe, "practice", sources=("static",))).run(progress=False)
+    (static,) = DeliberatePractice(with_(recipe, "practice", sources=("static",))).run(
+        progress=False
+    )
     assert len(static.pool) == 70
     assert static.additions == 0
 
@@ -83,7 +101,11 @@ def test_the_learner_of_a_run_can_be_loaded(recipe, tmp_path, pipeline):
 @pytest.mark.parametrize(
     ("section", "changes", "named"),
     [
-        ("practice", {"initial_samples": 2}, "initial_samples = 2: at least one for each of 3 classes"),
+        (
+            "practice",
+            {"initial_samples": 2},
+            "initial_samples = 2: at least one for each of 3 classes",
+        ),
         ("practice", {"round_samples": 2}, "round_samples = 2"),
         ("learner", {"classes": 10}, "classes = 10"),
         ("learner", {"model": "transformers:Nope"}, "Nope"),
@@ -97,7 +119,9 @@ def test_what_does_not_fit_is_refused_before_any_work(recipe, section, changes, 
 
 def test_real_images_of_other_classes_are_refused(recipe, monkeypatch):
     real = loop_module.load_real("")
-    monkeypatch.setattr(loop_module, "load_real", lambda name, **_: dataclasses.replace(real, classes=("cat",)))
+    monkeypatch.setattr(
+        loop_module, "load_real", lambda name, **_: dataclasses.replace(real, classes=("cat",))
+    )
     with pytest.raises(RecipeError, match="1 classes, the generator has 3"):
         DeliberatePractice(recipe)
 
@@ -109,9 +133,11 @@ class Killed(Exception):
 @pytest.mark.parametrize("saves", [1, 7, 20, 21, 30])
 @pytest.mark.parametrize("lost", [False, True], ids=["written", "half written"])
 def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, saves, lost):
-    """20 evaluations a source: the kills fall into both sources' training, and right after the first one's end.
+    """20 evaluations a source: the kills fall into both sources' training, and right after the
+    first one's end.
 
-    The checkpoint of that moment may be on the disk or not: the thread that writes it dies with the run.
+    The checkpoint of that moment may be on the disk or not: the thread that writes it dies with the
+    run.
     """
     (dp, static), _ = run(recipe, tmp_path / "whole")
     begin, count = LoopCheckpointer._begin, 0
@@ -121,13 +147,17 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, sa
         count += 1
         with monkeypatch.context() as patched:
             if lost and count == saves > 1:
-                patched.setattr(checkpoint, "durable", None)  # the weights' file is there, the JSON is not
+                patched.setattr(
+                    checkpoint, "durable", None
+                )  # the weights' file is there, the JSON is not
                 self.writer.clear()
             begin(self, losses)
             self.writer.wait()
         if count == saves:
             self.writer.collect()
-            self.folder.log("evaluation", self.loop.name, 10**6)  # a line that came after the checkpoint
+            self.folder.log(
+                "evaluation", self.loop.name, 10**6
+            )  # a line that came after the checkpoint
             raise Killed
 
     monkeypatch.setattr(LoopCheckpointer, "_begin", killing)
@@ -136,7 +166,9 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, sa
     monkeypatch.setattr(LoopCheckpointer, "_begin", begin)
     with RunWriter(tmp_path / "killed", recipe, resume=True) as folder:
         resumed = DeliberatePractice(recipe).run(folder, progress=False)
-    assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
     for before, after in zip((dp, static), resumed, strict=True):
         for name, tensor in before.learner.state_dict().items():
             assert torch.equal(tensor, after.learner.state_dict()[name]), name
@@ -147,8 +179,14 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, sa
 
 def test_a_run_resumes_with_its_own_recipe_only(recipe, tmp_path):
     run(recipe, tmp_path / "run")
-    with pytest.raises(RecipeError, match=r"another recipe: omega = 0\.3 was 0\.2 \(it makes .*; seed = 5 was 0 \("):
-        RunWriter(tmp_path / "run", dataclasses.replace(with_(recipe, "guidance", omega=0.3), seed=5), resume=True)
+    with pytest.raises(
+        RecipeError, match=r"another recipe: omega = 0\.3 was 0\.2 \(it makes .*; seed = 5 was 0 \("
+    ):
+        RunWriter(
+            tmp_path / "run",
+            dataclasses.replace(with_(recipe, "guidance", omega=0.3), seed=5),
+            resume=True,
+        )
     with pytest.raises(RecipeError, match="holds no run"):
         RunWriter(tmp_path, recipe, resume=True)
 
@@ -158,7 +196,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe, tmp_pa
     whole = (tmp_path / "run" / "metrics.jsonl").read_text()
     newest = checkpoint.paths(tmp_path / "run" / "checkpoints_static")[-1]
     newest.with_suffix(".safetensors").write_bytes(b"torn")
-    with RunWriter(tmp_path / "run", recipe, resume=True) as folder, pytest.warns(UserWarning, match=newest.name):
+    with (
+        RunWriter(tmp_path / "run", recipe, resume=True) as folder,
+        pytest.warns(UserWarning, match=newest.name),
+    ):
         DeliberatePractice(recipe).run(folder, progress=False)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == whole
     for path in checkpoint.paths(tmp_path / "run" / "checkpoints_dp"):
@@ -179,7 +220,9 @@ def test_all_four_sources_share_moments_and_sizes_and_count_their_cost(recipe):
     assert torch.equal(prune.pool.column("learner_step"), steps)
     assert torch.equal(dynamic.pool.column("learner_step"), steps)
     assert [r.cost.samples for r in (dp, static, prune, dynamic)] == [70, 70, 30 + 2 * 40, 70]
-    assert all(r.cost.forwards == 6 * r.cost.samples for r in (dp, static, prune, dynamic))  # 3 steps, each with CFG
+    assert all(
+        r.cost.forwards == 6 * r.cost.samples for r in (dp, static, prune, dynamic)
+    )  # 3 steps, each with CFG
     assert dp.cost.flops > dynamic.cost.flops == static.cost.flops
     assert len(set(prune.pool.column("sample_id").tolist())) == 70
     assert float(prune.pool.column("omega").abs().sum()) == 0
@@ -198,13 +241,16 @@ def test_a_branch_goes_on_without_additions_and_refuses_another_generator(recipe
         prepare_branch(tmp_path / "run", 7, tmp_path / "other", recipe)
     late = with_(recipe, "practice", iterations=20)
     with pytest.raises(
-        RecipeError, match=r"iterations = 20: the branch begins at \d+, after the start of the cool-down"
+        RecipeError,
+        match=r"iterations = 20: the branch begins at \d+, after the start of the cool-down",
     ):
         prepare_branch(tmp_path / "run", 1, tmp_path / "other", late)
     assert not (tmp_path / "other").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(recipe, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
+    recipe, tmp_path, monkeypatch
+):
     step = Trainer.step
 
     def failing(self, images, labels):
@@ -212,7 +258,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(recipe, t
         return loss * float("nan") if self.step_count == 23 else loss
 
     monkeypatch.setattr(Trainer, "step", failing)
-    with pytest.raises(LossError, match=r"iteration 23, on the samples (\d+, ){7}\d+; .*checkpoint-0+\d+.json"):
+    with pytest.raises(
+        LossError, match=r"iteration 23, on the samples (\d+, ){7}\d+; .*checkpoint-0+\d+.json"
+    ):
         run(recipe, tmp_path / "run")
 
 
@@ -220,7 +268,9 @@ def test_further_evaluation_sets_end_in_the_table_and_in_the_metrics(recipe, tmp
     small = with_(recipe, "practice", sources=("static",), iterations=10, maximum_samples=30)
     results, metrics = run(dataclasses.replace(small, evaluation=("blur",)), tmp_path / "run")
     lines = [m for m in metrics if m["event"] == "set"]
-    assert [(m["name"], m["severity"], m["images"]) for m in lines] == [("blur", s, 30) for s in range(1, 6)]
+    assert [(m["name"], m["severity"], m["images"]) for m in lines] == [
+        ("blur", s, 30) for s in range(1, 6)
+    ]
     assert [m["top1"] for m in lines] == [row.result.top1 for row in results[0].sets]
     assert f"blur 5      30  {lines[-1]['top1']:.2%}" in result_table(results)
 

@@ -1,4 +1,6 @@
-"""What a run holds in memory at once: batches of a bounded size, and nothing of one phase while another runs."""
+"""What a run holds in memory at once: batches of a bounded size, and nothing of one phase while
+another runs.
+"""
 
 import pytest
 
@@ -17,7 +19,9 @@ BATCH = 7
 @pytest.fixture
 def short(recipe):
     """Two rounds of 15 samples, batches of seven."""
-    recipe = with_(recipe, "practice", iterations=20, maximum_samples=60, maximum_rounds=2, evaluate_every=2)
+    recipe = with_(
+        recipe, "practice", iterations=20, maximum_samples=60, maximum_rounds=2, evaluate_every=2
+    )
     return with_(with_(recipe, "learner", warmup=0.1), "generator", steps=4, generation_batch=BATCH)
 
 
@@ -46,7 +50,10 @@ class Sizes:
 OPTIONS = {
     "dp and static": ("practice", {"sources": ("dp", "static")}),
     "prune and dynamic": ("practice", {"sources": ("prune", "dynamic"), "oversample": 2.0}),
-    "early rejection": ("practice", {"sources": ("dp",), "early_candidates": 2.5, "allot": "difficulty"}),
+    "early rejection": (
+        "practice",
+        {"sources": ("dp",), "early_candidates": 2.5, "allot": "difficulty"},
+    ),
     "re-practice": ("practice", {"sources": ("dp",), "restart": 0.5}),
     "disagreement": ("guidance", {"criterion": "disagreement"}),
     "no cfg in the second round": ("practice", {"sources": ("dp",), "cfg_rounds": (1.5, 1.0)}),
@@ -81,7 +88,9 @@ def test_nothing_stays_captured_while_the_learner_trains(short, monkeypatch):
     recipe = with_(short, "practice", sources=("dp", "prune"), oversample=2.0)
     dp, prune = DeliberatePractice(recipe).run(progress=False)
     assert dp.additions == prune.additions == 2
-    assert recorder.recorded == 5 * 2  # a step and the decoding in each round; prune takes over round 0
+    assert (
+        recorder.recorded == 5 * 2
+    )  # a step and the decoding in each round; prune takes over round 0
     assert alive == [0] * (2 * recipe.practice.iterations)
 
 
@@ -97,9 +106,13 @@ def test_what_training_leaves_is_given_back_before_samples_are_made(short):
             held.append(self.of(loop))
 
         def of(self, loop):
-            return sum(p.grad is not None for p in loop.trainer.model.parameters()), len(loop.loader._queue)
+            return sum(p.grad is not None for p in loop.trainer.model.parameters()), len(
+                loop.loader._queue
+            )
 
-    DeliberatePractice(with_(short, "practice", sources=("dp",))).run(progress=False, callbacks=[Looking()])
+    DeliberatePractice(with_(short, "practice", sources=("dp",))).run(
+        progress=False, callbacks=[Looking()]
+    )
     of_samples = [i for i, (gradients, _) in enumerate(held) if not gradients]
     assert len(of_samples) == 5 + 2 * 3  # batches of the rounds
     assert all(held[i] == (0, 0) for i in of_samples)

@@ -1,4 +1,6 @@
-"""What a run tells whoever watches it: logs of every rank, rates and shares, TensorBoard, and what documents them."""
+"""What a run tells whoever watches it: logs of every rank, rates and shares, TensorBoard, and what
+documents them.
+"""
 
 import json
 import re
@@ -34,7 +36,9 @@ def short(recipe):
 
 def go(recipe, path, *, level="info", callbacks=(), stop=None, resume=False):
     with RunWriter(path, recipe, resume=resume) as folder, logs.logged(path, level):
-        DeliberatePractice(recipe).run(folder, progress=False, callbacks=[LogCallback(), *callbacks], stop=stop)
+        DeliberatePractice(recipe).run(
+            folder, progress=False, callbacks=[LogCallback(), *callbacks], stop=stop
+        )
     return lines_of(path / "logs" / f"rank-{logs.rank():05d}.jsonl")
 
 
@@ -67,7 +71,9 @@ def test_a_rank_writes_its_own_log_and_a_resumed_run_goes_on_in_it(short, tmp_pa
     assert [row["step"] for row in rows if row.get("event") == "start"] == [0, 12]
     ends = [row["message"] for row in rows if row.get("event") == "end"]
     assert ends == ["dp: is stopped at iteration 12", "dp: ends at iteration 40"]
-    (warned,) = [row for row in rows if row["level"] == "warning" and "nearly full" in row["message"]]
+    (warned,) = [
+        row for row in rows if row["level"] == "warning" and "nearly full" in row["message"]
+    ]
     assert warned["category"] == "UserWarning"
     rounds = [row for row in rows if row.get("event") == "round"]
     assert [row["pool"] for row in rounds] == [30, 45, 60, 70][: len(rounds)]
@@ -80,7 +86,9 @@ def test_the_level_says_how_much_is_told(short, tmp_path):
     assert "samples" in {row.get("event") for row in told["debug"]}
     assert "samples" not in {row.get("event") for row in told["info"]}
     assert told["error"] == []
-    with pytest.raises(RecipeError, match=r"log_level = 'loud': expected one of debug, info, warning, error"):
+    with pytest.raises(
+        RecipeError, match=r"log_level = 'loud': expected one of debug, info, warning, error"
+    ):
         logs.check_level("loud")
 
 
@@ -94,7 +102,9 @@ def test_a_failure_is_told_with_its_traceback(short, tmp_path):
 
 @pytest.fixture
 def folder(short, tmp_path, monkeypatch):
-    """A run whose first batch of every round runs out of memory, and one gradient of each is not finite."""
+    """A run whose first batch of every round runs out of memory, and one gradient of each is not
+    finite.
+    """
     finish, tried = GuidedSampler.finish, []
 
     def limited(self, trajectory, **options):
@@ -112,10 +122,18 @@ def folder(short, tmp_path, monkeypatch):
 
 
 def test_the_embedded_run_stays_below_the_peak(tmp_path):
-    """Large batches of the frozen denoiser come nearest to it: 0.46 measured, and 1.07 to 1.25 of ``torch.mm``'s."""
-    recipe = Recipe.load("fashion", sources="dp", initial_samples=256, maximum_samples=256, iterations=25)
+    """Large batches of the frozen denoiser come nearest to it: 0.46 measured, and 1.07 to 1.25 of
+    ``torch.mm``'s.
+    """
+    recipe = Recipe.load(
+        "fashion", sources="dp", initial_samples=256, maximum_samples=256, iterations=25
+    )
     go(recipe, tmp_path / "run")
-    rows = [row for row in lines_of(tmp_path / "run" / "timings.jsonl") if row["event"] in ("generation", "interval")]
+    rows = [
+        row
+        for row in lines_of(tmp_path / "run" / "timings.jsonl")
+        if row["event"] in ("generation", "interval")
+    ]
     assert [row["event"] for row in rows] == ["generation", "interval"]
     assert all(0.02 < row["mfu"] < 1 for row in rows)
 
@@ -126,8 +144,12 @@ def test_rates_shares_waits_and_what_went_wrong_are_written(folder, short):
     (training,) = [row for row in rows if row["event"] == "training"]
     assert [row["step"] for row in intervals] == list(range(5, 41, 5))
     total = sum(row["seconds"] for row in intervals)
-    assert total == pytest.approx(training["seconds"], rel=0.01, abs=0.02)  # a thread writes checkpoints meanwhile
-    assert sum(row["evaluation_seconds"] for row in intervals) == pytest.approx(training["evaluation_seconds"])
+    assert total == pytest.approx(
+        training["seconds"], rel=0.01, abs=0.02
+    )  # a thread writes checkpoints meanwhile
+    assert sum(row["evaluation_seconds"] for row in intervals) == pytest.approx(
+        training["evaluation_seconds"]
+    )
     for row in intervals:
         assert row["images_per_second"] == pytest.approx(5 * 8 / row["seconds"])
         assert 0 < row["mfu"] < 1
@@ -140,7 +162,9 @@ def test_rates_shares_waits_and_what_went_wrong_are_written(folder, short):
     assert all(0 < row["mfu"] < 1 and row["memory_peak"] > 1 << 26 for row in rounds)
     metrics = lines_of(folder / "metrics.jsonl")
     clocked = {"mfu", "seconds", "memory_peak", "retries", "loader_wait"}
-    assert not clocked & {key for row in metrics for key in row}  # metrics are a function of the recipe alone
+    assert not clocked & {
+        key for row in metrics for key in row
+    }  # metrics are a function of the recipe alone
 
 
 def test_tensorboard_has_the_numbers_of_both_files(folder):
@@ -153,7 +177,9 @@ def test_tensorboard_has_the_numbers_of_both_files(folder):
             for key, value in numbers.items():
                 tag = f"{row['source']}/{row['event']}/{key}"
                 assert tag in tags
-                shown = [scalar.value for scalar in events.Scalars(tag) if scalar.step == row["step"]]
+                shown = [
+                    scalar.value for scalar in events.Scalars(tag) if scalar.step == row["step"]
+                ]
                 assert pytest.approx(value, rel=1e-5) in shown
 
 

@@ -1,4 +1,6 @@
-"""A run of Stable Diffusion at tiny size whose memory runs out in every phase, from its start to its report."""
+"""A run of Stable Diffusion at tiny size whose memory runs out in every phase, from its start to
+its report.
+"""
 
 import json
 
@@ -40,11 +42,18 @@ def undisturbed(folder, tmp_path_factory):
 
 
 def recipe_of(folder):
-    """Batches of 32 samples, 384 for the learner and 500 of an evaluation: about 2 MB each; guided ones take 9 MB."""
+    """Batches of 32 samples, 384 for the learner and 500 of an evaluation: about 2 MB each; guided
+    ones take 9 MB.
+    """
     return Recipe.from_dict(
         {
             "name": "tight",
-            "generator": {"pipeline": str(folder), "class_names": list(NAMES), "steps": 3, "generation_batch": 32},
+            "generator": {
+                "pipeline": str(folder),
+                "class_names": list(NAMES),
+                "steps": 3,
+                "generation_batch": 32,
+            },
             "guidance": {"omega": 0.2, "guide_every": 2},
             "learner": {"model": "tests.tiny_pipelines:learner", "batch_size": 384},
             "practice": {
@@ -98,7 +107,9 @@ def runs_out_of_memory_on_one_rank(ranks, folder, path):
 
 
 def check(path, whole):
-    """Samples, additions and, up to rounding, losses are those of the undisturbed run; and there is a report."""
+    """Samples, additions and, up to rounding, losses are those of the undisturbed run; and there is
+    a report.
+    """
     mine, theirs = (SamplePool.open(run / "pool_dp") for run in (path, whole))
     assert len(mine) == 128
     for name in ("sample_id", "label", "round", "omega"):
@@ -106,7 +117,9 @@ def check(path, whole):
     images, expected = (pool.images(torch.arange(96)).int() for pool in (mine, theirs))
     assert int((images - expected).abs().max()) <= 1
     found, wanted = (lines_of(run / "metrics.jsonl") for run in (path, whole))
-    assert [(line["event"], line["step"]) for line in found] == [(line["event"], line["step"]) for line in wanted]
+    assert [(line["event"], line["step"]) for line in found] == [
+        (line["event"], line["step"]) for line in wanted
+    ]
     for line, other in zip(found, wanted, strict=True):
         if line["event"] == "evaluation":
             assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
@@ -115,7 +128,9 @@ def check(path, whole):
 
 def test_a_run_goes_on_where_memory_runs_out_in_every_phase(folder, undisturbed, tmp_path):
     memory = go(ALONE, folder, tmp_path / "run", [1_400_000])
-    assert all(memory.failed_in(phase) for phase in PHASES), {phase: memory.failed_in(phase) for phase in PHASES}
+    assert all(memory.failed_in(phase) for phase in PHASES), {
+        phase: memory.failed_in(phase) for phase in PHASES
+    }
     assert memory.failed_in("trainer.step") == 1
     assert memory.failed_in("measures.evaluate") == 1
     check(tmp_path / "run", undisturbed)

@@ -18,7 +18,13 @@ def test_asks_after_the_limit_without_a_new_best():
 
 def test_a_new_best_starts_the_count_again():
     patience = Patience(initial=2, initial_samples=100)
-    assert [patience.update(a, 100) for a in (0.5, 0.4, 0.6, 0.6, 0.5)] == [False, False, False, False, True]
+    assert [patience.update(a, 100) for a in (0.5, 0.4, 0.6, 0.6, 0.5)] == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
     patience.added()
     assert patience.waited == 0
     assert patience.best == 0.6
@@ -60,8 +66,16 @@ def test_coverage_draws_a_quarter_of_the_pool_before_an_addition():
 
 def test_a_fit_needs_the_sum_of_the_waits_within_the_epochs_of_every_span():
     assert bench.fits(lambda *_: 1)
-    assert {name for name in bench.SHIPPED if bench.fits(bench.RULES[name])} == {"coverage", "fixed"}
-    (last,) = [span for run in bench.RUNS for span in bench.spans(run) if (span.first, span.last) == (28, 47)]
+    assert {name for name in bench.SHIPPED if bench.fits(bench.RULES[name])} == {
+        "coverage",
+        "fixed",
+    }
+    (last,) = [
+        span
+        for run in bench.RUNS
+        for span in bench.spans(run)
+        if (span.first, span.last) == (28, 47)
+    ]
     assert last.evaluations == 618 - 494 + 1
     assert [last.least(bench.RULES[name]) for name in bench.SHIPPED] == [110, 1955, 850, 100]
 
@@ -82,7 +96,9 @@ def test_every_run_of_the_tables_has_its_branches_before_the_cool_down():
 def test_recipes_of_the_papers_size_reach_their_samples(name):
     recipe = Recipe.load(name)
     growth, most = recipe.practice.patience_growth, recipe.practice.maximum_samples
-    ends = [bench.samples_reached(recipe, growth, n, p, 0) for n in bench.NOISES for p in bench.PACES]
+    ends = [
+        bench.samples_reached(recipe, growth, n, p, 0) for n in bench.NOISES for p in bench.PACES
+    ]
     assert ends == [most] * len(ends)
 
 

@@ -1,4 +1,6 @@
-"""A run's pool as its recipe asks for it: every codec and tier from the generator to the learner and back."""
+"""A run's pool as its recipe asks for it: every codec and tier from the generator to the learner
+and back.
+"""
 
 import contextlib
 import errno
@@ -63,16 +65,22 @@ def test_a_run_keeps_its_samples_where_the_recipe_says(short, section, tier, tmp
 
 
 def test_latents_of_every_source_are_those_that_the_images_come_from(short, pipeline, tmp_path):
-    recipe = with_(with_(short, "pool", codec="latents"), "practice", sources=("dp", "static", "prune"))
+    recipe = with_(
+        with_(short, "pool", codec="latents"), "practice", sources=("dp", "static", "prune")
+    )
     results = run(recipe, tmp_path / "run")
     made = new_sampler(recipe, pipeline, None).generate(EVERYTHING % 3)
     for result in results:
         assert len(result.pool) == 45
         payload = result.pool.payload(EVERYTHING[:30])
-        torch.testing.assert_close(payload, made.latents[:30], rtol=2e-3, atol=2e-3)  # other batches, rounded to fp16
+        torch.testing.assert_close(
+            payload, made.latents[:30], rtol=2e-3, atol=2e-3
+        )  # other batches, rounded to fp16
         with torch.no_grad():
             decoded = pipeline.guidance_decoder(payload.float())
-        torch.testing.assert_close(result.pool.gather(EVERYTHING[:30])[0], decoded, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            result.pool.gather(EVERYTHING[:30])[0], decoded, rtol=0, atol=1e-5
+        )
     pool, _ = import_pool(tmp_path / "run")  # as the report does: the run's own decoder
     assert torch.equal(pool.images(EVERYTHING), results[0].pool.images(EVERYTHING))
 
@@ -88,7 +96,9 @@ def test_a_run_and_its_branch_resume_from_latents(short, tmp_path):
 
 def test_a_pool_that_does_not_fit_its_own_budget_is_refused_before_any_work(short, tmp_path):
     small = with_(short, "pool", host_gib=3000 / (1 << 30))
-    with pytest.raises(RecipeError, match=r"maximum_samples = 45: the pool needs .* host 2\.93 KiB"):
+    with pytest.raises(
+        RecipeError, match=r"maximum_samples = 45: the pool needs .* host 2\.93 KiB"
+    ):
         DeliberatePractice(small)
     with pytest.raises(RecipeError, match=r"45 samples of 512 \+ 56 bytes"):
         DeliberatePractice(with_(small, "pool", codec="latents"))
@@ -96,7 +106,9 @@ def test_a_pool_that_does_not_fit_its_own_budget_is_refused_before_any_work(shor
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """The kernel refuses what would make any file of the process larger, shards, checkpoints and weights alike."""
+    """The kernel refuses what would make any file of the process larger, shards, checkpoints and
+    weights alike.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -146,7 +158,9 @@ class FullAt(Callback):
             self.room.enter_context(files_of_at_most(1))
 
 
-def test_a_disk_that_fills_while_the_learner_trains_costs_lines_and_one_warning_of_each_file(short, tmp_path, capsys):
+def test_a_disk_that_fills_while_the_learner_trains_costs_lines_and_one_warning_of_each_file(
+    short, tmp_path, capsys
+):
     (dp,) = run(short, tmp_path / "whole")
     path = tmp_path / "full"
     with (
@@ -155,7 +169,9 @@ def test_a_disk_that_fills_while_the_learner_trains_costs_lines_and_one_warning_
         RunWriter(path, short) as folder,
         logged(path),
     ):
-        (again,) = DeliberatePractice(short).run(folder, progress=False, callbacks=[LogCallback(), FullAt(7, room)])
+        (again,) = DeliberatePractice(short).run(
+            folder, progress=False, callbacks=[LogCallback(), FullAt(7, room)]
+        )
     assert torch.equal(again.pool.images(EVERYTHING), dp.pool.images(EVERYTHING))
     assert again.test.top1 == dp.test.top1
     said = [str(warning.message) for warning in caught]
@@ -181,17 +197,24 @@ def test_lines_that_a_disk_has_refused_are_written_once_there_is_room(short, tmp
         pytest.warns(SaveWarning, match=r"metrics\.jsonl lags behind"),
         RunWriter(tmp_path / "full", short) as folder,
     ):
-        DeliberatePractice(short).run(folder, progress=False, callbacks=[FullAt(7, room), RoomAgain()])
+        DeliberatePractice(short).run(
+            folder, progress=False, callbacks=[FullAt(7, room), RoomAgain()]
+        )
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "full")]
     assert metrics[0] == metrics[1]
 
 
-def test_a_pool_of_decoded_jpeg_resumes_to_the_same_bits_and_the_learner_sees_what_is_kept(short, tmp_path):
+def test_a_pool_of_decoded_jpeg_resumes_to_the_same_bits_and_the_learner_sees_what_is_kept(
+    short, tmp_path
+):
     jpeg = with_(short, "pool", save_samples="jpeg")
     (exact,), (dp,) = run(short, tmp_path / "png"), run(jpeg, tmp_path / "jpeg")
     assert next((tmp_path / "png" / "pool_dp").glob("*.tar")).read_bytes().find(b"\x89PNG") > 0
     assert not torch.equal(dp.pool.images(EVERYTHING), exact.pool.images(EVERYTHING))
-    assert torch.equal(SamplePool.open(tmp_path / "jpeg" / "pool_dp").images(EVERYTHING), dp.pool.images(EVERYTHING))
+    assert torch.equal(
+        SamplePool.open(tmp_path / "jpeg" / "pool_dp").images(EVERYTHING),
+        dp.pool.images(EVERYTHING),
+    )
     (again,) = run(jpeg, tmp_path / "jpeg", resume=True)
     assert torch.equal(again.pool.images(EVERYTHING), dp.pool.images(EVERYTHING))
 
@@ -200,7 +223,9 @@ def test_a_run_without_saved_samples_ends_and_says_what_it_cannot_do(short, tmp_
     nothing = with_(short, "pool", save_samples="none")
     (dp,) = run(nothing, tmp_path / "run")
     assert len(dp.pool) == 45
-    assert not list((tmp_path / "run").glob("pool_*")) + list((tmp_path / "run").glob("checkpoints_*"))
+    assert not list((tmp_path / "run").glob("pool_*")) + list(
+        (tmp_path / "run").glob("checkpoints_*")
+    )
     with pytest.raises(RecipeError, match=r"resume: .* has kept no samples"):
         run(nothing, tmp_path / "run", resume=True)
     with pytest.warns(SaveWarning, match="cannot be resumed, branched or exported"):
@@ -217,8 +242,12 @@ def test_a_run_without_saved_samples_ends_and_says_what_it_cannot_do(short, tmp_
 
 
 @pytest.mark.parametrize("when", ["the run", "round 1"])
-def test_a_disk_without_room_is_named_before_samples_are_made_that_it_cannot_take(short, tmp_path, monkeypatch, when):
-    """45 samples of some 4 kB each, and five checkpoints of about 22 kB; the state before the round is kept."""
+def test_a_disk_without_room_is_named_before_samples_are_made_that_it_cannot_take(
+    short, tmp_path, monkeypatch, when
+):
+    """45 samples of some 4 kB each, and five checkpoints of about 22 kB; the state before the round
+    is kept.
+    """
     usage, folder = shutil.disk_usage, tmp_path / "run"
 
     def little(path):
@@ -233,7 +262,9 @@ def test_a_disk_without_room_is_named_before_samples_are_made_that_it_cannot_tak
     assert "make room and go on with --resume" in str(refused.value)
     jpeg = with_(short, "pool", save_samples="jpeg")
     if when == "the run":  # what the message says
-        assert "or begin anew without it and with other fields, as --save-samples jpeg" in str(refused.value)
+        assert "or begin anew without it and with other fields, as --save-samples jpeg" in str(
+            refused.value
+        )
         assert check_vacant(folder, jpeg) == jpeg
         (folder / "thesis.txt").touch()
     with pytest.raises(RecipeError, match="holds another run"):

@@ -1,4 +1,5 @@
-"""The recipes of ImageNet on several ranks at tiny size, killed and resumed: real processes under torchrun.
+"""The recipes of ImageNet on several ranks at tiny size, killed and resumed: real processes under
+torchrun.
 
 DPFAST_KILLS=20 kills a random rank at a random moment, twenty times.
 """
@@ -25,7 +26,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The options that name the folders of imagenet100-sd15, an undisturbed run of it on two ranks, and its seconds."""
+    """The options that name the folders of imagenet100-sd15, an undisturbed run of it on two ranks,
+    and its seconds.
+    """
     root = tmp_path_factory.mktemp("imagenet100")
     options = launch.folders("imagenet100-sd15", root)
     run, started = Launched("imagenet100-sd15", root / "whole", options), time.monotonic()
@@ -39,7 +42,9 @@ def lines(run):
 
 def same_pool(run, other):
     mine, theirs = (SamplePool.open(folder / "pool_dp") for folder in (run, other))
-    names = [name for name in mine.records().dtype.names if name not in ("offset", "length", "entropy")]
+    names = [
+        name for name in mine.records().dtype.names if name not in ("offset", "length", "entropy")
+    ]
     for name in names:
         assert (mine.records()[name] == theirs.records()[name]).all(), name
     return mine, theirs
@@ -88,9 +93,21 @@ def test_one_rank_goes_on_from_two_and_ends_as_one_alone(tmp_path):
 
 @pytest.mark.skipif(not KILLS, reason="takes minutes; DPFAST_KILLS=1")
 def test_the_embedded_recipe_is_the_same_on_one_two_and_four_ranks(tmp_path):
-    fields = {"sources": "dp", "initial_samples": 250, "round_samples": 250, "maximum_samples": 750,
-              "generation_batch": 25, "maximum_rounds": 2, "iterations": 20, "evaluate_every": 5}  # fmt: skip
-    options = [text for name, value in fields.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    fields = {
+        "sources": "dp",
+        "initial_samples": 250,
+        "round_samples": 250,
+        "maximum_samples": 750,
+        "generation_batch": 25,
+        "maximum_rounds": 2,
+        "iterations": 20,
+        "evaluate_every": 5,
+    }
+    options = [
+        text
+        for name, value in fields.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
     for ranks in (1, 2, 4):
         Launched("fashion", tmp_path / str(ranks), options, ranks=ranks).ended()
     initial, alone = torch.arange(250), lines(tmp_path / "1")
@@ -101,8 +118,9 @@ def test_the_embedded_recipe_is_the_same_on_one_two_and_four_ranks(tmp_path):
         for found, expected in zip(lines(tmp_path / str(ranks)), alone, strict=True):
             assert (found["event"], found["step"]) == (expected["event"], expected["step"])
             if expected["event"] == "evaluation":
-                # Adam divides by the gradients' own size, rounding included, and new samples follow the learner: a
-                # second thread of one rank changes as much as ranks do (docs/scaling.md)
+                # Adam divides by the gradients' own size, rounding included, and new samples follow
+                # the learner: a second thread of one rank changes as much as ranks do
+                # (docs/scaling.md)
                 near = 5e-3 if expected["samples"] == 250 else 3e-2
                 assert found["loss"] == pytest.approx(expected["loss"], rel=near)
 
@@ -121,20 +139,26 @@ def test_a_random_rank_killed_at_a_random_moment_changes_nothing(rehearsal, tmp_
 
 @pytest.mark.skipif(not KILLS, reason="waits for a time-out; DPFAST_KILLS=1")
 @pytest.mark.parametrize(
-    ("hung", "more"), [(1, []), (0, []), (0, ["--overlap", "1", "--overlap-staleness", "5"])],
+    ("hung", "more"),
+    [(1, []), (0, []), (0, ["--overlap", "1", "--overlap-staleness", "5"])],
     ids=["rank 1", "rank 0", "the only trainer"],
-)  # fmt: skip
+)
 def test_a_hung_rank_is_named(rehearsal, tmp_path, hung, more):
     options, _, _ = rehearsal
     options = [*options, "--timeout", "20", "--iterations", "100000", *more]
     run = Launched("imagenet100-sd15", tmp_path / "run", options)
     run.until(1 if more else 3)
     assert run.signal(hung, signal.SIGSTOP)
-    deadline = time.monotonic() + 20 + 20  # a rank may be asked for once more, and a busy machine is slow
+    deadline = (
+        time.monotonic() + 20 + 20
+    )  # a rank may be asked for once more, and a busy machine is slow
     while f"rank {hung} of 2 did not answer" not in run.said and time.monotonic() < deadline:
         time.sleep(0.1)
     run.signal(hung)  # torchrun would wait half a minute for it
-    assert f"dpfast: error: rank {hung} of 2 did not answer: dead, or without progress for 20 s" in run.ended(1)
+    assert (
+        f"dpfast: error: rank {hung} of 2 did not answer: dead, or without progress for 20 s"
+        in run.ended(1)
+    )
 
 
 @pytest.mark.skipif(not KILLS, reason="takes half a minute; DPFAST_KILLS=1")
@@ -153,7 +177,15 @@ def test_sigterm_to_torchrun_saves_the_state_and_torchrun_says_1(rehearsal, tmp_
 
 def test_generation_beside_training_repeats_itself_and_bounds_the_age_of_samples(tmp_path):
     recipe = "imagenet100-sd15"
-    options = [*launch.folders(recipe, tmp_path), "--overlap", "1", "--overlap-staleness", "5", "--patience", "2"]
+    options = [
+        *launch.folders(recipe, tmp_path),
+        "--overlap",
+        "1",
+        "--overlap-staleness",
+        "5",
+        "--patience",
+        "2",
+    ]
     whole = tmp_path / "whole"
     Launched(recipe, whole, options).ended()
     pool = SamplePool.open(whole / "pool_dp")

@@ -1,4 +1,6 @@
-"""Checkpoints by time, in the background: when one is due, what the loop waits for, and how late a kill comes."""
+"""Checkpoints by time, in the background: when one is due, what the loop waits for, and how late a
+kill comes.
+"""
 
 import json
 import threading
@@ -52,7 +54,8 @@ def die():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock of all saving. Samples are on the disk before it goes on: a checkpoint that waits for them is dropped
+    """The clock of all saving. Samples are on the disk before it goes on: a checkpoint that waits
+    for them is dropped
     for a newer one, which is right where the clock is the true one."""
     clock, save_samples = Clock(), LoopCheckpointer.save_samples
 
@@ -68,7 +71,14 @@ def clock(monkeypatch):
 @pytest.fixture
 def usual(recipe):
     """One source, and the checkpoints of a true run."""
-    return with_(recipe, "practice", sources=("dp",), iterations=60, checkpoint_minutes=10.0, maximum_rounds=1)
+    return with_(
+        recipe,
+        "practice",
+        sources=("dp",),
+        iterations=60,
+        checkpoint_minutes=10.0,
+        maximum_rounds=1,
+    )
 
 
 def go(recipe, path, callback, **options):
@@ -104,15 +114,22 @@ def test_checkpoints_come_by_the_clock_and_around_every_round(usual, tmp_path, c
     """Two minutes a step, five steps to an evaluation: ten minutes are over right at each."""
     go(usual, tmp_path / "often", Passing(clock, 120.0))
     assert sorted(set(saved_at(tmp_path / "often"))) == [*range(0, 61, 5)]
-    monkeypatch.setattr(CheckpointTimer, "took", lambda timer, _: setattr(timer, "_took", 1e9))  # a slow disk
+    monkeypatch.setattr(
+        CheckpointTimer, "took", lambda timer, _: setattr(timer, "_took", 1e9)
+    )  # a slow disk
     go(usual, tmp_path / "rarely", Passing(clock, 1.0))
     (added,) = set(saved_at(tmp_path / "rarely")) - {0, 45, 60}
-    # the start, after and before a round, the last before the cool-down, the end of training and of the run
+    # the start, after and before a round, the last before the cool-down, the end of training and of
+    # the run
     assert saved_at(tmp_path / "rarely") == [0, 0, added, added, 45, 60, 60]
 
 
-def test_a_run_killed_between_two_evaluations_loses_ten_minutes_and_ends_in_the_same_bits(usual, tmp_path, clock):
-    """Five minutes a step, ten steps to an evaluation: the second step after each checkpoint makes the next one."""
+def test_a_run_killed_between_two_evaluations_loses_ten_minutes_and_ends_in_the_same_bits(
+    usual, tmp_path, clock
+):
+    """Five minutes a step, ten steps to an evaluation: the second step after each checkpoint makes
+    the next one.
+    """
     recipe = with_(usual, "practice", evaluate_every=10)
     (whole,), _ = run(recipe, tmp_path / "whole")
     with pytest.raises(Killed):
@@ -121,7 +138,9 @@ def test_a_run_killed_between_two_evaluations_loses_ten_minutes_and_ends_in_the_
     assert newest.step == 24
     assert float(newest.tensors["loss_sum"].abs().sum()) > 0  # in the middle of an interval
     (resumed,) = go(recipe, tmp_path / "run", Passing(clock, 1.0), resume=True)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
     for name, value in whole.learner.state_dict().items():
         assert torch.equal(value, resumed.learner.state_dict()[name]), name
 
@@ -129,7 +148,9 @@ def test_a_run_killed_between_two_evaluations_loses_ten_minutes_and_ends_in_the_
 def test_the_loop_goes_on_while_a_checkpoint_is_written_of_the_moment_that_it_was_asked_for(
     usual, tmp_path, clock, monkeypatch
 ):
-    """The disk hangs at iteration 5 until iteration 20; what it then gets are the weights of iteration 5."""
+    """The disk hangs at iteration 5 until iteration 20; what it then gets are the weights of
+    iteration 5.
+    """
     save, room, seen = checkpoint.save, threading.Event(), {}
     recipe = with_(usual, "practice", maximum_rounds=0, checkpoints_kept=100)
 
@@ -143,7 +164,9 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written_of_the_moment_that_it_wa
             self.patient = loop.trainer.step_count < 5  # for the checkpoints before
             super().on_step(loop)
             if loop.trainer.step_count in (5, 20):
-                seen[loop.trainer.step_count] = loop.trainer.model.state_dict()["model.classifier.1.weight"].clone()
+                seen[loop.trainer.step_count] = loop.trainer.model.state_dict()[
+                    "model.classifier.1.weight"
+                ].clone()
                 self.loop = loop
             if loop.trainer.step_count == 20:
                 assert loop.keeper.writer.writing
@@ -151,7 +174,11 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written_of_the_moment_that_it_wa
 
     monkeypatch.setattr(checkpoint, "save", hanging)
     go(recipe, tmp_path / "run", Watching(clock, 120.0))
-    first = next(p for p in checkpoint.paths(tmp_path / "run" / "checkpoints_dp") if checkpoint.load(p).step == 5)
+    first = next(
+        p
+        for p in checkpoint.paths(tmp_path / "run" / "checkpoints_dp")
+        if checkpoint.load(p).step == 5
+    )
     kept = load_file(first.with_suffix(".safetensors"))["trainer/model/model.classifier.1.weight"]
     assert torch.equal(kept, seen[5])
     assert not torch.equal(kept, seen[20])
@@ -184,5 +211,8 @@ def test_weights_are_written_as_safetensors_reads_them(tmp_path, dtype):
     digest = checkpoint.save_weights(tensors, tmp_path / "x.safetensors")
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
+    assert all(
+        torch.equal(found[name], value) and found[name].dtype == value.dtype
+        for name, value in tensors.items()
+    )
     assert checkpoint._sha256(tmp_path / "x.safetensors") == digest

@@ -1,4 +1,6 @@
-"""What a recipe may change about the rounds: when they are asked for, how many, how they are guided and drawn."""
+"""What a recipe may change about the rounds: when they are asked for, how many, how they are guided
+and drawn.
+"""
 
 import pytest
 import torch
@@ -35,12 +37,18 @@ def test_omega_and_cfg_follow_their_rounds_and_so_does_the_cost(dp):
     omega, cfg = (result.pool.column(name) for name in ("omega", "cfg_scale"))
     assert omega.tolist() == pytest.approx([0.0] * 30 + [0.1] * 15 + [0.3] * 25)
     assert cfg.tolist() == [1.5] * 30 + [2.0] * 15 + [1.0] * 25
-    assert result.cost.forwards == 45 * 6 + 25 * 3  # three steps; a scale of 1 halves their forwards
+    assert (
+        result.cost.forwards == 45 * 6 + 25 * 3
+    )  # three steps; a scale of 1 halves their forwards
 
 
 def test_a_round_may_be_unguided(dp):
-    (result,) = DeliberatePractice(with_(dp, "practice", omega_rounds=(0.0, 0.2))).run(progress=False)
-    plain = DeliberatePractice(with_(dp, "practice", sources=("static",))).run(progress=False)[0].pool
+    (result,) = DeliberatePractice(with_(dp, "practice", omega_rounds=(0.0, 0.2))).run(
+        progress=False
+    )
+    plain = (
+        DeliberatePractice(with_(dp, "practice", sources=("static",))).run(progress=False)[0].pool
+    )
     rows = torch.arange(30, 45)
     assert torch.equal(result.pool.images(rows), plain.images(rows))
     assert bool(torch.isfinite(result.pool.column("entropy")[rows]).all())
@@ -56,7 +64,8 @@ def test_fresh_samples_may_be_drawn_more_often(dp, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("entropy", "ratio"), [(0.5, 1.0), (1.5, 1.0), (2.0, 4 / 3), (2.25, 1.6), (2.5, 2.0), (3.0, 4.0), (9.0, 4.0)]
+    ("entropy", "ratio"),
+    [(0.5, 1.0), (1.5, 1.0), (2.0, 4 / 3), (2.25, 1.6), (2.5, 2.0), (3.0, 4.0), (9.0, 4.0)],
 )
 def test_the_pruning_ratio_is_the_surplus_whose_best_are_as_hard(entropy, ratio):
     """Of 0, 1, 2, 3 the means of the highest one to four are 3, 2.5, 2 and 1.5."""
@@ -74,8 +83,13 @@ def test_the_highest_are_kept_within_classes_or_overall():
 
 @pytest.mark.parametrize("within", ["class", "overall"])
 def test_pruning_stays_on_the_device_and_reads_nothing_there(within):
-    """Fake tensors of a GPU: an operation that mixes devices, or whose result has a shape of the data, raises."""
+    """Fake tensors of a GPU: an operation that mixes devices, or whose result has a shape of the
+    data, raises.
+    """
     with FakeTensorMode():
-        scores, labels = torch.empty(12, device="cuda"), torch.zeros(12, dtype=torch.int64, device="cuda")
+        scores, labels = (
+            torch.empty(12, device="cuda"),
+            torch.zeros(12, dtype=torch.int64, device="cuda"),
+        )
         kept = highest(scores, labels, 5, within=within)
         assert (kept.device.type, tuple(kept.shape)) == ("cuda", (5,))

@@ -1,4 +1,6 @@
-"""SIGTERM: at once where nothing is to be saved, a request elsewhere; and what a run's costs and device are."""
+"""SIGTERM: at once where nothing is to be saved, a request elsewhere; and what a run's costs and
+device are.
+"""
 
 import os
 import signal

@@ -45,7 +45,9 @@ def test_graphs_that_stay_while_the_learner_trains(monkeypatch):
 
 def test_a_plan_that_takes_half_of_what_training_holds(monkeypatch):
     full = fitting.training_bytes
-    monkeypatch.setattr(fitting, "training_bytes", lambda *args, **named: full(*args, **named) * 0.48)
+    monkeypatch.setattr(
+        fitting, "training_bytes", lambda *args, **named: full(*args, **named) * 0.48
+    )
     assert any("memory: training" in failure for failure in failures("imagenet1k-sd15", count=4))
 
 
@@ -57,7 +59,10 @@ def test_ranks_that_wait_for_a_time_and_not_for_progress(monkeypatch):
                 raise RankError(f"ranks {list(late())} did not answer")
             self.clock.sleep(0.05)
 
-    batch, batches = 8.7, 2_500  # of a round of imagenet1k-sd15 on eight GPUs: one is half as fast again
+    batch, batches = (
+        8.7,
+        2_500,
+    )  # of a round of imagenet1k-sd15 on eight GPUs: one is half as fast again
     assert outwaits(8, batch, batches) is None
     monkeypatch.setattr(Heartbeat, "wait", wait)
     assert "did not answer" in outwaits(8, batch, batches)

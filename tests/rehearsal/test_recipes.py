@@ -30,13 +30,17 @@ def test_a_recipe_fits_or_adapts(name, device, count):
         pytest.skip("DPFAST_REHEARSALS=1 walks every recipe everywhere, in some minutes more")
     # a second rank holds the order of the collectives: of one place is enough
     found = rehearse(
-        Recipe.load(name), device, count=count, ranks=2 if (name, device, count) == (RECIPES[0], "h100", 8) else 1
+        Recipe.load(name),
+        device,
+        count=count,
+        ranks=2 if (name, device, count) == (RECIPES[0], "h100", 8) else 1,
     )
     pool = found.plan.fit.pool
     wanted = [failure for failure in found.failures if not failure.startswith("pool")]
     assert not wanted
     assert found.margin > 0
-    # all that does not fit is the pool of the largest recipes on one card, and there a size is proposed that does
+    # all that does not fit is the pool of the largest recipes on one card, and there a size is
+    # proposed that does
     assert pool.fits or (device == "rtx4090" and found.plan.fit.proposals)
     assert not any(wait.in_step for wait in found.walks[0].waits)
     assert max(phase.peak for phase in found.walks[0].phases.values()) < usable(found.plan.device)

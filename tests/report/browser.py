@@ -23,9 +23,23 @@ class Page:
         self.answers, write_answers = os.pipe()
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         plumb = f'exec "$0" "$@" 3<&{read_commands} 4>&{write_answers}'
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--disable-dev-shm-usage"]
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-pipe",
+            "--disable-dev-shm-usage",
+        ]
         self.process = subprocess.Popen(
-            ["bash", "-c", plumb, binary, *flags, f"--user-data-dir={self.folder.name}", "about:blank"],
+            [
+                "bash",
+                "-c",
+                plumb,
+                binary,
+                *flags,
+                f"--user-data-dir={self.folder.name}",
+                "about:blank",
+            ],
             pass_fds=(read_commands, write_answers),
             stderr=subprocess.DEVNULL,
         )
@@ -33,7 +47,9 @@ class Page:
         os.close(write_answers)
         self.buffer, self.count, self.events, self.session = b"", 0, [], None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
@@ -57,7 +73,13 @@ class Page:
         return answer["result"]
 
     def open(self, path, *, width, height=900, dark=False):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.resolve().as_uri())
@@ -65,9 +87,9 @@ class Page:
             self.events.append(self._next())
 
     def evaluate(self, expression):
-        return self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)["result"][
-            "value"
-        ]
+        return self.call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )["result"]["value"]
 
     def screenshot(self, path):
         data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]

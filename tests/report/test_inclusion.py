@@ -36,7 +36,9 @@ def test_errors_are_those_of_the_learners_of_the_rounds(folder):
     tensors = checkpoint.load(checkpoint.at_round(folder / "checkpoints_dp", 0)).tensors
     rows = torch.arange(30, 45)
     born = pool.column("entropy")[rows]
-    torch.testing.assert_close(entropy(predict(_with(model, tensors, "ema"), pool.images(rows))), born)
+    torch.testing.assert_close(
+        entropy(predict(_with(model, tensors, "ema"), pool.images(rows))), born
+    )
 
 
 def test_the_page_shows_births_and_errors_where_they_are_kept(folder, tmp_path):
@@ -46,7 +48,10 @@ def test_the_page_shows_births_and_errors_where_they_are_kept(folder, tmp_path):
     assert "Hard: those that the learner of their inclusion mistook" in page
     for path in (folder / "checkpoints_dp").glob("*-round-01.*"):
         path.unlink()
-    assert "no checkpoints of every round (--keep-rounds true)" in write_report([folder], tmp_path / "out").read_text()
+    assert (
+        "no checkpoints of every round (--keep-rounds true)"
+        in write_report([folder], tmp_path / "out").read_text()
+    )
 
 
 def test_births_are_shares_of_the_guided_rounds(folder):

@@ -1,4 +1,6 @@
-"""The report of runs: its numbers, what it says of unfinished runs, and the page in a real browser."""
+"""The report of runs: its numbers, what it says of unfinished runs, and the page in a real
+browser.
+"""
 
 import json
 
@@ -37,10 +39,16 @@ def make_run(folder, *, finished=True, **fields):
             }
         )
         times += [
-            {"event": "interval", "source": source, "step": 25 * i, "seconds": i, "mfu": 0.1 * i} for i in (1, 2, 3)
+            {"event": "interval", "source": source, "step": 25 * i, "seconds": i, "mfu": 0.1 * i}
+            for i in (1, 2, 3)
         ]
         times.append({"event": "training", "source": source, "step": 975, "seconds": 30.0})
-        result = {"samples": 1500, "additions": 1, "validation_accuracy": top, "test_accuracy": top - 0.01}
+        result = {
+            "samples": 1500,
+            "additions": 1,
+            "validation_accuracy": top,
+            "test_accuracy": top - 0.01,
+        }
         if finished:
             lines.append({"event": "result", "source": source, "step": 975, **result})
     added = {"round": 1, "samples": 2250, "entropy": 0.5, "unguided_entropy": 0.2}
@@ -54,12 +62,15 @@ def test_the_page_opens_in_a_browser(tmp_path):
     binary = browser.find()
     if binary is None:
         pytest.skip("no headless Chromium; apt-get install chromium-headless-shell")
-    page_file = write_report([make_run(tmp_path / "a"), make_run(tmp_path / "b", omega=0.2)], tmp_path / "out")
+    page_file = write_report(
+        [make_run(tmp_path / "a"), make_run(tmp_path / "b", omega=0.2)], tmp_path / "out"
+    )
     for width, dark in ((1280, False), (360, True)):
         with browser.Page(binary) as page:
             page.open(page_file, width=width, dark=dark)
             sizes = page.evaluate(
-                "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth, () => 0)))"
+                "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth, "
+                "() => 0)))"
             )
             assert len(sizes) == 6
             assert min(sizes) > 0
@@ -69,8 +80,14 @@ def test_the_page_opens_in_a_browser(tmp_path):
             assert "Runtime.consoleAPICalled" not in kinds
             assert "Runtime.exceptionThrown" not in kinds
             assert "Log.entryAdded" not in kinds
-            sent = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
-            assert [url for url in sent if not url.startswith("data:")] == [page_file.resolve().as_uri()]
+            sent = [
+                e["params"]["request"]["url"]
+                for e in page.events
+                if e["method"] == "Network.requestWillBeSent"
+            ]
+            assert [url for url in sent if not url.startswith("data:")] == [
+                page_file.resolve().as_uri()
+            ]
 
 
 def test_the_page_tells_the_results_and_the_gap(tmp_path):
@@ -78,7 +95,13 @@ def test_the_page_tells_the_results_and_the_gap(tmp_path):
     assert "81.00%" in text
     assert "dp reaches 81.0% on held-out images, 2.0 points above static (79.0%)" in text
     assert "<td>30.0</td>" in text  # samples a second
-    for cell in ("25.0%", "23.3%", "3 GiB", "7", "3"):  # shares of the peak, over seconds; memory, gradients, retries
+    for cell in (
+        "25.0%",
+        "23.3%",
+        "3 GiB",
+        "7",
+        "3",
+    ):  # shares of the peak, over seconds; memory, gradients, retries
         assert f"<td>{cell}</td>" in text
     assert "http" not in text.replace("http-equiv", "")
 
@@ -99,7 +122,10 @@ def test_bad_runs_are_refused_and_mixed_recipes_are_told(tmp_path):
     assert not (tmp_path / "out").exists()
     runs = [make_run(tmp_path / "a", omega=0.03), make_run(tmp_path / "b", omega=0.05, seed=1)]
     assert differences(read_runs(runs)) == {"omega": [0.03, 0.05]}
-    assert "The recipes differ in omega: 0.03, 0.05" in write_report(runs, tmp_path / "out").read_text()
+    assert (
+        "The recipes differ in omega: 0.03, 0.05"
+        in write_report(runs, tmp_path / "out").read_text()
+    )
     other = json.loads((runs[1] / "recipe.json").read_text()) | {"validation": "other"}
     (runs[1] / "recipe.json").write_text(json.dumps(other))
     with pytest.raises(RecipeError, match="real images differ"):

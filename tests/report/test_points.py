@@ -10,21 +10,37 @@ from dpfast.report.sweeps import swept
 
 
 def point(source, samples, accuracy, seed=0, **fields):
-    fields = {"omega": 0.05, "oversample": 4.0, "seed": seed, "sources": source, "maximum_samples": samples} | fields
+    fields = {
+        "omega": 0.05,
+        "oversample": 4.0,
+        "seed": seed,
+        "sources": source,
+        "maximum_samples": samples,
+    } | fields
     return Point(source, samples, accuracy, fields, flops=2e9 * samples * (1 + fields["omega"]))
 
 
 @pytest.fixture
 def points():
     grid = {"dp": 0.8, "static": 0.7, "prune": 0.78}
-    points = [point(s, n, a + n / 1e5, seed) for s, a in grid.items() for n in (1000, 2000) for seed in (0, 1)]
-    points += [point("dp", 2000, 0.5, omega=0.3), point("dp", 2000, 0.9, omega=0.0), point("static", 4000, 0.99)]
+    points = [
+        point(s, n, a + n / 1e5, seed)
+        for s, a in grid.items()
+        for n in (1000, 2000)
+        for seed in (0, 1)
+    ]
+    points += [
+        point("dp", 2000, 0.5, omega=0.3),
+        point("dp", 2000, 0.9, omega=0.0),
+        point("static", 4000, 0.99),
+    ]
     return [*points, point("prune", 2000, 0.71, oversample=1.0)]
 
 
 def test_the_lead_ranks_every_source_at_the_largest_common_size(points):
     assert lead(points) == (
-        "dp reaches 82.0% on held-out images, 2.0 points above prune (80.0%), 10.0 points above static (72.0%); "
+        "dp reaches 82.0% on held-out images, 2.0 points above prune (80.0%), 10.0 points above "
+        "static (72.0%); "
         "means of 2 run(s) each with 2,000 samples."
     )
     assert lead([p for p in points if p.source == "dp"]) == ""
@@ -32,7 +48,11 @@ def test_the_lead_ranks_every_source_at_the_largest_common_size(points):
 
 
 def test_a_sweep_holds_what_differs_in_one_field_alone(points):
-    assert {value: len(group) for value, group in sweep(points, "dp", "omega").items()} == {0.0: 1, 0.05: 2, 0.3: 1}
+    assert {value: len(group) for value, group in sweep(points, "dp", "omega").items()} == {
+        0.0: 1,
+        0.05: 2,
+        0.3: 1,
+    }
     assert list(sweep(points, "prune", "oversample")) == [1.0, 4.0]
     assert sweep(points, "static", "omega") == {}
 

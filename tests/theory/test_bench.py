@@ -15,7 +15,9 @@ def record():
 
 @pytest.fixture(scope="module")
 def columns(record):
-    return dict(zip(record["columns"], map(np.array, zip(*record["rows"], strict=True)), strict=True))
+    return dict(
+        zip(record["columns"], map(np.array, zip(*record["rows"], strict=True)), strict=True)
+    )
 
 
 def test_the_grid_is_the_one_that_was_promised():
@@ -34,7 +36,9 @@ def test_the_grid_is_the_one_that_was_promised():
 
 @pytest.mark.parametrize("form", bench_theory.FORMS)
 def test_the_record_holds_what_the_code_predicts(columns, form):
-    np.testing.assert_allclose(columns[form], bench_theory.predicted(bench_theory.grid(), form), rtol=0, atol=5.1e-7)
+    np.testing.assert_allclose(
+        columns[form], bench_theory.predicted(bench_theory.grid(), form), rtol=0, atol=5.1e-7
+    )
 
 
 def test_the_record_meets_the_targets_and_one_that_does_not_is_named(record, columns):

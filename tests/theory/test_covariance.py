@@ -23,7 +23,9 @@ def features(exponent, *, d=D, rotation=None):
     }
     if rotation is None:
         return Features(spectrum, **vectors)
-    return Features(rotation * spectrum @ rotation.T, **{name: rotation @ w for name, w in vectors.items()})
+    return Features(
+        rotation * spectrum @ rotation.T, **{name: rotation @ w for name, w in vectors.items()}
+    )
 
 
 @pytest.mark.parametrize("strategy", ["hard", "easy", "soft"])
@@ -33,9 +35,13 @@ def test_a_multiple_of_one_is_the_theorem(strategy, ridge):
     rho, rho_g, rho_s = isotropic.cosines
     cells = {"n": [[200], [2000]], "keep": [1, 0.6, 0.2], "strategy": strategy}
     wanted = predict(d=D, rho=rho, rho_g=rho_g, rho_s=rho_s, ridge=ridge, **cells)
-    np.testing.assert_allclose(covariance_error(isotropic, ridge=ridge, **cells), wanted, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        covariance_error(isotropic, ridge=ridge, **cells), wanted, rtol=0, atol=1e-12
+    )
     isotropic.spectrum *= 4  # longer features by 2 need shorter weights by 2
-    np.testing.assert_allclose(covariance_error(isotropic, ridge=4 * ridge, **cells), wanted, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        covariance_error(isotropic, ridge=4 * ridge, **cells), wanted, rtol=0, atol=1e-12
+    )
 
 
 def test_the_basis_does_not_matter():
@@ -65,7 +71,9 @@ def test_the_mixing_has_the_covariance_and_the_directions():
     axes = mixing / np.sqrt(correlated.spectrum)  # orthonormal rows
     _, rho_g, rho_s = correlated.cosines
     np.testing.assert_allclose(axes @ correlated.selector, np.eye(50)[0], atol=1e-12)
-    np.testing.assert_allclose((axes @ correlated.generator)[:3], [rho_g, np.sqrt(1 - rho_g**2), 0], atol=1e-12)
+    np.testing.assert_allclose(
+        (axes @ correlated.generator)[:3], [rho_g, np.sqrt(1 - rho_g**2), 0], atol=1e-12
+    )
     np.testing.assert_allclose((axes @ correlated.truth)[0], rho_s, atol=1e-12)
     np.testing.assert_allclose((axes @ correlated.truth)[3:], 0, atol=1e-12)
 
@@ -91,7 +99,8 @@ def test_unusable_features_are_refused(changes, message):
 
 @pytest.mark.parametrize("function", [covariance_error, simulate_covariance])
 @pytest.mark.parametrize(
-    ("name", "value"), [("n", 0), ("keep", 0), ("keep", np.nan), ("ridge", 0), ("ridge", -1), ("strategy", "x")]
+    ("name", "value"),
+    [("n", 0), ("keep", 0), ("keep", np.nan), ("ridge", 0), ("ridge", -1), ("strategy", "x")],
 )
 def test_errors_name_the_argument(function, name, value):
     with pytest.raises(ValueError, match=f"^{name} = "):

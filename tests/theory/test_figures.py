@@ -16,13 +16,17 @@ STUDY = Path(__file__).parents[2] / "benchmarks" / "results" / "study.jsonl"
 @pytest.mark.parametrize("name", ["selected_sizes", "oversampling", "easy_or_hard"])
 def test_points_lie_on_the_lines(name):
     chart = CHARTS[name]()
-    lines = [line for panel in chart.panels[-1][:2] for line in panel.lines]  # of a ridge that smooths the peak
+    lines = [
+        line for panel in chart.panels[-1][:2] for line in panel.lines
+    ]  # of a ridge that smooths the peak
     for line, curve in zip(lines, curves(lines, draws=4), strict=True):
         assert curve.error.shape == line.x.shape
         between = np.interp(line.points, line.x, curve.error)
         np.testing.assert_allclose(between, curve.predicted, atol=2e-3)
         off = np.abs(curve.simulated - curve.predicted)
-        assert np.all(off < 4 * curve.stderr + 0.009)  # what the formula may be off by at a finite d
+        assert np.all(
+            off < 4 * curve.stderr + 0.009
+        )  # what the formula may be off by at a finite d
         assert np.mean(off) < 0.008
     assert len(draw(chart, curves(chart.lines, draws=2), 2).axes) == sum(map(len, chart.panels))
 

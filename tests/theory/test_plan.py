@@ -1,4 +1,6 @@
-"""Plans: the pool reaches the accuracy, one sample fewer does not, and what is unreachable says so."""
+"""Plans: the pool reaches the accuracy, one sample fewer does not, and what is unreachable says
+so.
+"""
 
 import pytest
 
@@ -18,13 +20,17 @@ def test_the_pool_reaches_the_accuracy_and_one_sample_fewer_does_not(strategy, r
 
 
 def test_a_tuned_ridge_needs_the_fewest_samples():
-    for tuned, *fixed in zip(*(plan(0.85, d=100, rho=0.95, ridge=r) for r in (None, 1e-3, 1e-2, 1e-1)), strict=True):
+    for tuned, *fixed in zip(
+        *(plan(0.85, d=100, rho=0.95, ridge=r) for r in (None, 1e-3, 1e-2, 1e-1)), strict=True
+    ):
         assert all(other.n is None or tuned.n <= other.n for other in fixed)
         assert tuned.accuracy == pytest.approx(0.85, abs=1e-3)
 
 
 def test_what_is_unreachable_says_how_far_one_gets():
-    (weak,) = plan(0.95, d=50, keeps=[0.5], rho=0.8, rho_g=0.8, rho_s=1.0)  # labels of an imperfect generator
+    (weak,) = plan(
+        0.95, d=50, keeps=[0.5], rho=0.8, rho_g=0.8, rho_s=1.0
+    )  # labels of an imperfect generator
     assert weak.n is None
     assert weak.kept is None
     assert 0.6 < weak.accuracy < 0.95

@@ -1,4 +1,6 @@
-"""The theory against its printed check values, quadrature, finite differences, its limit, and simulation."""
+"""The theory against its printed check values, quadrature, finite differences, its limit, and
+simulation.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from dpfast.theory import test_error as predict
 from dpfast.theory.scalars import keep_probability, soft_rule, threshold
 
 
-@pytest.mark.parametrize(("rho", "keep", "error"), [(1, 1, 0.130440), (1, 0.5, 0.087377), (0.9, 0.5, 0.135621)])
+@pytest.mark.parametrize(
+    ("rho", "keep", "error"), [(1, 1, 0.130440), (1, 0.5, 0.087377), (0.9, 0.5, 0.135621)]
+)
 def test_check_values(rho, keep, error):
     assert predict(d=512, n=2048, keep=keep, rho=rho, ridge=0.01) == pytest.approx(error, abs=5e-7)
 
@@ -22,12 +26,20 @@ def test_check_values_of_the_scalars():
 
 
 @pytest.mark.parametrize("rho", [-1, -0.5, 0, 0.6, 0.9, 0.999999, 1])
-@pytest.mark.parametrize(("strategy", "power"), [("hard", 1), ("easy", 1), ("soft", 3), ("soft", -0.3), ("soft", -5)])
+@pytest.mark.parametrize(
+    ("strategy", "power"), [("hard", 1), ("easy", 1), ("soft", 3), ("soft", -0.3), ("soft", -5)]
+)
 def test_scalars_agree_with_quadrature(strategy, power, rho):
     for keep in (1e-3, 0.1, 0.5, 0.9, 1.0):
         edge = soft_rule(keep, power)[0][0] if strategy == "soft" else threshold(strategy, keep)
-        other = quadrature(lambda t, k=keep: keep_probability(t, strategy, k, power=power), rho, breaks=[float(edge)])
-        np.testing.assert_allclose(scalars(strategy, keep, rho, power=power), other, rtol=0, atol=1e-12)
+        other = quadrature(
+            lambda t, k=keep: keep_probability(t, strategy, k, power=power),
+            rho,
+            breaks=[float(edge)],
+        )
+        np.testing.assert_allclose(
+            scalars(strategy, keep, rho, power=power), other, rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(("p", "gamma", "phi"), [(0.5, 0.07, 0.25), (0.2, 0.01, 0.9), (1, 1, 1)])
@@ -46,13 +58,17 @@ def test_the_limit_agrees_with_the_theorem():
             near = predict(d=512, n=n, keep=keep, rho=rho, ridge=1e-9, strategy=strategy)
             limit = ridgeless(d=512, n=n, keep=keep, rho=rho, strategy=strategy)
             np.testing.assert_allclose(near, limit, rtol=0, atol=1e-6)
-    beside = ridgeless(d=512, n=1024, keep=np.nextafter(0.5, [0, 1]) + np.array([-1e-12, 1e-12]), rho=0.9)
+    beside = ridgeless(
+        d=512, n=1024, keep=np.nextafter(0.5, [0, 1]) + np.array([-1e-12, 1e-12]), rho=0.9
+    )
     np.testing.assert_allclose(beside, 0.5, atol=1e-4)
 
 
 def test_three_directions_contain_two():
     two = predict(d=512, n=2048, keep=0.5, rho=0.9, ridge=0.01)
-    assert predict(d=512, n=2048, keep=0.5, rho=1, rho_g=0.9, rho_s=0.9, ridge=0.01) == pytest.approx(two, abs=1e-14)
+    assert predict(
+        d=512, n=2048, keep=0.5, rho=1, rho_g=0.9, rho_s=0.9, ridge=0.01
+    ) == pytest.approx(two, abs=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -81,15 +97,27 @@ def test_superseded_forms_do_not_agree_with_simulation():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("keep", 0), ("keep", 1.1), ("rho", -1.1), ("ridge", -1e-9), ("d", 0), ("n", 0.5), ("n", np.nan), ("form", "x"),
-     ("strategy", "x"), ("rho_g", 0.5)],
-)  # fmt: skip
+    [
+        ("keep", 0),
+        ("keep", 1.1),
+        ("rho", -1.1),
+        ("ridge", -1e-9),
+        ("d", 0),
+        ("n", 0.5),
+        ("n", np.nan),
+        ("form", "x"),
+        ("strategy", "x"),
+        ("rho_g", 0.5),
+    ],
+)
 def test_errors_name_the_argument(name, value):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         predict(**{"d": 512, "n": 2048, "keep": 0.5, "rho": 0.9, "ridge": 0.01, name: value})
 
 
-@pytest.mark.parametrize("function", [hard, easy, soft, scalars, threshold, soft_rule, quadrature, spectral, simulate])
+@pytest.mark.parametrize(
+    "function", [hard, easy, soft, scalars, threshold, soft_rule, quadrature, spectral, simulate]
+)
 def test_every_public_function_refuses_what_is_outside_its_domain(function):
     good = {
         **{key: {"keep": 0.5, "rho": 0.9} for key in (hard, easy)},
@@ -147,7 +175,10 @@ def test_regimes():
         1 - predict(n=n[:2] / 8, keep=keep[:2], ridge=0.01, **cell),
         1 - predict(n=n[:2], keep=keep[:2], ridge=0.1, **cell),
         1 - predict(n=8192, keep=0.5, ridge=0.01, d=512, rho=0.8, rho_g=0.8, rho_s=1),
-        1 - predict(n=8192, keep=0.5, ridge=0.01, d=512, rho=0.8, rho_g=0.8, rho_s=1, strategy="easy"),
+        1
+        - predict(
+            n=8192, keep=0.5, ridge=0.01, d=512, rho=0.8, rho_g=0.8, rho_s=1, strategy="easy"
+        ),
     ]
     printed = [[86.96, 92.07, 65.70], [66.14, 60.69], [87.18, 83.77], 77.50, 85.14]
     for got, wanted in zip(accuracies, printed, strict=True):

@@ -1,9 +1,10 @@
 """The conditioning of a frozen DiT, for all of its blocks at once.
 
-Each block of a ``DiTTransformer2DModel`` embeds the timestep by a network of its own and projects it, with the class,
-to six modulations: three products and their pointwise operations a block. Neither depends on x. Here the embeddings of
-the trained timesteps are a table, filled once, and the projections of all blocks are one batched product. The blocks
-themselves stay diffusers'.
+Each block of a ``DiTTransformer2DModel`` embeds the timestep by a network of its own and projects
+it, with the class,
+to six modulations: three products and their pointwise operations a block. Neither depends on x.
+Here the embeddings of the trained timesteps are a table, filled once, and the projections of all
+blocks are one batched product. The blocks themselves stay diffusers'.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 
 class Conditioned(NamedTuple):
-    """What the blocks receive in place of a timestep: modulations (L, B, 6 D), and (B, D) for the output layer."""
+    """What the blocks receive in place of a timestep: modulations (L, B, 6 D), and (B, D) for the
+    output layer.
+    """
 
     modulations: Tensor
     output: Tensor
@@ -39,7 +42,9 @@ class Conditioning(nn.Module):
         with torch.no_grad():
             held = {
                 "timesteps": [each.timestep_embedder(grid) for each in embeddings],  # (L, steps, D)
-                "classes": [each.class_embedder.embedding_table.weight for each in embeddings],  # (L, classes + 1, D)
+                "classes": [
+                    each.class_embedder.embedding_table.weight for each in embeddings
+                ],  # (L, classes + 1, D)
                 "weight": [norm.linear.weight.t() for norm in norms],  # (L, D, 6 D)
                 "bias": [norm.linear.bias[None] for norm in norms],  # (L, 1, 6 D)
             }
@@ -61,21 +66,34 @@ class _Modulated(nn.Module):
     def forward(self, x: Tensor, timestep: Conditioned, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         shift, scale, *rest = timestep.modulations[self.block].chunk(6, dim=1)
         gate, shift_mlp, scale_mlp, gate_mlp = rest
-        return self.norm(x) * (1 + scale[:, None]) + shift[:, None], gate, shift_mlp, scale_mlp, gate_mlp
+        return (
+            self.norm(x) * (1 + scale[:, None]) + shift[:, None],
+            gate,
+            shift_mlp,
+            scale_mlp,
+            gate_mlp,
+        )
 
     def emb(self, timestep: Conditioned, *_: Any, **__: Any) -> Tensor:
         """What the model asks its first block for when it comes to the output layer."""
         return timestep.output
 
 
-def _condition(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "timestep": model.conditioning(kwargs["timestep"], kwargs["class_labels"])}
+def _condition(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {
+        **kwargs,
+        "timestep": model.conditioning(kwargs["timestep"], kwargs["class_labels"]),
+    }
 
 
 def share_conditioning(model: nn.Module, steps: int) -> nn.Module:
-    """Replaces the conditioning of a frozen ``DiTTransformer2DModel`` in place, and returns the model.
+    """Replaces the conditioning of a frozen ``DiTTransformer2DModel`` in place, and returns the
+    model.
 
-    ``steps``: timesteps of its training. The model is called as before, by keywords; timesteps must be integers.
+    ``steps``: timesteps of its training. The model is called as before, by keywords; timesteps must
+    be integers.
     """
     blocks: Any = model.transformer_blocks
     model.conditioning = Conditioning(blocks, steps)

@@ -1,7 +1,8 @@
-"""Decoders: latents (B, c, h, w), scaled to unit variance, to float32 images (B, C, H, W) in [-1, 1].
+"""Decoders: latents (B, c, h, w), scaled to unit variance, to float32 images (B, C, H, W) in [-1,
+1].
 
-A decoder runs in the dtype and on the device of its weights. None reads the host, so each traces inside a compiled
-step.
+A decoder runs in the dtype and on the device of its weights. None reads the host, so each traces
+inside a compiled step.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ class Decoder(Protocol):
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What the full decoders are as well: images in [-1, 1] back to latents, a distribution's mode where it is one."""
+    """What the full decoders are as well: images in [-1, 1] back to latents, a distribution's mode
+    where it is one.
+    """
 
     def encode(self, images: Tensor) -> Tensor: ...
 
 
 class Unscale:
-    """Latents of unit variance to those of an autoencoder: z std / scaling_factor + mean + shift_factor.
+    """Latents of unit variance to those of an autoencoder: z std / scaling_factor + mean +
+    shift_factor.
 
-    The four values come from the autoencoder's configuration; what it does not name changes nothing. mean and std are
-    per channel (``latents_mean``, ``latents_std``), as in Stable Diffusion XL; a shift is what Stable Diffusion 3 has.
+    The four values come from the autoencoder's configuration; what it does not name changes
+    nothing. mean and std are per channel (``latents_mean``, ``latents_std``), as in Stable
+    Diffusion XL; a shift is what Stable Diffusion 3 has.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,7 +44,11 @@ class Unscale:
 
         def per_channel(name: str, default: float) -> Tensor:
             values = config.get(name)
-            row = torch.tensor([default] if values is None else values, dtype=torch.float32, device=parameter.device)
+            row = torch.tensor(
+                [default] if values is None else values,
+                dtype=torch.float32,
+                device=parameter.device,
+            )
             return row.view(1, -1, 1, 1)
 
         self.scale = per_channel("latents_std", 1.0) / float(config.get("scaling_factor") or 1.0)
@@ -57,15 +66,21 @@ def _repeat(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     x, *rest = arguments
     b, c, h, w = x.shape
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, h, 2, w, 2, c).reshape(b, 2 * h, 2 * w, c)
+        x = (
+            x.permute(0, 2, 3, 1)[:, :, None, :, None]
+            .expand(b, h, 2, w, 2, c)
+            .reshape(b, 2 * h, 2 * w, c)
+        )
         return (x.permute(0, 3, 1, 2), *rest)
     return (x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w), *rest)
 
 
 def _upsample_by_repeating(model: nn.Module) -> nn.Module:
-    """Nearest upsampling as a broadcast: the same values, and a sum instead of a scatter as its backward.
+    """Nearest upsampling as a broadcast: the same values, and a sum instead of a scatter as its
+    backward.
 
-    With the scatter, torch.compile (2.13, CPU) gives a gradient of zero through a whole ``AutoencoderKL``.
+    With the scatter, torch.compile (2.13, CPU) gives a gradient of zero through a whole
+    ``AutoencoderKL``.
     """
     for module in model.modules():
         if isinstance(module, Upsample2D) and module.interpolate and not module.use_conv_transpose:
@@ -90,10 +105,13 @@ class VaeDecoder:
 
 
 class TinyDecoder:
-    """A distilled ``AutoencoderTiny``: the decoder of the guidance path, where the full one dominates the cost."""
+    """A distilled ``AutoencoderTiny``: the decoder of the guidance path, where the full one
+    dominates the cost.
+    """
 
     def __init__(self, tiny: Any) -> None:  # nn.Module.to is typed without memory_format
-        # Channels last: a third faster with its gradient on a CPU, and what convolutions on a GPU want.
+        # Channels last: a third faster with its gradient on a CPU, and what convolutions on a GPU
+        # want.
         self.tiny = tiny.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self._unscale = Unscale(tiny)
 
@@ -105,7 +123,9 @@ class TinyDecoder:
 
 
 class ResizedDecoder:
-    """Another decoder, its images resized to a square of ``size`` pixels (bilinear, antialiased)."""
+    """Another decoder, its images resized to a square of ``size`` pixels (bilinear,
+    antialiased).
+    """
 
     def __init__(self, decoder: Decoder, size: int) -> None:
         self.decoder, self.size = decoder, size

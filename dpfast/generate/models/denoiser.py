@@ -1,9 +1,10 @@
 """Denoisers: one call signature over diffusers' models.
 
-A denoiser maps (x, timestep, labels) to a prediction of x's shape, in the dtype of its weights. Labels are class ids
-(B,) for every family, so that a captured step has one small input to refresh; `null_label` is the id of classifier-free
-guidance's empty condition. Text-conditioned families hold a table of embeddings by id and gather its rows inside the
-call. No call reads the host or branches on data, so each is one full graph with ``torch.func.vjp`` around it.
+A denoiser maps (x, timestep, labels) to a prediction of x's shape, in the dtype of its weights.
+Labels are class ids (B,) for every family, so that a captured step has one small input to refresh;
+`null_label` is the id of classifier-free guidance's empty condition. Text-conditioned families hold
+a table of embeddings by id and gather its rows inside the call. No call reads the host or branches
+on data, so each is one full graph with ``torch.func.vjp`` around it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from dpfast.ops.guided_step import Prediction
 
 
 class Denoiser(Protocol):
-    """x: (B, *sample_shape) floating; timestep: 0-d, as in the solver's table; labels: (B,) int64 in [0, classes)."""
+    """x: (B, *sample_shape) floating; timestep: 0-d, as in the solver's table; labels: (B,) int64
+    in [0, classes).
+    """
 
     classes: int
     null_label: int | None  # None where the model has no unconditional prediction
@@ -30,9 +33,13 @@ class Denoiser(Protocol):
 
 
 class _ModelDenoiser:
-    """A frozen diffusers model behind the call. A learned variance (twice the channels) is cut to the mean."""
+    """A frozen diffusers model behind the call. A learned variance (twice the channels) is cut to
+    the mean.
+    """
 
-    def __init__(self, model: nn.Module, *, classes: int, null_label: int | None, prediction: Prediction) -> None:
+    def __init__(
+        self, model: nn.Module, *, classes: int, null_label: int | None, prediction: Prediction
+    ) -> None:
         self.model: Any = freeze_linear(fuse_projections(model.eval()).requires_grad_(False))
         self.classes = classes
         self.null_label = null_label
@@ -51,12 +58,15 @@ class _ModelDenoiser:
 
 
 class DiTDenoiser(_ModelDenoiser):
-    """``DiTTransformer2DModel``, conditioned on class ids; the null class is the id after the last embedding row.
+    """``DiTTransformer2DModel``, conditioned on class ids; the null class is the id after the last
+    embedding row.
 
     ``timesteps``: of the training; those of a table are among them.
     """
 
-    def __init__(self, model: nn.Module, *, classes: int, prediction: Prediction, timesteps: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, classes: int, prediction: Prediction, timesteps: int
+    ) -> None:
         config: Any = model.config
         super().__init__(
             share_conditioning(model, timesteps),
@@ -72,15 +82,19 @@ class DiTDenoiser(_ModelDenoiser):
 class PixelUNetDenoiser(_ModelDenoiser):
     """``UNet2DModel``, unconditional or conditioned on class ids.
 
-    The model has no null class of its own. One embedding row more than ``classes`` is taken as the null class, as
-    training with dropped labels leaves it; with as many rows as classes there is no unconditional prediction.
+    The model has no null class of its own. One embedding row more than ``classes`` is taken as the
+    null class, as training with dropped labels leaves it; with as many rows as classes there is no
+    unconditional prediction.
     """
 
     def __init__(self, model: nn.Module, *, classes: int, prediction: Prediction) -> None:
         config: Any = model.config
         rows = config.num_class_embeds
         super().__init__(
-            model, classes=classes, null_label=classes if rows == classes + 1 else None, prediction=prediction
+            model,
+            classes=classes,
+            null_label=classes if rows == classes + 1 else None,
+            prediction=prediction,
         )
         self._conditional = rows is not None
 
@@ -89,7 +103,8 @@ class PixelUNetDenoiser(_ModelDenoiser):
 
 
 class TextUNetDenoiser(_ModelDenoiser):
-    """``UNet2DConditionModel`` of Stable Diffusion 1.x and 2.x over prompts' embeddings (classes + 1, tokens, width).
+    """``UNet2DConditionModel`` of Stable Diffusion 1.x and 2.x over prompts' embeddings (classes +
+    1, tokens, width).
 
     They have the model's dtype and device; the last row belongs to the empty prompt.
     """
@@ -100,17 +115,22 @@ class TextUNetDenoiser(_ModelDenoiser):
         self.embeddings = embeddings
 
     def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        return self.model(x, timesteps, encoder_hidden_states=self.embeddings.index_select(0, labels)).sample
+        return self.model(
+            x, timesteps, encoder_hidden_states=self.embeddings.index_select(0, labels)
+        ).sample
 
 
 class TextTransformerDenoiser(_ModelDenoiser):
-    """``SD3Transformer2DModel`` over prompts' embeddings (classes + 1, tokens, width) and pooled ones (classes + 1, w).
+    """``SD3Transformer2DModel`` over prompts' embeddings (classes + 1, tokens, width) and pooled
+    ones (classes + 1, w).
 
-    They have the model's dtype and device; the last rows belong to the empty prompt. ``image_tokens`` is the length of
-    the image sequence.
+    They have the model's dtype and device; the last rows belong to the empty prompt.
+    ``image_tokens`` is the length of the image sequence.
     """
 
-    def __init__(self, model: nn.Module, embeddings: Tensor, pooled: Tensor, *, prediction: Prediction) -> None:
+    def __init__(
+        self, model: nn.Module, embeddings: Tensor, pooled: Tensor, *, prediction: Prediction
+    ) -> None:
         classes = len(embeddings) - 1
         super().__init__(model, classes=classes, null_label=classes, prediction=prediction)
         self.embeddings, self.pooled = embeddings, pooled

@@ -1,8 +1,10 @@
-"""Linear layers of a frozen generator on a CPU, in fp32: one call of oneDNN with the bias and the GELU inside.
+"""Linear layers of a frozen generator on a CPU, in fp32: one call of oneDNN with the bias and the
+GELU inside.
 
-PyTorch's own layer copies the bias into the result and adds a product of MKL to it. At a denoiser's sizes, about 2,000
-rows and 200 to 800 columns, oneDNN is 1.1 to 1.3 times as fast, and 1.8 times with the GELU of a feed-forward layer.
-The weight is kept transposed, (in, out): the order in which oneDNN reads it without a copy.
+PyTorch's own layer copies the bias into the result and adds a product of MKL to it. At a denoiser's
+sizes, about 2,000 rows and 200 to 800 columns, oneDNN is 1.1 to 1.3 times as fast, and 1.8 times
+with the GELU of a feed-forward layer. The weight is kept transposed, (in, out): the order in which
+oneDNN reads it without a copy.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class _Differentiable(torch.autograd.Function):
         return _operation(x, weight, bias, False)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
@@ -57,8 +61,9 @@ class _Differentiable(torch.autograd.Function):
 class FrozenLinear(nn.Module):
     """``nn.Linear`` with weights that never change, followed by the tanh form of GELU if ``gelu``.
 
-    x (..., in) to (..., out), fp32; differentiable once, in x only. Inside a compiled ``torch.func.vjp`` x must not be
-    the input of the vjp itself, which PyTorch 2.13 takes for a constant there (it raises); in a denoiser it never is.
+    x (..., in) to (..., out), fp32; differentiable once, in x only. Inside a compiled
+    ``torch.func.vjp`` x must not be the input of the vjp itself, which PyTorch 2.13 takes for a
+    constant there (it raises); in a denoiser it never is.
     """
 
     weight: Tensor
@@ -73,18 +78,26 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad:
             return _operation(x, self.weight, self.bias, self.gelu)
-        y = _Differentiable.apply(x, self.weight, self.bias)  # the GELU's derivative needs its input
+        y = _Differentiable.apply(
+            x, self.weight, self.bias
+        )  # the GELU's derivative needs its input
         return F.gelu(y, approximate="tanh") if self.gelu else y
 
 
 def freeze_linear(model: nn.Module) -> nn.Module:
-    """Replaces the linear layers of ``model`` in place where they are fp32 on a CPU, and returns it."""
+    """Replaces the linear layers of ``model`` in place where they are fp32 on a CPU, and returns
+    it.
+    """
     if not torch.backends.mkldnn.is_available():
         return model
     for name, child in list(model.named_children()):
         gelu = type(child) is GELU and child.approximate == "tanh"
         linear = child.proj if gelu else child
-        if type(linear) is nn.Linear and linear.weight.dtype == torch.float32 and linear.weight.device.type == "cpu":
+        if (
+            type(linear) is nn.Linear
+            and linear.weight.dtype == torch.float32
+            and linear.weight.device.type == "cpu"
+        ):
             setattr(model, name, FrozenLinear(linear, gelu=gelu))
         else:
             freeze_linear(child)

@@ -9,10 +9,12 @@ from torch import nn
 
 @torch.no_grad()
 def fuse_projections(model: nn.Module) -> nn.Module:
-    """Query, key and value of self-attention as one product, key and value of cross-attention as one; in place.
+    """Query, key and value of self-attention as one product, key and value of cross-attention as
+    one; in place.
 
-    For diffusers' ``Attention`` with its default processor. Others stay as they are: xformers' reads the parts, and the
-    fused form of joint attention (Stable Diffusion 3) lacks the norms of query and key.
+    For diffusers' ``Attention`` with its default processor. Others stay as they are: xformers'
+    reads the parts, and the fused form of joint attention (Stable Diffusion 3) lacks the norms of
+    query and key.
     """
     for module in model.modules():
         if not isinstance(module, Attention) or type(module.processor) is not AttnProcessor2_0:

@@ -1,8 +1,9 @@
 """Activation checkpointing of a frozen denoiser.
 
-A block keeps its inputs alone and runs again in the backward pass: a gradient holds one block's activations instead of
-all blocks', for one more forward of the blocks. ``torch.utils.checkpoint`` hooks the tensors that autograd saves, which
-PyTorch's function transforms do not allow: a path through such a denoiser is ``GuidancePath.taped``.
+A block keeps its inputs alone and runs again in the backward pass: a gradient holds one block's
+activations instead of all blocks', for one more forward of the blocks. ``torch.utils.checkpoint``
+hooks the tensors that autograd saves, which PyTorch's function transforms do not allow: a path
+through such a denoiser is ``GuidancePath.taped``.
 """
 
 from __future__ import annotations
@@ -38,17 +39,23 @@ def _blocks(denoiser: Any) -> list[str]:
 
 
 def recomputing(denoiser: Any) -> Any:
-    """A twin of a denoiser of ``dpfast.generate.models.denoiser``, with the same weights, that recomputes its blocks.
+    """A twin of a denoiser of ``dpfast.generate.models.denoiser``, with the same weights, that
+    recomputes its blocks.
 
     Raises ``ValueError`` for a model without blocks that are known here.
     """
     if not can_recompute(denoiser):
-        raise ValueError(f"denoiser is a {type(denoiser).__name__} without any of {', '.join(BLOCKS)} to recompute")
+        raise ValueError(
+            f"denoiser is a {type(denoiser).__name__} without any of {', '.join(BLOCKS)} to "
+            "recompute"
+        )
     recomputed: Blocks = {}
     for name in _blocks(denoiser):
         blocks = getattr(denoiser.model, name)
         recomputed[name] = (
-            [_recomputing(b) for b in blocks] if isinstance(blocks, nn.ModuleList) else _recomputing(blocks)
+            [_recomputing(b) for b in blocks]
+            if isinstance(blocks, nn.ModuleList)
+            else _recomputing(blocks)
         )
     return with_blocks(denoiser, recomputed)
 

@@ -1,4 +1,5 @@
-"""Diffusers pipeline folders on disk: their models, prompts and schedulers, as the parts that a sampler needs.
+"""Diffusers pipeline folders on disk: their models, prompts and schedulers, as the parts that a
+sampler needs.
 
 pipeline   ``Pipeline``: a loaded folder
 folder     the folder: its index, weights and class names

@@ -1,7 +1,8 @@
-"""Attention kernels: torch's scaled_dot_product_attention, or xformers where it is installed and fits torch and device.
+"""Attention kernels: torch's scaled_dot_product_attention, or xformers where it is installed and
+fits torch and device.
 
-xformers ships binaries for one build of torch. Beside another it still imports, warns and lacks its kernels, so it is
-never the default, and what is missing is said before any weights are loaded.
+xformers ships binaries for one build of torch. Beside another it still imports, warns and lacks its
+kernels, so it is never the default, and what is missing is said before any weights are loaded.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from dpfast.errors import RecipeError
 
 
 def checked(attention: str, device: torch.device) -> str:
-    """``attention``, or ``RecipeError`` for an unknown kind, and for xformers that is missing, does not match or has no
-    GPU to run on.
+    """``attention``, or ``RecipeError`` for an unknown kind, and for xformers that is missing, does
+    not match or has no GPU to run on.
     """
     if attention not in ("sdpa", "xformers"):
         raise RecipeError(f"attention = {attention!r}: expected 'sdpa' or 'xformers'")
@@ -35,17 +36,25 @@ def _problem(device: torch.device) -> str | None:
         version = importlib.import_module("xformers").__version__
         library = importlib.import_module("xformers._cpp_lib")
     except Exception as error:  # whatever a foreign package raises on import
-        return f"installed, but cannot be imported ({_line(error)}); install a build for torch {torch.__version__}"
+        return (
+            f"installed, but cannot be imported ({_line(error)}); install a build for torch "
+            f"{torch.__version__}"
+        )
     failure = getattr(library, "_cpp_library_load_exception", None)
     if failure is not None:
-        return f"version {version} does not match torch {torch.__version__} ({_line(failure)}); install one that does"
+        return (
+            f"version {version} does not match torch {torch.__version__} ({_line(failure)}); "
+            "install one that does"
+        )
     if device.type != "cuda":
         return f"runs on a GPU alone, and device = {str(device)!r}; take a GPU"
     return None
 
 
 def set_attention(model: Any, attention: str) -> Any:
-    """Makes a model of diffusers use the kernels, and returns it. Raises ``RecipeError`` where it cannot."""
+    """Makes a model of diffusers use the kernels, and returns it. Raises ``RecipeError`` where it
+    cannot.
+    """
     if attention == "xformers":
         try:
             model.enable_xformers_memory_efficient_attention()  # runs one small product first

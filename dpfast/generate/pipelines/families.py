@@ -25,7 +25,11 @@ from dpfast.generate.models.denoiser import (
 )
 from dpfast.generate.pipelines.attention import set_attention
 from dpfast.generate.pipelines.folder import PipelineFolder
-from dpfast.generate.pipelines.prompts import class_prompts, encode_stable_diffusion, encode_stable_diffusion_3
+from dpfast.generate.pipelines.prompts import (
+    class_prompts,
+    encode_stable_diffusion,
+    encode_stable_diffusion_3,
+)
 from dpfast.generate.pipelines.schedulers import load_scheduler, prediction_of
 
 CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
@@ -61,7 +65,8 @@ def load(folder: PipelineFolder, options: Options) -> Parts:
 
 
 def check(folder: PipelineFolder) -> None:
-    """Raises ``RecipeError`` for a pipeline of no family, and where a file of weights is missing or cut short.
+    """Raises ``RecipeError`` for a pipeline of no family, and where a file of weights is missing or
+    cut short.
 
     Reads the headers of the files alone.
     """
@@ -83,7 +88,9 @@ def tiny_decoder(folder: PipelineFolder, options: Options) -> Decoder | None:
     if not (folder.path / "tiny_decoder").is_dir():
         return None
     return TinyDecoder(
-        folder.model(diffusers.AutoencoderTiny, "tiny_decoder", device=options.device, dtype=options.dtype)
+        folder.model(
+            diffusers.AutoencoderTiny, "tiny_decoder", device=options.device, dtype=options.dtype
+        )
     )
 
 
@@ -93,10 +100,14 @@ def _dit(folder: PipelineFolder, options: Options) -> Parts:
     scheduler = load_scheduler(folder.path, latent=True)
     model = _network(folder, diffusers.DiTTransformer2DModel, "transformer", options)
     if len(names) > model.config.num_embeds_ada_norm:
-        raise folder.error(f"{len(names)} class names for a model of {model.config.num_embeds_ada_norm} classes")
+        raise folder.error(
+            f"{len(names)} class names for a model of {model.config.num_embeds_ada_norm} classes"
+        )
     decoder, channels = _decoder(folder, model.config.in_channels, options)
     steps = scheduler.config.num_train_timesteps
-    denoiser = DiTDenoiser(model, classes=len(names), prediction=prediction_of(scheduler), timesteps=steps)
+    denoiser = DiTDenoiser(
+        model, classes=len(names), prediction=prediction_of(scheduler), timesteps=steps
+    )
     return Parts(denoiser, decoder, scheduler, names, channels)
 
 
@@ -107,11 +118,20 @@ def _stable_diffusion(folder: PipelineFolder, options: Options) -> Parts:
     # as StableDiffusionPipeline sets every scheduler: old folders of this family name other values
     scheduler = load_scheduler(folder.path, latent=True, clip_sample=False, steps_offset=1)
     model = _network(folder, diffusers.UNet2DConditionModel, "unet", options)
-    for option in ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type"):
+    for option in (
+        "time_cond_proj_dim",
+        "class_embed_type",
+        "num_class_embeds",
+        "addition_embed_type",
+    ):
         if model.config.get(option) is not None:
-            raise folder.error(f"'unet' has {option} = {model.config[option]!r}; expected a UNet of prompts alone")
+            raise folder.error(
+                f"'unet' has {option} = {model.config[option]!r}; expected a UNet of prompts alone"
+            )
     decoder, channels = _decoder(folder, model.config.in_channels, options)
-    embeddings = encode_stable_diffusion(folder, prompts, device=options.device, dtype=options.dtype)
+    embeddings = encode_stable_diffusion(
+        folder, prompts, device=options.device, dtype=options.dtype
+    )
     denoiser = TextUNetDenoiser(model, embeddings, prediction=prediction_of(scheduler))
     return Parts(denoiser, decoder, scheduler, names, channels)
 
@@ -123,10 +143,14 @@ def _stable_diffusion_3(folder: PipelineFolder, options: Options) -> Parts:
     prompts = class_prompts(names, options.prompt_template)
     scheduler = load_scheduler(folder.path, latent=True)
     if prediction_of(scheduler) != "flow":
-        raise folder.error(f"scheduler {type(scheduler).__name__}: a {folder.kind} needs a flow-matching one")
+        raise folder.error(
+            f"scheduler {type(scheduler).__name__}: a {folder.kind} needs a flow-matching one"
+        )
     model = _network(folder, diffusers.SD3Transformer2DModel, "transformer", options)
     decoder, channels = _decoder(folder, model.config.in_channels, options)
-    embeddings, pooled = encode_stable_diffusion_3(folder, prompts, model, device=options.device, dtype=options.dtype)
+    embeddings, pooled = encode_stable_diffusion_3(
+        folder, prompts, model, device=options.device, dtype=options.dtype
+    )
     denoiser = TextTransformerDenoiser(model, embeddings, pooled, prediction="flow")
     return Parts(denoiser, decoder, scheduler, names, channels)
 
@@ -135,27 +159,41 @@ def _pixel(folder: PipelineFolder, options: Options) -> Parts:
     folder.need("unet", "scheduler")
     scheduler = load_scheduler(folder.path, latent=False)
     if prediction_of(scheduler) == "flow":
-        raise folder.error(f"scheduler {type(scheduler).__name__}: a {folder.kind} needs one with betas")
+        raise folder.error(
+            f"scheduler {type(scheduler).__name__}: a {folder.kind} needs one with betas"
+        )
     model = _network(folder, diffusers.UNet2DModel, "unet", options)
     config = model.config
     if config.sample_size is None:
-        raise folder.error("'unet' has no sample_size in its config.json; expected the images' height and width")
+        raise folder.error(
+            "'unet' has no sample_size in its config.json; expected the images' height and width"
+        )
     rows = config.num_class_embeds
     if config.class_embed_type is not None:
-        raise folder.error(f"'unet' has class_embed_type = {config.class_embed_type!r}; expected num_class_embeds")
+        raise folder.error(
+            f"'unet' has class_embed_type = {config.class_embed_type!r}; expected num_class_embeds"
+        )
     names = folder.class_names(options.class_names)
     if names is None:
         names = ("unconditional",) if rows is None else tuple(f"class {i}" for i in range(rows))
     if rows is not None and len(names) not in (rows, rows - 1):
         raise folder.error(
-            f"{len(names)} class names for a model of {rows} class embeddings; expected {rows}, or {rows - 1} where "
+            f"{len(names)} class names for a model of {rows} class embeddings; expected {rows}, or "
+            f"{rows - 1} where "
             "the last embedding is the null class"
         )
     denoiser = PixelUNetDenoiser(model, classes=len(names), prediction=prediction_of(scheduler))
     return Parts(denoiser, IdentityDecoder(), scheduler, names, int(config.in_channels))
 
 
-MODELS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # parts with weights
+MODELS = (
+    "unet",
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)  # parts with weights
 FAMILIES: dict[str, Callable[[PipelineFolder, Options], Parts]] = {
     "DiTPipeline": _dit,
     "StableDiffusionPipeline": _stable_diffusion,
@@ -169,7 +207,8 @@ def _names(folder: PipelineFolder, options: Options) -> tuple[str, ...]:
     names = folder.class_names(options.class_names)
     if names is None:
         raise folder.error(
-            f"a {folder.kind} needs class names: pass class_names = [...], or put a list of them into the folder's "
+            f"a {folder.kind} needs class names: pass class_names = [...], or put a list of them "
+            "into the folder's "
             "class_names.json"
         )
     return names
@@ -192,11 +231,13 @@ def _decoder(folder: PipelineFolder, latent_channels: int, options: Options) -> 
     if named not in ("AutoencoderKL", "AutoencoderTiny"):
         raise folder.error(f"'vae' is a {named}; expected an AutoencoderKL or an AutoencoderTiny")
     model = _in_format(
-        folder.model(getattr(diffusers, named), "vae", device=options.device, dtype=options.dtype), options
+        folder.model(getattr(diffusers, named), "vae", device=options.device, dtype=options.dtype),
+        options,
     )
     if model.config.latent_channels != latent_channels:
         raise folder.error(
-            f"the denoiser takes {latent_channels} channels and 'vae' has {model.config.latent_channels} latent ones; "
+            f"the denoiser takes {latent_channels} channels and 'vae' has "
+            f"{model.config.latent_channels} latent ones; "
             "expected as many"
         )
     decoder: Decoder = VaeDecoder(model) if named == "AutoencoderKL" else TinyDecoder(model)

@@ -1,4 +1,6 @@
-"""A diffusers pipeline folder on disk: its index, its parts, its class names. Only safetensors weights are read."""
+"""A diffusers pipeline folder on disk: its index, its parts, its class names. Only safetensors
+weights are read.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from dpfast.errors import RecipeError
 
 
 class PipelineFolder:
-    """``source`` is a folder or the name of an embedded asset. Every error is a ``RecipeError`` that names the folder.
+    """``source`` is a folder or the name of an embedded asset. Every error is a ``RecipeError``
+    that names the folder.
 
-    Models are loaded by the classes that the caller names, never by what ``model_index.json`` asks for, and a model
+    Models are loaded by the classes that the caller names, never by what ``model_index.json`` asks
+    for, and a model
     whose file lacks weights is refused: diffusers would fill them with random numbers.
     """
 
@@ -27,7 +31,9 @@ class PipelineFolder:
         self.path = embedded if (embedded / "model_index.json").is_file() else Path(source)
         if not self.path.is_dir():
             names = ", ".join(sorted(p.parent.name for p in ASSETS.glob("*/model_index.json")))
-            raise self.error(f"no such folder; expected a diffusers pipeline folder or one of: {names}")
+            raise self.error(
+                f"no such folder; expected a diffusers pipeline folder or one of: {names}"
+            )
         index = self.path / "model_index.json"
         if not index.is_file():
             raise self.error("not a diffusers pipeline folder, it has no model_index.json")
@@ -46,7 +52,9 @@ class PipelineFolder:
             raise self.error(f"{path.name} is not JSON: {error}") from error
 
     def class_of(self, part: str) -> str | None:
-        """The class that the index gives for a part; None where the pipeline was saved without it."""
+        """The class that the index gives for a part; None where the pipeline was saved without
+        it.
+        """
         entry = self.index.get(part)
         return entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
 
@@ -62,7 +70,8 @@ class PipelineFolder:
         files = list((self.path / part).glob("*.safetensors"))
         if not files:
             raise self.error(
-                f"{part!r} has no .safetensors weights; pickled weights are refused, and diffusers' save_pretrained "
+                f"{part!r} has no .safetensors weights; pickled weights are refused, and "
+                "diffusers' save_pretrained "
                 "turns them into the other kind"
             )
         for index in (self.path / part).glob("*.safetensors.index.json"):
@@ -75,7 +84,9 @@ class PipelineFolder:
                 with safe_open(file, "pt"):
                     pass
             except (SafetensorError, OSError) as error:
-                raise self.error(f"{part!r}: {file.name} is damaged or cut short: {_line(error)}") from error
+                raise self.error(
+                    f"{part!r}: {file.name} is damaged or cut short: {_line(error)}"
+                ) from error
 
     def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
         """A model of diffusers or transformers, frozen, in eval mode."""
@@ -86,14 +97,21 @@ class PipelineFolder:
                 self.path / part, use_safetensors=True, output_loading_info=True, **cast
             )
         except Exception as error:  # diffusers, transformers and safetensors each raise their own
-            raise self.error(f"{part!r} cannot be loaded as a {kind.__name__}: {_line(error)}") from error
+            raise self.error(
+                f"{part!r} cannot be loaded as a {kind.__name__}: {_line(error)}"
+            ) from error
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
-            raise self.error(f"{part!r} lacks {len(missing)} weights of a {kind.__name__}, the first is {missing[0]}")
+            raise self.error(
+                f"{part!r} lacks {len(missing)} weights of a {kind.__name__}, the first is "
+                f"{missing[0]}"
+            )
         return model.to(device).eval().requires_grad_(False)
 
     def class_names(self, given: Sequence[str] | None) -> tuple[str, ...] | None:
-        """``given``, or what the folder says in class_names.json (a list) or in the index's id2label, or None."""
+        """``given``, or what the folder says in class_names.json (a list) or in the index's
+        id2label, or None.
+        """
         if given is not None:
             return self._checked(given, "class_names")
         path = self.path / "class_names.json"
@@ -104,7 +122,9 @@ class PipelineFolder:
         try:
             names = {int(key): value for key, value in self.index["id2label"].items()}
         except (AttributeError, ValueError) as error:
-            raise self.error("id2label in model_index.json is not a table with the ids 0, 1, 2, ...") from error
+            raise self.error(
+                "id2label in model_index.json is not a table with the ids 0, 1, 2, ..."
+            ) from error
         if sorted(names) != list(range(len(names))):
             raise self.error("id2label in model_index.json needs the ids 0, 1, 2, ... without gaps")
         return self._checked([names[i] for i in range(len(names))], "id2label")

@@ -24,12 +24,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The parts of a pipeline folder that a sampler needs; ``dpfast.generate.pipelines.families`` lists the families.
+    """The parts of a pipeline folder that a sampler needs; ``dpfast.generate.pipelines.families``
+    lists the families.
 
-    Labels are class ids, indices into ``class_names``, for every family. An unconditional generator has no classes: its
-    images do not depend on their labels. It has the single class "unconditional", unless ``class_names`` are given;
-    their number is then the number of classes, so that a learner of as many can guide it and the labels that the
-    caller chose stay with the samples.
+    Labels are class ids, indices into ``class_names``, for every family. An unconditional generator
+    has no classes: its images do not depend on their labels. It has the single class
+    "unconditional", unless ``class_names`` are given; their number is then the number of classes,
+    so that a learner of as many can guide it and the labels that the caller chose stay with the
+    samples.
     """
 
     folder: Path
@@ -54,29 +56,38 @@ class Pipeline:
         class_names: Sequence[str] | None = None,
         prompt_template: str = "a photo of a {}",
     ) -> Pipeline:
-        """Loads a local folder that the ``save_pretrained`` of its diffusers pipeline wrote, from safetensors only.
+        """Loads a local folder that the ``save_pretrained`` of its diffusers pipeline wrote, from
+        safetensors only.
 
         Args:
-            source: a folder, or the name of an embedded asset ("fashion"). An optional ``tiny_decoder``
-                (``AutoencoderTiny``) beside the pipeline's own parts serves the guidance path. A safety checker is not
-                loaded.
+            source: a folder, or the name of an embedded asset ("fashion"). An optional
+            ``tiny_decoder``
+                (``AutoencoderTiny``) beside the pipeline's own parts serves the guidance path. A
+                safety checker is not loaded.
             device: of all parts and tables; a name is "auto", "cpu", "cuda" or "cuda:N".
-            dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents, images and the
+            dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents,
+            images and the
                 solver stay in float32.
             attention: "sdpa" or "xformers", which must match torch and needs a GPU.
-            channels_last: memory format of the convolutional models, UNets and full decoders; the tiny decoder always
+            channels_last: memory format of the convolutional models, UNets and full decoders; the
+            tiny decoder always
                 has it.
-            class_names: names of the classes by id; None: those of the folder, in ``class_names.json`` (a list) or in
+            class_names: names of the classes by id; None: those of the folder, in
+            ``class_names.json`` (a list) or in
                 the ``id2label`` of its ``model_index.json``.
-            prompt_template: what a text-conditioned family is asked for, with "{}" for the class name.
+            prompt_template: what a text-conditioned family is asked for, with "{}" for the class
+            name.
 
-        Raises ``RecipeError`` for a missing folder or part, weights that are missing, incomplete or pickled, a pipeline
-        of another family, class names that are missing or do not fit the model, a scheduler option without a solver
-        here, an unknown device, dtype or attention, and where xformers is missing, does not match or has no GPU.
+        Raises ``RecipeError`` for a missing folder or part, weights that are missing, incomplete or
+        pickled, a pipeline of another family, class names that are missing or do not fit the model,
+        a scheduler option without a solver here, an unknown device, dtype or attention, and where
+        xformers is missing, does not match or has no GPU.
         """
         placed = device if isinstance(device, torch.device) else device_named(device)
         kind = kernels.checked(attention, placed)
-        options = families.Options(placed, _dtype(dtype), kind, channels_last, class_names, prompt_template)
+        options = families.Options(
+            placed, _dtype(dtype), kind, channels_last, class_names, prompt_template
+        )
         folder = PipelineFolder(source)
         parts = families.load(folder, options)
         return cls(
@@ -95,15 +106,18 @@ class Pipeline:
 
         Args:
             steps: between 1 and the scheduler's trained timesteps.
-            solver: "ddim", "dpmpp2m" (DPM-Solver++ 2M), for distilled models "lcm" and "tcd", for flow-matching models
+            solver: "ddim", "dpmpp2m" (DPM-Solver++ 2M), for distilled models "lcm" and "tcd", for
+            flow-matching models
                 "euler"; "auto" is "ddim", or the one that the model was distilled or trained for.
             eta: noise of DDIM, 0 deterministic to 1 ancestral; the gamma of TCD.
 
-        Raises ``ValueError`` for steps, a solver or an eta that the scheduler does not take, and for an option of the
-        scheduler that the solver has no table for; the message names it.
+        Raises ``ValueError`` for steps, a solver or an eta that the scheduler does not take, and
+        for an option of the scheduler that the solver has no table for; the message names it.
         """
         tokens = getattr(self.denoiser, "image_tokens", 0)
-        return solver_table(self.scheduler, steps, solver=solver, eta=eta, image_tokens=tokens).to(self.device)
+        return solver_table(self.scheduler, steps, solver=solver, eta=eta, image_tokens=tokens).to(
+            self.device
+        )
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -11,12 +11,14 @@ GAIN = 1.05  # a doubling that brings less than this is not worth its memory
 
 
 class BatchSizer:
-    """Doubles the batch while samples per second grow, then keeps the best size. Out of memory halves it for good.
+    """Doubles the batch while samples per second grow, then keeps the best size. Out of memory
+    halves it for good.
 
         while samples remain:
             make `sizer.size` of them, then `sizer.report(seconds)` or `sizer.out_of_memory(error)`
 
-    Two doublings in a row must fail to gain before the search ends: one slow batch says little on a busy machine.
+    Two doublings in a row must fail to gain before the search ends: one slow batch says little on a
+    busy machine.
     """
 
     def __init__(self, first: int, *, limit: int, search: bool = True) -> None:
@@ -50,5 +52,7 @@ class BatchSizer:
     def _settle(self) -> None:
         self.searching = False
         best = max(self._rates.values(), default=0.0)
-        fit = [size for size, rate in self._rates.items() if rate * GAIN >= best and size <= self.limit]
+        fit = [
+            size for size, rate in self._rates.items() if rate * GAIN >= best and size <= self.limit
+        ]
         self.size = min(fit, default=min(self.size, self.limit))

@@ -1,9 +1,10 @@
 """``compile="auto"``: does compiling pay for itself within the samples that are asked for?
 
-Compiling costs seconds once, and saves a share of every sample after it. Both are measured when a machine compiles, and
-kept in ``compile.json`` under ``$DPFAST_CACHE`` (default: ``$XDG_CACHE_HOME/dpfast`` or ``~/.cache/dpfast``). A model
-that was never compiled here takes the figures of those that were, and a new machine the assumption below. A filled
-inductor cache makes later compilations cheaper; the figure is the last one measured, so it follows.
+Compiling costs seconds once, and saves a share of every sample after it. Both are measured when a
+machine compiles, and kept in ``compile.json`` under ``$DPFAST_CACHE`` (default:
+``$XDG_CACHE_HOME/dpfast`` or ``~/.cache/dpfast``). A model that was never compiled here takes the
+figures of those that were, and a new machine the assumption below. A filled inductor cache makes
+later compilations cheaper; the figure is the last one measured, so it follows.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class CompileCost:
     speedup: float  # eager seconds of a sample over compiled ones
 
 
-# Before anything is measured. CPU: two cores, the embedded generator at batch 64, the best of four interleaved batches.
-# GPU: an H200 gained 1.08 from the blocks of DiT-XL/2; its whole step had not compiled after 190 s.
+# Before anything is measured. CPU: two cores, the embedded generator at batch 64, the best of four
+# interleaved batches. GPU: an H200 gained 1.08 from the blocks of DiT-XL/2; its whole step had not
+# compiled after 190 s.
 ASSUMED = {"cpu": CompileCost(75.0, 1.15), "cuda": CompileCost(300.0, 1.1)}
 
 
@@ -57,7 +59,10 @@ def machine(device: torch.device) -> str:
     """What a measured cost holds for: the device, its threads and torch."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{platform.machine()} {cpus()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return (
+        f"{platform.machine()} {cpus()} cores, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}"
+    )
 
 
 class CompileCosts:
@@ -77,7 +82,10 @@ class CompileCosts:
     def known(self) -> tuple[CompileCost, str]:
         """The best known cost, and where it comes from."""
         try:
-            here = {name: CompileCost(**cost) for name, cost in self._read().get(self.machine, {}).items()}
+            here = {
+                name: CompileCost(**cost)
+                for name, cost in self._read().get(self.machine, {}).items()
+            }
         except (AttributeError, TypeError):
             here = {}
         if self.model in here:
@@ -85,7 +93,8 @@ class CompileCosts:
         if here:
             costs = here.values()
             return CompileCost(
-                statistics.median(c.seconds for c in costs), statistics.median(c.speedup for c in costs)
+                statistics.median(c.seconds for c in costs),
+                statistics.median(c.speedup for c in costs),
             ), "measured on other models"
         return ASSUMED.get(self.device.type, ASSUMED["cpu"]), "assumed"
 
@@ -94,13 +103,16 @@ class CompileCosts:
         cost, source = self.known()
         saved = samples * seconds_per_sample * (1 - 1 / max(cost.speedup, 1e-9))
         reason = (
-            f"{samples} samples at {seconds_per_sample * 1e3:.1f} ms; compiling takes {cost.seconds:.0f} s and makes a "
+            f"{samples} samples at {seconds_per_sample * 1e3:.1f} ms; compiling takes "
+            f"{cost.seconds:.0f} s and makes a "
             f"sample {cost.speedup:.2f}x as fast ({source}), saving {max(saved, 0.0):.0f} s"
         )
         return Decision(saved > cost.seconds, reason)
 
     def record(self, cost: CompileCost) -> None:
-        """Keeps a measured cost. A folder that cannot be written is no error: the next process measures again."""
+        """Keeps a measured cost. A folder that cannot be written is no error: the next process
+        measures again.
+        """
         table = self._read()
         table.setdefault(self.machine, {})[self.model] = asdict(cost)
         with contextlib.suppress(OSError):
@@ -111,9 +123,11 @@ class CompileCosts:
 
 
 class Tuner:
-    """Decides for each batch of a stream whether its steps run compiled, and measures what compiling cost and brought.
+    """Decides for each batch of a stream whether its steps run compiled, and measures what
+    compiling cost and brought.
 
-    mode: True, False or "auto"; decision: the last one, and why; costs: what is known about this machine.
+    mode: True, False or "auto"; decision: the last one, and why; costs: what is known about this
+    machine.
     """
 
     def __init__(self, costs: CompileCosts, mode: bool | Literal["auto"]) -> None:
@@ -124,18 +138,24 @@ class Tuner:
         self._recorded = False
 
     def decide(self, execution: Execution, size: int, samples: int) -> bool:
-        """Whether a batch of ``size`` runs compiled, with ``samples`` to go. The first eager batch measures."""
+        """Whether a batch of ``size`` runs compiled, with ``samples`` to go. The first eager batch
+        measures.
+        """
         if execution.compiled and execution.batch == size and self.decision.compile:
             return True
         if self.mode == "auto" and self._eager is not None:
             self.decision = self.costs.decide(samples, self._eager)
-            log.info("compile: %s; %s", "yes" if self.decision.compile else "no", self.decision.reason)
+            log.info(
+                "compile: %s; %s", "yes" if self.decision.compile else "no", self.decision.reason
+            )
         if self.decision.compile:
             self._first, self._recorded = None, False
         return self.decision.compile
 
     def report(self, execution: Execution, size: int, seconds: float) -> None:
-        """A whole batch took so long. The second compiled one shows what the first one spent on compiling."""
+        """A whole batch took so long. The second compiled one shows what the first one spent on
+        compiling.
+        """
         if not execution.compiled:
             self._eager = seconds / size
         elif self._first is None:
@@ -144,6 +164,10 @@ class Tuner:
             cost = CompileCost(max(0.0, self._first - seconds), self._eager * size / seconds)
             self.costs.record(cost)
             self._recorded = True
-            log.info("compiling took %.0f s and makes a sample %.2fx as fast", cost.seconds, cost.speedup)
+            log.info(
+                "compiling took %.0f s and makes a sample %.2fx as fast", cost.seconds, cost.speedup
+            )
             if self.mode == "auto" and cost.speedup < 1:
-                self.decision = Decision(False, f"compiled samples are {cost.speedup:.2f}x as fast (measured)")
+                self.decision = Decision(
+                    False, f"compiled samples are {cost.speedup:.2f}x as fast (measured)"
+                )

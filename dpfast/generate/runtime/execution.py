@@ -1,7 +1,8 @@
-"""How the variants of a step run: eagerly, compiled as one full graph each or by their denoiser's blocks, replayed from
-a CUDA graph, or both.
+"""How the variants of a step run: eagerly, compiled as one full graph each or by their denoiser's
+blocks, replayed from a CUDA graph, or both.
 
-A prepared execution takes batches of one size; a smaller batch is filled up with copies of its last row.
+A prepared execution takes batches of one size; a smaller batch is filled up with copies of its last
+row.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ Region = Literal["step", "blocks"]
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a Python function that torch.compile counts apart.
 
-    Compilations are cached, and limited in their number, by code object. The steps of all samplers of a process come
-    from one; sharing it, the ninth compiled sampler would fail.
+    Compilations are cached, and limited in their number, by code object. The steps of all samplers
+    of a process come from one; sharing it, the ninth compiled sampler would fail.
     """
     own = types.FunctionType(
         function.__code__.replace(),
@@ -55,7 +56,8 @@ class Execution:
         parts: what the steps are made of.
         recorder: captures prepared steps; None runs them as they are.
         backend: of ``torch.compile``.
-        region: what is compiled, whole steps or the denoiser's blocks (``dpfast.generate.runtime.regional``).
+        region: what is compiled, whole steps or the denoiser's blocks
+        (``dpfast.generate.runtime.regional``).
     """
 
     def __init__(
@@ -67,12 +69,16 @@ class Execution:
         region: Region = "step",
     ) -> None:
         self.parts, self.recorder, self.backend, self.region = parts, recorder, backend, region
-        self.batch: int | None = None  # the size that prepared steps take; None: eager steps of any size
+        self.batch: int | None = (
+            None  # the size that prepared steps take; None: eager steps of any size
+        )
         self.compiled = False
         self._functions: dict[Variant | str, Callable[..., Any]] = {}
 
     def prepare(self, batch: int, *, compile: bool) -> None:
-        """From here on, batches of up to ``batch`` run compiled (``compile``) and captured (with a recorder)."""
+        """From here on, batches of up to ``batch`` run compiled (``compile``) and captured (with a
+        recorder).
+        """
         if (self.batch, self.compiled) != (batch, compile):
             self.close()
             self.batch, self.compiled = batch, compile
@@ -91,7 +97,9 @@ class Execution:
         if key not in self._functions:
             function: Callable[..., Any]
             parts = self._by_blocks if self.compiled and self.region == "blocks" else self.parts
-            function = step_function(parts, key) if isinstance(key, Variant) else finish_function(parts)
+            function = (
+                step_function(parts, key) if isinstance(key, Variant) else finish_function(parts)
+            )
             if self.compiled and self.region == "step":
                 function = self._compile(function)
             if self.batch is not None and self.recorder is not None:
@@ -110,7 +118,9 @@ class Execution:
         return replace(parts, denoiser=twin, path=path, cache=parts.cache and FeatureCache(twin))
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(with_own_code(function), fullgraph=True, dynamic=False, backend=self.backend)
+        return torch.compile(
+            with_own_code(function), fullgraph=True, dynamic=False, backend=self.backend
+        )
 
     def _weights(self) -> Iterable[Tensor]:
         """What of the learner a capture reads in place; the generator's own weights are frozen."""
@@ -120,7 +130,9 @@ class Execution:
             yield from learner.buffers()
 
     def refresh(self) -> None:
-        """At the start of a batch: captures follow weights that were replaced instead of updated in place."""
+        """At the start of a batch: captures follow weights that were replaced instead of updated in
+        place.
+        """
         for function in self._functions.values():
             if isinstance(function, Captured):
                 function.refresh()
@@ -128,11 +140,17 @@ class Execution:
     @property
     def fallbacks(self) -> dict[str, str]:
         """Why steps are not captured although a recorder is there: name of the step -> reason."""
-        captured = (function for function in self._functions.values() if isinstance(function, Captured))
-        return {function.name: function.reason for function in captured if function.reason is not None}
+        captured = (
+            function for function in self._functions.values() if isinstance(function, Captured)
+        )
+        return {
+            function.name: function.reason for function in captured if function.reason is not None
+        }
 
     def release(self) -> None:
-        """Releases captures; the steps stay compiled and prepared, and are captured anew when they run."""
+        """Releases captures; the steps stay compiled and prepared, and are captured anew when they
+        run.
+        """
         for function in self._functions.values():
             if isinstance(function, Captured):
                 function.close()

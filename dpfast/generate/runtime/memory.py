@@ -20,7 +20,9 @@ LARGEST = 64  # samples of a batch that is counted
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations create, while they live: ``live`` now, ``peak`` at most."""
+    """Counts the bytes of storages that operations create, while they live: ``live`` now, ``peak``
+    at most.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,10 +67,10 @@ def peak_bytes(call: Callable[[], object]) -> int:
 def bytes_per_sample(call: Callable[[int], object], *, first: int = 1) -> tuple[int, int]:
     """(fixed, per sample) bytes of ``call(batch)``, a line through its peaks at two batches.
 
-    The peak of a batch is the largest of several moments, and those that do not grow with it, as when the gradients of
-    all weights are there, hide the others in small batches. So batches double from ``first`` until the line goes on as
-    it came (two slopes in a row differ by at most 2 %) and what grows is the larger part. Where memory runs out before,
-    the last slope is taken.
+    The peak of a batch is the largest of several moments, and those that do not grow with it, as
+    when the gradients of all weights are there, hide the others in small batches. So batches double
+    from ``first`` until the line goes on as it came (two slopes in a row differ by at most 2 %) and
+    what grows is the larger part. Where memory runs out before, the last slope is taken.
     """
     size, before, slope = first, peak_bytes(lambda: call(first)), 0
     while size < LARGEST:
@@ -86,14 +88,18 @@ def bytes_per_sample(call: Callable[[int], object], *, first: int = 1) -> tuple[
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of a GPU; of a CPU this rank's part of what is free to the job (``dpfast.hardware.memory``)."""
+    """Free memory of a GPU; of a CPU this rank's part of what is free to the job
+    (``dpfast.hardware.memory``).
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_bytes() // local_ranks()
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of a GPU what torch allocated, on a CPU resident memory."""
+    """The most bytes that this process has held: of a GPU what torch allocated, on a CPU resident
+    memory.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux

@@ -1,12 +1,14 @@
 """Regional compilation: all blocks of a deep transformer share one compiled block.
 
-A whole step compiles every block again, so its compile time grows with the depth. Here the step stays eager and calls
-one compiled block after the other; weights are inputs of the compiled code, so all blocks of a kind share it. What lies
-outside of the blocks (embeddings, decoder, learner) runs eagerly.
+A whole step compiles every block again, so its compile time grows with the depth. Here the step
+stays eager and calls one compiled block after the other; weights are inputs of the compiled code,
+so all blocks of a kind share it. What lies outside of the blocks (embeddings, decoder, learner)
+runs eagerly.
 
-Guided steps differentiate through the blocks. torch.compile (2.13) refuses a compiled function inside an eager
-``torch.func.vjp``, so autograd records them (``GuidancePath.taped``): the compiled forward keeps what its backward pass
-needs. Where memory does not allow that, a block keeps its inputs alone and runs forward again.
+Guided steps differentiate through the blocks. torch.compile (2.13) refuses a compiled function
+inside an eager ``torch.func.vjp``, so autograd records them (``GuidancePath.taped``): the compiled
+forward keeps what its backward pass needs. Where memory does not allow that, a block keeps its
+inputs alone and runs forward again.
 """
 
 from __future__ import annotations
@@ -25,23 +27,31 @@ Names = tuple[str, ...]
 
 
 def has_region(denoiser: Any) -> bool:
-    """Whether the denoiser's model has transformer blocks; a UNet's levels differ, each from the next."""
+    """Whether the denoiser's model has transformer blocks; a UNet's levels differ, each from the
+    next.
+    """
     return len(getattr(getattr(denoiser, "model", None), "transformer_blocks", ())) > 0
 
 
 def regional(
-    denoiser: Any, compile: Callable[[Callable[..., Any]], Callable[..., Any]], *, recompute: bool = False
+    denoiser: Any,
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]],
+    *,
+    recompute: bool = False,
 ) -> Any:
-    """A twin of a denoiser for which ``has_region`` holds, with the same weights and compiled blocks.
+    """A twin of a denoiser for which ``has_region`` holds, with the same weights and compiled
+    blocks.
 
-    compile: makes a compiled function of a plain one. recompute: the backward pass of a block runs its forward again.
+    compile: makes a compiled function of a plain one. recompute: the backward pass of a block runs
+    its forward again.
     """
     run = compile(_forward)
     if recompute:
         run = partial(checkpointed, run)
     blocks = list(denoiser.model.transformer_blocks)
     return with_blocks(
-        denoiser, {"transformer_blocks": [_twin(block, index, run) for index, block in enumerate(blocks)]}
+        denoiser,
+        {"transformer_blocks": [_twin(block, index, run) for index, block in enumerate(blocks)]},
     )
 
 
@@ -54,7 +64,8 @@ def _forward(block: nn.Module, names: Names, *tensors: Tensor) -> tuple[Tensor, 
 
 
 def _twin(block: nn.Module, index: int, run: Callable[..., tuple[Tensor, ...]]) -> nn.Module:
-    # A DiT's block knows its place in the modulations. All blocks share the code, so each gets its own row as row 0.
+    # A DiT's block knows its place in the modulations. All blocks share the code, so each gets its
+    # own row as row 0.
     alike = copy.copy(block)
     alike._modules = dict(block._modules)
     if hasattr(block.norm1, "block"):
@@ -67,8 +78,14 @@ def _twin(block: nn.Module, index: int, run: Callable[..., tuple[Tensor, ...]]) 
         timestep = given.get("timestep")
         if isinstance(timestep, Conditioned):
             modulations = timestep.modulations[index : index + 1]
-            given = {"hidden_states": given["hidden_states"], "modulations": modulations, "output": timestep.output}
-        given = {name: value.contiguous() for name, value in given.items() if isinstance(value, Tensor)}
+            given = {
+                "hidden_states": given["hidden_states"],
+                "modulations": modulations,
+                "output": timestep.output,
+            }
+        given = {
+            name: value.contiguous() for name, value in given.items() if isinstance(value, Tensor)
+        }
         out = run(alike, tuple(given), *given.values())
         if "encoder_hidden_states" not in given:
             return out[0]

@@ -1,4 +1,6 @@
-"""The Triton kernels of `entropy_and_grad`: whole rows in registers, or a running sum over long ones."""
+"""The Triton kernels of `entropy_and_grad`: whole rows in registers, or a running sum over long
+ones.
+"""
 
 # Triton gives the parameters of a kernel their types when it is launched.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,7 +20,9 @@ CHUNK = 4096
 
 @triton.jit
 def _exponential(z, top, inverse_temperature):
-    """d = (z - top) / T, never below FLOOR, and e^d. Comparisons, not maxima: they let a NaN through."""
+    """d = (z - top) / T, never below FLOOR, and e^d. Comparisons, not maxima: they let a NaN
+    through.
+    """
     d = (z - top) * inverse_temperature
     d = tl.where(d < FLOOR, FLOOR, d)
     return d, tl.where(d <= FLOOR, 0.0, tl.exp(d))
@@ -38,12 +42,17 @@ def rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS whole rows a program. The row stride comes in units of UNIT, which tells the compiler its alignment."""
+    """ROWS whole rows a program. The row stride comes in units of UNIT, which tells the compiler
+    its alignment.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row[:, None] < rows) & (column < CLASSES)
-    z = tl.load(logits + row[:, None] * stride_units * UNIT + column, mask=inside, other=float("-inf")).to(tl.float32)
-    # LOWEST keeps a row of -inf from inf - inf; its sum is 0, and 0 / 0 makes it NaN as it should be.
+    z = tl.load(
+        logits + row[:, None] * stride_units * UNIT + column, mask=inside, other=float("-inf")
+    ).to(tl.float32)
+    # LOWEST keeps a row of -inf from inf - inf; its sum is 0, and 0 / 0 makes it NaN as it should
+    # be.
     top = tl.maximum(tl.max(z, axis=1), LOWEST)[:, None]
     d, e = _exponential(z, top, inverse_temperature)
     total = tl.sum(e, axis=1)
@@ -67,7 +76,9 @@ def online_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program, too long for registers: running sums, and a second read for the gradient."""
+    """One row a program, too long for registers: running sums, and a second read for the
+    gradient.
+    """
     row = tl.program_id(0).to(tl.int64)
     source = logits + row * stride_units * UNIT
     top = tl.full((), LOWEST, tl.float32)
@@ -92,7 +103,9 @@ def online_kernel(
             z = tl.load(source + column, mask=inside, other=float("-inf")).to(tl.float32)
             d, e = _exponential(z, top, inverse_temperature)
             gradient = e * (d - mean) * scale
-            tl.store(dlogits + row * CLASSES + column, gradient.to(dlogits.dtype.element_ty), mask=inside)
+            tl.store(
+                dlogits + row * CLASSES + column, gradient.to(dlogits.dtype.element_ty), mask=inside
+            )
 
 
 def settings(classes: int) -> tuple[int, int, int]:
@@ -104,7 +117,9 @@ def settings(classes: int) -> tuple[int, int, int]:
 
 
 def launch(logits: Tensor, temperature: float, entropy: Tensor, dlogits: Tensor | None) -> None:
-    """Writes the entropy, and the gradient where `dlogits` is given; the columns of `logits` are contiguous."""
+    """Writes the entropy, and the gradient where `dlogits` is given; the columns of `logits` are
+    contiguous.
+    """
     rows, classes = logits.shape
     if rows == 0:
         return
@@ -114,9 +129,20 @@ def launch(logits: Tensor, temperature: float, entropy: Tensor, dlogits: Tensor 
     target, gradient = (entropy, False) if dlogits is None else (dlogits, True)
     if classes <= ONE_BLOCK:
         rows_kernel[(-(-rows // tile),)](
-            logits, entropy, target, rows, stride, scale, classes, unit, gradient, tile, block, num_warps=warps
-        )  # fmt: skip
+            logits,
+            entropy,
+            target,
+            rows,
+            stride,
+            scale,
+            classes,
+            unit,
+            gradient,
+            tile,
+            block,
+            num_warps=warps,
+        )
     else:
         online_kernel[(rows,)](
             logits, entropy, target, stride, scale, classes, unit, gradient, block, num_warps=warps
-        )  # fmt: skip
+        )

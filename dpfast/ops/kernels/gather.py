@@ -1,4 +1,6 @@
-"""The Triton kernel of `gather_batch`: bytes in wide loads, interleaved and mirrored on the chip."""
+"""The Triton kernel of `gather_batch`: bytes in wide loads, interleaved and mirrored on the
+chip.
+"""
 
 # Triton gives the parameters of a kernel their types when it is launched.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -34,10 +36,12 @@ def gather_kernel(
     PLANES: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """PIXELS output pixels a program, of one plane or, in channels_last order, of all (PLANES, a power of two).
+    """PIXELS output pixels a program, of one plane or, in channels_last order, of all (PLANES, a
+    power of two).
 
-    Bytes arrive in groups of GROUP, a divisor of the width, and so does a mirror image: the groups of a line are read
-    in reverse order, and the bytes of a group are reversed on the chip, where channels are interleaved as well.
+    Bytes arrive in groups of GROUP, a divisor of the width, and so does a mirror image: the groups
+    of a line are read in reverse order, and the bytes of a group are reversed on the chip, where
+    channels are interleaved as well.
     """
     PLANE: tl.constexpr = HEIGHT * WIDTH
     COUNT: tl.constexpr = CHANNELS if CHANNELS_LAST else 1
@@ -51,23 +55,28 @@ def gather_kernel(
 
     plane = tl.arange(0, PLANES)[:, None, None]
     group = first_pixel // GROUP + tl.arange(0, PIXELS // GROUP)[None, :, None]
-    # A product, not a choice, and of whole groups: the compiler can tell that every start is aligned.
+    # A product, not a choice, and of whole groups: the compiler can tell that every start is
+    # aligned.
     start = (group + mirrored * (WIDTH // GROUP - 1 - 2 * (group % (WIDTH // GROUP)))) * GROUP
     inside = (plane < COUNT) & (group < PLANE // GROUP)
     lane = tl.arange(0, GROUP)[None, None, :]
-    byte = tl.reshape(tl.load(source + (plane * PLANE + start + lane), mask=inside, other=0), (PLANES * PIXELS,))
+    byte = tl.reshape(
+        tl.load(source + (plane * PLANE + start + lane), mask=inside, other=0), (PLANES * PIXELS,)
+    )
 
     element = tl.arange(0, PLANES * PIXELS)
     pixel, channel = element // COUNT, element % COUNT
     if FLIP or COUNT > 1:
-        # The elements behind the last of COUNT * PIXELS are not stored; their index only has to exist.
+        # The elements behind the last of COUNT * PIXELS are not stored; their index only has to
+        # exist.
         here = tl.minimum(pixel, PIXELS - 1)
         if FLIP:
             here = here ^ (mirrored * (GROUP - 1))
         byte = tl.gather(byte, channel * PIXELS + here, 0)
     byte = byte.to(tl.float32)
     value = tl.full((PLANES * PIXELS,), 0.0, tl.float32)
-    # A choice between results: two loads an element would be dearer, and a choice between factors needs more registers.
+    # A choice between results: two loads an element would be dearer, and a choice between factors
+    # needs more registers.
     for c in tl.static_range(COUNT):
         factor, offset = tl.load(scale + first_channel + c), tl.load(bias + first_channel + c)
         value = tl.where(channel == c, byte * factor + offset, value)
@@ -78,7 +87,9 @@ def gather_kernel(
 
 
 def settings(channels: int, height: int, width: int, channels_last: bool) -> tuple[int, int, int]:
-    """Bytes of a group, planes and pixels of a program, which loads 16 bytes a thread where there are as many."""
+    """Bytes of a group, planes and pixels of a program, which loads 16 bytes a thread where there
+    are as many.
+    """
     group = math.gcd(width, 16)
     planes = next_power(channels) if channels_last else 1
     return group, planes, max(group, min(next_power(height * width), 2048 // planes))

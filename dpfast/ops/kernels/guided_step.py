@@ -1,9 +1,10 @@
 """The Triton kernel of `guided_step`; the formula stands in dpfast/ops/guided_step.py.
 
-A sample of up to 16,384 elements belongs to one program, which keeps x and the gradient in registers while it sums
-their squares, then x0 and eps in their place: each tensor is read once. They are held as chunks, of which a thread
-loads 16 bytes at a time. A longer sample is split over programs: a first kernel leaves partial sums, the second adds
-them up and makes the step.
+A sample of up to 16,384 elements belongs to one program, which keeps x and the gradient in
+registers while it sums
+their squares, then x0 and eps in their place: each tensor is read once. They are held as chunks, of
+which a thread loads 16 bytes at a time. A longer sample is split over programs: a first kernel
+leaves partial sums, the second adds them up and makes the step.
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
@@ -29,7 +30,9 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 class Limit(NamedTuple):
-    """How x0 is limited: `kind` 0 not at all, 1 at `bound`, 2 at a quantile found on chip, 3 at given bounds (B,)."""
+    """How x0 is limited: `kind` 0 not at all, 1 at `bound`, 2 at a quantile found on chip, 3 at
+    given bounds (B,).
+    """
 
     kind: int
     bound: float | Tensor = 0.0
@@ -69,7 +72,9 @@ def _sum_of_squares(chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _count_below(x0s, limit, CHUNKS: tl.constexpr):
-    """How many of |x0| are below a limit: the comparison takes the magnitude itself, so nothing but x0 is kept."""
+    """How many of |x0| are below a limit: the comparison takes the magnitude itself, so nothing but
+    x0 is kept.
+    """
     count = (tl.abs(x0s[0]) < limit).to(tl.int32)
     for i in tl.static_range(1, CHUNKS):
         count += (tl.abs(x0s[i]) < limit).to(tl.int32)
@@ -78,15 +83,19 @@ def _count_below(x0s, limit, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _quantile(x0s, below, fraction, CHUNKS: tl.constexpr):
-    """Between the values number `below` and `below + 1` of |x0|, found bit by bit: they order as their bits do.
+    """Between the values number `below` and `below + 1` of |x0|, found bit by bit: they order as
+    their bits do.
 
-    Lanes past the end hold infinity. A NaN is below nothing, so that as many of the lowest values are missing.
+    Lanes past the end hold infinity. A NaN is below nothing, so that as many of the lowest values
+    are missing.
     """
     found = tl.zeros((), tl.int32)
     bit = tl.full((), 1 << 30, tl.int32)
     for _ in range(31):
         trial = tl.minimum(found | bit, INFINITY)
-        found = tl.where(_count_below(x0s, trial.to(tl.float32, bitcast=True), CHUNKS) <= below, trial, found)
+        found = tl.where(
+            _count_below(x0s, trial.to(tl.float32, bitcast=True), CHUNKS) <= below, trial, found
+        )
         bit = bit >> 1
     low = found.to(tl.float32, bitcast=True)
     above = tl.where(tl.abs(x0s[0]) > low, tl.abs(x0s[0]), float("inf"))
@@ -96,14 +105,29 @@ def _quantile(x0s, below, fraction, CHUNKS: tl.constexpr):
         broken = broken | (x0s[i] != x0s[i])
     repeated = _count_below(x0s, (found + 1).to(tl.float32, bitcast=True), CHUNKS) > below + 1
     high = tl.where(repeated | (fraction == 0.0), low, tl.min(above, axis=0))
-    return tl.where(tl.max(broken.to(tl.int32), axis=0) > 0, float("nan"), low + fraction * (high - low))
+    return tl.where(
+        tl.max(broken.to(tl.int32), axis=0) > 0, float("nan"), low + fraction * (high - low)
+    )
 
 
 @triton.jit
 def _predict(
-    state, gradient, pred_cond, pred_uncond, base, at, scale, push, finite, alpha, sigma,
-    ELEMENTS: tl.constexpr, GUIDED: tl.constexpr, RELATIVE: tl.constexpr, PREDICTION: tl.constexpr,
-):  # fmt: skip
+    state,
+    gradient,
+    pred_cond,
+    pred_uncond,
+    base,
+    at,
+    scale,
+    push,
+    finite,
+    alpha,
+    sigma,
+    ELEMENTS: tl.constexpr,
+    GUIDED: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    PREDICTION: tl.constexpr,
+):
     """x0 and eps of one chunk, in fp32."""
     inside = at < ELEMENTS
     state = state.to(tl.float32)
@@ -132,10 +156,30 @@ def _predict(
 
 @triton.jit
 def _finish(
-    x0, eps, x0_prev, ids, out, x0_out, sample, base, first, bound, inverse, a, b, c, d, key, stream,
-    ELEMENTS: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Limits x0 and writes the results of one chunk, which starts at element `first` of the sample."""
+    x0,
+    eps,
+    x0_prev,
+    ids,
+    out,
+    x0_out,
+    sample,
+    base,
+    first,
+    bound,
+    inverse,
+    a,
+    b,
+    c,
+    d,
+    key,
+    stream,
+    ELEMENTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Limits x0 and writes the results of one chunk, which starts at element `first` of the
+    sample.
+    """
     at = first + tl.arange(0, BLOCK)
     inside = at < ELEMENTS
     if LIMIT > 0:
@@ -187,9 +231,11 @@ def guided_step_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """CHUNKS * BLOCK elements of one sample a program. A tensor that is None drops its term at compile time.
+    """CHUNKS * BLOCK elements of one sample a program. A tensor that is None drops its term at
+    compile time.
 
-    STEP_AT and SEED_AT: the argument is a pointer. CFG_STRIDE and OMEGA_STRIDE: 0 or 1 for a pointer, -1 for a number.
+    STEP_AT and SEED_AT: the argument is a pointer. CFG_STRIDE and OMEGA_STRIDE: 0 or 1 for a
+    pointer, -1 for a number.
     PARTS: the partial sums of a split sample, rounded up to a power of two.
     """
     sample = tl.program_id(0).to(tl.int64)
@@ -217,20 +263,31 @@ def guided_step_kernel(
     finite = True
     if grad is not None:
         if partials is None:
-            state_squares, squares = _sum_of_squares(states, CHUNKS), _sum_of_squares(gradients, CHUNKS)
+            state_squares, squares = (
+                _sum_of_squares(states, CHUNKS),
+                _sum_of_squares(gradients, CHUNKS),
+            )
         else:
             part = tl.arange(0, PARTS)
             source = partials + (sample * tl.num_programs(1) + part) * 2
-            state_squares = tl.sum(tl.load(source, mask=part < tl.num_programs(1), other=0.0), axis=0)
+            state_squares = tl.sum(
+                tl.load(source, mask=part < tl.num_programs(1), other=0.0), axis=0
+            )
             squares = tl.sum(tl.load(source + 1, mask=part < tl.num_programs(1), other=0.0), axis=0)
         finite = squares <= LARGEST
         weight = omega if OMEGA_STRIDE < 0 else tl.load(omega + sample * OMEGA_STRIDE)
         push = weight * (tl.sqrt(state_squares) / (tl.sqrt(squares) + 1e-8) if RELATIVE else sigma)
         if skipped is not None:
-            tl.atomic_add(skipped, 1, mask=(start == 0) & ((squares > LARGEST) | (squares != squares)), sem="relaxed")
+            tl.atomic_add(
+                skipped,
+                1,
+                mask=(start == 0) & ((squares > LARGEST) | (squares != squares)),
+                sem="relaxed",
+            )
 
-    # With a quantile to find, x0 and eps of all chunks stay, and a thread has no registers for the next chunk's loads.
-    # The compiler moves none across a loop. This one runs once: num_programs(1) is 1 then, which only the launch knows.
+    # With a quantile to find, x0 and eps of all chunks stay, and a thread has no registers for the
+    # next chunk's loads. The compiler moves none across a loop. This one runs once: num_programs(1)
+    # is 1 then, which only the launch knows.
     x0s = ()
     epss = ()
     for i in tl.static_range(CHUNKS):
@@ -239,15 +296,41 @@ def guided_step_kernel(
             x0, eps = states[i].to(tl.float32), gradients[i].to(tl.float32)
             for _ in range(tl.num_programs(1)):
                 x0, eps = _predict(
-                    x0, eps, pred_cond, pred_uncond, base, at, scale, push, finite, alpha, sigma,
-                    ELEMENTS, grad is not None, RELATIVE, PREDICTION,
-                )  # fmt: skip
+                    x0,
+                    eps,
+                    pred_cond,
+                    pred_uncond,
+                    base,
+                    at,
+                    scale,
+                    push,
+                    finite,
+                    alpha,
+                    sigma,
+                    ELEMENTS,
+                    grad is not None,
+                    RELATIVE,
+                    PREDICTION,
+                )
             x0 = tl.where(at < ELEMENTS, x0, float("inf"))
         else:
             x0, eps = _predict(
-                states[i], gradients[i], pred_cond, pred_uncond, base, at, scale, push, finite, alpha, sigma,
-                ELEMENTS, grad is not None, RELATIVE, PREDICTION,
-            )  # fmt: skip
+                states[i],
+                gradients[i],
+                pred_cond,
+                pred_uncond,
+                base,
+                at,
+                scale,
+                push,
+                finite,
+                alpha,
+                sigma,
+                ELEMENTS,
+                grad is not None,
+                RELATIVE,
+                PREDICTION,
+            )
         x0s = x0s + (x0,)
         epss = epss + (eps,)
 
@@ -257,7 +340,8 @@ def guided_step_kernel(
     elif LIMIT == 3:
         bound = tl.load(bound + sample)
     inverse = 1.0 / bound if LIMIT > 1 else 1.0
-    # Read here and not above: the search needs their registers. For a step outside the table x0 or eps is NaN already.
+    # Read here and not above: the search needs their registers. For a step outside the table x0 or
+    # eps is NaN already.
     a, b, c, d = tl.load(column + 2), tl.load(column + 3), tl.load(column + 4), tl.load(column + 5)
     key = wide(tl.load(seed) if SEED_AT else seed)
     for i in tl.static_range(CHUNKS):
@@ -265,17 +349,38 @@ def guided_step_kernel(
             if LIMIT == 2:
                 tl.debug_barrier()  # or ptxas unrolls it
             _finish(
-                x0s[i], epss[i], x0_prev, ids, out, x0_out, sample, base, start + i * BLOCK, bound, inverse, a, b, c, d,
-                key, row + 1, ELEMENTS, LIMIT, BLOCK,
-            )  # fmt: skip
+                x0s[i],
+                epss[i],
+                x0_prev,
+                ids,
+                out,
+                x0_out,
+                sample,
+                base,
+                start + i * BLOCK,
+                bound,
+                inverse,
+                a,
+                b,
+                c,
+                d,
+                key,
+                row + 1,
+                ELEMENTS,
+                LIMIT,
+                BLOCK,
+            )
 
 
-def settings(elements: int, itemsize: int, quantile: bool = False, noise: bool = False) -> tuple[int, int, int]:
-    """Chunks, elements of a chunk and warps of a program, for tensors whose narrowest item has `itemsize` bytes.
+def settings(
+    elements: int, itemsize: int, quantile: bool = False, noise: bool = False
+) -> tuple[int, int, int]:
+    """Chunks, elements of a chunk and warps of a program, for tensors whose narrowest item has
+    `itemsize` bytes.
 
-    A thread takes 16 bytes of each tensor and chunk. The search for a quantile takes twice as many threads, where there
-    are; with noise on top, a thread has registers for four elements a chunk, 8 bytes where an item has two. The audit
-    shows that no setting spills.
+    A thread takes 16 bytes of each tensor and chunk. The search for a quantile takes twice as many
+    threads, where there are; with noise on top, a thread has registers for four elements a chunk, 8
+    bytes where an item has two. The audit shows that no setting spills.
     """
     if elements > WHOLE:
         return 1, SPLIT, 16
@@ -293,12 +398,16 @@ def launch(call: Call) -> None:
     if call.out.shape[0] == 0:
         return
     inputs = tuple(None if tensor is None else tensor.contiguous() for tensor in call.inputs)
-    targets = [None if tensor is None else tensor.contiguous() for tensor in (call.out, call.x0_out)]
+    targets = [
+        None if tensor is None else tensor.contiguous() for tensor in (call.out, call.x0_out)
+    ]
     partials = _norms(cast(Tensor, inputs[0]), inputs[3]) if elements > WHOLE else None
     limit = Limit(0 if math.isinf(options.clip) else 1, options.clip)
     if options.threshold_ratio >= 0:
         position = options.threshold_ratio * (elements - 1)
-        limit = Limit(2, 0.0, math.floor(position), position - math.floor(position), options.threshold_maximum)
+        limit = Limit(
+            2, 0.0, math.floor(position), position - math.floor(position), options.threshold_maximum
+        )
         if elements > WHOLE:
             x0 = torch.empty(call.out.shape, dtype=torch.float32, device=call.out.device)
             bare = call._replace(sample_ids=None, skipped=None)
@@ -329,12 +438,18 @@ def _launch(
     partials: Tensor | None,
     limit: Limit,
 ) -> None:
-    """Writes contiguous `out` and `x0_out`; `inputs` are contiguous x, pred_cond, pred_uncond, grad and x0_prev."""
+    """Writes contiguous `out` and `x0_out`; `inputs` are contiguous x, pred_cond, pred_uncond, grad
+    and x0_prev.
+    """
     samples, elements = call.x.shape[0], math.prod(call.x.shape[1:])
     x, pred_cond, pred_uncond, grad, x0_prev = inputs
-    cfg_scale, omega = (v.contiguous() if isinstance(v, Tensor) else v for v in (call.cfg_scale, call.omega))
+    cfg_scale, omega = (
+        v.contiguous() if isinstance(v, Tensor) else v for v in (call.cfg_scale, call.omega)
+    )
     itemsize = min(tensor.element_size() for tensor in inputs if tensor is not None)
-    chunks, block, warps = settings(elements, itemsize, limit.kind == 2, call.sample_ids is not None)
+    chunks, block, warps = settings(
+        elements, itemsize, limit.kind == 2, call.sample_ids is not None
+    )
     parts = -(-elements // (chunks * block))
     guided_step_kernel[(samples, parts)](
         x,

@@ -16,7 +16,9 @@ BLOCK = 1024  # elements of a program
 
 @triton.jit
 def philox_words(sample, block, seed, stream):
-    """The four words of each counter, as `philox`: `block` is a tensor of block indices, the rest are int64 scalars."""
+    """The four words of each counter, as `philox`: `block` is a tensor of block indices, the rest
+    are int64 scalars.
+    """
     c0 = (sample & 0xFFFFFFFF).to(tl.uint32) + block * 0
     c1 = ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32) + block * 0
     c2 = block
@@ -36,7 +38,9 @@ def philox_words(sample, block, seed, stream):
 
 @triton.jit
 def _logarithm(u):
-    """log(u) of normal u > 0 to an ulp also next to 1, where the hardware's is not; fits as in csrc/simd.hpp."""
+    """log(u) of normal u > 0 to an ulp also next to 1, where the hardware's is not; fits as in
+    csrc/simd.hpp.
+    """
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # the mantissa lands in [sqrt(1/2), sqrt(2))
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -53,11 +57,15 @@ def _logarithm(u):
 
 @triton.jit
 def _box_muller(word, turn):
-    """Two normals from two words. The library's sine keeps a table in local memory for angles that never occur here."""
+    """Two normals from two words. The library's sine keeps a table in local memory for angles that
+    never occur here.
+    """
     u = word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
     radius = tl.sqrt(-2.0 * _logarithm(u))
     quarter = (turn + 0x20000000) >> 30
-    t = (turn - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.46291807926716e-9  # (pi / 2) / 2^30
+    t = (turn - (quarter << 30)).to(tl.int32, bitcast=True).to(
+        tl.float32
+    ) * 1.46291807926716e-9  # (pi / 2) / 2^30
     square = t * t
     s = (square * -0.000195152824745 + 0.008332160301507) * square - 0.166666552424431
     s = s * (square * t) + t
@@ -71,7 +79,9 @@ def _box_muller(word, turn):
 
 @triton.jit
 def wide(seed):
-    """A seed as int64. A sum, not a cast: the interpreter keeps a number from 2^31 on in 32 bits and calls it 64."""
+    """A seed as int64. A sum, not a cast: the interpreter keeps a number from 2^31 on in 32 bits
+    and calls it 64.
+    """
     return seed + tl.zeros((), tl.int64)
 
 
@@ -97,8 +107,11 @@ def normal_kernel(
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK elements of one sample a program. SEED_AT and STREAM_AT: the argument is a pointer instead of a number."""
-    # One axis of the grid for both: the second one ends at 65,535, which is 2^26 elements of a sample.
+    """BLOCK elements of one sample a program. SEED_AT and STREAM_AT: the argument is a pointer
+    instead of a number.
+    """
+    # One axis of the grid for both: the second one ends at 65,535, which is 2^26 elements of a
+    # sample.
     PROGRAMS: tl.constexpr = (ELEMENTS + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     first = (tl.program_id(0) % PROGRAMS).to(tl.int64) * BLOCK
@@ -115,11 +128,17 @@ def normal_kernel(
     tl.store(out + row * ELEMENTS + element, z, mask=element < ELEMENTS)
 
 
-def launch(sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | Tensor, words: bool = False) -> Tensor:
-    """The normals (B, elements), or the words themselves (B, ceil(elements / 4), 4) as int32 bits."""
+def launch(
+    sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | Tensor, words: bool = False
+) -> Tensor:
+    """The normals (B, elements), or the words themselves (B, ceil(elements / 4), 4) as int32
+    bits.
+    """
     samples = sample_ids.shape[0]
     shape = (samples, (elements + 3) // 4, 4) if words else (samples, elements)
-    out = torch.empty(shape, dtype=torch.int32 if words else torch.float32, device=sample_ids.device)
+    out = torch.empty(
+        shape, dtype=torch.int32 if words else torch.float32, device=sample_ids.device
+    )
     if out.numel() == 0:
         return out
     width = math.prod(shape[1:])

@@ -9,7 +9,8 @@ from torch import Tensor
 def reference(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch: fp32 elements and fp64 sums (all fp64 for fp64 logits).
 
-    With d = (z - max z) / T, S = sum e^d and W = sum d e^d, H = log S - W / S: no term is negative, so nothing cancels.
+    With d = (z - max z) / T, S = sum e^d and W = sum d e^d, H = log S - W / S: no term is negative,
+    so nothing cancels.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     d = (z - z.amax(dim=-1, keepdim=True)) / temperature

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 class Request(NamedTuple):
-    """What a batch is made of; `scale` and `bias` are one fp32 number for each channel: byte * scale + bias."""
+    """What a batch is made of; `scale` and `bias` are one fp32 number for each channel: byte *
+    scale + bias.
+    """
 
     store: Tensor
     indices: Tensor

@@ -81,7 +81,9 @@ def quantile(values: Tensor, ratio: float) -> Tensor:
 
 
 def reference(call: Call) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch, fp32 inside (fp64 for an fp64 x): x_next and x0, in the dtype of x."""
+    """The formula in plain PyTorch, fp32 inside (fp64 for an fp64 x): x_next and x0, in the dtype
+    of x.
+    """
     x, table, step, options = call.x, call.table, call.step, call.options
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch = x.shape[0]
@@ -111,7 +113,9 @@ def reference(call: Call) -> tuple[Tensor, Tensor]:
         if options.mode == "relative":
             squares = torch.where(finite, squares, 0.0)
             norm = state.square().sum(dim=1, keepdim=True).sqrt()
-            state = state + _row(call.omega, state) * norm / (squares.sqrt() + NORM_FLOOR) * gradient
+            state = (
+                state + _row(call.omega, state) * norm / (squares.sqrt() + NORM_FLOOR) * gradient
+            )
         else:
             shift = _row(call.omega, state) * sigma * gradient
 

@@ -13,7 +13,9 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Philox4x32-10 of broadcastable int64 words in [0, 2^32): four int64 tensors of words.
 
     The product of two words wraps around in int64, which keeps all of its 64 bits.
@@ -28,12 +30,25 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def reference_words(sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | Tensor) -> Tensor:
-    """The words of `elements` elements for each sample: (B, ceil(elements / 4), 4) int64 in [0, 2^32)."""
+def reference_words(
+    sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | Tensor
+) -> Tensor:
+    """The words of `elements` elements for each sample: (B, ceil(elements / 4), 4) int64 in [0,
+    2^32).
+    """
     device = sample_ids.device
-    # int64 holds a seed's bits as two's complement, so seeds from 2^63 to 2^64 - 1 fold to the negative numbers.
-    seed = seed if isinstance(seed, Tensor) else torch.full((), signed(seed), dtype=torch.int64, device=device)
-    stream = stream if isinstance(stream, Tensor) else torch.full((), stream, dtype=torch.int64, device=device)
+    # int64 holds a seed's bits as two's complement, so seeds from 2^63 to 2^64 - 1 fold to the
+    # negative numbers.
+    seed = (
+        seed
+        if isinstance(seed, Tensor)
+        else torch.full((), signed(seed), dtype=torch.int64, device=device)
+    )
+    stream = (
+        stream
+        if isinstance(stream, Tensor)
+        else torch.full((), stream, dtype=torch.int64, device=device)
+    )
     seed, stream = seed.long(), stream.long() & WORD
     ids = sample_ids.unsqueeze(1)
     block = torch.arange((elements + 3) // 4, device=device).unsqueeze(0)
@@ -42,7 +57,9 @@ def reference_words(sample_ids: Tensor, elements: int, seed: int | Tensor, strea
     return torch.stack(torch.broadcast_tensors(*words), dim=-1)
 
 
-def reference(sample_ids: Tensor, shape: tuple[int, ...], seed: int | Tensor, stream: int | Tensor) -> Tensor:
+def reference(
+    sample_ids: Tensor, shape: tuple[int, ...], seed: int | Tensor, stream: int | Tensor
+) -> Tensor:
     """The formula in plain PyTorch, with Box-Muller in fp64: (B, *shape) fp32."""
     elements = math.prod(shape)
     words = reference_words(sample_ids, elements, seed, stream)

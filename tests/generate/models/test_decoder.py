@@ -7,7 +7,9 @@ from tests import tiny_pipelines
 
 
 def test_the_compiled_gradient_through_the_full_decoder_is_the_eager_one():
-    """torch.compile (2.13, CPU) gave zero through nearest upsampling under torch.func.vjp; repeating does not."""
+    """torch.compile (2.13, CPU) gave zero through nearest upsampling under torch.func.vjp;
+    repeating does not.
+    """
     decoder, x = VaeDecoder(tiny_pipelines.vae()), torch.randn(2, 4, 8, 8)
 
     def gradient(x):

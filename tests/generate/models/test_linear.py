@@ -1,4 +1,6 @@
-"""Frozen linear layers: the values and gradients of PyTorch's own, eagerly, under vjp and compiled."""
+"""Frozen linear layers: the values and gradients of PyTorch's own, eagerly, under vjp and
+compiled.
+"""
 
 import copy
 
@@ -9,12 +11,16 @@ from torch import nn
 
 from dpfast.generate.models.linear import FrozenLinear, freeze_linear
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN"
+)
 
 
 def block(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(24, 40), GELU(40, 96, approximate="tanh"), nn.Linear(96, 24, bias=False))
+    layers = nn.Sequential(
+        nn.Linear(24, 40), GELU(40, 96, approximate="tanh"), nn.Linear(96, 24, bias=False)
+    )
     return layers.to(dtype).requires_grad_(False)
 
 
@@ -78,4 +84,6 @@ def test_one_full_graph_with_the_vjp_inside(pair):
 
 
 def test_other_dtypes_keep_pytorchs_layers():
-    assert not any(isinstance(layer, FrozenLinear) for layer in freeze_linear(block(torch.bfloat16)).modules())
+    assert not any(
+        isinstance(layer, FrozenLinear) for layer in freeze_linear(block(torch.bfloat16)).modules()
+    )

@@ -1,4 +1,6 @@
-"""Recomputed blocks: the same gradient from less memory, for every kind of network, and chosen only where it helps."""
+"""Recomputed blocks: the same gradient from less memory, for every kind of network, and chosen only
+where it helps.
+"""
 
 import dataclasses
 
@@ -13,29 +15,42 @@ from dpfast.generate.runtime import memory
 from dpfast.generate.sampler import GuidedSampler
 from tests.tiny_pipelines import NAMES
 
-FOLDERS = {"pipeline_folder": None, "stable_diffusion_folder": NAMES, "stable_diffusion_3_folder": NAMES}
+FOLDERS = {
+    "pipeline_folder": None,
+    "stable_diffusion_folder": NAMES,
+    "stable_diffusion_3_folder": NAMES,
+}
 LEVELS = (torch.tensor(0.8), torch.tensor(0.6))
 
 
 @pytest.fixture(params=[*FOLDERS, "pixel_folder"])
 def paths(request, learner):
     """The plain path and its recomputing twin."""
-    pipeline = Pipeline.from_pretrained(request.getfixturevalue(request.param), class_names=FOLDERS.get(request.param))
+    pipeline = Pipeline.from_pretrained(
+        request.getfixturevalue(request.param), class_names=FOLDERS.get(request.param)
+    )
     plain = GuidancePath(
-        denoiser=pipeline.denoiser, decoder=pipeline.guidance_decoder, learner=lambda i: i.mean((2, 3))
+        denoiser=pipeline.denoiser,
+        decoder=pipeline.guidance_decoder,
+        learner=lambda i: i.mean((2, 3)),
     )
     return plain, dataclasses.replace(plain, denoiser=recomputing(pipeline.denoiser), taped=True)
 
 
 def gradient(path, count):
     torch.manual_seed(1)
-    x, labels = torch.randn(count, *path.denoiser.sample_shape), torch.zeros(count, dtype=torch.int64)
+    x, labels = (
+        torch.randn(count, *path.denoiser.sample_shape),
+        torch.zeros(count, dtype=torch.int64),
+    )
     return path.gradient(x, torch.tensor(300), labels, *LEVELS)
 
 
 def test_gradient_prediction_and_value_are_the_same(paths):
     plain, twin = paths
-    plain, twin = (dataclasses.replace(p, criterion=lambda z, _: z.square().sum(1)) for p in (plain, twin))
+    plain, twin = (
+        dataclasses.replace(p, criterion=lambda z, _: z.square().sum(1)) for p in (plain, twin)
+    )
     for ours, theirs in zip(gradient(twin, 3), gradient(plain, 3), strict=True):
         assert bool(ours.abs().sum() > 0)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
@@ -53,7 +68,11 @@ def test_inference_mode_gives_the_same_gradient(paths):
 def test_a_pipeline_loaded_in_inference_mode_can_be_differentiated(pipeline_folder, learner):
     with torch.inference_mode():
         pipeline = Pipeline.from_pretrained(pipeline_folder)
-        path = GuidancePath(denoiser=recomputing(pipeline.denoiser), decoder=pipeline.guidance_decoder, learner=learner)
+        path = GuidancePath(
+            denoiser=recomputing(pipeline.denoiser),
+            decoder=pipeline.guidance_decoder,
+            learner=learner,
+        )
         assert bool(gradient(dataclasses.replace(path, taped=True), 2)[0].abs().sum() > 0)
 
 
@@ -63,13 +82,18 @@ def test_it_holds_less(paths):
 
 
 def test_a_budget_recomputes_only_where_chunks_would_be_small(pipeline, learner):
-    path = GuidancePath(denoiser=pipeline.denoiser, decoder=pipeline.guidance_decoder, learner=learner)
+    path = GuidancePath(
+        denoiser=pipeline.denoiser, decoder=pipeline.guidance_decoder, learner=learner
+    )
     table = pipeline.table(4)
     _, one = probing._chunk(path, table, 1)
-    _, least = probing._chunk(dataclasses.replace(path, denoiser=recomputing(path.denoiser), taped=True), table, 1)
+    _, least = probing._chunk(
+        dataclasses.replace(path, denoiser=recomputing(path.denoiser), taped=True), table, 1
+    )
     assert least < one
     roomy, tight, tighter = (
-        probing.bounded(path, table, budget, recompute=True) for budget in (20 * one, 3 * one, least)
+        probing.bounded(path, table, budget, recompute=True)
+        for budget in (20 * one, 3 * one, least)
     )
     assert roomy.denoiser is path.denoiser
     assert roomy.chunk >= probing.ENOUGH
@@ -91,7 +115,8 @@ def test_a_sampler_recomputes_in_eager_steps_alone(pipeline, learner):
     free = GuidedSampler(pipeline, learner, compile=False, **options)
     budget = 2 * probing._chunk(free.execution.parts.path, free.table, 1)[1]
     eager, compiled = (
-        GuidedSampler(pipeline, learner, compile=c, memory_budget=budget, **options) for c in (False, True)
+        GuidedSampler(pipeline, learner, compile=c, memory_budget=budget, **options)
+        for c in (False, True)
     )
     assert eager.execution.parts.path.denoiser is not pipeline.denoiser
     assert compiled.execution.parts.path.denoiser is pipeline.denoiser
@@ -100,14 +125,20 @@ def test_a_sampler_recomputes_in_eager_steps_alone(pipeline, learner):
 
 
 def test_compiled_blocks_recompute_within_the_budget_and_whole_steps_say_how(pipeline, learner):
-    """A budget below what one sample holds: only recomputed blocks fit, eager or compiled one by one."""
+    """A budget below what one sample holds: only recomputed blocks fit, eager or compiled one by
+    one.
+    """
     options = {"steps": 2, "guidance": GuidanceConfig(omega=0.1, every=1), "cfg_scale": 1.0}
     free = GuidedSampler(pipeline, learner, compile=False, **options)
     path, table = free.execution.parts.path, free.table
     _, one = probing._chunk(path, table, 1)
-    _, least = probing._chunk(dataclasses.replace(path, denoiser=recomputing(path.denoiser), taped=True), table, 1)
+    _, least = probing._chunk(
+        dataclasses.replace(path, denoiser=recomputing(path.denoiser), taped=True), table, 1
+    )
     options["memory_budget"] = (one + least) // 2
-    with pytest.raises(ValueError, match="with compile = False or compile_region = 'blocks' it may hold less"):
+    with pytest.raises(
+        ValueError, match="with compile = False or compile_region = 'blocks' it may hold less"
+    ):
         GuidedSampler(pipeline, learner, compile=True, **options).generate([0])
     blocks = GuidedSampler(pipeline, learner, compile=True, compile_region="blocks", **options)
     blocks.execution.backend = "eager"

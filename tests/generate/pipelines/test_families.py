@@ -1,4 +1,5 @@
-"""Each family against the diffusers pipeline that saved it: same folder, same initial noise, same images.
+"""Each family against the diffusers pipeline that saved it: same folder, same initial noise, same
+images.
 
 The update is ``guided_step`` over ``Pipeline.table``, without the sampler around it.
 """
@@ -34,12 +35,24 @@ def run(pipeline, noise, cfg_scale=1.0, **options):
     labels = torch.tensor(LABELS)
     x, x0 = noise * table.initial_scale, torch.zeros_like(noise)
     for step, t in enumerate(table.timesteps):
-        empty = denoiser(x, t, torch.full_like(labels, denoiser.null_label)) if cfg_scale != 1 else None
+        empty = (
+            denoiser(x, t, torch.full_like(labels, denoiser.null_label)) if cfg_scale != 1 else None
+        )
         x0_prev, x0 = x0, torch.empty_like(x)
         x = guided_step(
-            x, denoiser(x, t, labels), empty, None, table.rows, step, cfg_scale=cfg_scale, omega=0.0,
-            prediction=denoiser.prediction, clip=table.clip, x0_prev=x0_prev, x0_out=x0,
-        )  # fmt: skip
+            x,
+            denoiser(x, t, labels),
+            empty,
+            None,
+            table.rows,
+            step,
+            cfg_scale=cfg_scale,
+            omega=0.0,
+            prediction=denoiser.prediction,
+            clip=table.clip,
+            x0_prev=x0_prev,
+            x0_out=x0,
+        )
     return x
 
 
@@ -60,7 +73,11 @@ def test_dit(learned_sigma, cfg_scale, tmp_path):
     pipeline = Pipeline.from_pretrained(folder)
     reference = quiet(diffusers.DiTPipeline.from_pretrained(folder))
     expected = reference(
-        LABELS, cfg_scale, torch.Generator().manual_seed(3), num_inference_steps=STEPS, output_type="pt"
+        LABELS,
+        cfg_scale,
+        torch.Generator().manual_seed(3),
+        num_inference_steps=STEPS,
+        output_type="pt",
     ).images
     got = images_of(pipeline, run(pipeline, noise_for(pipeline), cfg_scale))
     torch.testing.assert_close(got, expected, **CLOSE)
@@ -69,7 +86,9 @@ def test_dit(learned_sigma, cfg_scale, tmp_path):
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp2m"])
 @pytest.mark.parametrize("cfg_scale", [1.0, 5.0])
 def test_stable_diffusion(cfg_scale, solver, stable_diffusion_folder):
-    pipeline = Pipeline.from_pretrained(stable_diffusion_folder, class_names=NAMES, prompt_template=TEMPLATE)
+    pipeline = Pipeline.from_pretrained(
+        stable_diffusion_folder, class_names=NAMES, prompt_template=TEMPLATE
+    )
     reference = quiet(diffusers.StableDiffusionPipeline.from_pretrained(stable_diffusion_folder))
     if solver == "ddim":
         kind, options = diffusers.DDIMScheduler, {"clip_sample": False}
@@ -79,18 +98,29 @@ def test_stable_diffusion(cfg_scale, solver, stable_diffusion_folder):
     noise, prompts = noise_for(pipeline), [TEMPLATE.format(NAMES[label]) for label in LABELS]
     arguments = {"num_inference_steps": STEPS, "guidance_scale": cfg_scale, "latents": noise}
     got = run(pipeline, noise, cfg_scale, solver=solver)
-    torch.testing.assert_close(got, reference(prompts, output_type="latent", **arguments).images, **CLOSE)
+    torch.testing.assert_close(
+        got, reference(prompts, output_type="latent", **arguments).images, **CLOSE
+    )
     expected = reference(prompts, output_type="pt", **arguments).images
     torch.testing.assert_close(images_of(pipeline, got), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_stable_diffusion_2(prediction, tmp_path):
-    """What differs from 1.x: linear projections, heads by level, an encoder with GELU, and v-prediction at 768 px."""
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    """What differs from 1.x: linear projections, heads by level, an encoder with GELU, and
+    v-prediction at 768 px.
+    """
+    betas = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+    }
     folder = tiny_pipelines.stable_diffusion(
         tmp_path,
-        diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction),
+        diffusers.DDIMScheduler(
+            **betas, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction
+        ),
         {"hidden_act": "gelu"},
         attention_head_dim=[1, 2],
         use_linear_projection=True,
@@ -99,24 +129,45 @@ def test_stable_diffusion_2(prediction, tmp_path):
     pipeline = Pipeline.from_pretrained(folder, class_names=NAMES, prompt_template=TEMPLATE)
     noise, prompts = noise_for(pipeline), [TEMPLATE.format(NAMES[label]) for label in LABELS]
     reference = quiet(diffusers.StableDiffusionPipeline.from_pretrained(folder))
-    arguments = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "latents": noise, "output_type": "latent"}
+    arguments = {
+        "num_inference_steps": STEPS,
+        "guidance_scale": 3.0,
+        "latents": noise,
+        "output_type": "latent",
+    }
     got = run(pipeline, noise, 3.0, solver="ddim")
     torch.testing.assert_close(got, reference(prompts, **arguments).images, **CLOSE)
 
 
 @pytest.mark.parametrize(
     ("module", "kind", "options"),
-    [(scheduling_lcm, diffusers.LCMScheduler, {}), (scheduling_tcd, diffusers.TCDScheduler, {"eta": 0.3})],
+    [
+        (scheduling_lcm, diffusers.LCMScheduler, {}),
+        (scheduling_tcd, diffusers.TCDScheduler, {"eta": 0.3}),
+    ],
     ids=["lcm", "tcd"],
 )
 def test_distilled_stable_diffusion(module, kind, options, tmp_path, monkeypatch):
-    """As a folder with fused LCM or TCD weights is saved: the sampler takes its solver, noise and four steps."""
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    """As a folder with fused LCM or TCD weights is saved: the sampler takes its solver, noise and
+    four steps.
+    """
+    betas = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+    }
     folder = tiny_pipelines.stable_diffusion(tmp_path, scheduler=kind(**betas))
     pipeline = Pipeline.from_pretrained(folder, class_names=NAMES, prompt_template=TEMPLATE)
     sampler = GuidedSampler(pipeline, steps=4, cfg_scale=1.0, compile=False, **options)
-    ids, streams, shape = torch.tensor([5, 0, 2, 1 << 40]), iter(range(1, 9)), pipeline.denoiser.sample_shape
-    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: normal(ids, shape, seed=0, stream=next(streams)))
+    ids, streams, shape = (
+        torch.tensor([5, 0, 2, 1 << 40]),
+        iter(range(1, 9)),
+        pipeline.denoiser.sample_shape,
+    )
+    monkeypatch.setattr(
+        module, "randn_tensor", lambda *_, **__: normal(ids, shape, seed=0, stream=next(streams))
+    )
     expected = quiet(diffusers.StableDiffusionPipeline.from_pretrained(folder))(
         [TEMPLATE.format(NAMES[label]) for label in LABELS],
         guidance_scale=1.0,
@@ -143,7 +194,9 @@ def test_stable_diffusion_3(t5, scheduler, cfg_scale, tmp_path):
     noise, prompts = noise_for(pipeline), [TEMPLATE.format(NAMES[label]) for label in LABELS]
     arguments = {"num_inference_steps": STEPS, "guidance_scale": cfg_scale, "latents": noise}
     got = run(pipeline, noise, cfg_scale)
-    torch.testing.assert_close(got, reference(prompts, output_type="latent", **arguments).images, **CLOSE)
+    torch.testing.assert_close(
+        got, reference(prompts, output_type="latent", **arguments).images, **CLOSE
+    )
     expected = reference(prompts, output_type="pt", **arguments).images
     torch.testing.assert_close(images_of(pipeline, got), expected, **CLOSE)
 
@@ -158,7 +211,9 @@ def test_stable_diffusion_3(t5, scheduler, cfg_scale, tmp_path):
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_unconditional_pixels(scheduler, tmp_path):
-    """DDIMPipeline takes whatever scheduler its folder has as a DDIMScheduler, and so does the table."""
+    """DDIMPipeline takes whatever scheduler its folder has as a DDIMScheduler, and so does the
+    table.
+    """
     folder = tiny_pipelines.pixel(tmp_path, scheduler=scheduler, kind=diffusers.DDPMPipeline)
     pipeline = Pipeline.from_pretrained(folder)
     reference = quiet(diffusers.DDIMPipeline.from_pretrained(folder))
@@ -174,11 +229,16 @@ def test_unconditional_pixels(scheduler, tmp_path):
 
 @torch.no_grad()
 def test_class_conditional_pixels(tmp_path):
-    """diffusers has no pipeline for it: the model and the scheduler's steps, with the last embedding as null class."""
+    """diffusers has no pipeline for it: the model and the scheduler's steps, with the last
+    embedding as null class.
+    """
     folder = tiny_pipelines.pixel(tmp_path, class_embeddings=4)
     pipeline = Pipeline.from_pretrained(folder, class_names=NAMES)
     assert pipeline.denoiser.null_label == 3
-    model, scheduler = diffusers.UNet2DModel.from_pretrained(folder / "unet").eval(), diffusers.DDIMScheduler()
+    model, scheduler = (
+        diffusers.UNet2DModel.from_pretrained(folder / "unet").eval(),
+        diffusers.DDIMScheduler(),
+    )
     scheduler.set_timesteps(STEPS)
     x = noise = noise_for(pipeline)
     for t in scheduler.timesteps:
@@ -190,7 +250,12 @@ def test_class_conditional_pixels(tmp_path):
     assert (without.denoiser.classes, without.denoiser.null_label) == (4, None)
 
 
-FOLDERS = ["pipeline_folder", "stable_diffusion_folder", "stable_diffusion_3_folder", "pixel_folder"]
+FOLDERS = [
+    "pipeline_folder",
+    "stable_diffusion_folder",
+    "stable_diffusion_3_folder",
+    "pixel_folder",
+]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -212,7 +277,9 @@ def test_labels_are_read_row_by_row(folder, request):
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_step_with_its_gradient_is_one_graph(folder, request):
-    """fullgraph=True raises at a graph break; one compilation serves every timestep and every label."""
+    """fullgraph=True raises at a graph break; one compilation serves every timestep and every
+    label.
+    """
     pipeline = Pipeline.from_pretrained(request.getfixturevalue(folder), class_names=NAMES)
     graphs = []
 
@@ -239,7 +306,13 @@ def test_a_step_with_its_gradient_is_one_graph(folder, request):
             for ours, plain in zip(got, expected, strict=True):
                 torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
     assert len(graphs) == 1
-    assert not {node.target for node in graphs[0].graph.nodes} & {"item", "tolist", "nonzero", "cpu", "numpy"}
+    assert not {node.target for node in graphs[0].graph.nodes} & {
+        "item",
+        "tolist",
+        "nonzero",
+        "cpu",
+        "numpy",
+    }
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -252,7 +325,12 @@ def test_half_precision_keeps_images_and_solver_in_float32(folder, request):
         prediction = half.denoiser(noise, half.table(STEPS).timesteps[1], torch.tensor(LABELS))
         assert prediction.dtype == torch.bfloat16
         latents = run(half, noise)
-        assert latents.dtype == half.decoder(latents).dtype == half.guidance_decoder(latents).dtype == torch.float32
+        assert (
+            latents.dtype
+            == half.decoder(latents).dtype
+            == half.guidance_decoder(latents).dtype
+            == torch.float32
+        )
         error = (images_of(half, latents) - images_of(full, run(full, noise))).abs().mean()
     assert 0 < float(error) < 0.02  # bfloat16 has 8 bits
 
@@ -262,7 +340,9 @@ def test_latents_are_unscaled_by_all_four_values():
     from dpfast.generate.models.decoder import VaeDecoder
 
     std, mean = [1.0, 2.0, 0.5, 1.5], [0.1, -0.2, 0.3, 0.0]
-    vae = tiny_pipelines.vae(latents_mean=mean, latents_std=std, shift_factor=0.25, scaling_factor=0.4).eval()
+    vae = tiny_pipelines.vae(
+        latents_mean=mean, latents_std=std, shift_factor=0.25, scaling_factor=0.4
+    ).eval()
     latents = torch.randn(2, 4, 8, 8)
     column = torch.tensor(std).view(1, 4, 1, 1), torch.tensor(mean).view(1, 4, 1, 1)
     with torch.no_grad():
@@ -271,7 +351,8 @@ def test_latents_are_unscaled_by_all_four_values():
 
 
 @pytest.mark.parametrize(
-    "folder", ["pipeline_folder", "stable_diffusion_folder", "stable_diffusion_3_folder", "pixel_folder"]
+    "folder",
+    ["pipeline_folder", "stable_diffusion_folder", "stable_diffusion_3_folder", "pixel_folder"],
 )
 def test_the_guidance_gradient_is_that_of_plain_autograd(folder, request, monkeypatch):
     """Against PyTorch's own layers and ``torch.autograd.grad``, 1e-4 relative."""

@@ -35,8 +35,14 @@ def edit(path, **values):
     ("folder", "part"),
     [
         *(("pipeline_folder", part) for part in ("transformer", "vae", "scheduler")),
-        *(("stable_diffusion_folder", part) for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
-        *(("stable_diffusion_3_folder", part) for part in ("text_encoder_2", "tokenizer_2", "text_encoder_3")),
+        *(
+            ("stable_diffusion_folder", part)
+            for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+        ),
+        *(
+            ("stable_diffusion_3_folder", part)
+            for part in ("text_encoder_2", "tokenizer_2", "text_encoder_3")
+        ),
         *(("pixel_folder", part) for part in ("unet", "scheduler")),
     ],
 )
@@ -48,11 +54,15 @@ def test_a_missing_part_is_named(folder, part, tmp_path, request):
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(broken, tmp_path):
-    with pytest.raises(RecipeError, match="no such folder; expected a diffusers pipeline folder or one of: fashion"):
+    with pytest.raises(
+        RecipeError, match="no such folder; expected a diffusers pipeline folder or one of: fashion"
+    ):
         Pipeline.from_pretrained(tmp_path / "missing")
     index = broken / "model_index.json"
     index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(RecipeError, match="a FluxPipeline; expected one of DiTPipeline, StableDiffusionPipeline"):
+    with pytest.raises(
+        RecipeError, match="a FluxPipeline; expected one of DiTPipeline, StableDiffusionPipeline"
+    ):
         Pipeline.from_pretrained(broken)
     for text, named in (("{", "is not JSON"), ("[]", "is not a table")):
         index.write_text(text)
@@ -78,8 +88,12 @@ def test_incomplete_and_damaged_weights_are_refused(part, broken_text):
     (path,) = (broken_text / part).glob("*.safetensors")
     weights = safetensors.torch.load_file(path)
     lost = sorted(weights)[0]
-    safetensors.torch.save_file({k: v for k, v in weights.items() if k != lost}, path, metadata={"format": "pt"})
-    with pytest.raises(RecipeError, match=f"'{part}' lacks 1 weights of a .*, the first is .*{lost.split('.')[-2]}"):
+    safetensors.torch.save_file(
+        {k: v for k, v in weights.items() if k != lost}, path, metadata={"format": "pt"}
+    )
+    with pytest.raises(
+        RecipeError, match=f"'{part}' lacks 1 weights of a .*, the first is .*{lost.split('.')[-2]}"
+    ):
         Pipeline.from_pretrained(broken_text, class_names=NAMES)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(RecipeError, match=f"'{part}': .*safetensors is damaged or cut short"):
@@ -87,7 +101,8 @@ def test_incomplete_and_damaged_weights_are_refused(part, broken_text):
 
 
 def test_the_published_form_of_a_1_x_folder_is_read(broken_text):
-    """Attention weights of the decoder called query, key, value and proj_attn; prefixed text weights with a saved
+    """Attention weights of the decoder called query, key, value and proj_attn; prefixed text
+    weights with a saved
     index; a tokenizer of vocab.json and merges.txt."""
     before = Pipeline.from_pretrained(broken_text, class_names=NAMES)
 
@@ -96,15 +111,26 @@ def test_the_published_form_of_a_1_x_folder_is_read(broken_text):
         safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
 
     def old_attention(name):
-        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        for new, old in (
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ):
             name = name.replace(f".{new}.", f".{old}.")
         return name
 
     def old_text(weights):
-        prefixed = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}
+        prefixed = {
+            f"text_model.{name.removeprefix('text_model.')}": weight
+            for name, weight in weights.items()
+        }
         return {**prefixed, "text_model.embeddings.position_ids": torch.arange(16)[None]}
 
-    vae, text = broken_text / "vae" / "diffusion_pytorch_model.safetensors", broken_text / "text_encoder"
+    vae, text = (
+        broken_text / "vae" / "diffusion_pytorch_model.safetensors",
+        broken_text / "text_encoder",
+    )
     rewrite(vae, lambda weights: {old_attention(name): weight for name, weight in weights.items()})
     rewrite(text / "model.safetensors", old_text)
     tokenizer = broken_text / "tokenizer"
@@ -128,7 +154,9 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(broken_text):
 
 
 def test_prompts_need_class_names(broken_text):
-    with pytest.raises(RecipeError, match=r"StableDiffusionPipeline needs class names: pass class_names = .*\.json"):
+    with pytest.raises(
+        RecipeError, match=r"StableDiffusionPipeline needs class names: pass class_names = .*\.json"
+    ):
         Pipeline.from_pretrained(broken_text)
     path = broken_text / "class_names.json"
     path.write_text(json.dumps(["ship", "frog"]))
@@ -150,10 +178,14 @@ def test_prompts_need_class_names(broken_text):
 @pytest.mark.parametrize("template", ["a photo", "a {} of a {}", 3])
 def test_a_prompt_template_has_one_place_for_the_name(template, stable_diffusion_folder):
     with pytest.raises(RecipeError, match=r"prompt_template = .*expected text with one '{}'"):
-        Pipeline.from_pretrained(stable_diffusion_folder, class_names=NAMES, prompt_template=template)
+        Pipeline.from_pretrained(
+            stable_diffusion_folder, class_names=NAMES, prompt_template=template
+        )
 
 
-@pytest.mark.parametrize(("names", "named"), [({"0": "a", "2": "b"}, "without gaps"), (["a"], "not a table")])
+@pytest.mark.parametrize(
+    ("names", "named"), [({"0": "a", "2": "b"}, "without gaps"), (["a"], "not a table")]
+)
 def test_id2label_is_checked(names, named, broken):
     edit(broken / "model_index.json", id2label=names)
     with pytest.raises(RecipeError, match=f"id2label in model_index.json.*{named}"):
@@ -164,7 +196,9 @@ def test_more_names_than_the_model_has_classes_are_refused(pipeline_folder, tmp_
     with pytest.raises(RecipeError, match="1001 class names for a model of 1000 classes"):
         Pipeline.from_pretrained(pipeline_folder, class_names=["x"] * 1001)
     folder = tiny_pipelines.pixel(tmp_path, class_embeddings=5)
-    with pytest.raises(RecipeError, match="3 class names for a model of 5 class embeddings; expected 5, or 4"):
+    with pytest.raises(
+        RecipeError, match="3 class names for a model of 5 class embeddings; expected 5, or 4"
+    ):
         Pipeline.from_pretrained(folder, class_names=NAMES)
 
 
@@ -175,7 +209,9 @@ def test_models_of_other_conditions_are_refused(broken_text, pixel_folder, tmp_p
         ({"time_cond_proj_dim": 8}, "time_cond_proj_dim = 8"),
         ({"in_channels": 9}, "takes 9 channels"),
     ):
-        diffusers.UNet2DConditionModel.from_config({**options, **changed}).save_pretrained(broken_text / "unet")
+        diffusers.UNet2DConditionModel.from_config({**options, **changed}).save_pretrained(
+            broken_text / "unet"
+        )
         with pytest.raises(RecipeError, match=named):
             Pipeline.from_pretrained(broken_text, class_names=NAMES)
     pixels = shutil.copytree(pixel_folder, tmp_path / "pixels")
@@ -217,7 +253,9 @@ def test_decoders(pipeline_folder, pixel_folder, broken):
 
 
 def test_dtype_and_attention_are_checked(pipeline_folder):
-    with pytest.raises(RecipeError, match=r"dtype = 'torch\.int8': expected one of float32, bfloat16, float16"):
+    with pytest.raises(
+        RecipeError, match=r"dtype = 'torch\.int8': expected one of float32, bfloat16, float16"
+    ):
         Pipeline.from_pretrained(pipeline_folder, dtype=torch.int8)
     with pytest.raises(RecipeError, match="attention = 'flash': expected 'sdpa' or 'xformers'"):
         Pipeline.from_pretrained(pipeline_folder, attention="flash")
@@ -235,7 +273,11 @@ def test_names_and_shapes_come_from_the_folder(pipeline):
 def test_a_loaded_model_is_frozen(stable_diffusion_folder):
     """No gradient reaches the generator's weights, nor the embeddings of its prompts."""
     pipeline = Pipeline.from_pretrained(stable_diffusion_folder, class_names=NAMES)
-    tensors = [*pipeline.denoiser.model.parameters(), *pipeline.decoder.vae.parameters(), pipeline.denoiser.embeddings]
+    tensors = [
+        *pipeline.denoiser.model.parameters(),
+        *pipeline.decoder.vae.parameters(),
+        pipeline.denoiser.embeddings,
+    ]
     assert not any(tensor.requires_grad for tensor in tensors)
     assert not pipeline.denoiser.model.training
     assert pipeline.denoiser.embeddings.shape == (4, 16, 16)

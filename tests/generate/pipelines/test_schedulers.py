@@ -1,4 +1,6 @@
-"""A folder's scheduler to a table: what every scheduler class of diffusers becomes, and what is refused."""
+"""A folder's scheduler to a table: what every scheduler class of diffusers becomes, and what is
+refused.
+"""
 
 import inspect
 import json
@@ -28,7 +30,9 @@ SETTINGS = {
 
 @pytest.fixture
 def save(tmp_path):
-    """Writes a scheduler of a class and options as a part of a pipeline folder, and returns the folder."""
+    """Writes a scheduler of a class and options as a part of a pipeline folder, and returns the
+    folder.
+    """
 
     def write(name, **options):
         scheduler = getattr(diffusers, name)(**options)
@@ -40,19 +44,30 @@ def save(tmp_path):
 
 @pytest.mark.parametrize("name", VARIANCE_PRESERVING)
 def test_every_scheduler_over_betas(name, save):
-    """Loaded from disk, each gives the DDIM and the DPM-Solver++ that diffusers' ``from_config`` gives."""
+    """Loaded from disk, each gives the DDIM and the DPM-Solver++ that diffusers' ``from_config``
+    gives.
+    """
     known = inspect.signature(getattr(diffusers, name).__init__).parameters
     folder = save(name, **{option: value for option, value in SETTINGS.items() if option in known})
     loaded = load_scheduler(folder, latent=False)
     own = getattr(diffusers, name).from_pretrained(folder / "scheduler")
     assert prediction_of(loaded) == "v"
-    for solver, kind in (("ddim", diffusers.DDIMScheduler), ("dpmpp2m", diffusers.DPMSolverMultistepScheduler)):
-        options = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"} if solver == "dpmpp2m" else {}
+    for solver, kind in (
+        ("ddim", diffusers.DDIMScheduler),
+        ("dpmpp2m", diffusers.DPMSolverMultistepScheduler),
+    ):
+        options = (
+            {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
+            if solver == "dpmpp2m"
+            else {}
+        )
         reference = kind.from_config(own.config, **options)
         reference.set_timesteps(10)
         table = solver_table(loaded, 10, solver=solver)
         assert_same(table, reference)
-        assert torch.equal(table.rows[:, 0], table.rows[:, 0].sort().values)  # alpha grows towards the image
+        assert torch.equal(
+            table.rows[:, 0], table.rows[:, 0].sort().values
+        )  # alpha grows towards the image
     assert torch.equal(solver_table(loaded, 10).rows, solver_table(loaded, 10, solver="ddim").rows)
 
 
@@ -61,8 +76,14 @@ def test_every_scheduler_over_betas(name, save):
     [
         ("PNDMScheduler", {"steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True}),
         ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
-        ("DDPMScheduler", {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 2.0}),
-        ("DDIMScheduler", {"trained_betas": [0.001 + 0.0005 * i for i in range(40)], "num_train_timesteps": 40}),
+        (
+            "DDPMScheduler",
+            {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 2.0},
+        ),
+        (
+            "DDIMScheduler",
+            {"trained_betas": [0.001 + 0.0005 * i for i in range(40)], "num_train_timesteps": 40},
+        ),
     ],
     ids=["offset-alpha", "zero-snr", "thresholding", "trained-betas"],
 )
@@ -76,12 +97,18 @@ def test_options_reach_the_table(name, options, save):
 
 
 def test_latents_are_bounded_only_where_the_folder_says_so(save):
-    """DDIMScheduler bounds x0 by default; the PNDM scheduler of a latent model knows no such option."""
+    """DDIMScheduler bounds x0 by default; the PNDM scheduler of a latent model knows no such
+    option.
+    """
     assert solver_table(load_scheduler(save("PNDMScheduler"), latent=True), 5).clip is None
     assert solver_table(load_scheduler(save("PNDMScheduler"), latent=False), 5).clip == 1.0
-    bounded = load_scheduler(save("DDIMScheduler", clip_sample=True, clip_sample_range=3.0), latent=True)
+    bounded = load_scheduler(
+        save("DDIMScheduler", clip_sample=True, clip_sample_range=3.0), latent=True
+    )
     assert solver_table(bounded, 5).clip == 3.0
-    assert solver_table(bounded, 5, solver="dpmpp2m").clip is None  # as in diffusers, whose solver has no such option
+    assert (
+        solver_table(bounded, 5, solver="dpmpp2m").clip is None
+    )  # as in diffusers, whose solver has no such option
     off = load_scheduler(save("DDIMScheduler", clip_sample=True), latent=True, clip_sample=False)
     assert solver_table(off, 5).clip is None
 
@@ -101,13 +128,17 @@ def _set(scheduler, steps):
 
 
 def test_the_dynamic_shift_follows_the_length_of_the_image_sequence(save):
-    folder = save("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    folder = save(
+        "FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+    )
     scheduler = load_scheduler(folder, latent=True)
     assert prediction_of(scheduler) == "flow"
     for tokens, mu in ((256, 0.5), (4096, 1.15)):
         reference = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
         reference.set_timesteps(6, mu=mu)
-        torch.testing.assert_close(solver_table(scheduler, 6, image_tokens=tokens).timesteps, reference.timesteps)
+        torch.testing.assert_close(
+            solver_table(scheduler, 6, image_tokens=tokens).timesteps, reference.timesteps
+        )
 
 
 @pytest.mark.parametrize(
@@ -119,11 +150,31 @@ def test_the_dynamic_shift_follows_the_length_of_the_image_sequence(save):
             {"solver": "heun"},
             "solver = 'heun': expected one of auto, ddim, dpmpp2m, euler",
         ),
-        ("DDIMScheduler", {}, {"solver": "euler"}, "solver = 'euler': the pipeline's scheduler takes 'auto', 'ddim'"),
-        ("FlowMatchEulerDiscreteScheduler", {}, {"solver": "ddim"}, "'ddim': the pipeline's scheduler takes 'auto'"),
-        ("DDIMScheduler", {}, {"solver": "dpmpp2m", "eta": 0.5}, "eta = 0.5: only 'ddim' and 'tcd'"),
+        (
+            "DDIMScheduler",
+            {},
+            {"solver": "euler"},
+            "solver = 'euler': the pipeline's scheduler takes 'auto', 'ddim'",
+        ),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {},
+            {"solver": "ddim"},
+            "'ddim': the pipeline's scheduler takes 'auto'",
+        ),
+        (
+            "DDIMScheduler",
+            {},
+            {"solver": "dpmpp2m", "eta": 0.5},
+            "eta = 0.5: only 'ddim' and 'tcd'",
+        ),
         ("FlowMatchEulerDiscreteScheduler", {}, {"eta": 0.5}, "eta = 0.5"),
-        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {}, "use_karras_sigmas = True.*use solver = 'dpmpp2m'"),
+        (
+            "EulerDiscreteScheduler",
+            {"use_karras_sigmas": True},
+            {},
+            "use_karras_sigmas = True.*use solver = 'dpmpp2m'",
+        ),
         ("DDPMScheduler", {"thresholding": True}, {"solver": "dpmpp2m"}, "thresholding = True"),
     ],
 )
@@ -141,9 +192,17 @@ def test_a_distilled_model_samples_as_it_was_distilled(name, save):
     table = solver_table(loaded, 4)
     assert torch.equal(table.timesteps, reference.timesteps)
     assert torch.equal(table.rows, solver_table(loaded, 4, solver=DISTILLED[name]).rows)
-    assert_same(solver_table(loaded, 4, solver="ddim"), _set(diffusers.DDIMScheduler(**SETTINGS, clip_sample=False), 4))
+    assert_same(
+        solver_table(loaded, 4, solver="ddim"),
+        _set(diffusers.DDIMScheduler(**SETTINGS, clip_sample=False), 4),
+    )
     undistilled = load_scheduler(save("DDIMScheduler", clip_sample=False), latent=True)
-    assert solver_table(undistilled, 4, solver=DISTILLED[name]).timesteps.tolist() == [999, 759, 499, 259]
+    assert solver_table(undistilled, 4, solver=DISTILLED[name]).timesteps.tolist() == [
+        999,
+        759,
+        499,
+        259,
+    ]
 
 
 def test_karras_grids_of_a_folder_reach_dpm_solver(save):
@@ -156,12 +215,32 @@ def test_karras_grids_of_a_folder_reach_dpm_solver(save):
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [
-        ("SASolverScheduler", {}, "scheduler SASolverScheduler: expected FlowMatchEulerDiscreteScheduler or one of"),
+        (
+            "SASolverScheduler",
+            {},
+            "scheduler SASolverScheduler: expected FlowMatchEulerDiscreteScheduler or one of",
+        ),
         ("EDMEulerScheduler", {}, "scheduler EDMEulerScheduler"),
-        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'"),
-        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas = True has no solver here"),
-        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type = 'continuous' has no solver"),
-        ("DDPMScheduler", {"beta_schedule": "sigmoid"}, "its scheduler cannot be read: sigmoid is not implemented"),
+        (
+            "UniPCMultistepScheduler",
+            {"prediction_type": "flow_prediction"},
+            "prediction_type = 'flow_prediction'",
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            {"use_flow_sigmas": True},
+            "use_flow_sigmas = True has no solver here",
+        ),
+        (
+            "EulerDiscreteScheduler",
+            {"timestep_type": "continuous"},
+            "timestep_type = 'continuous' has no solver",
+        ),
+        (
+            "DDPMScheduler",
+            {"beta_schedule": "sigmoid"},
+            "its scheduler cannot be read: sigmoid is not implemented",
+        ),
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas = True"),
     ],
 )
@@ -172,7 +251,11 @@ def test_what_no_solver_stands_for_is_refused_at_load(name, options, named, save
 
 def test_a_scheduler_that_cannot_be_read_is_refused(save):
     path = save("DDIMScheduler") / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": "low"}))
+    path.write_text(
+        json.dumps(
+            {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": "low"}
+        )
+    )
     with pytest.raises(RecipeError, match="its scheduler cannot be read"):
         load_scheduler(path.parent.parent, latent=True)
     path.write_text("{")

@@ -75,7 +75,9 @@ def test_a_budget_bounds_what_the_gradient_holds(pipeline, learner):
     path = probing.bounded(path, free.table, whole // 3, recompute=False)
     bounded = memory.peak_bytes(lambda: gradient(path))
     assert 1 <= path.chunk < 16
-    assert bounded < whole // 3 + 4 * x.nbytes  # the gradients and predictions of all chunks come on top
+    assert (
+        bounded < whole // 3 + 4 * x.nbytes
+    )  # the gradients and predictions of all chunks come on top
     with pytest.raises(ValueError, match="memory_budget = 1000: the gradient of one sample holds"):
         GuidedSampler(pipeline, learner, memory_budget=1000).generate([0])
 
@@ -93,7 +95,9 @@ def test_the_largest_batch_follows_the_available_memory(pipeline, learner, monke
     sizes = []
     for available in (1 << 28, 1 << 29):
         monkeypatch.setattr(probing, "available_bytes", lambda device, bytes=available: bytes)
-        sizes.append(probing.largest_batch(sampler.execution.parts, sampler.table, Variant(True, True)))
+        sizes.append(
+            probing.largest_batch(sampler.execution.parts, sampler.table, Variant(True, True))
+        )
     assert 1.9 < sizes[1] / sizes[0] < 2.1
 
 
@@ -114,16 +118,26 @@ class Small:
 
 
 @pytest.mark.parametrize("batch_size", [8, "auto"])
-def test_out_of_memory_halves_the_batch_and_loses_no_sample(batch_size, pipeline, learner, monkeypatch):
-    monkeypatch.setattr(probing, "available_bytes", lambda device: 1 << 40)  # as wrong as an estimate can be
-    small = dataclasses.replace(pipeline, denoiser=Small(pipeline.denoiser, 7))  # with CFG: three samples
+def test_out_of_memory_halves_the_batch_and_loses_no_sample(
+    batch_size, pipeline, learner, monkeypatch
+):
+    monkeypatch.setattr(
+        probing, "available_bytes", lambda device: 1 << 40
+    )  # as wrong as an estimate can be
+    small = dataclasses.replace(
+        pipeline, denoiser=Small(pipeline.denoiser, 7)
+    )  # with CFG: three samples
     sampler = GuidedSampler(small, learner, steps=2, compile=False)
     labels = torch.arange(19) % 3
     batches = list(sampler.stream(labels, first_id=5, batch_size=batch_size))
     assert torch.cat([b.sample_ids for b in batches]).tolist() == list(range(5, 24))
     assert torch.equal(torch.cat([b.labels for b in batches]), labels)
     assert max(len(b) for b in batches) == 2
-    expected = GuidedSampler(pipeline, learner, steps=2, compile=False).generate(labels, torch.arange(5, 24)).images
+    expected = (
+        GuidedSampler(pipeline, learner, steps=2, compile=False)
+        .generate(labels, torch.arange(5, 24))
+        .images
+    )
     assert int((torch.cat([b.images for b in batches]).int() - expected.int()).abs().max()) <= 1
 
 

@@ -78,7 +78,8 @@ def test_many_samples_are_compiled_on_the_way(pipeline, learner):
     for batch in sampler.stream([0, 1, 2, 0, 1, 2, 0], batch_size=2):
         batches.append(batch)
         compiled.append(sampler.execution.compiled)
-    # The first batch measures the eager price; whether the later ones stay compiled is for the clock to say.
+    # The first batch measures the eager price; whether the later ones stay compiled is for the
+    # clock to say.
     assert compiled[:2] == [False, True]
     assert torch.cat([b.sample_ids for b in batches]).tolist() == list(range(7))
     assert sampler.tuner.costs.known()[1] == "measured"

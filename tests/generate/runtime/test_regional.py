@@ -1,4 +1,6 @@
-"""Regional compilation: the same steps, guided and cached ones too, from code that all blocks of a kind share."""
+"""Regional compilation: the same steps, guided and cached ones too, from code that all blocks of a
+kind share.
+"""
 
 import pytest
 import torch
@@ -44,7 +46,9 @@ def test_steps_are_the_same_guided_plain_and_cached(transformer):
     expected, got = (sampler.generate([0, 1, 2]) for sampler in (eager, regional))
     torch.testing.assert_close(got.latents, expected.latents, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-3, atol=1e-4)
-    unguided = GuidedSampler(transformer, steps=5, cache_interval=2, compile=False).generate([0, 1, 2])
+    unguided = GuidedSampler(transformer, steps=5, cache_interval=2, compile=False).generate(
+        [0, 1, 2]
+    )
     assert float((got.latents - unguided.latents).abs().max()) > 0.05  # guidance did something
 
 
@@ -70,5 +74,7 @@ def test_inductor_makes_the_same_steps(pipeline, learner):
 def test_what_has_no_blocks_is_refused(pipeline, pixel_folder):
     with pytest.raises(ValueError, match="compile_region = 'layers': expected one of step, blocks"):
         GuidedSampler(pipeline, compile_region="layers")
-    with pytest.raises(ValueError, match="compile_region = 'blocks': this denoiser has no transformer blocks"):
+    with pytest.raises(
+        ValueError, match="compile_region = 'blocks': this denoiser has no transformer blocks"
+    ):
         GuidedSampler.from_pretrained(pixel_folder, compile_region="blocks")
