@@ -33,7 +33,7 @@ from dpfast.feed.torch_loader import TorchLoader
 from dpfast.generate.from_recipe import load_pipeline, new_sampler
 from dpfast.learn.models import build_learner
 from dpfast.learn.trainer import Trainer
-from dpfast.parallel import ALONE, Ranks, joined
+from dpfast.parallel import ALONE, Ranks, process_group
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.record import RECORD
 from dpfast.pool.sharded import ShardedPool, ShardLayout
@@ -134,7 +134,7 @@ def _rank(rank: int, size: int, port: int, rounds: int, chosen: list[str], out: 
     os.environ |= {name: str(value) for name, value in here.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     records = []
-    with joined(cuda=False) as ranks:
+    with process_group(cuda=False) as ranks:
         for name in chosen:
             work, target = WORKS[name]
             together, alone = work(ranks), work(ALONE) if ranks.first else lambda: None

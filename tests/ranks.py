@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dpfast.parallel import joined
+from dpfast.parallel import process_group
 
 AGENT = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 
@@ -42,5 +42,5 @@ def environment(rank, size, port):
 def _rank(rank, size, port, function, arguments):
     os.environ |= environment(rank, size, port) | AGENT
     torch.set_num_threads(1)
-    with joined(cuda=False, timeout=60) as ranks:
+    with process_group(cuda=False, timeout=60) as ranks:
         function(ranks, *arguments)

@@ -22,7 +22,7 @@ from dpfast.feed.torch_loader import TorchLoader
 from dpfast.learn.batch_norm import synchronised
 from dpfast.learn.gradients import GradientBuckets
 from dpfast.learn.trainer import Trainer
-from dpfast.parallel import RankError, Ranks, joined
+from dpfast.parallel import RankError, Ranks, process_group
 from dpfast.parallel import ranks as parallel
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rank_folders import open_all, open_part, part_folder
@@ -150,7 +150,7 @@ def train(pool, ranks):
         model, Learner(lr=1e-2, clip_grad_norm=1.0, precision="fp32"), iterations=20, ranks=ranks
     )
     loader = loader_of(pool)
-    losses = [float(ranks.each(trainer.step(*next(loader))).mean()) for _ in range(12)]
+    losses = [float(ranks.all_gather(trainer.step(*next(loader))).mean()) for _ in range(12)]
     loader.close()
     return trainer, losses
 
@@ -173,8 +173,8 @@ def same_norm(ranks):
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
     close(found, expected[mine])
     close(part.grad, whole.grad[mine])
-    close(ranks.each(shared[0].weight.grad).sum(0), norm.weight.grad)
-    close(ranks.each(shared[0].bias.grad).sum(0), norm.bias.grad)
+    close(ranks.all_gather(shared[0].weight.grad).sum(0), norm.weight.grad)
+    close(ranks.all_gather(shared[0].bias.grad).sum(0), norm.bias.grad)
     close(shared[0].running_var, norm.running_var)
     close(shared[0].running_mean, norm.running_mean)
 
@@ -203,13 +203,13 @@ def one_rank_out_of_memory(ranks):
     assert (shared.micro_batch is not None) == last
     for mine, whole in zip(shared.parameters, alone.parameters, strict=True):
         torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
-        assert all(torch.equal(mine, each) for each in ranks.each(mine))
+        assert all(torch.equal(mine, each) for each in ranks.all_gather(mine))
     shared = in_halves(ranks, 2 if last else 1000, norms=True)
     assert shared.micro_batch <= 2, (
         "batch norms over ranks wait for each other: all take what fits the last"
     )
     assert all(
-        torch.equal(value, each) for value in shared.parameters for each in ranks.each(value)
+        torch.equal(value, each) for value in shared.parameters for each in ranks.all_gather(value)
     )
 
 
@@ -234,7 +234,7 @@ def same_training(ranks):
             one.weights(weights).state_dict().items(), theirs.state_dict().values(), strict=True
         ):
             torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=name)
-            assert all(torch.equal(other, each) for each in ranks.each(other)), (
+            assert all(torch.equal(other, each) for each in ranks.all_gather(other)), (
                 f"{name} differs between ranks"
             )
         found, wanted = (
@@ -255,7 +255,7 @@ def test_ranks_learn_and_evaluate_as_one(size):
 
 
 def fail(ranks, error):
-    with ranks.together():
+    with ranks.all_or_none():
         if ranks.rank == 1:
             raise error
 
@@ -267,7 +267,7 @@ def disagree(ranks):
         fail(ranks, OSError("disk"))
     with pytest.raises(RecipeError, match="versions: rank 1 has 2, rank 0 has 1"):
         ranks.same("versions", ranks.rank + 1)
-    assert ranks.of_first(["a", ranks.rank]) == ["a", 0]
+    assert ranks.broadcast_object(["a", ranks.rank]) == ["a", 0]
     assert ranks.any(ranks.rank == 1)
     assert not ranks.any(False)
     assert ranks.total(ranks.rank + 0.5) == 2.0
@@ -277,7 +277,7 @@ def disagree(ranks):
     for _ in range(8 * ranks.rank):  # twice the timeout, and no collective meanwhile
         time.sleep(0.25)
         ranks.beat()
-    assert ranks.everyone(ranks.rank) == [0, 1]
+    assert ranks.all_gather_object(ranks.rank) == [0, 1]
 
 
 def test_an_error_of_one_rank_is_an_error_of_all():
@@ -356,6 +356,6 @@ def test_a_rank_that_never_comes_is_named(monkeypatch):
         pytest.raises(
             RankError, match=r"^rank 1 of 2 did not answer: dead, or without progress for 1 s"
         ),
-        joined(cuda=False, timeout=1),
+        process_group(cuda=False, timeout=1),
     ):
         pass

@@ -79,14 +79,14 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.timeout > 0:
         raise RecipeError(f"timeout = {arguments.timeout:g}: expected seconds above 0")
 
-    from dpfast.parallel import RankError, joined
+    from dpfast.parallel import RankError, process_group
     from dpfast.practice.stopping import LossError, Stop, Stopped
 
     with Stop() as stop:
         try:
             cuda = False if recipe.device == "cpu" else None
             with (
-                joined(cuda=cuda, timeout=arguments.timeout) as ranks,
+                process_group(cuda=cuda, timeout=arguments.timeout) as ranks,
                 ranks.watched(lambda: stop.requested),
             ):
                 return _run(arguments, recipe, stop, ranks)
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks) -> int:
-    with stop.at_once(), ranks.together():  # nothing is there to be saved
+    with stop.at_once(), ranks.all_or_none():  # nothing is there to be saved
         from dpfast.parallel import launch, versions
         from dpfast.pool.saver import unsaved
         from dpfast.practice.branch import prepare_branch
@@ -139,27 +139,27 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         ranks.same("versions of dpfast and torch", versions())
         ranks.same("recipe", recipe.to_dict())
         asked = recipe
-        with ranks.together():
+        with ranks.all_or_none():
             check_saving(recipe, resume=resume, branch=round is not None)
             if ranks.first:
                 recipe = check_vacant(out, recipe, overwrite=arguments.overwrite, resume=resume)
                 if round is not None and not resume:
                     recipe = continued(trunk, recipe, branch=True)
-        recipe = Recipe.from_dict(ranks.of_first(recipe.to_dict()))
-        with ranks.together():
+        recipe = Recipe.from_dict(ranks.broadcast_object(recipe.to_dict()))
+        with ranks.all_or_none():
             practice = DeliberatePractice(recipe, ranks=ranks)
         if arguments.dry_run:
-            with ranks.together():
+            with ranks.all_or_none():
                 pool = practice.place_pool(out)
             return _dry_run(practice, pool, out) if ranks.first else 0
-        with ranks.together():
+        with ranks.all_or_none():
             if round is not None and not resume and ranks.first:
                 prepare_branch(
                     trunk, round, out, asked, overwrite=arguments.overwrite, beat=ranks.beat
                 )
             resume = resume or round is not None
     with contextlib.ExitStack() as stack:
-        with ranks.together():
+        with ranks.all_or_none():
             folder = RunPaths(out, practice.ranks)
             if ranks.first:
                 folder = stack.enter_context(

@@ -116,7 +116,7 @@ def measure(scores: Sequence[Tensor], classes: int, ranks: Ranks = ALONE) -> Eva
     has none.
     """
     rows = torch.cat([*scores]) if scores else torch.empty(0, 7).double()
-    known, counts = zip(*ranks.everyone([classes, len(rows)]), strict=True)
+    known, counts = zip(*ranks.all_gather_object([classes, len(rows)]), strict=True)
     classes, rows = max(known), ranks.gather(rows, sum(counts), BATCH)
     hits, near, loss, entropies = (rows[:, i].float() for i in (1, 2, 3, 4))
     labels = rows[:, 0].long()

@@ -17,7 +17,16 @@ ranks know, and every rank decides alike.
 """
 
 from dpfast.parallel.heartbeat import TIMEOUT, RankError
-from dpfast.parallel.launch import joined, launch, launched, versions
+from dpfast.parallel.launch import launch, launched, process_group, versions
 from dpfast.parallel.ranks import ALONE, Ranks
 
-__all__ = ["ALONE", "TIMEOUT", "RankError", "Ranks", "joined", "launch", "launched", "versions"]
+__all__ = [
+    "ALONE",
+    "TIMEOUT",
+    "RankError",
+    "Ranks",
+    "launch",
+    "launched",
+    "process_group",
+    "versions",
+]

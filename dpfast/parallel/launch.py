@@ -48,7 +48,7 @@ def launch() -> str:
 
 
 @contextlib.contextmanager
-def joined(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ranks]:
+def process_group(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """The ranks that torchrun started, within it as process groups; without torchrun one process
     alone.
 

@@ -161,7 +161,7 @@ class Ranks:
             every[places] = part[: len(places)]
         return every
 
-    def each(self, value: Tensor) -> Tensor:
+    def all_gather(self, value: Tensor) -> Tensor:
         """(size, ...) on the CPU: every rank's ``value``, all of one shape."""
         if self.alone:
             return value.cpu()[None]
@@ -170,23 +170,23 @@ class Ranks:
 
     def total(self, number: float) -> float:
         """The sum over ranks of a number; exact for integers below 2^53."""
-        return number if self.alone else float(sum(self.everyone(number)))
+        return number if self.alone else float(sum(self.all_gather_object(number)))
 
     def most(self, number: float) -> float:
         """The largest of the ranks' numbers."""
-        return number if self.alone else float(max(self.everyone(number)))
+        return number if self.alone else float(max(self.all_gather_object(number)))
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on some rank."""
-        return any(self.everyone(flag))
+        return any(self.all_gather_object(flag))
 
     def ready(self) -> None:
         """Returns when all ranks have come here, as late as they may. Raises ``RankError`` that
         names who is dead.
         """
-        self.everyone(None)
+        self.all_gather_object(None)
 
-    def everyone(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's ``value``, which JSON can hold. Raises ``RankError`` that names a rank which
         is dead.
         """
@@ -206,15 +206,15 @@ class Ranks:
             self.store.delete_key(f"{self._asked - 2}/{self.rank}")
         return said
 
-    def of_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """What rank 0 says; JSON can hold it."""
-        return self.everyone(value if self.first else None)[0]
+        return self.all_gather_object(value if self.first else None)[0]
 
     def same(self, what: str, value: Any) -> None:
         """Raises ``RecipeError`` on every rank unless all have the same ``value``, which JSON can
         hold.
         """
-        values = self.everyone(value)
+        values = self.all_gather_object(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise RecipeError(
@@ -223,7 +223,7 @@ class Ranks:
                 )
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def all_or_none(self) -> Iterator[None]:
         """All ranks succeed, or none: a ``RecipeError`` on one of them is raised on all, after the
         same words.
 
@@ -236,7 +236,7 @@ class Ranks:
             failure = error
             if self.alone:
                 raise
-        said = self.everyone(
+        said = self.all_gather_object(
             None if failure is None else [isinstance(failure, RecipeError), str(failure)]
         )
         for rank, words in enumerate(said):

@@ -198,7 +198,7 @@ class LoopCheckpointer:
                 )
                 return
         self._retry()
-        losses = loop.ranks.each(loop.losses.total)
+        losses = loop.ranks.all_gather(loop.losses.total)
         if self._writes:
             self._begin(losses)
             if wait:

@@ -85,7 +85,7 @@ class Cost:
         """Adds up what all ranks have spent after ``before``; seconds are those of the slowest,
         which is named.
         """
-        spent = ranks.everyone(self.since(before).state())
+        spent = ranks.all_gather_object(self.since(before).state())
         self.restore(before.state())
         self.take_all(spent)
         slow = slowest(spent)

@@ -121,7 +121,7 @@ def check_disk(ranks: Ranks, needs: Needs | None, folder: Path, when: str) -> No
     """Raises one ``RecipeError`` on all ranks where the first one, which has ``needs``, finds too
     little room.
     """
-    refusal = ranks.of_first(None if needs is None else needs.refusal(folder, when))
+    refusal = ranks.broadcast_object(None if needs is None else needs.refusal(folder, when))
     if refusal is not None:
         raise RecipeError(refusal)
 

@@ -211,9 +211,9 @@ class DeliberatePractice:
         """The newest checkpoint of a source, the same one on every rank: that of the first."""
         if folder is None:
             return None
-        with self.ranks.together():
+        with self.ranks.all_or_none():
             newest = self._newest(folder.checkpoints(name), name) if self.ranks.first else None
-        path = self.ranks.of_first(None if newest is None else str(newest.path))
+        path = self.ranks.broadcast_object(None if newest is None else str(newest.path))
         return newest if newest is not None or path is None else checkpoint.load(Path(path))
 
     def _newest(self, folder: Path, name: str) -> Checkpoint | None:

@@ -35,7 +35,7 @@ class Losses:
 
     def mean(self, steps: int) -> float:
         """Of the last ``steps`` steps over all ranks; the sum begins anew."""
-        mean = float(self.ranks.each(self.total).mean()) / steps
+        mean = float(self.ranks.all_gather(self.total).mean()) / steps
         self.total.zero_()
         return mean
 
@@ -43,7 +43,7 @@ class Losses:
         """The first step without a finite loss on any rank; 0: there is none. Waits for the
         device.
         """
-        found = self.ranks.each(self._bad)
+        found = self.ranks.all_gather(self._bad)
         return int(found[found > 0].min()) if bool(found.any()) else 0
 
     def samples_of(self, step: int) -> list[int]:

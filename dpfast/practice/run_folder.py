@@ -361,12 +361,12 @@ def check_shared(out: Path, ranks: Ranks) -> None:
     """
     if ranks.alone:
         return
-    token = ranks.of_first(f"{time.time_ns()} {os.getpid()}" if ranks.first else None)
-    with ranks.together():
+    token = ranks.broadcast_object(f"{time.time_ns()} {os.getpid()}" if ranks.first else None)
+    with ranks.all_or_none():
         if ranks.first:
             with durable(out, SHARED) as file:
                 file.write(token.encode())
-    with ranks.together():
+    with ranks.all_or_none():
         deadline = time.monotonic() + SEEN
         while not (out / SHARED).is_file() or (out / SHARED).read_text() != token:
             if time.monotonic() > deadline:

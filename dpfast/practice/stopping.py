@@ -101,7 +101,7 @@ class StopTogether:
             return asked
         before, since = self._asked
         steps = step - before
-        said = ranks.everyone([asked, clock.now() - since])
+        said = ranks.all_gather_object([asked, clock.now() - since])
         asked = max(wish for wish, _ in said)
         if asked == STOP:
             self.stop.requested = True

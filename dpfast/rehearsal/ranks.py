@@ -66,7 +66,7 @@ class RehearsedGroup(Group):
 
 
 class EchoStore:
-    """A store in which every rank has said what this one says (``Ranks.everyone``)."""
+    """A store in which every rank has said what this one says (``Ranks.all_gather_object``)."""
 
     def __init__(self) -> None:
         self._said: dict[str, str] = {}

@@ -65,7 +65,7 @@ def test_a_rank_may_be_as_slow_as_it_likes_while_it_makes_progress(size):
         last = 20 + 30 * rank / size
         beats(rank, *(4.0 * n for n in range(int(last / 4) + 1)))
         says(rank, str(rank), last)
-    assert ranks.everyone(0) == list(range(size))
+    assert ranks.all_gather_object(0) == list(range(size))
     assert last <= clock.time < last + 0.1
 
 
@@ -77,7 +77,7 @@ def test_a_rank_without_progress_is_named_within_the_timeout_and_a_tenth():
     with pytest.raises(
         RankError, match=r"^rank 2 of 4 did not answer: dead, or without progress for 10 s"
     ):
-        ranks.everyone(0)
+        ranks.all_gather_object(0)
     assert 13 <= clock.time < 13 + 10 / 10 + 0.2
 
 
@@ -85,7 +85,7 @@ def test_all_ranks_without_progress_are_named():
     ranks, clock, beats, _ = simulated(4, timeout=10)
     beats(2, *range(1, 100))
     with pytest.raises(RankError, match=r"^ranks 1, 3 of 4 did not answer"):
-        ranks.everyone(0)
+        ranks.all_gather_object(0)
     assert 10 <= clock.time < 11.2
 
 
@@ -99,7 +99,7 @@ def test_who_waits_for_a_slow_rank_is_not_dead_to_a_third():
         clock.at(n / 10, other.beat)  # what ``Heartbeat.wait`` does meanwhile
     says(2, "2", 1)
     says(1, "1", 19)
-    assert ranks.everyone(0) == [0, 1, 2]
+    assert ranks.all_gather_object(0) == [0, 1, 2]
     assert ranks.heartbeat.store.check(["beat/0"]), "rank 0 has waited, too"
 
 
@@ -116,7 +116,7 @@ def test_nobody_waits_for_a_rank_that_has_ended(error, words):
     beats(2, *range(100))
     clock.at(3, lambda: Heartbeat(ranks.heartbeat.store, 1, 3).leave(error))
     with pytest.raises(RankError, match=words):
-        ranks.everyone(0)
+        ranks.all_gather_object(0)
     assert clock.time < 11
 
 

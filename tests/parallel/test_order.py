@@ -53,7 +53,7 @@ def in_order(ranks):
     shapes = [
         [group, kind] for group, kind, _ in recorder.order
     ]  # parts of a batch differ in their bytes
-    assert all(order == shapes for order in ranks.everyone(shapes))
+    assert all(order == shapes for order in ranks.all_gather_object(shapes))
     assert not recorder.overlaps()
     # as on a CPU: gloo's groups have connections of their own, and the loader's thread talks
     # meanwhile
@@ -68,7 +68,7 @@ def in_order(ranks):
             for group, kind, size in recorder.order
             if group == name and kind != "all_to_all"
         ]
-        assert all(other == order for other in ranks.everyone(order))
+        assert all(other == order for other in ranks.all_gather_object(order))
 
 
 def test_all_ranks_call_collectives_in_one_order_and_one_group_at_a_time():

@@ -210,7 +210,7 @@ def test_a_run_in_progress_is_neither_resumed_nor_replaced(short, tmp_path):
 class Two(Ranks):
     """One of two threads that hear each other."""
 
-    def everyone(self, value):
+    def all_gather_object(self, value):
         for line in self.store:
             line.put((self.rank, value))
         return [
