@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from dpfast.ops import dispatch
-from dpfast.ops._triton import next_power, triton
 from dpfast.ops.kernels import entropy, gather, noise
 from dpfast.ops.kernels import guided_step as guided
+from dpfast.ops.triton_stub import next_power, triton
 
 CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of one multiprocessor

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpfast.ops._triton import tl, triton
+from dpfast.ops.triton_stub import tl, triton
 
 BLOCK, WARPS = 256, 4  # output pixels and warps of a program
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dpfast.ops import dispatch
-from dpfast.ops._triton import next_power, tl, triton
+from dpfast.ops.triton_stub import next_power, tl, triton
 from dpfast.pool.shared_list import SharedList
 
 CPU = torch.device("cpu")

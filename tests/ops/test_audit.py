@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from dpfast.ops import dispatch
-from dpfast.ops._triton import tl, triton
 from dpfast.ops.audit import (
     CAPABILITIES,
     Variant,
@@ -17,6 +16,7 @@ from dpfast.ops.audit import (
     table,
     variants,
 )
+from dpfast.ops.triton_stub import tl, triton
 
 pytestmark = pytest.mark.skipif(
     dispatch.INTERPRETED or not dispatch.has_triton(),

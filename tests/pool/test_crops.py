@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpfast.ops import audit
-from dpfast.ops._triton import tl
+from dpfast.ops.triton_stub import tl
 from dpfast.pool import crops
 from dpfast.pool.batch import BatchFormat, crop_rows, from_images, resample
 from dpfast.pool.rows import ChunkTable

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from dpfast.ops._triton import next_power, tl, triton
+from dpfast.ops.triton_stub import next_power, tl, triton
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 FLOOR = tl.constexpr(-87.0)  # exp(-87) is the last normal float; below it p counts as zero

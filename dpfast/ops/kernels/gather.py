@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from dpfast.ops._triton import next_power, tl, triton
 from dpfast.ops.reference.gather import Request
+from dpfast.ops.triton_stub import next_power, tl, triton
 
 WARPS = 4  # of a program
 

@@ -18,9 +18,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from dpfast.ops._triton import next_power, tl, triton
 from dpfast.ops.kernels.noise import normals, wide
 from dpfast.ops.reference.guided_step import Call, quantile
+from dpfast.ops.triton_stub import next_power, tl, triton
 
 WHOLE = 16384  # elements of a sample that one program holds
 SPLIT = 4096  # elements a program of a longer sample

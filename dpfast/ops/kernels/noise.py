@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpfast.ops._triton import next_power, tl, triton
+from dpfast.ops.triton_stub import next_power, tl, triton
 
 BLOCK = 1024  # elements of a program
 
