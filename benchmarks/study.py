@@ -46,7 +46,7 @@ OPTIONS: tuple[Fields, ...] = (
 )
 COMMON: Fields = {
     "steps": 8,
-    "guide_every": 2,
+    "every": 2,
     "omega": 0.05,
     "patience_growth": "fixed",
     "oversample": 4.0,

@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parent / "recipes"
 ASSETS = Path(__file__).parent / "assets"
 # field -> its option, and the names by which recipes call a folder that only their user has
 USER_FOLDERS = {
-    "pipeline": ("--generator DIR", ("stable-diffusion-1.5", "dit-xl-2")),
+    "pipeline": ("--pipeline DIR", ("stable-diffusion-1.5", "dit-xl-2")),
     "validation": ("--validation DIR", ("imagenet-val",)),
 }
 
@@ -59,10 +59,9 @@ class Generator:
     cfg_scale: float = (
         1.5  # diffusers' convention (1 = no classifier-free guidance), the paper's lambda + 1
     )
-    cfg_from: float = (
-        0.0  # classifier-free guidance acts in this part of the trajectory, fractions of the steps;
-    )
-    cfg_until: float = 1.0  # outside of it a step costs half and the images differ
+    # classifier-free guidance acts in this part of the trajectory, from and until a fraction of the
+    # steps; outside of it a step costs half and the images differ
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
     cache_interval: int = (
         1  # of a run of unguided steps every one so many runs the whole denoiser, the others reuse
     )
@@ -107,12 +106,12 @@ class Generator:
             self.cfg_scale,
             "at least 0; 1 switches classifier-free guidance off",
         )
-        _check(0 <= self.cfg_from < 1, "cfg_from", self.cfg_from, "in [0, 1)")
+        interval = self.cfg_interval
         _check(
-            self.cfg_from < self.cfg_until <= 1,
-            "cfg_until",
-            self.cfg_until,
-            f"in ({self.cfg_from:g}, 1]",
+            len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
+            "cfg_interval",
+            interval,
+            "two fractions of the steps, 0 <= from < until <= 1",
         )
         _check(
             self.cache_interval >= 1,
@@ -172,11 +171,11 @@ class Guidance:
     omega: float = (
         0.05  # relative mode: the displacement of a latent as a fraction of its norm; 0: unguided
     )
-    guide_every: int = 3  # guided is every k-th step, from guide_from on
-    guide_from: float = (
+    every: int = 3  # guided is every k-th step, from start on
+    start: float = (
         0.0  # the first part of the trajectory stays unguided, up to this fraction of the steps
     )
-    guide_until: float = (
+    until: float = (
         1.0  # the last part of the trajectory stays unguided from this fraction of the steps on
     )
     mode: str = "relative"  # "relative" (paper's practice) or "score" (Algorithm 1)
@@ -189,13 +188,13 @@ class Guidance:
     guide_with: str = "ema"  # the learner's weights that guide: "ema" or "raw"
 
     def __post_init__(self) -> None:
-        _check(self.guide_every >= 1, "guide_every", self.guide_every, "at least 1 (every step)")
-        _check(0 <= self.guide_from < 1, "guide_from", self.guide_from, "in [0, 1)")
+        _check(self.every >= 1, "every", self.every, "at least 1 (every step)")
+        _check(0 <= self.start < 1, "start", self.start, "in [0, 1)")
         _check(
-            self.guide_from < self.guide_until <= 1,
-            "guide_until",
-            self.guide_until,
-            f"in ({self.guide_from:g}, 1]",
+            self.start < self.until <= 1,
+            "until",
+            self.until,
+            f"in ({self.start:g}, 1]",
         )
         _check(self.mode in ("relative", "score"), "mode", self.mode, "'relative' or 'score'")
         _check(
@@ -325,7 +324,7 @@ class Practice:
     omega_rounds: tuple[
         float, ...
     ] = ()  # omega of round 1, 2, ...; the last one for all later; empty: omega
-    cfg_rounds: tuple[float, ...] = ()  # cfg_scale of round 1, 2, ..., the same way
+    cfg_scale_rounds: tuple[float, ...] = ()  # cfg_scale of round 1, 2, ..., the same way
     fresh_weight: float = (
         1.0  # how much more often a sample of the newest round is drawn; 1: the paper
     )
@@ -387,7 +386,10 @@ class Practice:
         known = "'coverage', 'pool', 'round' or 'fixed'"
         _check(self.patience_growth in growths, "patience_growth", self.patience_growth, known)
         _check(
-            min(self.cfg_rounds, default=0.0) >= 0, "cfg_rounds", self.cfg_rounds, "each at least 0"
+            min(self.cfg_scale_rounds, default=0.0) >= 0,
+            "cfg_scale_rounds",
+            self.cfg_scale_rounds,
+            "each at least 0",
         )
         _check(
             self.fresh_weight > 0, "fresh_weight", self.fresh_weight, "above 0; 1 draws uniformly"

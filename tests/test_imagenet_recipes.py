@@ -143,7 +143,7 @@ def test_folders_that_do_not_fit_are_named_before_weights_are_read(
     message, folders, capsys, tmp_path
 ):
     BROKEN[message](*folders)
-    arguments = ["--generator", str(folders[0]), "--validation", str(folders[1])]
+    arguments = ["--pipeline", str(folders[0]), "--validation", str(folders[1])]
     assert main(["run", "imagenet100-sd15", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -156,14 +156,14 @@ def test_folders_that_do_not_fit_are_named_before_weights_are_read(
 
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_a_recipe_without_its_folders_names_all_options_that_are_missing(name, folders, capsys):
-    generator, validation = ["--generator", str(folders[0])], ["--validation", str(folders[1])]
+    generator, validation = ["--pipeline", str(folders[0])], ["--validation", str(folders[1])]
     said = f"dpfast: error: recipe = '{name}': needs folders of yours, say "
     for given, missing in (
-        ([], "--generator DIR --validation DIR"),
+        ([], "--pipeline DIR --validation DIR"),
         (generator, "--validation DIR"),
-        (validation, "--generator DIR"),
+        (validation, "--pipeline DIR"),
     ):
         assert main(["run", name, *given]) == 2
         assert capsys.readouterr().err == f"{said}{missing}\n"
     assert main(["sample", "--recipe", name, "--labels", "0", "--out", "images"]) == 2
-    assert capsys.readouterr().err == f"{said}--generator DIR\n"
+    assert capsys.readouterr().err == f"{said}--pipeline DIR\n"

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--omega", type=float, nargs="+", default=[0.0, 0.03, 0.05, 0.08, 0.15])
-    parser.add_argument("--every", type=int, default=Recipe.load("fashion").guidance.guide_every)
+    parser.add_argument("--every", type=int, default=Recipe.load("fashion").guidance.every)
     parser.add_argument("--count", type=int, default=500)
     arguments = parser.parse_args()
 

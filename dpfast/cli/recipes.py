@@ -7,8 +7,6 @@ from collections.abc import Collection
 
 from dpfast.config import Recipe, fields
 
-ALIASES = {"pipeline": ("--generator",)}  # what people call a field
-
 
 def add_recipe(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
     """The recipe, and an option for each of its fields but those of ``without``."""
@@ -16,9 +14,10 @@ def add_recipe(parser: argparse.ArgumentParser, *, without: Collection[str] = ()
     group = parser.add_argument_group("fields of the recipe", "each replaces the recipe's value")
     for name, field in fields().items():
         if name not in ("options", "name", *without):
-            options = (f"--{name.replace('_', '-')}", *ALIASES.get(name, ()))
             group.add_argument(
-                *options, dest=f"field.{name}", metavar=str(field.type).split("[")[0].upper()
+                f"--{name.replace('_', '-')}",
+                dest=f"field.{name}",
+                metavar=str(field.type).split("[")[0].upper(),
             )
 
 

@@ -7,7 +7,6 @@ import dataclasses
 from pathlib import Path
 
 from dpfast.cli import Commands
-from dpfast.cli.recipes import ALIASES
 from dpfast.config import Generator, Guidance, Recipe, fields
 from dpfast.errors import RecipeError
 
@@ -45,8 +44,9 @@ def add(commands: Commands) -> None:
     )
     group = parser.add_argument_group("fields of the recipe", "each replaces the recipe's value")
     for name in FIELDS:
-        flags = (f"--{name.replace('_', '-')}", *ALIASES.get(name, ()))
-        group.add_argument(*flags, metavar=str(fields()[name].type).split("[")[0].upper())
+        group.add_argument(
+            f"--{name.replace('_', '-')}", metavar=str(fields()[name].type).split("[")[0].upper()
+        )
     parser.set_defaults(handler=sample)
 
 

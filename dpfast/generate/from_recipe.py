@@ -93,9 +93,9 @@ def new_sampler(
     described: dict[str, Any] = {
         "guidance": GuidanceConfig(
             omega=guidance.omega,
-            every=guidance.guide_every,
-            start=guidance.guide_from,
-            until=guidance.guide_until,
+            every=guidance.every,
+            start=guidance.start,
+            until=guidance.until,
             mode=cast(Mode, guidance.mode),
             through=cast(Through, guidance.through),
             criterion=guidance.criterion,
@@ -104,7 +104,7 @@ def new_sampler(
         "solver": cast(Solver, generator.solver),
         "eta": generator.eta,
         "cfg_scale": generator.cfg_scale,
-        "cfg_interval": (generator.cfg_from, generator.cfg_until),
+        "cfg_interval": generator.cfg_interval,
         "cache_interval": generator.cache_interval,
         "seed": recipe.seed,
         "compile": generator.compile,

@@ -224,7 +224,9 @@ class StaticSource:
         return 0.0
 
     def cfg_scale(self, number: int) -> float:
-        return scheduled(number, self.recipe.practice.cfg_rounds, self.recipe.generator.cfg_scale)
+        return scheduled(
+            number, self.recipe.practice.cfg_scale_rounds, self.recipe.generator.cfg_scale
+        )
 
     def steps(self, number: int) -> int:
         return self.recipe.generator.steps

@@ -24,7 +24,7 @@ CASES = {
     "batch": (["--batch-size", "6"], "batch_size = 6: expected a multiple of 4, twice the 2 ranks"),
     "generation batch": (["--generation-batch", "200"], "are fewer batches than the 2 ranks"),
     "classes": (["--validation", "{root}/few"], "no images of"),
-    "weights": (["--generator", "{root}/empty"], "{root}/empty"),
+    "weights": (["--pipeline", "{root}/empty"], "{root}/empty"),
     "resume": (["--resume", "--omega", "0.2"], "has another recipe: omega = 0.2 was 0.05"),
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "holds no run"),
     "versions": ([], "versions of dpfast and torch: rank 1 has"),

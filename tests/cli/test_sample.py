@@ -32,7 +32,7 @@ def arguments(folder, out, *options):
 @pytest.mark.parametrize(
     ("folder", "options"),
     [
-        ("pipeline_folder", ["--dtype", "bfloat16", "--cfg-until", "0.5"]),
+        ("pipeline_folder", ["--dtype", "bfloat16", "--cfg-interval", "0,0.5"]),
         ("stable_diffusion_folder", [*TEXT, "--solver", "dpmpp2m"]),
         ("stable_diffusion_3_folder", [*TEXT, "--solver", "euler"]),
         ("pixel_folder", ["--solver", "ddim"]),
@@ -59,7 +59,7 @@ def test_every_family_writes_its_images(folder, options, request, tmp_path):
         ("stable_diffusion_folder", [*TEXT, "--solver", "euler"], "solver = 'euler'"),
         ("stable_diffusion_3_folder", [*TEXT, "--solver", "ddim"], "solver = 'ddim'"),
         ("pipeline_folder", ["--dtype", "int8"], "dtype = 'int8'"),
-        ("pipeline_folder", ["--cfg-from", "0.5", "--cfg-until", "0.2"], "cfg_until = 0.2"),
+        ("pipeline_folder", ["--cfg-interval", "0.5,0.2"], "cfg_interval = (0.5, 0.2)"),
         ("pipeline_folder", ["--solver", "heun"], "solver = 'heun'"),
     ],
 )
@@ -73,7 +73,7 @@ def test_what_cannot_work_is_named_in_one_line(folder, options, message, request
 def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, capsys):
     options = [
         "sample",
-        "--generator",
+        "--pipeline",
         str(pipeline_folder),
         "--labels",
         "0",

@@ -132,7 +132,7 @@ def test_the_stages_of_every_way_are_timed(recipe):
     quick = dataclasses.replace(
         recipe,
         generator=dataclasses.replace(recipe.generator, steps=2, generation_batch=10),
-        guidance=dataclasses.replace(recipe.guidance, guide_every=1),
+        guidance=dataclasses.replace(recipe.guidance, every=1),
         practice=dataclasses.replace(recipe.practice, early_candidates=3.0, early_until=0.5),
     )
     timings = measure(quick, seconds=2.0)

@@ -31,7 +31,7 @@ def recipe(pipeline_folder, monkeypatch):
         {
             "name": "test",
             "generator": {"pipeline": str(pipeline_folder), "steps": 3, "generation_batch": 20},
-            "guidance": {"omega": 0.2, "guide_every": 1},
+            "guidance": {"omega": 0.2, "every": 1},
             "learner": {
                 "model": "transformers:RegNetForImageClassification",
                 "options": {

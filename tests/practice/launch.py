@@ -74,7 +74,7 @@ def folders(recipe: str, root: Path) -> list[str]:
         for number in range(2):
             pixels = torch.randint(0, 256, (16, 16), dtype=torch.uint8, generator=generator)
             Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-    return ["--generator", str(root / "generator"), "--validation", str(root / "validation")]
+    return ["--pipeline", str(root / "generator"), "--validation", str(root / "validation")]
 
 
 class Launched:

@@ -31,7 +31,7 @@ def short(recipe):
     """Five steps, guided in 0, 2 and 4; one source, two rounds of 15 in batches of 6."""
     recipe = with_(recipe, "practice", iterations=40, maximum_samples=60, sources=("dp",))
     recipe = with_(recipe, "generator", steps=5, generation_batch=6)
-    return with_(recipe, "guidance", guide_every=2)
+    return with_(recipe, "guidance", every=2)
 
 
 def wanted(labels=LABELS, **changes):
@@ -298,13 +298,13 @@ def test_contradictory_values_are_refused(short, section, changes, named):
     [
         (
             {"early_candidates": 2.0},
-            {"guide_from": 0.6},
+            {"start": 0.6},
             "early_until = 0.4: expected a guided step before",
         ),
         ({"restart": 0.9}, {}, "restart = 0.9: expected a guided step at or after step 5 of 5"),
         (
             {"restart": 0.5},
-            {"guide_until": 0.4},
+            {"until": 0.4},
             "restart = 0.5: expected a guided step .* guided are 0",
         ),
     ],

@@ -56,7 +56,10 @@ OPTIONS = {
     ),
     "re-practice": ("practice", {"sources": ("dp",), "restart": 0.5}),
     "disagreement": ("guidance", {"criterion": "disagreement"}),
-    "no cfg in the second round": ("practice", {"sources": ("dp",), "cfg_rounds": (1.5, 1.0)}),
+    "no cfg in the second round": (
+        "practice",
+        {"sources": ("dp",), "cfg_scale_rounds": (1.5, 1.0)},
+    ),
 }
 
 

@@ -54,7 +54,7 @@ def recipe_of(folder):
                 "steps": 3,
                 "generation_batch": 32,
             },
-            "guidance": {"omega": 0.2, "guide_every": 2},
+            "guidance": {"omega": 0.2, "every": 2},
             "learner": {"model": "tests.tiny_pipelines:learner", "batch_size": 384},
             "practice": {
                 "initial_samples": 96,

@@ -32,7 +32,7 @@ def test_rounds_end_at_their_maximum(dp):
 
 
 def test_omega_and_cfg_follow_their_rounds_and_so_does_the_cost(dp):
-    scheduled = with_(dp, "practice", omega_rounds=(0.1, 0.3), cfg_rounds=(2.0, 1.0))
+    scheduled = with_(dp, "practice", omega_rounds=(0.1, 0.3), cfg_scale_rounds=(2.0, 1.0))
     (result,) = DeliberatePractice(scheduled).run(progress=False)
     omega, cfg = (result.pool.column(name) for name in ("omega", "cfg_scale"))
     assert omega.tolist() == pytest.approx([0.0] * 30 + [0.1] * 15 + [0.3] * 25)
