@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dpfast.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from dpfast.adapters import GuidanceCallback, GuidedDDIMScheduler, LearnerGuidance, make_cond_fn
     from dpfast.config import Recipe
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from dpfast.practice.experiment import DeliberatePractice
     from dpfast.practice.result import Result
     from dpfast.samples import SampleBatch
-
-__version__ = "0.1.0"
 
 # Public name -> its module. Imported on first use: `dpfast --help` and a wrong argument are
 # answered without torch.

@@ -1,6 +1,10 @@
-"""Errors that tell a caller what to change, each in one line."""
+"""Errors that tell a caller what to change, each in one line, and the warning of a full disk."""
 
 from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -12,3 +16,18 @@ class InputError(ValueError):
 
 class RecipeError(InputError):
     """A recipe that cannot run; the message names the field, its value and what would be right."""
+
+
+class SaveWarning(UserWarning):
+    """Saving has stopped; the pool goes on in memory."""
+
+
+@contextlib.contextmanager
+def unsaved(what: str, then: str = "the run goes on in memory") -> Iterator[None]:
+    """Turns what a full disk refuses into a ``SaveWarning``: ``what`` is not written, and what
+    ``then`` is the case.
+    """
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what}: {error}; {then}", SaveWarning, stacklevel=3)

@@ -16,27 +16,17 @@ import contextlib
 import datetime
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpfast.errors import RecipeError
+from dpfast import launch
+from dpfast.errors import RecipeError, unsaved
 
 LEVELS = ("debug", "info", "warning", "error")
 FOLDER = "logs"
-
-
-def rank() -> int:
-    """This process's number among torchrun's; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def ranks() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_level(level: str) -> str:
@@ -53,7 +43,7 @@ class JsonLines(logging.Formatter):
         time = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
         line: dict[str, Any] = {
             "time": time.isoformat(timespec="milliseconds"),
-            "rank": rank(),
+            "rank": launch.rank(),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -74,8 +64,6 @@ class LogFile(logging.FileHandler):
         if not isinstance(error, OSError):
             super().handleError(record)
         elif not self._warned:
-            from dpfast.pool.saver import unsaved
-
             self._warned = True  # the warning comes here as well
             with unsaved(f"{FOLDER}/{Path(self.baseFilename).name} lags behind"):
                 raise error
@@ -88,7 +76,7 @@ class LogFile(logging.FileHandler):
 @contextlib.contextmanager
 def logged(run: Path, level: str = "info") -> Iterator[Path]:
     """Within it, this rank's log is written into ``run``; gives the file."""
-    path = run / FOLDER / f"rank-{rank():05d}.jsonl"
+    path = run / FOLDER / f"rank-{launch.rank():05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = LogFile(path)
     handler.setFormatter(JsonLines())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dpfast.generate.runtime.memory import LiveBytes
+from dpfast.hardware.live_bytes import LiveBytes
 
 
 class MemoryLimit(LiveBytes):

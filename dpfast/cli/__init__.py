@@ -5,8 +5,9 @@ handler.
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any, TypeAlias
+
+from dpfast import launch
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -24,4 +25,4 @@ def add_device(parser: argparse.ArgumentParser, what: str) -> None:
 
 def first() -> bool:
     """Whether this process speaks for all that torchrun started; without it every one does."""
-    return os.environ.get("RANK", "0") == "0"
+    return launch.rank() == 0

@@ -106,8 +106,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks) -> int:
     with stop.at_once(), ranks.all_or_none():  # nothing is there to be saved
-        from dpfast.parallel import launch, versions
-        from dpfast.pool.saver import unsaved
+        from dpfast.errors import unsaved
+        from dpfast.launch import launch_name
+        from dpfast.parallel import versions
         from dpfast.practice.branch import prepare_branch
         from dpfast.practice.changes import continued
         from dpfast.practice.experiment import DeliberatePractice
@@ -171,7 +172,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
                         ranks=practice.ranks,
                     )
                 )
-                (out / LAUNCH).write_text(launch())
+                (out / LAUNCH).write_text(launch_name())
         check_shared(out, ranks)
         stack.enter_context(logged(out, arguments.log_level))
         _tell_fit(practice.fit, aloud=ranks.first and not arguments.quiet)
@@ -202,12 +203,12 @@ def _tell_fit(fit: Fit | None, *, aloud: bool) -> None:
 
 def _begun(out: Path, *, overwrite: bool) -> bool:
     """Whether the ranks that torchrun has started again have begun their run."""
-    from dpfast.parallel import launch
+    from dpfast.launch import launch_name
 
     if not (out / "recipe.json").is_file():
         return False
     kept = out / LAUNCH  # says whether the run to be replaced was still there
-    return not overwrite or (kept.is_file() and kept.read_text() == launch())
+    return not overwrite or (kept.is_file() and kept.read_text() == launch_name())
 
 
 def _dry_run(practice: DeliberatePractice, pool: PoolPlan, out: Path) -> int:

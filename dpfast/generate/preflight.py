@@ -14,9 +14,10 @@ from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidancePath
 from dpfast.generate.models.recompute import can_recompute, recomputing
 from dpfast.generate.runtime.execution import Execution
-from dpfast.generate.runtime.memory import available_bytes, bytes_per_sample
 from dpfast.generate.solvers import SolverTable
 from dpfast.generate.step import StepInputs, StepParts, Variant
+from dpfast.hardware.live_bytes import bytes_per_sample
+from dpfast.hardware.memory import available_bytes
 
 log = logging.getLogger(__name__)
 ENOUGH = 8  # samples of a chunk, about what keeps a device busy

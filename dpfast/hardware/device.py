@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from dpfast.errors import RecipeError
-from dpfast.parallel import ALONE, Ranks
 
 GPUS = {
     "cuda"
@@ -21,23 +20,22 @@ def is_gpu(device: torch.device) -> bool:
     return device.type in GPUS
 
 
-def device_named(name: str, ranks: Ranks = ALONE) -> torch.device:
+def device_named(name: str, *, rank: int = 0, ranks: int = 1) -> torch.device:
     """The device of a recipe's ``device``; "auto" is the current GPU, or the CPU where there is
     none.
 
-    Of several ranks on a machine each takes the GPU of its number there; "cuda:N" is for one alone.
+    rank: this process's number on its machine; ranks: how many processes the run has. Of several
+    each takes the GPU of its number on its machine; "cuda:N" is for one alone.
 
     Raises ``RecipeError`` for an unknown name and for a GPU that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if not ranks.alone and kind == "cuda":
+    if ranks > 1 and kind == "cuda":
         if index:
-            raise RecipeError(
-                f"device = {name!r}: {ranks.size} ranks need a GPU each; expected 'cuda'"
-            )
-        index = str(ranks.local_rank)
+            raise RecipeError(f"device = {name!r}: {ranks} ranks need a GPU each; expected 'cuda'")
+        index = str(rank)
         name = f"cuda:{index}"
     if name != "cpu" and (kind != "cuda" or name == "cuda:" or not (index or "0").isdecimal()):
         raise RecipeError(f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N'")

@@ -16,11 +16,15 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dpfast.hardware.cgroups import ROOT, groups, lines, number
+from dpfast.launch import local_world_size
 
 MIB = 1 << 20
 UNLIMITED = 1 << 60  # version 1 has no word for no limit, but the largest number of pages
@@ -59,9 +63,20 @@ def free_bytes() -> int:
     return free_memory()[0].bytes
 
 
-def local_ranks(environ: Mapping[str, str] = os.environ) -> int:
-    """How many processes of the run share this machine; torchrun says so."""
-    return int(environ.get("LOCAL_WORLD_SIZE", "1"))
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a GPU; of a CPU this rank's part of what is free to the job."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_bytes() // local_world_size()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of a GPU what torch allocated, on a CPU resident
+    memory.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
 def _available(root: Path) -> Iterator[Free]:
@@ -106,7 +121,7 @@ def _of_slurm(root: Path, environ: Mapping[str, str]) -> Iterator[Free]:
         if amount is None or not times or not int(amount[1]):  # 0: all memory of the node
             continue
         limit = int(amount[1]) * UNITS[amount[2]] * times
-        yield Free(max(limit - resident * local_ranks(environ), 0), name, limit)
+        yield Free(max(limit - resident * local_world_size(environ), 0), name, limit)
 
 
 def _count(text: str | None) -> int:

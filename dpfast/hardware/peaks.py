@@ -14,8 +14,8 @@ from torch import nn
 
 from dpfast.errors import RecipeError
 from dpfast.generate.models.linear import FrozenLinear
-from dpfast.generate.runtime.memory import available_bytes
 from dpfast.hardware.flops import Counts
+from dpfast.hardware.memory import available_bytes
 
 HERE = "here"
 ROUNDS, MEASURED = 5, 0.1  # of each measurement of this machine: calls, seconds

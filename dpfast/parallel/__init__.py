@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m dpfast run imagenet1k-sd15 --pipeline DIR --validation DIR
 
-    launch      the ranks that torchrun started, as ``Ranks``; without torchrun one process alone,
+    torchrun    the processes that torchrun started, as ``Ranks``; without it one process alone,
                 which nothing costs
     rendezvous  how they find each other in torchrun's store, which remembers earlier starts
     ranks       what belongs to which rank, and how ranks agree
@@ -17,16 +17,14 @@ ranks know, and every rank decides alike.
 """
 
 from dpfast.parallel.heartbeat import TIMEOUT, RankError
-from dpfast.parallel.launch import launch, launched, process_group, versions
 from dpfast.parallel.ranks import ALONE, Ranks
+from dpfast.parallel.torchrun import process_group, versions
 
 __all__ = [
     "ALONE",
     "TIMEOUT",
     "RankError",
     "Ranks",
-    "launch",
-    "launched",
     "process_group",
     "versions",
 ]

@@ -19,11 +19,11 @@ from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.models.decoder import Encoder
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.runtime.execution import Execution
-from dpfast.generate.runtime.memory import bytes_per_sample
 from dpfast.generate.runtime.regional import has_region
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import StepInputs, StepParts
 from dpfast.hardware.flops import Counts, Fused, counts
+from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.learn.committee import guiding
 from dpfast.learn.models import build_learner
 from dpfast.planning.training import Training, count_learner

@@ -24,8 +24,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpfast.config import Learner
-from dpfast.generate.runtime.memory import bytes_per_sample
 from dpfast.hardware.flops import Counts, counts
+from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.learn.checkpointing import checkpoint_activations
 from dpfast.learn.models import build_learner
 from dpfast.learn.precision import autocast

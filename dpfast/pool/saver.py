@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dpfast.errors import SaveWarning
 from dpfast.pool import codecs, shards
 from dpfast.pool.memory_tiers import MemoryTiers, readable
 from dpfast.pool.owner import Owner
@@ -27,21 +27,6 @@ SHARD_SAMPLES = 10_000
 SHARD_BYTES = 512 << 20
 DECODE_THREADS = 4  # of image files that are read again
 READ_BYTES = 64 << 20  # of payloads that are copied out of the pool at a time
-
-
-class SaveWarning(UserWarning):
-    """Saving has stopped; the pool goes on in memory."""
-
-
-@contextlib.contextmanager
-def unsaved(what: str, then: str = "the run goes on in memory") -> Iterator[None]:
-    """Turns what a full disk refuses into a ``SaveWarning``: ``what`` is not written, and what
-    ``then`` is the case.
-    """
-    try:
-        yield
-    except OSError as error:
-        warnings.warn(f"{what}: {error}; {then}", SaveWarning, stacklevel=3)
 
 
 class Saver:

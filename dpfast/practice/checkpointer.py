@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dpfast.errors import RecipeError
+from dpfast.errors import RecipeError, SaveWarning
 from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rank_folders import open_part, part_folder, remove_parts
-from dpfast.pool.saver import SHARD_BYTES, Saver, SaveWarning, open_pool, through_jpeg
+from dpfast.pool.saver import SHARD_BYTES, Saver, open_pool, through_jpeg
 from dpfast.pool.sharded import ShardedPool, ShardLayout
 from dpfast.pool.shards import DamagedPoolError, Manifest
 from dpfast.practice import checkpoint

@@ -71,7 +71,10 @@ class DeliberatePractice:
         check_real(recipe.validation, recipe.held_out, names)
         ranks.beat()
         self.pipeline = (
-            load_pipeline(recipe.generator, device=device_named(recipe.device, ranks))
+            load_pipeline(
+                recipe.generator,
+                device=device_named(recipe.device, rank=ranks.local_rank, ranks=ranks.size),
+            )
             if unguided is None
             else unguided.sampler.pipeline
         )

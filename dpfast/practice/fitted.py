@@ -12,9 +12,8 @@ from dpfast.config import Recipe
 from dpfast.errors import RecipeError
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.runtime.memory import available_bytes
 from dpfast.hardware.device import is_gpu
-from dpfast.hardware.memory import free_bytes
+from dpfast.hardware.memory import available_bytes, free_bytes
 from dpfast.hardware.peaks import DEVICES, Device
 from dpfast.parallel import Ranks
 from dpfast.planning.fitting import Fit, fit

@@ -16,13 +16,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpfast import launch
 from dpfast.config import Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import RecipeError, SaveWarning, unsaved
 from dpfast.evaluate.measures import Evaluation
-from dpfast.parallel import ALONE, Ranks, launched
+from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.owner import OwnedError, Owner, owner_of
 from dpfast.pool.rank_folders import part_name
-from dpfast.pool.saver import SaveWarning, unsaved
 from dpfast.pool.shards import durable
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Addition, Callback
@@ -334,7 +334,7 @@ def check_saving(recipe: Recipe, *, resume: bool, branch: bool) -> None:
     """
     if recipe.pool.save_samples != "none":
         return
-    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    again = launch.max_restarts()
     for asked, what in (
         (resume, "--resume"),
         (branch, "--branch-at"),
@@ -345,7 +345,7 @@ def check_saving(recipe: Recipe, *, resume: bool, branch: bool) -> None:
                 f"save_samples = 'none': nothing is kept that {what} could go on from; expected "
                 "'png'"
             )
-    if not launched()[0]:
+    if not launch.rank():
         warnings.warn(
             "save_samples = 'none': no samples and no checkpoints are kept, so this run cannot be "
             "resumed, branched or "

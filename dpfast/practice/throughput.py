@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dpfast.errors import RecipeError
-from dpfast.generate.runtime.memory import peak_memory
+from dpfast.hardware.memory import peak_memory
 from dpfast.hardware.peaks import Device, peaks_of
-from dpfast.logs import ranks
+from dpfast.launch import world_size
 from dpfast.planning.training import count_training
 from dpfast.practice.costs import Cost
 
@@ -95,7 +95,7 @@ class Throughput:
         if self.peaks is None or not flops:
             return {}
         peak = self.peaks.half if half else self.peaks.full
-        return {"mfu": flops / max(seconds, 1e-9) / (peak * ranks())}
+        return {"mfu": flops / max(seconds, 1e-9) / (peak * world_size())}
 
     def _now(self) -> Reading:
         loop, state = self.loop, self.loop.state

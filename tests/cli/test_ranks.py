@@ -12,8 +12,8 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import dpfast
 from dpfast.cli import main as command
+from dpfast.parallel import torchrun
 from tests.practice import launch
 from tests.practice.launch import FIELDS, SIZES, Launched
 from tests.ranks import environment, free_port
@@ -59,7 +59,7 @@ def say(rank, ports, options, root):
             begun = launch_folder(options, root)
     for port, (name, (extra, words)) in zip(ports, CASES.items(), strict=True):
         os.environ |= environment(rank, 2, port)
-        dpfast.__version__ = f"0.0.{rank}" if name == "versions" else "0"
+        torchrun.__version__ = f"0.0.{rank}" if name == "versions" else "0"
         words, extra = words.format(root=root), [text.format(root=root) for text in extra]
         out = root / "begun" if name == "resume" else root / "out"
         with contextlib.redirect_stderr(io.StringIO()) as said:

@@ -8,7 +8,7 @@ import pytest
 
 from dpfast.cli import run as command
 from dpfast.cli.main import main
-from dpfast.pool.saver import SaveWarning
+from dpfast.errors import SaveWarning
 from dpfast.report import page
 from tests.practice.conftest import recipe  # noqa: F401 - a fixture
 from tests.practice.test_loop import with_

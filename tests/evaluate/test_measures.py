@@ -15,7 +15,7 @@ from dpfast.evaluate.measures import (
     predict,
     score,
 )
-from dpfast.generate.runtime.memory import peak_bytes
+from dpfast.hardware.live_bytes import peak_bytes
 from dpfast.learn.models import load_judge
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpfast.config import Learner
-from dpfast.generate.runtime.memory import bytes_per_sample, peak_bytes
+from dpfast.hardware.live_bytes import bytes_per_sample, peak_bytes
 from dpfast.learn.models import build_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.planning.memory import GRAPHS, RESERVED

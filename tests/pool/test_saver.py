@@ -11,11 +11,12 @@ import pytest
 import torch
 import webdataset
 
+from dpfast.errors import SaveWarning
 from dpfast.pool import shards
 from dpfast.pool.owner import OwnedError
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.record import COLUMNS
-from dpfast.pool.saver import Saver, SaveWarning, copy_saved
+from dpfast.pool.saver import Saver, copy_saved
 from dpfast.pool.shards import DamagedPoolError, LostSamplesWarning
 from tests.pool.helpers import ORIGIN, batch, check_prefix, latents
 
@@ -230,7 +231,7 @@ def test_a_full_disk_stops_saving_and_nothing_else(tmp_path, monkeypatch):
     check_prefix(SamplePool.open(tmp_path), 60)
 
 
-@pytest.mark.filterwarnings("error::dpfast.pool.saver.SaveWarning")
+@pytest.mark.filterwarnings("error::dpfast.errors.SaveWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_saving_thread_that_dies_is_reported_and_not_waited_for(tmp_path, monkeypatch):
     pool = SamplePool()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpfast import logs
+from dpfast import launch, logs
 from dpfast.config import Recipe
 from dpfast.errors import RecipeError
 from dpfast.generate.sampler import GuidedSampler
@@ -39,7 +39,7 @@ def go(recipe, path, *, level="info", callbacks=(), stop=None, resume=False):
         DeliberatePractice(recipe).run(
             folder, progress=False, callbacks=[LogCallback(), *callbacks], stop=stop
         )
-    return lines_of(path / "logs" / f"rank-{logs.rank():05d}.jsonl")
+    return lines_of(path / "logs" / f"rank-{launch.rank():05d}.jsonl")
 
 
 class Asked(Callback):

@@ -10,13 +10,12 @@ import shutil
 import pytest
 import torch
 
-from dpfast.errors import RecipeError
+from dpfast.errors import RecipeError, SaveWarning
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.logs import logged
 from dpfast.pool import shards
 from dpfast.pool.export import import_pool
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.saver import SaveWarning
 from dpfast.practice import disk
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.callbacks import Callback

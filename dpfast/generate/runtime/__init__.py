@@ -5,6 +5,5 @@ regional   compilation of a transformer's blocks instead of whole steps
 graphs     capture and replay of CUDA graphs
 compiling  whether compiling pays
 batching   how many samples go into a batch
-memory     what a computation holds in memory
 probing    what a sampler finds out about its models before it samples
 """

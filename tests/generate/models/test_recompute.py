@@ -11,8 +11,8 @@ from dpfast.generate import preflight as probing
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath
 from dpfast.generate.models.recompute import recomputing
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.runtime import memory
 from dpfast.generate.sampler import GuidedSampler
+from dpfast.hardware import live_bytes
 from tests.tiny_pipelines import NAMES
 
 FOLDERS = {
@@ -77,7 +77,7 @@ def test_a_pipeline_loaded_in_inference_mode_can_be_differentiated(pipeline_fold
 
 
 def test_it_holds_less(paths):
-    plain, twin = (memory.peak_bytes(lambda path=path: gradient(path, 8)) for path in paths)
+    plain, twin = (live_bytes.peak_bytes(lambda path=path: gradient(path, 8)) for path in paths)
     assert twin < 0.95 * plain  # of these tiny models; the deeper, the less
 
 

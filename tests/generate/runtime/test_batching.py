@@ -7,10 +7,10 @@ import torch
 
 from dpfast.generate import preflight as probing
 from dpfast.generate.guidance import GuidanceConfig
-from dpfast.generate.runtime import memory
 from dpfast.generate.runtime.batching import BatchSizer
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import Variant
+from dpfast.hardware import live_bytes
 
 
 def search(seconds_of, **options):
@@ -58,9 +58,9 @@ def test_peak_counts_what_lives_at_once():
         y = y * 2  # and 4000 beside them
         return y.view(10, 100)[:5]  # no bytes of its own
 
-    assert memory.peak_bytes(call) == 8000
-    assert memory.peak_bytes(lambda: x[10:]) == 0
-    assert memory.bytes_per_sample(lambda batch: torch.zeros(batch, 10)) == (0, 40)
+    assert live_bytes.peak_bytes(call) == 8000
+    assert live_bytes.peak_bytes(lambda: x[10:]) == 0
+    assert live_bytes.bytes_per_sample(lambda batch: torch.zeros(batch, 10)) == (0, 40)
 
 
 def test_a_budget_bounds_what_the_gradient_holds(pipeline, learner):
@@ -71,9 +71,9 @@ def test_a_budget_bounds_what_the_gradient_holds(pipeline, learner):
     def gradient(path):
         return path.gradient(x, torch.tensor(300), labels, torch.tensor(0.8), torch.tensor(0.6))
 
-    whole = memory.peak_bytes(lambda: gradient(path))
+    whole = live_bytes.peak_bytes(lambda: gradient(path))
     path = probing.bounded(path, free.table, whole // 3, recompute=False)
-    bounded = memory.peak_bytes(lambda: gradient(path))
+    bounded = live_bytes.peak_bytes(lambda: gradient(path))
     assert 1 <= path.chunk < 16
     assert (
         bounded < whole // 3 + 4 * x.nbytes

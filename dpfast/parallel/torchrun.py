@@ -4,47 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
-import socket
 from collections.abc import Iterator
 from importlib import metadata
 
 import torch
 import torch.distributed as dist
 
-import dpfast
+from dpfast import launch
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import TIMEOUT, Heartbeat, Presence
 from dpfast.parallel.ranks import Ranks, patience, side_groups
 from dpfast.parallel.rendezvous import meet
+from dpfast.version import __version__
 
 
 def versions() -> dict[str, str]:
-    """Of what all ranks need the same: the packages that make images and weights."""
+    """The versions of the packages that make images and weights, which all ranks need the same."""
     return {
-        "dpfast": dpfast.__version__,
+        "dpfast": __version__,
         **{name: metadata.version(name) for name in ("torch", "diffusers", "transformers")},
     }
-
-
-def launched() -> tuple[int, int]:
-    """(rank, ranks) as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _failures() -> int:
-    """How often torchrun has started this node's processes again after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def launch() -> str:
-    """A name for one call of torchrun, over its restarts and on all nodes; empty without
-    torchrun.
-    """
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return (
-        f"{socket.gethostname()} {os.getppid()}" if run == "none" else run
-    )  # a call without --rdzv-id
 
 
 @contextlib.contextmanager
@@ -55,24 +34,26 @@ def process_group(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iter
     cuda: whether the run is on GPUs; None: where there are any. timeout: seconds without progress
     after which a rank counts as dead.
     """
-    rank, size = launched()
+    rank, size = launch.rank(), launch.world_size()
     if size == 1:
-        yield Ranks(restarted=_failures() > 0)
+        yield Ranks(restarted=launch.restarts() > 0)
         return
     cuda = torch.cuda.is_available() if cuda is None else cuda
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = launch.local_rank()
     if cuda:
         torch.cuda.set_device(local)
     wait = datetime.timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", timeout=wait))
     store.set_timeout(wait)
-    start = meet(dist.PrefixStore("rendezvous", store), rank, size, timeout, failures=_failures())
+    start = meet(
+        dist.PrefixStore("rendezvous", store), rank, size, timeout, failures=launch.restarts()
+    )
     store = dist.PrefixStore(start.name, store)
     ranks = Ranks(
         rank=rank,
         size=size,
         local_rank=local,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        local_size=launch.local_world_size(),
         heartbeat=Heartbeat(dist.PrefixStore("progress", store), rank, size, timeout),
         store=dist.PrefixStore("said", store),
         restarted=start.again,

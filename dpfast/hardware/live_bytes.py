@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpfast.hardware.memory import free_bytes, local_ranks
 from dpfast.hardware.out_of_memory import attempt
 
 SETTLED = 0.02  # of a slope: so near are two that count as one
@@ -85,21 +83,3 @@ def bytes_per_sample(call: Callable[[int], object], *, first: int = 1) -> tuple[
         if abs(slope - last) <= SETTLED * slope and 2 * slope * size >= peak:
             break
     return max(0, before - size * slope), slope
-
-
-def available_bytes(device: torch.device) -> int:
-    """Free memory of a GPU; of a CPU this rank's part of what is free to the job
-    (``dpfast.hardware.memory``).
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_bytes() // local_ranks()
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of a GPU what torch allocated, on a CPU resident
-    memory.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
