@@ -94,9 +94,9 @@ def child(generator: str, validation: str) -> None:
         from dpfast.generate.from_recipe import check_generator, image_shape, load_pipeline
         from dpfast.hardware.device import device_named
         from dpfast.practice import experiment  # noqa: F401  what `dpfast run` imports
-        from dpfast.practice.guided_methods import check_guided_method
         from dpfast.practice.loop import Loop
-        from dpfast.practice.sources import Unguided
+        from dpfast.sources.guided_methods import check_guided_method
+        from dpfast.sources.sources import Unguided
     with stage("recipe"):
         changes: dict[str, Any] = {
             "codec": "latents",

@@ -26,10 +26,10 @@ from dpfast.hardware.device import device_named
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.saver import Saver
 from dpfast.practice.callbacks import Callback
-from dpfast.practice.costs import Cost
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.loop import Loop
-from dpfast.practice.sources import Round, StaticSource, Unguided
+from dpfast.sources.costs import Cost
+from dpfast.sources.sources import Round, StaticSource, Unguided
 
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 Fields = dict[str, Any]

@@ -29,8 +29,8 @@ from dpfast.pool.rank_folders import open_all, open_part, part_folder
 from dpfast.pool.record import RECORD
 from dpfast.pool.saver import Saver
 from dpfast.pool.sharded import ShardedPool, ShardLayout
-from dpfast.practice.costs import Cost, Price, slowest
 from dpfast.samples import SampleBatch
+from dpfast.sources.costs import Cost, Price, slowest
 from tests.learn import test_micro_batches as micro_batches
 from tests.ranks import AGENT, environment, spawned
 

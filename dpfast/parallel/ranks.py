@@ -9,7 +9,7 @@ GPU 10 % slower than the others (it takes 1/0.9 of their time) they are idle for
 a round, 8.8 % of the GPU hours of 8 ranks and 9.7 % of 32; dealing each batch to whoever is free
 would leave 0 to one batch a rank, and cost a table of who made which batch in pool and checkpoint.
 It would not help the training steps, which wait for that GPU alike. So a slow rank is named in the
-log after each round (``dpfast.practice.costs``), to be replaced, and dealing stays even.
+log after each round (``dpfast.sources.costs``), to be replaced, and dealing stays even.
 """
 
 from __future__ import annotations

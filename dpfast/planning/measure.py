@@ -29,10 +29,10 @@ from dpfast.learn.committee import guiding
 from dpfast.learn.trainer import Trainer
 from dpfast.planning.fitting import fit, stages_of
 from dpfast.pool.pool import SamplePool
-from dpfast.practice.costs import Cost
-from dpfast.practice.guided_methods import RoundRequest, guided_method
 from dpfast.practice.learners import new_learner
 from dpfast.samples import SampleBatch
+from dpfast.sources.costs import Cost
+from dpfast.sources.guided_methods import RoundRequest, guided_method
 
 EVALUATED = 500  # images
 SECONDS = 20.0  # of all stages together, an even part each

@@ -38,7 +38,7 @@ from dpfast.planning.simulation import (
     job_of,
 )
 from dpfast.planning.stages import Stages
-from dpfast.practice import yardstick
+from dpfast.sources import yardstick
 
 # Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (batch 32) and of
 # Stable Diffusion 1.5 (512 px, batch 16) in steps that were not compiled, on one H200

@@ -27,7 +27,7 @@ from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.learn.committee import guiding
 from dpfast.learn.models import build_learner
 from dpfast.planning.training import Training, count_learner
-from dpfast.practice.guided_methods import early_stop, restart_step
+from dpfast.sources.guided_methods import early_stop, restart_step
 
 META = torch.device("meta")
 
@@ -161,7 +161,7 @@ def _inputs(sampler: GuidedSampler, size: int) -> StepInputs:
 
 
 def _guided(recipe: Recipe, sampler: GuidedSampler, batch: int) -> Counts:
-    """One guided sample in the way that the recipe chooses (``dpfast.practice.guided_methods``)."""
+    """One guided sample in the way that the recipe chooses (``dpfast.sources.guided_methods``)."""
     practice, steps = recipe.practice, sampler.guidance.steps(len(sampler.table))
     if practice.early_candidates > 1:
         stop = early_stop(recipe, steps)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dpfast.evaluate.measures import Evaluation
-from dpfast.practice.costs import Cost
 from dpfast.samples import SampleBatch
+from dpfast.sources.costs import Cost
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop
@@ -30,7 +30,7 @@ class Addition:
 
     The rest has no value in round 0. entropy, unguided_entropy: mean nats of the new samples and of
     unguided ones under the learner that guided; pruning_ratio: how many unguided samples one of
-    these replaces (``dpfast.practice.costs.pruning_ratio``).
+    these replaces (``dpfast.sources.costs.pruning_ratio``).
     """
 
     number: int

@@ -25,11 +25,11 @@ from dpfast.pool.shards import DamagedPoolError, Manifest
 from dpfast.practice import checkpoint
 from dpfast.practice.background import BackgroundWriter, CheckpointTimer, HostCopy, Written
 from dpfast.practice.checkpoint import Checkpoint
-from dpfast.practice.costs import Cost
 from dpfast.practice.disk import Needs, check_disk, checkpoint_bytes, samples_to_come
 from dpfast.practice.overlap import OverlappedSource
 from dpfast.practice.run_folder import RunPaths, RunWriter
 from dpfast.samples import SampleBatch
+from dpfast.sources.costs import Cost
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop

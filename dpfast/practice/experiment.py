@@ -19,13 +19,14 @@ from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
 from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.fitted import fit_run
-from dpfast.practice.guided_methods import check_guided_method
 from dpfast.practice.learners import new_learner
 from dpfast.practice.loop import Loop, part_of_samples, stored_shape
 from dpfast.practice.overlap import GeneratorRank, OverlapGroups, OverlappedSource
 from dpfast.practice.result import Result
 from dpfast.practice.run_folder import RunPaths, RunWriter
-from dpfast.practice.sources import (
+from dpfast.practice.stopping import Stop
+from dpfast.sources.guided_methods import check_guided_method
+from dpfast.sources.sources import (
     DeliberatePracticeSource,
     DynamicSource,
     PruneSource,
@@ -33,7 +34,6 @@ from dpfast.practice.sources import (
     StaticSource,
     Unguided,
 )
-from dpfast.practice.stopping import Stop
 
 
 class DeliberatePractice:

@@ -31,14 +31,14 @@ from dpfast.pool.sharded import ShardedPool, ShardLayout
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.checkpointer import LoopCheckpointer, LoopState
-from dpfast.practice.costs import Cost, pruning_ratio
 from dpfast.practice.learners import new_learner
 from dpfast.practice.losses import Losses
 from dpfast.practice.patience import Patience
 from dpfast.practice.result import Result
 from dpfast.practice.run_folder import RunPaths
-from dpfast.practice.sources import Round, Source
 from dpfast.practice.stopping import CHECKPOINT, STOP, LossError, Stop, StopTogether
+from dpfast.sources.costs import Cost, pruning_ratio
+from dpfast.sources.sources import Round, Source
 
 
 class Loop:

@@ -41,13 +41,13 @@ from dpfast.parallel.heartbeat import Heartbeat
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.sharded import ShardedPool
 from dpfast.practice.callbacks import Addition, Callback
-from dpfast.practice.costs import Cost
-from dpfast.practice.guided_methods import joined
 from dpfast.practice.learners import new_learner
-from dpfast.practice.sources import DeliberatePracticeSource, Round, Unguided
 from dpfast.practice.stopping import Stop
-from dpfast.practice.yardstick import Yardstick
 from dpfast.samples import SampleBatch
+from dpfast.sources.costs import Cost
+from dpfast.sources.guided_methods import joined
+from dpfast.sources.sources import DeliberatePracticeSource, Round, Unguided
+from dpfast.sources.yardstick import Yardstick
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop

@@ -10,7 +10,7 @@ from dpfast.evaluate.measures import Evaluation
 from dpfast.evaluate.sets import Row
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.sharded import ShardedPool
-from dpfast.practice.costs import Cost
+from dpfast.sources.costs import Cost
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dpfast.hardware.memory import peak_memory
 from dpfast.hardware.peaks import Device, peaks_of
 from dpfast.launch import world_size
 from dpfast.planning.training import count_training
-from dpfast.practice.costs import Cost
+from dpfast.sources.costs import Cost
 
 if TYPE_CHECKING:
     from dpfast.practice.loop import Loop

@@ -35,18 +35,19 @@ from dpfast.learn import checkpointing, trainer
 from dpfast.parallel import Ranks
 from dpfast.planning.architectures import pipeline_of
 from dpfast.planning.memory import AHEAD
-from dpfast.practice import costs, experiment, learners, stopping, yardstick
+from dpfast.practice import experiment, learners, stopping
 from dpfast.practice.callbacks import Addition, Callback
-from dpfast.practice.costs import Price
 from dpfast.practice.loop import Loop
 from dpfast.practice.run_folder import RunPaths, RunWriter
-from dpfast.practice.sources import Round
 from dpfast.practice.stopping import Stop, Stopped
 from dpfast.rehearsal.autocast import checkpoint
 from dpfast.rehearsal.device import META, FakeDevice
 from dpfast.rehearsal.disk import RehearsedDisk
 from dpfast.rehearsal.graphs import RehearsedRecorder
 from dpfast.rehearsal.standins import put, stand_ins
+from dpfast.sources import costs, yardstick
+from dpfast.sources.costs import Price
+from dpfast.sources.sources import Round
 
 BATCHES = 2  # of a rank in each round, and one that is not full
 STEPS = 3  # between two evaluations

@@ -29,8 +29,8 @@ from dpfast.planning.table import plan_table
 from dpfast.pool.memory_tiers import GIB
 from dpfast.pool.plan import plan as plan_pool
 from dpfast.pool.pool import SamplePool
-from dpfast.practice.costs import Cost, price
-from dpfast.practice.guided_methods import RoundRequest, guided_method
+from dpfast.sources.costs import Cost, price
+from dpfast.sources.guided_methods import RoundRequest, guided_method
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.data.real import RealData, RealSet
-from dpfast.practice import experiment, yardstick
+from dpfast.practice import experiment
+from dpfast.sources import yardstick
 
 
 @pytest.fixture

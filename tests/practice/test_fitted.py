@@ -11,8 +11,8 @@ from dpfast.planning.memory import sampling_bytes
 from dpfast.pool import memory_tiers as tiers
 from dpfast.pool.memory_tiers import GIB, MemoryTiers
 from dpfast.practice import fitted
-from dpfast.practice.costs import Cost
 from dpfast.practice.experiment import DeliberatePractice
+from dpfast.sources.costs import Cost
 
 SMALL = {
     "sources": "dp",

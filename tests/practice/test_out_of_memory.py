@@ -13,10 +13,11 @@ from dpfast.data.real import RealData, RealSet
 from dpfast.hardware.peaks import here
 from dpfast.parallel import ALONE
 from dpfast.pool.pool import SamplePool
-from dpfast.practice import experiment, yardstick
+from dpfast.practice import experiment
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_folder import RunPaths, RunWriter
 from dpfast.report.page import write_report
+from dpfast.sources import yardstick
 from tests.memory_limit import MemoryLimit
 from tests.ranks import spawned
 from tests.tiny_pipelines import NAMES, stable_diffusion, tiny_vae
@@ -97,7 +98,13 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-PHASES = ("sources.stream", "trainer.step", "measures.evaluate", "guided.make", "yardstick.images")
+PHASES = (
+    "sources.stream",
+    "trainer.step",
+    "measures.evaluate",
+    "guided_methods.make",
+    "yardstick.images",
+)
 
 
 def runs_out_of_memory_on_one_rank(ranks, folder, path):

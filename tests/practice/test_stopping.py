@@ -10,8 +10,8 @@ import torch
 
 from dpfast.errors import RecipeError
 from dpfast.hardware.device import device_named
-from dpfast.practice.costs import Cost, Price
 from dpfast.practice.stopping import Stop, Stopped
+from dpfast.sources.costs import Cost, Price
 
 
 def test_sigterm_is_a_request_and_raises_at_once_only_where_that_is_said():

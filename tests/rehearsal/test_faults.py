@@ -9,10 +9,11 @@ from dpfast.learn.ema import Ema
 from dpfast.parallel import RankError
 from dpfast.parallel.heartbeat import Heartbeat
 from dpfast.planning import fitting
-from dpfast.practice import background, yardstick
+from dpfast.practice import background
 from dpfast.rehearsal import ranks, rehearsal, rehearse
 from dpfast.rehearsal.rehearsal import _walked
 from dpfast.rehearsal.timeline import outwaits
+from dpfast.sources import yardstick
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Where the training samples come from: Deliberate Practice and its rivals, behind one interface.
 
     dp        N unguided samples, then rounds of P that the learner of that moment guides
-              (``dpfast.practice.guided_methods``)
+              (``dpfast.sources.guided_methods``)
     dynamic   the same rounds, unguided: the timing alone
     prune     the same rounds from an unguided surplus, of which the highest entropy under that
               learner is kept
@@ -28,10 +28,10 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.ops import entropy
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
-from dpfast.practice.costs import Cost, Prices
-from dpfast.practice.guided_methods import RoundRequest, guided_method
-from dpfast.practice.yardstick import Yardstick
 from dpfast.samples import SampleBatch
+from dpfast.sources.costs import Cost, Prices
+from dpfast.sources.guided_methods import RoundRequest, guided_method
+from dpfast.sources.yardstick import Yardstick
 
 EAGER = {"compile": False, "cuda_graphs": False}  # for few samples
 

@@ -7,8 +7,8 @@ from dpfast.evaluate.measures import predict
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.ops import entropy
 from dpfast.parallel import ALONE, Ranks
-from dpfast.practice import yardstick
-from dpfast.practice.yardstick import FIRST_ID, Yardstick, spread_labels
+from dpfast.sources import yardstick
+from dpfast.sources.yardstick import FIRST_ID, Yardstick, spread_labels
 
 
 @pytest.fixture

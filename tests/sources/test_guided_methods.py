@@ -14,12 +14,12 @@ from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.trajectory import Trajectory
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.callbacks import Callback
-from dpfast.practice.costs import Cost
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.guided_methods import EarlyRejection, RePractice, RoundRequest
 from dpfast.practice.run_folder import RunWriter
-from dpfast.practice.sources import allotted_labels
 from dpfast.practice.stopping import Stop, Stopped
+from dpfast.sources.costs import Cost
+from dpfast.sources.guided_methods import EarlyRejection, RePractice, RoundRequest
+from dpfast.sources.sources import allotted_labels
 from tests.practice.test_loop import run, with_
 
 REJECTING = {"early_candidates": 2.5, "early_until": 0.5}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from dpfast.practice.costs import pruning_ratio
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.sources import highest
+from dpfast.sources.costs import pruning_ratio
+from dpfast.sources.sources import highest
 from tests.practice.test_loop import run, with_
 
 

@@ -45,8 +45,8 @@ from dpfast.generate.trajectory import Trajectory
 from dpfast.hardware.out_of_memory import HalvingBatches
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
-from dpfast.practice.costs import Cost, Price, Prices
 from dpfast.samples import SampleBatch
+from dpfast.sources.costs import Cost, Price, Prices
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Where training samples come from: sources, methods of guided rounds, and their cost."""
