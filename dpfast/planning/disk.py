@@ -10,7 +10,6 @@ from dpfast.planning.stages import Stages
 from dpfast.pool import codecs
 from dpfast.pool.memory_tiers import readable
 from dpfast.pool.plan import Plan as PoolPlan
-from dpfast.practice.disk import most_checkpoints
 
 # A checkpoint of 1.37 GB was written with its checksum and fsync in 3.6 to 4.9 s (a virtual
 # machine's disk, two cores: docs/scaling.md); a node's own drives are faster.
@@ -57,6 +56,19 @@ class Disk:
             "each: "
             f"{self.share:.2%} of the seconds",
         ]
+
+
+def most_checkpoints(recipe: Recipe, rounds: int) -> int:
+    """How many checkpoints of a source lie on the disk at once, ``rounds`` rounds later; none
+    without saved samples.
+
+    The newest ones, the last one before the cool-down, the one that is being written, and with
+    ``keep_rounds`` one of every round.
+    """
+    practice = recipe.practice
+    if recipe.pool.save_samples == "none":
+        return 0
+    return practice.checkpoints_kept + 2 + (rounds if practice.keep_rounds else 0)
 
 
 def plan_disk(

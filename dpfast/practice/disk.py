@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dpfast.config import Recipe
 from dpfast.errors import RecipeError
 from dpfast.parallel import Ranks
+from dpfast.planning.disk import most_checkpoints
 from dpfast.pool import codecs, shards
 from dpfast.pool.memory_tiers import readable
 from dpfast.pool.plan import plan
@@ -36,19 +36,6 @@ def checkpoint_bytes(model: nn.Module) -> int:
     """Of one checkpoint: weights, their average, and two moments of AdamW for each parameter."""
     state = sum(value.numel() * value.itemsize for value in model.state_dict().values())
     return 2 * state + 2 * sum(value.numel() * value.itemsize for value in model.parameters())
-
-
-def most_checkpoints(recipe: Recipe, rounds: int) -> int:
-    """How many checkpoints of a source lie on the disk at once, ``rounds`` rounds later; none
-    without saved samples.
-
-    The newest ones, the last one before the cool-down, the one that is being written, and with
-    ``keep_rounds`` one of every round.
-    """
-    practice = recipe.practice
-    if recipe.pool.save_samples == "none":
-        return 0
-    return practice.checkpoints_kept + 2 + (rounds if practice.keep_rounds else 0)
 
 
 def samples_to_come(loop: Loop) -> int:
