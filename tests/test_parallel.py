@@ -114,7 +114,9 @@ def same_batches(ranks, folder):
         loader, mine = loader_of(one), loader_of(union)
         for number in range(6):
             if number == 3:
-                mine.restore(loader.state())  # drops what was prepared, on all ranks alike
+                mine.load_state_dict(
+                    loader.state_dict()
+                )  # drops what was prepared, on all ranks alike
             (images, labels), (part, targets) = next(loader), next(mine)
             assert torch.equal(images[ranks.part(24)], part), (codec, number)
             assert torch.equal(labels[ranks.part(24)], targets)

@@ -49,11 +49,11 @@ class Loader(Protocol):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
     def __next__(self) -> tuple[Tensor, Tensor]: ...
-    def state(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         """The position after the last batch, a few integers."""
         ...
 
-    def restore(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from a position, of this loader or of another one with the same seed, batch size
         and pool.
         """
@@ -126,7 +126,7 @@ class PoolLoader(Loader):
         self._queue: deque[PendingBatch] = deque()
         self._position = {
             "batches": 0,
-            **self.order.state(),
+            **self.order.state_dict(),
         }  # behind the last batch that was delivered
         self._shape: tuple[int, int, int] | None = None
         self.ahead = ahead
@@ -156,10 +156,10 @@ class PoolLoader(Loader):
         self.waited += time.perf_counter() - started
         return images, labels
 
-    def state(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         return dict(self._position)
 
-    def restore(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         self._shape = None
         self._position = dict(state)
         self._rewind()
@@ -224,7 +224,7 @@ class PoolLoader(Loader):
             if isinstance(self.pool, ShardedPool):
                 draw = draw.part(self.pool.ranks.part(len(part)))
             self._number += 1
-            after = {"batches": self._number, **self.order.state(before=left)}
+            after = {"batches": self._number, **self.order.state_dict(before=left)}
             requests.append(PendingBatch(size, part, draw, after))
         return requests
 
@@ -238,7 +238,7 @@ class PoolLoader(Loader):
         self._drop()
         self._queue.clear()
         self._number = self._position["batches"]
-        self.order.restore(self._position)
+        self.order.load_state_dict(self._position)
 
     def _held(self, request: PendingBatch) -> tuple[PoolSnapshot, Tensor]:
         """A pool that holds the request's samples, and where in it; collective, in the order of

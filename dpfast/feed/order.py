@@ -174,12 +174,12 @@ class Order:
             batch[~newest] = self._passes(first - drawn[0], count - news, old, STREAM)
         return batch
 
-    def state(self, *, before: int = 0) -> dict[str, int]:
+    def state_dict(self, *, before: int = 0) -> dict[str, int]:
         """The position, or that of ``before`` batches earlier in the same call of ``next``."""
         position = self.position - before * self.batch_size
         return {"epoch": self.epoch, "position": position, "size": self.size, "fresh": self.fresh}
 
-    def restore(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from a position."""
         self.epoch, self.position = state["epoch"], state["position"]
         self.size, self.fresh = state["size"], state["fresh"]

@@ -267,8 +267,8 @@ class Trainer:
         self.gradients.release()
         self._fits = not self._norms
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything the next step depends on, as flat tensors; ``restore`` takes it back."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything the next step depends on, as flat tensors; ``load_state_dict`` takes it back."""
         tensors = {"step": torch.tensor(self.step_count), "rng": torch.get_rng_state()}
         if is_gpu(self.device):
             tensors["device_rng"] = torch.cuda.get_rng_state(self.device)
@@ -278,8 +278,8 @@ class Trainer:
             tensors |= {f"optimizer/{index}/{key}": value for key, value in slots.items()}
         return tensors
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Continues where ``state`` was taken; weights are written in place."""
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Continues where ``state_dict`` was taken; weights are written in place."""
         self.step_count = int(tensors["step"])
         torch.set_rng_state(tensors["rng"])
         if is_gpu(self.device) and "device_rng" in tensors:

@@ -278,16 +278,16 @@ class LoopCheckpointer:
             "samples": sum(state.rounds),
             "ranks": loop.ranks.size,
             "iterations": loop.trainer.iterations,
-            "loader": loop.loader.state(),
-            "patience": loop.patience.state(),
-            "cost": loop.source.cost.state(),
-            "initial_cost": loop.initial_cost.state(),
+            "loader": loop.loader.state_dict(),
+            "patience": loop.patience.state_dict(),
+            "cost": loop.source.cost.state_dict(),
+            "initial_cost": loop.initial_cost.state_dict(),
             "overlap": None,
             "written": self.folder.written(),
         }
-        tensors = checkpoint.prefixed("trainer", loop.trainer.state())
+        tensors = checkpoint.prefixed("trainer", loop.trainer.state_dict())
         if isinstance(loop.source, OverlappedSource):
-            record["overlap"], weights = loop.source.state()
+            record["overlap"], weights = loop.source.state_dict()
             tensors |= checkpoint.prefixed("overlap", weights)
         return record, tensors
 
@@ -391,7 +391,7 @@ class LoopCheckpointer:
                 asked = {
                     "round": loop.state.round + 1,
                     "samples": len(loop.local),
-                    "cost": loop.source.cost.state(),
+                    "cost": loop.source.cost.state_dict(),
                 }
                 begun = self.clock()
                 saver.save()
@@ -408,20 +408,22 @@ class LoopCheckpointer:
         bit on a CPU.
         """
         loop, record = self.loop, start.state
-        loop.trainer.restore(checkpoint.part("trainer", start.tensors))
+        loop.trainer.load_state_dict(checkpoint.part("trainer", start.tensors))
         losses = start.tensors["loss_sum"]
         loop.losses.total.copy_(
             losses[loop.ranks.rank] if len(losses) == loop.ranks.size else losses.mean()
         )
         loop.state = LoopState(**record["loop"])
-        loop.loader.restore(record["loader"])
+        loop.loader.load_state_dict(record["loader"])
         loop.losses.anchor(loop.trainer.step_count)
-        loop.patience.restore(record["patience"])
-        loop.source.cost.restore(record["cost"])
-        loop.initial_cost.restore(record["initial_cost"])
+        loop.patience.load_state_dict(record["patience"])
+        loop.source.cost.load_state_dict(record["cost"])
+        loop.initial_cost.load_state_dict(record["initial_cost"])
         loop.cost_before = Cost(**record["cost"])
         if isinstance(loop.source, OverlappedSource):
-            loop.source.restore(record["overlap"], checkpoint.part("overlap", start.tensors))
+            loop.source.load_state_dict(
+                record["overlap"], checkpoint.part("overlap", start.tensors)
+            )
         loop.local = loop.pool = loop.loader.pool = self._saved_pool(record["ranks"])
         if not loop.ranks.alone:
             layout = replace(self.layout, rounds=tuple(loop.state.rounds))
@@ -451,7 +453,7 @@ class LoopCheckpointer:
                 pool = open_pool(
                     part_folder(folder, loop.ranks), limit=progress["samples"], **placed
                 )
-                loop.source.cost.restore(progress["cost"])
+                loop.source.cost.load_state_dict(progress["cost"])
                 return pool
         if not wanted.held():
             return loop.local

@@ -27,7 +27,7 @@ class Losses:
 
     def anchor(self, step: int) -> None:
         """All steps up to this one were good, and the loader stands behind it."""
-        self._step, self._position = step, self.loader.state()
+        self._step, self._position = step, self.loader.state_dict()
 
     def add(self, loss: Tensor, step: int) -> None:
         self.total += loss
@@ -52,7 +52,7 @@ class Losses:
         """
         drawn, pool = self.loader.order, self.loader.pool
         order = Order(drawn.seed, drawn.batch_size, fresh_weight=drawn.fresh_weight)
-        order.restore(self._position)
+        order.load_state_dict(self._position)
         for _ in range(step - self._step):
             rows = order.next(len(pool), pool.fresh if order.fresh_weight != 1 else 0)
         return sorted(pool.column("sample_id")[rows].tolist())

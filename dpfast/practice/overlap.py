@@ -247,13 +247,13 @@ class OverlappedSource(Callback):
             self.link.publishing.broadcast(value, 0, wait=False) for value in weights.values()
         ]
 
-    def state(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    def state_dict(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """What a checkpoint keeps of a round on its way: what was asked for, and the weights that
         guide it.
         """
         return (None, {}) if self.job is None else (_plain(self.job), self.snapshot)
 
-    def restore(self, job: dict[str, Any] | None, weights: dict[str, Tensor]) -> None:
+    def load_state_dict(self, job: dict[str, Any] | None, weights: dict[str, Tensor]) -> None:
         """Lets the makers begin again what they were at."""
         if job is not None:
             self._publish(_round(job), {name: weights[name] for name in self.guides.state_dict()})
@@ -348,8 +348,8 @@ class GeneratorRank:
             for part in parts:
                 assert part is not None
                 link.everyone.send(part, owner)
-        link.tell(f"spent/{self._taken}/{link.makers.rank}", self.source.cost.state())
-        self.source.cost.restore(Cost().state())
+        link.tell(f"spent/{self._taken}/{link.makers.rank}", self.source.cost.state_dict())
+        self.source.cost.load_state_dict(Cost().state_dict())
         # the next round may have other steps than this one, the unguided of round 0
         self.source.release()
 

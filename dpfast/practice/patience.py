@@ -60,7 +60,7 @@ class Patience:
         self.waited = 0
         self.rounds += 1
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         # JSON knows no infinity
         return {
             "best": None if self.best == -math.inf else self.best,
@@ -68,6 +68,6 @@ class Patience:
             "rounds": self.rounds,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = -math.inf if state["best"] is None else state["best"]
         self.waited, self.rounds = state["waited"], state["rounds"]

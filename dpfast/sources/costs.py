@@ -79,14 +79,16 @@ class Cost:
 
     def since(self, before: Cost) -> Cost:
         """What has been spent after ``before``."""
-        return Cost(**{name: value - getattr(before, name) for name, value in self.state().items()})
+        return Cost(
+            **{name: value - getattr(before, name) for name, value in self.state_dict().items()}
+        )
 
     def share(self, before: Cost, ranks: Ranks) -> None:
         """Adds up what all ranks have spent after ``before``; seconds are those of the slowest,
         which is named.
         """
-        spent = ranks.all_gather_object(self.since(before).state())
-        self.restore(before.state())
+        spent = ranks.all_gather_object(self.since(before).state_dict())
+        self.load_state_dict(before.state_dict())
         self.take_all(spent)
         slow = slowest(spent)
         if slow is not None and ranks.first:
@@ -98,15 +100,15 @@ class Cost:
             )
 
     def take_all(self, spent: Sequence[Mapping[str, Any]]) -> None:
-        """Adds what several ranks have spent side by side, as ``state`` gives it."""
-        for name, before in self.state().items():
+        """Adds what several ranks have spent side by side, as ``state_dict`` gives it."""
+        for name, before in self.state_dict().items():
             values = [each[name] for each in spent]
             setattr(self, name, before + (max(values) if name == "seconds" else sum(values)))
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
 

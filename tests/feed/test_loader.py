@@ -145,7 +145,7 @@ def test_a_loader_goes_on_where_the_pool_has_moved(make):
     take(loader, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PoolSnapshot, "in_place", lambda view, device: False)
-        loader.restore(loader.state())
+        loader.load_state_dict(loader.state_dict())
         moved = take(loader, 2)
     for (a, targets), (b, same_targets) in zip(moved, take_after(twin, 2, 2), strict=True):
         assert torch.equal(targets, same_targets)
@@ -158,13 +158,13 @@ def test_a_position_restores_the_next_batch_exactly(kind, augment, make):
     pool = pool_of()
     first, again = (make(kind, pool, augment=augment) for _ in range(2))
     take(first, 5)
-    state = first.state()
+    state = first.state_dict()
     assert all(type(value) is int for value in state.values())
     rest = take(first, 6)
     take(again, 2)
-    again.restore(state)
+    again.load_state_dict(state)
     assert same(take(again, 6), rest)
-    first.restore(state)
+    first.load_state_dict(state)
     assert same(take(first, 6), rest)
 
 
@@ -247,7 +247,7 @@ def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, options, ma
         take(loader, 20)
     assert caught.value.__cause__ is dies
     monkeypatch.setattr(PoolSnapshot, "gather", gather)
-    twin.restore(loader.state())
+    twin.load_state_dict(loader.state_dict())
     assert same(take(loader, 3), take(twin, 3))
 
 

@@ -89,14 +89,14 @@ def test_the_position_is_the_whole_state():
         order, twin = Order(3, 9, fresh_weight=weight), Order(3, 9, fresh_weight=weight)
         sizes = [(40, 0)] * 11 + [(55, 15)] * 7 + [(60, 5)] * 8
         for step, (size, fresh) in enumerate(sizes):
-            twin.restore(order.state())
+            twin.load_state_dict(order.state_dict())
             assert torch.equal(order.next(size, fresh), twin.next(size, fresh)), step
         for count in (1, 5, 2):
             several = order.next(60, 5, batches=count)
             for left, part in zip(reversed(range(count)), several.split(9), strict=True):
                 assert torch.equal(part, twin.next(60, 5))
-                assert order.state(before=left) == twin.state()
-        assert set(order.state()) == {"epoch", "position", "size", "fresh"}
+                assert order.state_dict(before=left) == twin.state_dict()
+        assert set(order.state_dict()) == {"epoch", "position", "size", "fresh"}
 
 
 def test_growth_uses_no_key_twice():

@@ -120,9 +120,9 @@ def test_an_append_on_the_device_shows_in_the_next_batch(kind):
     grow(pool, 32 * 40, "cuda")
     seen = torch.cat([next(loader)[1] for _ in range(8)])
     assert len(seen.unique()) == 10
-    position = loader.state()
+    position = loader.state_dict()
     after = [next(loader) for _ in range(3)]
-    loader.restore(position)
+    loader.load_state_dict(position)
     for (images, labels), (again, same) in zip(
         after, [next(loader) for _ in range(3)], strict=True
     ):

@@ -107,7 +107,7 @@ def test_out_of_memory_goes_on_in_halves_as_if_the_run_had_begun_so(where):
         for _ in range(3):
             trainer.step(*batch())
     assert scarce.micro_batch == 2  # of ten images 10 and 5 do not fit
-    state, wanted = scarce.state(), small.state()
+    state, wanted = scarce.state_dict(), small.state_dict()
     assert state.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(state[name], value), name
@@ -217,7 +217,7 @@ def test_checkpointed_activations_change_the_memory_and_nothing_else(spec, optio
         trainer = trainer_of(build(), activation_checkpointing=checkpointing)
         for _ in range(2):
             trainer.step(images, labels)
-        states.append(trainer.state())
+        states.append(trainer.state_dict())
     plain, checkpointed = states
     for name, value in plain.items():
         torch.testing.assert_close(checkpointed[name], value, rtol=1e-5, atol=1e-6, msg=name)

@@ -50,7 +50,7 @@ def test_a_training_step_holds_what_is_planned(kind, precision):
     model = build_learner(config.model, classes=10, channels=3, **config.options)
     trainer = Trainer(model, config, iterations=100)
     trainer.step(torch.randn(2, 3, SIDE, SIDE), torch.full((2, 10), 0.1))  # AdamW makes its moments
-    state = sum(t.nbytes for name, t in trainer.state().items() if "/" in name)
+    state = sum(t.nbytes for name, t in trainer.state_dict().items() if "/" in name)
     assert planned.state == pytest.approx(state, rel=0.01)
     for size in (4, 16, 32):
         images, labels = torch.randn(size, 3, SIDE, SIDE), torch.full((size, 10), 0.1)

@@ -47,13 +47,13 @@ def test_the_limit_may_grow_by_one_a_round():
 
 def test_the_state_survives_json():
     patience = Patience(initial=2, initial_samples=100)
-    fresh = json.loads(json.dumps(patience.state()))
+    fresh = json.loads(json.dumps(patience.state_dict()))
     patience.update(0.5, 100)
     patience.added()
     other = Patience(initial=2, initial_samples=100)
-    other.restore(json.loads(json.dumps(patience.state())))
+    other.load_state_dict(json.loads(json.dumps(patience.state_dict())))
     assert other == patience
-    other.restore(fresh)
+    other.load_state_dict(fresh)
     assert other == Patience(initial=2, initial_samples=100)
 
 

@@ -29,9 +29,9 @@ def test_sigterm_is_a_request_and_raises_at_once_only_where_that_is_said():
 def test_the_cost_of_a_resumed_round_is_all_that_was_spent_after_the_one_before():
     cost, price = Cost(), Price(2.0, 10.0)
     cost.add(30, price, 3.0)
-    before = Cost(**cost.state())
+    before = Cost(**cost.state_dict())
     cost.add(5, price, 1.0)
-    resumed = Cost(**cost.state())
+    resumed = Cost(**cost.state_dict())
     resumed.add(10, price, 2.0)
     assert resumed.since(before) == Cost(samples=15, forwards=30.0, flops=150.0, seconds=3.0)
 

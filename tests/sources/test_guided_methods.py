@@ -143,8 +143,8 @@ def test_out_of_memory_halves_what_is_made_at_once_and_keeps_the_same_samples(
         ]
         torch.testing.assert_close(*joined, atol=2 if name == "images" else 0, rtol=0)
     assert (usual.retries, tight.retries) == (0, 2)  # six are too many, three as well
-    assert {k: v for k, v in usual.state().items() if k not in ("seconds", "retries")} == {
-        k: v for k, v in tight.state().items() if k not in ("seconds", "retries")
+    assert {k: v for k, v in usual.state_dict().items() if k not in ("seconds", "retries")} == {
+        k: v for k, v in tight.state_dict().items() if k not in ("seconds", "retries")
     }
     short_of_memory(monkeypatch, chosen.sampler, 0)
     with pytest.raises(torch.OutOfMemoryError):
@@ -223,8 +223,8 @@ def test_every_option_resumes_in_the_middle_of_a_round_to_the_same_bits(short, t
     ).read_text()
     assert whole.pool.records().tobytes() == resumed.pool.records().tobytes()
     assert torch.equal(whole.pool.images(torch.arange(60)), resumed.pool.images(torch.arange(60)))
-    assert {k: v for k, v in whole.cost.state().items() if k != "seconds"} == {
-        k: v for k, v in resumed.cost.state().items() if k != "seconds"
+    assert {k: v for k, v in whole.cost.state_dict().items() if k != "seconds"} == {
+        k: v for k, v in resumed.cost.state_dict().items() if k != "seconds"
     }
     assert all(
         torch.equal(value, resumed.learner.state_dict()[key])
