@@ -268,7 +268,7 @@ class Trainer:
         self._fits = not self._norms
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the next step depends on, as flat tensors; ``load_state_dict`` takes it back."""
+        """Everything that the next step depends on, as flat tensors."""
         tensors = {"step": torch.tensor(self.step_count), "rng": torch.get_rng_state()}
         if is_gpu(self.device):
             tensors["device_rng"] = torch.cuda.get_rng_state(self.device)
