@@ -156,7 +156,7 @@ def rows(training: Training, device: torch.device, wanted: list[str]) -> dict[st
         return plain_loop(mine, config, device, fused=fused)
 
     def ours(**changes: Any) -> Step:
-        changed = replace(config, **{"compile_learner": False, **changes})
+        changed = replace(config, **{"compile": False, **changes})
         return Trainer(copy.deepcopy(model), changed, iterations=ITERATIONS).step
 
     makers: dict[str, Callable[[], Step]] = {
@@ -169,7 +169,7 @@ def rows(training: Training, device: torch.device, wanted: list[str]) -> dict[st
         makers |= {
             "dpfast, activation checkpointing": partial(ours, activation_checkpointing=True),
             f"{PLAIN}, fused AdamW, compiled": partial(plain, compile=True),
-            "dpfast, compiled": partial(ours, compile_learner=True),
+            "dpfast, compiled": partial(ours, compile=True),
         }
     return {name: make() for name, make in makers.items() if any(text in name for text in wanted)}
 

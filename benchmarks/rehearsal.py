@@ -36,7 +36,11 @@ def recipe(samples: int, images: int) -> Any:
     from dpfast.rehearsal.walk import cut
 
     whole = Recipe.load(
-        "fashion", generation_batch=samples, batch_size=images, host_gib=0.1, loader="torch"
+        "fashion",
+        generator={"batch_size": samples},
+        learner={"batch_size": images},
+        host_gib=0.1,
+        loader="torch",
     )
     return cut(whole, ALONE, 10)
 

@@ -1,13 +1,15 @@
 """Recipes: frozen keyword-only dataclasses, read from TOML, checked before any work starts.
 
-A recipe is one ``Recipe`` of six sections. Field names are unique over all sections, so that a
-command line names a field without its section (``--omega 0.03``). Every check raises
-``RecipeError`` with the field, its value and what would be right.
+A recipe is one ``Recipe`` of five sections. A field's full name has its section
+(``guidance.omega``, on a command line ``--guidance.omega 0.03``); its last word alone is enough
+where one section has it (``--omega 0.03``). Every check raises ``RecipeError`` with the field, its
+value and what would be right.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,9 +74,9 @@ class Generator:
     compile_region: str = (
         "step"  # what is compiled: whole steps, or the transformer's "blocks" alone, once for all
     )
-    generation_batch: int = 250  # samples in one sampler batch; the images do not depend on it
-    sampling_batch: int | None = (
-        None  # samples that are in memory at once; None: generation_batch, or what fits of it
+    batch_size: int = 250  # samples in one sampler batch; the images do not depend on it
+    micro_batch: int | None = (
+        None  # samples that are in memory at once; None: batch_size, or what fits of it
     )
     attention: str = "sdpa"  # torch's scaled_dot_product_attention, or "xformers" on a GPU
     channels_last: bool = (
@@ -127,11 +129,11 @@ class Generator:
             self.eta,
             f"0 with solver = {self.solver!r}: for 'ddim' and 'tcd' alone",
         )
-        _check(self.generation_batch >= 1, "generation_batch", self.generation_batch, "at least 1")
-        most = self.sampling_batch
+        _check(self.batch_size >= 1, "generator.batch_size", self.batch_size, "at least 1")
+        most = self.micro_batch
         _check(
             most is None or most >= 1,
-            "sampling_batch",
+            "generator.micro_batch",
             most,
             "at least 1, or left out for what fits",
         )
@@ -158,8 +160,8 @@ class Generator:
     @property
     def at_once(self) -> int:
         """Samples that a sampler has in memory at once, at most."""
-        most = self.sampling_batch
-        return self.generation_batch if most is None else min(most, self.generation_batch)
+        most = self.micro_batch
+        return self.batch_size if most is None else min(most, self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +240,7 @@ class Learner:
     clip_grad_norm: float = 0.0  # largest norm of the gradient of all weights; 0: not clipped
     # of the forward pass: "fp32", "bf16" by autocast, or "auto": bf16 on a GPU that has it
     precision: str = "auto"
-    compile_learner: bool | str = (
+    compile: bool | str = (
         "auto"  # torch.compile of the learner's step; "auto": on a GPU, where it pays
     )
     warmup: float = 0.1  # fraction of the iterations, linear
@@ -257,16 +259,16 @@ class Learner:
             self.model,
             "'transformers:Class', 'timm:name' or 'package.module:factory'",
         )
-        _check(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
+        _check(self.batch_size >= 2, "learner.batch_size", self.batch_size, "at least 2")
         micro = self.micro_batch
         _check(
             micro is None or micro >= 1,
-            "micro_batch",
+            "learner.micro_batch",
             micro,
             "at least 1, or left out for as many as fit",
         )
-        named = isinstance(self.compile_learner, bool) or self.compile_learner == "auto"
-        _check(named, "compile_learner", self.compile_learner, "true, false or 'auto'")
+        named = isinstance(self.compile, bool) or self.compile == "auto"
+        _check(named, "learner.compile", self.compile, "true, false or 'auto'")
         _check(self.lr > 0, "lr", self.lr, "above 0")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
@@ -574,7 +576,7 @@ class Recipe:
         practice, size, batch = (
             self.practice,
             self.learner.batch_size,
-            self.generator.generation_batch,
+            self.generator.batch_size,
         )
         if practice.overlap and practice.overlap >= count:
             raise RecipeError(
@@ -586,11 +588,12 @@ class Recipe:
         ranks = count - practice.overlap  # the others only generate
         if size % (2 * ranks):
             raise RecipeError(
-                f"batch_size = {size}: expected a multiple of {2 * ranks}, twice the {ranks} ranks"
+                f"learner.batch_size = {size}: expected a multiple of {2 * ranks}, twice the "
+                f"{ranks} ranks"
             )
         if -(-practice.initial_samples // batch) < ranks:
             raise RecipeError(
-                f"generation_batch = {batch}: initial_samples = {practice.initial_samples} are "
+                f"generator.batch_size = {batch}: initial_samples = {practice.initial_samples} are "
                 "fewer batches than the "
                 f"{ranks} ranks; expected at most {practice.initial_samples // ranks}"
             )
@@ -607,8 +610,8 @@ class Recipe:
 
     @classmethod
     def load(cls, source: str | Path, **overrides: Any) -> Recipe:
-        """Reads a recipe by name or path and replaces fields by ``overrides`` (leaf names, e.g.
-        ``omega=0.03``).
+        """Reads a recipe by name or path and replaces fields by ``overrides``: ``omega=0.03``, or
+        by section, ``learner={"batch_size": 32}``.
 
         Raises ``RecipeError`` for an unknown recipe, section or field, a wrong type or a value out
         of range.
@@ -626,8 +629,11 @@ class Recipe:
             raise RecipeError(f"recipe = {str(source)!r}: not valid TOML: {error}") from None
         table.setdefault("name", path.stem)
         for key, value in overrides.items():
-            section = _section_of(key)
-            (table.setdefault(section, {}) if section else table)[key] = value
+            if key in SECTIONS and isinstance(value, dict):
+                table.setdefault(key, {}).update(value)
+                continue
+            section, _, name = full_name(key).rpartition(".")
+            (table.setdefault(section, {}) if section else table)[name] = value
         return cls.from_dict(table)
 
     @classmethod
@@ -638,10 +644,10 @@ class Recipe:
             if key in SECTIONS:
                 _check(isinstance(value, dict), key, value, "a table of fields")
                 values[key] = SECTIONS[key](
-                    **{k: _typed(SECTIONS[key], k, v) for k, v in value.items()}
+                    **{k: _typed(f"{key}.{k}", v) for k, v in value.items()}
                 )
             else:
-                values[key] = _typed(cls, key, value)
+                values[key] = _typed(key, value)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -657,33 +663,69 @@ SECTIONS: dict[str, type] = {
 }
 
 
+@functools.cache
 def fields() -> dict[str, dataclasses.Field[Any]]:
-    """Leaf name -> field, over the recipe and all its sections."""
-    leaves = {f.name: f for f in dataclasses.fields(Recipe) if f.name not in SECTIONS}
-    for section in SECTIONS.values():
-        leaves |= {f.name: f for f in dataclasses.fields(section)}
-    return leaves
-
-
-def _section_of(name: str) -> str | None:
+    """Full name -> field: of the recipe itself (``seed``) and of its sections
+    (``guidance.omega``).
+    """
+    found = {f.name: f for f in dataclasses.fields(Recipe) if f.name not in SECTIONS}
     for key, section in SECTIONS.items():
-        if name in {f.name for f in dataclasses.fields(section)}:
-            return key
-    _check(
-        name in fields(), "recipe", name, "no such field; known are " + ", ".join(sorted(fields()))
-    )
-    return None
+        found |= {f"{key}.{f.name}": f for f in dataclasses.fields(section)}
+    return found
 
 
-def _typed(owner: type, name: str, value: Any) -> Any:
-    """Checks ``value`` against the field's type; takes the text of a command line as well."""
-    known = {f.name: f for f in dataclasses.fields(owner)}
-    if name not in known:
+@functools.cache
+def _full_names() -> dict[str, list[str]]:
+    """The last word of a full name -> the full names that end in it."""
+    found: dict[str, list[str]] = {}
+    for name in fields():
+        found.setdefault(name.rpartition(".")[2], []).append(name)
+    return found
+
+
+def full_name(name: str) -> str:
+    """The full name of a field that is named by its full name or by its last word.
+
+    Raises ``RecipeError`` for an unknown name, and for a last word that several sections have.
+    """
+    if name in fields():
+        return name
+    found = _full_names().get(name, [])
+    if len(found) > 1:
+        raise RecipeError(f"{name}: several sections have it; say {' or '.join(found)}")
+    if not found:
         raise RecipeError(
-            f"{name} = {value!r}: no such field in {owner.__name__.lower()}; known are "
-            f"{', '.join(sorted(known))}"
+            f"{name}: no such field of a recipe; known are {', '.join(map(short_name, fields()))}"
         )
-    kind = str(known[name].type)
+    return found[0]
+
+
+def short_name(name: str) -> str:
+    """The last word of a field's full name where one section has it, else the full name."""
+    last = name.rpartition(".")[2]
+    return last if _full_names()[last] == [name] else name
+
+
+def flat(table: dict[str, Any]) -> dict[str, Any]:
+    """Short name -> value of a recipe as nested dictionaries (``Recipe.to_dict``)."""
+    found = {}
+    for key, value in table.items():
+        for name, inner in value.items() if key in SECTIONS else ((None, value),):
+            found[key if name is None else f"{key}.{name}"] = inner
+    return {short_name(name) if name in fields() else name: v for name, v in found.items()}
+
+
+def _typed(full: str, value: Any) -> Any:
+    """Checks ``value`` against the field's type; takes the text of a command line as well."""
+    section, _, name = full.rpartition(".")
+    if full not in fields():
+        known = dataclasses.fields(SECTIONS[section] if section else Recipe)
+        raise RecipeError(
+            f"{name} = {value!r}: no such field in {section or 'recipe'}; known are "
+            f"{', '.join(sorted(f.name for f in known))}"
+        )
+    name = short_name(full)
+    kind = str(fields()[full].type)
     if value is None and kind.endswith("| None"):
         return None
     if kind.startswith("tuple[float"):

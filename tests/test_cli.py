@@ -18,9 +18,11 @@ from dpfast.ops import audit, dispatch
     [
         (["run", "nosuch"], "recipe = 'nosuch'"),
         (["run", "fashion", "--omgea", "0.1"], "did you mean --omega?"),
+        (["run", "fashion", "--batch-size", "8"], "--generator.batch-size or --learner.batch-size"),
         (["run", "fashion", "--omega", "strong"], "omega = 'strong'"),
+        (["run", "fashion", "--guidance.omega", "strong"], "omega = 'strong'"),
         (
-            ["run", "fashion", "--micro-batch", "auto"],
+            ["run", "fashion", "--learner.micro-batch", "auto"],
             "micro_batch = 'auto': expected a number, or leave it out",
         ),
         (
@@ -122,14 +124,24 @@ def test_a_dry_run_ends_with_the_refusal_of_the_run(tmp_path, monkeypatch, capsy
     [
         (["--count", "7"], "batch_size = 512: expected a multiple of 14, twice the 7 ranks"),
         (
-            ["--count", "2", "--initial-samples", "1000", "--generation-batch", "1000"],
+            ["--count", "2", "--initial-samples", "1000", "--generator.batch-size", "1000"],
             "fewer batches than the 2 ranks",
         ),
     ],
 )
 def test_a_count_of_devices_is_refused_as_the_run_refuses_it(command, options, named, capsys):
     assert (
-        main([command, "imagenet100-sd15", "--device", "h100", "--batch-size", "512", *options])
+        main(
+            [
+                command,
+                "imagenet100-sd15",
+                "--device",
+                "h100",
+                "--learner.batch-size",
+                "512",
+                *options,
+            ]
+        )
         == 2
     )
     assert named in capsys.readouterr().err

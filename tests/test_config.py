@@ -2,11 +2,9 @@
 right.
 """
 
-import dataclasses
-
 import pytest
 
-from dpfast.config import RECIPES, Recipe, fields
+from dpfast.config import RECIPES, Recipe, fields, flat, full_name, short_name
 from dpfast.errors import RecipeError
 
 
@@ -17,16 +15,16 @@ def test_shipped_recipes_survive_a_round_trip(path):
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
-def test_leaf_names_are_unique_over_the_sections():
-    recipe = Recipe.load("fashion")
-    nested = [
-        f.name
-        for s in dataclasses.astuple(recipe)
-        if dataclasses.is_dataclass(s)
-        for f in dataclasses.fields(s)
-    ]
-    assert len(nested) == len(set(nested))
-    assert {"omega", "iterations", "seed", "steps"} <= set(fields())
+def test_a_field_is_named_by_its_last_word_where_one_section_has_it():
+    assert full_name("omega") == full_name("guidance.omega") == "guidance.omega"
+    assert (short_name("guidance.omega"), short_name("seed")) == ("omega", "seed")
+    assert short_name("learner.batch_size") == "learner.batch_size"
+    with pytest.raises(RecipeError, match=r"say generator\.batch_size or learner\.batch_size"):
+        Recipe.load("fashion", batch_size=8)
+    recipe = Recipe.load("fashion", learner={"batch_size": 8, "lr": 0.1}, generator={"steps": 3})
+    assert (recipe.learner.batch_size, recipe.learner.lr, recipe.generator.steps) == (8, 0.1, 3)
+    assert recipe.generator.batch_size == Recipe.load("fashion").generator.batch_size
+    assert flat(recipe.to_dict()).keys() == set(map(short_name, fields()))
 
 
 def test_overrides_take_text_as_a_command_line_gives_it():

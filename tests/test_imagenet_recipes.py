@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dpfast.cli.main import main
-from dpfast.config import RECIPES, Recipe
+from dpfast.config import RECIPES, Recipe, flat, short_name
 from dpfast.data import imagenet
 from dpfast.generate.pipelines.folder import PipelineFolder
 
@@ -31,7 +31,7 @@ COMMON = {
 }
 IMAGENET_1K = {
     "class_names": ("imagenet1k",),
-    "batch_size": 4 * 8 * 128,
+    "learner.batch_size": 4 * 8 * 128,
     "lr": 0.0016,
     "initial_samples": 1_300_000,
     "round_samples": 650_000,
@@ -43,7 +43,7 @@ PAPER = {  # arXiv 2502.15588: sections 5 and C.5, Tables 1, 4 and 5
     "imagenet100-sd15": {
         "pipeline": "stable-diffusion-1.5",
         "class_names": ("imagenet100",),
-        "batch_size": 4 * 8 * 64,
+        "learner.batch_size": 4 * 8 * 64,
         "lr": 0.003,
         "initial_samples": 130_000,
         "round_samples": 64_000,
@@ -59,28 +59,20 @@ PAPER = {  # arXiv 2502.15588: sections 5 and C.5, Tables 1, 4 and 5
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_every_value_is_the_papers_or_says_that_it_is_ours(name):
     recipe = Recipe.load(name)
-    values = {"validation": recipe.validation}
-    for section in (
-        recipe.generator,
-        recipe.guidance,
-        recipe.learner,
-        recipe.pool,
-        recipe.practice,
-    ):
-        values |= vars(section)
-    paper, named = COMMON | PAPER[name], set()
+    values = flat(recipe.to_dict())
+    paper, named, section = COMMON | PAPER[name], set(), ""
     for line in (RECIPES / f"{name}.toml").read_text().splitlines():
+        if header := re.match(r"\[(\w+)\]", line):
+            section = f"{header[1]}."
         setting = re.match(r"(\w+) = ", line)
         if setting is None:
             continue
-        key = setting[1]
+        key = short_name(section + setting[1])
         named.add(key)
         if re.search(r"#.*\bours\b", line) is None:
-            assert (
-                values[key] == pytest.approx(paper[key])
-                if isinstance(paper[key], float)
-                else paper[key]
-            ), key
+            wanted = paper[key]
+            wanted = pytest.approx(wanted) if isinstance(wanted, float) else wanted
+            assert values[key] == wanted, key
     assert paper.keys() <= named
 
 

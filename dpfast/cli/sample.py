@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from dpfast.cli import Commands
-from dpfast.config import Generator, Guidance, Recipe, fields
+from dpfast.cli.recipes import add_fields, recipe_of
+from dpfast.config import fields
 from dpfast.errors import RecipeError
 
 # A learner guides as it was saved, in one stream of batches that finds its size and whether
 # compiling pays.
-ELSEWHERE = ("omega", "guide_with", "generation_batch", "compile")
+ELSEWHERE = ("guidance.omega", "guidance.guide_with", "generator.compile")
 FIELDS = [
-    f.name for s in (Generator, Guidance) for f in dataclasses.fields(s) if f.name not in ELSEWHERE
+    name
+    for name in fields()
+    if name.startswith(("generator.", "guidance.")) and name not in ELSEWHERE
 ]
 FIELDS += ["seed", "device"]
 
@@ -29,7 +31,9 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--count", type=int, default=8, help="images per label (default 8)")
     parser.add_argument(
+        "--guidance.omega",
         "--omega",
+        dest="omega",
         type=float,
         default=0.0,
         help="strength of the entropy guidance (default 0, unguided)",
@@ -42,11 +46,7 @@ def add(commands: Commands) -> None:
         default="fashion",
         help="whose [generator] and [guidance] hold (default fashion)",
     )
-    group = parser.add_argument_group("fields of the recipe", "each replaces the recipe's value")
-    for name in FIELDS:
-        group.add_argument(
-            f"--{name.replace('_', '-')}", metavar=str(fields()[name].type).split("[")[0].upper()
-        )
+    add_fields(parser, FIELDS)
     parser.set_defaults(handler=sample)
 
 
@@ -57,13 +57,7 @@ def sample(arguments: argparse.Namespace) -> int:
         raise RecipeError(f"out = {str(arguments.out)!r}: exists and is not an empty folder")
     if arguments.learner is not None and not arguments.omega:
         raise RecipeError(f"learner = {arguments.learner!r}: guides only with omega, which is 0")
-    given = {name: getattr(arguments, name) for name in FIELDS}
-    recipe = Recipe.load(
-        arguments.recipe,
-        omega=arguments.omega,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-
+    recipe = recipe_of(arguments, omega=arguments.omega)
     recipe.need_folders("pipeline")
 
     from dpfast.generate.from_recipe import load_pipeline, new_sampler

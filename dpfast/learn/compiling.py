@@ -1,4 +1,4 @@
-"""``compile_learner = "auto"``: does compiling the learner's step pay within the steps that are
+"""``learner.compile = "auto"``: does compiling the learner's step pay within the steps that are
 left?
 """
 

@@ -88,13 +88,9 @@ class Trainer:
         )
         self._norms = [] if ranks.alone else shared_norms(model)
         self._fits = not self._norms
-        self._loss = (
-            torch.compile(self._forward) if config.compile_learner is True else self._forward
-        )
+        self._loss = torch.compile(self._forward) if config.compile is True else self._forward
         self._pays = (
-            WhenItPays()
-            if config.compile_learner == "auto" and self.device.type == "cuda"
-            else None
+            WhenItPays() if config.compile == "auto" and self.device.type == "cuda" else None
         )
 
     @property
@@ -184,7 +180,7 @@ class Trainer:
         try:
             loss, failure = attempt(partial(self._accumulate, gradients, images, labels))
         except torch._dynamo.exc.TorchDynamoException as error:
-            if self.config.compile_learner is True:
+            if self.config.compile is True:
                 raise
             log.warning(
                 "the learner's step does not compile and goes on without: %s",

@@ -43,7 +43,7 @@ class Fit:
     """What a recipe takes of each of its devices, and what of it had to change.
 
     recipe: with the batches and the pool's budget that fit. sampling_batch: samples that are made
-    at once; the recipe's generation_batch stays, it says which rank makes what. evaluation_batch:
+    at once; the generator's batch_size stays, it says which rank makes what. evaluation_batch:
     images that the learner predicts at once.
     usable: bytes of a device. changes: in words; proposals: options with which it would fit where
     it does not.
@@ -109,7 +109,7 @@ def fit(
     device = peaks.device(device) if isinstance(device, str) else device
     stages = stages or stages_of(recipe, device)
     total = recipe.practice.maximum_samples if samples is None else samples
-    config, wanted = recipe.learner, recipe.generator.generation_batch
+    config, wanted = recipe.learner, recipe.generator.batch_size
     asked, share = recipe.generator.at_once, math.ceil(config.batch_size / count)
     guided = "dp" in recipe.practice.sources and total > recipe.practice.initial_samples
     limit, always = usable(device), float(stages.weights + stages.learner.state)
@@ -136,12 +136,13 @@ def fit(
     evaluated = equal_part(BATCH, evaluation_fits)
     changes = []
     if batch < asked:
-        recipe = replace(recipe, generator=replace(recipe.generator, sampling_batch=batch))
-        changes.append(f"samples are made {batch} at once, not {asked} (sampling_batch)")
+        recipe = replace(recipe, generator=replace(recipe.generator, micro_batch=batch))
+        changes.append(f"samples are made {batch} at once, not {asked} (generator.micro_batch)")
     if micro < most:
         recipe = replace(recipe, learner=replace(config, micro_batch=micro))
         changes.append(
-            f"a training step takes its {share} images in micro-batches of {micro} (micro_batch)"
+            f"a training step takes its {share} images in micro-batches of {micro} "
+            "(learner.micro_batch)"
         )
 
     def phases(pool: float) -> tuple[Footprint, ...]:
@@ -248,7 +249,7 @@ def stages_of(recipe: Recipe, device: Device) -> Stages:
     half = learner.precision == "bf16" or (learner.precision == "auto" and device.gpu)
     practice = recipe.practice
     parts = (
-        replace(recipe.generator, sampling_batch=None),
+        replace(recipe.generator, micro_batch=None),
         replace(learner, micro_batch=None),
     )  # they change no count
     key = repr((*parts, recipe.guidance, practice.early_candidates, practice.early_until))

@@ -98,7 +98,7 @@ def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
         rounds=rounds,
         segments=segments,
         batch=batch,
-        generation_batch=recipe.generator.generation_batch,
+        generation_batch=recipe.generator.batch_size,
         evaluated=evaluated,
     )
 

@@ -81,7 +81,7 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
         ).eval()
     guide = guiding(recipe.guidance.criterion, learner, learner).eval()
     sampler = new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False)
-    batch = recipe.generator.generation_batch
+    batch = recipe.generator.batch_size
     execution = _execution(sampler)
     image = tuple(
         execution.finish(torch.empty(1, *pipeline.denoiser.sample_shape, device=META)).images.shape[

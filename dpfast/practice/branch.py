@@ -82,7 +82,7 @@ def prepare_branch(
             for rank in range(start.state["ranks"]):
                 ranks = Ranks(rank=rank, size=start.state["ranks"])
                 held = ShardLayout(
-                    ranks, recipe.generator.generation_batch, tuple(start.state["loop"]["rounds"])
+                    ranks, recipe.generator.batch_size, tuple(start.state["loop"]["rounds"])
                 ).held()
                 part, copy = (
                     part_folder(f, ranks) for f in (trunk / f"pool_{SOURCE}", branch.pool(SOURCE))

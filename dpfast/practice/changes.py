@@ -9,14 +9,13 @@ changes.jsonl   every change in between: when, after which optimiser steps, and 
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import SECTIONS, Recipe
+from dpfast.config import Recipe, flat
 from dpfast.errors import RecipeError
 from dpfast.pool.shards import durable
 from dpfast.practice.contents import check_contents, note_contents
@@ -61,13 +60,13 @@ RULES: dict[str, tuple[str, str]] = {
     "cfg_interval": (FIXED, SAMPLES),
     "cache_interval": (FIXED, SAMPLES),
     "eta": (FIXED, SAMPLES),
-    "compile": (FREE, ROUNDING),
+    "generator.compile": (FREE, ROUNDING),
     "compile_region": (FREE, ROUNDING),
-    "generation_batch": (
+    "generator.batch_size": (
         FREE,
         "who holds which samples stays as it was born; the sampler's batches are not larger",
     ),
-    "sampling_batch": (FREE, MEMORY),
+    "generator.micro_batch": (FREE, MEMORY),
     "attention": (FREE, ROUNDING),
     "channels_last": (FREE, ROUNDING),
     # guidance
@@ -83,11 +82,11 @@ RULES: dict[str, tuple[str, str]] = {
     "model": (FIXED, "its weights are in the checkpoint"),
     "options": (FIXED, "they shape the weights in the checkpoint"),
     "classes": (FIXED, "they shape the weights in the checkpoint"),
-    "batch_size": (
+    "learner.batch_size": (
         FIXED,
         "the order of training and the learning rate go with it; micro_batch takes less memory",
     ),
-    "micro_batch": (FREE, MEMORY),
+    "learner.micro_batch": (FREE, MEMORY),
     "activation_checkpointing": (FREE, MEMORY),
     "lr": (FIXED, TRAINING),
     "weight_decay": (FIXED, TRAINING),
@@ -96,7 +95,7 @@ RULES: dict[str, tuple[str, str]] = {
     "evaluate_with": (FIXED, "the accuracies so far are of these weights"),
     "clip_grad_norm": (FIXED, TRAINING),
     "precision": (FIXED, TRAINING),
-    "compile_learner": (FREE, ROUNDING),
+    "learner.compile": (FREE, ROUNDING),
     "warmup": (FIXED, TRAINING),
     "cooldown": (FIXED, "it says until when samples are added"),
     "flip": (FIXED, TRAINING),
@@ -190,11 +189,9 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
         )
     check_contents(run, recipe)
     generator, learner = recipe.generator, recipe.learner
-    if generator.generation_batch != born["generation_batch"]:
-        most = min(generator.sampling_batch or generator.generation_batch, born["generation_batch"])
-        generator = replace(
-            generator, generation_batch=born["generation_batch"], sampling_batch=most
-        )
+    if generator.batch_size != born["generator.batch_size"]:
+        most = min(generator.micro_batch or generator.batch_size, born["generator.batch_size"])
+        generator = replace(generator, batch_size=born["generator.batch_size"], micro_batch=most)
     iterations, warm = recipe.practice.iterations, born["warmup"] * born["iterations"]
     if iterations != born["iterations"]:
         if warm + learner.cooldown * iterations > iterations:
@@ -246,16 +243,8 @@ def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> dict[str
 def _read(run: Path, name: str) -> dict[str, Any]:
     """The fields of a recipe in a run's folder; one that was never changed is as it was born."""
     path = run / name if (run / name).is_file() else run / RECIPE
-    return _leaves(json.loads(path.read_text()))
+    return flat(json.loads(path.read_text()))
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    return _leaves(json.loads(json.dumps(dataclasses.asdict(recipe))))
-
-
-def _leaves(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's fields without their sections."""
-    leaves = {name: value for name, value in recipe.items() if name not in SECTIONS}
-    for section in SECTIONS:
-        leaves |= recipe.get(section, {})
-    return leaves
+    return flat(json.loads(json.dumps(recipe.to_dict())))

@@ -82,7 +82,7 @@ class LoopCheckpointer:
 
     def __init__(self, loop: Loop, folder: RunPaths | None) -> None:
         self.loop, self.folder = loop, folder
-        self.layout = ShardLayout(loop.ranks, loop.recipe.generator.generation_batch)
+        self.layout = ShardLayout(loop.ranks, loop.recipe.generator.batch_size)
         self.clock, practice = (
             loop.ranks.heartbeat.clock.now,
             loop.recipe.practice,

@@ -92,9 +92,7 @@ class Loop:
         )
         self.pool: SamplePool | ShardedPool = self.local
         if not ranks.alone:
-            self.pool = ShardedPool(
-                self.local, ShardLayout(ranks, recipe.generator.generation_batch)
-            )
+            self.pool = ShardedPool(self.local, ShardLayout(ranks, recipe.generator.batch_size))
         self.loader = make_loader(
             config.loader,
             self.pool,
@@ -254,7 +252,7 @@ class Loop:
             else torch.tensor([float("nan") if v is None else v for v in known]),
             turn=turn,
         )
-        part = self.ranks.share(round.count, self.recipe.generator.generation_batch, turn=turn)
+        part = self.ranks.share(round.count, self.recipe.generator.batch_size, turn=turn)
         self._tell("on_generation", round.number, part)
         self._make_room()
         local.reserve(part - (len(local) - before))
@@ -366,7 +364,7 @@ class Loop:
 
 def part_of_samples(recipe: Recipe, ranks: Ranks) -> int:
     """How many of the most samples that a run can have one rank holds at most."""
-    practice, batch = recipe.practice, recipe.generator.generation_batch
+    practice, batch = recipe.practice, recipe.generator.batch_size
     if ranks.alone:
         return practice.maximum_samples
     rounds = 1 + -(-(practice.maximum_samples - practice.initial_samples) // practice.round_samples)

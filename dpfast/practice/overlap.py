@@ -315,7 +315,7 @@ class GeneratorRank:
         parts.
         """
         parts, held = self.source.make(replace(job, turn=0)), None
-        for places in self.link.makers.batches(job.count, self.recipe.generator.generation_batch):
+        for places in self.link.makers.batches(job.count, self.recipe.generator.batch_size):
             while held is None or len(held) < len(places):
                 part = _on_host(next(parts))
                 held = part if held is None else joined([held, part])
@@ -336,7 +336,7 @@ class GeneratorRank:
         """Sends the batches of a round, those that are missing as soon as they are made."""
         link, size, latents = (
             self.link,
-            self.recipe.generator.generation_batch,
+            self.recipe.generator.batch_size,
             self.recipe.pool.codec == "latents",
         )
         for number, places in enumerate(link.makers.batches(job.count, size)):

@@ -124,7 +124,7 @@ def timeline(
     """
     practice, costs, count = recipe.practice, plan.costs, plan.count
     link = link_of(plan.device, count)
-    batch, size = recipe.generator.generation_batch, recipe.learner.batch_size
+    batch, size = recipe.generator.batch_size, recipe.learner.batch_size
     step = step_seconds(
         costs.step + costs.image * -(-size // count), link.all_reduce(costs.gradients, count)
     )

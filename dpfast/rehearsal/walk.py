@@ -75,9 +75,7 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
             f"overlap = {recipe.practice.overlap}: a rehearsal walks ranks that do all in turns; "
             "expected 0"
         )
-    batch = (
-        recipe.generator.generation_batch
-    )  # a rank's turn; what is in memory at once may be less
+    batch = recipe.generator.batch_size  # a rank's turn; what is in memory at once may be less
     samples = max(ranks.size * BATCHES * batch, -(-classes // batch) * batch) + batch // 2
     practice = replace(
         recipe.practice,
@@ -101,7 +99,7 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         practice=practice,
         evaluation=(),
         generator=replace(recipe.generator, steps=steps, compile=False),
-        learner=replace(recipe.learner, batch_size=shown * ranks.size, compile_learner=False),
+        learner=replace(recipe.learner, batch_size=shown * ranks.size, compile=False),
         pool=replace(recipe.pool, device_gib=1.0, host_gib=1.0, mapped=False),
     )
 
@@ -234,7 +232,7 @@ def in_place(
         (
             yardstick,
             "SAMPLES",
-            min(yardstick.SAMPLES, ranks.size * recipe.generator.generation_batch),
+            min(yardstick.SAMPLES, ranks.size * recipe.generator.batch_size),
         ),
         (experiment, "check_generator", lambda _: pipeline.class_names),
         (experiment, "check_real", lambda *_: None),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import SECTIONS
+from dpfast.config import flat
 from dpfast.errors import RecipeError
 
 ORDER = ("dp", "dynamic", "prune", "static")
@@ -64,11 +64,8 @@ class Run:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The recipe's fields without their sections."""
-        leaves = {k: v for k, v in self.recipe.items() if k not in SECTIONS}
-        for section in SECTIONS:
-            leaves |= self.recipe.get(section, {})
-        return leaves
+        """The recipe's fields by their short names."""
+        return flat(self.recipe)
 
 
 def read_run(path: Path) -> Run:

@@ -120,7 +120,7 @@ class FromNoise:
 
     def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
         self.recipe, self.sampler, self.eager = recipe, sampler, eager
-        self.batch, self.steps = recipe.generator.generation_batch, recipe.generator.steps
+        self.batch, self.steps = recipe.generator.batch_size, recipe.generator.steps
         self.prices = Prices(eager)
 
     @property
@@ -143,8 +143,8 @@ class FromNoise:
 class EarlyRejection(FromNoise):
     """Begins more trajectories than it ends. Ids count those that begin.
 
-    Who is kept depends on the batches that ``generation_batch`` makes of a round, not on what fits
-    into memory.
+    Who is kept depends on the batches that ``generator.batch_size`` makes of a round, not on what
+    fits into memory.
     """
 
     def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:

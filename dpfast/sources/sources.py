@@ -131,7 +131,7 @@ class Unguided:
 
     def __init__(self, recipe: Recipe, pipeline: Pipeline, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
-        self.batch, self.classes = recipe.generator.generation_batch, pipeline.denoiser.classes
+        self.batch, self.classes = recipe.generator.batch_size, pipeline.denoiser.classes
         self.sampler = new_sampler(recipe, pipeline, None)
         self.made = Cost()
         self._prices = Prices(new_sampler(recipe, pipeline, None, **EAGER), guided=False)

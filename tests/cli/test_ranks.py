@@ -21,8 +21,11 @@ from tests.ranks import environment, free_port
 RECIPE = "imagenet100-sd15"
 # name -> (options beside those that name the folders, what the error says)
 CASES = {
-    "batch": (["--batch-size", "6"], "batch_size = 6: expected a multiple of 4, twice the 2 ranks"),
-    "generation batch": (["--generation-batch", "200"], "are fewer batches than the 2 ranks"),
+    "batch": (
+        ["--learner.batch-size", "6"],
+        "batch_size = 6: expected a multiple of 4, twice the 2 ranks",
+    ),
+    "generation batch": (["--generator.batch-size", "200"], "are fewer batches than the 2 ranks"),
     "classes": (["--validation", "{root}/few"], "no images of"),
     "weights": (["--pipeline", "{root}/empty"], "{root}/empty"),
     "resume": (["--resume", "--omega", "0.2"], "has another recipe: omega = 0.2 was 0.05"),

@@ -126,7 +126,7 @@ def test_two_nodes_of_one_process_each_make_a_run(slurm, tmp_path):
         "round-samples": 20,
         "iterations": 12,
         "evaluate-every": 4,
-        "generation-batch": 20,
+        "generator.batch-size": 20,
         "steps": 2,
         "sources": "dp",
     }

@@ -79,7 +79,10 @@ def test_a_sampler_is_what_its_recipe_says(pipeline, learner):
     assert sampler.execution.region == "blocks"
     assert torch.equal(sampler.generate([0, 1]).images, by_hand.generate([0, 1]).images)
     assert new_sampler(load(eta=0.5), pipeline, None).table.needs_noise
-    assert new_sampler(load(compile=True), pipeline, None, compile=False).tuner.mode is False
+    assert (
+        new_sampler(load(generator={"compile": True}), pipeline, None, compile=False).tuner.mode
+        is False
+    )
 
 
 def test_no_field_is_without_effect():
@@ -88,8 +91,8 @@ def test_no_field_is_without_effect():
     """
     described = inspect.getsource(recipes)
     elsewhere = {
-        "generation_batch",
-        "sampling_batch",
+        "batch_size",
+        "micro_batch",
         "guide_with",
     }  # of the loop around the sampler, and ``at_once``
     for section, name in ((load().generator, "generator"), (load().guidance, "guidance")):

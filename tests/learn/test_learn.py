@@ -85,7 +85,7 @@ def test_a_compiled_learner_is_compiled_once_and_learns_the_same(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True)
     )
-    _, losses = toy(compile_learner=True)
+    _, losses = toy(compile=True)
     assert counter.frame_count == 1
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(toy()[1]), rtol=1e-4, atol=1e-5)
 
@@ -132,7 +132,7 @@ def test_what_does_not_compile_goes_on_without_unless_it_was_asked_for(monkeypat
         assert float(trainer.step(images, labels)) == float(eager.step(images, labels))
     assert "the learner's step does not compile and goes on without" in caplog.text
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-        toy(steps=3, compile_learner=True)
+        toy(steps=3, compile=True)
 
 
 def test_a_committee_gives_the_logits_of_its_members_live():

@@ -15,7 +15,7 @@ H100 = DEVICES["h100"]
 
 @pytest.fixture(scope="module")
 def recipe():
-    return Recipe.load("fashion", generation_batch=32, batch_size=64)
+    return Recipe.load("fashion", generator={"batch_size": 32}, learner={"batch_size": 64})
 
 
 @pytest.fixture(scope="module")

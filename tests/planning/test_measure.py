@@ -70,7 +70,12 @@ def test_huge_batches_are_timed_in_small_ones(monkeypatch):
     monkeypatch.setattr(
         Trainer, "step", lambda self, *batch: (sizes.append(len(batch[0])), step(self, *batch))[1]
     )
-    recipe = Recipe.load("fashion", device="cpu", batch_size=1 << 20, generation_batch=1 << 20)
+    recipe = Recipe.load(
+        "fashion",
+        device="cpu",
+        learner={"batch_size": 1 << 20},
+        generator={"batch_size": 1 << 20},
+    )
     timings = measure(recipe, seconds=1.0)
     assert 0 < max(sizes) < 1 << 15
     assert timings.training > 0

@@ -35,7 +35,7 @@ from dpfast.sources.guided_methods import RoundRequest, guided_method
 
 @pytest.fixture(scope="module")
 def recipe():
-    return Recipe.load("fashion", generation_batch=8)
+    return Recipe.load("fashion", generator={"batch_size": 8})
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_every_way_is_planned_at_what_a_sample_is_paid(recipe, changes, fashion)
 def test_the_stages_of_every_way_are_timed(recipe):
     quick = dataclasses.replace(
         recipe,
-        generator=dataclasses.replace(recipe.generator, steps=2, generation_batch=10),
+        generator=dataclasses.replace(recipe.generator, steps=2, batch_size=10),
         guidance=dataclasses.replace(recipe.guidance, every=1),
         practice=dataclasses.replace(recipe.practice, early_candidates=3.0, early_until=0.5),
     )

@@ -31,7 +31,7 @@ def recipe(pipeline_folder, monkeypatch):
     return Recipe.from_dict(
         {
             "name": "test",
-            "generator": {"pipeline": str(pipeline_folder), "steps": 3, "generation_batch": 20},
+            "generator": {"pipeline": str(pipeline_folder), "steps": 3, "batch_size": 20},
             "guidance": {"omega": 0.2, "every": 1},
             "learner": {
                 "model": "transformers:RegNetForImageClassification",

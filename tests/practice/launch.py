@@ -22,7 +22,7 @@ FIELDS = {
     "dtype": "float32",
     "image_size": 16,
     "steps": 6,
-    "batch_size": 16,
+    "learner.batch_size": 16,
     "iterations": 30,
     "evaluate_unit": "steps",
     "evaluate_every": 2,
@@ -37,13 +37,13 @@ SIZES = {
         "initial_samples": 120,
         "round_samples": 100,
         "maximum_samples": 320,
-        "generation_batch": 25,
+        "generator.batch_size": 25,
     },
     "imagenet1k-dit": {
         "initial_samples": 1000,
         "round_samples": 1000,
         "maximum_samples": 3000,
-        "generation_batch": 250,
+        "generator.batch_size": 250,
     },
 }
 

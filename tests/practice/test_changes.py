@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 
-from dpfast.config import fields
+from dpfast.config import fields, short_name
 from dpfast.errors import RecipeError
 from dpfast.logs import logged
 from dpfast.parallel import Ranks
@@ -51,7 +51,7 @@ def test_every_field_of_a_recipe_says_whether_it_may_change_and_why():
     """A new field fails here until dpfast/practice/changes.py says what a resumed run may do with
     it.
     """
-    assert RULES.keys() == fields().keys()
+    assert RULES.keys() == set(map(short_name, fields()))
     assert all(kind in ("free", "branch", "fixed") and why for kind, why in RULES.values())
 
 
@@ -60,7 +60,7 @@ def test_a_stopped_run_goes_on_with_less_memory_and_ends_in_the_same_samples(sho
     stop = Stop()
     with RunWriter(tmp_path / "run", short) as folder, pytest.raises(Stopped):
         DeliberatePractice(short).run(folder, progress=False, callbacks=[At(stop, 12)], stop=stop)
-    less = with_(with_(short, "generator", generation_batch=7), "practice", checkpoints_kept=5)
+    less = with_(with_(short, "generator", batch_size=7), "practice", checkpoints_kept=5)
     less = with_(less, "pool", host_gib=0.5)
     (again,) = resumed(less, tmp_path / "run")
     assert (again.pool.records()["sample_id"] == whole.pool.records()["sample_id"]).all()
@@ -75,13 +75,13 @@ def test_a_stopped_run_goes_on_with_less_memory_and_ends_in_the_same_samples(sho
     assert line["changes"] == {
         "checkpoints_kept": [2, 5],
         "host_gib": [None, 0.5],
-        "sampling_batch": [None, 7],
+        "generator.micro_batch": [None, 7],
     }
     told = (tmp_path / "run" / "logs" / "rank-00000.jsonl").read_text()
     for name, (was, value) in line["changes"].items():
         assert told.count(f"from here on {name} = {value!r}, it was {was!r}") == 1
     now = json.loads((tmp_path / "run" / "recipe.json").read_text())
-    assert (now["generator"]["generation_batch"], now["generator"]["sampling_batch"]) == (20, 7)
+    assert (now["generator"]["batch_size"], now["generator"]["micro_batch"]) == (20, 7)
     assert json.loads((tmp_path / "run" / "born.json").read_text())["pool"]["host_gib"] is None
 
 

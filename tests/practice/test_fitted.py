@@ -25,7 +25,12 @@ SMALL = {
 
 def test_a_run_with_little_memory_takes_smaller_batches_and_says_so(monkeypatch):
     recipe = Recipe.load(
-        "fashion", device="cpu", generation_batch=40, batch_size=32, evaluate_every=5, **SMALL
+        "fashion",
+        device="cpu",
+        generator={"batch_size": 40},
+        learner={"batch_size": 32},
+        evaluate_every=5,
+        **SMALL,
     )
     cpu = dataclasses.replace(fitted._CPU, memory=1e9, host=1e9)
     stages = stages_of(recipe, cpu)
@@ -35,9 +40,11 @@ def test_a_run_with_little_memory_takes_smaller_batches_and_says_so(monkeypatch)
     monkeypatch.setattr(fitted, "device_memory", lambda device: memory)
     practice = DeliberatePractice(recipe)
     assert practice.fit.sampling_batch == 10  # four equal parts; three of 14 do not fit
-    assert practice.recipe.generator.generation_batch == 40
+    assert practice.recipe.generator.batch_size == 40
     assert set(practice.unguided.sampler.fitting.values()) == {10}
-    assert "samples are made 10 at once, not 40 (sampling_batch)" in "\n".join(practice.fit.lines())
+    assert "samples are made 10 at once, not 40 (generator.micro_batch)" in "\n".join(
+        practice.fit.lines()
+    )
     made = practice.unguided.stream(0, 60, Cost(), cfg_scale=recipe.generator.cfg_scale)
     assert [len(batch) for batch in made] == [10] * 6
 
@@ -47,7 +54,7 @@ def test_a_cpu_with_enough_memory_is_not_asked(monkeypatch):
     monkeypatch.setattr(fitted, "device_memory", lambda device: 4e9)
     practice = DeliberatePractice(Recipe.load("fashion", device="cpu"))
     assert practice.fit is None
-    assert practice.recipe.generator.sampling_batch is None
+    assert practice.recipe.generator.micro_batch is None
 
 
 def test_a_model_that_cannot_be_counted_is_left_to_run_out_of_memory(monkeypatch, caplog):
@@ -56,7 +63,9 @@ def test_a_model_that_cannot_be_counted_is_left_to_run_out_of_memory(monkeypatch
         fitted, "fit", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no count\nof this"))
     )
     practice = DeliberatePractice(
-        Recipe.load("fashion", device="cpu", generation_batch=40, **SMALL, evaluate_every=5)
+        Recipe.load(
+            "fashion", device="cpu", generator={"batch_size": 40}, **SMALL, evaluate_every=5
+        )
     )
     assert practice.fit is None
     assert "nothing is fitted: no count" in caplog.text

@@ -27,7 +27,7 @@ FIELDS = {
     "initial_samples": 60,
     "round_samples": 30,
     "maximum_samples": 150,
-    "generation_batch": 20,
+    "generator.batch_size": 20,
     "iterations": 60,
     "evaluate_every": 5,
     "patience_growth": "fixed",

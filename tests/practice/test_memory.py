@@ -22,7 +22,7 @@ def short(recipe):
     recipe = with_(
         recipe, "practice", iterations=20, maximum_samples=60, maximum_rounds=2, evaluate_every=2
     )
-    return with_(with_(recipe, "learner", warmup=0.1), "generator", steps=4, generation_batch=BATCH)
+    return with_(with_(recipe, "learner", warmup=0.1), "generator", steps=4, batch_size=BATCH)
 
 
 class Sizes:

@@ -53,7 +53,7 @@ def recipe_of(folder):
                 "pipeline": str(folder),
                 "class_names": list(NAMES),
                 "steps": 3,
-                "generation_batch": 32,
+                "batch_size": 32,
             },
             "guidance": {"omega": 0.2, "every": 2},
             "learner": {"model": "tests.tiny_pipelines:learner", "batch_size": 384},

@@ -98,7 +98,7 @@ def test_the_embedded_recipe_is_the_same_on_one_two_and_four_ranks(tmp_path):
         "initial_samples": 250,
         "round_samples": 250,
         "maximum_samples": 750,
-        "generation_batch": 25,
+        "generator.batch_size": 25,
         "maximum_rounds": 2,
         "iterations": 20,
         "evaluate_every": 5,

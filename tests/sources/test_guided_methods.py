@@ -30,7 +30,7 @@ LABELS = torch.arange(9) % 3
 def short(recipe):
     """Five steps, guided in 0, 2 and 4; one source, two rounds of 15 in batches of 6."""
     recipe = with_(recipe, "practice", iterations=40, maximum_samples=60, sources=("dp",))
-    recipe = with_(recipe, "generator", steps=5, generation_batch=6)
+    recipe = with_(recipe, "generator", steps=5, batch_size=6)
     return with_(recipe, "guidance", every=2)
 
 
