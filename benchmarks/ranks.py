@@ -36,7 +36,7 @@ from dpfast.learn.trainer import Trainer
 from dpfast.parallel import ALONE, Ranks, process_group
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.record import RECORD
-from dpfast.pool.sharded import ShardedPool, ShardLayout
+from dpfast.pool.sharded import ShardLayout, pool_of_ranks
 
 SAMPLES, BATCH = 80, 20  # of a generation
 POOL, LEARNED, STEPS = 2000, 256, 2  # samples, batch of the learner, steps of a measurement
@@ -78,7 +78,7 @@ def learning(kind: str) -> Work:
         local = SamplePool()
         images = torch.randint(0, 256, (len(rows), 1, 32, 32), dtype=torch.uint8)
         local.append_records(images, records_of(rows.numpy()))
-        pool = local if ranks.alone else ShardedPool(local, layout)
+        pool = pool_of_ranks(local, layout)
         config = replace(Recipe.load("fashion").learner, precision="fp32")
         trainer = Trainer(_learner(kind, 10), config, iterations=10_000, ranks=ranks)
         augment = Augment(flip=True, crop=0.3, mixup=0.5)

@@ -23,8 +23,7 @@ from torch import Tensor
 from dpfast.feed.buffers import BufferPool
 from dpfast.feed.loader import PendingBatch, PoolLoader
 from dpfast.pool.batch import BatchFormat
-from dpfast.pool.pool import SamplePool
-from dpfast.pool.sharded import ShardedPool
+from dpfast.pool.protocol import Pool
 
 _BYTES = BatchFormat(mean=0.0, std=1 / 255, channels_last=False)
 
@@ -35,7 +34,7 @@ class DaliLoader(PoolLoader):
     Raises ``ImportError`` where DALI is not installed, ``TypeError`` for batches in bf16.
     """
 
-    def __init__(self, pool: SamplePool | ShardedPool, **options: Any) -> None:
+    def __init__(self, pool: Pool, **options: Any) -> None:
         import nvidia.dali  # noqa: F401 - an early error, while the caller looks
 
         super().__init__(pool, **options)

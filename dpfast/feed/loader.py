@@ -25,9 +25,8 @@ from dpfast.errors import RecipeError
 from dpfast.feed.augment import Augment, AugmentationDraw
 from dpfast.feed.order import Order
 from dpfast.pool.batch import BatchFormat
-from dpfast.pool.pool import SamplePool
+from dpfast.pool.protocol import Pool
 from dpfast.pool.rows import CPU
-from dpfast.pool.sharded import ShardedPool
 from dpfast.pool.snapshot import PoolSnapshot
 
 KINDS = ("auto", "dali", "torch")
@@ -102,7 +101,7 @@ class PoolLoader(Loader):
 
     def __init__(
         self,
-        pool: SamplePool | ShardedPool,
+        pool: Pool,
         *,
         batch_size: int,
         seed: int,
@@ -191,11 +190,7 @@ class PoolLoader(Loader):
     @property
     def count(self) -> int:
         """Samples of a batch that are delivered."""
-        return (
-            self.order.batch_size // self.pool.ranks.size
-            if isinstance(self.pool, ShardedPool)
-            else self.order.batch_size
-        )
+        return self.order.batch_size // self.pool.ranks.size
 
     def _prepare(self, size: int) -> None:
         """Fills the queue."""
@@ -221,8 +216,7 @@ class PoolLoader(Loader):
             reversed(range(count)), indices.split(self.order.batch_size), strict=True
         ):
             draw = self.augment.draw(len(part), image, seed=self.seed, number=self._number)
-            if isinstance(self.pool, ShardedPool):
-                draw = draw.part(self.pool.ranks.part(len(part)))
+            draw = draw.part(self.pool.ranks.part(len(part)))
             self._number += 1
             after = {"batches": self._number, **self.order.state_dict(before=left)}
             requests.append(PendingBatch(size, part, draw, after))
@@ -244,9 +238,7 @@ class PoolLoader(Loader):
         """A pool that holds the request's samples, and where in it; collective, in the order of
         requests.
         """
-        if isinstance(self.pool, ShardedPool):
-            return self.pool.exchange(request.indices, device=self.device)
-        return self.pool.view, request.indices
+        return self.pool.fetch(request.indices, device=self.device)
 
     def _start(self, requests: Sequence[PendingBatch]) -> None:
         """Begins to make batches."""
@@ -288,7 +280,7 @@ def choose(kind: str, codec: str = "pixels") -> str:
     return kind
 
 
-def make_loader(kind: str, pool: SamplePool | ShardedPool, **options: Any) -> PoolLoader:
+def make_loader(kind: str, pool: Pool, **options: Any) -> PoolLoader:
     """The loader that ``choose`` names, with the options of its class. Raises what they raise."""
     if choose(kind, pool.codec) == "dali":
         from dpfast.feed.dali import DaliLoader

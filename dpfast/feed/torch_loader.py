@@ -15,8 +15,7 @@ from torch import Tensor
 from dpfast.feed.buffers import BufferPool
 from dpfast.feed.loader import PendingBatch, PoolLoader
 from dpfast.hardware.device import is_gpu
-from dpfast.pool.pool import SamplePool
-from dpfast.pool.sharded import ShardedPool
+from dpfast.pool.protocol import Pool
 
 Batch = tuple[Tensor, Tensor]
 BURST, BURST_BYTES = (
@@ -52,7 +51,7 @@ class TorchLoader(PoolLoader):
 
     def __init__(
         self,
-        pool: SamplePool | ShardedPool,
+        pool: Pool,
         *,
         threads: int = 1,
         ahead: int | None = None,
@@ -76,9 +75,9 @@ class TorchLoader(PoolLoader):
 
     def _count_on_demand(self) -> int:
         """How many batches the caller makes at once; 0: none."""
-        if isinstance(self.pool, ShardedPool) or self.device.type != "cpu":
+        if not self.pool.ranks.alone or self.device.type != "cpu":
             return 0
-        if not self.pool.view.in_place(self.device):
+        if not self.pool.local.view.in_place(self.device):
             return int(self.pool.codec == "latents")
         count = min(
             BURST_BYTES // (math.prod(self.batch_shape()) * self.form.dtype.itemsize), BURST
@@ -93,12 +92,9 @@ class TorchLoader(PoolLoader):
                     request.work = batch, torch.cuda.current_stream().record_event()
         elif self._worker is not None:
             for request in requests:
-                view = (
-                    self.pool.local.view if isinstance(self.pool, ShardedPool) else self.pool.view
-                )
                 out = (
                     self._slots.batch(self.batch_shape(), self.form)
-                    if view.in_place(self.device)
+                    if self.pool.local.view.in_place(self.device)
                     else None
                 )
                 request.work = self._worker.submit(self._make, request, out)
@@ -107,12 +103,13 @@ class TorchLoader(PoolLoader):
 
     def _burst(self, requests: Sequence[PendingBatch]) -> None:
         """Makes all batches in one pass, into one slot, where they are pixels on the host."""
-        if isinstance(self.pool, ShardedPool) or not self.pool.view.in_place(self.device):
+        view = self.pool.local.view
+        if not self.pool.ranks.alone or not view.in_place(self.device):
             for request in requests:
                 request.work = self._make(request)
             return
         count, channels, height, width = self.batch_shape()
-        images, labels = self.pool.view.gather(
+        images, labels = view.gather(
             torch.cat([request.indices for request in requests]),
             self.form,
             flip=_joined([request.draw.flips for request in requests]),
@@ -141,9 +138,7 @@ class TorchLoader(PoolLoader):
         for request in self._queue:
             # the other ranks may have begun with it: what all were to do, all do
             cancelled = (
-                isinstance(self.pool, SamplePool)
-                and isinstance(request.work, Future)
-                and request.work.cancel()
+                self.pool.ranks.alone and isinstance(request.work, Future) and request.work.cancel()
             )
             if isinstance(request.work, Future) and not cancelled:
                 request.work.exception()  # waits: the pool may go away after this

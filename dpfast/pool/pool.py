@@ -20,6 +20,7 @@ from torch import Tensor
 from dpfast import config
 from dpfast.hardware.device import is_gpu
 from dpfast.ops import dispatch
+from dpfast.parallel import ALONE
 from dpfast.pool import codecs
 from dpfast.pool.memory_tiers import NAMES, MemoryTiers, PoolFullError, host_memory, touched
 from dpfast.pool.plan import CHUNK_BYTES, plan, plan_recipe
@@ -56,6 +57,8 @@ class SamplePool:
     """
 
     plan = staticmethod(plan)
+    ranks = ALONE
+    turn = 0  # one process makes all batches of every round
 
     def __init__(
         self,
@@ -138,11 +141,27 @@ class SamplePool:
         return self._view.shape
 
     @property
+    def local(self) -> SamplePool:
+        """The samples that this process holds: all of them."""
+        return self
+
+    @property
     def view(self) -> PoolSnapshot:
         """The pool at this moment, for a reader that needs several answers about the same
         samples.
         """
         return self._view
+
+    def held(self, size: int) -> int:
+        """``size``: one process holds all samples."""
+        return size
+
+    def complete(self, count: int) -> None:
+        """Ends a round, which for one process is nothing to do."""
+
+    def fetch(self, indices: Tensor, *, device: torch.device = CPU) -> tuple[PoolSnapshot, Tensor]:
+        """The pool at this moment and ``indices`` as they are: nothing has to be sent."""
+        return self._view, indices
 
     def append(
         self,

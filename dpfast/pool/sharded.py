@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.protocol import Pool
 from dpfast.pool.record import RECORD
 from dpfast.pool.rows import CPU, ChunkTable
 from dpfast.pool.snapshot import PoolSnapshot
@@ -111,11 +112,20 @@ class ShardLayout:
         return owner, place
 
 
+def pool_of_ranks(local: SamplePool, layout: ShardLayout) -> Pool:
+    """The pool of all ranks of ``layout``, each of which holds its ``local``: that itself where one
+    process is alone.
+
+    Collective where ``layout`` has rounds.
+    """
+    return local if layout.ranks.alone else ShardedPool(local, layout)
+
+
 class ShardedPool:
     """What a loop trains on where several ranks hold samples: ``local`` is this rank's pool, of its
     own rows.
 
-    The length counts complete rounds. ``column``, ``complete`` and ``exchange`` are collective, and
+    The length counts complete rounds. ``column``, ``complete`` and ``fetch`` are collective, and
     the constructor of
     a pool that holds samples: all ranks call them together.
     """
@@ -142,6 +152,17 @@ class ShardedPool:
         """Samples of the newest round."""
         return self.layout.rounds[-1] if self.layout.rounds else 0
 
+    @property
+    def turn(self) -> int:
+        """The rank that makes the first batch of the next round."""
+        return self.layout.turn
+
+    def held(self, size: int) -> int:
+        """Counts those of the first ``size`` samples, all rounds before one, that this rank
+        holds.
+        """
+        return replace(self.layout, rounds=self.layout.rounds[: self._first_round(size)]).held()
+
     def complete(self, count: int) -> None:
         """All ranks have appended their samples of a round of ``count``."""
         layout = self.layout.with_round(count)
@@ -159,7 +180,7 @@ class ShardedPool:
         names = ("label", "length") if self.codec == "jpeg" else ("label",)
         new = np.zeros(len(self) - start, KNOWN)
         for name in names:
-            own = self.local.records(self._held_before(start))[name].astype(np.int64)
+            own = self.local.records(self.held(start))[name].astype(np.int64)
             new[name] = self._gathered(torch.from_numpy(own), start).numpy()
         self._known = np.concatenate([self._known[:start], new])
 
@@ -171,16 +192,12 @@ class ShardedPool:
         """(N - start,) values of a column in the union's order, from row ``start`` on, the start of
         a round.
         """
-        return self._gathered(self.local.column(name, self._held_before(start)), start)
+        return self._gathered(self.local.column(name, self.held(start)), start)
 
     def _first_round(self, start: int) -> int:
         """The round that begins at row ``start`` or after it."""
         rounds = self.layout.rounds
         return next((i for i in range(len(rounds)) if sum(rounds[:i]) >= start), len(rounds))
-
-    def _held_before(self, start: int) -> int:
-        """How many samples this rank holds before that round."""
-        return replace(self.layout, rounds=self.layout.rounds[: self._first_round(start)]).held()
 
     def _gathered(self, values: Tensor, start: int) -> Tensor:
         """(N - start,) of every rank's ``values``, those of its samples from row ``start`` on."""
@@ -194,9 +211,7 @@ class ShardedPool:
             parts.append(self.ranks.gather(mine, count, self.layout.batch, turn=turn))
         return torch.cat(parts) if parts else values[:0]
 
-    def exchange(
-        self, indices: Tensor, *, device: torch.device = CPU
-    ) -> tuple[PoolSnapshot, Tensor]:
+    def fetch(self, indices: Tensor, *, device: torch.device = CPU) -> tuple[PoolSnapshot, Tensor]:
         """This rank's part of a training batch, of the rows ``indices`` (B,), which all ranks know.
 
         Returns a pool of the part's samples as they came in, on ``device``, and (b,) where the part

@@ -20,7 +20,7 @@ from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rank_folders import open_part, part_folder, remove_parts
 from dpfast.pool.saver import SHARD_BYTES, Saver, open_pool, through_jpeg
-from dpfast.pool.sharded import ShardedPool, ShardLayout
+from dpfast.pool.sharded import ShardLayout, pool_of_ranks
 from dpfast.pool.shards import DamagedPoolError, Manifest
 from dpfast.practice import checkpoint
 from dpfast.practice.background import BackgroundWriter, CheckpointTimer, HostCopy, Written
@@ -424,10 +424,9 @@ class LoopCheckpointer:
             loop.source.load_state_dict(
                 record["overlap"], checkpoint.part("overlap", start.tensors)
             )
-        loop.local = loop.pool = loop.loader.pool = self._saved_pool(record["ranks"])
-        if not loop.ranks.alone:
-            layout = replace(self.layout, rounds=tuple(loop.state.rounds))
-            loop.pool = loop.loader.pool = ShardedPool(loop.local, layout)
+        local = self._saved_pool(record["ranks"])
+        layout = replace(self.layout, rounds=tuple(loop.state.rounds))
+        loop.pool = loop.loader.pool = pool_of_ranks(local, layout)
 
     def _saved_pool(self, size: int) -> SamplePool:
         """This rank's samples out of what ``size`` ranks saved, and what it had made of a round on

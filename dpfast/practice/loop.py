@@ -27,7 +27,7 @@ from dpfast.learn.committee import guiding
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.sharded import ShardedPool, ShardLayout
+from dpfast.pool.sharded import ShardLayout, pool_of_ranks
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.checkpointer import LoopCheckpointer, LoopState
@@ -50,8 +50,7 @@ class Loop:
     ranks: run one loop each, in step: they make and hold their parts of the samples, train on their
     parts of the batches, and decide alike.
 
-    pool: what is trained on; local: the samples that this rank holds, the same pool where it is
-    alone.
+    pool: what is trained on.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Loop:
             new_learner(recipe, pipeline), config, iterations=practice.iterations, ranks=ranks
         )
         self.shape = stored_shape(recipe, pipeline, real)
-        self.local = SamplePool.from_recipe(
+        local = SamplePool.from_recipe(
             recipe.pool,
             part_of_samples(recipe, ranks),
             self.shape,
@@ -90,9 +89,7 @@ class Loop:
             decode=pipeline.guidance_decoder,
             processes=ranks.local_size,
         )
-        self.pool: SamplePool | ShardedPool = self.local
-        if not ranks.alone:
-            self.pool = ShardedPool(self.local, ShardLayout(ranks, recipe.generator.batch_size))
+        self.pool = pool_of_ranks(local, ShardLayout(ranks, recipe.generator.batch_size))
         self.loader = make_loader(
             config.loader,
             self.pool,
@@ -117,6 +114,11 @@ class Loop:
         self.state, self.keeper = LoopState(), LoopCheckpointer(self, folder)
         self.initial_cost = Cost()
         self.cost_before = Cost()  # the source's, before the pending round
+
+    @property
+    def local(self) -> SamplePool:
+        """The samples that this rank holds; all of ``pool`` where it is alone."""
+        return self.pool.local
 
     @property
     def additions(self) -> int:
@@ -239,9 +241,7 @@ class Loop:
         """Makes the pending round, or the rest of it."""
         source, state, pool, local = self.source, self.state, self.pool, self.local
         start, known = state.round_start, state.per_class
-        turn, before = (
-            (pool.layout.turn, pool.layout.held()) if isinstance(pool, ShardedPool) else (0, start)
-        )
+        turn, before = pool.turn, pool.held(start)
         round = Round(
             number=state.round + 1,
             start=start,
@@ -271,9 +271,8 @@ class Loop:
                         seed=self.recipe.seed,
                     )
                     self._tell("on_samples", batch)
-            if isinstance(pool, ShardedPool):
-                pool.complete(round.count)
-                source.cost.share(self.cost_before, self.ranks)
+            pool.complete(round.count)
+            source.cost.share(self.cost_before, self.ranks)
             source.release()  # before the yardstick is made
             addition = self._addition(round)
         self._make_room()

@@ -39,7 +39,6 @@ from dpfast.parallel import Ranks
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import Heartbeat
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.sharded import ShardedPool
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.learners import new_learner
 from dpfast.practice.stopping import Stop
@@ -217,7 +216,6 @@ class OverlappedSource(Callback):
             else torch.tensor([float("nan") if v is None else v for v in known])
         )
         step, number = loop.trainer.step_count, loop.state.round + 1
-        turn = loop.pool.layout.turn if isinstance(loop.pool, ShardedPool) else 0
         self._publish(
             Round(
                 number=number,
@@ -225,7 +223,7 @@ class OverlappedSource(Callback):
                 count=count,
                 learner_step=step,
                 per_class=per_class,
-                turn=turn,
+                turn=loop.pool.turn,
             )
         )
 

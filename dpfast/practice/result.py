@@ -8,8 +8,7 @@ from torch import nn
 
 from dpfast.evaluate.measures import Evaluation
 from dpfast.evaluate.sets import Row
-from dpfast.pool.pool import SamplePool
-from dpfast.pool.sharded import ShardedPool
+from dpfast.pool.protocol import Pool
 from dpfast.sources.costs import Cost
 
 
@@ -25,7 +24,7 @@ class Result:
     """
 
     source: str
-    pool: SamplePool | ShardedPool
+    pool: Pool
     learner: nn.Module
     validation: Evaluation
     test: Evaluation

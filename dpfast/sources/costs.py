@@ -87,6 +87,8 @@ class Cost:
         """Adds up what all ranks have spent after ``before``; seconds are those of the slowest,
         which is named.
         """
+        if ranks.alone:
+            return
         spent = ranks.all_gather_object(self.since(before).state_dict())
         self.load_state_dict(before.state_dict())
         self.take_all(spent)

@@ -1,0 +1,81 @@
+"""``Pool``: what a loader draws from and a loop adds to, whoever holds the samples."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dpfast.parallel import Ranks
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.rows import CPU
+from dpfast.pool.snapshot import PoolSnapshot
+
+
+class Pool(Protocol):
+    """Samples under the indices 0 to ``len(pool)``: those of one process (``SamplePool``), or of
+    all ranks (``ShardedPool``).
+
+    Every rank sees the same samples under the same indices, and holds some of them in its memory.
+    ``column``, ``complete`` and ``fetch`` are collective: all ranks call them together.
+    """
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that hold the samples together; ``ALONE`` for one."""
+        ...
+
+    @property
+    def local(self) -> SamplePool:
+        """The samples that this process holds."""
+        ...
+
+    @property
+    def codec(self) -> str:
+        """What is stored of a sample: "pixels", "latents" or "jpeg"."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of what is stored; None until it is known, and for JPEG."""
+        ...
+
+    @property
+    def fresh(self) -> int:
+        """Counts the samples of the newest round."""
+        ...
+
+    @property
+    def turn(self) -> int:
+        """The rank that makes the first batch of the next round."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def held(self, size: int) -> int:
+        """Counts those of the first ``size`` samples, all rounds before one, that this process
+        holds.
+        """
+        ...
+
+    def complete(self, count: int) -> None:
+        """Ends a round of ``count`` samples, which all ranks have appended to their ``local``."""
+        ...
+
+    def column(self, name: str, start: int = 0) -> Tensor:
+        """(N - start,) int64 or float32 values of a column from index ``start`` on, the start of a
+        round.
+        """
+        ...
+
+    def images(self, indices: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) of samples of ``local``, decoded where it holds no pixels."""
+        ...
+
+    def fetch(self, indices: Tensor, *, device: torch.device = CPU) -> tuple[PoolSnapshot, Tensor]:
+        """This process's part of the training batch ``indices`` (B,), which all ranks know.
+
+        Returns a snapshot that holds the part's samples, and (b,) their indices in it.
+        """
+        ...
