@@ -24,9 +24,9 @@ from torch import Tensor
 from dpfast.errors import RecipeError
 from dpfast.feed.augment import Augment, AugmentationDraw
 from dpfast.feed.order import Order
+from dpfast.ops.dispatch import CPU
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.protocol import Pool
-from dpfast.pool.rows import CPU
 from dpfast.pool.snapshot import PoolSnapshot
 
 KINDS = ("auto", "dali", "torch")

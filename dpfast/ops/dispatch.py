@@ -28,6 +28,7 @@ INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1"
 )  # Triton reads it once too, where a kernel is defined
 OPERATIONS = ("entropy", "guided_step", "noise", "gather")
+CPU = torch.device("cpu")
 
 
 @functools.cache

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from dpfast.ops import check, dispatch, gather_batch
+from dpfast.ops.chunk_rows import ChunkTable, check_indices, take_rows
+from dpfast.ops.dispatch import CPU
 from dpfast.ops.gather import constants
 from dpfast.pool import crops
-from dpfast.pool.rows import CPU, ChunkTable, check_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def from_images(
     """
     if images.dtype == torch.uint8 and dispatch.backend_for(images.device) == "native":
         count, *shape = images.shape
-        table = ChunkTable(max(count, 1), math.prod(shape)).with_chunk(images.flatten())
+        table = ChunkTable(max(count, 1), math.prod(shape)).with_chunks([images.flatten()])
         rows = torch.arange(count)
         return from_rows(
             table, count, shape, rows, form, flip=flip, boxes=boxes, size=size, threads=threads
@@ -229,7 +230,7 @@ def from_rows(
     check.target("out", out, form.dtype, target, indices.device, form.channels_last)
     scale, bias = form.affine(shape[0], indices.device)
     if dispatch.backend_for(indices.device) != "native":
-        images = table.take(indices, total).view(len(indices), *shape)
+        images = take_rows(table, indices, total).view(len(indices), *shape)
         return out.copy_(from_images(images, form, flip=flip, boxes=boxes, size=size))
     indices, flip = indices.contiguous(), None if flip is None else flip.contiguous()
     where = (

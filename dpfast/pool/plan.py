@@ -11,10 +11,10 @@ import torch
 
 from dpfast import config
 from dpfast.errors import RecipeError
+from dpfast.ops.dispatch import CPU
 from dpfast.pool import codecs
 from dpfast.pool.memory_tiers import NAMES, MemoryTiers, readable
 from dpfast.pool.record import RECORD
-from dpfast.pool.rows import CPU
 
 CHUNK_BYTES = 64 << 20
 LATENT_SHRINK = (

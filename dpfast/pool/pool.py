@@ -20,13 +20,14 @@ from torch import Tensor
 from dpfast import config
 from dpfast.hardware.device import is_gpu
 from dpfast.ops import dispatch
+from dpfast.ops.chunk_rows import ChunkTable, take_rows
+from dpfast.ops.dispatch import CPU
 from dpfast.parallel import ALONE
 from dpfast.pool import codecs
 from dpfast.pool.memory_tiers import NAMES, MemoryTiers, PoolFullError, host_memory, touched
 from dpfast.pool.plan import CHUNK_BYTES, plan, plan_recipe
 from dpfast.pool.record import RECORD
-from dpfast.pool.rows import CPU, ChunkTable
-from dpfast.pool.shared_list import SharedList
+from dpfast.pool.shared_list import SharedList, with_chunk
 from dpfast.pool.snapshot import Payload, PoolSnapshot
 
 if TYPE_CHECKING:
@@ -300,7 +301,7 @@ class SamplePool:
         while done < len(records):
             number, start = divmod(size + done, RECORD_ROWS)
             if number == len(table.chunks):
-                table = table.with_chunk(host_memory(RECORD_CHUNK))
+                table = with_chunk(table, host_memory(RECORD_CHUNK))
             count = min(RECORD_ROWS - start, len(records) - done)
             rows = table.block(number).numpy().view(RECORD)[:, 0]
             rows[start : start + count] = records[done : done + count]
@@ -354,7 +355,7 @@ class SamplePool:
             chunk = self.tiers.allocate(tier, self.chunk_bytes)
         places = view.tiers.plus(tier)
         self._counted = places, used + Counter([tier])
-        return replace(view, chunks=view.chunks.with_chunk(chunk), tiers=places)
+        return replace(view, chunks=with_chunk(view.chunks, chunk), tiers=places)
 
     def _used(self, view: PoolSnapshot) -> Counter[str]:
         """How many chunks of ``view`` lie in each tier; counted anew only where a view was
@@ -458,10 +459,9 @@ def _write(room: Tensor, rows: Tensor) -> None:
         and rows.device == room.device == CPU
         and dispatch.backend_for(CPU) == "native"
     ):
-        table = ChunkTable(len(rows), room.shape[1]).with_chunk(rows.view(torch.uint8).view(-1))
-        table.take(
-            torch.arange(len(rows)), len(rows), out=room
-        )  # its stores bypass the caches, those of copy_ do not
+        table = ChunkTable(len(rows), room.shape[1]).with_chunks([rows.view(torch.uint8).view(-1)])
+        # Its stores bypass the caches, those of copy_ do not.
+        take_rows(table, torch.arange(len(rows)), len(rows), out=room)
     else:
         room.view(rows.dtype).view(rows.shape).copy_(rows)
 

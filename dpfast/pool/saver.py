@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from dpfast.errors import SaveWarning
+from dpfast.ops.chunk_rows import ChunkTable, take_rows
 from dpfast.pool import codecs, shards
 from dpfast.pool.memory_tiers import MemoryTiers, readable
 from dpfast.pool.owner import Owner
 from dpfast.pool.plan import CHUNK_BYTES
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.rows import ChunkTable
 
 IMAGES = {"npy": "npy", "png": "png", "jpeg": "jpg"}  # how pixels are kept, and the suffix
 SHARD_SAMPLES = 10_000
@@ -378,6 +378,6 @@ def payload_of(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the mapped file is read-only and stays so
         data = torch.from_numpy(part.data)
-    table = ChunkTable(len(data), 1).with_chunk(data)
-    rows = table.take(torch.from_numpy(offsets.astype(np.int64)), len(data), width=width)
+    table = ChunkTable(len(data), 1).with_chunks([data])
+    rows = take_rows(table, torch.from_numpy(offsets.astype(np.int64)), len(data), width=width)
     return rows.view(codecs.DTYPES[manifest.codec]).view(-1, *manifest.shape)

@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpfast.ops.chunk_rows import ChunkTable
+from dpfast.ops.dispatch import CPU
 from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.protocol import Pool
 from dpfast.pool.record import RECORD
-from dpfast.pool.rows import CPU, ChunkTable
 from dpfast.pool.snapshot import PoolSnapshot
 
 KNOWN = np.dtype([("label", "<i4"), ("length", "<i4")])  # of a sample, on every rank
@@ -243,11 +244,11 @@ class ShardedPool:
             payload = ranks.feed[device.type].all_to_all(
                 stored.flatten(1).view(torch.uint8), sent, received
             )
-            table = ChunkTable(len(mine), stride).with_chunk(payload.view(-1))
+            table = ChunkTable(len(mine), stride).with_chunks([payload.view(-1)])
         else:
             table = self._files(stored, columns, sent, received)
         packed = torch.from_numpy(columns.view(np.uint8))
-        origins = ChunkTable(len(mine), RECORD.itemsize).with_chunk(packed)
+        origins = ChunkTable(len(mine), RECORD.itemsize).with_chunks([packed])
         held = PoolSnapshot(
             view.codec, view.decode, table, origins, size=len(mine), shape=view.shape
         )
@@ -274,6 +275,6 @@ class ShardedPool:
             if files
             else torch.empty(0).byte()
         )
-        return ChunkTable(max(sum(out), 1), 1).with_chunk(
-            self.ranks.feed["cpu"].all_to_all(data, gone, out)
+        return ChunkTable(max(sum(out), 1), 1).with_chunks(
+            [self.ranks.feed["cpu"].all_to_all(data, gone, out)]
         )

@@ -1,9 +1,16 @@
-"""``SharedList``: an immutable sequence that grows without a copy."""
+"""Sequences and tables of chunks that grow without a copy of what is there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpfast.ops.chunk_rows import ChunkTable, kind_of
 
 Item = TypeVar("Item")
 
@@ -53,3 +60,24 @@ class SharedList(Sequence[Item]):
             if isinstance(places, int)
             else tuple(self._items[i] for i in places)
         )
+
+
+def with_chunk(table: ChunkTable, chunk: Tensor) -> ChunkTable:
+    """Return ``table`` with another chunk, (n,) uint8, at the end; the others are not looked at.
+
+    In constant time, amortised. Whoever holds the table before can still read it.
+    """
+    held = table.chunks
+    chunks = held if isinstance(held, SharedList) else SharedList(held)
+    size = len(chunks)
+    room = table.addresses
+    if chunks.newest and room.untyped_storage().nbytes() > room.nbytes:
+        # Behind what this table and those before it read.
+        room = room.as_strided((size + 1,), (1,))
+    else:
+        wider = np.empty(2 * size + 1, np.int64)
+        wider[:size] = room.numpy()
+        room = torch.from_numpy(wider)[: size + 1]
+    room.numpy()[size] = chunk.data_ptr()
+    kinds = table.kinds | {kind_of(chunk)}
+    return replace(table, chunks=chunks.plus(chunk), addresses=room, kinds=kinds)

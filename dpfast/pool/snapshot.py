@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dpfast.hardware.device import is_gpu
 from dpfast.ops import dispatch
+from dpfast.ops.chunk_rows import ChunkTable, check_indices, take_rows
+from dpfast.ops.dispatch import CPU
 from dpfast.pool import codecs
 from dpfast.pool.batch import BatchFormat, crop_rows, from_images, from_rows
 from dpfast.pool.record import COLUMNS, RECORD
-from dpfast.pool.rows import CPU, ChunkTable, check_indices
 from dpfast.pool.shared_list import SharedList
 
 Payload = Tensor | Sequence[bytes]
@@ -45,7 +46,9 @@ class PoolSnapshot:
         """(B,) copies of the ``RECORD`` of the samples at ``indices``; ``threads`` as in
         ``payload``.
         """
-        return self.origins.take(indices, self.size, threads=threads).numpy().view(RECORD)[:, 0]
+        return (
+            take_rows(self.origins, indices, self.size, threads=threads).numpy().view(RECORD)[:, 0]
+        )
 
     def column(self, name: str, indices: Tensor) -> Tensor:
         """(B,) int64 or float32 values of one column of ``dpfast.pool.record`` at ``indices`` (B,)
@@ -61,7 +64,7 @@ class PoolSnapshot:
         assert RECORD.fields is not None
         dtype, offset = RECORD.fields[name][:2]
         values = (
-            self.origins.take(indices, self.size, offset=offset, width=dtype.itemsize)
+            take_rows(self.origins, indices, self.size, offset=offset, width=dtype.itemsize)
             .numpy()
             .view(dtype)[:, 0]
         )
@@ -96,7 +99,7 @@ class PoolSnapshot:
         if self.shape is None:
             check_indices(indices, 0)
             return torch.empty(0, dtype=torch.uint8)
-        rows = self.chunks.take(indices, self.size, device=device, out=out, threads=threads)
+        rows = take_rows(self.chunks, indices, self.size, device=device, out=out, threads=threads)
         return rows.view(codecs.DTYPES[self.codec]).view(-1, *self.shape)
 
     def _wait(self, device: torch.device) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.optim import adam
 
 from dpfast.hardware import device as devices
-from dpfast.pool import crops, rows
+from dpfast.ops import chunk_rows
+from dpfast.ops.dispatch import CPU
+from dpfast.pool import crops, snapshot
 from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.rehearsal.autocast import MetaAutocast
 from dpfast.rehearsal.device import META, FakeDevice
@@ -94,13 +96,13 @@ def stand_ins(device: FakeDevice, *, gpu: bool = True) -> Iterator[None]:
                 return torch.empty(size, dtype=torch.uint8, device=META)
         return torch.empty(size, dtype=torch.uint8, device=META)
 
-    take = rows.ChunkTable.take
+    take = chunk_rows.take_rows
 
-    def taken(table: rows.ChunkTable, indices: Tensor, total: int, **options: Any) -> Tensor:
+    def taken(table: chunk_rows.ChunkTable, indices: Tensor, total: int, **options: Any) -> Tensor:
         """What a thread that saves samples reads out of the device's memory: zeros, without an
         operation there.
         """
-        if "meta" not in table.kinds or options.get("device", rows.CPU) != rows.CPU:
+        if "meta" not in table.kinds or options.get("device", CPU) != CPU:
             return take(table, indices, total, **options)
         return torch.zeros(len(indices), options.get("width") or table.stride, dtype=torch.uint8)
 
@@ -120,10 +122,10 @@ def stand_ins(device: FakeDevice, *, gpu: bool = True) -> Iterator[None]:
         (torch.cuda, "get_device_name", lambda *_: "a rehearsed GPU"),
         (Tensor, "record_stream", lambda *_: None),
         (adam, "_device_dtype_check_for_fused", lambda *_, **__: None),
-        (rows, "rows_kernel", _Kernel()),
+        (chunk_rows, "chunk_rows_kernel", _Kernel()),
         (crops, "crops_kernel", _Kernel()),
-        (rows.ChunkTable, "read_by", lambda table, where: where.type == "meta"),
-        (rows.ChunkTable, "take", taken),
+        (chunk_rows.ChunkTable, "read_by", lambda table, where: where.type == "meta"),
+        (snapshot, "take_rows", taken),
         (MemoryTiers, "allocate", allocate),
     ]
     with put(values):

@@ -6,10 +6,10 @@ import torch
 from dpfast.feed import loader as loaders
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import make_loader
+from dpfast.ops import chunk_rows
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.rows import ChunkTable
 from tests.pool import helpers
 
 DALI = pytest.param(
@@ -61,9 +61,8 @@ def test_a_pool_of_any_tier_gives_back_what_it_was_given(tiers):
     "augment", [Augment(), Augment(flip=True), EVERYTHING], ids=["plain", "flip", "everything"]
 )
 def test_batches_are_those_of_a_cpu(kind, tiers, augment, monkeypatch):
-    monkeypatch.setattr(
-        ChunkTable, "reference", None
-    )  # chunk by chunk with a wait for each: for what no kernel reads
+    # It goes chunk by chunk with a wait for each: for what no kernel reads.
+    monkeypatch.setattr(chunk_rows, "reference", None)
     form = BatchFormat(mean=0.4, std=0.3)
     device, host = (
         make_loader(

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from dpfast.ops import dispatch, gather_batch
+from dpfast.ops.chunk_rows import ChunkTable
 from dpfast.pool.batch import BatchFormat, from_rows, resample
-from dpfast.pool.rows import ChunkTable
 
 MEAN, STD = [0.48, 0.45, 0.40], [0.22, 0.23, 0.25]
 
@@ -15,11 +15,12 @@ def table_of(images, chunk_rows=5):
     """Images (N, C, H, W) in chunks of a few rows."""
     rows = images.flatten(1)
     table = ChunkTable(chunk_rows, rows.shape[1])
+    chunks = []
     for part in rows.split(chunk_rows):
         chunk = torch.zeros(chunk_rows, rows.shape[1], dtype=torch.uint8)
         chunk[: len(part)] = part
-        table = table.with_chunk(chunk.flatten())
-    return table
+        chunks.append(chunk.flatten())
+    return table.with_chunks(chunks)
 
 
 def pixels(count, channels, height, width, seed=0):
@@ -131,7 +132,7 @@ def test_it_writes_where_it_is_told():
 @pytest.mark.parametrize(
     ("change", "error", "named"),
     [
-        ({"indices": torch.tensor([9])}, IndexError, "the pool holds 9"),
+        ({"indices": torch.tensor([9])}, IndexError, "the table holds 9"),
         ({"indices": torch.tensor([0.0])}, TypeError, "indices"),
         ({"boxes": torch.ones(2, 4)}, ValueError, "boxes"),
         ({"boxes": torch.tensor([[0.0, 0, 0, 4]])}, ValueError, "heights and widths above 0"),

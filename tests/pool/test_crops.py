@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dpfast.ops import audit
+from dpfast.ops.chunk_rows import ChunkTable
 from dpfast.ops.triton_stub import tl
 from dpfast.pool import crops
 from dpfast.pool.batch import BatchFormat, crop_rows, from_images, resample
-from dpfast.pool.rows import ChunkTable
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.22, 0.23, 0.25)
 SIZES = [

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from dpfast.ops import audit, dispatch
-from dpfast.pool.rows import CPU, ChunkTable, rows_kernel
-from dpfast.pool.shared_list import SharedList
+from dpfast.ops.chunk_rows import ChunkTable, chunk_rows_kernel, launch, take_rows
 
 
 def table_of(rows, chunk_rows, stride):
@@ -32,33 +31,16 @@ def test_rows_are_those_of_indexing(backend, chunk_rows, stride, monkeypatch):
     monkeypatch.setattr(dispatch, "FORCED", backend)
     table, expected = table_of(200, chunk_rows, stride)
     indices = torch.randint(0, 200, (301,))
-    assert torch.equal(table.take(indices, 200), expected[indices])
+    assert torch.equal(take_rows(table, indices, 200), expected[indices])
     part = min(stride, 4)
     assert torch.equal(
-        table.take(indices, 200, offset=stride - part, width=part),
+        take_rows(table, indices, 200, offset=stride - part, width=part),
         expected[indices, stride - part :],
     )
-    assert table.take(indices[:0], 200).shape == (0, stride)
+    assert take_rows(table, indices[:0], 200).shape == (0, stride)
     for wrong in (-1, 200):
         with pytest.raises(IndexError, match="holds 200"):
-            table.take(torch.tensor([3, wrong]), 200)
-
-
-def test_a_table_grows_by_a_chunk_without_a_look_at_the_others():
-    table, _ = table_of(20, 7, 3)
-    grown = ChunkTable(7, 3)
-    for chunk in table.chunks:
-        before, grown = grown, grown.with_chunk(chunk)
-        assert (
-            len(before.chunks) == len(before.addresses) == len(grown.chunks) - 1
-        )  # readers keep what they have
-    assert torch.equal(grown.addresses, table.addresses)
-    assert grown.kinds == table.kinds
-    marked = ChunkTable(
-        7, 3, SharedList(table.chunks[:1]), torch.tensor([5]), frozenset({"elsewhere"})
-    ).with_chunk(table.chunks[1])
-    assert marked.addresses.tolist() == [5, table.chunks[1].data_ptr()]
-    assert marked.kinds == {"elsewhere", "cpu"}
+            take_rows(table, torch.tensor([3, wrong]), 200)
 
 
 def test_a_gpu_s_kernels_read_its_own_chunks_and_pinned_ones(monkeypatch):
@@ -70,41 +52,13 @@ def test_a_gpu_s_kernels_read_its_own_chunks_and_pinned_ones(monkeypatch):
     assert not ChunkTable(7, 3, kinds=frozenset({"cpu"})).read_by(torch.device("cuda"))
 
 
-def test_tables_that_grow_out_of_one_keep_their_own_chunks():
-    chunks = [torch.full((6,), i, dtype=torch.uint8) for i in range(40)]
-    trunk, tables = ChunkTable(2, 3), []
-    for number, chunk in enumerate(chunks):
-        tables.append((trunk, list(range(number))))
-        grown = trunk.with_chunk(chunk)
-        if number % 3 == 1:  # an append that failed behind it, and was dropped or kept by a reader
-            other = trunk.with_chunk(chunks[0])
-            tables.append((other, [*range(number), 0]))
-        trunk = grown
-    for table, expected in [*tables, (trunk, list(range(40)))]:
-        rows = torch.arange(2 * len(expected))
-        assert table.take(rows, len(rows))[:, 0].tolist() == [i for i in expected for _ in range(2)]
-        assert [int(chunk[0]) for chunk in table.chunks] == expected
-        assert len(table.addresses) == len(table.chunks) == len(expected)
-        assert [int(chunk[0]) for chunk in table.chunks[1:]] == expected[1:]
-        with pytest.raises(IndexError):
-            table.chunks[len(expected)]
-
-
-def test_a_growing_table_copies_its_addresses_seldom():
-    table, rooms = ChunkTable(2, 3), set()
-    for _ in range(1000):
-        table = table.with_chunk(torch.zeros(6, dtype=torch.uint8))
-        rooms.add(table.addresses.data_ptr())
-    assert len(rooms) <= 10  # 1, 3, 7, ... 1023
-
-
 @pytest.mark.skipif(audit.missing() is not None, reason="the audit needs Triton's Linux wheel")
 @pytest.mark.parametrize("word", ["i32", "u8"])
 def test_the_gpu_s_kernel_keeps_everything_in_registers(word):
     pointers = {"addresses": "*i64", "indices": "*i64", "out": f"*{word}"}
     arguments = {**pointers, "chunk_rows": "i32", "stride": "i32", "words": "i32", "BLOCK": 2048}
     variant = audit.Variant(
-        name="rows", kernel=rows_kernel, arguments=arguments, warps=4, reads=0, writes=0
+        name="rows", kernel=chunk_rows_kernel, arguments=arguments, warps=4, reads=0, writes=0
     )
     for report in audit.audit([variant]):
         assert report.local_bytes == 0
@@ -116,7 +70,10 @@ def test_the_gpu_s_kernel_reads_the_same_rows_in_triton_s_interpreter():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "DPFAST_BACKEND": ""}
     subprocess.run(
-        [sys.executable, "-m", "tests.pool.test_rows"], env=environment, check=True, timeout=120
+        [sys.executable, "-m", "tests.ops.test_chunk_rows"],
+        env=environment,
+        check=True,
+        timeout=120,
     )
 
 
@@ -130,7 +87,7 @@ if __name__ == "__main__":
         table, expected = table_of(20, chunk_rows, stride)
         indices = torch.tensor([19, 0, 7, 7, 13])
         table = ChunkTable(chunk_rows, stride).with_chunks(chunk.clone() for chunk in table.chunks)
-        rows = table._triton(indices, offset, width, CPU)
+        rows = launch(table, indices, offset, width, dispatch.CPU)
         assert torch.equal(rows, expected[indices, offset : offset + width]), (
             chunk_rows,
             stride,
