@@ -32,10 +32,9 @@ from dpfast.evaluate.measures import predict
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.learn.models import build_learner, load_judge
+from dpfast.learn.models import build_learner, load_judge, load_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
-from dpfast.practice.learners import load_learner
 
 RESULTS = Path(__file__).parent / "results" / "sampler.jsonl"
 STEPS, EVERY, OMEGA, CFG = 20, 5, 0.03, 1.5

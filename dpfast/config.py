@@ -24,6 +24,7 @@ else:
 
 SOURCES = ("dp", "static", "prune", "dynamic")  # in the order in which they run
 RECIPES = Path(__file__).parent / "recipes"
+RECIPE_FILE = "recipe.json"  # of a run's folder
 ASSETS = Path(__file__).parent / "assets"
 # field -> its option, and the names by which recipes call a folder that only their user has
 USER_FOLDERS = {

@@ -38,7 +38,7 @@ def imports(module: str) -> Iterator[str]:
 EXPECTED = {  # to be emptied
     "dpfast.generate.from_recipe -> dpfast.data.imagenet",
     "dpfast.hardware.peaks -> dpfast.generate.models.linear",
-    "dpfast.planning.measure -> dpfast.practice.learners",
+    "dpfast.planning.measure -> dpfast.learn.models",
     "dpfast.theory.charts -> dpfast.report.figures",
     "dpfast.theory.figures -> dpfast.report.figures",
     "dpfast.theory.figures -> dpfast.report.points",
@@ -57,7 +57,7 @@ EXPECTED_CIRCLES = {  # to be emptied
     "dpfast.practice.callbacks",
     "dpfast.practice.checkpointer",
     "dpfast.practice.disk",
-    "dpfast.practice.learners",
+    "dpfast.pool.protocol",
     "dpfast.practice.loop",
     "dpfast.practice.overlap",
     "dpfast.practice.run_folder",

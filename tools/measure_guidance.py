@@ -22,8 +22,7 @@ from dpfast.evaluate.measures import predict
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.learn.models import load_judge
-from dpfast.practice.learners import load_learner
+from dpfast.learn.models import load_judge, load_learner
 from dpfast.report.sheets import contact_sheet
 
 FIRST_ID = 1 << 41  # ids that no run uses

@@ -62,7 +62,7 @@ def sample(arguments: argparse.Namespace) -> int:
 
     from dpfast.generate.from_recipe import load_pipeline, new_sampler
     from dpfast.hardware.device import device_named
-    from dpfast.practice.learners import load_learner
+    from dpfast.learn.models import load_learner
     from dpfast.report.samples import write_samples
 
     pipeline = load_pipeline(recipe.generator, device=device_named(recipe.device))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dpfast.config import ASSETS
+from dpfast.config import ASSETS, RECIPE_FILE, Recipe
 from dpfast.errors import RecipeError
+from dpfast.generate.pipelines import Pipeline
+from dpfast.learn.precision import in_precision
 
 
 class _Logits(nn.Module):
@@ -81,3 +85,46 @@ def load_judge() -> nn.Module:
         load_file(folder / "model.safetensors")
     )  # float16 on disk, copied into float32
     return _Logits(model).eval().requires_grad_(False)
+
+
+def new_learner(recipe: Recipe, pipeline: Pipeline) -> nn.Module:
+    """The recipe's classifier on the pipeline's device, initialised from the recipe's seed on any
+    device alike.
+    """
+    torch.manual_seed(recipe.seed)
+    model = build_learner(
+        recipe.learner.model,
+        classes=pipeline.denoiser.classes,
+        channels=pipeline.image_channels,
+        **recipe.learner.options,
+    )
+    return model.to(pipeline.device)
+
+
+def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str = "dp") -> nn.Module:
+    """The finished classifier of a run in eval mode and its precision; without a folder the
+    embedded judge network.
+
+    Raises ``RecipeError`` when the folder holds no learner, or one whose classes are not the
+    pipeline's.
+    """
+    if folder is None:
+        return load_judge().to(pipeline.device)
+    weights = Path(folder) / f"learner_{source}.safetensors"
+    recipe_file = Path(folder) / RECIPE_FILE
+    if not weights.is_file() or not recipe_file.is_file():
+        raise RecipeError(
+            f"learner = {str(folder)!r}: not the folder of a finished run, it has no {weights.name}"
+        )
+    recipe = Recipe.from_dict(json.loads(recipe_file.read_text()))
+    model = new_learner(recipe, pipeline)
+    try:
+        model.load_state_dict(load_file(weights))
+    except RuntimeError as error:
+        raise RecipeError(
+            f"learner = {str(folder)!r}: does not fit the pipeline: "
+            f"{str(error).splitlines()[1].strip()}"
+        ) from error
+    return in_precision(
+        model.eval().requires_grad_(False), recipe.learner.precision, pipeline.device
+    )

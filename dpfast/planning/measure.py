@@ -26,10 +26,10 @@ from dpfast.hardware.device import device_named
 from dpfast.hardware.flops import Counts
 from dpfast.hardware.peaks import Device, here
 from dpfast.learn.committee import guiding
+from dpfast.learn.models import new_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.planning.fitting import fit, stages_of
 from dpfast.pool.pool import SamplePool
-from dpfast.practice.learners import new_learner
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
 from dpfast.sources.guided_methods import RoundRequest, guided_method

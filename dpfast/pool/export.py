@@ -24,15 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpfast.config import Recipe
+from dpfast.config import RECIPE_FILE, Recipe
 from dpfast.errors import RecipeError
 from dpfast.pool import codecs, shards
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rank_folders import open_all, parts_of
 from dpfast.pool.record import COLUMNS, RECORD, as_dict, from_dicts
 from dpfast.pool.saver import Saver
-
-RECIPE = "recipe.json"  # of a run's folder
 
 FORMATS = ("webdataset", "imagefolder", "parquet")
 BATCH = 1000  # samples in memory at a time, and in a row group
@@ -117,7 +115,7 @@ def _decoder(run: Path, device: torch.device | str) -> codecs.Decode:
     def decoder() -> codecs.Decode:
         from dpfast.generate.from_recipe import load_pipeline
 
-        recipe = Recipe.from_dict(json.loads((run / RECIPE).read_text()))
+        recipe = Recipe.from_dict(json.loads((run / RECIPE_FILE).read_text()))
         return load_pipeline(recipe.generator, device=device).guidance_decoder
 
     return lambda latents: decoder()(latents).to(latents.device)

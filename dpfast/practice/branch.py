@@ -11,14 +11,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dpfast.config import Recipe
+from dpfast.config import RECIPE_FILE, Recipe
 from dpfast.errors import RecipeError
 from dpfast.parallel import Ranks
 from dpfast.pool.rank_folders import part_folder
 from dpfast.pool.saver import copy_saved
 from dpfast.pool.sharded import ShardLayout
 from dpfast.practice import checkpoint
-from dpfast.practice.changes import BORN, RECIPE, continued
+from dpfast.practice.changes import BORN, continued
 from dpfast.practice.run_folder import RunWriter
 
 SOURCE = "dp"
@@ -40,7 +40,7 @@ def prepare_branch(
     it is no run, has another recipe (the fields are named; a branch may have other ``iterations``),
     kept no checkpoint of that round, or is past the start of the new cool-down there.
     """
-    if not (trunk / RECIPE).is_file():
+    if not (trunk / RECIPE_FILE).is_file():
         raise RecipeError(f"branch_from = {str(trunk)!r}: holds no run")
     if trunk.resolve() == out.resolve():
         raise RecipeError(
@@ -76,7 +76,7 @@ def prepare_branch(
     lines = (trunk / "metrics.jsonl").read_bytes()[: start.state["written"][0]].splitlines()
     past = [line for line in lines if json.loads(line)["source"] == SOURCE]
     try:
-        born = (trunk / (BORN if (trunk / BORN).is_file() else RECIPE)).read_text()
+        born = (trunk / (BORN if (trunk / BORN).is_file() else RECIPE_FILE)).read_text()
         with RunWriter(out, recipe, overwrite=overwrite, born=born) as branch:
             (out / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in past))
             for rank in range(start.state["ranks"]):

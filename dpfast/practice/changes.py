@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import Recipe, flat
+from dpfast.config import RECIPE_FILE, Recipe, flat
 from dpfast.errors import RecipeError
 from dpfast.pool.shards import durable
 from dpfast.practice.contents import check_contents, note_contents
 
-RECIPE, BORN, CHANGES = "recipe.json", "born.json", "changes.jsonl"
+BORN, CHANGES = "born.json", "changes.jsonl"
 
 FREE = "free"  # a resumed run and a branch may have another value
 BRANCH = "branch"  # a branch may, which takes no more samples
@@ -156,7 +156,7 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     Raises ``RecipeError`` with every field that must stay as the run was born, and why, where
     iterations fell, and where a folder holds other things than at birth.
     """
-    born, now = _read(run, BORN), _read(run, RECIPE)
+    born, now = _read(run, BORN), _read(run, RECIPE_FILE)
     leaves, branch = branch, branch or (run / "branch.json").is_file()
     allowed = {
         name for name, (kind, _) in RULES.items() if kind == FREE or (branch and kind == BRANCH)
@@ -209,7 +209,7 @@ def write_recipe(run: Path, recipe: Recipe, *, born: str | None = None) -> None:
     text = json.dumps(recipe.to_dict(), indent=2) + "\n"
     for name, words in (
         (BORN, born or text),
-        (RECIPE, text),
+        (RECIPE_FILE, text),
     ):  # the recipe last: it makes a folder a run
         with durable(run, name) as file:
             file.write(words.encode())
@@ -221,7 +221,7 @@ def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> dict[str
 
     steps: of its sources' checkpoints.
     """
-    before, now = _read(run, RECIPE), _flat(recipe)
+    before, now = _read(run, RECIPE_FILE), _flat(recipe)
     changes = {
         name: [before.get(name), now.get(name)]
         for name in sorted(before.keys() | now.keys())
@@ -231,18 +231,18 @@ def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> dict[str
         return changes
     if not (run / BORN).is_file():
         with durable(run, BORN) as file:
-            file.write((run / RECIPE).read_bytes())
+            file.write((run / RECIPE_FILE).read_bytes())
     moment = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     with (run / CHANGES).open("a") as lines:
         lines.write(json.dumps({"time": moment, "steps": steps, "changes": changes}) + "\n")
-    with durable(run, RECIPE) as file:
+    with durable(run, RECIPE_FILE) as file:
         file.write(json.dumps(recipe.to_dict(), indent=2).encode() + b"\n")
     return changes
 
 
 def _read(run: Path, name: str) -> dict[str, Any]:
     """The fields of a recipe in a run's folder; one that was never changed is as it was born."""
-    path = run / name if (run / name).is_file() else run / RECIPE
+    path = run / name if (run / name).is_file() else run / RECIPE_FILE
     return flat(json.loads(path.read_text()))
 
 

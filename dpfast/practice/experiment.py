@@ -13,13 +13,13 @@ from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed.loader import choose
 from dpfast.generate.from_recipe import check_generator, image_shape, load_pipeline
 from dpfast.hardware.device import device_named
+from dpfast.learn.models import new_learner
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.plan import Plan, plan_recipe
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
 from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.fitted import fit_run
-from dpfast.practice.learners import new_learner
 from dpfast.practice.loop import Loop, part_of_samples, stored_shape
 from dpfast.practice.overlap import GeneratorRank, OverlapGroups, OverlappedSource
 from dpfast.practice.result import Result

@@ -24,6 +24,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.device import is_gpu
 from dpfast.hardware.out_of_memory import release
 from dpfast.learn.committee import guiding
+from dpfast.learn.models import new_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
@@ -31,7 +32,6 @@ from dpfast.pool.sharded import ShardLayout, pool_of_ranks
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.checkpointer import LoopCheckpointer, LoopState
-from dpfast.practice.learners import new_learner
 from dpfast.practice.losses import Losses
 from dpfast.practice.patience import Patience
 from dpfast.practice.result import Result

@@ -34,13 +34,13 @@ from dpfast.config import Recipe
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.committee import guiding
+from dpfast.learn.models import new_learner
 from dpfast.learn.precision import in_precision
 from dpfast.parallel import Ranks
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import Heartbeat
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.callbacks import Addition, Callback
-from dpfast.practice.learners import new_learner
 from dpfast.practice.stopping import Stop
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost

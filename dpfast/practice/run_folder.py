@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpfast import launch
-from dpfast.config import Recipe
+from dpfast.config import RECIPE_FILE, Recipe
 from dpfast.errors import RecipeError, SaveWarning, unsaved
 from dpfast.evaluate.measures import Evaluation
 from dpfast.parallel import ALONE, Ranks
@@ -26,7 +26,7 @@ from dpfast.pool.rank_folders import part_name
 from dpfast.pool.shards import durable
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Addition, Callback
-from dpfast.practice.changes import BORN, CHANGES, RECIPE, continued, record_changes, write_recipe
+from dpfast.practice.changes import BORN, CHANGES, continued, record_changes, write_recipe
 from dpfast.practice.checkpoint import save_weights
 from dpfast.practice.contents import CONTENTS
 from dpfast.practice.events import Events
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SHARED = ".shared"  # what the first rank writes for the others to see
 PARTS = (  # what a run's folder has before the first sample
-    RECIPE,
+    RECIPE_FILE,
     CHANGES,
     "metrics.jsonl",
     "timings.jsonl",
@@ -291,7 +291,7 @@ def check_vacant(
     one that is ``unbegun``. What a run may change is in ``dpfast.practice.changes``.
     """
     if resume:
-        if not (path / RECIPE).is_file():
+        if not (path / RECIPE_FILE).is_file():
             raise RecipeError(f"resume: {str(path)!r} holds no run")
         if recipe.pool.save_samples == "none":
             raise RecipeError(
@@ -300,7 +300,7 @@ def check_vacant(
         return continued(path, recipe)
     if not path.exists() or (path.is_dir() and all(_early(p.name) for p in path.iterdir())):
         return recipe  # a run that was killed before it began
-    if not (path / RECIPE).is_file():
+    if not (path / RECIPE_FILE).is_file():
         raise RecipeError(f"out = {str(path)!r}: exists and holds no run; choose another folder")
     if not overwrite and not unbegun(path):
         raise RecipeError(
@@ -384,7 +384,7 @@ def _early(name: str) -> bool:
     return name.startswith(".owner-") or name in (
         BORN,
         CONTENTS,
-        *(f".{each}.tmp" for each in (BORN, CONTENTS, RECIPE)),
+        *(f".{each}.tmp" for each in (BORN, CONTENTS, RECIPE_FILE)),
     )
 
 
@@ -417,6 +417,6 @@ def _remove(path: Path) -> None:
     for entry in path.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.name != RECIPE:
+        elif entry.name != RECIPE_FILE:
             entry.unlink()
     shutil.rmtree(path)

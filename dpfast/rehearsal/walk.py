@@ -31,11 +31,11 @@ from dpfast.generate import sampler
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.flops import Fused
-from dpfast.learn import checkpointing, trainer
+from dpfast.learn import checkpointing, models, trainer
 from dpfast.parallel import Ranks
 from dpfast.planning.architectures import pipeline_of
 from dpfast.planning.memory import AHEAD
-from dpfast.practice import experiment, learners, stopping
+from dpfast.practice import experiment, stopping
 from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.loop import Loop
 from dpfast.practice.run_folder import RunPaths, RunWriter
@@ -236,12 +236,12 @@ def in_place(
         ),
         (experiment, "check_generator", lambda _: pipeline.class_names),
         (experiment, "check_real", lambda *_: None),
-        (experiment, "device_named", lambda *_: META),
+        (experiment, "device_named", lambda *_, **__: META),
         (experiment, "load_pipeline", lambda *_, **__: pipeline),
         (experiment, "load_real", lambda *_, **__: real),
         (experiment, "fit_run", lambda *_, **__: None),  # it was fitted before
         (experiment, "Loop", loop),
-        (learners, "build_learner", _on_the_device(learners.build_learner)),
+        (models, "build_learner", _on_the_device(models.build_learner)),
         (
             trainer,
             "synchronised",

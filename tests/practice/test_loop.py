@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dpfast.errors import RecipeError
+from dpfast.learn.models import load_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.practice import checkpoint
 from dpfast.practice import experiment as loop_module
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.checkpointer import LoopCheckpointer
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.learners import load_learner
 from dpfast.practice.run_folder import RunWriter
 from dpfast.practice.stopping import LossError
 from dpfast.report.metrics import result_table
