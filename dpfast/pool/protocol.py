@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dpfast.ops.dispatch import CPU
 from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.rows import CPU
 from dpfast.pool.snapshot import PoolSnapshot
 
 
