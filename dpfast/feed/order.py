@@ -1,90 +1,21 @@
-"""The order of the training samples: a keyed permutation of the pool, computed where it is needed.
+"""The order of the training samples: passes over the pool, each a keyed permutation of it.
 
 No list of indices exists anywhere: the sample at place p of a pass over n samples is a function of
-(seed, epoch, p, n). A Feistel network permutes b bits, 2^b the smallest power of two that is not
-below max(n, 64), and a value outside [0, n) goes through it again until it falls inside (cycle
-walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002; less than two
-passes on average where n > 32). The value is split into floor(b/2) left and ceil(b/2) right bits:
-
-    left ^= mix(right ^ key[2 i]), right ^= mix(left ^ key[2 i + 1]), i = 0..3, cut to each half's
-        bits
-
-``mix`` is the 32-bit finaliser of MurmurHash3. The eight keys are the first eight Philox words
-(``dpfast.ops.noise``) of sample id = epoch under (seed, stream). Integers only: the same on every
-machine.
+(seed, epoch, p, n), ``dpfast.ops.permutation``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from dpfast.ops import dispatch
-from dpfast.ops.reference.noise import reference_words
+from dpfast.ops.permutation import permutation
 
-ROUNDS = 8
-WORD = 0xFFFFFFFF
 STREAM = 0x6F726472  # of the keys; the noise of samples uses small stream numbers
 FRESH_STREAM = STREAM + 1  # of the passes over the newest samples alone
-# below, eight rounds do not reach all orders equally often: 5 samples in 3 bits fail a chi-square
-SMALLEST_BITS = 6
-LARGEST = 1 << 62
 SHARE_BITS = 32  # of the fixed-point share of the newest samples
-
-
-def permutation(
-    first: int, count: int, size: int, *, seed: int, epoch: int, stream: int = STREAM
-) -> Tensor:
-    """The samples at places ``first`` to ``first + count`` of pass ``epoch`` over ``size`` samples:
-    (count,) int64.
-
-    The same integers from the native kernel and from ``reference``. Raises ``ValueError`` unless
-    0 <= first <= first + count <= size <= 2^62.
-    """
-    if not 0 <= first <= first + count <= size <= LARGEST:
-        raise ValueError(
-            f"places {first} to {first + count} of {size} samples: expected 0 <= first <= last <= "
-            "size"
-        )
-    if dispatch.backend_for(torch.device("cpu")) != "native":
-        return reference(
-            torch.arange(first, first + count), size, seed=seed, epoch=epoch, stream=stream
-        )
-    out = torch.empty(count, dtype=torch.int64)
-    dispatch.native_module().permutation(
-        first, count, size, seed, epoch, stream, out.data_ptr(), torch.get_num_threads()
-    )
-    return out
-
-
-def reference(places: Tensor, size: int, *, seed: int, epoch: int, stream: int = STREAM) -> Tensor:
-    """The formula in plain PyTorch, for any int64 ``places`` in [0, size), on any device."""
-    words = reference_words(torch.tensor([epoch]), ROUNDS, seed, stream)
-    keys: list[int] = words.flatten().tolist()
-    bits = max((size - 1).bit_length(), SMALLEST_BITS)
-    values = _network(places, keys, bits // 2, bits - bits // 2)
-    while bool((outside := values >= size).any()):
-        values[outside] = _network(values[outside], keys, bits // 2, bits - bits // 2)
-    return values
-
-
-def _network(values: Tensor, keys: Sequence[int], left_bits: int, right_bits: int) -> Tensor:
-    left, right = values >> right_bits, values & ((1 << right_bits) - 1)
-    for first, second in zip(keys[0::2], keys[1::2], strict=True):
-        left = left ^ _mix(right ^ first) & ((1 << left_bits) - 1)
-        right = right ^ _mix(left ^ second) & ((1 << right_bits) - 1)
-    return left << right_bits | right
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x ^ x >> 16
-    x = x * 0x85EBCA6B & WORD
-    x = x ^ x >> 13
-    x = x * 0xC2B2AE35 & WORD
-    return x ^ x >> 16
 
 
 class Order:
