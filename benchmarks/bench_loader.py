@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.bench_pool import batch_of
 from benchmarks.registry import OURS, Case, Variants
+from dpfast.feed import dali_installed, make_loader
 from dpfast.feed.augment import Augment
-from dpfast.feed.loader import PoolLoader, dali_installed, make_loader
+from dpfast.feed.loader import PoolLoader
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.codecs import to_png
 from dpfast.pool.memory_tiers import MemoryTiers

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.registry import OURS, Case, Variants
 from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.reader import open_pool
 from dpfast.pool.saver import Saver
 
 LATENTS = (4, 8, 8)  # fp16, 512 bytes: an image of 32 px behind an autoencoder of factor 4
@@ -101,7 +102,7 @@ def build_open(device: torch.device) -> Variants:
         while len(pool) < ROWS:
             pool.append(batch_of(len(pool), part), payload=part, round=0, omega=0.0)
         saver.save()
-    opened = SamplePool.open(folder, tiers=pool.tiers)
+    opened = open_pool(folder, tiers=pool.tiers)
     assert len(opened) == ROWS
     assert (
         opened.nbytes - ROWS * 2 * torch.Size(LATENTS).numel() <= 64 * ROWS + 2 * pool.chunk_bytes
@@ -109,7 +110,7 @@ def build_open(device: torch.device) -> Variants:
     files = sorted(folder.glob("shard-*"))
     return {
         "reading the files": lambda: sum(len(path.read_bytes()) for path in files),
-        OURS: lambda: SamplePool.open(folder, tiers=pool.tiers),
+        OURS: lambda: open_pool(folder, tiers=pool.tiers),
     }
 
 

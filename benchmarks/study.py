@@ -24,6 +24,7 @@ from dpfast.evaluate.measures import Evaluation
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.device import device_named
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.reader import open_pool
 from dpfast.pool.saver import Saver
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
@@ -121,9 +122,7 @@ def shared(recipe: Recipe, samples: int) -> Unguided:
         with Saver(pool, folder, truncate=True) as saver:
             saver.save()
         (folder / "cost.json").write_text(json.dumps(asdict(source.cost)))
-    unguided.remember(
-        SamplePool.open(folder), Cost(**json.loads((folder / "cost.json").read_text()))
-    )
+    unguided.remember(open_pool(folder), Cost(**json.loads((folder / "cost.json").read_text())))
     return unguided
 
 

@@ -25,7 +25,8 @@ from dpfast.learn.trainer import Trainer
 from dpfast.parallel import RankError, Ranks, process_group
 from dpfast.parallel import ranks as parallel
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.rank_folders import open_all, open_part, part_folder
+from dpfast.pool.rank_folders import rank_folder
+from dpfast.pool.reader import open_pool, open_share
 from dpfast.pool.record import RECORD
 from dpfast.pool.saver import Saver
 from dpfast.pool.sharded import ShardedPool, ShardLayout
@@ -121,7 +122,7 @@ def same_batches(ranks, folder):
             assert torch.equal(images[ranks.part(24)], part), (codec, number)
             assert torch.equal(labels[ranks.part(24)], targets)
         mine.close()
-        with Saver(union.local, part_folder(folder / codec, ranks)) as saver:
+        with Saver(union.local, rank_folder(folder / codec, ranks)) as saver:
             saver.save()
 
 
@@ -132,12 +133,12 @@ def test_ranks_share_the_batches_of_one_pool_and_anyone_opens_what_they_saved(si
     for codec in ("pixels", "latents", "jpeg"):
         one = pool_of(codec, saved)
         rows = torch.arange(len(one))
-        everything = open_all(tmp_path / codec, decode=one.decode)
+        everything = open_pool(tmp_path / codec, decode=one.decode)
         assert torch.equal(everything.images(rows), one.images(rows))
         for wanted in (Ranks(), Ranks(rank=1, size=3)):
             layout = ShardLayout(wanted, BATCH, ROUNDS)
             part, mine = (
-                open_part(tmp_path / codec, saved, layout),
+                open_share(tmp_path / codec, saved, layout),
                 pool_of(codec, layout, wanted.rank),
             )
             assert torch.equal(part.column("sample_id"), mine.column("sample_id"))

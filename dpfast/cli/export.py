@@ -22,10 +22,12 @@ def add(commands: Commands) -> None:
 
 
 def export(arguments: argparse.Namespace) -> int:
+    from dpfast.generate.from_recipe import decoder_of_run
     from dpfast.hardware.device import device_named
     from dpfast.pool.export import export_pool, import_pool
 
-    pool, classes = import_pool(arguments.run, device=device_named(arguments.device))
+    decode = decoder_of_run(arguments.run, device_named(arguments.device))
+    pool, classes = import_pool(arguments.run, decode=decode)
     export_pool(pool, arguments.out, arguments.format, classes)
     print(f"{len(pool)} samples in {arguments.out}")
     return 0

@@ -29,7 +29,7 @@ from dpfast.cli import (
     sample,
     theory,
 )
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 
 WORDS = 5.0  # seconds
 PACKAGE = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
         return int(parsed.handler(parsed))
-    except RecipeError as error:
+    except InputError as error:
         if first():
             print(f"dpfast: error: {error}", file=sys.stderr)
         else:

@@ -1,4 +1,4 @@
-"""What every loader is: the protocol, the part that they share, and the choice between them.
+"""What every loader is: the protocol, and the part that they share.
 
 Batches are prepared ahead, and that is invisible: batch n is a function of (seed, position, pool at
 the call of ``next``). When the pool has grown, what was prepared is dropped and drawn anew, so a
@@ -11,7 +11,6 @@ ask for the same batches.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,15 +20,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dpfast.errors import RecipeError
 from dpfast.feed.augment import Augment, AugmentationDraw
 from dpfast.feed.order import Order
 from dpfast.ops.dispatch import CPU
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.protocol import Pool
 from dpfast.pool.snapshot import PoolSnapshot
-
-KINDS = ("auto", "dali", "torch")
 
 
 class LoaderError(RuntimeError):
@@ -250,42 +246,3 @@ class PoolLoader(Loader):
 
     def _drop(self) -> None:
         """Forgets all requests of the queue."""
-
-
-def dali_installed() -> bool:
-    return (
-        importlib.util.find_spec("nvidia") is not None
-        and importlib.util.find_spec("nvidia.dali") is not None
-    )
-
-
-def choose(kind: str, codec: str = "pixels") -> str:
-    """ "dali" or "torch" for a recipe's ``loader``.
-
-    "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or
-    latents: on two CPU cores DALI takes 7.5 times as long for crops of 256 images of 224 px, 9.7
-    times at 32 px and 2.6 to 9.3 times without crops (``dpfast bench loader``). DALI has not run on
-    a GPU yet.
-
-    Raises ``RecipeError`` for an unknown loader and for DALI where it is not installed.
-    """
-    if kind not in KINDS:
-        raise RecipeError(f"loader = {kind!r}: 'auto', 'dali' or 'torch'")
-    if kind == "dali" and not dali_installed():
-        raise RecipeError(
-            "loader = 'dali': DALI is not installed; pip install 'dpfast[dali]', or choose 'torch'"
-        )
-    if kind == "auto":
-        return "dali" if codec == "jpeg" and dali_installed() else "torch"
-    return kind
-
-
-def make_loader(kind: str, pool: Pool, **options: Any) -> PoolLoader:
-    """The loader that ``choose`` names, with the options of its class. Raises what they raise."""
-    if choose(kind, pool.codec) == "dali":
-        from dpfast.feed.dali import DaliLoader
-
-        return DaliLoader(pool, **options)
-    from dpfast.feed.torch_loader import TorchLoader
-
-    return TorchLoader(pool, **options)

@@ -4,12 +4,17 @@ effect.
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from dpfast.config import Generator, Recipe
+from dpfast.config import RECIPE_FILE, Generator, Recipe
 from dpfast.data import imagenet
 from dpfast.errors import RecipeError
 from dpfast.generate.guidance import GuidanceConfig, Through
@@ -116,3 +121,20 @@ def new_sampler(
         raise RecipeError(str(error)) from error
     sampler.fitting = dict.fromkeys((False, True), generator.at_once)
     return sampler
+
+
+def decoder_of_run(run: Path, device: torch.device | str) -> Callable[[Tensor], Tensor] | None:
+    """The decoder of the latents that the run in the folder ``run`` has saved, on ``device``.
+
+    It takes (B, c, h, w) to images (B, C, H, W) in [-1, 1]. Its pipeline is loaded with the first
+    latents. None where the folder is no run's.
+    """
+    if not (run / RECIPE_FILE).is_file():
+        return None
+
+    @functools.cache
+    def decoder() -> Callable[[Tensor], Tensor]:
+        recipe = Recipe.from_dict(json.loads((run / RECIPE_FILE).read_text()))
+        return load_pipeline(recipe.generator, device=device).guidance_decoder
+
+    return lambda latents: decoder()(latents).to(latents.device)

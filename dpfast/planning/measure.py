@@ -18,8 +18,8 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
+from dpfast.feed import make_loader
 from dpfast.feed.augment import Augment
-from dpfast.feed.loader import make_loader
 from dpfast.generate.from_recipe import image_shape, load_pipeline, new_sampler
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.device import device_named

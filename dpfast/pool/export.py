@@ -13,7 +13,6 @@ an image folder of latents holds the images that they decode to.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -24,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpfast.config import RECIPE_FILE, Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.pool import codecs, shards
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.rank_folders import open_all, parts_of
+from dpfast.pool.rank_folders import saved_folders
+from dpfast.pool.reader import open_pool
 from dpfast.pool.record import COLUMNS, RECORD, as_dict, from_dicts
 from dpfast.pool.saver import Saver
 
@@ -41,15 +40,15 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
     """Writes all samples of ``pool`` into the new or empty folder ``out``.
 
     classes: names of the labels, for folder names and ``ClassLabel`` features.
-    Raises ``RecipeError`` for a folder in use, an unknown format, and a pool that the format cannot
+    Raises ``InputError`` for a folder in use, an unknown format, and a pool that the format cannot
     hold.
     """
     if format not in FORMATS:
-        raise RecipeError(f"format = {format!r}: expected one of {', '.join(FORMATS)}")
+        raise InputError(f"format = {format!r}: expected one of {', '.join(FORMATS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"out = {str(out)!r}: exists and is not an empty folder")
+        raise InputError(f"out = {str(out)!r}: exists and is not an empty folder")
     if not len(pool):
-        raise RecipeError("the pool is empty: there is nothing to export")
+        raise InputError("the pool is empty: there is nothing to export")
     pictures = pool.codec == "jpeg" or (
         pool.codec == "pixels" and (pool.shape or (0,))[0] in (1, 3)
     )
@@ -60,7 +59,7 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
             if pool.codec == "latents"
             else "an image has 1 or 3 channels"
         )
-        raise RecipeError(
+        raise InputError(
             f"format = 'imagefolder': the pool holds {pool.codec} of shape {pool.shape}, {why}; "
             "choose webdataset or "
             "parquet"
@@ -69,7 +68,7 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
         with Saver(pool, out, images="png" if pictures else "npy", classes=classes) as saver:
             saver.save()
             if saver.wait() < len(pool):
-                raise RecipeError(f"out = {str(out)!r}: {saver.error}")
+                raise InputError(f"out = {str(out)!r}: {saver.error}")
     elif format == "imagefolder":
         _write_images(pool, out / "train", classes)
     else:
@@ -78,21 +77,21 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
 
 
 def import_pool(
-    folder: Path, *, decode: codecs.Decode | None = None, device: torch.device | str = "cpu"
+    folder: Path, *, decode: codecs.Decode | None = None
 ) -> tuple[SamplePool, list[str] | None]:
     """The pool of a run, a saved pool or an exported one, in host memory, and its class names where
     they are known.
 
-    decode: of a saved pool of latents, as of ``SamplePool``; a run's own decoder by default, on
-    ``device``. A run's pool is that of its source "dp", or of "static" where it alone was run.
-    Raises ``RecipeError`` when ``folder`` is none of these.
+    decode: of a saved pool of latents, as of ``SamplePool``. A run's pool is that of its source
+    "dp", or of "static" where it alone was run. Raises ``InputError`` when ``folder`` is none of
+    these.
     """
     for source in ("pool_dp", "pool_static"):
-        if parts_of(folder / source):
-            return import_pool(folder / source, decode=decode or _decoder(folder, device))
+        if saved_folders(folder / source):
+            return import_pool(folder / source, decode=decode)
     try:
-        if parts := parts_of(folder):
-            return open_all(folder, decode=decode), shards.Manifest.read(parts[0]).classes
+        if parts := saved_folders(folder):
+            return open_pool(folder, decode=decode), shards.Manifest.read(parts[0]).classes
         if (folder / "train" / "metadata.jsonl").is_file():
             return _read_images(folder / "train")
         if files := sorted(folder.glob("*.parquet")):
@@ -100,25 +99,10 @@ def import_pool(
         if files := sorted(folder.glob("*.tar")):
             return _read_tars(files), None
     except (ValueError, OSError) as error:
-        raise RecipeError(f"{str(folder)!r} cannot be read: {error}") from error
-    raise RecipeError(
+        raise InputError(f"{str(folder)!r} cannot be read: {error}") from error
+    raise InputError(
         f"{str(folder)!r} holds neither a run with samples nor a saved or exported pool"
     )
-
-
-def _decoder(run: Path, device: torch.device | str) -> codecs.Decode:
-    """The decoder of a run's latents on ``device``; its pipeline is loaded with the first of
-    them.
-    """
-
-    @functools.cache
-    def decoder() -> codecs.Decode:
-        from dpfast.generate.from_recipe import load_pipeline
-
-        recipe = Recipe.from_dict(json.loads((run / RECIPE_FILE).read_text()))
-        return load_pipeline(recipe.generator, device=device).guidance_decoder
-
-    return lambda latents: decoder()(latents).to(latents.device)
 
 
 def _rows(
@@ -255,7 +239,7 @@ def _arrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise RecipeError(
+        raise InputError(
             "format = 'parquet': needs pyarrow; pip install 'dpfast[export]'"
         ) from None
     return pyarrow, pyarrow.parquet

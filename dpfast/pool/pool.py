@@ -123,16 +123,6 @@ class SamplePool:
             shape=shape,
         )
 
-    @classmethod
-    def open(cls, folder: str | Path, **options: Any) -> SamplePool:
-        """Restores what ``dpfast.pool.saver.Saver`` has saved; see ``dpfast.pool.saver.open_pool``.
-
-        Where several ranks have saved their parts, all of them, in the order of sample ids.
-        """
-        from dpfast.pool.rank_folders import open_all
-
-        return open_all(Path(folder), **options)
-
     def __len__(self) -> int:
         return self._view.size
 

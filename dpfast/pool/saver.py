@@ -1,4 +1,4 @@
-"""Saving a pool in the background, and opening what was saved."""
+"""Saving a pool in the background."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ import numpy as np
 import torch
 
 from dpfast.errors import SaveWarning
-from dpfast.ops.chunk_rows import ChunkTable, take_rows
 from dpfast.pool import codecs, shards
-from dpfast.pool.memory_tiers import MemoryTiers, readable
+from dpfast.pool.memory_tiers import readable
 from dpfast.pool.owner import Owner
-from dpfast.pool.plan import CHUNK_BYTES
 from dpfast.pool.pool import SamplePool
 
 IMAGES = {"npy": "npy", "png": "png", "jpeg": "jpg"}  # how pixels are kept, and the suffix
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 512 << 20
-DECODE_THREADS = 4  # of image files that are read again
 READ_BYTES = 64 << 20  # of payloads that are copied out of the pool at a time
 
 
@@ -316,68 +313,3 @@ def _link(path: Path, target: Path) -> None:
     except OSError:  # another file system, or one without hard links
         with path.open("rb") as data, shards.durable(target, path.name) as file:
             shutil.copyfileobj(data, file, READ_BYTES)
-
-
-def open_pool(
-    folder: str | Path,
-    *,
-    limit: int | None = None,
-    tiers: MemoryTiers | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
-    decode: codecs.Decode | None = None,
-    beat: Callable[[], None] = lambda: None,
-) -> SamplePool:
-    """The pool that was saved in ``folder``, every sample and column as it was; the first ``limit``
-    samples on request.
-
-    Every shard is checked against the manifest. A damaged one is quarantined and named in a
-    ``LostSamplesWarning`` with the ids of its samples; the rest is opened. ``beat`` is called after
-    each that was read.
-
-    Raises ``DamagedPoolError`` when the folder is no saved pool, or one whose intact part has fewer
-    than ``limit`` samples.
-    """
-    folder = Path(folder)
-    manifest = shards.Manifest.read(folder)
-    manifest, loaded = shards.load_shards(folder, manifest, beat=beat)
-    wanted = manifest.samples if limit is None else limit
-    if wanted > manifest.samples:
-        raise shards.DamagedPoolError(
-            f"{str(folder)!r} holds {manifest.samples} intact samples, {wanted} are needed"
-        )
-    pool = SamplePool(manifest.codec, tiers=tiers, chunk_bytes=chunk_bytes, decode=decode)
-    for part in loaded:
-        records = part.records[: wanted - len(pool)]
-        if len(records):
-            pool.append_records(payload_of(part, records, manifest), records.copy())
-        beat()
-    return pool
-
-
-def payload_of(
-    part: shards.Loaded, records: np.ndarray, manifest: shards.Manifest
-) -> torch.Tensor | list[bytes]:
-    """What is stored of the samples of ``records``, some of the shard's, as
-    ``SamplePool.append_records`` takes it.
-    """
-    offsets, lengths = records["offset"], records["length"]
-    if manifest.suffix != "npy":
-        files = [
-            part.data[o : o + n].tobytes()
-            for o, n in zip(offsets.tolist(), lengths.tolist(), strict=True)
-        ]
-        if manifest.codec == "jpeg":
-            return files
-        return torch.from_numpy(codecs.from_image_files(files, threads=DECODE_THREADS))
-    assert manifest.shape is not None
-    width = codecs.row_bytes(manifest.codec, manifest.shape)
-    if (lengths != width).any():
-        raise shards.DamagedPoolError(
-            f"{part.shard.name}: payloads are not of shape {manifest.shape}"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the mapped file is read-only and stays so
-        data = torch.from_numpy(part.data)
-    table = ChunkTable(len(data), 1).with_chunks([data])
-    rows = take_rows(table, torch.from_numpy(offsets.astype(np.int64)), len(data), width=width)
-    return rows.view(codecs.DTYPES[manifest.codec]).view(-1, *manifest.shape)

@@ -14,7 +14,7 @@ from pathlib import Path
 from dpfast.config import RECIPE_FILE, Recipe
 from dpfast.errors import RecipeError
 from dpfast.parallel import Ranks
-from dpfast.pool.rank_folders import part_folder
+from dpfast.pool.rank_folders import rank_folder
 from dpfast.pool.saver import copy_saved
 from dpfast.pool.sharded import ShardLayout
 from dpfast.practice import checkpoint
@@ -85,7 +85,7 @@ def prepare_branch(
                     ranks, recipe.generator.batch_size, tuple(start.state["loop"]["rounds"])
                 ).held()
                 part, copy = (
-                    part_folder(f, ranks) for f in (trunk / f"pool_{SOURCE}", branch.pool(SOURCE))
+                    rank_folder(f, ranks) for f in (trunk / f"pool_{SOURCE}", branch.pool(SOURCE))
                 )
                 copy_saved(part, copy, held, beat=beat)
             state = {

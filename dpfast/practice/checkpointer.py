@@ -18,8 +18,9 @@ from torch import Tensor
 from dpfast.errors import RecipeError, SaveWarning
 from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.rank_folders import open_part, part_folder, remove_parts
-from dpfast.pool.saver import SHARD_BYTES, Saver, open_pool, through_jpeg
+from dpfast.pool.rank_folders import rank_folder, remove_rank_folders
+from dpfast.pool.reader import open_folder, open_share
+from dpfast.pool.saver import SHARD_BYTES, Saver, through_jpeg
 from dpfast.pool.sharded import ShardLayout, pool_of_ranks
 from dpfast.pool.shards import DamagedPoolError, Manifest
 from dpfast.practice import checkpoint
@@ -116,7 +117,7 @@ class LoopCheckpointer:
         if self.folder is None or loop.state.finished or images == "none":
             yield
             return
-        folder, others = part_folder(self.folder.pool(loop.name), loop.ranks), loop.ranks.size - 1
+        folder, others = rank_folder(self.folder.pool(loop.name), loop.ranks), loop.ranks.size - 1
         reserve = 2 * checkpoint_bytes(loop.trainer.model) + others * SHARD_BYTES
         with Saver(
             loop.local,
@@ -261,7 +262,7 @@ class LoopCheckpointer:
         assert saver is not None
         folder = self.folder.pool(loop.name)
         return saver.saved >= held[loop.ranks.rank] and all(
-            count == 0 or _promised(part_folder(folder, loop.ranks, rank)) >= count
+            count == 0 or _promised(rank_folder(folder, loop.ranks, rank)) >= count
             for rank, count in enumerate(held)
             if rank != loop.ranks.rank
         )
@@ -313,7 +314,7 @@ class LoopCheckpointer:
         if self._moved:
             name, size = self.loop.name, self.loop.ranks.size
             needed = {state["ranks"] for state in checkpoint.states(folder.checkpoints(name))}
-            remove_parts(folder.pool(name), needed)
+            remove_rank_folders(folder.pool(name), needed)
             self._moved = needed != {size}
 
     def _report(self) -> None:
@@ -449,15 +450,15 @@ class LoopCheckpointer:
             progress = None
         if progress is not None and progress["samples"] > wanted.held():
             with contextlib.suppress(DamagedPoolError):
-                pool = open_pool(
-                    part_folder(folder, loop.ranks), limit=progress["samples"], **placed
+                pool = open_folder(
+                    rank_folder(folder, loop.ranks), limit=progress["samples"], **placed
                 )
                 loop.source.cost.load_state_dict(progress["cost"])
                 return pool
         if not wanted.held():
             return loop.local
         try:
-            return open_part(folder, saved, wanted, **placed)
+            return open_share(folder, saved, wanted, **placed)
         except DamagedPoolError as error:
             raise RecipeError(f"resume: {error}") from error
 

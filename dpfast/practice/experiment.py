@@ -10,7 +10,7 @@ from dpfast.data.real import check_real, load_real
 from dpfast.errors import RecipeError
 from dpfast.evaluate.measures import predict
 from dpfast.evaluate.sets import evaluation_sets
-from dpfast.feed.loader import choose
+from dpfast.feed import choose_loader
 from dpfast.generate.from_recipe import check_generator, image_shape, load_pipeline
 from dpfast.hardware.device import device_named
 from dpfast.learn.models import new_learner
@@ -140,7 +140,7 @@ class DeliberatePractice:
                 f"classes = {self.recipe.learner.classes}: the learner needs the generator's "
                 f"{classes} classes"
             )
-        choose(self.recipe.learner.loader, self.recipe.pool.codec)
+        choose_loader(self.recipe.learner.loader, self.recipe.pool.codec)
         if "dp" in practice.sources:
             check_guided_method(self.recipe, self.pipeline)
         learner, images = new_learner(self.recipe, self.pipeline), self.real.validation.images

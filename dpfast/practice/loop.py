@@ -18,8 +18,8 @@ from dpfast.config import Recipe
 from dpfast.data.real import RealData
 from dpfast.evaluate.measures import evaluate
 from dpfast.evaluate.sets import EvaluationSet, evaluate_sets
+from dpfast.feed import make_loader
 from dpfast.feed.augment import Augment
-from dpfast.feed.loader import make_loader
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.device import is_gpu
 from dpfast.hardware.out_of_memory import release

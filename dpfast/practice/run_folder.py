@@ -22,7 +22,7 @@ from dpfast.errors import RecipeError, SaveWarning, unsaved
 from dpfast.evaluate.measures import Evaluation
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.owner import OwnedError, Owner, owner_of
-from dpfast.pool.rank_folders import part_name
+from dpfast.pool.rank_folders import rank_folder_name
 from dpfast.pool.shards import durable
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Addition, Callback
@@ -69,7 +69,8 @@ class RunPaths:
         return self.path / f"pool_{source}"
 
     def _progress(self, source: str) -> str:
-        return f"progress_{source}{'' if self.ranks.alone else f'-{part_name(self.ranks)}'}.json"
+        part = "" if self.ranks.alone else f"-{rank_folder_name(self.ranks)}"
+        return f"progress_{source}{part}.json"
 
     def progress(self, source: str) -> dict[str, Any] | None:
         """What ``save_progress`` kept; None where there is nothing, or nothing that can be read."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
+from dpfast.generate.from_recipe import decoder_of_run
 from dpfast.pool.export import import_pool
 from dpfast.pool.memory_tiers import readable
 from dpfast.pool.pool import SamplePool
@@ -142,8 +143,8 @@ def _pool(run: Run, device: torch.device | str) -> tuple[SamplePool, int] | None
         )
         return None
     try:
-        pool, names = import_pool(run.path, device=device)
-    except RecipeError:
+        pool, names = import_pool(run.path, decode=decoder_of_run(run.path, device))
+    except InputError:
         return None
     return pool, len(names) if names else int(pool.column("label").max()) + 1
 

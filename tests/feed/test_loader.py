@@ -7,18 +7,19 @@ import threading
 import pytest
 import torch
 
-from dpfast.errors import RecipeError
-from dpfast.feed import loader as loaders
+from dpfast import feed
+from dpfast.errors import InputError
+from dpfast.feed import choose_loader, dali_installed, make_loader
 from dpfast.feed.augment import Augment
 from dpfast.feed.buffers import BufferPool
-from dpfast.feed.loader import LoaderError, choose, make_loader
+from dpfast.feed.loader import LoaderError
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.snapshot import PoolSnapshot
 from tests.pool.helpers import Batch
 
 DALI = pytest.param(
-    "dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed")
+    "dali", marks=pytest.mark.skipif(not dali_installed(), reason="DALI is not installed")
 )
 KINDS = ["torch", DALI]
 EVERYTHING = Augment(flip=True, shift=1, crop=0.3, size=(12, 10), mixup=0.2, cutmix=1.0)
@@ -184,7 +185,7 @@ def test_labels_belong_to_their_images_and_held_batches_stay(kind, make):
             assert 5 * label - 0.001 < float(image.min()) <= float(image.max()) < 5 * label + 4.001
 
 
-@pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed")
+@pytest.mark.skipif(not dali_installed(), reason="DALI is not installed")
 @pytest.mark.parametrize("codec", ["pixels", "jpeg", "latents"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_dali_and_torch_show_the_same_pixels(codec, channels, make):
@@ -251,7 +252,7 @@ def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, options, ma
     assert same(take(loader, 3), take(twin, 3))
 
 
-@pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed")
+@pytest.mark.skipif(not dali_installed(), reason="DALI is not installed")
 def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make, monkeypatch):
     pool = pool_of(8, codec="jpeg")
     loader = make("dali", pool, batch_size=4)
@@ -295,13 +296,13 @@ def test_slots_are_used_again_when_nobody_holds_them():
 
 
 def test_the_choice_is_checked(monkeypatch):
-    assert choose("torch") == "torch"
-    with pytest.raises(RecipeError, match="loader = 'tf'"):
-        choose("tf")
-    monkeypatch.setattr(loaders, "dali_installed", lambda: False)
-    assert choose("auto", "jpeg") == "torch"
-    with pytest.raises(RecipeError, match="DALI is not installed"):
-        choose("dali")
+    assert choose_loader("torch") == "torch"
+    with pytest.raises(InputError, match="loader = 'tf'"):
+        choose_loader("tf")
+    monkeypatch.setattr(feed, "dali_installed", lambda: False)
+    assert choose_loader("auto", "jpeg") == "torch"
+    with pytest.raises(InputError, match="DALI is not installed"):
+        choose_loader("dali")
     with pytest.raises(ValueError, match="classes"):
         make_loader("torch", SamplePool(), batch_size=2, seed=0, augment=Augment(mixup=0.1))
     with pytest.raises(ValueError, match="ahead = 0"):

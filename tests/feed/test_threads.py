@@ -8,7 +8,7 @@ import pytest
 COUNT = """
 import os, sys, torch
 from dpfast.feed.augment import Augment
-from dpfast.feed.loader import make_loader
+from dpfast.feed import make_loader
 from dpfast.pool.pool import SamplePool
 from tests.pool.helpers import ORIGIN, batch, latents
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from dpfast.feed import loader as loaders
+from dpfast.feed import dali_installed, make_loader
 from dpfast.feed.augment import Augment
-from dpfast.feed.loader import make_loader
 from dpfast.ops import chunk_rows
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.memory_tiers import MemoryTiers
@@ -13,7 +12,7 @@ from dpfast.pool.pool import SamplePool
 from tests.pool import helpers
 
 DALI = pytest.param(
-    "dali", marks=pytest.mark.skipif(not loaders.dali_installed(), reason="DALI is not installed")
+    "dali", marks=pytest.mark.skipif(not dali_installed(), reason="DALI is not installed")
 )
 MOVED = Augment(flip=True, shift=2)
 EVERYTHING = Augment(flip=True, crop=0.3, size=(12, 10), mixup=0.2, cutmix=1.0)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.reader import open_pool
 from dpfast.pool.saver import Saver
 from tests.pool.helpers import ORIGIN, batch
 
@@ -22,9 +23,7 @@ def live(folder: Path) -> None:
     as saved.
     """
     pool = (
-        SamplePool.open(folder, chunk_bytes=4096)
-        if (folder / "manifest.json").exists()
-        else SamplePool()
+        open_pool(folder, chunk_bytes=4096) if (folder / "manifest.json").exists() else SamplePool()
     )
     promised = os.open(folder / "promised", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     saver = Saver(pool, folder, shard_samples=64)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dpfast.cli.main import main
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.pool import codecs
 from dpfast.pool.export import FORMATS, export_pool, import_pool
 from dpfast.pool.pool import SamplePool
@@ -45,7 +45,7 @@ def datasets(tmp_path_factory):
 def test_there_and_back_is_exact(codec, format, tmp_path):
     pool = pool_of(codec)
     if (codec, format) == ("latents", "imagefolder"):
-        with pytest.raises(RecipeError, match="choose webdataset or parquet"):
+        with pytest.raises(InputError, match="choose webdataset or parquet"):
             export_pool(pool, tmp_path / "out", format)
         return
     export_pool(pool, tmp_path / "out", format, CLASSES)
@@ -234,7 +234,7 @@ def test_foreign_shards_that_hold_something_else_are_named(members, named, tmp_p
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    with pytest.raises(RecipeError, match=named):
+    with pytest.raises(InputError, match=named):
         import_pool(tmp_path)
 
 
@@ -243,7 +243,7 @@ def test_images_of_two_shapes_are_named(tmp_path):
     path = tmp_path / "out" / "train" / "0001" / "000000011.png"
     path.write_bytes(codecs.to_png(pixels(torch.tensor([1]), (3, 5, 5))[0].numpy()))
     with pytest.raises(
-        RecipeError, match=r"0001/000000011\.png is of shape \(3, 5, 5\).*\(3, 6, 6\)"
+        InputError, match=r"0001/000000011\.png is of shape \(3, 5, 5\).*\(3, 6, 6\)"
     ):
         import_pool(tmp_path / "out")
 
@@ -282,11 +282,11 @@ def test_foreign_webdataset_shards_are_imported(tmp_path):
 def test_bad_input_is_named_before_anything_is_written(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(RecipeError, match="not an empty folder"):
+    with pytest.raises(InputError, match="not an empty folder"):
         export_pool(pool_of("pixels"), tmp_path / "full", "parquet")
-    with pytest.raises(RecipeError, match="nothing to export"):
+    with pytest.raises(InputError, match="nothing to export"):
         export_pool(SamplePool(), tmp_path / "out", "parquet")
-    with pytest.raises(RecipeError, match="format = 'zip'"):
+    with pytest.raises(InputError, match="format = 'zip'"):
         export_pool(pool_of("pixels"), tmp_path / "out", "zip")
     assert not (tmp_path / "out").exists()
     assert (
@@ -307,5 +307,5 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, capsys):
     (tmp_path / "train" / "metadata.jsonl").write_text(
         json.dumps({"file_name": "../../secret.png"}) + "\n"
     )
-    with pytest.raises(RecipeError, match=r"'\.\./\.\./secret\.png'"):
+    with pytest.raises(InputError, match=r"'\.\./\.\./secret\.png'"):
         import_pool(tmp_path)

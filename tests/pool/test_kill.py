@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from dpfast.pool.pool import SamplePool
+from dpfast.pool.reader import open_pool
 from tests.pool.helpers import check_prefix
 
 KILLS = int(os.environ.get("DPFAST_KILLS", "60"))  # more on request
@@ -53,7 +53,7 @@ def test_reopening_after_kill_9_gives_a_consistent_prefix(nursery, tmp_path):
         if not (folder / "manifest.json").exists():
             assert promised == 0
             continue
-        pool = SamplePool.open(folder, chunk_bytes=4096)
+        pool = open_pool(folder, chunk_bytes=4096)
         assert len(pool) >= promised
         check_prefix(pool, len(pool))
         assert len(pool) >= before

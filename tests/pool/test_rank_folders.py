@@ -9,8 +9,9 @@ import torch
 
 from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.rank_folders import open_all, part_folder, remove_parts
-from dpfast.pool.saver import Saver, open_pool
+from dpfast.pool.rank_folders import rank_folder, remove_rank_folders
+from dpfast.pool.reader import open_pool
+from dpfast.pool.saver import Saver
 from tests.pool.helpers import ORIGIN, batch, check_prefix
 
 SIZES, COUNT, BATCH = (1, 2, 3), 60, 10
@@ -25,7 +26,7 @@ def part(ranks):
 
 def save(folder, size, **options):
     for ranks in (Ranks(rank=rank, size=size) for rank in range(size)):
-        with Saver(part(ranks), part_folder(folder, ranks), shard_samples=20, **options) as saver:
+        with Saver(part(ranks), rank_folder(folder, ranks), shard_samples=20, **options) as saver:
             saver.save()
 
 
@@ -39,16 +40,16 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("kept", [{1}, {2}, {1, 3}])
 def test_what_no_checkpoint_needs_is_removed(saved, kept):
-    before = {size: sorted(part_folder(saved, Ranks(size=size)).glob("*.tar")) for size in kept}
-    remove_parts(saved, kept)
+    before = {size: sorted(rank_folder(saved, Ranks(size=size)).glob("*.tar")) for size in kept}
+    remove_rank_folders(saved, kept)
     names = {path.name for path in saved.iterdir()}
     expected = {f"rank-{rank:03d}-of-{size:03d}" for size in kept - {1} for rank in range(size)}
     assert {name for name in names if name.startswith("rank-")} == expected
     assert ("manifest.json" in names) == (1 in kept)
     assert before == {
-        size: sorted(part_folder(saved, Ranks(size=size)).glob("*.tar")) for size in kept
+        size: sorted(rank_folder(saved, Ranks(size=size)).glob("*.tar")) for size in kept
     }
-    check_prefix(open_all(saved), COUNT)
+    check_prefix(open_pool(saved), COUNT)
 
 
 class KillError(BaseException):
@@ -63,18 +64,18 @@ def test_a_kill_while_parts_are_removed_loses_nothing(saved, kept, tmp_path, mon
             for name in ("unlink", "rmdir"):
                 patch.setattr(os, name, killed_at_zero(getattr(os, name), left))
             try:
-                remove_parts(folder, {kept})
+                remove_rank_folders(folder, {kept})
                 break
             except KillError:
                 pass
-        check_prefix(open_all(folder), COUNT)
+        check_prefix(open_pool(folder), COUNT)
         for size in SIZES:  # whoever goes on from here saves what is missing
             save(folder, size, truncate=True)
-            parts = [part_folder(folder, Ranks(rank=rank, size=size)) for rank in range(size)]
+            parts = [rank_folder(folder, Ranks(rank=rank, size=size)) for rank in range(size)]
             held = [open_pool(path).column("sample_id") for path in parts]
             assert torch.equal(torch.cat(held).sort().values, torch.arange(COUNT))
-        remove_parts(folder, {kept})
-        check_prefix(open_all(folder), COUNT)
+        remove_rank_folders(folder, {kept})
+        check_prefix(open_pool(folder), COUNT)
     assert moment > 10
 
 

@@ -15,6 +15,7 @@ from dpfast.errors import SaveWarning
 from dpfast.pool import shards
 from dpfast.pool.owner import OwnedError
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.reader import open_pool
 from dpfast.pool.record import COLUMNS
 from dpfast.pool.saver import Saver, copy_saved
 from dpfast.pool.shards import DamagedPoolError, LostSamplesWarning
@@ -43,13 +44,13 @@ def saved(folder, *counts, codec="pixels", **options):
 )
 def test_a_saved_pool_opens_exactly(codec, images, tmp_path):
     pool = saved(tmp_path, 33, 1, 20, codec=codec, images=images)
-    again = SamplePool.open(tmp_path)
+    again = open_pool(tmp_path)
     assert again.records().tobytes() == pool.records().tobytes()
     everything = torch.arange(54)
     before, after = pool.payload(everything), again.payload(everything)
     assert before == after if codec == "jpeg" else torch.equal(before, after)
     assert again.fresh == 20
-    first = SamplePool.open(tmp_path, limit=25)
+    first = open_pool(tmp_path, limit=25)
     assert first.column("sample_id").tolist() == list(range(25))
 
 
@@ -59,7 +60,7 @@ def test_only_what_is_new_is_written(tmp_path):
     assert sorted(stamps) == [
         f"shard-00000{i}{end}" for i in (0, 1) for end in (".columns.npy", ".tar")
     ]
-    again = SamplePool.open(tmp_path)
+    again = open_pool(tmp_path)
     with Saver(again, tmp_path) as saver:
         assert saver.saved == 25
         append(again, 10)
@@ -67,7 +68,7 @@ def test_only_what_is_new_is_written(tmp_path):
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in stamps} == stamps
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert [s["ids"] for s in manifest["shards"]] == [[[0, 19]], [[20, 24]], [[25, 34]]]
-    check_prefix(SamplePool.open(tmp_path), 35)
+    check_prefix(open_pool(tmp_path), 35)
     assert len(pool) == 25
 
 
@@ -78,7 +79,7 @@ def test_saving_goes_on_beside_appends(tmp_path):
             append(pool, 17)
             saver.save()
         assert saver.wait(30) == 680
-    check_prefix(SamplePool.open(tmp_path), 680)
+    check_prefix(open_pool(tmp_path), 680)
 
 
 def test_webdataset_reads_the_shards(tmp_path):
@@ -112,7 +113,7 @@ def test_a_damaged_shard_is_named_quarantined_and_reported_every_time(tmp_path, 
         with pytest.warns(
             LostSamplesWarning, match=r"20 samples are lost\. shard-000001\.tar: ids 20-39 \("
         ):
-            pool = SamplePool.open(tmp_path)
+            pool = open_pool(tmp_path)
         assert pool.column("sample_id").tolist() == [*range(20), *range(40, 50)]
         assert not path.exists()
     assert (tmp_path / "quarantine" / "shard-000001.tar").exists() == (damage != "missing")
@@ -120,7 +121,7 @@ def test_a_damaged_shard_is_named_quarantined_and_reported_every_time(tmp_path, 
         pytest.warns(LostSamplesWarning),
         pytest.raises(DamagedPoolError, match="30 intact samples, 31 are needed"),
     ):
-        SamplePool.open(tmp_path, limit=31)
+        open_pool(tmp_path, limit=31)
     with Saver(pool, tmp_path) as saver:  # saving goes on, under a number that was never used
         append(pool, 1)
         saver.save()
@@ -134,7 +135,7 @@ def test_damaged_columns_come_from_the_tar(tmp_path, damage):
     path.write_bytes(path.read_bytes()[:-1] + b"x") if damage == "flipped" else path.unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = SamplePool.open(tmp_path)
+        again = open_pool(tmp_path)
     assert again.records().tobytes() == pool.records().tobytes()
     check_prefix(again, 20)
 
@@ -146,7 +147,7 @@ def test_a_folder_without_a_readable_manifest_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DamagedPoolError, match=r"manifest\.json"):
-        SamplePool.open(tmp_path)
+        open_pool(tmp_path)
 
 
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
@@ -154,7 +155,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace("shard-000000.tar", "../000000.tar"))
     with pytest.raises(ValueError, match=r"'\.\./000000\.tar'"):
-        SamplePool.open(tmp_path)
+        open_pool(tmp_path)
 
 
 KINDS = {
@@ -224,11 +225,11 @@ def test_a_full_disk_stops_saving_and_nothing_else(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*.tmp"))
     append(pool, 10)
     check_prefix(pool, 60)
-    check_prefix(SamplePool.open(tmp_path), 20)
+    check_prefix(open_pool(tmp_path), 20)
     monkeypatch.undo()
     saver.save()
     assert saver.close() == 60
-    check_prefix(SamplePool.open(tmp_path), 60)
+    check_prefix(open_pool(tmp_path), 60)
 
 
 @pytest.mark.filterwarnings("error::dpfast.errors.SaveWarning")
@@ -271,7 +272,7 @@ def test_a_copy_has_the_shards_of_the_first_samples_and_touches_nothing(tmp_path
         "shard-000000.tar",
         "shard-000001.tar",
     ]
-    check_prefix(SamplePool.open(tmp_path / "part", limit=30), 30)
+    check_prefix(open_pool(tmp_path / "part", limit=30), 30)
     with pytest.raises(DamagedPoolError, match="holds 50 samples, 51 are needed"):
         copy_saved(tmp_path / "whole", tmp_path / "more", 51)
     (tmp_path / "whole" / "shard-000001.tar").unlink()
@@ -292,7 +293,7 @@ def test_a_copy_shares_the_files_and_copies_where_links_are_refused(tmp_path, mo
     copy_saved(tmp_path / "whole", tmp_path / "copied", 30)
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "copied").glob("shard-*"))
     for name in ("linked", "copied"):
-        check_prefix(SamplePool.open(tmp_path / name, limit=30), 30)
+        check_prefix(open_pool(tmp_path / name, limit=30), 30)
 
 
 def test_a_pool_of_pixels_holds_what_its_jpeg_files_give_back(tmp_path):
@@ -304,7 +305,7 @@ def test_a_pool_of_pixels_holds_what_its_jpeg_files_give_back(tmp_path):
         assert saver.wait() == 30
         assert not saver._files
     assert not torch.equal(pool.payload(rows), made.images)
-    again = SamplePool.open(tmp_path)
+    again = open_pool(tmp_path)
     assert torch.equal(again.payload(rows), pool.payload(rows))
     assert again.records().tobytes() == pool.records().tobytes()
     assert len(list(tmp_path.glob("*.tar"))) == 2

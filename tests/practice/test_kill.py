@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpfast.pool.pool import SamplePool
+from dpfast.pool.reader import open_pool
 
 KILLS = int(os.environ.get("DPFAST_KILLS", "0"))
 pytestmark = pytest.mark.skipif(
@@ -77,7 +77,7 @@ def ended(process: subprocess.Popen, folder: Path) -> None:
 def same(folder: Path, whole: Path) -> None:
     assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     for source in ("dp", "static"):
-        a, b = (SamplePool.open(path / f"pool_{source}") for path in (folder, whole))
+        a, b = (open_pool(path / f"pool_{source}") for path in (folder, whole))
         assert len(a) == len(b), source
         for column in a.records().dtype.names:
             assert a.records()[column].tobytes() == b.records()[column].tobytes(), (

@@ -12,7 +12,7 @@ from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
 from dpfast.hardware.peaks import here
 from dpfast.parallel import ALONE
-from dpfast.pool.pool import SamplePool
+from dpfast.pool.reader import open_pool
 from dpfast.practice import experiment
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_folder import RunPaths, RunWriter
@@ -117,7 +117,7 @@ def check(path, whole):
     """Samples, additions and, up to rounding, losses are those of the undisturbed run; and there is
     a report.
     """
-    mine, theirs = (SamplePool.open(run / "pool_dp") for run in (path, whole))
+    mine, theirs = (open_pool(run / "pool_dp") for run in (path, whole))
     assert len(mine) == 128
     for name in ("sample_id", "label", "round", "omega"):
         assert torch.equal(mine.column(name), theirs.column(name)), name

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from dpfast.errors import RecipeError, SaveWarning
-from dpfast.generate.from_recipe import new_sampler
+from dpfast.generate.from_recipe import decoder_of_run, new_sampler
 from dpfast.logs import logged
 from dpfast.pool import shards
 from dpfast.pool.export import import_pool
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.reader import open_pool
 from dpfast.practice import disk
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.callbacks import Callback
@@ -80,7 +81,8 @@ def test_latents_of_every_source_are_those_that_the_images_come_from(short, pipe
         torch.testing.assert_close(
             result.pool.gather(EVERYTHING[:30])[0], decoded, rtol=0, atol=1e-5
         )
-    pool, _ = import_pool(tmp_path / "run")  # as the report does: the run's own decoder
+    decode = decoder_of_run(tmp_path / "run", "cpu")  # as the report does
+    pool, _ = import_pool(tmp_path / "run", decode=decode)
     assert torch.equal(pool.images(EVERYTHING), results[0].pool.images(EVERYTHING))
 
 
@@ -139,7 +141,7 @@ def test_a_full_disk_stops_saving_and_changes_nothing_else(full, short, tmp_path
     if full == "between two shards":
         assert "No space left on device" in said
         assert "30 of 45 samples are on the disk" in said
-        assert len(SamplePool.open(tmp_path / "full" / "pool_dp")) == 30
+        assert len(open_pool(tmp_path / "full" / "pool_dp")) == 30
     else:
         for what in ("saving the pool", "the checkpoint was not written"):
             assert what in said
@@ -211,7 +213,7 @@ def test_a_pool_of_decoded_jpeg_resumes_to_the_same_bits_and_the_learner_sees_wh
     assert next((tmp_path / "png" / "pool_dp").glob("*.tar")).read_bytes().find(b"\x89PNG") > 0
     assert not torch.equal(dp.pool.images(EVERYTHING), exact.pool.images(EVERYTHING))
     assert torch.equal(
-        SamplePool.open(tmp_path / "jpeg" / "pool_dp").images(EVERYTHING),
+        open_pool(tmp_path / "jpeg" / "pool_dp").images(EVERYTHING),
         dp.pool.images(EVERYTHING),
     )
     (again,) = run(jpeg, tmp_path / "jpeg", resume=True)

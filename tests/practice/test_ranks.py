@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpfast.pool.pool import SamplePool
+from dpfast.pool.reader import open_pool
 from tests.practice import launch
 from tests.practice.launch import Launched
 
@@ -41,7 +41,7 @@ def lines(run):
 
 
 def same_pool(run, other):
-    mine, theirs = (SamplePool.open(folder / "pool_dp") for folder in (run, other))
+    mine, theirs = (open_pool(folder / "pool_dp") for folder in (run, other))
     names = [
         name for name in mine.records().dtype.names if name not in ("offset", "length", "entropy")
     ]
@@ -188,7 +188,7 @@ def test_generation_beside_training_repeats_itself_and_bounds_the_age_of_samples
     ]
     whole = tmp_path / "whole"
     Launched(recipe, whole, options).ended()
-    pool = SamplePool.open(whole / "pool_dp")
+    pool = open_pool(whole / "pool_dp")
     assert len(pool) == 320
     added = [line["step"] for line in lines(whole) if line["event"] == "addition"]
     rounds, born = pool.column("round"), pool.column("learner_step")
