@@ -22,7 +22,7 @@ LAUNCH = ".launch"  # in a run's folder: which torchrun made it
 if TYPE_CHECKING:
     from dpfast.parallel import Ranks
     from dpfast.planning.fitting import Fit
-    from dpfast.pool.plan import Plan as PoolPlan
+    from dpfast.pool.placement import Placement
     from dpfast.practice.experiment import DeliberatePractice
     from dpfast.practice.stopping import Stop
 
@@ -211,7 +211,7 @@ def _begun(out: Path, *, overwrite: bool) -> bool:
     return not overwrite or (kept.is_file() and kept.read_text() == launch_name())
 
 
-def _dry_run(practice: DeliberatePractice, pool: PoolPlan, out: Path) -> int:
+def _dry_run(practice: DeliberatePractice, pool: Placement, out: Path) -> int:
     """Everything has been checked: the generator is loaded, the real images are read, the learner
     has been tried.
     """

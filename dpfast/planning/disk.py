@@ -9,7 +9,7 @@ from dpfast.config import Recipe
 from dpfast.planning.stages import Stages
 from dpfast.pool import codecs
 from dpfast.pool.memory_tiers import readable
-from dpfast.pool.plan import Plan as PoolPlan
+from dpfast.pool.placement import Placement
 
 # A checkpoint of 1.37 GB was written with its checksum and fsync in 3.6 to 4.9 s (a virtual
 # machine's disk, two cores: docs/scaling.md); a node's own drives are faster.
@@ -72,7 +72,7 @@ def most_checkpoints(recipe: Recipe, rounds: int) -> int:
 
 
 def plan_disk(
-    recipe: Recipe, pool: PoolPlan, stages: Stages, samples: int, seconds: float, training: float
+    recipe: Recipe, pool: Placement, stages: Stages, samples: int, seconds: float, training: float
 ) -> Disk:
     """Of one source that ends with ``samples`` after ``seconds``, of which ``training`` go by
     between additions.
@@ -96,7 +96,7 @@ def plan_disk(
         images=config.save_samples if config.codec == "pixels" else config.codec,
         checkpoint=stages.learner.state,
         kept=kept,
-        files=float(pool.devices * pool.places["file"] * pool.bytes_per_sample),
+        files=float(pool.devices * pool.in_tier["file"] * pool.bytes_per_sample),
         checkpoints=written,
         seconds=took,
         share=written * took / seconds if seconds else 0.0,

@@ -34,8 +34,7 @@ from dpfast.planning.memory import (
 from dpfast.planning.stages import Stages, count_stages
 from dpfast.pool import codecs
 from dpfast.pool.memory_tiers import DEVICE_SHARE, FILE_SHARE, GIB, MemoryTiers, readable
-from dpfast.pool.plan import Plan as PoolPlan
-from dpfast.pool.plan import plan as plan_pool
+from dpfast.pool.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Fit:
     micro_batch: int
     sampling_batch: int
     evaluation_batch: int
-    pool: PoolPlan
+    pool: Placement
     phases: tuple[Footprint, ...]
     usable: float
     changes: tuple[str, ...]
@@ -191,17 +190,17 @@ def equal_part(whole: int, fits: Callable[[int], bool], *, even: bool = False) -
     return next((size for size in sizes if fits(size)), 1)
 
 
-def _held(pool: PoolPlan, device: Device) -> float:
+def _held(pool: Placement, device: Device) -> float:
     """Bytes of the pool's part in a device's own memory."""
-    held = pool.places["device"] + (0 if device.gpu else pool.places["host"])
+    held = pool.in_tier["device"] + (0 if device.gpu else pool.in_tier["host"])
     return float(held * pool.bytes_per_sample)
 
 
-def _proposals(recipe: Recipe, pool: PoolPlan) -> tuple[str, ...]:
+def _proposals(recipe: Recipe, pool: Placement) -> tuple[str, ...]:
     """What would make a pool fit that does not."""
     if pool.fits:
         return ()
-    held = pool.devices * sum(pool.places.values())
+    held = pool.devices * sum(pool.in_tier.values())
     ways = [f"--maximum-samples {held}, which the memory and the disk of the devices hold"]
     if recipe.pool.codec == "pixels":
         ways.append("--codec jpeg, about a tenth of the bytes")
@@ -212,7 +211,7 @@ def _proposals(recipe: Recipe, pool: PoolPlan) -> tuple[str, ...]:
 
 def place_pool(
     recipe: Recipe, samples: int, stages: Stages, device: Device, count: int
-) -> PoolPlan:
+) -> Placement:
     """Where the samples lie, by a run's shares: what weights leave of a device, of a node's memory,
     of its drives.
     """
@@ -236,7 +235,7 @@ def place_pool(
     if config.mapped and device.disk is not None:
         tiers = replace(tiers, file_bytes=int(device.disk * FILE_SHARE))
     codecs.check_codec(config.codec)
-    return plan_pool(samples, shape, config.codec, count, tiers=tiers)
+    return Placement.of(samples, shape, config.codec, count, tiers=tiers)
 
 
 def stages_of(recipe: Recipe, device: Device) -> Stages:

@@ -99,10 +99,10 @@ def _memory(plan: Plan) -> list[str]:
     lines.append(f"pool: {pool}")
     each = pool.bytes_per_sample
     lines += [
-        f"  {name}: {readable(held * each)} a device" for name, held in pool.places.items() if held
+        f"  {name}: {readable(held * each)} a device" for name, held in pool.in_tier.items() if held
     ]
     if not pool.fits:
-        missing = pool.samples - sum(pool.places.values())
+        missing = pool.samples - sum(pool.in_tier.values())
         budgets = ", ".join(f"{name} {readable(pool.tiers.budget(name))}" for name in NAMES)
         lines.append(
             f"  {missing} samples of a device have no place (budgets of this plan: {budgets})"

@@ -25,7 +25,7 @@ from dpfast.ops.dispatch import CPU
 from dpfast.parallel import ALONE
 from dpfast.pool import codecs
 from dpfast.pool.memory_tiers import NAMES, MemoryTiers, PoolFullError, host_memory, touched
-from dpfast.pool.plan import CHUNK_BYTES, plan, plan_recipe
+from dpfast.pool.placement import CHUNK_BYTES, Placement
 from dpfast.pool.record import RECORD
 from dpfast.pool.shared_list import SharedList, with_chunk
 from dpfast.pool.snapshot import Payload, PoolSnapshot
@@ -57,7 +57,6 @@ class SamplePool:
     Raises ``ValueError`` for an unknown codec and for chunks that do not hold a sample.
     """
 
-    plan = staticmethod(plan)
     ranks = ALONE
     turn = 0  # one process makes all batches of every round
 
@@ -112,7 +111,7 @@ class SamplePool:
 
         Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
         """
-        fitting = plan_recipe(
+        fitting = Placement.from_recipe(
             recipe, samples, shape, device=device, folder=folder, processes=processes
         )
         return cls(

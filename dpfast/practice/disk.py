@@ -24,7 +24,7 @@ from dpfast.parallel import Ranks
 from dpfast.planning.disk import most_checkpoints
 from dpfast.pool import codecs, shards
 from dpfast.pool.memory_tiers import readable
-from dpfast.pool.plan import plan
+from dpfast.pool.placement import Placement
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.run_folder import unbegun
 
@@ -118,6 +118,8 @@ def _mapped(local: SamplePool, shape: tuple[int, ...], count: int) -> int:
     if not local.tiers.file_bytes:
         return 0
     total = len(local) + count
-    planned = plan(total, shape, local.codec, tiers=local.tiers, chunk_bytes=local.chunk_bytes)
+    planned = Placement.of(
+        total, shape, local.codec, tiers=local.tiers, chunk_bytes=local.chunk_bytes
+    )
     here = local.where().get("file", 0)
-    return max(planned.places["file"] - here, 0) * planned.bytes_per_sample
+    return max(planned.in_tier["file"] - here, 0) * planned.bytes_per_sample

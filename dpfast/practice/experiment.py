@@ -15,7 +15,7 @@ from dpfast.generate.from_recipe import check_generator, image_shape, load_pipel
 from dpfast.hardware.device import device_named
 from dpfast.learn.models import new_learner
 from dpfast.parallel import ALONE, Ranks
-from dpfast.pool.plan import Plan, plan_recipe
+from dpfast.pool.placement import Placement
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
 from dpfast.practice.checkpoint import Checkpoint
@@ -101,7 +101,7 @@ class DeliberatePractice:
             self.place_pool()
         self.unguided = unguided or Unguided(recipe, self.pipeline, ranks)
 
-    def place_pool(self, out: Path | None = None) -> Plan:
+    def place_pool(self, out: Path | None = None) -> Placement:
         """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place, as the
         run does.
 
@@ -113,7 +113,7 @@ class DeliberatePractice:
             if out is None
             else next(place for place in (out, *out.absolute().parents) if place.is_dir())
         )
-        return plan_recipe(
+        return Placement.from_recipe(
             recipe.pool,
             part_of_samples(recipe, ranks),
             stored_shape(recipe, self.pipeline, self.real),

@@ -122,7 +122,7 @@ def walked(planned: Plan, rank: int) -> Walked:
     """
     recipe = planned.fit.recipe
     pool = planned.fit.pool
-    held = int(pool.places["device"] * pool.bytes_per_sample)
+    held = int(pool.in_tier["device"] * pool.bytes_per_sample)
     walk = _walked(
         json.dumps(replace(recipe, pool=Pool(codec=recipe.pool.codec)).to_dict()),
         planned.count,
@@ -170,7 +170,7 @@ def host_memory(recipe: Recipe, planned: Plan) -> dict[str, float]:
     )
     return {
         "processes": PROCESS * here,
-        "pool": float(pool.places["host"] * pool.bytes_per_sample) * here,
+        "pool": float(pool.in_tier["host"] * pool.bytes_per_sample) * here,
         "columns": float(pool.samples * RECORD.itemsize) * here,
         "real images": (validation + test) / planned.count * here * math.prod(planned.stages.image),
         "checkpoint": 2.0 * planned.stages.learner.state,

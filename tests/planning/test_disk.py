@@ -9,7 +9,7 @@ from dpfast.planning.disk import WRITTEN, plan_disk
 from dpfast.planning.training import count_learner
 from dpfast.pool.codecs import saved_bytes
 from dpfast.pool.memory_tiers import MemoryTiers
-from dpfast.pool.plan import plan as plan_pool
+from dpfast.pool.placement import Placement
 
 
 class Counted:
@@ -27,7 +27,7 @@ def recipe():
 def planned(recipe, seconds=20_000.0, training=10_000.0, **pool):
     pool = dataclasses.replace(recipe.pool, **pool)
     recipe = dataclasses.replace(recipe, pool=pool)
-    places = plan_pool(3000, (1, 32, 32), tiers=MemoryTiers(host_bytes=1 << 30))
+    places = Placement.of(3000, (1, 32, 32), tiers=MemoryTiers(host_bytes=1 << 30))
     return plan_disk(recipe, places, Counted(recipe), 3000, seconds, training)
 
 

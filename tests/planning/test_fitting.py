@@ -40,7 +40,7 @@ def test_phases_add_what_lives_at_the_same_time(recipe, stages):
     fitted = fit(recipe, H100, stages=stages)
     phases = {phase.phase: phase for phase in fitted.phases}
     assert phases.keys() == {"unguided samples", "guided samples", "training", "evaluation"}
-    pool = fitted.pool.places["device"] * fitted.pool.bytes_per_sample
+    pool = fitted.pool.in_tier["device"] * fitted.pool.bytes_per_sample
     always = pool + stages.weights + stages.learner.state
     samples = always + sampling_bytes(stages, H100, 32, guided=True)
     assert phases["guided samples"].total == pytest.approx(samples)
@@ -66,7 +66,7 @@ def test_batches_are_parted_before_the_pool_gives_way_and_nothing_exceeds_the_de
         assert fitted.fits
         assert 64 % fitted.micro_batch == 0
         assert (
-            fitted.pool.places["device"] * fitted.pool.bytes_per_sample
+            fitted.pool.in_tier["device"] * fitted.pool.bytes_per_sample
             <= fitted.recipe.pool.device_gib * GIB
         )
         seen.add((fitted.sampling_batch, fitted.micro_batch))

@@ -27,7 +27,7 @@ from dpfast.planning.plan import GENERATION, STATED, plan
 from dpfast.planning.stages import count_stages
 from dpfast.planning.table import plan_table
 from dpfast.pool.memory_tiers import GIB
-from dpfast.pool.plan import plan as plan_pool
+from dpfast.pool.placement import Placement
 from dpfast.pool.pool import SamplePool
 from dpfast.sources.costs import Cost, price
 from dpfast.sources.guided_methods import RoundRequest, guided_method
@@ -263,10 +263,10 @@ def test_measured_stages_replace_limits_and_the_table_says_so(recipe):
 
 
 def test_the_published_pools_have_their_sizes():
-    assert plan_pool(6_500_000, (3, 256, 256)).bytes_per_sample * 6_500_000 == pytest.approx(
+    assert Placement.of(6_500_000, (3, 256, 256)).bytes_per_sample * 6_500_000 == pytest.approx(
         1.278e12, rel=1e-3
     )
-    assert plan_pool(
+    assert Placement.of(
         6_500_000, (4, 32, 32), "latents"
     ).bytes_per_sample * 6_500_000 == pytest.approx(53.2e9, rel=1e-3)
 
@@ -278,16 +278,16 @@ def test_a_pool_is_placed_by_the_shares_of_a_node(recipe, stages):
         place_pool(mapped, 6_500_000, wide, DEVICES["h100"], count) for count in (8, 256)
     )
     assert 8 * eight.samples * eight.bytes_per_sample == pytest.approx(1.278e12, rel=1e-3)
-    places = {name: held * eight.bytes_per_sample for name, held in eight.places.items()}
+    places = {name: held * eight.bytes_per_sample for name, held in eight.in_tier.items()}
     assert places["device"] == pytest.approx(
         0.5 * (80e9 - 4e9), rel=0.01
     )  # half of what the weights leave
     assert places["host"] == pytest.approx(1.278e12 / 8 - places["device"], rel=1e-3)
-    assert many.places == {"device": many.samples, "host": 0, "file": 0}
+    assert many.in_tier == {"device": many.samples, "host": 0, "file": 0}
     alone = place_pool(mapped, 6_500_000, wide, DEVICES["a100"], 1)
     assert alone.tiers.budget("file") == int(3.84e12 * 0.9)
     assert alone.fits
-    assert alone.places["file"] > 0
+    assert alone.in_tier["file"] > 0
 
 
 def test_the_documented_hours_are_the_planners():
@@ -324,7 +324,7 @@ def test_the_documented_fits_are_the_planners():
             "|"
         )[3:-1]
         fitted = fit(recipe, device, count=count)
-        pool = fitted.pool.places["device"] * fitted.pool.bytes_per_sample
+        pool = fitted.pool.in_tier["device"] * fitted.pool.bytes_per_sample
         assert row[0].split() == [str(fitted.sampling_batch), "of", "64"]
         assert row[1].split() == [str(fitted.micro_batch), "of", str(4096 // count)]
         assert float(row[2]) == pytest.approx(pool / GIB, abs=0.06)

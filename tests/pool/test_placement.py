@@ -1,4 +1,4 @@
-"""Plans: bytes and places before anything is generated, and what a refusal says."""
+"""Placements: bytes and places before anything is generated, and what a refusal says."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from dpfast import config
 from dpfast.errors import RecipeError
 from dpfast.pool.memory_tiers import MemoryTiers
+from dpfast.pool.placement import Placement
 from dpfast.pool.pool import SamplePool
 from tests.pool.helpers import SHAPE, batch
 
@@ -16,11 +17,11 @@ def test_the_paper_s_pool_of_pixels_and_latents():
     """6.5 M images of 256 px: 1.28 TB of pixels; as fp16 latents of 512 px 213 GB (both without
     columns).
     """
-    pixels = SamplePool.plan(6_500_000, (3, 256, 256), tiers=MemoryTiers(host_bytes=64 * GIB))
+    pixels = Placement.of(6_500_000, (3, 256, 256), tiers=MemoryTiers(host_bytes=64 * GIB))
     assert pixels.bytes_per_sample == 196_608
     assert pixels.overhead <= 64
     assert pixels.samples * pixels.bytes_per_sample == pytest.approx(1.28e12, rel=0.01)
-    latents = SamplePool.plan(
+    latents = Placement.of(
         6_500_000, (4, 64, 64), "latents", tiers=MemoryTiers(host_bytes=300 * GIB)
     )
     assert latents.samples * latents.bytes_per_sample == pytest.approx(213e9, rel=0.01)
@@ -36,27 +37,27 @@ def test_devices_share_the_pool_and_tiers_fill_in_order(tmp_path):
         folder=tmp_path,
         file_bytes=900 * GIB,
     )
-    plan = SamplePool.plan(1_000_000, (3, 256, 256), devices=["a", "b"], tiers=tiers).check()
-    assert plan.samples == 500_000
-    assert plan.places["device"] == 160 * ((64 << 20) // 196_608)
-    assert plan.places["host"] < plan.places["device"]  # the columns take their part
-    assert sum(plan.places.values()) == 500_000
+    placed = Placement.of(1_000_000, (3, 256, 256), devices=["a", "b"], tiers=tiers).check()
+    assert placed.samples == 500_000
+    assert placed.in_tier["device"] == 160 * ((64 << 20) // 196_608)
+    assert placed.in_tier["host"] < placed.in_tier["device"]  # the columns take their part
+    assert sum(placed.in_tier.values()) == 500_000
 
 
-def test_what_a_plan_promises_a_pool_holds():
+def test_what_a_placement_promises_a_pool_holds():
     tiers = MemoryTiers(host_bytes=300_000)
-    refused = SamplePool.plan(2600, SHAPE, tiers=tiers, chunk_bytes=1 << 12)
+    refused = Placement.of(2600, SHAPE, tiers=tiers, chunk_bytes=1 << 12)
     assert not refused.fits
-    room = refused.places["host"]
-    plan = SamplePool.plan(room, SHAPE, tiers=tiers, chunk_bytes=1 << 12).check()
+    room = refused.in_tier["host"]
+    placed = Placement.of(room, SHAPE, tiers=tiers, chunk_bytes=1 << 12).check()
     pool = SamplePool(tiers=tiers, chunk_bytes=1 << 12)
     pool.append(batch(0, room), round=0, omega=0.0)
-    assert pool.where() == plan.places
+    assert pool.where() == placed.in_tier
 
 
 def test_a_refusal_has_the_numbers_and_three_ways_out():
     with pytest.raises(RecipeError) as error:
-        SamplePool.plan(
+        Placement.of(
             6_500_000, (3, 256, 256), devices=8, tiers=MemoryTiers(host_bytes=64 * GIB)
         ).check()
     message = str(error.value)
@@ -76,11 +77,11 @@ def test_a_refusal_has_the_numbers_and_three_ways_out():
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="devices = 0"):
-        SamplePool.plan(1, (1, 8, 8), devices=0)
+        Placement.of(1, (1, 8, 8), devices=0)
     with pytest.raises(ValueError, match="codec = 'gif'"):
-        SamplePool.plan(1, (1, 8, 8), "gif")
+        Placement.of(1, (1, 8, 8), "gif")
     with pytest.raises(ValueError, match="a chunk 64"):
-        SamplePool.plan(1, (1, 16, 16), chunk_bytes=64)
+        Placement.of(1, (1, 16, 16), chunk_bytes=64)
 
 
 def test_a_recipe_s_pool_is_checked_and_placed_as_planned(tmp_path):
