@@ -197,17 +197,28 @@ class GuidedSampler:
     @property
     def execution(self) -> Execution:
         """The steps, once a batch was asked for."""
+        self.check_learner()
+        assert self._execution is not None
+        return self._execution
+
+    def check_learner(self) -> None:
+        """Tries the learner and the criterion out, once, and fits guidance into the memory budget.
+
+        Raises ``ValueError`` where they do not fit the pipeline or the budget.
+        """
         if self._execution is None:
             self._execution = Execution(
                 self._parts(), recorder=self.recorder, region=self.compile_region
             )
-        return self._execution
 
-    def variants(self, *, guided: bool) -> list[Variant]:
-        """The variant of each step of a trajectory, guided or not."""
+    def variants(self, *, guided: bool, cfg_scale: float | None = None) -> list[Variant]:
+        """The variant of each step of a trajectory, guided or not; cfg_scale: None is the
+        sampler's.
+        """
+        scale = self.cfg_scale if cfg_scale is None else cfg_scale
         total = len(self.table)
         guided_steps = self.guidance.steps(total) if guided else frozenset()
-        has_cfg = self.cfg_scale != 1 and self.pipeline.denoiser.null_label is not None
+        has_cfg = scale != 1 and self.pipeline.denoiser.null_label is not None
         cfg_steps = interval_steps(total, *self.cfg_interval) if has_cfg else range(0)
         guided_at, cfg_at = (
             [i in steps for i in range(total)] for steps in (guided_steps, cfg_steps)
@@ -230,18 +241,21 @@ class GuidedSampler:
         sample_ids: Tensor | Sequence[int] | None = None,
         *,
         omega: float | Tensor | None = None,
+        cfg_scale: float | None = None,
         learner_step: int = 0,
     ) -> SampleBatch:
         """One batch.
 
         labels: (B,) class ids; sample_ids: (B,) keys of the noise, default 0..B-1; omega: a number
-        or (B,) tensor in place of the configured strength.
+        or (B,) tensor in place of the configured strength; cfg_scale: in place of the configured
+        one.
         """
         labels, ids, strengths = self._checked(labels, sample_ids, 0, omega)
+        scale = self._scale(cfg_scale)
         if not len(labels):
             raise ValueError("labels is empty: expected at least one")
         self._prepare(len(labels))
-        return self._generate(labels, ids, strengths, learner_step)
+        return self._generate(labels, ids, strengths, scale, learner_step)
 
     @torch.no_grad()
     def begin(
@@ -250,6 +264,7 @@ class GuidedSampler:
         sample_ids: Tensor | Sequence[int],
         *,
         omega: float | Tensor | None = None,
+        cfg_scale: float | None = None,
         latents: Tensor | None = None,
         step: int = 0,
     ) -> Trajectory:
@@ -263,6 +278,7 @@ class GuidedSampler:
         of another shape.
         """
         labels, ids, strengths = self._checked(labels, sample_ids, 0, omega)
+        scale = self._scale(cfg_scale)
         shape = (len(labels), *self.pipeline.denoiser.sample_shape)
         if not 0 <= step < len(self.table):
             raise ValueError(f"step = {step}: expected 0 to {len(self.table) - 1}")
@@ -273,12 +289,12 @@ class GuidedSampler:
         self._prepare(len(labels))
         noise = normal(ids, shape[1:], seed=self.seed, stream=INITIAL_NOISE)
         if latents is None:
-            return self._begun(noise, labels, ids, strengths)
+            return self._begun(noise, labels, ids, strengths, scale)
         clean = latents.to(noise)
         alpha, sigma = self.table.rows[step, :2]
         held = clean if self.table.needs_x0_prev else None
         return replace(
-            self._begun(noise, labels, ids, strengths),
+            self._begun(noise, labels, ids, strengths, scale),
             x=alpha * clean + sigma * noise,
             x0_prev=held,
             step=step,
@@ -306,7 +322,7 @@ class GuidedSampler:
         if execution.batch is not None and size > execution.batch:
             execution.close()  # prepared for less: eager steps take any size
         execution.refresh()
-        variants = self.variants(guided=omega is not None)
+        variants = self.variants(guided=omega is not None, cfg_scale=trajectory.cfg_scale)
         strengths = torch.zeros(size, device=device) if omega is None else omega
         valid = None
         if execution.batch is not None:
@@ -327,7 +343,7 @@ class GuidedSampler:
             timesteps=table.timesteps,
             omega=strengths,
             cfg_scale=torch.full(
-                (), float(self.cfg_scale), device=device
+                (), float(trajectory.cfg_scale), device=device
             ),  # filled there; a copy would be waited for
             seed=torch.full(
                 (), int(check_seed("seed", self.seed, device)), dtype=torch.int64, device=device
@@ -408,12 +424,13 @@ class GuidedSampler:
         sample_ids: Tensor | Sequence[int] | None = None,
         batch_size: int | Literal["auto"] = "auto",
         omega: float | Tensor | None = None,
+        cfg_scale: float | None = None,
         learner_step: int = 0,
     ) -> Iterator[SampleBatch]:
         """Yields batches for all ``labels`` in their order, each sample once.
 
         sample_ids: (N,) keys of the noise, default counting up from ``first_id``; omega: a number
-        or (N,) tensor.
+        or (N,) tensor; cfg_scale: a number, each in place of the configured one.
         batch_size: "auto" doubles the batch while samples per second grow and memory lasts. Running
         out of memory halves any batch and goes on; later streams do not try it again. Bad input
         raises here, not at the first batch.
@@ -425,16 +442,19 @@ class GuidedSampler:
         if batch_size != "auto" and batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: expected at least 1, or 'auto'")
         labels, ids, strengths = self._checked(labels, sample_ids, first_id, omega)
+        scale = self._scale(cfg_scale)
 
         def make(part: slice) -> SampleBatch:
             return self._generate(
                 labels[part],
                 ids[part],
                 None if strengths is None else strengths[part],
+                scale,
                 learner_step,
             )
 
-        return in_batches(self, make, len(labels), batch_size, guided=strengths is not None)
+        variants = self.variants(guided=strengths is not None, cfg_scale=scale)
+        return in_batches(self, make, len(labels), batch_size, variants)
 
     def release(self) -> None:
         """Gives back the memory of captured steps, for others to use until the next batch captures
@@ -504,8 +524,15 @@ class GuidedSampler:
             )
         if self._path.criterion is criteria.entropy and easy:
             _warn_of_easy_samples()
-        self.execution  # noqa: B018  tries the learner out before anything is sampled
+        self.check_learner()
         return labels, ids, strengths.expand(len(labels)).contiguous() if guided else None
+
+    def _scale(self, cfg_scale: float | None) -> float:
+        """The scale of a trajectory: the configured one, or another."""
+        if cfg_scale is None:
+            return self.cfg_scale
+        check.number("cfg_scale", cfg_scale)
+        return cfg_scale
 
     def _parts(self) -> StepParts:
         """What the steps are made of, after the learner and the criterion have been tried out."""
@@ -536,13 +563,19 @@ class GuidedSampler:
 
     @torch.no_grad()
     def _generate(
-        self, labels: Tensor, ids: Tensor, omega: Tensor | None, learner_step: int
+        self,
+        labels: Tensor,
+        ids: Tensor,
+        omega: Tensor | None,
+        cfg_scale: float,
+        learner_step: int,
     ) -> SampleBatch:
         noise = normal(
             ids, self.pipeline.denoiser.sample_shape, seed=self.seed, stream=INITIAL_NOISE
         )
         return self.finish(
-            self.advance(self._begun(noise, labels, ids, omega)), learner_step=learner_step
+            self.advance(self._begun(noise, labels, ids, omega, cfg_scale)),
+            learner_step=learner_step,
         )
 
     @torch.no_grad()
@@ -550,10 +583,16 @@ class GuidedSampler:
         """Runs all steps on initial latents (B, c, h, w), unit noise, and returns the final
         latents.
         """
-        return self.advance(self._begun(x, *self._checked(labels, sample_ids, 0, None))).x
+        checked = self._checked(labels, sample_ids, 0, None)
+        return self.advance(self._begun(x, *checked, self.cfg_scale)).x
 
     def _begun(
-        self, noise: Tensor, labels: Tensor, ids: Tensor, omega: Tensor | None
+        self,
+        noise: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        omega: Tensor | None,
+        cfg_scale: float,
     ) -> Trajectory:
         return Trajectory(
             x=noise * self.table.initial_scale,
@@ -561,6 +600,7 @@ class GuidedSampler:
             labels=labels,
             sample_ids=ids,
             omega=omega,
+            cfg_scale=cfg_scale,
             skipped=torch.zeros((), dtype=torch.int64, device=noise.device),
         )
 

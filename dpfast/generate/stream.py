@@ -7,12 +7,13 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from dpfast.generate import preflight as probing
 from dpfast.generate.runtime.batching import FIRST, LARGEST, BatchSizer
+from dpfast.generate.step import Variant
 from dpfast.hardware.out_of_memory import attempt, release
 from dpfast.samples import SampleBatch
 
@@ -27,16 +28,17 @@ def in_batches(
     make: Callable[[slice], SampleBatch],
     total: int,
     batch_size: int | Literal["auto"],
-    *,
-    guided: bool,
+    variants: Sequence[Variant],
 ) -> Iterator[SampleBatch]:
     """Yields what ``make`` makes of the parts of ``total`` samples, in order, each once.
 
-    batch_size: "auto" doubles the batch while it pays. A batch that does not fit into memory is
-    made again in halves, and ``sampler.fitting`` remembers what did fit.
+    variants: of a trajectory's steps; batch_size: "auto" doubles the batch while it pays. A batch
+    that does not fit into memory is made again in halves, and ``sampler.fitting`` remembers what
+    did fit.
     """
     execution, tuner, done, retries = sampler.execution, sampler.tuner, 0, 0
-    sizer = _sizer(sampler, batch_size, total, guided=guided)
+    guided = any(variant.guided for variant in variants)
+    sizer = _sizer(sampler, batch_size, total, variants)
     while done < total:
         if not sizer.searching:
             compile = tuner.decide(execution, sizer.size, total - done)
@@ -65,15 +67,17 @@ def in_batches(
 
 
 def _sizer(
-    sampler: GuidedSampler, batch_size: int | Literal["auto"], total: int, *, guided: bool
+    sampler: GuidedSampler,
+    batch_size: int | Literal["auto"],
+    total: int,
+    variants: Sequence[Variant],
 ) -> BatchSizer:
+    guided = any(variant.guided for variant in variants)
     prepared, fitting = sampler.execution.batch, sampler.fitting.get(guided, LARGEST)
     if batch_size == "auto" and prepared is not None:  # found by an earlier stream
         return BatchSizer(prepared, limit=prepared, search=False)
     if batch_size == "auto" and total > FIRST:
-        whole = (
-            variant for variant in sampler.variants(guided=guided) if variant.features != "reuse"
-        )
+        whole = (variant for variant in variants if variant.features != "reuse")
         dearest = max(whole, key=lambda variant: (variant.guided, variant.cfg))
         limit = probing.largest_batch(sampler.execution.parts, sampler.table, dearest)
         return BatchSizer(FIRST, limit=min(fitting, limit))

@@ -20,6 +20,7 @@ class Trajectory:
 
     x: (B, c, h, w) float32 latents; x0_prev: the same, the x0 of the step before, None where the
     solver has no use for it; labels, sample_ids: (B,) int64; omega: (B,) float32, None: unguided;
+    cfg_scale: of all its steps;
     value: (B,) float32, the criterion at the x0 that the last guided step predicted, None before
     it; features: as in ``StepInputs``, where the next step reuses them; skipped: 0-d int64, as in
     ``SampleBatch``, of all that ever belonged to the batch.
@@ -29,6 +30,7 @@ class Trajectory:
     labels: Tensor
     sample_ids: Tensor
     skipped: Tensor
+    cfg_scale: float
     x0_prev: Tensor | None = None
     omega: Tensor | None = None
     value: Tensor | None = None

@@ -105,7 +105,12 @@ def measure(
     def guided(size: int) -> Iterator[Callable[[], object]]:
         labels = torch.arange(size) % classes
         wanted = RoundRequest(
-            labels=labels, start=len(pool), done=0, omega=recipe.guidance.omega, learner_step=0
+            labels=labels,
+            start=len(pool),
+            done=0,
+            omega=recipe.guidance.omega,
+            cfg_scale=recipe.generator.cfg_scale,
+            learner_step=0,
         )
         yield lambda: list(way.make(wanted, Cost()))
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,11 +132,9 @@ def slowest(spent: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
     return (rank, each[rank] / typical) if typical and each[rank] > SLOW * typical else None
 
 
-def price(
-    sampler: GuidedSampler, make: Callable[[], object] | None = None, *, guided: bool = True
-) -> Price:
-    """Makes one sample, or calls ``make``, and counts: rows through the denoiser, and FLOPs by
-    torch's formulas.
+def price(sampler: GuidedSampler, make: Callable[[], object]) -> Price:
+    """Calls ``make``, which makes one sample or a part of it, and counts: rows through the
+    denoiser, and FLOPs by torch's formulas.
 
     Samples of one sampler take the same steps, so what one costs, each costs. The sampler must run
     eagerly: compiled or captured steps do the same work without telling a counter.
@@ -147,10 +146,10 @@ def price(
         rows += len(arguments[0] if arguments else named["hidden_states"])
 
     denoiser: Any = sampler.pipeline.denoiser
-    sampler.execution  # noqa: B018  tries the learner out on images of its own, once
+    sampler.check_learner()  # on images of its own, which are not of the sample
     hook = denoiser.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        counted = flops(make or (lambda: sampler.generate([0], omega=None if guided else 0.0)))
+        counted = flops(make)
     finally:
         hook.remove()
     return Price(float(rows), counted)
@@ -159,23 +158,28 @@ def price(
 class Prices:
     """``price``, asked for once with classifier-free guidance and once without: a round may switch
     it off.
+
+    make: makes what is priced at a ``cfg_scale``; None: one sample, ``guided`` or not.
     """
 
     def __init__(
         self,
         sampler: GuidedSampler,
-        make: Callable[[], object] | None = None,
+        make: Callable[[float], object] | None = None,
         *,
         guided: bool = True,
     ) -> None:
-        self.sampler, self.make, self.guided = sampler, make, guided
+        omega = None if guided else 0.0
+        self.sampler = sampler
+        self.make = make or (
+            lambda cfg_scale: sampler.generate([0], omega=omega, cfg_scale=cfg_scale)
+        )
         self._known: dict[bool, Price] = {}
 
     def at(self, cfg_scale: float) -> Price:
         """Of one sample in a round of this scale."""
         if (cfg_scale != 1) not in self._known:
-            self.sampler.cfg_scale = cfg_scale
-            self._known[cfg_scale != 1] = price(self.sampler, self.make, guided=self.guided)
+            self._known[cfg_scale != 1] = price(self.sampler, partial(self.make, cfg_scale))
         return self._known[cfg_scale != 1]
 
 

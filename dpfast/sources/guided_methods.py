@@ -46,7 +46,7 @@ from dpfast.hardware.out_of_memory import HalvingBatches
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.samples import SampleBatch
-from dpfast.sources.costs import Cost, Price, Prices
+from dpfast.sources.costs import Cost, Prices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class RoundRequest:
     start: int
     done: int
     omega: float
+    cfg_scale: float
     learner_step: int
     turn: int = 0
     ranks: Ranks = ALONE
@@ -123,11 +124,6 @@ class FromNoise:
         self.batch, self.steps = recipe.generator.batch_size, recipe.generator.steps
         self.prices = Prices(eager)
 
-    @property
-    def price(self) -> Price:
-        """Of one sample in the present round."""
-        return self.prices.at(self.sampler.cfg_scale)
-
     def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
         rest = wanted.rest(self.batch)
         batches = self.sampler.stream(
@@ -135,9 +131,10 @@ class FromNoise:
             sample_ids=wanted.start + rest,
             batch_size=self.batch,
             omega=wanted.omega,
+            cfg_scale=wanted.cfg_scale,
             learner_step=wanted.learner_step,
         )
-        yield from cost.timed(batches, self.price)
+        yield from cost.timed(batches, self.prices.at(wanted.cfg_scale))
 
 
 class EarlyRejection(FromNoise):
@@ -154,20 +151,24 @@ class EarlyRejection(FromNoise):
         self.chunks = HalvingBatches(
             recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close
         )
-        self.early_prices = Prices(eager, lambda: eager.advance(eager.begin([0], [0]), self.stop))
+        self.early_prices = Prices(eager, self._early)
 
     def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
-        early = self.early_prices.at(self.sampler.cfg_scale)
-        late = self.price.minus(early)
+        early = self.early_prices.at(wanted.cfg_scale)
+        late = self.prices.at(wanted.cfg_scale).minus(early)
         for place, labels in wanted.parts(self.batch):
             started = time.perf_counter()
             first, last = self._id(place), self._id(place + len(labels))
-            kept = self._kept(labels, torch.arange(first, last), wanted.omega)
+            kept = self._kept(labels, torch.arange(first, last), wanted)
             parts = self.chunks.over(len(kept), partial(self._finished, kept, wanted.learner_step))
             batch = replace(joined(list(parts)), retries=self.chunks.since())
             cost.pay(last - first, early)
             cost.take(batch, late, time.perf_counter() - started)
             yield batch
+
+    def _early(self, cfg_scale: float) -> None:
+        """One trajectory up to the cut, to be counted."""
+        self.eager.advance(self.eager.begin([0], [0], cfg_scale=cfg_scale), self.stop)
 
     def _finished(self, kept: Trajectory, learner_step: int, rows: slice) -> SampleBatch:
         """These rows of the trajectories that go on, from the cut to the end."""
@@ -180,16 +181,17 @@ class EarlyRejection(FromNoise):
         """The id of the first candidate for the sample at this place of the pool."""
         return self.initial + int(self.ratio * (place - self.initial))
 
-    def _kept(self, labels: Tensor, ids: Tensor, omega: float) -> Trajectory:
+    def _kept(self, labels: Tensor, ids: Tensor, wanted: RoundRequest) -> Trajectory:
         """Of the candidates ``ids`` before the cut, as many of each label as ``labels`` (n,)
         has.
         """
         candidates = labels[torch.arange(len(ids)) % len(labels)]
 
         def begun(rows: slice) -> Trajectory:
-            return self.sampler.advance(
-                self.sampler.begin(candidates[rows], ids[rows], omega=omega), self.stop
+            started = self.sampler.begin(
+                candidates[rows], ids[rows], omega=wanted.omega, cfg_scale=wanted.cfg_scale
             )
+            return self.sampler.advance(started, self.stop)
 
         every = Trajectory.joined(list(self.chunks.over(len(ids), begun)))
         assert every.value is not None
@@ -227,18 +229,17 @@ class RePractice(FromNoise):
         self.image = torch.zeros(1, *image_shape(sampler.pipeline), device=sampler.pipeline.device)
         self.prices = Prices(eager, self._one)
 
-    def _one(self) -> None:
+    def _one(self, cfg_scale: float) -> None:
         """A sample, to be counted."""
         pipeline = self.eager.pipeline
         latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
         if self.recipe.pool.codec != "latents":
             latents = _encoded(pipeline, self.image)
-        self.eager.finish(
-            self.eager.advance(self.eager.begin([0], [0], latents=latents, step=self.start))
-        )
+        started = self.eager.begin([0], [0], cfg_scale=cfg_scale, latents=latents, step=self.start)
+        self.eager.finish(self.eager.advance(started))
 
     def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
-        parents = self._parents(wanted)
+        parents, price = self._parents(wanted), self.prices.at(wanted.cfg_scale)
         done, started = wanted.done, time.perf_counter()
 
         def made(rows: slice) -> SampleBatch:
@@ -247,6 +248,7 @@ class RePractice(FromNoise):
                 wanted.labels[places],
                 wanted.start + places,
                 omega=wanted.omega,
+                cfg_scale=wanted.cfg_scale,
                 latents=self._latents(parents[places]),
                 step=self.start,
             )
@@ -256,7 +258,7 @@ class RePractice(FromNoise):
 
         for part in self.chunks.over(len(wanted.labels) - done, made):
             batch = replace(part, retries=self.chunks.since())
-            cost.take(batch, self.price, time.perf_counter() - started)
+            cost.take(batch, price, time.perf_counter() - started)
             yield batch
             started = time.perf_counter()
 

@@ -168,14 +168,12 @@ class Unguided:
                 yield known
                 continue
             labels = balanced_labels(start, size, self.classes)
-            usual, self.sampler.cfg_scale = self.sampler.cfg_scale, cfg_scale
-            try:
-                batches = self.sampler.stream(labels, first_id=start, batch_size=self.batch)
-                for batch in cost.timed(batches, price):
-                    self.ranks.beat()
-                    yield batch
-            finally:
-                self.sampler.cfg_scale = usual
+            batches = self.sampler.stream(
+                labels, first_id=start, batch_size=self.batch, cfg_scale=cfg_scale
+            )
+            for batch in cost.timed(batches, price):
+                self.ranks.beat()
+                yield batch
 
     def _known(self, first: int, count: int) -> SampleBatch | None:
         for pool, row_of in self._pools:
@@ -312,7 +310,6 @@ class DeliberatePracticeSource(DynamicSource):
         if not self.omega(round.number):
             yield from super()._more(round, done)
             return
-        self.sampler.cfg_scale = self.cfg_scale(round.number)
         wanted = RoundRequest(
             labels=self._labels(round),
             start=round.start,
@@ -320,6 +317,7 @@ class DeliberatePracticeSource(DynamicSource):
             turn=round.turn,
             ranks=self.unguided.ranks,
             omega=self.omega(round.number),
+            cfg_scale=self.cfg_scale(round.number),
             learner_step=round.learner_step,
         )
         yield from self.way.make(wanted, self.cost)

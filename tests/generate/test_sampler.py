@@ -284,3 +284,21 @@ def test_embedded_samples_carry_their_labels(fashion):
         float((logits.argmax(1) == labels).float().mean()) >= 0.85
     )  # 5,000 samples: see the model card
     assert float(entropy(logits).mean()) < 0.6
+
+
+def test_a_scale_of_one_call_is_that_of_a_sampler_and_stays_there(pipeline, learner):
+    guidance = GuidanceConfig(omega=0.1, every=2)
+    sampler, other = (
+        GuidedSampler(pipeline, learner, steps=4, guidance=guidance, cfg_scale=scale, compile=False)
+        for scale in (1.5, 3.0)
+    )
+    own = sampler.generate([0, 1, 2]).images
+    wanted = other.generate([0, 1, 2]).images
+    assert not torch.equal(own, wanted)
+    assert torch.equal(sampler.generate([0, 1, 2], cfg_scale=3.0).images, wanted)
+    streams = [sampler.stream([0, 1, 2], batch_size=3, cfg_scale=scale) for scale in (3.0, None)]
+    at_three, at_own = (next(stream).images for stream in streams)
+    assert torch.equal(at_three, wanted)
+    assert torch.equal(at_own, own)
+    with pytest.raises(ValueError, match="cfg_scale = nan"):
+        sampler.begin([0], [0], cfg_scale=float("nan"))

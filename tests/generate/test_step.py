@@ -38,12 +38,13 @@ def test_each_variant_compiles_once_as_one_graph(options, graphs, pipeline, lear
     torch._dynamo.utils.counters.clear()
     first = sampler.generate([0, 1, 2])
     assert counter.frame_count == graphs
-    sampler.cfg_scale, sampler.seed = 2.5, 7
-    sampler.generate([2, 1, 0], [9, 2**40, 3], omega=torch.tensor([0.3, 0.1, 0.0]))
+    sampler.seed = 7
+    strengths = torch.tensor([0.3, 0.1, 0.0])
+    sampler.generate([2, 1, 0], [9, 2**40, 3], omega=strengths, cfg_scale=2.5)
     with torch.no_grad():
         for parameter in learner.parameters():
             parameter.mul_(-1)
-    sampler.cfg_scale, sampler.seed = 1.5, 0
+    sampler.seed = 0
     updated = sampler.generate([0, 1, 2])
     list(sampler.stream([0, 1, 2, 0, 1], batch_size=3))
     assert counter.frame_count == graphs
@@ -57,7 +58,7 @@ def test_inductor_makes_the_eager_guided_step(pipeline, learner):
     labels, ids, omega = sampler._checked([0, 1, 2], None, 0, None)
     x = torch.randn(3, 4, 8, 8)
     with torch.no_grad():
-        start = sampler._begun(x, labels, ids, omega)
+        start = sampler._begun(x, labels, ids, omega, 1.5)
         expected = sampler.advance(start).x
         sampler.execution.prepare(4, compile=True)
         compiled = sampler.advance(start).x
@@ -72,9 +73,9 @@ def test_a_trajectory_reads_nothing_on_the_host(through, pipeline, learner, monk
     sampler = new_sampler(
         pipeline, learner, guidance=guidance, cfg_interval=(0.25, 0.75), eta=0.5, compile=False
     )
-    labels, ids, omega = sampler._checked([0, 1], None, 0, None)
+    start = sampler.begin([0, 1], [0, 1])
     with torch.no_grad(), Watch() as watch:
-        latents = sampler.advance(sampler._begun(torch.randn(2, 4, 8, 8), labels, ids, omega)).x
+        latents = sampler.advance(start).x
         sampler.execution.finish(latents)
     assert not watch.reads
     assert len(watch.calls) > 100
@@ -104,7 +105,7 @@ def test_the_solvers_memory_reaches_the_next_step(pipeline, learner):
     labels, ids, omega = sampler._checked([0], None, 0, None)
     x = torch.randn(1, 4, 8, 8)
     with torch.no_grad():
-        start = sampler._begun(x, labels, ids, omega)
+        start = sampler._begun(x, labels, ids, omega, 1.5)
         expected = sampler.advance(start).x
         original = sampler.execution.step
 

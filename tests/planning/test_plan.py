@@ -29,7 +29,7 @@ from dpfast.planning.table import plan_table
 from dpfast.pool.memory_tiers import GIB
 from dpfast.pool.placement import Placement
 from dpfast.pool.pool import SamplePool
-from dpfast.sources.costs import Cost, price
+from dpfast.sources.costs import Cost, Prices
 from dpfast.sources.guided_methods import RoundRequest, guided_method
 
 
@@ -74,17 +74,19 @@ def test_counts_of_every_architecture_are_those_of_torchs_counter():
         )
 
 
+def one(sampler, **options):
+    """The counted price of one sample."""
+    return Prices(sampler, **options).at(sampler.cfg_scale)
+
+
 def test_a_planned_sample_costs_what_a_real_one_is_counted_to(recipe, stages, fashion):
     options = recipe.learner.options
     learner = build_learner(recipe.learner.model, classes=10, channels=1, **options).eval()
     assert (
         stages.unguided.flops
-        == price(new_sampler(recipe, fashion, None, compile=False), guided=False).flops
+        == one(new_sampler(recipe, fashion, None, compile=False), guided=False).flops
     )
-    assert (
-        stages.guided.flops
-        == price(new_sampler(recipe, fashion, learner, compile=False), guided=True).flops
-    )
+    assert stages.guided.flops == one(new_sampler(recipe, fashion, learner, compile=False)).flops
 
 
 def test_reused_features_are_planned_and_paid_alike(recipe, stages, fashion):
@@ -92,7 +94,7 @@ def test_reused_features_are_planned_and_paid_alike(recipe, stages, fashion):
         recipe, generator=dataclasses.replace(recipe.generator, cache_interval=2)
     )
     planned = count_stages(cached, without_weights("fashion"), half_training=False)
-    paid = price(new_sampler(cached, fashion, None, compile=False), guided=False)
+    paid = one(new_sampler(cached, fashion, None, compile=False), guided=False)
     assert planned.unguided.flops == paid.flops < 0.7 * stages.unguided.flops
     assert planned.guided == stages.guided  # every second step is guided: nothing to reuse
 
@@ -116,7 +118,14 @@ def test_every_way_is_planned_at_what_a_sample_is_paid(recipe, changes, fashion)
     way = guided_method(chosen, sampler, sampler, lambda: pool)
     list(
         way.make(
-            RoundRequest(labels=torch.arange(10), start=10, done=0, omega=0.05, learner_step=0),
+            RoundRequest(
+                labels=torch.arange(10),
+                start=10,
+                done=0,
+                omega=0.05,
+                cfg_scale=1.5,
+                learner_step=0,
+            ),
             cost,
         )
     )
@@ -149,7 +158,7 @@ def test_a_committee_adds_its_second_member(recipe, stages, fashion):
         recipe.learner.model, classes=10, channels=1, **recipe.learner.options
     ).eval()
     sampler = new_sampler(apart, fashion, Committee(learner, learner).eval(), compile=False)
-    assert planned.guided.flops == price(sampler, guided=True).flops > stages.guided.flops
+    assert planned.guided.flops == one(sampler).flops > stages.guided.flops
     assert planned.training == stages.training
 
 

@@ -36,7 +36,9 @@ def short(recipe):
 
 def wanted(labels=LABELS, **changes):
     return RoundRequest(
-        **{"labels": labels, "start": 30, "done": 0, "omega": 0.2, "learner_step": 0} | changes
+        **{"labels": labels, "start": 30, "done": 0, "omega": 0.2, "cfg_scale": 1.5}
+        | {"learner_step": 0}
+        | changes
     )
 
 
