@@ -39,10 +39,6 @@ EXPECTED = {  # to be emptied
     "dpfast.generate.from_recipe -> dpfast.data.imagenet",
     "dpfast.hardware.peaks -> dpfast.generate.models.linear",
     "dpfast.planning.measure -> dpfast.learn.models",
-    "dpfast.theory.charts -> dpfast.report.figures",
-    "dpfast.theory.figures -> dpfast.report.figures",
-    "dpfast.theory.figures -> dpfast.report.points",
-    "dpfast.theory.figures -> dpfast.report.sweeps",
 }
 EXPECTED_CIRCLES = {  # to be emptied
     "dpfast.generate.sampler",

@@ -1,10 +1,34 @@
-"""``dpfast doctor``: what is installed and what is missing."""
+"""``dpfast doctor``: what is installed, which backend every operation uses, and what to install for
+the rest.
+"""
 
 from __future__ import annotations
 
 import argparse
+import platform
+import warnings
+from importlib import metadata
 
 from dpfast.cli import Commands
+
+# package -> (what it is for, how to get it)
+OPTIONAL = {
+    "triton": ("GPU kernels", "pip install triton (Linux)"),
+    "transformers": (
+        "the embedded learner, Stable Diffusion's text encoder",
+        "pip install transformers",
+    ),
+    "nvidia-dali-cuda130": (
+        "the DALI loader, which decodes JPEG",
+        "pip install 'dpfast[dali]' (the plain name nvidia-dali is a placeholder that fails)",
+    ),
+    "timm": ("timm learners; needs torchvision", "pip install 'dpfast[timm]'"),
+    "xformers": (
+        "attention by xformers; must match the torch build",
+        "pip install 'dpfast[xformers]'",
+    ),
+}
+CORE = ("dpfast", "torch", "numpy", "diffusers", "safetensors")
 
 
 def add(commands: Commands) -> None:
@@ -15,7 +39,65 @@ def add(commands: Commands) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    from dpfast.report.doctor import report
-
-    print(report())
+    print(installation())
     return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installation() -> str:
+    """The installation as text, one fact a line."""
+    import torch
+
+    from dpfast.hardware.cpus import cpu_counts
+    from dpfast.hardware.memory import free_memory
+    from dpfast.ops.dispatch import OPERATIONS
+    from dpfast.pool.memory_tiers import readable
+
+    lines = [
+        f"Python {platform.python_version()} on {platform.machine()}, {torch.get_num_threads()} "
+        "torch threads"
+    ]
+    lines += [f"  {name:<20} {_version(name) or 'MISSING'}" for name in CORE]
+    lines.append("Optional")
+    for name, (purpose, command) in OPTIONAL.items():
+        version = _version(name)
+        lines.append(
+            f"  {name:<20} {version or 'not installed'} - {purpose}"
+            + ("" if version else f": {command}")
+        )
+    lines.append("Host memory that is free to this job: the least counts, and local ranks share it")
+    for free in free_memory():
+        within = "" if free.limit is None else f" of {readable(free.limit)}"
+        lines.append(f"  {readable(free.bytes)}{within}, by {free.source}")
+    lines.append("CPUs of this job: the least counts, and local ranks share it")
+    lines += [f"  {count.cpus}, by {count.source}" for count in cpu_counts()]
+    gpu = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "none; everything runs on the CPU"
+    )
+    lines += [f"GPU: {gpu}", "Backend of every operation"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
+            lines += [
+                f"  {operation:<20} {device}: {_backend(operation, device)}"
+                for operation in OPERATIONS
+            ]
+    lines += [f"  note: {warning.message}" for warning in caught]
+    return "\n".join(lines)
+
+
+def _backend(operation: str, device: str) -> str:
+    from dpfast.ops import backend_of
+
+    try:
+        return backend_of(operation, device)
+    except RuntimeError as error:
+        return f"unusable: {error}"

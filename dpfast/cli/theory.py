@@ -63,12 +63,13 @@ def figures(arguments: argparse.Namespace) -> int:
         raise RecipeError(f"out = {str(arguments.out)!r}: is not a folder")
 
     from dpfast.report.points import points_of_study
+    from dpfast.report.sweeps import measured_sweeps
     from dpfast.theory.figures import study, write
 
     beside = None
     try:
         if arguments.study is not None:
-            beside = study(points_of_study(arguments.study))
+            beside = study(measured_sweeps(points_of_study(arguments.study)))
     except ValueError as error:
         raise RecipeError(str(error)) from None
     for made in write(arguments.out, draws=arguments.draws, seed=arguments.seed):

@@ -15,9 +15,9 @@ from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
 from dpfast.learn.models import build_learner
 from dpfast.learn.precision import in_precision
+from dpfast.plotting import COLORS, MUTED, axes_of, label_ends
 from dpfast.pool.pool import SamplePool
 from dpfast.practice import checkpoint
-from dpfast.report.figures import COLORS, MUTED, axes_of, label_ends
 from dpfast.report.runs import Run
 
 PER_ROUND = 2000  # samples of a round that are looked at

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from statistics import mean, stdev
+from typing import TypeAlias
 
 from matplotlib.figure import Figure
 
-from dpfast.report.figures import COLORS, MUTED, styled
+from dpfast.plotting import COLORS, MUTED, styled
 from dpfast.report.points import Point, sweep
 
+Seed: TypeAlias = tuple[int, float]  # of a run, with its held-out accuracy
 SWEEPS = {
     "oversampling": ("prune", "oversample", "candidates for each sample that is kept"),
     "omega": ("dp", "omega", "omega"),
@@ -43,3 +45,16 @@ def swept(points: list[Point], name: str, size: tuple[float, float]) -> Figure |
     bottom.set_ylim(bottom=0)
     bottom.set_xticks(list(values), [f"{v:g}" for v in values])
     return figure
+
+
+def measured_sweeps(points: list[Point]) -> list[tuple[str, str, str, dict[float, list[Seed]]]]:
+    """(source, field, label of the axis, {value: (seed, accuracy) of each run}) of ``SWEEPS``."""
+    return [
+        (source, field, label, {value: _seeds(group) for value, group in values.items()})
+        for source, field, label in SWEEPS.values()
+        for values in [sweep(points, source, field)]
+    ]
+
+
+def _seeds(group: list[Point]) -> list[Seed]:
+    return [(point.fields["seed"], point.accuracy) for point in group]

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from dpfast.report.figures import INK, MUTED, styled
+from dpfast.plotting import INK, MUTED, styled
 from dpfast.theory.cells import Arguments, Array
 from dpfast.theory.simulate import simulate
 from dpfast.theory.theorem import test_error

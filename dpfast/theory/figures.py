@@ -7,6 +7,7 @@ penalty is that of the mean over the pool, so that of a kept sample is ridge / k
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from dpfast.report.figures import COLORS, INK, MUTED, styled
-from dpfast.report.points import Point, sweep
-from dpfast.report.sweeps import SWEEPS
+from dpfast.plotting import COLORS, INK, MUTED, styled
 from dpfast.theory.cells import Arguments, Array
 from dpfast.theory.charts import Chart, Line, Panel, curves, draw
 from dpfast.theory.scalars import quadrature
@@ -160,13 +159,18 @@ def _shades(count: int) -> list[str]:
     return [matplotlib.colors.to_hex(ramp(x)) for x in np.linspace(0.4, 1, count)]
 
 
-def study(points: list[Point]) -> Figure:
+def study(
+    sweeps: Sequence[tuple[str, str, str, Mapping[float, Sequence[tuple[int, float]]]]],
+) -> Figure:
     """The study's sweeps of omega and of oversampling above the theory's: gains over no selection,
     in points.
 
     Guidance draws samples of a tilted density rather than from a pool; its counterpart is the soft
     rule, whose power tilts the density of the projection in the same way. Penalties are those of a
-    kept sample, as in training. Raises ValueError for points without both sweeps.
+    kept sample, as in training.
+
+    sweeps: of oversampling and of omega, as ``dpfast.report.sweeps.measured_sweeps`` gives them.
+    Raises ``ValueError`` where one of them is empty.
     """
     d, rho, ridge = 512, 0.9, 1e-3
 
@@ -193,16 +197,15 @@ def study(points: list[Point]) -> Figure:
         ("candidates for each kept sample", np.linspace(1, 16, 61), oversampled),
         ("power of the soft rule", np.linspace(0, 12, 61), tilted),
     )
-    for (top, bottom), (source, field, label), (x_label, x, experiment) in zip(
-        grid.T, SWEEPS.values(), theory, strict=True
+    for (top, bottom), (source, field, label, values), (x_label, x, experiment) in zip(
+        grid.T, sweeps, theory, strict=True
     ):
-        values = sweep(points, source, field)
         if not values:
             raise ValueError(f"study: no runs of {source} that differ in {field} alone")
         styled(top, label, f"measured gain of {source}, points")
-        base = {p.fields["seed"]: p.accuracy for p in next(iter(values.values()))}
+        base = dict(next(iter(values.values())))
         gains = [
-            [100 * (p.accuracy - base[p.fields["seed"]]) for p in group if p.fields["seed"] in base]
+            [100 * (accuracy - base[seed]) for seed, accuracy in group if seed in base]
             for group in values.values()
         ]
         spread = [float(np.std(gain, ddof=1)) if len(gain) > 1 else 0.0 for gain in gains]

@@ -7,6 +7,7 @@ import pytest
 
 from dpfast.cli.main import main
 from dpfast.report.points import points_of_study
+from dpfast.report.sweeps import measured_sweeps
 from dpfast.theory.charts import curves, draw
 from dpfast.theory.figures import CHARTS, study
 
@@ -32,9 +33,9 @@ def test_points_lie_on_the_lines(name):
 
 
 def test_the_study_needs_its_sweeps():
-    assert len(study(points_of_study(STUDY)).axes) == 4
+    assert len(study(measured_sweeps(points_of_study(STUDY))).axes) == 4
     with pytest.raises(ValueError, match=r"^study: no runs of prune"):
-        study([])
+        study(measured_sweeps([]))
 
 
 def test_bad_input_ends_in_one_line(tmp_path, capsys):
