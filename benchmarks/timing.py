@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.hardware.device import device_named
 
 SHORTEST = 2e-3  # seconds of one measurement; shorter calls are repeated within it
@@ -56,7 +56,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     def named(text: str) -> torch.device:
         try:
             return device_named(text)
-        except RecipeError as error:
+        except InputError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     parser.add_argument(

@@ -10,7 +10,7 @@ from dpfast.version import __version__ as __version__
 if TYPE_CHECKING:
     from dpfast.adapters import GuidanceCallback, GuidedDDIMScheduler, LearnerGuidance, make_cond_fn
     from dpfast.config import Recipe
-    from dpfast.errors import RecipeError
+    from dpfast.errors import InputError, RecipeError
     from dpfast.generate.guidance import GuidanceConfig
     from dpfast.generate.pipelines import Pipeline
     from dpfast.generate.sampler import GuidedSampler

@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from dpfast import launch
-from dpfast.errors import RecipeError, unsaved
+from dpfast.errors import InputError, unsaved
 
 LEVELS = ("debug", "info", "warning", "error")
 FOLDER = "logs"
 
 
 def check_level(level: str) -> str:
-    """Raises ``RecipeError`` for another than ``LEVELS``."""
+    """Raises ``InputError`` for another than ``LEVELS``."""
     if level not in LEVELS:
-        raise RecipeError(f"log_level = {level!r}: expected one of {', '.join(LEVELS)}")
+        raise InputError(f"log_level = {level!r}: expected one of {', '.join(LEVELS)}")
     return level
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpfast.adapters import live_pipeline as pipes
 from dpfast.adapters.gradient import LearnerGradient
+from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
 
 _TENSORS = {
@@ -41,7 +42,7 @@ class GuidanceCallback(PipelineCallback):
         is much cheaper.
 
     Raises ``TypeError`` for another pipeline (a ``DiTPipeline`` has no callbacks: use
-    ``GuidedDDIMScheduler``) and ``ValueError`` for mode="score", which only a scheduler can do, or
+    ``GuidedDDIMScheduler``) and ``InputError`` for mode="score", which only a scheduler can do, or
     a scheduler whose latents cannot be moved.
     """
 
@@ -67,7 +68,7 @@ class GuidanceCallback(PipelineCallback):
         self._names = _TENSORS[kinds[0]]
         self.guidance = guidance or GuidanceConfig()
         if self.guidance.mode != "relative":
-            raise ValueError(
+            raise InputError(
                 "guidance has mode = 'score': a callback moves latents and takes 'relative'"
             )
         pipes.check_scheduler(pipe.scheduler)
@@ -97,7 +98,7 @@ class GuidanceCallback(PipelineCallback):
         """Replaces ``callback_kwargs["latents"]`` (B, c, h, w) before a guided step."""
         missing = [name for name in self.tensor_inputs if name not in callback_kwargs]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"callback_kwargs lacks {missing[0]!r}: expected the tensors {self.tensor_inputs}"
             )
         scheduler = pipe.scheduler

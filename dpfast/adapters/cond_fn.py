@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpfast.adapters.gradient import LearnerGradient, Network
+from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.ops.guided_step import Prediction
 
@@ -49,14 +50,14 @@ class CondFn:
         class ids.
         """
         if x.dim() != 4:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, c, h, w)")
+            raise InputError(f"x has shape {tuple(x.shape)}, expected (B, c, h, w)")
         if not isinstance(t, Tensor) or t.shape != (len(x),):
-            raise ValueError(
+            raise InputError(
                 f"t has shape {tuple(getattr(t, 'shape', ()))}, expected one timestep a sample: "
                 f"({len(x)},)"
             )
         if y is not None and y.shape != (len(x),):
-            raise ValueError(
+            raise InputError(
                 f"y has shape {tuple(y.shape)}, expected one class id a sample: ({len(x)},)"
             )
         self.alphas_cumprod = self.alphas_cumprod.to(x.device)
@@ -103,7 +104,7 @@ def make_cond_fn(
         learner, decoder, image_size, chunk: as in ``LearnerGradient``; decoder=None for pixels.
         prediction: "epsilon", "v" or "sample".
 
-    Raises ``TypeError`` or ``ValueError`` for arguments that cannot work.
+    Raises ``TypeError`` or ``InputError`` for arguments that cannot work.
     """
     guidance = guidance or GuidanceConfig(omega=1.0, every=1, mode="score")
     if not callable(model):
@@ -112,15 +113,15 @@ def make_cond_fn(
         learner=learner, guidance=guidance, decoder=decoder, image_size=image_size, chunk=chunk
     )
     if guidance.mode != "score" or guidance.every != 1:
-        raise ValueError(
+        raise InputError(
             f"guidance has mode = {guidance.mode!r}, every = {guidance.every}: expected 'score' "
             "and 1"
         )
     if prediction not in get_args(Prediction) or prediction == "flow":
-        raise ValueError(f"prediction = {prediction!r}: expected 'epsilon', 'v' or 'sample'")
+        raise InputError(f"prediction = {prediction!r}: expected 'epsilon', 'v' or 'sample'")
     levels = torch.as_tensor(alphas_cumprod, dtype=torch.float32)
     if levels.dim() != 1 or not len(levels) or not bool(((levels > 0) & (levels <= 1)).all()):
-        raise ValueError(
+        raise InputError(
             f"alphas_cumprod has shape {tuple(levels.shape)}, expected (T,) with values in (0, 1]"
         )
     return CondFn(model, gradient, levels, prediction)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpfast.errors import InputError
 from dpfast.generate import criteria
 from dpfast.generate import preflight as probing
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath
@@ -78,7 +79,7 @@ class LearnerGradient:
     ``skipped`` counts the samples whose gradient was not finite, which went unguided for that step;
     reading it waits for the device.
 
-    Raises ``TypeError`` or ``ValueError``, here or at the first gradient, for arguments that cannot
+    Raises ``TypeError`` or ``InputError``, here or at the first gradient, for arguments that cannot
     work.
     """
 
@@ -102,13 +103,13 @@ class LearnerGradient:
                 f"guidance is a {type(self.guidance).__name__}, expected a GuidanceConfig"
             )
         if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk = {self.chunk}: expected at least 1, or None")
+            raise InputError(f"chunk = {self.chunk}: expected at least 1, or None")
         self.decoder = decoder_of(self.decoder)
         self.criterion = criteria.named(self.guidance.criterion)
         if self.labels is not None:
             self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
             if self.labels.dim() != 1 or not len(self.labels) or int(self.labels.min()) < 0:
-                raise ValueError(
+                raise InputError(
                     f"labels = {self.labels.tolist()}: expected class ids (B,), 0 or more"
                 )
         self.check_mode()
@@ -125,7 +126,7 @@ class LearnerGradient:
 
     def check_mode(self) -> None:
         if isinstance(self.learner, nn.Module) and self.learner.training:
-            raise ValueError(
+            raise InputError(
                 "learner is in training mode, where samples of a batch may mix; call learner.eval()"
             )
 
@@ -153,12 +154,12 @@ class LearnerGradient:
         labels = self.labels if labels is None else labels  # type: ignore[assignment]
         if labels is None:
             if self.criterion not in (criteria.entropy, criteria.margin):
-                raise ValueError(
+                raise InputError(
                     "labels is None: expected one class id a sample, which this criterion reads"
                 )
             return torch.zeros(len(x), dtype=torch.int64, device=x.device)
         if len(labels) != len(x):
-            raise ValueError(
+            raise InputError(
                 f"labels has {len(labels)} class ids, expected one for each of the {len(x)} samples"
             )
         return labels.to(x.device)
@@ -189,7 +190,7 @@ class LearnerGradient:
         x, labels = x.float(), self.labels_for(x, labels)
         for name, rows in condition.items():
             if len(rows) != len(x):
-                raise ValueError(
+                raise InputError(
                     f"{name} has {len(rows)} rows, expected one for each of the {len(x)} samples"
                 )
         size = self.chunk or len(x)

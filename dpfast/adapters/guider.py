@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dpfast.adapters import live_pipeline as pipes
 from dpfast.adapters.gradient import LearnerGradient
+from dpfast.errors import InputError
 from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidanceConfig, predict_x0
 from dpfast.generate.pipelines.schedulers import FLOW
@@ -58,7 +59,7 @@ class LearnerGuidance(ClassifierFreeGuidance):
             ``AutoencoderTiny``).
             learner, guidance, labels, image_size: as in ``LearnerGradient``.
 
-        Raises ``ValueError`` for a scheduler that the guider cannot follow.
+        Raises ``InputError`` for a scheduler that the guider cannot follow.
         """
         guidance = guidance or GuidanceConfig()
         prediction = pipes.check_scheduler(scheduler)
@@ -67,17 +68,17 @@ class LearnerGuidance(ClassifierFreeGuidance):
             and not isinstance(scheduler, diffusers.DDIMScheduler)
             and prediction != "flow"
         ):
-            raise ValueError(
+            raise InputError(
                 f"guidance has mode = 'relative': with a {type(scheduler).__name__} a guider takes "
                 "'score'"
             )
         for option in ("clip_sample", "thresholding"):
             if scheduler.config.get(option):
-                raise ValueError(
+                raise InputError(
                     f"scheduler option {option} = True: expected False, a guider has no bound on x0"
                 )
         if guidance.through == "latent" and prediction == "sample":
-            raise ValueError(
+            raise InputError(
                 "through = 'latent': this model predicts x0 itself, which leaves no path around it"
             )
         self._gradient = LearnerGradient(
@@ -127,7 +128,7 @@ class LearnerGuidance(ClassifierFreeGuidance):
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             name = "hidden_states" if "hidden_states" in kwargs else "sample"
             if not args and name not in kwargs:
-                raise ValueError(
+                raise InputError(
                     "the denoiser is called without latents: expected 'hidden_states' or 'sample'"
                 )
             self._x = (args[0] if args else kwargs[name]).detach().requires_grad_(exact)

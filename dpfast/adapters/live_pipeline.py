@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpfast.adapters.gradient import Network
+from dpfast.errors import InputError
 from dpfast.generate.pipelines.schedulers import FLOW, PREDICTIONS
 from dpfast.ops.guided_step import Prediction
 
@@ -25,22 +26,22 @@ _GRIDS: WeakKeyDictionary[Any, tuple[Tensor, list[Any]]] = (
 
 
 def check_scheduler(scheduler: Any) -> Prediction:
-    """What the scheduler's model predicts. Raises ``ValueError`` for a scheduler that the plugins
+    """What the scheduler's model predicts. Raises ``InputError`` for a scheduler that the plugins
     cannot follow.
     """
     name, known = type(scheduler).__name__, (*STATELESS, *MULTISTEP, FLOW)
     if name not in known:
-        raise ValueError(
+        raise InputError(
             f"scheduler is a {name}, whose latents cannot be moved; expected one of "
             f"{', '.join(known)}"
         )
     if scheduler.config.get("use_flow_sigmas"):
-        raise ValueError("scheduler option use_flow_sigmas = True: expected False")
+        raise InputError("scheduler option use_flow_sigmas = True: expected False")
     if name == FLOW:
         return "flow"
     kind = scheduler.config.prediction_type
     if kind not in PREDICTIONS:
-        raise ValueError(
+        raise InputError(
             f"scheduler option prediction_type = {kind!r}: expected one of {', '.join(PREDICTIONS)}"
         )
     return PREDICTIONS[kind]
@@ -52,7 +53,7 @@ def position(scheduler: Any, timestep: Any) -> int:
     Pipelines iterate over ``scheduler.timesteps``, so a timestep is mostly a view of it, and its
     address tells the index without waiting for the device. A number is looked up in a copy of the
     grid on the host, made once a grid; only a tensor on a device that is no view of the grid is
-    read each time. Raises ``ValueError`` for a timestep that is not on the grid.
+    read each time. Raises ``InputError`` for a timestep that is not on the grid.
     """
     grid = scheduler.timesteps
     if isinstance(timestep, Tensor):
@@ -67,7 +68,7 @@ def position(scheduler: Any, timestep: Any) -> int:
         steps = grid.tolist()
         _GRIDS[scheduler] = grid, steps
     if timestep not in steps:
-        raise ValueError(f"timestep = {timestep}: not on the scheduler's grid of {len(grid)} steps")
+        raise InputError(f"timestep = {timestep}: not on the scheduler's grid of {len(grid)} steps")
     return steps.index(timestep)
 
 

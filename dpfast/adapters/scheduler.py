@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpfast.adapters import live_pipeline as pipes
 from dpfast.adapters.gradient import LearnerGradient, Network
+from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.solvers import SolverTable, ddim_table
 from dpfast.ops import guided_step
@@ -44,7 +45,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
     conditional one; the two agree without classifier-free guidance.
 
     A timestep must be on the grid of ``set_timesteps``. ``use_clipped_model_output`` with a bound
-    on x0 has no fused form and raises ``ValueError``.
+    on x0 has no fused form and raises ``InputError``.
     """
 
     _attached: _Attached | None = None
@@ -78,7 +79,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             learner, guidance, image_size, chunk: as in ``LearnerGradient``. decoder: None is the
             pipeline's own.
 
-        Raises ``TypeError`` for another pipeline, ``ValueError`` for a missing condition.
+        Raises ``TypeError`` for another pipeline, ``InputError`` for a missing condition.
         """
         gradient = LearnerGradient(
             learner=learner,
@@ -92,18 +93,18 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         condition: Mapping[str, Tensor] = {}
         if doubled:
             if gradient.labels is None:
-                raise ValueError(
+                raise InputError(
                     "labels is None: expected the class ids that the DiTPipeline is called with"
                 )
             rows = pipe.transformer.config.num_embeds_ada_norm
             if int(max(gradient.labels)) >= rows:
-                raise ValueError(
+                raise InputError(
                     f"labels = {int(max(gradient.labels))}: the model has {rows} classes"
                 )
             condition = {"class_labels": torch.as_tensor(gradient.labels).to(pipe.device)}
         elif isinstance(pipe, diffusers.StableDiffusionPipeline):
             if prompts is None or isinstance(prompts, str):
-                raise ValueError(
+                raise InputError(
                     f"prompts = {prompts!r}: expected a list of the prompts that the pipeline is "
                     "called with"
                 )
@@ -120,7 +121,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             else torch.as_tensor(sample_ids, dtype=torch.int64).to(pipe.device)
         )
         if ids is not None and (ids.dim() != 1 or batch not in (None, len(ids))):
-            raise ValueError(
+            raise InputError(
                 f"sample_ids has shape {tuple(ids.shape)}, expected one id a sample: ({batch},)"
             )
         self._attached = _Attached(
@@ -159,12 +160,12 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """As ``DDIMScheduler.step``; the prediction of x0 that it returns is the guided one."""
         if self.num_inference_steps is None:
-            raise ValueError("the scheduler has no timesteps: call set_timesteps first")
+            raise InputError("the scheduler has no timesteps: call set_timesteps first")
         if eta > 0 and variance_noise is not None and generator is not None:
-            raise ValueError("generator and variance_noise are both given: expected at most one")
+            raise InputError("generator and variance_noise are both given: expected at most one")
         table = self._table(eta, sample.device)
         if use_clipped_model_output and table.clip is not None:
-            raise ValueError(
+            raise InputError(
                 "use_clipped_model_output = True: has no fused form while the scheduler bounds x0"
             )
         index, attached = pipes.position(self, timestep), self._attached
@@ -228,7 +229,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         if ids is not None and size != len(ids):
             ids = torch.cat([ids, ids]) if attached.doubled and size == 2 * len(ids) else ids
             if len(ids) != size:
-                raise ValueError(
+                raise InputError(
                     f"the pipeline steps {size} samples, attached are {len(ids)} sample_ids"
                 )
         return ids
@@ -238,7 +239,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
     ) -> Tensor:
         twice = attached.doubled and attached.batch is not None and len(x) == 2 * attached.batch
         if attached.batch is not None and len(x) != attached.batch and not twice:
-            raise ValueError(
+            raise InputError(
                 f"the pipeline steps {len(x)} samples, attached is the condition of "
                 f"{attached.batch}"
             )

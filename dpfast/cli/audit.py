@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from dpfast.cli import Commands
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 
 def add(commands: Commands) -> None:
@@ -33,9 +33,9 @@ def audit(arguments: argparse.Namespace) -> int:
     from dpfast.ops.audit import missing, problems, record, table
 
     if reason := missing():
-        raise RecipeError(reason)
+        raise InputError(reason)
     if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise RecipeError(
+        raise InputError(
             f"json = {str(arguments.json)!r}: no folder {str(arguments.json.parent)!r}"
         )
     reports = compile_all(capabilities=arguments.capability)

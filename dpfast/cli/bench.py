@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from dpfast.cli import Commands
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 
 def add(commands: Commands) -> None:
@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
 def bench(arguments: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "run.py").is_file():
-        raise RecipeError(
+        raise InputError(
             "bench: the benchmarks are part of a checkout; clone the repository and pip install -e "
             "it"
         )

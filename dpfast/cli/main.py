@@ -29,7 +29,7 @@ from dpfast.cli import (
     sample,
     theory,
 )
-from dpfast.errors import InputError, RecipeError
+from dpfast.errors import InputError
 
 WORDS = 5.0  # seconds
 PACKAGE = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports an unusable argument in one line, with the nearest option of the same command."""
 
     def error(self, message: str) -> NoReturn:
-        raise RecipeError(message)
+        raise InputError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As of ``ArgumentParser``, for the whole line and for each command; nothing unknown is
@@ -54,12 +54,12 @@ class _Parser(argparse.ArgumentParser):
             sections = [option for option in known if option.endswith(f".{name}")]
             if sections:
                 choice = " or ".join(f"--{option}" for option in sections)
-                raise RecipeError(f"--{name}: several sections have it; say {choice}")
+                raise InputError(f"--{name}: several sections have it; say {choice}")
             near = difflib.get_close_matches(name, known, n=1)
             hint = (
                 f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists what is known"
             )
-            raise RecipeError(f"{unknown[0]}: no such option of {self.prog}; {hint}")
+            raise InputError(f"{unknown[0]}: no such option of {self.prog}; {hint}")
         return parsed, unknown
 
 

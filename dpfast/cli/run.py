@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dpfast.cli import Commands, first
 from dpfast.cli.recipes import add_recipe, recipe_of
 from dpfast.config import Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.logs import check_level, logged
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     check_level(arguments.log_level)
     if not arguments.timeout > 0:
-        raise RecipeError(f"timeout = {arguments.timeout:g}: expected seconds above 0")
+        raise InputError(f"timeout = {arguments.timeout:g}: expected seconds above 0")
 
     from dpfast.parallel import RankError, process_group
     from dpfast.practice.stopping import LossError, Stop, Stopped
@@ -128,7 +128,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         )
         round, resume = arguments.branch_at, arguments.resume
         if round is None and arguments.branch_from is not None:
-            raise RecipeError(
+            raise InputError(
                 "branch_from: names the run of a branch; say --branch-at ROUND as well"
             )
         if round is not None:

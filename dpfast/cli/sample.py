@@ -8,7 +8,7 @@ from pathlib import Path
 from dpfast.cli import Commands
 from dpfast.cli.recipes import add_fields, recipe_of
 from dpfast.config import fields
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 # A learner guides as it was saved, in one stream of batches that finds its size and whether
 # compiling pays.
@@ -52,11 +52,11 @@ def add(commands: Commands) -> None:
 
 def sample(arguments: argparse.Namespace) -> int:
     if arguments.count < 1:
-        raise RecipeError(f"count = {arguments.count}: at least 1")
+        raise InputError(f"count = {arguments.count}: at least 1")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
-        raise RecipeError(f"out = {str(arguments.out)!r}: exists and is not an empty folder")
+        raise InputError(f"out = {str(arguments.out)!r}: exists and is not an empty folder")
     if arguments.learner is not None and not arguments.omega:
-        raise RecipeError(f"learner = {arguments.learner!r}: guides only with omega, which is 0")
+        raise InputError(f"learner = {arguments.learner!r}: guides only with omega, which is 0")
     recipe = recipe_of(arguments, omega=arguments.omega)
     recipe.need_folders("pipeline")
 
@@ -69,11 +69,8 @@ def sample(arguments: argparse.Namespace) -> int:
     labels = _labels(arguments.labels, pipeline.class_names)
     learner = load_learner(arguments.learner, pipeline) if arguments.omega else None
     ordered = [label for label in labels for _ in range(arguments.count)]
-    try:
-        sampler = new_sampler(recipe, pipeline, learner, compile="auto")
-        batches = sampler.stream(ordered)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    sampler = new_sampler(recipe, pipeline, learner, compile="auto")
+    batches = sampler.stream(ordered)
     sheet = write_samples(batches, pipeline.class_names, arguments.out)
     print(f"{len(ordered)} images in {arguments.out}, overview {sheet}")
     return 0
@@ -89,7 +86,7 @@ def _labels(text: str, names: tuple[str, ...]) -> list[int]:
         elif part.isdecimal() and int(part) < len(names):
             labels.append(int(part))
         else:
-            raise RecipeError(
+            raise InputError(
                 f"labels = {part!r}: expected 0 to {len(names) - 1}, 'all', or one of: "
                 f"{', '.join(names)}"
             )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from dpfast.cli import Commands
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 # |d / kept - 1| below it: the interpolation peak, as `dpfast bench theory` parts its cells
 PEAK = 0.25
@@ -58,20 +58,17 @@ def add(commands: Commands) -> None:
 
 def figures(arguments: argparse.Namespace) -> int:
     if arguments.draws < 2:
-        raise RecipeError(f"draws = {arguments.draws}: at least 2, for a standard error")
+        raise InputError(f"draws = {arguments.draws}: at least 2, for a standard error")
     if arguments.out.exists() and not arguments.out.is_dir():
-        raise RecipeError(f"out = {str(arguments.out)!r}: is not a folder")
+        raise InputError(f"out = {str(arguments.out)!r}: is not a folder")
 
     from dpfast.report.points import points_of_study
     from dpfast.report.sweeps import measured_sweeps
     from dpfast.theory.figures import study, write
 
     beside = None
-    try:
-        if arguments.study is not None:
-            beside = study(measured_sweeps(points_of_study(arguments.study)))
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
+    if arguments.study is not None:
+        beside = study(measured_sweeps(points_of_study(arguments.study)))
     for made in write(arguments.out, draws=arguments.draws, seed=arguments.seed):
         print(
             f"{made.path}: {made.points} points, off by {made.mean:.4f} on average and "
@@ -93,16 +90,13 @@ def plan(arguments: argparse.Namespace) -> int:
             [float(k) for k in arguments.keep.split(",")] if arguments.keep is not None else KEEPS
         )
     except ValueError:
-        raise RecipeError(
+        raise InputError(
             f"keep = {arguments.keep!r}: comma-separated fractions, as in 1,0.5,0.2"
         ) from None
     names = ("d", "ridge", "rho", "rho_g", "rho_s", "strategy", "power")
-    try:
-        made = plan(
-            arguments.accuracy, keeps=keeps, **{name: getattr(arguments, name) for name in names}
-        )
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
+    made = plan(
+        arguments.accuracy, keeps=keeps, **{name: getattr(arguments, name) for name in names}
+    )
     print(table(made))
     peak = [row for row in made if row.kept is not None and abs(arguments.d / row.kept - 1) < PEAK]
     if peak:

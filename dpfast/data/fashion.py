@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpfast.errors import InputError
+
 CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -30,19 +32,19 @@ def read_idx(path: Path) -> Tensor:
     """Reads one gzip-compressed IDX file of unsigned bytes.
 
     Returns a uint8 tensor with the shape that the file's header states. Raises
-    ``FileNotFoundError`` when the file is missing and ``ValueError`` when it is not an IDX file of
+    ``FileNotFoundError`` when the file is missing and ``InputError`` when it is not an IDX file of
     bytes or is cut short.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a gzip-compressed IDX file")
     raw = gzip.decompress(path.read_bytes())
     if len(raw) < 4 or raw[0] or raw[1] or raw[2] != _IDX_UINT8:
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
+        raise InputError(f"{path} is not an IDX file of unsigned bytes")
     rank = raw[3]
     shape = tuple(np.frombuffer(raw, dtype=">u4", count=rank, offset=4).tolist())
     data = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank)
     if data.size != int(np.prod(shape)):
-        raise ValueError(f"{path} holds {data.size} bytes, its header promises shape {shape}")
+        raise InputError(f"{path} holds {data.size} bytes, its header promises shape {shape}")
     return torch.from_numpy(data.reshape(shape).copy())
 
 

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dpfast.data import imagenet
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.parallel import ALONE, Ranks
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -45,7 +45,7 @@ class ImageFolder:
         )
 
     def batches(self, ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's images (n, C, H, W) uint8 and labels (n,). Raises ``RecipeError`` for a file
+        """This rank's images (n, C, H, W) uint8 and labels (n,). Raises ``InputError`` for a file
         that is no image.
         """
         for places in ranks.batches(len(self), BATCH):
@@ -66,6 +66,7 @@ def open_folder(
     *,
     ids: Sequence[str] | None,
     only: bool = False,
+    field: str = "folder",
 ) -> ImageFolder:
     """Lists ``path``; no image is read yet.
 
@@ -78,28 +79,29 @@ def open_folder(
         classes: the classifier's, by index.
         shape: (C, H, W); C is 1 or 3.
         ids: the WordNet ids of ``classes``, where they have them; a number is then an index into
-        ImageNet's 1,000.
+            ImageNet's 1,000.
         only: leaves out the classes of ImageNet that the classifier does not know, instead of
-        refusing them.
+            refusing them.
+        field: what the caller calls ``path``, for the messages of errors.
 
-    Raises ``RecipeError`` when the folder does not exist or holds no images, and for unknown
+    Raises ``InputError`` when the folder does not exist or holds no images, and for unknown
     classes, which it names.
     """
     if shape[0] not in MODES:
-        raise RecipeError(
-            f"evaluation = {str(path)!r}: image files hold 1 or 3 channels, the learner takes "
+        raise InputError(
+            f"{field} = {str(path)!r}: image files hold 1 or 3 channels, the learner takes "
             f"{shape[0]}"
         )
     if not path.is_dir():
-        raise RecipeError(f"evaluation = {str(path)!r}: no such folder")
+        raise InputError(f"{field} = {str(path)!r}: no such folder")
     pairs = [
         (file, label)
-        for folder, label in class_folders(path, classes, ids=ids, only=only)
+        for folder, label in class_folders(path, classes, ids=ids, only=only, field=field)
         for file in sorted(images_in(folder))
     ]
     if not pairs:
-        raise RecipeError(
-            f"evaluation = {str(path)!r}: no images; expected a sub-folder of image files for each "
+        raise InputError(
+            f"{field} = {str(path)!r}: no images; expected a sub-folder of image files for each "
             "class"
         )
     return ImageFolder(
@@ -108,7 +110,12 @@ def open_folder(
 
 
 def class_folders(
-    path: Path, classes: Sequence[str], *, ids: Sequence[str] | None, only: bool = False
+    path: Path,
+    classes: Sequence[str],
+    *,
+    ids: Sequence[str] | None,
+    only: bool = False,
+    field: str = "folder",
 ) -> list[tuple[Path, int]]:
     """The sub-folders of ``path`` with their class ids; arguments and errors of ``open_folder``."""
     folders = sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
@@ -119,8 +126,8 @@ def class_folders(
         named = ", ".join(unknown[:10]) + (
             f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         )
-        raise RecipeError(
-            f"evaluation = {str(path)!r}: classes that the learner does not know: {named}"
+        raise InputError(
+            f"{field} = {str(path)!r}: classes that the learner does not know: {named}"
         )
     return [(f, known[f.name.lower()]) for f in folders if f.name.lower() in known]
 
@@ -152,7 +159,7 @@ def read_image(file: Path, shape: tuple[int, ...]) -> Tensor:
     """One image (C, H, W) uint8: the largest central part of the right proportions, of it 7/8,
     resized (bicubic).
 
-    A picture that has the size already is taken as it is. Raises ``RecipeError`` for a file that is
+    A picture that has the size already is taken as it is. Raises ``InputError`` for a file that is
     no image.
     """
     channels, height, width = shape
@@ -160,7 +167,7 @@ def read_image(file: Path, shape: tuple[int, ...]) -> Tensor:
         with Image.open(file) as opened:
             picture = opened.convert(MODES[channels])
     except (UnidentifiedImageError, OSError) as error:
-        raise RecipeError(f"evaluation: {file} cannot be read as an image: {error}") from error
+        raise InputError(f"{file}: cannot be read as an image: {error}") from error
     if picture.size != (width, height):
         scale = CROP * min(picture.width / width, picture.height / height)
         left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2

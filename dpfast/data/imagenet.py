@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dpfast.config import ASSETS
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 SETS = ("imagenet1k", "imagenet100")  # whose classes a recipe can name by one word
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -39,7 +39,7 @@ class ImageNet:
         first one. Three names, "crane", "cardigan" and "maillot", belong to two classes each: where
         both are there, they are in ImageNet's order.
 
-        Raises ``RecipeError`` where only one class of such a name is there, which may be either.
+        Raises ``InputError`` where only one class of such a name is there, which may be either.
         """
         known: dict[str, list[str]] = {}
         for wordnet_id, name in zip(self.ids, self.names, strict=True):
@@ -56,7 +56,7 @@ class ImageNet:
             ]
             place = taken.get(key, 0)
             if len(choices) != keys.count(key):
-                raise RecipeError(
+                raise InputError(
                     f"classes: {key!r} is the name of {len(choices)} classes of ImageNet "
                     f"({', '.join(choices)}) "
                     f"and comes {keys.count(key)} times; name the classes by their WordNet ids"

@@ -23,7 +23,7 @@ from dpfast.data.folders import (
     open_folder,
     read_image,
 )
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.hardware.cpus import cpus
 from dpfast.parallel import ALONE, Ranks
 
@@ -68,7 +68,7 @@ def load_real(
     called as ``dpfast.data.folders.open_folder`` says, or by a WordNet id. ranks: each reads its
     own part.
 
-    Raises ``RecipeError`` for an unknown name, and for a folder without images for a class or with
+    Raises ``InputError`` for an unknown name, and for a folder without images for a class or with
     others.
     """
     check_real(name, held_out)
@@ -87,7 +87,7 @@ def load_real(
         seen[label] += 1
     few = [classes[label] for label, count in enumerate(seen) if count < 2]
     if few:
-        raise RecipeError(
+        raise InputError(
             f"validation = {name!r}: {few[0]!r} has one image, expected two or more, or a held_out "
             "folder"
         )
@@ -111,7 +111,7 @@ def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int,
 
 
 def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> None:
-    """Raises ``RecipeError`` where a folder that ``load_real`` will read is missing.
+    """Raises ``InputError`` where a folder that ``load_real`` will read is missing.
 
     With ``classes`` also where it has others, or no image of one. Looks at names, to the first
     image of each class.
@@ -125,7 +125,7 @@ def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> No
                 _check_classes(place, field, classes)
             continue
         what = "it has no sub-folders" if path.is_dir() else "no such folder"
-        raise RecipeError(
+        raise InputError(
             f"{field} = {place!r}: {what}; expected 'fashion', or --{field.replace('_', '-')} DIR "
             "with a sub-folder of "
             "real images for each class"
@@ -136,25 +136,25 @@ def _open(
     name: str, field: str, classes: Sequence[str], shape: Sequence[int] | None
 ) -> ImageFolder:
     if shape is None or not classes:
-        raise ValueError(
+        raise InputError(
             f"{field} = {name!r}: a folder needs the classes and the shape of the generator's "
             "images"
         )
-    try:
-        folder = open_folder(
-            Path(name), classes, tuple(shape), ids=imagenet.load().ids_of(classes), only=True
-        )
-    except RecipeError as error:
-        raise RecipeError(str(error).replace("evaluation =", f"{field} =", 1)) from error
+    folder = open_folder(
+        Path(name),
+        classes,
+        tuple(shape),
+        ids=imagenet.load().ids_of(classes),
+        only=True,
+        field=field,
+    )
     _complete(name, field, classes, folder.labels)
     return folder
 
 
 def _check_classes(name: str, field: str, classes: Sequence[str]) -> None:
-    try:
-        folders = class_folders(Path(name), classes, ids=imagenet.load().ids_of(classes), only=True)
-    except RecipeError as error:
-        raise RecipeError(str(error).replace("evaluation =", f"{field} =", 1)) from error
+    ids = imagenet.load().ids_of(classes)
+    folders = class_folders(Path(name), classes, ids=ids, only=True, field=field)
     _complete(name, field, classes, [label for folder, label in folders if any(images_in(folder))])
 
 
@@ -162,7 +162,7 @@ def _complete(name: str, field: str, classes: Sequence[str], labels: Iterable[in
     missing = sorted(set(range(len(classes))) - set(labels))
     if missing:
         more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
-        raise RecipeError(f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}")
+        raise InputError(f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}")
 
 
 def read_all(folder: ImageFolder, ranks: Ranks = ALONE) -> RealSet:

@@ -25,7 +25,7 @@ from torch import Tensor
 from dpfast.data import imagenet
 from dpfast.data.folders import BATCH, open_folder
 from dpfast.data.real import RealSet
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.evaluate.measures import Evaluation, measure, predict, score
 from dpfast.evaluate.shifts import SEVERITIES, SHIFTS, shift
 from dpfast.parallel import ALONE, Ranks
@@ -96,7 +96,7 @@ def evaluation_sets(
         classes: the learner's class names, by index.
         seed: of the shifts.
 
-    Raises ``RecipeError`` for an unknown name, a missing folder and classes that the learner does
+    Raises ``InputError`` for an unknown name, a missing folder and classes that the learner does
     not know.
     """
     sets: list[EvaluationSet] = []
@@ -111,7 +111,7 @@ def evaluation_sets(
     seen = [(s.name, s.severity) for s in sets]
     twice = sorted({name for name, severity in seen if seen.count((name, severity)) > 1})
     if twice:
-        raise RecipeError(
+        raise InputError(
             f"evaluation: {', '.join(twice)} comes twice; name folders apart by NAME=FOLDER"
         )
     return sets
@@ -157,22 +157,24 @@ def _folder(name: str, shape: tuple[int, ...], classes: Sequence[str]) -> Evalua
     path = Path(place)
     if not equals and not path.is_dir():
         known = ", ".join(("shifts", *SHIFTS))
-        raise RecipeError(f"evaluation = {name!r}: neither a folder nor one of {known}")
+        raise InputError(f"evaluation = {name!r}: neither a folder nor one of {known}")
     present = _wordnet_ids(path)
     known_set = title if title in IMAGENET_SETS else _recognised(present)
     ids = imagenet.load().ids_of(classes)
     if known_set is not None:
         if ids is None:
-            raise RecipeError(
+            raise InputError(
                 f"evaluation = {name!r}: the learner's classes are not those of ImageNet"
             )
         wanted = imagenet.load().subset(IMAGENET_SETS[known_set])
         _same_classes(name, known_set, wanted, present)
         if not wanted & set(ids):
-            raise RecipeError(
+            raise InputError(
                 f"evaluation = {name!r}: {known_set} has none of the learner's {len(ids)} classes"
             )
-    folder = open_folder(path, classes, shape, ids=ids, only=known_set is not None)
+    folder = open_folder(
+        path, classes, shape, ids=ids, only=known_set is not None, field="evaluation"
+    )
     among = None
     if known_set in ("imagenet-r", "imagenet-a"):
         among = tuple(label for label, wordnet_id in enumerate(ids or ()) if wordnet_id in wanted)
@@ -200,7 +202,7 @@ def _same_classes(
             listed = ", ".join(sorted(ids)[:10]) + (
                 f" and {len(ids) - 10} more" if len(ids) > 10 else ""
             )
-            raise RecipeError(
+            raise InputError(
                 f"evaluation = {name!r}: {known_set} has {len(wanted)} classes; the folder "
                 f"{problem} {listed}"
             )

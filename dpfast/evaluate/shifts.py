@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.ops import normal
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -44,20 +45,20 @@ def shift(
         ids: (N,) int64, the images' identities; None: their positions.
         seed: of the noise and the directions.
 
-    Raises ``TypeError`` for images that are not uint8, ``ValueError`` for another shape, an unknown
+    Raises ``TypeError`` for images that are not uint8, ``InputError`` for another shape, an unknown
     shift or severity.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images: dtype is {images.dtype}, expected torch.uint8")
     if images.dim() != 4:
-        raise ValueError(f"images: shape is {tuple(images.shape)}, expected (N, C, H, W)")
+        raise InputError(f"images: shape is {tuple(images.shape)}, expected (N, C, H, W)")
     if name not in SHIFTS:
-        raise ValueError(f"name = {name!r}: no such shift; known are {', '.join(SHIFTS)}")
+        raise InputError(f"name = {name!r}: no such shift; known are {', '.join(SHIFTS)}")
     if severity not in SEVERITIES:
-        raise ValueError(f"severity = {severity!r}: expected 1 to 5")
+        raise InputError(f"severity = {severity!r}: expected 1 to 5")
     ids = torch.arange(len(images), device=images.device) if ids is None else ids
     if ids.shape != (len(images),):
-        raise ValueError(f"ids: shape is {tuple(ids.shape)}, expected ({len(images)},)")
+        raise InputError(f"ids: shape is {tuple(ids.shape)}, expected ({len(images)},)")
     if not len(images):
         return images.clone()
     return SHIFTS[name](images, severity - 1, ids, seed)

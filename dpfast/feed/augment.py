@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpfast.errors import InputError
+
 TRIES = 10  # boxes drawn for one crop until one lies inside its image, as in torchvision
 RATIOS = (3 / 4, 4 / 3)  # of a box's width and height
 
@@ -75,7 +77,7 @@ class Augment:
         2019); 0: none.
             With both, a batch gets one of the two, each half of the time.
 
-    Raises ``ValueError`` that names the argument which is out of range, ``TypeError`` for a size
+    Raises ``InputError`` that names the argument which is out of range, ``TypeError`` for a size
     that is no pair.
     """
 
@@ -88,18 +90,18 @@ class Augment:
 
     def __post_init__(self) -> None:
         if self.shift < 0:
-            raise ValueError(f"shift = {self.shift}, expected at least 0 pixels")
+            raise InputError(f"shift = {self.shift}, expected at least 0 pixels")
         if not 0 < self.crop <= 1:
-            raise ValueError(f"crop = {self.crop}, expected a share of the area in (0, 1]")
+            raise InputError(f"crop = {self.crop}, expected a share of the area in (0, 1]")
         if self.size is not None and not (
             isinstance(self.size, (tuple, list)) and len(self.size) == 2
         ):
             raise TypeError(f"size must be (height, width) in pixels, got {self.size!r}")
         if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"size = {self.size}, expected at least one pixel each way")
+            raise InputError(f"size = {self.size}, expected at least one pixel each way")
         for name in ("mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
+                raise InputError(
                     f"{name} = {getattr(self, name)}, expected a finite alpha of at least 0"
                 )
 

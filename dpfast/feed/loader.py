@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.feed.augment import Augment, AugmentationDraw
 from dpfast.feed.order import Order
 from dpfast.ops.dispatch import CPU
@@ -91,7 +92,7 @@ class PoolLoader(Loader):
         fresh_weight: see ``Order``.
         ahead: batches that are prepared while the caller works.
 
-    Raises ``ValueError`` for a batch size or ``ahead`` below 1, a weight that is not above 0, and
+    Raises ``InputError`` for a batch size or ``ahead`` below 1, a weight that is not above 0, and
     mixing without ``classes``.
     """
 
@@ -109,10 +110,10 @@ class PoolLoader(Loader):
         ahead: int = 2,
     ) -> None:
         if ahead < 1:
-            raise ValueError(f"ahead = {ahead}, expected at least 1")
+            raise InputError(f"ahead = {ahead}, expected at least 1")
         self.augment = augment or Augment()
         if self.augment.mixes and classes is None:
-            raise ValueError("mixup and cutmix need classes, the number of classes")
+            raise InputError("mixup and cutmix need classes, the number of classes")
         self.pool, self.seed, self.classes = pool, seed, classes
         self.form, self.device = form or BatchFormat(), torch.device(device)
         self.order = Order(seed, batch_size, fresh_weight=fresh_weight)

@@ -11,6 +11,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.ops.permutation import permutation
 
 STREAM = 0x6F726472  # of the keys; the noise of samples uses small stream numbers
@@ -30,7 +31,7 @@ class Order:
     ``next``). 1 is the paper's uniform choice. Otherwise every batch mixes a pass over the newest
     with a pass over the rest, in the fixed proportion that the weight gives.
 
-    Raises ``TypeError`` for a seed or a batch size that is no integer, ``ValueError`` for a batch
+    Raises ``TypeError`` for a seed or a batch size that is no integer, ``InputError`` for a batch
     size below 1 and a weight that is not finite and above 0.
     """
 
@@ -39,9 +40,9 @@ class Order:
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
         if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}, expected at least 1")
+            raise InputError(f"batch_size = {batch_size}, expected at least 1")
         if not 0 < fresh_weight < float("inf"):
-            raise ValueError(f"fresh_weight = {fresh_weight}, expected a finite number above 0")
+            raise InputError(f"fresh_weight = {fresh_weight}, expected a finite number above 0")
         self.seed, self.batch_size, self.fresh_weight = seed, batch_size, fresh_weight
         self.epoch = self.position = self.size = self.fresh = 0
 
@@ -50,12 +51,12 @@ class Order:
         of them the newest.
 
         The same as of so many calls for one batch. Where a pass ends, a batch goes on with the
-        next. Raises ``ValueError`` for an empty pool and for ``fresh`` outside [0, size].
+        next. Raises ``InputError`` for an empty pool and for ``fresh`` outside [0, size].
         """
         if size < 1:
-            raise ValueError("the pool is empty")
+            raise InputError("the pool is empty")
         if not 0 <= fresh <= size:
-            raise ValueError(f"fresh = {fresh}, expected 0 to {size}, the pool's samples")
+            raise InputError(f"fresh = {fresh}, expected 0 to {size}, the pool's samples")
         weighted = self.fresh_weight != 1 and 0 < fresh < size
         fresh = fresh if weighted else 0
         if (size, fresh) != (self.size, self.fresh):

@@ -11,23 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
+
 
 def count(name: str, value: object, meaning: str) -> None:
-    """Raises ``TypeError`` unless ``value`` is an integer, ``ValueError`` for one below 1."""
+    """Raises ``TypeError`` unless ``value`` is an integer, ``InputError`` for one below 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
-        raise ValueError(f"{name} = {value}: expected {meaning}")
+        raise InputError(f"{name} = {value}: expected {meaning}")
 
 
 def number(name: str, value: object) -> None:
-    """Raises ``TypeError`` unless ``value`` is a real number, ``ValueError`` unless it is
+    """Raises ``TypeError`` unless ``value`` is a real number, ``InputError`` unless it is
     finite.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
-        raise ValueError(f"{name} = {value}: expected a finite number")
+        raise InputError(f"{name} = {value}: expected a finite number")
 
 
 def pair(name: str, value: object, kind: type, meaning: str) -> None:

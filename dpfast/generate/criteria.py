@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast import ops
+from dpfast.errors import InputError
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,10 +43,10 @@ def disagreement(logits: Tensor, labels: Tensor) -> Tensor:
 
     H(mean_m p_m) - mean_m H(p_m) in nats, the Jensen-Shannon divergence of the predictions, at most
     log M: query by committee with the measure of BALD (Houlsby et al. 2011, arXiv 1112.5745).
-    Raises ``ValueError`` for one learner's logits.
+    Raises ``InputError`` for one learner's logits.
     """
     if logits.dim() != 3:
-        raise ValueError(
+        raise InputError(
             "criterion 'disagreement' compares the members of a committee: expected logits (B, M, "
             "K), "
             f"got {tuple(logits.shape)}"
@@ -66,14 +67,14 @@ CRITERIA: dict[str, Criterion] = {
 def named(criterion: str | Criterion) -> Criterion:
     """The criterion of that name, or the function itself.
 
-    Raises ``ValueError`` for an unknown name, ``TypeError`` for what is neither.
+    Raises ``InputError`` for an unknown name, ``TypeError`` for what is neither.
     """
     if not isinstance(criterion, str):
         if not callable(criterion):
             raise TypeError(f"criterion must be a name or a function, got {criterion!r}")
         return criterion
     if criterion not in CRITERIA:
-        raise ValueError(
+        raise InputError(
             f"criterion = {criterion!r}: expected one of {', '.join(CRITERIA)}, or a function"
         )
     return CRITERIA[criterion]

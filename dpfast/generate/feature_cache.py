@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from dpfast.errors import InputError
 from dpfast.generate.models.recompute import Blocks, with_blocks
 
 Features = Literal["compute", "keep", "reuse"]
@@ -60,7 +61,7 @@ class FeatureCache:
     """The "keep" and "reuse" calls of a denoiser of ``dpfast.generate.models.denoiser``, which
     share its weights.
 
-    Raises ``ValueError`` for a model without blocks that are known here, or with a single one.
+    Raises ``InputError`` for a model without blocks that are known here, or with a single one.
     """
 
     def __init__(self, denoiser: Any) -> None:
@@ -73,7 +74,7 @@ class FeatureCache:
         ):
             keep, reuse = _unet(model, self._slot)
         else:
-            raise ValueError(
+            raise InputError(
                 f"cache_interval: a {type(denoiser).__name__} has no inner blocks that are known "
                 "here"
             )

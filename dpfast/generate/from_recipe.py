@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dpfast.config import RECIPE_FILE, Generator, Recipe
 from dpfast.data import imagenet
-from dpfast.errors import RecipeError
 from dpfast.generate.guidance import GuidanceConfig, Through
 from dpfast.generate.models.decoder import ResizedDecoder
 from dpfast.generate.pipelines import Pipeline, families
@@ -47,7 +46,7 @@ def check_generator(generator: Generator) -> tuple[str, ...]:
     """The class names of a recipe's generator, () where it has none, after a look at its folder
     that reads no weights.
 
-    Raises ``RecipeError`` as ``dpfast.generate.pipelines.families.check`` does.
+    Raises ``InputError`` as ``dpfast.generate.pipelines.families.check`` does.
     """
     folder = PipelineFolder(generator.pipeline)
     families.check(folder)
@@ -91,7 +90,7 @@ def new_sampler(
     """The sampler that a recipe describes; unguided without a learner.
 
     options: of ``GuidedSampler``, in place of what the recipe says. ``compile`` is never "auto" by
-    itself: that follows the clock, and so would the bits of a run. Raises ``RecipeError`` where
+    itself: that follows the clock, and so would the bits of a run. Raises ``InputError`` where
     pipeline, learner and recipe do not fit.
     """
     generator, guidance = recipe.generator, recipe.guidance
@@ -115,10 +114,7 @@ def new_sampler(
         "compile": generator.compile,
         "compile_region": cast(Region, generator.compile_region),
     }
-    try:
-        sampler = GuidedSampler(pipeline, learner, **described | options)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    sampler = GuidedSampler(pipeline, learner, **described | options)
     sampler.fitting = dict.fromkeys((False, True), generator.at_once)
     return sampler
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast import ops
+from dpfast.errors import InputError
 from dpfast.generate import check, criteria
 from dpfast.generate.criteria import Criterion
 from dpfast.generate.models.decoder import Decoder
@@ -39,9 +40,9 @@ def _ceil(value: float) -> int:
 
 
 def check_interval(name: str, start: float, stop: float) -> None:
-    """Raises ``ValueError`` unless 0 <= start < stop <= 1."""
+    """Raises ``InputError`` unless 0 <= start < stop <= 1."""
     if not 0 <= start < stop <= 1:
-        raise ValueError(
+        raise InputError(
             f"{name} = ({start:g}, {stop:g}): expected fractions of the steps, 0 <= start < stop "
             "<= 1"
         )
@@ -64,7 +65,7 @@ class GuidanceConfig:
     criterion: "entropy", "loss", "margin", "disagreement", or a function
     (``dpfast.generate.criteria``).
 
-    Raises ``ValueError`` for a value out of range, ``TypeError`` for one of another kind.
+    Raises ``InputError`` for a value out of range, ``TypeError`` for one of another kind.
     """
 
     omega: float = 0.05
@@ -82,7 +83,7 @@ class GuidanceConfig:
         check_interval("(start, until)", self.start, self.until)
         for name, value, known in (("mode", self.mode, Mode), ("through", self.through, Through)):
             if value not in get_args(known):
-                raise ValueError(
+                raise InputError(
                     f"{name} = {value!r}: expected one of {', '.join(get_args(known))}"
                 )
         criteria.named(self.criterion)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidancePath
 from dpfast.generate.models.recompute import can_recompute, recomputing
@@ -31,7 +32,7 @@ def try_learner(
     """Runs the learner and the criterion on two black images, as latents of ``shape`` (c, h, w)
     decode to.
 
-    Raises ``ValueError`` when the learner fails on them, when its logits are not (2, classes)
+    Raises ``InputError`` when the learner fails on them, when its logits are not (2, classes)
     (None: any number) or have no gradient at the images, and when the criterion's values are not
     (2,). A committee's are (2, M, classes).
     """
@@ -42,16 +43,16 @@ def try_learner(
             logits = path.logits(images)
     except (RuntimeError, ValueError, TypeError) as error:
         shape = (*images.shape[:2], *(path.image_size or images.shape[2:]))
-        raise ValueError(
+        raise InputError(
             f"learner fails on images of shape {shape}: {str(error).splitlines()[0]}"
         ) from error
     found = logits.shape if isinstance(logits, Tensor) else ()
     if len(found) not in (2, 3) or found[0] != 2 or classes not in (None, found[-1]):
         got = tuple(found) if isinstance(logits, Tensor) else type(logits).__name__
         expected = "(2, classes)" if classes is None else f"(2, {classes}) for the pipeline"
-        raise ValueError(f"learner gives {got} for 2 images, expected logits of shape {expected}")
+        raise InputError(f"learner gives {got} for 2 images, expected logits of shape {expected}")
     if not logits.requires_grad or _gradient(logits, images) is None:
-        raise ValueError(
+        raise InputError(
             "learner gives logits without a gradient at its images: it detaches them, or runs in "
             "no_grad"
         )
@@ -60,7 +61,7 @@ def try_learner(
         path.criterion, logits, torch.zeros(2, dtype=torch.int64, device=device)
     )
     if value.shape != (2,):
-        raise ValueError(
+        raise InputError(
             f"criterion gives values of shape {tuple(value.shape)} for 2 samples, expected (2,)"
         )
 
@@ -81,7 +82,7 @@ def bounded(
     otherwise hold fewer than ``ENOUGH`` samples.
     ``recompute``: whether they may be; torch.compile (2.13) does not trace it in a whole step.
 
-    Raises ``ValueError`` when one sample holds more than the budget even so.
+    Raises ``InputError`` when one sample holds more than the budget even so.
     """
     chunk, least = _chunk(path, table, budget)
     if recompute and chunk < ENOUGH and path.through == "denoiser" and can_recompute(path.denoiser):
@@ -98,7 +99,7 @@ def bounded(
             if recompute
             else "; with compile = False or compile_region = 'blocks' it may hold less"
         )
-        raise ValueError(
+        raise InputError(
             f"memory_budget = {budget}: the gradient of one sample holds {least} bytes{more}"
         )
     log.info("guidance in chunks of %d, budget %.1f MB", chunk, budget / 1e6)

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate import check, criteria
 from dpfast.generate import preflight as probing
 from dpfast.generate.feature_cache import FeatureCache, cached_steps
@@ -78,7 +78,7 @@ class GuidedSampler:
             them: a compile time that does not grow with the depth, for steps that are less fused.
         cuda_graphs: replay steps from CUDA graphs; None: on a GPU.
 
-    Raises ``ValueError`` or ``TypeError`` for an argument that cannot work; the learner is tried
+    Raises ``InputError`` or ``TypeError`` for an argument that cannot work; the learner is tried
     out on two black images when the first batch is asked for.
     """
 
@@ -112,14 +112,14 @@ class GuidedSampler:
             check.count("memory_budget", memory_budget, "bytes, at least 1, or None")
         check.count("cache_interval", cache_interval, "at least 1, which reuses nothing")
         if compile not in (True, False, "auto"):
-            raise ValueError(f"compile = {compile!r}: expected True, False or 'auto'")
+            raise InputError(f"compile = {compile!r}: expected True, False or 'auto'")
         if compile_region not in get_args(Region):
-            raise ValueError(
+            raise InputError(
                 f"compile_region = {compile_region!r}: expected one of "
                 f"{', '.join(get_args(Region))}"
             )
         if compile_region == "blocks" and not has_region(pipeline.denoiser):
-            raise ValueError(
+            raise InputError(
                 "compile_region = 'blocks': this denoiser has no transformer blocks; use 'step'"
             )
         self.compile_region = compile_region
@@ -138,7 +138,7 @@ class GuidedSampler:
             and self.guidance.through == "latent"
             and denoiser.prediction == "sample"
         ):
-            raise ValueError(
+            raise InputError(
                 "through = 'latent': this denoiser predicts x0 itself, which leaves no path around "
                 "it"
             )
@@ -157,7 +157,7 @@ class GuidedSampler:
             CudaRecorder(pipeline.device) if on_gpu and cuda_graphs is not False else None
         )
         if cuda_graphs and not on_gpu:
-            raise ValueError(
+            raise InputError(
                 f"cuda_graphs = True: needs a pipeline on a GPU, this one is on {pipeline.device}"
             )
         model = getattr(denoiser, "model", denoiser)
@@ -227,11 +227,11 @@ class GuidedSampler:
         return [Variant(*kinds) for kinds in zip(guided_at, cfg_at, features, strict=True)]
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raises ``RecipeError`` for a label that the generator does not know."""
+        """Raises ``InputError`` for a label that the generator does not know."""
         classes = self.pipeline.denoiser.classes
         wrong = labels[(labels < 0) | (labels >= classes)]
         if len(wrong):
-            raise RecipeError(
+            raise InputError(
                 f"labels = {int(wrong[0])}: the generator has {classes} classes, 0 to {classes - 1}"
             )
 
@@ -253,7 +253,7 @@ class GuidedSampler:
         labels, ids, strengths = self._checked(labels, sample_ids, 0, omega)
         scale = self._scale(cfg_scale)
         if not len(labels):
-            raise ValueError("labels is empty: expected at least one")
+            raise InputError("labels is empty: expected at least one")
         self._prepare(len(labels))
         return self._generate(labels, ids, strengths, scale, learner_step)
 
@@ -274,18 +274,18 @@ class GuidedSampler:
         begins at ``step``, from alpha latents + sigma noise of that step (SDEdit, Meng et al. 2022,
         arXiv 2108.01073). A multistep solver takes them for the x0 of the step before.
 
-        Raises ``ValueError`` for a step outside the trajectory, a step without latents and latents
+        Raises ``InputError`` for a step outside the trajectory, a step without latents and latents
         of another shape.
         """
         labels, ids, strengths = self._checked(labels, sample_ids, 0, omega)
         scale = self._scale(cfg_scale)
         shape = (len(labels), *self.pipeline.denoiser.sample_shape)
         if not 0 <= step < len(self.table):
-            raise ValueError(f"step = {step}: expected 0 to {len(self.table) - 1}")
+            raise InputError(f"step = {step}: expected 0 to {len(self.table) - 1}")
         if latents is None and step:
-            raise ValueError(f"step = {step}: a trajectory begins there only from latents")
+            raise InputError(f"step = {step}: a trajectory begins there only from latents")
         if latents is not None and latents.shape != shape:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}, expected {shape}")
+            raise InputError(f"latents has shape {tuple(latents.shape)}, expected {shape}")
         self._prepare(len(labels))
         noise = normal(ids, shape[1:], seed=self.seed, stream=INITIAL_NOISE)
         if latents is None:
@@ -304,12 +304,12 @@ class GuidedSampler:
     def advance(self, trajectory: Trajectory, stop: int | None = None) -> Trajectory:
         """Runs the steps before ``stop``; None: all that are left. Reads nothing on the host.
 
-        Raises ``ValueError`` for a stop that lies behind the trajectory or beyond the last step.
+        Raises ``InputError`` for a stop that lies behind the trajectory or beyond the last step.
         """
         total = len(self.table)
         last = total if stop is None else stop
         if not trajectory.step <= last <= total:
-            raise ValueError(f"stop = {stop}: expected {trajectory.step} to {total}")
+            raise InputError(f"stop = {stop}: expected {trajectory.step} to {total}")
         execution, table, size = self.execution, self.table, len(trajectory)
         x, x0_prev, labels, ids = (
             trajectory.x,
@@ -386,7 +386,7 @@ class GuidedSampler:
     def finish(self, trajectory: Trajectory, *, learner_step: int = 0) -> SampleBatch:
         """Decodes a trajectory behind its last step."""
         if trajectory.step != len(self.table):
-            raise ValueError(
+            raise InputError(
                 f"the trajectory is before step {trajectory.step} of {len(self.table)}: advance it "
                 "first"
             )
@@ -440,7 +440,7 @@ class GuidedSampler:
         ):
             raise TypeError(f"batch_size must be an integer or 'auto', got {batch_size!r}")
         if batch_size != "auto" and batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}: expected at least 1, or 'auto'")
+            raise InputError(f"batch_size = {batch_size}: expected at least 1, or 'auto'")
         labels, ids, strengths = self._checked(labels, sample_ids, first_id, omega)
         scale = self._scale(cfg_scale)
 
@@ -493,22 +493,22 @@ class GuidedSampler:
         device = self.pipeline.device
         labels = check.integers("labels", labels)
         if labels.dim() != 1:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}, expected (B,)")
+            raise InputError(f"labels has shape {tuple(labels.shape)}, expected (B,)")
         default = torch.arange(first_id, first_id + len(labels))
         ids = default if sample_ids is None else check.integers("sample_ids", sample_ids)
         if ids.shape != labels.shape:
-            raise ValueError(
+            raise InputError(
                 f"sample_ids has shape {tuple(ids.shape)}, expected one per label: "
                 f"{tuple(labels.shape)}"
             )
         self.check_labels(labels)
         strengths = check.strengths("omega", self.guidance.omega if omega is None else omega)
         if strengths.shape not in ((), labels.shape):
-            raise ValueError(
+            raise InputError(
                 f"omega has shape {tuple(strengths.shape)}, expected () or {tuple(labels.shape)}"
             )
         if not bool(strengths.isfinite().all()):
-            raise ValueError("omega must be finite")
+            raise InputError("omega must be finite")
         # Everything is looked at where it was given: what comes from the host costs no wait for the
         # device.
         guided = self._path is not None and bool(strengths.any())
@@ -519,7 +519,7 @@ class GuidedSampler:
         if self._path is None:
             return labels, ids, None
         if isinstance(self._path.learner, nn.Module) and self._path.learner.training:
-            raise ValueError(
+            raise InputError(
                 "learner is in training mode, where samples of a batch may mix; call learner.eval()"
             )
         if self._path.criterion is criteria.entropy and easy:

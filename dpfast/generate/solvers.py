@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.ops import DynamicThreshold
 
 COLUMNS = ("alpha", "sigma", "a", "b", "c", "d")
@@ -67,7 +68,7 @@ def _table(
 ) -> SolverTable:
     rows = torch.stack(columns, dim=1).float()
     if not rows.isfinite().all():
-        raise ValueError(
+        raise InputError(
             f"steps = {len(rows)}: the scheduler's grid has no finite coefficients at this number "
             "of steps"
         )
@@ -78,14 +79,14 @@ def _check_steps(steps: int, most: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps must be an integer, got {type(steps).__name__}")
     if not 1 <= steps <= most:
-        raise ValueError(
+        raise InputError(
             f"steps = {steps}: expected between 1 and {most}, the grid that the scheduler has"
         )
 
 
 def _check_start(config: Any, cumulative: Tensor) -> None:
     if config.prediction_type == "epsilon" and float(cumulative[0]) == 0:
-        raise ValueError(
+        raise InputError(
             "scheduler option rescale_betas_zero_snr = True: an epsilon prediction says nothing "
             "about x0 at the first "
             "step, which is pure noise; expected prediction_type 'v_prediction' or 'sample'"
@@ -95,7 +96,7 @@ def _check_start(config: Any, cumulative: Tensor) -> None:
 def _clip(config: Any) -> float | DynamicThreshold | None:
     if config.get("thresholding"):
         if config.sample_max_value < 1:
-            raise ValueError(
+            raise InputError(
                 f"scheduler option sample_max_value = {config.sample_max_value}: expected at least "
                 "1"
             )
@@ -111,7 +112,7 @@ def ddim_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
 
     The scheduler's ``clip_sample`` or ``thresholding`` becomes the table's ``clip``.
 
-    Raises ``ValueError`` when ``steps`` is outside [1, num_train_timesteps], eta outside [0, 1],
+    Raises ``InputError`` when ``steps`` is outside [1, num_train_timesteps], eta outside [0, 1],
     ``steps_offset`` moves the grid beyond the trained timesteps, or the grid starts at pure noise
     (zero terminal SNR), from which an epsilon prediction determines no x0.
     """
@@ -119,11 +120,11 @@ def ddim_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
     trained = config.num_train_timesteps
     _check_steps(steps, trained)
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta = {eta}: expected between 0 and 1")
+        raise InputError(f"eta = {eta}: expected between 0 and 1")
     scheduler.set_timesteps(steps)
     t = scheduler.timesteps.long().cpu()
     if int(t.max()) >= trained:
-        raise ValueError(
+        raise InputError(
             f"steps = {steps}: with steps_offset = {config.steps_offset} the grid starts at "
             f"timestep {int(t.max())}, "
             f"beyond the {trained} trained ones; use fewer steps"
@@ -155,7 +156,7 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
 
     Karras, exponential, beta and Lu grids are read from the scheduler like any other.
 
-    Raises ``ValueError`` for another algorithm than midpoint "dpmsolver++" of order 2, for
+    Raises ``InputError`` for another algorithm than midpoint "dpmsolver++" of order 2, for
     ``use_flow_sigmas``, and for
     ``thresholding``: diffusers bounds x0 there before x is split into x0 and eps, the fused update
     after it, and the two differ wherever the bound is active.
@@ -167,10 +168,10 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
         ("solver_type", "midpoint"),
     ):
         if config[option] != wanted:
-            raise ValueError(f"scheduler option {option} = {config[option]!r}: expected {wanted!r}")
+            raise InputError(f"scheduler option {option} = {config[option]!r}: expected {wanted!r}")
     for option in ("thresholding", "use_flow_sigmas"):
         if config.get(option):
-            raise ValueError(
+            raise InputError(
                 f"scheduler option {option} = True: DPM-Solver++ 2M has no table for it; use 'ddim'"
             )
     _check_steps(steps, config.num_train_timesteps - 1)
@@ -204,11 +205,11 @@ def flow_euler_table(scheduler: Any, steps: int, **options: Any) -> SolverTable:
     alpha = 1 - sigma, a = 1 - sigma', b = sigma', c = d = 0. ``options`` go to the scheduler's
     ``set_timesteps``.
 
-    Raises ``ValueError`` for ``steps`` below 1, ``invert_sigmas`` and ``stochastic_sampling``.
+    Raises ``InputError`` for ``steps`` below 1, ``invert_sigmas`` and ``stochastic_sampling``.
     """
     for option in ("invert_sigmas", "stochastic_sampling"):
         if scheduler.config.get(option):
-            raise ValueError(
+            raise InputError(
                 f"scheduler option {option} = True: flow-matching Euler has no table for it"
             )
     _check_steps(steps, scheduler.config.num_train_timesteps)
@@ -228,7 +229,7 @@ def lcm_table(scheduler: Any, steps: int) -> SolverTable:
     step but the last adds new noise to it: a = alpha' (c_out + c_skip alpha), b = alpha' c_skip
     sigma, c = 0, d = sigma'. The last step ends there: alpha' = 1, d = 0.
 
-    Raises ``ValueError`` when ``steps`` is outside [1, original_inference_steps], for pure noise as
+    Raises ``InputError`` when ``steps`` is outside [1, original_inference_steps], for pure noise as
     in ``ddim_table``,
     and for ``clip_sample`` and ``thresholding``: they bound x0 but not x, and the fused update has
     x only through x0.
@@ -236,7 +237,7 @@ def lcm_table(scheduler: Any, steps: int) -> SolverTable:
     config = scheduler.config
     for option in ("clip_sample", "thresholding"):
         if config.get(option):
-            raise ValueError(f"scheduler option {option} = True: LCM has no table for it")
+            raise InputError(f"scheduler option {option} = True: LCM has no table for it")
     t, now, then = _distilled_grid(scheduler, steps)
     scaled = t.double() * config.timestep_scaling
     variance = 0.5**2  # of the data, as diffusers fixes it
@@ -259,11 +260,11 @@ def tcd_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
     paper's gamma. With r = alpha'/alpha_s: a = r alpha_s, b = r sigma_s, c = 0, d = sqrt(1 - r^2);
     r = 1 in the last step, where t' = 0.
 
-    Raises ``ValueError`` as ``lcm_table`` does, but for bounds of x0, which the scheduler never
+    Raises ``InputError`` as ``lcm_table`` does, but for bounds of x0, which the scheduler never
     applies; eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta = {eta}: expected between 0 and 1")
+        raise InputError(f"eta = {eta}: expected between 0 and 1")
     t, now, then = _distilled_grid(scheduler, steps)
     cumulative = scheduler.alphas_cumprod.double().cpu()
     following = torch.cat([t[1:], t.new_zeros(1)])

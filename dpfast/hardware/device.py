@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 GPUS = {
     "cuda"
@@ -27,20 +27,20 @@ def device_named(name: str, *, rank: int = 0, ranks: int = 1) -> torch.device:
     rank: this process's number on its machine; ranks: how many processes the run has. Of several
     each takes the GPU of its number on its machine; "cuda:N" is for one alone.
 
-    Raises ``RecipeError`` for an unknown name and for a GPU that is not there.
+    Raises ``InputError`` for an unknown name and for a GPU that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if ranks > 1 and kind == "cuda":
         if index:
-            raise RecipeError(f"device = {name!r}: {ranks} ranks need a GPU each; expected 'cuda'")
+            raise InputError(f"device = {name!r}: {ranks} ranks need a GPU each; expected 'cuda'")
         index = str(rank)
         name = f"cuda:{index}"
     if name != "cpu" and (kind != "cuda" or name == "cuda:" or not (index or "0").isdecimal()):
-        raise RecipeError(f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        raise InputError(f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise RecipeError(
+        raise InputError(
             f"device = {name!r}: torch {torch.__version__} finds {torch.cuda.device_count()} GPUs "
             "here"
         )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.models.linear import FrozenLinear
 from dpfast.hardware.flops import Counts
 from dpfast.hardware.memory import available_bytes
@@ -127,20 +127,20 @@ OTHERS = frozenset({"PCIe", "PCIE", "NVL", "MIG", "Laptop", "D"})
 
 
 def device(name: str) -> Device:
-    """A device of the table, or "here": this machine, measured. Raises ``RecipeError`` for another
+    """A device of the table, or "here": this machine, measured. Raises ``InputError`` for another
     name.
     """
     if name.lower() == HERE:
         return here()
     if name.lower() not in DEVICES:
-        raise RecipeError(
+        raise InputError(
             f"device = {name!r}: expected one of {', '.join(DEVICES)}, or {HERE!r} for this machine"
         )
     return DEVICES[name.lower()]
 
 
 def limit(name: str, flops_per_sample: float, *, share: float = 1.0) -> float:
-    """Samples/s at ``share`` of the peak of a device. Raises ``RecipeError`` for an unknown one."""
+    """Samples/s at ``share`` of the peak of a device. Raises ``InputError`` for an unknown one."""
     return share * device(name).half / flops_per_sample
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -24,11 +24,11 @@ def checkpoint_activations(model: nn.Module) -> None:
     The gradients are the same: the random state of dropout is restored, and batch norms count a
     batch once. A step costs almost one more forward pass of the blocks.
 
-    Raises ``RecipeError`` where no module is repeated.
+    Raises ``InputError`` where no module is repeated.
     """
     blocks = repeated_blocks(model)
     if len(blocks) < 2:
-        raise RecipeError(
+        raise InputError(
             f"activation_checkpointing = True: {type(model).__name__} repeats no module in a list "
             "of modules of one "
             "class, so there is no block to compute again; expected False, and a smaller "

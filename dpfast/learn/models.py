@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dpfast.config import ASSETS, RECIPE_FILE, Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.precision import in_precision
 
@@ -39,13 +39,13 @@ def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> 
         classes, channels: K and C.
         options: the model's own settings.
 
-    Raises ``RecipeError`` when the library is not installed or does not know the name or an option.
+    Raises ``InputError`` when the library is not installed or does not know the name or an option.
     """
     library, _, name = spec.partition(":")
     try:
         module = importlib.import_module(library)
     except ImportError as error:
-        raise RecipeError(f"model = {spec!r}: cannot import {library} ({error})") from None
+        raise InputError(f"model = {spec!r}: cannot import {library} ({error})") from None
     try:
         if library == "transformers":
             model: nn.Module = _transformers_model(module, name, classes, channels, options)
@@ -54,7 +54,7 @@ def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> 
         else:
             model = getattr(module, name)(classes=classes, channels=channels, **options)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"model = {spec!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"model = {spec!r}: {str(error).splitlines()[0]}") from error
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -64,7 +64,7 @@ def _transformers_model(
     kind = getattr(module, name)
     unknown = set(options) - set(kind.config_class().to_dict())
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"options: {kind.config_class.__name__} has no {', '.join(sorted(unknown))}"
         )
     return _Logits(kind(kind.config_class(num_channels=channels, num_labels=classes, **options)))
@@ -105,7 +105,7 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
     """The finished classifier of a run in eval mode and its precision; without a folder the
     embedded judge network.
 
-    Raises ``RecipeError`` when the folder holds no learner, or one whose classes are not the
+    Raises ``InputError`` when the folder holds no learner, or one whose classes are not the
     pipeline's.
     """
     if folder is None:
@@ -113,7 +113,7 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
     weights = Path(folder) / f"learner_{source}.safetensors"
     recipe_file = Path(folder) / RECIPE_FILE
     if not weights.is_file() or not recipe_file.is_file():
-        raise RecipeError(
+        raise InputError(
             f"learner = {str(folder)!r}: not the folder of a finished run, it has no {weights.name}"
         )
     recipe = Recipe.from_dict(json.loads(recipe_file.read_text()))
@@ -121,7 +121,7 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
     try:
         model.load_state_dict(load_file(weights))
     except RuntimeError as error:
-        raise RecipeError(
+        raise InputError(
             f"learner = {str(folder)!r}: does not fit the pipeline: "
             f"{str(error).splitlines()[1].strip()}"
         ) from error

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpfast.config import Learner
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.hardware.device import is_gpu
 from dpfast.hardware.out_of_memory import attempt, release
 from dpfast.learn.batch_norm import alone, shared_norms, synchronised
@@ -217,7 +217,7 @@ class Trainer:
         if size == 1:
             raise failure
         if self._norms and self._fits:
-            raise RecipeError(
+            raise InputError(
                 f"micro_batch = {size}: a step ran out of memory while other ranks waited for its "
                 "batch norms; "
                 f"expected at most {size // 2}, also with --resume"

@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -22,7 +24,7 @@ def tensor(
             f"{name} must be {expected}, got {value.dtype} of shape {tuple(value.shape)}"
         )
     if device is not None and value.device != device:
-        raise ValueError(
+        raise InputError(
             f"{name} of shape {tuple(value.shape)} is on {value.device}, expected {device}"
         )
     return value
@@ -31,7 +33,7 @@ def tensor(
 def shaped(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`value`, whose shape must be exactly `shape`."""
     if value.shape != torch.Size(shape):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+        raise InputError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
     return value
 
 
@@ -49,7 +51,7 @@ def target(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format
     ):
         layout = "channels_last" if channels_last else "contiguous"
-        raise ValueError(
+        raise InputError(
             f"{name} of shape {tuple(out.shape)} has strides {out.stride()}, expected {layout} "
             "memory"
         )
@@ -65,7 +67,7 @@ def per_sample(
     if isinstance(value, Tensor):
         tensor(name, value, (*FLOATS, torch.float64), device)
         if value.shape not in (torch.Size(()), torch.Size((batch,))):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected () or ({batch},)")
+            raise InputError(f"{name} has shape {tuple(value.shape)}, expected () or ({batch},)")
         return value.float()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
@@ -82,7 +84,7 @@ def integer(name: str, value: int | Tensor, device: torch.device) -> int | Tenso
     if isinstance(value, Tensor):
         tensor(name, value, (torch.int64, torch.int32), device)
         if value.numel() != 1:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected ()")
+            raise InputError(f"{name} has shape {tuple(value.shape)}, expected ()")
         return value.reshape(())
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.ops import dispatch
 from dpfast.ops.dispatch import CPU
 from dpfast.ops.triton_stub import next_power, tl, triton
@@ -133,7 +134,7 @@ def _native(
         out = torch.empty(shape, dtype=torch.uint8)
     elif out.shape != shape or out.dtype != torch.uint8 or not out.is_contiguous():
         found = f"{out.dtype} {tuple(out.shape)}"
-        raise ValueError(f"out is {found}, expected contiguous uint8 {shape}")
+        raise InputError(f"out is {found}, expected contiguous uint8 {shape}")
     addresses = table.addresses + offset if offset else table.addresses
     inside = dispatch.native_module().rows(
         addresses.data_ptr(),
@@ -185,7 +186,7 @@ def take_rows(
         (B, width) uint8 on ``device``; ``out`` if given.
 
     Raises:
-        IndexError: an index outside [0, total). ValueError: an ``out`` of another kind.
+        IndexError: an index outside [0, total). InputError: an ``out`` of another kind.
     """
     width = table.stride if width is None else width
     indices = indices.contiguous()

@@ -18,6 +18,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
+
 Backend = Literal["triton", "native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "native", "reference")
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/simd.hpp
@@ -64,11 +66,11 @@ def backend_of(operation: str, device: torch.device | str) -> Backend:
     """The backend that `operation` ("entropy", "guided_step", "noise" or "gather") uses for tensors
     on `device`.
 
-    Raises `ValueError` for an unknown operation or `DPFAST_BACKEND`, `RuntimeError` where a forced
+    Raises `InputError` for an unknown operation or `DPFAST_BACKEND`, `RuntimeError` where a forced
     backend cannot run.
     """
     if operation not in OPERATIONS:
-        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
+        raise InputError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
     return backend_for(torch.device(device))
 
 
@@ -91,7 +93,7 @@ def _choose(device: torch.device, forced: str) -> Backend:
             f"DPFAST_BACKEND=native needs CPU tensors and the built extension, got {kind} tensors"
         )
     if forced not in ("", *BACKENDS):
-        raise ValueError(f"DPFAST_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}")
+        raise InputError(f"DPFAST_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}")
     if forced:
         return cast(Backend, forced)
     if runs_triton:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpfast.errors import InputError
 from dpfast.ops import check, dispatch
 from dpfast.ops.kernels.entropy import launch
 from dpfast.ops.reference.entropy import reference
@@ -116,11 +117,11 @@ class _Differentiable(torch.autograd.Function):
 def _check_arguments(logits: Tensor, temperature: float) -> float:
     check.tensor("logits", logits, check.FLOATS)
     if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (B, K) with K >= 1")
+        raise InputError(f"logits has shape {tuple(logits.shape)}, expected (B, K) with K >= 1")
     if not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be finite and positive, got {temperature}")
+        raise InputError(f"temperature must be finite and positive, got {temperature}")
     return float(temperature)
 
 
@@ -140,7 +141,7 @@ def entropy_and_grad(
         once, dH/dlogits is not; asking for more raises RuntimeError.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape or device, an `out` that is not
+        TypeError: wrong type or dtype. InputError: wrong shape or device, an `out` that is not
         contiguous, or a temperature that is not finite and positive.
 
     Source: the guidance criterion of "Improving the Scaling Laws of Synthetic Data with Deliberate

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.ops import check, dispatch
 from dpfast.ops.kernels.gather import launch
 from dpfast.ops.reference.gather import Request, reference
@@ -128,7 +129,7 @@ def _vector(
         return check.shaped(name, value, (channels,)).double()
     numbers = _numbers(name, value)
     if len(numbers) != channels:
-        raise ValueError(
+        raise InputError(
             f"{name} has {len(numbers)} values, expected one for each of {channels} channels"
         )
     return torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -170,15 +171,15 @@ def gather_batch(
         (B, C, H, W) of `dtype`, in channels_last or contiguous memory; `out` if given.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape or device. IndexError: an index
+        TypeError: wrong type or dtype. InputError: wrong shape or device. IndexError: an index
         outside the store, on a CPU; on a GPU, where the host cannot look, such a row is NaN.
     """
     check.tensor("store", store, (torch.uint8,))
     if store.dim() != 4:
-        raise ValueError(f"store has shape {tuple(store.shape)}, expected (N, C, H, W)")
+        raise InputError(f"store has shape {tuple(store.shape)}, expected (N, C, H, W)")
     check.tensor("indices", indices, (torch.int64,), store.device)
     if indices.dim() != 1:
-        raise ValueError(f"indices has shape {tuple(indices.shape)}, expected (B,)")
+        raise InputError(f"indices has shape {tuple(indices.shape)}, expected (B,)")
     if flip is not None:
         check.shaped(
             "flip", check.tensor("flip", flip, (torch.bool,), store.device), tuple(indices.shape)

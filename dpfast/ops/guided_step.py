@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.ops import check, dispatch, noise
 from dpfast.ops.kernels.guided_step import launch
 from dpfast.ops.reference.guided_step import Call, Options, reference
@@ -172,9 +173,9 @@ def _split(value: float | Tensor) -> tuple[float, Tensor | None]:
 
 def _options(mode: str, prediction: str, clip: object) -> Options:
     if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+        raise InputError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     if prediction not in get_args(Prediction):
-        raise ValueError(
+        raise InputError(
             f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}"
         )
     if clip is None:
@@ -186,14 +187,14 @@ def _options(mode: str, prediction: str, clip: object) -> Options:
     ):
         ratio, maximum = map(float, clip)
         if not (0 <= ratio <= 1 and maximum >= 1):
-            raise ValueError(
+            raise InputError(
                 f"clip needs a ratio in [0, 1] and a maximum of at least 1, got {(ratio, maximum)}"
             )
         return Options(mode, prediction, math.inf, ratio, maximum)
     if isinstance(clip, bool) or not isinstance(clip, (int, float)):
         raise TypeError(f"clip must be None, a number or a DynamicThreshold, got {clip!r}")
     if not clip > 0:
-        raise ValueError(f"clip must be positive, got {clip}")
+        raise InputError(f"clip must be positive, got {clip}")
     return Options(mode, prediction, float(clip), -1.0, 1.0)
 
 
@@ -247,7 +248,7 @@ def guided_step(
         x_next: `out`, or a new contiguous tensor. A step tensor outside the table gives NaN.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape or device, an unknown option, a step
+        TypeError: wrong type or dtype. InputError: wrong shape or device, an unknown option, a step
         outside the table.
 
     Source: Song et al., DDIM (2021); Lu et al., DPM-Solver++ (2022); Lipman et al., flow matching
@@ -255,7 +256,7 @@ def guided_step(
     """
     check.tensor("x", x, check.FLOATS)
     if x.dim() < 2 or math.prod(x.shape[1:]) == 0:
-        raise ValueError(
+        raise InputError(
             f"x has shape {tuple(x.shape)}, expected (B, ...) with at least one element a sample"
         )
     shape, device = tuple(x.shape), x.device
@@ -268,12 +269,12 @@ def guided_step(
             check.shaped(name, check.tensor(name, value, (x.dtype,), device), shape)
     check.tensor("table", table, (torch.float32,), device)
     if table.dim() != 2 or table.shape[1] != COLUMNS or table.shape[0] == 0:
-        raise ValueError(
+        raise InputError(
             f"table has shape {tuple(table.shape)}, expected (steps, {COLUMNS}) with steps >= 1"
         )
     step = check.integer("step", step, device)
     if isinstance(step, int) and not 0 <= step < table.shape[0]:
-        raise ValueError(
+        raise InputError(
             f"step must be in [0, {table.shape[0]}), the rows of the table, got {step}"
         )
     cfg_scale = check.per_sample("cfg_scale", cfg_scale, shape[0], device)
@@ -287,7 +288,7 @@ def guided_step(
         skipped is not None
         and check.tensor("skipped", skipped, (torch.int64,), device).numel() != 1
     ):
-        raise ValueError(f"skipped has shape {tuple(skipped.shape)}, expected ()")
+        raise InputError(f"skipped has shape {tuple(skipped.shape)}, expected ()")
     seed = noise.check_seed("seed", seed, device)
     inputs = (x, pred_cond, pred_uncond, grad, x0_prev)
     if not dispatch.traced():

@@ -24,6 +24,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.ops import check, dispatch
 from dpfast.ops.kernels.noise import launch
 from dpfast.ops.reference.noise import WORD, reference, reference_words, signed
@@ -129,7 +130,7 @@ def check_seed(name: str, seed: int | Tensor, device: torch.device) -> int | Ten
     if isinstance(value, Tensor):
         return value
     if not -(2**63) <= value < 2**64:
-        raise ValueError(f"{name} must fit into 64 bits, got {value}")
+        raise InputError(f"{name} must fit into 64 bits, got {value}")
     return signed(value)
 
 
@@ -147,20 +148,20 @@ def normal(
         0-d tensor.
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape, device or range.
+        TypeError: wrong type or dtype. InputError: wrong shape, device or range.
 
     Source: Salmon et al., SC 2011 (Philox4x32-10); Box and Muller, 1958.
     """
     check.tensor("sample_ids", sample_ids, (torch.int64,))
     if sample_ids.dim() != 1:
-        raise ValueError(f"sample_ids has shape {tuple(sample_ids.shape)}, expected (B,)")
+        raise InputError(f"sample_ids has shape {tuple(sample_ids.shape)}, expected (B,)")
     if not isinstance(shape, (tuple, list)) or not all(
         isinstance(n, (Integral, torch.SymInt)) for n in shape
     ):
         raise TypeError(f"shape must be a tuple or list of integers, got {shape!r}")
     size = tuple(shape)
     if any(isinstance(n, bool) or n < 0 for n in size) or math.prod(size) > 2**34:
-        raise ValueError(
+        raise InputError(
             f"shape must hold non-negative integers and at most 2^34 elements, got {size}"
         )
     seed = check_seed("seed", seed, sample_ids.device)

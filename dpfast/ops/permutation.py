@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.ops import dispatch
 from dpfast.ops.reference.noise import reference_words
 
@@ -74,12 +75,12 @@ def permutation(first: int, count: int, size: int, *, seed: int, epoch: int, str
         (count,) int64 on the CPU, the same integers on every backend.
 
     Raises:
-        ValueError: places outside [0, size), or a size above 2^62.
+        InputError: places outside [0, size), or a size above 2^62.
 
     Source: Black and Rogaway, CT-RSA 2002 (cycle walking).
     """
     if not 0 <= first <= first + count <= size <= LARGEST:
-        raise ValueError(
+        raise InputError(
             f"places {first} to {first + count} of {size} samples: expected 0 <= first <= last <= "
             "size"
         )

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import AHEAD, Heartbeat, RankError, silent
 
@@ -39,6 +39,7 @@ FAILURES = (  # no request to stop
     TypeError,
     ValueError,
 )
+INPUT = {kind.__name__: kind for kind in (InputError, RecipeError)}
 LOST = (
     "gloo",
     "NCCL",
@@ -211,20 +212,20 @@ class Ranks:
         return self.all_gather_object(value if self.first else None)[0]
 
     def same(self, what: str, value: Any) -> None:
-        """Raises ``RecipeError`` on every rank unless all have the same ``value``, which JSON can
+        """Raises ``InputError`` on every rank unless all have the same ``value``, which JSON can
         hold.
         """
         values = self.all_gather_object(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise RecipeError(
+                raise InputError(
                     f"{what}: rank {rank} has {other}, rank 0 has {values[0]}; all ranks need the "
                     "same"
                 )
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """All ranks succeed, or none: a ``RecipeError`` on one of them is raised on all, after the
+        """All ranks succeed, or none: an ``InputError`` on one of them is raised on all, with the
         same words.
 
         Another error is raised where it was, and named by a ``RankError`` elsewhere.
@@ -236,16 +237,15 @@ class Ranks:
             failure = error
             if self.alone:
                 raise
-        said = self.all_gather_object(
-            None if failure is None else [isinstance(failure, RecipeError), str(failure)]
-        )
+        kind = next((name for name in reversed(INPUT) if isinstance(failure, INPUT[name])), None)
+        said = self.all_gather_object(None if failure is None else [kind, str(failure)])
         for rank, words in enumerate(said):
             if words is None:
                 continue
-            usable, message = words
+            kind, message = words
             where = "" if rank == 0 else f"rank {rank}: "
-            if usable:
-                raise RecipeError(f"{where}{message}") from failure
+            if kind is not None:
+                raise INPUT[kind](f"{where}{message}") from failure
             raise failure or RankError(f"rank {rank} of {self.size}: {message}")
 
     def absent(self, given_up: Callable[[], bool] = lambda: False) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dpfast.config import Generator
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.from_recipe import class_names, resized
 from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder
 from dpfast.generate.models.denoiser import DiTDenoiser, TextUNetDenoiser
@@ -88,10 +88,10 @@ def published(
     dtype, device: of all weights. On the meta device, where there are none, the solver's tables,
     which are numbers, are on the CPU.
 
-    Raises ``RecipeError`` for another name than those of ``PIXELS``.
+    Raises ``InputError`` for another name than those of ``PIXELS``.
     """
     if name not in PIXELS:
-        raise RecipeError(
+        raise InputError(
             f"pipeline = {name!r}: no folder, and no published architecture; those are "
             f"{', '.join(PIXELS)}"
         )
@@ -121,7 +121,7 @@ def published(
 
 def pipeline_of(generator: Generator) -> Pipeline:
     """The pipeline of a recipe's [generator], with its classes and its size of images. Raises
-    ``RecipeError``.
+    ``InputError``.
     """
     names = class_names(generator)
     classes, dtype = None if names is None else len(names), getattr(torch, generator.dtype)
@@ -136,7 +136,7 @@ def without_weights(
     """The pipeline of a folder or an embedded asset, from its configurations alone; of a published
     name otherwise.
 
-    classes: where the folder does not name its own. Raises ``RecipeError`` for a folder of another
+    classes: where the folder does not name its own. Raises ``InputError`` for a folder of another
     kind than ``DiTPipeline`` and ``StableDiffusionPipeline``.
     """
     if source in PIXELS and not Path(source).is_dir():

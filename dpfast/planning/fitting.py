@@ -19,7 +19,6 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.data.folders import BATCH
-from dpfast.errors import RecipeError
 from dpfast.hardware import peaks
 from dpfast.hardware.peaks import Device
 from dpfast.planning.architectures import pipeline_of
@@ -102,7 +101,7 @@ def fit(
     samples: of the pool at the end, in place of the recipe's maximum; stages: where they were
     counted already.
 
-    Raises ``RecipeError`` for an unknown device, and for a pipeline or a learner that cannot be
+    Raises ``InputError`` for an unknown device, and for a pipeline or a learner that cannot be
     counted.
     """
     device = peaks.device(device) if isinstance(device, str) else device
@@ -242,7 +241,7 @@ def stages_of(recipe: Recipe, device: Device) -> Stages:
     """The counted stages of a recipe's generator and learner on a device; the same ones are counted
     once.
 
-    Raises ``RecipeError`` for a pipeline or a learner that cannot be counted.
+    Raises ``InputError`` for a pipeline or a learner that cannot be counted.
     """
     learner = recipe.learner
     half = learner.precision == "bf16" or (learner.precision == "auto" and device.gpu)
@@ -254,10 +253,7 @@ def stages_of(recipe: Recipe, device: Device) -> Stages:
     key = repr((*parts, recipe.guidance, practice.early_candidates, practice.early_until))
     key += repr((practice.restart, recipe.pool.codec, recipe.seed, half))
     if key not in _STAGES:
-        try:
-            _STAGES[key] = count_stages(recipe, pipeline_of(recipe.generator), half_training=half)
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
+        _STAGES[key] = count_stages(recipe, pipeline_of(recipe.generator), half_training=half)
     return _STAGES[key]
 
 

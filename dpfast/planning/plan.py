@@ -20,7 +20,7 @@ from functools import partial
 
 from dpfast.config import Recipe
 from dpfast.data.real import count_real
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.hardware import peaks
 from dpfast.hardware.flops import Counts
 from dpfast.hardware.peaks import Device
@@ -147,12 +147,12 @@ def plan(
     or a learner that cannot be built.
     """
     if count < 1:
-        raise RecipeError(f"count = {count}: at least one device")
+        raise InputError(f"count = {count}: at least one device")
     if utilisation is not None and not 0 < utilisation <= 1:
-        raise RecipeError(f"utilisation = {utilisation:g}: above 0 and at most 1")
+        raise InputError(f"utilisation = {utilisation:g}: above 0 and at most 1")
     total = recipe.practice.maximum_samples if samples is None else samples
     if total < recipe.practice.initial_samples:
-        raise RecipeError(
+        raise InputError(
             f"samples = {total}: the run begins with {recipe.practice.initial_samples}"
         )
     device = peaks.device(device) if isinstance(device, str) else device

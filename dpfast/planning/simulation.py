@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dpfast.config import Recipe
+from dpfast.errors import InputError
 from dpfast.planning.network import Link, step_seconds
 
 
@@ -42,7 +43,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if len(self.segments) != len(self.rounds) + 1:
-            raise ValueError(
+            raise InputError(
                 f"segments = {self.segments}: expected {len(self.rounds) + 1}, one more than rounds"
             )
 
@@ -130,10 +131,10 @@ def side_by_side(
     """``generating`` ranks make the next round's samples while the others train. link: of those;
     whole: of all ranks.
 
-    Raises ``ValueError`` unless both parts have a rank.
+    Raises ``InputError`` unless both parts have a rank.
     """
     if not 0 < generating < ranks:
-        raise ValueError(f"generating = {generating}: expected 1 to {ranks - 1} of {ranks} ranks")
+        raise InputError(f"generating = {generating}: expected 1 to {ranks - 1} of {ranks} ranks")
     step = _step(job, costs, ranks - generating, link)
     beside = sum(
         max(steps * step, _making(count, costs.guided, job.generation_batch, generating))

@@ -68,7 +68,7 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
 
     half_training: the learner's forward and backward passes run under bf16 autocast.
 
-    Raises ``RecipeError`` for a learner that cannot be built, ``ValueError`` for a sampler that
+    Raises ``InputError`` for a learner that cannot be built, ``InputError`` for a sampler that
     cannot.
     """
     classes = pipeline.denoiser.classes

@@ -77,7 +77,7 @@ def count_learner(
 ) -> Training:
     """Counts a learner on images (C, H, W). half: under bf16 autocast.
 
-    Raises ``RecipeError`` for a learner that cannot be built, and what the model raises on such
+    Raises ``InputError`` for a learner that cannot be built, and what the model raises on such
     images.
     """
     return _held(*_key(learner, classes, image, half))

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.ops import check, dispatch, gather_batch
 from dpfast.ops.chunk_rows import ChunkTable, check_indices, take_rows
 from dpfast.ops.dispatch import CPU
@@ -64,7 +65,7 @@ class BatchFormat:
         return mean, std
 
     def affine(self, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(C,) float32 scale and bias: byte * scale + bias. Raises ``ValueError`` for another
+        """(C,) float32 scale and bias: byte * scale + bias. Raises ``InputError`` for another
         number of channels.
         """
         return constants(*self.per_channel(channels), channels, device)
@@ -219,7 +220,7 @@ def from_rows(
         out: where to write the batch, in its shape, dtype and layout. threads: of the kernel,
         torch's by default.
 
-    Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an index
+    Raises ``TypeError`` or ``InputError`` for a wrong dtype or shape, ``IndexError`` for an index
     outside the table.
     """
     check.tensor("indices", indices, (torch.int64,))
@@ -274,9 +275,9 @@ def _checked_size(
     if boxes is not None:
         check.shaped("boxes", check.tensor("boxes", boxes, (torch.float32,)), (count, 4))
         if boxes.device == CPU and not bool((boxes[:, 2:] > 0).all() & boxes.isfinite().all()):
-            raise ValueError("boxes must be finite with heights and widths above 0")
+            raise InputError("boxes must be finite with heights and widths above 0")
     elif size not in (None, (height, width)):
-        raise ValueError(
+        raise InputError(
             f"size = {size}, the images are {(height, width)}: another size needs boxes"
         )
     return size or (height, width)

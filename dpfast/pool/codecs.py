@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.hardware.out_of_memory import HalvingBatches
 
 DTYPES = {
@@ -58,9 +59,9 @@ class BoundedDecode:
 
 
 def check_codec(codec: str) -> str:
-    """``codec``, which is one of ``CODECS``; raises ``ValueError`` for another."""
+    """``codec``, which is one of ``CODECS``; raises ``InputError`` for another."""
     if codec not in CODECS:
-        raise ValueError(f"codec = {codec!r}, expected one of {', '.join(CODECS)}")
+        raise InputError(f"codec = {codec!r}, expected one of {', '.join(CODECS)}")
     return codec
 
 
@@ -91,13 +92,13 @@ def saved_bytes(codec: str, shape: Sequence[int], images: str = "png") -> int:
 def to_jpeg(image: Tensor, quality: int = JPEG_QUALITY) -> bytes:
     """JPEG bytes of a uint8 image (C, H, W), without loss of colour resolution.
 
-    Raises ``ValueError`` unless it has one or three channels.
+    Raises ``InputError`` unless it has one or three channels.
     """
     return _encoded(image.cpu().numpy(), format="JPEG", quality=quality, subsampling=0)
 
 
 def to_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of uint8 pixels (C, H, W). Raises ``ValueError`` unless they have one or three
+    """PNG bytes of uint8 pixels (C, H, W). Raises ``InputError`` unless they have one or three
     channels.
     """
     return _encoded(pixels, format="PNG", compress_level=1)
@@ -105,7 +106,7 @@ def to_png(pixels: np.ndarray) -> bytes:
 
 def _encoded(pixels: np.ndarray, **options: object) -> bytes:
     if pixels.shape[0] not in (1, 3):
-        raise ValueError(
+        raise InputError(
             f"an image file holds one or three channels, the sample has {pixels.shape[0]}"
         )
     buffer = io.BytesIO()

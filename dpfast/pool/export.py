@@ -154,29 +154,29 @@ def _read_images(folder: Path) -> tuple[SamplePool, list[str] | None]:
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     for line, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise ValueError(f"{table}, line {line}: it has no file_name")
+            raise InputError(f"{table}, line {line}: it has no file_name")
         shards.check_member(row["file_name"], table)
         if (folder / row["file_name"]).is_symlink():
-            raise ValueError(f"{folder / row['file_name']} is a link")
+            raise InputError(f"{folder / row['file_name']} is a link")
     pool = SamplePool("jpeg" if rows and rows[0]["file_name"].endswith(".jpg") else "pixels")
     for first in range(0, len(rows), BATCH):
         part = rows[first : first + BATCH]
         files = {row["file_name"]: (folder / row["file_name"]).read_bytes() for row in part}
         if len(files) < len(part):
-            raise ValueError(f"{table}: a file_name stands in it twice")
+            raise InputError(f"{table}: a file_name stands in it twice")
         _append_files(pool, files, from_dicts(part))
     names = folder.parent / "classes.json"
     return pool, json.loads(names.read_text()) if names.is_file() else None
 
 
 def _append_files(pool: SamplePool, files: dict[str, bytes], records: np.ndarray) -> None:
-    """Appends image files, decoded where the pool holds pixels. Raises ``ValueError`` with the name
+    """Appends image files, decoded where the pool holds pixels. Raises ``InputError`` with the name
     of a bad one.
     """
     if pool.codec == "jpeg":
         for name, data in files.items():
             if not data.startswith(codecs.JPEG_START):
-                raise ValueError(f"{name} is no JPEG file")
+                raise InputError(f"{name} is no JPEG file")
         pool.append_records(list(files.values()), records)
         return
     images: list[np.ndarray] = []
@@ -184,10 +184,10 @@ def _append_files(pool: SamplePool, files: dict[str, bytes], records: np.ndarray
         try:
             images.append(codecs.from_image_file(data))
         except OSError as error:
-            raise ValueError(f"{name} is no image: {error}") from None
+            raise InputError(f"{name} is no image: {error}") from None
         expected = pool.shape or images[0].shape
         if images[-1].shape != expected:
-            raise ValueError(
+            raise InputError(
                 f"{name} is of shape {images[-1].shape}, the images before it are {expected}"
             )
     pool.append_records(torch.from_numpy(np.stack(images)), records)
@@ -205,14 +205,14 @@ def _read_tars(paths: list[Path]) -> SamplePool:
             for sample in part:
                 row = json.loads(sample.read("json")) if "json" in sample.members else {}
                 if not isinstance(row, dict):
-                    raise ValueError(f"{path}: the .json of sample {sample.key!r} is no table")
+                    raise InputError(f"{path}: the .json of sample {sample.key!r} is no table")
                 label = int(sample.read("cls")) if "cls" in sample.members else 0
                 rows.append(
                     {"sample_id": (len(pool) if pool else 0) + len(rows), "label": label} | row
                 )
             suffix = next((s for s in shards.SUFFIXES if s in part[0].members), None)
             if suffix is None:
-                raise ValueError(
+                raise InputError(
                     f"{path}: sample {part[0].key!r} has none of {', '.join(shards.SUFFIXES)}"
                 )
             files = {f"{path}: {sample.key}.{suffix}": sample.read(suffix) for sample in part}
@@ -230,7 +230,7 @@ def _read_tars(paths: list[Path]) -> SamplePool:
                 pool = pool or SamplePool("pixels" if suffix == "png" else "jpeg")
                 _append_files(pool, files, from_dicts(rows))
     if pool is None:
-        raise ValueError(f"{paths[0]} and all other shards are empty")
+        raise InputError(f"{paths[0]} and all other shards are empty")
     return pool
 
 
@@ -356,7 +356,7 @@ def _read_parquet(files: list[Path]) -> tuple[SamplePool, list[str] | None]:
 
 
 def _about(file: Any, path: Path) -> dict[str, Any]:
-    """codec, shape and class names of a parquet file. Raises ``ValueError`` where it holds nothing
+    """codec, shape and class names of a parquet file. Raises ``InputError`` where it holds nothing
     for a pool.
     """
     metadata = file.schema_arrow.metadata or {}
@@ -364,7 +364,7 @@ def _about(file: Any, path: Path) -> dict[str, Any]:
         return dict(json.loads(metadata[b"dpfast"]))
     image = next((field.type for field in file.schema_arrow if field.name == "image"), None)
     if "bytes" not in [field.name for field in image or ()]:
-        raise ValueError(
+        raise InputError(
             f"{path} was not written by dpfast export, and it has no column 'image' of files"
         )
     first = next(file.iter_batches(1, columns=["image.bytes"]))

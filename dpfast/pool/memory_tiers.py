@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dpfast import config
+from dpfast.errors import InputError, RecipeError
 from dpfast.hardware.memory import free_bytes
 
 NAMES = ("device", "host", "file")
@@ -39,7 +40,7 @@ class MemoryTiers:
     """Budgets in bytes, used in this order. ``device_bytes`` needs a ``device``, ``file_bytes`` a
     ``folder``.
 
-    Raises ``ValueError`` without them, and for a budget below 0.
+    Raises ``InputError`` without them, and for a budget below 0.
     """
 
     device: torch.device | None = None
@@ -51,11 +52,11 @@ class MemoryTiers:
     def __post_init__(self) -> None:
         for name in NAMES:
             if self.budget(name) < 0:
-                raise ValueError(f"{name}_bytes = {self.budget(name)}, expected at least 0")
+                raise InputError(f"{name}_bytes = {self.budget(name)}, expected at least 0")
         if self.device_bytes and self.device is None:
-            raise ValueError(f"device_bytes = {self.device_bytes} without a device")
+            raise InputError(f"device_bytes = {self.device_bytes} without a device")
         if self.file_bytes and self.folder is None:
-            raise ValueError(f"file_bytes = {self.file_bytes} without a folder")
+            raise InputError(f"file_bytes = {self.file_bytes} without a folder")
 
     @classmethod
     def detect(
@@ -105,9 +106,7 @@ class MemoryTiers:
             for size in (recipe.device_gib, recipe.host_gib)
         )
         if recipe.mapped and folder is None:
-            raise config.RecipeError(
-                "mapped = true: there is no folder for the files; run with one"
-            )
+            raise RecipeError("mapped = true: there is no folder for the files; run with one")
         mapped = folder if recipe.mapped else None
         return cls.detect(
             device, mapped, device_bytes=device_bytes, host_bytes=host_bytes, processes=processes

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dpfast import config
+from dpfast.errors import InputError
 from dpfast.hardware.device import is_gpu
 from dpfast.ops import dispatch
 from dpfast.ops.chunk_rows import ChunkTable, take_rows
@@ -54,7 +55,7 @@ class SamplePool:
         it: there it is
             the guess of ``reserve`` for the first of them.
 
-    Raises ``ValueError`` for an unknown codec and for chunks that do not hold a sample.
+    Raises ``InputError`` for an unknown codec and for chunks that do not hold a sample.
     """
 
     ranks = ALONE
@@ -70,7 +71,7 @@ class SamplePool:
         shape: Sequence[int] | None = None,
     ) -> None:
         if chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes = {chunk_bytes}, expected at least 1")
+            raise InputError(f"chunk_bytes = {chunk_bytes}, expected at least 1")
         self.codec, self.chunk_bytes, self.decode = codecs.check_codec(codec), chunk_bytes, decode
         self.tiers = tiers or MemoryTiers.detect()
         self.fresh = 0  # samples of the newest round
@@ -173,7 +174,7 @@ class SamplePool:
         latents: (B, *shape) of the codec's dtype, or B JPEG files. A JPEG pool encodes uint8 images
         that come without.
 
-        Raises ``TypeError`` and ``ValueError`` for a payload that is not the pool's,
+        Raises ``TypeError`` and ``InputError`` for a payload that is not the pool's,
         ``PoolFullError`` when it does not fit into the budgets, ``OSError`` when the disk of the
         file tier is full.
         """
@@ -184,7 +185,7 @@ class SamplePool:
             ("entropy", batch.entropy),
         ):
             if len(values) != len(batch):
-                raise ValueError(
+                raise InputError(
                     f"the batch has {len(batch)} labels and {len(values)} values of {name}"
                 )
             records[name] = values.cpu().numpy()
@@ -194,7 +195,7 @@ class SamplePool:
         if payload is None:
             payload = batch.latents if self.codec == "latents" else batch.images
         if payload is None:
-            raise ValueError("the batch has no latents, and the pool stores nothing else")
+            raise InputError("the batch has no latents, and the pool stores nothing else")
         self.append_records(payload, records)
 
     def append_records(self, payload: Payload, records: np.ndarray) -> None:
@@ -222,14 +223,14 @@ class SamplePool:
     def _checked(self, payload: Payload, count: int) -> Payload:
         """What goes into the chunks: a tensor (B, *shape) or B files."""
         if len(payload) != count:
-            raise ValueError(f"{len(payload)} payloads for {count} samples")
+            raise InputError(f"{len(payload)} payloads for {count} samples")
         if self.codec == "jpeg":
             if isinstance(payload, Tensor):
                 _check_payload(payload, torch.uint8, "images")
                 return [codecs.to_jpeg(image) for image in payload]
             largest = max(map(len, payload), default=0)
             if largest > self.chunk_bytes:
-                raise ValueError(
+                raise InputError(
                     f"a JPEG file has {largest} bytes, a chunk only {self.chunk_bytes}"
                 )
             return payload
@@ -241,13 +242,13 @@ class SamplePool:
         if self.shape is None:
             self._adopt(tuple(payload.shape[1:]))
         elif tuple(payload.shape[1:]) != self.shape:
-            raise ValueError(f"images are {tuple(payload.shape[1:])}, the pool holds {self.shape}")
+            raise InputError(f"images are {tuple(payload.shape[1:])}, the pool holds {self.shape}")
         return payload.detach()
 
     def _adopt(self, shape: tuple[int, ...]) -> None:
         stride = codecs.row_bytes(self.codec, shape)
         if not 0 < stride <= self.chunk_bytes:
-            raise ValueError(
+            raise InputError(
                 f"a sample of shape {shape} has {stride} bytes, a chunk {self.chunk_bytes}"
             )
         self._view = replace(
@@ -313,7 +314,7 @@ class SamplePool:
 
         Without it the pool prepares one chunk ahead. JPEG files are taken to be as large as those
         before them, the first ones as half a byte a pixel. Raises ``PoolFullError`` when the
-        budgets have no room for them, ``ValueError`` while the pool does not know how large a
+        budgets have no room for them, ``InputError`` while the pool does not know how large a
         sample is.
         """
         with self._lock:
@@ -324,7 +325,7 @@ class SamplePool:
             elif self.shape is not None:
                 needed = -(-(view.size + samples) // view.chunks.chunk_rows) * self.chunk_bytes
             else:
-                raise ValueError(
+                raise InputError(
                     "reserve needs the size of a sample: give the pool a shape, or append first"
                 )
             missing = -(-needed // self.chunk_bytes) - len(view.chunks.chunks) - len(self._spares)
@@ -458,6 +459,6 @@ def _write(room: Tensor, rows: Tensor) -> None:
 def _check_payload(payload: Tensor, dtype: torch.dtype, name: str) -> None:
     if payload.dtype != dtype or payload.ndim != 4:
         wanted = str(dtype).removeprefix("torch.")
-        raise ValueError(
+        raise InputError(
             f"{name} are {payload.dtype} {tuple(payload.shape)}, expected {wanted} (B, C, H, W)"
         )

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dpfast.errors import InputError
+
 RECORD = np.dtype(
     [
         ("sample_id", "<i8"),
@@ -36,7 +38,7 @@ def from_dicts(rows: Sequence[dict[str, Any]]) -> np.ndarray:
     """(B,) ``RECORD`` of what ``as_dict`` gave, offset and length 0. A missing column is 0, a
     missing entropy NaN.
 
-    Raises ``ValueError`` that names the column whose value does not fit.
+    Raises ``InputError`` that names the column whose value does not fit.
     """
     records = np.zeros(len(rows), RECORD)
     for name in COLUMNS:
@@ -44,7 +46,7 @@ def from_dicts(rows: Sequence[dict[str, Any]]) -> np.ndarray:
         try:
             records[name] = [row[name] if row.get(name) is not None else default for row in rows]
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"column {name!r}: {error}") from None
+            raise InputError(f"column {name!r}: {error}") from None
     return records
 
 

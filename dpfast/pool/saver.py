@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpfast.errors import SaveWarning
+from dpfast.errors import InputError, SaveWarning
 from dpfast.pool import codecs, shards
 from dpfast.pool.memory_tiers import readable
 from dpfast.pool.owner import Owner
@@ -46,7 +46,7 @@ class Saver:
         them.
 
     Raises ``OwnedError`` when another process saves into the folder, ``OSError`` for what the file
-    system refuses, and ``ValueError`` when the folder holds another pool's samples.
+    system refuses, and ``InputError`` when the folder holds another pool's samples.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Saver:
         reserve: int = 0,
     ) -> None:
         if images not in IMAGES:
-            raise ValueError(f"images = {images!r}, expected one of {', '.join(IMAGES)}")
+            raise InputError(f"images = {images!r}, expected one of {', '.join(IMAGES)}")
         if shard_samples < 1:
-            raise ValueError(f"shard_samples = {shard_samples}, expected at least 1")
+            raise InputError(f"shard_samples = {shard_samples}, expected at least 1")
         self.pool, self.folder, self.shard_samples = pool, Path(folder), shard_samples
         self.error: BaseException | None = None
         self.reserve = reserve
@@ -96,7 +96,7 @@ class Saver:
         if not same or not np.array_equal(
             np.concatenate([*ids, []]), self.pool.records(0, count)["sample_id"]
         ):
-            raise ValueError(
+            raise InputError(
                 f"{str(self.folder)!r} holds {count} samples that are not the first ones of this "
                 "pool"
             )

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from dpfast.errors import InputError
 from dpfast.pool.record import RECORD, as_dict, from_dicts, ranges
 
 MANIFEST = "manifest.json"
@@ -42,7 +43,7 @@ WRITE_BYTES = 1 << 20
 SUFFIXES = ("npy", "png", "jpg", "jpeg")  # of payloads; ours are the first three
 
 
-class DamagedPoolError(ValueError):
+class DamagedPoolError(InputError):
     """A folder that is not a saved pool, or one that cannot be read at all."""
 
 
@@ -111,7 +112,7 @@ class Manifest:
         try:
             table = json.loads((folder / MANIFEST).read_text())
             if table.pop("format") != FORMAT or table.pop("version") != VERSION:
-                raise ValueError(f"not version {VERSION} of {FORMAT}")
+                raise InputError(f"not version {VERSION} of {FORMAT}")
             for key in ("shards", "quarantined"):
                 table[key] = [Shard(**shard) for shard in table[key]]
             manifest = cls(**table)
@@ -304,10 +305,10 @@ def npy_data_start(data: bytes) -> int:
 
 
 def npy_kind(data: bytes) -> tuple[np.dtype, tuple[int, ...]]:
-    """dtype and shape of an .npy file of uint8 or float16; raises ``ValueError`` for another."""
+    """dtype and shape of an .npy file of uint8 or float16; raises ``InputError`` for another."""
     (shape, fortran, dtype), _ = _npy_header(data)
     if fortran or dtype not in (np.uint8, np.float16) or len(shape) != 3:
-        raise ValueError(
+        raise InputError(
             f"an array of {dtype} {shape}, expected uint8 or float16 (C, H, W) in C order"
         )
     return dtype, shape
@@ -316,7 +317,7 @@ def npy_kind(data: bytes) -> tuple[np.dtype, tuple[int, ...]]:
 def _npy_header(data: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], int]:
     buffer = io.BytesIO(data)
     if np.lib.format.read_magic(buffer) != (1, 0):
-        raise ValueError("an .npy file of a version that is not 1.0")
+        raise InputError("an .npy file of a version that is not 1.0")
     return np.lib.format.read_array_header_1_0(buffer), buffer.tell()
 
 
@@ -374,16 +375,16 @@ class TarSample:
 
 
 def read_tar(path: Path) -> Iterator[TarSample]:
-    """The samples of a webdataset shard, in order. Raises ``ValueError`` for a member that must not
+    """The samples of a webdataset shard, in order. Raises ``InputError`` for a member that must not
     be there.
     """
     data = np.memmap(path, np.uint8, "r")
 
     def read(key: str, suffix: str, span: tuple[int, int] | None) -> bytes:
         if span is None:
-            raise ValueError(f"{path}: sample {key!r} has no .{suffix}")
+            raise InputError(f"{path}: sample {key!r} has no .{suffix}")
         if sum(span) > len(data):
-            raise ValueError(f"{path} ends inside a member")
+            raise InputError(f"{path} ends inside a member")
         return data[span[0] : sum(span)].tobytes()
 
     key: str | None = None
@@ -411,7 +412,7 @@ def _files(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
             for member in tar:
                 check_member(member.name, path)
                 if not member.isreg() and not member.isdir():
-                    raise ValueError(
+                    raise InputError(
                         f"{path}: member {member.name!r} is a link or a device, expected plain "
                         "files"
                     )
@@ -420,9 +421,9 @@ def _files(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
             if (
                 tar.offset + BLOCK > size
             ):  # tarfile takes a tar that ends between two members for a whole one
-                raise ValueError(f"{path} is torn: it has no end mark")
+                raise InputError(f"{path} is torn: it has no end mark")
     except tarfile.TarError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 def _sample(
@@ -434,7 +435,7 @@ def _sample(
 
 
 def check_member(name: str, where: Any) -> None:
-    """Raises ``ValueError`` for a name that leads out of a folder."""
+    """Raises ``InputError`` for a name that leads out of a folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{where}: member {name!r} has an absolute path or '..' in it")
+        raise InputError(f"{where}: member {name!r} has an absolute path or '..' in it")

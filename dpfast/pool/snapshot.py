@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.hardware.device import is_gpu
 from dpfast.ops import dispatch
 from dpfast.ops.chunk_rows import ChunkTable, check_indices, take_rows
@@ -119,7 +120,7 @@ class PoolSnapshot:
         """uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the pool
         holds no pixels.
 
-        Raises ``ValueError`` for JPEG images of several shapes and for latents without a
+        Raises ``InputError`` for JPEG images of several shapes and for latents without a
         ``decode``.
         """
         payload = self.payload(indices, device=device)
@@ -130,7 +131,7 @@ class PoolSnapshot:
         images = [codecs.from_image_file(data) for data in payload]
         if len({image.shape for image in images}) > 1:
             shapes = sorted({image.shape for image in images})
-            raise ValueError(f"the batch holds images of {shapes}, expected one shape")
+            raise InputError(f"the batch holds images of {shapes}, expected one shape")
         if not images:
             return torch.empty(0, dtype=torch.uint8, device=device)
         return torch.from_numpy(np.stack(images)).to(
@@ -140,7 +141,7 @@ class PoolSnapshot:
     def _decoded(self, latents: Payload) -> Tensor:
         """(B, C, H, W) floats on the scale of bytes, where the latents are."""
         if self.decode is None:
-            raise ValueError(
+            raise InputError(
                 "the pool holds latents and has no decode function: SamplePool('latents', "
                 "decode=...)"
             )
@@ -177,7 +178,7 @@ class PoolSnapshot:
             out: where to write the images, in their shape, dtype and layout, where ``in_place``.
             threads: of the native kernels on a CPU, torch's by default.
 
-        Raises ``TypeError`` or ``ValueError`` for a wrong dtype or shape, ``IndexError`` for an
+        Raises ``TypeError`` or ``InputError`` for a wrong dtype or shape, ``IndexError`` for an
         index outside the pool.
         """
         form = form or BatchFormat()
@@ -190,7 +191,7 @@ class PoolSnapshot:
                 *table, indices, form, flip=flip, boxes=boxes, size=size, out=out, threads=threads
             ), labels
         if out is not None:
-            raise ValueError("out is for pools of pixels on the host and the native kernels")
+            raise InputError("out is for pools of pixels on the host and the native kernels")
         flip = None if flip is None else flip.to(device, non_blocking=True)
         if (
             boxes is not None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpfast.config import RECIPE_FILE, Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 from dpfast.parallel import Ranks
 from dpfast.pool.rank_folders import rank_folder
 from dpfast.pool.saver import copy_saved
@@ -36,14 +36,14 @@ def prepare_branch(
     """Makes ``out`` a run of ``recipe`` that stands at the end of a round of the run in ``trunk``;
     resume it.
 
-    The trunk is only read. ``beat`` is called after each of its shards. Raises ``RecipeError`` when
+    The trunk is only read. ``beat`` is called after each of its shards. Raises ``InputError`` when
     it is no run, has another recipe (the fields are named; a branch may have other ``iterations``),
     kept no checkpoint of that round, or is past the start of the new cool-down there.
     """
     if not (trunk / RECIPE_FILE).is_file():
-        raise RecipeError(f"branch_from = {str(trunk)!r}: holds no run")
+        raise InputError(f"branch_from = {str(trunk)!r}: holds no run")
     if trunk.resolve() == out.resolve():
-        raise RecipeError(
+        raise InputError(
             f"out = {str(out)!r}: is the run that the branch leaves; choose another folder"
         )
     recipe = continued(trunk, recipe, branch=True)
@@ -58,13 +58,10 @@ def prepare_branch(
             if kept
             else "run it with --keep-rounds true"
         )
-        raise RecipeError(
+        raise InputError(
             f"branch_at = {round}: {str(trunk)!r} kept no checkpoint of that round's end; {rounds}"
         )
-    try:
-        start = checkpoint.load(path)
-    except ValueError as error:
-        raise RecipeError(f"branch_at = {round}: {error}") from error
+    start = checkpoint.load(path)
     last = recipe.practice.iterations * (1 - recipe.learner.cooldown)
     if start.step > last:
         raise RecipeError(

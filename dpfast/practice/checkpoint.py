@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.pool.shards import durable
 
 VERSION = 5
@@ -162,7 +162,7 @@ def stable(folder: Path) -> Path | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads one checkpoint. Raises ``ValueError`` that says what is wrong with it."""
+    """Reads one checkpoint. Raises ``InputError`` that says what is wrong with it."""
     try:
         record = json.loads(path.read_text())
         if record["version"] != VERSION:
@@ -172,25 +172,25 @@ def load(path: Path) -> Checkpoint:
             raise ValueError(f"the checksum of {weights.name} differs from the recorded one")
         return Checkpoint(path, record["step"], load_file(weights), record["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{path} is no intact checkpoint: {error}") from error
+        raise InputError(f"{path} is no intact checkpoint: {error}") from error
 
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest intact checkpoint; None where there has never been one.
 
     A damaged one is named in a ``DamagedCheckpointWarning`` and the one before is taken. Raises
-    ``RecipeError`` when none is intact.
+    ``InputError`` when none is intact.
     """
     found = paths(folder)
     for path in reversed(found):
         try:
             return load(path)
-        except ValueError as error:
+        except InputError as error:
             warnings.warn(
                 f"{error}; the one before is used", DamagedCheckpointWarning, stacklevel=2
             )
     if found:
-        raise RecipeError(
+        raise InputError(
             f"resume: none of the {len(found)} checkpoints in {str(folder)!r} is intact"
         )
     return None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dpfast.errors import RecipeError, SaveWarning
+from dpfast.errors import InputError, SaveWarning
 from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rank_folders import rank_folder, remove_rank_folders
@@ -147,7 +147,7 @@ class LoopCheckpointer:
         """Before the first sample: whether the disk has room for all. Before a later round: for
         that.
 
-        Raises ``RecipeError`` on all ranks.
+        Raises ``InputError`` on all ranks.
         """
         if self.folder is None:
             return
@@ -460,7 +460,7 @@ class LoopCheckpointer:
         try:
             return open_share(folder, saved, wanted, **placed)
         except DamagedPoolError as error:
-            raise RecipeError(f"resume: {error}") from error
+            raise InputError(f"resume: {error}") from error
 
 
 def _promised(folder: Path) -> int:

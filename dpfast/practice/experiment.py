@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpfast.config import SOURCES, Recipe
 from dpfast.data.real import check_real, load_real
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.measures import predict
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed import choose_loader
@@ -240,7 +240,7 @@ class DeliberatePractice:
             )
         try:
             return checkpoint.load(kept)
-        except ValueError as error:
+        except InputError as error:
             raise RecipeError(
                 f"iterations = {practice.iterations} was {before}: {error}"
             ) from error

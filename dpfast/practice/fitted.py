@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from dpfast.config import Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.device import is_gpu
@@ -45,7 +45,7 @@ def fit_run(
         return replace(
             fit(recipe, known, count=ranks.size), proposals=()
         )  # the run's own check refuses a pool
-    except (RecipeError, RuntimeError, NotImplementedError) as error:
+    except (InputError, RuntimeError, NotImplementedError) as error:
         log.warning(
             "the memory of the models is not known, nothing is fitted: %s",
             str(error).splitlines()[0],

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpfast import launch
 from dpfast.config import RECIPE_FILE, Recipe
-from dpfast.errors import RecipeError, SaveWarning, unsaved
+from dpfast.errors import InputError, RecipeError, SaveWarning, unsaved
 from dpfast.evaluate.measures import Evaluation
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.owner import OwnedError, Owner, owner_of
@@ -130,7 +130,7 @@ class RunWriter(RunPaths, Callback):
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RecipeError(f"out = {str(path)!r}: cannot be made: {error.strerror}") from error
+            raise InputError(f"out = {str(path)!r}: cannot be made: {error.strerror}") from error
         self._owner = owned(path)
         self._changes: dict[str, list[Any]] = {}
         if resume:
@@ -287,30 +287,30 @@ def check_vacant(
 ) -> Recipe:
     """The recipe with which the run in ``path`` begins, or goes on.
 
-    Raises ``RecipeError`` when ``path`` may not become, or continue, the folder of a run of
+    Raises ``InputError`` when ``path`` may not become, or continue, the folder of a run of
     ``recipe``: only a run is ever replaced, none in which a process still writes, and unasked only
     one that is ``unbegun``. What a run may change is in ``dpfast.practice.changes``.
     """
     if resume:
         if not (path / RECIPE_FILE).is_file():
-            raise RecipeError(f"resume: {str(path)!r} holds no run")
+            raise InputError(f"resume: {str(path)!r} holds no run")
         if recipe.pool.save_samples == "none":
-            raise RecipeError(
+            raise InputError(
                 f"resume: {str(path)!r} has kept no samples (save_samples = 'none'); run it anew"
             )
         return continued(path, recipe)
     if not path.exists() or (path.is_dir() and all(_early(p.name) for p in path.iterdir())):
         return recipe  # a run that was killed before it began
     if not (path / RECIPE_FILE).is_file():
-        raise RecipeError(f"out = {str(path)!r}: exists and holds no run; choose another folder")
+        raise InputError(f"out = {str(path)!r}: exists and holds no run; choose another folder")
     if not overwrite and not unbegun(path):
-        raise RecipeError(
+        raise InputError(
             f"out = {str(path)!r}: holds another run; --resume continues it, --overwrite replaces "
             "it"
         )
     living = owner_of(path)
     if living is not None:
-        raise RecipeError(f"out = {str(path)!r}: {living} writes there")
+        raise InputError(f"out = {str(path)!r}: {living} writes there")
     return recipe
 
 
@@ -330,7 +330,7 @@ def unbegun(path: Path) -> bool:
 
 
 def check_saving(recipe: Recipe, *, resume: bool, branch: bool) -> None:
-    """Raises ``RecipeError`` where a run without saved samples would be asked to go on; warns of
+    """Raises ``InputError`` where a run without saved samples would be asked to go on; warns of
     one that begins.
     """
     if recipe.pool.save_samples != "none":
@@ -357,7 +357,7 @@ def check_saving(recipe: Recipe, *, resume: bool, branch: bool) -> None:
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:
-    """Raises ``RecipeError``, naming a rank and its host, unless all ranks see what the first one
+    """Raises ``InputError``, naming a rank and its host, unless all ranks see what the first one
     writes in ``out``.
     """
     if ranks.alone:
@@ -371,7 +371,7 @@ def check_shared(out: Path, ranks: Ranks) -> None:
         deadline = time.monotonic() + SEEN
         while not (out / SHARED).is_file() or (out / SHARED).read_text() != token:
             if time.monotonic() > deadline:
-                raise RecipeError(
+                raise InputError(
                     f"out = {str(out)!r}: on {socket.gethostname()} it is not the folder in which "
                     "rank 0 writes; "
                     "expected one that all nodes share"
@@ -390,15 +390,15 @@ def _early(name: str) -> bool:
 
 
 def owned(path: Path) -> Owner:
-    """Makes this process the one that writes a run's folder. Raises ``RecipeError`` where another
+    """Makes this process the one that writes a run's folder. Raises ``InputError`` where another
     does, or none can.
     """
     try:
         return Owner(path)
     except OwnedError as error:
-        raise RecipeError(f"out = {str(path)!r}: {error}") from error
+        raise InputError(f"out = {str(path)!r}: {error}") from error
     except OSError as error:
-        raise RecipeError(f"out = {str(path)!r}: cannot be written: {error.strerror}") from error
+        raise InputError(f"out = {str(path)!r}: cannot be written: {error.strerror}") from error
 
 
 def _steps(path: Path) -> dict[str, int]:

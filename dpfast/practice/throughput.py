@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.hardware.memory import peak_memory
 from dpfast.hardware.peaks import Device, peaks_of
 from dpfast.launch import world_size
@@ -58,7 +58,7 @@ class Throughput:
                 loop.recipe.learner, loop.pipeline.denoiser.classes, image, half=loop.trainer.bf16
             )
             return counted.flops
-        except (RecipeError, RuntimeError, NotImplementedError) as error:
+        except (InputError, RuntimeError, NotImplementedError) as error:
             log.warning(
                 "the learner's FLOPs are not known, so no mfu of training: %s",
                 str(error).splitlines()[0],

@@ -73,7 +73,7 @@ def write_report(
         runs' own results.
         device: where learners and decoders read the samples again.
 
-    Raises ``RecipeError`` for a path that is no run, runs on different real images, or a study that
+    Raises ``InputError`` for a path that is no run, runs on different real images, or a study that
     cannot be read.
     """
     runs = read_runs(list(paths))

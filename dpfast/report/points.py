@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.report.runs import ORDER, Run
 
 # fields that say which run it is, or what it writes down, not how it learns
@@ -58,7 +58,7 @@ def points_of_study(path: Path) -> list[Point]:
     """The lines of a study: "source", "samples", "test_accuracy", and where they are known "fields"
     and "flops".
 
-    Raises ``RecipeError`` for a file that cannot be read.
+    Raises ``InputError`` for a file that cannot be read.
     """
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -69,7 +69,7 @@ def points_of_study(path: Path) -> list[Point]:
             for e in lines
         ]
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"study = {str(path)!r}: cannot be read: {error!r}") from None
+        raise InputError(f"study = {str(path)!r}: cannot be read: {error!r}") from None
 
 
 def usual(points: Iterable[Point]) -> list[Point]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpfast.config import flat
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 ORDER = ("dp", "dynamic", "prune", "static")
 
@@ -71,10 +71,10 @@ class Run:
 def read_run(path: Path) -> Run:
     """Reads a run folder; a line that a kill cut short is left out and noted.
 
-    Raises ``RecipeError`` when ``path`` is no run folder.
+    Raises ``InputError`` when ``path`` is no run folder.
     """
     if not (path / "recipe.json").is_file():
-        raise RecipeError(f"run = {str(path)!r}: not the folder of a run, it has no recipe.json")
+        raise InputError(f"run = {str(path)!r}: not the folder of a run, it has no recipe.json")
     notes: list[str] = []
     metrics, timings = (_lines(path / name, notes) for name in ("metrics.jsonl", "timings.jsonl"))
     run = Run(path, json.loads((path / "recipe.json").read_text()), metrics, timings, notes)
@@ -90,13 +90,13 @@ def read_run(path: Path) -> Run:
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """Reads runs that measure the same thing. Raises ``RecipeError`` where their real images
+    """Reads runs that measure the same thing. Raises ``InputError`` where their real images
     differ.
     """
     runs = [read_run(path) for path in paths]
     kinds = {str(run.recipe.get("validation")) for run in runs}
     if len(kinds) > 1:
-        raise RecipeError(
+        raise InputError(
             f"runs: their real images differ ({', '.join(sorted(kinds))}); one report compares one "
             "set"
         )

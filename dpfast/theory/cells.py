@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dpfast.errors import InputError
+
 if TYPE_CHECKING:
     from typing_extensions import NotRequired
 
@@ -81,12 +83,12 @@ def cells(
     rho_s: ArrayLike | None = None,
     power: ArrayLike = 1.0,
 ) -> Cells:
-    """The arguments, each in its own shape; ValueError names what lies outside the domain, NaN
+    """The arguments, each in its own shape; InputError names what lies outside the domain, NaN
     included.
     """
     choose("strategy", strategy, STRATEGIES)
     if (rho_g is None) != (rho_s is None):
-        raise ValueError("rho_g, rho_s: three directions need both")
+        raise InputError("rho_g, rho_s: three directions need both")
     x = domain(d=d, n=n, keep=keep, ridge=ridge, rho=rho, power=power)
     one = np.asarray(1.0)
     if rho_g is None or rho_s is None:
@@ -95,12 +97,12 @@ def cells(
     shapes_agree(**x)
     a, b, c = x["rho"], x["rho_g"], x["rho_s"]
     if np.any(1 + 2 * a * b * c - a**2 - b**2 - c**2 < -1e-12):
-        raise ValueError("rho, rho_g, rho_s: no three vectors have these cosines")
+        raise InputError("rho, rho_g, rho_s: no three vectors have these cosines")
     return Cells(**x)
 
 
 def domain(**values: ArrayLike) -> dict[str, Array]:
-    """Each value as float64; ValueError names the first outside of its domain, and shapes that do
+    """Each value as float64; InputError names the first outside of its domain, and shapes that do
     not broadcast.
     """
     checked = {}
@@ -109,10 +111,10 @@ def domain(**values: ArrayLike) -> dict[str, Array]:
         try:
             x = np.asarray(value, float)
         except (TypeError, ValueError):
-            raise ValueError(f"{name} = {value!r}: expected numbers, {wanted}") from None
+            raise InputError(f"{name} = {value!r}: expected numbers, {wanted}") from None
         outside = ~np.asarray(good(x))
         if outside.any():
-            raise ValueError(f"{name} = {float(x[outside].flat[0])!r}: {wanted}")
+            raise InputError(f"{name} = {float(x[outside].flat[0])!r}: {wanted}")
         checked[name] = x
     shapes_agree(**checked)
     return checked
@@ -123,9 +125,9 @@ def shapes_agree(**values: Array) -> None:
         np.broadcast_shapes(*(x.shape for x in values.values()))
     except ValueError:
         shapes = ", ".join(f"{name} {x.shape}" for name, x in values.items() if x.ndim)
-        raise ValueError(f"{shapes}: shapes that do not broadcast") from None
+        raise InputError(f"{shapes}: shapes that do not broadcast") from None
 
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name} = {value!r}: one of {', '.join(known)}")
+        raise InputError(f"{name} = {value!r}: one of {', '.join(known)}")

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dpfast.errors import InputError
 from dpfast.theory.cells import Array, Cells, Pool, cells
 from dpfast.theory.scalars import scalars
 
@@ -46,7 +47,7 @@ class Features:
     covariance: (d,) variances of independent features, or (d, d), symmetric and positive definite.
     truth, selector,
     generator: (d,) vectors of any length: the labels of the test, the selection, and the labels of
-    the training set, which are the truth's when left out. Raises ValueError, naming the argument.
+    the training set, which are the truth's when left out. Raises InputError, naming the argument.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Features:
         for name, vector in (("truth", truth), ("selector", selector), ("generator", generator)):
             w = np.asarray(truth if vector is None else vector, float)
             if w.shape != (self.d,) or not np.isfinite(w).all() or not w.any():
-                raise ValueError(
+                raise InputError(
                     f"{name} of shape {w.shape}: expected ({self.d},) finite numbers that are not "
                     "all 0"
                 )
@@ -86,7 +87,7 @@ class Features:
         return rho, rho_g, rho_s
 
     def cells(self, **pool: Unpack[Pool]) -> Cells:
-        """The checked arguments of an experiment with these features; ValueError names the
+        """The checked arguments of an experiment with these features; InputError names the
         argument.
         """
         rho, rho_g, rho_s = self.cosines
@@ -124,14 +125,14 @@ def covariance_error(
     keep is a fraction: the rule's threshold is in units of the projection's standard deviation.
     ridge above 0.
 
-    Raises ValueError, naming the argument.
+    Raises InputError, naming the argument.
     """
     s, checked = (
         features.spectrum,
         features.cells(n=n, keep=keep, ridge=ridge, strategy=strategy, power=power),
     )
     if np.any(checked.ridge == 0):
-        raise ValueError("ridge = 0.0: above 0 with a covariance")
+        raise InputError("ridge = 0.0: above 0 with a covariance")
     grid = np.broadcast_arrays(checked.n, checked.keep, checked.ridge)
     n, keep, ridge = (x[..., None] for x in grid)  # the last axis is Sigma's
     k = scalars(strategy, keep, checked.rho_g, power=power)
@@ -158,7 +159,7 @@ def covariance_error(
     with np.errstate(all="ignore"):
         error = np.arccos(np.clip(m0 / np.sqrt(nu0), -1, 1)) / np.pi
     if not np.isfinite(error).all():
-        raise ValueError(
+        raise InputError(
             "n, keep, ridge: no finite prediction for this combination and this covariance"
         )
     return np.asarray(error)[..., 0]
@@ -172,17 +173,17 @@ def _spectrum(covariance: ArrayLike) -> tuple[Array, Array | None]:
         or not sigma.size
         or (sigma.ndim == 2 and sigma.shape[0] != sigma.shape[1])
     ):
-        raise ValueError(f"covariance of shape {sigma.shape}: expected (d,) variances or (d, d)")
+        raise InputError(f"covariance of shape {sigma.shape}: expected (d,) variances or (d, d)")
     if not np.isfinite(sigma).all():
-        raise ValueError("covariance: has entries that are not finite")
+        raise InputError("covariance: has entries that are not finite")
     if sigma.ndim == 1:
         spectrum, basis = sigma, None
     elif np.abs(sigma - sigma.T).max() > 1e-10 * np.abs(sigma).max():
-        raise ValueError("covariance: not symmetric")
+        raise InputError("covariance: not symmetric")
     else:
         spectrum, basis = np.linalg.eigh((sigma + sigma.T) / 2)
     if not (spectrum > 0).all():
-        raise ValueError(
+        raise InputError(
             f"covariance: its smallest eigenvalue is {spectrum.min():.3g}, expected above 0"
         )
     return spectrum, basis

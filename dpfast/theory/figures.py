@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from dpfast.errors import InputError
 from dpfast.plotting import COLORS, INK, MUTED, styled
 from dpfast.theory.cells import Arguments, Array
 from dpfast.theory.charts import Chart, Line, Panel, curves, draw
@@ -170,7 +171,7 @@ def study(
     kept sample, as in training.
 
     sweeps: of oversampling and of omega, as ``dpfast.report.sweeps.measured_sweeps`` gives them.
-    Raises ``ValueError`` where one of them is empty.
+    Raises ``InputError`` where one of them is empty.
     """
     d, rho, ridge = 512, 0.9, 1e-3
 
@@ -201,7 +202,7 @@ def study(
         grid.T, sweeps, theory, strict=True
     ):
         if not values:
-            raise ValueError(f"study: no runs of {source} that differ in {field} alone")
+            raise InputError(f"study: no runs of {source} that differ in {field} alone")
         styled(top, label, f"measured gain of {source}, points")
         base = dict(next(iter(values.values())))
         gains = [

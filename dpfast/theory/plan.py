@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dpfast.errors import InputError
 from dpfast.theory.cells import Array, domain
 from dpfast.theory.theorem import test_error
 
@@ -52,15 +53,15 @@ def plan(
     """One plan for each kept fraction, of pools up to MOST d. The other arguments are those of
     ``test_error``.
 
-    ridge: above 0; None takes the best one for every pool. Raises ValueError, naming the argument.
+    ridge: above 0; None takes the best one for every pool. Raises InputError, naming the argument.
     """
     if not 0.5 < accuracy < 1:
-        raise ValueError(f"accuracy = {accuracy!r}: between 0.5, which is chance, and 1")
+        raise InputError(f"accuracy = {accuracy!r}: between 0.5, which is chance, and 1")
     domain(d=d, keep=keeps)
     if ridge is not None:
         domain(ridge=ridge)
         if ridge == 0:
-            raise ValueError("ridge = 0: above 0 in a plan; 1e-9 stands for its limit")
+            raise InputError("ridge = 0: above 0 in a plan; 1e-9 stands for its limit")
 
     def best(n: ArrayLike, keep: float) -> tuple[Array, Array]:
         """Ridges and errors of pools n (k,)."""

@@ -10,7 +10,7 @@ from w_s. With tau = rho / sqrt(1 - rho^2), G ~ N(0, 1), its density phi and dis
 Rules: "hard" keeps |t| <= a, "easy" keeps |t| > a, "soft" keeps with probability min(1, e^c
 (sigma(t) sigma(-t))^power) up to a constant in c, hard for power > 0 and easy for power < 0
 (Kolossov et al. 2024). `keep` = p fixes a, and c. All functions broadcast and return float64; a
-keep outside (0, 1], |rho| > 1 or a power that is not finite raises ValueError, naming it.
+keep outside (0, 1], |rho| > 1 or a power that is not finite raises InputError, naming it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from dpfast.errors import InputError
 from dpfast.theory.cells import STRATEGIES, Array, choose, domain
 
 _PEAK = 1 / np.sqrt(2 * np.pi)  # phi(0)
@@ -106,13 +107,13 @@ def quadrature(
     The panels narrow towards the breaks and towards 0, where Phi(tau t) turns within sqrt(1 -
     rho^2) of it.
 
-    Raises ValueError, naming the argument; for ``rule`` where a value is no probability.
+    Raises InputError, naming the argument; for ``rule`` where a value is no probability.
     """
     domain(rho=rho)
     if np.any(np.isnan(breaks)):
-        raise ValueError(f"breaks = {list(breaks)}: expected numbers")
+        raise InputError(f"breaks = {list(breaks)}: expected numbers")
     if nodes < 1:
-        raise ValueError(f"nodes = {nodes}: at least 1")
+        raise InputError(f"nodes = {nodes}: at least 1")
     inner = sorted(b for b in breaks if 0 < b < _END)
     edges = [0.0, *inner, _END]
     x, w = np.polynomial.legendre.leggauss(nodes)
@@ -124,7 +125,7 @@ def quadrature(
     q = np.broadcast_to(rule(t), t.shape)
     wrong = ~((q >= 0) & (q <= 1 + 1e-12))  # beyond 1 by rounding alone
     if wrong.any():
-        raise ValueError(f"rule: q({t[wrong][0]:.6g}) = {float(q[wrong][0])!r} is no probability")
+        raise InputError(f"rule: q({t[wrong][0]:.6g}) = {float(q[wrong][0])!r} is no probability")
     # Both signs of t: q is even, and so are q G^2, the even part of phi(tau G) and of (2 Phi(tau G)
     # - 1) G.
     weights = ((right - left) * w).ravel() * density(t) * q

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.theory.cells import Arguments, Array, Cells, Pool, cells
 from dpfast.theory.covariance import Features
 from dpfast.theory.scalars import soft_rule, threshold
@@ -47,7 +48,7 @@ def simulate(
 
     A cell's result depends on its own arguments, `draws` and `seed`, not on the other cells, but
     cells that differ in rho or ridge alone use the same samples, so their deviations are
-    correlated. Raises ValueError, naming the argument.
+    correlated. Raises InputError, naming the argument.
     """
     return _simulate(
         cells(**arguments), arguments.get("strategy", "hard"), None, draws, seed, device
@@ -77,18 +78,18 @@ def _simulate(
     device: str | torch.device | None,
 ) -> Simulated:
     if draws < 2:
-        raise ValueError(f"draws = {draws}: at least 2, for a standard error")
+        raise InputError(f"draws = {draws}: at least 2, for a standard error")
     if np.any(c.ridge <= 0):
-        raise ValueError(f"ridge = {float(np.min(c.ridge))!r}: above 0 in a simulation")
+        raise InputError(f"ridge = {float(np.min(c.ridge))!r}: above 0 in a simulation")
     if np.any(c.d < 3):
-        raise ValueError(f"d = {float(np.min(c.d))!r}: at least 3 in a simulation")
+        raise InputError(f"d = {float(np.min(c.d))!r}: at least 3 in a simulation")
     for name, size in (("d", c.d), ("n", c.n)):
         if np.any(size % 1):
-            raise ValueError(
+            raise InputError(
                 f"{name} = {float(size[size % 1 > 0].flat[0])!r}: whole in a simulation"
             )
     if c.power.ndim:
-        raise ValueError(f"power of shape {c.power.shape}: one number in a simulation")
+        raise InputError(f"power of shape {c.power.shape}: one number in a simulation")
     grid = np.broadcast_arrays(c.d, c.n, c.keep, c.ridge, c.rho, c.rho_g, c.rho_s)
     table = np.stack([x.ravel() for x in grid], axis=1)
     out = np.empty((2, len(table)))
@@ -160,7 +161,7 @@ def _solve(gram: Tensor, target: Tensor, shift: float) -> Tensor:
     try:
         return torch.cholesky_solve(target, torch.linalg.cholesky(shifted))
     except torch.linalg.LinAlgError:
-        raise ValueError(
+        raise InputError(
             f"ridge: n ridge = {shift:.3g} is below the rounding of the simulated Gram matrix"
         ) from None
 

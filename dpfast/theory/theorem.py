@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from dpfast.errors import InputError
 from dpfast.theory.cells import Array, cells, choose, domain
 from dpfast.theory.scalars import Scalars, scalars, special
 
@@ -65,7 +66,7 @@ def test_error(
     from the truth; the selecting vector has cosine rho_g with the generator and rho_s with the
     truth, which the test uses.
 
-    Raises ValueError, naming the argument, outside the domain, and for ridge = 0 at d = n keep,
+    Raises InputError, naming the argument, outside the domain, and for ridge = 0 at d = n keep,
     where nu0 is infinite.
     """
     choose("form", form, FORMS)
@@ -81,11 +82,11 @@ def test_error(
         power=power,
     )
     if rho_g is not None and form != "exact":
-        raise ValueError(
+        raise InputError(
             f"form = {form!r}: the superseded forms know two directions; leave rho_g and rho_s out"
         )
     if np.any((c.ridge == 0) & (np.abs(c.d - c.n * c.keep) <= 1e-14 * c.d)):
-        raise ValueError("ridge = 0: the limit does not exist at d = n keep; take a ridge above 0")
+        raise InputError("ridge = 0: the limit does not exist at d = n keep; take a ridge above 0")
     phi, ridge = c.d / c.n, c.ridge
     with np.errstate(all="ignore"):
         s = scalars(strategy, c.keep, c.rho_g, power=c.power)
@@ -100,7 +101,7 @@ def test_error(
             limit = _limit(s, phi, across, c.rho_s) if form == "exact" else np.nan
             error = np.where(ridge == 0, limit, error)
     if not np.isfinite(error).all():
-        raise ValueError(
+        raise InputError(
             f"d / n, keep, ridge: no finite prediction for this combination with form {form!r}"
         )
     return np.asarray(error)
@@ -112,7 +113,7 @@ test_error.__test__ = False  # type: ignore[attr-defined]  # no test, whatever p
 def ridgeless(
     *, d: ArrayLike, n: ArrayLike, keep: ArrayLike, rho: ArrayLike, strategy: str = "hard"
 ) -> Array:
-    """The limit of no ridge in closed form (Corollary 1); d = n keep raises ValueError."""
+    """The limit of no ridge in closed form (Corollary 1); d = n keep raises InputError."""
     return test_error(d=d, n=n, keep=keep, rho=rho, ridge=0.0, strategy=strategy)
 
 
@@ -120,16 +121,16 @@ def spectral(p: ArrayLike, gamma: ArrayLike, phi: ArrayLike, ridge: ArrayLike) -
     """m, m~ and their derivatives; ridge > 0. Either sign of p - phi + ridge goes without
     cancellation.
 
-    Raises ValueError, naming the argument, outside 0 < p <= 1, gamma >= 0, phi > 0, ridge > 0, and
+    Raises InputError, naming the argument, outside 0 < p <= 1, gamma >= 0, phi > 0, ridge > 0, and
     where the result is beyond float64.
     """
     p, gamma, phi, ridge = domain(p=p, gamma=gamma, phi=phi, ridge=ridge).values()
     if np.any(ridge == 0):
-        raise ValueError("ridge = 0: above 0; ridgeless() is the limit")
+        raise InputError("ridge = 0: above 0; ridgeless() is the limit")
     with np.errstate(all="ignore"):
         made = _spectral(p, gamma, phi, ridge)
     if not all(np.isfinite(part).all() for part in made):
-        raise ValueError("p, gamma, phi, ridge: m or a derivative of it is beyond float64")
+        raise InputError("p, gamma, phi, ridge: m or a derivative of it is beyond float64")
     return made
 
 

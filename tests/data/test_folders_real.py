@@ -8,7 +8,7 @@ from PIL import Image
 
 from dpfast.data import imagenet
 from dpfast.data.real import check_real, count_real, load_real
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 CLASSES = ("cat", "red bicycle")
 
@@ -38,17 +38,17 @@ def test_a_held_out_folder_leaves_the_validation_whole(tmp_path):
 
 def test_what_cannot_be_is_refused_by_name(tmp_path):
     with pytest.raises(
-        RecipeError, match=r"validation = 'imagenet-val': no such folder; .*--validation DIR"
+        InputError, match=r"validation = 'imagenet-val': no such folder; .*--validation DIR"
     ):
         check_real("imagenet-val")
-    with pytest.raises(RecipeError, match=r"held_out = .*no sub-folders"):
+    with pytest.raises(InputError, match=r"held_out = .*no sub-folders"):
         check_real("fashion", str(tmp_path))
     one = folder(tmp_path / "one", count=1)
-    with pytest.raises(RecipeError, match=r"'cat' has one image, expected two or more"):
+    with pytest.raises(InputError, match=r"'cat' has one image, expected two or more"):
         load_real(str(one), classes=CLASSES, shape=(1, 8, 8))
-    with pytest.raises(RecipeError, match=r"validation = .*no images of 'dog'"):
+    with pytest.raises(InputError, match=r"validation = .*no images of 'dog'"):
         load_real(str(one), classes=(*CLASSES, "dog"), shape=(1, 8, 8))
-    with pytest.raises(RecipeError, match=r"validation = .*does not know: red bicycle"):
+    with pytest.raises(InputError, match=r"validation = .*does not know: red bicycle"):
         load_real(str(one), classes=("cat",), shape=(1, 8, 8))
 
 

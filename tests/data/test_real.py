@@ -7,7 +7,7 @@ import torch
 
 from dpfast.data.fashion import CLASSES, read_idx
 from dpfast.data.real import load_real
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 
 def test_validation_and_test_are_disjoint_halves_of_the_test_images():
@@ -26,7 +26,7 @@ def test_validation_and_test_are_disjoint_halves_of_the_test_images():
 
 
 def test_an_unknown_set_is_named():
-    with pytest.raises(RecipeError, match="validation = 'cifar'"):
+    with pytest.raises(InputError, match="validation = 'cifar'"):
         load_real("cifar")
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dpfast.data import imagenet
 from dpfast.data.real import RealSet
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.evaluate.sets import evaluate_sets, evaluation_sets
 from dpfast.evaluate.shifts import SHIFTS, shift
 
@@ -89,13 +89,13 @@ def test_every_way_to_call_a_class(tmp_path):
 
 def test_unknown_classes_are_named(tmp_path):
     root = folder(tmp_path / "mine", ["Dress", "Hat", "Glove"])
-    with pytest.raises(RecipeError, match="Glove, Hat"):
+    with pytest.raises(InputError, match="Glove, Hat"):
         evaluation_sets((str(root),), real(), ("Dress", "Bag"))
-    with pytest.raises(RecipeError, match="neither a folder"):
+    with pytest.raises(InputError, match="neither a folder"):
         evaluation_sets(("shfts",), real(), ("Dress", "Bag"))
-    with pytest.raises(RecipeError, match="not those of ImageNet"):
+    with pytest.raises(InputError, match="not those of ImageNet"):
         evaluation_sets((f"imagenet-r={root}",), real(), ("Dress", "Bag"))
-    with pytest.raises(RecipeError, match="blur comes twice"):
+    with pytest.raises(InputError, match="blur comes twice"):
         evaluation_sets(("shifts", "blur"), real(), ("Dress", "Bag"))
 
 
@@ -111,7 +111,7 @@ def test_imagenet_lists_its_classes():
     assert data.ids_of(data.names) == data.ids
     assert data.ids_of([name.split(",")[0] for name in data.names]) == data.ids
     assert data.ids_of(["Dress"]) is None
-    with pytest.raises(RecipeError, match="crane"):
+    with pytest.raises(InputError, match="crane"):
         data.ids_of(["crane", "tench"])
 
 
@@ -144,7 +144,7 @@ def test_imagenet_sets_by_name(tmp_path):
     (found,) = evaluation_sets((f"imagenet-r={root}",), real(), few)
     (row,) = evaluate_sets(lambda x: torch.zeros(len(x), 4), [found])
     assert (row.images, row.classes) == (3, 3)
-    with pytest.raises(RecipeError, match="imagenet-a has 200 classes; the folder lacks"):
+    with pytest.raises(InputError, match="imagenet-a has 200 classes; the folder lacks"):
         evaluation_sets((f"imagenet-a={root}",), real(), IDS)
     v2 = folder(tmp_path / "v2", [str(i) for i in range(1000)])
     (found,) = evaluation_sets((f"imagenet-v2={v2}",), real(), few)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpfast.config import Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate import from_recipe as recipes
 from dpfast.generate.from_recipe import load_pipeline, new_sampler
 from dpfast.generate.pipelines import Pipeline
@@ -111,10 +111,10 @@ def test_no_field_is_without_effect():
     ],
 )
 def test_a_wrong_value_is_refused_before_anything_is_loaded(overrides, named):
-    with pytest.raises(RecipeError, match=named):
+    with pytest.raises(InputError, match=named):
         load(**overrides)
 
 
 def test_a_solver_that_the_pipeline_does_not_take_is_the_recipes_fault(pipeline):
-    with pytest.raises(RecipeError, match="solver = 'euler'"):
+    with pytest.raises(InputError, match="solver = 'euler'"):
         new_sampler(load(solver="euler"), pipeline, None)

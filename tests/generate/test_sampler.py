@@ -10,7 +10,7 @@ from diffusers import DiTPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from dpfast.config import ASSETS
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.evaluate.measures import predict
 from dpfast.generate import sampler as sampler_module
 from dpfast.generate.guidance import GuidanceConfig
@@ -181,7 +181,7 @@ def test_negative_omega_warns_once_a_process(pipeline, learner):
 
 def test_bad_input_is_named_before_anything_is_sampled(pipeline, learner):
     sampler = GuidedSampler(pipeline, learner, steps=2)
-    with pytest.raises(RecipeError, match=r"labels = 3: the generator has 3 classes, 0 to 2"):
+    with pytest.raises(InputError, match=r"labels = 3: the generator has 3 classes, 0 to 2"):
         sampler.stream([0, 3])
     with pytest.raises(ValueError, match="sample_ids"):
         sampler.generate([0, 1], [5])

@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpfast.config import Learner
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.learn.committee import Committee
 from dpfast.learn.compiling import WhenItPays
 from dpfast.learn.models import build_learner
@@ -210,5 +210,5 @@ def factory(*, classes, channels, width):
     ],
 )
 def test_an_unknown_learner_is_named(spec, options, named):
-    with pytest.raises(RecipeError, match=named):
+    with pytest.raises(InputError, match=named):
         build_learner(spec, classes=7, channels=1, **options)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpfast.config import Learner
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.feed.augment import Mix
 from dpfast.learn.checkpointing import checkpoint_activations, repeated_blocks
 from dpfast.learn.gradients import GradientBuckets
@@ -230,7 +230,7 @@ def test_checkpointed_activations_change_the_memory_and_nothing_else(spec, optio
 
 def test_a_network_without_repeated_blocks_is_named():
     with pytest.raises(
-        RecipeError, match="activation_checkpointing = True: Sequential repeats no module"
+        InputError, match="activation_checkpointing = True: Sequential repeats no module"
     ):
         trainer_of(model(), activation_checkpointing=True)
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpfast.config import Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.hardware.flops import Counts, counts
 from dpfast.hardware.peaks import DEVICES, peaks_of
@@ -349,9 +349,9 @@ def test_what_cannot_be_planned_is_refused(recipe):
         ({"utilisation": 1.5}, "utilisation = 1.5"),
         ({"samples": few}, f"samples = {few}: the run begins with {few + 1}"),
     ):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(InputError, match=message):
             plan(recipe, "h100", **changes)
-    with pytest.raises(RecipeError, match=r"device = 'abacus': expected one of a100"):
+    with pytest.raises(InputError, match=r"device = 'abacus': expected one of a100"):
         plan(recipe, "abacus")
-    with pytest.raises(RecipeError, match=r"no such folder"):
+    with pytest.raises(InputError, match=r"no such folder"):
         without_weights("dit-of-nobody")

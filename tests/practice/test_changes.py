@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dpfast.config import fields, short_name
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 from dpfast.logs import logged
 from dpfast.parallel import Ranks
 from dpfast.practice import checkpoint, run_folder
@@ -155,7 +155,7 @@ def test_without_a_checkpoint_before_the_cooldown_a_run_is_not_made_longer(short
 def test_what_may_not_change_is_named_with_the_reason(short, tmp_path, section, changes, named):
     with RunWriter(tmp_path / "run", short):
         pass
-    with pytest.raises(RecipeError, match=named):
+    with pytest.raises(InputError, match=named):
         RunWriter(tmp_path / "run", with_(short, section, **changes), resume=True)
     halved = dataclasses.replace(short, held_out="elsewhere")
     with pytest.raises(RecipeError, match=r"held_out = 'elsewhere' was '' .*without one half"):
@@ -201,7 +201,7 @@ def test_a_folder_may_move_but_holds_what_it_held(short, tmp_path):
 def test_a_run_in_progress_is_neither_resumed_nor_replaced(short, tmp_path):
     with RunWriter(tmp_path / "run", short):
         for options in ({"resume": True}, {"overwrite": True}):
-            with pytest.raises(RecipeError, match=r"process \d+ on \S+ writes"):
+            with pytest.raises(InputError, match=r"process \d+ on \S+ writes"):
                 RunWriter(tmp_path / "run", short, **options)
     with RunWriter(tmp_path / "run", short, overwrite=True):
         pass
@@ -231,7 +231,7 @@ def looked(folders):
             found[rank] = run_folder.check_shared(
                 folders[rank], Two(rank=rank, size=2, store=lines)
             )
-        except RecipeError as error:
+        except InputError as error:
             found[rank] = str(error)
 
     threads = [threading.Thread(target=look, args=(rank,)) for rank in range(2)]

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 from dpfast.learn.models import load_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.practice import checkpoint
@@ -94,7 +94,7 @@ def test_the_learner_of_a_run_can_be_loaded(recipe, tmp_path, pipeline):
     (dp, _), _ = run(recipe, tmp_path / "run")
     images = torch.randn(4, 1, 16, 16)
     torch.testing.assert_close(load_learner(tmp_path / "run", pipeline)(images), dp.learner(images))
-    with pytest.raises(RecipeError, match="not the folder of a finished run"):
+    with pytest.raises(InputError, match="not the folder of a finished run"):
         load_learner(tmp_path, pipeline)
 
 
@@ -113,7 +113,7 @@ def test_the_learner_of_a_run_can_be_loaded(recipe, tmp_path, pipeline):
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(recipe, section, changes, named):
-    with pytest.raises(RecipeError, match=named):
+    with pytest.raises(InputError, match=named):
         DeliberatePractice(with_(recipe, section, **changes))
 
 
@@ -187,7 +187,7 @@ def test_a_run_resumes_with_its_own_recipe_only(recipe, tmp_path):
             dataclasses.replace(with_(recipe, "guidance", omega=0.3), seed=5),
             resume=True,
         )
-    with pytest.raises(RecipeError, match="holds no run"):
+    with pytest.raises(InputError, match="holds no run"):
         RunWriter(tmp_path, recipe, resume=True)
 
 
@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe, tmp_pa
     with (
         RunWriter(tmp_path / "run", recipe, resume=True) as folder,
         pytest.warns(checkpoint.DamagedCheckpointWarning),
-        pytest.raises(RecipeError, match="none of the 3 checkpoints"),
+        pytest.raises(InputError, match="none of the 3 checkpoints"),
     ):
         DeliberatePractice(recipe).run(folder, progress=False)
 
@@ -237,11 +237,11 @@ def test_a_branch_goes_on_without_additions_and_refuses_another_generator(recipe
     assert (len(branch.pool), branch.additions, branch.iterations) == (45, 1, 100)
     with pytest.raises(RecipeError, match="steps = 4 was 3"):
         prepare_branch(tmp_path / "run", 1, tmp_path / "other", with_(recipe, "generator", steps=4))
-    with pytest.raises(RecipeError, match=r"branch_at = 7: .* there are those of 0, 1"):
+    with pytest.raises(InputError, match=r"branch_at = 7: .* there are those of 0, 1"):
         prepare_branch(tmp_path / "run", 7, tmp_path / "other", recipe)
     late = with_(recipe, "practice", iterations=20)
     with pytest.raises(
-        RecipeError,
+        InputError,
         match=r"iterations = 20: the branch begins at \d+, after the start of the cool-down",
     ):
         prepare_branch(tmp_path / "run", 1, tmp_path / "other", late)
@@ -276,5 +276,5 @@ def test_further_evaluation_sets_end_in_the_table_and_in_the_metrics(recipe, tmp
 
 
 def test_an_unknown_evaluation_set_is_named_before_any_work(recipe):
-    with pytest.raises(RecipeError, match="nowhere"):
+    with pytest.raises(InputError, match="nowhere"):
         DeliberatePractice(dataclasses.replace(recipe, evaluation=("nowhere",)))

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dpfast import launch, logs
 from dpfast.config import Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
@@ -87,7 +87,7 @@ def test_the_level_says_how_much_is_told(short, tmp_path):
     assert "samples" not in {row.get("event") for row in told["info"]}
     assert told["error"] == []
     with pytest.raises(
-        RecipeError, match=r"log_level = 'loud': expected one of debug, info, warning, error"
+        InputError, match=r"log_level = 'loud': expected one of debug, info, warning, error"
     ):
         logs.check_level("loud")
 

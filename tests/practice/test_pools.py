@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from dpfast.errors import RecipeError, SaveWarning
+from dpfast.errors import InputError, RecipeError, SaveWarning
 from dpfast.generate.from_recipe import decoder_of_run, new_sampler
 from dpfast.logs import logged
 from dpfast.pool import shards
@@ -227,7 +227,7 @@ def test_a_run_without_saved_samples_ends_and_says_what_it_cannot_do(short, tmp_
     assert not list((tmp_path / "run").glob("pool_*")) + list(
         (tmp_path / "run").glob("checkpoints_*")
     )
-    with pytest.raises(RecipeError, match=r"resume: .* has kept no samples"):
+    with pytest.raises(InputError, match=r"resume: .* has kept no samples"):
         run(nothing, tmp_path / "run", resume=True)
     with pytest.warns(SaveWarning, match="cannot be resumed, branched or exported"):
         check_saving(nothing, resume=False, branch=False)
@@ -268,7 +268,7 @@ def test_a_disk_without_room_is_named_before_samples_are_made_that_it_cannot_tak
         )
         assert check_vacant(folder, jpeg) == jpeg
         (folder / "thesis.txt").touch()
-    with pytest.raises(RecipeError, match="holds another run"):
+    with pytest.raises(InputError, match="holds another run"):
         check_vacant(folder, jpeg)
     assert bool(list(folder.glob("pool_dp/*.tar"))) == (when == "round 1")
     (dp,) = run(short, folder, resume=True)

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.hardware.device import device_named
 from dpfast.practice.stopping import Stop, Stopped
 from dpfast.sources.costs import Cost, Price
@@ -47,5 +47,5 @@ def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:99"])
 def test_a_device_that_is_not_there_is_named(name):
-    with pytest.raises(RecipeError, match=f"device = '{name}'"):
+    with pytest.raises(InputError, match=f"device = '{name}'"):
         device_named(name)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpfast.config import Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.report.figures import fit_power_law
 from dpfast.report.page import write_report
 from dpfast.report.runs import differences, read_runs
@@ -117,7 +117,7 @@ def test_an_unfinished_run_says_so(tmp_path):
 
 def test_bad_runs_are_refused_and_mixed_recipes_are_told(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RecipeError, match="not the folder of a run"):
+    with pytest.raises(InputError, match="not the folder of a run"):
         write_report([tmp_path / "empty"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     runs = [make_run(tmp_path / "a", omega=0.03), make_run(tmp_path / "b", omega=0.05, seed=1)]
@@ -128,7 +128,7 @@ def test_bad_runs_are_refused_and_mixed_recipes_are_told(tmp_path):
     )
     other = json.loads((runs[1] / "recipe.json").read_text()) | {"validation": "other"}
     (runs[1] / "recipe.json").write_text(json.dumps(other))
-    with pytest.raises(RecipeError, match="real images differ"):
+    with pytest.raises(InputError, match="real images differ"):
         write_report(runs, tmp_path / "out")
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dpfast.errors import InputError
+
 Blocks = dict[str, list[nn.Module] | nn.Module]  # by attribute
 # The attributes under which diffusers' transformers and UNets keep their blocks.
 BLOCKS = ("transformer_blocks", "down_blocks", "mid_block", "up_blocks")
@@ -42,10 +44,10 @@ def recomputing(denoiser: Any) -> Any:
     """A twin of a denoiser of ``dpfast.generate.models.denoiser``, with the same weights, that
     recomputes its blocks.
 
-    Raises ``ValueError`` for a model without blocks that are known here.
+    Raises ``InputError`` for a model without blocks that are known here.
     """
     if not can_recompute(denoiser):
-        raise ValueError(
+        raise InputError(
             f"denoiser is a {type(denoiser).__name__} without any of {', '.join(BLOCKS)} to "
             "recompute"
         )

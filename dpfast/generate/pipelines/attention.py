@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 
 def checked(attention: str, device: torch.device) -> str:
-    """``attention``, or ``RecipeError`` for an unknown kind, and for xformers that is missing, does
+    """``attention``, or ``InputError`` for an unknown kind, and for xformers that is missing, does
     not match or has no GPU to run on.
     """
     if attention not in ("sdpa", "xformers"):
-        raise RecipeError(f"attention = {attention!r}: expected 'sdpa' or 'xformers'")
+        raise InputError(f"attention = {attention!r}: expected 'sdpa' or 'xformers'")
     if attention == "xformers":
         problem = _problem(device)
         if problem is not None:
-            raise RecipeError(f"attention = 'xformers': {problem}, or use 'sdpa'")
+            raise InputError(f"attention = 'xformers': {problem}, or use 'sdpa'")
     return attention
 
 
@@ -52,14 +52,14 @@ def _problem(device: torch.device) -> str | None:
 
 
 def set_attention(model: Any, attention: str) -> Any:
-    """Makes a model of diffusers use the kernels, and returns it. Raises ``RecipeError`` where it
+    """Makes a model of diffusers use the kernels, and returns it. Raises ``InputError`` where it
     cannot.
     """
     if attention == "xformers":
         try:
             model.enable_xformers_memory_efficient_attention()  # runs one small product first
         except Exception as error:  # of diffusers, xformers or CUDA
-            raise RecipeError(f"attention = 'xformers': {_line(error)}; use 'sdpa'") from error
+            raise InputError(f"attention = 'xformers': {_line(error)}; use 'sdpa'") from error
     return model
 
 

@@ -59,13 +59,13 @@ class Parts:
 
 
 def load(folder: PipelineFolder, options: Options) -> Parts:
-    """Raises ``RecipeError`` for a pipeline of no family and whatever its family refuses."""
+    """Raises ``InputError`` for a pipeline of no family and whatever its family refuses."""
     _known(folder)
     return FAMILIES[folder.kind](folder, options)
 
 
 def check(folder: PipelineFolder) -> None:
-    """Raises ``RecipeError`` for a pipeline of no family, and where a file of weights is missing or
+    """Raises ``InputError`` for a pipeline of no family, and where a file of weights is missing or
     cut short.
 
     Reads the headers of the files alone.

@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dpfast.config import ASSETS
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 
 
 class PipelineFolder:
-    """``source`` is a folder or the name of an embedded asset. Every error is a ``RecipeError``
+    """``source`` is a folder or the name of an embedded asset. Every error is an ``InputError``
     that names the folder.
 
     Models are loaded by the classes that the caller names, never by what ``model_index.json`` asks
@@ -42,8 +42,8 @@ class PipelineFolder:
             raise self.error("model_index.json is not a table")
         self.kind = str(self.index.get("_class_name"))
 
-    def error(self, what: str) -> RecipeError:
-        return RecipeError(f"pipeline = {str(self.path)!r}: {what}")
+    def error(self, what: str) -> InputError:
+        return InputError(f"pipeline = {str(self.path)!r}: {what}")
 
     def _json(self, path: Path) -> Any:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.models.decoder import Decoder
 from dpfast.generate.models.denoiser import Denoiser
 from dpfast.generate.pipelines import attention as kernels
@@ -78,7 +78,7 @@ class Pipeline:
             prompt_template: what a text-conditioned family is asked for, with "{}" for the class
             name.
 
-        Raises ``RecipeError`` for a missing folder or part, weights that are missing, incomplete or
+        Raises ``InputError`` for a missing folder or part, weights that are missing, incomplete or
         pickled, a pipeline of another family, class names that are missing or do not fit the model,
         a scheduler option without a solver here, an unknown device, dtype or attention, and where
         xformers is missing, does not match or has no GPU.
@@ -111,7 +111,7 @@ class Pipeline:
                 "euler"; "auto" is "ddim", or the one that the model was distilled or trained for.
             eta: noise of DDIM, 0 deterministic to 1 ancestral; the gamma of TCD.
 
-        Raises ``ValueError`` for steps, a solver or an eta that the scheduler does not take, and
+        Raises ``InputError`` for steps, a solver or an eta that the scheduler does not take, and
         for an option of the scheduler that the solver has no table for; the message names it.
         """
         tokens = getattr(self.denoiser, "image_tokens", 0)
@@ -123,5 +123,5 @@ class Pipeline:
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     chosen = DTYPES.get(str(dtype).removeprefix("torch."))
     if chosen is None:
-        raise RecipeError(f"dtype = {str(dtype)!r}: expected one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype = {str(dtype)!r}: expected one of {', '.join(DTYPES)}")
     return chosen

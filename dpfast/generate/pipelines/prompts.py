@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.pipelines.folder import PipelineFolder
 
 PROMPTS_AT_ONCE = 64
@@ -24,10 +24,10 @@ PROMPTS_AT_ONCE = 64
 def class_prompts(names: tuple[str, ...], template: str) -> list[str]:
     """``template`` with each name in place of its "{}", and the empty prompt.
 
-    Raises ``RecipeError`` where the template does not have exactly one "{}".
+    Raises ``InputError`` where the template does not have exactly one "{}".
     """
     if not isinstance(template, str) or template.count("{}") != 1:
-        raise RecipeError(
+        raise InputError(
             f"prompt_template = {template!r}: expected text with one '{{}}' for the class name"
         )
     return [template.replace("{}", name) for name in names] + [""]

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import diffusers
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.solvers import (
     SolverTable,
     ddim_table,
@@ -61,11 +61,11 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
     ``latent``: x0 is not bounded where the folder's scheduler has no ``clip_sample``, while
     ``DDIMScheduler`` would bound it to [-1, 1]. ``overrides`` replace options of the folder.
 
-    Raises ``RecipeError`` for a scheduler or an option that no solver here stands for.
+    Raises ``InputError`` for a scheduler or an option that no solver here stands for.
     """
 
-    def refuse(what: str) -> RecipeError:
-        return RecipeError(f"pipeline = {str(folder)!r}: {what}")
+    def refuse(what: str) -> InputError:
+        return InputError(f"pipeline = {str(folder)!r}: {what}")
 
     path = folder / "scheduler"
     if not (path / "scheduler_config.json").is_file():
@@ -95,7 +95,7 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
             overrides = {"clip_sample": False, **overrides}
         kind = type(own) if name in DISTILLED else diffusers.DDIMScheduler
         return kind.from_config(config, **overrides)
-    except RecipeError:
+    except InputError:
         raise
     except (OSError, TypeError, ValueError, NotImplementedError) as error:
         raise refuse(f"its scheduler cannot be read: {error}") from error
@@ -117,11 +117,11 @@ def solver_table(
 
     ``image_tokens``: length of the image sequence, for flow models with ``use_dynamic_shifting``.
 
-    Raises ``ValueError`` for an unknown solver, one of the other model kind, an ``eta`` for a
+    Raises ``InputError`` for an unknown solver, one of the other model kind, an ``eta`` for a
     solver without such a choice, and what the tables of ``dpfast.generate.solvers`` refuse.
     """
     if solver not in get_args(Solver):
-        raise ValueError(f"solver = {solver!r}: expected one of {', '.join(get_args(Solver))}")
+        raise InputError(f"solver = {solver!r}: expected one of {', '.join(get_args(Solver))}")
     flow = type(scheduler).__name__ == FLOW
     if solver == "auto":
         solver = "euler" if flow else DISTILLED.get(type(scheduler).__name__, "ddim")
@@ -131,9 +131,9 @@ def solver_table(
             if flow
             else "'auto', 'ddim', 'dpmpp2m', 'lcm' or 'tcd'"
         )
-        raise ValueError(f"solver = {solver!r}: the pipeline's scheduler takes {expected}")
+        raise InputError(f"solver = {solver!r}: the pipeline's scheduler takes {expected}")
     if eta and solver not in ("ddim", "tcd"):
-        raise ValueError(
+        raise InputError(
             f"eta = {eta}: only 'ddim' and 'tcd' have such a choice, solver = {solver!r} takes eta "
             "= 0"
         )
@@ -156,7 +156,7 @@ def solver_table(
         return tcd_table(diffusers.TCDScheduler.from_config(scheduler.config), steps, eta=eta)
     for option in GRIDS:
         if scheduler.config.get(option):
-            raise ValueError(
+            raise InputError(
                 f"scheduler option {option} = True: DDIM steps on the trained timesteps only; use "
                 "solver = 'dpmpp2m' "
                 "or set the option to false"

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.models.decoder import IdentityDecoder, TinyDecoder, VaeDecoder
 from dpfast.generate.pipelines import Pipeline
 from tests import tiny_pipelines
@@ -49,27 +49,27 @@ def edit(path, **values):
 def test_a_missing_part_is_named(folder, part, tmp_path, request):
     copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "broken")
     shutil.rmtree(copy / part)
-    with pytest.raises(RecipeError, match=f"no part '{part}'"):
+    with pytest.raises(InputError, match=f"no part '{part}'"):
         Pipeline.from_pretrained(copy, class_names=NAMES)
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(broken, tmp_path):
     with pytest.raises(
-        RecipeError, match="no such folder; expected a diffusers pipeline folder or one of: fashion"
+        InputError, match="no such folder; expected a diffusers pipeline folder or one of: fashion"
     ):
         Pipeline.from_pretrained(tmp_path / "missing")
     index = broken / "model_index.json"
     index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(
-        RecipeError, match="a FluxPipeline; expected one of DiTPipeline, StableDiffusionPipeline"
+        InputError, match="a FluxPipeline; expected one of DiTPipeline, StableDiffusionPipeline"
     ):
         Pipeline.from_pretrained(broken)
     for text, named in (("{", "is not JSON"), ("[]", "is not a table")):
         index.write_text(text)
-        with pytest.raises(RecipeError, match=rf"model_index\.json {named}"):
+        with pytest.raises(InputError, match=rf"model_index\.json {named}"):
             Pipeline.from_pretrained(broken)
     index.unlink()
-    with pytest.raises(RecipeError, match=r"model_index\.json"):
+    with pytest.raises(InputError, match=r"model_index\.json"):
         Pipeline.from_pretrained(broken)
 
 
@@ -78,7 +78,7 @@ def test_pickled_weights_are_refused(part, broken_text):
     (weights,) = (broken_text / part).glob("*.safetensors")
     torch.save({"weight": torch.zeros(1)}, weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(RecipeError, match=rf"'{part}' has no \.safetensors weights; pickled"):
+    with pytest.raises(InputError, match=rf"'{part}' has no \.safetensors weights; pickled"):
         Pipeline.from_pretrained(broken_text, class_names=NAMES)
 
 
@@ -92,11 +92,11 @@ def test_incomplete_and_damaged_weights_are_refused(part, broken_text):
         {k: v for k, v in weights.items() if k != lost}, path, metadata={"format": "pt"}
     )
     with pytest.raises(
-        RecipeError, match=f"'{part}' lacks 1 weights of a .*, the first is .*{lost.split('.')[-2]}"
+        InputError, match=f"'{part}' lacks 1 weights of a .*, the first is .*{lost.split('.')[-2]}"
     ):
         Pipeline.from_pretrained(broken_text, class_names=NAMES)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(RecipeError, match=f"'{part}': .*safetensors is damaged or cut short"):
+    with pytest.raises(InputError, match=f"'{part}': .*safetensors is damaged or cut short"):
         Pipeline.from_pretrained(broken_text, class_names=NAMES)
 
 
@@ -149,13 +149,13 @@ def test_the_published_form_of_a_1_x_folder_is_read(broken_text):
 def test_a_tokenizer_that_cannot_be_read_is_refused(broken_text):
     for path in (broken_text / "tokenizer").iterdir():
         path.write_text("{")
-    with pytest.raises(RecipeError, match="'tokenizer' cannot be loaded"):
+    with pytest.raises(InputError, match="'tokenizer' cannot be loaded"):
         Pipeline.from_pretrained(broken_text, class_names=NAMES)
 
 
 def test_prompts_need_class_names(broken_text):
     with pytest.raises(
-        RecipeError, match=r"StableDiffusionPipeline needs class names: pass class_names = .*\.json"
+        InputError, match=r"StableDiffusionPipeline needs class names: pass class_names = .*\.json"
     ):
         Pipeline.from_pretrained(broken_text)
     path = broken_text / "class_names.json"
@@ -169,15 +169,15 @@ def test_prompts_need_class_names(broken_text):
         ("ab", "list"),
     ):
         path.write_text(json.dumps(names))
-        with pytest.raises(RecipeError, match=rf"class_names\.json.*{named}"):
+        with pytest.raises(InputError, match=rf"class_names\.json.*{named}"):
             Pipeline.from_pretrained(broken_text)
-        with pytest.raises(RecipeError, match=f"class_names.*{named}"):
+        with pytest.raises(InputError, match=f"class_names.*{named}"):
             Pipeline.from_pretrained(broken_text, class_names=names)
 
 
 @pytest.mark.parametrize("template", ["a photo", "a {} of a {}", 3])
 def test_a_prompt_template_has_one_place_for_the_name(template, stable_diffusion_folder):
-    with pytest.raises(RecipeError, match=r"prompt_template = .*expected text with one '{}'"):
+    with pytest.raises(InputError, match=r"prompt_template = .*expected text with one '{}'"):
         Pipeline.from_pretrained(
             stable_diffusion_folder, class_names=NAMES, prompt_template=template
         )
@@ -188,16 +188,16 @@ def test_a_prompt_template_has_one_place_for_the_name(template, stable_diffusion
 )
 def test_id2label_is_checked(names, named, broken):
     edit(broken / "model_index.json", id2label=names)
-    with pytest.raises(RecipeError, match=f"id2label in model_index.json.*{named}"):
+    with pytest.raises(InputError, match=f"id2label in model_index.json.*{named}"):
         Pipeline.from_pretrained(broken)
 
 
 def test_more_names_than_the_model_has_classes_are_refused(pipeline_folder, tmp_path):
-    with pytest.raises(RecipeError, match="1001 class names for a model of 1000 classes"):
+    with pytest.raises(InputError, match="1001 class names for a model of 1000 classes"):
         Pipeline.from_pretrained(pipeline_folder, class_names=["x"] * 1001)
     folder = tiny_pipelines.pixel(tmp_path, class_embeddings=5)
     with pytest.raises(
-        RecipeError, match="3 class names for a model of 5 class embeddings; expected 5, or 4"
+        InputError, match="3 class names for a model of 5 class embeddings; expected 5, or 4"
     ):
         Pipeline.from_pretrained(folder, class_names=NAMES)
 
@@ -212,11 +212,11 @@ def test_models_of_other_conditions_are_refused(broken_text, pixel_folder, tmp_p
         diffusers.UNet2DConditionModel.from_config({**options, **changed}).save_pretrained(
             broken_text / "unet"
         )
-        with pytest.raises(RecipeError, match=named):
+        with pytest.raises(InputError, match=named):
             Pipeline.from_pretrained(broken_text, class_names=NAMES)
     pixels = shutil.copytree(pixel_folder, tmp_path / "pixels")
     edit(pixels / "unet" / "config.json", sample_size=None)
-    with pytest.raises(RecipeError, match="'unet' has no sample_size"):
+    with pytest.raises(InputError, match="'unet' has no sample_size"):
         Pipeline.from_pretrained(pixels)
 
 
@@ -227,7 +227,7 @@ def test_the_scheduler_fits_the_family(stable_diffusion_3_folder, pixel_folder, 
     ):
         copy = shutil.copytree(folder, tmp_path / folder.name)
         scheduler.save_pretrained(copy / "scheduler")
-        with pytest.raises(RecipeError, match=f"scheduler {type(scheduler).__name__}: a .* needs"):
+        with pytest.raises(InputError, match=f"scheduler {type(scheduler).__name__}: a .* needs"):
             Pipeline.from_pretrained(copy, class_names=NAMES)
 
 
@@ -248,16 +248,16 @@ def test_decoders(pipeline_folder, pixel_folder, broken):
     edit(broken / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
     assert isinstance(Pipeline.from_pretrained(broken).decoder, TinyDecoder)
     edit(broken / "model_index.json", vae=["diffusers", "AutoencoderDC"])
-    with pytest.raises(RecipeError, match="'vae' is a AutoencoderDC; expected an AutoencoderKL"):
+    with pytest.raises(InputError, match="'vae' is a AutoencoderDC; expected an AutoencoderKL"):
         Pipeline.from_pretrained(broken)
 
 
 def test_dtype_and_attention_are_checked(pipeline_folder):
     with pytest.raises(
-        RecipeError, match=r"dtype = 'torch\.int8': expected one of float32, bfloat16, float16"
+        InputError, match=r"dtype = 'torch\.int8': expected one of float32, bfloat16, float16"
     ):
         Pipeline.from_pretrained(pipeline_folder, dtype=torch.int8)
-    with pytest.raises(RecipeError, match="attention = 'flash': expected 'sdpa' or 'xformers'"):
+    with pytest.raises(InputError, match="attention = 'flash': expected 'sdpa' or 'xformers'"):
         Pipeline.from_pretrained(pipeline_folder, attention="flash")
 
 

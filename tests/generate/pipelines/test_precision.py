@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfast.config import Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate import step as step_module
 from dpfast.generate.from_recipe import load_pipeline
 from dpfast.generate.guidance import GuidanceConfig
@@ -84,7 +84,7 @@ def test_xformers_that_is_missing_is_named(pipeline_folder, monkeypatch):
     )
     recipe = Recipe.load("fashion", pipeline=str(pipeline_folder), attention="xformers")
     with pytest.raises(
-        RecipeError,
+        InputError,
         match=r"'xformers': not installed; pip install 'dpfast\[xformers\]', or use 'sdpa'",
     ):
         load_pipeline(recipe.generator, device="cpu")
@@ -100,13 +100,13 @@ def test_xformers_for_another_torch_is_named(pipeline_folder, tmp_path, monkeypa
         r"version 0\.0\.35 does not match torch 2.*\(It was built for: PyTorch 2\.10\.0 "
         r"\(you have another\)\)"
     )
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(InputError, match=message):
         Pipeline.from_pretrained(pipeline_folder, attention="xformers")
 
 
 def test_xformers_without_a_gpu_is_refused(pipeline_folder, tmp_path, monkeypatch, forgotten):
     xformers(tmp_path, monkeypatch, failure=None)
-    with pytest.raises(RecipeError, match="runs on a GPU alone, and device = 'cpu'"):
+    with pytest.raises(InputError, match="runs on a GPU alone, and device = 'cpu'"):
         GuidedSampler.from_pretrained(pipeline_folder, attention="xformers")
 
 

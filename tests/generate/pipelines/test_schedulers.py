@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.generate.pipelines.schedulers import (
     DISTILLED,
     VARIANCE_PRESERVING,
@@ -245,7 +245,7 @@ def test_karras_grids_of_a_folder_reach_dpm_solver(save):
     ],
 )
 def test_what_no_solver_stands_for_is_refused_at_load(name, options, named, save):
-    with pytest.raises(RecipeError, match=named):
+    with pytest.raises(InputError, match=named):
         load_scheduler(save(name, **options), latent=True)
 
 
@@ -256,11 +256,11 @@ def test_a_scheduler_that_cannot_be_read_is_refused(save):
             {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": "low"}
         )
     )
-    with pytest.raises(RecipeError, match="its scheduler cannot be read"):
+    with pytest.raises(InputError, match="its scheduler cannot be read"):
         load_scheduler(path.parent.parent, latent=True)
     path.write_text("{")
-    with pytest.raises(RecipeError, match="its scheduler cannot be read"):
+    with pytest.raises(InputError, match="its scheduler cannot be read"):
         load_scheduler(path.parent.parent, latent=True)
     path.unlink()
-    with pytest.raises(RecipeError, match=r"no scheduler_config\.json"):
+    with pytest.raises(InputError, match=r"no scheduler_config\.json"):
         load_scheduler(path.parent.parent, latent=True)
