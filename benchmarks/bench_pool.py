@@ -81,7 +81,7 @@ def build_gather(device: torch.device, *, again: bool) -> Variants:
         nonlocal position
         position = 0 if again else (position + BATCH) % (len(pool) - BATCH)
         indices = order[pool][position : position + BATCH]
-        pool.view.column("label", indices)
+        pool.snapshot.column("label", indices)
         payload = pool.payload(indices)
         assert isinstance(payload, Tensor)
         return payload

@@ -187,7 +187,7 @@ def bookkeeping(rounds: int) -> list[dict[str, Any]]:
             {
                 "part": "bookkeeping",
                 "samples": len(pool),
-                "chunks": len(pool.view.chunks.chunks),
+                "chunks": len(pool.snapshot.chunks.chunks),
                 "manifest_bytes": manifest,
                 "microseconds": {"append": appending, "order": drawing, "save": saving},
             }

@@ -19,8 +19,8 @@ class BufferPool:
     """Host buffers, each used again as soon as nobody refers to what lies in it.
 
     A tensor over a NumPy array keeps the array alive, and so does every view of it and every graph
-    that saved it: the array's reference count says whether a slot is free. So a batch is never
-    overwritten while somebody holds it. Who reads a slot without referring to it (DALI with
+    that saved it: the array's reference count says whether a buffer is free. So a batch is never
+    overwritten while somebody holds it. Who reads a buffer without referring to it (DALI with
     ``no_copy``) holds the array for as long as the reading lasts.
     """
 
@@ -32,7 +32,7 @@ class BufferPool:
         return len(self._arrays)
 
     def take(self, size: int) -> np.ndarray:
-        """(n,) uint8, at least ``size``, its contents undefined: a free slot, or a new one."""
+        """(n,) uint8, at least ``size``, its contents undefined: one that is free, or a new one."""
         if size > self._size:
             self._arrays, self._size = [], size
         for position in range(len(self._arrays)):
@@ -43,7 +43,7 @@ class BufferPool:
         return self._arrays[-1]
 
     def batch(self, shape: tuple[int, int, int, int], form: BatchFormat) -> Tensor:
-        """(B, C, H, W) over a slot, in the dtype and layout of ``form``, its contents undefined."""
+        """(B, C, H, W) over a buffer, undefined, in the dtype and layout of ``form``."""
         count, channels, height, width = shape
         size = math.prod(shape) * form.dtype.itemsize
         flat = torch.from_numpy(self.take(size))[:size].view(form.dtype)

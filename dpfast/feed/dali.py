@@ -3,8 +3,8 @@ pipeline.
 
 ``external_source`` takes batches that are gathered from the pool; nothing is copied on the way in,
 and DALI's outputs become tensors in place. What a batch was gathered into stays untouched until
-DALI has delivered that batch: the request holds it, however deep the queue is. DALI draws nothing
-by chance: boxes and flips come with the batch, so both loaders show the same crops. Batches are fed
+DALI has delivered that batch: its work holds it, however deep the queue is. DALI draws nothing by
+chance: boxes and flips come with the batch, so both loaders show the same crops. Batches are fed
 one by one and never end, so there is no epoch to reset.
 
 Without a GPU (``device_id=None``) DALI takes NumPy arrays; it fails on torch's CPU tensors beside a
@@ -14,14 +14,16 @@ torch without CUDA.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpfast.feed.augment import AugmentationDraw
 from dpfast.feed.buffers import BufferPool
-from dpfast.feed.loader import PendingBatch, PoolLoader
+from dpfast.feed.loader import Batch, PendingBatch, PoolLoader
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.protocol import Pool
 
@@ -40,72 +42,38 @@ class DaliLoader(PoolLoader):
         super().__init__(pool, **options)
         if self.form.dtype not in (torch.float32, torch.float16):
             raise TypeError(f"dtype = {self.form.dtype}: DALI normalises to float32 or float16")
-        self._slots = BufferPool()
-        self._pipeline: Any = None
-        self._fed = 0  # batches that DALI was given before its first run
+        self._buffers = BufferPool()
+        self._dali: _DaliQueue | None = None
 
     def close(self) -> None:
         super().close()
-        self._pipeline = None
+        self._dali = None
 
-    def _start(self, requests: Sequence[PendingBatch]) -> None:
-        if self._pipeline is None:
-            self._pipeline, self._fed = self._build(), 0
-        for request in requests:
-            self._feed(request)
+    def _start(self, drawn: Sequence[PendingBatch]) -> None:
+        queue = self._dali
+        if queue is None or queue.broken:
+            queue = self._dali = _DaliQueue(self._build(), self.ahead, self.device)
+        for pending in drawn:
+            images, labels = self._gather(pending)
+            queue.feed(images, pending.draw)
+            pending.work = _InQueue(queue, images, labels, self.form.channels_last)
 
-    def _feed(self, request: PendingBatch) -> None:
-        images, labels = self._gather(request)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        self._pipeline.feed_input("images", images, cuda_stream=stream)
-        if request.draw.boxes is not None:
-            boxes = request.draw.boxes.numpy()
-            self._pipeline.feed_input("start", np.ascontiguousarray(boxes[:, :2]))
-            self._pipeline.feed_input("end", boxes[:, :2] + boxes[:, 2:])
-        if request.draw.flips is not None:
-            self._pipeline.feed_input("flip", request.draw.flips.numpy().astype(np.int32))
-        request.work = images, labels
-        self._fed += 1
-        if self._fed >= self.ahead:  # the first run starts as many batches as the queue is deep
-            self._pipeline.schedule_run()
-
-    def _finish(self, request: PendingBatch) -> tuple[Tensor, Tensor]:
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        try:
-            (output,) = self._pipeline.share_outputs(cuda_stream=stream)
-        except RuntimeError:
-            self._pipeline = None  # DALI says that it cannot be used any more
-            raise
-        images = torch.from_dlpack(output.as_tensor())  # the memory is now the tensor's
-        self._pipeline.release_outputs()
-        return images.permute(0, 3, 1, 2) if self.form.channels_last else images, request.work[1]
-
-    def _drop(self) -> None:
-        if self._pipeline is None:
-            return
-        if self._fed < self.ahead:
-            self._pipeline = None  # it has inputs and has not run
-            return
-        for request in self._queue:
-            if request.work is not None:
-                self._pipeline.share_outputs()
-                self._pipeline.release_outputs()
-
-    def _gather(self, request: PendingBatch) -> tuple[Any, Tensor]:
+    def _gather(self, pending: PendingBatch) -> tuple[Any, Tensor]:
         """What DALI is fed, and the labels."""
-        (view, indices), device = self._held(request), self.device
-        if view.codec == "latents":  # decoded to floats on the scale of bytes
-            images, labels = view.gather(indices, _BYTES, device=device)
+        device = self.device
+        snapshot, indices = self.pool.fetch(pending.indices, device=device)
+        if snapshot.codec == "latents":  # decoded to floats on the scale of bytes
+            images, labels = snapshot.gather(indices, _BYTES, device=device)
             return images if device.type == "cuda" else images.numpy(), labels
-        labels = view.column("label", indices).to(device, non_blocking=True)
-        if view.codec == "jpeg":
-            return [np.frombuffer(data, np.uint8) for data in view.payload(indices)], labels
+        labels = snapshot.column("label", indices).to(device, non_blocking=True)
+        if snapshot.codec == "jpeg":
+            return [np.frombuffer(data, np.uint8) for data in snapshot.payload(indices)], labels
         if device.type == "cuda":
-            return view.payload(indices, device=device), labels
-        size = len(indices) * view.chunks.stride
-        slot = self._slots.take(size)[:size]
-        view.payload(indices, out=torch.from_numpy(slot).view(len(indices), -1))
-        return slot.reshape(len(indices), *self.image_shape()), labels
+            return snapshot.payload(indices, device=device), labels
+        size = len(indices) * snapshot.chunks.stride
+        buffer = self._buffers.take(size)[:size]
+        snapshot.payload(indices, out=torch.from_numpy(buffer).view(len(indices), -1))
+        return buffer.reshape(len(indices), *self.image_shape()), labels
 
     def _build(self) -> Any:
         from nvidia.dali import Pipeline, fn, types
@@ -158,6 +126,72 @@ class DaliLoader(PoolLoader):
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
+
+
+class _DaliQueue:
+    """A DALI pipeline, and how many batches it was given before its first run.
+
+    The first run starts as many batches as the queue is deep. broken: it cannot be used any more.
+    """
+
+    def __init__(self, pipeline: Any, depth: int, device: torch.device) -> None:
+        self.pipeline = pipeline
+        self.depth = depth
+        self.device = device
+        self.fed = 0
+        self.broken = False
+
+    def feed(self, images: Any, draw: AugmentationDraw) -> None:
+        """Gives DALI one more batch."""
+        self.pipeline.feed_input("images", images, cuda_stream=self._stream())
+        if draw.boxes is not None:
+            boxes = draw.boxes.numpy()
+            self.pipeline.feed_input("start", np.ascontiguousarray(boxes[:, :2]))
+            self.pipeline.feed_input("end", boxes[:, :2] + boxes[:, 2:])
+        if draw.flips is not None:
+            self.pipeline.feed_input("flip", draw.flips.numpy().astype(np.int32))
+        self.fed += 1
+        if self.fed >= self.depth:
+            self.pipeline.schedule_run()
+
+    def deliver(self) -> Tensor:
+        """The images of the oldest batch, in DALI's layout."""
+        try:
+            (output,) = self.pipeline.share_outputs(cuda_stream=self._stream())
+        except RuntimeError:
+            self.broken = True  # DALI says so
+            raise
+        images = torch.from_dlpack(output.as_tensor())  # the memory is now the tensor's
+        self.pipeline.release_outputs()
+        return images
+
+    def discard(self) -> None:
+        """Forgets the oldest batch."""
+        if self.fed < self.depth:
+            self.broken = True  # it has inputs and has not run
+        if not self.broken:
+            self.pipeline.share_outputs()
+            self.pipeline.release_outputs()
+
+    def _stream(self) -> Any:
+        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class _InQueue:
+    """``Work`` of DALI. images: what DALI was fed, which it reads in place."""
+
+    queue: _DaliQueue
+    images: Any
+    labels: Tensor
+    channels_last: bool
+
+    def result(self) -> Batch:
+        images = self.queue.deliver()
+        return images.permute(0, 3, 1, 2) if self.channels_last else images, self.labels
+
+    def drop(self) -> None:
+        self.queue.discard()
 
 
 def _index_of(device: torch.device) -> int | None:

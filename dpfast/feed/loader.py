@@ -1,4 +1,4 @@
-"""What every loader is: the protocol, and the part that they share.
+"""What every loader is: the protocol, and the part that the loaders here share.
 
 Batches are prepared ahead, and that is invisible: batch n is a function of (seed, position, pool at
 the call of ``next``). When the pool has grown, what was prepared is dropped and drawn anew, so a
@@ -7,6 +7,15 @@ sample can be in the very next batch after its append; it costs the preparation 
 Where several ranks hold the pool's samples, the order, the chances and the mixing are those of the
 whole batch, and a loader delivers its rank's part of it (``dpfast.pool.sharded``). All ranks then
 ask for the same batches.
+
+The path of a batch, in reading order:
+
+    PoolLoader.__next__         takes the oldest of the batches in preparation, and draws new ones
+    Order, Augment              which samples, and what changes in them by chance
+    Pool.fetch                  a snapshot of the pool that holds this process's part of them
+    PoolSnapshot.gather         their images, normalised, cropped and mirrored, and their labels
+    Work.result                 hands them over, wherever they were made: in a thread, on a side
+                                stream, by the caller, in DALI's pipeline
 """
 
 from __future__ import annotations
@@ -14,8 +23,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +35,8 @@ from dpfast.feed.order import Order
 from dpfast.ops.dispatch import CPU
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.protocol import Pool
-from dpfast.pool.snapshot import PoolSnapshot
+
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) and labels (B,) int64
 
 
 class LoaderError(RuntimeError):
@@ -34,17 +44,25 @@ class LoaderError(RuntimeError):
 
 
 class Loader(Protocol):
-    """An endless iterator of (images (B, C, H, W), labels (B,) int64); (B, classes) float32 where
-    batches are mixed.
+    """An endless iterator over the batches of a pool: all that a loop asks of a loader.
 
-    Images and labels are on one device; the caller may write to them. waited: seconds that callers
-    have spent in ``next``, which raises ``LoaderError``.
+    A batch is (images (B, C, H, W), labels (B,) int64), or (B, classes) float32 labels where
+    samples are mixed. Both are on one device, and the caller may write to them.
+
+    Attributes:
+        pool: what is drawn from; another one may be set before ``load_state_dict``.
+        waited: seconds that callers have spent in ``next``.
     """
 
+    pool: Pool
     waited: float
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def __next__(self) -> tuple[Tensor, Tensor]: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch:
+        """The next batch. Raises ``LoaderError``."""
+        ...
+
     def state_dict(self) -> dict[str, int]:
         """The position after the last batch, a few integers."""
         ...
@@ -55,38 +73,78 @@ class Loader(Protocol):
         """
         ...
 
+    def indices_after(self, state: dict[str, int], batches: int) -> Tensor:
+        """(batch_size,) int64, what the last of ``batches`` batches after a position was drawn
+        from, while the pool has not grown.
+        """
+        ...
+
+    def release(self) -> None:
+        """Gives back the memory of batches that were prepared; they are made again when they are
+        asked for.
+        """
+        ...
+
     def close(self) -> None:
         """Drops what was prepared and ends the loader's threads."""
         ...
 
 
+class Work(Protocol):
+    """The making of one batch, under way or done."""
+
+    def result(self) -> Batch:
+        """Waits for the batch. Raises what its making has raised."""
+        ...
+
+    def drop(self) -> None:
+        """Forgets the batch, and returns when its making does not read the pool any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Made:
+    """The work of a batch that is there already."""
+
+    batch: Batch
+
+    def result(self) -> Batch:
+        return self.batch
+
+    def drop(self) -> None:
+        """Does nothing: nobody works."""
+
+
 @dataclass
 class PendingBatch:
-    """One batch in preparation. after: the position behind it; work: what the loader holds of it,
-    once it is started.
+    """One batch in preparation.
 
-    pool_size: samples in the pool that it is drawn from. indices: (batch_size,) int64, of the whole
-    batch; draw: the chances of the part that is delivered.
+    Attributes:
+        pool_size: samples in the pool that it is drawn from.
+        indices: (batch_size,) int64 into the pool, of the whole batch.
+        draw: the chances of the part that is delivered.
+        after: the position behind it.
+        work: its making, once that is started.
     """
 
     pool_size: int
     indices: Tensor
     draw: AugmentationDraw
     after: dict[str, int]
-    work: Any = field(default=None)
+    work: Work | None = None
 
 
 class PoolLoader(Loader):
-    """The shared part: order, chances, preparation ahead, positions, mixing. A subclass makes the
-    images.
+    """The shared part: order, chances, preparation ahead, positions, mixing. A subclass starts the
+    work.
 
     Args:
         pool: must hold a sample before the first batch.
         batch_size, seed: with the position they determine every batch, of which a rank delivers an
-        even part.
+            even part.
         augment: what changes in a batch by chance; nothing by default.
         form: scale, dtype and memory layout of the batches; the default is [-1, 1], float32,
-        channels last.
+            channels last.
         device: where the batches are.
         classes: how many; needed where ``augment`` mixes.
         fresh_weight: see ``Order``.
@@ -114,41 +172,44 @@ class PoolLoader(Loader):
         self.augment = augment or Augment()
         if self.augment.mixes and classes is None:
             raise InputError("mixup and cutmix need classes, the number of classes")
-        self.pool, self.seed, self.classes = pool, seed, classes
-        self.form, self.device = form or BatchFormat(), torch.device(device)
+        self.pool = pool
+        self.seed = seed
+        self.classes = classes
+        self.form = form or BatchFormat()
+        self.device = torch.device(device)
         self.order = Order(seed, batch_size, fresh_weight=fresh_weight)
         self.waited = 0.0
-        self._number = 0  # of the next batch that is prepared
-        self._queue: deque[PendingBatch] = deque()
-        self._position = {
-            "batches": 0,
-            **self.order.state_dict(),
-        }  # behind the last batch that was delivered
-        self._shape: tuple[int, int, int] | None = None
         self.ahead = ahead
         self.on_demand = False  # whether batches are made when one is asked for, and not before
+        self._number = 0  # of the next batch that is prepared
+        self._queue: deque[PendingBatch] = deque()
+        # behind the last batch that was delivered
+        self._position = {"batches": 0, **self.order.state_dict()}
+        self._shape: tuple[int, int, int] | None = None
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> Batch:
         started = time.perf_counter()
         size = len(self.pool)
         if self._queue and self._queue[0].pool_size != size:
             self._rewind()
         if not self._queue:
             self._prepare(size)
+        pending = self._queue[0]
+        assert pending.work is not None
         try:
-            images, labels = self._finish(self._queue[0])
+            images, labels = pending.work.result()
         except BaseException as error:
             raise self._failed(error) from error
-        request = self._queue.popleft()
-        if request.draw.mix is not None:
+        self._queue.popleft()
+        if pending.draw.mix is not None:
             assert self.classes is not None
-            images, labels = request.draw.mix.apply(images, labels, self.classes)
+            images, labels = pending.draw.mix.apply(images, labels, self.classes)
         if not self.on_demand and len(self._queue) <= self.ahead // 2:
             self._prepare(size)
-        self._position = request.after
+        self._position = pending.after
         self.waited += time.perf_counter() - started
         return images, labels
 
@@ -160,90 +221,85 @@ class PoolLoader(Loader):
         self._position = dict(state)
         self._rewind()
 
+    def indices_after(self, state: dict[str, int], batches: int) -> Tensor:
+        order = Order(self.seed, self.order.batch_size, fresh_weight=self.order.fresh_weight)
+        order.load_state_dict(state)
+        for _ in range(batches):  # one at a time: all of them may be millions
+            indices = order.next(len(self.pool), self._fresh())
+        return indices
+
     def close(self) -> None:
         self._rewind()
 
     def release(self) -> None:
-        """Gives back the memory of batches that were prepared; they are made again when they are
-        asked for.
-        """
         self._rewind()
 
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the pool's images, before any crop."""
         if self._shape is None:
             shape = self.pool.shape if self.pool.codec == "pixels" else None
-            self._shape = tuple(
-                shape or self.pool.images(torch.zeros(1, dtype=torch.int64)).shape[1:]
-            )  # type: ignore[assignment]
-        assert self._shape is not None
+            if shape is None:
+                shape = self.pool.images(torch.zeros(1, dtype=torch.int64)).shape[1:]
+            channels, height, width = shape
+            self._shape = channels, height, width
         return self._shape
 
     def batch_shape(self) -> tuple[int, int, int, int]:
         """(B, C, H, W) of what is delivered."""
         channels, *size = self.image_shape()
-        return (self.count, channels, *(self.augment.size or size))
+        height, width = self.augment.size or size
+        return self.count, channels, height, width
 
     @property
     def count(self) -> int:
         """Samples of a batch that are delivered."""
         return self.order.batch_size // self.pool.ranks.size
 
+    def _fresh(self) -> int:
+        """The newest samples that the order draws more often than others."""
+        return self.pool.fresh if self.order.fresh_weight != 1 else 0
+
     def _prepare(self, size: int) -> None:
-        """Fills the queue."""
+        """Draws batches until the queue is full, and starts their work."""
         count = self.ahead - len(self._queue)
         if count < 1:
             return
         try:
-            new = self._requests(size, count)
-            self._queue.extend(new)
-            self._start(new)
+            drawn = self._draw(size, count)
+            self._queue.extend(drawn)
+            self._start(drawn)
         except BaseException as error:
             raise self._failed(error) from error
 
-    def _requests(self, size: int, count: int) -> list[PendingBatch]:
-        """What the next batches are made of."""
-        fresh = self.pool.fresh if self.order.fresh_weight != 1 else 0
-        indices, image, requests = (
-            self.order.next(size, fresh, batches=count),
-            self.image_shape()[1:],
-            [],
-        )
-        for left, part in zip(
-            reversed(range(count)), indices.split(self.order.batch_size), strict=True
-        ):
+    def _draw(self, size: int, count: int) -> list[PendingBatch]:
+        """The next ``count`` batches out of ``size`` samples."""
+        image = self.image_shape()[1:]
+        indices = self.order.next(size, self._fresh(), batches=count)
+        drawn = []
+        for number, part in enumerate(indices.split(self.order.batch_size), 1):
             draw = self.augment.draw(len(part), image, seed=self.seed, number=self._number)
             draw = draw.part(self.pool.ranks.part(len(part)))
             self._number += 1
-            after = {"batches": self._number, **self.order.state_dict(before=left)}
-            requests.append(PendingBatch(size, part, draw, after))
-        return requests
+            after = {"batches": self._number, **self.order.state_dict(before=count - number)}
+            drawn.append(PendingBatch(size, part, draw, after))
+        return drawn
 
     def _failed(self, error: BaseException) -> LoaderError:
-        """What to raise, once all is taken back."""
+        """Takes back what was prepared; the error to raise."""
         self._rewind()
         return LoaderError(f"a batch after the first {self._number} could not be made: {error!r}")
 
     def _rewind(self) -> None:
         """Takes everything back that was prepared and not delivered."""
-        self._drop()
+        for pending in self._queue:
+            if pending.work is not None:
+                pending.work.drop()
         self._queue.clear()
         self._number = self._position["batches"]
         self.order.load_state_dict(self._position)
 
-    def _held(self, request: PendingBatch) -> tuple[PoolSnapshot, Tensor]:
-        """A pool that holds the request's samples, and where in it; collective, in the order of
-        requests.
+    def _start(self, drawn: Sequence[PendingBatch]) -> None:
+        """Gives each of ``drawn`` its ``work``, in this order: what ``Pool.fetch`` exchanges
+        between ranks is collective.
         """
-        return self.pool.fetch(request.indices, device=self.device)
-
-    def _start(self, requests: Sequence[PendingBatch]) -> None:
-        """Begins to make batches."""
         raise NotImplementedError
-
-    def _finish(self, request: PendingBatch) -> tuple[Tensor, Tensor]:
-        """The batch of the oldest request that was started."""
-        raise NotImplementedError
-
-    def _drop(self) -> None:
-        """Forgets all requests of the queue."""

@@ -85,7 +85,7 @@ class SamplePool:
             deque()
         )  # chunks with their tiers, ready or being prepared
         bounded = None if decode is None else codecs.BoundedDecode(decode)
-        self._view = PoolSnapshot(
+        self._snapshot = PoolSnapshot(
             codec, bounded, ChunkTable(chunk_bytes, 1), ChunkTable(RECORD_ROWS, RECORD.itemsize)
         )
         if shape is not None and codec != "jpeg":
@@ -124,12 +124,12 @@ class SamplePool:
         )
 
     def __len__(self) -> int:
-        return self._view.size
+        return self._snapshot.size
 
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Of a payload; None until it is known, and for JPEG."""
-        return self._view.shape
+        return self._snapshot.shape
 
     @property
     def local(self) -> SamplePool:
@@ -137,11 +137,11 @@ class SamplePool:
         return self
 
     @property
-    def view(self) -> PoolSnapshot:
+    def snapshot(self) -> PoolSnapshot:
         """The pool at this moment, for a reader that needs several answers about the same
         samples.
         """
-        return self._view
+        return self._snapshot
 
     def held(self, size: int) -> int:
         """``size``: one process holds all samples."""
@@ -152,7 +152,7 @@ class SamplePool:
 
     def fetch(self, indices: Tensor, *, device: torch.device = CPU) -> tuple[PoolSnapshot, Tensor]:
         """The pool at this moment and ``indices`` as they are: nothing has to be sent."""
-        return self._view, indices
+        return self._snapshot, indices
 
     def append(
         self,
@@ -204,7 +204,7 @@ class SamplePool:
         """
         with self._lock:
             payload = self._checked(payload, len(records))
-            view, size = self._view, self._view.size
+            view, size = self._snapshot, self._snapshot.size
             if isinstance(payload, Tensor):
                 stride = view.chunks.stride
                 records["length"] = stride
@@ -218,7 +218,7 @@ class SamplePool:
             if isinstance(payload, Tensor) and is_gpu(payload.device):
                 ready = torch.cuda.Event()
                 ready.record()
-            self._view = replace(view, origins=origins, size=size + len(records), ready=ready)
+            self._snapshot = replace(view, origins=origins, size=size + len(records), ready=ready)
 
     def _checked(self, payload: Payload, count: int) -> Payload:
         """What goes into the chunks: a tensor (B, *shape) or B files."""
@@ -251,8 +251,8 @@ class SamplePool:
             raise InputError(
                 f"a sample of shape {shape} has {stride} bytes, a chunk {self.chunk_bytes}"
             )
-        self._view = replace(
-            self._view, shape=shape, chunks=ChunkTable(self.chunk_bytes // stride, stride)
+        self._snapshot = replace(
+            self._snapshot, shape=shape, chunks=ChunkTable(self.chunk_bytes // stride, stride)
         )
 
     def _write_rows(self, view: PoolSnapshot, rows: Tensor) -> PoolSnapshot:
@@ -318,7 +318,7 @@ class SamplePool:
         sample is.
         """
         with self._lock:
-            view = self._view
+            view = self._snapshot
             if self.codec == "jpeg" and (view.size or self._guess):
                 used = max(len(view.chunks.chunks) - 1, 0) * self.chunk_bytes + self._filled
                 needed = used + samples * (-(-used // view.size) if view.size else self._guess)
@@ -376,7 +376,7 @@ class SamplePool:
         ``PoolFullError``, and moves nothing, when the budgets have no room for all chunks.
         """
         with self._lock:
-            view = self._view
+            view = self._snapshot
             places: list[str] = []
             used: Counter[str] = Counter()
             for _ in view.chunks.chunks:
@@ -394,26 +394,26 @@ class SamplePool:
                     chunks=view.chunks.with_chunks(chunks),
                     tiers=SharedList([*view.tiers[:i], places[i], *view.tiers[i + 1 :]]),
                 )
-                self._view = view
+                self._snapshot = view
             self.tiers = tiers
 
     def where(self) -> dict[str, int]:
         """How many samples lie in each tier."""
-        view = self._view
+        view = self._snapshot
         counts = Counter(view.tiers[number] for number in view.chunk_numbers().tolist())
         return {name: counts[name] for name in NAMES}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all chunks and records that the pool has allocated."""
-        view = self._view
+        view = self._snapshot
         return sum(chunk.nbytes for chunk in (*view.chunks.chunks, *view.origins.chunks))
 
     def column(self, name: str, start: int = 0) -> Tensor:
         """(N - start,) values of a column of ``dpfast.pool.record``, in the order of appending,
         int64 or float32.
         """
-        view = self._view
+        view = self._snapshot
         return view.column(name, torch.arange(start, view.size))
 
     def records(
@@ -424,22 +424,22 @@ class SamplePool:
 
         threads: as in ``PoolSnapshot.payload``.
         """
-        view = self._view
+        view = self._snapshot
         return view.records(
             torch.arange(start, view.size if stop is None else stop), threads=threads
         )
 
     def payload(self, indices: Tensor, **options: Any) -> Payload:
         """``PoolSnapshot.payload`` of the pool at this moment."""
-        return self._view.payload(indices, **options)
+        return self._snapshot.payload(indices, **options)
 
     def images(self, indices: Tensor, **options: Any) -> Tensor:
         """``PoolSnapshot.images`` of the pool at this moment."""
-        return self._view.images(indices, **options)
+        return self._snapshot.images(indices, **options)
 
     def gather(self, indices: Tensor, *form: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """``PoolSnapshot.gather`` of the pool at this moment."""
-        return self._view.gather(indices, *form, **options)
+        return self._snapshot.gather(indices, *form, **options)
 
 
 def _write(room: Tensor, rows: Tensor) -> None:

@@ -221,7 +221,7 @@ class ShardedPool:
         """
         ranks, view, threads = (
             self.ranks,
-            self.local.view,
+            self.local.snapshot,
             1,
         )  # a loader's thread calls: see ``tiers.touched``
         owners, places = self.layout.locate(indices)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpfast.feed.loader import PoolLoader
-from dpfast.feed.order import Order
+from dpfast.feed.loader import Loader
 from dpfast.parallel import ALONE, Ranks
 
 
@@ -17,7 +16,7 @@ class Losses:
     there.
     """
 
-    def __init__(self, loader: PoolLoader, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(self, loader: Loader, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.loader, self.ranks = loader, ranks
         self.total = torch.zeros((), device=device)  # since the last ``mean``
         self._bad = torch.zeros(
@@ -50,9 +49,5 @@ class Losses:
         """The sample ids of a step's batch, rising; the step lies between the anchor and the next
         addition.
         """
-        drawn, pool = self.loader.order, self.loader.pool
-        order = Order(drawn.seed, drawn.batch_size, fresh_weight=drawn.fresh_weight)
-        order.load_state_dict(self._position)
-        for _ in range(step - self._step):
-            rows = order.next(len(pool), pool.fresh if order.fresh_weight != 1 else 0)
-        return sorted(pool.column("sample_id")[rows].tolist())
+        rows = self.loader.indices_after(self._position, step - self._step)
+        return sorted(self.loader.pool.column("sample_id")[rows].tolist())

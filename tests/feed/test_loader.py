@@ -119,7 +119,7 @@ def test_small_batches_come_in_bursts_and_large_ones_from_a_thread(make):
     for images, _ in take(small, 64):
         images.zero_()  # a caller may write to its batch
     assert same(take(small, 8), take_after(make("torch", pool, ahead=1), 81, 8))
-    assert len(small._slots) <= 6
+    assert len(small._buffers) <= 6
 
 
 def test_latents_are_decoded_by_the_threads_of_the_caller(make):
@@ -279,19 +279,19 @@ def test_waiting_is_measured(make, monkeypatch):
     assert 0.15 < loader.waited < 2
 
 
-def test_slots_are_used_again_when_nobody_holds_them():
-    slots = BufferPool()
-    first = slots.batch((2, 3, 4, 5), BatchFormat())
+def test_buffers_are_used_again_when_nobody_holds_them():
+    buffers = BufferPool()
+    first = buffers.batch((2, 3, 4, 5), BatchFormat())
     view = first[1:]
     address = first.data_ptr()
     del first
-    second = slots.batch((2, 3, 4, 5), BatchFormat())
+    second = buffers.batch((2, 3, 4, 5), BatchFormat())
     assert second.data_ptr() != address  # a view still holds the first
     del view
-    assert slots.batch((2, 3, 4, 5), BatchFormat(channels_last=False)).data_ptr() == address
-    graph = torch.nn.Parameter(torch.ones(1)) * slots.batch((1, 1, 1, 120), BatchFormat())
-    slots.batch((1, 1, 1, 120), BatchFormat())
-    assert len(slots) == 3  # of the second, of the graph, and a free one
+    assert buffers.batch((2, 3, 4, 5), BatchFormat(channels_last=False)).data_ptr() == address
+    graph = torch.nn.Parameter(torch.ones(1)) * buffers.batch((1, 1, 1, 120), BatchFormat())
+    buffers.batch((1, 1, 1, 120), BatchFormat())
+    assert len(buffers) == 3  # of the second, of the graph, and a free one
     del graph, second
 
 

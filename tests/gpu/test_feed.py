@@ -45,11 +45,11 @@ def test_a_pool_of_any_tier_gives_back_what_it_was_given(tiers):
     places = torch.randperm(5000)[:700]
     wanted = helpers.pixels(places, (3, 14, 16))
     assert torch.equal(pool.images(places), wanted)
-    on_device = pool.view.images(places, device=GPU)
+    on_device = pool.snapshot.images(places, device=GPU)
     assert on_device.is_cuda
     assert torch.equal(on_device.cpu(), wanted)
     assert (
-        set(pool.view.tiers)
+        set(pool.snapshot.tiers)
         == {"device": {"device"}, "pinned": {"host"}, "both": {"device", "host"}}[tiers]
     )
 

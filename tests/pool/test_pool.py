@@ -92,9 +92,9 @@ def test_an_append_of_channels_last_images_is_one_copy_too(monkeypatch):
 
 def test_growing_moves_no_sample_and_leaves_old_views_valid():
     pool = filled(10)
-    view, address = pool.view, pool.view.chunks.chunks[0].data_ptr()
+    view, address = pool.snapshot, pool.snapshot.chunks.chunks[0].data_ptr()
     filled(30, pool=pool)
-    assert pool.view.chunks.chunks[0].data_ptr() == address
+    assert pool.snapshot.chunks.chunks[0].data_ptr() == address
     assert (view.size, len(view.chunks.chunks)) == (10, 1)
 
 
@@ -197,7 +197,7 @@ def test_jpeg_files_are_kept_byte_for_byte_and_decoded_close_to_the_image():
     new = batch(0, 20)
     new.images = smooth.round().to(torch.uint8)
     pool.append(new, round=0, **ORIGIN)
-    assert len(pool.view.chunks.chunks) > 2
+    assert len(pool.snapshot.chunks.chunks) > 2
     files = pool.payload(ids)
     assert all(file[:2] == b"\xff\xd8" for file in files)
     assert int((pool.images(ids).int() - new.images.int()).abs().max()) < 12
@@ -220,7 +220,7 @@ def test_chunks_fill_the_tiers_in_order_and_move_with_the_budgets(tmp_path):
     assert pool.where() == {"device": 20, "host": 10, "file": 15}
     assert list(tmp_path.iterdir()) == []  # nothing to clean up, whatever happens
     check_prefix(pool, 45)
-    old = pool.view
+    old = pool.snapshot
     pool.move(MemoryTiers(host_bytes=chunk, folder=tmp_path, file_bytes=9 * chunk))
     assert pool.where() == {"device": 0, "host": 10, "file": 35}
     check_prefix(pool, 45)
@@ -242,7 +242,7 @@ def test_reserved_chunks_are_the_next_ones():
     pool.reserve(34)
     assert len(pool._spares) == 3
     filled(34, pool=pool)
-    assert [chunk.data_ptr() for chunk in pool.view.chunks.chunks[1:]] == reserved
+    assert [chunk.data_ptr() for chunk in pool.snapshot.chunks.chunks[1:]] == reserved
     check_prefix(pool, 39)
     with pytest.raises(PoolFullError):
         pool.reserve(1000)
