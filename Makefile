@@ -22,9 +22,9 @@ LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-fi
 LEVELS ?= x86-64 x86-64-v3
 
 # What runs csrc at every size and option. Graphs, exports and schedulers call the same kernels once more.
-SANITIZED := tests/ops tests/pool/test_batch.py \
+SANITIZED := tests/ops \
 	--ignore tests/ops/test_schedulers.py --ignore tests/ops/test_export.py \
-	-k "(native or test_chunk_rows or test_batch or test_permutation) and not (compiles or registered or triton)"
+	-k "(native or test_chunk_rows or test_crop or test_permutation) and not (compiles or registered or triton)"
 
 sanitize: install  ## the native kernels' tests under AddressSanitizer and UBSan, on copies in build/sanitize
 	$(MAKE) -j2 $(LEVELS:%=sanitize-%)

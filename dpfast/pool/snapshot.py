@@ -15,9 +15,10 @@ from dpfast.errors import InputError
 from dpfast.hardware.device import is_gpu
 from dpfast.ops import dispatch
 from dpfast.ops.chunk_rows import ChunkTable, check_indices, take_rows
+from dpfast.ops.crop import StoredImages, crop_batch
 from dpfast.ops.dispatch import CPU
 from dpfast.pool import codecs
-from dpfast.pool.batch import BatchFormat, crop_rows, from_images, from_rows
+from dpfast.pool.batch import BatchFormat
 from dpfast.pool.record import COLUMNS, RECORD
 from dpfast.pool.shared_list import SharedList
 
@@ -184,32 +185,35 @@ class PoolSnapshot:
         form = form or BatchFormat()
         indices = indices.to(CPU, torch.int64).contiguous()
         labels = self.column("label", indices).to(device, non_blocking=True)
-        if self.in_place(device):
-            assert self.shape is not None
-            table = self.chunks, self.size, self.shape
-            return from_rows(
-                *table, indices, form, flip=flip, boxes=boxes, size=size, out=out, threads=threads
-            ), labels
-        if out is not None:
+        if out is not None and not self.in_place(device):
             raise InputError("out is for pools of pixels on the host and the native kernels")
         flip = None if flip is None else flip.to(device, non_blocking=True)
-        if (
-            boxes is not None
-            and self.codec == "pixels"
-            and self.shape is not None
-            and self.chunks.read_by(device)
-        ):
-            check_indices(indices, self.size)
+        images: Tensor | StoredImages
+        chosen = None
+        if self.codec == "pixels" and self.shape is not None:
             self._wait(device)
-            rows = indices.to(device, non_blocking=True)
-            return crop_rows(
-                self.chunks, self.shape, rows, form, boxes=boxes, flip=flip, size=size
-            ), labels
-        if self.codec == "latents":
+            images = StoredImages(self.chunks, self.size, self.shape)
+            chosen = indices
+        elif self.codec == "latents":
             images = self._decoded(self.payload(indices, device=device))
         else:
             images = self.images(indices, device=device)
-        return from_images(images, form, flip=flip, boxes=boxes, size=size, threads=threads), labels
+        mean, std = form.per_channel(images.shape[-3])
+        batch = crop_batch(
+            images,
+            chosen,
+            boxes=boxes,
+            flip=flip,
+            size=size,
+            device=device,
+            out=out,
+            threads=threads,
+            mean=mean,
+            std=std,
+            dtype=form.dtype,
+            channels_last=form.channels_last,
+        )
+        return batch, labels
 
     def in_place(self, device: torch.device) -> bool:
         """Whether the native kernels read a batch of pixels for ``device`` in the pool's chunks,

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim import adam
 
 from dpfast.hardware import device as devices
-from dpfast.ops import chunk_rows
+from dpfast.ops import chunk_rows, crop
 from dpfast.ops.dispatch import CPU
-from dpfast.pool import crops, snapshot
+from dpfast.pool import snapshot
 from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.rehearsal.autocast import MetaAutocast
 from dpfast.rehearsal.device import META, FakeDevice
@@ -123,7 +123,7 @@ def stand_ins(device: FakeDevice, *, gpu: bool = True) -> Iterator[None]:
         (Tensor, "record_stream", lambda *_: None),
         (adam, "_device_dtype_check_for_fused", lambda *_, **__: None),
         (chunk_rows, "chunk_rows_kernel", _Kernel()),
-        (crops, "crops_kernel", _Kernel()),
+        (crop, "crop_kernel", _Kernel()),
         (chunk_rows.ChunkTable, "read_by", lambda table, where: where.type == "meta"),
         (snapshot, "take_rows", taken),
         (MemoryTiers, "allocate", allocate),
