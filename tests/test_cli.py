@@ -23,7 +23,7 @@ from dpfast.ops import audit, dispatch
         (["run", "fashion", "--guidance.omega", "strong"], "omega = 'strong'"),
         (
             ["run", "fashion", "--learner.micro-batch", "auto"],
-            "micro_batch = 'auto': expected a number, or leave it out",
+            "micro_batch = 'auto': expected a whole number of at least 1, or leave it out",
         ),
         (
             ["run", "fashion", "--initial-samples", "5"],

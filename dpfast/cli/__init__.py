@@ -5,21 +5,18 @@ handler.
 from __future__ import annotations
 
 import argparse
-from typing import Any, TypeAlias
 
 from dpfast import launch
 
-Commands: TypeAlias = "argparse._SubParsersAction[Any]"
-
 
 def add_device(parser: argparse.ArgumentParser, what: str) -> None:
-    """``--device`` of a command without a recipe's fields; its handler resolves it with
+    """Adds ``--device`` to a command without a recipe's fields; its handler resolves it with
     ``dpfast.hardware.device``.
     """
     parser.add_argument(
         "--device",
         default="auto",
-        help=f"of {what}: cpu, cuda, cuda:N, or auto, a GPU where there is one (default)",
+        help=f"where {what} run: cpu, cuda, cuda:1; auto: a GPU where there is one (default: auto)",
     )
 
 

@@ -6,26 +6,27 @@ import argparse
 import json
 from pathlib import Path
 
-from dpfast.cli import Commands
+from dpfast.cli.parser import Commands, add_command
 from dpfast.errors import InputError
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "audit",
-        help="compile the Triton kernels for GPUs and check their machine code; needs no GPU",
-        allow_abbrev=False,
-    )
+    about = "compile the Triton kernels for GPUs and check their machine code; needs no GPU"
+    parser = add_command(commands, "audit", audit, about)
     parser.add_argument(
         "--capability",
         type=int,
         nargs="+",
         choices=(80, 90, 100),
         default=[80, 90, 100],
-        help="A100, H100, B200; default all",
+        help="80: A100, 90: H100, 100: B200 (default: all)",
     )
-    parser.add_argument("--json", type=Path, help="file for the reports, one JSON object a line")
-    parser.set_defaults(handler=audit)
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="file for the reports, one JSON object a line",
+    )
 
 
 def audit(arguments: argparse.Namespace) -> int:

@@ -6,17 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from dpfast.cli import Commands
+from dpfast.cli.parser import Commands, add_command
 from dpfast.errors import InputError
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "bench", help="measure beside eager PyTorch and torch.compile", allow_abbrev=False
+    about = "measure beside eager PyTorch and torch.compile"
+    parser = add_command(commands, "bench", bench, about)
+    parser.add_argument(
+        "suite",
+        metavar="SUITE",
+        help="ops, pool, ...; dpfast bench ops --help lists the options",
     )
-    parser.add_argument("suite", help="ops, pool, ...; dpfast bench ops --help lists the options")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the suite")
-    parser.set_defaults(handler=bench)
 
 
 def bench(arguments: argparse.Namespace) -> int:

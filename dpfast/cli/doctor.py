@@ -9,7 +9,7 @@ import platform
 import warnings
 from importlib import metadata
 
-from dpfast.cli import Commands
+from dpfast.cli.parser import Commands, add_command
 
 # package -> (what it is for, how to get it)
 OPTIONAL = {
@@ -32,10 +32,8 @@ CORE = ("dpfast", "torch", "numpy", "diffusers", "safetensors")
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "doctor", help="what is installed, which backend each operation uses, what is missing"
-    )
-    parser.set_defaults(handler=doctor)
+    about = "what is installed, which backend each operation uses, what is missing"
+    add_command(commands, "doctor", doctor, about)
 
 
 def doctor(arguments: argparse.Namespace) -> int:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dpfast.cli import Commands, add_device
+from dpfast.cli import add_device
+from dpfast.cli.parser import Commands, add_command
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "export", help="write a run's samples for other libraries", allow_abbrev=False
-    )
-    parser.add_argument("run", type=Path, help="folder of a run, or of a saved or exported pool")
-    parser.add_argument("--format", required=True, choices=("webdataset", "imagefolder", "parquet"))
+    about = "write a run's samples for other libraries"
+    parser = add_command(commands, "export", export, about)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the files; must be empty or new"
+        "run", type=Path, metavar="RUN", help="folder of a run, or of a saved or exported pool"
     )
-    add_device(parser, "the decoder that makes images of latents for an image folder")
-    parser.set_defaults(handler=export)
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=("webdataset", "imagefolder", "parquet"),
+        help="form of the files",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder for them, empty or new"
+    )
+    add_device(parser, "decoders that make images of latents for an image folder")
 
 
 def export(arguments: argparse.Namespace) -> int:

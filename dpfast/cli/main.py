@@ -7,15 +7,13 @@ arguments are checked.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
+import dpfast
 from dpfast.cli import (
     audit,
     bench,
@@ -29,38 +27,13 @@ from dpfast.cli import (
     sample,
     theory,
 )
+from dpfast.cli.parser import Parser
 from dpfast.errors import InputError
 
 WORDS = 5.0  # seconds
 PACKAGE = Path(__file__).parents[1]
 _PYTHONS = warnings.formatwarning
 COMMANDS = (run, plan, rehearse, report, sample, audit, bench, export, doctor, theory)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports an unusable argument in one line, with the nearest option of the same command."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As of ``ArgumentParser``, for the whole line and for each command; nothing unknown is
-        left over.
-        """
-        parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            name = unknown[0].lstrip("-").split("=")[0].replace("_", "-")
-            known = [option.removeprefix("--") for option in self._option_string_actions]
-            sections = [option for option in known if option.endswith(f".{name}")]
-            if sections:
-                choice = " or ".join(f"--{option}" for option in sections)
-                raise InputError(f"--{name}: several sections have it; say {choice}")
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists what is known"
-            )
-            raise InputError(f"{unknown[0]}: no such option of {self.prog}; {hint}")
-        return parsed, unknown
 
 
 def _warning(
@@ -80,10 +53,16 @@ def _warning(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = _Parser(
-        prog="dpfast", description="Deliberate Practice on synthetic images.", allow_abbrev=False
+    parser = Parser(
+        prog="dpfast",
+        usage="dpfast COMMAND ...",
+        description="Deliberate Practice: a classifier and the diffusion generator that it steers.",
+        epilog="dpfast COMMAND --help tells a command's options.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"dpfast {dpfast.__version__}")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="COMMAND"
+    )
     for command in COMMANDS:
         command.add(commands)
     warnings.formatwarning = _warning

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import argparse
 
-from dpfast.cli import Commands
-from dpfast.cli.recipes import add_recipe, recipe_of
+from dpfast.cli.parser import Commands
+from dpfast.cli.recipes import add_recipe_command, recipe_of
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="hours, samples/s, memory and limits of a recipe on given devices",
-        allow_abbrev=False,
-    )
+    about = "hours, samples/s, memory and limits of a recipe on given devices"
+    # the plan's device may be another than that of the run
+    parser = add_recipe_command(commands, "plan", plan, about, without=("device",))
     parser.add_argument(
         "--device",
         default="h100",
+        metavar="GPU",
         help="the GPU that the plan is about, not one to run on: a100, h100, h200, b200, rtx4090, "
-        "or here, this "
-        "machine, measured (default h100)",
+        "or here: this machine, measured (default: h100)",
     )
-    parser.add_argument("--count", type=int, default=1, help="how many of them (default 1)")
+    parser.add_argument(
+        "--count", type=int, default=1, metavar="N", help="how many of them (default: 1)"
+    )
     parser.add_argument(
         "--utilisation",
         type=float,
-        help="of every limit; default: of generation measured on an H200, 0.4 training",
+        metavar="FRACTION",
+        help="share of every limit that is reached (default: of generation as measured on an H200, "
+        "0.4 of training)",
     )
     parser.add_argument(
-        "--samples", type=int, help="at the end of the run; default: the recipe's maximum"
+        "--samples",
+        type=int,
+        metavar="N",
+        help="samples at the end of the run (default: maximum_samples)",
     )
-    add_recipe(parser, without=("device",))  # the plan's device may be another than that of the run
-    parser.set_defaults(handler=plan)
 
 
 def plan(arguments: argparse.Namespace) -> int:

@@ -3,34 +3,98 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterable
+import dataclasses
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from dpfast.config import Recipe, fields
+from dpfast.cli.parser import Commands, Parser, add_command
+from dpfast.config import RECIPES, SECTIONS, Option, Recipe, fields, flat, short_name
 
 UNOFFERED = ("name", "learner.options")  # a file's own: its name, and a table
 
 
-def add_recipe(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
-    """Adds the recipe, and an option for each of its fields but those of ``without``."""
-    parser.add_argument("recipe", help="a recipe's name (fashion) or a path that ends in .toml")
-    add_fields(parser, [name for name in fields() if name not in {*UNOFFERED, *without}])
-
-
-def add_fields(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Adds an option for each field: by its full name, ``--guidance.omega``, and by its last word
-    alone, ``--omega``, where no other of ``names`` has the same.
+class FieldHelp(argparse.Action):
+    """``--help`` of a command with a recipe: beside the defaults it prints the values of the recipe
+    that stands before it.
     """
-    names = list(names)
+
+    def __init__(self, *, actions: dict[str, argparse.Action], **options: Any) -> None:
+        super().__init__(**options)
+        self.actions = actions
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if isinstance(namespace.recipe, str):
+            recipe = Recipe.load(namespace.recipe)
+            values = flat(recipe.to_dict())
+            for name, action in self.actions.items():
+                option, value = fields()[name], values[short_name(name)]
+                if value != option.default:
+                    text = dataclasses.replace(option, default=value, unset="").default_text
+                    action.help = field_help(option, f"in {recipe.name}: {text}")
+        parser.print_help()
+        parser.exit()
+
+
+def add_recipe_command(
+    commands: Commands,
+    name: str,
+    handler: Callable[[argparse.Namespace], int],
+    help: str,
+    *,
+    without: Collection[str] = (),
+) -> Parser:
+    """Adds a command on a recipe, with an option for each field but those of ``without``."""
+    usage = f"dpfast {name} RECIPE [--OPTION VALUE ...]"
+    parser = add_command(commands, name, handler, help, usage=usage, add_help=False)
+    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help=f"a path that ends in .toml, or one of {known}"
+    )
+    actions: dict[str, argparse.Action] = {}
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=FieldHelp,
+        nargs=0,
+        actions=actions,
+        help="print this; after a RECIPE with the values that it has",
+    )
+    actions |= add_fields(parser, [name for name in fields() if name not in {*UNOFFERED, *without}])
+    return parser
+
+
+def add_fields(parser: Parser, names: Iterable[str]) -> dict[str, argparse.Action]:
+    """Adds an option for each field, in a group for each section.
+
+    A field is named in full, ``--guidance.omega``, or by its last word alone, ``--omega``, where no
+    other of ``names`` has the same. Returns the options by their fields' names.
+    """
+    names, groups, actions = list(names), {}, {}
     last = [name.rpartition(".")[2] for name in names]
-    group = parser.add_argument_group("fields of the recipe", "each replaces the recipe's value")
     for name, short in zip(names, last, strict=True):
+        section = name.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(*_heading(section, short))
         spelled = [name] if last.count(short) > 1 or short == name else [name, short]
-        group.add_argument(
+        actions[name] = groups[section].add_argument(
             *(f"--{each}".replace("_", "-") for each in spelled),
             dest=f"field.{name}",
-            metavar=str(fields()[name].type).split("[")[0].upper(),
+            metavar=fields()[name].placeholder,
+            help=field_help(fields()[name]),
         )
+    return actions
+
+
+def field_help(option: Option, *more: str) -> str:
+    """The help text of a field's option: its meaning, its default, ``more`` and its range."""
+    facts = [f"default: {option.default_text}", *more, option.range]
+    return f"{option.help} ({'; '.join(filter(None, facts))})".replace("%", "%%")
 
 
 def recipe_of(arguments: argparse.Namespace, **overrides: Any) -> Recipe:
@@ -44,3 +108,12 @@ def recipe_of(arguments: argparse.Namespace, **overrides: Any) -> Recipe:
         if key.startswith("field.") and value is not None
     }
     return Recipe.load(arguments.recipe, **overrides, **given)
+
+
+def _heading(section: str, example: str) -> tuple[str, str]:
+    """The title of a section's group, and what it is about."""
+    if not section:
+        return "the recipe's fields", "Each replaces the value that the recipe has."
+    about = " ".join((SECTIONS[section].__doc__ or "").split())
+    example = example.replace("_", "-")
+    return f"[{section}]", f"{about} In full: --{section}.{example}, and so on."

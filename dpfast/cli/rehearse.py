@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import argparse
 
-from dpfast.cli import Commands
-from dpfast.cli.recipes import add_recipe, recipe_of
+from dpfast.cli.parser import Commands
+from dpfast.cli.recipes import add_recipe_command, recipe_of
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "rehearse",
-        help="walk a recipe at its true size through GPUs that are not there",
-        allow_abbrev=False,
-    )
+    about = "walk a recipe at its true size through GPUs that are not there"
+    parser = add_recipe_command(commands, "rehearse", rehearse, about, without=("device",))
     parser.add_argument(
         "--device",
         default="h100",
+        metavar="GPU",
         help="the GPU that the rehearsal is about, not one to run on: a100, h100, h200, b200, "
-        "rtx4090 (default h100)",
-    )
-    parser.add_argument("--count", type=int, default=1, help="how many of them (default 1)")
-    parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="of the run; default 600"
+        "rtx4090 (default: h100)",
     )
     parser.add_argument(
-        "--disk", type=float, metavar="GIB", help="free where --out will be; default: not asked"
+        "--count", type=int, default=1, metavar="N", help="how many of them (default: 1)"
     )
-    add_recipe(parser, without=("device",))
-    parser.set_defaults(handler=rehearse)
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="the run's --timeout (default: 600)",
+    )
+    parser.add_argument(
+        "--disk",
+        type=float,
+        metavar="GIB",
+        help="free disk where --out of the run will be (default: not asked)",
+    )
 
 
 def rehearse(arguments: argparse.Namespace) -> int:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dpfast.cli import Commands, add_device
+from dpfast.cli import add_device
+from dpfast.cli.parser import Commands, add_command
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "report", help="write a page on one or more runs", allow_abbrev=False
-    )
+    parser = add_command(commands, "report", run, "write a page on one or more runs")
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, finished or not"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder of the page; default RUN/report of the first run"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the page (default: RUN/report of the first run)",
     )
     parser.add_argument(
-        "--study", type=Path, help="JSON lines of a study: source, samples, seed, test_accuracy"
+        "--study",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines of a study: source, samples, seed, test_accuracy",
     )
     add_device(parser, "the learners and decoders that read the samples again")
-    parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""``dpfast run``: a recipe and its rivals."""
+"""``dpfast run``: a recipe, from its checks to its report."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpfast.cli import Commands, first
-from dpfast.cli.recipes import add_recipe, recipe_of
+from dpfast.cli import first
+from dpfast.cli.parser import Commands
+from dpfast.cli.recipes import add_recipe_command, recipe_of
 from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.logs import check_level, logged
@@ -28,12 +29,11 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "run",
-        help="train a classifier by Deliberate Practice, beside its rivals",
-        allow_abbrev=False,
+    about = "train a classifier by Deliberate Practice, beside other sources of samples"
+    parser = add_recipe_command(commands, "run", run, about)
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/RECIPE)"
     )
-    parser.add_argument("--out", type=Path, help="folder of the run; default runs/RECIPE")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     kept.add_argument(
@@ -49,7 +49,10 @@ def add(commands: Commands) -> None:
         "without more additions",
     )
     parser.add_argument(
-        "--branch-from", type=Path, metavar="RUN", help="that run's folder; default runs/RECIPE"
+        "--branch-from",
+        type=Path,
+        metavar="FOLDER",
+        help="that run's folder (default: runs/RECIPE)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, only the final table")
     parser.add_argument(
@@ -60,17 +63,17 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--log-level",
         default="info",
-        help="of logs/ in the run's folder: debug, info, warning, error",
+        metavar="LEVEL",
+        help="least level in logs/ of the run's folder: debug, info, warning or error (default: "
+        "info)",
     )
     parser.add_argument(
         "--timeout",
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="under torchrun: a rank without progress for so long is dead; default 600",
+        help="under torchrun: a rank without progress for so long is dead (default: 600)",
     )
-    add_recipe(parser)
-    parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

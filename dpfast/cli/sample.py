@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dpfast.cli import Commands
+from dpfast.cli.parser import Commands, add_command
 from dpfast.cli.recipes import add_fields, recipe_of
 from dpfast.config import fields
 from dpfast.errors import InputError
@@ -13,41 +13,54 @@ from dpfast.errors import InputError
 # A learner guides as it was saved, in one stream of batches that finds its size and whether
 # compiling pays.
 ELSEWHERE = ("guidance.omega", "guidance.guide_with", "generator.compile")
+OWN = ("seed", "device")
 FIELDS = [
     name
     for name in fields()
-    if name.startswith(("generator.", "guidance.")) and name not in ELSEWHERE
+    if name in OWN or (name.startswith(("generator.", "guidance.")) and name not in ELSEWHERE)
 ]
-FIELDS += ["seed", "device"]
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser("sample", help="write images of given classes", allow_abbrev=False)
+    usage = "dpfast sample --labels LABEL,... --out FOLDER [--OPTION VALUE ...]"
+    parser = add_command(commands, "sample", sample, "write images of given classes", usage=usage)
     parser.add_argument(
-        "--labels", required=True, help="class ids or names, comma-separated, or 'all'"
+        "--labels",
+        required=True,
+        metavar="LABEL,...",
+        help="class ids or names, or all; to be given",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the PNG files; must be empty or new"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder for the PNG files, empty or new; to be given",
     )
-    parser.add_argument("--count", type=int, default=8, help="images per label (default 8)")
+    parser.add_argument(
+        "--count", type=int, default=8, metavar="N", help="images of each label (default: 8)"
+    )
     parser.add_argument(
         "--guidance.omega",
         "--omega",
         dest="omega",
         type=float,
         default=0.0,
-        help="strength of the entropy guidance (default 0, unguided)",
+        metavar="X",
+        help="strength of guidance (default: 0, unguided)",
     )
     parser.add_argument(
-        "--learner", help="the run folder whose learner guides; default: the embedded judge network"
+        "--learner",
+        metavar="FOLDER",
+        help="folder of the run whose learner guides (default: the embedded judge network)",
     )
     parser.add_argument(
         "--recipe",
         default="fashion",
-        help="whose [generator] and [guidance] hold (default fashion)",
+        metavar="RECIPE",
+        help="the recipe whose [generator] and [guidance] hold (default: fashion)",
     )
     add_fields(parser, FIELDS)
-    parser.set_defaults(handler=sample)
 
 
 def sample(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dpfast.cli import Commands
+from dpfast.cli.parser import Commands, add_command
 from dpfast.errors import InputError
 
 # |d / kept - 1| below it: the interpolation peak, as `dpfast bench theory` parts its cells
@@ -13,47 +13,81 @@ PEAK = 0.25
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "theory", help="predicted accuracy of training on selected samples", allow_abbrev=False
-    )
+    about = "predicted accuracy of training on selected samples"
+    parser = commands.add_parser("theory", help=about)
     parts = parser.add_subparsers(dest="part", required=True, metavar="COMMAND")
-    drawing = parts.add_parser(
-        "figures", help="the paper's Figs. 3, 5c and 7 with simulation", allow_abbrev=False
-    )
-    drawing.add_argument("--out", type=Path, required=True, help="folder for the PNG files")
+    about = "draw the paper's Figs. 3, 5c and 7 with simulation"
+    drawing = add_command(parts, "figures", figures, about)
     drawing.add_argument(
-        "--draws", type=int, default=20, help="of each simulated point (default 20)"
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder for the PNG files"
     )
-    drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument(
-        "--study", type=Path, help="JSON lines of a study, to set beside the theory"
+        "--draws",
+        type=int,
+        default=20,
+        metavar="N",
+        help="draws of each simulated point (default: 20)",
     )
-    drawing.set_defaults(handler=figures)
-    planning = parts.add_parser(
-        "plan", help="samples that an accuracy takes, by kept fraction", allow_abbrev=False
+    drawing.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the simulation (default: 0)"
     )
-    planning.add_argument("--accuracy", type=float, required=True, help="between 0.5 and 1")
-    planning.add_argument("--d", type=int, required=True, help="dimensions of the features")
+    drawing.add_argument(
+        "--study",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines of a study, to set beside the theory",
+    )
+    about = "samples that an accuracy takes, by kept fraction"
+    planning = add_command(parts, "plan", plan, about)
     planning.add_argument(
-        "--keep", help="comma-separated fractions (default 1, 0.9, 0.8, 0.5, 0.3, 0.2, 0.1)"
+        "--accuracy",
+        type=float,
+        required=True,
+        metavar="X",
+        help="accuracy to reach, between 0.5 and 1",
+    )
+    planning.add_argument(
+        "--d", type=int, required=True, metavar="N", help="dimensions of the features"
+    )
+    planning.add_argument(
+        "--keep",
+        metavar="FRACTION,...",
+        help="fractions that are kept (default: 1,0.9,0.8,0.5,0.3,0.2,0.1)",
     )
     planning.add_argument(
         "--ridge",
         type=float,
+        metavar="X",
         help="penalty, normalised by the pool (default: the best for each pool)",
     )
     planning.add_argument(
-        "--rho", type=float, default=1.0, help="cosine of the selecting vector and the truth"
+        "--rho",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="cosine of the selecting vector and the truth (default: 1)",
     )
     planning.add_argument(
-        "--rho-g", type=float, help="of the selecting vector and an imperfect generator of labels"
+        "--rho-g",
+        type=float,
+        metavar="X",
+        help="cosine of the selecting vector and an imperfect generator of labels",
     )
     planning.add_argument(
-        "--rho-s", type=float, help="of the selecting vector and the truth; --rho: labels and truth"
+        "--rho-s",
+        type=float,
+        metavar="X",
+        help="cosine of the selecting vector and the truth; --rho is then that of labels and truth",
     )
-    planning.add_argument("--strategy", default="hard", choices=("hard", "easy", "soft"))
-    planning.add_argument("--power", type=float, default=1.0, help="of the soft rule")
-    planning.set_defaults(handler=plan)
+    planning.add_argument(
+        "--strategy",
+        default="hard",
+        choices=("hard", "easy", "soft"),
+        help="which samples are kept (default: hard)",
+    )
+    planning.add_argument(
+        "--power", type=float, default=1.0, metavar="X", help="power of the soft rule (default: 1)"
+    )
 
 
 def figures(arguments: argparse.Namespace) -> int:

@@ -9,21 +9,18 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpfast.config import RECIPE_FILE, Generator, Recipe
 from dpfast.data import imagenet
-from dpfast.generate.guidance import GuidanceConfig, Through
+from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.models.decoder import ResizedDecoder
 from dpfast.generate.pipelines import Pipeline, families
 from dpfast.generate.pipelines.folder import PipelineFolder
-from dpfast.generate.pipelines.schedulers import Solver
-from dpfast.generate.runtime.execution import Region
 from dpfast.generate.sampler import GuidedSampler, Learner
-from dpfast.ops.guided_step import Mode
 
 
 def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeline:
@@ -100,19 +97,19 @@ def new_sampler(
             every=guidance.every,
             start=guidance.start,
             until=guidance.until,
-            mode=cast(Mode, guidance.mode),
-            through=cast(Through, guidance.through),
+            mode=guidance.mode,
+            through=guidance.through,
             criterion=guidance.criterion,
         ),
         "steps": generator.steps,
-        "solver": cast(Solver, generator.solver),
+        "solver": generator.solver,
         "eta": generator.eta,
         "cfg_scale": generator.cfg_scale,
         "cfg_interval": generator.cfg_interval,
         "cache_interval": generator.cache_interval,
         "seed": recipe.seed,
         "compile": generator.compile,
-        "compile_region": cast(Region, generator.compile_region),
+        "compile_region": generator.compile_region,
     }
     sampler = GuidedSampler(pipeline, learner, **described | options)
     sampler.fitting = dict.fromkeys((False, True), generator.at_once)

@@ -31,7 +31,7 @@ CASES = {
     "resume": (["--resume", "--omega", "0.2"], "has another recipe: omega = 0.2 was 0.05"),
     "resume nothing": (["--resume", "--out", "{root}/nothing"], "holds no run"),
     "versions": ([], "versions of dpfast and torch: rank 1 has"),
-    "field": (["--omega", "much"], "omega = 'much': a finite number"),
+    "field": (["--omega", "much"], "omega = 'much': expected a finite number"),
 }
 
 

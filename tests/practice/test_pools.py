@@ -236,9 +236,13 @@ def test_a_run_without_saved_samples_ends_and_says_what_it_cannot_do(short, tmp_
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(RecipeError, match="--max-restarts 3 of torchrun"):
         check_saving(nothing, resume=False, branch=False)
-    with pytest.raises(RecipeError, match="keep_rounds = True: false with save_samples = 'none'"):
+    with pytest.raises(
+        RecipeError, match="keep_rounds = True: expected false with save_samples = 'none'"
+    ):
         with_(nothing, "practice", keep_rounds=True)
-    with pytest.raises(RecipeError, match="save_samples = 'jpeg': 'png' unless codec = 'pixels'"):
+    with pytest.raises(
+        RecipeError, match="save_samples = 'jpeg': expected 'png' unless codec = 'pixels'"
+    ):
         with_(short, "pool", codec="latents", save_samples="jpeg")
 
 

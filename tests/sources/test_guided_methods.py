@@ -274,19 +274,31 @@ def test_a_round_by_difficulty_asks_for_the_hard_classes(short):
 @pytest.mark.parametrize(
     ("section", "changes", "named"),
     [
-        ("practice", {"early_candidates": 0.5}, "early_candidates = 0.5: at least 1"),
-        ("practice", {"early_until": 1.0}, r"early_until = 1.0: in \(0, 1\)"),
+        (
+            "practice",
+            {"early_candidates": 0.5},
+            "early_candidates = 0.5: expected a number of at least 1",
+        ),
+        (
+            "practice",
+            {"early_until": 1.0},
+            "early_until = 1.0: expected a number above 0 and below 1",
+        ),
         (
             "practice",
             {"restart": 0.5, "early_candidates": 2.0},
-            r"restart = 0.5: 0 with early_candidates = 2",
+            r"restart = 0.5: expected 0 with early_candidates = 2",
         ),
         (
             "practice",
             {"early_candidates": 2.0, "omega_rounds": (0.1, 0.0)},
-            "early_candidates = 2.0: 1 unless omega",
+            "early_candidates = 2.0: expected 1 unless omega",
         ),
-        ("learner", {"ema_decay": 0.0}, "criterion = 'disagreement': another with ema_decay = 0"),
+        (
+            "learner",
+            {"ema_decay": 0.0},
+            "criterion = 'disagreement': expected another with ema_decay = 0",
+        ),
     ],
 )
 def test_contradictory_values_are_refused(short, section, changes, named):

@@ -1,0 +1,39 @@
+"""What a run is told: recipes, and the options that their fields are."""
+
+from dpfast.config.option import Option
+from dpfast.config.recipe import (
+    ASSETS,
+    RECIPE_FILE,
+    RECIPES,
+    SECTIONS,
+    SOURCES,
+    Generator,
+    Guidance,
+    Learner,
+    Pool,
+    Practice,
+    Recipe,
+    fields,
+    flat,
+    full_name,
+    short_name,
+)
+
+__all__ = [
+    "ASSETS",
+    "RECIPES",
+    "RECIPE_FILE",
+    "SECTIONS",
+    "SOURCES",
+    "Generator",
+    "Guidance",
+    "Learner",
+    "Option",
+    "Pool",
+    "Practice",
+    "Recipe",
+    "fields",
+    "flat",
+    "full_name",
+    "short_name",
+]

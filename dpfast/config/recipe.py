@@ -1,0 +1,778 @@
+"""Recipes: frozen keyword-only dataclasses, read from TOML, checked before any work starts.
+
+A recipe is one ``Recipe`` of five sections. A field's full name has its section
+(``guidance.omega``, on a command line ``--guidance.omega 0.03``); its last word alone is enough
+where one section has it (``--omega 0.03``). What a field means and which values it takes
+stands at the field (``dpfast.config.option``); a ``check`` says which values contradict each other.
+Both raise ``RecipeError`` with the field, its value and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dpfast.config.option import Option, option, options
+from dpfast.errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Source = Literal["dp", "static", "prune", "dynamic"]
+SOURCES: tuple[Source, ...] = get_args(Source)  # in the order in which they run
+RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPE_FILE = "recipe.json"  # of a run's folder
+ASSETS = Path(__file__).parents[1] / "assets"
+# field -> its option, and the names by which recipes call a folder that only their user has
+USER_FOLDERS = {
+    "pipeline": ("--pipeline DIR", ("stable-diffusion-1.5", "dit-xl-2")),
+    "validation": ("--validation DIR", ("imagenet-val",)),
+}
+
+
+def _check(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise RecipeError(f"{name} = {value!r}: expected {wanted}")
+
+
+class Section:
+    """The fields of one section, or of the recipe itself: each as its type, and all in harmony.
+
+    Raises ``RecipeError`` for a value that is not of its field's type and range.
+    """
+
+    def __post_init__(self) -> None:
+        owner: Any = type(self)
+        section = "" if owner is Recipe else f"{owner.__name__.lower()}."
+        for name, each in options(owner).items():
+            value = each.value(short_name(section + name), getattr(self, name))
+            object.__setattr__(self, name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raises ``RecipeError`` for values that are right alone and wrong together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator(Section):
+    """How a sample is made, guided or not."""
+
+    pipeline: str = option(
+        "fashion",
+        unit="folder",
+        help="folder of a diffusers pipeline, or the name of an embedded one",
+    )
+    class_names: tuple[str, ...] = option(
+        (),
+        unit="name",
+        unset="the folder's own",
+        help="what a pipeline with text prompts is asked for, by class id; imagenet1k or "
+        "imagenet100 alone stands for the classes of that set by all of their WordNet names",
+    )
+    image_size: int = option(
+        0,
+        unit="pixels",
+        low=0,
+        help="side of the images that enter the pool and that the learner sees; 0: as decoded",
+    )
+    prompt_template: str = option(
+        "a photo of a {}",
+        help="prompt of a pipeline with text prompts; {} is the class name",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32",
+        help="data type of the generator's models; latents stay in float32",
+    )
+    solver: Literal["auto", "ddim", "dpmpp2m", "euler", "lcm", "tcd"] = option(
+        "auto",
+        help="solver of the reverse process: euler is for flow models, lcm and tcd for distilled "
+        "ones; auto: ddim, or the one that the model was made for",
+    )
+    steps: int = option(15, low=1, high=1000, help="solver steps of a sample")
+    cfg_scale: float = option(
+        1.5,
+        low=0,
+        help="scale of classifier-free guidance in the convention of diffusers, the paper's "
+        "lambda + 1; 1: off",
+    )
+    cfg_interval: tuple[float, float] = option(
+        (0.0, 1.0),
+        unit="fraction",
+        low=0,
+        high=1,
+        help="part of the trajectory with classifier-free guidance, from one fraction of the "
+        "steps until another; outside of it a step costs half, and the images differ",
+    )
+    cache_interval: int = option(
+        1,
+        low=1,
+        help="of unguided steps in a row one in so many runs the whole denoiser and the others "
+        "reuse features of its inner blocks: cheaper, and other images; 1: every step is whole",
+    )
+    eta: float = option(
+        0.0,
+        low=0,
+        high=1,
+        help="noise of ddim, 0: deterministic, 1: ancestral; gamma of tcd",
+    )
+    compile: bool = option(
+        False,
+        help="compile the sampler's steps with torch.compile: pays for many samples; a resumed "
+        "run needs the same choice for the same bits",
+    )
+    compile_region: Literal["step", "blocks"] = option(
+        "step",
+        help="what is compiled: whole steps, or the transformer's blocks alone, once for all of "
+        "them",
+    )
+    batch_size: int = option(
+        250,
+        unit="samples",
+        low=1,
+        help="samples in one batch, which one rank makes; the images do not depend on it",
+    )
+    micro_batch: int | None = option(
+        None,
+        unit="samples",
+        low=1,
+        unset="batch_size, or what fits of it",
+        help="samples that are in memory at once",
+    )
+    attention: Literal["sdpa", "xformers"] = option(
+        "sdpa",
+        help="attention of the denoiser: torch's scaled_dot_product_attention, or xformers on a "
+        "GPU",
+    )
+    channels_last: bool = option(
+        False,
+        help="memory format of UNets and full decoders; true is what convolutions on a GPU want",
+    )
+
+    def check(self) -> None:
+        named = all(name.strip() for name in self.class_names)
+        _check(named, "class_names", self.class_names, "a list of names, none of them empty")
+        template = self.prompt_template
+        one = "text with one '{}' for the class name"
+        _check(template.count("{}") == 1, "prompt_template", template, one)
+        start, until = self.cfg_interval
+        _check(start < until, "cfg_interval", self.cfg_interval, "the first below the second")
+        stochastic = self.solver in ("auto", "ddim", "tcd")
+        alone = f"0 with solver = {self.solver!r}: it is for 'ddim' and 'tcd' alone"
+        _check(stochastic or not self.eta, "eta", self.eta, alone)
+
+    @property
+    def at_once(self) -> int:
+        """Samples that a sampler has in memory at once, at most."""
+        most = self.micro_batch
+        return self.batch_size if most is None else min(most, self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance(Section):
+    """How strongly, when and by what the learner pulls on a sample."""
+
+    omega: float = option(
+        0.05,
+        help="strength of guidance: with mode relative the displacement of a latent as a fraction "
+        "of its norm; 0: unguided",
+    )
+    every: int = option(3, unit="steps", low=1, help="one step in so many is guided, from start on")
+    start: float = option(
+        0.0,
+        unit="fraction",
+        low=0,
+        below=1,
+        help="up to this fraction of the steps the trajectory is unguided",
+    )
+    until: float = option(
+        1.0,
+        unit="fraction",
+        above=0,
+        high=1,
+        help="from this fraction of the steps on the trajectory is unguided",
+    )
+    mode: Literal["relative", "score"] = option(
+        "relative",
+        help="relative: the gradient is rescaled to the latent's norm, the paper's practice; "
+        "score: it is added to the score, the paper's Algorithm 1",
+    )
+    through: Literal["denoiser", "latent"] = option(
+        "denoiser",
+        help="what the gradient passes: latent leaves the denoiser's backward pass out, which is "
+        "cheaper and approximate",
+    )
+    criterion: Literal["entropy", "loss", "margin", "disagreement"] = option(
+        "entropy",
+        help="what guidance raises: the entropy of the prediction, the loss of the label, the "
+        "nearness of the border between two classes, or the disagreement of the EMA and the raw "
+        "weights, which runs both in every guided step",
+    )
+    guide_with: Literal["ema", "raw"] = option(
+        "ema", help="the learner's weights that guide; those whose accuracy counts: evaluate_with"
+    )
+
+    def check(self) -> None:
+        _check(self.start < self.until, "until", self.until, f"above start ({self.start:g})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner(Section):
+    """The classifier, and how it is trained."""
+
+    model: str = option(
+        "transformers:RegNetForImageClassification",
+        help="architecture of the learner: transformers:Class, timm:name or package.module:factory",
+    )
+    options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "option": Option(unset="none", help="keyword arguments of the model's configuration")
+        },
+    )
+    classes: int | None = option(
+        None,
+        low=1,
+        unset="as many as the generator has",
+        help="classes that the learner tells apart",
+    )
+    batch_size: int = option(
+        64,
+        unit="images",
+        low=2,
+        help="images of an optimiser step, over all ranks",
+    )
+    micro_batch: int | None = option(
+        None,
+        unit="images",
+        low=1,
+        unset="as many as fit",
+        help="images of a rank in one forward and backward pass",
+    )
+    activation_checkpointing: bool = option(
+        False,
+        help="compute activations twice: less memory, a quarter more work",
+    )
+    lr: float = option(3e-3, above=0, help="largest learning rate")
+    weight_decay: float = option(
+        0.05, low=0, help="weight decay of AdamW, decoupled from the gradient"
+    )
+    label_smoothing: float = option(
+        0.0,
+        low=0,
+        below=1,
+        help="share of the target that all classes divide among them",
+    )
+    ema_decay: float = option(
+        0.99,
+        low=0,
+        below=1,
+        help="decay of the moving average of the weights, by optimiser step",
+    )
+    evaluate_with: Literal["ema", "raw"] = option(
+        "ema",
+        help="the learner's weights whose accuracy counts; those that guide: guide_with",
+    )
+    clip_grad_norm: float = option(
+        0.0,
+        low=0,
+        help="largest norm of the gradient of all weights; 0: not clipped",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto",
+        help="precision of the learner's forward pass; bf16: by autocast; auto: bf16 on a GPU "
+        "that has it",
+    )
+    compile: bool | Literal["auto"] = option(
+        "auto",
+        help="compile the training step; auto: on a GPU, where it pays",
+    )
+    warmup: float = option(
+        0.1,
+        unit="fraction",
+        low=0,
+        below=1,
+        help="fraction of the iterations in which the learning rate rises, linearly",
+    )
+    cooldown: float = option(
+        0.2,
+        unit="fraction",
+        low=0,
+        high=1,
+        help="fraction of the iterations in which the learning rate falls to zero, as a cosine; "
+        "no samples are added then",
+    )
+    flip: bool = option(True, help="whether images are flipped horizontally at random")
+    shift: int = option(2, unit="pixels", low=0, help="largest random translation of an image")
+    crop: float = option(
+        1.0,
+        unit="fraction",
+        above=0,
+        high=1,
+        help="random resized crop: the smallest share of the area that is kept; 1: none",
+    )
+    mixup: float = option(
+        0.0,
+        low=0,
+        help="blend images in pairs: alpha of the Beta distribution of the shares; 0: none",
+    )
+    cutmix: float = option(
+        0.0,
+        low=0,
+        help="paste a part of another image: alpha of the Beta distribution of its share; with "
+        "mixup, a batch gets one of the two; 0: none",
+    )
+    loader: Literal["auto", "dali", "torch"] = option(
+        "auto",
+        help="what makes batches; auto: DALI for JPEG, torch for pixels and latents",
+    )
+
+    def check(self) -> None:
+        kinds = "'transformers:Class', 'timm:name' or 'package.module:factory'"
+        _check(":" in self.model, "model", self.model, kinds)
+        most = 1 - self.warmup
+        left = f"at most {most:g}, which warmup leaves"
+        _check(self.cooldown <= most, "cooldown", self.cooldown, left)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Practice(Section):
+    """Algorithm 1: how many samples, when more, and beside which other sources."""
+
+    initial_samples: int = option(
+        1500,
+        unit="samples",
+        low=1,
+        help="samples before training begins, the paper's N",
+    )
+    round_samples: int = option(
+        750,
+        unit="samples",
+        low=1,
+        help="samples of an addition, the paper's P",
+    )
+    maximum_samples: int = option(
+        6000,
+        unit="samples",
+        low=1,
+        help="samples after which none are added",
+    )
+    maximum_rounds: int | None = option(
+        None,
+        unit="rounds",
+        low=0,
+        unset="as many as maximum_samples allows",
+        help="additions after which no more are made",
+    )
+    iterations: int = option(1500, unit="steps", low=10, help="optimiser steps of the run")
+    evaluate_every: int = option(
+        25,
+        low=1,
+        help="steps or passes (evaluate_unit) between two evaluations, the paper's tau",
+    )
+    evaluate_unit: Literal["steps", "passes"] = option(
+        "steps",
+        help="steps of the optimiser, or passes over the initial samples, as in the paper",
+    )
+    patience: int = option(
+        2,
+        unit="evaluations",
+        low=1,
+        help="evaluations without a new best after which samples are added, the paper's T_max at "
+        "the start",
+    )
+    patience_growth: Literal["coverage", "pool", "round", "fixed"] = option(
+        "coverage",
+        help="how patience grows with the pool; coverage: at least a quarter of the pool over the "
+        "initial samples; pool: in proportion to the pool; round: by one a round; fixed: not at "
+        "all",
+    )
+    omega_rounds: tuple[float, ...] = option(
+        (),
+        unset="omega",
+        help="omega of round 1, 2, ...; the last one holds for all later rounds",
+    )
+    cfg_scale_rounds: tuple[float, ...] = option(
+        (),
+        low=0,
+        unset="cfg_scale",
+        help="cfg_scale of round 1, 2, ..., the same way",
+    )
+    fresh_weight: float = option(
+        1.0,
+        above=0,
+        help="how much more often a sample of the newest round is drawn than others; 1: the paper",
+    )
+    allot: Literal["equal", "difficulty"] = option(
+        "equal",
+        help="labels of new samples: as many of each class, or by the classes' validation error",
+    )
+    early_candidates: float = option(
+        1.0,
+        low=1,
+        help="dp: trajectories that are begun for each sample, of which the easiest are stopped "
+        "early; 1: none is",
+    )
+    early_until: float = option(
+        0.4,
+        unit="fraction",
+        above=0,
+        below=1,
+        help="dp: the easiest candidates are stopped after the last guided step before this "
+        "fraction of the steps",
+    )
+    restart: float = option(
+        0.0,
+        unit="fraction",
+        low=0,
+        below=1,
+        help="dp: the fraction of the steps at which new samples begin, from samples of the pool; "
+        "0: from noise",
+    )
+    oversample: float = option(
+        4.0,
+        low=1,
+        help="prune: candidates for each sample that is kept; 1 prunes nothing",
+    )
+    prune_within: Literal["class", "overall"] = option(
+        "class",
+        help="prune: whether the highest entropies are kept of each class, or of all samples",
+    )
+    sources: tuple[Source, ...] = option(
+        ("dp", "static"),
+        help="what makes samples, a run each, compared in one table; dp: Deliberate Practice, "
+        "static: a pool that does not grow, prune: the best of many candidates, dynamic: "
+        "additions without guidance",
+    )
+    checkpoint_share: float = option(
+        0.01,
+        unit="fraction",
+        above=0,
+        high=1,
+        help="largest share of the run's time that saving checkpoints takes",
+    )
+    checkpoint_minutes: float = option(
+        10.0,
+        unit="minutes",
+        low=0,
+        help="largest age of the newest checkpoint while the learner trains; 0: one at every "
+        "evaluation",
+    )
+    checkpoints_kept: int = option(
+        2,
+        low=1,
+        help="how many of a source's newest checkpoints are kept",
+    )
+    keep_rounds: bool = option(
+        False,
+        help="keep the checkpoints at the ends of rounds as well, for --branch-at",
+    )
+    overlap: int = option(
+        0,
+        unit="ranks",
+        low=0,
+        help="so many of several ranks only generate, while the others train; 0: all do both in "
+        "turn",
+    )
+    overlap_staleness: int = option(
+        1000,
+        unit="steps",
+        low=1,
+        help="with overlap: optimiser steps between a learner and the addition of what it guided",
+    )
+
+    def check(self) -> None:
+        initial, most = self.initial_samples, self.maximum_samples
+        wanted = f"at least initial_samples ({initial})"
+        _check(most >= initial, "maximum_samples", most, wanted)
+        in_time = self.evaluate_unit != "steps" or self.evaluate_every <= self.iterations
+        wanted = f"at most iterations ({self.iterations})"
+        _check(in_time, "evaluate_every", self.evaluate_every, wanted)
+        both = self.early_candidates > 1 and self.restart
+        wanted = f"0 with early_candidates = {self.early_candidates:g}: one of the two"
+        _check(not both, "restart", self.restart, wanted)
+        once = self.sources and len(set(self.sources)) == len(self.sources)
+        wanted = f"one or more of {', '.join(SOURCES)}, each once"
+        _check(bool(once), "sources", ",".join(self.sources), wanted)
+
+    def interval(self, batch_size: int) -> int:
+        """Optimiser steps between two evaluations."""
+        if self.evaluate_unit == "steps":
+            return self.evaluate_every
+        return -(-self.evaluate_every * self.initial_samples // batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(Section):
+    """As what the samples are kept, and how much of which memory they may take."""
+
+    codec: Literal["pixels", "latents", "jpeg"] = option(
+        "pixels",
+        help="form of a sample in the pool: uint8 pixels, float16 latents that are decoded when a "
+        "batch is made, or JPEG",
+    )
+    device_gib: float | None = option(
+        None,
+        unit="gib",
+        low=0,
+        unset="half of what is free on a GPU",
+        help="memory on the run's device, which is filled first",
+    )
+    host_gib: float | None = option(
+        None,
+        unit="gib",
+        low=0,
+        unset="70 % of what is free at the start",
+        help="memory of the host, which is filled next",
+    )
+    mapped: bool = option(
+        False,
+        help="hold the rest in memory-mapped files in the run's folder, up to 90 % of its free "
+        "disk",
+    )
+    save_samples: Literal["png", "npy", "jpeg", "none"] = option(
+        "png",
+        help="form of samples of pixels in the run's folder; png and npy are exact; none: no "
+        "resume, no export",
+    )
+
+    def check(self) -> None:
+        fits = self.save_samples != "jpeg" or self.codec == "pixels"
+        _check(fits, "save_samples", self.save_samples, "'png' unless codec = 'pixels'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Section):
+    """Everything a run depends on. Two runs of one recipe on one machine give the same
+    ``metrics.jsonl``.
+    """
+
+    name: str = option("", unset="the file's", help="name of the recipe and of its runs' folders")
+    seed: int = option(
+        0,
+        low=0,
+        high=2**31 - 1,
+        help="seed of all weights, noise, labels and batches",
+    )
+    device: str = option(
+        "auto",
+        unit="device",
+        help="where models and batches are: cpu, cuda, cuda:1; auto: a GPU where there is one",
+    )
+    validation: str = option(
+        "fashion",
+        unit="folder",
+        help="real images that drive the loop: a folder with a sub-folder a class, or the name of "
+        "an embedded set",
+    )
+    held_out: str = option(
+        "",
+        unit="folder",
+        unset="every second image of the validation",
+        help="real images for the final test, a folder of the same form",
+    )
+    evaluation: tuple[str, ...] = option(
+        (),
+        unit="set",
+        unset="none",
+        help="further sets for the final table: shifts, the name of one shift, or [NAME=]FOLDER",
+    )
+    generator: Generator = field(default_factory=Generator)
+    guidance: Guidance = field(default_factory=Guidance)
+    learner: Learner = field(default_factory=Learner)
+    pool: Pool = field(default_factory=Pool)
+    practice: Practice = field(default_factory=Practice)
+
+    def check(self) -> None:
+        practice = self.practice
+        first, last = practice.interval(self.learner.batch_size), practice.iterations
+        wanted = f"the first evaluation, now after {first} steps, within iterations ({last})"
+        _check(first <= last, "evaluate_every", practice.evaluate_every, wanted)
+        branches = practice.keep_rounds and self.pool.save_samples == "none"
+        wanted = "false with save_samples = 'none': a branch needs the samples"
+        _check(not branches, "keep_rounds", True, wanted)
+        early, omegas = practice.early_candidates, practice.omega_rounds or (self.guidance.omega,)
+        wanted = (
+            "1 unless omega and all of omega_rounds are above 0: guidance scores the candidates, "
+            "and the highest stay"
+        )
+        _check(early == 1 or min(omegas) > 0, "early_candidates", early, wanted)
+        criterion = self.guidance.criterion
+        apart = criterion != "disagreement" or self.learner.ema_decay > 0
+        wanted = "another with ema_decay = 0: both weights are the same"
+        _check(apart, "criterion", criterion, wanted)
+
+    def need_folders(self, *names: str) -> None:
+        """Raises ``RecipeError`` with the options of all fields of ``names`` whose folder its user
+        has yet to name.
+        """
+        given, missing = {"pipeline": self.generator.pipeline, "validation": self.validation}, []
+        for name in names:
+            option, placeholders = USER_FOLDERS[name]
+            if given[name] in placeholders and not Path(given[name]).is_dir():
+                missing.append(option)
+        if missing:
+            raise RecipeError(
+                f"recipe = {self.name!r}: needs folders of yours, say {' '.join(missing)}"
+            )
+
+    def check_ranks(self, count: int) -> None:
+        """Raises ``RecipeError`` where a run under torchrun with ``count`` ranks would be
+        refused.
+        """
+        practice, size, batch = (
+            self.practice,
+            self.learner.batch_size,
+            self.generator.batch_size,
+        )
+        if practice.overlap and practice.overlap >= count:
+            raise RecipeError(
+                f"overlap = {practice.overlap}: expected 0, or under torchrun fewer than its "
+                f"{count} ranks"
+            )
+        if count <= 1:
+            return
+        ranks = count - practice.overlap  # the others only generate
+        if size % (2 * ranks):
+            raise RecipeError(
+                f"learner.batch_size = {size}: expected a multiple of {2 * ranks}, twice the "
+                f"{ranks} ranks"
+            )
+        if -(-practice.initial_samples // batch) < ranks:
+            raise RecipeError(
+                f"generator.batch_size = {batch}: initial_samples = {practice.initial_samples} are "
+                "fewer batches than the "
+                f"{ranks} ranks; expected at most {practice.initial_samples // ranks}"
+            )
+        if "prune" in practice.sources and ranks > 1:
+            raise RecipeError(
+                "sources: 'prune' chooses among all candidates of a round; run it on one rank"
+            )
+        if practice.restart:
+            raise RecipeError(
+                f"restart = {practice.restart:g}: a sample begins from any of the pool's, of which "
+                "each rank holds a "
+                "part; expected 0, or one rank"
+            )
+
+    @classmethod
+    def load(cls, source: str | Path, **overrides: Any) -> Recipe:
+        """Reads a recipe by name or path and replaces fields by ``overrides``: ``omega=0.03``, or
+        by section, ``learner={"batch_size": 32}``.
+
+        Raises ``RecipeError`` for an unknown recipe, section or field, a wrong type or a value out
+        of range.
+        """
+        path = Path(source) if str(source).endswith(".toml") else RECIPES / f"{source}.toml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+            raise RecipeError(
+                f"recipe = {str(source)!r}: no such recipe; known are {known}, or a path that ends "
+                "in .toml"
+            )
+        try:
+            table = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"recipe = {str(source)!r}: not valid TOML: {error}") from None
+        table.setdefault("name", path.stem)
+        for key, value in overrides.items():
+            if key in SECTIONS and isinstance(value, dict):
+                table.setdefault(key, {}).update(value)
+                continue
+            section, _, name = full_name(key).rpartition(".")
+            (table.setdefault(section, {}) if section else table)[name] = value
+        return cls.from_dict(table)
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any]) -> Recipe:
+        """Builds a recipe from nested dictionaries, the inverse of ``dataclasses.asdict``."""
+        values: dict[str, Any] = {}
+        for key, value in table.items():
+            if key in SECTIONS:
+                _check(isinstance(value, dict), key, value, "a table of fields")
+                for name, inner in value.items():
+                    _check_known(SECTIONS[key], name, inner)
+                values[key] = SECTIONS[key](**value)
+            else:
+                _check_known(cls, key, value)
+                values[key] = value
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+SECTIONS: dict[str, Any] = {
+    "generator": Generator,
+    "guidance": Guidance,
+    "learner": Learner,
+    "pool": Pool,
+    "practice": Practice,
+}
+
+
+@functools.cache
+def fields() -> dict[str, Option]:
+    """Full name -> option: of the recipe itself (``seed``) and of its sections
+    (``guidance.omega``).
+    """
+    found = dict(options(Recipe))
+    for key in SECTIONS:
+        found |= {f"{key}.{name}": each for name, each in options(SECTIONS[key]).items()}
+    return found
+
+
+@functools.cache
+def _full_names() -> dict[str, list[str]]:
+    """The last word of a full name -> the full names that end in it."""
+    found: dict[str, list[str]] = {}
+    for name in fields():
+        found.setdefault(name.rpartition(".")[2], []).append(name)
+    return found
+
+
+def full_name(name: str) -> str:
+    """The full name of a field that is named by its full name or by its last word.
+
+    Raises ``RecipeError`` for an unknown name, and for a last word that several sections have.
+    """
+    if name in fields():
+        return name
+    found = _full_names().get(name, [])
+    if len(found) > 1:
+        raise RecipeError(f"{name}: several sections have it; say {' or '.join(found)}")
+    if not found:
+        raise RecipeError(
+            f"{name}: no such field of a recipe; known are {', '.join(map(short_name, fields()))}"
+        )
+    return found[0]
+
+
+def short_name(name: str) -> str:
+    """The last word of a field's full name where one section has it, else the full name."""
+    last = name.rpartition(".")[2]
+    return last if _full_names()[last] == [name] else name
+
+
+def flat(table: dict[str, Any]) -> dict[str, Any]:
+    """Short name -> value of a recipe as nested dictionaries (``Recipe.to_dict``)."""
+    found = {}
+    for key, value in table.items():
+        for name, inner in value.items() if key in SECTIONS else ((None, value),):
+            found[key if name is None else f"{key}.{name}"] = inner
+    return {short_name(name) if name in fields() else name: v for name, v in found.items()}
+
+
+def _check_known(owner: Any, name: str, value: object) -> None:
+    known = options(owner)
+    _check(
+        name in known,
+        name,
+        value,
+        f"a field of {owner.__name__.lower()}; known are {', '.join(sorted(known))}",
+    )
