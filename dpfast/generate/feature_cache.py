@@ -26,14 +26,13 @@ state itself.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from dpfast.errors import InputError
-from dpfast.generate.models.recompute import Blocks, with_blocks
+from dpfast.generate.models.blocks import Blocks, replaced, with_forward
 
 Features = Literal["compute", "keep", "reuse"]
 
@@ -78,7 +77,7 @@ class FeatureCache:
                 f"cache_interval: a {type(denoiser).__name__} has no inner blocks that are known "
                 "here"
             )
-        self._keep, self._reuse = with_blocks(denoiser, keep), with_blocks(denoiser, reuse)
+        self._keep, self._reuse = replaced(denoiser, keep), replaced(denoiser, reuse)
 
     def keep(self, x: Tensor, timestep: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The denoiser's prediction, and its features (B, ...)."""
@@ -99,13 +98,6 @@ class _Slot:
     """Carries features past diffusers' forward, within one call. Empty between calls."""
 
     value: Tensor | None = None
-
-
-def _with_forward(block: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """A twin of ``block`` with the same weights and attributes, and another forward."""
-    twin = copy.copy(block)
-    twin.__dict__["forward"] = forward
-    return twin
 
 
 def _stream(out: Any) -> Tensor:
@@ -135,8 +127,8 @@ def _transformer(blocks: nn.ModuleList, slot: _Slot) -> tuple[Blocks, Blocks]:
         hidden = hidden + slot.value
         return hidden if text is None else (text, hidden)
 
-    kept = [_with_forward(first, run_first), *middle, _with_forward(last, run_last)]
-    return {"transformer_blocks": kept}, {"transformer_blocks": [first, _with_forward(last, add)]}
+    kept = [with_forward(first, run_first), *middle, with_forward(last, run_last)]
+    return {"transformer_blocks": kept}, {"transformer_blocks": [first, with_forward(last, add)]}
 
 
 def _unet(model: Any, slot: _Slot) -> tuple[Blocks, Blocks]:
@@ -157,15 +149,15 @@ def _unet(model: Any, slot: _Slot) -> tuple[Blocks, Blocks]:
         count = len(block.resnets) + (
             block.downsamplers is not None
         )  # of the residuals that the up blocks take away
-        return _with_forward(
+        return with_forward(
             block, lambda hidden_states, *_, **__: (hidden_states, (hidden_states,) * count)
         )
 
-    resting = [_with_forward(block, passes) for block in inner[:-1]]
+    resting = [with_forward(block, passes) for block in inner[:-1]]
     reuse: Blocks = {
         "down_blocks": [model.down_blocks[0], *map(idle, model.down_blocks[1:])],
-        "up_blocks": [*resting, _with_forward(source, take), last],
+        "up_blocks": [*resting, with_forward(source, take), last],
     }
     if model.mid_block is not None:
-        reuse["mid_block"] = _with_forward(model.mid_block, passes)
-    return {"up_blocks": [*inner[:-1], _with_forward(source, run), last]}, reuse
+        reuse["mid_block"] = with_forward(model.mid_block, passes)
+    return {"up_blocks": [*inner[:-1], with_forward(source, run), last]}, reuse

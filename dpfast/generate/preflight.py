@@ -13,7 +13,7 @@ from torch import Tensor
 from dpfast.errors import InputError
 from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidancePath
-from dpfast.generate.models.recompute import can_recompute, recomputing
+from dpfast.generate.models.checkpointing import can_checkpoint, with_checkpointing
 from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.solvers import SolverTable
 from dpfast.generate.step import StepInputs, StepParts, Variant
@@ -85,8 +85,13 @@ def bounded(
     Raises ``InputError`` when one sample holds more than the budget even so.
     """
     chunk, least = _chunk(path, table, budget)
-    if recompute and chunk < ENOUGH and path.through == "denoiser" and can_recompute(path.denoiser):
-        twin = replace(path, denoiser=recomputing(path.denoiser), taped=True)
+    if (
+        recompute
+        and chunk < ENOUGH
+        and path.through == "denoiser"
+        and can_checkpoint(path.denoiser)
+    ):
+        twin = replace(path, denoiser=with_checkpointing(path.denoiser), taped=True)
         larger, smaller = _chunk(twin, table, budget)
         if larger > chunk or smaller < least:
             path, chunk, least = twin, larger, smaller

@@ -56,7 +56,7 @@ class Conditioning(nn.Module):
         return Conditioned(torch.baddbmm(self.bias, F.silu(embedded), self.weight), embedded[0])
 
 
-class _Modulated(nn.Module):
+class Modulated(nn.Module):
     """A block's ``AdaLayerNormZero`` without its embeddings and projection."""
 
     def __init__(self, norm: nn.Module, block: int) -> None:
@@ -98,6 +98,6 @@ def share_conditioning(model: nn.Module, steps: int) -> nn.Module:
     blocks: Any = model.transformer_blocks
     model.conditioning = Conditioning(blocks, steps)
     for index, block in enumerate(blocks):
-        block.norm1 = _Modulated(block.norm1.norm, index)
+        block.norm1 = Modulated(block.norm1.norm, index)
     model.register_forward_pre_hook(_condition, with_kwargs=True)
     return model

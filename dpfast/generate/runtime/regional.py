@@ -13,15 +13,15 @@ inputs alone and runs forward again.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from dpfast.generate.models.conditioning import Conditioned
-from dpfast.generate.models.recompute import checkpointed, with_blocks
+from dpfast.generate.models.blocks import replaced, with_children, with_forward
+from dpfast.generate.models.checkpointing import checkpointed
+from dpfast.generate.models.conditioning import Conditioned, Modulated
 
 Names = tuple[str, ...]
 
@@ -49,7 +49,7 @@ def regional(
     if recompute:
         run = partial(checkpointed, run)
     blocks = list(denoiser.model.transformer_blocks)
-    return with_blocks(
+    return replaced(
         denoiser,
         {"transformer_blocks": [_twin(block, index, run) for index, block in enumerate(blocks)]},
     )
@@ -66,12 +66,9 @@ def _forward(block: nn.Module, names: Names, *tensors: Tensor) -> tuple[Tensor, 
 def _twin(block: nn.Module, index: int, run: Callable[..., tuple[Tensor, ...]]) -> nn.Module:
     # A DiT's block knows its place in the modulations. All blocks share the code, so each gets its
     # own row as row 0.
-    alike = copy.copy(block)
-    alike._modules = dict(block._modules)
-    if hasattr(block.norm1, "block"):
-        first: Any = copy.copy(block.norm1)
-        first.block = 0
-        alike.norm1 = first
+    norm = block.norm1
+    first = {"norm1": Modulated(norm.norm, 0)} if isinstance(norm, Modulated) else {}
+    alike = with_children(block, first)
 
     def call(*args: Tensor, **kwargs: Any) -> Any:
         given = dict(zip(("hidden_states",), args, strict=False)) | kwargs
@@ -91,6 +88,4 @@ def _twin(block: nn.Module, index: int, run: Callable[..., tuple[Tensor, ...]]) 
             return out[0]
         return out if len(out) == 2 else (None, *out)  # the last joint block has no text behind it
 
-    twin = copy.copy(block)
-    twin.__dict__["forward"] = call
-    return twin
+    return with_forward(block, call)

@@ -9,7 +9,7 @@ import torch
 
 from dpfast.generate import preflight as probing
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath
-from dpfast.generate.models.recompute import recomputing
+from dpfast.generate.models.checkpointing import with_checkpointing
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.hardware import live_bytes
@@ -34,7 +34,9 @@ def paths(request, learner):
         decoder=pipeline.guidance_decoder,
         learner=lambda i: i.mean((2, 3)),
     )
-    return plain, dataclasses.replace(plain, denoiser=recomputing(pipeline.denoiser), taped=True)
+    return plain, dataclasses.replace(
+        plain, denoiser=with_checkpointing(pipeline.denoiser), taped=True
+    )
 
 
 def gradient(path, count):
@@ -69,7 +71,7 @@ def test_a_pipeline_loaded_in_inference_mode_can_be_differentiated(pipeline_fold
     with torch.inference_mode():
         pipeline = Pipeline.from_pretrained(pipeline_folder)
         path = GuidancePath(
-            denoiser=recomputing(pipeline.denoiser),
+            denoiser=with_checkpointing(pipeline.denoiser),
             decoder=pipeline.guidance_decoder,
             learner=learner,
         )
@@ -88,7 +90,7 @@ def test_a_budget_recomputes_only_where_chunks_would_be_small(pipeline, learner)
     table = pipeline.table(4)
     _, one = probing._chunk(path, table, 1)
     _, least = probing._chunk(
-        dataclasses.replace(path, denoiser=recomputing(path.denoiser), taped=True), table, 1
+        dataclasses.replace(path, denoiser=with_checkpointing(path.denoiser), taped=True), table, 1
     )
     assert least < one
     roomy, tight, tighter = (
@@ -106,7 +108,7 @@ def test_a_budget_recomputes_only_where_chunks_would_be_small(pipeline, learner)
 
 def test_a_model_without_known_blocks_is_refused():
     with pytest.raises(ValueError, match="without any of transformer_blocks"):
-        recomputing(torch.nn.Identity())
+        with_checkpointing(torch.nn.Identity())
 
 
 def test_a_sampler_recomputes_in_eager_steps_alone(pipeline, learner):
@@ -133,7 +135,7 @@ def test_compiled_blocks_recompute_within_the_budget_and_whole_steps_say_how(pip
     path, table = free.execution.parts.path, free.table
     _, one = probing._chunk(path, table, 1)
     _, least = probing._chunk(
-        dataclasses.replace(path, denoiser=recomputing(path.denoiser), taped=True), table, 1
+        dataclasses.replace(path, denoiser=with_checkpointing(path.denoiser), taped=True), table, 1
     )
     options["memory_budget"] = (one + least) // 2
     with pytest.raises(
