@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from dpfast.errors import InputError
-from dpfast.generate.models.linear import FrozenLinear
 from dpfast.hardware.flops import Counts
 from dpfast.hardware.memory import available_bytes
+from dpfast.ops.frozen_linear import frozen_linear
 
 HERE = "here"
 ROUNDS, MEASURED = 5, 0.1  # of each measurement of this machine: calls, seconds
@@ -200,9 +199,10 @@ def _products(device: torch.device, dtype: torch.dtype) -> list[tuple[float, Cal
     products: list[tuple[float, Callable[[], object]]] = [(2 * side**3, lambda: torch.mm(a, b))]
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         rows, inside, out = 2048, 256, 768
-        layer = FrozenLinear(nn.Linear(inside, out))
         x = random(rows, inside)
-        products.append((2 * rows * inside * out, lambda: layer(x)))
+        weight = random(inside, out).t()
+        bias = random(out)
+        products.append((2 * rows * inside * out, lambda: frozen_linear(x, weight, bias)))
         images, channels, width = 64, 128, 16
         kernel = random(channels, channels, 3, 3).to(memory_format=torch.channels_last)
         batch = random(images, channels, width, width).to(memory_format=torch.channels_last)
