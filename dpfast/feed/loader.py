@@ -102,7 +102,7 @@ class Work(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Made:
     """The work of a batch that is there already."""
 
@@ -278,7 +278,8 @@ class PoolLoader(Loader):
         drawn = []
         for number, part in enumerate(indices.split(self.order.batch_size), 1):
             draw = self.augment.draw(len(part), image, seed=self.seed, number=self._number)
-            draw = draw.part(self.pool.ranks.part(len(part)))
+            if not self.pool.ranks.alone:
+                draw = draw.part(self.pool.ranks.part(len(part)))
             self._number += 1
             after = {"batches": self._number, **self.order.state_dict(before=count - number)}
             drawn.append(PendingBatch(size, part, draw, after))
