@@ -1,6 +1,4 @@
-"""``SamplePool``: append-only storage of samples in fixed-size chunks, with every sample's origin
-beside it.
-"""
+"""``SamplePool``: append-only storage of samples in chunks, each with its label and its origin."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +28,7 @@ from dpfast.pool.placement import CHUNK_BYTES, Placement
 from dpfast.pool.record import RECORD
 from dpfast.pool.shared_list import SharedList, with_chunk
 from dpfast.pool.snapshot import Payload, PoolSnapshot
-
-if TYPE_CHECKING:
-    from dpfast.samples import SampleBatch
+from dpfast.samples import SampleBatch
 
 RECORD_CHUNK = 2 << 20  # bytes, one large page
 RECORD_ROWS = RECORD_CHUNK // RECORD.itemsize
@@ -50,10 +46,9 @@ class SamplePool:
         tiers: budgets; by default a share of the free host memory.
         chunk_bytes: size of every chunk.
         decode: latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], for a pool of latents that
-        serves images.
+            serves images.
         shape: (C, H, W) of a payload; by default that of the first one. JPEG images may differ from
-        it: there it is
-            the guess of ``reserve`` for the first of them.
+            it: there it is the guess of ``reserve`` for the first of them.
 
     Raises ``InputError`` for an unknown codec and for chunks that do not hold a sample.
     """
@@ -72,7 +67,9 @@ class SamplePool:
     ) -> None:
         if chunk_bytes < 1:
             raise InputError(f"chunk_bytes = {chunk_bytes}, expected at least 1")
-        self.codec, self.chunk_bytes, self.decode = codecs.check_codec(codec), chunk_bytes, decode
+        self.codec = codecs.check_codec(codec)
+        self.chunk_bytes = chunk_bytes
+        self.decode = decode
         self.tiers = tiers or MemoryTiers.detect()
         self.fresh = 0  # samples of the newest round
         self._round: int | None = None
@@ -81,9 +78,8 @@ class SamplePool:
         self._counted: tuple[Sequence[str], Counter[str]] = ((), Counter())
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
-        self._spares: deque[tuple[str, Future[Tensor]]] = (
-            deque()
-        )  # chunks with their tiers, ready or being prepared
+        # chunks with their tiers, ready or being prepared
+        self._spares: deque[tuple[str, Future[Tensor]]] = deque()
         bounded = None if decode is None else codecs.BoundedDecode(decode)
         self._snapshot = PoolSnapshot(
             codec, bounded, ChunkTable(chunk_bytes, 1), ChunkTable(RECORD_ROWS, RECORD.itemsize)
@@ -112,13 +108,13 @@ class SamplePool:
 
         Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
         """
-        fitting = Placement.from_recipe(
+        placement = Placement.from_recipe(
             recipe, samples, shape, device=device, folder=folder, processes=processes
         )
         return cls(
             recipe.codec,
-            tiers=fitting.tiers,
-            chunk_bytes=fitting.chunk_bytes,
+            tiers=placement.tiers,
+            chunk_bytes=placement.chunk_bytes,
             decode=decode,
             shape=shape,
         )
@@ -128,7 +124,7 @@ class SamplePool:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Of a payload; None until it is known, and for JPEG."""
+        """(C, H, W) of a payload; None until it is known, and for JPEG."""
         return self._snapshot.shape
 
     @property
@@ -167,12 +163,15 @@ class SamplePool:
     ) -> None:
         """Appends all samples of ``batch``, or none where it raises.
 
-        The payload is copied once, from the device where it is into its chunk. ``round`` counts the
-        additions (0: the initial samples).
+        The payload is copied once, from the device where it is into its chunk.
 
-        payload: what to store instead of the batch's images, or of its latents in a pool of
-        latents: (B, *shape) of the codec's dtype, or B JPEG files. A JPEG pool encodes uint8 images
-        that come without.
+        Args:
+            batch: what a sampler has made.
+            round: counts the additions; 0 for the initial samples.
+            omega, cfg_scale, steps, seed: of the sampler, for the samples' columns.
+            payload: what to store instead of the batch's images, or of its latents in a pool of
+                latents: (B, *shape) of the codec's dtype, or B JPEG files. A JPEG pool encodes
+                uint8 images that come without.
 
         Raises ``TypeError`` and ``InputError`` for a payload that is not the pool's,
         ``PoolFullError`` when it does not fit into the budgets, ``OSError`` when the disk of the
@@ -190,12 +189,36 @@ class SamplePool:
                 )
             records[name] = values.cpu().numpy()
         records["learner_step"] = batch.learner_step
-        records["round"], records["steps"], records["seed"] = round, steps, seed
-        records["omega"], records["cfg_scale"] = omega, cfg_scale
+        records["round"] = round
+        records["omega"] = omega
+        records["cfg_scale"] = cfg_scale
+        records["steps"] = steps
+        records["seed"] = seed
         if payload is None:
             payload = batch.latents if self.codec == "latents" else batch.images
         if payload is None:
             raise InputError("the batch has no latents, and the pool stores nothing else")
+        self.append_records(payload, records)
+
+    def append_images(self, payload: Payload, labels: Tensor, *, round: int | None = None) -> None:
+        """Appends samples of any other origin: their ids count on, and their entropy is NaN.
+
+        Args:
+            payload: uint8 images (B, C, H, W), or what else ``append`` takes.
+            labels: (B,) integers.
+            round: as in ``append``; by default one more than that of the newest sample.
+
+        Raises what ``append`` raises.
+        """
+        if len(labels) != len(payload):
+            raise InputError(f"{len(labels)} labels for {len(payload)} samples")
+        records = np.zeros(len(labels), RECORD)
+        records["label"] = labels.cpu().numpy()
+        records["sample_id"] = len(self) + np.arange(len(labels))
+        records["entropy"] = np.nan
+        records["cfg_scale"] = 1
+        newest = -1 if self._round is None else self._round
+        records["round"] = newest + 1 if round is None else round
         self.append_records(payload, records)
 
     def append_records(self, payload: Payload, records: np.ndarray) -> None:
@@ -204,21 +227,23 @@ class SamplePool:
         """
         with self._lock:
             payload = self._checked(payload, len(records))
-            view, size = self._snapshot, self._snapshot.size
+            snapshot = self._snapshot
+            size = snapshot.size
             if isinstance(payload, Tensor):
-                stride = view.chunks.stride
+                stride = snapshot.chunks.stride
                 records["length"] = stride
                 records["offset"] = (size + np.arange(len(records))) * stride
-                view = self._write_rows(view, payload)
+                snapshot = self._write_rows(snapshot, payload)
             else:
-                view = self._write_files(view, payload, records)
-            origins = self._write_records(view.origins, size, records)
+                snapshot = self._write_files(snapshot, payload, records)
+            origins = _write_records(snapshot.origins, size, records)
             self._count_fresh(records["round"])
             ready = None
             if isinstance(payload, Tensor) and is_gpu(payload.device):
                 ready = torch.cuda.Event()
                 ready.record()
-            self._snapshot = replace(view, origins=origins, size=size + len(records), ready=ready)
+            size += len(records)
+            self._snapshot = replace(snapshot, origins=origins, size=size, ready=ready)
 
     def _checked(self, payload: Payload, count: int) -> Payload:
         """What goes into the chunks: a tensor (B, *shape) or B files."""
@@ -246,6 +271,7 @@ class SamplePool:
         return payload.detach()
 
     def _adopt(self, shape: tuple[int, ...]) -> None:
+        """Makes ``shape`` that of all payloads."""
         stride = codecs.row_bytes(self.codec, shape)
         if not 0 < stride <= self.chunk_bytes:
             raise InputError(
@@ -255,48 +281,41 @@ class SamplePool:
             self._snapshot, shape=shape, chunks=ChunkTable(self.chunk_bytes // stride, stride)
         )
 
-    def _write_rows(self, view: PoolSnapshot, rows: Tensor) -> PoolSnapshot:
-        done, per_chunk = 0, view.chunks.chunk_rows
+    def _write_rows(self, snapshot: PoolSnapshot, rows: Tensor) -> PoolSnapshot:
+        """Copies (B, *shape) payloads behind those of ``snapshot``, into new chunks where it has no
+        room; returns it with those chunks.
+        """
+        done = 0
+        per_chunk = snapshot.chunks.chunk_rows
         while done < len(rows):
-            number, start = divmod(view.size + done, per_chunk)
-            if number == len(view.chunks.chunks):
-                view = self._grown(view)
+            number, start = divmod(snapshot.size + done, per_chunk)
+            if number == len(snapshot.chunks.chunks):
+                snapshot = self._grown(snapshot)
             count = min(per_chunk - start, len(rows) - done)
-            _write(view.chunks.block(number)[start : start + count], rows[done : done + count])
+            _write(snapshot.chunks.block(number)[start : start + count], rows[done : done + count])
             done += count
             if start < per_chunk // 2 <= start + count and not self._spares:
                 with contextlib.suppress(PoolFullError):  # there may be no need for another chunk
-                    self._prepare(view)
-        return view
+                    self._prepare(snapshot)
+        return snapshot
 
     def _write_files(
-        self, view: PoolSnapshot, files: Sequence[bytes], records: np.ndarray
+        self, snapshot: PoolSnapshot, files: Sequence[bytes], records: np.ndarray
     ) -> PoolSnapshot:
+        """``_write_rows`` of JPEG files; ``records`` get their offsets and lengths."""
         filled = self._filled
         for row, data in enumerate(files):
-            if not view.chunks.chunks or filled + len(data) > self.chunk_bytes:
-                view, filled = self._grown(view), 0
+            if not snapshot.chunks.chunks or filled + len(data) > self.chunk_bytes:
+                snapshot, filled = self._grown(snapshot), 0
             end = filled + len(data)
-            view.chunks.chunks[-1][filled:end].copy_(
+            snapshot.chunks.chunks[-1][filled:end].copy_(
                 torch.frombuffer(bytearray(data), dtype=torch.uint8)
             )
-            records["offset"][row] = (len(view.chunks.chunks) - 1) * self.chunk_bytes + filled
+            records["offset"][row] = (len(snapshot.chunks.chunks) - 1) * self.chunk_bytes + filled
             records["length"][row] = len(data)
             filled = end
         self._filled = filled
-        return view
-
-    def _write_records(self, table: ChunkTable, size: int, records: np.ndarray) -> ChunkTable:
-        done = 0
-        while done < len(records):
-            number, start = divmod(size + done, RECORD_ROWS)
-            if number == len(table.chunks):
-                table = with_chunk(table, host_memory(RECORD_CHUNK))
-            count = min(RECORD_ROWS - start, len(records) - done)
-            rows = table.block(number).numpy().view(RECORD)[:, 0]
-            rows[start : start + count] = records[done : done + count]
-            done += count
-        return table
+        return snapshot
 
     def _count_fresh(self, rounds: np.ndarray) -> None:
         """Counts the samples since the last change of the round."""
@@ -318,51 +337,55 @@ class SamplePool:
         sample is.
         """
         with self._lock:
-            view = self._snapshot
-            if self.codec == "jpeg" and (view.size or self._guess):
-                used = max(len(view.chunks.chunks) - 1, 0) * self.chunk_bytes + self._filled
-                needed = used + samples * (-(-used // view.size) if view.size else self._guess)
-            elif self.shape is not None:
-                needed = -(-(view.size + samples) // view.chunks.chunk_rows) * self.chunk_bytes
-            else:
-                raise InputError(
-                    "reserve needs the size of a sample: give the pool a shape, or append first"
-                )
-            missing = -(-needed // self.chunk_bytes) - len(view.chunks.chunks) - len(self._spares)
-            for _ in range(missing):
-                self._prepare(view)
+            snapshot = self._snapshot
+            chunks = -(-self._bytes_with(samples) // self.chunk_bytes)
+            for _ in range(chunks - len(snapshot.chunks.chunks) - len(self._spares)):
+                self._prepare(snapshot)
             spares = list(self._spares)
         for _, spare in spares if wait else ():
             spare.result()
 
-    def _grown(self, view: PoolSnapshot) -> PoolSnapshot:
-        used = self._used(view)
+    def _bytes_with(self, samples: int) -> int:
+        """Bytes of the chunks that the pool and ``samples`` more fill, for JPEG an estimate."""
+        snapshot = self._snapshot
+        if self.codec == "jpeg" and (snapshot.size or self._guess):
+            used = max(len(snapshot.chunks.chunks) - 1, 0) * self.chunk_bytes + self._filled
+            each = -(-used // snapshot.size) if snapshot.size else self._guess
+            return used + samples * each
+        if self.shape is None:
+            raise InputError(
+                "reserve needs the size of a sample: give the pool a shape, or append first"
+            )
+        return -(-(snapshot.size + samples) // snapshot.chunks.chunk_rows) * self.chunk_bytes
+
+    def _grown(self, snapshot: PoolSnapshot) -> PoolSnapshot:
+        """``snapshot`` with one more chunk, the next of those that were prepared."""
+        used = self._used(snapshot)
         if self._spares:
             tier, spare = self._spares.popleft()
             chunk = spare.result()
         else:
             tier = self.tiers.place(used, self.chunk_bytes)
             chunk = self.tiers.allocate(tier, self.chunk_bytes)
-        places = view.tiers.plus(tier)
-        self._counted = places, used + Counter([tier])
-        return replace(view, chunks=with_chunk(view.chunks, chunk), tiers=places)
+        grown = snapshot.tiers.plus(tier)
+        self._counted = grown, used + Counter([tier])
+        return replace(snapshot, chunks=with_chunk(snapshot.chunks, chunk), tiers=grown)
 
-    def _used(self, view: PoolSnapshot) -> Counter[str]:
-        """How many chunks of ``view`` lie in each tier; counted anew only where a view was
-        dropped.
+    def _used(self, snapshot: PoolSnapshot) -> Counter[str]:
+        """How many chunks of ``snapshot`` lie in each tier; counted anew only where a snapshot
+        was dropped.
         """
-        if self._counted[0] is not view.tiers:
-            self._counted = view.tiers, Counter(view.tiers)
+        if self._counted[0] is not snapshot.tiers:
+            self._counted = snapshot.tiers, Counter(snapshot.tiers)
         return self._counted[1]
 
-    def _prepare(self, view: PoolSnapshot) -> None:
+    def _prepare(self, snapshot: PoolSnapshot) -> None:
         """Allocates the next chunk in the background and touches its pages, half of an append's
         time otherwise.
         """
         tiers = self.tiers
-        tier = tiers.place(
-            self._used(view) + Counter(name for name, _ in self._spares), self.chunk_bytes
-        )
+        used = self._used(snapshot) + Counter(name for name, _ in self._spares)
+        tier = tiers.place(used, self.chunk_bytes)
         self._worker = self._worker or ThreadPoolExecutor(1, "dpfast-pool-chunk")
         self._spares.append(
             (tier, self._worker.submit(lambda: touched(tiers.allocate(tier, self.chunk_bytes))))
@@ -376,45 +399,44 @@ class SamplePool:
         ``PoolFullError``, and moves nothing, when the budgets have no room for all chunks.
         """
         with self._lock:
-            view = self._snapshot
-            places: list[str] = []
+            snapshot = self._snapshot
+            moved: list[str] = []
             used: Counter[str] = Counter()
-            for _ in view.chunks.chunks:
-                places.append(tiers.place(used, self.chunk_bytes))
-                used[places[-1]] += 1
+            for _ in snapshot.chunks.chunks:
+                moved.append(tiers.place(used, self.chunk_bytes))
+                used[moved[-1]] += 1
             self._spares.clear()
-            chunks = list(view.chunks.chunks)
-            moves = [i for i, tier in enumerate(places) if tier != view.tiers[i]]
-            for i in sorted(
-                moves, key=lambda i: -NAMES.index(places[i])
-            ):  # to slower tiers first: that frees budget
-                chunks[i] = tiers.allocate(places[i], self.chunk_bytes).copy_(chunks[i])
-                view = replace(
-                    view,
-                    chunks=view.chunks.with_chunks(chunks),
-                    tiers=SharedList([*view.tiers[:i], places[i], *view.tiers[i + 1 :]]),
+            chunks = list(snapshot.chunks.chunks)
+            changed = [i for i, tier in enumerate(moved) if tier != snapshot.tiers[i]]
+            # to slower tiers first: that frees budget
+            for i in sorted(changed, key=lambda i: -NAMES.index(moved[i])):
+                chunks[i] = tiers.allocate(moved[i], self.chunk_bytes).copy_(chunks[i])
+                snapshot = replace(
+                    snapshot,
+                    chunks=snapshot.chunks.with_chunks(chunks),
+                    tiers=SharedList([*snapshot.tiers[:i], moved[i], *snapshot.tiers[i + 1 :]]),
                 )
-                self._snapshot = view
+                self._snapshot = snapshot
             self.tiers = tiers
 
     def where(self) -> dict[str, int]:
         """How many samples lie in each tier."""
-        view = self._snapshot
-        counts = Counter(view.tiers[number] for number in view.chunk_numbers().tolist())
+        snapshot = self._snapshot
+        counts = Counter(snapshot.tiers[number] for number in snapshot.chunk_numbers().tolist())
         return {name: counts[name] for name in NAMES}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all chunks and records that the pool has allocated."""
-        view = self._snapshot
-        return sum(chunk.nbytes for chunk in (*view.chunks.chunks, *view.origins.chunks))
+        snapshot = self._snapshot
+        return sum(chunk.nbytes for chunk in (*snapshot.chunks.chunks, *snapshot.origins.chunks))
 
     def column(self, name: str, start: int = 0) -> Tensor:
         """(N - start,) values of a column of ``dpfast.pool.record``, in the order of appending,
         int64 or float32.
         """
-        view = self._snapshot
-        return view.column(name, torch.arange(start, view.size))
+        snapshot = self._snapshot
+        return snapshot.column(name, torch.arange(start, snapshot.size))
 
     def records(
         self, start: int = 0, stop: int | None = None, *, threads: int | None = None
@@ -424,9 +446,9 @@ class SamplePool:
 
         threads: as in ``PoolSnapshot.payload``.
         """
-        view = self._snapshot
-        return view.records(
-            torch.arange(start, view.size if stop is None else stop), threads=threads
+        snapshot = self._snapshot
+        return snapshot.records(
+            torch.arange(start, snapshot.size if stop is None else stop), threads=threads
         )
 
     def payload(self, indices: Tensor, **options: Any) -> Payload:
@@ -454,6 +476,22 @@ def _write(room: Tensor, rows: Tensor) -> None:
         take_rows(table, torch.arange(len(rows)), len(rows), out=room)
     else:
         room.view(rows.dtype).view(rows.shape).copy_(rows)
+
+
+def _write_records(table: ChunkTable, size: int, records: np.ndarray) -> ChunkTable:
+    """Copies ``records`` behind the first ``size`` ones of ``table``; returns it with the chunks
+    that this took.
+    """
+    done = 0
+    while done < len(records):
+        number, start = divmod(size + done, RECORD_ROWS)
+        if number == len(table.chunks):
+            table = with_chunk(table, host_memory(RECORD_CHUNK))
+        count = min(RECORD_ROWS - start, len(records) - done)
+        rows = table.block(number).numpy().view(RECORD)[:, 0]
+        rows[start : start + count] = records[done : done + count]
+        done += count
+    return table
 
 
 def _check_payload(payload: Tensor, dtype: torch.dtype, name: str) -> None:
