@@ -10,25 +10,20 @@ import warnings
 from importlib import metadata
 
 from dpfast.cli.parser import Commands, add_command
+from dpfast.extras import install_command
 
-# package -> (what it is for, how to get it)
+# A distribution -> what it is imported as, and what it is for.
 OPTIONAL = {
-    "triton": ("GPU kernels", "pip install triton (Linux)"),
-    "transformers": (
-        "the embedded learner, Stable Diffusion's text encoder",
-        "pip install transformers",
-    ),
-    "nvidia-dali-cuda130": (
-        "the DALI loader, which decodes JPEG",
-        "pip install 'dpfast[dali]' (the plain name nvidia-dali is a placeholder that fails)",
-    ),
-    "timm": ("timm learners; needs torchvision", "pip install 'dpfast[timm]'"),
-    "xformers": (
-        "attention by xformers; must match the torch build",
-        "pip install 'dpfast[xformers]'",
-    ),
+    "transformers": ("transformers", "the embedded learner, Stable Diffusion's text encoder"),
+    "accelerate": ("accelerate", "loads large weights without a second copy"),
+    "matplotlib": ("matplotlib", "reports and figures"),
+    "tensorboard": ("tensorboard", "a run's numbers for TensorBoard"),
+    "nvidia-dali-cuda130": ("nvidia.dali", "the DALI loader, which decodes JPEG"),
+    "timm": ("timm", "timm learners; needs torchvision"),
+    "xformers": ("xformers", "attention by xformers; must match the torch build"),
+    "pyarrow": ("pyarrow", "parquet files of dpfast export"),
 }
-CORE = ("dpfast", "torch", "numpy", "diffusers", "safetensors")
+CORE = ("dpfast", "torch", "triton", "numpy", "diffusers", "safetensors")
 
 
 def add(commands: Commands) -> None:
@@ -63,11 +58,11 @@ def installation() -> str:
     ]
     lines += [f"  {name:<20} {_version(name) or 'MISSING'}" for name in CORE]
     lines.append("Optional")
-    for name, (purpose, command) in OPTIONAL.items():
+    for name, (package, purpose) in OPTIONAL.items():
         version = _version(name)
         lines.append(
             f"  {name:<20} {version or 'not installed'} - {purpose}"
-            + ("" if version else f": {command}")
+            + ("" if version else f": {install_command(package)}")
         )
     lines.append("Host memory that is free to this job: the least counts, and local ranks share it")
     for free in free_memory():

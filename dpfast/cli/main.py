@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import dpfast
 from dpfast.cli import (
     audit,
     bench,
@@ -29,6 +28,7 @@ from dpfast.cli import (
 )
 from dpfast.cli.parser import Parser
 from dpfast.errors import InputError
+from dpfast.version import __version__
 
 WORDS = 5.0  # seconds
 PACKAGE = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Deliberate Practice: a classifier and the diffusion generator that it steers.",
         epilog="dpfast COMMAND --help tells a command's options.",
     )
-    parser.add_argument("--version", action="version", version=f"dpfast {dpfast.__version__}")
+    parser.add_argument("--version", action="version", version=f"dpfast {__version__}")
     commands = parser.add_subparsers(
         title="commands", dest="command", required=True, metavar="COMMAND"
     )

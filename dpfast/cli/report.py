@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpfast.cli import add_device
 from dpfast.cli.parser import Commands, add_command
+from dpfast.extras import require
 
 
 def add(commands: Commands) -> None:
@@ -30,6 +31,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    require("matplotlib")
     from dpfast.hardware.device import device_named
     from dpfast.report.page import write_report
 

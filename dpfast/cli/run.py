@@ -15,6 +15,7 @@ from dpfast.cli.parser import Commands
 from dpfast.cli.recipes import add_recipe_command, recipe_of
 from dpfast.config import Recipe
 from dpfast.errors import InputError
+from dpfast.extras import require
 from dpfast.logs import check_level, logged
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
+    require("matplotlib", "tensorboard")  # and not when the report is drawn, after the run
     check_level(arguments.log_level)
     if not arguments.timeout > 0:
         raise InputError(f"timeout = {arguments.timeout:g}: expected seconds above 0")

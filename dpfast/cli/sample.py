@@ -9,6 +9,7 @@ from dpfast.cli.parser import Commands, add_command
 from dpfast.cli.recipes import add_fields, recipe_of
 from dpfast.config import fields
 from dpfast.errors import InputError
+from dpfast.extras import require
 
 # A learner guides as it was saved, in one stream of batches that finds its size and whether
 # compiling pays.
@@ -66,6 +67,7 @@ def add(commands: Commands) -> None:
 def sample(arguments: argparse.Namespace) -> int:
     if arguments.count < 1:
         raise InputError(f"count = {arguments.count}: at least 1")
+    require("matplotlib")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise InputError(f"out = {str(arguments.out)!r}: exists and is not an empty folder")
     if arguments.learner is not None and not arguments.omega:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpfast.cli.parser import Commands, add_command
 from dpfast.errors import InputError
+from dpfast.extras import require
 
 # |d / kept - 1| below it: the interpolation peak, as `dpfast bench theory` parts its cells
 PEAK = 0.25
@@ -91,6 +92,7 @@ def add(commands: Commands) -> None:
 
 
 def figures(arguments: argparse.Namespace) -> int:
+    require("matplotlib")
     if arguments.draws < 2:
         raise InputError(f"draws = {arguments.draws}: at least 2, for a standard error")
     if arguments.out.exists() and not arguments.out.is_dir():

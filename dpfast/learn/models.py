@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dpfast.config import ASSETS, RECIPE_FILE, Recipe
 from dpfast.errors import InputError
+from dpfast.extras import EXTRAS, require
 from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.precision import in_precision
 
@@ -42,6 +43,8 @@ def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> 
     Raises ``InputError`` when the library is not installed or does not know the name or an option.
     """
     library, _, name = spec.partition(":")
+    if library in EXTRAS:
+        require(library)
     try:
         module = importlib.import_module(library)
     except ImportError as error:
@@ -77,6 +80,7 @@ def load_judge() -> nn.Module:
     A yardstick for samples (label agreement, Fréchet distance). No learner ever sees it or what it
     was trained on.
     """
+    require("transformers")
     transformers, folder = importlib.import_module("transformers"), ASSETS / "fashion_judge"
     model = transformers.RegNetForImageClassification(
         transformers.RegNetConfig.from_pretrained(folder)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dpfast.errors import InputError
+from dpfast.extras import install_command
 from dpfast.pool import codecs, shards
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rank_folders import saved_folders
@@ -240,7 +241,7 @@ def _arrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError:
         raise InputError(
-            "format = 'parquet': needs pyarrow; pip install 'dpfast[export]'"
+            f"format = 'parquet': needs pyarrow; {install_command('pyarrow')}"
         ) from None
     return pyarrow, pyarrow.parquet
 

@@ -7,10 +7,9 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
+from dpfast.extras import require
 
 
 class Events:
@@ -23,6 +22,10 @@ class Events:
     """
 
     def __init__(self, folder: Path) -> None:
+        require("tensorboard")
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         host, now = socket.gethostname(), time.time_ns()
         self._file = (
             folder / f"events.out.tfevents.{now // 10**9:010d}.{host}.{os.getpid()}.{now}"
@@ -32,12 +35,15 @@ class Events:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds the numbers of a step by their tags."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         summary = Summary(
             value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         )
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: Any) -> None:
         try:
             self._records.write(event.SerializeToString())
             self._file.flush()

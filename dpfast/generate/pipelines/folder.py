@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpfast.config import ASSETS
 from dpfast.errors import InputError
+from dpfast.extras import installed
 
 
 class PipelineFolder:
@@ -90,7 +91,9 @@ class PipelineFolder:
 
     def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
         """A model of diffusers or transformers, frozen, in eval mode."""
-        cast = {"torch_dtype" if issubclass(kind, diffusers.ModelMixin) else "dtype": dtype}
+        cast: dict[str, Any] = {"dtype": dtype}
+        if issubclass(kind, diffusers.ModelMixin):
+            cast = {"torch_dtype": dtype, "low_cpu_mem_usage": installed("accelerate")}
         self.check_weights(part)
         try:
             model, found = kind.from_pretrained(

@@ -12,10 +12,10 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from torch import Tensor
 
 from dpfast.errors import InputError
+from dpfast.extras import require
 from dpfast.generate.pipelines.folder import PipelineFolder
 
 PROMPTS_AT_ONCE = 64
@@ -39,6 +39,7 @@ def encode_stable_diffusion(
     """Embeddings (len(prompts), tokens, width) in ``dtype``, as ``StableDiffusionPipeline``
     computes them.
     """
+    transformers = _transformers()
     encoder = _encoder(folder, transformers.CLIPTextModel, "text_encoder", device, dtype)
     pipeline = diffusers.StableDiffusionPipeline(
         **_parts(
@@ -67,6 +68,7 @@ def encode_stable_diffusion_3(
     As ``StableDiffusion3Pipeline`` computes them: without the T5 encoder where the folder was saved
     without it.
     """
+    transformers = _transformers()
     parts: dict[str, Any] = {"transformer": transformer}
     for suffix in ("", "_2"):
         encoder = _encoder(
@@ -91,6 +93,14 @@ def encode_stable_diffusion_3(
     return torch.cat([part[0] for part in encoded]), torch.cat([part[2] for part in encoded])
 
 
+def _transformers() -> Any:
+    """The library of the text encoders, which pipelines without text do without."""
+    require("transformers")
+    import transformers
+
+    return transformers
+
+
 def _split(prompts: list[str]) -> list[list[str]]:
     return [prompts[i : i + PROMPTS_AT_ONCE] for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
 
@@ -106,7 +116,7 @@ def _parts(kind: Any, **parts: Any) -> dict[str, Any]:
 def _encoder(
     folder: PipelineFolder, kind: Any, part: str, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    logging = transformers.utils.logging
+    logging = _transformers().utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -116,8 +126,9 @@ def _encoder(
             logging.enable_progress_bar()
 
 
-def _tokenizer(folder: PipelineFolder, part: str, kind: Any = transformers.CLIPTokenizer) -> Any:
+def _tokenizer(folder: PipelineFolder, part: str, kind: Any = None) -> Any:
     folder.need(part)
+    kind = kind or _transformers().CLIPTokenizer
     try:
         return kind.from_pretrained(folder.path / part)
     except Exception as error:  # tokenizers raises its own
