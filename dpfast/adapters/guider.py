@@ -16,8 +16,7 @@ from dpfast.adapters.gradient import LearnerGradient
 from dpfast.errors import InputError
 from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidanceConfig, predict_x0
-from dpfast.generate.pipelines.schedulers import FLOW
-from dpfast.generate.solvers import ddim_table
+from dpfast.generate.solvers import ddim_table, is_flow
 from dpfast.ops.guided_step import Prediction
 
 
@@ -204,7 +203,7 @@ class LearnerGuidance(ClassifierFreeGuidance):
 
 def _following(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:
     """The solver's a and b of a step: x_next = a x0 + b eps."""
-    if type(scheduler).__name__ == FLOW:
+    if is_flow(scheduler):
         then = scheduler.sigmas[index + 1].float()
         return 1 - then, then
     plain = diffusers.DDIMScheduler.from_config(scheduler.config)

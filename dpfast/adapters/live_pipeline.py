@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpfast.adapters.gradient import Network
 from dpfast.errors import InputError
-from dpfast.generate.pipelines.schedulers import FLOW, PREDICTIONS
+from dpfast.generate.solvers import PREDICTIONS, SOLVERS, is_flow
 from dpfast.ops.guided_step import Prediction
 
 # Schedulers whose state is alpha x0 + sigma eps, and which go on from the latents that they are
@@ -29,7 +29,7 @@ def check_scheduler(scheduler: Any) -> Prediction:
     """What the scheduler's model predicts. Raises ``InputError`` for a scheduler that the plugins
     cannot follow.
     """
-    name, known = type(scheduler).__name__, (*STATELESS, *MULTISTEP, FLOW)
+    name, known = type(scheduler).__name__, (*STATELESS, *MULTISTEP, *SOLVERS["euler"].folders)
     if name not in known:
         raise InputError(
             f"scheduler is a {name}, whose latents cannot be moved; expected one of "
@@ -37,7 +37,7 @@ def check_scheduler(scheduler: Any) -> Prediction:
         )
     if scheduler.config.get("use_flow_sigmas"):
         raise InputError("scheduler option use_flow_sigmas = True: expected False")
-    if name == FLOW:
+    if is_flow(scheduler):
         return "flow"
     kind = scheduler.config.prediction_type
     if kind not in PREDICTIONS:
@@ -77,12 +77,11 @@ def levels(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:
     timesteps.
     """
     device = scheduler.timesteps.device
-    name = type(scheduler).__name__
-    if name in STATELESS:
+    if type(scheduler).__name__ in STATELESS:
         cumulative = scheduler.alphas_cumprod.to(device)[scheduler.timesteps[index]]
         return cumulative.sqrt(), (1 - cumulative).sqrt()
     ratio = scheduler.sigmas[index].to(device, torch.float32)
-    if name == FLOW:
+    if is_flow(scheduler):
         return 1 - ratio, ratio
     alpha = (1 + ratio.square()).rsqrt()
     return alpha, ratio * alpha

@@ -26,6 +26,8 @@ else:
 
 Source = Literal["dp", "static", "prune", "dynamic"]
 SOURCES: tuple[Source, ...] = get_args(Source)  # in the order in which they run
+SolverName = Literal["auto", "ddim", "dpmpp2m", "euler", "lcm", "tcd"]
+STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is for
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.json"  # of a run's folder
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -89,7 +91,7 @@ class Generator(Section):
         "float32",
         help="data type of the generator's models; latents stay in float32",
     )
-    solver: Literal["auto", "ddim", "dpmpp2m", "euler", "lcm", "tcd"] = option(
+    solver: SolverName = option(
         "auto",
         help="solver of the reverse process: euler is for flow models, lcm and tcd for distilled "
         "ones; auto: ddim, or the one that the model was made for",
@@ -162,8 +164,9 @@ class Generator(Section):
         _check(template.count("{}") == 1, "prompt_template", template, one)
         start, until = self.cfg_interval
         _check(start < until, "cfg_interval", self.cfg_interval, "the first below the second")
-        stochastic = self.solver in ("auto", "ddim", "tcd")
-        alone = f"0 with solver = {self.solver!r}: it is for 'ddim' and 'tcd' alone"
+        stochastic = self.solver in ("auto", *STOCHASTIC)
+        takes = " and ".join(map(repr, STOCHASTIC))
+        alone = f"0 with solver = {self.solver!r}: it is for {takes} alone"
         _check(stochastic or not self.eta, "eta", self.eta, alone)
 
     @property

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from dpfast.config import SolverName
 from dpfast.errors import InputError
 from dpfast.generate import check, criteria
 from dpfast.generate import preflight as probing
@@ -23,7 +24,6 @@ from dpfast.generate.feature_cache import FeatureCache, cached_steps
 from dpfast.generate.graphs import CudaRecorder, Recorder
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, check_interval, interval_steps
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.pipelines.schedulers import Solver
 from dpfast.generate.runtime.compiling import CompileCosts, Tuner
 from dpfast.generate.runtime.execution import Execution, Region
 from dpfast.generate.runtime.regional import has_region
@@ -89,7 +89,7 @@ class GuidedSampler:
         *,
         guidance: GuidanceConfig | None = None,
         steps: int = 15,
-        solver: Solver = "auto",
+        solver: SolverName = "auto",
         cfg_scale: float = 1.5,
         cfg_interval: tuple[float, float] = (0.0, 1.0),
         eta: float = 0.0,

@@ -1,25 +1,41 @@
-"""Solvers as tables: one row (alpha, sigma, a, b, c, d) per step, so that every solver runs the
-same fused update.
+"""Solvers: what their names mean, and their tables.
+
+A table has one row (alpha, sigma, a, b, c, d) per step, so that every solver runs the same fused
+update:
 
     x_next = a x0 + b eps + c x0_prev + d noise        (``dpfast.ops.guided_step``)
 
-A table is computed once, in float64, from a diffusers scheduler, and reproduces that scheduler's
+It is computed once, in float64, from a diffusers scheduler, and reproduces that scheduler's
 ``step``. alpha and sigma are the signal and noise scale of the step's input, x = alpha x0 + sigma
-eps. Which scheduler a folder's
-configuration gives: ``dpfast.generate.pipelines.schedulers``.
+eps.
+
+A pipeline folder's scheduler says how its model was trained and on which grid it samples: betas,
+prediction, spacing, offsets, the last alpha, zero terminal SNR, flow shift, bounds of x0. The
+caller says which solver runs on it. What the scheduler says about its own algorithm (order,
+ancestral noise, Runge-Kutta steps) is therefore not read: a folder with a ``PNDMScheduler`` samples
+with DDIM as ``DDIMScheduler.from_config`` would set it up. Distilled models are the exception: they
+were trained for one solver, "auto" takes it, and any other serves for comparison.
+
+Adding a solver: write the function that makes its table and enter it in ``SOLVERS``; a recipe
+allows the names of ``dpfast.config.SolverName``, which a test holds against ``SOLVERS``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
+from dpfast.config import SolverName
 from dpfast.errors import InputError
 from dpfast.ops import DynamicThreshold
+from dpfast.ops.guided_step import Prediction
 
 COLUMNS = ("alpha", "sigma", "a", "b", "c", "d")
 
@@ -198,12 +214,15 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
     )
 
 
-def flow_euler_table(scheduler: Any, steps: int, **options: Any) -> SolverTable:
+def flow_euler_table(
+    scheduler: Any, steps: int, *, image_tokens: int = 0, **options: Any
+) -> SolverTable:
     """Flow-matching Euler (Lipman et al. 2023) on the grid of a
     ``diffusers.FlowMatchEulerDiscreteScheduler``.
 
-    alpha = 1 - sigma, a = 1 - sigma', b = sigma', c = d = 0. ``options`` go to the scheduler's
-    ``set_timesteps``.
+    alpha = 1 - sigma, a = 1 - sigma', b = sigma', c = d = 0. ``image_tokens``: length of the image
+    sequence, which shifts the grid of a scheduler with ``use_dynamic_shifting``. ``options`` go to
+    the scheduler's ``set_timesteps``.
 
     Raises ``InputError`` for ``steps`` below 1, ``invert_sigmas`` and ``stochastic_sampling``.
     """
@@ -213,11 +232,22 @@ def flow_euler_table(scheduler: Any, steps: int, **options: Any) -> SolverTable:
                 f"scheduler option {option} = True: flow-matching Euler has no table for it"
             )
     _check_steps(steps, scheduler.config.num_train_timesteps)
+    if scheduler.config.use_dynamic_shifting and "mu" not in options:
+        options["mu"] = _dynamic_shift(scheduler.config, image_tokens)
     scheduler.set_timesteps(steps, **options)
     sigmas = scheduler.sigmas.double().cpu()
     now, then = sigmas[:-1], sigmas[1:]
     zero = torch.zeros_like(now)
     return _table([1 - now, now, 1 - then, then, zero, zero], scheduler.timesteps.cpu())
+
+
+def _dynamic_shift(config: Any, image_tokens: int) -> float:
+    """mu, linear in the length of the image sequence (Esser et al. 2024, as in diffusers'
+    pipelines).
+    """
+    lengths = (config.base_image_seq_len, config.max_image_seq_len)
+    slope = (config.max_shift - config.base_shift) / (lengths[1] - lengths[0])
+    return float(config.base_shift + slope * (image_tokens - lengths[0]))
 
 
 def lcm_table(scheduler: Any, steps: int) -> SolverTable:
@@ -294,3 +324,175 @@ def _distilled_grid(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]
     now = scheduler.alphas_cumprod.double().cpu()[t]
     _check_start(config, now)
     return t, now, torch.cat([now[1:], now[-1:]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """What the name of a solver means.
+
+    table: makes the table from a scheduler and a number of steps. scheduler: the class in diffusers
+    whose grid and options ``table`` reads. settings: options that the scheduler gets in place of
+    the folder's. takes: the arguments that ``table`` has besides. refuses: options of a folder's
+    scheduler that the table would ignore, and that must therefore be off. folders: the schedulers
+    of the folders that "auto" samples with this solver. flow: the solver is for models that match a
+    flow, and for them alone.
+    """
+
+    table: Callable[..., SolverTable]
+    scheduler: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    takes: tuple[str, ...] = ()
+    refuses: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    flow: bool = False
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddim": Solver(
+        table=ddim_table,
+        scheduler="DDIMScheduler",
+        takes=("eta",),
+        refuses=(
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "use_lu_lambdas",
+        ),
+        folders=(  # all schedulers over betas: they differ in their algorithm, not in their options
+            "DDIMScheduler",
+            "DDPMScheduler",
+            "PNDMScheduler",
+            "LMSDiscreteScheduler",
+            "EulerDiscreteScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "HeunDiscreteScheduler",
+            "KDPM2DiscreteScheduler",
+            "KDPM2AncestralDiscreteScheduler",
+            "DPMSolverMultistepScheduler",
+            "DPMSolverSinglestepScheduler",
+            "DEISMultistepScheduler",
+            "UniPCMultistepScheduler",
+        ),
+    ),
+    "dpmpp2m": Solver(
+        table=dpmpp_2m_table,
+        scheduler="DPMSolverMultistepScheduler",
+        settings={
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 2,
+            "solver_type": "midpoint",
+        },
+    ),
+    "euler": Solver(
+        table=flow_euler_table,
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        takes=("image_tokens",),
+        folders=("FlowMatchEulerDiscreteScheduler",),
+        flow=True,
+    ),
+    "lcm": Solver(table=lcm_table, scheduler="LCMScheduler", folders=("LCMScheduler",)),
+    "tcd": Solver(
+        table=tcd_table, scheduler="TCDScheduler", takes=("eta",), folders=("TCDScheduler",)
+    ),
+}
+AUTO = {name: solver for solver, about in SOLVERS.items() for name in about.folders}
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+
+
+def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
+    """The scheduler of a pipeline folder, as the one that its solver in ``AUTO`` reads.
+
+    It keeps the options of the folder's scheduler that it does not know itself, for other solvers.
+
+    Args:
+        folder: of the pipeline; the scheduler's configuration is its ``scheduler``.
+        latent: x0 is not bounded where the folder's scheduler has no ``clip_sample``, while
+            ``DDIMScheduler`` would bound it to [-1, 1].
+        overrides: options in place of the folder's.
+
+    Raises ``InputError`` for a scheduler or an option that no solver here stands for.
+    """
+
+    def refuse(what: str) -> InputError:
+        return InputError(f"pipeline = {str(folder)!r}: {what}")
+
+    def read(make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except (OSError, TypeError, ValueError, NotImplementedError) as error:
+            raise refuse(f"its scheduler cannot be read: {error}") from error
+
+    path = folder / "scheduler"
+    if not (path / "scheduler_config.json").is_file():
+        raise refuse("the part 'scheduler' has no scheduler_config.json")
+    name = read(lambda: diffusers.DDIMScheduler.load_config(path)).get("_class_name")
+    if name not in AUTO:
+        raise refuse(f"scheduler {name}: expected one of {', '.join(AUTO)}")
+    solver = SOLVERS[AUTO[name]]
+    own = read(lambda: getattr(diffusers, name).from_pretrained(path))
+    if solver.flow:
+        read(lambda: solver.table(own, 2))
+        return own
+    config = own.config
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        raise refuse(f"prediction_type = {kind!r}: expected one of {', '.join(PREDICTIONS)}")
+    for option, wanted in (("use_flow_sigmas", False), ("timestep_type", "discrete")):
+        if config.get(option, wanted) != wanted:
+            raise refuse(
+                f"scheduler option {option} = {config[option]!r} has no solver here; expected "
+                f"{wanted!r}"
+            )
+    if latent and "clip_sample" not in config:
+        overrides = {"clip_sample": False, **overrides}
+    return read(lambda: getattr(diffusers, solver.scheduler).from_config(config, **overrides))
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether the model of a folder with this scheduler matches a flow."""
+    solver = AUTO.get(type(scheduler).__name__)
+    return solver is not None and SOLVERS[solver].flow
+
+
+def prediction_of(scheduler: Any) -> Prediction:
+    """What the model of a folder with this scheduler predicts."""
+    return "flow" if is_flow(scheduler) else PREDICTIONS[scheduler.config.prediction_type]
+
+
+def solver_table(
+    scheduler: Any,
+    steps: int,
+    *,
+    solver: SolverName = "auto",
+    eta: float = 0.0,
+    image_tokens: int = 0,
+) -> SolverTable:
+    """The table of a solver on the grid of ``load_scheduler``'s scheduler, which stays as it was.
+
+    Raises ``InputError`` for an unknown solver, one of the other model kind, an ``eta`` for a
+    solver without such a choice, and what the solver's function refuses.
+    """
+    if solver != "auto" and solver not in SOLVERS:
+        raise InputError(f"solver = {solver!r}: expected one of {', '.join(('auto', *SOLVERS))}")
+    name = AUTO.get(type(scheduler).__name__, "ddim") if solver == "auto" else solver
+    about = SOLVERS[name]
+    if about.flow != is_flow(scheduler):
+        others = [repr(other) for other in SOLVERS if SOLVERS[other].flow != about.flow]
+        raise InputError(
+            f"solver = {name!r}: the pipeline's scheduler takes 'auto' or {' or '.join(others)}"
+        )
+    if eta and "eta" not in about.takes:
+        stochastic = [repr(other) for other in SOLVERS if "eta" in SOLVERS[other].takes]
+        raise InputError(
+            f"eta = {eta}: only {' and '.join(stochastic)} have such a choice, "
+            f"solver = {name!r} takes eta = 0"
+        )
+    for option in about.refuses:
+        if scheduler.config.get(option):
+            raise InputError(
+                f"scheduler option {option} = True: {name!r} steps on the trained timesteps only; "
+                "use solver = 'dpmpp2m' or set the option to false"
+            )
+    own = getattr(diffusers, about.scheduler).from_config(scheduler.config, **about.settings)
+    given = {"eta": eta, "image_tokens": image_tokens}
+    return about.table(own, steps, **{argument: given[argument] for argument in about.takes})

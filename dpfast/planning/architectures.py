@@ -20,7 +20,7 @@ from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder
 from dpfast.generate.models.denoiser import DiTDenoiser, TextUNetDenoiser
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.folder import PipelineFolder
-from dpfast.generate.pipelines.schedulers import load_scheduler, prediction_of
+from dpfast.generate.solvers import load_scheduler, prediction_of
 from dpfast.learn.models import build_learner
 
 META = torch.device("meta")

@@ -1,5 +1,8 @@
 """Solver tables against diffusers' schedulers, step by step with a fixed random prediction."""
 
+from typing import get_args
+
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -11,7 +14,10 @@ from diffusers import (
 )
 from diffusers.schedulers import scheduling_lcm, scheduling_tcd
 
+from dpfast.config import STOCHASTIC, SolverName
 from dpfast.generate.solvers import (
+    AUTO,
+    SOLVERS,
     SolverTable,
     ddim_table,
     dpmpp_2m_table,
@@ -301,3 +307,14 @@ def test_what_has_no_table_is_refused(build, scheduler, steps, named):
 def test_steps_must_be_an_integer():
     with pytest.raises(TypeError, match="steps must be an integer, got float"):
         ddim_table(DDIMScheduler(), 10.0)
+
+
+def test_a_recipe_names_the_solvers_that_there_are():
+    assert get_args(SolverName) == ("auto", *SOLVERS)
+    assert tuple(name for name, about in SOLVERS.items() if "eta" in about.takes) == STOCHASTIC
+
+
+def test_auto_is_one_solver_for_each_scheduler_of_a_folder():
+    folders = [name for about in SOLVERS.values() for name in about.folders]
+    assert len(folders) == len(set(folders)) == len(AUTO)
+    assert all(hasattr(diffusers, about.scheduler) for about in SOLVERS.values())

@@ -30,7 +30,7 @@ from dpfast.generate.pipelines.prompts import (
     encode_stable_diffusion,
     encode_stable_diffusion_3,
 )
-from dpfast.generate.pipelines.schedulers import load_scheduler, prediction_of
+from dpfast.generate.solvers import load_scheduler, prediction_of
 
 CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
 

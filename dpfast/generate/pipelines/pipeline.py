@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from dpfast.config import SolverName
 from dpfast.errors import InputError
 from dpfast.generate.models.decoder import Decoder
 from dpfast.generate.models.denoiser import Denoiser
 from dpfast.generate.pipelines import attention as kernels
 from dpfast.generate.pipelines import families
 from dpfast.generate.pipelines.folder import PipelineFolder
-from dpfast.generate.pipelines.schedulers import Solver, solver_table
-from dpfast.generate.solvers import SolverTable
+from dpfast.generate.solvers import SolverTable, solver_table
 from dpfast.hardware.device import device_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,7 +101,7 @@ class Pipeline:
             device=options.device,
         )
 
-    def table(self, steps: int, *, solver: Solver = "auto", eta: float = 0.0) -> SolverTable:
+    def table(self, steps: int, *, solver: SolverName = "auto", eta: float = 0.0) -> SolverTable:
         """The solver's table on this pipeline's device, from the folder's scheduler configuration.
 
         Args:
