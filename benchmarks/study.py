@@ -26,9 +26,8 @@ from dpfast.hardware.device import device_named
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.reader import open_pool
 from dpfast.pool.saver import Saver
-from dpfast.practice.callbacks import Callback
+from dpfast.practice.callbacks import Callback, Progress
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.loop import Loop
 from dpfast.sources.costs import Cost
 from dpfast.sources.sources import Round, StaticSource, Unguided
 
@@ -153,8 +152,8 @@ class Curve(Callback):
     def __init__(self) -> None:
         self.points: list[tuple[int, int, float]] = []
 
-    def on_evaluation(self, loop: Loop, evaluation: Evaluation, loss: float) -> None:
-        self.points.append((loop.trainer.step_count, len(loop.pool), round(evaluation.top1, 4)))
+    def on_evaluation(self, progress: Progress, evaluation: Evaluation, loss: float) -> None:
+        self.points.append((progress.step, progress.pool_size, round(evaluation.top1, 4)))
 
 
 def measure(fields: Fields, unguided: Unguided) -> Fields:

@@ -2,12 +2,12 @@
 
     logs/rank-00000.jsonl    {"time": "2026-01-31T12:00:00.123+00:00", "rank": 0, "level": "info",
                              "event": "round",
-                              "logger": "dpfast.practice.journal", "message": "dp: round 1 is
+                              "logger": "dpfast.practice.callbacks", "message": "dp: round 1 is
                               complete", ...}
 
 Everything that ``dpfast`` says through ``logging`` goes there, and every warning; an event of the
-loop has its numbers as fields beside the message (``dpfast.practice.journal``). A resumed run goes
-on in the same files. A full disk costs lines, and one warning.
+loop has its numbers as fields beside the message (``dpfast.practice.callbacks``). A resumed run
+goes on in the same files. A full disk costs lines, and one warning.
 """
 
 from __future__ import annotations

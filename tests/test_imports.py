@@ -42,13 +42,6 @@ EXPECTED = {  # to be emptied
 EXPECTED_CIRCLES = {  # to be emptied
     "dpfast.generate.sampler",
     "dpfast.generate.stream",
-    "dpfast.practice.callbacks",
-    "dpfast.practice.checkpointer",
-    "dpfast.practice.disk",
-    "dpfast.practice.loop",
-    "dpfast.practice.overlap",
-    "dpfast.practice.run_folder",
-    "dpfast.practice.throughput",
 }
 ARROWS = {
     module: {other for other in imports(module) if f"{module} -> {other}" not in EXPECTED}

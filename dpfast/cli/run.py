@@ -115,16 +115,16 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks
         from dpfast.launch import launch_name
         from dpfast.parallel import versions
         from dpfast.practice.branch import prepare_branch
+        from dpfast.practice.callbacks import LogCallback
         from dpfast.practice.changes import continued
         from dpfast.practice.experiment import DeliberatePractice
-        from dpfast.practice.journal import LogCallback
-        from dpfast.practice.run_folder import (
+        from dpfast.practice.run_paths import (
             RunPaths,
-            RunWriter,
             check_saving,
             check_shared,
             check_vacant,
         )
+        from dpfast.practice.run_writer import RunWriter
         from dpfast.report.metrics import result_table
         from dpfast.report.page import write_report
 

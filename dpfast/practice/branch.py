@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from dpfast.config import RECIPE_FILE, Recipe
@@ -19,7 +20,7 @@ from dpfast.pool.saver import copy_saved
 from dpfast.pool.sharded import ShardLayout
 from dpfast.practice import checkpoint
 from dpfast.practice.changes import BORN, continued
-from dpfast.practice.run_folder import RunWriter
+from dpfast.practice.run_writer import RunWriter
 
 SOURCE = "dp"
 
@@ -70,31 +71,35 @@ def prepare_branch(
             f"cool-down at {last:.0f}; expected at least "
             f"{start.step / (1 - recipe.learner.cooldown):.0f}"
         )
-    lines = (trunk / "metrics.jsonl").read_bytes()[: start.state["written"][0]].splitlines()
+    lines = (
+        (trunk / "metrics.jsonl").read_bytes()[: start.components["folder"]["metrics"]].splitlines()
+    )
     past = [line for line in lines if json.loads(line)["source"] == SOURCE]
     try:
         born = (trunk / (BORN if (trunk / BORN).is_file() else RECIPE_FILE)).read_text()
         with RunWriter(out, recipe, overwrite=overwrite, born=born) as branch:
             (out / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in past))
-            for rank in range(start.state["ranks"]):
-                ranks = Ranks(rank=rank, size=start.state["ranks"])
+            components = start.components
+            for rank in range(start.ranks):
+                ranks = Ranks(rank=rank, size=start.ranks)
                 held = ShardLayout(
-                    ranks, recipe.generator.batch_size, tuple(start.state["loop"]["rounds"])
+                    ranks, recipe.generator.batch_size, tuple(components["state"]["rounds"])
                 ).held()
                 part, copy = (
                     rank_folder(f, ranks) for f in (trunk / f"pool_{SOURCE}", branch.pool(SOURCE))
                 )
                 copy_saved(part, copy, held, beat=beat)
-            state = {
-                **start.state,
-                "iterations": recipe.practice.iterations,
-                "loop": {**start.state["loop"], "pending": False, "frozen": True},
-                "written": [(out / "metrics.jsonl").stat().st_size, 0],
-            }
+            state = {**components["state"], "pending": False, "frozen": True}
+            written = {"metrics": (out / "metrics.jsonl").stat().st_size, "timings": 0}
+            taken = replace(
+                start,
+                iterations=recipe.practice.iterations,
+                components={**components, "state": state, "folder": written},
+            )
             origin = {"run": str(trunk), "round": round, "step": start.step}
             (out / "branch.json").write_text(json.dumps(origin) + "\n")
             keep = recipe.practice.checkpoints_kept
-            checkpoint.save(branch.checkpoints(SOURCE), start.step, start.tensors, state, keep=keep)
+            checkpoint.save(branch.checkpoints(SOURCE), taken, keep=keep)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)  # half a branch would resume as another run
         raise

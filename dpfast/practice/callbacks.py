@@ -1,26 +1,54 @@
-"""What a loop tells others while it runs: the console, the folder of the run, or anything of yours.
+"""What a loop tells others while it runs: the console, the logs, the run's folder, or yours.
 
 class Alert(Callback):
-    def on_round(self, loop, addition):
-        print(loop.name, addition.number, len(loop.pool))
+    def on_round(self, progress, addition):
+        print(progress.source, addition.number, progress.pool_size)
 
 DeliberatePractice(recipe).run(callbacks=[Alert()])
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tqdm import tqdm
 
 from dpfast.evaluate.measures import Evaluation
+from dpfast.practice.background import Written
+from dpfast.practice.result import Result
+from dpfast.practice.stopping import Stopped
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
 
-if TYPE_CHECKING:
-    from dpfast.practice.loop import Loop
-    from dpfast.practice.result import Result
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Where a loop stands at the moment of an event; it never changes.
+
+    source: the name of the loop's source; rank: this process among those of the run. step:
+    optimiser steps taken of ``iterations``. pool_size: samples in the pool; round: the newest
+    complete one, -1 before the initial samples. waited: evaluations without a new best accuracy, of
+    the ``patience`` that are waited for. accuracy: of the last evaluation, in [0, 1]. Seconds, of
+    training, evaluation, and waiting for batches in training, are those of all lives of a run.
+    """
+
+    source: str
+    rank: int
+    step: int
+    iterations: int
+    pool_size: int
+    round: int
+    waited: int
+    patience: int
+    accuracy: float | None
+    training_seconds: float
+    evaluation_seconds: float
+    waiting_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +56,9 @@ class Addition:
     """One finished round. number: 0 for the initial samples; added, total: samples; cost: of making
     them.
 
-    The rest has no value in round 0. entropy, unguided_entropy: mean nats of the new samples and of
-    unguided ones under the learner that guided; pruning_ratio: how many unguided samples one of
-    these replaces (``dpfast.sources.costs.pruning_ratio``).
+    The rest has no value in round 0, or where a source has no yardstick. entropy, unguided_entropy:
+    mean nats of the new samples and of unguided ones under the learner that guided; pruning_ratio:
+    how many unguided samples one of these replaces (``dpfast.sources.costs.pruning_ratio``).
     """
 
     number: int
@@ -43,83 +71,84 @@ class Addition:
 
 
 class Callback:
-    """Override what you need. ``loop`` has the recipe, the source's name, trainer, pool and costs:
-    read, do not change.
+    """Hears what happens in a loop. Override what you need.
 
     An exception from a callback stops the run.
     """
 
-    def on_start(self, loop: Loop) -> None:
+    def on_start(self, progress: Progress) -> None:
         """The loop begins, or goes on where a checkpoint was taken."""
 
-    def on_generation(self, loop: Loop, number: int, total: int) -> None:
-        """A round of ``total`` samples begins."""
+    def on_generation(self, progress: Progress, number: int, total: int, made: int) -> None:
+        """A round begins, of which this rank makes ``total`` samples and has ``made`` already."""
 
-    def on_samples(self, loop: Loop, batch: SampleBatch) -> None:
+    def on_samples(self, progress: Progress, batch: SampleBatch) -> None:
         """A batch has been appended to the pool."""
 
-    def on_round(self, loop: Loop, addition: Addition) -> None:
+    def on_round(self, progress: Progress, addition: Addition) -> None:
         """A round is complete."""
 
-    def on_step(self, loop: Loop) -> None:
-        """One optimiser step."""
+    def on_step(self, progress: Progress) -> None:
+        """One optimiser step has been taken."""
 
-    def on_evaluation(self, loop: Loop, evaluation: Evaluation, loss: float) -> None:
-        """An evaluation on the validation set; ``loss`` is the mean training loss since the one
-        before.
+    def on_evaluation(self, progress: Progress, evaluation: Evaluation, loss: float) -> None:
+        """The learner was evaluated on the validation set; ``loss`` is the mean training loss since
+        the evaluation before.
         """
 
-    def on_result(self, loop: Loop, result: Result) -> None:
-        """The end of the loop."""
+    def on_checkpoint(self, progress: Progress, written: Written) -> None:
+        """A checkpoint is on the disk; this is told some steps later."""
 
-    def on_end(self, loop: Loop) -> None:
+    def on_result(self, progress: Progress, result: Result) -> None:
+        """The loop has ended."""
+
+    def on_end(self, progress: Progress) -> None:
         """The loop is left, for whatever reason."""
 
 
 class Console(Callback):
-    """A progress bar and a line for every evaluation and round."""
+    """Shows a progress bar, and a line for every evaluation and round."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
 
-    def on_generation(self, loop: Loop, number: int, total: int) -> None:
+    def on_generation(self, progress: Progress, number: int, total: int, made: int) -> None:
         what = f"round {number}" if number else "initial samples"
-        self._open(total, "sample", f"{loop.name}: {what}", len(loop.pool) - loop.state.round_start)
+        self._open(total, "sample", f"{progress.source}: {what}", made)
 
-    def on_samples(self, loop: Loop, batch: SampleBatch) -> None:
+    def on_samples(self, progress: Progress, batch: SampleBatch) -> None:
         if self.bar is not None:
             self.bar.update(len(batch))
 
-    def on_step(self, loop: Loop) -> None:
+    def on_step(self, progress: Progress) -> None:
         if self.bar is None or self.bar.unit != "it":
-            self._open(
-                loop.recipe.practice.iterations,
-                "it",
-                f"{loop.name}: training",
-                loop.trainer.step_count - 1,
-            )
+            label = f"{progress.source}: training"
+            self._open(progress.iterations, "it", label, progress.step - 1)
         assert self.bar is not None
         self.bar.update()
 
-    def on_evaluation(self, loop: Loop, evaluation: Evaluation, loss: float) -> None:
-        size, patience = len(loop.pool), loop.patience
+    def on_evaluation(self, progress: Progress, evaluation: Evaluation, loss: float) -> None:
         tqdm.write(
-            f"{loop.name:>7} | iteration {loop.trainer.step_count:5d} | pool {size:6d} | "
+            f"{progress.source:>7} | iteration {progress.step:5d} | pool {progress.pool_size:6d} | "
             f"validation accuracy {evaluation.top1:6.2%} | training loss {loss:.3f} | "
-            f"waited {patience.waited}/{patience.limit(size)}"
+            f"waited {progress.waited}/{progress.patience}"
         )
 
-    def on_round(self, loop: Loop, addition: Addition) -> None:
-        if addition.number:
-            tqdm.write(
-                f"{loop.name:>7} | round {addition.number:2d} at iteration "
-                f"{loop.trainer.step_count} | "
-                f"pool {addition.total - addition.added} -> {addition.total} | mean entropy of the "
-                "new samples "
-                f"{addition.entropy:.3f} nats, of unguided ones {addition.unguided_entropy:.3f}"
+    def on_round(self, progress: Progress, addition: Addition) -> None:
+        if not addition.number:
+            return
+        line = (
+            f"{progress.source:>7} | round {addition.number:2d} at iteration {progress.step} | "
+            f"pool {addition.total - addition.added} -> {addition.total}"
+        )
+        if addition.entropy is not None:
+            line += (
+                f" | mean entropy of the new samples {addition.entropy:.3f} nats, "
+                f"of unguided ones {addition.unguided_entropy:.3f}"
             )
+        tqdm.write(line)
 
-    def on_end(self, loop: Loop) -> None:
+    def on_end(self, progress: Progress) -> None:
         self._close()
 
     def _open(self, total: int, unit: str, label: str, initial: int) -> None:
@@ -132,3 +161,104 @@ class Console(Callback):
         if self.bar is not None:
             self.bar.close()
         self.bar = None
+
+
+class LogCallback(Callback):
+    """Writes the events of a loop into the logs (``dpfast.logs``), with their numbers as fields.
+
+    Level info: where a loop begins, rounds, evaluations, results. Level debug: every batch of
+    samples.
+    """
+
+    def on_start(self, progress: Progress) -> None:
+        words = "begins at iteration %d with %d samples"
+        self._log(progress, "start", words, progress.step, progress.pool_size)
+
+    def on_generation(self, progress: Progress, number: int, total: int, made: int) -> None:
+        words = "round %d: makes %d samples"
+        self._log(progress, "generation", words, number, total, round=number, samples=total)
+
+    def on_samples(self, progress: Progress, batch: SampleBatch) -> None:
+        if not log.isEnabledFor(logging.DEBUG):
+            return
+        self._log(
+            progress,
+            "samples",
+            "made %d samples",
+            len(batch),
+            level=logging.DEBUG,
+            made=len(batch),
+            skipped=batch.skipped,
+            retries=batch.retries,
+        )
+
+    def on_round(self, progress: Progress, addition: Addition) -> None:
+        cost = addition.cost
+        self._log(
+            progress,
+            "round",
+            "round %d is complete",
+            addition.number,
+            round=addition.number,
+            added=addition.added,
+            seconds=cost.seconds,
+            skipped=cost.skipped,
+            retries=cost.retries,
+            entropy=addition.entropy,
+        )
+
+    def on_evaluation(self, progress: Progress, evaluation: Evaluation, loss: float) -> None:
+        self._log(
+            progress,
+            "evaluation",
+            "validation accuracy %.4f",
+            evaluation.top1,
+            accuracy=evaluation.top1,
+            loss=loss,
+            waited=progress.waited,
+            patience=progress.patience,
+        )
+
+    def on_result(self, progress: Progress, result: Result) -> None:
+        self._log(
+            progress,
+            "result",
+            "held-out accuracy %.4f",
+            result.test.top1,
+            test_accuracy=result.test.top1,
+            validation_accuracy=result.validation.top1,
+            additions=result.additions,
+        )
+
+    def on_end(self, progress: Progress) -> None:
+        """Logs how the loop is left: at its end, stopped, or by an error, whose traceback is
+        kept.
+        """
+        error = sys.exc_info()[1]
+        if error is None or isinstance(error, Stopped):
+            how = "ends" if error is None else "is stopped"
+            self._log(progress, "end", "%s at iteration %d", how, progress.step)
+            return
+        self._log(
+            progress, "end", "fails: %s", error, level=logging.ERROR, error=type(error).__name__
+        )
+
+    def _log(
+        self,
+        progress: Progress,
+        event: str,
+        words: str,
+        *values: object,
+        level: int = logging.INFO,
+        **fields: Any,
+    ) -> None:
+        named = {
+            "event": event,
+            "source": progress.source,
+            "step": progress.step,
+            "pool": progress.pool_size,
+            **fields,
+        }
+        failed = level == logging.ERROR
+        text = f"{progress.source}: {words}"
+        log.log(level, text, *values, exc_info=failed, extra={"fields": named})

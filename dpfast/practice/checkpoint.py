@@ -1,9 +1,9 @@
 """Checkpoints of a loop: a kill at any moment is harmless, and a damaged one costs the way back to
 the one before.
 
-    checkpoint-000012.safetensors          all tensors
-    checkpoint-000012.json                 format version, step, SHA-256 of the tensors, and the
-                                           rest of the state
+    checkpoint-000012.safetensors          the tensors of every component, as "component/name"
+    checkpoint-000012.json                 format version, step, iterations, ranks, SHA-256 of the
+                                           tensors, and what else the components keep
     checkpoint-000013-round-02.json        kept for good: the end of round 2, right before the next
                                            addition
     checkpoint-000017-stable.json          kept: the last one before the cool-down, from which a run
@@ -21,8 +21,7 @@ import itertools
 import json
 import mmap
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from torch import Tensor
 from dpfast.errors import InputError
 from dpfast.pool.shards import durable
 
-VERSION = 5
+VERSION = 6
 STABLE = "stable"
 WRITE_BYTES = 16 << 20
 DTYPES = {  # and their names in a safetensors file
@@ -55,14 +54,50 @@ class DamagedCheckpointWarning(UserWarning):
     """A checkpoint does not match its record and was passed over."""
 
 
+class VersionError(InputError):
+    """A checkpoint was written in another version of the format."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """path: of the JSON; step: optimiser steps; tensors, state: what ``save`` was given."""
+    """The state of a loop at a moment.
 
-    path: Path
+    step: optimiser steps taken of ``iterations``; ranks: how many of them hold the samples;
+    components: what the ``state_dict`` of each part of the loop gave, tensors and values for JSON.
+    path: of the JSON file that it was read from.
+    """
+
     step: int
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
+    iterations: int
+    ranks: int
+    components: dict[str, dict[str, Any]]
+    path: Path | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of all components, as "component/name"."""
+        return {
+            f"{component}/{name}": value
+            for component, state in self.components.items()
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+    @property
+    def values(self) -> dict[str, dict[str, Any]]:
+        """What the components keep beside tensors, for JSON."""
+        return {
+            component: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+            for component, state in self.components.items()
+        }
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Checkpoint:
+        """With these tensors, as "component/name", beside the values."""
+        components = self.values
+        for name, value in tensors.items():
+            component, _, key = name.partition("/")
+            components[component][key] = value
+        return replace(self, components=components)
 
 
 def of_round(number: int) -> str:
@@ -70,15 +105,7 @@ def of_round(number: int) -> str:
     return f"round-{number:02d}"
 
 
-def save(
-    folder: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    state: dict[str, Any],
-    *,
-    keep: int,
-    label: str | None = None,
-) -> Path:
+def save(folder: Path, taken: Checkpoint, *, keep: int, label: str | None = None) -> Path:
     """Writes a checkpoint and removes the oldest ones beyond ``keep``; those with a ``label`` stay.
 
     label: ``of_round`` or ``STABLE``, of which the newest alone stays. Raises ``OSError``, also for
@@ -88,8 +115,14 @@ def save(
     before = paths(folder)
     number = int(before[-1].name.split("-")[1].removesuffix(".json")) + 1 if before else 0
     path = folder / f"checkpoint-{number:06d}{'' if label is None else f'-{label}'}.json"
-    digest = save_weights(tensors, path.with_suffix(".safetensors"))
-    record = {"version": VERSION, "step": step, "sha256": digest, "state": state}
+    record = {
+        "version": VERSION,
+        "step": taken.step,
+        "iterations": taken.iterations,
+        "ranks": taken.ranks,
+        "sha256": save_weights(taken.tensors, path.with_suffix(".safetensors")),
+        "components": taken.values,
+    }
     with durable(folder, path.name) as file:
         file.write(json.dumps(record, indent=1).encode() + b"\n")
     every = (*before, path)
@@ -140,11 +173,15 @@ def paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.json"))
 
 
-def states(folder: Path) -> Iterator[dict[str, Any]]:
-    """What ``save`` was given as ``state``, of every checkpoint whose JSON can be read."""
+def ranks_of(folder: Path) -> set[int]:
+    """The numbers of ranks that hold the samples of a folder's checkpoints, of those whose JSON can
+    be read.
+    """
+    found = set()
     for path in paths(folder):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            yield json.loads(path.read_text())["state"]
+            found.add(json.loads(path.read_text())["ranks"])
+    return found
 
 
 def at_round(folder: Path, round: int) -> Path | None:
@@ -162,29 +199,39 @@ def stable(folder: Path) -> Path | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads one checkpoint. Raises ``InputError`` that says what is wrong with it."""
+    """Reads one checkpoint. Raises ``VersionError`` for one of another format, and ``InputError``
+    that says what is wrong with a damaged one.
+    """
     try:
         record = json.loads(path.read_text())
-        if record["version"] != VERSION:
-            raise ValueError(f"version {record['version']} of the format, expected {VERSION}")
-        weights = path.with_suffix(".safetensors")
-        if _sha256(weights) != record["sha256"]:
-            raise ValueError(f"the checksum of {weights.name} differs from the recorded one")
-        return Checkpoint(path, record["step"], load_file(weights), record["state"])
+        version = record["version"]
+        if version == VERSION:
+            weights = path.with_suffix(".safetensors")
+            if _sha256(weights) != record["sha256"]:
+                raise ValueError(f"the checksum of {weights.name} differs from the recorded one")
+            names = ("step", "iterations", "ranks", "components")
+            taken = Checkpoint(**{name: record[name] for name in names}, path=path)
+            return taken.with_tensors(load_file(weights))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{path} is no intact checkpoint: {error}") from error
+    raise VersionError(
+        f"{path} is a checkpoint of version {version} of the format, and this dpfast reads version "
+        f"{VERSION}: end the run with the dpfast that began it, or begin it anew"
+    )
 
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest intact checkpoint; None where there has never been one.
 
     A damaged one is named in a ``DamagedCheckpointWarning`` and the one before is taken. Raises
-    ``InputError`` when none is intact.
+    ``VersionError`` for one of another format, and ``InputError`` when none is intact.
     """
     found = paths(folder)
     for path in reversed(found):
         try:
             return load(path)
+        except VersionError:
+            raise
         except InputError as error:
             warnings.warn(
                 f"{error}; the one before is used", DamagedCheckpointWarning, stacklevel=2
@@ -194,19 +241,6 @@ def latest(folder: Path) -> Checkpoint | None:
             f"resume: none of the {len(found)} checkpoints in {str(folder)!r} is intact"
         )
     return None
-
-
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/{key}": value for key, value in tensors.items()}
-
-
-def part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under ``prefix``, without it."""
-    return {
-        key.removeprefix(f"{prefix}/"): value
-        for key, value in tensors.items()
-        if key.startswith(f"{prefix}/")
-    }
 
 
 def _sha256(path: Path) -> str:

@@ -12,13 +12,13 @@ The file system's own number counts: a quota beside it is not seen.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from dpfast.config import Practice, Recipe
 from dpfast.errors import RecipeError
 from dpfast.parallel import Ranks
 from dpfast.planning.disk import most_checkpoints
@@ -26,28 +26,28 @@ from dpfast.pool import codecs, shards
 from dpfast.pool.memory_tiers import readable
 from dpfast.pool.placement import Placement
 from dpfast.pool.pool import SamplePool
-from dpfast.practice.run_folder import unbegun
-
-if TYPE_CHECKING:
-    from dpfast.practice.loop import Loop
+from dpfast.pool.protocol import Pool
+from dpfast.practice.loop_state import LoopState
+from dpfast.practice.run_paths import unbegun
+from dpfast.sources.sources import Source
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """Of one checkpoint: weights, their average, and two moments of AdamW for each parameter."""
+    """Bytes of one checkpoint: weights, their average, two moments of AdamW for each parameter."""
     state = sum(value.numel() * value.itemsize for value in model.state_dict().values())
     return 2 * state + 2 * sum(value.numel() * value.itemsize for value in model.parameters())
 
 
-def samples_to_come(loop: Loop) -> int:
-    """How many samples a loop makes at most beyond those of its complete rounds."""
-    source, most, rounds = loop.source, loop.recipe.practice.maximum_rounds, loop.additions
-    size = total = len(loop.pool)
-    if loop.state.round < 0:
+def samples_to_come(source: Source, practice: Practice, state: LoopState, size: int) -> int:
+    """How many samples a loop makes at most beyond the ``size`` ones of its complete rounds."""
+    most, rounds, total = practice.maximum_rounds, state.additions, size
+    if state.round < 0:
         total += source.initial_samples
-    elif loop.state.frozen:
+    elif state.frozen:
         return 0
     while (count := source.available(total)) and (most is None or rounds < most):
-        total, rounds = total + count, rounds + 1
+        total += count
+        rounds += 1
     return total - size
 
 
@@ -63,22 +63,34 @@ class Needs:
     checkpoints: int
 
     @classmethod
-    def of(cls, loop: Loop, count: int, saved: Iterable[shards.Shard], checkpoints: Path) -> Needs:
-        """Of a loop of all ranks that makes ``count`` samples more. saved: shards that are there,
-        of one rank.
+    def of(
+        cls,
+        recipe: Recipe,
+        pool: Pool,
+        shape: tuple[int, ...],
+        count: int,
+        *,
+        saved: Sequence[shards.Shard],
+        checkpoint: int,
+        checkpoints: Path,
+    ) -> Needs:
+        """The needs of a loop that makes ``count`` samples more, on all ranks.
+
+        shape: (C, H, W) of what the pool stores. saved: shards that are there, of one rank.
+        checkpoint: bytes of one; checkpoints: their folder.
         """
-        recipe, local, ranks = loop.recipe, loop.local, loop.ranks.size
-        written = [(shard.samples, shard.bytes) for shard in saved]
-        made = sum(samples for samples, _ in written)
-        each = codecs.saved_bytes(recipe.pool.codec, loop.shape, recipe.pool.save_samples)
-        each = -(-sum(size for _, size in written) // made) if made else each
-        room = sum(path.stat().st_size for path in checkpoints.glob("*.safetensors"))
+        ranks = pool.ranks.size
+        made = sum(shard.samples for shard in saved)
+        each = codecs.saved_bytes(recipe.pool.codec, shape, recipe.pool.save_samples)
+        if made:
+            each = -(-sum(shard.bytes for shard in saved) // made)
+        there = sum(path.stat().st_size for path in checkpoints.glob("*.safetensors"))
         kept = most_checkpoints(recipe, -(-count // recipe.practice.round_samples))
         return cls(
             count=count,
             samples=count * each,
-            mapped=ranks * _mapped(local, loop.shape, -(-count // ranks)),
-            checkpoints=max(kept * checkpoint_bytes(loop.trainer.model) - room, 0),
+            mapped=ranks * _mapped(pool.local, shape, -(-count // ranks)),
+            checkpoints=max(kept * checkpoint - there, 0),
         )
 
     @property

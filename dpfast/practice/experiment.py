@@ -23,8 +23,9 @@ from dpfast.practice.fitted import fit_run
 from dpfast.practice.loop import Loop, part_of_samples, stored_shape
 from dpfast.practice.overlap import GeneratorRank, OverlapGroups, OverlappedSource
 from dpfast.practice.result import Result
-from dpfast.practice.run_folder import RunPaths, RunWriter
+from dpfast.practice.run_paths import RunPaths
 from dpfast.practice.stopping import Stop
+from dpfast.practice.throughput import Throughput
 from dpfast.sources.guided_methods import check_guided_method
 from dpfast.sources.sources import (
     DeliberatePracticeSource,
@@ -100,6 +101,7 @@ class DeliberatePractice:
         ):  # the disk of mapped files is known with the folder; the loop looks before any work
             self.place_pool()
         self.unguided = unguided or Unguided(recipe, self.pipeline, ranks)
+        self.loop: Loop | None = None  # the one that runs, or ran last
 
     def place_pool(self, out: Path | None = None) -> Placement:
         """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place, as the
@@ -175,14 +177,16 @@ class DeliberatePractice:
             return []
         starts = {name: self._start(folder, name) for name in names}
         begun = [name for name in names if starts[name] is not None]
-        if isinstance(folder, RunWriter):
-            newest = starts[begun[-1]] if begun else None
-            folder.rewind(newest.state["written"] if newest is not None else [0, 0])
+        newest = starts[begun[-1]] if begun else None
+        if folder is not None:  # all loops write into the same files
+            folder.load_state_dict({} if newest is None else newest.components["folder"])
         told = [*callbacks, *([Console()] if progress and self.ranks.first else [])]
+        if folder is not None:
+            image = tuple(self.real.validation.images.shape[1:])
+            told = [*folder.watchers(Throughput(self.recipe, self.pipeline, image)), *told]
         results: list[Result] = []
         practised: Loop | None = None
         for name in names:
-            written = [folder] if isinstance(folder, RunWriter) else []
             loop = Loop(
                 self.recipe,
                 name,
@@ -190,21 +194,17 @@ class DeliberatePractice:
                 self.real,
                 sets=self.sets,
                 folder=folder,
-                callbacks=[*written, *told],
+                callbacks=told,
                 stop=stop,
                 ranks=self.ranks,
             )
+            self.loop = loop
             source = self._source(name, loop, practised)
-            if isinstance(source, OverlappedSource):
-                loop.callbacks = [
-                    source,
-                    *loop.callbacks,
-                ]  # before the others, and so before a checkpoint
             result = loop.run(source, start=starts[name])
             if (
                 self.recipe.pool.save_samples != "jpeg"
             ):  # the pool has what is left of the images that were made
-                self.unguided.remember(loop.local, result.initial_cost)
+                self.unguided.remember(loop.pool.local, result.initial_cost)
             results.append(result)
             if name == "dp":
                 practised = loop
@@ -224,11 +224,11 @@ class DeliberatePractice:
         old cool-down, and
         its rivals, which take their sizes and moments from it, begin anew."""
         newest, practice = checkpoint.latest(folder), self.recipe.practice
-        if newest is None or newest.state["iterations"] == practice.iterations:
+        if newest is None or newest.iterations == practice.iterations:
             return newest
         if name != next(source for source in SOURCES if source in practice.sources):
             return None
-        before = newest.state["iterations"]
+        before = newest.iterations
         if newest.step < before - self.recipe.learner.cooldown * before:
             return newest
         kept = checkpoint.stable(folder)
@@ -254,7 +254,7 @@ class DeliberatePractice:
                 unguided,
                 loop.guide,
                 guides=loop.guides,
-                pool=lambda: loop.local,
+                pool=lambda: loop.pool.local,
             )
             return source if self.link is None else OverlappedSource(source, loop.guides, self.link)
         if name == "static":

@@ -1,17 +1,24 @@
 """Algorithm 1 of arXiv 2502.15588: train until the validation accuracy stands still, make harder
 samples, go on.
+
+To understand a round, read in this order:
+
+    practice/loop.py            the algorithm, and what a round and an interval of training are
+    practice/patience.py        when samples are due
+    sources/sources.py          who makes them, and for which labels and ids
+    sources/guided_methods.py   how guided ones come about
+    practice/saved_samples.py   where they go, and how they outlive the process
+    practice/checkpointer.py    what else does, and when
+    learn/trainer.py            a step of the learner
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
-import torch
 from torch import nn
 
 from dpfast.config import Recipe
@@ -28,15 +35,21 @@ from dpfast.learn.models import new_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.protocol import Pool
 from dpfast.pool.sharded import ShardLayout, pool_of_ranks
-from dpfast.practice.callbacks import Addition, Callback
-from dpfast.practice.checkpoint import Checkpoint
-from dpfast.practice.checkpointer import LoopCheckpointer, LoopState
+from dpfast.practice.background import Written
+from dpfast.practice.callbacks import Addition, Callback, Progress
+from dpfast.practice.checkpoint import STABLE, Checkpoint, of_round
+from dpfast.practice.checkpointer import LoopCheckpointer, Moment
+from dpfast.practice.disk import Needs, check_disk, checkpoint_bytes, samples_to_come
+from dpfast.practice.loop_state import Component, LoopSeconds, LoopState
 from dpfast.practice.losses import Losses
 from dpfast.practice.patience import Patience
 from dpfast.practice.result import Result
-from dpfast.practice.run_folder import RunPaths
+from dpfast.practice.run_paths import RunPaths
+from dpfast.practice.saved_samples import SavedSamples
 from dpfast.practice.stopping import CHECKPOINT, STOP, LossError, Stop, StopTogether
+from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost, pruning_ratio
 from dpfast.sources.sources import Round, Source
 
@@ -49,9 +62,9 @@ class Loop:
     order. folder: where the state is kept; None: nowhere. stop: asked after every step and batch.
     ranks: run one loop each, in step: they make and hold their parts of the samples, train on their
     parts of the batches, and decide alike.
-
-    pool: what is trained on.
     """
+
+    source: Source  # from ``run`` on
 
     def __init__(
         self,
@@ -66,64 +79,72 @@ class Loop:
         stop: Stop | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.recipe, self.name, self.pipeline, self.real, self.sets = (
-            recipe,
-            name,
-            pipeline,
-            real,
-            sets,
-        )
-        self.callbacks, self.stop, self.ranks = callbacks, stop or Stop(), ranks
+        learner, practice = recipe.learner, recipe.practice
+        self.recipe, self.name, self.ranks = recipe, name, ranks
+        self.pipeline, self.real, self.sets = pipeline, real, sets
+        self.folder, self.callbacks = folder, callbacks
+        self.stop = stop or Stop()
         self.stop_together = StopTogether(self.stop, ranks)
-        config, practice, device = recipe.learner, recipe.practice, pipeline.device
-        self.trainer = Trainer(
-            new_learner(recipe, pipeline), config, iterations=practice.iterations, ranks=ranks
-        )
+        self.interval = practice.interval(learner.batch_size)
         self.shape = stored_shape(recipe, pipeline, real)
-        local = SamplePool.from_recipe(
-            recipe.pool,
-            part_of_samples(recipe, ranks),
-            self.shape,
-            device=device,
-            folder=None if folder is None else folder.path,
-            decode=pipeline.guidance_decoder,
-            processes=ranks.local_size,
+        self.trainer = Trainer(
+            new_learner(recipe, pipeline), learner, iterations=practice.iterations, ranks=ranks
         )
-        self.pool = pool_of_ranks(local, ShardLayout(ranks, recipe.generator.batch_size))
+        self.state = LoopState()
+        self.samples = SavedSamples(self._new_pool(), self.state, folder, name, recipe)
         self.loader = make_loader(
-            config.loader,
+            learner.loader,
             self.pool,
-            batch_size=config.batch_size,
+            batch_size=learner.batch_size,
             seed=recipe.seed,
             augment=Augment(
-                flip=config.flip,
-                shift=config.shift,
-                crop=config.crop,
-                mixup=config.mixup,
-                cutmix=config.cutmix,
+                flip=learner.flip,
+                shift=learner.shift,
+                crop=learner.crop,
+                mixup=learner.mixup,
+                cutmix=learner.cutmix,
             ),
-            device=device,
+            device=pipeline.device,
             classes=pipeline.denoiser.classes,
             fresh_weight=practice.fresh_weight,
         )
+        self.losses = Losses(self.loader, pipeline.device, ranks)
+        self.seconds = LoopSeconds(self.loader)
         self.patience = Patience(
             practice.patience, practice.initial_samples, practice.patience_growth
         )
-        self.interval = practice.interval(config.batch_size)
-        self.losses = Losses(self.loader, device, ranks)
-        self.state, self.keeper = LoopState(), LoopCheckpointer(self, folder)
         self.initial_cost = Cost()
         self.cost_before = Cost()  # the source's, before the pending round
+        self.checkpointer = LoopCheckpointer(
+            folder,
+            self.samples,
+            self._saved_components,
+            practice,
+            size=checkpoint_bytes(self.trainer.model),
+            told=self._tell_checkpoint,
+        )
+
+    def components(self) -> dict[str, Component]:
+        """The parts of the loop that keep their own state, by name, in the order in which a
+        checkpoint is taken and restored.
+        """
+        return {
+            "state": self.state,
+            "seconds": self.seconds,
+            "trainer": self.trainer,
+            "loader": self.loader,
+            "losses": self.losses,
+            "patience": self.patience,
+            "source": self.source,
+            "initial_cost": self.initial_cost,
+            "cost_before": self.cost_before,
+            "samples": self.samples,
+        }
 
     @property
-    def local(self) -> SamplePool:
-        """The samples that this rank holds; all of ``pool`` where it is alone."""
-        return self.pool.local
-
-    @property
-    def additions(self) -> int:
-        """Complete rounds after the initial samples."""
-        return max(self.state.round, 0)
+    def pool(self) -> Pool:
+        """What is trained on: the samples of all ranks."""
+        return self.samples.pool
 
     @property
     def guide(self) -> nn.Module:
@@ -156,135 +177,177 @@ class Loop:
         self.source = source
         with contextlib.ExitStack() as stack:
             stack.callback(self.loader.close)
-            stack.callback(self._tell, "on_end")
+            stack.callback(self._tell, lambda callback, now: callback.on_end(now))
+            stack.callback(source.close)
             if start is not None:
-                self.keeper.restore(start)
-            stack.enter_context(self.keeper.opened())
-            self._tell("on_start")
+                self._restore(start)
+            stack.enter_context(self.checkpointer.opened(self.pipeline.class_names))
+            self._tell(lambda callback, now: callback.on_start(now))
             if start is None:
-                self.keeper.save()
+                self._save()
             self._practise()
             return self._finish()
 
     def _practise(self) -> None:
         """Algorithm 1."""
         if self.state.pending:  # line 1: N unguided samples; or a round that was cut short
-            self.keeper.check_disk()
+            self._check_disk()
             self._add_samples()
-            self.keeper.save()
+            self._save()
         while self._train():  # tau steps
             if self._stands_still():  # T >= T_max
-                self.state.pending, self.state.round_start = True, len(self.pool)
-                self.cost_before = replace(self.source.cost)
-                self.keeper.save()
-                self.keeper.check_disk()
+                self._begin_round()
+                self._save()
+                self._check_disk()
                 self._add_samples()  # P samples that the learner of this moment guides
-                self.keeper.save()
+                self._save()
             else:
-                self.keeper.evaluated()
+                self.checkpointer.evaluated(self._moment())
 
     def _train(self) -> bool:
         """Trains up to the next evaluation; False when the iterations end before it."""
-        trainer, started = self.trainer, time.perf_counter()
-        self.stop_together.anew()
-        try:
-            while trainer.step_count < trainer.iterations:
-                asked = self.stop_together.before(
-                    trainer.step_count, checkpoint=self.keeper.overdue
-                )
-                if asked == STOP:
-                    break
-                if asked == CHECKPOINT:
-                    self._check_loss()
-                    self.keeper.save()
-                self.losses.add(trainer.step(*next(self.loader)), trainer.step_count)
-                due = trainer.step_count % self.interval == 0
-                if due or (
-                    trainer.device.type == "cpu" and self.ranks.alone
-                ):  # a step on a GPU must not wait for it
-                    self._check_loss()
-                self._tell("on_step")
-                if due:
-                    return True
+        with self.seconds.of("training"):
+            if self._train_steps():
+                return True
             self._check_loss()
-        finally:
-            self.state.training_seconds += time.perf_counter() - started
-        self.keeper.save(wait=self.stop.requested)
+        self._save(wait=self.stop.requested)
         self.stop.check()
+        return False
+
+    def _train_steps(self) -> bool:
+        """Steps up to the next evaluation; False at the end of the iterations, or at a stop."""
+        trainer = self.trainer
+        at_once = trainer.device.type == "cpu" and self.ranks.alone
+        self.stop_together.anew()
+        while trainer.step_count < trainer.iterations:
+            asked = self.stop_together.before(
+                trainer.step_count, checkpoint=self.checkpointer.overdue
+            )
+            if asked == STOP:
+                break
+            if asked == CHECKPOINT:
+                self._check_loss()
+                self._save()
+            loss = trainer.step(*next(self.loader))
+            self.losses.add(loss, trainer.step_count)
+            due = trainer.step_count % self.interval == 0
+            if due or at_once:  # a step on a GPU must not wait for its loss
+                self._check_loss()
+            self.source.stepped(trainer.step_count, self._next_round)
+            self._tell(lambda callback, now: callback.on_step(now))
+            if due:
+                return True
         return False
 
     def _stands_still(self) -> bool:
         """Evaluates; True when samples are due."""
-        started, practice, state, size = (
-            time.perf_counter(),
-            self.recipe.practice,
-            self.state,
-            len(self.pool),
-        )
-        validation = self.real.validation
-        result = evaluate(self.judged, validation.images, validation.labels, self.ranks)
-        state.per_class = [None if value != value else value for value in result.per_class.tolist()]
-        self.losses.anchor(self.trainer.step_count)
-        state.evaluation_seconds += time.perf_counter() - started
+        state, step, validation = self.state, self.trainer.step_count, self.real.validation
+        with self.seconds.of("evaluation"):
+            found = evaluate(self.judged, validation.images, validation.labels, self.ranks)
+            state.accuracy, state.per_class = found.top1, found.per_class
+            self.losses.anchor(step)
         # the count of evaluations without progress starts with the stable phase
-        due = not self.trainer.warming and self.patience.update(result.top1, size)
-        self._tell("on_evaluation", result, self.losses.mean(self.interval))
+        due = not self.trainer.warming and self.patience.update(found.top1, len(self.pool))
+        loss = self.losses.mean(self.interval)
+        self._tell(lambda callback, now: callback.on_evaluation(now, found, loss))
         if self.source.moments is not None:
-            due = self.trainer.step_count in self.source.moments
-        most = practice.maximum_rounds
-        closed = (
-            state.frozen or self.trainer.cooling or (most is not None and self.additions >= most)
-        )
-        return due and not closed and self.source.available(size) > 0
+            due = step in self.source.moments
+        return due and self._next_round() is not None
 
-    def _add_samples(self) -> None:
-        """Makes the pending round, or the rest of it."""
-        source, state, pool, local = self.source, self.state, self.pool, self.local
-        start, known = state.round_start, state.per_class
-        turn, before = pool.turn, pool.held(start)
-        round = Round(
-            number=state.round + 1,
+    def _begin_round(self) -> None:
+        """Marks the next round as pending: from here on a checkpoint leads into it."""
+        self.state.pending, self.state.round_start = True, len(self.pool)
+        self.cost_before.load_state_dict(self.source.cost.state_dict())
+
+    def _next_round(self) -> Round | None:
+        """The round that would be asked for at this moment; None where no more are added."""
+        most, size = self.recipe.practice.maximum_rounds, len(self.pool)
+        enough = most is not None and self.state.additions >= most
+        if self.state.frozen or self.trainer.cooling or enough or not self.source.available(size):
+            return None
+        return self._request(size)
+
+    def _request(self, start: int) -> Round:
+        """What the source is asked for behind ``start`` samples."""
+        source = self.source
+        return Round(
+            number=self.state.round + 1,
             start=start,
             count=source.available(start) if start else source.initial_samples,
             learner_step=self.trainer.step_count,
-            per_class=None
-            if known is None
-            else torch.tensor([float("nan") if v is None else v for v in known]),
-            turn=turn,
+            per_class=self.state.per_class,
+            turn=self.pool.turn,
         )
-        part = self.ranks.share(round.count, self.recipe.generator.batch_size, turn=turn)
-        self._tell("on_generation", round.number, part)
-        self._make_room()
-        local.reserve(part - (len(local) - before))
+
+    def _add_samples(self) -> None:
+        """Makes the pending round, or the rest of it."""
+        request = self._request(self.state.round_start)
         with self._guiding():
-            batches = source.make(round, len(local) - before)
-            with contextlib.nullcontext() if source.streams else self.stop.at_once():
-                for batch in self.keeper.on_the_way(batches) if source.streams else batches:
-                    self.ranks.beat()
-                    local.append(
-                        batch,
-                        payload=self.keeper.payload(batch),
-                        round=round.number,
-                        omega=source.omega(round.number),
-                        cfg_scale=source.cfg_scale(round.number),
-                        steps=source.steps(round.number),
-                        seed=self.recipe.seed,
-                    )
-                    self._tell("on_samples", batch)
-            pool.complete(round.count)
-            source.cost.share(self.cost_before, self.ranks)
-            source.release()  # before the yardstick is made
-            addition = self._addition(round)
+            self._generate(request)
+            addition = self._account(request)
+        self._close_round(request)
+        self.source.added(self._next_round())
+        self._tell(lambda callback, now: callback.on_round(now, addition))
+
+    def _generate(self, request: Round) -> None:
+        """Appends this rank's samples of a round to the pool, as the source makes them."""
+        source, number, local = self.source, request.number, self.pool.local
+        part = self.ranks.share(request.count, self.recipe.generator.batch_size, turn=request.turn)
+        made = len(local) - self.pool.held(request.start)
+        self._tell(lambda callback, now: callback.on_generation(now, number, part, made))
         self._make_room()
-        self.keeper.save_samples()
-        if round.number:
+        local.reserve(part - made)
+        batches = source.make(request, made)
+        stopping: contextlib.AbstractContextManager[None] = self.stop.at_once()
+        if source.streams:
+            batches = self.samples.noted(batches, source.state_dict, self.stop)
+            stopping = contextlib.nullcontext()
+        with stopping:
+            for batch in batches:
+                self._append(batch, number)
+        self.pool.complete(request.count)
+        source.cost.share(self.cost_before, self.ranks)
+        source.release()  # before the yardstick is made
+
+    def _append(self, batch: SampleBatch, number: int) -> None:
+        """Adds a batch of round ``number`` to the pool."""
+        self.ranks.beat()
+        self.samples.append(
+            batch,
+            round=number,
+            omega=self.source.omega(number),
+            cfg_scale=self.source.cfg_scale(number),
+            steps=self.source.steps(number),
+        )
+        self._tell(lambda callback, now: callback.on_samples(now, batch))
+
+    def _account(self, request: Round) -> Addition:
+        """The account of a round whose samples are all in the pool."""
+        cost, number = self.source.cost.since(self.cost_before), request.number
+        addition = Addition(number=number, added=request.count, total=len(self.pool), cost=cost)
+        if not number or self.source.yardstick is None:
+            return addition
+        hard = float(self.pool.column("entropy", request.start).mean())
+        easy = self.source.yardstick.entropies(self.guide)
+        return replace(
+            addition,
+            entropy=hard,
+            unguided_entropy=float(easy.mean()),
+            pruning_ratio=pruning_ratio(easy, hard),
+        )
+
+    def _close_round(self, request: Round) -> None:
+        """Makes a round part of the loop's state; its samples are saved from here on."""
+        state = self.state
+        self._make_room()
+        self.samples.save()
+        if request.number:
             self.patience.added()
             state.moments.append(self.trainer.step_count)
         else:
-            self.initial_cost = replace(source.cost)
-        state.round, state.pending = round.number, False
-        state.rounds.append(round.count)
-        self._tell("on_round", addition)
+            self.initial_cost.load_state_dict(self.source.cost.state_dict())
+        state.round, state.pending = request.number, False
+        state.rounds.append(request.count)
 
     def _make_room(self) -> None:
         """Gives back what a phase leaves in the device's memory: training and generation take turns
@@ -299,21 +362,9 @@ class Loop:
         if is_gpu(self.trainer.device):
             release(self.trainer.device)
 
-    def _addition(self, round: Round) -> Addition:
-        """The account of a round whose samples are all in the pool."""
-        cost = self.source.cost.since(self.cost_before)
-        addition = Addition(number=round.number, added=round.count, total=len(self.pool), cost=cost)
-        if not round.number:
-            return addition
-        hard = float(self.pool.column("entropy", round.start).mean())
-        easy = self.source.yardstick.entropies(self.guide)
-        ratio = pruning_ratio(easy, hard)
-        return replace(
-            addition, entropy=hard, unguided_entropy=float(easy.mean()), pruning_ratio=ratio
-        )
-
     @contextlib.contextmanager
     def _guiding(self) -> Iterator[None]:
+        """Within it the learner is in eval mode, so that it can guide."""
         model = self.trainer.model  # the EMA never trains
         training = model.training
         self.guides.eval()
@@ -324,16 +375,76 @@ class Loop:
 
     def _check_loss(self) -> None:
         bad = self.losses.bad()
-        if bad:
-            ids, saved = ", ".join(map(str, self.losses.samples_of(bad))), self.keeper.newest()
-            raise LossError(
-                f"{self.name}: the loss is not finite at iteration {bad}, on the samples {ids}; "
-                + (f"the last good checkpoint is {saved}" if saved else "there is no checkpoint")
+        if not bad:
+            return
+        ids = ", ".join(map(str, self.losses.samples_of(bad)))
+        saved = self.checkpointer.newest()
+        kept = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint"
+        raise LossError(
+            f"{self.name}: the loss is not finite at iteration {bad}, on the samples {ids}; {kept}"
+        )
+
+    def _check_disk(self) -> None:
+        """Raises ``RecipeError`` where the disk has no room: before the first sample for all that
+        is to come, before a later round for that.
+        """
+        if self.folder is None:
+            return
+        first, needs = self.state.round < 0, None
+        if self.folder.writes:
+            count = self.source.available(self.state.round_start)
+            if first:
+                practice = self.recipe.practice
+                count = samples_to_come(self.source, practice, self.state, len(self.pool))
+            needs = Needs.of(
+                self.recipe,
+                self.pool,
+                self.shape,
+                count,
+                saved=self.samples.shards,
+                checkpoint=self.checkpointer.size,
+                checkpoints=self.folder.checkpoints(self.name),
             )
+        when = "the run" if first else f"round {self.state.round + 1}"
+        check_disk(self.ranks, needs, self.folder.path, when)
+
+    def _save(self, *, wait: bool = False) -> None:
+        """Begins a checkpoint of this moment; ``wait``: and ends it."""
+        self.checkpointer.save(self._moment(), wait=wait)
+
+    def _moment(self) -> Moment:
+        """This moment, with the label of a checkpoint that is kept for good: before an addition
+        where the recipe keeps rounds, and the last one before the cool-down, from which a run can
+        be made longer.
+        """
+        trainer, state, label = self.trainer, self.state, None
+        after = trainer.step_count + self.interval
+        if trainer.step_count % self.interval == 0 and not trainer.cooling:
+            label = STABLE if trainer.cooling_at(after) else None
+        if self.recipe.practice.keep_rounds and state.pending and state.round >= 0:
+            label = of_round(state.round)
+        return Moment(trainer.step_count, trainer.iterations, label)
+
+    def _saved_components(self) -> dict[str, Component]:
+        """What a checkpoint holds: the loop's parts, and how far the lines of the run's files go,
+        which loops share.
+        """
+        assert self.folder is not None
+        return {**self.components(), "folder": self.folder}
+
+    def _restore(self, start: Checkpoint) -> None:
+        """Puts the loop where the checkpoint was taken; what follows equals the whole run bit by
+        bit on a CPU.
+        """
+        for name, component in self.components().items():
+            component.load_state_dict(start.components[name])
+        if self.samples.within_round is not None:
+            self.source.load_state_dict(self.samples.within_round["source"])
+        self.loader.pool = self.pool
 
     def _finish(self) -> Result:
-        validation, test, state = self.real.validation, self.real.test, self.state
-        waited = state.waited + self.loader.waited
+        """Evaluates the learner on all sets, tells the result and saves the end."""
+        validation, test, seconds = self.real.validation, self.real.test, self.seconds
         with self.stop.at_once():
             result = Result(
                 source=self.name,
@@ -342,23 +453,61 @@ class Loop:
                 validation=evaluate(self.judged, validation.images, validation.labels, self.ranks),
                 test=evaluate(self.judged, test.images, test.labels, self.ranks),
                 iterations=self.trainer.step_count,
-                additions=self.additions,
+                additions=self.state.additions,
                 initial_cost=self.initial_cost,
                 cost=self.source.cost,
-                training_seconds=state.training_seconds,
-                evaluation_seconds=state.evaluation_seconds,
-                loader_wait=waited / max(state.training_seconds - waited, 1e-9),
+                training_seconds=seconds.training,
+                evaluation_seconds=seconds.evaluation,
+                loader_wait=seconds.waiting / max(seconds.training - seconds.waiting, 1e-9),
                 sets=tuple(evaluate_sets(self.judged, self.sets, self.ranks)),
             )
-        if not state.finished:
-            self._tell("on_result", result)
-            state.finished = True
-            self.keeper.save(wait=True)
+        if not self.state.finished:
+            self._tell(lambda callback, now: callback.on_result(now, result))
+            self.state.finished = True
+            self._save(wait=True)
         return result
 
-    def _tell(self, event: str, *values: Any) -> None:
+    def progress(self) -> Progress:
+        """Where the loop stands, for those who watch it."""
+        size = len(self.pool)
+        return Progress(
+            source=self.name,
+            rank=self.ranks.rank,
+            step=self.trainer.step_count,
+            iterations=self.trainer.iterations,
+            pool_size=size,
+            round=self.state.round,
+            waited=self.patience.waited,
+            patience=self.patience.limit(size),
+            accuracy=self.state.accuracy,
+            training_seconds=self.seconds.training,
+            evaluation_seconds=self.seconds.evaluation,
+            waiting_seconds=self.seconds.waiting,
+        )
+
+    def _tell(self, event: Callable[[Callback, Progress], None]) -> None:
+        """Tells an event to all callbacks, in their order."""
+        now = self.progress() if self.callbacks else None
         for callback in self.callbacks:
-            getattr(callback, event)(self, *values)
+            assert now is not None
+            event(callback, now)
+
+    def _tell_checkpoint(self, written: Written) -> None:
+        self._tell(lambda callback, now: callback.on_checkpoint(now, written))
+
+    def _new_pool(self) -> Pool:
+        """An empty pool of all ranks."""
+        recipe, ranks = self.recipe, self.ranks
+        local = SamplePool.from_recipe(
+            recipe.pool,
+            part_of_samples(recipe, ranks),
+            self.shape,
+            device=self.pipeline.device,
+            folder=None if self.folder is None else self.folder.path,
+            decode=self.pipeline.guidance_decoder,
+            processes=ranks.local_size,
+        )
+        return pool_of_ranks(local, ShardLayout(ranks, recipe.generator.batch_size))
 
 
 def part_of_samples(recipe: Recipe, ranks: Ranks) -> int:

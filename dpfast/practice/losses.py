@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,23 +21,26 @@ class Losses:
     def __init__(self, loader: Loader, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.loader, self.ranks = loader, ranks
         self.total = torch.zeros((), device=device)  # since the last ``mean``
-        self._bad = torch.zeros(
-            (), dtype=torch.int64, device=device
-        )  # the first step without a finite loss; 0: none
+        self._begun = False  # whether there was a step since then, on any rank: on all alike
+        # the first step without a finite loss; 0: none
+        self._bad = torch.zeros((), dtype=torch.int64, device=device)
         self.anchor(0)
 
     def anchor(self, step: int) -> None:
-        """All steps up to this one were good, and the loader stands behind it."""
+        """Says that all steps up to this one were good, and that the loader stands behind it."""
         self._step, self._position = step, self.loader.state_dict()
 
     def add(self, loss: Tensor, step: int) -> None:
+        """Takes the 0-d loss of a step."""
+        self._begun = True
         self.total += loss
         self._bad += torch.where((self._bad == 0) & ~loss.isfinite(), step, 0)
 
     def mean(self, steps: int) -> float:
-        """Of the last ``steps`` steps over all ranks; the sum begins anew."""
+        """The mean of the last ``steps`` steps over all ranks; the sum begins anew."""
         mean = float(self.ranks.all_gather(self.total).mean()) / steps
         self.total.zero_()
+        self._begun = False
         return mean
 
     def bad(self) -> int:
@@ -51,3 +56,17 @@ class Losses:
         """
         rows = self.loader.indices_after(self._position, step - self._step)
         return sorted(self.loader.pool.column("sample_id")[rows].tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        """(ranks,) sums since the last ``mean``, and the anchor.
+
+        Collective, but right after ``mean``: the sums are known there, and one rank may ask alone.
+        """
+        sums = self.ranks.all_gather(self.total) if self._begun else torch.zeros(self.ranks.size)
+        return {"sums": sums, "step": self._step, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        sums, size = state["sums"], self.ranks.size
+        self.total.copy_(sums[self.ranks.rank] if len(sums) == size else sums.mean())
+        self._begun = True
+        self._step, self._position = state["step"], state["position"]

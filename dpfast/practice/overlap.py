@@ -20,12 +20,11 @@ the hosts: on a GPU it would be a second communicator beside the gradients'
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +39,13 @@ from dpfast.parallel import Ranks
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import Heartbeat
 from dpfast.pool.pool import SamplePool
-from dpfast.practice.callbacks import Addition, Callback
 from dpfast.practice.stopping import Stop
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
 from dpfast.sources.guided_methods import joined
-from dpfast.sources.sources import DeliberatePracticeSource, Round, Unguided
-from dpfast.sources.yardstick import Yardstick
+from dpfast.sources.sources import DeliberatePracticeSource, Round, Source, Unguided
 
-if TYPE_CHECKING:
-    from dpfast.practice.loop import Loop
+WEIGHTS = "weights/"  # of the learner, in the names of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -107,19 +103,17 @@ class OverlapGroups:
         self.store.delete_key(f"overlap/{key}/{int(not self.makes)}")
 
 
-class OverlappedSource(Callback):
-    """The source "dp" of a trainer: its rounds come from the makers. As a callback it publishes the
+class OverlappedSource(Source):
+    """The source "dp" of a trainer: its rounds come from the makers, to whom it publishes the
     learner.
     """
-
-    moments: Collection[int] | None = None
-    streams = False
 
     def __init__(
         self, source: DeliberatePracticeSource, guides: nn.Module, link: OverlapGroups
     ) -> None:
-        self.source, self.guides, self.link, self.cost = source, guides, link, source.cost
-        self.initial_samples = source.initial_samples
+        super().__init__(source.initial_samples)
+        self.source, self.guides, self.link = source, guides, link
+        self.cost, self.yardstick = source.cost, source.yardstick
         pipeline = source.sampler.pipeline
         self._images = image_shape(pipeline)
         self._latents = (
@@ -129,10 +123,6 @@ class OverlappedSource(Callback):
         self.snapshot: dict[str, Tensor] = {}  # the weights that guide it
         self._published = -1
         self._works: list[Any] = []
-
-    @property
-    def yardstick(self) -> Yardstick:
-        return self.source.yardstick
 
     def available(self, pool_size: int) -> int:
         return self.source.available(pool_size)
@@ -181,51 +171,29 @@ class OverlappedSource(Callback):
             images=images, labels=labels, sample_ids=ids, entropy=entropy, latents=latents
         )
 
-    def on_round(self, loop: Loop, addition: Addition) -> None:
-        self._next(loop)
+    def added(self, upcoming: Round | None) -> None:
+        self._begin(upcoming)
 
-    def on_step(self, loop: Loop) -> None:
+    def stepped(self, step: int, upcoming: Callable[[], Round | None]) -> None:
         if self.job is None:
             return
-        step, oldest = loop.trainer.step_count, loop.recipe.practice.overlap_staleness
-        due = (
-            -(-step // loop.interval) * loop.interval
-        )  # the next evaluation: before it no samples can be added
+        recipe = self.source.recipe
+        oldest = recipe.practice.overlap_staleness
+        interval = recipe.practice.interval(recipe.learner.batch_size)
+        due = -(-step // interval) * interval  # the next evaluation: before it none can be added
         if due - self.job.learner_step > oldest >= due - step:
-            self._next(loop)
+            self._begin(upcoming())
 
-    def on_end(self, loop: Loop) -> None:
+    def close(self) -> None:
         if self.link.trainers.first:
             self.link.tell("end")
 
-    def _next(self, loop: Loop) -> None:
+    def _begin(self, upcoming: Round | None) -> None:
         """Lets the makers begin the next round, guided by the learner of this moment."""
-        start, known = len(loop.pool), loop.state.per_class
-        count, most = self.available(start), loop.recipe.practice.maximum_rounds
-        if (
-            not count
-            or loop.trainer.cooling
-            or loop.state.frozen
-            or (most is not None and loop.additions >= most)
-        ):
+        if upcoming is None:
             self.job = None
-            return
-        per_class = (
-            None
-            if known is None
-            else torch.tensor([float("nan") if v is None else v for v in known])
-        )
-        step, number = loop.trainer.step_count, loop.state.round + 1
-        self._publish(
-            Round(
-                number=number,
-                start=start,
-                count=count,
-                learner_step=step,
-                per_class=per_class,
-                turn=loop.pool.turn,
-            )
-        )
+        else:
+            self._publish(upcoming)
 
     def _publish(self, job: Round, weights: dict[str, Tensor] | None = None) -> None:
         self.job = job
@@ -240,21 +208,25 @@ class OverlappedSource(Callback):
         self.snapshot = weights
         for work in self._works:
             work.wait()
-        self.link.tell(f"job/{self._published}", _plain(job))
+        self.link.tell(f"job/{self._published}", job.to_dict())
         self._works = [
             self.link.publishing.broadcast(value, 0, wait=False) for value in weights.values()
         ]
 
-    def state_dict(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-        """What a checkpoint keeps of a round on its way: what was asked for, and the weights that
-        guide it.
-        """
-        return (None, {}) if self.job is None else (_plain(self.job), self.snapshot)
+    def state_dict(self) -> dict[str, Any]:
+        """The cost, and of a round on its way what was asked for and the weights that guide it."""
+        state: dict[str, Any] = {**super().state_dict(), "job": None}
+        if self.job is not None:
+            state["job"] = self.job.to_dict()
+            state |= {f"{WEIGHTS}{name}": value for name, value in self.snapshot.items()}
+        return state
 
-    def load_state_dict(self, job: dict[str, Any] | None, weights: dict[str, Tensor]) -> None:
-        """Lets the makers begin again what they were at."""
-        if job is not None:
-            self._publish(_round(job), {name: weights[name] for name in self.guides.state_dict()})
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on, and lets the makers begin again what they were at."""
+        super().load_state_dict(state)
+        if state["job"] is not None:
+            weights = {name: state[f"{WEIGHTS}{name}"] for name in self.guides.state_dict()}
+            self._publish(Round.from_dict(state["job"]), weights)
 
 
 class GeneratorRank:
@@ -328,7 +300,7 @@ class GeneratorRank:
             received = torch.empty_like(value, device="cpu")
             self.link.publishing.broadcast(received, 0)
             value.copy_(received)
-        return _round(self.link.said(f"job/{self._taken}", 0))
+        return Round.from_dict(self.link.said(f"job/{self._taken}", 0))
 
     def _deliver(self, job: Round, made: list[SampleBatch], batches: Iterator[SampleBatch]) -> None:
         """Sends the batches of a round, those that are missing as soon as they are made."""
@@ -373,18 +345,3 @@ def _rows(batch: SampleBatch, rows: slice) -> SampleBatch:
         entropy=batch.entropy[rows],
         latents=latents,
     )
-
-
-def _plain(job: Round) -> dict[str, Any]:
-    known = (
-        None if job.per_class is None else [None if v != v else v for v in job.per_class.tolist()]
-    )
-    return {**dataclasses.asdict(job), "per_class": known}
-
-
-def _round(job: dict[str, Any]) -> Round:
-    known = job["per_class"]
-    per_class = (
-        None if known is None else torch.tensor([float("nan") if v is None else v for v in known])
-    )
-    return Round(**{**job, "per_class": per_class})

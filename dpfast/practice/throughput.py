@@ -5,59 +5,50 @@ TensorBoard.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+from dpfast.config import Recipe
 from dpfast.errors import InputError
+from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.memory import peak_memory
 from dpfast.hardware.peaks import Device, peaks_of
 from dpfast.launch import world_size
+from dpfast.learn.precision import in_bf16
 from dpfast.planning.training import count_training
+from dpfast.practice.callbacks import Progress
 from dpfast.sources.costs import Cost
-
-if TYPE_CHECKING:
-    from dpfast.practice.loop import Loop
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Seconds and steps of a loop up to a moment."""
-
-    step: int
-    training: float
-    evaluation: float
-    waited: float
-
-
 class Throughput:
-    """Of one loop, from the moment that it begins or goes on.
+    """Computes the rates of a run's loops, one after the other, from where they stand.
+
+    image: (C, H, W) of what the learner trains on.
 
     mfu is the share of the peak of all ranks' devices: FLOPs by torch's formulas over seconds,
     against the peak of the dtype that the models run in. It is left out where the peak is not
     known, or the learner cannot be counted.
     """
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-        self._before = self._now()
+    def __init__(self, recipe: Recipe, pipeline: Pipeline, image: tuple[int, ...]) -> None:
+        self.recipe, self.image = recipe, image
+        self.device = pipeline.device
+        self.classes = pipeline.denoiser.classes
+        self.half = in_bf16(recipe.learner.precision, pipeline.device)
+        self._before: Progress | None = None
 
     @cached_property
     def peaks(self) -> Device | None:
-        return peaks_of(self.loop.pipeline.device)
+        """The peaks of this rank's device; None where they are not known."""
+        return peaks_of(self.device)
 
     @cached_property
     def image_flops(self) -> float | None:
-        """Of an image in a training step."""
-        loop = self.loop
-        image = tuple(loop.real.validation.images.shape[1:])
+        """FLOPs of one image in a training step; None where they cannot be counted."""
+        learner = self.recipe.learner
         try:
-            counted = count_training(
-                loop.recipe.learner, loop.pipeline.denoiser.classes, image, half=loop.trainer.bf16
-            )
-            return counted.flops
+            return count_training(learner, self.classes, self.image, half=self.half).flops
         except (InputError, RuntimeError, NotImplementedError) as error:
             log.warning(
                 "the learner's FLOPs are not known, so no mfu of training: %s",
@@ -65,30 +56,37 @@ class Throughput:
             )
             return None
 
+    def begin(self, progress: Progress) -> None:
+        """Starts with a loop that begins, or goes on."""
+        self._before = progress
+
     def generation(self, cost: Cost) -> dict[str, float]:
-        """Of a round that took ``cost``."""
-        half = self.loop.recipe.generator.dtype != "float32"
+        """The rates of a round, given its ``cost``."""
+        half = self.recipe.generator.dtype != "float32"
         return {
             **self._share(cost.flops, cost.seconds, half=half),
             "skipped": cost.skipped,
             "retries": cost.retries,
-            "memory_peak": peak_memory(self.loop.pipeline.device),
+            "memory_peak": peak_memory(self.device),
         }
 
-    def interval(self) -> dict[str, float]:
-        """Of the training and the evaluation since the last call."""
-        before, now = self._before, self._now()
-        self._before, seconds = now, now.training - before.training
-        steps, wait = now.step - before.step, now.waited - before.waited
-        images = steps * self.loop.recipe.learner.batch_size
+    def interval(self, progress: Progress) -> dict[str, float]:
+        """The rates of training and evaluation since the last call, or since ``begin``."""
+        before = self._before
+        assert before is not None
+        self._before = progress
+        seconds = progress.training_seconds - before.training_seconds
+        wait = progress.waiting_seconds - before.waiting_seconds
+        steps = progress.step - before.step
+        images = steps * self.recipe.learner.batch_size
         return {
             "steps": steps,
             "seconds": seconds,
             "images_per_second": images / max(seconds, 1e-9),
-            **self._share(images * (self.image_flops or 0.0), seconds, half=self.loop.trainer.bf16),
+            **self._share(images * (self.image_flops or 0.0), seconds, half=self.half),
             "loader_wait": wait / max(seconds - wait, 1e-9),
-            "evaluation_seconds": now.evaluation - before.evaluation,
-            "memory_peak": peak_memory(self.loop.pipeline.device),
+            "evaluation_seconds": progress.evaluation_seconds - before.evaluation_seconds,
+            "memory_peak": peak_memory(self.device),
         }
 
     def _share(self, flops: float, seconds: float, *, half: bool) -> dict[str, float]:
@@ -96,12 +94,3 @@ class Throughput:
             return {}
         peak = self.peaks.half if half else self.peaks.full
         return {"mfu": flops / max(seconds, 1e-9) / (peak * world_size())}
-
-    def _now(self) -> Reading:
-        loop, state = self.loop, self.loop.state
-        return Reading(
-            loop.trainer.step_count,
-            state.training_seconds,
-            state.evaluation_seconds,
-            loop.loader.waited,
-        )

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpfast.practice import background, checkpoint
-from dpfast.practice import checkpointer as state
+from dpfast.practice import background, checkpoint, saved_samples
 from dpfast.rehearsal.device import scripted
 
 DIGEST = "rehearsed"
@@ -35,7 +34,8 @@ class RehearsedDisk:
             (checkpoint, "save_weights", self._save),
             (checkpoint, "load_file", lambda path: self._files[Path(path)]),
             (checkpoint, "_sha256", lambda _: DIGEST),
-            (state, "_promised", lambda _: 1 << 62),  # the other ranks have saved what they hold
+            # the other ranks have saved what they hold
+            (saved_samples, "_promised", lambda *_: 1 << 62),
         ]
 
     def _take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,9 +36,10 @@ from dpfast.parallel import Ranks
 from dpfast.planning.architectures import pipeline_of
 from dpfast.planning.memory import AHEAD
 from dpfast.practice import experiment, stopping
-from dpfast.practice.callbacks import Addition, Callback
+from dpfast.practice.callbacks import Addition, Callback, Progress
 from dpfast.practice.loop import Loop
-from dpfast.practice.run_folder import RunPaths, RunWriter
+from dpfast.practice.run_paths import RunPaths
+from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
 from dpfast.rehearsal.autocast import checkpoint
 from dpfast.rehearsal.device import META, FakeDevice
@@ -184,9 +185,9 @@ class RehearsedLoop(Loop):
             super()._add_samples()
         self.steps = 0
 
-    def _addition(self, round: Round) -> Addition:
+    def _account(self, request: Round) -> Addition:
         with self.device.phase("account of a round"):
-            return super()._addition(round)
+            return super()._account(request)
 
     def _finish(self) -> Any:
         with self.device.phase("final evaluation"), self.device.kind("evaluation"):
@@ -290,8 +291,8 @@ class _StopsAt(Callback):
     def __init__(self, step: int) -> None:
         self.step, self.stop = step, Stop()
 
-    def on_step(self, loop: Loop) -> None:
-        if loop.trainer.step_count == self.step:
+    def on_step(self, progress: Progress) -> None:
+        if progress.step == self.step:
             self.stop.requested = True
 
 

@@ -5,6 +5,7 @@ inclusion.
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,11 @@ def errors_around(
     saved = run.path / f"checkpoints_{source}"
     rounds = int(pool.column("round").max()) if len(pool) else 0
     paths = [checkpoint.at_round(saved, number) for number in range(rounds)]
-    newest = checkpoint.latest(saved) if rounds and all(paths) else None
+    try:
+        newest = checkpoint.latest(saved) if rounds and all(paths) else None
+    except checkpoint.VersionError as error:
+        warnings.warn(f"{error}; the errors by round are left out", stacklevel=2)
+        return None
     if newest is None:
         return None
     recipe = Recipe.from_dict(run.recipe)
@@ -70,7 +75,7 @@ def errors_around(
     learner = in_precision(model, recipe.learner.precision, torch.device(device))
     wrong = []
     for state in states:
-        _with(model, state.tensors, weights)
+        _with(model, state.components["trainer"], weights)
         wrong.append(_wrong(learner, pool, members))
     sums: dict[int, list[int]] = {}  # mistakes and samples, of all and of the hard ones
     for new in range(rounds):  # the samples of round new + 1; the learner at index new guided them
@@ -88,8 +93,8 @@ def errors_around(
     )
 
 
-def _with(model: nn.Module, tensors: dict[str, Tensor], weights: str) -> nn.Module:
-    trained = checkpoint.part("trainer", tensors)
+def _with(model: nn.Module, trained: dict[str, Tensor], weights: str) -> nn.Module:
+    """``model`` in eval mode with the "ema" or "raw" weights of a trainer's state."""
     prefix = f"{'ema' if weights == 'ema' else 'model'}/"
     model.load_state_dict(
         {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}

@@ -84,7 +84,7 @@ def say(rank, ports, options, root):
 def launch_folder(options, root):
     """A run of the recipe that has just begun."""
     from dpfast.cli.recipes import recipe_of
-    from dpfast.practice.run_folder import RunWriter
+    from dpfast.practice.run_writer import RunWriter
 
     parser = command._Parser()
     command.run.add(parser.add_subparsers())

@@ -11,7 +11,7 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunWriter
+from dpfast.practice.run_writer import RunWriter
 from tests.practice import conftest
 
 recipe = conftest.recipe

@@ -17,12 +17,12 @@ from dpfast.config import fields, short_name
 from dpfast.errors import InputError, RecipeError
 from dpfast.logs import logged
 from dpfast.parallel import Ranks
-from dpfast.practice import checkpoint, run_folder
+from dpfast.practice import checkpoint, run_paths
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.changes import RULES, continued
 from dpfast.practice.contents import UnknownContentsWarning
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunWriter
+from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
 from tests.practice.test_loop import run, with_
 
@@ -33,8 +33,8 @@ class At(Callback):
     def __init__(self, stop, step):
         self.stop, self.step = stop, step
 
-    def on_step(self, loop):
-        self.stop.requested = self.stop.requested or loop.trainer.step_count == self.step
+    def on_step(self, progress):
+        self.stop.requested = self.stop.requested or progress.step == self.step
 
 
 @pytest.fixture
@@ -228,9 +228,7 @@ def looked(folders):
     def look(rank):
         folders[rank].mkdir(exist_ok=True)
         try:
-            found[rank] = run_folder.check_shared(
-                folders[rank], Two(rank=rank, size=2, store=lines)
-            )
+            found[rank] = run_paths.check_shared(folders[rank], Two(rank=rank, size=2, store=lines))
         except InputError as error:
             found[rank] = str(error)
 
@@ -243,7 +241,7 @@ def looked(folders):
 
 
 def test_a_rank_that_does_not_see_the_folder_of_the_first_is_named_on_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "SEEN", 0.3)
+    monkeypatch.setattr(run_paths, "SEEN", 0.3)
     assert looked([tmp_path / "a", tmp_path / "a"]) == {0: None, 1: None}
     for error in looked([tmp_path / "a", tmp_path / "b"]).values():
         assert re.match(

@@ -16,7 +16,7 @@ from dpfast.practice import experiment as loop_module
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.checkpointer import LoopCheckpointer
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunWriter
+from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import LossError
 from dpfast.report.metrics import result_table
 
@@ -142,7 +142,7 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, sa
     (dp, static), _ = run(recipe, tmp_path / "whole")
     begin, count = LoopCheckpointer._begin, 0
 
-    def killing(self, losses):
+    def killing(self, moment):
         nonlocal count
         count += 1
         with monkeypatch.context() as patched:
@@ -151,12 +151,12 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, sa
                     checkpoint, "durable", None
                 )  # the weights' file is there, the JSON is not
                 self.writer.clear()
-            begin(self, losses)
+            begin(self, moment)
             self.writer.wait()
         if count == saves:
             self.writer.collect()
             self.folder.log(
-                "evaluation", self.loop.name, 10**6
+                "evaluation", self.samples.source, 10**6
             )  # a line that came after the checkpoint
             raise Killed
 

@@ -102,20 +102,18 @@ def test_what_training_leaves_is_given_back_before_samples_are_made(short):
     held = []
 
     class Looking(Callback):
-        def on_step(self, loop):
-            held.append(self.of(loop))
+        def on_step(self, progress):
+            held.append(self.of(practice.loop))
 
-        def on_samples(self, loop, batch):
-            held.append(self.of(loop))
+        def on_samples(self, progress, batch):
+            held.append(self.of(practice.loop))
 
         def of(self, loop):
-            return sum(p.grad is not None for p in loop.trainer.model.parameters()), len(
-                loop.loader._queue
-            )
+            gradients = sum(p.grad is not None for p in loop.trainer.model.parameters())
+            return gradients, len(loop.loader._queue)
 
-    DeliberatePractice(with_(short, "practice", sources=("dp",))).run(
-        progress=False, callbacks=[Looking()]
-    )
+    practice = DeliberatePractice(with_(short, "practice", sources=("dp",)))
+    practice.run(progress=False, callbacks=[Looking()])
     of_samples = [i for i, (gradients, _) in enumerate(held) if not gradients]
     assert len(of_samples) == 5 + 2 * 3  # batches of the rounds
     assert all(held[i] == (0, 0) for i in of_samples)

@@ -15,10 +15,9 @@ from dpfast import launch, logs
 from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.practice.callbacks import Callback
+from dpfast.practice.callbacks import Callback, LogCallback
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.journal import LogCallback
-from dpfast.practice.run_folder import RunWriter
+from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
 from tests.practice.test_loop import with_
 
@@ -46,14 +45,14 @@ class Asked(Callback):
     def __init__(self, stop):
         self.stop = stop
 
-    def on_step(self, loop):
-        if loop.trainer.step_count == 12:
+    def on_step(self, progress):
+        if progress.step == 12:
             warnings.warn("the disk is nearly full", UserWarning, stacklevel=1)
             self.stop.requested = True
 
 
 class Broken(Callback):
-    def on_round(self, loop, addition):
+    def on_round(self, progress, addition):
         raise RuntimeError("no more")
 
 

@@ -15,7 +15,8 @@ from dpfast.parallel import ALONE
 from dpfast.pool.reader import open_pool
 from dpfast.practice import experiment
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunPaths, RunWriter
+from dpfast.practice.run_paths import RunPaths
+from dpfast.practice.run_writer import RunWriter
 from dpfast.report.page import write_report
 from dpfast.sources import yardstick
 from tests.memory_limit import MemoryLimit

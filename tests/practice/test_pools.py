@@ -19,10 +19,10 @@ from dpfast.pool.pool import SamplePool
 from dpfast.pool.reader import open_pool
 from dpfast.practice import disk
 from dpfast.practice.branch import prepare_branch
-from dpfast.practice.callbacks import Callback
+from dpfast.practice.callbacks import Callback, LogCallback
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.journal import LogCallback
-from dpfast.practice.run_folder import RunWriter, check_saving, check_vacant
+from dpfast.practice.run_paths import check_saving, check_vacant
+from dpfast.practice.run_writer import RunWriter
 from tests.practice.test_loop import with_
 
 EVERYTHING = torch.arange(45)
@@ -154,8 +154,8 @@ class FullAt(Callback):
     def __init__(self, step, room):
         self.step, self.room = step, room
 
-    def on_step(self, loop):
-        if loop.trainer.step_count == self.step:
+    def on_step(self, progress):
+        if progress.step == self.step:
             self.room.enter_context(files_of_at_most(1))
 
 
@@ -189,8 +189,8 @@ def test_lines_that_a_disk_has_refused_are_written_once_there_is_room(short, tmp
     run(short, tmp_path / "whole")
 
     class RoomAgain(Callback):
-        def on_step(self, loop):
-            if loop.trainer.step_count == 23:
+        def on_step(self, progress):
+            if progress.step == 23:
                 room.close()
 
     with (

@@ -13,9 +13,9 @@ from dpfast.parallel import heartbeat
 from dpfast.practice import checkpoint
 from dpfast.practice.background import CheckpointTimer, HostCopy
 from dpfast.practice.callbacks import Callback
-from dpfast.practice.checkpointer import LoopCheckpointer
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunWriter
+from dpfast.practice.run_writer import RunWriter
+from dpfast.practice.saved_samples import SavedSamples
 from tests.practice.test_loop import run, with_
 
 
@@ -33,15 +33,16 @@ class Passing(Callback):
     """So many seconds a step; ``at``: what is to happen after which step."""
 
     patient = True
+    practice = None  # whose loops it hears; ``go`` says
 
     def __init__(self, clock, seconds, at=None):
         self.clock, self.seconds, self.at = clock, seconds, at or {}
 
-    def on_step(self, loop):
+    def on_step(self, progress):
         if self.patient:
-            loop.keeper.writer.wait()  # what takes no time by that clock
+            self.practice.loop.checkpointer.writer.wait()  # what takes no time by that clock
         self.clock.seconds += self.seconds
-        self.at.get(loop.trainer.step_count, lambda: None)()
+        self.at.get(progress.step, lambda: None)()
 
 
 class Killed(Exception):
@@ -57,14 +58,14 @@ def clock(monkeypatch):
     """The clock of all saving. Samples are on the disk before it goes on: a checkpoint that waits
     for them is dropped
     for a newer one, which is right where the clock is the true one."""
-    clock, save_samples = Clock(), LoopCheckpointer.save_samples
+    clock, save = Clock(), SavedSamples.save
 
-    def saved(keeper):
-        save_samples(keeper)
-        keeper._saver.wait()
+    def saved(samples):
+        save(samples)
+        samples.wait()
 
     monkeypatch.setattr(heartbeat.Clock, "now", clock)
-    monkeypatch.setattr(LoopCheckpointer, "save_samples", saved)
+    monkeypatch.setattr(SavedSamples, "save", saved)
     return clock
 
 
@@ -82,8 +83,9 @@ def usual(recipe):
 
 
 def go(recipe, path, callback, **options):
+    callback.practice = DeliberatePractice(recipe)
     with RunWriter(path, recipe, **options) as folder:
-        return DeliberatePractice(recipe).run(folder, progress=False, callbacks=[callback])
+        return callback.practice.run(folder, progress=False, callbacks=[callback])
 
 
 def saved_at(path):
@@ -136,7 +138,7 @@ def test_a_run_killed_between_two_evaluations_loses_ten_minutes_and_ends_in_the_
         go(recipe, tmp_path / "run", Passing(clock, 300.0, {25: die}))
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints_dp")
     assert newest.step == 24
-    assert float(newest.tensors["loss_sum"].abs().sum()) > 0  # in the middle of an interval
+    assert float(newest.tensors["losses/sums"].abs().sum()) > 0  # in the middle of an interval
     (resumed,) = go(recipe, tmp_path / "run", Passing(clock, 1.0), resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
         tmp_path / "whole" / "metrics.jsonl"
@@ -154,22 +156,21 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written_of_the_moment_that_it_wa
     save, room, seen = checkpoint.save, threading.Event(), {}
     recipe = with_(usual, "practice", maximum_rounds=0, checkpoints_kept=100)
 
-    def hanging(folder, step, tensors, *rest, **named):
-        if step == 5:
+    def hanging(folder, taken, **named):
+        if taken.step == 5:
             assert room.wait(60)
-        return save(folder, step, tensors, *rest, **named)
+        return save(folder, taken, **named)
 
     class Watching(Passing):
-        def on_step(self, loop):
-            self.patient = loop.trainer.step_count < 5  # for the checkpoints before
-            super().on_step(loop)
-            if loop.trainer.step_count in (5, 20):
-                seen[loop.trainer.step_count] = loop.trainer.model.state_dict()[
-                    "model.classifier.1.weight"
-                ].clone()
-                self.loop = loop
-            if loop.trainer.step_count == 20:
-                assert loop.keeper.writer.writing
+        def on_step(self, progress):
+            self.patient = progress.step < 5  # for the checkpoints before
+            super().on_step(progress)
+            loop = self.practice.loop
+            if progress.step in (5, 20):
+                weights = loop.trainer.model.state_dict()["model.classifier.1.weight"]
+                seen[progress.step] = weights.clone()
+            if progress.step == 20:
+                assert loop.checkpointer.writer.writing
                 room.set()
 
     monkeypatch.setattr(checkpoint, "save", hanging)

@@ -33,11 +33,11 @@ def test_errors_are_those_of_the_learners_of_the_rounds(folder):
     # the learner that guided gave the entropies at birth: it is the one at offset 0
     config = Recipe.from_dict(read_run(folder).recipe).learner
     model = build_learner(config.model, classes=3, channels=1, **config.options)
-    tensors = checkpoint.load(checkpoint.at_round(folder / "checkpoints_dp", 0)).tensors
+    kept = checkpoint.load(checkpoint.at_round(folder / "checkpoints_dp", 0))
     rows = torch.arange(30, 45)
     born = pool.column("entropy")[rows]
     torch.testing.assert_close(
-        entropy(predict(_with(model, tensors, "ema"), pool.images(rows))), born
+        entropy(predict(_with(model, kept.components["trainer"], "ema"), pool.images(rows))), born
     )
 
 

@@ -15,7 +15,7 @@ from dpfast.generate.trajectory import Trajectory
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.practice.run_folder import RunWriter
+from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
 from dpfast.sources.costs import Cost
 from dpfast.sources.guided_methods import EarlyRejection, RePractice, RoundRequest
@@ -200,8 +200,8 @@ class Stopping(Callback):
     def __init__(self, stop):
         self.stop = stop
 
-    def on_samples(self, loop, batch):
-        if loop.state.round == 0 and len(loop.pool) == 36:
+    def on_samples(self, progress, batch):
+        if progress.round == 0 and progress.pool_size == 36:
             self.stop.requested = True
 
 

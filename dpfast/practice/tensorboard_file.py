@@ -1,4 +1,4 @@
-"""Numbers for TensorBoard, in a file of its own kind."""
+"""Numbers for TensorBoard, in a file of its own format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from dpfast.extras import require
 
 
-class Events:
+class TensorBoardFile:
     """Writes scalars into ``events.out.tfevents.*`` of a folder, at once and in the caller's
     thread.
 

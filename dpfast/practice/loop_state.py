@@ -1,0 +1,97 @@
+"""What a loop remembers beside its learner and its samples, and what all that a checkpoint keeps
+answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dpfast.feed.loader import PoolLoader
+
+
+class Component(Protocol):
+    """A part of a loop that keeps its own state: ``Loop.components`` names them all."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that what comes depends on: names with tensors, or with values that JSON can
+        hold.
+        """
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from where ``state_dict`` was taken."""
+        ...
+
+
+@dataclass
+class LoopState:
+    """Where a loop stands in Algorithm 1.
+
+    round: the newest complete one, -1 before the initial samples, which are round 0. rounds: the
+    samples of every complete one. pending: whether the next round is due, or being made;
+    round_start: the pool's size before it, or before the newest one. moments: the steps after which
+    samples were added. frozen: no more are added, in a branch. accuracy, per_class: of the last
+    evaluation, (K,) float32, NaN for a class without images.
+    """
+
+    round: int = -1
+    rounds: list[int] = field(default_factory=list)
+    pending: bool = True
+    round_start: int = 0
+    moments: list[int] = field(default_factory=list)
+    frozen: bool = False
+    finished: bool = False
+    accuracy: float | None = None
+    per_class: Tensor | None = None
+
+    @property
+    def additions(self) -> int:
+        """Complete rounds after the initial samples."""
+        return max(self.round, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {each.name: getattr(self, each.name) for each in fields(self)}
+        return state | {"rounds": list(self.rounds), "moments": list(self.moments)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class LoopSeconds:
+    """The seconds that a loop has spent, in all lives of a run that went on.
+
+    training, evaluation: between the two brackets of ``of``; waiting: of training, for batches.
+    """
+
+    def __init__(self, loader: PoolLoader) -> None:
+        self.training = self.evaluation = 0.0
+        self._loader = loader
+        self._waited_before = 0.0
+
+    @property
+    def waiting(self) -> float:
+        """Seconds that training has waited for batches."""
+        return self._waited_before + self._loader.waited
+
+    @contextlib.contextmanager
+    def of(self, phase: str) -> Iterator[None]:
+        """Adds the time within it to ``phase``, "training" or "evaluation"."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, phase, getattr(self, phase) + time.perf_counter() - started)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"training": self.training, "evaluation": self.evaluation, "waiting": self.waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.training, self.evaluation = state["training"], state["evaluation"]
+        self._waited_before = state["waiting"] - self._loader.waited

@@ -1,0 +1,262 @@
+"""What the first rank writes into the folder of a run: its recipe, lines of metrics and timings,
+TensorBoard's events and the learner's weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpfast.config import RECIPE_FILE, Recipe
+from dpfast.errors import InputError, unsaved
+from dpfast.evaluate.measures import Evaluation
+from dpfast.parallel import ALONE, Ranks
+from dpfast.pool.owner import OwnedError, Owner
+from dpfast.practice import checkpoint
+from dpfast.practice.background import Written
+from dpfast.practice.callbacks import Addition, Callback, Progress
+from dpfast.practice.changes import record_changes, write_recipe
+from dpfast.practice.checkpoint import save_weights
+from dpfast.practice.result import Result
+from dpfast.practice.run_paths import RunPaths, check_vacant
+from dpfast.practice.tensorboard_file import TensorBoardFile
+from dpfast.practice.throughput import Throughput
+
+log = logging.getLogger(__name__)
+
+
+class RunWriter(RunPaths):
+    """The paths of a run whose files this process writes: the only one, or the first rank.
+
+    recipe: with which the run goes on, where that may not be the one that was asked for.
+    """
+
+    writes = True
+
+    def __init__(
+        self,
+        path: Path,
+        recipe: Recipe,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        ranks: Ranks = ALONE,
+        born: str | None = None,
+    ) -> None:
+        super().__init__(path, ranks)
+        self.recipe = recipe = check_vacant(path, recipe, overwrite=overwrite, resume=resume)
+        if path.exists() and not resume:
+            _remove(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"out = {str(path)!r}: cannot be made: {error.strerror}") from error
+        self._owner = owned(path)
+        self._changes: dict[str, list[Any]] = {}
+        if resume:
+            self._changes = record_changes(path, recipe, _steps(path))
+        else:
+            write_recipe(path, recipe, born=born)
+        self._metrics = (path / "metrics.jsonl").open("a")
+        self._timings = (path / "timings.jsonl").open("a")
+        self._events: TensorBoardFile | None = TensorBoardFile(path)
+
+    def watchers(self, throughput: Throughput) -> Sequence[Callback]:
+        return (MetricsCallback(self, throughput),)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lengths of both files of lines, bytes. Raises ``OSError`` where they lag behind."""
+        return {"metrics": self._metrics.tell(), "timings": self._timings.tell()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, file in (("metrics", self._metrics), ("timings", self._timings)):
+            size = state.get(name, 0)
+            file.truncate(size)
+            file.seek(size)
+
+    def sync(self) -> None:
+        for file in (self._metrics, self._timings):
+            os.fsync(file.fileno())
+
+    def log_changes(self) -> None:
+        """Logs, once, which fields of the recipe a resumed run has changed; the run's log is in its
+        folder, and so begins after the folder is opened.
+        """
+        for name, (was, value) in self._changes.items():
+            log.info("from here on %s = %r, it was %r", name, value, was)
+        self._changes = {}
+
+    def log(self, event: str, source: str, step: int, **values: Any) -> None:
+        """Writes one line of ``metrics.jsonl`` and its numbers as TensorBoard scalars
+        "source/event/name".
+        """
+        self._write(self._metrics, event, source, step, values)
+
+    def time(self, event: str, source: str, step: int, **values: Any) -> None:
+        """Writes one line of ``timings.jsonl``."""
+        self._write(self._timings, event, source, step, values)
+
+    def _write(self, file: Any, event: str, source: str, step: int, values: dict[str, Any]) -> None:
+        with unsaved(
+            f"{Path(file.name).name} lags behind"
+        ):  # the line stays in its buffer until there is room
+            file.write(
+                json.dumps({"event": event, "source": source, "step": step, **values}) + "\n"
+            )
+            file.flush()
+        if self._events is None:
+            return
+        numbers = {
+            f"{source}/{event}/{k}": float(v)
+            for k, v in values.items()
+            if isinstance(v, (int, float))
+        }
+        events, self._events = self._events, None  # given up, unless the disk takes it
+        with unsaved(
+            "TensorBoard's events end here", "metrics.jsonl and timings.jsonl have the numbers"
+        ):
+            events.scalars(step, numbers)
+            self._events = events
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in (self._metrics, self._timings):
+            with unsaved(f"{Path(file.name).name} is not complete", "its last lines are lost"):
+                file.close()
+        if self._events is not None:
+            self._events.close()
+        self._owner.close()
+
+
+class MetricsCallback(Callback):
+    """Writes what a loop tells into the files of its run, and at its end the learner's weights."""
+
+    def __init__(self, folder: RunWriter, throughput: Throughput) -> None:
+        self.folder, self.throughput = folder, throughput
+
+    def on_start(self, progress: Progress) -> None:
+        self.folder.log_changes()
+        self.throughput.begin(progress)
+
+    def on_round(self, progress: Progress, addition: Addition) -> None:
+        cost = addition.cost
+        self.folder.time(
+            "generation",
+            progress.source,
+            progress.step,
+            round=addition.number,
+            made=cost.samples,
+            samples=addition.added,
+            seconds=cost.seconds,
+            samples_per_second=addition.added / max(cost.seconds, 1e-9),
+            forwards=cost.forwards,
+            flops=cost.flops,
+            **self.throughput.generation(cost),
+        )
+        if addition.number:
+            self.folder.log(
+                "addition",
+                progress.source,
+                progress.step,
+                round=addition.number,
+                samples=addition.total,
+                entropy=addition.entropy,
+                unguided_entropy=addition.unguided_entropy,
+                pruning_ratio=addition.pruning_ratio,
+            )
+
+    def on_evaluation(self, progress: Progress, evaluation: Evaluation, loss: float) -> None:
+        rates = self.throughput.interval(progress)
+        self.folder.time("interval", progress.source, progress.step, **rates)
+        self.folder.log(
+            "evaluation",
+            progress.source,
+            progress.step,
+            accuracy=evaluation.top1,
+            loss=loss,
+            validation_loss=evaluation.loss,
+            entropy=evaluation.entropy,
+            samples=progress.pool_size,
+        )
+
+    def on_checkpoint(self, progress: Progress, written: Written) -> None:
+        self.folder.time(
+            "checkpoint",
+            progress.source,
+            written.step,
+            waited=written.waited,
+            seconds=written.seconds,
+            bytes=written.bytes,
+        )
+
+    def on_result(self, progress: Progress, result: Result) -> None:
+        seconds = result.training_seconds
+        self.folder.time(
+            "training",
+            progress.source,
+            progress.step,
+            seconds=seconds,
+            evaluation_seconds=result.evaluation_seconds,
+            steps_per_second=result.iterations / max(seconds, 1e-9),
+            loader_wait=result.loader_wait,
+        )
+        self.folder.log(
+            "result",
+            progress.source,
+            progress.step,
+            samples=progress.pool_size,
+            additions=result.additions,
+            validation_accuracy=result.validation.top1,
+            test_accuracy=result.test.top1,
+            test_per_class=[round(float(v), 6) for v in result.test.per_class],
+        )
+        for row in result.sets:
+            self.folder.log("set", progress.source, progress.step, **row.to_dict())
+        name = f"learner_{progress.source}.safetensors"
+        with unsaved(f"{name} was not written"):
+            save_weights(result.learner.state_dict(), self.folder.path / name)
+
+
+def owned(path: Path) -> Owner:
+    """Makes this process the one that writes a run's folder. Raises ``InputError`` where another
+    does, or none can.
+    """
+    try:
+        return Owner(path)
+    except OwnedError as error:
+        raise InputError(f"out = {str(path)!r}: {error}") from error
+    except OSError as error:
+        raise InputError(f"out = {str(path)!r}: cannot be written: {error.strerror}") from error
+
+
+def _steps(path: Path) -> dict[str, int]:
+    """The optimiser steps of the newest checkpoint of every source that has one."""
+    found = {}
+    for folder in sorted(path.glob("checkpoints_*")):
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            newest = checkpoint.paths(folder)[-1]
+            found[folder.name.removeprefix("checkpoints_")] = json.loads(newest.read_text())["step"]
+    return found
+
+
+def _remove(path: Path) -> None:
+    """Removes a run. Its recipe goes last: killed on the way, the rest is still a run that may be
+    replaced.
+    """
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != RECIPE_FILE:
+            entry.unlink()
+    shutil.rmtree(path)
