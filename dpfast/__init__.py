@@ -11,11 +11,17 @@ if TYPE_CHECKING:
     from dpfast.adapters import GuidanceCallback, GuidedDDIMScheduler, LearnerGuidance, make_cond_fn
     from dpfast.config import Recipe
     from dpfast.errors import InputError, RecipeError
+    from dpfast.feed import make_loader
+    from dpfast.feed.augment import Augment
+    from dpfast.feed.loader import Loader
     from dpfast.generate.guidance import GuidanceConfig
     from dpfast.generate.pipelines import Pipeline
     from dpfast.generate.sampler import GuidedSampler
     from dpfast.ops import entropy, entropy_and_grad, gather_batch, guided_step, normal
+    from dpfast.pool.batch import BatchFormat
     from dpfast.pool.pool import SamplePool
+    from dpfast.pool.protocol import Pool
+    from dpfast.pool.reader import open_pool
     from dpfast.practice.experiment import DeliberatePractice
     from dpfast.practice.result import Result
     from dpfast.samples import SampleBatch
@@ -39,11 +45,19 @@ _HOME = {
     "gather_batch": "dpfast.ops",
     "guided_step": "dpfast.ops",
     "normal": "dpfast.ops",
+    "Pool": "dpfast.pool.protocol",
     "SamplePool": "dpfast.pool.pool",
+    "open_pool": "dpfast.pool.reader",
+    "BatchFormat": "dpfast.pool.batch",
+    "Augment": "dpfast.feed.augment",
+    "Loader": "dpfast.feed.loader",
+    "make_loader": "dpfast.feed",
     "DeliberatePractice": "dpfast.practice.experiment",
     "Result": "dpfast.practice.result",
 }
 __all__ = [
+    "Augment",
+    "BatchFormat",
     "DeliberatePractice",
     "GuidanceCallback",
     "GuidanceConfig",
@@ -51,7 +65,9 @@ __all__ = [
     "GuidedSampler",
     "InputError",
     "LearnerGuidance",
+    "Loader",
     "Pipeline",
+    "Pool",
     "Recipe",
     "RecipeError",
     "Result",
@@ -62,7 +78,9 @@ __all__ = [
     "gather_batch",
     "guided_step",
     "make_cond_fn",
+    "make_loader",
     "normal",
+    "open_pool",
 ]
 
 

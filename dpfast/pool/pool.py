@@ -210,8 +210,11 @@ class SamplePool:
 
         Raises what ``append`` raises.
         """
-        if len(labels) != len(payload):
-            raise InputError(f"{len(labels)} labels for {len(payload)} samples")
+        if labels.shape != (len(payload),) or labels.is_floating_point():
+            raise InputError(
+                f"labels are {labels.dtype} {tuple(labels.shape)}, expected an integer for each of "
+                f"{len(payload)} samples"
+            )
         records = np.zeros(len(labels), RECORD)
         records["label"] = labels.cpu().numpy()
         records["sample_id"] = len(self) + np.arange(len(labels))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpfast.errors import InputError
 from dpfast.ops import dispatch
 from dpfast.pool import codecs
 from dpfast.pool.batch import BatchFormat
@@ -304,3 +305,18 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="without a folder"):
         MemoryTiers(file_bytes=1)
     assert len(pool) == 3
+
+
+def test_images_of_any_origin_are_numbered_and_each_call_is_a_round():
+    pool = SamplePool()
+    for count in (3, 2):
+        pool.append_images(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), torch.arange(count))
+    assert pool.fresh == 2
+    assert pool.column("sample_id").tolist() == [0, 1, 2, 3, 4]
+    assert pool.column("round").tolist() == [0, 0, 0, 1, 1]
+    assert pool.column("label").tolist() == [0, 1, 2, 0, 1]
+    assert pool.column("entropy").isnan().all()
+    for labels in (torch.zeros(2), torch.arange(3)):
+        with pytest.raises(InputError, match="labels are"):
+            pool.append_images(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), labels)
+    assert len(pool) == 5
