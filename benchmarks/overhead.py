@@ -37,7 +37,7 @@ def start_seconds(rounds: int) -> dict[str, Any]:
     """Medians of ``rounds`` starts, each in a process of its own."""
     from PIL import Image
 
-    from dpfast.data import imagenet
+    from dpfast import imagenet
     from tests.tiny_pipelines import stable_diffusion
 
     with tempfile.TemporaryDirectory() as folder:

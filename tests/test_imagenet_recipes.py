@@ -9,9 +9,9 @@ import shutil
 import pytest
 from PIL import Image
 
+from dpfast import imagenet
 from dpfast.cli.main import main
 from dpfast.config import RECIPES, Recipe, flat, short_name
-from dpfast.data import imagenet
 from dpfast.generate.pipelines.folder import PipelineFolder
 
 COMMON = {

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dpfast.data import imagenet
+from dpfast import imagenet
 from dpfast.errors import InputError
 from dpfast.parallel import ALONE, Ranks
 

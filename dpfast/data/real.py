@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpfast import imagenet
 from dpfast.config import ASSETS
-from dpfast.data import fashion, imagenet
+from dpfast.data import fashion
 from dpfast.data.folders import (
     BATCH,
     SUFFIXES,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.data import imagenet
+from dpfast import imagenet
 from dpfast.data.folders import BATCH, open_folder
 from dpfast.data.real import RealSet
 from dpfast.errors import InputError

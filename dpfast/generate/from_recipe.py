@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast import imagenet
 from dpfast.config import RECIPE_FILE, Generator, Recipe
-from dpfast.data import imagenet
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.models.decoder import ResizedDecoder
 from dpfast.generate.pipelines import Pipeline, families

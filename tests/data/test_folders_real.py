@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpfast.data import imagenet
+from dpfast import imagenet
 from dpfast.data.real import check_real, count_real, load_real
 from dpfast.errors import InputError
 

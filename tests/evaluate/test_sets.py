@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpfast.data import imagenet
+from dpfast import imagenet
 from dpfast.data.real import RealSet
 from dpfast.errors import InputError
 from dpfast.evaluate.sets import evaluate_sets, evaluation_sets

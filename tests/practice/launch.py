@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dpfast.data import imagenet
+from dpfast import imagenet
 from tests import tiny_pipelines
 
 ROOT = Path(__file__).parents[2]
