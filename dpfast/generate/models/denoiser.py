@@ -13,9 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from dpfast.generate.models.conditioning import share_conditioning
-from dpfast.generate.models.linear import freeze_linear
-from dpfast.generate.models.projections import fuse_projections
+from dpfast.generate.models.frozen_layers import freeze_linear, fuse_projections, share_conditioning
 from dpfast.ops.guided_step import Prediction
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dpfast.generate.models.blocks import replaced, with_children, with_forward
 from dpfast.generate.models.checkpointing import checkpointed
-from dpfast.generate.models.conditioning import Conditioned, Modulated
+from dpfast.generate.models.frozen_layers import Conditioned, Modulated
 
 Names = tuple[str, ...]
 
