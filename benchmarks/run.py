@@ -18,28 +18,28 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks import gate, timing
-from benchmarks.registry import OURS, OURS_OUT, Case, cases
+from benchmarks import RESULTS
+from benchmarks.harness import gate, timing
+from benchmarks.harness.registry import OURS, OURS_OUT, Case, cases
 
-RESULTS = Path(__file__).parent / "results"
 COPY = "copy"
 KINDS = {"cpu": ("fresh", "reused"), "cuda": ("launched", "replayed")}
 TABLES = {
-    "sampler": "benchmarks.ablation",
-    "cheaper": "benchmarks.cheaper_steps",
-    "models": "benchmarks.models",
-    "regions": "benchmarks.compile_regions",
-    "flops": "benchmarks.flops",
-    "study": "benchmarks.study",
-    "theory": "benchmarks.bench_theory",
-    "precision": "benchmarks.precision",
-    "learner": "benchmarks.learner",
-    "plan": "benchmarks.planner",
-    "patience": "benchmarks.patience",
-    "rehearsal": "benchmarks.rehearsal",
-    "scaling": "benchmarks.scaling",
-    "overhead": "benchmarks.overhead",
-    "ranks": "benchmarks.ranks",
+    "sampler": "benchmarks.systems.ablation",
+    "cheaper": "benchmarks.systems.cheaper_steps",
+    "models": "benchmarks.systems.models",
+    "regions": "benchmarks.systems.compile_regions",
+    "flops": "benchmarks.systems.flops",
+    "study": "benchmarks.studies.study",
+    "theory": "benchmarks.cases.theory",
+    "precision": "benchmarks.systems.precision",
+    "learner": "benchmarks.systems.learner",
+    "plan": "benchmarks.systems.planner",
+    "patience": "benchmarks.studies.patience",
+    "rehearsal": "benchmarks.systems.rehearsal",
+    "scaling": "benchmarks.systems.scaling",
+    "overhead": "benchmarks.systems.overhead",
+    "ranks": "benchmarks.systems.ranks",
 }
 Record = dict[str, Any]
 

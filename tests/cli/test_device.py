@@ -8,11 +8,12 @@ device says which.
 import pytest
 import torch
 
-import benchmarks.ablation
-import benchmarks.cheaper_steps
-import benchmarks.compile_regions
-import benchmarks.learner
+import benchmarks.harness.timing
 import benchmarks.run
+import benchmarks.systems.ablation
+import benchmarks.systems.cheaper_steps
+import benchmarks.systems.compile_regions
+import benchmarks.systems.learner
 from dpfast.cli.main import main
 from dpfast.generate.pipelines import Pipeline
 from dpfast.pool import export
@@ -108,15 +109,15 @@ class Learner(torch.nn.Module):
     ("suite", "module", "name", "at"),
     [
         ("ops", benchmarks.run, "measure", 1),
-        ("sampler", benchmarks.ablation, "Bench", 2),
-        ("cheaper", benchmarks.cheaper_steps, "Bench", 2),
-        ("regions", benchmarks.compile_regions, "pipeline_of", 1),
-        ("learner", benchmarks.learner, "trainings", 0),
+        ("sampler", benchmarks.systems.ablation, "Bench", 2),
+        ("cheaper", benchmarks.systems.cheaper_steps, "Bench", 2),
+        ("regions", benchmarks.systems.compile_regions, "pipeline_of", 1),
+        ("learner", benchmarks.systems.learner, "trainings", 0),
     ],
 )
 def test_bench_measures_on_the_device(suite, module, name, at, gpu, monkeypatch):
     monkeypatch.setattr(module, name, lambda *arguments, **_: ask(device=arguments[at]))
-    monkeypatch.setattr(benchmarks.timing, "described", lambda *_: {})
+    monkeypatch.setattr(benchmarks.harness.timing, "described", lambda *_: {})
     for options, device in CHOSEN:
         assert (
             asked(["bench", suite, *(["--no-gate"] if suite == "ops" else []), *options]) == device

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import patience as bench
+from benchmarks.studies import patience as bench
 from dpfast.config import Recipe
 from dpfast.practice.patience import Patience
 

@@ -1,0 +1,1 @@
+"""Single operations at fixed sizes: `dpfast bench ops`, `pool`, `loader` and `theory`."""

@@ -1,0 +1,84 @@
+"""The guided DDIM update of 256 latents of 4 x 64 x 64, without and with noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.harness.registry import (
+    COMPILED,
+    EAGER,
+    OURS,
+    OURS_OUT,
+    Case,
+    Variants,
+    pytest_pairs,
+)
+from dpfast.ops import guided_step, normal
+
+SHAPE = (256, 4, 64, 64)
+CFG_SCALE, OMEGA = 4.0, 0.05
+ROW = (0.8, 0.6, 0.9, 0.41, 0.0, 0.0)  # alpha, sigma, a, b, c, d
+NOISE = 0.14
+
+
+def plain(x: Tensor, cond: Tensor, uncond: Tensor, grad: Tensor, noise: float) -> Tensor:
+    """What one would write by hand; its noise is torch's own and depends on the batch."""
+    alpha, sigma, a, b, _, _ = ROW
+    eps = uncond + CFG_SCALE * (cond - uncond)
+    size, length = (tensor.flatten(1).norm(dim=1)[:, None, None, None] for tensor in (x, grad))
+    moved = x + OMEGA * size / (length + 1e-8) * grad
+    x0 = (moved - sigma * eps) / alpha
+    following = a * x0 + b * eps
+    return following + noise * torch.randn_like(x) if noise else following
+
+
+def _case(size: str, noise: float, targets: dict[str, float]) -> Case:
+    def build(device: torch.device) -> Variants:
+        inputs = [torch.randn(SHAPE, device=device) for _ in range(4)]
+        table = torch.tensor([(*ROW[:5], noise)], device=device)
+        ids = torch.arange(SHAPE[0], device=device) if noise else None
+        out = torch.empty(SHAPE, device=device)
+        compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+
+        def ours(out: Tensor | None = None) -> Tensor:
+            return guided_step(
+                *inputs, table, 0, cfg_scale=CFG_SCALE, omega=OMEGA, sample_ids=ids, out=out
+            )
+
+        drawn = 0 if ids is None else noise * normal(ids, SHAPE[1:], seed=0, stream=1)
+        torch.testing.assert_close(ours(), plain(*inputs, 0.0) + drawn, rtol=1e-5, atol=1e-5)
+        if not noise:
+            torch.testing.assert_close(ours(), compiled(*inputs, noise), rtol=1e-5, atol=1e-5)
+        return {
+            EAGER: lambda: plain(*inputs, noise),
+            COMPILED: lambda: compiled(*inputs, noise),
+            OURS: ours,
+            OURS_OUT: lambda: ours(out),
+        }
+
+    # Five passes: x, two predictions and the gradient read, the result written.
+    elements = torch.Size(SHAPE).numel()
+    return Case(
+        operation="guided_step",
+        size=size,
+        tests="tests/ops/test_guided_step.py",
+        build=build,
+        bytes=5 * 4 * elements,
+        targets=targets,
+    )
+
+
+CASES = [
+    _case(
+        "CFG, relative, eta 0, 256 x 4x64x64 fp32", 0.0, {EAGER: 20, COMPILED: 1.3, "copy": 0.85}
+    ),
+    _case("CFG, relative, eta 1 with noise, 256 x 4x64x64 fp32", NOISE, {EAGER: 10, COMPILED: 2}),
+]
+
+
+@pytest.mark.parametrize(("case", "variant"), pytest_pairs(CASES))
+def test_guided_step(benchmark, case, variant):
+    benchmark.group = case.name
+    benchmark(case.build(torch.device("cpu"))[variant])

@@ -1,0 +1,1 @@
+"""How cases are measured: in turns, after their tests, with records that name the machine."""

@@ -1,0 +1,38 @@
+"""No speed-up without correctness: an operation's own tests run before it is timed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+
+from benchmarks import ROOT
+
+
+@functools.cache
+def failure(tests: str) -> str | None:
+    """None where the tests in the file `tests` pass, else the last lines of their report.
+
+    The tests run in a process of their own without the marked slow ones and without the
+    interpreter.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        tests,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return (
+        None
+        if result.returncode == 0
+        else "\n".join((result.stdout + result.stderr).splitlines()[-12:])
+    )

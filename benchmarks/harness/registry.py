@@ -1,0 +1,54 @@
+"""What can be measured: the modules of `benchmarks.cases` list their cases."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+Variants = dict[str, Callable[[], object]]
+SUITES = {
+    "ops": ("entropy", "gather", "guided_step", "noise"),
+    "pool": ("pool",),
+    "loader": ("loader",),
+    "theory": ("theory",),
+}
+OURS, OURS_OUT, EAGER, COMPILED = "dpfast", "dpfast, out=", "eager", "torch.compile"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operation at one size.
+
+    `tests` is the file that has to pass before anything is timed. `build` makes the inputs on a
+    device and returns the variants, callables without arguments; it asserts first that they agree.
+    `bytes` is the traffic by the operation's formula, each input read and each output written once;
+    None where arithmetic or latency is the limit. `targets` maps a rival's name to the speed-up
+    that is asked for on a CPU, "copy" to the share of the copy bandwidth.
+    """
+
+    operation: str
+    size: str
+    tests: str
+    build: Callable[[torch.device], Variants]
+    bytes: int | None = None
+    targets: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation}: {self.size}"
+
+
+def cases(suite: str) -> list[Case]:
+    """The cases of a suite, in the order of its files; those of other suites may need packages that
+    are not there.
+    """
+    modules = (importlib.import_module(f"benchmarks.cases.{module}") for module in SUITES[suite])
+    return [case for module in modules for case in module.CASES]
+
+
+def pytest_pairs(chosen: list[Case]) -> list[tuple[Case, str]]:
+    """The case and the variant of each single measurement, for `pytest.mark.parametrize`."""
+    return [(case, variant) for case in chosen for variant in (EAGER, OURS)]

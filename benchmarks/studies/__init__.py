@@ -1,0 +1,1 @@
+"""What runs reach: accuracy against samples and options, and which rules of patience fit."""

@@ -1,0 +1,218 @@
+"""The study: accuracy against samples, omega, oversampling and patience on the embedded generator,
+resumable.
+
+    dpfast bench study --part scaling --seeds 0,1,2
+
+Every finished run is one line of `benchmarks/results/study.jsonl`; a run that is there already is
+skipped. Unguided samples are made once for a seed and shared by all runs, which pay for them what
+their making cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import RESULTS
+from benchmarks.studies.settings import COMMON, OPTIONS, Fields
+from benchmarks.studies.tables import tables
+from dpfast.config import Recipe
+from dpfast.evaluate.measures import Evaluation
+from dpfast.generate.pipelines import Pipeline
+from dpfast.hardware.device import device_named
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.reader import open_pool
+from dpfast.pool.saver import Saver
+from dpfast.practice.callbacks import Callback, Progress
+from dpfast.practice.experiment import DeliberatePractice
+from dpfast.sources.costs import Cost
+from dpfast.sources.sources import Round, StaticSource, Unguided
+
+RECORDS = RESULTS / "study.jsonl"
+CACHE = Path("runs") / "study"
+SIZES = (500, 1000, 2000, 4000, 8000)
+OMEGAS = (0.0, 0.015, 0.03, 0.05, 0.08)
+RATIOS = (1.0, 2.0, 4.0, 8.0)
+PARTS = ("scaling", "omega", "rivals", "ratio", "time", "patience", "options")
+
+
+def pieces(part: str, sizes: tuple[int, ...] = SIZES, iterations: int = 1200) -> Iterator[Fields]:
+    """The recipe fields of a part's runs. A quarter of the total is there at the start, rounds are
+    an eighth of it.
+    """
+    middle, largest = sizes[len(sizes) // 2], sizes[-1]
+
+    def run(source: str, total: int, **fields: Any) -> Fields:
+        return {
+            "sources": source,
+            "maximum_samples": total,
+            "initial_samples": total // 4,
+            "round_samples": total // 8,
+            "iterations": iterations,
+            **fields,
+        }
+
+    if part in ("scaling", "rivals"):
+        sources = ("dp", "static") if part == "scaling" else ("dynamic", "prune")
+        yield from (run(source, size) for size in sizes for source in sources)
+    elif part == "omega":
+        yield from (run("dp", middle, omega=omega) for omega in OMEGAS)
+    elif part == "ratio":
+        yield from (run("prune", middle, oversample=ratio) for ratio in RATIOS)
+    elif part == "time":  # half of the iterations
+        contest = (
+            ("dp", sizes[1]),
+            ("dp", middle),
+            ("static", middle),
+            ("static", largest),
+            ("prune", middle),
+        )
+        yield from (run(source, size, iterations=iterations // 2) for source, size in contest)
+        # what the omega sweep prefers, for as long as a third of the largest static run's seconds
+        # allow
+        yield run("dp", sizes[1], iterations=iterations * 5 // 8, omega=OMEGAS[-1])
+    elif part == "patience":
+        yield from (
+            run("dp", middle, patience_growth=growth) for growth in ("fixed", "pool", "round")
+        )
+    else:
+        yield from (run("dp", middle, **option) for option in OPTIONS)
+
+
+def shared(recipe: Recipe, samples: int) -> Unguided:
+    """The seed's unguided samples, from the cache folder or made now and kept there."""
+    pipeline = Pipeline.from_pretrained(
+        recipe.generator.pipeline, device=device_named(recipe.device)
+    )
+    unguided, generator = Unguided(recipe, pipeline), recipe.generator
+    folder = (
+        CACHE
+        / f"unguided-seed{recipe.seed}-steps{generator.steps}-cfg{generator.cfg_scale:g}-{samples}"
+    )
+    if not (folder / "cost.json").is_file():
+        source, pool = StaticSource(recipe, unguided, samples), SamplePool()
+        for batch in source.make(Round(number=0, start=0, count=samples)):
+            pool.append(batch, round=0, omega=0.0)
+        with Saver(pool, folder, truncate=True) as saver:
+            saver.save()
+        (folder / "cost.json").write_text(json.dumps(asdict(source.cost)))
+    unguided.remember(open_pool(folder), Cost(**json.loads((folder / "cost.json").read_text())))
+    return unguided
+
+
+def nearest_earlier(pool: SamplePool) -> float | None:
+    """How far the added samples are from what the pool held before: the mean distance to the
+    nearest of the same class.
+
+    In root-mean-square pixels of a range of 1; None without additions. A low one says that new
+    samples repeat old ones.
+    """
+    rounds, labels = pool.column("round"), pool.column("label")
+    pixels = pool.images(torch.arange(len(pool))).flatten(1).float() / 255
+    gaps = [
+        torch.cdist(
+            pixels[(rounds == number) & (labels == label)],
+            pixels[(rounds < number) & (labels == label)],
+        )
+        for number in range(1, int(rounds.max()) + 1)
+        for label in labels.unique()
+    ]
+    nearest = torch.cat([gap.min(1).values for gap in gaps if len(gap)]) if gaps else torch.empty(0)
+    return float(nearest.mean()) / pixels.shape[1] ** 0.5 if len(nearest) else None
+
+
+class Curve(Callback):
+    """(iteration, pool size, validation accuracy) of every evaluation."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, int, float]] = []
+
+    def on_evaluation(self, progress: Progress, evaluation: Evaluation, loss: float) -> None:
+        self.points.append((progress.step, progress.pool_size, round(evaluation.top1, 4)))
+
+
+def measure(fields: Fields, unguided: Unguided) -> Fields:
+    """One run's line."""
+    recipe, curve = Recipe.load("fashion", **fields), Curve()
+    (result,) = DeliberatePractice(recipe, unguided=unguided).run(progress=False, callbacks=[curve])
+    return {
+        "source": result.source,
+        "samples": len(result.pool),
+        "seed": recipe.seed,
+        "omega": recipe.guidance.omega if result.source == "dp" else 0.0,
+        "oversample": recipe.practice.oversample if result.source == "prune" else 1.0,
+        "patience": recipe.practice.patience_growth,
+        "iterations": result.iterations,
+        "additions": result.additions,
+        "validation_accuracy": result.validation.top1,
+        "test_accuracy": result.test.top1,
+        "generation_seconds": result.cost.seconds,
+        "training_seconds": result.training_seconds,
+        "samples_made": result.cost.samples,
+        "denoiser_forwards": result.cost.forwards,
+        "flops": result.cost.flops,
+        "nearest": nearest_earlier(result.pool),
+        "curve": curve.points,
+    }
+
+
+def finished(results: Path) -> list[Fields]:
+    """The fields of the runs that have a line."""
+    return [json.loads(line)["fields"] for line in results.open()] if results.is_file() else []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench study", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="may be repeated; default: all"
+    )
+    parser.add_argument("--seeds", default="0", help="comma-separated")
+    parser.add_argument("--iterations", type=int, default=1200)
+    parser.add_argument("--results", type=Path, default=RECORDS)
+    parser.add_argument(
+        "--short", action="store_true", help="two small sizes and few iterations, for a test"
+    )
+    parser.add_argument(
+        "--tables", action="store_true", help="print what the runs so far say, and run nothing"
+    )
+    options = parser.parse_args(arguments)
+    if options.tables:
+        print("\n".join(tables(options.results)))
+        return 0
+    sizes = (80, 160) if options.short else SIZES
+    iterations = 40 if options.short else options.iterations
+    unguided: dict[int, Unguided] = {}
+    for part in options.part or PARTS:
+        for seed in map(int, options.seeds.split(",")):
+            for piece in pieces(part, sizes, iterations):
+                fields = {**COMMON, **piece, "seed": seed}
+                if fields in finished(
+                    options.results
+                ):  # before, in another process, or for another part
+                    continue
+                if seed not in unguided:
+                    # prune draws up to the last oversampled id; what the cache lacks is made when
+                    # it is asked for
+                    unguided[seed] = shared(
+                        Recipe.load("fashion", **{**fields, "sources": "static"}), sizes[-1]
+                    )
+                line = json.dumps(
+                    {**measure(fields, unguided[seed]), "part": part, "fields": fields}
+                )
+                options.results.parent.mkdir(parents=True, exist_ok=True)
+                with options.results.open("a") as file:
+                    file.write(line + "\n")
+                print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,320 @@
+"""The learner's training step beside a plain loop, measured: `dpfast bench learner`.
+
+The plain loop is what timm's training script does: AdamW with decay for matrices alone, autocast,
+clipping, a rate for each step, and an average of weights and buffers (`ModelEmaV3`), in torch's
+defaults and with the fused AdamW. All rows train copies of one model on the same batches, which lie
+in memory, and take turns. On a CPU that is the learner of the recipe "fashion" and a small vision
+transformer; on a GPU ViT-B/16 of the ImageNet recipes, 256 images of 224 px.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import RESULTS
+from benchmarks.harness import timing
+from dpfast.config import Learner, Recipe
+from dpfast.hardware.flops import flops
+from dpfast.hardware.peaks import here
+from dpfast.learn.models import build_learner
+from dpfast.learn.precision import in_bf16
+from dpfast.learn.schedule import wsd
+from dpfast.learn.trainer import Trainer
+
+RECORDS = RESULTS / "learner.jsonl"
+ITERATIONS, BATCHES = 100_000, 4
+PLAIN = "plain loop"
+SMALL_VIT = {
+    "image_size": 96,
+    "hidden_size": 192,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+}
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A learner and its batches: ``size`` images of (channels, side, side) and their labels,
+    probabilities if mixed.
+    """
+
+    name: str
+    config: Learner
+    classes: int
+    channels: int
+    side: int
+    size: int
+
+    def model(self, device: torch.device) -> nn.Module:
+        torch.manual_seed(0)
+        model = build_learner(
+            self.config.model, classes=self.classes, channels=self.channels, **self.config.options
+        )
+        return model.to(device)
+
+    def batches(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        torch.manual_seed(1)
+        shape = (self.size, self.channels, self.side, self.side)
+        found = []
+        for _ in range(BATCHES):
+            images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+            labels = torch.randint(self.classes, (self.size,), device=device)
+            if self.config.mixup > 0 or self.config.cutmix > 0:
+                targets = F.one_hot(labels, self.classes).float()
+                labels = targets.lerp(targets.flip(0), 0.3)
+            found.append((images, labels))
+        return found
+
+
+def trainings(device: torch.device) -> list[Training]:
+    vit = Recipe.load("imagenet1k-sd15").learner
+    if device.type == "cuda":
+        return [
+            Training(
+                name="ViT-B/16, 224 px", config=vit, classes=1000, channels=3, side=224, size=256
+            )
+        ]
+    small = replace(vit, options=SMALL_VIT)
+    return [
+        Training(
+            name="fashion",
+            config=Recipe.load("fashion").learner,
+            classes=10,
+            channels=1,
+            side=32,
+            size=64,
+        ),
+        Training(name="ViT-Ti/16, 96 px", config=small, classes=1000, channels=3, side=96, size=8),
+    ]
+
+
+def plain_loop(model: nn.Module, config: Learner, device: torch.device, *, fused: bool) -> Step:
+    """A step of timm's script, written out."""
+    model.train()
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=fused or None)
+    factor = partial(wsd, total=ITERATIONS, warmup=config.warmup, cooldown=config.cooldown)
+    schedule, bf16 = (
+        torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        in_bf16(config.precision, device),
+    )
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        loss.backward()
+        if config.clip_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        with torch.no_grad():
+            for mean, value in zip(
+                averaged.state_dict().values(), model.state_dict().values(), strict=True
+            ):
+                if mean.is_floating_point():
+                    mean.lerp_(value, 1 - config.ema_decay)
+                else:
+                    mean.copy_(value)
+        return loss.detach()
+
+    return step
+
+
+def rows(training: Training, device: torch.device, wanted: list[str]) -> dict[str, Step]:
+    """The plain loops and ours whose names contain one of ``wanted``, each with a copy of the
+    model.
+    """
+    config, model = training.config, training.model(device)
+
+    def plain(*, fused: bool = True, compile: bool = False) -> Step:
+        mine = copy.deepcopy(model)
+        if compile:
+            mine.compile()
+        return plain_loop(mine, config, device, fused=fused)
+
+    def ours(**changes: Any) -> Step:
+        changed = replace(config, **{"compile": False, **changes})
+        return Trainer(copy.deepcopy(model), changed, iterations=ITERATIONS).step
+
+    makers: dict[str, Callable[[], Step]] = {
+        PLAIN: partial(plain, fused=False),
+        f"{PLAIN}, fused AdamW": plain,
+        "dpfast": ours,
+        "dpfast, 4 micro-batches": partial(ours, micro_batch=training.size // 4),
+    }
+    if device.type == "cuda":
+        makers |= {
+            "dpfast, activation checkpointing": partial(ours, activation_checkpointing=True),
+            f"{PLAIN}, fused AdamW, compiled": partial(plain, compile=True),
+            "dpfast, compiled": partial(ours, compile=True),
+        }
+    return {name: make() for name, make in makers.items() if any(text in name for text in wanted)}
+
+
+class _Reads(TorchDispatchMode):
+    """Counts values that the host reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name == "aten::_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+def host_waits(step: Step, batch: tuple[Tensor, Tensor], device: torch.device) -> int:
+    """Of a step: on a GPU what torch warns of, on a CPU the values that are read."""
+    if device.type != "cuda":
+        with _Reads() as reads:
+            step(*batch)
+        return reads.count
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(*batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def measure(
+    training: Training, device: torch.device, *, rounds: int, steps: int, wanted: list[str]
+) -> dict[str, Any]:
+    """Seconds of a step of every row, in turns; host waits; images a second and the share of the
+    peak.
+    """
+    made, batches = rows(training, device, wanted), training.batches(device)
+
+    def several(step: Step) -> None:
+        for number in range(steps):
+            step(*batches[number % BATCHES])
+
+    calls = {name: partial(several, step) for name, step in made.items()}
+    # there and back, with pages that are used again: what a step finds depends on the row before it
+    with timing.pages("reused"):
+        there = timing.interleave(calls, rounds, device)
+        back = timing.interleave(dict(reversed(calls.items())), rounds, device)
+    timed = {name: timing.Times([*there[name].seconds, *back[name].seconds]) for name in calls}
+    counted = flops(
+        lambda: plain_loop(training.model(device), training.config, device, fused=False)(
+            *batches[0]
+        )
+    )
+    peak = None
+    if device.type == "cuda":
+        machine = here()
+        peak = machine.half if in_bf16(training.config.precision, device) else machine.full
+    found = []
+    for name, step in made.items():
+        times = timed[name].each(steps)
+        found.append(
+            {
+                "row": name,
+                "seconds": {"median": times.median, "minimum": times.minimum},
+                "images_per_second": training.size / times.median,
+                "host_waits": host_waits(step, batches[0], device),
+                "share_of_peak": None if peak is None else counted / times.median / peak,
+            }
+        )
+    return {
+        "training": training.name,
+        "batch": training.size,
+        "rounds": 2 * rounds,
+        "flops": counted,
+        "rows": found,
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = [
+        f"| {record['training']}, {record['batch']} images | median ms | min ms | images/s | host "
+        "waits | "
+        "share of the peak |",
+        "|---" * 6 + "|",
+    ]
+    for row in record["rows"]:
+        share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"
+        lines.append(
+            f"| {row['row']} | {row['seconds']['median'] * 1e3:.2f} | "
+            f"{row['seconds']['minimum'] * 1e3:.2f} | "
+            f"{row['images_per_second']:.0f} | {row['host_waits']} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dpfast bench learner", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=15,
+        help="measurements of each row in each of two orders (default 15)",
+    )
+    parser.add_argument(
+        "--steps", type=int, help="training steps of a measurement (default 10, on a CPU 1)"
+    )
+    parser.add_argument(
+        "--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several"
+    )
+    timing.add_device(parser)
+    parser.add_argument(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="FOLDER",
+        help="append to learner.jsonl in FOLDER (default benchmarks/results)",
+    )
+    options = parser.parse_args(arguments)
+    device = options.device
+    if options.steps is None:
+        options.steps = 10 if device.type == "cuda" else 1
+    for name, value in (("rounds", options.rounds), ("steps", options.steps)):
+        if value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    for training in trainings(device):
+        record = measure(
+            training,
+            device,
+            rounds=options.rounds,
+            steps=options.steps,
+            wanted=options.rows.split("|"),
+        )
+        print(json.dumps(record), file=sys.stderr, flush=True)
+        print(table(record), flush=True)
+        if options.record is not None:
+            timing.append(options.record / RECORDS.name, "learner", [record], device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
