@@ -51,33 +51,38 @@ def _warning(
     return _PYTHONS(message, category, filename, lineno, line)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+def new_parser() -> Parser:
+    """The parser of the whole command line."""
     parser = Parser(
         prog="dpfast",
         usage="dpfast COMMAND ...",
         description="Deliberate Practice: a classifier and the diffusion generator that it steers.",
         epilog="dpfast COMMAND --help tells a command's options.",
     )
-    parser.add_argument("--version", action="version", version=f"dpfast {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"dpfast {__version__}", help="print the version"
+    )
     commands = parser.add_subparsers(
-        title="commands", dest="command", required=True, metavar="COMMAND"
+        title="commands", prog="dpfast", dest="command", required=True, metavar="COMMAND"
     )
     for command in COMMANDS:
         command.add(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
     warnings.formatwarning = _warning
     try:
-        parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+        parsed = new_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
         return int(parsed.handler(parsed))
     except InputError as error:
         if first():
             print(f"dpfast: error: {error}", file=sys.stderr)
         else:
-            time.sleep(
-                WORDS
-                # torchrun ends all ranks with the first that leaves, and that shall be the one that
-                # speaks
-            )
+            # torchrun ends all ranks with the first that leaves, and that shall be the one that
+            # speaks
+            time.sleep(WORDS)
         return 2
     except KeyboardInterrupt:
         print("dpfast: interrupted", file=sys.stderr)

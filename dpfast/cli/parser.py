@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import shutil
+import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
@@ -15,7 +16,9 @@ Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Names an option once, by its shortest spelling, and leaves room for the words beside it."""
+    """A layout that names an option once, by its shortest spelling, and leaves the words beside it
+    two thirds of the line.
+    """
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns, WIDEST)
@@ -26,6 +29,10 @@ class HelpFormatter(argparse.HelpFormatter):
             return super()._format_action_invocation(action)
         value = self._format_args(action, (action.dest or "").upper())
         return f"{min(action.option_strings, key=len)} {value}"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # an option that is named in the text stays whole
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):

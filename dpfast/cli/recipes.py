@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -35,8 +34,7 @@ class FieldHelp(argparse.Action):
             for name, action in self.actions.items():
                 option, value = fields()[name], values[short_name(name)]
                 if value != option.default:
-                    text = dataclasses.replace(option, default=value, unset="").default_text
-                    action.help = field_help(option, f"in {recipe.name}: {text}")
+                    action.help = field_help(option, f"in {recipe.name}: {option.text(value)}")
         parser.print_help()
         parser.exit()
 
@@ -93,7 +91,7 @@ def add_fields(parser: Parser, names: Iterable[str]) -> dict[str, argparse.Actio
 
 def field_help(option: Option, *more: str) -> str:
     """The help text of a field's option: its meaning, its default, ``more`` and its range."""
-    facts = [f"default: {option.default_text}", *more, option.range]
+    facts = [f"default: {option.default_text}", *more, str(option.range)]
     return f"{option.help} ({'; '.join(filter(None, facts))})".replace("%", "%%")
 
 

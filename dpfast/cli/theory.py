@@ -16,7 +16,7 @@ PEAK = 0.25
 def add(commands: Commands) -> None:
     about = "predicted accuracy of training on selected samples"
     parser = commands.add_parser("theory", help=about)
-    parts = parser.add_subparsers(dest="part", required=True, metavar="COMMAND")
+    parts = parser.add_subparsers(title="commands", dest="part", required=True, metavar="COMMAND")
     about = "draw the paper's Figs. 3, 5c and 7 with simulation"
     drawing = add_command(parts, "figures", figures, about)
     drawing.add_argument(

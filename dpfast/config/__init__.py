@@ -18,6 +18,7 @@ from dpfast.config.recipe import (
     fields,
     flat,
     full_name,
+    read_recipe,
     short_name,
 )
 
@@ -39,5 +40,6 @@ __all__ = [
     "fields",
     "flat",
     "full_name",
+    "read_recipe",
     "short_name",
 ]

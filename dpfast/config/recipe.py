@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,13 @@ STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.json"  # of a run's folder
 ASSETS = Path(__file__).parents[1] / "assets"
+# section -> the names that its fields had in runs before version 6 of the checkpoints
+FORMER = {
+    "generator": {"generation_batch": "batch_size", "sampling_batch": "micro_batch"},
+    "guidance": {"guide_every": "every", "guide_from": "start", "guide_until": "until"},
+    "learner": {"compile_learner": "compile"},
+    "practice": {"cfg_rounds": "cfg_scale_rounds"},
+}
 # field -> its option, and the names by which recipes call a folder that only their user has
 USER_FOLDERS = {
     "pipeline": ("--pipeline DIR", ("stable-diffusion-1.5", "dit-xl-2")),
@@ -232,11 +240,8 @@ class Learner(Section):
         "transformers:RegNetForImageClassification",
         help="architecture of the learner: transformers:Class, timm:name or package.module:factory",
     )
-    options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "option": Option(unset="none", help="keyword arguments of the model's configuration")
-        },
+    options: dict[str, Any] = option(
+        {}, unset="none", help="keyword arguments of the model's configuration"
     )
     classes: int | None = option(
         None,
@@ -521,14 +526,14 @@ class Pool(Section):
     )
     device_gib: float | None = option(
         None,
-        unit="gib",
+        unit="GiB",
         low=0,
         unset="half of what is free on a GPU",
         help="memory on the run's device, which is filled first",
     )
     host_gib: float | None = option(
         None,
-        unit="gib",
+        unit="GiB",
         low=0,
         unset="70 % of what is free at the start",
         help="memory of the host, which is filled next",
@@ -708,6 +713,22 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe as nested dictionaries from a file in a run's folder (``recipe.json``), with the
+    names that fields have today.
+    """
+    table: dict[str, Any] = json.loads(path.read_text())
+    for section, names in FORMER.items():
+        values = table.get(section, {})
+        for former, name in names.items():
+            if former in values:
+                values[name] = values.pop(former)
+    generator = table.get("generator", {})
+    if "cfg_from" in generator:
+        generator["cfg_interval"] = [generator.pop("cfg_from"), generator.pop("cfg_until")]
+    return table
 
 
 SECTIONS: dict[str, Any] = {

@@ -5,7 +5,6 @@ effect.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpfast import imagenet
-from dpfast.config import RECIPE_FILE, Generator, Recipe
+from dpfast.config import RECIPE_FILE, Generator, Recipe, read_recipe
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.models.decoder import ResizedDecoder
 from dpfast.generate.pipelines import Pipeline, families
@@ -127,7 +126,7 @@ def decoder_of_run(run: Path, device: torch.device | str) -> Callable[[Tensor], 
 
     @functools.cache
     def decoder() -> Callable[[Tensor], Tensor]:
-        recipe = Recipe.from_dict(json.loads((run / RECIPE_FILE).read_text()))
+        recipe = Recipe.from_dict(read_recipe(run / RECIPE_FILE))
         return load_pipeline(recipe.generator, device=device).guidance_decoder
 
     return lambda latents: decoder()(latents).to(latents.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dpfast.config import ASSETS, RECIPE_FILE, Recipe
+from dpfast.config import ASSETS, RECIPE_FILE, Recipe, read_recipe
 from dpfast.errors import InputError
 from dpfast.extras import EXTRAS, require
 from dpfast.generate.pipelines import Pipeline
@@ -120,7 +119,7 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
         raise InputError(
             f"learner = {str(folder)!r}: not the folder of a finished run, it has no {weights.name}"
         )
-    recipe = Recipe.from_dict(json.loads(recipe_file.read_text()))
+    recipe = Recipe.from_dict(read_recipe(recipe_file))
     model = new_learner(recipe, pipeline)
     try:
         model.load_state_dict(load_file(weights))

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import RECIPE_FILE, Recipe, flat
+from dpfast.config import RECIPE_FILE, Recipe, flat, read_recipe
 from dpfast.errors import RecipeError
 from dpfast.pool.shards import durable
 from dpfast.practice.contents import check_contents, note_contents
@@ -243,7 +243,7 @@ def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> dict[str
 def _read(run: Path, name: str) -> dict[str, Any]:
     """The fields of a recipe in a run's folder; one that was never changed is as it was born."""
     path = run / name if (run / name).is_file() else run / RECIPE_FILE
-    return flat(json.loads(path.read_text()))
+    return flat(read_recipe(path))
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import flat
+from dpfast.config import RECIPE_FILE, flat, read_recipe
 from dpfast.errors import InputError
 
 ORDER = ("dp", "dynamic", "prune", "static")
@@ -73,11 +73,11 @@ def read_run(path: Path) -> Run:
 
     Raises ``InputError`` when ``path`` is no run folder.
     """
-    if not (path / "recipe.json").is_file():
+    if not (path / RECIPE_FILE).is_file():
         raise InputError(f"run = {str(path)!r}: not the folder of a run, it has no recipe.json")
     notes: list[str] = []
     metrics, timings = (_lines(path / name, notes) for name in ("metrics.jsonl", "timings.jsonl"))
-    run = Run(path, json.loads((path / "recipe.json").read_text()), metrics, timings, notes)
+    run = Run(path, read_recipe(path / RECIPE_FILE), metrics, timings, notes)
     for source in run.sources:
         if not run.events("result", source):
             last = max((m["step"] for m in metrics if m["source"] == source), default=0)

@@ -2,9 +2,11 @@
 right.
 """
 
+import json
+
 import pytest
 
-from dpfast.config import RECIPES, Recipe, fields, flat, full_name, short_name
+from dpfast.config import RECIPES, Recipe, fields, flat, full_name, read_recipe, short_name
 from dpfast.errors import RecipeError
 
 
@@ -76,3 +78,20 @@ def test_a_wrong_field_in_a_file_is_named(tmp_path):
     path.write_text("[guidance\n")
     with pytest.raises(RecipeError, match="not valid TOML"):
         Recipe.load(path)
+
+
+def test_a_recipe_of_a_run_is_read_by_the_names_that_fields_had_then(tmp_path):
+    recipe = Recipe.load("fashion", every=4, cfg_interval=(0.1, 0.9), generator={"micro_batch": 9})
+    table = recipe.to_dict()
+    generator, guidance = table["generator"], table["guidance"]
+    generator["generation_batch"] = generator.pop("batch_size")
+    generator["sampling_batch"] = generator.pop("micro_batch")
+    generator["cfg_from"], generator["cfg_until"] = generator.pop("cfg_interval")
+    guidance["guide_every"], guidance["guide_from"] = guidance.pop("every"), guidance.pop("start")
+    guidance["guide_until"] = guidance.pop("until")
+    table["learner"]["compile_learner"] = table["learner"].pop("compile")
+    table["practice"]["cfg_rounds"] = table["practice"].pop("cfg_scale_rounds")
+    (tmp_path / "recipe.json").write_text(json.dumps(table))
+    with pytest.raises(RecipeError, match="generation_batch"):
+        Recipe.from_dict(json.loads((tmp_path / "recipe.json").read_text()))
+    assert Recipe.from_dict(read_recipe(tmp_path / "recipe.json")) == recipe

@@ -219,14 +219,3 @@ def test_audit_needs_the_tools_of_the_linux_wheel(monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert main(["audit"]) == 2
     assert capsys.readouterr().err.startswith("dpfast: error: the audit needs the compiler")
-
-
-def test_a_wrong_argument_is_answered_without_importing_torch():
-    code = (
-        "import sys; from dpfast.cli.main import main; main(['run', 'nosuch']); "
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
-        == 0
-    )

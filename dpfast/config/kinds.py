@@ -1,0 +1,243 @@
+"""The types that a recipe's field may have: how a value is read, and what is said of it.
+
+A value comes from Python, from TOML or as the text of a command line.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Numbers between bounds, of which low and high belong to it, above and below do not."""
+
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    below: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            (self.low is None or number >= self.low)
+            and (self.above is None or number > self.above)
+            and (self.high is None or number <= self.high)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f"between {self.low:.16g} and {self.high:.16g}"
+        bounds = {
+            "at least": self.low,
+            "above": self.above,
+            "at most": self.high,
+            "below": self.below,
+        }
+        return " and ".join(f"{word} {x:.16g}" for word, x in bounds.items() if x is not None)
+
+
+class Kind(ABC):
+    """The values of one type."""
+
+    @abstractmethod
+    def parse(self, given: Any) -> Any:
+        """``given`` as this type. Raises ``TypeError`` or ``ValueError`` where it is not."""
+
+    @abstractmethod
+    def words(self, range: Range) -> str:
+        """What is expected: "a whole number of at least 1"."""
+
+    @abstractmethod
+    def placeholder(self, unit: str) -> str:
+        """What stands for a value on a command line: ``unit`` where there is one."""
+
+    def plural(self, range: Range) -> str:
+        """What is expected of the items of a list."""
+        return self.words(range)
+
+    def within(self, value: Any, range: Range) -> bool:
+        """Whether the numbers of a parsed value are in the range."""
+        return True
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A finite number. type: int or float."""
+
+    type: type[int] | type[float]
+
+    def parse(self, given: Any) -> Any:
+        number = math.nan if isinstance(given, bool) else float(given)
+        if not math.isfinite(number) or self.type(number) != number:
+            raise ValueError
+        return self.type(number)
+
+    def words(self, range: Range) -> str:
+        return f"a {self.plural(range).replace('numbers', 'number')}"
+
+    def plural(self, range: Range) -> str:
+        bounds = str(range)
+        noun = "whole numbers" if self.type is int else "numbers" if bounds else "finite numbers"
+        return f"{noun}{' of' if bounds.startswith('at') else ''} {bounds}".rstrip()
+
+    def placeholder(self, unit: str) -> str:
+        return unit or ("N" if self.type is int else "X")
+
+    def within(self, value: Any, range: Range) -> bool:
+        return value in range
+
+
+class Truth(Kind):
+    """True or false."""
+
+    TEXTS: typing.ClassVar = {"true": True, "false": False, "1": True, "0": False}
+
+    def parse(self, given: Any) -> bool:
+        value = self.TEXTS.get(given.lower()) if isinstance(given, str) else given
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+
+    def words(self, range: Range) -> str:
+        return "true or false"
+
+    def placeholder(self, unit: str) -> str:
+        return "true|false"
+
+
+class Text(Kind):
+    def parse(self, given: Any) -> str:
+        if not isinstance(given, str):
+            raise TypeError
+        return given
+
+    def words(self, range: Range) -> str:
+        return "a text"
+
+    def plural(self, range: Range) -> str:
+        return "names"
+
+    def placeholder(self, unit: str) -> str:
+        return unit or "TEXT"
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of some texts."""
+
+    values: tuple[str, ...]
+
+    def parse(self, given: Any) -> str:
+        return self.values[self.values.index(given)]
+
+    def words(self, range: Range) -> str:
+        return _either([repr(value) for value in self.values])
+
+    def placeholder(self, unit: str) -> str:
+        return "|".join(self.values)
+
+
+@dataclass(frozen=True)
+class Sequence(Kind):
+    """Several values of one type; on a command line with commas. count: None for any number."""
+
+    item: Kind
+    count: int | None
+
+    def parse(self, given: Any) -> tuple[Any, ...]:
+        if isinstance(given, str):
+            given = [part.strip() for part in given.split(",")] if given else []
+        if not isinstance(given, list | tuple) or self.count not in (None, len(given)):
+            raise TypeError
+        return tuple(self.item.parse(each) for each in given)
+
+    def words(self, range: Range) -> str:
+        return f"{'a list of' if self.count is None else self.count} {self.item.plural(range)}"
+
+    def placeholder(self, unit: str) -> str:
+        one = self.item.placeholder(unit)
+        return f"{one},..." if self.count is None else ",".join([one] * self.count)
+
+    def within(self, value: Any, range: Range) -> bool:
+        return all(self.item.within(each, range) for each in value)
+
+
+class Table(Kind):
+    """Keyword arguments, in a file or in Python alone."""
+
+    def parse(self, given: Any) -> dict[str, Any]:
+        if not isinstance(given, dict):
+            raise TypeError
+        return given
+
+    def words(self, range: Range) -> str:
+        return "a table of keyword arguments"
+
+    def placeholder(self, unit: str) -> str:
+        return "TABLE"
+
+
+@dataclass(frozen=True)
+class Optional(Kind):
+    """A value, or None, which neither TOML nor a command line can say: the field is left out."""
+
+    value: Kind
+
+    def parse(self, given: Any) -> Any:
+        return None if given is None else self.value.parse(given)
+
+    def words(self, range: Range) -> str:
+        return f"{self.value.words(range)}, or leave it out"
+
+    def placeholder(self, unit: str) -> str:
+        return self.value.placeholder(unit)
+
+    def within(self, value: Any, range: Range) -> bool:
+        return value is None or self.value.within(value, range)
+
+
+class TruthOrAuto(Truth):
+    """True, false or "auto"."""
+
+    def parse(self, given: Any) -> Any:
+        return given if given == "auto" else super().parse(given)
+
+    def words(self, range: Range) -> str:
+        return "true, false or 'auto'"
+
+    def placeholder(self, unit: str) -> str:
+        return "true|false|auto"
+
+
+SIMPLE: dict[Any, Kind] = {
+    int: Number(int),
+    float: Number(float),
+    bool: Truth(),
+    bool | Literal["auto"]: TruthOrAuto(),
+    str: Text(),
+    dict[str, Any]: Table(),
+}
+
+
+def kind_of(annotation: Any) -> Kind:
+    """The kind of a field's type. Raises ``TypeError`` for a type that no field has had so far."""
+    if annotation in SIMPLE:
+        return SIMPLE[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return Choice(arguments)
+    if origin is tuple:
+        return Sequence(kind_of(arguments[0]), None if arguments[-1] is ... else len(arguments))
+    if origin in (types.UnionType, typing.Union) and arguments[1:] == (type(None),):
+        return Optional(kind_of(arguments[0]))
+    raise TypeError(f"no kind of option has the type {annotation}")
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

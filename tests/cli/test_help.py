@@ -1,0 +1,79 @@
+"""What ``--help`` says: a word on every option, laid out for the terminal, without torch."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from dpfast.cli.main import main, new_parser
+from dpfast.config import SECTIONS, fields
+from dpfast.version import __version__
+
+
+def commands(parser):
+    """The parsers of all commands below a parser."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield command
+                yield from commands(command)
+
+
+def printed(arguments, capsys, monkeypatch, columns=100):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_every_option_of_every_command_has_a_word_of_help():
+    for command in commands(new_parser()):
+        for action in command._actions:
+            if not isinstance(action, argparse._SubParsersAction):
+                assert action.help, (command.prog, action.dest)
+
+
+def test_the_help_of_run_tells_meaning_default_and_values_by_section(capsys, monkeypatch):
+    text = " ".join(printed(["run", "--help"], capsys, monkeypatch).split())
+    places = [text.index(f" [{section}]: ") for section in SECTIONS]
+    assert places == sorted(places)
+    for name, option in fields().items():
+        if name not in ("name", "learner.options"):
+            assert f"{option.placeholder} {option.help} (default: {option.default_text}" in text
+    assert (
+        "--every STEPS one step in so many is guided, from start on (default: 3; at least 1)"
+        in text
+    )
+    assert "--mode relative|score " in text
+    assert "--learner.batch-size IMAGES " in text
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["run", "sample"])
+def test_help_fits_into_the_terminal(command, columns, capsys, monkeypatch):
+    lines = printed([command, "--help"], capsys, monkeypatch, columns).splitlines()
+    assert columns - 20 < max(map(len, lines)) < columns
+
+
+def test_help_after_a_recipe_tells_the_values_that_it_has(capsys, monkeypatch):
+    text = " ".join(printed(["run", "fashion", "--help"], capsys, monkeypatch).split())
+    assert "solver steps of a sample (default: 15; in fashion: 8; between 1 and 1000)" in text
+    assert "seed of all weights, noise, labels and batches (default: 0; between" in text
+    assert main(["run", "nosuch", "--help"]) == 2
+
+
+def test_the_version_is_printed(capsys, monkeypatch):
+    assert printed(["--version"], capsys, monkeypatch) == f"dpfast {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["run", "nosuch"], ["run", "fashion", "--help"]])
+def test_help_and_a_wrong_argument_are_answered_without_importing_torch(arguments):
+    code = (
+        "import sys; from dpfast.cli.main import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0

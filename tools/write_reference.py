@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Writes docs/reference/recipe.md and docs/reference/cli.md from the code that they describe.
+
+python tools/write_reference.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dpfast.cli.main import new_parser
+from dpfast.config import RECIPES, SECTIONS, Option, Recipe, fields, flat, short_name
+
+FOLDER = Path(__file__).parents[1] / "docs" / "reference"
+WRITTEN = (
+    "<!-- Written by tools/write_reference.py; change the code that it reads, not this page. -->"
+)
+RECIPE = f"""{WRITTEN}
+
+# The fields of a recipe
+
+A recipe is a TOML file with up to five sections. Every field has a default, so that a file says
+only what is its own; the files in `dpfast/recipes` are examples. Before any work starts each value
+is checked, and an error names the field, its value and what was expected.
+
+- On a command line every field but `name` and `options` is an option with its section's name,
+  `--guidance.omega 0.05`. The last word alone, `--omega 0.05`, is enough where one section has it.
+  A list is written with commas: `--sources dp,static`.
+- In Python fields are arguments of `Recipe.load`:
+  `Recipe.load("fashion", omega=0.1, learner={{"batch_size": 32}})`.
+- `dpfast run RECIPE --help` prints all options with the values that the recipe has.
+
+"""
+SHIPPED = """## What the recipes of the package say
+
+Fields that no recipe names are left out. An empty cell is the default.
+
+"""
+COMMANDS = f"""{WRITTEN}
+
+# The command line
+
+An input that cannot work ends with one line on stderr and exit code 2, before any work starts.
+`dpfast COMMAND --help` prints what is below.
+
+"""
+
+
+def recipe_page() -> str:
+    text = RECIPE
+    for section in ("", *SECTIONS):
+        mine = {name: each for name, each in fields().items() if name.rpartition(".")[0] == section}
+        about = (
+            SECTIONS[section].__doc__ if section else "At the top of the file, before any section."
+        )
+        text += f"## {f'[{section}]' if section else 'The recipe itself'}\n\n{_line(about)}\n\n"
+        text += table(("field", "value", "default", "meaning"), map(_row, mine, mine.values()))
+    recipes = [Recipe.load(path.stem) for path in sorted(RECIPES.glob("*.toml"))]
+    said = [flat(recipe.to_dict()) for recipe in recipes]
+    rows = []
+    for full, option in fields().items():
+        values = [each[short_name(full)] for each in said]
+        if full != "name" and any(value != option.default for value in values):
+            rows.append([f"`{short_name(full)}`", *(_said(option, value) for value in values)])
+    return (
+        f"{text}{SHIPPED}{table(['field', *(f'`{r.name}`' for r in recipes)], rows)}".rstrip()
+        + "\n"
+    )
+
+
+def cli_page() -> str:
+    return COMMANDS + "".join(_sections(new_parser())).rstrip() + "\n"
+
+
+def _sections(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The sections of all commands below a parser, in the order of its help."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in dict.fromkeys(action.choices.values()):
+                yield from _sections(command)
+            return
+    rows, of_recipe = [], False
+    for action in parser._actions:
+        of_recipe |= action.dest.startswith("field.")
+        if not action.dest.startswith("field.") and action.dest != "help":
+            value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
+            value = "|".join(map(str, action.choices)) if action.choices else str(value)
+            name = min(action.option_strings, key=len) if action.option_strings else ""
+            rows.append([_code(f"{name} {value}".strip()), _cell((action.help or "") % {})])
+    yield f"## {parser.prog}\n\n{parser.description}\n\n"
+    if rows:
+        yield table(("argument", "meaning"), rows)
+    if of_recipe:
+        yield "The options of [the recipe's fields](recipe.md) as well.\n\n"
+
+
+def table(heads: Any, rows: Any) -> str:
+    """A Markdown table of rows of cells, with an empty line after it."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
+
+
+def _row(full: str, option: Option) -> list[str]:
+    default = option.unset or _code(option.default_text)
+    values = option.expected.removesuffix(", or leave it out")
+    if option.unit and (str(option.range) or values == "a text"):
+        values += f" ({option.unit})"
+    return [f"`{short_name(full)}`", *map(_cell, (values, default, option.help))]
+
+
+def _said(option: Option, value: Any) -> str:
+    if value == option.default:
+        return ""
+    if isinstance(value, dict):
+        return _code(", ".join(f"{key} = {each}" for key, each in value.items()))
+    return _code(option.text(value))
+
+
+def _code(text: str) -> str:
+    return f"`{_cell(text)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page}
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, page in PAGES.items():
+        (FOLDER / name).write_text(page())
+        print(FOLDER / name)
