@@ -129,7 +129,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="dpfast bench", description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=["ops", "pool", "loader", *TABLES])
+    parser.add_argument(
+        "suite", choices=["ops", "pool", "loader", *TABLES], help="what is measured"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument(
         "--rounds", type=int, default=15, help="measurements of each variant (default 15)"

@@ -32,11 +32,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--omega", type=float, nargs="+", default=[0.0, 0.03, 0.05, 0.08, 0.15])
-    parser.add_argument("--every", type=int, default=Recipe.load("fashion").guidance.every)
-    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("run", type=Path, help="folder of a finished run, whose learner guides")
+    parser.add_argument("--out", type=Path, required=True, help="file of the picture")
+    parser.add_argument(
+        "--omega",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.03, 0.05, 0.08, 0.15],
+        help="strengths of guidance",
+    )
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=Recipe.load("fashion").guidance.every,
+        help="one step in so many is guided",
+    )
+    parser.add_argument(
+        "--count", type=int, default=500, help="samples of each strength (default 500)"
+    )
     arguments = parser.parse_args()
 
     recipe = Recipe.load("fashion")

@@ -453,22 +453,52 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files")
     parser.add_argument("--work", type=Path, required=True, help="snapshots")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "dpfast" / "assets")
-    parser.add_argument("--stage", default="all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autoencoder-steps", type=int, default=2600)
-    parser.add_argument("--judge-steps", type=int, default=3000)
-    parser.add_argument("--denoiser-steps", type=int, default=6000)
-    parser.add_argument("--tiny-steps", type=int, default=1500)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parents[1] / "dpfast" / "assets",
+        help="folder of the assets",
+    )
+    parser.add_argument(
+        "--stage",
+        default="all",
+        help="autoencoder, judge, denoiser, tiny, export, report or all (default)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
+    parser.add_argument(
+        "--autoencoder-steps", type=int, default=2600, help="optimiser steps (default 2600)"
+    )
+    parser.add_argument(
+        "--judge-steps", type=int, default=3000, help="optimiser steps (default 3000)"
+    )
+    parser.add_argument(
+        "--denoiser-steps", type=int, default=6000, help="optimiser steps (default 6000)"
+    )
+    parser.add_argument(
+        "--tiny-steps", type=int, default=1500, help="optimiser steps (default 1500)"
+    )
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="needs AVX512-BF16 or AMX to be fast",
     )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--report-cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0])
-    parser.add_argument("--report-steps", type=int, nargs="+", default=[15])
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the training steps are compiled",
+    )
+    parser.add_argument(
+        "--report-cfg",
+        type=float,
+        nargs="+",
+        default=[1.0, 1.5, 2.0],
+        help="scales of classifier-free guidance in the report",
+    )
+    parser.add_argument(
+        "--report-steps", type=int, nargs="+", default=[15], help="numbers of steps in the report"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for name, stage in stages(args):

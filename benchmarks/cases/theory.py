@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="dpfast bench theory", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--draws", type=int, default=DRAWS, help=f"of each cell (default {DRAWS})")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument(
         "--rounds", type=int, default=5, help="timings of the evaluations (default 5)"
     )

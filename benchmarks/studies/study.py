@@ -175,8 +175,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--part", choices=PARTS, action="append", help="may be repeated; default: all"
     )
     parser.add_argument("--seeds", default="0", help="comma-separated")
-    parser.add_argument("--iterations", type=int, default=1200)
-    parser.add_argument("--results", type=Path, default=RECORDS)
+    parser.add_argument("--iterations", type=int, default=1200, help="of each run (default 1200)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RECORDS,
+        help="file with a line for each run, which a finished one appends",
+    )
     parser.add_argument(
         "--short", action="store_true", help="two small sizes and few iterations, for a test"
     )

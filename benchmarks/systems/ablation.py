@@ -454,7 +454,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=5, help="batches of each row, in turns (default 5)"
     )
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="samples at once (default 64)")
     timing.add_device(parser)
     parser.add_argument(
         "--learner", help="the run folder whose learner guides; default: one trained for 15 s"
@@ -508,12 +508,12 @@ def main(arguments: list[str] | None = None) -> int:
         made = []
         for row in wanted:
             settings = {"row": row.name, "side": row.side, "learner": bench.named}
-            settings |= {"rounds": options.rounds, "of": options.batch}
+            settings |= {"rounds": options.rounds, "of": options.batch_size}
             made.append(
                 fewer_steps.kept(
                     options.keep,
                     settings,
-                    lambda: measure(bench, row, reference, options.rounds, options.batch),  # noqa: B023
+                    lambda: measure(bench, row, reference, options.rounds, options.batch_size),  # noqa: B023
                 )
             )
             print(

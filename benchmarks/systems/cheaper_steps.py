@@ -77,7 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--learner", help="the run folder whose learner guides; default: one trained for 15 s"
     )
     parser.add_argument("--samples", type=int, default=2048, help="of each setting (default 2048)")
-    parser.add_argument("--batch", type=int, default=64, help="of the timed batches (default 64)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="of the timed batches (default 64)"
+    )
     parser.add_argument(
         "--rounds", type=int, default=5, help="timed batches of each setting; 0: none (default 5)"
     )
@@ -94,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         quality = qualities(bench, options.samples, 0, options.keep)
         for name, settings in GROUPS.items():
             seconds = (
-                speed(bench, settings, options.batch, options.rounds) if options.rounds else {}
+                speed(bench, settings, options.batch_size, options.rounds) if options.rounds else {}
             )
             print(f"{name}: {seconds}", file=sys.stderr, flush=True)
             rows = fewer_steps.search(quality, settings[0], settings[1:])

@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--helper", type=Path, required=True)
+    parser.add_argument("--helper", type=Path, required=True, help="file with the function lower")
     parser.add_argument("--out", type=Path, required=True, help="one JSON object a line")
     parser.add_argument("--code", type=Path, help="folder for the generated modules")
     arguments = parser.parse_args()

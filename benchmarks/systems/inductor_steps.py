@@ -145,9 +145,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--helper", type=Path, required=True)
-    parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--helper", type=Path, required=True, help="file with the function lower")
+    parser.add_argument("--model", choices=MODELS, required=True, help="whose steps are counted")
+    parser.add_argument("--batch-size", type=int, default=64, help="samples at once (default 64)")
     parser.add_argument("--out", type=Path, required=True, help="one JSON object a line, appended")
     arguments = parser.parse_args()
     lower = _helper(arguments.helper).lower
@@ -159,7 +159,7 @@ def main() -> None:
     for guided in (False, True):
         record = {
             "model": arguments.model,
-            **count(lower, parts, table, Variant(guided, True), arguments.batch),
+            **count(lower, parts, table, Variant(guided, True), arguments.batch_size),
         }
         print(json.dumps(record), flush=True)
         with arguments.out.open("a") as file:

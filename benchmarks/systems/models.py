@@ -294,7 +294,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several"
     )
     parser.add_argument("--rounds", type=int, default=3, help="timed batches of each (default 3)")
-    parser.add_argument("--batch", type=int, help=f"samples at once (default {BATCHES})")
+    parser.add_argument("--batch-size", type=int, help=f"samples at once (default {BATCHES})")
     parser.add_argument(
         "--record",
         type=Path,
@@ -307,7 +307,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name in options.models.split("|"):
         if name not in BATCHES:
             parser.error(f"--models has {name!r}, expected {' or '.join(BATCHES)}")
-    for name, value in (("rounds", options.rounds), ("batch", options.batch)):
+    for name, value in (("rounds", options.rounds), ("batch_size", options.batch_size)):
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
     return options
@@ -324,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
         work, made = WORKS[name](), []
         with tempfile.TemporaryDirectory() as folder:
             makers = rows(
-                name, options.batch or BATCHES[name], Path(folder), options.rows.split("|")
+                name, options.batch_size or BATCHES[name], Path(folder), options.rows.split("|")
             )
             for title, make in makers.items():
                 try:

@@ -1,8 +1,10 @@
 """What ``--help`` says: a word on every option, laid out for the terminal, without torch."""
 
 import argparse
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,15 @@ def test_every_option_of_every_command_has_a_word_of_help():
         for action in command._actions:
             if not isinstance(action, argparse._SubParsersAction):
                 assert action.help, (command.prog, action.dest)
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tools"])
+def test_suites_and_tools_have_a_word_on_every_option_too(folder):
+    for path in sorted((Path(__file__).parents[2] / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument"):
+                named = {keyword.arg for keyword in node.keywords}
+                assert "help" in named, f"{path}:{node.lineno}"
 
 
 def test_the_help_of_run_tells_meaning_default_and_values_by_section(capsys, monkeypatch):
