@@ -32,7 +32,9 @@ from dpfast.pool.saver import Saver
 from dpfast.practice.callbacks import Callback, Progress
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.sources.costs import Cost
-from dpfast.sources.sources import Round, StaticSource, Unguided
+from dpfast.sources.source import RoundRequest
+from dpfast.sources.static import StaticSource
+from dpfast.sources.unguided import UnguidedSamples
 
 RECORDS = RESULTS / "study.jsonl"
 CACHE = Path("runs") / "study"
@@ -85,19 +87,19 @@ def pieces(part: str, sizes: tuple[int, ...] = SIZES, iterations: int = 1200) ->
         yield from (run("dp", middle, **option) for option in OPTIONS)
 
 
-def shared(recipe: Recipe, samples: int) -> Unguided:
+def shared(recipe: Recipe, samples: int) -> UnguidedSamples:
     """The seed's unguided samples, from the cache folder or made now and kept there."""
     pipeline = Pipeline.from_pretrained(
         recipe.generator.pipeline, device=device_named(recipe.device)
     )
-    unguided, generator = Unguided(recipe, pipeline), recipe.generator
+    unguided, generator = UnguidedSamples(recipe, pipeline), recipe.generator
     folder = (
         CACHE
         / f"unguided-seed{recipe.seed}-steps{generator.steps}-cfg{generator.cfg_scale:g}-{samples}"
     )
     if not (folder / "cost.json").is_file():
         source, pool = StaticSource(recipe, unguided, samples), SamplePool()
-        for batch in source.make(Round(number=0, start=0, count=samples)):
+        for batch in source.make(RoundRequest(number=0, start=0, count=samples)):
             pool.append(batch, round=0, omega=0.0)
         with Saver(pool, folder, truncate=True) as saver:
             saver.save()
@@ -137,7 +139,7 @@ class Curve(Callback):
         self.points.append((progress.step, progress.pool_size, round(evaluation.top1, 4)))
 
 
-def measure(fields: Fields, unguided: Unguided) -> Fields:
+def measure(fields: Fields, unguided: UnguidedSamples) -> Fields:
     """One run's line."""
     recipe, curve = Recipe.load("fashion", **fields), Curve()
     (result,) = DeliberatePractice(recipe, unguided=unguided).run(progress=False, callbacks=[curve])
@@ -194,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     sizes = (80, 160) if options.short else SIZES
     iterations = 40 if options.short else options.iterations
-    unguided: dict[int, Unguided] = {}
+    unguided: dict[int, UnguidedSamples] = {}
     for part in options.part or PARTS:
         for seed in map(int, options.seeds.split(",")):
             for piece in pieces(part, sizes, iterations):

@@ -96,7 +96,7 @@ def child(generator: str, validation: str) -> None:
         from dpfast.practice import experiment  # noqa: F401  what `dpfast run` imports
         from dpfast.practice.loop import Loop
         from dpfast.sources.guided_methods import check_guided_method
-        from dpfast.sources.sources import Unguided
+        from dpfast.sources.unguided import UnguidedSamples
     with stage("recipe"):
         changes: dict[str, Any] = {
             "codec": "latents",
@@ -116,7 +116,7 @@ def child(generator: str, validation: str) -> None:
         real = load_real(validation, classes=pipeline.class_names, shape=shape)
     with stage("learner, pool and loader"):
         check_guided_method(recipe, pipeline)
-        Unguided(recipe, pipeline)
+        UnguidedSamples(recipe, pipeline)
         Loop(recipe, "dp", pipeline, real)
     print(json.dumps(seconds))
 

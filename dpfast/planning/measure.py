@@ -32,7 +32,7 @@ from dpfast.planning.fitting import fit, stages_of
 from dpfast.pool.pool import SamplePool
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
-from dpfast.sources.guided_methods import RoundRequest, guided_method
+from dpfast.sources.guided_methods import GuidedRequest, guided_method
 
 EVALUATED = 500  # images
 SECONDS = 20.0  # of all stages together, an even part each
@@ -104,7 +104,7 @@ def measure(
     @contextlib.contextmanager
     def guided(size: int) -> Iterator[Callable[[], object]]:
         labels = torch.arange(size) % classes
-        wanted = RoundRequest(
+        wanted = GuidedRequest(
             labels=labels,
             start=len(pool),
             done=0,

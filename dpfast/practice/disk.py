@@ -29,7 +29,7 @@ from dpfast.pool.pool import SamplePool
 from dpfast.pool.protocol import Pool
 from dpfast.practice.loop_state import LoopState
 from dpfast.practice.run_paths import unbegun
-from dpfast.sources.sources import Source
+from dpfast.sources.source import Source
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

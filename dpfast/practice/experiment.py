@@ -26,15 +26,13 @@ from dpfast.practice.result import Result
 from dpfast.practice.run_paths import RunPaths
 from dpfast.practice.stopping import Stop
 from dpfast.practice.throughput import Throughput
+from dpfast.sources.deliberate_practice import DeliberatePracticeSource
+from dpfast.sources.dynamic import DynamicSource
 from dpfast.sources.guided_methods import check_guided_method
-from dpfast.sources.sources import (
-    DeliberatePracticeSource,
-    DynamicSource,
-    PruneSource,
-    Source,
-    StaticSource,
-    Unguided,
-)
+from dpfast.sources.prune import PruneSource
+from dpfast.sources.source import Source
+from dpfast.sources.static import StaticSource
+from dpfast.sources.unguided import UnguidedSamples
 
 
 class DeliberatePractice:
@@ -46,8 +44,8 @@ class DeliberatePractice:
     iterations, those with rounds at the same moments. Without it they go by the recipe: the maximum
     of samples, their own patience.
 
-    unguided: samples that exist already (``Unguided.remember``), for experiments that share a
-    generator and a seed.
+    unguided: samples that exist already (``UnguidedSamples.remember``), for experiments that share
+    a generator and a seed.
     ranks: every rank of a run makes this object and calls ``run``, with the same arguments. With
     the recipe's ``overlap`` the last ones only generate, and ``ranks`` are then the others.
 
@@ -56,7 +54,7 @@ class DeliberatePractice:
     """
 
     def __init__(
-        self, recipe: Recipe, *, unguided: Unguided | None = None, ranks: Ranks = ALONE
+        self, recipe: Recipe, *, unguided: UnguidedSamples | None = None, ranks: Ranks = ALONE
     ) -> None:
         practice = recipe.practice
         recipe.check_ranks(ranks.size)
@@ -100,7 +98,7 @@ class DeliberatePractice:
             not recipe.pool.mapped
         ):  # the disk of mapped files is known with the folder; the loop looks before any work
             self.place_pool()
-        self.unguided = unguided or Unguided(recipe, self.pipeline, ranks)
+        self.unguided = unguided or UnguidedSamples(recipe, self.pipeline, ranks)
         self.loop: Loop | None = None  # the one that runs, or ran last
 
     def place_pool(self, out: Path | None = None) -> Placement:

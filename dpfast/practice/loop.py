@@ -5,7 +5,7 @@ To understand a round, read in this order:
 
     practice/loop.py            the algorithm, and what a round and an interval of training are
     practice/patience.py        when samples are due
-    sources/sources.py          who makes them, and for which labels and ids
+    sources/source.py           who makes them: what is asked, what is answered
     sources/guided_methods.py   how guided ones come about
     practice/saved_samples.py   where they go, and how they outlive the process
     practice/checkpointer.py    what else does, and when
@@ -51,7 +51,7 @@ from dpfast.practice.saved_samples import SavedSamples
 from dpfast.practice.stopping import CHECKPOINT, STOP, LossError, Stop, StopTogether
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost, pruning_ratio
-from dpfast.sources.sources import Round, Source
+from dpfast.sources.source import RoundRequest, Source
 
 
 class Loop:
@@ -259,7 +259,7 @@ class Loop:
         self.state.pending, self.state.round_start = True, len(self.pool)
         self.cost_before.load_state_dict(self.source.cost.state_dict())
 
-    def _next_round(self) -> Round | None:
+    def _next_round(self) -> RoundRequest | None:
         """The round that would be asked for at this moment; None where no more are added."""
         most, size = self.recipe.practice.maximum_rounds, len(self.pool)
         enough = most is not None and self.state.additions >= most
@@ -267,10 +267,10 @@ class Loop:
             return None
         return self._request(size)
 
-    def _request(self, start: int) -> Round:
+    def _request(self, start: int) -> RoundRequest:
         """What the source is asked for behind ``start`` samples."""
         source = self.source
-        return Round(
+        return RoundRequest(
             number=self.state.round + 1,
             start=start,
             count=source.available(start) if start else source.initial_samples,
@@ -289,7 +289,7 @@ class Loop:
         self.source.added(self._next_round())
         self._tell(lambda callback, now: callback.on_round(now, addition))
 
-    def _generate(self, request: Round) -> None:
+    def _generate(self, request: RoundRequest) -> None:
         """Appends this rank's samples of a round to the pool, as the source makes them."""
         source, number, local = self.source, request.number, self.pool.local
         part = self.ranks.share(request.count, self.recipe.generator.batch_size, turn=request.turn)
@@ -321,7 +321,7 @@ class Loop:
         )
         self._tell(lambda callback, now: callback.on_samples(now, batch))
 
-    def _account(self, request: Round) -> Addition:
+    def _account(self, request: RoundRequest) -> Addition:
         """The account of a round whose samples are all in the pool."""
         cost, number = self.source.cost.since(self.cost_before), request.number
         addition = Addition(number=number, added=request.count, total=len(self.pool), cost=cost)
@@ -336,7 +336,7 @@ class Loop:
             pruning_ratio=pruning_ratio(easy, hard),
         )
 
-    def _close_round(self, request: Round) -> None:
+    def _close_round(self, request: RoundRequest) -> None:
         """Makes a round part of the loop's state; its samples are saved from here on."""
         state = self.state
         self._make_room()

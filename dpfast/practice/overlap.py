@@ -42,8 +42,10 @@ from dpfast.pool.pool import SamplePool
 from dpfast.practice.stopping import Stop
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
+from dpfast.sources.deliberate_practice import DeliberatePracticeSource
 from dpfast.sources.guided_methods import joined
-from dpfast.sources.sources import DeliberatePracticeSource, Round, Source, Unguided
+from dpfast.sources.source import RoundRequest, Source
+from dpfast.sources.unguided import UnguidedSamples
 
 WEIGHTS = "weights/"  # of the learner, in the names of a checkpoint
 
@@ -119,7 +121,7 @@ class OverlappedSource(Source):
         self._latents = (
             pipeline.denoiser.sample_shape if source.recipe.pool.codec == "latents" else None
         )
-        self.job: Round | None = None  # what the makers are at
+        self.job: RoundRequest | None = None  # what the makers are at
         self.snapshot: dict[str, Tensor] = {}  # the weights that guide it
         self._published = -1
         self._works: list[Any] = []
@@ -136,14 +138,14 @@ class OverlappedSource(Source):
     def steps(self, number: int) -> int:
         return self.source.steps(number)
 
-    def make(self, round: Round, done: int = 0) -> Iterator[SampleBatch]:
-        if self.job is None or (self.job.number, self.job.count) != (round.number, round.count):
-            self._publish(round)
+    def make(self, request: RoundRequest, done: int = 0) -> Iterator[SampleBatch]:
+        if self.job is None or (self.job.number, self.job.count) != (request.number, request.count):
+            self._publish(request)
         assert self.job is not None
         link, batch, step = self.link, self.source.unguided.batch, self.job.learner_step
         if link.trainers.first:
             link.tell(f"deliver/{self._published}")
-        for places in link.trainers.batches(round.count, batch, turn=round.turn):
+        for places in link.trainers.batches(request.count, batch, turn=request.turn):
             number = places.start // batch
             link.meet(f"batch/{self._published}/{number}", link.maker_of(number))
             yield replace(self._received(link.maker_of(number), len(places)), learner_step=step)
@@ -171,10 +173,10 @@ class OverlappedSource(Source):
             images=images, labels=labels, sample_ids=ids, entropy=entropy, latents=latents
         )
 
-    def added(self, upcoming: Round | None) -> None:
+    def added(self, upcoming: RoundRequest | None) -> None:
         self._begin(upcoming)
 
-    def stepped(self, step: int, upcoming: Callable[[], Round | None]) -> None:
+    def stepped(self, step: int, upcoming: Callable[[], RoundRequest | None]) -> None:
         if self.job is None:
             return
         recipe = self.source.recipe
@@ -188,14 +190,14 @@ class OverlappedSource(Source):
         if self.link.trainers.first:
             self.link.tell("end")
 
-    def _begin(self, upcoming: Round | None) -> None:
+    def _begin(self, upcoming: RoundRequest | None) -> None:
         """Lets the makers begin the next round, guided by the learner of this moment."""
         if upcoming is None:
             self.job = None
         else:
             self._publish(upcoming)
 
-    def _publish(self, job: Round, weights: dict[str, Tensor] | None = None) -> None:
+    def _publish(self, job: RoundRequest, weights: dict[str, Tensor] | None = None) -> None:
         self.job = job
         self._published += 1
         if not self.link.trainers.first:
@@ -226,7 +228,7 @@ class OverlappedSource(Source):
         super().load_state_dict(state)
         if state["job"] is not None:
             weights = {name: state[f"{WEIGHTS}{name}"] for name in self.guides.state_dict()}
-            self._publish(Round.from_dict(state["job"]), weights)
+            self._publish(RoundRequest.from_dict(state["job"]), weights)
 
 
 class GeneratorRank:
@@ -240,7 +242,7 @@ class GeneratorRank:
             in_precision(m, recipe.learner.precision, pipeline.device) for m in (guide, other)
         )
         self.guides = guiding(recipe.guidance.criterion, guide, other)
-        unguided = Unguided(recipe, pipeline, link.makers)
+        unguided = UnguidedSamples(recipe, pipeline, link.makers)
         self.source = DeliberatePracticeSource(
             recipe, pipeline, unguided, guide, guides=self.guides, pool=SamplePool
         )
@@ -254,7 +256,7 @@ class GeneratorRank:
             self._serve()
 
     def _serve(self) -> None:
-        job: Round | None = None
+        job: RoundRequest | None = None
         made: list[SampleBatch] = []
         batches: Iterator[SampleBatch] = iter(())
         link, rest = self.link, False
@@ -280,7 +282,7 @@ class GeneratorRank:
                 ]
                 link.heartbeat.wait(partial(link.any_told, news), lambda: [0])
 
-    def _batches(self, job: Round) -> Iterator[SampleBatch]:
+    def _batches(self, job: RoundRequest) -> Iterator[SampleBatch]:
         """This maker's batches of a round, whole ones: where memory ran out they come in smaller
         parts.
         """
@@ -293,16 +295,18 @@ class GeneratorRank:
             yield _rows(held, slice(None, len(places)))
             held = _rows(held, slice(len(places), None)) if len(held) > len(places) else None
 
-    def _take(self) -> Round:
+    def _take(self) -> RoundRequest:
         """The next job; its weights are in place."""
         self._taken += 1
         for value in self.guides.state_dict().values():
             received = torch.empty_like(value, device="cpu")
             self.link.publishing.broadcast(received, 0)
             value.copy_(received)
-        return Round.from_dict(self.link.said(f"job/{self._taken}", 0))
+        return RoundRequest.from_dict(self.link.said(f"job/{self._taken}", 0))
 
-    def _deliver(self, job: Round, made: list[SampleBatch], batches: Iterator[SampleBatch]) -> None:
+    def _deliver(
+        self, job: RoundRequest, made: list[SampleBatch], batches: Iterator[SampleBatch]
+    ) -> None:
         """Sends the batches of a round, those that are missing as soon as they are made."""
         link, size, latents = (
             self.link,

@@ -48,7 +48,7 @@ from dpfast.rehearsal.graphs import RehearsedRecorder
 from dpfast.rehearsal.standins import put, stand_ins
 from dpfast.sources import costs, yardstick
 from dpfast.sources.costs import Price
-from dpfast.sources.sources import Round
+from dpfast.sources.source import RoundRequest
 
 BATCHES = 2  # of a rank in each round, and one that is not full
 STEPS = 3  # between two evaluations
@@ -185,7 +185,7 @@ class RehearsedLoop(Loop):
             super()._add_samples()
         self.steps = 0
 
-    def _account(self, request: Round) -> Addition:
+    def _account(self, request: RoundRequest) -> Addition:
         with self.device.phase("account of a round"):
             return super()._account(request)
 

@@ -50,7 +50,7 @@ from dpfast.sources.costs import Cost, Prices
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundRequest:
+class GuidedRequest:
     """The guided samples of a round, of which this rank makes its part.
 
     labels: (n,) of all of them; start: the pool's size before; turn: the rank of the first batch;
@@ -83,7 +83,7 @@ class GuidedMethod(Protocol):
 
     steps: int
 
-    def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]: ...
+    def make(self, wanted: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]: ...
 
 
 def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
@@ -124,7 +124,7 @@ class FromNoise:
         self.batch, self.steps = recipe.generator.batch_size, recipe.generator.steps
         self.prices = Prices(eager)
 
-    def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
+    def make(self, wanted: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
         rest = wanted.rest(self.batch)
         batches = self.sampler.stream(
             wanted.labels[rest],
@@ -153,7 +153,7 @@ class EarlyRejection(FromNoise):
         )
         self.early_prices = Prices(eager, self._early)
 
-    def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
+    def make(self, wanted: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
         early = self.early_prices.at(wanted.cfg_scale)
         late = self.prices.at(wanted.cfg_scale).minus(early)
         for place, labels in wanted.parts(self.batch):
@@ -181,7 +181,7 @@ class EarlyRejection(FromNoise):
         """The id of the first candidate for the sample at this place of the pool."""
         return self.initial + int(self.ratio * (place - self.initial))
 
-    def _kept(self, labels: Tensor, ids: Tensor, wanted: RoundRequest) -> Trajectory:
+    def _kept(self, labels: Tensor, ids: Tensor, wanted: GuidedRequest) -> Trajectory:
         """Of the candidates ``ids`` before the cut, as many of each label as ``labels`` (n,)
         has.
         """
@@ -238,7 +238,7 @@ class RePractice(FromNoise):
         started = self.eager.begin([0], [0], cfg_scale=cfg_scale, latents=latents, step=self.start)
         self.eager.finish(self.eager.advance(started))
 
-    def make(self, wanted: RoundRequest, cost: Cost) -> Iterator[SampleBatch]:
+    def make(self, wanted: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
         parents, price = self._parents(wanted), self.prices.at(wanted.cfg_scale)
         done, started = wanted.done, time.perf_counter()
 
@@ -262,7 +262,7 @@ class RePractice(FromNoise):
             yield batch
             started = time.perf_counter()
 
-    def _parents(self, wanted: RoundRequest) -> Tensor:
+    def _parents(self, wanted: GuidedRequest) -> Tensor:
         """(n,) rows of the pool, one for each of the round's samples; of the round's seed and the
         pool alone.
         """

@@ -30,7 +30,7 @@ from dpfast.pool.memory_tiers import GIB
 from dpfast.pool.placement import Placement
 from dpfast.pool.pool import SamplePool
 from dpfast.sources.costs import Cost, Prices
-from dpfast.sources.guided_methods import RoundRequest, guided_method
+from dpfast.sources.guided_methods import GuidedRequest, guided_method
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_every_way_is_planned_at_what_a_sample_is_paid(recipe, changes, fashion)
     way = guided_method(chosen, sampler, sampler, lambda: pool)
     list(
         way.make(
-            RoundRequest(
+            GuidedRequest(
                 labels=torch.arange(10),
                 start=10,
                 done=0,

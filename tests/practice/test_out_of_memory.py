@@ -100,7 +100,7 @@ def lines_of(path):
 
 
 PHASES = (
-    "sources.stream",
+    "unguided.stream",
     "trainer.step",
     "measures.evaluate",
     "guided_methods.make",

@@ -18,8 +18,8 @@ from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
 from dpfast.sources.costs import Cost
-from dpfast.sources.guided_methods import EarlyRejection, RePractice, RoundRequest
-from dpfast.sources.sources import allotted_labels
+from dpfast.sources.guided_methods import EarlyRejection, GuidedRequest, RePractice
+from dpfast.sources.labels import allotted_labels
 from tests.practice.test_loop import run, with_
 
 REJECTING = {"early_candidates": 2.5, "early_until": 0.5}
@@ -35,7 +35,7 @@ def short(recipe):
 
 
 def wanted(labels=LABELS, **changes):
-    return RoundRequest(
+    return GuidedRequest(
         **{"labels": labels, "start": 30, "done": 0, "omega": 0.2, "cfg_scale": 1.5}
         | {"learner_step": 0}
         | changes

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.sources.costs import pruning_ratio
-from dpfast.sources.sources import highest
+from dpfast.sources.prune import highest
 from tests.practice.test_loop import run, with_
 
 

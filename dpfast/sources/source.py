@@ -1,0 +1,120 @@
+"""What a source is: who is asked for the samples of each round."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpfast.samples import SampleBatch
+from dpfast.sources.costs import Cost
+from dpfast.sources.yardstick import Yardstick
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRequest:
+    """What is asked of a source. number: 0 for the initial samples; start: the pool's size before;
+    count: how many.
+
+    per_class: (K,) validation accuracies of the learner at this moment; None in round 0. turn: the
+    first batch's rank.
+    """
+
+    number: int
+    start: int
+    count: int
+    learner_step: int = 0
+    per_class: Tensor | None = None
+    turn: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request for JSON, which knows no NaN: None for a class without images."""
+        known = self.per_class
+        plain = None if known is None else [None if v != v else v for v in known.tolist()]
+        return {**dataclasses.asdict(self), "per_class": plain}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> RoundRequest:
+        """The request that ``to_dict`` gave."""
+        known = plain["per_class"]
+        if known is not None:
+            known = torch.tensor([float("nan") if v is None else v for v in known])
+        return cls(**{**plain, "per_class": known})
+
+
+class Source(abc.ABC):
+    """Makes the samples of a run. ``available`` and ``make`` are a source's own; the rest has
+    defaults.
+
+    initial_samples: of round 0. moments: the steps after which rounds are due, in place of
+    patience; None: by patience. streams: whether ``make`` can go on in the middle of a round.
+    cost: of everything made so far. yardstick: what a round's entropy is compared with.
+    """
+
+    moments: Collection[int] | None = None
+    streams = False
+    yardstick: Yardstick | None = None
+
+    def __init__(self, initial_samples: int) -> None:
+        self.initial_samples = initial_samples
+        self.cost = Cost()
+
+    @abc.abstractmethod
+    def available(self, pool_size: int) -> int:
+        """How many samples the next round would bring; 0: none."""
+
+    @abc.abstractmethod
+    def make(self, request: RoundRequest, done: int = 0) -> Iterator[SampleBatch]:
+        """This rank's samples of a round, without its first ``done``. The learner is in eval mode
+        meanwhile.
+        """
+
+    def omega(self, number: int) -> float:
+        """The strength of the guidance in round ``number``, which is kept with its samples."""
+        return 0.0
+
+    def cfg_scale(self, number: int) -> float:
+        """The scale of classifier-free guidance in round ``number``; 1: none."""
+        return 1.0
+
+    def steps(self, number: int) -> int:
+        """The solver steps that a sample of round ``number`` takes."""
+        return 1
+
+    def release(self) -> None:  # noqa: B027
+        """Gives back the memory that the making of a round leaves behind
+        (``GuidedSampler.release``).
+        """
+
+    def added(self, upcoming: RoundRequest | None) -> None:  # noqa: B027
+        """Hears that a round has been added; ``upcoming``: the next one, as it would be asked for
+        now, or None where no more are added.
+        """
+
+    def stepped(self, step: int, upcoming: Callable[[], RoundRequest | None]) -> None:  # noqa: B027
+        """Hears that ``step`` optimiser steps have been taken; ``upcoming`` gives the next round as
+        it would be asked for now.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Hears that the loop is left, for whatever reason."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the source: names with tensors or values for JSON."""
+        return {"cost": self.cost.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from where ``state_dict`` was taken."""
+        self.cost.load_state_dict(state["cost"])
+
+
+def scheduled(number: int, values: tuple[float, ...], usual: float) -> float:
+    """A schedule's value in round ``number``: the last one from its end on, ``usual`` in round 0
+    and without one.
+    """
+    return values[min(number, len(values)) - 1] if number and values else usual

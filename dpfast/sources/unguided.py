@@ -1,0 +1,88 @@
+"""Unguided samples, which the sources of an experiment share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from dpfast.config import Recipe
+from dpfast.generate.from_recipe import new_sampler
+from dpfast.generate.pipelines import Pipeline
+from dpfast.parallel import ALONE, Ranks
+from dpfast.pool.pool import SamplePool
+from dpfast.samples import SampleBatch
+from dpfast.sources.costs import Cost, Prices
+from dpfast.sources.labels import balanced_labels
+from dpfast.sources.yardstick import Yardstick
+
+EAGER = {"compile": False, "cuda_graphs": False}  # for few samples
+
+
+class UnguidedSamples:
+    """Unguided samples by id, shared by the sources of an experiment: what a finished pool holds is
+    not made again.
+
+    A sample taken over costs what making one cost when it was made. A rank makes and shares its own
+    part.
+    """
+
+    def __init__(self, recipe: Recipe, pipeline: Pipeline, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
+        self.batch, self.classes = recipe.generator.batch_size, pipeline.denoiser.classes
+        self.sampler = new_sampler(recipe, pipeline, None)
+        self.made = Cost()
+        self._prices = Prices(new_sampler(recipe, pipeline, None, **EAGER), guided=False)
+        self.yardstick = Yardstick(new_sampler(recipe, pipeline, None, **EAGER), self.batch, ranks)
+        self._pools: list[tuple[SamplePool, dict[int, int]]] = []
+
+    def remember(self, pool: SamplePool, cost: Cost) -> None:
+        """Takes over the samples of round 0 of a finished pool, whose making is accounted for in
+        ``cost``.
+
+        Of a pool of pixels: latents and JPEG give back other images than were made.
+        """
+        if pool.codec != "pixels":
+            return
+        rows = torch.nonzero(pool.column("round") == 0).flatten()
+        self._pools.append(
+            (pool, dict(zip(pool.column("sample_id")[rows].tolist(), rows.tolist(), strict=True)))
+        )
+        if cost.samples > self.made.samples:
+            self.made = replace(cost)
+
+    def stream(
+        self, first: int, count: int, cost: Cost, *, cfg_scale: float, turn: int = 0, done: int = 0
+    ) -> Iterator[SampleBatch]:
+        """This rank's samples (``Ranks.batches``) of the ids ``first`` to ``first + count``, paid
+        for in ``cost``.
+        """
+        price = self._prices.at(cfg_scale)
+        for places in self.ranks.batches(count, self.batch, turn=turn, done=done):
+            start, size = first + places.start, len(places)
+            known = self._known(start, size) if cfg_scale == self.sampler.cfg_scale else None
+            if known is not None:
+                cost.add(size, price, size * self.made.seconds / max(self.made.samples, 1))
+                yield known
+                continue
+            labels = balanced_labels(start, size, self.classes)
+            batches = self.sampler.stream(
+                labels, first_id=start, batch_size=self.batch, cfg_scale=cfg_scale
+            )
+            for batch in cost.timed(batches, price):
+                self.ranks.beat()
+                yield batch
+
+    def _known(self, first: int, count: int) -> SampleBatch | None:
+        for pool, row_of in self._pools:
+            if first in row_of and first + count - 1 in row_of:
+                rows = torch.tensor([row_of[i] for i in range(first, first + count)])
+                device = self.sampler.pipeline.device  # where a batch that is made lies
+                return SampleBatch(
+                    images=pool.images(rows).to(device),
+                    labels=pool.column("label")[rows].to(device),
+                    sample_ids=pool.column("sample_id")[rows].to(device),
+                    entropy=torch.full((count,), float("nan"), device=device),
+                )
+        return None
