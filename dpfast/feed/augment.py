@@ -57,9 +57,10 @@ class AugmentationDraw:
     flips: Tensor | None
     mix: Mix | None
 
-    def part(self, places: Tensor) -> AugmentationDraw:
-        """The chances of the samples at ``places`` (b,) of the batch."""
-        boxes, flips = (None if rows is None else rows[places] for rows in (self.boxes, self.flips))
+    def part(self, rows: Tensor) -> AugmentationDraw:
+        """The chances of the samples in ``rows`` (b,) of the batch."""
+        boxes = None if self.boxes is None else self.boxes[rows]
+        flips = None if self.flips is None else self.flips[rows]
         return AugmentationDraw(boxes, flips, self.mix)
 
 
@@ -74,8 +75,7 @@ class Augment:
         0.08); 1: none.
         size: (height, width) of a batch; None: that of the pool's images.
         mixup, cutmix: alpha of the Beta distribution of the share (Zhang et al. 2018, Yun et al.
-        2019); 0: none.
-            With both, a batch gets one of the two, each half of the time.
+            2019); 0: none. With both, a batch gets one of the two, each half of the time.
 
     Raises ``InputError`` that names the argument which is out of range, ``TypeError`` for a size
     that is no pair.
@@ -118,18 +118,16 @@ class Augment:
     ) -> AugmentationDraw:
         """The chances of batch ``number`` of ``batch`` images of (height, width)."""
         if not (self.flip or self.mixes or self.resamples(image)):
-            return AugmentationDraw(
-                None, None, None
-            )  # a generator takes longer to make than a small batch
+            # a generator takes longer to make than a small batch
+            return AugmentationDraw(None, None, None)
         random = np.random.Generator(np.random.Philox(key=(seed << 64) + number))
         flips = torch.from_numpy(random.random(batch) < 0.5) if self.flip else None
         boxes = None
         if self.resamples(image):
-            boxes = (
-                _crops(random, batch, image, self.crop)
-                if self.crop < 1
-                else np.tile((0.0, 0, *image), (batch, 1))
-            )
+            if self.crop < 1:
+                boxes = _crops(random, batch, image, self.crop)
+            else:
+                boxes = np.tile((0.0, 0, *image), (batch, 1))
             if self.shift:
                 boxes[:, :2] += random.integers(-self.shift, self.shift + 1, (batch, 2))
         return AugmentationDraw(
@@ -143,21 +141,20 @@ class Augment:
             return None
         if not self.cutmix or (self.mixup and random.random() < 0.5):
             share = float(random.beta(self.mixup, self.mixup))
-            return Mix(
-                max(share, 1 - share)
-            )  # the pairs are symmetric: the larger share names the sample
+            # the pairs are symmetric: the larger share names the sample
+            return Mix(max(share, 1 - share))
         height, width = size
         side = math.sqrt(1 - random.beta(self.cutmix, self.cutmix))
         top, bottom = _cut(int(random.integers(height)), side * height, height)
         left, right = _cut(int(random.integers(width)), side * width, width)
-        return Mix(
-            1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
-        )
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+        return Mix(share, (top, bottom, left, right))
 
 
 def _cut(centre: int, length: float, limit: int) -> tuple[int, int]:
     """The ends of a stretch of [0, limit), cut at its ends."""
-    first, last = round(centre - length / 2), round(centre + length / 2)
+    first = round(centre - length / 2)
+    last = round(centre + length / 2)
     return min(max(first, 0), limit), min(max(last, 0), limit)
 
 
@@ -170,7 +167,8 @@ def _crops(
     height, width = image
     area = random.uniform(smallest, 1, (batch, TRIES)) * height * width
     ratio = np.exp(random.uniform(math.log(RATIOS[0]), math.log(RATIOS[1]), (batch, TRIES)))
-    heights, widths = np.round(np.sqrt(area / ratio)), np.round(np.sqrt(area * ratio))
+    heights = np.round(np.sqrt(area / ratio))
+    widths = np.round(np.sqrt(area * ratio))
     fits = (heights <= height) & (widths <= width) & (heights > 0) & (widths > 0)
     chosen = np.arange(batch), fits.argmax(1)
     # Where no try fits: the largest box in the middle whose ratio is allowed.

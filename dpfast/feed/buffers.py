@@ -34,7 +34,8 @@ class BufferPool:
     def take(self, size: int) -> np.ndarray:
         """(n,) uint8, at least ``size``, its contents undefined: one that is free, or a new one."""
         if size > self._size:
-            self._arrays, self._size = [], size
+            self._arrays = []
+            self._size = size
         for position in range(len(self._arrays)):
             if _references(self._arrays, position) == _FREE:
                 return self._arrays[position]
@@ -56,6 +57,5 @@ def _references(arrays: list[np.ndarray], position: int) -> int:
     return sys.getrefcount(arrays[position])
 
 
-_FREE = _references(
-    [np.empty(0)], 0
-)  # of an array that only its list holds; it differs between versions of Python
+# of an array that only its list holds; it differs between versions of Python
+_FREE = _references([np.empty(0)], 0)

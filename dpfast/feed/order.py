@@ -43,7 +43,9 @@ class Order:
             raise InputError(f"batch_size = {batch_size}, expected at least 1")
         if not 0 < fresh_weight < float("inf"):
             raise InputError(f"fresh_weight = {fresh_weight}, expected a finite number above 0")
-        self.seed, self.batch_size, self.fresh_weight = seed, batch_size, fresh_weight
+        self.seed = seed
+        self.batch_size = batch_size
+        self.fresh_weight = fresh_weight
         self.epoch = self.position = self.size = self.fresh = 0
 
     def next(self, size: int, fresh: int = 0, *, batches: int = 1) -> Tensor:
@@ -65,8 +67,11 @@ class Order:
             self.epoch += -(
                 -self.position // max(min(self.fresh, self.size - self.fresh) or self.size, 1)
             )
-            self.position, self.size, self.fresh = 0, size, fresh
-        first, count = self.position, batches * self.batch_size
+            self.position = 0
+            self.size = size
+            self.fresh = fresh
+        first = self.position
+        count = batches * self.batch_size
         self.position += count
         return self._mixed(first, count) if weighted else self._passes(first, count, size, STREAM)
 
@@ -81,7 +86,8 @@ class Order:
                     place, part, size, seed=self.seed, epoch=self.epoch + epoch, stream=stream
                 ),
             )
-            first, count = first + part, count - part
+            first = first + part
+            count = count - part
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _mixed(self, first: int, count: int) -> Tensor:
@@ -113,5 +119,7 @@ class Order:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from a position."""
-        self.epoch, self.position = state["epoch"], state["position"]
-        self.size, self.fresh = state["size"], state["fresh"]
+        self.epoch = state["epoch"]
+        self.position = state["position"]
+        self.size = state["size"]
+        self.fresh = state["fresh"]

@@ -16,20 +16,16 @@ from torch import Tensor
 from dpfast.errors import InputError
 from dpfast.hardware.out_of_memory import HalvingBatches
 
-DTYPES = {
-    "pixels": torch.uint8,
-    "latents": torch.float16,
-}  # payloads of one shape, a row of bytes a sample
+# of payloads of one shape, a row of bytes a sample
+DTYPES = {"pixels": torch.uint8, "latents": torch.float16}
 CODECS = (*DTYPES, "jpeg")
 JPEG_QUALITY = 95
 JPEG_START = b"\xff\xd8"
-JPEG_BYTES_PER_PIXEL = 0.5  # an estimate for plans: photographs at quality 95 take 0.3 to 0.6
-# of the pixels' own bytes, an estimate for plans: a photograph of 224 px takes 0.65
-# (docs/scaling.md)
+JPEG_BYTES_PER_PIXEL = 0.5  # an estimate: photographs at quality 95 take 0.3 to 0.6
+# of the pixels' own bytes, an estimate: a photograph of 224 px takes 0.65 (docs/scaling.md)
 PNG_SHARE = 0.75
-TAR_BYTES = (
-    6 * 512
-)  # of a saved sample beside its payload: headers and files of label and columns, padding, a record
+# of a saved sample beside its payload: headers and files of label and columns, padding, a record
+TAR_BYTES = 6 * 512
 
 Decode = Callable[[Tensor], Tensor]  # latents (B, c, h, w) to images (B, C, H, W) in [-1, 1]
 DECODED = 1 << 18  # values of latents that are decoded at a time: 16 samples of 4 x 64 x 64
@@ -53,9 +49,8 @@ class BoundedDecode:
             return self.decode(latents)
         if self._batches is None:
             self._batches = HalvingBatches(max(1, DECODED // latents[0].numel()), latents.device)
-        return torch.cat(
-            list(self._batches.over(len(latents), lambda rows: self.decode(latents[rows])))
-        )
+        parts = self._batches.over(len(latents), lambda rows: self.decode(latents[rows]))
+        return torch.cat(list(parts))
 
 
 def check_codec(codec: str) -> str:
@@ -68,11 +63,9 @@ def check_codec(codec: str) -> str:
 def row_bytes(codec: str, shape: Sequence[int]) -> int:
     """Bytes of one payload of ``shape`` (C, H, W); for JPEG an estimate."""
     elements = int(np.prod(shape))
-    return (
-        int(elements * JPEG_BYTES_PER_PIXEL)
-        if codec == "jpeg"
-        else elements * DTYPES[codec].itemsize
-    )
+    if codec == "jpeg":
+        return int(elements * JPEG_BYTES_PER_PIXEL)
+    return elements * DTYPES[codec].itemsize
 
 
 def saved_bytes(codec: str, shape: Sequence[int], images: str = "png") -> int:
@@ -84,9 +77,9 @@ def saved_bytes(codec: str, shape: Sequence[int], images: str = "png") -> int:
     if images == "none":
         return 0
     payload = row_bytes("jpeg" if images == "jpeg" else codec, shape)
-    return TAR_BYTES + (
-        int(payload * PNG_SHARE) if codec == "pixels" and images == "png" else payload
-    )
+    if codec == "pixels" and images == "png":
+        payload = int(payload * PNG_SHARE)
+    return TAR_BYTES + payload
 
 
 def to_jpeg(image: Tensor, quality: int = JPEG_QUALITY) -> bytes:
@@ -110,13 +103,8 @@ def _encoded(pixels: np.ndarray, **options: object) -> bytes:
             f"an image file holds one or three channels, the sample has {pixels.shape[0]}"
         )
     buffer = io.BytesIO()
-    Image.fromarray(
-        np.ascontiguousarray(
-            pixels.transpose(1, 2, 0).squeeze(-1)
-            if pixels.shape[0] == 1
-            else pixels.transpose(1, 2, 0)
-        )
-    ).save(buffer, **options)  # type: ignore[arg-type]
+    rows = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
+    Image.fromarray(np.ascontiguousarray(rows)).save(buffer, **options)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 

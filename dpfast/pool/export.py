@@ -332,7 +332,8 @@ def _read_parquet(files: list[Path]) -> tuple[SamplePool, list[str] | None]:
                 about = _about(file, path)
                 pool = SamplePool(about["codec"])
             for batch in file.iter_batches(BATCH):
-                first, names = len(pool), batch.schema.names
+                first = len(pool)
+                names = batch.schema.names
                 table = {name: batch.column(name).to_pylist() for name in COLUMNS if name in names}
                 table.setdefault("sample_id", list(range(first, first + batch.num_rows)))
                 records = from_dicts(

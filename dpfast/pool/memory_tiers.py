@@ -1,9 +1,8 @@
 """Where the pool's chunks live: device memory, then host memory, then files, each up to its budget.
 
 On a machine with CUDA, host memory is pinned, so that a GPU reads it in place. A file is unlinked
-as soon as it is
-mapped: nothing is left behind however the process ends. Its blocks are reserved at once, so that a
-full disk is an ``OSError`` here and not a signal later.
+as soon as it is mapped: nothing is left behind however the process ends. Its blocks are reserved at
+once, so that a full disk is an ``OSError`` here and not a signal later.
 """
 
 from __future__ import annotations
@@ -150,9 +149,8 @@ def host_memory(count: int) -> Tensor:
     """(count,) uint8 zeros on large pages where there are any: random rows then miss the page
     tables less often.
     """
-    memory = mmap.mmap(
-        -1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # shared pages are always small
+    # private: shared pages are always small
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
@@ -162,9 +160,8 @@ def touched(memory: Tensor) -> Tensor:
     """``memory`` (n,) uint8 with every page of it there, on one thread and without torch.
 
     An operation of torch in a thread of ours leaves a second team of OpenMP threads behind. With
-    more of them than
-    cores, the runtime lets all of them sleep at once when they wait: the learner's step then takes
-    twice as long.
+    more of them than cores, the runtime lets all of them sleep at once when they wait: the
+    learner's step then takes twice as long.
     """
     if memory.device.type == "cpu":
         ctypes.memset(memory.data_ptr(), 0, memory.nbytes)

@@ -160,10 +160,12 @@ def _process(number: int) -> dict[str, Any]:
     """A process of this host. start: tells it from others of its number; None once it has ended,
     and without /proc.
     """
-    state, start = "", None
+    state = ""
+    start = None
     with contextlib.suppress(OSError, IndexError):
         fields = Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()
-        state, start = fields[0], fields[19]
+        state = fields[0]
+        start = fields[19]
     return {
         "host": _host(),
         "name": socket.gethostname(),

@@ -17,9 +17,8 @@ from dpfast.pool.memory_tiers import NAMES, MemoryTiers, readable
 from dpfast.pool.record import RECORD
 
 CHUNK_BYTES = 64 << 20
-LATENT_SHRINK = (
-    8  # of an autoencoder of the Stable Diffusion family: 3 x 8 x 8 pixels become 4 latents
-)
+# of an autoencoder of the Stable Diffusion family: 3 x 8 x 8 pixels become 4 latents
+LATENT_SHRINK = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +123,9 @@ class Placement:
         missing = each
         columns = each * RECORD.itemsize
         for name in NAMES:
-            budget = tiers.budget(name) - (
-                columns if name == "host" else 0
-            )  # the columns always lie in host memory
+            budget = tiers.budget(name)
+            if name == "host":  # where the columns always lie
+                budget -= columns
             chunks = max(budget, 0) // chunk_bytes
             in_tier[name] = min(missing, chunks * (chunk_bytes // payload))
             missing -= in_tier[name]

@@ -309,7 +309,8 @@ class SamplePool:
         filled = self._filled
         for row, data in enumerate(files):
             if not snapshot.chunks.chunks or filled + len(data) > self.chunk_bytes:
-                snapshot, filled = self._grown(snapshot), 0
+                snapshot = self._grown(snapshot)
+                filled = 0
             end = filled + len(data)
             snapshot.chunks.chunks[-1][filled:end].copy_(
                 torch.frombuffer(bytearray(data), dtype=torch.uint8)

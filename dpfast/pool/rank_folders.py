@@ -1,12 +1,12 @@
-"""The saved pools of several ranks: a folder for each, and how any number of ranks reads them.
+"""Where the ranks of a run save their samples: each in a folder of its own.
 
     pool_dp/rank-000-of-002/       a saved pool (``dpfast.pool.shards``) of the rows that this rank
                                    holds, in order
     pool_dp/rank-001-of-002/
 
 One process alone saves into the folder itself. A run that goes on with another number of ranks
-reads the old parts, holds other rows and saves them anew beside the old ones, which are removed
-when no checkpoint needs them any more.
+reads the old folders (``dpfast.pool.reader``), holds other rows and saves them anew beside the old
+ones, which are removed when no checkpoint needs them any more.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from dpfast.parallel import Ranks
 from dpfast.pool import shards
 
-PARTS = "rank-*-of-*"
+RANK_FOLDERS = "rank-*-of-*"
 
 
 def rank_folder_name(ranks: Ranks, rank: int | None = None) -> str:
-    """Of the folder of ``rank``, this one by default."""
+    """The name of the folder of ``rank``, this one by default."""
     return f"rank-{ranks.rank if rank is None else rank:03d}-of-{ranks.size:03d}"
 
 
@@ -32,12 +32,12 @@ def rank_folder(folder: Path, ranks: Ranks, rank: int | None = None) -> Path:
 
 
 def saved_folders(folder: Path) -> list[Path]:
-    """The saved pools that make one: ``folder`` itself, or its parts; of several the one with the
-    most samples.
+    """The saved pools that make one: ``folder`` itself, or those of its ranks; those of the most
+    samples where other numbers of ranks have saved as well.
 
     Empty where nothing is saved.
     """
-    names = {path.name.rsplit("-", 1)[1] for path in folder.glob(PARTS) if path.is_dir()}
+    names = {path.name.rsplit("-", 1)[1] for path in folder.glob(RANK_FOLDERS) if path.is_dir()}
     found = [[folder]] if (folder / shards.MANIFEST).is_file() else []
     found += [sorted(folder.glob(f"rank-*-of-{name}")) for name in sorted(names)]
     saved = [[path for path in paths if (path / shards.MANIFEST).is_file()] for paths in found]
@@ -52,21 +52,23 @@ def remove_rank_folders(folder: Path, sizes: Collection[int]) -> None:
     """Removes under ``folder``, the saved pool of a run, what other numbers of ranks than ``sizes``
     have saved.
 
-    A part's manifest goes first: killed on the way, the rest is no saved pool, and who saves there
-    begins anew.
+    The manifest of a folder goes first: killed on the way, the rest is no saved pool, and who saves
+    there begins anew.
     """
     entries = list(folder.iterdir())
-    parts = [entry for entry in entries if entry.match(PARTS)]
-    for part in (part for part in parts if int(part.name.rsplit("-", 1)[1]) not in sizes):
-        _forget(part)
-        shutil.rmtree(part)
-    own = [entry for entry in entries if entry not in parts]
+    of_ranks = [entry for entry in entries if entry.match(RANK_FOLDERS)]
+    for entry in of_ranks:
+        if int(entry.name.rsplit("-", 1)[1]) not in sizes:
+            _forget(entry)
+            shutil.rmtree(entry)
+    own = [entry for entry in entries if entry not in of_ranks]
     if 1 not in sizes and own:
         _forget(folder)
         for entry in own:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
-def _forget(part: Path) -> None:
-    (part / shards.MANIFEST).unlink(missing_ok=True)
-    shards.sync_folder(part)
+def _forget(folder: Path) -> None:
+    """Makes a saved pool none, for good."""
+    (folder / shards.MANIFEST).unlink(missing_ok=True)
+    shards.sync_folder(folder)

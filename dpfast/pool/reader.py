@@ -120,7 +120,8 @@ class SavedFolder:
 
     def __init__(self, folder: Path, beat: Callable[[], None] = lambda: None) -> None:
         self.manifest, loaded = shards.load_shards(folder, shards.Manifest.read(folder), beat=beat)
-        self.folder, self.shards = folder, list(loaded)
+        self.folder = folder
+        self.shards = list(loaded)
         self.starts = np.cumsum([0, *(len(part.records) for part in self.shards)])
 
     def copy(self, rows: np.ndarray, pool: SamplePool) -> None:
@@ -145,7 +146,8 @@ def _payload(
     """What is stored of the samples of ``records``, some of the shard's, as
     ``SamplePool.append_records`` takes it.
     """
-    offsets, lengths = records["offset"], records["length"]
+    offsets = records["offset"]
+    lengths = records["length"]
     if manifest.suffix != "npy":
         files = [
             part.data[o : o + n].tobytes()

@@ -55,5 +55,6 @@ def ranges(ids: np.ndarray) -> list[list[int]]:
     if not len(ids):
         return []
     breaks = np.flatnonzero(np.diff(ids) != 1) + 1
-    starts, ends = np.r_[0, breaks], np.r_[breaks, len(ids)] - 1
+    starts = np.r_[0, breaks]
+    ends = np.r_[breaks, len(ids)] - 1
     return [[int(ids[a]), int(ids[b])] for a, b in zip(starts, ends, strict=True)]

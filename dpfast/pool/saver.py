@@ -35,15 +35,15 @@ class Saver:
     there. Training reads the pool in memory and is never touched.
 
     Args:
-        pool: its samples from ``first`` on go into shards; those before are in the folder already.
+        pool: its samples go into shards, except for those that the folder has already.
         images: of a pool of pixels "npy" (raw, opened fastest), "png", or "jpeg", whose files
-        ``encoded`` makes;
-            latents are .npy and JPEG .jpg.
+            ``encoded`` makes; latents are .npy and JPEG .jpg.
         classes: names of the labels, kept in the manifest.
+        shard_samples: samples of a shard at most.
         truncate: drop the shards that hold more than the pool does, where a run goes back to an
-        earlier state.
+            earlier state.
         reserve: bytes of the disk that are left to others: no shard is begun that would take from
-        them.
+            them.
 
     Raises ``OwnedError`` when another process saves into the folder, ``OSError`` for what the file
     system refuses, and ``InputError`` when the folder holds another pool's samples.
@@ -64,7 +64,9 @@ class Saver:
             raise InputError(f"images = {images!r}, expected one of {', '.join(IMAGES)}")
         if shard_samples < 1:
             raise InputError(f"shard_samples = {shard_samples}, expected at least 1")
-        self.pool, self.folder, self.shard_samples = pool, Path(folder), shard_samples
+        self.pool = pool
+        self.folder = Path(folder)
+        self.shard_samples = shard_samples
         self.error: BaseException | None = None
         self.reserve = reserve
         self._suffix = {"pixels": IMAGES[images], "latents": "npy", "jpeg": "jpg"}[pool.codec]
@@ -130,7 +132,8 @@ class Saver:
     def save(self) -> None:
         """Asks for everything that the pool holds now."""
         with self._changed:
-            self._asked, self.error = len(self.pool), None
+            self._asked = len(self.pool)
+            self.error = None
             self._changed.notify_all()
 
     def wait(self, timeout: float | None = None) -> int:
@@ -198,7 +201,7 @@ class Saver:
 
     def _write(self, stop: int) -> None:
         """Writes the samples up to ``stop``, shard by shard, on this thread alone (see
-        ``tiers.touched``).
+        ``memory_tiers.touched``).
         """
         while self.saved < stop:
             start = self.saved
@@ -282,7 +285,8 @@ def copy_saved(
     what is damaged is found where the copy is opened. ``beat`` is called after each shard. Raises
     ``DamagedPoolError`` when fewer samples are saved, or a shard is missing.
     """
-    manifest, held = shards.Manifest.read(source), 0
+    manifest = shards.Manifest.read(source)
+    held = 0
     target.mkdir(parents=True)
     for count, shard in enumerate(manifest.shards):
         if held >= samples:

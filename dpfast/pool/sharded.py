@@ -67,12 +67,11 @@ class ShardLayout:
         """For every round: its first row, its turn, and what each rank holds before it, (rounds +
         1, size).
         """
-        size, rounds = self.ranks.size, len(self.rounds)
-        starts, turns, before = (
-            torch.zeros(rounds, dtype=torch.int64),
-            [],
-            torch.zeros(rounds + 1, size).long(),
-        )
+        size = self.ranks.size
+        rounds = len(self.rounds)
+        starts = torch.zeros(rounds, dtype=torch.int64)
+        turns: list[int] = []
+        before = torch.zeros(rounds + 1, size, dtype=torch.int64)
         for i, count in enumerate(self.rounds):
             turn = replace(self, rounds=self.rounds[:i]).turn
             turns.append(turn)
@@ -98,19 +97,16 @@ class ShardLayout:
         ]
 
     def locate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The ranks that hold ``rows`` (B,) of the union, and the rows' places there, both (B,)
-        int64.
-        """
+        """The ranks that hold ``rows`` (B,) of the union, and their rows there, both (B,) int64."""
         starts, turns, before = self._table
-        number = torch.searchsorted(starts, rows, right=True) - 1
-        number_in, size = rows - starts[number], self.ranks.size
-        batch = number_in // self.batch
+        size = self.ranks.size
+        number = torch.searchsorted(starts, rows, right=True) - 1  # of the round
+        in_round = rows - starts[number]
+        batch = in_round // self.batch
         owner = (turns[number] + batch) % size
         first = (owner - turns[number]) % size  # the owner's first batch of that round
-        place = (
-            before[number, owner] + (batch - first) // size * self.batch + number_in % self.batch
-        )
-        return owner, place
+        in_owner = (batch - first) // size * self.batch + in_round % self.batch
+        return owner, before[number, owner] + in_owner
 
 
 def pool_of_ranks(local: SamplePool, layout: ShardLayout) -> Pool:
@@ -123,16 +119,16 @@ def pool_of_ranks(local: SamplePool, layout: ShardLayout) -> Pool:
 
 
 class ShardedPool:
-    """What a loop trains on where several ranks hold samples: ``local`` is this rank's pool, of its
-    own rows.
+    """The ``Pool`` of several ranks: ``local`` is this rank's pool, of its own rows.
 
-    The length counts complete rounds. ``column``, ``complete`` and ``fetch`` are collective, and
-    the constructor of
-    a pool that holds samples: all ranks call them together.
+    The length counts complete rounds. ``column``, ``complete`` and ``fetch`` are collective, and so
+    is the constructor where ``layout`` has rounds: all ranks call them together.
     """
 
     def __init__(self, local: SamplePool, layout: ShardLayout) -> None:
-        self.local, self.layout, self.ranks = local, layout, layout.ranks
+        self.local = local
+        self.layout = layout
+        self.ranks = layout.ranks
         self._known = np.empty(0, KNOWN)  # of every sample of complete rounds
         if layout.rounds:
             self._learn_of(0)
@@ -202,10 +198,14 @@ class ShardedPool:
 
     def _gathered(self, values: Tensor, start: int) -> Tensor:
         """(N - start,) of every rank's ``values``, those of its samples from row ``start`` on."""
-        rounds, first, parts = self.layout.rounds, self._first_round(start), []
+        rounds = self.layout.rounds
+        first = self._first_round(start)
+        parts = []
         layout = replace(self.layout, rounds=rounds[:first])
         for count in rounds[first:]:
-            turn, before, layout = layout.turn, layout.held(), layout.with_round(count)
+            turn = layout.turn
+            before = layout.held()
+            layout = layout.with_round(count)
             mine, values = values.split(
                 [layout.held() - before, len(values) - layout.held() + before]
             )
@@ -219,28 +219,25 @@ class ShardedPool:
         lies there in its order. Of the columns it has the labels. Raises what a collective raises
         where another rank is gone.
         """
-        ranks, view, threads = (
-            self.ranks,
-            self.local.snapshot,
-            1,
-        )  # a loader's thread calls: see ``tiers.touched``
-        owners, places = self.layout.locate(indices)
+        ranks = self.ranks
+        snapshot = self.local.snapshot
+        owners, rows = self.layout.locate(indices)
         parts = [ranks.part(len(indices), rank) for rank in range(ranks.size)]
-        wanted = [places[part][owners[part] == ranks.rank] for part in parts]
-        mine, rows = owners[parts[ranks.rank]], torch.cat(wanted)
-        sent, received = (
-            [len(rows) for rows in wanted],
-            torch.bincount(mine, minlength=ranks.size).tolist(),
-        )
+        wanted = [rows[part][owners[part] == ranks.rank] for part in parts]
+        sent = [len(each) for each in wanted]
+        mine = owners[parts[ranks.rank]]
+        received = torch.bincount(mine, minlength=ranks.size).tolist()
         order = mine.argsort(stable=True)  # as the samples come in: rank by rank
         where = torch.empty_like(mine)
         where[order] = torch.arange(len(mine))
         columns = np.zeros(len(mine), RECORD)
         known = self._known[indices[parts[ranks.rank]][order].numpy()]
-        columns["label"], columns["length"] = known["label"], known["length"]
-        stored = view.payload(rows, device=device, threads=threads)
+        columns["label"] = known["label"]
+        columns["length"] = known["length"]
+        # One thread: a loader's thread calls, see ``memory_tiers.touched``.
+        stored = snapshot.payload(torch.cat(wanted), device=device, threads=1)
         if isinstance(stored, Tensor):
-            stride = view.chunks.stride
+            stride = snapshot.chunks.stride
             payload = ranks.feed[device.type].all_to_all(
                 stored.flatten(1).view(torch.uint8), sent, received
             )
@@ -250,7 +247,12 @@ class ShardedPool:
         packed = torch.from_numpy(columns.view(np.uint8))
         origins = ChunkTable(len(mine), RECORD.itemsize).with_chunks([packed])
         held = PoolSnapshot(
-            view.codec, view.decode, table, origins, size=len(mine), shape=view.shape
+            snapshot.codec,
+            snapshot.decode,
+            table,
+            origins,
+            size=len(mine),
+            shape=snapshot.shape,
         )
         return held, where
 

@@ -91,9 +91,8 @@ class Manifest:
 
     def next_name(self) -> str:
         """Of the shard that comes next; names of quarantined ones are not used again."""
-        numbers = [
-            int(s.name[6:-4]) for s in (*self.shards[-1:], *self.quarantined)
-        ]  # the shards' numbers rise
+        # the shards' numbers rise
+        numbers = [int(s.name[6:-4]) for s in (*self.shards[-1:], *self.quarantined)]
         return f"shard-{max(numbers, default=-1) + 1:06d}.tar"
 
     def write(self, folder: Path) -> None:
@@ -137,7 +136,9 @@ class durable:
     """Opens a file that appears under its name only when it is complete and on the disk."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.path, self.temporary = folder, folder / name, folder / f".{name}.tmp"
+        self.folder = folder
+        self.path = folder / name
+        self.temporary = folder / f".{name}.tmp"
 
     def __enter__(self) -> io.BufferedWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -153,9 +154,8 @@ class durable:
                 self.temporary.replace(self.path)
                 sync_folder(self.folder)
         finally:
-            with contextlib.suppress(
-                OSError
-            ):  # of what a full disk has left in the buffer; it has been raised before
+            # what a full disk has left in the buffer; that has been raised before
+            with contextlib.suppress(OSError):
                 self.file.close()
             self.temporary.unlink(missing_ok=True)
 
@@ -206,7 +206,9 @@ def write_shard(
     ``OSError`` where the disk is full.
     """
     records = records.copy()
-    digest, position, pending = hashlib.sha256(), 0, bytearray()
+    digest = hashlib.sha256()
+    position = 0
+    pending = bytearray()
     with durable(folder, name) as file:
         for row, payload in enumerate(payloads):
             key = f"{name[6:-4]}-{row:06d}"
@@ -228,7 +230,8 @@ def write_shard(
             if len(pending) > WRITE_BYTES:
                 file.write(pending)
                 digest.update(pending)
-                position, pending = position + len(pending), bytearray()
+                position = position + len(pending)
+                pending = bytearray()
         pending += b"\0" * (2 * BLOCK)
         file.write(pending)
         digest.update(pending)
@@ -287,7 +290,8 @@ def verify(folder: Path, shard: Shard) -> Loaded | str:
 
 def _records_of(path: Path) -> np.ndarray:
     """The columns and payload positions of a shard, from its own members."""
-    rows, spans = [], []
+    rows = []
+    spans = []
     for sample in read_tar(path):
         rows.append(json.loads(sample.read("json")))
         suffix = next(s for s in SUFFIXES if s in sample.members)
@@ -336,7 +340,8 @@ def load_shards(
         for result in executor.map(lambda shard: verify(folder, shard), manifest.shards):
             checked.append(result)
             beat()
-    good, bad = [], list(manifest.quarantined)
+    good = []
+    bad = list(manifest.quarantined)
     reasons = dict.fromkeys((shard.name for shard in bad), "quarantined before")
     for shard, result in zip(manifest.shards, checked, strict=True):
         if isinstance(result, Loaded):
@@ -397,7 +402,8 @@ def read_tar(path: Path) -> Iterator[TarSample]:
         if stem != key or suffix in members:
             if key is not None:
                 yield _sample(key, members, read)
-            key, members = stem, {}
+            key = stem
+            members = {}
         members[suffix] = (member.offset_data, member.size)
     if key is not None:
         yield _sample(key, members, read)
@@ -418,9 +424,8 @@ def _files(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
                     )
                 if member.isreg():
                     yield member
-            if (
-                tar.offset + BLOCK > size
-            ):  # tarfile takes a tar that ends between two members for a whole one
+            # tarfile takes a tar that ends between two members for a whole one
+            if tar.offset + BLOCK > size:
                 raise InputError(f"{path} is torn: it has no end mark")
     except tarfile.TarError as error:
         raise InputError(f"{path}: {error}") from None

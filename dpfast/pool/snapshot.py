@@ -30,9 +30,11 @@ class PoolSnapshot:
     """The first ``size`` samples of a pool. It stays valid whatever the pool does next, and needs
     no lock.
 
-    codec, shape, decode: as of ``SamplePool``. chunks, origins: where payloads and records lie.
-    tiers: of the chunks.
-    ready: the last append on a device, which a reader's stream waits for.
+    Attributes:
+        codec, shape, decode: as of ``SamplePool``.
+        chunks, origins: where payloads and records lie.
+        tiers: of the chunks.
+        ready: the last append on a device, which a reader's stream waits for.
     """
 
     codec: str
@@ -74,10 +76,10 @@ class PoolSnapshot:
 
     def chunk_numbers(self) -> Tensor:
         """(size,) int64, the chunk of every sample."""
-        places = torch.arange(self.size)
+        indices = torch.arange(self.size)
         if self.codec == "jpeg":
-            return self._field("offset", places) // self.chunks.chunk_rows
-        return places // self.chunks.chunk_rows
+            return self._field("offset", indices) // self.chunks.chunk_rows
+        return indices // self.chunks.chunk_rows
 
     def payload(
         self,
@@ -135,9 +137,8 @@ class PoolSnapshot:
             raise InputError(f"the batch holds images of {shapes}, expected one shape")
         if not images:
             return torch.empty(0, dtype=torch.uint8, device=device)
-        return torch.from_numpy(np.stack(images)).to(
-            device
-        )  # NumPy's stack brings no threads, see ``tiers.touched``
+        # NumPy's stack brings no threads, see ``memory_tiers.touched``.
+        return torch.from_numpy(np.stack(images)).to(device)
 
     def _decoded(self, latents: Payload) -> Tensor:
         """(B, C, H, W) floats on the scale of bytes, where the latents are."""
@@ -148,9 +149,8 @@ class PoolSnapshot:
             )
         assert isinstance(latents, Tensor)
         with torch.no_grad():
-            return (
-                self.decode(latents.float()).to(latents.device, torch.float32).add_(1).mul_(127.5)
-            )
+            images = self.decode(latents.float())
+            return images.to(latents.device, torch.float32).add_(1).mul_(127.5)
 
     def gather(
         self,
@@ -173,9 +173,10 @@ class PoolSnapshot:
             form: scale, dtype and memory layout of the batch.
             flip: (B,) bool, mirrors a sample left to right.
             boxes: (B, 4) float32 of (top, left, height, width) in pixels, what is shown of a
-            sample; None: all of it.
+                sample; None: all of it.
             size: (height, width) of the batch, that of the images by default; another one needs
-            boxes.
+                boxes.
+            device: where the batch shall be.
             out: where to write the images, in their shape, dtype and layout, where ``in_place``.
             threads: of the native kernels on a CPU, torch's by default.
 
@@ -219,9 +220,6 @@ class PoolSnapshot:
         """Whether the native kernels read a batch of pixels for ``device`` in the pool's chunks,
         without a copy.
         """
-        native = (
-            dispatch.backend_for(CPU) == "native"
-            and device.type == "cpu"
-            and self.shape is not None
-        )
-        return native and self.codec == "pixels" and self.chunks.on_host
+        pixels = self.codec == "pixels" and self.shape is not None
+        native = device.type == "cpu" and dispatch.backend_for(CPU) == "native"
+        return pixels and native and self.chunks.on_host

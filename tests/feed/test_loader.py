@@ -231,50 +231,56 @@ def test_half_precision_is_the_rounded_batch(kind, make):
         torch.testing.assert_close(a, b.float(), rtol=2e-3, atol=1e-3)
 
 
+class Interrupted(SamplePool):
+    """A pool whose readers are interrupted: ``on_fetch`` is called before each of them."""
+
+    on_fetch = staticmethod(lambda: None)
+
+    def fetch(self, indices, **options):
+        self.on_fetch()
+        return super().fetch(indices, **options)
+
+
 @pytest.mark.parametrize("dies", [OSError("disk gone"), SystemExit(3)])
 @pytest.mark.parametrize("options", [{}, {"ahead": 2}], ids=["burst", "thread"])
-def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, options, make, monkeypatch):
-    pool = pool_of()
-    loader, twin = make("torch", pool, **options), make("torch", pool)
+def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, options, make):
+    pool = Interrupted()
+    grow(pool, 30)
+    loader, twin = make("torch", pool, **options), make("torch", pool_of())
     take(loader, 2)
-    gather = PoolSnapshot.gather
 
-    def dying(view, *arguments, threads=None, **options):
-        assert (threading.current_thread() is threading.main_thread()) == (threads is None)
+    def die():
+        assert (threading.current_thread() is threading.main_thread()) == (not options)
         raise dies
 
-    monkeypatch.setattr(PoolSnapshot, "gather", dying)
+    pool.on_fetch = die
     with pytest.raises(LoaderError, match="could not be made") as caught:
         take(loader, 20)
     assert caught.value.__cause__ is dies
-    monkeypatch.setattr(PoolSnapshot, "gather", gather)
+    pool.on_fetch = lambda: None
     twin.load_state_dict(loader.state_dict())
     assert same(take(loader, 3), take(twin, 3))
 
 
 @pytest.mark.skipif(not dali_installed(), reason="DALI is not installed")
-def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make, monkeypatch):
+def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make):
     pool = pool_of(8, codec="jpeg")
+    broken = SamplePool("jpeg")
+    broken.append_images([b"\xff\xd8 no image"] * 8, torch.arange(8))
     loader = make("dali", pool, batch_size=4)
     take(loader, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            PoolSnapshot, "payload", lambda view, indices: [b"\xff\xd8 no image"] * len(indices)
-        )
-        with pytest.raises(LoaderError, match="could not be made"):
-            take(loader, 4)
+    loader.pool = broken
+    with pytest.raises(LoaderError, match="could not be made"):
+        take(loader, 4)
+    loader.pool = pool
     assert next(loader)[0].shape == (4, 3, 14, 16)
 
 
-def test_waiting_is_measured(make, monkeypatch):
-    pool = pool_of()
-    loader, gather = make("torch", pool, ahead=2), PoolSnapshot.gather
-
-    def slow(*arguments, **options):
-        threading.Event().wait(0.05)
-        return gather(*arguments, **options)
-
-    monkeypatch.setattr(PoolSnapshot, "gather", slow)
+def test_waiting_is_measured(make):
+    pool = Interrupted()
+    grow(pool, 30)
+    loader = make("torch", pool, ahead=2)
+    pool.on_fetch = lambda: threading.Event().wait(0.05)
     take(loader, 4)
     assert 0.15 < loader.waited < 2
 
