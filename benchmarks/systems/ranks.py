@@ -58,7 +58,7 @@ def generation(ranks: Ranks) -> Callable[[], object]:
     pipeline = load_pipeline(recipe.generator, device="cpu")
     learner = _learner("regnet", 10).eval()
     sampler = new_sampler(recipe, pipeline, learner)
-    ids = ranks.places(SAMPLES, BATCH)
+    ids = ranks.indices(SAMPLES, BATCH)
 
     def make() -> None:
         for _ in sampler.stream(ids % 10, sample_ids=ids, batch_size=BATCH):
@@ -94,7 +94,7 @@ def learning(kind: str) -> Work:
 
 
 def evaluation(ranks: Ranks) -> Callable[[], object]:
-    mine, model = ranks.places(EVALUATED, 500), _learner("regnet", 10).eval()
+    mine, model = ranks.indices(EVALUATED, 500), _learner("regnet", 10).eval()
     images, labels = torch.zeros(len(mine), 1, 32, 32, dtype=torch.uint8), mine % 10
     return lambda: evaluate(model, images, labels, ranks)
 

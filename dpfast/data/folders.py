@@ -48,10 +48,10 @@ class ImageFolder:
         """This rank's images (n, C, H, W) uint8 and labels (n,). Raises ``InputError`` for a file
         that is no image.
         """
-        for places in ranks.batches(len(self), BATCH):
+        for rows in ranks.batches(len(self), BATCH):
             files, labels = (
-                self.files[places.start : places.stop],
-                self.labels[places.start : places.stop],
+                self.files[rows.start : rows.stop],
+                self.labels[rows.start : rows.stop],
             )
             yield (
                 torch.stack([read_image(file, self.shape) for file in files]),

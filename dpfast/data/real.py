@@ -32,7 +32,7 @@ from dpfast.parallel import ALONE, Ranks
 @dataclass(frozen=True)
 class RealSet:
     """images: (N, C, H, W) uint8; labels: (N,) int64. Of several ranks each has its own part
-    (``Ranks.places``).
+    (``Ranks.indices``).
     """
 
     images: Tensor
@@ -168,7 +168,7 @@ def _complete(name: str, field: str, classes: Sequence[str], labels: Iterable[in
 
 def read_all(folder: ImageFolder, ranks: Ranks = ALONE) -> RealSet:
     """Reads and decodes this rank's images, on its share of the job's CPUs."""
-    folder = folder.subset(ranks.places(len(folder), BATCH).tolist())
+    folder = folder.subset(ranks.indices(len(folder), BATCH).tolist())
     with ThreadPoolExecutor(max(cpus() // ranks.local_size, 1)) as threads:
         images = torch.empty(len(folder), *folder.shape, dtype=torch.uint8)
         for i, image in enumerate(
@@ -181,5 +181,5 @@ def read_all(folder: ImageFolder, ranks: Ranks = ALONE) -> RealSet:
 
 def _part(images: Tensor, labels: Tensor, first: int, ranks: Ranks) -> RealSet:
     images, labels = images[first::2], labels[first::2]
-    mine = ranks.places(len(labels), BATCH)
+    mine = ranks.indices(len(labels), BATCH)
     return RealSet(images[mine], labels[mine])

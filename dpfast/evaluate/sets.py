@@ -143,7 +143,7 @@ def _row(model: Callable[[Tensor], Tensor], one: EvaluationSet, ranks: Ranks) ->
 
 def _shifted(test: RealSet, kind: str, severity: int, seed: int) -> EvaluationSet:
     def batches(ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
-        ids = ranks.places(int(ranks.total(len(test))), BATCH).split(BATCH)
+        ids = ranks.indices(int(ranks.total(len(test))), BATCH).split(BATCH)
         for images, labels, part in zip(
             test.images.split(BATCH), test.labels.split(BATCH), ids, strict=True
         ):

@@ -103,25 +103,25 @@ class Ranks:
     def batches(
         self, count: int, batch: int, *, turn: int = 0, done: int = 0, rank: int | None = None
     ) -> Iterator[range]:
-        """The places in [0, count) that belong to this rank, or to ``rank``, a batch at a time.
+        """The indices in [0, count) that belong to this rank, or to ``rank``, a batch at a time.
 
-        turn: the rank of the first batch; done: so many of the rank's own places are left out.
+        turn: the rank of the first batch; done: so many of the rank's own indices are left out.
         """
         first = ((self.rank if rank is None else rank) - turn) % self.size
         for start in range(first * batch, count, self.size * batch):
-            places = range(start, min(start + batch, count))
-            if done < len(places):
-                yield places[done:]
-            done = max(done - len(places), 0)
+            indices = range(start, min(start + batch, count))
+            if done < len(indices):
+                yield indices[done:]
+            done = max(done - len(indices), 0)
 
     def share(self, count: int, batch: int, *, turn: int = 0, rank: int | None = None) -> int:
-        """How many places ``batches`` gives."""
+        """How many indices ``batches`` gives."""
         first = ((self.rank if rank is None else rank) - turn) % self.size
         whole, rest = divmod(count, batch)
         mine = max(-(-(whole - first) // self.size), 0) * batch
         return mine + (rest if whole % self.size == first else 0)
 
-    def places(
+    def indices(
         self, count: int, batch: int, *, turn: int = 0, done: int = 0, rank: int | None = None
     ) -> Tensor:
         """(n,) int64, what ``batches`` gives, as one tensor."""
@@ -132,11 +132,11 @@ class Ranks:
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def part(self, count: int, rank: int | None = None) -> Tensor:
-        """(count / size,) places of a training batch of ``count`` that this rank, or ``rank``,
+        """(count / size,) indices of a training batch of ``count`` that this rank, or ``rank``,
         learns from.
 
         A stretch of the first half and its mirror image of the second: sample i is mixed with
-        sample count - 1 - i, and so both are on one rank, in the mirrored places of its part.
+        sample count - 1 - i, and so both are on one rank, in mirrored positions of its part.
         """
         rank = self.rank if rank is None else rank
         half = count // (2 * self.size)
@@ -146,20 +146,20 @@ class Ranks:
         return torch.cat([front, count - 1 - front.flip(0)])
 
     def gather(self, values: Tensor, count: int, batch: int, *, turn: int = 0) -> Tensor:
-        """(count, ...) on the CPU, in order: each rank gives the rows of its own ``places``. The
+        """(count, ...) on the CPU, in order: each rank gives the rows of its own ``indices``. The
         bits are kept.
         """
         if self.alone:
             return values.cpu()
-        owned = [self.places(count, batch, turn=turn, rank=rank) for rank in range(self.size)]
+        owned = [self.indices(count, batch, turn=turn, rank=rank) for rank in range(self.size)]
         most = max(map(len, owned))
         padded = torch.zeros(most, *values.shape[1:], dtype=values.dtype)
         padded[: len(values)] = values.cpu()
         self.ready()
         parts = self.control.all_gather(padded)
         every = torch.empty(count, *values.shape[1:], dtype=values.dtype)
-        for places, part in zip(owned, parts, strict=True):
-            every[places] = part[: len(places)]
+        for indices, part in zip(owned, parts, strict=True):
+            every[indices] = part[: len(indices)]
         return every
 
     def all_gather(self, value: Tensor) -> Tensor:

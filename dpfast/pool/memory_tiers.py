@@ -115,7 +115,7 @@ class MemoryTiers:
         """Bytes of the tier, one of ``NAMES``."""
         return int(getattr(self, f"{name}_bytes"))
 
-    def place(self, used: Mapping[str, int], chunk_bytes: int) -> str:
+    def next_tier(self, used: Mapping[str, int], chunk_bytes: int) -> str:
         """The tier of one more chunk beside so many in each; raises ``PoolFullError``."""
         for name in NAMES:
             if (used.get(name, 0) + 1) * chunk_bytes <= self.budget(name):

@@ -369,7 +369,7 @@ class SamplePool:
             tier, spare = self._spares.popleft()
             chunk = spare.result()
         else:
-            tier = self.tiers.place(used, self.chunk_bytes)
+            tier = self.tiers.next_tier(used, self.chunk_bytes)
             chunk = self.tiers.allocate(tier, self.chunk_bytes)
         grown = snapshot.tiers.plus(tier)
         self._counted = grown, used + Counter([tier])
@@ -389,7 +389,7 @@ class SamplePool:
         """
         tiers = self.tiers
         used = self._used(snapshot) + Counter(name for name, _ in self._spares)
-        tier = tiers.place(used, self.chunk_bytes)
+        tier = tiers.next_tier(used, self.chunk_bytes)
         self._worker = self._worker or ThreadPoolExecutor(1, "dpfast-pool-chunk")
         self._spares.append(
             (tier, self._worker.submit(lambda: touched(tiers.allocate(tier, self.chunk_bytes))))
@@ -407,7 +407,7 @@ class SamplePool:
             moved: list[str] = []
             used: Counter[str] = Counter()
             for _ in snapshot.chunks.chunks:
-                moved.append(tiers.place(used, self.chunk_bytes))
+                moved.append(tiers.next_tier(used, self.chunk_bytes))
                 used[moved[-1]] += 1
             self._spares.clear()
             chunks = list(snapshot.chunks.chunks)
@@ -423,7 +423,7 @@ class SamplePool:
                 self._snapshot = snapshot
             self.tiers = tiers
 
-    def where(self) -> dict[str, int]:
+    def in_tier(self) -> dict[str, int]:
         """How many samples lie in each tier."""
         snapshot = self._snapshot
         counts = Counter(snapshot.tiers[number] for number in snapshot.chunk_numbers().tolist())

@@ -133,5 +133,5 @@ def _mapped(local: SamplePool, shape: tuple[int, ...], count: int) -> int:
     planned = Placement.of(
         total, shape, local.codec, tiers=local.tiers, chunk_bytes=local.chunk_bytes
     )
-    here = local.where().get("file", 0)
+    here = local.in_tier().get("file", 0)
     return max(planned.in_tier["file"] - here, 0) * planned.bytes_per_sample

@@ -110,7 +110,7 @@ def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:
     memory of their own.
     """
     count = ranks.size * BATCH + BATCH // 5
-    mine = len(ranks.places(count, BATCH))
+    mine = len(ranks.indices(count, BATCH))
     images = torch.zeros((), dtype=torch.uint8).expand(mine, *image_shape(pipeline))
     real = RealSet(images, torch.arange(mine) % pipeline.denoiser.classes)
     return RealData(pipeline.class_names, real, real)

@@ -75,7 +75,7 @@ class GuidedRequest:
 
     def rest(self, size: int) -> Tensor:
         """(n,) all places of ``parts``, counted from the round's start."""
-        return self.ranks.places(len(self.labels), size, turn=self.turn, done=self.done)
+        return self.ranks.indices(len(self.labels), size, turn=self.turn, done=self.done)
 
 
 class GuidedMethod(Protocol):

@@ -43,7 +43,7 @@ class Yardstick:
         """This rank's samples, batch by batch: uint8 (n, C, H, W) on the CPU, where they take no
         room from training.
         """
-        places = self.ranks.places(SAMPLES, self.batch)
+        places = self.ranks.indices(SAMPLES, self.batch)
         labels = spread_labels(SAMPLES, self.sampler.pipeline.denoiser.classes)[places]
         batches = self.sampler.stream(labels, sample_ids=FIRST_ID + places, batch_size=self.batch)
         made = []

@@ -57,9 +57,9 @@ def test_every_row_has_one_rank_and_its_place_there(size):
 def test_what_is_done_of_a_rank_s_batches_is_left_out(size):
     for rank, done in itertools.product(range(size), (0, 4, 10, 25)):
         ranks = Ranks(rank=rank, size=size)
-        whole = ranks.places(73, BATCH, turn=1)
+        whole = ranks.indices(73, BATCH, turn=1)
         assert len(whole) == ranks.share(73, BATCH, turn=1)
-        assert torch.equal(ranks.places(73, BATCH, turn=1, done=done), whole[done:])
+        assert torch.equal(ranks.indices(73, BATCH, turn=1, done=done), whole[done:])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -230,7 +230,7 @@ def same_training(ranks):
         torch.arange(1203) % 7,
     )
     images = images * 0 + torch.arange(1203).remainder(251).byte().view(-1, 1, 1, 1)
-    mine = ranks.places(1203, 500)
+    mine = ranks.indices(1203, 500)
     for weights in ("raw", "ema"):
         theirs = many.weights(weights)
         for (name, value), other in zip(

@@ -52,7 +52,7 @@ def test_what_a_placement_promises_a_pool_holds():
     placed = Placement.of(room, SHAPE, tiers=tiers, chunk_bytes=1 << 12).check()
     pool = SamplePool(tiers=tiers, chunk_bytes=1 << 12)
     pool.append(batch(0, room), round=0, omega=0.0)
-    assert pool.where() == placed.in_tier
+    assert pool.in_tier() == placed.in_tier
 
 
 def test_a_refusal_has_the_numbers_and_three_ways_out():
@@ -89,7 +89,7 @@ def test_a_recipe_s_pool_is_checked_and_placed_as_planned(tmp_path):
     pool = SamplePool.from_recipe(section, 5000, SHAPE, folder=tmp_path)
     pool.reserve(5000, wait=True)  # before any append: the recipe knows the shape
     pool.append(batch(0, 5000), round=0, omega=0.0)
-    assert pool.where() == {
+    assert pool.in_tier() == {
         "device": 0,
         "host": 0,
         "file": 5000,
@@ -104,14 +104,14 @@ def test_a_cpu_is_a_device_whose_budget_is_filled_first():
     section = config.Pool(device_gib=110_000 / GIB, host_gib=400_000 / GIB)
     pool = SamplePool.from_recipe(section, 2000, SHAPE)
     pool.append(batch(0, 2000), round=0, omega=0.0)
-    assert pool.where() == {
+    assert pool.in_tier() == {
         "device": 0,
         "host": 2000,
         "file": 0,
     }  # one chunk of 216,000 bytes, which the device lacks
     pool = SamplePool.from_recipe(section, 1000, SHAPE)
     pool.append(batch(0, 1000), round=0, omega=0.0)
-    assert pool.where() == {"device": 1000, "host": 0, "file": 0}
+    assert pool.in_tier() == {"device": 1000, "host": 0, "file": 0}
     assert torch.equal(pool.images(torch.arange(1000)), batch(0, 1000).images)
 
 
@@ -120,7 +120,7 @@ def test_a_small_pool_needs_no_more_than_its_samples():
     pool = SamplePool.from_recipe(section, 400, SHAPE)
     pool.append(batch(0, 400), round=0, omega=0.0)
     assert pool.chunk_bytes == 400 * 108
-    assert pool.where()["host"] == 400
+    assert pool.in_tier()["host"] == 400
 
 
 def test_a_reserve_of_jpeg_files_goes_by_those_before_them():

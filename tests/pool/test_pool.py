@@ -206,7 +206,7 @@ def test_jpeg_files_are_kept_byte_for_byte_and_decoded_close_to_the_image():
     again.append(new, payload=files, round=0, **ORIGIN)
     assert again.payload(ids.flip(0)) == files[::-1]
     assert pool.gather(ids[:4])[0].shape == (4, 3, 8, 8)
-    assert pool.where()["host"] == 20
+    assert pool.in_tier()["host"] == 20
 
 
 def test_chunks_fill_the_tiers_in_order_and_move_with_the_budgets(tmp_path):
@@ -218,21 +218,21 @@ def test_chunks_fill_the_tiers_in_order_and_move_with_the_budgets(tmp_path):
         device=CPU, device_bytes=2 * chunk, host_bytes=chunk, folder=tmp_path, file_bytes=3 * chunk
     )
     pool = filled(45, tiers=tiers)
-    assert pool.where() == {"device": 20, "host": 10, "file": 15}
+    assert pool.in_tier() == {"device": 20, "host": 10, "file": 15}
     assert list(tmp_path.iterdir()) == []  # nothing to clean up, whatever happens
     check_prefix(pool, 45)
     old = pool.snapshot
     pool.move(MemoryTiers(host_bytes=chunk, folder=tmp_path, file_bytes=9 * chunk))
-    assert pool.where() == {"device": 0, "host": 10, "file": 35}
+    assert pool.in_tier() == {"device": 0, "host": 10, "file": 35}
     check_prefix(pool, 45)
     assert old.records(torch.tensor([44]))["sample_id"] == 44
     filled(15, pool=pool)
     pool.move(MemoryTiers(host_bytes=9 * chunk))
-    assert pool.where() == {"device": 0, "host": 60, "file": 0}
+    assert pool.in_tier() == {"device": 0, "host": 60, "file": 0}
     check_prefix(pool, 60)
     with pytest.raises(PoolFullError):
         pool.move(MemoryTiers(host_bytes=chunk))
-    assert pool.where()["host"] == 60
+    assert pool.in_tier()["host"] == 60
 
 
 def test_reserved_chunks_are_the_next_ones():

@@ -75,7 +75,7 @@ def recipe_of(folder):
 def load_real(name, *, ranks, **_):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, IMAGES, 1, 16, 16), dtype=torch.uint8, generator=generator)
-    mine = ranks.places(IMAGES, BATCH)
+    mine = ranks.indices(IMAGES, BATCH)
     return RealData(NAMES, *(RealSet(part[mine], mine % 3) for part in images))
 
 

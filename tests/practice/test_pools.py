@@ -56,10 +56,10 @@ def test_a_run_keeps_its_samples_where_the_recipe_says(short, section, tier, tmp
     monkeypatch.setattr(SamplePool, "reserve", recorded)
     recipe = with_(short, "pool", **section)
     (dp,) = run(recipe, tmp_path / "run")
-    assert dp.pool.where()[tier] == len(dp.pool) == 45
+    assert dp.pool.in_tier()[tier] == len(dp.pool) == 45
     assert reserved == [(0, 30), (30, 15)]
     (again,) = run(recipe, tmp_path / "run", resume=True)
-    assert again.pool.where() == dp.pool.where()
+    assert again.pool.in_tier() == dp.pool.in_tier()
     assert torch.equal(again.pool.images(EVERYTHING), dp.pool.images(EVERYTHING))
     assert len(reserved) == 2
 

@@ -37,7 +37,7 @@ def test_ranks_make_and_keep_their_parts(sampler):
     parts = [Yardstick(sampler, 100, rank) for rank in ranks]
     assert [len(torch.cat(part.images)) for part in parts] == [7, 7, 6]
     for part in parts:
-        places = part.ranks.places(20, part.batch)
+        places = part.ranks.indices(20, part.batch)
         assert int((torch.cat(part.images).int() - whole[places].int()).abs().max()) <= 1
 
 
