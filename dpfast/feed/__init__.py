@@ -8,20 +8,26 @@ from typing import Any
 
 from dpfast.errors import InputError
 from dpfast.feed.dali import DaliLoader
-from dpfast.feed.loader import PoolLoader
+from dpfast.feed.loader import Loader
 from dpfast.feed.torch_loader import TorchLoader
 from dpfast.pool.protocol import Pool
 
-LOADERS: dict[str, Callable[..., PoolLoader]] = {"dali": DaliLoader, "torch": TorchLoader}
+LOADERS: dict[str, Callable[..., Loader]] = {"dali": DaliLoader, "torch": TorchLoader}
 
 
-def make_loader(kind: str, pool: Pool, **options: Any) -> PoolLoader:
+def make_loader(kind: str | Callable[..., Loader], pool: Pool, **options: Any) -> Loader:
     """An endless iterator over shuffled batches (images, labels) of ``pool``, which may grow.
 
-    kind: as ``choose_loader`` takes it. options: of ``PoolLoader`` and of the class in ``LOADERS``.
+    Args:
+        kind: as ``choose_loader`` takes it; or what makes a loader of the caller's own, called with
+            ``pool`` and ``options``.
+        pool: must hold a sample before the first batch.
+        options: of ``PoolLoader`` and of the class in ``LOADERS``.
+
     Raises what they raise.
     """
-    return LOADERS[choose_loader(kind, pool.codec)](pool, **options)
+    make = LOADERS[choose_loader(kind, pool.codec)] if isinstance(kind, str) else kind
+    return make(pool, **options)
 
 
 def choose_loader(kind: str, codec: str = "pixels") -> str:

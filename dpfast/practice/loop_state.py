@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dpfast.feed.loader import PoolLoader
+from dpfast.feed.loader import Loader
 
 
 class Component(Protocol):
@@ -70,7 +70,7 @@ class LoopSeconds:
     training, evaluation: between the two brackets of ``of``; waiting: of training, for batches.
     """
 
-    def __init__(self, loader: PoolLoader) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.training = self.evaluation = 0.0
         self._loader = loader
         self._waited_before = 0.0

@@ -14,8 +14,8 @@ from dpfast.parallel.groups import Group
 from dpfast.parallel.ranks import side_groups
 from dpfast.parallel.recorder import Recorder
 from dpfast.pool.sharded import ShardedPool, ShardLayout
+from tests.parallel.test_ranks import AUGMENT, BATCH, ROUNDS, learner, pool_of
 from tests.ranks import spawned
-from tests.test_parallel import AUGMENT, BATCH, ROUNDS, learner, pool_of
 
 
 def trained(ranks, *, background):
