@@ -6,25 +6,25 @@ import argparse
 import contextlib
 import logging
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpfast.cli import first
 from dpfast.cli.parser import Commands
 from dpfast.cli.recipes import add_recipe_command, recipe_of
-from dpfast.config import Recipe
+from dpfast.config import RECIPE_FILE, Recipe
 from dpfast.errors import InputError
 from dpfast.extras import require
 from dpfast.logs import check_level, logged
 
 log = logging.getLogger(__name__)
 LAUNCH = ".launch"  # in a run's folder: which torchrun made it
+RUNS = Path("runs")
 
 if TYPE_CHECKING:
     from dpfast.parallel import Ranks
     from dpfast.planning.fitting import Fit
-    from dpfast.pool.placement import Placement
     from dpfast.practice.experiment import DeliberatePractice
     from dpfast.practice.stopping import Stop
 
@@ -77,24 +77,66 @@ def add(commands: Commands) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    recipe = recipe_of(arguments)
-    require("matplotlib", "tensorboard")  # and not when the report is drawn, after the run
-    check_level(arguments.log_level)
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """What a call of ``dpfast run`` asks for, by its arguments alone.
+
+    round: the end of which round of the run in ``trunk`` a branch leaves; None for no branch.
+    """
+
+    recipe: Recipe
+    out: Path
+    trunk: Path
+    round: int | None
+    overwrite: bool
+    resume: bool
+    dry_run: bool
+    quiet: bool
+    log_level: str
+    timeout: float
+
+
+def resolve(arguments: argparse.Namespace) -> RunSpec:
+    """Returns what the arguments ask for. Raises ``InputError`` where they do not fit together."""
+    recipe, round = recipe_of(arguments), arguments.branch_at
     if not arguments.timeout > 0:
         raise InputError(f"timeout = {arguments.timeout:g}: expected seconds above 0")
+    if round is None and arguments.branch_from is not None:
+        raise InputError("branch_from: names the run of a branch; say --branch-at ROUND as well")
+    name = recipe.name
+    if round is not None:
+        name = f"{name}-branch-{round}"
+        recipe = replace(recipe, practice=replace(recipe.practice, sources=("dp",)))
+    return RunSpec(
+        recipe=recipe,
+        out=arguments.out or RUNS / name,
+        trunk=arguments.branch_from or RUNS / recipe.name,
+        round=round,
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        dry_run=arguments.dry_run,
+        quiet=arguments.quiet,
+        log_level=check_level(arguments.log_level),
+        timeout=arguments.timeout,
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs on every rank, and returns the exit code: 0 also for a run that was stopped."""
+    spec = resolve(arguments)
+    require("matplotlib", "tensorboard")  # and not when the report is drawn, after the run
 
     from dpfast.parallel import RankError, process_group
     from dpfast.practice.stopping import LossError, Stop, Stopped
 
     with Stop() as stop:
         try:
-            cuda = False if recipe.device == "cpu" else None
+            cuda = False if spec.recipe.device == "cpu" else None
             with (
-                process_group(cuda=cuda, timeout=arguments.timeout) as ranks,
+                process_group(cuda=cuda, timeout=spec.timeout) as ranks,
                 ranks.watched(lambda: stop.requested),
             ):
-                return _run(arguments, recipe, stop, ranks)
+                return execute(spec, stop, ranks)
         except Stopped:
             if first():
                 print("stopped; the same command with --resume continues a run that has begun")
@@ -109,127 +151,129 @@ def run(arguments: argparse.Namespace) -> int:
     return 1
 
 
-def _run(arguments: argparse.Namespace, recipe: Recipe, stop: Stop, ranks: Ranks) -> int:
-    with stop.at_once(), ranks.all_or_none():  # nothing is there to be saved
-        from dpfast.errors import unsaved
-        from dpfast.launch import launch_name
-        from dpfast.parallel import versions
-        from dpfast.practice.branch import prepare_branch
-        from dpfast.practice.callbacks import LogCallback
-        from dpfast.practice.changes import continued
-        from dpfast.practice.experiment import DeliberatePractice
-        from dpfast.practice.run_paths import (
-            RunPaths,
-            check_saving,
-            check_shared,
-            check_vacant,
-        )
-        from dpfast.practice.run_writer import RunWriter
-        from dpfast.report.metrics import result_table
-        from dpfast.report.page import write_report
+def execute(spec: RunSpec, stop: Stop, ranks: Ranks) -> int:
+    """Does what ``spec`` asks for on this rank, and returns the exit code.
 
-        trunk = (
-            Path("runs") / recipe.name if arguments.branch_from is None else arguments.branch_from
-        )
-        round, resume = arguments.branch_at, arguments.resume
-        if round is None and arguments.branch_from is not None:
-            raise InputError(
-                "branch_from: names the run of a branch; say --branch-at ROUND as well"
-            )
-        if round is not None:
-            recipe = replace(recipe, practice=replace(recipe.practice, sources=("dp",)))
-        name = recipe.name if round is None else f"{recipe.name}-branch-{round}"
-        out = arguments.out or Path("runs") / name
-        resume = resume or (ranks.restarted and _begun(out, overwrite=arguments.overwrite))
-    with stop.at_once():
+    Nothing is written before all ranks have checked everything.
+    """
+    from dpfast.launch import launch_name
+    from dpfast.parallel import versions
+    from dpfast.practice.branch import prepare_branch
+    from dpfast.practice.callbacks import LogCallback
+    from dpfast.practice.experiment import DeliberatePractice
+    from dpfast.practice.run_paths import RunPaths, check_shared
+    from dpfast.practice.run_writer import RunWriter
+    from dpfast.report.metrics import result_table
+
+    with stop.at_once():  # nothing is there to be saved
         ranks.same("versions of dpfast and torch", versions())
-        ranks.same("recipe", recipe.to_dict())
-        asked = recipe
+        ranks.same("recipe", spec.recipe.to_dict())
         with ranks.all_or_none():
-            check_saving(recipe, resume=resume, branch=round is not None)
-            if ranks.first:
-                recipe = check_vacant(out, recipe, overwrite=arguments.overwrite, resume=resume)
-                if round is not None and not resume:
-                    recipe = continued(trunk, recipe, branch=True)
-        recipe = Recipe.from_dict(ranks.broadcast_object(recipe.to_dict()))
+            goes_on = spec.resume or (ranks.restarted and _begun(spec))
+        branch_at = None if goes_on else spec.round
+        recipe = _begun_with(spec, ranks, goes_on=goes_on)
         with ranks.all_or_none():
             practice = DeliberatePractice(recipe, ranks=ranks)
-        if arguments.dry_run:
-            with ranks.all_or_none():
-                pool = practice.place_pool(out)
-            return _dry_run(practice, pool, out) if ranks.first else 0
+        if spec.dry_run:
+            return _dry_run(spec, practice, ranks)
         with ranks.all_or_none():
-            if round is not None and not resume and ranks.first:
+            if branch_at is not None and ranks.first:
                 prepare_branch(
-                    trunk, round, out, asked, overwrite=arguments.overwrite, beat=ranks.beat
+                    spec.trunk,
+                    branch_at,
+                    spec.out,
+                    spec.recipe,
+                    overwrite=spec.overwrite,
+                    beat=ranks.beat,
                 )
-            resume = resume or round is not None
     with contextlib.ExitStack() as stack:
         with ranks.all_or_none():
-            folder = RunPaths(out, practice.ranks)
+            folder = RunPaths(spec.out, practice.ranks)
             if ranks.first:
-                folder = stack.enter_context(
-                    RunWriter(
-                        out,
-                        asked,
-                        overwrite=arguments.overwrite,
-                        resume=resume,
-                        ranks=practice.ranks,
-                    )
+                writer = RunWriter(
+                    spec.out,
+                    spec.recipe,
+                    overwrite=spec.overwrite,
+                    # a branch goes on in the folder that was prepared for it
+                    resume=goes_on or branch_at is not None,
+                    ranks=practice.ranks,
                 )
-                (out / LAUNCH).write_text(launch_name())
-        check_shared(out, ranks)
-        stack.enter_context(logged(out, arguments.log_level))
-        _tell_fit(practice.fit, aloud=ranks.first and not arguments.quiet)
-        results = practice.run(
-            folder, progress=not arguments.quiet, callbacks=[LogCallback()], stop=stop
+                folder = stack.enter_context(writer)
+                (spec.out / LAUNCH).write_text(launch_name())
+        check_shared(spec.out, ranks)
+        stack.enter_context(logged(spec.out, spec.log_level))
+        _tell_fit(practice.fit, aloud=ranks.first and not spec.quiet)
+        told = [LogCallback()]
+        results = practice.run(folder, progress=not spec.quiet, callbacks=told, stop=stop)
+    if ranks.first:
+        with stop.at_once():
+            _report(spec.out, practice)
+        print(
+            f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and "
+            f"learners: {spec.out}"
         )
-    if not ranks.first:
-        return 0
-    with (
-        stop.at_once(),
-        unsaved("the report is not complete", f"with room 'dpfast report {out}' makes it"),
-    ):
-        write_report([out], out, device=practice.pipeline.device)
-    print(
-        f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and "
-        f"learners: {out}"
-    )
     return 0
 
 
+def _begun_with(spec: RunSpec, ranks: Ranks, *, goes_on: bool) -> Recipe:
+    """The recipe with which the run begins or goes on, the same one on every rank."""
+    from dpfast.practice.changes import continued
+    from dpfast.practice.run_paths import check_saving, check_vacant
+
+    recipe, branches = spec.recipe, spec.round is not None
+    with ranks.all_or_none():
+        check_saving(recipe, resume=goes_on, branch=branches)
+        if ranks.first:
+            recipe = check_vacant(spec.out, recipe, overwrite=spec.overwrite, resume=goes_on)
+            if branches and not goes_on:
+                recipe = continued(spec.trunk, recipe, branch=True)
+    return Recipe.from_dict(ranks.broadcast_object(recipe.to_dict()))
+
+
+def _begun(spec: RunSpec) -> bool:
+    """Whether the ranks that torchrun has started again have begun their run."""
+    from dpfast.launch import launch_name
+
+    if not (spec.out / RECIPE_FILE).is_file():
+        return False
+    kept = spec.out / LAUNCH  # says whether the run to be replaced was still there
+    return not spec.overwrite or (kept.is_file() and kept.read_text() == launch_name())
+
+
+def _report(out: Path, practice: DeliberatePractice) -> None:
+    """Writes the report; where the disk refuses it, a warning names the command that makes it."""
+    from dpfast.errors import unsaved
+    from dpfast.report.page import write_report
+
+    with unsaved("the report is not complete", f"with room 'dpfast report {out}' makes it"):
+        write_report([out], out, device=practice.pipeline.device)
+
+
 def _tell_fit(fit: Fit | None, *, aloud: bool) -> None:
-    """How the recipe was fitted to the memory, into the log and onto the screen."""
+    """Says how the recipe was fitted to the memory, in the log and on the screen."""
     for line in [] if fit is None else fit.lines():
         log.info(line.strip())
         if aloud:
             print(line)
 
 
-def _begun(out: Path, *, overwrite: bool) -> bool:
-    """Whether the ranks that torchrun has started again have begun their run."""
-    from dpfast.launch import launch_name
-
-    if not (out / "recipe.json").is_file():
-        return False
-    kept = out / LAUNCH  # says whether the run to be replaced was still there
-    return not overwrite or (kept.is_file() and kept.read_text() == launch_name())
-
-
-def _dry_run(practice: DeliberatePractice, pool: Placement, out: Path) -> int:
-    """Everything has been checked: the generator is loaded, the real images are read, the learner
-    has been tried.
+def _dry_run(spec: RunSpec, practice: DeliberatePractice, ranks: Ranks) -> int:
+    """Times the stages and prints the plan: the generator is loaded, the real images are read, the
+    learner has been tried.
     """
     from dpfast.planning.measure import measure
     from dpfast.planning.plan import plan
     from dpfast.planning.table import plan_table
 
+    with ranks.all_or_none():
+        pool = practice.place_pool(spec.out)
+    if not ranks.first:
+        return 0
     timings = measure(practice.recipe, pipeline=practice.pipeline)
     count = practice.ranks.size
     made = plan(practice.recipe, "here", count=count, timings=timings)
-    made = replace(
-        made, fit=replace(made.fit, pool=replace(pool, devices=count), proposals=())
-    )  # as the run places it
-    print(plan_table(made))
-    print(f"\nNothing was written; without --dry-run the run begins in {out}")
+    # the pool as the run places it
+    placed = replace(made.fit, pool=replace(pool, devices=count), proposals=())
+    print(plan_table(replace(made, fit=placed)))
+    print(f"\nNothing was written; without --dry-run the run begins in {spec.out}")
     return 0
