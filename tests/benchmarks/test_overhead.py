@@ -48,7 +48,7 @@ def vars_of(shard):
 
 
 def last(name):
-    return json.loads((overhead.RESULTS.with_name(name)).read_text().splitlines()[-1])
+    return json.loads((overhead.RECORDS.with_name(name)).read_text().splitlines()[-1])
 
 
 def cells(row):
@@ -65,7 +65,7 @@ def test_the_documented_efficiencies_are_those_of_the_record():
 
 def test_the_documented_bookkeeping_is_that_of_the_record():
     rows = [cells(line) for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
-    records = [json.loads(line) for line in overhead.RESULTS.read_text().splitlines()]
+    records = [json.loads(line) for line in overhead.RECORDS.read_text().splitlines()]
     books = [record for record in records if record["part"] == "bookkeeping"][
         -len(overhead.SIZES) :
     ]
