@@ -178,6 +178,7 @@ class PoolLoader(Loader):
         self.form = form or BatchFormat()
         self.device = torch.device(device)
         self.order = Order(seed, batch_size, fresh_weight=fresh_weight)
+        self.count = batch_size // pool.ranks.size  # samples of a batch that are delivered
         self.waited = 0.0
         self.ahead = ahead
         self.on_demand = False  # whether batches are made when one is asked for, and not before
@@ -250,11 +251,6 @@ class PoolLoader(Loader):
         height, width = self.augment.size or size
         return self.count, channels, height, width
 
-    @property
-    def count(self) -> int:
-        """Samples of a batch that are delivered."""
-        return self.order.batch_size // self.pool.ranks.size
-
     def _fresh(self) -> int:
         """The newest samples that the order draws more often than others."""
         return self.pool.fresh if self.order.fresh_weight != 1 else 0
@@ -275,11 +271,13 @@ class PoolLoader(Loader):
         """The next ``count`` batches out of ``size`` samples."""
         image = self.image_shape()[1:]
         indices = self.order.next(size, self._fresh(), batches=count)
+        ranks = self.pool.ranks
+        alone = ranks.alone
         drawn = []
         for number, part in enumerate(indices.split(self.order.batch_size), 1):
             draw = self.augment.draw(len(part), image, seed=self.seed, number=self._number)
-            if not self.pool.ranks.alone:
-                draw = draw.part(self.pool.ranks.part(len(part)))
+            if not alone:
+                draw = draw.part(ranks.part(len(part)))
             self._number += 1
             after = {"batches": self._number, **self.order.state_dict(before=count - number)}
             drawn.append(PendingBatch(size, part, draw, after))

@@ -94,14 +94,14 @@ class TorchLoader(PoolLoader):
                 out = self._buffer(1)
                 future = self._worker.submit(self._make, pending, out)
                 pending.work = _InThread(future, cancels=self.pool.ranks.alone)
-        elif self.pool.ranks.alone and self.pool.local.snapshot.in_place(self.device):
-            self._burst(drawn)
+        elif self.pool.ranks.alone and (out := self._buffer(len(drawn))) is not None:
+            self._burst(drawn, out)
         else:
             for pending in drawn:
                 pending.work = Made(self._make(pending))
 
-    def _burst(self, drawn: Sequence[PendingBatch]) -> None:
-        """Makes all batches in one pass, into one buffer."""
+    def _burst(self, drawn: Sequence[PendingBatch], out: Tensor) -> None:
+        """Makes all batches in one pass, into ``out``."""
         snapshot, indices = self.pool.fetch(torch.cat([pending.indices for pending in drawn]))
         images, labels = snapshot.gather(
             indices,
@@ -109,7 +109,7 @@ class TorchLoader(PoolLoader):
             flip=_joined([pending.draw.flips for pending in drawn]),
             boxes=_joined([pending.draw.boxes for pending in drawn]),
             size=self.augment.size,
-            out=self._buffer(len(drawn)),
+            out=out,
         )
         each = zip(images.split(self.count), labels.split(self.count), strict=True)
         for pending, batch in zip(drawn, each, strict=True):

@@ -12,7 +12,7 @@ from dpfast.errors import InputError
 from dpfast.feed import choose_loader, dali_installed, make_loader
 from dpfast.feed.augment import Augment
 from dpfast.feed.buffers import BufferPool
-from dpfast.feed.loader import LoaderError
+from dpfast.feed.loader import LoaderError, Made, PoolLoader
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.snapshot import PoolSnapshot
@@ -299,6 +299,19 @@ def test_buffers_are_used_again_when_nobody_holds_them():
     buffers.batch((1, 1, 1, 120), BatchFormat())
     assert len(buffers) == 3  # of the second, of the graph, and a free one
     del graph, second
+
+
+def test_a_loader_may_be_of_the_caller_s_own():
+    """It gets the pool and all options, and need not be known by a name."""
+    pool = pool_of(10)
+
+    class InOrder(PoolLoader):
+        def _start(self, drawn):
+            for number, pending in enumerate(drawn):
+                pending.work = Made(self.pool.gather(torch.arange(4) + number))
+
+    loader = make_loader(InOrder, pool, batch_size=4, seed=0)
+    assert [labels.tolist() for _, labels in take(loader, 2)] == [[0, 1, 2, 3], [1, 2, 3, 4]]
 
 
 def test_the_choice_is_checked(monkeypatch):
