@@ -165,7 +165,7 @@ class Bench:
 
     def ours(self, name: str, *, compile: bool, **options: Any) -> Row:
         sampler = self.sampler(compile=compile, **options)
-        path = sampler.execution.parts.path
+        path = sampler.runner.parts.path
         assert path is not None
 
         def gradient(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:

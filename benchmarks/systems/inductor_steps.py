@@ -42,7 +42,7 @@ def embedded() -> tuple[StepParts, SolverTable]:
         steps=20,
         compile=False,
     )
-    return sampler.execution.parts, sampler.table
+    return sampler.runner.parts, sampler.table
 
 
 def dit_xl_2() -> tuple[StepParts, SolverTable]:

@@ -80,7 +80,7 @@ def cosines(learner: nn.Module, samples: int) -> Tensor:
 
 
 def _gradient(sampler: GuidedSampler, at: tuple[Tensor, ...]) -> Tensor:
-    path = sampler.execution.parts.path
+    path = sampler.runner.parts.path
     assert path is not None
     return path.gradient(*at)[0].double()
 

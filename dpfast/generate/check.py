@@ -42,6 +42,15 @@ def pair(name: str, value: object, kind: type, meaning: str) -> None:
         raise TypeError(f"{name} must be {meaning}, got {value!r}")
 
 
+def interval(name: str, start: float, stop: float) -> None:
+    """Raises ``InputError`` unless 0 <= start < stop <= 1."""
+    if not 0 <= start < stop <= 1:
+        raise InputError(
+            f"{name} = ({start:g}, {stop:g}): expected fractions of the steps, 0 <= start < stop "
+            "<= 1"
+        )
+
+
 def integers(name: str, values: Any) -> Tensor:
     """``values`` as an int64 tensor. Raises ``TypeError`` for anything that is not integers,
     fractions included.

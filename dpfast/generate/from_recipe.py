@@ -107,12 +107,11 @@ def new_sampler(
         "cfg_interval": generator.cfg_interval,
         "cache_interval": generator.cache_interval,
         "seed": recipe.seed,
+        "micro_batch": generator.at_once,
         "compile": generator.compile,
         "compile_region": generator.compile_region,
     }
-    sampler = GuidedSampler(pipeline, learner, **described | options)
-    sampler.fitting = dict.fromkeys((False, True), generator.at_once)
-    return sampler
+    return GuidedSampler(pipeline, learner, **described | options)
 
 
 def decoder_of_run(run: Path, device: torch.device | str) -> Callable[[Tensor], Tensor] | None:

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
+from dpfast.hardware.device import is_gpu
 from dpfast.hardware.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -86,6 +88,23 @@ class CudaRecorder:
 
     def close(self) -> None:
         self.pool = None
+
+
+def recorder_on(device: torch.device, wanted: bool | Recorder | None) -> Recorder | None:
+    """The recorder of a device; None where steps are not to be captured.
+
+    wanted: True, False, None for where there is a GPU, or the recorder itself. Raises
+    ``InputError`` for True without a GPU.
+    """
+    if wanted is False or (wanted is None and not is_gpu(device)):
+        return None
+    if wanted is None or wanted is True:
+        if not is_gpu(device):
+            raise InputError(
+                f"cuda_graphs = True: needs a pipeline on a GPU, this one is on {device}"
+            )
+        return CudaRecorder(device)
+    return wanted
 
 
 def _signature(value: Any) -> object:

@@ -11,6 +11,7 @@ code ascend.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -32,20 +33,8 @@ Through = Literal["denoiser", "latent"]
 
 def interval_steps(total: int, start: float, stop: float, every: int = 1) -> range:
     """The steps i = first, first + every, ... with start <= i / total < stop."""
-    return range(_ceil(start * total), _ceil(stop * total), every)
-
-
-def _ceil(value: float) -> int:
-    return -int(-(value - 1e-9) // 1)  # 0.3 * 10 is a little above 3
-
-
-def check_interval(name: str, start: float, stop: float) -> None:
-    """Raises ``InputError`` unless 0 <= start < stop <= 1."""
-    if not 0 <= start < stop <= 1:
-        raise InputError(
-            f"{name} = ({start:g}, {stop:g}): expected fractions of the steps, 0 <= start < stop "
-            "<= 1"
-        )
+    first, last = (math.ceil(part * total - 1e-9) for part in (start, stop))  # 0.3 * 10 > 3
+    return range(first, last, every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +69,7 @@ class GuidanceConfig:
         check.count("every", self.every, "at least 1, which guides every step")
         check.number("start", self.start)
         check.number("until", self.until)
-        check_interval("(start, until)", self.start, self.until)
+        check.interval("(start, until)", self.start, self.until)
         for name, value, known in (("mode", self.mode, Mode), ("through", self.through, Through)):
             if value not in get_args(known):
                 raise InputError(

@@ -1,28 +1,112 @@
-"""What a sampler finds out about its models before it samples: do they fit together, and into
-memory?
+"""What a sampler finds out before it samples: is what is asked for right, do its models fit
+together, and into memory?
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpfast.errors import InputError
-from dpfast.generate import criteria
+from dpfast.generate import check, criteria
 from dpfast.generate.guidance import GuidancePath
 from dpfast.generate.models.checkpointing import can_checkpoint, with_checkpointing
-from dpfast.generate.runtime.execution import Execution
+from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.solvers import SolverTable
-from dpfast.generate.step import StepInputs, StepParts, Variant
 from dpfast.hardware.live_bytes import bytes_per_sample
-from dpfast.hardware.memory import available_bytes
 
 log = logging.getLogger(__name__)
 ENOUGH = 8  # samples of a chunk, about what keeps a device busy
-SHARE = 0.5  # of the available memory that a batch may take
+
+
+class Request(NamedTuple):
+    """Samples that are asked for, on the device. labels, sample_ids: (N,) int64; omega: (N,)
+    float32, 0 without a learner; cfg_scale: of all; guided: whether any omega is not 0.
+    """
+
+    labels: Tensor
+    sample_ids: Tensor
+    omega: Tensor
+    cfg_scale: float
+    guided: bool
+
+    def rows(self, part: slice) -> Request:
+        """Returns the request for these samples alone, made with the steps of all."""
+        return self._replace(
+            labels=self.labels[part], sample_ids=self.sample_ids[part], omega=self.omega[part]
+        )
+
+
+def checked_request(
+    labels: Tensor | Sequence[int],
+    sample_ids: Tensor | Sequence[int] | None,
+    first_id: int,
+    omega: float | Tensor,
+    cfg_scale: float,
+    *,
+    pipeline: Pipeline,
+    path: GuidancePath | None,
+) -> Request:
+    """Checks what samples are asked for, and moves it to the device.
+
+    sample_ids: None counts up from ``first_id``; path: None without a learner.
+
+    Raises ``TypeError`` for values of another kind, ``InputError`` for other shapes and for what is
+    not finite, and ``InputError`` for a label that the generator does not know.
+    """
+    labels = check.integers("labels", labels)
+    if labels.dim() != 1:
+        raise InputError(f"labels has shape {tuple(labels.shape)}, expected (B,)")
+    if sample_ids is None:
+        sample_ids = torch.arange(first_id, first_id + len(labels))
+    ids = check.integers("sample_ids", sample_ids)
+    if ids.shape != labels.shape:
+        raise InputError(
+            f"sample_ids has shape {tuple(ids.shape)}, expected one per label: "
+            f"{tuple(labels.shape)}"
+        )
+    classes = pipeline.denoiser.classes
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise InputError(
+            f"labels = {int(wrong[0])}: the generator has {classes} classes, 0 to {classes - 1}"
+        )
+    strengths = check.strengths("omega", omega)
+    if strengths.shape not in ((), labels.shape):
+        raise InputError(
+            f"omega has shape {tuple(strengths.shape)}, expected () or {tuple(labels.shape)}"
+        )
+    if not bool(strengths.isfinite().all()):
+        raise InputError("omega must be finite")
+    check.number("cfg_scale", cfg_scale)
+    # Everything is looked at where it was given: what comes from the host costs no wait for the
+    # device.
+    guided = path is not None and bool(strengths.any())
+    if path is not None and path.criterion is criteria.entropy and bool((strengths < 0).any()):
+        _warn_of_easy_samples()
+    if path is None:
+        strengths = torch.zeros(())
+    labels, ids, strengths = (
+        tensor.to(pipeline.device, non_blocking=True) for tensor in (labels, ids, strengths)
+    )
+    return Request(labels, ids, strengths.expand(len(labels)).contiguous(), cfg_scale, guided)
+
+
+@functools.cache
+def _warn_of_easy_samples() -> None:
+    """Once a process."""
+    warnings.warn(
+        "omega is negative: guidance lowers the learner's entropy and makes easy samples",
+        UserWarning,
+        stacklevel=5,
+    )
 
 
 @torch.no_grad()
@@ -125,36 +209,3 @@ def _chunk(path: GuidancePath, table: SolverTable, budget: int) -> tuple[int, in
 
     fixed, each = bytes_per_sample(gradient)
     return max(0, (budget - fixed) // each), fixed + each
-
-
-def largest_batch(parts: StepParts, table: SolverTable, variant: Variant) -> int:
-    """The most samples whose step of this variant, and decoding, take half of the memory that is
-    available.
-    """
-    execution, device = Execution(parts), table.rows.device
-
-    def batch(size: int) -> None:
-        x = torch.zeros(size, *parts.denoiser.sample_shape, device=device)
-        integers = torch.zeros(size, dtype=torch.int64, device=device)
-        inputs = StepInputs(
-            x=x,
-            x0_prev=torch.zeros_like(x) if parts.multistep else None,
-            labels=integers,
-            sample_ids=integers,
-            valid=None,
-            step=integers[0],
-            rows=table.rows,
-            timesteps=table.timesteps,
-            omega=torch.zeros(size, device=device),
-            cfg_scale=torch.ones((), device=device),
-            seed=integers[0],
-        )
-        execution.step(variant, inputs)
-        execution.finish(x)
-
-    fixed, each = bytes_per_sample(batch)
-    largest = int((available_bytes(device) * SHARE - fixed) // each)
-    log.info(
-        "a sample takes %.1f MB in its dearest step: at most %d in a batch", each / 1e6, largest
-    )
-    return max(1, largest)

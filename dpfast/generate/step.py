@@ -1,5 +1,5 @@
-"""A step of the sampler as one pure function of tensors, in as many variants as a trajectory has
-kinds of steps.
+"""A step of the sampler: the batch that it moves on, and one pure function of tensors in as many
+variants as a trajectory has kinds of steps.
 
 A variant is plain or guided, with classifier-free guidance or without; a plain one may keep or
 reuse features (``dpfast.generate.feature_cache``). Everything that changes between two calls is an
@@ -10,9 +10,9 @@ of the learner's weights in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,128 @@ from dpfast.generate.models.denoiser import Denoiser
 from dpfast.ops import DynamicThreshold, guided_step
 from dpfast.ops.guided_step import Mode
 
+ROWS = ("x", "x0_prev", "labels", "sample_ids", "omega", "value", "features")
+
+
+class Variant(NamedTuple):
+    """The kind of a step."""
+
+    guided: bool
+    cfg: bool
+    features: Features = "compute"
+
+    def __str__(self) -> str:
+        kind = "guided" if self.guided else "plain"
+        name = f"{kind} step {'with' if self.cfg else 'without'} CFG"
+        return name if self.features == "compute" else f"{name} to {self.features} features"
+
+
+def dearest(variants: Iterable[Variant]) -> Variant:
+    """The variant that takes the most memory; a step that reuses features never does."""
+    whole = (variant for variant in variants if variant.features != "reuse")
+    return max(whole, key=lambda variant: (variant.guided, variant.cfg))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """A batch before its step ``step``; row i of every column belongs to ``sample_ids[i]``.
+
+    x: (B, c, h, w) float32 latents; x0_prev: the same, the x0 of the step before, None where the
+    solver has no use for it; labels, sample_ids: (B,) int64; omega: (B,) float32 strengths; value:
+    (B,) float32, the criterion at the x0 that the last guided step predicted, None before it;
+    features: as in ``StepInputs``, where the next step reuses them; valid: (B,) bool, False where a
+    row only fills the batch, None where it is not filled; cfg_scale, seed: 0-d; skipped: 0-d int64,
+    as in ``SampleBatch``, of all that ever belonged to the batch; variants: of all its steps.
+    """
+
+    x: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    omega: Tensor
+    cfg_scale: Tensor
+    seed: Tensor
+    skipped: Tensor
+    variants: tuple[Variant, ...]
+    x0_prev: Tensor | None = None
+    value: Tensor | None = None
+    features: Tensor | None = None
+    valid: Tensor | None = None
+    step: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any of its steps is guided."""
+        return any(variant.guided for variant in self.variants)
+
+    @property
+    def variant(self) -> Variant:
+        """The variant of the next step. One without the features to reuse makes and keeps them."""
+        planned = self.variants[self.step]
+        if planned.features == "reuse" and self.features is None:
+            return planned._replace(features="keep")
+        return planned
+
+    def after(self, out: StepOutputs) -> Trajectory:
+        """Returns the batch behind its next step, which gave ``out``."""
+        following = self.variants[self.step + 1 : self.step + 2]
+        features = self.features if out.features is None else out.features
+        return replace(
+            self,
+            step=self.step + 1,
+            x=out.x,
+            x0_prev=out.x0,
+            value=self.value if out.value is None else out.value,
+            features=features if any(v.features == "reuse" for v in following) else None,
+            skipped=self.skipped if out.skipped is None else self.skipped + out.skipped,
+        )
+
+    def padded(self, size: int | None) -> Trajectory:
+        """Returns the batch filled up to ``size`` rows; None: as it is."""
+        if size is None:
+            return self
+        valid = torch.arange(size, device=self.x.device) < len(self)
+        return replace(self._mapped(lambda rows: filled(rows, size)), valid=valid)
+
+    def cropped(self, size: int) -> Trajectory:
+        """Returns the first ``size`` rows, which undoes ``padded``."""
+        return replace(self._mapped(lambda rows: rows[:size]), valid=None)
+
+    def take(self, rows: Tensor) -> Trajectory:
+        """Returns the samples of these rows, (n,) int64."""
+        return self._mapped(lambda column: column[rows])
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Trajectory:
+        columns = {name: getattr(self, name) for name in ROWS}
+        changed: dict[str, Any] = {
+            name: None if column is None else function(column) for name, column in columns.items()
+        }
+        return replace(self, **changed)
+
+    @staticmethod
+    def joined(parts: Sequence[Trajectory]) -> Trajectory:
+        """Returns batches with the same steps, before the same one, as one."""
+        columns = {name: [getattr(part, name) for part in parts] for name in ROWS}
+        joined: dict[str, Any] = {
+            name: None if column[0] is None else torch.cat(column)
+            for name, column in columns.items()
+        }
+        return replace(
+            parts[0], **joined, skipped=torch.stack([part.skipped for part in parts]).sum()
+        )
+
+
+def filled(rows: Tensor, size: int) -> Tensor:
+    """Returns ``rows`` with copies of the last one behind them, ``size`` in all."""
+    more = size - len(rows)
+    return torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) if more > 0 else rows
+
 
 class StepInputs(NamedTuple):
-    """x, x0_prev: (B, c, h, w) float32; labels, sample_ids: (B,) int64; valid: (B,) bool, False
-    where a row only fills the batch; omega: (B,) float32; the rest 0-d (step and seed int64) or the
-    solver's whole table.
+    """What a step reads: columns of a ``Trajectory``, the step's index (0-d int64) and the solver's
+    whole table.
 
     features: (B, ways, ...) of an earlier step, ways being 2 with classifier-free guidance (row 0
     the conditional one).
@@ -53,9 +170,8 @@ class StepInputs(NamedTuple):
 
 class StepOutputs(NamedTuple):
     """x: the next state; x0: this step's x0 for a multistep solver; value: (B,) of the criterion at
-    the old state;
-    skipped: 0-d int64, the samples whose gradient was not finite; these two are None in a plain
-    step. features: as in ``StepInputs``, None unless the step keeps them.
+    the old state; skipped: 0-d int64, the samples whose gradient was not finite; these two are None
+    in a plain step. features: as in ``StepInputs``, None unless the step keeps them.
     """
 
     x: Tensor
@@ -70,18 +186,6 @@ class Finished(NamedTuple):
 
     images: Tensor
     entropy: Tensor
-
-
-class Variant(NamedTuple):
-    guided: bool
-    cfg: bool
-    features: Features = "compute"
-
-    def __str__(self) -> str:
-        name = (
-            f"{'guided' if self.guided else 'plain'} step {'with' if self.cfg else 'without'} CFG"
-        )
-        return name if self.features == "compute" else f"{name} to {self.features} features"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +204,8 @@ class StepParts:
 
 def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutputs]:
     """The step of this variant: ``StepInputs``, as positional arguments, to ``StepOutputs``."""
-    denoiser, path, cache, (guided, cfg, features) = (
-        parts.denoiser,
-        parts.path,
-        parts.cache,
-        variant,
-    )
+    denoiser, path, cache = parts.denoiser, parts.path, parts.cache
+    guided, cfg, features = variant
     assert not (guided and features != "compute")
     exact = guided and path is not None and path.through == "denoiser"
 
@@ -139,9 +239,8 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             if null is not None:
                 unconditional = denoiser(x, timestep, null)
         elif null is not None:
-            conditional, unconditional = predict(
-                torch.cat([x, x]), torch.cat([labels, null])
-            ).chunk(2)
+            both = predict(torch.cat([x, x]), torch.cat([labels, null]))
+            conditional, unconditional = both.chunk(2)
         else:
             conditional = predict(x, labels)
         if guided and not exact:
@@ -152,9 +251,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             # int64 tensor on the CPU, for one on the GPU, and would put a lone counter into its
             # memory.
             skipped = torch.zeros(2, dtype=torch.int64, device=x.device)[0]
-            if (
-                inputs.valid is not None
-            ):  # a filling row is the copy of a sample: it must not be counted twice
+            if inputs.valid is not None:  # the copy of a sample must not be counted as skipped
                 gradient = torch.where(inputs.valid.view(-1, 1, 1, 1), gradient, 0.0)
         x0 = torch.empty_like(x) if parts.multistep else None
         following = guided_step(

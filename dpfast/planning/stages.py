@@ -8,7 +8,7 @@ training, on meta tensors.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,11 +17,10 @@ from dpfast.config import Recipe
 from dpfast.errors import RecipeError
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.models.decoder import Encoder
+from dpfast.generate.models.regional import has_region
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.runtime.execution import Execution
-from dpfast.generate.runtime.regional import has_region
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.generate.step import StepInputs, StepParts
+from dpfast.generate.step import dearest, finish_function, step_function
 from dpfast.hardware.flops import Counts, Fused, counts
 from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.learn.committee import guiding
@@ -71,6 +70,7 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
     Raises ``InputError`` for a learner that cannot be built, ``InputError`` for a sampler that
     cannot.
     """
+    pipeline = replace(pipeline, device=META)
     classes = pipeline.denoiser.classes
     with META:
         learner = build_learner(
@@ -82,12 +82,8 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
     guide = guiding(recipe.guidance.criterion, learner, learner).eval()
     sampler = new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False)
     batch = recipe.generator.batch_size
-    execution = _execution(sampler)
-    image = tuple(
-        execution.finish(torch.empty(1, *pipeline.denoiser.sample_shape, device=META)).images.shape[
-            1:
-        ]
-    )
+    decode = finish_function(sampler.parts)
+    image = tuple(decode(sampler.blank(1).x).images.shape[1:])
     plain = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
     decoding = _decoding_bytes(plain)
     models = {
@@ -123,43 +119,6 @@ def _parts(pipeline: Pipeline) -> list[tuple[object, str]]:
     ]
 
 
-def _execution(sampler: GuidedSampler) -> Execution:
-    """The sampler's steps, without trying the learner out: there are no numbers to try."""
-    return Execution(
-        StepParts(
-            denoiser=sampler.pipeline.denoiser,
-            decoder=sampler.pipeline.decoder,
-            path=sampler._path,
-            mode=sampler.guidance.mode,
-            clip=sampler.table.clip,
-            multistep=sampler.table.needs_x0_prev,
-            noise=sampler.table.needs_noise,
-            cache=sampler.cache,
-        )
-    )
-
-
-def _inputs(sampler: GuidedSampler, size: int) -> StepInputs:
-    table, shape = sampler.table, sampler.pipeline.denoiser.sample_shape
-    x, integers = (
-        torch.empty(size, *shape, device=META),
-        torch.empty(size, dtype=torch.int64, device=META),
-    )
-    return StepInputs(
-        x=x,
-        x0_prev=torch.empty_like(x) if table.needs_x0_prev else None,
-        labels=integers,
-        sample_ids=integers,
-        valid=None,
-        step=integers[0],
-        rows=table.rows.to(META),
-        timesteps=table.timesteps.to(META),
-        omega=torch.empty(size, device=META),
-        cfg_scale=torch.empty((), device=META),
-        seed=integers[0],
-    )
-
-
 def _guided(recipe: Recipe, sampler: GuidedSampler, batch: int) -> Counts:
     """One guided sample in the way that the recipe chooses (``dpfast.sources.guided_methods``)."""
     practice, steps = recipe.practice, sampler.guidance.steps(len(sampler.table))
@@ -185,18 +144,19 @@ def _steps(
     sampler: GuidedSampler, batch: int, *, guided: bool, start: int = 0, stop: int | None = None
 ) -> Counts:
     """The steps from ``start`` to ``stop`` of one sample of a batch."""
-    inputs, execution, total = _inputs(sampler, batch), _execution(sampler), Counts()
-    for variant, times in Counter(sampler.variants(guided=guided)[start:stop]).items():
+    total, blank = Counts(), sampler.blank(batch, guided=guided)
+    inputs = sampler.inputs(blank)
+    for variant, times in Counter(blank.variants[start:stop]).items():
         if variant.features == "reuse":  # of the shape that a step before it kept
-            kept = execution.step(variant._replace(features="keep"), inputs).features
-            inputs = inputs._replace(features=kept)
-        total += counts(partial(execution.step, variant, inputs)) * times
+            keep = step_function(sampler.parts, variant._replace(features="keep"))
+            inputs = inputs._replace(features=keep(*inputs).features)
+        total += counts(partial(step_function(sampler.parts, variant), *inputs)) * times
     return total * (1 / batch)
 
 
 @torch.no_grad()
 def _decoding(sampler: GuidedSampler, batch: int) -> Counts:
-    return counts(lambda: _execution(sampler).finish(_inputs(sampler, batch).x)) * (1 / batch)
+    return counts(partial(finish_function(sampler.parts), sampler.blank(batch).x)) * (1 / batch)
 
 
 @torch.no_grad()
@@ -204,7 +164,7 @@ def _encoding(sampler: GuidedSampler, batch: int) -> Counts:
     decoder = sampler.pipeline.decoder
     if not isinstance(decoder, Encoder):
         raise RecipeError("restart: images of another size than decoded need codec = 'latents'")
-    shape = _execution(sampler).finish(_inputs(sampler, 1).x).images.shape[1:]
+    shape = finish_function(sampler.parts)(sampler.blank(1).x).images.shape[1:]
     return counts(lambda: decoder.encode(torch.empty(batch, *shape, device=META))) * (1 / batch)
 
 
@@ -215,17 +175,17 @@ def _dearer(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
 
 def _decoding_bytes(sampler: GuidedSampler) -> tuple[int, int]:
     """(fixed, per sample) bytes of decoding latents."""
-    execution = _execution(sampler)
+    decode = finish_function(sampler.parts)
     with Fused():
-        return bytes_per_sample(lambda size: execution.finish(_inputs(sampler, size).x))
+        return bytes_per_sample(lambda size: decode(sampler.blank(size).x))
 
 
 def _step_bytes(sampler: GuidedSampler, *, guided: bool) -> tuple[int, int]:
     """(fixed, per sample) bytes of the dearest of the steps."""
-    execution = _execution(sampler)
-    dearest = max(
-        (variant for variant in sampler.variants(guided=guided) if variant.features != "reuse"),
-        key=lambda variant: (variant.guided, variant.cfg),
-    )
+    step = step_function(sampler.parts, dearest(sampler.variants(guided=guided)))
+
+    def one(size: int) -> object:
+        return step(*sampler.inputs(sampler.blank(size, guided=guided)))
+
     with Fused():
-        return bytes_per_sample(lambda size: execution.step(dearest, _inputs(sampler, size)))
+        return bytes_per_sample(one)

@@ -27,7 +27,7 @@ from dpfast.config import Recipe
 from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
 from dpfast.errors import RecipeError
-from dpfast.generate import sampler
+from dpfast.generate import graphs
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.flops import Fused
@@ -251,7 +251,7 @@ def in_place(
         (checkpointing, "checkpoint", checkpoint),
         (stopping, "ASK", 0.0),  # ranks agree before every step, so that all stop at the same one
         (costs, "price", lambda *_, **__: Price(0.0, 0.0)),
-        (sampler, "CudaRecorder", recorder),
+        (graphs, "CudaRecorder", recorder),
     ]
     with put(values):
         yield

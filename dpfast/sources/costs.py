@@ -146,7 +146,7 @@ def price(sampler: GuidedSampler, make: Callable[[], object]) -> Price:
         rows += len(arguments[0] if arguments else named["hidden_states"])
 
     denoiser: Any = sampler.pipeline.denoiser
-    sampler.check_learner()  # on images of its own, which are not of the sample
+    sampler.runner.check_learner()  # on images of its own, which are not of the sample
     hook = denoiser.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
         counted = flops(make)

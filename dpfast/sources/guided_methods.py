@@ -41,7 +41,7 @@ from dpfast.generate.from_recipe import image_shape, new_sampler
 from dpfast.generate.models.decoder import Encoder
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.generate.trajectory import Trajectory
+from dpfast.generate.step import Trajectory
 from dpfast.hardware.out_of_memory import HalvingBatches
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool

@@ -22,7 +22,7 @@ from dpfast import (
 from dpfast.adapters import live_pipeline as pipes
 from dpfast.generate.pipelines import Pipeline
 from dpfast.ops import entropy, guided_step
-from tests.generate.standin import Watch
+from tests.generate.standin import Watch, from_noise
 from tests.tiny_pipelines import NAMES
 
 STEPS = 6
@@ -178,7 +178,7 @@ def test_a_guided_dit_pipeline_is_the_guided_sampler(cfg_scale, mode, dit, pipel
         pipeline, learner, guidance=guidance, steps=STEPS, cfg_scale=cfg_scale, compile=False
     )
     with torch.no_grad():
-        latents = sampler.denoise(noise(), torch.tensor(LABELS), torch.arange(3))
+        latents = from_noise(sampler, noise(), LABELS)
         expected = pipeline.decoder(latents).div(2).add(0.5).clamp(0, 1)
     plain = run_dit(dit, cfg_scale)
     dit.scheduler.attach(
@@ -220,7 +220,7 @@ def test_the_noise_of_a_scheduler_belongs_to_the_samples(sd, stable_diffusion_fo
         seed=5,
         compile=False,
     )
-    expected = sampler.denoise(noise(), torch.tensor(LABELS), torch.tensor(ids))
+    expected = from_noise(sampler, noise(), LABELS, ids)
     sd.scheduler = GuidedDDIMScheduler.from_config(sd.scheduler.config)
     options = {"guidance": guidance, "decoder": pipeline.guidance_decoder, "seed": 5}
     sd.scheduler.attach(sd, learner, prompts=PROMPTS, sample_ids=ids, **options)
@@ -284,7 +284,7 @@ def test_a_guider_in_a_modular_denoising_block_is_the_guided_sampler(
     sampler = GuidedSampler(
         pipeline, learner, guidance=guidance, steps=STEPS, cfg_scale=2.0, compile=False
     )
-    expected = sampler.denoise(noise(), torch.tensor(LABELS), torch.arange(3))
+    expected = from_noise(sampler, noise(), LABELS)
     denoiser = pipeline.denoiser
     rows = [
         (denoiser.embeddings[ids], denoiser.pooled[ids])

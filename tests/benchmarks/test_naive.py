@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from benchmarks.systems.naive import Batched, Models, Predecessor
 from dpfast import GuidanceConfig, GuidedSampler
 from dpfast.ops import normal
+from tests.generate.standin import from_noise
 
 LABELS, IDS = torch.tensor([0, 2, 1]), torch.tensor([5, 11, 2])
 STEPS, EVERY, OMEGA, CFG = 4, 2, 0.3, 1.7
@@ -100,7 +101,7 @@ def test_batched_makes_the_images_of_the_sampler(models, pipeline, learner, plai
     sampler = GuidedSampler(
         pipeline, learner, guidance=guidance, compile=False, steps=STEPS, cfg_scale=CFG, **ours
     )
-    latents = sampler.denoise(normal(IDS, (4, 8, 8), seed=0, stream=0), LABELS, IDS)
+    latents = from_noise(sampler, normal(IDS, (4, 8, 8), seed=0, stream=0), LABELS, IDS)
     torch.testing.assert_close(
         Batched(models=models, **SETTINGS | plain).latents(LABELS, IDS), latents, **close
     )

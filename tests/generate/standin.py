@@ -1,5 +1,7 @@
 """Stand-ins that hold the sampler to the rules of a CUDA graph on a machine without one."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,6 +50,12 @@ class Watch(TorchDispatchMode):
                 raise HostRead(f"{name} reads the host during a capture")
         self.calls.append((func, args, kwargs, out))
         return out
+
+
+def from_noise(sampler, noise, labels, sample_ids=None):
+    """Runs all steps from unit noise (B, c, h, w) of the test's own, and returns final latents."""
+    begun = sampler.begin(labels, sample_ids)
+    return sampler.advance(replace(begun, x=noise * sampler.table.initial_scale)).x
 
 
 class StandInRecording:

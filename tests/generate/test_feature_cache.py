@@ -8,7 +8,6 @@ import torch
 from dpfast.generate.feature_cache import FeatureCache, cached_steps
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.sampler import GuidedSampler
 from tests.generate.standin import StandInRecorder, force_reference
 from tests.tiny_pipelines import NAMES
@@ -121,21 +120,24 @@ def test_a_trajectory_that_begins_where_features_are_reused_keeps_its_own(pipeli
 def test_each_variant_is_one_full_graph(pipeline):
     """Traced without a break, and recaptured for nothing."""
     eager, traced = (new_sampler(pipeline, cache_interval=2, steps=4) for _ in range(2))
-    traced._execution = Execution(traced.execution.parts, backend="eager")
-    traced.execution.prepare(4, compile=True)
+    traced.runner.backend = "eager"
+    traced.runner.prepare(4, compile=True)
     latents = traced.generate([0, 1, 2]).latents
     torch.testing.assert_close(latents, eager.generate([0, 1, 2]).latents, rtol=1e-3, atol=1e-3)
 
 
 def test_a_capture_holds_the_features_as_an_input(pipeline, monkeypatch):
     force_reference(monkeypatch)
-    eager, captured = (new_sampler(pipeline, cache_interval=2, steps=6) for _ in range(2))
-    captured.recorder = StandInRecorder()
+    recorder = StandInRecorder()
+    eager, captured = (
+        new_sampler(pipeline, cache_interval=2, steps=6, cuda_graphs=graphs)
+        for graphs in (False, recorder)
+    )
     for labels in ([0, 1, 2], [2, 1, 0]):
         latents = captured.generate(labels).latents
         torch.testing.assert_close(latents, eager.generate(labels).latents, rtol=1e-3, atol=1e-3)
-    assert captured.recorder.recorded == 3  # keep, reuse, decoding
-    assert not captured.execution.fallbacks
+    assert recorder.recorded == 3  # keep, reuse, decoding
+    assert not captured.runner.fallbacks
 
 
 def test_what_cannot_be_cached_is_refused(pipeline):

@@ -76,11 +76,13 @@ def test_a_sampler_is_what_its_recipe_says(pipeline, learner):
         "margin",
         True,
     )
-    assert sampler.execution.region == "blocks"
+    assert sampler.runner.region == "blocks"
     assert torch.equal(sampler.generate([0, 1]).images, by_hand.generate([0, 1]).images)
     assert new_sampler(load(eta=0.5), pipeline, None).table.needs_noise
     assert (
-        new_sampler(load(generator={"compile": True}), pipeline, None, compile=False).tuner.mode
+        new_sampler(
+            load(generator={"compile": True}), pipeline, None, compile=False
+        ).runner.tuner.mode
         is False
     )
 

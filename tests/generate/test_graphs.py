@@ -148,9 +148,8 @@ def test_close_releases_buffers_and_the_next_call_captures_anew(linear, recorder
 @pytest.fixture
 def replayed(pipeline, learner, recorder):
     guidance = GuidanceConfig(omega=0.1, every=2)
-    sampler = GuidedSampler(pipeline, learner, steps=5, guidance=guidance, compile=False, eta=0.3)
-    sampler.recorder = recorder
-    return sampler
+    options = {"steps": 5, "guidance": guidance, "compile": False, "eta": 0.3}
+    return GuidedSampler(pipeline, learner, cuda_graphs=recorder, **options)
 
 
 def test_a_captured_sampler_makes_the_eager_images(replayed, pipeline, learner, recorder):
@@ -163,7 +162,7 @@ def test_a_captured_sampler_makes_the_eager_images(replayed, pipeline, learner, 
     assert (
         recorder.recorded == 3
     )  # guided, plain, decoding: for all steps and batches, the partial one included
-    assert not replayed.execution.fallbacks
+    assert not replayed.runner.fallbacks
     replayed.close()
     assert recorder.closed == 1
 
@@ -182,7 +181,7 @@ def test_a_released_sampler_captures_anew_and_makes_the_same_images(replayed, re
     replayed.release()
     assert recorder.closed == 1
     assert recorder.alive == 0
-    assert replayed.execution.batch == 3, "steps stay prepared"
+    assert replayed.runner.batch_size == 3, "steps stay prepared"
     assert torch.equal(before, replayed.generate([0, 1, 2]).images)
     assert (recorder.recorded, recorder.alive) == (6, 3)
 
@@ -195,7 +194,7 @@ def test_a_release_compiles_nothing_anew(pipeline):
         return graph.forward
 
     sampler = GuidedSampler(pipeline, steps=2, compile=True)
-    sampler.execution.backend = backend
+    sampler.runner.backend = backend
     before = sampler.generate([0, 1]).images
     count = len(compiled)
     sampler.release()

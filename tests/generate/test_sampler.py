@@ -12,11 +12,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from dpfast.config import ASSETS
 from dpfast.errors import InputError
 from dpfast.evaluate.measures import predict
-from dpfast.generate import sampler as sampler_module
+from dpfast.generate import preflight
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import load_judge
 from dpfast.ops import entropy
+from tests.generate.standin import from_noise
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
@@ -43,7 +44,7 @@ def test_unguided_images_are_those_of_dit_pipeline(which, cfg_scale, pipeline_fo
     shape = (len(labels), *sampler.pipeline.denoiser.sample_shape)
     noise = randn_tensor(shape, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        latents = sampler.denoise(noise, torch.tensor(labels), torch.arange(4))
+        latents = from_noise(sampler, noise, labels)
         images = sampler.pipeline.decoder(latents).mul(0.5).add(0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(images, torch.from_numpy(expected), rtol=0, atol=1e-4)
 
@@ -168,7 +169,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(pipeline):
 
 
 def test_negative_omega_warns_once_a_process(pipeline, learner):
-    sampler_module._warn_of_easy_samples.cache_clear()
+    preflight._warn_of_easy_samples.cache_clear()
     sampler = GuidedSampler(
         pipeline, learner, steps=1, guidance=GuidanceConfig(omega=-0.1), compile=False
     )

@@ -2,6 +2,8 @@
 batch's filling.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -34,7 +36,7 @@ def test_each_variant_compiles_once_as_one_graph(options, graphs, pipeline, lear
     batch.
     """
     sampler = new_sampler(pipeline, learner, compile=True, **options)
-    counter = sampler.execution.backend = CompileCounterWithBackend("eager")
+    counter = sampler.runner.backend = CompileCounterWithBackend("eager")
     torch._dynamo.utils.counters.clear()
     first = sampler.generate([0, 1, 2])
     assert counter.frame_count == graphs
@@ -55,14 +57,12 @@ def test_each_variant_compiles_once_as_one_graph(options, graphs, pipeline, lear
 @pytest.mark.slow
 def test_inductor_makes_the_eager_guided_step(pipeline, learner):
     sampler = new_sampler(pipeline, learner, steps=1, compile=True)
-    labels, ids, omega = sampler._checked([0, 1, 2], None, 0, None)
-    x = torch.randn(3, 4, 8, 8)
-    with torch.no_grad():
-        start = sampler._begun(x, labels, ids, omega, 1.5)
-        expected = sampler.advance(start).x
-        sampler.execution.prepare(4, compile=True)
-        compiled = sampler.advance(start).x
-    assert sampler.execution.compiled
+    start = sampler.begin([0, 1, 2])
+    sampler.close()
+    expected = sampler.advance(start).x
+    sampler.runner.prepare(4, compile=True)
+    compiled = sampler.advance(start).x
+    assert sampler.runner.compiled
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -76,7 +76,7 @@ def test_a_trajectory_reads_nothing_on_the_host(through, pipeline, learner, monk
     start = sampler.begin([0, 1], [0, 1])
     with torch.no_grad(), Watch() as watch:
         latents = sampler.advance(start).x
-        sampler.execution.finish(latents)
+        sampler.runner.finish(latents)
     assert not watch.reads
     assert len(watch.calls) > 100
 
@@ -90,7 +90,7 @@ def test_a_filling_row_is_not_counted_as_skipped(pipeline):
         return images.flatten(1)[:, :3] * torch.inf
 
     sampler = new_sampler(pipeline, broken, compile=True)
-    sampler.execution.backend = "eager"
+    sampler.runner.backend = "eager"
     batches = list(sampler.stream([0, 1, 2, 0, 1], batch_size=4))
     assert [b.skipped for b in batches] == [8, 2]
     unguided = GuidedSampler(pipeline, steps=4, compile=False).generate([0, 1, 2, 0])
@@ -102,18 +102,12 @@ def test_the_solvers_memory_reaches_the_next_step(pipeline, learner):
     differs.
     """
     sampler = new_sampler(pipeline, learner, solver="dpmpp2m", compile=False)
-    labels, ids, omega = sampler._checked([0], None, 0, None)
-    x = torch.randn(1, 4, 8, 8)
-    with torch.no_grad():
-        start = sampler._begun(x, labels, ids, omega, 1.5)
-        expected = sampler.advance(start).x
-        original = sampler.execution.step
-
-        def forgetful(variant, inputs):
-            return original(variant, inputs._replace(x0_prev=torch.zeros_like(inputs.x)))
-
-        sampler.execution.step = forgetful
-        forgotten = sampler.advance(start).x
+    state = sampler.begin([0])
+    expected = sampler.advance(state).x
+    for step in range(len(sampler.table)):
+        state = sampler.advance(state, step + 1)
+        state = dataclasses.replace(state, x0_prev=torch.zeros_like(state.x))
+    forgotten = state.x
     assert sampler.table.needs_x0_prev
     assert float((expected - forgotten).abs().max()) > 1e-2
 

@@ -43,7 +43,7 @@ def learner_of(pipeline):
 
 
 def captures(sampler):
-    return {function.name: function.captures for function in sampler.execution._functions.values()}
+    return {function.name: function.captures for function in sampler.runner._functions.values()}
 
 
 def close(a, b):
@@ -61,7 +61,7 @@ def test_every_family_is_captured_and_makes_the_images_of_a_cpu(family, eta, on_
     expected = GuidedSampler(host, learner_of(host), **settings).generate([0, 1, 2])
     sampler = GuidedSampler(device, learner_of(device).cuda(), **settings)
     first, again = (sampler.generate([0, 1, 2]) for _ in range(2))
-    assert sampler.execution.fallbacks == {}
+    assert sampler.runner.fallbacks == {}
     assert all(count == 1 for count in captures(sampler).values())
     assert first.images.is_cuda
     assert torch.equal(first.images, again.images)
@@ -82,7 +82,7 @@ def test_a_captured_batch_is_the_eager_one(on_gpu, pipeline_folder, gpu_learner)
         torch.testing.assert_close(
             batch.latents.float(), eager.latents.float(), rtol=2e-3, atol=2e-3
         )
-    assert captured.execution.fallbacks == {}
+    assert captured.runner.fallbacks == {}
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -185,7 +185,7 @@ def test_a_compiled_step_is_captured(on_gpu, pipeline_folder, gpu_learner):
     sampler = GuidedSampler(pipeline, gpu_learner, compile=True, **settings)
     for _ in range(2):
         assert close(sampler.generate([0, 1, 2]), eager)
-    assert sampler.execution.fallbacks == {}
+    assert sampler.runner.fallbacks == {}
     assert set(captures(sampler).values()) == {1}
 
 
@@ -199,7 +199,7 @@ def test_compiled_blocks_are_captured(on_gpu, pipeline_folder, gpu_learner):
         pipeline, gpu_learner, compile=True, compile_region="blocks", **settings
     )
     assert close(sampler.generate([0, 1, 2]), eager)
-    assert sampler.execution.fallbacks == {}
+    assert sampler.runner.fallbacks == {}
 
 
 def test_features_are_reused_between_captures(on_gpu, pipeline_folder, gpu_learner):
@@ -214,7 +214,7 @@ def test_features_are_reused_between_captures(on_gpu, pipeline_folder, gpu_learn
     sampler = GuidedSampler(pipeline, gpu_learner, **settings)
     for _ in range(2):
         assert close(sampler.generate([0, 1, 2]), eager)
-    assert sampler.execution.fallbacks == {}
+    assert sampler.runner.fallbacks == {}
 
 
 def test_a_budget_bounds_the_memory_of_a_guided_step(on_gpu, pipeline_folder, gpu_learner):
@@ -277,6 +277,6 @@ def test_bfloat16_models_sample(family, on_gpu):
     learner = learner_of(pipeline).cuda()
     sampler = GuidedSampler(pipeline, learner, guidance=GUIDANCE, steps=4, compile=False)
     batch = sampler.generate([0, 1, 2])
-    assert sampler.execution.fallbacks == {}
+    assert sampler.runner.fallbacks == {}
     assert batch.skipped == 0
     assert bool(batch.entropy.isfinite().all())

@@ -5,7 +5,7 @@ another runs.
 import pytest
 
 from dpfast.generate.models.decoder import TinyDecoder, VaeDecoder
-from dpfast.generate.runtime.execution import Execution
+from dpfast.generate.runner import Runner
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.trainer import Trainer
 from dpfast.practice.callbacks import Callback
@@ -30,8 +30,8 @@ class Sizes:
 
     def __init__(self, monkeypatch):
         self.most = {}
-        self.seen(monkeypatch, Execution, "step", lambda variant, inputs: len(inputs.x))
-        self.seen(monkeypatch, Execution, "finish", len)
+        self.seen(monkeypatch, Runner, "step", lambda variant, inputs: len(inputs.x))
+        self.seen(monkeypatch, Runner, "finish", len)
         self.seen(monkeypatch, VaeDecoder, "__call__", len)
         self.seen(monkeypatch, VaeDecoder, "encode", len)
         self.seen(monkeypatch, TinyDecoder, "__call__", len)
@@ -69,7 +69,7 @@ def test_no_more_than_a_generation_batch_is_made_at_once(short, options, monkeyp
     recipe, sizes = with_(short, section, **changes), Sizes(monkeypatch)
     results = DeliberatePractice(recipe).run(progress=False)
     assert any(result.additions for result in results)
-    assert sizes.most["Execution.step"] == sizes.most["Execution.finish"] == BATCH
+    assert sizes.most["Runner.step"] == sizes.most["Runner.finish"] == BATCH
     assert max(sizes.most.values()) == BATCH, sizes.most
 
 
@@ -78,9 +78,7 @@ def test_nothing_stays_captured_while_the_learner_trains(short, monkeypatch):
     recorder, alive, start, step = StandInRecorder(), [], GuidedSampler.__init__, Trainer.step
 
     def recorded(self, *arguments, **options):
-        start(self, *arguments, **options)
-        if options.get("cuda_graphs") is not False:
-            self.recorder = recorder
+        start(self, *arguments, **{"cuda_graphs": recorder} | options)
 
     def counted(self, *batch):
         alive.append(recorder.alive)

@@ -110,7 +110,7 @@ def folder(short, tmp_path, monkeypatch):
         tried.append(len(trajectory))
         if len(trajectory) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        trajectory.skipped.add_(1 if trajectory.omega is not None else 0)
+        trajectory.skipped.add_(int(trajectory.guided))
         return finish(self, trajectory, **options)
 
     with RunWriter(tmp_path / "run", short) as opened:

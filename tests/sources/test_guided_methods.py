@@ -11,7 +11,7 @@ from dpfast.errors import RecipeError
 from dpfast.evaluate.measures import predict
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.generate.trajectory import Trajectory
+from dpfast.generate.step import Trajectory
 from dpfast.pool.pool import SamplePool
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice

@@ -115,13 +115,13 @@ def test_a_sampler_recomputes_in_eager_steps_alone(pipeline, learner):
     guidance = GuidanceConfig(omega=0.1, every=1)
     options = {"steps": 2, "guidance": guidance, "cfg_scale": 1.0}
     free = GuidedSampler(pipeline, learner, compile=False, **options)
-    budget = 2 * probing._chunk(free.execution.parts.path, free.table, 1)[1]
+    budget = 2 * probing._chunk(free.runner.parts.path, free.table, 1)[1]
     eager, compiled = (
         GuidedSampler(pipeline, learner, compile=c, memory_budget=budget, **options)
         for c in (False, True)
     )
-    assert eager.execution.parts.path.denoiser is not pipeline.denoiser
-    assert compiled.execution.parts.path.denoiser is pipeline.denoiser
+    assert eager.runner.parts.path.denoiser is not pipeline.denoiser
+    assert compiled.runner.parts.path.denoiser is pipeline.denoiser
     difference = eager.generate([0, 1, 2]).images.int() - free.generate([0, 1, 2]).images.int()
     assert int(difference.abs().max()) <= 1
 
@@ -132,7 +132,7 @@ def test_compiled_blocks_recompute_within_the_budget_and_whole_steps_say_how(pip
     """
     options = {"steps": 2, "guidance": GuidanceConfig(omega=0.1, every=1), "cfg_scale": 1.0}
     free = GuidedSampler(pipeline, learner, compile=False, **options)
-    path, table = free.execution.parts.path, free.table
+    path, table = free.runner.parts.path, free.table
     _, one = probing._chunk(path, table, 1)
     _, least = probing._chunk(
         dataclasses.replace(path, denoiser=with_checkpointing(path.denoiser), taped=True), table, 1
@@ -143,6 +143,6 @@ def test_compiled_blocks_recompute_within_the_budget_and_whole_steps_say_how(pip
     ):
         GuidedSampler(pipeline, learner, compile=True, **options).generate([0])
     blocks = GuidedSampler(pipeline, learner, compile=True, compile_region="blocks", **options)
-    blocks.execution.backend = "eager"
+    blocks.runner.backend = "eager"
     difference = blocks.generate([0, 1, 2]).images.int() - free.generate([0, 1, 2]).images.int()
     assert int(difference.abs().max()) <= 1

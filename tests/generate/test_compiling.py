@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from dpfast.generate.runtime import compiling
-from dpfast.generate.runtime.compiling import CompileCost, CompileCosts, Tuner
+from dpfast.generate import compiling
+from dpfast.generate.compiling import CompileCost, CompileCosts, Tuner
 from dpfast.generate.sampler import GuidedSampler
 
 CPU = torch.device("cpu")
@@ -42,44 +42,39 @@ def test_a_broken_cache_is_as_good_as_none(content, cache):
     assert CompileCosts(CPU, "a").known()[1] == "assumed"
 
 
-class FakeExecution:
-    compiled, batch = False, None
-
-
 def test_a_tuner_measures_compiling_and_gives_up_where_it_is_slower(cache):
-    costs, execution = CompileCosts(CPU, "model"), FakeExecution()
+    costs = CompileCosts(CPU, "model")
     costs.record(CompileCost(1, 2.0))
     tuner = Tuner(costs, "auto")
-    assert not tuner.decide(execution, 8, 100)  # nothing measured yet
-    tuner.report(execution, 8, 1.6)
-    assert tuner.decide(execution, 8, 100)  # 100 samples of 0.2 s: saves 10 s
-    execution.compiled, execution.batch = True, 8
-    tuner.report(execution, 8, 30.0)
-    tuner.report(execution, 8, 2.0)
+    assert not tuner.decide(100, compiled=False)  # nothing measured yet
+    tuner.report(8, 1.6, compiled=False)
+    assert tuner.decide(100, compiled=False)  # 100 samples of 0.2 s: saves 10 s
+    tuner.report(8, 30.0, compiled=True)
+    tuner.report(8, 2.0, compiled=True)
     assert costs.known() == (CompileCost(28.0, 0.8), "measured")
-    assert not tuner.decide(execution, 8, 10**6)
+    assert not tuner.decide(10**6, compiled=True)
 
 
 def test_a_few_samples_stay_eager_and_the_reason_is_told(pipeline, caplog):
     sampler = GuidedSampler(pipeline, steps=2)
     with caplog.at_level("INFO"):
         list(sampler.stream([0, 1, 2, 0], batch_size=2))
-    assert not sampler.execution.compiled
-    assert not sampler.tuner.decision.compile
-    assert "2 samples at" in sampler.tuner.decision.reason
+    assert not sampler.runner.compiled
+    assert not sampler.runner.tuner.decision.compile
+    assert "2 samples at" in sampler.runner.tuner.decision.reason
     assert "compile: no" in caplog.text
 
 
 def test_many_samples_are_compiled_on_the_way(pipeline, learner):
     sampler = GuidedSampler(pipeline, learner, steps=2)
-    sampler.tuner.costs.record(CompileCost(0.0, 2.0))
-    sampler.execution.backend = "eager"
+    sampler.runner.tuner.costs.record(CompileCost(0.0, 2.0))
+    sampler.runner.backend = "eager"
     batches, compiled = [], []
     for batch in sampler.stream([0, 1, 2, 0, 1, 2, 0], batch_size=2):
         batches.append(batch)
-        compiled.append(sampler.execution.compiled)
+        compiled.append(sampler.runner.compiled)
     # The first batch measures the eager price; whether the later ones stay compiled is for the
     # clock to say.
     assert compiled[:2] == [False, True]
     assert torch.cat([b.sample_ids for b in batches]).tolist() == list(range(7))
-    assert sampler.tuner.costs.known()[1] == "measured"
+    assert sampler.runner.tuner.costs.known()[1] == "measured"

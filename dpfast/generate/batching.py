@@ -1,13 +1,35 @@
-"""How many samples go into a batch: found on the job, by doubling.
+"""How many samples go into a batch: as many as memory holds, and found on the job by doubling.
 
 The batches that measure are batches of the stream: nothing is sampled twice or thrown away.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
+import torch
+
+from dpfast.hardware.live_bytes import bytes_per_sample
+from dpfast.hardware.memory import available_bytes
+
+log = logging.getLogger(__name__)
 FIRST = 8
 LARGEST = 1024
 GAIN = 1.05  # a doubling that brings less than this is not worth its memory
+SHARE = 0.5  # of the available memory that a batch may take
+
+
+def largest_batch(probe: Callable[[int], object], device: torch.device) -> int:
+    """The most samples that take half of the memory that is available, by the bytes that ``probe``
+    holds, which runs on the number of samples it is given.
+    """
+    fixed, each = bytes_per_sample(probe)
+    largest = int((available_bytes(device) * SHARE - fixed) // each)
+    log.info(
+        "a sample takes %.1f MB in its dearest step: at most %d in a batch", each / 1e6, largest
+    )
+    return max(1, largest)
 
 
 class BatchSizer:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from dpfast.generate.models.checkpointing import checkpointed
 from dpfast.generate.models.frozen_layers import Conditioned, Modulated
 
 Names = tuple[str, ...]
+Region = Literal["step", "blocks"]  # what is compiled
 
 
 def has_region(denoiser: Any) -> bool:

@@ -21,7 +21,6 @@ from typing import Literal
 
 import torch
 
-from dpfast.generate.runtime.execution import Execution
 from dpfast.hardware.cpus import cpus
 
 log = logging.getLogger(__name__)
@@ -137,11 +136,13 @@ class Tuner:
         self._first: float | None = None  # seconds of the first compiled batch
         self._recorded = False
 
-    def decide(self, execution: Execution, size: int, samples: int) -> bool:
-        """Whether a batch of ``size`` runs compiled, with ``samples`` to go. The first eager batch
+    def decide(self, samples: int, *, compiled: bool) -> bool:
+        """Whether the next batch runs compiled, with ``samples`` to go. The first eager batch
         measures.
+
+        compiled: whether there are compiled steps for it already.
         """
-        if execution.compiled and execution.batch == size and self.decision.compile:
+        if compiled and self.decision.compile:
             return True
         if self.mode == "auto" and self._eager is not None:
             self.decision = self.costs.decide(samples, self._eager)
@@ -152,11 +153,11 @@ class Tuner:
             self._first, self._recorded = None, False
         return self.decision.compile
 
-    def report(self, execution: Execution, size: int, seconds: float) -> None:
+    def report(self, size: int, seconds: float, *, compiled: bool) -> None:
         """A whole batch took so long. The second compiled one shows what the first one spent on
         compiling.
         """
-        if not execution.compiled:
+        if not compiled:
             self._eager = seconds / size
         elif self._first is None:
             self._first = seconds

@@ -7,7 +7,6 @@ import torch
 
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.runtime.execution import Execution
 from dpfast.generate.sampler import GuidedSampler
 from tests.tiny_pipelines import NAMES
 
@@ -36,7 +35,7 @@ def pair(pipeline, learner, backend, **options):
     options = {"guidance": GUIDANCE, "steps": 5, **options}
     eager = GuidedSampler(pipeline, learner, compile=False, **options)
     regional = GuidedSampler(pipeline, learner, compile=True, compile_region="blocks", **options)
-    regional._execution = Execution(regional.execution.parts, backend=backend, region="blocks")
+    regional.runner.backend = backend
     return eager, regional
 
 

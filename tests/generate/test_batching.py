@@ -1,15 +1,15 @@
 """The search for a batch size, memory counted before it is used, and running out of it."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 
-from dpfast.generate import preflight as probing
+from dpfast.generate import batching, preflight
+from dpfast.generate.batching import BatchSizer
 from dpfast.generate.guidance import GuidanceConfig
-from dpfast.generate.runtime.batching import BatchSizer
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.generate.step import Variant
 from dpfast.hardware import live_bytes
 
 
@@ -65,14 +65,14 @@ def test_peak_counts_what_lives_at_once():
 
 def test_a_budget_bounds_what_the_gradient_holds(pipeline, learner):
     free = GuidedSampler(pipeline, learner, compile=False)
-    path = free.execution.parts.path
+    path = free.runner.parts.path
     x, labels = torch.randn(16, 4, 8, 8), torch.zeros(16, dtype=torch.int64)
 
     def gradient(path):
         return path.gradient(x, torch.tensor(300), labels, torch.tensor(0.8), torch.tensor(0.6))
 
     whole = live_bytes.peak_bytes(lambda: gradient(path))
-    path = probing.bounded(path, free.table, whole // 3, recompute=False)
+    path = preflight.bounded(path, free.table, whole // 3, recompute=False)
     bounded = live_bytes.peak_bytes(lambda: gradient(path))
     assert 1 <= path.chunk < 16
     assert (
@@ -87,17 +87,16 @@ def test_a_budget_leaves_the_images_as_they_are(pipeline, learner):
     images = GuidedSampler(pipeline, learner, **options).generate([0, 1, 2, 0, 1]).images
     sampler = GuidedSampler(pipeline, learner, memory_budget=300_000, **options)
     assert int((sampler.generate([0, 1, 2, 0, 1]).images.int() - images.int()).abs().max()) <= 1
-    assert sampler.execution.parts.path.chunk < 5
+    assert sampler.runner.parts.path.chunk < 5
 
 
 def test_the_largest_batch_follows_the_available_memory(pipeline, learner, monkeypatch):
     sampler = GuidedSampler(pipeline, learner, compile=False)
     sizes = []
     for available in (1 << 28, 1 << 29):
-        monkeypatch.setattr(probing, "available_bytes", lambda device, bytes=available: bytes)
-        sizes.append(
-            probing.largest_batch(sampler.execution.parts, sampler.table, Variant(True, True))
-        )
+        monkeypatch.setattr(batching, "available_bytes", lambda device, bytes=available: bytes)
+        probe = partial(sampler._dearest_step, guided=True, cfg_scale=1.5)
+        sizes.append(batching.largest_batch(probe, torch.device("cpu")))
     assert 1.9 < sizes[1] / sizes[0] < 2.1
 
 
@@ -122,7 +121,7 @@ def test_out_of_memory_halves_the_batch_and_loses_no_sample(
     batch_size, pipeline, learner, monkeypatch
 ):
     monkeypatch.setattr(
-        probing, "available_bytes", lambda device: 1 << 40
+        batching, "available_bytes", lambda device: 1 << 40
     )  # as wrong as an estimate can be
     small = dataclasses.replace(
         pipeline, denoiser=Small(pipeline.denoiser, 7)
