@@ -20,10 +20,11 @@ from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
 from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.fitted import fit_run
-from dpfast.practice.loop import Loop, part_of_samples, stored_shape
+from dpfast.practice.loop import Loop
 from dpfast.practice.overlap import GeneratorRank, OverlapGroups, OverlappedSource
 from dpfast.practice.result import Result
 from dpfast.practice.run_paths import RunPaths
+from dpfast.practice.run_pool import placement, stored_shape
 from dpfast.practice.stopping import Stop
 from dpfast.practice.throughput import Throughput
 from dpfast.sources.deliberate_practice import DeliberatePracticeSource
@@ -107,20 +108,8 @@ class DeliberatePractice:
 
         out: the run's folder, on whose disk mapped files lie; it need not be there yet.
         """
-        recipe, ranks = self.recipe, self.ranks
-        folder = (
-            None
-            if out is None
-            else next(place for place in (out, *out.absolute().parents) if place.is_dir())
-        )
-        return Placement.from_recipe(
-            recipe.pool,
-            part_of_samples(recipe, ranks),
-            stored_shape(recipe, self.pipeline, self.real),
-            device=self.pipeline.device,
-            folder=folder,
-            processes=ranks.local_size,
-        )
+        shape = stored_shape(self.recipe, self.pipeline, self.real)
+        return placement(self.recipe, self.pipeline, shape, self.ranks, out)
 
     def _check(self) -> None:
         practice, classes = self.recipe.practice, self.pipeline.denoiser.classes

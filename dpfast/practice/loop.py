@@ -34,9 +34,7 @@ from dpfast.learn.committee import guiding
 from dpfast.learn.models import new_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import ALONE, Ranks
-from dpfast.pool.pool import SamplePool
 from dpfast.pool.protocol import Pool
-from dpfast.pool.sharded import ShardLayout, pool_of_ranks
 from dpfast.practice.background import Written
 from dpfast.practice.callbacks import Addition, Callback, Progress
 from dpfast.practice.checkpoint import STABLE, Checkpoint, of_round
@@ -47,6 +45,7 @@ from dpfast.practice.losses import Losses
 from dpfast.practice.patience import Patience
 from dpfast.practice.result import Result
 from dpfast.practice.run_paths import RunPaths
+from dpfast.practice.run_pool import new_pool, stored_shape
 from dpfast.practice.saved_samples import SavedSamples
 from dpfast.practice.stopping import CHECKPOINT, STOP, LossError, Stop, StopTogether
 from dpfast.samples import SampleBatch
@@ -86,12 +85,15 @@ class Loop:
         self.stop = stop or Stop()
         self.stop_together = StopTogether(self.stop, ranks)
         self.interval = practice.interval(learner.batch_size)
-        self.shape = stored_shape(recipe, pipeline, real)
         self.trainer = Trainer(
             new_learner(recipe, pipeline), learner, iterations=practice.iterations, ranks=ranks
         )
         self.state = LoopState()
-        self.samples = SavedSamples(self._new_pool(), self.state, folder, name, recipe)
+        self.shape = stored_shape(recipe, pipeline, real)
+        pool = new_pool(
+            recipe, pipeline, self.shape, ranks, None if folder is None else folder.path
+        )
+        self.samples = SavedSamples(pool, self.state, folder, name, recipe)
         self.loader = make_loader(
             learner.loader,
             self.pool,
@@ -494,36 +496,3 @@ class Loop:
 
     def _tell_checkpoint(self, written: Written) -> None:
         self._tell(lambda callback, now: callback.on_checkpoint(now, written))
-
-    def _new_pool(self) -> Pool:
-        """An empty pool of all ranks."""
-        recipe, ranks = self.recipe, self.ranks
-        local = SamplePool.from_recipe(
-            recipe.pool,
-            part_of_samples(recipe, ranks),
-            self.shape,
-            device=self.pipeline.device,
-            folder=None if self.folder is None else self.folder.path,
-            decode=self.pipeline.guidance_decoder,
-            processes=ranks.local_size,
-        )
-        return pool_of_ranks(local, ShardLayout(ranks, recipe.generator.batch_size))
-
-
-def part_of_samples(recipe: Recipe, ranks: Ranks) -> int:
-    """How many of the most samples that a run can have one rank holds at most."""
-    practice, batch = recipe.practice, recipe.generator.batch_size
-    if ranks.alone:
-        return practice.maximum_samples
-    rounds = 1 + -(-(practice.maximum_samples - practice.initial_samples) // practice.round_samples)
-    batches = practice.maximum_samples // batch + rounds  # the last one of a round may be smaller
-    return min(-(-batches // ranks.size) * batch, practice.maximum_samples)
-
-
-def stored_shape(recipe: Recipe, pipeline: Pipeline, real: RealData) -> tuple[int, ...]:
-    """(C, H, W) of what a run's pool stores of a sample: latents, or pixels as those of the real
-    images.
-    """
-    if recipe.pool.codec == "latents":
-        return pipeline.denoiser.sample_shape
-    return tuple(real.validation.images.shape[1:])

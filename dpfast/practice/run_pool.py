@@ -1,0 +1,68 @@
+"""The pool of a run: how many samples a rank may hold, of which shape, and where they lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpfast.config import Recipe
+from dpfast.data.real import RealData
+from dpfast.generate.pipelines import Pipeline
+from dpfast.parallel import Ranks
+from dpfast.pool.placement import Placement
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.protocol import Pool
+from dpfast.pool.sharded import ShardLayout, pool_of_ranks
+
+
+def most_samples(recipe: Recipe, ranks: Ranks) -> int:
+    """How many of the most samples that a run can have one rank holds at most."""
+    practice, batch = recipe.practice, recipe.generator.batch_size
+    if ranks.alone:
+        return practice.maximum_samples
+    rounds = 1 + -(-(practice.maximum_samples - practice.initial_samples) // practice.round_samples)
+    batches = practice.maximum_samples // batch + rounds  # the last one of a round may be smaller
+    return min(-(-batches // ranks.size) * batch, practice.maximum_samples)
+
+
+def stored_shape(recipe: Recipe, pipeline: Pipeline, real: RealData) -> tuple[int, ...]:
+    """(C, H, W) of what a run's pool stores of a sample: latents, or pixels as those of the real
+    images.
+    """
+    if recipe.pool.codec == "latents":
+        return pipeline.denoiser.sample_shape
+    return tuple(real.validation.images.shape[1:])
+
+
+def placement(
+    recipe: Recipe, pipeline: Pipeline, shape: tuple[int, ...], ranks: Ranks, out: Path | None
+) -> Placement:
+    """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place.
+
+    shape: (C, H, W) of what is stored. out: the run's folder, on whose disk mapped files lie; it
+    need not be there yet.
+    """
+    places = () if out is None else (out, *out.absolute().parents)
+    return Placement.from_recipe(
+        recipe.pool,
+        most_samples(recipe, ranks),
+        shape,
+        device=pipeline.device,
+        folder=next((place for place in places if place.is_dir()), None),
+        processes=ranks.local_size,
+    )
+
+
+def new_pool(
+    recipe: Recipe, pipeline: Pipeline, shape: tuple[int, ...], ranks: Ranks, out: Path | None
+) -> Pool:
+    """An empty pool of all ranks, for samples of ``shape`` (C, H, W). out: the run's folder."""
+    local = SamplePool.from_recipe(
+        recipe.pool,
+        most_samples(recipe, ranks),
+        shape,
+        device=pipeline.device,
+        folder=out,
+        decode=pipeline.guidance_decoder,
+        processes=ranks.local_size,
+    )
+    return pool_of_ranks(local, ShardLayout(ranks, recipe.generator.batch_size))
