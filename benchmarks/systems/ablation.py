@@ -239,7 +239,7 @@ class Bench:
                 torch.stack([torch.cosine_similarity(*pair).mean() for pair in pairs]).mean()
             )
 
-    def work(self, *, ours: bool) -> planning.Work:
+    def work(self, *, ours: bool) -> planning.PartFlops:
         """FLOPs of the parts of a sample; the denoiser's are fewer in dpfast's form of it."""
         models = self.models
         with self.device:
@@ -250,7 +250,7 @@ class Bench:
             )
             image = torch.zeros(1, 1, 32, 32)
         predict = self.pipeline.denoiser if ours else models.predict
-        return planning.Work(
+        return planning.PartFlops(
             name="fashion",
             denoiser=planning.count(lambda x: predict(x, t, label), x),
             decoder=planning.count(models.decode, x),

@@ -23,19 +23,19 @@ def table() -> str:
     """Markdown: FLOPs of a guided sample, its cost against an unguided one, and its gain on the
     predecessor.
     """
-    works = [stable_diffusion_15(512), stable_diffusion_15(256), dit_xl_2()]
+    generators = [stable_diffusion_15(512), stable_diffusion_15(256), dit_xl_2()]
     lines = [
-        "| | " + " | ".join(work.name for work in works) + " |",
-        "|---" * (len(works) + 1) + "|",
+        "| | " + " | ".join(parts.name for parts in generators) + " |",
+        "|---" * (len(generators) + 1) + "|",
     ]
     for name, method in METHODS.items():
         cells = [
-            f"{method.total(work) / 1e12:.2f} TFLOP, {method.cost(work):.2f}x unguided, "
-            f"{PREDECESSOR.total(work) / method.total(work):.2f}x"
-            for work in works
+            f"{method.total(parts) / 1e12:.2f} TFLOP, {method.ratio(parts):.2f}x unguided, "
+            f"{PREDECESSOR.total(parts) / method.total(parts):.2f}x"
+            for parts in generators
         ]
         lines.append(f"| {name.replace('    ', '&nbsp;&nbsp;')} | " + " | ".join(cells) + " |")
-    bound = [f"{limit('H100', Method().total(work), share=0.5):.1f}" for work in works]
+    bound = [f"{limit('H100', Method().total(parts), share=0.5):.1f}" for parts in generators]
     lines.append(
         "| limit of an H100 at half its peak, 20 steps, samples/s | " + " | ".join(bound) + " |"
     )

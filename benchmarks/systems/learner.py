@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import RESULTS
 from benchmarks.harness import timing
 from dpfast.config import Learner, Recipe
-from dpfast.hardware.flops import flops
+from dpfast.hardware.flops import count_flops
 from dpfast.hardware.peaks import here
 from dpfast.learn.models import build_learner
 from dpfast.learn.precision import in_bf16
@@ -222,7 +222,7 @@ def measure(
         there = timing.interleave(calls, rounds, device)
         back = timing.interleave(dict(reversed(calls.items())), rounds, device)
     timed = {name: timing.Times([*there[name].seconds, *back[name].seconds]) for name in calls}
-    counted = flops(
+    counted = count_flops(
         lambda: plain_loop(training.model(device), training.config, device, fused=False)(
             *batches[0]
         )

@@ -223,7 +223,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(row: Row, work: planning.Work, peak: float, rounds: int) -> Record:
+def measure(row: Row, parts: planning.PartFlops, peak: float, rounds: int) -> Record:
     """Seconds of guided and unguided samples in turns, the first of each apart; memory of the
     guided ones.
     """
@@ -236,14 +236,14 @@ def measure(row: Row, work: planning.Work, peak: float, rounds: int) -> Record:
         for kind, call in calls.items():
             seconds[kind].append(_seconds(call) / row.size)
     guided, unguided = (statistics.median(seconds[kind]) for kind in ("guided", "unguided"))
-    flops = {"guided": row.method.total(work), "unguided": row.method.unguided(work)}
+    flops = {"guided": row.method.total(parts), "unguided": row.method.unguided(parts)}
     return {
         "row": row.name,
         "batch": row.size,
         "samples_per_second": {"guided": 1 / guided, "unguided": 1 / unguided},
         "minimum_seconds": {kind: min(values) for kind, values in seconds.items()},
         "cost": guided / unguided,
-        "cost_by_flops": row.method.cost(work),
+        "cost_by_flops": row.method.ratio(parts),
         "flops": flops,
         "share_of_peak": {
             "guided": flops["guided"] / guided / peak,

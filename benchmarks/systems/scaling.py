@@ -35,7 +35,7 @@ from dpfast.learn.trainer import Trainer
 from dpfast.planning.measure import measure
 from dpfast.planning.network import Link, link_of
 from dpfast.planning.plan import plan
-from dpfast.planning.simulation import Costs, Job, best_overlap, efficiency, in_turns
+from dpfast.planning.simulation import Job, UnitSeconds, best_overlap, efficiency, in_turns
 
 RECORDS = RESULTS / "scaling.jsonl"
 RANKS = (1, 2, 8, 32, 64, 128, 256)
@@ -106,7 +106,7 @@ def record_of(rounds: int) -> dict[str, Any]:
     small, large = min(medians), max(medians)
     image = (medians[large] - medians[small]) / (large - small)
     parameters = plan(recipe, "h100").stages.learner.parameters
-    costs = Costs(
+    costs = UnitSeconds(
         unguided=timings.unguided,
         guided=timings.guided,
         image=image,
@@ -130,7 +130,7 @@ def record_of(rounds: int) -> dict[str, Any]:
     }
 
 
-def rows(costs: Costs, link: Callable[[int], Link], job: Job) -> list[dict[str, float]]:
+def rows(costs: UnitSeconds, link: Callable[[int], Link], job: Job) -> list[dict[str, float]]:
     """Efficiencies of a schedule in turns by phase, and of the best one side by side."""
     alone, found = in_turns(job, costs, 1, link(1)), []
     for ranks in RANKS:
@@ -156,7 +156,7 @@ def derived() -> dict[str, list[dict[str, float]]]:
     found = {}
     for name in ("imagenet1k-sd15", "imagenet1k-dit"):
         made = plan(Recipe.load(name), "h100", samples=SAMPLES)
-        found[name] = rows(made.costs, partial(link_of, DEVICES["h100"]), made.job)
+        found[name] = rows(made.unit, partial(link_of, DEVICES["h100"]), made.job)
     return found
 
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
-class Pass:
+class Passes:
     """FLOPs of one sample: forward, and backward to the input alone (frozen weights)."""
 
     forward: float
@@ -119,7 +119,7 @@ class Fused(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def counts(call: Callable[[], object]) -> Counts:
+def count_work(call: Callable[[], object]) -> Counts:
     """Counts of an eager ``call``, with attention in its plain form, whose FLOPs are those of every
     form.
     """
@@ -128,16 +128,16 @@ def counts(call: Callable[[], object]) -> Counts:
     return counter.total
 
 
-def flops(call: Callable[[], object]) -> float:
+def count_flops(call: Callable[[], object]) -> float:
     """FLOPs of the matrix products, convolutions and attentions in an eager ``call``."""
-    return counts(call).flops
+    return count_work(call).flops
 
 
-def count(function: Callable[[Tensor], Tensor], x: Tensor) -> Pass:
+def count_passes(function: Callable[[Tensor], Tensor], x: Tensor) -> Passes:
     """The passes of ``function`` at a batch ``x`` (B, ...) of floating type, for one sample."""
     x = x.detach().requires_grad_(True)
     kept: list[Tensor] = []
     with torch.enable_grad():
-        forward = flops(lambda: kept.append(function(x)))
-        backward = flops(lambda: kept[0].backward(torch.ones_like(kept[0])))
-    return Pass(forward / len(x), backward / len(x))
+        forward = count_flops(lambda: kept.append(function(x)))
+        backward = count_flops(lambda: kept[0].backward(torch.ones_like(kept[0])))
+    return Passes(forward / len(x), backward / len(x))

@@ -8,9 +8,9 @@ plan           a recipe on a number of devices: `dpfast plan`
 measure        the stages of a recipe timed on this machine
 """
 
-from dpfast.hardware.flops import Counts, Pass, count, counts, flops
+from dpfast.hardware.flops import Counts, Passes, count_flops, count_passes, count_work
 from dpfast.hardware.peaks import DEVICES, Device, device, limit
-from dpfast.planning.methods import PREDECESSOR, Method, Work, dit_xl_2, stable_diffusion_15
+from dpfast.planning.methods import PREDECESSOR, Method, PartFlops, dit_xl_2, stable_diffusion_15
 
 __all__ = [
     "DEVICES",
@@ -18,13 +18,13 @@ __all__ = [
     "Counts",
     "Device",
     "Method",
-    "Pass",
-    "Work",
-    "count",
-    "counts",
+    "PartFlops",
+    "Passes",
+    "count_flops",
+    "count_passes",
+    "count_work",
     "device",
     "dit_xl_2",
-    "flops",
     "limit",
     "stable_diffusion_15",
 ]

@@ -11,19 +11,19 @@ from typing import Literal
 
 import torch
 
-from dpfast.hardware.flops import Pass, count
+from dpfast.hardware.flops import Passes, count_passes
 from dpfast.planning.architectures import frozen, published, vit_b_16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class PartFlops:
     """The parts of guided sampling with one generator at one resolution."""
 
     name: str
-    denoiser: Pass
-    decoder: Pass
-    tiny: Pass
-    learner: Pass
+    denoiser: Passes
+    decoder: Passes
+    tiny: Passes
+    learner: Passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,43 +42,43 @@ class Method:
     gradient: Literal["extra", "shared", "latent"] = "shared"
     tiny: bool = True
 
-    def guidance(self, work: Work) -> float:
+    def guidance(self, parts: PartFlops) -> float:
         """FLOPs that one guided step adds to an unguided one."""
-        denoiser = {"extra": work.denoiser.both, "shared": work.denoiser.backward, "latent": 0.0}[
+        denoiser = {"extra": parts.denoiser.both, "shared": parts.denoiser.backward, "latent": 0.0}[
             self.gradient
         ]
-        return denoiser + (work.tiny if self.tiny else work.decoder).both + work.learner.both
+        return denoiser + (parts.tiny if self.tiny else parts.decoder).both + parts.learner.both
 
-    def unguided(self, work: Work) -> float:
+    def unguided(self, parts: PartFlops) -> float:
         """FLOPs of one unguided sample: the steps and the decoding of the image."""
         cfg_steps = self.steps if self.cfg_steps is None else self.cfg_steps
-        return (self.steps + cfg_steps) * work.denoiser.forward + work.decoder.forward
+        return (self.steps + cfg_steps) * parts.denoiser.forward + parts.decoder.forward
 
-    def total(self, work: Work) -> float:
+    def total(self, parts: PartFlops) -> float:
         """FLOPs of one guided sample."""
-        return self.unguided(work) + self.guided * self.guidance(work)
+        return self.unguided(parts) + self.guided * self.guidance(parts)
 
-    def cost(self, work: Work) -> float:
+    def ratio(self, parts: PartFlops) -> float:
         """A guided sample over an unguided one."""
-        return self.total(work) / self.unguided(work)
+        return self.total(parts) / self.unguided(parts)
 
 
 PREDECESSOR = Method(gradient="extra", tiny=False)
 
 
-def stable_diffusion_15(pixels: int) -> Work:
+def stable_diffusion_15(pixels: int) -> PartFlops:
     """Stable Diffusion 1.5 with ViT-B/16 at 224 px as the learner."""
-    return _work(f"Stable Diffusion 1.5, {pixels} px", "stable-diffusion-1.5", pixels)
+    return _parts(f"Stable Diffusion 1.5, {pixels} px", "stable-diffusion-1.5", pixels)
 
 
-def dit_xl_2(pixels: int = 256) -> Work:
+def dit_xl_2(pixels: int = 256) -> PartFlops:
     """DiT-XL/2 with learned sigma; decoders and learner as for Stable Diffusion 1.5, whose
     autoencoder it uses.
     """
-    return _work(f"DiT-XL/2, {pixels} px", "dit-xl-2", pixels)
+    return _parts(f"DiT-XL/2, {pixels} px", "dit-xl-2", pixels)
 
 
-def _work(title: str, name: str, pixels: int) -> Work:
+def _parts(title: str, name: str, pixels: int) -> PartFlops:
     pipeline = published(name, pixels)
     denoiser = pipeline.denoiser
     with torch.device("meta"):
@@ -88,10 +88,10 @@ def _work(title: str, name: str, pixels: int) -> Work:
             torch.zeros(1, dtype=torch.int64),
         )
         learner, images = frozen(vit_b_16()), torch.empty(1, 3, 224, 224)
-        return Work(
+        return PartFlops(
             name=title,
-            denoiser=count(lambda x: denoiser(x, t, label), x),
-            decoder=count(pipeline.decoder, x),
-            tiny=count(pipeline.guidance_decoder, x),
-            learner=count(lambda x: learner(x), images),
+            denoiser=count_passes(lambda x: denoiser(x, t, label), x),
+            decoder=count_passes(pipeline.decoder, x),
+            tiny=count_passes(pipeline.guidance_decoder, x),
+            learner=count_passes(lambda x: learner(x), images),
         )

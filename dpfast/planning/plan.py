@@ -29,9 +29,9 @@ from dpfast.planning.fitting import Fit, fit, stages_of
 from dpfast.planning.measure import Timings
 from dpfast.planning.network import link_of, step_seconds
 from dpfast.planning.simulation import (
-    Costs,
     Job,
-    Schedule,
+    SimulatedRun,
+    UnitSeconds,
     best_overlap,
     efficiency,
     in_turns,
@@ -86,23 +86,23 @@ class Plan:
     timed: tuple[str, ...]  # what was timed, in words; empty: nothing was
     given: bool  # the utilisation was
     job: Job  # of Deliberate Practice
-    costs: Costs
+    unit: UnitSeconds
 
     @property
-    def turns(self) -> Schedule:
-        """The simulated schedule in which all ranks make samples, then all train."""
-        return in_turns(self.job, self.costs, self.count, link_of(self.device, self.count))
+    def turns(self) -> SimulatedRun:
+        """The simulated run in which all ranks make samples, then all train."""
+        return in_turns(self.job, self.unit, self.count, link_of(self.device, self.count))
 
     @property
-    def overlap(self) -> Schedule:
+    def overlap(self) -> SimulatedRun:
         """The fastest one in which a part of two or more ranks makes samples while the others
         train.
         """
-        return best_overlap(self.job, self.costs, self.count, partial(link_of, self.device))
+        return best_overlap(self.job, self.unit, self.count, partial(link_of, self.device))
 
-    def efficiency(self, schedule: Schedule) -> float:
-        """Of a simulated schedule: the seconds of one device over the device-seconds of it."""
-        return efficiency(self.job, self.costs, schedule, partial(link_of, self.device))
+    def efficiency(self, run: SimulatedRun) -> float:
+        """Of a simulated run: the seconds of one device over the device-seconds of it."""
+        return efficiency(self.job, self.unit, run, partial(link_of, self.device))
 
     @property
     def seconds(self) -> float:
@@ -172,7 +172,7 @@ def plan(
         timed=() if timings is None else timings.notes or ("stages timed on this machine",),
         given=utilisation is not None,
         job=job_of(recipe, total, _evaluated(recipe, stages.classes)),
-        costs=_costs(stages, device, shares, timings),
+        unit=_unit_seconds(stages, device, shares, timings),
     )
 
 
@@ -249,9 +249,9 @@ def _evaluated(recipe: Recipe, classes: int) -> int:
     return (times + 1) * validation + test
 
 
-def _costs(
+def _unit_seconds(
     stages: Stages, device: Device, shares: Mapping[str, float], timings: Timings | None
-) -> Costs:
+) -> UnitSeconds:
     """Seconds of one unit of each stage on one device."""
 
     def derived(counts: Counts, kind: str) -> float:
@@ -261,7 +261,7 @@ def _costs(
         timed: float | None = getattr(timings, name, None)
         return derived(counts, kind) if timed is None else timed
 
-    return Costs(
+    return UnitSeconds(
         unguided=seconds("unguided", stages.unguided, "generation"),
         guided=seconds("guided", stages.guided, "generation"),
         image=seconds("training", stages.training, "training"),

@@ -49,7 +49,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Costs:
+class UnitSeconds:
     """Seconds on one rank: unguided, guided: of a sample; image: in a training step; step: of a
     step beside its images;
     evaluation: of an image. gradients: bytes that an all-reduce sums. spread: measured times of a
@@ -66,7 +66,7 @@ class Costs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class SimulatedRun:
     """Seconds. generating: ranks that make samples beside training; 0: in turns. overlapped: of
     both at once.
     """
@@ -112,22 +112,28 @@ def slowest(spread: Sequence[float], ranks: int) -> float:
     )
 
 
-def in_turns(job: Job, costs: Costs, ranks: int, link: Link) -> Schedule:
+def in_turns(job: Job, unit: UnitSeconds, ranks: int, link: Link) -> SimulatedRun:
     """All ranks make samples, then all train."""
-    made = sum(_making(count, costs.guided, job.generation_batch, ranks) for count in job.rounds)
-    return Schedule(
+    made = sum(_making(count, unit.guided, job.generation_batch, ranks) for count in job.rounds)
+    return SimulatedRun(
         ranks=ranks,
         generating=0,
-        generation=_making(job.initial, costs.unguided, job.generation_batch, ranks) + made,
-        training=sum(job.segments) * _step(job, costs, ranks, link),
+        generation=_making(job.initial, unit.unguided, job.generation_batch, ranks) + made,
+        training=sum(job.segments) * _step(job, unit, ranks, link),
         overlapped=0.0,
-        evaluation=math.ceil(job.evaluated / ranks) * costs.evaluation,
+        evaluation=math.ceil(job.evaluated / ranks) * unit.evaluation,
     )
 
 
 def side_by_side(
-    job: Job, costs: Costs, ranks: int, generating: int, link: Link, *, whole: Link | None = None
-) -> Schedule:
+    job: Job,
+    unit: UnitSeconds,
+    ranks: int,
+    generating: int,
+    link: Link,
+    *,
+    whole: Link | None = None,
+) -> SimulatedRun:
     """``generating`` ranks make the next round's samples while the others train. link: of those;
     whole: of all ranks.
 
@@ -135,41 +141,45 @@ def side_by_side(
     """
     if not 0 < generating < ranks:
         raise InputError(f"generating = {generating}: expected 1 to {ranks - 1} of {ranks} ranks")
-    step = _step(job, costs, ranks - generating, link)
+    step = _step(job, unit, ranks - generating, link)
     beside = sum(
-        max(steps * step, _making(count, costs.guided, job.generation_batch, generating))
+        max(steps * step, _making(count, unit.guided, job.generation_batch, generating))
         for steps, count in zip(job.segments, job.rounds, strict=False)
     )
-    return Schedule(
+    return SimulatedRun(
         ranks=ranks,
         generating=generating,
-        generation=_making(job.initial, costs.unguided, job.generation_batch, ranks),
-        training=job.segments[-1] * _step(job, costs, ranks, whole or link),
+        generation=_making(job.initial, unit.unguided, job.generation_batch, ranks),
+        training=job.segments[-1] * _step(job, unit, ranks, whole or link),
         overlapped=beside,
-        evaluation=math.ceil(job.evaluated / ranks) * costs.evaluation,
+        evaluation=math.ceil(job.evaluated / ranks) * unit.evaluation,
     )
 
 
-def best_overlap(job: Job, costs: Costs, ranks: int, link: Callable[[int], Link]) -> Schedule:
-    """The fastest of the overlapped schedules of two or more ranks. link: of so many ranks."""
+def best_overlap(
+    job: Job, unit: UnitSeconds, ranks: int, link: Callable[[int], Link]
+) -> SimulatedRun:
+    """The fastest of the overlapped runs of two or more ranks. link: of so many ranks."""
     whole = link(ranks)
     return min(
-        (side_by_side(job, costs, ranks, k, link(ranks - k), whole=whole) for k in range(1, ranks)),
-        key=lambda schedule: schedule.seconds,
+        (side_by_side(job, unit, ranks, k, link(ranks - k), whole=whole) for k in range(1, ranks)),
+        key=lambda run: run.seconds,
     )
 
 
-def efficiency(job: Job, costs: Costs, schedule: Schedule, link: Callable[[int], Link]) -> float:
-    """One rank's seconds over the rank-seconds of a schedule."""
-    return in_turns(job, costs, 1, link(1)).seconds / (schedule.ranks * schedule.seconds)
+def efficiency(
+    job: Job, unit: UnitSeconds, run: SimulatedRun, link: Callable[[int], Link]
+) -> float:
+    """One rank's seconds over the rank-seconds of a run."""
+    return in_turns(job, unit, 1, link(1)).seconds / (run.ranks * run.seconds)
 
 
 def _making(samples: int, each: float, batch: int, ranks: int) -> float:
     return math.ceil(math.ceil(samples / batch) / ranks) * batch * each
 
 
-def _step(job: Job, costs: Costs, ranks: int, link: Link) -> float:
-    compute = costs.step + costs.image * math.ceil(job.batch / ranks)
+def _step(job: Job, unit: UnitSeconds, ranks: int, link: Link) -> float:
+    compute = unit.step + unit.image * math.ceil(job.batch / ranks)
     return step_seconds(
-        compute * slowest(costs.spread, ranks), link.all_reduce(costs.gradients, ranks)
+        compute * slowest(unit.spread, ranks), link.all_reduce(unit.gradients, ranks)
     )

@@ -21,7 +21,7 @@ from dpfast.generate.models.regional import has_region
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import dearest, finish_function, step_function
-from dpfast.hardware.flops import Counts, Fused, counts
+from dpfast.hardware.flops import Counts, Fused, count_work
 from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.learn.committee import guiding
 from dpfast.learn.models import build_learner
@@ -150,13 +150,13 @@ def _steps(
         if variant.features == "reuse":  # of the shape that a step before it kept
             keep = step_function(sampler.parts, variant._replace(features="keep"))
             inputs = inputs._replace(features=keep(*inputs).features)
-        total += counts(partial(step_function(sampler.parts, variant), *inputs)) * times
+        total += count_work(partial(step_function(sampler.parts, variant), *inputs)) * times
     return total * (1 / batch)
 
 
 @torch.no_grad()
 def _decoding(sampler: GuidedSampler, batch: int) -> Counts:
-    return counts(partial(finish_function(sampler.parts), sampler.blank(batch).x)) * (1 / batch)
+    return count_work(partial(finish_function(sampler.parts), sampler.blank(batch).x)) * (1 / batch)
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def _encoding(sampler: GuidedSampler, batch: int) -> Counts:
     if not isinstance(decoder, Encoder):
         raise RecipeError("restart: images of another size than decoded need codec = 'latents'")
     shape = finish_function(sampler.parts)(sampler.blank(1).x).images.shape[1:]
-    return counts(lambda: decoder.encode(torch.empty(batch, *shape, device=META))) * (1 / batch)
+    return count_work(lambda: decoder.encode(torch.empty(batch, *shape, device=META))) * (1 / batch)
 
 
 def _dearer(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

@@ -48,7 +48,7 @@ def plan_table(plan: Plan) -> str:
     timed = (
         ["", "timed in small batches:", *(f"  {note}" for note in plan.timed)] if plan.timed else []
     )
-    return "\n".join([*lines, *timed, "", *_schedules(plan), *_memory(plan)])
+    return "\n".join([*lines, *timed, "", *_simulated(plan), *_memory(plan)])
 
 
 def _row(phase: Phase) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.2f}" if seconds >= 360 else f"{seconds / 3600:.4f}"
 
 
-def _schedules(plan: Plan) -> list[str]:
+def _simulated(plan: Plan) -> list[str]:
     """Of Deliberate Practice on several devices; ``dpfast.planning.simulation`` says what is
     assumed.
     """

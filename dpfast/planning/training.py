@@ -24,7 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpfast.config import Learner
-from dpfast.hardware.flops import Counts, counts
+from dpfast.hardware.flops import Counts, count_work
 from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.learn.checkpointing import checkpoint_activations
 from dpfast.learn.models import build_learner
@@ -120,7 +120,7 @@ def _counted(
     mode, learner = _fake(*model)
     step = _step(learner, image, classes, half=half, mixed=mixed)
     with mode:
-        return counts(lambda: step(batch_size)) * (1 / batch_size)
+        return count_work(lambda: step(batch_size)) * (1 / batch_size)
 
 
 @functools.lru_cache(maxsize=64)
@@ -142,7 +142,7 @@ def _held(
 
     with mode:
         fixed, each = bytes_per_sample(step, first=2)  # batch norms of a single value refuse one
-        evaluation = counts(lambda: evaluate(batch_size)) * (1 / batch_size)
+        evaluation = count_work(lambda: evaluate(batch_size)) * (1 / batch_size)
         evaluated = bytes_per_sample(evaluate)
     return Training(
         training=_counted(model, classes, image, half, mixed, batch_size),

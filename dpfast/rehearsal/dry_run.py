@@ -30,14 +30,14 @@ def dry_run_seconds(planned: Plan) -> float:
 
     Its own clock decides on batches and rounds; a call takes what the plan says.
     """
-    recipe, stages, costs = planned.recipe, planned.stages, planned.costs
+    recipe, stages, unit = planned.recipe, planned.stages, planned.unit
     simulated, device = _Time(), torch.device("cpu")
     clock = measure.StageClock(planned.device, measure.SECONDS / 4, device)
     work: list[tuple[str, Counts, float, int]] = [
-        ("unguided samples", stages.unguided, costs.unguided, recipe.generator.at_once),
-        ("guided samples", stages.guided, costs.guided, recipe.generator.at_once),
-        ("training", stages.training, costs.image, recipe.learner.batch_size),
-        ("evaluation", stages.evaluation, costs.evaluation, measure.EVALUATED),
+        ("unguided samples", stages.unguided, unit.unguided, recipe.generator.at_once),
+        ("guided samples", stages.guided, unit.guided, recipe.generator.at_once),
+        ("training", stages.training, unit.image, recipe.learner.batch_size),
+        ("evaluation", stages.evaluation, unit.evaluation, measure.EVALUATED),
     ]
 
     def calls(

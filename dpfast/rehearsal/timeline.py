@@ -122,15 +122,15 @@ def timeline(
     saves: seconds for which the loop waits at a checkpoint; checkpoint_bytes: of one; timeout: of
     the run.
     """
-    practice, costs, count = recipe.practice, plan.costs, plan.count
+    practice, unit, count = recipe.practice, plan.unit, plan.count
     link = link_of(plan.device, count)
     batch, size = recipe.generator.batch_size, recipe.learner.batch_size
     step = step_seconds(
-        costs.step + costs.image * -(-size // count), link.all_reduce(costs.gradients, count)
+        unit.step + unit.image * -(-size // count), link.all_reduce(unit.gradients, count)
     )
     interval = practice.interval(size)
     evaluations = practice.iterations // interval
-    evaluation = costs.evaluation * plan.job.evaluated / max(evaluations, 1) / count
+    evaluation = unit.evaluation * plan.job.evaluated / max(evaluations, 1) / count
     clock = SimulatedClock()
     timer = CheckpointTimer(practice.checkpoint_share, practice.checkpoint_minutes, clock.now)
     patience = Patience(practice.patience, practice.initial_samples, practice.patience_growth)
@@ -159,7 +159,7 @@ def timeline(
         save()
 
     save()
-    make(practice.initial_samples, costs.unguided)
+    make(practice.initial_samples, unit.unguided)
     pool, done = practice.initial_samples, 0
     stable = practice.iterations * (1 - recipe.learner.cooldown)
     warm = practice.iterations * recipe.learner.warmup
@@ -171,7 +171,7 @@ def timeline(
         left = min(practice.round_samples, practice.maximum_samples - pool)
         if due and done < stable and left > 0:
             save()
-            make(left, costs.guided)
+            make(left, unit.guided)
             pool += left
             patience.added()
         elif timer.due() or timer.overdue():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.hardware.flops import flops
+from dpfast.hardware.flops import count_flops
 from dpfast.parallel import Ranks
 from dpfast.samples import SampleBatch
 
@@ -149,7 +149,7 @@ def price(sampler: GuidedSampler, make: Callable[[], object]) -> Price:
     sampler.runner.check_learner()  # on images of its own, which are not of the sample
     hook = denoiser.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        counted = flops(make)
+        counted = count_flops(make)
     finally:
         hook.remove()
     return Price(float(rows), counted)

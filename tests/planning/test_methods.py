@@ -5,12 +5,20 @@ import dataclasses
 import pytest
 import torch
 
-from dpfast.planning import PREDECESSOR, Method, Pass, Work, count, limit, stable_diffusion_15
+from dpfast.planning import (
+    PREDECESSOR,
+    Method,
+    PartFlops,
+    Passes,
+    count_passes,
+    limit,
+    stable_diffusion_15,
+)
 
 
 def test_a_linear_layer_counts_two_flops_a_weight_in_each_direction():
     layer = torch.nn.Linear(3, 5, device="meta").requires_grad_(False)
-    assert count(layer, torch.empty(4, 3, device="meta")) == Pass(30, 30)
+    assert count_passes(layer, torch.empty(4, 3, device="meta")) == Passes(30, 30)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +26,7 @@ def sd():
     return stable_diffusion_15(512)
 
 
-def test_stable_diffusion_has_its_known_work(sd):
+def test_stable_diffusion_has_its_known_flops(sd):
     tera = {
         name: getattr(sd, name).forward / 1e12
         for name in ("denoiser", "decoder", "tiny", "learner")
@@ -37,17 +45,21 @@ def test_guidance_costs_what_the_shared_forward_and_the_tiny_decoder_leave_of_it
         "ours": Method(),
     }
     thirty = {
-        name: dataclasses.replace(m, steps=30, guided=6).cost(sd) for name, m in costs.items()
+        name: dataclasses.replace(m, steps=30, guided=6).ratio(sd) for name, m in costs.items()
     }
     assert thirty == pytest.approx(
         {"predecessor": 1.81, "full": 1.72, "extra": 1.25, "ours": 1.15}, abs=0.006
     )
-    assert Method().cost(sd) <= 1.15
+    assert Method().ratio(sd) <= 1.15
 
 
 def test_methods_add_their_parts_up():
-    one = Work(
-        name="", denoiser=Pass(1, 2), decoder=Pass(10, 20), tiny=Pass(3, 4), learner=Pass(0.5, 0.25)
+    one = PartFlops(
+        name="",
+        denoiser=Passes(1, 2),
+        decoder=Passes(10, 20),
+        tiny=Passes(3, 4),
+        learner=Passes(0.5, 0.25),
     )
     assert Method(steps=4, guided=0).total(one) == 4 * 2 + 10
     assert Method(steps=4, guided=0, cfg_steps=1).total(one) == 5 + 10

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import new_sampler
-from dpfast.hardware.flops import Counts, counts
+from dpfast.hardware.flops import Counts, count_work
 from dpfast.hardware.peaks import DEVICES, peaks_of
 from dpfast.learn.committee import Committee
 from dpfast.learn.models import build_learner
@@ -66,7 +66,7 @@ def test_counts_of_every_architecture_are_those_of_torchs_counter():
         images = torch.empty(1, 3, 224, 224, device="meta")
         assert work.learner.forward == torch_counts(lambda: vit(images))
         label = torch.zeros(1, dtype=torch.int64, device="meta")
-        counted = counts(lambda: dit(x, timestep=t.long(), class_labels=label)).flops
+        counted = count_work(lambda: dit(x, timestep=t.long(), class_labels=label)).flops
         assert (
             counted
             == torch_counts(lambda: dit(x, timestep=t.long(), class_labels=label))
@@ -164,9 +164,9 @@ def test_a_committee_adds_its_second_member(recipe, stages, fashion):
 
 def test_bytes_are_operands_and_results_and_leave_scores_out():
     a, b = torch.empty(3, 5, device="meta"), torch.empty(5, 7, device="meta")
-    assert counts(lambda: a @ b) == Counts(full=2 * 3 * 5 * 7, moved=4 * (15 + 35 + 21))
+    assert count_work(lambda: a @ b) == Counts(full=2 * 3 * 5 * 7, moved=4 * (15 + 35 + 21))
     q = torch.empty(1, 2, 64, 8, device="meta", dtype=torch.bfloat16)
-    found = counts(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    found = count_work(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
     assert found.full == 0  # fused attentions compute in the dtype that goes in
     assert found.half == 2 * 2 * 2 * 64 * 64 * 8
     assert found.moved == 4 * q.nbytes  # queries, keys, values and the result; no scores

@@ -7,8 +7,8 @@ import pytest
 from dpfast.config import Recipe
 from dpfast.planning.network import Link
 from dpfast.planning.simulation import (
-    Costs,
     Job,
+    UnitSeconds,
     best_overlap,
     efficiency,
     in_turns,
@@ -20,7 +20,7 @@ from dpfast.planning.simulation import (
 JOB = Job(
     initial=40, rounds=(40, 40), segments=(10, 10, 5), batch=8, generation_batch=5, evaluated=12
 )
-COSTS = Costs(unguided=1.0, guided=2.0, image=0.5, evaluation=0.25)
+COSTS = UnitSeconds(unguided=1.0, guided=2.0, image=0.5, evaluation=0.25)
 FREE = Link(latency=0.0, bandwidth=1e30)
 
 
@@ -87,7 +87,7 @@ def test_overlap_gains_nothing_where_everything_divides_and_much_where_training_
     assert best_overlap(JOB, COSTS, 4, free).seconds >= in_turns(JOB, COSTS, 4, FREE).seconds
     # training that no number of ranks makes faster: 10 s a step, and a round takes a rank as long
     # as a segment
-    stuck = Costs(unguided=0.0, guided=2.5, image=0.0, step=10.0)
+    stuck = UnitSeconds(unguided=0.0, guided=2.5, image=0.0, step=10.0)
     assert in_turns(JOB, stuck, 2, FREE).seconds == 2 * 50.0 + 250.0
     assert best_overlap(JOB, stuck, 2, free).seconds == 250.0
 
