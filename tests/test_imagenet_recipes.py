@@ -151,11 +151,11 @@ def test_a_recipe_without_its_folders_names_all_options_that_are_missing(name, f
     generator, validation = ["--pipeline", str(folders[0])], ["--validation", str(folders[1])]
     said = f"dpfast: error: recipe = '{name}': needs folders of yours, say "
     for given, missing in (
-        ([], "--pipeline DIR --validation DIR"),
-        (generator, "--validation DIR"),
-        (validation, "--pipeline DIR"),
+        ([], "--pipeline FOLDER --validation FOLDER"),
+        (generator, "--validation FOLDER"),
+        (validation, "--pipeline FOLDER"),
     ):
         assert main(["run", name, *given]) == 2
         assert capsys.readouterr().err == f"{said}{missing}\n"
     assert main(["sample", "--recipe", name, "--labels", "0", "--out", "images"]) == 2
-    assert capsys.readouterr().err == f"{said}--pipeline DIR\n"
+    assert capsys.readouterr().err == f"{said}--pipeline FOLDER\n"

@@ -46,10 +46,7 @@ def test_a_command_has_options_that_exist(command):
             *command[command.index(script) + 3 :],
         ]
     if command[0] == "dpfast":
-        parser = main._Parser(prog="dpfast")
-        commands = parser.add_subparsers(dest="command")
-        for each in main.COMMANDS:
-            each.add(commands)
+        parser = main.new_parser()
         assert isinstance(parser.parse_args(command[1:]), argparse.Namespace)
 
 

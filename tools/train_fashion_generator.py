@@ -2,7 +2,7 @@
 """Trains the embedded generator: a class-conditional latent diffusion model of Fashion-MNIST, and
 its judge.
 
-    python tools/train_fashion_generator.py --data /usr/share/datasets/fashion-mnist --work DIR
+    python tools/train_fashion_generator.py --data /usr/share/datasets/fashion-mnist --work FOLDER
     [--stage STAGE]
 
 Stages, in order (``--stage all`` runs each that is not finished):

@@ -39,10 +39,10 @@ FORMER = {
     "learner": {"compile_learner": "compile"},
     "practice": {"cfg_rounds": "cfg_scale_rounds"},
 }
-# field -> its option, and the names by which recipes call a folder that only their user has
+# field -> the names by which recipes call a folder that only their user has
 USER_FOLDERS = {
-    "pipeline": ("--pipeline DIR", ("stable-diffusion-1.5", "dit-xl-2")),
-    "validation": ("--validation DIR", ("imagenet-val",)),
+    "pipeline": ("stable-diffusion-1.5", "dit-xl-2"),
+    "validation": ("imagenet-val",),
 }
 
 
@@ -619,11 +619,12 @@ class Recipe(Section):
         """Raises ``RecipeError`` with the options of all fields of ``names`` whose folder its user
         has yet to name.
         """
-        given, missing = {"pipeline": self.generator.pipeline, "validation": self.validation}, []
-        for name in names:
-            option, placeholders = USER_FOLDERS[name]
-            if given[name] in placeholders and not Path(given[name]).is_dir():
-                missing.append(option)
+        given = flat(self.to_dict())
+        missing = [
+            f"--{name} FOLDER"
+            for name in names
+            if given[name] in USER_FOLDERS[name] and not Path(given[name]).is_dir()
+        ]
         if missing:
             raise RecipeError(
                 f"recipe = {self.name!r}: needs folders of yours, say {' '.join(missing)}"
@@ -633,40 +634,29 @@ class Recipe(Section):
         """Raises ``RecipeError`` where a run under torchrun with ``count`` ranks would be
         refused.
         """
-        practice, size, batch = (
-            self.practice,
-            self.learner.batch_size,
-            self.generator.batch_size,
-        )
-        if practice.overlap and practice.overlap >= count:
-            raise RecipeError(
-                f"overlap = {practice.overlap}: expected 0, or under torchrun fewer than its "
-                f"{count} ranks"
-            )
+        practice, initial = self.practice, self.practice.initial_samples
+        fewer = practice.overlap < max(count, 1)
+        wanted = f"0, or under torchrun fewer than its {count} ranks"
+        _check(fewer, "overlap", practice.overlap, wanted)
         if count <= 1:
             return
         ranks = count - practice.overlap  # the others only generate
-        if size % (2 * ranks):
-            raise RecipeError(
-                f"learner.batch_size = {size}: expected a multiple of {2 * ranks}, twice the "
-                f"{ranks} ranks"
-            )
-        if -(-practice.initial_samples // batch) < ranks:
-            raise RecipeError(
-                f"generator.batch_size = {batch}: initial_samples = {practice.initial_samples} are "
-                "fewer batches than the "
-                f"{ranks} ranks; expected at most {practice.initial_samples // ranks}"
-            )
-        if "prune" in practice.sources and ranks > 1:
-            raise RecipeError(
-                "sources: 'prune' chooses among all candidates of a round; run it on one rank"
-            )
-        if practice.restart:
-            raise RecipeError(
-                f"restart = {practice.restart:g}: a sample begins from any of the pool's, of which "
-                "each rank holds a "
-                "part; expected 0, or one rank"
-            )
+        size = self.learner.batch_size
+        wanted = f"a multiple of {2 * ranks}, twice the {ranks} ranks"
+        _check(size % (2 * ranks) == 0, "learner.batch_size", size, wanted)
+        batch = self.generator.batch_size
+        wanted = (
+            f"at most {initial // ranks}: initial_samples = {initial} are fewer batches than the "
+            f"{ranks} ranks"
+        )
+        _check(-(-initial // batch) >= ranks, "generator.batch_size", batch, wanted)
+        wanted = "no 'prune' with several ranks: it chooses among all candidates of a round"
+        alone = ranks == 1 or "prune" not in practice.sources
+        _check(alone, "sources", ",".join(practice.sources), wanted)
+        wanted = (
+            "0, or one rank: a sample begins from any of the pool's, of which each holds a part"
+        )
+        _check(not practice.restart, "restart", practice.restart, wanted)
 
     @classmethod
     def load(cls, source: str | Path, **overrides: Any) -> Recipe:

@@ -126,10 +126,10 @@ def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> No
                 _check_classes(place, field, classes)
             continue
         what = "it has no sub-folders" if path.is_dir() else "no such folder"
+        option = f"--{field.replace('_', '-')}"
         raise InputError(
-            f"{field} = {place!r}: {what}; expected 'fashion', or --{field.replace('_', '-')} DIR "
-            "with a sub-folder of "
-            "real images for each class"
+            f"{field} = {place!r}: {what}; expected 'fashion', or {option} FOLDER with a "
+            "sub-folder of real images for each class"
         )
 
 

@@ -1,6 +1,6 @@
 """Several processes as one run: torchrun's ranks, what each of them makes, and how they agree.
 
-    torchrun --nproc-per-node 8 -m dpfast run imagenet1k-sd15 --pipeline DIR --validation DIR
+    torchrun --nproc-per-node 8 -m dpfast run imagenet1k-sd15 --pipeline FOLDER --validation FOLDER
 
     torchrun    the processes that torchrun started, as ``Ranks``; without it one process alone,
                 which nothing costs

@@ -83,15 +83,11 @@ def say(rank, ports, options, root):
 
 def launch_folder(options, root):
     """A run of the recipe that has just begun."""
-    from dpfast.cli.parser import Parser
-    from dpfast.cli.recipes import recipe_of
+        from dpfast.cli.recipes import recipe_of
     from dpfast.practice.run_writer import RunWriter
 
-    parser = Parser()
-    command.run.add(parser.add_subparsers())
-    with RunWriter(
-        root / "begun", recipe_of(parser.parse_args(arguments(options, [], root / "begun")))
-    ):
+    parsed = command.new_parser().parse_args(arguments(options, [], root / "begun"))
+    with RunWriter(root / "begun", recipe_of(parsed)):
         pass
     return sorted(path.name for path in (root / "begun").iterdir())
 

@@ -38,7 +38,7 @@ def test_a_held_out_folder_leaves_the_validation_whole(tmp_path):
 
 def test_what_cannot_be_is_refused_by_name(tmp_path):
     with pytest.raises(
-        InputError, match=r"validation = 'imagenet-val': no such folder; .*--validation DIR"
+        InputError, match=r"validation = 'imagenet-val': no such folder; .*--validation FOLDER"
     ):
         check_real("imagenet-val")
     with pytest.raises(InputError, match=r"held_out = .*no sub-folders"):
