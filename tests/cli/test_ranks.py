@@ -83,7 +83,7 @@ def say(rank, ports, options, root):
 
 def launch_folder(options, root):
     """A run of the recipe that has just begun."""
-        from dpfast.cli.recipes import recipe_of
+    from dpfast.cli.recipes import recipe_of
     from dpfast.practice.run_writer import RunWriter
 
     parsed = command.new_parser().parse_args(arguments(options, [], root / "begun"))
