@@ -33,8 +33,7 @@ from dpfast.hardware.flops import count_flops
 from dpfast.hardware.peaks import here
 from dpfast.learn.models import build_learner
 from dpfast.learn.precision import in_bf16
-from dpfast.learn.schedule import wsd
-from dpfast.learn.trainer import Trainer
+from dpfast.learn.trainer import Trainer, wsd
 
 RECORDS = RESULTS / "learner.jsonl"
 ITERATIONS, BATCHES = 100_000, 4

@@ -39,54 +39,54 @@ def add(commands: Commands) -> None:
         help="JSON lines of a study, to set beside the theory",
     )
     about = "samples that an accuracy takes, by kept fraction"
-    planning = add_command(parts, "plan", plan, about)
-    planning.add_argument(
+    sizes = add_command(parts, "samples", samples, about)
+    sizes.add_argument(
         "--accuracy",
         type=float,
         required=True,
         metavar="X",
         help="accuracy to reach, between 0.5 and 1",
     )
-    planning.add_argument(
+    sizes.add_argument(
         "--d", type=int, required=True, metavar="N", help="dimensions of the features"
     )
-    planning.add_argument(
+    sizes.add_argument(
         "--keep",
         metavar="FRACTION,...",
         help="fractions that are kept (default: 1,0.9,0.8,0.5,0.3,0.2,0.1)",
     )
-    planning.add_argument(
+    sizes.add_argument(
         "--ridge",
         type=float,
         metavar="X",
         help="penalty, normalised by the pool (default: the best for each pool)",
     )
-    planning.add_argument(
+    sizes.add_argument(
         "--rho",
         type=float,
         default=1.0,
         metavar="X",
         help="cosine of the selecting vector and the truth (default: 1)",
     )
-    planning.add_argument(
+    sizes.add_argument(
         "--rho-g",
         type=float,
         metavar="X",
         help="cosine of the selecting vector and an imperfect generator of labels",
     )
-    planning.add_argument(
+    sizes.add_argument(
         "--rho-s",
         type=float,
         metavar="X",
         help="cosine of the selecting vector and the truth; --rho is then that of labels and truth",
     )
-    planning.add_argument(
+    sizes.add_argument(
         "--strategy",
         default="hard",
         choices=("hard", "easy", "soft"),
         help="which samples are kept (default: hard)",
     )
-    planning.add_argument(
+    sizes.add_argument(
         "--power", type=float, default=1.0, metavar="X", help="power of the soft rule (default: 1)"
     )
 
@@ -118,8 +118,8 @@ def figures(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def plan(arguments: argparse.Namespace) -> int:
-    from dpfast.theory.plan import KEEPS, plan, table
+def samples(arguments: argparse.Namespace) -> int:
+    from dpfast.theory.pool_sizes import KEEPS, pool_sizes, table
 
     try:
         keeps = (
@@ -130,7 +130,7 @@ def plan(arguments: argparse.Namespace) -> int:
             f"keep = {arguments.keep!r}: comma-separated fractions, as in 1,0.5,0.2"
         ) from None
     names = ("d", "ridge", "rho", "rho_g", "rho_s", "strategy", "power")
-    made = plan(
+    made = pool_sizes(
         arguments.accuracy, keeps=keeps, **{name: getattr(arguments, name) for name in names}
     )
     print(table(made))

@@ -39,7 +39,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 def disagreement(logits: Tensor, labels: Tensor) -> Tensor:
     """How far the members of a committee are apart: logits (B, M, K), one row a member
-    (``dpfast.learn.committee``).
+    (``dpfast.learn.models.Committee``).
 
     H(mean_m p_m) - mean_m H(p_m) in nats, the Jensen-Shannon divergence of the predictions, at most
     log M: query by committee with the measure of BALD (Houlsby et al. 2011, arXiv 1112.5745).

@@ -20,6 +20,7 @@ any GPU of 24 GB, so nothing is sharded (FSDP).
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 
 import torch
@@ -36,7 +37,6 @@ from dpfast.learn.compiling import WhenItPays
 from dpfast.learn.ema import Ema
 from dpfast.learn.gradients import GradientBuckets, Gradients
 from dpfast.learn.precision import autocast, in_bf16, in_precision
-from dpfast.learn.schedule import wsd
 from dpfast.parallel import ALONE, Ranks
 
 log = logging.getLogger(__name__)
@@ -306,3 +306,17 @@ def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
         if value.shape == parameter.shape and value.dim()
         else value
     )
+
+
+def wsd(step: int, *, total: int, warmup: float, cooldown: float) -> float:
+    """The learning rate of optimiser step ``step`` (0-based) as a factor of its peak.
+
+    Warm-up, stable, decay: the schedule of the paper (section C.5). Linear over the first
+    ``warmup`` x total steps, then 1, then a half cosine to 0 over the last ``cooldown`` x total.
+    """
+    if step < warmup * total:
+        return (step + 1) / (warmup * total + 1)
+    left = total - step
+    if left < cooldown * total:
+        return 0.5 - 0.5 * math.cos(math.pi * left / (cooldown * total))
+    return 1.0

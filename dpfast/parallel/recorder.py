@@ -1,6 +1,6 @@
 """The collectives of a process in their order, and which of two groups were in flight at once.
 
-    recorder = Recorder()
+    recorder = CollectiveRecorder()
     recorder.record(ranks)
     ...
     recorder.order            equal on all ranks, group by group or as a whole
@@ -45,7 +45,7 @@ class Collective:
 
 
 @dataclass(eq=False)
-class Recorder:
+class CollectiveRecorder:
     """Writes down every collective of the groups that it records. delay: called before each, to
     provoke disorder.
     """
@@ -107,7 +107,7 @@ class _Recorded(Group):
     """
 
     inner: Group = field(kw_only=True)
-    recorder: Recorder = field(kw_only=True)
+    recorder: CollectiveRecorder = field(kw_only=True)
 
     def all_gather(self, value: Tensor) -> list[Tensor]:
         with self.recorder.during(self.name, "all_gather", value):

@@ -25,8 +25,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.device import device_named
 from dpfast.hardware.flops import Counts
 from dpfast.hardware.peaks import Device, here
-from dpfast.learn.committee import guiding
-from dpfast.learn.models import new_learner
+from dpfast.learn.models import guiding, new_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.planning.fitting import fit, stages_of
 from dpfast.pool.pool import SamplePool

@@ -23,8 +23,7 @@ from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import dearest, finish_function, step_function
 from dpfast.hardware.flops import Counts, Fused, count_work
 from dpfast.hardware.live_bytes import bytes_per_sample
-from dpfast.learn.committee import guiding
-from dpfast.learn.models import build_learner
+from dpfast.learn.models import build_learner, guiding
 from dpfast.planning.training import Training, count_learner
 from dpfast.sources.guided_methods import early_stop, restart_step
 

@@ -30,8 +30,7 @@ from dpfast.feed.augment import Augment
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.device import is_gpu
 from dpfast.hardware.out_of_memory import release
-from dpfast.learn.committee import guiding
-from dpfast.learn.models import new_learner
+from dpfast.learn.models import guiding, new_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.protocol import Pool

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from dpfast.config import Recipe
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
-from dpfast.learn.committee import guiding
-from dpfast.learn.models import new_learner
+from dpfast.learn.models import guiding, new_learner
 from dpfast.learn.precision import in_precision
 from dpfast.parallel import Ranks
 from dpfast.parallel.groups import Group

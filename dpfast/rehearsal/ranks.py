@@ -17,7 +17,7 @@ from dpfast.parallel import Ranks
 from dpfast.parallel.groups import Group, Work
 from dpfast.parallel.heartbeat import Heartbeat
 from dpfast.parallel.ranks import feeds
-from dpfast.parallel.recorder import Recorder
+from dpfast.parallel.recorder import CollectiveRecorder
 from dpfast.rehearsal.device import META
 
 
@@ -87,7 +87,9 @@ class EchoStore:
         return True
 
 
-def ranks_of(count: int, rank: int, node: int, recorder: Recorder, carried: set[str]) -> Ranks:
+def ranks_of(
+    count: int, rank: int, node: int, recorder: CollectiveRecorder, carried: set[str]
+) -> Ranks:
     """Rank ``rank`` of ``count``, ``node`` of them on a machine; its collectives go to
     ``recorder``.
 

@@ -15,7 +15,7 @@ from dpfast.config import Pool, Recipe
 from dpfast.data.real import count_real
 from dpfast.hardware.peaks import NODE
 from dpfast.parallel.heartbeat import TIMEOUT
-from dpfast.parallel.recorder import Recorder
+from dpfast.parallel.recorder import CollectiveRecorder
 from dpfast.planning.disk import WRITTEN
 from dpfast.planning.memory import usable
 from dpfast.planning.plan import Plan, plan
@@ -142,7 +142,7 @@ def _walked(recipe: str, count: int, rank: int) -> Walked:
     """Devices differ in what fits, not in what a walk is: the same batches on another device are
     walked once.
     """
-    recorder, device = Recorder(), FakeDevice()
+    recorder, device = CollectiveRecorder(), FakeDevice()
     carried: set[str] = set()
     ranks = ranks_of(count, rank, NODE, recorder, carried)
     account = walk(Recipe.from_dict(json.loads(recipe)), ranks, device)

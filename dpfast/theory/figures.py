@@ -144,7 +144,7 @@ CHARTS = {
 }
 
 
-class Written(NamedTuple):
+class DrawnFigure(NamedTuple):
     """A figure's file, its number of simulated points, and how far the theory is from them."""
 
     path: Path
@@ -231,7 +231,7 @@ def study(
     return figure
 
 
-def write(out: Path, *, draws: int = 20, seed: int = 0) -> list[Written]:
+def write(out: Path, *, draws: int = 20, seed: int = 0) -> list[DrawnFigure]:
     """Draws the figures of the paper into the folder ``out``, as PNG."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -244,6 +244,6 @@ def write(out: Path, *, draws: int = 20, seed: int = 0) -> list[Written]:
         off = np.concatenate([np.abs(c.predicted - c.simulated) for c in made])
         error = np.concatenate([c.stderr for c in made])
         written.append(
-            Written(path, off.size, float(off.max()), float(off.mean()), float(error.mean()))
+            DrawnFigure(path, off.size, float(off.max()), float(off.mean()), float(error.mean()))
         )
     return written

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, interval_steps, predict_x0
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.learn.committee import Committee
+from dpfast.learn.models import Committee
 
 
 @pytest.fixture

@@ -10,11 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpfast.config import Learner
 from dpfast.errors import InputError
-from dpfast.learn.committee import Committee
 from dpfast.learn.compiling import WhenItPays
-from dpfast.learn.models import build_learner
-from dpfast.learn.schedule import wsd
-from dpfast.learn.trainer import Trainer
+from dpfast.learn.models import Committee, build_learner
+from dpfast.learn.trainer import Trainer, wsd
 from dpfast.practice.checkpoint import save_weights
 
 

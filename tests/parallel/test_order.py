@@ -12,7 +12,7 @@ from dpfast.feed.torch_loader import TorchLoader
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel.groups import Group
 from dpfast.parallel.ranks import side_groups
-from dpfast.parallel.recorder import Recorder
+from dpfast.parallel.recorder import CollectiveRecorder
 from dpfast.pool.sharded import ShardedPool, ShardLayout
 from tests.parallel.test_ranks import AUGMENT, BATCH, ROUNDS, learner, pool_of
 from tests.ranks import spawned
@@ -43,7 +43,7 @@ def in_order(ranks):
     # as on a GPU: one communicator, and one thread that issues
     assert side_groups(range(2), 60, ranks.learn, True)[1]["cuda"] is ranks.learn
     ranks.feed = {"cpu": ranks.learn}
-    recorder = Recorder(delay)
+    recorder = CollectiveRecorder(delay)
     recorder.record(ranks)
     trained(ranks, background=False)
     assert {group for group, _, _ in recorder.order} == {"learn", "control"}
@@ -58,7 +58,7 @@ def in_order(ranks):
     # as on a CPU: gloo's groups have connections of their own, and the loader's thread talks
     # meanwhile
     ranks.learn, ranks.control, ranks.feed = plain
-    recorder = Recorder(delay)
+    recorder = CollectiveRecorder(delay)
     recorder.record(ranks)
     trained(ranks, background=True)
     assert recorder.overlaps("learn", "feed"), "the recorder sees no overlap where there is one"
@@ -76,7 +76,7 @@ def test_all_ranks_call_collectives_in_one_order_and_one_group_at_a_time():
 
 
 def test_two_groups_overlap_where_one_begins_before_the_other_ends():
-    recorder, value = Recorder(), torch.zeros(1)
+    recorder, value = CollectiveRecorder(), torch.zeros(1)
     first = recorder.begun("learn", "all_reduce", value)
     with recorder.during("feed", "all_to_all", value):
         pass

@@ -16,8 +16,7 @@ from dpfast.errors import InputError
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.hardware.flops import Counts, count_work
 from dpfast.hardware.peaks import DEVICES, peaks_of
-from dpfast.learn.committee import Committee
-from dpfast.learn.models import build_learner
+from dpfast.learn.models import Committee, build_learner
 from dpfast.planning import architectures, stable_diffusion_15
 from dpfast.planning.architectures import without_weights
 from dpfast.planning.fitting import fit, place_pool

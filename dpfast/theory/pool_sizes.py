@@ -18,7 +18,7 @@ MOST = 100_000
 _RIDGES = np.logspace(-8, 2, 101)
 
 
-class Plan(NamedTuple):
+class PoolSize(NamedTuple):
     """The pool that a kept fraction needs. n: size from which on the accuracy holds, None where
     none holds it.
 
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
         return None if self.n is None else self.n * self.keep
 
 
-def plan(
+def pool_sizes(
     accuracy: float,
     *,
     d: int,
@@ -49,8 +49,8 @@ def plan(
     rho_g: float | None = None,
     rho_s: float | None = None,
     power: float = 1.0,
-) -> list[Plan]:
-    """One plan for each kept fraction, of pools up to MOST d. The other arguments are those of
+) -> list[PoolSize]:
+    """One size for each kept fraction, of pools up to MOST d. The other arguments are those of
     ``test_error``.
 
     ridge: above 0; None takes the best one for every pool. Raises InputError, naming the argument.
@@ -61,15 +61,14 @@ def plan(
     if ridge is not None:
         domain(ridge=ridge)
         if ridge == 0:
-            raise InputError("ridge = 0: above 0 in a plan; 1e-9 stands for its limit")
+            raise InputError("ridge = 0: above 0 here; 1e-9 stands for its limit")
 
     def best(n: ArrayLike, keep: float) -> tuple[Array, Array]:
         """Ridges and errors of pools n (k,)."""
         n = np.asarray(n, float)[:, None]
         log = np.log(_RIDGES if ridge is None else np.array([ridge])) + np.zeros_like(n)
-        for _ in range(
-            1 if ridge is not None else 3
-        ):  # each round looks between the neighbours of the best
+        looks = 3 if ridge is None else 1  # each one between the neighbours of the best before
+        for _ in range(looks):
             error = test_error(
                 d=d,
                 n=n,
@@ -90,18 +89,19 @@ def plan(
             log = np.linspace(low, high, 21, axis=1)
         return found
 
-    plans = []
+    sizes = []
     for keep in keeps:
-        peak = (
-            d / keep
-        )  # where a small ridge lets the error rise again, within less than the grid resolves
+        # There a small ridge lets the error rise again, within less than the grid resolves.
+        peak = d / keep
         near = [max(1, int(peak)), int(np.ceil(peak))]
         pools = np.unique([*np.rint(np.geomspace(1, MOST * d, 400)).astype(np.int64), *near])
         ridges, errors = best(pools, keep)
         short = np.flatnonzero(1 - errors < accuracy)
         if len(short) and short[-1] == len(pools) - 1:
             i = int(errors.argmin())
-            plans.append(Plan(keep, None, float(ridges[i]), float(1 - errors[i]), int(pools[i])))
+            sizes.append(
+                PoolSize(keep, None, float(ridges[i]), float(1 - errors[i]), int(pools[i]))
+            )
             continue
         low, high = (pools[short[-1]], pools[short[-1] + 1]) if len(short) else (0, pools[0])
         while high - low > 1:
@@ -110,18 +110,18 @@ def plan(
                 (low, middle) if 1 - best([middle], keep)[1][0] >= accuracy else (middle, high)
             )
         ridges, errors = best([high], keep)
-        plans.append(Plan(keep, int(high), float(ridges[0]), float(1 - errors[0]), int(high)))
-    return plans
+        sizes.append(PoolSize(keep, int(high), float(ridges[0]), float(1 - errors[0]), int(high)))
+    return sizes
 
 
-def table(plans: Sequence[Plan]) -> str:
-    """Markdown, against the plan without selection if there is one."""
-    whole = next((p for p in plans if p.keep == 1), None)
+def table(sizes: Sequence[PoolSize]) -> str:
+    """Markdown, against the pool without selection if there is one."""
+    whole = next((p for p in sizes if p.keep == 1), None)
     lines = [
         "| keep | pool | kept | fewer kept than without selection | ridge | accuracy |",
         "|---|---|---|---|---|---|",
     ]
-    for p in plans:
+    for p in sizes:
         if p.n is None or p.kept is None:
             best = f"at best {100 * p.accuracy:.2f} %, pool {p.best_n:,}"
             lines.append(
