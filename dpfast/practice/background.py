@@ -35,8 +35,11 @@ class CheckpointTimer:
     def __init__(
         self, share: float, minutes: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.share, self.limit, self.clock = share, 60 * minutes, clock
-        self._begun, self._took = clock(), 0.0
+        self.share = share
+        self.limit = 60 * minutes
+        self.clock = clock
+        self._begun = clock()
+        self._took = 0.0
 
     def due(self) -> bool:
         """At an evaluation: whether a checkpoint may be made."""
@@ -51,7 +54,8 @@ class CheckpointTimer:
 
     def begun(self) -> None:
         """A checkpoint is being made."""
-        self._begun, self._took = self.clock(), float("inf")
+        self._begun = self.clock()
+        self._took = float("inf")
 
     def took(self, seconds: float) -> None:
         """It is on the disk after so many seconds. One that failed is tried again when ``minutes``
@@ -136,7 +140,8 @@ class BackgroundWriter:
 
         grace: seconds that it may wait for them. True where one was dropped. Signals get through.
         """
-        deadline, dropped = time.monotonic() + grace, False
+        deadline = time.monotonic() + grace
+        dropped = False
         while self.busy:
             with self._lock:
                 if self._waits and time.monotonic() >= deadline:

@@ -144,9 +144,12 @@ def save_weights(tensors: dict[str, Tensor], path: Path) -> str:
     ordered = sorted(
         tensors.items(), key=lambda item: (-item[1].itemsize, item[0])
     )  # so that all are aligned
-    header, end, digest = {}, 0, hashlib.sha256()
+    header = {}
+    end = 0
+    digest = hashlib.sha256()
     for name, value in ordered:
-        start, end = end, end + value.numel() * value.itemsize
+        start = end
+        end += value.numel() * value.itemsize
         header[name] = {
             "dtype": DTYPES[value.dtype],
             "shape": list(value.shape),

@@ -63,7 +63,9 @@ class LoopCheckpointer:
         size: int,
         told: Callable[[Written], None],
     ) -> None:
-        self.folder, self.samples, self.components = folder, samples, components
+        self.folder = folder
+        self.samples = samples
+        self.components = components
         self.ranks: Ranks = samples.ranks
         self.kept = practice.checkpoints_kept
         self.size, self.told = size, told

@@ -76,13 +76,15 @@ def check_contents(run: Path, recipe: Recipe) -> None:
             stacklevel=2,
         )
         return
-    born, now = json.loads((run / CONTENTS).read_text()), contents_of(recipe)
+    born = json.loads((run / CONTENTS).read_text())
+    now = contents_of(recipe)
     for field, place in (
         ("pipeline", recipe.generator.pipeline),
         ("validation", recipe.validation),
         ("held_out", recipe.held_out),
     ):
-        before, found = born.get(field), now.get(field)
+        before = born.get(field)
+        found = now.get(field)
         if not before or not found or before == found:
             continue
         other = sorted(

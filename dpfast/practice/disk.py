@@ -40,7 +40,9 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 def samples_to_come(source: Source, practice: Practice, state: LoopState, size: int) -> int:
     """How many samples a loop makes at most beyond the ``size`` ones of its complete rounds."""
-    most, rounds, total = practice.maximum_rounds, state.additions, size
+    most = practice.maximum_rounds
+    rounds = state.additions
+    total = size
     if state.round < 0:
         total += source.initial_samples
     elif state.frozen:

@@ -78,8 +78,12 @@ class Loop:
         ranks: Ranks = ALONE,
     ) -> None:
         learner, practice = recipe.learner, recipe.practice
-        self.recipe, self.name, self.ranks = recipe, name, ranks
-        self.pipeline, self.real, self.sets = pipeline, real, sets
+        self.recipe = recipe
+        self.name = name
+        self.ranks = ranks
+        self.pipeline = pipeline
+        self.real = real
+        self.sets = sets
         self.folder, self.callbacks = folder, callbacks
         self.stop = stop or Stop()
         self.stop_together = StopTogether(self.stop, ranks)
@@ -242,10 +246,13 @@ class Loop:
 
     def _stands_still(self) -> bool:
         """Evaluates; True when samples are due."""
-        state, step, validation = self.state, self.trainer.step_count, self.real.validation
+        state = self.state
+        step = self.trainer.step_count
+        validation = self.real.validation
         with self.seconds.of("evaluation"):
             found = evaluate(self.judged, validation.images, validation.labels, self.ranks)
-            state.accuracy, state.per_class = found.top1, found.per_class
+            state.accuracy = found.top1
+            state.per_class = found.per_class
             self.losses.anchor(step)
         # the count of evaluations without progress starts with the stable phase
         due = not self.trainer.warming and self.patience.update(found.top1, len(self.pool))
@@ -257,12 +264,14 @@ class Loop:
 
     def _begin_round(self) -> None:
         """Marks the next round as pending: from here on a checkpoint leads into it."""
-        self.state.pending, self.state.round_start = True, len(self.pool)
+        self.state.pending = True
+        self.state.round_start = len(self.pool)
         self.cost_before.load_state_dict(self.source.cost.state_dict())
 
     def _next_round(self) -> RoundRequest | None:
         """The round that would be asked for at this moment; None where no more are added."""
-        most, size = self.recipe.practice.maximum_rounds, len(self.pool)
+        most = self.recipe.practice.maximum_rounds
+        size = len(self.pool)
         enough = most is not None and self.state.additions >= most
         if self.state.frozen or self.trainer.cooling or enough or not self.source.available(size):
             return None
@@ -292,7 +301,9 @@ class Loop:
 
     def _generate(self, request: RoundRequest) -> None:
         """Appends this rank's samples of a round to the pool, as the source makes them."""
-        source, number, local = self.source, request.number, self.pool.local
+        source = self.source
+        number = request.number
+        local = self.pool.local
         part = self.ranks.share(request.count, self.recipe.generator.batch_size, turn=request.turn)
         made = len(local) - self.pool.held(request.start)
         self._tell(lambda callback, now: callback.on_generation(now, number, part, made))
@@ -324,7 +335,8 @@ class Loop:
 
     def _account(self, request: RoundRequest) -> Addition:
         """The account of a round whose samples are all in the pool."""
-        cost, number = self.source.cost.since(self.cost_before), request.number
+        cost = self.source.cost.since(self.cost_before)
+        number = request.number
         addition = Addition(number=number, added=request.count, total=len(self.pool), cost=cost)
         if not number or self.source.yardstick is None:
             return addition
@@ -391,7 +403,8 @@ class Loop:
         """
         if self.folder is None:
             return
-        first, needs = self.state.round < 0, None
+        first = self.state.round < 0
+        needs = None
         if self.folder.writes:
             count = self.source.available(self.state.round_start)
             if first:
@@ -418,7 +431,9 @@ class Loop:
         where the recipe keeps rounds, and the last one before the cool-down, from which a run can
         be made longer.
         """
-        trainer, state, label = self.trainer, self.state, None
+        trainer = self.trainer
+        state = self.state
+        label = None
         after = trainer.step_count + self.interval
         if trainer.step_count % self.interval == 0 and not trainer.cooling:
             label = STABLE if trainer.cooling_at(after) else None
@@ -445,7 +460,9 @@ class Loop:
 
     def _finish(self) -> Result:
         """Evaluates the learner on all sets, tells the result and saves the end."""
-        validation, test, seconds = self.real.validation, self.real.test, self.seconds
+        validation = self.real.validation
+        test = self.real.test
+        seconds = self.seconds
         with self.stop.at_once():
             result = Result(
                 source=self.name,

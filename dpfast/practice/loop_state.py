@@ -93,5 +93,6 @@ class LoopSeconds:
         return {"training": self.training, "evaluation": self.evaluation, "waiting": self.waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.training, self.evaluation = state["training"], state["evaluation"]
+        self.training = state["training"]
+        self.evaluation = state["evaluation"]
         self._waited_before = state["waiting"] - self._loader.waited

@@ -28,7 +28,8 @@ class Losses:
 
     def anchor(self, step: int) -> None:
         """Says that all steps up to this one were good, and that the loader stands behind it."""
-        self._step, self._position = step, self.loader.state_dict()
+        self._step = step
+        self._position = self.loader.state_dict()
 
     def add(self, loss: Tensor, step: int) -> None:
         """Takes the 0-d loss of a step."""
@@ -66,7 +67,9 @@ class Losses:
         return {"sums": sums, "step": self._step, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        sums, size = state["sums"], self.ranks.size
+        sums = state["sums"]
+        size = self.ranks.size
         self.total.copy_(sums[self.ranks.rank] if len(sums) == size else sums.mean())
         self._begun = True
-        self._step, self._position = state["step"], state["position"]
+        self._step = state["step"]
+        self._position = state["position"]

@@ -113,8 +113,11 @@ class OverlappedSource(Source):
         self, source: DeliberatePracticeSource, guides: nn.Module, link: OverlapGroups
     ) -> None:
         super().__init__(source.initial_samples)
-        self.source, self.guides, self.link = source, guides, link
-        self.cost, self.yardstick = source.cost, source.yardstick
+        self.source = source
+        self.guides = guides
+        self.link = link
+        self.cost = source.cost
+        self.yardstick = source.yardstick
         pipeline = source.sampler.pipeline
         self._images = image_shape(pipeline)
         self._latents = (
@@ -141,7 +144,9 @@ class OverlappedSource(Source):
         if self.job is None or (self.job.number, self.job.count) != (request.number, request.count):
             self._publish(request)
         assert self.job is not None
-        link, batch, step = self.link, self.source.unguided.batch, self.job.learner_step
+        link = self.link
+        batch = self.source.unguided.batch
+        step = self.job.learner_step
         if link.trainers.first:
             link.tell(f"deliver/{self._published}")
         for places in link.trainers.batches(request.count, batch, turn=request.turn):
@@ -160,8 +165,10 @@ class OverlappedSource(Source):
         """Nothing: the makers' memory is theirs."""
 
     def _received(self, process: int, count: int) -> SampleBatch:
-        device, group = self.source.sampler.pipeline.device, self.link.everyone
-        columns, entropy = torch.empty(2, count, dtype=torch.int64), torch.empty(count)
+        device = self.source.sampler.pipeline.device
+        group = self.link.everyone
+        columns = torch.empty(2, count, dtype=torch.int64)
+        entropy = torch.empty(count)
         images = torch.empty(count, *self._images, dtype=torch.uint8)
         latents = torch.empty(count, *self._latents, dtype=torch.float16) if self._latents else None
         for part in (columns, entropy, images, *([] if latents is None else [latents])):
@@ -234,7 +241,9 @@ class GeneratorRank:
     """Makes what ``OverlappedSource`` asks for, until it says that the run ends."""
 
     def __init__(self, recipe: Recipe, pipeline: Pipeline, link: OverlapGroups, stop: Stop) -> None:
-        self.recipe, self.link, self.stop = recipe, link, stop
+        self.recipe = recipe
+        self.link = link
+        self.stop = stop
         guide = new_learner(recipe, pipeline).eval().requires_grad_(False)
         other = new_learner(recipe, pipeline).eval().requires_grad_(False)
         guide, other = (
@@ -261,8 +270,10 @@ class GeneratorRank:
         link, rest = self.link, False
         while True:
             if link.told(f"job/{self._taken + 1}"):
-                job, made = self._take(), []
-                batches, rest = self._batches(job), True
+                job = self._take()
+                made = []
+                batches = self._batches(job)
+                rest = True
             elif link.told("end"):
                 return
             elif job is not None and link.told(f"deliver/{self._taken}"):
@@ -285,7 +296,8 @@ class GeneratorRank:
         """This maker's batches of a round, whole ones: where memory ran out they come in smaller
         parts.
         """
-        parts, held = self.source.make(replace(job, turn=0)), None
+        parts = self.source.make(replace(job, turn=0))
+        held = None
         for places in self.link.makers.batches(job.count, self.recipe.generator.batch_size):
             while held is None or len(held) < len(places):
                 part = _on_host(next(parts))
@@ -307,11 +319,9 @@ class GeneratorRank:
         self, job: RoundRequest, made: list[SampleBatch], batches: Iterator[SampleBatch]
     ) -> None:
         """Sends the batches of a round, those that are missing as soon as they are made."""
-        link, size, latents = (
-            self.link,
-            self.recipe.generator.batch_size,
-            self.recipe.pool.codec == "latents",
-        )
+        link = self.link
+        size = self.recipe.generator.batch_size
+        latents = self.recipe.pool.codec == "latents"
         for number, places in enumerate(link.makers.batches(job.count, size)):
             batch = made[number] if number < len(made) else next(batches)
             owner = link.owner_of(places.start // size, job.turn)
@@ -339,7 +349,9 @@ def _on_host(batch: SampleBatch) -> SampleBatch:
 
 def _rows(batch: SampleBatch, rows: slice) -> SampleBatch:
     latents = None if batch.latents is None else batch.latents[rows]
-    images, labels, ids = batch.images[rows], batch.labels[rows], batch.sample_ids[rows]
+    images = batch.images[rows]
+    labels = batch.labels[rows]
+    ids = batch.sample_ids[rows]
     return replace(
         batch,
         images=images,

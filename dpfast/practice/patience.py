@@ -70,4 +70,5 @@ class Patience:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = -math.inf if state["best"] is None else state["best"]
-        self.waited, self.rounds = state["waited"], state["rounds"]
+        self.waited = state["waited"]
+        self.rounds = state["rounds"]

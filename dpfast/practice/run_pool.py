@@ -16,7 +16,8 @@ from dpfast.pool.sharded import ShardLayout, pool_of_ranks
 
 def most_samples(recipe: Recipe, ranks: Ranks) -> int:
     """How many of the most samples that a run can have one rank holds at most."""
-    practice, batch = recipe.practice, recipe.generator.batch_size
+    practice = recipe.practice
+    batch = recipe.generator.batch_size
     if ranks.alone:
         return practice.maximum_samples
     rounds = 1 + -(-(practice.maximum_samples - practice.initial_samples) // practice.round_samples)

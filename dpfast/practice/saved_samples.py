@@ -43,8 +43,12 @@ class SavedSamples:
     def __init__(
         self, pool: Pool, state: LoopState, folder: RunPaths | None, source: str, recipe: Recipe
     ) -> None:
-        self.pool, self.state, self.folder, self.source = pool, state, folder, source
-        self.seed, self.kept_as = recipe.seed, recipe.pool.save_samples
+        self.pool = pool
+        self.state = state
+        self.folder = folder
+        self.source = source
+        self.seed = recipe.seed
+        self.kept_as = recipe.pool.save_samples
         self.ranks = pool.ranks
         self.clock = pool.ranks.heartbeat.clock.now
         self.within_round: dict[str, Any] | None = None
@@ -178,7 +182,8 @@ class SavedSamples:
             yield batch
             if asked is not None and self.saved >= asked["samples"]:
                 self._note(asked)
-                begun, asked = self.clock(), None
+                begun = self.clock()
+                asked = None
             if self.saves and (stop.requested or self.clock() - begun > NOTED_SECONDS):
                 asked = {
                     "round": self.state.round + 1,
@@ -211,7 +216,8 @@ class SavedSamples:
 
     def _opened(self, size: int) -> SamplePool:
         assert self.folder is not None
-        local, folder = self.pool.local, self.folder.pool(self.source)
+        local = self.pool.local
+        folder = self.folder.pool(self.source)
         placed: dict[str, Any] = {
             "tiers": local.tiers,
             "chunk_bytes": local.chunk_bytes,

@@ -91,7 +91,8 @@ class StopTogether:
 
         Raises ``RankError`` where a rank is dead that was to be asked.
         """
-        ranks, clock = self.ranks, self.ranks.heartbeat.clock
+        ranks = self.ranks
+        clock = self.ranks.heartbeat.clock
         if not ranks.alone:
             ranks.beat()
             if step < self._next:

@@ -26,7 +26,8 @@ class TensorBoardFile:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        host, now = socket.gethostname(), time.time_ns()
+        host = socket.gethostname()
+        now = time.time_ns()
         self._file = (
             folder / f"events.out.tfevents.{now // 10**9:010d}.{host}.{os.getpid()}.{now}"
         ).open("wb")

@@ -199,5 +199,6 @@ def pruning_ratio(unguided: Tensor, entropy: float) -> float:
     if entropy <= float(means[-1]):
         return 1.0
     k = int((means >= entropy).sum())  # means[k - 1] >= entropy > means[k]
-    above, below = float(means[k - 1]), float(means[k])
+    above = float(means[k - 1])
+    below = float(means[k])
     return len(unguided) / (k + (above - entropy) / (above - below))

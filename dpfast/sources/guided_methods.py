@@ -91,7 +91,8 @@ def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
 
     Raises ``RecipeError`` when no guided step lies before ``early_until``, or nothing after it.
     """
-    until, total = recipe.practice.early_until, recipe.generator.steps
+    until = recipe.practice.early_until
+    total = recipe.generator.steps
     before = [i for i in guided if i < until * total - 1e-9]
     if not before or max(before) + 1 >= total:
         raise RecipeError(
@@ -104,7 +105,8 @@ def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
 
 def restart_step(recipe: Recipe, guided: Collection[int]) -> int:
     """The step at which re-practice begins. Raises ``RecipeError`` when no guided step is left."""
-    restart, total = recipe.practice.restart, recipe.generator.steps
+    restart = recipe.practice.restart
+    total = recipe.generator.steps
     start = -int(-(restart * total - 1e-9) // 1)
     if not any(i >= start for i in guided):
         raise RecipeError(
@@ -120,8 +122,11 @@ class FromNoise:
     """
 
     def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
-        self.recipe, self.sampler, self.eager = recipe, sampler, eager
-        self.batch, self.steps = recipe.generator.batch_size, recipe.generator.steps
+        self.recipe = recipe
+        self.sampler = sampler
+        self.eager = eager
+        self.batch = recipe.generator.batch_size
+        self.steps = recipe.generator.steps
         self.prices = Prices(eager)
 
     def make(self, wanted: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
@@ -146,7 +151,8 @@ class EarlyRejection(FromNoise):
 
     def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
         super().__init__(recipe, sampler, eager)
-        self.ratio, self.initial = recipe.practice.early_candidates, recipe.practice.initial_samples
+        self.ratio = recipe.practice.early_candidates
+        self.initial = recipe.practice.initial_samples
         self.stop = early_stop(recipe, sampler.guidance.steps(self.steps))
         self.chunks = HalvingBatches(
             recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close
@@ -158,7 +164,8 @@ class EarlyRejection(FromNoise):
         late = self.prices.at(wanted.cfg_scale).minus(early)
         for place, labels in wanted.parts(self.batch):
             started = time.perf_counter()
-            first, last = self._id(place), self._id(place + len(labels))
+            first = self._id(place)
+            last = self._id(place + len(labels))
             kept = self._kept(labels, torch.arange(first, last), wanted)
             parts = self.chunks.over(len(kept), partial(self._finished, kept, wanted.learner_step))
             batch = replace(joined(list(parts)), retries=self.chunks.since())
@@ -216,7 +223,8 @@ class RePractice(FromNoise):
         pool: Callable[[], SamplePool],
     ) -> None:
         super().__init__(recipe, sampler, eager)
-        self.pool, self.start = pool, restart_step(recipe, sampler.guidance.steps(self.steps))
+        self.pool = pool
+        self.start = restart_step(recipe, sampler.guidance.steps(self.steps))
         if recipe.pool.codec != "latents" and not isinstance(sampler.pipeline.decoder, Encoder):
             raise RecipeError(
                 f"restart = {recipe.practice.restart:g}: images of another size than decoded need "
@@ -239,8 +247,10 @@ class RePractice(FromNoise):
         self.eager.finish(self.eager.advance(started))
 
     def make(self, wanted: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
-        parents, price = self._parents(wanted), self.prices.at(wanted.cfg_scale)
-        done, started = wanted.done, time.perf_counter()
+        parents = self._parents(wanted)
+        price = self.prices.at(wanted.cfg_scale)
+        done = wanted.done
+        started = time.perf_counter()
 
         def made(rows: slice) -> SampleBatch:
             places = torch.arange(done + rows.start, done + rows.stop)
@@ -277,7 +287,8 @@ class RePractice(FromNoise):
 
     @torch.no_grad()
     def _latents(self, rows: Tensor) -> Tensor:
-        pool, pipeline = self.pool(), self.sampler.pipeline
+        pool = self.pool()
+        pipeline = self.sampler.pipeline
         if pool.codec == "latents":
             payload = pool.payload(rows)
             assert isinstance(payload, Tensor)

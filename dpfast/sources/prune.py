@@ -23,7 +23,8 @@ class PruneSource(DynamicSource):
     streams = False  # what is kept is known when the last candidate has been scored
 
     def _later(self, request: RoundRequest, done: int) -> Iterator[SampleBatch]:
-        practice, initial = self.recipe.practice, self.initial_samples
+        practice = self.recipe.practice
+        initial = self.initial_samples
         first, last = (
             initial + int(practice.oversample * (size - initial))
             for size in (request.start, request.start + request.count)

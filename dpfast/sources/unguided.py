@@ -30,7 +30,8 @@ class UnguidedSamples:
 
     def __init__(self, recipe: Recipe, pipeline: Pipeline, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
-        self.batch, self.classes = recipe.generator.batch_size, pipeline.denoiser.classes
+        self.batch = recipe.generator.batch_size
+        self.classes = pipeline.denoiser.classes
         self.sampler = new_sampler(recipe, pipeline, None)
         self.made = Cost()
         self._prices = Prices(new_sampler(recipe, pipeline, None, **EAGER), guided=False)
@@ -60,7 +61,8 @@ class UnguidedSamples:
         """
         price = self._prices.at(cfg_scale)
         for places in self.ranks.batches(count, self.batch, turn=turn, done=done):
-            start, size = first + places.start, len(places)
+            start = first + places.start
+            size = len(places)
             known = self._known(start, size) if cfg_scale == self.sampler.cfg_scale else None
             if known is not None:
                 cost.add(size, price, size * self.made.seconds / max(self.made.samples, 1))
