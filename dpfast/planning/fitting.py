@@ -40,8 +40,9 @@ from dpfast.pool.placement import Placement
 class Fit:
     """What a recipe takes of each of its devices, and what of it had to change.
 
-    recipe: with the batches and the pool's budget that fit. sampling_batch: samples that are made
-    at once; the generator's batch_size stays, it says which rank makes what. evaluation_batch:
+    recipe: with the batches and the pool's budget that fit. generator_micro_batch: samples that are
+    made at once; the generator's batch_size stays, it says which rank makes what.
+    learner_micro_batch: images in one forward and backward pass. evaluation_batch_size:
     images that the learner predicts at once.
     usable: bytes of a device. changes: in words; proposals: options with which it would fit where
     it does not.
@@ -50,9 +51,9 @@ class Fit:
     recipe: Recipe
     device: Device
     count: int
-    micro_batch: int
-    sampling_batch: int
-    evaluation_batch: int
+    learner_micro_batch: int
+    generator_micro_batch: int
+    evaluation_batch_size: int
     pool: Placement
     phases: tuple[Footprint, ...]
     usable: float
@@ -170,9 +171,9 @@ def fit(
         recipe=recipe,
         device=device,
         count=count,
-        micro_batch=micro,
-        sampling_batch=batch,
-        evaluation_batch=evaluated,
+        learner_micro_batch=micro,
+        generator_micro_batch=batch,
+        evaluation_batch_size=evaluated,
         pool=pool,
         phases=phases(_held(pool, device)),
         usable=limit,

@@ -30,15 +30,15 @@ from dpfast.planning.network import Link, step_seconds
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """initial: samples before training; rounds: samples of each addition; segments: training steps
-    before each of them and after the last; batch: of a training step, of all ranks;
-    generation_batch: of a rank; evaluated: images in all.
+    before each of them and after the last; batch_size: images of a training
+    step, of all ranks; generation_batch_size: samples of a rank; evaluated: images in all.
     """
 
     initial: int
     rounds: tuple[int, ...]
     segments: tuple[int, ...]
-    batch: int
-    generation_batch: int
+    batch_size: int
+    generation_batch_size: int
     evaluated: int = 0
 
     def __post_init__(self) -> None:
@@ -98,8 +98,8 @@ def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
         initial=min(practice.initial_samples, samples),
         rounds=rounds,
         segments=segments,
-        batch=batch,
-        generation_batch=recipe.generator.batch_size,
+        batch_size=batch,
+        generation_batch_size=recipe.generator.batch_size,
         evaluated=evaluated,
     )
 
@@ -114,11 +114,13 @@ def slowest(spread: Sequence[float], ranks: int) -> float:
 
 def in_turns(job: Job, unit: UnitSeconds, ranks: int, link: Link) -> SimulatedRun:
     """All ranks make samples, then all train."""
-    made = sum(_making(count, unit.guided, job.generation_batch, ranks) for count in job.rounds)
+    made = sum(
+        _making(count, unit.guided, job.generation_batch_size, ranks) for count in job.rounds
+    )
     return SimulatedRun(
         ranks=ranks,
         generating=0,
-        generation=_making(job.initial, unit.unguided, job.generation_batch, ranks) + made,
+        generation=_making(job.initial, unit.unguided, job.generation_batch_size, ranks) + made,
         training=sum(job.segments) * _step(job, unit, ranks, link),
         overlapped=0.0,
         evaluation=math.ceil(job.evaluated / ranks) * unit.evaluation,
@@ -143,13 +145,13 @@ def side_by_side(
         raise InputError(f"generating = {generating}: expected 1 to {ranks - 1} of {ranks} ranks")
     step = _step(job, unit, ranks - generating, link)
     beside = sum(
-        max(steps * step, _making(count, unit.guided, job.generation_batch, generating))
+        max(steps * step, _making(count, unit.guided, job.generation_batch_size, generating))
         for steps, count in zip(job.segments, job.rounds, strict=False)
     )
     return SimulatedRun(
         ranks=ranks,
         generating=generating,
-        generation=_making(job.initial, unit.unguided, job.generation_batch, ranks),
+        generation=_making(job.initial, unit.unguided, job.generation_batch_size, ranks),
         training=job.segments[-1] * _step(job, unit, ranks, whole or link),
         overlapped=beside,
         evaluation=math.ceil(job.evaluated / ranks) * unit.evaluation,
@@ -179,7 +181,7 @@ def _making(samples: int, each: float, batch: int, ranks: int) -> float:
 
 
 def _step(job: Job, unit: UnitSeconds, ranks: int, link: Link) -> float:
-    compute = unit.step + unit.image * math.ceil(job.batch / ranks)
+    compute = unit.step + unit.image * math.ceil(job.batch_size / ranks)
     return step_seconds(
         compute * slowest(unit.spread, ranks), link.all_reduce(unit.gradients, ranks)
     )

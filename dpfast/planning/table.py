@@ -112,5 +112,7 @@ def _memory(plan: Plan) -> list[str]:
 
 def _at_once(fit: Fit, phase: str) -> str:
     if phase.endswith("samples"):
-        return f", {fit.sampling_batch} at once"
-    return f", {fit.micro_batch if phase == 'training' else fit.evaluation_batch} at once"
+        return f", {fit.generator_micro_batch} at once"
+    return (
+        f", {fit.learner_micro_batch if phase == 'training' else fit.evaluation_batch_size} at once"
+    )

@@ -30,7 +30,11 @@ def small(memory):
 def test_a_recipe_that_fits_is_left_as_it_is(recipe, stages):
     fitted = fit(recipe, H100, count=2, stages=stages)
     assert fitted.fits
-    assert (fitted.recipe, fitted.micro_batch, fitted.sampling_batch) == (recipe, 32, 32)
+    assert (fitted.recipe, fitted.learner_micro_batch, fitted.generator_micro_batch) == (
+        recipe,
+        32,
+        32,
+    )
     assert fitted.changes == fitted.proposals == ()
     assert fitted.margin == usable(H100) - max(phase.total for phase in fitted.phases)
     assert "margin" in fitted.lines()[0]
@@ -64,18 +68,18 @@ def test_batches_are_parted_before_the_pool_gives_way_and_nothing_exceeds_the_de
         device = small((always + beside) / 0.9)
         fitted = fit(pooled, device, stages=stages)
         assert fitted.fits
-        assert 64 % fitted.micro_batch == 0
+        assert 64 % fitted.learner_micro_batch == 0
         assert (
             fitted.pool.in_tier["device"] * fitted.pool.bytes_per_sample
             <= fitted.recipe.pool.device_gib * GIB
         )
-        seen.add((fitted.sampling_batch, fitted.micro_batch))
+        seen.add((fitted.generator_micro_batch, fitted.learner_micro_batch))
         said = "\n".join(fitted.lines())
-        assert ("at once" in said) == (fitted.sampling_batch < 32)
-        assert ("micro-batches of" in said) == (fitted.micro_batch < 64)
+        assert ("at once" in said) == (fitted.generator_micro_batch < 32)
+        assert ("micro-batches of" in said) == (fitted.learner_micro_batch < 64)
     assert len(seen) > 2
-    assert fitted.sampling_batch < 32
-    assert fitted.micro_batch < 64
+    assert fitted.generator_micro_batch < 32
+    assert fitted.learner_micro_batch < 64
 
 
 def test_a_device_that_holds_no_sample_is_said_not_to_fit(recipe, stages):

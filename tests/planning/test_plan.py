@@ -333,8 +333,8 @@ def test_the_documented_fits_are_the_planners():
         )[3:-1]
         fitted = fit(recipe, device, count=count)
         pool = fitted.pool.in_tier["device"] * fitted.pool.bytes_per_sample
-        assert row[0].split() == [str(fitted.sampling_batch), "of", "64"]
-        assert row[1].split() == [str(fitted.micro_batch), "of", str(4096 // count)]
+        assert row[0].split() == [str(fitted.generator_micro_batch), "of", "64"]
+        assert row[1].split() == [str(fitted.learner_micro_batch), "of", str(4096 // count)]
         assert float(row[2]) == pytest.approx(pool / GIB, abs=0.06)
         peak, most = (bytes / GIB for bytes in (fitted.peak.total, fitted.usable))
         assert row[3].strip() == f"{peak:.1f} of {most:.1f}, {fitted.peak.phase}"

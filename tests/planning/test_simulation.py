@@ -18,7 +18,12 @@ from dpfast.planning.simulation import (
 )
 
 JOB = Job(
-    initial=40, rounds=(40, 40), segments=(10, 10, 5), batch=8, generation_batch=5, evaluated=12
+    initial=40,
+    rounds=(40, 40),
+    segments=(10, 10, 5),
+    batch_size=8,
+    generation_batch_size=5,
+    evaluated=12,
 )
 COSTS = UnitSeconds(unguided=1.0, guided=2.0, image=0.5, evaluation=0.25)
 FREE = Link(latency=0.0, bandwidth=1e30)
@@ -101,4 +106,4 @@ def test_a_recipes_rounds_lie_between_its_first_step_and_its_cool_down():
     assert (cut.rounds, cut.segments) == ((200_000,), (160_000, 40_000))
     assert job_of(recipe, 1_300_000).segments == (200_000,)
     with pytest.raises(ValueError, match=r"segments = .*: expected 1, one more than rounds"):
-        Job(initial=1, rounds=(), segments=(1, 2), batch=1, generation_batch=1)
+        Job(initial=1, rounds=(), segments=(1, 2), batch_size=1, generation_batch_size=1)

@@ -39,7 +39,7 @@ def test_a_run_with_little_memory_takes_smaller_batches_and_says_so(monkeypatch)
     memory = held + sampling_bytes(stages, cpu, 12, guided=True)
     monkeypatch.setattr(fitted, "device_memory", lambda device: memory)
     practice = DeliberatePractice(recipe)
-    assert practice.fit.sampling_batch == 10  # four equal parts; three of 14 do not fit
+    assert practice.fit.generator_micro_batch == 10  # four equal parts; three of 14 do not fit
     assert practice.recipe.generator.batch_size == 40
     assert set(practice.unguided.sampler.runner.fitting.values()) == {10}
     assert "samples are made 10 at once, not 40 (generator.micro_batch)" in "\n".join(
