@@ -128,13 +128,11 @@ class Trainer:
         ema: float,
         weight_decay: float = 0.0,
     ):
-        self.name, self.model, self.folder, self.steps, self.ema_decay = (
-            name,
-            model,
-            folder,
-            steps,
-            ema,
-        )
+        self.name = name
+        self.model = model
+        self.folder = folder
+        self.steps = steps
+        self.ema_decay = ema
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
         )
@@ -183,7 +181,9 @@ class Trainer:
 
     def run(self, loss_of: Callable[[int], Tensor], *, report_every: int = 100) -> nn.Module:
         """Trains to ``steps`` and returns the model with its EMA weights."""
-        started, first, total = time.time(), self.step, 0.0
+        started = time.time()
+        first = self.step
+        total = 0.0
         while self.step < self.steps:
             loss = loss_of(self.step)
             self.optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,9 @@ from benchmarks.harness.registry import (
 )
 from dpfast.ops import gather_batch
 
-BATCH, IMAGES, SHAPE = 1024, 100_000, (3, 64, 64)
+BATCH = 1024
+IMAGES = 100_000
+SHAPE = (3, 64, 64)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -44,7 +44,9 @@ BATCHES = {
 }  # more of the small ones: a copy of their bytes shall not lie in the caches, either
 WORKERS, CROP = 2, 0.08
 RATIOS = math.log(3 / 4), math.log(4 / 3)
-FOLDER, WEBDATASET, DALI = "PNG folder, 2 workers", "webdataset, 2 workers", "pool + DALI"
+FOLDER = "PNG folder, 2 workers"
+WEBDATASET = "webdataset, 2 workers"
+DALI = "pool + DALI"
 
 
 def decode(data: bytes, augment: bool) -> Tensor:
@@ -52,14 +54,10 @@ def decode(data: bytes, augment: bool) -> Tensor:
     with Image.open(io.BytesIO(data)) as file:
         image = file.convert("RGB")
     if augment:
-        area, ratio = (
-            random.uniform(CROP, 1) * image.width * image.height,
-            math.exp(random.uniform(*RATIOS)),
-        )
-        width, height = (
-            min(image.width, (area * ratio) ** 0.5),
-            min(image.height, (area / ratio) ** 0.5),
-        )
+        area = random.uniform(CROP, 1) * image.width * image.height
+        ratio = math.exp(random.uniform(*RATIOS))
+        width = min(image.width, (area * ratio) ** 0.5)
+        height = min(image.height, (area / ratio) ** 0.5)
         left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
         box = (left, top, left + width, top + height)
         image = image.resize(image.size, Image.Resampling.BILINEAR, box=box)

@@ -21,9 +21,13 @@ from dpfast.pool.reader import open_pool
 from dpfast.pool.saver import Saver
 
 LATENTS = (4, 8, 8)  # fp16, 512 bytes: an image of 32 px behind an autoencoder of factor 4
-SMALL, LARGE, BATCH = 10_000, 6_500_000, 256
+SMALL = 10_000
+LARGE = 6_500_000
+BATCH = 256
 ROWS = 1_000_000
-APPEND, IMAGE, RESERVED = 256, (3, 224, 224), 20_000
+APPEND = 256
+IMAGE = (3, 224, 224)
+RESERVED = 20_000
 COPY = "plain copy"
 
 
@@ -93,10 +97,8 @@ def build_open(device: torch.device) -> Variants:
     """Opening ROWS saved latents, checksums and all, beside reading their files."""
     temporary = tempfile.TemporaryDirectory(prefix="dpfast-pool-")
     atexit.register(temporary.cleanup)
-    folder, pool = (
-        Path(temporary.name),
-        SamplePool("latents", tiers=MemoryTiers(host_bytes=2 << 30)),
-    )
+    folder = Path(temporary.name)
+    pool = SamplePool("latents", tiers=MemoryTiers(host_bytes=2 << 30))
     with Saver(pool, folder, shard_samples=100_000) as saver:
         part = torch.randn(10_000, *LATENTS).half()
         while len(pool) < ROWS:

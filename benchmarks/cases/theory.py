@@ -29,7 +29,9 @@ from dpfast.theory.theorem import FORMS
 
 RECORDS = RESULTS / "theory.jsonl"
 TESTS = "tests/theory"
-D, DRAWS, EVALUATIONS = 512, 20, 1_000_000
+D = 512
+DRAWS = 20
+EVALUATIONS = 1_000_000
 SELECTIONS = (("hard", 1.0), ("hard", 0.9), ("hard", 0.6), ("easy", 0.9))  # strategy, rho
 POOLS = (256, 1024, 2048, 3072, 6144)
 KEEPS = (1.0, 0.8, 0.5, 0.2, 0.1)

@@ -15,7 +15,10 @@ SUITES = {
     "loader": ("loader",),
     "theory": ("theory",),
 }
-OURS, OURS_OUT, EAGER, COMPILED = "dpfast", "dpfast, out=", "eager", "torch.compile"
+OURS = "dpfast"
+OURS_OUT = "dpfast, out="
+EAGER = "eager"
+COMPILED = "torch.compile"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,9 @@ SIZES, ACCURACIES = (
     (0.52, 0.57, 0.62, 0.64, 0.65),
 )  # pool / N, and the accuracy that it allows
 FIRST = 0.35  # accuracy after the warm-up
-NOISES, PACES, SEEDS = (0.002, 0.005, 0.009), (0.02, 0.1), range(10)
+NOISES = (0.002, 0.005, 0.009)
+PACES = (0.02, 0.1)
+SEEDS = range(10)
 
 SHIPPED = ("coverage", "pool", "round", "fixed")
 OTHERS: dict[str, Rule] = {
@@ -154,7 +156,9 @@ def samples_reached(recipe: Recipe, growth: str, noise: float, pace: float, seed
     begin = math.ceil(recipe.learner.warmup * practice.iterations / interval)
     end = int((1 - recipe.learner.cooldown) * practice.iterations // interval)
     patience = Patience(practice.patience, practice.initial_samples, growth)
-    pool, accuracy, error = practice.initial_samples, FIRST, 0.0
+    pool = practice.initial_samples
+    accuracy = FIRST
+    error = 0.0
     for _ in range(begin, end):
         allowed = np.interp(math.log(pool / practice.initial_samples), np.log(SIZES), ACCURACIES)
         accuracy += (float(allowed) - accuracy) * pace

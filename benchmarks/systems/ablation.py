@@ -39,7 +39,10 @@ from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
 
 RECORDS = RESULTS / "sampler.jsonl"
-STEPS, EVERY, OMEGA, CFG = 20, 5, 0.03, 1.5
+STEPS = 20
+EVERY = 5
+OMEGA = 0.03
+CFG = 1.5
 FEW = {
     "steps": 8,
     "every": 2,
@@ -243,11 +246,9 @@ class Bench:
         """FLOPs of the parts of a sample; the denoiser's are fewer in dpfast's form of it."""
         models = self.models
         with self.device:
-            x, t, label = (
-                torch.randn(1, 4, 8, 8),
-                torch.tensor(500),
-                torch.zeros(1, dtype=torch.int64),
-            )
+            x = torch.randn(1, 4, 8, 8)
+            t = torch.tensor(500)
+            label = torch.zeros(1, dtype=torch.int64)
             image = torch.zeros(1, 1, 32, 32)
         predict = self.pipeline.denoiser if ours else models.predict
         return planning.PartFlops(
@@ -316,7 +317,12 @@ def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> 
             make(*_batch(0, 1 if one.alone else batch, device))
     a, b = (torch.randn(GEMM, GEMM, device=device) for _ in range(2))
     a @ b
-    products, guided, unguided, beside, images, base = [], [], [], [], [], []
+    products = []
+    guided = []
+    unguided = []
+    beside = []
+    images = []
+    base = []
     for number in range(rounds):
         labels, ids = _batch(number, batch, device)
         seconds, _ = _timed(lambda: [a @ b for _ in range(PRODUCTS)][-1], device)

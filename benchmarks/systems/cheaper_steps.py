@@ -40,10 +40,8 @@ def table(tried: list[dict[str, Any]], seconds: dict[int, float]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for index, record in enumerate(tried):
-        (change, error), (points, points_error) = (
-            record["entropy_change"],
-            record["agreement_change"],
-        )
+        (change, error) = record["entropy_change"]
+        (points, points_error) = record["agreement_change"]
         cells = [record["solver"], record["steps"], record.get("cache_interval", 1)]
         cells.append(
             f"{1 / seconds[index]:.1f} ({seconds[0] / seconds[index]:.2f}x)" if seconds else ""

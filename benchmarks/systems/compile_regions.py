@@ -27,7 +27,9 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import load_judge
 
-BATCH, STEPS, EVERY = 64, 8, 2
+BATCH = 64
+STEPS = 8
+EVERY = 2
 
 
 def pipeline_of(layers: int | None, device: torch.device) -> Pipeline:

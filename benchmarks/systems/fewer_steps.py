@@ -107,10 +107,8 @@ def table(tried: list[Record]) -> str:
     ]
     for record in tried:
         bold = "**" if record is chosen else ""
-        (change, error), (points, points_error) = (
-            record["entropy_change"],
-            record["agreement_change"],
-        )
+        (change, error) = record["entropy_change"]
+        (points, points_error) = record["agreement_change"]
         cells = [f"{bold}{record[key]}{bold}" for key in ("solver", "steps", "every", "omega")]
         cells.append(f"{record['entropy'][0]:.3f} ({change:+.1%} ± {error:.1%})")
         cells.append(

@@ -119,11 +119,9 @@ def count(
         )
 
     ids, index = torch.zeros(batch, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    x, omega, scale = (
-        torch.empty(batch, *parts.denoiser.sample_shape),
-        torch.empty(batch),
-        torch.empty(()),
-    )
+    x = torch.empty(batch, *parts.denoiser.sample_shape)
+    omega = torch.empty(batch)
+    scale = torch.empty(())
     report = lower(
         call, [x, ids, ids.clone(), index, table.rows, table.timesteps, omega, scale, index.clone()]
     )

@@ -115,10 +115,8 @@ def plain_loop(model: nn.Module, config: Learner, device: torch.device, *, fused
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=fused or None)
     factor = partial(wsd, total=ITERATIONS, warmup=config.warmup, cooldown=config.cooldown)
-    schedule, bf16 = (
-        torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-        in_bf16(config.precision, device),
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    bf16 = in_bf16(config.precision, device)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():

@@ -43,7 +43,10 @@ from dpfast.planning.architectures import (
 )
 
 RECORDS = RESULTS / "models.jsonl"
-STEPS, EVERY, OMEGA, CFG = 20, 5, 0.03, 1.5
+STEPS = 20
+EVERY = 5
+OMEGA = 0.03
+CFG = 1.5
 CLASSES = 1000
 BATCHES = {"dit-xl-2": 32, "stable-diffusion-1.5": 16}
 WORKS = {

@@ -99,7 +99,10 @@ class Predecessor:
         cfg_scale: float = 1.5,
         seed: int = 0,
     ) -> None:
-        self.models, self.folder, self.every, self.omega = models, folder, every, omega
+        self.models = models
+        self.folder = folder
+        self.every = every
+        self.omega = omega
         self.cfg_scale, self.seed = cfg_scale, seed
         self.scheduler = diffusers.DDIMScheduler.from_config(models.scheduler.config)
         self.scheduler.set_timesteps(steps)

@@ -30,7 +30,9 @@ from benchmarks import RESULTS, ROOT
 RECORDS = RESULTS / "overhead.jsonl"
 CLASSES, IMAGES, PICTURE = 1000, 2, (500, 375)  # images a class; pixels, the mean of ImageNet's
 SIZES = (10**4, 10**5, 10**6, 10**7)
-BATCH, DEALT, SHARD = 250, 40, 10_000
+BATCH = 250
+DEALT = 40
+SHARD = 10_000
 PAYLOAD, CHUNK = 3 * 224 * 224, 64 << 20  # of the chunks that are counted
 TARGETS = {"start": 20.0, "growth": 1.5}  # seconds; a sample at 10^7 over one at 10^4
 

@@ -101,7 +101,9 @@ def steps(recipe: Recipe, count: int = 40) -> dict[int, list[float]]:
 def record_of(rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     recipe = Recipe.load("fashion")
-    timings, times, reduces = measure(recipe), steps(recipe), all_reduces()
+    timings = measure(recipe)
+    times = steps(recipe)
+    reduces = all_reduces()
     medians = {batch: statistics.median(values) for batch, values in times.items()}
     small, large = min(medians), max(medians)
     image = (medians[large] - medians[small]) / (large - small)

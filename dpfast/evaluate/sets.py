@@ -127,7 +127,9 @@ def evaluate_sets(
 
 
 def _row(model: Callable[[Tensor], Tensor], one: EvaluationSet, ranks: Ranks) -> Row:
-    scores, classes, among = [], 0, None if one.among is None else list(one.among)
+    scores = []
+    classes = 0
+    among = None if one.among is None else list(one.among)
     for images, labels in one.batches(ranks):
         logits = predict(model, images)
         if among is not None:

@@ -70,7 +70,9 @@ def bytes_per_sample(call: Callable[[int], object], *, first: int = 1) -> tuple[
     from ``first`` until the line goes on as it came (two slopes in a row differ by at most 2 %) and
     what grows is the larger part. Where memory runs out before, the last slope is taken.
     """
-    size, before, slope = first, peak_bytes(lambda: call(first)), 0
+    size = first
+    before = peak_bytes(lambda: call(first))
+    slope = 0
     while size < LARGEST:
         peak, failure = attempt(lambda: peak_bytes(lambda: call(2 * size)))  # noqa: B023
         if peak is None:

@@ -58,7 +58,9 @@ class HalvingBatches:
     def __init__(
         self, size: int, device: torch.device, *, lighten: Callable[[], object] | None = None
     ) -> None:
-        self.size, self.device, self.lighten = size, device, lighten
+        self.size = size
+        self.device = device
+        self.lighten = lighten
         self.retries = 0
 
     def over(self, count: int, make: Callable[[slice], Made]) -> Iterator[Made]:

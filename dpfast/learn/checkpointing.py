@@ -67,10 +67,8 @@ def _contexts(
 def _counted(block: nn.Module) -> Iterator[None]:
     """Within it batch norms leave their running statistics, which have seen the batch already."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
-    momenta, counts = (
-        [norm.momentum for norm in norms],
-        [norm.num_batches_tracked for norm in norms],
-    )
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked for norm in norms]
     before = [None if count is None else count.clone() for count in counts]
     for norm in norms:
         norm.momentum = 0.0

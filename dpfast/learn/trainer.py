@@ -56,7 +56,9 @@ class Trainer:
     def __init__(
         self, model: nn.Module, config: Learner, *, iterations: int, ranks: Ranks = ALONE
     ) -> None:
-        self.config, self.iterations, self.ranks = config, iterations, ranks
+        self.config = config
+        self.iterations = iterations
+        self.ranks = ranks
         self.device = next(model.parameters()).device
         self.step_count = 0
         self.micro_batch = config.micro_batch

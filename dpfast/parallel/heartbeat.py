@@ -94,7 +94,9 @@ class Heartbeat:
         Raises ``RankError`` that names those that make none, or says why one has ended. Signals get
         through: it does not wait inside the store.
         """
-        watch, pause, looked = Watch(self), POLLS[0], self.clock.now()
+        watch = Watch(self)
+        pause = POLLS[0]
+        looked = self.clock.now()
         while not done():
             self.beat()
             if self.clock.now() - looked >= self.interval:

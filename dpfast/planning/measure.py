@@ -69,7 +69,9 @@ def measure(
     pipeline = pipeline or load_pipeline(recipe.generator, device=device_named(recipe.device))
     stages = stages_of(recipe, here())
     recipe = fit(recipe, here(), stages=stages).recipe
-    classes, config, device = pipeline.denoiser.classes, recipe.learner, pipeline.device
+    classes = pipeline.denoiser.classes
+    config = recipe.learner
+    device = pipeline.device
     clock = StageClock(here(), seconds / 4, device)
     trainer = Trainer(new_learner(recipe, pipeline), config, iterations=10**6)
     guide, other = (trainer.classifier(which) for which in (recipe.guidance.guide_with, "raw"))
@@ -172,7 +174,9 @@ class StageClock:
     """Times stages in ``seconds`` each; ``notes`` says how."""
 
     def __init__(self, peaks: Device, seconds: float, device: torch.device) -> None:
-        self.peaks, self.seconds, self.device = peaks, seconds, device
+        self.peaks = peaks
+        self.seconds = seconds
+        self.device = device
         self.notes: list[str] = []
 
     def time(

@@ -82,11 +82,9 @@ def _parts(title: str, name: str, pixels: int) -> PartFlops:
     pipeline = published(name, pixels)
     denoiser = pipeline.denoiser
     with torch.device("meta"):
-        x, t, label = (
-            torch.empty(1, *denoiser.sample_shape),
-            torch.empty(()),
-            torch.zeros(1, dtype=torch.int64),
-        )
+        x = torch.empty(1, *denoiser.sample_shape)
+        t = torch.empty(())
+        label = torch.zeros(1, dtype=torch.int64)
         learner, images = frozen(vit_b_16()), torch.empty(1, 3, 224, 224)
         return PartFlops(
             name=title,

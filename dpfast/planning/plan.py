@@ -198,7 +198,9 @@ def _phases(
         worked = units * seconds / count if seconds is not None else limit / shares[kind]
         if name == "training":
             reduce = steps * link_of(device, count).all_reduce(stages.learner.gradients, count)
-            limit, alone, worked = step_seconds(limit, reduce), worked, step_seconds(worked, reduce)
+            limit = step_seconds(limit, reduce)
+            alone = worked
+            worked = step_seconds(worked, reduce)
             limited_by = "network" if worked > alone * (1 + 1e-9) else limited_by  # not by rounding
         return Phase(
             source=source,

@@ -78,7 +78,9 @@ class FakeDevice(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.phases: dict[str, PhaseMemory] = {}
         self.waits: list[Wait] = []
-        self._kind, self._phase, self._in_step = "other", "start", False
+        self._kind = "other"
+        self._phase = "start"
+        self._in_step = False
         self._total = 0
         self._prefix = ""
         self._known: dict[int, _Held] = {}

@@ -30,7 +30,9 @@ def dry_run_seconds(planned: Plan) -> float:
 
     Its own clock decides on batches and rounds; a call takes what the plan says.
     """
-    recipe, stages, unit = planned.recipe, planned.stages, planned.unit
+    recipe = planned.recipe
+    stages = planned.stages
+    unit = planned.unit
     simulated, device = _Time(), torch.device("cpu")
     clock = measure.StageClock(planned.device, measure.SECONDS / 4, device)
     work: list[tuple[str, Counts, float, int]] = [

@@ -37,7 +37,9 @@ class RehearsedRecorder:
         self._pool = self._idle = 0  # bytes of the pool, and of those that no tensor stands for
 
     def record(self, call: Callable[[], Any]) -> RehearsedRecording:
-        device, before, outputs_before = self.device, self.device.total, self._outputs
+        device = self.device
+        before = self.device.total
+        outputs_before = self._outputs
         with device.watermark() as top, device.kind(self.kind):
             outputs = call()
         self._pool = max(self._pool, outputs_before + top.peak - before)

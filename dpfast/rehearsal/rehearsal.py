@@ -178,13 +178,11 @@ def host_memory(recipe: Recipe, planned: Plan) -> dict[str, float]:
 
 
 def _failures(found: Rehearsal, timeout: float, disk: float | None) -> Iterator[str]:
-    recipe, planned, walks, line, host = (
-        found.recipe,
-        found.plan,
-        found.walks,
-        found.timeline,
-        found.host,
-    )
+    recipe = found.recipe
+    planned = found.plan
+    walks = found.walks
+    line = found.timeline
+    host = found.host
     device, first = planned.device, walks[0]
     limit, here = usable(device), min(NODE, planned.count)
     for name, memory in first.phases.items():

@@ -11,7 +11,9 @@ from dpfast.rehearsal.rehearsal import Rehearsal
 
 def rehearsal_table(found: Rehearsal) -> str:
     """Memory by phase and kind, the run's clock, waits and collectives, and what would go wrong."""
-    plan, line, walk = found.plan, found.timeline, found.walks[0]
+    plan = found.plan
+    line = found.timeline
+    walk = found.walks[0]
     many = f"{plan.count} x " if plan.count > 1 else ""
     verdict = (
         "goes from start to end" if not found.failures else f"{len(found.failures)} things go wrong"

@@ -72,7 +72,9 @@ class _Others:
     """
 
     def __init__(self, clock: SimulatedClock, batch: Sequence[float], batches: int) -> None:
-        self.clock, self.batch, self.batches = clock, batch, batches
+        self.clock = clock
+        self.batch = batch
+        self.batches = batches
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -122,7 +124,9 @@ def timeline(
     saves: seconds for which the loop waits at a checkpoint; checkpoint_bytes: of one; timeout: of
     the run.
     """
-    practice, unit, count = recipe.practice, plan.unit, plan.count
+    practice = recipe.practice
+    unit = plan.unit
+    count = plan.count
     link = link_of(plan.device, count)
     batch, size = recipe.generator.batch_size, recipe.learner.batch_size
     step = step_seconds(

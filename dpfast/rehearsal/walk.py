@@ -329,11 +329,9 @@ def walk(recipe: Recipe, ranks: Ranks, device: FakeDevice, *, gpu: bool = True) 
             gc.collect()
             with device.after_a_restart():
                 _to_the_end(short, ranks, out)
-    account.checkpoint_bytes, account.copied, account.written = (
-        disk.bytes,
-        disk.copied,
-        disk.written,
-    )
+    account.checkpoint_bytes = disk.bytes
+    account.copied = disk.copied
+    account.written = disk.written
     return account
 
 

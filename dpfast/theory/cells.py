@@ -95,7 +95,9 @@ def cells(
         return Cells(x["d"], x["n"], x["keep"], x["ridge"], one, x["rho"], x["rho"], x["power"])
     x |= domain(rho_g=rho_g, rho_s=rho_s)
     shapes_agree(**x)
-    a, b, c = x["rho"], x["rho_g"], x["rho_s"]
+    a = x["rho"]
+    b = x["rho_g"]
+    c = x["rho_s"]
     if np.any(1 + 2 * a * b * c - a**2 - b**2 - c**2 < -1e-12):
         raise InputError("rho, rho_g, rho_s: no three vectors have these cosines")
     return Cells(**x)

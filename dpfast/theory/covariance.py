@@ -127,10 +127,8 @@ def covariance_error(
 
     Raises InputError, naming the argument.
     """
-    s, checked = (
-        features.spectrum,
-        features.cells(n=n, keep=keep, ridge=ridge, strategy=strategy, power=power),
-    )
+    s = features.spectrum
+    checked = features.cells(n=n, keep=keep, ridge=ridge, strategy=strategy, power=power)
     if np.any(checked.ridge == 0):
         raise InputError("ridge = 0.0: above 0 with a covariance")
     grid = np.broadcast_arrays(checked.n, checked.keep, checked.ridge)

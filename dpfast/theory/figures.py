@@ -173,7 +173,9 @@ def study(
     sweeps: of oversampling and of omega, as ``dpfast.report.sweeps.measured_sweeps`` gives them.
     Raises ``InputError`` where one of them is empty.
     """
-    d, rho, ridge = 512, 0.9, 1e-3
+    d = 512
+    rho = 0.9
+    ridge = 1e-3
 
     def tilted(power: Array, kept: int) -> Arguments:
         def rule(t: Array, w: float) -> Array:

@@ -82,10 +82,8 @@ def pool_sizes(
             )
             at, rows = error.argmin(1), np.arange(len(n))
             found = np.exp(log[rows, at]), error[rows, at]
-            low, high = (
-                log[rows, np.maximum(at - 1, 0)],
-                log[rows, np.minimum(at + 1, log.shape[1] - 1)],
-            )
+            low = log[rows, np.maximum(at - 1, 0)]
+            high = log[rows, np.minimum(at + 1, log.shape[1] - 1)]
             log = np.linspace(low, high, 21, axis=1)
         return found
 

@@ -115,7 +115,9 @@ def _pool(
     device: torch.device,
 ) -> Array:
     """Errors (draws, fits) of one (d, n, keep); fits hold ridge, rho, rho_g, rho_s."""
-    d, n, keep = int(pool[0]), int(pool[1]), float(pool[2])
+    d = int(pool[0])
+    n = int(pool[1])
+    keep = float(pool[2])
     key = zlib.crc32(repr((seed, d, n, keep, strategy, power)).encode())
     generator = torch.Generator(device).manual_seed(key)
     directions, column = np.unique(fits[:, 1:], axis=0, return_inverse=True)

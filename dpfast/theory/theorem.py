@@ -166,7 +166,10 @@ def _limit(s: Scalars, phi: Array, across: Array, along: Array) -> Array:
     """Corollary 1, with the powers of |p - phi| cancelled in a / sqrt(b), so that it is stable next
     to phi = p.
     """
-    p, gamma, beta2, tilde2 = s.p, s.gamma, s.beta**2, s.beta_tilde**2
+    p = s.p
+    gamma = s.gamma
+    beta2 = s.beta**2
+    tilde2 = s.beta_tilde**2
     gap = np.abs(p - phi)
     r0 = beta2 + tilde2 * p / gamma
     r0_prime = p * (beta2 + tilde2 * ((p - phi) * p / gamma**2 + phi / gamma))
