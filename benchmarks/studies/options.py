@@ -24,8 +24,7 @@ Line = dict[str, Any]
 @dataclass(frozen=True)
 class Gain:
     """One run of an option. accuracy in [0, 1]; flops: of generation, over those of the plain run
-    of its size and seed;
-    same_size, same_flops: accuracy over the plain run's; nearest:
+    of its size and seed; same_size, same_flops: accuracy over the plain run's; nearest:
     ``benchmarks.studies.study.nearest_earlier``.
     """
 

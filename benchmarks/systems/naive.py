@@ -177,10 +177,8 @@ class Batched:
 
     share: the conditional forward of classifier-free guidance is the one that is differentiated;
     False: one more forward. decoder: in the gradient. blend: the image that (a) shows its learner,
-    per sample; False: x0's own.
-    cfg_until: classifier-free guidance stops at this fraction of the steps. solver: "ddim" or
-    "dpmpp2m".
-    compile: (c). Norms belong to samples.
+    per sample; False: x0's own. cfg_until: classifier-free guidance stops at this fraction of the
+    steps. solver: "ddim" or "dpmpp2m". compile: (c). Norms belong to samples.
     """
 
     models: Models

@@ -1,8 +1,7 @@
 """Two ranks beside one, a thread each: `dpfast bench ranks`.
 
 The ranks are processes as torchrun starts them. In turns rank 0 does the whole work while the
-others wait, and all do
-it together: the ratio of the two times is the gain of that many ranks.
+others wait, and all do it together: the ratio of the two times is the gain of that many ranks.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 A rank is a process with one thread. The stages are those of `fashion`; the loop is that of
 `imagenet1k-sd15` up to 6.5 M samples, whose rounds and batches are large enough to be dealt to so
 many. The all-reduces are gloo's between two processes of this machine; over more ranks they follow
-the ring that `dpfast.planning.network` describes. What is
-assumed beside that: `dpfast.planning.simulation`.
+the ring that `dpfast.planning.network` describes. What is assumed beside that:
+`dpfast.planning.simulation`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@ five severities.
 
 Written after the idea of ImageNet-C (Hendrycks and Dietterich 2019, arXiv 1903.12261) for images of
 any size: lengths are fractions of the shorter side. A shifted image depends on its pixels, its id,
-the seed and the severity, not on its
-batch: noise and directions come from ``dpfast.ops.normal``.
+the seed and the severity, not on its batch: noise and directions come from ``dpfast.ops.normal``.
 """
 
 from __future__ import annotations

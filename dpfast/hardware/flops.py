@@ -2,9 +2,9 @@
 
 FLOPs are those of torch's flop counter: a multiplication and its addition count as two; norms,
 activations and softmax do not count. Bytes moved are the operands and results of the same
-operations, each once, as if everything between them
-were fused into them and the scores of an attention never left the chip: a lower bound of the memory
-traffic. On the meta device nothing is computed, so a laptop counts Stable Diffusion in seconds.
+operations, each once, as if everything between them were fused into them and the scores of an
+attention never left the chip: a lower bound of the memory traffic. On the meta device nothing is
+computed, so a laptop counts Stable Diffusion in seconds.
 """
 
 from __future__ import annotations

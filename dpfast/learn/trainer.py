@@ -6,10 +6,9 @@ sampler, ``evaluate_with`` those whose accuracy counts. Both are updated in plac
 captured sampler reads them live.
 
 A step takes its batch in micro-batches and sums their gradients, so that a batch of any size fits
-into memory. The mean
-is that over the whole batch: label smoothing and the probabilities of mixed labels, which were
-mixed before, change nothing, and the gradients are those of one pass up to rounding. Batch norms
-alone are of each micro-batch.
+into memory. The mean is that over the whole batch: label smoothing and the probabilities of mixed
+labels, which were mixed before, change nothing, and the gradients are those of one pass up to
+rounding. Batch norms alone are of each micro-batch.
 
 Several ranks train as one: each takes its part of a batch, gradients (``dpfast.learn.gradients``)
 and batch norms are means over all, and every rank keeps the same weights, EMA and optimiser. Those

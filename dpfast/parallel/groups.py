@@ -9,19 +9,16 @@ all ranks have come. If one GPU runs communicator A and waits, while another run
 waits, both may wait forever. So:
 
 - A process uses one NCCL communicator, that of the gradients. The loader's exchange of samples goes
-through it, too
-  (``Ranks.feed``). A communicator runs its operations one after the other on one stream, in the
-  order of their issue.
+  through it, too (``Ranks.feed``). A communicator runs its operations one after the other on one
+  stream, in the order of their issue.
 - The main thread issues them: the loader's exchange within ``next``, then those of the step's
-forward and backward
-  pass, each of which is waited for within its step. That order is a function of the recipe, and so
-  the same on all ranks. The exchange starts behind the last step's all-reduces, and the next step's
-  wait for it; between the two lies a forward pass beside which it goes on. (Derived: no GPU has run
-  it with several ranks.)
+  forward and backward pass, each of which is waited for within its step. That order is a function
+  of the recipe, and so the same on all ranks. The exchange starts behind the last step's
+  all-reduces, and the next step's wait for it; between the two lies a forward pass beside which it
+  goes on. (Derived: no GPU has run it with several ranks.)
 - All else is on the host, through gloo: what the loop says, JPEG files, and the weights and samples
-of ranks that only
-  generate. A group of gloo has connections and threads of its own, waits for no GPU and may overlap
-  any other.
+  of ranks that only generate. A group of gloo has connections and threads of its own, waits for no
+  GPU and may overlap any other.
 """
 
 from __future__ import annotations

@@ -9,11 +9,10 @@ are never equally fast. To wait counts as progress as well, for who waits watche
 
 Ranks wait here first and call a collective of gloo or NCCL then, when all are ready. What is left
 to a collective's own timeout is less than one step of the learner, in which a slow rank and a dead
-one look alike. gloo raises then. On GPUs
-nothing would: the host waits in CUDA, where no exception arrives, until NCCL's watchdog ends the
-process without a name. There a thread (``Presence``) watches the others' threads: a process that
-was stopped or whose node is gone is named. One whose main thread alone hangs is not, but ends by
-NCCL's watchdog.
+one look alike. gloo raises then. On GPUs nothing would: the host waits in CUDA, where no exception
+arrives, until NCCL's watchdog ends the process without a name. There a thread (``Presence``)
+watches the others' threads: a process that was stopped or whose node is gone is named. One whose
+main thread alone hangs is not, but ends by NCCL's watchdog.
 """
 
 from __future__ import annotations

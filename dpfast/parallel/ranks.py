@@ -55,11 +55,11 @@ class Ranks:
     """This process among those of a run. The default is one process alone.
 
     rank, size: of all processes; local_rank, local_size: of those on this machine. learn: the group
-    of gradients;
-    control, feed: those for what the loop says on the CPU and, by the device of what is sent, for
-    the loaders. On a GPU the loader's is ``learn`` itself (``dpfast.parallel.groups``). heartbeat:
-    this process among all of the run; store: for what these ranks say. members: their numbers among
-    all processes, None: the same. restarted: whether torchrun has started the processes again.
+    of gradients; control, feed: those for what the loop says on the CPU and, by the device of what
+    is sent, for the loaders. On a GPU the loader's is ``learn`` itself
+    (``dpfast.parallel.groups``). heartbeat: this process among all of the run; store: for what
+    these ranks say. members: their numbers among all processes, None: the same. restarted: whether
+    torchrun has started the processes again.
     """
 
     rank: int = 0

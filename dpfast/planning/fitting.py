@@ -42,10 +42,9 @@ class Fit:
 
     recipe: with the batches and the pool's budget that fit. generator_micro_batch: samples that are
     made at once; the generator's batch_size stays, it says which rank makes what.
-    learner_micro_batch: images in one forward and backward pass. evaluation_batch_size:
-    images that the learner predicts at once.
-    usable: bytes of a device. changes: in words; proposals: options with which it would fit where
-    it does not.
+    learner_micro_batch: images in one forward and backward pass. evaluation_batch_size: images that
+    the learner predicts at once. usable: bytes of a device. changes: in words; proposals: options
+    with which it would fit where it does not.
     """
 
     recipe: Recipe

@@ -9,8 +9,7 @@ What is assumed:
 - the rounds come at equal distances between the first step and the cool-down;
 - samples are dealt in whole generation batches, and a batch that is not full costs a full one;
 - a training step takes a fixed time, a time for each image of the rank's part of the batch, and the
-all-reduce beside
-  its backward pass; all ranks wait for the slowest (``slowest``);
+  all-reduce beside its backward pass; all ranks wait for the slowest (``slowest``);
 - evaluations are dealt by image. Saving, which a thread of its own does, and moving samples cost
 nothing.
 """
@@ -51,9 +50,8 @@ class Job:
 @dataclass(frozen=True, kw_only=True)
 class UnitSeconds:
     """Seconds on one rank: unguided, guided: of a sample; image: in a training step; step: of a
-    step beside its images;
-    evaluation: of an image. gradients: bytes that an all-reduce sums. spread: measured times of a
-    step over their median; of one value all ranks are equally fast.
+    step beside its images; evaluation: of an image. gradients: bytes that an all-reduce sums.
+    spread: measured times of a step over their median; of one value all ranks are equally fast.
     """
 
     unguided: float

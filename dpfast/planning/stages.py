@@ -35,10 +35,9 @@ class Stages:
     """Counts of one unit each, and bytes held.
 
     unguided, guided: a sample, from noise to pixels; learner: an image in a training step and an
-    evaluated one.
-    weights: bytes of the generator's weights. unguided_bytes, guided_bytes: (fixed, per sample) of
-    the dearest step or the decoding, beside the weights. transformer: whether the denoiser is one.
-    classes: K. image, latent: (C, H, W).
+    evaluated one. weights: bytes of the generator's weights. unguided_bytes, guided_bytes: (fixed,
+    per sample) of the dearest step or the decoding, beside the weights. transformer: whether the
+    denoiser is one. classes: K. image, latent: (C, H, W).
     """
 
     unguided: Counts

@@ -2,11 +2,10 @@
 hold no numbers.
 
 The tensors are fake ones of the CPU (``FakeTensorMode``) and not those of the meta device, which
-autocast does not
-reach: it casts the operands of products and convolutions and leaves norms, residuals and losses in
-fp32, so that bf16 halves less than everything. What is counted is what an eager step on a CPU
-holds, byte for byte (docs/scaling.md); a GPU's kernels may keep other statistics, and its
-allocator's reserve comes on top (``dpfast.planning.memory``).
+autocast does not reach: it casts the operands of products and convolutions and leaves norms,
+residuals and losses in fp32, so that bf16 halves less than everything. What is counted is what an
+eager step on a CPU holds, byte for byte (docs/scaling.md); a GPU's kernels may keep other
+statistics, and its allocator's reserve comes on top (``dpfast.planning.memory``).
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ class Training:
 
     parameters, buffers: their numbers of elements. held: (fixed, per image) bytes of a
     micro-batch's forward and backward pass beside weights and images, without the gradients of the
-    weights; gradients: bytes of those;
-    evaluation_held: (fixed, per image) of an evaluated batch.
+    weights; gradients: bytes of those; evaluation_held: (fixed, per image) of an evaluated batch.
     """
 
     training: Counts

@@ -2,9 +2,9 @@
 Reference").
 
 torch.autocast knows no meta device, so what it would save for a backward pass cannot be read off
-there. This mode casts
-as it does: products in bf16, norms, softmax and losses in fp32, all other operations in the type
-that their inputs promote to. With ``cache_enabled`` a weight has one bf16 copy for all of its uses.
+there. This mode casts as it does: products in bf16, norms, softmax and losses in fp32, all other
+operations in the type that their inputs promote to. With ``cache_enabled`` a weight has one bf16
+copy for all of its uses.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ for.
 Everything that a run keeps on its GPU is a tensor of torch's meta device here: it has a shape and a
 size and no numbers. ``FakeDevice`` sees every operation on them. It counts the bytes of their
 storages by what they are kept for, remembers the largest sum of every phase, answers what the host
-reads with ``scripted``, and records each such read and
-each blocking copy as a host wait: on a GPU the host would stand still until the queue is empty.
+reads with ``scripted``, and records each such read and each blocking copy as a host wait: on a GPU
+the host would stand still until the queue is empty.
 
 What it does not see: workspaces inside a kernel, and the gaps of the caching allocator.
 """

@@ -27,8 +27,8 @@ class RehearsedRecorder:
 
     A graph keeps all that its pool ever held, though its temporary tensors are gone: the pool is as
     large as the dearest capture beside the outputs of those before it, until the last graph is
-    reset. The runs that warm a capture
-    up come before it and do not find that pool: for a moment both are there.
+    reset. The runs that warm a capture up come before it and do not find that pool: for a moment
+    both are there.
     """
 
     def __init__(self, device: FakeDevice, name: str) -> None:

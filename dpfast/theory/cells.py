@@ -58,8 +58,8 @@ class Arguments(Pool):
 
 class Cells(NamedTuple):
     """Checked arguments in float64. rho: cosine of the labels' vector and the truth; rho_g and
-    rho_s: of the selecting
-    vector and either. Two directions are three of which two are one: rho = 1."""
+    rho_s: of the selecting vector and either. Two directions are three of which two are one: rho =
+    1."""
 
     d: Array
     n: Array

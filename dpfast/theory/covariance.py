@@ -45,9 +45,9 @@ class Features:
     """A covariance and the vectors that label, select and test, in one basis.
 
     covariance: (d,) variances of independent features, or (d, d), symmetric and positive definite.
-    truth, selector,
-    generator: (d,) vectors of any length: the labels of the test, the selection, and the labels of
-    the training set, which are the truth's when left out. Raises InputError, naming the argument.
+    truth, selector, generator: (d,) vectors of any length: the labels of the test, the selection,
+    and the labels of the training set, which are the truth's when left out. Raises InputError,
+    naming the argument.
     """
 
     def __init__(
@@ -95,8 +95,7 @@ class Features:
 
     def mixing(self) -> Array:
         """(d, d) M such that rows z M have the covariance where z ~ N(0, I), and u, then v_label
-        across u, then v_truth
-        across both are the first axes of z."""
+        across u, then v_truth across both are the first axes of z."""
         spanned = np.stack([self.selector, self.generator, self.truth], axis=1)
         # A vector that the ones before it span gets a direction of its own: any will do.
         random = np.random.default_rng(0).standard_normal((self.d, self.d))
