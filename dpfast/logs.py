@@ -1,9 +1,8 @@
 """Structured logs of a run: JSON lines, one file for each rank.
 
     logs/rank-00000.jsonl    {"time": "2026-01-31T12:00:00.123+00:00", "rank": 0, "level": "info",
-                             "event": "round",
-                              "logger": "dpfast.practice.callbacks", "message": "dp: round 1 is
-                              complete", ...}
+                              "logger": "dpfast.practice.callbacks", "event": "round",
+                              "message": "dp: round 1 is complete", ...}
 
 Everything that ``dpfast`` says through ``logging`` goes there, and every warning; an event of the
 loop has its numbers as fields beside the message (``dpfast.practice.callbacks``). A resumed run

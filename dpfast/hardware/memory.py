@@ -4,12 +4,11 @@ The least of what these say counts:
 
     /proc/meminfo   MemAvailable, what the kernel would give without swapping
     control groups  of version 2 memory.max and memory.high, of version 1 memory.limit_in_bytes, of
-                    this group and of
-                    all around it, minus what is used. Page cache does not count as used: the kernel
-                    drops it before it ends a process. Memory in /dev/shm does
+                    this group and of all around it, minus what is used. Page cache does not count
+                    as used: the kernel drops it before it ends a process. Memory in /dev/shm does
     Slurm           --mem, --mem-per-cpu or --mem-per-gpu of the job on this node, minus what its
-                    ranks hold: this
-                    process's resident memory times the ranks on this machine, which are alike
+                    ranks hold: this process's resident memory times the ranks on this machine,
+                    which are alike
 """
 
 from __future__ import annotations
