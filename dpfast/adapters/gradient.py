@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.errors import InputError
-from dpfast.generate import criteria
-from dpfast.generate import preflight as probing
+from dpfast.generate import criteria, preflight
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath
 from dpfast.generate.models.decoder import Decoder, IdentityDecoder, Unscale
 from dpfast.ops import guided_step
@@ -143,7 +142,7 @@ class LearnerGradient:
         )
         shape = tuple(x.shape[1:])
         if shape not in self._tried:
-            probing.try_learner(path, shape, None, x.device)
+            preflight.try_learner(path, shape, None, x.device)
             self._tried.add(shape)
         return path
 

@@ -104,11 +104,8 @@ class GuidancePath:
     learner: images in [-1, 1] to logits (B, K), or (B, M, K) of a committee for a criterion that
     compares its members.
     image_size: (H, W) that the learner takes; None: the decoder's.
-    chunk: samples that are differentiated at a time; None: all. Samples do not mix, so any chunk
-    gives the same result.
-    taped: autograd records the denoiser, whose blocks may then be compiled or checkpointed;
-    otherwise ``torch.func.vjp`` does, which torch.compile traces as a part of a whole step. The
-    numbers are the same.
+
+    ``dpfast.generate.bounded`` holds less memory for the same numbers.
     """
 
     denoiser: Denoiser
@@ -117,8 +114,6 @@ class GuidancePath:
     criterion: Criterion = criteria.entropy
     image_size: tuple[int, int] | None = None
     through: Through = "denoiser"
-    chunk: int | None = None
-    taped: bool = False
 
     def logits(self, images: Tensor) -> Tensor:
         """The learner's logits of images (B, C, H, W) in [-1, 1], resized to what it takes."""
@@ -154,57 +149,18 @@ class GuidancePath:
         Returns:
             gradient (B, c, h, w), prediction (B, c, h, w) and value (B,) of the criterion.
         """
-        size = self.chunk or len(x)
-        held = [None] * -(-len(x) // size) if prediction is None else prediction.split(size)
-        parts = [
-            self._chunk(*chunk, timestep, alpha, sigma)
-            for chunk in zip(x.split(size), labels.split(size), held, strict=True)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        gradients, predictions, values = zip(*parts, strict=True)
-        return torch.cat(gradients), torch.cat(predictions), torch.cat(values)
 
-    def _chunk(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        held: Tensor | None,
-        timestep: Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
         def x0_of(x: Tensor) -> tuple[Tensor, Tensor]:
-            prediction = self.denoiser(x, timestep, labels) if held is None else held
-            return predict_x0(x, prediction, alpha, sigma, self.denoiser.prediction), prediction
+            made = self.denoiser(x, timestep, labels) if prediction is None else prediction
+            return predict_x0(x, made, alpha, sigma, self.denoiser.prediction), made
 
-        with (
-            torch.no_grad()
-        ):  # keeps the learner's own weights out of the graph; vjp records what x needs
-            if not self.taped:
-                x0, backward, prediction = torch.func.vjp(x0_of, x, has_aux=True)  # type: ignore[misc]
-                value, dx0 = self._pull(x0, labels)
-                return backward(dx0)[0], prediction, value
-            # Autograd records nothing in inference mode, not even what is recomputed, and saves no
-            # tensor made there.
-            x, timestep, labels, alpha, sigma = map(
-                _recordable, (x, timestep, labels, alpha, sigma)
-            )
-            with torch.inference_mode(False), torch.enable_grad():
-                x0, prediction = x0_of(x.requires_grad_())
-            value, dx0 = self._pull(x0.detach(), labels)
-            with torch.inference_mode(False):
-                (gradient,) = torch.autograd.grad(x0, x, dx0)
-        return gradient, prediction.detach(), value
+        with torch.no_grad():  # the learner's own weights need no graph; vjp records what x needs
+            x0, backward, made = torch.func.vjp(x0_of, x, has_aux=True)  # type: ignore[misc]
+            value, dx0 = self.at(x0, labels)
+            return backward(dx0)[0], made, value
 
-    def _pull(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The criterion's values (B,) at x0, and their gradient there."""
         logits, backward = torch.func.vjp(lambda x0: self.logits(self.decoder(x0)), x0)  # type: ignore[misc]
         value, dlogits = criteria.value_and_gradient(self.criterion, logits, labels)
         return value, backward(dlogits)[0]
-
-
-@torch.inference_mode(False)
-def _recordable(tensor: Tensor) -> Tensor:
-    """A tensor that autograd can save, apart from what it recorded before."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()

@@ -1,14 +1,12 @@
-"""What a sampler finds out before it samples: is what is asked for right, do its models fit
-together, and into memory?
+"""What a sampler finds out before it samples: is what is asked for right, and do its models fit
+together?
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,13 +15,7 @@ from torch import Tensor
 from dpfast.errors import InputError
 from dpfast.generate import check, criteria
 from dpfast.generate.guidance import GuidancePath
-from dpfast.generate.models.checkpointing import can_checkpoint, with_checkpointing
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.solvers import SolverTable
-from dpfast.hardware.live_bytes import bytes_per_sample
-
-log = logging.getLogger(__name__)
-ENOUGH = 8  # samples of a chunk, about what keeps a device busy
 
 
 class Request(NamedTuple):
@@ -153,59 +145,3 @@ def try_learner(
 def _gradient(logits: Tensor, images: Tensor) -> Tensor | None:
     with torch.inference_mode(False):
         return torch.autograd.grad(logits, images, torch.ones_like(logits), allow_unused=True)[0]
-
-
-def bounded(
-    path: GuidancePath, table: SolverTable, budget: int, *, recompute: bool
-) -> GuidancePath:
-    """The path whose gradient holds at most ``budget`` bytes: in chunks, its denoiser's blocks
-    recomputed if need be.
-
-    Chunks cost nothing while one fills the device; recomputation costs another forward of the
-    blocks, and allows more samples in a chunk. So blocks are recomputed only where a chunk would
-    otherwise hold fewer than ``ENOUGH`` samples.
-    ``recompute``: whether they may be; torch.compile (2.13) does not trace it in a whole step.
-
-    Raises ``InputError`` when one sample holds more than the budget even so.
-    """
-    chunk, least = _chunk(path, table, budget)
-    if (
-        recompute
-        and chunk < ENOUGH
-        and path.through == "denoiser"
-        and can_checkpoint(path.denoiser)
-    ):
-        twin = replace(path, denoiser=with_checkpointing(path.denoiser), taped=True)
-        larger, smaller = _chunk(twin, table, budget)
-        if larger > chunk or smaller < least:
-            path, chunk, least = twin, larger, smaller
-            log.info(
-                "guidance recomputes the denoiser's blocks: chunks of %d fit the budget", chunk
-            )
-    if chunk < 1:
-        more = (
-            ""
-            if recompute
-            else "; with compile = False or compile_region = 'blocks' it may hold less"
-        )
-        raise InputError(
-            f"memory_budget = {budget}: the gradient of one sample holds {least} bytes{more}"
-        )
-    log.info("guidance in chunks of %d, budget %.1f MB", chunk, budget / 1e6)
-    return replace(path, chunk=chunk)
-
-
-def _chunk(path: GuidancePath, table: SolverTable, budget: int) -> tuple[int, int]:
-    """The samples whose gradient, taken at once, holds ``budget`` bytes, and the bytes of a single
-    one.
-    """
-    device = table.rows.device
-    alpha, sigma = table.rows[0, :2]
-
-    def gradient(batch: int) -> object:
-        x = torch.zeros(batch, *path.denoiser.sample_shape, device=device)
-        labels = torch.zeros(batch, dtype=torch.int64, device=device)
-        return path.gradient(x, table.timesteps[0], labels, alpha, sigma)
-
-    fixed, each = bytes_per_sample(gradient)
-    return max(0, (budget - fixed) // each), fixed + each

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dpfast.errors import InputError
 from dpfast.generate import check, preflight
 from dpfast.generate.batching import FIRST, LARGEST, BatchSizer, largest_batch
+from dpfast.generate.bounded import BoundedPath, within_budget
 from dpfast.generate.compiling import CompileCosts, Tuner
 from dpfast.generate.feature_cache import FeatureCache
 from dpfast.generate.graphs import Captured, Recorder, recorder_on
@@ -116,7 +117,7 @@ class Runner:
         """Tries the learner out, once, and fits its gradient into the memory budget.
 
         Raises ``InputError`` for a learner in training mode, and as ``preflight.try_learner`` and
-        ``preflight.bounded`` do.
+        ``within_budget`` do.
         """
         path, denoiser = self._given.path, self._given.denoiser
         if path is not None and isinstance(path.learner, nn.Module) and path.learner.training:
@@ -129,7 +130,7 @@ class Runner:
             preflight.try_learner(path, denoiser.sample_shape, denoiser.classes, self.device)
             if self.memory_budget is not None:
                 recompute = self.tuner.mode is False or self.region == "blocks"
-                path = preflight.bounded(path, self.table, self.memory_budget, recompute=recompute)
+                path = within_budget(path, self.table, self.memory_budget, recompute=recompute)
         self._parts = replace(self._given, path=path)
 
     def step(self, variant: Variant, inputs: StepInputs) -> StepOutputs:
@@ -281,7 +282,7 @@ class Runner:
         if path is not None:
             recompute = path.denoiser is not parts.denoiser  # within a memory budget
             guiding = regional(parts.denoiser, self._compile, recompute=True) if recompute else twin
-            path = replace(path, denoiser=guiding, taped=True)
+            path = BoundedPath.of(path, denoiser=guiding, taped=True)
         return replace(parts, denoiser=twin, path=path, cache=parts.cache and FeatureCache(twin))
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:

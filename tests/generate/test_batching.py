@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from dpfast.generate import batching, preflight
+from dpfast.generate import batching
 from dpfast.generate.batching import BatchSizer
+from dpfast.generate.bounded import within_budget
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.hardware import live_bytes
@@ -72,7 +73,7 @@ def test_a_budget_bounds_what_the_gradient_holds(pipeline, learner):
         return path.gradient(x, torch.tensor(300), labels, torch.tensor(0.8), torch.tensor(0.6))
 
     whole = live_bytes.peak_bytes(lambda: gradient(path))
-    path = preflight.bounded(path, free.table, whole // 3, recompute=False)
+    path = within_budget(path, free.table, whole // 3, recompute=False)
     bounded = live_bytes.peak_bytes(lambda: gradient(path))
     assert 1 <= path.chunk < 16
     assert (

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dpfast.generate import criteria
+from dpfast.generate.bounded import BoundedPath
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, interval_steps, predict_x0
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import Committee
@@ -84,9 +85,7 @@ def test_a_small_step_along_the_gradient_raises_entropy_of_every_sample(path, in
 @pytest.mark.parametrize("chunk", [1, 2, 5, 8])
 def test_chunks_of_any_size_give_the_same(chunk, path, inputs):
     whole = path.gradient(*inputs)
-    for one, other in zip(
-        whole, dataclasses.replace(path, chunk=chunk).gradient(*inputs), strict=True
-    ):
+    for one, other in zip(whole, BoundedPath.of(path, chunk=chunk).gradient(*inputs), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 

@@ -3,7 +3,7 @@
 A block keeps its inputs alone and runs again in the backward pass: a gradient holds one block's
 activations instead of all blocks', for one more forward of the blocks. ``torch.utils.checkpoint``
 hooks the tensors that autograd saves, which PyTorch's function transforms do not allow: a path
-through such a denoiser is ``GuidancePath.taped``.
+through such a denoiser is ``BoundedPath.taped``.
 """
 
 from __future__ import annotations

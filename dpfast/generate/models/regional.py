@@ -6,7 +6,7 @@ so all blocks of a kind share it. What lies outside of the blocks (embeddings, d
 runs eagerly.
 
 Guided steps differentiate through the blocks. torch.compile (2.13) refuses a compiled function
-inside an eager ``torch.func.vjp``, so autograd records them (``GuidancePath.taped``): the compiled
+inside an eager ``torch.func.vjp``, so autograd records them (``BoundedPath.taped``): the compiled
 forward keeps what its backward pass needs. Where memory does not allow that, a block keeps its
 inputs alone and runs forward again.
 """

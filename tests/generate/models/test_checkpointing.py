@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from dpfast.generate import preflight as probing
+from dpfast.generate import bounded
+from dpfast.generate.bounded import BoundedPath
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath
 from dpfast.generate.models.checkpointing import with_checkpointing
 from dpfast.generate.pipelines import Pipeline
@@ -34,9 +35,7 @@ def paths(request, learner):
         decoder=pipeline.guidance_decoder,
         learner=lambda i: i.mean((2, 3)),
     )
-    return plain, dataclasses.replace(
-        plain, denoiser=with_checkpointing(pipeline.denoiser), taped=True
-    )
+    return plain, BoundedPath.of(plain, denoiser=with_checkpointing(pipeline.denoiser), taped=True)
 
 
 def gradient(path, count):
@@ -75,7 +74,7 @@ def test_a_pipeline_loaded_in_inference_mode_can_be_differentiated(pipeline_fold
             decoder=pipeline.guidance_decoder,
             learner=learner,
         )
-        assert bool(gradient(dataclasses.replace(path, taped=True), 2)[0].abs().sum() > 0)
+        assert bool(gradient(BoundedPath.of(path, taped=True), 2)[0].abs().sum() > 0)
 
 
 def test_it_holds_less(paths):
@@ -88,22 +87,22 @@ def test_a_budget_recomputes_only_where_chunks_would_be_small(pipeline, learner)
         denoiser=pipeline.denoiser, decoder=pipeline.guidance_decoder, learner=learner
     )
     table = pipeline.table(4)
-    _, one = probing._chunk(path, table, 1)
-    _, least = probing._chunk(
-        dataclasses.replace(path, denoiser=with_checkpointing(path.denoiser), taped=True), table, 1
+    _, one = bounded._chunk(path, table, 1)
+    _, least = bounded._chunk(
+        BoundedPath.of(path, denoiser=with_checkpointing(path.denoiser), taped=True), table, 1
     )
     assert least < one
     roomy, tight, tighter = (
-        probing.bounded(path, table, budget, recompute=True)
+        bounded.within_budget(path, table, budget, recompute=True)
         for budget in (20 * one, 3 * one, least)
     )
     assert roomy.denoiser is path.denoiser
-    assert roomy.chunk >= probing.ENOUGH
+    assert roomy.chunk >= bounded.ENOUGH
     assert tight.denoiser is not path.denoiser
     assert tight.chunk >= 3
     assert tighter.chunk == 1  # less than a sample holds without
     with pytest.raises(ValueError, match="memory_budget = "):
-        probing.bounded(path, table, least // 2, recompute=True)
+        bounded.within_budget(path, table, least // 2, recompute=True)
 
 
 def test_a_model_without_known_blocks_is_refused():
@@ -115,7 +114,7 @@ def test_a_sampler_recomputes_in_eager_steps_alone(pipeline, learner):
     guidance = GuidanceConfig(omega=0.1, every=1)
     options = {"steps": 2, "guidance": guidance, "cfg_scale": 1.0}
     free = GuidedSampler(pipeline, learner, compile=False, **options)
-    budget = 2 * probing._chunk(free.runner.parts.path, free.table, 1)[1]
+    budget = 2 * bounded._chunk(free.runner.parts.path, free.table, 1)[1]
     eager, compiled = (
         GuidedSampler(pipeline, learner, compile=c, memory_budget=budget, **options)
         for c in (False, True)
@@ -133,9 +132,9 @@ def test_compiled_blocks_recompute_within_the_budget_and_whole_steps_say_how(pip
     options = {"steps": 2, "guidance": GuidanceConfig(omega=0.1, every=1), "cfg_scale": 1.0}
     free = GuidedSampler(pipeline, learner, compile=False, **options)
     path, table = free.runner.parts.path, free.table
-    _, one = probing._chunk(path, table, 1)
-    _, least = probing._chunk(
-        dataclasses.replace(path, denoiser=with_checkpointing(path.denoiser), taped=True), table, 1
+    _, one = bounded._chunk(path, table, 1)
+    _, least = bounded._chunk(
+        BoundedPath.of(path, denoiser=with_checkpointing(path.denoiser), taped=True), table, 1
     )
     options["memory_budget"] = (one + least) // 2
     with pytest.raises(

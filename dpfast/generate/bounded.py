@@ -1,0 +1,149 @@
+"""Guidance that holds less memory: in chunks, with the denoiser's blocks run again for their
+backward pass, and measured so that it fits a budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpfast.errors import InputError
+from dpfast.generate.guidance import GuidancePath, predict_x0
+from dpfast.generate.models.checkpointing import can_checkpoint, with_checkpointing
+from dpfast.generate.solvers import SolverTable
+from dpfast.hardware.live_bytes import bytes_per_sample
+
+log = logging.getLogger(__name__)
+ENOUGH = 8  # samples of a chunk, about what keeps a device busy
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedPath(GuidancePath):
+    """A guidance path that gives the same numbers and holds less.
+
+    chunk: samples that are differentiated at a time; None: all. Samples do not mix, so any chunk
+    gives the same result.
+    taped: autograd records the denoiser, whose blocks may then be compiled or checkpointed;
+    otherwise ``torch.func.vjp`` does, which torch.compile traces as a part of a whole step.
+    """
+
+    chunk: int | None = None
+    taped: bool = False
+
+    @classmethod
+    def of(cls, path: GuidancePath, **changes: Any) -> BoundedPath:
+        """Returns ``path`` with other fields, bounded or not."""
+        fields = {field.name: getattr(path, field.name) for field in dataclasses.fields(path)}
+        return cls(**fields | changes)
+
+    def gradient(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        labels: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        prediction: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``GuidancePath.gradient``, chunk by chunk."""
+        size = self.chunk or len(x)
+        held = [None] * -(-len(x) // size) if prediction is None else prediction.split(size)
+        parts = [
+            self._of_chunk(part, timestep, classes, alpha, sigma, given)
+            for part, classes, given in zip(x.split(size), labels.split(size), held, strict=True)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        gradients, predictions, values = zip(*parts, strict=True)
+        return torch.cat(gradients), torch.cat(predictions), torch.cat(values)
+
+    def _of_chunk(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        labels: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        prediction: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.taped:
+            return super().gradient(x, timestep, labels, alpha, sigma, prediction)
+        # Autograd records nothing in inference mode, not even what is recomputed, and saves no
+        # tensor made there.
+        x, timestep, labels, alpha, sigma = map(_recordable, (x, timestep, labels, alpha, sigma))
+        with torch.inference_mode(False), torch.enable_grad():
+            x.requires_grad_()
+            made = self.denoiser(x, timestep, labels) if prediction is None else prediction
+            x0 = predict_x0(x, made, alpha, sigma, self.denoiser.prediction)
+        with torch.no_grad():
+            value, dx0 = self.at(x0.detach(), labels)
+            with torch.inference_mode(False):
+                (gradient,) = torch.autograd.grad(x0, x, dx0)
+        return gradient, made.detach(), value
+
+
+@torch.inference_mode(False)
+def _recordable(tensor: Tensor) -> Tensor:
+    """A tensor that autograd can save, apart from what it recorded before."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def within_budget(
+    path: GuidancePath, table: SolverTable, budget: int, *, recompute: bool
+) -> GuidancePath:
+    """The path whose gradient holds at most ``budget`` bytes: in chunks, its denoiser's blocks
+    recomputed if need be.
+
+    Chunks cost nothing while one fills the device; recomputation costs another forward of the
+    blocks, and allows more samples in a chunk. So blocks are recomputed only where a chunk would
+    otherwise hold fewer than ``ENOUGH`` samples.
+    ``recompute``: whether they may be; torch.compile (2.13) does not trace it in a whole step.
+
+    Raises ``InputError`` when one sample holds more than the budget even so.
+    """
+    chunk, least = _chunk(path, table, budget)
+    if (
+        recompute
+        and chunk < ENOUGH
+        and path.through == "denoiser"
+        and can_checkpoint(path.denoiser)
+    ):
+        twin = BoundedPath.of(path, denoiser=with_checkpointing(path.denoiser), taped=True)
+        larger, smaller = _chunk(twin, table, budget)
+        if larger > chunk or smaller < least:
+            path, chunk, least = twin, larger, smaller
+            log.info(
+                "guidance recomputes the denoiser's blocks: chunks of %d fit the budget", chunk
+            )
+    if chunk < 1:
+        more = (
+            ""
+            if recompute
+            else "; with compile = False or compile_region = 'blocks' it may hold less"
+        )
+        raise InputError(
+            f"memory_budget = {budget}: the gradient of one sample holds {least} bytes{more}"
+        )
+    log.info("guidance in chunks of %d, budget %.1f MB", chunk, budget / 1e6)
+    return BoundedPath.of(path, chunk=chunk)
+
+
+def _chunk(path: GuidancePath, table: SolverTable, budget: int) -> tuple[int, int]:
+    """The samples whose gradient, taken at once, holds ``budget`` bytes, and the bytes of a single
+    one.
+    """
+    device = table.rows.device
+    alpha, sigma = table.rows[0, :2]
+
+    def gradient(batch: int) -> object:
+        x = torch.zeros(batch, *path.denoiser.sample_shape, device=device)
+        labels = torch.zeros(batch, dtype=torch.int64, device=device)
+        return path.gradient(x, table.timesteps[0], labels, alpha, sigma)
+
+    fixed, each = bytes_per_sample(gradient)
+    return max(0, (budget - fixed) // each), fixed + each
