@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/reference/recipe.md and docs/reference/cli.md from the code that they describe.
+"""Writes the pages recipe, cli and run_folder of docs/reference from the code that they describe.
 
 python tools/write_reference.py
 """
@@ -7,6 +7,7 @@ python tools/write_reference.py
 from __future__ import annotations
 
 import argparse
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 from dpfast.cli.main import new_parser
 from dpfast.config import RECIPES, SECTIONS, Option, Recipe, fields, flat, short_name
 
-FOLDER = Path(__file__).parents[1] / "docs" / "reference"
-WRITTEN = (
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "reference"
+LAYOUT = ROOT / "dpfast" / "practice" / "run_paths.py"
+WRITTEN = "<!-- Written by tools/write_reference.py: change the code that it reads. -->"
     "<!-- Written by tools/write_reference.py; change the code that it reads, not this page. -->"
 )
 RECIPE = f"""{WRITTEN}
@@ -47,6 +50,13 @@ An input that cannot work ends with one line on stderr and exit code 2, before a
 `dpfast COMMAND --help` prints what is below.
 
 """
+RUN_FOLDER = f"""{WRITTEN}
+
+# The folder of a run
+
+`dpfast run RECIPE --out FOLDER` writes all that it makes into one folder.
+
+"""
 
 
 def recipe_page() -> str:
@@ -73,6 +83,19 @@ def recipe_page() -> str:
 
 def cli_page() -> str:
     return COMMANDS + "".join(_sections(new_parser())).rstrip() + "\n"
+
+
+def run_folder_page() -> str:
+    rows: list[list[str]] = []
+    about = ast.get_docstring(ast.parse(LAYOUT.read_text())) or ""
+    for line in about.split("\n\n")[1].splitlines():
+        name, _, text = line.partition("  ")
+        if name:
+            rows.append([f"`{name}`", text.strip()])
+        else:
+            rows[-1][1] += f" {text.strip()}"
+    rows = [[name, _cell(text.replace("``", "`"))] for name, text in rows]
+    return RUN_FOLDER + table(("file", "what it holds"), rows).rstrip() + "\n"
 
 
 def _sections(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -131,7 +154,7 @@ def _line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-PAGES = {"recipe.md": recipe_page, "cli.md": cli_page}
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "run_folder.md": run_folder_page}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
