@@ -19,8 +19,6 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "reference"
 LAYOUT = ROOT / "dpfast" / "practice" / "run_paths.py"
 WRITTEN = "<!-- Written by tools/write_reference.py: change the code that it reads. -->"
-    "<!-- Written by tools/write_reference.py; change the code that it reads, not this page. -->"
-)
 RECIPE = f"""{WRITTEN}
 
 # The fields of a recipe
