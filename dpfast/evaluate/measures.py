@@ -92,8 +92,8 @@ def evaluate(
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """What ``measure`` needs of a batch's logits (n, K) with labels (n,): (n, 7) float64, on their
-    device.
+    """Return what ``measure`` needs of a batch's logits (n, K) with labels (n,): (n, 7) float64, on
+    their device.
 
     The columns: label, right, right among the top five, cross-entropy, entropy, highest
     probability, right in float64.
@@ -144,7 +144,7 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = BINS) -> fl
 
 
 def _calibration_error(top: Tensor, right: Tensor, bins: int) -> float:
-    """Of the top probabilities (N,) float64, and 1 where they are right, else 0."""
+    """The error of top probabilities (N,) float64; right: 1 where they are right, else 0."""
     bin_of = (top * bins).ceil().long().clamp(1, bins) - 1
     sums = torch.zeros(bins, dtype=torch.float64, device=top.device).index_add_(
         0, bin_of, right - top

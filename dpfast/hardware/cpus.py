@@ -17,14 +17,14 @@ from dpfast.hardware.cgroups import ROOT, groups, lines, number
 
 @dataclass(frozen=True, order=True)
 class Count:
-    """cpus by the word of ``source``."""
+    """A number of CPUs, and ``source``, who says so."""
 
     cpus: int
     source: str
 
 
 def cpu_counts(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> list[Count]:
-    """What every source says, the least first, which counts; never empty."""
+    """Return what every source says, the least first, which counts; never empty."""
     if hasattr(os, "sched_getaffinity"):
         found = [Count(len(os.sched_getaffinity(0)), "the CPUs of this process")]
     else:

@@ -14,8 +14,8 @@ GPUS = {
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether work on ``device`` goes through streams, may be captured and must not be waited
-    for.
+    """Return True if work on ``device`` goes through streams, may be captured and must not be
+    waited for.
     """
     return device.type in GPUS
 

@@ -44,7 +44,7 @@ class Free:
 
 
 def free_memory(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> list[Free]:
-    """What every source says, the least first, which counts; never empty.
+    """Return what every source says, the least first, which counts; never empty.
 
     Where no kernel says anything half of the machine's memory is taken for free.
     """

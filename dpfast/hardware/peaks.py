@@ -42,9 +42,7 @@ class Device:
 
     @property
     def gpu(self) -> bool:
-        """Whether it has units for 16-bit floats of its own, as all GPUs of the table and no CPU
-        here.
-        """
+        """True for a device with units for 16-bit floats: all GPUs of the table, no CPU here."""
         return self.half > self.full
 
     def limits(self, counts: Counts) -> dict[str, float]:

@@ -42,7 +42,7 @@ class WhenItPays:
         self._end: Event | None = None
 
     def __call__(self, left: int) -> bool:
-        """Whether to compile now, with ``left`` steps to go."""
+        """Return True if compiling now pays, with ``left`` steps to go."""
         self._asked += 1
         if self._asked == FROM:
             self._begin = self.event()

@@ -29,7 +29,7 @@ class Bucket:
     missing: int = 0
 
     def clear(self) -> Tensor:
-        """``flat``, full of zeros."""
+        """Return ``flat``, filled with zeros."""
         if self.flat is None:
             self.flat = self.parameters[0].new_empty(
                 sum(p.numel() for p in self.parameters), requires_grad=False

@@ -150,7 +150,7 @@ class Committee(nn.Module):
 
 
 def guiding(criterion: str, guide: nn.Module, other: nn.Module) -> nn.Module:
-    """What a sampler takes for its learner: ``guide``, or for the criterion "disagreement" it and
-    ``other``.
+    """Return what a sampler takes for its learner: ``guide``, or for the criterion "disagreement"
+    it and ``other``.
     """
     return Committee(guide, other) if criterion == "disagreement" else guide

@@ -13,14 +13,14 @@ from dpfast.hardware.device import is_gpu
 
 
 def in_bf16(precision: str, device: torch.device) -> bool:
-    """Whether a recipe's ``precision`` is bf16 on ``device``; "auto" is, on a GPU that has it."""
+    """Return True if ``precision`` means bf16 on ``device``: "auto" does on a GPU that has it."""
     return precision == "bf16" or (
         precision == "auto" and is_gpu(device) and torch.cuda.is_bf16_supported()
     )
 
 
 def autocast(bf16: bool, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Within it matrix products and convolutions run in bf16, which has the exponents of fp32: no
+    """Within it, matrix products and convolutions run in bf16, which has the exponents of fp32: no
     gradient is scaled.
 
     Casts of weights are not kept: a captured step has to make them anew from the weights of its

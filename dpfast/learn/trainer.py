@@ -96,7 +96,7 @@ class Trainer:
 
     @property
     def cooling(self) -> bool:
-        """Whether the last phase has begun, in which no samples are added."""
+        """True once the last phase has begun, in which no samples are added."""
         return self.cooling_at(self.step_count)
 
     def cooling_at(self, step: int) -> bool:

@@ -76,8 +76,8 @@ class Heartbeat:
         return min(self.timeout / 10, TELLS)
 
     def beat(self) -> None:
-        """Something is complete. Costs an addition, and a message through the store now and
-        then.
+        """Count one more completed piece of work. Costs an addition, and a message through the
+        store now and then.
         """
         if self.store is None:
             return
@@ -107,9 +107,7 @@ class Heartbeat:
             pause = min(1.2 * pause, POLLS[1])
 
     def leave(self, error: BaseException | None) -> None:
-        """This process ends, before its time where there is an error: nobody need wait for it any
-        longer.
-        """
+        """Tell the others that this process ends, with its ``error`` if it ends before its time."""
         words = f"rank {self.process} of {self.processes} has ended"
         if isinstance(error, RankError):
             words = str(error)
@@ -119,14 +117,15 @@ class Heartbeat:
             self.store.set(f"left/{self.process}", words)
 
     def left(self, process: int) -> str:
-        """What a process said when it ended; empty while it has not."""
+        """Return what a process said when it ended; empty while it has not."""
         key = f"left/{process}"
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
 
 class Watch:
-    """How long other processes have said the same, from the first look on. key: under which they
-    say it.
+    """A watch over other processes: how long each has said the same, from the first look on.
+
+    key: under which they say it in the store.
     """
 
     def __init__(self, heartbeat: Heartbeat, key: str = "beat") -> None:
@@ -195,7 +194,7 @@ class Presence:
 
 
 def silent(dead: Collection[int], processes: int, timeout: float) -> str:
-    """What is said of processes that do not answer; nothing of none."""
+    """The sentence that names processes which do not answer; empty where there are none."""
     if not dead:
         return ""
     named = ", ".join(map(str, sorted(dead)))

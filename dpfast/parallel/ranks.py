@@ -81,7 +81,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and shows progress."""
+        """True for the rank that writes and shows progress."""
         return self.rank == 0
 
     @property
@@ -94,7 +94,7 @@ class Ranks:
         return rank if self.members is None else self.members[rank]
 
     def beat(self) -> None:
-        """Says that this rank has completed something: whoever waits for it goes on waiting."""
+        """Tell the others that this rank has completed something: whoever waits for it goes on."""
         self.heartbeat.beat()
 
     def __str__(self) -> str:
@@ -115,7 +115,7 @@ class Ranks:
             done = max(done - len(indices), 0)
 
     def share(self, count: int, batch: int, *, turn: int = 0, rank: int | None = None) -> int:
-        """How many indices ``batches`` gives."""
+        """Return how many indices ``batches`` gives."""
         first = ((self.rank if rank is None else rank) - turn) % self.size
         whole, rest = divmod(count, batch)
         mine = max(-(-(whole - first) // self.size), 0) * batch
@@ -178,7 +178,7 @@ class Ranks:
         return number if self.alone else float(max(self.all_gather_object(number)))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on some rank."""
+        """Return True on every rank if ``flag`` is true on any."""
         return any(self.all_gather_object(flag))
 
     def ready(self) -> None:
@@ -208,7 +208,7 @@ class Ranks:
         return said
 
     def broadcast_object(self, value: Any) -> Any:
-        """What rank 0 says; JSON can hold it."""
+        """Return rank 0's ``value`` on every rank; JSON can hold it."""
         return self.all_gather_object(value if self.first else None)[0]
 
     def same(self, what: str, value: Any) -> None:
@@ -332,8 +332,8 @@ ALONE = Ranks()
 
 
 def patience(timeout: float, cuda: bool) -> datetime.timedelta:
-    """How long a collective waits: on a GPU longer than those on the CPU beside it, whose errors
-    say more.
+    """Return how long a collective waits: on a GPU longer than those on the CPU beside it, whose
+    errors say more.
     """
     return datetime.timedelta(seconds=timeout + (AHEAD if cuda else 0))
 

@@ -39,7 +39,7 @@ class Collective:
     ended: float | None = None
 
     def meets(self, other: Collective) -> bool:
-        """Whether both were in flight at one moment."""
+        """Return True if both were in flight at one moment."""
         first, second = sorted((self, other), key=lambda collective: collective.began)
         return first.ended is None or second.began < first.ended
 

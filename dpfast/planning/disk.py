@@ -41,7 +41,7 @@ class Disk:
         return self.samples + self.kept * self.checkpoint + self.files
 
     def lines(self) -> list[str]:
-        """For a reader."""
+        """Two sentences for a reader: bytes by kind, and what checkpoints take of the time."""
         samples = (
             f"samples {readable(self.samples)} ({self.each} bytes each, {self.images})"
             if self.each
@@ -59,8 +59,8 @@ class Disk:
 
 
 def most_checkpoints(recipe: Recipe, rounds: int) -> int:
-    """How many checkpoints of a source lie on the disk at once, ``rounds`` rounds later; none
-    without saved samples.
+    """Return how many checkpoints of a source lie on the disk at once, ``rounds`` rounds later;
+    none without saved samples.
 
     The newest ones, the last one before the cool-down, the one that is being written, and with
     ``keep_rounds`` one of every round.
@@ -74,8 +74,8 @@ def most_checkpoints(recipe: Recipe, rounds: int) -> int:
 def plan_disk(
     recipe: Recipe, pool: Placement, stages: Stages, samples: int, seconds: float, training: float
 ) -> Disk:
-    """Of one source that ends with ``samples`` after ``seconds``, of which ``training`` go by
-    between additions.
+    """Plan the disk of one source that ends with ``samples`` after ``seconds``, of which
+    ``training`` go by between additions.
 
     A checkpoint comes at the first evaluation after which saving is at most ``checkpoint_share`` of
     the seconds, after ``checkpoint_minutes`` at the latest, before and after every round, and at

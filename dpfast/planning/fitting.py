@@ -196,7 +196,7 @@ def _held(pool: Placement, device: Device) -> float:
 
 
 def _proposals(recipe: Recipe, pool: Placement) -> tuple[str, ...]:
-    """What would make a pool fit that does not."""
+    """Name the options that would make a pool fit which does not."""
     if pool.fits:
         return ()
     held = pool.devices * sum(pool.in_tier.values())
@@ -211,7 +211,7 @@ def _proposals(recipe: Recipe, pool: Placement) -> tuple[str, ...]:
 def place_pool(
     recipe: Recipe, samples: int, stages: Stages, device: Device, count: int
 ) -> Placement:
-    """Where the samples lie, by a run's shares: what weights leave of a device, of a node's memory,
+    """Place the samples by a run's shares: what weights leave of a device, of a node's memory,
     of its drives.
     """
     config = recipe.pool

@@ -48,7 +48,7 @@ def usable(device: Device) -> float:
 
 
 def sampling_bytes(stages: Stages, device: Device, batch: int, *, guided: bool) -> float:
-    """Of a batch of samples and the graphs that were captured for it, beside the weights."""
+    """Bytes of a batch of samples and the graphs captured for it, beside the weights."""
     fixed, each = stages.guided_bytes if guided else stages.unguided_bytes
     reserve = (
         RESERVED["transformer" if stages.transformer else "unet"] * GRAPHS if device.gpu else 1.0
@@ -59,8 +59,8 @@ def sampling_bytes(stages: Stages, device: Device, batch: int, *, guided: bool) 
 def training_bytes(
     stages: Stages, device: Device, *, share: int, micro_batch: int, ranks: int
 ) -> float:
-    """Of a training step of ``share`` images in micro-batches, with the loader's batches, beside
-    weights and state.
+    """Bytes of a training step of ``share`` images in micro-batches, with the loader's batches,
+    beside weights and state.
     """
     held = stages.learner.memory(
         min(micro_batch, share), accumulated=micro_batch < share or ranks > 1
@@ -70,7 +70,7 @@ def training_bytes(
 
 
 def evaluation_bytes(stages: Stages, device: Device, batch: int) -> float:
-    """Of a batch of images that is evaluated, beside weights and state."""
+    """Bytes of a batch of images that is evaluated, beside weights and state."""
     fixed, each = stages.learner.evaluation_held
     return (fixed + each * batch) * (TRAINING_RESERVED if device.gpu else 1.0)
 

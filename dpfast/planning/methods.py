@@ -28,7 +28,7 @@ class PartFlops:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How a sample is made.
+    """The way in which a sample is made.
 
     guided: number of guided steps; cfg_steps: steps with classifier-free guidance, None: all.
     gradient: "extra" runs a denoiser forward of its own on a guided step, "shared" differentiates

@@ -68,13 +68,13 @@ class Phase:
 
     @property
     def utilisation(self) -> float:
-        """Of the limit."""
+        """The share of the limit that is reached: the seconds at the limit over the seconds."""
         return self.limit / self.seconds if self.seconds else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What ``dpfast plan`` prints."""
+    """A recipe's run on ``count`` devices: phases, memory, and how ranks divide it."""
 
     recipe: Recipe
     device: Device
@@ -101,7 +101,7 @@ class Plan:
         return best_overlap(self.job, self.unit, self.count, partial(link_of, self.device))
 
     def efficiency(self, run: SimulatedRun) -> float:
-        """Of a simulated run: the seconds of one device over the device-seconds of it."""
+        """The seconds of one device over the device-seconds of a simulated run."""
         return efficiency(self.job, self.unit, run, partial(link_of, self.device))
 
     @property
@@ -110,7 +110,7 @@ class Plan:
 
     @property
     def disk(self) -> Disk:
-        """What the first source writes; every further one writes as much."""
+        """The bytes that the first source writes; every further one writes as much."""
         first = [phase for phase in self.phases if phase.source == self.phases[0].source]
         training = sum(phase.seconds for phase in first if phase.name in ("training", "evaluation"))
         whole = sum(phase.seconds for phase in first)
@@ -118,7 +118,7 @@ class Plan:
 
     @property
     def limit(self) -> float:
-        """Seconds at 100 %."""
+        """The seconds of the run with every phase at its limit."""
         return sum(phase.limit for phase in self.phases)
 
     @property
@@ -135,7 +135,7 @@ def plan(
     timings: Timings | None = None,
     samples: int | None = None,
 ) -> Plan:
-    """Plans a recipe.
+    """Plan a recipe on ``count`` devices.
 
     Args:
         device: a name of ``dpfast.hardware.peaks`` or a device; count: how many of them.

@@ -29,8 +29,8 @@ from dpfast.planning.network import Link, step_seconds
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """initial: samples before training; rounds: samples of each addition; segments: training steps
-    before each of them and after the last; batch_size: images of a training
-    step, of all ranks; generation_batch_size: samples of a rank; evaluated: images in all.
+    before each of them and after the last; batch_size: images of a training step, of all ranks;
+    generation_batch_size: samples of a rank; evaluated: images in all.
     """
 
     initial: int

@@ -167,7 +167,7 @@ def _encoding(sampler: GuidedSampler, batch: int) -> Counts:
 
 
 def _dearer(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    """Of two lines (fixed, per sample) the one that rises faster."""
+    """The one of two lines (fixed, per sample) that rises faster."""
     return max(one, other, key=lambda line: line[1])
 
 

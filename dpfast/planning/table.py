@@ -70,9 +70,7 @@ def _hours(seconds: float) -> str:
 
 
 def _simulated(plan: Plan) -> list[str]:
-    """Of Deliberate Practice on several devices; ``dpfast.planning.simulation`` says what is
-    assumed.
-    """
+    """The simulated runs of Deliberate Practice on several devices, in turns and side by side."""
     if plan.count < 2 or "dp" not in plan.recipe.practice.sources:
         return []
     turns, overlap = plan.turns, plan.overlap

@@ -80,7 +80,7 @@ FULL = frozenset(
 
 
 class MetaAutocast(TorchFunctionMode):
-    """In place of ``torch.autocast("cuda", torch.bfloat16)``, for floating tensors of the meta
+    """Stands for ``torch.autocast("cuda", torch.bfloat16)``, for floating tensors of the meta
     device.
     """
 

@@ -33,8 +33,8 @@ BESIDE = ("/rehearsal/device.py", "/rehearsal/autocast.py", "/hardware/flops.py"
 
 
 def scripted(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """What the host reads from a device without numbers: zeros, on the CPU; large ones without
-    memory of their own.
+    """Return what the host reads from a device without numbers: zeros, on the CPU; large ones
+    without memory of their own.
 
     So every accuracy is 0, no evaluation but the first is a new best, every loss is finite, and no
     gradient is skipped.
@@ -45,7 +45,7 @@ def scripted(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Wait:
-    """The host waited for the device.
+    """One moment at which the host waited for the device.
 
     operation: what it asked for; where: "file:line function" of dpfast's caller; in_step: amid a
     step of training or sampling, whose kernels should follow each other without a gap.
@@ -102,7 +102,7 @@ class FakeDevice(TorchDispatchMode):
 
     @contextlib.contextmanager
     def after_a_restart(self) -> Iterator[None]:
-        """Within it phases are those of a run that goes on."""
+        """Within it, phases are those of a run that goes on."""
         self._prefix = "restarted: "
         try:
             yield

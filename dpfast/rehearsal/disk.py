@@ -28,7 +28,7 @@ class RehearsedDisk:
         self._files: dict[Path, dict[str, Tensor]] = {}
 
     def values(self) -> list[tuple[Any, str, Any]]:
-        """For ``dpfast.rehearsal.standins.put``."""
+        """The stand-ins of the disk, as ``dpfast.rehearsal.standins.put`` takes them."""
         return [
             (background.HostCopy, "take", lambda _, tensors: self._take(tensors)),
             (checkpoint, "save_weights", self._save),

@@ -16,7 +16,7 @@ MOST = 30.0  # seconds that a dry run may take beside loading and counting
 
 
 class _Time:
-    """In place of the module ``time``: seconds pass where a call says so."""
+    """Stands for the module ``time``: seconds pass where a call says so."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -49,7 +49,7 @@ class RehearsedRecorder:
         return RehearsedRecording(self, outputs)
 
     def forget(self) -> None:
-        """A recording was reset."""
+        """Forget a recording that was reset."""
         self.alive -= 1
         if not self.alive:
             self._pool = 0

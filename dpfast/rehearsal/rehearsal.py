@@ -54,7 +54,7 @@ class Walked:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What a rehearsal found.
+    """The findings of a rehearsal.
 
     host: bytes of a node's memory, by kind; dry_run: seconds in which ``--dry-run`` times the
     stages; failures: in words; empty where a run would go from start to end.
@@ -237,7 +237,7 @@ def _failures(found: Rehearsal, timeout: float, disk: float | None) -> Iterator[
 
 
 def _kinds(walk: Walked) -> list[tuple[str, str]]:
-    """What every rank calls in one order; what it sends differs."""
+    """The kinds of collectives in the order that all ranks share; what each sends differs."""
     return [(group, kind) for group, kind, _ in walk.collectives]
 
 

@@ -99,8 +99,8 @@ def stand_ins(device: FakeDevice, *, gpu: bool = True) -> Iterator[None]:
     take = chunk_rows.take_rows
 
     def taken(table: chunk_rows.ChunkTable, indices: Tensor, total: int, **options: Any) -> Tensor:
-        """What a thread that saves samples reads out of the device's memory: zeros, without an
-        operation there.
+        """Return what a thread that saves samples reads out of the device's memory: zeros, without
+        an operation there.
         """
         if "meta" not in table.kinds or options.get("device", CPU) != CPU:
             return take(table, indices, total, **options)

@@ -98,8 +98,8 @@ class _Others:
 def outwaits(
     count: int, batch: float, batches: int, *, timeout: float = TIMEOUT, slower: float = SLOWER
 ) -> str | None:
-    """What the first rank says at the end of a round, while the last one is ``slower`` by this
-    part; None: it waits.
+    """Return what the first rank says at the end of a round, while the last one is ``slower`` by
+    this part; None: it waits.
 
     batch: seconds of a batch; batches: of every rank.
     """

@@ -106,8 +106,8 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
 
 
 def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:
-    """As many real images as fill one evaluation batch of every rank and a part of another; no
-    memory of their own.
+    """Return as many real images as fill one evaluation batch of every rank and a part of another;
+    no memory of their own.
     """
     count = ranks.size * BATCH + BATCH // 5
     mine = len(ranks.indices(count, BATCH))
@@ -269,7 +269,7 @@ def _on_the_device(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def _weights(pipeline: Pipeline) -> Iterator[Tensor]:
-    """Of all models that a pipeline's parts hold, and the tables beside them."""
+    """The weights of all models that a pipeline's parts hold, and the tables beside them."""
     seen: set[int] = set()
     parts: list[object] = [pipeline.denoiser, pipeline.decoder, pipeline.guidance_decoder]
     while parts:

@@ -26,8 +26,8 @@ PER_ROUND = 2000  # samples of a round that are looked at
 
 @dataclass(frozen=True)
 class Errors:
-    """By rounds since inclusion, 0 being the learner that guided: error on all new samples, and on
-    those it mistook.
+    """Errors by rounds since inclusion, 0 being the learner that guided: error on all new samples,
+    and on those it mistook.
     """
 
     offsets: tuple[int, ...]

@@ -73,8 +73,8 @@ class Curve(NamedTuple):
 
 
 def curves(lines: Sequence[Line], *, draws: int = 20, seed: int = 0) -> list[Curve]:
-    """What the lines of a chart show. Cells of one pool share its draws, so their deviations are
-    correlated.
+    """Compute what the lines of a chart show. Cells of one pool share its draws, so their
+    deviations are correlated.
     """
     at_points = [line.experiment(line.points) for line in lines]
     for cells in at_points:
