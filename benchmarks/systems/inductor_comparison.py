@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfast.ops.kernels.entropy import ONE_BLOCK
-from dpfast.ops.reference import gather, noise
-from dpfast.ops.reference.entropy import reference as entropy_reference
-from dpfast.ops.reference.guided_step import Call, Options
-from dpfast.ops.reference.guided_step import reference as guided_reference
+from dpfast.ops import gather, noise
+from dpfast.ops.entropy import ONE_BLOCK
+from dpfast.ops.entropy import reference as entropy_reference
+from dpfast.ops.guided_step.reference import Call, Options
+from dpfast.ops.guided_step.reference import reference as guided_reference
 
 SIZES = {
     "fp64": 8,

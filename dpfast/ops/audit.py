@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpfast.ops import dispatch
-from dpfast.ops.kernels import entropy, gather, noise
-from dpfast.ops.kernels import guided_step as guided
+from dpfast.ops import dispatch, gather, noise
+from dpfast.ops.entropy import ONE_BLOCK, online_kernel, rows_kernel
+from dpfast.ops.entropy import settings as entropy_settings
+from dpfast.ops.guided_step import triton as guided
 from dpfast.ops.triton_stub import next_power, triton
 
 CAPABILITIES = (80, 90, 100)
@@ -190,9 +191,9 @@ def problems(report: Report) -> list[str]:
 
 
 def _entropy(classes: int, dtype: str, gradient: bool = True) -> Variant:
-    rows, block, warps = entropy.settings(classes)
+    rows, block, warps = entropy_settings(classes)
     size, unit = 4 if dtype == "fp32" else 2, math.gcd(classes, 16)
-    online = classes > entropy.ONE_BLOCK
+    online = classes > ONE_BLOCK
     width = math.gcd(classes * size, WIDE)
     # H takes a 4-byte store a thread, which only counts where the gradient's are no wider.
     entropies = warps * 32 * 4 if width == 4 else 0
@@ -211,7 +212,7 @@ def _entropy(classes: int, dtype: str, gradient: bool = True) -> Variant:
     }
     return Variant(
         name=f"entropy{'' if gradient else ', value only'}, K = {classes}, {dtype}",
-        kernel=entropy.online_kernel if online else entropy.rows_kernel,
+        kernel=online_kernel if online else rows_kernel,
         arguments=arguments,
         warps=warps,
         reads=(1 + (online and gradient)) * rows * block * size,

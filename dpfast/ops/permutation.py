@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dpfast.errors import InputError
 from dpfast.ops import dispatch
-from dpfast.ops.reference.noise import reference_words
+from dpfast.ops.noise import reference_words
 
 ROUNDS = 8
 WORD = 0xFFFFFFFF

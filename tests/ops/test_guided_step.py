@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dpfast.ops import DynamicThreshold, guided_step
-from dpfast.ops.kernels import guided_step as kernel
-from dpfast.ops.reference.noise import reference as reference_normal
+from dpfast.ops.guided_step import triton as kernel
+from dpfast.ops.noise import reference as reference_normal
 from tests.tolerances import GUIDED, HALF_ULP
 
 from .conftest import INTERPRETED

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from dpfast.ops import dispatch, normal
-from dpfast.ops.kernels.noise import philox_words
-from dpfast.ops.noise import words
-from dpfast.ops.reference.noise import philox, reference, reference_words
+from dpfast.ops.noise import philox, philox_words, reference, reference_words, words
 from dpfast.ops.triton_stub import tl, triton
 from tests.tolerances import NORMAL
 

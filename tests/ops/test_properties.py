@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpfast.ops import entropy, entropy_and_grad, guided_step, normal
-from dpfast.ops.reference.noise import reference
+from dpfast.ops.noise import reference
 from tests.ops.conftest import INTERPRETED
 from tests.tolerances import ENTROPY, NORMAL
 

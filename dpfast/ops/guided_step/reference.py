@@ -1,4 +1,4 @@
-"""`guided_step` in plain PyTorch; the formula stands in dpfast/ops/guided_step.py."""
+"""`guided_step` in plain PyTorch; the formula stands in ``__init__``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpfast.ops.reference import noise
+from dpfast.ops import noise
 
 NORM_FLOOR = 1e-8
 

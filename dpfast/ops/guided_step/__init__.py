@@ -33,8 +33,8 @@ from torch import Tensor
 
 from dpfast.errors import InputError
 from dpfast.ops import check, dispatch, noise
-from dpfast.ops.kernels.guided_step import launch
-from dpfast.ops.reference.guided_step import Call, Options, reference
+from dpfast.ops.guided_step.reference import Call, Options, reference
+from dpfast.ops.guided_step.triton import launch
 
 Mode = Literal["relative", "score"]
 Prediction = Literal["epsilon", "v", "sample", "flow"]

@@ -1,4 +1,4 @@
-"""The Triton kernel of `guided_step`; the formula stands in dpfast/ops/guided_step.py.
+"""The Triton kernel of `guided_step`; the formula stands in ``__init__``.
 
 A sample of up to 16,384 elements belongs to one program, which keeps x and the gradient in
 registers while it sums
@@ -18,8 +18,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from dpfast.ops.kernels.noise import normals, wide
-from dpfast.ops.reference.guided_step import Call, quantile
+from dpfast.ops.guided_step.reference import Call, quantile
+from dpfast.ops.noise import normals, wide
 from dpfast.ops.triton_stub import next_power, tl, triton
 
 WHOLE = 16384  # elements of a sample that one program holds

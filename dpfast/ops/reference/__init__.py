@@ -1,3 +1,0 @@
-"""The operations in plain PyTorch: what the kernels are tested against, and what runs where there
-are none.
-"""
