@@ -53,10 +53,11 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].lstrip("-").split("=")[0].replace("_", "-")
             known = [option.removeprefix("--") for option in self._option_string_actions]
             sections = [option for option in known if option.endswith(f".{name}")]
-            if sections:
+            if len(sections) > 1:
                 choice = " or ".join(f"--{option}" for option in sections)
                 raise InputError(f"--{name}: several sections have it; say {choice}")
-            near = difflib.get_close_matches(name, known, n=1)
+            same = [option for option in (name, name.rpartition(".")[2]) if option in known]
+            near = same or difflib.get_close_matches(name, known, n=1)
             hint = (
                 f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists what is known"
             )

@@ -18,6 +18,8 @@ from dpfast.ops import audit, dispatch
     [
         (["run", "nosuch"], "recipe = 'nosuch'"),
         (["run", "fashion", "--omgea", "0.1"], "did you mean --omega?"),
+        (["run", "fashion", "--guide_with", "raw"], "did you mean --guide-with?"),
+        (["run", "fashion", "--learner.omega", "1"], "did you mean --omega?"),
         (["run", "fashion", "--batch-size", "8"], "--generator.batch-size or --learner.batch-size"),
         (["run", "fashion", "--omega", "strong"], "omega = 'strong'"),
         (["run", "fashion", "--guidance.omega", "strong"], "omega = 'strong'"),
