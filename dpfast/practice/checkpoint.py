@@ -217,7 +217,23 @@ def load(path: Path) -> Checkpoint:
             return taken.with_tensors(load_file(weights))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{path} is no intact checkpoint: {error}") from error
-    raise VersionError(
+    raise _of_version(path, version)
+
+
+def check_version(folder: Path) -> None:
+    """Raises ``VersionError`` where the newest checkpoint of a folder is of another format, before
+    any work; a damaged one is left to ``latest``.
+    """
+    for path in paths(folder)[-1:]:
+        version = VERSION
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            version = json.loads(path.read_text())["version"]
+        if version != VERSION:
+            raise _of_version(path, version)
+
+
+def _of_version(path: Path, version: object) -> VersionError:
+    return VersionError(
         f"{path} is a checkpoint of version {version} of the format, and this dpfast reads version "
         f"{VERSION}: end the run with the dpfast that began it, or begin it anew"
     )

@@ -158,7 +158,7 @@ class DeliberatePractice:
         Raises ``Stopped`` after a stop was requested and ``LossError`` when a loss is not finite.
         """
         names = [name for name in SOURCES if name in self.recipe.practice.sources]
-        if self.link is not None and self.link.makes:
+        if self.link is not None and self.link.generates:
             if "dp" in names:
                 GeneratorRank(self.recipe, self.pipeline, self.link, stop or Stop()).serve()
             return []

@@ -1,21 +1,18 @@
 """Generation and training side by side: some ranks only make samples, the others train.
 
-    makers    the next round, batch by batch, guided by the learner that was published last
-    trainers  Algorithm 1; when samples are due they take that round over, and wait for what is
-              missing of it
+    generators  make the next round, batch by batch, guided by the learner that was published last
+    trainers    run Algorithm 1; when samples are due they take that round over, and wait for what
+                is missing of it
 
 A learner is published when a round has been added, and again as soon as what it guides would be
-older than
-``overlap_staleness`` optimiser steps at the next evaluation: the makers then begin the round anew.
-So no sample is
-older when it is added, its column ``learner_step`` says how old, and nothing depends on the clock:
-a run gives the same bits again.
+older than ``overlap_staleness`` optimiser steps at the next evaluation: the generators then begin
+the round anew. So no sample is older when it is added, its column ``learner_step`` says how old,
+and nothing depends on the clock: a run gives the same bits again.
 
-Weights go from the first trainer to the makers by a broadcast that the trainer does not wait for,
-samples from the makers to the trainers that will hold them, batch by batch, when they are due and
-both are ready. All of it goes through
-the hosts: on a GPU it would be a second communicator beside the gradients'
-(``dpfast.parallel.groups``). Batches are those of the alternating schedule.
+Weights go from the first trainer to the generators by a broadcast that the trainer does not wait
+for, samples from the generators to the trainers that will hold them, batch by batch, when they are
+due and both are ready. All of it goes through the hosts: on a GPU it would be a second communicator
+beside the gradients' (``dpfast.parallel.groups``). Batches are those of the alternating schedule.
 """
 
 from __future__ import annotations
@@ -51,33 +48,41 @@ WEIGHTS = "weights/"  # of the learner, in the names of a checkpoint
 
 @dataclass(frozen=True)
 class OverlapGroups:
-    """Between trainers and makers. The first trainer speaks, through the store; ``publishing``
-    carries weights.
+    """What trainers and generators say to each other.
+
+    generates: whether this process is a generator. publishing: carries weights, from the first
+    trainer to all generators; everyone: samples, between any two processes. store: short messages,
+    most of them of the first trainer.
     """
 
     trainers: Ranks
-    makers: Ranks
-    makes: bool  # whether this process is a maker
+    generators: Ranks
+    generates: bool
     publishing: Group
-    everyone: Group  # of all processes, for samples
+    everyone: Group
     heartbeat: Heartbeat
     store: Any
 
     @classmethod
-    def of(cls, ranks: Ranks, makers: int) -> OverlapGroups:
-        """Collective: all ranks of the run call it."""
-        trainers, makers_, publishing = ranks.parted(makers)
-        makes = ranks.rank >= trainers.size
+    def of(cls, ranks: Ranks, count: int) -> OverlapGroups:
+        """Makes the last ``count`` ranks generators. Collective: all ranks of the run call it."""
+        trainers, generators, publishing = ranks.parted(count)
         return cls(
-            trainers, makers_, makes, publishing, ranks.control, ranks.heartbeat, ranks.store
+            trainers=trainers,
+            generators=generators,
+            generates=ranks.rank >= trainers.size,
+            publishing=publishing,
+            everyone=ranks.control,
+            heartbeat=ranks.heartbeat,
+            store=ranks.store,
         )
 
-    def maker_of(self, batch: int) -> int:
+    def generator_of(self, batch: int) -> int:
         """The process that makes batch ``batch`` of a round."""
-        return self.trainers.size + batch % self.makers.size
+        return self.trainers.size + batch % self.generators.size
 
     def owner_of(self, batch: int, turn: int) -> int:
-        """The process that will hold it."""
+        """The process that will hold batch ``batch`` of a round whose first one ``turn`` holds."""
         return (turn + batch) % self.trainers.size
 
     def tell(self, key: str, value: Any = None) -> None:
@@ -85,13 +90,14 @@ class OverlapGroups:
         self.store.set(f"overlap/{key}", json.dumps(value))
 
     def told(self, key: str) -> bool:
+        """Whether some process has said ``key``."""
         return bool(self.store.check([f"overlap/{key}"]))
 
     def any_told(self, keys: Sequence[str]) -> bool:
         return any(map(self.told, keys))
 
     def said(self, key: str, process: int) -> Any:
-        """What ``process`` has said, as late as it may. Raises ``RankError`` when it is dead."""
+        """Waits for what ``process`` says, and returns it. Raises ``RankError`` when it is dead."""
         self.heartbeat.wait(lambda: self.told(key), lambda: [process])
         return json.loads(self.store.get(f"overlap/{key}"))
 
@@ -99,23 +105,23 @@ class OverlapGroups:
         """Returns when ``process``, which says the same, and this one are ready to pass on what
         ``key`` names.
         """
-        self.tell(f"{key}/{int(self.makes)}")
-        self.said(f"{key}/{int(not self.makes)}", process)
-        self.store.delete_key(f"overlap/{key}/{int(not self.makes)}")
+        self.tell(f"{key}/{int(self.generates)}")
+        self.said(f"{key}/{int(not self.generates)}", process)
+        self.store.delete_key(f"overlap/{key}/{int(not self.generates)}")
 
 
 class OverlappedSource(Source):
-    """The source "dp" of a trainer: its rounds come from the makers, to whom it publishes the
+    """The source "dp" of a trainer: its rounds come from the generators, to whom it publishes the
     learner.
     """
 
     def __init__(
-        self, source: DeliberatePracticeSource, guides: nn.Module, link: OverlapGroups
+        self, source: DeliberatePracticeSource, guides: nn.Module, groups: OverlapGroups
     ) -> None:
         super().__init__(source.initial_samples)
         self.source = source
         self.guides = guides
-        self.link = link
+        self.groups = groups
         self.cost = source.cost
         self.yardstick = source.yardstick
         pipeline = source.sampler.pipeline
@@ -123,7 +129,7 @@ class OverlappedSource(Source):
         self._latents = (
             pipeline.denoiser.sample_shape if source.recipe.pool.codec == "latents" else None
         )
-        self.job: RoundRequest | None = None  # what the makers are at
+        self.job: RoundRequest | None = None  # what the generators are at
         self.snapshot: dict[str, Tensor] = {}  # the weights that guide it
         self._published = -1
         self._works: list[Any] = []
@@ -144,29 +150,30 @@ class OverlappedSource(Source):
         if self.job is None or (self.job.number, self.job.count) != (request.number, request.count):
             self._publish(request)
         assert self.job is not None
-        link = self.link
-        batch = self.source.unguided.batch
+        groups = self.groups
+        size = self.source.unguided.batch
         step = self.job.learner_step
-        if link.trainers.first:
-            link.tell(f"deliver/{self._published}")
-        for places in link.trainers.batches(request.count, batch, turn=request.turn):
-            number = places.start // batch
-            link.meet(f"batch/{self._published}/{number}", link.maker_of(number))
-            yield replace(self._received(link.maker_of(number), len(places)), learner_step=step)
-        if not link.trainers.first:
+        if groups.trainers.first:
+            groups.tell(f"deliver/{self._published}")
+        for indices in groups.trainers.batches(request.count, size, turn=request.turn):
+            number = indices.start // size
+            process = groups.generator_of(number)
+            groups.meet(f"batch/{self._published}/{number}", process)
+            yield replace(self._received(process, len(indices)), learner_step=step)
+        if not groups.trainers.first:
             return
-        every = [
-            link.said(f"spent/{self._published}/{maker}", link.makers.process(maker))
-            for maker in range(link.makers.size)
-        ]
-        self.cost.take_all(every)
+        spent = []
+        for rank in range(groups.generators.size):
+            key = f"spent/{self._published}/{rank}"
+            spent.append(groups.said(key, groups.generators.process(rank)))
+        self.cost.take_all(spent)
 
     def release(self) -> None:
-        """Nothing: the makers' memory is theirs."""
+        """Does nothing: the memory of the generators is their own."""
 
     def _received(self, process: int, count: int) -> SampleBatch:
         device = self.source.sampler.pipeline.device
-        group = self.link.everyone
+        group = self.groups.everyone
         columns = torch.empty(2, count, dtype=torch.int64)
         entropy = torch.empty(count)
         images = torch.empty(count, *self._images, dtype=torch.uint8)
@@ -193,11 +200,11 @@ class OverlappedSource(Source):
             self._begin(upcoming())
 
     def close(self) -> None:
-        if self.link.trainers.first:
-            self.link.tell("end")
+        if self.groups.trainers.first:
+            self.groups.tell("end")
 
     def _begin(self, upcoming: RoundRequest | None) -> None:
-        """Lets the makers begin the next round, guided by the learner of this moment."""
+        """Lets the generators begin the next round, guided by the learner of this moment."""
         if upcoming is None:
             self.job = None
         else:
@@ -206,7 +213,7 @@ class OverlappedSource(Source):
     def _publish(self, job: RoundRequest, weights: dict[str, Tensor] | None = None) -> None:
         self.job = job
         self._published += 1
-        if not self.link.trainers.first:
+        if not self.groups.trainers.first:
             return
         if weights is None:
             weights = {
@@ -216,9 +223,9 @@ class OverlappedSource(Source):
         self.snapshot = weights
         for work in self._works:
             work.wait()
-        self.link.tell(f"job/{self._published}", job.to_dict())
+        self.groups.tell(f"job/{self._published}", job.to_dict())
         self._works = [
-            self.link.publishing.broadcast(value, 0, wait=False) for value in weights.values()
+            self.groups.publishing.broadcast(value, 0, wait=False) for value in weights.values()
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,7 +237,7 @@ class OverlappedSource(Source):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on, and lets the makers begin again what they were at."""
+        """Goes on, and lets the generators begin again what they were at."""
         super().load_state_dict(state)
         if state["job"] is not None:
             weights = {name: state[f"{WEIGHTS}{name}"] for name in self.guides.state_dict()}
@@ -240,9 +247,11 @@ class OverlappedSource(Source):
 class GeneratorRank:
     """Makes what ``OverlappedSource`` asks for, until it says that the run ends."""
 
-    def __init__(self, recipe: Recipe, pipeline: Pipeline, link: OverlapGroups, stop: Stop) -> None:
+    def __init__(
+        self, recipe: Recipe, pipeline: Pipeline, groups: OverlapGroups, stop: Stop
+    ) -> None:
         self.recipe = recipe
-        self.link = link
+        self.groups = groups
         self.stop = stop
         guide = new_learner(recipe, pipeline).eval().requires_grad_(False)
         other = new_learner(recipe, pipeline).eval().requires_grad_(False)
@@ -250,7 +259,7 @@ class GeneratorRank:
             in_precision(m, recipe.learner.precision, pipeline.device) for m in (guide, other)
         )
         self.guides = guiding(recipe.guidance.criterion, guide, other)
-        unguided = UnguidedSamples(recipe, pipeline, link.makers)
+        unguided = UnguidedSamples(recipe, pipeline, groups.generators)
         self.source = DeliberatePracticeSource(
             recipe, pipeline, unguided, guide, guides=self.guides, pool=SamplePool
         )
@@ -267,16 +276,16 @@ class GeneratorRank:
         job: RoundRequest | None = None
         made: list[SampleBatch] = []
         batches: Iterator[SampleBatch] = iter(())
-        link, rest = self.link, False
+        groups, rest = self.groups, False
         while True:
-            if link.told(f"job/{self._taken + 1}"):
+            if groups.told(f"job/{self._taken + 1}"):
                 job = self._take()
                 made = []
                 batches = self._batches(job)
                 rest = True
-            elif link.told("end"):
+            elif groups.told("end"):
                 return
-            elif job is not None and link.told(f"deliver/{self._taken}"):
+            elif job is not None and groups.told(f"deliver/{self._taken}"):
                 self._deliver(job, made, batches)
                 job, rest = None, False
             elif rest:
@@ -290,19 +299,19 @@ class GeneratorRank:
                     "end",
                     *([] if job is None else [f"deliver/{self._taken}"]),
                 ]
-                link.heartbeat.wait(partial(link.any_told, news), lambda: [0])
+                groups.heartbeat.wait(partial(groups.any_told, news), lambda: [0])
 
     def _batches(self, job: RoundRequest) -> Iterator[SampleBatch]:
-        """This maker's batches of a round, whole ones: where memory ran out they come in smaller
-        parts.
+        """This generator's batches of a round, each whole: where memory ran out, samples come in
+        smaller parts.
         """
         parts = self.source.make(replace(job, turn=0))
         held = None
-        for places in self.link.makers.batches(job.count, self.recipe.generator.batch_size):
+        for places in self.groups.generators.batches(job.count, self.recipe.generator.batch_size):
             while held is None or len(held) < len(places):
                 part = _on_host(next(parts))
                 held = part if held is None else joined([held, part])
-            self.link.heartbeat.beat()
+            self.groups.heartbeat.beat()
             yield _rows(held, slice(None, len(places)))
             held = _rows(held, slice(len(places), None)) if len(held) > len(places) else None
 
@@ -311,27 +320,27 @@ class GeneratorRank:
         self._taken += 1
         for value in self.guides.state_dict().values():
             received = torch.empty_like(value, device="cpu")
-            self.link.publishing.broadcast(received, 0)
+            self.groups.publishing.broadcast(received, 0)
             value.copy_(received)
-        return RoundRequest.from_dict(self.link.said(f"job/{self._taken}", 0))
+        return RoundRequest.from_dict(self.groups.said(f"job/{self._taken}", 0))
 
     def _deliver(
         self, job: RoundRequest, made: list[SampleBatch], batches: Iterator[SampleBatch]
     ) -> None:
         """Sends the batches of a round, those that are missing as soon as they are made."""
-        link = self.link
+        groups = self.groups
         size = self.recipe.generator.batch_size
         latents = self.recipe.pool.codec == "latents"
-        for number, places in enumerate(link.makers.batches(job.count, size)):
+        for number, places in enumerate(groups.generators.batches(job.count, size)):
             batch = made[number] if number < len(made) else next(batches)
-            owner = link.owner_of(places.start // size, job.turn)
-            link.meet(f"batch/{self._taken}/{places.start // size}", owner)
+            owner = groups.owner_of(places.start // size, job.turn)
+            groups.meet(f"batch/{self._taken}/{places.start // size}", owner)
             columns = torch.stack([batch.labels, batch.sample_ids])
             parts = [columns, batch.entropy, batch.images, *([batch.latents] if latents else [])]
             for part in parts:
                 assert part is not None
-                link.everyone.send(part, owner)
-        link.tell(f"spent/{self._taken}/{link.makers.rank}", self.source.cost.state_dict())
+                groups.everyone.send(part, owner)
+        groups.tell(f"spent/{self._taken}/{groups.generators.rank}", self.source.cost.state_dict())
         self.source.cost.load_state_dict(Cost().state_dict())
         # the next round may have other steps than this one, the unguided of round 0
         self.source.release()

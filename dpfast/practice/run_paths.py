@@ -41,6 +41,7 @@ from dpfast.pool.rank_folders import rank_folder_name
 from dpfast.pool.shards import durable
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.changes import BORN, CHANGES, continued
+from dpfast.practice.checkpoint import check_version
 from dpfast.practice.contents import CONTENTS
 from dpfast.practice.throughput import Throughput
 
@@ -128,6 +129,8 @@ def check_vacant(
             raise InputError(
                 f"resume: {str(path)!r} has kept no samples (save_samples = 'none'); run it anew"
             )
+        for folder in sorted(path.glob("checkpoints_*")):
+            check_version(folder)
         return continued(path, recipe)
     if not path.exists() or (path.is_dir() and all(_early(p.name) for p in path.iterdir())):
         return recipe  # a run that was killed before it began
