@@ -11,24 +11,14 @@ from torch import Tensor, nn
 
 from dpfast.errors import InputError
 from dpfast.generate import criteria, preflight
-from dpfast.generate.guidance import GuidanceConfig, GuidancePath
-from dpfast.generate.models.decoder import Decoder, IdentityDecoder, Unscale
+from dpfast.generate.bounded import in_chunks
+from dpfast.generate.guidance import GuidanceConfig, GuidancePath, LearnerPath
+from dpfast.generate.models.decoder import AutoencoderDecoder, Decoder, IdentityDecoder
 from dpfast.ops import guided_step
 from dpfast.ops.guided_step import Prediction
 
 Network = Callable[..., Tensor]
 _IN_PLACE = ((1.0, 0.0, 1.0, 0.0, 0.0, 0.0),)  # a solver row that only moves x along the gradient
-
-
-class _Autoencoder:
-    """A live pipeline's autoencoder, which stays as it is."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
-        self._unscale = Unscale(model)
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        return self.model.decode(self._unscale(latents)).sample.float()
 
 
 def decoder_of(decoder: Any) -> Decoder:
@@ -38,7 +28,7 @@ def decoder_of(decoder: Any) -> Decoder:
     if decoder is None:
         return IdentityDecoder()
     if isinstance(decoder, nn.Module) and hasattr(decoder, "decode"):
-        return _Autoencoder(decoder)
+        return AutoencoderDecoder(decoder)
     if not callable(decoder):
         raise TypeError(
             f"decoder is a {type(decoder).__name__}, expected an autoencoder or a function from "
@@ -68,9 +58,10 @@ class LearnerGradient:
 
     Args:
         learner: images (B, C, H, W) in [-1, 1] to logits (B, K), in ``eval()`` mode.
+        guidance: when, how strongly and by which criterion the learner guides.
         decoder: of the guidance path: an autoencoder of diffusers (an ``AutoencoderTiny`` is the
-        cheap one), a function
-            from latents of unit variance to images in [-1, 1], or None for pixels.
+            cheap one), a function from latents of unit variance to images in [-1, 1], or None for
+            pixels.
         labels: (B,) class ids, for a criterion that reads them.
         image_size: (H, W) that the learner takes; None: as decoded.
         chunk: samples that are differentiated at a time; None: all.
@@ -129,16 +120,14 @@ class LearnerGradient:
                 "learner is in training mode, where samples of a batch may mix; call learner.eval()"
             )
 
-    def path(self, x: Tensor, denoiser: Any = None) -> GuidancePath:
-        """The path for latents like x, its learner tried out at this size."""
+    def path(self, x: Tensor) -> LearnerPath:
+        """The path for denoised latents like x, its learner tried out at this size."""
         self.check_mode()
-        path = GuidancePath(
-            denoiser=denoiser,
+        path = LearnerPath(
             decoder=self.decoder,
             learner=self.learner,
             criterion=self.criterion,
             image_size=self.image_size,
-            through=self.guidance.through,
         )
         shape = tuple(x.shape[1:])
         if shape not in self._tried:
@@ -181,10 +170,12 @@ class LearnerGradient:
         Args:
             timestep, alpha, sigma: 0-d; or (B,) and (B, 1, 1, 1).
             network: ``(x, timestep, **condition)`` to its conditional prediction, at least x's
-            channels.
+                channels.
+            prediction: what the network predicts.
             condition: tensors of B rows.
+            labels: (B,) class ids; None: those of the constructor.
             held: with through="latent", the prediction to hold fixed; None: the network makes it,
-            undifferentiated.
+                undifferentiated.
         """
         x, labels = x.float(), self.labels_for(x, labels)
         for name, rows in condition.items():
@@ -192,23 +183,26 @@ class LearnerGradient:
                 raise InputError(
                     f"{name} has {len(rows)} rows, expected one for each of the {len(x)} samples"
                 )
-        size = self.chunk or len(x)
-        parts = []
-        for start in range(0, len(x), size):
-            part_of = slice(start, start + size)
-            part = {name: value[part_of] for name, value in condition.items()}
-            path = self.path(x, _Bound(network, part, prediction))
-            at = [value[part_of] if value.dim() else value for value in (timestep, alpha, sigma)]
-            fixed = None
-            if self.guidance.through == "latent":
+        path, latent = self.path(x), self.guidance.through == "latent"
+
+        def gradient(
+            x: Tensor,
+            timestep: Tensor,
+            labels: Tensor,
+            alpha: Tensor,
+            sigma: Tensor,
+            held: Tensor | None,
+            *rows: Tensor,
+        ) -> tuple[Tensor]:
+            denoiser = _Bound(network, dict(zip(condition, rows, strict=True)), prediction)
+            if latent and held is None:
                 with torch.no_grad():
-                    fixed = (
-                        path.denoiser(x[part_of], at[0], labels[part_of])
-                        if held is None
-                        else held[part_of]
-                    )
-            parts.append(path.gradient(x[part_of], at[0], labels[part_of], at[1], at[2], fixed)[0])
-        return torch.cat(parts)
+                    held = denoiser(x, timestep, labels)
+            whole = GuidancePath(denoiser=denoiser, **vars(path))
+            return whole.gradient(x, timestep, labels, alpha, sigma, held)[:1]
+
+        given = (x, timestep, labels, alpha, sigma, held if latent else None)
+        return in_chunks(gradient, self.chunk, *given, *condition.values())[0]
 
     def displaced(self, x: Tensor, gradient: Tensor) -> Tensor:
         """x + omega |x| / |g| g with the norms of one sample; a sample whose gradient is not finite

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dpfast.adapters import live_pipeline as pipes
 from dpfast.adapters.gradient import LearnerGradient
 from dpfast.errors import InputError
-from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidanceConfig, predict_x0
 from dpfast.generate.solvers import ddim_table, is_flow
 from dpfast.ops.guided_step import Prediction
@@ -194,11 +193,7 @@ class LearnerGuidance(ClassifierFreeGuidance):
         with torch.enable_grad():
             leaf = x if x.requires_grad else x.detach().requires_grad_()
             x0 = predict_x0(leaf.float(), prediction[:, : x.shape[1]], alpha, sigma, kind)
-        with torch.no_grad():
-            logits, backward = torch.func.vjp(lambda z: path.logits(path.decoder(z)), x0.detach())  # type: ignore[misc]
-            _, dlogits = criteria.value_and_gradient(path.criterion, logits, labels)
-            (dx0,) = backward(dlogits)
-        return torch.autograd.grad(x0, leaf, dx0)[0].float()
+        return path.at_recorded(x0, leaf, labels)[1].float()
 
 
 def _following(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,16 +52,8 @@ class BoundedPath(GuidancePath):
         prediction: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``GuidancePath.gradient``, chunk by chunk."""
-        size = self.chunk or len(x)
-        held = [None] * -(-len(x) // size) if prediction is None else prediction.split(size)
-        parts = [
-            self._of_chunk(part, timestep, classes, alpha, sigma, given)
-            for part, classes, given in zip(x.split(size), labels.split(size), held, strict=True)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        gradients, predictions, values = zip(*parts, strict=True)
-        return torch.cat(gradients), torch.cat(predictions), torch.cat(values)
+        given = (x, timestep, labels, alpha, sigma, prediction)
+        return in_chunks(self._of_chunk, self.chunk, *given)
 
     def _of_chunk(
         self,
@@ -80,11 +73,29 @@ class BoundedPath(GuidancePath):
             x.requires_grad_()
             made = self.denoiser(x, timestep, labels) if prediction is None else prediction
             x0 = predict_x0(x, made, alpha, sigma, self.denoiser.prediction)
-        with torch.no_grad():
-            value, dx0 = self.at(x0.detach(), labels)
-            with torch.inference_mode(False):
-                (gradient,) = torch.autograd.grad(x0, x, dx0)
+        value, gradient = self.at_recorded(x0, x, labels)
         return gradient, made.detach(), value
+
+
+def in_chunks(
+    function: Callable[..., tuple[Tensor, ...]], size: int | None, *tensors: Tensor | None
+) -> Any:
+    """``function`` of the tensors, at most ``size`` rows at a time; None: all at once.
+
+    The first tensor has the rows. Tensors without dimensions, and None, belong to every chunk; the
+    others are split along their first dimension, and so the results are joined.
+    """
+    first = tensors[0]
+    assert first is not None
+    if size is None or len(first) <= size:
+        return function(*tensors)
+    count = -(-len(first) // size)
+    split = [
+        [tensor] * count if tensor is None or tensor.dim() == 0 else tensor.split(size)
+        for tensor in tensors
+    ]
+    parts = [function(*part) for part in zip(*split, strict=True)]
+    return tuple(torch.cat(results) for results in zip(*parts, strict=True))
 
 
 @torch.inference_mode(False)

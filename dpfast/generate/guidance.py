@@ -97,23 +97,19 @@ def predict_x0(x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor, kind
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidancePath:
-    """The way from a noisy latent to the criterion, and back.
+class LearnerPath:
+    """The way from a denoised latent to the criterion, and back.
 
-    denoiser: of the conditional prediction; decoder: the tiny one where there is one.
+    decoder: the tiny one where there is one.
     learner: images in [-1, 1] to logits (B, K), or (B, M, K) of a committee for a criterion that
     compares its members.
     image_size: (H, W) that the learner takes; None: the decoder's.
-
-    ``dpfast.generate.bounded`` holds less memory for the same numbers.
     """
 
-    denoiser: Denoiser
     decoder: Decoder
     learner: Callable[[Tensor], Tensor]
     criterion: Criterion = criteria.entropy
     image_size: tuple[int, int] | None = None
-    through: Through = "denoiser"
 
     def logits(self, images: Tensor) -> Tensor:
         """The learner's logits of images (B, C, H, W) in [-1, 1], resized to what it takes."""
@@ -128,6 +124,35 @@ class GuidancePath:
         logits = self.logits(images)
         return ops.entropy(logits[:, 0] if logits.dim() == 3 else logits)
 
+    def at(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The criterion's values (B,) at x0, and their gradient there."""
+        logits, backward = torch.func.vjp(lambda x0: self.logits(self.decoder(x0)), x0)  # type: ignore[misc]
+        value, dlogits = criteria.value_and_gradient(self.criterion, logits, labels)
+        return value, backward(dlogits)[0]
+
+    @torch.no_grad()
+    def at_recorded(self, x0: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The criterion's values (B,) at x0, and their gradient at the leaf x from which autograd
+        recorded x0.
+        """
+        value, dx0 = self.at(x0.detach(), labels)
+        with torch.inference_mode(False):
+            (gradient,) = torch.autograd.grad(x0, x, dx0)
+        return value, gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidancePath(LearnerPath):
+    """The way from a noisy latent to the criterion, and back.
+
+    denoiser: of the conditional prediction. through: as in ``GuidanceConfig``.
+
+    ``dpfast.generate.bounded`` holds less memory for the same numbers.
+    """
+
+    denoiser: Denoiser
+    through: Through = "denoiser"
+
     def gradient(
         self,
         x: Tensor,
@@ -141,10 +166,12 @@ class GuidancePath:
         classifier-free guidance.
 
         Args:
-            x: latents (B, c, h, w), float32; labels: (B,) int64 class ids.
-            timestep, alpha, sigma: 0-d tensors of the step's table row.
+            x: latents (B, c, h, w), float32.
+            timestep: 0-d, or (B,), of the step's table row.
+            labels: (B,) int64 class ids.
+            alpha, sigma: 0-d, or (B, 1, 1, 1), of the step's table row.
             prediction: the conditional prediction (B, c, h, w), held fixed; None: it is made, and
-            differentiated.
+                differentiated.
 
         Returns:
             gradient (B, c, h, w), prediction (B, c, h, w) and value (B,) of the criterion.
@@ -158,9 +185,3 @@ class GuidancePath:
             x0, backward, made = torch.func.vjp(x0_of, x, has_aux=True)  # type: ignore[misc]
             value, dx0 = self.at(x0, labels)
             return backward(dx0)[0], made, value
-
-    def at(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The criterion's values (B,) at x0, and their gradient there."""
-        logits, backward = torch.func.vjp(lambda x0: self.logits(self.decoder(x0)), x0)  # type: ignore[misc]
-        value, dlogits = criteria.value_and_gradient(self.criterion, logits, labels)
-        return value, backward(dlogits)[0]

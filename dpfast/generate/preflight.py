@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpfast.errors import InputError
 from dpfast.generate import check, criteria
-from dpfast.generate.guidance import GuidancePath
+from dpfast.generate.guidance import GuidancePath, LearnerPath
 from dpfast.generate.pipelines import Pipeline
 
 
@@ -103,7 +103,7 @@ def _warn_of_easy_samples() -> None:
 
 @torch.no_grad()
 def try_learner(
-    path: GuidancePath, shape: tuple[int, ...], classes: int | None, device: torch.device
+    path: LearnerPath, shape: tuple[int, ...], classes: int | None, device: torch.device
 ) -> None:
     """Runs the learner and the criterion on two black images, as latents of ``shape`` (c, h, w)
     decode to.

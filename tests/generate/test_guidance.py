@@ -59,7 +59,7 @@ def plain_loss(logits, labels):
 def test_gradient_is_that_of_plain_autograd(criterion, plain, through, path, inputs, pipeline):
     x, t, labels, _, _ = inputs
     path = dataclasses.replace(path, criterion=criteria.named(criterion), through=through)
-    model, tiny = pipeline.denoiser.model, pipeline.guidance_decoder.tiny
+    model, tiny = pipeline.denoiser.model, pipeline.guidance_decoder.model
 
     leaf = x.clone().requires_grad_()
     expected_prediction = model(leaf, timestep=t.expand(5), class_labels=labels).sample

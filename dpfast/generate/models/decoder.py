@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 
 class Decoder(Protocol):
+    """Latents (B, c, h, w) of unit variance to float32 images (B, C, H, W) in [-1, 1]."""
+
     def __call__(self, latents: Tensor) -> Tensor: ...
 
 
@@ -89,37 +91,40 @@ def _upsample_by_repeating(model: nn.Module) -> nn.Module:
     return model
 
 
-class VaeDecoder:
-    """The pipeline's full ``AutoencoderKL``: the decoder of the images that enter the pool."""
+class AutoencoderDecoder:
+    """An autoencoder of diffusers as it is, for instance that of a live pipeline."""
 
-    def __init__(self, vae: nn.Module) -> None:
-        self.vae = _upsample_by_repeating(vae).eval().requires_grad_(False)
-        self._unscale = Unscale(vae)
+    def __init__(self, model: Any) -> None:  # nn.Module is typed without decode and encode
+        self.model = model
+        self._unscale = Unscale(model)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(self._unscale(latents)).sample.float()  # type: ignore[operator]
+        return self.model.decode(self._unscale(latents)).sample.float()
+
+
+class VaeDecoder(AutoencoderDecoder):
+    """The pipeline's full ``AutoencoderKL``: the decoder of the images that enter the pool."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(_upsample_by_repeating(model).eval().requires_grad_(False))
 
     def encode(self, images: Tensor) -> Tensor:
-        latents = self.vae.encode(images.to(self._unscale.dtype)).latent_dist.mode()  # type: ignore[operator]
+        latents = self.model.encode(images.to(self._unscale.dtype)).latent_dist.mode()
         return self._unscale.inverse(latents)
 
 
-class TinyDecoder:
+class TinyDecoder(AutoencoderDecoder):
     """A distilled ``AutoencoderTiny``: the decoder of the guidance path, where the full one
     dominates the cost.
     """
 
-    def __init__(self, tiny: Any) -> None:  # nn.Module.to is typed without memory_format
+    def __init__(self, model: Any) -> None:
         # Channels last: a third faster with its gradient on a CPU, and what convolutions on a GPU
         # want.
-        self.tiny = tiny.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self._unscale = Unscale(tiny)
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        return self.tiny.decode(self._unscale(latents)).sample.float()
+        super().__init__(model.eval().requires_grad_(False).to(memory_format=torch.channels_last))
 
     def encode(self, images: Tensor) -> Tensor:
-        return self._unscale.inverse(self.tiny.encode(images.to(self._unscale.dtype)).latents)
+        return self._unscale.inverse(self.model.encode(images.to(self._unscale.dtype)).latents)
 
 
 class ResizedDecoder:

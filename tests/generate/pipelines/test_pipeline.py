@@ -275,7 +275,7 @@ def test_a_loaded_model_is_frozen(stable_diffusion_folder):
     pipeline = Pipeline.from_pretrained(stable_diffusion_folder, class_names=NAMES)
     tensors = [
         *pipeline.denoiser.model.parameters(),
-        *pipeline.decoder.vae.parameters(),
+        *pipeline.decoder.model.parameters(),
         pipeline.denoiser.embeddings,
     ]
     assert not any(tensor.requires_grad for tensor in tensors)
