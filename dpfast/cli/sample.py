@@ -45,8 +45,7 @@ def add(commands: Commands) -> None:
         "--guidance.omega",
         "--omega",
         dest="omega",
-        type=float,
-        default=0.0,
+        default="0",
         metavar="X",
         help="strength of guidance (default: 0, unguided)",
     )
@@ -65,14 +64,15 @@ def add(commands: Commands) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> int:
+    recipe = recipe_of(arguments, omega=arguments.omega)
+    omega = recipe.guidance.omega
     if arguments.count < 1:
-        raise InputError(f"count = {arguments.count}: at least 1")
+        raise InputError(f"count = {arguments.count}: expected at least 1")
     require("matplotlib")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise InputError(f"out = {str(arguments.out)!r}: exists and is not an empty folder")
-    if arguments.learner is not None and not arguments.omega:
+    if arguments.learner is not None and not omega:
         raise InputError(f"learner = {arguments.learner!r}: guides only with omega, which is 0")
-    recipe = recipe_of(arguments, omega=arguments.omega)
     recipe.need_folders("pipeline")
 
     from dpfast.generate.from_recipe import load_pipeline, new_sampler
@@ -82,7 +82,7 @@ def sample(arguments: argparse.Namespace) -> int:
 
     pipeline = load_pipeline(recipe.generator, device=device_named(recipe.device))
     labels = _labels(arguments.labels, pipeline.class_names)
-    learner = load_learner(arguments.learner, pipeline) if arguments.omega else None
+    learner = load_learner(arguments.learner, pipeline) if omega else None
     ordered = [label for label in labels for _ in range(arguments.count)]
     sampler = new_sampler(recipe, pipeline, learner, compile="auto")
     batches = sampler.stream(ordered)

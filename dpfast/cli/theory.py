@@ -94,7 +94,7 @@ def add(commands: Commands) -> None:
 def figures(arguments: argparse.Namespace) -> int:
     require("matplotlib")
     if arguments.draws < 2:
-        raise InputError(f"draws = {arguments.draws}: at least 2, for a standard error")
+        raise InputError(f"draws = {arguments.draws}: expected at least 2, for a standard error")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise InputError(f"out = {str(arguments.out)!r}: is not a folder")
 

@@ -147,9 +147,9 @@ def plan(
     or a learner that cannot be built.
     """
     if count < 1:
-        raise InputError(f"count = {count}: at least one device")
+        raise InputError(f"count = {count}: expected at least one device")
     if utilisation is not None and not 0 < utilisation <= 1:
-        raise InputError(f"utilisation = {utilisation:g}: above 0 and at most 1")
+        raise InputError(f"utilisation = {utilisation:g}: expected above 0 and at most 1")
     total = recipe.practice.maximum_samples if samples is None else samples
     if total < recipe.practice.initial_samples:
         raise InputError(

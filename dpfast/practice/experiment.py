@@ -116,8 +116,8 @@ class DeliberatePractice:
         for name in ("initial_samples", "round_samples"):
             if getattr(practice, name) < classes:
                 raise RecipeError(
-                    f"{name} = {getattr(practice, name)}: at least one for each of {classes} "
-                    "classes"
+                    f"{name} = {getattr(practice, name)}: expected at least one for each of "
+                    f"{classes} classes"
                 )
         if len(self.real.classes) != classes:
             raise RecipeError(

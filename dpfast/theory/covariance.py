@@ -129,7 +129,7 @@ def covariance_error(
     s = features.spectrum
     checked = features.cells(n=n, keep=keep, ridge=ridge, strategy=strategy, power=power)
     if np.any(checked.ridge == 0):
-        raise InputError("ridge = 0.0: above 0 with a covariance")
+        raise InputError("ridge = 0.0: expected above 0 with a covariance")
     grid = np.broadcast_arrays(checked.n, checked.keep, checked.ridge)
     n, keep, ridge = (x[..., None] for x in grid)  # the last axis is Sigma's
     k = scalars(strategy, keep, checked.rho_g, power=power)

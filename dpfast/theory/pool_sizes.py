@@ -56,12 +56,12 @@ def pool_sizes(
     ridge: above 0; None takes the best one for every pool. Raises InputError, naming the argument.
     """
     if not 0.5 < accuracy < 1:
-        raise InputError(f"accuracy = {accuracy!r}: between 0.5, which is chance, and 1")
+        raise InputError(f"accuracy = {accuracy!r}: expected between 0.5, which is chance, and 1")
     domain(d=d, keep=keeps)
     if ridge is not None:
         domain(ridge=ridge)
         if ridge == 0:
-            raise InputError("ridge = 0: above 0 here; 1e-9 stands for its limit")
+            raise InputError("ridge = 0: expected above 0 here; 1e-9 stands for its limit")
 
     def best(n: ArrayLike, keep: float) -> tuple[Array, Array]:
         """Ridges and errors of pools n (k,)."""

@@ -113,7 +113,7 @@ def quadrature(
     if np.any(np.isnan(breaks)):
         raise InputError(f"breaks = {list(breaks)}: expected numbers")
     if nodes < 1:
-        raise InputError(f"nodes = {nodes}: at least 1")
+        raise InputError(f"nodes = {nodes}: expected at least 1")
     inner = sorted(b for b in breaks if 0 < b < _END)
     edges = [0.0, *inner, _END]
     x, w = np.polynomial.legendre.leggauss(nodes)

@@ -78,11 +78,11 @@ def _simulate(
     device: str | torch.device | None,
 ) -> Simulated:
     if draws < 2:
-        raise InputError(f"draws = {draws}: at least 2, for a standard error")
+        raise InputError(f"draws = {draws}: expected at least 2, for a standard error")
     if np.any(c.ridge <= 0):
-        raise InputError(f"ridge = {float(np.min(c.ridge))!r}: above 0 in a simulation")
+        raise InputError(f"ridge = {float(np.min(c.ridge))!r}: expected above 0 in a simulation")
     if np.any(c.d < 3):
-        raise InputError(f"d = {float(np.min(c.d))!r}: at least 3 in a simulation")
+        raise InputError(f"d = {float(np.min(c.d))!r}: expected at least 3 in a simulation")
     for name, size in (("d", c.d), ("n", c.n)):
         if np.any(size % 1):
             raise InputError(

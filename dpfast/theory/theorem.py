@@ -126,7 +126,7 @@ def spectral(p: ArrayLike, gamma: ArrayLike, phi: ArrayLike, ridge: ArrayLike) -
     """
     p, gamma, phi, ridge = domain(p=p, gamma=gamma, phi=phi, ridge=ridge).values()
     if np.any(ridge == 0):
-        raise InputError("ridge = 0: above 0; ridgeless() is the limit")
+        raise InputError("ridge = 0: expected above 0; ridgeless() is the limit")
     with np.errstate(all="ignore"):
         made = _spectral(p, gamma, phi, ridge)
     if not all(np.isfinite(part).all() for part in made):

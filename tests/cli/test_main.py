@@ -29,7 +29,7 @@ from dpfast.ops import audit, dispatch
         ),
         (
             ["run", "fashion", "--initial-samples", "5"],
-            "initial_samples = 5: at least one for each of 10 classes",
+            "initial_samples = 5: expected at least one for each of 10 classes",
         ),
         (["run", "fashion", "--round-samples", "5"], "round_samples = 5"),
         (["run", "fashion", "--pipeline", "/nowhere"], "pipeline = '/nowhere': no such folder"),

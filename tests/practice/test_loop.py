@@ -104,7 +104,7 @@ def test_the_learner_of_a_run_can_be_loaded(recipe, tmp_path, pipeline):
         (
             "practice",
             {"initial_samples": 2},
-            "initial_samples = 2: at least one for each of 3 classes",
+            "initial_samples = 2: expected at least one for each of 3 classes",
         ),
         ("practice", {"round_samples": 2}, "round_samples = 2"),
         ("learner", {"classes": 10}, "classes = 10"),
