@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = [
     f"csrc/{name}.cpp"
-    for name in ("module", "entropy", "guided_step", "noise", "gather", "rows", "permutation")
+    for name in ("module", "entropy", "guided_step", "noise", "gather", "chunk_rows", "permutation")
 ]
 HEADERS = [f"csrc/{name}.hpp" for name in ("kernels", "memory", "simd", "parallel", "philox")]
 FLAGS = [

@@ -111,11 +111,11 @@ DPFAST_INLINE void one_sample(const GuidedStep& args, int64_t sample, Buffers& b
       if (args.skipped != nullptr) __atomic_fetch_add(args.skipped, int64_t{1}, __ATOMIC_RELAXED);
     } else if (args.relative) {
       const double norm = std::sqrt(sum_of_squares(args.x, args.dtype, base, args.elements, buffers.x));
-      const double push = omega * norm / (std::sqrt(squares) + kNormFloor);
-      x0.grad = x0.x * push, eps.grad = eps.x * push;
+      const double grad_scale = omega * norm / (std::sqrt(squares) + kNormFloor);
+      x0.grad = x0.x * grad_scale, eps.grad = eps.x * grad_scale;
     } else {
-      const double push = static_cast<double>(omega) * sigma;
-      x0.grad = sigma * reciprocal(alpha) * push, eps.grad = -push;
+      const double grad_scale = static_cast<double>(omega) * sigma;
+      x0.grad = sigma * reciprocal(alpha) * grad_scale, eps.grad = -grad_scale;
     }
   }
 

@@ -1,23 +1,37 @@
-"""The fused operations of a guided sampler: entropy, guided step, keyed noise, batch gather.
+"""The operations with kernels of their own: what a guided sampler, a pool and a loader run often.
 
-Each file holds one operation: its formula, its registration with torch and its public function. The
-same name stands in `reference` for plain PyTorch and in `kernels` for Triton; the C++ of
-`dpfast._native` is in csrc. `backend_of` tells which kernels an operation would use on a device;
-`DPFAST_BACKEND` forces one.
+Each file holds one operation, in reading order: its formula and the bytes that it moves, the
+reference in plain PyTorch, the Triton kernel, the call of the C++ kernel (csrc), the registration
+with torch and the public function; the guided step takes a folder. `backend_of` tells which kernels
+an operation would use on a device; `DPFAST_BACKEND` forces one.
+
+What operations share: `dispatch` (the rule that chooses kernels), `check` (of arguments) and
+`triton_stub` (kernels can be defined where Triton is missing). `audit` reads what the Triton
+kernels become on a GPU.
 """
 
+from dpfast.ops.chunk_rows import ChunkTable, take_rows
+from dpfast.ops.crop import StoredImages, crop_batch
 from dpfast.ops.dispatch import backend_of
 from dpfast.ops.entropy import entropy, entropy_and_grad
+from dpfast.ops.frozen_linear import frozen_linear
 from dpfast.ops.gather import gather_batch
 from dpfast.ops.guided_step import DynamicThreshold, guided_step
 from dpfast.ops.noise import normal
+from dpfast.ops.permutation import permutation
 
 __all__ = [
+    "ChunkTable",
     "DynamicThreshold",
+    "StoredImages",
     "backend_of",
+    "crop_batch",
     "entropy",
     "entropy_and_grad",
+    "frozen_linear",
     "gather_batch",
     "guided_step",
     "normal",
+    "permutation",
+    "take_rows",
 ]

@@ -184,8 +184,10 @@ def crop_kernel(
     column = pixel % COLUMNS
     if flip is not None:
         column = tl.where(tl.load(flip + image) != 0, COLUMNS - 1 - column, column)
-    top, left = tl.load(boxes + image * 4), tl.load(boxes + image * 4 + 1)
-    height, width = tl.load(boxes + image * 4 + 2), tl.load(boxes + image * 4 + 3)
+    top = tl.load(boxes + image * 4)
+    left = tl.load(boxes + image * 4 + 1)
+    height = tl.load(boxes + image * 4 + 2)
+    width = tl.load(boxes + image * 4 + 3)
     centre_y, reach_y, first_y = _axis(top, height, pixel // COLUMNS, LINES)
     centre_x, reach_x, first_x = _axis(left, width, column, COLUMNS)
     target = out + image * (CHANNELS * LINES * COLUMNS)
@@ -260,8 +262,8 @@ def _native(
     boxes, flip, size, scale, bias = transform
     # These names keep the tensors alive until the kernel has read them.
     indices = indices.contiguous()
-    flip = None if flip is None else flip.contiguous()
-    boxes = None if boxes is None else boxes.contiguous()
+    flip = dispatch.contiguous(flip)
+    boxes = dispatch.contiguous(boxes)
     where = (
         images.table.addresses.data_ptr(),
         images.table.chunk_rows,
@@ -366,7 +368,8 @@ def crop_batch(
         indices = check.tensor("indices", indices, (torch.int64,), CPU)
         shape = (len(indices), *images.shape)
     else:
-        shape, device = tuple(images.shape), images.device
+        shape = tuple(images.shape)
+        device = images.device
         indices = torch.arange(len(images))
     size = _checked_size(shape, flip, boxes, size)
     target = (*shape[:2], *size)

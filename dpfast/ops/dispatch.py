@@ -23,13 +23,21 @@ from dpfast.errors import InputError
 Backend = Literal["triton", "native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "native", "reference")
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/simd.hpp
-FORCED = os.environ.get(
-    "DPFAST_BACKEND", ""
-)  # read once: a lookup a call would cost a tenth of a small operation
-INTERPRETED = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # Triton reads it once too, where a kernel is defined
-OPERATIONS = ("entropy", "guided_step", "noise", "gather")
+# Read once: a lookup a call would cost a tenth of a small operation.
+FORCED = os.environ.get("DPFAST_BACKEND", "")
+# Triton reads it once too, where a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The operations, each a file of this package, and the backends for which it has a kernel.
+OPERATIONS: dict[str, tuple[Backend, ...]] = {
+    "entropy": ("triton", "native"),
+    "guided_step": ("triton", "native"),
+    "noise": ("triton", "native"),
+    "gather": ("triton", "native"),
+    "chunk_rows": ("triton", "native"),
+    "crop": ("triton", "native"),
+    "permutation": ("native",),  # computed on the host, whatever the device
+    "frozen_linear": (),  # oneDNN's kernel, through PyTorch
+}
 CPU = torch.device("cpu")
 
 
@@ -63,19 +71,19 @@ def has_triton() -> bool:
 
 
 def backend_of(operation: str, device: torch.device | str) -> Backend:
-    """The backend that `operation` ("entropy", "guided_step", "noise" or "gather") uses for tensors
-    on `device`.
+    """The backend that `operation`, one of OPERATIONS, uses for tensors on `device`.
 
     Raises `InputError` for an unknown operation or `DPFAST_BACKEND`, `RuntimeError` where a forced
     backend cannot run.
     """
     if operation not in OPERATIONS:
         raise InputError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
-    return backend_for(torch.device(device))
+    backend = backend_for(torch.device(device))
+    return backend if backend in OPERATIONS[operation] else "reference"
 
 
 def backend_for(device: torch.device) -> Backend:
-    """`backend_of` for any of the operations: they all share the rule."""
+    """`backend_of` for an operation that has all kernels: they share the rule."""
     return _choose(device, FORCED)
 
 
@@ -115,9 +123,8 @@ def traced(*tensors: Tensor | None) -> bool:
     ):
         return True
     if torch.is_grad_enabled():
-        for tensor in (
-            tensors
-        ):  # a loop, because a generator costs a small operation more than its arithmetic
+        # A loop, because a generator costs a small operation more than its arithmetic.
+        for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
@@ -126,3 +133,18 @@ def traced(*tensors: Tensor | None) -> bool:
 def address(tensor: Tensor | None) -> int:
     """The address of a tensor's first element for the native kernels, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in contiguous memory, None for None. Its caller keeps it until it was read."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def integer_or_tensor(value: int | Tensor) -> tuple[int, Tensor | None]:
+    """A number or a device scalar as the pair that a registered operation takes."""
+    return (0, value) if isinstance(value, Tensor) else (value, None)
+
+
+def number_or_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
+    """A number or a tensor of numbers as the pair that a registered operation takes."""
+    return (0.0, value) if isinstance(value, Tensor) else (value, None)

@@ -151,7 +151,8 @@ def launch(logits: Tensor, temperature: float, entropy: Tensor, dlogits: Tensor 
         return
     tile, block, warps = settings(classes)
     unit = math.gcd(logits.stride(0), 16)
-    stride, scale = logits.stride(0) // unit, 1.0 / temperature
+    stride = logits.stride(0) // unit
+    scale = 1.0 / temperature
     target, gradient = (entropy, False) if dlogits is None else (dlogits, True)
     if classes <= ONE_BLOCK:
         rows_kernel[(-(-rows // tile),)](
@@ -191,7 +192,8 @@ def _run(logits: Tensor, temperature: float, dlogits: Tensor | None) -> Tensor:
     rows, classes = logits.shape
     stride, step = logits.stride()
     if step != 1 and classes > 1:
-        logits, stride = logits.contiguous(), classes
+        logits = logits.contiguous()
+        stride = classes
     entropy = logits.new_empty(rows, dtype=torch.float32)
     if backend == "triton":
         launch(logits, temperature, entropy, dlogits)

@@ -128,7 +128,9 @@ def launch(request: Request, out: Tensor) -> None:
     """Writes the batch into `out`, which is contiguous or in channels_last memory."""
     if out.numel() == 0:
         return
-    store, flip, channels_last = request.store, request.flip, not out.is_contiguous()
+    store = request.store
+    flip = request.flip
+    channels_last = not out.is_contiguous()
     channels, height, width = store.shape[1:]
     group, planes, pixels = settings(channels, height, width, channels_last)
     gather_kernel[(len(out), -(-height * width // pixels), 1 if channels_last else channels)](
@@ -154,10 +156,8 @@ def launch(request: Request, out: Tensor) -> None:
 
 def _native(request: Request, out: Tensor) -> None:
     store = request.store
-    indices, flip = (
-        request.indices.contiguous(),
-        None if request.flip is None else request.flip.contiguous(),
-    )
+    indices = request.indices.contiguous()
+    flip = dispatch.contiguous(request.flip)
     inside = dispatch.native_module().gather(
         store.data_ptr(),
         store.shape[0],

@@ -63,17 +63,12 @@ def reference_words(
     device = sample_ids.device
     # int64 holds a seed's bits as two's complement, so seeds from 2^63 to 2^64 - 1 fold to the
     # negative numbers.
-    seed = (
-        seed
-        if isinstance(seed, Tensor)
-        else torch.full((), signed(seed), dtype=torch.int64, device=device)
-    )
-    stream = (
-        stream
-        if isinstance(stream, Tensor)
-        else torch.full((), stream, dtype=torch.int64, device=device)
-    )
-    seed, stream = seed.long(), stream.long() & WORD
+    if not isinstance(seed, Tensor):
+        seed = torch.full((), signed(seed), dtype=torch.int64, device=device)
+    if not isinstance(stream, Tensor):
+        stream = torch.full((), stream, dtype=torch.int64, device=device)
+    seed = seed.long()
+    stream = stream.long() & WORD
     ids = sample_ids.unsqueeze(1)
     block = torch.arange((elements + 3) // 4, device=device).unsqueeze(0)
     counter = (ids & WORD, ids >> 32 & WORD, block, seed >> 32 & WORD)
@@ -252,11 +247,10 @@ def _native(
     """
     samples = sample_ids.shape[0]
     blocks = (samples, (elements + 3) // 4, 4)
-    out = (
-        torch.empty(blocks, dtype=torch.int32)
-        if words
-        else torch.empty(samples, elements, dtype=torch.float32)
-    )
+    if words:
+        out = torch.empty(blocks, dtype=torch.int32)
+    else:
+        out = torch.empty(samples, elements, dtype=torch.float32)
     seed_at = seed.long() if isinstance(seed, Tensor) else None
     stream_at = stream.long() if isinstance(stream, Tensor) else None
     ids = sample_ids.contiguous()
@@ -292,14 +286,12 @@ def _run(
 ) -> Tensor:
     backend = dispatch.backend_for(sample_ids.device)
     if backend == "triton":
-        return launch(sample_ids, math.prod(shape), seed, stream).reshape(
-            sample_ids.shape[0], *shape
-        )
-    if backend == "native":
-        return _native(sample_ids, math.prod(shape), seed, stream).reshape(
-            sample_ids.shape[0], *shape
-        )
-    return reference(sample_ids, tuple(shape), seed, stream)
+        normals = launch(sample_ids, math.prod(shape), seed, stream)
+    elif backend == "native":
+        normals = _native(sample_ids, math.prod(shape), seed, stream)
+    else:
+        return reference(sample_ids, tuple(shape), seed, stream)
+    return normals.reshape(sample_ids.shape[0], *shape)
 
 
 @torch.library.custom_op("dpfast::normal", mutates_args=())
@@ -329,11 +321,6 @@ def _(
     stream_at: Tensor | None,
 ) -> Tensor:
     return sample_ids.new_empty((sample_ids.shape[0], *shape), dtype=torch.float32)
-
-
-def split(value: int | Tensor) -> tuple[int, Tensor | None]:
-    """A number or a device scalar as the pair that a registered operation takes."""
-    return (0, value) if isinstance(value, Tensor) else (value, None)
 
 
 def check_seed(name: str, seed: int | Tensor, device: torch.device) -> int | Tensor:
@@ -381,5 +368,10 @@ def normal(
     seed = check_seed("seed", seed, sample_ids.device)
     stream = check_seed("stream", stream, sample_ids.device)
     if dispatch.traced(sample_ids):
-        return _operation(sample_ids, size, *split(seed), *split(stream))
+        return _operation(
+            sample_ids,
+            size,
+            *dispatch.integer_or_tensor(seed),
+            *dispatch.integer_or_tensor(stream),
+        )
     return _run(sample_ids, size, seed, stream)

@@ -70,10 +70,8 @@ def _native(call: Call) -> None:
         for tensor in (call.out, call.x0_out)
     ]
     # These names keep the tensors alive until the kernel has read them.
-    table, ids = (
-        call.table.contiguous(),
-        None if call.sample_ids is None else call.sample_ids.contiguous(),
-    )
+    table = call.table.contiguous()
+    ids = dispatch.contiguous(call.sample_ids)
     step, step_at = (0, call.step.long()) if isinstance(call.step, Tensor) else (call.step, None)
     seed, seed_at = (0, call.seed.long()) if isinstance(call.seed, Tensor) else (call.seed, None)
     cfg_scale, cfg_at, cfg_stride = _as_pointer(call.cfg_scale)
@@ -165,10 +163,6 @@ def _operation(
         seed if seed_at is None else seed_at,
     )
     _run(call)
-
-
-def _split(value: float | Tensor) -> tuple[float, Tensor | None]:
-    return (0.0, value) if isinstance(value, Tensor) else (value, None)
 
 
 def _options(mode: str, prediction: str, clip: object) -> Options:
@@ -324,11 +318,11 @@ def guided_step(
         skipped,
         *constants,
         table,
-        *noise.split(step),
-        *_split(cfg_scale),
-        *_split(omega),
+        *dispatch.integer_or_tensor(step),
+        *dispatch.number_or_tensor(cfg_scale),
+        *dispatch.number_or_tensor(omega),
         *options,
         sample_ids,
-        *noise.split(seed),
+        *dispatch.integer_or_tensor(seed),
     )
     return result if out is None else out.copy_(result)

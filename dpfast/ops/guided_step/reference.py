@@ -84,7 +84,10 @@ def reference(call: Call) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch, fp32 inside (fp64 for an fp64 x): x_next and x0, in the dtype
     of x.
     """
-    x, table, step, options = call.x, call.table, call.step, call.options
+    x = call.x
+    table = call.table
+    step = call.step
+    options = call.options
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch = x.shape[0]
 

@@ -18,6 +18,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from dpfast.ops import dispatch
 from dpfast.ops.guided_step.reference import Call, quantile
 from dpfast.ops.noise import normals, wide
 from dpfast.ops.triton_stub import next_power, tl, triton
@@ -119,7 +120,7 @@ def _predict(
     base,
     at,
     scale,
-    push,
+    grad_scale,
     finite,
     alpha,
     sigma,
@@ -137,7 +138,7 @@ def _predict(
         pred = uncond + scale * (pred - uncond)
     if GUIDED:
         # A choice, not a product: zero times NaN is NaN.
-        shift = tl.where(finite, push * gradient.to(tl.float32), 0.0)
+        shift = tl.where(finite, grad_scale * gradient.to(tl.float32), 0.0)
         if RELATIVE:
             state += shift
     if PREDICTION == 0:
@@ -259,14 +260,12 @@ def guided_step_kernel(
     nowhere = tl.where(legal, 0.0, float("nan"))
     alpha, sigma = tl.load(column) + nowhere, tl.load(column + 1) + nowhere
     scale = cfg_scale if CFG_STRIDE < 0 else tl.load(cfg_scale + sample * CFG_STRIDE)
-    push = 0.0
+    grad_scale = 0.0
     finite = True
     if grad is not None:
         if partials is None:
-            state_squares, squares = (
-                _sum_of_squares(states, CHUNKS),
-                _sum_of_squares(gradients, CHUNKS),
-            )
+            state_squares = _sum_of_squares(states, CHUNKS)
+            squares = _sum_of_squares(gradients, CHUNKS)
         else:
             part = tl.arange(0, PARTS)
             source = partials + (sample * tl.num_programs(1) + part) * 2
@@ -275,8 +274,9 @@ def guided_step_kernel(
             )
             squares = tl.sum(tl.load(source + 1, mask=part < tl.num_programs(1), other=0.0), axis=0)
         finite = squares <= LARGEST
-        weight = omega if OMEGA_STRIDE < 0 else tl.load(omega + sample * OMEGA_STRIDE)
-        push = weight * (tl.sqrt(state_squares) / (tl.sqrt(squares) + 1e-8) if RELATIVE else sigma)
+        strength = omega if OMEGA_STRIDE < 0 else tl.load(omega + sample * OMEGA_STRIDE)
+        norm = tl.sqrt(state_squares) / (tl.sqrt(squares) + 1e-8) if RELATIVE else sigma
+        grad_scale = strength * norm
         if skipped is not None:
             tl.atomic_add(
                 skipped,
@@ -303,7 +303,7 @@ def guided_step_kernel(
                     base,
                     at,
                     scale,
-                    push,
+                    grad_scale,
                     finite,
                     alpha,
                     sigma,
@@ -322,7 +322,7 @@ def guided_step_kernel(
                 base,
                 at,
                 scale,
-                push,
+                grad_scale,
                 finite,
                 alpha,
                 sigma,
@@ -342,7 +342,10 @@ def guided_step_kernel(
     inverse = 1.0 / bound if LIMIT > 1 else 1.0
     # Read here and not above: the search needs their registers. For a step outside the table x0 or
     # eps is NaN already.
-    a, b, c, d = tl.load(column + 2), tl.load(column + 3), tl.load(column + 4), tl.load(column + 5)
+    a = tl.load(column + 2)
+    b = tl.load(column + 3)
+    c = tl.load(column + 4)
+    d = tl.load(column + 5)
     key = wide(tl.load(seed) if SEED_AT else seed)
     for i in tl.static_range(CHUNKS):
         for _ in range(tl.num_programs(1) if LIMIT == 2 else 1):
@@ -394,13 +397,12 @@ def settings(
 
 def launch(call: Call) -> None:
     """The step of a call whose tensors lie on one device, in any memory layout."""
-    options, elements = call.options, math.prod(call.out.shape[1:])
+    options = call.options
+    elements = math.prod(call.out.shape[1:])
     if call.out.shape[0] == 0:
         return
-    inputs = tuple(None if tensor is None else tensor.contiguous() for tensor in call.inputs)
-    targets = [
-        None if tensor is None else tensor.contiguous() for tensor in (call.out, call.x0_out)
-    ]
+    inputs = tuple(map(dispatch.contiguous, call.inputs))
+    targets = [dispatch.contiguous(tensor) for tensor in (call.out, call.x0_out)]
     partials = _norms(cast(Tensor, inputs[0]), inputs[3]) if elements > WHOLE else None
     limit = Limit(0 if math.isinf(options.clip) else 1, options.clip)
     if options.threshold_ratio >= 0:
@@ -422,7 +424,8 @@ def _norms(x: Tensor, grad: Tensor | None) -> Tensor | None:
     """The partial sums of split samples, (B, blocks, 2)."""
     if grad is None:
         return None
-    samples, elements = x.shape[0], math.prod(x.shape[1:])
+    samples = x.shape[0]
+    elements = math.prod(x.shape[1:])
     _, block, warps = settings(elements, x.element_size())
     blocks = -(-elements // block)
     partials = torch.empty((samples, blocks, 2), dtype=torch.float32, device=x.device)
@@ -441,7 +444,8 @@ def _launch(
     """Writes contiguous `out` and `x0_out`; `inputs` are contiguous x, pred_cond, pred_uncond, grad
     and x0_prev.
     """
-    samples, elements = call.x.shape[0], math.prod(call.x.shape[1:])
+    samples = call.x.shape[0]
+    elements = math.prod(call.x.shape[1:])
     x, pred_cond, pred_uncond, grad, x0_prev = inputs
     cfg_scale, omega = (
         v.contiguous() if isinstance(v, Tensor) else v for v in (call.cfg_scale, call.omega)
@@ -464,7 +468,7 @@ def _launch(
         call.step,
         cfg_scale,
         omega,
-        None if call.sample_ids is None else call.sample_ids.contiguous(),
+        dispatch.contiguous(call.sample_ids),
         call.seed,
         call.skipped,
         partials,
