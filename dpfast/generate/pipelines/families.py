@@ -4,6 +4,9 @@ DiTPipeline               class ids; the class id after the last embedding row i
 StableDiffusionPipeline   1.x and 2.x; one prompt a class, the empty prompt is the null class
 StableDiffusion3Pipeline  flow matching; prompts as above; the T5 encoder where the folder has it
 DDIMPipeline, DDPMPipeline  pixels, unconditional or class ids
+
+Adding a family: give ``dpfast.generate.models.denoiser`` a class with the call of its model, write
+here the function that loads a folder's parts, and enter it in ``FAMILIES``.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
 
 
 @dataclass(frozen=True)
-class Options:
+class LoadOptions:
     """What the caller of ``Pipeline.from_pretrained`` chose, checked."""
 
     device: torch.device
@@ -48,7 +51,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Parts:
+class LoadedParts:
     """What a family makes of a folder."""
 
     denoiser: Denoiser
@@ -58,10 +61,14 @@ class Parts:
     image_channels: int
 
 
-def load(folder: PipelineFolder, options: Options) -> Parts:
-    """Raises ``InputError`` for a pipeline of no family and whatever its family refuses."""
-    _known(folder)
-    return FAMILIES[folder.kind](folder, options)
+def load(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
+    """Loads the parts of a folder.
+
+    Raises ``InputError`` for a pipeline of no family and whatever its family refuses.
+    """
+    family = family_of(folder)
+    folder.need(*family.needs)
+    return family.load(folder, options)
 
 
 def check(folder: PipelineFolder) -> None:
@@ -70,20 +77,14 @@ def check(folder: PipelineFolder) -> None:
 
     Reads the headers of the files alone.
     """
-    _known(folder)
-    for part in MODELS:
+    for part in family_of(folder).models:
         if folder.class_of(part) is not None:
             folder.check_weights(part)
     if (folder.path / "tiny_decoder").is_dir():
         folder.check_weights("tiny_decoder")
 
 
-def _known(folder: PipelineFolder) -> None:
-    if folder.kind not in FAMILIES:
-        raise folder.error(f"a {folder.kind}; expected one of {', '.join(FAMILIES)}")
-
-
-def tiny_decoder(folder: PipelineFolder, options: Options) -> Decoder | None:
+def tiny_decoder(folder: PipelineFolder, options: LoadOptions) -> Decoder | None:
     """The folder's ``tiny_decoder`` part, where there is one."""
     if not (folder.path / "tiny_decoder").is_dir():
         return None
@@ -94,8 +95,7 @@ def tiny_decoder(folder: PipelineFolder, options: Options) -> Decoder | None:
     )
 
 
-def _dit(folder: PipelineFolder, options: Options) -> Parts:
-    folder.need("transformer", "vae", "scheduler")
+def _dit(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     names = _names(folder, options)
     scheduler = load_scheduler(folder.path, latent=True)
     model = _network(folder, diffusers.DiTTransformer2DModel, "transformer", options)
@@ -108,11 +108,10 @@ def _dit(folder: PipelineFolder, options: Options) -> Parts:
     denoiser = DiTDenoiser(
         model, classes=len(names), prediction=prediction_of(scheduler), timesteps=steps
     )
-    return Parts(denoiser, decoder, scheduler, names, channels)
+    return LoadedParts(denoiser, decoder, scheduler, names, channels)
 
 
-def _stable_diffusion(folder: PipelineFolder, options: Options) -> Parts:
-    folder.need("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+def _stable_diffusion(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     names = _names(folder, options)
     prompts = class_prompts(names, options.prompt_template)
     # as StableDiffusionPipeline sets every scheduler: old folders of this family name other values
@@ -133,12 +132,10 @@ def _stable_diffusion(folder: PipelineFolder, options: Options) -> Parts:
         folder, prompts, device=options.device, dtype=options.dtype
     )
     denoiser = TextUNetDenoiser(model, embeddings, prediction=prediction_of(scheduler))
-    return Parts(denoiser, decoder, scheduler, names, channels)
+    return LoadedParts(denoiser, decoder, scheduler, names, channels)
 
 
-def _stable_diffusion_3(folder: PipelineFolder, options: Options) -> Parts:
-    clip = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    folder.need("transformer", "vae", *clip, "scheduler")
+def _stable_diffusion_3(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     names = _names(folder, options)
     prompts = class_prompts(names, options.prompt_template)
     scheduler = load_scheduler(folder.path, latent=True)
@@ -152,11 +149,10 @@ def _stable_diffusion_3(folder: PipelineFolder, options: Options) -> Parts:
         folder, prompts, model, device=options.device, dtype=options.dtype
     )
     denoiser = TextTransformerDenoiser(model, embeddings, pooled, prediction="flow")
-    return Parts(denoiser, decoder, scheduler, names, channels)
+    return LoadedParts(denoiser, decoder, scheduler, names, channels)
 
 
-def _pixel(folder: PipelineFolder, options: Options) -> Parts:
-    folder.need("unet", "scheduler")
+def _pixel(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     scheduler = load_scheduler(folder.path, latent=False)
     if prediction_of(scheduler) == "flow":
         raise folder.error(
@@ -179,53 +175,86 @@ def _pixel(folder: PipelineFolder, options: Options) -> Parts:
     if rows is not None and len(names) not in (rows, rows - 1):
         raise folder.error(
             f"{len(names)} class names for a model of {rows} class embeddings; expected {rows}, or "
-            f"{rows - 1} where "
-            "the last embedding is the null class"
+            f"{rows - 1} where the last embedding is the null class"
         )
     denoiser = PixelUNetDenoiser(model, classes=len(names), prediction=prediction_of(scheduler))
-    return Parts(denoiser, IdentityDecoder(), scheduler, names, int(config.in_channels))
+    return LoadedParts(denoiser, IdentityDecoder(), scheduler, names, int(config.in_channels))
 
 
-MODELS = (
-    "unet",
-    "transformer",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-)  # parts with weights
-FAMILIES: dict[str, Callable[[PipelineFolder, Options], Parts]] = {
-    "DiTPipeline": _dit,
-    "StableDiffusionPipeline": _stable_diffusion,
-    "StableDiffusion3Pipeline": _stable_diffusion_3,
-    "DDIMPipeline": _pixel,
-    "DDPMPipeline": _pixel,
+@dataclass(frozen=True)
+class Family:
+    """What is known of a kind of pipeline folder.
+
+    load: makes its parts. needs: the sub-folders without which it cannot be loaded. models: the
+    parts with weights, where the folder has them.
+    """
+
+    load: Callable[[PipelineFolder, LoadOptions], LoadedParts]
+    needs: tuple[str, ...]
+    models: tuple[str, ...]
+
+
+_PIXEL = Family(_pixel, needs=("unet", "scheduler"), models=("unet",))
+FAMILIES = {
+    "DiTPipeline": Family(
+        _dit,
+        needs=("transformer", "vae", "scheduler"),
+        models=("transformer", "vae"),
+    ),
+    "StableDiffusionPipeline": Family(
+        _stable_diffusion,
+        needs=("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+        models=("unet", "vae", "text_encoder"),
+    ),
+    "StableDiffusion3Pipeline": Family(
+        _stable_diffusion_3,
+        needs=(
+            "transformer",
+            "vae",
+            "text_encoder",
+            "tokenizer",
+            "text_encoder_2",
+            "tokenizer_2",
+            "scheduler",
+        ),
+        models=("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    ),
+    "DDIMPipeline": _PIXEL,
+    "DDPMPipeline": _PIXEL,
 }
 
 
-def _names(folder: PipelineFolder, options: Options) -> tuple[str, ...]:
+def family_of(folder: PipelineFolder) -> Family:
+    """The family of a folder. Raises ``InputError`` for a pipeline of none."""
+    if folder.kind not in FAMILIES:
+        raise folder.error(f"a {folder.kind}; expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[folder.kind]
+
+
+def _names(folder: PipelineFolder, options: LoadOptions) -> tuple[str, ...]:
     names = folder.class_names(options.class_names)
     if names is None:
         raise folder.error(
             f"a {folder.kind} needs class names: pass class_names = [...], or put a list of them "
-            "into the folder's "
-            "class_names.json"
+            "into the folder's class_names.json"
         )
     return names
 
 
-def _network(folder: PipelineFolder, kind: Any, part: str, options: Options) -> Any:
+def _network(folder: PipelineFolder, kind: Any, part: str, options: LoadOptions) -> Any:
     model = folder.model(kind, part, device=options.device, dtype=options.dtype)
     if kind in CONVOLUTIONAL:
         model = _in_format(model, options)
     return set_attention(model, options.attention)
 
 
-def _in_format(model: Any, options: Options) -> Any:
+def _in_format(model: Any, options: LoadOptions) -> Any:
     return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 
-def _decoder(folder: PipelineFolder, latent_channels: int, options: Options) -> tuple[Decoder, int]:
+def _decoder(
+    folder: PipelineFolder, latent_channels: int, options: LoadOptions
+) -> tuple[Decoder, int]:
     """The decoder of the part "vae" and the channels of its images."""
     named = folder.class_of("vae")
     if named not in ("AutoencoderKL", "AutoencoderTiny"):
@@ -237,8 +266,7 @@ def _decoder(folder: PipelineFolder, latent_channels: int, options: Options) -> 
     if model.config.latent_channels != latent_channels:
         raise folder.error(
             f"the denoiser takes {latent_channels} channels and 'vae' has "
-            f"{model.config.latent_channels} latent ones; "
-            "expected as many"
+            f"{model.config.latent_channels} latent ones; expected as many"
         )
     decoder: Decoder = VaeDecoder(model) if named == "AutoencoderKL" else TinyDecoder(model)
     return decoder, int(model.config.out_channels)

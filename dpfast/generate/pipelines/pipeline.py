@@ -61,22 +61,18 @@ class Pipeline:
 
         Args:
             source: a folder, or the name of an embedded asset ("fashion"). An optional
-            ``tiny_decoder``
-                (``AutoencoderTiny``) beside the pipeline's own parts serves the guidance path. A
-                safety checker is not loaded.
+                ``tiny_decoder`` (``AutoencoderTiny``) beside the pipeline's own parts serves the
+                guidance path. A safety checker is not loaded.
             device: of all parts and tables; a name is "auto", "cpu", "cuda" or "cuda:N".
             dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents,
-            images and the
-                solver stay in float32.
+                images and the solver stay in float32.
             attention: "sdpa" or "xformers", which must match torch and needs a GPU.
             channels_last: memory format of the convolutional models, UNets and full decoders; the
-            tiny decoder always
-                has it.
+                tiny decoder always has it.
             class_names: names of the classes by id; None: those of the folder, in
-            ``class_names.json`` (a list) or in
-                the ``id2label`` of its ``model_index.json``.
+                ``class_names.json`` (a list) or in the ``id2label`` of its ``model_index.json``.
             prompt_template: what a text-conditioned family is asked for, with "{}" for the class
-            name.
+                name.
 
         Raises ``InputError`` for a missing folder or part, weights that are missing, incomplete or
         pickled, a pipeline of another family, class names that are missing or do not fit the model,
@@ -85,7 +81,7 @@ class Pipeline:
         """
         placed = device if isinstance(device, torch.device) else device_named(device)
         kind = kernels.checked(attention, placed)
-        options = families.Options(
+        options = families.LoadOptions(
             placed, _dtype(dtype), kind, channels_last, class_names, prompt_template
         )
         folder = PipelineFolder(source)
@@ -107,8 +103,8 @@ class Pipeline:
         Args:
             steps: between 1 and the scheduler's trained timesteps.
             solver: "ddim", "dpmpp2m" (DPM-Solver++ 2M), for distilled models "lcm" and "tcd", for
-            flow-matching models
-                "euler"; "auto" is "ddim", or the one that the model was distilled or trained for.
+                flow-matching models "euler"; "auto" is "ddim", or the one that the model was
+                distilled or trained for.
             eta: noise of DDIM, 0 deterministic to 1 ancestral; the gamma of TCD.
 
         Raises ``InputError`` for steps, a solver or an eta that the scheduler does not take, and
