@@ -32,7 +32,8 @@ STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.json"  # of a run's folder
 ASSETS = Path(__file__).parents[1] / "assets"
-# section -> the names that its fields had in runs before version 6 of the checkpoints
+# section -> the names that its fields have in the folders of older runs, which are reported,
+# exported and sampled from, if not resumed
 FORMER = {
     "generator": {"generation_batch": "batch_size", "sampling_batch": "micro_batch"},
     "guidance": {"guide_every": "every", "guide_from": "start", "guide_until": "until"},
@@ -706,8 +707,8 @@ class Recipe(Section):
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe as nested dictionaries from a file in a run's folder (``recipe.json``), with the
-    names that fields have today.
+    """A recipe as nested dictionaries from a file in a run's folder (``recipe.json``), by the names
+    that fields have today.
     """
     table: dict[str, Any] = json.loads(path.read_text())
     for section, names in FORMER.items():
@@ -768,18 +769,20 @@ def full_name(name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """The last word of a field's full name where one section has it, else the full name."""
+    """The last word of a field's full name where no other section has it, else the full name."""
     last = name.rpartition(".")[2]
-    return last if _full_names()[last] == [name] else name
+    return last if _full_names().get(last, [name]) == [name] else name
 
 
 def flat(table: dict[str, Any]) -> dict[str, Any]:
     """Short name -> value of a recipe as nested dictionaries (``Recipe.to_dict``)."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in table.items():
-        for name, inner in value.items() if key in SECTIONS else ((None, value),):
-            found[key if name is None else f"{key}.{name}"] = inner
-    return {short_name(name) if name in fields() else name: v for name, v in found.items()}
+        if key in SECTIONS:
+            found |= {short_name(f"{key}.{name}"): inner for name, inner in value.items()}
+        else:
+            found[key] = value
+    return found
 
 
 def _check_known(owner: Any, name: str, value: object) -> None:
