@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dpfast.config import Learner
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.measures import evaluate
 from dpfast.feed.augment import Augment
 from dpfast.feed.torch_loader import TorchLoader
@@ -268,7 +268,7 @@ def disagree(ranks):
         fail(ranks, RecipeError("steps = 0: no"))
     with pytest.raises(RankError if ranks.first else OSError, match="disk"):
         fail(ranks, OSError("disk"))
-    with pytest.raises(RecipeError, match="versions: rank 1 has 2, rank 0 has 1"):
+    with pytest.raises(InputError, match="versions: rank 1 has 2, rank 0 has 1"):
         ranks.same("versions", ranks.rank + 1)
     assert ranks.broadcast_object(["a", ranks.rank]) == ["a", 0]
     assert ranks.any(ranks.rank == 1)
