@@ -307,13 +307,13 @@ class GeneratorRank:
         """
         parts = self.source.make(replace(job, turn=0))
         held = None
-        for places in self.groups.generators.batches(job.count, self.recipe.generator.batch_size):
-            while held is None or len(held) < len(places):
+        for indices in self.groups.generators.batches(job.count, self.recipe.generator.batch_size):
+            while held is None or len(held) < len(indices):
                 part = _on_host(next(parts))
                 held = part if held is None else joined([held, part])
             self.groups.heartbeat.beat()
-            yield _rows(held, slice(None, len(places)))
-            held = _rows(held, slice(len(places), None)) if len(held) > len(places) else None
+            yield _rows(held, slice(None, len(indices)))
+            held = _rows(held, slice(len(indices), None)) if len(held) > len(indices) else None
 
     def _take(self) -> RoundRequest:
         """The next job; its weights are in place."""
@@ -331,10 +331,10 @@ class GeneratorRank:
         groups = self.groups
         size = self.recipe.generator.batch_size
         latents = self.recipe.pool.codec == "latents"
-        for number, places in enumerate(groups.generators.batches(job.count, size)):
+        for number, indices in enumerate(groups.generators.batches(job.count, size)):
             batch = made[number] if number < len(made) else next(batches)
-            owner = groups.owner_of(places.start // size, job.turn)
-            groups.meet(f"batch/{self._taken}/{places.start // size}", owner)
+            owner = groups.owner_of(indices.start // size, job.turn)
+            groups.meet(f"batch/{self._taken}/{indices.start // size}", owner)
             columns = torch.stack([batch.labels, batch.sample_ids])
             parts = [columns, batch.entropy, batch.images, *([batch.latents] if latents else [])]
             for part in parts:

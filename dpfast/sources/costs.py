@@ -25,14 +25,15 @@ SLOW = 1.05  # times the median rank's seconds a sample from which on a rank is 
 
 @dataclass(frozen=True)
 class Price:
-    """Of one sample. forwards: of the denoiser, two in a step with classifier-free guidance; flops:
-    of everything.
+    """What one sample costs. forwards: of the denoiser, two in a step with classifier-free
+    guidance; flops: of everything.
     """
 
     forwards: float
     flops: float
 
     def minus(self, part: Price) -> Price:
+        """The price of what is left when ``part`` of the work is not done."""
         return Price(self.forwards - part.forwards, self.flops - part.flops)
 
 
@@ -53,23 +54,24 @@ class Cost:
     retries: int = 0
 
     def add(self, samples: int, price: Price, seconds: float) -> None:
+        """Pays for ``samples`` samples at ``price`` each, which took ``seconds`` together."""
         self.samples += samples
         self.seconds += seconds
         self.pay(samples, price)
 
     def take(self, batch: SampleBatch, price: Price, seconds: float) -> None:
-        """``add`` for a batch that was made, with what happened on the way."""
+        """Pays for a batch that was made, and notes what happened on the way."""
         self.add(len(batch), price, seconds)
         self.skipped += batch.skipped
         self.retries += batch.retries
 
     def pay(self, times: int, price: Price) -> None:
-        """For work that ends in no sample."""
+        """Pays ``times`` times a price for work that ends in no sample."""
         self.forwards += times * price.forwards
         self.flops += times * price.flops
 
     def timed(self, batches: Iterator[SampleBatch], price: Price) -> Iterator[SampleBatch]:
-        """``batches``, each paid for by its price and by the time that its making took."""
+        """Gives ``batches`` on, each paid for by its price and by the time that its making took."""
         while True:
             started = time.perf_counter()
             batch = next(batches, None)
@@ -109,9 +111,11 @@ class Cost:
             setattr(self, name, before + (max(values) if name == "seconds" else sum(values)))
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything that was spent, for JSON."""
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what ``state_dict`` gave, in the place of what was spent so far."""
         self.__dict__.update(state)
 
 

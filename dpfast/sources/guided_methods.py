@@ -1,27 +1,24 @@
-"""The ways in which a round's guided samples come about: the paper's, and two that a recipe may
-choose instead.
+"""How a round's guided samples come about: the paper's method, and two that a recipe may choose
+instead.
 
-    from noise       every trajectory runs from noise to its end: the paper (Algorithm 1)
-    early rejection  ``early_candidates`` trajectories begin for each sample. When the last guided
-                     step before
-                     ``early_until`` has run, those go on whose x0 had the highest criterion there,
-                     within each class
-    re-practice      a trajectory begins at ``restart`` of its steps, from a sample of the pool with
-                     that step's noise
+    FromNoise       every trajectory runs from noise to its end: the paper (Algorithm 1)
+    EarlyRejection  ``early_candidates`` trajectories begin for each sample. When the last guided
+                    step before ``early_until`` has run, those go on whose x0 had the highest
+                    criterion there, within each class
+    RePractice      a trajectory begins at ``restart`` of its steps, from a sample of the pool with
+                    that step's noise
 
 Early rejection is one round of successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943)
-over trajectories.
-The criterion at the predicted x0 is there already: guidance has computed it. With s of n steps
-before the cut, a sample costs 1 + (candidates - 1) s/n of a plain one, guidance included where it
-falls.
+over trajectories. The criterion at the predicted x0 is there already: guidance has computed it.
+With s of n steps before the cut, a sample costs 1 + (candidates - 1) s/n of a plain one, guidance
+included where it falls.
 
 Re-practice is SDEdit (Meng et al. 2022, arXiv 2108.01073) on the pool: 1 - restart of the steps,
 one encoding where the pool keeps pixels. The samples are variants of known ones, so the pool gains
 less variety.
 
 Over three seeds of the study neither gained beyond its noise on the plain loop of the same FLOPs
-(`dpfast bench study
---tables`): both are off by default.
+(`dpfast bench study --tables`): both are off by default.
 """
 
 from __future__ import annotations
@@ -51,10 +48,10 @@ from dpfast.sources.costs import Cost, Prices
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedRequest:
-    """The guided samples of a round, of which this rank makes its part.
+    """Asks a guided method for the samples of a round, of which this rank makes its part.
 
-    labels: (n,) of all of them; start: the pool's size before; turn: the rank of the first batch;
-    done: how many of this rank's are made already.
+    labels: (n,) int64 of all of them; start: the pool's size before; turn: the rank of the first
+    batch; done: how many of this rank's are made already.
     """
 
     labels: Tensor
@@ -67,14 +64,14 @@ class GuidedRequest:
     ranks: Ranks = ALONE
 
     def parts(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """What is left, in batches: the place in the pool of a batch's first sample, and the
+        """What is left, in batches: the index in the pool of a batch's first sample, and the
         batch's labels.
         """
-        for places in self.ranks.batches(len(self.labels), size, turn=self.turn, done=self.done):
-            yield self.start + places.start, self.labels[places.start : places.stop]
+        for indices in self.ranks.batches(len(self.labels), size, turn=self.turn, done=self.done):
+            yield self.start + indices.start, self.labels[indices.start : indices.stop]
 
     def rest(self, size: int) -> Tensor:
-        """(n,) all places of ``parts``, counted from the round's start."""
+        """(n,) int64, all indices of ``parts``, counted from the round's start."""
         return self.ranks.indices(len(self.labels), size, turn=self.turn, done=self.done)
 
 
@@ -83,7 +80,9 @@ class GuidedMethod(Protocol):
 
     steps: int
 
-    def make(self, wanted: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]: ...
+    def make(self, request: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
+        """This rank's samples that are left of a request, batch by batch."""
+        ...
 
 
 def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
@@ -117,8 +116,8 @@ def restart_step(recipe: Recipe, guided: Collection[int]) -> int:
 
 
 class FromNoise:
-    """The paper's way. ``sampler`` makes the samples; ``eager`` is its like for counting what one
-    costs.
+    """Runs every trajectory from noise to its end. ``sampler`` makes the samples; ``eager`` is its
+    like for counting what one costs.
     """
 
     def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
@@ -129,17 +128,17 @@ class FromNoise:
         self.steps = recipe.generator.steps
         self.prices = Prices(eager)
 
-    def make(self, wanted: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
-        rest = wanted.rest(self.batch)
+    def make(self, request: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
+        rest = request.rest(self.batch)
         batches = self.sampler.stream(
-            wanted.labels[rest],
-            sample_ids=wanted.start + rest,
+            request.labels[rest],
+            sample_ids=request.start + rest,
             batch_size=self.batch,
-            omega=wanted.omega,
-            cfg_scale=wanted.cfg_scale,
-            learner_step=wanted.learner_step,
+            omega=request.omega,
+            cfg_scale=request.cfg_scale,
+            learner_step=request.learner_step,
         )
-        yield from cost.timed(batches, self.prices.at(wanted.cfg_scale))
+        yield from cost.timed(batches, self.prices.at(request.cfg_scale))
 
 
 class EarlyRejection(FromNoise):
@@ -154,21 +153,23 @@ class EarlyRejection(FromNoise):
         self.ratio = recipe.practice.early_candidates
         self.initial = recipe.practice.initial_samples
         self.stop = early_stop(recipe, sampler.guidance.steps(self.steps))
-        self.chunks = HalvingBatches(
+        self.batches = HalvingBatches(
             recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close
         )
         self.early_prices = Prices(eager, self._early)
 
-    def make(self, wanted: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
-        early = self.early_prices.at(wanted.cfg_scale)
-        late = self.prices.at(wanted.cfg_scale).minus(early)
-        for place, labels in wanted.parts(self.batch):
+    def make(self, request: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
+        early = self.early_prices.at(request.cfg_scale)
+        late = self.prices.at(request.cfg_scale).minus(early)
+        for index, labels in request.parts(self.batch):
             started = time.perf_counter()
-            first = self._id(place)
-            last = self._id(place + len(labels))
-            kept = self._kept(labels, torch.arange(first, last), wanted)
-            parts = self.chunks.over(len(kept), partial(self._finished, kept, wanted.learner_step))
-            batch = replace(joined(list(parts)), retries=self.chunks.since())
+            first = self._id(index)
+            last = self._id(index + len(labels))
+            kept = self._kept(labels, torch.arange(first, last), request)
+            parts = self.batches.over(
+                len(kept), partial(self._finished, kept, request.learner_step)
+            )
+            batch = replace(joined(list(parts)), retries=self.batches.since())
             cost.pay(last - first, early)
             cost.take(batch, late, time.perf_counter() - started)
             yield batch
@@ -184,11 +185,11 @@ class EarlyRejection(FromNoise):
             some = replace(some, skipped=torch.zeros_like(kept.skipped))
         return self.sampler.finish(self.sampler.advance(some), learner_step=learner_step)
 
-    def _id(self, place: int) -> int:
-        """The id of the first candidate for the sample at this place of the pool."""
-        return self.initial + int(self.ratio * (place - self.initial))
+    def _id(self, index: int) -> int:
+        """The id of the first candidate for the sample of this index in the pool."""
+        return self.initial + int(self.ratio * (index - self.initial))
 
-    def _kept(self, labels: Tensor, ids: Tensor, wanted: GuidedRequest) -> Trajectory:
+    def _kept(self, labels: Tensor, ids: Tensor, request: GuidedRequest) -> Trajectory:
         """Of the candidates ``ids`` before the cut, as many of each label as ``labels`` (n,)
         has.
         """
@@ -196,11 +197,11 @@ class EarlyRejection(FromNoise):
 
         def begun(rows: slice) -> Trajectory:
             started = self.sampler.begin(
-                candidates[rows], ids[rows], omega=wanted.omega, cfg_scale=wanted.cfg_scale
+                candidates[rows], ids[rows], omega=request.omega, cfg_scale=request.cfg_scale
             )
             return self.sampler.advance(started, self.stop)
 
-        every = Trajectory.joined(list(self.chunks.over(len(ids), begun)))
+        every = Trajectory.joined(list(self.batches.over(len(ids), begun)))
         assert every.value is not None
         scores = every.value.cpu().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         order = scores.argsort(descending=True, stable=True)
@@ -231,7 +232,7 @@ class RePractice(FromNoise):
                 "codec = 'latents'"
             )
         self.steps -= self.start
-        self.chunks = HalvingBatches(
+        self.batches = HalvingBatches(
             recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close
         )
         self.image = torch.zeros(1, *image_shape(sampler.pipeline), device=sampler.pipeline.device)
@@ -246,43 +247,43 @@ class RePractice(FromNoise):
         started = self.eager.begin([0], [0], cfg_scale=cfg_scale, latents=latents, step=self.start)
         self.eager.finish(self.eager.advance(started))
 
-    def make(self, wanted: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
-        parents = self._parents(wanted)
-        price = self.prices.at(wanted.cfg_scale)
-        done = wanted.done
+    def make(self, request: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
+        parents = self._parents(request)
+        price = self.prices.at(request.cfg_scale)
+        done = request.done
         started = time.perf_counter()
 
         def made(rows: slice) -> SampleBatch:
-            places = torch.arange(done + rows.start, done + rows.stop)
+            indices = torch.arange(done + rows.start, done + rows.stop)
             start = self.sampler.begin(
-                wanted.labels[places],
-                wanted.start + places,
-                omega=wanted.omega,
-                cfg_scale=wanted.cfg_scale,
-                latents=self._latents(parents[places]),
+                request.labels[indices],
+                request.start + indices,
+                omega=request.omega,
+                cfg_scale=request.cfg_scale,
+                latents=self._latents(parents[indices]),
                 step=self.start,
             )
             return self.sampler.finish(
-                self.sampler.advance(start), learner_step=wanted.learner_step
+                self.sampler.advance(start), learner_step=request.learner_step
             )
 
-        for part in self.chunks.over(len(wanted.labels) - done, made):
-            batch = replace(part, retries=self.chunks.since())
+        for part in self.batches.over(len(request.labels) - done, made):
+            batch = replace(part, retries=self.batches.since())
             cost.take(batch, price, time.perf_counter() - started)
             yield batch
             started = time.perf_counter()
 
-    def _parents(self, wanted: GuidedRequest) -> Tensor:
+    def _parents(self, request: GuidedRequest) -> Tensor:
         """(n,) rows of the pool, one for each of the round's samples; of the round's seed and the
         pool alone.
         """
-        known = self.pool().column("label")[: wanted.start].cpu()
-        generator = torch.Generator().manual_seed((self.recipe.seed << 32) + wanted.start)
-        parents = torch.empty(len(wanted.labels), dtype=torch.int64)
-        for label, count in _counted(wanted.labels):
+        known = self.pool().column("label")[: request.start].cpu()
+        generator = torch.Generator().manual_seed((self.recipe.seed << 32) + request.start)
+        parents = torch.empty(len(request.labels), dtype=torch.int64)
+        for label, count in _counted(request.labels):
             members = torch.nonzero(known == label).flatten()
             order = members[torch.randperm(len(members), generator=generator)]
-            parents[wanted.labels == label] = order.repeat(-(-count // len(order)))[:count]
+            parents[request.labels == label] = order.repeat(-(-count // len(order)))[:count]
         return parents
 
     @torch.no_grad()
@@ -299,7 +300,7 @@ class RePractice(FromNoise):
 def guided_method(
     recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler, pool: Callable[[], SamplePool]
 ) -> GuidedMethod:
-    """The way that a recipe chooses. Raises ``RecipeError`` where its values leave nothing to
+    """The method that a recipe chooses. Raises ``RecipeError`` where its values leave nothing to
     choose.
     """
     if recipe.practice.early_candidates > 1:
@@ -310,7 +311,7 @@ def guided_method(
 
 
 def check_guided_method(recipe: Recipe, pipeline: Pipeline) -> None:
-    """Raises ``RecipeError`` where the recipe's way does not fit its steps or its pipeline."""
+    """Raises ``RecipeError`` where the recipe's method does not fit its steps or its pipeline."""
     sampler = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
     guided_method(recipe, sampler, sampler, lambda: SamplePool())
 

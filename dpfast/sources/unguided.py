@@ -60,9 +60,9 @@ class UnguidedSamples:
         for in ``cost``.
         """
         price = self._prices.at(cfg_scale)
-        for places in self.ranks.batches(count, self.batch, turn=turn, done=done):
-            start = first + places.start
-            size = len(places)
+        for indices in self.ranks.batches(count, self.batch, turn=turn, done=done):
+            start = first + indices.start
+            size = len(indices)
             known = self._known(start, size) if cfg_scale == self.sampler.cfg_scale else None
             if known is not None:
                 cost.add(size, price, size * self.made.seconds / max(self.made.samples, 1))
