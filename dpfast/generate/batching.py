@@ -6,10 +6,11 @@ The batches that measure are batches of the stream: nothing is sampled twice or 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
+from dpfast.generate.step import Variant
 from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.hardware.memory import available_bytes
 
@@ -18,6 +19,12 @@ FIRST = 8
 LARGEST = 1024
 GAIN = 1.05  # a doubling that brings less than this is not worth its memory
 SHARE = 0.5  # of the available memory that a batch may take
+
+
+def dearest(variants: Iterable[Variant]) -> Variant:
+    """The variant that takes the most memory; a step that reuses features never does."""
+    whole = (variant for variant in variants if variant.features != "reuse")
+    return max(whole, key=lambda variant: (variant.guided, variant.cfg))
 
 
 def largest_batch(probe: Callable[[int], object], device: torch.device) -> int:

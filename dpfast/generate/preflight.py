@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,51 @@ from torch import Tensor
 
 from dpfast.errors import InputError
 from dpfast.generate import check, criteria
-from dpfast.generate.guidance import GuidancePath, LearnerPath
+from dpfast.generate.feature_cache import FeatureCache
+from dpfast.generate.guidance import GuidanceConfig, GuidancePath, LearnerPath
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.solvers import SolverTable
+from dpfast.generate.step import StepParts
+
+
+def step_parts(
+    pipeline: Pipeline,
+    learner: Callable[[Tensor], Tensor] | None,
+    guidance: GuidanceConfig,
+    table: SolverTable,
+    *,
+    image_size: tuple[int, int] | None,
+    cached: bool,
+) -> StepParts:
+    """What the steps of a sampler are made of; cached: whether any reuses features.
+
+    Raises ``InputError`` where the denoiser has no path around it or no features to reuse.
+    """
+    denoiser, path = pipeline.denoiser, None
+    if learner is not None:
+        if guidance.through == "latent" and denoiser.prediction == "sample":
+            raise InputError(
+                "through = 'latent': this denoiser predicts x0 itself, which leaves no path around "
+                "it"
+            )
+        path = GuidancePath(
+            denoiser=denoiser,
+            decoder=pipeline.guidance_decoder,
+            learner=learner,
+            criterion=criteria.named(guidance.criterion),
+            image_size=image_size,
+            through=guidance.through,
+        )
+    return StepParts(
+        denoiser=denoiser,
+        decoder=pipeline.decoder,
+        path=path,
+        mode=guidance.mode,
+        clip=table.clip,
+        multistep=table.needs_x0_prev,
+        noise=table.needs_noise,
+        cache=FeatureCache(denoiser) if cached else None,
+    )
 
 
 class Request(NamedTuple):

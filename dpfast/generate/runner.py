@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dpfast.errors import InputError
 from dpfast.generate import check, preflight
-from dpfast.generate.batching import FIRST, LARGEST, BatchSizer, largest_batch
+from dpfast.generate.batching import FIRST, LARGEST, BatchSizer, dearest, largest_batch
 from dpfast.generate.bounded import BoundedPath, within_budget
 from dpfast.generate.compiling import CompileCosts, Tuner
 from dpfast.generate.feature_cache import FeatureCache
@@ -29,8 +29,8 @@ from dpfast.generate.step import (
     StepInputs,
     StepOutputs,
     StepParts,
+    Trajectory,
     Variant,
-    filled,
     finish_function,
     step_function,
 )
@@ -102,6 +102,7 @@ class Runner:
         self.batch_size: int | None = None
         self.compiled = False
         self._functions: dict[Variant | str, Callable[..., Any]] = {}
+        self._indices = [torch.tensor(i, device=self.device) for i in range(len(table))]
         self._given = parts
         self._parts: StepParts | None = None
 
@@ -133,28 +134,54 @@ class Runner:
                 path = within_budget(path, self.table, self.memory_budget, recompute=recompute)
         self._parts = replace(self._given, path=path)
 
-    def step(self, variant: Variant, inputs: StepInputs) -> StepOutputs:
-        """One step of a batch of the size that ``begin`` gave."""
-        return self._function(variant, str(variant))(*inputs)
+    def step(self, trajectory: Trajectory) -> StepOutputs:
+        """The next step of a batch that ``begin`` gave."""
+        variant = trajectory.variant
+        return self._function(variant, str(variant))(*self.inputs(trajectory))
+
+    def inputs(self, trajectory: Trajectory) -> StepInputs:
+        """What the next step of a batch reads."""
+        return StepInputs(
+            x=trajectory.x,
+            x0_prev=trajectory.x0_prev,
+            labels=trajectory.labels,
+            sample_ids=trajectory.sample_ids,
+            valid=trajectory.valid,
+            step=self._indices[trajectory.step],
+            rows=self.table.rows,
+            timesteps=self.table.timesteps,
+            omega=trajectory.omega,
+            cfg_scale=trajectory.cfg_scale,
+            seed=trajectory.seed,
+            features=trajectory.features,
+        )
 
     def finish(self, latents: Tensor) -> Finished:
         """What follows the last step, for latents (B, c, h, w)."""
         size = len(latents)
         images, entropy = self._function("finish", "decoding")(
-            filled(latents, self.batch_size or size)
+            _filled(latents, self.batch_size or size)
         )
         return Finished(images[:size], entropy[:size])
 
-    def begin(self, size: int) -> int | None:
-        """Readies the steps for a batch, and returns the size that they take it in; None: its own.
+    def begin(self, trajectory: Trajectory) -> Trajectory:
+        """Readies the steps for a batch, and returns it filled up to the size that they take.
 
         Captures follow weights that were replaced instead of updated in place.
         """
-        if self.batch_size is not None and size > self.batch_size:
+        if self.batch_size is not None and len(trajectory) > self.batch_size:
             self._clear()
         for function in self._captured():
             function.refresh()
-        return self.batch_size
+        size = self.batch_size
+        if size is None:
+            return trajectory
+        valid = torch.arange(size, device=self.device) < len(trajectory)
+        return replace(trajectory.mapped(lambda rows: _filled(rows, size)), valid=valid)
+
+    def end(self, trajectory: Trajectory, size: int) -> Trajectory:
+        """Returns the ``size`` rows that are no filling, behind the last of the steps."""
+        return replace(trajectory.mapped(lambda rows: rows[:size]), valid=None)
 
     def prepare(self, size: int, *, compile: bool) -> None:
         """From here on, batches of up to ``size`` run compiled (``compile``) and captured (with a
@@ -179,21 +206,21 @@ class Runner:
         batch_size: int | Literal["auto"],
         *,
         guided: bool,
-        probe: Callable[[int], object],
+        blank: Callable[[int], Trajectory],
     ) -> Iterator[SampleBatch]:
         """Yields what ``make`` makes of the rows 0 to ``total``, in order, each once.
 
-        batch_size: "auto" doubles the batch while it pays, up to what memory holds by ``probe``,
-        which runs the dearest of the steps on that many samples. guided: whether any step is. A
-        batch that does not fit into memory is made again in halves; ``fitting`` remembers what did
-        fit. Raises ``InputError`` or ``TypeError`` for another batch size at the call.
+        batch_size: "auto" doubles the batch while it pays, up to what the dearest of the steps of a
+        ``blank`` batch, of as many samples, shows to fit. guided: whether any step is. A batch that
+        does not fit into memory is made again in halves; ``fitting`` remembers what did fit. Raises
+        ``InputError`` or ``TypeError`` for another batch size at the call.
         """
         if batch_size != "auto":
             if isinstance(batch_size, bool) or not isinstance(batch_size, int):
                 raise TypeError(f"batch_size must be an integer or 'auto', got {batch_size!r}")
             if batch_size < 1:
                 raise InputError(f"batch_size = {batch_size}: expected at least 1, or 'auto'")
-        return self._batches(total, make, batch_size, guided=guided, probe=probe)
+        return self._batches(total, make, batch_size, guided=guided, blank=blank)
 
     def _batches(
         self,
@@ -202,9 +229,9 @@ class Runner:
         batch_size: int | Literal["auto"],
         *,
         guided: bool,
-        probe: Callable[[int], object],
+        blank: Callable[[int], Trajectory],
     ) -> Iterator[SampleBatch]:
-        sizer = self._sizer(total, batch_size, guided=guided, probe=probe)
+        sizer = self._sizer(total, batch_size, guided=guided, blank=blank)
         done = retries = 0
         while done < total:
             if not sizer.searching:
@@ -231,20 +258,26 @@ class Runner:
         batch_size: int | Literal["auto"],
         *,
         guided: bool,
-        probe: Callable[[int], object],
+        blank: Callable[[int], Trajectory],
     ) -> BatchSizer:
         prepared = self.batch_size
         if batch_size == "auto":
             if prepared is not None:  # found by an earlier stream
                 return BatchSizer(prepared, limit=prepared, search=False)
             if total > FIRST:
-                fits = largest_batch(probe, self.device)
+                fits = largest_batch(partial(self._dearest_step, blank), self.device)
                 return BatchSizer(FIRST, limit=min(self.fitting.get(guided, LARGEST), fits))
             batch_size = total
         if batch_size > total and batch_size != prepared:
             batch_size = total
         size = max(1, batch_size)
         return BatchSizer(size, limit=self.fitting.get(guided, size), search=False)
+
+    def _dearest_step(self, blank: Callable[[int], Trajectory], size: int) -> None:
+        """Runs what takes the most memory on ``size`` samples, eagerly: a step and the decoding."""
+        trajectory = blank(size)
+        step_function(self.parts, dearest(trajectory.variants))(*self.inputs(trajectory))
+        finish_function(self.parts)(trajectory.x)
 
     def _prepare_rest(self, size: int, samples: int) -> None:
         """Prepares batches of ``size`` where that pays within ``samples``."""
@@ -339,6 +372,12 @@ class Runner:
             function.close()
         self._functions.clear()
         self.batch_size, self.compiled = None, False
+
+
+def _filled(rows: Tensor, size: int) -> Tensor:
+    """Returns ``rows`` with copies of the last one behind them, ``size`` in all."""
+    more = size - len(rows)
+    return torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) if more > 0 else rows
 
 
 def _described(parts: StepParts, region: Region) -> str:

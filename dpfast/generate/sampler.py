@@ -1,16 +1,16 @@
 """``GuidedSampler``: class labels to images, pushed towards high entropy under a learner while they
 are made.
 
-How a guided sample comes about stands in five files, to be read in this order:
+How a guided sample comes about stands in these files, to be read in this order:
 
-    sampler               the specification, and the way of a batch: begin, advance, finish
-    step                  the batch between two steps, and a step as one pure function
-    guidance              the gradient of the criterion at a noisy latent
-    criteria              what guidance raises
-    ops/guided_step       the update of the latent, in plain PyTorch in ``reference``
+    sampler                    the specification, and the way of a batch: begin, advance, finish
+    step                       a batch between two steps, and a step as one pure function
+    guidance                   the gradient of the criterion at a noisy latent
+    criteria                   what guidance raises
+    ops/.../guided_step        the update of the latent, in plain PyTorch
 
-What only makes it fast or safe lies beside them: ``runner`` compiles, captures and sizes batches,
-``preflight`` checks what is given and tries the learner out.
+What makes it fast and safe lies beside them: ``runner`` compiles, captures and sizes batches,
+``bounded`` saves memory, ``feature_cache`` saves work, ``preflight`` checks what is given.
 """
 
 from __future__ import annotations
@@ -28,23 +28,15 @@ from torch import Tensor
 
 from dpfast.config import SolverName
 from dpfast.errors import InputError
-from dpfast.generate import check, criteria, preflight
-from dpfast.generate.feature_cache import FeatureCache, cached_steps
+from dpfast.generate import check, preflight
+from dpfast.generate.feature_cache import cached_steps
 from dpfast.generate.graphs import Recorder
-from dpfast.generate.guidance import GuidanceConfig, GuidancePath, interval_steps
+from dpfast.generate.guidance import GuidanceConfig, interval_steps
 from dpfast.generate.models.regional import Region
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.preflight import Request
 from dpfast.generate.runner import Runner
-from dpfast.generate.step import (
-    StepInputs,
-    StepParts,
-    Trajectory,
-    Variant,
-    dearest,
-    finish_function,
-    step_function,
-)
+from dpfast.generate.step import Trajectory, Variant
 from dpfast.ops import normal
 from dpfast.ops.noise import check_seed
 from dpfast.samples import SampleBatch
@@ -127,31 +119,13 @@ class GuidedSampler:
         self.cache_interval = cache_interval
         self.seed = seed
         self.table = pipeline.table(steps, solver=solver, eta=eta)
-        self._indices = [torch.tensor(i, device=pipeline.device) for i in range(len(self.table))]
-        path = None
-        if learner is not None:
-            if self.guidance.through == "latent" and pipeline.denoiser.prediction == "sample":
-                raise InputError(
-                    "through = 'latent': this denoiser predicts x0 itself, which leaves no path "
-                    "around it"
-                )
-            path = GuidancePath(
-                denoiser=pipeline.denoiser,
-                decoder=pipeline.guidance_decoder,
-                learner=learner,
-                criterion=criteria.named(self.guidance.criterion),
-                image_size=image_size,
-                through=self.guidance.through,
-            )
-        self.parts = StepParts(
-            denoiser=pipeline.denoiser,
-            decoder=pipeline.decoder,
-            path=path,
-            mode=self.guidance.mode,
-            clip=self.table.clip,
-            multistep=self.table.needs_x0_prev,
-            noise=self.table.needs_noise,
-            cache=FeatureCache(pipeline.denoiser) if cache_interval > 1 else None,
+        self.parts = preflight.step_parts(
+            pipeline,
+            learner,
+            self.guidance,
+            self.table,
+            image_size=image_size,
+            cached=cache_interval > 1,
         )
         self.runner = Runner(
             self.parts,
@@ -265,10 +239,10 @@ class GuidedSampler:
         last = total if stop is None else stop
         if not trajectory.step <= last <= total:
             raise InputError(f"stop = {stop}: expected {trajectory.step} to {total}")
-        state = trajectory.padded(self.runner.begin(len(trajectory)))
+        state = self.runner.begin(trajectory)
         while state.step < last:
-            state = state.after(self.runner.step(state.variant, self.inputs(state)))
-        return state.cropped(len(trajectory))
+            state = state.after(self.runner.step(state))
+        return self.runner.end(state, len(trajectory))
 
     @torch.no_grad()
     def finish(self, trajectory: Trajectory, *, learner_step: int = 0) -> SampleBatch:
@@ -329,24 +303,7 @@ class GuidedSampler:
             make,
             batch_size,
             guided=request.guided,
-            probe=partial(self._dearest_step, guided=request.guided, cfg_scale=request.cfg_scale),
-        )
-
-    def inputs(self, trajectory: Trajectory) -> StepInputs:
-        """What the next step of a batch reads."""
-        return StepInputs(
-            x=trajectory.x,
-            x0_prev=trajectory.x0_prev,
-            labels=trajectory.labels,
-            sample_ids=trajectory.sample_ids,
-            valid=trajectory.valid,
-            step=self._indices[trajectory.step],
-            rows=self.table.rows,
-            timesteps=self.table.timesteps,
-            omega=trajectory.omega,
-            cfg_scale=trajectory.cfg_scale,
-            seed=trajectory.seed,
-            features=trajectory.features,
+            blank=partial(self.blank, guided=request.guided, cfg_scale=request.cfg_scale),
         )
 
     def blank(
@@ -408,9 +365,3 @@ class GuidedSampler:
             skipped=torch.zeros((), dtype=torch.int64, device=device),
             variants=self.variants(guided=request.guided, cfg_scale=request.cfg_scale),
         )
-
-    def _dearest_step(self, size: int, *, guided: bool, cfg_scale: float) -> None:
-        """Runs the step that takes the most memory, eagerly, and the decoding."""
-        blank, parts = self.blank(size, guided=guided, cfg_scale=cfg_scale), self.runner.parts
-        step_function(parts, dearest(blank.variants))(*self.inputs(blank))
-        finish_function(parts)(blank.x)

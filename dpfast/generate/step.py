@@ -10,7 +10,7 @@ of the learner's weights in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -38,12 +38,6 @@ class Variant(NamedTuple):
         kind = "guided" if self.guided else "plain"
         name = f"{kind} step {'with' if self.cfg else 'without'} CFG"
         return name if self.features == "compute" else f"{name} to {self.features} features"
-
-
-def dearest(variants: Iterable[Variant]) -> Variant:
-    """The variant that takes the most memory; a step that reuses features never does."""
-    whole = (variant for variant in variants if variant.features != "reuse")
-    return max(whole, key=lambda variant: (variant.guided, variant.cfg))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +96,12 @@ class Trajectory:
             skipped=self.skipped if out.skipped is None else self.skipped + out.skipped,
         )
 
-    def padded(self, size: int | None) -> Trajectory:
-        """Returns the batch filled up to ``size`` rows; None: as it is."""
-        if size is None:
-            return self
-        valid = torch.arange(size, device=self.x.device) < len(self)
-        return replace(self._mapped(lambda rows: filled(rows, size)), valid=valid)
-
-    def cropped(self, size: int) -> Trajectory:
-        """Returns the first ``size`` rows, which undoes ``padded``."""
-        return replace(self._mapped(lambda rows: rows[:size]), valid=None)
-
     def take(self, rows: Tensor) -> Trajectory:
         """Returns the samples of these rows, (n,) int64."""
-        return self._mapped(lambda column: column[rows])
+        return self.mapped(lambda column: column[rows])
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Trajectory:
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Trajectory:
+        """Returns the batch with ``function`` applied to each of its columns."""
         columns = {name: getattr(self, name) for name in ROWS}
         changed: dict[str, Any] = {
             name: None if column is None else function(column) for name, column in columns.items()
@@ -135,12 +119,6 @@ class Trajectory:
         return replace(
             parts[0], **joined, skipped=torch.stack([part.skipped for part in parts]).sum()
         )
-
-
-def filled(rows: Tensor, size: int) -> Tensor:
-    """Returns ``rows`` with copies of the last one behind them, ``size`` in all."""
-    more = size - len(rows)
-    return torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])]) if more > 0 else rows
 
 
 class StepInputs(NamedTuple):

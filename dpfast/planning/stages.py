@@ -15,12 +15,13 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.errors import RecipeError
+from dpfast.generate.batching import dearest
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.models.decoder import Encoder
 from dpfast.generate.models.regional import has_region
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.generate.step import dearest, finish_function, step_function
+from dpfast.generate.step import finish_function, step_function
 from dpfast.hardware.flops import Counts, Fused, count_work
 from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.learn.models import build_learner, guiding
@@ -143,7 +144,7 @@ def _steps(
 ) -> Counts:
     """The steps from ``start`` to ``stop`` of one sample of a batch."""
     total, blank = Counts(), sampler.blank(batch, guided=guided)
-    inputs = sampler.inputs(blank)
+    inputs = sampler.runner.inputs(blank)
     for variant, times in Counter(blank.variants[start:stop]).items():
         if variant.features == "reuse":  # of the shape that a step before it kept
             keep = step_function(sampler.parts, variant._replace(features="keep"))
@@ -183,7 +184,7 @@ def _step_bytes(sampler: GuidedSampler, *, guided: bool) -> tuple[int, int]:
     step = step_function(sampler.parts, dearest(sampler.variants(guided=guided)))
 
     def one(size: int) -> object:
-        return step(*sampler.inputs(sampler.blank(size, guided=guided)))
+        return step(*sampler.runner.inputs(sampler.blank(size, guided=guided)))
 
     with Fused():
         return bytes_per_sample(one)

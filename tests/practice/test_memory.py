@@ -30,7 +30,7 @@ class Sizes:
 
     def __init__(self, monkeypatch):
         self.most = {}
-        self.seen(monkeypatch, Runner, "step", lambda variant, inputs: len(inputs.x))
+        self.seen(monkeypatch, Runner, "step", len)
         self.seen(monkeypatch, Runner, "finish", len)
         self.seen(monkeypatch, VaeDecoder, "__call__", len)
         self.seen(monkeypatch, VaeDecoder, "encode", len)
