@@ -1,5 +1,6 @@
 """What a run is told: recipes, and the options that their fields are."""
 
+from dpfast.config.objects import OBJECTS_FILE, check_objects, kind_of, objects_of
 from dpfast.config.option import Option
 from dpfast.config.recipe import (
     ASSETS,
@@ -15,6 +16,7 @@ from dpfast.config.recipe import (
     Practice,
     Recipe,
     SolverName,
+    SourceName,
     fields,
     flat,
     full_name,
@@ -24,6 +26,7 @@ from dpfast.config.recipe import (
 
 __all__ = [
     "ASSETS",
+    "OBJECTS_FILE",
     "RECIPES",
     "RECIPE_FILE",
     "SECTIONS",
@@ -37,9 +40,13 @@ __all__ = [
     "Practice",
     "Recipe",
     "SolverName",
+    "SourceName",
+    "check_objects",
     "fields",
     "flat",
     "full_name",
+    "kind_of",
+    "objects_of",
     "read_recipe",
     "short_name",
 ]

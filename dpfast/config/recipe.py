@@ -25,8 +25,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Source = Literal["dp", "static", "prune", "dynamic"]
-SOURCES: tuple[Source, ...] = get_args(Source)  # in the order in which they run
+SourceName = Literal["dp", "static", "prune", "dynamic"]
+SOURCES: tuple[SourceName, ...] = get_args(SourceName)  # in the order in which they run
 SolverName = Literal["auto", "ddim", "dpmpp2m", "euler", "lcm", "tcd"]
 STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is for
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -452,11 +452,17 @@ class Practice(Section):
         "class",
         help="prune: whether the highest entropies are kept of each class, or of all samples",
     )
-    sources: tuple[Source, ...] = option(
+    sources: tuple[SourceName, ...] = option(
         ("dp", "static"),
         help="what makes samples, a run each, compared in one table; dp: Deliberate Practice, "
         "static: a pool that does not grow, prune: the best of many candidates, dynamic: "
         "additions without guidance",
+    )
+    yardstick_samples: int = option(
+        250,
+        unit="samples",
+        low=1,
+        help="unguided samples, in no pool, with whose entropy that of a round is compared",
     )
     checkpoint_share: float = option(
         0.01,

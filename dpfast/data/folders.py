@@ -156,18 +156,25 @@ def _folder_names(classes: Sequence[str], ids: Sequence[str] | None) -> dict[str
 
 
 def read_image(file: Path, shape: tuple[int, ...]) -> Tensor:
-    """One image (C, H, W) uint8: the largest central part of the right proportions, of it 7/8,
-    resized (bicubic).
+    """One image (C, H, W) uint8, fitted as ``fit_picture`` does.
 
-    A picture that has the size already is taken as it is. Raises ``InputError`` for a file that is
-    no image.
+    Raises ``InputError`` for a file that is no image.
     """
-    channels, height, width = shape
     try:
         with Image.open(file) as opened:
-            picture = opened.convert(MODES[channels])
+            return fit_picture(opened, shape)
     except (UnidentifiedImageError, OSError) as error:
         raise InputError(f"{file}: cannot be read as an image: {error}") from error
+
+
+def fit_picture(picture: Image.Image, shape: tuple[int, ...]) -> Tensor:
+    """(C, H, W) uint8 of a picture: the largest central part of the right proportions, of it 7/8,
+    resized (bicubic).
+
+    A picture that has the size already is taken as it is.
+    """
+    channels, height, width = shape
+    picture = picture.convert(MODES[channels])
     if picture.size != (width, height):
         scale = CROP * min(picture.width / width, picture.height / height)
         left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from dpfast import imagenet
 from dpfast.config import ASSETS
@@ -20,6 +22,7 @@ from dpfast.data.folders import (
     SUFFIXES,
     ImageFolder,
     class_folders,
+    fit_picture,
     images_in,
     open_folder,
     read_image,
@@ -49,6 +52,31 @@ class RealData:
     classes: tuple[str, ...]
     validation: RealSet
     test: RealSet
+
+    @classmethod
+    def split(cls, images: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> RealData:
+        """Splits images into two halves: every second one of each class is held out.
+
+        Args:
+            images: (N, C, H, W) uint8, or floats in [0, 1].
+            labels: (N,) integers.
+            classes: names of the classes, whose indices are the labels; none: "0", "1", ...
+
+        Raises ``InputError`` for other shapes and types, labels without a class, and classes of
+        fewer than two images.
+        """
+        _check_tensors(images, labels)
+        names = tuple(classes) or tuple(str(i) for i in range(int(labels.max()) + 1))
+        wrong = labels[(labels < 0) | (labels >= len(names))]
+        if len(wrong):
+            raise InputError(f"real: label {int(wrong[0])}, expected 0 to {len(names) - 1}")
+        halves = _halves(labels.tolist(), names, "real")
+        images, labels = _pixels(images).cpu(), labels.cpu().long()
+        return cls(names, *(RealSet(images[half], labels[half]) for half in halves))
+
+
+# Real images as a caller may have them: of a Dataset each item is an image and a label.
+Given = RealData | tuple[Tensor, Tensor] | Dataset
 
 
 def load_real(
@@ -82,18 +110,118 @@ def load_real(
     if held_out:
         other = _open(held_out, "held_out", classes, shape)
         return RealData(tuple(classes), read_all(folder, ranks), read_all(other, ranks))
+    halves = _halves(folder.labels, classes, f"validation = {name!r}")
+    return RealData(tuple(classes), *(read_all(folder.subset(half), ranks) for half in halves))
+
+
+def given_real(
+    real: Given, *, classes: Sequence[str], shape: Sequence[int], ranks: Ranks = ALONE
+) -> RealData:
+    """The real images of a run from what a caller has: ``RealData`` as it is, the rest split by
+    ``RealData.split``.
+
+    Args:
+        real: ``RealData``, of which each rank gives its own part (``Ranks.indices``); a pair of
+            images and labels; or a ``Dataset`` with a length. The images of a Dataset may be
+            pictures of PIL as well, which are cropped and resized like those of a folder.
+        classes: names of the generator's classes.
+        shape: (C, H, W) of the generator's images.
+        ranks: each gets its part.
+
+    Raises ``InputError`` where classes or shapes differ from the generator's, and for other kinds
+    of objects.
+    """
+    if isinstance(real, RealData):
+        found = real
+    else:
+        images, labels = _tensors(real, tuple(shape))
+        _check_tensors(images, labels)
+        _check_shape(images, shape)
+        whole = RealData.split(images, labels, classes)
+        parts = (whole.validation, whole.test)
+        mine = [ranks.indices(len(part), BATCH) for part in parts]
+        sets = [RealSet(p.images[i], p.labels[i]) for p, i in zip(parts, mine, strict=True)]
+        found = RealData(whole.classes, *sets)
+    for part in (found.validation, found.test):
+        _check_tensors(part.images, part.labels)
+        _check_shape(part.images, shape)
+        if part.images.dtype != torch.uint8:
+            raise InputError(f"real: images are {part.images.dtype}, expected torch.uint8")
+    if len(found.classes) != len(classes):
+        raise InputError(f"real: {len(found.classes)} classes, the generator has {len(classes)}")
+    return found
+
+
+def _tensors(real: object, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Images and labels of a pair, or of all items of a Dataset."""
+    if isinstance(real, tuple) and len(real) == 2 and all(isinstance(x, Tensor) for x in real):
+        return real
+    if not (hasattr(real, "__getitem__") and hasattr(real, "__len__")) or isinstance(real, str):
+        raise InputError(
+            f"real is a {type(real).__name__}: expected dpfast.RealData, images and labels as "
+            "tensors, or a Dataset of (image, label)"
+        )
+    images, labels = [], []
+    for number in range(len(real)):
+        try:
+            image, label = real[number]
+            image = fit_picture(image, shape) if isinstance(image, Image.Image) else image
+            images.append(_pixels(torch.as_tensor(image)))
+            labels.append(int(label))
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            raise InputError(
+                f"real: item {number} is no image and label: {str(error).splitlines()[0]}"
+            ) from error
+    sizes = sorted({tuple(image.shape) for image in images})
+    if len(sizes) != 1:
+        raise InputError(f"real: images of the shapes {sizes[:3]}, expected those of one shape")
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """uint8 of images that are uint8, or floats in [0, 1]."""
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+        raise InputError(
+            f"real: images are {images.dtype}, expected torch.uint8, or floats between 0 and 1"
+        )
+    return images.mul(255).round().byte()
+
+
+def _check_tensors(images: Tensor, labels: Tensor) -> None:
+    """Raises ``InputError`` unless these are (N, C, H, W) and (N,) integers."""
+    if images.dim() != 4 or labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise InputError(
+            f"real: images {tuple(images.shape)} and labels {labels.dtype} {tuple(labels.shape)}, "
+            "expected (N, C, H, W) and N integers"
+        )
+
+
+def _check_shape(images: Tensor, shape: Sequence[int]) -> None:
+    if tuple(images.shape[1:]) != tuple(shape):
+        raise InputError(
+            f"real: images of shape {tuple(images.shape[1:])}, the generator's are {tuple(shape)}"
+        )
+
+
+def _halves(labels: Sequence[int], classes: Sequence[str], what: str) -> list[list[int]]:
+    """Indices of the validation half and of the held-out one: the images of a class in turn.
+
+    Raises ``InputError`` that begins with ``what`` for a class of fewer than two.
+    """
     place, seen = [], [0] * len(classes)
-    for label in folder.labels:
+    for label in labels:
         place.append(seen[label] % 2)
         seen[label] += 1
-    few = [classes[label] for label, count in enumerate(seen) if count < 2]
+    few = [(name, count) for name, count in zip(classes, seen, strict=True) if count < 2]
     if few:
+        name, count = few[0]
         raise InputError(
-            f"validation = {name!r}: {few[0]!r} has one image, expected two or more, or a held_out "
-            "folder"
+            f"{what}: {name!r} has {'one image' if count else 'no image'}, expected two or more, "
+            "or a held_out folder"
         )
-    halves = [[i for i, half in enumerate(place) if half == wanted] for wanted in (0, 1)]
-    return RealData(tuple(classes), *(read_all(folder.subset(half), ranks) for half in halves))
+    return [[i for i, half in enumerate(place) if half == wanted] for wanted in (0, 1)]
 
 
 def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int, int]:

@@ -80,6 +80,26 @@ def named(criterion: str | Criterion) -> Criterion:
     return CRITERIA[criterion]
 
 
+def check(criterion: Criterion, shape: tuple[int, ...]) -> None:
+    """Raises ``InputError`` for a criterion that is no function, fails on two samples' logits of
+    ``shape``, or does not give two values.
+    """
+    if not callable(criterion):
+        raise InputError(f"criterion is a {type(criterion).__name__}: expected a function")
+    try:
+        labels = torch.zeros(len(torch.empty(shape)), dtype=torch.int64)
+        value, _ = value_and_gradient(criterion, torch.zeros(shape), labels)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise InputError(
+            f"criterion fails on logits of shape {shape}: {str(error).splitlines()[0]}"
+        ) from error
+    if value.shape != (shape[0],):
+        raise InputError(
+            f"criterion gives values of shape {tuple(value.shape)} for {shape[0]} samples, "
+            f"expected ({shape[0]},)"
+        )
+
+
 def value_and_gradient(
     criterion: Criterion, logits: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:

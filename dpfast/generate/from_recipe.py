@@ -8,17 +8,20 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from dpfast import imagenet
 from dpfast.config import RECIPE_FILE, Generator, Recipe, read_recipe
+from dpfast.errors import InputError
+from dpfast.generate.criteria import Criterion
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.models.decoder import ResizedDecoder
 from dpfast.generate.pipelines import Pipeline, families
 from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.protocol import OwnPipeline, Sampler
 from dpfast.generate.sampler import GuidedSampler, Learner
 
 
@@ -73,33 +76,76 @@ def resized(pipeline: Pipeline, size: int) -> Pipeline:
 
 
 @torch.no_grad()
-def image_shape(pipeline: Pipeline) -> tuple[int, int, int]:
-    """(C, H, W) of a pipeline's images, by decoding one."""
+def image_shape(pipeline: Pipeline | OwnPipeline) -> tuple[int, int, int]:
+    """(C, H, W) of a pipeline's images: what an object says, or by decoding one."""
+    if not isinstance(pipeline, Pipeline):
+        return pipeline.image_shape
     latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
     _, channels, height, width = pipeline.decoder(latents).shape
     return channels, height, width
 
 
+def latent_shape(pipeline: Pipeline | OwnPipeline) -> tuple[int, ...]:
+    """(c, h, w) of a pipeline's latents. Raises ``InputError`` for one that has none."""
+    if not isinstance(pipeline, Pipeline):
+        raise InputError(
+            f"codec = 'latents': a {type(pipeline).__name__} is no dpfast.Pipeline and decodes none"
+        )
+    return pipeline.denoiser.sample_shape
+
+
+@overload
 def new_sampler(
-    recipe: Recipe, pipeline: Pipeline, learner: Learner | None, **options: Any
-) -> GuidedSampler:
+    recipe: Recipe,
+    pipeline: Pipeline,
+    learner: Learner | None,
+    *,
+    criterion: Criterion | None = None,
+    **options: Any,
+) -> GuidedSampler: ...
+@overload
+def new_sampler(
+    recipe: Recipe,
+    pipeline: Pipeline | OwnPipeline,
+    learner: Learner | None,
+    *,
+    criterion: Criterion | None = None,
+    **options: Any,
+) -> Sampler: ...
+def new_sampler(
+    recipe: Recipe,
+    pipeline: Pipeline | OwnPipeline,
+    learner: Learner | None,
+    *,
+    criterion: Criterion | None = None,
+    **options: Any,
+) -> Sampler:
     """The sampler that a recipe describes; unguided without a learner.
 
-    options: of ``GuidedSampler``, in place of what the recipe says. ``compile`` is never "auto" by
-    itself: that follows the clock, and so would the bits of a run. Raises ``InputError`` where
-    pipeline, learner and recipe do not fit.
+    Args:
+        recipe: of [generator] and [guidance].
+        pipeline: a pipeline of one's own makes its sampler itself, and takes no ``options``.
+        learner: images (B, C, H, W) in [-1, 1] to logits (B, K), or None.
+        criterion: in place of the recipe's.
+        options: of ``GuidedSampler``, in place of what the recipe says. ``compile`` is never "auto"
+            by itself: that follows the clock, and so would the bits of a run.
+
+    Raises ``InputError`` where pipeline, learner and recipe do not fit.
     """
     generator, guidance = recipe.generator, recipe.guidance
+    config = GuidanceConfig(
+        omega=guidance.omega,
+        every=guidance.every,
+        start=guidance.start,
+        until=guidance.until,
+        mode=guidance.mode,
+        through=guidance.through,
+        criterion=criterion or guidance.criterion,
+    )
+    if not isinstance(pipeline, Pipeline):
+        return pipeline.sampler(learner, guidance=config, seed=recipe.seed)
     described: dict[str, Any] = {
-        "guidance": GuidanceConfig(
-            omega=guidance.omega,
-            every=guidance.every,
-            start=guidance.start,
-            until=guidance.until,
-            mode=guidance.mode,
-            through=guidance.through,
-            criterion=guidance.criterion,
-        ),
+        "guidance": config,
         "steps": generator.steps,
         "solver": generator.solver,
         "eta": generator.eta,

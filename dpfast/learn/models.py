@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dpfast.config import ASSETS, RECIPE_FILE, Recipe, read_recipe
+from dpfast.config import ASSETS, RECIPE_FILE, Recipe, objects_of, read_recipe
 from dpfast.errors import InputError
 from dpfast.extras import EXTRAS, require
+from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline
 from dpfast.learn.precision import in_precision
+
+NewLearner = Callable[[], nn.Module]  # gives a learner with the same initial weights each time
 
 
 class _Logits(nn.Module):
@@ -90,18 +97,61 @@ def load_judge() -> nn.Module:
     return _Logits(model).eval().requires_grad_(False)
 
 
-def new_learner(recipe: Recipe, pipeline: Pipeline) -> nn.Module:
-    """The recipe's classifier on the pipeline's device, initialised from the recipe's seed on any
-    device alike.
+def learner_factory(
+    recipe: Recipe,
+    pipeline: Pipeline | OwnPipeline,
+    learner: nn.Module | NewLearner | None = None,
+) -> NewLearner:
+    """A function that gives a run's initial learner on the pipeline's device, a new one each time.
+
+    Args:
+        recipe: names the learner where no other one is given, and its seed, which is set before a
+            learner is built: it is initialised alike on any device.
+        pipeline: whose classes and channels a learner by name gets.
+        learner: a module, of which copies are given as it is now, or a function that builds a new
+            one with each call.
+
+    Raises ``InputError``, as the function does, for what is neither or does not build new modules.
     """
-    torch.manual_seed(recipe.seed)
-    model = build_learner(
-        recipe.learner.model,
-        classes=pipeline.denoiser.classes,
-        channels=pipeline.image_channels,
-        **recipe.learner.options,
-    )
-    return model.to(pipeline.device)
+    if not (learner is None or callable(learner)):
+        raise InputError(
+            f"learner is a {type(learner).__name__}: expected an nn.Module, or a function that "
+            "returns one"
+        )
+    held = copy.deepcopy(learner) if isinstance(learner, nn.Module) else None
+    built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def new_learner() -> nn.Module:
+        torch.manual_seed(recipe.seed)
+        if held is not None:
+            return copy.deepcopy(held).to(pipeline.device)
+        if learner is None:
+            model = build_learner(
+                recipe.learner.model,
+                classes=len(pipeline.class_names),
+                channels=image_channels(pipeline),
+                **recipe.learner.options,
+            )
+        else:
+            model = learner()
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"learner: the function gives a {type(model).__name__}, expected an nn.Module"
+            )
+        if model in built:
+            raise InputError(
+                "learner: the function gives the same module again, which has been trained; give "
+                "the module itself, which is copied"
+            )
+        built.add(model)
+        return model.to(pipeline.device)
+
+    return new_learner
+
+
+def image_channels(pipeline: Pipeline | OwnPipeline) -> int:
+    """C of a pipeline's images (C, H, W)."""
+    return pipeline.image_channels if isinstance(pipeline, Pipeline) else image_shape(pipeline)[0]
 
 
 def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str = "dp") -> nn.Module:
@@ -119,8 +169,14 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
         raise InputError(
             f"learner = {str(folder)!r}: not the folder of a finished run, it has no {weights.name}"
         )
+    kind = objects_of(Path(folder)).get("learner")
+    if kind is not None:
+        raise InputError(
+            f"learner = {str(folder)!r}: an object of its run, {kind}; load {weights.name} into "
+            "another one"
+        )
     recipe = Recipe.from_dict(read_recipe(recipe_file))
-    model = new_learner(recipe, pipeline)
+    model = learner_factory(recipe, pipeline)()
     try:
         model.load_state_dict(load_file(weights))
     except RuntimeError as error:

@@ -22,10 +22,11 @@ from dpfast.feed import make_loader
 from dpfast.feed.augment import Augment
 from dpfast.generate.from_recipe import image_shape, load_pipeline, new_sampler
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline
 from dpfast.hardware.device import device_named
 from dpfast.hardware.flops import Counts
 from dpfast.hardware.peaks import Device, here
-from dpfast.learn.models import guiding, new_learner
+from dpfast.learn.models import guiding, learner_factory
 from dpfast.learn.trainer import Trainer
 from dpfast.planning.fitting import fit, stages_of
 from dpfast.pool.pool import SamplePool
@@ -59,7 +60,7 @@ class Timings:
 
 
 def measure(
-    recipe: Recipe, *, pipeline: Pipeline | None = None, seconds: float = SECONDS
+    recipe: Recipe, *, pipeline: Pipeline | OwnPipeline | None = None, seconds: float = SECONDS
 ) -> Timings:
     """Times the stages on the recipe's device, in at most about ``seconds`` beside loading and
     counting.
@@ -69,11 +70,11 @@ def measure(
     pipeline = pipeline or load_pipeline(recipe.generator, device=device_named(recipe.device))
     stages = stages_of(recipe, here())
     recipe = fit(recipe, here(), stages=stages).recipe
-    classes = pipeline.denoiser.classes
+    classes = len(pipeline.class_names)
     config = recipe.learner
     device = pipeline.device
     clock = StageClock(here(), seconds / 4, device)
-    trainer = Trainer(new_learner(recipe, pipeline), config, iterations=10**6)
+    trainer = Trainer(learner_factory(recipe, pipeline)(), config, iterations=10**6)
     guide, other = (trainer.classifier(which) for which in (recipe.guidance.guide_with, "raw"))
     guide = guiding(recipe.guidance.criterion, guide, other).eval()
     plain, sampler = (new_sampler(recipe, pipeline, model) for model in (None, guide))
@@ -82,7 +83,8 @@ def measure(
     @contextlib.contextmanager
     def unguided(size: int) -> Iterator[Callable[[], object]]:
         def call() -> None:
-            held[:] = plain.stream(torch.arange(size) % classes, batch_size=size)
+            ids = torch.arange(size)
+            held[:] = plain.stream(ids % classes, sample_ids=ids, batch_size=size)
 
         yield call
 
@@ -159,14 +161,14 @@ def measure(
     )
 
 
-def _noise(pipeline: Pipeline) -> SampleBatch:
+def _noise(pipeline: Pipeline | OwnPipeline) -> SampleBatch:
     """Two samples of noise, for a pool where making one takes too long."""
     images = torch.randint(
         256, (2, *image_shape(pipeline)), dtype=torch.uint8, device=pipeline.device
     )
     ids = torch.arange(2, device=pipeline.device)
     return SampleBatch(
-        images=images, labels=ids % pipeline.denoiser.classes, sample_ids=ids, entropy=ids.float()
+        images=images, labels=ids % len(pipeline.class_names), sample_ids=ids, entropy=ids.float()
     )
 
 

@@ -38,7 +38,6 @@ from dpfast.planning.simulation import (
     job_of,
 )
 from dpfast.planning.stages import Stages
-from dpfast.sources import yardstick
 
 # Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (batch 32) and of
 # Stable Diffusion 1.5 (512 px, batch 16) in steps that were not compiled, on one H200
@@ -234,7 +233,12 @@ def _phases(
         if source == "dp" and more > 0:
             yield phase(source, "guided samples", "generation", more, stages.guided, guided)
             yield phase(
-                source, "yardstick", "generation", yardstick.SAMPLES, stages.unguided, unguided
+                source,
+                "yardstick",
+                "generation",
+                practice.yardstick_samples,
+                stages.unguided,
+                unguided,
             )
         if source in ("dynamic", "prune"):
             yield phase(source, "scoring", "evaluation", needed - first, stages.evaluation, judge)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dpfast.config import RECIPE_FILE, Recipe
+from dpfast.config import RECIPE_FILE, Recipe, objects_of
 from dpfast.errors import InputError, RecipeError
 from dpfast.parallel import Ranks
 from dpfast.pool.rank_folders import rank_folder
@@ -78,6 +78,7 @@ def prepare_branch(
     try:
         born = (trunk / (BORN if (trunk / BORN).is_file() else RECIPE_FILE)).read_text()
         with RunWriter(out, recipe, overwrite=overwrite, born=born) as branch:
+            branch.keep_objects(objects_of(trunk))
             (out / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in past))
             components = start.components
             for rank in range(start.ranks):

@@ -140,6 +140,7 @@ RULES: dict[str, tuple[str, str]] = {
         BRANCH,
         "rivals take sizes and moments from dp; run others into a folder of their own",
     ),
+    "yardstick_samples": (FREE, "it is measured against, and trains nothing"),
     "checkpoint_share": (FREE, "it says when is saved, not what"),
     "checkpoint_minutes": (FREE, "it says when is saved, not what"),
     "checkpoints_kept": (FREE, "it says how many are kept from now on"),

@@ -1,19 +1,31 @@
-"""The sources of a recipe side by side: one generator, one set of real images, one table."""
+"""The sources of a recipe side by side: one generator, one set of real images, one table.
+
+Every part comes from the recipe, or is an object of the caller's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from dpfast.config import SOURCES, Recipe
-from dpfast.data.real import check_real, load_real
+from torch import nn
+
+from dpfast.config import SOURCES, Recipe, SourceName, kind_of
+from dpfast.data.real import Given, RealData, check_real, given_real, load_real
 from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.measures import predict
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed import choose_loader
+from dpfast.feed.loader import Loader
+from dpfast.generate.criteria import Criterion
+from dpfast.generate.criteria import check as check_criterion
 from dpfast.generate.from_recipe import check_generator, image_shape, load_pipeline
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline, check_pipeline
 from dpfast.hardware.device import device_named
-from dpfast.learn.models import new_learner
+from dpfast.learn.models import NewLearner, learner_factory
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.placement import Placement
 from dpfast.practice import checkpoint
@@ -25,13 +37,15 @@ from dpfast.practice.overlap import GeneratorRank, OverlapGroups, OverlappedSour
 from dpfast.practice.result import Result
 from dpfast.practice.run_paths import RunPaths
 from dpfast.practice.run_pool import placement, stored_shape
+from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop
 from dpfast.practice.throughput import Throughput
+from dpfast.sources.costs import Cost
 from dpfast.sources.deliberate_practice import DeliberatePracticeSource
 from dpfast.sources.dynamic import DynamicSource
 from dpfast.sources.guided_methods import check_guided_method
 from dpfast.sources.prune import PruneSource
-from dpfast.sources.source import Source
+from dpfast.sources.source import LoopView, Source
 from dpfast.sources.static import StaticSource
 from dpfast.sources.unguided import UnguidedSamples
 
@@ -45,62 +59,126 @@ class DeliberatePractice:
     iterations, those with rounds at the same moments. Without it they go by the recipe: the maximum
     of samples, their own patience.
 
-    unguided: samples that exist already (``UnguidedSamples.remember``), for experiments that share
-    a generator and a seed.
-    ranks: every rank of a run makes this object and calls ``run``, with the same arguments. With
-    the recipe's ``overlap`` the last ones only generate, and ``ranks`` are then the others.
+    Args:
+        recipe: says everything that no object is given for.
+        pipeline: a ``Pipeline``, used as it was loaded, or an object with the protocol
+            ``OwnPipeline``.
+        learner: an ``nn.Module`` from images (B, C, H, W) in [-1, 1] to logits (B, K), of which
+            every source trains a copy, or a function that builds one for each source.
+        real: images (N, C, H, W) and labels (N,), a ``Dataset`` of such pairs, or ``RealData``.
+        sources: names and ``Source`` objects, in place of the recipe's; objects run last.
+        criterion: what guidance raises, a function of logits (B, K) and labels (B,)
+            (``dpfast.generate.criteria``); with the recipe's criterion "disagreement" it gets
+            those of a committee, (B, 2, K).
+        loader: makes the ``Loader``, called with the pool and the options of ``make_loader``.
+        callbacks: told of every run, before those of ``run``.
+        unguided: samples that exist already (``UnguidedSamples.remember``), for experiments that
+            share a generator and a seed.
+        ranks: every rank of a run makes this object and calls ``run``, with the same arguments.
+            With the recipe's ``overlap`` the last ones only generate, and ``ranks`` are then the
+            others.
 
-    Raises ``RecipeError`` from the constructor when the recipe, the generator and the real images
-    do not fit together.
+    Raises ``InputError`` from the constructor when the recipe, the objects, the generator and the
+    real images do not fit together.
     """
 
     def __init__(
-        self, recipe: Recipe, *, unguided: UnguidedSamples | None = None, ranks: Ranks = ALONE
+        self,
+        recipe: Recipe,
+        *,
+        pipeline: Pipeline | OwnPipeline | None = None,
+        learner: nn.Module | NewLearner | None = None,
+        real: Given | None = None,
+        sources: Sequence[str | Source] | None = None,
+        criterion: Criterion | None = None,
+        loader: Callable[..., Loader] | None = None,
+        callbacks: Sequence[Callback] = (),
+        unguided: UnguidedSamples | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        practice = recipe.practice
+        named, own = _parted(recipe, sources)
+        if named:
+            recipe = replace(recipe, practice=replace(recipe.practice, sources=named))
         recipe.check_ranks(ranks.size)
-        self.link = OverlapGroups.of(ranks, practice.overlap) if practice.overlap else None
+        overlap = recipe.practice.overlap
+        self.link = OverlapGroups.of(ranks, overlap) if overlap else None
         ranks = ranks if self.link is None else self.link.trainers
-        self.recipe, self.ranks = recipe, ranks
-        recipe.need_folders(*(["pipeline"] if unguided is None else []), "validation")
-        names = (
-            check_generator(recipe.generator)
-            if unguided is None
-            else unguided.sampler.pipeline.class_names
-        )
-        check_real(recipe.validation, recipe.held_out, names)
+        self.ranks, self.named, self.own = ranks, named, own
+        self.criterion, self.loader, self.callbacks = criterion, loader, _checked(callbacks)
+        given: dict[str, object] = {"pipeline": pipeline, "learner": learner, "real": real}
+        given |= {"criterion": criterion, "loader": loader}
+        given |= {f"source {name}": each for name, each in own.items()}
+        self.objects = {name: kind_of(each) for name, each in given.items() if each is not None}
+        if pipeline is None and unguided is not None:
+            pipeline = unguided.pipeline
+        self.pipeline = self._load_pipeline(recipe, pipeline, checks_real=real is None)
+        if isinstance(pipeline, Pipeline):  # for those who count, or decode latents later
+            generator = replace(recipe.generator, pipeline=str(pipeline.folder))
+            recipe = replace(recipe, generator=generator)
         ranks.beat()
-        self.pipeline = (
-            load_pipeline(
-                recipe.generator,
-                device=device_named(recipe.device, rank=ranks.local_rank, ranks=ranks.size),
-            )
-            if unguided is None
-            else unguided.sampler.pipeline
-        )
-        ranks.beat()
-        self.real = load_real(
-            recipe.validation,
-            held_out=recipe.held_out,
-            classes=self.pipeline.class_names,
-            shape=image_shape(self.pipeline),
-            ranks=ranks,
-        )
+        self.real = self._load_real(recipe, real)
         self.sets = evaluation_sets(
             recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed
         )
         ranks.beat()
+        self.asked = self.recipe = recipe
+        self.new_learner = learner_factory(recipe, self.pipeline, learner)
         self._check()
         ranks.beat()
-        self.fit = fit_run(recipe, self.pipeline, ranks, together=self.link is None)
-        self.recipe = recipe = recipe if self.fit is None else self.fit.recipe
-        ranks.beat()
-        if (
-            not recipe.pool.mapped
-        ):  # the disk of mapped files is known with the folder; the loop looks before any work
-            self.place_pool()
-        self.unguided = unguided or UnguidedSamples(recipe, self.pipeline, ranks)
+        self._fit(recipe)
+        self.unguided = unguided or UnguidedSamples(self.recipe, self.pipeline, ranks)
         self.loop: Loop | None = None  # the one that runs, or ran last
+
+    @property
+    def names(self) -> list[str]:
+        """The sources in the order in which they run."""
+        return [*self.named, *self.own]
+
+    def _load_pipeline(
+        self, recipe: Recipe, pipeline: Pipeline | OwnPipeline | None, *, checks_real: bool
+    ) -> Pipeline | OwnPipeline:
+        """The recipe's pipeline where none is given. Folders are looked at before weights are
+        read.
+        """
+        ranks, missing = self.ranks, "validation" if checks_real else None
+        needed = ("pipeline" if pipeline is None else None, missing)
+        recipe.need_folders(*(name for name in needed if name))
+        if pipeline is None:
+            names = check_generator(recipe.generator)
+        else:
+            check_pipeline(pipeline)
+            names = tuple(pipeline.class_names)
+        if checks_real:
+            check_real(recipe.validation, recipe.held_out, names)
+        ranks.beat()
+        if pipeline is not None:
+            return pipeline
+        device = device_named(recipe.device, rank=ranks.local_rank, ranks=ranks.size)
+        return load_pipeline(recipe.generator, device=device)
+
+    def _load_real(self, recipe: Recipe, real: Given | None) -> RealData:
+        """This rank's part of the real images that are given, or that the recipe names."""
+        classes, shape = self.pipeline.class_names, image_shape(self.pipeline)
+        if real is not None:
+            return given_real(real, classes=classes, shape=shape, ranks=self.ranks)
+        return load_real(
+            recipe.validation,
+            held_out=recipe.held_out,
+            classes=classes,
+            shape=shape,
+            ranks=self.ranks,
+        )
+
+    def _fit(self, recipe: Recipe) -> None:
+        """Takes ``recipe`` for the run, fitted to the memory that is there."""
+        learner = self.objects.get("learner")
+        together = self.link is None
+        self.fit = fit_run(recipe, self.pipeline, self.ranks, together=together, learner=learner)
+        self.recipe = recipe if self.fit is None else self.fit.recipe
+        self.ranks.beat()
+        if not recipe.pool.mapped:
+            # the disk of mapped files is known with the folder; the loop looks before any work
+            self.place_pool()
 
     def place_pool(self, out: Path | None = None) -> Placement:
         """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place, as the
@@ -112,7 +190,7 @@ class DeliberatePractice:
         return placement(self.recipe, self.pipeline, shape, self.ranks, out)
 
     def _check(self) -> None:
-        practice, classes = self.recipe.practice, self.pipeline.denoiser.classes
+        practice, classes = self.recipe.practice, len(self.pipeline.class_names)
         for name in ("initial_samples", "round_samples"):
             if getattr(practice, name) < classes:
                 raise RecipeError(
@@ -129,23 +207,44 @@ class DeliberatePractice:
                 f"classes = {self.recipe.learner.classes}: the learner needs the generator's "
                 f"{classes} classes"
             )
-        choose_loader(self.recipe.learner.loader, self.recipe.pool.codec)
-        if "dp" in practice.sources:
+        if self.loader is None:
+            choose_loader(self.recipe.learner.loader, self.recipe.pool.codec)
+        elif not callable(self.loader):
+            raise InputError(f"loader is a {type(self.loader).__name__}: expected a function")
+        if "dp" in self.named:
             check_guided_method(self.recipe, self.pipeline)
-        learner, images = new_learner(self.recipe, self.pipeline), self.real.validation.images
-        shape = tuple(
-            predict(learner, images.new_zeros(2, *images.shape[1:])).shape
-        )  # a rank may have no image
+        if self.criterion is not None:
+            members = (2,) if self.recipe.guidance.criterion == "disagreement" else ()
+            check_criterion(self.criterion, (2, *members, classes))
+        self._check_learner(classes)
+
+    def _check_learner(self, classes: int) -> None:
+        """Raises ``InputError`` unless the learner gives (2, classes) logits for two images."""
+        learner, images = self.new_learner(), self.real.validation.images
+        black = images.new_zeros(2, *images.shape[1:])  # a rank may have no image
+        what = f"model = {self.recipe.learner.model!r}"
+        if "learner" not in self.objects:
+            shape = tuple(predict(learner, black).shape)
+        else:
+            what = f"learner = {self.objects['learner']}"
+            try:
+                shape = tuple(predict(learner, black).shape)
+            except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+                raise InputError(
+                    f"{what}: fails on images of shape {tuple(black.shape)}: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
         if shape != (2, classes):
             raise RecipeError(
-                f"model = {self.recipe.learner.model!r}: its logits are {shape} for 2 images, "
-                f"expected (2, {classes})"
+                f"{what}: its logits are {shape} for 2 images, expected (2, {classes})"
             )
 
     def run(
         self,
-        folder: RunPaths | None = None,
+        folder: RunPaths | str | Path | None = None,
         *,
+        resume: bool = False,
+        overwrite: bool = False,
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
         stop: Stop | None = None,
@@ -153,24 +252,65 @@ class DeliberatePractice:
         """Runs all sources. Nothing is written without a ``folder``; one that holds a run's state
         is continued.
 
-        folder: of several ranks the first one has a ``RunWriter``, the others its ``RunPaths``.
+        Args:
+            folder: a path, or of several ranks for the first one a ``RunWriter``, for the others
+                its ``RunPaths``.
+            resume: go on with the run in the path, which began with objects of the same kinds.
+            overwrite: replace the run in the path.
+            progress: show a bar, and lines for rounds and evaluations.
+            callbacks: told as well, after those of the constructor.
+            stop: asked after every step and batch.
+
         A rank that only generates returns no results.
         Raises ``Stopped`` after a stop was requested and ``LossError`` when a loss is not finite.
         """
-        names = [name for name in SOURCES if name in self.recipe.practice.sources]
+        stop = stop or Stop()
+        if folder is None or isinstance(folder, RunPaths):
+            return self._run(folder, progress, callbacks, stop)
+        path, ranks = Path(folder), self.ranks
+        if not ranks.alone:
+            raise InputError(
+                f"folder = {str(path)!r}: of several ranks the first one needs a RunWriter, the "
+                "others its RunPaths"
+            )
+        with RunWriter(path, self.asked, overwrite=overwrite, resume=resume) as writer:
+            if writer.recipe != self.asked:  # it goes on as it was born
+                self._fit(writer.recipe)
+            return self._run(writer, progress, callbacks, stop)
+
+    def _run(
+        self, folder: RunPaths | None, progress: bool, callbacks: Sequence[Callback], stop: Stop
+    ) -> list[Result]:
+        names = self.names
         if self.link is not None and self.link.generates:
             if "dp" in names:
-                GeneratorRank(self.recipe, self.pipeline, self.link, stop or Stop()).serve()
+                GeneratorRank(
+                    self.recipe,
+                    self.pipeline,
+                    self.link,
+                    stop,
+                    self.new_learner,
+                    criterion=self.criterion,
+                ).serve()
             return []
+        if folder is not None:
+            with self.ranks.all_or_none():
+                folder.keep_objects(self.objects)
         starts = {name: self._start(folder, name) for name in names}
         begun = [name for name in names if starts[name] is not None]
         newest = starts[begun[-1]] if begun else None
         if folder is not None:  # all loops write into the same files
             folder.load_state_dict({} if newest is None else newest.components["folder"])
-        told = [*callbacks, *([Console()] if progress and self.ranks.first else [])]
+        told = [
+            *self.callbacks,
+            *callbacks,
+            *([Console()] if progress and self.ranks.first else []),
+        ]
         if folder is not None:
             image = tuple(self.real.validation.images.shape[1:])
-            told = [*folder.watchers(Throughput(self.recipe, self.pipeline, image)), *told]
+            counted = "learner" not in self.objects
+            rates = Throughput(self.recipe, self.pipeline, image, counted=counted)
+            told = [*folder.watchers(rates), *told]
         results: list[Result] = []
         practised: Loop | None = None
         for name in names:
@@ -184,6 +324,8 @@ class DeliberatePractice:
                 callbacks=told,
                 stop=stop,
                 ranks=self.ranks,
+                new_learner=self.new_learner,
+                loader=self.loader,
             )
             self.loop = loop
             source = self._source(name, loop, practised)
@@ -213,7 +355,7 @@ class DeliberatePractice:
         newest, practice = checkpoint.latest(folder), self.recipe.practice
         if newest is None or newest.iterations == practice.iterations:
             return newest
-        if name != next(source for source in SOURCES if source in practice.sources):
+        if name != self.names[0]:
             return None
         before = newest.iterations
         if newest.step < before - self.recipe.learner.cooldown * before:
@@ -234,6 +376,22 @@ class DeliberatePractice:
 
     def _source(self, name: str, loop: Loop, practised: Loop | None) -> Source:
         recipe, unguided = self.recipe, self.unguided
+        moments = None if practised is None else frozenset(practised.state.moments)
+        if name in self.own:
+            own = self.own[name]
+            own.cost.load_state_dict(Cost().state_dict())
+            own.begin(
+                LoopView(
+                    recipe=recipe,
+                    pipeline=self.pipeline,
+                    learner=loop.guide,
+                    pool=lambda: loop.pool.local,
+                    unguided=unguided,
+                    ranks=self.ranks,
+                    moments=moments,
+                )
+            )
+            return own
         if name == "dp":
             source = DeliberatePracticeSource(
                 recipe,
@@ -242,15 +400,45 @@ class DeliberatePractice:
                 loop.guide,
                 guides=loop.guides,
                 pool=lambda: loop.pool.local,
+                criterion=self.criterion,
             )
             return source if self.link is None else OverlappedSource(source, loop.guides, self.link)
         if name == "static":
             total = recipe.practice.maximum_samples if practised is None else len(practised.pool)
             return StaticSource(recipe, unguided, total)
         kind = {"prune": PruneSource, "dynamic": DynamicSource}[name]
-        return kind(
-            recipe,
-            unguided,
-            loop.guide,
-            moments=None if practised is None else frozenset(practised.state.moments),
-        )
+        return kind(recipe, unguided, loop.guide, moments=moments)
+
+
+def _parted(
+    recipe: Recipe, sources: Sequence[str | Source] | None
+) -> tuple[tuple[SourceName, ...], dict[str, Source]]:
+    """The names of the sources that the package knows, and the caller's own ones by name, each in
+    the order in which they run. Raises ``InputError`` for other things and names that come twice.
+    """
+    if sources is None:
+        sources = recipe.practice.sources
+    own: dict[str, Source] = {}
+    for each in sources:
+        if isinstance(each, str) and each in SOURCES:
+            continue
+        if not isinstance(each, Source):
+            raise InputError(
+                f"sources: {each!r}: expected a Source, or one of {', '.join(SOURCES)}"
+            )
+        name = each.name or type(each).__name__.lower()
+        if name in SOURCES or name in own or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            raise InputError(
+                f"sources: name = {name!r}: expected letters and digits that no other source has"
+            )
+        own[name] = each
+    if not sources:
+        raise InputError("sources: expected one or more")
+    return tuple(name for name in SOURCES if name in sources), own
+
+
+def _checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+    for each in callbacks:
+        if not isinstance(each, Callback):
+            raise InputError(f"callbacks: a {type(each).__name__} is no dpfast.Callback")
+    return tuple(callbacks)

@@ -12,6 +12,7 @@ from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline
 from dpfast.hardware.device import is_gpu
 from dpfast.hardware.memory import available_bytes, free_bytes
 from dpfast.hardware.peaks import DEVICES, Device
@@ -25,19 +26,37 @@ HELD = 1000
 
 
 def fit_run(
-    recipe: Recipe, pipeline: Pipeline, ranks: Ranks, *, together: bool = True
+    recipe: Recipe,
+    pipeline: Pipeline | OwnPipeline,
+    ranks: Ranks,
+    *,
+    together: bool = True,
+    learner: object | None = None,
 ) -> Fit | None:
     """The recipe fitted to a rank's device.
 
-    together: all of ``ranks`` call it, and get what fits the one with the least memory. None where
-    there is nothing to
-    fit: on a CPU with far more memory than the batches can take, and for models that cannot be
-    counted, where a warning says so.
+    together: all of ``ranks`` call it, and get what fits the one with the least memory. learner:
+    one in place of the recipe's. None where there is nothing to fit: on a CPU with far more memory
+    than the batches can take, and for models that cannot be counted, where a warning says so.
     """
     device = pipeline.device
     memory = device_memory(device)
     memory = -ranks.most(-memory) if together else memory
     if not is_gpu(device) and memory > 2 * HELD * _batch_bytes(recipe, pipeline, ranks):
+        return None
+    own = [
+        what
+        for what, given in (
+            ("pipeline", not isinstance(pipeline, Pipeline)),
+            ("learner", learner is not None),
+        )
+        if given
+    ]
+    if own:
+        log.warning(
+            "the memory of the %s is not known, an object of the caller's: nothing is fitted",
+            " and the ".join(own),
+        )
         return None
     known = replace(DEVICES["h100"] if is_gpu(device) else _CPU, name=str(device), memory=memory)
     known = replace(known, host=free_bytes() / ranks.local_size, disk=None)
@@ -62,11 +81,9 @@ def device_memory(device: torch.device) -> float:
     return float(available_bytes(device) + own)
 
 
-def _batch_bytes(recipe: Recipe, pipeline: Pipeline, ranks: Ranks) -> int:
-    image = 4 * math.prod(image_shape(pipeline))
-    latent = pipeline.denoiser.sample_shape[1:]
-    decoded = (
-        4 * 3 * math.prod(8 * side for side in latent) if recipe.generator.image_size else image
-    )  # then resized
+def _batch_bytes(recipe: Recipe, pipeline: Pipeline | OwnPipeline, ranks: Ranks) -> int:
+    image = decoded = 4 * math.prod(image_shape(pipeline))
+    if recipe.generator.image_size and isinstance(pipeline, Pipeline):  # resized after decoding
+        decoded = 4 * 3 * math.prod(8 * side for side in pipeline.denoiser.sample_shape[1:])
     share = math.ceil(recipe.learner.batch_size / ranks.size)
     return max(share * image, recipe.generator.at_once * decoded)

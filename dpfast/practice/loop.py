@@ -27,10 +27,12 @@ from dpfast.evaluate.measures import evaluate
 from dpfast.evaluate.sets import EvaluationSet, evaluate_sets
 from dpfast.feed import make_loader
 from dpfast.feed.augment import Augment
+from dpfast.feed.loader import Loader
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline
 from dpfast.hardware.device import is_gpu
 from dpfast.hardware.out_of_memory import release
-from dpfast.learn.models import guiding, new_learner
+from dpfast.learn.models import NewLearner, guiding, learner_factory
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.protocol import Pool
@@ -59,7 +61,8 @@ class Loop:
     Models, losses and batches are on the pipeline's device. callbacks: told what happens, in their
     order. folder: where the state is kept; None: nowhere. stop: asked after every step and batch.
     ranks: run one loop each, in step: they make and hold their parts of the samples, train on their
-    parts of the batches, and decide alike.
+    parts of the batches, and decide alike. new_learner: gives the initial learner, loader: what
+    ``make_loader`` takes; None: the recipe's.
     """
 
     source: Source  # from ``run`` on
@@ -68,7 +71,7 @@ class Loop:
         self,
         recipe: Recipe,
         name: str,
-        pipeline: Pipeline,
+        pipeline: Pipeline | OwnPipeline,
         real: RealData,
         *,
         sets: Sequence[EvaluationSet] = (),
@@ -76,6 +79,8 @@ class Loop:
         callbacks: Sequence[Callback] = (),
         stop: Stop | None = None,
         ranks: Ranks = ALONE,
+        new_learner: NewLearner | None = None,
+        loader: str | Callable[..., Loader] | None = None,
     ) -> None:
         learner, practice = recipe.learner, recipe.practice
         self.recipe = recipe
@@ -88,9 +93,8 @@ class Loop:
         self.stop = stop or Stop()
         self.stop_together = StopTogether(self.stop, ranks)
         self.interval = practice.interval(learner.batch_size)
-        self.trainer = Trainer(
-            new_learner(recipe, pipeline), learner, iterations=practice.iterations, ranks=ranks
-        )
+        new_learner = new_learner or learner_factory(recipe, pipeline)
+        self.trainer = Trainer(new_learner(), learner, iterations=practice.iterations, ranks=ranks)
         self.state = LoopState()
         self.shape = stored_shape(recipe, pipeline, real)
         pool = new_pool(
@@ -98,7 +102,7 @@ class Loop:
         )
         self.samples = SavedSamples(pool, self.state, folder, name, recipe)
         self.loader = make_loader(
-            learner.loader,
+            loader or learner.loader,
             self.pool,
             batch_size=learner.batch_size,
             seed=recipe.seed,
@@ -110,7 +114,7 @@ class Loop:
                 cutmix=learner.cutmix,
             ),
             device=pipeline.device,
-            classes=pipeline.denoiser.classes,
+            classes=len(pipeline.class_names),
             fresh_weight=practice.fresh_weight,
         )
         self.losses = Losses(self.loader, pipeline.device, ranks)

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.config import Recipe
-from dpfast.generate.from_recipe import image_shape
+from dpfast.generate.criteria import Criterion
+from dpfast.generate.from_recipe import image_shape, latent_shape
 from dpfast.generate.pipelines import Pipeline
-from dpfast.learn.models import guiding, new_learner
+from dpfast.generate.protocol import OwnPipeline
+from dpfast.learn.models import NewLearner, guiding
 from dpfast.learn.precision import in_precision
 from dpfast.parallel import Ranks
 from dpfast.parallel.groups import Group
@@ -124,11 +126,11 @@ class OverlappedSource(Source):
         self.groups = groups
         self.cost = source.cost
         self.yardstick = source.yardstick
-        pipeline = source.sampler.pipeline
+        pipeline = source.pipeline
         self._images = image_shape(pipeline)
-        self._latents = (
-            pipeline.denoiser.sample_shape if source.recipe.pool.codec == "latents" else None
-        )
+        self._latents: tuple[int, ...] | None = None
+        if source.recipe.pool.codec == "latents":
+            self._latents = latent_shape(pipeline)
         self.job: RoundRequest | None = None  # what the generators are at
         self.snapshot: dict[str, Tensor] = {}  # the weights that guide it
         self._published = -1
@@ -172,7 +174,7 @@ class OverlappedSource(Source):
         """Does nothing: the memory of the generators is their own."""
 
     def _received(self, process: int, count: int) -> SampleBatch:
-        device = self.source.sampler.pipeline.device
+        device = self.source.pipeline.device
         group = self.groups.everyone
         columns = torch.empty(2, count, dtype=torch.int64)
         entropy = torch.empty(count)
@@ -248,20 +250,33 @@ class GeneratorRank:
     """Makes what ``OverlappedSource`` asks for, until it says that the run ends."""
 
     def __init__(
-        self, recipe: Recipe, pipeline: Pipeline, groups: OverlapGroups, stop: Stop
+        self,
+        recipe: Recipe,
+        pipeline: Pipeline | OwnPipeline,
+        groups: OverlapGroups,
+        stop: Stop,
+        new_learner: NewLearner,
+        *,
+        criterion: Criterion | None = None,
     ) -> None:
         self.recipe = recipe
         self.groups = groups
         self.stop = stop
-        guide = new_learner(recipe, pipeline).eval().requires_grad_(False)
-        other = new_learner(recipe, pipeline).eval().requires_grad_(False)
+        guide = new_learner().eval().requires_grad_(False)
+        other = new_learner().eval().requires_grad_(False)
         guide, other = (
             in_precision(m, recipe.learner.precision, pipeline.device) for m in (guide, other)
         )
         self.guides = guiding(recipe.guidance.criterion, guide, other)
         unguided = UnguidedSamples(recipe, pipeline, groups.generators)
         self.source = DeliberatePracticeSource(
-            recipe, pipeline, unguided, guide, guides=self.guides, pool=SamplePool
+            recipe,
+            pipeline,
+            unguided,
+            guide,
+            guides=self.guides,
+            pool=SamplePool,
+            criterion=criterion,
         )
         self._taken = -1
 

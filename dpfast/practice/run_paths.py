@@ -27,13 +27,13 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from dpfast import launch
-from dpfast.config import RECIPE_FILE, Recipe
+from dpfast.config import OBJECTS_FILE, RECIPE_FILE, Recipe
 from dpfast.errors import InputError, RecipeError, SaveWarning, unsaved
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.owner import owner_of
@@ -49,6 +49,7 @@ SHARED = ".shared"  # what the first rank writes for the others to see
 PARTS = (  # what a run's folder has before the first sample
     RECIPE_FILE,
     CHANGES,
+    OBJECTS_FILE,
     "metrics.jsonl",
     "timings.jsonl",
     "events.*",
@@ -101,6 +102,9 @@ class RunPaths:
     def watchers(self, throughput: Throughput) -> Sequence[Callback]:
         """The callbacks that write down what a loop tells."""
         return ()
+
+    def keep_objects(self, objects: Mapping[str, str]) -> None:
+        """Names the objects that the run was given in place of what its recipe says."""
 
     def sync(self) -> None:
         """Makes the lines last that a checkpoint is to speak of; from any thread."""

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from dpfast.config import Recipe
 from dpfast.data.real import RealData
+from dpfast.generate.from_recipe import latent_shape
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline
 from dpfast.parallel import Ranks
 from dpfast.pool.placement import Placement
 from dpfast.pool.pool import SamplePool
@@ -25,17 +27,23 @@ def most_samples(recipe: Recipe, ranks: Ranks) -> int:
     return min(-(-batches // ranks.size) * batch, practice.maximum_samples)
 
 
-def stored_shape(recipe: Recipe, pipeline: Pipeline, real: RealData) -> tuple[int, ...]:
+def stored_shape(
+    recipe: Recipe, pipeline: Pipeline | OwnPipeline, real: RealData
+) -> tuple[int, ...]:
     """(C, H, W) of what a run's pool stores of a sample: latents, or pixels as those of the real
     images.
     """
     if recipe.pool.codec == "latents":
-        return pipeline.denoiser.sample_shape
+        return latent_shape(pipeline)
     return tuple(real.validation.images.shape[1:])
 
 
 def placement(
-    recipe: Recipe, pipeline: Pipeline, shape: tuple[int, ...], ranks: Ranks, out: Path | None
+    recipe: Recipe,
+    pipeline: Pipeline | OwnPipeline,
+    shape: tuple[int, ...],
+    ranks: Ranks,
+    out: Path | None,
 ) -> Placement:
     """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place.
 
@@ -54,7 +62,11 @@ def placement(
 
 
 def new_pool(
-    recipe: Recipe, pipeline: Pipeline, shape: tuple[int, ...], ranks: Ranks, out: Path | None
+    recipe: Recipe,
+    pipeline: Pipeline | OwnPipeline,
+    shape: tuple[int, ...],
+    ranks: Ranks,
+    out: Path | None,
 ) -> Pool:
     """An empty pool of all ranks, for samples of ``shape`` (C, H, W). out: the run's folder."""
     local = SamplePool.from_recipe(
@@ -63,7 +75,7 @@ def new_pool(
         shape,
         device=pipeline.device,
         folder=out,
-        decode=pipeline.guidance_decoder,
+        decode=pipeline.guidance_decoder if isinstance(pipeline, Pipeline) else None,
         processes=ranks.local_size,
     )
     return pool_of_ranks(local, ShardLayout(ranks, recipe.generator.batch_size))

@@ -9,15 +9,16 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import RECIPE_FILE, Recipe
+from dpfast.config import OBJECTS_FILE, RECIPE_FILE, Recipe, check_objects
 from dpfast.errors import InputError, unsaved
 from dpfast.evaluate.measures import Evaluation
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.owner import OwnedError, Owner
+from dpfast.pool.shards import durable
 from dpfast.practice import checkpoint
 from dpfast.practice.background import Written
 from dpfast.practice.callbacks import Addition, Callback, Progress
@@ -58,6 +59,7 @@ class RunWriter(RunPaths):
         except OSError as error:
             raise InputError(f"out = {str(path)!r}: cannot be made: {error.strerror}") from error
         self._owner = owned(path)
+        self._resumed = resume
         self._changes: dict[str, list[Any]] = {}
         if resume:
             self._changes = record_changes(path, recipe, _steps(path))
@@ -79,6 +81,14 @@ class RunWriter(RunPaths):
             size = state.get(name, 0)
             file.truncate(size)
             file.seek(size)
+
+    def keep_objects(self, objects: Mapping[str, str]) -> None:
+        """Writes ``objects.json``. Raises ``InputError`` where a run that goes on has others."""
+        if self._resumed:
+            check_objects(self.path, objects)
+        elif objects:
+            with durable(self.path, OBJECTS_FILE) as file:
+                file.write(json.dumps(objects, indent=2).encode() + b"\n")
 
     def sync(self) -> None:
         for file in (self._metrics, self._timings):

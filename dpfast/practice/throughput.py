@@ -10,6 +10,7 @@ from functools import cached_property
 from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline
 from dpfast.hardware.memory import peak_memory
 from dpfast.hardware.peaks import Device, peaks_of
 from dpfast.launch import world_size
@@ -24,17 +25,25 @@ log = logging.getLogger(__name__)
 class Throughput:
     """Computes the rates of a run's loops, one after the other, from where they stand.
 
-    image: (C, H, W) of what the learner trains on.
+    image: (C, H, W) of what the learner trains on; counted: whether it is the recipe's learner,
+    which can be counted.
 
     mfu is the share of the peak of all ranks' devices: FLOPs by torch's formulas over seconds,
     against the peak of the dtype that the models run in. It is left out where the peak is not
     known, or the learner cannot be counted.
     """
 
-    def __init__(self, recipe: Recipe, pipeline: Pipeline, image: tuple[int, ...]) -> None:
-        self.recipe, self.image = recipe, image
+    def __init__(
+        self,
+        recipe: Recipe,
+        pipeline: Pipeline | OwnPipeline,
+        image: tuple[int, ...],
+        *,
+        counted: bool = True,
+    ) -> None:
+        self.recipe, self.image, self.counted = recipe, image, counted
         self.device = pipeline.device
-        self.classes = pipeline.denoiser.classes
+        self.classes = len(pipeline.class_names)
         self.half = in_bf16(recipe.learner.precision, pipeline.device)
         self._before: Progress | None = None
 
@@ -47,6 +56,9 @@ class Throughput:
     def image_flops(self) -> float | None:
         """FLOPs of one image in a training step; None where they cannot be counted."""
         learner = self.recipe.learner
+        if not self.counted:
+            log.info("the learner is an object of the caller's: no mfu of training")
+            return None
         try:
             return count_training(learner, self.classes, self.image, half=self.half).flops
         except (InputError, RuntimeError, NotImplementedError) as error:

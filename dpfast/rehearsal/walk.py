@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from dpfast.generate import graphs
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.flops import Fused
-from dpfast.learn import checkpointing, models, trainer
+from dpfast.learn import checkpointing, trainer
+from dpfast.learn.models import build_learner
 from dpfast.parallel import Ranks
 from dpfast.planning.architectures import pipeline_of
 from dpfast.planning.memory import AHEAD
@@ -46,7 +48,7 @@ from dpfast.rehearsal.device import META, FakeDevice
 from dpfast.rehearsal.disk import RehearsedDisk
 from dpfast.rehearsal.graphs import RehearsedRecorder
 from dpfast.rehearsal.standins import put, stand_ins
-from dpfast.sources import costs, yardstick
+from dpfast.sources import costs
 from dpfast.sources.costs import Price
 from dpfast.sources.source import RoundRequest
 
@@ -89,6 +91,7 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         patience=1,
         patience_growth="fixed",
         sources=("dp",) if "dp" in recipe.practice.sources else recipe.practice.sources[:1],
+        yardstick_samples=min(recipe.practice.yardstick_samples, ranks.size * batch),
     )
     # a guided step and a plain one, unless every step is guided; where a round begins late, it
     # begins at its own step
@@ -208,18 +211,8 @@ def _slots(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def in_place(
-    recipe: Recipe,
-    pipeline: Pipeline,
-    ranks: Ranks,
-    device: FakeDevice,
-    account: Account,
-    hidden: int,
-) -> Iterator[None]:
-    """Within it ``DeliberatePractice`` finds the pipeline and the real images of a rehearsal, and
-    its loops tell it.
-    """
-    real = real_images(pipeline, ranks)
+def in_place(device: FakeDevice, account: Account, hidden: int) -> Iterator[None]:
+    """Within it the loops of ``DeliberatePractice`` tell a rehearsal what they do."""
     recorders: list[RehearsedRecorder] = []
     told = {"device": device, "recorders": recorders, "account": account, "hidden": hidden}
     loop = type("RehearsedLoop", (RehearsedLoop,), told)
@@ -229,20 +222,8 @@ def in_place(
         return recorders[-1]
 
     values: list[tuple[Any, str, Any]] = [
-        (Recipe, "need_folders", lambda *_: None),
-        (
-            yardstick,
-            "SAMPLES",
-            min(yardstick.SAMPLES, ranks.size * recipe.generator.batch_size),
-        ),
-        (experiment, "check_generator", lambda _: pipeline.class_names),
-        (experiment, "check_real", lambda *_: None),
-        (experiment, "device_named", lambda *_, **__: META),
-        (experiment, "load_pipeline", lambda *_, **__: pipeline),
-        (experiment, "load_real", lambda *_, **__: real),
         (experiment, "fit_run", lambda *_, **__: None),  # it was fitted before
         (experiment, "Loop", loop),
-        (models, "build_learner", _on_the_device(models.build_learner)),
         (
             trainer,
             "synchronised",
@@ -258,12 +239,17 @@ def in_place(
     account.captures = sum(each.captures for each in recorders)
 
 
-def _on_the_device(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """``build``, without drawing the weights on the host first."""
+def learner_on_the_device(recipe: Recipe, pipeline: Pipeline) -> Callable[[], nn.Module]:
+    """Builds the recipe's learner without drawing its weights on the host first."""
 
-    def built(*args: Any, **kwargs: Any) -> nn.Module:
+    def built() -> nn.Module:
         with META:
-            return build(*args, **kwargs)
+            return build_learner(
+                recipe.learner.model,
+                classes=len(pipeline.class_names),
+                channels=pipeline.image_channels,
+                **recipe.learner.options,
+            )
 
     return built
 
@@ -322,29 +308,27 @@ def walk(recipe: Recipe, ranks: Ranks, device: FakeDevice, *, gpu: bool = True) 
         short = cut(recipe, ranks, pipeline.denoiser.classes)
         missing = (recipe.learner.batch_size - short.learner.batch_size) // ranks.size
         hidden = AHEAD * missing * 4 * math.prod(image_shape(pipeline))
-        stack.enter_context(in_place(short, pipeline, ranks, device, account, hidden))
+        stack.enter_context(in_place(device, account, hidden))
+        practice = partial(
+            experiment.DeliberatePractice,
+            short,
+            pipeline=pipeline,
+            real=real_images(pipeline, ranks),
+            learner=learner_on_the_device(short, pipeline),
+            ranks=ranks,
+        )
         out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
-        _stopped(short, ranks, out)
+        stops = _StopsAt(STOPPED)
+        with _folder(short, ranks, out, resume=False) as folder, contextlib.suppress(Stopped):
+            practice().run(folder, progress=False, callbacks=[stops], stop=stops.stop)
         if ranks.first and short.pool.save_samples != "none":
             gc.collect()
-            with device.after_a_restart():
-                _to_the_end(short, ranks, out)
+            with device.after_a_restart(), _folder(short, ranks, out, resume=True) as folder:
+                practice().run(folder, progress=False)
     account.checkpoint_bytes = disk.bytes
     account.copied = disk.copied
     account.written = disk.written
     return account
-
-
-def _stopped(recipe: Recipe, ranks: Ranks, out: Path) -> None:
-    stops = _StopsAt(STOPPED)
-    with _folder(recipe, ranks, out, resume=False) as folder, contextlib.suppress(Stopped):
-        practice = experiment.DeliberatePractice(recipe, ranks=ranks)
-        practice.run(folder, progress=False, callbacks=[stops], stop=stops.stop)
-
-
-def _to_the_end(recipe: Recipe, ranks: Ranks, out: Path) -> None:
-    with _folder(recipe, ranks, out, resume=True) as folder:
-        experiment.DeliberatePractice(recipe, ranks=ranks).run(folder, progress=False)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast.generate.protocol import Sampler
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.hardware.flops import count_flops
 from dpfast.parallel import Ranks
@@ -35,6 +36,9 @@ class Price:
     def minus(self, part: Price) -> Price:
         """The price of what is left when ``part`` of the work is not done."""
         return Price(self.forwards - part.forwards, self.flops - part.flops)
+
+
+UNCOUNTED = Price(0.0, 0.0)  # of a sample whose making nobody can count: its seconds are all
 
 
 @dataclass
@@ -70,7 +74,9 @@ class Cost:
         self.forwards += times * price.forwards
         self.flops += times * price.flops
 
-    def timed(self, batches: Iterator[SampleBatch], price: Price) -> Iterator[SampleBatch]:
+    def timed(
+        self, batches: Iterator[SampleBatch], price: Price = UNCOUNTED
+    ) -> Iterator[SampleBatch]:
         """Gives ``batches`` on, each paid for by its price and by the time that its making took."""
         while True:
             started = time.perf_counter()
@@ -163,27 +169,30 @@ class Prices:
     """``price``, asked for once with classifier-free guidance and once without: a round may switch
     it off.
 
-    make: makes what is priced at a ``cfg_scale``; None: one sample, ``guided`` or not.
+    make: makes what is priced at a ``cfg_scale``; None: one sample, ``guided`` or not. The samples
+    of a sampler of one's own are ``UNCOUNTED``.
     """
 
     def __init__(
         self,
-        sampler: GuidedSampler,
+        sampler: Sampler,
         make: Callable[[float], object] | None = None,
         *,
         guided: bool = True,
     ) -> None:
-        omega = None if guided else 0.0
-        self.sampler = sampler
-        self.make = make or (
-            lambda cfg_scale: sampler.generate([0], omega=omega, cfg_scale=cfg_scale)
-        )
+        self.sampler, self.make = sampler, make
+        self.omega = None if guided else 0.0
         self._known: dict[bool, Price] = {}
 
     def at(self, cfg_scale: float) -> Price:
         """Of one sample in a round of this scale."""
+        sampler = self.sampler
+        if not isinstance(sampler, GuidedSampler):
+            return UNCOUNTED
         if (cfg_scale != 1) not in self._known:
-            self._known[cfg_scale != 1] = price(self.sampler, partial(self.make, cfg_scale))
+            one = partial(sampler.generate, [0], omega=self.omega, cfg_scale=cfg_scale)
+            make = one if self.make is None else partial(self.make, cfg_scale)
+            self._known[cfg_scale != 1] = price(sampler, make)
         return self._known[cfg_scale != 1]
 
 

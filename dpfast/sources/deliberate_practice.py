@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from dpfast.config import Recipe
+from dpfast.generate.criteria import Criterion
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline
 from dpfast.pool.pool import SamplePool
 from dpfast.samples import SampleBatch
 from dpfast.sources.dynamic import DynamicSource
@@ -22,24 +24,25 @@ class DeliberatePracticeSource(DynamicSource):
     """N unguided samples, then rounds of P that the learner of that moment guides.
 
     learner: whose entropy is recorded; guides: what guides, the same or a committee; pool: of the
-    run, as it is then.
+    run, as it is then; criterion: what guidance raises, in place of the recipe's.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        pipeline: Pipeline,
+        pipeline: Pipeline | OwnPipeline,
         unguided: UnguidedSamples,
         learner: nn.Module,
         *,
         guides: nn.Module,
         pool: Callable[[], SamplePool],
+        criterion: Criterion | None = None,
     ) -> None:
         super().__init__(recipe, unguided, learner)
-        self.sampler = new_sampler(recipe, pipeline, guides)
-        self.method = guided_method(
-            recipe, self.sampler, new_sampler(recipe, pipeline, guides, **EAGER), pool
-        )
+        self.pipeline = pipeline
+        self.sampler = new_sampler(recipe, pipeline, guides, criterion=criterion)
+        eager = new_sampler(recipe, pipeline, guides, criterion=criterion, **EAGER)
+        self.method = guided_method(recipe, self.sampler, eager, pool)
 
     def release(self) -> None:
         super().release()

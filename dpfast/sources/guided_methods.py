@@ -37,6 +37,7 @@ from dpfast.errors import RecipeError
 from dpfast.generate.from_recipe import image_shape, new_sampler
 from dpfast.generate.models.decoder import Encoder
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline, Sampler
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import Trajectory
 from dpfast.hardware.out_of_memory import HalvingBatches
@@ -120,7 +121,7 @@ class FromNoise:
     like for counting what one costs.
     """
 
-    def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
+    def __init__(self, recipe: Recipe, sampler: Sampler, eager: Sampler) -> None:
         self.recipe = recipe
         self.sampler = sampler
         self.eager = eager
@@ -147,6 +148,9 @@ class EarlyRejection(FromNoise):
     Who is kept depends on the batches that ``generator.batch_size`` makes of a round, not on what
     fits into memory.
     """
+
+    sampler: GuidedSampler
+    eager: GuidedSampler
 
     def __init__(self, recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler) -> None:
         super().__init__(recipe, sampler, eager)
@@ -215,6 +219,9 @@ class RePractice(FromNoise):
 
     Raises ``RecipeError`` when the pipeline cannot encode the pool's images.
     """
+
+    sampler: GuidedSampler
+    eager: GuidedSampler
 
     def __init__(
         self,
@@ -298,19 +305,23 @@ class RePractice(FromNoise):
 
 
 def guided_method(
-    recipe: Recipe, sampler: GuidedSampler, eager: GuidedSampler, pool: Callable[[], SamplePool]
+    recipe: Recipe, sampler: Sampler, eager: Sampler, pool: Callable[[], SamplePool]
 ) -> GuidedMethod:
     """The method that a recipe chooses. Raises ``RecipeError`` where its values leave nothing to
     choose.
     """
-    if recipe.practice.early_candidates > 1:
-        return EarlyRejection(recipe, sampler, eager)
-    if recipe.practice.restart:
+    candidates, restart = recipe.practice.early_candidates, recipe.practice.restart
+    if candidates == 1 and not restart:
+        return FromNoise(recipe, sampler, eager)
+    if not (isinstance(sampler, GuidedSampler) and isinstance(eager, GuidedSampler)):
+        name, value = ("restart", restart) if restart else ("early_candidates", candidates)
+        raise RecipeError(f"{name} = {value:g}: needs a dpfast.Pipeline, whose samples can pause")
+    if restart:
         return RePractice(recipe, sampler, eager, pool)
-    return FromNoise(recipe, sampler, eager)
+    return EarlyRejection(recipe, sampler, eager)
 
 
-def check_guided_method(recipe: Recipe, pipeline: Pipeline) -> None:
+def check_guided_method(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> None:
     """Raises ``RecipeError`` where the recipe's method does not fit its steps or its pipeline."""
     sampler = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
     guided_method(recipe, sampler, sampler, lambda: SamplePool())

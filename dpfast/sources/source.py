@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpfast.config import Recipe
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline
+from dpfast.parallel import Ranks
+from dpfast.pool.pool import SamplePool
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
+from dpfast.sources.unguided import UnguidedSamples
 from dpfast.sources.yardstick import Yardstick
 
 
@@ -47,15 +53,36 @@ class RoundRequest:
         return cls(**{**plain, "per_class": known})
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoopView:
+    """What a source may use of its loop.
+
+    recipe: as it is run. pipeline: what makes images. learner: live, the weights that guide, from
+    images (B, C, H, W) in [-1, 1] to logits (B, K). pool: gives this rank's part of the pool.
+    unguided: samples by id, shared with other sources. ranks: those that make a round together.
+    moments: the steps after which the source "dp" has added, where it has run before.
+    """
+
+    recipe: Recipe
+    pipeline: Pipeline | OwnPipeline
+    learner: nn.Module
+    pool: Callable[[], SamplePool]
+    unguided: UnguidedSamples
+    ranks: Ranks
+    moments: Collection[int] | None
+
+
 class Source(abc.ABC):
     """Makes the samples of a run. ``available`` and ``make`` are a source's own; the rest has
     defaults.
 
-    initial_samples: of round 0. moments: the steps after which rounds are due, in place of
-    patience; None: by patience. streams: whether ``make`` can go on in the middle of a round.
-    cost: of everything made so far. yardstick: what a round's entropy is compared with.
+    name: what results and files call it. initial_samples: of round 0. moments: the steps after
+    which rounds are due, in place of patience; None: by patience. streams: whether ``make`` can go
+    on in the middle of a round. cost: of everything made so far, to which ``make`` adds.
+    yardstick: what a round's entropy is compared with.
     """
 
+    name = ""
     moments: Collection[int] | None = None
     streams = False
     yardstick: Yardstick | None = None
@@ -63,6 +90,9 @@ class Source(abc.ABC):
     def __init__(self, initial_samples: int) -> None:
         self.initial_samples = initial_samples
         self.cost = Cost()
+
+    def begin(self, loop: LoopView) -> None:  # noqa: B027
+        """Hears of its loop, before anything is asked for; of a source of the caller's own."""
 
     @abc.abstractmethod
     def available(self, pool_size: int) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from dpfast.config import Recipe
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import OwnPipeline
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.samples import SampleBatch
@@ -17,7 +19,7 @@ from dpfast.sources.costs import Cost, Prices
 from dpfast.sources.labels import balanced_labels
 from dpfast.sources.yardstick import Yardstick
 
-EAGER = {"compile": False, "cuda_graphs": False}  # for few samples
+EAGER: dict[str, Any] = {"compile": False, "cuda_graphs": False}  # for few samples
 
 
 class UnguidedSamples:
@@ -28,14 +30,24 @@ class UnguidedSamples:
     part.
     """
 
-    def __init__(self, recipe: Recipe, pipeline: Pipeline, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, recipe: Recipe, pipeline: Pipeline | OwnPipeline, ranks: Ranks = ALONE
+    ) -> None:
+        self.pipeline = pipeline
         self.ranks = ranks
         self.batch = recipe.generator.batch_size
-        self.classes = pipeline.denoiser.classes
+        self.classes = len(pipeline.class_names)
+        self.cfg_scale = recipe.generator.cfg_scale
         self.sampler = new_sampler(recipe, pipeline, None)
         self.made = Cost()
         self._prices = Prices(new_sampler(recipe, pipeline, None, **EAGER), guided=False)
-        self.yardstick = Yardstick(new_sampler(recipe, pipeline, None, **EAGER), self.batch, ranks)
+        self.yardstick = Yardstick(
+            new_sampler(recipe, pipeline, None, **EAGER),
+            self.batch,
+            ranks,
+            classes=self.classes,
+            samples=recipe.practice.yardstick_samples,
+        )
         self._pools: list[tuple[SamplePool, dict[int, int]]] = []
 
     def remember(self, pool: SamplePool, cost: Cost) -> None:
@@ -63,14 +75,17 @@ class UnguidedSamples:
         for indices in self.ranks.batches(count, self.batch, turn=turn, done=done):
             start = first + indices.start
             size = len(indices)
-            known = self._known(start, size) if cfg_scale == self.sampler.cfg_scale else None
+            known = self._known(start, size) if cfg_scale == self.cfg_scale else None
             if known is not None:
                 cost.add(size, price, size * self.made.seconds / max(self.made.samples, 1))
                 yield known
                 continue
             labels = balanced_labels(start, size, self.classes)
             batches = self.sampler.stream(
-                labels, first_id=start, batch_size=self.batch, cfg_scale=cfg_scale
+                labels,
+                sample_ids=torch.arange(start, start + size),
+                batch_size=self.batch,
+                cfg_scale=cfg_scale,
             )
             for batch in cost.timed(batches, price):
                 self.ranks.beat()
@@ -80,7 +95,7 @@ class UnguidedSamples:
         for pool, row_of in self._pools:
             if first in row_of and first + count - 1 in row_of:
                 rows = torch.tensor([row_of[i] for i in range(first, first + count)])
-                device = self.sampler.pipeline.device  # where a batch that is made lies
+                device = self.pipeline.device  # where a batch that is made lies
                 return SampleBatch(
                     images=pool.images(rows).to(device),
                     labels=pool.column("label")[rows].to(device),

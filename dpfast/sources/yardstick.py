@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dpfast.evaluate.measures import predict
-from dpfast.generate.sampler import GuidedSampler
+from dpfast.generate.protocol import Sampler
 from dpfast.ops import entropy
 from dpfast.parallel import Ranks
 
 FIRST_ID = 1 << 40  # of ids that no pool holds
-SAMPLES = 250
 
 
 def spread_labels(count: int, classes: int) -> Tensor:
@@ -25,26 +24,34 @@ def spread_labels(count: int, classes: int) -> Tensor:
 
 
 class Yardstick:
-    """``SAMPLES`` unguided samples, made once, when they are first asked for.
+    """Unguided samples, made once, when they are first asked for.
 
     Each rank makes and keeps its part, in batches of at most ``batch`` that halve where memory runs
     out.
 
-    sampler: unguided, and eager. Its samples are few: capturing steps for them would take memory
-    for the rest of the run, or seconds for nothing.
+    Args:
+        sampler: unguided, and eager. Its samples are few: capturing steps for them would take
+            memory for the rest of the run, or seconds for nothing.
+        batch: samples that are made at once, at most.
+        ranks: those that make them together.
+        classes: the number of classes, over which labels are spread.
+        samples: how many, on all ranks together.
     """
 
-    def __init__(self, sampler: GuidedSampler, batch: int, ranks: Ranks) -> None:
+    def __init__(
+        self, sampler: Sampler, batch: int, ranks: Ranks, *, classes: int, samples: int
+    ) -> None:
         self.sampler, self.ranks = sampler, ranks
-        self.batch = min(batch, -(-SAMPLES // ranks.size))
+        self.classes, self.samples = classes, samples
+        self.batch = min(batch, -(-samples // ranks.size))
 
     @cached_property
     def images(self) -> list[Tensor]:
         """This rank's samples, batch by batch: uint8 (n, C, H, W) on the CPU, where they take no
         room from training.
         """
-        places = self.ranks.indices(SAMPLES, self.batch)
-        labels = spread_labels(SAMPLES, self.sampler.pipeline.denoiser.classes)[places]
+        places = self.ranks.indices(self.samples, self.batch)
+        labels = spread_labels(self.samples, self.classes)[places]
         batches = self.sampler.stream(labels, sample_ids=FIRST_ID + places, batch_size=self.batch)
         made = []
         for batch in batches:
@@ -53,8 +60,10 @@ class Yardstick:
         return made
 
     def entropies(self, learner: nn.Module) -> Tensor:
-        """(SAMPLES,) nats of the samples of all ranks under ``learner``, on the CPU. All ranks call
+        """(samples,) nats of the samples of all ranks under ``learner``, on the CPU. All ranks call
         it together.
         """
         mine = [entropy(predict(learner, images)).cpu() for images in self.images]
-        return self.ranks.gather(torch.cat(mine) if mine else torch.empty(0), SAMPLES, self.batch)
+        return self.ranks.gather(
+            torch.cat(mine) if mine else torch.empty(0), self.samples, self.batch
+        )

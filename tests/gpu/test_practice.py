@@ -13,19 +13,20 @@ from dpfast.config import Recipe
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
 from tests.practice import conftest
+from tests.practice.small import REAL
 
 recipe = conftest.recipe
 
 
-def run(chosen, path):
+def run(chosen, path, real=None):
     with RunWriter(path, chosen) as folder:
-        results = DeliberatePractice(chosen).run(folder, progress=False)
+        results = DeliberatePractice(chosen, real=real).run(folder, progress=False)
     return results, [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_on_the_gpu_makes_the_samples_of_a_cpu(recipe, tmp_path):
-    (dp, static), _ = run(dataclasses.replace(recipe, device="cuda"), tmp_path / "cuda")
-    (_, other), _ = run(dataclasses.replace(recipe, device="cpu"), tmp_path / "cpu")
+    (dp, static), _ = run(dataclasses.replace(recipe, device="cuda"), tmp_path / "cuda", REAL)
+    (_, other), _ = run(dataclasses.replace(recipe, device="cpu"), tmp_path / "cpu", REAL)
     assert next(dp.learner.parameters()).is_cuda
     assert len(dp.pool) == len(static.pool) == 70
     places = torch.arange(70)

@@ -9,6 +9,7 @@ from dpfast.evaluate.measures import predict
 from dpfast.learn.precision import Autocast, in_bf16, in_precision
 from dpfast.practice.experiment import DeliberatePractice
 from tests.practice.conftest import recipe  # noqa: F401 - a fixture
+from tests.practice.small import REAL
 from tests.practice.test_loop import with_
 
 
@@ -20,7 +21,7 @@ def test_every_forward_pass_of_a_run_has_the_learners_precision(recipe, precisio
     recipe = with_(
         with_(recipe, "practice", sources=(source,), iterations=30), "learner", precision=precision
     )
-    practice, seen = DeliberatePractice(recipe), {}
+    practice, seen = DeliberatePractice(recipe, real=REAL), {}
 
     def look(module, inputs, output):
         if type(module).__name__ == "RegNetConvLayer":

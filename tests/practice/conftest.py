@@ -1,33 +1,15 @@
 """A recipe of seconds for whole runs."""
 
 import pytest
-import torch
 
 from dpfast.config import Recipe
-from dpfast.data.real import RealData, RealSet
-from dpfast.practice import experiment
-from dpfast.sources import yardstick
 
 
 @pytest.fixture
-def recipe(pipeline_folder, monkeypatch):
-    """A recipe of seconds: three classes, 16x16 images, noise as the real images, a yardstick of 20
-    samples.
+def recipe(pipeline_folder):
+    """A recipe of seconds: three classes, 16x16 images, a yardstick of 20 samples; its real images
+    are ``tests.practice.small.REAL``.
     """
-    monkeypatch.setattr(yardstick, "SAMPLES", 20)
-
-    def load_real(name, **_):
-        generator = torch.Generator().manual_seed(0)
-        sets = [
-            RealSet(
-                torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8, generator=generator),
-                torch.arange(30) % 3,
-            )
-            for _ in range(2)
-        ]
-        return RealData(("cat", "dog", "red bicycle"), *sets)
-
-    monkeypatch.setattr(experiment, "load_real", load_real)
     return Recipe.from_dict(
         {
             "name": "test",
@@ -51,6 +33,7 @@ def recipe(pipeline_folder, monkeypatch):
                 "evaluate_every": 5,
                 "patience": 1,
                 "patience_growth": "fixed",
+                "yardstick_samples": 20,
                 # a checkpoint at every evaluation, whatever the clock says
                 "checkpoint_minutes": 0,
             },

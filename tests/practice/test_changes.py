@@ -24,6 +24,7 @@ from dpfast.practice.contents import UnknownContentsWarning
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
+from tests.practice.small import REAL
 from tests.practice.test_loop import run, with_
 
 
@@ -44,7 +45,7 @@ def short(recipe):
 
 def resumed(recipe, path):
     with RunWriter(path, recipe, resume=True) as folder, logged(path):
-        return DeliberatePractice(folder.recipe).run(folder, progress=False)
+        return DeliberatePractice(folder.recipe, real=REAL).run(folder, progress=False)
 
 
 def test_every_field_of_a_recipe_says_whether_it_may_change_and_why():
@@ -59,7 +60,9 @@ def test_a_stopped_run_goes_on_with_less_memory_and_ends_in_the_same_samples(sho
     (whole,), _ = run(short, tmp_path / "whole")
     stop = Stop()
     with RunWriter(tmp_path / "run", short) as folder, pytest.raises(Stopped):
-        DeliberatePractice(short).run(folder, progress=False, callbacks=[At(stop, 12)], stop=stop)
+        DeliberatePractice(short, real=REAL).run(
+            folder, progress=False, callbacks=[At(stop, 12)], stop=stop
+        )
     less = with_(with_(short, "generator", batch_size=7), "practice", checkpoints_kept=5)
     less = with_(less, "pool", host_gib=0.5)
     (again,) = resumed(less, tmp_path / "run")
@@ -93,7 +96,7 @@ def test_a_run_that_is_made_longer_is_the_long_run_from_its_birth(short, tmp_pat
     stop, long = Stop(), with_(short, "practice", iterations=80)
     ends = pytest.raises(Stopped) if stopped else contextlib.nullcontext()
     with RunWriter(tmp_path / "run", short) as folder, ends:
-        DeliberatePractice(short).run(
+        DeliberatePractice(short, real=REAL).run(
             folder, progress=False, callbacks=[At(stop, stopped)], stop=stop
         )
     (again,) = resumed(long, tmp_path / "run")

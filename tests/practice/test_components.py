@@ -14,6 +14,7 @@ from dpfast.practice.loop import Loop
 from dpfast.practice.run_writer import RunWriter
 from dpfast.samples import SampleBatch
 from dpfast.sources.source import RoundRequest, Source
+from tests.practice.small import REAL
 from tests.practice.test_loop import run, with_
 
 
@@ -76,7 +77,7 @@ def short(recipe):
 
 @pytest.fixture
 def practice(short):
-    return DeliberatePractice(short)
+    return DeliberatePractice(short, real=REAL)
 
 
 def new_loop(practice, folder, *callbacks):

@@ -12,13 +12,13 @@ from dpfast.errors import InputError, RecipeError
 from dpfast.learn.models import load_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.practice import checkpoint
-from dpfast.practice import experiment as loop_module
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.checkpointer import LoopCheckpointer
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import LossError
 from dpfast.report.metrics import result_table
+from tests.practice.small import REAL
 
 
 def with_(recipe, section, **changes):
@@ -29,7 +29,7 @@ def with_(recipe, section, **changes):
 
 def run(recipe, path):
     with RunWriter(path, recipe) as folder:
-        results = DeliberatePractice(recipe).run(folder, progress=False)
+        results = DeliberatePractice(recipe, real=REAL).run(folder, progress=False)
     return results, [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -74,7 +74,8 @@ def test_the_current_learner_guides(recipe, guide_with):
     recorded.
     """
     (dp,) = DeliberatePractice(
-        with_(with_(recipe, "practice", sources=("dp",)), "guidance", guide_with=guide_with)
+        with_(with_(recipe, "practice", sources=("dp",)), "guidance", guide_with=guide_with),
+        real=REAL,
     ).run(progress=False)
     steps, entropy = dp.pool.column("learner_step"), dp.pool.column("entropy")
     assert len(set(steps[30:].tolist())) == 3
@@ -83,7 +84,7 @@ def test_the_current_learner_guides(recipe, guide_with):
 
 
 def test_static_alone_uses_the_maximum(recipe):
-    (static,) = DeliberatePractice(with_(recipe, "practice", sources=("static",))).run(
+    (static,) = DeliberatePractice(with_(recipe, "practice", sources=("static",)), real=REAL).run(
         progress=False
     )
     assert len(static.pool) == 70
@@ -114,16 +115,7 @@ def test_the_learner_of_a_run_can_be_loaded(recipe, tmp_path, pipeline):
 )
 def test_what_does_not_fit_is_refused_before_any_work(recipe, section, changes, named):
     with pytest.raises(InputError, match=named):
-        DeliberatePractice(with_(recipe, section, **changes))
-
-
-def test_real_images_of_other_classes_are_refused(recipe, monkeypatch):
-    real = loop_module.load_real("")
-    monkeypatch.setattr(
-        loop_module, "load_real", lambda name, **_: dataclasses.replace(real, classes=("cat",))
-    )
-    with pytest.raises(RecipeError, match="1 classes, the generator has 3"):
-        DeliberatePractice(recipe)
+        DeliberatePractice(with_(recipe, section, **changes), real=REAL)
 
 
 class Killed(Exception):
@@ -165,7 +157,7 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, sa
         run(recipe, tmp_path / "killed")
     monkeypatch.setattr(LoopCheckpointer, "_begin", begin)
     with RunWriter(tmp_path / "killed", recipe, resume=True) as folder:
-        resumed = DeliberatePractice(recipe).run(folder, progress=False)
+        resumed = DeliberatePractice(recipe, real=REAL).run(folder, progress=False)
     assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (
         tmp_path / "whole" / "metrics.jsonl"
     ).read_text()
@@ -200,7 +192,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe, tmp_pa
         RunWriter(tmp_path / "run", recipe, resume=True) as folder,
         pytest.warns(UserWarning, match=newest.name),
     ):
-        DeliberatePractice(recipe).run(folder, progress=False)
+        DeliberatePractice(recipe, real=REAL).run(folder, progress=False)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == whole
     for path in checkpoint.paths(tmp_path / "run" / "checkpoints_dp"):
         path.with_suffix(".safetensors").write_bytes(b"torn")
@@ -209,12 +201,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe, tmp_pa
         pytest.warns(checkpoint.DamagedCheckpointWarning),
         pytest.raises(InputError, match="none of the 3 checkpoints"),
     ):
-        DeliberatePractice(recipe).run(folder, progress=False)
+        DeliberatePractice(recipe, real=REAL).run(folder, progress=False)
 
 
 def test_all_four_sources_share_moments_and_sizes_and_count_their_cost(recipe):
     recipe = with_(recipe, "practice", sources=("dp", "static", "prune", "dynamic"), oversample=2.0)
-    dp, static, prune, dynamic = DeliberatePractice(recipe).run(progress=False)
+    dp, static, prune, dynamic = DeliberatePractice(recipe, real=REAL).run(progress=False)
     assert [len(r.pool) for r in (dp, static, prune, dynamic)] == [70] * 4
     steps = dp.pool.column("learner_step")
     assert torch.equal(prune.pool.column("learner_step"), steps)
@@ -233,7 +225,7 @@ def test_a_branch_goes_on_without_additions_and_refuses_another_generator(recipe
     run(recipe, tmp_path / "run")
     prepare_branch(tmp_path / "run", 1, tmp_path / "branch", recipe)
     with RunWriter(tmp_path / "branch", recipe, resume=True) as folder:
-        (branch,) = DeliberatePractice(recipe).run(folder, progress=False)
+        (branch,) = DeliberatePractice(recipe, real=REAL).run(folder, progress=False)
     assert (len(branch.pool), branch.additions, branch.iterations) == (45, 1, 100)
     with pytest.raises(RecipeError, match="steps = 4 was 3"):
         prepare_branch(tmp_path / "run", 1, tmp_path / "other", with_(recipe, "generator", steps=4))
@@ -277,4 +269,4 @@ def test_further_evaluation_sets_end_in_the_table_and_in_the_metrics(recipe, tmp
 
 def test_an_unknown_evaluation_set_is_named_before_any_work(recipe):
     with pytest.raises(InputError, match="nowhere"):
-        DeliberatePractice(dataclasses.replace(recipe, evaluation=("nowhere",)))
+        DeliberatePractice(dataclasses.replace(recipe, evaluation=("nowhere",)), real=REAL)

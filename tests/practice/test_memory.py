@@ -11,6 +11,7 @@ from dpfast.learn.trainer import Trainer
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
 from tests.generate.standin import StandInRecorder, force_reference
+from tests.practice.small import REAL
 from tests.practice.test_loop import with_
 
 BATCH = 7
@@ -67,7 +68,7 @@ OPTIONS = {
 def test_no_more_than_a_generation_batch_is_made_at_once(short, options, monkeypatch):
     section, changes = OPTIONS[options]
     recipe, sizes = with_(short, section, **changes), Sizes(monkeypatch)
-    results = DeliberatePractice(recipe).run(progress=False)
+    results = DeliberatePractice(recipe, real=REAL).run(progress=False)
     assert any(result.additions for result in results)
     assert sizes.most["Runner.step"] == sizes.most["Runner.finish"] == BATCH
     assert max(sizes.most.values()) == BATCH, sizes.most
@@ -87,7 +88,7 @@ def test_nothing_stays_captured_while_the_learner_trains(short, monkeypatch):
     monkeypatch.setattr(GuidedSampler, "__init__", recorded)
     monkeypatch.setattr(Trainer, "step", counted)
     recipe = with_(short, "practice", sources=("dp", "prune"), oversample=2.0)
-    dp, prune = DeliberatePractice(recipe).run(progress=False)
+    dp, prune = DeliberatePractice(recipe, real=REAL).run(progress=False)
     assert dp.additions == prune.additions == 2
     assert (
         recorder.recorded == 5 * 2
@@ -110,7 +111,7 @@ def test_what_training_leaves_is_given_back_before_samples_are_made(short):
             gradients = sum(p.grad is not None for p in loop.trainer.model.parameters())
             return gradients, len(loop.loader._queue)
 
-    practice = DeliberatePractice(with_(short, "practice", sources=("dp",)))
+    practice = DeliberatePractice(with_(short, "practice", sources=("dp",)), real=REAL)
     practice.run(progress=False, callbacks=[Looking()])
     of_samples = [i for i, (gradients, _) in enumerate(held) if not gradients]
     assert len(of_samples) == 5 + 2 * 3  # batches of the rounds

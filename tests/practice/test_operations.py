@@ -19,6 +19,7 @@ from dpfast.practice.callbacks import Callback, LogCallback
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
+from tests.practice.small import REAL
 from tests.practice.test_loop import with_
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "runbook.md"
@@ -35,7 +36,7 @@ def short(recipe):
 
 def go(recipe, path, *, level="info", callbacks=(), stop=None, resume=False):
     with RunWriter(path, recipe, resume=resume) as folder, logs.logged(path, level):
-        DeliberatePractice(recipe).run(
+        DeliberatePractice(recipe, real=REAL).run(
             folder, progress=False, callbacks=[LogCallback(), *callbacks], stop=stop
         )
     return lines_of(path / "logs" / f"rank-{launch.rank():05d}.jsonl")
@@ -114,7 +115,7 @@ def folder(short, tmp_path, monkeypatch):
         return finish(self, trajectory, **options)
 
     with RunWriter(tmp_path / "run", short) as opened:
-        practice = DeliberatePractice(short)
+        practice = DeliberatePractice(short, real=REAL)
         monkeypatch.setattr(GuidedSampler, "finish", limited)
         practice.run(opened, progress=False)
     return tmp_path / "run"

@@ -9,17 +9,15 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.data.folders import BATCH
-from dpfast.data.real import RealData, RealSet
 from dpfast.hardware.peaks import here
 from dpfast.parallel import ALONE
 from dpfast.pool.reader import open_pool
-from dpfast.practice import experiment
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_paths import RunPaths
 from dpfast.practice.run_writer import RunWriter
 from dpfast.report.page import write_report
-from dpfast.sources import yardstick
 from tests.memory_limit import MemoryLimit
+from tests.practice.small import noise
 from tests.ranks import spawned
 from tests.tiny_pipelines import NAMES, stable_diffusion, tiny_vae
 
@@ -67,29 +65,20 @@ def recipe_of(folder):
                 "patience": 1,
                 "patience_growth": "fixed",
                 "sources": ["dp"],
+                "yardstick_samples": 32,
             },
         }
     )
-
-
-def load_real(name, *, ranks, **_):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (2, IMAGES, 1, 16, 16), dtype=torch.uint8, generator=generator)
-    mine = ranks.indices(IMAGES, BATCH)
-    return RealData(NAMES, *(RealSet(part[mine], mine % 3) for part in images))
 
 
 def go(ranks, folder, path, limits):
     """A run, in the memory that each rank has of ``limits``, bytes."""
     recipe = recipe_of(folder)
     here()  # measures this CPU once a process, with products of megabytes
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "load_real", load_real)
-        patch.setattr(yardstick, "SAMPLES", 32)
-        practice = DeliberatePractice(recipe, ranks=ranks)
-        placed = RunWriter(path, recipe, ranks=ranks) if ranks.first else RunPaths(path, ranks)
-        with MemoryLimit(limits[ranks.rank]) as memory:
-            practice.run(placed, progress=False)
+    practice = DeliberatePractice(recipe, real=noise(2 * IMAGES), ranks=ranks)
+    placed = RunWriter(path, recipe, ranks=ranks) if ranks.first else RunPaths(path, ranks)
+    with MemoryLimit(limits[ranks.rank]) as memory:
+        practice.run(placed, progress=False)
     if ranks.first:
         placed.close()
     return memory

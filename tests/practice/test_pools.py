@@ -23,6 +23,7 @@ from dpfast.practice.callbacks import Callback, LogCallback
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_paths import check_saving, check_vacant
 from dpfast.practice.run_writer import RunWriter
+from tests.practice.small import REAL
 from tests.practice.test_loop import with_
 
 EVERYTHING = torch.arange(45)
@@ -35,7 +36,7 @@ def short(recipe):
 
 def run(recipe, path, **options):
     with RunWriter(path, recipe, **options) as folder:
-        return DeliberatePractice(recipe).run(folder, progress=False)
+        return DeliberatePractice(recipe, real=REAL).run(folder, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +101,9 @@ def test_a_pool_that_does_not_fit_its_own_budget_is_refused_before_any_work(shor
     with pytest.raises(
         RecipeError, match=r"maximum_samples = 45: the pool needs .* host 2\.93 KiB"
     ):
-        DeliberatePractice(small)
+        DeliberatePractice(small, real=REAL)
     with pytest.raises(RecipeError, match=r"45 samples of 512 \+ 56 bytes"):
-        DeliberatePractice(with_(small, "pool", codec="latents"))
+        DeliberatePractice(with_(small, "pool", codec="latents"), real=REAL)
 
 
 @contextlib.contextmanager
@@ -170,7 +171,7 @@ def test_a_disk_that_fills_while_the_learner_trains_costs_lines_and_one_warning_
         RunWriter(path, short) as folder,
         logged(path),
     ):
-        (again,) = DeliberatePractice(short).run(
+        (again,) = DeliberatePractice(short, real=REAL).run(
             folder, progress=False, callbacks=[LogCallback(), FullAt(7, room)]
         )
     assert torch.equal(again.pool.images(EVERYTHING), dp.pool.images(EVERYTHING))
@@ -198,7 +199,7 @@ def test_lines_that_a_disk_has_refused_are_written_once_there_is_room(short, tmp
         pytest.warns(SaveWarning, match=r"metrics\.jsonl lags behind"),
         RunWriter(tmp_path / "full", short) as folder,
     ):
-        DeliberatePractice(short).run(
+        DeliberatePractice(short, real=REAL).run(
             folder, progress=False, callbacks=[FullAt(7, room), RoomAgain()]
         )
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "full")]

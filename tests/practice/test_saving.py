@@ -16,6 +16,7 @@ from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.saved_samples import SavedSamples
+from tests.practice.small import REAL
 from tests.practice.test_loop import run, with_
 
 
@@ -83,7 +84,7 @@ def usual(recipe):
 
 
 def go(recipe, path, callback, **options):
-    callback.practice = DeliberatePractice(recipe)
+    callback.practice = DeliberatePractice(recipe, real=REAL)
     with RunWriter(path, recipe, **options) as folder:
         return callback.practice.run(folder, progress=False, callbacks=[callback])
 

@@ -20,6 +20,7 @@ from dpfast.practice.stopping import Stop, Stopped
 from dpfast.sources.costs import Cost
 from dpfast.sources.guided_methods import EarlyRejection, GuidedRequest, RePractice
 from dpfast.sources.labels import allotted_labels
+from tests.practice.small import REAL
 from tests.practice.test_loop import run, with_
 
 REJECTING = {"early_candidates": 2.5, "early_until": 0.5}
@@ -169,7 +170,7 @@ def test_re_practice_begins_at_samples_of_the_pool(short, codec):
     """
     recipe = with_(with_(short, "practice", restart=0.8), "pool", codec=codec)
     recipe = with_(recipe, "guidance", omega=1e-6)
-    (dp,) = DeliberatePractice(recipe).run(progress=False)
+    (dp,) = DeliberatePractice(recipe, real=REAL).run(progress=False)
     assert dp.pool.column("steps").tolist() == [5] * 30 + [1] * 30
     assert dp.cost.forwards == 30 * 10 + 30 * 2
     assert dp.pool.column("label").tolist() == [i % 3 for i in range(60)]
@@ -215,11 +216,11 @@ def test_every_option_resumes_in_the_middle_of_a_round_to_the_same_bits(short, t
     (whole,), _ = run(recipe, tmp_path / "whole")
     stop = Stop()
     with RunWriter(tmp_path / "run", recipe) as folder, pytest.raises(Stopped):
-        DeliberatePractice(recipe).run(
+        DeliberatePractice(recipe, real=REAL).run(
             folder, progress=False, callbacks=[Stopping(stop)], stop=stop
         )
     with RunWriter(tmp_path / "run", recipe, resume=True) as folder:
-        (resumed,) = DeliberatePractice(recipe).run(folder, progress=False)
+        (resumed,) = DeliberatePractice(recipe, real=REAL).run(folder, progress=False)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (
         tmp_path / "whole" / "metrics.jsonl"
     ).read_text()
@@ -239,7 +240,7 @@ def test_disagreement_guides_where_both_weights_differ(short):
     weights.
     """
     usual, apart = (with_(short, "guidance", criterion=c) for c in ("entropy", "disagreement"))
-    (one,), (both,) = (DeliberatePractice(r).run(progress=False) for r in (usual, apart))
+    (one,), (both,) = (DeliberatePractice(r, real=REAL).run(progress=False) for r in (usual, apart))
     assert one.cost.forwards == both.cost.forwards
     assert one.cost.flops < both.cost.flops < 1.2 * one.cost.flops
     new = torch.arange(30, 45)
@@ -263,8 +264,8 @@ def test_labels_follow_the_validation_error():
 
 def test_a_round_by_difficulty_asks_for_the_hard_classes(short):
     recipe = with_(short, "practice", allot="difficulty")
-    (dp,) = DeliberatePractice(recipe).run(progress=False)
-    (even,) = DeliberatePractice(short).run(progress=False)
+    (dp,) = DeliberatePractice(recipe, real=REAL).run(progress=False)
+    (even,) = DeliberatePractice(short, real=REAL).run(progress=False)
     labels, rounds = dp.pool.column("label"), dp.pool.column("round")
     assert labels[rounds == 0].bincount().tolist() == [10, 10, 10]
     assert labels[rounds > 0].bincount().tolist() != [10, 10, 10]
@@ -327,7 +328,9 @@ def test_steps_that_leave_nothing_to_do_are_refused_before_any_work(
     short, practice, guidance, named
 ):
     with pytest.raises(RecipeError, match=named):
-        DeliberatePractice(with_(with_(short, "practice", **practice), "guidance", **guidance))
+        DeliberatePractice(
+            with_(with_(short, "practice", **practice), "guidance", **guidance), real=REAL
+        )
 
 
 def test_re_practice_needs_an_encoder_or_latents(short, pipeline, learner):

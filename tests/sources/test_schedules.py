@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.sources.costs import pruning_ratio
 from dpfast.sources.prune import highest
+from tests.practice.small import REAL
 from tests.practice.test_loop import run, with_
 
 
@@ -25,15 +26,19 @@ def test_tau_may_be_passes_over_the_initial_samples(dp, tmp_path):
 
 
 def test_rounds_end_at_their_maximum(dp):
-    (result,) = DeliberatePractice(with_(dp, "practice", maximum_rounds=1)).run(progress=False)
+    (result,) = DeliberatePractice(with_(dp, "practice", maximum_rounds=1), real=REAL).run(
+        progress=False
+    )
     assert (len(result.pool), result.additions) == (45, 1)
-    (result,) = DeliberatePractice(with_(dp, "practice", maximum_rounds=0)).run(progress=False)
+    (result,) = DeliberatePractice(with_(dp, "practice", maximum_rounds=0), real=REAL).run(
+        progress=False
+    )
     assert (len(result.pool), result.additions) == (30, 0)
 
 
 def test_omega_and_cfg_follow_their_rounds_and_so_does_the_cost(dp):
     scheduled = with_(dp, "practice", omega_rounds=(0.1, 0.3), cfg_scale_rounds=(2.0, 1.0))
-    (result,) = DeliberatePractice(scheduled).run(progress=False)
+    (result,) = DeliberatePractice(scheduled, real=REAL).run(progress=False)
     omega, cfg = (result.pool.column(name) for name in ("omega", "cfg_scale"))
     assert omega.tolist() == pytest.approx([0.0] * 30 + [0.1] * 15 + [0.3] * 25)
     assert cfg.tolist() == [1.5] * 30 + [2.0] * 15 + [1.0] * 25
@@ -43,11 +48,13 @@ def test_omega_and_cfg_follow_their_rounds_and_so_does_the_cost(dp):
 
 
 def test_a_round_may_be_unguided(dp):
-    (result,) = DeliberatePractice(with_(dp, "practice", omega_rounds=(0.0, 0.2))).run(
+    (result,) = DeliberatePractice(with_(dp, "practice", omega_rounds=(0.0, 0.2)), real=REAL).run(
         progress=False
     )
     plain = (
-        DeliberatePractice(with_(dp, "practice", sources=("static",))).run(progress=False)[0].pool
+        DeliberatePractice(with_(dp, "practice", sources=("static",)), real=REAL)
+        .run(progress=False)[0]
+        .pool
     )
     rows = torch.arange(30, 45)
     assert torch.equal(result.pool.images(rows), plain.images(rows))

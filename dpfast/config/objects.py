@@ -1,0 +1,41 @@
+"""The objects that a run was given in place of what its recipe says: ``objects.json``, beside it.
+
+A recipe holds names and numbers. Where a caller hands in a pipeline, a learner or real images, the
+run's folder names the kind of each, and whoever goes on needs the same kinds again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from dpfast.errors import InputError
+
+OBJECTS_FILE = "objects.json"
+
+
+def kind_of(thing: object) -> str:
+    """What ``objects.json`` calls an object: the module and name of its class, or of a function."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def objects_of(run: Path) -> dict[str, str]:
+    """Argument of ``DeliberatePractice`` -> kind, of the run in a folder; {} without objects."""
+    path = run / OBJECTS_FILE
+    found: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def check_objects(run: Path, given: Mapping[str, str]) -> None:
+    """Raises ``InputError`` where a run goes on with objects of other kinds than it began with."""
+    began = objects_of(run)
+    for name in sorted(began.keys() | given.keys()):
+        before, now = began.get(name), given.get(name)
+        if before != now:
+            was, gets = (f"an object, {kind}" if kind else "the recipe's" for kind in (before, now))
+            raise InputError(
+                f"resume: the run in {str(run)!r} began with {name} = {was}, and gets {gets}; give "
+                f"DeliberatePractice(..., {name}=...) as it was"
+            )

@@ -1,0 +1,81 @@
+"""What a loop asks of a generator: a ``Pipeline``, or an object of anybody's with this protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dpfast.errors import InputError
+from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.pipelines import Pipeline
+from dpfast.samples import SampleBatch
+
+
+class Sampler(Protocol):
+    """Makes samples, guided by the learner that it was made with; ``GuidedSampler`` is one."""
+
+    def stream(
+        self,
+        labels: Tensor,
+        *,
+        sample_ids: Tensor,
+        batch_size: int,
+        omega: float | None = None,
+        cfg_scale: float | None = None,
+        learner_step: int = 0,
+    ) -> Iterator[SampleBatch]:
+        """Yields batches of at most ``batch_size`` samples, all in their order, each once.
+
+        Args:
+            labels: (N,) int64 class ids.
+            sample_ids: (N,) int64. A sample is a function of its id, its label and, where it is
+                guided, the learner: a run that goes on makes the same ones again.
+            batch_size: the recipe's, or less.
+            omega: strength of guidance; None: as configured.
+            cfg_scale: of classifier-free guidance; None: as configured.
+            learner_step: to be handed on in the batches.
+        """
+        ...
+
+    def release(self) -> None:
+        """Gives back memory that is of use to the next batch alone."""
+        ...
+
+
+class OwnPipeline(Protocol):
+    """A generator of one's own, for a loop in place of a ``Pipeline``.
+
+    Attributes:
+        class_names: names of the classes, whose indices are the labels.
+        image_shape: (C, H, W) of the images, uint8.
+        device: where the learner is trained, and where samples are handed over.
+    """
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    device: torch.device
+
+    def sampler(self, learner: Any, *, guidance: GuidanceConfig, seed: int) -> Sampler:
+        """A sampler, called several times by a run.
+
+        Args:
+            learner: images (B, C, H, W) in [-1, 1] to logits (B, K), read live; None: unguided.
+            guidance: what the recipe's [guidance] says, with the criterion.
+            seed: the recipe's.
+        """
+        ...
+
+
+def check_pipeline(pipeline: object) -> None:
+    """Raises ``InputError`` for an object that lacks a part of ``OwnPipeline``."""
+    if isinstance(pipeline, Pipeline):
+        return
+    for name in ("class_names", "image_shape", "device", "sampler"):
+        if not hasattr(pipeline, name):
+            raise InputError(
+                f"pipeline: a {type(pipeline).__name__} has no {name}; expected a dpfast.Pipeline, "
+                "or an object with the protocol dpfast.OwnPipeline"
+            )
