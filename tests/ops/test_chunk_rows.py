@@ -1,9 +1,5 @@
 """Rows through a table of chunks: every backend reads the bytes that indexing gives."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -65,32 +61,14 @@ def test_the_gpu_s_kernel_keeps_everything_in_registers(word):
         assert report.occupancy >= 0.5
 
 
-def test_the_gpu_s_kernel_reads_the_same_rows_in_triton_s_interpreter():
-    """In a process of its own: Triton reads the switch when a kernel is defined."""
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "DPFAST_BACKEND": ""}
-    subprocess.run(
-        [sys.executable, "-m", "tests.ops.test_chunk_rows"],
-        env=environment,
-        check=True,
-        timeout=120,
-    )
-
-
-if __name__ == "__main__":
-    for chunk_rows, stride, offset, width in (
-        (7, 12, 0, 12),
-        (7, 12, 4, 8),
-        (5, 13, 2, 3),
-        (2, 9000, 0, 9000),
-    ):
-        table, expected = table_of(20, chunk_rows, stride)
-        indices = torch.tensor([19, 0, 7, 7, 13])
-        table = ChunkTable(chunk_rows, stride).with_chunks(chunk.clone() for chunk in table.chunks)
-        rows = launch(table, indices, offset, width, dispatch.CPU)
-        assert torch.equal(rows, expected[indices, offset : offset + width]), (
-            chunk_rows,
-            stride,
-            offset,
-            width,
-        )
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize(
+    ("chunk_rows", "stride", "offset", "width"),
+    [(7, 12, 0, 12), (7, 12, 4, 8), (5, 13, 2, 3), (2, 9000, 0, 9000)],
+)
+def test_the_gpu_s_kernel_reads_the_same_rows(chunk_rows, stride, offset, width):
+    table, expected = table_of(20, chunk_rows, stride)
+    indices = torch.tensor([19, 0, 7, 7, 13])
+    table = ChunkTable(chunk_rows, stride).with_chunks(chunk.clone() for chunk in table.chunks)
+    rows = launch(table, indices, offset, width, dispatch.CPU)
+    assert torch.equal(rows, expected[indices, offset : offset + width])

@@ -3,10 +3,6 @@
 A GPU's kernel: under Triton's interpreter against plain PyTorch, and its machine code.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,15 +176,6 @@ def test_bad_input_is_named(change, error, named):
         crop(pixels(9, 3, 8, 8), **options)
 
 
-def test_the_kernel_makes_the_batches_of_plain_pytorch_in_triton_s_interpreter():
-    """In a process of its own: Triton reads the switch when a kernel is defined."""
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "DPFAST_BACKEND": ""}
-    subprocess.run(
-        [sys.executable, "-m", "tests.ops.test_crop"], env=environment, check=True, timeout=120
-    )
-
-
 @pytest.mark.parametrize(
     ("lengths", "outputs", "expected"), [([7.0, 9.0], 9, 2), ([9.1], 9, 4), ([40.0], 5, 16)]
 )
@@ -234,7 +221,12 @@ def test_the_kernel_keeps_everything_in_registers(element, channels_last):
         assert report.occupancy >= 0.5
 
 
-def check(shape, size, channels_last, dtype):
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize(("shape", "size"), SIZES)
+@pytest.mark.parametrize(
+    ("channels_last", "dtype"), [(True, torch.float32), (False, torch.bfloat16)]
+)
+def test_the_kernel_makes_the_batches_of_plain_pytorch(shape, size, channels_last, dtype):
     (channels, height, width), images = shape, pixels(11, *shape)
     form = {
         "mean": MEAN[:channels],
@@ -281,9 +273,7 @@ def check(shape, size, channels_last, dtype):
         torch.testing.assert_close(unmoved, plain, rtol=0, atol=atol)
 
 
-if __name__ == "__main__":
-    for shape, size in SIZES:
-        check(shape, size, True, torch.float32)
-        check(shape, size, False, torch.bfloat16)
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="runs in Triton's interpreter")
+def test_no_images_make_an_empty_batch():
     empty = crop(pixels(11, 1, 4, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
     assert empty.shape == (0, 1, 4, 4)
