@@ -92,14 +92,15 @@ class HostCopy:
         return memory
 
     def wait(self) -> None:
+        """Returns when the copies are there."""
         if self._copied is not None:
             self._copied.synchronize()
 
 
 @dataclass
-class Written:
-    """How a checkpoint ended. path: None where it was not written; seconds: from its copy on;
-    waited: by the loop.
+class WrittenCheckpoint:
+    """How the writing of a checkpoint ended. path: None where it was not written; seconds: from its
+    copy on; waited: by the loop.
     """
 
     step: int
@@ -122,7 +123,7 @@ class BackgroundWriter:
         self._cancelled = threading.Event()
         self._waits = False  # for ``ready``
         self._lock = threading.Lock()
-        self._done: deque[Written] = deque()
+        self._done: deque[WrittenCheckpoint] = deque()
 
     @property
     def busy(self) -> bool:
@@ -157,7 +158,7 @@ class BackgroundWriter:
             assert self._thread is not None
             self._thread.join(POLL)
 
-    def begin(self, ready: Callable[[], bool], write: Callable[[], Written]) -> None:
+    def begin(self, ready: Callable[[], bool], write: Callable[[], WrittenCheckpoint]) -> None:
         """Writes in the background as soon as ``ready``. After ``clear``."""
         self._cancelled.clear()
         self._waits = False
@@ -166,11 +167,11 @@ class BackgroundWriter:
         )
         self._thread.start()
 
-    def collect(self) -> list[Written]:
+    def collect(self) -> list[WrittenCheckpoint]:
         """What has ended since the last call."""
         return [self._done.popleft() for _ in range(len(self._done))]
 
-    def _run(self, ready: Callable[[], bool], write: Callable[[], Written]) -> None:
+    def _run(self, ready: Callable[[], bool], write: Callable[[], WrittenCheckpoint]) -> None:
         while not ready():
             self._waits = True
             if self._cancelled.wait(POLL):

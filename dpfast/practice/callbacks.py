@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dpfast.evaluate.measures import Evaluation
-from dpfast.practice.background import Written
+from dpfast.practice.background import WrittenCheckpoint
 from dpfast.practice.result import Result
 from dpfast.practice.stopping import Stopped
 from dpfast.samples import SampleBatch
@@ -96,7 +96,7 @@ class Callback:
         the evaluation before.
         """
 
-    def on_checkpoint(self, progress: Progress, written: Written) -> None:
+    def on_checkpoint(self, progress: Progress, written: WrittenCheckpoint) -> None:
         """A checkpoint is on the disk; this is told some steps later."""
 
     def on_result(self, progress: Progress, result: Result) -> None:

@@ -9,8 +9,9 @@ the one before.
     checkpoint-000017-stable.json          kept: the last one before the cool-down, from which a run
                                            can be made longer
 
-The JSON is written last: a checkpoint without one does not exist. Both appear under their names
-complete and synced.
+The components are the parts of the loop that keep their own state (``Loop.components``). The JSON
+is written last: a checkpoint without one does not exist. Both appear under their names complete and
+synced.
 """
 
 from __future__ import annotations

@@ -12,7 +12,12 @@ from dpfast.errors import SaveWarning
 from dpfast.parallel import Ranks
 from dpfast.pool.saver import SHARD_BYTES
 from dpfast.practice import checkpoint
-from dpfast.practice.background import BackgroundWriter, CheckpointTimer, HostCopy, Written
+from dpfast.practice.background import (
+    BackgroundWriter,
+    CheckpointTimer,
+    HostCopy,
+    WrittenCheckpoint,
+)
 from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.loop_state import Component
 from dpfast.practice.run_paths import RunPaths
@@ -61,7 +66,7 @@ class LoopCheckpointer:
         practice: Practice,
         *,
         size: int,
-        told: Callable[[Written], None],
+        told: Callable[[WrittenCheckpoint], None],
     ) -> None:
         self.folder = folder
         self.samples = samples
@@ -176,7 +181,7 @@ class LoopCheckpointer:
 
     def _write(
         self, taken: Checkpoint, label: str | None, started: float, waited: float
-    ) -> Written:
+    ) -> WrittenCheckpoint:
         """Writes a checkpoint that was taken at ``started``; from the thread of the background."""
         assert self.folder is not None
         folder = self.folder.checkpoints(self.samples.source)
@@ -195,7 +200,7 @@ class LoopCheckpointer:
         seconds = self.clock() - started
         self.timer.took(seconds if failure is None else float("inf"))
         size = sum(value.numel() * value.itemsize for value in taken.tensors.values())
-        return Written(taken.step, path, size, waited, seconds, failure)
+        return WrittenCheckpoint(taken.step, path, size, waited, seconds, failure)
 
     def _report(self) -> None:
         """Tells how the checkpoints ended that the background had."""

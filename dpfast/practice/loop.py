@@ -3,13 +3,19 @@ samples, go on.
 
 To understand a round, read in this order:
 
-    practice/loop.py            the algorithm, and what a round and an interval of training are
-    practice/patience.py        when samples are due
-    sources/source.py           who makes them: what is asked, what is answered
-    sources/guided_methods.py   how guided ones come about
-    practice/saved_samples.py   where they go, and how they outlive the process
-    practice/checkpointer.py    what else does, and when
-    learn/trainer.py            a step of the learner
+    practice/loop.py                the algorithm, and what a round and an interval of training are
+    practice/loop_state.py          what a loop remembers beside learner and samples
+    practice/patience.py            when samples are due
+    practice/stopping.py            how ranks stop, or save, at the same step
+    sources/source.py               what a source is asked, and what it answers
+    sources/deliberate_practice.py  the source "dp": labels, strengths, who guides
+    sources/guided_methods.py       how guided samples come about
+    pool/protocol.py                what they are added to, whoever holds it
+    practice/saved_samples.py       how they outlive the process
+    practice/checkpointer.py        how the rest does: ``Loop.components``
+    feed/loader.py                  what the learner is given of the pool
+    learn/trainer.py                what it does with a batch
+    practice/losses.py              what is remembered of its losses
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from dpfast.learn.models import NewLearner, guiding, learner_factory
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.protocol import Pool
-from dpfast.practice.background import Written
+from dpfast.practice.background import WrittenCheckpoint
 from dpfast.practice.callbacks import Addition, Callback, Progress
 from dpfast.practice.checkpoint import STABLE, Checkpoint, of_round
 from dpfast.practice.checkpointer import LoopCheckpointer, Moment
@@ -514,5 +520,5 @@ class Loop:
             assert now is not None
             event(callback, now)
 
-    def _tell_checkpoint(self, written: Written) -> None:
+    def _tell_checkpoint(self, written: WrittenCheckpoint) -> None:
         self._tell(lambda callback, now: callback.on_checkpoint(now, written))

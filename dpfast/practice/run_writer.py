@@ -20,7 +20,7 @@ from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.owner import OwnedError, Owner
 from dpfast.pool.shards import durable
 from dpfast.practice import checkpoint
-from dpfast.practice.background import Written
+from dpfast.practice.background import WrittenCheckpoint
 from dpfast.practice.callbacks import Addition, Callback, Progress
 from dpfast.practice.changes import record_changes, write_recipe
 from dpfast.practice.checkpoint import save_weights
@@ -200,7 +200,7 @@ class MetricsCallback(Callback):
             samples=progress.pool_size,
         )
 
-    def on_checkpoint(self, progress: Progress, written: Written) -> None:
+    def on_checkpoint(self, progress: Progress, written: WrittenCheckpoint) -> None:
         self.folder.time(
             "checkpoint",
             progress.source,
