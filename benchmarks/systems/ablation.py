@@ -27,16 +27,17 @@ from benchmarks import RESULTS
 from benchmarks.harness import timing
 from benchmarks.systems import fewer_steps
 from benchmarks.systems.naive import Batched, Models, Predecessor
-from dpfast import planning
 from dpfast.config import Learner
 from dpfast.data.real import load_real
 from dpfast.evaluate.measures import predict
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
+from dpfast.hardware.flops import count_passes
 from dpfast.learn.models import build_learner, load_judge, load_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
+from dpfast.planning.methods import Method, PartFlops
 
 RECORDS = RESULTS / "sampler.jsonl"
 STEPS = 20
@@ -67,7 +68,7 @@ class Row:
     make: Make
     unguided: Make
     gradient: Gradient
-    method: planning.Method
+    method: Method
     alone: bool = False
     eager: bool = True
     ours: bool = False
@@ -108,9 +109,7 @@ class Bench:
             make=guided.generate,
             unguided=plain.generate,
             gradient=gradient,
-            method=planning.Method(
-                steps=STEPS, guided=_guided(STEPS, EVERY), gradient="extra", tiny=False
-            ),
+            method=Method(steps=STEPS, guided=_guided(STEPS, EVERY), gradient="extra", tiny=False),
             alone=True,
         )
 
@@ -132,7 +131,7 @@ class Bench:
             make=guided.generate,
             unguided=plain.generate,
             gradient=self._gradient(guided),
-            method=planning.Method(
+            method=Method(
                 steps=guided.steps,
                 guided=_guided(guided.steps, guided.every),
                 cfg_steps=round(guided.cfg_until * guided.steps),
@@ -180,7 +179,7 @@ class Bench:
             make=lambda labels, ids: sampler.generate(labels, ids).images,
             unguided=lambda labels, ids: sampler.generate(labels, ids, omega=0.0).images,
             gradient=gradient,
-            method=planning.Method(
+            method=Method(
                 steps=len(sampler.table), guided=len(sampler.guidance.steps(len(sampler.table)))
             ),
             eager=not compile,
@@ -242,7 +241,7 @@ class Bench:
                 torch.stack([torch.cosine_similarity(*pair).mean() for pair in pairs]).mean()
             )
 
-    def work(self, *, ours: bool) -> planning.PartFlops:
+    def work(self, *, ours: bool) -> PartFlops:
         """FLOPs of the parts of a sample; the denoiser's are fewer in dpfast's form of it."""
         models = self.models
         with self.device:
@@ -251,12 +250,12 @@ class Bench:
             label = torch.zeros(1, dtype=torch.int64)
             image = torch.zeros(1, 1, 32, 32)
         predict = self.pipeline.denoiser if ours else models.predict
-        return planning.PartFlops(
+        return PartFlops(
             name="fashion",
-            denoiser=planning.count(lambda x: predict(x, t, label), x),
-            decoder=planning.count(models.decode, x),
-            tiny=planning.count(lambda x: models.tiny.decode(x).sample, x),
-            learner=planning.count(self.learner, image),
+            denoiser=count_passes(lambda x: predict(x, t, label), x),
+            decoder=count_passes(models.decode, x),
+            tiny=count_passes(lambda x: models.tiny.decode(x).sample, x),
+            learner=count_passes(self.learner, image),
         )
 
     def quality(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import argparse
 
-from dpfast.planning import PREDECESSOR, Method, dit_xl_2, limit, stable_diffusion_15
+from dpfast.hardware.peaks import samples_per_second
+from dpfast.planning.methods import PREDECESSOR, Method, dit_xl_2, stable_diffusion_15
 
 METHODS = {
     "the predecessor, batched or not": PREDECESSOR,
@@ -35,7 +36,10 @@ def table() -> str:
             for parts in generators
         ]
         lines.append(f"| {name.replace('    ', '&nbsp;&nbsp;')} | " + " | ".join(cells) + " |")
-    bound = [f"{limit('H100', Method().total(parts), share=0.5):.1f}" for parts in generators]
+    bound = [
+        f"{samples_per_second('H100', Method().total(parts), share=0.5):.1f}"
+        for parts in generators
+    ]
     lines.append(
         "| limit of an H100 at half its peak, 20 steps, samples/s | " + " | ".join(bound) + " |"
     )

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from benchmarks import RESULTS
 from benchmarks.harness import timing
 from benchmarks.systems.naive import Batched, Models, Predecessor
-from dpfast import planning
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.hardware.peaks import here
@@ -41,6 +40,7 @@ from dpfast.planning.architectures import (
     published,
     vit_b_16,
 )
+from dpfast.planning.methods import Method, PartFlops, dit_xl_2, stable_diffusion_15
 
 RECORDS = RESULTS / "models.jsonl"
 STEPS = 20
@@ -50,8 +50,8 @@ CFG = 1.5
 CLASSES = 1000
 BATCHES = {"dit-xl-2": 32, "stable-diffusion-1.5": 16}
 WORKS = {
-    "dit-xl-2": planning.dit_xl_2,
-    "stable-diffusion-1.5": lambda: planning.stable_diffusion_15(512),
+    "dit-xl-2": dit_xl_2,
+    "stable-diffusion-1.5": lambda: stable_diffusion_15(512),
 }
 DTYPE = torch.bfloat16
 Make = Callable[[Tensor, Tensor], Tensor]
@@ -131,7 +131,7 @@ class Row:
     name: str
     make: Make
     unguided: Make
-    method: planning.Method
+    method: Method
     size: int
     ours: bool = False
 
@@ -159,7 +159,7 @@ def rows(name: str, batch: int, folder: Path, wanted: list[str]) -> dict[str, Ca
             Predecessor(models, folder / kind, steps=STEPS, every=EVERY, omega=omega, cfg_scale=CFG)
             for kind, omega in (("guided", OMEGA), ("unguided", 0.0))
         )
-        method = planning.Method(steps=STEPS, gradient="extra", tiny=False)
+        method = Method(steps=STEPS, gradient="extra", tiny=False)
         return Row(name=_A, make=guided.generate, unguided=plain.generate, method=method, size=1)
 
     def batched(title: str, **options: Any) -> Row:
@@ -168,7 +168,7 @@ def rows(name: str, batch: int, folder: Path, wanted: list[str]) -> dict[str, Ca
         guided, plain = Batched(omega=OMEGA, **common), Batched(omega=0.0, **common)
         if guided.compile:
             plain._predict, plain._decode = guided._predict, guided._decode
-        method = planning.Method(steps=STEPS)
+        method = Method(steps=STEPS)
         return Row(
             name=title, make=guided.generate, unguided=plain.generate, method=method, size=batch
         )
@@ -194,7 +194,7 @@ def rows(name: str, batch: int, folder: Path, wanted: list[str]) -> dict[str, Ca
             name=title,
             make=lambda labels, ids: sampler.generate(labels, ids).images,
             unguided=unguided,
-            method=planning.Method(steps=STEPS),
+            method=Method(steps=STEPS),
             size=batch,
             ours=True,
         )
@@ -226,7 +226,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(row: Row, parts: planning.PartFlops, peak: float, rounds: int) -> Record:
+def measure(row: Row, parts: PartFlops, peak: float, rounds: int) -> Record:
     """Seconds of guided and unguided samples in turns, the first of each apart; memory of the
     guided ones.
     """

@@ -21,7 +21,7 @@ ROUNDS, MEASURED = 5, 0.1  # of each measurement of this machine: calls, seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class Peaks:
     """half, full: dense FLOP/s in 16-bit and in 32-bit floats; bandwidth: of its memory, bytes/s;
     memory: bytes.
 
@@ -64,7 +64,7 @@ class Device:
 # 10 Gbit/s of network.
 DGX = {"host": 2e12 / 8, "disk": 3.84e12}
 DEVICES = {
-    "a100": Device(
+    "a100": Peaks(
         name="A100",
         half=312e12,
         full=19.5e12,
@@ -74,7 +74,7 @@ DEVICES = {
         network=25e9,
         **DGX,
     ),
-    "h100": Device(
+    "h100": Peaks(
         name="H100",
         half=989e12,
         full=67e12,
@@ -84,7 +84,7 @@ DEVICES = {
         network=50e9,
         **DGX,
     ),
-    "h200": Device(
+    "h200": Peaks(
         name="H200",
         half=989e12,
         full=67e12,
@@ -94,7 +94,7 @@ DEVICES = {
         network=50e9,
         **DGX,
     ),
-    "b200": Device(
+    "b200": Peaks(
         name="B200",
         half=2250e12,
         full=75e12,
@@ -104,7 +104,7 @@ DEVICES = {
         network=50e9,
         **DGX,
     ),
-    "rtx4090": Device(
+    "rtx4090": Peaks(
         name="RTX 4090",
         half=165.2e12,
         full=82.6e12,
@@ -123,7 +123,7 @@ NODE = 8  # devices behind one NVLink switch
 OTHERS = frozenset({"PCIe", "PCIE", "NVL", "MIG", "Laptop", "D"})
 
 
-def device(name: str) -> Device:
+def peaks_named(name: str) -> Peaks:
     """A device of the table, or "here": this machine, measured. Raises ``InputError`` for another
     name.
     """
@@ -136,12 +136,12 @@ def device(name: str) -> Device:
     return DEVICES[name.lower()]
 
 
-def limit(name: str, flops_per_sample: float, *, share: float = 1.0) -> float:
+def samples_per_second(name: str, flops_per_sample: float, *, share: float = 1.0) -> float:
     """Samples/s at ``share`` of the peak of a device. Raises ``InputError`` for an unknown one."""
-    return share * device(name).half / flops_per_sample
+    return share * peaks_named(name).half / flops_per_sample
 
 
-def peaks_of(device: torch.device) -> Device | None:
+def peaks_of(device: torch.device) -> Peaks | None:
     """The peaks of a run's device: a GPU of the table, or this CPU, measured; None where they are
     not known.
     """
@@ -153,7 +153,7 @@ def peaks_of(device: torch.device) -> Device | None:
 
 
 @functools.cache
-def here() -> Device:
+def here() -> Peaks:
     """This machine: the best that it is seen to do of products of random numbers, and of a copy.
 
     A CPU multiplies in fp32 alone, by the best of its libraries: oneDNN's layers, which a frozen
@@ -172,7 +172,7 @@ def here() -> Device:
         )
         source = torch.randint(256, (1 << 26,), device=kind, dtype=torch.uint8)
     target = torch.zeros_like(source)
-    return Device(
+    return Peaks(
         name=torch.cuda.get_device_name()
         if gpu
         else f"this CPU with {torch.get_num_threads()} threads",

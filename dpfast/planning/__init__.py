@@ -1,30 +1,15 @@
 """What a run costs in FLOPs, bytes and hours, and how much of it a device's peaks allow.
 
-counting       FLOPs and bytes moved by any computation
-devices        peaks: published ones, and this machine measured
 architectures  generators without weights, on the meta device
-methods        a guided sample by the way its gradient is made
-plan           a recipe on a number of devices: `dpfast plan`
+methods        FLOPs of a guided sample by the way its gradient is made
+training       a learner's training and evaluation, counted
+stages         the stages of a recipe, counted
+memory         what a device holds while each phase goes on
+fitting        a recipe fitted to the memory of its devices
+network        what ranks send each other takes
+simulation     a run on many ranks, in turns or side by side
+disk           what a run writes
 measure        the stages of a recipe timed on this machine
+plan           a recipe on a number of devices: `dpfast plan`
+table          a plan as text
 """
-
-from dpfast.hardware.flops import Counts, Passes, count_flops, count_passes, count_work
-from dpfast.hardware.peaks import DEVICES, Device, device, limit
-from dpfast.planning.methods import PREDECESSOR, Method, PartFlops, dit_xl_2, stable_diffusion_15
-
-__all__ = [
-    "DEVICES",
-    "PREDECESSOR",
-    "Counts",
-    "Device",
-    "Method",
-    "PartFlops",
-    "Passes",
-    "count_flops",
-    "count_passes",
-    "count_work",
-    "device",
-    "dit_xl_2",
-    "limit",
-    "stable_diffusion_15",
-]

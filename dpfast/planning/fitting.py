@@ -19,8 +19,7 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.data.folders import BATCH
-from dpfast.hardware import peaks
-from dpfast.hardware.peaks import Device
+from dpfast.hardware.peaks import Peaks, peaks_named
 from dpfast.planning.architectures import pipeline_of
 from dpfast.planning.memory import (
     Footprint,
@@ -48,7 +47,7 @@ class Fit:
     """
 
     recipe: Recipe
-    device: Device
+    device: Peaks
     count: int
     learner_micro_batch: int
     generator_micro_batch: int
@@ -90,7 +89,7 @@ class Fit:
 
 def fit(
     recipe: Recipe,
-    device: Device | str,
+    device: Peaks | str,
     *,
     count: int = 1,
     samples: int | None = None,
@@ -104,7 +103,7 @@ def fit(
     Raises ``InputError`` for an unknown device, and for a pipeline or a learner that cannot be
     counted.
     """
-    device = peaks.device(device) if isinstance(device, str) else device
+    device = peaks_named(device) if isinstance(device, str) else device
     stages = stages or stages_of(recipe, device)
     total = recipe.practice.maximum_samples if samples is None else samples
     config, wanted = recipe.learner, recipe.generator.batch_size
@@ -189,7 +188,7 @@ def equal_part(whole: int, fits: Callable[[int], bool], *, even: bool = False) -
     return next((size for size in sizes if fits(size)), 1)
 
 
-def _held(pool: Placement, device: Device) -> float:
+def _held(pool: Placement, device: Peaks) -> float:
     """Bytes of the pool's part in a device's own memory."""
     held = pool.in_tier["device"] + (0 if device.gpu else pool.in_tier["host"])
     return float(held * pool.bytes_per_sample)
@@ -209,7 +208,7 @@ def _proposals(recipe: Recipe, pool: Placement) -> tuple[str, ...]:
 
 
 def place_pool(
-    recipe: Recipe, samples: int, stages: Stages, device: Device, count: int
+    recipe: Recipe, samples: int, stages: Stages, device: Peaks, count: int
 ) -> Placement:
     """Place the samples by a run's shares: what weights leave of a device, of a node's memory,
     of its drives.
@@ -237,7 +236,7 @@ def place_pool(
     return Placement.of(samples, shape, config.codec, count, tiers=tiers)
 
 
-def stages_of(recipe: Recipe, device: Device) -> Stages:
+def stages_of(recipe: Recipe, device: Peaks) -> Stages:
     """The counted stages of a recipe's generator and learner on a device; the same ones are counted
     once.
 

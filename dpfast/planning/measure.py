@@ -25,7 +25,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
 from dpfast.hardware.device import device_named
 from dpfast.hardware.flops import Counts
-from dpfast.hardware.peaks import Device, here
+from dpfast.hardware.peaks import Peaks, here
 from dpfast.learn.models import guiding, learner_factory
 from dpfast.learn.trainer import Trainer
 from dpfast.planning.fitting import fit, stages_of
@@ -175,7 +175,7 @@ def _noise(pipeline: Pipeline | OwnPipeline) -> SampleBatch:
 class StageClock:
     """Times stages in ``seconds`` each; ``notes`` says how."""
 
-    def __init__(self, peaks: Device, seconds: float, device: torch.device) -> None:
+    def __init__(self, peaks: Peaks, seconds: float, device: torch.device) -> None:
         self.peaks = peaks
         self.seconds = seconds
         self.device = device

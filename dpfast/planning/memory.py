@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dpfast.hardware.peaks import Device
+from dpfast.hardware.peaks import Peaks
 from dpfast.planning.stages import Stages
 
 # Counted are the tensors that live at one moment. On a GPU there is more: the allocator's reserve
@@ -42,12 +42,12 @@ class Footprint:
         return sum(self.kinds.values())
 
 
-def usable(device: Device) -> float:
+def usable(device: Peaks) -> float:
     """Bytes of a device that a run may plan with."""
     return device.memory * (USABLE if device.gpu else 1.0)
 
 
-def sampling_bytes(stages: Stages, device: Device, batch: int, *, guided: bool) -> float:
+def sampling_bytes(stages: Stages, device: Peaks, batch: int, *, guided: bool) -> float:
     """Bytes of a batch of samples and the graphs captured for it, beside the weights."""
     fixed, each = stages.guided_bytes if guided else stages.unguided_bytes
     reserve = (
@@ -57,7 +57,7 @@ def sampling_bytes(stages: Stages, device: Device, batch: int, *, guided: bool) 
 
 
 def training_bytes(
-    stages: Stages, device: Device, *, share: int, micro_batch: int, ranks: int
+    stages: Stages, device: Peaks, *, share: int, micro_batch: int, ranks: int
 ) -> float:
     """Bytes of a training step of ``share`` images in micro-batches, with the loader's batches,
     beside weights and state.
@@ -69,7 +69,7 @@ def training_bytes(
     return held * (TRAINING_RESERVED if device.gpu else 1.0) + batches
 
 
-def evaluation_bytes(stages: Stages, device: Device, batch: int) -> float:
+def evaluation_bytes(stages: Stages, device: Peaks, batch: int) -> float:
     """Bytes of a batch of images that is evaluated, beside weights and state."""
     fixed, each = stages.learner.evaluation_held
     return (fixed + each * batch) * (TRAINING_RESERVED if device.gpu else 1.0)
@@ -77,7 +77,7 @@ def evaluation_bytes(stages: Stages, device: Device, batch: int) -> float:
 
 def footprints(
     stages: Stages,
-    device: Device,
+    device: Peaks,
     *,
     pool: float,
     batch: int,

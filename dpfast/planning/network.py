@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dpfast.hardware.peaks import NODE, Device
+from dpfast.hardware.peaks import NODE, Peaks
 
 BUCKET = 25 << 20  # bytes, DistributedDataParallel's default
 BASE, WITHIN, BETWEEN = (
@@ -45,7 +45,7 @@ class Link:
         )
 
 
-def link_of(device: Device, ranks: int) -> Link:
+def link_of(device: Peaks, ranks: int) -> Link:
     """Derived for ``ranks`` devices in nodes of ``NODE``."""
     nodes = math.ceil(ranks / NODE)
     within, between = min(ranks, NODE) - 1, math.ceil(math.log2(nodes))

@@ -21,9 +21,8 @@ from functools import partial
 from dpfast.config import Recipe
 from dpfast.data.real import count_real
 from dpfast.errors import InputError
-from dpfast.hardware import peaks
 from dpfast.hardware.flops import Counts
-from dpfast.hardware.peaks import Device
+from dpfast.hardware.peaks import Peaks, peaks_named
 from dpfast.planning.disk import Disk, plan_disk
 from dpfast.planning.fitting import Fit, fit, stages_of
 from dpfast.planning.measure import Timings
@@ -76,7 +75,7 @@ class Plan:
     """A recipe's run on ``count`` devices: phases, memory, and how ranks divide it."""
 
     recipe: Recipe
-    device: Device
+    device: Peaks
     count: int
     phases: tuple[Phase, ...]
     stages: Stages
@@ -127,7 +126,7 @@ class Plan:
 
 def plan(
     recipe: Recipe,
-    device: Device | str,
+    device: Peaks | str,
     *,
     count: int = 1,
     utilisation: float | None = None,
@@ -154,7 +153,7 @@ def plan(
         raise InputError(
             f"samples = {total}: the run begins with {recipe.practice.initial_samples}"
         )
-    device = peaks.device(device) if isinstance(device, str) else device
+    device = peaks_named(device) if isinstance(device, str) else device
     stages = stages_of(recipe, device)
     shares = {"generation": GENERATION["transformer" if stages.transformer else "unet"], **STATED}
     if utilisation is not None:
@@ -178,7 +177,7 @@ def plan(
 def _phases(
     recipe: Recipe,
     stages: Stages,
-    device: Device,
+    device: Peaks,
     count: int,
     shares: Mapping[str, float],
     timings: Timings | None,
@@ -256,7 +255,7 @@ def _evaluated(recipe: Recipe, classes: int) -> int:
 
 
 def _unit_seconds(
-    stages: Stages, device: Device, shares: Mapping[str, float], timings: Timings | None
+    stages: Stages, device: Peaks, shares: Mapping[str, float], timings: Timings | None
 ) -> UnitSeconds:
     """Seconds of one unit of each stage on one device."""
 

@@ -15,7 +15,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
 from dpfast.hardware.device import is_gpu
 from dpfast.hardware.memory import available_bytes, free_bytes
-from dpfast.hardware.peaks import DEVICES, Device
+from dpfast.hardware.peaks import DEVICES, Peaks
 from dpfast.parallel import Ranks
 from dpfast.planning.fitting import Fit, fit
 
@@ -72,7 +72,7 @@ def fit_run(
         return None
 
 
-_CPU = Device(name="cpu", half=1.0, full=1.0, bandwidth=1.0, memory=0.0, link=1.0, network=1.0)
+_CPU = Peaks(name="cpu", half=1.0, full=1.0, bandwidth=1.0, memory=0.0, link=1.0, network=1.0)
 
 
 def device_memory(device: torch.device) -> float:

@@ -12,7 +12,7 @@ from dpfast.errors import InputError
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
 from dpfast.hardware.memory import peak_memory
-from dpfast.hardware.peaks import Device, peaks_of
+from dpfast.hardware.peaks import Peaks, peaks_of
 from dpfast.launch import world_size
 from dpfast.learn.precision import in_bf16
 from dpfast.planning.training import count_training
@@ -48,7 +48,7 @@ class Throughput:
         self._before: Progress | None = None
 
     @cached_property
-    def peaks(self) -> Device | None:
+    def peaks(self) -> Peaks | None:
         """The peaks of this rank's device; None where they are not known."""
         return peaks_of(self.device)
 

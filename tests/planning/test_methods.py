@@ -5,15 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from dpfast.planning import (
-    PREDECESSOR,
-    Method,
-    PartFlops,
-    Passes,
-    count_passes,
-    limit,
-    stable_diffusion_15,
-)
+from dpfast.hardware.flops import Passes, count_passes
+from dpfast.hardware.peaks import samples_per_second
+from dpfast.planning.methods import PREDECESSOR, Method, PartFlops, stable_diffusion_15
 
 
 def test_a_linear_layer_counts_two_flops_a_weight_in_each_direction():
@@ -71,6 +65,6 @@ def test_methods_add_their_parts_up():
 
 
 def test_limits_are_of_known_devices():
-    assert limit("H100", 50.7e12) == pytest.approx(19.5, abs=0.05)
+    assert samples_per_second("H100", 50.7e12) == pytest.approx(19.5, abs=0.05)
     with pytest.raises(ValueError, match=r"device = 'abacus': expected one of a100"):
-        limit("abacus", 1.0)
+        samples_per_second("abacus", 1.0)

@@ -17,10 +17,11 @@ from dpfast.generate.from_recipe import new_sampler
 from dpfast.hardware.flops import Counts, count_work
 from dpfast.hardware.peaks import DEVICES, peaks_of
 from dpfast.learn.models import Committee, build_learner
-from dpfast.planning import architectures, stable_diffusion_15
+from dpfast.planning import architectures
 from dpfast.planning.architectures import without_weights
 from dpfast.planning.fitting import fit, place_pool
 from dpfast.planning.measure import Timings, measure
+from dpfast.planning.methods import stable_diffusion_15
 from dpfast.planning.network import BASE, BETWEEN, BUCKET, WITHIN, Link, link_of, step_seconds
 from dpfast.planning.plan import GENERATION, STATED, plan
 from dpfast.planning.stages import count_stages
