@@ -49,7 +49,7 @@ class DaliLoader(PoolLoader):
         super().close()
         self._dali = None
 
-    def _start(self, drawn: Sequence[PendingBatch]) -> None:
+    def start(self, drawn: Sequence[PendingBatch]) -> None:
         queue = self._dali
         if queue is None or queue.broken:
             queue = self._dali = _DaliQueue(self._build(), self.ahead, self.device)

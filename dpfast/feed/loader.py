@@ -263,7 +263,7 @@ class PoolLoader(Loader):
         try:
             drawn = self._draw(size, count)
             self._queue.extend(drawn)
-            self._start(drawn)
+            self.start(drawn)
         except BaseException as error:
             raise self._failed(error) from error
 
@@ -297,7 +297,7 @@ class PoolLoader(Loader):
         self._number = self._position["batches"]
         self.order.load_state_dict(self._position)
 
-    def _start(self, drawn: Sequence[PendingBatch]) -> None:
+    def start(self, drawn: Sequence[PendingBatch]) -> None:
         """Gives each of ``drawn`` its ``work``, in this order: what ``Pool.fetch`` exchanges
         between ranks is collective.
         """

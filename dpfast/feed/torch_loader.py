@@ -82,7 +82,7 @@ class TorchLoader(PoolLoader):
         count = min(BURST_BYTES // batch, BURST)
         return count if count > 1 else 0
 
-    def _start(self, drawn: Sequence[PendingBatch]) -> None:
+    def start(self, drawn: Sequence[PendingBatch]) -> None:
         if self._stream is not None:
             with torch.cuda.stream(self._stream):
                 for pending in drawn:

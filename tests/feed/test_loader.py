@@ -306,7 +306,7 @@ def test_a_loader_may_be_of_the_caller_s_own():
     pool = pool_of(10)
 
     class InOrder(PoolLoader):
-        def _start(self, drawn):
+        def start(self, drawn):
             for number, pending in enumerate(drawn):
                 pending.work = Made(self.pool.gather(torch.arange(4) + number))
 
