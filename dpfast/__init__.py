@@ -10,21 +10,25 @@ from dpfast.version import __version__ as __version__
 if TYPE_CHECKING:
     from dpfast.adapters import GuidanceCallback, GuidedDDIMScheduler, LearnerGuidance, make_cond_fn
     from dpfast.config import Recipe
+    from dpfast.data.real import RealData
     from dpfast.errors import InputError, RecipeError
     from dpfast.feed import make_loader
     from dpfast.feed.augment import Augment
     from dpfast.feed.loader import Loader
     from dpfast.generate.guidance import GuidanceConfig
     from dpfast.generate.pipelines import Pipeline
+    from dpfast.generate.protocol import OwnPipeline, Sampler
     from dpfast.generate.sampler import GuidedSampler
     from dpfast.ops import entropy, entropy_and_grad, gather_batch, guided_step, normal
     from dpfast.pool.batch import BatchFormat
     from dpfast.pool.pool import SamplePool
     from dpfast.pool.protocol import Pool
     from dpfast.pool.reader import open_pool
+    from dpfast.practice.callbacks import Addition, Callback, Progress
     from dpfast.practice.experiment import DeliberatePractice
     from dpfast.practice.result import Result
     from dpfast.samples import SampleBatch
+    from dpfast.sources.source import LoopView, RoundRequest, Source
 
 # Public name -> its module. Imported on first use: `dpfast --help` and a wrong argument are
 # answered without torch.
@@ -52,12 +56,23 @@ _HOME = {
     "Augment": "dpfast.feed.augment",
     "Loader": "dpfast.feed.loader",
     "make_loader": "dpfast.feed",
+    "Addition": "dpfast.practice.callbacks",
+    "Callback": "dpfast.practice.callbacks",
+    "Progress": "dpfast.practice.callbacks",
+    "LoopView": "dpfast.sources.source",
+    "RoundRequest": "dpfast.sources.source",
+    "Source": "dpfast.sources.source",
+    "OwnPipeline": "dpfast.generate.protocol",
+    "Sampler": "dpfast.generate.protocol",
+    "RealData": "dpfast.data.real",
     "DeliberatePractice": "dpfast.practice.experiment",
     "Result": "dpfast.practice.result",
 }
 __all__ = [
+    "Addition",
     "Augment",
     "BatchFormat",
+    "Callback",
     "DeliberatePractice",
     "GuidanceCallback",
     "GuidanceConfig",
@@ -66,13 +81,20 @@ __all__ = [
     "InputError",
     "LearnerGuidance",
     "Loader",
+    "LoopView",
+    "OwnPipeline",
     "Pipeline",
     "Pool",
+    "Progress",
+    "RealData",
     "Recipe",
     "RecipeError",
     "Result",
+    "RoundRequest",
     "SampleBatch",
     "SamplePool",
+    "Sampler",
+    "Source",
     "entropy",
     "entropy_and_grad",
     "gather_batch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -29,3 +29,14 @@ class SampleBatch:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, rows: Tensor | slice) -> SampleBatch:
+        """The samples of some rows, a slice or (n,) indices."""
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            sample_ids=self.sample_ids[rows],
+            entropy=self.entropy[rows],
+            latents=None if self.latents is None else self.latents[rows],
+        )

@@ -1,6 +1,7 @@
 """The examples are short, and do what they say."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,48 @@ def test_a_loader_of_one_s_own_hides_a_square_of_every_image_and_feeds_a_run():
     assert (images == 0).sum((1, 2, 3)).tolist() == [erasing.SIDE**2] * 4
     result = erasing.main()
     assert (len(result.pool), result.iterations) == (32, 10)
+
+
+def test_the_loop_runs_on_a_pipeline_a_learner_and_images_of_one_s_own(tmp_path):
+    embed = example("embed_loop")
+    dp, static = embed.main(str(tmp_path / "run"))
+    assert [len(result.pool) for result in (dp, static)] == [60, 60]
+    assert [int(result.validation.per_class.isnan().sum()) for result in (dp, static)] == [0, 0]
+    assert type(dp.learner).__name__ == type(static.learner).__name__ == "Learner"
+    named = json.loads((tmp_path / "run" / "objects.json").read_text())
+    assert named["pipeline"] == "dpfast.generate.pipelines.pipeline.Pipeline"
+    assert named["learner"].endswith(".Learner")
+    assert named["real"] == "builtins.tuple"
+    written = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = embed.main(str(tmp_path / "run"), resume=True)
+    assert [result.test.top1 for result in again] == [dp.test.top1, static.test.top1]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == written
+
+
+def test_a_criterion_of_one_s_own_guides():
+    result = example("own_criterion").main()
+    assert bool(torch.isfinite(result.pool.column("entropy")[40:]).all())
+    gini = example("own_criterion").gini
+    torch.testing.assert_close(gini(torch.zeros(2, 4), torch.zeros(2)), torch.full((2,), 0.75))
+
+
+def test_a_source_of_one_s_own_runs_beside_others():
+    static, mistaken = example("own_source").main()
+    assert (static.source, mistaken.source) == ("static", "mistaken")
+    assert len(mistaken.pool) == 40 + 20 * mistaken.additions > 40
+    assert mistaken.cost.samples == 40 + 2 * 20 * mistaken.additions
+    assert len(mistaken.pool.column("sample_id").unique()) == len(mistaken.pool)
+
+
+def test_a_callback_hears_every_evaluation(capsys):
+    points = example("callback").main()
+    assert [step for step, _ in points] == [5, 10, 15, 20]
+    assert "dp has 60 samples" in capsys.readouterr().out
+
+
+def test_a_generator_that_is_no_pipeline_runs_the_loop(caplog):
+    dp, static = example("own_pipeline").main()
+    assert len(dp.pool) == len(static.pool) == 60
+    assert dp.additions == 1
+    assert (dp.cost.forwards, dp.cost.flops) == (0, 0)
+    assert dp.cost.seconds > 0

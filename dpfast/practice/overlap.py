@@ -327,8 +327,8 @@ class GeneratorRank:
                 part = _on_host(next(parts))
                 held = part if held is None else joined([held, part])
             self.groups.heartbeat.beat()
-            yield _rows(held, slice(None, len(indices)))
-            held = _rows(held, slice(len(indices), None)) if len(held) > len(indices) else None
+            yield held.take(slice(None, len(indices)))
+            held = held.take(slice(len(indices), None)) if len(held) > len(indices) else None
 
     def _take(self) -> RoundRequest:
         """The next job; its weights are in place."""
@@ -368,19 +368,4 @@ def _on_host(batch: SampleBatch) -> SampleBatch:
     )
     return replace(
         batch, images=images, labels=labels, sample_ids=ids, entropy=entropy, latents=latents
-    )
-
-
-def _rows(batch: SampleBatch, rows: slice) -> SampleBatch:
-    latents = None if batch.latents is None else batch.latents[rows]
-    images = batch.images[rows]
-    labels = batch.labels[rows]
-    ids = batch.sample_ids[rows]
-    return replace(
-        batch,
-        images=images,
-        labels=labels,
-        sample_ids=ids,
-        entropy=batch.entropy[rows],
-        latents=latents,
     )
