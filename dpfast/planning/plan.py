@@ -141,7 +141,7 @@ def plan(
         timings: measured seconds of the stages on one device, in place of limits.
         samples: at the end of the run, in place of the recipe's maximum.
 
-    Raises ``RecipeError`` for a count or a utilisation out of range, an unknown device, a pipeline
+    Raises ``InputError`` for a count or a utilisation out of range, an unknown device, a pipeline
     or a learner that cannot be built.
     """
     if count < 1:

@@ -59,9 +59,15 @@ class Placement:
         )
 
     def check(self) -> Placement:
-        """Returns the placement, or raises ``RecipeError`` with the numbers and three ways out."""
-        if self.fits:
-            return self
+        """Returns the placement where it fits.
+
+        Raises ``InputError`` with the numbers and three ways out, in the words of a recipe.
+        """
+        if not self.fits:
+            raise InputError(self._ways_out())
+        return self
+
+    def _ways_out(self) -> str:
         budgets = ", ".join(f"{name} {readable(self.tiers.budget(name))}" for name in NAMES)
         room = sum(self.in_tier.values())
         pixels = math.prod(self.shape)
@@ -75,7 +81,7 @@ class Placement:
                 f"(about {int(pixels * codecs.JPEG_BYTES_PER_PIXEL)})"
             )
         devices = math.ceil(self.devices * self.samples / room) if room else self.devices + 1
-        raise RecipeError(
+        return (
             f"maximum_samples = {self.samples * self.devices}: the pool needs {self}; the budgets "
             f"are {budgets}. "
             f"Ways out: {smaller}; mapped = true with {readable(self.total_bytes)} free on the "
@@ -157,9 +163,8 @@ class Placement:
 
         Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
         """
-        return cls.of(
-            samples,
-            shape,
-            recipe.codec,
-            tiers=MemoryTiers.from_recipe(recipe, device, folder, processes=processes),
-        ).check()
+        tiers = MemoryTiers.from_recipe(recipe, device, folder, processes=processes)
+        placement = cls.of(samples, shape, recipe.codec, tiers=tiers)
+        if not placement.fits:
+            raise RecipeError(placement._ways_out())
+        return placement

@@ -212,7 +212,7 @@ def load(path: Path) -> Checkpoint:
         if version == VERSION:
             weights = path.with_suffix(".safetensors")
             if _sha256(weights) != record["sha256"]:
-                raise ValueError(f"the checksum of {weights.name} differs from the recorded one")
+                raise InputError(f"the checksum of {weights.name} differs from the recorded one")
             names = ("step", "iterations", "ranks", "components")
             taken = Checkpoint(**{name: record[name] for name in names}, path=path)
             return taken.with_tensors(load_file(weights))

@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import nn
 
 from dpfast.config import Practice, Recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError
 from dpfast.parallel import Ranks
 from dpfast.planning.disk import most_checkpoints
 from dpfast.pool import codecs, shards
@@ -119,12 +119,12 @@ class Needs:
 
 
 def check_disk(ranks: Ranks, needs: Needs | None, folder: Path, when: str) -> None:
-    """Raises one ``RecipeError`` on all ranks where the first one, which has ``needs``, finds too
+    """Raises one ``InputError`` on all ranks where the first one, which has ``needs``, finds too
     little room.
     """
     refusal = ranks.broadcast_object(None if needs is None else needs.refusal(folder, when))
     if refusal is not None:
-        raise RecipeError(refusal)
+        raise InputError(refusal)
 
 
 def _mapped(local: SamplePool, shape: tuple[int, ...], count: int) -> int:

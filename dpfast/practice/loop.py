@@ -408,7 +408,7 @@ class Loop:
         )
 
     def _check_disk(self) -> None:
-        """Raises ``RecipeError`` where the disk has no room: before the first sample for all that
+        """Raises ``InputError`` where the disk has no room: before the first sample for all that
         is to come, before a later round for that.
         """
         if self.folder is None:

@@ -94,7 +94,7 @@ def rehearse(
     asked. ranks: how many of the ranks are walked, from the first and the last one on; one is
     enough for memory, the second holds the order of the collectives.
 
-    Raises ``RecipeError`` for an unknown device, and for a recipe that cannot be planned.
+    Raises ``InputError`` for an unknown device, and for a recipe that cannot be planned.
     """
     planned = plan(recipe, device, count=count)
     chosen = sorted({0, count - 1} if ranks > 1 else {0})

@@ -266,6 +266,9 @@ def fail(ranks, error):
 def disagree(ranks):
     with pytest.raises(RecipeError, match=r"^rank 1: steps = 0: no$"):
         fail(ranks, RecipeError("steps = 0: no"))
+    with pytest.raises(InputError, match=r"^rank 1: learner = 3: no$") as refused:
+        fail(ranks, InputError("learner = 3: no"))
+    assert type(refused.value) is InputError
     with pytest.raises(RankError if ranks.first else OSError, match="disk"):
         fail(ranks, OSError("disk"))
     with pytest.raises(InputError, match="versions: rank 1 has 2, rank 0 has 1"):

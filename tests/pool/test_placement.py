@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpfast import config
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.pool.placement import Placement
 from dpfast.pool.pool import SamplePool
@@ -56,7 +56,7 @@ def test_what_a_placement_promises_a_pool_holds():
 
 
 def test_a_refusal_has_the_numbers_and_three_ways_out():
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(InputError) as error:
         Placement.of(
             6_500_000, (3, 256, 256), devices=8, tiers=MemoryTiers(host_bytes=64 * GIB)
         ).check()

@@ -263,7 +263,7 @@ def test_a_disk_without_room_is_named_before_samples_are_made_that_it_cannot_tak
     words = rf"{when} needs .* of disk \(\d+ samples .* checkpoints .*\), 39\.06 KiB are free"
     with monkeypatch.context() as patched:
         patched.setattr(disk.shutil, "disk_usage", little)
-        with pytest.raises(RecipeError, match=words) as refused:
+        with pytest.raises(InputError, match=words) as refused:
             run(short, folder)
     assert "make room and go on with --resume" in str(refused.value)
     jpeg = with_(short, "pool", save_samples="jpeg")
