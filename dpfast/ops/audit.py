@@ -28,7 +28,10 @@ from dpfast.ops.triton_stub import next_power, triton
 
 CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of one multiprocessor
-THREADS, REGISTERS, BLOCKS = 2048, 65536, 32  # of one multiprocessor, alike on the three
+# Of one multiprocessor, alike on the three.
+THREADS = 2048
+REGISTERS = 65536
+BLOCKS = 32
 WIDE = 16
 
 

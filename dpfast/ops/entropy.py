@@ -289,7 +289,7 @@ def entropy_and_grad(
         logits: (B, K) fp32, fp16 or bf16; rows may be strided, -inf marks an impossible class.
         temperature: positive divisor of the logits.
         out: where to write the gradient, contiguous and otherwise like the logits; may be the
-        logits themselves.
+            logits themselves.
 
     Returns:
         H (B,) fp32 and dH/dlogits (B, K) in the logits' dtype, `out` if given. H is differentiable

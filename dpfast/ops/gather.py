@@ -293,7 +293,7 @@ def gather_batch(
         indices: (B,) int64 in [0, N).
         flip: (B,) bool, which rows to mirror left to right; None mirrors none.
         mean, std: one number for each channel, for pixels in [0, 1]; a sequence or a (C,) tensor on
-        the same device.
+            the same device.
         dtype: fp32, fp16 or bf16 of the batch.
         channels_last: memory layout of the batch.
         out: where to write the batch, in its shape, dtype and layout.

@@ -346,7 +346,7 @@ def normal(
         shape: the shape of one sample, at most 2^34 elements.
         seed: 64-bit integer or 0-d integer tensor on the same device.
         stream: which independent draw for the same seed and id; its low 32 bits count. Integer or
-        0-d tensor.
+            0-d tensor.
 
     Raises:
         TypeError: wrong type or dtype. InputError: wrong shape, device or range.

@@ -219,24 +219,24 @@ def guided_step(
         pred_cond: the network's output with the condition, x's shape, any of the three dtypes.
         pred_uncond: the output without it, or None for no classifier-free guidance.
         grad: the gradient of the guidance criterion with respect to x, or None for an unguided
-        step.
+            step.
         table: (steps, 6) fp32 on x's device, columns alpha, sigma, a, b, c, d.
         step: the row of the table; a Python integer, or a 0-d integer tensor that is read on the
-        device.
+            device.
         cfg_scale: diffusers' convention, 1 is the conditional prediction; number, 0-d or (B,)
-        tensor.
+            tensor.
         omega: strength of the guidance; number, 0-d or (B,) tensor.
         mode: "relative" moves the state by omega times its norm, "score" adds omega grad to the
-        score.
+            score.
         prediction: what the network predicts: "epsilon", "v", "sample" or "flow".
         clip: bound of |x0|, or a `DynamicThreshold`, or None.
         x0_prev: the x0 of the step before, for the table's column c; None drops the term.
         sample_ids: (B,) int64 keys of the noise for the table's column d; None drops the term.
         seed: seed of the noise; integer or 0-d tensor.
-        out: where to write the result; may be x itself. x0_out: where to write the (clipped) x0;
-        must not overlap.
+        out: where to write the result; may be x itself.
+        x0_out: where to write the (clipped) x0; must not overlap.
         skipped: int64 counter of shape () or (1,), raised by the number of samples whose gradient
-        was not finite.
+            was not finite.
 
     Returns:
         x_next: `out`, or a new contiguous tensor. A step tensor outside the table gives NaN.

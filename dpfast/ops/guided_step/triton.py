@@ -1,10 +1,9 @@
 """The Triton kernel of `guided_step`; the formula stands in ``__init__``.
 
 A sample of up to 16,384 elements belongs to one program, which keeps x and the gradient in
-registers while it sums
-their squares, then x0 and eps in their place: each tensor is read once. They are held as chunks, of
-which a thread loads 16 bytes at a time. A longer sample is split over programs: a first kernel
-leaves partial sums, the second adds them up and makes the step.
+registers while it sums their squares, then x0 and eps in their place: each tensor is read once.
+They are held as chunks, of which a thread loads 16 bytes at a time. A longer sample is split over
+programs: a first kernel leaves partial sums, the second adds them up and makes the step.
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
