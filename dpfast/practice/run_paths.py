@@ -4,6 +4,8 @@ recipe.json     the recipe in force, with every default filled in; born.json the
                 changes.jsonl what changed in between (``dpfast.practice.changes``)
 contents.json   what the folders of the generator and the real images held
                 (``dpfast.practice.contents``)
+objects.json    the kinds of the objects that the run was given in place of what its recipe says
+                (``dpfast.config.objects``)
 metrics.jsonl   one line per evaluation, addition and result; a function of the recipe alone, so
                 without times
 timings.jsonl   what was done how fast: a line per round, per interval between evaluations, per

@@ -10,7 +10,7 @@ from dpfast.cli import run as command
 from dpfast.cli.main import main
 from dpfast.errors import SaveWarning
 from dpfast.report import page
-from tests.practice.conftest import recipe  # noqa: F401 - a fixture
+from tests.practice.conftest import real_folder, recipe  # noqa: F401 - fixtures
 from tests.practice.test_loop import with_
 
 
@@ -20,12 +20,14 @@ def full(*_, **__):
 
 def test_a_branch_may_be_longer_and_a_report_that_the_disk_refuses_names_its_command(
     recipe,  # noqa: F811
+    real_folder,  # noqa: F811
     tmp_path,
     monkeypatch,
 ):
     short = with_(
         recipe, "practice", sources=("dp",), keep_rounds=True, iterations=40, maximum_samples=45
     )
+    short = replace(short, validation=str(real_folder))
     long = replace(short, practice=replace(short.practice, iterations=60))
     run, branch = tmp_path / "run", tmp_path / "branch"
     monkeypatch.setattr(page, "write_report", full)

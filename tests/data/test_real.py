@@ -4,9 +4,11 @@ import gzip
 
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
 
 from dpfast.data.fashion import CLASSES, read_idx
-from dpfast.data.real import load_real
+from dpfast.data.real import RealData, RealSet, given_real, load_real
 from dpfast.errors import InputError
 
 
@@ -40,3 +42,64 @@ def test_a_file_that_is_not_idx_is_refused(tmp_path):
     path.write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2])))
     with pytest.raises(ValueError, match=r"2 bytes.*shape \(9,\)"):
         read_idx(path)
+
+
+IMAGES = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
+LABELS = torch.arange(20) % 2
+KINDS = {"classes": ("cat", "dog"), "shape": (1, 8, 8)}
+
+
+class Pictures(Dataset):
+    """Pictures of PIL and their labels."""
+
+    def __len__(self):
+        return len(LABELS)
+
+    def __getitem__(self, i):
+        return Image.fromarray(IMAGES[i, 0].numpy()), int(LABELS[i])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [(IMAGES, LABELS), (IMAGES / 255, LABELS), TensorDataset(IMAGES, LABELS), Pictures()],
+    ids=["tensors", "floats", "dataset", "pictures"],
+)
+def test_what_a_caller_has_is_split_within_each_class_as_a_folder_is(given):
+    real = given_real(given, **KINDS)
+    assert real.classes == ("cat", "dog")
+    assert torch.equal(
+        real.validation.images, IMAGES[LABELS.argsort(stable=True)[::2].sort().values]
+    )
+    assert real.test.labels.tolist() == [0, 1] * 5
+    assert real.test.labels.dtype == torch.int64
+
+
+def test_classes_without_names_are_numbered():
+    assert RealData.split(IMAGES, LABELS).classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((IMAGES[:, 0], LABELS), r"images \(20, 8, 8\) and labels torch.int64 \(20,\), expected"),
+        (
+            (IMAGES, LABELS[:5]),
+            r"labels torch.int64 \(5,\), expected \(N, C, H, W\) and N integers",
+        ),
+        (
+            (IMAGES[..., :4], LABELS),
+            r"images of shape \(1, 8, 4\), the generator's are \(1, 8, 8\)",
+        ),
+        ((IMAGES, LABELS + 1), "label 2, expected 0 to 1"),
+        ((IMAGES[:1], LABELS[:1]), "'cat' has one image, expected two or more"),
+        ((IMAGES, torch.zeros_like(LABELS)), "'dog' has no image, expected two or more"),
+        ((IMAGES.float(), LABELS), "images are torch.float32, expected torch.uint8, or floats"),
+        ("photos", "real is a str: expected dpfast.RealData"),
+        (TensorDataset(IMAGES), "item 0 is no image and label"),
+        (RealData(("cat",), *[RealSet(IMAGES, LABELS)] * 2), "1 classes, the generator has 2"),
+    ],
+)
+def test_what_is_no_set_of_real_images_is_refused_in_a_line(given, said):
+    with pytest.raises(InputError, match=said) as caught:
+        given_real(given, **KINDS)
+    assert "\n" not in str(caught.value)

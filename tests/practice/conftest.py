@@ -1,8 +1,21 @@
 """A recipe of seconds for whole runs."""
 
 import pytest
+from PIL import Image
 
 from dpfast.config import Recipe
+from tests.practice.small import CLASSES, noise
+
+
+@pytest.fixture(scope="session")
+def real_folder(tmp_path_factory):
+    """A folder of those images, for a command line, which takes no objects."""
+    folder = tmp_path_factory.mktemp("real")
+    for number, (image, label) in enumerate(zip(*noise(60), strict=True)):
+        place = folder / CLASSES[label]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(place / f"{number:03d}.png")
+    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,130 @@
+"""A loop of the caller's own objects: what fits, what is refused in one line, and how a run of them
+goes on.
+"""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dpfast.errors import InputError
+from dpfast.generate.pipelines import Pipeline
+from dpfast.learn.models import load_learner
+from dpfast.practice.callbacks import Callback
+from dpfast.practice.experiment import DeliberatePractice
+from dpfast.sources.source import Source
+from tests.practice.small import CLASSES, REAL, noise
+from tests.practice.test_loop import with_
+
+
+def net(classes=3):
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=4), nn.SiLU(), nn.Flatten(), nn.Linear(128, classes)
+    )
+
+
+@pytest.fixture
+def short(recipe):
+    return with_(recipe, "practice", sources=("dp", "static"), iterations=20, maximum_samples=45)
+
+
+def weights(learner):
+    return torch.cat([value.flatten() for value in learner.state_dict().values()])
+
+
+def test_every_source_starts_from_the_learner_as_it_was_given(short):
+    given, begun = net(), []
+    before = weights(given).clone()
+    practice = DeliberatePractice(short, learner=given, real=REAL)
+    nn.init.zeros_(given[0].weight)  # too late: a copy was taken
+
+    class Watch(Callback):
+        def on_start(self, progress):
+            begun.append(weights(practice.loop.trainer.model).clone())
+
+    dp, static = practice.run(progress=False, callbacks=[Watch()])
+    assert torch.equal(begun[0], before)
+    assert torch.equal(begun[1], before)
+    assert dp.learner is not static.learner
+    assert not torch.equal(weights(dp.learner), before)
+
+
+def test_a_function_builds_the_same_learner_for_each_source(short):
+    practice = DeliberatePractice(short, learner=net, real=REAL)
+    assert torch.equal(weights(practice.new_learner()), weights(practice.new_learner()))
+    module = net()
+    with pytest.raises(InputError, match="gives the same module again"):
+        DeliberatePractice(short, learner=lambda: module, real=REAL).run(progress=False)
+
+
+def test_objects_give_the_bits_of_the_recipe_s_own_parts(short, pipeline_folder):
+    named = DeliberatePractice(short, real=REAL)
+    pipeline = Pipeline.from_pretrained(pipeline_folder)
+    given = DeliberatePractice(
+        short, pipeline=pipeline, learner=named.new_learner(), real=noise(60), sources=["dp"]
+    )
+    (expected, _), (found,) = named.run(progress=False), given.run(progress=False)
+    assert torch.equal(weights(found.learner), weights(expected.learner))
+    assert found.test.top1 == expected.test.top1
+
+
+class NoSamples(Source):
+    name = "dp"
+
+    def available(self, pool_size):
+        return 0
+
+    def make(self, request, done=0):
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"learner": net(4)}, r"logits are \(2, 4\) for 2 images, expected \(2, 3\)"),
+        ({"learner": nn.Linear(3, 3)}, r"fails on images of shape \(2, 1, 16, 16\): mat1"),
+        ({"learner": "resnet"}, "learner is a str: expected an nn.Module"),
+        ({"learner": dict}, "the function gives a dict"),
+        ({"pipeline": object()}, r"pipeline: a object has no class_names; .* dpfast.OwnPipeline"),
+        ({"criterion": "entropy"}, "criterion is a str: expected a function"),
+        ({"criterion": lambda z, y: z}, r"values of shape \(2, 3\) for 2 samples, expected \(2,\)"),
+        (
+            {"criterion": lambda z, y: z[:, 7]},
+            r"criterion fails on logits of shape \(2, 3\): index 7",
+        ),
+        ({"loader": "torch"}, "loader is a str: expected a function"),
+        ({"callbacks": [print]}, "callbacks: a builtin_function_or_method is no dpfast.Callback"),
+        ({"sources": []}, "sources: expected one or more"),
+        ({"sources": ["mine"]}, "sources: 'mine': expected a Source, or one of dp, static"),
+        ({"sources": [NoSamples(1)]}, "name = 'dp': expected letters and digits that no other"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_line(short, options, said):
+    with pytest.raises(InputError, match=said) as caught:
+        DeliberatePractice(short, real=REAL, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_objects_names_them_and_needs_the_same_kinds_to_go_on(short, tmp_path, pipeline):
+    out = tmp_path / "run"
+    options = {"real": REAL, "sources": ["static"]}
+    DeliberatePractice(short, learner=net(), **options).run(out, progress=False)
+    found = json.loads((out / "objects.json").read_text())
+    assert found["learner"] == "torch.nn.modules.container.Sequential"
+    assert found["real"] == "dpfast.data.real.RealData"
+    lines = (out / "metrics.jsonl").read_text()
+    for learner, said in (
+        (None, "gets the recipe's"),
+        (net, r"gets an object, .*test_objects.net"),
+    ):
+        with pytest.raises(InputError, match=rf"began with learner = an object, torch.* {said}"):
+            DeliberatePractice(short, learner=learner, **options).run(out, resume=True)
+    DeliberatePractice(short, learner=net(), **options).run(out, resume=True, progress=False)
+    assert (out / "metrics.jsonl").read_text() == lines
+    with pytest.raises(InputError, match=r"an object of its run, torch.*load learner_static"):
+        load_learner(out, pipeline, source="static")
+
+
+def test_classes_of_real_images_are_those_of_the_generator(short):
+    assert DeliberatePractice(short, real=noise(60)).real.classes == CLASSES
