@@ -106,7 +106,7 @@ class Loop:
         pool = new_pool(
             recipe, pipeline, self.shape, ranks, None if folder is None else folder.path
         )
-        self.samples = SavedSamples(pool, self.state, folder, name, recipe)
+        self.samples = SavedSamples(pool, self.state, folder, name, recipe, ranks)
         self.loader = make_loader(
             loader or learner.loader,
             self.pool,

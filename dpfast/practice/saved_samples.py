@@ -41,7 +41,13 @@ class SavedSamples:
     """
 
     def __init__(
-        self, pool: Pool, state: LoopState, folder: RunPaths | None, source: str, recipe: Recipe
+        self,
+        pool: Pool,
+        state: LoopState,
+        folder: RunPaths | None,
+        source: str,
+        recipe: Recipe,
+        ranks: Ranks,
     ) -> None:
         self.pool = pool
         self.state = state
@@ -49,10 +55,10 @@ class SavedSamples:
         self.source = source
         self.seed = recipe.seed
         self.kept_as = recipe.pool.save_samples
-        self.ranks = pool.ranks
-        self.clock = pool.ranks.heartbeat.clock.now
+        self.ranks = ranks
+        self.clock = ranks.heartbeat.clock.now
         self.within_round: dict[str, Any] | None = None
-        self._layout = ShardLayout(pool.ranks, recipe.generator.batch_size)
+        self._layout = ShardLayout(ranks, recipe.generator.batch_size)
         self._saver: Saver | None = None
         self._tried = self.clock()
 

@@ -9,35 +9,43 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpfast.parallel import heartbeat
+from dpfast.parallel import Ranks, heartbeat
 from dpfast.practice import checkpoint
 from dpfast.practice.background import CheckpointTimer, HostCopy
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
-from dpfast.practice.saved_samples import SavedSamples
 from tests.practice.small import REAL
 from tests.practice.test_loop import run, with_
 
 
-class Clock:
+class Clock(heartbeat.Clock):
     """Seconds that pass when they are told to."""
 
-    def __init__(self):
-        self.seconds = 0.0
+    seconds = 0.0
 
-    def __call__(self, *_):
+    def now(self):
         return self.seconds
 
 
 class Passing(Callback):
-    """So many seconds a step; ``at``: what is to happen after which step."""
+    """So many seconds a step; ``at``: what is to happen after which step.
+
+    Samples are on the disk before it goes on: a checkpoint that waits for them is dropped for a
+    newer one, which is right where the clock is the true one.
+    """
 
     patient = True
     practice = None  # whose loops it hears; ``go`` says
 
     def __init__(self, clock, seconds, at=None):
         self.clock, self.seconds, self.at = clock, seconds, at or {}
+
+    def on_start(self, progress):
+        self.practice.loop.samples.wait()
+
+    def on_round(self, progress, addition):
+        self.practice.loop.samples.wait()
 
     def on_step(self, progress):
         if self.patient:
@@ -55,19 +63,9 @@ def die():
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """The clock of all saving. Samples are on the disk before it goes on: a checkpoint that waits
-    for them is dropped
-    for a newer one, which is right where the clock is the true one."""
-    clock, save = Clock(), SavedSamples.save
-
-    def saved(samples):
-        save(samples)
-        samples.wait()
-
-    monkeypatch.setattr(heartbeat.Clock, "now", clock)
-    monkeypatch.setattr(SavedSamples, "save", saved)
-    return clock
+def clock():
+    """The clock of all saving."""
+    return Clock()
 
 
 @pytest.fixture
@@ -83,9 +81,10 @@ def usual(recipe):
     )
 
 
-def go(recipe, path, callback, **options):
-    callback.practice = DeliberatePractice(recipe, real=REAL)
-    with RunWriter(path, recipe, **options) as folder:
+def go(recipe, path, callback, *, writer=RunWriter, **options):
+    ranks = Ranks(heartbeat=heartbeat.Heartbeat(clock=callback.clock))
+    callback.practice = DeliberatePractice(recipe, real=REAL, ranks=ranks)
+    with writer(path, recipe, **options) as folder:
         return callback.practice.run(folder, progress=False, callbacks=[callback])
 
 
@@ -98,7 +97,7 @@ def saved_at(path):
 @pytest.mark.parametrize(("took", "due"), [(0.1, 10), (2.0, 200), (8.0, 600), (float("inf"), 600)])
 def test_saving_takes_one_percent_of_the_seconds_but_ten_minutes_win(took, due):
     clock = Clock()
-    timer = CheckpointTimer(0.01, 10, clock)
+    timer = CheckpointTimer(0.01, 10, clock.now)
     timer.begun()
     assert not timer.due()
     timer.took(took)
@@ -110,7 +109,7 @@ def test_saving_takes_one_percent_of_the_seconds_but_ten_minutes_win(took, due):
     assert not timer.overdue()
     clock.seconds = 600
     assert timer.overdue()
-    assert not CheckpointTimer(0.01, 0, clock).overdue()
+    assert not CheckpointTimer(0.01, 0, clock.now).overdue()
 
 
 def test_checkpoints_come_by_the_clock_and_around_every_round(usual, tmp_path, clock, monkeypatch):
@@ -149,18 +148,19 @@ def test_a_run_killed_between_two_evaluations_loses_ten_minutes_and_ends_in_the_
 
 
 def test_the_loop_goes_on_while_a_checkpoint_is_written_of_the_moment_that_it_was_asked_for(
-    usual, tmp_path, clock, monkeypatch
+    usual, tmp_path, clock
 ):
     """The disk hangs at iteration 5 until iteration 20; what it then gets are the weights of
     iteration 5.
     """
-    save, room, seen = checkpoint.save, threading.Event(), {}
+    room, seen = threading.Event(), {}
     recipe = with_(usual, "practice", maximum_rounds=0, checkpoints_kept=100)
 
-    def hanging(folder, taken, **named):
-        if taken.step == 5:
-            assert room.wait(60)
-        return save(folder, taken, **named)
+    class HangingDisk(RunWriter):
+        def sync(self):  # before a checkpoint is written, in the background
+            if watching.practice.loop.trainer.step_count >= 5:
+                assert room.wait(60)
+            super().sync()
 
     class Watching(Passing):
         def on_step(self, progress):
@@ -174,8 +174,8 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written_of_the_moment_that_it_wa
                 assert loop.checkpointer.writer.writing
                 room.set()
 
-    monkeypatch.setattr(checkpoint, "save", hanging)
-    go(recipe, tmp_path / "run", Watching(clock, 120.0))
+    watching = Watching(clock, 120.0)
+    go(recipe, tmp_path / "run", watching, writer=HangingDisk)
     first = next(
         p
         for p in checkpoint.paths(tmp_path / "run" / "checkpoints_dp")

@@ -10,7 +10,6 @@ import torch
 
 from dpfast.errors import InputError, RecipeError
 from dpfast.learn.models import load_learner
-from dpfast.learn.trainer import Trainer
 from dpfast.practice import checkpoint
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.checkpointer import LoopCheckpointer
@@ -240,20 +239,22 @@ def test_a_branch_goes_on_without_additions_and_refuses_another_generator(recipe
     assert not (tmp_path / "other").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
-    recipe, tmp_path, monkeypatch
-):
-    step = Trainer.step
+class Failing(torch.nn.Sequential):
+    """A learner whose logits are not finite at its training step 23."""
 
-    def failing(self, images, labels):
-        loss = step(self, images, labels)
-        return loss * float("nan") if self.step_count == 23 else loss
+    trained = 0
 
-    monkeypatch.setattr(Trainer, "step", failing)
-    with pytest.raises(
-        LossError, match=r"iteration 23, on the samples (\d+, ){7}\d+; .*checkpoint-0+\d+.json"
-    ):
-        run(recipe, tmp_path / "run")
+    def forward(self, images):
+        self.trained += self.training
+        return super().forward(images) * (float("nan") if self.trained == 23 else 1.0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(recipe, tmp_path):
+    learner = Failing(torch.nn.Flatten(), torch.nn.Linear(256, 3))
+    named = r"iteration 23, on the samples (\d+, ){7}\d+; .*checkpoint-0+\d+.json"
+    practice = DeliberatePractice(recipe, real=REAL, learner=learner)
+    with RunWriter(tmp_path / "run", recipe) as folder, pytest.raises(LossError, match=named):
+        practice.run(folder, progress=False)
 
 
 def test_further_evaluation_sets_end_in_the_table_and_in_the_metrics(recipe, tmp_path):
