@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from dpfast.config import Recipe
 from dpfast.errors import RecipeError
 from dpfast.generate.batching import dearest
 from dpfast.generate.from_recipe import new_sampler
-from dpfast.generate.models.decoder import Encoder
+from dpfast.generate.models.decoder import Encoder, ResizedDecoder
 from dpfast.generate.models.regional import has_region
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
@@ -85,18 +86,11 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
     image = tuple(decode(sampler.blank(1).x).images.shape[1:])
     plain = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
     decoding = _decoding_bytes(plain)
-    models = {
-        id(m): m
-        for m in (getattr(part, name, None) for part, name in _parts(pipeline))
-        if m is not None
-    }
     return Stages(
         unguided=_sample(plain, batch, guided=False),
         guided=_guided(recipe, sampler, batch),
         learner=count_learner(recipe.learner, classes, image, half=half_training),
-        weights=sum(
-            p.numel() * p.itemsize for model in models.values() for p in model.parameters()
-        ),
+        weights=_weights(pipeline),
         unguided_bytes=_dearer(decoding, _step_bytes(plain, guided=False)),
         guided_bytes=_dearer(decoding, _step_bytes(sampler, guided=True)),
         transformer=has_region(pipeline.denoiser),
@@ -106,16 +100,12 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
     )
 
 
-def _parts(pipeline: Pipeline) -> list[tuple[object, str]]:
-    decoders = [
-        getattr(decoder, "decoder", decoder)
-        for decoder in (pipeline.decoder, pipeline.guidance_decoder)
-    ]
-    return [
-        (pipeline.denoiser, "model"),
-        *((d, "vae") for d in decoders),
-        *((d, "tiny") for d in decoders),
-    ]
+def _weights(pipeline: Pipeline) -> int:
+    """Bytes of the denoiser's weights and of the decoders'; one that is both counts once."""
+    parts: list[Any] = [pipeline.denoiser, pipeline.decoder, pipeline.guidance_decoder]
+    parts = [part.decoder if isinstance(part, ResizedDecoder) else part for part in parts]
+    models = {id(part.model): part.model for part in parts if hasattr(part, "model")}
+    return sum(p.numel() * p.itemsize for model in models.values() for p in model.parameters())
 
 
 def _guided(recipe: Recipe, sampler: GuidedSampler, batch: int) -> Counts:

@@ -8,10 +8,11 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpfast.config import Recipe
+from dpfast.config import ASSETS, Recipe
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.hardware.flops import Counts, count_work
@@ -77,6 +78,14 @@ def test_counts_of_every_architecture_are_those_of_torchs_counter():
 def one(sampler, **options):
     """The counted price of one sample."""
     return Prices(sampler, **options).at(sampler.cfg_scale)
+
+
+def test_the_weights_are_those_of_the_denoiser_and_of_both_decoders(stages):
+    elements = sum(p.numel() for p in without_weights("fashion").denoiser.model.parameters())
+    for part in ("vae", "tiny_decoder"):
+        file = ASSETS / "fashion" / part / "diffusion_pytorch_model.safetensors"
+        elements += sum(value.numel() for value in load_file(file).values())
+    assert stages.weights == 4 * elements
 
 
 def test_a_planned_sample_costs_what_a_real_one_is_counted_to(recipe, stages, fashion):
