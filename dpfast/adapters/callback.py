@@ -10,7 +10,7 @@ import torch
 from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
-from dpfast.adapters import live_pipeline as pipes
+from dpfast.adapters import live_pipeline
 from dpfast.adapters.gradient import LearnerGradient
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
@@ -35,11 +35,11 @@ class GuidanceCallback(PipelineCallback):
 
     Args:
         pipe: a ``StableDiffusionPipeline`` or a ``StableDiffusion3Pipeline``; its scheduler may be
-        replaced later.
+            replaced later.
         learner, guidance, labels, image_size, chunk: as in ``LearnerGradient``; guidance in
-        "relative" mode.
+            "relative" mode.
         decoder: of the guidance path; None: the pipeline's own autoencoder. An ``AutoencoderTiny``
-        is much cheaper.
+            is much cheaper.
 
     Raises ``TypeError`` for another pipeline (a ``DiTPipeline`` has no callbacks: use
     ``GuidedDDIMScheduler``) and ``InputError`` for mode="score", which only a scheduler can do, or
@@ -71,7 +71,7 @@ class GuidanceCallback(PipelineCallback):
             raise InputError(
                 "guidance has mode = 'score': a callback moves latents and takes 'relative'"
             )
-        pipes.check_scheduler(pipe.scheduler)
+        live_pipeline.check_scheduler(pipe.scheduler)
         self.gradient = LearnerGradient(
             learner=learner,
             guidance=self.guidance,
@@ -102,8 +102,8 @@ class GuidanceCallback(PipelineCallback):
                 f"callback_kwargs lacks {missing[0]!r}: expected the tensors {self.tensor_inputs}"
             )
         scheduler = pipe.scheduler
-        prediction = pipes.check_scheduler(scheduler)
-        following, total = pipes.position(scheduler, timestep) + 1, len(scheduler.timesteps)
+        prediction = live_pipeline.check_scheduler(scheduler)
+        following, total = live_pipeline.position(scheduler, timestep) + 1, len(scheduler.timesteps)
         if (
             following == total
             or following not in self.guidance.steps(total)
@@ -114,11 +114,11 @@ class GuidanceCallback(PipelineCallback):
         gradient = self.gradient(
             x,
             scheduler.timesteps[following],
-            *pipes.levels(scheduler, following),
-            network=pipes.network_of(pipe),
+            *live_pipeline.levels(scheduler, following),
+            network=live_pipeline.network_of(pipe),
             prediction=prediction,
             condition={
-                argument: pipes.conditional_half(callback_kwargs[name], len(x))
+                argument: live_pipeline.conditional_half(callback_kwargs[name], len(x))
                 for name, argument in self._names.items()
             },
         )

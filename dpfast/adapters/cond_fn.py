@@ -95,12 +95,11 @@ def make_cond_fn(
 
     Args:
         model: ``model(x, t, y=y, **model_kwargs)`` to its prediction; a learned variance behind it
-        is cut off.
+            is cut off.
         alphas_cumprod: (T,) of the trained grid, as in ``GaussianDiffusion.alphas_cumprod`` before
-        respacing.
+            respacing.
         guidance: mode="score" and every=1 (a ``cond_fn`` knows no step index); start and until are
-        fractions of the T
-            timesteps. Default: omega = 1.
+            fractions of the T timesteps. Default: omega = 1.
         learner, decoder, image_size, chunk: as in ``LearnerGradient``; decoder=None for pixels.
         prediction: "epsilon", "v" or "sample".
 

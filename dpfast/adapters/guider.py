@@ -11,7 +11,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor, nn
 
-from dpfast.adapters import live_pipeline as pipes
+from dpfast.adapters import live_pipeline
 from dpfast.adapters.gradient import LearnerGradient
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig, predict_x0
@@ -54,13 +54,13 @@ class LearnerGuidance(ClassifierFreeGuidance):
 
         Args:
             scheduler, decoder: the pipeline's own, ``pipe.scheduler`` and ``pipe.vae`` (or an
-            ``AutoencoderTiny``).
+                ``AutoencoderTiny``).
             learner, guidance, labels, image_size: as in ``LearnerGradient``.
 
         Raises ``InputError`` for a scheduler that the guider cannot follow.
         """
         guidance = guidance or GuidanceConfig()
-        prediction = pipes.check_scheduler(scheduler)
+        prediction = live_pipeline.check_scheduler(scheduler)
         if (
             guidance.mode == "relative"
             and not isinstance(scheduler, diffusers.DDIMScheduler)
@@ -108,7 +108,7 @@ class LearnerGuidance(ClassifierFreeGuidance):
         if self._gradient is None or not self._enabled or self._timestep is None:
             return False
         config, total = self._gradient.guidance, len(self._scheduler.timesteps)
-        return bool(config.omega) and pipes.position(
+        return bool(config.omega) and live_pipeline.position(
             self._scheduler, self._timestep
         ) in config.steps(total)
 
@@ -165,9 +165,9 @@ class LearnerGuidance(ClassifierFreeGuidance):
     def _guided(self, pred: Tensor, x: Tensor, pred_cond: Tensor) -> Tensor:
         learner, scheduler = self._gradient, self._scheduler
         assert learner is not None
-        kind: Prediction = pipes.check_scheduler(scheduler)
-        index = pipes.position(scheduler, self._timestep)
-        alpha, sigma = (value.to(x.device) for value in pipes.levels(scheduler, index))
+        kind: Prediction = live_pipeline.check_scheduler(scheduler)
+        index = live_pipeline.position(scheduler, self._timestep)
+        alpha, sigma = (value.to(x.device) for value in live_pipeline.levels(scheduler, index))
         gradient = learner.finite(self._differentiated(learner, x, pred_cond, alpha, sigma, kind))
         if learner.guidance.mode == "score":
             factor = {"epsilon": -sigma, "sample": sigma.square() / alpha}.get(kind, -sigma / alpha)

@@ -1,4 +1,4 @@
-"""What the plugins read from a live diffusers pipeline and its scheduler."""
+"""What the adapters read from a live diffusers pipeline and its scheduler."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _GRIDS: WeakKeyDictionary[Any, tuple[Tensor, list[Any]]] = (
 
 
 def check_scheduler(scheduler: Any) -> Prediction:
-    """What the scheduler's model predicts. Raises ``InputError`` for a scheduler that the plugins
-    cannot follow.
+    """What the scheduler's model predicts. Raises ``InputError`` for a scheduler that the
+    adapters cannot follow.
     """
     name, known = type(scheduler).__name__, (*STATELESS, *MULTISTEP, *SOLVERS["euler"].folders)
     if name not in known:

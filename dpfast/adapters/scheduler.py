@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dpfast.adapters import live_pipeline as pipes
+from dpfast.adapters import live_pipeline
 from dpfast.adapters.gradient import LearnerGradient, Network
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
@@ -70,14 +70,13 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
 
         Args:
             pipe: a ``DiTPipeline``, ``StableDiffusionPipeline`` or ``DDIMPipeline``.
+            learner, guidance, image_size, chunk: as in ``LearnerGradient``.
+            decoder: as in ``LearnerGradient``; None is the pipeline's own.
             labels: (B,) class ids: the condition of a ``DiTPipeline``, which needs them, and the
-            criterion's labels.
+                criterion's labels.
             prompts: one a sample, for a ``StableDiffusionPipeline``, which needs them.
             sample_ids: (B,) keys of the noise of eta > 0, as in ``GuidedSampler``, with ``seed``;
-            None: the pipeline's
-                generator.
-            learner, guidance, image_size, chunk: as in ``LearnerGradient``. decoder: None is the
-            pipeline's own.
+                None: the pipeline's generator.
 
         Raises ``TypeError`` for another pipeline, ``InputError`` for a missing condition.
         """
@@ -108,7 +107,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
                     f"prompts = {prompts!r}: expected a list of the prompts that the pipeline is "
                     "called with"
                 )
-            condition = pipes.encoded(pipe, list(prompts))
+            condition = live_pipeline.encoded(pipe, list(prompts))
         elif not isinstance(pipe, diffusers.DDIMPipeline):
             raise TypeError(
                 f"pipe is a {type(pipe).__name__}, expected a DiTPipeline, StableDiffusionPipeline "
@@ -126,7 +125,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             )
         self._attached = _Attached(
             gradient=gradient,
-            network=pipes.network_of(pipe),
+            network=live_pipeline.network_of(pipe),
             condition=condition,
             batch=batch,
             doubled=doubled,
@@ -168,9 +167,10 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             raise InputError(
                 "use_clipped_model_output = True: has no fused form while the scheduler bounds x0"
             )
-        index, attached = pipes.position(self, timestep), self._attached
+        index, attached = live_pipeline.position(self, timestep), self._attached
         gradient = ids = None
-        omega, mode, skipped, seed = 0.0, "relative", None, 0
+        omega, mode = 0.0, "relative"
+        skipped, seed = None, 0
         if attached is not None:
             config = attached.gradient.guidance
             ids, seed = self._ids(attached, len(sample)), attached.seed
@@ -190,7 +190,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             cfg_scale=1.0,
             omega=omega,
             mode=mode,  # type: ignore[arg-type]
-            prediction=pipes.check_scheduler(self),
+            prediction=live_pipeline.check_scheduler(self),
             clip=table.clip,
             sample_ids=ids if table.needs_noise else None,
             seed=seed,
@@ -249,7 +249,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             table.timesteps[index],
             *table.rows[index, :2],
             network=attached.network,
-            prediction=pipes.check_scheduler(self),
+            prediction=live_pipeline.check_scheduler(self),
             condition=attached.condition,
             held=prediction[:size].float(),
         )

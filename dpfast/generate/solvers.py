@@ -173,9 +173,8 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
     Karras, exponential, beta and Lu grids are read from the scheduler like any other.
 
     Raises ``InputError`` for another algorithm than midpoint "dpmsolver++" of order 2, for
-    ``use_flow_sigmas``, and for
-    ``thresholding``: diffusers bounds x0 there before x is split into x0 and eps, the fused update
-    after it, and the two differ wherever the bound is active.
+    ``use_flow_sigmas``, and for ``thresholding``: diffusers bounds x0 there before x is split into
+    x0 and eps, the fused update after it, and the two differ wherever the bound is active.
     """
     config = scheduler.config
     for option, wanted in (
@@ -255,14 +254,12 @@ def lcm_table(scheduler: Any, steps: int) -> SolverTable:
     ``diffusers.LCMScheduler``.
 
     The denoised image is c_out x0 + c_skip x with the boundary condition's scalings, and x = alpha
-    x0 + sigma eps. Each
-    step but the last adds new noise to it: a = alpha' (c_out + c_skip alpha), b = alpha' c_skip
-    sigma, c = 0, d = sigma'. The last step ends there: alpha' = 1, d = 0.
+    x0 + sigma eps. Each step but the last adds new noise to it: a = alpha' (c_out + c_skip alpha),
+    b = alpha' c_skip sigma, c = 0, d = sigma'. The last step ends there: alpha' = 1, d = 0.
 
     Raises ``InputError`` when ``steps`` is outside [1, original_inference_steps], for pure noise as
-    in ``ddim_table``,
-    and for ``clip_sample`` and ``thresholding``: they bound x0 but not x, and the fused update has
-    x only through x0.
+    in ``ddim_table``, and for ``clip_sample`` and ``thresholding``: they bound x0 but not x, and
+    the fused update has x only through x0.
     """
     config = scheduler.config
     for option in ("clip_sample", "thresholding"):

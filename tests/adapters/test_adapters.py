@@ -19,7 +19,7 @@ from dpfast import (
     LearnerGuidance,
     make_cond_fn,
 )
-from dpfast.adapters import live_pipeline as pipes
+from dpfast.adapters import live_pipeline
 from dpfast.generate.pipelines import Pipeline
 from dpfast.ops import entropy, guided_step
 from tests.generate.standin import Watch, from_noise
@@ -236,12 +236,14 @@ def test_the_position_of_a_timestep_is_found_without_waiting():
     for steps in (6, 4):
         scheduler.set_timesteps(steps)
         with Watch() as watch:
-            assert [pipes.position(scheduler, t) for t in scheduler.timesteps] == list(range(steps))
+            assert [live_pipeline.position(scheduler, t) for t in scheduler.timesteps] == list(
+                range(steps)
+            )
         assert watch.reads == []
         numbers = scheduler.timesteps.tolist()
-        pipes.position(scheduler, numbers[0])
+        live_pipeline.position(scheduler, numbers[0])
         with Watch() as watch:
-            assert [pipes.position(scheduler, t) for t in numbers] == list(range(steps))
+            assert [live_pipeline.position(scheduler, t) for t in numbers] == list(range(steps))
         assert watch.reads == []
 
 

@@ -23,8 +23,8 @@ class PipelineFolder:
     that names the folder.
 
     Models are loaded by the classes that the caller names, never by what ``model_index.json`` asks
-    for, and a model
-    whose file lacks weights is refused: diffusers would fill them with random numbers.
+    for, and a model whose file lacks weights is refused: diffusers would fill them with random
+    numbers.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -72,8 +72,7 @@ class PipelineFolder:
         if not files:
             raise self.error(
                 f"{part!r} has no .safetensors weights; pickled weights are refused, and "
-                "diffusers' save_pretrained "
-                "turns them into the other kind"
+                "diffusers' save_pretrained turns them into the other kind"
             )
         for index in (self.path / part).glob("*.safetensors.index.json"):
             named = {self.path / part / name for name in self._json(index)["weight_map"].values()}
