@@ -42,17 +42,14 @@ class GuidanceConfig:
     """When, how strongly and by what a learner guides.
 
     omega: in "relative" mode the displacement of a latent per guided step as a fraction of its
-    norm; in "score" mode
-        the factor of Algorithm 1. Positive raises the criterion ("hard" samples), negative lowers
-        it ("easy" ones).
+        norm; in "score" mode the factor of Algorithm 1. Positive raises the criterion ("hard"
+        samples), negative lowers it ("easy" ones).
     every, start, until: guided is every k-th step of those in [start, until), fractions of the
-    trajectory; the count
-        begins with the first step inside.
+        trajectory; the count begins with the first step inside.
     through: "denoiser" is exact. "latent" holds the prediction fixed, so that the denoiser has no
-    backward pass: an
-        approximation, whose gradient sees x only where predict_x0 does.
+        backward pass: an approximation, whose gradient sees x only where predict_x0 does.
     criterion: "entropy", "loss", "margin", "disagreement", or a function
-    (``dpfast.generate.criteria``).
+        (``dpfast.generate.criteria``).
 
     Raises ``InputError`` for a value out of range, ``TypeError`` for one of another kind.
     """

@@ -134,6 +134,20 @@ def checked_request(
     return Request(labels, ids, strengths.expand(len(labels)).contiguous(), cfg_scale, guided)
 
 
+def check_start(shape: tuple[int, ...], latents: Tensor | None, step: int, *, total: int) -> None:
+    """Raises ``InputError`` where a batch of latents of ``shape`` (B, c, h, w) cannot begin at
+    ``step`` of ``total``, from these latents or from noise.
+    """
+    if not shape[0]:
+        raise InputError("labels is empty: expected at least one")
+    if not 0 <= step < total:
+        raise InputError(f"step = {step}: expected 0 to {total - 1}")
+    if latents is None and step:
+        raise InputError(f"step = {step}: a trajectory begins there only from latents")
+    if latents is not None and latents.shape != shape:
+        raise InputError(f"latents has shape {tuple(latents.shape)}, expected {shape}")
+
+
 @functools.cache
 def _warn_of_easy_samples() -> None:
     """Once a process."""

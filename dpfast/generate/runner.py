@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
@@ -139,6 +139,22 @@ class Runner:
         variant = trajectory.variant
         return self._function(variant, str(variant))(*self.inputs(trajectory))
 
+    def blank(self, size: int) -> Trajectory:
+        """A batch of zeros before its first step, to count what a step takes."""
+        shape = (size, *self._given.denoiser.sample_shape)
+        integers = torch.zeros(size, dtype=torch.int64, device=self.device)
+        return Trajectory(
+            x=torch.zeros(shape, device=self.device),
+            x0_prev=torch.zeros(shape, device=self.device) if self._given.multistep else None,
+            labels=integers,
+            sample_ids=integers,
+            omega=torch.zeros(size, device=self.device),
+            cfg_scale=torch.zeros((), device=self.device),
+            seed=integers[0],
+            skipped=integers[0],
+            variants=(),
+        )
+
     def inputs(self, trajectory: Trajectory) -> StepInputs:
         """What the next step of a batch reads."""
         return StepInputs(
@@ -204,34 +220,31 @@ class Runner:
         total: int,
         make: Callable[[slice], SampleBatch],
         batch_size: int | Literal["auto"],
-        *,
-        guided: bool,
-        blank: Callable[[int], Trajectory],
+        variants: Sequence[Variant],
     ) -> Iterator[SampleBatch]:
         """Yields what ``make`` makes of the rows 0 to ``total``, in order, each once.
 
-        batch_size: "auto" doubles the batch while it pays, up to what the dearest of the steps of a
-        ``blank`` batch, of as many samples, shows to fit. guided: whether any step is. A batch that
-        does not fit into memory is made again in halves; ``fitting`` remembers what did fit. Raises
-        ``InputError`` or ``TypeError`` for another batch size at the call.
+        batch_size: "auto" doubles the batch while it pays, up to what the dearest of the steps
+        shows to fit. variants: of the steps. A batch that does not fit into memory is made again
+        in halves; ``fitting`` remembers what did fit. Raises ``InputError`` or ``TypeError`` for
+        another batch size at the call.
         """
         if batch_size != "auto":
             if isinstance(batch_size, bool) or not isinstance(batch_size, int):
                 raise TypeError(f"batch_size must be an integer or 'auto', got {batch_size!r}")
             if batch_size < 1:
                 raise InputError(f"batch_size = {batch_size}: expected at least 1, or 'auto'")
-        return self._batches(total, make, batch_size, guided=guided, blank=blank)
+        return self._batches(total, make, batch_size, variants)
 
     def _batches(
         self,
         total: int,
         make: Callable[[slice], SampleBatch],
         batch_size: int | Literal["auto"],
-        *,
-        guided: bool,
-        blank: Callable[[int], Trajectory],
+        variants: Sequence[Variant],
     ) -> Iterator[SampleBatch]:
-        sizer = self._sizer(total, batch_size, guided=guided, blank=blank)
+        guided = any(variant.guided for variant in variants)
+        sizer = self._sizer(total, batch_size, variants)
         done = retries = 0
         while done < total:
             if not sizer.searching:
@@ -256,16 +269,15 @@ class Runner:
         self,
         total: int,
         batch_size: int | Literal["auto"],
-        *,
-        guided: bool,
-        blank: Callable[[int], Trajectory],
+        variants: Sequence[Variant],
     ) -> BatchSizer:
+        guided = any(variant.guided for variant in variants)
         prepared = self.batch_size
         if batch_size == "auto":
             if prepared is not None:  # found by an earlier stream
                 return BatchSizer(prepared, limit=prepared, search=False)
             if total > FIRST:
-                fits = largest_batch(partial(self._dearest_step, blank), self.device)
+                fits = largest_batch(partial(self._dearest_step, variants), self.device)
                 return BatchSizer(FIRST, limit=min(self.fitting.get(guided, LARGEST), fits))
             batch_size = total
         if batch_size > total and batch_size != prepared:
@@ -273,11 +285,11 @@ class Runner:
         size = max(1, batch_size)
         return BatchSizer(size, limit=self.fitting.get(guided, size), search=False)
 
-    def _dearest_step(self, blank: Callable[[int], Trajectory], size: int) -> None:
+    def _dearest_step(self, variants: Sequence[Variant], size: int) -> None:
         """Runs what takes the most memory on ``size`` samples, eagerly: a step and the decoding."""
-        trajectory = blank(size)
-        step_function(self.parts, dearest(trajectory.variants))(*self.inputs(trajectory))
-        finish_function(self.parts)(trajectory.x)
+        blank = self.blank(size)
+        step_function(self.parts, dearest(variants))(*self.inputs(blank))
+        finish_function(self.parts)(blank.x)
 
     def _prepare_rest(self, size: int, samples: int) -> None:
         """Prepares batches of ``size`` where that pays within ``samples``."""

@@ -1,16 +1,16 @@
 """``GuidedSampler``: class labels to images, pushed towards high entropy under a learner while they
 are made.
 
-How a guided sample comes about stands in these files, to be read in this order:
+How a guided sample comes about stands in four files, to be read in this order:
 
-    sampler                    the specification, and the way of a batch: begin, advance, finish
-    step                       a batch between two steps, and a step as one pure function
-    guidance                   the gradient of the criterion at a noisy latent
-    criteria                   what guidance raises
-    ops/.../guided_step        the update of the latent, in plain PyTorch
+    sampler     the specification, and the way of a batch: begin, advance, finish
+    step        a batch between two steps, and a step as one pure function
+    guidance    the gradient of the criterion at a noisy latent
+    criteria    what guidance raises
 
 What makes it fast and safe lies beside them: ``runner`` compiles, captures and sizes batches,
-``bounded`` saves memory, ``feature_cache`` saves work, ``preflight`` checks what is given.
+``bounded`` saves memory, ``feature_cache`` saves work, ``preflight`` checks what is given. The
+formulas of a step's update are one operation, ``dpfast.ops.guided_step``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
@@ -61,22 +60,18 @@ class GuidedSampler:
         steps, solver, eta: of the trajectory, as in ``Pipeline.table``.
         cfg_scale: diffusers' convention; 1 switches classifier-free guidance off.
         cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the
-            steps. Outside of it the conditional prediction runs alone, which halves the price of a
-            step and changes the images.
+            steps. A step outside runs the conditional prediction alone, for half the price.
         cache_interval: of a run of unguided steps every one so many runs the whole denoiser, the
-            others reuse the features of its inner blocks (``dpfast.generate.feature_cache``); 1:
-            every step is whole.
+            others reuse features (``dpfast.generate.feature_cache``); 1: every step is whole.
         seed: key of all noise.
         image_size: (H, W) that the learner takes; None: as decoded.
-        memory_budget: bytes for the differentiated half of a guided step. It runs in chunks that
-            fit, by a measurement of this model; where chunks would be small its blocks are
-            recomputed as well, except in steps that are compiled as a whole. None: in one.
+        memory_budget: bytes for the differentiated half of a guided step, which then runs in
+            chunks (``dpfast.generate.bounded``); None: in one.
         micro_batch: the most samples of a ``stream`` that are made at a time; None: as many as fit.
         compile: True, False or "auto", which compiles where that pays within the samples of a
             ``stream``. Compiled steps round differently: say True or False where bits must repeat.
         compile_region: "step" compiles whole steps, "blocks" the denoiser's transformer blocks
-            alone, once for all of them: a compile time that does not grow with the depth, for steps
-            that are less fused.
+            alone, once for all of them (``dpfast.generate.models.regional``).
         cuda_graphs: replay steps from CUDA graphs; None: on a GPU; or what records them.
 
     Raises ``InputError`` or ``TypeError`` for an argument that cannot work; the learner is tried
@@ -149,17 +144,14 @@ class GuidedSampler:
         channels_last: bool = False,
         **options: Any,
     ) -> GuidedSampler:
-        """``GuidedSampler(Pipeline.from_pretrained(folder, device=..., dtype=..., ...), learner,
-        **options)``.
-        """
-        placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        placed |= {"attention": attention, "channels_last": channels_last}
-        return cls(Pipeline.from_pretrained(folder, **placed), learner, **options)
+        """Loads the pipeline by ``Pipeline.from_pretrained``; options: as above."""
+        pipeline = Pipeline.from_pretrained(
+            folder, device=device, dtype=dtype, attention=attention, channels_last=channels_last
+        )
+        return cls(pipeline, learner, **options)
 
     def variants(self, *, guided: bool, cfg_scale: float | None = None) -> tuple[Variant, ...]:
-        """The variant of each step of a trajectory, guided or not; cfg_scale: None is the
-        sampler's.
-        """
+        """The variant of each step of a trajectory; cfg_scale: None is the sampler's."""
         total = len(self.table)
         scale = self.cfg_scale if cfg_scale is None else cfg_scale
         has_cfg = scale != 1 and self.pipeline.denoiser.null_label is not None
@@ -209,17 +201,9 @@ class GuidedSampler:
         another shape and no labels at all.
         """
         request = self._request(labels, sample_ids, 0, omega, cfg_scale)
-        size = len(request.labels)
-        if not size:
-            raise InputError("labels is empty: expected at least one")
-        if not 0 <= step < len(self.table):
-            raise InputError(f"step = {step}: expected 0 to {len(self.table) - 1}")
-        if latents is None and step:
-            raise InputError(f"step = {step}: a trajectory begins there only from latents")
-        shape = (size, *self.pipeline.denoiser.sample_shape)
-        if latents is not None and latents.shape != shape:
-            raise InputError(f"latents has shape {tuple(latents.shape)}, expected {shape}")
-        self.runner.prepare_one(size)
+        shape = (len(request.labels), *self.pipeline.denoiser.sample_shape)
+        preflight.check_start(shape, latents, step, total=len(self.table))
+        self.runner.prepare_one(len(request.labels))
         noise = self._noise(request)
         begun = self._begun(request, noise)
         if latents is None:
@@ -248,19 +232,14 @@ class GuidedSampler:
     def finish(self, trajectory: Trajectory, *, learner_step: int = 0) -> SampleBatch:
         """Decodes a trajectory behind its last step."""
         if trajectory.step != len(self.table):
-            raise InputError(
-                f"the trajectory is before step {trajectory.step} of {len(self.table)}: advance it "
-                "first"
-            )
+            place = f"step {trajectory.step} of {len(self.table)}"
+            raise InputError(f"the trajectory is before {place}: advance it first")
         images, entropy = self.runner.finish(trajectory.x)
         # the one host read of a batch, when all its work is in the queue
         skipped = int(trajectory.skipped)
         if skipped:
-            log.warning(
-                "guidance was skipped %d times in a batch of %d: gradients not finite",
-                skipped,
-                len(trajectory),
-            )
+            told = "guidance was skipped %d times in a batch of %d: gradients not finite"
+            log.warning(told, skipped, len(trajectory))
         return SampleBatch(
             images=images,
             labels=trajectory.labels,
@@ -298,24 +277,8 @@ class GuidedSampler:
             begun = self._begun(rows, self._noise(rows))
             return self.finish(self.advance(begun), learner_step=learner_step)
 
-        return self.runner.batches(
-            len(request.labels),
-            make,
-            batch_size,
-            guided=request.guided,
-            blank=partial(self.blank, guided=request.guided, cfg_scale=request.cfg_scale),
-        )
-
-    def blank(
-        self, size: int, *, guided: bool = False, cfg_scale: float | None = None
-    ) -> Trajectory:
-        """A batch of zeros before its first step, to count what its steps take."""
-        integers = torch.zeros(size, dtype=torch.int64, device=self.pipeline.device)
-        shape = (size, *self.pipeline.denoiser.sample_shape)
-        zeros = torch.zeros(shape, device=self.pipeline.device)
-        omega = torch.zeros(size, device=self.pipeline.device)
-        scale = self.cfg_scale if cfg_scale is None else cfg_scale
-        return self._begun(Request(integers, integers, omega, scale, guided), zeros)
+        variants = self.variants(guided=request.guided, cfg_scale=request.cfg_scale)
+        return self.runner.batches(len(request.labels), make, batch_size, variants)
 
     def release(self) -> None:
         """Gives back the memory of captured steps, until the next batch captures them anew."""

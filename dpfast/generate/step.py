@@ -1,11 +1,14 @@
 """A step of the sampler: the batch that it moves on, and one pure function of tensors in as many
 variants as a trajectory has kinds of steps.
 
+    p = p_null + cfg_scale (p_label - p_null)          classifier-free guidance
+    x <- x + omega |x| g / |g|                         g: the criterion's gradient at x
+    x <- a x0 + b eps + c x0_prev + d noise            x0, eps: of x and p; a to d: of the solver
+
 A variant is plain or guided, with classifier-free guidance or without; a plain one may keep or
-reuse features (``dpfast.generate.feature_cache``). Everything that changes between two calls is an
-input tensor: the state, the step's index, the table, strengths, labels, ids, seed. Nothing is read
-on the host. So one compilation, or one capture as a CUDA graph, serves every step, batch and update
-of the learner's weights in place.
+reuse features (``dpfast.generate.feature_cache``). All that changes between two calls is an input
+tensor, and nothing is read on the host: one compilation, or one capture as a CUDA graph, serves
+every step, batch and update of the learner's weights in place.
 """
 
 from __future__ import annotations
@@ -192,12 +195,9 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
         x, labels, index = inputs.x, inputs.labels, inputs.step.reshape(1)
         timestep = inputs.timesteps.index_select(0, index).reshape(())
         alpha, sigma = inputs.rows.index_select(0, index)[0, :2].unbind()
-        null = (
-            torch.full_like(labels, denoiser.null_label)
-            if cfg and denoiser.null_label is not None
-            else None
-        )
-        gradient = value = unconditional = skipped = kept = None
+        null = gradient = value = unconditional = skipped = kept = None
+        if cfg and denoiser.null_label is not None:
+            null = torch.full_like(labels, denoiser.null_label)
 
         def predict(x: Tensor, labels: Tensor) -> Tensor:
             nonlocal kept

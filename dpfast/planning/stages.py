@@ -83,7 +83,7 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
     sampler = new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False)
     batch = recipe.generator.batch_size
     decode = finish_function(sampler.parts)
-    image = tuple(decode(sampler.blank(1).x).images.shape[1:])
+    image = tuple(decode(sampler.runner.blank(1).x).images.shape[1:])
     plain = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
     decoding = _decoding_bytes(plain)
     return Stages(
@@ -133,9 +133,9 @@ def _steps(
     sampler: GuidedSampler, batch: int, *, guided: bool, start: int = 0, stop: int | None = None
 ) -> Counts:
     """The steps from ``start`` to ``stop`` of one sample of a batch."""
-    total, blank = Counts(), sampler.blank(batch, guided=guided)
+    total, blank = Counts(), sampler.runner.blank(batch)
     inputs = sampler.runner.inputs(blank)
-    for variant, times in Counter(blank.variants[start:stop]).items():
+    for variant, times in Counter(sampler.variants(guided=guided)[start:stop]).items():
         if variant.features == "reuse":  # of the shape that a step before it kept
             keep = step_function(sampler.parts, variant._replace(features="keep"))
             inputs = inputs._replace(features=keep(*inputs).features)
@@ -145,7 +145,8 @@ def _steps(
 
 @torch.no_grad()
 def _decoding(sampler: GuidedSampler, batch: int) -> Counts:
-    return count_work(partial(finish_function(sampler.parts), sampler.blank(batch).x)) * (1 / batch)
+    decode = finish_function(sampler.parts)
+    return count_work(partial(decode, sampler.runner.blank(batch).x)) * (1 / batch)
 
 
 @torch.no_grad()
@@ -153,7 +154,7 @@ def _encoding(sampler: GuidedSampler, batch: int) -> Counts:
     decoder = sampler.pipeline.decoder
     if not isinstance(decoder, Encoder):
         raise RecipeError("restart: images of another size than decoded need codec = 'latents'")
-    shape = finish_function(sampler.parts)(sampler.blank(1).x).images.shape[1:]
+    shape = finish_function(sampler.parts)(sampler.runner.blank(1).x).images.shape[1:]
     return count_work(lambda: decoder.encode(torch.empty(batch, *shape, device=META))) * (1 / batch)
 
 
@@ -166,7 +167,7 @@ def _decoding_bytes(sampler: GuidedSampler) -> tuple[int, int]:
     """(fixed, per sample) bytes of decoding latents."""
     decode = finish_function(sampler.parts)
     with Fused():
-        return bytes_per_sample(lambda size: decode(sampler.blank(size).x))
+        return bytes_per_sample(lambda size: decode(sampler.runner.blank(size).x))
 
 
 def _step_bytes(sampler: GuidedSampler, *, guided: bool) -> tuple[int, int]:
@@ -174,7 +175,7 @@ def _step_bytes(sampler: GuidedSampler, *, guided: bool) -> tuple[int, int]:
     step = step_function(sampler.parts, dearest(sampler.variants(guided=guided)))
 
     def one(size: int) -> object:
-        return step(*sampler.runner.inputs(sampler.blank(size, guided=guided)))
+        return step(*sampler.runner.inputs(sampler.runner.blank(size)))
 
     with Fused():
         return bytes_per_sample(one)

@@ -96,7 +96,7 @@ def test_the_largest_batch_follows_the_available_memory(pipeline, learner, monke
     sizes = []
     for available in (1 << 28, 1 << 29):
         monkeypatch.setattr(batching, "available_bytes", lambda device, bytes=available: bytes)
-        probe = partial(sampler.runner._dearest_step, partial(sampler.blank, guided=True))
+        probe = partial(sampler.runner._dearest_step, sampler.variants(guided=True))
         sizes.append(batching.largest_batch(probe, torch.device("cpu")))
     assert 1.9 < sizes[1] / sizes[0] < 2.1
 
