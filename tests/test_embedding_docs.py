@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [
     pytest.param(block, id=f"{page}-{i}")
-    for page in ("README.md", "docs/embedding.md", "docs/pool_and_loader.md")
+    for page in ("README.md", "docs/embedding.md", "docs/embed_loop.md", "docs/pool_and_loader.md")
     for i, block in enumerate(BLOCK.findall((ROOT / page).read_text()))
 ]
 
