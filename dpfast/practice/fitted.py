@@ -32,15 +32,23 @@ def fit_run(
     *,
     together: bool = True,
     learner: object | None = None,
+    memory: float | None = None,
 ) -> Fit | None:
     """The recipe fitted to a rank's device.
 
-    together: all of ``ranks`` call it, and get what fits the one with the least memory. learner:
-    one in place of the recipe's. None where there is nothing to fit: on a CPU with far more memory
-    than the batches can take, and for models that cannot be counted, where a warning says so.
+    Args:
+        recipe: as it was asked for.
+        pipeline: what makes images, on the device.
+        ranks: those of the run.
+        together: all of ``ranks`` call it, and get what fits the one with the least memory.
+        learner: one in place of the recipe's.
+        memory: bytes of the device that may be used; None: what is free.
+
+    Returns None where there is nothing to fit: on a CPU with far more memory than the batches can
+    take, and for models that cannot be counted, where a warning says so.
     """
     device = pipeline.device
-    memory = device_memory(device)
+    memory = device_memory(device) if memory is None else memory
     memory = -ranks.most(-memory) if together else memory
     if not is_gpu(device) and memory > 2 * HELD * _batch_bytes(recipe, pipeline, ranks):
         return None

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from dpfast.config import Recipe
+from dpfast.parallel import ALONE
 from dpfast.planning.fitting import place_pool, stages_of
 from dpfast.planning.memory import sampling_bytes
 from dpfast.pool import memory_tiers as tiers
 from dpfast.pool.memory_tiers import GIB, MemoryTiers
 from dpfast.practice import fitted
-from dpfast.practice.experiment import DeliberatePractice
+from dpfast.practice.fitted import fit_run
 from dpfast.sources.costs import Cost
+from dpfast.sources.unguided import UnguidedSamples
 
 SMALL = {
     "sources": "dp",
@@ -23,7 +25,17 @@ SMALL = {
 }
 
 
-def test_a_run_with_little_memory_takes_smaller_batches_and_says_so(monkeypatch):
+def uncounted(classes, channels):
+    """A learner whose forward pass says in two lines that it takes numbers alone."""
+
+    class Uncounted(torch.nn.Module):
+        def forward(self, images):
+            raise RuntimeError("no count\nof this")
+
+    return Uncounted()
+
+
+def test_a_run_with_little_memory_takes_smaller_batches_and_says_so(fashion):
     recipe = Recipe.load(
         "fashion",
         device="cpu",
@@ -37,38 +49,33 @@ def test_a_run_with_little_memory_takes_smaller_batches_and_says_so(monkeypatch)
     pool = place_pool(recipe, 90, stages, cpu, 1)
     held = stages.weights + stages.learner.state + pool.samples * pool.bytes_per_sample
     memory = held + sampling_bytes(stages, cpu, 12, guided=True)
-    monkeypatch.setattr(fitted, "device_memory", lambda device: memory)
-    practice = DeliberatePractice(recipe)
-    assert practice.fit.generator_micro_batch == 10  # four equal parts; three of 14 do not fit
-    assert practice.recipe.generator.batch_size == 40
-    assert set(practice.unguided.sampler.runner.fitting.values()) == {10}
-    assert "samples are made 10 at once, not 40 (generator.micro_batch)" in "\n".join(
-        practice.fit.lines()
-    )
-    made = practice.unguided.stream(0, 60, Cost(), cfg_scale=recipe.generator.cfg_scale)
+    fit = fit_run(recipe, fashion, ALONE, memory=memory)
+    assert fit.generator_micro_batch == 10  # four equal parts; three of 14 do not fit
+    assert fit.recipe.generator.batch_size == 40
+    said = "\n".join(fit.lines())
+    assert "samples are made 10 at once, not 40 (generator.micro_batch)" in said
+    unguided = UnguidedSamples(fit.recipe, fashion)
+    assert set(unguided.sampler.runner.fitting.values()) == {10}
+    made = unguided.stream(0, 60, Cost(), cfg_scale=recipe.generator.cfg_scale)
     assert [len(batch) for batch in made] == [10] * 6
 
 
-def test_a_cpu_with_enough_memory_is_not_asked(monkeypatch):
-    monkeypatch.setattr(fitted, "fit", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(fitted, "device_memory", lambda device: 4e9)
-    practice = DeliberatePractice(Recipe.load("fashion", device="cpu"))
-    assert practice.fit is None
-    assert practice.recipe.generator.micro_batch is None
+def test_a_cpu_with_enough_memory_is_not_asked(fashion):
+    assert fit_run(Recipe.load("fashion", device="cpu"), fashion, ALONE, memory=4e9) is None
 
 
-def test_a_model_that_cannot_be_counted_is_left_to_run_out_of_memory(monkeypatch, caplog):
-    monkeypatch.setattr(fitted, "device_memory", lambda device: 1.0)
-    monkeypatch.setattr(
-        fitted, "fit", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no count\nof this"))
-    )
-    practice = DeliberatePractice(
-        Recipe.load(
-            "fashion", device="cpu", generator={"batch_size": 40}, **SMALL, evaluate_every=5
-        )
-    )
-    assert practice.fit is None
+def test_a_model_that_cannot_be_counted_is_left_to_run_out_of_memory(fashion, caplog):
+    learner = {"model": f"{__name__}:uncounted", "options": {}}
+    recipe = Recipe.load("fashion", device="cpu", learner=learner, **SMALL, evaluate_every=5)
+    assert fit_run(recipe, fashion, ALONE, memory=1.0) is None
     assert "nothing is fitted: no count" in caplog.text
+    assert "of this" not in caplog.text
+
+
+def test_objects_that_cannot_be_counted_are_named(fashion, caplog):
+    recipe = Recipe.load("fashion", device="cpu")
+    assert fit_run(recipe, fashion, ALONE, learner=torch.nn.Identity(), memory=1.0) is None
+    assert "memory of the learner is not known, an object of the caller's" in caplog.text
 
 
 @pytest.mark.parametrize(
