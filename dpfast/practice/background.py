@@ -24,8 +24,8 @@ POLL = 0.05  # seconds between two looks of the thread at what other ranks have 
 
 
 class CheckpointTimer:
-    """When the next checkpoint is due: saving takes at most ``share`` of all seconds, none is older
-    than ``minutes``.
+    """Says when the next checkpoint is due: saving takes at most ``share`` of all seconds, none is
+    older than ``minutes``.
 
     Saving counts from the copy to the end of fsync, though the loop only waits for the copy: the
     disk is shared by all that a run writes. The limit in minutes wins. clock: seconds that rise, of
@@ -42,24 +42,24 @@ class CheckpointTimer:
         self._took = 0.0
 
     def due(self) -> bool:
-        """At an evaluation: whether a checkpoint may be made."""
+        """Returns True where a checkpoint may be made at an evaluation."""
         passed = self.clock() - self._begun
         return passed >= self.limit or passed * self.share >= self._took
 
     def overdue(self) -> bool:
-        """Between two evaluations: whether one must be made. Without a limit (0) none is, they come
-        at evaluations.
+        """Returns True where one must be made between two evaluations; never without a limit
+        (``minutes`` = 0).
         """
         return 0 < self.limit <= self.clock() - self._begun
 
     def begun(self) -> None:
-        """A checkpoint is being made."""
+        """Notes that a checkpoint is being made."""
         self._begun = self.clock()
         self._took = float("inf")
 
     def took(self, seconds: float) -> None:
-        """It is on the disk after so many seconds. One that failed is tried again when ``minutes``
-        have passed.
+        """Notes that it is on the disk after so many seconds. One that failed is tried again when
+        ``minutes`` have passed.
         """
         self._took = seconds
 
@@ -153,7 +153,7 @@ class BackgroundWriter:
         return dropped
 
     def wait(self) -> None:
-        """Until what was begun has ended. Signals get through."""
+        """Waits until what was begun has ended. Signals get through."""
         while self.busy:
             assert self._thread is not None
             self._thread.join(POLL)
@@ -168,7 +168,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def collect(self) -> list[WrittenCheckpoint]:
-        """What has ended since the last call."""
+        """Returns what has ended since the last call."""
         return [self._done.popleft() for _ in range(len(self._done))]
 
     def _run(self, ready: Callable[[], bool], write: Callable[[], WrittenCheckpoint]) -> None:

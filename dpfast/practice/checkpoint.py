@@ -93,7 +93,7 @@ class Checkpoint:
         }
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Checkpoint:
-        """With these tensors, as "component/name", beside the values."""
+        """The checkpoint with these tensors, as "component/name", beside its values."""
         components = self.values
         for name, value in tensors.items():
             component, _, key = name.partition("/")

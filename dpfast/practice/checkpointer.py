@@ -98,7 +98,7 @@ class LoopCheckpointer:
 
     @contextlib.contextmanager
     def opened(self, classes: tuple[str, ...]) -> Iterator[None]:
-        """Within it samples and checkpoints are saved in the background. classes: names of the
+        """Saves samples and checkpoints in the background, within it. classes: names of the
         labels.
         """
         if self.folder is None or self.samples.state.finished or self.samples.kept_as == "none":

@@ -97,6 +97,7 @@ class Needs:
 
     @property
     def total(self) -> int:
+        """All bytes together."""
         return self.samples + self.mapped + self.checkpoints
 
     def refusal(self, folder: Path, when: str) -> str | None:

@@ -28,8 +28,8 @@ from functools import cached_property
 from torch import nn
 
 from dpfast.config import Recipe
-from dpfast.data.real import RealData
-from dpfast.evaluate.measures import evaluate
+from dpfast.data.real import RealData, RealSet
+from dpfast.evaluate.measures import Evaluation, evaluate
 from dpfast.evaluate.sets import EvaluationSet, evaluate_sets
 from dpfast.feed import make_loader
 from dpfast.feed.augment import Augment
@@ -175,14 +175,9 @@ class Loop:
         return guiding(self.recipe.guidance.criterion, self.guide, self.trainer.classifier(other))
 
     @property
-    def judged(self) -> nn.Module:
-        """``evaluated`` in the learner's precision."""
-        return self.trainer.classifier(self.recipe.learner.evaluate_with)
-
-    @property
     def evaluated(self) -> nn.Module:
-        """The live weights whose accuracy counts."""
-        return self.trainer.weights(self.recipe.learner.evaluate_with)
+        """The live weights whose accuracy counts, in the learner's precision."""
+        return self.trainer.classifier(self.recipe.learner.evaluate_with)
 
     def run(self, source: Source, *, start: Checkpoint | None = None) -> Result:
         """Runs the loop, from a checkpoint on where there is one.
@@ -258,9 +253,8 @@ class Loop:
         """Evaluates; True when samples are due."""
         state = self.state
         step = self.trainer.step_count
-        validation = self.real.validation
         with self.seconds.of("evaluation"):
-            found = evaluate(self.judged, validation.images, validation.labels, self.ranks)
+            found = self._evaluate(self.real.validation)
             state.accuracy = found.top1
             state.per_class = found.per_class
             self.losses.anchor(step)
@@ -387,7 +381,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _guiding(self) -> Iterator[None]:
-        """Within it the learner is in eval mode, so that it can guide."""
+        """Puts the learner into eval mode, within it, so that it can guide."""
         model = self.trainer.model  # the EMA never trains
         training = model.training
         self.guides.eval()
@@ -468,18 +462,20 @@ class Loop:
             self.source.load_state_dict(self.samples.within_round["source"])
         self.loader.pool = self.pool
 
+    def _evaluate(self, real: RealSet) -> Evaluation:
+        """The measures of the learner on a set of real images, of which each rank has its part."""
+        return evaluate(self.evaluated, real.images, real.labels, self.ranks)
+
     def _finish(self) -> Result:
         """Evaluates the learner on all sets, tells the result and saves the end."""
-        validation = self.real.validation
-        test = self.real.test
         seconds = self.seconds
         with self.stop.at_once():
             result = Result(
                 source=self.name,
                 pool=self.pool,
-                learner=self.evaluated,
-                validation=evaluate(self.judged, validation.images, validation.labels, self.ranks),
-                test=evaluate(self.judged, test.images, test.labels, self.ranks),
+                learner=self.trainer.weights(self.recipe.learner.evaluate_with),
+                validation=self._evaluate(self.real.validation),
+                test=self._evaluate(self.real.test),
                 iterations=self.trainer.step_count,
                 additions=self.state.additions,
                 initial_cost=self.initial_cost,
@@ -487,7 +483,7 @@ class Loop:
                 training_seconds=seconds.training,
                 evaluation_seconds=seconds.evaluation,
                 loader_wait=seconds.waiting / max(seconds.training - seconds.waiting, 1e-9),
-                sets=tuple(evaluate_sets(self.judged, self.sets, self.ranks)),
+                sets=tuple(evaluate_sets(self.evaluated, self.sets, self.ranks)),
             )
         if not self.state.finished:
             self._tell(lambda callback, now: callback.on_result(now, result))

@@ -96,6 +96,7 @@ class OverlapGroups:
         return bool(self.store.check([f"overlap/{key}"]))
 
     def any_told(self, keys: Sequence[str]) -> bool:
+        """Whether some process has said one of ``keys``."""
         return any(map(self.told, keys))
 
     def said(self, key: str, process: int) -> Any:

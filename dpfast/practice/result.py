@@ -1,4 +1,4 @@
-"""What a loop ends with."""
+"""The result of a finished loop."""
 
 from __future__ import annotations
 
@@ -39,4 +39,5 @@ class Result:
 
     @property
     def generation_seconds(self) -> float:
+        """Seconds in which samples were made."""
         return self.cost.seconds

@@ -141,6 +141,7 @@ class RunWriter(RunPaths):
         self.close()
 
     def close(self) -> None:
+        """Closes the files, and lets another process write the folder."""
         for file in (self._metrics, self._timings):
             with unsaved(f"{Path(file.name).name} is not complete", "its last lines are lost"):
                 file.close()

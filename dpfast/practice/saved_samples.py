@@ -92,7 +92,7 @@ class SavedSamples:
 
     @contextlib.contextmanager
     def saving(self, classes: tuple[str, ...], *, reserve: int) -> Iterator[None]:
-        """Within it samples are saved in the background.
+        """Saves samples in the background, within it.
 
         classes: names of the labels; reserve: bytes of the disk that are left to others.
         """

@@ -67,7 +67,7 @@ class Stop:
 
 
 class StopTogether:
-    """Whether to stop before an optimiser step, or to make a checkpoint, the same answer on every
+    """Decides whether to stop before an optimiser step, or to make a checkpoint, alike on every
     rank.
 
     A rank cannot stop for itself: the others would wait for it in the next step. So ranks ask each

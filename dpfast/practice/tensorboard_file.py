@@ -54,4 +54,5 @@ class TensorBoardFile:
             raise
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()

@@ -185,7 +185,7 @@ class Prices:
         self._known: dict[bool, Price] = {}
 
     def at(self, cfg_scale: float) -> Price:
-        """Of one sample in a round of this scale."""
+        """The price of one sample in a round of this scale."""
         sampler = self.sampler
         if not isinstance(sampler, GuidedSampler):
             return UNCOUNTED

@@ -194,8 +194,8 @@ class EarlyRejection(FromNoise):
         return self.initial + int(self.ratio * (index - self.initial))
 
     def _kept(self, labels: Tensor, ids: Tensor, request: GuidedRequest) -> Trajectory:
-        """Of the candidates ``ids`` before the cut, as many of each label as ``labels`` (n,)
-        has.
+        """The best of the candidates ``ids`` before the cut, as many of each label as ``labels``
+        (n,) has.
         """
         candidates = labels[torch.arange(len(ids)) % len(labels)]
 
