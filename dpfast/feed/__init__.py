@@ -12,6 +12,10 @@ from dpfast.feed.loader import Loader
 from dpfast.feed.torch_loader import TorchLoader
 from dpfast.pool.protocol import Pool
 
+PARTS = (  # of the protocol Loader
+    *("pool", "waited", "__next__", "state_dict", "load_state_dict"),
+    *("indices_after", "release", "close"),
+)
 LOADERS: dict[str, Callable[..., Loader]] = {"dali": DaliLoader, "torch": TorchLoader}
 
 
@@ -24,10 +28,19 @@ def make_loader(kind: str | Callable[..., Loader], pool: Pool, **options: Any) -
         pool: must hold a sample before the first batch.
         options: of ``PoolLoader`` and of the class in ``LOADERS``.
 
-    Raises what they raise.
+    Raises what they raise, and ``InputError`` where a loader of the caller's own lacks a part of
+    the protocol.
     """
-    make = LOADERS[choose_loader(kind, pool.codec)] if isinstance(kind, str) else kind
-    return make(pool, **options)
+    if isinstance(kind, str):
+        return LOADERS[choose_loader(kind, pool.codec)](pool, **options)
+    made = kind(pool, **options)
+    for name in PARTS:
+        if not hasattr(made, name):
+            raise InputError(
+                f"loader: a {type(made).__name__} has no {name}; expected the protocol "
+                "dpfast.Loader"
+            )
+    return made
 
 
 def choose_loader(kind: str, codec: str = "pixels") -> str:

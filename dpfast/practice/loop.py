@@ -29,6 +29,7 @@ from torch import nn
 
 from dpfast.config import Recipe
 from dpfast.data.real import RealData, RealSet
+from dpfast.errors import InputError
 from dpfast.evaluate.measures import Evaluation, evaluate
 from dpfast.evaluate.sets import EvaluationSet, evaluate_sets
 from dpfast.feed import make_loader
@@ -321,6 +322,11 @@ class Loop:
         with stopping:
             for batch in batches:
                 self._append(batch, number)
+        held = len(local) - self.pool.held(request.start)
+        if held != part:
+            raise InputError(
+                f"source {self.name!r}: round {number} has {held} samples, expected {part}"
+            )
         self.pool.complete(request.count)
         source.cost.share(self.cost_before, self.ranks)
         source.release()  # before the yardstick is made

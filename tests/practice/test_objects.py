@@ -13,6 +13,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.models import load_learner
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
+from dpfast.samples import SampleBatch
 from dpfast.sources.source import Source
 from tests.practice.small import CLASSES, REAL, noise
 from tests.practice.test_loop import with_
@@ -104,6 +105,30 @@ def test_what_does_not_fit_is_refused_in_a_line(short, options, said):
     with pytest.raises(InputError, match=said) as caught:
         DeliberatePractice(short, real=REAL, **options)
     assert "\n" not in str(caught.value)
+
+
+class Few(Source):
+    """Half of the samples that it is asked for."""
+
+    def available(self, pool_size):
+        return 0
+
+    def make(self, request, done=0):
+        images, labels = noise(request.count // 2)
+        ids, unknown = torch.arange(len(labels)), torch.full((len(labels),), torch.nan)
+        yield SampleBatch(images=images, labels=labels, sample_ids=ids, entropy=unknown)
+
+
+def test_a_source_that_makes_fewer_samples_than_asked_for_is_refused(short):
+    practice = DeliberatePractice(short, real=REAL, sources=[Few(initial_samples=30)])
+    with pytest.raises(InputError, match="source 'few': round 0 has 15 samples, expected 30"):
+        practice.run(progress=False)
+
+
+def test_a_loader_without_a_part_of_the_protocol_is_refused(short):
+    practice = DeliberatePractice(short, real=REAL, loader=lambda pool, **_: iter(()))
+    with pytest.raises(InputError, match="loader: a tuple_iterator has no pool; expected"):
+        practice.run(progress=False)
 
 
 def test_a_run_of_objects_names_them_and_needs_the_same_kinds_to_go_on(short, tmp_path, pipeline):
