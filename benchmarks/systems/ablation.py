@@ -489,10 +489,10 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="append to sampler.jsonl in FOLDER (default benchmarks/results)",
     )
     options = parser.parse_args(arguments)
-    for name, least in (("rounds", 1), ("batch", ALONE), ("search", 100), ("first", 0)):
+    for name, least in (("rounds", 1), ("batch_size", ALONE), ("search", 100), ("first", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
-            parser.error(f"--{name} must be at least {least}, got {value}")
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     return options
 
 

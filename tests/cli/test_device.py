@@ -16,7 +16,6 @@ import benchmarks.systems.compile_regions
 import benchmarks.systems.learner
 from dpfast.cli.main import main
 from dpfast.generate.pipelines import Pipeline
-from dpfast.pool import export
 from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.report import inclusion, page
 from dpfast.report.samples import write_samples
@@ -92,7 +91,9 @@ def test_report_and_export_decode_and_predict_on_the_device(
         )  # a decoder
         with monkeypatch.context() as patch:
             patch.setattr(
-                export, "_decoder", lambda *_: lambda latents: torch.zeros(len(latents), 1, 16, 16)
+                page,
+                "decoder_of_run",
+                lambda *_: lambda latents: torch.zeros(len(latents), 1, 16, 16),
             )
             patch.setattr(inclusion, "build_learner", lambda *_, **__: Learner())
             assert (
