@@ -63,7 +63,7 @@ def integers(name: str, values: Any) -> Tensor:
     return given.to(torch.int64)
 
 
-def strengths(name: str, values: Any) -> Tensor:
+def numbers(name: str, values: Any) -> Tensor:
     """``values`` as a float32 tensor. Raises ``TypeError`` for what is no number or numbers."""
     return _tensor(name, values, "a number or a tensor of numbers").to(torch.float32)
 

@@ -113,25 +113,25 @@ def checked_request(
         raise InputError(
             f"labels = {int(wrong[0])}: the generator has {classes} classes, 0 to {classes - 1}"
         )
-    strengths = check.strengths("omega", omega)
-    if strengths.shape not in ((), labels.shape):
+    omegas = check.numbers("omega", omega)
+    if omegas.shape not in ((), labels.shape):
         raise InputError(
-            f"omega has shape {tuple(strengths.shape)}, expected () or {tuple(labels.shape)}"
+            f"omega has shape {tuple(omegas.shape)}, expected () or {tuple(labels.shape)}"
         )
-    if not bool(strengths.isfinite().all()):
+    if not bool(omegas.isfinite().all()):
         raise InputError("omega must be finite")
     check.number("cfg_scale", cfg_scale)
     # Everything is looked at where it was given: what comes from the host costs no wait for the
     # device.
-    guided = path is not None and bool(strengths.any())
-    if path is not None and path.criterion is criteria.entropy and bool((strengths < 0).any()):
+    guided = path is not None and bool(omegas.any())
+    if path is not None and path.criterion is criteria.entropy and bool((omegas < 0).any()):
         _warn_of_easy_samples()
     if path is None:
-        strengths = torch.zeros(())
-    labels, ids, strengths = (
-        tensor.to(pipeline.device, non_blocking=True) for tensor in (labels, ids, strengths)
+        omegas = torch.zeros(())
+    labels, ids, omegas = (
+        tensor.to(pipeline.device, non_blocking=True) for tensor in (labels, ids, omegas)
     )
-    return Request(labels, ids, strengths.expand(len(labels)).contiguous(), cfg_scale, guided)
+    return Request(labels, ids, omegas.expand(len(labels)).contiguous(), cfg_scale, guided)
 
 
 def check_start(shape: tuple[int, ...], latents: Tensor | None, step: int, *, total: int) -> None:

@@ -48,7 +48,7 @@ class Trajectory:
     """A batch before its step ``step``; row i of every column belongs to ``sample_ids[i]``.
 
     x: (B, c, h, w) float32 latents; x0_prev: the same, the x0 of the step before, None where the
-    solver has no use for it; labels, sample_ids: (B,) int64; omega: (B,) float32 strengths; value:
+    solver has no use for it; labels, sample_ids: (B,) int64; omega: (B,) float32; value:
     (B,) float32, the criterion at the x0 that the last guided step predicted, None before it;
     features: as in ``StepInputs``, where the next step reuses them; valid: (B,) bool, False where a
     row only fills the batch, None where it is not filled; cfg_scale, seed: 0-d; skipped: 0-d int64,

@@ -8,7 +8,7 @@ To understand a round, read in this order:
     practice/patience.py            when samples are due
     practice/stopping.py            how ranks stop, or save, at the same step
     sources/source.py               what a source is asked, and what it answers
-    sources/deliberate_practice.py  the source "dp": labels, strengths, who guides
+    sources/deliberate_practice.py  the source "dp": labels, omega, who guides
     sources/guided_methods.py       how guided samples come about
     pool/protocol.py                what they are added to, whoever holds it
     practice/saved_samples.py       how they outlive the process

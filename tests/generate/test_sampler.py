@@ -105,7 +105,7 @@ def test_stream_covers_all_labels_once(pipeline):
     assert torch.cat([b.labels for b in batches]).tolist() == [0, 1, 2, 0, 1]
 
 
-def test_strengths_may_differ_by_sample(pipeline, learner):
+def test_omega_may_differ_by_sample(pipeline, learner):
     sampler = GuidedSampler(
         pipeline, learner, steps=4, guidance=GuidanceConfig(omega=0.0, every=1), compile=False
     )

@@ -32,7 +32,7 @@ def new_sampler(pipeline, learner, **options):
     ids=["ddim", "cfg interval", "multistep, latent"],
 )
 def test_each_variant_compiles_once_as_one_graph(options, graphs, pipeline, learner):
-    """Over steps, strengths, CFG scales, labels, seeds, updates of the learner and a partial
+    """Over steps, omegas, CFG scales, labels, seeds, updates of the learner and a partial
     batch.
     """
     sampler = new_sampler(pipeline, learner, compile=True, **options)
@@ -41,8 +41,8 @@ def test_each_variant_compiles_once_as_one_graph(options, graphs, pipeline, lear
     first = sampler.generate([0, 1, 2])
     assert counter.frame_count == graphs
     sampler.seed = 7
-    strengths = torch.tensor([0.3, 0.1, 0.0])
-    sampler.generate([2, 1, 0], [9, 2**40, 3], omega=strengths, cfg_scale=2.5)
+    omegas = torch.tensor([0.3, 0.1, 0.0])
+    sampler.generate([2, 1, 0], [9, 2**40, 3], omega=omegas, cfg_scale=2.5)
     with torch.no_grad():
         for parameter in learner.parameters():
             parameter.mul_(-1)

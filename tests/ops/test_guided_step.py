@@ -236,7 +236,7 @@ def test_mixed_dtypes(device):
 
 
 @pytest.mark.parametrize("mode", ["relative", "score"])
-def test_strengths_may_differ_between_samples(mode, device):
+def test_omega_may_differ_between_samples(mode, device):
     x, cond, uncond, grad, _ = tensors((3, 4, 5), device)
     table = solver_table(device)
     scales, weights = (
