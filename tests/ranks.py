@@ -16,9 +16,8 @@ AGENT = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 def spawned(size, function, *arguments):
     """Raises what one of the processes raised."""
-    agent = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )  # outlives a rank, as torchrun's does
+    # outlives a rank, as torchrun's does
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp.spawn(_rank, (size, agent.port, function, arguments), nprocs=size)
 
 

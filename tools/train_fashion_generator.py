@@ -368,9 +368,8 @@ def export(images: Tensor, args: argparse.Namespace) -> None:
     tiny.half().save_pretrained(args.out / "fashion" / "tiny_decoder", safe_serialization=True)
     config = args.out / "fashion" / "tiny_decoder" / "config.json"
     known = {k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}
-    config.write_text(
-        json.dumps(known, indent=2) + "\n"
-    )  # a key that diffusers writes and then warns of
+    # a key that diffusers writes and then warns of
+    config.write_text(json.dumps(known, indent=2) + "\n")
     judge = load_ema(new_judge(), args.work, "judge")
     judge.half().save_pretrained(args.out / "fashion_judge", safe_serialization=True)
     size = sum(

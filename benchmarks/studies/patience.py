@@ -31,10 +31,11 @@ STABLE = 0.8  # of the iterations come before the cool-down, in which nothing is
 LATE = 1  # epochs: an addition is at its branch's epoch or right after it
 
 VALIDATION = 2500  # images that drive a run of ImageNet-100 without ``held_out``
+# pool / N, and the accuracy that it allows
 SIZES, ACCURACIES = (
     (1, 2, 7, 14, 24),
     (0.52, 0.57, 0.62, 0.64, 0.65),
-)  # pool / N, and the accuracy that it allows
+)
 FIRST = 0.35  # accuracy after the warm-up
 NOISES = (0.002, 0.005, 0.009)
 PACES = (0.02, 0.1)

@@ -201,9 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in map(int, options.seeds.split(",")):
             for piece in pieces(part, sizes, iterations):
                 fields = {**COMMON, **piece, "seed": seed}
-                if fields in finished(
-                    options.results
-                ):  # before, in another process, or for another part
+                # before, in another process, or for another part
+                if fields in finished(options.results):
                     continue
                 if seed not in unguided:
                     # prune draws up to the last oversampled id; what the cache lacks is made when

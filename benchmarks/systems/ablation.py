@@ -310,9 +310,8 @@ def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> 
     """
     size, device = ALONE if row.alone else batch, bench.device
     for one, make in ((row, row.make), (row, row.unguided), (reference, reference.make)):
-        if (
-            device.type == "cuda" or not one.eager or one.alone
-        ):  # the first call compiles, captures, maps memory
+        # the first call compiles, captures, maps memory
+        if device.type == "cuda" or not one.eager or one.alone:
             make(*_batch(0, 1 if one.alone else batch, device))
     a, b = (torch.randn(GEMM, GEMM, device=device) for _ in range(2))
     a @ b
@@ -331,9 +330,8 @@ def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> 
             functools.partial(row.make, labels[:size], ids[:size]),
             functools.partial(row.unguided, labels[:size], ids[:size]),
         ]
-        order = (
-            (0, 1, 2) if number % 2 == 0 else (2, 1, 0)
-        )  # what comes first finds the machine as the product left it
+        # what comes first finds the machine as the product left it
+        order = (0, 1, 2) if number % 2 == 0 else (2, 1, 0)
         made = {which: _timed(calls[which], device) for which in order}
         beside.append(made[0][0] / batch)
         guided.append(made[1][0] / size)

@@ -150,9 +150,8 @@ def main() -> None:
     arguments = parser.parse_args()
     lower = _helper(arguments.helper).lower
     denoisers.freeze_linear = lambda model: model  # the replacement is for a CPU
-    dispatch.traced = lambda *tensors: (
-        True
-    )  # make_fx is no compilation to torch: the operations stay whole
+    # make_fx is no compilation to torch: the operations stay whole
+    dispatch.traced = lambda *tensors: True
     parts, table = MODELS[arguments.model]()
     for guided in (False, True):
         record = {

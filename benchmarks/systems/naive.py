@@ -140,9 +140,8 @@ class Predecessor:
         pixels = (image[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
         target = self.folder / f"{int(label):04d}"
         target.mkdir(parents=True, exist_ok=True)
-        path = (
-            target / f"{len(list(target.iterdir())):06d}.png"
-        )  # the next free number, by a look at the folder
+        # the next free number, by a look at the folder
+        path = target / f"{len(list(target.iterdir())):06d}.png"
         Image.fromarray(pixels.squeeze()).save(path)
         return path
 

@@ -140,9 +140,8 @@ def _rank(rank: int, size: int, port: int, rounds: int, chosen: list[str], out: 
             seconds: dict[str, list[float]] = {"one": [], "all": []}
             for number in range(rounds + 1):
                 for kind, call in (("one", alone), ("all", together)):
-                    ranks.control.all_reduce(
-                        torch.zeros(1)
-                    )  # who waits for the store looks now and then only
+                    # who waits for the store looks now and then only
+                    ranks.control.all_reduce(torch.zeros(1))
                     started = time.perf_counter()
                     call()
                     ranks.control.all_reduce(torch.zeros(1))

@@ -20,9 +20,8 @@ from dpfast.ops.guided_step import Prediction
 # displacement would be lost; Euler, Heun and LMS schedulers scale their state.
 STATELESS = ("DDIMScheduler", "DDPMScheduler", "GuidedDDIMScheduler")
 MULTISTEP = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler")
-_GRIDS: WeakKeyDictionary[Any, tuple[Tensor, list[Any]]] = (
-    WeakKeyDictionary()
-)  # scheduler -> its grid, on the host too
+# scheduler -> its grid, on the host too
+_GRIDS: WeakKeyDictionary[Any, tuple[Tensor, list[Any]]] = WeakKeyDictionary()
 
 
 def check_scheduler(scheduler: Any) -> Prediction:

@@ -17,9 +17,8 @@ from dpfast.ops import entropy
 from dpfast.parallel import ALONE, Ranks
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
-_FITTING: WeakKeyDictionary[Any, int] = (
-    WeakKeyDictionary()
-)  # model -> the batch that fitted where memory ran out
+# model -> the batch that fitted where memory ran out
+_FITTING: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)

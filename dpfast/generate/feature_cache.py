@@ -146,9 +146,8 @@ def _unet(model: Any, slot: _Slot) -> tuple[Blocks, Blocks]:
         return slot.value
 
     def idle(block: Any) -> nn.Module:
-        count = len(block.resnets) + (
-            block.downsamplers is not None
-        )  # of the residuals that the up blocks take away
+        # of the residuals that the up blocks take away
+        count = len(block.resnets) + (block.downsamplers is not None)
         return with_forward(
             block, lambda hidden_states, *_, **__: (hidden_states, (hidden_states,) * count)
         )

@@ -35,9 +35,8 @@ def attempt(make: Callable[[], Made]) -> tuple[Made | None, BaseException | None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return None, error.with_traceback(
-            None
-        )  # the traceback would keep the batch's tensors alive
+        # the traceback would keep the batch's tensors alive
+        return None, error.with_traceback(None)
 
 
 def release(device: torch.device) -> None:

@@ -161,9 +161,8 @@ def here() -> Peaks:
     """
     gpu = torch.cuda.is_available()
     kind = torch.device("cuda" if gpu else "cpu")
-    with torch.random.fork_rng(
-        [torch.cuda.current_device()] if gpu else []
-    ):  # a run's own numbers stay its own
+    # a run's own numbers stay its own
+    with torch.random.fork_rng([torch.cuda.current_device()] if gpu else []):
         full = max(work / _best(call, kind) for work, call in _products(kind, torch.float32))
         half = (
             max(work / _best(call, kind) for work, call in _products(kind, torch.bfloat16))
@@ -190,9 +189,8 @@ def _products(device: torch.device, dtype: torch.dtype) -> list[tuple[float, Cal
     caches there.
     """
     side = 8192 if device.type == "cuda" else 1024
-    random = functools.partial(
-        torch.randn, device=device, dtype=dtype
-    )  # constants may run faster and cooler
+    # constants may run faster and cooler
+    random = functools.partial(torch.randn, device=device, dtype=dtype)
     a, b = random(side, side), random(side, side)
     products: list[tuple[float, Callable[[], object]]] = [(2 * side**3, lambda: torch.mm(a, b))]
     if device.type == "cpu" and torch.backends.mkldnn.is_available():

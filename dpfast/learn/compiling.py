@@ -12,14 +12,16 @@ from typing import Any, Protocol
 import torch
 
 log = logging.getLogger(__name__)
+# an eager step is timed between these two; the first ones choose their kernels
 FROM, UNTIL = (
     10,
     60,
-)  # an eager step is timed between these two; the first ones choose their kernels
+)
+# of compiling, and by compiling; assumed, as for the generator: no learner was timed
 SECONDS, SPEEDUP = (
     300.0,
     1.1,
-)  # of compiling, and by compiling; assumed, as for the generator: no learner was timed
+)
 
 
 class Event(Protocol):

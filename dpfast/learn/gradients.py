@@ -101,9 +101,8 @@ class GradientBuckets(Gradients):
         }
         self._work: list[Any] = []  # of the buckets that have been sent, the first ones
         self._sending = False
-        buckets = weakref.ref(
-            self
-        )  # Python finds no cycle through a parameter's hooks: it would live for good
+        # Python finds no cycle through a parameter's hooks: it would live for good
+        buckets = weakref.ref(self)
 
         def arrived(parameter: Tensor) -> None:
             if (held := buckets()) is not None:

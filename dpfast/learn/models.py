@@ -91,9 +91,8 @@ def load_judge() -> nn.Module:
     model = transformers.RegNetForImageClassification(
         transformers.RegNetConfig.from_pretrained(folder)
     )
-    model.load_state_dict(
-        load_file(folder / "model.safetensors")
-    )  # float16 on disk, copied into float32
+    # float16 on disk, copied into float32
+    model.load_state_dict(load_file(folder / "model.safetensors"))
     return _Logits(model).eval().requires_grad_(False)
 
 

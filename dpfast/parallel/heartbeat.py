@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TIMEOUT = 600.0  # seconds without progress; the longest that makes none is a compiled first batch
+# seconds between two looks at what others have said, at first and after a while
 POLLS = (
     0.001,
     0.05,
-)  # seconds between two looks at what others have said, at first and after a while
+)
 AHEAD = (
     60.0  # seconds by which NCCL's watchdog waits longer than who can name the rank that is lost
 )

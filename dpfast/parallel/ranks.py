@@ -40,6 +40,7 @@ FAILURES = (  # no request to stop
     ValueError,
 )
 INPUT = {kind.__name__: kind for kind in (InputError, RecipeError)}
+# in the errors of a broken collective
 LOST = (
     "gloo",
     "NCCL",
@@ -47,7 +48,7 @@ LOST = (
     "connection",
     "Timed out",
     "timed out",
-)  # in the errors of a broken collective
+)
 
 
 @dataclass(eq=False)

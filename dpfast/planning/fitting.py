@@ -245,10 +245,11 @@ def stages_of(recipe: Recipe, device: Peaks) -> Stages:
     learner = recipe.learner
     half = learner.precision == "bf16" or (learner.precision == "auto" and device.gpu)
     practice = recipe.practice
+    # they change no count
     parts = (
         replace(recipe.generator, micro_batch=None),
         replace(learner, micro_batch=None),
-    )  # they change no count
+    )
     key = repr((*parts, recipe.guidance, practice.early_candidates, practice.early_until))
     key += repr((practice.restart, recipe.pool.codec, recipe.seed, half))
     if key not in _STAGES:

@@ -37,10 +37,11 @@ from dpfast.sources.guided_methods import GuidedRequest, guided_method
 EVALUATED = 500  # images
 SECONDS = 20.0  # of all stages together, an even part each
 EXPECTED = 0.1  # of its limit: what a stage is expected to reach before it is timed
+# calls after the first, and seconds of all of them, with which a stage has been timed
 ROUNDS, ENOUGH = (
     3,
     1.0,
-)  # calls after the first, and seconds of all of them, with which a stage has been timed
+)
 
 
 @dataclass(frozen=True, kw_only=True)

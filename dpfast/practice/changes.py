@@ -208,10 +208,11 @@ def write_recipe(run: Path, recipe: Recipe, *, born: str | None = None) -> None:
     """Begins the folder of a run. born: the text of another run's ``BORN``, whose branch it is."""
     note_contents(run, recipe)
     text = json.dumps(recipe.to_dict(), indent=2) + "\n"
+    # the recipe last: it makes a folder a run
     for name, words in (
         (BORN, born or text),
         (RECIPE_FILE, text),
-    ):  # the recipe last: it makes a folder a run
+    ):
         with durable(run, name) as file:
             file.write(words.encode())
 

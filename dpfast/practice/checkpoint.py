@@ -142,9 +142,8 @@ def save_weights(tensors: dict[str, Tensor], path: Path) -> str:
     Written from where the tensors lie, a piece at a time, each hashed while it is at hand:
     safetensors' own function copies everything first, and the checksum would read it all again.
     """
-    ordered = sorted(
-        tensors.items(), key=lambda item: (-item[1].itemsize, item[0])
-    )  # so that all are aligned
+    # so that all are aligned
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header = {}
     end = 0
     digest = hashlib.sha256()

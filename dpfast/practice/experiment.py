@@ -330,9 +330,8 @@ class DeliberatePractice:
             self.loop = loop
             source = self._source(name, loop, practised)
             result = loop.run(source, start=starts[name])
-            if (
-                self.recipe.pool.save_samples != "jpeg"
-            ):  # the pool has what is left of the images that were made
+            # the pool has what is left of the images that were made
+            if self.recipe.pool.save_samples != "jpeg":
                 self.unguided.remember(loop.pool.local, result.initial_cost)
             results.append(result)
             if name == "dp":

@@ -69,9 +69,8 @@ def fit_run(
     known = replace(DEVICES["h100"] if is_gpu(device) else _CPU, name=str(device), memory=memory)
     known = replace(known, host=free_bytes() / ranks.local_size, disk=None)
     try:
-        return replace(
-            fit(recipe, known, count=ranks.size), proposals=()
-        )  # the run's own check refuses a pool
+        # the run's own check refuses a pool
+        return replace(fit(recipe, known, count=ranks.size), proposals=())
     except (InputError, RuntimeError, NotImplementedError) as error:
         log.warning(
             "the memory of the models is not known, nothing is fitted: %s",

@@ -113,9 +113,8 @@ class RunWriter(RunPaths):
         self._write(self._timings, event, source, step, values)
 
     def _write(self, file: Any, event: str, source: str, step: int, values: dict[str, Any]) -> None:
-        with unsaved(
-            f"{Path(file.name).name} lags behind"
-        ):  # the line stays in its buffer until there is room
+        # the line stays in its buffer until there is room
+        with unsaved(f"{Path(file.name).name} lags behind"):
             file.write(
                 json.dumps({"event": event, "source": source, "step": step, **values}) + "\n"
             )

@@ -297,9 +297,8 @@ def walk(recipe: Recipe, ranks: Ranks, device: FakeDevice, *, gpu: bool = True) 
         gc.freeze()
         stack.callback(gc.unfreeze)
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings(
-            "ignore", "for .*copying from a non-meta parameter"
-        )  # there is nothing to copy into
+        # there is nothing to copy into
+        warnings.filterwarnings("ignore", "for .*copying from a non-meta parameter")
         for context in (Fused(), device, stand_ins(device, gpu=gpu), put(disk.values())):
             stack.enter_context(context)
         with device.phase("models"), device.kind("generator"):

@@ -44,9 +44,8 @@ def curve(
                 )
     if not heights:
         return None
-    spread = np.quantile(
-        heights, [0.06, 0.94]
-    )  # the climb of the first iterations would hide the rest
+    # the climb of the first iterations would hide the rest
+    spread = np.quantile(heights, [0.06, 0.94])
     room = 0.25 * (spread[1] - spread[0]) + 1e-6
     axes.set_ylim(max(0.0, spread[0] - room), min(spread[1] + room, max(heights) + room))
     label_ends(axes, list(ends.values()))

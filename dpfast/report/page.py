@@ -28,9 +28,8 @@ from dpfast.report.sweeps import swept
 
 WIDE, NARROW = (7.0, 3.6), (3.7, 2.9)  # inches; a phone gets a figure drawn for its width
 SHEET_COLUMNS = 12
-LARGEST = (
-    16 << 30
-)  # bytes of saved samples that are read into memory for entropies at birth and contact sheets
+# bytes of saved samples that are read into memory for entropies at birth and contact sheets
+LARGEST = 16 << 30
 SWEPT = {
     "oversampling": "prune: accuracy and cost against how many candidates a kept sample was chosen "
     "from.",

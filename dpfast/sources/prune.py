@@ -66,7 +66,6 @@ def highest(scores: Tensor, labels: Tensor, count: int, *, within: str) -> Tenso
         ordered, places = labels.sort(stable=True)  # class by class, the highest first
         rank = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
         ranks = torch.empty_like(order).scatter_(0, places, rank)
-        order = order.gather(
-            0, ranks.argsort(stable=True)
-        )  # every class's best, then every class's second, ...
+        # every class's best, then every class's second, ...
+        order = order.gather(0, ranks.argsort(stable=True))
     return order.narrow(0, 0, min(count, len(order))).sort().values

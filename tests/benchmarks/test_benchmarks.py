@@ -139,9 +139,8 @@ def test_short_calls_are_repeated_within_a_measurement():
 
 def test_peak_counts_what_is_held_at_once():
     x = torch.zeros(1000)
-    assert timing.peak_bytes(lambda: (x + 1) * 2 + 3, CPU) == pytest.approx(
-        8000, abs=100
-    )  # a result and what makes it
+    # a result and what makes it
+    assert timing.peak_bytes(lambda: (x + 1) * 2 + 3, CPU) == pytest.approx(8000, abs=100)
     assert timing.peak_bytes(lambda: ((x + 1), (x + 2), (x + 3)), CPU) == pytest.approx(
         12000, abs=100
     )

@@ -72,9 +72,8 @@ def test_predecessor_goes_through_files(models, tmp_path):
     ]
     expected = (models.decode(baseline.latents(labels[:1], IDS[:1])) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(first[0] / 255.0, expected[0], rtol=0, atol=0.5001 / 255)
-    assert torch.equal(
-        first, baseline.generate(labels, IDS)
-    )  # other files, the same images in the labels' order
+    # other files, the same images in the labels' order
+    assert torch.equal(first, baseline.generate(labels, IDS))
     assert len(list(tmp_path.rglob("*.png"))) == 6
 
 

@@ -19,10 +19,11 @@ def test_the_bookkeeping_is_measured_on_a_pool_of_that_size(monkeypatch, tmp_pat
     monkeypatch.setattr(overhead, "BATCH", 50)
     monkeypatch.setattr(overhead, "DEALT", 25)
     first, second = overhead.bookkeeping(2)
+    # each size, and two shards that are measured
     assert (first["samples"], second["samples"]) == (
         400,
         600,
-    )  # each size, and two shards that are measured
+    )
     assert second["chunks"] == -(-600 // (overhead.CHUNK // overhead.PAYLOAD))
     assert min(second["microseconds"].values()) > 0
     assert second["manifest_bytes"] > first["manifest_bytes"]

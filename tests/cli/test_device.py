@@ -79,16 +79,16 @@ def test_report_and_export_decode_and_predict_on_the_device(
     assert main(command) == 0  # on the CPU that is here
     assert len(list((tmp_path / "images").rglob("*.png"))) == 45
     request.getfixturevalue("gpu")
+    # not pinned
     monkeypatch.setattr(
         MemoryTiers, "allocate", lambda _, __, size: torch.empty(size, dtype=torch.uint8)
-    )  # not pinned
+    )
     monkeypatch.setattr(page, "births", lambda *_: None)  # histograms take a second
     for options, device in (CHOSEN[0], CHOSEN[-1]):
         command[-1] = str(tmp_path / f"images {device} {len(options)}")
         assert asked([*command, *options]) == device
-        assert (
-            asked(["report", str(latents), "--out", str(tmp_path / "page"), *options]) == device
-        )  # a decoder
+        # a decoder
+        assert asked(["report", str(latents), "--out", str(tmp_path / "page"), *options]) == device
         with monkeypatch.context() as patch:
             patch.setattr(
                 page,

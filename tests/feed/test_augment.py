@@ -20,9 +20,8 @@ def test_crops_have_the_areas_and_ratios_that_were_asked_for():
     assert 0.24 < float(area.min()) < 0.27
     assert 0.74 < float(ratio.min()) < 0.77
     assert 1.31 < float(ratio.max()) < 1.36
-    small = (
-        area < 0.5
-    )  # all of these fit at the first try: uniform in area, in log ratio and in place
+    # all of these fit at the first try: uniform in area, in log ratio and in place
+    small = area < 0.5
     assert float(area[small].mean()) == pytest.approx(0.375, abs=0.005)
     assert float(ratio[small].log().mean()) == pytest.approx(0.0, abs=0.01)
     assert float((top / (96 - height))[small].mean()) == pytest.approx(0.5, abs=0.01)

@@ -82,9 +82,8 @@ def test_three_epochs_with_an_append_in_between_show_every_sample_once_each(kind
         assert torch.equal(labels.sort().values, torch.arange(24))
     grow(pool, 16)
     labels = torch.cat([labels for _, labels in take(loader, 5)])
-    assert torch.equal(
-        labels.sort().values, torch.arange(40)
-    )  # the new ones are in the batches right after
+    # the new ones are in the batches right after
+    assert torch.equal(labels.sort().values, torch.arange(40))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,9 +111,8 @@ def test_small_batches_come_in_bursts_and_large_ones_from_a_thread(make):
     small, large = make("torch", pool), make("torch", pool, augment=Augment(size=(1200, 1200)))
     assert (small.ahead, large.ahead) == (16, 2)
     images = [images for images, _ in take(small, 17)]
-    assert (
-        len({batch.untyped_storage().data_ptr() for batch in images}) == 2
-    )  # of sixteen, and of the next
+    # of sixteen, and of the next
+    assert len({batch.untyped_storage().data_ptr() for batch in images}) == 2
     del images
     for images, _ in take(small, 64):
         images.zero_()  # a caller may write to its batch

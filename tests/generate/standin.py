@@ -72,9 +72,8 @@ class StandInRecording:
             for func, args, kwargs, recorded in self.calls:
                 inputs = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
                 for old, new in zip(tensors(recorded), tensors(func(*args, **kwargs)), strict=True):
-                    if (
-                        old.untyped_storage().data_ptr() not in inputs
-                    ):  # a view, or a result in place
+                    # a view, or a result in place
+                    if old.untyped_storage().data_ptr() not in inputs:
                         old.copy_(new)
 
     def reset(self):

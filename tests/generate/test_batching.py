@@ -76,9 +76,8 @@ def test_a_budget_bounds_what_the_gradient_holds(pipeline, learner):
     path = within_budget(path, free.table, whole // 3, recompute=False)
     bounded = live_bytes.peak_bytes(lambda: gradient(path))
     assert 1 <= path.chunk < 16
-    assert (
-        bounded < whole // 3 + 4 * x.nbytes
-    )  # the gradients and predictions of all chunks come on top
+    # the gradients and predictions of all chunks come on top
+    assert bounded < whole // 3 + 4 * x.nbytes
     with pytest.raises(ValueError, match="memory_budget = 1000: the gradient of one sample holds"):
         GuidedSampler(pipeline, learner, memory_budget=1000).generate([0])
 
@@ -121,12 +120,10 @@ class Small:
 def test_out_of_memory_halves_the_batch_and_loses_no_sample(
     batch_size, pipeline, learner, monkeypatch
 ):
-    monkeypatch.setattr(
-        batching, "available_bytes", lambda device: 1 << 40
-    )  # as wrong as an estimate can be
-    small = dataclasses.replace(
-        pipeline, denoiser=Small(pipeline.denoiser, 7)
-    )  # with CFG: three samples
+    # as wrong as an estimate can be
+    monkeypatch.setattr(batching, "available_bytes", lambda device: 1 << 40)
+    # with CFG: three samples
+    small = dataclasses.replace(pipeline, denoiser=Small(pipeline.denoiser, 7))
     sampler = GuidedSampler(small, learner, steps=2, compile=False)
     labels = torch.arange(19) % 3
     batches = list(sampler.stream(labels, first_id=5, batch_size=batch_size))

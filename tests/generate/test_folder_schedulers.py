@@ -66,9 +66,8 @@ def test_every_scheduler_over_betas(name, save):
         reference.set_timesteps(10)
         table = solver_table(loaded, 10, solver=solver)
         assert_same(table, reference)
-        assert torch.equal(
-            table.rows[:, 0], table.rows[:, 0].sort().values
-        )  # alpha grows towards the image
+        # alpha grows towards the image
+        assert torch.equal(table.rows[:, 0], table.rows[:, 0].sort().values)
     assert torch.equal(solver_table(loaded, 10).rows, solver_table(loaded, 10, solver="ddim").rows)
 
 
@@ -107,9 +106,8 @@ def test_latents_are_bounded_only_where_the_folder_says_so(save):
         save("DDIMScheduler", clip_sample=True, clip_sample_range=3.0), latent=True
     )
     assert solver_table(bounded, 5).clip == 3.0
-    assert (
-        solver_table(bounded, 5, solver="dpmpp2m").clip is None
-    )  # as in diffusers, whose solver has no such option
+    # as in diffusers, whose solver has no such option
+    assert solver_table(bounded, 5, solver="dpmpp2m").clip is None
     off = load_scheduler(save("DDIMScheduler", clip_sample=True), latent=True, clip_sample=False)
     assert solver_table(off, 5).clip is None
 

@@ -159,9 +159,8 @@ def test_a_captured_sampler_makes_the_eager_images(replayed, pipeline, learner, 
     expected = torch.cat([b.images for b in eager.stream([0, 1, 2, 0, 1], batch_size=2)])
     images = torch.cat([b.images for b in replayed.stream([0, 1, 2, 0, 1], batch_size=2)])
     assert int((images.int() - expected.int()).abs().max()) <= 1
-    assert (
-        recorder.recorded == 3
-    )  # guided, plain, decoding: for all steps and batches, the partial one included
+    # guided, plain, decoding: for all steps and batches, the partial one included
+    assert recorder.recorded == 3
     assert not replayed.runner.fallbacks
     replayed.close()
     assert recorder.closed == 1

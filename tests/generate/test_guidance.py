@@ -134,13 +134,11 @@ def test_margin_is_zero_on_the_border_and_negative_inside():
 def test_disagreement_is_the_divergence_of_the_members():
     sure = torch.tensor([[40.0, 0.0, 0.0], [0.0, 40.0, 0.0], [0.0, 0.0, 0.0]])
     logits = torch.stack([sure[[0, 0]], sure[[0, 1]], sure[[2, 2]], sure[[0, 2]]])
-    p = torch.tensor(
-        [2 / 3, 1 / 6, 1 / 6]
-    )  # the mean of sure and unsure, whose entropies are 0 and log 3
+    # the mean of sure and unsure, whose entropies are 0 and log 3
+    p = torch.tensor([2 / 3, 1 / 6, 1 / 6])
     mixed = float(-(p * p.log()).sum() - torch.tensor(3.0).log() / 2)
-    expected = (
-        torch.tensor([0.0, 2.0, 0.0, 0.0]).log().nan_to_num(neginf=0.0)
-    )  # log 2 where two are sure and differ
+    # log 2 where two are sure and differ
+    expected = torch.tensor([0.0, 2.0, 0.0, 0.0]).log().nan_to_num(neginf=0.0)
     expected[3] = mixed
     torch.testing.assert_close(criteria.disagreement(logits, None), expected, rtol=1e-4, atol=1e-5)
     _, gradient = criteria.value_and_gradient(

@@ -27,9 +27,8 @@ def test_unguided_images_are_those_of_dit_pipeline(which, cfg_scale, pipeline_fo
     reference = DiTPipeline.from_pretrained(folder)
     reference.set_progress_bar_config(disable=True)
     labels = [0, 1, 2, 2]
-    if (
-        which == "random"
-    ):  # its null class is not 1000 trained rows away, but DiTPipeline asks for 1000
+    # its null class is not 1000 trained rows away, but DiTPipeline asks for 1000
+    if which == "random":
         assert reference.transformer.config.num_embeds_ada_norm == 1000
     generator = torch.Generator().manual_seed(3)
     expected = reference(
@@ -281,9 +280,8 @@ def test_embedded_samples_carry_their_labels(fashion):
     labels = torch.arange(200) % 10
     images = GuidedSampler(fashion).generate(labels).images
     logits = predict(load_judge(), images)
-    assert (
-        float((logits.argmax(1) == labels).float().mean()) >= 0.85
-    )  # 5,000 samples: see the model card
+    # 5,000 samples: see the model card
+    assert float((logits.argmax(1) == labels).float().mean()) >= 0.85
     assert float(entropy(logits).mean()) < 0.6
 
 

@@ -158,9 +158,8 @@ def test_a_restored_trainer_goes_on_to_the_same_bits_in_any_memory_layout(tmp_pa
         whole.step(images, labels)
         (first if number < 3 else second).step(images, labels)
         if number == 2:
-            save_weights(
-                first.state_dict(), tmp_path / "state.safetensors"
-            )  # which keeps no strides
+            # which keeps no strides
+            save_weights(first.state_dict(), tmp_path / "state.safetensors")
             second.load_state_dict(load_file(tmp_path / "state.safetensors"))
     state = second.state_dict()
     assert all(torch.equal(state[name], value) for name, value in whole.state_dict().items())

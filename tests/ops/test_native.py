@@ -78,9 +78,8 @@ def test_callers_may_come_from_many_threads(threads):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_has_its_own_threads(threads):
     threads(2)
-    torch.use_deterministic_algorithms(
-        False
-    )  # the fill would start torch's own threads, which no forked child has
+    # the fill would start torch's own threads, which no forked child has
+    torch.use_deterministic_algorithms(False)
     ids = torch.arange(64)
     expected = normal(ids, (2000,), seed=1, stream=0).numpy()
     child = os.fork()

@@ -59,9 +59,8 @@ def simulated(size, timeout):
 @pytest.mark.parametrize("size", [2, 8, 32])
 def test_a_rank_may_be_as_slow_as_it_likes_while_it_makes_progress(size):
     ranks, clock, beats, says = simulated(size, timeout=5)
-    for rank in range(
-        1, size
-    ):  # a batch every 4 s, and up to ten times the timeout later than rank 0
+    # a batch every 4 s, and up to ten times the timeout later than rank 0
+    for rank in range(1, size):
         last = 20 + 30 * rank / size
         beats(rank, *(4.0 * n for n in range(int(last / 4) + 1)))
         says(rank, str(rank), last)

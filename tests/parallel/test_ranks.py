@@ -115,9 +115,8 @@ def same_batches(ranks, folder):
         loader, mine = loader_of(one), loader_of(union)
         for number in range(6):
             if number == 3:
-                mine.load_state_dict(
-                    loader.state_dict()
-                )  # drops what was prepared, on all ranks alike
+                # drops what was prepared, on all ranks alike
+                mine.load_state_dict(loader.state_dict())
             (images, labels), (part, targets) = next(loader), next(mine)
             assert torch.equal(images[ranks.part(24)], part), (codec, number)
             assert torch.equal(labels[ranks.part(24)], targets)
@@ -317,9 +316,8 @@ def test_a_rank_that_is_slower_than_the_others_is_found_by_its_seconds_a_sample(
     assert of(10, 10, 11, 10) == (2, pytest.approx(1.1))
     assert of(10, 10, 10.4, 10) is None
     assert of(12.5, 10) == (0, pytest.approx(1.25))
-    assert (
-        slowest([{"samples": 5, "seconds": 50}, {"samples": 0, "seconds": 0.0}]) is None
-    )  # a small round
+    # a small round
+    assert slowest([{"samples": 5, "seconds": 50}, {"samples": 0, "seconds": 0.0}]) is None
 
 
 def test_what_ranks_spend_adds_up_and_the_slowest_counts():

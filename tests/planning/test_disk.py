@@ -50,9 +50,8 @@ def test_checkpoints_come_by_the_share_then_by_the_minutes(recipe):
         changed = dataclasses.replace(
             recipe, practice=dataclasses.replace(recipe.practice, **practice)
         )
-        return (
-            planned(changed).checkpoints - 11
-        )  # before and after the first samples and four rounds, and the end
+        # before and after the first samples and four rounds, and the end
+        return planned(changed).checkpoints - 11
 
     assert written(checkpoint_minutes=0.0) == 100  # at every evaluation
     assert written(checkpoint_share=1e-6) == 16  # every ten minutes of 10,000 s

@@ -45,9 +45,8 @@ def test_a_stage_ends_in_its_time(most, start, slower, monkeypatch):
     monkeypatch.setattr(measured, "time", types.SimpleNamespace(perf_counter=machine.perf_counter))
     clock = measured.StageClock(peaks, 5.0, CPU)
     each = clock.time("training", machine.prepared, work, most=most, dtype="float32")
-    assert machine.now <= 5.0 * max(
-        1.0, slower / 2
-    )  # even where it is nine times slower than expected
+    # even where it is nine times slower than expected
+    assert machine.now <= 5.0 * max(1.0, slower / 2)
     assert max(machine.sizes) <= most
     assert each == pytest.approx(0.01 * slower, rel=0.2)
     assert f"{max(machine.sizes)} at once" in clock.notes[0]

@@ -129,9 +129,8 @@ def test_autocast_halves_less_than_everything():
         count_learner(learner_of("ViT"), 10, (3, SIDE, SIDE), half=half) for half in (False, True)
     )
     assert 0.55 < half.held[1] / full.held[1] < 0.75  # norms and residuals stay in fp32
-    assert (
-        half.held[0] > full.held[0] + 2 * full.parameters * 0.8
-    )  # the weights that autocast has cast are kept
+    # the weights that autocast has cast are kept
+    assert half.held[0] > full.held[0] + 2 * full.parameters * 0.8
     assert half.training.half == full.training.full
     assert half.training.full == 0
 
@@ -142,10 +141,11 @@ def test_moments_that_do_not_grow_with_the_batch_do_not_hide_those_that_do():
         del kept
         torch.zeros(75)  # gradients, when that is gone
 
+    # at 2 and 4 samples alone both peaks are the gradients': 300 bytes
     assert bytes_per_sample(step) == (
         0,
         40,
-    )  # at 2 and 4 samples alone both peaks are the gradients': 300 bytes
+    )
     assert bytes_per_sample(lambda batch: torch.zeros(batch + 5, 10)) == (200, 40)
 
 

@@ -138,9 +138,8 @@ def test_every_way_is_planned_at_what_a_sample_is_paid(recipe, changes, fashion)
             cost,
         )
     )
-    extra = (
-        1 + 10 / 1490 if "restart" in changes else 1.0
-    )  # candidates' ids count from the initial samples on
+    # candidates' ids count from the initial samples on
+    extra = 1 + 10 / 1490 if "restart" in changes else 1.0
     assert planned.guided.flops * cost.samples == pytest.approx(
         cost.flops, rel=2 * (extra - 1) + 1e-9
     )
@@ -234,9 +233,8 @@ def test_an_all_reduce_takes_its_ring_and_a_latency_for_each_bucket():
     assert link.all_reduce(100.0, 4, bucket=30) == 4.0 + 2 * 3 / 4 * 10.0
     a100 = DEVICES["a100"]
     assert link_of(a100, 8) == Link(latency=BASE + 14 * WITHIN, bandwidth=300e9)
-    assert link_of(a100, 32) == Link(
-        latency=BASE + 14 * WITHIN + 4 * BETWEEN, bandwidth=8 * 25e9
-    )  # four nodes
+    # four nodes
+    assert link_of(a100, 32) == Link(latency=BASE + 14 * WITHIN + 4 * BETWEEN, bandwidth=8 * 25e9)
     assert link_of(DEVICES["b200"], 256).bandwidth == 8 * 50e9
     assert BUCKET == 25 * 2**20
     assert step_seconds(3.0, 1.9) == 3.0  # hidden behind the backward pass
@@ -271,9 +269,8 @@ def test_measured_stages_replace_limits_and_the_table_says_so(recipe):
     timings = Timings(unguided=0.5, guided=1.0, training=1e-3, evaluation=1e-4)
     made = plan(recipe, "a100", timings=timings, samples=2000)
     first = recipe.practice.initial_samples
-    seconds = (
-        first * 0.5 + (2000 - first) * (1.0 + 0.5) + 250 * 0.5
-    )  # initial, guided, the rest of static, yardstick
+    # initial, guided, the rest of static, yardstick
+    seconds = first * 0.5 + (2000 - first) * (1.0 + 0.5) + 250 * 0.5
     assert made.seconds == pytest.approx(seconds + 2 * (76800e-3 + 48 * 5000e-4 + 10000e-4))
     text = plan_table(made)
     assert "stages timed on this machine" in text
@@ -297,9 +294,8 @@ def test_a_pool_is_placed_by_the_shares_of_a_node(recipe, stages):
     )
     assert 8 * eight.samples * eight.bytes_per_sample == pytest.approx(1.278e12, rel=1e-3)
     places = {name: held * eight.bytes_per_sample for name, held in eight.in_tier.items()}
-    assert places["device"] == pytest.approx(
-        0.5 * (80e9 - 4e9), rel=0.01
-    )  # half of what the weights leave
+    # half of what the weights leave
+    assert places["device"] == pytest.approx(0.5 * (80e9 - 4e9), rel=0.01)
     assert places["host"] == pytest.approx(1.278e12 / 8 - places["device"], rel=1e-3)
     assert many.in_tier == {"device": many.samples, "host": 0, "file": 0}
     alone = place_pool(mapped, 6_500_000, wide, DEVICES["a100"], 1)

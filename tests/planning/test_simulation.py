@@ -42,9 +42,8 @@ def test_samples_are_dealt_in_whole_batches_and_the_rest_evenly():
     assert efficiency(JOB, COSTS, four, lambda ranks: FREE) == 1.0
     three = in_turns(JOB, COSTS, 3, FREE)  # eight batches: three for the busiest
     assert (three.generation, three.training, three.evaluation) == (15 + 2 * 30, 25 * 1.5, 1.0)
-    assert (
-        in_turns(JOB, COSTS, 16, FREE).generation == 5 + 2 * 10
-    )  # half of the ranks have nothing to do
+    # half of the ranks have nothing to do
+    assert in_turns(JOB, COSTS, 16, FREE).generation == 5 + 2 * 10
 
 
 def test_a_step_pays_what_does_not_shrink_and_what_the_backward_pass_does_not_hide():

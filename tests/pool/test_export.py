@@ -188,9 +188,8 @@ def damage(folder, format, how):
 )
 def test_a_damaged_export_is_one_error_that_names_the_file(format, how, tmp_path, capsys):
     export_pool(pool_of("pixels"), tmp_path / "out", format)
-    (tmp_path / "out" / "manifest.json").unlink(
-        missing_ok=True
-    )  # as a foreign shard, without checksums
+    # as a foreign shard, without checksums
+    (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
     name = damage(tmp_path / "out", format, how)
     assert (
         main(

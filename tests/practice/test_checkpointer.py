@@ -116,9 +116,8 @@ def test_checkpoints_come_by_the_clock_and_around_every_round(usual, tmp_path, c
     """Two minutes a step, five steps to an evaluation: ten minutes are over right at each."""
     go(usual, tmp_path / "often", Passing(clock, 120.0))
     assert sorted(set(saved_at(tmp_path / "often"))) == [*range(0, 61, 5)]
-    monkeypatch.setattr(
-        CheckpointTimer, "took", lambda timer, _: setattr(timer, "_took", 1e9)
-    )  # a slow disk
+    # a slow disk
+    monkeypatch.setattr(CheckpointTimer, "took", lambda timer, _: setattr(timer, "_took", 1e9))
     go(usual, tmp_path / "rarely", Passing(clock, 1.0))
     (added,) = set(saved_at(tmp_path / "rarely")) - {0, 45, 60}
     # the start, after and before a round, the last before the cool-down, the end of training and of

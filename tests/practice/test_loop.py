@@ -138,17 +138,15 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, sa
         count += 1
         with monkeypatch.context() as patched:
             if lost and count == saves > 1:
-                patched.setattr(
-                    checkpoint, "durable", None
-                )  # the weights' file is there, the JSON is not
+                # the weights' file is there, the JSON is not
+                patched.setattr(checkpoint, "durable", None)
                 self.writer.clear()
             begin(self, moment)
             self.writer.wait()
         if count == saves:
             self.writer.collect()
-            self.folder.log(
-                "evaluation", self.samples.source, 10**6
-            )  # a line that came after the checkpoint
+            # a line that came after the checkpoint
+            self.folder.log("evaluation", self.samples.source, 10**6)
             raise Killed
 
     monkeypatch.setattr(LoopCheckpointer, "_begin", killing)
@@ -211,9 +209,8 @@ def test_all_four_sources_share_moments_and_sizes_and_count_their_cost(recipe):
     assert torch.equal(prune.pool.column("learner_step"), steps)
     assert torch.equal(dynamic.pool.column("learner_step"), steps)
     assert [r.cost.samples for r in (dp, static, prune, dynamic)] == [70, 70, 30 + 2 * 40, 70]
-    assert all(
-        r.cost.forwards == 6 * r.cost.samples for r in (dp, static, prune, dynamic)
-    )  # 3 steps, each with CFG
+    # 3 steps, each with CFG
+    assert all(r.cost.forwards == 6 * r.cost.samples for r in (dp, static, prune, dynamic))
     assert dp.cost.flops > dynamic.cost.flops == static.cost.flops
     assert len(set(prune.pool.column("sample_id").tolist())) == 70
     assert float(prune.pool.column("omega").abs().sum()) == 0

@@ -90,9 +90,8 @@ def test_nothing_stays_captured_while_the_learner_trains(short, monkeypatch):
     recipe = with_(short, "practice", sources=("dp", "prune"), oversample=2.0)
     dp, prune = DeliberatePractice(recipe, real=REAL).run(progress=False)
     assert dp.additions == prune.additions == 2
-    assert (
-        recorder.recorded == 5 * 2
-    )  # a step and the decoding in each round; prune takes over round 0
+    # a step and the decoding in each round; prune takes over round 0
+    assert recorder.recorded == 5 * 2
     assert alive == [0] * (2 * recipe.practice.iterations)
 
 

@@ -144,9 +144,8 @@ def test_rates_shares_waits_and_what_went_wrong_are_written(folder, short):
     (training,) = [row for row in rows if row["event"] == "training"]
     assert [row["step"] for row in intervals] == list(range(5, 41, 5))
     total = sum(row["seconds"] for row in intervals)
-    assert total == pytest.approx(
-        training["seconds"], rel=0.01, abs=0.02
-    )  # a thread writes checkpoints meanwhile
+    # a thread writes checkpoints meanwhile
+    assert total == pytest.approx(training["seconds"], rel=0.01, abs=0.02)
     assert sum(row["evaluation_seconds"] for row in intervals) == pytest.approx(
         training["evaluation_seconds"]
     )

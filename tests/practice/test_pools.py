@@ -74,9 +74,8 @@ def test_latents_of_every_source_are_those_that_the_images_come_from(short, pipe
     for result in results:
         assert len(result.pool) == 45
         payload = result.pool.payload(EVERYTHING[:30])
-        torch.testing.assert_close(
-            payload, made.latents[:30], rtol=2e-3, atol=2e-3
-        )  # other batches, rounded to fp16
+        # other batches, rounded to fp16
+        torch.testing.assert_close(payload, made.latents[:30], rtol=2e-3, atol=2e-3)
         with torch.no_grad():
             decoded = pipeline.guidance_decoder(payload.float())
         torch.testing.assert_close(

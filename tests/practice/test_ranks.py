@@ -149,9 +149,8 @@ def test_a_hung_rank_is_named(rehearsal, tmp_path, hung, more):
     run = Launched("imagenet100-sd15", tmp_path / "run", options)
     run.until(1 if more else 3)
     assert run.signal(hung, signal.SIGSTOP)
-    deadline = (
-        time.monotonic() + 20 + 20
-    )  # a rank may be asked for once more, and a busy machine is slow
+    # a rank may be asked for once more, and a busy machine is slow
+    deadline = time.monotonic() + 20 + 20
     while f"rank {hung} of 2 did not answer" not in run.said and time.monotonic() < deadline:
         time.sleep(0.1)
     run.signal(hung)  # torchrun would wait half a minute for it

@@ -95,13 +95,14 @@ def test_the_page_tells_the_results_and_the_gap(tmp_path):
     assert "81.00%" in text
     assert "dp reaches 81.0% on held-out images, 2.0 points above static (79.0%)" in text
     assert "<td>30.0</td>" in text  # samples a second
+    # shares of the peak, over seconds; memory, gradients, retries
     for cell in (
         "25.0%",
         "23.3%",
         "3 GiB",
         "7",
         "3",
-    ):  # shares of the peak, over seconds; memory, gradients, retries
+    ):
         assert f"<td>{cell}</td>" in text
     assert "http" not in text.replace("http-equiv", "")
 

@@ -42,9 +42,8 @@ def test_omega_and_cfg_follow_their_rounds_and_so_does_the_cost(dp):
     omega, cfg = (result.pool.column(name) for name in ("omega", "cfg_scale"))
     assert omega.tolist() == pytest.approx([0.0] * 30 + [0.1] * 15 + [0.3] * 25)
     assert cfg.tolist() == [1.5] * 30 + [2.0] * 15 + [1.0] * 25
-    assert (
-        result.cost.forwards == 45 * 6 + 25 * 3
-    )  # three steps; a scale of 1 halves their forwards
+    # three steps; a scale of 1 halves their forwards
+    assert result.cost.forwards == 45 * 6 + 25 * 3
 
 
 def test_a_round_may_be_unguided(dp):

@@ -25,9 +25,8 @@ def test_points_lie_on_the_lines(name):
         between = np.interp(line.points, line.x, curve.error)
         np.testing.assert_allclose(between, curve.predicted, atol=2e-3)
         off = np.abs(curve.simulated - curve.predicted)
-        assert np.all(
-            off < 4 * curve.stderr + 0.009
-        )  # what the formula may be off by at a finite d
+        # what the formula may be off by at a finite d
+        assert np.all(off < 4 * curve.stderr + 0.009)
         assert np.mean(off) < 0.008
     assert len(draw(chart, curves(chart.lines, draws=2), 2).axes) == sum(map(len, chart.panels))
 

@@ -30,9 +30,8 @@ def test_a_tuned_ridge_needs_the_fewest_samples():
 
 
 def test_what_is_unreachable_says_how_far_one_gets():
-    (weak,) = pool_sizes(
-        0.95, d=50, keeps=[0.5], rho=0.8, rho_g=0.8, rho_s=1.0
-    )  # labels of an imperfect generator
+    # labels of an imperfect generator
+    (weak,) = pool_sizes(0.95, d=50, keeps=[0.5], rho=0.8, rho_g=0.8, rho_s=1.0)
     assert weak.n is None
     assert weak.kept is None
     assert 0.6 < weak.accuracy < 0.95

@@ -116,9 +116,8 @@ def test_conditioning_of_all_blocks_at_once_is_that_of_each(dit):
     shared = share_conditioning(copy.deepcopy(dit), 1000)
     got, after = count_products(shared, x, timestep=t, class_labels=labels)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert (
-        before - after == 3 * 3 + 2
-    )  # two embeddings and a projection a block, two embeddings for the output
+    # two embeddings and a projection a block, two embeddings for the output
+    assert before - after == 3 * 3 + 2
 
 
 def test_a_shared_conditioning_keeps_no_second_copy_of_its_weights(dit):
