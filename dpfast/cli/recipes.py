@@ -73,7 +73,8 @@ def add_fields(parser: Parser, names: Iterable[str]) -> dict[str, argparse.Actio
     A field is named in full, ``--guidance.omega``, or by its last word alone, ``--omega``, where no
     other of ``names`` has the same. Returns the options by their fields' names.
     """
-    names, groups, actions = list(names), {}, {}
+    names = list(names)
+    groups, actions = {}, {}
     last = [name.rpartition(".")[2] for name in names]
     for name, short in zip(names, last, strict=True):
         section = name.rpartition(".")[0]

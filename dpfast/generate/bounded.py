@@ -127,7 +127,8 @@ def within_budget(
         twin = BoundedPath.of(path, denoiser=with_checkpointing(path.denoiser), taped=True)
         larger, smaller = _chunk(twin, table, budget)
         if larger > chunk or smaller < least:
-            path, chunk, least = twin, larger, smaller
+            path = twin
+            chunk, least = larger, smaller
             log.info(
                 "guidance recomputes the denoiser's blocks: chunks of %d fit the budget", chunk
             )

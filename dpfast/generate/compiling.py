@@ -68,7 +68,9 @@ class CompileCosts:
     """The measured costs of one machine, by model."""
 
     def __init__(self, device: torch.device, model: str) -> None:
-        self.device, self.model, self.machine = device, model, machine(device)
+        self.device = device
+        self.model = model
+        self.machine = machine(device)
         self.path = cache_folder() / "compile.json"
 
     def _read(self) -> dict[str, dict[str, dict[str, float]]]:

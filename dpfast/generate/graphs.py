@@ -133,7 +133,10 @@ class Captured:
         watched: Callable[[], Iterable[Tensor]] = tuple,
         name: str = "step",
     ) -> None:
-        self.function, self.recorder, self.watched, self.name = function, recorder, watched, name
+        self.function = function
+        self.recorder = recorder
+        self.watched = watched
+        self.name = name
         self.reason: str | None = None
         self.captures = 0
         self._signature: tuple[object, ...] | None = None
@@ -214,4 +217,7 @@ class Captured:
         """Releases the capture and its buffers. The next call captures anew."""
         if self._recording is not None:
             self._recording.reset()
-        self._recording, self._signature, self._buffers, self._sources = None, None, [], []
+        self._recording = None
+        self._signature = None
+        self._buffers = []
+        self._sources = []

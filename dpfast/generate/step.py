@@ -185,14 +185,16 @@ class StepParts:
 
 def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutputs]:
     """The step of this variant: ``StepInputs``, as positional arguments, to ``StepOutputs``."""
-    denoiser, path, cache = parts.denoiser, parts.path, parts.cache
+    denoiser, path = parts.denoiser, parts.path
+    cache = parts.cache
     guided, cfg, features = variant
     assert not (guided and features != "compute")
     exact = guided and path is not None and path.through == "denoiser"
 
     def step(*given: Tensor | None) -> StepOutputs:
         inputs = StepInputs(*given)  # type: ignore[arg-type]
-        x, labels, index = inputs.x, inputs.labels, inputs.step.reshape(1)
+        x, labels = inputs.x, inputs.labels
+        index = inputs.step.reshape(1)
         timestep = inputs.timesteps.index_select(0, index).reshape(())
         alpha, sigma = inputs.rows.index_select(0, index)[0, :2].unbind()
         null = gradient = value = unconditional = skipped = kept = None

@@ -41,7 +41,9 @@ class Throughput:
         *,
         counted: bool = True,
     ) -> None:
-        self.recipe, self.image, self.counted = recipe, image, counted
+        self.recipe = recipe
+        self.image = image
+        self.counted = counted
         self.device = pipeline.device
         self.classes = len(pipeline.class_names)
         self.half = in_bf16(recipe.learner.precision, pipeline.device)
