@@ -8,7 +8,10 @@ To understand a round, read in this order:
     practice/patience.py            when samples are due
     practice/stopping.py            how ranks stop, or save, at the same step
     sources/source.py               what a source is asked, and what it answers
-    sources/deliberate_practice.py  the source "dp": labels, omega, who guides
+    sources/static.py               how samples are made without guidance, in batches by rank
+    sources/unguided.py             which of them another source has made already
+    sources/dynamic.py              rounds of such samples, and their entropy
+    sources/deliberate_practice.py  the source "dp": rounds with labels, omega, and who guides
     sources/guided_methods.py       how guided samples come about
     pool/protocol.py                what they are added to, whoever holds it
     practice/saved_samples.py       how they outlive the process
@@ -16,6 +19,7 @@ To understand a round, read in this order:
     feed/loader.py                  what the learner is given of the pool
     learn/trainer.py                what it does with a batch
     practice/losses.py              what is remembered of its losses
+    practice/callbacks.py           who is told, and of what
 """
 
 from __future__ import annotations
