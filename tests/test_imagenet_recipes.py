@@ -116,8 +116,8 @@ BROKEN = {
     ),
     r"'vae' has no \.safetensors weights": no_weights,
     r"'text_encoder': .*safetensors is damaged or cut short": cut_short,
-    r"'text_encoder' lacks model-00002-of-00002.safetensors, which model.safetensors.index.json "
-    r"names": no_shard,
+    r"'text_encoder' lacks model-00002-of-00002.safetensors, "
+    r"which model.safetensors.index.json names": no_shard,
     r"validation = .*: no such folder": lambda g, v: shutil.rmtree(v),
     r"validation = .*: it has no sub-folders": lambda g, v: (shutil.rmtree(v), v.mkdir()),
     r"validation = .*: classes that the learner does not know: terrier": lambda g, v: (

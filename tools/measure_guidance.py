@@ -57,8 +57,8 @@ def main() -> None:
     learner = load_learner(arguments.run, pipeline)
     labels = torch.arange(arguments.count) % len(pipeline.class_names)
     print(
-        "omega  entropy of the learner, nats  label agreement of the judge  seconds per 1,000 "
-        "samples"
+        "omega  entropy of the learner, nats  "
+        "label agreement of the judge  seconds per 1,000 samples"
     )
     rows = []
     for omega in arguments.omega:

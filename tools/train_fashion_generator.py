@@ -204,8 +204,8 @@ class Trainer:
                 left = (self.steps - self.step) / rate / 60
                 loss_now = f"loss {total / report_every:.5f}"
                 print(
-                    f"{self.name} {self.step}/{self.steps} {loss_now} {rate:.2f} step/s {left:.1f} "
-                    "min left",
+                    f"{self.name} {self.step}/{self.steps} {loss_now} "
+                    f"{rate:.2f} step/s {left:.1f} min left",
                     flush=True,
                 )
                 total = 0.0
@@ -424,8 +424,8 @@ def report(images: Tensor, args: argparse.Namespace) -> None:
             by_class = " ".join(f"{float(agreement[labels == k].mean()):.2f}" for k in range(10))
             distance = frechet_distance(features(judge, samples), real)
             print(
-                f"cfg {cfg_scale} steps {steps}: label agreement {float(agreement.mean()):.2%} "
-                f"({by_class})",
+                f"cfg {cfg_scale} steps {steps}: label agreement "
+                f"{float(agreement.mean()):.2%} ({by_class})",
                 end=", ",
             )
             print(f"Frechet distance {distance:.3f}", flush=True)

@@ -218,8 +218,8 @@ def main() -> None:
     arguments = parser.parse_args()
     lower = _helper(arguments.helper).lower
     print(
-        "| operation | size | written as | Inductor: launches | Inductor: MB | dpfast: launches | "
-        "dpfast: MB |"
+        "| operation | size | written as | Inductor: launches "
+        "| Inductor: MB | dpfast: launches | dpfast: MB |"
     )
     print("|---|---|---|---|---|---|---|")
     lines = []

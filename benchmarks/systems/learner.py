@@ -251,9 +251,8 @@ def measure(
 
 def table(record: dict[str, Any]) -> str:
     lines = [
-        f"| {record['training']}, {record['batch']} images | median ms | min ms | images/s | host "
-        "waits | "
-        "share of the peak |",
+        f"| {record['training']}, {record['batch']} images | median ms "
+        "| min ms | images/s | host waits | share of the peak |",
         "|---" * 6 + "|",
     ]
     for row in record["rows"]:

@@ -259,9 +259,8 @@ def measure(row: Row, parts: PartFlops, peak: float, rounds: int) -> Record:
 
 def table(name: str, made: list[Record]) -> str:
     lines = [
-        f"| {name} | samples/s | unguided | guided / unguided (by FLOPs) | over (b) | share of the "
-        "peak | "
-        "first batch, s | memory |",
+        f"| {name} | samples/s | unguided | guided / unguided (by FLOPs) "
+        "| over (b) | share of the peak | first batch, s | memory |",
         "|---" * 8 + "|",
     ]
     base = next(

@@ -23,7 +23,7 @@ from dpfast.ops.guided_step import Prediction
 
 
 class CondFn:
-    """See ``make_cond_fn``."""
+    """The guidance function that ``make_cond_fn`` returns: the gradient of a noisy batch."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class CondFn:
             raise InputError(f"x has shape {tuple(x.shape)}, expected (B, c, h, w)")
         if not isinstance(t, Tensor) or t.shape != (len(x),):
             raise InputError(
-                f"t has shape {tuple(getattr(t, 'shape', ()))}, expected one timestep a sample: "
-                f"({len(x)},)"
+                f"t has shape {tuple(getattr(t, 'shape', ()))}, "
+                f"expected one timestep a sample: ({len(x)},)"
             )
         if y is not None and y.shape != (len(x),):
             raise InputError(
@@ -113,8 +113,8 @@ def make_cond_fn(
     )
     if guidance.mode != "score" or guidance.every != 1:
         raise InputError(
-            f"guidance has mode = {guidance.mode!r}, every = {guidance.every}: expected 'score' "
-            "and 1"
+            f"guidance has mode = {guidance.mode!r}, "
+            f"every = {guidance.every}: expected 'score' and 1"
         )
     if prediction not in get_args(Prediction) or prediction == "flow":
         raise InputError(f"prediction = {prediction!r}: expected 'epsilon', 'v' or 'sample'")

@@ -85,8 +85,8 @@ class LearnerGradient:
     def __post_init__(self) -> None:
         if not callable(self.learner):
             raise TypeError(
-                f"learner is a {type(self.learner).__name__}, expected a function from images to "
-                "logits"
+                f"learner is a {type(self.learner).__name__}, "
+                "expected a function from images to logits"
             )
         if not isinstance(self.guidance, GuidanceConfig):
             raise TypeError(

@@ -67,8 +67,8 @@ class LearnerGuidance(ClassifierFreeGuidance):
             and prediction != "flow"
         ):
             raise InputError(
-                f"guidance has mode = 'relative': with a {type(scheduler).__name__} a guider takes "
-                "'score'"
+                "guidance has mode = 'relative': with a "
+                f"{type(scheduler).__name__} a guider takes 'score'"
             )
         for option in ("clip_sample", "thresholding"):
             if scheduler.config.get(option):

@@ -104,8 +104,8 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         elif isinstance(pipe, diffusers.StableDiffusionPipeline):
             if prompts is None or isinstance(prompts, str):
                 raise InputError(
-                    f"prompts = {prompts!r}: expected a list of the prompts that the pipeline is "
-                    "called with"
+                    f"prompts = {prompts!r}: expected a list of "
+                    "the prompts that the pipeline is called with"
                 )
             condition = live_pipeline.encoded(pipe, list(prompts))
         elif not isinstance(pipe, diffusers.DDIMPipeline):

@@ -25,8 +25,8 @@ def bench(arguments: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "run.py").is_file():
         raise InputError(
-            "bench: the benchmarks are part of a checkout; clone the repository and pip install -e "
-            "it"
+            "bench: the benchmarks are part of a checkout; "
+            "clone the repository and pip install -e it"
         )
     sys.path.insert(0, str(root))
     from benchmarks.run import main as measure

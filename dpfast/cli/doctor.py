@@ -53,8 +53,8 @@ def installation() -> str:
     from dpfast.pool.memory_tiers import readable
 
     lines = [
-        f"Python {platform.python_version()} on {platform.machine()}, {torch.get_num_threads()} "
-        "torch threads"
+        f"Python {platform.python_version()} on {platform.machine()}, "
+        f"{torch.get_num_threads()} torch threads"
     ]
     lines += [f"  {name:<20} {_version(name) or 'MISSING'}" for name in CORE]
     lines.append("Optional")

@@ -65,8 +65,8 @@ def add(commands: Commands) -> None:
         "--log-level",
         default="info",
         metavar="LEVEL",
-        help="least level in logs/ of the run's folder: debug, info, warning or error (default: "
-        "info)",
+        help="least level in logs/ of the run's folder: "
+        "debug, info, warning or error (default: info)",
     )
     parser.add_argument(
         "--timeout",

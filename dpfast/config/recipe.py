@@ -139,8 +139,8 @@ class Generator(Section):
     )
     compile_region: Literal["step", "blocks"] = option(
         "step",
-        help="what is compiled: whole steps, or the transformer's blocks alone, once for all of "
-        "them",
+        help="what is compiled: whole steps, "
+        "or the transformer's blocks alone, once for all of them",
     )
     batch_size: int = option(
         250,
@@ -157,8 +157,8 @@ class Generator(Section):
     )
     attention: Literal["sdpa", "xformers"] = option(
         "sdpa",
-        help="attention of the denoiser: torch's scaled_dot_product_attention, or xformers on a "
-        "GPU",
+        help="attention of the denoiser: torch's "
+        "scaled_dot_product_attention, or xformers on a GPU",
     )
     channels_last: bool = option(
         False,
@@ -294,8 +294,8 @@ class Learner(Section):
     )
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto",
-        help="precision of the learner's forward pass; bf16: by autocast; auto: bf16 on a GPU "
-        "that has it",
+        help="precision of the learner's forward pass; "
+        "bf16: by autocast; auto: bf16 on a GPU that has it",
     )
     compile: bool | Literal["auto"] = option(
         "auto",
@@ -392,14 +392,14 @@ class Practice(Section):
         2,
         unit="evaluations",
         low=1,
-        help="evaluations without a new best after which samples are added, the paper's T_max at "
-        "the start",
+        help="evaluations without a new best after which "
+        "samples are added, the paper's T_max at the start",
     )
     patience_growth: Literal["coverage", "pool", "round", "fixed"] = option(
         "coverage",
-        help="how patience grows with the pool; coverage: at least a quarter of the pool over the "
-        "initial samples; pool: in proportion to the pool; round: by one a round; fixed: not at "
-        "all",
+        help="how patience grows with the pool; coverage: "
+        "at least a quarter of the pool over the initial samples; pool: "
+        "in proportion to the pool; round: by one a round; fixed: not at all",
     )
     omega_rounds: tuple[float, ...] = option(
         (),
@@ -440,8 +440,8 @@ class Practice(Section):
         unit="fraction",
         low=0,
         below=1,
-        help="dp: the fraction of the steps at which new samples begin, from samples of the pool; "
-        "0: from noise",
+        help="dp: the fraction of the steps at which new "
+        "samples begin, from samples of the pool; 0: from noise",
     )
     oversample: float = option(
         4.0,
@@ -475,8 +475,8 @@ class Practice(Section):
         10.0,
         unit="minutes",
         low=0,
-        help="largest age of the newest checkpoint while the learner trains; 0: one at every "
-        "evaluation",
+        help="largest age of the newest checkpoint while "
+        "the learner trains; 0: one at every evaluation",
     )
     checkpoints_kept: int = option(
         2,
@@ -491,8 +491,8 @@ class Practice(Section):
         0,
         unit="ranks",
         low=0,
-        help="so many of several ranks only generate, while the others train; 0: all do both in "
-        "turn",
+        help="so many of several ranks only generate, "
+        "while the others train; 0: all do both in turn",
     )
     overlap_staleness: int = option(
         1000,
@@ -547,8 +547,8 @@ class Pool(Section):
     )
     mapped: bool = option(
         False,
-        help="hold the rest in memory-mapped files in the run's folder, up to 90 % of its free "
-        "disk",
+        help="hold the rest in memory-mapped files in "
+        "the run's folder, up to 90 % of its free disk",
     )
     save_samples: Literal["png", "npy", "jpeg", "none"] = option(
         "png",
@@ -653,8 +653,8 @@ class Recipe(Section):
         _check(size % (2 * ranks) == 0, "learner.batch_size", size, wanted)
         batch = self.generator.batch_size
         wanted = (
-            f"at most {initial // ranks}: initial_samples = {initial} are fewer batches than the "
-            f"{ranks} ranks"
+            f"at most {initial // ranks}: initial_samples = {initial} "
+            f"are fewer batches than the {ranks} ranks"
         )
         _check(-(-initial // batch) >= ranks, "generator.batch_size", batch, wanted)
         wanted = "no 'prune' with several ranks: it chooses among all candidates of a round"
@@ -677,8 +677,8 @@ class Recipe(Section):
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
             raise RecipeError(
-                f"recipe = {str(source)!r}: no such recipe; known are {known}, or a path that ends "
-                "in .toml"
+                f"recipe = {str(source)!r}: no such recipe; "
+                f"known are {known}, or a path that ends in .toml"
             )
         try:
             table = tomllib.loads(path.read_text())

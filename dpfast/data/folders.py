@@ -89,8 +89,8 @@ def open_folder(
     """
     if shape[0] not in MODES:
         raise InputError(
-            f"{field} = {str(path)!r}: image files hold 1 or 3 channels, the learner takes "
-            f"{shape[0]}"
+            f"{field} = {str(path)!r}: image files hold 1 "
+            f"or 3 channels, the learner takes {shape[0]}"
         )
     if not path.is_dir():
         raise InputError(f"{field} = {str(path)!r}: no such folder")
@@ -101,8 +101,8 @@ def open_folder(
     ]
     if not pairs:
         raise InputError(
-            f"{field} = {str(path)!r}: no images; expected a sub-folder of image files for each "
-            "class"
+            f"{field} = {str(path)!r}: no images; "
+            "expected a sub-folder of image files for each class"
         )
     return ImageFolder(
         path, tuple(f for f, _ in pairs), tuple(label for _, label in pairs), tuple(shape)

@@ -266,8 +266,8 @@ def _open(
 ) -> ImageFolder:
     if shape is None or not classes:
         raise InputError(
-            f"{field} = {name!r}: a folder needs the classes and the shape of the generator's "
-            "images"
+            f"{field} = {name!r}: a folder needs the "
+            "classes and the shape of the generator's images"
         )
     folder = open_folder(
         Path(name),

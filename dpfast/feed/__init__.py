@@ -37,8 +37,8 @@ def make_loader(kind: str | Callable[..., Loader], pool: Pool, **options: Any) -
     for name in PARTS:
         if not hasattr(made, name):
             raise InputError(
-                f"loader: a {type(made).__name__} has no {name}; expected the protocol "
-                "dpfast.Loader"
+                f"loader: a {type(made).__name__} has no {name}; "
+                "expected the protocol dpfast.Loader"
             )
     return made
 

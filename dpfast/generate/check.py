@@ -46,8 +46,8 @@ def interval(name: str, start: float, stop: float) -> None:
     """Raises ``InputError`` unless 0 <= start < stop <= 1."""
     if not 0 <= start < stop <= 1:
         raise InputError(
-            f"{name} = ({start:g}, {stop:g}): expected fractions of the steps, 0 <= start < stop "
-            "<= 1"
+            f"{name} = ({start:g}, {stop:g}): expected "
+            "fractions of the steps, 0 <= start < stop <= 1"
         )
 
 

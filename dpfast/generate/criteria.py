@@ -47,9 +47,8 @@ def disagreement(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.dim() != 3:
         raise InputError(
-            "criterion 'disagreement' compares the members of a committee: expected logits (B, M, "
-            "K), "
-            f"got {tuple(logits.shape)}"
+            "criterion 'disagreement' compares the members of a committee: "
+            f"expected logits (B, M, K), got {tuple(logits.shape)}"
         )
     logs = logits.float().log_softmax(2)
     mean = logs.exp().mean(1)

@@ -74,8 +74,8 @@ class FeatureCache:
             keep, reuse = _unet(model, self._slot)
         else:
             raise InputError(
-                f"cache_interval: a {type(denoiser).__name__} has no inner blocks that are known "
-                "here"
+                f"cache_interval: a {type(denoiser).__name__} "
+                "has no inner blocks that are known here"
             )
         self._keep, self._reuse = replaced(denoiser, keep), replaced(denoiser, reuse)
 

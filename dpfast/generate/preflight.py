@@ -38,8 +38,8 @@ def step_parts(
     if learner is not None:
         if guidance.through == "latent" and denoiser.prediction == "sample":
             raise InputError(
-                "through = 'latent': this denoiser predicts x0 itself, which leaves no path around "
-                "it"
+                "through = 'latent': this denoiser predicts "
+                "x0 itself, which leaves no path around it"
             )
         path = GuidancePath(
             denoiser=denoiser,
@@ -150,7 +150,7 @@ def check_start(shape: tuple[int, ...], latents: Tensor | None, step: int, *, to
 
 @functools.cache
 def _warn_of_easy_samples() -> None:
-    """Once a process."""
+    """Warns, once a process, that a negative omega makes easy samples."""
     warnings.warn(
         "omega is negative: guidance lowers the learner's entropy and makes easy samples",
         UserWarning,
@@ -186,8 +186,8 @@ def try_learner(
         raise InputError(f"learner gives {got} for 2 images, expected logits of shape {expected}")
     if not logits.requires_grad or _gradient(logits, images) is None:
         raise InputError(
-            "learner gives logits without a gradient at its images: it detaches them, or runs in "
-            "no_grad"
+            "learner gives logits without a gradient at its images: "
+            "it detaches them, or runs in no_grad"
         )
     logits = logits.detach()
     value, _ = criteria.value_and_gradient(

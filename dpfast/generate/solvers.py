@@ -85,8 +85,8 @@ def _table(
     rows = torch.stack(columns, dim=1).float()
     if not rows.isfinite().all():
         raise InputError(
-            f"steps = {len(rows)}: the scheduler's grid has no finite coefficients at this number "
-            "of steps"
+            f"steps = {len(rows)}: the scheduler's grid has "
+            "no finite coefficients at this number of steps"
         )
     return SolverTable(rows, timesteps.clone(), clip=clip)
 
@@ -113,8 +113,8 @@ def _clip(config: Any) -> float | DynamicThreshold | None:
     if config.get("thresholding"):
         if config.sample_max_value < 1:
             raise InputError(
-                f"scheduler option sample_max_value = {config.sample_max_value}: expected at least "
-                "1"
+                f"scheduler option sample_max_value = {config.sample_max_value}: "
+                "expected at least 1"
             )
         return DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
     return float(config.clip_sample_range) if config.get("clip_sample") else None
@@ -437,8 +437,8 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
     for option, wanted in (("use_flow_sigmas", False), ("timestep_type", "discrete")):
         if config.get(option, wanted) != wanted:
             raise refuse(
-                f"scheduler option {option} = {config[option]!r} has no solver here; expected "
-                f"{wanted!r}"
+                f"scheduler option {option} = {config[option]!r} "
+                f"has no solver here; expected {wanted!r}"
             )
     if latent and "clip_sample" not in config:
         overrides = {"clip_sample": False, **overrides}

@@ -41,7 +41,7 @@ def device_named(name: str, *, rank: int = 0, ranks: int = 1) -> torch.device:
         raise InputError(f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device = {name!r}: torch {torch.__version__} finds {torch.cuda.device_count()} GPUs "
-            "here"
+            f"device = {name!r}: torch {torch.__version__} "
+            f"finds {torch.cuda.device_count()} GPUs here"
         )
     return torch.device(name)

@@ -29,10 +29,9 @@ def checkpoint_activations(model: nn.Module) -> None:
     blocks = repeated_blocks(model)
     if len(blocks) < 2:
         raise InputError(
-            f"activation_checkpointing = True: {type(model).__name__} repeats no module in a list "
-            "of modules of one "
-            "class, so there is no block to compute again; expected False, and a smaller "
-            "micro_batch"
+            f"activation_checkpointing = True: {type(model).__name__} repeats "
+            "no module in a list of modules of one class, so there is no "
+            "block to compute again; expected False, and a smaller micro_batch"
         )
     for block in blocks:
         block.forward = partial(_checkpointed, block, block.forward)

@@ -114,8 +114,8 @@ def learner_factory(
     """
     if not (learner is None or callable(learner)):
         raise InputError(
-            f"learner is a {type(learner).__name__}: expected an nn.Module, or a function that "
-            "returns one"
+            f"learner is a {type(learner).__name__}: "
+            "expected an nn.Module, or a function that returns one"
         )
     held = copy.deepcopy(learner) if isinstance(learner, nn.Module) else None
     built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -171,8 +171,8 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
     kind = objects_of(Path(folder)).get("learner")
     if kind is not None:
         raise InputError(
-            f"learner = {str(folder)!r}: an object of its run, {kind}; load {weights.name} into "
-            "another one"
+            f"learner = {str(folder)!r}: an object of its run, "
+            f"{kind}; load {weights.name} into another one"
         )
     recipe = Recipe.from_dict(read_recipe(recipe_file))
     model = learner_factory(recipe, pipeline)()

@@ -219,9 +219,8 @@ class Trainer:
             raise failure
         if self._norms and self._fits:
             raise InputError(
-                f"micro_batch = {size}: a step ran out of memory while other ranks waited for its "
-                "batch norms; "
-                f"expected at most {size // 2}, also with --resume"
+                f"micro_batch = {size}: a step ran out of memory while other ranks waited "
+                f"for its batch norms; expected at most {size // 2}, also with --resume"
             ) from failure
         self.micro_batch = size // 2
         log.warning(

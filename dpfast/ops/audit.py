@@ -421,8 +421,8 @@ def record(report: Report) -> dict[str, Any]:
 def table(reports: Iterable[Report]) -> str:
     """The reports as a Markdown table."""
     lines = [
-        "| kernel | GPU | registers | local bytes | shared bytes | occupancy | loads | stores | "
-        "promises |",
+        "| kernel | GPU | registers | local bytes | shared bytes "
+        "| occupancy | loads | stores | promises |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:

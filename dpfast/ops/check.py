@@ -52,8 +52,8 @@ def target(
     ):
         layout = "channels_last" if channels_last else "contiguous"
         raise InputError(
-            f"{name} of shape {tuple(out.shape)} has strides {out.stride()}, expected {layout} "
-            "memory"
+            f"{name} of shape {tuple(out.shape)} has strides "
+            f"{out.stride()}, expected {layout} memory"
         )
     return out
 

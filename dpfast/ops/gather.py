@@ -175,8 +175,8 @@ def _native(request: Request, out: Tensor) -> None:
     )
     if not inside:
         raise IndexError(
-            f"indices of shape {tuple(indices.shape)} must lie in [0, {store.shape[0]}), the "
-            "store's rows"
+            f"indices of shape {tuple(indices.shape)} must "
+            f"lie in [0, {store.shape[0]}), the store's rows"
         )
 
 

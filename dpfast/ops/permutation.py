@@ -81,8 +81,8 @@ def permutation(first: int, count: int, size: int, *, seed: int, epoch: int, str
     """
     if not 0 <= first <= first + count <= size <= LARGEST:
         raise InputError(
-            f"places {first} to {first + count} of {size} samples: expected 0 <= first <= last <= "
-            "size"
+            f"places {first} to {first + count} of {size} samples: "
+            "expected 0 <= first <= last <= size"
         )
     if dispatch.backend_for(dispatch.CPU) != "native":
         places = torch.arange(first, first + count)

@@ -220,8 +220,8 @@ class Ranks:
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise InputError(
-                    f"{what}: rank {rank} has {other}, rank 0 has {values[0]}; all ranks need the "
-                    "same"
+                    f"{what}: rank {rank} has {other}, "
+                    f"rank 0 has {values[0]}; all ranks need the same"
                 )
 
     @contextlib.contextmanager

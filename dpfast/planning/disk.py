@@ -52,9 +52,8 @@ class Disk:
             f"disk: {readable(self.total)} a run: {samples}, "
             f"checkpoints {readable(self.kept * self.checkpoint)} ({self.kept} of "
             f"{readable(self.checkpoint)}){mapped}",
-            f"  {self.checkpoints} checkpoints are written beside the loop, {self.seconds:.2g} s "
-            "each: "
-            f"{self.share:.2%} of the seconds",
+            f"  {self.checkpoints} checkpoints are written beside the loop, "
+            f"{self.seconds:.2g} s each: {self.share:.2%} of the seconds",
         ]
 
 

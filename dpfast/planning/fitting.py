@@ -73,7 +73,7 @@ class Fit:
         return self.margin >= 0 and self.pool.fits
 
     def lines(self) -> list[str]:
-        """For a reader: the peak and its margin, then what was changed and what is proposed."""
+        """Lines of text: the peak and its margin, then what was changed and what is proposed."""
         kind = "margin" if self.margin >= 0 else "missing"
         first = (
             f"memory: at most {readable(self.peak.total)} of the {readable(self.usable)} of a "

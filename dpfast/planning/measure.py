@@ -201,8 +201,8 @@ class StageClock:
         expected = max(self.peaks.limits(counts).values()) / EXPECTED
         if expected * least > self.seconds:
             self.notes.append(
-                f"{name}: not timed, {least} may take {expected * least:.0f} s on {self.device}: "
-                "derived"
+                f"{name}: not timed, {least} may take "
+                f"{expected * least:.0f} s on {self.device}: derived"
             )
             return None
         size = max(least, min(most, int(self.seconds / (16 * expected))) // least * least)

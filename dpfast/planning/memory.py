@@ -87,7 +87,7 @@ def footprints(
     ranks: int,
     guided: bool,
 ) -> tuple[Footprint, ...]:
-    """Of every phase of a run.
+    """The footprint of every phase of a run.
 
     pool: bytes of the samples on this device; batch: samples that a sampler makes at once; share:
     images of a training step on this device; evaluated: images of a batch; ranks: that train;

@@ -75,11 +75,10 @@ def _simulated(plan: Plan) -> list[str]:
         return []
     turns, overlap = plan.turns, plan.overlap
     return [
-        f"dp, simulated in turns: {_hours(turns.seconds)} hours, {plan.efficiency(turns):.0%} "
-        "efficient",
-        f"  side by side, {overlap.generating} of {overlap.ranks} make samples while the others "
-        "train: "
-        f"{_hours(overlap.seconds)} hours, {plan.efficiency(overlap):.0%}",
+        f"dp, simulated in turns: {_hours(turns.seconds)} hours, "
+        f"{plan.efficiency(turns):.0%} efficient",
+        f"  side by side, {overlap.generating} of {overlap.ranks} make samples while the "
+        f"others train: {_hours(overlap.seconds)} hours, {plan.efficiency(overlap):.0%}",
     ]
 
 
@@ -91,8 +90,8 @@ def _memory(plan: Plan) -> list[str]:
             f"{kind} {readable(held)}" for kind, held in footprint.kinds.items() if held
         )
         lines.append(
-            f"  {footprint.phase}{_at_once(fit, footprint.phase)}: {readable(footprint.total)} "
-            f"({kinds})"
+            f"  {footprint.phase}{_at_once(fit, footprint.phase)}: "
+            f"{readable(footprint.total)} ({kinds})"
         )
     lines.append(f"pool: {pool}")
     each = pool.bytes_per_sample

@@ -61,9 +61,8 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
             else "an image has 1 or 3 channels"
         )
         raise InputError(
-            f"format = 'imagefolder': the pool holds {pool.codec} of shape {pool.shape}, {why}; "
-            "choose webdataset or "
-            "parquet"
+            f"format = 'imagefolder': the pool holds {pool.codec} of "
+            f"shape {pool.shape}, {why}; choose webdataset or parquet"
         )
     if format == "webdataset":
         with Saver(pool, out, images="png" if pictures else "npy", classes=classes) as saver:

@@ -122,10 +122,9 @@ class MemoryTiers:
                 return name
         budgets = ", ".join(f"{name} {readable(self.budget(name))}" for name in NAMES)
         raise PoolFullError(
-            f"the pool holds {sum(used.values())} chunks of {readable(chunk_bytes)} and its "
-            "budgets are full "
-            f"({budgets}): raise host_gib, map files (mapped = true), or store latents or JPEG "
-            "(codec)"
+            f"the pool holds {sum(used.values())} chunks of {readable(chunk_bytes)} "
+            f"and its budgets are full ({budgets}): raise host_gib, "
+            "map files (mapped = true), or store latents or JPEG (codec)"
         )
 
     def allocate(self, name: str, chunk_bytes: int) -> Tensor:

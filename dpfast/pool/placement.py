@@ -40,7 +40,7 @@ class Placement:
 
     @property
     def total_bytes(self) -> int:
-        """Of one device's share of the pool."""
+        """Bytes of payloads and columns in one device's share of the pool."""
         return self.samples * (self.bytes_per_sample + self.overhead)
 
     @property

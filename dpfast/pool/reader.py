@@ -130,8 +130,8 @@ class SavedFolder:
         """
         if len(rows) and rows[-1] >= self.starts[-1]:
             raise shards.DamagedPoolError(
-                f"{str(self.folder)!r} holds {self.starts[-1]} intact samples, {rows[-1] + 1} are "
-                "needed"
+                f"{str(self.folder)!r} holds {self.starts[-1]} "
+                f"intact samples, {rows[-1] + 1} are needed"
             )
         number = np.searchsorted(self.starts, rows, "right") - 1
         for shard in np.unique(number).tolist():

@@ -99,8 +99,8 @@ class Saver:
             np.concatenate([*ids, []]), self.pool.records(0, count)["sample_id"]
         ):
             raise InputError(
-                f"{str(self.folder)!r} holds {count} samples that are not the first ones of this "
-                "pool"
+                f"{str(self.folder)!r} holds {count} samples "
+                "that are not the first ones of this pool"
             )
         if truncate:
             manifest.write(self.folder)

@@ -68,7 +68,7 @@ class Shard:
 
     @cached_property
     def line(self) -> str:
-        """In the manifest, made once: a manifest is written anew for every shard."""
+        """The shard as JSON, kept: a manifest is written anew for every shard."""
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self)})
 
 
@@ -90,7 +90,7 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     def next_name(self) -> str:
-        """Of the shard that comes next; names of quarantined ones are not used again."""
+        """The name of the next shard; those of quarantined shards are not used again."""
         # the shards' numbers rise
         numbers = [int(s.name[6:-4]) for s in (*self.shards[-1:], *self.quarantined)]
         return f"shard-{max(numbers, default=-1) + 1:06d}.tar"
@@ -419,8 +419,8 @@ def _files(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
                 check_member(member.name, path)
                 if not member.isreg() and not member.isdir():
                     raise InputError(
-                        f"{path}: member {member.name!r} is a link or a device, expected plain "
-                        "files"
+                        f"{path}: member {member.name!r} is a "
+                        "link or a device, expected plain files"
                     )
                 if member.isreg():
                     yield member

@@ -144,8 +144,8 @@ class PoolSnapshot:
         """(B, C, H, W) floats on the scale of bytes, where the latents are."""
         if self.decode is None:
             raise InputError(
-                "the pool holds latents and has no decode function: SamplePool('latents', "
-                "decode=...)"
+                "the pool holds latents and has no decode function: "
+                "SamplePool('latents', decode=...)"
             )
         assert isinstance(latents, Tensor)
         with torch.no_grad():

@@ -27,8 +27,8 @@ BRANCH = "branch"  # a branch may, which takes no more samples
 FIXED = "fixed"  # as the run was born
 
 SAMPLES = (
-    "it makes the samples: those of later rounds would be of another recipe than those that "
-    "are there"
+    "it makes the samples: those of later rounds would "
+    "be of another recipe than those that are there"
 )
 TRAINING = "the weights so far were trained by it"
 DATES = "it decides when samples are added, and has decided so far"
@@ -120,8 +120,8 @@ RULES: dict[str, tuple[str, str]] = {
     "maximum_rounds": (BRANCH, "a run that has reached it would have gone on adding"),
     "iterations": (
         FREE,
-        "they may grow: the warm-up keeps its steps, and from the cool-down a run goes back before "
-        "it",
+        "they may grow: the warm-up keeps its steps, "
+        "and from the cool-down a run goes back before it",
     ),
     "evaluate_every": (FIXED, DATES),
     "evaluate_unit": (FIXED, DATES),
@@ -197,8 +197,8 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     if iterations != born["iterations"]:
         if warm + learner.cooldown * iterations > iterations:
             raise RecipeError(
-                f"iterations = {iterations}: the run's warm-up took {warm:.0f}, before the "
-                "cool-down"
+                f"iterations = {iterations}: the run's "
+                f"warm-up took {warm:.0f}, before the cool-down"
             )
         learner = replace(learner, warmup=warm / iterations)
     return replace(recipe, generator=generator, learner=learner)

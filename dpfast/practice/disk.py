@@ -113,8 +113,7 @@ class Needs:
         mapped = f", mapped files {readable(self.mapped)}" if self.mapped else ""
         return (
             f"out = {str(folder)!r}: {when} needs {readable(self.total)} of disk ({self.count} "
-            "samples "
-            f"{readable(self.samples)}{mapped}, checkpoints {readable(self.checkpoints)}), "
+            f"samples {readable(self.samples)}{mapped}, checkpoints {readable(self.checkpoints)}), "
             f"{readable(free)} are free; make room and go on with --resume{anew}"
         )
 

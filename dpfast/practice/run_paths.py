@@ -144,8 +144,8 @@ def check_vacant(
         raise InputError(f"out = {str(path)!r}: exists and holds no run; choose another folder")
     if not overwrite and not unbegun(path):
         raise InputError(
-            f"out = {str(path)!r}: holds another run; --resume continues it, --overwrite replaces "
-            "it"
+            f"out = {str(path)!r}: holds another run; "
+            "--resume continues it, --overwrite replaces it"
         )
     living = owner_of(path)
     if living is not None:
@@ -182,8 +182,8 @@ def check_saving(recipe: Recipe, *, resume: bool, branch: bool) -> None:
     ):
         if asked:
             raise RecipeError(
-                f"save_samples = 'none': nothing is kept that {what} could go on from; expected "
-                "'png'"
+                "save_samples = 'none': nothing is kept that "
+                f"{what} could go on from; expected 'png'"
             )
     if not launch.rank():
         warnings.warn(

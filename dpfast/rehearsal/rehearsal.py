@@ -217,8 +217,8 @@ def _failures(found: Rehearsal, timeout: float, disk: float | None) -> Iterator[
     if len(first.device_groups) > 1:
         groups = ", ".join(sorted(first.device_groups))
         yield (
-            f"collectives: the groups {groups} move data of the device and may be in flight "
-            "together"
+            f"collectives: the groups {groups} move data "
+            "of the device and may be in flight together"
         )
     if line.dead is not None:
         yield f"ranks: {line.dead}"
@@ -231,8 +231,8 @@ def _failures(found: Rehearsal, timeout: float, disk: float | None) -> Iterator[
         yield f"disk: the run writes {readable(planned.disk.total)}, free are {readable(disk)}"
     if found.dry_run > DRY_RUN:
         yield (
-            f"dry run: times the stages for {found.dry_run:.0f} s on this device, more than "
-            f"{DRY_RUN:.0f}"
+            f"dry run: times the stages for {found.dry_run:.0f} "
+            f"s on this device, more than {DRY_RUN:.0f}"
         )
 
 

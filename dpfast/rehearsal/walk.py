@@ -70,13 +70,13 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
     for name, value in (("codec", recipe.pool.codec), ("loader", recipe.learner.loader)):
         if value in ("jpeg", "dali"):
             raise RecipeError(
-                f"{name} = {value!r}: a rehearsal decodes no files; rehearse it with pixels or "
-                "latents"
+                f"{name} = {value!r}: a rehearsal decodes no files; "
+                "rehearse it with pixels or latents"
             )
     if recipe.practice.overlap:
         raise RecipeError(
-            f"overlap = {recipe.practice.overlap}: a rehearsal walks ranks that do all in turns; "
-            "expected 0"
+            f"overlap = {recipe.practice.overlap}: "
+            "a rehearsal walks ranks that do all in turns; expected 0"
         )
     batch = recipe.generator.batch_size  # a rank's turn; what is in memory at once may be less
     samples = max(ranks.size * BATCHES * batch, -(-classes // batch) * batch) + batch // 2

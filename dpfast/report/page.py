@@ -31,8 +31,8 @@ SHEET_COLUMNS = 12
 # bytes of saved samples that are read into memory for entropies at birth and contact sheets
 LARGEST = 16 << 30
 SWEPT = {
-    "oversampling": "prune: accuracy and cost against how many candidates a kept sample was chosen "
-    "from.",
+    "oversampling": "prune: accuracy and cost against "
+    "how many candidates a kept sample was chosen from.",
     "omega": "dp: accuracy and cost against the strength of guidance; 0 is the timing alone.",
 }
 
@@ -159,8 +159,8 @@ def _samples(
     name = run.path.name
     if saved is None:
         return (
-            f'<p class="note">{html.escape(name)}: no samples that were read, so no contact '
-            "sheets.</p>"
+            f'<p class="note">{html.escape(name)}: '
+            "no samples that were read, so no contact sheets.</p>"
         )
     pool, classes = saved
     parts = [
@@ -203,8 +203,8 @@ def _sheets(run: Run, pool: SamplePool, out: Path) -> str:
         path = out / f"samples_{run.path.name}_round_{number:02d}.png"
         picture.save(path)
         caption = (
-            f"{run.path.name}, round {number}: a row per class, entropy at birth rises to "
-            "the right."
+            f"{run.path.name}, round {number}: a row per class, "
+            "entropy at birth rises to the right."
         )
         parts.append(_img(path.read_bytes(), None, caption))
     return "".join(parts)

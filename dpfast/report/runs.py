@@ -97,8 +97,8 @@ def read_runs(paths: list[Path]) -> list[Run]:
     kinds = {str(run.recipe.get("validation")) for run in runs}
     if len(kinds) > 1:
         raise InputError(
-            f"runs: their real images differ ({', '.join(sorted(kinds))}); one report compares one "
-            "set"
+            "runs: their real images differ "
+            f"({', '.join(sorted(kinds))}); one report compares one set"
         )
     return runs
 

@@ -104,8 +104,8 @@ class Cost:
         slow = slowest(spent)
         if slow is not None and ranks.first:
             log.warning(
-                "rank %d took %.0f %% longer for a sample than the median rank, and all "
-                "wait for it",
+                "rank %d took %.0f %% longer for a sample "
+                "than the median rank, and all wait for it",
                 slow[0],
                 100 * slow[1] - 100,
             )

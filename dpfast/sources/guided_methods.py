@@ -97,8 +97,7 @@ def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
     if not before or max(before) + 1 >= total:
         raise RecipeError(
             f"early_until = {until:g}: expected a guided step before this part of the {total} "
-            "steps "
-            f"and a step after it; guided are {', '.join(map(str, sorted(guided)))}"
+            f"steps and a step after it; guided are {', '.join(map(str, sorted(guided)))}"
         )
     return max(before) + 1
 

@@ -65,8 +65,8 @@ class Features:
             w = np.asarray(truth if vector is None else vector, float)
             if w.shape != (self.d,) or not np.isfinite(w).all() or not w.any():
                 raise InputError(
-                    f"{name} of shape {w.shape}: expected ({self.d},) finite numbers that are not "
-                    "all 0"
+                    f"{name} of shape {w.shape}: expected ({self.d},) "
+                    "finite numbers that are not all 0"
                 )
             w = w / np.abs(w).max()
             units.append(

@@ -273,8 +273,8 @@ def test_the_documented_steps_of_the_learner_are_those_of_the_record():
                 f"{row['seconds'][kind] * 1e3:.2f}" for kind in ("median", "minimum")
             )
             line = (
-                f"| {record['training']}, {record['batch']} images | {row['row']} | {median} | "
-                f"{minimum} | "
+                f"| {record['training']}, {record['batch']} images "
+                f"| {row['row']} | {median} | {minimum} | "
             )
             assert f"{line}{row['host_waits']} |" in text
 

@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
         (MemoryError(), True),
         (
             RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate "
-                "9 bytes"
+                "[enforce fail] DefaultCPUAllocator: "
+                "can't allocate memory: you tried to allocate 9 bytes"
             ),
             True,
         ),

@@ -69,8 +69,8 @@ def test_the_page_opens_in_a_browser(tmp_path):
         with browser.Page(binary) as page:
             page.open(page_file, width=width, dark=dark)
             sizes = page.evaluate(
-                "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth, "
-                "() => 0)))"
+                "Promise.all([...document.images].map(i => "
+                "i.decode().then(() => i.naturalWidth, () => 0)))"
             )
             assert len(sizes) == 6
             assert min(sizes) > 0

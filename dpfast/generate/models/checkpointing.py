@@ -33,8 +33,8 @@ def with_checkpointing(denoiser: Any) -> Any:
     """
     if not can_checkpoint(denoiser):
         raise InputError(
-            f"denoiser is a {type(denoiser).__name__} without any of {', '.join(NAMES)} to "
-            "recompute"
+            f"denoiser is a {type(denoiser).__name__} "
+            f"without any of {', '.join(NAMES)} to recompute"
         )
     blocks: Blocks = {
         name: [_recomputed(block) for block in part]

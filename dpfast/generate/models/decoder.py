@@ -143,7 +143,7 @@ class ResizedDecoder:
 
 
 class IdentityDecoder:
-    """For models in pixel space."""
+    """The decoder of a model in pixel space: its latents are the images."""
 
     def __call__(self, latents: Tensor) -> Tensor:
         return latents.float()

@@ -105,8 +105,8 @@ class PipelineFolder:
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise self.error(
-                f"{part!r} lacks {len(missing)} weights of a {kind.__name__}, the first is "
-                f"{missing[0]}"
+                f"{part!r} lacks {len(missing)} weights of a "
+                f"{kind.__name__}, the first is {missing[0]}"
             )
         return model.to(device).eval().requires_grad_(False)
 
