@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -50,6 +51,11 @@ USER_FOLDERS = {
 def _check(condition: bool, name: str, value: object, wanted: str) -> None:
     if not condition:
         raise RecipeError(f"{name} = {value!r}: expected {wanted}")
+
+
+def _in_running_order(sources: Sequence[str]) -> tuple[SourceName, ...]:
+    """Sources as they run, however they were said: so that one recipe is written in one way."""
+    return tuple(name for name in SOURCES if name in sources)
 
 
 class Section:
@@ -501,6 +507,10 @@ class Practice(Section):
         help="with overlap: optimiser steps between a learner and the addition of what it guided",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "sources", _in_running_order(self.sources))
+
     def check(self) -> None:
         initial, most = self.initial_samples, self.maximum_samples
         wanted = f"at least initial_samples ({initial})"
@@ -715,8 +725,16 @@ class Recipe(Section):
 def read_recipe(path: Path) -> dict[str, Any]:
     """A recipe as nested dictionaries from a file in a run's folder (``recipe.json``), by the names
     that fields have today.
+
+    Raises ``RecipeError`` with the path for a file that cannot be read or is no such thing.
     """
-    table: dict[str, Any] = json.loads(path.read_text())
+    try:
+        table: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe = {str(path)!r}: cannot be read: {error}") from error
+    sections = [table.get(key, {}) for key in SECTIONS] if isinstance(table, dict) else [None]
+    tables = all(isinstance(each, dict) for each in sections)
+    _check(tables, "recipe", str(path), "a table of fields and sections")
     for section, names in FORMER.items():
         values = table.get(section, {})
         for former, name in names.items():
@@ -725,7 +743,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     generator = table.get("generator", {})
     if "cfg_from" in generator:
         generator["cfg_interval"] = [generator.pop("cfg_from"), generator.pop("cfg_until")]
-    return table
+    practice = table.get("practice", {})
+    if set(practice.get("sources", [""])) <= {*SOURCES}:
+        practice["sources"] = list(_in_running_order(practice["sources"]))
+    found: dict[str, Any] = table
+    return found
 
 
 SECTIONS: dict[str, Any] = {

@@ -154,28 +154,33 @@ def given_real(
 
 def _tensors(real: object, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Images and labels of a pair, or of all items of a Dataset."""
-    if isinstance(real, tuple) and len(real) == 2 and all(isinstance(x, Tensor) for x in real):
-        return real
+    if isinstance(real, tuple) and len(real) == 2:
+        images, labels = real
+        if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+            kinds = f"{type(images).__name__} and {type(labels).__name__}"
+            raise InputError(f"real is a pair of {kinds}: expected two tensors, images and labels")
+        return images, labels
     if not (hasattr(real, "__getitem__") and hasattr(real, "__len__")) or isinstance(real, str):
         raise InputError(
             f"real is a {type(real).__name__}: expected dpfast.RealData, images and labels as "
             "tensors, or a Dataset of (image, label)"
         )
-    images, labels = [], []
+    read: list[Tensor] = []
+    classes: list[int] = []
     for number in range(len(real)):
         try:
             image, label = real[number]
             image = fit_picture(image, shape) if isinstance(image, Image.Image) else image
-            images.append(_pixels(torch.as_tensor(image)))
-            labels.append(int(label))
+            read.append(_pixels(torch.as_tensor(image)))
+            classes.append(int(label))
         except (TypeError, ValueError, RuntimeError, KeyError) as error:
             raise InputError(
                 f"real: item {number} is no image and label: {str(error).splitlines()[0]}"
             ) from error
-    sizes = sorted({tuple(image.shape) for image in images})
+    sizes = sorted({tuple(image.shape) for image in read})
     if len(sizes) != 1:
         raise InputError(f"real: images of the shapes {sizes[:3]}, expected those of one shape")
-    return torch.stack(images), torch.tensor(labels)
+    return torch.stack(read), torch.tensor(classes)
 
 
 def _pixels(images: Tensor) -> Tensor:

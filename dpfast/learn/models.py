@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,8 @@ def learner_factory(
             f"learner is a {type(learner).__name__}: "
             "expected an nn.Module, or a function that returns one"
         )
+    if learner is not None and not isinstance(learner, nn.Module):
+        _check_no_arguments(learner)
     held = copy.deepcopy(learner) if isinstance(learner, nn.Module) else None
     built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -146,6 +149,16 @@ def learner_factory(
         return model.to(pipeline.device)
 
     return new_learner
+
+
+def _check_no_arguments(learner: NewLearner) -> None:
+    """Raises ``InputError`` where a function or a class needs arguments to be called."""
+    try:
+        inspect.signature(learner).bind()
+    except TypeError as error:
+        raise InputError(f"learner: the function is called without arguments: {error}") from error
+    except ValueError:
+        pass  # what is built into Python may not tell
 
 
 def image_channels(pipeline: Pipeline | OwnPipeline) -> int:

@@ -41,13 +41,11 @@ def prepare_branch(
     it is no run, has another recipe (the fields are named; a branch may have other ``iterations``),
     kept no checkpoint of that round, or is past the start of the new cool-down there.
     """
-    if not (trunk / RECIPE_FILE).is_file():
-        raise InputError(f"branch_from = {str(trunk)!r}: holds no run")
+    recipe = continued(trunk, recipe, branch=True)
     if trunk.resolve() == out.resolve():
         raise InputError(
             f"out = {str(out)!r}: is the run that the branch leaves; choose another folder"
         )
-    recipe = continued(trunk, recipe, branch=True)
     folder = trunk / f"checkpoints_{SOURCE}"
     path = checkpoint.at_round(folder, round)
     if path is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dpfast.config import RECIPE_FILE, Recipe, flat, read_recipe
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 from dpfast.pool.shards import durable
 from dpfast.practice.contents import check_contents, note_contents
 
@@ -138,7 +138,7 @@ RULES: dict[str, tuple[str, str]] = {
     "prune_within": (FIXED, SAMPLES),
     "sources": (
         BRANCH,
-        "rivals take sizes and moments from dp; run others into a folder of their own",
+        "other sources take sizes and moments from dp; run them into a folder of their own",
     ),
     "yardstick_samples": (FREE, "it is measured against, and trains nothing"),
     "checkpoint_share": (FREE, "it says when is saved, not what"),
@@ -154,9 +154,12 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     """``recipe`` as the run in ``run`` goes on with it: the layout of its samples and its warm-up
     are those of birth.
 
-    Raises ``RecipeError`` with every field that must stay as the run was born, and why, where
-    iterations fell, and where a folder holds other things than at birth.
+    Raises ``InputError`` where the folder holds no run. Raises ``RecipeError`` with every field
+    that must stay as the run was born, and why, where iterations fell, and where a folder holds
+    other things than at birth.
     """
+    if not (run / RECIPE_FILE).is_file():
+        raise InputError(f"{'branch_from' if branch else 'resume'} = {str(run)!r}: holds no run")
     born, now = _read(run, BORN), _read(run, RECIPE_FILE)
     leaves, branch = branch, branch or (run / "branch.json").is_file()
     allowed = {

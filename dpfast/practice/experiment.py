@@ -55,9 +55,9 @@ class DeliberatePractice:
 
         results = DeliberatePractice(Recipe.load("fashion")).run()
 
-    Deliberate Practice runs first. Its rivals then get as many samples as it ended with and as many
-    iterations, those with rounds at the same moments. Without it they go by the recipe: the maximum
-    of samples, their own patience.
+    Deliberate Practice runs first. The other sources then get as many samples as it ended with and
+    as many iterations, those with rounds at the same moments. Without it they go by the recipe: the
+    maximum of samples, their own patience.
 
     Args:
         recipe: says everything that no object is given for.
@@ -96,15 +96,24 @@ class DeliberatePractice:
         unguided: UnguidedSamples | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
+        _check_kind("recipe", recipe, Recipe, "a Recipe, as Recipe.load gives it")
+        _check_kind("ranks", ranks, Ranks, "dpfast.parallel.Ranks")
+        if unguided is not None:
+            _check_kind("unguided", unguided, UnguidedSamples, "UnguidedSamples")
         named, own = _parted(recipe, sources)
         if named:
             recipe = replace(recipe, practice=replace(recipe.practice, sources=named))
         recipe.check_ranks(ranks.size)
         overlap = recipe.practice.overlap
-        self.link = OverlapGroups.of(ranks, overlap) if overlap else None
-        ranks = ranks if self.link is None else self.link.trainers
-        self.ranks, self.named, self.own = ranks, named, own
-        self.criterion, self.loader, self.callbacks = criterion, loader, _checked(callbacks)
+        self.overlap_groups = OverlapGroups.of(ranks, overlap) if overlap else None
+        if self.overlap_groups is not None:
+            ranks = self.overlap_groups.trainers
+        self.ranks = ranks
+        self.named = named
+        self.own = own
+        self.criterion = criterion
+        self.loader = loader
+        self.callbacks = _checked(callbacks)
         given: dict[str, object] = {"pipeline": pipeline, "learner": learner, "real": real}
         given |= {"criterion": criterion, "loader": loader}
         given |= {f"source {name}": each for name, each in own.items()}
@@ -172,7 +181,7 @@ class DeliberatePractice:
     def _fit(self, recipe: Recipe) -> None:
         """Takes ``recipe`` for the run, fitted to the memory that is there."""
         learner = self.objects.get("learner")
-        together = self.link is None
+        together = self.overlap_groups is None
         self.fit = fit_run(recipe, self.pipeline, self.ranks, together=together, learner=learner)
         self.recipe = recipe if self.fit is None else self.fit.recipe
         self.ranks.beat()
@@ -219,14 +228,18 @@ class DeliberatePractice:
         self._check_learner(classes)
 
     def _check_learner(self, classes: int) -> None:
-        """Raises ``InputError`` unless the learner gives (2, classes) logits for two images."""
+        """Raises ``InputError`` unless the learner can be trained and gives (2, classes) logits for
+        two images.
+        """
         learner, images = self.new_learner(), self.real.validation.images
         black = images.new_zeros(2, *images.shape[1:])  # a rank may have no image
-        what = f"model = {self.recipe.learner.model!r}"
         if "learner" not in self.objects:
+            what = f"model = {self.recipe.learner.model!r}"
             shape = tuple(predict(learner, black).shape)
         else:
             what = f"learner = {self.objects['learner']}"
+            if not any(weights.requires_grad for weights in learner.parameters()):
+                raise InputError(f"{what}: expected a module with parameters that can be trained")
             try:
                 shape = tuple(predict(learner, black).shape)
             except (RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -235,9 +248,8 @@ class DeliberatePractice:
                     f"{str(error).splitlines()[0]}"
                 ) from error
         if shape != (2, classes):
-            raise RecipeError(
-                f"{what}: its logits are {shape} for 2 images, expected (2, {classes})"
-            )
+            kind = InputError if "learner" in self.objects else RecipeError
+            raise kind(f"{what}: its logits are {shape} for 2 images, expected (2, {classes})")
 
     def run(
         self,
@@ -264,11 +276,14 @@ class DeliberatePractice:
         A rank that only generates returns no results.
         Raises ``Stopped`` after a stop was requested and ``LossError`` when a loss is not finite.
         """
-        stop = stop or Stop()
+        stop = Stop() if stop is None else stop
+        _check_kind("stop", stop, Stop, "dpfast.practice.stopping.Stop")
+        callbacks = _checked(callbacks)
         if folder is None or isinstance(folder, RunPaths):
             return self._run(folder, progress, callbacks, stop)
-        path, ranks = Path(folder), self.ranks
-        if not ranks.alone:
+        _check_kind("folder", folder, (str, Path), "a path")
+        path = Path(folder)
+        if not self.ranks.alone:
             raise InputError(
                 f"folder = {str(path)!r}: of several ranks the first one needs a RunWriter, the "
                 "others its RunPaths"
@@ -282,12 +297,12 @@ class DeliberatePractice:
         self, folder: RunPaths | None, progress: bool, callbacks: Sequence[Callback], stop: Stop
     ) -> list[Result]:
         names = self.names
-        if self.link is not None and self.link.generates:
+        if self.overlap_groups is not None and self.overlap_groups.generates:
             if "dp" in names:
                 GeneratorRank(
                     self.recipe,
                     self.pipeline,
-                    self.link,
+                    self.overlap_groups,
                     stop,
                     self.new_learner,
                     criterion=self.criterion,
@@ -348,9 +363,12 @@ class DeliberatePractice:
         return newest if newest is not None or path is None else checkpoint.load(Path(path))
 
     def _newest(self, folder: Path, name: str) -> Checkpoint | None:
-        """Where a source goes on. After the iterations have grown the first one goes on before the
-        old cool-down, and
-        its rivals, which take their sizes and moments from it, begin anew."""
+        """The checkpoint from which a source goes on; None: it begins anew.
+
+        After the iterations have grown the first source goes on before the old cool-down, and the
+        others, which take their sizes and moments from it, begin anew. Raises ``RecipeError`` where
+        no checkpoint from before the cool-down can be read.
+        """
         newest, practice = checkpoint.latest(folder), self.recipe.practice
         if newest is None or newest.iterations == practice.iterations:
             return newest
@@ -363,8 +381,7 @@ class DeliberatePractice:
         if kept is None:
             raise RecipeError(
                 f"iterations = {practice.iterations} was {before}: the run has begun its "
-                "cool-down, and kept no "
-                "checkpoint before it"
+                "cool-down, and kept no checkpoint before it"
             )
         try:
             return checkpoint.load(kept)
@@ -401,7 +418,9 @@ class DeliberatePractice:
                 pool=lambda: loop.pool.local,
                 criterion=self.criterion,
             )
-            return source if self.link is None else OverlappedSource(source, loop.guides, self.link)
+            if self.overlap_groups is None:
+                return source
+            return OverlappedSource(source, loop.guides, self.overlap_groups)
         if name == "static":
             total = recipe.practice.maximum_samples if practised is None else len(practised.pool)
             return StaticSource(recipe, unguided, total)
@@ -417,6 +436,7 @@ def _parted(
     """
     if sources is None:
         sources = recipe.practice.sources
+    _check_list("sources", sources, "names and Sources")
     own: dict[str, Source] = {}
     for each in sources:
         if isinstance(each, str) and each in SOURCES:
@@ -430,6 +450,11 @@ def _parted(
             raise InputError(
                 f"sources: name = {name!r}: expected letters and digits that no other source has"
             )
+        if not (hasattr(each, "cost") and hasattr(each, "initial_samples")):
+            raise InputError(
+                f"source {name!r}: has no cost or initial_samples; expected an __init__ that calls "
+                "super().__init__(initial_samples)"
+            )
         own[name] = each
     if not sources:
         raise InputError("sources: expected one or more")
@@ -437,7 +462,21 @@ def _parted(
 
 
 def _checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+    """The callbacks of a list. Raises ``InputError`` for other things."""
+    _check_list("callbacks", callbacks, "dpfast.Callbacks")
     for each in callbacks:
         if not isinstance(each, Callback):
             raise InputError(f"callbacks: a {type(each).__name__} is no dpfast.Callback")
     return tuple(callbacks)
+
+
+def _check_list(name: str, given: object, items: str) -> None:
+    """Raises ``InputError`` unless an argument is a sequence, and no text."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise InputError(f"{name} is a {type(given).__name__}: expected a list of {items}")
+
+
+def _check_kind(name: str, given: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raises ``InputError`` unless an argument is of a kind, or of one of several."""
+    if not isinstance(given, kind):
+        raise InputError(f"{name} is a {type(given).__name__}: expected {wanted}")

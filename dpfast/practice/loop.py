@@ -25,7 +25,7 @@ To understand a round, read in this order:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -319,6 +319,11 @@ class Loop:
         self._make_room()
         local.reserve(part - made)
         batches = source.make(request, made)
+        if not isinstance(batches, Iterable):
+            raise InputError(
+                f"source {self.name!r}: make gives a {type(batches).__name__}, expected an "
+                "iterator of SampleBatch"
+            )
         stopping: contextlib.AbstractContextManager[None] = self.stop.at_once()
         if source.streams:
             batches = self.samples.noted(batches, source.state_dict, self.stop)
@@ -337,6 +342,11 @@ class Loop:
 
     def _append(self, batch: SampleBatch, number: int) -> None:
         """Adds a batch of round ``number`` to the pool."""
+        if not isinstance(batch, SampleBatch):
+            raise InputError(
+                f"source {self.name!r}: make yields a {type(batch).__name__}, expected a "
+                "SampleBatch"
+            )
         self.ranks.beat()
         self.samples.append(
             batch,

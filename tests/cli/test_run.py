@@ -44,3 +44,34 @@ def test_a_branch_may_be_longer_and_a_report_that_the_disk_refuses_names_its_com
         for name in ("born.json", "recipe.json")
     )
     assert now == born * 40 / 60
+
+
+def test_a_branch_of_a_folder_without_a_run_is_refused_in_a_line(tmp_path, capsys):
+    trunk = tmp_path / "trunk"
+    asked = ["--branch-at", "3", "--branch-from", str(trunk), "--out", str(tmp_path / "out")]
+    assert main(["run", "fashion", *asked]) == 2
+    assert capsys.readouterr().err == (
+        f"dpfast: error: branch_from = {str(trunk)!r}: holds no run\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report", "RUN"],
+        ["run", "fashion", "--resume", "--out", "RUN"],
+        ["run", "fashion", "--branch-at", "3", "--branch-from", "RUN", "--out", "OUT"],
+        ["sample", "--learner", "RUN", "--omega", "0.1", "--labels", "0", "--out", "OUT"],
+    ],
+    ids=["report", "resume", "branch", "sample"],
+)
+def test_a_damaged_recipe_of_a_run_is_refused_in_a_line(tmp_path, capsys, words):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "learner_dp.safetensors").touch()
+    (run / "recipe.json").write_text('{"seed": 0, "gener')
+    places = {"RUN": str(run), "OUT": str(tmp_path / "out")}
+    assert main([places.get(word, word) for word in words]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"dpfast: error: recipe = {str(run / 'recipe.json')!r}: cannot be read")
+    assert told.count("\n") == 1

@@ -95,3 +95,32 @@ def test_a_recipe_of_a_run_is_read_by_the_names_that_fields_had_then(tmp_path):
     with pytest.raises(RecipeError, match="generation_batch"):
         Recipe.from_dict(json.loads((tmp_path / "recipe.json").read_text()))
     assert Recipe.from_dict(read_recipe(tmp_path / "recipe.json")) == recipe
+
+
+def test_sources_in_any_order_are_one_recipe(tmp_path):
+    recipe, other = (Recipe.load("fashion", sources=said) for said in ("static,dp", "dp,static"))
+    assert recipe == other
+    table = recipe.to_dict()
+    table["practice"]["sources"] = ["static", "dp"]  # as older runs wrote it
+    (tmp_path / "recipe.json").write_text(json.dumps(table))
+    assert read_recipe(tmp_path / "recipe.json")["practice"]["sources"] == ["dp", "static"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read: .*No such file"),
+        ('{"seed": 0, "gener', "cannot be read: Unterminated string"),
+        ("[]", "expected a table of fields and sections"),
+        ('{"practice": 3}', "expected a table of fields and sections"),
+    ],
+    ids=["missing", "cut short", "a list", "no section"],
+)
+def test_a_damaged_recipe_of_a_run_is_refused_in_one_line_with_its_path(tmp_path, text, said):
+    path = tmp_path / "recipe.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=said) as caught:
+        read_recipe(path)
+    assert str(caught.value).startswith(f"recipe = {str(path)!r}: ")
+    assert "\n" not in str(caught.value)

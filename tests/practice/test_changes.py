@@ -111,7 +111,7 @@ def test_a_run_that_is_made_longer_is_the_long_run_from_its_birth(short, tmp_pat
         resumed(short, tmp_path / "run")
 
 
-def test_the_rivals_of_a_longer_run_begin_anew(recipe, tmp_path):
+def test_the_other_sources_of_a_longer_run_begin_anew(recipe, tmp_path):
     short = with_(recipe, "practice", iterations=40, maximum_samples=45)
     run(short, tmp_path / "run")
     long = with_(short, "practice", iterations=60)

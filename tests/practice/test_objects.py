@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpfast.errors import InputError
+from dpfast.errors import InputError, RecipeError
 from dpfast.generate.pipelines import Pipeline
 from dpfast.learn.models import load_learner
 from dpfast.practice.callbacks import Callback
@@ -80,6 +80,15 @@ class NoSamples(Source):
         return iter(())
 
 
+class Bare(NoSamples):
+    """A source that calls no ``Source.__init__``."""
+
+    name = "bare"
+
+    def __init__(self):
+        pass
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -87,6 +96,17 @@ class NoSamples(Source):
         ({"learner": nn.Linear(3, 3)}, r"fails on images of shape \(2, 1, 16, 16\): mat1"),
         ({"learner": "resnet"}, "learner is a str: expected an nn.Module"),
         ({"learner": dict}, "the function gives a dict"),
+        ({"learner": nn.Linear}, "called without arguments: missing .* 'in_features'"),
+        ({"learner": nn.Flatten()}, "expected a module with parameters that can be trained"),
+        ({"real": (REAL.test.images, [0, 1])}, "real is a pair of Tensor and list: expected two"),
+        ({"real": (REAL.test.images.numpy(),) * 2}, "pair of ndarray and ndarray: expected two"),
+        ({"ranks": 3}, "ranks is a int: expected dpfast.parallel.Ranks"),
+        ({"unguided": 3}, "unguided is a int: expected UnguidedSamples"),
+        ({"callbacks": 3}, "callbacks is a int: expected a list of dpfast.Callbacks"),
+        ({"callbacks": Callback()}, "callbacks is a Callback: expected a list"),
+        ({"sources": 3}, "sources is a int: expected a list of names and Sources"),
+        ({"sources": "dp"}, "sources is a str: expected a list"),
+        ({"sources": [Bare()]}, r"source 'bare': has no cost .* super\(\).__init__"),
         ({"pipeline": object()}, r"pipeline: a object has no class_names; .* dpfast.OwnPipeline"),
         ({"criterion": "entropy"}, "criterion is a str: expected a function"),
         ({"criterion": lambda z, y: z}, r"values of shape \(2, 3\) for 2 samples, expected \(2,\)"),
@@ -103,8 +123,45 @@ class NoSamples(Source):
 )
 def test_what_does_not_fit_is_refused_in_a_line(short, options, said):
     with pytest.raises(InputError, match=said) as caught:
-        DeliberatePractice(short, real=REAL, **options)
+        DeliberatePractice(short, **{"real": REAL, **options})
     assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, RecipeError)  # an object is wrong, the recipe is not
+
+
+@pytest.mark.parametrize("given", ["fashion", None])
+def test_what_is_no_recipe_is_refused_in_a_line(given):
+    with pytest.raises(InputError, match=r"recipe is a .*: expected a Recipe, as Recipe\.load"):
+        DeliberatePractice(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"callbacks": [3]}, "callbacks: a int is no dpfast.Callback"),
+        ({"stop": 3}, "stop is a int: expected dpfast.practice.stopping.Stop"),
+        ({"folder": 3}, "folder is a int: expected a path"),
+    ],
+)
+def test_a_run_refuses_other_arguments_in_a_line(short, options, said):
+    with pytest.raises(InputError, match=said):
+        DeliberatePractice(short, real=REAL).run(progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (None, "source 'gives': make gives a NoneType, expected an iterator of SampleBatch"),
+        ([3], "source 'gives': make yields a int, expected a SampleBatch"),
+    ],
+)
+def test_a_source_that_makes_no_batches_is_refused(short, made, said):
+    class Gives(Few):
+        def make(self, request, done=0):
+            return made
+
+    practice = DeliberatePractice(short, real=REAL, sources=[Gives(initial_samples=30)])
+    with pytest.raises(InputError, match=said):
+        practice.run(progress=False)
 
 
 class Few(Source):
