@@ -135,7 +135,7 @@ class Runner:
         self._parts = replace(self._given, path=path)
 
     def step(self, trajectory: Trajectory) -> StepOutputs:
-        """The next step of a batch that ``begin`` gave."""
+        """The next step of a batch that ``padded`` gave."""
         variant = trajectory.variant
         return self._function(variant, str(variant))(*self.inputs(trajectory))
 
@@ -180,8 +180,8 @@ class Runner:
         )
         return Finished(images[:size], entropy[:size])
 
-    def begin(self, trajectory: Trajectory) -> Trajectory:
-        """Readies the steps for a batch, and returns it filled up to the size that they take.
+    def padded(self, trajectory: Trajectory) -> Trajectory:
+        """Returns a batch filled up to the size that the steps take, and readies them for it.
 
         Captures follow weights that were replaced instead of updated in place.
         """
@@ -195,7 +195,7 @@ class Runner:
         valid = torch.arange(size, device=self.device) < len(trajectory)
         return replace(trajectory.mapped(lambda rows: _filled(rows, size)), valid=valid)
 
-    def end(self, trajectory: Trajectory, size: int) -> Trajectory:
+    def cropped(self, trajectory: Trajectory, size: int) -> Trajectory:
         """Returns the ``size`` rows that are no filling, behind the last of the steps."""
         return replace(trajectory.mapped(lambda rows: rows[:size]), valid=None)
 

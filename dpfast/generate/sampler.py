@@ -223,10 +223,10 @@ class GuidedSampler:
         last = total if stop is None else stop
         if not trajectory.step <= last <= total:
             raise InputError(f"stop = {stop}: expected {trajectory.step} to {total}")
-        state = self.runner.begin(trajectory)
+        state = self.runner.padded(trajectory)
         while state.step < last:
             state = state.after(self.runner.step(state))
-        return self.runner.end(state, len(trajectory))
+        return self.runner.cropped(state, len(trajectory))
 
     @torch.no_grad()
     def finish(self, trajectory: Trajectory, *, learner_step: int = 0) -> SampleBatch:

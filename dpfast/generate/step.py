@@ -189,7 +189,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
     cache = parts.cache
     guided, cfg, features = variant
     assert not (guided and features != "compute")
-    exact = guided and path is not None and path.through == "denoiser"
+    through_denoiser = guided and path is not None and path.through == "denoiser"
 
     def step(*given: Tensor | None) -> StepOutputs:
         inputs = StepInputs(*given)  # type: ignore[arg-type]
@@ -213,7 +213,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             assert inputs.features is not None
             return cache.reuse(x, timestep, labels, inputs.features.transpose(0, 1).flatten(0, 1))
 
-        if exact:
+        if through_denoiser:
             assert path is not None
             gradient, conditional, value = path.gradient(x, timestep, labels, alpha, sigma)
             if null is not None:
@@ -223,7 +223,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             conditional, unconditional = both.chunk(2)
         else:
             conditional = predict(x, labels)
-        if guided and not exact:
+        if guided and not through_denoiser:
             assert path is not None
             gradient, _, value = path.gradient(x, timestep, labels, alpha, sigma, conditional)
         if gradient is not None:

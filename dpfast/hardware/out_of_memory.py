@@ -50,16 +50,20 @@ class HalvingBatches:
     """Work on rows, at most ``size`` of them at a time. Running out of memory halves ``size`` for
     good.
 
-    device: whose memory it is. lighten: called where memory ran out, to let go of what else could
-    be made again.
+    device: whose memory it is. after_out_of_memory: called where memory ran out, to let go of what
+    else could be made again.
     """
 
     def __init__(
-        self, size: int, device: torch.device, *, lighten: Callable[[], object] | None = None
+        self,
+        size: int,
+        device: torch.device,
+        *,
+        after_out_of_memory: Callable[[], object] | None = None,
     ) -> None:
         self.size = size
         self.device = device
-        self.lighten = lighten
+        self.after_out_of_memory = after_out_of_memory
         self.retries = 0
 
     def over(self, count: int, make: Callable[[slice], Made]) -> Iterator[Made]:
@@ -81,8 +85,8 @@ class HalvingBatches:
             raise failure
         self.size = rows // 2
         self.retries += 1
-        if self.lighten is not None:
-            self.lighten()
+        if self.after_out_of_memory is not None:
+            self.after_out_of_memory()
         release(self.device)
         log.warning("out of memory: going on with batches of %d", self.size)
 

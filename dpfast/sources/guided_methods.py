@@ -157,7 +157,7 @@ class EarlyRejection(FromNoise):
         self.initial = recipe.practice.initial_samples
         self.stop = early_stop(recipe, sampler.guidance.steps(self.steps))
         self.batches = HalvingBatches(
-            recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close
+            recipe.generator.at_once, sampler.pipeline.device, after_out_of_memory=sampler.close
         )
         self.early_prices = Prices(eager, self._early)
 
@@ -239,7 +239,7 @@ class RePractice(FromNoise):
             )
         self.steps -= self.start
         self.batches = HalvingBatches(
-            recipe.generator.at_once, sampler.pipeline.device, lighten=sampler.close
+            recipe.generator.at_once, sampler.pipeline.device, after_out_of_memory=sampler.close
         )
         self.image = torch.zeros(1, *image_shape(sampler.pipeline), device=sampler.pipeline.device)
         self.prices = Prices(eager, self._one)

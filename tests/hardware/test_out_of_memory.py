@@ -53,7 +53,7 @@ def rows_of(batches, count, most):
 
 def test_halved_work_loses_no_row_and_stays_halved():
     lightened = []
-    batches = HalvingBatches(8, CPU, lighten=lambda: lightened.append(1))
+    batches = HalvingBatches(8, CPU, after_out_of_memory=lambda: lightened.append(1))
     assert rows_of(batches, 19, 3) == [[i, i + 1] for i in range(0, 18, 2)] + [[18]]
     assert (batches.size, batches.since(), batches.since(), len(lightened)) == (2, 2, 0, 2)
     assert rows_of(batches, 4, 8) == [[0, 1], [2, 3]]
