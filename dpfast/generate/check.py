@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from types import UnionType
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor
 from dpfast.errors import InputError
 
 
-def count(name: str, value: object, meaning: str) -> None:
-    """Raises ``TypeError`` unless ``value`` is an integer, ``InputError`` for one below 1."""
+def integer(name: str, value: object) -> int:
+    """Returns ``value``. Raises ``TypeError`` unless it is an integer."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
+    return value  # type: ignore[return-value]
+
+
+def count(name: str, value: object, meaning: str) -> None:
+    """Raises ``TypeError`` unless ``value`` is an integer, ``InputError`` for one below 1."""
+    if integer(name, value) < 1:
         raise InputError(f"{name} = {value}: expected {meaning}")
 
 
@@ -30,6 +36,12 @@ def number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise InputError(f"{name} = {value}: expected a finite number")
+
+
+def instance(name: str, value: object, kind: type | UnionType, meaning: str) -> None:
+    """Raises ``TypeError`` unless ``value`` is a ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {meaning}, got {value!r}")
 
 
 def pair(name: str, value: object, kind: type, meaning: str) -> None:

@@ -94,7 +94,7 @@ def recorder_on(device: torch.device, wanted: bool | Recorder | None) -> Recorde
     """The recorder of a device; None where steps are not to be captured.
 
     wanted: True, False, None for where there is a GPU, or the recorder itself. Raises
-    ``InputError`` for True without a GPU.
+    ``InputError`` for True without a GPU, ``TypeError`` for anything else.
     """
     if wanted is False or (wanted is None and not is_gpu(device)):
         return None
@@ -104,6 +104,8 @@ def recorder_on(device: torch.device, wanted: bool | Recorder | None) -> Recorde
                 f"cuda_graphs = True: needs a pipeline on a GPU, this one is on {device}"
             )
         return CudaRecorder(device)
+    if not callable(getattr(wanted, "record", None)):
+        raise TypeError(f"cuda_graphs must be True, False, None or a recorder, got {wanted!r}")
     return wanted
 
 

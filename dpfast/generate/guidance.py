@@ -63,6 +63,7 @@ class GuidanceConfig:
     criterion: str | Criterion = "entropy"
 
     def __post_init__(self) -> None:
+        check.number("omega", self.omega)
         check.count("every", self.every, "at least 1, which guides every step")
         check.number("start", self.start)
         check.number("until", self.until)

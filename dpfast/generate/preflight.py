@@ -99,6 +99,7 @@ def checked_request(
     labels = check.integers("labels", labels)
     if labels.dim() != 1:
         raise InputError(f"labels has shape {tuple(labels.shape)}, expected (B,)")
+    check.integer("first_id", first_id)
     if sample_ids is None:
         sample_ids = torch.arange(first_id, first_id + len(labels))
     ids = check.integers("sample_ids", sample_ids)
@@ -136,10 +137,13 @@ def checked_request(
 
 def check_start(shape: tuple[int, ...], latents: Tensor | None, step: int, *, total: int) -> None:
     """Raises ``InputError`` where a batch of latents of ``shape`` (B, c, h, w) cannot begin at
-    ``step`` of ``total``, from these latents or from noise.
+    ``step`` of ``total``, from these latents or from noise; ``TypeError`` for what is no step and
+    no latents.
     """
     if not shape[0]:
         raise InputError("labels is empty: expected at least one")
+    check.integer("step", step)
+    check.instance("latents", latents, Tensor | None, "a tensor (B, c, h, w)")
     if not 0 <= step < total:
         raise InputError(f"step = {step}: expected 0 to {total - 1}")
     if latents is None and step:
@@ -166,8 +170,8 @@ def try_learner(
     decode to.
 
     Raises ``InputError`` when the learner fails on them, when its logits are not (2, classes)
-    (None: any number) or have no gradient at the images, and when the criterion's values are not
-    (2,). A committee's are (2, M, classes).
+    (None: any number) or have no gradient at the images, and as ``criteria.check`` does. A
+    committee's are (2, M, classes).
     """
     decoded = path.decoder(torch.zeros(2, *shape, device=device))
     try:
@@ -189,14 +193,7 @@ def try_learner(
             "learner gives logits without a gradient at its images: "
             "it detaches them, or runs in no_grad"
         )
-    logits = logits.detach()
-    value, _ = criteria.value_and_gradient(
-        path.criterion, logits, torch.zeros(2, dtype=torch.int64, device=device)
-    )
-    if value.shape != (2,):
-        raise InputError(
-            f"criterion gives values of shape {tuple(value.shape)} for 2 samples, expected (2,)"
-        )
+    criteria.check(path.criterion, logits)
 
 
 def _gradient(logits: Tensor, images: Tensor) -> Tensor | None:

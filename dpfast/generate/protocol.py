@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,9 @@ class OwnPipeline(Protocol):
 
 
 def check_pipeline(pipeline: object) -> None:
-    """Raises ``InputError`` for an object that lacks a part of ``OwnPipeline``."""
+    """Raises ``InputError`` for an object that lacks a part of ``OwnPipeline``, or has one of
+    another kind.
+    """
     if isinstance(pipeline, Pipeline):
         return
     for name in ("class_names", "image_shape", "device", "sampler"):
@@ -79,3 +81,31 @@ def check_pipeline(pipeline: object) -> None:
                 f"pipeline: a {type(pipeline).__name__} has no {name}; expected a dpfast.Pipeline, "
                 "or an object with the protocol dpfast.OwnPipeline"
             )
+    own = cast(OwnPipeline, pipeline)
+    for name, right, expected in (
+        ("class_names", _are_names(own.class_names), "a tuple of one or more names"),
+        ("image_shape", _is_shape(own.image_shape), "(C, H, W), three integers of at least 1"),
+        ("device", isinstance(own.device, torch.device), "a torch.device"),
+        ("sampler", callable(own.sampler), "a method"),
+    ):
+        if not right:
+            raise InputError(
+                f"pipeline: {name} of a {type(pipeline).__name__} is {getattr(pipeline, name)!r}; "
+                f"expected {expected}, as in the protocol dpfast.OwnPipeline"
+            )
+
+
+def _are_names(value: object) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) > 0
+        and all(isinstance(name, str) for name in value)
+    )
+
+
+def _is_shape(value: object) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 3
+        and all(isinstance(size, int) and size >= 1 for size in value)
+    )

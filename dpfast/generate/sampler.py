@@ -98,14 +98,18 @@ class GuidedSampler:
         compile_region: Region = "step",
         cuda_graphs: bool | Recorder | None = None,
     ) -> None:
-        if not isinstance(guidance, GuidanceConfig | None):
-            raise TypeError(f"guidance must be a GuidanceConfig, got {guidance!r}")
+        loaded = "a Pipeline, which GuidedSampler.from_pretrained loads from a folder"
+        check.instance("pipeline", pipeline, Pipeline, loaded)
+        check.instance("guidance", guidance, GuidanceConfig | None, "a GuidanceConfig")
+        check_seed("seed", seed, pipeline.device)
         check.number("cfg_scale", cfg_scale)
         check.pair("cfg_interval", cfg_interval, Real, "(start, stop), fractions of the steps")
         check.interval("cfg_interval", *cfg_interval)
         check.count("cache_interval", cache_interval, "at least 1, which reuses nothing")
         if image_size is not None:
             check.pair("image_size", image_size, Integral, "(height, width) in pixels")
+            for side in image_size:
+                check.count("image_size", side, "sides of at least 1 pixel")
         self.pipeline = pipeline
         self.learner = learner
         self.guidance = guidance or GuidanceConfig()
@@ -177,6 +181,7 @@ class GuidedSampler:
         or (B,) tensor in place of the configured strength, 0 being unguided; cfg_scale: in place of
         the configured one.
         """
+        check.integer("learner_step", learner_step)
         begun = self.begin(labels, sample_ids, omega=omega, cfg_scale=cfg_scale)
         return self.finish(self.advance(begun), learner_step=learner_step)
 
@@ -198,7 +203,7 @@ class GuidedSampler:
         arXiv 2108.01073). A multistep solver takes them for the x0 of the step before.
 
         Raises ``InputError`` for a step outside the trajectory, a step without latents, latents of
-        another shape and no labels at all.
+        another shape and no labels at all; ``TypeError`` for a value of another kind.
         """
         request = self._request(labels, sample_ids, 0, omega, cfg_scale)
         shape = (len(request.labels), *self.pipeline.denoiser.sample_shape)
@@ -217,10 +222,12 @@ class GuidedSampler:
     def advance(self, trajectory: Trajectory, stop: int | None = None) -> Trajectory:
         """Runs the steps before ``stop``; None: all that are left. Reads nothing on the host.
 
-        Raises ``InputError`` for a stop that lies behind the trajectory or beyond the last step.
+        Raises ``InputError`` for a stop that lies behind the trajectory or beyond the last step,
+        ``TypeError`` for what is no trajectory or no step.
         """
+        check.instance("trajectory", trajectory, Trajectory, "a Trajectory, which begin gives")
         total = len(self.table)
-        last = total if stop is None else stop
+        last = total if stop is None else check.integer("stop", stop)
         if not trajectory.step <= last <= total:
             raise InputError(f"stop = {stop}: expected {trajectory.step} to {total}")
         state = self.runner.padded(trajectory)
@@ -231,6 +238,8 @@ class GuidedSampler:
     @torch.no_grad()
     def finish(self, trajectory: Trajectory, *, learner_step: int = 0) -> SampleBatch:
         """Decodes a trajectory behind its last step."""
+        check.instance("trajectory", trajectory, Trajectory, "a Trajectory, which advance gives")
+        check.integer("learner_step", learner_step)
         if trajectory.step != len(self.table):
             place = f"step {trajectory.step} of {len(self.table)}"
             raise InputError(f"the trajectory is before {place}: advance it first")
@@ -269,6 +278,7 @@ class GuidedSampler:
         out of memory halves any batch and goes on; later streams do not try it again. Bad input
         raises here, not at the first batch.
         """
+        check.integer("learner_step", learner_step)
         request = self._request(labels, sample_ids, first_id, omega, cfg_scale)
 
         @torch.no_grad()

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from dpfast.config import SolverName
 from dpfast.errors import InputError
+from dpfast.generate import check
 from dpfast.ops import DynamicThreshold
 from dpfast.ops.guided_step import Prediction
 
@@ -467,8 +468,10 @@ def solver_table(
     """The table of a solver on the grid of ``load_scheduler``'s scheduler, which stays as it was.
 
     Raises ``InputError`` for an unknown solver, one of the other model kind, an ``eta`` for a
-    solver without such a choice, and what the solver's function refuses.
+    solver without such a choice, and what the solver's function refuses; ``TypeError`` for an
+    ``eta`` that is no number.
     """
+    check.number("eta", eta)
     if solver != "auto" and solver not in SOLVERS:
         raise InputError(f"solver = {solver!r}: expected one of {', '.join(('auto', *SOLVERS))}")
     name = AUTO.get(type(scheduler).__name__, "ddim") if solver == "auto" else solver

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from dpfast.config import SOURCES, Recipe, SourceName, kind_of
@@ -224,7 +225,7 @@ class DeliberatePractice:
             check_guided_method(self.recipe, self.pipeline)
         if self.criterion is not None:
             members = (2,) if self.recipe.guidance.criterion == "disagreement" else ()
-            check_criterion(self.criterion, (2, *members, classes))
+            check_criterion(self.criterion, torch.zeros(2, *members, classes))
         self._check_learner(classes)
 
     def _check_learner(self, classes: int) -> None:

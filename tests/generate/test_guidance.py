@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dpfast.errors import InputError
 from dpfast.generate import criteria
 from dpfast.generate.bounded import BoundedPath
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, interval_steps, predict_x0
@@ -177,6 +178,37 @@ def test_a_committee_guides_to_where_its_members_differ(path, inputs, pipeline, 
         GuidedSampler(pipeline, learner, guidance=guidance).generate([0])
 
 
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (
+            lambda logits, labels: logits.detach().sum(1),
+            "criterion gives values without a gradient",
+        ),
+        (lambda logits, labels: logits.argmax(1).float(), "criterion gives values without a gradi"),
+        (lambda logits, labels: None, r"criterion fails on logits of shape \(2, 3\): "),
+        (lambda logits: logits.sum(1), r"criterion fails on logits of shape \(2, 3\): .* 2 were"),
+        (
+            lambda logits, labels: logits.sum(),
+            r"values of shape \(\) for 2 samples, expected \(2,\)",
+        ),
+    ],
+    ids=["detached", "no gradient", "None", "arity", "shape"],
+)
+def test_a_criterion_that_cannot_guide_is_named(criterion, message, pipeline, learner):
+    with pytest.raises(InputError, match=message):
+        criteria.check(criterion, torch.zeros(2, 3))
+    sampler = GuidedSampler(pipeline, learner, guidance=GuidanceConfig(criterion=criterion))
+    with pytest.raises(InputError, match=message):
+        sampler.stream([0])
+
+
+@pytest.mark.parametrize("name", sorted(set(criteria.CRITERIA) - {"disagreement"}))
+@torch.inference_mode()
+def test_a_named_criterion_passes_its_check_at_equal_logits(name):
+    criteria.check(criteria.CRITERIA[name], torch.zeros(2, 3))
+
+
 def test_the_fused_entropy_is_the_differentiable_one():
     logits, labels = torch.randn(4, 7), torch.arange(4)
     value, gradient = criteria.value_and_gradient(criteria.entropy, logits, labels)
@@ -219,6 +251,7 @@ def test_intervals_that_touch_share_no_step():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"omega": float("nan")}, "omega = nan: expected a finite number"),
         ({"every": 0}, "every = 0"),
         ({"start": 0.5, "until": 0.5}, r"\(start, until\) = \(0.5, 0.5\)"),
         ({"start": 0.6, "until": 0.2}, r"\(start, until\) = \(0.6, 0.2\)"),

@@ -210,11 +210,39 @@ def test_bad_input_is_named_before_anything_is_sampled(pipeline, learner):
         ({"memory_budget": "1GB"}, "memory_budget must be an integer, got '1GB'"),
         ({"cache_interval": 1.5}, "cache_interval must be an integer, got 1.5"),
         ({"guidance": 0.05}, "guidance must be a GuidanceConfig, got 0.05"),
+        ({"cuda_graphs": "x"}, "cuda_graphs must be True, False, None or a recorder, got 'x'"),
+        ({"image_size": (0, 3)}, "image_size = 0: expected sides of at least 1 pixel"),
+        ({"seed": "x"}, "seed must be an integer"),
+        ({"eta": "x"}, "eta must be a number, got 'x'"),
+        ({"pipeline": object()}, "pipeline must be a Pipeline, .* got <object"),
+        ({"pipeline": "fashion"}, "which GuidedSampler.from_pretrained loads.*, got 'fashion'"),
     ],
 )
 def test_a_wrong_option_is_named(options, message, pipeline):
     with pytest.raises((ValueError, TypeError), match=message):
-        GuidedSampler(pipeline, **options)
+        GuidedSampler(**{"pipeline": pipeline} | options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda sampler: GuidanceConfig(omega="x"), "omega must be a number, got 'x'"),
+        (lambda sampler: sampler.stream([0], first_id="x"), "first_id must be an integer"),
+        (lambda sampler: sampler.stream([0], learner_step="x"), "learner_step must be an integer"),
+        (
+            lambda sampler: sampler.generate([0], learner_step="x"),
+            "learner_step must be an integer",
+        ),
+        (lambda sampler: sampler.begin([0], latents=3), r"latents must be a tensor .*, got 3"),
+        (lambda sampler: sampler.begin([0], step="x"), "step must be an integer, got 'x'"),
+        (lambda sampler: sampler.advance(3), "trajectory must be a Trajectory, .* got 3"),
+        (lambda sampler: sampler.finish(3), "trajectory must be a Trajectory, .* got 3"),
+        (lambda sampler: sampler.advance(sampler.begin([0]), "x"), "stop must be an integer"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named_at_the_call(call, message, pipeline):
+    with pytest.raises(TypeError, match=message):
+        call(GuidedSampler(pipeline, steps=2))
 
 
 @pytest.mark.parametrize(

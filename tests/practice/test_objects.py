@@ -3,6 +3,7 @@ goes on.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from dpfast.errors import InputError, RecipeError
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.protocol import check_pipeline
 from dpfast.learn.models import load_learner
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
@@ -162,6 +164,30 @@ def test_a_source_that_makes_no_batches_is_refused(short, made, said):
     practice = DeliberatePractice(short, real=REAL, sources=[Gives(initial_samples=30)])
     with pytest.raises(InputError, match=said):
         practice.run(progress=False)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"device": "cpu"}, "device of a SimpleNamespace is 'cpu'; expected a torch.device"),
+        ({"image_shape": (16, 16)}, r"image_shape .* is \(16, 16\); expected \(C, H, W\), three"),
+        ({"image_shape": (1, 0, 16)}, r"image_shape .* is \(1, 0, 16\)"),
+        ({"class_names": ()}, r"class_names .* is \(\); expected a tuple of one or more names"),
+        ({"class_names": "abc"}, "class_names .* is 'abc'"),
+        ({"class_names": (0, 1)}, r"class_names .* is \(0, 1\)"),
+        ({"sampler": None}, "sampler .* is None; expected a method"),
+    ],
+)
+def test_a_pipeline_with_a_part_of_another_kind_is_refused(part, said):
+    right = {
+        "class_names": ("a", "b"),
+        "image_shape": (1, 16, 16),
+        "device": torch.device("cpu"),
+        "sampler": print,
+    }
+    check_pipeline(SimpleNamespace(**right))
+    with pytest.raises(InputError, match=said):
+        check_pipeline(SimpleNamespace(**right | part))
 
 
 class Few(Source):
