@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import nn
 
 import dpfast
@@ -16,16 +17,12 @@ from dpfast.config import ASSETS
 from dpfast.data.fashion import read_split
 
 
-class Learner(nn.Module):
+class Learner(nn.Sequential):
     """Images (B, 1, 32, 32) in [-1, 1] to logits (B, 10)."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 16, 5, stride=4), nn.SiLU(), nn.Flatten())
-        self.head = nn.Linear(16 * 49, 10)
-
-    def forward(self, images):
-        return self.head(self.features(images))
+        features = [nn.Conv2d(1, 16, 5, stride=4), nn.SiLU(), nn.Flatten()]
+        super().__init__(*features, nn.Linear(16 * 49, 10))
 
 
 def main(folder: str | None = None, *, resume: bool = False) -> list[dpfast.Result]:
@@ -45,6 +42,7 @@ def main(folder: str | None = None, *, resume: bool = False) -> list[dpfast.Resu
         learner={"batch_size": 16},
     )
     images, labels = read_split(ASSETS / "fashion_test", "t10k")  # (N, 1, 32, 32) uint8, (N,)
+    torch.manual_seed(0)  # of the learner's first weights
     practice = dpfast.DeliberatePractice(
         recipe,
         pipeline=dpfast.Pipeline.from_pretrained("fashion"),
