@@ -28,11 +28,15 @@ def make_loader(kind: str | Callable[..., Loader], pool: Pool, **options: Any) -
         pool: must hold a sample before the first batch.
         options: of ``PoolLoader`` and of the class in ``LOADERS``.
 
-    Raises what they raise, and ``InputError`` where a loader of the caller's own lacks a part of
-    the protocol.
+    Raises what they raise, ``TypeError`` for what is no loader or no pool, and ``InputError`` where
+    a loader of the caller's own lacks a part of the protocol.
     """
     if isinstance(kind, str):
+        if not hasattr(pool, "fetch"):
+            raise TypeError(f"pool = {pool!r}: expected a SamplePool")
         return LOADERS[choose_loader(kind, pool.codec)](pool, **options)
+    if not callable(kind):
+        raise TypeError(f"loader must be a name or make a loader, got {kind!r}")
     made = kind(pool, **options)
     for name in PARTS:
         if not hasattr(made, name):

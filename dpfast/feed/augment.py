@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast.errors import InputError
+from dpfast.ops import check
 
 TRIES = 10  # boxes drawn for one crop until one lies inside its image, as in torchvision
 RATIOS = (3 / 4, 4 / 3)  # of a box's width and height
@@ -36,7 +38,12 @@ class Mix:
     def apply(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Mixes floating images (B, C, H, W) in place; int64 labels (B,) become (B, classes)
         float32 probabilities.
+
+        Raises ``InputError`` for a label that is not below ``classes``; on a GPU, which nobody
+        waits for, the device asserts.
         """
+        if labels.device.type == "cpu" and int(labels.max()) >= classes:
+            raise InputError(f"classes = {classes}: the batch has the label {int(labels.max())}")
         if self.region is None:
             images.mul_(self.share).add_(images.flip(0), alpha=(1 - self.share) / self.share)
         else:
@@ -77,8 +84,8 @@ class Augment:
         mixup, cutmix: alpha of the Beta distribution of the share (Zhang et al. 2018, Yun et al.
             2019); 0: none. With both, a batch gets one of the two, each half of the time.
 
-    Raises ``InputError`` that names the argument which is out of range, ``TypeError`` for a size
-    that is no pair.
+    Raises ``InputError`` that names the argument which is out of range, ``TypeError`` for one of
+    another type and for a size that is no pair of integers.
     """
 
     flip: bool = False
@@ -89,21 +96,25 @@ class Augment:
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.shift < 0:
-            raise InputError(f"shift = {self.shift}, expected at least 0 pixels")
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"flip must be True or False, got {self.flip!r}")
+        check.whole("shift", self.shift, "at least 0 pixels", low=0)
+        check.number("crop", self.crop)
         if not 0 < self.crop <= 1:
             raise InputError(f"crop = {self.crop}, expected a share of the area in (0, 1]")
         if self.size is not None and not (
-            isinstance(self.size, (tuple, list)) and len(self.size) == 2
+            isinstance(self.size, (tuple, list))
+            and len(self.size) == 2
+            and all(isinstance(side, Integral) for side in self.size)
         ):
             raise TypeError(f"size must be (height, width) in pixels, got {self.size!r}")
         if self.size is not None and min(self.size) < 1:
             raise InputError(f"size = {self.size}, expected at least one pixel each way")
         for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(
-                    f"{name} = {getattr(self, name)}, expected a finite alpha of at least 0"
-                )
+            alpha = getattr(self, name)
+            check.number(name, alpha)
+            if alpha < 0:
+                raise InputError(f"{name} = {alpha}, expected an alpha of at least 0")
 
     @property
     def mixes(self) -> bool:

@@ -20,10 +20,12 @@ The path of a batch, in reading order:
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -32,6 +34,8 @@ from torch import Tensor
 from dpfast.errors import InputError
 from dpfast.feed.augment import Augment, AugmentationDraw
 from dpfast.feed.order import Order
+from dpfast.hardware.device import device_named
+from dpfast.ops import check
 from dpfast.ops.dispatch import CPU
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.protocol import Pool
@@ -60,7 +64,7 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __next__(self) -> Batch:
-        """The next batch. Raises ``LoaderError``."""
+        """The next batch. Raises ``InputError`` for what a caller can mend, or ``LoaderError``."""
         ...
 
     def state_dict(self) -> dict[str, int]:
@@ -69,7 +73,7 @@ class Loader(Protocol):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from a position, of this loader or of another one with the same seed, batch size
-        and pool.
+        and pool. Raises ``InputError`` for what is no position.
         """
         ...
 
@@ -150,7 +154,8 @@ class PoolLoader(Loader):
         fresh_weight: see ``Order``.
         ahead: batches that are prepared while the caller works.
 
-    Raises ``InputError`` for a batch size or ``ahead`` below 1, a weight that is not above 0, and
+    Raises ``TypeError`` for an argument of another type, ``InputError`` for a batch size, ``ahead``
+    or ``classes`` below 1, a seed or weight that ``Order`` refuses, a device that is not there, and
     mixing without ``classes``.
     """
 
@@ -167,16 +172,20 @@ class PoolLoader(Loader):
         fresh_weight: float = 1.0,
         ahead: int = 2,
     ) -> None:
-        if ahead < 1:
-            raise InputError(f"ahead = {ahead}, expected at least 1")
-        self.augment = augment or Augment()
+        check.whole("ahead", ahead, "at least 1")
+        if classes is not None:
+            check.whole("classes", classes, "at least 1")
+        self.augment = Augment() if augment is None else augment
+        self.form = BatchFormat() if form is None else form
+        self.device = device_named(device) if isinstance(device, str) else device
+        for name, kind in (("augment", Augment), ("form", BatchFormat), ("device", torch.device)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"{name} = {value!r}: expected of type {kind.__name__}")
         if self.augment.mixes and classes is None:
             raise InputError("mixup and cutmix need classes, the number of classes")
         self.pool = pool
         self.seed = seed
         self.classes = classes
-        self.form = form or BatchFormat()
-        self.device = torch.device(device)
         self.order = Order(seed, batch_size, fresh_weight=fresh_weight)
         self.count = batch_size // pool.ranks.size  # samples of a batch that are delivered
         self.waited = 0.0
@@ -200,14 +209,12 @@ class PoolLoader(Loader):
             self._prepare(size)
         pending = self._queue[0]
         assert pending.work is not None
-        try:
+        with self._rewinding():
             images, labels = pending.work.result()
-        except BaseException as error:
-            raise self._failed(error) from error
+            if pending.draw.mix is not None:
+                assert self.classes is not None
+                images, labels = pending.draw.mix.apply(images, labels, self.classes)
         self._queue.popleft()
-        if pending.draw.mix is not None:
-            assert self.classes is not None
-            images, labels = pending.draw.mix.apply(images, labels, self.classes)
         if not self.on_demand and len(self._queue) <= self.ahead // 2:
             self._prepare(size)
         self._position = pending.after
@@ -218,6 +225,11 @@ class PoolLoader(Loader):
         return dict(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        for name in self._position:
+            if not isinstance(state, dict) or not isinstance(state.get(name), Integral):
+                raise InputError(
+                    f"state = {state!r}: expected the integers {', '.join(self._position)}"
+                )
         self._shape = None
         self._position = dict(state)
         self._rewind()
@@ -238,6 +250,8 @@ class PoolLoader(Loader):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the pool's images, before any crop."""
         if self._shape is None:
+            if not len(self.pool):
+                raise InputError("the pool is empty: expected a sample before the first batch")
             shape = self.pool.shape if self.pool.codec == "pixels" else None
             if shape is None:
                 shape = self.pool.images(torch.zeros(1, dtype=torch.int64)).shape[1:]
@@ -260,12 +274,10 @@ class PoolLoader(Loader):
         count = self.ahead - len(self._queue)
         if count < 1:
             return
-        try:
+        with self._rewinding():
             drawn = self._draw(size, count)
             self._queue.extend(drawn)
             self.start(drawn)
-        except BaseException as error:
-            raise self._failed(error) from error
 
     def _draw(self, size: int, count: int) -> list[PendingBatch]:
         """The next ``count`` batches out of ``size`` samples."""
@@ -283,10 +295,21 @@ class PoolLoader(Loader):
             drawn.append(PendingBatch(size, part, draw, after))
         return drawn
 
-    def _failed(self, error: BaseException) -> LoaderError:
-        """Takes back what was prepared; the error to raise."""
-        self._rewind()
-        return LoaderError(f"a batch after the first {self._number} could not be made: {error!r}")
+    @contextlib.contextmanager
+    def _rewinding(self) -> Iterator[None]:
+        """Takes back what was prepared where its making fails: an ``InputError`` goes to the caller
+        as it is, anything else as the cause of a ``LoaderError``.
+        """
+        try:
+            yield
+        except InputError:
+            self._rewind()
+            raise
+        except BaseException as error:
+            self._rewind()
+            raise LoaderError(
+                f"a batch after the first {self._number} could not be made: {error!r}"
+            ) from error
 
     def _rewind(self) -> None:
         """Takes everything back that was prepared and not delivered."""

@@ -6,12 +6,11 @@ No list of indices exists anywhere: the sample at place p of a pass over n sampl
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
 from dpfast.errors import InputError
+from dpfast.ops import check
 from dpfast.ops.permutation import permutation
 
 STREAM = 0x6F726472  # of the keys; the noise of samples uses small stream numbers
@@ -31,18 +30,19 @@ class Order:
     ``next``). 1 is the paper's uniform choice. Otherwise every batch mixes a pass over the newest
     with a pass over the rest, in the fixed proportion that the weight gives.
 
-    Raises ``TypeError`` for a seed or a batch size that is no integer, ``InputError`` for a batch
-    size below 1 and a weight that is not finite and above 0.
+    Raises ``TypeError`` for a seed or a batch size that is no integer and a weight that is no
+    number, ``InputError`` for a seed outside [0, 2^64), a batch size below 1 and a weight that is
+    not finite and above 0.
     """
 
     def __init__(self, seed: int, batch_size: int, *, fresh_weight: float = 1.0) -> None:
-        for name, value in (("seed", seed), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-        if batch_size < 1:
-            raise InputError(f"batch_size = {batch_size}, expected at least 1")
-        if not 0 < fresh_weight < float("inf"):
-            raise InputError(f"fresh_weight = {fresh_weight}, expected a finite number above 0")
+        check.whole("seed", seed, "0 to 2^64 - 1", low=0)
+        if seed >= 1 << 64:
+            raise InputError(f"seed = {seed}: expected 0 to 2^64 - 1")
+        check.whole("batch_size", batch_size, "at least 1")
+        check.number("fresh_weight", fresh_weight)
+        if fresh_weight <= 0:
+            raise InputError(f"fresh_weight = {fresh_weight}, expected a number above 0")
         self.seed = seed
         self.batch_size = batch_size
         self.fresh_weight = fresh_weight
@@ -56,7 +56,7 @@ class Order:
         next. Raises ``InputError`` for an empty pool and for ``fresh`` outside [0, size].
         """
         if size < 1:
-            raise InputError("the pool is empty")
+            raise InputError("the pool is empty: expected a sample before the first batch")
         if not 0 <= fresh <= size:
             raise InputError(f"fresh = {fresh}, expected 0 to {size}, the pool's samples")
         weighted = self.fresh_weight != 1 and 0 < fresh < size

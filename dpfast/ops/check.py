@@ -4,12 +4,33 @@ is expected.
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
 from dpfast.errors import InputError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def number(name: str, value: object) -> None:
+    """Raises ``TypeError`` unless ``value`` is a real number, ``InputError`` unless it is
+    finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise InputError(f"{name} = {value}: expected a finite number")
+
+
+def whole(name: str, value: object, meaning: str, *, low: int = 1) -> None:
+    """Raises ``TypeError`` unless ``value`` is an integer, ``InputError`` for one below ``low``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low:
+        raise InputError(f"{name} = {value}: expected {meaning}")
 
 
 def tensor(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from dpfast.errors import InputError
 from dpfast.ops import check
 
 
@@ -16,8 +18,10 @@ class BatchFormat:
 
     mean, std: a pixel v in [0, 255] becomes (v / 255 - mean) / std, one number or one for each
     channel.
-    dtype: float32, float16 or bfloat16; raises ``TypeError`` for another. channels_last: memory
-    layout of the batch.
+    dtype: float32, float16 or bfloat16. channels_last: memory layout of the batch.
+
+    Raises ``TypeError`` for another dtype and for what is no number, ``InputError`` for a mean that
+    is not finite and a std that is not above 0.
     """
 
     mean: float | Sequence[float] = 0.5
@@ -28,6 +32,14 @@ class BatchFormat:
     def __post_init__(self) -> None:
         if self.dtype not in check.FLOATS:
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {self.dtype}")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if isinstance(value, (np.ndarray, torch.Tensor)):
+                value = value.tolist()
+            for number in value if isinstance(value, (list, tuple)) else (value,):
+                check.number(name, number)
+                if name == "std" and number <= 0:
+                    raise InputError(f"std = {value}: expected numbers above 0")
 
     def per_channel(self, channels: int) -> tuple[Sequence[float], Sequence[float]]:
         """Return mean and std as one number for each channel; sequences as they are."""

@@ -200,23 +200,38 @@ class SamplePool:
             raise InputError("the batch has no latents, and the pool stores nothing else")
         self.append_records(payload, records)
 
-    def append_images(self, payload: Payload, labels: Tensor, *, round: int | None = None) -> None:
+    def append_images(
+        self,
+        payload: Payload,
+        labels: Tensor | np.ndarray | Sequence[int],
+        *,
+        round: int | None = None,
+    ) -> None:
         """Appends samples of any other origin: their ids count on, and their entropy is NaN.
 
         Args:
             payload: uint8 images (B, C, H, W), or what else ``append`` takes.
-            labels: (B,) integers.
+            labels: (B,) integers from 0 on.
             round: as in ``append``; by default one more than that of the newest sample.
 
         Raises what ``append`` raises.
         """
+        self._check_codec(payload)
+        try:
+            labels = torch.as_tensor(labels).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"labels must be (B,) integers, got {labels!r}") from None
         if labels.shape != (len(payload),) or labels.is_floating_point():
             raise InputError(
                 f"labels are {labels.dtype} {tuple(labels.shape)}, expected an integer for each of "
                 f"{len(payload)} samples"
             )
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < 1 << 31:
+            raise InputError(
+                f"labels are {int(labels.min())} to {int(labels.max())}, expected 0 to 2^31 - 1"
+            )
         records = np.zeros(len(labels), RECORD)
-        records["label"] = labels.cpu().numpy()
+        records["label"] = labels.numpy()
         records["sample_id"] = len(self) + np.arange(len(labels))
         records["entropy"] = np.nan
         records["cfg_scale"] = 1
@@ -252,9 +267,9 @@ class SamplePool:
         """What goes into the chunks: a tensor (B, *shape) or B files."""
         if len(payload) != count:
             raise InputError(f"{len(payload)} payloads for {count} samples")
+        self._check_codec(payload)
         if self.codec == "jpeg":
             if isinstance(payload, Tensor):
-                _check_payload(payload, torch.uint8, "images")
                 return [codecs.to_jpeg(image) for image in payload]
             largest = max(map(len, payload), default=0)
             if largest > self.chunk_bytes:
@@ -262,16 +277,20 @@ class SamplePool:
                     f"a JPEG file has {largest} bytes, a chunk only {self.chunk_bytes}"
                 )
             return payload
-        if not isinstance(payload, Tensor):
-            raise TypeError(f"a pool of {self.codec} takes a tensor, got {type(payload).__name__}")
-        _check_payload(
-            payload, codecs.DTYPES[self.codec], "images" if self.codec == "pixels" else "latents"
-        )
+        assert isinstance(payload, Tensor)
         if self.shape is None:
             self._adopt(tuple(payload.shape[1:]))
         elif tuple(payload.shape[1:]) != self.shape:
             raise InputError(f"images are {tuple(payload.shape[1:])}, the pool holds {self.shape}")
         return payload.detach()
+
+    def _check_codec(self, payload: Payload) -> None:
+        """Raises for a payload of another type, dtype or number of dimensions than the pool's."""
+        if isinstance(payload, Tensor):
+            dtype = codecs.DTYPES.get(self.codec, torch.uint8)
+            _check_payload(payload, dtype, "latents" if self.codec == "latents" else "images")
+        elif self.codec != "jpeg":
+            raise TypeError(f"a pool of {self.codec} takes a tensor, got {type(payload).__name__}")
 
     def _adopt(self, shape: tuple[int, ...]) -> None:
         """Makes ``shape`` that of all payloads."""

@@ -326,6 +326,59 @@ def test_the_choice_is_checked(monkeypatch):
         make_loader("torch", SamplePool(), batch_size=2, seed=0, ahead=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "named"),
+    [
+        ({"kind": 3}, TypeError, "loader must be a name"),
+        ({"pool": 3}, TypeError, "pool = 3"),
+        ({"pool": SamplePool()}, InputError, "the pool is empty"),
+        ({"pool": SamplePool(shape=(3, 4, 4))}, InputError, "the pool is empty"),
+        ({"augment": 3}, TypeError, "augment = 3: expected of type Augment"),
+        ({"form": 3}, TypeError, "form = 3: expected of type BatchFormat"),
+        ({"form": BatchFormat(mean=(0, 0))}, InputError, "mean has 2 values"),
+        ({"device": "foo"}, InputError, "device = 'foo'"),
+        ({"device": "cuda:99"}, InputError, "device = 'cuda:99': torch .* finds"),
+        ({"device": None}, TypeError, "device = None"),
+        ({"seed": -1}, InputError, "seed = -1"),
+        ({"fresh_weight": "x"}, TypeError, "fresh_weight must be a number"),
+        ({"ahead": "x"}, TypeError, "ahead must be an integer"),
+        ({"classes": 3, "augment": Augment(mixup=1.0)}, InputError, "classes = 3: .* label"),
+    ],
+)
+def test_what_a_loader_cannot_use_is_named_at_the_latest_with_its_first_batch(options, kind, named):
+    with pytest.raises(kind, match=named):
+        next(
+            make_loader(
+                **{"kind": "torch", "pool": pool_of(), "batch_size": 8, "seed": 0} | options
+            )
+        )
+
+
+@pytest.mark.parametrize("state", [{}, 3, {"batches": "x"}])
+def test_what_is_no_position_is_named_and_the_loader_goes_on(state, make):
+    loader, twin = make("torch", pool_of()), make("torch", pool_of())
+    with pytest.raises(InputError, match=r"state = .*: expected the integers batches, epoch"):
+        loader.load_state_dict(state)
+    assert same(take(loader, 2), take(twin, 2))
+
+
+@pytest.mark.parametrize(
+    ("make_part", "kind", "named"),
+    [
+        (lambda: BatchFormat(mean="x"), TypeError, "mean must be a number"),
+        (lambda: BatchFormat(std=(1, 0, 1)), InputError, "std = .*above 0"),
+        (lambda: Augment(flip="x"), TypeError, "flip must be True or False"),
+        (lambda: Augment(shift="x"), TypeError, "shift must be an integer"),
+        (lambda: Augment(crop="x"), TypeError, "crop must be a number"),
+        (lambda: Augment(mixup="x"), TypeError, "mixup must be a number"),
+        (lambda: Augment(size=("x", "y")), TypeError, "size must be"),
+    ],
+)
+def test_a_format_and_an_augmentation_name_what_they_cannot_use(make_part, kind, named):
+    with pytest.raises(kind, match=named):
+        make_part()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_device_may_be_its_name(kind, make):
     pool = pool_of()

@@ -316,7 +316,21 @@ def test_images_of_any_origin_are_numbered_and_each_call_is_a_round():
     assert pool.column("round").tolist() == [0, 0, 0, 1, 1]
     assert pool.column("label").tolist() == [0, 1, 2, 0, 1]
     assert pool.column("entropy").isnan().all()
-    for labels in (torch.zeros(2), torch.arange(3)):
+
+
+def test_labels_may_be_any_integers_and_what_cannot_be_appended_is_named():
+    pool, images = SamplePool(), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    for labels in (torch.tensor([1, 2]), torch.tensor([1, 2]).numpy(), [1, 2]):
+        pool.append_images(images, labels)
+    assert pool.column("label").tolist() == [1, 2] * 3
+    for labels in (torch.zeros(2), [1.0, 2.0], torch.arange(3), [-1, 0], [0, 1 << 31]):
         with pytest.raises(InputError, match="labels are"):
-            pool.append_images(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), labels)
-    assert len(pool) == 5
+            pool.append_images(images, labels)
+    for labels in (["cat", "dog"], None):
+        with pytest.raises(TypeError, match="labels must be"):
+            pool.append_images(images, labels)
+    with pytest.raises(InputError, match=r"images are .* expected uint8 \(B, C, H, W\)"):
+        pool.append_images(images[:, 0, :, :], [1, 2, 3])
+    with pytest.raises(TypeError, match="a pool of pixels takes a tensor, got list"):
+        pool.append_images([1, 2], [1, 2, 3])
+    assert len(pool) == 6
