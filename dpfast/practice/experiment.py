@@ -464,7 +464,7 @@ def _parted(
 
 def _checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
     """The callbacks of a list. Raises ``InputError`` for other things."""
-    _check_list("callbacks", callbacks, "dpfast.Callbacks")
+    _check_list("callbacks", callbacks, "dpfast.Callback")
     for each in callbacks:
         if not isinstance(each, Callback):
             raise InputError(f"callbacks: a {type(each).__name__} is no dpfast.Callback")

@@ -104,7 +104,7 @@ class Bare(NoSamples):
         ({"real": (REAL.test.images.numpy(),) * 2}, "pair of ndarray and ndarray: expected two"),
         ({"ranks": 3}, "ranks is a int: expected dpfast.parallel.Ranks"),
         ({"unguided": 3}, "unguided is a int: expected UnguidedSamples"),
-        ({"callbacks": 3}, "callbacks is a int: expected a list of dpfast.Callbacks"),
+        ({"callbacks": 3}, "callbacks is a int: expected a list of dpfast.Callback"),
         ({"callbacks": Callback()}, "callbacks is a Callback: expected a list"),
         ({"sources": 3}, "sources is a int: expected a list of names and Sources"),
         ({"sources": "dp"}, "sources is a str: expected a list"),
