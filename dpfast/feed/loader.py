@@ -250,10 +250,10 @@ class PoolLoader(Loader):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the pool's images, before any crop."""
         if self._shape is None:
-            if not len(self.pool):
-                raise InputError("the pool is empty: expected a sample before the first batch")
             shape = self.pool.shape if self.pool.codec == "pixels" else None
             if shape is None:
+                if not len(self.pool):
+                    raise InputError("the pool is empty: expected a sample before the first batch")
                 shape = self.pool.images(torch.zeros(1, dtype=torch.int64)).shape[1:]
             channels, height, width = shape
             self._shape = channels, height, width

@@ -354,6 +354,13 @@ def test_what_a_loader_cannot_use_is_named_at_the_latest_with_its_first_batch(op
         )
 
 
+def test_a_pool_of_a_known_shape_may_be_empty_until_the_first_batch(make):
+    pool = SamplePool(shape=(3, 14, 16))
+    loader = make("torch", pool)
+    grow(pool, 8)
+    assert next(loader)[0].shape == (8, 3, 14, 16)
+
+
 @pytest.mark.parametrize("state", [{}, 3, {"batches": "x"}])
 def test_what_is_no_position_is_named_and_the_loader_goes_on(state, make):
     loader, twin = make("torch", pool_of()), make("torch", pool_of())
