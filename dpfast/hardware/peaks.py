@@ -195,15 +195,14 @@ def _products(device: torch.device, dtype: torch.dtype) -> list[tuple[float, Cal
     products: list[tuple[float, Callable[[], object]]] = [(2 * side**3, lambda: torch.mm(a, b))]
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         rows = 2048
-        inside = 256
-        out = 768
-        x = random(rows, inside)
-        weight = random(inside, out).t()
-        bias = random(out)
-        products.append((2 * rows * inside * out, lambda: frozen_linear(x, weight, bias)))
+        for inside, out in ((256, 768), (768, 192)):
+            layer = functools.partial(
+                frozen_linear, random(rows, inside), random(inside, out).t(), random(out)
+            )
+            products.append((2 * rows * inside * out, layer))
         images = 64
-        channels = 128
-        width = 16
+        channels = 256
+        width = 8
         kernel = random(channels, channels, 3, 3).to(memory_format=torch.channels_last)
         batch = random(images, channels, width, width).to(memory_format=torch.channels_last)
         work = 2 * images * width**2 * 9 * channels**2
