@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -133,8 +134,10 @@ def given_real(
     """
     if isinstance(real, RealData):
         found = real
+    elif not isinstance(real, tuple):
+        found = _read_dataset(real, classes, tuple(shape), ranks)
     else:
-        images, labels = _tensors(real, tuple(shape))
+        images, labels = _pair(real)
         _check_tensors(images, labels)
         _check_shape(images, shape)
         whole = RealData.split(images, labels, classes)
@@ -152,35 +155,66 @@ def given_real(
     return found
 
 
-def _tensors(real: object, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Images and labels of a pair, or of all items of a Dataset."""
-    if isinstance(real, tuple) and len(real) == 2:
-        images, labels = real
-        if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
-            kinds = f"{type(images).__name__} and {type(labels).__name__}"
-            raise InputError(f"real is a pair of {kinds}: expected two tensors, images and labels")
-        return images, labels
+def _pair(real: tuple[object, ...]) -> tuple[Tensor, Tensor]:
+    """The images and the labels of a pair. Raises ``InputError`` for other things than tensors."""
+    kinds = " and ".join(type(part).__name__ for part in real)
+    if len(real) != 2:
+        raise InputError(f"real is a tuple of {kinds}: expected two tensors, images and labels")
+    images, labels = real
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        raise InputError(f"real is a pair of {kinds}: expected two tensors, images and labels")
+    return images, labels
+
+
+def _read_dataset(
+    real: object, classes: Sequence[str], shape: tuple[int, ...], ranks: Ranks
+) -> RealData:
+    """Reads a Dataset once, in its order, and keeps this rank's part of each half: of an image that
+    is another rank's the label alone, so that a node holds every image once.
+    """
     if not (hasattr(real, "__getitem__") and hasattr(real, "__len__")) or isinstance(real, str):
         raise InputError(
             f"real is a {type(real).__name__}: expected dpfast.RealData, images and labels as "
             "tensors, or a Dataset of (image, label)"
         )
-    read: list[Tensor] = []
-    classes: list[int] = []
+    labels: list[int] = []
+    seen = [0] * len(classes)
+    sizes = [0, 0]
+    mine: tuple[list[tuple[Tensor, int]], ...] = ([], [])
     for number in range(len(real)):
-        try:
-            image, label = real[number]
-            image = fit_picture(image, shape) if isinstance(image, Image.Image) else image
-            read.append(_pixels(torch.as_tensor(image)))
-            classes.append(int(label))
-        except (TypeError, ValueError, RuntimeError, KeyError) as error:
-            raise InputError(
-                f"real: item {number} is no image and label: {str(error).splitlines()[0]}"
-            ) from error
-    sizes = sorted({tuple(image.shape) for image in read})
-    if len(sizes) != 1:
-        raise InputError(f"real: images of the shapes {sizes[:3]}, expected those of one shape")
-    return torch.stack(read), torch.tensor(classes)
+        image, label = _item(real, number, shape)
+        if not 0 <= label < len(classes):
+            raise InputError(f"real: label {label}, expected 0 to {len(classes) - 1}")
+        half = seen[label] % 2
+        if ranks.share(sizes[half] + 1, BATCH) > ranks.share(sizes[half], BATCH):
+            mine[half].append((image, label))
+        labels.append(label)
+        seen[label] += 1
+        sizes[half] += 1
+        ranks.beat()
+    _halves(labels, classes, "real")
+    return RealData(tuple(classes), *(_joined(part, shape) for part in mine))
+
+
+def _item(real: Any, number: int, shape: tuple[int, ...]) -> tuple[Tensor, int]:
+    """An image (C, H, W), uint8, and its label. Raises ``InputError`` for other things."""
+    try:
+        image, label = real[number]
+        image = fit_picture(image, shape) if isinstance(image, Image.Image) else image
+        image, label = torch.as_tensor(image), int(label)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(
+            f"real: item {number} is no image and label: {str(error).splitlines()[0]}"
+        ) from error
+    _check_shape(image[None], shape)
+    return _pixels(image), label
+
+
+def _joined(items: list[tuple[Tensor, int]], shape: tuple[int, ...]) -> RealSet:
+    images = torch.empty(len(items), *shape, dtype=torch.uint8)
+    for row, (image, _) in enumerate(items):
+        images[row] = image
+    return RealSet(images, torch.tensor([label for _, label in items], dtype=torch.int64))
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
+from dpfast.data import real as real_images
 from dpfast.data.fashion import CLASSES, read_idx
 from dpfast.data.real import RealData, RealSet, given_real, load_real
 from dpfast.errors import InputError
+from dpfast.parallel import Ranks
 
 
 def test_validation_and_test_are_disjoint_halves_of_the_test_images():
@@ -72,6 +74,23 @@ def test_what_a_caller_has_is_split_within_each_class_as_a_folder_is(given):
     )
     assert real.test.labels.tolist() == [0, 1] * 5
     assert real.test.labels.dtype == torch.int64
+
+
+def test_of_a_dataset_each_rank_keeps_its_part_and_says_that_it_goes_on(monkeypatch):
+    monkeypatch.setattr(real_images, "BATCH", 3)
+    whole = given_real((IMAGES, LABELS), **KINDS)
+    parts = []
+    for rank in range(3):
+        beats = []
+        ranks = Ranks(rank=rank, size=3)
+        ranks.beat = lambda beats=beats: beats.append(1)
+        parts.append(given_real(TensorDataset(IMAGES, LABELS), **KINDS, ranks=ranks))
+        assert len(beats) == len(IMAGES)
+        expected = given_real((IMAGES, LABELS), **KINDS, ranks=ranks)
+        assert torch.equal(parts[-1].test.images, expected.test.images)
+        assert torch.equal(parts[-1].validation.labels, expected.validation.labels)
+    assert [len(part.validation) for part in parts] == [4, 3, 3]
+    assert sum(len(part.test) for part in parts) == len(whole.test)
 
 
 def test_classes_without_names_are_numbered():
