@@ -162,6 +162,49 @@ def _warn_of_easy_samples() -> None:
     )
 
 
+@torch.inference_mode(False)  # autograd could record nothing there
+def try_criterion(criterion: criteria.Criterion, logits: Tensor) -> None:
+    """Tries a criterion out on logits (B, K), or (B, M, K) of a committee.
+
+    Raises ``InputError`` for one that is no function, fails on them, gives no (B,) values, or gives
+    values without a gradient at the logits.
+    """
+    if not callable(criterion):
+        raise InputError(f"criterion is a {type(criterion).__name__}: expected a function")
+    logits = logits.detach().clone()
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    try:
+        value, _ = criteria.value_and_gradient(criterion, logits, labels)
+        connected = criterion is criteria.entropy or _has_gradient(criterion, logits, labels)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise InputError(
+            f"criterion fails on logits of shape {tuple(logits.shape)}: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
+    if value.shape != labels.shape:
+        raise InputError(
+            f"criterion gives values of shape {tuple(value.shape)} for {len(labels)} samples, "
+            f"expected ({len(labels)},)"
+        )
+    if not connected:
+        raise InputError(
+            "criterion gives values without a gradient at its logits: it detaches them, or runs in "
+            "no_grad"
+        )
+
+
+@torch.enable_grad()
+def _has_gradient(criterion: criteria.Criterion, logits: Tensor, labels: Tensor) -> bool:
+    """Whether autograd leads from the values back to the logits. The vjp of values that it does not
+    lead back from is zero, like that of equal logits' entropy.
+    """
+    logits = logits.detach().requires_grad_()
+    value = criterion(logits, labels)
+    if not value.requires_grad:
+        return False
+    return torch.autograd.grad(value.sum(), logits, allow_unused=True)[0] is not None
+
+
 @torch.no_grad()
 def try_learner(
     path: LearnerPath, shape: tuple[int, ...], classes: int | None, device: torch.device
@@ -170,7 +213,7 @@ def try_learner(
     decode to.
 
     Raises ``InputError`` when the learner fails on them, when its logits are not (2, classes)
-    (None: any number) or have no gradient at the images, and as ``criteria.check`` does. A
+    (None: any number) or have no gradient at the images, and as ``try_criterion`` does. A
     committee's are (2, M, classes).
     """
     decoded = path.decoder(torch.zeros(2, *shape, device=device))
@@ -193,7 +236,7 @@ def try_learner(
             "learner gives logits without a gradient at its images: "
             "it detaches them, or runs in no_grad"
         )
-    criteria.check(path.criterion, logits)
+    try_criterion(path.criterion, logits)
 
 
 def _gradient(logits: Tensor, images: Tensor) -> Tensor | None:

@@ -21,9 +21,9 @@ from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed import choose_loader
 from dpfast.feed.loader import Loader
 from dpfast.generate.criteria import Criterion
-from dpfast.generate.criteria import check as check_criterion
 from dpfast.generate.from_recipe import check_generator, image_shape, load_pipeline
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.preflight import try_criterion
 from dpfast.generate.protocol import OwnPipeline, check_pipeline
 from dpfast.hardware.device import device_named
 from dpfast.learn.models import NewLearner, learner_factory
@@ -225,7 +225,7 @@ class DeliberatePractice:
             check_guided_method(self.recipe, self.pipeline)
         if self.criterion is not None:
             members = (2,) if self.recipe.guidance.criterion == "disagreement" else ()
-            check_criterion(self.criterion, torch.zeros(2, *members, classes))
+            try_criterion(self.criterion, torch.zeros(2, *members, classes))
         self._check_learner(classes)
 
     def _check_learner(self, classes: int) -> None:

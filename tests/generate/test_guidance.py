@@ -11,6 +11,7 @@ from dpfast.errors import InputError
 from dpfast.generate import criteria
 from dpfast.generate.bounded import BoundedPath
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, interval_steps, predict_x0
+from dpfast.generate.preflight import try_criterion
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import Committee
 
@@ -197,7 +198,7 @@ def test_a_committee_guides_to_where_its_members_differ(path, inputs, pipeline, 
 )
 def test_a_criterion_that_cannot_guide_is_named(criterion, message, pipeline, learner):
     with pytest.raises(InputError, match=message):
-        criteria.check(criterion, torch.zeros(2, 3))
+        try_criterion(criterion, torch.zeros(2, 3))
     sampler = GuidedSampler(pipeline, learner, guidance=GuidanceConfig(criterion=criterion))
     with pytest.raises(InputError, match=message):
         sampler.stream([0])
@@ -206,7 +207,7 @@ def test_a_criterion_that_cannot_guide_is_named(criterion, message, pipeline, le
 @pytest.mark.parametrize("name", sorted(set(criteria.CRITERIA) - {"disagreement"}))
 @torch.inference_mode()
 def test_a_named_criterion_passes_its_check_at_equal_logits(name):
-    criteria.check(criteria.CRITERIA[name], torch.zeros(2, 3))
+    try_criterion(criteria.CRITERIA[name], torch.zeros(2, 3))
 
 
 def test_the_fused_entropy_is_the_differentiable_one():
