@@ -1,0 +1,97 @@
+"""Text files: always UTF-8, whatever the locale, with lines that end at a line feed and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dpfast.errors import InputError
+
+# what editors and shells of Windows write first; UTF-32's little-endian mark begins with UTF-16's
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without its byte order mark.
+
+    Raises ``InputError`` with the path for another encoding and for a file that may not be read;
+    ``FileNotFoundError`` where there is none.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    for mark, encoding in MARKS.items():
+        if data.startswith(mark):
+            raise InputError(f"{path}: its encoding is {encoding}; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is no UTF-8; save it as UTF-8"
+        ) from None
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a text. Only a line feed (with or without a carriage return) ends one:
+    ``str.splitlines`` also splits at U+2028, U+0085 and six more, which captions hold.
+    """
+    found = [line.removesuffix("\r") for line in text.split("\n")]
+    return found[:-1] if found[-1] == "" else found
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ``InputError`` with the path and line for what is none; else
+    as ``read_text``.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number, from 1, and the table of each line of a .jsonl file; empty lines are passed over.
+
+    Raises ``InputError`` with the path and line for one that holds no table; else as ``read_text``.
+    """
+    for number, line in enumerate(lines(read_text(path)), 1):
+        if not line.strip():
+            continue
+        try:
+            table = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: cannot be read as JSON: {error}") from None
+        if not isinstance(table, dict):
+            raise InputError(f"{path}, line {number}: holds no table of names and values")
+        yield number, table
+
+
+def to_json(value: Any) -> str:
+    """JSON in one line, which strict parsers read: a number that is not finite is null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value
