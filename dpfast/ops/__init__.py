@@ -16,6 +16,7 @@ from dpfast.ops.dispatch import backend_of
 from dpfast.ops.entropy import entropy, entropy_and_grad
 from dpfast.ops.frozen_linear import frozen_linear
 from dpfast.ops.gather import gather_batch
+from dpfast.ops.group_norm import group_norm
 from dpfast.ops.guided_step import DynamicThreshold, guided_step
 from dpfast.ops.noise import normal
 from dpfast.ops.permutation import permutation
@@ -30,6 +31,7 @@ __all__ = [
     "entropy_and_grad",
     "frozen_linear",
     "gather_batch",
+    "group_norm",
     "guided_step",
     "normal",
     "permutation",

@@ -37,6 +37,7 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "crop": ("triton", "native"),
     "permutation": ("native",),  # computed on the host, whatever the device
     "frozen_linear": (),  # oneDNN's kernel, through PyTorch
+    "group_norm": (),
 }
 CPU = torch.device("cpu")
 
