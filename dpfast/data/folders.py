@@ -8,16 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dpfast import imagenet
+from dpfast.data.pictures import pictures_in, pixels, read_picture, upright
 from dpfast.errors import InputError
 from dpfast.parallel import ALONE, Ranks
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CROP = 0.875  # of the shorter side: the usual central crop of ImageNet's evaluation
 MODES = {1: "L", 3: "RGB"}
 BATCH = 500  # images that are read, or predicted, at a time
@@ -97,7 +96,7 @@ def open_folder(
     pairs = [
         (file, label)
         for folder, label in class_folders(path, classes, ids=ids, only=only, field=field)
-        for file in sorted(images_in(folder))
+        for file in sorted(pictures_in(folder))
     ]
     if not pairs:
         raise InputError(
@@ -132,11 +131,6 @@ def class_folders(
     return [(f, known[f.name.lower()]) for f in folders if f.name.lower() in known]
 
 
-def images_in(folder: Path) -> Iterator[Path]:
-    """The image files in a folder, at any depth, in no order."""
-    return (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-
-
 def _folder_names(classes: Sequence[str], ids: Sequence[str] | None) -> dict[str, int]:
     """What a class's sub-folder may be called, in lower case -> class id."""
     names: dict[str, int] = {}
@@ -158,21 +152,22 @@ def _folder_names(classes: Sequence[str], ids: Sequence[str] | None) -> dict[str
 def read_image(file: Path, shape: tuple[int, ...]) -> Tensor:
     """One image (C, H, W) uint8, fitted as ``fit_picture`` does.
 
-    Raises ``InputError`` for a file that is no image.
+    Raises ``InputError`` for a file that is no image (``dpfast.data.pictures``).
     """
-    try:
-        with Image.open(file) as opened:
-            return fit_picture(opened, shape)
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{file}: cannot be read as an image: {error}") from error
+    return _fitted(read_picture(file, str(file)), shape)
 
 
 def fit_picture(picture: Image.Image, shape: tuple[int, ...]) -> Tensor:
     """(C, H, W) uint8 of a picture: the largest central part of the right proportions, of it 7/8,
     resized (bicubic).
 
-    A picture that has the size already is taken as it is.
+    A picture that has the size already is taken as it is. Modes and orientation are those of
+    ``dpfast.data.pictures``. Raises what its ``upright`` raises.
     """
+    return _fitted(upright(picture), shape)
+
+
+def _fitted(picture: Image.Image, shape: tuple[int, ...]) -> Tensor:
     channels, height, width = shape
     picture = picture.convert(MODES[channels])
     if picture.size != (width, height):
@@ -180,5 +175,4 @@ def fit_picture(picture: Image.Image, shape: tuple[int, ...]) -> Tensor:
         left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2
         box = (left, top, left + scale * width, top + scale * height)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    pixels = torch.from_numpy(np.array(picture))
-    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels(picture))

@@ -20,14 +20,13 @@ from dpfast.config import ASSETS
 from dpfast.data import fashion
 from dpfast.data.folders import (
     BATCH,
-    SUFFIXES,
     ImageFolder,
     class_folders,
     fit_picture,
-    images_in,
     open_folder,
     read_image,
 )
+from dpfast.data.pictures import pictures_in
 from dpfast.errors import InputError
 from dpfast.hardware.cpus import cpus
 from dpfast.parallel import ALONE, Ranks
@@ -269,10 +268,7 @@ def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int,
     """
     if name == "fashion":
         return 5000, 5000
-    found = [
-        sum(1 for file in Path(place).rglob("*") if file.suffix.lower() in SUFFIXES) if place else 0
-        for place in (name, held_out)
-    ]
+    found = [sum(1 for _ in pictures_in(Path(place))) if place else 0 for place in (name, held_out)]
     if not found[0]:
         return 25 * classes, 25 * classes
     return (found[0], found[1]) if held_out else (-(-found[0] // 2), found[0] // 2)
@@ -323,7 +319,8 @@ def _open(
 def _check_classes(name: str, field: str, classes: Sequence[str]) -> None:
     ids = imagenet.load().ids_of(classes)
     folders = class_folders(Path(name), classes, ids=ids, only=True, field=field)
-    _complete(name, field, classes, [label for folder, label in folders if any(images_in(folder))])
+    filled = [label for folder, label in folders if any(pictures_in(folder))]
+    _complete(name, field, classes, filled)
 
 
 def _complete(name: str, field: str, classes: Sequence[str], labels: Iterable[int]) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dpfast.data.pictures import from_image_file
 from dpfast.errors import InputError
 from dpfast.hardware.out_of_memory import HalvingBatches
 
@@ -116,17 +117,6 @@ def from_image_files(files: Sequence[bytes], threads: int = 1) -> np.ndarray:
         return np.stack([from_image_file(file) for file in files])
     with ThreadPoolExecutor(threads, "dpfast-decode") as executor:
         return np.stack(list(executor.map(from_image_file, files, chunksize=16)))
-
-
-def from_image_file(data: bytes) -> np.ndarray:
-    """uint8 pixels (C, H, W) of a PNG or JPEG file's bytes; grey images have one channel, all
-    others three.
-
-    Raises ``OSError`` for what is no image.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def npy_header(codec: str, shape: Sequence[int]) -> bytes:

@@ -181,10 +181,7 @@ def _append_files(pool: SamplePool, files: dict[str, bytes], records: np.ndarray
         return
     images: list[np.ndarray] = []
     for name, data in files.items():
-        try:
-            images.append(codecs.from_image_file(data))
-        except OSError as error:
-            raise InputError(f"{name} is no image: {error}") from None
+        images.append(codecs.from_image_file(data, name))
         expected = pool.shape or images[0].shape
         if images[-1].shape != expected:
             raise InputError(

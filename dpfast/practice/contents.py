@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 from dpfast.config import ASSETS, Recipe
-from dpfast.data.folders import images_in
+from dpfast.data.pictures import pictures_in
 from dpfast.errors import RecipeError
 from dpfast.pool.shards import durable
 
@@ -50,7 +50,7 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
             found[field] = {
                 entry.name: count
                 for entry in folders
-                if (count := sum(1 for _ in images_in(entry)))
+                if (count := sum(1 for _ in pictures_in(entry)))
             }
     return found
 

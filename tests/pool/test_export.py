@@ -212,7 +212,7 @@ def test_a_damaged_export_is_one_error_that_names_the_file(format, how, tmp_path
 @pytest.mark.parametrize(
     ("members", "named"),
     [
-        ({"a.png": b"no image"}, r"a\.png is no image"),
+        ({"a.png": b"no image"}, r"a\.png: cannot be read as an image"),
         ({"a.jpg": b"no image"}, r"a\.jpg is no JPEG file"),
         ({"a.cls": b"3"}, "'a' has none of npy, png, jpg"),
         (

@@ -1,0 +1,130 @@
+"""What an image file is, and which pixels it shows: every file and picture is read here.
+
+formats        PNG, JPEG, WebP and BMP by the file's name; by its content also GIF and TIFF
+grey           one channel: grey with and without alpha, 1 bit (0 and 255), and 16 bits, of
+               which the upper eight are taken
+colour         three channels: all others, palettes and CMYK as Pillow converts them
+alpha          left out, as torchvision's loader does: the colours below it are shown
+orientation    the picture is turned as its EXIF or XMP says, as ``datasets`` does it
+frames         of several the first one, as torchvision and ``datasets`` do
+no range       32-bit integers and floats are refused: nothing says which value is white
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from dpfast.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no EPS: Pillow starts a program for it
+GREY = ("1", "L", "LA")
+GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
+TURNS = {  # EXIF's orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """The image files in a folder, at any depth, in no order.
+
+    Links are followed, as torchvision does, each folder once. Hidden files and folders are no data:
+    a Mac leaves "._0.png" beside "0.png".
+    """
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in files if _is_picture(name))
+
+
+def _is_picture(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def from_image_file(data: bytes, name: str = "the file") -> np.ndarray:
+    """uint8 pixels (C, H, W) of an image file's bytes; grey ones have one channel, all others
+    three.
+
+    name: of the file or member, for the message. Raises ``InputError`` as ``read_picture`` does.
+    """
+    return pixels(read_picture(io.BytesIO(data), name))
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    """(C, H, W) uint8, contiguous and writable, of a picture of mode "L" or "RGB"."""
+    if picture.mode == "L":
+        return np.array(picture)[None]
+    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+
+
+def read_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
+    """The picture of an image file as ``upright`` makes it, in memory; nothing refers to the file.
+
+    Raises ``InputError`` that begins with ``name`` for what is missing, no image of ``FORMATS``,
+    cut off, larger than Pillow decodes (a decompression bomb, also of text), or has no range.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as opened:
+            return upright(opened)
+    except MemoryError:
+        raise
+    # Pillow raises what its parsers raise: OSError, SyntaxError, struct.error, zlib.error, ...
+    except Exception as error:
+        if isinstance(error, Image.UnidentifiedImageError):
+            why = f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file, or a damaged one"
+        elif isinstance(error, OSError) and error.strerror:
+            why = error.strerror
+        else:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{name}: cannot be read as an image: {why}") from error
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The first frame of a picture, turned as its orientation says, in mode "L" (grey) or "RGB".
+
+    Raises ``InputError`` for a mode that has no defined range, and what Pillow raises for a file
+    that is damaged.
+    """
+    picture.load()
+    turn = TURNS.get(orientation(picture))
+    if turn is not None:
+        picture = picture.transpose(turn)
+    if picture.mode in GREY:
+        return picture if picture.mode == "L" else picture.convert("L")
+    if picture.mode in GREY_16:
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        kind = "floats" if picture.mode == "F" else "32-bit integers"
+        raise InputError(f"it holds {kind}, of which nothing says which value is white")
+    if picture.mode in ("P", "PA"):
+        picture = picture.convert("RGBA")  # Pillow warns of a palette with alpha on its way to RGB
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8, 1 being upright; an entry that is damaged or no such number
+    counts as none.
+    """
+    try:
+        found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        return found if found in TURNS else 1
+    except (SyntaxError, ValueError, struct.error, KeyError, TypeError, OSError):
+        return 1
