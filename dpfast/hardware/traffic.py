@@ -1,0 +1,197 @@
+"""The kernels that a model launches on a GPU and the bytes that they move, counted without one.
+
+On the meta device a call computes nothing, and every operation of torch passes by with its shapes
+and layouts. Each becomes the kernels that eager PyTorch 2.11 to 2.13 launches for it on CUDA:
+
+- A product (convolution, matrix product, attention) reads its operands and writes its result.
+- Everything else is pointwise work in memory: norms, activations, sums, biases, copies.
+- A convolution adds its bias by a kernel of its own. In NCHW, cuDNN transposes what goes in and
+  what comes out.
+- GroupNorm knows no NHWC: it transposes its input and returns NCHW, which the next convolution
+  transposes back.
+- An operation of this package launches and moves what its formula says (``dpfast.ops.traffic``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from dpfast.hardware.flops import Fused
+from dpfast.ops.traffic import FORMULAS
+
+Kind = Literal["product", "pointwise", "layout"]  # layout: a copy that only transposes
+
+# change a tensor's description, and launch nothing
+VIEWS = """
+    view _unsafe_view reshape permute transpose t expand slice select unsqueeze squeeze split
+    split_with_sizes chunk detach alias as_strided unbind narrow _reshape_alias lift_fresh empty
+    empty_like empty_strided new_empty new_empty_strided scalar_tensor
+"""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch. bytes: what it reads and writes; shape: of its result."""
+
+    name: str
+    kind: Kind
+    bytes: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The launches of a call, in their order."""
+
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def launches(self) -> int:
+        return len(self.kernels)
+
+    @property
+    def layout_copies(self) -> int:
+        return sum(kernel.kind == "layout" for kernel in self.kernels)
+
+    def bytes(self, *kinds: Kind) -> int:
+        """Bytes of the kernels of these kinds, of all by default."""
+        return sum(kernel.bytes for kernel in self.kernels if not kinds or kernel.kind in kinds)
+
+    @property
+    def pointwise(self) -> int:
+        """Bytes of all that is no product."""
+        return self.bytes("pointwise", "layout")
+
+
+def count_traffic(call: Callable[[], object]) -> Traffic:
+    """The kernels of an eager ``call`` on the meta device, its backward pass included where it runs
+    one.
+    """
+    with Fused(), _Recorder() as recorder:
+        call()
+    return Traffic(tuple(recorder.kernels))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+
+    def add(self, name: str, kind: Kind, moved: int, shape: Any) -> None:
+        self.kernels.append(Kernel(name, kind, moved, tuple(shape)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        name = packet.__name__
+        if packet in FORMULAS:
+            out = func(*args, **kwargs)
+            first = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+            for moved in FORMULAS[packet](*args, **kwargs, out=out):
+                self.add(name, "pointwise", moved, first.shape)
+            return out
+        if func.namespace == "dpfast":
+            raise NotImplementedError(f"{func} has no formula of its traffic")
+        special: dict[str, Callable[..., Any]] = {
+            "native_group_norm": self._group_norm,
+            "native_group_norm_backward": self._group_norm_backward,
+            "convolution": self._convolution,
+            "convolution_backward": self._convolution_backward,
+        }
+        if name in special:
+            return special[name](func, *args, **kwargs)
+        out = func(*args, **kwargs)
+        if name not in VIEWS.split():
+            self._plain(func, args, kwargs, out)
+        return out
+
+    def _plain(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        name = func._overloadpacket.__name__
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        # a broadcast operand is read once
+        moved = sum(min(_bytes(t), t.untyped_storage().nbytes()) for t in read)
+        moved += sum(_bytes(t) for t in written)
+        shape = written[0].shape if written else ()
+        if name in ("_to_copy", "clone", "copy_"):
+            source, target = read[-1], written[0]
+            transposes = source.stride() != target.stride() and source.dim() == 4
+            self.add(name, "layout" if transposes else "pointwise", moved, shape)
+        elif func._overloadpacket in flop_registry or "attention" in name:
+            self.add(name, "product", moved, shape)
+        else:
+            self.add(name, "pointwise", moved, shape)
+
+    def _group_norm(self, func: Any, x: Tensor, *rest: Any, **_: Any) -> tuple[Tensor, ...]:
+        samples, groups = rest[2], rest[5]
+        if not x.is_contiguous():
+            self.add("group_norm, transpose", "layout", 2 * _bytes(x), x.shape)
+        self.add("group_norm, sums", "pointwise", _bytes(x), x.shape)
+        self.add("group_norm", "pointwise", 2 * _bytes(x), x.shape)
+        sums = x.new_empty(samples, groups)
+        return x.new_empty(x.shape), sums, torch.empty_like(sums)
+
+    def _group_norm_backward(
+        self, func: Any, grad: Tensor, x: Tensor, *rest: Any, **_: Any
+    ) -> tuple[Tensor | None, ...]:
+        for tensor in (grad, x):
+            if not tensor.is_contiguous():
+                self.add("group_norm backward, transpose", "layout", 2 * _bytes(x), x.shape)
+        self.add("group_norm backward, sums", "pointwise", 2 * _bytes(x), x.shape)
+        self.add("group_norm backward", "pointwise", 3 * _bytes(x), x.shape)
+        return x.new_empty(x.shape), None, None
+
+    def _convolution(
+        self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
+        out = func(x, weight, bias, *rest)
+        if _nhwc(x) or _nhwc(weight):
+            out = out.new_empty(out.shape).to(memory_format=torch.channels_last)
+            if not _nhwc(x) and x.shape[1] > 1:
+                self.add("convolution, to NHWC", "layout", 2 * _bytes(x), x.shape)
+        else:
+            self.add("convolution, cuDNN to NHWC", "layout", 2 * _bytes(x), x.shape)
+            self.add("convolution, cuDNN to NCHW", "layout", 2 * _bytes(out), out.shape)
+        moved = _bytes(x) + _bytes(weight) + _bytes(out)
+        self.add("convolution", "product", moved, out.shape)
+        if bias is not None:
+            self.add("convolution, bias", "pointwise", 2 * _bytes(out), out.shape)
+        return out
+
+    def _convolution_backward(
+        self, func: Any, grad: Tensor, x: Tensor, weight: Tensor, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of the input; weights are frozen."""
+        dx = x.new_empty(x.shape)
+        if _nhwc(x) or _nhwc(weight):
+            dx = dx.to(memory_format=torch.channels_last)
+            if not _nhwc(grad):
+                self.add("convolution backward, to NHWC", "layout", 2 * _bytes(grad), grad.shape)
+        else:
+            self.add("convolution backward, cuDNN to NHWC", "layout", 2 * _bytes(grad), grad.shape)
+            self.add("convolution backward, cuDNN to NCHW", "layout", 2 * _bytes(dx), dx.shape)
+        moved = _bytes(grad) + _bytes(weight) + _bytes(dx)
+        self.add("convolution backward", "product", moved, dx.shape)
+        return dx, None, None
+
+
+def _bytes(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * tensor.itemsize
+
+
+def _nhwc(tensor: Tensor) -> bool:
+    """Whether a tensor lies in NHWC and not, as one of a single channel may, in both orders."""
+    if tensor.dim() != 4 or tensor.shape[1] == 1:
+        return False
+    if tensor.shape[2] == tensor.shape[3] == 1:
+        return tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1]
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()

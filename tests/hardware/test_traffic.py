@@ -1,0 +1,84 @@
+"""What models launch and move on a GPU, counted on the meta device; for a layer, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dpfast.hardware.traffic import count_traffic
+from dpfast.ops import entropy_and_grad
+from dpfast.planning.architectures import published
+
+META = torch.device("meta")
+NHWC = torch.channels_last
+
+
+def images(layout: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+    return torch.empty(2, 32, 8, 8, device=META, dtype=torch.bfloat16).to(memory_format=layout)
+
+
+SIZE = 2 * 32 * 8 * 8 * 2  # bytes of images()
+
+
+def test_a_group_norm_transposes_what_lies_in_nhwc_and_the_next_convolution_transposes_back() -> (
+    None
+):
+    norm = nn.GroupNorm(4, 32, device=META, dtype=torch.bfloat16)
+    layer = nn.Conv2d(32, 32, 3, padding=1, bias=False, device=META, dtype=torch.bfloat16)
+    layer.to(memory_format=NHWC)
+    weight = layer.weight.numel() * 2
+    x, transposed = images(), images(NHWC)
+    plain = count_traffic(lambda: norm(x))
+    assert (plain.launches, plain.layout_copies, plain.bytes()) == (2, 0, 3 * SIZE)
+    both = count_traffic(lambda: layer(norm(transposed)))
+    assert (both.launches, both.layout_copies) == (5, 2)
+    assert both.pointwise == (2 + 3 + 2) * SIZE
+    assert both.bytes("product") == 2 * SIZE + weight
+
+
+def test_a_convolution_adds_its_bias_apart_and_transposes_inside_where_all_is_nchw() -> None:
+    layer = nn.Conv2d(32, 32, 1, device=META, dtype=torch.bfloat16)
+    x = images()
+    found = [(k.kind, k.bytes) for k in count_traffic(lambda: layer(x)).kernels]
+    weight = layer.weight.numel() * 2
+    assert found == [
+        ("layout", 2 * SIZE),
+        ("layout", 2 * SIZE),
+        ("product", 2 * SIZE + weight),
+        ("pointwise", 2 * SIZE),
+    ]
+
+
+def test_views_are_free_a_broadcast_is_read_once_and_the_backward_pass_counts() -> None:
+    x = images().requires_grad_(True)
+    row = torch.empty(1, 32, 1, 1, device=META, dtype=torch.bfloat16)
+    assert count_traffic(lambda: x.permute(0, 2, 3, 1).flatten(1, 2)).launches == 0
+    assert count_traffic(lambda: x + row.expand(2, 32, 8, 8)).bytes() == 2 * SIZE + 64
+    grad = images()
+    with_backward = count_traffic(lambda: torch.autograd.grad(F.silu(x), x, grad))
+    assert [k.bytes for k in with_backward.kernels] == [2 * SIZE, 3 * SIZE]
+
+
+def test_an_operation_of_ours_is_never_counted_as_nothing() -> None:
+    logits = torch.empty(8, 10, device=META)
+    with pytest.raises(NotImplementedError, match="has no formula of its traffic"):
+        count_traffic(lambda: entropy_and_grad(logits))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "launches", "gigabytes", "transposes"),
+    [("stable-diffusion-1.5", 32, 980, 74.25, 155), ("dit-xl-2", 64, 552, 34.64, 2)],
+)
+def test_the_plain_step_of_a_published_denoiser(
+    name: str, rows: int, launches: int, gigabytes: float, transposes: int
+) -> None:
+    denoiser = published(name, dtype=torch.bfloat16).denoiser
+    if name != "dit-xl-2":
+        denoiser.model.to(memory_format=NHWC)
+    with META, torch.no_grad():
+        x, labels = torch.empty(rows, *denoiser.sample_shape), torch.zeros(rows, dtype=torch.int64)
+        step = count_traffic(lambda: denoiser(x, torch.empty((), dtype=torch.int64), labels))
+    assert (step.launches, step.layout_copies) == (launches, transposes)
+    assert step.pointwise == pytest.approx(gigabytes * 1e9, rel=1e-3)
