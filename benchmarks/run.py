@@ -14,15 +14,19 @@ import importlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from benchmarks import RESULTS
 from benchmarks.harness import gate, timing
+from benchmarks.harness.arguments import add_device
 from benchmarks.harness.registry import OURS, OURS_OUT, Case, cases
+from dpfast.cli.parser import Parser, at_least, in_one_line
+from dpfast.errors import InputError
 
 COPY = "copy"
+CASES = ("ops", "pool", "loader")  # suites of cases
 KINDS = {"cpu": ("fresh", "reused"), "cuda": ("launched", "replayed")}
 TABLES = {
     "sampler": "benchmarks.systems.ablation",
@@ -120,23 +124,14 @@ def table(records: Iterable[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports an unusable argument in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
-
-
 def _arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="dpfast bench", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "suite", choices=["ops", "pool", "loader", *TABLES], help="what is measured"
-    )
+    parser = Parser(prog="dpfast bench", description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=[*CASES, *TABLES], help="what is measured")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument(
-        "--rounds", type=int, default=15, help="measurements of each variant (default 15)"
+        "--rounds", type=at_least(1), default=15, help="measurements of each variant (default 15)"
     )
-    timing.add_device(parser)
+    add_device(parser)
     parser.add_argument(
         "--record",
         type=Path,
@@ -151,31 +146,26 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--no-gate", action="store_true", help="skip the tests, and with them the speed-ups"
     )
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {options.rounds}")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, 1 where an operation fails its tests, or 2 for arguments that cannot work."""
+    """0, 1 where a suite misses what it promises, or 2 for arguments that cannot work."""
     given = sys.argv[1:] if arguments is None else arguments
+    return in_one_line("dpfast bench", lambda: _run(given))
+
+
+def _run(given: list[str]) -> int:
     if given and given[0] in TABLES:  # tables of their own columns
         return int(importlib.import_module(TABLES[given[0]]).main(given[1:]))
-    try:
-        options = _arguments(given)
-    except argparse.ArgumentError as error:
-        print(f"dpfast bench: error: {error}", file=sys.stderr)
-        return 2
+    options = _arguments(given)
     available = cases(options.suite)
     chosen = [case for case in available if options.only in case.name]
     if not chosen:
         names = "; ".join(case.name for case in available)
-        print(
-            f"no case of {options.suite} contains {options.only!r}; there are: {names}",
-            file=sys.stderr,
+        raise InputError(
+            f"only = {options.only!r}: no case of {options.suite} has it; there are: {names}"
         )
-        return 2
     device = options.device
     print(
         ", ".join(

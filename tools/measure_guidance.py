@@ -12,11 +12,13 @@ bottom.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+from dpfast.cli.parser import Parser, at_least, in_one_line
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
 from dpfast.generate.guidance import GuidanceConfig
@@ -28,10 +30,8 @@ from dpfast.report.sheets import contact_sheet
 FIRST_ID = 1 << 41  # ids that no run uses
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run, whose learner guides")
     parser.add_argument("--out", type=Path, required=True, help="file of the picture")
     parser.add_argument(
@@ -43,12 +43,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--every",
-        type=int,
+        type=at_least(1),
         default=Recipe.load("fashion").guidance.every,
         help="one step in so many is guided",
     )
     parser.add_argument(
-        "--count", type=int, default=500, help="samples of each strength (default 500)"
+        "--count", type=at_least(1), default=500, help="samples of each strength (default 500)"
     )
     arguments = parser.parse_args()
 
@@ -80,7 +80,8 @@ def main() -> None:
         rows.append(images[:20])
     names = tuple("unguided" if omega == 0 else f"omega {omega:g}" for omega in arguments.omega)
     contact_sheet(rows, names, "The same labels and noise under rising guidance", arguments.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line("measure_guidance", main))

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import RegNetConfig, RegNetForImageClassification
 
+from dpfast.cli.parser import Parser, in_one_line
 from dpfast.data import fashion
 from dpfast.evaluate.measures import evaluate, frechet_distance, predict
 from dpfast.generate.pipelines import Pipeline
@@ -446,10 +448,8 @@ def stages(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]
     yield "report", lambda: report(images, args)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files")
     parser.add_argument("--work", type=Path, required=True, help="snapshots")
     parser.add_argument(
@@ -460,8 +460,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--stage",
+        choices=("autoencoder", "judge", "denoiser", "tiny", "export", "report", "all"),
         default="all",
-        help="autoencoder, judge, denoiser, tiny, export, report or all (default)",
+        help="one of them (default: all)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
     parser.add_argument(
@@ -503,7 +504,8 @@ def main() -> None:
     for name, stage in stages(args):
         if args.stage in ("all", name):
             stage()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line("train_fashion_generator", main))

@@ -10,8 +10,6 @@ makes a pole, at small ridges.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -23,7 +21,9 @@ import torch
 
 from benchmarks import RESULTS
 from benchmarks.harness import gate, timing
+from benchmarks.harness.arguments import new_parser
 from benchmarks.harness.registry import OURS, Case, Variants
+from dpfast.cli.parser import at_least
 from dpfast.theory import simulate, test_error
 from dpfast.theory.theorem import FORMS
 
@@ -199,13 +199,13 @@ def missed(record: dict[str, Any]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where the tests fail or a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench theory", description=(__doc__ or "").splitlines()[0]
+    parser = new_parser("theory", __doc__)
+    parser.add_argument(
+        "--draws", type=at_least(2), default=DRAWS, help=f"of each cell (default {DRAWS})"
     )
-    parser.add_argument("--draws", type=int, default=DRAWS, help=f"of each cell (default {DRAWS})")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="timings of the evaluations (default 5)"
+        "--rounds", type=at_least(1), default=5, help="timings of the evaluations (default 5)"
     )
     parser.add_argument(
         "--record",
@@ -216,12 +216,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--no-gate", action="store_true", help="skip the tests, and record nothing")
     options = parser.parse_args(arguments)
-    if options.draws < 2 or options.rounds < 1:
-        print(
-            "dpfast bench theory: error: --draws must be at least 2 and --rounds at least 1",
-            file=sys.stderr,
-        )
-        return 2
     report = None if options.no_gate else gate.failure(TESTS)
     if report is not None:
         print(f"the tests fail, nothing is measured\n{report}")
@@ -233,7 +227,3 @@ def main(arguments: list[str] | None = None) -> int:
     if options.record is not None and not options.no_gate:
         timing.append(options.record, "theory", [record])
     return 1 if missed(record) else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

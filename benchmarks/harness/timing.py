@@ -4,7 +4,6 @@ them.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import datetime
@@ -22,8 +21,6 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT
-from dpfast.errors import InputError
-from dpfast.hardware.device import device_named
 
 SHORTEST = 2e-3  # seconds of one measurement; shorter calls are repeated within it
 COPY_BYTES = 256 << 20
@@ -47,25 +44,6 @@ class Times:
     def each(self, calls: int) -> Times:
         """Of one of the calls that were timed as one."""
         return Times([seconds / calls for seconds in self.seconds])
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device`` as a ``torch.device``, as of ``dpfast run``: the GPU that is there by
-    default.
-    """
-
-    def named(text: str) -> torch.device:
-        try:
-            return device_named(text)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    parser.add_argument(
-        "--device",
-        type=named,
-        default="auto",
-        help="cpu, cuda or cuda:N; default: a GPU if there is",
-    )
 
 
 def _once(call: Callable[[], object], repeats: int, device: torch.device) -> float:

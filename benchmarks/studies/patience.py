@@ -12,7 +12,6 @@ the epochs between is not the paper's.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import statistics
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.harness.arguments import new_parser
 from dpfast.config import Recipe
 from dpfast.practice.patience import Patience
 
@@ -205,12 +205,6 @@ def reached_table(name: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where the recipes' rule does not fit."""
-    argparse.ArgumentParser(
-        prog="dpfast bench patience", description=__doc__.splitlines()[0]
-    ).parse_args(arguments)
+    new_parser("patience", __doc__).parse_args(arguments)
     print(f"{rules_table()}\n\n{reached_table('imagenet100-sd15')}")
     return 0 if fits(RULES["coverage"]) else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks import RESULTS
+from benchmarks.harness.arguments import new_parser
 from benchmarks.studies.settings import COMMON, OPTIONS, Fields
 from benchmarks.studies.tables import tables
+from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import Evaluation
 from dpfast.generate.pipelines import Pipeline
@@ -169,15 +172,21 @@ def finished(results: Path) -> list[Fields]:
     return [json.loads(line)["fields"] for line in results.open()] if results.is_file() else []
 
 
+def _seeds(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError("expected whole numbers with commas between them")
+    return [int(seed) for seed in text.split(",")]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench study", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = new_parser("study", __doc__)
     parser.add_argument(
         "--part", choices=PARTS, action="append", help="may be repeated; default: all"
     )
-    parser.add_argument("--seeds", default="0", help="comma-separated")
-    parser.add_argument("--iterations", type=int, default=1200, help="of each run (default 1200)")
+    parser.add_argument("--seeds", type=_seeds, default="0", help="comma-separated")
+    parser.add_argument(
+        "--iterations", type=at_least(1), default=1200, help="of each run (default 1200)"
+    )
     parser.add_argument(
         "--results",
         type=Path,
@@ -198,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     iterations = 40 if options.short else options.iterations
     unguided: dict[int, UnguidedSamples] = {}
     for part in options.part or PARTS:
-        for seed in map(int, options.seeds.split(",")):
+        for seed in options.seeds:
             for piece in pieces(part, sizes, iterations):
                 fields = {**COMMON, **piece, "seed": seed}
                 # before, in another process, or for another part
@@ -218,7 +227,3 @@ def main(arguments: list[str] | None = None) -> int:
                     file.write(line + "\n")
                 print(line, flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

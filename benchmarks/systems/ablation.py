@@ -25,8 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
+from benchmarks.harness.arguments import add_device, new_parser
 from benchmarks.systems import fewer_steps
 from benchmarks.systems.naive import Batched, Models, Predecessor
+from dpfast.cli.parser import at_least
 from dpfast.config import Learner
 from dpfast.data.real import load_real
 from dpfast.evaluate.measures import predict
@@ -451,14 +453,14 @@ def search(bench: Bench, samples: int, first: int, folder: Path | None) -> str:
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench sampler", description=__doc__.splitlines()[0]
+    parser = new_parser("sampler", __doc__)
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=5, help="batches of each row, in turns (default 5)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="batches of each row, in turns (default 5)"
+        "--batch-size", type=at_least(ALONE), default=64, help="samples at once (default 64)"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="samples at once (default 64)")
-    timing.add_device(parser)
+    add_device(parser)
     parser.add_argument(
         "--learner", help="the run folder whose learner guides; default: one trained for 15 s"
     )
@@ -473,10 +475,10 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no-compile", action="store_true", help="leave out the rows that compile")
     parser.add_argument(
-        "--search", type=int, metavar="SAMPLES", help="look for the fewest steps instead"
+        "--search", type=at_least(100), metavar="SAMPLES", help="look for the fewest steps instead"
     )
     parser.add_argument(
-        "--first", type=int, default=0, help="of --search, the first sample (default 0)"
+        "--first", type=at_least(0), default=0, help="of --search, the first sample (default 0)"
     )
     parser.add_argument(
         "--record",
@@ -487,10 +489,6 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="append to sampler.jsonl in FOLDER (default benchmarks/results)",
     )
     options = parser.parse_args(arguments)
-    for name, least in (("rounds", 1), ("batch_size", ALONE), ("search", 100), ("first", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     return options
 
 
@@ -542,7 +540,3 @@ def main(arguments: list[str] | None = None) -> int:
     if options.record is not None:
         timing.append(options.record / RECORDS.name, "sampler", made, options.device)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

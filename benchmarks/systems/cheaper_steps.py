@@ -7,7 +7,6 @@ sample; seconds are of batches that take turns within a group, of eager steps.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import tempfile
@@ -17,8 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import timing
+from benchmarks.harness.arguments import add_device, new_parser
 from benchmarks.systems import fewer_steps
 from benchmarks.systems.ablation import Bench, qualities
+from dpfast.cli.parser import at_least
 
 DDIM: dict[str, Any] = {"solver": "ddim", "steps": 20, "every": 5, "omega": 0.03}
 PLAIN = DDIM | {"every": 1, "omega": 0.0}
@@ -68,18 +69,21 @@ def speed(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench cheaper", description=__doc__.splitlines()[0]
-    )
+    parser = new_parser("cheaper", __doc__)
     parser.add_argument(
         "--learner", help="the run folder whose learner guides; default: one trained for 15 s"
     )
-    parser.add_argument("--samples", type=int, default=2048, help="of each setting (default 2048)")
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="of the timed batches (default 64)"
+        "--samples", type=at_least(1), default=2048, help="of each setting (default 2048)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="timed batches of each setting; 0: none (default 5)"
+        "--batch-size", type=at_least(1), default=64, help="of the timed batches (default 64)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=at_least(0),
+        default=5,
+        help="timed batches of each setting; 0: none (default 5)",
     )
     parser.add_argument(
         "--keep",
@@ -87,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FOLDER",
         help="finished settings are left here, not done again",
     )
-    timing.add_device(parser)
+    add_device(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.learner, Path(folder), options.device, compile=False)
@@ -100,7 +104,3 @@ def main(arguments: list[str] | None = None) -> int:
             rows = fewer_steps.search(quality, settings[0], settings[1:])
             print(f"{name}\n\n{table(rows, seconds)}\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

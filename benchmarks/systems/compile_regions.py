@@ -8,9 +8,7 @@ guided and plain steps and decoding.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +19,8 @@ import torch
 from torch._inductor.utils import fresh_inductor_cache
 
 from benchmarks.harness import timing
+from benchmarks.harness.arguments import add_device, new_parser
+from dpfast.cli.parser import at_least
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.models.denoiser import DiTDenoiser
 from dpfast.generate.pipelines import Pipeline
@@ -59,20 +59,18 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench regions", description=__doc__.splitlines()[0]
+    parser = new_parser("regions", __doc__)
+    parser.add_argument(
+        "--layers", type=at_least(1), help="blocks of the DiT; default: the embedded generator"
     )
     parser.add_argument(
-        "--layers", type=int, help="blocks of the DiT; default: the embedded generator"
+        "--rounds", type=at_least(1), default=3, help="timed batches of each (default 3)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="timed batches of each (default 3)")
     parser.add_argument(
         "--regions", default="eager,blocks,step", help="which of them (default eager,blocks,step)"
     )
-    timing.add_device(parser)
+    add_device(parser)
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     device = options.device
     pipeline, judge = pipeline_of(options.layers, device), load_judge().to(device)
     labels = torch.arange(BATCH, device=device) % 10
@@ -91,7 +89,3 @@ def main(arguments: list[str] | None = None) -> int:
         compiling = "" if region == "eager" else f"{first - rest[0]:.0f}"
         print(f"| {region} | {compiling} | {BATCH / statistics.median(rest):.1f} |", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

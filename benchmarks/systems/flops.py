@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-import argparse
-
+from benchmarks.harness.arguments import new_parser
 from dpfast.hardware.peaks import samples_per_second
 from dpfast.planning.methods import PREDECESSOR, Method, dit_xl_2, stable_diffusion_15
 
@@ -47,12 +46,6 @@ def table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    argparse.ArgumentParser(
-        prog="dpfast bench flops", description=(__doc__ or "").strip()
-    ).parse_args(arguments)
+    new_parser("flops", __doc__).parse_args(arguments)
     print(table())
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfast.cli.parser import Parser, in_one_line
 from dpfast.ops import gather, noise
 from dpfast.ops.entropy import ONE_BLOCK
 from dpfast.ops.entropy import reference as entropy_reference
@@ -208,10 +209,8 @@ def _helper(path: Path) -> ModuleType:
     return module
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--helper", type=Path, required=True, help="file with the function lower")
     parser.add_argument("--out", type=Path, required=True, help="one JSON object a line")
     parser.add_argument("--code", type=Path, help="folder for the generated modules")
@@ -251,7 +250,8 @@ def main() -> None:
             f"{subject.bytes / 1e6:.2f} |"
         )
     arguments.out.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line("inductor_comparison", main))

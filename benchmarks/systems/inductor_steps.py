@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.systems.inductor_comparison import _helper
+from dpfast.cli.parser import Parser, at_least, in_one_line
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath
 from dpfast.generate.models import denoiser as denoisers
 from dpfast.generate.models.decoder import TinyDecoder
@@ -139,13 +141,13 @@ def count(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--helper", type=Path, required=True, help="file with the function lower")
     parser.add_argument("--model", choices=MODELS, required=True, help="whose steps are counted")
-    parser.add_argument("--batch-size", type=int, default=64, help="samples at once (default 64)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=64, help="samples at once (default 64)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="one JSON object a line, appended")
     arguments = parser.parse_args()
     lower = _helper(arguments.helper).lower
@@ -161,7 +163,8 @@ def main() -> None:
         print(json.dumps(record), flush=True)
         with arguments.out.open("a") as file:
             file.write(json.dumps(record) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line("inductor_steps", main))

@@ -9,7 +9,6 @@ transformer; on a GPU ViT-B/16 of the ImageNet recipes, 256 images of 224 px.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import json
@@ -28,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
+from benchmarks.harness.arguments import add_device, new_parser
+from dpfast.cli.parser import at_least
 from dpfast.config import Learner, Recipe
 from dpfast.hardware.flops import count_flops
 from dpfast.hardware.peaks import here
@@ -266,22 +267,20 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench learner", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = new_parser("learner", __doc__)
     parser.add_argument(
         "--rounds",
-        type=int,
+        type=at_least(1),
         default=15,
         help="measurements of each row in each of two orders (default 15)",
     )
     parser.add_argument(
-        "--steps", type=int, help="training steps of a measurement (default 10, on a CPU 1)"
+        "--steps", type=at_least(1), help="training steps of a measurement (default 10, on a CPU 1)"
     )
     parser.add_argument(
         "--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several"
     )
-    timing.add_device(parser)
+    add_device(parser)
     parser.add_argument(
         "--record",
         type=Path,
@@ -294,9 +293,6 @@ def main(arguments: list[str] | None = None) -> int:
     device = options.device
     if options.steps is None:
         options.steps = 10 if device.type == "cuda" else 1
-    for name, value in (("rounds", options.rounds), ("steps", options.steps)):
-        if value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
     for training in trainings(device):
         record = measure(
             training,
@@ -310,7 +306,3 @@ def main(arguments: list[str] | None = None) -> int:
         if options.record is not None:
             timing.append(options.record / RECORDS.name, "learner", [record], device)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,7 +26,10 @@ from torch import Tensor, nn
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
+from benchmarks.harness.arguments import new_parser
 from benchmarks.systems.naive import Batched, Models, Predecessor
+from dpfast.cli.parser import at_least
+from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.hardware.peaks import here
@@ -286,17 +289,19 @@ def table(name: str, made: list[Record]) -> str:
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench models", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = new_parser("models", __doc__)
     parser.add_argument(
         "--models", default="|".join(BATCHES), help=f"of {', '.join(BATCHES)}, | between several"
     )
     parser.add_argument(
         "--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="timed batches of each (default 3)")
-    parser.add_argument("--batch-size", type=int, help=f"samples at once (default {BATCHES})")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=3, help="timed batches of each (default 3)"
+    )
+    parser.add_argument(
+        "--batch-size", type=at_least(1), help=f"samples at once (default {BATCHES})"
+    )
     parser.add_argument(
         "--record",
         type=Path,
@@ -308,19 +313,15 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name in options.models.split("|"):
         if name not in BATCHES:
-            parser.error(f"--models has {name!r}, expected {' or '.join(BATCHES)}")
-    for name, value in (("rounds", options.rounds), ("batch_size", options.batch_size)):
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+            raise InputError(f"models = {name!r}: expected {' or '.join(BATCHES)}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, 1 where a row fails, or 2 without a GPU."""
+    """0, or 1 where a row fails. Raises ``InputError`` without a GPU."""
     options = _arguments(arguments)
     if not torch.cuda.is_available():
-        print("dpfast bench models: torch sees no GPU", file=sys.stderr)
-        return 2
+        raise InputError("the suite models needs a GPU, and torch sees none")
     peak, failed = here().half, False
     for name in options.models.split("|"):
         work, made = WORKS[name](), []
@@ -348,7 +349,3 @@ def main(arguments: list[str] | None = None) -> int:
                     timing.append(options.record / RECORDS.name, "models", [record], "cuda")
         print(table(name, made), flush=True)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.harness.arguments import new_parser
+from dpfast.cli.parser import at_least, in_one_line
 
 RECORDS = RESULTS / "overhead.jsonl"
 CLASSES, IMAGES, PICTURE = 1000, 2, (500, 375)  # images a class; pixels, the mean of ImageNet's
@@ -238,11 +240,11 @@ def missed(records: list[dict[str, Any]]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench overhead", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = new_parser("overhead", __doc__)
     parser.add_argument("--part", choices=["start", "bookkeeping"], help="one of the two")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3)")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=3, help="measurements of each (default 3)"
+    )
     parser.add_argument("--record", type=Path, nargs="?", const=RECORDS, help="file to append to")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -262,4 +264,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_one_line("dpfast bench overhead", main))

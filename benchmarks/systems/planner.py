@@ -6,13 +6,13 @@ take this machine.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
+from benchmarks.harness.arguments import new_parser
 from dpfast.config import Recipe
 from dpfast.planning.measure import measure
 from dpfast.planning.plan import plan
@@ -75,9 +75,7 @@ def missed(record: dict[str, Any]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where a prediction is too far off."""
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench plan", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = new_parser("plan", __doc__)
     parser.add_argument(
         "--record", type=Path, nargs="?", const=RECORDS, help=f"file to append to ({RECORDS.name})"
     )
@@ -89,7 +87,3 @@ def main(arguments: list[str] | None = None) -> int:
     if options.record is not None:
         timing.append(options.record, "plan", [record])
     return 1 if missed(record) else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

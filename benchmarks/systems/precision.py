@@ -8,7 +8,6 @@ the guided steps of trajectories that fp32 guides.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,7 +19,9 @@ from torch import Tensor, nn
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
+from benchmarks.harness.arguments import new_parser
 from benchmarks.systems.ablation import quick_learner
+from dpfast.cli.parser import at_least
 from dpfast.data.real import load_real
 from dpfast.evaluate.measures import predict
 from dpfast.generate.guidance import GuidanceConfig
@@ -86,11 +87,13 @@ def _gradient(sampler: GuidedSampler, at: tuple[Tensor, ...]) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench precision", description=(__doc__ or "").splitlines()[0]
+    parser = new_parser("precision", __doc__)
+    parser.add_argument(
+        "--samples", type=at_least(1), default=250, help="trajectories (default 250)"
     )
-    parser.add_argument("--samples", type=int, default=250, help="trajectories (default 250)")
-    parser.add_argument("--images", type=int, default=5000, help="real test images (default 5000)")
+    parser.add_argument(
+        "--images", type=at_least(1), default=5000, help="real test images (default 5000)"
+    )
     parser.add_argument(
         "--record",
         type=Path,
@@ -132,7 +135,3 @@ def main(arguments: list[str] | None = None) -> int:
         if options.record is not None:
             timing.append(options.record / RECORDS.name, "precision", [record])
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

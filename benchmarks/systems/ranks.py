@@ -6,7 +6,6 @@ others wait, and all do it together: the ratio of the two times is the gain of t
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -25,7 +24,10 @@ from torch import nn
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
+from benchmarks.harness.arguments import new_parser
+from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
+from dpfast.errors import InputError
 from dpfast.evaluate.measures import evaluate
 from dpfast.feed.augment import Augment
 from dpfast.feed.torch_loader import TorchLoader
@@ -185,22 +187,19 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench ranks", description=(__doc__ or "").splitlines()[0]
+    parser = new_parser("ranks", __doc__)
+    parser.add_argument("--ranks", type=at_least(1), default=2, help="processes (default 2)")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=7, help="measurements of each (default 7)"
     )
-    parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default 7)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument(
         "--record", action="store_true", help="append to benchmarks/results/ranks.jsonl"
     )
     options = parser.parse_args(arguments)
-    for name in ("ranks", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     chosen = [name for name in WORKS if options.only in name]
     if not chosen:
-        parser.error(f"--only {options.only}: no case; there are {'; '.join(WORKS)}")
+        raise InputError(f"only = {options.only!r}: no case; there are {'; '.join(WORKS)}")
     records = gains(options.ranks, options.rounds, chosen)
     print(table(records))
     if options.record:

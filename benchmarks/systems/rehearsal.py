@@ -23,6 +23,8 @@ import torch
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.harness import timing
+from benchmarks.harness.arguments import new_parser
+from dpfast.cli.parser import in_one_line
 
 RECORDS = RESULTS / "rehearsal.jsonl"
 SIZES = ((500, 256), (1000, 512))  # samples and images of a batch
@@ -95,11 +97,9 @@ def rehearsed(samples: int, images: int) -> dict[str, int]:
     }
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where the rehearsal is further from the run than ``WITHIN``."""
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench rehearsal", description=__doc__.splitlines()[0]
-    )
+    parser = new_parser("rehearsal", __doc__)
     parser.add_argument(
         "--record", action="store_true", help="append to benchmarks/results/rehearsal.jsonl"
     )
@@ -137,4 +137,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    raise SystemExit(in_one_line("dpfast bench rehearsal", main))

@@ -10,7 +10,6 @@ the ring that `dpfast.planning.network` describes. What is assumed beside that:
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -28,6 +27,8 @@ import torch.multiprocessing as mp
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
+from benchmarks.harness.arguments import new_parser
+from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
 from dpfast.hardware.peaks import DEVICES
 from dpfast.learn.models import build_learner
@@ -193,10 +194,8 @@ def table(found: list[dict[str, float]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dpfast bench scaling", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="of each stage (default 3)")
+    parser = new_parser("scaling", __doc__)
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="of each stage (default 3)")
     parser.add_argument(
         "--record", type=Path, nargs="?", const=RECORDS, help=f"file to append to ({RECORDS.name})"
     )
@@ -210,7 +209,3 @@ def main(arguments: list[str] | None = None) -> int:
     if options.record is not None:
         timing.append(options.record, "scaling", [record])
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -18,7 +18,8 @@ def add(commands: Commands) -> None:
         metavar="SUITE",
         help="ops, pool, ...; dpfast bench ops --help lists the options",
     )
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the suite")
+    options = parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the suite")
+    options.required = False
 
 
 def bench(arguments: argparse.Namespace) -> int:

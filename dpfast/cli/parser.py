@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
@@ -36,33 +38,109 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an unusable argument in one line, with the nearest option of the same command."""
+    """Raises an ``InputError`` of one line for an unusable argument: it names the argument, its
+    value and what would be right, and for an unknown option the nearest one of the same command.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        options = {"formatter_class": HelpFormatter} | options
+        super().__init__(allow_abbrev=False, exit_on_error=False, **options)
+        self.register("type", int, whole)
+        self.register("type", float, finite)
 
     def error(self, message: str) -> NoReturn:
+        lacking = message.removeprefix("the following arguments are required: ")
+        if lacking != message:
+            message = f"{self.prog} needs {lacking}; {self.prog} --help tells what they are"
         raise InputError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As of ``ArgumentParser``, for the whole line and for each command; nothing unknown is
         left over.
         """
-        parsed, unknown = super().parse_known_args(args, namespace)
+        try:
+            parsed, unknown = super().parse_known_args(args, namespace)
+        except argparse.ArgumentError as error:
+            if error.argument_name is None:
+                self.error(error.message)
+            name = min(error.argument_name.split("/"), key=len)
+            words = error.message.replace("argument -", "-").replace("one argument", "a value")
+            words = words.replace("ignored explicit argument", "takes no value, got")
+            raise InputError(f"{name}: {words}") from None
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0].replace("_", "-")
-            known = [option.removeprefix("--") for option in self._option_string_actions]
-            sections = [option for option in known if option.endswith(f".{name}")]
+            known = [each.removeprefix("--") for each in self._option_string_actions]
+            sections = [each for each in known if each.endswith(f".{name}")]
             if len(sections) > 1:
-                choice = " or ".join(f"--{option}" for option in sections)
+                choice = " or ".join(f"--{each}" for each in sections)
                 raise InputError(f"--{name}: several sections have it; say {choice}")
-            same = [option for option in (name, name.rpartition(".")[2]) if option in known]
-            near = same or difflib.get_close_matches(name, known, n=1)
+            same = [each for each in (name, name.rpartition(".")[2]) if each in known]
+            option = unknown[0].startswith("-")
+            near = same or (difflib.get_close_matches(name, known, n=1) if option else [])
             hint = (
                 f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists what is known"
             )
-            raise InputError(f"{unknown[0]}: no such option of {self.prog}; {hint}")
+            kind = "option" if option else "argument"
+            raise InputError(f"{unknown[0]}: no such {kind} of {self.prog}; {hint}")
         return parsed, unknown
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        kind = self._registry_get("type", action.type, action.type)
+        try:
+            return kind(arg_string)
+        except argparse.ArgumentTypeError as error:
+            number = arg_string.removeprefix("-").isdecimal()
+            value = arg_string if number else repr(arg_string)
+            raise InputError(f"{action.dest} = {value}: {error}") from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            raise InputError(f"{action.dest} = {value!r}: expected one of {known}")
+
+
+def whole(text: str) -> int:
+    """The type ``int`` of an argument."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("expected a whole number") from None
+
+
+def finite(text: str) -> float:
+    """The type ``float`` of an argument."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError("expected a finite number")
+    return value
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number of ``least`` or more."""
+
+    def kind(text: str) -> int:
+        words = f"expected a whole number of at least {least}"
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(words) from None
+        if value < least:
+            raise argparse.ArgumentTypeError(words)
+        return value
+
+    return kind
+
+
+def in_one_line(prog: str, call: Callable[[], int]) -> int:
+    """The exit code of ``call``; for an ``InputError`` 2, after one line on stderr."""
+    try:
+        return call()
+    except InputError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
 
 
 def add_command(

@@ -38,7 +38,7 @@ def device_named(name: str, *, rank: int = 0, ranks: int = 1) -> torch.device:
         index = str(rank)
         name = f"cuda:{index}"
     if name != "cpu" and (kind != "cuda" or name == "cuda:" or not (index or "0").isdecimal()):
-        raise InputError(f"device = {name!r}: 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        raise InputError(f"device = {name!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device = {name!r}: torch {torch.__version__} "

@@ -149,14 +149,22 @@ def test_peak_counts_what_is_held_at_once():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["nosuch"], "invalid choice: 'nosuch'"),
+        (["nosuch"], "suite = 'nosuch': expected one of ops, pool, "),
         (
             ["ops", "--only", "nosuch"],
-            "no case of ops contains 'nosuch'; there are: entropy_and_grad",
+            "only = 'nosuch': no case of ops has it; there are: entropy_and_grad",
         ),
-        (["ops", "--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["ops", "--rounds", "few"], "invalid int value: 'few'"),
-        (["ops", "--device", "cuda:99"], "--device: device = 'cuda:99'"),
+        (["ops", "--rounds", "0"], "rounds = 0: expected a whole number of at least 1"),
+        (["ops", "--rounds", "few"], "rounds = 'few': expected a whole number of at least 1"),
+        (["ops", "--device", "cuda:99"], "device = 'cuda:99'"),
+        (["theory", "--draws", "1"], "draws = 1: expected a whole number of at least 2"),
+        (["study", "--tables", "--seeds", "1,b"], "seeds = '1,b': expected whole numbers"),
+        (["models", "--models", "vit"], "models = 'vit': expected dit-xl-2 or"),
+        (["ranks", "--only", "nosuch"], "only = 'nosuch': no case; there are"),
+        *(
+            ([suite, "--nosuch"], f"--nosuch: no such option of dpfast bench {suite}")
+            for suite in run.TABLES
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, named, capsys):

@@ -37,6 +37,16 @@ def test_every_option_of_every_command_has_a_word_of_help():
                 assert action.help, (command.prog, action.dest)
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "tools", "dpfast"])
+def test_one_parser_makes_the_errors_of_every_command_suite_and_tool(folder):
+    for path in sorted((Path(__file__).parents[2] / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) != "argparse.ArgumentParser", (
+                    f"{path}:{node.lineno}: dpfast.cli.parser.Parser"
+                )
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "tools"])
 def test_suites_and_tools_have_a_word_on_every_option_too(folder):
     for path in sorted((Path(__file__).parents[2] / folder).rglob("*.py")):
