@@ -14,12 +14,23 @@ class InputError(ValueError):
     """
 
 
+class UnreadableError(InputError):
+    """A file or folder that is there and that the file system does not let this user read."""
+
+
 class RecipeError(InputError):
     """A recipe that cannot run; the message names the field, its value and what would be right."""
 
 
 class SaveWarning(UserWarning):
     """Saving has stopped; the pool goes on in memory."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign message, which may be a page; the error's kind where it has no
+    words.
+    """
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from functools import cache
 
 from dpfast.config import ASSETS
 from dpfast.errors import InputError
+from dpfast.textfiles import lines, read_text
 
 SETS = ("imagenet1k", "imagenet100")  # whose classes a recipe can name by one word
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -78,15 +79,15 @@ def named(name: str) -> tuple[str, ...]:
     known = load()
     if name == "imagenet1k":
         return known.names
-    listed = (ASSETS / "imagenet" / "imagenet100.txt").read_text().split()
+    listed = read_text(ASSETS / "imagenet" / "imagenet100.txt").split()
     return tuple(known.names[known.ids.index(wordnet_id)] for wordnet_id in listed)
 
 
 @cache
 def load() -> ImageNet:
     """Reads ``dpfast/assets/imagenet/classes.tsv``, whose source its README names."""
-    lines = (ASSETS / "imagenet" / "classes.tsv").read_text().splitlines()[1:]
-    rows = [line.split("\t") for line in lines]
+    listed = lines(read_text(ASSETS / "imagenet" / "classes.tsv"))[1:]
+    rows = [line.split("\t") for line in listed]
     return ImageNet(
         ids=tuple(row[0] for row in rows),
         names=tuple(row[2] for row in rows),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpfast.errors import InputError
+from dpfast.errors import InputError, UnreadableError
 
 # what editors and shells of Windows write first; UTF-32's little-endian mark begins with UTF-16's
 MARKS = {
@@ -25,18 +25,22 @@ MARKS = {
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without its byte order mark.
 
-    Raises ``InputError`` with the path for another encoding and for a file that may not be read;
-    ``FileNotFoundError`` where there is none.
+    Raises ``InputError`` with the path for another encoding, ``UnreadableError`` for a file that
+    may not be read, and ``FileNotFoundError`` where there is none.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from None
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
             raise InputError(f"{path}: its encoding is {encoding}; save it as UTF-8")
+    if b"\0" in data:
+        raise InputError(
+            f"{path}: holds null bytes, as UTF-16 and binary files do; save it as UTF-8"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -63,6 +67,18 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def read_whole_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is no file, or one that is no JSON, as a kill may
+    leave it. Raises ``UnreadableError`` for one that may not be read.
+    """
+    try:
+        return read_json(path)
+    except UnreadableError:
+        raise
+    except (FileNotFoundError, InputError):
+        return None
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

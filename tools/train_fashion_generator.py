@@ -52,6 +52,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import load_judge
 from dpfast.report.sheets import contact_sheet
+from dpfast.textfiles import read_json
 
 NULL_CLASS = 1000  # the id that DiTPipeline uses for "no label"
 SNAPSHOT_STEPS = 500
@@ -369,9 +370,9 @@ def export(images: Tensor, args: argparse.Namespace) -> None:
     pipeline.save_pretrained(args.out / "fashion", safe_serialization=True)
     tiny.half().save_pretrained(args.out / "fashion" / "tiny_decoder", safe_serialization=True)
     config = args.out / "fashion" / "tiny_decoder" / "config.json"
-    known = {k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}
+    known = {k: v for k, v in read_json(config).items() if k != "block_out_channels"}
     # a key that diffusers writes and then warns of
-    config.write_text(json.dumps(known, indent=2) + "\n")
+    config.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     judge = load_ema(new_judge(), args.work, "judge")
     judge.half().save_pretrained(args.out / "fashion_judge", safe_serialization=True)
     size = sum(

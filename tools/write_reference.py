@@ -14,6 +14,7 @@ from typing import Any
 
 from dpfast.cli.main import new_parser
 from dpfast.config import RECIPES, SECTIONS, Option, Recipe, fields, flat, short_name
+from dpfast.textfiles import lines, read_text
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "reference"
@@ -85,8 +86,8 @@ def cli_page() -> str:
 
 def run_folder_page() -> str:
     rows: list[list[str]] = []
-    about = ast.get_docstring(ast.parse(LAYOUT.read_text())) or ""
-    for line in about.split("\n\n")[1].splitlines():
+    about = ast.get_docstring(ast.parse(read_text(LAYOUT))) or ""
+    for line in lines(about.split("\n\n")[1]):
         name, _, text = line.partition("  ")
         if name:
             rows.append([f"`{name}`", text.strip()])
@@ -157,5 +158,5 @@ PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "run_folder.md": run_fold
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for name, page in PAGES.items():
-        (FOLDER / name).write_text(page())
+        (FOLDER / name).write_text(page(), encoding="utf-8")
         print(FOLDER / name)

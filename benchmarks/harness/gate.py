@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from benchmarks import ROOT
+from dpfast.textfiles import lines
 
 
 @functools.cache
@@ -30,9 +31,7 @@ def failure(tests: str) -> str | None:
         tests,
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    return (
-        None
-        if result.returncode == 0
-        else "\n".join((result.stdout + result.stderr).splitlines()[-12:])
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8"
     )
+    return None if result.returncode == 0 else "\n".join(lines(result.stdout + result.stderr)[-12:])

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT
+from dpfast.textfiles import lines
 
 SHORTEST = 2e-3  # seconds of one measurement; shorter calls are repeated within it
 COPY_BYTES = 256 << 20
@@ -161,8 +162,8 @@ def machine(device: torch.device) -> dict[str, object]:
     """What a record needs to be compared with another one."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        told = lines(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        cpu = next(line.split(":")[1].strip() for line in told if line.startswith("model name"))
     described: dict[str, object] = {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
@@ -177,7 +178,7 @@ def machine(device: torch.device) -> dict[str, object]:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "describe", "--always", "--dirty"]
         described["commit"] = subprocess.run(
-            command, cwd=ROOT, check=True, capture_output=True, text=True
+            command, cwd=ROOT, check=True, capture_output=True, encoding="utf-8"
         ).stdout.strip()
     return described
 
@@ -190,8 +191,8 @@ def append(
     """
     before = described(suite, torch.device(device))
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lines:
-        lines.writelines(json.dumps({**before, **record}) + "\n" for record in records)
+    with file.open("a", encoding="utf-8") as out:
+        out.writelines(json.dumps({**before, **record}) + "\n" for record in records)
 
 
 def described(suite: str, device: torch.device) -> dict[str, object]:

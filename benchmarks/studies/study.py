@@ -38,6 +38,7 @@ from dpfast.sources.costs import Cost
 from dpfast.sources.source import RoundRequest
 from dpfast.sources.static import StaticSource
 from dpfast.sources.unguided import UnguidedSamples
+from dpfast.textfiles import read_json, read_json_lines
 
 RECORDS = RESULTS / "study.jsonl"
 CACHE = Path("runs") / "study"
@@ -106,8 +107,8 @@ def shared(recipe: Recipe, samples: int) -> UnguidedSamples:
             pool.append(batch, round=0, omega=0.0)
         with Saver(pool, folder, truncate=True) as saver:
             saver.save()
-        (folder / "cost.json").write_text(json.dumps(asdict(source.cost)))
-    unguided.remember(open_pool(folder), Cost(**json.loads((folder / "cost.json").read_text())))
+        (folder / "cost.json").write_text(json.dumps(asdict(source.cost)), encoding="utf-8")
+    unguided.remember(open_pool(folder), Cost(**read_json(folder / "cost.json")))
     return unguided
 
 
@@ -169,7 +170,7 @@ def measure(fields: Fields, unguided: UnguidedSamples) -> Fields:
 
 def finished(results: Path) -> list[Fields]:
     """The fields of the runs that have a line."""
-    return [json.loads(line)["fields"] for line in results.open()] if results.is_file() else []
+    return [line["fields"] for _, line in read_json_lines(results)] if results.is_file() else []
 
 
 def _seeds(text: str) -> list[int]:
@@ -223,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
                     {**measure(fields, unguided[seed]), "part": part, "fields": fields}
                 )
                 options.results.parent.mkdir(parents=True, exist_ok=True)
-                with options.results.open("a") as file:
+                with options.results.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
                 print(line, flush=True)
     return 0

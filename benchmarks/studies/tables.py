@@ -9,7 +9,6 @@ run.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 from benchmarks.studies import options as study_options
 from benchmarks.studies.settings import COMMON, OPTIONS, setting
+from dpfast.textfiles import read_json_lines
 
 Line = dict[str, Any]
 
@@ -42,7 +42,7 @@ class Cell:
 
 
 def read(path: Path) -> list[Line]:
-    return [json.loads(line) for line in path.open()]
+    return [line for _, line in read_json_lines(path)]
 
 
 def seconds(lines: Iterable[Line]) -> Callable[[Line], float]:

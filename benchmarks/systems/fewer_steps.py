@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dpfast.textfiles import read_json
+
 ENTROPY_WITHIN, AGREEMENT_WITHIN = 0.05, 0.01
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"solver": "dpmpp2m", "steps": 10, "every": 3, "omega": 0.027},
@@ -77,11 +79,11 @@ def kept(folder: Path | None, settings: Record, make: Callable[[], Record]) -> R
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     file = folder / f"{name}.json"
     if file.is_file():
-        return dict(json.loads(file.read_text()))
+        return dict(read_json(file))
     made = make() | settings
     folder.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(made) + "\n")
+    part.write_text(json.dumps(made) + "\n", encoding="utf-8")
     part.replace(file)
     return made
 

@@ -227,7 +227,7 @@ def main() -> int:
         report = lower(subject.function, subject.arguments)
         launches, moved = len(report.kernels) + sum(report.externs.values()), traffic(report.code)
         if arguments.code is not None:
-            (arguments.code / f"{number}.py").write_text(report.code)
+            (arguments.code / f"{number}.py").write_text(report.code, encoding="utf-8")
         lines.append(
             {
                 "operation": subject.operation,
@@ -249,7 +249,7 @@ def main() -> int:
             f"{moved / 1e6:.2f} | 1 | "
             f"{subject.bytes / 1e6:.2f} |"
         )
-    arguments.out.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    arguments.out.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     return 0
 
 

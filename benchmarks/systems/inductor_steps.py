@@ -161,7 +161,7 @@ def main() -> int:
             **count(lower, parts, table, Variant(guided, True), arguments.batch_size),
         }
         print(json.dumps(record), flush=True)
-        with arguments.out.open("a") as file:
+        with arguments.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     return 0
 

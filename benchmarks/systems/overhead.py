@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks import RESULTS, ROOT
 from benchmarks.harness.arguments import new_parser
 from dpfast.cli.parser import at_least, in_one_line
+from dpfast.textfiles import lines
 
 RECORDS = RESULTS / "overhead.jsonl"
 CLASSES, IMAGES, PICTURE = 1000, 2, (500, 375)  # images a class; pixels, the mean of ImageNet's
@@ -66,9 +67,11 @@ def start_seconds(rounds: int) -> dict[str, Any]:
         runs = []
         for _ in range(rounds):
             began = time.perf_counter()
-            out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+            out = subprocess.run(
+                command, check=True, capture_output=True, encoding="utf-8", cwd=ROOT
+            )
             runs.append(
-                {**json.loads(out.stdout.splitlines()[-1]), "process": time.perf_counter() - began}
+                {**json.loads(lines(out.stdout)[-1]), "process": time.perf_counter() - began}
             )
     stages = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     return {

@@ -38,6 +38,7 @@ from dpfast.parallel import ALONE, Ranks, process_group
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.record import RECORD
 from dpfast.pool.sharded import ShardLayout, pool_of_ranks
+from dpfast.textfiles import read_json
 
 SAMPLES, BATCH = 80, 20  # of a generation
 POOL, LEARNED, STEPS = 2000, 256, 2  # samples, batch of the learner, steps of a measurement
@@ -162,7 +163,7 @@ def _rank(rank: int, size: int, port: int, rounds: int, chosen: list[str], out: 
                 }
             )
     if rank == 0:
-        out.write_text(json.dumps(records))
+        out.write_text(json.dumps(records), encoding="utf-8")
 
 
 def gains(size: int, rounds: int, chosen: list[str]) -> list[dict[str, Any]]:
@@ -172,7 +173,7 @@ def gains(size: int, rounds: int, chosen: list[str]) -> list[dict[str, Any]]:
         port = free.getsockname()[1]
         free.close()
         mp.spawn(_rank, (size, port, rounds, chosen, Path(folder) / "out.json"), nprocs=size)
-        return json.loads((Path(folder) / "out.json").read_text())
+        return read_json(Path(folder) / "out.json")
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -25,6 +25,7 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.harness import timing
 from benchmarks.harness.arguments import new_parser
 from dpfast.cli.parser import in_one_line
+from dpfast.textfiles import lines
 
 RECORDS = RESULTS / "rehearsal.jsonl"
 SIZES = ((500, 256), (1000, 512))  # samples and images of a batch
@@ -60,9 +61,9 @@ def measured(samples: int, images: int) -> int:
     ]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": MMAP, "OMP_NUM_THREADS": "2"}
     out = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment
+        command, check=True, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment
     )
-    return int(json.loads(out.stdout.splitlines()[-1])["bytes"])
+    return int(json.loads(lines(out.stdout)[-1])["bytes"])
 
 
 def child(samples: int, images: int) -> None:
@@ -71,14 +72,14 @@ def child(samples: int, images: int) -> None:
 
     practice = DeliberatePractice(recipe(samples, images))  # loads all libraries and weights
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
     practice.run(None, progress=False)
     print(json.dumps({"bytes": _status("VmHWM") - before}))
 
 
 def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+    told = lines(Path("/proc/self/status").read_text(encoding="utf-8"))
+    return 1024 * next(int(line.split()[1]) for line in told if line.startswith(name))
 
 
 def rehearsed(samples: int, images: int) -> dict[str, int]:

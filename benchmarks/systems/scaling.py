@@ -37,6 +37,7 @@ from dpfast.planning.measure import measure
 from dpfast.planning.network import Link, link_of
 from dpfast.planning.plan import plan
 from dpfast.planning.simulation import Job, UnitSeconds, best_overlap, efficiency, in_turns
+from dpfast.textfiles import read_json
 
 RECORDS = RESULTS / "scaling.jsonl"
 RANKS = (1, 2, 8, 32, 64, 128, 256)
@@ -59,7 +60,7 @@ def _reduce(rank: int, store: str, rounds: int) -> None:
             times.append(time.perf_counter() - began)
         seconds[size] = statistics.median(times[1:])
     if rank == 0:
-        Path(f"{store}.json").write_text(json.dumps(seconds))
+        Path(f"{store}.json").write_text(json.dumps(seconds), encoding="utf-8")
     dist.destroy_process_group()
 
 
@@ -68,10 +69,7 @@ def all_reduces(rounds: int = 20) -> dict[int, float]:
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         mp.spawn(_reduce, args=(store, rounds), nprocs=2)
-        return {
-            int(size): seconds
-            for size, seconds in json.loads(Path(f"{store}.json").read_text()).items()
-        }
+        return {int(size): seconds for size, seconds in read_json(Path(f"{store}.json")).items()}
 
 
 def fitted(seconds: dict[int, float]) -> Link:

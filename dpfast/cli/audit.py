@@ -41,7 +41,9 @@ def audit(arguments: argparse.Namespace) -> int:
         )
     reports = compile_all(capabilities=arguments.capability)
     if arguments.json is not None:
-        arguments.json.write_text("".join(f"{json.dumps(record(report))}\n" for report in reports))
+        arguments.json.write_text(
+            "".join(f"{json.dumps(record(report))}\n" for report in reports), encoding="utf-8"
+        )
     broken = sum(bool(problems(report)) for report in reports)
     print(
         f"{table(reports)}\n\n{len(reports) - broken} of {len(reports)} kernels keep their promises"

@@ -199,7 +199,7 @@ def execute(spec: RunSpec, stop: Stop, ranks: Ranks) -> int:
                     ranks=practice.ranks,
                 )
                 folder = stack.enter_context(writer)
-                (spec.out / LAUNCH).write_text(launch_name())
+                (spec.out / LAUNCH).write_text(launch_name(), encoding="utf-8")
         check_shared(spec.out, ranks)
         stack.enter_context(logged(spec.out, spec.log_level))
         _tell_fit(practice.fit, aloud=ranks.first and not spec.quiet)
@@ -237,7 +237,9 @@ def _begun(spec: RunSpec) -> bool:
     if not (spec.out / RECIPE_FILE).is_file():
         return False
     kept = spec.out / LAUNCH  # says whether the run to be replaced was still there
-    return not spec.overwrite or (kept.is_file() and kept.read_text() == launch_name())
+    return not spec.overwrite or (
+        kept.is_file() and kept.read_text(encoding="utf-8") == launch_name()
+    )
 
 
 def _report(out: Path, practice: DeliberatePractice) -> None:

@@ -6,11 +6,11 @@ run's folder names the kind of each, and whoever goes on needs the same kinds ag
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from dpfast.errors import InputError
+from dpfast.textfiles import read_json
 
 OBJECTS_FILE = "objects.json"
 
@@ -24,7 +24,7 @@ def kind_of(thing: object) -> str:
 def objects_of(run: Path) -> dict[str, str]:
     """Argument of ``DeliberatePractice`` -> kind, of the run in a folder; {} without objects."""
     path = run / OBJECTS_FILE
-    found: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, str] = read_json(path) if path.is_file() else {}
     return found
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from dpfast.config.option import Option, option, options
 from dpfast.errors import RecipeError
+from dpfast.textfiles import read_json, read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -691,7 +691,7 @@ class Recipe(Section):
                 f"known are {known}, or a path that ends in .toml"
             )
         try:
-            table = tomllib.loads(path.read_text())
+            table = tomllib.loads(read_text(path))
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"recipe = {str(source)!r}: not valid TOML: {error}") from None
         table.setdefault("name", path.stem)
@@ -726,12 +726,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """A recipe as nested dictionaries from a file in a run's folder (``recipe.json``), by the names
     that fields have today.
 
-    Raises ``RecipeError`` with the path for a file that cannot be read or is no such thing.
+    Raises ``RecipeError`` with the path where there is none or where it is no such thing, and
+    ``InputError`` as ``read_json`` does.
     """
     try:
-        table: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"recipe = {str(path)!r}: cannot be read: {error}") from error
+        table: Any = read_json(path)
+    except FileNotFoundError:
+        raise RecipeError(f"recipe = {str(path)!r}: no such file") from None
     sections = [table.get(key, {}) for key in SECTIONS] if isinstance(table, dict) else [None]
     tables = all(isinstance(each, dict) for each in sections)
     _check(tables, "recipe", str(path), "a table of fields and sections")

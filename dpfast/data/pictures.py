@@ -13,7 +13,6 @@ no range       32-bit integers and floats are refused: nothing says which value 
 from __future__ import annotations
 
 import io
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
+from dpfast.files import below
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no EPS: Pillow starts a program for it
@@ -39,24 +39,10 @@ TURNS = {  # EXIF's orientation -> what makes the picture upright
 
 
 def pictures_in(folder: Path) -> Iterator[Path]:
-    """The image files in a folder, at any depth, in no order.
-
-    Links are followed, as torchvision does, each folder once. Hidden files and folders are no data:
-    a Mac leaves "._0.png" beside "0.png".
+    """The image files in a folder, at any depth: of those that ``dpfast.files.below`` gives. A Mac
+    leaves a hidden "._0.png" beside "0.png".
     """
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above it
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(place, name) for name in files if _is_picture(name))
-
-
-def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+    return (file for file in below(folder) if file.suffix.lower() in SUFFIXES)
 
 
 def from_image_file(data: bytes, name: str = "the file") -> np.ndarray:
@@ -93,7 +79,7 @@ def read_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
         elif isinstance(error, OSError) and error.strerror:
             why = error.strerror
         else:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
         raise InputError(f"{name}: cannot be read as an image: {why}") from error
 
 

@@ -27,7 +27,7 @@ from dpfast.data.folders import (
     read_image,
 )
 from dpfast.data.pictures import pictures_in
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.hardware.cpus import cpus
 from dpfast.parallel import ALONE, Ranks
 
@@ -203,7 +203,7 @@ def _item(real: Any, number: int, shape: tuple[int, ...]) -> tuple[Tensor, int]:
         image, label = torch.as_tensor(image), int(label)
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(
-            f"real: item {number} is no image and label: {str(error).splitlines()[0]}"
+            f"real: item {number} is no image and label: {first_line(error)}"
         ) from error
     _check_shape(image[None], shape)
     return _pixels(image), label

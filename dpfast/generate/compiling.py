@@ -21,7 +21,9 @@ from typing import Literal
 
 import torch
 
+from dpfast.errors import UnreadableError
 from dpfast.hardware.cpus import cpus
+from dpfast.textfiles import read_whole_json
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +77,8 @@ class CompileCosts:
 
     def _read(self) -> dict[str, dict[str, dict[str, float]]]:
         try:
-            table = json.loads(self.path.read_text())
-        except (OSError, ValueError):  # absent, or half written by another version
+            table = read_whole_json(self.path)
+        except UnreadableError:  # another user's: the cost is measured again
             return {}
         return table if isinstance(table, dict) else {}
 
@@ -119,7 +121,7 @@ class CompileCosts:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             draft = self.path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(table, indent=1) + "\n")
+            draft.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
             draft.replace(self.path)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.hardware.device import is_gpu
 from dpfast.hardware.out_of_memory import is_out_of_memory
 
@@ -159,9 +159,7 @@ class Captured:
                 self.close()
                 if is_out_of_memory(error):
                     raise
-                self.reason = (
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                )
+                self.reason = f"{type(error).__name__}: {first_line(error)}"
                 log.warning(
                     "the capture of the %s failed, it runs eagerly from here on: %s",
                     self.name,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.generate import check, criteria
 from dpfast.generate.feature_cache import FeatureCache
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, LearnerPath
@@ -178,8 +178,7 @@ def try_criterion(criterion: criteria.Criterion, logits: Tensor) -> None:
         connected = criterion is criteria.entropy or _has_gradient(criterion, logits, labels)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise InputError(
-            f"criterion fails on logits of shape {tuple(logits.shape)}: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+            f"criterion fails on logits of shape {tuple(logits.shape)}: {first_line(error)}"
         ) from error
     if value.shape != labels.shape:
         raise InputError(
@@ -224,7 +223,7 @@ def try_learner(
     except (RuntimeError, ValueError, TypeError) as error:
         shape = (*images.shape[:2], *(path.image_size or images.shape[2:]))
         raise InputError(
-            f"learner fails on images of shape {shape}: {str(error).splitlines()[0]}"
+            f"learner fails on images of shape {shape}: {first_line(error)}"
         ) from error
     found = logits.shape if isinstance(logits, Tensor) else ()
     if len(found) not in (2, 3) or found[0] != 2 or classes not in (None, found[-1]):

@@ -7,13 +7,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from dpfast import textfiles
+
 ROOT = Path("/")
 
 
 def lines(file: Path) -> list[str]:
     """The lines of a file; none where it cannot be read."""
     try:
-        return file.read_text().splitlines()
+        return textfiles.lines(file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return []
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dpfast.config import ASSETS, RECIPE_FILE, Recipe, objects_of, read_recipe
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.extras import EXTRAS, require
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
 from dpfast.learn.precision import in_precision
+from dpfast.textfiles import lines
 
 NewLearner = Callable[[], nn.Module]  # gives a learner with the same initial weights each time
 
@@ -64,7 +65,7 @@ def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> 
         else:
             model = getattr(module, name)(classes=classes, channels=channels, **options)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"model = {spec!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"model = {spec!r}: {first_line(error)}") from error
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -194,7 +195,7 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
     except RuntimeError as error:
         raise InputError(
             f"learner = {str(folder)!r}: does not fit the pipeline: "
-            f"{str(error).splitlines()[1].strip()}"
+            f"{lines(str(error))[:2][-1].strip()}"
         ) from error
     return in_precision(
         model.eval().requires_grad_(False), recipe.learner.precision, pipeline.device

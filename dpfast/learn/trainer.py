@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpfast.config import Learner
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.hardware.device import is_gpu
 from dpfast.hardware.out_of_memory import attempt, release
 from dpfast.learn.batch_norm import alone, shared_norms, synchronised
@@ -185,7 +185,7 @@ class Trainer:
                 raise
             log.warning(
                 "the learner's step does not compile and goes on without: %s",
-                str(error).splitlines()[0],
+                first_line(error),
             )
             self._loss = self._forward
             return None

@@ -97,7 +97,7 @@ def missing() -> str | None:
 
 def _toolchain(tool: str, *arguments: str) -> str:
     return subprocess.run(
-        [str(_binary(tool)), *arguments], check=True, capture_output=True, text=True
+        [str(_binary(tool)), *arguments], check=True, capture_output=True, encoding="utf-8"
     ).stdout
 
 

@@ -26,6 +26,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpfast.errors import first_line
+
 TIMEOUT = 600.0  # seconds without progress; the longest that makes none is a compiled first batch
 # seconds between two looks at what others have said, at first and after a while
 POLLS = (
@@ -113,7 +115,7 @@ class Heartbeat:
         if isinstance(error, RankError):
             words = str(error)
         elif error is not None:
-            words += f": {type(error).__name__}: {error}".splitlines()[0]
+            words += f": {type(error).__name__}: {first_line(error)}"
         with contextlib.suppress(RuntimeError):  # the store may be gone
             self.store.set(f"left/{self.process}", words)
 

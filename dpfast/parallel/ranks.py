@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpfast.errors import InputError, RecipeError
+from dpfast.errors import InputError, RecipeError, first_line
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import AHEAD, Heartbeat, RankError, silent
 
@@ -275,7 +275,7 @@ class Ranks:
                 or not any(word in str(error) for word in LOST)
             ):
                 raise
-            words = f"{self}: a collective broke off: {error}".splitlines()[0]
+            words = f"{self}: a collective broke off: {first_line(error)}"
             with contextlib.suppress(RuntimeError):  # the store may be gone as well
                 words = self._lost(given_up) or words
             raise RankError(words) from error

@@ -163,7 +163,12 @@ def _process(number: int) -> dict[str, Any]:
     state = ""
     start = None
     with contextlib.suppress(OSError, IndexError):
-        fields = Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()
+        fields = (
+            Path(f"/proc/{number}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rsplit(")", 1)[1]
+            .split()
+        )
         state = fields[0]
         start = fields[19]
     return {
@@ -181,7 +186,7 @@ def _host() -> str:
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts += [
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip(),
             os.readlink("/proc/self/ns/pid"),
         ]
     return " ".join(parts)

@@ -34,6 +34,7 @@ import numpy as np
 
 from dpfast.errors import InputError
 from dpfast.pool.record import RECORD, as_dict, from_dicts, ranges
+from dpfast.textfiles import read_whole_json
 
 MANIFEST = "manifest.json"
 FORMAT = "dpfast-pool"
@@ -107,20 +108,25 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises ``DamagedPoolError`` when ``folder`` holds no manifest of this format."""
+        """Raises ``DamagedPoolError`` when ``folder`` holds no manifest of this format, and
+        ``UnreadableError`` for one that may not be read.
+        """
+        table = read_whole_json(folder / MANIFEST)
+        if table is None:
+            there = (folder / MANIFEST).is_file()
+            raise DamagedPoolError(
+                f"{folder / MANIFEST} cannot be read as JSON"
+                if there
+                else f"{str(folder)!r} holds no saved pool: it has no {MANIFEST}"
+            )
         try:
-            table = json.loads((folder / MANIFEST).read_text())
             if table.pop("format") != FORMAT or table.pop("version") != VERSION:
-                raise InputError(f"not version {VERSION} of {FORMAT}")
+                raise DamagedPoolError(f"{folder / MANIFEST} is not version {VERSION} of {FORMAT}")
             for key in ("shards", "quarantined"):
                 table[key] = [Shard(**shard) for shard in table[key]]
             manifest = cls(**table)
-        except FileNotFoundError:
-            raise DamagedPoolError(
-                f"{str(folder)!r} holds no saved pool: it has no {MANIFEST}"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedPoolError(f"{folder / MANIFEST} cannot be read: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DamagedPoolError(f"{folder / MANIFEST} cannot be read: {error!r}") from None
         for shard in (*manifest.shards, *manifest.quarantined):
             check_member(shard.name, folder / MANIFEST)
             if "/" in shard.name or not shard.name[6:-4].isdecimal():

@@ -21,6 +21,7 @@ from dpfast.pool.sharded import ShardLayout
 from dpfast.practice import checkpoint
 from dpfast.practice.changes import BORN, continued
 from dpfast.practice.run_writer import RunWriter
+from dpfast.textfiles import lines, read_text
 
 SOURCE = "dp"
 
@@ -69,15 +70,13 @@ def prepare_branch(
             f"cool-down at {last:.0f}; expected at least "
             f"{start.step / (1 - recipe.learner.cooldown):.0f}"
         )
-    lines = (
-        (trunk / "metrics.jsonl").read_bytes()[: start.components["folder"]["metrics"]].splitlines()
-    )
-    past = [line for line in lines if json.loads(line)["source"] == SOURCE]
+    told = (trunk / "metrics.jsonl").read_bytes()[: start.components["folder"]["metrics"]]
+    past = [line for line in lines(told.decode()) if json.loads(line)["source"] == SOURCE]
     try:
-        born = (trunk / (BORN if (trunk / BORN).is_file() else RECIPE_FILE)).read_text()
+        born = read_text(trunk / (BORN if (trunk / BORN).is_file() else RECIPE_FILE))
         with RunWriter(out, recipe, overwrite=overwrite, born=born) as branch:
             branch.keep_objects(objects_of(trunk))
-            (out / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in past))
+            (out / "metrics.jsonl").write_bytes("".join(f"{line}\n" for line in past).encode())
             components = start.components
             for rank in range(start.ranks):
                 ranks = Ranks(rank=rank, size=start.ranks)
@@ -96,7 +95,7 @@ def prepare_branch(
                 components={**components, "state": state, "folder": written},
             )
             origin = {"run": str(trunk), "round": round, "step": start.step}
-            (out / "branch.json").write_text(json.dumps(origin) + "\n")
+            (out / "branch.json").write_text(json.dumps(origin) + "\n", encoding="utf-8")
             keep = recipe.practice.checkpoints_kept
             checkpoint.save(branch.checkpoints(SOURCE), taken, keep=keep)
     except BaseException:

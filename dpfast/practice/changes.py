@@ -238,7 +238,7 @@ def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> dict[str
         with durable(run, BORN) as file:
             file.write((run / RECIPE_FILE).read_bytes())
     moment = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    with (run / CHANGES).open("a") as lines:
+    with (run / CHANGES).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps({"time": moment, "steps": steps, "changes": changes}) + "\n")
     with durable(run, RECIPE_FILE) as file:
         file.write(json.dumps(recipe.to_dict(), indent=2).encode() + b"\n")

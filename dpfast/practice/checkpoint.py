@@ -31,8 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpfast.errors import InputError
+from dpfast.errors import InputError, UnreadableError
+from dpfast.files import check_readable, listed
 from dpfast.pool.shards import durable
+from dpfast.textfiles import read_json, read_whole_json
 
 VERSION = 6
 STABLE = "stable"
@@ -173,7 +175,7 @@ def _bytes(value: Tensor) -> memoryview:
 
 def paths(folder: Path) -> list[Path]:
     """The JSON files of a folder's checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*.json"))
+    return listed(folder, "checkpoint-*.json")
 
 
 def ranks_of(folder: Path) -> set[int]:
@@ -182,8 +184,8 @@ def ranks_of(folder: Path) -> set[int]:
     """
     found = set()
     for path in paths(folder):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found.add(json.loads(path.read_text())["ranks"])
+        with contextlib.suppress(KeyError, TypeError):
+            found.add(read_whole_json(path)["ranks"])
     return found
 
 
@@ -202,19 +204,23 @@ def stable(folder: Path) -> Path | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads one checkpoint. Raises ``VersionError`` for one of another format, and ``InputError``
-    that says what is wrong with a damaged one.
+    """Reads one checkpoint. Raises ``VersionError`` for one of another format, ``UnreadableError``
+    where the file system lets this user not read it, and ``InputError`` that says what is wrong
+    with a damaged one.
     """
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
         version = record["version"]
         if version == VERSION:
             weights = path.with_suffix(".safetensors")
+            check_readable(weights)
             if _sha256(weights) != record["sha256"]:
                 raise InputError(f"the checksum of {weights.name} differs from the recorded one")
             names = ("step", "iterations", "ranks", "components")
             taken = Checkpoint(**{name: record[name] for name in names}, path=path)
             return taken.with_tensors(load_file(weights))
+    except UnreadableError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{path} is no intact checkpoint: {error}") from error
     raise _of_version(path, version)
@@ -226,8 +232,8 @@ def check_version(folder: Path) -> None:
     """
     for path in paths(folder)[-1:]:
         version = VERSION
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            version = json.loads(path.read_text())["version"]
+        with contextlib.suppress(KeyError, TypeError):
+            version = read_whole_json(path)["version"]
         if version != VERSION:
             raise _of_version(path, version)
 
@@ -243,13 +249,14 @@ def latest(folder: Path) -> Checkpoint | None:
     """The newest intact checkpoint; None where there has never been one.
 
     A damaged one is named in a ``DamagedCheckpointWarning`` and the one before is taken. Raises
-    ``VersionError`` for one of another format, and ``InputError`` when none is intact.
+    ``VersionError`` for one of another format, ``UnreadableError`` for one that may not be read,
+    and ``InputError`` when none is intact.
     """
     found = paths(folder)
     for path in reversed(found):
         try:
             return load(path)
-        except VersionError:
+        except (VersionError, UnreadableError):
             raise
         except InputError as error:
             warnings.warn(

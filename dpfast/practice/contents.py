@@ -17,6 +17,7 @@ from dpfast.config import ASSETS, Recipe
 from dpfast.data.pictures import pictures_in
 from dpfast.errors import RecipeError
 from dpfast.pool.shards import durable
+from dpfast.textfiles import read_json
 
 CONTENTS = "contents.json"
 
@@ -76,7 +77,7 @@ def check_contents(run: Path, recipe: Recipe) -> None:
             stacklevel=2,
         )
         return
-    born = json.loads((run / CONTENTS).read_text())
+    born = read_json(run / CONTENTS)
     now = contents_of(recipe)
     for field, place in (
         ("pipeline", recipe.generator.pipeline),

@@ -15,7 +15,7 @@ from torch import nn
 
 from dpfast.config import SOURCES, Recipe, SourceName, kind_of
 from dpfast.data.real import Given, RealData, check_real, given_real, load_real
-from dpfast.errors import InputError, RecipeError
+from dpfast.errors import InputError, RecipeError, first_line
 from dpfast.evaluate.measures import predict
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed import choose_loader
@@ -245,8 +245,7 @@ class DeliberatePractice:
                 shape = tuple(predict(learner, black).shape)
             except (RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise InputError(
-                    f"{what}: fails on images of shape {tuple(black.shape)}: "
-                    f"{str(error).splitlines()[0]}"
+                    f"{what}: fails on images of shape {tuple(black.shape)}: {first_line(error)}"
                 ) from error
         if shape != (2, classes):
             kind = InputError if "learner" in self.objects else RecipeError

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from dpfast.config import Recipe
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
@@ -74,7 +74,7 @@ def fit_run(
     except (InputError, RuntimeError, NotImplementedError) as error:
         log.warning(
             "the memory of the models is not known, nothing is fitted: %s",
-            str(error).splitlines()[0],
+            first_line(error),
         )
         return None
 

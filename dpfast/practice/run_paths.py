@@ -46,6 +46,7 @@ from dpfast.practice.changes import BORN, CHANGES, continued
 from dpfast.practice.checkpoint import check_version
 from dpfast.practice.contents import CONTENTS
 from dpfast.practice.throughput import Throughput
+from dpfast.textfiles import read_whole_json
 
 SHARED = ".shared"  # what the first rank writes for the others to see
 PARTS = (  # what a run's folder has before the first sample
@@ -86,10 +87,8 @@ class RunPaths:
 
     def progress(self, source: str) -> dict[str, Any] | None:
         """What ``save_progress`` kept; None where there is nothing, or nothing that can be read."""
-        try:
-            return json.loads((self.path / self._progress(source)).read_text())
-        except (OSError, ValueError):
-            return None
+        kept = read_whole_json(self.path / self._progress(source))
+        return kept if isinstance(kept, dict) else None
 
     def save_progress(self, source: str, progress: dict[str, Any]) -> None:
         """Notes what is saved of this rank's part of a round that is being made."""
@@ -208,7 +207,7 @@ def check_shared(out: Path, ranks: Ranks) -> None:
                 file.write(token.encode())
     with ranks.all_or_none():
         deadline = time.monotonic() + SEEN
-        while not (out / SHARED).is_file() or (out / SHARED).read_text() != token:
+        while not (out / SHARED).is_file() or (out / SHARED).read_text(encoding="utf-8") != token:
             if time.monotonic() > deadline:
                 raise InputError(
                     f"out = {str(out)!r}: on {socket.gethostname()} it is not the folder in which "

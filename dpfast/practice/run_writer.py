@@ -28,6 +28,7 @@ from dpfast.practice.result import Result
 from dpfast.practice.run_paths import RunPaths, check_vacant
 from dpfast.practice.tensorboard_file import TensorBoardFile
 from dpfast.practice.throughput import Throughput
+from dpfast.textfiles import read_whole_json
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ class RunWriter(RunPaths):
             self._changes = record_changes(path, recipe, _steps(path))
         else:
             write_recipe(path, recipe, born=born)
-        self._metrics = (path / "metrics.jsonl").open("a")
-        self._timings = (path / "timings.jsonl").open("a")
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._timings = (path / "timings.jsonl").open("a", encoding="utf-8")
         self._events: TensorBoardFile | None = TensorBoardFile(path)
 
     def watchers(self, throughput: Throughput) -> Sequence[Callback]:
@@ -254,9 +255,9 @@ def _steps(path: Path) -> dict[str, int]:
     """The optimiser steps of the newest checkpoint of every source that has one."""
     found = {}
     for folder in sorted(path.glob("checkpoints_*")):
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+        with contextlib.suppress(KeyError, IndexError, TypeError):
             newest = checkpoint.paths(folder)[-1]
-            found[folder.name.removeprefix("checkpoints_")] = json.loads(newest.read_text())["step"]
+            found[folder.name.removeprefix("checkpoints_")] = read_whole_json(newest)["step"]
     return found
 
 

@@ -8,7 +8,7 @@ import logging
 from functools import cached_property
 
 from dpfast.config import Recipe
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
 from dpfast.hardware.memory import peak_memory
@@ -66,7 +66,7 @@ class Throughput:
         except (InputError, RuntimeError, NotImplementedError) as error:
             log.warning(
                 "the learner's FLOPs are not known, so no mfu of training: %s",
-                str(error).splitlines()[0],
+                first_line(error),
             )
             return None
 

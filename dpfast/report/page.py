@@ -113,7 +113,8 @@ def write_report(
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" '
         'href="data:,">'
-        f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n"
+        f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n",
+        encoding="utf-8",
     )
     return page
 

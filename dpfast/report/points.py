@@ -14,6 +14,7 @@ from typing import Any
 
 from dpfast.errors import InputError
 from dpfast.report.runs import ORDER, Run
+from dpfast.textfiles import read_json_lines
 
 # fields that say which run it is, or what it writes down, not how it learns
 IDENTITY = {"name", "seed", "sources", "device", "evaluation", "checkpoints_kept", "keep_rounds"}
@@ -61,14 +62,15 @@ def points_of_study(path: Path) -> list[Point]:
     Raises ``InputError`` for a file that cannot be read.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         return [
             Point(
                 e["source"], e["samples"], e["test_accuracy"], e.get("fields", {}), e.get("flops")
             )
-            for e in lines
+            for _, e in read_json_lines(path)
         ]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
+        raise InputError(f"study = {str(path)!r}: no such file") from None
+    except (KeyError, TypeError) as error:
         raise InputError(f"study = {str(path)!r}: cannot be read: {error!r}") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpfast.config import RECIPE_FILE, flat, read_recipe
 from dpfast.errors import InputError
+from dpfast.textfiles import lines, read_text
 
 ORDER = ("dp", "dynamic", "prune", "static")
 
@@ -121,7 +122,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         notes.append(f"{path.parent.name}: {path.name} is missing")
         return []
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines(read_text(path)), 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -22,7 +22,10 @@ def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_label: dict[int, list[torch.Tensor]] = {}
-    with (folder / "samples.jsonl").open("w") as lines, tqdm(unit="sample") as bar:
+    with (
+        (folder / "samples.jsonl").open("w", encoding="utf-8") as lines,
+        tqdm(unit="sample") as bar,
+    ):
         for batch in batches:
             columns = batch.labels.tolist(), batch.sample_ids.tolist(), batch.entropy.tolist()
             for image, label, number, entropy in zip(batch.images.cpu(), *columns, strict=True):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dpfast.config import RECIPES, Recipe, fields, flat, full_name, read_recipe, short_name
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
@@ -109,8 +109,8 @@ def test_sources_in_any_order_are_one_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "cannot be read: .*No such file"),
-        ('{"seed": 0, "gener', "cannot be read: Unterminated string"),
+        (None, "no such file"),
+        ('{"seed": 0, "gener', "cannot be read as JSON: Unterminated string"),
         ("[]", "expected a table of fields and sections"),
         ('{"practice": 3}', "expected a table of fields and sections"),
     ],
@@ -120,7 +120,7 @@ def test_a_damaged_recipe_of_a_run_is_refused_in_one_line_with_its_path(tmp_path
     path = tmp_path / "recipe.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(RecipeError, match=said) as caught:
+    with pytest.raises(InputError, match=said) as caught:
         read_recipe(path)
-    assert str(caught.value).startswith(f"recipe = {str(path)!r}: ")
+    assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

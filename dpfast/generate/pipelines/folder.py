@@ -4,7 +4,6 @@ weights are read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dpfast.config import ASSETS
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.extras import installed
+from dpfast.textfiles import read_json
 
 
 class PipelineFolder:
@@ -47,10 +47,7 @@ class PipelineFolder:
         return InputError(f"pipeline = {str(self.path)!r}: {what}")
 
     def _json(self, path: Path) -> Any:
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise self.error(f"{path.name} is not JSON: {error}") from error
+        return read_json(path)
 
     def class_of(self, part: str) -> str | None:
         """The class that the index gives for a part; None where the pipeline was saved without
@@ -85,7 +82,7 @@ class PipelineFolder:
                     pass
             except (SafetensorError, OSError) as error:
                 raise self.error(
-                    f"{part!r}: {file.name} is damaged or cut short: {_line(error)}"
+                    f"{part!r}: {file.name} is damaged or cut short: {first_line(error)}"
                 ) from error
 
     def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
@@ -100,7 +97,7 @@ class PipelineFolder:
             )
         except Exception as error:  # diffusers, transformers and safetensors each raise their own
             raise self.error(
-                f"{part!r} cannot be loaded as a {kind.__name__}: {_line(error)}"
+                f"{part!r} cannot be loaded as a {kind.__name__}: {first_line(error)}"
             ) from error
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
@@ -138,8 +135,3 @@ class PipelineFolder:
         if wrong:
             raise self.error(f"{where}: {wrong[0]!r} is no name; expected text")
         return tuple(names)
-
-
-def _line(error: Exception) -> str:
-    """The first line of a foreign message, which may be a page."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,82 @@
+"""Files and folders as other users and other systems leave them: those that may not be read are
+named, hidden ones are no data, links are followed.
+
+``Path.glob`` and ``Path.rglob`` pass over folders that may not be read, and follow links to folders
+in some versions of Python alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from dpfast.errors import UnreadableError
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns a refusal of the file system into an ``UnreadableError`` that names the file, ``path``
+    where the refusal names none.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise UnreadableError(
+            f"{error.filename or path}: cannot be read: {error.strerror}"
+        ) from None
+
+
+def check_readable(*paths: Path) -> None:
+    """Opens each file for reading, for libraries that take one that may not be read for missing.
+
+    Raises ``UnreadableError`` with its path; ``FileNotFoundError`` where there is none.
+    """
+    for path in paths:
+        with reading(path), path.open("rb"):
+            pass
+
+
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """The entries of a folder whose names match ``pattern``, sorted; [] where there is no folder.
+
+    Hidden entries only where the pattern begins with a dot. Raises ``UnreadableError`` where the
+    folder may not be read.
+    """
+    with reading(folder):
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    hidden = pattern.startswith(".")
+    return sorted(
+        folder / name
+        for name in names
+        if fnmatchcase(name, pattern) and (hidden or not name.startswith("."))
+    )
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """The files in a folder at any depth, by name within each folder; hidden files and folders are
+    passed over.
+
+    Links are followed, as torchvision's ``ImageFolder`` does; one to a folder around it ends there,
+    where torchvision goes round until the system refuses. Raises ``UnreadableError`` for a folder
+    that may not be read.
+    """
+    return _below(folder, ())
+
+
+def _below(folder: Path, around: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    with reading(folder):
+        place = folder.stat()
+    own = (place.st_dev, place.st_ino)
+    if own in around:
+        return
+    for entry in listed(folder):
+        if entry.is_dir():
+            yield from _below(entry, (*around, own))
+        elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is not passed over
+            yield entry
