@@ -94,15 +94,18 @@ def sample(arguments: argparse.Namespace) -> int:
 def _labels(text: str, names: tuple[str, ...]) -> list[int]:
     if text == "all":
         return list(range(len(names)))
+    from dpfast.data.class_folders import ClassNames, text_of
+
+    classes = ClassNames(names)
     labels = []
     for part in (p.strip() for p in text.split(",")):
-        if part in names:
-            labels.append(names.index(part))
-        elif part.isdecimal() and int(part) < len(names):
-            labels.append(int(part))
-        else:
+        found = classes.called(text_of(part))
+        if len(found) > 1:
+            raise InputError(f"labels = {part!r}: may be any of {classes.several(found)}")
+        if not found:
             raise InputError(
                 f"labels = {part!r}: expected 0 to {len(names) - 1}, 'all', or one of: "
                 f"{', '.join(names)}"
             )
+        labels += found
     return labels

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dpfast import imagenet
+from dpfast.data.class_folders import class_folders
 from dpfast.data.pictures import pictures_in, pixels, read_picture, upright
 from dpfast.errors import InputError
 from dpfast.parallel import ALONE, Ranks
@@ -69,22 +69,15 @@ def open_folder(
 ) -> ImageFolder:
     """Lists ``path``; no image is read yet.
 
-    A sub-folder is called by its class's name ("Dress"), the name with "-" for what is neither
-    letter nor digit ("T-shirt-top"), the WordNet id, the class id ("7"), or as ``dpfast export``
-    calls it ("0007-Sneaker").
-
     Args:
-        path: the folder; its sub-folders hold PNG, JPEG, WebP or BMP files, at any depth.
+        path: the folder; its sub-folders, one a class, are called as ``dpfast.data.class_folders``
+            says, and hold PNG, JPEG, WebP or BMP files, at any depth.
         classes: the classifier's, by index.
         shape: (C, H, W); C is 1 or 3.
-        ids: the WordNet ids of ``classes``, where they have them; a number is then an index into
-            ImageNet's 1,000.
-        only: leaves out the classes of ImageNet that the classifier does not know, instead of
-            refusing them.
-        field: what the caller calls ``path``, for the messages of errors.
+        ids, only, field: as in ``class_folders``.
 
-    Raises ``InputError`` when the folder does not exist or holds no images, and for unknown
-    classes, which it names.
+    Raises ``InputError`` when the folder does not exist or holds no images, and as
+    ``class_folders`` does.
     """
     if shape[0] not in MODES:
         raise InputError(
@@ -106,47 +99,6 @@ def open_folder(
     return ImageFolder(
         path, tuple(f for f, _ in pairs), tuple(label for _, label in pairs), tuple(shape)
     )
-
-
-def class_folders(
-    path: Path,
-    classes: Sequence[str],
-    *,
-    ids: Sequence[str] | None,
-    only: bool = False,
-    field: str = "folder",
-) -> list[tuple[Path, int]]:
-    """The sub-folders of ``path`` with their class ids; arguments and errors of ``open_folder``."""
-    folders = sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
-    known = _folder_names(classes, ids)
-    left_out = set(imagenet.load().ids) | {str(i) for i in range(1000)} if only else set()
-    unknown = [f.name for f in folders if f.name.lower() not in known and f.name not in left_out]
-    if unknown:
-        named = ", ".join(unknown[:10]) + (
-            f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        )
-        raise InputError(
-            f"{field} = {str(path)!r}: classes that the learner does not know: {named}"
-        )
-    return [(f, known[f.name.lower()]) for f in folders if f.name.lower() in known]
-
-
-def _folder_names(classes: Sequence[str], ids: Sequence[str] | None) -> dict[str, int]:
-    """What a class's sub-folder may be called, in lower case -> class id."""
-    names: dict[str, int] = {}
-    order = {wordnet_id: i for i, wordnet_id in enumerate(imagenet.load().ids)}
-    for label, name in enumerate(classes):
-        safe = "".join(c if c.isalnum() else "-" for c in name)
-        number = label if ids is None else order[ids[label]]
-        for key in (
-            name,
-            safe,
-            f"{label:04d}-{safe}",
-            str(number),
-            *(() if ids is None else (ids[label],)),
-        ):
-            names.setdefault(key.lower(), label)
-    return names
 
 
 def read_image(file: Path, shape: tuple[int, ...]) -> Tensor:

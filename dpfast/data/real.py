@@ -15,13 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dpfast import imagenet
 from dpfast.config import ASSETS
 from dpfast.data import fashion
+from dpfast.data.class_folders import class_folders, imagenet_ids, sub_folders
 from dpfast.data.folders import (
     BATCH,
     ImageFolder,
-    class_folders,
     fit_picture,
     open_folder,
     read_image,
@@ -94,7 +93,7 @@ def load_real(
     another one for the test.
 
     classes: the generator's, by id; shape: (C, H, W) that folders are read in. Sub-folders are
-    called as ``dpfast.data.folders.open_folder`` says, or by a WordNet id. ranks: each reads its
+    called as ``dpfast.data.class_folders`` says. ranks: each reads its
     own part.
 
     Raises ``InputError`` for an unknown name, and for a folder without images for a class or with
@@ -284,7 +283,7 @@ def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> No
         path = Path(place)
         if place in ("", "fashion"):
             continue
-        if path.is_dir() and any(entry.is_dir() for entry in path.iterdir()):
+        if path.is_dir() and sub_folders(path):
             if classes:
                 _check_classes(place, field, classes)
             continue
@@ -308,7 +307,7 @@ def _open(
         Path(name),
         classes,
         tuple(shape),
-        ids=imagenet.load().ids_of(classes),
+        ids=imagenet_ids(Path(name), classes),
         only=True,
         field=field,
     )
@@ -317,7 +316,7 @@ def _open(
 
 
 def _check_classes(name: str, field: str, classes: Sequence[str]) -> None:
-    ids = imagenet.load().ids_of(classes)
+    ids = imagenet_ids(Path(name), classes)
     folders = class_folders(Path(name), classes, ids=ids, only=True, field=field)
     filled = [label for folder, label in folders if any(pictures_in(folder))]
     _complete(name, field, classes, filled)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dpfast import imagenet
+from dpfast.data.class_folders import imagenet_ids, some_of, wordnet_ids
 from dpfast.data.folders import BATCH, open_folder
 from dpfast.data.real import RealSet
 from dpfast.errors import InputError
@@ -160,9 +161,13 @@ def _folder(name: str, shape: tuple[int, ...], classes: Sequence[str]) -> Evalua
     if not equals and not path.is_dir():
         known = ", ".join(("shifts", *SHIFTS))
         raise InputError(f"evaluation = {name!r}: neither a folder nor one of {known}")
-    present = _wordnet_ids(path)
-    known_set = title if title in IMAGENET_SETS else _recognised(present)
-    ids = imagenet.load().ids_of(classes)
+    if not path.is_dir():
+        raise InputError(f"evaluation = {name!r}: no folder {place!r}")
+    present = wordnet_ids(path)
+    ids = imagenet_ids(path, classes)
+    known_set = title if title in IMAGENET_SETS else None
+    if known_set is None and ids is not None:
+        known_set = _recognised(present)
     if known_set is not None:
         if ids is None:
             raise InputError(
@@ -183,15 +188,6 @@ def _folder(name: str, shape: tuple[int, ...], classes: Sequence[str]) -> Evalua
     return EvaluationSet(title or known_set or path.name, folder.batches, among=among)
 
 
-def _wordnet_ids(path: Path) -> frozenset[str]:
-    """The WordNet ids of a folder's sub-folders; ImageNet-V2 calls them by their indices."""
-    ids = imagenet.load().ids
-    names = [f.name for f in path.iterdir() if f.is_dir()] if path.is_dir() else []
-    if len(names) == len(ids) and all(name.isdigit() and int(name) < len(ids) for name in names):
-        return frozenset(ids[int(name)] for name in names)
-    return frozenset(name for name in names if imagenet.WORDNET_ID.fullmatch(name))
-
-
 def _recognised(present: frozenset[str]) -> str | None:
     return next((f"imagenet-{s}" for s in ("r", "a") if present == imagenet.load().subset(s)), None)
 
@@ -201,10 +197,7 @@ def _same_classes(
 ) -> None:
     for problem, ids in (("lacks", wanted - present), ("has besides", present - wanted)):
         if ids:
-            listed = ", ".join(sorted(ids)[:10]) + (
-                f" and {len(ids) - 10} more" if len(ids) > 10 else ""
-            )
             raise InputError(
                 f"evaluation = {name!r}: {known_set} has {len(wanted)} classes; the folder "
-                f"{problem} {listed}"
+                f"{problem} {some_of(sorted(ids))}"
             )

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from dpfast.config import ASSETS, Recipe
+from dpfast.data.class_folders import sub_folders
 from dpfast.data.pictures import pictures_in
 from dpfast.errors import RecipeError
 from dpfast.pool.shards import durable
@@ -45,12 +46,9 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
         if place == "fashion":
             found[field] = {"fashion": 1}
         elif place and Path(place).is_dir():
-            folders = sorted(
-                entry for entry in Path(place).iterdir() if entry.is_dir() and entry.name[0] != "."
-            )
             found[field] = {
                 entry.name: count
-                for entry in folders
+                for entry in sub_folders(Path(place))
                 if (count := sum(1 for _ in pictures_in(entry)))
             }
     return found

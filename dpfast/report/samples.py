@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from dpfast.data.class_folders import LONGEST, safe_name
 from dpfast.report.sheets import contact_sheet
 from dpfast.samples import SampleBatch
 
@@ -29,8 +30,8 @@ def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder
         for batch in batches:
             columns = batch.labels.tolist(), batch.sample_ids.tolist(), batch.entropy.tolist()
             for image, label, number, entropy in zip(batch.images.cpu(), *columns, strict=True):
-                safe = "".join(c if c.isalnum() else "-" for c in names[label])
-                file = f"{number:06d}_{safe}.png"
+                stem = f"{number:06d}_{safe_name(names[label])}".encode()[: LONGEST - len(".png")]
+                file = f"{stem.decode(errors='ignore')}.png"
                 Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(folder / file)
                 row = {"file": file, "sample_id": number, "label": label, "class": names[label]}
                 lines.write(
