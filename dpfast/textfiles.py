@@ -62,11 +62,17 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises ``InputError`` with the path and line for what is none; else
     as ``read_text``.
     """
-    text = read_text(path)
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """What a text in JSON holds; bytes are UTF-8. Raises ``InputError`` that begins with ``where``
+    for what is none.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+        raise InputError(f"{where}: cannot be read as JSON: {error}") from None
 
 
 def read_whole_json(path: Path) -> Any:
@@ -89,10 +95,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines(read_text(path)), 1):
         if not line.strip():
             continue
-        try:
-            table = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: cannot be read as JSON: {error}") from None
+        table = parse_json(line, f"{path}, line {number}")
         if not isinstance(table, dict):
             raise InputError(f"{path}, line {number}: holds no table of names and values")
         yield number, table

@@ -1,4 +1,4 @@
-"""``dpfast export``: a run's samples for other libraries."""
+"""``dpfast export``: a run's samples, or a dataset's, in the files of other libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ def add(commands: Commands) -> None:
     about = "write a run's samples for other libraries"
     parser = add_command(commands, "export", export, about)
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="folder of a run, or of a saved or exported pool"
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run, of a saved or exported pool, or of another's dataset",
     )
     parser.add_argument(
         "--format",
@@ -24,16 +27,33 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="folder for them, empty or new"
     )
+    parser.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="of another's dataset, where the labels are: a column, a key of .json or a suffix in "
+        "a tar; by default label, the only ClassLabel, .cls, or class folders",
+    )
+    parser.add_argument(
+        "--split",
+        metavar="NAME",
+        help="of another's dataset of several splits, train for one, train+test for both",
+    )
     add_device(parser, "decoders that make images of latents for an image folder")
 
 
 def export(arguments: argparse.Namespace) -> int:
     from dpfast.generate.from_recipe import decoder_of_run
     from dpfast.hardware.device import device_named
-    from dpfast.pool.export import export_pool, import_pool
+    from dpfast.pool.export import export_pool
+    from dpfast.pool.importing import import_pool
 
     decode = decoder_of_run(arguments.run, device_named(arguments.device))
-    pool, classes = import_pool(arguments.run, decode=decode)
+    pool, classes = import_pool(
+        arguments.run,
+        decode=decode,
+        label_column=arguments.label_column,
+        split=arguments.split,
+    )
     export_pool(pool, arguments.out, arguments.format, classes)
     print(f"{len(pool)} samples in {arguments.out}")
     return 0

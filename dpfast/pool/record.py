@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpfast.errors import InputError
+from dpfast.labels import class_id, shortened
 
 RECORD = np.dtype(
     [
@@ -28,26 +29,45 @@ COLUMNS = tuple(name for name in RECORD.names or () if name not in ("offset", "l
 
 
 def as_dict(record: np.void) -> dict[str, Any]:
-    """A record's columns as Python numbers; a float32 survives JSON exactly, NaN as the token
-    NaN.
-    """
+    """A record's columns as Python numbers; a float32 survives JSON exactly."""
     return {name: record[name].item() for name in COLUMNS}
 
 
-def from_dicts(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(B,) ``RECORD`` of what ``as_dict`` gave, offset and length 0. A missing column is 0, a
-    missing entropy NaN.
+def from_dicts(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> np.ndarray:
+    """(B,) ``RECORD`` of what ``as_dict`` gave, offset and length 0.
 
-    Raises ``InputError`` that names the column whose value does not fit.
+    A missing column is 0, a missing entropy NaN; a float that is None, as JSON has it for NaN, is
+    NaN. Id and label must be there. names: what to call the rows in messages. Raises ``InputError``
+    that names row and column of a value that does not fit.
     """
     records = np.zeros(len(rows), RECORD)
-    for name in COLUMNS:
-        default = float("nan") if name == "entropy" else 0
-        try:
-            records[name] = [row[name] if row.get(name) is not None else default for row in rows]
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"column {name!r}: {error}") from None
+    for column in COLUMNS:
+        default = {"entropy": float("nan"), "sample_id": None, "label": None}.get(column, 0)
+        values = [row.get(column, default) for row in rows]
+        records[column] = [
+            _fitting(value, column, names[place] if names else f"sample {place}")
+            for place, value in enumerate(values)
+        ]
     return records
+
+
+def _fitting(value: object, column: str, where: str) -> float:
+    """``value`` as a number that ``column`` holds: integers exactly, floats as float32."""
+    if column == "label":
+        return class_id(value, where)
+    dtype = RECORD[column]
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if dtype.kind == "f":
+        if value is None:
+            return float("nan")
+        if number is not None and (abs(number) <= np.finfo(dtype).max or not np.isfinite(number)):
+            return float(number)
+    elif number is not None and number == number // 1:
+        limits = np.iinfo(dtype)
+        if limits.min <= number <= limits.max:
+            return int(number)
+    shown = "missing" if value is None else shortened(value)
+    raise InputError(f"{where}: column {column!r} is {shown}, expected {dtype.name}")
 
 
 def ranges(ids: np.ndarray) -> list[list[int]]:

@@ -20,26 +20,25 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
-import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from dpfast.errors import InputError
 from dpfast.pool.record import RECORD, as_dict, from_dicts, ranges
-from dpfast.textfiles import read_whole_json
+from dpfast.pool.tars import BLOCK, check_member, read_tar
+from dpfast.textfiles import read_whole_json, to_json
 
 MANIFEST = "manifest.json"
 FORMAT = "dpfast-pool"
 VERSION = 2
-BLOCK = 512  # of a tar
 WRITE_BYTES = 1 << 20
 SUFFIXES = ("npy", "png", "jpg", "jpeg")  # of payloads; ours are the first three
 
@@ -226,7 +225,7 @@ def write_shard(
             pending += b"\0" * (-length % BLOCK)
             for kind, text in (
                 ("cls", str(records["label"][row])),
-                ("json", json.dumps(as_dict(records[row]))),
+                ("json", to_json(as_dict(records[row]))),
             ):
                 pending += (
                     tar_header(f"{key}.{kind}", len(text))
@@ -302,29 +301,33 @@ def _records_of(path: Path) -> np.ndarray:
         rows.append(json.loads(sample.read("json")))
         suffix = next(s for s in SUFFIXES if s in sample.members)
         start, length = sample.members[suffix]
-        header = npy_data_start(sample.read(suffix)) if suffix == "npy" else 0
+        header = _npy_header(sample.read(suffix))[1] if suffix == "npy" else 0
         spans.append((start + header, length - header))
     records = from_dicts(rows)
     records["offset"], records["length"] = np.array(spans, np.int64).reshape(-1, 2).T
     return records
 
 
-def npy_data_start(data: bytes) -> int:
-    """Where the data of an .npy file begin."""
-    return _npy_header(data)[1]
+def npy_array(data: bytes, where: str) -> np.ndarray:
+    """The array of an .npy file's bytes, uint8 or float16 (C, H, W).
 
-
-def npy_kind(data: bytes) -> tuple[np.dtype, tuple[int, ...]]:
-    """dtype and shape of an .npy file of uint8 or float16; raises ``InputError`` for another."""
-    (shape, fortran, dtype), _ = _npy_header(data)
+    Raises ``InputError`` that begins with ``where`` for another, and for a torn one.
+    """
+    try:
+        (shape, fortran, dtype), start = _npy_header(data)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where}: {error}") from None
     if fortran or dtype not in (np.uint8, np.float16) or len(shape) != 3:
         raise InputError(
-            f"an array of {dtype} {shape}, expected uint8 or float16 (C, H, W) in C order"
+            f"{where}: an array of {dtype} {shape}, expected uint8 or float16 (C, H, W) in C order"
         )
-    return dtype, shape
+    if len(data) - start != math.prod(shape) * dtype.itemsize:
+        raise InputError(f"{where}: {len(data) - start} bytes of an array of {dtype} {shape}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
 def _npy_header(data: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], int]:
+    """(shape, Fortran order, dtype) of an .npy file, and where its data begin."""
     buffer = io.BytesIO(data)
     if np.lib.format.read_magic(buffer) != (1, 0):
         raise InputError("an .npy file of a version that is not 1.0")
@@ -374,79 +377,3 @@ def load_shards(
 def describe(runs: Sequence[Sequence[int]]) -> str:
     """Runs of ids in words: "0-2, 7"."""
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-@dataclass(frozen=True)
-class TarSample:
-    """The members of one sample: suffix -> (position, length) in the file."""
-
-    key: str
-    members: dict[str, tuple[int, int]]
-    read: Callable[[str], bytes]
-
-
-def read_tar(path: Path) -> Iterator[TarSample]:
-    """The samples of a webdataset shard, in order. Raises ``InputError`` for a member that must not
-    be there.
-    """
-    data = np.memmap(path, np.uint8, "r")
-
-    def read(key: str, suffix: str, span: tuple[int, int] | None) -> bytes:
-        if span is None:
-            raise InputError(f"{path}: sample {key!r} has no .{suffix}")
-        if sum(span) > len(data):
-            raise InputError(f"{path} ends inside a member")
-        return data[span[0] : sum(span)].tobytes()
-
-    key: str | None = None
-    members: dict[str, tuple[int, int]] = {}
-    for member in _files(path, len(data)):
-        name = PurePosixPath(member.name)
-        stem, _, suffix = name.name.partition(".")
-        suffix = suffix.lower()  # as the webdataset library reads it
-        stem = str(name.with_name(stem)) if stem else str(name)
-        if stem != key or suffix in members:
-            if key is not None:
-                yield _sample(key, members, read)
-            key = stem
-            members = {}
-        members[suffix] = (member.offset_data, member.size)
-    if key is not None:
-        yield _sample(key, members, read)
-
-
-def _files(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar of ``size`` bytes that are files. Its folders are passed over, anything
-    else is refused.
-    """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                check_member(member.name, path)
-                if not member.isreg() and not member.isdir():
-                    raise InputError(
-                        f"{path}: member {member.name!r} is a "
-                        "link or a device, expected plain files"
-                    )
-                if member.isreg():
-                    yield member
-            # tarfile takes a tar that ends between two members for a whole one
-            if tar.offset + BLOCK > size:
-                raise InputError(f"{path} is torn: it has no end mark")
-    except tarfile.TarError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _sample(
-    key: str,
-    members: dict[str, tuple[int, int]],
-    read: Callable[[str, str, tuple[int, int] | None], bytes],
-) -> TarSample:
-    return TarSample(key, members, lambda suffix: read(key, suffix, members.get(suffix)))
-
-
-def check_member(name: str, where: Any) -> None:
-    """Raises ``InputError`` for a name that leads out of a folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise InputError(f"{where}: member {name!r} has an absolute path or '..' in it")

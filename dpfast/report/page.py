@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import decoder_of_run
-from dpfast.pool.export import import_pool
+from dpfast.pool.importing import import_pool
 from dpfast.pool.memory_tiers import readable
 from dpfast.pool.pool import SamplePool
 from dpfast.report import tables

@@ -13,7 +13,8 @@ from PIL import Image
 from dpfast.cli.main import main
 from dpfast.errors import InputError
 from dpfast.pool import codecs
-from dpfast.pool.export import FORMATS, export_pool, import_pool
+from dpfast.pool.export import FORMATS, export_pool
+from dpfast.pool.importing import import_pool
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.record import COLUMNS
 from dpfast.pool.saver import Saver
@@ -212,18 +213,22 @@ def test_a_damaged_export_is_one_error_that_names_the_file(format, how, tmp_path
 @pytest.mark.parametrize(
     ("members", "named"),
     [
-        ({"a.png": b"no image"}, r"a\.png: cannot be read as an image"),
-        ({"a.jpg": b"no image"}, r"a\.jpg is no JPEG file"),
+        ({"a.png": b"no image", "a.cls": b"1"}, r"a\.png: cannot be read as an image"),
+        ({"a.jpg": b"no image", "a.cls": b"1"}, r"a\.jpg: cannot be read as an image"),
         ({"a.cls": b"3"}, "'a' has none of npy, png, jpg"),
         (
-            {"a.png": codecs.to_png(pixels(torch.tensor([1]))[0].numpy()), "b.cls": b"1"},
-            r"'b' has no \.png",
+            {
+                "a.png": codecs.to_png(pixels(torch.tensor([1]))[0].numpy()),
+                "a.cls": b"2",
+                "b.cls": b"1",
+            },
+            "'b' has none of npy, png",
         ),
         ({"a.png": b"", "a.cls": b"dog"}, "dog"),
         ({"a.png": b"", "a.json": b"[1]"}, "'a' is no table"),
         ({"a.png": b"", "a.json": b"{"}, "Expecting property name"),
-        ({"a.png": b"", "a.json": b'{"label": "dog"}'}, "column 'label'"),
-        ({"a.npy": b"no array"}, "magic string"),
+        ({"a.png": b"", "a.json": b'{"label": "dog"}'}, r"'a', \.json: the label is 'dog'"),
+        ({"a.npy": b"no array", "a.cls": b"1"}, r"a\.npy: the magic string"),
         ({}, "empty"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 import webdataset
 
 from dpfast.errors import SaveWarning
-from dpfast.pool import shards
+from dpfast.pool import shards, tars
 from dpfast.pool.owner import OwnedError
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.reader import open_pool
@@ -178,7 +178,7 @@ def test_tar_members_that_lead_elsewhere_are_refused(tmp_path, name):
     with pytest.raises(
         ValueError, match="is a link or a device" if name in KINDS else "absolute path"
     ):
-        list(shards.read_tar(path))
+        list(tars.read_tar(path))
 
 
 def test_a_tar_that_ends_between_two_members_is_torn(tmp_path):
@@ -189,7 +189,7 @@ def test_a_tar_that_ends_between_two_members_is_torn(tmp_path):
     with path.open("r+b") as file:
         file.truncate(third)
     with pytest.raises(ValueError, match=r"shard-000000\.tar is torn"):
-        list(shards.read_tar(path))
+        list(tars.read_tar(path))
 
 
 def test_the_folders_of_a_foreign_tar_are_passed_over(tmp_path):
@@ -197,7 +197,7 @@ def test_the_folders_of_a_foreign_tar_are_passed_over(tmp_path):
     (tmp_path / "a" / "x.CLS").write_text("3")
     with tarfile.open(tmp_path / "foreign.tar", "w") as tar:
         tar.add(tmp_path / "a", "a")
-    (sample,) = shards.read_tar(tmp_path / "foreign.tar")
+    (sample,) = tars.read_tar(tmp_path / "foreign.tar")
     assert (sample.key, sample.read("cls")) == ("a/x", b"3")
 
 

@@ -14,7 +14,7 @@ from dpfast.errors import InputError, RecipeError, SaveWarning
 from dpfast.generate.from_recipe import decoder_of_run, new_sampler
 from dpfast.logs import logged
 from dpfast.pool import shards
-from dpfast.pool.export import import_pool
+from dpfast.pool.importing import import_pool
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.reader import open_pool
 from dpfast.practice import disk

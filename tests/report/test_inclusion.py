@@ -7,7 +7,7 @@ from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
 from dpfast.learn.models import build_learner
 from dpfast.ops import entropy
-from dpfast.pool.export import import_pool
+from dpfast.pool.importing import import_pool
 from dpfast.practice import checkpoint
 from dpfast.report import page
 from dpfast.report.inclusion import _with, births, errors_around

@@ -1,0 +1,95 @@
+"""Reading a pool from a folder: of a run, of a saved or an exported pool, of another's dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpfast.config import RECIPE_FILE
+from dpfast.errors import InputError
+from dpfast.pool import codecs, shards
+from dpfast.pool.foreign.images import read_images
+from dpfast.pool.foreign.intake import Intake
+from dpfast.pool.foreign.parquet import read_parquet
+from dpfast.pool.foreign.splits import choose, data_files
+from dpfast.pool.foreign.tars import read_tars
+from dpfast.pool.pool import SamplePool
+from dpfast.pool.rank_folders import saved_folders
+from dpfast.pool.reader import open_pool
+
+OF_RUNS = ("pool_dp", "pool_static")
+
+
+def import_pool(
+    folder: Path,
+    *,
+    decode: codecs.Decode | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+) -> tuple[SamplePool, list[str] | None]:
+    """The samples of a folder in host memory, and the names of their classes where they are known.
+
+    A run's folder gives the pool of its source "dp", or of "static" where it alone was run. Of
+    other people's datasets (parquet, webdataset tars, image folders; at any depth, hidden files
+    aside) the label is what is unambiguous: "label", else the only ``ClassLabel``, ``.cls``, or
+    class folders.
+
+    Args:
+        folder: of a run, a saved pool, an exported one, or a dataset.
+        decode: of a saved pool of latents, as of ``SamplePool``.
+        label_column: of a dataset, the column, the key or the suffix in a tar that holds the label.
+        split: of a dataset, "train", or "train+test" for several, where it has more than one.
+
+    Raises ``InputError`` when ``folder`` is none of these, and where a sample, its label or its
+    split is not understood.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{str(folder)!r}: no such folder")
+    for saved in (*(folder / name for name in OF_RUNS), folder):
+        if parts := saved_folders(saved):
+            for option, value in (("label_column", label_column), ("split", split)):
+                if value is not None:
+                    raise InputError(
+                        f"{option} = {value!r}: {str(folder)!r} is a pool of dpfast, which has "
+                        "labels and no splits"
+                    )
+            return open_pool(saved, decode=decode), shards.Manifest.read(parts[0]).classes
+    if (folder / RECIPE_FILE).is_file():
+        raise InputError(f"{str(folder)!r}: the run has saved no samples")
+    return _dataset(folder, label_column, split)
+
+
+def _dataset(
+    folder: Path, label_column: str | None, split: str | None
+) -> tuple[SamplePool, list[str] | None]:
+    found = data_files(folder)
+    packed, tables, images = (found.pop(kind, []) for kind in ("packed", "table", "image"))
+    if packed:
+        raise InputError(f"{folder / packed[0]}: unpack it first")
+    kinds = [*found, *(["image folder"] if tables else [])]
+    if len(kinds) > 1:
+        raise InputError(
+            f"{str(folder)!r} holds several datasets: {', '.join(kinds)}; name the folder of one"
+        )
+    intake = Intake()
+    if not found:
+        if not (tables or images):
+            raise InputError(
+                f"{str(folder)!r} holds neither a run with samples nor a saved or exported pool, "
+                "nor parquet files, tars or images"
+            )
+        # one table above all images speaks for them whatever their folders are called
+        alone = [file for file in tables if len(file.parts) == 1]
+        files = alone if alone == tables and tables else [*tables, *images]
+        for part in choose(files, split, folder, by_name=False).values():
+            read_images(folder, part, intake, label_column)
+    for kind, files in found.items():
+        for part in choose(files, split, folder).values():
+            if len(places := sorted({str(folder / file.parent) for file in part})) > 1:
+                raise InputError(
+                    f"files of one split lie in several folders: {', '.join(places)}; name one"
+                )
+            read = read_parquet if kind == "parquet" else read_tars
+            read([folder / file for file in part], intake, label_column)
+    if not len(intake.pool):
+        raise InputError(f"{str(folder)!r}: its {'files' if found else 'tables'} are empty")
+    return intake.pool, intake.classes
