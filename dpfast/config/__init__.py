@@ -20,6 +20,7 @@ from dpfast.config.recipe import (
     fields,
     flat,
     full_name,
+    pipeline_folder,
     read_recipe,
     short_name,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "full_name",
     "kind_of",
     "objects_of",
+    "pipeline_folder",
     "read_recipe",
     "short_name",
 ]

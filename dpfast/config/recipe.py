@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.json"  # of a run's folder
 ASSETS = Path(__file__).parents[1] / "assets"
+INDEX = "model_index.json"  # of the folder of a diffusers pipeline
 # section -> the names that its fields have in the folders of older runs, which are reported,
 # exported and sampled from, if not resumed
 FORMER = {
@@ -683,7 +685,9 @@ class Recipe(Section):
         Raises ``RecipeError`` for an unknown recipe, section or field, a wrong type or a value out
         of range.
         """
-        path = Path(source) if str(source).endswith(".toml") else RECIPES / f"{source}.toml"
+        text = str(source)
+        named = not text.endswith(".toml") and os.sep not in text
+        path = RECIPES / f"{text}.toml" if named else Path(source)
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
             raise RecipeError(
@@ -720,6 +724,16 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def pipeline_folder(source: str | Path) -> Path:
+    """Where a pipeline lies: ``source`` where it is a folder of one, else the embedded one of that
+    name, else ``source``. A text with a separator ("./fashion") is a path and no name.
+    """
+    path, embedded = Path(source), ASSETS / str(source)
+    if os.sep in str(source) or (path / INDEX).is_file() or not (embedded / INDEX).is_file():
+        return path
+    return embedded
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpfast import imagenet
+from dpfast.config import RECIPE_FILE
 from dpfast.errors import InputError
 from dpfast.files import listed
 
@@ -33,6 +34,13 @@ SHOWN = 10  # names in a message
 def sub_folders(path: Path) -> list[Path]:
     """The folders in a folder, sorted; hidden ones are no data. Raises ``UnreadableError``."""
     return [entry for entry in listed(path) if entry.is_dir()]
+
+
+def holds_classes(path: Path) -> bool:
+    """Whether a path is a folder with sub-folders and no run: it then goes before what is embedded
+    under the same name.
+    """
+    return path.is_dir() and not (path / RECIPE_FILE).is_file() and bool(sub_folders(path))
 
 
 class ClassNames:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from dpfast.config import ASSETS
 from dpfast.data import fashion
-from dpfast.data.class_folders import class_folders, imagenet_ids, sub_folders
+from dpfast.data.class_folders import class_folders, holds_classes, imagenet_ids, sub_folders
 from dpfast.data.folders import (
     BATCH,
     ImageFolder,
@@ -100,7 +100,7 @@ def load_real(
     others.
     """
     check_real(name, held_out)
-    if name == "fashion":
+    if is_fashion(name):
         images, labels = fashion.read_split(ASSETS / "fashion_test", "t10k")
         return RealData(
             fashion.CLASSES, _part(images, labels, 0, ranks), _part(images, labels, 1, ranks)
@@ -261,11 +261,18 @@ def _halves(labels: Sequence[int], classes: Sequence[str], what: str) -> list[li
     return [[i for i, half in enumerate(place) if half == wanted] for wanted in (0, 1)]
 
 
+def is_fashion(place: str) -> bool:
+    """Whether a recipe's folder of real images is the embedded set, rather than a folder of that
+    name.
+    """
+    return place == "fashion" and not holds_classes(Path(place))
+
+
 def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int, int]:
     """How many images ``load_real`` will take for validation and test; without such folders 25 a
     class for each.
     """
-    if name == "fashion":
+    if is_fashion(name):
         return 5000, 5000
     found = [sum(1 for _ in pictures_in(Path(place))) if place else 0 for place in (name, held_out)]
     if not found[0]:
@@ -281,7 +288,7 @@ def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> No
     """
     for field, place in (("validation", name), ("held_out", held_out)):
         path = Path(place)
-        if place in ("", "fashion"):
+        if not place or (field == "validation" and is_fashion(place)):
             continue
         if path.is_dir() and sub_folders(path):
             if classes:
@@ -292,6 +299,11 @@ def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> No
         raise InputError(
             f"{field} = {place!r}: {what}; expected 'fashion', or {option} FOLDER with a "
             "sub-folder of real images for each class"
+        )
+    if held_out and is_fashion(name):
+        raise InputError(
+            f"held_out = {held_out!r}: 'fashion' holds test images of its own; expected '', or a "
+            "folder for validation as well"
         )
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dpfast import imagenet
-from dpfast.data.class_folders import imagenet_ids, some_of, wordnet_ids
+from dpfast.data.class_folders import holds_classes, imagenet_ids, some_of, wordnet_ids
 from dpfast.data.folders import BATCH, open_folder
 from dpfast.data.real import RealSet
 from dpfast.errors import InputError
@@ -102,7 +102,7 @@ def evaluation_sets(
     """
     sets: list[EvaluationSet] = []
     for name in names:
-        if name == "shifts" or name in SHIFTS:
+        if (name == "shifts" or name in SHIFTS) and not holds_classes(Path(name)):
             kinds = list(SHIFTS) if name == "shifts" else [name]
             sets += [
                 _shifted(test, kind, severity, seed) for kind in kinds for severity in SEVERITIES

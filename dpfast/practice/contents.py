@@ -13,10 +13,12 @@ import json
 import warnings
 from pathlib import Path
 
-from dpfast.config import ASSETS, Recipe
+from dpfast.config import Recipe, pipeline_folder
 from dpfast.data.class_folders import sub_folders
 from dpfast.data.pictures import pictures_in
+from dpfast.data.real import is_fashion
 from dpfast.errors import RecipeError
+from dpfast.files import below
 from dpfast.pool.shards import durable
 from dpfast.textfiles import read_json
 
@@ -31,11 +33,9 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
     """The table of ``CONTENTS``, by names and sizes: no weights and no images are read. {} for what
     is not there.
     """
-    pipeline = recipe.generator.pipeline
-    embedded = ASSETS / pipeline
     generator: dict[str, int | str] = {}
-    folder = embedded if (embedded / "model_index.json").is_file() else Path(pipeline)
-    for file in sorted(folder.rglob("*")) if (folder / "model_index.json").is_file() else ():
+    folder = pipeline_folder(recipe.generator.pipeline)
+    for file in below(folder) if (folder / "model_index.json").is_file() else ():
         name = str(file.relative_to(folder))
         if file.suffix == ".safetensors":
             generator[name] = file.stat().st_size
@@ -43,7 +43,7 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
             generator[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     found = {"pipeline": generator}
     for field, place in (("validation", recipe.validation), ("held_out", recipe.held_out)):
-        if place == "fashion":
+        if is_fashion(place):
             found[field] = {"fashion": 1}
         elif place and Path(place).is_dir():
             found[field] = {

@@ -44,6 +44,10 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
     with pytest.raises(InputError, match=r"held_out = .*no sub-folders"):
         check_real("fashion", str(tmp_path))
     one = folder(tmp_path / "one", count=1)
+    with pytest.raises(InputError, match=r"held_out = .*'fashion' holds test images of its own"):
+        check_real("fashion", str(one))
+    with pytest.raises(InputError, match="held_out = 'fashion': no such folder"):
+        check_real(str(one), "fashion")
     with pytest.raises(InputError, match=r"'cat' has one image, expected two or more"):
         load_real(str(one), classes=CLASSES, shape=(1, 8, 8))
     with pytest.raises(InputError, match=r"validation = .*no images of 'dog'"):

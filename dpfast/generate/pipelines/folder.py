@@ -12,15 +12,15 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dpfast.config import ASSETS
+from dpfast.config import ASSETS, pipeline_folder
 from dpfast.errors import InputError, first_line
 from dpfast.extras import installed
 from dpfast.textfiles import read_json
 
 
 class PipelineFolder:
-    """``source`` is a folder or the name of an embedded asset. Every error is an ``InputError``
-    that names the folder.
+    """``source`` is a folder, or names an embedded asset (``pipeline_folder``). Every error is an
+    ``InputError`` that names the folder.
 
     Models are loaded by the classes that the caller names, never by what ``model_index.json`` asks
     for, and a model whose file lacks weights is refused: diffusers would fill them with random
@@ -28,8 +28,7 @@ class PipelineFolder:
     """
 
     def __init__(self, source: str | Path) -> None:
-        embedded = ASSETS / str(source)
-        self.path = embedded if (embedded / "model_index.json").is_file() else Path(source)
+        self.path = pipeline_folder(source)
         if not self.path.is_dir():
             names = ", ".join(sorted(p.parent.name for p in ASSETS.glob("*/model_index.json")))
             raise self.error(
