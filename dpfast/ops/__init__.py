@@ -10,12 +10,15 @@ What operations share: `dispatch` (the rule that chooses kernels), `check` (of a
 kernels become on a GPU.
 """
 
+from dpfast.ops.bias_residual import bias_residual
 from dpfast.ops.chunk_rows import ChunkTable, take_rows
 from dpfast.ops.crop import StoredImages, crop_batch
 from dpfast.ops.dispatch import backend_of
 from dpfast.ops.entropy import entropy, entropy_and_grad
 from dpfast.ops.frozen_linear import frozen_linear
+from dpfast.ops.gate_norm_modulate import gate_norm_modulate
 from dpfast.ops.gather import gather_batch
+from dpfast.ops.geglu import geglu
 from dpfast.ops.group_norm import group_norm
 from dpfast.ops.guided_step import DynamicThreshold, guided_step
 from dpfast.ops.noise import normal
@@ -26,11 +29,14 @@ __all__ = [
     "DynamicThreshold",
     "StoredImages",
     "backend_of",
+    "bias_residual",
     "crop_batch",
     "entropy",
     "entropy_and_grad",
     "frozen_linear",
+    "gate_norm_modulate",
     "gather_batch",
+    "geglu",
     "group_norm",
     "guided_step",
     "normal",

@@ -21,8 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from dpfast.ops import dispatch, gather, noise
+from dpfast.ops.bias_residual import BLOCK, bias_residual_kernel
 from dpfast.ops.entropy import ONE_BLOCK, online_kernel, rows_kernel
 from dpfast.ops.entropy import settings as entropy_settings
+from dpfast.ops.gate_norm_modulate import backward_kernel as gate_norm_backward_kernel
+from dpfast.ops.gate_norm_modulate import gate_norm_modulate_kernel
+from dpfast.ops.gate_norm_modulate import settings as gate_norm_settings
+from dpfast.ops.geglu import geglu_backward_kernel, geglu_kernel
+from dpfast.ops.geglu import settings as geglu_settings
 from dpfast.ops.guided_step import triton as guided
 from dpfast.ops.triton_stub import next_power, triton
 
@@ -313,6 +319,63 @@ def _gather(name: str, dtype: str, channels_last: bool, flip: bool) -> Variant:
     )
 
 
+def _geglu(channels: int, backward: bool) -> Variant:
+    rows, block = geglu_settings(channels, backward)
+    size = 2 * rows * block
+    tensors = ("x", "dy", "dx") if backward else ("x", "out")
+    return Variant(
+        name=f"geglu{', backward' if backward else ''}, C = {channels}, bf16",
+        kernel=geglu_backward_kernel if backward else geglu_kernel,
+        arguments={
+            **dict.fromkeys(tensors, "*bf16"),
+            **{"rows": "i32", "C": channels, "ROWS": rows, "BLOCK": block},
+        },
+        warps=4,
+        reads=3 * size if backward else 2 * size,
+        writes=2 * size if backward else size,
+    )
+
+
+def _bias_residual(channels: int) -> Variant:
+    return Variant(
+        name=f"bias_residual, C = {channels}, bf16",
+        kernel=bias_residual_kernel,
+        arguments={
+            **dict.fromkeys(("x", "bias", "residual", "out"), "*bf16"),
+            **{"elements": "i32:16", "C": channels, "BLOCK": BLOCK},
+        },
+        warps=4,
+        reads=3 * BLOCK * 2,  # the bias too, but from the cache
+        writes=BLOCK * 2,
+    )
+
+
+def gate_norm_variant(name: str, channels: int, given: str, *, backward: bool = False) -> Variant:
+    """given: the arguments that are not None, separated by spaces."""
+    names = given.split()
+    block, warps = gate_norm_settings(channels, backward)
+    row = block * 2
+    vectors = {"gate", "offset", "weight", "bias", "scale", "shift"} & set(names)
+    if backward:
+        tensors: tuple[str, ...] = ("u", "dy", "dx", "dbranch")
+        streams = 2 + ("dstream" in names)
+        writes = 1 + ("gate" in names)
+    else:
+        tensors = ("x", "stream", "out")
+        streams = writes = 1 + ("branch" in names)
+    return Variant(
+        name=f"gate_norm_modulate, {name}, D = {channels}, bf16",
+        kernel=gate_norm_backward_kernel if backward else gate_norm_modulate_kernel,
+        arguments={
+            **dict.fromkeys((*tensors, *names), "*bf16"),
+            **{"tokens": "i32", "stride": "i32:16", "eps": "fp32", "D": channels, "BLOCK": block},
+        },
+        warps=warps,
+        reads=(streams + len(vectors)) * row,  # rows of a sample and vectors from the cache
+        writes=writes * row,
+    )
+
+
 def variants() -> list[Variant]:
     """The uses that the audit promises something about."""
     noise_arguments = {
@@ -385,6 +448,15 @@ def variants() -> list[Variant]:
         *(_gather("NCHW, flip", dtype, False, True) for dtype in ("fp32", "bf16")),
         *(_gather("NHWC", dtype, True, False) for dtype in ("fp32", "bf16")),
         *(_gather("NHWC, flip", dtype, True, True) for dtype in ("fp32", "bf16")),
+        # Stable Diffusion 1.5 has widths of 320, 640 and 1280, DiT-XL/2 of 1152.
+        *(_geglu(channels, backward) for channels in (1280, 5120) for backward in (False, True)),
+        *(_bias_residual(channels) for channels in (128, 320, 1280)),
+        gate_norm_variant("DiT, first", 1152, "scale shift"),
+        gate_norm_variant("DiT, between", 1152, "branch gate scale shift"),
+        gate_norm_variant("DiT, backward", 1152, "dstream gate scale", backward=True),
+        *(gate_norm_variant("UNet", width, "offset weight bias") for width in (320, 1280)),
+        gate_norm_variant("UNet, between", 1280, "branch weight bias"),
+        gate_norm_variant("UNet, backward", 1280, "dstream weight", backward=True),
     ]
 
 

@@ -37,6 +37,9 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "crop": ("triton", "native"),
     "permutation": ("native",),  # computed on the host, whatever the device
     "frozen_linear": (),  # oneDNN's kernel, through PyTorch
+    "geglu": ("triton",),
+    "bias_residual": ("triton",),
+    "gate_norm_modulate": ("triton",),
     "group_norm": (),
 }
 CPU = torch.device("cpu")
@@ -129,6 +132,21 @@ def traced(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def has_kernels(operation: str, tensor: Tensor) -> bool:
+    """Whether the Triton kernels of `operation`, which has no others, run for a tensor.
+
+    The meta device has no kernels, but counters look there for what a GPU would run.
+    """
+    if tensor.dtype == torch.float64:
+        return False
+    return tensor.is_meta or backend_of(operation, tensor.device) == "triton"
+
+
+def in_graph(*tensors: Tensor | None) -> bool:
+    """`traced`, or on the meta device, where every call is looked at."""
+    return any(t is not None and t.is_meta for t in tensors) or traced(*tensors)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -31,6 +31,10 @@ ON_EVERY_GPU = [
     "guided_step, dynamic threshold, every term, n = 16384, fp32",
     "gather, NCHW, fp32",
     "normal",
+    "geglu, backward, C = 1280, bf16",
+    "bias_residual, C = 320, bf16",
+    "gate_norm_modulate, DiT, between, D = 1152, bf16",
+    "gate_norm_modulate, DiT, backward, D = 1152, bf16",
 ]
 
 
