@@ -34,6 +34,8 @@ def read_text(path: Path) -> str:
         raise
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a null byte in its name
+        raise UnreadableError(f"{str(path)!r}: cannot be read: {error}") from None
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
             raise InputError(f"{path}: its encoding is {encoding}; save it as UTF-8")

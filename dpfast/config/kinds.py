@@ -47,7 +47,10 @@ class Kind(ABC):
 
     @abstractmethod
     def parse(self, given: Any) -> Any:
-        """``given`` as this type. Raises ``TypeError`` or ``ValueError`` where it is not."""
+        """``given`` as this type.
+
+        Raises ``TypeError``, ``ValueError`` or ``OverflowError`` where it is not.
+        """
 
     @abstractmethod
     def words(self, range: Range) -> str:
@@ -76,7 +79,8 @@ class Number(Kind):
         number = math.nan if isinstance(given, bool) else float(given)
         if not math.isfinite(number) or self.type(number) != number:
             raise ValueError
-        return self.type(number)
+        # as it was given, where the type is right: a float holds whole numbers until 2**53 alone
+        return given if type(given) is self.type else self.type(number)
 
     def words(self, range: Range) -> str:
         return f"a {self.plural(range).replace('numbers', 'number')}"

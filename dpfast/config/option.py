@@ -44,10 +44,10 @@ class Option:
         """
         try:
             value = self.kind.parse(given)
-        except (TypeError, ValueError):
-            raise RecipeError(f"{name} = {given!r}: expected {self.expected}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise RecipeError(f"{name} = {shown(given)}: expected {self.expected}") from None
         if not self.kind.within(value, self.range):
-            raise RecipeError(f"{name} = {value!r}: expected {self.expected}")
+            raise RecipeError(f"{name} = {shown(value)}: expected {self.expected}")
         return value
 
     @property
@@ -72,6 +72,16 @@ class Option:
         if isinstance(value, bool):
             return str(value).lower()
         return f"{value:.16g}" if isinstance(value, float) else str(value)
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it; its type where that is too long for Python itself: a whole
+    number of more than 4,300 digits, or tables nested without end.
+    """
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):
+        return f"<{type(value).__name__}, too long to be shown>"
 
 
 def option(

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dpfast.config.option import Option, option, options
-from dpfast.errors import RecipeError
+from dpfast.config.option import Option, option, options, shown
+from dpfast.errors import InputError, RecipeError
 from dpfast.textfiles import read_json, read_text
 
 if sys.version_info >= (3, 11):
@@ -33,6 +33,7 @@ SolverName = Literal["auto", "ddim", "dpmpp2m", "euler", "lcm", "tcd"]
 STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is for
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.json"  # of a run's folder
+LEVELS = 20  # of a recipe's tables and lists: a model's options may be nested, no one's so deeply
 ASSETS = Path(__file__).parents[1] / "assets"
 INDEX = "model_index.json"  # of the folder of a diffusers pipeline
 # section -> the names that its fields have in the folders of older runs, which are reported,
@@ -52,7 +53,20 @@ USER_FOLDERS = {
 
 def _check(condition: bool, name: str, value: object, wanted: str) -> None:
     if not condition:
-        raise RecipeError(f"{name} = {value!r}: expected {wanted}")
+        raise RecipeError(f"{_word(name)} = {shown(value)}: expected {wanted}")
+
+
+def _word(name: str) -> str:
+    """A field's name as it was said, on one line whatever is in it."""
+    return name if name.isprintable() and name else repr(name)
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Whether tables and lists lie within each other on more than so many levels."""
+    if not isinstance(value, (dict, list, tuple)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return not levels or any(_deeper(each, levels - 1) for each in inner)
 
 
 def _in_running_order(sources: Sequence[str]) -> tuple[SourceName, ...]:
@@ -688,15 +702,17 @@ class Recipe(Section):
         text = str(source)
         named = not text.endswith(".toml") and os.sep not in text
         path = RECIPES / f"{text}.toml" if named else Path(source)
-        if not path.is_file():
+        try:
+            table = tomllib.loads(read_text(path))
+        except FileNotFoundError:
             known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
             raise RecipeError(
                 f"recipe = {str(source)!r}: no such recipe; "
                 f"known are {known}, or a path that ends in .toml"
-            )
-        try:
-            table = tomllib.loads(read_text(path))
-        except tomllib.TOMLDecodeError as error:
+            ) from None
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise RecipeError(f"recipe = {str(source)!r}: not valid TOML: {error}") from None
         table.setdefault("name", path.stem)
         for key, value in overrides.items():
@@ -709,7 +725,13 @@ class Recipe(Section):
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Recipe:
-        """Builds a recipe from nested dictionaries, the inverse of ``dataclasses.asdict``."""
+        """Builds a recipe from nested dictionaries, the inverse of ``dataclasses.asdict``.
+
+        Raises ``RecipeError`` as ``load`` does, and for tables within tables of more than LEVELS.
+        """
+        for key, value in table.items():
+            if _deeper(value, LEVELS):
+                raise RecipeError(f"{_word(key)}: tables or lists within each other, over {LEVELS}")
         values: dict[str, Any] = {}
         for key, value in table.items():
             if key in SECTIONS:
@@ -806,7 +828,8 @@ def full_name(name: str) -> str:
         raise RecipeError(f"{name}: several sections have it; say {' or '.join(found)}")
     if not found:
         raise RecipeError(
-            f"{name}: no such field of a recipe; known are {', '.join(map(short_name, fields()))}"
+            f"{_word(name)}: no such field of a recipe; "
+            f"known are {', '.join(map(short_name, fields()))}"
         )
     return found[0]
 

@@ -124,3 +124,33 @@ def test_a_damaged_recipe_of_a_run_is_refused_in_one_line_with_its_path(tmp_path
         read_recipe(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed = " + "9" * 5000, "not valid TOML: Exceeds the limit"),
+        ("seed = 0x" + "f" * 5000, "seed = <int, too long to be shown>: expected a whole"),
+        ("[guidance]\nomega = " + "9" * 400, "omega = 9+: expected a finite number"),
+        ("[generator]\nclass_names = " + "[" * 2000 + "]" * 2000, "not valid TOML: maximum"),
+        ("learner" + ".a" * 3000 + " = 1", "learner: tables or lists within each other, over 20"),
+        ('"se\\ned" = 1', r"'se\\ned' = 1: expected a field of recipe"),
+    ],
+    ids=["endless", "endless hex", "no float", "deep list", "deep tables", "line feed in a name"],
+)
+def test_what_python_itself_cannot_take_is_refused_in_one_line(tmp_path, text, said):
+    (tmp_path / "odd.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=said) as caught:
+        Recipe.load(tmp_path / "odd.toml")
+    assert str(caught.value).isprintable()
+
+
+def test_a_whole_number_stays_what_it_is():
+    """2**53 + 1, which no float holds."""
+    assert Recipe.load("fashion", round_samples=2**53 + 1).practice.round_samples == 2**53 + 1
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".toml", "a\0b.toml"], ids=["long", "null byte"])
+def test_a_path_that_no_file_system_takes_is_refused_in_one_line(name):
+    with pytest.raises(InputError, match="cannot be read"):
+        Recipe.load(name)
