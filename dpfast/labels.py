@@ -11,6 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from dpfast.errors import InputError
 
 LARGEST = (1 << 31) - 1  # what the record of a sample holds
@@ -43,6 +46,31 @@ def class_id_in_text(text: bytes, what: str, classes: int | None = None) -> int:
     return class_id(int(found[0]) if found else text.decode(errors="replace"), what, classes)
 
 
+def class_ids(labels: Tensor, count: int, what: str, classes: int | None = None) -> Tensor:
+    """The class ids in ``labels`` (count,), of any integer dtype, as int64 on their device.
+
+    what: the argument that they are of; classes: how many there are, where that is known. Raises
+    ``InputError`` for another shape or dtype, and for numbers outside of 0 to ``classes`` - 1.
+    """
+    dtype = labels.dtype
+    if (
+        labels.shape != (count,)
+        or dtype.is_floating_point
+        or dtype.is_complex
+        or dtype == torch.bool
+    ):
+        raise InputError(
+            f"{what}: labels are {dtype} {tuple(labels.shape)}, expected an integer for each of "
+            f"{count} samples"
+        )
+    ids = labels.to(torch.int64)
+    top = LARGEST if classes is None else classes - 1
+    wrong = ids[(ids < 0) | (ids > top)]
+    if len(wrong):
+        raise InputError(f"{what}: label {int(wrong[0])}, expected 0 to {top}")
+    return ids
+
+
 def label_column(
     columns: Sequence[str], class_labels: Sequence[str], wanted: str | None, where: str
 ) -> str:
@@ -62,11 +90,17 @@ def label_column(
     raise no_label(wanted, columns, where)
 
 
-def no_label(wanted: str | None, columns: Sequence[str], where: str) -> InputError:
-    """The error for a file or a sample of which it is not clear what its label is."""
+def no_label(
+    wanted: str | None, columns: Sequence[str], where: str, besides: str = ""
+) -> InputError:
+    """The error for a file or a sample of which it is not clear what its label is. besides: what
+    else was looked at.
+    """
     listed = ", ".join(repr(column) for column in columns) or "nothing"
     problem = "no label" if wanted is None else f"label_column = {wanted!r} is not there"
-    return InputError(f"{where}: {problem}; it has {listed}; name the label by --label-column")
+    return InputError(
+        f"{where}: {problem}; it has {listed}{besides}; name the label by --label-column"
+    )
 
 
 def shortened(value: object) -> str:

@@ -14,6 +14,7 @@ from dpfast.generate import criteria, preflight
 from dpfast.generate.bounded import in_chunks
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, LearnerPath
 from dpfast.generate.models.decoder import AutoencoderDecoder, Decoder, IdentityDecoder
+from dpfast.labels import class_ids
 from dpfast.ops import guided_step
 from dpfast.ops.guided_step import Prediction
 
@@ -97,11 +98,10 @@ class LearnerGradient:
         self.decoder = decoder_of(self.decoder)
         self.criterion = criteria.named(self.guidance.criterion)
         if self.labels is not None:
-            self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
-            if self.labels.dim() != 1 or not len(self.labels) or int(self.labels.min()) < 0:
-                raise InputError(
-                    f"labels = {self.labels.tolist()}: expected class ids (B,), 0 or more"
-                )
+            labels = torch.as_tensor(self.labels)
+            if labels.dim() != 1 or not len(labels):
+                raise InputError(f"labels = {labels.tolist()}: expected class ids (B,), 0 or more")
+            self.labels = class_ids(labels, len(labels), "labels")
         self.check_mode()
 
     @property

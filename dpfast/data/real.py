@@ -28,6 +28,7 @@ from dpfast.data.folders import (
 from dpfast.data.pictures import pictures_in
 from dpfast.errors import InputError, first_line
 from dpfast.hardware.cpus import cpus
+from dpfast.labels import class_id, class_ids
 from dpfast.parallel import ALONE, Ranks
 
 
@@ -64,13 +65,12 @@ class RealData:
         Raises ``InputError`` for other shapes and types, labels without a class, and classes of
         fewer than two images.
         """
-        _check_tensors(images, labels)
+        labels = _checked(images, labels, len(classes) or None).cpu()
+        if not len(labels):
+            raise InputError("real: no images, expected two or more of each class")
         names = tuple(classes) or tuple(str(i) for i in range(int(labels.max()) + 1))
-        wrong = labels[(labels < 0) | (labels >= len(names))]
-        if len(wrong):
-            raise InputError(f"real: label {int(wrong[0])}, expected 0 to {len(names) - 1}")
         halves = _halves(labels.tolist(), names, "real")
-        images, labels = _pixels(images).cpu(), labels.cpu().long()
+        images = _pixels(images).cpu()
         return cls(names, *(RealSet(images[half], labels[half]) for half in halves))
 
 
@@ -136,20 +136,20 @@ def given_real(
         found = _read_dataset(real, classes, tuple(shape), ranks)
     else:
         images, labels = _pair(real)
-        _check_tensors(images, labels)
+        _checked(images, labels, len(classes))
         _check_shape(images, shape)
         whole = RealData.split(images, labels, classes)
         parts = (whole.validation, whole.test)
         mine = [ranks.indices(len(part), BATCH) for part in parts]
         sets = [RealSet(p.images[i], p.labels[i]) for p, i in zip(parts, mine, strict=True)]
         found = RealData(whole.classes, *sets)
+    if len(found.classes) != len(classes):
+        raise InputError(f"real: {len(found.classes)} classes, the generator has {len(classes)}")
     for part in (found.validation, found.test):
-        _check_tensors(part.images, part.labels)
+        _checked(part.images, part.labels, len(found.classes))
         _check_shape(part.images, shape)
         if part.images.dtype != torch.uint8:
             raise InputError(f"real: images are {part.images.dtype}, expected torch.uint8")
-    if len(found.classes) != len(classes):
-        raise InputError(f"real: {len(found.classes)} classes, the generator has {len(classes)}")
     return found
 
 
@@ -180,9 +180,7 @@ def _read_dataset(
     sizes = [0, 0]
     mine: tuple[list[tuple[Tensor, int]], ...] = ([], [])
     for number in range(len(real)):
-        image, label = _item(real, number, shape)
-        if not 0 <= label < len(classes):
-            raise InputError(f"real: label {label}, expected 0 to {len(classes) - 1}")
+        image, label = _item(real, number, shape, len(classes))
         half = seen[label] % 2
         if ranks.share(sizes[half] + 1, BATCH) > ranks.share(sizes[half], BATCH):
             mine[half].append((image, label))
@@ -194,18 +192,18 @@ def _read_dataset(
     return RealData(tuple(classes), *(_joined(part, shape) for part in mine))
 
 
-def _item(real: Any, number: int, shape: tuple[int, ...]) -> tuple[Tensor, int]:
+def _item(real: Any, number: int, shape: tuple[int, ...], classes: int) -> tuple[Tensor, int]:
     """An image (C, H, W), uint8, and its label. Raises ``InputError`` for other things."""
     try:
         image, label = real[number]
         image = fit_picture(image, shape) if isinstance(image, Image.Image) else image
-        image, label = torch.as_tensor(image), int(label)
+        image = torch.as_tensor(image)
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(
             f"real: item {number} is no image and label: {first_line(error)}"
         ) from error
     _check_shape(image[None], shape)
-    return _pixels(image), label
+    return _pixels(image), class_id(label, f"real: item {number}", classes)
 
 
 def _joined(items: list[tuple[Tensor, int]], shape: tuple[int, ...]) -> RealSet:
@@ -226,13 +224,13 @@ def _pixels(images: Tensor) -> Tensor:
     return images.mul(255).round().byte()
 
 
-def _check_tensors(images: Tensor, labels: Tensor) -> None:
-    """Raises ``InputError`` unless these are (N, C, H, W) and (N,) integers."""
-    if images.dim() != 4 or labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise InputError(
-            f"real: images {tuple(images.shape)} and labels {labels.dtype} {tuple(labels.shape)}, "
-            "expected (N, C, H, W) and N integers"
-        )
+def _checked(images: Tensor, labels: Tensor, classes: int | None) -> Tensor:
+    """The labels as int64. Raises ``InputError`` unless these are images (N, C, H, W) and their N
+    class ids.
+    """
+    if images.dim() != 4:
+        raise InputError(f"real: images of shape {tuple(images.shape)}, expected (N, C, H, W)")
+    return class_ids(labels, len(images), "real", classes)
 
 
 def _check_shape(images: Tensor, shape: Sequence[int]) -> None:

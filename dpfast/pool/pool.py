@@ -18,6 +18,7 @@ from torch import Tensor
 from dpfast import config
 from dpfast.errors import InputError
 from dpfast.hardware.device import is_gpu
+from dpfast.labels import class_ids
 from dpfast.ops import dispatch
 from dpfast.ops.chunk_rows import ChunkTable, take_rows
 from dpfast.ops.dispatch import CPU
@@ -221,15 +222,7 @@ class SamplePool:
             labels = torch.as_tensor(labels).cpu()
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"labels must be (B,) integers, got {labels!r}") from None
-        if labels.shape != (len(payload),) or labels.is_floating_point():
-            raise InputError(
-                f"labels are {labels.dtype} {tuple(labels.shape)}, expected an integer for each of "
-                f"{len(payload)} samples"
-            )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < 1 << 31:
-            raise InputError(
-                f"labels are {int(labels.min())} to {int(labels.max())}, expected 0 to 2^31 - 1"
-            )
+        labels = class_ids(labels, len(payload), "append_images")
         records = np.zeros(len(labels), RECORD)
         records["label"] = labels.numpy()
         records["sample_id"] = len(self) + np.arange(len(labels))

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.pool.record import RECORD, as_dict, from_dicts, ranges
 from dpfast.pool.tars import BLOCK, check_member, read_tar
 from dpfast.textfiles import read_whole_json, to_json
@@ -315,8 +315,8 @@ def npy_array(data: bytes, where: str) -> np.ndarray:
     """
     try:
         (shape, fortran, dtype), start = _npy_header(data)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{where}: {error}") from None
+    except Exception as error:  # NumPy raises what tokenize and ast raise of a header
+        raise InputError(f"{where}: {first_line(error)}") from None
     if fortran or dtype not in (np.uint8, np.float16) or len(shape) != 3:
         raise InputError(
             f"{where}: an array of {dtype} {shape}, expected uint8 or float16 (C, H, W) in C order"

@@ -100,10 +100,10 @@ def test_classes_without_names_are_numbered():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ((IMAGES[:, 0], LABELS), r"images \(20, 8, 8\) and labels torch.int64 \(20,\), expected"),
+        ((IMAGES[:, 0], LABELS), r"images of shape \(20, 8, 8\)"),
         (
             (IMAGES, LABELS[:5]),
-            r"labels torch.int64 \(5,\), expected \(N, C, H, W\) and N integers",
+            r"labels are torch.int64 \(5,\), expected an integer for each of 20 samples",
         ),
         (
             (IMAGES[..., :4], LABELS),

@@ -323,8 +323,9 @@ def test_labels_may_be_any_integers_and_what_cannot_be_appended_is_named():
     for labels in (torch.tensor([1, 2]), torch.tensor([1, 2]).numpy(), [1, 2]):
         pool.append_images(images, labels)
     assert pool.column("label").tolist() == [1, 2] * 3
-    for labels in (torch.zeros(2), [1.0, 2.0], torch.arange(3), [-1, 0], [0, 1 << 31]):
-        with pytest.raises(InputError, match="labels are"):
+    truths = torch.tensor([True, False])
+    for labels in (torch.zeros(2), [1.0, 2.0], torch.arange(3), truths, [-1, 0], [0, 1 << 31]):
+        with pytest.raises(InputError, match="append_images: label"):
             pool.append_images(images, labels)
     for labels in (["cat", "dog"], None):
         with pytest.raises(TypeError, match="labels must be"):

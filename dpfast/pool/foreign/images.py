@@ -39,13 +39,16 @@ def read_images(
         base = folder / _base(files, folder)
         where = str(base)
         rows = [{"file_name": str((folder / file).relative_to(base))} for file in files]
+    if not rows:
+        return
     known = (folder / CLASSES).is_file()
     classes = read_json(folder / CLASSES) if known else None
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if wanted is None and "label" not in columns:
         names = [] if known else _class_folders(rows)
         if not names:
-            raise no_label(wanted, columns, where)
+            besides = ", and its images do not lie in several class folders beside each other"
+            raise no_label(wanted, columns, where, "" if known else besides)
         ids = {name: label for label, name in enumerate(names)}
         rows = [row | {"label": ids[PurePath(row["file_name"]).parts[0]]} for row in rows]
         classes = names

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.extras import install_command
 from dpfast.labels import class_id, label_column
 from dpfast.pool.foreign.intake import BATCH, Intake
@@ -42,7 +42,7 @@ def read_parquet(paths: Iterable[Path], intake: Intake, wanted: str | None) -> N
         except InputError:
             raise
         except (arrow.ArrowException, OSError, UnicodeError) as error:
-            raise InputError(f"{path}: {str(error).partition(chr(10))[0]}") from None
+            raise InputError(f"{path}: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)
