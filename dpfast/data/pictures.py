@@ -12,6 +12,7 @@ no range       32-bit integers and floats are refused: nothing says which value 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 from collections.abc import Iterator
@@ -62,14 +63,24 @@ def pixels(picture: Image.Image) -> np.ndarray:
 
 
 def read_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
-    """The picture of an image file as ``upright`` makes it, in memory; nothing refers to the file.
+    """The picture of an image file as ``upright`` makes it, in memory.
 
-    Raises ``InputError`` that begins with ``name`` for what is missing, no image of ``FORMATS``,
-    cut off, larger than Pillow decodes (a decompression bomb, also of text), or has no range.
+    Raises ``InputError`` as ``opened`` does, also for pixels that are cut off or have no range.
+    """
+    with opened(file, name) as picture:
+        return upright(picture)
+
+
+@contextlib.contextmanager
+def opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
+    """An image file of ``FORMATS``, of which nothing but the header is read yet.
+
+    Raises ``InputError`` that begins with ``name`` for what is missing, no such image, larger than
+    Pillow decodes (a decompression bomb, also of text), and for all that goes wrong inside.
     """
     try:
-        with Image.open(file, formats=FORMATS) as opened:
-            return upright(opened)
+        with Image.open(file, formats=FORMATS) as picture:
+            yield picture
     except MemoryError:
         raise
     # Pillow raises what its parsers raise: OSError, SyntaxError, struct.error, zlib.error, ...

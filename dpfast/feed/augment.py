@@ -54,21 +54,83 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Crops:
+    """The chances of a batch's boxes, which are the same whatever sizes its images have.
+
+    areas: (B, TRIES) shares of an image's area; ratios: (B, TRIES) of width and height; places:
+    (B, 2) in [0, 1) of what a box leaves free; shifts: (B, 2) pixels.
+    """
+
+    areas: np.ndarray | None = None
+    ratios: np.ndarray | None = None
+    places: np.ndarray | None = None
+    shifts: np.ndarray | None = None
+
+    def part(self, rows: np.ndarray) -> Crops:
+        """The chances of the samples in ``rows`` of the batch."""
+        parts = (self.areas, self.ratios, self.places, self.shifts)
+        return Crops(*(None if part is None else part[rows] for part in parts))
+
+    def boxes(self, sizes: np.ndarray) -> Tensor:
+        """(B, 4) float32 of (top, left, height, width) in images of (B, 2) heights and widths."""
+        boxes = np.zeros((len(sizes), 4))
+        boxes[:, 2:] = sizes
+        if self.areas is not None:
+            self._place(boxes)
+        if self.shifts is not None:
+            boxes[:, :2] += self.shifts
+        return torch.from_numpy(boxes.astype(np.float32))
+
+    def _place(self, boxes: np.ndarray) -> None:
+        """Makes of boxes that are whole images such of a random share of the area and a random
+        ratio, at a random place, in whole pixels.
+        """
+        assert self.areas is not None
+        assert self.ratios is not None
+        assert self.places is not None
+        height, width = boxes[:, 2:3].copy(), boxes[:, 3:].copy()
+        area = self.areas * height * width
+        heights = np.round(np.sqrt(area / self.ratios))
+        widths = np.round(np.sqrt(area * self.ratios))
+        fits = (heights <= height) & (widths <= width) & (heights > 0) & (widths > 0)
+        chosen = np.arange(len(fits)), fits.argmax(1)
+        boxes[:, 2], boxes[:, 3] = heights[chosen], widths[chosen]
+        free = np.concatenate([height, width], 1) - boxes[:, 2:]
+        boxes[:, :2] = np.floor(self.places * (free + 1))
+        none = ~fits.any(1)
+        if none.any():  # the largest box in the middle whose ratio is allowed
+            height, width = height[none, 0], width[none, 0]
+            tallest = np.minimum(height, np.round(width / RATIOS[0]))
+            widest = np.minimum(width, np.round(height * RATIOS[1]))
+            middle = (height - tallest) // 2, (width - widest) // 2
+            boxes[none] = np.stack([*middle, tallest, widest], 1)
+
+
+@dataclass(frozen=True)
 class AugmentationDraw:
     """The chances of one batch, on the CPU; None for none.
 
-    boxes: (B, 4) float32 of (top, left, height, width) in pixels; flips: (B,) bool.
+    boxes: (B, 4) float32 of (top, left, height, width) in pixels, in images of the size that was
+    drawn for; flips: (B,) bool; crops: what the boxes were made of.
     """
 
     boxes: Tensor | None
     flips: Tensor | None
     mix: Mix | None
+    crops: Crops | None = None
 
     def part(self, rows: Tensor) -> AugmentationDraw:
         """The chances of the samples in ``rows`` (b,) of the batch."""
         boxes = None if self.boxes is None else self.boxes[rows]
         flips = None if self.flips is None else self.flips[rows]
-        return AugmentationDraw(boxes, flips, self.mix)
+        crops = None if self.crops is None else self.crops.part(rows.numpy())
+        return AugmentationDraw(boxes, flips, self.mix, crops)
+
+    def boxes_in(self, sizes: Tensor) -> Tensor:
+        """``boxes`` in images of these (B, 2) int64 heights and widths, by the same chances; all of
+        an image where nothing is cropped.
+        """
+        return (self.crops or Crops()).boxes(sizes.numpy())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +182,8 @@ class Augment:
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
-    def resamples(self, image: tuple[int, int]) -> bool:
-        """Whether a batch of images of (height, width) needs boxes."""
+    def resamples(self, image: tuple[int, int] | None) -> bool:
+        """Whether a batch of images of (height, width) needs boxes; None: of any sizes."""
         return self.shift > 0 or self.crop < 1 or self.size not in (None, image)
 
     def draw(
@@ -133,19 +195,20 @@ class Augment:
             return AugmentationDraw(None, None, None)
         random = np.random.Generator(np.random.Philox(key=(seed << 64) + number))
         flips = torch.from_numpy(random.random(batch) < 0.5) if self.flip else None
-        boxes = None
-        if self.resamples(image):
-            if self.crop < 1:
-                boxes = _crops(random, batch, image, self.crop)
-            else:
-                boxes = np.tile((0.0, 0, *image), (batch, 1))
-            if self.shift:
-                boxes[:, :2] += random.integers(-self.shift, self.shift + 1, (batch, 2))
-        return AugmentationDraw(
-            None if boxes is None else torch.from_numpy(boxes.astype(np.float32)),
-            flips,
-            self._mix(random, self.size or image),
-        )
+        crops = self._crops(random, batch) if self.resamples(image) else None
+        boxes = None if crops is None else crops.boxes(np.tile(image, (batch, 1)))
+        return AugmentationDraw(boxes, flips, self._mix(random, self.size or image), crops)
+
+    def _crops(self, random: np.random.Generator, batch: int) -> Crops:
+        areas = ratios = places = shifts = None
+        if self.crop < 1:
+            areas = random.uniform(self.crop, 1, (batch, TRIES))
+            low, high = (math.log(ratio) for ratio in RATIOS)
+            ratios = np.exp(random.uniform(low, high, (batch, TRIES)))
+            places = random.random((2, batch)).T
+        if self.shift:
+            shifts = random.integers(-self.shift, self.shift + 1, (batch, 2))
+        return Crops(areas, ratios, places, shifts)
 
     def _mix(self, random: np.random.Generator, size: tuple[int, int]) -> Mix | None:
         if not self.mixes:
@@ -167,27 +230,3 @@ def _cut(centre: int, length: float, limit: int) -> tuple[int, int]:
     first = round(centre - length / 2)
     last = round(centre + length / 2)
     return min(max(first, 0), limit), min(max(last, 0), limit)
-
-
-def _crops(
-    random: np.random.Generator, batch: int, image: tuple[int, int], smallest: float
-) -> np.ndarray:
-    """(batch, 4) whole-pixel boxes of a random share of the area and a random ratio, at a random
-    place.
-    """
-    height, width = image
-    area = random.uniform(smallest, 1, (batch, TRIES)) * height * width
-    ratio = np.exp(random.uniform(math.log(RATIOS[0]), math.log(RATIOS[1]), (batch, TRIES)))
-    heights = np.round(np.sqrt(area / ratio))
-    widths = np.round(np.sqrt(area * ratio))
-    fits = (heights <= height) & (widths <= width) & (heights > 0) & (widths > 0)
-    chosen = np.arange(batch), fits.argmax(1)
-    # Where no try fits: the largest box in the middle whose ratio is allowed.
-    largest = min(height, round(width / RATIOS[0])), min(width, round(height * RATIOS[1]))
-    found = fits.any(1)
-    heights = np.where(found, heights[chosen], largest[0])
-    widths = np.where(found, widths[chosen], largest[1])
-    places = random.random((2, batch))
-    tops = np.where(found, np.floor(places[0] * (height - heights + 1)), (height - heights) // 2)
-    lefts = np.where(found, np.floor(places[1] * (width - widths + 1)), (width - widths) // 2)
-    return np.stack([tops, lefts, heights, widths], 1)

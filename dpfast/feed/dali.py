@@ -13,7 +13,8 @@ torch without CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpfast.data.jpeg import for_decoder
+from dpfast.data.pictures import from_image_file
 from dpfast.feed.augment import AugmentationDraw
 from dpfast.feed.buffers import BufferPool
 from dpfast.feed.loader import Batch, PendingBatch, PoolLoader
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.protocol import Pool
+from dpfast.pool.snapshot import PoolSnapshot, sample_name
 
 _BYTES = BatchFormat(mean=0.0, std=1 / 255, channels_last=False)
 
@@ -54,26 +58,40 @@ class DaliLoader(PoolLoader):
         if queue is None or queue.broken:
             queue = self._dali = _DaliQueue(self._build(), self.ahead, self.device)
         for pending in drawn:
-            images, labels = self._gather(pending)
-            queue.feed(images, pending.draw)
-            pending.work = _InQueue(queue, images, labels, self.form.channels_last)
+            snapshot, indices = self.pool.fetch(pending.indices, device=self.device)
+            images, boxes, labels = self._gather(snapshot, indices, pending.draw)
+            queue.feed(images, boxes, pending.draw.flips)
+            last = self.form.channels_last
+            pending.work = _InQueue(queue, images, labels, indices, channels_last=last)
 
-    def _gather(self, pending: PendingBatch) -> tuple[Any, Tensor]:
-        """What DALI is fed, and the labels."""
+    def _gather(
+        self, snapshot: PoolSnapshot, indices: Tensor, draw: AugmentationDraw
+    ) -> tuple[Any, Tensor | None, Tensor]:
+        """What DALI is fed, the boxes in it, and the labels."""
         device = self.device
-        snapshot, indices = self.pool.fetch(pending.indices, device=device)
+        boxes = draw.boxes
         if snapshot.codec == "latents":  # decoded to floats on the scale of bytes
             images, labels = snapshot.gather(indices, _BYTES, device=device)
-            return images if device.type == "cuda" else images.numpy(), labels
+            return images if device.type == "cuda" else images.numpy(), boxes, labels
         labels = snapshot.column("label", indices).to(device, non_blocking=True)
         if snapshot.codec == "jpeg":
-            return [np.frombuffer(data, np.uint8) for data in snapshot.payload(indices)], labels
+            return *self._files(snapshot, indices, draw), labels
         if device.type == "cuda":
-            return snapshot.payload(indices, device=device), labels
+            return snapshot.payload(indices, device=device), boxes, labels
         size = len(indices) * snapshot.chunks.stride
         buffer = self._buffers.take(size)[:size]
         snapshot.payload(indices, out=torch.from_numpy(buffer).view(len(indices), -1))
-        return buffer.reshape(len(indices), *self.image_shape()), labels
+        return buffer.reshape(len(indices), *self.image_shape()), boxes, labels
+
+    def _files(
+        self, snapshot: PoolSnapshot, indices: Tensor, draw: AugmentationDraw
+    ) -> tuple[list[np.ndarray], Tensor | None]:
+        """JPEG files as DALI shows them like Pillow, and the boxes, each in its own picture."""
+        named = zip(snapshot.payload(indices), indices.tolist(), strict=True)
+        read = [for_decoder(file, sample_name(index)) for file, index in named]
+        sizes = torch.tensor([size for _, size in read])
+        boxes = self.boxes_in(sizes, snapshot, draw)
+        return [np.frombuffer(data, np.uint8) for data, _ in read], boxes
 
     def _build(self) -> Any:
         from nvidia.dali import Pipeline, fn, types
@@ -103,7 +121,7 @@ class DaliLoader(PoolLoader):
                 images = fn.decoders.image(
                     images, device="mixed" if cuda else "cpu", output_type=colours
                 )
-            if self.augment.resamples(self.image_shape()[1:]):
+            if self.resamples():
                 images = fn.resize(
                     images,
                     size=[height, width],
@@ -141,37 +159,49 @@ class _DaliQueue:
         self.fed = 0
         self.broken = False
 
-    def feed(self, images: Any, draw: AugmentationDraw) -> None:
+    def feed(self, images: Any, boxes: Tensor | None, flips: Tensor | None) -> None:
         """Gives DALI one more batch."""
-        self.pipeline.feed_input("images", images, cuda_stream=self._stream())
-        if draw.boxes is not None:
-            boxes = draw.boxes.numpy()
-            self.pipeline.feed_input("start", np.ascontiguousarray(boxes[:, :2]))
-            self.pipeline.feed_input("end", boxes[:, :2] + boxes[:, 2:])
-        if draw.flips is not None:
-            self.pipeline.feed_input("flip", draw.flips.numpy().astype(np.int32))
-        self.fed += 1
-        if self.fed >= self.depth:
-            self.pipeline.schedule_run()
+        with self._in_use():
+            self.pipeline.feed_input("images", images, cuda_stream=self._stream())
+            if boxes is not None:
+                starts, lengths = boxes[:, :2].numpy(), boxes[:, 2:].numpy()
+                self.pipeline.feed_input("start", np.ascontiguousarray(starts))
+                self.pipeline.feed_input("end", starts + lengths)
+            if flips is not None:
+                self.pipeline.feed_input("flip", flips.numpy().astype(np.int32))
+            self.fed += 1
+            if self.fed >= self.depth:
+                self.pipeline.schedule_run()
 
     def deliver(self) -> Tensor:
         """The images of the oldest batch, in DALI's layout."""
-        try:
+        with self._in_use():
             (output,) = self.pipeline.share_outputs(cuda_stream=self._stream())
-        except RuntimeError:
-            self.broken = True  # DALI says so
-            raise
-        images = torch.from_dlpack(output.as_tensor())  # the memory is now the tensor's
-        self.pipeline.release_outputs()
+            images = torch.from_dlpack(output.as_tensor())  # the memory is now the tensor's
+            self.pipeline.release_outputs()
         return images
 
     def discard(self) -> None:
-        """Forgets the oldest batch."""
+        """Forgets the oldest batch. Raises nothing: the next batch is another pipeline's where
+        this one fails.
+        """
         if self.fed < self.depth:
             self.broken = True  # it has inputs and has not run
         if not self.broken:
-            self.pipeline.share_outputs()
-            self.pipeline.release_outputs()
+            with contextlib.suppress(Exception), self._in_use():
+                self.pipeline.share_outputs()
+                self.pipeline.release_outputs()
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Notes that the pipeline is broken, whatever fails: what it holds is then not known, and
+        DALI raises ``StopIteration`` where it has nothing to give any more, which would end a loop.
+        """
+        try:
+            yield
+        except BaseException:
+            self.broken = True
+            raise
 
     def _stream(self) -> Any:
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
@@ -179,15 +209,22 @@ class _DaliQueue:
 
 @dataclass(frozen=True)
 class _InQueue:
-    """``Work`` of DALI. images: what DALI was fed, which it reads in place."""
+    """``Work`` of DALI. images: what DALI was fed, which it reads in place; indices: of them."""
 
     queue: _DaliQueue
     images: Any
     labels: Tensor
+    indices: Tensor
     channels_last: bool
 
     def result(self) -> Batch:
-        images = self.queue.deliver()
+        try:
+            images = self.queue.deliver()
+        except Exception:
+            if isinstance(self.images, list):  # DALI does not say which of the files
+                for file, index in zip(self.images, self.indices.tolist(), strict=True):
+                    from_image_file(file.tobytes(), sample_name(index))
+            raise
         return images.permute(0, 3, 1, 2) if self.channels_last else images, self.labels
 
     def drop(self) -> None:

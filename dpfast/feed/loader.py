@@ -20,10 +20,9 @@ The path of a batch, in reading order:
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Protocol
@@ -39,6 +38,7 @@ from dpfast.ops import check
 from dpfast.ops.dispatch import CPU
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.protocol import Pool
+from dpfast.pool.snapshot import Boxes, PoolSnapshot
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) and labels (B,) int64
 
@@ -102,7 +102,9 @@ class Work(Protocol):
         ...
 
     def drop(self) -> None:
-        """Forgets the batch, and returns when its making does not read the pool any more."""
+        """Forgets the batch, and returns when its making does not read the pool any more. Raises
+        nothing.
+        """
         ...
 
 
@@ -209,7 +211,7 @@ class PoolLoader(Loader):
             self._prepare(size)
         pending = self._queue[0]
         assert pending.work is not None
-        with self._rewinding():
+        with _Rewinding(self._rewind):
             images, labels = pending.work.result()
             if pending.draw.mix is not None:
                 assert self.classes is not None
@@ -265,6 +267,42 @@ class PoolLoader(Loader):
         height, width = self.augment.size or size
         return self.count, channels, height, width
 
+    def boxes(self, snapshot: PoolSnapshot, draw: AugmentationDraw) -> Boxes | None:
+        """What ``PoolSnapshot.gather`` shows of the samples of a batch."""
+        if snapshot.codec != "jpeg":
+            return draw.boxes
+        return lambda sizes: self.boxes_in(sizes, snapshot, draw)
+
+    def boxes_in(
+        self, sizes: Tensor, snapshot: PoolSnapshot, draw: AugmentationDraw
+    ) -> Tensor | None:
+        """The boxes in JPEG pictures of these (B, 2) heights and widths; None: all of each.
+
+        Raises ``InputError`` for pictures of several sizes where ``augment`` gives the batch none,
+        and where the pool was grey at the first batch and is not any more.
+        """
+        channels, *first = self.image_shape()
+        if snapshot.coloured and channels == 1:
+            raise InputError(
+                "the pool's pictures were grey at this loader's first batch, and now some have "
+                "colours: make a new loader"
+            )
+        others = sizes[(sizes != torch.tensor(first)).any(1)]
+        if self.augment.size is None and len(others):
+            found = " and ".join(f"{h} x {w}" for h, w in (first, others[0].tolist()))
+            raise InputError(
+                f"the pool holds pictures of {found} pixels: several sizes need "
+                "Augment(size=(height, width)), the size of a batch"
+            )
+        return draw.boxes_in(sizes) if self.resamples() else None
+
+    def resamples(self) -> bool:
+        """Whether batches need boxes; of JPEG pictures, which may have any size, wherever
+        ``augment`` gives the batch a size.
+        """
+        image = None if self.pool.codec == "jpeg" else self.image_shape()[1:]
+        return self.augment.resamples(image)
+
     def _fresh(self) -> int:
         """The newest samples that the order draws more often than others."""
         return self.pool.fresh if self.order.fresh_weight != 1 else 0
@@ -274,7 +312,7 @@ class PoolLoader(Loader):
         count = self.ahead - len(self._queue)
         if count < 1:
             return
-        with self._rewinding():
+        with _Rewinding(self._rewind):
             drawn = self._draw(size, count)
             self._queue.extend(drawn)
             self.start(drawn)
@@ -295,33 +333,41 @@ class PoolLoader(Loader):
             drawn.append(PendingBatch(size, part, draw, after))
         return drawn
 
-    @contextlib.contextmanager
-    def _rewinding(self) -> Iterator[None]:
-        """Takes back what was prepared where its making fails: an ``InputError`` goes to the caller
-        as it is, anything else as the cause of a ``LoaderError``.
-        """
-        try:
-            yield
-        except InputError:
-            self._rewind()
-            raise
-        except BaseException as error:
-            self._rewind()
-            raise LoaderError(
-                f"a batch after the first {self._number} could not be made: {error!r}"
-            ) from error
-
-    def _rewind(self) -> None:
-        """Takes everything back that was prepared and not delivered."""
+    def _rewind(self) -> int:
+        """Takes everything back that was prepared and not delivered; the batches before that."""
         for pending in self._queue:
             if pending.work is not None:
                 pending.work.drop()
         self._queue.clear()
         self._number = self._position["batches"]
         self.order.load_state_dict(self._position)
+        return self._number
 
     def start(self, drawn: Sequence[PendingBatch]) -> None:
         """Gives each of ``drawn`` its ``work``, in this order: what ``Pool.fetch`` exchanges
         between ranks is collective.
         """
         raise NotImplementedError
+
+
+class _Rewinding:
+    """Takes back what was prepared where its making fails: an ``InputError`` goes to the caller as
+    it is, anything else as the cause of a ``LoaderError``.
+
+    A class, because ``contextlib`` takes an error whose cause is ``StopIteration`` for its own and
+    raises that cause, which ends the caller's loop as if there were no more batches.
+    """
+
+    def __init__(self, rewind: Callable[[], int]) -> None:
+        self.rewind = rewind
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        batches = self.rewind()
+        if not isinstance(error, InputError):
+            raise LoaderError(
+                f"a batch after the first {batches} could not be made: {error!r}"
+            ) from error

@@ -129,7 +129,7 @@ class TorchLoader(PoolLoader):
             indices,
             self.form,
             flip=pending.draw.flips,
-            boxes=pending.draw.boxes,
+            boxes=self.boxes(snapshot, pending.draw),
             size=self.augment.size,
             device=self.device,
             out=out,

@@ -21,7 +21,6 @@ from dpfast.hardware.out_of_memory import HalvingBatches
 DTYPES = {"pixels": torch.uint8, "latents": torch.float16}
 CODECS = (*DTYPES, "jpeg")
 JPEG_QUALITY = 95
-JPEG_START = b"\xff\xd8"
 JPEG_BYTES_PER_PIXEL = 0.5  # an estimate: photographs at quality 95 take 0.3 to 0.6
 # of the pixels' own bytes, an estimate: a photograph of 224 px takes 0.65 (docs/scaling.md)
 PNG_SHARE = 0.75

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpfast import config
+from dpfast.data.jpeg import read_header
 from dpfast.errors import InputError
 from dpfast.hardware.device import is_gpu
 from dpfast.labels import class_ids
@@ -174,9 +175,9 @@ class SamplePool:
                 latents: (B, *shape) of the codec's dtype, or B JPEG files. A JPEG pool encodes
                 uint8 images that come without.
 
-        Raises ``TypeError`` and ``InputError`` for a payload that is not the pool's,
-        ``PoolFullError`` when it does not fit into the budgets, ``OSError`` when the disk of the
-        file tier is full.
+        Raises ``TypeError`` and ``InputError`` for a payload that is not the pool's, or a file
+        that is no JPEG file, ``PoolFullError`` when it does not fit into the budgets, ``OSError``
+        when the disk of the file tier is full.
         """
         records = np.empty(len(batch), RECORD)
         for name, values in (
@@ -246,7 +247,9 @@ class SamplePool:
                 records["offset"] = (size + np.arange(len(records))) * stride
                 snapshot = self._write_rows(snapshot, payload)
             else:
+                coloured = _coloured(payload) or snapshot.coloured
                 snapshot = self._write_files(snapshot, payload, records)
+                snapshot = replace(snapshot, coloured=coloured)
             origins = _write_records(snapshot.origins, size, records)
             self._count_fresh(records["round"])
             ready = None
@@ -478,6 +481,16 @@ class SamplePool:
     def gather(self, indices: Tensor, *form: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """``PoolSnapshot.gather`` of the pool at this moment."""
         return self._snapshot.gather(indices, *form, **options)
+
+
+def _coloured(files: Sequence[bytes]) -> bool:
+    """Whether one of these JPEG files has colours. Raises ``InputError`` for the first that is
+    none, by its header.
+    """
+    return 3 in [
+        read_header(file, f"payload {row} of {len(files)}").channels
+        for row, file in enumerate(files)
+    ]
 
 
 def _write(room: Tensor, rows: Tensor) -> None:

@@ -130,6 +130,7 @@ class ShardedPool:
         self.layout = layout
         self.ranks = layout.ranks
         self._known = np.empty(0, KNOWN)  # of every sample of complete rounds
+        self._coloured = False  # as of ``PoolSnapshot``, of all ranks
         if layout.rounds:
             self._learn_of(0)
 
@@ -180,10 +181,12 @@ class ShardedPool:
             own = self.local.records(self.held(start))[name].astype(np.int64)
             new[name] = self._gathered(torch.from_numpy(own), start).numpy()
         self._known = np.concatenate([self._known[:start], new])
+        if self.codec == "jpeg":
+            self._coloured = self.ranks.any(self.local.snapshot.coloured)
 
     def images(self, indices: Tensor) -> Tensor:
         """uint8 (B, C, H, W) of rows of this rank's own pool, whichever: for their shape."""
-        return self.local.images(indices)
+        return replace(self.local.snapshot, coloured=self._coloured).images(indices)
 
     def column(self, name: str, start: int = 0) -> Tensor:
         """(N - start,) values of a column in the union's order, from row ``start`` on, the start of
@@ -253,6 +256,7 @@ class ShardedPool:
             origins,
             size=len(mine),
             shape=snapshot.shape,
+            coloured=self._coloured,
         )
         return held, where
 

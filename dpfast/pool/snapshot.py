@@ -4,13 +4,14 @@ moment.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpfast.data.pictures import from_image_file
 from dpfast.errors import InputError
 from dpfast.hardware.device import is_gpu
 from dpfast.ops import dispatch
@@ -23,6 +24,7 @@ from dpfast.pool.record import COLUMNS, RECORD
 from dpfast.pool.shared_list import SharedList
 
 Payload = Tensor | Sequence[bytes]
+Boxes = Tensor | Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class PoolSnapshot:
         chunks, origins: where payloads and records lie.
         tiers: of the chunks.
         ready: the last append on a device, which a reader's stream waits for.
+        coloured: whether one of the pool's JPEG files has colours. Its images then have three
+            channels, equal ones where a file is grey; one channel otherwise.
     """
 
     codec: str
@@ -45,6 +49,7 @@ class PoolSnapshot:
     shape: tuple[int, ...] | None = None
     tiers: SharedList[str] = field(default_factory=SharedList)
     ready: torch.cuda.Event | None = None
+    coloured: bool = False
 
     def records(self, indices: Tensor, *, threads: int | None = None) -> np.ndarray:
         """(B,) copies of the ``RECORD`` of the samples at ``indices``; ``threads`` as in
@@ -123,22 +128,25 @@ class PoolSnapshot:
         """uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the pool
         holds no pixels.
 
-        Raises ``InputError`` for JPEG images of several shapes and for latents without a
-        ``decode``.
+        Raises ``InputError`` for JPEG images of several sizes, for a file that cannot be decoded,
+        and for latents without a ``decode``.
         """
         payload = self.payload(indices, device=device)
         if self.codec == "latents":
             return self._decoded(payload).clamp(0, 255).round().to(torch.uint8)
         if isinstance(payload, Tensor):
             return payload
-        images = [codecs.from_image_file(data) for data in payload]
-        if len({image.shape for image in images}) > 1:
-            shapes = sorted({image.shape for image in images})
-            raise InputError(f"the batch holds images of {shapes}, expected one shape")
-        if not images:
-            return torch.empty(0, dtype=torch.uint8, device=device)
-        # NumPy's stack brings no threads, see ``memory_tiers.touched``.
-        return torch.from_numpy(np.stack(images)).to(device)
+        return _stacked(self._pictures(payload, indices)).to(device)
+
+    def _pictures(self, files: Sequence[bytes], indices: Tensor) -> list[np.ndarray]:
+        """uint8 (C, H, W) of each of these JPEG files, the samples at ``indices``, in its own
+        size.
+        """
+        named = zip(files, indices.tolist(), strict=True)
+        pictures = [from_image_file(file, sample_name(index)) for file, index in named]
+        if not self.coloured:
+            return pictures
+        return [np.repeat(p, 3, axis=0) if len(p) == 1 else p for p in pictures]
 
     def _decoded(self, latents: Payload) -> Tensor:
         """(B, C, H, W) floats on the scale of bytes, where the latents are."""
@@ -158,7 +166,7 @@ class PoolSnapshot:
         form: BatchFormat | None = None,
         *,
         flip: Tensor | None = None,
-        boxes: Tensor | None = None,
+        boxes: Boxes | None = None,
         size: tuple[int, int] | None = None,
         device: torch.device = CPU,
         out: Tensor | None = None,
@@ -173,9 +181,10 @@ class PoolSnapshot:
             form: scale, dtype and memory layout of the batch.
             flip: (B,) bool, mirrors a sample left to right.
             boxes: (B, 4) float32 of (top, left, height, width) in pixels, what is shown of a
-                sample; None: all of it.
-            size: (height, width) of the batch, that of the images by default; another one needs
-                boxes.
+                sample; None: all of it. For JPEG files also what makes them, or None, of the
+                (B, 2) int64 heights and widths of the pictures.
+            size: (height, width) of the batch, that of the images by default; another one, and
+                JPEG pictures of several sizes, need boxes.
             device: where the batch shall be.
             out: where to write the images, in their shape, dtype and layout, where ``in_place``.
             threads: of the native kernels on a CPU, torch's by default.
@@ -188,6 +197,14 @@ class PoolSnapshot:
         labels = self.column("label", indices).to(device, non_blocking=True)
         if out is not None and not self.in_place(device):
             raise InputError("out is for pools of pixels on the host and the native kernels")
+        pictures: list[np.ndarray] = []
+        if self.codec == "jpeg":
+            pictures = self._pictures(self._files(indices), indices)
+        if callable(boxes):
+            boxes = boxes(torch.tensor([p.shape[1:] for p in pictures]).view(-1, 2))
+        if boxes is not None and size is not None and len({p.shape for p in pictures}) > 1:
+            batch = _cropped(pictures, form, flip=flip, boxes=boxes, size=size, threads=threads)
+            return batch.to(device), labels
         flip = None if flip is None else flip.to(device, non_blocking=True)
         images: Tensor | StoredImages
         chosen = None
@@ -198,7 +215,7 @@ class PoolSnapshot:
         elif self.codec == "latents":
             images = self._decoded(self.payload(indices, device=device))
         else:
-            images = self.images(indices, device=device)
+            images = _stacked(pictures).to(device)
         mean, std = form.per_channel(images.shape[-3])
         batch = crop_batch(
             images,
@@ -223,3 +240,53 @@ class PoolSnapshot:
         pixels = self.codec == "pixels" and self.shape is not None
         native = device.type == "cpu" and dispatch.backend_for(CPU) == "native"
         return pixels and native and self.chunks.on_host
+
+
+def sample_name(index: int) -> str:
+    """What the message of an error calls the sample at ``index``."""
+    return f"sample {index} of the pool"
+
+
+def _stacked(pictures: list[np.ndarray]) -> Tensor:
+    """(B, C, H, W) of pictures (C, H, W). Raises ``InputError`` where they have several sizes."""
+    if not pictures:
+        return torch.empty(0, dtype=torch.uint8)
+    if len({picture.shape for picture in pictures}) > 1:
+        shapes = sorted({picture.shape for picture in pictures})
+        raise InputError(f"the batch holds images of {shapes}, expected one shape")
+    # NumPy's stack brings no threads, see ``memory_tiers.touched``.
+    return torch.from_numpy(np.stack(pictures))
+
+
+def _cropped(
+    pictures: list[np.ndarray],
+    form: BatchFormat,
+    *,
+    flip: Tensor | None,
+    boxes: Tensor,
+    size: tuple[int, int],
+    threads: int | None,
+) -> Tensor:
+    """``PoolSnapshot.gather`` of pictures of several sizes, one by one on the CPU: (B, C, *size).
+
+    A kernel of a GPU is compiled for each size, and what is shown of a photograph is less to move.
+    """
+    channels = len(pictures[0])
+    mean, std = form.per_channel(channels)
+    layout = torch.channels_last if form.channels_last else torch.contiguous_format
+    out = torch.empty((len(pictures), channels, *size), dtype=form.dtype, memory_format=layout)
+    for row, picture in enumerate(pictures):
+        one = slice(row, row + 1)
+        crop_batch(
+            torch.from_numpy(picture)[None],
+            boxes=boxes[one],
+            flip=None if flip is None else flip[one],
+            size=size,
+            out=out[one],
+            threads=threads,
+            mean=mean,
+            std=std,
+            dtype=form.dtype,
+            channels_last=form.channels_last,
+        )
+    return out

@@ -260,20 +260,6 @@ def test_a_reader_that_dies_is_reported_and_the_position_stays(dies, options, ma
     assert same(take(loader, 3), take(twin, 3))
 
 
-@pytest.mark.skipif(not dali_installed(), reason="DALI is not installed")
-def test_a_broken_file_is_reported_by_dali_and_the_loader_goes_on(make):
-    pool = pool_of(8, codec="jpeg")
-    broken = SamplePool("jpeg")
-    broken.append_images([b"\xff\xd8 no image"] * 8, torch.arange(8))
-    loader = make("dali", pool, batch_size=4)
-    take(loader, 2)
-    loader.pool = broken
-    with pytest.raises(LoaderError, match="could not be made"):
-        take(loader, 4)
-    loader.pool = pool
-    assert next(loader)[0].shape == (4, 3, 14, 16)
-
-
 def test_waiting_is_measured(make):
     pool = Interrupted()
     grow(pool, 30)

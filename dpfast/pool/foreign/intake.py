@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpfast.data.jpeg import START, read_header
 from dpfast.errors import InputError
 from dpfast.labels import shortened
 from dpfast.pool import codecs
@@ -53,7 +54,7 @@ class Intake:
 
         Raises ``InputError`` with the name of one that is no image, or not like those before.
         """
-        jpeg = [data.startswith(codecs.JPEG_START) for data in files]
+        jpeg = [data.startswith(START) for data in files]
         if not len(self.pool):
             self.pool = SamplePool("jpeg" if jpeg[0] else "pixels")
         for name, is_jpeg in zip(names, jpeg, strict=True):
@@ -62,6 +63,8 @@ class Intake:
                 raise InputError(f"{name} is {kinds[0]}, the samples before it are {kinds[1]}")
         records = self._records(names, rows)
         if self.pool.codec == "jpeg":
+            for name, data in zip(names, files, strict=True):
+                read_header(data, name)  # the pool's own check knows no names
             self.pool.append_records(files, records)
             return
         images: list[np.ndarray] = []
