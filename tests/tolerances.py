@@ -30,6 +30,8 @@ ENTROPY_GRAD = {FP32: 2e-6, FP16: 2e-6, BF16: 2e-6}
 NORMAL = 6e-7  # native 1.2e-7, triton 1.2e-7
 # Normalised pixels, absolute, beside the rounding of the output.
 GATHER = 6e-7  # reference 1.6e-7, native 9.6e-8, triton 1.6e-7
+# GroupNorm and its gradient, times the largest value, beside the rounding of the output.
+GROUP_NORM = 1e-6  # reference 2.5e-7, triton 3.4e-7
 # The guided step, absolute, for inputs of unit size, beside the rounding of the output.
 GUIDED = 3e-6  # reference 2.2e-6, native 6.3e-7, triton 2.0e-6
 # One solver step against diffusers, times the largest factor of the step.

@@ -29,6 +29,17 @@ from dpfast.ops.gate_norm_modulate import gate_norm_modulate_kernel
 from dpfast.ops.gate_norm_modulate import settings as gate_norm_settings
 from dpfast.ops.geglu import geglu_backward_kernel, geglu_kernel
 from dpfast.ops.geglu import settings as geglu_settings
+from dpfast.ops.group_norm import WARPS as GROUP_NORM_WARPS
+from dpfast.ops.group_norm import (
+    apply_kernel,
+    backward_coefficients_kernel,
+    backward_kernel,
+    backward_sums_kernel,
+    coefficients_kernel,
+    group_settings,
+    moments_kernel,
+)
+from dpfast.ops.group_norm import settings as group_norm_settings
 from dpfast.ops.guided_step import triton as guided
 from dpfast.ops.triton_stub import next_power, triton
 
@@ -376,6 +387,71 @@ def gate_norm_variant(name: str, channels: int, given: str, *, backward: bool = 
     )
 
 
+GROUP_NORM_KERNELS = {  # and how many channel vectors in fp32 each reads beside x, dy and dx
+    "moments": (moments_kernel, 0),
+    "apply": (apply_kernel, 2),
+    "backward sums": (backward_sums_kernel, 2),
+    "backward": (backward_kernel, 4),
+}
+
+
+def group_norm_variant(
+    name: str, channels: tuple[int, ...], pixels: int, dtype: str = "bf16", **changes: Any
+) -> Variant:
+    """A launch over one or two sources of so many channels, with every vector and a SiLU."""
+    kernel, vectors = GROUP_NORM_KERNELS[name]
+    size = 4 if dtype == "fp32" else 2
+    backward = name.startswith("backward")
+    rows, chunks, block = group_norm_settings(max(channels), pixels, size, backward)
+    two = f"*{dtype}" if len(channels) == 2 else None
+    arguments = {
+        **dict.fromkeys(("first", "dy", "bias", "out", "dfirst"), f"*{dtype}"),
+        **dict.fromkeys(("partials", "coefficients", "gradients"), "*fp32"),
+        **{"second": two, "dsecond": two, "pixels": "i32", "parts": "i32", "SILU": True},
+        **{"C1": channels[0], "C2": sum(channels[1:]), "BLOCK": block},
+        **{"ROWS": rows, "CHUNKS": chunks, **changes},
+    }
+    arguments = {name: arguments[name] for name in kernel.arg_names}
+    payload = rows * arguments["CHUNKS"] * block * size
+    # A thread reads the coefficients of its own channels, as many as are 16 bytes of a tensor.
+    beside = vectors * WIDE // size * 4 + ("bias" in arguments) * WIDE
+    return Variant(
+        name=f"group_norm, {name}, C = {' + '.join(map(str, channels))}, {pixels} px, {dtype}",
+        kernel=kernel,
+        arguments=arguments,
+        warps=GROUP_NORM_WARPS,
+        reads=(1 + backward) * payload + beside * GROUP_NORM_WARPS * 32,
+        writes=payload * ("partials" not in arguments),
+    )
+
+
+def _group_coefficients(group: int, channels: int, parts: int, backward: bool) -> Variant:
+    """The launch in the middle. What it reads is no payload, but sums of a group's channels: in
+    accesses of 16 bytes where groups begin at multiples of them and there is enough for each
+    thread, in narrower ones elsewhere.
+    """
+    kernel = backward_coefficients_kernel if backward else coefficients_kernel
+    at_a_time, block = group_settings(group, parts)
+    arguments = {
+        **dict.fromkeys(("weight", "bias", "shift"), "*bf16"),
+        **dict.fromkeys(("partials", "moments", "coefficients"), "*fp32"),
+        **{"pixels": "i32", "parts": "i32", "span": "i32", "eps": "fp32"},
+        **{"C": channels, "GROUP": group, "SHIFT_STRIDE": channels},
+        **{"PARTS": at_a_time, "BLOCK": block},
+    }
+    wide = at_a_time * block * 4 // (4 * 32)
+    word = "backward coefficients" if backward else "coefficients"
+    return Variant(
+        name=f"group_norm, {word}, groups of {group}, {parts} parts",
+        kernel=kernel,
+        arguments={name: arguments[name] for name in kernel.arg_names},
+        warps=4,
+        reads=0 if group % 4 or wide < WIDE else (2 if backward else 3) * at_a_time * block * 4,
+        writes=0,
+        scalars=40,
+    )
+
+
 def variants() -> list[Variant]:
     """The uses that the audit promises something about."""
     noise_arguments = {
@@ -443,6 +519,22 @@ def variants() -> list[Variant]:
             reads=0,
             writes=noise.BLOCK * 4,
             scalars=3,
+        ),
+        # Stable Diffusion 1.5 at 512 px: the first level, a skip connection of the lowest, the VAE.
+        *(
+            group_norm_variant(name, channels, pixels, dtype)
+            for channels, pixels, dtype in (
+                ((320,), 4096, "bf16"),
+                ((320,), 4096, "fp32"),
+                ((1280, 640), 256, "bf16"),
+                ((128,), 512 * 512, "bf16"),
+            )
+            for name in GROUP_NORM_KERNELS
+        ),
+        *(
+            _group_coefficients(*use, backward)
+            for use in ((10, 320, 32), (60, 1920, 2), (4, 128, 2048))
+            for backward in (False, True)
         ),
         *(_gather("NCHW", dtype, False, False) for dtype in ("fp32", "bf16")),
         *(_gather("NCHW, flip", dtype, False, True) for dtype in ("fp32", "bf16")),

@@ -40,7 +40,7 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "geglu": ("triton",),
     "bias_residual": ("triton",),
     "gate_norm_modulate": ("triton",),
-    "group_norm": (),
+    "group_norm": ("triton",),
 }
 CPU = torch.device("cpu")
 
@@ -84,6 +84,11 @@ def backend_of(operation: str, device: torch.device | str) -> Backend:
         raise InputError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
     backend = backend_for(torch.device(device))
     return backend if backend in OPERATIONS[operation] else "reference"
+
+
+# A constant of a graph: what torch.compiler.assume_constant_result sets, which takes seconds to
+# import. Traced, the rule would look for modules and break the graph.
+backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backend_for(device: torch.device) -> Backend:

@@ -1,21 +1,53 @@
-"""GroupNorm of images in NHWC, with what a residual block puts before and behind it, in the passes
-that the memory needs.
+"""GroupNorm of images in NHWC, with what a residual block has before and behind it: a shift of each
+(sample, channel), which carries a folded bias and a row of the time embedding, and a SiLU.
 
-    u = x + s                      s: a shift of each (sample, channel): a folded bias, a time row
-    z = w (u - mean) / sqrt(var + eps) + b       mean, var: of a group of channels of one sample
-    y = z, or z sigmoid(z)                                                       (SiLU)
+    u = x + s,   z = w (u - mean) / sqrt(var + eps) + b,   y = z  or  z sigmoid(z)
 
-Two tensors in the place of x are normalised as their concatenation, which never exists.
+mean and var are those of a group of channels of one sample. In three launches:
+
+    1. of every block of rows and every channel the mean, and the sum of squares around it
+    2. of every (sample, channel)    a = w / sqrt(var + eps),   c = (s - mean) a + b
+    3. z = a x + c, y
+
+and the gradient of the input in three more, with z from a and c again; dz = dy dy/dz, and means
+over a group:
+
+    1. of every block of rows and every channel the sums of dz and of dz (z - b)
+    2. of every (sample, channel)    k = -mean(dz (z - b)) / (var + eps),
+                                     l = -mean(w dz) / sqrt(var + eps) - k (mean - s)
+    3. dx = a dz + k x + l
+
+The third launch goes through its programs backwards: what the first has read last is still in the
+cache. Nothing is added atomically, so bits repeat, and no sample's bits depend on another's. Two
+tensors in the place of x are normalised as their concatenation, which never exists.
+
+Bytes for n elements of b bytes: 3 n b forward, 5 n b backward, and 16 for each block of rows of a
+channel (``bytes_moved``). PyTorch 2.13 has no kernel for NHWC on CUDA: two transposing copies more,
+and another pass each for the shift and the SiLU, 9 n b and 12 n b.
 """
 
+# Triton gives the parameters of a kernel their types when it is launched.
+# ruff: noqa: RUF005 (kernels know no unpacking of tuples)
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, var-annotated"
 from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dpfast.errors import InputError
-from dpfast.ops import check
+from dpfast.ops import check, dispatch
+from dpfast.ops.traffic import register_traffic
+from dpfast.ops.triton_stub import next_power, tl, triton
+
+WIDE = 16  # bytes of an access
+WARPS = 8
+CHANNELS = 64  # of a program, where there are as many: rows of 128 bytes in 16 bits
+FORWARD, BACKWARD = 4, 2  # chunks, the most of which a thread holds the coefficients beside
 
 
 def reference(
@@ -31,8 +63,587 @@ def reference(
     x = torch.cat(x, dim=1) if isinstance(x, tuple) else x
     if shift is not None:
         x = x + shift.to(x.dtype).reshape(-1, x.shape[1], *[1] * (x.dim() - 2))
-    y = F.group_norm(x, groups, weight, bias, eps)
+    y = torch.group_norm(x, groups, weight, bias, eps)
     return F.silu(y) if silu else y
+
+
+@triton.jit
+def _place(
+    first,
+    second,
+    program,
+    pixels,
+    parts,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What a program works on: one of the two tensors, its channels, where they begin in the
+    concatenation; the program's channels, sample, part of the rows, and where that begins.
+    """
+    FIRST: tl.constexpr = (C1 + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = FIRST + (C2 + BLOCK - 1) // BLOCK
+    block = program % BLOCKS
+    part = (program // BLOCKS) % parts
+    sample = (program // (BLOCKS * parts)).to(tl.int64)
+    if C2 == 0:
+        source, width, start = first, C1, 0
+    else:
+        in_first = block < FIRST
+        source = tl.where(in_first, first, second)
+        width = tl.where(in_first, C1, C2)
+        start = tl.where(in_first, 0, C1)
+        block = tl.where(in_first, block, block - FIRST)
+    channel = block * BLOCK + tl.arange(0, BLOCK)
+    return source, width, start, channel, sample, part, sample * pixels + part * SPAN
+
+
+@triton.jit
+def _inside(chunk, left, channel, width, ROWS: tl.constexpr):
+    row = chunk * ROWS + tl.arange(0, ROWS)
+    return (row < left)[:, None] & (channel < width)[None, :]
+
+
+@triton.jit
+def _at(chunk, stride, channel, ROWS: tl.constexpr):
+    row = chunk * ROWS + tl.arange(0, ROWS)
+    return row[:, None] * stride + channel[None, :]
+
+
+@triton.jit
+def _load(base, stride, left, channel, width, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """All chunks of a program, before it works on the first: as many accesses are in flight."""
+    chunks = ()
+    for i in tl.static_range(CHUNKS):
+        inside = _inside(i, left, channel, width, ROWS)
+        chunks = chunks + (tl.load(base + _at(i, stride, channel, ROWS), mask=inside, other=0.0),)
+    return chunks
+
+
+@triton.jit
+def _pair(table, sample, column, inside, C: tl.constexpr):
+    """The two rows of a (B, 2, C) table."""
+    at = table + sample * 2 * C + column
+    return tl.load(at, mask=inside, other=0.0), tl.load(at + C, mask=inside, other=0.0)
+
+
+@triton.jit
+def _slope(z, dy, SILU: tl.constexpr):
+    """dz of dy."""
+    if SILU:
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        dy = dy * sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return dy
+
+
+@triton.jit(do_not_specialize=["pixels", "parts"])
+def moments_kernel(
+    first,
+    second,
+    partials,
+    pixels,
+    parts,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Means and squares around them (B, parts, 2, C) of ROWS * CHUNKS rows, which a program holds
+    while it goes over them twice: nothing cancels.
+    """
+    SPAN: tl.constexpr = ROWS * CHUNKS
+    source, width, start, channel, sample, part, row = _place(
+        first, second, tl.program_id(0), pixels, parts, C1, C2, SPAN, BLOCK
+    )
+    left = pixels - part * SPAN
+    chunks = _load(source + row * width, width, left, channel, width, ROWS, CHUNKS)
+    total = chunks[0].to(tl.float32)
+    for i in tl.static_range(1, CHUNKS):
+        total += chunks[i].to(tl.float32)
+    mean = tl.sum(total, axis=0) / tl.minimum(left, SPAN).to(tl.float32)
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.static_range(CHUNKS):
+        inside = _inside(i, left, channel, width, ROWS)
+        distance = tl.where(inside, chunks[i].to(tl.float32) - mean[None, :], 0.0)
+        squares += distance * distance
+    target = partials + (sample * parts + part) * 2 * (C1 + C2) + start + channel
+    tl.store(target, mean, mask=channel < width)
+    tl.store(target + C1 + C2, tl.sum(squares, axis=0), mask=channel < width)
+
+
+@triton.jit(do_not_specialize=["pixels", "parts", "span"])
+def coefficients_kernel(
+    partials,
+    weight,
+    bias,
+    shift,
+    coefficients,
+    moments,
+    pixels,
+    parts,
+    span,
+    eps,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFT_STRIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """a and c (B, 2, C), mean and 1 / sqrt(var + eps) (B, 2, groups) of a group of GROUP channels.
+
+    PARTS: how many parts are read at a time.
+    """
+    GROUPS: tl.constexpr = C // GROUP
+    group = tl.program_id(0) % GROUPS
+    sample = (tl.program_id(0) // GROUPS).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    real = lane < GROUP
+    channel = group * GROUP + lane
+    moved = tl.zeros((BLOCK,), tl.float32)
+    if shift is not None:
+        at = shift + sample * SHIFT_STRIDE + channel
+        moved += tl.load(at, mask=real, other=0.0).to(tl.float32)
+    source = partials + sample * parts * 2 * C + channel[None, :]
+    count = pixels.to(tl.float32) * GROUP
+    total = tl.zeros((PARTS, BLOCK), tl.float32)
+    for begin in range(0, parts, PARTS):
+        part = begin + tl.arange(0, PARTS)[:, None]
+        inside = (part < parts) & real[None, :]
+        rows = tl.minimum(pixels - part * span, span).to(tl.float32)
+        mean = tl.load(source + part * 2 * C, mask=inside, other=0.0)
+        total += tl.where(inside, rows * (mean + moved[None, :]), 0.0)
+    center = tl.sum(tl.sum(total, axis=0), axis=0) / count
+    total = tl.zeros((PARTS, BLOCK), tl.float32)
+    for begin in range(0, parts, PARTS):
+        part = begin + tl.arange(0, PARTS)[:, None]
+        inside = (part < parts) & real[None, :]
+        rows = tl.minimum(pixels - part * span, span).to(tl.float32)
+        mean = tl.load(source + part * 2 * C, mask=inside, other=0.0)
+        squares = tl.load(source + part * 2 * C + C, mask=inside, other=0.0)
+        distance = mean + moved[None, :] - center
+        total += tl.where(inside, squares + rows * distance * distance, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(tl.sum(total, axis=0), axis=0) / count + eps)
+    factor = tl.full((BLOCK,), 1.0, tl.float32) * inverse
+    if weight is not None:
+        factor *= tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    offset = (moved - center) * factor
+    if bias is not None:
+        offset += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
+    target = coefficients + sample * 2 * C + channel
+    tl.store(target, factor, mask=real)
+    tl.store(target + C, offset, mask=real)
+    tl.store(moments + sample * 2 * GROUPS + group, center)
+    tl.store(moments + sample * 2 * GROUPS + GROUPS + group, inverse)
+
+
+@triton.jit(do_not_specialize=["pixels", "parts"])
+def apply_kernel(
+    first,
+    second,
+    coefficients,
+    out,
+    pixels,
+    parts,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y of ROWS * CHUNKS rows, the last ones first."""
+    C: tl.constexpr = C1 + C2
+    SPAN: tl.constexpr = ROWS * CHUNKS
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    source, width, start, channel, sample, part, row = _place(
+        first, second, program, pixels, parts, C1, C2, SPAN, BLOCK
+    )
+    left = pixels - part * SPAN
+    chunks = _load(source + row * width, width, left, channel, width, ROWS, CHUNKS)
+    factor, offset = _pair(coefficients, sample, start + channel, channel < width, C)
+    target = out + row * C + start
+    for i in tl.static_range(CHUNKS):
+        z = chunks[i].to(tl.float32) * factor[None, :] + offset[None, :]
+        if SILU:
+            z = z / (1.0 + tl.exp(-z))
+        inside = _inside(i, left, channel, width, ROWS)
+        tl.store(target + _at(i, C, channel, ROWS), z.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels", "parts"])
+def backward_sums_kernel(
+    first,
+    second,
+    dy,
+    coefficients,
+    bias,
+    partials,
+    pixels,
+    parts,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums (B, parts, 2, C) of dz and dz (z - b) over ROWS * CHUNKS rows."""
+    C: tl.constexpr = C1 + C2
+    SPAN: tl.constexpr = ROWS * CHUNKS
+    source, width, start, channel, sample, part, row = _place(
+        first, second, tl.program_id(0), pixels, parts, C1, C2, SPAN, BLOCK
+    )
+    left = pixels - part * SPAN
+    chunks = _load(source + row * width, width, left, channel, width, ROWS, CHUNKS)
+    slopes = _load(dy + row * C + start, C, left, channel, width, ROWS, CHUNKS)
+    real = channel < width
+    factor, offset = _pair(coefficients, sample, start + channel, real, C)
+    plain = tl.zeros((ROWS, BLOCK), tl.float32)
+    along = tl.zeros((ROWS, BLOCK), tl.float32)
+    if bias is not None:
+        origin = tl.load(bias + start + channel, mask=real, other=0.0).to(tl.float32)
+    for i in tl.static_range(CHUNKS):
+        z = chunks[i].to(tl.float32) * factor[None, :] + offset[None, :]
+        dz = _slope(z, slopes[i].to(tl.float32), SILU)
+        if bias is not None:
+            z -= origin[None, :]
+        plain += dz
+        along += dz * z
+    target = partials + (sample * parts + part) * 2 * C + start + channel
+    tl.store(target, tl.sum(plain, axis=0), mask=real)
+    tl.store(target + C, tl.sum(along, axis=0), mask=real)
+
+
+@triton.jit(do_not_specialize=["pixels", "parts"])
+def backward_coefficients_kernel(
+    partials,
+    weight,
+    shift,
+    moments,
+    coefficients,
+    pixels,
+    parts,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFT_STRIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """k and l (B, 2, C) of a group of GROUP channels; PARTS: how many parts are read at a time."""
+    GROUPS: tl.constexpr = C // GROUP
+    group = tl.program_id(0) % GROUPS
+    sample = (tl.program_id(0) // GROUPS).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    real = lane < GROUP
+    channel = group * GROUP + lane
+    source = partials + sample * parts * 2 * C + channel[None, :]
+    plain = tl.zeros((PARTS, BLOCK), tl.float32)
+    along = tl.zeros((PARTS, BLOCK), tl.float32)
+    for begin in range(0, parts, PARTS):
+        part = begin + tl.arange(0, PARTS)[:, None]
+        inside = (part < parts) & real[None, :]
+        plain += tl.load(source + part * 2 * C, mask=inside, other=0.0)
+        along += tl.load(source + part * 2 * C + C, mask=inside, other=0.0)
+    total = tl.sum(plain, axis=0)
+    if weight is not None:
+        total *= tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    count = pixels.to(tl.float32) * GROUP
+    center = tl.load(moments + sample * 2 * GROUPS + group)
+    inverse = tl.load(moments + sample * 2 * GROUPS + GROUPS + group)
+    linear = -inverse * inverse * tl.sum(tl.sum(along, axis=0), axis=0) / count
+    moved = tl.zeros((BLOCK,), tl.float32) - center
+    if shift is not None:
+        at = shift + sample * SHIFT_STRIDE + channel
+        moved += tl.load(at, mask=real, other=0.0).to(tl.float32)
+    constant = linear * moved - inverse * tl.sum(total, axis=0) / count
+    target = coefficients + sample * 2 * C + channel
+    tl.store(target, tl.zeros((BLOCK,), tl.float32) + linear, mask=real)
+    tl.store(target + C, constant, mask=real)
+
+
+@triton.jit(do_not_specialize=["pixels", "parts"])
+def backward_kernel(
+    first,
+    second,
+    dy,
+    coefficients,
+    gradients,
+    dfirst,
+    dsecond,
+    pixels,
+    parts,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx of ROWS * CHUNKS rows, the last ones first; `gradients` are k and l (B, 2, C)."""
+    C: tl.constexpr = C1 + C2
+    SPAN: tl.constexpr = ROWS * CHUNKS
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    source, width, start, channel, sample, part, row = _place(
+        first, second, program, pixels, parts, C1, C2, SPAN, BLOCK
+    )
+    left = pixels - part * SPAN
+    chunks = _load(source + row * width, width, left, channel, width, ROWS, CHUNKS)
+    slopes = _load(dy + row * C + start, C, left, channel, width, ROWS, CHUNKS)
+    real = channel < width
+    factor, offset = _pair(coefficients, sample, start + channel, real, C)
+    linear, constant = _pair(gradients, sample, start + channel, real, C)
+    target = (dfirst if C2 == 0 else tl.where(start == 0, dfirst, dsecond)) + row * width
+    for i in tl.static_range(CHUNKS):
+        x = chunks[i].to(tl.float32)
+        dz = _slope(x * factor[None, :] + offset[None, :], slopes[i].to(tl.float32), SILU)
+        dx = factor[None, :] * dz + (linear[None, :] * x + constant[None, :])
+        inside = _inside(i, left, channel, width, ROWS)
+        tl.store(target + _at(i, width, channel, ROWS), dx.to(dfirst.dtype.element_ty), mask=inside)
+
+
+def settings(channels: int, pixels: int, itemsize: int, backward: bool) -> tuple[int, int, int]:
+    """Rows of a chunk, chunks and channels of a program: a thread takes 16 bytes of each chunk.
+
+    channels: of the wider of two sources. A sample's sums are parted by its own size alone, so its
+    bits depend on no other's. The audit shows that no setting spills.
+    """
+    block = min(next_power(channels), CHANNELS)
+    rows = max(1, WARPS * 32 * WIDE // itemsize // block)
+    most = BACKWARD if backward else FORWARD
+    return rows, min(next_power(-(-pixels // rows)), most), block
+
+
+def group_settings(group: int, parts: int) -> tuple[int, int]:
+    """Parts that the launch in the middle reads at a time, and the lanes of a group's channels."""
+    block = next_power(group)
+    return min(next_power(parts), max(1, 1024 // block)), block
+
+
+def bytes_moved(
+    samples: int, channels: tuple[int, ...], pixels: int, itemsize: int, *, backward: bool = False
+) -> tuple[int, int, int]:
+    """What each of the three launches reads and writes, but for vectors of a channel or a group.
+
+    channels: of each source.
+    """
+    rows, chunks, _ = settings(max(channels), pixels, itemsize, backward)
+    columns = samples * sum(channels)
+    tensor = columns * pixels * itemsize
+    partials = columns * -(-pixels // (rows * chunks)) * 8
+    pair = columns * 8  # a and c, or k and l
+    if backward:
+        return 2 * tensor + pair + partials, partials + pair, 3 * tensor + 2 * pair
+    return tensor + partials, partials + pair, 2 * tensor + pair
+
+
+class _Cut(NamedTuple):
+    """How the launches of a pass are cut into programs."""
+
+    pixels: int
+    parts: int
+    c1: int
+    c2: int
+    tile: tuple[int, int, int]
+    programs: tuple[int]
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor | None, backward: bool) -> _Cut:
+        pixels = math.prod(first.shape[2:])
+        c1, c2 = first.shape[1], 0 if second is None else second.shape[1]
+        rows, chunks, block = settings(max(c1, c2), pixels, first.element_size(), backward)
+        parts = -(-pixels // (rows * chunks))
+        blocks = -(-c1 // block) + -(-c2 // block)
+        return cls(pixels, parts, c1, c2, (rows, chunks, block), (len(first) * parts * blocks,))
+
+    @property
+    def span(self) -> int:
+        return self.tile[0] * self.tile[1]
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """x (B, C, ...) in channels_last memory."""
+    rows = x.movedim(1, -1)
+    return x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    """New channels_last memory for a tensor as x, but of so many channels."""
+    return x.new_empty((len(x), *x.shape[2:], channels)).movedim(-1, 1)
+
+
+def _table(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty((len(x), *shape), dtype=torch.float32)
+
+
+def _forward(
+    first: Tensor,
+    second: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the coefficients a and c (B, 2, C), and mean and 1 / sqrt(var + eps) (B, 2, groups)."""
+    first, second = _nhwc(first), None if second is None else _nhwc(second)
+    weight, bias, shift = map(dispatch.contiguous, (weight, bias, shift))
+    cut = _Cut.of(first, second, backward=False)
+    channels = cut.c1 + cut.c2
+    out = _like(first, channels)
+    coefficients, moments = _table(first, 2, channels), _table(first, 2, groups)
+    if out.numel() == 0:
+        return out, coefficients, moments
+    partials = _table(first, cut.parts, 2, channels)
+    sizes = (cut.pixels, cut.parts)
+    tile = {"num_warps": WARPS}
+    moments_kernel[cut.programs](first, second, partials, *sizes, cut.c1, cut.c2, *cut.tile, **tile)
+    coefficients_kernel[(len(first) * groups,)](
+        partials,
+        weight,
+        bias,
+        shift,
+        coefficients,
+        moments,
+        *sizes,
+        cut.span,
+        eps,
+        channels,
+        channels // groups,
+        _stride(shift),
+        *group_settings(channels // groups, cut.parts),
+    )
+    apply_kernel[cut.programs](
+        first, second, coefficients, out, *sizes, cut.c1, cut.c2, silu, *cut.tile, **tile
+    )
+    return out, coefficients, moments
+
+
+def _backward(
+    dy: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    coefficients: Tensor,
+    moments: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of both sources, the second one empty where there is none."""
+    dy, first, second = _nhwc(dy), _nhwc(first), None if second is None else _nhwc(second)
+    weight, bias, shift = map(dispatch.contiguous, (weight, bias, shift))
+    cut = _Cut.of(first, second, backward=True)
+    channels, groups = cut.c1 + cut.c2, moments.shape[2]
+    dfirst, dsecond = _like(first, cut.c1), _like(first, cut.c2)
+    if dy.numel() == 0:
+        return dfirst, dsecond
+    partials, gradients = _table(first, cut.parts, 2, channels), torch.empty_like(coefficients)
+    sizes = (cut.pixels, cut.parts)
+    sources = (first, second, dy, coefficients)
+    tail = (*sizes, cut.c1, cut.c2, silu, *cut.tile)
+    backward_sums_kernel[cut.programs](*sources, bias, partials, *tail, num_warps=WARPS)
+    backward_coefficients_kernel[(len(first) * groups,)](
+        partials,
+        weight,
+        shift,
+        moments,
+        gradients,
+        *sizes,
+        channels,
+        channels // groups,
+        _stride(shift),
+        *group_settings(channels // groups, cut.parts),
+    )
+    backward_kernel[cut.programs](*sources, gradients, dfirst, dsecond, *tail, num_warps=WARPS)
+    return dfirst, dsecond
+
+
+def _stride(shift: Tensor | None) -> int:
+    """How far the shift of a sample is from that of the next."""
+    return shift.shape[1] if shift is not None and shift.dim() == 2 else 0
+
+
+# Called in a graph, where something looks at it; `_forward` otherwise.
+_operation = torch.library.custom_op("dpfast::group_norm", _forward, mutates_args=())
+_derivative = torch.library.custom_op("dpfast::group_norm_backward", _backward, mutates_args=())
+
+
+@_operation.register_fake
+def _(
+    first: Tensor,
+    second: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = first.shape[1] + (0 if second is None else second.shape[1])
+    return _like(first, channels), _table(first, 2, channels), _table(first, 2, groups)
+
+
+@_derivative.register_fake
+def _(
+    dy: Tensor, first: Tensor, second: Tensor | None, *_: Tensor | bool | None
+) -> tuple[Tensor, Tensor]:
+    return _like(first, first.shape[1]), _like(first, 0 if second is None else second.shape[1])
+
+
+@register_traffic(torch.ops.dpfast.group_norm)
+def _traffic(first: Tensor, second: Tensor | None, *_: Any, **__: Any) -> tuple[int, ...]:
+    return _bytes(first, second, False)
+
+
+@register_traffic(torch.ops.dpfast.group_norm_backward)
+def _backward_traffic(
+    dy: Tensor, first: Tensor, second: Tensor | None, *_: Any, **__: Any
+) -> tuple[int, ...]:
+    return _bytes(first, second, True)
+
+
+def _bytes(first: Tensor, second: Tensor | None, backward: bool) -> tuple[int, ...]:
+    channels = (first.shape[1],) if second is None else (first.shape[1], second.shape[1])
+    pixels = math.prod(first.shape[2:])
+    return bytes_moved(len(first), channels, pixels, first.itemsize, backward=backward)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The registered operation with its derivative in the sources; all else is frozen."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        first: Tensor,
+        second: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        shift: Tensor | None,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _operation(first, second, weight, bias, groups, eps, shift, silu)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        first, second, weight, bias, _, _, shift, ctx.silu = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for what has no derivative
+        ctx.save_for_backward(first, second, weight, bias, shift, *output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dfirst, dsecond = _derivative(_nhwc(grads[0]), *ctx.saved_tensors, ctx.silu)
+        second = ctx.saved_tensors[1]
+        return dfirst, None if second is None else dsecond, None, None, None, None, None, None
 
 
 def _check_arguments(
@@ -45,8 +656,6 @@ def _check_arguments(
 ) -> None:
     dtypes = (*check.FLOATS, torch.float64)
     names = ("x",) if len(sources) == 1 else ("x[0]", "x[1]")
-    if len(sources) not in (1, 2):
-        raise InputError(f"x has {len(sources)} tensors, expected one or two")
     first = check.tensor(names[0], sources[0], dtypes)
     if first.dim() < 3:
         raise InputError(f"{names[0]} has shape {tuple(first.shape)}, expected (B, C, H, W)")
@@ -108,7 +717,12 @@ def group_norm(
     Source: Wu and He, "Group Normalization" (2018).
     """
     sources = x if isinstance(x, tuple) else (x,)
+    if isinstance(x, tuple) and len(x) != 2:
+        raise InputError(f"x has {len(x)} tensors, expected one, or a tuple of two")
     _check_arguments(sources, weight, bias, groups, eps, shift)
-    constants = (None if t is None else t.detach() for t in (weight, bias, shift))
-    weight, bias, shift = constants
-    return reference(x, weight, bias, groups, eps, shift, silu)
+    weight, bias, shift = (None if t is None else t.detach() for t in (weight, bias, shift))
+    if not dispatch.has_kernels("group_norm", sources[0]):
+        return reference(x, weight, bias, groups, eps, shift, silu)
+    first, second = _nhwc(sources[0]), _nhwc(sources[1]) if len(sources) == 2 else None
+    run = _Differentiable.apply if dispatch.in_graph(first, second) else _forward
+    return run(first, second, weight, bias, groups, eps, shift, silu)[0]

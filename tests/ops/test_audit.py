@@ -9,6 +9,7 @@ from dpfast.ops.audit import (
     CAPABILITIES,
     Variant,
     audit,
+    group_norm_variant,
     guided_variant,
     inspect,
     occupancy,
@@ -35,6 +36,11 @@ ON_EVERY_GPU = [
     "bias_residual, C = 320, bf16",
     "gate_norm_modulate, DiT, between, D = 1152, bf16",
     "gate_norm_modulate, DiT, backward, D = 1152, bf16",
+    "group_norm, moments, C = 320, 4096 px, bf16",
+    "group_norm, apply, C = 1280 + 640, 256 px, bf16",
+    "group_norm, backward sums, C = 320, 4096 px, bf16",
+    "group_norm, backward, C = 1280 + 640, 256 px, bf16",
+    "group_norm, backward coefficients, groups of 4, 2048 parts",
 ]
 
 
@@ -116,6 +122,27 @@ def test_audit_finds_loads_narrower_than_a_row_permits():
         "writes 0 bytes in accesses of 8, the formula has 4096",
         "8 narrow loads a thread, 0 are scalars",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "changes", "found"),
+    [
+        ("backward", 320, {"CHUNKS": 8}, "occupancy"),
+        ("moments", 320, {"CHUNKS": 32}, "bytes of local memory"),
+        ("apply", 321, {}, "reads 0 bytes in accesses of 16"),
+        ("backward sums", 321, {}, "narrow loads"),
+    ],
+)
+def test_audit_finds_a_group_norm_cut_up_badly(name, channels, changes, found):
+    """Twins of the uses above: longer programs, and rows that no 16 bytes divide."""
+    variant = group_norm_variant(name, (channels,), 4096, **changes)
+    assert any(found in problem for problem in problems(inspect(variant, 90)))
+
+
+def test_audit_finds_a_group_norm_that_reads_twice():
+    (variant,) = (v for v in VARIANTS if v.name == "group_norm, apply, C = 320, 4096 px, bf16")
+    once = replace(variant, reads=variant.reads - variant.writes)
+    assert any(problem.startswith("reads 32768 bytes") for problem in problems(inspect(once, 90)))
 
 
 @pytest.mark.parametrize(
