@@ -105,6 +105,10 @@ class LearnerGradient:
         self.check_mode()
 
     @property
+    def _reads_labels(self) -> bool:
+        return self.criterion not in (criteria.entropy, criteria.margin, criteria.disagreement)
+
+    @property
     def skipped(self) -> int:
         return 0 if self._skipped is None else int(self._skipped)
 
@@ -115,12 +119,9 @@ class LearnerGradient:
         return self._skipped
 
     def check_mode(self) -> None:
-        if isinstance(self.learner, nn.Module) and self.learner.training:
-            raise InputError(
-                "learner is in training mode, where samples of a batch may mix; call learner.eval()"
-            )
+        preflight.check_modules(self.learner)
 
-    def path(self, x: Tensor) -> LearnerPath:
+    def path(self, x: Tensor, labels: Tensor) -> LearnerPath:
         """The path for denoised latents like x, its learner tried out at this size."""
         self.check_mode()
         path = LearnerPath(
@@ -131,7 +132,12 @@ class LearnerGradient:
         )
         shape = tuple(x.shape[1:])
         if shape not in self._tried:
-            preflight.try_learner(path, shape, None, x.device)
+            classes = preflight.try_learner(path, shape, None, x.device)
+            if self._reads_labels and int(labels.max()) >= classes:
+                raise InputError(
+                    f"labels = {int(labels.max())}: learner has {classes} classes, "
+                    f"0 to {classes - 1}"
+                )
             self._tried.add(shape)
         return path
 
@@ -141,7 +147,7 @@ class LearnerGradient:
         """
         labels = self.labels if labels is None else labels  # type: ignore[assignment]
         if labels is None:
-            if self.criterion not in (criteria.entropy, criteria.margin):
+            if self._reads_labels:
                 raise InputError(
                     "labels is None: expected one class id a sample, which this criterion reads"
                 )
@@ -183,7 +189,7 @@ class LearnerGradient:
                 raise InputError(
                     f"{name} has {len(rows)} rows, expected one for each of the {len(x)} samples"
                 )
-        path, latent = self.path(x), self.guidance.through == "latent"
+        path, latent = self.path(x, labels), self.guidance.through == "latent"
 
         def gradient(
             x: Tensor,

@@ -189,7 +189,8 @@ class LearnerGuidance(ClassifierFreeGuidance):
         kind: Prediction,
     ) -> Tensor:
         """d criterion / d x through the recorded forward (x0 is the border of the two graphs)."""
-        path, labels = learner.path(x.detach().float()), learner.labels_for(x)
+        labels = learner.labels_for(x)
+        path = learner.path(x.detach().float(), labels)
         with torch.enable_grad():
             leaf = x if x.requires_grad else x.detach().requires_grad_()
             x0 = predict_x0(leaf.float(), prediction[:, : x.shape[1]], alpha, sigma, kind)

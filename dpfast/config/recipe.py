@@ -120,7 +120,8 @@ class Generator(Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32",
-        help="data type of the generator's models; latents stay in float32",
+        help="data type of the generator's models; latents stay in float32, and so does a decoder "
+        "whose config.json says force_upcast",
     )
     solver: SolverName = option(
         "auto",

@@ -7,10 +7,11 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpfast.errors import InputError, first_line
 from dpfast.generate import check, criteria
@@ -19,6 +20,7 @@ from dpfast.generate.guidance import GuidanceConfig, GuidancePath, LearnerPath
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.solvers import SolverTable
 from dpfast.generate.step import StepParts
+from dpfast.ops import normal
 
 
 def step_parts(
@@ -164,32 +166,63 @@ def _warn_of_easy_samples() -> None:
 
 @torch.inference_mode(False)  # autograd could record nothing there
 def try_criterion(criterion: criteria.Criterion, logits: Tensor) -> None:
-    """Tries a criterion out on logits (B, K), or (B, M, K) of a committee.
+    """Tries a criterion out on noise of the shape of logits (B, K), or (B, M, K) of a committee.
 
-    Raises ``InputError`` for one that is no function, fails on them, gives no (B,) values, or gives
-    values without a gradient at the logits.
+    Raises ``InputError`` for one that is no function, fails on them, gives no (B,) values, gives
+    values without a gradient at the logits, is constant on single logits, or whose value or
+    gradient for a sample changes with the other samples of its batch or by chance.
     """
     if not callable(criterion):
         raise InputError(f"criterion is a {type(criterion).__name__}: expected a function")
-    logits = logits.detach().clone()
-    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    named = criterion in criteria.CRITERIA.values()
+    if named and logits.shape[-1] == 1:
+        raise _single_logit(logits)
+    rows = _noise(3, logits.shape[1:], logits.device).to(logits.dtype)
+    labels = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+    labels[2] = logits.shape[-1] - 1
+
+    def of(*batch: int) -> tuple[Tensor, Tensor]:
+        chosen = list(batch)
+        return criteria.value_and_gradient(criterion, rows[chosen], labels[chosen])
+
     try:
-        value, _ = criteria.value_and_gradient(criterion, logits, labels)
-        connected = criterion is criteria.entropy or _has_gradient(criterion, logits, labels)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        value, gradient = of(0, 1)
+        connected = criterion is criteria.entropy or _has_gradient(criterion, rows[:2], labels[:2])
+    except Exception as error:  # whatever the caller's function raises
         raise InputError(
             f"criterion fails on logits of shape {tuple(logits.shape)}: {first_line(error)}"
         ) from error
-    if value.shape != labels.shape:
+    if value.shape != (2,):
         raise InputError(
-            f"criterion gives values of shape {tuple(value.shape)} for {len(labels)} samples, "
-            f"expected ({len(labels)},)"
+            f"criterion gives values of shape {tuple(value.shape)} for 2 samples, expected (2,)"
         )
     if not connected:
         raise InputError(
             "criterion gives values without a gradient at its logits: it detaches them, or runs in "
             "no_grad"
         )
+    if named or logits.device.type == "meta":
+        return
+    if logits.shape[-1] == 1 and not bool(gradient.any()):
+        raise _single_logit(logits)
+    for same, batch, what in (
+        ((0, 1), (0, 1), "from call to call"),
+        ((0,), (0, 2), "with the other samples"),
+        ((1,), (2, 1), "with the other samples"),
+    ):
+        other, other_gradient = of(*batch)
+        if any(_apart(value[i], other[i]) or _apart(gradient[i], other_gradient[i]) for i in same):
+            raise InputError(
+                f"criterion: what it gives for a sample changes {what}; expected a function of the "
+                "sample's logits and label alone"
+            )
+
+
+def _single_logit(logits: Tensor) -> InputError:
+    return InputError(
+        f"learner gives logits of shape {tuple(logits.shape)}: the softmax of a single logit is "
+        "always 1, so nothing would guide; expected 2 or more, one a class"
+    )
 
 
 @torch.enable_grad()
@@ -204,24 +237,48 @@ def _has_gradient(criterion: criteria.Criterion, logits: Tensor, labels: Tensor)
     return torch.autograd.grad(value.sum(), logits, allow_unused=True)[0] is not None
 
 
+def check_modules(learner: object) -> None:
+    """Raises ``InputError`` for a learner with a module that lets samples of a batch mix, or chance
+    decide: one in training mode, and a batch norm that keeps no running statistics and takes those
+    of the batch in any mode.
+    """
+    if not isinstance(learner, nn.Module):
+        return
+    for name, module in learner.named_modules():
+        which = f"learner: its module {name!r}, a {type(module).__name__}," if name else "learner"
+        if module.training:
+            raise InputError(
+                f"{which} is in training mode, where samples of a batch may mix; "
+                "call learner.eval()"
+            )
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"{which} keeps no running statistics and takes those of the batch, where its "
+                "samples mix; expected track_running_stats = True, or a norm of each sample"
+            )
+
+
 @torch.no_grad()
 def try_learner(
     path: LearnerPath, shape: tuple[int, ...], classes: int | None, device: torch.device
-) -> None:
-    """Runs the learner and the criterion on two black images, as latents of ``shape`` (c, h, w)
-    decode to.
+) -> int:
+    """Runs the learner and the criterion on images of noise, two at a time, of the size that
+    latents of ``shape`` (c, h, w) decode to. Returns the number of logits K.
 
-    Raises ``InputError`` when the learner fails on them, when its logits are not (2, classes)
-    (None: any number) or have no gradient at the images, and as ``try_criterion`` does. A
-    committee's are (2, M, classes).
+    Raises ``InputError`` when the decoder gives images that are not finite, when the learner fails,
+    when its logits are not (2, classes) (None: any number), have no gradient at the images, are NaN
+    for all of them, or change for an image with the other one of its batch or by chance; and as
+    ``check_modules`` and ``try_criterion`` do. A committee's logits are (2, M, classes).
     """
+    check_modules(path.learner)
     decoded = path.decoder(torch.zeros(2, *shape, device=device))
+    noise = _noise(3, decoded.shape[1:], device)
+    # of other contrast and brightness, which a norm over the batch sees
+    images = torch.stack([noise[0] * 0.5, noise[1] * 0.1 - 0.5, noise[2] + 0.2]).clamp(-1, 1)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            images = torch.full(decoded.shape, -1.0, device=decoded.device, requires_grad=True)
-            logits = path.logits(images)
-    except (RuntimeError, ValueError, TypeError) as error:
-        shape = (*images.shape[:2], *(path.image_size or images.shape[2:]))
+        logits, leaf = _recorded(path, images[:2])
+    except Exception as error:  # whatever the caller's model raises
+        shape = (2, images.shape[1], *(path.image_size or images.shape[2:]))
         raise InputError(
             f"learner fails on images of shape {shape}: {first_line(error)}"
         ) from error
@@ -229,13 +286,107 @@ def try_learner(
     if len(found) not in (2, 3) or found[0] != 2 or classes not in (None, found[-1]):
         got = tuple(found) if isinstance(logits, Tensor) else type(logits).__name__
         expected = "(2, classes)" if classes is None else f"(2, {classes}) for the pipeline"
+        if classes == 1:
+            expected += ", which has one class unless class_names say more"
         raise InputError(f"learner gives {got} for 2 images, expected logits of shape {expected}")
-    if not logits.requires_grad or _gradient(logits, images) is None:
+    if not logits.requires_grad or _gradient(logits, leaf) is None:
         raise InputError(
             "learner gives logits without a gradient at its images: "
             "it detaches them, or runs in no_grad"
         )
+    logits = logits.detach()
+    if device.type != "meta":
+        _check_values(path, decoded, images, logits)
     try_criterion(path.criterion, logits)
+    return found[-1]
+
+
+def _check_values(path: LearnerPath, decoded: Tensor, images: Tensor, logits: Tensor) -> None:
+    """Raises ``InputError`` for decoded images that are not finite, and for logits of the first two
+    of three images that are all NaN, or that are others for one of these images when the learner is
+    asked again, or beside the third image.
+    """
+    if not bool(decoded.isfinite().all()):
+        dtype = getattr(path.decoder, "dtype", decoded.dtype)
+        raise InputError(
+            f"decoder: in {str(dtype).removeprefix('torch.')} it gives images that are not finite "
+            "for latents of zeros; expected finite ones"
+        )
+    if bool(logits.isnan().flatten(1).any(1).all()):
+        raise InputError("learner gives logits that are NaN for images of noise")
+    chance = "changes from call to call (dropout that is always on?)"
+    company = "changes with the other images of its batch (a norm over the batch?)"
+    for rows, batch, what in (
+        ((0, 1), images[:2], chance),
+        ((0,), images[::2], company),
+        ((1,), images[1:].flip(0), company),
+    ):
+        other = _recorded(path, batch)[0].detach()
+        if any(_apart(logits[row], other[row]) for row in rows):
+            module = _first_apart(path, images[:2], batch, rows[-1])
+            raise InputError(
+                f"learner: {module} {what}; expected a function of the image alone, as after "
+                "learner.eval()"
+            )
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _recorded(path: LearnerPath, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits, with autograd's record, and the leaf that it leads to."""
+    leaf = images.clone().requires_grad_()
+    return path.logits(leaf), leaf
+
+
+def _first_apart(path: LearnerPath, images: Tensor, others: Tensor, row: int) -> str:
+    """Names the innermost module of a learner that gives other values for this row of two batches
+    although it is given the same ones.
+    """
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def note(name: str, module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        if given and isinstance(given[0], Tensor) and isinstance(out, Tensor) and out.dim():
+            which = f"what its module {name!r}, a {type(module).__name__}, gives for an image"
+            seen.append((which, given[0].detach()[row], out.detach()[row]))
+
+    modules = path.learner.named_modules() if isinstance(path.learner, nn.Module) else ()
+    hooks = [
+        module.register_forward_hook(functools.partial(note, name))
+        for name, module in modules
+        if name
+    ]
+    try:
+        _recorded(path, images)
+        first = seen.copy()
+        seen.clear()
+        _recorded(path, others)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (which, given, out), (_, also_given, also_out) in zip(first, seen, strict=False):
+        if not _apart(given, also_given) and _apart(out, also_out):
+            return which
+    return "its prediction for an image"
+
+
+# Of the largest value, once the mean of the row is taken out. Batches of one shape run the same
+# kernels, and a row came out the same to the bit for all learners of the tests; bf16 rounds to
+# 0.004. A batch norm without running statistics moves logits by their own size.
+STEADY = 0.01
+
+
+def _apart(one: Tensor, other: Tensor) -> bool:
+    """Whether two rows differ by more than rounding; NaN and infinities are equal to themselves."""
+    one, other = one.float(), other.float()
+    same = (one == other) | (one.isnan() & other.isnan())
+    middle = one.mean(-1, keepdim=True) if one.dim() and one.shape[-1] > 1 else 0.0
+    scale = (one - middle).abs().nan_to_num(0, 0, 0).amax()
+    return not bool((same | ((one - other).abs() <= STEADY * scale)).all())
+
+
+def _noise(rows: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    """(rows, *shape) of unit normals, always the same ones; no generator of the caller's moves."""
+    return normal(torch.arange(rows, device=device), tuple(shape), seed=0, stream=0)
 
 
 def _gradient(logits: Tensor, images: Tensor) -> Tensor | None:

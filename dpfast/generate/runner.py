@@ -117,14 +117,12 @@ class Runner:
     def check_learner(self) -> None:
         """Tries the learner out, once, and fits its gradient into the memory budget.
 
-        Raises ``InputError`` for a learner in training mode, and as ``preflight.try_learner`` and
-        ``within_budget`` do.
+        Raises ``InputError`` as ``preflight.check_modules``, each time, ``preflight.try_learner``
+        and ``within_budget`` do.
         """
         path, denoiser = self._given.path, self._given.denoiser
-        if path is not None and isinstance(path.learner, nn.Module) and path.learner.training:
-            raise InputError(
-                "learner is in training mode, where samples of a batch may mix; call learner.eval()"
-            )
+        if path is not None:
+            preflight.check_modules(path.learner)
         if self._parts is not None:
             return
         if path is not None:
@@ -175,10 +173,8 @@ class Runner:
     def finish(self, latents: Tensor) -> Finished:
         """What follows the last step, for latents (B, c, h, w)."""
         size = len(latents)
-        images, entropy = self._function("finish", "decoding")(
-            _filled(latents, self.batch_size or size)
-        )
-        return Finished(images[:size], entropy[:size])
+        finished = self._function("finish", "decoding")(_filled(latents, self.batch_size or size))
+        return Finished(*(rows[:size] for rows in finished))
 
     def padded(self, trajectory: Trajectory) -> Trajectory:
         """Returns a batch filled up to the size that the steps take, and readies them for it.

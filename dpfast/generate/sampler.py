@@ -75,7 +75,7 @@ class GuidedSampler:
         cuda_graphs: replay steps from CUDA graphs; None: on a GPU; or what records them.
 
     Raises ``InputError`` or ``TypeError`` for an argument that cannot work; the learner is tried
-    out on two black images when the first batch is asked for.
+    out on a few images of noise when the first batch is asked for.
     """
 
     def __init__(
@@ -237,15 +237,22 @@ class GuidedSampler:
 
     @torch.no_grad()
     def finish(self, trajectory: Trajectory, *, learner_step: int = 0) -> SampleBatch:
-        """Decodes a trajectory behind its last step."""
+        """Decodes a trajectory behind its last step.
+
+        Raises ``InputError`` where latents or decoded images are not finite; it names the part and
+        its dtype.
+        """
         check.instance("trajectory", trajectory, Trajectory, "a Trajectory, which advance gives")
         check.integer("learner_step", learner_step)
         if trajectory.step != len(self.table):
             place = f"step {trajectory.step} of {len(self.table)}"
             raise InputError(f"the trajectory is before {place}: advance it first")
-        images, entropy = self.runner.finish(trajectory.x)
+        images, entropy, finite = self.runner.finish(trajectory.x)
         # the one host read of a batch, when all its work is in the queue
-        skipped = int(trajectory.skipped)
+        counts = torch.cat([trajectory.skipped.reshape(1), (~finite).sum(0)]).cpu()
+        skipped, *lost = counts.tolist()
+        if any(lost):
+            raise self._not_finite(trajectory.sample_ids[~finite.all(1)].tolist(), lost)
         if skipped:
             told = "guidance was skipped %d times in a batch of %d: gradients not finite"
             log.warning(told, skipped, len(trajectory))
@@ -318,6 +325,24 @@ class GuidedSampler:
         )
         self.runner.check_learner()
         return request
+
+    def _not_finite(self, ids: list[int], lost: list[int]) -> InputError:
+        """What to say of samples ``ids`` of which so many lost their latents, and their images."""
+        latents, _ = lost
+        pipeline = self.pipeline
+        part, model = ("latents", pipeline.denoiser) if latents else ("images", pipeline.decoder)
+        whose = "denoiser" if latents else "decoder"
+        dtype = getattr(model, "dtype", torch.float32)
+        few = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
+        return InputError(
+            f"dtype = {str(dtype).removeprefix('torch.')!r}: the {whose} gives {part} that are not "
+            f"finite, for {len(ids)} samples of the batch (ids {few}); "
+            + (
+                "its range ends at 65504: use 'bfloat16' or 'float32'"
+                if dtype == torch.float16
+                else f"look at the weights of the {whose} and at cfg_scale"
+            )
+        )
 
     def _noise(self, request: Request) -> Tensor:
         shape = self.pipeline.denoiser.sample_shape

@@ -163,10 +163,14 @@ class StepOutputs(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """images: (B, C, H, W) uint8; entropy: (B,) float32 under the learner, NaN without one."""
+    """images: (B, C, H, W) uint8; entropy: (B,) float32 under the learner, NaN without one; finite:
+    (B, 2) bool, whether all of a sample's latents are finite, and all of its image before it was
+    rounded: a NaN rounds to black.
+    """
 
     images: Tensor
     entropy: Tensor
+    finite: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,9 +270,16 @@ def finish_function(parts: StepParts) -> Callable[[Tensor], Finished]:
     """What follows the last step: final latents (B, c, h, w) to ``Finished``."""
 
     def finish(latents: Tensor) -> Finished:
-        images = to_uint8(parts.decoder(latents))
+        decoded = parts.decoder(latents)
+        images = to_uint8(decoded)
+        finite = torch.stack([_all_finite(latents), _all_finite(decoded)], dim=1)
         if parts.path is None:
-            return Finished(images, torch.full((len(images),), float("nan"), device=images.device))
-        return Finished(images, parts.path.entropy(images.float().div(127.5).sub(1)))
+            unknown = torch.full((len(images),), float("nan"), device=images.device)
+            return Finished(images, unknown, finite)
+        return Finished(images, parts.path.entropy(images.float().div(127.5).sub(1)), finite)
 
     return finish
+
+
+def _all_finite(rows: Tensor) -> Tensor:
+    return rows.isfinite().flatten(1).all(1)

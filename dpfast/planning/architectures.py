@@ -16,7 +16,7 @@ from torch import nn
 from dpfast.config import Generator
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import class_names, resized
-from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder
+from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder, decoder_dtype
 from dpfast.generate.models.denoiser import DiTDenoiser, TextUNetDenoiser
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.folder import PipelineFolder
@@ -164,15 +164,21 @@ def without_weights(
             prompts = torch.empty(len(names) + 1, TOKENS, unet.config.cross_attention_dim)
             denoiser = TextUNetDenoiser(unet, prompts, prediction=prediction_of(scheduler))
         kind = getattr(diffusers, str(folder.class_of("vae")))
-        vae = _from_config(folder, kind, "vae")
+        vae = _autoencoder(folder, kind, "vae", dtype)
         decoder: Decoder = VaeDecoder(vae) if kind is diffusers.AutoencoderKL else TinyDecoder(vae)
         tiny = decoder
         if (folder.path / "tiny_decoder").is_dir():
-            tiny = TinyDecoder(_from_config(folder, diffusers.AutoencoderTiny, "tiny_decoder"))
+            model = _autoencoder(folder, diffusers.AutoencoderTiny, "tiny_decoder", dtype)
+            tiny = TinyDecoder(model)
     channels = int(vae.config.out_channels)
     return Pipeline(
         folder.path, denoiser, decoder, tiny, scheduler, names, channels, torch.device("cpu")
     )
+
+
+def _autoencoder(folder: PipelineFolder, kind: Any, part: str, dtype: torch.dtype) -> Any:
+    with _default(decoder_dtype(folder.config(part), dtype)):
+        return _from_config(folder, kind, part)
 
 
 def _from_config(folder: PipelineFolder, kind: Any, part: str) -> Any:

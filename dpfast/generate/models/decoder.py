@@ -7,6 +7,8 @@ inside a compiled step.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,6 +30,19 @@ class Encoder(Protocol):
     """
 
     def encode(self, images: Tensor) -> Tensor: ...
+
+
+def decoder_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an autoencoder of this configuration runs in where the others run in
+    ``dtype``.
+
+    It is float32 where the configuration says ``force_upcast``, as that of Stable Diffusion XL
+    does, whose activations exceed the largest float16. diffusers fills in True where a file says
+    nothing, as that of Stable Diffusion 1.5 does, and then runs it in ``dtype`` all the same; so
+    does this.
+    """
+    said = "force_upcast" not in config.get("_use_default_values", ())
+    return torch.float32 if said and config.get("force_upcast") else dtype
 
 
 class Unscale:
@@ -92,11 +107,17 @@ def _upsample_by_repeating(model: nn.Module) -> nn.Module:
 
 
 class AutoencoderDecoder:
-    """An autoencoder of diffusers as it is, for instance that of a live pipeline."""
+    """An autoencoder of diffusers as it is, for instance that of a live pipeline; a copy of it
+    in float32 where its configuration asks for that (``decoder_dtype``).
+    """
 
     def __init__(self, model: Any) -> None:  # nn.Module is typed without decode and encode
+        given = next(model.parameters()).dtype
+        if given != decoder_dtype(model.config, given):
+            model = copy.deepcopy(model).float()
         self.model = model
         self._unscale = Unscale(model)
+        self.dtype = self._unscale.dtype
 
     def __call__(self, latents: Tensor) -> Tensor:
         return self.model.decode(self._unscale(latents)).sample.float()
@@ -134,6 +155,7 @@ class ResizedDecoder:
 
     def __init__(self, decoder: Decoder, size: int) -> None:
         self.decoder, self.size = decoder, size
+        self.dtype = getattr(decoder, "dtype", torch.float32)
 
     def __call__(self, latents: Tensor) -> Tensor:
         images = self.decoder(latents)

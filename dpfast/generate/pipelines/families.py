@@ -18,7 +18,13 @@ from typing import Any
 import diffusers
 import torch
 
-from dpfast.generate.models.decoder import Decoder, IdentityDecoder, TinyDecoder, VaeDecoder
+from dpfast.generate.models.decoder import (
+    Decoder,
+    IdentityDecoder,
+    TinyDecoder,
+    VaeDecoder,
+    decoder_dtype,
+)
 from dpfast.generate.models.denoiser import (
     Denoiser,
     DiTDenoiser,
@@ -88,11 +94,7 @@ def tiny_decoder(folder: PipelineFolder, options: LoadOptions) -> Decoder | None
     """The folder's ``tiny_decoder`` part, where there is one."""
     if not (folder.path / "tiny_decoder").is_dir():
         return None
-    return TinyDecoder(
-        folder.model(
-            diffusers.AutoencoderTiny, "tiny_decoder", device=options.device, dtype=options.dtype
-        )
-    )
+    return TinyDecoder(_autoencoder(folder, diffusers.AutoencoderTiny, "tiny_decoder", options))
 
 
 def _dit(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
@@ -248,6 +250,11 @@ def _network(folder: PipelineFolder, kind: Any, part: str, options: LoadOptions)
     return set_attention(model, options.attention)
 
 
+def _autoencoder(folder: PipelineFolder, kind: Any, part: str, options: LoadOptions) -> Any:
+    dtype = decoder_dtype(folder.config(part), options.dtype)
+    return folder.model(kind, part, device=options.device, dtype=dtype)
+
+
 def _in_format(model: Any, options: LoadOptions) -> Any:
     return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
@@ -259,10 +266,7 @@ def _decoder(
     named = folder.class_of("vae")
     if named not in ("AutoencoderKL", "AutoencoderTiny"):
         raise folder.error(f"'vae' is a {named}; expected an AutoencoderKL or an AutoencoderTiny")
-    model = _in_format(
-        folder.model(getattr(diffusers, named), "vae", device=options.device, dtype=options.dtype),
-        options,
-    )
+    model = _in_format(_autoencoder(folder, getattr(diffusers, named), "vae", options), options)
     if model.config.latent_channels != latent_channels:
         raise folder.error(
             f"the denoiser takes {latent_channels} channels and 'vae' has "

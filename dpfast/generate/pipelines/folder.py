@@ -61,6 +61,19 @@ class PipelineFolder:
             if not (self.path / part).is_dir():
                 raise self.error(f"the folder has no part {part!r}, which a {self.kind} needs")
 
+    def config(self, part: str) -> dict[str, Any]:
+        """The configuration of a part as its file says it, without defaults. Raises where there is
+        none.
+        """
+        self.need(part)
+        path = self.path / part / "config.json"
+        if not path.is_file():
+            raise self.error(f"{part!r} has no config.json")
+        config = self._json(path)
+        if not isinstance(config, dict):
+            raise self.error(f"{part!r}: config.json is not a table")
+        return config
+
     def check_weights(self, part: str) -> None:
         """Raises unless every file of a part's weights is there and as long as its header says."""
         self.need(part)

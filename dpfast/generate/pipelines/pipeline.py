@@ -65,7 +65,8 @@ class Pipeline:
                 guidance path. A safety checker is not loaded.
             device: of all parts and tables; a name is "auto", "cpu", "cuda" or "cuda:N".
             dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents,
-                images and the solver stay in float32.
+                images and the solver stay in float32, and so does a decoder whose configuration
+                says ``force_upcast``.
             attention: "sdpa" or "xformers", which must match torch and needs a GPU.
             channels_last: memory format of the convolutional models, UNets and full decoders; the
                 tiny decoder always has it.
