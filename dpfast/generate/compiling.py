@@ -2,7 +2,8 @@
 
 Compiling costs seconds once, and saves a share of every sample after it. Both are measured when a
 machine compiles, and kept in ``compile.json`` under ``$DPFAST_CACHE`` (default:
-``$XDG_CACHE_HOME/dpfast`` or ``~/.cache/dpfast``). A model that was never compiled here takes the
+``$XDG_CACHE_HOME/dpfast`` or ``~/.cache/dpfast``; where that cannot be written, a folder among the
+temporary files). A model that was never compiled here takes the
 figures of those that were, and a new machine the assumption below. A filled inductor cache makes
 later compilations cheaper; the figure is the last one measured, so it follows.
 """
@@ -15,7 +16,9 @@ import logging
 import os
 import platform
 import statistics
+import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -48,12 +51,35 @@ class Decision:
     reason: str
 
 
-def cache_folder() -> Path:
-    given = os.environ.get("DPFAST_CACHE")
-    if given:
-        return Path(given)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "dpfast"
+def cache_folder() -> Path | None:
+    """Where measured costs are kept: the folder that the environment names, else one for this user
+    among the temporary files, which is logged once; None where there is neither.
+    """
+    given, home = os.environ.get("DPFAST_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if given:
+            wanted = Path(given)
+        else:
+            wanted = (Path(home) if home else Path.home() / ".cache") / "dpfast"
+    except RuntimeError:  # no HOME and no entry in passwd, as containers have it
+        return _temporary("this user has no home folder")
+    there = wanted
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return _temporary(f"{wanted} cannot be written")
+    return wanted
+
+
+@cache
+def _temporary(reason: str) -> Path | None:
+    """A folder for this user among the temporary files; None where no such files can be made."""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"dpfast-{os.getuid()}"
+    except FileNotFoundError:  # nowhere, as on a machine that is read-only
+        folder = None
+    log.info("measured costs of compiling are kept in %s: %s", folder or "memory alone", reason)
+    return folder
 
 
 def machine(device: torch.device) -> str:
@@ -73,9 +99,13 @@ class CompileCosts:
         self.device = device
         self.model = model
         self.machine = machine(device)
-        self.path = cache_folder() / "compile.json"
+        folder = cache_folder()
+        self.path = None if folder is None else folder / "compile.json"
+        self._table: dict[str, dict[str, dict[str, float]]] = {}  # where there is no file
 
     def _read(self) -> dict[str, dict[str, dict[str, float]]]:
+        if self.path is None:
+            return self._table
         try:
             table = read_whole_json(self.path)
         except UnreadableError:  # another user's: the cost is measured again
@@ -86,10 +116,10 @@ class CompileCosts:
         """The best known cost, and where it comes from."""
         try:
             here = {
-                name: CompileCost(**cost)
+                name: CompileCost(**{key: float(value) for key, value in cost.items()})
                 for name, cost in self._read().get(self.machine, {}).items()
             }
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, ValueError):
             here = {}
         if self.model in here:
             return here[self.model], "measured"
@@ -118,6 +148,9 @@ class CompileCosts:
         """
         table = self._read()
         table.setdefault(self.machine, {})[self.model] = asdict(cost)
+        if self.path is None:
+            self._table = table
+            return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             draft = self.path.with_suffix(f".{os.getpid()}")

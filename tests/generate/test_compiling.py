@@ -1,6 +1,8 @@
 """compile="auto": a decision by numbers, which a machine learns and keeps."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from dpfast.generate import compiling
 from dpfast.generate.compiling import CompileCost, CompileCosts, Tuner
 from dpfast.generate.sampler import GuidedSampler
+from tests.other_user import run_as_other_user
 
 CPU = torch.device("cpu")
 
@@ -35,7 +38,16 @@ def test_costs_are_kept_for_the_machine_and_lent_to_other_models(cache):
     assert list(json.loads(cache.read_text())) == [compiling.machine(CPU)]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"%s": {"a": {"minutes": 1}}}', '{"%s": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"%s": {"a": {"minutes": 1}}}',
+        '{"%s": {"a": {"seconds": "x", "speedup": 1}}}',
+        '{"%s": 3}',
+    ],
+)
 def test_a_broken_cache_is_as_good_as_none(content, cache):
     cache.parent.mkdir()
     cache.write_text(content.replace("%s", compiling.machine(CPU)))
@@ -78,3 +90,56 @@ def test_many_samples_are_compiled_on_the_way(pipeline, learner):
     assert compiled[:2] == [False, True]
     assert torch.cat([b.sample_ids for b in batches]).tolist() == list(range(7))
     assert sampler.runner.tuner.costs.known()[1] == "measured"
+
+
+@pytest.fixture
+def forgetful():
+    compiling._temporary.cache_clear()
+    yield
+    compiling._temporary.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_without_a_home_the_cache_is_temporary_and_one_line_says_so(tmp_path, monkeypatch, caplog):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("DPFAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    with caplog.at_level("INFO"):
+        CompileCosts(CPU, "a").record(CompileCost(10, 2.0))
+        assert CompileCosts(CPU, "a").known() == (CompileCost(10, 2.0), "measured")
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == f"dpfast-{os.getuid()}"
+    assert [r.getMessage() for r in caplog.records] == [
+        f"measured costs of compiling are kept in {folder}: this user has no home folder"
+    ]
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_cache_that_cannot_be_written_is_temporary_and_without_a_folder_in_memory(
+    tmp_path, monkeypatch, caplog
+):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("DPFAST_CACHE", str(file / "cache"))
+
+    def nowhere():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    with caplog.at_level("INFO"):
+        costs = CompileCosts(CPU, "a")
+        costs.record(CompileCost(10, 2.0))
+    assert costs.known() == (CompileCost(10, 2.0), "measured")
+    assert f"kept in memory alone: {file}/cache cannot be written" in caplog.text
+
+
+def test_a_user_without_home_and_passwd_entry_can_make_a_sampler():
+    said = run_as_other_user(
+        "from dpfast import GuidedSampler\n"
+        "print(GuidedSampler.from_pretrained('fashion', compile=False, steps=2).runner.tuner)"
+    )
+    assert said.returncode == 0, said.stderr
