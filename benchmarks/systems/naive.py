@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dpfast.generate.pipelines.folder import dtype_option
 from dpfast.ops import normal
 
 
@@ -42,9 +43,9 @@ class Models:
     def load(
         cls, folder: str | Path, learner: nn.Module, device: torch.device | str = "cpu"
     ) -> Models:
-        pipeline = diffusers.DiTPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        pipeline = diffusers.DiTPipeline.from_pretrained(folder, **dtype_option(torch.float32))
         tiny = diffusers.AutoencoderTiny.from_pretrained(
-            Path(folder) / "tiny_decoder", torch_dtype=torch.float32
+            Path(folder) / "tiny_decoder", **dtype_option(torch.float32)
         )
         networks = (pipeline.transformer, pipeline.vae, tiny)
         for network in networks:

@@ -22,7 +22,10 @@ allows the names of ``dpfast.config.SolverName``, which a test holds against ``S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -397,6 +400,28 @@ AUTO = {name: solver for solver, about in SOLVERS.items() for name in about.fold
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    """Keeps back what NumPy 2 has to say about the tensors that diffusers' schedulers hand it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array", DeprecationWarning)
+        yield
+
+
+def _as(kind: str, config: Mapping[str, Any], **options: Any) -> Any:
+    """A scheduler of diffusers' class ``kind`` with the options of another's ``config``. That it
+    does not know all of them is no news for its log.
+    """
+    log = logging.getLogger("diffusers.configuration_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return getattr(diffusers, kind).from_config(config, **options)
+    finally:
+        log.setLevel(level)
+
+
+@_without_notices()
 def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
     """The scheduler of a pipeline folder, as the one that its solver in ``AUTO`` reads.
 
@@ -443,7 +468,7 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
             )
     if latent and "clip_sample" not in config:
         overrides = {"clip_sample": False, **overrides}
-    return read(lambda: getattr(diffusers, solver.scheduler).from_config(config, **overrides))
+    return read(lambda: _as(solver.scheduler, config, **overrides))
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -457,6 +482,7 @@ def prediction_of(scheduler: Any) -> Prediction:
     return "flow" if is_flow(scheduler) else PREDICTIONS[scheduler.config.prediction_type]
 
 
+@_without_notices()
 def solver_table(
     scheduler: Any,
     steps: int,
@@ -493,6 +519,6 @@ def solver_table(
                 f"scheduler option {option} = True: {name!r} steps on the trained timesteps only; "
                 "use solver = 'dpmpp2m' or set the option to false"
             )
-    own = getattr(diffusers, about.scheduler).from_config(scheduler.config, **about.settings)
+    own = _as(about.scheduler, scheduler.config, **about.settings)
     given = {"eta": eta, "image_tokens": image_tokens}
     return about.table(own, steps, **{argument: given[argument] for argument in about.takes})

@@ -4,6 +4,9 @@ refused.
 
 import inspect
 import json
+import logging
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -263,3 +266,40 @@ def test_a_scheduler_that_cannot_be_read_is_refused(save):
     path.unlink()
     with pytest.raises(InputError, match=r"no scheduler_config\.json"):
         load_scheduler(path.parent.parent, latent=True)
+
+
+def test_nothing_reaches_the_terminal_that_its_user_cannot_mend(tmp_path):
+    """Notices of NumPy and of diffusers on how a scheduler is made into another one's table."""
+    for name in SOLVERS["ddim"].folders:
+        getattr(diffusers, name)().save_pretrained(tmp_path / name / "scheduler")
+    code = """
+import sys
+from pathlib import Path
+from dpfast.errors import InputError
+from dpfast.generate.solvers import SOLVERS, load_scheduler, solver_table
+made = 0
+for folder in Path(sys.argv[1]).iterdir():
+    scheduler = load_scheduler(folder, latent=True)
+    for solver in SOLVERS:
+        try:
+            solver_table(scheduler, 4, solver=solver)
+            made += 1
+        except InputError:
+            pass
+print(made)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, tmp_path], capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert int(done.stdout) > 2 * len(SOLVERS["ddim"].folders)
+
+
+def test_a_folder_that_says_what_its_scheduler_does_not_know_is_told_of(save, caplog, monkeypatch):
+    """What diffusers says of the folder itself is for its owner."""
+    folder = save("DDIMScheduler")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_strat": 0.1}))
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    load_scheduler(folder, latent=True)
+    assert "beta_strat" in caplog.text

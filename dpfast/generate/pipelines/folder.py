@@ -101,7 +101,7 @@ class PipelineFolder:
         """A model of diffusers or transformers, frozen, in eval mode."""
         cast: dict[str, Any] = {"dtype": dtype}
         if issubclass(kind, diffusers.ModelMixin):
-            cast = {"torch_dtype": dtype, "low_cpu_mem_usage": installed("accelerate")}
+            cast = {**dtype_option(dtype), "low_cpu_mem_usage": installed("accelerate")}
         self.check_weights(part)
         try:
             model, found = kind.from_pretrained(
@@ -147,3 +147,11 @@ class PipelineFolder:
         if wrong:
             raise self.error(f"{where}: {wrong[0]!r} is no name; expected text")
         return tuple(names)
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, Any]:
+    """The dtype of weights as an option of diffusers' ``from_pretrained``. From 0.42 on
+    ``torch_dtype`` is deprecated; before it, ``dtype`` was ignored.
+    """
+    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
