@@ -779,11 +779,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
             if former in values:
                 values[name] = values.pop(former)
     generator = table.get("generator", {})
-    if "cfg_from" in generator:
+    if {"cfg_from", "cfg_until"} <= generator.keys():
         generator["cfg_interval"] = [generator.pop("cfg_from"), generator.pop("cfg_until")]
     practice = table.get("practice", {})
-    if set(practice.get("sources", [""])) <= {*SOURCES}:
-        practice["sources"] = list(_in_running_order(practice["sources"]))
+    sources = practice.get("sources")
+    if isinstance(sources, list) and all(source in SOURCES for source in sources):
+        practice["sources"] = list(_in_running_order(sources))
     found: dict[str, Any] = table
     return found
 

@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from dpfast.errors import InputError, first_line
+from dpfast.pool.codecs import CODECS
 from dpfast.pool.record import RECORD, as_dict, from_dicts, ranges
 from dpfast.pool.tars import BLOCK, check_member, read_tar
 from dpfast.textfiles import read_whole_json, to_json
@@ -61,6 +62,18 @@ class Shard:
     sha256: str
     columns_sha256: str
     ids: list[list[int]]
+
+    def intact(self) -> bool:
+        """Whether the values are such as a manifest has, and the ids as many as the samples."""
+        return (
+            all(isinstance(text, str) for text in (self.name, self.sha256, self.columns_sha256))
+            and _is_number(self.samples)
+            and _is_number(self.bytes)
+            and isinstance(self.ids, list)
+            and all(isinstance(run, list) and len(run) == 2 for run in self.ids)
+            and all(type(end) is int for run in self.ids for end in run)
+            and sum(last - first + 1 for first, last in self.ids) == self.samples
+        )
 
     @property
     def columns(self) -> str:
@@ -95,6 +108,25 @@ class Manifest:
         numbers = [int(s.name[6:-4]) for s in (*self.shards[-1:], *self.quarantined)]
         return f"shard-{max(numbers, default=-1) + 1:06d}.tar"
 
+    def _check(self, path: Path) -> None:
+        """Raises ``DamagedPoolError`` for values that no manifest has."""
+        shape, classes = self.shape, self.classes
+        for name, right in (
+            ("codec", self.codec in CODECS),
+            ("suffix", self.suffix in SUFFIXES),
+            ("shape", shape is None or (isinstance(shape, list) and all(map(_is_number, shape)))),
+            (
+                "classes",
+                classes is None
+                or (isinstance(classes, list) and all(isinstance(each, str) for each in classes)),
+            ),
+        ):
+            if not right:
+                raise DamagedPoolError(f"{path} has {name} = {getattr(self, name)!r}")
+        for shard in (*self.shards, *self.quarantined):
+            if not shard.intact():
+                raise DamagedPoolError(f"{path}: what it says of {shard.name!r} is damaged")
+
     def write(self, folder: Path) -> None:
         """Replaces the manifest of ``folder`` at once."""
         head = {"format": FORMAT, "version": VERSION}
@@ -126,11 +158,16 @@ class Manifest:
             manifest = cls(**table)
         except (KeyError, TypeError, AttributeError) as error:
             raise DamagedPoolError(f"{folder / MANIFEST} cannot be read: {error!r}") from None
+        manifest._check(folder / MANIFEST)
         for shard in (*manifest.shards, *manifest.quarantined):
             check_member(shard.name, folder / MANIFEST)
             if "/" in shard.name or not shard.name[6:-4].isdecimal():
                 raise DamagedPoolError(f"{folder / MANIFEST} names a shard {shard.name!r}")
         return manifest
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _lines(shards: Sequence[Shard]) -> str:

@@ -167,7 +167,7 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     }
     asked = _flat(recipe)
     refused = [
-        f"{name} = {asked.get(name)!r} was {born.get(name)!r} ({RULES[name][1]})"
+        f"{name} = {asked.get(name)!r} was {born.get(name)!r} ({_rule(name)})"
         for name in sorted(asked.keys() | born.keys())
         if asked.get(name) != born.get(name) and name not in allowed
     ]
@@ -205,6 +205,11 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
             )
         learner = replace(learner, warmup=warm / iterations)
     return replace(recipe, generator=generator, learner=learner)
+
+
+def _rule(name: str) -> str:
+    """Why a field stays as it is."""
+    return RULES[name][1] if name in RULES else "this dpfast knows no such field"
 
 
 def write_recipe(run: Path, recipe: Recipe, *, born: str | None = None) -> None:
@@ -246,9 +251,16 @@ def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> dict[str
 
 
 def _read(run: Path, name: str) -> dict[str, Any]:
-    """The fields of a recipe in a run's folder; one that was never changed is as it was born."""
+    """The fields of a recipe in a run's folder; one that was never changed is as it was born.
+
+    Raises ``InputError`` with the path where a number is missing that the run goes on with.
+    """
     path = run / name if (run / name).is_file() else run / RECIPE_FILE
-    return flat(read_recipe(path))
+    found = flat(read_recipe(path))
+    for field in ("iterations", "warmup", "generator.batch_size"):
+        if type(found.get(field)) not in (int, float):
+            raise InputError(f"{path}: {field} = {found.get(field)!r}: expected a number")
+    return found
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

@@ -3,7 +3,8 @@ the one before.
 
     checkpoint-000012.safetensors          the tensors of every component, as "component/name"
     checkpoint-000012.json                 format version, step, iterations, ranks, SHA-256 of the
-                                           tensors, and what else the components keep
+                                           tensors, what else the components keep, and the SHA-256
+                                           of these
     checkpoint-000013-round-02.json        kept for good: the end of round 2, right before the next
                                            addition
     checkpoint-000017-stable.json          kept: the last one before the cool-down, from which a run
@@ -16,7 +17,6 @@ synced.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -37,6 +37,7 @@ from dpfast.pool.shards import durable
 from dpfast.textfiles import read_json, read_whole_json
 
 VERSION = 6
+OWN = "record_sha256"  # of the JSON's other values but the version; older checkpoints have none
 STABLE = "stable"
 WRITE_BYTES = 16 << 20
 DTYPES = {  # and their names in a safetensors file
@@ -126,6 +127,7 @@ def save(folder: Path, taken: Checkpoint, *, keep: int, label: str | None = None
         "sha256": save_weights(taken.tensors, path.with_suffix(".safetensors")),
         "components": taken.values,
     }
+    record[OWN] = _digest(record)
     with durable(folder, path.name) as file:
         file.write(json.dumps(record, indent=1).encode() + b"\n")
     every = (*before, path)
@@ -182,11 +184,9 @@ def ranks_of(folder: Path) -> set[int]:
     """The numbers of ranks that hold the samples of a folder's checkpoints, of those whose JSON can
     be read.
     """
-    found = set()
-    for path in paths(folder):
-        with contextlib.suppress(KeyError, TypeError):
-            found.add(read_whole_json(path)["ranks"])
-    return found
+    records = [read_whole_json(path) for path in paths(folder)]
+    ranks = [record.get("ranks") for record in records if isinstance(record, dict)]
+    return {count for count in ranks if isinstance(count, int)}
 
 
 def at_round(folder: Path, round: int) -> Path | None:
@@ -203,6 +203,17 @@ def stable(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def _digest(record: dict[str, Any]) -> str:
+    """The SHA-256 of a record's values, the same before and after they were JSON."""
+    own = {name: value for name, value in record.items() if name not in (OWN, "version")}
+    values = json.loads(json.dumps(own))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _altered(record: dict[str, Any]) -> bool:
+    return OWN in record and record[OWN] != _digest(record)
+
+
 def load(path: Path) -> Checkpoint:
     """Reads one checkpoint. Raises ``VersionError`` for one of another format, ``UnreadableError``
     where the file system lets this user not read it, and ``InputError`` that says what is wrong
@@ -211,6 +222,8 @@ def load(path: Path) -> Checkpoint:
     try:
         record = read_json(path)
         version = record["version"]
+        if _altered(record) or not isinstance(version, int):
+            raise InputError("its values differ from their recorded checksum")
         if version == VERSION:
             weights = path.with_suffix(".safetensors")
             check_readable(weights)
@@ -221,7 +234,9 @@ def load(path: Path) -> Checkpoint:
             return taken.with_tensors(load_file(weights))
     except UnreadableError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except KeyError as error:
+        raise InputError(f"{path} is no intact checkpoint: it lacks {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"{path} is no intact checkpoint: {error}") from error
     raise _of_version(path, version)
 
@@ -231,10 +246,9 @@ def check_version(folder: Path) -> None:
     any work; a damaged one is left to ``latest``.
     """
     for path in paths(folder)[-1:]:
-        version = VERSION
-        with contextlib.suppress(KeyError, TypeError):
-            version = read_whole_json(path)["version"]
-        if version != VERSION:
+        record = read_whole_json(path)
+        version = record.get("version") if isinstance(record, dict) else None
+        if isinstance(version, int) and version != VERSION:
             raise _of_version(path, version)
 
 

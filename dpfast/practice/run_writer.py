@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ from dpfast.practice.throughput import Throughput
 from dpfast.textfiles import read_whole_json
 
 log = logging.getLogger(__name__)
+
+
+class LostLinesWarning(UserWarning):
+    """A run's file of lines is shorter than it was when the checkpoint was taken."""
 
 
 class RunWriter(RunPaths):
@@ -79,7 +84,15 @@ class RunWriter(RunPaths):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, file in (("metrics", self._metrics), ("timings", self._timings)):
-            size = state.get(name, 0)
+            size, held = state.get(name, 0), os.fstat(file.fileno()).st_size
+            if size > held:
+                warnings.warn(
+                    f"{file.name} ends before the checkpoint does, by {size - held} bytes: the "
+                    "report of this run lacks those lines",
+                    LostLinesWarning,
+                    stacklevel=2,
+                )
+                size = held
             file.truncate(size)
             file.seek(size)
 

@@ -12,6 +12,15 @@ from dpfast.errors import InputError
 from dpfast.textfiles import lines, read_text
 
 ORDER = ("dp", "dynamic", "prune", "static")
+TEXTS = ("event", "source", "name")  # of a line; its other values are numbers
+LISTS = ("test_per_class",)
+NEEDED = {  # what a line of an event holds in any case, beside event, source and step
+    "addition": ("round", "entropy"),
+    "result": ("samples",),
+    "set": ("name", "images", "top1", "top5", "calibration_error", "entropy"),
+    "generation": ("seconds",),
+    "interval": ("seconds",),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,8 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Reads a run folder; a line that a kill cut short is left out and noted.
+    """Reads a run folder; a line that a kill cut short, or that holds other things than a run
+    writes, is left out and noted.
 
     Raises ``InputError`` when ``path`` is no run folder.
     """
@@ -124,9 +134,30 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines(read_text(path)), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            wrong = _wrong(row)
+        except (ValueError, RecursionError):
+            wrong = "is cut short"
+        if wrong is None:
+            rows.append({key: value for key, value in row.items() if value is not None})
+        else:
             notes.append(
-                f"{path.parent.name}: line {number} of {path.name} is cut short and was left out"
+                f"{path.parent.name}: line {number} of {path.name} {wrong} and was left out"
             )
     return rows
+
+
+def _wrong(row: Any) -> str | None:
+    """What is wrong with a line of metrics or timings, in words; a null is a value that is not
+    known.
+    """
+    if not isinstance(row, dict):
+        return "is no table"
+    for key, value in row.items():
+        known = (str,) if key in TEXTS else (list,) if key in LISTS else (int, float)
+        if value is not None and type(value) not in known:
+            return f"has {key} = {json.dumps(value)}"
+    for key in ("event", "source", "step", *NEEDED.get(row.get("event") or "", ())):
+        if row.get(key) is None:
+            return f"lacks {key}"
+    return None
