@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor
 
 from dpfast.config import SolverName
-from dpfast.errors import InputError
+from dpfast.errors import InputError, first_line
 from dpfast.generate import check
 from dpfast.ops import DynamicThreshold
 from dpfast.ops.guided_step import Prediction
@@ -249,6 +250,11 @@ def _dynamic_shift(config: Any, image_tokens: int) -> float:
     pipelines).
     """
     lengths = (config.base_image_seq_len, config.max_image_seq_len)
+    if lengths[0] >= lengths[1]:
+        raise InputError(
+            f"scheduler option max_image_seq_len = {lengths[1]}: expected more than "
+            f"base_image_seq_len, {lengths[0]}"
+        )
     slope = (config.max_shift - config.base_shift) / (lengths[1] - lengths[0])
     return float(config.base_shift + slope * (image_tokens - lengths[0]))
 
@@ -397,6 +403,25 @@ SOLVERS: dict[str, Solver] = {
     ),
 }
 AUTO = {name: solver for solver, about in SOLVERS.items() for name in about.folders}
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def _number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+# Options of a scheduler, where a folder gives them -> whether a value can be right, in words too:
+# diffusers takes others, and fails later or makes a grid outside of what its model was trained on.
+OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_train_timesteps": (lambda x: type(x) is int and x > 0, "a whole number above 0"),
+    "steps_offset": (lambda x: type(x) is int and x >= 0, "a whole number of at least 0"),
+    "timestep_spacing": (lambda x: x in SPACINGS, f"one of {', '.join(SPACINGS)}"),
+    "trained_betas": (lambda x: x is None or bool(x), "a list of numbers"),
+    "clip_sample_range": (lambda x: _number(x) and x > 0, "a number above 0"),
+    "dynamic_thresholding_ratio": (lambda x: _number(x) and 0 <= x <= 1, "between 0 and 1"),
+    "shift": (lambda x: _number(x) and x > 0, "a number above 0"),
+    "shift_terminal": (lambda x: x is None or (_number(x) and 0 <= x < 1), "at least 0, below 1"),
+}
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 
@@ -442,15 +467,19 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
     def read(make: Callable[[], Any]) -> Any:
         try:
             return make()
-        except (OSError, TypeError, ValueError, NotImplementedError) as error:
-            raise refuse(f"its scheduler cannot be read: {error}") from error
+        except Exception as error:  # whatever diffusers meets in options that it does not check
+            raise refuse(f"its scheduler cannot be read: {first_line(error)}") from error
 
     path = folder / "scheduler"
     if not (path / "scheduler_config.json").is_file():
         raise refuse("the part 'scheduler' has no scheduler_config.json")
-    name = read(lambda: diffusers.DDIMScheduler.load_config(path)).get("_class_name")
-    if name not in AUTO:
+    saved = read(lambda: diffusers.DDIMScheduler.load_config(path))
+    name = saved.get("_class_name") if isinstance(saved, dict) else None
+    if not isinstance(name, str) or name not in AUTO:
         raise refuse(f"scheduler {name}: expected one of {', '.join(AUTO)}")
+    for key, (fits, words) in OPTIONS.items():
+        if key in saved and not fits(saved[key]):
+            raise refuse(f"scheduler option {key} = {saved[key]!r}: expected {words}")
     solver = SOLVERS[AUTO[name]]
     own = read(lambda: getattr(diffusers, name).from_pretrained(path))
     if solver.flow:
@@ -458,7 +487,7 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
         return own
     config = own.config
     kind = config.get("prediction_type", "epsilon")
-    if kind not in PREDICTIONS:
+    if not isinstance(kind, str) or kind not in PREDICTIONS:
         raise refuse(f"prediction_type = {kind!r}: expected one of {', '.join(PREDICTIONS)}")
     for option, wanted in (("use_flow_sigmas", False), ("timestep_type", "discrete")):
         if config.get(option, wanted) != wanted:
@@ -468,7 +497,14 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
             )
     if latent and "clip_sample" not in config:
         overrides = {"clip_sample": False, **overrides}
-    return read(lambda: _as(solver.scheduler, config, **overrides))
+    made = read(lambda: _as(solver.scheduler, config, **overrides))
+    betas, count = made.betas, config.num_train_timesteps
+    if len(betas) != count or not bool(((betas >= 0) & (betas <= 1)).all()):
+        raise refuse(
+            f"its scheduler has {len(betas)} betas between {float(betas.min()):g} and "
+            f"{float(betas.max()):g}, expected {count} between 0 and 1"
+        )
+    return made
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -303,3 +303,29 @@ def test_a_folder_that_says_what_its_scheduler_does_not_know_is_told_of(save, ca
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     load_scheduler(folder, latent=True)
     assert "beta_strat" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ([], "scheduler None: expected one of"),
+        ({"_class_name": ["DDIMScheduler"]}, r"scheduler \['DDIMScheduler'\]: expected one of"),
+        ({"steps_offset": -1}, "steps_offset = -1: expected a whole number of at least 0"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps = '1000': expected a whole number"),
+        ({"timestep_spacing": "dense"}, "timestep_spacing = 'dense': expected one of leading"),
+        ({"trained_betas": [0.1, 0.2]}, "has 2 betas between 0.1 and 0.2, expected 1000"),
+        ({"beta_end": 1.5}, "between 0.0001 and 1.5, expected 1000 between 0 and 1"),
+        ({"prediction_type": ["epsilon"]}, r"prediction_type = \['epsilon'\]: expected one of"),
+        ({"clip_sample": True, "clip_sample_range": -1.0}, "clip_sample_range = -1.0: expected a"),
+        ({"num_train_timesteps": 10**15}, "its scheduler cannot be read"),
+    ],
+)
+def test_what_diffusers_takes_and_no_grid_can_be_made_with_is_refused_in_one_line(
+    config, said, save
+):
+    path = save("DDIMScheduler") / "scheduler" / "scheduler_config.json"
+    named = {"_class_name": "DDIMScheduler"} | config if config else config
+    path.write_text(json.dumps(named), encoding="utf-8")
+    with pytest.raises(InputError, match=said) as caught:
+        load_scheduler(path.parent.parent, latent=True)
+    assert len(str(caught.value).splitlines()) == 1
