@@ -366,7 +366,8 @@ class Learner(Section):
 
     def check(self) -> None:
         kinds = "'transformers:Class', 'timm:name' or 'package.module:factory'"
-        _check(":" in self.model, "model", self.model, kinds)
+        library, _, name = self.model.partition(":")
+        _check(bool(library and name), "model", self.model, kinds)
         most = 1 - self.warmup
         left = f"at most {most:g}, which warmup leaves"
         _check(self.cooldown <= most, "cooldown", self.cooldown, left)

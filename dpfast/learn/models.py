@@ -6,15 +6,17 @@ import copy
 import importlib
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from dpfast.config import ASSETS, RECIPE_FILE, Recipe, objects_of, read_recipe
+from dpfast.config import ASSETS, RECIPE_FILE, Recipe, kind_of, objects_of, read_recipe
 from dpfast.errors import InputError, first_line
 from dpfast.extras import EXTRAS, require
 from dpfast.generate.from_recipe import image_shape
@@ -24,6 +26,7 @@ from dpfast.learn.precision import in_precision
 from dpfast.textfiles import lines
 
 NewLearner = Callable[[], nn.Module]  # gives a learner with the same initial weights each time
+Named = tuple[str, Tensor]
 
 
 class _Logits(nn.Module):
@@ -48,15 +51,18 @@ def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> 
         classes, channels: K and C.
         options: the model's own settings.
 
-    Raises ``InputError`` when the library is not installed or does not know the name or an option.
+    Raises ``InputError`` when the library is not installed, does not know the name or an option, or
+    gives no module.
     """
     library, _, name = spec.partition(":")
     if library in EXTRAS:
         require(library)
     try:
         module = importlib.import_module(library)
-    except ImportError as error:
-        raise InputError(f"model = {spec!r}: cannot import {library} ({error})") from None
+    except Exception as error:  # whatever a foreign module raises
+        raise InputError(
+            f"model = {spec!r}: cannot import {library} ({first_line(error)})"
+        ) from error
     try:
         if library == "transformers":
             model: nn.Module = _transformers_model(module, name, classes, channels, options)
@@ -64,9 +70,63 @@ def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> 
             model = module.create_model(name, num_classes=classes, in_chans=channels, **options)
         else:
             model = getattr(module, name)(classes=classes, channels=channels, **options)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"gives a {type(model).__name__}, expected an nn.Module")
+        check_tensors(f"model = {spec!r}", model)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    except InputError:
+        raise
+    except Exception as error:  # whatever a foreign factory raises
         raise InputError(f"model = {spec!r}: {first_line(error)}") from error
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check_tensors(what: str, model: nn.Module) -> None:
+    """Raises ``InputError`` that begins with ``what`` for tensors that cannot be trained or loaded
+    into: lazy, sparse and expanded ones, and trained ones that lie in the memory of others.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for name, value in named:
+        if is_lazy(value):
+            raise InputError(
+                f"{what}: {name} has no shape before the first batch; expected layers of known "
+                "sizes"
+            )
+        if value.layout != torch.strided:
+            raise InputError(f"{what}: {name} is sparse, and a file of weights takes dense tensors")
+        strides = zip(value.shape, value.stride(), strict=True)
+        if any(size > 1 and not stride for size, stride in strides):
+            raise InputError(
+                f"{what}: {name} is an expanded tensor, into which nothing can be loaded; expected "
+                "memory of its own, as clone() gives"
+            )
+    for pair in overlaps(named):
+        if any(value.requires_grad for _, value in pair):
+            names = " and ".join(name for name, _ in pair)
+            raise InputError(
+                f"{what}: {names} share memory, and training changes it; expected memory of their "
+                "own, or one parameter under both names"
+            )
+
+
+def overlaps(named: Sequence[Named]) -> Iterator[tuple[Named, Named]]:
+    """Pairs of different tensors, with their names, of which one reaches into the other's
+    memory.
+    """
+    spans = []
+    for name, value in named:
+        if value.numel() and value.device.type != "meta":
+            extent = zip(value.shape, value.stride(), strict=True)
+            elements = 1 + sum((size - 1) * stride for size, stride in extent)
+            start = value.data_ptr()
+            spans.append((start, start + elements * value.itemsize, (name, value)))
+    spans.sort(key=lambda span: (span[0], -span[1]))
+    furthest = 0
+    last: Named | None = None
+    for start, end, tensor in spans:
+        if last is not None and start < furthest:
+            yield last, tensor
+        if end > furthest:
+            furthest, last = end, tensor
 
 
 def _transformers_model(
@@ -121,7 +181,10 @@ def learner_factory(
         )
     if learner is not None and not isinstance(learner, nn.Module):
         _check_no_arguments(learner)
-    held = copy.deepcopy(learner) if isinstance(learner, nn.Module) else None
+    held = None
+    if isinstance(learner, nn.Module):
+        check_tensors(f"learner = {kind_of(learner)}", learner)  # a copy has no memory of others
+        held = _copied(learner)
     built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def new_learner() -> nn.Module:
@@ -150,6 +213,15 @@ def learner_factory(
         return model.to(pipeline.device)
 
     return new_learner
+
+
+def _copied(learner: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(learner)
+    except Exception as error:  # of any of its attributes
+        raise InputError(
+            f"learner = {kind_of(learner)}: it cannot be copied: {first_line(error)}"
+        ) from error
 
 
 def _check_no_arguments(learner: NewLearner) -> None:
@@ -191,12 +263,16 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
     recipe = Recipe.from_dict(read_recipe(recipe_file))
     model = learner_factory(recipe, pipeline)()
     try:
-        model.load_state_dict(load_file(weights))
-    except RuntimeError as error:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
         raise InputError(
-            f"learner = {str(folder)!r}: does not fit the pipeline: "
-            f"{lines(str(error))[:2][-1].strip()}"
+            f"learner = {str(folder)!r}: {weights.name} cannot be read: {first_line(error)}"
         ) from error
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # a heading, then a line a tensor
+        why = lines(str(error))[:2][-1].strip()
+        raise InputError(f"learner = {str(folder)!r}: does not fit the pipeline: {why}") from error
     return in_precision(
         model.eval().requires_grad_(False), recipe.learner.precision, pipeline.device
     )

@@ -211,7 +211,7 @@ class Trainer:
         """Images of a micro-batch out of ``count``: even parts, none of them larger than
         ``micro_batch``.
         """
-        return count if self.micro_batch is None else -(-count // -(-count // self.micro_batch))
+        return even_part(count, self.micro_batch)
 
     def _halve(self, count: int, failure: BaseException) -> None:
         size = self._size(count)
@@ -306,6 +306,13 @@ def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
         if value.shape == parameter.shape and value.dim()
         else value
     )
+
+
+def even_part(count: int, most: int | None) -> int:
+    """The size of the fewest even parts of ``count``, none of them larger than ``most``; None: of
+    one part. The last may be smaller.
+    """
+    return count if most is None else -(-count // -(-count // most))
 
 
 def wsd(step: int, *, total: int, warmup: float, cooldown: float) -> float:

@@ -22,6 +22,7 @@ import itertools
 import json
 import mmap
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,28 @@ def save(folder: Path, taken: Checkpoint, *, keep: int, label: str | None = None
 def save_weights(tensors: dict[str, Tensor], path: Path) -> str:
     """A safetensors file that appears under its name complete and synced; its SHA-256. Raises
     ``OSError``.
+    """
+    digest = hashlib.sha256()
+    with durable(path.parent, path.name) as file:
+        for piece in file_pieces(tensors):
+            file.write(piece)
+            digest.update(piece)
+    return digest.hexdigest()
 
-    Written from where the tensors lie, a piece at a time, each hashed while it is at hand:
-    safetensors' own function copies everything first, and the checksum would read it all again.
+
+def file_pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, a piece at a time, each read from where its tensor lies.
+
+    safetensors' own function copies everything first, and a checksum would read it all again.
+    Raises ``InputError`` for a dtype that the file does not know.
     """
     # so that all are aligned
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header = {}
     end = 0
-    digest = hashlib.sha256()
     for name, value in ordered:
+        if value.dtype not in DTYPES:
+            raise InputError(f"{name} is of {value.dtype}, which no file of weights takes")
         start = end
         end += value.numel() * value.itemsize
         header[name] = {
@@ -162,13 +175,9 @@ def save_weights(tensors: dict[str, Tensor], path: Path) -> str:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start_of_file = memoryview(len(text).to_bytes(8, "little") + text)
-    with durable(path.parent, path.name) as file:
-        for part in itertools.chain([start_of_file], (_bytes(value) for _, value in ordered)):
-            for first in range(0, len(part), WRITE_BYTES):
-                piece = part[first : first + WRITE_BYTES]
-                file.write(piece)
-                digest.update(piece)
-    return digest.hexdigest()
+    for part in itertools.chain([start_of_file], (_bytes(value) for _, value in ordered)):
+        for first in range(0, len(part), WRITE_BYTES):
+            yield part[first : first + WRITE_BYTES]
 
 
 def _bytes(value: Tensor) -> memoryview:

@@ -15,8 +15,7 @@ from torch import nn
 
 from dpfast.config import SOURCES, Recipe, SourceName, kind_of
 from dpfast.data.real import Given, RealData, check_real, given_real, load_real
-from dpfast.errors import InputError, RecipeError, first_line
-from dpfast.evaluate.measures import predict
+from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed import choose_loader
 from dpfast.feed.loader import Loader
@@ -35,6 +34,7 @@ from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.fitted import fit_run
 from dpfast.practice.loop import Loop
 from dpfast.practice.overlap import GeneratorRank, OverlapGroups, OverlappedSource
+from dpfast.practice.preflight import LearnerTrial, trial_rows
 from dpfast.practice.result import Result
 from dpfast.practice.run_paths import RunPaths
 from dpfast.practice.run_pool import placement, stored_shape
@@ -135,6 +135,9 @@ class DeliberatePractice:
         self.new_learner = learner_factory(recipe, self.pipeline, learner)
         self._check()
         ranks.beat()
+        self._tried = 0  # images of the learner's trial
+        self._try_learner()
+        ranks.beat()
         self._fit(recipe)
         self.unguided = unguided or UnguidedSamples(self.recipe, self.pipeline, ranks)
         self.loop: Loop | None = None  # the one that runs, or ran last
@@ -186,6 +189,7 @@ class DeliberatePractice:
         self.fit = fit_run(recipe, self.pipeline, self.ranks, together=together, learner=learner)
         self.recipe = recipe if self.fit is None else self.fit.recipe
         self.ranks.beat()
+        self._try_learner()
         if not recipe.pool.mapped:
             # the disk of mapped files is known with the folder; the loop looks before any work
             self.place_pool()
@@ -226,30 +230,25 @@ class DeliberatePractice:
         if self.criterion is not None:
             members = (2,) if self.recipe.guidance.criterion == "disagreement" else ()
             try_criterion(self.criterion, torch.zeros(2, *members, classes))
-        self._check_learner(classes)
 
-    def _check_learner(self, classes: int) -> None:
-        """Raises ``InputError`` unless the learner can be trained and gives (2, classes) logits for
-        two images.
+    def _try_learner(self) -> None:
+        """Raises ``InputError`` for a learner that cannot be trained, saved or asked, unless one
+        was tried with as many images.
         """
-        learner, images = self.new_learner(), self.real.validation.images
-        black = images.new_zeros(2, *images.shape[1:])  # a rank may have no image
-        if "learner" not in self.objects:
-            what = f"model = {self.recipe.learner.model!r}"
-            shape = tuple(predict(learner, black).shape)
-        else:
-            what = f"learner = {self.objects['learner']}"
-            if not any(weights.requires_grad for weights in learner.parameters()):
-                raise InputError(f"{what}: expected a module with parameters that can be trained")
-            try:
-                shape = tuple(predict(learner, black).shape)
-            except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"{what}: fails on images of shape {tuple(black.shape)}: {first_line(error)}"
-                ) from error
-        if shape != (2, classes):
-            kind = InputError if "learner" in self.objects else RecipeError
-            raise kind(f"{what}: its logits are {shape} for 2 images, expected (2, {classes})")
+        rows = trial_rows(self.recipe.learner, self.ranks.size)
+        if rows == self._tried:
+            return
+        given = self.objects.get("learner")
+        LearnerTrial(
+            what=f"learner = {given}" if given else f"model = {self.recipe.learner.model!r}",
+            kind=InputError if given else RecipeError,
+            config=self.recipe.learner,
+            image=self.real.validation.images.shape[1:],
+            classes=len(self.pipeline.class_names),
+            device=self.pipeline.device,
+            rows=rows,
+        ).run(self.new_learner)
+        self._tried = rows
 
     def run(
         self,
