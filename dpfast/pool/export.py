@@ -104,13 +104,25 @@ def _rows(
 def _write_images(pool: SamplePool, folder: Path, classes: list[str] | None) -> None:
     suffix = "jpg" if pool.codec == "jpeg" else "png"
     folder.mkdir(parents=True)
-    with (folder / TABLE).open("w", encoding="utf-8") as lines:
+
+    def line(record: np.void, row: int) -> dict[str, Any]:
+        where = _folder_name(int(record["label"]), classes)
+        return {"file_name": f"{where}/{row:09d}.{suffix}", **as_dict(record)}
+
+    # null where there is none, and datasets takes a column's type from the first 10 MiB of lines
+    finite = torch.nonzero(pool.column("entropy").isfinite()).flatten()
+    leading = int(finite[0]) if len(finite) else 0
+    with (folder / TABLE).open("w", encoding="utf-8") as table:
+        if leading:
+            table.write(to_json(line(pool.records(leading, leading + 1)[0], leading)) + "\n")
         for first, records, files in _rows(pool, decoded=True):
             for row, (record, data) in enumerate(zip(records, files, strict=True), first):
-                name = f"{_folder_name(int(record['label']), classes)}/{row:09d}.{suffix}"
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_bytes(data)
-                lines.write(to_json({"file_name": name, **as_dict(record)}) + "\n")
+                columns = line(record, row)
+                path = folder / columns["file_name"]
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(data)
+                if not leading or row != leading:
+                    table.write(to_json(columns) + "\n")
     if classes is not None:
         (folder.parent / CLASSES).write_text(json.dumps(classes) + "\n", encoding="utf-8")
 

@@ -29,7 +29,12 @@ COLUMNS = tuple(name for name in RECORD.names or () if name not in ("offset", "l
 
 
 def as_dict(record: np.void) -> dict[str, Any]:
-    """A record's columns as Python numbers; a float32 survives JSON exactly."""
+    """A record's columns as Python numbers; a float32 survives JSON exactly.
+
+    In a shard's ``.json`` NaN is the token NaN, which the webdataset library reads: ``datasets``
+    takes types from the first five samples, and null would be the type of a run's entropies, whose
+    first samples have none.
+    """
     return {name: record[name].item() for name in COLUMNS}
 
 

@@ -35,7 +35,7 @@ from dpfast.errors import InputError, first_line
 from dpfast.pool.codecs import CODECS
 from dpfast.pool.record import RECORD, as_dict, from_dicts, ranges
 from dpfast.pool.tars import BLOCK, check_member, read_tar
-from dpfast.textfiles import read_whole_json, to_json
+from dpfast.textfiles import read_whole_json
 
 MANIFEST = "manifest.json"
 FORMAT = "dpfast-pool"
@@ -262,7 +262,7 @@ def write_shard(
             pending += b"\0" * (-length % BLOCK)
             for kind, text in (
                 ("cls", str(records["label"][row])),
-                ("json", to_json(as_dict(records[row]))),
+                ("json", json.dumps(as_dict(records[row]))),
             ):
                 pending += (
                     tar_header(f"{key}.{kind}", len(text))

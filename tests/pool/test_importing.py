@@ -19,8 +19,9 @@ from dpfast.errors import InputError
 from dpfast.pool import codecs
 from dpfast.pool.export import export_pool
 from dpfast.pool.importing import import_pool
+from dpfast.pool.pool import SamplePool
 from dpfast.pool.tars import read_tar
-from tests.pool.helpers import pixels
+from tests.pool.helpers import ORIGIN, batch, pixels
 from tests.pool.test_export import CLASSES, datasets, pool_of  # noqa: F401, a fixture
 
 pa = pytest.importorskip("pyarrow")
@@ -573,16 +574,41 @@ def strict(text: str):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_exports_hold_no_value_that_strict_parsers_refuse(tmp_path):
-    pool = pool_of("pixels")
-    assert pool.column("entropy").isnan().any()
-    export_pool(pool, tmp_path / "images", "imagefolder", CLASSES)
-    lines = (tmp_path / "images" / "train" / "metadata.jsonl").read_text(encoding="utf-8")
-    assert strict(lines.splitlines()[0])["entropy"] is None
-    export_pool(pool, tmp_path / "tars", "webdataset", CLASSES)
-    (path,) = (tmp_path / "tars").glob("*.tar")
-    rows = [strict(sample.read("json").decode()) for sample in read_tar(path)]
-    assert [row["entropy"] is None for row in rows] == pool.column("entropy").isnan().tolist()
+def unguided_first(count: int = 30) -> SamplePool:
+    """A pool as that of a run: the initial samples have no entropy."""
+    pool = SamplePool()
+    for number in range(3):
+        made = batch(len(pool), count // 3)
+        made.entropy[:] = float("nan") if number < 2 else 0.5 + torch.arange(count // 3)
+        pool.append(made, round=number, **ORIGIN)
+    return pool
+
+
+def test_a_table_of_images_holds_no_value_that_strict_parsers_refuse(tmp_path):
+    pool = unguided_first()
+    export_pool(pool, tmp_path / "out", "imagefolder", CLASSES)
+    table = (tmp_path / "out" / "train" / "metadata.jsonl").read_text(encoding="utf-8")
+    rows = [strict(line) for line in table.splitlines()]
+    assert sum(row["entropy"] is None for row in rows) == 20
+    # the type of the column, which datasets takes from the first lines
+    assert [row["sample_id"] for row in rows] == [20, *range(20), *range(21, 30)]
+    again, _ = import_pool(tmp_path / "out")
+    assert again.records().tobytes() == pool.records().tobytes()
+    assert torch.equal(again.images(torch.arange(30)), pool.images(torch.arange(30)))
+
+
+@pytest.mark.parametrize("format", ["imagefolder", "webdataset", "parquet"])
+def test_datasets_reads_entropies_behind_samples_without(datasets, tmp_path, format):  # noqa: F811
+    export_pool(unguided_first(), tmp_path / "out", format)
+    files = {"imagefolder": "**", "webdataset": "*.tar", "parquet": "*.parquet"}[format]
+    rows = datasets.load_dataset(
+        format,
+        data_files=str(tmp_path / "out" / files),
+        split="train",
+        cache_dir=str(tmp_path / ".cache"),
+    )
+    entropy = [row["json"]["entropy"] if format == "webdataset" else row["entropy"] for row in rows]
+    assert sorted(e for e in entropy if e is not None and e == e) == [0.5 + i for i in range(10)]
 
 
 @pytest.mark.parametrize("name", ["x" * 400, "é" * 200, "漢" * 100, ", ".join(["hen"] * 90)])
