@@ -159,7 +159,8 @@ def _run(given: list[str]) -> int:
     if given and given[0] in TABLES:  # tables of their own columns
         return int(importlib.import_module(TABLES[given[0]]).main(given[1:]))
     options = _arguments(given)
-    available = cases(options.suite)
+    on_gpu = options.device.type == "cuda"
+    available = [case for case in cases(options.suite) if on_gpu or not case.gpu_only]
     chosen = [case for case in available if options.only in case.name]
     if not chosen:
         names = "; ".join(case.name for case in available)

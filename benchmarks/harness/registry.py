@@ -10,7 +10,7 @@ import torch
 
 Variants = dict[str, Callable[[], object]]
 SUITES = {
-    "ops": ("entropy", "gather", "guided_step", "noise"),
+    "ops": ("entropy", "gather", "guided_step", "noise", "group_norm"),
     "pool": ("pool",),
     "loader": ("loader",),
     "theory": ("theory",),
@@ -29,7 +29,8 @@ class Case:
     device and returns the variants, callables without arguments; it asserts first that they agree.
     `bytes` is the traffic by the operation's formula, each input read and each output written once;
     None where arithmetic or latency is the limit. `targets` maps a rival's name to the speed-up
-    that is asked for on a CPU, "copy" to the share of the copy bandwidth.
+    that is asked for on a CPU, "copy" to the share of the copy bandwidth. `gpu_only`: a CPU runs
+    plain PyTorch, so there is nothing to measure on one.
     """
 
     operation: str
@@ -38,6 +39,7 @@ class Case:
     build: Callable[[torch.device], Variants]
     bytes: int | None = None
     targets: dict[str, float] = field(default_factory=dict)
+    gpu_only: bool = False
 
     @property
     def name(self) -> str:

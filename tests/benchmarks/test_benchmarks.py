@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import ROOT, run
+from benchmarks.cases.group_norm import _case as group_norm_case
 from benchmarks.harness import gate, timing
 from benchmarks.harness.registry import COMPILED, EAGER, OURS, OURS_OUT, SUITES, Case, cases
 from benchmarks.systems import learner
@@ -201,8 +202,19 @@ def test_every_operation_has_a_case_and_tests_that_gate_it():
         "guided_step",
         "normal",
         "gather_batch",
+        "group_norm",
     }
     assert all((ROOT / case.tests).is_file() for case in found)
+
+
+def test_what_only_a_gpu_computes_otherwise_is_not_timed_on_a_cpu(capsys):
+    assert run.main(["ops", "--only", "group_norm", "--device", "cpu"]) == 2
+    assert "only = 'group_norm': no case of ops has it" in capsys.readouterr().err
+    case = group_norm_case(2, (64, 32), 8, backward=True)
+    (first, second), (rival, other) = (
+        case.build(torch.device("cpu"))[name]() for name in (OURS, EAGER)
+    )
+    torch.testing.assert_close((first, second), (rival, other), rtol=0.05, atol=0.05)
 
 
 def recorded(suite):
