@@ -10,8 +10,15 @@ from collections.abc import Iterator
 class InputError(ValueError):
     """An argument, a file or a folder that cannot be used.
 
-    The message names it, its value and what would be right.
+    The message names it, its value and what would be right. It is one line that a terminal shows
+    as it is, whatever names and foreign messages are in it: "\\n" stands for a line feed.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UnreadableError(InputError):

@@ -60,3 +60,8 @@ def test_a_command_prints_an_error_of_any_room_as_one_line(arguments, named, cap
     assert told.count("\n") == 1
     assert told.startswith("dpfast: error: ")
     assert named in told
+
+
+def test_a_message_is_one_line_whatever_names_are_in_it() -> None:
+    error = dpfast.InputError("folder 'do\ng\x1b[2J\udce9\u2028': Größe, 犬")
+    assert str(error) == "folder 'do\\ng\\x1b[2J\\udce9\\u2028': Größe, 犬"

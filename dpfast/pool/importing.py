@@ -52,7 +52,14 @@ def import_pool(
                         f"{option} = {value!r}: {str(folder)!r} is a pool of dpfast, which has "
                         "labels and no splits"
                     )
-            return open_pool(saved, decode=decode), shards.Manifest.read(parts[0]).classes
+            pool, classes = open_pool(saved, decode=decode), shards.Manifest.read(parts[0]).classes
+            top = int(pool.column("label").max()) if len(pool) else -1
+            if classes is not None and top >= len(classes):
+                raise shards.DamagedPoolError(
+                    f"{parts[0] / shards.MANIFEST} names {len(classes)} classes, a sample's label "
+                    f"is {top}"
+                )
+            return pool, classes
     if (folder / RECIPE_FILE).is_file():
         raise InputError(f"{str(folder)!r}: the run has saved no samples")
     return _dataset(folder, label_column, split)

@@ -154,6 +154,8 @@ class Manifest:
             if table.pop("format") != FORMAT or table.pop("version") != VERSION:
                 raise DamagedPoolError(f"{folder / MANIFEST} is not version {VERSION} of {FORMAT}")
             for key in ("shards", "quarantined"):
+                if not isinstance(table[key], list):
+                    raise DamagedPoolError(f"{folder / MANIFEST}: its {key} are no list")
                 table[key] = [Shard(**shard) for shard in table[key]]
             manifest = cls(**table)
         except (KeyError, TypeError, AttributeError) as error:
@@ -163,6 +165,9 @@ class Manifest:
             check_member(shard.name, folder / MANIFEST)
             if "/" in shard.name or not shard.name[6:-4].isdecimal():
                 raise DamagedPoolError(f"{folder / MANIFEST} names a shard {shard.name!r}")
+        names = [shard.name for shard in manifest.shards]
+        if len(set(names)) < len(names):
+            raise DamagedPoolError(f"{folder / MANIFEST} names a shard twice")
         return manifest
 
 
@@ -319,7 +324,7 @@ def verify(folder: Path, shard: Shard) -> Loaded | str:
             records = np.load(io.BytesIO(columns))
         else:
             records = _records_of(folder / shard.name)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         records = _records_of(folder / shard.name)
     if records.dtype != RECORD or len(records) != shard.samples:
         return f"{len(records)} samples, the manifest says {shard.samples}"

@@ -136,7 +136,7 @@ class PipelineFolder:
             raise self.error(
                 "id2label in model_index.json is not a table with the ids 0, 1, 2, ..."
             ) from error
-        if sorted(names) != list(range(len(names))):
+        if sorted(names) != list(range(len(self.index["id2label"]))):
             raise self.error("id2label in model_index.json needs the ids 0, 1, 2, ... without gaps")
         return self._checked([names[i] for i in range(len(names))], "id2label")
 

@@ -82,9 +82,9 @@ def _rows(table: Path) -> list[dict[str, Any]]:
                 f"{table}, line {line}: it has no file_name; its columns are {', '.join(row)}"
             )
         check_member(name, f"{table}, line {line}")
-        if name in seen:
+        if PurePath(name) in seen:  # "./0.png" is "0.png"
             raise InputError(f"{table}, line {line}: the file_name {name!r} stands in it twice")
-        seen.add(name)
+        seen.add(PurePath(name))
         rows.append(row)
     return rows
 

@@ -39,7 +39,7 @@ class Intake:
         them. Raises ``InputError`` for what are no names, and for others than those before.
         """
         if classes is not None and not (
-            isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+            isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
         ):
             raise InputError(f"{where}: the names of its classes are {shortened(classes)}")
         if self._named_by and classes != self.classes:
@@ -81,11 +81,11 @@ class Intake:
         self, names: Sequence[str], arrays: Sequence[np.ndarray], rows: Sequence[dict[str, Any]]
     ) -> None:
         """Appends pixels (C, H, W) uint8 or latents (c, h, w) float16; else as ``image_files``."""
-        for name, array in zip(names, arrays, strict=True):
-            codec = "pixels" if array.dtype == np.uint8 else "latents"
-            if not len(self.pool):
-                self.pool = SamplePool(codec)
-            before = self.pool.codec, self.pool.shape or arrays[0].shape
+        codecs_of = ["pixels" if array.dtype == np.uint8 else "latents" for array in arrays]
+        if not len(self.pool):
+            self.pool = SamplePool(codecs_of[0])
+        before = self.pool.codec, self.pool.shape or arrays[0].shape
+        for name, array, codec in zip(names, arrays, codecs_of, strict=True):
             if (codec, array.shape) != before:
                 raise InputError(
                     f"{name} holds {codec} of shape {array.shape}, the samples before it are "
