@@ -39,6 +39,20 @@ def check_readable(*paths: Path) -> None:
             pass
 
 
+def there(path: Path) -> bool:
+    """Whether there is a file or folder, links followed.
+
+    ``Path.is_file`` raises or says no, by Python's version, where the folder around it may not be
+    searched; this raises ``UnreadableError``.
+    """
+    with reading(path):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
+
+
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
     """The entries of a folder whose names match ``pattern``, sorted; [] where there is no folder.
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import RegNetConfig, RegNetForImageClassification
@@ -48,9 +49,11 @@ from transformers import RegNetConfig, RegNetForImageClassification
 from dpfast.cli.parser import Parser, in_one_line
 from dpfast.data import fashion
 from dpfast.evaluate.measures import evaluate, frechet_distance, predict
+from dpfast.files import below
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import load_judge
+from dpfast.practice.checkpoint import save_weights
 from dpfast.report.sheets import contact_sheet
 from dpfast.textfiles import read_json
 
@@ -178,9 +181,7 @@ class Trainer:
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam/{i}/{k}": v for k, v in state.items()}
-        temporary = self.snapshot.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-        temporary.rename(self.snapshot)
+        save_weights(tensors, self.snapshot)
 
     def run(self, loss_of: Callable[[int], Tensor], *, report_every: int = 100) -> nn.Module:
         """Trains to ``steps`` and returns the model with its EMA weights."""
@@ -375,12 +376,11 @@ def export(images: Tensor, args: argparse.Namespace) -> None:
     config.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     judge = load_ema(new_judge(), args.work, "judge")
     judge.half().save_pretrained(args.out / "fashion_judge", safe_serialization=True)
-    size = sum(
-        f.stat().st_size
-        for folder in ("fashion", "fashion_judge")
-        for f in (args.out / folder).rglob("*")
-        if f.is_file()
-    )
+    os.umask(umask := os.umask(0))
+    size = 0
+    for file in (f for folder in ("fashion", "fashion_judge") for f in below(args.out / folder)):
+        file.chmod(0o666 & ~umask)  # safetensors 0.8 writes for its user alone
+        size += file.stat().st_size
     print(f"exported to {args.out}, {size / 2**20:.1f} MiB", flush=True)
 
 

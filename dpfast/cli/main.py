@@ -84,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # speaks
             time.sleep(WORDS)
         return 2
+    except PermissionError as error:  # where nobody named it better
+        print(f"dpfast: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("dpfast: interrupted", file=sys.stderr)
         return 130

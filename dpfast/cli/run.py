@@ -232,9 +232,10 @@ def _begun_with(spec: RunSpec, ranks: Ranks, *, goes_on: bool) -> Recipe:
 
 def _begun(spec: RunSpec) -> bool:
     """Whether the ranks that torchrun has started again have begun their run."""
+    from dpfast.files import there
     from dpfast.launch import launch_name
 
-    if not (spec.out / RECIPE_FILE).is_file():
+    if not there(spec.out / RECIPE_FILE):
         return False
     kept = spec.out / LAUNCH  # says whether the run to be replaced was still there
     return not spec.overwrite or (

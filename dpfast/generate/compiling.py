@@ -64,9 +64,9 @@ def cache_folder() -> Path | None:
     except RuntimeError:  # no HOME and no entry in passwd, as containers have it
         return _temporary("this user has no home folder")
     there = wanted
-    while not there.exists() and there != there.parent:
+    while not os.path.lexists(there) and there != there.parent:
         there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         return _temporary(f"{wanted} cannot be written")
     return wanted
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from dpfast import imagenet
 from dpfast.config import RECIPE_FILE, Generator, Recipe, read_recipe
 from dpfast.errors import InputError
+from dpfast.files import there
 from dpfast.generate.criteria import Criterion
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.models.decoder import ResizedDecoder
@@ -166,7 +167,7 @@ def decoder_of_run(run: Path, device: torch.device | str) -> Callable[[Tensor], 
     It takes (B, c, h, w) to images (B, C, H, W) in [-1, 1]. Its pipeline is loaded with the first
     latents. None where the folder is no run's.
     """
-    if not (run / RECIPE_FILE).is_file():
+    if not there(run / RECIPE_FILE):
         return None
 
     @functools.cache

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from dpfast.config import ASSETS, RECIPE_FILE, Recipe, kind_of, objects_of, read_recipe
 from dpfast.errors import InputError, first_line
 from dpfast.extras import EXTRAS, require
+from dpfast.files import check_readable, there
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
@@ -250,7 +251,7 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
         return load_judge().to(pipeline.device)
     weights = Path(folder) / f"learner_{source}.safetensors"
     recipe_file = Path(folder) / RECIPE_FILE
-    if not weights.is_file() or not recipe_file.is_file():
+    if not there(weights) or not there(recipe_file):
         raise InputError(
             f"learner = {str(folder)!r}: not the folder of a finished run, it has no {weights.name}"
         )
@@ -262,6 +263,7 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
         )
     recipe = Recipe.from_dict(read_recipe(recipe_file))
     model = learner_factory(recipe, pipeline)()
+    check_readable(weights)
     try:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from dpfast.files import listed, there
 from dpfast.parallel import Ranks
 from dpfast.pool import shards
 
@@ -37,10 +38,10 @@ def saved_folders(folder: Path) -> list[Path]:
 
     Empty where nothing is saved.
     """
-    names = {path.name.rsplit("-", 1)[1] for path in folder.glob(RANK_FOLDERS) if path.is_dir()}
-    found = [[folder]] if (folder / shards.MANIFEST).is_file() else []
-    found += [sorted(folder.glob(f"rank-*-of-{name}")) for name in sorted(names)]
-    saved = [[path for path in paths if (path / shards.MANIFEST).is_file()] for paths in found]
+    names = {path.name.rsplit("-", 1)[1] for path in listed(folder, RANK_FOLDERS) if path.is_dir()}
+    found = [[folder]] if there(folder / shards.MANIFEST) else []
+    found += [listed(folder, f"rank-*-of-{name}") for name in sorted(names)]
+    saved = [[path for path in paths if there(path / shards.MANIFEST)] for paths in found]
     return max(
         saved,
         key=lambda paths: sum(shards.Manifest.read(path).samples for path in paths),

@@ -31,7 +31,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpfast.errors import InputError, first_line
+from dpfast.errors import InputError, UnreadableError, first_line
+from dpfast.files import reading, there
 from dpfast.pool.codecs import CODECS
 from dpfast.pool.record import RECORD, as_dict, from_dicts, ranges
 from dpfast.pool.tars import BLOCK, check_member, read_tar
@@ -144,10 +145,10 @@ class Manifest:
         """
         table = read_whole_json(folder / MANIFEST)
         if table is None:
-            there = (folder / MANIFEST).is_file()
+            found = there(folder / MANIFEST)
             raise DamagedPoolError(
                 f"{folder / MANIFEST} cannot be read as JSON"
-                if there
+                if found
                 else f"{str(folder)!r} holds no saved pool: it has no {MANIFEST}"
             )
         try:
@@ -308,10 +309,13 @@ class Loaded:
 
 def verify(folder: Path, shard: Shard) -> Loaded | str:
     """The shard, or in words what is wrong with it. A damaged columns file is replaced from the
-    tar.
+    tar. Raises ``UnreadableError`` for files that may not be read, which are not damaged.
     """
     try:
-        data = np.memmap(folder / shard.name, np.uint8, "r")
+        with reading(folder / shard.name):
+            data = np.memmap(folder / shard.name, np.uint8, "r")
+    except UnreadableError:
+        raise
     except (OSError, ValueError) as error:
         return str(error)
     if len(data) != shard.bytes:
@@ -319,7 +323,8 @@ def verify(folder: Path, shard: Shard) -> Loaded | str:
     if hashlib.sha256(data.data).hexdigest() != shard.sha256:
         return "its checksum differs from the manifest's"
     try:
-        columns = (folder / shard.columns).read_bytes()
+        with reading(folder / shard.columns):
+            columns = (folder / shard.columns).read_bytes()
         if hashlib.sha256(columns).hexdigest() == shard.columns_sha256:
             records = np.load(io.BytesIO(columns))
         else:

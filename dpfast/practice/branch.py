@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dpfast.config import RECIPE_FILE, Recipe, objects_of
 from dpfast.errors import InputError, RecipeError
+from dpfast.files import listed
 from dpfast.parallel import Ranks
 from dpfast.pool.rank_folders import rank_folder
 from dpfast.pool.saver import copy_saved
@@ -51,7 +52,7 @@ def prepare_branch(
     path = checkpoint.at_round(folder, round)
     if path is None:
         kept = sorted(
-            int(p.stem.rsplit("-", 1)[1]) for p in folder.glob("checkpoint-*-round-*.json")
+            int(p.stem.rsplit("-", 1)[1]) for p in listed(folder, "checkpoint-*-round-*.json")
         )
         rounds = (
             f"there are those of {', '.join(map(str, kept))}"

@@ -17,6 +17,7 @@ from typing import Any
 
 from dpfast.config import RECIPE_FILE, Recipe, flat, read_recipe
 from dpfast.errors import InputError, RecipeError
+from dpfast.files import there
 from dpfast.pool.shards import durable
 from dpfast.practice.contents import check_contents, note_contents
 
@@ -158,7 +159,7 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     that must stay as the run was born, and why, where iterations fell, and where a folder holds
     other things than at birth.
     """
-    if not (run / RECIPE_FILE).is_file():
+    if not there(run / RECIPE_FILE):
         raise InputError(f"{'branch_from' if branch else 'resume'} = {str(run)!r}: holds no run")
     born, now = _read(run, BORN), _read(run, RECIPE_FILE)
     leaves, branch = branch, branch or (run / "branch.json").is_file()

@@ -20,6 +20,7 @@ from torch import nn
 
 from dpfast.config import Practice, Recipe
 from dpfast.errors import InputError
+from dpfast.files import listed
 from dpfast.parallel import Ranks
 from dpfast.planning.disk import most_checkpoints
 from dpfast.pool import codecs, shards
@@ -86,7 +87,7 @@ class Needs:
         each = codecs.saved_bytes(recipe.pool.codec, shape, recipe.pool.save_samples)
         if made:
             each = -(-sum(shard.bytes for shard in saved) // made)
-        there = sum(path.stat().st_size for path in checkpoints.glob("*.safetensors"))
+        there = sum(path.stat().st_size for path in listed(checkpoints, "*.safetensors"))
         kept = most_checkpoints(recipe, -(-count // recipe.practice.round_samples))
         return cls(
             count=count,

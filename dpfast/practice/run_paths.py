@@ -37,6 +37,7 @@ from typing import Any
 from dpfast import launch
 from dpfast.config import OBJECTS_FILE, RECIPE_FILE, Recipe
 from dpfast.errors import InputError, RecipeError, SaveWarning, unsaved
+from dpfast.files import listed, there
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.owner import owner_of
 from dpfast.pool.rank_folders import rank_folder_name
@@ -128,18 +129,18 @@ def check_vacant(
     one that is ``unbegun``. What a run may change is in ``dpfast.practice.changes``.
     """
     if resume:
-        if not (path / RECIPE_FILE).is_file():
+        if not there(path / RECIPE_FILE):
             raise InputError(f"resume: {str(path)!r} holds no run")
         if recipe.pool.save_samples == "none":
             raise InputError(
                 f"resume: {str(path)!r} has kept no samples (save_samples = 'none'); run it anew"
             )
-        for folder in sorted(path.glob("checkpoints_*")):
+        for folder in listed(path, "checkpoints_*"):
             check_version(folder)
         return continued(path, recipe)
-    if not path.exists() or (path.is_dir() and all(_early(p.name) for p in path.iterdir())):
+    if not there(path) or (path.is_dir() and all(_early(p.name) for p in path.iterdir())):
         return recipe  # a run that was killed before it began
-    if not (path / RECIPE_FILE).is_file():
+    if not there(path / RECIPE_FILE):
         raise InputError(f"out = {str(path)!r}: exists and holds no run; choose another folder")
     if not overwrite and not unbegun(path):
         raise InputError(

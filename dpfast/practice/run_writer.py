@@ -17,6 +17,7 @@ from typing import Any
 from dpfast.config import OBJECTS_FILE, RECIPE_FILE, Recipe, check_objects
 from dpfast.errors import InputError, unsaved
 from dpfast.evaluate.measures import Evaluation
+from dpfast.files import listed
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.owner import OwnedError, Owner
 from dpfast.pool.shards import durable
@@ -267,7 +268,7 @@ def owned(path: Path) -> Owner:
 def _steps(path: Path) -> dict[str, int]:
     """The optimiser steps of the newest checkpoint of every source that has one."""
     found = {}
-    for folder in sorted(path.glob("checkpoints_*")):
+    for folder in listed(path, "checkpoints_*"):
         with contextlib.suppress(KeyError, IndexError, TypeError):
             newest = checkpoint.paths(folder)[-1]
             found[folder.name.removeprefix("checkpoints_")] = read_whole_json(newest)["step"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpfast.config import RECIPE_FILE, flat, read_recipe
 from dpfast.errors import InputError
+from dpfast.files import there
 from dpfast.textfiles import lines, read_text
 
 ORDER = ("dp", "dynamic", "prune", "static")
@@ -84,7 +85,7 @@ def read_run(path: Path) -> Run:
 
     Raises ``InputError`` when ``path`` is no run folder.
     """
-    if not (path / RECIPE_FILE).is_file():
+    if not there(path / RECIPE_FILE):
         raise InputError(f"run = {str(path)!r}: not the folder of a run, it has no recipe.json")
     notes: list[str] = []
     metrics, timings = (_lines(path / name, notes) for name in ("metrics.jsonl", "timings.jsonl"))
@@ -128,7 +129,7 @@ def differences(runs: list[Run]) -> dict[str, list[Any]]:
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
+    if not there(path):
         notes.append(f"{path.parent.name}: {path.name} is missing")
         return []
     rows = []

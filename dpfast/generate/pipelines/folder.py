@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from dpfast.config import ASSETS, pipeline_folder
 from dpfast.errors import InputError, first_line
 from dpfast.extras import installed
+from dpfast.files import below, check_readable, there
 from dpfast.textfiles import read_json
 
 
@@ -37,6 +38,9 @@ class PipelineFolder:
         index = self.path / "model_index.json"
         if not index.is_file():
             raise self.error("not a diffusers pipeline folder, it has no model_index.json")
+        for file in below(self.path):  # diffusers calls what may not be read missing
+            if there(file):
+                check_readable(file)
         self.index = self._json(index)
         if not isinstance(self.index, dict):
             raise self.error("model_index.json is not a table")
