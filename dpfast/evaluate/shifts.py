@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dpfast.data.pictures import from_image_file
 from dpfast.errors import InputError
 from dpfast.ops import normal
 
@@ -103,10 +104,8 @@ def _jpeg(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
     for picture in pictures.cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=JPEG[level])
-        decoded.append(np.asarray(Image.open(file)))
-    back = torch.from_numpy(np.stack(decoded))
-    back = back.permute(0, 3, 1, 2) if colour else back.view(images.shape)
-    return back.to(images.device).contiguous()
+        decoded.append(from_image_file(file.getvalue()))
+    return torch.from_numpy(np.stack(decoded)).view(images.shape).to(images.device)
 
 
 def _rotate(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
