@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-from dpfast.data.pictures import opened, orientation
+from dpfast.data.pictures import opened, orientation, read_picture
 from dpfast.errors import InputError
 
 START = b"\xff\xd8"
@@ -28,14 +28,19 @@ FRAME = struct.Struct(">BHHB")
 
 
 class JpegHeader(NamedTuple):
-    """channels: 1 (grey) or 3 of the picture; height, width: as the file stores it, before any
-    turn; notes: where EXIF and XMP lie in the file, from byte to byte.
+    """components: 1 (grey), 3, or 4 (CMYK); height, width: as the file stores it, before any turn;
+    notes: where EXIF and XMP lie in the file, from byte to byte.
     """
 
-    channels: int
+    components: int
     height: int
     width: int
     notes: tuple[tuple[int, int], ...]
+
+    @property
+    def channels(self) -> int:
+        """Of the picture: 1 (grey) or 3."""
+        return 1 if self.components == 1 else 3
 
 
 def read_header(data: bytes, name: str) -> JpegHeader:
@@ -79,19 +84,25 @@ def read_header(data: bytes, name: str) -> JpegHeader:
             f"{name}: a JPEG file of {width} x {height} pixels, expected at most "
             f"{2 * Image.MAX_IMAGE_PIXELS} (PIL.Image.MAX_IMAGE_PIXELS)"
         )
-    return JpegHeader(1 if components == 1 else 3, height, width, tuple(notes))
+    return JpegHeader(components, height, width, tuple(notes))
 
 
 def for_decoder(data: bytes, name: str) -> tuple[bytes, tuple[int, int]]:
-    """A JPEG file that every decoder which knows EXIF's orientation shows as Pillow does, and the
+    """A file that every decoder which knows EXIF's orientation shows as Pillow does, and the
     upright (height, width).
 
-    Of EXIF and XMP it keeps the orientation alone, in Pillow's writing: DALI 2.3 does not read
-    XMP, reads an EXIF entry of four bytes in the other byte order as none, and dies of a second
-    EXIF segment. Raises ``InputError`` as ``read_header`` does.
+    Of EXIF and XMP it keeps the orientation alone, in Pillow's writing: DALI 2.4 does not read
+    XMP, takes an EXIF entry of four bytes in the other byte order for none, and dies of a second
+    EXIF segment. CMYK becomes a BMP file, because decoders round it to colours in other ways.
+    Raises ``InputError`` as ``read_header`` does.
     """
     header = read_header(data, name)
     size = header.height, header.width
+    if header.components == 4:
+        picture = read_picture(io.BytesIO(data), name)
+        buffer = io.BytesIO()
+        picture.save(buffer, "BMP")
+        return buffer.getvalue(), picture.size[::-1]
     if not header.notes:
         return data, size
     with opened(io.BytesIO(data), name) as picture:

@@ -45,6 +45,7 @@ TURN = {turn: exif(turn) for turn in range(10)}
 XMP = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"/>'
 BASE = photo(13, 22)
 FRAMES = [Image.fromarray(BASE), Image.fromarray(photo(13, 22, seed=5))]
+INKS = Image.merge("CMYK", [*Image.fromarray(BASE).split(), Image.fromarray(BASE[..., 0] // 2)])
 # JPEG files of other programs and of cameras
 KINDS = {
     "plain": jpeg(BASE),
@@ -53,6 +54,8 @@ KINDS = {
     "progressive": jpeg(BASE, progressive=True, subsampling=2),
     "grey": jpeg(BASE[..., 0]),
     "CMYK": jpeg(Image.fromarray(BASE).convert("CMYK")),
+    "CMYK with black": jpeg(INKS),
+    "CMYK and turned": jpeg(INKS, exif=TURN[6]),
     "RGB inside": jpeg(BASE, keep_rgb=True),
     "restart markers": jpeg(BASE, restart_marker_blocks=1),
     "comment": jpeg(BASE, comment=b"\xff\xe1 a comment \xff\xda"),

@@ -205,7 +205,7 @@ def test_an_error_of_dali_is_a_loader_error_and_the_loader_goes_on(part, raised,
 
 
 def test_a_second_exif_segment_does_not_end_the_process(make):
-    """DALI 2.3 dies of it, of one file in a pool."""
+    """DALI 2.4 dies of it, of one file in a pool."""
     file = with_note(with_note(jpeg(photo(10, 14)), TURN[3]), TURN[6])
     images = next(make("dali", pool_of([file, file]), batch_size=2))[0]
     assert images.shape == (2, 3, 14, 10)
