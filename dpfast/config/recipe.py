@@ -688,10 +688,8 @@ class Recipe(Section):
         wanted = "no 'prune' with several ranks: it chooses among all candidates of a round"
         alone = ranks == 1 or "prune" not in practice.sources
         _check(alone, "sources", ",".join(practice.sources), wanted)
-        wanted = (
-            "0, or one rank: a sample begins from any of the pool's, of which each holds a part"
-        )
-        _check(not practice.restart, "restart", practice.restart, wanted)
+        wanted = "0 with overlap: ranks that only generate hold no samples to begin from"
+        _check(not (practice.restart and practice.overlap), "restart", practice.restart, wanted)
 
     @classmethod
     def load(cls, source: str | Path, **overrides: Any) -> Recipe:

@@ -148,9 +148,15 @@ class SamplePool:
     def complete(self, count: int) -> None:
         """Ends a round, which for one process is nothing to do."""
 
-    def fetch(self, indices: Tensor, *, device: torch.device = CPU) -> tuple[PoolSnapshot, Tensor]:
-        """The pool at this moment and ``indices`` as they are: nothing has to be sent."""
-        return self._snapshot, indices
+    def fetch(
+        self,
+        indices: Tensor,
+        *,
+        device: torch.device = CPU,
+        parts: Sequence[Tensor] | None = None,
+    ) -> tuple[PoolSnapshot, Tensor]:
+        """The pool at this moment and ``indices``, or the part of them: nothing has to be sent."""
+        return self._snapshot, indices if parts is None else indices[parts[0]]
 
     def append(
         self,

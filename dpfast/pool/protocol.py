@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -73,9 +74,17 @@ class Pool(Protocol):
         """uint8 (B, C, H, W) of samples of ``local``, decoded where it holds no pixels."""
         ...
 
-    def fetch(self, indices: Tensor, *, device: torch.device = CPU) -> tuple[PoolSnapshot, Tensor]:
-        """This process's part of the training batch ``indices`` (B,), which all ranks know.
+    def fetch(
+        self,
+        indices: Tensor,
+        *,
+        device: torch.device = CPU,
+        parts: Sequence[Tensor] | None = None,
+    ) -> tuple[PoolSnapshot, Tensor]:
+        """This process's part of the samples ``indices`` (B,), which all ranks know.
 
-        Returns a snapshot that holds the part's samples, and (b,) their indices in it.
+        parts: for each rank which of ``indices`` it gets, (b,) int64; None: those of a training
+        batch (``Ranks.part``). Returns a snapshot that holds the part's samples, and (b,) their
+        indices in it.
         """
         ...

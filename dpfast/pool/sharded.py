@@ -215,8 +215,15 @@ class ShardedPool:
             parts.append(self.ranks.gather(mine, count, self.layout.batch, turn=turn))
         return torch.cat(parts) if parts else values[:0]
 
-    def fetch(self, indices: Tensor, *, device: torch.device = CPU) -> tuple[PoolSnapshot, Tensor]:
-        """This rank's part of a training batch, of the rows ``indices`` (B,), which all ranks know.
+    def fetch(
+        self,
+        indices: Tensor,
+        *,
+        device: torch.device = CPU,
+        parts: Sequence[Tensor] | None = None,
+    ) -> tuple[PoolSnapshot, Tensor]:
+        """This rank's part of the rows ``indices`` (B,), which all ranks know: by ``parts``, or of
+        a training batch.
 
         Returns a pool of the part's samples as they came in, on ``device``, and (b,) where the part
         lies there in its order. Of the columns it has the labels. Raises what a collective raises
@@ -225,7 +232,8 @@ class ShardedPool:
         ranks = self.ranks
         snapshot = self.local.snapshot
         owners, rows = self.layout.locate(indices)
-        parts = [ranks.part(len(indices), rank) for rank in range(ranks.size)]
+        if parts is None:
+            parts = [ranks.part(len(indices), rank) for rank in range(ranks.size)]
         wanted = [rows[part][owners[part] == ranks.rank] for part in parts]
         sent = [len(each) for each in wanted]
         mine = owners[parts[ranks.rank]]
@@ -244,11 +252,11 @@ class ShardedPool:
             payload = ranks.feed[device.type].all_to_all(
                 stored.flatten(1).view(torch.uint8), sent, received
             )
-            table = ChunkTable(len(mine), stride).with_chunks([payload.view(-1)])
+            table = ChunkTable(max(len(mine), 1), stride).with_chunks([payload.view(-1)])
         else:
             table = self._files(stored, columns, sent, received)
         packed = torch.from_numpy(columns.view(np.uint8))
-        origins = ChunkTable(len(mine), RECORD.itemsize).with_chunks([packed])
+        origins = ChunkTable(max(len(mine), 1), RECORD.itemsize).with_chunks([packed])
         held = PoolSnapshot(
             snapshot.codec,
             snapshot.decode,

@@ -414,7 +414,7 @@ class DeliberatePractice:
                 unguided,
                 loop.guide,
                 guides=loop.guides,
-                pool=lambda: loop.pool.local,
+                pool=lambda: loop.pool,
                 criterion=self.criterion,
             )
             if self.overlap_groups is None:

@@ -11,7 +11,7 @@ from dpfast.generate.criteria import Criterion
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
-from dpfast.pool.pool import SamplePool
+from dpfast.pool.protocol import Pool
 from dpfast.samples import SampleBatch
 from dpfast.sources.dynamic import DynamicSource
 from dpfast.sources.guided_methods import GuidedRequest, guided_method
@@ -35,7 +35,7 @@ class DeliberatePracticeSource(DynamicSource):
         learner: nn.Module,
         *,
         guides: nn.Module,
-        pool: Callable[[], SamplePool],
+        pool: Callable[[], Pool],
         criterion: Criterion | None = None,
     ) -> None:
         super().__init__(recipe, unguided, learner)

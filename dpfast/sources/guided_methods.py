@@ -43,6 +43,8 @@ from dpfast.generate.step import Trajectory
 from dpfast.hardware.out_of_memory import HalvingBatches
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.protocol import Pool
+from dpfast.pool.snapshot import PoolSnapshot
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost, Prices
 
@@ -74,6 +76,14 @@ class GuidedRequest:
     def rest(self, size: int) -> Tensor:
         """(n,) int64, all indices of ``parts``, counted from the round's start."""
         return self.ranks.indices(len(self.labels), size, turn=self.turn, done=self.done)
+
+    def shares(self, size: int) -> list[Tensor]:
+        """``rest`` of every rank. Collective: all ranks call it together."""
+        ranks = self.ranks
+        return [
+            ranks.indices(len(self.labels), size, turn=self.turn, done=done, rank=rank)
+            for rank, done in enumerate(ranks.all_gather_object(self.done))
+        ]
 
 
 class GuidedMethod(Protocol):
@@ -216,6 +226,9 @@ class RePractice(FromNoise):
     """Begins half-way, from the pool's samples: of each class in a random order, each once before
     any comes again.
 
+    Several ranks draw the parents alike, out of the pool of all; each is sent those of its part of
+    a round before it begins, as they are stored. Making a round is then collective.
+
     Raises ``RecipeError`` when the pipeline cannot encode the pool's images.
     """
 
@@ -227,7 +240,7 @@ class RePractice(FromNoise):
         recipe: Recipe,
         sampler: GuidedSampler,
         eager: GuidedSampler,
-        pool: Callable[[], SamplePool],
+        pool: Callable[[], Pool],
     ) -> None:
         super().__init__(recipe, sampler, eager)
         self.pool = pool
@@ -254,34 +267,35 @@ class RePractice(FromNoise):
         self.eager.finish(self.eager.advance(started))
 
     def make(self, request: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
-        parents = self._parents(request)
+        rest = request.rest(self.batch)
+        shares = request.shares(self.batch)
+        held, parents = self.pool().fetch(self._parents(request), parts=shares)
         price = self.prices.at(request.cfg_scale)
-        done = request.done
         started = time.perf_counter()
 
         def made(rows: slice) -> SampleBatch:
-            indices = torch.arange(done + rows.start, done + rows.stop)
+            indices = rest[rows]
             start = self.sampler.begin(
                 request.labels[indices],
                 request.start + indices,
                 omega=request.omega,
                 cfg_scale=request.cfg_scale,
-                latents=self._latents(parents[indices]),
+                latents=self._latents(held, parents[rows]),
                 step=self.start,
             )
             return self.sampler.finish(
                 self.sampler.advance(start), learner_step=request.learner_step
             )
 
-        for part in self.batches.over(len(request.labels) - done, made):
+        for part in self.batches.over(len(rest), made):
             batch = replace(part, retries=self.batches.since())
             cost.take(batch, price, time.perf_counter() - started)
             yield batch
             started = time.perf_counter()
 
     def _parents(self, request: GuidedRequest) -> Tensor:
-        """(n,) rows of the pool, one for each of the round's samples; of the round's seed and the
-        pool alone.
+        """(n,) indices in the pool, one for each of the round's samples, of all ranks; of the
+        round's seed and the pool alone.
         """
         known = self.pool().column("label")[: request.start].cpu()
         generator = torch.Generator().manual_seed((self.recipe.seed << 32) + request.start)
@@ -293,18 +307,18 @@ class RePractice(FromNoise):
         return parents
 
     @torch.no_grad()
-    def _latents(self, rows: Tensor) -> Tensor:
-        pool = self.pool()
+    def _latents(self, held: PoolSnapshot, rows: Tensor) -> Tensor:
+        """(B, c, h, w) on the device, of the samples in these rows of ``held``."""
         pipeline = self.sampler.pipeline
-        if pool.codec == "latents":
-            payload = pool.payload(rows)
+        if held.codec == "latents":
+            payload = held.payload(rows)
             assert isinstance(payload, Tensor)
             return payload.to(pipeline.device)
-        return _encoded(pipeline, pool.images(rows).to(pipeline.device).float().div(127.5).sub(1.0))
+        return _encoded(pipeline, held.images(rows).to(pipeline.device).float().div(127.5).sub(1.0))
 
 
 def guided_method(
-    recipe: Recipe, sampler: Sampler, eager: Sampler, pool: Callable[[], SamplePool]
+    recipe: Recipe, sampler: Sampler, eager: Sampler, pool: Callable[[], Pool]
 ) -> GuidedMethod:
     """The method that a recipe chooses. Raises ``RecipeError`` where its values leave nothing to
     choose.

@@ -6,22 +6,27 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from dpfast.errors import RecipeError
 from dpfast.evaluate.measures import predict
 from dpfast.generate.from_recipe import new_sampler
+from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import Trajectory
+from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.sharded import ShardLayout, pool_of_ranks
 from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
 from dpfast.sources.costs import Cost
-from dpfast.sources.guided_methods import EarlyRejection, GuidedRequest, RePractice
+from dpfast.sources.guided_methods import EarlyRejection, GuidedRequest, RePractice, joined
 from dpfast.sources.labels import allotted_labels
 from tests.practice.small import REAL
 from tests.practice.test_loop import run, with_
+from tests.ranks import spawned
 
 REJECTING = {"early_candidates": 2.5, "early_until": 0.5}
 LABELS = torch.arange(9) % 3
@@ -185,6 +190,59 @@ def test_re_practice_begins_at_samples_of_the_pool(short, codec):
     assert float(gap.min(1).values.mean()) < 0.1 * float(
         torch.cdist(old, old)[~torch.eye(30, dtype=torch.bool)].mean()
     )
+
+
+def practised(ranks, recipe, count, codec, done=0):
+    """This rank's samples of a round of ``count``, from a pool of rounds of 20 and 10 in batches of
+    6.
+    """
+    pipeline = Pipeline.from_pretrained(recipe.generator.pipeline)
+    torch.manual_seed(1)
+    learner = nn.Sequential(nn.Flatten(), nn.Linear(256, 3)).eval()
+    sampler = new_sampler(recipe, pipeline, learner)
+    made = sampler.generate(torch.arange(30) % 3)
+    layout = ShardLayout(ranks, 6, (20, 10))
+    local = SamplePool(codec, shape=(1, 16, 16) if codec == "pixels" else None)
+    for rows in layout.rows():
+        local.append(made.take(slice(rows.start, rows.stop)), round=0, omega=0.0)
+    pool = pool_of_ranks(local, layout)
+    chosen = RePractice(recipe, sampler, sampler, lambda: pool)
+    request = wanted(torch.arange(count) % 3, turn=pool.turn, ranks=ranks, done=done)
+    return list(chosen.make(request, Cost()))
+
+
+def same_on_ranks(ranks, recipe, count, codec):
+    expected = joined(practised(Ranks(), recipe, count, codec))
+    assert expected.sample_ids.tolist() == list(range(30, 30 + count))
+    turn = ShardLayout(ranks, 6, (20, 10)).turn
+    mine = ranks.indices(count, 6, turn=turn)
+    done = min(ranks.rank, len(mine))  # a round that goes on: each has another part of it
+    for found, rows in (
+        (practised(ranks, recipe, count, codec), mine),
+        (practised(ranks, recipe, count, codec, done), mine[done:]),
+    ):
+        assert (
+            len(found) == 0
+            if not len(rows)
+            else torch.equal(joined(found).sample_ids, expected.sample_ids[rows])
+        )
+        if len(rows):
+            gap = joined(found).images.int() - expected.images[rows].int()
+            assert int(gap.abs().max()) <= 1  # other batches, other last bits
+
+
+@pytest.mark.parametrize(("size", "count", "codec"), [(2, 15, "pixels"), (3, 9, "jpeg")])
+def test_re_practice_begins_at_the_same_samples_on_any_number_of_ranks(short, size, count, codec):
+    recipe = with_(with_(short, "practice", restart=0.5), "pool", codec=codec)
+    spawned(size, same_on_ranks, recipe, count, codec)
+
+
+def test_re_practice_needs_ranks_that_hold_samples(short):
+    recipe = with_(with_(short, "practice", restart=0.5), "learner", batch_size=8)
+    recipe.check_ranks(2)
+    recipe = with_(recipe, "practice", overlap=1)
+    with pytest.raises(RecipeError, match=r"restart = 0.5: expected 0 with overlap"):
+        recipe.check_ranks(3)
 
 
 @torch.no_grad()
