@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dpfast.data.class_folders import folder_name
 from dpfast.errors import InputError
+from dpfast.labels import class_ids
 from dpfast.pool import codecs
 from dpfast.pool.foreign.images import CLASSES, TABLE
 from dpfast.pool.foreign.parquet import arrow_modules
@@ -42,8 +43,8 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
     """Writes all samples of ``pool`` into the new or empty folder ``out``.
 
     classes: names of the labels, for folder names and ``ClassLabel`` features.
-    Raises ``InputError`` for a folder in use, an unknown format, and a pool that the format cannot
-    hold.
+    Raises ``InputError`` for a folder in use or that cannot be written, an unknown format, labels
+    without a name, and a pool that the format cannot hold.
     """
     if format not in FORMATS:
         raise InputError(f"format = {format!r}: expected one of {', '.join(FORMATS)}")
@@ -51,6 +52,8 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
         raise InputError(f"out = {str(out)!r}: exists and is not an empty folder")
     if not len(pool):
         raise InputError("the pool is empty: there is nothing to export")
+    if classes is not None:
+        class_ids(pool.column("label"), len(pool), "the pool", len(classes))
     pictures = pool.codec == "jpeg" or (
         pool.codec == "pixels" and (pool.shape or (0,))[0] in (1, 3)
     )
@@ -65,6 +68,16 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
             f"format = 'imagefolder': the pool holds {pool.codec} of "
             f"shape {pool.shape}, {why}; choose webdataset or parquet"
         )
+    try:
+        _write(pool, out, format, classes, pictures=pictures)
+    except OSError as error:
+        raise InputError(f"out = {str(out)!r}: {error}") from None
+    return out
+
+
+def _write(
+    pool: SamplePool, out: Path, format: str, classes: list[str] | None, *, pictures: bool
+) -> None:
     if format == "webdataset":
         with Saver(pool, out, images="png" if pictures else "npy", classes=classes) as saver:
             saver.save()
@@ -74,7 +87,6 @@ def export_pool(pool: SamplePool, out: Path, format: str, classes: list[str] | N
         _write_images(pool, out / "train", classes)
     else:
         _write_parquet(pool, out, classes, pictures=pictures)
-    return out
 
 
 def _rows(
@@ -106,7 +118,8 @@ def _write_images(pool: SamplePool, folder: Path, classes: list[str] | None) -> 
     folder.mkdir(parents=True)
 
     def line(record: np.void, row: int) -> dict[str, Any]:
-        where = _folder_name(int(record["label"]), classes)
+        label = int(record["label"])
+        where = f"{label:04d}" if classes is None else folder_name(label, classes[label])
         return {"file_name": f"{where}/{row:09d}.{suffix}", **as_dict(record)}
 
     # null where there is none, and datasets takes a column's type from the first 10 MiB of lines
@@ -125,12 +138,6 @@ def _write_images(pool: SamplePool, folder: Path, classes: list[str] | None) -> 
                     table.write(to_json(columns) + "\n")
     if classes is not None:
         (folder.parent / CLASSES).write_text(json.dumps(classes) + "\n", encoding="utf-8")
-
-
-def _folder_name(label: int, classes: list[str] | None) -> str:
-    if classes is None or not 0 <= label < len(classes):
-        return f"{label:04d}"
-    return folder_name(label, classes[label])
 
 
 def _write_parquet(

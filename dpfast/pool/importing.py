@@ -42,8 +42,17 @@ def import_pool(
     Raises ``InputError`` when ``folder`` is none of these, and where a sample, its label or its
     split is not understood.
     """
+    try:
+        return _pool_of(folder, decode, label_column, split)
+    except OSError as error:
+        raise InputError(f"{str(folder)!r} cannot be read: {error}") from None
+
+
+def _pool_of(
+    folder: Path, decode: codecs.Decode | None, label_column: str | None, split: str | None
+) -> tuple[SamplePool, list[str] | None]:
     if not folder.is_dir():
-        raise InputError(f"{str(folder)!r}: no such folder")
+        raise InputError(f"{str(folder)!r}: {'is no' if folder.exists() else 'no such'} folder")
     for saved in (*(folder / name for name in OF_RUNS), folder):
         if parts := saved_folders(saved):
             for option, value in (("label_column", label_column), ("split", split)):
@@ -69,9 +78,13 @@ def _dataset(
     folder: Path, label_column: str | None, split: str | None
 ) -> tuple[SamplePool, list[str] | None]:
     found = data_files(folder)
-    packed, tables, images = (found.pop(kind, []) for kind in ("packed", "table", "image"))
+    packed, arrow, tables, images = (
+        found.pop(kind, []) for kind in ("packed", "arrow", "table", "image")
+    )
     if packed:
         raise InputError(f"{folder / packed[0]}: unpack it first")
+    if arrow:
+        raise InputError(f"{folder / arrow[0]}: write it by to_parquet of datasets first")
     kinds = [*found, *(["image folder"] if tables else [])]
     if len(kinds) > 1:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ RECORD = np.dtype(
         ("length", "<i4"),  # bytes of the payload
     ]
 )
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 COLUMNS = tuple(name for name in RECORD.names or () if name not in ("offset", "length"))
 
 
@@ -65,7 +67,8 @@ def _fitting(value: object, column: str, where: str) -> float:
     if dtype.kind == "f":
         if value is None:
             return float("nan")
-        if number is not None and (abs(number) <= np.finfo(dtype).max or not np.isfinite(number)):
+        odd = isinstance(number, float) and not math.isfinite(number)
+        if number is not None and (odd or abs(number) <= LARGEST_FLOAT):
             return float(number)
     elif number is not None and number == number // 1:
         limits = np.iinfo(dtype)

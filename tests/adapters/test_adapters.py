@@ -427,6 +427,9 @@ def test_what_cannot_work_is_named(dit, sd, sd3, learner):
         scheduler.step(noise(), scheduler.timesteps[0], noise(), use_clipped_model_output=True)
     with pytest.raises(ValueError, match="labels is None"):
         scheduler.attach(dit, learner)
+    for labels in ([2.7], [True], [-1]):
+        with pytest.raises(ValueError, match="labels: label"):
+            scheduler.attach(dit, learner, labels=labels)
     with pytest.raises(ValueError, match="labels = 1000: the model has 1000 classes"):
         scheduler.attach(dit, learner, labels=[1000])
     with pytest.raises(ValueError, match="prompts = None"):

@@ -51,6 +51,19 @@ LABELS = torch.arange(20) % 2
 KINDS = {"classes": ("cat", "dog"), "shape": (1, 8, 8)}
 
 
+class Labelled(Dataset):
+    """One label for all images, of any kind."""
+
+    def __init__(self, label):
+        self.label = label
+
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, number):
+        return IMAGES[number], self.label
+
+
 class Pictures(Dataset):
     """Pictures of PIL and their labels."""
 
@@ -115,6 +128,16 @@ def test_classes_without_names_are_numbered():
         ((IMAGES.float(), LABELS), "images are torch.float32, expected torch.uint8, or floats"),
         ("photos", "real is a str: expected dpfast.RealData"),
         (TensorDataset(IMAGES), "item 0 is no image and label"),
+        (Labelled(2.7), "item 0: the label is 2.7, expected a whole number from 0 to 1"),
+        (Labelled(torch.tensor(0.5)), r"item 0: the label is tensor\(0.5000\)"),
+        (Labelled(None), "item 0: the label is missing"),
+        (Labelled("1"), "item 0: the label is '1'"),
+        (Labelled(True), "item 0: the label is True"),
+        (Labelled(-1), "item 0: the label is -1"),
+        (Labelled(2), "item 0: the label is 2"),
+        ((IMAGES, LABELS == 1), r"labels are torch.bool \(20,\), expected an integer"),
+        ((IMAGES[:0], LABELS[:0]), "no images"),
+        (RealData(("cat", "dog"), *[RealSet(IMAGES, LABELS + 1)] * 2), "label 2, expected 0 to 1"),
         (RealData(("cat",), *[RealSet(IMAGES, LABELS)] * 2), "1 classes, the generator has 2"),
     ],
 )

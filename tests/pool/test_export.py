@@ -1,9 +1,11 @@
 """Exports: exact there and back, and readable by the libraries that they are for."""
 
+import errno
 import io
 import json
 import os
 import tarfile
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -290,6 +292,8 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, capsys):
         export_pool(pool_of("pixels"), tmp_path / "full", "parquet")
     with pytest.raises(InputError, match="nothing to export"):
         export_pool(SamplePool(), tmp_path / "out", "parquet")
+    with pytest.raises(InputError, match="the pool: label 9, expected 0 to 8"):
+        export_pool(pool_of("pixels"), tmp_path / "out", "parquet", CLASSES[:9])
     with pytest.raises(InputError, match="format = 'zip'"):
         export_pool(pool_of("pixels"), tmp_path / "out", "zip")
     assert not (tmp_path / "out").exists()
@@ -313,3 +317,15 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, capsys):
     )
     with pytest.raises(InputError, match=r"'\.\./\.\./secret\.png'"):
         import_pool(tmp_path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_disk_that_refuses_an_export_is_one_error(format, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    export = import_module("dpfast.pool.export")
+    for name in ("_rows", "Saver"):
+        monkeypatch.setattr(export, name, full)
+    with pytest.raises(InputError, match=r"out = .*No space left on device"):
+        export_pool(pool_of("pixels"), tmp_path / "out", format)

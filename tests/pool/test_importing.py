@@ -566,6 +566,28 @@ def test_what_may_not_be_read_is_named(tmp_path):
         import_pool(tmp_path)
 
 
+# our own columns
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *(("round", value) for value in (1.5, None, "2", True, 1 << 31, float("nan"))),
+        *(("sample_id", value) for value in (None, "a", 0.5, 1 << 63)),
+        *(("omega", value) for value in ("0.1", True, [0.1], 1e39, 10**400)),
+    ],
+)
+def test_a_value_that_a_column_cannot_hold_is_named(tmp_path, column, value):
+    """2.7 was 2, and null was 0."""
+    export_pool(pool_of("pixels"), tmp_path, "imagefolder")
+    table = tmp_path / "train" / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
+    rows[7][column] = value
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"0000000\d\d.png: column '{column}' is .*, expected"):
+        import_pool(tmp_path)
+
+
 # exports
 
 
