@@ -248,6 +248,23 @@ def test_splits_are_never_merged_without_being_asked(tmp_path, capsys):
     assert labels(tmp_path / "out") == [1, 2]
 
 
+def test_the_command_takes_the_label_column(tmp_path):
+    features = {"fine_label": named("a", "b"), "coarse_label": named("c")}
+    write_parquet(tmp_path / "in", fine_label=[1, 0], coarse_label=[0, 0], features=features)
+    command = [
+        "export",
+        str(tmp_path / "in"),
+        "--format",
+        "parquet",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 2
+    assert main([*command, "--label-column", "fine_label"]) == 0
+    pool, classes = import_pool(tmp_path / "out")
+    assert (pool.column("label").tolist(), classes) == ([1, 0], ["a", "b"])
+
+
 def test_splits_are_merged_in_the_order_asked_for(tmp_path):
     write_parquet(tmp_path, name="data/train-00000-of-00001.parquet", label=[1])
     write_parquet(tmp_path, name="data/validation-00000-of-00001.parquet", label=[2])
@@ -301,6 +318,9 @@ def test_what_is_packed_is_named_and_not_left_out(tmp_path):
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress(tar_bytes(*sample(2))))
     with pytest.raises(InputError, match=r"b\.tar\.gz: unpack it first"):
         import_pool(tmp_path)
+    (tmp_path / "b.tar.gz").rename(tmp_path / "data-00000-of-00001.arrow")
+    with pytest.raises(InputError, match=r"arrow: write it by to_parquet of datasets first"):
+        import_pool(tmp_path)
 
 
 def test_a_pool_of_ours_has_no_splits_and_no_other_label(tmp_path):
@@ -317,6 +337,8 @@ def test_pictures_in_the_folder_of_a_run_are_no_dataset(tmp_path):
         import_pool(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         import_pool(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is no folder"):
+        import_pool(tmp_path / "a" / "0.png")
 
 
 # tars
@@ -527,6 +549,27 @@ def test_a_folder_of_images_is_split_as_others_are(tmp_path):
         import_pool(tmp_path / "a", split="train+test")
     write_images(tmp_path / "b", ["test/0.png"], [{"file_name": "test/0.png", "label": 1}])
     assert labels(tmp_path / "b") == [1]  # a table above all speaks for them
+
+
+def test_class_names_are_those_of_the_label_alone(tmp_path):
+    """Another column of our own export is none of theirs."""
+    for format in ("imagefolder", "parquet"):
+        export_pool(pool_of("pixels"), tmp_path / format, format, CLASSES)
+        pool, classes = import_pool(tmp_path / format, label_column="round")
+        assert (pool.column("label").tolist(), classes) == ([i // 10 for i in range(30)], None)
+
+
+def test_an_export_without_its_table_is_not_read_by_its_folders(tmp_path):
+    """They would give the samples other labels."""
+    export_pool(pool_of("pixels"), tmp_path, "imagefolder", CLASSES)
+    (tmp_path / "train" / "metadata.jsonl").unlink()
+    with pytest.raises(InputError, match=r"train/metadata\.jsonl is missing"):
+        import_pool(tmp_path)
+
+
+def test_images_beside_each_other_have_no_label(tmp_path):
+    with pytest.raises(InputError, match="no label; it has nothing, and its images do not lie in"):
+        import_pool(write_images(tmp_path, ["0.png", "1.png"]))
 
 
 def test_other_tables_are_named(tmp_path):

@@ -39,31 +39,30 @@ def read_images(
     else:
         base = folder / _base(files, folder)
         where = str(base)
+        if (folder / CLASSES).is_file():
+            raise InputError(f"{base / TABLE} is missing, which is beside {CLASSES} in an export")
         rows = [{"file_name": str((folder / file).relative_to(base))} for file in files]
     if not rows:
         return
     if all(row.keys() >= set(COLUMNS) for row in rows):
         # ours, in the pool's order: the line of the first entropy leads the table
         rows.sort(key=lambda row: PurePath(row["file_name"]).name)
-    known = (folder / CLASSES).is_file()
-    classes = read_json(folder / CLASSES) if known else None
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if wanted is None and "label" not in columns:
-        names = [] if known else _class_folders(rows)
-        if not names:
-            besides = ", and its images do not lie in several class folders beside each other"
-            raise no_label(wanted, columns, where, "" if known else besides)
+        column, source = "label", where
+        names = _class_folders(rows, columns if tables else (), where)
         ids = {name: label for label, name in enumerate(names)}
         rows = [row | {"label": ids[PurePath(row["file_name"]).parts[0]]} for row in rows]
-        classes = names
-    column = label_column([*columns, "label"] if classes else columns, (), wanted, where)
-    count = len(intake.name_classes(classes, str(folder / CLASSES) if known else where) or ())
+        classes: list[str] | None = names
+    else:
+        column, source = label_column(columns, (), wanted, where), str(folder / CLASSES)
+        named = column == "label" and (folder / CLASSES).is_file()
+        classes = read_json(folder / CLASSES) if named else None
+    count = len(intake.name_classes(classes, source) or ()) or None
     for first in range(0, len(rows), BATCH):
         part = rows[first : first + BATCH]
         paths = [base / row["file_name"] for row in part]
-        labels = [
-            class_id(row.get(column), f"{where}: {row['file_name']}", count or None) for row in part
-        ]
+        labels = [class_id(row.get(column), f"{where}: {row['file_name']}", count) for row in part]
         intake.image_files(
             [str(path) for path in paths],
             [_read(path) for path in paths],
@@ -105,13 +104,18 @@ def _split_folder(file: PurePath) -> PurePath:
     return PurePath()
 
 
-def _class_folders(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The sorted names of the folders that the images lie in; none where one lies elsewhere, or all
-    in one folder, which may as well be called "images".
+def _class_folders(rows: Sequence[dict[str, Any]], columns: Sequence[str], where: str) -> list[str]:
+    """The sorted names of the folders that the images lie in.
+
+    Raises ``InputError`` where one lies elsewhere, or all in one folder, which may as well be
+    called "images".
     """
     parts = [PurePath(row["file_name"]).parts for row in rows]
-    names = {part[0] for part in parts}
-    return sorted(names) if len(names) > 1 and all(len(part) == 2 for part in parts) else []
+    names = sorted({part[0] for part in parts})
+    if len(names) < 2 or any(len(part) != 2 for part in parts):
+        besides = ", and its images do not lie in several class folders beside each other"
+        raise no_label(None, columns, where, besides)
+    return names
 
 
 def _read(path: Path) -> bytes:

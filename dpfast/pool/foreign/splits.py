@@ -27,12 +27,12 @@ KEYWORDS = {
 }
 SHARDED = re.compile(r"(\w+)-\d{5}-of-\d{5}\b.*")  # train-00000-of-00003.parquet
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # beside images
-PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".arrow")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
 def data_files(folder: Path) -> dict[str, list[PurePath]]:
-    """What lies in ``folder`` at any depth, by kind: "parquet", "tar", "packed" archives, "table"s
-    of images, and "image"s; each sorted, relative to ``folder``.
+    """What lies in ``folder`` at any depth, by kind: "parquet", "tar", "packed" archives, "arrow"
+    files, "table"s of images, and "image"s; each sorted, relative to ``folder``.
 
     Hidden files and folders are no data. Links are followed (``dpfast.files.below``).
     """
@@ -50,6 +50,8 @@ def _kind(name: str) -> str | None:
         return "table"
     if lower.endswith(PACKED):
         return "packed"
+    if lower.endswith(".arrow"):
+        return "arrow"
     if lower.endswith((".parquet", ".tar")):
         return lower.rpartition(".")[2]
     return "image" if lower.endswith(PICTURES) else None
