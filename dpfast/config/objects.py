@@ -22,9 +22,14 @@ def kind_of(thing: object) -> str:
 
 
 def objects_of(run: Path) -> dict[str, str]:
-    """Argument of ``DeliberatePractice`` -> kind, of the run in a folder; {} without objects."""
+    """Argument of ``DeliberatePractice`` -> kind, of the run in a folder; {} without objects.
+
+    Raises ``InputError`` for a file that is damaged.
+    """
     path = run / OBJECTS_FILE
-    found: dict[str, str] = read_json(path) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict) or not all(isinstance(kind, str) for kind in found.values()):
+        raise InputError(f"{path}: is no table of arguments and kinds of objects")
     return found
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no EPS: Pillow starts a program for it
 GREY = ("1", "L", "LA")
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
+# Pillow's error at twice the size stays: this is its word to servers of other people's pictures.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 TURNS = {  # EXIF's orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

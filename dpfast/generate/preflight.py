@@ -267,8 +267,9 @@ def try_learner(
 
     Raises ``InputError`` when the decoder gives images that are not finite, when the learner fails,
     when its logits are not (2, classes) (None: any number), have no gradient at the images, are NaN
-    for all of them, or change for an image with the other one of its batch or by chance; and as
-    ``check_modules`` and ``try_criterion`` do. A committee's logits are (2, M, classes).
+    or infinite for all of them, or change for an image with the other one of its batch or by
+    chance; and as ``check_modules`` and ``try_criterion`` do. A committee's logits are (2, M,
+    classes).
     """
     check_modules(path.learner)
     decoded = path.decoder(torch.zeros(2, *shape, device=device))
@@ -289,7 +290,13 @@ def try_learner(
         if classes == 1:
             expected += ", which has one class unless class_names say more"
         raise InputError(f"learner gives {got} for 2 images, expected logits of shape {expected}")
-    if not logits.requires_grad or _gradient(logits, leaf) is None:
+    try:
+        gradient = _gradient(logits, leaf) if logits.requires_grad else None
+    except Exception as error:  # whatever the caller's model raises
+        raise InputError(
+            f"learner fails on its way back from the logits to the images: {first_line(error)}"
+        ) from error
+    if gradient is None:
         raise InputError(
             "learner gives logits without a gradient at its images: "
             "it detaches them, or runs in no_grad"
@@ -303,8 +310,8 @@ def try_learner(
 
 def _check_values(path: LearnerPath, decoded: Tensor, images: Tensor, logits: Tensor) -> None:
     """Raises ``InputError`` for decoded images that are not finite, and for logits of the first two
-    of three images that are all NaN, or that are others for one of these images when the learner is
-    asked again, or beside the third image.
+    of three images that are all NaN or infinite, or that are others for one of these images when
+    the learner is asked again, or beside the third image.
     """
     if not bool(decoded.isfinite().all()):
         dtype = getattr(path.decoder, "dtype", decoded.dtype)
@@ -312,8 +319,9 @@ def _check_values(path: LearnerPath, decoded: Tensor, images: Tensor, logits: Te
             f"decoder: in {str(dtype).removeprefix('torch.')} it gives images that are not finite "
             "for latents of zeros; expected finite ones"
         )
-    if bool(logits.isnan().flatten(1).any(1).all()):
-        raise InputError("learner gives logits that are NaN for images of noise")
+    # minus infinity rules a class out
+    if bool(logits.float().softmax(-1).isnan().flatten(1).any(1).all()):
+        raise InputError("learner gives logits that are NaN or infinite for images of noise")
     chance = "changes from call to call (dropout that is always on?)"
     company = "changes with the other images of its batch (a norm over the batch?)"
     for rows, batch, what in (

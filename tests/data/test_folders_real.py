@@ -2,6 +2,9 @@
 before any work.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -62,3 +65,20 @@ def test_the_classes_of_a_named_set_are_those_of_imagenet(name, count):
     ids = imagenet.load().ids_of(names)
     assert len(names) == count == len(set(ids))
     assert ids[0] == {"imagenet100": "n02869837", "imagenet1k": "n01440764"}[name]
+
+
+def test_a_panorama_of_ninety_megapixels_is_read_without_a_word(tmp_path):
+    """Pillow warns of it as of a bomb, which it takes it for at twice the size."""
+    Image.new("1", (9504, 9504), 1).save(tmp_path / "large.png")
+    code = """
+import sys
+from pathlib import Path
+from dpfast.data.folders import read_image
+print(read_image(Path(sys.argv[1]), (1, 8, 8)).unique().tolist())
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, tmp_path / "large.png"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("[255]\n", "")
