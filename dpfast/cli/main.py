@@ -7,6 +7,8 @@ arguments are checked.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import time
 import warnings
@@ -70,8 +72,23 @@ def new_parser() -> Parser:
     return parser
 
 
+def _speak_utf8() -> None:
+    """Starts this command anew in Python's UTF-8 mode where the locale has another encoding, in
+    which names of files that a recipe gives could be neither found nor made.
+
+    What is printed to a stream of another encoding is escaped rather than refused.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and "utf8" not in sys._xoptions:
+        os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Entry point; returns the exit code. Without ``arguments`` it is the process's own command."""
+    if arguments is None:
+        _speak_utf8()
     warnings.formatwarning = _warning
     try:
         parsed = new_parser().parse_args(sys.argv[1:] if arguments is None else arguments)

@@ -115,6 +115,7 @@ def write_report(
         'href="data:,">'
         f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n",
         encoding="utf-8",
+        errors="backslashreplace",  # of paths whose bytes are no UTF-8
     )
     return page
 
@@ -212,7 +213,7 @@ def _sheets(run: Run, pool: SamplePool, out: Path) -> str:
 
 
 def _recipe(runs: list[Run]) -> str:
-    text = html.escape(json.dumps(runs[0].recipe, indent=2))
+    text = html.escape(json.dumps(runs[0].recipe, indent=2, ensure_ascii=False))
     return (
         f"<h2>Recipe of {html.escape(runs[0].path.name)}</h2><div "
         f'class="scroll"><pre>{text}</pre></div>'
