@@ -1,12 +1,13 @@
-"""What a run costs beside its work: the start with 1,000 classes, and rank 0's bookkeeping of each
-sample.
+"""What a run costs beside its work: the start with 1,000 classes, rank 0's bookkeeping of each
+sample, and the manifest that is written anew with each shard.
 
     dpfast bench overhead --record
 
 The start is that of `imagenet1k-sd15` with a tiny random Stable Diffusion pipeline, so that loading
 weights takes nothing, and real images of the usual size. The bookkeeping is measured at pools of
 10^4 to 10^7 samples whose payloads are a byte each, in as many chunks as payloads of 224 px would
-fill.
+fill. The manifest's bytes and seconds are summed over all shards of a run, from ``POINTS`` lengths
+that are written in turns: the sum grows with the square of the samples of a rank.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 from benchmarks import RESULTS, ROOT
 from benchmarks.harness.arguments import new_parser
 from dpfast.cli.parser import at_least, in_one_line
+from dpfast.pool.shards import MANIFEST, Manifest, Shard
 from dpfast.textfiles import lines
 
 RECORDS = RESULTS / "overhead.jsonl"
@@ -36,6 +38,12 @@ SIZES = (10**4, 10**5, 10**6, 10**7)
 BATCH = 250
 DEALT = 40
 SHARD = 10_000
+RUNS = {  # samples of a rank, samples of a shard: 512 MiB of payloads, or 10,000
+    "10 M at 224 px, raw, one rank": (10**7, (512 << 20) // (3 * 224 * 224)),
+    "10 M, 10,000 a shard, one rank": (10**7, SHARD),
+    "9.1 M at 224 px, raw, 32 ranks": (9_100_000 // 32, (512 << 20) // (3 * 224 * 224)),
+}
+POINTS = 16
 PAYLOAD, CHUNK = 3 * 224 * 224, 64 << 20  # of the chunks that are counted
 TARGETS = {"start": 20.0, "growth": 1.5}  # seconds; a sample at 10^7 over one at 10^4
 
@@ -137,11 +145,6 @@ def bookkeeping(rounds: int) -> list[dict[str, Any]]:
     from dpfast.pool.pool import SamplePool
     from dpfast.pool.record import RECORD
     from dpfast.pool.saver import Saver
-    from dpfast.pool.shards import MANIFEST, Manifest, Shard
-
-    def runs_of(start: int) -> list[list[int]]:
-        """The ids of a shard as one of several ranks lists them, batch by batch."""
-        return [[i, i + DEALT - 1] for i in range(start, start + SHARD, DEALT)]
 
     def records(start: int, count: int) -> np.ndarray:
         rows = np.zeros(count, RECORD)
@@ -179,10 +182,7 @@ def bookkeeping(rounds: int) -> list[dict[str, Any]]:
             append(min(SHARD, size - len(pool)))
         appending, drawing = median(appended), median(drawn)
         with tempfile.TemporaryDirectory() as folder:
-            shards = [
-                Shard(f"shard-{i:06d}.tar", SHARD, 16 << 20, "0" * 64, "0" * 64, runs_of(i * SHARD))
-                for i in range(size // SHARD)
-            ]
+            shards = [shard_like_those_of_ranks(i, SHARD) for i in range(size // SHARD)]
             Manifest("pixels", [1, 1, 1], "npy", None, shards).write(Path(folder))
             with Saver(pool, folder, shard_samples=SHARD) as saver:
                 began = time.perf_counter()
@@ -197,6 +197,46 @@ def bookkeeping(rounds: int) -> list[dict[str, Any]]:
                 "chunks": len(pool.snapshot.chunks.chunks),
                 "manifest_bytes": manifest,
                 "microseconds": {"append": appending, "order": drawing, "save": saving},
+            }
+        )
+    return found
+
+
+def shard_like_those_of_ranks(number: int, samples: int) -> Shard:
+    """The line of a shard whose ids one of several ranks lists, batch by batch."""
+    first = number * samples
+    runs = [[i, i + DEALT - 1] for i in range(first, first + samples, DEALT)]
+    return Shard(f"shard-{number:06d}.tar", samples, 16 << 20, "0" * 64, "0" * 64, runs)
+
+
+def manifests(rounds: int) -> list[dict[str, Any]]:
+    """What writing the manifest with each shard sums up to on a rank, for each of ``RUNS``; the
+    seconds of a write are the least of ``rounds``.
+    """
+    found = []
+    for run, (samples, of_shard) in RUNS.items():
+        shards = [shard_like_those_of_ranks(i, of_shard) for i in range(-(-samples // of_shard))]
+        bytes, seconds = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            for point in range(POINTS):  # the middles of equal parts of the run
+                held = shards[: max(1, round(len(shards) * (point + 0.5) / POINTS))]
+                manifest = Manifest("pixels", [3, 224, 224], "npy", None, held)
+                manifest.write(Path(folder))  # makes the lines, as the shards before did
+                times = []
+                for _ in range(rounds):
+                    began = time.perf_counter()
+                    manifest.write(Path(folder))
+                    times.append(time.perf_counter() - began)
+                seconds.append(min(times))
+                bytes.append((Path(folder) / MANIFEST).stat().st_size)
+        found.append(
+            {
+                "part": "manifest",
+                "run": run,
+                "shards": len(shards),
+                "last_bytes": bytes[-1],
+                "bytes": round(statistics.mean(bytes) * len(shards)),
+                "seconds": statistics.mean(seconds) * len(shards),
             }
         )
     return found
@@ -222,6 +262,15 @@ def table(records: list[dict[str, Any]]) -> str:
             lines.append(
                 "| " + " | ".join([*cells, *(f"{r['microseconds'][n]:.2f}" for n in names)]) + " |"
             )
+    sums = [r for r in records if r["part"] == "manifest"]
+    if sums:
+        lines += ["", "| run | shards | manifest at its end | written in all | seconds in all |"]
+        lines.append("|---" * 5 + "|")
+        lines += [
+            f"| {r['run']} | {r['shards']:,} | {r['last_bytes'] / 1e6:.2g} MB | "
+            f"{r['bytes'] / 1e9:.2g} GB | {r['seconds']:.2g} |"
+            for r in sums
+        ]
     return "\n".join(lines)
 
 
@@ -241,10 +290,17 @@ def missed(records: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+    "start": lambda rounds: [start_seconds(rounds)],
+    "bookkeeping": bookkeeping,
+    "manifest": manifests,
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where a target is missed."""
     parser = new_parser("overhead", __doc__)
-    parser.add_argument("--part", choices=["start", "bookkeeping"], help="one of the two")
+    parser.add_argument("--part", choices=list(PARTS), help="one of them")
     parser.add_argument(
         "--rounds", type=at_least(1), default=3, help="measurements of each (default 3)"
     )
@@ -254,8 +310,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child:
         child(*options.child)
         return 0
-    records = [start_seconds(options.rounds)] if options.part != "bookkeeping" else []
-    records += bookkeeping(options.rounds) if options.part != "start" else []
+    parts = [options.part] if options.part else list(PARTS)
+    records = [record for part in parts for record in PARTS[part](options.rounds)]
     print(table(records))
     for line in missed(records):
         print(f"missed: {line}")

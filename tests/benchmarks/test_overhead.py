@@ -29,6 +29,29 @@ def test_the_bookkeeping_is_measured_on_a_pool_of_that_size(monkeypatch, tmp_pat
     assert second["manifest_bytes"] > first["manifest_bytes"]
 
 
+def test_the_sum_over_all_manifests_of_a_run_is_that_of_writing_each(monkeypatch, tmp_path):
+    monkeypatch.setattr(overhead, "RUNS", {"small": (10_000, 100)})
+    (found,) = overhead.manifests(1)
+    shards = [overhead.shard_like_those_of_ranks(i, 100) for i in range(100)]
+    total = 0
+    for held in range(1, 101):
+        Manifest("pixels", [3, 224, 224], "npy", None, shards[:held]).write(tmp_path)
+        total += (tmp_path / "manifest.json").stat().st_size
+    assert found["shards"] == 100
+    assert found["bytes"] == pytest.approx(total, rel=0.02)
+    assert found["seconds"] > 0
+    assert "| small | 100 |" in overhead.table([found])
+
+
+def test_the_documented_sums_of_manifests_are_those_of_the_record():
+    rows = [cells(line) for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    records = [json.loads(line) for line in overhead.RECORDS.read_text().splitlines()]
+    sums = [record for record in records if record["part"] == "manifest"][-len(overhead.RUNS) :]
+    assert [record["run"] for record in sums] == list(overhead.RUNS)
+    table = [cells(line) for line in overhead.table(sums).splitlines()[3:]]
+    assert all(row in rows for row in table)
+
+
 @pytest.mark.parametrize("shards", [0, 3])
 def test_a_manifest_is_read_as_it_was_written(shards, tmp_path):
     made = [Shard(f"shard-{i:06d}.tar", 10, 5, "a", "b", [[0, 4], [9, 13]]) for i in range(shards)]
