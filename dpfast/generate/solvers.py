@@ -427,9 +427,12 @@ PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v",
 
 @contextlib.contextmanager
 def _without_notices() -> Iterator[None]:
-    """Keeps back what NumPy 2 has to say about the tensors that diffusers' schedulers hand it."""
+    """Keeps back what NumPy has to say about diffusers' schedulers: that they hand it tensors, and
+    that they divide by zero. A grid that is not finite is refused in words.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array", DeprecationWarning)
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"diffusers\.")
         yield
 
 

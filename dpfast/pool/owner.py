@@ -136,8 +136,9 @@ def _lives(path: Path) -> bool:
     first = _read(path)
     if first.get("ended"):
         return False
-    if first.get("host") == _host() and first["start"] is not None:
-        return _process(int(first["process"]))["start"] == first["start"]
+    start, process = first.get("start"), first.get("process")
+    if first.get("host") == _host() and start is not None and isinstance(process, int):
+        return _process(process)["start"] == start
     deadline = time.monotonic() + STALE
     while time.monotonic() < deadline:
         now = _read(path)

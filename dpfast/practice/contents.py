@@ -17,7 +17,7 @@ from dpfast.config import Recipe, pipeline_folder
 from dpfast.data.class_folders import sub_folders
 from dpfast.data.pictures import pictures_in
 from dpfast.data.real import is_fashion
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 from dpfast.files import below
 from dpfast.pool.shards import durable
 from dpfast.textfiles import read_json
@@ -76,6 +76,8 @@ def check_contents(run: Path, recipe: Recipe) -> None:
         )
         return
     born = read_json(run / CONTENTS)
+    if not isinstance(born, dict) or not all(isinstance(each, dict) for each in born.values()):
+        raise InputError(f"{run / CONTENTS}: expected a table of what each folder held")
     now = contents_of(recipe)
     for field, place in (
         ("pipeline", recipe.generator.pipeline),

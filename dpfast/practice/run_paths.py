@@ -89,7 +89,11 @@ class RunPaths:
     def progress(self, source: str) -> dict[str, Any] | None:
         """What ``save_progress`` kept; None where there is nothing, or nothing that can be read."""
         kept = read_whole_json(self.path / self._progress(source))
-        return kept if isinstance(kept, dict) else None
+        whole = isinstance(kept, dict) and all(
+            isinstance(kept.get(name), kind)
+            for name, kind in (("round", int), ("samples", int), ("source", dict))
+        )
+        return kept if whole else None
 
     def save_progress(self, source: str, progress: dict[str, Any]) -> None:
         """Notes what is saved of this rank's part of a round that is being made."""
