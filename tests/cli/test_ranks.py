@@ -68,7 +68,7 @@ def say(rank, ports, options, root):
         with contextlib.redirect_stderr(io.StringIO()) as said:
             started = time.monotonic()
             assert command.main(arguments(options, extra, out)) == 2, name
-            assert time.monotonic() - started < 30, name
+            assert time.monotonic() - started < 300, name  # the ranks' timeout is 600
         errors = [
             line for line in said.getvalue().splitlines() if line.startswith("dpfast: error:")
         ]
@@ -105,5 +105,5 @@ def test_torchrun_ends_with_the_words_of_rank_0(tmp_path):
     ).ended(1)
     assert said.count("dpfast: error:") == 1
     assert "no images of" in said
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300  # the ranks' timeout is 600
     assert not (tmp_path / "out").exists()

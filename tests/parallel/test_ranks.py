@@ -278,8 +278,8 @@ def disagree(ranks):
     assert ranks.total(ranks.rank + 0.5) == 2.0
     assert ranks.most(ranks.rank) == 1
     assert ranks.absent() == []
-    ranks.heartbeat.timeout = 1
-    for _ in range(8 * ranks.rank):  # twice the timeout, and no collective meanwhile
+    ranks.heartbeat.timeout = 2
+    for _ in range(16 * ranks.rank):  # twice the timeout, and no collective meanwhile
         time.sleep(0.25)
         ranks.beat()
     assert ranks.all_gather_object(ranks.rank) == [0, 1]
@@ -342,7 +342,7 @@ def hang(ranks):
         next(loader)  # closing waits for the loader's thread as well
     with named(), ranks.watched():
         ranks.any(False)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 120  # gloo alone waits for half an hour
     ranks.heartbeat.leave(RankError("rank 1 of 2 did not answer"))
     ranks.store.set("done", "")
     os._exit(0)  # the group is broken: nothing is left to say good-bye to
