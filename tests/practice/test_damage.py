@@ -201,7 +201,7 @@ def test_lines_that_are_gone_are_told_of_and_not_made_of_zeros(damaged, capsys):
         ({"suffix": None}, "has suffix = None"),
         ({"shape": "wide"}, "has shape = 'wide'"),
         ({"classes": [1]}, "has classes = [1]"),
-        ({"shards": 7}, "cannot be read"),
+        ({"shards": 7}, "its shards are no list"),
         ({"shards": [{}]}, "cannot be read"),
     ],
     ids=str,
