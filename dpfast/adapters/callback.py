@@ -104,11 +104,13 @@ class GuidanceCallback(PipelineCallback):
         scheduler = pipe.scheduler
         prediction = live_pipeline.check_scheduler(scheduler)
         following, total = live_pipeline.position(scheduler, timestep) + 1, len(scheduler.timesteps)
-        if (
-            following == total
-            or following not in self.guidance.steps(total)
-            or self.guidance.omega == 0
-        ):
+        guided = self.guidance.steps(total) - {0}
+        if self.guidance.omega and not guided:
+            raise InputError(
+                f"guidance: none of the steps 1 to {total - 1} is guided, and step 0 lies before "
+                "any callback; expected at least one"
+            )
+        if following == total or following not in guided or self.guidance.omega == 0:
             return callback_kwargs
         x = callback_kwargs["latents"]
         gradient = self.gradient(

@@ -108,6 +108,7 @@ class LearnerGuidance(ClassifierFreeGuidance):
         if self._gradient is None or not self._enabled or self._timestep is None:
             return False
         config, total = self._gradient.guidance, len(self._scheduler.timesteps)
+        config.check_steps(total)
         return bool(config.omega) and live_pipeline.position(
             self._scheduler, self._timestep
         ) in config.steps(total)

@@ -174,6 +174,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         if attached is not None:
             config = attached.gradient.guidance
             ids, seed = self._ids(attached, len(sample)), attached.seed
+            config.check_steps(len(table))
             if config.omega and index in config.steps(len(table)):
                 gradient = self._gradient(attached, table, index, sample, model_output)
                 omega, mode = config.omega, config.mode

@@ -71,8 +71,8 @@ def sample(arguments: argparse.Namespace) -> int:
     require("matplotlib")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise InputError(f"out = {str(arguments.out)!r}: exists and is not an empty folder")
-    if arguments.learner is not None and not omega:
-        raise InputError(f"learner = {arguments.learner!r}: guides only with omega, which is 0")
+    if not omega:
+        _check_unguided(arguments)
     recipe.need_folders("pipeline")
 
     from dpfast.generate.from_recipe import load_pipeline, new_sampler
@@ -89,6 +89,18 @@ def sample(arguments: argparse.Namespace) -> int:
     sheet = write_samples(batches, pipeline.class_names, arguments.out)
     print(f"{len(ordered)} images in {arguments.out}, overview {sheet}")
     return 0
+
+
+def _check_unguided(arguments: argparse.Namespace) -> None:
+    """Raises ``InputError`` for what was given and says how to guide, where nothing is guided."""
+    given = {"learner": arguments.learner} | {
+        key.removeprefix("field.guidance."): value
+        for key, value in vars(arguments).items()
+        if key.startswith("field.guidance.")
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} = {value!r}: guides only with omega, which is 0")
 
 
 def _labels(text: str, names: tuple[str, ...]) -> list[int]:

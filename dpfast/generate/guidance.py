@@ -79,6 +79,14 @@ class GuidanceConfig:
         """The indices of the guided steps among ``total``, whatever omega is."""
         return frozenset(interval_steps(total, self.start, self.until, self.every))
 
+    def check_steps(self, total: int) -> None:
+        """Raises ``InputError`` where none of ``total`` steps is guided."""
+        if not self.steps(total):
+            raise InputError(
+                f"(start, until) = ({self.start:g}, {self.until:g}): none of the {total} steps "
+                "begins there, so none would be guided; expected at least one"
+            )
+
 
 def predict_x0(x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
     """x0 from a denoiser's prediction of ``kind`` "epsilon", "v", "sample" or "flow"; all of shape

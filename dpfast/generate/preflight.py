@@ -5,8 +5,10 @@ together?
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.solvers import SolverTable
 from dpfast.generate.step import StepParts
 from dpfast.ops import normal
+
+log = logging.getLogger(__name__)
 
 
 def step_parts(
@@ -152,6 +156,28 @@ def check_start(shape: tuple[int, ...], latents: Tensor | None, step: int, *, to
         raise InputError(f"step = {step}: a trajectory begins there only from latents")
     if latents is not None and latents.shape != shape:
         raise InputError(f"latents has shape {tuple(latents.shape)}, expected {shape}")
+
+
+@functools.cache
+def warn_of_idle_cfg(
+    folder: Path, has_null: bool, scale: float, interval: tuple[float, float]
+) -> None:
+    """Warns, once a process and pipeline, of classifier-free guidance that is asked for and has no
+    effect.
+
+    folder: of the pipeline; has_null: whether its denoiser has an unconditional prediction.
+    """
+    if scale != 1 and not has_null:
+        log.warning(
+            "cfg_scale = %g has no effect: the generator of %s has no null class; say cfg_scale = 1",
+            scale,
+            folder,
+        )
+    elif scale == 1 and interval != (0, 1):
+        log.warning(
+            "cfg_interval = (%g, %g) has no effect: cfg_scale = 1 is no classifier-free guidance",
+            *interval,
+        )
 
 
 @functools.cache

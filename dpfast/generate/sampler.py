@@ -118,6 +118,13 @@ class GuidedSampler:
         self.cache_interval = cache_interval
         self.seed = seed
         self.table = pipeline.table(steps, solver=solver, eta=eta)
+        if not interval_steps(len(self.table), *cfg_interval):
+            raise InputError(
+                f"cfg_interval = {tuple(cfg_interval)}: none of the {len(self.table)} steps begins "
+                "in it; expected at least one"
+            )
+        if learner is not None:
+            self.guidance.check_steps(len(self.table))
         self.parts = preflight.step_parts(
             pipeline,
             learner,
@@ -314,6 +321,10 @@ class GuidedSampler:
         cfg_scale: float | None,
     ) -> Request:
         """What is asked for, checked like the learner before anything is sampled."""
+        if omega is not None and self.learner is None and bool(check.numbers("omega", omega).any()):
+            raise InputError(
+                f"omega = {omega}: guides only with a learner, and the sampler has none"
+            )
         request = preflight.checked_request(
             labels,
             sample_ids,
@@ -322,6 +333,12 @@ class GuidedSampler:
             self.cfg_scale if cfg_scale is None else cfg_scale,
             pipeline=self.pipeline,
             path=self.parts.path,
+        )
+        preflight.warn_of_idle_cfg(
+            self.pipeline.folder,
+            self.pipeline.denoiser.null_label is not None,
+            request.cfg_scale,
+            tuple(self.cfg_interval) if request.cfg_scale == self.cfg_scale else (0, 1),
         )
         self.runner.check_learner()
         return request

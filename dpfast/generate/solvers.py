@@ -256,7 +256,13 @@ def _dynamic_shift(config: Any, image_tokens: int) -> float:
             f"base_image_seq_len, {lengths[0]}"
         )
     slope = (config.max_shift - config.base_shift) / (lengths[1] - lengths[0])
-    return float(config.base_shift + slope * (image_tokens - lengths[0]))
+    mu = float(config.base_shift + slope * (image_tokens - lengths[0]))
+    if config.time_shift_type == "linear" and mu <= 0:
+        raise InputError(
+            "scheduler option time_shift_type = 'linear': base_shift and max_shift make a shift of "
+            f"{mu:g} for images of {image_tokens} tokens, expected one above 0"
+        )
+    return mu
 
 
 def lcm_table(scheduler: Any, steps: int) -> SolverTable:
@@ -325,7 +331,13 @@ def _distilled_grid(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]
     last.
     """
     config = scheduler.config
-    _check_steps(steps, config.original_inference_steps)
+    trained, original = config.num_train_timesteps, config.original_inference_steps
+    if original > trained:
+        raise InputError(
+            f"scheduler option original_inference_steps = {original}: expected at most "
+            f"num_train_timesteps, {trained}"
+        )
+    _check_steps(steps, original)
     scheduler.set_timesteps(steps)
     t = scheduler.timesteps.long().cpu()
     now = scheduler.alphas_cumprod.double().cpu()[t]
@@ -404,6 +416,7 @@ SOLVERS: dict[str, Solver] = {
 }
 AUTO = {name: solver for solver, about in SOLVERS.items() for name in about.folders}
 SPACINGS = ("leading", "trailing", "linspace")
+FINAL_SIGMAS = ("zero", "sigma_min")
 
 
 def _number(value: object) -> bool:
@@ -416,7 +429,14 @@ OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_train_timesteps": (lambda x: type(x) is int and x > 0, "a whole number above 0"),
     "steps_offset": (lambda x: type(x) is int and x >= 0, "a whole number of at least 0"),
     "timestep_spacing": (lambda x: x in SPACINGS, f"one of {', '.join(SPACINGS)}"),
-    "trained_betas": (lambda x: x is None or bool(x), "a list of numbers"),
+    "trained_betas": (
+        lambda x: x is None or (isinstance(x, list) and bool(x) and all(map(_number, x))),
+        "a list of numbers",
+    ),
+    "original_inference_steps": (lambda x: type(x) is int and x > 0, "a whole number above 0"),
+    "timestep_scaling": (lambda x: _number(x) and x > 0, "a number above 0"),
+    "final_sigmas_type": (lambda x: x in FINAL_SIGMAS, f"one of {', '.join(FINAL_SIGMAS)}"),
+    "sample_max_value": (_number, "a number"),
     "clip_sample_range": (lambda x: _number(x) and x > 0, "a number above 0"),
     "dynamic_thresholding_ratio": (lambda x: _number(x) and 0 <= x <= 1, "between 0 and 1"),
     "shift": (lambda x: _number(x) and x > 0, "a number above 0"),
@@ -486,7 +506,8 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
     solver = SOLVERS[AUTO[name]]
     own = read(lambda: getattr(diffusers, name).from_pretrained(path))
     if solver.flow:
-        read(lambda: solver.table(own, 2))
+        # at the length for which base_shift is meant: others are the model's to know
+        read(lambda: solver.table(own, 2, image_tokens=own.config.base_image_seq_len))
         return own
     config = own.config
     kind = config.get("prediction_type", "epsilon")

@@ -19,13 +19,16 @@ from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed import choose_loader
 from dpfast.feed.loader import Loader
+from dpfast.generate import criteria
 from dpfast.generate.criteria import Criterion
 from dpfast.generate.from_recipe import check_generator, image_shape, load_pipeline
+from dpfast.generate.guidance import LearnerPath
+from dpfast.generate.models.decoder import IdentityDecoder
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.preflight import try_criterion
+from dpfast.generate.preflight import try_criterion, try_learner
 from dpfast.generate.protocol import OwnPipeline, check_pipeline
-from dpfast.hardware.device import device_named
-from dpfast.learn.models import NewLearner, learner_factory
+from dpfast.hardware.device import device_named, is_gpu
+from dpfast.learn.models import NewLearner, guiding, learner_factory
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.placement import Placement
 from dpfast.practice import checkpoint
@@ -248,7 +251,24 @@ class DeliberatePractice:
             device=self.pipeline.device,
             rows=rows,
         ).run(self.new_learner)
+        if "dp" in self.named:
+            self._try_guide()
         self._tried = rows
+
+    def _try_guide(self) -> None:
+        """Raises ``InputError`` for a learner or a criterion that cannot guide, as
+        ``dpfast.generate.preflight.try_learner`` does at the first guided batch.
+        """
+        guidance, device = self.recipe.guidance, self.pipeline.device
+        with torch.random.fork_rng([device] if is_gpu(device) else []):
+            learner = self.new_learner()
+        path = LearnerPath(
+            decoder=IdentityDecoder(),
+            learner=guiding(guidance.criterion, learner, learner).eval(),
+            criterion=criteria.named(self.criterion or guidance.criterion),
+        )
+        shape, classes = image_shape(self.pipeline), len(self.pipeline.class_names)
+        try_learner(path, shape, classes, device)
 
     def run(
         self,

@@ -335,9 +335,13 @@ def guided_method(
 
 
 def check_guided_method(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> None:
-    """Raises ``RecipeError`` where the recipe's method does not fit its steps or its pipeline."""
+    """Raises ``RecipeError`` where the recipe's method does not fit its steps or its pipeline, and
+    ``InputError`` where no step is guided.
+    """
     sampler = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
     guided_method(recipe, sampler, sampler, lambda: SamplePool())
+    if isinstance(sampler, GuidedSampler):
+        sampler.guidance.check_steps(len(sampler.table))
 
 
 def joined(parts: list[SampleBatch]) -> SampleBatch:

@@ -20,6 +20,7 @@ from dpfast import (
     make_cond_fn,
 )
 from dpfast.adapters import live_pipeline
+from dpfast.errors import InputError
 from dpfast.generate.pipelines import Pipeline
 from dpfast.ops import entropy, guided_step
 from tests.generate.standin import Watch, from_noise
@@ -444,3 +445,74 @@ def test_what_cannot_work_is_named(dit, sd, sd3, learner):
         make_cond_fn(lambda x, t: x, learner, [0.9, 0.5], prediction="flow")
     with pytest.raises(ValueError, match="t has shape"):
         make_cond_fn(lambda x, t: x, learner, [0.9, 0.5])(noise(), torch.tensor(1))
+
+
+def attached(where, learner, dit, sd, sd3):
+    """What an adapter does at its first guided step, with this learner."""
+    x, t = noise(), torch.tensor([500, 500, 500])
+    if where == "cond_fn":
+        levels = dit.scheduler.alphas_cumprod
+        options = {"guidance": GuidanceConfig(omega=1.0, every=1, mode="score")}
+        return lambda: make_cond_fn(lambda x, t, y=None: 0.5 * x, learner, levels, **options)(x, t)
+    if where == "callback":
+        callback = GuidanceCallback(sd, learner, guidance=STRONG)
+        return lambda: sd(PROMPTS, num_inference_steps=3, callback_on_step_end=callback)
+    if where == "scheduler":
+        dit.scheduler = GuidedDDIMScheduler.from_config(dit.scheduler.config)
+        dit.scheduler.attach(dit, learner, labels=LABELS, guidance=STRONG)
+        return lambda: dit(LABELS, num_inference_steps=2, guidance_scale=1.0)
+    guider = LearnerGuidance(guidance_scale=1.0).attach(
+        learner, sd3.scheduler, sd3.vae, guidance=STRONG
+    )
+    sd3.scheduler.set_timesteps(2)
+    guider.set_state(step=0, num_inference_steps=2, timestep=sd3.scheduler.timesteps[0])
+    guider._x = x.requires_grad_()
+    return lambda: guider.forward(0.5 * guider._x)
+
+
+def single(channels):
+    return torch.nn.Sequential(
+        torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(16 * channels, 1)
+    ).eval()
+
+
+def mixing(channels):
+    return torch.nn.Sequential(
+        torch.nn.BatchNorm2d(channels, track_running_stats=False),
+        torch.nn.AdaptiveAvgPool2d(4),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16 * channels, 3),
+    ).eval()
+
+
+@pytest.mark.parametrize("where", ["cond_fn", "callback", "scheduler", "guider"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(single, "softmax of a single logit"), (mixing, "module '0', a BatchNorm2d, keeps no")],
+    ids=["one logit", "batch norm"],
+)
+def test_every_adapter_refuses_a_learner_that_cannot_guide(make, message, where, dit, sd, sd3):
+    learner = make(4 if where == "cond_fn" else 1)  # of latents, of images
+    with pytest.raises(InputError, match=message):
+        attached(where, learner, dit, sd, sd3)()
+
+
+def test_a_label_that_the_learner_does_not_know_is_named(dit, learner):
+    guidance = GuidanceConfig(omega=1.0, every=1, mode="score", criterion="loss")
+    levels = dit.scheduler.alphas_cumprod
+    few = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 3)).eval()
+    function = make_cond_fn(lambda x, t, y=None: 0.5 * x, few, levels, guidance=guidance)
+    x, t = noise(2), torch.tensor([500, 500])
+    with pytest.raises(InputError, match="labels = 3: learner has 3 classes, 0 to 2"):
+        function(x, t, y=torch.tensor([0, 3]))
+    assert function(x, t, y=torch.tensor([0, 2])).shape == x.shape
+
+
+def test_an_adapter_that_would_guide_no_step_says_so(dit, sd, learner):
+    first = GuidanceCallback(sd, learner, guidance=GuidanceConfig(every=9))
+    with pytest.raises(InputError, match="none of the steps 1 to 2 is guided"):
+        sd(PROMPTS, num_inference_steps=3, callback_on_step_end=first)
+    dit.scheduler = GuidedDDIMScheduler.from_config(dit.scheduler.config)
+    dit.scheduler.attach(dit, learner, labels=LABELS, guidance=GuidanceConfig(start=0.9))
+    with pytest.raises(InputError, match="none of the 3 steps begins there"):
+        dit(LABELS, num_inference_steps=3, guidance_scale=1.0)

@@ -86,3 +86,19 @@ def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, caps
         == "dpfast: error: learner = '/nowhere': guides only with omega, which is 0\n"
     )
     assert main([*options, "--count", "1", "--steps", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("every", "5"), ("start", "0.5"), ("until", "0.5"), ("mode", "score"), ("criterion", "loss")],
+)
+@pytest.mark.parametrize("omega", [(), ("--omega", "0")], ids=["without omega", "omega 0"])
+def test_a_field_of_guidance_that_would_not_guide_is_named(
+    omega, option, value, pipeline_folder, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    given = [f"--guidance.{option}", value, *omega]
+    assert main(arguments(pipeline_folder, out, *given)) == 2
+    error = f"dpfast: error: {option} = '{value}': guides only with omega, which is 0\n"
+    assert capsys.readouterr().err == error
+    assert not out.exists()

@@ -143,6 +143,64 @@ def test_the_dynamic_shift_follows_the_length_of_the_image_sequence(save):
         )
 
 
+@pytest.mark.parametrize("base_shift", [0.5, 256 * 1.15 / 4096], ids=["above", "zero"])
+def test_a_linear_shift_is_the_grid_of_diffusers(base_shift, save):
+    """Also where it would be 0 for an image without tokens, for which a grid is not defined."""
+    folder = save(
+        "FlowMatchEulerDiscreteScheduler",
+        use_dynamic_shifting=True,
+        time_shift_type="linear",
+        base_shift=base_shift,
+        max_shift=1.15,
+    )
+    scheduler = load_scheduler(folder, latent=True)
+    for tokens, mu in ((256, base_shift), (4096, 1.15), (2176, (base_shift + 1.15) / 2)):
+        reference = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        reference.set_timesteps(20, mu=mu)
+        table = solver_table(scheduler, 20, image_tokens=tokens)
+        torch.testing.assert_close(table.timesteps, reference.timesteps)
+        torch.testing.assert_close(table.rows[:, 1], reference.sigmas[:-1])
+        torch.testing.assert_close(table.rows[:, 3], reference.sigmas[1:])
+
+
+def test_a_linear_shift_below_zero_is_refused_by_its_name(save):
+    folder = save(
+        "FlowMatchEulerDiscreteScheduler",
+        use_dynamic_shifting=True,
+        time_shift_type="linear",
+        base_shift=0.02,
+    )
+    scheduler = load_scheduler(folder, latent=True)
+    assert len(solver_table(scheduler, 6, image_tokens=256)) == 6
+    with pytest.raises(InputError, match=r"time_shift_type = 'linear': .* for images of 16 tokens"):
+        solver_table(scheduler, 6, image_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("LCMScheduler", "original_inference_steps", None),
+        ("LCMScheduler", "timestep_scaling", None),
+        ("TCDScheduler", "trained_betas", 0.1),
+        ("DPMSolverMultistepScheduler", "final_sigmas_type", "last"),
+        ("DDIMScheduler", "sample_max_value", None),
+    ],
+)
+def test_an_option_of_another_kind_is_refused_by_its_name(name, option, value, save):
+    path = save(name) / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": name, option: value}), encoding="utf-8")
+    with pytest.raises(InputError, match=f"scheduler option {option} = {value!r}: expected"):
+        load_scheduler(path.parent.parent, latent=True)
+
+
+def test_a_distilled_grid_longer_than_the_trained_one_is_refused(save):
+    folder = save("DDIMScheduler", num_train_timesteps=40, clip_sample=False)
+    scheduler = load_scheduler(folder, latent=True)
+    for solver in ("lcm", "tcd"):
+        with pytest.raises(InputError, match="original_inference_steps = 50: expected at most"):
+            solver_table(scheduler, 4, solver=solver)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "arguments", "named"),
     [

@@ -329,3 +329,50 @@ def test_a_scale_of_one_call_is_that_of_a_sampler_and_stays_there(pipeline, lear
     assert torch.equal(at_own, own)
     with pytest.raises(ValueError, match="cfg_scale = nan"):
         sampler.begin([0], [0], cfg_scale=float("nan"))
+
+
+def warnings_of(caplog, make):
+    preflight.warn_of_idle_cfg.cache_clear()
+    caplog.clear()
+    for _ in range(2):
+        make()
+    return [record.getMessage() for record in caplog.records if record.name.startswith("dpfast")]
+
+
+@pytest.mark.parametrize("rows", [None, 3], ids=["unconditional", "a row a class"])
+def test_a_scale_without_a_null_class_is_said_to_have_no_effect(
+    rows, tiny_pipelines, tmp_path, caplog
+):
+    folder = tiny_pipelines.pixel(tmp_path, class_embeddings=rows)
+    made = GuidedSampler.from_pretrained(folder, steps=1, compile=False, cfg_scale=7.5)
+    (line,) = warnings_of(caplog, lambda: made.generate([0]))
+    assert line.startswith(f"cfg_scale = 7.5 has no effect: the generator of {folder} has no null")
+    plain = GuidedSampler.from_pretrained(folder, steps=1, compile=False, cfg_scale=1.0)
+    assert warnings_of(caplog, lambda: plain.generate([0])) == []
+    (line,) = warnings_of(caplog, lambda: list(plain.stream([0], cfg_scale=3.0)))
+    assert line.startswith("cfg_scale = 3 has no effect")
+
+
+def test_an_interval_without_a_scale_is_said_to_have_no_effect(pipeline, caplog):
+    options = {"steps": 2, "compile": False, "cfg_interval": (0.0, 0.5)}
+    idle = GuidedSampler(pipeline, cfg_scale=1.0, **options)
+    (line,) = warnings_of(caplog, lambda: idle.generate([0]))
+    assert line.startswith("cfg_interval = (0, 0.5) has no effect: cfg_scale = 1")
+    used = GuidedSampler(pipeline, cfg_scale=2.0, **options)
+    assert warnings_of(caplog, lambda: used.generate([0])) == []
+    # a round of a run may switch it off
+    assert warnings_of(caplog, lambda: used.generate([0], cfg_scale=1.0)) == []
+
+
+def test_what_could_never_take_effect_is_refused(pipeline, learner):
+    with pytest.raises(InputError, match=r"cfg_interval = \(0.3, 0.4\): none of the 4 steps"):
+        GuidedSampler(pipeline, steps=4, cfg_interval=(0.3, 0.4))
+    late = GuidanceConfig(start=0.8)
+    with pytest.raises(InputError, match=r"\(start, until\) = \(0.8, 1\): none of the 4 steps"):
+        GuidedSampler(pipeline, learner, steps=4, guidance=late)
+    assert GuidedSampler(pipeline, steps=4, guidance=late).variants(guided=False)
+    unguided = GuidedSampler(pipeline, steps=2)
+    for call in (unguided.generate, unguided.stream, unguided.begin):
+        with pytest.raises(InputError, match=r"omega = 0.1: guides only with a learner"):
+            call([0], omega=0.1)
+    assert len(unguided.generate([0], omega=0.0)) == 1
