@@ -1,8 +1,8 @@
-"""Hundreds of inputs that seeded generators make: each ends in the right result, by the generator's own
-account, or in one line that names what is wrong.
+"""Hundreds of inputs that seeded generators make: each ends in the right result, by its generator's
+own account, or in one line that names what is wrong.
 
 None ends in an error of another library, in a warning of one, or in a value that nobody gave. A
-case's name is its seed: "tars/torn/2". ``pytest -k tars/torn/2`` runs it alone.
+case's name is its seed: ``pytest -k tars/torn/2`` runs one alone.
 """
 
 import collections
