@@ -169,7 +169,8 @@ def warn_of_idle_cfg(
     """
     if scale != 1 and not has_null:
         log.warning(
-            "cfg_scale = %g has no effect: the generator of %s has no null class; say cfg_scale = 1",
+            "cfg_scale = %g has no effect: the generator of %s has no null class; "
+            "say cfg_scale = 1",
             scale,
             folder,
         )
