@@ -77,7 +77,7 @@ def logged(run: Path, level: str = "info") -> Iterator[Path]:
     """Within it, this rank's log is written into ``run``; gives the file."""
     path = run / FOLDER / f"rank-{launch.rank():05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = LogFile(path)
+    handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(JsonLines())
     log = logging.getLogger("dpfast")
     before, show = log.level, warnings.showwarning

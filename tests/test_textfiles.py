@@ -103,7 +103,7 @@ def unsafe(tree: ast.AST) -> list[str]:
         binary = any(isinstance(mode, str) and "b" in mode for mode in positional)
         if name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute):
             found += [] if told or "utf-8" in positional else [said]
-        elif name in ("open", "fdopen", "TextIOWrapper", "NamedTemporaryFile", "TemporaryFile"):
+        elif name in OPENS:
             opens_text = not binary and ast.unparse(call.func) not in OTHER_OPENS
             found += [said] if opens_text and not told else []
         elif name == "splitlines":
@@ -114,6 +114,15 @@ def unsafe(tree: ast.AST) -> list[str]:
     return found
 
 
+OPENS = (
+    "open",
+    "fdopen",
+    "TextIOWrapper",
+    "NamedTemporaryFile",
+    "TemporaryFile",
+    "FileHandler",
+    "LogFile",
+)
 # of pictures, tars and file descriptors, which hold bytes
 OTHER_OPENS = ("Image.open", "tarfile.open", "os.open", "tempfile.TemporaryFile")
 

@@ -30,7 +30,7 @@ from dpfast.practice.result import Result
 from dpfast.practice.run_paths import RunPaths, check_vacant
 from dpfast.practice.tensorboard_file import TensorBoardFile
 from dpfast.practice.throughput import Throughput
-from dpfast.textfiles import read_whole_json
+from dpfast.textfiles import read_whole_json, to_json
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +130,7 @@ class RunWriter(RunPaths):
     def _write(self, file: Any, event: str, source: str, step: int, values: dict[str, Any]) -> None:
         # the line stays in its buffer until there is room
         with unsaved(f"{Path(file.name).name} lags behind"):
-            file.write(
-                json.dumps({"event": event, "source": source, "step": step, **values}) + "\n"
-            )
+            file.write(to_json({"event": event, "source": source, "step": step, **values}) + "\n")
             file.flush()
         if self._events is None:
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from dpfast.data.class_folders import LONGEST, safe_name
 from dpfast.report.sheets import contact_sheet
 from dpfast.samples import SampleBatch
+from dpfast.textfiles import to_json
 
 
 def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder: Path) -> Path:
@@ -34,9 +34,8 @@ def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder
                 file = f"{stem.decode(errors='ignore')}.png"
                 Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(folder / file)
                 row = {"file": file, "sample_id": number, "label": label, "class": names[label]}
-                lines.write(
-                    json.dumps(row | ({"entropy": entropy} if entropy == entropy else {})) + "\n"
-                )
+                known = {"entropy": entropy} if entropy == entropy else {}
+                lines.write(to_json(row | known) + "\n")
                 by_label.setdefault(label, []).append(image)
             bar.update(len(batch))
     labels = sorted(by_label)
