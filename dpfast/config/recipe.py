@@ -185,7 +185,12 @@ class Generator(Section):
     )
     channels_last: bool = option(
         False,
-        help="memory format of UNets and full decoders; true is what convolutions on a GPU want",
+        help="memory format of UNets and full decoders; fused ones always have it",
+    )
+    fused: bool | Literal["auto"] = option(
+        "auto",
+        help="replace the blocks of denoiser and decoder by forms with fewer passes through "
+        "memory, equal up to rounding; auto: on a GPU",
     )
 
     def check(self) -> None:

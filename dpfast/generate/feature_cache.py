@@ -32,7 +32,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from dpfast.errors import InputError
-from dpfast.generate.models.blocks import Blocks, replaced, with_forward
+from dpfast.generate.models.blocks import Blocks, blocks_of, replaced, with_forward
 
 Features = Literal["compute", "keep", "reuse"]
 
@@ -67,7 +67,7 @@ class FeatureCache:
         self._slot = _Slot()
         model: Any = getattr(denoiser, "model", None)
         if len(getattr(model, "transformer_blocks", ())) > 1:
-            keep, reuse = _transformer(model.transformer_blocks, self._slot)
+            keep, reuse = _transformer(blocks_of(denoiser)["transformer_blocks"], self._slot)
         elif len(getattr(model, "up_blocks", ())) > 1 and not hasattr(
             model.up_blocks[-2], "skip_conv"
         ):
@@ -105,7 +105,7 @@ def _stream(out: Any) -> Tensor:
     return out[1] if isinstance(out, tuple) else out
 
 
-def _transformer(blocks: nn.ModuleList, slot: _Slot) -> tuple[Blocks, Blocks]:
+def _transformer(blocks: Any, slot: _Slot) -> tuple[Blocks, Blocks]:
     first, *middle, last = blocks
 
     def run_first(*args: Any, **kwargs: Any) -> Any:

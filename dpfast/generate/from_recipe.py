@@ -36,6 +36,7 @@ def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeli
         dtype=generator.dtype,
         attention=generator.attention,
         channels_last=generator.channels_last,
+        fused=generator.fused,
         class_names=class_names(generator),
         prompt_template=generator.prompt_template,
     )

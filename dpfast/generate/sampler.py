@@ -153,11 +153,17 @@ class GuidedSampler:
         dtype: torch.dtype | str = torch.float32,
         attention: str = "sdpa",
         channels_last: bool = False,
+        fused: bool | Literal["auto"] = "auto",
         **options: Any,
     ) -> GuidedSampler:
         """Loads the pipeline by ``Pipeline.from_pretrained``; options: as above."""
         pipeline = Pipeline.from_pretrained(
-            folder, device=device, dtype=dtype, attention=attention, channels_last=channels_last
+            folder,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            channels_last=channels_last,
+            fused=fused,
         )
         return cls(pipeline, learner, **options)
 

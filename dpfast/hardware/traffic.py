@@ -36,8 +36,8 @@ VIEWS = """
     split_with_sizes chunk detach alias as_strided unbind narrow _reshape_alias lift_fresh empty
     empty_like empty_strided new_empty new_empty_strided scalar_tensor
 """
-# in their own memory too, which torch's counter of FLOPs does not know
-PRODUCTS = {packet.__name__ for packet in flop_registry}
+PRODUCTS = {packet.__name__ for packet in flop_registry} | {"_addmm_activation"}
+GATHERS = {"index_select", "embedding", "index", "gather"}
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,18 @@ class _Recorder(TorchDispatchMode):
         name = func._overloadpacket.__name__
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        # a broadcast operand is read once
+        # a broadcast operand is read once, and of a table the rows that are taken
         moved = sum(min(_bytes(t), t.untyped_storage().nbytes()) for t in read)
+        if name in GATHERS:
+            moved = sum(_bytes(t) for t in (*read[1:], *written))
         moved += sum(_bytes(t) for t in written)
         shape = written[0].shape if written else ()
         if name in ("_to_copy", "clone", "copy_"):
             source, target = read[-1], written[0]
-            transposes = source.stride() != target.stride() and source.dim() == 4
+            alike = source.stride() == target.stride() or source.dtype != target.dtype
+            transposes = source.dim() == 4 and not alike
             self.add(name, "layout" if transposes else "pointwise", moved, shape)
-        elif name.rstrip("_") in PRODUCTS or "attention" in name:
+        elif name.removesuffix("_") in PRODUCTS or "attention" in name:
             self.add(name, "product", moved, shape)
         else:
             self.add(name, "pointwise", moved, shape)

@@ -98,8 +98,9 @@ def gate_norm_modulate_kernel(
         if gate is not None:
             h *= _vector(gate, sample * stride + column, real)
         # the norm is that of the stream as it is kept
-        kept = (u + h).to(stream.dtype.element_ty)
-        tl.store(stream + row * D + column, kept, mask=real)
+        kept = (u + h).to(out.dtype.element_ty)
+        if stream is not None:
+            tl.store(stream + row * D + column, kept, mask=real)
         u = kept.to(tl.float32)
     y, _ = _normed(u, offset, column, real, eps, D)
     if weight is not None:
@@ -179,12 +180,13 @@ def _forward(
     scale: Tensor | None,
     shift: Tensor | None,
     eps: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The stream, empty where there is no branch, and y."""
+    """The stream, empty where there is no branch or it is not to be kept, and y."""
     x, branch = x.contiguous(), dispatch.contiguous(branch)
     stride, (gate, scale, shift) = _strided(gate, scale, shift)
     out = torch.empty_like(x)
-    stream = x.new_empty(0) if branch is None else torch.empty_like(x)
+    stream = torch.empty_like(x) if branch is not None and keep else None
     if x.numel():
         tokens, channels = x.shape[1:]
         block, warps = settings(channels)
@@ -206,7 +208,7 @@ def _forward(
             block,
             num_warps=warps,
         )
-    return stream, out
+    return x.new_empty(0) if stream is None else stream, out
 
 
 def _backward(
@@ -255,8 +257,19 @@ _derivative = torch.library.custom_op(
 
 
 @_operation.register_fake
-def _(x: Tensor, branch: Tensor | None, *_: Tensor | float | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
+def _(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    offset: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if branch is not None and keep else 0), x.new_empty(x.shape)
 
 
 @_derivative.register_fake
@@ -266,9 +279,9 @@ def _(
     return u.new_empty(u.shape), u.new_empty(0 if gate is None else u.shape)
 
 
-def bytes_moved(elements: int, itemsize: int, *, branch: bool) -> int:
+def bytes_moved(elements: int, itemsize: int, *, branch: bool, keep: bool = True) -> int:
     """What a forward launch reads and writes, but for rows of a sample and vectors."""
-    return (4 if branch else 2) * elements * itemsize
+    return (2 + branch + (branch and keep)) * elements * itemsize
 
 
 def backward_bytes_moved(elements: int, itemsize: int, *, stream: bool, gate: bool) -> int:
@@ -277,8 +290,9 @@ def backward_bytes_moved(elements: int, itemsize: int, *, stream: bool, gate: bo
 
 
 @register_traffic(torch.ops.dpfast.gate_norm_modulate)
-def _traffic(x: Tensor, branch: Tensor | None, *_: Any, **__: Any) -> tuple[int]:
-    return (bytes_moved(x.numel(), x.itemsize, branch=branch is not None),)
+def _traffic(x: Tensor, branch: Tensor | None, *rest: Any, out: Any) -> tuple[int]:
+    has = {"branch": branch is not None, "keep": rest[-1]}
+    return (bytes_moved(x.numel(), x.itemsize, **has),)
 
 
 @register_traffic(torch.ops.dpfast.gate_norm_modulate_backward)
@@ -305,12 +319,13 @@ class _Differentiable(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
         eps: float,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        return _operation(x, branch, gate, offset, weight, bias, scale, shift, eps)
+        return _operation(x, branch, gate, offset, weight, bias, scale, shift, eps, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, branch, gate, offset, weight, _, scale, _, ctx.eps = inputs
+        x, branch, gate, offset, weight, _, scale, _, ctx.eps, _ = inputs
         ctx.branched = branch is not None
         ctx.set_materialize_grads(False)  # no zeros where nothing else asks for the stream
         if not ctx.branched:
@@ -327,8 +342,8 @@ class _Differentiable(torch.autograd.Function):
             dy = torch.zeros_like(u)
         dx, dbranch = _derivative(u, dy, dstream, gate, offset, weight, scale, ctx.eps)
         if not ctx.branched:
-            return dx, *[None] * 8
-        return dx, dx if gate is None else dbranch, *[None] * 7
+            return dx, *[None] * 9
+        return dx, dx if gate is None else dbranch, *[None] * 8
 
 
 def gate_norm_modulate(
@@ -342,6 +357,7 @@ def gate_norm_modulate(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float = 1e-5,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """A gated residual, the LayerNorm of the result and its modulation.
 
@@ -353,11 +369,13 @@ def gate_norm_modulate(
         weight, bias: (D,) of the norm, or None for 1 and 0.
         scale, shift: (B, D), or None for 0: the norm's result times 1 + scale, plus shift.
         eps: what is added to the variance.
+        keep: whether the stream is asked for. Behind the last norm it is not: without a tape it is
+            then not written.
 
     Returns:
-        The stream u (B, T, D), which is x itself without a branch, and y (B, T, D), both in x's
-        dtype. Differentiable once, in x and the branch only: all else counts as constants (frozen).
-        A row's bits depend on no other row.
+        The stream u (B, T, D), which is x itself without a branch (and may be empty where it is not
+        kept), and y (B, T, D), both in x's dtype. Differentiable once, in x and the branch only:
+        all else counts as constants (frozen). A row's bits depend on no other row.
 
     Raises:
         TypeError: wrong type or dtype. InputError: wrong shape or device, a gate without a branch,
@@ -388,8 +406,9 @@ def gate_norm_modulate(
     given = (x, branch, gate, offset, weight, bias, scale, shift, float(eps))
     if not dispatch.has_kernels("gate_norm_modulate", x):
         return reference(*given)
+    taped = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given[:2])
     run = _Differentiable.apply if dispatch.in_graph(x, branch) else _forward
-    stream, y = run(*given)
+    stream, y = run(*given, keep or taped)
     return x if branch is None else stream, y
 
 

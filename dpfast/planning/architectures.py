@@ -81,10 +81,12 @@ def published(
     classes: int = 1000,
     dtype: torch.dtype = torch.float32,
     device: torch.device = META,
+    fused: bool = False,
 ) -> Pipeline:
     """A published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters),
     weights at random.
 
+    fused: as ``Pipeline.from_pretrained`` takes it; convolutions are then in channels_last memory.
     dtype, device: of all weights. On the meta device, where there are none, the solver's tables,
     which are numbers, are on the CPU.
 
@@ -97,6 +99,7 @@ def published(
         )
     side = (pixels or PIXELS[name]) // 8
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS[name])
+    layout: Any = {"memory_format": torch.channels_last} if fused else {}
     with device, _default(dtype):
         denoiser: Any
         if name == "dit-xl-2":
@@ -106,13 +109,16 @@ def published(
                 classes=classes,
                 prediction="epsilon",
                 timesteps=scheduler.config.num_train_timesteps,
+                fused=fused,
             )
         else:
-            unet = frozen(diffusers.UNet2DConditionModel(sample_size=side, **SD15))
+            unet = frozen(diffusers.UNet2DConditionModel(sample_size=side, **SD15)).to(**layout)
+            prompts = torch.randn(classes + 1, TOKENS, 768)
             denoiser = TextUNetDenoiser(
-                unet, torch.randn(classes + 1, TOKENS, 768), prediction="epsilon"
+                unet, prompts, prediction="epsilon", timesteps=1000, fused=fused
             )
-        decoder: Decoder = VaeDecoder(diffusers.AutoencoderKL(**VAE))
+        vae = diffusers.AutoencoderKL(**VAE).to(**layout)
+        decoder: Decoder = VaeDecoder(vae, fused=fused)
         tiny: Decoder = TinyDecoder(diffusers.AutoencoderTiny())
     names = tuple(f"class {i}" for i in range(classes))
     placed = torch.device("cpu") if device == META else device

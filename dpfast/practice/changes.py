@@ -70,6 +70,7 @@ RULES: dict[str, tuple[str, str]] = {
     "generator.micro_batch": (FREE, MEMORY),
     "attention": (FREE, ROUNDING),
     "channels_last": (FREE, ROUNDING),
+    "fused": (FREE, ROUNDING),
     # guidance
     "omega": (FIXED, SAMPLES),
     "every": (FIXED, SAMPLES),

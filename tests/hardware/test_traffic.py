@@ -67,14 +67,19 @@ def test_an_operation_of_ours_is_never_counted_as_nothing() -> None:
         count_traffic(lambda: entropy_and_grad(logits))
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "launches", "gigabytes", "transposes"),
-    [("stable-diffusion-1.5", 32, 980, 74.25, 155), ("dit-xl-2", 64, 552, 34.64, 2)],
-)
-def test_the_plain_step_of_a_published_denoiser(
-    name: str, rows: int, launches: int, gigabytes: float, transposes: int
-) -> None:
-    denoiser = published(name, dtype=torch.bfloat16).denoiser
+# Launches, gigabytes beside the products and copies that only transpose, plain and fused: of a
+# denoiser's step, of its decoder at half the rows. docs/numerics.md has the table.
+STEPS = {
+    "stable-diffusion-1.5": ((32, 980, 74.13, 155), (32, 535, 26.78, 0)),
+    "dit-xl-2": ((64, 552, 34.51, 2), (64, 210, 8.60, 0)),
+}
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", STEPS)
+def test_the_step_of_a_published_denoiser(name: str, fused: bool) -> None:
+    rows, launches, gigabytes, transposes = STEPS[name][fused]
+    denoiser = published(name, dtype=torch.bfloat16, fused=fused).denoiser
     if name != "dit-xl-2":
         denoiser.model.to(memory_format=NHWC)
     with META, torch.no_grad():
@@ -82,3 +87,19 @@ def test_the_plain_step_of_a_published_denoiser(
         step = count_traffic(lambda: denoiser(x, torch.empty((), dtype=torch.int64), labels))
     assert (step.launches, step.layout_copies) == (launches, transposes)
     assert step.pointwise == pytest.approx(gigabytes * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fused", "launches", "gigabytes", "transposes"),
+    [(False, 282, 213.19, 76), (True, 155, 66.15, 0)],
+    ids=["plain", "fused"],
+)
+def test_the_decoder_of_16_images_of_512_pixels(
+    fused: bool, launches: int, gigabytes: float, transposes: int
+) -> None:
+    decoder = published("stable-diffusion-1.5", dtype=torch.bfloat16, fused=fused).decoder
+    with META, torch.no_grad():
+        latents = torch.empty(16, 4, 64, 64)
+        decoding = count_traffic(lambda: decoder(latents))
+    assert (decoding.launches, decoding.layout_copies) == (launches, transposes)
+    assert decoding.pointwise == pytest.approx(gigabytes * 1e9, rel=1e-3)

@@ -13,18 +13,23 @@ from typing import Any
 
 from torch import nn
 
+from dpfast.generate.models.fused import alone
+
 # The attributes under which diffusers' transformers and UNets keep their blocks.
 NAMES = ("transformer_blocks", "down_blocks", "mid_block", "up_blocks")
 Blocks = dict[str, list[nn.Module] | nn.Module]  # by attribute
 
 
 def blocks_of(denoiser: Any) -> Blocks:
-    """The blocks of a denoiser's model by attribute; empty for a model of an unknown build."""
+    """The blocks of a denoiser's model by attribute; empty for a model of an unknown build.
+
+    Each stands alone: what lies between them are hidden states.
+    """
     found: Blocks = {}
     for name in NAMES:
         part = getattr(getattr(denoiser, "model", None), name, None)
         if isinstance(part, nn.Module):
-            found[name] = list(part) if isinstance(part, nn.ModuleList) else part
+            found[name] = [*map(alone, part)] if isinstance(part, nn.ModuleList) else part
     return found
 
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from dpfast.generate.models.fused import fuse
+
 
 class Decoder(Protocol):
     """Latents (B, c, h, w) of unit variance to float32 images (B, C, H, W) in [-1, 1]."""
@@ -58,6 +60,7 @@ class Unscale:
         config: Any = model.config
         parameter = next(model.parameters())
         self.dtype = parameter.dtype
+        self.layout = torch.preserve_format
 
         def per_channel(name: str, default: float) -> Tensor:
             values = config.get(name)
@@ -72,7 +75,8 @@ class Unscale:
         self.shift = per_channel("latents_mean", 0.0) + float(config.get("shift_factor") or 0.0)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        return (latents.to(self.scale.device) * self.scale + self.shift).to(self.dtype)
+        latents = latents.to(self.scale.device) * self.scale + self.shift
+        return latents.to(self.dtype, memory_format=self.layout)
 
     def inverse(self, latents: Tensor) -> Tensor:
         """The way back, in float32."""
@@ -124,10 +128,18 @@ class AutoencoderDecoder:
 
 
 class VaeDecoder(AutoencoderDecoder):
-    """The pipeline's full ``AutoencoderKL``: the decoder of the images that enter the pool."""
+    """The pipeline's full ``AutoencoderKL``: the decoder of the images that enter the pool.
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(_upsample_by_repeating(model).eval().requires_grad_(False))
+    fused: whether its blocks are replaced by their fused forms (``dpfast.generate.models.fused``).
+    """
+
+    def __init__(self, model: Any, *, fused: bool = False) -> None:
+        model = model.eval().requires_grad_(False)
+        if fused:
+            fuse(model.decoder)
+        super().__init__(_upsample_by_repeating(model))
+        if fused:
+            self._unscale.layout = torch.channels_last
 
     def encode(self, images: Tensor) -> Tensor:
         latents = self.model.encode(images.to(self._unscale.dtype)).latent_dist.mode()

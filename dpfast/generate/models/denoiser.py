@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dpfast.generate.models.frozen_layers import freeze_linear, fuse_projections, share_conditioning
+from dpfast.generate.models.fused import fuse, share_conditions
 from dpfast.ops.guided_step import Prediction
 
 
@@ -33,12 +35,21 @@ class Denoiser(Protocol):
 class _ModelDenoiser:
     """A frozen diffusers model behind the call. A learned variance (twice the channels) is cut to
     the mean.
+
+    fused: whether its blocks are replaced by their fused forms (``dpfast.generate.models.fused``).
     """
 
     def __init__(
-        self, model: nn.Module, *, classes: int, null_label: int | None, prediction: Prediction
+        self,
+        model: nn.Module,
+        *,
+        classes: int,
+        null_label: int | None,
+        prediction: Prediction,
+        fused: bool = False,
     ) -> None:
-        self.model: Any = freeze_linear(fuse_projections(model.eval()).requires_grad_(False))
+        frozen = fuse_projections(model.eval()).requires_grad_(False)
+        self.model: Any = fuse(frozen) if fused else freeze_linear(frozen)
         self.classes = classes
         self.null_label = null_label
         self.prediction = prediction
@@ -47,9 +58,12 @@ class _ModelDenoiser:
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (int(config.in_channels), int(height), int(width))
         self.dtype = next(model.parameters()).dtype
+        nhwc = fused and hasattr(model, "conv_in")
+        self._layout = torch.channels_last if nhwc else torch.preserve_format
 
     def __call__(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        return self._predict(x.to(self.dtype), timestep.expand(len(x)), labels)[:, : x.shape[1]]
+        given = x.to(self.dtype, memory_format=self._layout)
+        return self._predict(given, timestep.expand(len(x)), labels)[:, : x.shape[1]]
 
     def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         raise NotImplementedError
@@ -63,7 +77,13 @@ class DiTDenoiser(_ModelDenoiser):
     """
 
     def __init__(
-        self, model: nn.Module, *, classes: int, prediction: Prediction, timesteps: int
+        self,
+        model: nn.Module,
+        *,
+        classes: int,
+        prediction: Prediction,
+        timesteps: int,
+        fused: bool = False,
     ) -> None:
         config: Any = model.config
         super().__init__(
@@ -71,10 +91,12 @@ class DiTDenoiser(_ModelDenoiser):
             classes=classes,
             null_label=int(config.num_embeds_ada_norm),
             prediction=prediction,
+            fused=fused,
         )
 
     def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        return self.model(x, timestep=timesteps, class_labels=labels).sample
+        # one row of time for all samples
+        return self.model(x, timestep=timesteps[:1], class_labels=labels).sample
 
 
 class PixelUNetDenoiser(_ModelDenoiser):
@@ -85,7 +107,9 @@ class PixelUNetDenoiser(_ModelDenoiser):
     unconditional prediction.
     """
 
-    def __init__(self, model: nn.Module, *, classes: int, prediction: Prediction) -> None:
+    def __init__(
+        self, model: nn.Module, *, classes: int, prediction: Prediction, fused: bool = False
+    ) -> None:
         config: Any = model.config
         rows = config.num_class_embeds
         super().__init__(
@@ -93,6 +117,7 @@ class PixelUNetDenoiser(_ModelDenoiser):
             classes=classes,
             null_label=classes if rows == classes + 1 else None,
             prediction=prediction,
+            fused=fused,
         )
         self._conditional = rows is not None
 
@@ -104,18 +129,32 @@ class TextUNetDenoiser(_ModelDenoiser):
     """``UNet2DConditionModel`` of Stable Diffusion 1.x and 2.x over prompts' embeddings (classes +
     1, tokens, width).
 
-    They have the model's dtype and device; the last row belongs to the empty prompt.
+    They have the model's dtype and device; the last row belongs to the empty prompt. ``timesteps``:
+    of the training, where those of a table are among them; a fused model then tabulates its time.
     """
 
-    def __init__(self, model: nn.Module, embeddings: Tensor, *, prediction: Prediction) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        embeddings: Tensor,
+        *,
+        prediction: Prediction,
+        timesteps: int | None = None,
+        fused: bool = False,
+    ) -> None:
         classes = len(embeddings) - 1
-        super().__init__(model, classes=classes, null_label=classes, prediction=prediction)
+        super().__init__(
+            model, classes=classes, null_label=classes, prediction=prediction, fused=fused
+        )
         self.embeddings = embeddings
+        self._text = None
+        if fused and timesteps is not None:
+            self._text = share_conditions(model, timesteps)
 
     def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        return self.model(
-            x, timesteps, encoder_hidden_states=self.embeddings.index_select(0, labels)
-        ).sample
+        text = self.embeddings.index_select(0, labels)
+        text = text if self._text is None else self._text(text)
+        return self.model(x, timesteps, encoder_hidden_states=text).sample
 
 
 class TextTransformerDenoiser(_ModelDenoiser):
@@ -127,10 +166,18 @@ class TextTransformerDenoiser(_ModelDenoiser):
     """
 
     def __init__(
-        self, model: nn.Module, embeddings: Tensor, pooled: Tensor, *, prediction: Prediction
+        self,
+        model: nn.Module,
+        embeddings: Tensor,
+        pooled: Tensor,
+        *,
+        prediction: Prediction,
+        fused: bool = False,
     ) -> None:
         classes = len(embeddings) - 1
-        super().__init__(model, classes=classes, null_label=classes, prediction=prediction)
+        super().__init__(
+            model, classes=classes, null_label=classes, prediction=prediction, fused=fused
+        )
         self.embeddings, self.pooled = embeddings, pooled
         patch = int(self.model.config.patch_size)
         self.image_tokens = (self.sample_shape[1] // patch) * (self.sample_shape[2] // patch)

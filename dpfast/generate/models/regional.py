@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from dpfast.generate.models.blocks import replaced, with_children, with_forward
+from dpfast.generate.models.blocks import blocks_of, replaced, with_children, with_forward
 from dpfast.generate.models.checkpointing import checkpointed
 from dpfast.generate.models.frozen_layers import Conditioned, Modulated
 
@@ -49,7 +49,7 @@ def regional(
     run = compile(_forward)
     if recompute:
         run = partial(checkpointed, run)
-    blocks = list(denoiser.model.transformer_blocks)
+    blocks: Any = blocks_of(denoiser)["transformer_blocks"]
     return replaced(
         denoiser,
         {"transformer_blocks": [_twin(block, index, run) for index, block in enumerate(blocks)]},

@@ -52,6 +52,7 @@ class LoadOptions:
     dtype: torch.dtype
     attention: str
     channels_last: bool
+    fused: bool
     class_names: Sequence[str] | None
     prompt_template: str
 
@@ -108,7 +109,11 @@ def _dit(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     decoder, channels = _decoder(folder, model.config.in_channels, options)
     steps = scheduler.config.num_train_timesteps
     denoiser = DiTDenoiser(
-        model, classes=len(names), prediction=prediction_of(scheduler), timesteps=steps
+        model,
+        classes=len(names),
+        prediction=prediction_of(scheduler),
+        timesteps=steps,
+        fused=options.fused,
     )
     return LoadedParts(denoiser, decoder, scheduler, names, channels)
 
@@ -133,7 +138,13 @@ def _stable_diffusion(folder: PipelineFolder, options: LoadOptions) -> LoadedPar
     embeddings = encode_stable_diffusion(
         folder, prompts, device=options.device, dtype=options.dtype
     )
-    denoiser = TextUNetDenoiser(model, embeddings, prediction=prediction_of(scheduler))
+    denoiser = TextUNetDenoiser(
+        model,
+        embeddings,
+        prediction=prediction_of(scheduler),
+        timesteps=scheduler.config.num_train_timesteps,
+        fused=options.fused,
+    )
     return LoadedParts(denoiser, decoder, scheduler, names, channels)
 
 
@@ -150,7 +161,9 @@ def _stable_diffusion_3(folder: PipelineFolder, options: LoadOptions) -> LoadedP
     embeddings, pooled = encode_stable_diffusion_3(
         folder, prompts, model, device=options.device, dtype=options.dtype
     )
-    denoiser = TextTransformerDenoiser(model, embeddings, pooled, prediction="flow")
+    denoiser = TextTransformerDenoiser(
+        model, embeddings, pooled, prediction="flow", fused=options.fused
+    )
     return LoadedParts(denoiser, decoder, scheduler, names, channels)
 
 
@@ -179,7 +192,9 @@ def _pixel(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
             f"{len(names)} class names for a model of {rows} class embeddings; expected {rows}, or "
             f"{rows - 1} where the last embedding is the null class"
         )
-    denoiser = PixelUNetDenoiser(model, classes=len(names), prediction=prediction_of(scheduler))
+    denoiser = PixelUNetDenoiser(
+        model, classes=len(names), prediction=prediction_of(scheduler), fused=options.fused
+    )
     return LoadedParts(denoiser, IdentityDecoder(), scheduler, names, int(config.in_channels))
 
 
@@ -256,7 +271,8 @@ def _autoencoder(folder: PipelineFolder, kind: Any, part: str, options: LoadOpti
 
 
 def _in_format(model: Any, options: LoadOptions) -> Any:
-    return model.to(memory_format=torch.channels_last) if options.channels_last else model
+    nhwc = options.channels_last or options.fused
+    return model.to(memory_format=torch.channels_last) if nhwc else model
 
 
 def _decoder(
@@ -272,5 +288,7 @@ def _decoder(
             f"the denoiser takes {latent_channels} channels and 'vae' has "
             f"{model.config.latent_channels} latent ones; expected as many"
         )
-    decoder: Decoder = VaeDecoder(model) if named == "AutoencoderKL" else TinyDecoder(model)
+    decoder: Decoder = (
+        VaeDecoder(model, fused=options.fused) if named == "AutoencoderKL" else TinyDecoder(model)
+    )
     return decoder, int(model.config.out_channels)

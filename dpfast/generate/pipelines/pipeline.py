@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -53,6 +53,7 @@ class Pipeline:
         dtype: torch.dtype | str = torch.float32,
         attention: str = "sdpa",
         channels_last: bool = False,
+        fused: bool | Literal["auto"] = "auto",
         class_names: Sequence[str] | None = None,
         prompt_template: str = "a photo of a {}",
     ) -> Pipeline:
@@ -69,7 +70,10 @@ class Pipeline:
                 says ``force_upcast``.
             attention: "sdpa" or "xformers", which must match torch and needs a GPU.
             channels_last: memory format of the convolutional models, UNets and full decoders; the
-                tiny decoder always has it.
+                tiny decoder and fused models always have it.
+            fused: whether the blocks of denoiser and full decoder are replaced by forms with fewer
+                passes through memory (``dpfast.generate.models.fused``), equal up to rounding;
+                "auto": on a GPU.
             class_names: names of the classes by id; None: those of the folder, in
                 ``class_names.json`` (a list) or in the ``id2label`` of its ``model_index.json``.
             prompt_template: what a text-conditioned family is asked for, with "{}" for the class
@@ -83,7 +87,13 @@ class Pipeline:
         placed = device if isinstance(device, torch.device) else device_named(device)
         kind = kernels.checked(attention, placed)
         options = families.LoadOptions(
-            placed, _dtype(dtype), kind, channels_last, class_names, prompt_template
+            placed,
+            _dtype(dtype),
+            kind,
+            channels_last,
+            placed.type == "cuda" if fused == "auto" else fused,
+            class_names,
+            prompt_template,
         )
         folder = PipelineFolder(source)
         parts = families.load(folder, options)

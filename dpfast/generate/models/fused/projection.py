@@ -1,0 +1,59 @@
+"""Frozen weights, and the linear layers made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpfast.generate.models.fused.refusal import expect, need
+
+
+def frozen(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Keeps a prepared weight with the module: one that never changes."""
+    kept = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
+    module.register_parameter(name, kept)
+
+
+def is_taped(x: Tensor) -> bool:
+    """Whether a backward pass will ask for what is computed from ``x``, so that it must stay."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+class Projection(nn.Module):
+    """Linear layers that read the same x (..., in) as one, to (..., out); a 1x1 convolution of rows
+    is one, too.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, *layers: Any) -> None:
+        super().__init__()
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                expect(layer, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), groups=1)
+            else:
+                need(type(layer) is nn.Linear, f"a {type(layer).__name__} as a projection")
+        weights = [layer.weight.flatten(1) for layer in layers]
+        frozen(self, "weight", weights[0] if len(weights) == 1 else torch.cat(weights))
+        biases = [layer.bias for layer in layers]
+        if any(bias is not None for bias in biases):
+            pairs = zip(weights, biases, strict=True)
+            rows = [w.new_zeros(len(w)) if bias is None else bias for w, bias in pairs]
+            frozen(self, "bias", rows[0] if len(rows) == 1 else torch.cat(rows))
+        else:
+            frozen(self, "bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def add_to(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x + branch W^T, without the bias, in x's own memory: the product adds what is there."""
+        x.flatten(0, -2).addmm_(branch.flatten(0, -2), self.weight.t())
+        return x
