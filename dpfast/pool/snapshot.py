@@ -129,11 +129,20 @@ class PoolSnapshot:
         holds no pixels.
 
         Raises ``InputError`` for JPEG images of several sizes, for a file that cannot be decoded,
-        and for latents without a ``decode``.
+        for latents without a ``decode``, and for those that it makes no finite image of.
         """
         payload = self.payload(indices, device=device)
         if self.codec == "latents":
-            return self._decoded(payload).clamp(0, 255).round().to(torch.uint8)
+            decoded = self._decoded(payload)
+            # rounded they would be black; a batch of them shows in its loss, without a wait
+            lost = indices[~decoded.isfinite().flatten(1).all(1).to(indices.device)]
+            if len(lost):
+                raise InputError(
+                    f"{sample_name(int(lost[0]))}: its latents are decoded to an image that is not "
+                    f"finite ({len(lost)} of {len(indices)}); expected a decoder in float32 or "
+                    "bfloat16"
+                )
+            return decoded.clamp(0, 255).round().to(torch.uint8)
         if isinstance(payload, Tensor):
             return payload
         return _stacked(self._pictures(payload, indices)).to(device)

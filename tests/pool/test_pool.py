@@ -192,6 +192,22 @@ def test_latents_are_decoded_when_a_batch_is_made():
         SamplePool("latents").gather(torch.arange(0))
 
 
+def test_latents_that_are_decoded_to_what_is_not_finite_make_no_black_images():
+    """A batch shows them to the loss as they are; images of bytes cannot."""
+
+    def decode(z):
+        return z.repeat(1, 1, 3, 3)[:, :3].mul(1e5).half().float()
+
+    pool = SamplePool("latents", decode=decode)
+    payload = torch.full((3, 4, 2, 2), 0.5, dtype=torch.float16)
+    payload[1] = 2.0
+    pool.append(batch(0, 3), payload=payload, round=0, **ORIGIN)
+    assert not bool(pool.gather(torch.arange(3))[0].isfinite().all())
+    with pytest.raises(InputError, match=r"image that is not finite \(1 of 3\)"):
+        pool.images(torch.arange(3))
+    assert len(pool.images(torch.tensor([0, 2]))) == 2
+
+
 def test_jpeg_files_are_kept_byte_for_byte_and_decoded_close_to_the_image():
     pool, ids = SamplePool("jpeg", chunk_bytes=4000), torch.arange(20)
     smooth = torch.linspace(0, 200, 64).view(1, 1, 8, 8).expand(20, 3, 8, 8) + ids.view(-1, 1, 1, 1)
