@@ -24,13 +24,28 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
     """
     if ranks.alone:
         return model
+    again = list(_registered_again(model))
     if next(model.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model, ranks.learn.handle)
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(module, name, RanksBatchNorm.of(child, ranks))
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, ranks.learn.handle)
+    else:
+        for module in model.modules():
+            for name, child in module.named_children():
+                if isinstance(child, _BatchNorm):
+                    setattr(module, name, RanksBatchNorm.of(child, ranks))
+    for module, name, first in again:
+        module.register_module(name, module.get_submodule(first))
     return model
+
+
+def _registered_again(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(module, name, the first name) of children that a module has under a further name:
+    ``named_children`` gives them once.
+    """
+    for module in model.modules():
+        names: dict[nn.Module, str] = {}
+        for name, child in module._modules.items():
+            if isinstance(child, _BatchNorm) and names.setdefault(child, name) != name:
+                yield module, name, names[child]
 
 
 def shared_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -19,7 +19,7 @@ from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.measures import evaluate
 from dpfast.feed.augment import Augment
 from dpfast.feed.torch_loader import TorchLoader
-from dpfast.learn.batch_norm import synchronised
+from dpfast.learn.batch_norm import RanksBatchNorm, synchronised
 from dpfast.learn.gradients import GradientBuckets
 from dpfast.learn.trainer import Trainer
 from dpfast.parallel import RankError, Ranks, process_group
@@ -179,6 +179,19 @@ def same_norm(ranks):
     close(ranks.all_gather(shared[0].bias.grad).sum(0), norm.bias.grad)
     close(shared[0].running_var, norm.running_var)
     close(shared[0].running_mean, norm.running_mean)
+
+
+def test_a_batch_norm_under_two_names_is_one_over_all_ranks():
+    norm = nn.BatchNorm1d(4)
+    block = nn.Sequential(norm)
+    model = nn.Sequential(nn.Linear(4, 4), norm, nn.ReLU(), norm, block, block)
+    names = list(model.state_dict())
+    synchronised(model, Ranks(size=2))
+    assert all(isinstance(each, RanksBatchNorm) for each in (model[1], model[4][0]))
+    assert model[3] is model[1]
+    assert model[5] is model[4]
+    assert model[4][0].running_mean is model[1].running_mean
+    assert list(model.state_dict()) == names
 
 
 def in_halves(ranks, limit, *, norms=False):
