@@ -20,6 +20,7 @@ from dpfast.errors import InputError
 from dpfast.ops import check
 
 TRIES = 10  # boxes drawn for one crop until one lies inside its image, as in torchvision
+MOST_SHIFT = 1 << 16  # pixels, more than any image has
 RATIOS = (3 / 4, 4 / 3)  # of a box's width and height
 
 
@@ -161,13 +162,15 @@ class Augment:
         if not isinstance(self.flip, bool):
             raise TypeError(f"flip must be True or False, got {self.flip!r}")
         check.whole("shift", self.shift, "at least 0 pixels", low=0)
+        if self.shift > MOST_SHIFT:
+            raise InputError(f"shift = {self.shift}: expected at most {MOST_SHIFT} pixels")
         check.number("crop", self.crop)
         if not 0 < self.crop <= 1:
             raise InputError(f"crop = {self.crop}, expected a share of the area in (0, 1]")
         if self.size is not None and not (
             isinstance(self.size, (tuple, list))
             and len(self.size) == 2
-            and all(isinstance(side, Integral) for side in self.size)
+            and all(isinstance(s, Integral) and not isinstance(s, bool) for s in self.size)
         ):
             raise TypeError(f"size must be (height, width) in pixels, got {self.size!r}")
         if self.size is not None and min(self.size) < 1:

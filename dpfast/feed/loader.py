@@ -189,7 +189,9 @@ class PoolLoader(Loader):
         self.seed = seed
         self.classes = classes
         self.order = Order(seed, batch_size, fresh_weight=fresh_weight)
-        self.count = batch_size // pool.ranks.size  # samples of a batch that are delivered
+        self.count = (
+            self.order.batch_size // pool.ranks.size
+        )  # samples of a batch that are delivered
         self.waited = 0.0
         self.ahead = ahead
         self.on_demand = False  # whether batches are made when one is asked for, and not before

@@ -44,7 +44,7 @@ class Order:
         if fresh_weight <= 0:
             raise InputError(f"fresh_weight = {fresh_weight}, expected a number above 0")
         self.seed = seed
-        self.batch_size = batch_size
+        self.batch_size = int(batch_size)
         self.fresh_weight = fresh_weight
         self.epoch = self.position = self.size = self.fresh = 0
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from dpfast.feed.buffers import BufferPool
 from dpfast.feed.loader import Batch, Made, PendingBatch, PoolLoader
 from dpfast.hardware.device import is_gpu
+from dpfast.ops import check
 from dpfast.pool.protocol import Pool
 
 BURST = 16  # batches that are made at once at most
@@ -56,6 +57,9 @@ class TorchLoader(PoolLoader):
         background: bool | None = None,
         **options: Any,
     ) -> None:
+        check.whole("threads", threads, "at least 1")
+        if not (background is None or isinstance(background, bool)):
+            raise TypeError(f"background must be None, True or False, got {background!r}")
         super().__init__(pool, **options if ahead is None else options | {"ahead": ahead})
         self.threads = threads
         self._buffers = BufferPool()

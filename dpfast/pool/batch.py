@@ -11,6 +11,8 @@ import torch
 from dpfast.errors import InputError
 from dpfast.ops import check
 
+TINY = torch.finfo(torch.float32).tiny  # less than that has no inverse in float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchFormat:
@@ -32,17 +34,26 @@ class BatchFormat:
     def __post_init__(self) -> None:
         if self.dtype not in check.FLOATS:
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {self.dtype}")
+        if not isinstance(self.channels_last, bool):
+            raise TypeError(f"channels_last must be True or False, got {self.channels_last!r}")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if isinstance(value, (np.ndarray, torch.Tensor)):
                 value = value.tolist()
-            for number in value if isinstance(value, (list, tuple)) else (value,):
+            numbers = value if isinstance(value, (list, tuple)) else (value,)
+            for number in numbers:
                 check.number(name, number)
-                if name == "std" and number <= 0:
-                    raise InputError(f"std = {value}: expected numbers above 0")
+                if name == "std" and number < TINY:
+                    raise InputError(
+                        f"std = {value}: expected numbers above 0, {TINY:.3g} at least"
+                    )
+            if not numbers:
+                raise InputError(f"{name} = {value}: expected a number, or one for each channel")
+            plain = tuple(float(number) for number in numbers)
+            object.__setattr__(self, name, plain if numbers is value else plain[0])
 
     def per_channel(self, channels: int) -> tuple[Sequence[float], Sequence[float]]:
         """Return mean and std as one number for each channel; sequences as they are."""
-        mean = (self.mean,) * channels if isinstance(self.mean, (int, float)) else self.mean
-        std = (self.std,) * channels if isinstance(self.std, (int, float)) else self.std
+        mean = (self.mean,) * channels if isinstance(self.mean, float) else self.mean
+        std = (self.std,) * channels if isinstance(self.std, float) else self.std
         return mean, std

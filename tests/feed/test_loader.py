@@ -2,8 +2,10 @@
 arrive.
 """
 
+import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from dpfast.feed import choose_loader, dali_installed, make_loader
 from dpfast.feed.augment import Augment
 from dpfast.feed.buffers import BufferPool
 from dpfast.feed.loader import LoaderError, Made, PoolLoader
+from dpfast.feed.torch_loader import TorchLoader
 from dpfast.pool.batch import BatchFormat
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.snapshot import PoolSnapshot
@@ -359,7 +362,36 @@ def test_what_is_no_position_is_named_and_the_loader_goes_on(state, make):
     ("make_part", "kind", "named"),
     [
         (lambda: BatchFormat(mean="x"), TypeError, "mean must be a number"),
+        (lambda: BatchFormat(std=0), InputError, "std = 0: expected numbers above 0"),
         (lambda: BatchFormat(std=(1, 0, 1)), InputError, "std = .*above 0"),
+        (lambda: BatchFormat(std=1e-320), InputError, "std = 1e-320: expected numbers above 0"),
+        (
+            lambda: BatchFormat(std=np.float32(-1)),
+            InputError,
+            r"std = -1\.0: expected numbers above",
+        ),
+        (
+            lambda: BatchFormat(std=()),
+            InputError,
+            r"std = \(\): expected a number, or one for each",
+        ),
+        (lambda: BatchFormat(std=math.nan), InputError, "std = nan"),
+        (lambda: BatchFormat(mean=torch.tensor([0.5, math.inf])), InputError, "mean = inf"),
+        (lambda: BatchFormat(channels_last="no"), TypeError, "channels_last must be True or False"),
+        (lambda: Augment(shift=0.5), TypeError, "shift must be an integer, got 0.5"),
+        (lambda: Augment(shift=-1), InputError, "shift = -1: expected at least 0 pixels"),
+        (lambda: Augment(shift=10**30), InputError, "shift = 1.*: expected at most 65536 pixels"),
+        (lambda: Augment(size=(True, True)), TypeError, "size must be"),
+        (
+            lambda: TorchLoader(pool_of(), batch_size=2, seed=0, threads=0),
+            InputError,
+            "threads = 0",
+        ),
+        (
+            lambda: TorchLoader(pool_of(), batch_size=2, seed=0, background="no"),
+            TypeError,
+            "background must be None, True or False",
+        ),
         (lambda: Augment(flip="x"), TypeError, "flip must be True or False"),
         (lambda: Augment(shift="x"), TypeError, "shift must be an integer"),
         (lambda: Augment(crop="x"), TypeError, "crop must be a number"),
@@ -367,9 +399,19 @@ def test_what_is_no_position_is_named_and_the_loader_goes_on(state, make):
         (lambda: Augment(size=("x", "y")), TypeError, "size must be"),
     ],
 )
-def test_a_format_and_an_augmentation_name_what_they_cannot_use(make_part, kind, named):
+def test_a_format_an_augmentation_and_a_loader_name_what_they_cannot_use(make_part, kind, named):
     with pytest.raises(kind, match=named):
         make_part()
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(make):
+    pool = pool_of()
+    plain = make("torch", pool, form=BatchFormat(mean=0.5, std=0.25), batch_size=4)
+    for kind in (np.float32, np.float64, torch.tensor):
+        form = BatchFormat(mean=kind(0.5), std=kind(0.25))
+        given = make("torch", pool, form=form, batch_size=np.int64(4))
+        assert same(take(given, 2), take(plain, 2))
+        plain = make("torch", pool, form=BatchFormat(mean=0.5, std=0.25), batch_size=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
