@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast import ops
@@ -26,6 +25,7 @@ from dpfast.generate import check, criteria
 from dpfast.generate.criteria import Criterion
 from dpfast.generate.models.decoder import Decoder
 from dpfast.generate.models.denoiser import Denoiser
+from dpfast.generate.resizing import resize
 from dpfast.ops.guided_step import Mode
 
 Through = Literal["denoiser", "latent"]
@@ -120,7 +120,7 @@ class LearnerPath:
     def logits(self, images: Tensor) -> Tensor:
         """The learner's logits of images (B, C, H, W) in [-1, 1], resized to what it takes."""
         if self.image_size is not None and images.shape[-2:] != self.image_size:
-            images = F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
+            images = resize(images, self.image_size)
         return self.learner(images)
 
     def entropy(self, images: Tensor) -> Tensor:

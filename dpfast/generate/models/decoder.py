@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dpfast.generate.models.fused import fuse
+from dpfast.generate.resizing import resize
 
 
 class Decoder(Protocol):
@@ -173,7 +173,7 @@ class ResizedDecoder:
         images = self.decoder(latents)
         if images.shape[-2:] == (self.size, self.size):
             return images
-        return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        return resize(images, (self.size, self.size))
 
 
 class IdentityDecoder:
