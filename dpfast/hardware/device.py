@@ -45,3 +45,13 @@ def device_named(name: str, *, rank: int = 0, ranks: int = 1) -> torch.device:
             f"finds {torch.cuda.device_count()} GPUs here"
         )
     return torch.device(name)
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """An argument's device: itself, or the one that ``device_named`` knows by its name.
+
+    Raises ``InputError`` for an unknown name and for a GPU that is not there.
+    """
+    if isinstance(device, torch.device) and device.type != "cuda":
+        return device
+    return device_named(str(device))

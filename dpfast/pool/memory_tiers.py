@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dpfast import config
 from dpfast.errors import InputError, RecipeError
+from dpfast.hardware.device import device_of
 from dpfast.hardware.memory import free_bytes
 
 NAMES = ("device", "host", "file")
@@ -76,7 +77,7 @@ class MemoryTiers:
         host memory in place of what is found.
         processes: that share this machine's host memory and disk alike.
         """
-        device = None if device is None else torch.device(device)
+        device = None if device is None else device_of(device)
         cuda = device is not None and device.type == "cuda"
         if device_bytes is None:
             device_bytes = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) if cuda else 0

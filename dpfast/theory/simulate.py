@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dpfast.errors import InputError
+from dpfast.hardware.device import device_of
 from dpfast.theory.cells import Arguments, Array, Cells, Pool, cells
 from dpfast.theory.covariance import Features
 from dpfast.theory.scalars import soft_rule, threshold
@@ -93,9 +94,7 @@ def _simulate(
     grid = np.broadcast_arrays(c.d, c.n, c.keep, c.ridge, c.rho, c.rho_g, c.rho_s)
     table = np.stack([x.ravel() for x in grid], axis=1)
     out = np.empty((2, len(table)))
-    place = torch.device(
-        device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    place = device_of("auto" if device is None else device)
     mix = None if mixing is None else torch.tensor(mixing, dtype=torch.float64, device=place)
     for pool in np.unique(table[:, :3], axis=0):
         rows = np.flatnonzero((table[:, :3] == pool).all(1))

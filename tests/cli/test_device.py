@@ -15,11 +15,14 @@ import benchmarks.systems.cheaper_steps
 import benchmarks.systems.compile_regions
 import benchmarks.systems.learner
 from dpfast.cli.main import main
+from dpfast.errors import InputError
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.sampler import GuidedSampler
 from dpfast.pool.memory_tiers import MemoryTiers
 from dpfast.report import inclusion, page
 from dpfast.report.samples import write_samples
 from dpfast.samples import SampleBatch
+from dpfast.theory.simulate import simulate
 from tests.practice.conftest import recipe  # noqa: F401 - a fixture
 from tests.practice.test_loop import run, with_
 
@@ -187,3 +190,22 @@ def test_images_of_a_gpu_are_brought_to_the_host_once_a_batch(tmp_path):
 def test_an_option_is_only_suggested_by_the_command_that_has_it(arguments, line, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err == f"dpfast: error: {line}\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", [GPU, torch.device("cuda:3"), "cuda", "cuda:3", "tpu"], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda device: Pipeline.from_pretrained("fashion", device=device),
+        lambda device: GuidedSampler.from_pretrained("fashion", device=device),
+        lambda device: MemoryTiers.detect(device),
+        lambda device: simulate(d=10, n=20, keep=1.0, ridge=0.1, rho=0.5, draws=2, device=device),
+    ],
+    ids=["pipeline", "sampler", "tiers", "theory"],
+)
+def test_a_gpu_that_is_not_there_is_refused_by_name_however_it_is_given(call, device):
+    with pytest.raises(
+        InputError, match=rf"^device = '{device}': (torch .* finds 0 GPUs|expected)"
+    ):
+        call(device)

@@ -17,7 +17,7 @@ from dpfast.generate.pipelines import attention as kernels
 from dpfast.generate.pipelines import families
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.solvers import SolverTable, solver_table
-from dpfast.hardware.device import device_named
+from dpfast.hardware.device import device_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,7 +84,7 @@ class Pipeline:
         a scheduler option without a solver here, an unknown device, dtype or attention, and where
         xformers is missing, does not match or has no GPU.
         """
-        placed = device if isinstance(device, torch.device) else device_named(device)
+        placed = device_of(device)
         kind = kernels.checked(attention, placed)
         options = families.LoadOptions(
             placed,
