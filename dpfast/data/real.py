@@ -272,7 +272,10 @@ def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int,
     """
     if is_fashion(name):
         return 5000, 5000
-    found = [sum(1 for _ in pictures_in(Path(place))) if place else 0 for place in (name, held_out)]
+    found = [
+        sum(1 for _ in pictures_in(Path(place))) if place and Path(place).is_dir() else 0
+        for place in (name, held_out)
+    ]
     if not found[0]:
         return 25 * classes, 25 * classes
     return (found[0], found[1]) if held_out else (-(-found[0] // 2), found[0] // 2)

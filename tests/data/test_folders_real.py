@@ -29,6 +29,7 @@ def test_a_folder_is_split_within_each_class(tmp_path):
     assert real.validation.images[:, 0, 0, 0].tolist() == [0, 2, 100, 102]
     assert real.test.images[:, 0, 0, 0].tolist() == [1, 101]
     assert real.test.labels.tolist() == [0, 1]
+    assert count_real(str(tmp_path / "not there"), classes=4) == (100, 100)
     assert count_real(str(tmp_path)) == (3, 3)  # of six files; the plan does not look at classes
 
 
