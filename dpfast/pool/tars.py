@@ -98,18 +98,14 @@ def _files(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
     """The members that are files. Folders and what is hidden are passed over, anything else is
     refused.
     """
-    members = iter(tar)
-    while True:
-        with _refusals(path):
-            member = next(members, None)
-        if member is None:
-            return
-        check_member(member.name, path)
-        if member.issparse() or not (member.isreg() or member.isdir()):
-            kind = "a sparse file" if member.issparse() else "a link or a device"
-            raise InputError(f"{path}: member {member.name!r} is {kind}, expected plain files")
-        if member.isreg() and not is_hidden(PurePosixPath(member.name)):
-            yield member
+    with _refusals(path):
+        for member in tar:
+            check_member(member.name, path)
+            if member.issparse() or not (member.isreg() or member.isdir()):
+                kind = "a sparse file" if member.issparse() else "a link or a device"
+                raise InputError(f"{path}: member {member.name!r} is {kind}, expected plain files")
+            if member.isreg() and not is_hidden(PurePosixPath(member.name)):
+                yield member
 
 
 @contextlib.contextmanager
@@ -117,6 +113,8 @@ def _refusals(path: Path) -> Iterator[None]:
     """Names the file in what tarfile refuses."""
     try:
         yield
+    except InputError:
+        raise
     except (tarfile.TarError, ValueError, OSError) as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -165,6 +165,22 @@ def test_a_label_without_a_name_is_refused(tmp_path):
         import_pool(tmp_path)
 
 
+def test_what_datasets_writes_with_one_class_label_is_read(datasets, tmp_path):  # noqa: F811
+    """As beans and cats_vs_dogs are on the Hub."""
+    features = datasets.Features(
+        {"img": datasets.Image(), "labels": datasets.ClassLabel(names=["cat", "dog", "emu"])}
+    )
+    images = [{"bytes": png(i), "path": None} for i in range(3)]
+    rows = {"img": images, "labels": ["emu", "cat", "dog"]}
+    theirs = datasets.Dataset.from_dict(rows, features=features)
+    (tmp_path / "data").mkdir()
+    theirs.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    pool, classes = import_pool(tmp_path)
+    assert (pool.column("label").tolist(), classes) == (theirs["labels"][:], ["cat", "dog", "emu"])
+    for image, other in zip(pool.images(torch.arange(3)), theirs["img"], strict=True):
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(other))
+
+
 def test_the_images_may_have_another_name(tmp_path):
     write_parquet(tmp_path / "a", image="img", label=[1, 2])
     assert labels(tmp_path / "a") == [1, 2]

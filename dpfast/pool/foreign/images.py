@@ -8,9 +8,8 @@ from typing import Any
 
 from dpfast.errors import InputError
 from dpfast.labels import class_id, label_column, no_label
-from dpfast.pool.foreign.intake import BATCH, Intake
+from dpfast.pool.foreign.intake import BATCH, OURS, Intake
 from dpfast.pool.foreign.splits import split_of
-from dpfast.pool.record import COLUMNS
 from dpfast.pool.tars import check_member
 from dpfast.textfiles import read_json, read_json_lines
 
@@ -44,7 +43,7 @@ def read_images(
         rows = [{"file_name": str((folder / file).relative_to(base))} for file in files]
     if not rows:
         return
-    if all(row.keys() >= set(COLUMNS) for row in rows):
+    if all(row.keys() >= OURS for row in rows):
         # ours, in the pool's order: the line of the first entropy leads the table
         rows.sort(key=lambda row: PurePath(row["file_name"]).name)
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -17,6 +17,7 @@ from dpfast.pool import codecs
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.record import COLUMNS, from_dicts
 
+OURS = frozenset(COLUMNS)
 BATCH = 1000  # samples in memory at a time
 
 
@@ -102,7 +103,7 @@ class Intake:
         return from_dicts(
             [
                 row
-                if row.keys() >= set(COLUMNS)
+                if row.keys() >= OURS
                 else {"sample_id": first + place, "label": row.get("label")}
                 for place, row in enumerate(rows)
             ],
