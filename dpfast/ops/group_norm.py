@@ -22,8 +22,9 @@ cache. Nothing is added atomically, so bits repeat, and no sample's bits depend 
 tensors in the place of x are normalised as their concatenation, which never exists.
 
 Bytes for n elements of b bytes: 3 n b forward, 5 n b backward, and 16 for each block of rows of a
-channel (``bytes_moved``). PyTorch 2.13 has no kernel for NHWC on CUDA: two transposing copies more,
-and another pass each for the shift and the SiLU, 9 n b and 12 n b.
+channel (``bytes_moved``). PyTorch 2.13 has no kernel for NHWC on CUDA: it transposes to NCHW, the
+next convolution transposes back, shift and SiLU are kernels of their own, 11 n b and 12 n b. A CPU
+runs PyTorch's own operations, of which a kernel could save too little (docs/numerics.md).
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
@@ -468,6 +469,14 @@ def _nhwc(x: Tensor) -> Tensor:
     return x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x as a kernel reads it: in NHWC from a multiple of 16 bytes on. From elsewhere the compiler
+    would read narrower, and add up in another order.
+    """
+    x = _nhwc(x)
+    return x if x.data_ptr() % WIDE == 0 else x.clone()
+
+
 def _like(x: Tensor, channels: int) -> Tensor:
     """New channels_last memory for a tensor as x, but of so many channels."""
     return x.new_empty((len(x), *x.shape[2:], channels)).movedim(-1, 1)
@@ -488,7 +497,7 @@ def _forward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the coefficients a and c (B, 2, C), and mean and 1 / sqrt(var + eps) (B, 2, groups)."""
-    first, second = _nhwc(first), None if second is None else _nhwc(second)
+    first, second = _rows(first), None if second is None else _rows(second)
     weight, bias, shift = map(dispatch.contiguous, (weight, bias, shift))
     cut = _Cut.of(first, second, backward=False)
     channels = cut.c1 + cut.c2
@@ -533,7 +542,7 @@ def _backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of both sources, the second one empty where there is none."""
-    dy, first, second = _nhwc(dy), _nhwc(first), None if second is None else _nhwc(second)
+    dy, first, second = _rows(dy), _rows(first), None if second is None else _rows(second)
     weight, bias, shift = map(dispatch.contiguous, (weight, bias, shift))
     cut = _Cut.of(first, second, backward=True)
     channels, groups = cut.c1 + cut.c2, moments.shape[2]
