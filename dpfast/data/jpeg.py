@@ -38,6 +38,11 @@ class JpegHeader(NamedTuple):
     notes: tuple[tuple[int, int], ...]
 
     @property
+    def shown(self) -> tuple[int, int] | None:
+        """(height, width) as every decoder shows it; None where ``for_decoder`` has to look."""
+        return None if self.notes or self.components == 4 else (self.height, self.width)
+
+    @property
     def channels(self) -> int:
         """Of the picture: 1 (grey) or 3."""
         return 1 if self.components == 1 else 3

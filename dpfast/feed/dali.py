@@ -87,11 +87,13 @@ class DaliLoader(PoolLoader):
         self, snapshot: PoolSnapshot, indices: Tensor, draw: AugmentationDraw
     ) -> tuple[list[np.ndarray], Tensor | None]:
         """JPEG files as DALI shows them like Pillow, and the boxes, each in its own picture."""
-        named = zip(snapshot.payload(indices), indices.tolist(), strict=True)
-        read = [for_decoder(file, sample_name(index)) for file, index in named]
-        sizes = torch.tensor([size for _, size in read])
-        boxes = self.boxes_in(sizes, snapshot, draw)
-        return [np.frombuffer(data, np.uint8) for data, _ in read], boxes
+        files, sizes = snapshot.payload(indices), [snapshot.alike] * len(indices)
+        if snapshot.alike is None:
+            named = zip(files, indices.tolist(), strict=True)
+            read = [for_decoder(file, sample_name(index)) for file, index in named]
+            files, sizes = [file for file, _ in read], [size for _, size in read]
+        boxes = self.boxes_in(torch.tensor(sizes), snapshot, draw)
+        return [np.frombuffer(file, np.uint8) for file in files], boxes
 
     def _build(self) -> Any:
         from nvidia.dali import Pipeline, fn, types
@@ -119,7 +121,10 @@ class DaliLoader(PoolLoader):
             if jpeg:
                 colours = types.GRAY if channels == 1 else types.RGB
                 images = fn.decoders.image(
-                    images, device="mixed" if cuda else "cpu", output_type=colours
+                    images,
+                    device="mixed" if cuda else "cpu",
+                    output_type=colours,
+                    jpeg_fancy_upsampling=True,  # of 4:2:0 as libjpeg does it, on a GPU too
                 )
             if self.resamples():
                 images = fn.resize(

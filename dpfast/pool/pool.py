@@ -253,9 +253,15 @@ class SamplePool:
                 records["offset"] = (size + np.arange(len(records))) * stride
                 snapshot = self._write_rows(snapshot, payload)
             else:
-                coloured = _coloured(payload) or snapshot.coloured
+                headers = [
+                    read_header(file, f"payload {row} of {len(payload)}")
+                    for row, file in enumerate(payload)
+                ]
+                coloured = snapshot.coloured or any(header.channels == 3 for header in headers)
+                sizes = {header.shown for header in headers} | ({snapshot.alike} if size else set())
+                alike = sizes.pop() if len(sizes) == 1 else None
                 snapshot = self._write_files(snapshot, payload, records)
-                snapshot = replace(snapshot, coloured=coloured)
+                snapshot = replace(snapshot, coloured=coloured, alike=alike)
             origins = _write_records(snapshot.origins, size, records)
             self._count_fresh(records["round"])
             ready = None
@@ -487,16 +493,6 @@ class SamplePool:
     def gather(self, indices: Tensor, *form: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """``PoolSnapshot.gather`` of the pool at this moment."""
         return self._snapshot.gather(indices, *form, **options)
-
-
-def _coloured(files: Sequence[bytes]) -> bool:
-    """Whether one of these JPEG files has colours. Raises ``InputError`` for the first that is
-    none, by its header.
-    """
-    return 3 in [
-        read_header(file, f"payload {row} of {len(files)}").channels
-        for row, file in enumerate(files)
-    ]
 
 
 def _write(room: Tensor, rows: Tensor) -> None:

@@ -39,6 +39,8 @@ class PoolSnapshot:
         ready: the last append on a device, which a reader's stream waits for.
         coloured: whether one of the pool's JPEG files has colours. Its images then have three
             channels, equal ones where a file is grey; one channel otherwise.
+        alike: (height, width) of all of the pool's JPEG files, where every decoder shows them so;
+            None: each has to be looked at.
     """
 
     codec: str
@@ -50,6 +52,7 @@ class PoolSnapshot:
     tiers: SharedList[str] = field(default_factory=SharedList)
     ready: torch.cuda.Event | None = None
     coloured: bool = False
+    alike: tuple[int, int] | None = None
 
     def records(self, indices: Tensor, *, threads: int | None = None) -> np.ndarray:
         """(B,) copies of the ``RECORD`` of the samples at ``indices``; ``threads`` as in

@@ -133,6 +133,19 @@ def test_pictures_of_one_size_have_the_boxes_that_pixels_have():
     assert torch.equal(draw.part(rows).boxes_in(torch.tensor([[40, 30]] * 2)), draw.boxes[rows])
 
 
+def test_a_pool_knows_whether_every_decoder_shows_its_files_alike():
+    plain, turned = jpeg(photo(12, 9)), jpeg(photo(12, 9), exif=TURN[3])
+    pool = pool_of([plain, plain])
+    assert pool.snapshot.alike == (12, 9)
+    for files in ([turned], [jpeg(photo(9, 12))], [plain, turned]):
+        mixed = pool_of([plain])
+        mixed.append_images(files, range(len(files)))
+        assert mixed.snapshot.alike is None
+        mixed.append_images([plain], [0])
+        assert mixed.snapshot.alike is None
+    assert pool_of([turned]).snapshot.alike is None
+
+
 @pytest.mark.parametrize("augment", [Augment(), Augment(crop=0.5), Augment(shift=1)])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_several_sizes_need_the_size_of_a_batch(augment, loader, make):
