@@ -4,6 +4,7 @@ blocks, replayed from a CUDA graph, or both; and many samples, in batches as lar
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import types
@@ -34,6 +35,7 @@ from dpfast.generate.step import (
     finish_function,
     step_function,
 )
+from dpfast.hardware.device import searched_convolutions
 from dpfast.hardware.out_of_memory import attempt, release
 from dpfast.samples import SampleBatch
 
@@ -135,7 +137,8 @@ class Runner:
     def step(self, trajectory: Trajectory) -> StepOutputs:
         """The next step of a batch that ``padded`` gave."""
         variant = trajectory.variant
-        return self._function(variant, str(variant))(*self.inputs(trajectory))
+        with self._searched():
+            return self._function(variant, str(variant))(*self.inputs(trajectory))
 
     def blank(self, size: int) -> Trajectory:
         """A batch of zeros before its first step, to count what a step takes."""
@@ -173,8 +176,13 @@ class Runner:
     def finish(self, latents: Tensor) -> Finished:
         """What follows the last step, for latents (B, c, h, w)."""
         size = len(latents)
-        finished = self._function("finish", "decoding")(_filled(latents, self.batch_size or size))
+        with self._searched():
+            finish = self._function("finish", "decoding")
+            finished = finish(_filled(latents, self.batch_size or size))
         return Finished(*(rows[:size] for rows in finished))
+
+    def _searched(self) -> contextlib.AbstractContextManager[None]:
+        return searched_convolutions(self.device, static=self.batch_size is not None)
 
     def padded(self, trajectory: Trajectory) -> Trajectory:
         """Returns a batch filled up to the size that the steps take, and readies them for it.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from dpfast.errors import InputError
@@ -55,3 +58,20 @@ def device_of(device: torch.device | str) -> torch.device:
     if isinstance(device, torch.device) and device.type != "cuda":
         return device
     return device_named(str(device))
+
+
+@contextlib.contextmanager
+def searched_convolutions(device: torch.device, *, static: bool) -> Iterator[None]:
+    """Lets cuDNN measure its algorithms for each new shape of a convolution, and keep the fastest.
+
+    It pays where shapes repeat (``static``). torch keeps the choice by shape and thread, so this is
+    on before the first convolution of a shape. Off where determinism is asked for: the fastest
+    algorithm differs from process to process, and its bits.
+    """
+    exact = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or (static and device.type == "cuda" and not exact)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -20,6 +20,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import Tensor, nn
 
 from dpfast import ops
+from dpfast.generate.models.attention import attend
 from dpfast.generate.models.frozen_layers import Modulated
 from dpfast.generate.models.fused.convolutional import as_images
 from dpfast.generate.models.fused.projection import Projection, frozen, is_taped
@@ -182,7 +183,7 @@ class FusedJointBlock(nn.Module):
         parts = self._heads(self.inputs(image), self.norm_q, self.norm_k)
         added = self._heads(self.text_inputs(text), self.norm_added_q, self.norm_added_k)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(parts, added, strict=True))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = attend(q, k, v).transpose(1, 2).flatten(2)
         return out[:, :split], out[:, split:]
 
     def _heads(self, rows: Tensor, norm_q: Any, norm_k: Any) -> tuple[Tensor, Tensor, Tensor]:

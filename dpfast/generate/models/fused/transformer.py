@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import (
@@ -22,6 +21,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor, nn
 
 from dpfast import ops
+from dpfast.generate.models.attention import attend
 from dpfast.generate.models.fused.convolutional import FusedNorm, as_images, as_rows
 from dpfast.generate.models.fused.projection import Projection, frozen, is_taped
 from dpfast.generate.models.fused.refusal import expect, need
@@ -63,7 +63,7 @@ class FusedAttention(nn.Module):
         else:
             q, k, v = self.inputs(x).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attend(q, k, v).transpose(1, 2).flatten(2)
 
 
 class FusedBlock(nn.Module):
