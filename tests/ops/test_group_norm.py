@@ -15,7 +15,6 @@ from tests.tolerances import GROUP_NORM, HALF_ULP
 
 module = importlib.import_module("dpfast.ops.group_norm")  # the function has its name
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Triton's interpreter truncates to bf16, a GPU rounds.
 ROUNDED = [torch.float16] if dispatch.INTERPRETED else [torch.float16, torch.bfloat16]
 # Channels of one or two sources, height and width, groups. Widths of a group: 10, 20, 40, 80, one
@@ -92,9 +91,14 @@ class Problem:
             )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, **NAMES)
-def test_values_and_gradients_match_fp64(shape, dtype, device):
+def test_values_and_gradients_match_fp64(shape, device):
+    Problem(shape, device=device).assert_exact()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:7:2], **NAMES)
+def test_16_bits_are_rounded_once(shape, dtype, device):
     Problem(shape, dtype, device).assert_exact()
 
 
@@ -270,7 +274,7 @@ class TestKernels:
 
     @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of the interpreter's exp
     def test_an_average_a_thousand_times_the_deviation_cancels_nothing(self, device):
-        """The twin, E[x^2] - E[x]^2 in fp32, is off by 0.3 % and more."""
+        """The twin, E[x^2] - E[x]^2 in fp32, is off by 3 % and more."""
         problem = Problem((1, (20,), (24, 24), 2), device=device, mean=2000)
         problem.shift = problem.bias = None
         y, gradients = problem.both(problem.run)
@@ -279,7 +283,7 @@ class TestKernels:
         assert (gradients[0] - slopes[0]).abs().max() < 1e-3
         group = problem.sources[0].reshape(2, -1)
         naive = group.square().mean(1) - group.mean(1).square()
-        assert (naive.double() / group.double().var(1, correction=0) - 1).abs().max() > 3e-3
+        assert (naive.double() / group.double().var(1, correction=0) - 1).abs().max() > 0.03
 
     @pytest.mark.parametrize("dtype", ROUNDED, ids=str)
     def test_the_error_is_no_larger_than_that_of_plain_operations(self, dtype, device):
