@@ -175,11 +175,15 @@ def _read_dataset(
             f"real is a {type(real).__name__}: expected dpfast.RealData, images and labels as "
             "tensors, or a Dataset of (image, label)"
         )
+    try:
+        count = len(real)
+    except Exception as error:  # whatever the caller's class raises
+        raise InputError(f"real: its length cannot be told: {first_line(error)}") from error
     labels: list[int] = []
     seen = [0] * len(classes)
     sizes = [0, 0]
     mine: tuple[list[tuple[Tensor, int]], ...] = ([], [])
-    for number in range(len(real)):
+    for number in range(count):
         image, label = _item(real, number, shape, len(classes))
         half = seen[label] % 2
         if ranks.share(sizes[half] + 1, BATCH) > ranks.share(sizes[half], BATCH):
@@ -197,8 +201,8 @@ def _item(real: Any, number: int, shape: tuple[int, ...], classes: int) -> tuple
     try:
         image, label = real[number]
         image = fit_picture(image, shape) if isinstance(image, Image.Image) else image
-        image = torch.as_tensor(image)
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        image = _dense(torch.as_tensor(image))
+    except Exception as error:  # whatever the caller's class raises
         raise InputError(
             f"real: item {number} is no image and label: {first_line(error)}"
         ) from error
@@ -211,6 +215,17 @@ def _joined(items: list[tuple[Tensor, int]], shape: tuple[int, ...]) -> RealSet:
     for row, (image, _) in enumerate(items):
         images[row] = image
     return RealSet(images, torch.tensor([label for _, label in items], dtype=torch.int64))
+
+
+def _dense(images: Tensor) -> Tensor:
+    """``images``, whose values lie in memory one by one; ``InputError`` for those of which none or
+    some do.
+    """
+    if images.layout != torch.strided or images.device.type == "meta":
+        raise InputError(
+            f"real: images are {images.layout} on {images.device}, expected a dense tensor"
+        )
+    return images
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -228,7 +243,7 @@ def _checked(images: Tensor, labels: Tensor, classes: int | None) -> Tensor:
     """The labels as int64. Raises ``InputError`` unless these are images (N, C, H, W) and their N
     class ids.
     """
-    if images.dim() != 4:
+    if _dense(images).dim() != 4:
         raise InputError(f"real: images of shape {tuple(images.shape)}, expected (N, C, H, W)")
     return class_ids(labels, len(images), "real", classes)
 

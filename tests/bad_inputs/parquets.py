@@ -81,8 +81,7 @@ def columns(given: Any, random: random.Random, folder: Path) -> Case:
     if isinstance(given, tuple):
         given, labels = given
         right = list(zip((3, 9), labels, strict=True))
-    features = given.pop("features", None) if isinstance(given, dict) else None
-    parquet(folder / NAME, FILES, features=features, **given)
+    parquet(folder / NAME, FILES, **given)
     return _imported(folder, right)
 
 

@@ -17,6 +17,7 @@ pytest.importorskip("diffusers", reason="some inputs are given to a sampler")
 from tests.bad_inputs import (  # noqa: F401 - they register what they generate
     commands,
     folders,
+    given,
     learners,
     parquets,
     pictures,
@@ -38,6 +39,7 @@ LEAST = {  # of each kind
     "learners": 80,
     "solvers": 80,
     "saved": 80,
+    "given": 60,
     "commands": 20,
 }
 
@@ -47,7 +49,7 @@ def test_an_input_ends_right_or_in_one_line(name, tmp_path):
     case.check(case.case_of(name, tmp_path))
 
 
-def test_there_are_hundreds_of_inputs_of_ten_kinds():
+def test_there_are_hundreds_of_inputs_of_eleven_kinds():
     kinds = collections.Counter(name.partition("/")[0] for name in NAMES)
-    assert len(set(NAMES)) == len(NAMES) >= 800
+    assert len(set(NAMES)) == len(NAMES) >= 900
     assert not {kind: kinds[kind] for kind, least in LEAST.items() if kinds[kind] < least}
