@@ -77,7 +77,9 @@ class MemoryTiers:
         host memory in place of what is found.
         processes: that share this machine's host memory and disk alike.
         """
-        device = None if device is None else device_of(device)
+        # with a budget the device may be one that is planned for, and is not there
+        if device is not None and (device_bytes is None or isinstance(device, str)):
+            device = device_of(device)
         cuda = device is not None and device.type == "cuda"
         if device_bytes is None:
             device_bytes = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) if cuda else 0
