@@ -34,6 +34,7 @@ TABLES = {
     "models": "benchmarks.systems.models",
     "regions": "benchmarks.systems.compile_regions",
     "flops": "benchmarks.systems.flops",
+    "traffic": "benchmarks.systems.traffic",
     "study": "benchmarks.studies.study",
     "theory": "benchmarks.cases.theory",
     "precision": "benchmarks.systems.precision",

@@ -1,0 +1,70 @@
+"""Launches and bytes of published denoisers and their decoder, plain and fused, counted on meta
+tensors in bf16: `dpfast bench traffic`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.arguments import new_parser
+from dpfast.hardware.traffic import Traffic, count_traffic
+from dpfast.planning.architectures import META, published
+
+# rows of a step without a tape: samples, conditional and not
+ROWS = {"stable-diffusion-1.5": 32, "dit-xl-2": 64}
+
+
+def counts(name: str, *, fused: bool) -> dict[str, Traffic]:
+    """A plain step of all rows, the gradient of a guided step's conditional half, and the decoding
+    of that half.
+    """
+    rows = ROWS[name]
+    half = rows // 2
+    pipeline = published(name, dtype=torch.bfloat16, fused=fused)
+    denoiser = pipeline.denoiser
+    if not fused and hasattr(denoiser.model, "conv_in"):  # type: ignore[attr-defined]
+        denoiser.model.to(memory_format=torch.channels_last)  # type: ignore[attr-defined]
+    with META:
+        x = torch.empty(rows, *denoiser.sample_shape)
+        labels = torch.zeros(rows, dtype=torch.int64)
+        timestep = torch.empty((), dtype=torch.int64)
+
+    def guided() -> None:
+        given = x[:half].detach().requires_grad_(True)
+        prediction: Tensor = denoiser(given, timestep, labels[:half])
+        torch.autograd.grad(prediction, given, torch.empty_like(prediction))
+
+    def without_tape(call: object, *given: Tensor) -> Traffic:
+        with torch.no_grad():
+            return count_traffic(lambda: call(*given))  # type: ignore[operator]
+
+    return {
+        f"step of {rows} rows": without_tape(denoiser, x, timestep, labels),
+        f"prediction and gradient of {half}": count_traffic(guided),
+        f"decoder, {half} images": without_tape(pipeline.decoder, x[:half]),
+    }
+
+
+def table() -> str:
+    """Markdown: launches, gigabytes beside the products, copies that only transpose."""
+    lines = [
+        "| | launches | fused | GB beside products | fused | transposing copies | fused |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ROWS:
+        plain, fused = counts(name, fused=False), counts(name, fused=True)
+        for part, before in plain.items():
+            after = fused[part]
+            lines.append(
+                f"| {name}, {part} | {before.launches} | {after.launches} | "
+                f"{before.pointwise / 1e9:.1f} | {after.pointwise / 1e9:.1f} | "
+                f"{before.layout_copies} | {after.layout_copies} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    new_parser("traffic", __doc__).parse_args(arguments)
+    print(table())
+    return 0
