@@ -20,6 +20,11 @@ from dpfast.errors import InputError
 from dpfast.feed.loader import LoaderError
 
 PACKAGE = Path(__file__).parents[2] / "dpfast"
+# What a user does not see: Python keeps four kinds back, dpfast.data.pictures the last.
+UNSEEN = (
+    *(DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning),
+    Image.DecompressionBombWarning,
+)
 NEVER = object()  # of an input that nothing right can come of
 
 
@@ -85,8 +90,8 @@ def check(case: Case) -> None:
     """Raises ``AssertionError`` unless the case ends as it has to."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        # which dpfast.data.pictures keeps back for a process, pytest undoes for every test
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        for kind in UNSEEN:
+            warnings.simplefilter("ignore", kind)
         try:
             result, said = case.run(), None
         except (InputError, LoaderError) as error:
