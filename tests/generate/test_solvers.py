@@ -247,6 +247,7 @@ def test_a_table_says_what_its_steps_need():
 DPM, FLOW = DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:diffusers")
 @pytest.mark.parametrize(
     ("build", "scheduler", "steps", "named"),
     [

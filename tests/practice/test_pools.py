@@ -185,6 +185,7 @@ def test_a_disk_that_fills_while_the_learner_trains_costs_lines_and_one_warning_
     assert not any("goes on in memory" in line for line in said[-2:])
 
 
+@pytest.mark.filterwarnings("ignore::dpfast.errors.SaveWarning")
 def test_lines_that_a_disk_has_refused_are_written_once_there_is_room(short, tmp_path):
     run(short, tmp_path / "whole")
 
