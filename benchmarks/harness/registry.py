@@ -10,7 +10,16 @@ import torch
 
 Variants = dict[str, Callable[[], object]]
 SUITES = {
-    "ops": ("entropy", "gather", "guided_step", "noise", "group_norm"),
+    "ops": (
+        "entropy",
+        "gather",
+        "guided_step",
+        "noise",
+        "group_norm",
+        "bias_residual",
+        "geglu",
+        "gate_norm_modulate",
+    ),
     "pool": ("pool",),
     "loader": ("loader",),
     "theory": ("theory",),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import ROOT, run
-from benchmarks.cases.group_norm import _case as group_norm_case
+from benchmarks.cases import bias_residual, gate_norm_modulate, geglu, group_norm
 from benchmarks.harness import gate, timing
 from benchmarks.harness.registry import COMPILED, EAGER, OURS, OURS_OUT, SUITES, Case, cases
 from benchmarks.systems import learner
@@ -203,16 +203,27 @@ def test_every_operation_has_a_case_and_tests_that_gate_it():
         "normal",
         "gather_batch",
         "group_norm",
+        "bias_residual",
+        "geglu",
+        "gate_norm_modulate",
     }
     assert all((ROOT / case.tests).is_file() for case in found)
 
 
-def test_what_only_a_gpu_computes_otherwise_is_not_timed_on_a_cpu(capsys):
-    assert run.main(["ops", "--only", "group_norm", "--device", "cpu"]) == 2
-    assert "only = 'group_norm': no case of ops has it" in capsys.readouterr().err
+SMALL_CASES = {
+    "group_norm": group_norm._case(2, (64, 32), 8, backward=True),
+    "bias_residual": bias_residual._case(2, 10, 4),
+    "geglu": geglu._case(2, 3, 10, backward=True),
+    "gate_norm_modulate": gate_norm_modulate._case(2, 3, 10, backward=True),
+}
+
+
+@pytest.mark.parametrize("operation", SMALL_CASES)
+def test_what_only_a_gpu_computes_otherwise_is_not_timed_on_a_cpu(operation, capsys):
+    assert run.main(["ops", "--only", operation, "--device", "cpu"]) == 2
+    assert f"only = {operation!r}: no case of ops has it" in capsys.readouterr().err
     # It says itself whether ours and the rival agree.
-    variants = group_norm_case(2, (64, 32), 8, backward=True).build(torch.device("cpu"))
-    assert set(variants) == {EAGER, COMPILED, OURS}
+    assert set(SMALL_CASES[operation].build(CPU)) == {EAGER, COMPILED, OURS}
 
 
 def recorded(suite):
