@@ -8,6 +8,7 @@ in some versions of Python alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -48,8 +49,24 @@ def there(path: Path) -> bool:
     with reading(path):
         try:
             path.stat()
-        except (FileNotFoundError, NotADirectoryError):
+        except (OSError, ValueError) as error:
+            if not _absent(error):
+                raise
             return False
+    return True
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder, links followed; errors of ``there``."""
+    return there(path) and path.is_dir()
+
+
+def _absent(error: OSError | ValueError) -> bool:
+    """Whether an error of the file system says that there is nothing of this name: also because it
+    takes no such name, too long or with a null byte, or a link leads to itself.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
     return True
 
 
@@ -62,7 +79,9 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
     with reading(folder):
         try:
             names = os.listdir(folder)
-        except (FileNotFoundError, NotADirectoryError):
+        except (OSError, ValueError) as error:
+            if not _absent(error):
+                raise
             return []
     hidden = pattern.startswith(".")
     return sorted(

@@ -7,6 +7,7 @@ arguments are checked.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -101,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # speaks
             time.sleep(WORDS)
         return 2
-    except PermissionError as error:  # where nobody named it better
+    except OSError as error:  # of a path, where nobody named it better
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
+            raise
         print(f"dpfast: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from dpfast.config.option import Option, option, options, shown
 from dpfast.errors import InputError, RecipeError
+from dpfast.files import is_folder, there
 from dpfast.textfiles import read_json, read_text
 
 if sys.version_info >= (3, 11):
@@ -663,7 +664,7 @@ class Recipe(Section):
         missing = [
             f"--{name} FOLDER"
             for name in names
-            if given[name] in USER_FOLDERS[name] and not Path(given[name]).is_dir()
+            if given[name] in USER_FOLDERS[name] and not is_folder(Path(given[name]))
         ]
         if missing:
             raise RecipeError(
@@ -758,7 +759,7 @@ def pipeline_folder(source: str | Path) -> Path:
     name, else ``source``. A text with a separator ("./fashion") is a path and no name.
     """
     path, embedded = Path(source), ASSETS / str(source)
-    if os.sep in str(source) or (path / INDEX).is_file() or not (embedded / INDEX).is_file():
+    if os.sep in str(source) or there(path / INDEX) or not there(embedded / INDEX):
         return path
     return embedded
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from dpfast import imagenet
 from dpfast.config import RECIPE_FILE
 from dpfast.errors import InputError
-from dpfast.files import listed
+from dpfast.files import is_folder, listed
 
 LONGEST = 255  # bytes of a file's name
 SHOWN = 10  # names in a message
@@ -40,7 +40,7 @@ def holds_classes(path: Path) -> bool:
     """Whether a path is a folder with sub-folders and no run: it then goes before what is embedded
     under the same name.
     """
-    return path.is_dir() and not (path / RECIPE_FILE).is_file() and bool(sub_folders(path))
+    return is_folder(path) and not (path / RECIPE_FILE).is_file() and bool(sub_folders(path))
 
 
 class ClassNames:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dpfast.data.class_folders import class_folders
 from dpfast.data.pictures import pictures_in, pixels, read_picture, upright
 from dpfast.errors import InputError
+from dpfast.files import is_folder
 from dpfast.parallel import ALONE, Ranks
 
 CROP = 0.875  # of the shorter side: the usual central crop of ImageNet's evaluation
@@ -84,7 +85,7 @@ def open_folder(
             f"{field} = {str(path)!r}: image files hold 1 "
             f"or 3 channels, the learner takes {shape[0]}"
         )
-    if not path.is_dir():
+    if not is_folder(path):
         raise InputError(f"{field} = {str(path)!r}: no such folder")
     pairs = [
         (file, label)

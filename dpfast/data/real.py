@@ -27,6 +27,7 @@ from dpfast.data.folders import (
 )
 from dpfast.data.pictures import pictures_in
 from dpfast.errors import InputError, first_line
+from dpfast.files import is_folder
 from dpfast.hardware.cpus import cpus
 from dpfast.labels import class_id, class_ids
 from dpfast.parallel import ALONE, Ranks
@@ -288,7 +289,7 @@ def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int,
     if is_fashion(name):
         return 5000, 5000
     found = [
-        sum(1 for _ in pictures_in(Path(place))) if place and Path(place).is_dir() else 0
+        sum(1 for _ in pictures_in(Path(place))) if place and is_folder(Path(place)) else 0
         for place in (name, held_out)
     ]
     if not found[0]:
@@ -306,11 +307,11 @@ def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> No
         path = Path(place)
         if not place or (field == "validation" and is_fashion(place)):
             continue
-        if path.is_dir() and sub_folders(path):
+        if is_folder(path) and sub_folders(path):
             if classes:
                 _check_classes(place, field, classes)
             continue
-        what = "it has no sub-folders" if path.is_dir() else "no such folder"
+        what = "it has no sub-folders" if is_folder(path) else "no such folder"
         option = f"--{field.replace('_', '-')}"
         raise InputError(
             f"{field} = {place!r}: {what}; expected 'fashion', or {option} FOLDER with a "

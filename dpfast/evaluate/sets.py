@@ -29,6 +29,7 @@ from dpfast.data.real import RealSet
 from dpfast.errors import InputError
 from dpfast.evaluate.measures import Evaluation, measure, predict, score
 from dpfast.evaluate.shifts import SEVERITIES, SHIFTS, shift
+from dpfast.files import is_folder
 from dpfast.parallel import ALONE, Ranks
 
 Batches = Callable[..., Iterable[tuple[Tensor, Tensor]]]
@@ -158,10 +159,10 @@ def _shifted(test: RealSet, kind: str, severity: int, seed: int) -> EvaluationSe
 def _folder(name: str, shape: tuple[int, ...], classes: Sequence[str]) -> EvaluationSet:
     title, equals, place = name.rpartition("=")
     path = Path(place)
-    if not equals and not path.is_dir():
+    if not equals and not is_folder(path):
         known = ", ".join(("shifts", *SHIFTS))
         raise InputError(f"evaluation = {name!r}: neither a folder nor one of {known}")
-    if not path.is_dir():
+    if not is_folder(path):
         raise InputError(f"evaluation = {name!r}: no folder {place!r}")
     present = wordnet_ids(path)
     ids = imagenet_ids(path, classes)

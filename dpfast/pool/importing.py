@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpfast.config import RECIPE_FILE
 from dpfast.errors import InputError
+from dpfast.files import is_folder, there
 from dpfast.pool import codecs, shards
 from dpfast.pool.foreign.images import read_images
 from dpfast.pool.foreign.intake import Intake
@@ -51,8 +52,8 @@ def import_pool(
 def _pool_of(
     folder: Path, decode: codecs.Decode | None, label_column: str | None, split: str | None
 ) -> tuple[SamplePool, list[str] | None]:
-    if not folder.is_dir():
-        raise InputError(f"{str(folder)!r}: {'is no' if folder.exists() else 'no such'} folder")
+    if not is_folder(folder):
+        raise InputError(f"{str(folder)!r}: {'is no' if there(folder) else 'no such'} folder")
     for saved in (*(folder / name for name in OF_RUNS), folder):
         if parts := saved_folders(saved):
             for option, value in (("label_column", label_column), ("split", split)):

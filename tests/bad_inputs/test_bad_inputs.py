@@ -20,6 +20,7 @@ from tests.bad_inputs import (  # noqa: F401 - they register what they generate
     given,
     learners,
     parquets,
+    paths,
     pictures,
     recipes,
     saved,
@@ -40,6 +41,7 @@ LEAST = {  # of each kind
     "solvers": 80,
     "saved": 80,
     "given": 60,
+    "paths": 80,
     "commands": 20,
 }
 
@@ -49,7 +51,7 @@ def test_an_input_ends_right_or_in_one_line(name, tmp_path):
     case.check(case.case_of(name, tmp_path))
 
 
-def test_there_are_hundreds_of_inputs_of_eleven_kinds():
+def test_there_are_hundreds_of_inputs_of_a_dozen_kinds():
     kinds = collections.Counter(name.partition("/")[0] for name in NAMES)
-    assert len(set(NAMES)) == len(NAMES) >= 900
+    assert len(set(NAMES)) == len(NAMES) >= 980
     assert not {kind: kinds[kind] for kind, least in LEAST.items() if kinds[kind] < least}

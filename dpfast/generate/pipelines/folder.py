@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from dpfast.config import ASSETS, pipeline_folder
 from dpfast.errors import InputError, first_line
 from dpfast.extras import installed
-from dpfast.files import below, check_readable, there
+from dpfast.files import below, check_readable, is_folder, there
 from dpfast.textfiles import read_json
 
 
@@ -30,7 +30,7 @@ class PipelineFolder:
 
     def __init__(self, source: str | Path) -> None:
         self.path = pipeline_folder(source)
-        if not self.path.is_dir():
+        if not is_folder(self.path):
             names = ", ".join(sorted(p.parent.name for p in ASSETS.glob("*/model_index.json")))
             raise self.error(
                 f"no such folder; expected a diffusers pipeline folder or one of: {names}"
