@@ -86,11 +86,15 @@ def test_a_filling_row_is_not_counted_as_skipped(pipeline):
     guided steps.
     """
 
+    factor = torch.ones(())
+
     def broken(images):
-        return images.flatten(1)[:, :3] * torch.inf
+        return images.flatten(1)[:, :3] * factor
 
     sampler = new_sampler(pipeline, broken, compile=True)
     sampler.runner.backend = "eager"
+    sampler.runner.check_learner()  # which would refuse it
+    factor.fill_(torch.inf)
     batches = list(sampler.stream([0, 1, 2, 0, 1], batch_size=4))
     assert [b.skipped for b in batches] == [8, 2]
     unguided = GuidedSampler(pipeline, steps=4, compile=False).generate([0, 1, 2, 0])
