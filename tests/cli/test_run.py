@@ -73,5 +73,5 @@ def test_a_damaged_recipe_of_a_run_is_refused_in_a_line(tmp_path, capsys, words)
     places = {"RUN": str(run), "OUT": str(tmp_path / "out")}
     assert main([places.get(word, word) for word in words]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"dpfast: error: recipe = {str(run / 'recipe.json')!r}: cannot be read")
+    assert told.startswith(f"dpfast: error: {run / 'recipe.json'}: cannot be read as JSON")
     assert told.count("\n") == 1
