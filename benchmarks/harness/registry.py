@@ -19,6 +19,7 @@ SUITES = {
         "bias_residual",
         "geglu",
         "gate_norm_modulate",
+        "relu_chain",
     ),
     "pool": ("pool",),
     "loader": ("loader",),

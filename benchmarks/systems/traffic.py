@@ -4,6 +4,8 @@ tensors in bf16: `dpfast bench traffic`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,8 @@ ROWS = {"stable-diffusion-1.5": 32, "dit-xl-2": 64}
 
 
 def counts(name: str, *, fused: bool) -> dict[str, Traffic]:
-    """A plain step of all rows, the gradient of a guided step's conditional half, and the decoding
-    of that half.
+    """A plain step of all rows, the gradients of a guided step's conditional half through denoiser
+    and tiny decoder, and the decoding of that half.
     """
     rows = ROWS[name]
     half = rows // 2
@@ -30,10 +32,13 @@ def counts(name: str, *, fused: bool) -> dict[str, Traffic]:
         labels = torch.zeros(rows, dtype=torch.int64)
         timestep = torch.empty((), dtype=torch.int64)
 
-    def guided() -> None:
-        given = x[:half].detach().requires_grad_(True)
-        prediction: Tensor = denoiser(given, timestep, labels[:half])
-        torch.autograd.grad(prediction, given, torch.empty_like(prediction))
+    def with_gradient(call: Callable[..., Tensor], *given: Tensor) -> Traffic:
+        def both() -> None:
+            latents = x[:half].detach().requires_grad_(True)
+            result = call(latents, *given)
+            torch.autograd.grad(result, latents, torch.empty_like(result))
+
+        return count_traffic(both)
 
     def without_tape(call: object, *given: Tensor) -> Traffic:
         with torch.no_grad():
@@ -41,7 +46,8 @@ def counts(name: str, *, fused: bool) -> dict[str, Traffic]:
 
     return {
         f"step of {rows} rows": without_tape(denoiser, x, timestep, labels),
-        f"prediction and gradient of {half}": count_traffic(guided),
+        f"prediction and gradient of {half}": with_gradient(denoiser, timestep, labels[:half]),
+        f"tiny decoder and gradient, {half} images": with_gradient(pipeline.guidance_decoder),
         f"decoder, {half} images": without_tape(pipeline.decoder, x[:half]),
     }
 

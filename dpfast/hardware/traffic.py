@@ -98,8 +98,9 @@ class _Recorder(TorchDispatchMode):
         if packet in FORMULAS:
             out = func(*args, **kwargs)
             first = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-            for moved in FORMULAS[packet](*args, **kwargs, out=out):
-                self.add(name, "pointwise", moved, first.shape)
+            kind, formula = FORMULAS[packet]
+            for moved in formula(*args, **kwargs, out=out):
+                self.add(name, kind, moved, first.shape)
             return out
         if func.namespace == "dpfast":
             raise NotImplementedError(f"{func} has no formula of its traffic")

@@ -23,6 +23,7 @@ from dpfast.ops.group_norm import group_norm
 from dpfast.ops.guided_step import DynamicThreshold, guided_step
 from dpfast.ops.noise import normal
 from dpfast.ops.permutation import permutation
+from dpfast.ops.relu_chain import relu_chain
 
 __all__ = [
     "ChunkTable",
@@ -41,5 +42,6 @@ __all__ = [
     "guided_step",
     "normal",
     "permutation",
+    "relu_chain",
     "take_rows",
 ]

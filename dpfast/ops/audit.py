@@ -41,6 +41,8 @@ from dpfast.ops.group_norm import (
 )
 from dpfast.ops.group_norm import settings as group_norm_settings
 from dpfast.ops.guided_step import triton as guided
+from dpfast.ops.relu_chain import BLOCK as RELU_BLOCK
+from dpfast.ops.relu_chain import relu_backward_kernel
 from dpfast.ops.triton_stub import next_power, triton
 
 CAPABILITIES = (80, 90, 100)
@@ -361,6 +363,22 @@ def _bias_residual(channels: int) -> Variant:
     )
 
 
+def _relu_backward(more: bool) -> Variant:
+    size = 2 * RELU_BLOCK
+    tensors = ("dy", "y", "dz", *(["more"] if more else []))
+    return Variant(
+        name=f"relu_chain, backward{', residual' if more else ''}, bf16",
+        kernel=relu_backward_kernel,
+        arguments={
+            **dict.fromkeys(tensors, "*bf16"),
+            **{"elements": "i32:16", "BLOCK": RELU_BLOCK},
+        },
+        warps=4,
+        reads=(2 + more) * size,
+        writes=size,
+    )
+
+
 def gate_norm_variant(name: str, channels: int, given: str, *, backward: bool = False) -> Variant:
     """given: the arguments that are not None, separated by spaces."""
     names = given.split()
@@ -543,6 +561,7 @@ def variants() -> list[Variant]:
         # Stable Diffusion 1.5 has widths of 320, 640 and 1280, DiT-XL/2 of 1152.
         *(_geglu(channels, backward) for channels in (1280, 5120) for backward in (False, True)),
         *(_bias_residual(channels) for channels in (128, 320, 1280)),
+        *(_relu_backward(more) for more in (False, True)),
         gate_norm_variant("DiT, first", 1152, "scale shift"),
         gate_norm_variant("DiT, between", 1152, "branch gate scale shift"),
         gate_norm_variant("DiT, backward", 1152, "dstream gate scale", backward=True),

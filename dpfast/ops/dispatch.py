@@ -41,6 +41,7 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "bias_residual": ("triton",),
     "gate_norm_modulate": ("triton",),
     "group_norm": ("triton",),
+    "relu_chain": ("triton",),  # its products are cuDNN's, through PyTorch
 }
 CPU = torch.device("cpu")
 

@@ -119,7 +119,7 @@ def published(
             )
         vae = diffusers.AutoencoderKL(**VAE).to(**layout)
         decoder: Decoder = VaeDecoder(vae, fused=fused)
-        tiny: Decoder = TinyDecoder(diffusers.AutoencoderTiny())
+        tiny: Decoder = TinyDecoder(diffusers.AutoencoderTiny(), fused=fused)
     names = tuple(f"class {i}" for i in range(classes))
     placed = torch.device("cpu") if device == META else device
     return Pipeline(Path(name), denoiser, decoder, tiny, scheduler, names, 3, placed)

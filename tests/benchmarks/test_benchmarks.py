@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import ROOT, run
-from benchmarks.cases import bias_residual, gate_norm_modulate, geglu, group_norm
+from benchmarks.cases import bias_residual, gate_norm_modulate, geglu, group_norm, relu_chain
 from benchmarks.harness import gate, timing
 from benchmarks.harness.registry import COMPILED, EAGER, OURS, OURS_OUT, SUITES, Case, cases
 from benchmarks.systems import learner
@@ -206,6 +206,7 @@ def test_every_operation_has_a_case_and_tests_that_gate_it():
         "bias_residual",
         "geglu",
         "gate_norm_modulate",
+        "relu_chain",
     }
     assert all((ROOT / case.tests).is_file() for case in found)
 
@@ -215,6 +216,7 @@ SMALL_CASES = {
     "bias_residual": bias_residual._case(2, 10, 4),
     "geglu": geglu._case(2, 3, 10, backward=True),
     "gate_norm_modulate": gate_norm_modulate._case(2, 3, 10, backward=True),
+    "relu_chain": relu_chain._case(2, 4, 8),
 }
 
 

@@ -103,3 +103,22 @@ def test_the_decoder_of_16_images_of_512_pixels(
         decoding = count_traffic(lambda: decoder(latents))
     assert (decoding.launches, decoding.layout_copies) == (launches, transposes)
     assert decoding.pointwise == pytest.approx(gigabytes * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fused", "launches", "gigabytes"), [(False, 207, 30.95), (True, 127, 14.22)]
+)
+def test_the_tiny_decoder_of_16_images_of_512_pixels_and_its_gradient(
+    fused: bool, launches: int, gigabytes: float
+) -> None:
+    decoder = published("stable-diffusion-1.5", dtype=torch.bfloat16, fused=fused).guidance_decoder
+
+    def guided() -> None:
+        with META:
+            latents = torch.empty(16, 4, 64, 64).requires_grad_()
+            images = decoder(latents)
+            torch.autograd.grad(images, latents, torch.empty_like(images))
+
+    both = count_traffic(guided)
+    assert (both.launches, both.layout_copies) == (launches, 1 - fused)
+    assert both.pointwise == pytest.approx(gigabytes * 1e9, rel=1e-3)

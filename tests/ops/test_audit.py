@@ -34,6 +34,7 @@ ON_EVERY_GPU = [
     "normal",
     "geglu, backward, C = 1280, bf16",
     "bias_residual, C = 320, bf16",
+    "relu_chain, backward, residual, bf16",
     "gate_norm_modulate, DiT, between, D = 1152, bf16",
     "gate_norm_modulate, DiT, backward, D = 1152, bf16",
     "group_norm, moments, C = 320, 4096 px, bf16",

@@ -95,7 +95,8 @@ def tiny_decoder(folder: PipelineFolder, options: LoadOptions) -> Decoder | None
     """The folder's ``tiny_decoder`` part, where there is one."""
     if not (folder.path / "tiny_decoder").is_dir():
         return None
-    return TinyDecoder(_autoencoder(folder, diffusers.AutoencoderTiny, "tiny_decoder", options))
+    model = _autoencoder(folder, diffusers.AutoencoderTiny, "tiny_decoder", options)
+    return TinyDecoder(model, fused=options.fused)
 
 
 def _dit(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
@@ -288,7 +289,5 @@ def _decoder(
             f"the denoiser takes {latent_channels} channels and 'vae' has "
             f"{model.config.latent_channels} latent ones; expected as many"
         )
-    decoder: Decoder = (
-        VaeDecoder(model, fused=options.fused) if named == "AutoencoderKL" else TinyDecoder(model)
-    )
-    return decoder, int(model.config.out_channels)
+    decoder = VaeDecoder if named == "AutoencoderKL" else TinyDecoder
+    return decoder(model, fused=options.fused), int(model.config.out_channels)

@@ -63,6 +63,15 @@ def vae() -> nn.Module:
     )
 
 
+def tiny(**options: Any) -> nn.Module:
+    """An AutoencoderTiny of three levels."""
+    sizes: dict[str, Any] = {
+        f"{part}_block_out_channels": (16, 16, 16) for part in ("encoder", "decoder")
+    }
+    sizes |= {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (2, 2, 1)}
+    return diffusers.AutoencoderTiny(**sizes, **options)
+
+
 def dit() -> nn.Module:
     return diffusers.DiTTransformer2DModel(
         num_attention_heads=4,
@@ -100,6 +109,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "UNet of pixels": pixels,
     "decoder": vae,
+    "tiny decoder": tiny,
     "DiT": dit,
     "DiT, shared conditioning": dit,
     "SD3": sd3,
@@ -121,7 +131,7 @@ def frozen(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def fused(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = fuse_projections(frozen(name, dtype))
-    if name == "decoder":
+    if "decoder" in name:
         fuse(model.to(memory_format=NHWC).decoder)
         return model
     if name == "DiT, shared conditioning":
@@ -136,7 +146,7 @@ def call(model: Any, name: str) -> Call:
 
     def run(x: Tensor) -> Tensor:
         x = x.to(dtype)
-        if name == "decoder":
+        if "decoder" in name:
             return model.decode(x).sample.float()
         if "prompts" in name:
             return model(x, TIME, text).sample.float()
@@ -242,6 +252,36 @@ def test_what_a_form_does_not_know_stays_as_it_is_and_the_log_says_why(
     assert f"not fused: 2 ResnetBlock2D: {reason}" in [each.message for each in caplog.records]
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"act_fn": "silu"}, "a SiLU"), ({"act_fn": "gelu"}, "a GELU")],
+    ids=["silu", "gelu"],
+)
+def test_a_tiny_decoder_of_another_activation_stays_as_it_is(
+    options: dict[str, Any], reason: str, caplog: Any
+) -> None:
+    model: Any = tiny(**options).eval().requires_grad_(False)
+    twin = copy.deepcopy(model)
+    with caplog.at_level(logging.INFO):
+        assert fuse(twin.decoder) is twin.decoder
+    found = [each.message for each in caplog.records]
+    assert f"not fused: 5 AutoencoderTinyBlock: {reason}" in found
+    assert f"not fused: 1 DecoderTiny: {reason}" in found
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(twin.decode(x).sample, model.decode(x).sample)
+
+
+def test_a_tiny_decoder_enlarges_as_it_is_told() -> None:
+    """By another factor or between pixels: not by doubling them."""
+    for options in ({"upsampling_scaling_factor": 3}, {"upsample_fn": "bilinear"}):
+        torch.manual_seed(0)
+        model: Any = tiny(**options).eval().requires_grad_(False)
+        twin: Any = copy.deepcopy(model).to(memory_format=NHWC)
+        fuse(twin.decoder)
+        x = torch.randn(2, 4, 8, 8)
+        torch.testing.assert_close(twin.decode(x).sample, model.decode(x).sample)
+
+
 def test_an_up_block_with_a_block_that_is_not_fused_concatenates_as_before(caplog: Any) -> None:
     torch.manual_seed(0)
     model = unet(act_fn="gelu").eval().requires_grad_(False)
@@ -260,7 +300,7 @@ def test_masks_of_attention_reach_no_fused_transformer() -> None:
 
 def test_the_input_of_a_block_is_not_written_into() -> None:
     """Sums in a product's own memory are those of tensors that nobody else holds."""
-    for name in ("UNet of prompts", "UNet of pixels", "decoder", "DiT", "SD3"):
+    for name in ("UNet of prompts", "UNet of pixels", "decoder", "tiny decoder", "DiT", "SD3"):
         run = call(fused(name), name)
         x = torch.randn(3, 4, 16, 16)
         before = x.clone()
@@ -296,7 +336,7 @@ def test_a_sampler_makes_the_same_images(options: dict[str, Any]) -> None:
 
 
 def test_a_guided_step_through_a_fused_model_is_one_graph() -> None:
-    for name in ("UNet of prompts", "DiT, shared conditioning"):
+    for name in ("UNet of prompts", "tiny decoder", "DiT, shared conditioning"):
         run = call(fused(name), name)
 
         def guided(x: Tensor, seed: Tensor, run: Call = run) -> Tensor:

@@ -16,10 +16,15 @@ from typing import Any
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import DecoderTiny
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.unets.unet_2d_blocks import (
+    AutoencoderTinyBlock,
+    CrossAttnUpBlock2D,
+    UpBlock2D,
+)
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
@@ -38,6 +43,7 @@ from dpfast.generate.models.fused.convolutional import (
     FusedUpsample,
 )
 from dpfast.generate.models.fused.refusal import Refusal
+from dpfast.generate.models.fused.tiny import tiny_block, tiny_decoder
 from dpfast.generate.models.fused.transformer import FusedImageAttention, FusedTransformer
 
 __all__ = ["FORMS", "alone", "fuse", "share_conditions"]
@@ -54,6 +60,8 @@ FORMS: dict[type, Callable[[Any], nn.Module]] = {
     Attention: FusedImageAttention,
     BasicTransformerBlock: FusedDiTBlock,
     JointTransformerBlock: FusedJointBlock,
+    AutoencoderTinyBlock: tiny_block,
+    DecoderTiny: tiny_decoder,
 }
 WHOLE = (FusedTransformer, FusedImageAttention, FusedDiTBlock, FusedJointBlock)
 

@@ -149,6 +149,13 @@ def as_images(rows: Tensor, like: Tensor) -> Tensor:
     return rows.reshape(b, height, width, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
+def doubled(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) as (B, C, 2 H, 2 W) in NHWC, by nearest neighbours."""
+    b, c, h, w = x.shape
+    rows = as_rows(x)[:, :, None, :, None].expand(b, h, 2, w, 2, c)
+    return rows.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+
+
 class FusedUpsample(nn.Module):
     """An ``Upsample2D`` of nearest neighbours: a broadcast, whose backward pass is a sum."""
 
@@ -164,11 +171,10 @@ class FusedUpsample(nn.Module):
         return bias
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
-        b, c, h, w = x.shape
+        h, w = x.shape[2:]
         if output_size is not None and tuple(output_size) != (2 * h, 2 * w):
             return self.conv(F.interpolate(x, size=output_size, mode="nearest"))
-        rows = as_rows(x)[:, :, None, :, None].expand(b, h, 2, w, 2, c)
-        return self.conv(rows.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2))
+        return self.conv(doubled(x))
 
 
 class FusedUpBlock(nn.Module):
