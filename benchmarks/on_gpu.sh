@@ -1,55 +1,139 @@
 #!/usr/bin/env bash
-# All GPU tests and benchmarks in one call, in under ten minutes:  benchmarks/on_gpu.sh [FOLDER]
+# What a GPU has to say, in one call:  benchmarks/on_gpu.sh [--only rows|tests|ops|models|run] [--tiny] [--list] [FOLDER]
+#
+#   tests   the operations' tests and the GPU's
+#   ops     the operations beside eager PyTorch and torch.compile
+#   models  samplers of published size beside (a) and (b), and the learner's step
+#   run     the embedded recipe
+#   rows    R1 Stable Diffusion and R2 DiT, fused, beside (b) and (b2); R3 their images; R4 the learner's step
+#
+# Without --only all but the rows, in less than nine minutes; each step has its own limit, and --list prints them with their
+# commands instead. With --tiny the rows, models and run are of sizes that a CPU computes in a minute or two, and need no
+# GPU: to try this script out.
 #
 # Needs torch, Triton, numpy, pytest and, for the native kernels, pybind11 and a C++ compiler; pytest-xdist makes the tests
 # faster. What needs diffusers skips with its reason. Records and logs go to FOLDER, by default benchmarks/results, each as
-# soon as it is there. A step that fails, the build too, lets the others run and makes the exit status 1; the limits add up
-# to 595 seconds.
+# soon as it is there, and each row of a table to the terminal. A step that fails, the build too, or meets its limit lets
+# the others run and makes the exit status 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(realpath -m "${1:-benchmarks/results}")
-mkdir -p "$out"
+usage="usage: benchmarks/on_gpu.sh [--only rows|tests|ops|models|run] [--tiny] [--list] [FOLDER]"
+only="" list="" folder="" tiny=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --only)
+      case ${2:-} in
+        rows | tests | ops | models | run) only=$2 ;;
+        *)
+          echo "on_gpu.sh: only = '${2:-}': expected rows, tests, ops, models or run" >&2
+          exit 2
+          ;;
+      esac
+      shift
+      ;;
+    --tiny) tiny=(--tiny) ;;
+    --list) list=1 ;;
+    -h | --help)
+      echo "$usage"
+      exit 0
+      ;;
+    -*)
+      echo "on_gpu.sh: $1: no such option; $usage" >&2
+      exit 2
+      ;;
+    *)
+      if [ -n "$folder" ]; then
+        echo "on_gpu.sh: folder = '$1': expected one, and '$folder' was given; $usage" >&2
+        exit 2
+      fi
+      folder=$1
+      ;;
+  esac
+  shift
+done
+out=$(realpath -m "${folder:-benchmarks/results}")
 export PYTHONPATH=$PWD
 python=${PYTHON:-python3}
+bench=($python -m benchmarks.run)
+failed=0
 
-$python - <<'EOF' || exit 1
+if [ -z "$list" ]; then
+  mkdir -p "$out"
+  $python - "${tiny[@]}" <<'EOF' || exit 1
 import sys
 try:
     import torch
 except ModuleNotFoundError:
     sys.exit(f"on_gpu.sh: {sys.executable} has no torch; PYTHON=... names another")
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    print("torch", torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+elif "--tiny" not in sys.argv:
     sys.exit("on_gpu.sh: torch sees no GPU")
-print("torch", torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 EOF
-failed=0
-step() {  # name, seconds, command: a log for each, and the run goes on after a failure
+fi
+
+step() {  # name, seconds, command: what it prints goes to the terminal and a log, and the run goes on after a failure
   local name=$1 limit=$2
   shift 2
+  [ ${#tiny[@]} -gt 0 ] && limit=$((4 * limit))  # of a CPU beside other work
+  if [ -n "$list" ]; then
+    echo "$name: $limit s: $*"
+    return
+  fi
   echo "== $name (at most $limit s): $*"
-  timeout "$limit" "$@" > "$out/gpu_$name.log" 2>&1
+  timeout "$limit" "$@" 2> "$out/gpu_$name.err" | tee "$out/gpu_$name.log"
   local code=$?
-  tail -n 25 "$out/gpu_$name.log"
-  if [ $code -ne 0 ]; then echo "== $name failed with $code"; failed=1; fi
+  if [ $code -ne 0 ]; then
+    tail -n 25 "$out/gpu_$name.err"
+    echo "== $name failed with $code"
+    failed=1
+  fi
 }
 
-has() { $python -c "import $1" 2> /dev/null; }
+has() { [ -n "$list" ] || $python -c "import $1" 2> /dev/null; }
+wanted() { [ "${only:-$1}" = "$1" ]; }
 
 # The build itself never fails, so that dpfast installs without a compiler: whether it worked shows in the import.
-step build 60 bash -c "$python setup.py -q build_ext --inplace && $python -c 'import dpfast._native'"
-tests=($python -m pytest -q -rs -m "not slow" -p no:cacheprovider)
+if wanted tests || wanted ops; then
+  step build 45 bash -c "$python setup.py -q build_ext --inplace && $python -c 'import dpfast._native'"
+fi
+tests=($python -m pytest -q -rs --tb=short -m "not slow" -p no:cacheprovider)
 has xdist && tests+=(-n 6)
-step ops_tests 140 "${tests[@]}" tests/ops
-ops=($python -m benchmarks.run ops --device cuda --rounds 9 --record "$out")
-if [ $failed -eq 0 ]; then ops+=(--tested); fi
-step ops 50 "${ops[@]}"
-if has diffusers; then
-  step gpu_tests 90 "${tests[@]}" tests/gpu
-  rows="the predecessor|batched|dpfast, eager|dpfast, CUDA graphs|blocks"
-  step models 150 $python -m benchmarks.run models --rows "$rows" --rounds 2 --record "$out"
-  step learner 60 $python -m benchmarks.run learner --rows "fused AdamW|dpfast" --rounds 5 --record "$out"
-  step run 45 $python -m dpfast run fashion --device cuda --sources dp --out "$out/gpu_run" --overwrite
-else
-  echo "== sampler, loader and loop skipped: diffusers is not installed"
+if wanted tests; then
+  step ops_tests 125 "${tests[@]}" tests/ops
+  has diffusers && step gpu_tests 85 "${tests[@]}" tests/gpu
+fi
+if wanted ops; then
+  limit=200 tested=()  # each operation's tests run before it is timed, unless they have just passed
+  if wanted tests; then
+    limit=50
+    [ $failed -eq 0 ] && tested=(--tested)
+  fi
+  step ops $limit "${bench[@]}" ops --device cuda --rounds 9 "${tested[@]}" --record "$out"
+fi
+if [ "$only" = tests ] || [ "$only" = ops ]; then exit $failed; fi
+if ! has diffusers; then
+  echo "== samplers, learners and the loop skipped: diffusers is not installed"
+  exit $failed
+fi
+if wanted models; then
+  rows="the predecessor|=(b) batched, eager|=dpfast, compiled blocks and graphs|=dpfast, fused, CUDA graphs"
+  step models 150 "${bench[@]}" models "${tiny[@]}" --rounds 2 --rows "$rows" --record "$out"
+  step learner 40 "${bench[@]}" learner "${tiny[@]}" --rounds 2 --rows "fused AdamW|=dpfast" --record "$out"
+fi
+if wanted run; then
+  short=(--device cuda)
+  [ ${#tiny[@]} -gt 0 ] && short=(--iterations 10 --initial-samples 16 --round-samples 16 --maximum-samples 32)
+  step run 35 $python -m dpfast run fashion --sources dp "${short[@]}" --out "$out/gpu_run" --overwrite
+fi
+if [ "$only" = rows ]; then
+  models=("${bench[@]}" models "${tiny[@]}" --rounds 2 --record "$out")
+  step R1 120 "${models[@]}" --models stable-diffusion-1.5 --rows "batched|fused"
+  step R2 90 "${models[@]}" --models dit-xl-2 --rows "=(b) batched, eager|blocks|=dpfast, fused, CUDA graphs"
+  step R3 60 "${bench[@]}" images "${tiny[@]}" --record "$out"
+  learner=("${bench[@]}" learner "${tiny[@]}" --record "$out")
+  eager="=plain loop, fused AdamW|AveragedModel|=dpfast"
+  step R4_vit 45 "${learner[@]}" --only ViT --rounds 2 --rows "$eager|=dpfast, compiled"
+  step R4_fashion 20 "${learner[@]}" --only fashion --rounds 5 --rows "$eager"
 fi
 exit $failed

@@ -32,6 +32,7 @@ TABLES = {
     "sampler": "benchmarks.systems.ablation",
     "cheaper": "benchmarks.systems.cheaper_steps",
     "models": "benchmarks.systems.models",
+    "images": "benchmarks.systems.images",
     "regions": "benchmarks.systems.compile_regions",
     "flops": "benchmarks.systems.flops",
     "traffic": "benchmarks.systems.traffic",

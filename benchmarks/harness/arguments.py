@@ -14,6 +14,21 @@ def new_parser(suite: str, about: str | None) -> Parser:
     return Parser(prog=f"dpfast bench {suite}", description=(about or "").strip().splitlines()[0])
 
 
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """``--rows``, of which ``is_wanted`` reads the texts between the bars."""
+    parser.add_argument(
+        "--rows",
+        default="",
+        metavar="TEXT",
+        help="the rows that contain TEXT, or of =TEXT the one of that name; | between several",
+    )
+
+
+def is_wanted(name: str, rows: str) -> bool:
+    """Whether ``--rows`` asks for the row of this name."""
+    return any(text in name or text == f"={name}" for text in rows.split("|"))
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device`` as a ``torch.device``, as of ``dpfast run``: the GPU that is there by
     default.

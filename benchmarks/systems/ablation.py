@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import add_device, new_parser
+from benchmarks.harness.arguments import add_device, add_rows, is_wanted, new_parser
 from benchmarks.systems import fewer_steps
 from benchmarks.systems.naive import Batched, Models, Predecessor
 from dpfast.cli.parser import at_least
@@ -55,15 +55,15 @@ CFG_UNTIL = 0.8
 ALONE = 8  # samples a round of a row that makes them one by one
 FIRST_ID = 1 << 41  # ids that no run uses
 GEMM, PRODUCTS = 1024, 10
-Make = Callable[[Tensor, Tensor], Tensor]
+Make = Callable[[Tensor, Tensor], Any]
 Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]
 Record = dict[str, Any]
 
 
 @dataclass(kw_only=True)
 class Row:
-    """One way to make guided samples. make: (labels, ids) to uint8 images; gradient: (x, t, labels)
-    to its own.
+    """One way to make guided samples. make: (labels, ids) to uint8 images, or to what ``read``
+    makes them of, untimed; gradient: (x, t, labels) to its own.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Row:
     alone: bool = False
     eager: bool = True
     ours: bool = False
+    read: Callable[[Any], Tensor] = lambda made: made
     side: bool = False  # for comparison: the next row does not build on it
 
 
@@ -108,8 +109,9 @@ class Bench:
         gradient = self._gradient(Batched(models=self.models, blend=True, decoder="full"))
         return Row(
             name="(a) the predecessor: batch 1, files",
-            make=guided.generate,
-            unguided=plain.generate,
+            make=guided.write,
+            unguided=plain.write,
+            read=guided.read,
             gradient=gradient,
             method=Method(steps=STEPS, guided=_guided(STEPS, EVERY), gradient="extra", tiny=False),
             alone=True,
@@ -293,7 +295,7 @@ def _guided(steps: int, every: int) -> int:
     return -(-steps // every)
 
 
-def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     timing.synchronise(device)
     start = time.perf_counter()
     out = call()
@@ -339,7 +341,7 @@ def measure(bench: Bench, row: Row, reference: Row, rounds: int, batch: int) -> 
         guided.append(made[1][0] / size)
         unguided.append(made[2][0] / size)
         base.append(made[0][1][:size])
-        images.append(made[1][1].to(device))
+        images.append(row.read(made[1][1]).to(device))
     labels = torch.cat([_batch(number, batch, device)[0][:size] for number in range(rounds)])
     quality = (bench.quality(torch.cat(made), labels) for made in (images, base))
     record = {
@@ -464,9 +466,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--learner", help="the run folder whose learner guides; default: one trained for 15 s"
     )
-    parser.add_argument(
-        "--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several"
-    )
+    add_rows(parser)
     parser.add_argument(
         "--keep",
         type=Path,
@@ -505,7 +505,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         rows = bench.rows()
         reference = next(row for row in rows if row.name.startswith("(b)"))
-        wanted = [row for row in rows if any(text in row.name for text in options.rows.split("|"))]
+        wanted = [row for row in rows if is_wanted(row.name, options.rows)]
         made = []
         for row in wanted:
             settings = {"row": row.name, "side": row.side, "learner": bench.named}

@@ -2,9 +2,10 @@
 
 The plain loop is what timm's training script does: AdamW with decay for matrices alone, autocast,
 clipping, a rate for each step, and an average of weights and buffers (`ModelEmaV3`), in torch's
-defaults and with the fused AdamW. All rows train copies of one model on the same batches, which lie
-in memory, and take turns. On a CPU that is the learner of the recipe "fashion" and a small vision
-transformer; on a GPU ViT-B/16 of the ImageNet recipes, 256 images of 224 px.
+defaults and with the fused AdamW, and with torch's `AveragedModel` for the average. All rows train
+copies of one model on the same batches, which lie in memory, and take turns. They train the learner
+of the recipe "fashion" and a vision transformer: a small one on a CPU, on a GPU ViT-B/16 of the
+ImageNet recipes, 256 images of 224 px. With --tiny both have next to no weights, to try it out.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import add_device, new_parser
+from benchmarks.harness.arguments import add_device, add_rows, is_wanted, new_parser
 from dpfast.cli.parser import at_least
 from dpfast.config import Learner, Recipe
+from dpfast.errors import InputError
 from dpfast.hardware.flops import count_flops
 from dpfast.hardware.peaks import here
 from dpfast.learn.models import build_learner
@@ -45,6 +48,21 @@ SMALL_VIT = {
     "num_hidden_layers": 12,
     "num_attention_heads": 3,
     "intermediate_size": 768,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "transformers:RegNetForImageClassification": {
+        "embedding_size": 4,
+        "hidden_sizes": [4],
+        "depths": [1],
+        "groups_width": 4,
+    },
+    "transformers:ViTForImageClassification": {
+        "image_size": 16,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    },
 }
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -83,32 +101,44 @@ class Training:
         return found
 
 
-def trainings(device: torch.device) -> list[Training]:
-    vit = Recipe.load("imagenet1k-sd15").learner
-    if device.type == "cuda":
-        return [
-            Training(
-                name="ViT-B/16, 224 px", config=vit, classes=1000, channels=3, side=224, size=256
-            )
-        ]
-    small = replace(vit, options=SMALL_VIT)
-    return [
-        Training(
-            name="fashion",
-            config=Recipe.load("fashion").learner,
-            classes=10,
-            channels=1,
-            side=32,
-            size=64,
-        ),
-        Training(name="ViT-Ti/16, 96 px", config=small, classes=1000, channels=3, side=96, size=8),
-    ]
+def trainings(device: torch.device, *, tiny: bool = False) -> list[Training]:
+    """A small convolutional learner and a vision transformer, as large as the device bears."""
+    fashion, vit = Recipe.load("fashion").learner, Recipe.load("imagenet1k-sd15").learner
+    if tiny:
+        fashion, vit = (replace(each, options=TINY[each.model]) for each in (fashion, vit))
+    convolutional = Training(
+        name="fashion", config=fashion, classes=10, channels=1, side=32, size=4 if tiny else 64
+    )
+    if tiny:
+        large = Training(name="a tiny ViT", config=vit, classes=10, channels=3, side=16, size=4)
+    elif device.type == "cuda":
+        large = Training(
+            name="ViT-B/16, 224 px", config=vit, classes=1000, channels=3, side=224, size=256
+        )
+    else:
+        small = replace(vit, options=SMALL_VIT)
+        large = Training(
+            name="ViT-Ti/16, 96 px", config=small, classes=1000, channels=3, side=96, size=8
+        )
+    return [convolutional, large]
 
 
-def plain_loop(model: nn.Module, config: Learner, device: torch.device, *, fused: bool) -> Step:
-    """A step of timm's script, written out."""
+def plain_loop(
+    model: nn.Module,
+    config: Learner,
+    device: torch.device,
+    *,
+    fused: bool,
+    torchs_average: bool = False,
+) -> Step:
+    """A step of timm's script, written out; torchs_average: by ``AveragedModel``, which counts its
+    updates on the host.
+    """
     model.train()
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    if torchs_average:
+        rule = get_ema_multi_avg_fn(config.ema_decay)
+        counted = AveragedModel(model, multi_avg_fn=rule, use_buffers=True)
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -129,6 +159,9 @@ def plain_loop(model: nn.Module, config: Learner, device: torch.device, *, fused
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        if torchs_average:
+            counted.update_parameters(model)
+            return loss.detach()
         with torch.no_grad():
             for mean, value in zip(
                 averaged.state_dict().values(), model.state_dict().values(), strict=True
@@ -142,17 +175,17 @@ def plain_loop(model: nn.Module, config: Learner, device: torch.device, *, fused
     return step
 
 
-def rows(training: Training, device: torch.device, wanted: list[str]) -> dict[str, Step]:
-    """The plain loops and ours whose names contain one of ``wanted``, each with a copy of the
+def rows(training: Training, device: torch.device, wanted: str) -> dict[str, Step]:
+    """The plain loops and ours that are wanted, as ``is_wanted`` reads it, each with a copy of the
     model.
     """
     config, model = training.config, training.model(device)
 
-    def plain(*, fused: bool = True, compile: bool = False) -> Step:
+    def plain(*, fused: bool = True, compile: bool = False, **options: bool) -> Step:
         mine = copy.deepcopy(model)
         if compile:
             mine.compile()
-        return plain_loop(mine, config, device, fused=fused)
+        return plain_loop(mine, config, device, fused=fused, **options)
 
     def ours(**changes: Any) -> Step:
         changed = replace(config, **{"compile": False, **changes})
@@ -161,6 +194,7 @@ def rows(training: Training, device: torch.device, wanted: list[str]) -> dict[st
     makers: dict[str, Callable[[], Step]] = {
         PLAIN: partial(plain, fused=False),
         f"{PLAIN}, fused AdamW": plain,
+        f"{PLAIN}, fused AdamW, AveragedModel": partial(plain, torchs_average=True),
         "dpfast": ours,
         "dpfast, 4 micro-batches": partial(ours, micro_batch=training.size // 4),
     }
@@ -170,7 +204,7 @@ def rows(training: Training, device: torch.device, wanted: list[str]) -> dict[st
             f"{PLAIN}, fused AdamW, compiled": partial(plain, compile=True),
             "dpfast, compiled": partial(ours, compile=True),
         }
-    return {name: make() for name, make in makers.items() if any(text in name for text in wanted)}
+    return {name: make() for name, make in makers.items() if is_wanted(name, wanted)}
 
 
 class _Reads(TorchDispatchMode):
@@ -203,7 +237,7 @@ def host_waits(step: Step, batch: tuple[Tensor, Tensor], device: torch.device) -
 
 
 def measure(
-    training: Training, device: torch.device, *, rounds: int, steps: int, wanted: list[str]
+    training: Training, device: torch.device, *, rounds: int, steps: int, wanted: str
 ) -> dict[str, Any]:
     """Seconds of a step of every row, in turns; host waits; images a second and the share of the
     peak.
@@ -277,10 +311,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=at_least(1), help="training steps of a measurement (default 10, on a CPU 1)"
     )
-    parser.add_argument(
-        "--rows", default="", metavar="TEXT", help="the rows that contain TEXT, | between several"
-    )
+    add_rows(parser)
     add_device(parser)
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="the trainings whose name contains TEXT"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="learners with next to no weights, a few images"
+    )
     parser.add_argument(
         "--record",
         type=Path,
@@ -293,13 +331,18 @@ def main(arguments: list[str] | None = None) -> int:
     device = options.device
     if options.steps is None:
         options.steps = 10 if device.type == "cuda" else 1
-    for training in trainings(device):
+    found = trainings(device, tiny=options.tiny)
+    chosen = [training for training in found if options.only in training.name]
+    if not chosen:
+        names = "; ".join(training.name for training in found)
+        raise InputError(f"only = {options.only!r}: no training has it; there are: {names}")
+    for training in chosen:
         record = measure(
             training,
             device,
             rounds=options.rounds,
             steps=options.steps,
-            wanted=options.rows.split("|"),
+            wanted=options.rows,
         )
         print(json.dumps(record), file=sys.stderr, flush=True)
         print(table(record), flush=True)

@@ -112,9 +112,18 @@ class Predecessor:
         """uint8 images (B, C, H, W), which were files in between; the order is that of the
         labels.
         """
-        paths = [self._sample(label[None], i[None]) for label, i in zip(labels, ids, strict=True)]
-        loaded = dict(self._image_folder())
-        return torch.stack([loaded[path] for path in paths])
+        return self.read(self.write(labels, ids))
+
+    def write(self, labels: Tensor, ids: Tensor) -> list[Path]:
+        """A PNG file for each label, in its class's folder: what the predecessor does, and all
+        that is timed. Reading a file back is the training's work.
+        """
+        return [self._sample(label[None], i[None]) for label, i in zip(labels, ids, strict=True)]
+
+    def read(self, paths: list[Path]) -> Tensor:
+        """The images (B, C, H, W) of files, as PIL decodes them."""
+        arrays = (np.atleast_3d(np.array(Image.open(path))) for path in paths)
+        return torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in arrays])
 
     def latents(self, label: Tensor, sample_id: Tensor) -> Tensor:
         """The final latent (1, c, h, w) of one label (1,) and id (1,)."""
@@ -158,17 +167,6 @@ class Predecessor:
         logits = models.learner(image * 2 - 1)
         entropy = nn.functional.cross_entropy(logits, logits.softmax(dim=1))
         return torch.autograd.grad(entropy, z)[0]
-
-    def _image_folder(self) -> list[tuple[Path, Tensor]]:
-        """What an image-folder data set does: class folders in order, every file decoded by PIL."""
-        files = [
-            path for folder in sorted(self.folder.iterdir()) for path in sorted(folder.iterdir())
-        ]
-        arrays = ((path, np.array(Image.open(path))) for path in files)
-        return [
-            (path, torch.from_numpy(a if a.ndim == 3 else a[..., None]).permute(2, 0, 1))
-            for path, a in arrays
-        ]
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ published ones.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,15 @@ def published(
     dtype: torch.dtype = torch.float32,
     device: torch.device = META,
     fused: bool = False,
+    changes: Mapping[str, dict[str, Any]] | None = None,
 ) -> Pipeline:
     """A published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters),
     weights at random.
 
     fused: as ``Pipeline.from_pretrained`` takes it; convolutions are then in channels_last memory.
     dtype, device: of all weights. On the meta device, where there are none, the solver's tables,
-    which are numbers, are on the CPU.
+    which are numbers, are on the CPU. changes: of the configurations of "denoiser", "vae" and
+    "tiny", for one that is not of the published size.
 
     Raises ``InputError`` for another name than those of ``PIXELS``.
     """
@@ -100,26 +102,35 @@ def published(
     side = (pixels or PIXELS[name]) // 8
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS[name])
     layout: Any = {"memory_format": torch.channels_last} if fused else {}
+    changed: dict[str, dict[str, Any]] = {"denoiser": {}, "vae": {}, "tiny": {}} | dict(
+        changes or {}
+    )
+    is_dit = name == "dit-xl-2"
+    config = (DIT_XL_2 if is_dit else SD15) | changed["denoiser"]
     with device, _default(dtype):
+        kind = diffusers.DiTTransformer2DModel if is_dit else diffusers.UNet2DConditionModel
+        # Weights are drawn before anything is made of them: a seed gives the same in every form.
+        network = frozen(kind(sample_size=side, **config))
+        prompts = None
+        if not is_dit:
+            prompts = torch.randn(classes + 1, TOKENS, config["cross_attention_dim"])
+        vae = diffusers.AutoencoderKL(**VAE | changed["vae"]).to(**layout)
+        small = diffusers.AutoencoderTiny(**changed["tiny"])
         denoiser: Any
-        if name == "dit-xl-2":
-            dit = frozen(diffusers.DiTTransformer2DModel(sample_size=side, **DIT_XL_2))
+        if prompts is None:
             denoiser = DiTDenoiser(
-                dit,
+                network,
                 classes=classes,
                 prediction="epsilon",
                 timesteps=scheduler.config.num_train_timesteps,
                 fused=fused,
             )
         else:
-            unet = frozen(diffusers.UNet2DConditionModel(sample_size=side, **SD15)).to(**layout)
-            prompts = torch.randn(classes + 1, TOKENS, 768)
             denoiser = TextUNetDenoiser(
-                unet, prompts, prediction="epsilon", timesteps=1000, fused=fused
+                network.to(**layout), prompts, prediction="epsilon", timesteps=1000, fused=fused
             )
-        vae = diffusers.AutoencoderKL(**VAE).to(**layout)
         decoder: Decoder = VaeDecoder(vae, fused=fused)
-        tiny: Decoder = TinyDecoder(diffusers.AutoencoderTiny(), fused=fused)
+        tiny: Decoder = TinyDecoder(small, fused=fused)
     names = tuple(f"class {i}" for i in range(classes))
     placed = torch.device("cpu") if device == META else device
     return Pipeline(Path(name), denoiser, decoder, tiny, scheduler, names, 3, placed)

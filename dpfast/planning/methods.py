@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
+from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.flops import Passes, count_passes
-from dpfast.planning.architectures import frozen, published, vit_b_16
+from dpfast.planning.architectures import META, frozen, published, vit_b_16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +81,21 @@ def dit_xl_2(pixels: int = 256) -> PartFlops:
 
 
 def _parts(title: str, name: str, pixels: int) -> PartFlops:
-    pipeline = published(name, pixels)
+    with META:
+        learner = frozen(vit_b_16())
+    return parts_of(title, published(name, pixels), learner, 224)
+
+
+def parts_of(title: str, pipeline: Pipeline, learner: nn.Module, side: int) -> PartFlops:
+    """The parts of a pipeline and a learner of images of ``side`` pixels, both on the meta
+    device.
+    """
     denoiser = pipeline.denoiser
-    with torch.device("meta"):
+    with META:
         x = torch.empty(1, *denoiser.sample_shape)
         t = torch.empty(())
         label = torch.zeros(1, dtype=torch.int64)
-        learner, images = frozen(vit_b_16()), torch.empty(1, 3, 224, 224)
+        images = torch.empty(1, pipeline.image_channels, side, side)
         return PartFlops(
             name=title,
             denoiser=count_passes(lambda x: denoiser(x, t, label), x),
