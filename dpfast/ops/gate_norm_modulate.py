@@ -321,15 +321,15 @@ class _Differentiable(torch.autograd.Function):
         eps: float,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        return _operation(x, branch, gate, offset, weight, bias, scale, shift, eps, keep)
+        out = _operation(x, branch, gate, offset, weight, bias, scale, shift, eps, keep)
+        # x too is handed on, so that the gradient of its other uses is summed in the kernel
+        return out if branch is not None else (x.view_as(x), out[1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, branch, gate, offset, weight, _, scale, _, ctx.eps, _ = inputs
         ctx.branched = branch is not None
         ctx.set_materialize_grads(False)  # no zeros where nothing else asks for the stream
-        if not ctx.branched:
-            ctx.mark_non_differentiable(output[0])
         u = output[0] if ctx.branched else x
         ctx.save_for_backward(u, gate if ctx.branched else None, offset, weight, scale)
 
@@ -337,7 +337,7 @@ class _Differentiable(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         u, gate, offset, weight, scale = ctx.saved_tensors
-        dstream, dy = grads if ctx.branched else (None, grads[1])
+        dstream, dy = grads
         if dy is None:
             dy = torch.zeros_like(u)
         dx, dbranch = _derivative(u, dy, dstream, gate, offset, weight, scale, ctx.eps)
@@ -373,8 +373,9 @@ def gate_norm_modulate(
             then not written.
 
     Returns:
-        The stream u (B, T, D), which is x itself without a branch (and may be empty where it is not
-        kept), and y (B, T, D), both in x's dtype. Differentiable once, in x and the branch only:
+        The stream u (B, T, D), which is x itself without a branch, or a view of it (and may be
+        empty where it is not kept), and y (B, T, D), both in x's dtype. Who goes on with u instead
+        of x saves a sum of gradients. Differentiable once, in x and the branch only:
         all else counts as constants (frozen). A row's bits depend on no other row.
 
     Raises:
@@ -407,9 +408,9 @@ def gate_norm_modulate(
     if not dispatch.has_kernels("gate_norm_modulate", x):
         return reference(*given)
     taped = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given[:2])
-    run = _Differentiable.apply if dispatch.in_graph(x, branch) else _forward
-    stream, y = run(*given, keep or taped)
-    return x if branch is None else stream, y
+    graph = dispatch.in_graph(x, branch)
+    stream, y = (_Differentiable.apply if graph else _forward)(*given, keep or taped)
+    return stream if graph or branch is not None else x, y
 
 
 def _constant(name: str, value: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:

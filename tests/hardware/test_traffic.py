@@ -90,6 +90,28 @@ def test_the_step_of_a_published_denoiser(name: str, fused: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "rows", "launches", "gigabytes"),
+    [("stable-diffusion-1.5", 16, 1147, 40.02), ("dit-xl-2", 32, 526, 20.23)],
+)
+def test_the_prediction_of_a_guided_step_and_its_gradient(
+    name: str, rows: int, launches: int, gigabytes: float
+) -> None:
+    denoiser = published(name, dtype=torch.bfloat16, fused=True).denoiser
+
+    def guided() -> None:
+        with META:
+            x = torch.empty(rows, *denoiser.sample_shape).requires_grad_()
+            labels = torch.zeros(rows, dtype=torch.int64)
+            prediction = denoiser(x, torch.empty((), dtype=torch.int64), labels)
+            torch.autograd.grad(prediction, x, torch.empty_like(prediction))
+
+    both = count_traffic(guided)
+    assert (both.launches, both.layout_copies) == (launches, 0)
+    assert both.pointwise == pytest.approx(gigabytes * 1e9, rel=1e-3)
+    assert [k.name for k in both.kernels if k.name == "cat"] == []  # of gradients
+
+
+@pytest.mark.parametrize(
     ("fused", "launches", "gigabytes", "transposes"),
     [(False, 282, 213.19, 76), (True, 154, 66.1, 0)],
     ids=["plain", "fused"],

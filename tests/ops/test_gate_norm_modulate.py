@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast.errors import InputError
+from dpfast.hardware.traffic import count_traffic
 from dpfast.ops import gate_norm_modulate
 from tests.tolerances import HALF_ULP
 
@@ -98,8 +99,20 @@ def test_without_a_branch_the_stream_is_x_itself_and_constants_have_no_gradient(
     x = torch.randn(2, 3, 8, device=device, requires_grad=True)
     weight = torch.randn(8, device=device, requires_grad=True)
     stream, y = gate_norm_modulate(x, weight=weight)
-    assert stream is x
+    assert torch.equal(stream, x)
+    assert stream.data_ptr() == x.data_ptr()
     assert torch.autograd.grad(y.sum(), weight, allow_unused=True) == (None,)
+
+
+def test_the_gradient_of_the_stream_is_summed_in_the_kernel():
+    x, du, dy = (torch.empty(2, 3, 8, device="meta") for _ in range(3))
+    x.requires_grad_()
+
+    def both() -> None:
+        torch.autograd.grad(gate_norm_modulate(x), x, (du, dy))
+
+    size = 4 * x.numel()
+    assert [kernel.bytes for kernel in count_traffic(both).kernels] == [2 * size, 4 * size]
 
 
 def test_no_sample_depends_on_another(device):

@@ -14,6 +14,7 @@ from dpfast.generate.models.checkpointing import with_checkpointing
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.hardware import live_bytes
+from dpfast.planning.architectures import published
 from tests.tiny_pipelines import NAMES
 
 FOLDERS = {
@@ -97,7 +98,7 @@ def test_a_budget_recomputes_only_where_chunks_would_be_small(pipeline, learner)
         for budget in (20 * one, 3 * one, least)
     )
     assert roomy.denoiser is path.denoiser
-    assert roomy.chunk >= bounded.ENOUGH
+    assert roomy.chunk >= bounded.enough(path.denoiser)
     assert tight.denoiser is not path.denoiser
     assert tight.chunk >= 3
     assert tighter.chunk == 1  # less than a sample holds without
@@ -108,6 +109,24 @@ def test_a_budget_recomputes_only_where_chunks_would_be_small(pipeline, learner)
 def test_a_model_without_known_blocks_is_refused():
     with pytest.raises(ValueError, match="without any of transformer_blocks"):
         with_checkpointing(torch.nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "samples"),
+    [
+        ("stable-diffusion-1.5", 512, 2),  # 4,096 latent pixels
+        ("stable-diffusion-1.5", 256, 8),
+        ("dit-xl-2", 256, 8),  # 256 tokens
+        ("dit-xl-2", 512, 8),
+        ("dit-xl-2", 2048, 1),
+    ],
+)
+def test_what_is_enough_for_a_device_is_counted_in_tokens(name, pixels, samples):
+    assert bounded.enough(published(name, pixels, dtype=torch.bfloat16).denoiser) == samples
+
+
+def test_small_denoisers_are_given_enough_samples(paths):
+    assert bounded.enough(paths[0].denoiser) == bounded.enough(paths[1].denoiser) == 8
 
 
 def test_a_sampler_recomputes_in_eager_steps_alone(pipeline, learner):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dpfast.generate.models.fused.refusal import expect, need
 
@@ -20,6 +21,32 @@ def frozen(module: nn.Module, name: str, value: Tensor | None) -> None:
 def is_taped(x: Tensor) -> bool:
     """Whether a backward pass will ask for what is computed from ``x``, so that it must stay."""
     return torch.is_grad_enabled() and x.requires_grad
+
+
+class _Parts(torch.autograd.Function):
+    """A product whose columns are handed out in parts. The gradient of x is the sum of the parts'
+    products (beta = 1); autograd would join their gradients first, by a copy.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> tuple[Tensor, ...]:
+        return F.linear(x, weight, bias).chunk(count, dim=-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        first, *others = (grad.flatten(0, -2) for grad in grads)
+        weight, *weights = ctx.saved_tensors[0].chunk(len(grads))
+        dx = first @ weight
+        for grad, weight in zip(others, weights, strict=True):
+            dx.addmm_(grad, weight)
+        return dx.unflatten(0, grads[0].shape[:-1]), None, None, None
 
 
 class Projection(nn.Module):
@@ -49,6 +76,12 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def parts(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """The result in ``count`` equal parts of its columns."""
+        if is_taped(x):
+            return _Parts.apply(x, self.weight, self.bias, count)
+        return self(x).chunk(count, dim=-1)
 
     def without_bias(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)

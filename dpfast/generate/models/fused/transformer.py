@@ -61,7 +61,7 @@ class FusedAttention(nn.Module):
             rows = self.inputs(text) if self.columns is None else text[..., self.columns]
             q, (k, v) = self.query(x), rows.chunk(2, dim=-1)
         else:
-            q, k, v = self.inputs(x).chunk(3, dim=-1)
+            q, k, v = self.inputs.parts(x, 3)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         return attend(q, k, v).transpose(1, 2).flatten(2)
 
@@ -100,7 +100,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor | None) -> Tensor:
         taped = is_taped(x)
-        _, normed = self._norm(0, x, None, taped=taped)
+        x, normed = self._norm(0, x, None, taped=taped)
         attention: Any
         for index, attention in enumerate(self.attentions, 1):
             branch = attention(normed, text)
