@@ -128,12 +128,12 @@ if wanted run; then
 fi
 if [ "$only" = rows ]; then
   models=("${bench[@]}" models "${tiny[@]}" --rounds 2 --record "$out")
-  step R1 120 "${models[@]}" --models stable-diffusion-1.5 --rows "batched|fused"
+  step R1 150 "${models[@]}" --models stable-diffusion-1.5 --rows "batched|fused"
   step R2 90 "${models[@]}" --models dit-xl-2 --rows "=(b) batched, eager|blocks|=dpfast, fused, CUDA graphs"
-  step R3 60 "${bench[@]}" images "${tiny[@]}" --record "$out"
+  step R3 50 "${bench[@]}" images "${tiny[@]}" --record "$out"
   learner=("${bench[@]}" learner "${tiny[@]}" --record "$out")
   eager="=plain loop, fused AdamW|AveragedModel|=dpfast"
-  step R4_vit 45 "${learner[@]}" --only ViT --rounds 2 --rows "$eager|=dpfast, compiled"
+  step R4_vit 45 "${learner[@]}" --only ViT --rounds 1 --steps 5 --rows "$eager|=dpfast, compiled"
   step R4_fashion 20 "${learner[@]}" --only fashion --rounds 5 --rows "$eager"
 fi
 exit $failed

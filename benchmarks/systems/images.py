@@ -76,9 +76,11 @@ def plain_gradient(models: Large, batched: Batched) -> Gradient:
     return lambda x, t, labels: batched.gradient(x, t, labels, *models.scales(t))[0]
 
 
-def exact(bench: Bench, labels: Tensor, ids: Tensor) -> tuple[Tensor, list[State], list[Tensor]]:
-    """(b) in fp32: its final latents, and the guided steps of its trajectory with their
-    gradients.
+def exact(
+    bench: Bench, labels: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor, list[State], list[Tensor]]:
+    """(b) in fp32: its final latents and images, and the guided steps of its trajectory with
+    their gradients.
     """
     models = bench.models(torch.float32)
     batched = bench.batched(models)
@@ -91,7 +93,8 @@ def exact(bench: Bench, labels: Tensor, ids: Tensor) -> tuple[Tensor, list[State
         return made, prediction
 
     batched.gradient = recorded  # type: ignore[method-assign]
-    return batched.latents(labels, ids), states, gradients
+    latents = batched.latents(labels, ids)
+    return latents, _shown(models, latents), states, gradients
 
 
 def _shown(models: Large, latents: Tensor) -> Tensor:
@@ -110,8 +113,7 @@ def compare(setting: Setting, device: torch.device, samples: int, wanted: str) -
     ids = torch.arange(max(samples, EXACT), device=device)
     labels, ids = ids % setting.classes, ids + FIRST_ID
     few = labels[:EXACT]
-    latents, states, gradients = exact(bench, few, ids[:EXACT])
-    wide = _shown(bench.models(torch.float32), latents)
+    latents, wide, states, gradients = exact(bench, few, ids[:EXACT])
     gc.collect()
     models = bench.models()
     batched = bench.batched(models)
@@ -195,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _arguments(arguments)
     device = options.device
     for setting in settings("images", options):
-        with convolutions(device, searched=True):  # without TF32, which fp32 would feel
+        with convolutions(device, searched=False, tf32=False):  # fp32 would feel it
             records = compare(setting, device, options.samples, options.rows)
         print(table(setting.name, records), flush=True)
         print(json.dumps(records), file=sys.stderr, flush=True)

@@ -423,15 +423,17 @@ _DEFAULTS = ("(a)", "(b) ", "(c)")  # rows that leave cuDNN as torch has it
 
 
 @contextlib.contextmanager
-def convolutions(device: torch.device, *, searched: bool) -> Iterator[None]:
-    """Lets cuDNN search, or not, for rows in one process.
+def convolutions(
+    device: torch.device, *, searched: bool, tf32: bool | None = None
+) -> Iterator[None]:
+    """Lets cuDNN search, or not, for rows in one process. tf32: None: whatever keeps them apart.
 
     torch keeps what it chose for a convolution by shape, thread and TF32 (which means nothing in
     bf16), whether it searched or not: here rows that search and rows that do not differ in TF32,
     and so neither gets what the other chose.
     """
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = not searched
+    torch.backends.cudnn.allow_tf32 = not searched if tf32 is None else tf32
     try:
         with searched_convolutions(device, static=searched):
             yield
