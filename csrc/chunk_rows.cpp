@@ -44,6 +44,7 @@ bool rows(const Rows& args, int threads) {
     if (args.indices[i] < 0 || args.indices[i] >= args.total) return false;
   }
   const int64_t width = std::max<int64_t>(args.width, 1);
+  expect_large(args.out, args.count * args.width);
   parallel_for(args.count, std::max<int64_t>(kPieceBytes / width, kAhead), threads, args, copy_rows);
   return true;
 }

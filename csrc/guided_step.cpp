@@ -189,7 +189,9 @@ DPFAST_CLONES void guided_samples(const GuidedStep& args, int64_t begin, int64_t
 }  // namespace
 
 void guided_step(const GuidedStep& args, int threads) {
-  expect_large(args.out, args.samples * args.elements * size_of(args.dtype));
+  const int64_t bytes = args.samples * args.elements * size_of(args.dtype);
+  expect_large(args.out, bytes);
+  expect_large(args.x0_out, bytes);
   const int64_t grain = 8 * kBlock / std::max<int64_t>(args.elements, 1);
   parallel_for(args.samples, grain, threads, args, guided_samples);
 }

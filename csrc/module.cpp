@@ -119,6 +119,9 @@ void permutation(int64_t first, int64_t count, int64_t size, uint64_t seed, uint
   dpfast::permutation({first, count, size, seed, epoch, stream, at<int64_t>(out)}, threads);
 }
 
+// Sets whether large results ask for large pages, and returns what held before: tests look at both.
+bool large_pages(bool wanted) { return dpfast::large_pages().exchange(wanted); }
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -133,4 +136,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("crop_chunks", &crop_chunks, free_threads);
   module.def("rows", &rows, free_threads);
   module.def("permutation", &permutation, free_threads);
+  module.def("large_pages", &large_pages);
+  module.def("gives_back_free_blocks", &dpfast::gives_back_free_blocks);
+  module.attr("REPORTING_ORDER") = dpfast::kReportingOrder;
 }

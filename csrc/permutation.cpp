@@ -55,6 +55,7 @@ DPFAST_CLONES void permute(const Keyed& keyed, int64_t begin, int64_t end) {
 }  // namespace
 
 void permutation(const Permutation& args, int threads) {
+  expect_large(args.out, args.count * int64_t{sizeof(int64_t)});
   Words words;
   philox_block(args.epoch, 0, args.seed, args.stream, words);
   int bits = 6;  // below, eight rounds do not reach all orders equally often
