@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpfast.errors import InputError
+from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidancePath, predict_x0
 from dpfast.generate.models.checkpointing import can_checkpoint, with_checkpointing
 from dpfast.generate.models.denoiser import Denoiser
@@ -42,8 +43,9 @@ class BoundedPath(GuidancePath):
 
     chunk: samples that are differentiated at a time; None: all. Samples do not mix, so any chunk
     gives the same result.
-    taped: autograd records the denoiser, whose blocks may then be compiled or checkpointed;
-    otherwise ``torch.func.vjp`` does, which torch.compile traces as a part of a whole step.
+    taped: autograd records denoiser, decoder and learner, whose blocks may then be compiled or
+    checkpointed; otherwise ``torch.func.vjp`` does, which torch.compile traces as a part of a whole
+    step.
     """
 
     chunk: int | None = None
@@ -67,6 +69,18 @@ class BoundedPath(GuidancePath):
         """As ``GuidancePath.gradient``, chunk by chunk."""
         given = (x, timestep, labels, alpha, sigma, prediction)
         return in_chunks(self._of_chunk, self.chunk, *given)
+
+    def at(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``LearnerPath.at``."""
+        if not self.taped:
+            return super().at(x0, labels)
+        x0 = _recordable(x0)
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = self.logits(self.decoder(x0.requires_grad_()))
+        value, dlogits = criteria.value_and_gradient(self.criterion, logits.detach(), labels)
+        with torch.inference_mode(False):
+            (gradient,) = torch.autograd.grad(logits, x0, dlogits)
+        return value, gradient
 
     def _of_chunk(
         self,

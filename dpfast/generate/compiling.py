@@ -4,8 +4,9 @@ Compiling costs seconds once, and saves a share of every sample after it. Both a
 machine compiles, and kept in ``compile.json`` under ``$DPFAST_CACHE`` (default:
 ``$XDG_CACHE_HOME/dpfast`` or ``~/.cache/dpfast``; where that cannot be written, a folder among the
 temporary files). A model that was never compiled here takes the
-figures of those that were, and a new machine the assumption below. A filled inductor cache makes
-later compilations cheaper; the figure is the last one measured, so it follows.
+figures of those that were, and a new machine the assumption below. What Inductor generates is kept
+beside it, so that a second process compiles nothing; the figure is the last one measured, so it
+follows.
 """
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ def cache_folder() -> Path | None:
     """Where measured costs are kept: the folder that the environment names, else one for this user
     among the temporary files, which is logged once; None where there is neither.
     """
+    lasting = _lasting()
+    return lasting if isinstance(lasting, Path) else _temporary(lasting)
+
+
+def _lasting() -> Path | str:
+    """The folder that the environment names, or why there is none."""
     given, home = os.environ.get("DPFAST_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
         if given:
@@ -62,13 +69,30 @@ def cache_folder() -> Path | None:
         else:
             wanted = (Path(home) if home else Path.home() / ".cache") / "dpfast"
     except RuntimeError:  # no HOME and no entry in passwd, as containers have it
-        return _temporary("this user has no home folder")
+        return "this user has no home folder"
     there = wanted
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        return _temporary(f"{wanted} cannot be written")
+        return f"{wanted} cannot be written"
     return wanted
+
+
+def keep_compiled() -> None:
+    """Lets Inductor keep what it generates under the folder of the costs from here on.
+
+    Its own folder is among the temporary files, which a new container lacks. A user's
+    ``TORCHINDUCTOR_CACHE_DIR`` stays, and so does Inductor's folder where no lasting one can be
+    written.
+    """
+    folder = _lasting()
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ or not isinstance(folder, Path):
+        return
+    try:
+        (folder / "inductor").mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((folder / "inductor").absolute())
 
 
 @cache

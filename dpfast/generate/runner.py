@@ -1,5 +1,6 @@
-"""How the steps of a sampler run: eagerly, compiled as one full graph each or by their denoiser's
-blocks, replayed from a CUDA graph, or both; and many samples, in batches as large as pays.
+"""How the steps of a sampler run: eagerly, compiled as one full graph each or by the
+blocks of their models, replayed from a CUDA graph, or both; and many samples, in batches as large
+as pays.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from dpfast.errors import InputError
 from dpfast.generate import check, preflight
 from dpfast.generate.batching import FIRST, LARGEST, BatchSizer, dearest, largest_batch
 from dpfast.generate.bounded import BoundedPath, within_budget
-from dpfast.generate.compiling import CompileCosts, Tuner
+from dpfast.generate.compiling import CompileCosts, Tuner, keep_compiled
 from dpfast.generate.feature_cache import FeatureCache
 from dpfast.generate.graphs import Captured, Recorder, recorder_on
-from dpfast.generate.models.regional import Region, has_region, regional
+from dpfast.generate.models.regional import Region, Regions, has_region
 from dpfast.generate.solvers import SolverTable
 from dpfast.generate.step import (
     Finished,
@@ -52,8 +53,8 @@ class Runner:
         parts: what the steps are made of.
         table: of the solver, on their device.
         compile: True, False or "auto", which asks ``tuner`` whether it pays.
-        region: what is compiled, whole steps or the denoiser's blocks
-            (``dpfast.generate.models.regional``).
+        region: what is compiled, whole steps or the blocks that repeat in denoiser, decoders and
+            learner (``dpfast.generate.models.regional``).
         cuda_graphs: True captures prepared steps, False runs them as they are; None: captures them
             on a GPU; or what records them.
         memory_budget: bytes that the gradient of a guided step may hold; None: any number.
@@ -87,7 +88,8 @@ class Runner:
             )
         if region == "blocks" and not has_region(parts.denoiser):
             raise InputError(
-                "compile_region = 'blocks': this denoiser has no transformer blocks; use 'step'"
+                "compile_region = 'blocks': this denoiser has no transformer blocks that repeat; "
+                "use 'step'"
             )
         if memory_budget is not None:
             check.count("memory_budget", memory_budget, "bytes, at least 1, or None")
@@ -326,15 +328,24 @@ class Runner:
 
     @cached_property
     def _by_blocks(self) -> StepParts:
-        parts = self.parts
-        twin, path = regional(parts.denoiser, self._compile), parts.path
+        parts, regions = self.parts, Regions(self._compile)
+        twin, path = regions.twin(parts.denoiser), parts.path
+        decoder = regions.twin(parts.decoder)
         if path is not None:
             recompute = path.denoiser is not parts.denoiser  # within a memory budget
-            guiding = regional(parts.denoiser, self._compile, recompute=True) if recompute else twin
-            path = BoundedPath.of(path, denoiser=guiding, taped=True)
-        return replace(parts, denoiser=twin, path=path, cache=parts.cache and FeatureCache(twin))
+            path = BoundedPath.of(
+                path,
+                denoiser=regions.twin(parts.denoiser, recompute=True) if recompute else twin,
+                decoder=regions.twin(path.decoder),
+                learner=regions.twin(path.learner),
+                taped=True,
+            )
+        cache = parts.cache and FeatureCache(twin)
+        return replace(parts, denoiser=twin, decoder=decoder, path=path, cache=cache)
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if self.backend == "inductor":
+            keep_compiled()
         return torch.compile(
             _with_own_code(function), fullgraph=True, dynamic=False, backend=self.backend
         )

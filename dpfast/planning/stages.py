@@ -18,8 +18,8 @@ from dpfast.config import Recipe
 from dpfast.errors import RecipeError
 from dpfast.generate.batching import dearest
 from dpfast.generate.from_recipe import new_sampler
+from dpfast.generate.models.blocks import blocks_of
 from dpfast.generate.models.decoder import Encoder, ResizedDecoder
-from dpfast.generate.models.regional import has_region
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import finish_function, step_function
@@ -93,7 +93,7 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
         weights=_weights(pipeline),
         unguided_bytes=_dearer(decoding, _step_bytes(plain, guided=False)),
         guided_bytes=_dearer(decoding, _step_bytes(sampler, guided=True)),
-        transformer=has_region(pipeline.denoiser),
+        transformer="transformer_blocks" in blocks_of(pipeline.denoiser),
         classes=classes,
         image=image,
         latent=pipeline.denoiser.sample_shape,

@@ -143,3 +143,22 @@ def test_a_user_without_home_and_passwd_entry_can_make_a_sampler():
         "print(GuidedSampler.from_pretrained('fashion', compile=False, steps=2).runner.tuner)"
     )
     assert said.returncode == 0, said.stderr
+
+
+def test_inductor_keeps_its_code_beside_the_costs(cache, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # undone at the end
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiling.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache.parent / "inductor")
+    assert (cache.parent / "inductor").is_dir()
+
+
+def test_inductor_stays_where_its_user_put_it_or_where_nothing_lasts(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    compiling.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DPFAST_CACHE", str(tmp_path / "file" / "cache"))
+    compiling.keep_compiled()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

@@ -1,9 +1,11 @@
-"""Regional compilation: all blocks of a deep transformer share one compiled block.
+"""Regional compilation: blocks that repeat are compiled once for all of their kind.
 
 A whole step compiles every block again, so its compile time grows with the depth. Here the step
 stays eager and calls one compiled block after the other; weights are inputs of the compiled code,
-so all blocks of a kind share it. What lies outside of the blocks (embeddings, decoder, learner)
-runs eagerly.
+so all blocks of a kind share it: those of one class with weights of the same shapes. Denoiser,
+decoders and learner alike; what lies between the blocks (embeddings, samplers, heads) runs eagerly,
+and so do fused blocks (``dpfast.generate.models.fused``), whose passes torch.compile cannot lessen
+(docs/numerics.md).
 
 Guided steps differentiate through the blocks. torch.compile (2.13) refuses a compiled function
 inside an eager ``torch.func.vjp``, so autograd records them (``BoundedPath.taped``): the compiled
@@ -13,80 +15,144 @@ inputs alone and runs forward again.
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dpfast.generate.models.blocks import blocks_of, replaced, with_children, with_forward
+from dpfast.generate.models.blocks import with_children, with_forward
 from dpfast.generate.models.checkpointing import checkpointed
 from dpfast.generate.models.frozen_layers import Conditioned, Modulated
 
-Names = tuple[str, ...]
 Region = Literal["step", "blocks"]  # what is compiled
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+# Model -> the blocks in it that are compiled, by the names of their classes. A model of another
+# class says it itself: diffusers' ``_repeated_blocks``, and transformers' ``_no_split_modules``,
+# the layers that never lie on two devices.
+REPEATED = {
+    "AutoencoderKL": ("ResnetBlock2D",),
+    "AutoencoderTiny": ("AutoencoderTinyBlock",),
+    "DiTTransformer2DModel": ("BasicTransformerBlock",),
+    "SD3Transformer2DModel": ("JointTransformerBlock",),
+    "VisionTransformer": ("EncoderBlock", "Block"),  # torchvision's and timm's
+}
 
 
 def has_region(denoiser: Any) -> bool:
-    """Whether the denoiser's model has transformer blocks; a UNet's levels differ, each from the
-    next.
+    """Whether the denoiser's model says which of its blocks repeat."""
+    model = getattr(denoiser, "model", None)
+    return isinstance(model, nn.Module) and bool(_names(model))
+
+
+class Regions:
+    """Twins of models with the same weights and compiled blocks. Blocks of a kind share their code,
+    across models too.
+
+    compile: makes a compiled function of a plain one. ``functions``: those that ran, by the kind
+    of the block and the shapes of what it was given.
     """
-    return len(getattr(getattr(denoiser, "model", None), "transformer_blocks", ())) > 0
 
+    def __init__(self, compile: Compile) -> None:
+        self.compile = compile
+        self.functions: dict[Any, Callable[..., Any]] = {}
 
-def regional(
-    denoiser: Any,
-    compile: Callable[[Callable[..., Any]], Callable[..., Any]],
-    *,
-    recompute: bool = False,
-) -> Any:
-    """A twin of a denoiser for which ``has_region`` holds, with the same weights and compiled
-    blocks.
+    def twin(self, part: Any, *, recompute: bool = False) -> Any:
+        """The twin of a module, or of a denoiser or decoder around one; what has no such blocks as
+        it is.
 
-    compile: makes a compiled function of a plain one. recompute: the backward pass of a block runs
-    its forward again.
-    """
-    run = compile(_forward)
-    if recompute:
-        run = partial(checkpointed, run)
-    blocks: Any = blocks_of(denoiser)["transformer_blocks"]
-    return replaced(
-        denoiser,
-        {"transformer_blocks": [_twin(block, index, run) for index, block in enumerate(blocks)]},
-    )
+        recompute: the backward pass of a block runs its forward again.
+        """
+        if isinstance(part, nn.Module):
+            return self._module(part, (), recompute)
+        for name in ("model", "decoder"):
+            inner = getattr(part, name, None)
+            if inner is not None:
+                twin = copy.copy(part)
+                setattr(twin, name, self.twin(inner, recompute=recompute))
+                return twin
+        return part
 
-
-def _forward(block: nn.Module, names: Names, *tensors: Tensor) -> tuple[Tensor, ...]:
-    given: dict[str, Any] = dict(zip(names, tensors, strict=True))
-    if "modulations" in given:
-        given["timestep"] = Conditioned(given.pop("modulations"), given.pop("output"))
-    out = block(**given)
-    return tuple(value for value in out if value is not None) if isinstance(out, tuple) else (out,)
-
-
-def _twin(block: nn.Module, index: int, run: Callable[..., tuple[Tensor, ...]]) -> nn.Module:
-    # A DiT's block knows its place in the modulations. All blocks share the code, so each gets its
-    # own row as row 0.
-    norm = block.norm1
-    first = {"norm1": Modulated(norm.norm, 0)} if isinstance(norm, Modulated) else {}
-    alike = with_children(block, first)
-
-    def call(*args: Tensor, **kwargs: Any) -> Any:
-        given = dict(zip(("hidden_states",), args, strict=False)) | kwargs
-        timestep = given.get("timestep")
-        if isinstance(timestep, Conditioned):
-            modulations = timestep.modulations[index : index + 1]
-            given = {
-                "hidden_states": given["hidden_states"],
-                "modulations": modulations,
-                "output": timestep.output,
-            }
-        given = {
-            name: value.contiguous() for name, value in given.items() if isinstance(value, Tensor)
+    def _module(self, module: nn.Module, names: tuple[str, ...], recompute: bool) -> nn.Module:
+        names = _names(module) or names
+        if type(module).__name__ in names:
+            return self._block(module, recompute)
+        if "forward" in vars(module):  # of somebody else, around the modules that it knows
+            return module
+        children = {
+            name: self._module(child, names, recompute)
+            for name, child in module._modules.items()
+            if child is not None
         }
-        out = run(alike, tuple(given), *given.values())
-        if "encoder_hidden_states" not in given:
-            return out[0]
-        return out if len(out) == 2 else (None, *out)  # the last joint block has no text behind it
+        if all(child is module._modules[name] for name, child in children.items()):
+            return module
+        return with_children(module, children)
 
-    return with_forward(block, call)
+    def _block(self, block: nn.Module, recompute: bool) -> nn.Module:
+        alike, norm = block, getattr(block, "norm1", None)
+        index = norm.block if isinstance(norm, Modulated) else None
+        if isinstance(norm, Modulated):
+            # A DiT's block knows its place in the modulations. All blocks share the code, so each
+            # gets its own row as row 0.
+            alike = with_children(alike, {"norm1": Modulated(norm.norm, 0)})
+        kind = (type(block), *((n, w.shape, w.dtype) for n, w in block.state_dict().items()))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if index is not None:
+                kwargs["timestep"] = _row(kwargs["timestep"], index)
+            given = tree_map_only(Tensor, _dense, (args, kwargs))
+            run = self._function(kind, given)
+            # a learner's weights are constants here, and may be others in the next call
+            held = {n: w.detach() for n, w in block.named_parameters() if w.requires_grad}
+            if recompute:
+                return checkpointed(run, alike, held, *given)
+            return run(alike, held, *given)
+
+        return with_forward(block, call)
+
+    def _function(self, kind: Any, given: Any) -> Callable[..., Any]:
+        # torch.compile limits the compilations of one function
+        key = (kind, *map(_described, tree_leaves(given)))
+        if key not in self.functions:
+            self.functions[key] = self.compile(_forward)
+        return self.functions[key]
+
+
+def _names(model: Any) -> tuple[str, ...]:
+    """The classes of the blocks that repeat in a model; none where it does not say."""
+    for parent in type(model).__mro__:
+        if parent.__name__ in REPEATED:
+            return REPEATED[parent.__name__]
+    if getattr(model, "_repeated_blocks", None):
+        return tuple(model._repeated_blocks)
+    stated = getattr(model, "_no_split_modules", None) or ()
+    counts = Counter(type(module).__name__ for module in model.modules()) if stated else Counter()
+    return tuple(name for name in stated if counts[name] > 1)
+
+
+def _forward(
+    block: nn.Module, held: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if held:
+        return torch.func.functional_call(block, held, args, kwargs)
+    return block(*args, **kwargs)
+
+
+def _row(timestep: Any, index: int) -> Any:
+    return Conditioned(timestep.modulations[index : index + 1], timestep.output)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor without gaps, so that the blocks of a kind are given the same strides."""
+    nhwc = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor if nhwc else tensor.contiguous()
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return repr(leaf)
