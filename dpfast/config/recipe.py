@@ -164,7 +164,7 @@ class Generator(Section):
     compile_region: Literal["step", "blocks"] = option(
         "step",
         help="what is compiled: whole steps, "
-        "or the transformer's blocks alone, once for all of them",
+        "or the blocks that repeat in denoiser, decoders and learner, once for all of a kind",
     )
     batch_size: int = option(
         250,

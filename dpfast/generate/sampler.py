@@ -70,8 +70,9 @@ class GuidedSampler:
         micro_batch: the most samples of a ``stream`` that are made at a time; None: as many as fit.
         compile: True, False or "auto", which compiles where that pays within the samples of a
             ``stream``. Compiled steps round differently: say True or False where bits must repeat.
-        compile_region: "step" compiles whole steps, "blocks" the denoiser's transformer blocks
-            alone, once for all of them (``dpfast.generate.models.regional``).
+        compile_region: "step" compiles whole steps, "blocks" the blocks that repeat in denoiser,
+            decoders and learner alone, once for all of a kind
+            (``dpfast.generate.models.regional``).
         cuda_graphs: replay steps from CUDA graphs; None: on a GPU; or what records them.
 
     Raises ``InputError`` or ``TypeError`` for an argument that cannot work; the learner is tried
