@@ -16,6 +16,22 @@ from pathlib import Path
 
 from dpfast.errors import UnreadableError
 
+# Folders that systems leave among other people's files: of a Mac's archive, of Python, of a
+# Synology's thumbnails, of ext4 and of Windows.
+NO_DATA = (
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "lost+found",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+)
+
+
+def is_no_data(name: str) -> bool:
+    """Whether an entry of this name is hidden, or one of ``NO_DATA``."""
+    return name.startswith(".") or name in NO_DATA
+
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
@@ -73,8 +89,8 @@ def _absent(error: OSError | ValueError) -> bool:
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
     """The entries of a folder whose names match ``pattern``, sorted; [] where there is no folder.
 
-    Hidden entries only where the pattern begins with a dot. Raises ``UnreadableError`` where the
-    folder may not be read.
+    Hidden entries (``is_no_data``) only where the pattern begins with a dot. Raises
+    ``UnreadableError`` where the folder may not be read.
     """
     with reading(folder):
         try:
@@ -87,7 +103,7 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(
         folder / name
         for name in names
-        if fnmatchcase(name, pattern) and (hidden or not name.startswith("."))
+        if fnmatchcase(name, pattern) and (hidden or not is_no_data(name))
     )
 
 

@@ -36,19 +36,24 @@ def read_text(path: Path) -> str:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a null byte in its name
         raise UnreadableError(f"{str(path)!r}: cannot be read: {error}") from None
+    return _decoded(data, str(path))
+
+
+def _decoded(data: bytes, where: str) -> str:
+    """The text of bytes in UTF-8. Raises ``InputError`` that begins with ``where`` for others."""
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
-            raise InputError(f"{path}: its encoding is {encoding}; save it as UTF-8")
+            raise InputError(f"{where}: its encoding is {encoding}; save it as UTF-8")
     if b"\0" in data:
         raise InputError(
-            f"{path}: holds null bytes, as UTF-16 and binary files do; save it as UTF-8"
+            f"{where}: holds null bytes, as UTF-16 and binary files do; save it as UTF-8"
         )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is no UTF-8; save it as UTF-8"
+            f"{where}, line {line}: byte 0x{data[error.start]:02x} is no UTF-8; save it as UTF-8"
         ) from None
 
 
@@ -69,12 +74,23 @@ def read_json(path: Path) -> Any:
 
 def parse_json(text: str | bytes, where: str) -> Any:
     """What a text in JSON holds; bytes are UTF-8. Raises ``InputError`` that begins with ``where``
-    for what is none.
+    for what is none, and for a name that stands twice in one table: Python takes the last one,
+    others the first.
     """
+    if isinstance(text, bytes):
+        text = _decoded(text, where)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_table)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: cannot be read as JSON: {error}") from None
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+    return table
 
 
 def read_whole_json(path: Path) -> Any:

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from dpfast.errors import InputError, UnreadableError
-from dpfast.textfiles import lines, read_json, read_json_lines, read_text, read_whole_json, to_json
+from dpfast.textfiles import (
+    lines,
+    parse_json,
+    read_json,
+    read_json_lines,
+    read_text,
+    read_whole_json,
+    to_json,
+)
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -64,6 +72,23 @@ def test_json_lines_are_numbered_and_each_holds_a_table(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n[2]\n', "utf-8")
     with pytest.raises(InputError, match="line 2: holds no table"):
         list(read_json_lines(path))
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"a": 1, "c": 3, "a": 1}}]'])
+def test_a_name_that_stands_twice_in_a_table_is_refused(tmp_path: Path, text: str) -> None:
+    """Python takes the last of the values, other parsers the first."""
+    (tmp_path / "a.jsonl").write_text(text, "utf-8")
+    with pytest.raises(InputError, match=r"a\.jsonl.*: 'a' stands in it twice"):
+        read_json(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match="'a' stands in it twice"):
+        list(read_json_lines(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "latin-1"])
+def test_bytes_of_json_are_utf_8(encoding: str) -> None:
+    assert parse_json(b'\xef\xbb\xbf{"a": 1}', "x") == {"a": 1}
+    with pytest.raises(InputError, match=r"^x.*save it as UTF-8"):
+        parse_json('{"a": "\u00e9"}'.encode(encoding), "x")
 
 
 def test_a_number_that_is_not_finite_is_null_in_json() -> None:

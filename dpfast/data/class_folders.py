@@ -3,7 +3,8 @@
 A folder may be called
     by its class's name                     "Dress", "T-shirt"
     by the name with other case, or with    "dress", "T-shirt-top"
-    "-" for what is no letter or digit
+    "-" or "_" for what is no letter    "Ankle_boot"
+    or digit
     as ``dpfast export`` calls it           "0007-Sneaker"
     by the class id                         "7", where no class has a number for its name
 and where the classes are ImageNet's
@@ -70,7 +71,12 @@ class ClassNames:
         """The classes that may be meant by a name in NFC, rising: those that have exactly this one,
         else all that may be called so.
         """
-        return sorted(self._exact.get(name) or self._other.get(name.casefold(), set()))
+        folded = name.casefold()
+        return sorted(
+            self._exact.get(name)
+            or self._other.get(folded)
+            or self._other.get(folded.replace("_", "-"), set())
+        )
 
     def several(self, labels: Sequence[int]) -> str:
         """Classes in words, for a message."""

@@ -72,7 +72,7 @@ def open_folder(
 
     Args:
         path: the folder; its sub-folders, one a class, are called as ``dpfast.data.class_folders``
-            says, and hold PNG, JPEG, WebP or BMP files, at any depth.
+            says, and hold images (``dpfast.data.pictures``) at any depth.
         classes: the classifier's, by index.
         shape: (C, H, W); C is 1 or 3.
         ids, only, field: as in ``class_folders``.

@@ -1,6 +1,7 @@
 """What an image file is, and which pixels it shows: every file and picture is read here.
 
-formats        PNG, JPEG, WebP and BMP by the file's name; by its content also GIF and TIFF
+formats        PNG, JPEG, WebP, BMP, GIF and TIFF, whichever of them the file's name says; files
+               that are called as images of other formats are refused, not passed over
 grey           one channel: grey with and without alpha, 1 bit (0 and 255), and 16 bits, of
                which the upper eight are taken
 colour         three channels: all others, palettes and CMYK as Pillow converts them
@@ -25,7 +26,16 @@ from PIL import ExifTags, Image
 from dpfast.errors import InputError, first_line
 from dpfast.files import below
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif"),
+    *(".tif", ".tiff"),
+)
+# what ``datasets`` or torchvision take for an image too, and what cameras and telephones write
+UNREAD = (
+    *(".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".tga", ".pcx", ".sgi", ".ras", ".xbm", ".xpm"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jxl", ".avif", ".heic", ".heif"),
+    *(".ico", ".icns", ".cur", ".dds", ".psd", ".eps", ".fits", ".dng", ".cr2", ".nef", ".arw"),
+)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no EPS: Pillow starts a program for it
 GREY = ("1", "L", "LA")
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -44,9 +54,21 @@ TURNS = {  # EXIF's orientation -> what makes the picture upright
 
 def pictures_in(folder: Path) -> Iterator[Path]:
     """The image files in a folder, at any depth: of those that ``dpfast.files.below`` gives. A Mac
-    leaves a hidden "._0.png" beside "0.png".
+    leaves a hidden "._0.png" beside "0.png". Raises ``InputError`` for one that is not read.
     """
-    return (file for file in below(folder) if file.suffix.lower() in SUFFIXES)
+    for file in below(folder):
+        if file.suffix.lower() in SUFFIXES:
+            yield file
+        elif file.suffix.lower() in UNREAD:
+            raise unread(file)
+
+
+def unread(file: Path) -> InputError:
+    """The error for a file whose name is that of an image in a format that is not read."""
+    return InputError(
+        f"{file}: images of this kind are not read; expected {', '.join(FORMATS[:-1])} or "
+        f"{FORMATS[-1]}"
+    )
 
 
 def from_image_file(data: bytes, name: str = "the file") -> np.ndarray:

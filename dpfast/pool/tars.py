@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpfast.errors import InputError
+from dpfast.files import is_no_data
 
 BLOCK = 512  # of a tar
 ZEROS = 1 << 20  # bytes behind an archive that are looked at together
@@ -130,9 +131,10 @@ def _next_byte(data: np.ndarray, start: int) -> int:
 
 def is_hidden(path: PurePath) -> bool:
     """Whether a relative path is that of a hidden file, or in a hidden folder: what a Mac adds
-    (.DS_Store, ._0.png, __MACOSX) and what tools keep for themselves is no data.
+    (.DS_Store, ._0.png, __MACOSX) and what tools keep for themselves is no data. As ``datasets``
+    has it, so are all folders that begin with "__".
     """
-    return any(part.startswith(".") for part in path.parts) or any(
+    return any(map(is_no_data, path.parts)) or any(
         part.startswith("__") for part in path.parts[:-1]
     )
 

@@ -16,6 +16,7 @@ from dpfast.data.folders import open_folder
 from dpfast.data.real import RealSet, check_real, load_real
 from dpfast.errors import InputError
 from dpfast.evaluate.sets import evaluation_sets
+from dpfast.files import NO_DATA
 
 IDS = imagenet.load().ids
 TEST = RealSet(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
@@ -168,6 +169,24 @@ def test_hidden_folders_are_no_classes_and_hidden_files_no_images(tmp_path):
     (empty / ".git").mkdir(parents=True)
     with pytest.raises(InputError, match="no sub-folders"):
         check_real(str(empty))
+
+
+@pytest.mark.parametrize("name", NO_DATA)
+def test_what_systems_leave_behind_is_no_class_and_no_image(tmp_path, name):
+    root = folder(tmp_path, ["cat", "dog", name, f"cat/{name}"])
+    assert called(root, ["cat", "dog"]) == {"cat": "cat", "dog": "dog"}
+    assert len(open_folder(root, ["cat", "dog"], (1, 8, 8), ids=None)) == 4
+
+
+def test_an_underscore_counts_as_a_dash_where_that_is_unambiguous(tmp_path):
+    names = ["Ankle boot", "T-shirt/top", "a_b", "a-b"]
+    found = called(folder(tmp_path / "a", ["ankle_boot", "T-shirt_top", "a_b"]), names)
+    assert found == {"ankle_boot": "Ankle boot", "T-shirt_top": "T-shirt/top", "a_b": "a_b"}
+    assert called(folder(tmp_path / "d", ["0001_dog"]), ["cat", "dog"]) == {"0001_dog": "dog"}
+    with pytest.raises(InputError, match=r"'x_y' may be any of 'x y' .* 'x/y'"):
+        called(folder(tmp_path / "b", ["x_y"]), ["x y", "x/y"])
+    with pytest.raises(InputError, match="are both class 0"):
+        called(folder(tmp_path / "c", ["Ankle_boot", "Ankle boot"]), names)
 
 
 def test_links_are_followed_as_torchvision_does_and_end(tmp_path):

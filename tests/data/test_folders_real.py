@@ -33,6 +33,21 @@ def test_a_folder_is_split_within_each_class(tmp_path):
     assert count_real(str(tmp_path)) == (3, 3)  # of six files; the plan does not look at classes
 
 
+def test_no_image_of_a_class_is_left_out_because_of_its_name(tmp_path):
+    """Of 24 files eight were read, where the others were called .tif."""
+    for label, name in enumerate(CLASSES):
+        (tmp_path / name).mkdir()
+        for i, kind in enumerate(("png", "tif", "gif", "jfif")):
+            picture = Image.new("L", (8, 8), color=100 * label + 9 * i)
+            picture.save(tmp_path / name / f"{i}.{kind}", "JPEG" if kind == "jfif" else None)
+    real = load_real(str(tmp_path), classes=CLASSES, shape=(1, 8, 8))
+    assert real.validation.images[:, 0, 0, 0].tolist() == [0, 18, 100, 118]
+    assert real.test.images[:, 0, 0, 0].tolist() == [9, 27, 109, 127]
+    (tmp_path / "cat" / "x.heic").write_bytes(b"")
+    with pytest.raises(InputError, match=r"x\.heic: images of this kind are not read"):
+        load_real(str(tmp_path), classes=CLASSES, shape=(1, 8, 8))
+
+
 def test_a_held_out_folder_leaves_the_validation_whole(tmp_path):
     first, second = folder(tmp_path / "a"), folder(tmp_path / "b", count=1)
     real = load_real(str(first), held_out=str(second), classes=CLASSES, shape=(1, 8, 8))

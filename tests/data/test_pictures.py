@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from dpfast.data.folders import fit_picture, read_image
 from dpfast.data.jpeg import for_decoder, read_header
-from dpfast.data.pictures import SUFFIXES, from_image_file, pictures_in
+from dpfast.data.pictures import SUFFIXES, UNREAD, from_image_file, pictures_in
 from dpfast.data.real import given_real
 from dpfast.errors import InputError
 from tests.data.pictures import BASE, FRAMES, KINDS, TURN, XMP, encoded, exif, jpeg, photo
@@ -173,6 +173,19 @@ def test_image_files_are_found_through_links_and_without_hidden_ones(tmp_path):
     found = {str(file.relative_to(root)) for file in pictures_in(root)}
     assert found == {"a.png", "b/c.JPG", "e.webp", "link/f.bmp"}
     assert all(suffix == suffix.lower() for suffix in SUFFIXES)
+
+
+def test_images_of_all_formats_that_are_read_are_found_and_others_are_named(tmp_path):
+    names = ["a.tif", "b.TIFF", "c.gif", "d.jfif", "e.jpe", "f.apng", "g.dib"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    assert [file.name for file in pictures_in(tmp_path)] == names
+    assert not set(SUFFIXES) & set(UNREAD)
+    for name in ("x.ppm", "x.HEIC", "x.jp2"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(InputError, match=f"{name}: images of this kind are not read; expected"):
+            list(pictures_in(tmp_path))
+        (tmp_path / name).unlink()
 
 
 TEXT = b"k\0\0" + zlib.compress(b"x" * (1 << 21))

@@ -408,7 +408,16 @@ def test_a_damaged_header_is_not_the_end(tmp_path):
         ([*sample(0), ("0.CLS", b"1")], r"member '0\.CLS' stands in it twice"),
         ([*sample(0), *sample(1), *sample(0)], "members of sample '0' stand in two places"),
         ([("0.json", b"[" * 9999), ("0.png", png(0))], r"0\.json: cannot be read as JSON"),
-        ([("0.json", b"\xff\xfe"), ("0.png", png(0))], r"0\.json: cannot be read as JSON"),
+        ([("0.json", b"\xff\xfe"), ("0.png", png(0))], r"0\.json: its encoding is UTF-16"),
+        (
+            [("0.json", b'{"label": 4, "label": 5}'), ("0.png", png(0))],
+            "'label' stands in it twice",
+        ),
+        ([*sample(2), ("2.json", b'{"label": "3"}')], r"its \.cls is 2, 'label' of its .* is '3'"),
+        ([*sample(1), ("1.json", b'{"label": true}')], r"'label' of its \.json is True"),
+        ([*sample(2), ("2.json", b'{"label": {"a": 1}}')], r"'label' of its \.json is {'a': 1}"),
+        ([*sample(2), ("2.json", b'{"label": [2]}')], r"'label' of its \.json is \[2\]"),
+        ([*sample(2), ("2.json", b'{"label": "NaN"}')], r"'label' of its \.json is 'NaN'"),
         ([("README", b"hello")], "sample 'README' has none of npy"),
     ],
 )
@@ -450,6 +459,12 @@ def test_the_label_of_a_tar_is_the_member_or_the_key_asked_for(tmp_path):
     assert labels(tmp_path, label_column="fine") == [4]
     with pytest.raises(InputError, match=r"label_column = 'txt' is not there; it has '\.png'"):
         import_pool(tmp_path, label_column="txt")
+
+
+@pytest.mark.parametrize("value", ["2", "2.0", 2, 2.0, None, "dog"])
+def test_a_label_of_the_json_that_says_nothing_else_is_left_to_the_member(tmp_path, value):
+    table = json.dumps({"label": value}).encode()
+    assert labels(write_tar(tmp_path, *sample(2), ("2.json", table))) == [2]
 
 
 def test_webdataset_and_datasets_see_the_same_samples_in_a_tar(datasets, tmp_path):  # noqa: F811

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpfast.data.pictures import SUFFIXES as PICTURES
 from dpfast.errors import InputError
-from dpfast.labels import class_id, class_id_in_text, no_label
+from dpfast.labels import class_id, class_id_in_text, no_label, shortened
 from dpfast.pool.foreign.intake import BATCH, Intake
 from dpfast.pool.shards import npy_array
 from dpfast.pool.tars import TarSample, read_tar
@@ -71,7 +71,21 @@ def _row(sample: TarSample, path: Path, wanted: str | None) -> dict[str, Any]:
     if member not in sample.members:
         return row | {"label": class_id(row[column], f"{where}, .json")}
     label = class_id_in_text(sample.read(member), f"{where}, .{member}")
-    other = row.get(column)
-    if isinstance(other, (int, float)) and not isinstance(other, bool) and other != label:
+    if not _agrees(row.get(column), label):
+        other = shortened(row[column])
         raise InputError(f"{where}: its .{member} is {label}, {column!r} of its .json is {other}")
     return row | {"label": label}
+
+
+def _agrees(value: object, label: int) -> bool:
+    """Whether a value beside a label says nothing else: there is none, it is the same number, also
+    as text, or a text that is no number, which names the class.
+    """
+    if isinstance(value, str):
+        try:
+            return float(value) == label
+        except ValueError:
+            return True
+    return value is None or (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and value == label
+    )
