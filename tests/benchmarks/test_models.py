@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import ROOT, run
 from benchmarks.harness.arguments import is_wanted
-from benchmarks.systems import images, learner, models
+from benchmarks.systems import images, learner, models, naive
 from tests.benchmarks.test_benchmarks import recorded
 
 CPU = torch.device("cpu")
@@ -89,6 +89,28 @@ def test_the_predecessor_is_compared_by_minima_until_it_has_seven_rounds():
     assert models.over(ours, few) == pytest.approx(10)
     cells = models.line(ours, [enough, record("(b) batched, eager", [0.22]), ours]).split(" | ")
     assert cells[4:6] == ["20.0x", "2.00x"]
+
+
+def test_the_predecessors_timed_call_reads_no_file_back(monkeypatch, tmp_path):
+    row = models.Bench(models.TINY[DIT], CPU).predecessor(tmp_path)
+    monkeypatch.setattr(naive.Image, "open", lambda path: pytest.fail("read back"))
+    for make, kind in ((row.make, "guided"), (row.unguided, "unguided")):
+        (path,) = make(torch.tensor([3]), torch.tensor([5]))
+        assert path == tmp_path / kind / "0003" / "000000.png"
+        assert path.stat().st_size > 0
+
+
+@pytest.mark.parametrize("faster", ["NCHW", "NHWC"])
+def test_b2_has_each_network_in_the_layout_that_takes_less_time(faster, monkeypatch):
+    seconds = {"NCHW": 2.0, "NHWC": 2.0, faster: 1.0}
+    clock = iter([seconds[layout] for layout in ("NCHW", "NHWC") * 2 for _ in range(2)])
+    monkeypatch.setattr(models, "_seconds", lambda call, device: next(clock))
+    made = models.Bench(models.TINY[SD], CPU).models()
+    assert made.in_faster_layouts(1) == {"unet": faster, "vae": faster}
+    for network, layout in ((made.transformer, faster), (made.vae, faster), (made.tiny, "NHWC")):
+        weights = [w for w in network.parameters() if w.dim() == 4 and min(w.shape) > 1]
+        nhwc = [w.is_contiguous(memory_format=torch.channels_last) for w in weights]
+        assert all(nhwc) if layout == "NHWC" else any(not each for each in nhwc)
 
 
 def test_the_documented_ratios_to_the_predecessor_are_those_of_the_record():
