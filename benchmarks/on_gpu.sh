@@ -123,7 +123,7 @@ if wanted models; then
 fi
 if wanted run; then
   short=(--device cuda)
-  [ ${#tiny[@]} -gt 0 ] && short=(--iterations 10 --initial-samples 16 --round-samples 16 --maximum-samples 32)
+  [ ${#tiny[@]} -gt 0 ] && short=(--iterations 50 --initial-samples 16 --round-samples 16 --maximum-samples 32)
   step run 35 $python -m dpfast run fashion --sources dp "${short[@]}" --out "$out/gpu_run" --overwrite
 fi
 if [ "$only" = rows ]; then
