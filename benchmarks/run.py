@@ -45,6 +45,7 @@ TABLES = {
     "rehearsal": "benchmarks.systems.rehearsal",
     "scaling": "benchmarks.systems.scaling",
     "overhead": "benchmarks.systems.overhead",
+    "pages": "benchmarks.systems.pages",
     "ranks": "benchmarks.systems.ranks",
 }
 Record = dict[str, Any]
