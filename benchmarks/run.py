@@ -31,6 +31,7 @@ KINDS = {"cpu": ("fresh", "reused"), "cuda": ("launched", "replayed")}
 TABLES = {
     "sampler": "benchmarks.systems.ablation",
     "cheaper": "benchmarks.systems.cheaper_steps",
+    "float8": "benchmarks.systems.float8",
     "models": "benchmarks.systems.models",
     "images": "benchmarks.systems.images",
     "regions": "benchmarks.systems.compile_regions",

@@ -16,18 +16,20 @@ from dpfast.ops.crop import StoredImages, crop_batch
 from dpfast.ops.dispatch import backend_of
 from dpfast.ops.entropy import entropy, entropy_and_grad
 from dpfast.ops.frozen_linear import frozen_linear
-from dpfast.ops.gate_norm_modulate import gate_norm_modulate
+from dpfast.ops.gate_norm_modulate import gate_norm_modulate, gate_norm_quantise
 from dpfast.ops.gather import gather_batch
 from dpfast.ops.geglu import geglu
 from dpfast.ops.group_norm import group_norm
 from dpfast.ops.guided_step import DynamicThreshold, guided_step
 from dpfast.ops.noise import normal
 from dpfast.ops.permutation import permutation
+from dpfast.ops.quantise import Quantised, quantise
 from dpfast.ops.relu_chain import relu_chain
 
 __all__ = [
     "ChunkTable",
     "DynamicThreshold",
+    "Quantised",
     "StoredImages",
     "backend_of",
     "bias_residual",
@@ -36,12 +38,14 @@ __all__ = [
     "entropy_and_grad",
     "frozen_linear",
     "gate_norm_modulate",
+    "gate_norm_quantise",
     "gather_batch",
     "geglu",
     "group_norm",
     "guided_step",
     "normal",
     "permutation",
+    "quantise",
     "relu_chain",
     "take_rows",
 ]

@@ -41,11 +41,14 @@ from dpfast.ops.group_norm import (
 )
 from dpfast.ops.group_norm import settings as group_norm_settings
 from dpfast.ops.guided_step import triton as guided
+from dpfast.ops.quantise import quantise_kernel
+from dpfast.ops.quantise import settings as quantise_settings
 from dpfast.ops.relu_chain import BLOCK as RELU_BLOCK
 from dpfast.ops.relu_chain import relu_backward_kernel
 from dpfast.ops.triton_stub import next_power, triton
 
 CAPABILITIES = (80, 90, 100)
+FLOAT8_LEAST = 90
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of one multiprocessor
 # Of one multiprocessor, alike on the three.
 THREADS = 2048
@@ -61,7 +64,7 @@ class Variant:
     `arguments` maps a parameter to a type ("*fp32", "i32", "i64:16" for a multiple of 16) or a
     constant; one left out is None. `reads` and `writes` are the payload bytes of a program by the
     operation's formula, in accesses of `width` bytes. `scalars` bounds the narrow loads of a
-    thread: coefficients, indices, ids.
+    thread: coefficients, indices, ids. Multiprocessors before `least` lack what the kernel needs.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Variant:
     writes: int
     width: int = WIDE
     scalars: int = 0
+    least: int = min(CAPABILITIES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,16 +396,35 @@ def gate_norm_variant(name: str, channels: int, given: str, *, backward: bool = 
     else:
         tensors = ("x", "stream", "out")
         streams = writes = 1 + ("branch" in names)
+    eight = "scales" in names  # out in float8: half a row
     return Variant(
         name=f"gate_norm_modulate, {name}, D = {channels}, bf16",
         kernel=gate_norm_backward_kernel if backward else gate_norm_modulate_kernel,
         arguments={
             **dict.fromkeys((*tensors, *names), "*bf16"),
+            **({"out": "*fp8e4nv", "scales": "*fp32"} if eight else {}),
             **{"tokens": "i32", "stride": "i32:16", "eps": "fp32", "D": channels, "BLOCK": block},
         },
         warps=warps,
         reads=(streams + len(vectors)) * row,  # rows of a sample and vectors from the cache
-        writes=writes * row,
+        writes=writes * row - eight * block,
+        least=FLOAT8_LEAST if eight else min(CAPABILITIES),
+    )
+
+
+def _quantise(channels: int, gelu: bool) -> Variant:
+    block, warps = quantise_settings(channels)
+    return Variant(
+        name=f"quantise{', gelu' if gelu else ''}, D = {channels}, bf16",
+        kernel=quantise_kernel,
+        arguments={
+            **{"x": "*bf16", "values": "*fp8e4nv", "scales": "*fp32"},
+            **{"GELU": gelu, "D": channels, "BLOCK": block},
+        },
+        warps=warps,
+        reads=2 * block,
+        writes=block,
+        least=FLOAT8_LEAST,
     )
 
 
@@ -564,6 +587,10 @@ def variants() -> list[Variant]:
         *(_relu_backward(more) for more in (False, True)),
         gate_norm_variant("DiT, first", 1152, "scale shift"),
         gate_norm_variant("DiT, between", 1152, "branch gate scale shift"),
+        gate_norm_variant("DiT, first, float8", 1152, "scale shift scales"),
+        gate_norm_variant("DiT, between, float8", 1152, "branch gate scale shift scales"),
+        _quantise(1152, gelu=False),
+        _quantise(4608, gelu=True),
         gate_norm_variant("DiT, backward", 1152, "dstream gate scale", backward=True),
         *(gate_norm_variant("UNet", width, "offset weight bias") for width in (320, 1280)),
         gate_norm_variant("UNet, between", 1280, "branch weight bias"),
@@ -574,11 +601,12 @@ def variants() -> list[Variant]:
 def audit(
     chosen: Iterable[Variant] | None = None, capabilities: Sequence[int] = CAPABILITIES
 ) -> list[Report]:
-    """Reports for `chosen` variants, all by default, on each of `capabilities`."""
+    """Reports for `chosen` variants, all by default, on each of `capabilities` that they run on."""
     return [
         inspect(variant, capability)
         for variant in chosen or variants()
         for capability in capabilities
+        if capability >= variant.least
     ]
 
 

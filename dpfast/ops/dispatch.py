@@ -42,6 +42,7 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "gate_norm_modulate": ("triton",),
     "group_norm": ("triton",),
     "relu_chain": ("triton",),  # its products are cuDNN's, through PyTorch
+    "quantise": ("triton",),
 }
 CPU = torch.device("cpu")
 

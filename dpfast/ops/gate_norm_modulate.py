@@ -13,6 +13,9 @@ all. The gradient of u, where v is that which reaches it from elsewhere, and m =
 Bytes for n elements of b bytes: 2 n b forward without a branch and 4 n b with one; backward 3 n b,
 and 1 n b each for v and, where there is a gate, for dh. PyTorch's passes for a whole block of DiT
 (product, sum, norm, product, sum) are 13 n b forward.
+
+``gate_norm_quantise`` writes y in float8 with a factor a row (``dpfast.ops.quantise``), for a
+product that reads it so: n + 4 bytes a row in the place of n b.
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
@@ -28,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from dpfast.errors import InputError
 from dpfast.ops import check, dispatch
+from dpfast.ops.quantise import FLOAT8, Quantised, quantise, store_row
 from dpfast.ops.traffic import register_traffic
 from dpfast.ops.triton_stub import next_power, tl, triton
 
@@ -81,13 +85,16 @@ def gate_norm_modulate_kernel(
     shift,
     stream,
     out,
+    scales,
     tokens,
     stride,
     eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """u and y of one row; stride: from a sample's gate, scale and shift to the next one's."""
+    """u and y of one row, y in float8 where there are scales to write; stride: from a sample's
+    gate, scale and shift to the next one's.
+    """
     row = tl.program_id(0).to(tl.int64)
     sample = row // tokens
     column = tl.arange(0, BLOCK)
@@ -98,7 +105,7 @@ def gate_norm_modulate_kernel(
         if gate is not None:
             h *= _vector(gate, sample * stride + column, real)
         # the norm is that of the stream as it is kept
-        kept = (u + h).to(out.dtype.element_ty)
+        kept = (u + h).to(x.dtype.element_ty)
         if stream is not None:
             tl.store(stream + row * D + column, kept, mask=real)
         u = kept.to(tl.float32)
@@ -111,7 +118,10 @@ def gate_norm_modulate_kernel(
         y *= 1.0 + _vector(scale, sample * stride + column, real)
     if shift is not None:
         y += _vector(shift, sample * stride + column, real)
-    tl.store(out + row * D + column, y.to(out.dtype.element_ty), mask=real)
+    if scales is not None:
+        store_row(y, out, scales, row, column, real, D)
+    else:
+        tl.store(out + row * D + column, y.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -183,9 +193,47 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The stream, empty where there is no branch or it is not to be kept, and y."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    given = (x, branch, gate, offset, weight, bias, scale, shift)
+    return _launch(*given, eps, keep, out, None), out
+
+
+def _quantised(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    values_dtype: torch.dtype = FLOAT8,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stream, empty where there is no branch, and y as values and scales.
+
+    values_dtype: float8, or for tests fp32: what is rounded to it.
+    """
+    values = torch.empty_like(x, dtype=values_dtype, memory_format=torch.contiguous_format)
+    scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    given = (x, branch, gate, None, None, None, scale, shift)
+    return _launch(*given, eps, True, values, scales), values, scales
+
+
+def _launch(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    offset: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    keep: bool,
+    out: Tensor,
+    scales: Tensor | None,
+) -> Tensor:
+    """Writes y into ``out``; the stream, as ``_forward`` returns it."""
     x, branch = x.contiguous(), dispatch.contiguous(branch)
     stride, (gate, scale, shift) = _strided(gate, scale, shift)
-    out = torch.empty_like(x)
     stream = torch.empty_like(x) if branch is not None and keep else None
     if x.numel():
         tokens, channels = x.shape[1:]
@@ -201,6 +249,7 @@ def _forward(
             shift,
             stream,
             out,
+            scales,
             tokens,
             stride,
             eps,
@@ -208,7 +257,7 @@ def _forward(
             block,
             num_warps=warps,
         )
-    return x.new_empty(0) if stream is None else stream, out
+    return x.new_empty(0) if stream is None else stream
 
 
 def _backward(
@@ -272,6 +321,25 @@ def _(
     return x.new_empty(x.shape if branch is not None and keep else 0), x.new_empty(x.shape)
 
 
+@torch.library.custom_op("dpfast::gate_norm_quantise", mutates_args=())
+def _quantising(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _quantised(x, branch, gate, scale, shift, eps)
+
+
+@_quantising.register_fake
+def _(x: Tensor, branch: Tensor | None, *_: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    stream = x.new_empty(0 if branch is None else x.shape)
+    return stream, x.new_empty(x.shape, dtype=FLOAT8), scales
+
+
 @_derivative.register_fake
 def _(
     u: Tensor, dy: Tensor, dstream: Tensor | None, gate: Tensor | None, *_: Tensor | float | None
@@ -301,6 +369,12 @@ def _backward_traffic(
 ) -> tuple[int]:
     has = {"stream": dstream is not None, "gate": gate is not None}
     return (backward_bytes_moved(u.numel(), u.itemsize, **has),)
+
+
+@register_traffic(torch.ops.dpfast.gate_norm_quantise)
+def _quantising_traffic(x: Tensor, branch: Tensor | None, *_: Any, out: Any) -> tuple[int]:
+    stream = (1 if branch is None else 3) * x.numel() * x.itemsize
+    return (stream + x.numel() + 4 * out[2].numel(),)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -385,21 +459,8 @@ def gate_norm_modulate(
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), the adaLN-Zero
     block.
     """
-    check.tensor("x", x, (*check.FLOATS, torch.float64))
-    if x.dim() != 3 or x.shape[2] == 0:
-        raise InputError(f"x has shape {tuple(x.shape)}, expected (B, T, D)")
-    batch, _, channels = x.shape
-    if branch is not None:
-        check.shaped("branch", check.tensor("branch", branch, (x.dtype,), x.device), x.shape)
-    elif gate is not None:
-        raise InputError("gate is given without a branch")
-    check.number("eps", eps)
-    if eps < 0:
-        raise InputError(f"eps = {eps}: expected a number that is not negative")
-    gate, scale, shift = (
-        _constant(name, value, x, (batch, channels))
-        for name, value in (("gate", gate), ("scale", scale), ("shift", shift))
-    )
+    gate, scale, shift = _checked(x, branch, gate, scale, shift, eps)
+    channels = x.shape[2]
     offset, weight, bias = (
         _constant(name, value, x, (channels,))
         for name, value in (("offset", offset), ("weight", weight), ("bias", bias))
@@ -411,6 +472,66 @@ def gate_norm_modulate(
     graph = dispatch.in_graph(x, branch)
     stream, y = (_Differentiable.apply if graph else _forward)(*given, keep or taped)
     return stream if graph or branch is not None else x, y
+
+
+def gate_norm_quantise(
+    x: Tensor,
+    branch: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Quantised]:
+    """``gate_norm_modulate`` of a step without a tape, with y in float8 and one factor a token.
+
+    Args:
+        x, branch: as there, in fp32, fp16 or bf16.
+        gate, scale, shift, eps: as there.
+
+    Returns:
+        The stream u (B, T, D) in x's dtype, which is x itself without a branch, and y as
+        ``Quantised``, from fp32 (on a CPU from x's dtype). Without a gradient.
+
+    Raises:
+        TypeError: wrong type or dtype. InputError: as there.
+    """
+    check.tensor("x", x, check.FLOATS)
+    gate, scale, shift = _checked(x, branch, gate, scale, shift, eps)
+    x, branch = x.detach(), None if branch is None else branch.detach()
+    if not dispatch.has_kernels("gate_norm_modulate", x):
+        plain = (None, None, None)
+        stream, y = reference(x, branch, gate, *plain, scale, shift, float(eps))
+        return stream, quantise(y)
+    run = _quantising if dispatch.in_graph(x, branch) else _quantised
+    stream, *y8 = run(x, branch, gate, scale, shift, float(eps))
+    return x if branch is None else stream, Quantised(*y8)
+
+
+def _checked(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """gate, scale and shift as constants."""
+    check.tensor("x", x, (*check.FLOATS, torch.float64))
+    if x.dim() != 3 or x.shape[2] == 0:
+        raise InputError(f"x has shape {tuple(x.shape)}, expected (B, T, D)")
+    batch, _, channels = x.shape
+    if branch is not None:
+        check.shaped("branch", check.tensor("branch", branch, (x.dtype,), x.device), x.shape)
+    elif gate is not None:
+        raise InputError("gate is given without a branch")
+    check.number("eps", eps)
+    if eps < 0:
+        raise InputError(f"eps = {eps}: expected a number that is not negative")
+    return tuple(
+        _constant(name, value, x, (batch, channels))
+        for name, value in (("gate", gate), ("scale", scale), ("shift", shift))
+    )
 
 
 def _constant(name: str, value: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:

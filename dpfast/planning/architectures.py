@@ -20,6 +20,7 @@ from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder, dec
 from dpfast.generate.models.denoiser import DiTDenoiser, TextUNetDenoiser
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.pipeline import DTYPES
 from dpfast.generate.solvers import load_scheduler, prediction_of
 from dpfast.learn.models import build_learner
 
@@ -141,7 +142,7 @@ def pipeline_of(generator: Generator) -> Pipeline:
     ``InputError``.
     """
     names = class_names(generator)
-    classes, dtype = None if names is None else len(names), getattr(torch, generator.dtype)
+    classes, dtype = None if names is None else len(names), DTYPES[generator.dtype]
     return resized(
         without_weights(generator.pipeline, classes=classes, dtype=dtype), generator.image_size
     )

@@ -11,6 +11,7 @@ here the function that loads a folder's parts, and enter it in ``FAMILIES``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from dpfast.generate.models.denoiser import (
     TextTransformerDenoiser,
     TextUNetDenoiser,
 )
+from dpfast.generate.models.fused import quantise
 from dpfast.generate.pipelines.attention import set_attention
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.prompts import (
@@ -40,6 +42,8 @@ from dpfast.generate.pipelines.prompts import (
     encode_stable_diffusion_3,
 )
 from dpfast.generate.solvers import load_scheduler, prediction_of
+
+log = logging.getLogger(__name__)
 
 CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
 
@@ -53,6 +57,7 @@ class LoadOptions:
     attention: str
     channels_last: bool
     fused: bool
+    float8: bool  # of the linear layers, where dtype is of all else
     class_names: Sequence[str] | None
     prompt_template: str
 
@@ -75,7 +80,22 @@ def load(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     """
     family = family_of(folder)
     folder.need(*family.needs)
-    return family.load(folder, options)
+    if options.float8 and not family.float8:
+        able = " and ".join(name for name, each in FAMILIES.items() if each.float8)
+        raise folder.error(
+            f"a {folder.kind} with dtype = 'float8', which is for {able}; use 'bfloat16'"
+        )
+    parts = family.load(folder, options)
+    if options.float8:
+        denoiser: Any = parts.denoiser
+        quantised, layers = quantise(denoiser.model)
+        log.info("float8: %d of %d linear layers of the denoiser", quantised, layers)
+        if not quantised:
+            raise folder.error(
+                "dtype = 'float8' finds no block whose linear layers take it (known to "
+                "dpfast.generate.models.fused, widths that are multiples of 16); use 'bfloat16'"
+            )
+    return parts
 
 
 def check(folder: PipelineFolder) -> None:
@@ -204,12 +224,13 @@ class Family:
     """What is known of a kind of pipeline folder.
 
     load: makes its parts. needs: the sub-folders without which it cannot be loaded. models: the
-    parts with weights, where the folder has them.
+    parts with weights, where the folder has them. float8: whether its linear layers gain by it.
     """
 
     load: Callable[[PipelineFolder, LoadOptions], LoadedParts]
     needs: tuple[str, ...]
     models: tuple[str, ...]
+    float8: bool = False
 
 
 _PIXEL = Family(_pixel, needs=("unet", "scheduler"), models=("unet",))
@@ -218,6 +239,7 @@ FAMILIES = {
         _dit,
         needs=("transformer", "vae", "scheduler"),
         models=("transformer", "vae"),
+        float8=True,
     ),
     "StableDiffusionPipeline": Family(
         _stable_diffusion,
@@ -236,6 +258,7 @@ FAMILIES = {
             "scheduler",
         ),
         models=("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+        float8=True,
     ),
     "DDIMPipeline": _PIXEL,
     "DDPMPipeline": _PIXEL,

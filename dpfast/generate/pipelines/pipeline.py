@@ -19,7 +19,14 @@ from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.solvers import SolverTable, solver_table
 from dpfast.hardware.device import device_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT8 = "float8"
+DTYPES = {  # and that of the weights; beside those in float8 all else is bf16
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    FLOAT8: torch.bfloat16,
+}
+HOPPER = (9, 0)  # the first compute capability whose products in float8 take a factor a row
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,9 @@ class Pipeline:
             device: of all parts and tables; a name is "auto", "cpu", "cuda" or "cuda:N".
             dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents,
                 images and the solver stay in float32, and so does a decoder whose configuration
-                says ``force_upcast``.
+                says ``force_upcast``. "float8" is bfloat16 with the linear layers in the blocks of
+                a DiT or Stable Diffusion 3 in float8 wherever no gradient is taken: an
+                approximation, for a GPU of the Hopper generation or a later one.
             attention: "sdpa" or "xformers", which must match torch and needs a GPU.
             channels_last: memory format of the convolutional models, UNets and full decoders; the
                 tiny decoder and fused models always have it.
@@ -86,12 +95,16 @@ class Pipeline:
         """
         placed = device_of(device)
         kind = kernels.checked(attention, placed)
+        float8 = str(dtype).removeprefix("torch.") == FLOAT8
+        if float8:
+            _check_float8(placed, fused)
         options = families.LoadOptions(
             placed,
             _dtype(dtype),
             kind,
             channels_last,
             placed.type == "cuda" if fused == "auto" else fused,
+            float8,
             class_names,
             prompt_template,
         )
@@ -125,6 +138,20 @@ class Pipeline:
         return solver_table(self.scheduler, steps, solver=solver, eta=eta, image_tokens=tokens).to(
             self.device
         )
+
+
+def _check_float8(device: torch.device, fused: bool | str) -> None:
+    found = f"device = {str(device)!r}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        found += " has compute capability {}.{}".format(*capability)
+    if device.type != "cuda" or capability < HOPPER:
+        raise InputError(
+            "dtype = 'float8' needs a GPU of compute capability 9.0 (Hopper) or later, and "
+            f"{found}; use 'bfloat16'"
+        )
+    if not fused:
+        raise InputError("dtype = 'float8' needs fused blocks, and fused = False; use 'bfloat16'")
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -34,6 +34,7 @@ from dpfast.generate.models.fused.adaptive import (
     FusedPatches,
     alone,
     link,
+    quantise,
 )
 from dpfast.generate.models.fused.conditions import share_conditions
 from dpfast.generate.models.fused.convolutional import (
@@ -46,7 +47,7 @@ from dpfast.generate.models.fused.refusal import Refusal
 from dpfast.generate.models.fused.tiny import tiny_block, tiny_decoder
 from dpfast.generate.models.fused.transformer import FusedImageAttention, FusedTransformer
 
-__all__ = ["FORMS", "alone", "fuse", "share_conditions"]
+__all__ = ["FORMS", "alone", "fuse", "quantise", "share_conditions"]
 
 log = logging.getLogger(__name__)
 

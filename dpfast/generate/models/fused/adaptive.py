@@ -3,6 +3,9 @@
 The end of a branch (gate and residual) and the beginning of the next (norm and modulation) are one
 pass, across blocks too: a block hands its last branch on to the next one, which adds it. In a step
 without a tape the feed-forward layer's GELU is inside its product.
+
+In float8 (``quantise``) the norm writes a step's activations without a tape in 8 bits, and so does
+one pass behind the attention and one with the GELU; a step with a tape is that of bf16.
 """
 
 from __future__ import annotations
@@ -42,6 +45,20 @@ class Stream(NamedTuple):
         return self.x.dtype
 
 
+def _is_taped(stream: Stream | Tensor) -> bool:
+    return is_taped(stream.x if isinstance(stream, Stream) else stream)
+
+
+def _norm8(
+    stream: Stream | Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight: bool
+) -> tuple[Tensor, Tensor | ops.Quantised]:
+    """``_norm``, or with its norm in float8."""
+    if not eight:
+        return _norm(stream, scale, shift, eps)
+    x, branch, gate = stream if isinstance(stream, Stream) else (stream, None, None)
+    return ops.gate_norm_quantise(x, branch, gate=gate, scale=scale, shift=shift, eps=eps)
+
+
 def _norm(
     stream: Stream | Tensor, scale: Tensor, shift: Tensor, eps: float, *, keep: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -63,7 +80,9 @@ class FeedForward(nn.Module):
         need(all(type(each) is nn.Dropout for each in rest), "a layer behind the feed-forward's")
         self.into, self.out = Projection(inner.proj), Projection(out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | ops.Quantised) -> Tensor:
+        if not isinstance(x, Tensor):
+            return self.out(ops.quantise(self.into(x), gelu=True))
         # CUDA's epilogue is the tanh form; a CPU's would be the exact one
         if (x.is_cuda or x.is_meta) and self.into.bias is not None and not is_taped(x):
             rows = torch._addmm_activation(
@@ -91,19 +110,28 @@ class FusedDiTBlock(nn.Module):
         need(not self.attention.across, "a cross-attention")
         self.feed_forward = FeedForward(block.ff)
         self.hands_on = False  # until ``link`` has seen the model around it
+        self.float8 = False  # until ``quantise``
 
     def forward(
         self, hidden_states: Any, *, timestep: Any = None, class_labels: Any = None, **_: Any
     ) -> Any:
         rows = _rows(self.norm1, timestep, class_labels, hidden_states.dtype)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows.chunk(6, dim=1)
-        x, normed = _norm(hidden_states, scale, shift, self.eps[0])
-        branch = self.attention.out(self.attention(normed))
-        x, normed = _norm(Stream(x, branch, gate), scale_mlp, shift_mlp, self.eps[1])
+        eight = self.float8 and not _is_taped(hidden_states)
+        x, normed = _norm8(hidden_states, scale, shift, self.eps[0], eight=eight)
+        branch = _out(self.attention.out, self.attention(normed), eight=eight)
+        stream = Stream(x, branch, gate)
+        x, normed = _norm8(stream, scale_mlp, shift_mlp, self.eps[1], eight=eight)
         branch = self.feed_forward(normed)
         if self.hands_on:
             return Stream(x, branch, gate_mlp)
         return torch.addcmul(x, gate_mlp[:, None], branch)
+
+
+def _out(layer: Any, x: Tensor, *, eight: bool) -> Tensor:
+    """An attention's output layer."""
+    out: Tensor = layer(ops.quantise(x) if eight else x)
+    return out
 
 
 def _rows(norm: Any, timestep: Any, class_labels: Any, dtype: torch.dtype) -> Tensor:
@@ -150,6 +178,7 @@ class FusedJointBlock(nn.Module):
         self.feed_forward = FeedForward(block.ff)
         self.text_feed_forward = None if self.last else FeedForward(block.ff_context)
         self.hands_on = False  # until ``link`` has seen the model around it
+        self.float8 = False  # until ``quantise``
 
     def forward(
         self, hidden_states: Any, encoder_hidden_states: Any, temb: Tensor, *_: Any, **__: Any
@@ -157,20 +186,24 @@ class FusedJointBlock(nn.Module):
         conditioning = F.silu(temb)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.image(conditioning).chunk(6, 1)
         rows = self.text(conditioning).chunk(2 if self.last else 6, dim=1)
-        x, normed = _norm(hidden_states, scale, shift, self.eps_image[0])
+        eight = self.float8 and not (_is_taped(hidden_states) or _is_taped(encoder_hidden_states))
+        x, normed = _norm8(hidden_states, scale, shift, self.eps_image[0], eight=eight)
         # behind the last block the text is only read: scale comes first there
         text_scale, text_shift = rows if self.last else (rows[1], rows[0])
-        text, text_normed = _norm(encoder_hidden_states, text_scale, text_shift, self.eps_text[0])
-        branch, text_branch = self._attend(normed, text_normed)
-        x, normed = _norm(
-            Stream(x, self.out(branch), gate), scale_mlp, shift_mlp, self.eps_image[1]
+        text, text_normed = _norm8(
+            encoder_hidden_states, text_scale, text_shift, self.eps_text[0], eight=eight
         )
+        branch, text_branch = self._attend(normed, text_normed)
+        stream = Stream(x, _out(self.out, branch, eight=eight), gate)
+        x, normed = _norm8(stream, scale_mlp, shift_mlp, self.eps_image[1], eight=eight)
         image = self._end(x, self.feed_forward(normed), gate_mlp)
         if self.text_out is None or self.text_feed_forward is None:
             return None, image
         _, _, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = rows
-        stream = Stream(text, self.text_out(text_branch), text_gate)
-        text, text_normed = _norm(stream, text_scale_mlp, text_shift_mlp, self.eps_text[1])
+        stream = Stream(text, _out(self.text_out, text_branch, eight=eight), text_gate)
+        text, text_normed = _norm8(
+            stream, text_scale_mlp, text_shift_mlp, self.eps_text[1], eight=eight
+        )
         return self._end(text, self.text_feed_forward(text_normed), text_gate_mlp), image
 
     def _end(self, x: Tensor, branch: Tensor, gate: Tensor) -> Stream | Tensor:
@@ -178,9 +211,11 @@ class FusedJointBlock(nn.Module):
             return Stream(x, branch, gate)
         return torch.addcmul(x, gate[:, None], branch)
 
-    def _attend(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        split = image.shape[1]
+    def _attend(
+        self, image: Tensor | ops.Quantised, text: Tensor | ops.Quantised
+    ) -> tuple[Tensor, Tensor]:
         parts = self._heads(self.inputs(image), self.norm_q, self.norm_k)
+        split = parts[0].shape[2]
         added = self._heads(self.text_inputs(text), self.norm_added_q, self.norm_added_k)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(parts, added, strict=True))
         out = attend(q, k, v).transpose(1, 2).flatten(2)
@@ -269,6 +304,25 @@ def link(model: Any) -> None:
         return
     for block in blocks:
         block.hands_on = True
+
+
+def quantise(model: nn.Module) -> tuple[int, int]:
+    """Lets the linear layers of a model's fused blocks run in float8 in steps without a tape, in
+    place; in bf16 stays a block with one that cannot.
+
+    Returns how many linear layers are in float8, and of how many in the model.
+    """
+    count = 0
+    for block in model.modules():
+        if isinstance(block, (FusedDiTBlock, FusedJointBlock)):
+            layers = [layer for layer in block.modules() if isinstance(layer, Projection)]
+            if all(layer.takes_float8() for layer in layers):
+                for layer in layers:
+                    layer.quantise()
+                block.float8 = True
+                count += len(layers)
+    kinds = (Projection, nn.Linear)
+    return count, sum(isinstance(layer, kinds) for layer in model.modules())
 
 
 def alone(block: nn.Module) -> nn.Module:

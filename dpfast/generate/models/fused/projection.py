@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dpfast import ops
 from dpfast.generate.models.fused.refusal import expect, need
 
 
@@ -51,11 +52,13 @@ class _Parts(torch.autograd.Function):
 
 class Projection(nn.Module):
     """Linear layers that read the same x (..., in) as one, to (..., out); a 1x1 convolution of rows
-    is one, too.
+    is one, too. Quantised, it takes x in float8 as well.
     """
 
     weight: Tensor
     bias: Tensor | None
+    values: Tensor | None  # the weight in float8, (out, in), and a factor of each row, (1, out)
+    scales: Tensor | None
 
     def __init__(self, *layers: Any) -> None:
         super().__init__()
@@ -73,13 +76,42 @@ class Projection(nn.Module):
             frozen(self, "bias", rows[0] if len(rows) == 1 else torch.cat(rows))
         else:
             frozen(self, "bias", None)
+        frozen(self, "values", None)
+        frozen(self, "scales", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def takes_float8(self) -> bool:
+        """Whether the product in float8 exists: of bf16 weights, both sides multiples of 16."""
+        return self.weight.dtype == torch.bfloat16 and not any(n % 16 for n in self.weight.shape)
 
-    def parts(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+    def quantise(self) -> None:
+        """Keeps the weight in float8 too, half of its bytes more; a step with a tape reads it in
+        bf16.
+        """
+        values, scales = ops.quantise(self.weight)
+        frozen(self, "values", values)
+        frozen(self, "scales", scales.t())
+
+    def forward(self, x: Tensor | ops.Quantised) -> Tensor:
+        if isinstance(x, Tensor):
+            return F.linear(x, self.weight, self.bias)
+        assert self.values is not None
+        assert self.scales is not None
+        # sums in the tensor cores' own precision, as torchao's inference has it: beside the
+        # rounding to float8 the difference is small, and exact sums take longer
+        rows = torch._scaled_mm(
+            x.values.flatten(0, -2),
+            self.values.t(),
+            x.scales.flatten(0, -2),
+            self.scales,
+            bias=self.bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return rows.unflatten(0, x.values.shape[:-1])
+
+    def parts(self, x: Tensor | ops.Quantised, count: int) -> tuple[Tensor, ...]:
         """The result in ``count`` equal parts of its columns."""
-        if is_taped(x):
+        if isinstance(x, Tensor) and is_taped(x):
             return _Parts.apply(x, self.weight, self.bias, count)
         return self(x).chunk(count, dim=-1)
 

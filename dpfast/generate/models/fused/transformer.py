@@ -55,7 +55,7 @@ class FusedAttention(nn.Module):
         self.inputs, self.out = Projection(*parts), Projection(attention.to_out[0])
         self.columns = None
 
-    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | ops.Quantised, text: Tensor | None = None) -> Tensor:
         if self.across:
             assert text is not None
             rows = self.inputs(text) if self.columns is None else text[..., self.columns]
