@@ -95,18 +95,18 @@ wanted() { [ "${only:-$1}" = "$1" ]; }
 
 # The build itself never fails, so that dpfast installs without a compiler: whether it worked shows in the import.
 if wanted tests || wanted ops; then
-  step build 45 bash -c "$python setup.py -q build_ext --inplace && $python -c 'import dpfast._native'"
+  step build 40 bash -c "$python setup.py -q build_ext --inplace && $python -c 'import dpfast._native'"
 fi
 tests=($python -m pytest -q -rs --tb=short -m "not slow" -p no:cacheprovider)
 has xdist && tests+=(-n 6)
 if wanted tests; then
-  step ops_tests 125 "${tests[@]}" tests/ops
-  has diffusers && step gpu_tests 85 "${tests[@]}" tests/gpu
+  step ops_tests 115 "${tests[@]}" tests/ops
+  has diffusers && step gpu_tests 80 "${tests[@]}" tests/gpu
 fi
 if wanted ops; then
-  limit=200 tested=()  # each operation's tests run before it is timed, unless they have just passed
+  limit=240 tested=()  # each operation's tests run before it is timed, unless they have just passed
   if wanted tests; then
-    limit=50
+    limit=80
     [ $failed -eq 0 ] && tested=(--tested)
   fi
   step ops $limit "${bench[@]}" ops --device cuda --rounds 9 "${tested[@]}" --record "$out"
@@ -116,23 +116,28 @@ if ! has diffusers; then
   echo "== samplers, learners and the loop skipped: diffusers is not installed"
   exit $failed
 fi
+learner=("${bench[@]}" learner "${tiny[@]}" --record "$out")
+eager="=plain loop, fused AdamW|AveragedModel|=dpfast"
 if wanted models; then
-  rows="the predecessor|=(b) batched, eager|=dpfast, compiled blocks and graphs|=dpfast, fused, CUDA graphs"
-  step models 150 "${bench[@]}" models "${tiny[@]}" --rounds 2 --rows "$rows" --record "$out"
-  step learner 40 "${bench[@]}" learner "${tiny[@]}" --rounds 2 --rows "fused AdamW|=dpfast" --record "$out"
+  rows="the predecessor|=(b) batched, eager|=dpfast, fused, CUDA graphs"
+  blocks="=dpfast, compiled blocks and graphs"
+  models=("${bench[@]}" models "${tiny[@]}" --rounds 2 --record "$out")
+  step models 115 "${models[@]}" --rows "$rows"
+  step dit_blocks 40 "${models[@]}" --models dit-xl-2 --rows "$blocks"
+  # Sixteen compilations of half a minute in all, and no time for them beside everything else.
+  [ "$only" = models ] && step unet_blocks 120 "${models[@]}" --models stable-diffusion-1.5 --rows "$blocks"
+  step learner 35 "${learner[@]}" --rounds 2 --rows "$eager"
 fi
 if wanted run; then
   short=(--device cuda)
   [ ${#tiny[@]} -gt 0 ] && short=(--iterations 50 --initial-samples 16 --round-samples 16 --maximum-samples 32)
-  step run 35 $python -m dpfast run fashion --sources dp "${short[@]}" --out "$out/gpu_run" --overwrite
+  step run 30 $python -m dpfast run fashion --sources dp "${short[@]}" --out "$out/gpu_run" --overwrite
 fi
 if [ "$only" = rows ]; then
   models=("${bench[@]}" models "${tiny[@]}" --rounds 2 --record "$out")
-  step R1 150 "${models[@]}" --models stable-diffusion-1.5 --rows "batched|fused"
+  step R1 150 "${models[@]}" --models stable-diffusion-1.5 --rows "batched|dpfast, fused"
   step R2 90 "${models[@]}" --models dit-xl-2 --rows "=(b) batched, eager|blocks|=dpfast, fused, CUDA graphs"
   step R3 50 "${bench[@]}" images "${tiny[@]}" --record "$out"
-  learner=("${bench[@]}" learner "${tiny[@]}" --record "$out")
-  eager="=plain loop, fused AdamW|AveragedModel|=dpfast"
   step R4_vit 45 "${learner[@]}" --only ViT --rounds 1 --steps 5 --rows "$eager|=dpfast, compiled"
   step R4_fashion 20 "${learner[@]}" --only fashion --rounds 5 --rows "$eager"
 fi

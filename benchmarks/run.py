@@ -26,6 +26,7 @@ from dpfast.cli.parser import Parser, at_least, in_one_line
 from dpfast.errors import InputError
 
 COPY = "copy"
+HEADING = 2  # lines of a table before its rows
 CASES = ("ops", "pool", "loader")  # suites of cases
 KINDS = {"cpu": ("fresh", "reused"), "cuda": ("launched", "replayed")}
 TABLES = {
@@ -179,20 +180,24 @@ def _run(given: list[str]) -> int:
         file=sys.stderr,
     )
     failed = False
-    records = []
+    kept = None if options.record is None or options.no_gate else options.record
+    file = None if kept is None else kept / f"{options.suite}.jsonl"
+    if file is not None:
+        timing.append(file, options.suite, [], device)
+    print(table([]), flush=True)
     for case in chosen:
         report = None if options.no_gate or options.tested else gate.failure(case.tests)
         if report is not None:
             print(f"{case.name}: its tests fail, nothing is timed\n{report}", file=sys.stderr)
             failed = True
             continue
-        for record in measure(case, device, options.rounds):
-            if options.no_gate:
-                record |= {"ratios": {}, "targets": {}}
-            records.append(record)
-    print(table(records))
-    if options.record is not None and not options.no_gate:
-        timing.append(options.record / f"{options.suite}.jsonl", options.suite, records, device)
+        records = measure(case, device, options.rounds)
+        if options.no_gate:
+            records = [record | {"ratios": {}, "targets": {}} for record in records]
+        # each as soon as it is there: a run that is cut off has the others
+        print("\n".join(table(records).splitlines()[HEADING:]), flush=True)
+        if file is not None:
+            timing.append(file, options.suite, records, device)
     return 1 if failed else 0
 
 

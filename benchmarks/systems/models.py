@@ -399,8 +399,6 @@ class Bench:
             },
             "dpfast, compiled and graphs": {"compile": True, "cuda_graphs": graphs},
         }
-        if not self.setting.is_dit:
-            ours = {title: given for title, given in ours.items() if "blocks" not in title}
         makers: dict[str, Callable[[], Row]] = {
             _A: lambda: self.predecessor(folder),
             "(b) batched, eager": lambda: self.plain("(b) batched, eager"),

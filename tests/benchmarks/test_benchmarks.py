@@ -27,10 +27,9 @@ def tiny(tests: str, **changes) -> Case:
         OURS: lambda: time.sleep(1e-3),
         OURS_OUT: lambda: None,
     }
-    options = {"bytes": 1 << 12, "targets": {EAGER: 2, "copy": 0.5}, **changes}
-    return Case(
-        operation="sleep", size="4 ms", tests=tests, build=lambda device: dict(variants), **options
-    )
+    options = {"bytes": 1 << 12, "targets": {EAGER: 2, "copy": 0.5}}
+    options["build"] = lambda device: dict(variants)
+    return Case(operation="sleep", size="4 ms", tests=tests, **options | changes)
 
 
 @pytest.fixture
@@ -89,6 +88,18 @@ def test_a_record_has_the_times_the_ratios_and_the_machine(use, tmp_path, capsys
                 for rival in (EAGER, run.COPY)
             }
     assert "| sleep: 4 ms | fresh | eager |" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_off_has_kept_and_told_the_cases_before(
+    use, monkeypatch, tmp_path, capsys
+):
+    use("pass")
+    (one,) = run.cases("ops")
+    monkeypatch.setattr(run, "cases", lambda suite: [one, tiny(one.tests, build=None)])
+    with pytest.raises(TypeError):  # the second case has nothing to build
+        run._run(["ops", "--rounds", "1", "--device", "cpu", "--tested", "--record", str(tmp_path)])
+    assert len((tmp_path / "ops.jsonl").read_text().splitlines()) == len(run.KINDS["cpu"])
+    assert "| sleep: 4 ms | reused | eager |" in capsys.readouterr().out
 
 
 def test_without_the_gate_there_are_no_ratios_and_no_record(use, tmp_path, capsys):
