@@ -2,12 +2,13 @@
 eager steps.
 
 The embedded generator, or a DiT of its width with another number of blocks and random weights. Each
-compilation begins with an empty inductor cache; what it took is the first batch less the second, of
-guided and plain steps and decoding.
+compilation begins with an empty inductor cache, or with what earlier processes kept (`--kept`);
+what it took is the first batch less the second, of guided and plain steps and decoding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -69,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--regions", default="eager,blocks,step", help="which of them (default eager,blocks,step)"
     )
+    parser.add_argument(
+        "--kept", action="store_true", help="begin with what earlier processes compiled and kept"
+    )
     add_device(parser)
     options = parser.parse_args(arguments)
     device = options.device
@@ -81,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             {"compile": False} if region == "eager" else {"compile": True, "compile_region": region}
         )
         sampler = GuidedSampler(pipeline, judge, guidance=guidance, steps=STEPS, **chosen)
-        with fresh_inductor_cache():
+        with contextlib.nullcontext() if options.kept else fresh_inductor_cache():
             first, *rest = (
                 seconds(partial(sampler.generate, labels), device)
                 for _ in range(1 + options.rounds)

@@ -172,6 +172,8 @@ def traffic(code: str) -> int:
         r"(\w+) = (?:rand_strided|empty_strided_cuda|reinterpret_tensor)\((?:\w+, )?\(([^)]*)\)",
         code,
     )
+    # results of library calls, of which the code asserts the shape
+    shapes += re.findall(r"assert_size_stride\((\w+), \(([^)]*)\)", code)
     elements = {
         name: _product(shape) for name, shape in shapes
     }  # the product of no dimensions is one element
