@@ -19,7 +19,7 @@ from dpfast.ops.frozen_linear import frozen_linear
 from dpfast.ops.gate_norm_modulate import gate_norm_modulate, gate_norm_quantise
 from dpfast.ops.gather import gather_batch
 from dpfast.ops.geglu import geglu
-from dpfast.ops.group_norm import group_norm
+from dpfast.ops.group_norm import group_norm, group_norm_and_x
 from dpfast.ops.guided_step import DynamicThreshold, guided_step
 from dpfast.ops.noise import normal
 from dpfast.ops.permutation import permutation
@@ -42,6 +42,7 @@ __all__ = [
     "gather_batch",
     "geglu",
     "group_norm",
+    "group_norm_and_x",
     "guided_step",
     "normal",
     "permutation",

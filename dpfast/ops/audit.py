@@ -433,6 +433,7 @@ GROUP_NORM_KERNELS = {  # and how many channel vectors in fp32 each reads beside
     "apply": (apply_kernel, 2),
     "backward sums": (backward_sums_kernel, 2),
     "backward": (backward_kernel, 4),
+    "backward, residual": (backward_kernel, 4),
 }
 
 
@@ -445,12 +446,14 @@ def group_norm_variant(
     backward = name.startswith("backward")
     rows, chunks, block = group_norm_settings(max(channels), pixels, size, backward)
     two = f"*{dtype}" if len(channels) == 2 else None
+    more = name == "backward, residual"
     arguments = {
         **dict.fromkeys(("first", "dy", "bias", "out", "dfirst"), f"*{dtype}"),
         **dict.fromkeys(("partials", "coefficients", "gradients"), "*fp32"),
+        **{"vfirst": f"*{dtype}" if more else None, "vsecond": two if more else None},
         **{"second": two, "dsecond": two, "pixels": "i32", "parts": "i32", "SILU": True},
         **{"C1": channels[0], "C2": sum(channels[1:]), "BLOCK": block},
-        **{"ROWS": rows, "CHUNKS": chunks, **changes},
+        **{"ROWS": rows, "CHUNKS": 1 if more else chunks, **changes},
     }
     arguments = {name: arguments[name] for name in kernel.arg_names}
     payload = rows * arguments["CHUNKS"] * block * size
@@ -461,7 +464,7 @@ def group_norm_variant(
         kernel=kernel,
         arguments=arguments,
         warps=GROUP_NORM_WARPS,
-        reads=(1 + backward) * payload + beside * GROUP_NORM_WARPS * 32,
+        reads=(1 + backward + more) * payload + beside * GROUP_NORM_WARPS * 32,
         writes=payload * ("partials" not in arguments),
     )
 

@@ -15,16 +15,17 @@ over a group:
     1. of every block of rows and every channel the sums of dz and of dz (z - b)
     2. of every (sample, channel)    k = -mean(dz (z - b)) / (var + eps),
                                      l = -mean(w dz) / sqrt(var + eps) - k (mean - s)
-    3. dx = a dz + k x + l
+    3. dx = a dz + k x + l + v       v: what reaches x from elsewhere, if anything does
 
 The third launch goes through its programs backwards: what the first has read last is still in the
 cache. Nothing is added atomically, so bits repeat, and no sample's bits depend on another's. Two
 tensors in the place of x are normalised as their concatenation, which never exists.
 
-Bytes for n elements of b bytes: 3 n b forward, 5 n b backward, and 16 for each block of rows of a
-channel (``bytes_moved``). PyTorch 2.13 has no kernel for NHWC on CUDA: it transposes to NCHW, the
-next convolution transposes back, shift and SiLU are kernels of their own, 11 n b and 12 n b. A CPU
-runs PyTorch's own operations, of which a kernel could save too little (docs/numerics.md).
+Bytes for n elements of b bytes: 3 n b forward, 5 n b backward, 6 n b with v, and 16 for each block
+of rows of a channel (``bytes_moved``). PyTorch 2.13 has no kernel for NHWC on CUDA: it transposes
+to NCHW, the next convolution transposes back, shift and SiLU are kernels of their own, 11 n b and
+12 n b. A CPU runs PyTorch's own operations, of which a kernel could save too little
+(docs/numerics.md).
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.
@@ -48,6 +49,7 @@ from dpfast.ops.triton_stub import next_power, tl, triton
 WIDE = 16  # bytes of an access
 WARPS = 8
 CHANNELS = 64  # of a program, where there are as many: rows of 128 bytes in 16 bits
+Sources = Tensor | tuple[Tensor, Tensor]  # a tensor, or the two whose concatenation is meant
 FORWARD, BACKWARD = 4, 2  # chunks, the most of which a thread holds the coefficients beside
 
 
@@ -371,6 +373,8 @@ def backward_kernel(
     dy,
     coefficients,
     gradients,
+    vfirst,
+    vsecond,
     dfirst,
     dsecond,
     pixels,
@@ -396,12 +400,17 @@ def backward_kernel(
     factor, offset = _pair(coefficients, sample, start + channel, real, C)
     linear, constant = _pair(gradients, sample, start + channel, real, C)
     target = (dfirst if C2 == 0 else tl.where(start == 0, dfirst, dsecond)) + row * width
+    if vfirst is not None:
+        more = (vfirst if C2 == 0 else tl.where(start == 0, vfirst, vsecond)) + row * width
     for i in tl.static_range(CHUNKS):
         x = chunks[i].to(tl.float32)
         dz = _slope(x * factor[None, :] + offset[None, :], slopes[i].to(tl.float32), SILU)
         dx = factor[None, :] * dz + (linear[None, :] * x + constant[None, :])
         inside = _inside(i, left, channel, width, ROWS)
-        tl.store(target + _at(i, width, channel, ROWS), dx.to(dfirst.dtype.element_ty), mask=inside)
+        at = _at(i, width, channel, ROWS)
+        if vfirst is not None:
+            dx += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target + at, dx.to(dfirst.dtype.element_ty), mask=inside)
 
 
 def settings(channels: int, pixels: int, itemsize: int, backward: bool) -> tuple[int, int, int]:
@@ -423,11 +432,17 @@ def group_settings(group: int, parts: int) -> tuple[int, int]:
 
 
 def bytes_moved(
-    samples: int, channels: tuple[int, ...], pixels: int, itemsize: int, *, backward: bool = False
+    samples: int,
+    channels: tuple[int, ...],
+    pixels: int,
+    itemsize: int,
+    *,
+    backward: bool = False,
+    more: bool = False,
 ) -> tuple[int, int, int]:
     """What each of the three launches reads and writes, but for vectors of a channel or a group.
 
-    channels: of each source.
+    channels: of each source. more: whether a gradient reaches the sources from elsewhere.
     """
     rows, chunks, _ = settings(max(channels), pixels, itemsize, backward)
     columns = samples * sum(channels)
@@ -435,7 +450,7 @@ def bytes_moved(
     partials = columns * -(-pixels // (rows * chunks)) * 8
     pair = columns * 8  # a and c, or k and l
     if backward:
-        return 2 * tensor + pair + partials, partials + pair, 3 * tensor + 2 * pair
+        return 2 * tensor + pair + partials, partials + pair, (3 + more) * tensor + 2 * pair
     return tensor + partials, partials + pair, 2 * tensor + pair
 
 
@@ -457,6 +472,13 @@ class _Cut(NamedTuple):
         parts = -(-pixels // (rows * chunks))
         blocks = -(-c1 // block) + -(-c2 // block)
         return cls(pixels, parts, c1, c2, (rows, chunks, block), (len(first) * parts * blocks,))
+
+    def single(self) -> _Cut:
+        """The same in programs of one chunk."""
+        rows, _, block = self.tile
+        parts = -(-self.pixels // rows)
+        programs = self.programs[0] // self.parts * parts
+        return self._replace(parts=parts, tile=(rows, 1, block), programs=(programs,))
 
     @property
     def span(self) -> int:
@@ -540,9 +562,14 @@ def _backward(
     coefficients: Tensor,
     moments: Tensor,
     silu: bool,
+    vfirst: Tensor | None = None,
+    vsecond: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of both sources, the second one empty where there is none."""
+    """The gradients of both sources, the second one empty where there is none; with those that
+    reach them from elsewhere.
+    """
     dy, first, second = _rows(dy), _rows(first), None if second is None else _rows(second)
+    vfirst, vsecond = (None if v is None else _rows(v) for v in (vfirst, vsecond))
     weight, bias, shift = map(dispatch.contiguous, (weight, bias, shift))
     cut = _Cut.of(first, second, backward=True)
     channels, groups = cut.c1 + cut.c2, moments.shape[2]
@@ -566,7 +593,12 @@ def _backward(
         _stride(shift),
         *group_settings(channels // groups, cut.parts),
     )
-    backward_kernel[cut.programs](*sources, gradients, dfirst, dsecond, *tail, num_warps=WARPS)
+    if vfirst is not None:  # it takes the registers of the second chunk
+        cut = cut.single()
+        tail = (cut.pixels, cut.parts, cut.c1, cut.c2, silu, *cut.tile)
+    backward_kernel[cut.programs](
+        *sources, gradients, vfirst, vsecond, dfirst, dsecond, *tail, num_warps=WARPS
+    )
     return dfirst, dsecond
 
 
@@ -597,27 +629,28 @@ def _(
 
 @_derivative.register_fake
 def _(
-    dy: Tensor, first: Tensor, second: Tensor | None, *_: Tensor | bool | None
+    dy: Tensor, first: Tensor, second: Tensor | None, *_: Tensor | bool | None, **__: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return _like(first, first.shape[1]), _like(first, 0 if second is None else second.shape[1])
 
 
 @register_traffic(torch.ops.dpfast.group_norm)
 def _traffic(first: Tensor, second: Tensor | None, *_: Any, **__: Any) -> tuple[int, ...]:
-    return _bytes(first, second, False)
+    return _bytes(first, second)
 
 
 @register_traffic(torch.ops.dpfast.group_norm_backward)
 def _backward_traffic(
-    dy: Tensor, first: Tensor, second: Tensor | None, *_: Any, **__: Any
+    dy: Tensor, first: Tensor, second: Tensor | None, *rest: Any, out: Any
 ) -> tuple[int, ...]:
-    return _bytes(first, second, True)
+    vfirst = rest[6] if len(rest) > 6 else None
+    return _bytes(first, second, backward=True, more=vfirst is not None)
 
 
-def _bytes(first: Tensor, second: Tensor | None, backward: bool) -> tuple[int, ...]:
+def _bytes(first: Tensor, second: Tensor | None, **which: bool) -> tuple[int, ...]:
     channels = (first.shape[1],) if second is None else (first.shape[1], second.shape[1])
     pixels = math.prod(first.shape[2:])
-    return bytes_moved(len(first), channels, pixels, first.itemsize, backward=backward)
+    return bytes_moved(len(first), channels, pixels, first.itemsize, **which)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -635,23 +668,31 @@ class _Differentiable(torch.autograd.Function):
         eps: float,
         shift: Tensor | None,
         silu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _operation(first, second, weight, bias, groups, eps, shift, silu)
+    ) -> tuple[Tensor, ...]:
+        made = _operation(first, second, weight, bias, groups, eps, shift, silu)
+        # handed on, so that the gradients of their other uses are summed in the kernel
+        sources = (first,) if second is None else (first, second)
+        return *made, *(source.view_as(source) for source in sources)
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         first, second, weight, bias, _, _, shift, ctx.silu = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*output[1:3])
         ctx.set_materialize_grads(False)  # no zeros for what has no derivative
-        ctx.save_for_backward(first, second, weight, bias, shift, *output[1:])
+        ctx.save_for_backward(first, second, weight, bias, shift, *output[1:3])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dfirst, dsecond = _derivative(_nhwc(grads[0]), *ctx.saved_tensors, ctx.silu)
-        second = ctx.saved_tensors[1]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        first, second = ctx.saved_tensors[:2]
+        dy, more = grads[0], list(grads[3:])
+        if dy is None:
+            return *more, *[None] * (8 - len(more))
+        if len(more) == 2 and (more[0] is None) != (more[1] is None):
+            pairs = zip(more, (first, second), strict=True)
+            more = [torch.zeros_like(source) if v is None else v for v, source in pairs]
+        more = [None if each is None else _nhwc(each) for each in more]
+        dfirst, dsecond = _derivative(_nhwc(dy), *ctx.saved_tensors, ctx.silu, *more)
         return dfirst, None if second is None else dsecond, None, None, None, None, None, None
 
 
@@ -692,7 +733,7 @@ def _check_arguments(
 
 
 def group_norm(
-    x: Tensor | tuple[Tensor, Tensor],
+    x: Sources,
     weight: Tensor | None,
     bias: Tensor | None,
     groups: int,
@@ -725,13 +766,32 @@ def group_norm(
 
     Source: Wu and He, "Group Normalization" (2018).
     """
+    return group_norm_and_x(x, weight, bias, groups, eps, shift=shift, silu=silu)[0]
+
+
+def group_norm_and_x(
+    x: Sources,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float = 1e-5,
+    *,
+    shift: Tensor | None = None,
+    silu: bool = False,
+) -> tuple[Tensor, Sources]:
+    """``group_norm``, and x again: who goes on with that, a residual for instance, has the sum of
+    its gradients inside of the kernel. It is x itself, or views of it or of its channels_last copy.
+    """
     sources = x if isinstance(x, tuple) else (x,)
     if isinstance(x, tuple) and len(x) != 2:
         raise InputError(f"x has {len(x)} tensors, expected one, or a tuple of two")
     _check_arguments(sources, weight, bias, groups, eps, shift)
     weight, bias, shift = (None if t is None else t.detach() for t in (weight, bias, shift))
     if not dispatch.has_kernels("group_norm", sources[0]):
-        return reference(x, weight, bias, groups, eps, shift, silu)
+        return reference(x, weight, bias, groups, eps, shift, silu), x
     first, second = _nhwc(sources[0]), _nhwc(sources[1]) if len(sources) == 2 else None
     run = _Differentiable.apply if dispatch.in_graph(first, second) else _forward
-    return run(first, second, weight, bias, groups, eps, shift, silu)[0]
+    y, _, _, *handed = run(first, second, weight, bias, groups, eps, shift, silu)
+    if not handed:
+        return y, x
+    return y, handed[0] if second is None else (handed[0], handed[1])

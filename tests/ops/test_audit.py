@@ -43,6 +43,7 @@ ON_EVERY_GPU = [
     "group_norm, apply, C = 1280 + 640, 256 px, bf16",
     "group_norm, backward sums, C = 320, 4096 px, bf16",
     "group_norm, backward, C = 1280 + 640, 256 px, bf16",
+    "group_norm, backward, residual, C = 1280 + 640, 256 px, bf16",
     "group_norm, backward coefficients, groups of 4, 2048 parts",
 ]
 

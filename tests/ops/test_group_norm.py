@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpfast.hardware.traffic import count_traffic
-from dpfast.ops import dispatch, group_norm
+from dpfast.ops import dispatch, group_norm, group_norm_and_x
 from dpfast.ops.audit import group_norm_variant
 from dpfast.ops.group_norm import bytes_moved, reference
 from tests.tolerances import GROUP_NORM, HALF_ULP
@@ -94,6 +94,24 @@ class Problem:
 @pytest.mark.parametrize("shape", SHAPES, **NAMES)
 def test_values_and_gradients_match_fp64(shape, device):
     Problem(shape, device=device).assert_exact()
+
+
+@pytest.mark.parametrize("used", ["all", "first", "x alone"])
+@pytest.mark.parametrize("channels", [(20,), (20, 12)], ids=str)
+def test_the_gradient_of_x_from_elsewhere_is_added(channels, used, device):
+    problem = Problem((2, channels, (5, 7), 4), device=device)
+    leaves = [source.clone().requires_grad_() for source in problem.sources]
+    vectors = (problem.weight, problem.bias, 4)
+    y, x = group_norm_and_x(problem.x(leaves), *vectors, shift=problem.shift, silu=True)
+    handed = x if isinstance(x, tuple) else (x,)
+    assert all(torch.equal(a, b) for a, b in zip(handed, leaves, strict=True))
+    more = [torch.randn_like(each) for each in leaves[: 1 if used == "first" else None]]
+    outputs = [*handed[: len(more)], *([] if used == "x alone" else [y])]
+    found = torch.autograd.grad(outputs, leaves, [*more, problem.dy][: len(outputs)])
+    exact = problem.exact()[1] if used != "x alone" else [torch.zeros(()) for _ in leaves]
+    for index, (made, right) in enumerate(zip(found, exact, strict=True)):
+        v = more[index].double() if index < len(more) else torch.zeros_like(made).double()
+        torch.testing.assert_close(made.double(), right.to(device) + v, rtol=1e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -314,6 +332,10 @@ class TestKernels:
             torch.ops.dpfast.group_norm_backward.default,
             (problem.dy, first, second, *vectors, problem.shift, *saved, True),
         )
+        torch.library.opcheck(
+            torch.ops.dpfast.group_norm_backward.default,
+            (problem.dy, first, second, *vectors, problem.shift, *saved, True, first, second),
+        )
 
     def test_a_second_derivative_is_refused(self, device):
         x = torch.randn(1, 4, 3, 3, device=device, requires_grad=True)
@@ -390,6 +412,18 @@ def test_counters_see_three_launches_a_pass_and_their_bytes():
         3 * tensor + 2 * pair,
     ]
     assert counted.layout_copies == 0
+
+
+def test_counters_see_the_gradient_from_elsewhere_in_the_last_launch():
+    x, dy, v = meta(2, 64, 8).requires_grad_(), meta(2, 64, 8), meta(2, 64, 8)
+
+    def residual() -> None:
+        y, kept = group_norm_and_x(x, None, None, 4)
+        torch.autograd.grad((y, kept), x, (dy, v))
+
+    found = [kernel.bytes for kernel in count_traffic(residual).kernels]
+    assert found[3:] == list(bytes_moved(2, (64,), 64, 2, backward=True, more=True))
+    assert found[5] - bytes_moved(2, (64,), 64, 2, backward=True)[2] == 2 * x.numel()
 
 
 def test_counters_see_the_copy_of_another_layout_and_no_concatenation():

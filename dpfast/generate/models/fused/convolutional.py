@@ -36,7 +36,11 @@ class FusedNorm(nn.Module):
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
 
     def forward(self, x: Sources, shift: Tensor | None = None) -> Tensor:
-        return ops.group_norm(
+        return self.and_x(x, shift)[0]
+
+    def and_x(self, x: Sources, shift: Tensor | None = None) -> tuple[Tensor, Sources]:
+        """The norm, and x to go on with."""
+        return ops.group_norm_and_x(
             x, self.weight, self.bias, self.groups, self.eps, shift=shift, silu=self.silu
         )
 
@@ -111,7 +115,8 @@ class FusedResnet(nn.Module):
         return rows
 
     def forward(self, x: Sources, temb: Tensor | None = None) -> Tensor:
-        h = F.conv2d(self.norm1(x, self.shift), self.weight1, padding=1)
+        normed, x = self.norm1.and_x(x, self.shift)
+        h = F.conv2d(normed, self.weight1, padding=1)
         h = F.conv2d(self.norm2(h, self._time_row(temb)), self.weight2, padding=1)
         if self.shortcut is None:
             assert isinstance(x, Tensor)

@@ -159,13 +159,14 @@ class FusedTransformer(nn.Module):
         given = (cross_attention_kwargs, attention_mask, encoder_attention_mask)
         if return_dict or any(each is not None for each in given):
             raise NotImplementedError("masks and options of attention reach no denoiser here")
-        rows = as_rows(self.norm(hidden_states)).flatten(1, 2)
-        x = self.into(rows)
+        normed, kept = self.norm.and_x(hidden_states)
+        assert isinstance(kept, Tensor)
+        x = self.into(as_rows(normed).flatten(1, 2))
         bias = self.bias if is_taped(x) else self.late_bias
         for block in self.blocks:
             x = block(x, encoder_hidden_states)
         out = as_images(self.out.without_bias(x), hidden_states)
-        return (ops.bias_residual(out, bias, hidden_states),)
+        return (ops.bias_residual(out, bias, kept),)
 
 
 class FusedImageAttention(nn.Module):
@@ -187,6 +188,8 @@ class FusedImageAttention(nn.Module):
         frozen(self, "bias", self.attention.out.bias)
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        rows = as_rows(self.norm(hidden_states)).flatten(1, 2)
+        normed, kept = self.norm.and_x(hidden_states)
+        assert isinstance(kept, Tensor)
+        rows = as_rows(normed).flatten(1, 2)
         out = self.attention.out.without_bias(self.attention(rows))
-        return ops.bias_residual(as_images(out, hidden_states), self.bias, hidden_states)
+        return ops.bias_residual(as_images(out, hidden_states), self.bias, kept)
