@@ -27,8 +27,8 @@ from dpfast.errors import InputError, first_line
 from dpfast.files import below
 
 SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif"),
-    *(".tif", ".tiff"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".apng", ".jpe", ".jfif", ".dib"),  # other names of PNG, JPEG and BMP
 )
 # what ``datasets`` or torchvision take for an image too, and what cameras and telephones write
 UNREAD = (

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from dpfast.config import RECIPE_FILE
+from dpfast.data.class_folders import some_of
 from dpfast.errors import InputError
 from dpfast.files import is_folder, there
 from dpfast.pool import codecs, shards
 from dpfast.pool.foreign.images import read_images
 from dpfast.pool.foreign.intake import Intake
 from dpfast.pool.foreign.parquet import read_parquet
-from dpfast.pool.foreign.splits import choose, data_files
+from dpfast.pool.foreign.splits import by_split, check_shards, choose, data_files
 from dpfast.pool.foreign.tars import read_tars
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.rank_folders import saved_folders
 from dpfast.pool.reader import open_pool
+
+log = logging.getLogger(__name__)
 
 OF_RUNS = ("pool_dp", "pool_static")
 
@@ -79,8 +83,8 @@ def _dataset(
     folder: Path, label_column: str | None, split: str | None
 ) -> tuple[SamplePool, list[str] | None]:
     found = data_files(folder)
-    packed, arrow, tables, images = (
-        found.pop(kind, []) for kind in ("packed", "arrow", "table", "image")
+    packed, arrow, tables, images, others = (
+        found.pop(kind, []) for kind in ("packed", "arrow", "table", "image", "other")
     )
     if packed:
         raise InputError(f"{folder / packed[0]}: unpack it first")
@@ -98,13 +102,13 @@ def _dataset(
                 f"{str(folder)!r} holds neither a run with samples nor a saved or exported pool, "
                 "nor parquet files, tars or images"
             )
-        # one table above all images speaks for them whatever their folders are called
-        alone = [file for file in tables if len(file.parts) == 1]
-        files = alone if alone == tables and tables else [*tables, *images]
-        for part in choose(files, split, folder, by_name=False).values():
-            read_images(folder, part, intake, label_column)
+        read_images(folder, tables, images, split, intake, label_column)
+        if others:
+            listed = some_of([str(file) for file in others])
+            log.warning("not read beside the images of %s: %s", folder, listed)
     for kind, files in found.items():
-        for part in choose(files, split, folder).values():
+        for part in choose(by_split(files), split, folder).values():
+            check_shards(part, folder)
             if len(places := sorted({str(folder / file.parent) for file in part})) > 1:
                 raise InputError(
                     f"files of one split lie in several folders: {', '.join(places)}; name one"

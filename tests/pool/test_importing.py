@@ -289,7 +289,7 @@ def test_splits_are_merged_in_the_order_asked_for(tmp_path):
 
 
 NAMES = {
-    "data/train-00000-of-00002.parquet": "train",
+    "data/train-00000-of-00001.parquet": "train",
     "train.parquet": "train",
     "imagenet12k-train-0003.parquet": "train",
     "train/0000.parquet": "train",
@@ -316,6 +316,58 @@ def test_the_split_of_a_file_is_the_one_that_datasets_sees(datasets, tmp_path, n
         assert labels(tmp_path, split=split) == [5]
     with pytest.raises(InputError, match="holds the splits"):
         import_pool(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train.parquet", "Test.parquet"),
+        ("TRAIN-0.parquet", "VAL-0.parquet"),
+        ("mnist_Train.parquet", "mnist_Test.parquet"),
+        ("trainset.parquet", "testset.parquet"),
+        ("Train/0.parquet", "Eval/0.parquet"),
+    ],
+)
+def test_splits_are_told_apart_in_any_case_of_letters(tmp_path, names):
+    """``datasets`` merges those that lie beside each other."""
+    for label, name in enumerate(names):
+        write_parquet(tmp_path, name=name, label=[label])
+    with pytest.raises(InputError, match=r"holds the splits .*'train'"):
+        import_pool(tmp_path)
+    assert labels(tmp_path, split="Train") == [0]
+
+
+@pytest.mark.parametrize("names", [("mnisttrain", "mnisttest"), ("mnistTrain", "mnistVal")])
+def test_files_that_may_be_of_several_splits_are_not_merged(tmp_path, names):
+    for label, name in enumerate(names):
+        write_parquet(tmp_path, name=f"{name}.parquet", label=[label])
+    with pytest.raises(InputError, match=r"mnist\w+\.parquet and .* may be of several splits"):
+        import_pool(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["train-00000-of-00003", "train-00002-of-00003"], "data/train-00001-of-00003 is missing"),
+        (["train-00001-of-00002-ab12"], "train-00002-of-00002 is missing"),
+        (["train-00000-of-00001", "train-00001-of-00002"], "train-00002-of-00002 is missing"),
+        (["train-00000-of-00001-a", "train-00000-of-00001-b"], "00000-of-00001 stands in it twice"),
+        (["train-00000-of-00001", "train-00007-of-00001"], "00007-of-00001 .* is none of them"),
+        (["a-0-of-3", "a-1-of-3"], "data/a-2-of-3 is missing"),
+    ],
+)
+def test_a_shard_that_is_missing_is_named(tmp_path, names, said):
+    for name in names:
+        write_parquet(tmp_path, name=f"data/{name}.parquet", label=[1])
+    with pytest.raises(InputError, match=said):
+        import_pool(tmp_path)
+
+
+def test_shards_are_complete_from_one_on_too_and_those_of_other_splits_do_not_matter(tmp_path):
+    for label in (1, 2):
+        write_parquet(tmp_path, name=f"train-{label}-of-2.parquet", label=[label])
+    write_parquet(tmp_path, name="test-00003-of-00009.parquet", label=[5])
+    assert labels(tmp_path, split="train") == [1, 2]
 
 
 def test_two_datasets_in_one_folder_are_not_one(tmp_path):
@@ -575,9 +627,6 @@ def test_a_folder_of_images_is_split_as_others_are(tmp_path):
     with pytest.raises(InputError, match="holds the splits 'test'"):
         import_pool(tmp_path / "a")
     assert labels(tmp_path / "a", split="train+test") == [0, 1, 0, 1]
-    write_images(tmp_path / "a", ["test/emu/2.png"])
-    with pytest.raises(InputError, match="names other classes than"):
-        import_pool(tmp_path / "a", split="train+test")
     write_images(tmp_path / "b", ["test/0.png"], [{"file_name": "test/0.png", "label": 1}])
     assert labels(tmp_path / "b") == [1]  # a table above all speaks for them
 
@@ -599,13 +648,122 @@ def test_an_export_without_its_table_is_not_read_by_its_folders(tmp_path):
 
 
 def test_images_beside_each_other_have_no_label(tmp_path):
-    with pytest.raises(InputError, match="no label; it has nothing, and its images do not lie in"):
-        import_pool(write_images(tmp_path, ["0.png", "1.png"]))
+    with pytest.raises(InputError, match=r"no label; its images do not .*: '0\.png' lies in none"):
+        import_pool(write_images(tmp_path / "a", ["0.png", "1.png"]))
+    for number, (names, said) in enumerate(
+        [
+            (["cat/0.png", "dog/1.png", "stray.png"], r"'stray\.png' lies in none"),
+            (["train/0.png", "train/1.png"], r"train: no label; .* '0\.png' lies in none"),
+            (["cat/a/0.png", "dog/b/1.png"], r"'cat/a/0\.png' lies deeper"),
+            (["images/0.png", "images/1.png"], "all lie in 'images'; expected CLASS/IMAGE"),
+        ]
+    ):
+        with pytest.raises(InputError, match=said):
+            import_pool(write_images(tmp_path / str(number), names))
 
 
-def test_other_tables_are_named(tmp_path):
-    write_images(tmp_path / "a", ["0.png"], [], table="metadata.csv")
-    with pytest.raises(InputError, match=r"metadata.csv: expected one metadata.jsonl for a split"):
+def test_classes_are_numbered_over_all_splits_as_datasets_does(datasets, tmp_path):  # noqa: F811
+    names = ["train/bird/0.png", "train/cat/1.png", "train/dog/2.png"]
+    write_images(tmp_path, [*names, "test/cat/3.png", "test/dog/4.png", "val/dog/5.png"])
+    theirs = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path), cache_dir=str(tmp_path / ".cache")
+    )
+    for split, right in {"train": [0, 1, 2], "test": [1, 2], "validation": [2]}.items():
+        pool, classes = import_pool(tmp_path, split=split)
+        assert pool.column("label").tolist() == sorted(theirs[split]["label"]) == right
+        assert classes == theirs[split].features["label"].names == ["bird", "cat", "dog"]
+    write_images(tmp_path, ["test/ant/6.png"])
+    pool, classes = import_pool(tmp_path, split="train+test")
+    assert pool.column("label").tolist() == [1, 2, 3, 0, 2, 3]
+    assert classes == ["ant", "bird", "cat", "dog"]
+
+
+def test_a_split_without_class_folders_numbers_no_other(tmp_path):
+    """As those of ImageNet's archives, and a folder that is called "images"."""
+    names = ["train/cat/0.png", "train/zebra/1.png", "val/a.png", "test/images/b.png"]
+    pool, classes = import_pool(write_images(tmp_path, names), split="train")
+    assert (pool.column("label").tolist(), classes) == ([0, 1], ["cat", "zebra"])
+    with pytest.raises(InputError, match="all lie in 'images'"):
+        import_pool(tmp_path, split="test")
+
+
+def test_captions_are_numbered_over_all_splits_too(tmp_path):
+    for split, names in {"train": ["ant/0.png", "cat/1.png"], "test": ["cat/0.png"]}.items():
+        rows = [{"file_name": name, "text": "a pet"} for name in names]
+        write_images(tmp_path / split, names, rows)
+    assert labels(tmp_path, split="test") == [1]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "TIFF", "gif", "jfif", "jpe", "apng", "dib"])
+def test_a_class_counts_whatever_its_images_are_called(datasets, tmp_path, suffix):  # noqa: F811
+    """A class of .tif files vanished, and those behind it moved up."""
+    write_images(tmp_path, ["cat/1.png", "dog/2.png", "bird/0." + suffix])
+    theirs = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path / ".cache")
+    )
+    pool, classes = import_pool(tmp_path)
+    assert classes == theirs.features["label"].names == ["bird", "cat", "dog"]
+    assert pool.column("label").tolist() == sorted(theirs["label"]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["bird/0.ppm", "dog/3.HEIC", "bird/notes.md", "bird/deep/x.md"])
+def test_no_class_and_no_image_is_left_out_unsaid(tmp_path, name):
+    write_images(tmp_path, ["cat/1.png", "dog/2.png", name])
+    said = "holds no image, and would be no class" if "md" in name else "kind are not read"
+    with pytest.raises(InputError, match=said):
+        import_pool(tmp_path)
+
+
+def test_what_systems_leave_behind_is_no_class(tmp_path):
+    rubbish = [f"{name}/a/0.png" for name in ("__MACOSX", "@eaDir", "lost+found", ".git")]
+    write_images(tmp_path, ["cat/1.png", "dog/2.png", "dog/@eaDir/2.png", *rubbish])
+    assert import_pool(tmp_path)[1] == ["cat", "dog"]
+
+
+def test_a_table_above_all_that_names_splits_is_split(tmp_path):
+    names = ["train/0.png", "train/1.png", "Test/0.png"]
+    rows = [{"file_name": name, "label": label} for label, name in enumerate(names)]
+    write_images(tmp_path / "a", names, rows)
+    with pytest.raises(InputError, match=r"splits 'test' \(1 files\), 'train' \(2 files\)"):
+        import_pool(tmp_path / "a")
+    assert labels(tmp_path / "a", split="train") == [0, 1]
+    assert labels(tmp_path / "a", split="test+train") == [2, 0, 1]
+    names = ["bus/0.png", "train/1.png", "car/2.png"]  # a class, beside others
+    rows = [{"file_name": name, "label": label} for label, name in enumerate(names)]
+    assert labels(write_images(tmp_path / "b", names, rows)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "metadata.json", "cat/annotations.xml", "y.tsv"])
+def test_a_table_that_is_not_read_is_named(tmp_path, caplog, name):
+    write_images(tmp_path, ["cat/0.png", "dog/1.png"])
+    assert labels(tmp_path) == [0, 1]
+    assert not caplog.messages
+    (tmp_path / name).write_text("file,label\n")
+    assert labels(tmp_path) == [0, 1]
+    assert caplog.messages == [f"not read beside the images of {tmp_path}: {name}"]
+
+
+def test_images_that_a_table_does_not_list_are_counted(tmp_path, caplog):
+    names = [f"{i}.png" for i in range(4)]
+    rows = [{"file_name": "./" + name, "label": 1} for name in names]
+    for place in ("a", "b/train"):
+        write_images(tmp_path / place, names, rows)
+    assert labels(tmp_path / "a") == labels(tmp_path / "b") == [1] * 4
+    assert not caplog.messages
+    write_images(tmp_path / "a", ["metadata.png", "more/5.png"])
+    write_images(tmp_path / "b/train", ["5.png"])
+    assert labels(tmp_path / "a") == labels(tmp_path / "b") == [1] * 4
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        "2 images are left out",
+        "1 images are left out",
+    ]
+    assert "does not list: metadata.png, more/5.png" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.JSONL", "Metadata.jsonl"])
+def test_other_tables_are_named(tmp_path, name):
+    write_images(tmp_path / "a", ["cat/0.png", "dog/0.png"], [], table=name)
+    with pytest.raises(InputError, match=f"{name}: expected one metadata.jsonl for a split"):
         import_pool(tmp_path / "a")
 
 

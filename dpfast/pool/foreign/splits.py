@@ -1,14 +1,16 @@
 """Which files of a folder are data, and of which split: the names that Hugging Face uses, so that
-what ``datasets`` calls "train" is "train" here.
+what ``datasets`` calls "train" is "train" here. In any case of letters: "Train.parquet" and
+"Test.parquet" are one split to ``datasets``, and merged.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
 from dpfast.data.pictures import SUFFIXES as PICTURES
+from dpfast.data.pictures import UNREAD
 from dpfast.errors import InputError
 from dpfast.files import below
 from dpfast.pool.tars import is_hidden
@@ -24,15 +26,27 @@ KEYWORDS = {
     "testing": "test",
     "eval": "test",
     "evaluation": "test",
+    "trainset": "train",
+    "valset": "validation",
+    "devset": "validation",
+    "testset": "test",
 }
 SHARDED = re.compile(r"(\w+)-\d{5}-of-\d{5}\b.*")  # train-00000-of-00003.parquet
+NUMBERED = re.compile(r"(.*?)-?(\d+)-of-(\d+)(?!\d)")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # beside images
+# what may hold labels too, and is not read
+OTHER_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".xml", ".mat")
+ABOUT = (
+    *("classes.json", "config.json", "dataset_dict.json", "dataset_info.json"),
+    "dataset_infos.json",
+)  # and have no labels
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
 def data_files(folder: Path) -> dict[str, list[PurePath]]:
     """What lies in ``folder`` at any depth, by kind: "parquet", "tar", "packed" archives, "arrow"
-    files, "table"s of images, and "image"s; each sorted, relative to ``folder``.
+    files, "table"s of images, "image"s (also in formats that are not read), and "other" tables;
+    each sorted, relative to ``folder``.
 
     Hidden files and folders are no data. Links are followed (``dpfast.files.below``).
     """
@@ -46,7 +60,7 @@ def data_files(folder: Path) -> dict[str, list[PurePath]]:
 
 def _kind(name: str) -> str | None:
     lower = name.lower()
-    if name in TABLES:
+    if is_table(name):
         return "table"
     if lower.endswith(PACKED):
         return "packed"
@@ -54,7 +68,15 @@ def _kind(name: str) -> str | None:
         return "arrow"
     if lower.endswith((".parquet", ".tar")):
         return lower.rpartition(".")[2]
-    return "image" if lower.endswith(PICTURES) else None
+    if lower.endswith((*PICTURES, *UNREAD)):
+        return "image"
+    text = lower.endswith(".txt") and ("label" in lower or "annotation" in lower)
+    return "other" if (text or lower.endswith(OTHER_TABLES)) and lower not in ABOUT else None
+
+
+def is_table(name: str) -> bool:
+    """Whether a file is one of ``TABLES``, in any case of letters."""
+    return name.lower() in TABLES
 
 
 def split_of(path: PurePath, *, by_name: bool = True) -> str:
@@ -74,22 +96,64 @@ def split_of(path: PurePath, *, by_name: bool = True) -> str:
 
 def _keyword(name: str) -> str:
     """The one split whose keyword is a word of ``name``, or ""."""
-    words = {KEYWORDS[word] for word in re.split(r"[-._ 0-9]+", name) if word in KEYWORDS}
+    words = {KEYWORDS[word] for word in _words(name) if word in KEYWORDS}
     return words.pop() if len(words) == 1 else ""
 
 
+def _words(name: str) -> list[str]:
+    return re.split(r"[-._ 0-9]+", name.lower())
+
+
+def by_split(paths: Iterable[PurePath], *, by_name: bool = True) -> dict[str, list[PurePath]]:
+    """The files of each split, as ``split_of`` has it, in their order."""
+    found: dict[str, list[PurePath]] = {}
+    for path in paths:
+        found.setdefault(split_of(path, by_name=by_name), []).append(path)
+    return found
+
+
+def check_shards(files: Iterable[PurePath], folder: Path) -> None:
+    """Raises ``InputError`` for files of one split that may be several ("mnisttrain.parquet" and
+    "mnisttest.parquet"), and where one of those that number each other is missing or stands twice
+    ("train-00001-of-00003.parquet").
+    """
+    hinted: dict[str, PurePath] = {}
+    numbered: dict[tuple[PurePath, str, str], list[int]] = {}
+    for file in files:
+        for word in _words(file.name) if not split_of(file) else ():
+            for key in ("train", "val", "dev", "test", "eval"):
+                if word.startswith(key) or word.endswith(key):
+                    hinted.setdefault(KEYWORDS[key], file)
+        if found := NUMBERED.match(file.name):
+            shards = numbered.setdefault((file.parent, found[1], found[3]), [])
+            shards.append(int(found[2]))
+    if len(hinted) > 1:
+        listed = " and ".join(str(folder / file) for file in hinted.values())
+        raise InputError(
+            f"{listed} may be of several splits: call them train-NAME, test-NAME, or put them into "
+            "folders train, test"
+        )
+    for (parent, name, total), numbers in numbered.items():
+        first = 0 if 0 in numbers else 1
+        whole = range(first, first + int(total))
+        if sorted(numbers) == list(whole):
+            continue
+        odd = next((n for n in numbers if numbers.count(n) > 1 or n not in whole), None)
+        missing = next(n for n in whole if n not in numbers) if odd is None else odd
+        shard = f"{name}-{missing:0{len(total)}d}-of-{total}".removeprefix("-")
+        what = "is missing" if odd is None else "stands in it twice, or is none of them"
+        raise InputError(f"{folder / parent / shard} {what}")
+
+
 def choose(
-    paths: Iterable[PurePath], split: str | None, folder: Path, *, by_name: bool = True
+    found: Mapping[str, list[PurePath]], split: str | None, folder: Path
 ) -> dict[str, list[PurePath]]:
     """The files of the splits that ``split`` names ("train", "train+test"), in its order; all of
-    them where there is only one.
+    them where there is only one. found: of each split its files, "" for none.
 
     Raises ``InputError`` that lists the splits where there are several and none is named, and for
     one that is not there: they are never merged without being asked.
     """
-    found: dict[str, list[PurePath]] = {}
-    for path in paths:
-        found.setdefault(split_of(path, by_name=by_name), []).append(path)
     listed = ", ".join(
         f"{name!r} ({len(files)} files)" if name else f"none ({files[0]} and others)"
         for name, files in sorted(found.items())
@@ -100,11 +164,11 @@ def choose(
                 f"{str(folder)!r} holds the splits {listed}; choose by --split NAME, or NAME+NAME "
                 "for several"
             )
-        return found
+        return dict(found)
     chosen = {}
     for asked in split.split("+"):
         name = asked.strip()
-        name = name if name in found else KEYWORDS.get(name, name)
+        name = name if name in found else KEYWORDS.get(name.lower(), name)
         if not name or name not in found:
             raise InputError(f"split = {split!r}: {str(folder)!r} holds the splits {listed}")
         chosen[name] = found[name]
