@@ -195,7 +195,7 @@ def _run(given: list[str]) -> int:
         if options.no_gate:
             records = [record | {"ratios": {}, "targets": {}} for record in records]
         # each as soon as it is there: a run that is cut off has the others
-        print("\n".join(table(records).splitlines()[HEADING:]), flush=True)
+        print(*table(records).split("\n")[HEADING:], sep="\n", flush=True)
         if file is not None:
             timing.append(file, options.suite, records, device)
     return 1 if failed else 0
