@@ -85,8 +85,14 @@ def keep_compiled() -> None:
     ``TORCHINDUCTOR_CACHE_DIR`` stays, and so does Inductor's folder where no lasting one can be
     written.
     """
-    folder = _lasting()
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ or not isinstance(folder, Path):
+    folder, given = _lasting(), os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not isinstance(folder, Path):
+        return
+    # torch names its own folder there as soon as some of its modules are imported
+    if given is not None and not (
+        Path(given).parent == Path(tempfile.gettempdir())
+        and Path(given).name.startswith("torchinductor_")
+    ):
         return
     try:
         (folder / "inductor").mkdir(parents=True, exist_ok=True)
