@@ -349,8 +349,8 @@ def test_files_that_may_be_of_several_splits_are_not_merged(tmp_path, names):
     ("names", "said"),
     [
         (["train-00000-of-00003", "train-00002-of-00003"], "data/train-00001-of-00003 is missing"),
-        (["train-00001-of-00002-ab12"], "train-00002-of-00002 is missing"),
-        (["train-00000-of-00001", "train-00001-of-00002"], "train-00002-of-00002 is missing"),
+        (["train-00001-of-00002-ab12"], "train-00000-of-00002 is missing"),
+        (["train-00000-of-00001", "train-00001-of-00002"], "train-00000-of-00002 is missing"),
         (["train-00000-of-00001-a", "train-00000-of-00001-b"], "00000-of-00001 stands in it twice"),
         (["train-00000-of-00001", "train-00007-of-00001"], "00007-of-00001 .* is none of them"),
         (["a-0-of-3", "a-1-of-3"], "data/a-2-of-3 is missing"),

@@ -134,7 +134,7 @@ def check_shards(files: Iterable[PurePath], folder: Path) -> None:
             "folders train, test"
         )
     for (parent, name, total), numbers in numbered.items():
-        first = 0 if 0 in numbers else 1
+        first = 1 if int(total) in numbers and 0 not in numbers else 0
         whole = range(first, first + int(total))
         if sorted(numbers) == list(whole):
             continue
