@@ -89,7 +89,7 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+        raise InputError(f"{next(n for n in names if names.count(n) > 1)!r} stands in it twice")
     return table
 
 
