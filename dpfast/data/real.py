@@ -146,12 +146,31 @@ def given_real(
         found = RealData(whole.classes, *sets)
     if len(found.classes) != len(classes):
         raise InputError(f"real: {len(found.classes)} classes, the generator has {len(classes)}")
-    for part in (found.validation, found.test):
+    _check_names(found.classes, classes)
+    for name, part in (("validation", found.validation), ("test", found.test)):
+        if ranks.alone and not len(part):
+            raise InputError(f"real: its {name} set holds no images, expected one or more")
         _checked(part.images, part.labels, len(found.classes))
         _check_shape(part.images, shape)
         if part.images.dtype != torch.uint8:
             raise InputError(f"real: images are {part.images.dtype}, expected torch.uint8")
     return found
+
+
+def _check_names(given: Sequence[str], classes: Sequence[str]) -> None:
+    """Raises ``InputError`` where a class has another name than the generator's: labels would count
+    as other classes. Numbers in their order are no names ("0", "class 1").
+    """
+    counted = [[f"{i}" for i in range(len(given))], [f"class {i}" for i in range(len(given))]]
+    if list(given) in counted or list(classes) in counted or len(classes) < 2:
+        return
+    for label, (one, other) in enumerate(zip(given, classes, strict=True)):
+        if one != other:
+            order = "the same names in another order" if {*given} == {*classes} else "other names"
+            raise InputError(
+                f"real: class {label} is {one!r}, the generator's is {other!r} ({order}); expected "
+                "its classes in their order"
+            )
 
 
 def _pair(real: tuple[object, ...]) -> tuple[Tensor, Tensor]:

@@ -138,6 +138,15 @@ def test_classes_without_names_are_numbered():
         ((IMAGES, LABELS == 1), r"labels are torch.bool \(20,\), expected an integer"),
         ((IMAGES[:0], LABELS[:0]), "no images"),
         (RealData(("cat", "dog"), *[RealSet(IMAGES, LABELS + 1)] * 2), "label 2, expected 0 to 1"),
+        (
+            RealData(("dog", "cat"), *[RealSet(IMAGES, LABELS)] * 2),
+            "the same names in another order",
+        ),
+        (RealData(("cow", "cat"), *[RealSet(IMAGES, LABELS)] * 2), "class 0 is 'cow'"),
+        (
+            RealData(("cat", "dog"), RealSet(IMAGES[:0], LABELS[:0]), RealSet(IMAGES, LABELS)),
+            "its validation set holds no images",
+        ),
         (RealData(("cat",), *[RealSet(IMAGES, LABELS)] * 2), "1 classes, the generator has 2"),
     ],
 )

@@ -15,6 +15,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from dpfast.errors import InputError
 from dpfast.generate.models.fused import fuse
 from dpfast.generate.resizing import resize
 
@@ -71,8 +72,15 @@ class Unscale:
             )
             return row.view(1, -1, 1, 1)
 
-        self.scale = per_channel("latents_std", 1.0) / float(config.get("scaling_factor") or 1.0)
-        self.shift = per_channel("latents_mean", 0.0) + float(config.get("shift_factor") or 0.0)
+        self.scale = per_channel("latents_std", 1.0) / _number(config, "scaling_factor", 1.0)
+        self.shift = per_channel("latents_mean", 0.0) + _number(config, "shift_factor", 0.0)
+        if not bool((self.scale.isfinite() & (self.scale != 0) & self.shift.isfinite()).all()):
+            raise InputError(
+                f"vae: scaling_factor = {config.get('scaling_factor')!r}, shift_factor = "
+                f"{config.get('shift_factor')!r}, latents_std = {config.get('latents_std')!r}, "
+                f"latents_mean = {config.get('latents_mean')!r}: expected finite numbers, and "
+                "neither factor nor deviations zero"
+            )
 
     def __call__(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.scale.device) * self.scale + self.shift
@@ -81,6 +89,16 @@ class Unscale:
     def inverse(self, latents: Tensor) -> Tensor:
         """The way back, in float32."""
         return (latents.float() - self.shift) / self.scale
+
+
+def _number(config: Any, name: str, default: float) -> float:
+    """A number of an autoencoder's configuration; ``default`` where it is null or not there."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"vae: {name} = {value!r}: expected a number")
+    return float(value)
 
 
 def _repeat(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,7 +1,9 @@
 """The full decoder's gradient survives compilation."""
 
+import pytest
 import torch
 
+from dpfast.errors import InputError
 from dpfast.generate.models.decoder import VaeDecoder
 from tests import tiny_pipelines
 
@@ -21,3 +23,20 @@ def test_the_compiled_gradient_through_the_full_decoder_is_the_eager_one():
         got = torch.compile(gradient, fullgraph=True)(x)
     assert float(expected.norm()) > 1e-3
     assert float((got - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"scaling_factor": 0.0}, "scaling_factor = 0.0"),
+        ({"shift_factor": "x"}, "shift_factor = 'x': expected a number"),
+        ({"scaling_factor": float("nan")}, "scaling_factor = nan"),
+        ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std"),
+    ],
+    ids=["zero", "text", "nan", "deviation"],
+)
+def test_a_scale_that_no_latent_has_is_named(changes, named):
+    model = tiny_pipelines.vae()
+    model.register_to_config(**changes)
+    with pytest.raises(InputError, match=named):
+        VaeDecoder(model)
