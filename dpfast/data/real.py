@@ -4,12 +4,14 @@ reported.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -31,6 +33,8 @@ from dpfast.files import is_folder
 from dpfast.hardware.cpus import cpus
 from dpfast.labels import class_id, class_ids
 from dpfast.parallel import ALONE, Ranks
+
+Labels = Tensor | np.ndarray | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -55,24 +59,28 @@ class RealData:
     test: RealSet
 
     @classmethod
-    def split(cls, images: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> RealData:
+    def split(
+        cls, images: Tensor | np.ndarray, labels: Labels, classes: Iterable[str] = ()
+    ) -> RealData:
         """Splits images into two halves: every second one of each class is held out.
 
         Args:
-            images: (N, C, H, W) uint8, or floats in [0, 1].
-            labels: (N,) integers.
+            images: (N, C, H, W) uint8, or floats in [0, 1]; of NumPy, too.
+            labels: (N,) integers; of NumPy or a list, too.
             classes: names of the classes, whose indices are the labels; none: "0", "1", ...
 
         Raises ``InputError`` for other shapes and types, labels without a class, and classes of
         fewer than two images.
         """
-        labels = _checked(images, labels, len(classes) or None).cpu()
-        if not len(labels):
+        names = tuple(classes)
+        pictures, given = _tensor("images", images), _tensor("labels", labels)
+        ids = _checked(pictures, given, len(names) or None).cpu()
+        if not len(ids):
             raise InputError("real: no images, expected two or more of each class")
-        names = tuple(classes) or tuple(str(i) for i in range(int(labels.max()) + 1))
-        halves = _halves(labels.tolist(), names, "real")
-        images = _pixels(images).cpu()
-        return cls(names, *(RealSet(images[half], labels[half]) for half in halves))
+        names = names or tuple(str(i) for i in range(int(ids.max()) + 1))
+        halves = _halves(ids.tolist(), names, "real")
+        pictures = _pixels(pictures).cpu()
+        return cls(names, *(RealSet(pictures[half], ids[half]) for half in halves))
 
 
 # Real images as a caller may have them: of a Dataset each item is an image and a label.
@@ -148,6 +156,8 @@ def given_real(
         raise InputError(f"real: {len(found.classes)} classes, the generator has {len(classes)}")
     _check_names(found.classes, classes)
     for name, part in (("validation", found.validation), ("test", found.test)):
+        if not isinstance(part, RealSet) or not isinstance(part.images, Tensor):
+            raise InputError(f"real: its {name} set is no RealSet of tensors")
         if ranks.alone and not len(part):
             raise InputError(f"real: its {name} set holds no images, expected one or more")
         _checked(part.images, part.labels, len(found.classes))
@@ -179,9 +189,20 @@ def _pair(real: tuple[object, ...]) -> tuple[Tensor, Tensor]:
     if len(real) != 2:
         raise InputError(f"real is a tuple of {kinds}: expected two tensors, images and labels")
     images, labels = real
-    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+    arrays = (Tensor, np.ndarray)
+    if not (isinstance(images, arrays) and isinstance(labels, (*arrays, list))):
         raise InputError(f"real is a pair of {kinds}: expected two tensors, images and labels")
-    return images, labels
+    return _tensor("images", images), _tensor("labels", labels)
+
+
+def _tensor(what: str, given: object) -> Tensor:
+    """A tensor of what a caller gave. Raises ``InputError`` for what is none and becomes none."""
+    if isinstance(given, (np.ndarray, list, tuple)):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            return torch.as_tensor(given)
+    if not isinstance(given, Tensor):
+        raise InputError(f"real: {what} are a {type(given).__name__}, expected a tensor")
+    return given
 
 
 def _read_dataset(
@@ -263,6 +284,7 @@ def _checked(images: Tensor, labels: Tensor, classes: int | None) -> Tensor:
     """The labels as int64. Raises ``InputError`` unless these are images (N, C, H, W) and their N
     class ids.
     """
+    images, labels = _tensor("images", images), _tensor("labels", labels)
     if _dense(images).dim() != 4:
         raise InputError(f"real: images of shape {tuple(images.shape)}, expected (N, C, H, W)")
     return class_ids(labels, len(images), "real", classes)

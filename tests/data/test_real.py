@@ -147,6 +147,14 @@ def test_classes_without_names_are_numbered():
             RealData(("cat", "dog"), RealSet(IMAGES[:0], LABELS[:0]), RealSet(IMAGES, LABELS)),
             "its validation set holds no images",
         ),
+        (
+            RealData(("cat", "dog"), None, RealSet(IMAGES, LABELS)),
+            "its validation set is no RealSet",
+        ),
+        (
+            RealData(("cat", "dog"), *[RealSet(IMAGES.numpy(), LABELS)] * 2),
+            "its validation set is no RealSet of tensors",
+        ),
         (RealData(("cat",), *[RealSet(IMAGES, LABELS)] * 2), "1 classes, the generator has 2"),
     ],
 )
@@ -154,3 +162,14 @@ def test_what_is_no_set_of_real_images_is_refused_in_a_line(given, said):
     with pytest.raises(InputError, match=said) as caught:
         given_real(given, **KINDS)
     assert "\n" not in str(caught.value)
+
+
+def test_arrays_of_numpy_and_lists_of_labels_are_split_like_tensors():
+    right = RealData.split(IMAGES, LABELS, ("cat", "dog"))
+    for images, labels in ((IMAGES.numpy(), LABELS.numpy()), (IMAGES, LABELS.tolist())):
+        found = RealData.split(images, labels, (name for name in ("cat", "dog")))
+        assert found.classes == right.classes
+        assert torch.equal(found.validation.images, right.validation.images)
+        assert torch.equal(found.test.labels, right.test.labels)
+    with pytest.raises(InputError, match="labels are a NoneType, expected a tensor"):
+        RealData.split(IMAGES, None)
