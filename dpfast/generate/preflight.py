@@ -273,7 +273,7 @@ def check_modules(learner: object) -> None:
         return
     for name, module in learner.named_modules():
         which = f"learner: its module {name!r}, a {type(module).__name__}," if name else "learner"
-        if module.training:
+        if getattr(module, "training", False):  # a frozen ScriptModule has no modes
             raise InputError(
                 f"{which} is in training mode, where samples of a batch may mix; "
                 "call learner.eval()"

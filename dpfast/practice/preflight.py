@@ -162,7 +162,7 @@ class LearnerTrial:
         if not isinstance(logits, Tensor):
             raise self._error(
                 f"{when}it gives a {type(logits).__name__}; expected logits of shape (B, K), "
-                "without those of auxiliary heads"
+                "without those of auxiliary heads; of an output of transformers that is its .logits"
             )
         if tuple(logits.shape) != (self.rows, self.classes):
             raise self._error(f"{when}its logits are {tuple(logits.shape)} {images}, {expected}")

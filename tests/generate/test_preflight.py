@@ -198,3 +198,10 @@ def test_a_criterion_that_reads_a_single_logit_guides():
 def test_an_unconditional_generator_asks_for_class_names():
     with pytest.raises(InputError, match="which has one class unless class_names say more"):
         tried(classifier(), classes=1)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_frozen_script_guides_though_it_has_no_modes():
+    script = torch.jit.freeze(torch.jit.trace(classifier(), torch.zeros(1, 1, 8, 8)))
+    check_modules(script)
+    assert tried(script) == 3
