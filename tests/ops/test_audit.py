@@ -190,3 +190,28 @@ def test_table():
     (report,) = audit([variant for variant in VARIANTS if variant.name == "normal"], [90])
     assert "| normal | sm_90 |" in table([report])
     assert table([report]).endswith("| kept |")
+
+
+def changed(name: str, *, warps: float = 1, payload: int = 1, **arguments: int) -> Variant:
+    """A variant of the table with other settings."""
+    (variant,) = (variant for variant in VARIANTS if variant.name == name)
+    return replace(
+        variant,
+        arguments=variant.arguments | arguments,
+        warps=int(variant.warps * warps),
+        reads=variant.reads * payload,
+        writes=variant.writes * payload,
+    )
+
+
+def test_backward_passes_hold_half_of_what_forward_passes_do_for_a_reason():
+    """With as many elements a thread as forward, fewer than half of the warps fit."""
+    norm = changed("gate_norm_modulate, DiT, backward, D = 1152, bf16", warps=0.5)
+    assert problems(inspect(norm, 90)) == ["occupancy 44% with 72 registers a thread"]
+    gate = changed("geglu, backward, C = 1280, bf16", payload=2, ROWS=8)
+    assert problems(inspect(gate, 100)) == ["occupancy 44% with 68 registers a thread"]
+
+
+def test_channels_that_no_16_bytes_divide_are_found():
+    found = problems(inspect(changed("bias_residual, C = 320, bf16", C=321), 90))
+    assert any("narrow loads" in problem for problem in found)
