@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,9 @@ from dpfast.pool.tars import BLOCK, check_member, read_tar
 from dpfast.textfiles import read_whole_json
 
 MANIFEST = "manifest.json"
+# NumPy parses a header as Python; CPython 3.11 may fail where two threads parse at once ("AST
+# constructor recursion depth mismatch")
+ONE_PARSER = threading.Lock()
 FORMAT = "dpfast-pool"
 VERSION = 2
 WRITE_BYTES = 1 << 20
@@ -327,7 +331,8 @@ def verify(folder: Path, shard: Shard) -> Loaded | str:
         with reading(folder / shard.columns):
             columns = (folder / shard.columns).read_bytes()
         if hashlib.sha256(columns).hexdigest() == shard.columns_sha256:
-            records = np.load(io.BytesIO(columns))
+            with ONE_PARSER:
+                records = np.load(io.BytesIO(columns))
         else:
             records = _records_of(folder / shard.name)
     except (FileNotFoundError, IsADirectoryError):
@@ -379,7 +384,8 @@ def _npy_header(data: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], in
     buffer = io.BytesIO(data)
     if np.lib.format.read_magic(buffer) != (1, 0):
         raise InputError("an .npy file of a version that is not 1.0")
-    return np.lib.format.read_array_header_1_0(buffer), buffer.tell()
+    with ONE_PARSER:
+        return np.lib.format.read_array_header_1_0(buffer), buffer.tell()
 
 
 def load_shards(

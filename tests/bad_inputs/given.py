@@ -100,7 +100,7 @@ listed(
         "without-channels": (_tensors(lambda x: x[:, 0]), False),
         "other-size": (_tensors(lambda x: x[..., :4]), False),
         "none": (_tensors(lambda x: x[:0], lambda y: y[:0]), False),
-        "arrays": (_tensors(Tensor.numpy, Tensor.numpy), False),
+        "arrays": (_tensors(Tensor.numpy, Tensor.numpy), True),
         "lists": (_tensors(Tensor.tolist, Tensor.tolist), False),
         "label-negative": (_tensors(_same, lambda y: y - 1), False),
         "label-too-high": (_tensors(_same, lambda y: y + 1), False),

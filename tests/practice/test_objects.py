@@ -100,8 +100,11 @@ class Bare(NoSamples):
         ({"learner": dict}, "the function gives a dict"),
         ({"learner": nn.Linear}, "called without arguments: missing .* 'in_features'"),
         ({"learner": nn.Flatten()}, "expected a module with parameters that can be trained"),
-        ({"real": (REAL.test.images, [0, 1])}, "real is a pair of Tensor and list: expected two"),
-        ({"real": (REAL.test.images.numpy(),) * 2}, "pair of ndarray and ndarray: expected two"),
+        (
+            {"real": (REAL.test.images, [0, 1])},
+            r"labels are torch.int64 \(2,\), expected an integer",
+        ),
+        ({"real": (REAL.test.images.numpy(),) * 2}, r"labels are torch.uint8 \(30, 1, 16, 16\)"),
         ({"ranks": 3}, "ranks is a int: expected dpfast.parallel.Ranks"),
         ({"unguided": 3}, "unguided is a int: expected UnguidedSamples"),
         ({"callbacks": 3}, "callbacks is a int: expected a list of dpfast.Callback"),

@@ -51,8 +51,8 @@ def test_an_accuracy_that_more_samples_lose_again_is_not_held():
     ("options", "named"),
     [
         (["--accuracy", "1", "--d", "9"], "accuracy = 1.0"),
-        (["--accuracy", "nan", "--d", "9"], "accuracy = nan"),
-        (["--accuracy", "x", "--d", "9"], "argument --accuracy: invalid float value"),
+        (["--accuracy", "nan", "--d", "9"], "accuracy = 'nan': expected a finite number"),
+        (["--accuracy", "x", "--d", "9"], "accuracy = 'x': expected a finite number"),
         (["--accuracy", "0.8", "--d", "0"], "d = 0"),
         (["--accuracy", "0.8", "--d", "9", "--keep", "0.5,0"], "keep = 0"),
         (["--accuracy", "0.8", "--d", "9", "--keep", "half"], "keep = 'half'"),

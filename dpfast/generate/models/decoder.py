@@ -8,6 +8,7 @@ inside a compiled step.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -64,23 +65,17 @@ class Unscale:
         self.layout = torch.preserve_format
 
         def per_channel(name: str, default: float) -> Tensor:
-            values = config.get(name)
             row = torch.tensor(
-                [default] if values is None else values,
-                dtype=torch.float32,
-                device=parameter.device,
+                _numbers(config, name, default), dtype=torch.float32, device=parameter.device
             )
             return row.view(1, -1, 1, 1)
 
-        self.scale = per_channel("latents_std", 1.0) / _number(config, "scaling_factor", 1.0)
-        self.shift = per_channel("latents_mean", 0.0) + _number(config, "shift_factor", 0.0)
-        if not bool((self.scale.isfinite() & (self.scale != 0) & self.shift.isfinite()).all()):
-            raise InputError(
-                f"vae: scaling_factor = {config.get('scaling_factor')!r}, shift_factor = "
-                f"{config.get('shift_factor')!r}, latents_std = {config.get('latents_std')!r}, "
-                f"latents_mean = {config.get('latents_mean')!r}: expected finite numbers, and "
-                "neither factor nor deviations zero"
-            )
+        (factor,), (shift,) = (
+            _numbers(config, name, default)
+            for name, default in (("scaling_factor", 1.0), ("shift_factor", 0.0))
+        )
+        self.scale = per_channel("latents_std", 1.0) / factor
+        self.shift = per_channel("latents_mean", 0.0) + shift
 
     def __call__(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.scale.device) * self.scale + self.shift
@@ -91,14 +86,23 @@ class Unscale:
         return (latents.float() - self.shift) / self.scale
 
 
-def _number(config: Any, name: str, default: float) -> float:
-    """A number of an autoencoder's configuration; ``default`` where it is null or not there."""
+DIVISORS = ("scaling_factor", "latents_std")  # on the way to latents
+
+
+def _numbers(config: Any, name: str, default: float) -> list[float]:
+    """A number of an autoencoder's configuration, or one for each channel where it has a list;
+    ``default`` where it is null or not there.
+    """
     value = config.get(name)
     if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"vae: {name} = {value!r}: expected a number")
-    return float(value)
+        return [default]
+    given = list(value) if isinstance(value, (list, tuple)) else [value]
+    for number in given:
+        real = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not (real and math.isfinite(number)) or (number == 0 and name in DIVISORS):
+            other = " other than 0" if name in DIVISORS else ""
+            raise InputError(f"vae: {name} = {value!r}: expected finite numbers{other}")
+    return [float(number) for number in given]
 
 
 def _repeat(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
