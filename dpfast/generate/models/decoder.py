@@ -102,6 +102,11 @@ def _numbers(config: Any, name: str, default: float) -> list[float]:
         if not (real and math.isfinite(number)) or (number == 0 and name in DIVISORS):
             other = " other than 0" if name in DIVISORS else ""
             raise InputError(f"vae: {name} = {value!r}: expected finite numbers{other}")
+    per_channel = name.startswith("latents_")
+    channels = (config.get("latent_channels") or len(given)) if per_channel else 1
+    if len(given) not in (1, channels):
+        expected = f"one number or {channels}, one a channel" if per_channel else "one number"
+        raise InputError(f"vae: {name} = {value!r}: expected {expected}")
     return [float(number) for number in given]
 
 

@@ -31,12 +31,21 @@ def test_the_compiled_gradient_through_the_full_decoder_is_the_eager_one():
         ({"scaling_factor": 0.0}, "scaling_factor = 0.0"),
         ({"shift_factor": "x"}, "shift_factor = 'x': expected finite numbers"),
         ({"scaling_factor": float("nan")}, "scaling_factor = nan"),
+        ({"scaling_factor": [0.5, 0.5]}, "scaling_factor = .*: expected one number"),
         ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std"),
+        ({"latents_std": []}, "latents_std = .*: expected one number or 4, one a channel"),
+        ({"latents_mean": [0.0, 0.0]}, "latents_mean = .*: expected one number or 4"),
     ],
-    ids=["zero", "text", "nan", "deviation"],
+    ids=["zero", "text", "nan", "factors", "deviation", "no deviations", "too few means"],
 )
 def test_a_scale_that_no_latent_has_is_named(changes, named):
     model = tiny_pipelines.vae()
     model.register_to_config(**changes)
     with pytest.raises(InputError, match=named):
         VaeDecoder(model)
+
+
+def test_a_decoder_is_made_where_tensors_hold_no_values():
+    with torch.device("meta"):
+        model = tiny_pipelines.vae()
+    assert VaeDecoder(model)._unscale.scale.is_meta
