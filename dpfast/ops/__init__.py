@@ -5,8 +5,9 @@ reference in plain PyTorch, the Triton kernel, the call of the C++ kernel (csrc)
 with torch and the public function; the guided step takes a folder. `backend_of` tells which kernels
 an operation would use on a device; `DPFAST_BACKEND` forces one.
 
-What operations share: `dispatch` (the rule that chooses kernels), `check` (of arguments) and
-`triton_stub` (kernels can be defined where Triton is missing). `audit` reads what the Triton
+What operations share: `dispatch` (the rule that chooses kernels), `check` (of arguments), `layout`
+(channels_last memory), `traffic` (what each launches and moves, for counters) and `triton_stub`
+(kernels can be defined where Triton is missing). `audit` reads what the Triton
 kernels become on a GPU.
 """
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpfast.errors import InputError
 from dpfast.ops import check, dispatch
+from dpfast.ops.layout import nhwc, nhwc_like
 from dpfast.ops.traffic import register_traffic
 from dpfast.ops.triton_stub import tl, triton
 
@@ -41,8 +42,8 @@ def bias_residual_kernel(x, bias, residual, out, elements, C: tl.constexpr, BLOC
 
 
 def _forward(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    x, residual, bias = _nhwc(x), _nhwc(residual), bias.contiguous()
-    out = _like(x)
+    x, residual, bias = nhwc(x), nhwc(residual), bias.contiguous()
+    out = nhwc_like(x, x.shape[1])
     if x.numel():
         programs = -(-x.numel() // BLOCK)
         bias_residual_kernel[(programs,)](
@@ -51,23 +52,13 @@ def _forward(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     return out
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    """x (B, C, ...) in channels_last memory."""
-    rows = x.movedim(1, -1)
-    return x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
-
-
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty((len(x), *x.shape[2:], x.shape[1])).movedim(-1, 1)
-
-
 # Called in a graph, where something looks at it; `_forward` otherwise.
 _operation = torch.library.custom_op("dpfast::bias_residual", _forward, mutates_args=())
 
 
 @_operation.register_fake
 def _(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    return _like(x)
+    return nhwc_like(x, x.shape[1])
 
 
 @register_traffic(torch.ops.dpfast.bias_residual)

@@ -43,6 +43,7 @@ from torch.autograd.function import once_differentiable
 
 from dpfast.errors import InputError
 from dpfast.ops import check, dispatch
+from dpfast.ops.layout import nhwc, nhwc_like
 from dpfast.ops.traffic import register_traffic
 from dpfast.ops.triton_stub import next_power, tl, triton
 
@@ -485,23 +486,12 @@ class _Cut(NamedTuple):
         return self.tile[0] * self.tile[1]
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    """x (B, C, ...) in channels_last memory."""
-    rows = x.movedim(1, -1)
-    return x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
-
-
 def _rows(x: Tensor) -> Tensor:
     """x as a kernel reads it: in NHWC from a multiple of 16 bytes on. From elsewhere the compiler
     would read narrower, and add up in another order.
     """
-    x = _nhwc(x)
+    x = nhwc(x)
     return x if x.data_ptr() % WIDE == 0 else x.clone()
-
-
-def _like(x: Tensor, channels: int) -> Tensor:
-    """New channels_last memory for a tensor as x, but of so many channels."""
-    return x.new_empty((len(x), *x.shape[2:], channels)).movedim(-1, 1)
 
 
 def _table(x: Tensor, *shape: int) -> Tensor:
@@ -523,7 +513,7 @@ def _forward(
     weight, bias, shift = map(dispatch.contiguous, (weight, bias, shift))
     cut = _Cut.of(first, second, backward=False)
     channels = cut.c1 + cut.c2
-    out = _like(first, channels)
+    out = nhwc_like(first, channels)
     coefficients, moments = _table(first, 2, channels), _table(first, 2, groups)
     if out.numel() == 0:
         return out, coefficients, moments
@@ -573,7 +563,7 @@ def _backward(
     weight, bias, shift = map(dispatch.contiguous, (weight, bias, shift))
     cut = _Cut.of(first, second, backward=True)
     channels, groups = cut.c1 + cut.c2, moments.shape[2]
-    dfirst, dsecond = _like(first, cut.c1), _like(first, cut.c2)
+    dfirst, dsecond = nhwc_like(first, cut.c1), nhwc_like(first, cut.c2)
     if dy.numel() == 0:
         return dfirst, dsecond
     partials, gradients = _table(first, cut.parts, 2, channels), torch.empty_like(coefficients)
@@ -624,14 +614,16 @@ def _(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = first.shape[1] + (0 if second is None else second.shape[1])
-    return _like(first, channels), _table(first, 2, channels), _table(first, 2, groups)
+    return nhwc_like(first, channels), _table(first, 2, channels), _table(first, 2, groups)
 
 
 @_derivative.register_fake
 def _(
     dy: Tensor, first: Tensor, second: Tensor | None, *_: Tensor | bool | None, **__: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _like(first, first.shape[1]), _like(first, 0 if second is None else second.shape[1])
+    return nhwc_like(first, first.shape[1]), nhwc_like(
+        first, 0 if second is None else second.shape[1]
+    )
 
 
 @register_traffic(torch.ops.dpfast.group_norm)
@@ -691,8 +683,8 @@ class _Differentiable(torch.autograd.Function):
         if len(more) == 2 and (more[0] is None) != (more[1] is None):
             pairs = zip(more, (first, second), strict=True)
             more = [torch.zeros_like(source) if v is None else v for v, source in pairs]
-        more = [None if each is None else _nhwc(each) for each in more]
-        dfirst, dsecond = _derivative(_nhwc(dy), *ctx.saved_tensors, ctx.silu, *more)
+        more = [None if each is None else nhwc(each) for each in more]
+        dfirst, dsecond = _derivative(nhwc(dy), *ctx.saved_tensors, ctx.silu, *more)
         return dfirst, None if second is None else dsecond, None, None, None, None, None, None
 
 
@@ -789,7 +781,7 @@ def group_norm_and_x(
     weight, bias, shift = (None if t is None else t.detach() for t in (weight, bias, shift))
     if not dispatch.has_kernels("group_norm", sources[0]):
         return reference(x, weight, bias, groups, eps, shift, silu), x
-    first, second = _nhwc(sources[0]), _nhwc(sources[1]) if len(sources) == 2 else None
+    first, second = nhwc(sources[0]), nhwc(sources[1]) if len(sources) == 2 else None
     run = _Differentiable.apply if dispatch.in_graph(first, second) else _forward
     y, _, _, *handed = run(first, second, weight, bias, groups, eps, shift, silu)
     if not handed:

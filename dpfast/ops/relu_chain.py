@@ -27,6 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dpfast.errors import InputError
 from dpfast.ops import check, dispatch
+from dpfast.ops.layout import nhwc, nhwc_like
 from dpfast.ops.traffic import register_traffic
 from dpfast.ops.triton_stub import tl, triton
 
@@ -55,9 +56,9 @@ def relu_backward_kernel(dy, more, y, dz, elements, BLOCK: tl.constexpr):
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    x, weight = _nhwc(x), _nhwc(weight)
+    x, weight = nhwc(x), nhwc(weight)
     if not x.is_cuda or _repeats() or not _has_fused(x.device, x.dtype):
-        return _nhwc(reference(x, weight, bias, residual))
+        return nhwc(reference(x, weight, bias, residual))
     return _cudnn(x, weight, bias, residual)
 
 
@@ -92,22 +93,12 @@ def _has_fused(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _backward(dy: Tensor, y: Tensor, more: Tensor | None) -> Tensor:
-    dy, y, more = _nhwc(dy), _nhwc(y), None if more is None else _nhwc(more)
-    dz = _like(y, y.shape[1])
+    dy, y, more = nhwc(dy), nhwc(y), None if more is None else nhwc(more)
+    dz = nhwc_like(y, y.shape[1])
     if y.numel():
         programs = -(-y.numel() // BLOCK)
         relu_backward_kernel[(programs,)](dy, more, y, dz, y.numel(), BLOCK, num_warps=WARPS)
     return dz
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    """x (B, C, H, W) in channels_last memory."""
-    rows = x.movedim(1, -1)
-    return x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
-
-
-def _like(x: Tensor, channels: int) -> Tensor:
-    return x.new_empty((len(x), *x.shape[2:], channels)).movedim(-1, 1)
 
 
 # Called in a graph, where something looks at it; `_forward` otherwise.
@@ -117,12 +108,12 @@ _derivative = torch.library.custom_op("dpfast::relu_backward", _backward, mutate
 
 @_operation.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    return _like(x, len(weight))
+    return nhwc_like(x, len(weight))
 
 
 @_derivative.register_fake
 def _(dy: Tensor, y: Tensor, more: Tensor | None) -> Tensor:
-    return _like(y, y.shape[1])
+    return nhwc_like(y, y.shape[1])
 
 
 @register_flop_formula(torch.ops.dpfast.conv_relu)

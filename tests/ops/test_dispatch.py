@@ -44,7 +44,7 @@ def test_cpu_uses_the_extension_where_it_has_a_kernel(operation):
 
 
 def test_every_operation_is_listed():
-    shared = {"audit", "check", "dispatch", "traffic", "triton_stub"}
+    shared = {"audit", "check", "dispatch", "layout", "traffic", "triton_stub"}
     names = {path.stem for path in Path(dispatch.__file__).parent.iterdir()}
     assert names - shared - {"__init__", "__pycache__"} == set(dispatch.OPERATIONS)
 
