@@ -13,14 +13,12 @@ import argparse
 import importlib
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import RESULTS
 from benchmarks.harness import gate, timing
-from benchmarks.harness.arguments import add_device
+from benchmarks.harness.arguments import add_device, add_record
 from benchmarks.harness.registry import OURS, OURS_OUT, Case, cases
 from dpfast.cli.parser import Parser, at_least, in_one_line
 from dpfast.errors import InputError
@@ -137,14 +135,7 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
         "--rounds", type=at_least(1), default=15, help="measurements of each variant (default 15)"
     )
     add_device(parser)
-    parser.add_argument(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=RESULTS,
-        metavar="FOLDER",
-        help="append to SUITE.jsonl in FOLDER (default benchmarks/results)",
-    )
+    add_record(parser, "SUITE")
     parser.add_argument(
         "--tested", action="store_true", help="the tests have just passed: do not run them again"
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from benchmarks import RESULTS
 from dpfast.cli.parser import Parser
 
 
@@ -40,4 +42,18 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         type=device_named,
         default="auto",
         help="cpu, cuda or cuda:N; default: a GPU if there is",
+    )
+
+
+def add_record(parser: argparse.ArgumentParser, suite: str) -> None:
+    """``--record``: the folder of the suite's records, ``benchmarks/results`` where none is
+    named.
+    """
+    parser.add_argument(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="FOLDER",
+        help=f"append to {suite}.jsonl in FOLDER (default benchmarks/results)",
     )

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import add_device, add_rows, is_wanted, new_parser
+from benchmarks.harness.arguments import add_device, add_record, add_rows, is_wanted, new_parser
 from benchmarks.systems import fewer_steps
 from benchmarks.systems.naive import Batched, Models, Predecessor
 from dpfast.cli.parser import at_least
@@ -480,14 +480,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--first", type=at_least(0), default=0, help="of --search, the first sample (default 0)"
     )
-    parser.add_argument(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=RESULTS,
-        metavar="FOLDER",
-        help="append to sampler.jsonl in FOLDER (default benchmarks/results)",
-    )
+    add_record(parser, "sampler")
     options = parser.parse_args(arguments)
     return options
 

@@ -8,7 +8,6 @@ that this shows the rounding of weights and activations, and not the shorter sum
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_record, new_parser
 from benchmarks.systems import fewer_steps
 from benchmarks.systems.ablation import CFG, EVERY, FEW, FIRST_ID, OMEGA, STEPS, quick_learner
 from dpfast.cli.parser import at_least
@@ -99,14 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--samples", type=at_least(2), default=512, help="of each setting (default 512)"
     )
-    parser.add_argument(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=RESULTS,
-        metavar="FOLDER",
-        help="append to float8.jsonl in FOLDER (default benchmarks/results)",
-    )
+    add_record(parser, "float8")
     options = parser.parse_args(arguments)
     made = pipelines()
     plain = made["float32"]

@@ -15,7 +15,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import add_rows, is_wanted, new_parser
+from benchmarks.harness.arguments import add_record, add_rows, is_wanted, new_parser
 from benchmarks.systems.models import (
     FIRST_ID,
     Bench,
@@ -181,14 +180,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--samples", type=at_least(EXACT), default=4, help="beside (b) in bf16 (default 4)"
     )
-    parser.add_argument(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=RESULTS,
-        metavar="FOLDER",
-        help="append to images.jsonl in FOLDER (default benchmarks/results)",
-    )
+    add_record(parser, "images")
     return parser.parse_args(arguments)
 
 

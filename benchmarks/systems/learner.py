@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import add_device, add_rows, is_wanted, new_parser
+from benchmarks.harness.arguments import add_device, add_record, add_rows, is_wanted, new_parser
 from dpfast.cli.parser import at_least
 from dpfast.config import Learner, Recipe
 from dpfast.errors import InputError
@@ -319,14 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--tiny", action="store_true", help="learners with next to no weights, a few images"
     )
-    parser.add_argument(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=RESULTS,
-        metavar="FOLDER",
-        help="append to learner.jsonl in FOLDER (default benchmarks/results)",
-    )
+    add_record(parser, "learner")
     options = parser.parse_args(arguments)
     device = options.device
     if options.steps is None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import add_device, add_rows, is_wanted, new_parser
+from benchmarks.harness.arguments import add_device, add_record, add_rows, is_wanted, new_parser
 from benchmarks.systems.naive import Batched, Models, Predecessor
 from dpfast.cli.parser import at_least
 from dpfast.errors import InputError
@@ -537,14 +537,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=at_least(1), help="samples at once (default 32 and 16)"
     )
-    parser.add_argument(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=RESULTS,
-        metavar="FOLDER",
-        help="append to models.jsonl in FOLDER (default benchmarks/results)",
-    )
+    add_record(parser, "models")
     return parser.parse_args(arguments)
 
 

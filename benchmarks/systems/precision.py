@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_record, new_parser
 from benchmarks.systems.ablation import quick_learner
 from dpfast.cli.parser import at_least
 from dpfast.data.real import load_real
@@ -94,14 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--images", type=at_least(1), default=5000, help="real test images (default 5000)"
     )
-    parser.add_argument(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=RESULTS,
-        metavar="FOLDER",
-        help="append to precision.jsonl in FOLDER (default benchmarks/results)",
-    )
+    add_record(parser, "precision")
     options = parser.parse_args(arguments)
     real = load_real("fashion").test
     images, labels = real.images[: options.images], real.labels[: options.images]
