@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import ROOT, run
+from benchmarks import RESULTS, ROOT, run
 from benchmarks.cases import bias_residual, gate_norm_modulate, geglu, group_norm, relu_chain
 from benchmarks.harness import gate, timing
 from benchmarks.harness.registry import COMPILED, EAGER, OURS, OURS_OUT, SUITES, Case, cases
@@ -240,7 +240,7 @@ def test_what_only_a_gpu_computes_otherwise_is_not_timed_on_a_cpu(operation, cap
 
 
 def recorded(suite):
-    return [json.loads(line) for line in (run.RESULTS / f"{suite}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
 
 
 def test_the_documented_gpu_rows_of_the_sampler_are_those_of_the_record():
