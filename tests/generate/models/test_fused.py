@@ -282,6 +282,36 @@ def test_a_tiny_decoder_enlarges_as_it_is_told() -> None:
         torch.testing.assert_close(twin.decode(x).sample, model.decode(x).sample)
 
 
+class Adapted(nn.Conv2d):
+    """A convolution with more behind it, as an adapter of low rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def wrapped(block: Any) -> None:
+    block.conv2 = Adapted(32, 32, 3, padding=1)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "padding": (lambda b: setattr(b.conv1, "padding_mode", "circular"), "padding_mode"),
+    "adapter": (wrapped, "a Adapted"),
+    "hook": (lambda b: b.conv2.register_forward_hook(lambda *_: None), "a hook on a Conv2d"),
+    "forward": (lambda b: setattr(b.norm2, "forward", lambda x: x), "a hook on a GroupNorm"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_block_that_somebody_has_changed_stays_as_it_is(change: str, caplog: Any) -> None:
+    act, reason = CHANGES[change]
+    model = nn.Sequential(plain_block())
+    act(model[0])
+    with caplog.at_level(logging.INFO):
+        fuse(model)
+    assert type(model[0]).__name__ == "ResnetBlock2D"
+    assert any(f"ResnetBlock2D: {reason}" in each.message for each in caplog.records)
+
+
 def test_an_up_block_with_a_block_that_is_not_fused_concatenates_as_before(caplog: Any) -> None:
     torch.manual_seed(0)
     model = unet(act_fn="gelu").eval().requires_grad_(False)

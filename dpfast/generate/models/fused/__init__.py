@@ -43,7 +43,7 @@ from dpfast.generate.models.fused.convolutional import (
     FusedUpBlock,
     FusedUpsample,
 )
-from dpfast.generate.models.fused.refusal import Refusal
+from dpfast.generate.models.fused.refusal import Refusal, expect_no_hooks
 from dpfast.generate.models.fused.tiny import tiny_block, tiny_decoder
 from dpfast.generate.models.fused.transformer import FusedImageAttention, FusedTransformer
 
@@ -89,7 +89,10 @@ def _fused(module: nn.Module, refused: dict[str, int]) -> nn.Module:
             setattr(module, name, _fused(child, refused))
     try:
         _fuse_ends(module)
-        return module if form is None else form(module)
+        if form is None:
+            return module
+        expect_no_hooks(module)
+        return form(module)
     except Refusal as reason:
         name = f"{type(module).__name__}: {reason}"
         refused[name] = refused.get(name, 0) + 1

@@ -278,6 +278,7 @@ class FusedPatches(nn.Module):
         super().__init__()
         need(type(convolution) is nn.Conv2d, f"a {type(convolution).__name__} as a patch layer")
         expect(convolution, stride=convolution.kernel_size, padding=(0, 0), groups=1)
+        expect(convolution, dilation=(1, 1))
         frozen(self, "weight", convolution.weight.flatten(1))
         frozen(self, "bias", convolution.bias)
         self.size = convolution.kernel_size

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dpfast import ops
 from dpfast.generate.models.fused.projection import frozen, is_taped
-from dpfast.generate.models.fused.refusal import expect, need
+from dpfast.generate.models.fused.refusal import expect, expect_3x3, need
 
 Sources = Tensor | tuple[Tensor, Tensor]  # a tensor, or the two whose concatenation is meant
 
@@ -71,11 +71,11 @@ class FusedResnet(nn.Module):
         self.norm1 = FusedNorm(block.norm1, silu=True)
         self.norm2 = FusedNorm(block.norm2, silu=True)
         for convolution in (block.conv1, block.conv2):
-            expect(convolution, kernel_size=(3, 3), padding=(1, 1), stride=(1, 1), groups=1)
-            need(convolution.bias is not None, "a convolution without a bias")
+            expect_3x3(convolution)
         frozen(self, "weight1", block.conv1.weight)
         frozen(self, "weight2", block.conv2.weight)
         time = block.time_emb_proj
+        need(time is None or type(time) is nn.Linear, f"a {type(time).__name__} for the time")
         frozen(self, "time", None if time is None else time.weight)
         rows = block.conv1.bias if time is None else block.conv1.bias + time.bias
         frozen(self, "row", rows)
@@ -84,6 +84,7 @@ class FusedResnet(nn.Module):
             frozen(self, "bias", block.conv2.bias)
             frozen(self, "shortcut", None)
         else:
+            need(type(shortcut) is nn.Conv2d, f"a {type(shortcut).__name__}")
             expect(shortcut, kernel_size=(1, 1), padding=(0, 0), stride=(1, 1), groups=1)
             shared = block.conv2.bias
             frozen(self, "bias", shared if shortcut.bias is None else shared + shortcut.bias)
@@ -168,6 +169,7 @@ class FusedUpsample(nn.Module):
         super().__init__()
         expect(block, use_conv=True, use_conv_transpose=False, norm=None)
         self.conv = block.conv if block.name == "conv" else block.Conv2d_0
+        need(type(self.conv) is nn.Conv2d, f"a {type(self.conv).__name__}")
 
     def leave_out_bias(self) -> Tensor | None:
         """The bias (C,), which the convolution does not add any more."""

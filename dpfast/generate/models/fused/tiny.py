@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpfast import ops
 from dpfast.generate.models.fused.convolutional import doubled
-from dpfast.generate.models.fused.refusal import expect, need
+from dpfast.generate.models.fused.refusal import expect_3x3, need
 
 NONE = -1  # no residual
 
@@ -47,13 +47,6 @@ class Doubled(nn.Module):
         return doubled(x)
 
 
-def _needs_3x3(convolution: Any) -> None:
-    need(type(convolution) is nn.Conv2d, f"a {type(convolution).__name__}")
-    expect(convolution, kernel_size=(3, 3), padding=(1, 1), stride=(1, 1), dilation=(1, 1))
-    expect(convolution, groups=1, padding_mode="zeros")
-    need(convolution.bias is not None, "a convolution without a bias")
-
-
 def tiny_block(block: Any) -> ReluChain:
     """The fused form of an ``AutoencoderTinyBlock``."""
     need(type(block.skip) is nn.Identity, f"a {type(block.skip).__name__} beside the convolutions")
@@ -62,7 +55,7 @@ def tiny_block(block: Any) -> ReluChain:
         need(type(activation) is nn.ReLU, f"a {type(activation).__name__}")
     need(len(convolutions) == len(activations), "no activation behind a convolution")
     for convolution in convolutions:
-        _needs_3x3(convolution)
+        expect_3x3(convolution)
     weights, biases = ([getattr(c, name) for c in convolutions] for name in ("weight", "bias"))
     return ReluChain(weights, biases, (*[NONE] * (len(convolutions) - 1), 0))
 
@@ -73,7 +66,7 @@ def tiny_decoder(decoder: Any) -> nn.Module:
     """
     first, activation, *others = decoder.layers
     need(type(activation) is nn.ReLU, f"a {type(activation).__name__}")
-    _needs_3x3(first)
+    expect_3x3(first)
     layers: list[nn.Module] = [ReluChain([first.weight], [first.bias], (NONE,))]
     for layer in others:
         if isinstance(layer, ReluChain) and isinstance(layers[-1], ReluChain):
