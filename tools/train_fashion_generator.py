@@ -48,7 +48,7 @@ from transformers import RegNetConfig, RegNetForImageClassification
 
 from dpfast.cli.parser import Parser, in_one_line
 from dpfast.data import fashion
-from dpfast.evaluate.measures import evaluate, frechet_distance, predict
+from dpfast.evaluate.measures import evaluate, features, frechet_distance, predict
 from dpfast.files import below
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
@@ -382,14 +382,6 @@ def export(images: Tensor, args: argparse.Namespace) -> None:
         file.chmod(0o666 & ~umask)  # safetensors 0.8 writes for its user alone
         size += file.stat().st_size
     print(f"exported to {args.out}, {size / 2**20:.1f} MiB", flush=True)
-
-
-@torch.no_grad()
-def features(judge: nn.Module, images: Tensor) -> Tensor:
-    """The judge's pooled features (N, 256) of uint8 images."""
-    return torch.cat(
-        [judge.model.regnet(pixels(part)).pooler_output.flatten(1) for part in images.split(500)]
-    )
 
 
 def report(images: Tensor, args: argparse.Namespace) -> None:

@@ -18,10 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import RESULTS
 from benchmarks.harness.arguments import new_parser
+from benchmarks.studies.births import nearest_earlier
 from benchmarks.studies.settings import COMMON, OPTIONS, Fields
 from benchmarks.studies.tables import tables
 from dpfast.cli.parser import at_least
@@ -110,27 +109,6 @@ def shared(recipe: Recipe, samples: int) -> UnguidedSamples:
         (folder / "cost.json").write_text(json.dumps(asdict(source.cost)), encoding="utf-8")
     unguided.remember(open_pool(folder), Cost(**read_json(folder / "cost.json")))
     return unguided
-
-
-def nearest_earlier(pool: SamplePool) -> float | None:
-    """How far the added samples are from what the pool held before: the mean distance to the
-    nearest of the same class.
-
-    In root-mean-square pixels of a range of 1; None without additions. A low one says that new
-    samples repeat old ones.
-    """
-    rounds, labels = pool.column("round"), pool.column("label")
-    pixels = pool.images(torch.arange(len(pool))).flatten(1).float() / 255
-    gaps = [
-        torch.cdist(
-            pixels[(rounds == number) & (labels == label)],
-            pixels[(rounds < number) & (labels == label)],
-        )
-        for number in range(1, int(rounds.max()) + 1)
-        for label in labels.unique()
-    ]
-    nearest = torch.cat([gap.min(1).values for gap in gaps if len(gap)]) if gaps else torch.empty(0)
-    return float(nearest.mean()) / pixels.shape[1] ** 0.5 if len(nearest) else None
 
 
 class Curve(Callback):

@@ -164,3 +164,48 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root_b = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root_b @ cov_a @ root_b).clamp(min=0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def features(judge: nn.Module, images: Tensor) -> Tensor:
+    """The pooled features (N, D), float32, of uint8 images (N, C, H, W): what the last layer of a
+    judge (``dpfast.learn.models.load_judge``) reads.
+    """
+    model: Any = judge.model  # of transformers
+    return predict(lambda part: model.base_model(part).pooler_output.flatten(1), images)
+
+
+def neighbour_radii(points: Tensor, neighbours: int = 3) -> Tensor:
+    """The distance (N,) of each of N > ``neighbours`` points (N, D) to its so many-th nearest of
+    the others.
+    """
+    return torch.cat(
+        [
+            torch.cdist(part, points).topk(neighbours + 1, largest=False).values[:, -1]
+            for part in points.split(BATCH)
+        ]
+    )
+
+
+def precision_and_recall(
+    made: Tensor, real: Tensor, *, neighbours: int = 3, real_radii: Tensor | None = None
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2), in [0, 1].
+
+    Precision is the share of the samples that lie within the ball of some real image, which reaches
+    to its so many-th nearest of the real ones; recall the share of the real images that lie within
+    such a ball of some sample. More samples have smaller balls, and cover more: only numbers of
+    equally many compare.
+
+    Args:
+        made, real: features (N, D) and (M, D), N and M > ``neighbours``.
+        real_radii: ``neighbour_radii`` of the real ones, where they are at hand.
+    """
+    radii = neighbour_radii(made, neighbours)
+    real_radii = neighbour_radii(real, neighbours) if real_radii is None else real_radii
+    precise = torch.zeros(len(made), dtype=torch.bool, device=made.device)
+    recalled = 0
+    for part, reach in zip(real.split(BATCH), real_radii.split(BATCH), strict=True):
+        distance = torch.cdist(part, made)
+        precise |= (distance <= reach[:, None]).any(0)
+        recalled += int((distance <= radii).any(1).sum())
+    return float(precise.float().mean()), recalled / len(real)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from benchmarks.studies import options as study_options
 from benchmarks.studies import study
 from benchmarks.studies import tables as study_tables
-from dpfast.pool.pool import SamplePool
-from dpfast.samples import SampleBatch
 
 
 def test_a_short_study_resumes_and_shares_the_unguided_samples(tmp_path, monkeypatch, capsys):
@@ -99,24 +96,6 @@ def test_an_option_is_held_against_the_plain_loop_of_its_seed_size_and_flops(res
     (row,) = study_options.rows([*plain, tried, other])
     assert row == [study_options.text(option), "1", "73.50", "1.41x", "+1.50", "+0.50", "0.100"]
     assert study_options.at(5e11, [(1.0, 0.5), (2.0, 0.6)]) is None
-
-
-def test_new_samples_are_measured_against_earlier_ones_of_their_class():
-    pool = SamplePool()
-    for number, (level, labels) in enumerate(
-        (((0, 200), [0, 1]), ((51, 251), [0, 1]), ((51, 251), [0, 0]))
-    ):
-        images = (
-            torch.tensor(level, dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 4, 4).contiguous()
-        )
-        ids = torch.arange(2) + 2 * number
-        batch = SampleBatch(
-            images=images, labels=torch.tensor(labels), sample_ids=ids, entropy=torch.zeros(2)
-        )
-        pool.append(batch, round=number, omega=0.0)
-        if number == 0:
-            assert study.nearest_earlier(pool) is None
-    assert study.nearest_earlier(pool) == pytest.approx((51 + 51 + 0 + 200) / 4 / 255)
 
 
 def test_seconds_are_those_of_the_least_disturbed_run(results):

@@ -10,8 +10,11 @@ from dpfast.data.real import load_real
 from dpfast.evaluate.measures import (
     calibration_error,
     evaluate,
+    features,
     frechet_distance,
     measure,
+    neighbour_radii,
+    precision_and_recall,
     predict,
     score,
 )
@@ -88,6 +91,38 @@ def test_frechet_distance_of_known_gaussians():
     # scaling by 2: tr(C + 4C - 4C) = tr C, and the mean moves by |m|
     expected = float(torch.cov(a.double().T).trace() + a.double().mean(0).square().sum())
     assert frechet_distance(a, 2 * a) == pytest.approx(expected, rel=1e-6)
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    real = torch.tensor([[0.0], [1.0], [3.0], [10.0]])
+    assert neighbour_radii(real, 1).flatten().tolist() == [1.0, 1.0, 2.0, 7.0]
+    made = torch.tensor([[-1.0], [-2.5], [20.0]])  # radii 1.5, 1.5, 21
+    # -1 lies in the ball of 0, -2.5 in none, 20 in none; the ball of 20 alone reaches all real ones
+    assert precision_and_recall(made, real, neighbours=1) == (pytest.approx(1 / 3), 1.0)
+    # 0 lies in the ball of -1 (radius 1.5), the others lie in none
+    assert precision_and_recall(made[:2], real, neighbours=1) == (0.5, 0.25)
+    ready = neighbour_radii(real, 2)
+    assert precision_and_recall(real, real, neighbours=2, real_radii=ready) == (1.0, 1.0)
+
+
+def test_precision_and_recall_tell_repetition_from_strangeness():
+    torch.manual_seed(0)
+    real = torch.randn(1500, 4)  # more than a batch
+    narrow, wide = (
+        precision_and_recall(real[:40] * 0.1, real),
+        precision_and_recall(torch.randn(1500, 4) * 3, real),
+    )
+    assert narrow[0] > 0.8
+    assert narrow[1] < 0.01
+    assert wide[0] < 0.5
+    assert wide[1] > 0.9
+
+
+def test_features_are_what_the_last_layer_of_the_judge_reads():
+    judge, images = load_judge(), load_real("fashion").test.images[:5]
+    found = features(judge, images)
+    assert found.shape == (5, 256)
+    assert torch.allclose(judge.model.classifier(found), predict(judge, images), atol=1e-5)
 
 
 def test_the_judge_knows_real_images():
