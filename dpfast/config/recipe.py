@@ -259,9 +259,23 @@ class Guidance(Section):
     guide_with: Literal["ema", "raw"] = option(
         "ema", help="the learner's weights that guide; those whose accuracy counts: evaluate_with"
     )
+    anchor: float = option(
+        0.0,
+        low=0,
+        help="how strongly the generator's own label score, which classifier-free guidance has "
+        "computed, joins the criterion's gradient, both of length 1; 0: the paper's guidance",
+    )
+    guided_cfg_scale: float | None = option(
+        None,
+        low=0,
+        unset="cfg_scale",
+        help="scale of classifier-free guidance of guided samples, where it is to be another",
+    )
 
     def check(self) -> None:
         _check(self.start < self.until, "until", self.until, f"above start ({self.start:g})")
+        wanted = f"0 with omega = {self.omega:g}, which lowers the criterion"
+        _check(not self.anchor or self.omega >= 0, "anchor", self.anchor, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -653,10 +667,36 @@ class Recipe(Section):
             "and the highest stay"
         )
         _check(early == 1 or min(omegas) > 0, "early_candidates", early, wanted)
+        self._check_cfg(omegas)
         criterion = self.guidance.criterion
         apart = criterion != "disagreement" or self.learner.ema_decay > 0
         wanted = "another with ema_decay = 0: both weights are the same"
         _check(apart, "criterion", criterion, wanted)
+
+    def _check_cfg(self, omegas: tuple[float, ...]) -> None:
+        """Raises ``RecipeError`` where guided samples are told two scales of classifier-free
+        guidance, and where they are anchored without any.
+        """
+        guidance, rounds = self.guidance, self.practice.cfg_scale_rounds
+        wanted = f"none with cfg_scale_rounds = {rounds}: one of the two"
+        twice = guidance.guided_cfg_scale is not None and rounds
+        _check(not twice, "guided_cfg_scale", guidance.guided_cfg_scale, wanted)
+        if not guidance.anchor:
+            return
+        wanted = f"0 with omega_rounds = {omegas}, of which one lowers the criterion"
+        _check(min(omegas) >= 0, "anchor", guidance.anchor, wanted)
+        wanted = (
+            "0 where guided samples have cfg_scale = 1: it needs the two predictions of "
+            "classifier-free guidance"
+        )
+        scales = rounds or (self.guided_cfg_scale,)
+        _check(not any(omegas) or 1 not in scales, "anchor", guidance.anchor, wanted)
+
+    @property
+    def guided_cfg_scale(self) -> float:
+        """The scale of classifier-free guidance where the learner guides, before any schedule."""
+        own = self.guidance.guided_cfg_scale
+        return self.generator.cfg_scale if own is None else own
 
     def need_folders(self, *names: str) -> None:
         """Raises ``RecipeError`` with the options of all fields of ``names`` whose folder its user

@@ -38,6 +38,13 @@ def number(name: str, value: object) -> None:
         raise InputError(f"{name} = {value}: expected a finite number")
 
 
+def at_least_zero(name: str, value: object) -> None:
+    """As ``number``; raises ``InputError`` for a negative one as well."""
+    number(name, value)
+    if value < 0:  # type: ignore[operator]
+        raise InputError(f"{name} = {value}: expected at least 0")
+
+
 def instance(name: str, value: object, kind: type | UnionType, meaning: str) -> None:
     """Raises ``TypeError`` unless ``value`` is a ``kind``."""
     if not isinstance(value, kind):
@@ -76,8 +83,13 @@ def integers(name: str, values: Any) -> Tensor:
 
 
 def numbers(name: str, values: Any) -> Tensor:
-    """``values`` as a float32 tensor. Raises ``TypeError`` for what is no number or numbers."""
-    return _tensor(name, values, "a number or a tensor of numbers").to(torch.float32)
+    """``values`` as a float32 tensor. Raises ``TypeError`` for what is no number or numbers, truth
+    values included.
+    """
+    given = _tensor(name, values, "a number or a tensor of numbers")
+    if given.dtype == torch.bool or given.is_complex():
+        raise TypeError(f"{name} must be a number or a tensor of numbers, got {given.dtype}")
+    return given.to(torch.float32)
 
 
 def _tensor(name: str, values: Any, expected: str) -> Tensor:

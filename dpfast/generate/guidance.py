@@ -7,6 +7,9 @@ The conditional forward of classifier-free guidance is the one that is different
 costs no extra denoiser forward (the predecessor ran one more per guided step). The direction is
 ascent: Eq. 7 of arXiv 2502.15588 prints the opposite sign, its Algorithm 1 and the predecessor's
 code ascend.
+
+What classifier-free guidance has computed is the gradient of the generator's own belief in the
+label, up to a positive factor. With an anchor a step ascends both (``dpfast.ops.guided_step``).
 """
 
 from __future__ import annotations
@@ -50,6 +53,10 @@ class GuidanceConfig:
         backward pass: an approximation, whose gradient sees x only where predict_x0 does.
     criterion: "entropy", "loss", "margin", "disagreement", or a function
         (``dpfast.generate.criteria``).
+    anchor: kappa, how strongly the generator's own label score joins the criterion's gradient, both
+        of length 1; 0: the paper's guidance. A guided step without classifier-free guidance has no
+        such score, and is the paper's. Only where omega raises the criterion.
+    cfg_scale: of classifier-free guidance in guided batches; None: the sampler's own.
 
     Raises ``InputError`` for a value out of range, ``TypeError`` for one of another kind.
     """
@@ -61,6 +68,8 @@ class GuidanceConfig:
     mode: Mode = "relative"
     through: Through = "denoiser"
     criterion: str | Criterion = "entropy"
+    anchor: float = 0.0
+    cfg_scale: float | None = None
 
     def __post_init__(self) -> None:
         check.number("omega", self.omega)
@@ -74,6 +83,14 @@ class GuidanceConfig:
                     f"{name} = {value!r}: expected one of {', '.join(get_args(known))}"
                 )
         criteria.named(self.criterion)
+        check.at_least_zero("anchor", self.anchor)
+        if self.anchor and self.omega < 0:
+            raise InputError(
+                f"anchor = {self.anchor:g}: expected 0 with omega = {self.omega:g}, which lowers "
+                "the criterion"
+            )
+        if self.cfg_scale is not None:
+            check.number("cfg_scale", self.cfg_scale)
 
     def steps(self, total: int) -> frozenset[int]:
         """The indices of the guided steps among ``total``, whatever omega is."""

@@ -21,7 +21,7 @@ from dpfast.generate.feature_cache import FeatureCache
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, LearnerPath
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.solvers import SolverTable
-from dpfast.generate.step import StepParts
+from dpfast.generate.step import StepParts, Variant
 from dpfast.ops import normal
 
 log = logging.getLogger(__name__)
@@ -69,19 +69,24 @@ def step_parts(
 
 class Request(NamedTuple):
     """Samples that are asked for, on the device. labels, sample_ids: (N,) int64; omega: (N,)
-    float32, 0 without a learner; cfg_scale: of all; guided: whether any omega is not 0.
+    float32, 0 without a learner; anchor: the same, None where nothing is anchored; cfg_scale: of
+    all; guided: whether any omega is not 0.
     """
 
     labels: Tensor
     sample_ids: Tensor
     omega: Tensor
+    anchor: Tensor | None
     cfg_scale: float
     guided: bool
 
     def rows(self, part: slice) -> Request:
         """Returns the request for these samples alone, made with the steps of all."""
         return self._replace(
-            labels=self.labels[part], sample_ids=self.sample_ids[part], omega=self.omega[part]
+            labels=self.labels[part],
+            sample_ids=self.sample_ids[part],
+            omega=self.omega[part],
+            anchor=None if self.anchor is None else self.anchor[part],
         )
 
 
@@ -90,17 +95,20 @@ def checked_request(
     sample_ids: Tensor | Sequence[int] | None,
     first_id: int,
     omega: float | Tensor,
-    cfg_scale: float,
+    anchor: float | Tensor,
+    cfg_scales: tuple[float, float],
     *,
     pipeline: Pipeline,
     path: GuidancePath | None,
 ) -> Request:
     """Checks what samples are asked for, and moves it to the device.
 
-    sample_ids: None counts up from ``first_id``; path: None without a learner.
+    sample_ids: None counts up from ``first_id``; cfg_scales: of unguided samples and of guided
+    ones; path: None without a learner.
 
-    Raises ``TypeError`` for values of another kind, ``InputError`` for other shapes and for what is
-    not finite, and ``InputError`` for a label that the generator does not know.
+    Raises ``TypeError`` for values of another kind, ``InputError`` for other shapes, for what is
+    not finite, for a label that the generator does not know, and for an anchor that is negative or
+    beside a negative omega.
     """
     labels = check.integers("labels", labels)
     if labels.dim() != 1:
@@ -120,25 +128,71 @@ def checked_request(
         raise InputError(
             f"labels = {int(wrong[0])}: the generator has {classes} classes, 0 to {classes - 1}"
         )
-    omegas = check.numbers("omega", omega)
-    if omegas.shape not in ((), labels.shape):
-        raise InputError(
-            f"omega has shape {tuple(omegas.shape)}, expected () or {tuple(labels.shape)}"
-        )
-    if not bool(omegas.isfinite().all()):
-        raise InputError("omega must be finite")
-    check.number("cfg_scale", cfg_scale)
+    omegas, anchors = (
+        _each(name, values, labels) for name, values in (("omega", omega), ("anchor", anchor))
+    )
+    if bool((anchors < 0).any()):
+        raise InputError(f"anchor = {float(anchors.min()):g}: expected at least 0")
+    for scale in cfg_scales:
+        check.number("cfg_scale", scale)
     # Everything is looked at where it was given: what comes from the host costs no wait for the
     # device.
     guided = path is not None and bool(omegas.any())
     if path is not None and path.criterion is criteria.entropy and bool((omegas < 0).any()):
         _warn_of_easy_samples()
+    anchored = guided and bool(anchors.any())
+    if anchored and bool(((omegas < 0) & (anchors.to(omegas.device) > 0)).any()):
+        raise InputError(
+            f"anchor = {float(anchors.max()):g}: expected 0 where omega is negative, which lowers "
+            "the criterion"
+        )
     if path is None:
         omegas = torch.zeros(())
-    labels, ids, omegas = (
-        tensor.to(pipeline.device, non_blocking=True) for tensor in (labels, ids, omegas)
+    labels, ids, omegas, anchors = (
+        tensor.to(pipeline.device, non_blocking=True) for tensor in (labels, ids, omegas, anchors)
     )
-    return Request(labels, ids, omegas.expand(len(labels)).contiguous(), cfg_scale, guided)
+    return Request(
+        labels,
+        ids,
+        omegas.expand(len(labels)).contiguous(),
+        anchors.expand(len(labels)).contiguous() if anchored else None,
+        cfg_scales[guided],
+        guided,
+    )
+
+
+def _each(name: str, values: float | Tensor, labels: Tensor) -> Tensor:
+    """() or (N,) float32, a finite number for all labels (N,) or for each."""
+    given = check.numbers(name, values)
+    if given.shape not in ((), labels.shape):
+        raise InputError(
+            f"{name} has shape {tuple(given.shape)}, expected () or {tuple(labels.shape)}"
+        )
+    if not bool(given.isfinite().all()):
+        raise InputError(f"{name} must be finite")
+    return given
+
+
+def check_anchored(
+    pipeline: Pipeline, variants: Sequence[Variant], cfg_scale: float, interval: Sequence[float]
+) -> None:
+    """Raises ``InputError`` where no guided step has classifier-free guidance, whose two
+    predictions an anchor is made of.
+
+    variants: of the steps of a guided trajectory with this scale and interval.
+    """
+    if any(variant.guided and variant.cfg for variant in variants):
+        return
+    if pipeline.denoiser.null_label is None:
+        why = f"the generator of {pipeline.folder} has no null class"
+    elif cfg_scale == 1:
+        why = "guided samples have cfg_scale = 1, which is none"
+    else:
+        why = f"none of the guided steps lies in cfg_interval = {tuple(interval)}"
+    raise InputError(
+        "anchor: needs the two predictions of classifier-free guidance in a guided step, and "
+        f"{why}; expected anchor = 0"
+    )
 
 
 def check_start(shape: tuple[int, ...], latents: Tensor | None, step: int, *, total: int) -> None:

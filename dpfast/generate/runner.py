@@ -173,6 +173,7 @@ class Runner:
             cfg_scale=trajectory.cfg_scale,
             seed=trajectory.seed,
             features=trajectory.features,
+            anchor=trajectory.anchor,
         )
 
     def finish(self, latents: Tensor) -> Finished:

@@ -58,7 +58,8 @@ class GuidedSampler:
             guides; None: unguided.
         guidance: strength, schedule and criterion; ignored without a learner.
         steps, solver, eta: of the trajectory, as in ``Pipeline.table``.
-        cfg_scale: diffusers' convention; 1 switches classifier-free guidance off.
+        cfg_scale: diffusers' convention; 1 switches classifier-free guidance off. Guided batches
+            have that of ``guidance`` where it has one.
         cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the
             steps. A step outside runs the conditional prediction alone, for half the price.
         cache_interval: of a run of unguided steps every one so many runs the whole denoiser, the
@@ -169,9 +170,9 @@ class GuidedSampler:
         return cls(pipeline, learner, **options)
 
     def variants(self, *, guided: bool, cfg_scale: float | None = None) -> tuple[Variant, ...]:
-        """The variant of each step of a trajectory; cfg_scale: None is the sampler's."""
+        """The variant of each step of a trajectory; cfg_scale: None is the configured one."""
         total = len(self.table)
-        scale = self.cfg_scale if cfg_scale is None else cfg_scale
+        scale = self._scales(cfg_scale)[guided]
         has_cfg = scale != 1 and self.pipeline.denoiser.null_label is not None
         guided_steps = self.guidance.steps(total) if guided else frozenset()
         cfg_steps = interval_steps(total, *self.cfg_interval) if has_cfg else range(0)
@@ -186,17 +187,18 @@ class GuidedSampler:
         sample_ids: Tensor | Sequence[int] | None = None,
         *,
         omega: float | Tensor | None = None,
+        anchor: float | Tensor | None = None,
         cfg_scale: float | None = None,
         learner_step: int = 0,
     ) -> SampleBatch:
         """One batch.
 
-        labels: (B,) class ids; sample_ids: (B,) keys of the noise, default 0..B-1; omega: a number
-        or (B,) tensor in place of the configured strength, 0 being unguided; cfg_scale: in place of
-        the configured one.
+        labels: (B,) class ids; sample_ids: (B,) keys of the noise, default 0..B-1; omega, anchor:
+        numbers or (B,) tensors in place of the configured ones, omega 0 being unguided; cfg_scale:
+        in place of the configured one.
         """
         check.integer("learner_step", learner_step)
-        begun = self.begin(labels, sample_ids, omega=omega, cfg_scale=cfg_scale)
+        begun = self.begin(labels, sample_ids, omega=omega, anchor=anchor, cfg_scale=cfg_scale)
         return self.finish(self.advance(begun), learner_step=learner_step)
 
     @torch.no_grad()
@@ -206,6 +208,7 @@ class GuidedSampler:
         sample_ids: Tensor | Sequence[int] | None = None,
         *,
         omega: float | Tensor | None = None,
+        anchor: float | Tensor | None = None,
         cfg_scale: float | None = None,
         latents: Tensor | None = None,
         step: int = 0,
@@ -219,7 +222,7 @@ class GuidedSampler:
         Raises ``InputError`` for a step outside the trajectory, a step without latents, latents of
         another shape and no labels at all; ``TypeError`` for a value of another kind.
         """
-        request = self._request(labels, sample_ids, 0, omega, cfg_scale)
+        request = self._request(labels, sample_ids, 0, omega, anchor, cfg_scale)
         shape = (len(request.labels), *self.pipeline.denoiser.sample_shape)
         preflight.check_start(shape, latents, step, total=len(self.table))
         self.runner.prepare_one(len(request.labels))
@@ -288,19 +291,20 @@ class GuidedSampler:
         sample_ids: Tensor | Sequence[int] | None = None,
         batch_size: int | Literal["auto"] = "auto",
         omega: float | Tensor | None = None,
+        anchor: float | Tensor | None = None,
         cfg_scale: float | None = None,
         learner_step: int = 0,
     ) -> Iterator[SampleBatch]:
         """Yields batches for all ``labels`` in their order, each sample once.
 
-        sample_ids: (N,) keys of the noise, default counting up from ``first_id``; omega, cfg_scale:
-        as in ``generate``, omega a number or (N,) tensor.
+        sample_ids: (N,) keys of the noise, default counting up from ``first_id``; omega, anchor,
+        cfg_scale: as in ``generate``, of tensors (N,).
         batch_size: "auto" doubles the batch while samples per second grow and memory lasts. Running
         out of memory halves any batch and goes on; later streams do not try it again. Bad input
         raises here, not at the first batch.
         """
         check.integer("learner_step", learner_step)
-        request = self._request(labels, sample_ids, first_id, omega, cfg_scale)
+        request = self._request(labels, sample_ids, first_id, omega, anchor, cfg_scale)
 
         @torch.no_grad()
         def make(part: slice) -> SampleBatch:
@@ -325,19 +329,22 @@ class GuidedSampler:
         sample_ids: Tensor | Sequence[int] | None,
         first_id: int,
         omega: float | Tensor | None,
+        anchor: float | Tensor | None,
         cfg_scale: float | None,
     ) -> Request:
         """What is asked for, checked like the learner before anything is sampled."""
-        if omega is not None and self.learner is None and bool(check.numbers("omega", omega).any()):
-            raise InputError(
-                f"omega = {omega}: guides only with a learner, and the sampler has none"
-            )
+        for name, value in (("omega", omega), ("anchor", anchor)):
+            if self.learner is None and value is not None and check.numbers(name, value).any():
+                raise InputError(
+                    f"{name} = {value}: guides only with a learner, and the sampler has none"
+                )
         request = preflight.checked_request(
             labels,
             sample_ids,
             first_id,
             self.guidance.omega if omega is None else omega,
-            self.cfg_scale if cfg_scale is None else cfg_scale,
+            self.guidance.anchor if anchor is None else anchor,
+            self._scales(cfg_scale),
             pipeline=self.pipeline,
             path=self.parts.path,
         )
@@ -345,10 +352,30 @@ class GuidedSampler:
             self.pipeline.folder,
             self.pipeline.denoiser.null_label is not None,
             request.cfg_scale,
-            tuple(self.cfg_interval) if request.cfg_scale == self.cfg_scale else (0, 1),
+            tuple(self.cfg_interval) if self._scales() == (1, 1) else (0, 1),
         )
+        if request.anchor is not None:
+            self.check_anchored(request.cfg_scale)
         self.runner.check_learner()
         return request
+
+    def check_anchored(self, cfg_scale: float | None = None) -> None:
+        """Raises ``InputError`` where guided samples of this scale, None being the configured one,
+        have nothing that an anchor could be made of: classifier-free guidance in a guided step.
+        """
+        preflight.check_anchored(
+            self.pipeline,
+            self.variants(guided=True, cfg_scale=cfg_scale),
+            self._scales(cfg_scale)[True],
+            self.cfg_interval,
+        )
+
+    def _scales(self, given: float | None = None) -> tuple[float, float]:
+        """The scale of classifier-free guidance of unguided and of guided samples."""
+        if given is not None:
+            return given, given
+        own = self.guidance.cfg_scale
+        return self.cfg_scale, self.cfg_scale if own is None else own
 
     def _not_finite(self, ids: list[int], lost: list[int]) -> InputError:
         """What to say of samples ``ids`` of which so many lost their latents, and their images."""
@@ -381,6 +408,7 @@ class GuidedSampler:
             labels=request.labels,
             sample_ids=request.sample_ids,
             omega=request.omega,
+            anchor=request.anchor,
             # filled there; a copy would be waited for
             cfg_scale=torch.full((), float(request.cfg_scale), device=device),
             seed=torch.full((), seed, dtype=torch.int64, device=device),

@@ -2,7 +2,8 @@
 variants as a trajectory has kinds of steps.
 
     p = p_null + cfg_scale (p_label - p_null)          classifier-free guidance
-    x <- x + omega |x| g / |g|                         g: the criterion's gradient at x
+    x <- x + omega |x| g / |g|                         g: the criterion's gradient at x, or with an
+                                                       anchor that and the label's score
     x <- a x0 + b eps + c x0_prev + d noise            x0, eps: of x and p; a to d: of the solver
 
 A variant is plain or guided, with classifier-free guidance or without; a plain one may keep or
@@ -27,7 +28,7 @@ from dpfast.generate.models.denoiser import Denoiser
 from dpfast.ops import DynamicThreshold, guided_step
 from dpfast.ops.guided_step import Mode
 
-ROWS = ("x", "x0_prev", "labels", "sample_ids", "omega", "value", "features")
+ROWS = ("x", "x0_prev", "labels", "sample_ids", "omega", "anchor", "value", "features")
 
 
 class Variant(NamedTuple):
@@ -48,8 +49,9 @@ class Trajectory:
     """A batch before its step ``step``; row i of every column belongs to ``sample_ids[i]``.
 
     x: (B, c, h, w) float32 latents; x0_prev: the same, the x0 of the step before, None where the
-    solver has no use for it; labels, sample_ids: (B,) int64; omega: (B,) float32; value:
-    (B,) float32, the criterion at the x0 that the last guided step predicted, None before it;
+    solver has no use for it; labels, sample_ids: (B,) int64; omega: (B,) float32; anchor:
+    the same, None where nothing is anchored; value: (B,) float32, the criterion at the x0 that the
+    last guided step predicted, None before it;
     features: as in ``StepInputs``, where the next step reuses them; valid: (B,) bool, False where a
     row only fills the batch, None where it is not filled; cfg_scale, seed: 0-d; skipped: 0-d int64,
     as in ``SampleBatch``, of all that ever belonged to the batch; variants: of all its steps.
@@ -64,6 +66,7 @@ class Trajectory:
     skipped: Tensor
     variants: tuple[Variant, ...]
     x0_prev: Tensor | None = None
+    anchor: Tensor | None = None
     value: Tensor | None = None
     features: Tensor | None = None
     valid: Tensor | None = None
@@ -132,7 +135,7 @@ class StepInputs(NamedTuple):
     the conditional one).
 
     None where a variant has no use for it: x0_prev without a multistep solver, valid in a batch
-    without filling, features unless it reuses them.
+    without filling, features unless it reuses them; anchor in a batch that has none.
     """
 
     x: Tensor
@@ -147,6 +150,7 @@ class StepInputs(NamedTuple):
     cfg_scale: Tensor
     seed: Tensor
     features: Tensor | None = None
+    anchor: Tensor | None = None
 
 
 class StepOutputs(NamedTuple):
@@ -230,6 +234,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
         if guided and not through_denoiser:
             assert path is not None
             gradient, _, value = path.gradient(x, timestep, labels, alpha, sigma, conditional)
+        anchor = None if gradient is None or unconditional is None else inputs.anchor
         if gradient is not None:
             # One of two: Inductor (torch 2.11) takes the seed of memory-efficient attention, a 0-d
             # int64 tensor on the CPU, for one on the GPU, and would put a lone counter into its
@@ -237,6 +242,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             skipped = torch.zeros(2, dtype=torch.int64, device=x.device)[0]
             if inputs.valid is not None:  # the copy of a sample must not be counted as skipped
                 gradient = torch.where(inputs.valid.view(-1, 1, 1, 1), gradient, 0.0)
+                anchor = None if anchor is None else torch.where(inputs.valid, anchor, 0.0)
         x0 = torch.empty_like(x) if parts.multistep else None
         following = guided_step(
             x,
@@ -247,6 +253,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             inputs.step,
             cfg_scale=inputs.cfg_scale,
             omega=inputs.omega,
+            **({} if anchor is None else {"anchor": anchor}),
             mode=parts.mode,
             prediction=denoiser.prediction,
             clip=parts.clip,

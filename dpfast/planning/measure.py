@@ -113,7 +113,7 @@ def measure(
             start=len(pool),
             done=0,
             omega=recipe.guidance.omega,
-            cfg_scale=recipe.generator.cfg_scale,
+            cfg_scale=recipe.guided_cfg_scale,
             learner_step=0,
         )
         yield lambda: list(way.make(wanted, Cost()))

@@ -80,6 +80,8 @@ RULES: dict[str, tuple[str, str]] = {
     "through": (FIXED, SAMPLES),
     "criterion": (FIXED, SAMPLES),
     "guide_with": (FIXED, SAMPLES),
+    "anchor": (FIXED, SAMPLES),
+    "guided_cfg_scale": (FIXED, SAMPLES),
     # the learner
     "model": (FIXED, "its weights are in the checkpoint"),
     "options": (FIXED, "they shape the weights in the checkpoint"),

@@ -342,6 +342,9 @@ def check_guided_method(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> Non
     guided_method(recipe, sampler, sampler, lambda: SamplePool())
     if isinstance(sampler, GuidedSampler):
         sampler.guidance.check_steps(len(sampler.table))
+        for scale in recipe.practice.cfg_scale_rounds or (recipe.guided_cfg_scale,):
+            if recipe.guidance.anchor:
+                sampler.check_anchored(scale)
 
 
 def joined(parts: list[SampleBatch]) -> SampleBatch:

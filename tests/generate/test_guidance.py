@@ -260,8 +260,17 @@ def test_intervals_that_touch_share_no_step():
         ({"mode": "strong"}, "mode = 'strong': expected one of relative, score"),
         ({"through": "decoder"}, "through = 'decoder'"),
         ({"criterion": "energy"}, "criterion = 'energy': expected one of entropy, loss, margin"),
+        ({"anchor": -0.5}, "anchor = -0.5: expected at least 0"),
+        ({"anchor": float("nan")}, "anchor = nan: expected a finite number"),
+        ({"anchor": float("inf")}, "anchor = inf: expected a finite number"),
+        ({"anchor": "0.5"}, "anchor must be a number, got '0.5'"),
+        ({"anchor": True}, "anchor must be a number, got True"),
+        ({"anchor": None}, "anchor must be a number, got None"),
+        ({"anchor": 0.5, "omega": -0.1}, "anchor = 0.5: expected 0 with omega = -0.1"),
+        ({"cfg_scale": float("inf")}, "cfg_scale = inf: expected a finite number"),
+        ({"cfg_scale": "2"}, "cfg_scale must be a number, got '2'"),
     ],
 )
 def test_a_wrong_configuration_is_named(wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         GuidanceConfig(**wrong)
