@@ -36,6 +36,7 @@ TABLES = {
     "regions": "benchmarks.systems.compile_regions",
     "flops": "benchmarks.systems.flops",
     "traffic": "benchmarks.systems.traffic",
+    "seconds": "benchmarks.systems.seconds",
     "study": "benchmarks.studies.study",
     "theory": "benchmarks.cases.theory",
     "precision": "benchmarks.systems.precision",

@@ -32,24 +32,33 @@ def counts(name: str, *, fused: bool) -> dict[str, Traffic]:
         labels = torch.zeros(rows, dtype=torch.int64)
         timestep = torch.empty((), dtype=torch.int64)
 
-    def with_gradient(call: Callable[..., Tensor], *given: Tensor) -> Traffic:
-        def both() -> None:
-            latents = x[:half].detach().requires_grad_(True)
-            result = call(latents, *given)
-            torch.autograd.grad(result, latents, torch.empty_like(result))
-
-        return count_traffic(both)
-
-    def without_tape(call: object, *given: Tensor) -> Traffic:
-        with torch.no_grad():
-            return count_traffic(lambda: call(*given))  # type: ignore[operator]
-
     return {
         f"step of {rows} rows": without_tape(denoiser, x, timestep, labels),
-        f"prediction and gradient of {half}": with_gradient(denoiser, timestep, labels[:half]),
-        f"tiny decoder and gradient, {half} images": with_gradient(pipeline.guidance_decoder),
+        f"prediction and gradient of {half}": with_gradient(
+            denoiser, x[:half], timestep, labels[:half]
+        ),
+        f"tiny decoder and gradient, {half} images": with_gradient(
+            pipeline.guidance_decoder, x[:half]
+        ),
         f"decoder, {half} images": without_tape(pipeline.decoder, x[:half]),
     }
+
+
+def without_tape(call: Callable[..., object], *given: Tensor) -> Traffic:
+    """A call that nothing is differentiated of."""
+    with torch.no_grad():
+        return count_traffic(lambda: call(*given))
+
+
+def with_gradient(call: Callable[..., Tensor], x: Tensor, *given: Tensor) -> Traffic:
+    """A call and the gradient of its first argument."""
+
+    def both() -> None:
+        leaf = x.detach().requires_grad_(True)
+        result = call(leaf, *given)
+        torch.autograd.grad(result, leaf, torch.empty_like(result))
+
+    return count_traffic(both)
 
 
 def table() -> str:

@@ -37,17 +37,25 @@ VIEWS = """
     empty_like empty_strided new_empty new_empty_strided scalar_tensor
 """
 PRODUCTS = {packet.__name__ for packet in flop_registry} | {"_addmm_activation"}
+SUMS = {"addmm", "baddbmm", "_addmm_activation"}  # products whose first operand is added
 GATHERS = {"index_select", "embedding", "index", "gather"}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch. bytes: what it reads and writes; shape: of its result."""
+    """One launch. bytes: what it reads and writes; shape: of its result; own: of this package.
+
+    Of a product, flops: a multiplication and its addition count as two; depth: how many of them a
+    sum has, of an attention the size of a head.
+    """
 
     name: str
     kind: Kind
     bytes: int
     shape: tuple[int, ...]
+    flops: int = 0
+    depth: int = 0
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,8 +96,8 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.kernels: list[Kernel] = []
 
-    def add(self, name: str, kind: Kind, moved: int, shape: Any) -> None:
-        self.kernels.append(Kernel(name, kind, moved, tuple(shape)))
+    def add(self, name: str, kind: Kind, moved: int, shape: Any, **more: Any) -> None:
+        self.kernels.append(Kernel(name, kind, moved, tuple(shape), **more))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -99,8 +107,12 @@ class _Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
             first = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
             kind, formula = FORMULAS[packet]
+            work: dict[str, int] = {}
+            if kind == "product":
+                flops = flop_registry[packet](*args, **kwargs, out_val=out)
+                work = {"flops": flops, "depth": flops // (2 * first.numel())}
             for moved in formula(*args, **kwargs, out=out):
-                self.add(name, kind, moved, first.shape)
+                self.add(name, kind, moved, first.shape, own=True, **work)
             return out
         if func.namespace == "dpfast":
             raise NotImplementedError(f"{func} has no formula of its traffic")
@@ -132,8 +144,17 @@ class _Recorder(TorchDispatchMode):
             alike = source.stride() == target.stride() or source.dtype != target.dtype
             transposes = source.dim() == 4 and not alike
             self.add(name, "layout" if transposes else "pointwise", moved, shape)
-        elif name.removesuffix("_") in PRODUCTS or "attention" in name:
-            self.add(name, "product", moved, shape)
+        elif "attention" in name:
+            # a backward pass computes the scores again: five products in the place of two
+            backward = "backward" in name
+            query, key, *_ = args[1:] if backward else args
+            flops = (10 if backward else 4) * query.numel() * key.shape[-2]
+            self.add(name, "product", moved, shape, flops=flops, depth=query.shape[-1])
+        elif name.removesuffix("_") in PRODUCTS:
+            left = args[1] if name.removesuffix("_") in SUMS else args[0]
+            depth = left.shape[-1]
+            flops = 2 * math.prod(shape) * depth
+            self.add(name, "product", moved, shape, flops=flops, depth=depth)
         else:
             self.add(name, "pointwise", moved, shape)
 
@@ -168,7 +189,9 @@ class _Recorder(TorchDispatchMode):
             self.add("convolution, cuDNN to NHWC", "layout", 2 * _bytes(x), x.shape)
             self.add("convolution, cuDNN to NCHW", "layout", 2 * _bytes(out), out.shape)
         moved = _bytes(x) + _bytes(weight) + _bytes(out)
-        self.add("convolution", "product", moved, out.shape)
+        depth = math.prod(weight.shape[1:])
+        flops = 2 * out.numel() * depth
+        self.add("convolution", "product", moved, out.shape, flops=flops, depth=depth)
         if bias is not None:
             self.add("convolution, bias", "pointwise", 2 * _bytes(out), out.shape)
         return out
@@ -186,7 +209,9 @@ class _Recorder(TorchDispatchMode):
             self.add("convolution backward, cuDNN to NHWC", "layout", 2 * _bytes(grad), grad.shape)
             self.add("convolution backward, cuDNN to NCHW", "layout", 2 * _bytes(dx), dx.shape)
         moved = _bytes(grad) + _bytes(weight) + _bytes(dx)
-        self.add("convolution backward", "product", moved, dx.shape)
+        flops = 2 * grad.numel() * math.prod(weight.shape[1:])
+        depth = flops // (2 * dx.numel())
+        self.add("convolution backward", "product", moved, dx.shape, flops=flops, depth=depth)
         return dx, None, None
 
 
