@@ -13,9 +13,16 @@ namespace {
 
 constexpr int64_t kBlock = kNoiseBlock;
 constexpr float kNormFloor = 1e-8f;
+constexpr double kShortest = 1.0 / 32.0;  // SHORTEST and SMALLEST in reference.py
+constexpr double kSmallest = 1.1754943508222875e-38;
 
 struct Factors {
-  double x, pred, grad;
+  double x, pred, grad, label;  // the last: of pred_cond - pred_uncond, beside its part in pred
+};
+
+// Of the difference of the predictions.
+struct LabelSums {
+  double squares, along;  // along the gradient
 };
 
 struct Buffers {
@@ -43,10 +50,42 @@ DPFAST_INLINE double sum_of_squares(const void* values, DType dtype, int64_t fir
   return total;
 }
 
-DPFAST_INLINE void combine(const Block& in, float cfg_scale, const Factors& by, float* y) {
+DPFAST_INLINE Block load(const GuidedStep& args, const void* grad, int64_t first, int64_t count, Buffers& buffers) {
+  Block in{};
+  in.count = count;
+  in.x = as_floats(args.x, args.dtype, first, count, buffers.x);
+  in.pred_cond = as_floats(args.pred_cond, args.dtype, first, count, buffers.pred_cond);
+  if (args.pred_uncond != nullptr) in.pred_uncond = as_floats(args.pred_uncond, args.dtype, first, count, buffers.pred_uncond);
+  if (grad != nullptr) in.grad = as_floats(grad, args.dtype, first, count, buffers.grad);
+  return in;
+}
+
+DPFAST_INLINE LabelSums label_sums(const GuidedStep& args, int64_t first, Buffers& buffers) {
+  LabelSums total{};
+  for (int64_t at = 0; at < args.elements; at += kBlock) {
+    const Block in = load(args, args.grad, first + at, std::min(kBlock, args.elements - at), buffers);
+    const float *pc = in.pred_cond, *pu = in.pred_uncond, *g = in.grad;
+    float squares = 0.0f, along = 0.0f;
+#pragma omp simd reduction(+ : squares, along)
+    for (int64_t i = 0; i < in.count; ++i) {
+      const float difference = pc[i] - pu[i];
+      squares += difference * difference;
+      along += difference * g[i];
+    }
+    total.squares += static_cast<double>(squares);
+    total.along += static_cast<double>(along);
+  }
+  return total;
+}
+
+DPFAST_INLINE void combine(const Block& in, float cfg_scale, const Factors& by, bool anchored, float* y) {
   const float fx = static_cast<float>(by.x), fp = static_cast<float>(by.pred), fg = static_cast<float>(by.grad);
   const float *x = in.x, *pc = in.pred_cond, *pu = in.pred_uncond, *g = in.grad;
-  if (pu != nullptr && g != nullptr) {
+  if (anchored) {
+    const float fd = static_cast<float>(by.pred * static_cast<double>(cfg_scale) + by.label);
+#pragma omp simd
+    for (int64_t i = 0; i < in.count; ++i) y[i] = fx * x[i] + fp * pu[i] + fd * (pc[i] - pu[i]) + fg * g[i];
+  } else if (pu != nullptr && g != nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < in.count; ++i) y[i] = fx * x[i] + fp * (pu[i] + cfg_scale * (pc[i] - pu[i])) + fg * g[i];
   } else if (pu != nullptr) {
@@ -74,16 +113,6 @@ float quantile(std::vector<float>& values, double ratio) {
   return *below + static_cast<float>(position - std::floor(position)) * (above - *below);
 }
 
-DPFAST_INLINE Block load(const GuidedStep& args, const void* grad, int64_t first, int64_t count, Buffers& buffers) {
-  Block in{};
-  in.count = count;
-  in.x = as_floats(args.x, args.dtype, first, count, buffers.x);
-  in.pred_cond = as_floats(args.pred_cond, args.dtype, first, count, buffers.pred_cond);
-  if (args.pred_uncond != nullptr) in.pred_uncond = as_floats(args.pred_uncond, args.dtype, first, count, buffers.pred_uncond);
-  if (grad != nullptr) in.grad = as_floats(grad, args.dtype, first, count, buffers.grad);
-  return in;
-}
-
 DPFAST_INLINE void fetch(const void* values, DType dtype, int64_t first, int64_t count) {
   constexpr int64_t kCacheLine = 64;
   const char* from = static_cast<const char*>(values) + first * size_of(dtype);
@@ -98,25 +127,38 @@ DPFAST_INLINE void one_sample(const GuidedStep& args, int64_t sample, Buffers& b
 
   Factors x0{}, eps{};
   switch (args.prediction) {
-    case Prediction::kEpsilon: x0 = {reciprocal(alpha), -sigma * reciprocal(alpha), 0}, eps = {0, 1, 0}; break;
-    case Prediction::kV: x0 = {alpha, -sigma, 0}, eps = {sigma, alpha, 0}; break;
-    case Prediction::kSample: x0 = {0, 1, 0}, eps = {reciprocal(sigma), -alpha * reciprocal(sigma), 0}; break;
-    case Prediction::kFlow: x0 = {1, -sigma, 0}, eps = {1, alpha, 0}; break;
+    case Prediction::kEpsilon: x0 = {reciprocal(alpha), -sigma * reciprocal(alpha), 0, 0}, eps = {0, 1, 0, 0}; break;
+    case Prediction::kV: x0 = {alpha, -sigma, 0, 0}, eps = {sigma, alpha, 0, 0}; break;
+    case Prediction::kSample: x0 = {0, 1, 0, 0}, eps = {reciprocal(sigma), -alpha * reciprocal(sigma), 0, 0}; break;
+    case Prediction::kFlow: x0 = {1, -sigma, 0, 0}, eps = {1, alpha, 0, 0}; break;
   }
   const void* grad = args.grad;
+  const double kappa = args.anchor[sample * args.anchor_stride];
+  bool anchored = false;
+  const bool asked = kappa != 0.0 && grad != nullptr && args.pred_uncond != nullptr;
   if (grad != nullptr) {
     const double squares = sum_of_squares(grad, args.dtype, base, args.elements, buffers.grad);
-    if (!std::isfinite(static_cast<float>(squares))) {
-      grad = nullptr;
+    const LabelSums label = asked ? label_sums(args, base, buffers) : LabelSums{};
+    anchored = label.squares >= kSmallest && squares >= kSmallest;
+    double share = 0.0, length = 1.0;  // |g| d = g + share (pred_cond - pred_uncond), and |d|
+    if (anchored) {
+      const double toward = (args.prediction == Prediction::kSample ? 1.0 : -1.0) / std::sqrt(label.squares);
+      const double cosine = std::min(std::max(label.along * toward / std::sqrt(squares), -1.0), 1.0);
+      length = std::max(std::sqrt((1.0 - kappa) * (1.0 - kappa) + 2.0 * kappa * (1.0 + cosine)), kShortest);
+      share = kappa * std::sqrt(squares) * toward;
+    }
+    if (!std::isfinite(static_cast<float>(squares)) || !std::isfinite(static_cast<float>(label.squares))) {
+      grad = nullptr, anchored = false;
       if (args.skipped != nullptr) __atomic_fetch_add(args.skipped, int64_t{1}, __ATOMIC_RELAXED);
     } else if (args.relative) {
       const double norm = std::sqrt(sum_of_squares(args.x, args.dtype, base, args.elements, buffers.x));
-      const double grad_scale = omega * norm / (std::sqrt(squares) + kNormFloor);
+      const double grad_scale = omega * norm / (std::sqrt(squares) + kNormFloor) / length;
       x0.grad = x0.x * grad_scale, eps.grad = eps.x * grad_scale;
     } else {
       const double grad_scale = static_cast<double>(omega) * sigma;
       x0.grad = sigma * reciprocal(alpha) * grad_scale, eps.grad = -grad_scale;
     }
+    if (anchored) x0.label = x0.grad * share, eps.label = eps.grad * share;
   }
 
   float bound = args.clip, divisor = 1.0f;
@@ -124,7 +166,7 @@ DPFAST_INLINE void one_sample(const GuidedStep& args, int64_t sample, Buffers& b
     scratch.resize(static_cast<size_t>(args.elements));
     for (int64_t at = 0; at < args.elements; at += kBlock) {
       const Block in = load(args, grad, base + at, std::min(kBlock, args.elements - at), buffers);
-      combine(in, cfg_scale, x0, buffers.x0);
+      combine(in, cfg_scale, x0, anchored, buffers.x0);
       for (int64_t i = 0; i < in.count; ++i) scratch[static_cast<size_t>(at + i)] = std::fabs(buffers.x0[i]);
     }
     bound = quantile(scratch, args.threshold_ratio);
@@ -133,7 +175,8 @@ DPFAST_INLINE void one_sample(const GuidedStep& args, int64_t sample, Buffers& b
     divisor = bound;
   }
   const bool clipped = args.threshold_ratio >= 0 || std::isfinite(bound);
-  const Factors next{a * x0.x + b * eps.x, a * x0.pred + b * eps.pred, a * x0.grad + b * eps.grad};
+  const Factors next{a * x0.x + b * eps.x, a * x0.pred + b * eps.pred, a * x0.grad + b * eps.grad,
+                     a * x0.label + b * eps.label};
   const float inverse = 1.0f / divisor;
 
   for (int64_t at = 0; at < args.elements; at += kBlock) {
@@ -143,10 +186,14 @@ DPFAST_INLINE void one_sample(const GuidedStep& args, int64_t sample, Buffers& b
       const int64_t next = base + args.elements + at;
       fetch(args.x, args.dtype, next, in.count);
       fetch(args.grad, args.dtype, next, in.count);
+      if (asked) {
+        fetch(args.pred_cond, args.dtype, next, in.count);
+        fetch(args.pred_uncond, args.dtype, next, in.count);
+      }
     }
-    if (clipped || args.x0_out != nullptr) combine(in, cfg_scale, x0, z);
+    if (clipped || args.x0_out != nullptr) combine(in, cfg_scale, x0, anchored, z);
     if (clipped) {
-      combine(in, cfg_scale, eps, y);
+      combine(in, cfg_scale, eps, anchored, y);
 #pragma omp simd
       for (int64_t i = 0; i < in.count; ++i) {
         float v = z[i];
@@ -156,7 +203,7 @@ DPFAST_INLINE void one_sample(const GuidedStep& args, int64_t sample, Buffers& b
         y[i] = a * z[i] + b * y[i];
       }
     } else {
-      combine(in, cfg_scale, next, y);
+      combine(in, cfg_scale, next, anchored, y);
     }
     if (args.x0_prev != nullptr) {
       const float* previous = as_floats(args.x0_prev, args.dtype, base + at, in.count, buffers.other);

@@ -36,8 +36,8 @@ struct GuidedStep {
   const void *x, *pred_cond, *pred_uncond, *grad, *x0_prev;  // null where the caller passed None
   void *out, *x0_out;
   const float* row;  // alpha, sigma, a, b, c, d
-  const float *cfg_scale, *omega;
-  int64_t cfg_stride, omega_stride;  // 0 for a scalar, 1 for one value a sample
+  const float *cfg_scale, *omega, *anchor;
+  int64_t cfg_stride, omega_stride, anchor_stride;  // 0 for a scalar, 1 for one value a sample
   bool relative;
   Prediction prediction;
   float clip;                         // infinite for none

@@ -45,9 +45,9 @@ std::tuple<uint32_t, uint32_t, uint32_t, uint32_t> philox(uint32_t c0, uint32_t 
 void guided_step(int64_t samples, int64_t elements, int dtype, uintptr_t x, uintptr_t pred_cond, uintptr_t pred_uncond,
                  uintptr_t grad, uintptr_t x0_prev, uintptr_t out, uintptr_t x0_out, uintptr_t table, int64_t steps,
                  int64_t step, uintptr_t step_at, float cfg_scale, uintptr_t cfg_at, int64_t cfg_stride, float omega,
-                 uintptr_t omega_at, int64_t omega_stride, bool relative, int prediction, float clip,
-                 double threshold_ratio, float threshold_maximum, uintptr_t ids, int64_t seed, uintptr_t seed_at,
-                 uintptr_t skipped, int threads) {
+                 uintptr_t omega_at, int64_t omega_stride, float anchor, uintptr_t anchor_at, int64_t anchor_stride,
+                 bool relative, int prediction, float clip, double threshold_ratio, float threshold_maximum,
+                 uintptr_t ids, int64_t seed, uintptr_t seed_at, uintptr_t skipped, int threads) {
   constexpr int kColumns = 6;
   float outside[kColumns];
   for (float& value : outside) value = std::nanf("");
@@ -68,6 +68,8 @@ void guided_step(int64_t samples, int64_t elements, int dtype, uintptr_t x, uint
   args.cfg_stride = cfg_stride;
   args.omega = omega_at == 0 ? &omega : at<const float>(omega_at);
   args.omega_stride = omega_stride;
+  args.anchor = anchor_at == 0 ? &anchor : at<const float>(anchor_at);
+  args.anchor_stride = anchor_stride;
   args.relative = relative;
   args.prediction = static_cast<dpfast::Prediction>(prediction);
   args.clip = clip;

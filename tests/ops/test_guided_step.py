@@ -37,6 +37,23 @@ def tensors(shape, device, dtype=torch.float32):
     return x, cond, uncond, (grad.float() * 1e-2).to(dtype), previous
 
 
+def label_score(x, cond, uncond, alpha, sigma, prediction):
+    """score(x | label) - score(x), from the two predictions by way of their eps: the score is
+    -eps / sigma.
+    """
+    score_cond, score_uncond = (
+        {
+            "epsilon": -pred,
+            "v": -(sigma * x + alpha * pred),
+            "sample": -(x - alpha * pred) / sigma,
+            "flow": -(x + alpha * pred),
+        }[prediction]
+        / sigma
+        for pred in (cond, uncond)
+    )
+    return score_cond - score_uncond
+
+
 def truth(
     x,
     cond,
@@ -49,6 +66,7 @@ def truth(
     omega,
     mode,
     prediction,
+    anchor=None,
     clip=None,
     x0_prev=None,
     sample_ids=None,
@@ -60,6 +78,7 @@ def truth(
     per_sample = [
         torch.as_tensor(value, dtype=torch.float64).expand(len(x)) for value in (cfg_scale, omega)
     ]
+    anchors = torch.as_tensor(0.0 if anchor is None else anchor).double().cpu().expand(len(x))
     for i in range(len(x)):
         state, pred, scale, weight = (
             x[i].double(),
@@ -70,8 +89,17 @@ def truth(
         if uncond is not None:
             pred = uncond[i].double() + scale * (pred - uncond[i].double())
         g = torch.zeros_like(state) if grad is None else grad[i].double()
+        pull = g / (g.norm() + 1e-8)
+        if anchor is not None and anchors[i] != 0 and g.norm() > 0:
+            label = label_score(
+                state, cond[i].double(), uncond[i].double(), alpha, sigma, prediction
+            )
+            if label.norm() > 0:
+                toward = g / g.norm() + anchors[i] * label / label.norm()
+                pull = g.norm() / (g.norm() + 1e-8) * toward / max(toward.norm(), 1 / 32)
+                g = g.norm() * toward
         if mode == "relative":
-            state = state + weight * state.norm() / (g.norm() + 1e-8) * g
+            state = state + weight * state.norm() * pull
         if prediction == "epsilon":
             eps = pred
         elif prediction == "v":
@@ -223,6 +251,41 @@ def test_dynamic_threshold_is_the_exact_quantile(elements, ratio, device):
     )
     bound = torch.quantile(x.double().abs(), ratio, dim=1, keepdim=True).clamp(min=1.0)
     assert_close(clipped, (x.double().clamp(-bound, bound) / bound).cpu(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["relative", "score"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_an_anchor_turns_the_step_to_the_label(prediction, mode, dtype, device):
+    """At odd sizes, with numbers, device scalars and one value a sample, and with everything that a
+    step may have beside it.
+    """
+    table = solver_table(device)
+    for shape, clip, has_rest in (
+        ((3, 2, 5, 7), None, False),
+        ((2, 1), 0.7, True),
+        ((2, 3, 11, 31), DynamicThreshold(0.9, 2.0), True),
+        ((2, 4, 16, 16), None, True),
+    ):
+        x, cond, uncond, grad, previous = tensors(shape, device, dtype)
+        ids = torch.arange(shape[0], device=device) - 2**33
+        rest = {"x0_prev": previous, "sample_ids": ids} if has_rest else {}
+        options = {"cfg_scale": 1.5, "omega": 0.2, "mode": mode, "prediction": prediction}
+        options |= {"clip": clip, "seed": 3}
+        for anchor in (
+            0.5,
+            torch.tensor(1.0, device=device),
+            torch.tensor([2.5, 0.0, 0.25], device=device)[: shape[0]],
+        ):
+            x0 = torch.full_like(x, torch.nan)
+            following = guided_step(
+                x, cond, uncond, grad, table, 3, anchor=anchor, x0_out=x0, **rest, **options
+            )
+            cpu = [tensor.cpu() for tensor in (x, cond, uncond, grad, table)]
+            on_cpu = {name: value.cpu() for name, value in rest.items()}
+            expected, expected_x0 = truth(*cpu, 3, anchor=anchor, **on_cpu, **options)
+            assert_close(following, expected, dtype, 4)
+            assert_close(x0, expected_x0, dtype, 4)
 
 
 def test_mixed_dtypes(device):
@@ -414,6 +477,8 @@ def test_registered_operation(device):
         None,
         0.0,
         torch.rand(2, device=device),
+        0.0,
+        torch.rand(2, device=device),
         "relative",
         "v",
         math.inf,
@@ -463,6 +528,10 @@ def test_registered_operation(device):
             r"cfg_scale has shape \(3,\), expected \(\) or " r"\(2,\)",
         ),
         ({"omega": "0.1"}, TypeError, "omega must be a number"),
+        ({"anchor": "1"}, TypeError, "anchor must be a number"),
+        ({"anchor": True}, TypeError, "anchor must be a number"),
+        ({"anchor": torch.ones(3)}, ValueError, r"anchor has shape \(3,\), expected .* \(2,\)"),
+        ({"anchor": torch.ones((), device="meta")}, ValueError, "anchor.*is on meta"),
         ({"omega": torch.zeros((), device="meta")}, ValueError, "omega.*is on meta"),
         ({"mode": "absolute"}, ValueError, "mode must be one of relative, score"),
         ({"prediction": "eps"}, ValueError, "prediction must be one of epsilon, v, sample, flow"),

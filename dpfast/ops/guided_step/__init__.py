@@ -14,13 +14,30 @@ x0 + sigma eps.
               flow:    x0 = x~ - sigma pred              eps = x~ + alpha pred (alpha = 1 - sigma)
     x_next = a clip(x0) + b eps + c x0_prev + d noise    eps is the one from before the clip
 
+An anchor kappa holds the guided sample to its label: beside g it ascends the generator's own log
+p(label | x), whose gradient c = score(x | label) - score(x) lies between the two predictions:
+
+    c = -(eps_cond - eps_uncond) / sigma = alpha / sigma^2 (x0_cond - x0_uncond)
+    at one x:  epsilon: eps is pred            c is  -1 / sigma        times pred_cond - pred_uncond
+               v:       eps moves by alpha v         -alpha / sigma
+               flow:    eps moves by alpha pred      -alpha / sigma
+               sample:  x0 is pred                   alpha / sigma^2
+    d = g / |g| + kappa c / |c|             of c only the direction counts: the sign of its factor
+    relative: x~ = x + omega |x| |g| / (|g| + 1e-8) d / max(|d|, 1/32)
+    score:    eps <- eps - omega sigma |g| d             g + kappa |g| c / |c| in the place of g
+
+Both modes move along the same d. |d|^2 = (1 - kappa)^2 + 2 kappa (1 + cos(g, c)). Where g and c are
+nearly opposite and kappa is nearly 1, d is little but rounding: below a length of 1/32 (at kappa =
+1, a cosine below -0.9995) the relative move shrinks with d, to none at d = 0. A sample with kappa =
+0, without pred_uncond or with c = 0 takes the step without an anchor; one with g = 0 is unguided.
+
 A division by a coefficient that is zero contributes zero (flow matching starts at alpha = 0). A
-sample whose gradient has a squared norm that is not finite in fp32 takes its step unguided, and is
-counted. The noise of step t is `normal(sample_ids, ..., stream=t + 1)`; stream 0 is left to the
-first latent.
+sample whose gradient g (or, with an anchor, whose pred_cond - pred_uncond) has a squared norm that
+is not finite in fp32 takes its step unguided, and is counted. The noise of step t is
+`normal(sample_ids, ..., stream=t + 1)`; stream 0 is left to the first latent.
 
 Bytes for n elements of b bytes: 5 n b (read x, pred_cond, pred_uncond, grad, write x_next), n b
-more for x0_prev or x0.
+more for x0_prev or x0, none for an anchor.
 """
 
 from __future__ import annotations
@@ -76,6 +93,7 @@ def _native(call: Call) -> None:
     seed, seed_at = (0, call.seed.long()) if isinstance(call.seed, Tensor) else (call.seed, None)
     cfg_scale, cfg_at, cfg_stride = _as_pointer(call.cfg_scale)
     omega, omega_at, omega_stride = _as_pointer(call.omega)
+    anchor, anchor_at, anchor_stride = _as_pointer(0.0 if call.anchor is None else call.anchor)
     address = dispatch.address
     dispatch.native_module().guided_step(
         call.out.shape[0],
@@ -93,6 +111,9 @@ def _native(call: Call) -> None:
         omega,
         address(omega_at),
         omega_stride,
+        anchor,
+        address(anchor_at),
+        anchor_stride,
         call.options.mode == "relative",
         get_args(Prediction).index(call.options.prediction),
         *call.options[2:],
@@ -108,7 +129,7 @@ def _native(call: Call) -> None:
 def _run(call: Call) -> None:
     """Writes the step into `call.out`."""
     backend = dispatch.backend_for(call.out.device)
-    if backend == "triton":
+    if backend == "triton" and call.anchor is None:
         launch(call)
     elif backend == "native":
         _native(call)
@@ -136,6 +157,8 @@ def _operation(
     cfg_at: Tensor | None,
     omega: float,
     omega_at: Tensor | None,
+    anchor: float,
+    anchor_at: Tensor | None,
     guidance: str,  # `mode` is taken by torch's dispatcher
     prediction: str,
     clip: float,
@@ -158,6 +181,7 @@ def _operation(
         step if step_at is None else step_at,
         cfg_scale if cfg_at is None else cfg_at,
         omega if omega_at is None else omega_at,
+        (anchor or None) if anchor_at is None else anchor_at,
         Options(guidance, prediction, clip, threshold_ratio, threshold_maximum),
         sample_ids,
         seed if seed_at is None else seed_at,
@@ -202,6 +226,7 @@ def guided_step(
     *,
     cfg_scale: float | Tensor,
     omega: float | Tensor,
+    anchor: float | Tensor | None = None,
     mode: Mode = "relative",
     prediction: Prediction = "epsilon",
     clip: float | DynamicThreshold | None = None,
@@ -226,6 +251,8 @@ def guided_step(
         cfg_scale: diffusers' convention, 1 is the conditional prediction; number, 0-d or (B,)
             tensor.
         omega: strength of the guidance; number, 0-d or (B,) tensor.
+        anchor: kappa, the weight of the generator's own belief in the label beside the guidance;
+            number, 0-d or (B,) tensor. None and 0 are the step without one, bit for bit.
         mode: "relative" moves the state by omega times its norm, "score" adds omega grad to the
             score.
         prediction: what the network predicts: "epsilon", "v", "sample" or "flow".
@@ -236,7 +263,7 @@ def guided_step(
         out: where to write the result; may be x itself.
         x0_out: where to write the (clipped) x0; must not overlap.
         skipped: int64 counter of shape () or (1,), raised by the number of samples whose gradient
-            was not finite.
+            was not finite, or with an anchor the difference of the predictions.
 
     Returns:
         x_next: `out`, or a new contiguous tensor. A step tensor outside the table gives NaN.
@@ -273,6 +300,11 @@ def guided_step(
         )
     cfg_scale = check.per_sample("cfg_scale", cfg_scale, shape[0], device)
     omega = check.per_sample("omega", omega, shape[0], device)
+    if anchor is not None:
+        anchor = check.per_sample("anchor", anchor, shape[0], device)
+        nothing = not isinstance(anchor, Tensor) and anchor == 0
+        if nothing or grad is None or pred_uncond is None:
+            anchor = None
     options = _options(mode, prediction, clip)
     if sample_ids is not None:
         check.shaped(
@@ -297,6 +329,7 @@ def guided_step(
                 step,
                 cfg_scale,
                 omega,
+                anchor,
                 options,
                 sample_ids,
                 seed,
@@ -306,8 +339,9 @@ def guided_step(
     # torch.func would look for a derivative of the operation, and there is none: its inputs carry
     # no gradient either.
     constants = (None if tensor is None else tensor.detach() for tensor in inputs)
-    cfg_scale, omega = (
-        value.detach() if isinstance(value, Tensor) else value for value in (cfg_scale, omega)
+    cfg_scale, omega, anchor = (
+        value.detach() if isinstance(value, Tensor) else value
+        for value in (cfg_scale, omega, 0.0 if anchor is None else anchor)
     )
     # A traced graph knows no aliases: it computes into a tensor of its own, and the copy fuses or
     # vanishes.
@@ -321,6 +355,7 @@ def guided_step(
         *dispatch.integer_or_tensor(step),
         *dispatch.number_or_tensor(cfg_scale),
         *dispatch.number_or_tensor(omega),
+        *dispatch.number_or_tensor(anchor),
         *options,
         sample_ids,
         *dispatch.integer_or_tensor(seed),

@@ -12,6 +12,8 @@ from torch import Tensor
 from dpfast.ops import noise
 
 NORM_FLOOR = 1e-8
+SHORTEST = 2.0**-5  # a |d| below this is not stretched to length 1, but by 32
+SMALLEST = 2.0**-126  # a squared norm below it, fp32's smallest normal number, counts as zero
 
 
 class Options(NamedTuple):
@@ -39,6 +41,7 @@ class Call(NamedTuple):
     step: int | Tensor
     cfg_scale: float | Tensor
     omega: float | Tensor
+    anchor: float | Tensor | None  # where it is not None, so are pred_uncond and grad
     options: Options
     sample_ids: Tensor | None
     seed: int | Tensor
@@ -102,25 +105,45 @@ def reference(call: Call) -> tuple[Tensor, Tensor]:
     alpha, sigma, a, b, c, d = row.to(work).unbind()
 
     state, pred = flat(x), flat(call.pred_cond)
+    difference: Tensor | None = None
     if call.pred_uncond is not None:
         base = flat(call.pred_uncond)
-        pred = base + _row(call.cfg_scale, state) * (pred - base)
+        difference = pred - base
+        pred = base + _row(call.cfg_scale, state) * difference
     shift: Tensor | None = None
     if call.grad is not None:
         gradient = flat(call.grad)
         squares = gradient.square().sum(dim=1, keepdim=True)
         finite = squares.float().isfinite()
+        kappa = None if call.anchor is None else _row(call.anchor, state)
+        if kappa is not None:
+            assert difference is not None
+            label = difference if options.prediction == "sample" else -difference
+            label_squares = label.square().sum(dim=1, keepdim=True)
+            finite = finite & ((kappa == 0) | label_squares.float().isfinite())
         gradient = torch.where(finite, gradient, 0.0)
+        squares = torch.where(finite, squares, 0.0)
         if call.skipped is not None:
             call.skipped.add_((~finite).sum())
         if options.mode == "relative":
-            squares = torch.where(finite, squares, 0.0)
             norm = state.square().sum(dim=1, keepdim=True).sqrt()
-            state = (
-                state + _row(call.omega, state) * norm / (squares.sqrt() + NORM_FLOOR) * gradient
-            )
+            weight = _row(call.omega, state) * norm / (squares.sqrt() + NORM_FLOOR)
         else:
-            shift = _row(call.omega, state) * sigma * gradient
+            weight = _row(call.omega, state) * sigma
+        move = weight * gradient
+        if kappa is not None:
+            anchored = (kappa != 0) & (squares >= SMALLEST) & (label_squares >= SMALLEST)
+            ratio = squares.sqrt() / label_squares.sqrt()
+            if options.mode == "relative":
+                cosine = (gradient * label).sum(dim=1, keepdim=True) / squares.sqrt()
+                cosine = (cosine / label_squares.sqrt()).clamp(-1.0, 1.0)
+                length = ((1 - kappa) ** 2 + 2 * kappa * (1 + cosine)).sqrt()
+                weight = weight / length.clamp(min=SHORTEST)
+            move = torch.where(anchored, weight * (gradient + kappa * ratio * label), move)
+        if options.mode == "relative":
+            state = state + move
+        else:
+            shift = move
 
     if options.prediction == "epsilon":
         x0, eps = (state - sigma * pred) * _reciprocal(alpha), pred
