@@ -10,7 +10,7 @@ computed, so a laptop counts Stable Diffusion in seconds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+ATEN = torch.ops.aten
+# products under names that torch's registry does not have -> those of the same arguments
+SUMS = {
+    ATEN.addmm_: ATEN.addmm,
+    ATEN._addmm_activation: ATEN.addmm,
+    ATEN.baddbmm_: ATEN.baddbmm,
+}
 
 
 @dataclass(frozen=True)
@@ -37,23 +45,25 @@ class Passes:
 
 @dataclass(frozen=True)
 class Counts:
-    """half, full: FLOPs whose result is a 16-bit and a 32-bit float; moved: bytes of their operands
-    and results.
+    """half, full: FLOPs whose result is a 16-bit and a 32-bit float; float8: those of 8-bit
+    operands; moved: bytes of all their operands and results.
     """
 
     half: float = 0.0
     full: float = 0.0
     moved: float = 0.0
+    float8: float = 0.0
 
     @property
     def flops(self) -> float:
-        return self.half + self.full
+        return self.half + self.full + self.float8
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.half + other.half, self.full + other.full, self.moved + other.moved)
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Counts(*(mine + others for mine, others in pairs))
 
     def __mul__(self, times: float) -> Counts:
-        return Counts(self.half * times, self.full * times, self.moved * times)
+        return Counts(*(each * times for each in astuple(self)))
 
 
 class _Attention(TorchFunctionMode):
@@ -84,7 +94,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(SUMS.get(func._overloadpacket, func._overloadpacket))
         if formula is not None:
             amount = float(formula(*args, **(kwargs or {}), out_val=out))
             tensors = [
@@ -100,8 +110,9 @@ class _Counter(TorchDispatchMode):
                 for t in tensors
                 if tuple(t.shape[-2:]) not in scores
             )
-            half = min(tensors[-1].itemsize, size) <= 2
-            self.total += Counts(amount if half else 0.0, 0.0 if half else amount, moved)
+            operand, result = (min(t.itemsize, size) for t in (tensors[0], tensors[-1]))
+            kind = "float8" if operand == 1 else "half" if result <= 2 else "full"
+            self.total += Counts(moved=moved, **{kind: amount})
         return out
 
 

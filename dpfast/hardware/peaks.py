@@ -15,6 +15,7 @@ from dpfast.errors import InputError
 from dpfast.hardware.flops import Counts
 from dpfast.hardware.memory import available_bytes
 from dpfast.ops.frozen_linear import frozen_linear
+from dpfast.ops.quantise import HOPPER, quantise
 
 HERE = "here"
 ROUNDS, MEASURED = 5, 0.1  # of each measurement of this machine: calls, seconds
@@ -23,7 +24,7 @@ ROUNDS, MEASURED = 5, 0.1  # of each measurement of this machine: calls, seconds
 @dataclass(frozen=True, kw_only=True)
 class Peaks:
     """half, full: dense FLOP/s in 16-bit and in 32-bit floats; bandwidth: of its memory, bytes/s;
-    memory: bytes.
+    memory: bytes. float8: FLOP/s in 8-bit floats with a factor for each row; None: it has none.
 
     link, network: bytes/s to the other devices of its node and, through an adapter of its own, to
     other nodes, in one direction. host, disk: bytes of a node's memory and of its local drives over
@@ -39,6 +40,7 @@ class Peaks:
     network: float
     host: float | None = None
     disk: float | None = None
+    float8: float | None = None
 
     @property
     def gpu(self) -> bool:
@@ -48,20 +50,23 @@ class Peaks:
     def limits(self, counts: Counts) -> dict[str, float]:
         """Seconds that the counted work takes at least: of "compute", and of "memory"."""
         return {
-            "compute": counts.half / self.half + counts.full / self.full,
+            "compute": counts.half / self.half
+            + counts.full / self.full
+            + counts.float8 / (self.float8 or self.half),
             "memory": counts.moved / self.bandwidth,
         }
 
 
 # SXM modules by NVIDIA's data sheets. half: bf16 and fp16 on tensor cores, dense; those of the H100
 # (2023), the H200 (2024) and the DGX B200 (2024, an eighth of it) print twice as much, "with
-# sparsity". full: IEEE fp32, which is what PyTorch's matrix products take unless TF32 is allowed.
-# link: half of NVLink's bandwidth, which is of both directions. network, host, disk: an eighth of a
-# DGX (data sheets of the DGX A100 640GB, H100, H200 and B200): eight adapters, of 200 Gbit/s in the
-# A100's and of 400 in the others, 2 TB of memory and eight drives of 3.84 TB. The RTX 4090 by
-# NVIDIA's white paper of the Ada architecture (2022, appendix A): half is dense with sums in fp32;
-# no NVLink, link is PCIe 4.0 x16. Around it a workstation, stated: 64 GB of memory, 2 TB of disk,
-# 10 Gbit/s of network.
+# sparsity". float8: e4m3, dense: half of the 3,958 TFLOP/s of the H100 and the H200 and of an
+# eighth of the DGX B200's 72,000. full: IEEE fp32, which is what PyTorch's matrix products take
+# unless TF32 is allowed. link: half of NVLink's bandwidth, which is of both directions. network,
+# host, disk: an eighth of a DGX (data sheets of the DGX A100 640GB, H100, H200 and B200): eight
+# adapters, of 200 Gbit/s in the A100's and of 400 in the others, 2 TB of memory and eight drives of
+# 3.84 TB. The RTX 4090 by NVIDIA's white paper of the Ada architecture (2022, appendix A): half is
+# dense with sums in fp32; no NVLink, link is PCIe 4.0 x16; its float8 is not used here. Around it a
+# workstation, stated: 64 GB of memory, 2 TB of disk, 10 Gbit/s of network.
 DGX = {"host": 2e12 / 8, "disk": 3.84e12}
 DEVICES = {
     "a100": Peaks(
@@ -77,6 +82,7 @@ DEVICES = {
     "h100": Peaks(
         name="H100",
         half=989e12,
+        float8=1979e12,
         full=67e12,
         bandwidth=3.35e12,
         memory=80e9,
@@ -87,6 +93,7 @@ DEVICES = {
     "h200": Peaks(
         name="H200",
         half=989e12,
+        float8=1979e12,
         full=67e12,
         bandwidth=4.8e12,
         memory=141e9,
@@ -97,6 +104,7 @@ DEVICES = {
     "b200": Peaks(
         name="B200",
         half=2250e12,
+        float8=4500e12,
         full=75e12,
         bandwidth=8e12,
         memory=180e9,
@@ -161,6 +169,7 @@ def here() -> Peaks:
     """
     gpu = torch.cuda.is_available()
     kind = torch.device("cuda" if gpu else "cpu")
+    eight = gpu and torch.cuda.get_device_capability() >= HOPPER
     # a run's own numbers stay its own
     with torch.random.fork_rng([torch.cuda.current_device()] if gpu else []):
         full = max(work / _best(call, kind) for work, call in _products(kind, torch.float32))
@@ -169,6 +178,10 @@ def here() -> Peaks:
             if gpu
             else full
         )
+        float8 = None
+        if eight:
+            work, product = float8_product(kind, 8192)
+            float8 = work / _best(product, kind)
         source = torch.randint(256, (1 << 26,), device=kind, dtype=torch.uint8)
     target = torch.zeros_like(source)
     return Peaks(
@@ -177,6 +190,7 @@ def here() -> Peaks:
         else f"this CPU with {torch.get_num_threads()} threads",
         half=half,
         full=full,
+        float8=float8,
         bandwidth=2 * source.nbytes / _best(lambda: target.copy_(source), kind),
         memory=float(available_bytes(kind)),
         link=LOOPBACK,
@@ -208,6 +222,25 @@ def _products(device: torch.device, dtype: torch.dtype) -> list[tuple[float, Cal
         work = 2 * images * width**2 * 9 * channels**2
         products.append((work, lambda: F.conv2d(batch, kernel, padding=1)))
     return products
+
+
+def float8_product(device: torch.device, side: int) -> tuple[float, Callable[[], object]]:
+    """FLOPs, and a call that does them as a frozen layer in float8 does: factors for each row, a
+    result in bf16.
+    """
+    rows, weight = (
+        quantise(torch.randn(side, side, device=device, dtype=torch.bfloat16)) for _ in range(2)
+    )
+    call = functools.partial(
+        torch._scaled_mm,
+        rows.values,
+        weight.values.t(),
+        rows.scales,
+        weight.scales.t(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return 2 * side**3, call
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:

@@ -26,6 +26,7 @@ from dpfast.ops.traffic import register_traffic
 from dpfast.ops.triton_stub import next_power, tl, triton
 
 FLOAT8 = torch.float8_e4m3fn
+HOPPER = (9, 0)  # the first compute capability whose products in float8 take a factor a row
 LARGEST = 448.0
 SMALLEST = 1e-12  # of max |y|: a row of zeros has a factor, too
 

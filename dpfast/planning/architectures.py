@@ -18,9 +18,11 @@ from dpfast.errors import InputError
 from dpfast.generate.from_recipe import class_names, resized
 from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder, decoder_dtype
 from dpfast.generate.models.denoiser import DiTDenoiser, TextUNetDenoiser
+from dpfast.generate.models.fused import quantise
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.pipelines.families import check_float8, into_float8
 from dpfast.generate.pipelines.folder import PipelineFolder
-from dpfast.generate.pipelines.pipeline import DTYPES
+from dpfast.generate.pipelines.pipeline import DTYPES, FLOAT8
 from dpfast.generate.solvers import load_scheduler, prediction_of
 from dpfast.learn.models import build_learner
 
@@ -143,27 +145,42 @@ def pipeline_of(generator: Generator) -> Pipeline:
     """
     names = class_names(generator)
     classes, dtype = None if names is None else len(names), DTYPES[generator.dtype]
+    float8 = generator.dtype == FLOAT8
     return resized(
-        without_weights(generator.pipeline, classes=classes, dtype=dtype), generator.image_size
+        without_weights(generator.pipeline, classes=classes, dtype=dtype, float8=float8),
+        generator.image_size,
     )
 
 
 def without_weights(
-    source: str | Path, *, classes: int | None = None, dtype: torch.dtype = torch.float32
+    source: str | Path,
+    *,
+    classes: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    float8: bool = False,
 ) -> Pipeline:
     """The pipeline of a folder or an embedded asset, from its configurations alone; of a published
     name otherwise.
 
-    classes: where the folder does not name its own. Raises ``InputError`` for a folder of another
-    kind than ``DiTPipeline`` and ``StableDiffusionPipeline``.
+    classes: where the folder does not name its own. float8: with fused blocks, whose linear layers
+    run in float8 where they can. Raises ``InputError`` for a folder of another kind than
+    ``DiTPipeline`` and ``StableDiffusionPipeline``, or in float8 than the first.
     """
     if source in PIXELS and not Path(source).is_dir():
-        return published(str(source), classes=classes or 1000, dtype=dtype)
+        made = published(str(source), classes=classes or 1000, dtype=dtype, fused=float8)
+        if float8 and not quantise(made.denoiser.model)[0]:  # type: ignore[attr-defined]
+            raise InputError(
+                f"pipeline = {str(source)!r}: a UNet with dtype = 'float8', which is for "
+                "transformers; use 'bfloat16'"
+            )
+        return made
     folder = PipelineFolder(source)
     if folder.kind not in ("DiTPipeline", "StableDiffusionPipeline"):
         raise folder.error(
             f"a {folder.kind}; a plan takes a DiTPipeline or a StableDiffusionPipeline"
         )
+    if float8:
+        check_float8(folder)
     given = None if classes is None else [f"class {i}" for i in range(classes)]
     names = (folder.class_names(None) if given is None else tuple(given)) or ()
     if not names:
@@ -175,8 +192,14 @@ def without_weights(
             dit = _from_config(folder, diffusers.DiTTransformer2DModel, "transformer")
             steps = scheduler.config.num_train_timesteps
             denoiser = DiTDenoiser(
-                dit, classes=len(names), prediction=prediction_of(scheduler), timesteps=steps
+                dit,
+                classes=len(names),
+                prediction=prediction_of(scheduler),
+                timesteps=steps,
+                fused=float8,
             )
+            if float8:
+                into_float8(folder, denoiser)
         else:
             unet = _from_config(folder, diffusers.UNet2DConditionModel, "unet")
             prompts = torch.empty(len(names) + 1, TOKENS, unet.config.cross_attention_dim)

@@ -19,7 +19,9 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.data.folders import BATCH
-from dpfast.hardware.peaks import Peaks, peaks_named
+from dpfast.errors import InputError
+from dpfast.generate.pipelines.pipeline import FLOAT8
+from dpfast.hardware.peaks import DEVICES, Peaks, peaks_named
 from dpfast.planning.architectures import pipeline_of
 from dpfast.planning.memory import (
     Footprint,
@@ -240,8 +242,15 @@ def stages_of(recipe: Recipe, device: Peaks) -> Stages:
     """The counted stages of a recipe's generator and learner on a device; the same ones are counted
     once.
 
-    Raises ``InputError`` for a pipeline or a learner that cannot be counted.
+    Raises ``InputError`` for a pipeline or a learner that cannot be counted, and for products in
+    float8 on a device that has none.
     """
+    if recipe.generator.dtype == FLOAT8 and device.float8 is None:
+        able = ", ".join(name for name, each in DEVICES.items() if each.float8)
+        raise InputError(
+            "dtype = 'float8' needs a GPU of compute capability 9.0 (Hopper) or later, as "
+            f"{able}, and device = {device.name!r}; use 'bfloat16'"
+        )
     learner = recipe.learner
     half = learner.precision == "bf16" or (learner.precision == "auto" and device.gpu)
     practice = recipe.practice

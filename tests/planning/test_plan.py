@@ -3,6 +3,7 @@ arithmetic.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -15,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpfast.config import ASSETS, Recipe
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import new_sampler
-from dpfast.hardware.flops import Counts, count_work
-from dpfast.hardware.peaks import DEVICES, peaks_of
+from dpfast.hardware.flops import Counts, count_passes, count_work
+from dpfast.hardware.peaks import DEVICES, float8_product, peaks_of
 from dpfast.learn.models import Committee, build_learner
 from dpfast.planning import architectures
-from dpfast.planning.architectures import without_weights
+from dpfast.planning.architectures import published, without_weights
 from dpfast.planning.fitting import fit, place_pool
 from dpfast.planning.measure import Timings, measure
 from dpfast.planning.methods import stable_diffusion_15
@@ -360,3 +361,82 @@ def test_what_cannot_be_planned_is_refused(recipe):
         plan(recipe, "abacus")
     with pytest.raises(InputError, match=r"no such folder"):
         without_weights("dit-of-nobody")
+
+
+@pytest.mark.parametrize("name", ["dit-xl-2", "stable-diffusion-1.5"])
+def test_fused_blocks_compute_the_products_of_the_plain_ones(name):
+    """Sums in a product (beta = 1) and a GELU behind one are products, too."""
+
+    def counts(*, gradient: bool) -> list[float]:
+        found = []
+        for fused in (False, True):
+            denoiser = published(name, dtype=torch.bfloat16, fused=fused).denoiser
+            with torch.device("meta"):
+                x = torch.empty(1, *denoiser.sample_shape)
+                label, t = torch.zeros(1, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+            predict = partial(denoiser, timestep=t, labels=label)
+            if gradient:
+                passes = count_passes(predict, x)
+                found.append(passes.both)
+            else:
+                with torch.no_grad():
+                    found.append(count_work(lambda x=x, predict=predict: predict(x)).flops)
+        return found
+
+    for gradient in (False, True):
+        plain, fused = counts(gradient=gradient)
+        # Stable Diffusion's time is a table there
+        assert fused == (plain if name == "dit-xl-2" else pytest.approx(plain, rel=1e-4))
+
+
+def in_float8(recipe, pipeline="dit-xl-2"):
+    return dataclasses.replace(
+        recipe,
+        generator=dataclasses.replace(recipe.generator, pipeline=pipeline, dtype="float8"),
+    )
+
+
+def test_products_in_float8_are_planned_at_their_own_rate(recipe):
+    half = dataclasses.replace(
+        recipe,
+        generator=dataclasses.replace(recipe.generator, pipeline="dit-xl-2", dtype="bfloat16"),
+    )
+    made, before = (plan(each, "h200", utilisation=1.0) for each in (in_float8(recipe), half))
+    counts, whole = (each.stages.unguided for each in (made, before))
+    assert counts.flops == whole.flops
+    # four linear layers of each of 28 blocks, and 256 tokens: 4 + 8 squares of the width
+    blocks = 2 * 256 * 28 * 12 * 1152**2
+    assert counts.float8 == 2 * recipe.generator.steps * blocks
+    device = DEVICES["h200"]
+    expected = counts.half / device.half + counts.full / device.full
+    assert device.limits(counts)["compute"] == expected + counts.float8 / 1979e12
+    # guided steps differentiate the conditional half in bf16
+    assert 0 < made.stages.guided.float8 < counts.float8
+    assert made.seconds < before.seconds
+
+
+@pytest.mark.parametrize("device", ["a100", "rtx4090", "here"])
+def test_float8_is_planned_for_devices_that_have_it(device, recipe):
+    if device == "here" and torch.cuda.is_available():
+        pytest.skip("may have it")
+    message = (
+        r"needs a GPU of compute capability 9\.0 \(Hopper\) or later, as h100, h200, b200, and"
+    )
+    with pytest.raises(InputError, match=message):
+        plan(in_float8(recipe), device)
+
+
+def test_float8_is_planned_for_transformers(recipe, stable_diffusion_folder):
+    with pytest.raises(InputError, match=r"pipeline = 'stable-diffusion-1\.5': a UNet with dtype"):
+        plan(in_float8(recipe, "stable-diffusion-1.5"), "h100")
+    with pytest.raises(InputError, match=r"a StableDiffusionPipeline with dtype = 'float8'"):
+        without_weights(stable_diffusion_folder, classes=3, float8=True)
+    with pytest.raises(InputError, match="finds no block whose linear layers take it"):
+        without_weights("fashion", dtype=torch.float32, float8=True)
+    assert without_weights("fashion", dtype=torch.bfloat16, float8=True).denoiser.model is not None
+
+
+def test_the_measured_product_in_float8_is_that_of_a_frozen_layer():
+    work, call = float8_product(torch.device("cpu"), 32)
+    out = call()
+    assert (work, out.shape, out.dtype) == (2 * 32**3, (32, 32), torch.bfloat16)

@@ -80,22 +80,35 @@ def load(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     """
     family = family_of(folder)
     folder.need(*family.needs)
-    if options.float8 and not family.float8:
+    if options.float8:
+        check_float8(folder)
+    parts = family.load(folder, options)
+    if options.float8:
+        quantised, layers = into_float8(folder, parts.denoiser)
+        log.info("float8: %d of %d linear layers of the denoiser", quantised, layers)
+    return parts
+
+
+def check_float8(folder: PipelineFolder) -> None:
+    """Raises ``InputError`` for a pipeline whose linear layers run in 16 bits alone."""
+    if not family_of(folder).float8:
         able = " and ".join(name for name, each in FAMILIES.items() if each.float8)
         raise folder.error(
             f"a {folder.kind} with dtype = 'float8', which is for {able}; use 'bfloat16'"
         )
-    parts = family.load(folder, options)
-    if options.float8:
-        denoiser: Any = parts.denoiser
-        quantised, layers = quantise(denoiser.model)
-        log.info("float8: %d of %d linear layers of the denoiser", quantised, layers)
-        if not quantised:
-            raise folder.error(
-                "dtype = 'float8' finds no block whose linear layers take it (known to "
-                "dpfast.generate.models.fused, widths that are multiples of 16); use 'bfloat16'"
-            )
-    return parts
+
+
+def into_float8(folder: PipelineFolder, denoiser: Any) -> tuple[int, int]:
+    """Lets the linear layers of a fused denoiser run in float8, and returns how many do, and of how
+    many. Raises ``InputError`` where none can.
+    """
+    quantised, layers = quantise(denoiser.model)
+    if not quantised:
+        raise folder.error(
+            "dtype = 'float8' finds no block whose linear layers take it (known to "
+            "dpfast.generate.models.fused, widths that are multiples of 16); use 'bfloat16'"
+        )
+    return quantised, layers
 
 
 def check(folder: PipelineFolder) -> None:

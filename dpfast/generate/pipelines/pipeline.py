@@ -18,6 +18,7 @@ from dpfast.generate.pipelines import families
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.solvers import SolverTable, solver_table
 from dpfast.hardware.device import device_of
+from dpfast.ops.quantise import HOPPER
 
 FLOAT8 = "float8"
 DTYPES = {  # and that of the weights; beside those in float8 all else is bf16
@@ -26,7 +27,6 @@ DTYPES = {  # and that of the weights; beside those in float8 all else is bf16
     "float16": torch.float16,
     FLOAT8: torch.bfloat16,
 }
-HOPPER = (9, 0)  # the first compute capability whose products in float8 take a factor a row
 
 
 @dataclass(frozen=True)
