@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import pytest
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dpfast import GuidanceConfig, GuidedSampler
+from dpfast.generate.graphs import Captured
 from dpfast.generate.models.denoiser import TextUNetDenoiser
 from dpfast.generate.models.frozen_layers import fuse_projections, share_conditioning
 from dpfast.generate.models.fused import fuse
+from tests.generate.standin import StandInRecorder, force_reference
 
 Call = Callable[[Tensor], Tensor]
 NHWC = torch.channels_last
@@ -365,14 +367,106 @@ def test_a_sampler_makes_the_same_images(options: dict[str, Any]) -> None:
     torch.testing.assert_close(ours.entropy, plain.entropy, rtol=1e-3, atol=1e-4)
 
 
-def test_a_guided_step_through_a_fused_model_is_one_graph() -> None:
-    for name in ("UNet of prompts", "tiny decoder", "DiT, shared conditioning"):
-        run = call(fused(name), name)
+def guided(run: Call) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(x, seed) to the prediction and the gradient of its product with the seed."""
 
-        def guided(x: Tensor, seed: Tensor, run: Call = run) -> Tensor:
-            return torch.func.vjp(run, x)[1](seed)[0]
+    def step(x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        prediction, backward = torch.func.vjp(run, x)
+        return prediction, backward(seed)[0]
 
-        x = torch.randn(3, 4, 16, 16)
-        seed = torch.randn_like(run(x))
-        compiled = torch.compile(guided, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x, seed), guided(x, seed), rtol=1e-4, atol=1e-4)
+    return step
+
+
+@pytest.mark.parametrize("name", ["UNet of prompts", "tiny decoder", "DiT, shared conditioning"])
+def test_a_step_through_a_fused_model_is_one_graph(name: str) -> None:
+    """With a gradient and, where residuals are summed in place, without."""
+    run = call(fused(name), name)
+    x = torch.randn(3, 4, 16, 16)
+    with torch.no_grad():
+        right = run(x)
+        plain = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(plain, right, rtol=1e-4, atol=1e-4)
+    seed = torch.randn_like(right)
+    compiled = torch.compile(guided(run), fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(x, seed), guided(run)(x, seed), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class One(NamedTuple):
+    prediction: Tensor
+
+
+class Two(NamedTuple):
+    prediction: Tensor
+    gradient: Tensor
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_through_a_fused_model_is_captured_and_replayed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a tape and with the gradient: no host read, and a replay computes what a call does,
+    of inputs that it has not seen.
+    """
+    force_reference(monkeypatch)
+    run, recorder = call(fused(name), name), StandInRecorder()
+    with torch.no_grad():
+        shape = run(torch.randn(3, 4, 16, 16)).shape
+    plain = Captured(lambda x: One(run(x)), recorder)
+    both = Captured(lambda x, seed: Two(*guided(run)(x, seed)), recorder)
+    with torch.no_grad():
+        for _ in range(3):
+            x, seed = torch.randn(3, 4, 16, 16), torch.randn(shape)
+            torch.testing.assert_close(plain(x).prediction, run(x), rtol=0, atol=1e-6)
+            for found, right in zip(both(x, seed), guided(run)(x, seed), strict=True):
+                torch.testing.assert_close(
+                    found, right, rtol=0, atol=1e-6 * float(right.abs().max())
+                )
+    assert (plain.reason, both.reason, recorder.recorded) == (None, None, 2)
+
+
+def test_timesteps_and_labels_of_a_captured_step_are_read_at_each_replay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rows of time and of prompts are taken from their tables inside of the step."""
+    force_reference(monkeypatch)
+    denoiser = TextUNetDenoiser(
+        frozen("UNet of prompts").to(memory_format=NHWC),
+        torch.randn(11, 5, 24),
+        prediction="epsilon",
+        timesteps=20,
+        fused=True,
+    )
+    recorder = StandInRecorder()
+    captured = Captured(lambda x, t, labels: One(denoiser(x, t, labels)), recorder)
+    x, seen = torch.randn(3, 4, 16, 16), []
+    with torch.no_grad():
+        for step, labels in ((19, LABELS), (3, LABELS), (3, LABELS.flip(0))):
+            t = torch.tensor(step)
+            seen.append(captured(x, t, labels).prediction.clone())
+            torch.testing.assert_close(seen[-1], denoiser(x, t, labels), rtol=0, atol=1e-6)
+    assert recorder.recorded == 1
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_a_captured_sampler_of_fused_blocks_makes_the_eager_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    force_reference(monkeypatch)
+    torch.manual_seed(0)
+    learner = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)).eval()
+    recorder = StandInRecorder()
+    given = {"guidance": GuidanceConfig(omega=0.1, every=2), "steps": 4, "cfg_scale": 1.5}
+    eager, captured = (
+        GuidedSampler.from_pretrained(
+            "fashion", learner, fused=True, compile=False, cuda_graphs=graphs, **given
+        )
+        for graphs in (False, recorder)
+    )
+    for labels in ([3, 8, 1], [0, 8, 2]):
+        right, found = eager.generate(labels), captured.generate(labels)
+        assert torch.equal(found.images, right.images)
+        torch.testing.assert_close(found.entropy, right.entropy, rtol=1e-5, atol=1e-6)
+    assert recorder.recorded == 3  # guided, plain, decoding
+    assert not captured.runner.fallbacks
