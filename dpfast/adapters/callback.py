@@ -11,7 +11,7 @@ from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
 from dpfast.adapters import live_pipeline
-from dpfast.adapters.gradient import LearnerGradient
+from dpfast.adapters.gradient import LearnerGradient, label_score, no_anchor
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
 
@@ -31,7 +31,8 @@ class GuidanceCallback(PipelineCallback):
     A callback runs after a step, so what it moves is the input of the next: step 0 is never guided,
     and the gradient takes one more conditional forward at the next timestep (a pipeline hands out
     no graph of its own). The prediction that the next step uses is made at the moved latents;
-    ``GuidedSampler`` keeps the one from before the move.
+    ``GuidedSampler`` keeps the one from before the move. An anchor takes an unconditional forward
+    there as well, so it needs classifier-free guidance (``guidance_scale`` above 1).
 
     Args:
         pipe: a ``StableDiffusionPipeline`` or a ``StableDiffusion3Pipeline``; its scheduler may be
@@ -113,15 +114,33 @@ class GuidanceCallback(PipelineCallback):
         if following == total or following not in guided or self.guidance.omega == 0:
             return callback_kwargs
         x = callback_kwargs["latents"]
-        gradient = self.gradient(
+        network, begun = live_pipeline.network_of(pipe), scheduler.timesteps[following]
+        gradient, conditional = self.gradient(
             x,
-            scheduler.timesteps[following],
+            begun,
             *live_pipeline.levels(scheduler, following),
-            network=live_pipeline.network_of(pipe),
+            network=network,
             prediction=prediction,
             condition={
                 argument: live_pipeline.conditional_half(callback_kwargs[name], len(x))
                 for name, argument in self._names.items()
             },
         )
-        return {**callback_kwargs, "latents": self.gradient.displaced(x, gradient)}
+        score = None
+        if self.guidance.anchor:
+            unconditional = network(x, begun, **self._unconditional(callback_kwargs, len(x)))
+            score = label_score(conditional, unconditional[:, : x.shape[1]], prediction)
+        return {**callback_kwargs, "latents": self.gradient.displaced(x, gradient, score)}
+
+    def _unconditional(self, given: dict[str, Any], batch: int) -> dict[str, Tensor]:
+        """The condition of the unconditional prediction."""
+        rows = {
+            argument: live_pipeline.unconditional_half(given[name], batch)
+            for name, argument in self._names.items()
+        }
+        found = {argument: half for argument, half in rows.items() if half is not None}
+        if len(found) < len(rows):
+            raise no_anchor(
+                self.guidance.anchor, "the pipeline runs without classifier-free guidance"
+            )
+        return found

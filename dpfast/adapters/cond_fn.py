@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dpfast.adapters.gradient import LearnerGradient, Network
+from dpfast.adapters.gradient import LearnerGradient, Network, no_anchor
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.ops.guided_step import Prediction
@@ -63,7 +63,7 @@ class CondFn:
         self.alphas_cumprod = self.alphas_cumprod.to(x.device)
         level = self.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
         condition = model_kwargs if y is None else {"y": y, **model_kwargs}
-        gradient = self.gradient(
+        gradient, _ = self.gradient(
             x,
             t,
             level.sqrt(),
@@ -99,7 +99,8 @@ def make_cond_fn(
         alphas_cumprod: (T,) of the trained grid, as in ``GaussianDiffusion.alphas_cumprod`` before
             respacing.
         guidance: mode="score" and every=1 (a ``cond_fn`` knows no step index); start and until are
-            fractions of the T timesteps. Default: omega = 1.
+            fractions of the T timesteps; anchor=0, there is no unconditional prediction. Default:
+            omega = 1.
         learner, decoder, image_size, chunk: as in ``LearnerGradient``; decoder=None for pixels.
         prediction: "epsilon", "v" or "sample".
 
@@ -116,6 +117,8 @@ def make_cond_fn(
             f"guidance has mode = {guidance.mode!r}, "
             f"every = {guidance.every}: expected 'score' and 1"
         )
+    if guidance.anchor:
+        raise no_anchor(guidance.anchor, "a cond_fn has the conditional prediction alone")
     if prediction not in get_args(Prediction) or prediction == "flow":
         raise InputError(f"prediction = {prediction!r}: expected 'epsilon', 'v' or 'sample'")
     levels = torch.as_tensor(alphas_cumprod, dtype=torch.float32)

@@ -16,10 +16,12 @@ from dpfast.generate.guidance import GuidanceConfig, GuidancePath, LearnerPath
 from dpfast.generate.models.decoder import AutoencoderDecoder, Decoder, IdentityDecoder
 from dpfast.labels import class_ids
 from dpfast.ops import guided_step
-from dpfast.ops.guided_step import Prediction
+from dpfast.ops.guided_step import Mode, Prediction
 
 Network = Callable[..., Tensor]
-_IN_PLACE = ((1.0, 0.0, 1.0, 0.0, 0.0, 0.0),)  # a solver row that only moves x along the gradient
+# solver rows: one that only moves x along the gradient, and one that gives eps, of sigma 1
+_IN_PLACE = ((1.0, 0.0, 1.0, 0.0, 0.0, 0.0),)
+_EPSILON = ((1.0, 1.0, 0.0, 1.0, 0.0, 0.0),)
 
 
 def decoder_of(decoder: Any) -> Decoder:
@@ -36,6 +38,19 @@ def decoder_of(decoder: Any) -> Decoder:
             "latents to images"
         )
     return decoder
+
+
+def label_score(conditional: Tensor, unconditional: Tensor, prediction: Prediction) -> Tensor:
+    """The gradient of the generator's belief in the condition, (B, c, h, w) in float32 and up to a
+    positive factor, of the two predictions of classifier-free guidance.
+    """
+    more = conditional.float() - unconditional.float()
+    return more if prediction == "sample" else -more
+
+
+def no_anchor(anchor: float, why: str) -> InputError:
+    """What to raise where a pipeline has nothing that an anchor could be made of."""
+    return InputError(f"guidance has anchor = {anchor:g}: {why}; expected anchor = 0")
 
 
 @dataclass
@@ -92,6 +107,11 @@ class LearnerGradient:
         if not isinstance(self.guidance, GuidanceConfig):
             raise TypeError(
                 f"guidance is a {type(self.guidance).__name__}, expected a GuidanceConfig"
+            )
+        if self.guidance.cfg_scale is not None:
+            raise InputError(
+                f"guidance has cfg_scale = {self.guidance.cfg_scale:g}: expected None, the "
+                "pipeline says its own scale"
             )
         if self.chunk is not None and self.chunk < 1:
             raise InputError(f"chunk = {self.chunk}: expected at least 1, or None")
@@ -170,8 +190,9 @@ class LearnerGradient:
         condition: Mapping[str, Tensor],
         labels: Tensor | None = None,
         held: Tensor | None = None,
-    ) -> Tensor:
-        """The gradient (B, c, h, w) in float32 at latents x, through one forward of the network.
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient (B, c, h, w) in float32 at latents x, through one forward of the network,
+        and the prediction (B, c, h, w) that it was taken through.
 
         Args:
             timestep, alpha, sigma: 0-d; or (B,) and (B, 1, 1, 1).
@@ -199,33 +220,58 @@ class LearnerGradient:
             sigma: Tensor,
             held: Tensor | None,
             *rows: Tensor,
-        ) -> tuple[Tensor]:
+        ) -> tuple[Tensor, Tensor]:
             denoiser = _Bound(network, dict(zip(condition, rows, strict=True)), prediction)
             if latent and held is None:
                 with torch.no_grad():
                     held = denoiser(x, timestep, labels)
             whole = GuidancePath(denoiser=denoiser, **vars(path))
-            return whole.gradient(x, timestep, labels, alpha, sigma, held)[:1]
+            return whole.gradient(x, timestep, labels, alpha, sigma, held)[:2]
 
         given = (x, timestep, labels, alpha, sigma, held if latent else None)
-        return in_chunks(gradient, self.chunk, *given, *condition.values())[0]
+        found: tuple[Tensor, Tensor] = in_chunks(gradient, self.chunk, *given, *condition.values())
+        return found
 
-    def displaced(self, x: Tensor, gradient: Tensor) -> Tensor:
+    def displaced(self, x: Tensor, gradient: Tensor, score: Tensor | None = None) -> Tensor:
         """x + omega |x| / |g| g with the norms of one sample; a sample whose gradient is not finite
-        stays.
+        stays. score: as ``label_score`` gives it, which the configured anchor joins to g.
         """
-        table = torch.tensor(_IN_PLACE, device=x.device)
-        skipped = self.counter(x.device)
+        return self._stepped(_IN_PLACE, x, gradient, score, omega=self.guidance.omega)
+
+    def ascended(self, gradient: Tensor, score: Tensor | None) -> Tensor:
+        """The gradient that mode "score" takes: with a score (``label_score``) turned towards it by
+        the configured anchor.
+        """
+        if score is None or not self.guidance.anchor:
+            return gradient
+        x = torch.zeros_like(gradient)
+        return -self._stepped(_EPSILON, x, gradient, score, omega=1.0, mode="score")
+
+    def _stepped(
+        self,
+        row: tuple[tuple[float, ...], ...],
+        x: Tensor,
+        gradient: Tensor,
+        score: Tensor | None,
+        *,
+        omega: float,
+        mode: Mode = "relative",
+    ) -> Tensor:
+        """What a solver row makes of x, gradient and score. The step reads a score off its two
+        predictions: of zero and it, where eps is predicted, and with a scale of 1 zero is left.
+        """
         return guided_step(
             x,
-            x,
-            None,
+            x if score is None else torch.zeros_like(score),
+            score,
             gradient,
-            table,
+            torch.tensor(row, device=x.device),
             0,
             cfg_scale=1.0,
-            omega=self.guidance.omega,
-            skipped=skipped,
+            omega=omega,
+            anchor=self.guidance.anchor if score is not None else None,
+            mode=mode,
+            skipped=self.counter(x.device),
         )
 
     def finite(self, gradient: Tensor) -> Tensor:

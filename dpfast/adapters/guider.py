@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor, nn
 
 from dpfast.adapters import live_pipeline
-from dpfast.adapters.gradient import LearnerGradient
+from dpfast.adapters.gradient import LearnerGradient, label_score, no_anchor
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig, predict_x0
 from dpfast.generate.solvers import ddim_table, is_flow
@@ -28,7 +29,8 @@ class LearnerGuidance(ClassifierFreeGuidance):
     "relative" mode becomes the change of the prediction that leads the scheduler to the same next
     latents. That is exact for ``DDIMScheduler`` at eta = 0 and flow-matching Euler; other
     schedulers take mode="score". Schedulers that bound x0 are refused: the two differ where the
-    bound is active.
+    bound is active. An anchor takes the two predictions that the guider is given; a step outside
+    ``start`` and ``stop`` has one, and no anchor.
 
     The configuration is that of ``ClassifierFreeGuidance``; an attachment is never saved.
     ``disable()`` switches both off.
@@ -158,27 +160,48 @@ class LearnerGuidance(ClassifierFreeGuidance):
             return output
         x, self._x = self._x, None
         return GuiderOutput(
-            pred=self._guided(output.pred, x, pred_cond),
+            pred=self._guided(output.pred, x, pred_cond, uncond),
             pred_cond=output.pred_cond,
             pred_uncond=output.pred_uncond,
         )
 
-    def _guided(self, pred: Tensor, x: Tensor, pred_cond: Tensor) -> Tensor:
+    def _guided(
+        self, pred: Tensor, x: Tensor, pred_cond: Tensor, pred_uncond: Tensor | None
+    ) -> Tensor:
         learner, scheduler = self._gradient, self._scheduler
         assert learner is not None
         kind: Prediction = live_pipeline.check_scheduler(scheduler)
         index = live_pipeline.position(scheduler, self._timestep)
         alpha, sigma = (value.to(x.device) for value in live_pipeline.levels(scheduler, index))
         gradient = learner.finite(self._differentiated(learner, x, pred_cond, alpha, sigma, kind))
+        score = self._score(learner, pred_cond.detach(), pred_uncond, x.shape[1], kind)
         if learner.guidance.mode == "score":
             factor = {"epsilon": -sigma, "sample": sigma.square() / alpha}.get(kind, -sigma / alpha)
-            change = learner.guidance.omega * factor * gradient
+            change = learner.guidance.omega * factor * learner.ascended(gradient, score)
             return (pred.float() + torch.where(alpha == 0, 0.0, change)).to(pred.dtype)
         state = x.detach().float()
         a, b = (value.to(x.device) for value in _following(scheduler, index))
         numerator = {"epsilon": a, "v": a * alpha + b * sigma, "flow": a + b, "sample": -b}[kind]
-        move = learner.displaced(state, gradient) - state
+        move = learner.displaced(state, gradient, score) - state
         return (pred.float() + numerator / (b * alpha - a * sigma) * move).to(pred.dtype)
+
+    def _score(
+        self,
+        learner: LearnerGradient,
+        pred_cond: Tensor,
+        pred_uncond: Tensor | None,
+        channels: int,
+        kind: Prediction,
+    ) -> Tensor | None:
+        """The label's score for an anchor; None without one, and in a step that has none."""
+        anchor = learner.guidance.anchor
+        if not anchor:
+            return None
+        if pred_uncond is None:
+            if math.isclose(self.guidance_scale, 0.0 if self.use_original_formulation else 1.0):
+                raise no_anchor(anchor, "the guider has no classifier-free guidance")
+            return None
+        return label_score(pred_cond[:, :channels], pred_uncond[:, :channels], kind)
 
     @staticmethod
     def _differentiated(

@@ -112,6 +112,20 @@ def conditional_half(tensor: Tensor, batch: int) -> Tensor:
     return tensor[-batch:] if len(tensor) == 2 * batch else tensor
 
 
+def unconditional_half(tensor: Tensor, batch: int) -> Tensor | None:
+    """The unconditional rows of the same; None where a pipeline runs without classifier-free
+    guidance.
+    """
+    return tensor[:batch] if len(tensor) == 2 * batch else None
+
+
+def has_cfg(pipe: Any) -> bool:
+    """Whether the call that a ``StableDiffusionPipeline`` is in combines two predictions, and
+    nothing else, into what its scheduler is given.
+    """
+    return bool(pipe.do_classifier_free_guidance) and not pipe.guidance_rescale
+
+
 def encoded(pipe: Any, prompts: list[str]) -> Mapping[str, Tensor]:
     """The condition of a ``StableDiffusionPipeline`` for one prompt a sample."""
     with torch.no_grad():

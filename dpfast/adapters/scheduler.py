@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dpfast.adapters import live_pipeline
-from dpfast.adapters.gradient import LearnerGradient, Network
+from dpfast.adapters.gradient import LearnerGradient, Network, no_anchor
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.solvers import SolverTable, ddim_table
@@ -29,6 +30,7 @@ class _Attached:
     condition: Mapping[str, Tensor]
     batch: int | None
     doubled: bool  # DiTPipeline steps each sample twice under classifier-free guidance
+    pipe: Callable[[], Any]  # the pipeline, or None once it is gone
     sample_ids: Tensor | None
     seed: int
 
@@ -43,6 +45,10 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
     forward. through="latent" takes none: it holds the prediction that the scheduler was given,
     which under classifier-free guidance is the combined one, where the sampler holds the
     conditional one; the two agree without classifier-free guidance.
+
+    An anchor takes the difference of the combined prediction from the conditional one, which is
+    that of classifier-free guidance times its scale less 1: so it needs such guidance without a
+    ``guidance_rescale``, and through="denoiser", whose gradient makes the conditional one.
 
     A timestep must be on the grid of ``set_timesteps``. ``use_clipped_model_output`` with a bound
     on x0 has no fused form and raises ``InputError``.
@@ -78,7 +84,8 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             sample_ids: (B,) keys of the noise of eta > 0, as in ``GuidedSampler``, with ``seed``;
                 None: the pipeline's generator.
 
-        Raises ``TypeError`` for another pipeline, ``InputError`` for a missing condition.
+        Raises ``TypeError`` for another pipeline, ``InputError`` for a missing condition and for an
+        anchor that has nothing to be made of.
         """
         gradient = LearnerGradient(
             learner=learner,
@@ -89,6 +96,11 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             chunk=chunk,
         )
         doubled = isinstance(pipe, diffusers.DiTPipeline)
+        anchor = gradient.guidance.anchor
+        if anchor and gradient.guidance.through == "latent":
+            raise no_anchor(anchor, "through = 'latent' makes no conditional prediction here")
+        if anchor and isinstance(pipe, diffusers.DDIMPipeline):
+            raise no_anchor(anchor, "a DDIMPipeline has no classifier-free guidance")
         condition: Mapping[str, Tensor] = {}
         if doubled:
             if gradient.labels is None:
@@ -129,6 +141,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             condition=condition,
             batch=batch,
             doubled=doubled,
+            pipe=weakref.ref(pipe),
             sample_ids=ids,
             seed=seed,
         )
@@ -168,28 +181,30 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
                 "use_clipped_model_output = True: has no fused form while the scheduler bounds x0"
             )
         index, attached = live_pipeline.position(self, timestep), self._attached
-        gradient = ids = None
-        omega, mode = 0.0, "relative"
+        gradient = conditional = ids = None
+        omega, anchor, mode = 0.0, 0.0, "relative"
         skipped, seed = None, 0
         if attached is not None:
             config = attached.gradient.guidance
             ids, seed = self._ids(attached, len(sample)), attached.seed
             config.check_steps(len(table))
             if config.omega and index in config.steps(len(table)):
-                gradient = self._gradient(attached, table, index, sample, model_output)
-                omega, mode = config.omega, config.mode
+                gradient, made = self._gradient(attached, table, index, sample, model_output)
+                omega, anchor, mode = config.omega, config.anchor, config.mode
+                conditional = made if anchor else None
         x0 = torch.empty_like(sample)
         if gradient is not None and attached is not None:
             skipped = torch.zeros((), dtype=torch.int64, device=sample.device)
         following = guided_step(
             sample,
             model_output,
-            None,
+            conditional,  # the step sees the difference, and at a scale of 1 the combined one
             gradient,
             table.rows,
             index,
             cfg_scale=1.0,
             omega=omega,
+            anchor=anchor,
             mode=mode,  # type: ignore[arg-type]
             prediction=live_pipeline.check_scheduler(self),
             clip=table.clip,
@@ -237,15 +252,21 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
 
     def _gradient(
         self, attached: _Attached, table: SolverTable, index: int, x: Tensor, prediction: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient at x, and the prediction that it was taken through."""
         twice = attached.doubled and attached.batch is not None and len(x) == 2 * attached.batch
         if attached.batch is not None and len(x) != attached.batch and not twice:
             raise InputError(
                 f"the pipeline steps {len(x)} samples, attached is the condition of "
                 f"{attached.batch}"
             )
+        anchor = attached.gradient.guidance.anchor
+        if anchor and not (twice if attached.doubled else live_pipeline.has_cfg(attached.pipe())):
+            raise no_anchor(
+                anchor, "the pipeline runs without classifier-free guidance, or rescales it"
+            )
         size = len(x) // 2 if twice else len(x)
-        gradient = attached.gradient(
+        found = attached.gradient(
             x[:size],
             table.timesteps[index],
             *table.rows[index, :2],
@@ -254,4 +275,5 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             condition=attached.condition,
             held=prediction[:size].float(),
         )
-        return torch.cat([gradient, gradient]) if twice else gradient
+        gradient, made = (torch.cat([part, part]) if twice else part for part in found)
+        return gradient, made

@@ -138,14 +138,14 @@ def checked_request(
     # Everything is looked at where it was given: what comes from the host costs no wait for the
     # device.
     guided = path is not None and bool(omegas.any())
-    if path is not None and path.criterion is criteria.entropy and bool((omegas < 0).any()):
-        _warn_of_easy_samples()
     anchored = guided and bool(anchors.any())
     if anchored and bool(((omegas < 0) & (anchors.to(omegas.device) > 0)).any()):
         raise InputError(
             f"anchor = {float(anchors.max()):g}: expected 0 where omega is negative, which lowers "
             "the criterion"
         )
+    if path is not None and path.criterion is criteria.entropy and bool((omegas < 0).any()):
+        _warn_of_easy_samples()
     if path is None:
         omegas = torch.zeros(())
     labels, ids, omegas, anchors = (

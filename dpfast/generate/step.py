@@ -253,7 +253,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             inputs.step,
             cfg_scale=inputs.cfg_scale,
             omega=inputs.omega,
-            **({} if anchor is None else {"anchor": anchor}),
+            anchor=anchor,
             mode=parts.mode,
             prediction=denoiser.prediction,
             clip=parts.clip,
