@@ -174,7 +174,11 @@ def _each(name: str, values: float | Tensor, labels: Tensor) -> Tensor:
 
 
 def check_anchored(
-    pipeline: Pipeline, variants: Sequence[Variant], cfg_scale: float, interval: Sequence[float]
+    anchor: float | Tensor,
+    pipeline: Pipeline,
+    variants: Sequence[Variant],
+    cfg_scale: float,
+    interval: Sequence[float],
 ) -> None:
     """Raises ``InputError`` where no guided step has classifier-free guidance, whose two
     predictions an anchor is made of.
@@ -190,8 +194,8 @@ def check_anchored(
     else:
         why = f"none of the guided steps lies in cfg_interval = {tuple(interval)}"
     raise InputError(
-        "anchor: needs the two predictions of classifier-free guidance in a guided step, and "
-        f"{why}; expected anchor = 0"
+        f"anchor = {float(check.numbers('anchor', anchor).max()):g}: needs the two predictions of "
+        f"classifier-free guidance in a guided step, and {why}; expected 0"
     )
 
 

@@ -355,15 +355,18 @@ class GuidedSampler:
             tuple(self.cfg_interval) if self._scales() == (1, 1) else (0, 1),
         )
         if request.anchor is not None:
-            self.check_anchored(request.cfg_scale)
+            self.check_anchored(request.cfg_scale, anchor)
         self.runner.check_learner()
         return request
 
-    def check_anchored(self, cfg_scale: float | None = None) -> None:
-        """Raises ``InputError`` where guided samples of this scale, None being the configured one,
-        have nothing that an anchor could be made of: classifier-free guidance in a guided step.
+    def check_anchored(
+        self, cfg_scale: float | None = None, anchor: float | Tensor | None = None
+    ) -> None:
+        """Raises ``InputError`` where guided samples have nothing that an anchor could be made of:
+        classifier-free guidance in a guided step. None: as configured.
         """
         preflight.check_anchored(
+            self.guidance.anchor if anchor is None else anchor,
             self.pipeline,
             self.variants(guided=True, cfg_scale=cfg_scale),
             self._scales(cfg_scale)[True],

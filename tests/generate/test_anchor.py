@@ -235,7 +235,7 @@ def test_a_sample_with_a_score_that_is_not_finite_is_counted_once(pipeline, lear
         ({"anchor": 1j}, "anchor must be a number or a tensor of numbers, got torch.complex64"),
         ({"omega": -0.1}, "anchor = 0.5: expected 0 where omega is negative"),
         ({"omega": torch.tensor([0.1, 0.1, -0.1])}, "anchor = 0.5: expected 0 where omega is"),
-        ({"cfg_scale": 1.0}, "anchor: needs .* guided samples have cfg_scale = 1, which is none"),
+        ({"cfg_scale": 1.0}, "anchor = 0.5: needs .* guided samples have cfg_scale = 1, which is"),
     ],
 )
 def test_a_wrong_anchor_is_named_in_one_line(given, message, pipeline, learner):
@@ -257,7 +257,7 @@ def test_an_anchor_without_anything_to_be_made_of_is_refused(
     folder = tiny_pipelines.pixel(tmp_path, class_embeddings=3)
     pixels = Pipeline.from_pretrained(folder)
     small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
-    with pytest.raises(InputError, match=r"anchor: .* has no null class; expected anchor = 0"):
+    with pytest.raises(InputError, match=r"anchor = 0.5: needs .* has no null class; expected 0"):
         new_sampler(pixels, small).generate(LABELS)
     with pytest.raises(InputError, match=r"anchor = 0.5: guides only with a learner"):
         new_sampler(pipeline, None).generate(LABELS, anchor=0.5)
