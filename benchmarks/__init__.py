@@ -4,6 +4,7 @@ harness   how things are measured: turns, gates, records
 cases     single operations at fixed sizes; `pytest benchmarks/cases/entropy.py` times one by one
 systems   whole samplers, learners, runs and plans
 studies   what runs reach
+experiments  kernels that wait for a GPU to decide
 results   the records, one file a suite
 """
 

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# What a GPU has to say, in one call:  benchmarks/on_gpu.sh [--only rows|tests|ops|models|run] [--tiny] [--list] [FOLDER]
+# What a GPU has to say, in one call:  benchmarks/on_gpu.sh [--only rows|tests|ops|models|run|experiments] [--tiny] [--list] [FOLDER]
 #
 #   tests   the operations' tests and the GPU's
 #   ops     the operations beside eager PyTorch and torch.compile
 #   models  samplers of published size beside (a) and (b), and the learner's step
 #   run     the embedded recipe
 #   rows    R1 Stable Diffusion and R2 DiT, fused, beside (b) and (b2); R3 their images; R4 the learner's step
+#   experiments  what waits for a GPU to let it into the package, or to have it deleted
 #
-# Without --only all but the rows, in less than nine minutes; each step has its own limit, and --list prints them with their
-# commands instead. With --tiny the rows, models and run are of sizes that a CPU computes in a minute or two, and need no
-# GPU: to try this script out.
+# Without --only all but the rows and the experiments, in less than nine minutes; each step has its own limit, and --list
+# prints them with their commands instead. With --tiny the rows, models and run are of sizes that a CPU computes in a minute
+# or two, the experiments are compared in Triton's interpreter, and none needs a GPU: to try this script out.
 #
 # Needs torch, Triton, numpy, pytest and, for the native kernels, pybind11 and a C++ compiler; pytest-xdist makes the tests
 # faster. What needs diffusers skips with its reason. Records and logs go to FOLDER, by default benchmarks/results, each as
@@ -17,15 +18,15 @@
 # the others run and makes the exit status 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-usage="usage: benchmarks/on_gpu.sh [--only rows|tests|ops|models|run] [--tiny] [--list] [FOLDER]"
+usage="usage: benchmarks/on_gpu.sh [--only rows|tests|ops|models|run|experiments] [--tiny] [--list] [FOLDER]"
 only="" list="" folder="" tiny=()
 while [ $# -gt 0 ]; do
   case $1 in
     --only)
       case ${2:-} in
-        rows | tests | ops | models | run) only=$2 ;;
+        rows | tests | ops | models | run | experiments) only=$2 ;;
         *)
-          echo "on_gpu.sh: only = '${2:-}': expected rows, tests, ops, models or run" >&2
+          echo "on_gpu.sh: only = '${2:-}': expected rows, tests, ops, models, run or experiments" >&2
           exit 2
           ;;
       esac
@@ -111,7 +112,12 @@ if wanted ops; then
   fi
   step ops $limit "${bench[@]}" ops --device cuda --rounds 9 "${tested[@]}" --record "$out"
 fi
-if [ "$only" = tests ] || [ "$only" = ops ]; then exit $failed; fi
+if [ "$only" = experiments ]; then
+  compared=()
+  [ ${#tiny[@]} -gt 0 ] && compared=(--interpret)
+  step experiments 120 "${bench[@]}" experiments "${compared[@]}" --record "$out"
+fi
+if [ "$only" = tests ] || [ "$only" = ops ] || [ "$only" = experiments ]; then exit $failed; fi
 if ! has diffusers; then
   echo "== samplers, learners and the loop skipped: diffusers is not installed"
   exit $failed

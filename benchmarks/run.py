@@ -33,6 +33,7 @@ TABLES = {
     "float8": "benchmarks.systems.float8",
     "models": "benchmarks.systems.models",
     "images": "benchmarks.systems.images",
+    "experiments": "benchmarks.experiments.bench",
     "regions": "benchmarks.systems.compile_regions",
     "flops": "benchmarks.systems.flops",
     "traffic": "benchmarks.systems.traffic",

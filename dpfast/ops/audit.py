@@ -65,6 +65,7 @@ class Variant:
     constant; one left out is None. `reads` and `writes` are the payload bytes of a program by the
     operation's formula, in accesses of `width` bytes. `scalars` bounds the narrow loads of a
     thread: coefficients, indices, ids. Multiprocessors before `least` lack what the kernel needs.
+    `stages`: iterations of a loop whose loads are under way at once.
     """
 
     name: str
@@ -76,11 +77,15 @@ class Variant:
     width: int = WIDE
     scalars: int = 0
     least: int = min(CAPABILITIES)
+    stages: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Resources of a compiled variant, and its global accesses: width in bytes -> instructions."""
+    """Resources of a compiled variant, and its global accesses: width in bytes -> instructions.
+
+    assembly: its machine code, as text.
+    """
 
     variant: Variant
     capability: int
@@ -90,6 +95,7 @@ class Report:
     occupancy: float
     loads: Counter[int] = field(default_factory=Counter)
     stores: Counter[int] = field(default_factory=Counter)
+    assembly: str = field(default="", repr=False)
 
     def payload(self, accesses: Counter[int]) -> int:
         """Bytes that a program moves in accesses of the promised width."""
@@ -155,7 +161,9 @@ def inspect(variant: Variant, capability: int) -> Report:
     source = ASTSource(fn=variant.kernel, signature=types, constexprs=constants, attrs=aligned)
     # Contraction to fused multiply-adds is the launchers' default; Triton's own depends on its
     # version.
-    options = {"num_warps": variant.warps, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": variant.warps, "enable_fp_fusion": True}
+    if variant.stages is not None:
+        options["num_stages"] = variant.stages
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -177,12 +185,13 @@ def inspect(variant: Variant, capability: int) -> Report:
         occupancy=occupancy(numbers["REG"], shared, variant.warps, capability),
         loads=_widths("LDG", assembly),
         stores=_widths("STG", assembly),
+        assembly=assembly,
     )
 
 
 def _widths(instruction: str, assembly: str) -> Counter[int]:
     widths: Counter[int] = Counter()
-    for suffixes in re.findall(rf"\b{instruction}((?:\.\w+)*)", assembly):
+    for suffixes in re.findall(rf"\b{instruction}\b((?:\.\w+)*)", assembly):
         parts = suffixes.split(".")
         bits = next((int(part) for part in parts if part in ("64", "128", "256")), None)
         narrow = (

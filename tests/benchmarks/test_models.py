@@ -18,6 +18,7 @@ from tests.benchmarks.test_benchmarks import recorded
 
 CPU = torch.device("cpu")
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
+EXPECTED = "expected rows, tests, ops, models, run or experiments"
 SD, DIT = "stable-diffusion-1.5", "dit-xl-2"
 
 
@@ -236,6 +237,7 @@ def test_the_script_stays_under_nine_minutes_and_its_rows_beside_the_facts_in_fi
     rows = steps("--only", "rows")
     assert list(rows) == ["R1", "R2", "R3", "R4_vit", "R4_fashion"]
     assert sum(rows.values()) < 6 * 60
+    assert steps("--only", "experiments") == {"experiments": 120}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +247,7 @@ def test_the_script_stays_under_nine_minutes_and_its_rows_beside_the_facts_in_fi
         ("ops", ["build", "ops"]),
         ("models", ["models", "dit_blocks", "unet_blocks", "learner"]),
         ("run", ["run"]),
+        ("experiments", ["experiments"]),
     ],
 )
 def test_the_script_runs_a_part_of_itself(only, names):
@@ -254,8 +257,8 @@ def test_the_script_runs_a_part_of_itself(only, names):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--only", "nosuch"], "only = 'nosuch': expected rows, tests, ops, models or run"),
-        (["--only"], "only = '': expected rows, tests, ops, models or run"),
+        (["--only", "nosuch"], f"only = 'nosuch': {EXPECTED}"),
+        (["--only"], f"only = '': {EXPECTED}"),
         (["--nosuch"], "--nosuch: no such option; usage: benchmarks/on_gpu.sh"),
         (["a", "b"], "folder = 'b': expected one, and 'a' was given"),
     ],

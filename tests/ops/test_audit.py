@@ -8,6 +8,7 @@ from dpfast.ops import dispatch
 from dpfast.ops.audit import (
     CAPABILITIES,
     Variant,
+    _widths,
     audit,
     group_norm_variant,
     guided_variant,
@@ -184,6 +185,12 @@ def test_rows_that_no_16_bytes_divide_move_in_the_widest_accesses_that_fit(name,
 )
 def test_occupancy(registers, shared, warps, capability, expected):
     assert occupancy(registers, shared, warps, capability) == expected
+
+
+def test_copies_past_the_registers_are_no_loads():
+    """Loops whose loads are under way at once have them; they are no narrow loads."""
+    assembly = "LDGSTS.E.BYPASS.128 [R1], [R2.64] ;\nLDG.E.128 R4, [R2.64] ;\nLDG.E R5, [R2.64] ;"
+    assert _widths("LDG", assembly) == {16: 1, 4: 1}
 
 
 def test_table():
