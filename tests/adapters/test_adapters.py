@@ -20,6 +20,7 @@ from dpfast import (
     make_cond_fn,
 )
 from dpfast.adapters import live_pipeline
+from dpfast.adapters.gradient import LearnerGradient, label_score
 from dpfast.errors import InputError
 from dpfast.generate.pipelines import Pipeline
 from dpfast.ops import entropy, guided_step
@@ -132,6 +133,82 @@ def test_callback_moves_the_guided_steps_only_by_the_norm(scheduler, sd, learner
         )
 
 
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+@pytest.mark.parametrize("through", ["denoiser", "latent"])
+def test_an_anchored_callback_moves_along_both_directions(name, through, request, learner):
+    """d = g / |g| + kappa c / |c| of float64, c from the two predictions at the step's input; one
+    unconditional forward more than without an anchor.
+    """
+    pipe, forwards, moves = request.getfixturevalue(name), [], []
+    model = pipe.unet if name == "sd" else pipe.transformer
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    options = {"omega": 0.05, "every": 2, "through": through}
+    callback, paper = (
+        GuidanceCallback(pipe, learner, guidance=GuidanceConfig(anchor=anchor, **options))
+        for anchor in (0.5, 0.0)
+    )
+
+    class Spy(GuidanceCallback):
+        def callback_fn(self, pipe, step, timestep, given):
+            began = len(forwards)
+            out = callback.callback_fn(pipe, step, timestep, given)
+            taken = len(forwards) - began
+            moved = paper.callback_fn(pipe, step, timestep, given)["latents"]
+            if taken:
+                moves.append((step + 1, given, out["latents"], moved, taken))
+            return out
+
+    run(pipe, callback_on_step_end=Spy(pipe, learner))
+    assert [step for step, *_ in moves] == [2, 4]
+    for step, given, anchored, moved, taken in moves:
+        assert taken == 2
+        x = given["latents"]
+        t, rows = pipe.scheduler.timesteps[step], {}
+        names = {"prompt_embeds": "encoder_hidden_states", "latents": "sample"}
+        if name == "sd3":
+            names |= {"pooled_prompt_embeds": "pooled_projections", "latents": "hidden_states"}
+        for key, argument in names.items():
+            rows[argument] = torch.cat([x, x]) if key == "latents" else given[key]
+        with torch.no_grad():
+            uncond, cond = model(timestep=t.expand(6), **rows).sample.double().chunk(2)
+        flat = [part.flatten(1) for part in (moved.double() - x.double(), uncond - cond)]
+        g, c = (part / part.norm(dim=1, keepdim=True) for part in flat)
+        d = g + 0.5 * c
+        size = 0.05 * x.double().flatten(1).norm(dim=1, keepdim=True)
+        expected = x.flatten(1) + size * d / d.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(
+            anchored.flatten(1), expected.float(), rtol=1e-4, atol=1e-4 * float(x.abs().max())
+        )
+    assert callback.skipped == 0
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v", "sample", "flow"])
+def test_what_an_adapter_ascends_is_what_the_step_does(kind, learner):
+    """In float64, of each kind of prediction: the move and the score's gradient; a score that is not
+    finite is counted.
+    """
+    guidance = GuidanceConfig(omega=0.1, every=1, anchor=0.5)
+    ours = LearnerGradient(learner=learner, guidance=guidance)
+    torch.manual_seed(4)
+    x, g, cond, uncond = torch.randn(4, 3, 2, 4, 4)
+    score = label_score(cond, uncond, kind)
+    c = (cond - uncond).double() * (1 if kind == "sample" else -1)
+    size = [part.double().flatten(1).norm(dim=1).view(-1, 1, 1, 1) for part in (x, g, c)]
+    d = g / size[1] + 0.5 * c / size[2]
+    length = d.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    moved = ours.displaced(x, g, score)
+    expected = x + 0.1 * size[0] * d / length
+    torch.testing.assert_close(moved.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.ascended(g, score).double(), size[1] * d, rtol=1e-5, atol=1e-5)
+    assert ours.ascended(g, None) is g
+    assert ours.skipped == 0
+    score[1] = torch.inf
+    others = ours.displaced(x, g, score)
+    assert torch.equal(others[0], moved[0])
+    assert torch.equal(others[2], moved[2])
+    assert ours.skipped == 1
+
+
 def test_a_sample_without_a_finite_gradient_goes_unguided(sd, learner):
     def broken(images):
         logits = learner(images)
@@ -172,9 +249,12 @@ def test_an_unguided_scheduler_is_ddim(prediction, eta, bound, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["relative", "score"])
-@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
-def test_a_guided_dit_pipeline_is_the_guided_sampler(cfg_scale, mode, dit, pipeline, learner):
-    guidance = GuidanceConfig(omega=0.05 if mode == "relative" else 200.0, every=2, mode=mode)
+@pytest.mark.parametrize(("cfg_scale", "anchor"), [(1.0, 0.0), (2.0, 0.0), (2.0, 0.5), (3.0, 2.0)])
+def test_a_guided_dit_pipeline_is_the_guided_sampler(
+    cfg_scale, anchor, mode, dit, pipeline, learner
+):
+    omega = 0.05 if mode == "relative" else 200.0
+    guidance = GuidanceConfig(omega=omega, every=2, mode=mode, anchor=anchor)
     sampler = GuidedSampler(
         pipeline, learner, guidance=guidance, steps=STEPS, cfg_scale=cfg_scale, compile=False
     )
@@ -205,12 +285,15 @@ def test_a_guided_scheduler_in_stable_diffusion(sd, learner):
         run(sd)
 
 
-def test_the_noise_of_a_scheduler_belongs_to_the_samples(sd, stable_diffusion_folder, learner):
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+def test_the_noise_of_a_scheduler_belongs_to_the_samples(
+    anchor, sd, stable_diffusion_folder, learner
+):
     """With eta > 0 and sample ids a Stable Diffusion pipeline makes the latents of
     ``GuidedSampler``, in any batch.
     """
     pipeline = Pipeline.from_pretrained(stable_diffusion_folder, class_names=NAMES)
-    guidance, ids = GuidanceConfig(omega=0.05, every=2), [7, 1 << 40, 3]
+    guidance, ids = GuidanceConfig(omega=0.05, every=2, anchor=anchor), [7, 1 << 40, 3]
     sampler = GuidedSampler(
         pipeline,
         learner,
@@ -275,15 +358,28 @@ def run_guider(pipe, guider, latents, condition, empty):
     return state.latents
 
 
-@pytest.mark.parametrize("through", ["denoiser", "latent"])
+@pytest.mark.parametrize(
+    ("through", "mode", "anchor"),
+    [
+        ("denoiser", "relative", 0.0),
+        ("latent", "relative", 0.0),
+        ("denoiser", "relative", 0.5),
+        ("denoiser", "score", 0.0),
+        ("latent", "score", 0.5),
+    ],
+)
 def test_a_guider_in_a_modular_denoising_block_is_the_guided_sampler(
-    through, sd3, stable_diffusion_3_folder, learner
+    through, mode, anchor, sd3, stable_diffusion_3_folder, learner
 ):
     """The block of the modular Stable Diffusion 3 pipeline; the sampler's forward is shared in
     both.
     """
     pipeline = Pipeline.from_pretrained(stable_diffusion_3_folder, class_names=NAMES)
-    guidance = GuidanceConfig(omega=0.03, every=2, through=through)
+    # a flow begins at alpha = 0, where score has no meaning
+    omega, start = (0.03, 0.0) if mode == "relative" else (5.0, 0.3)
+    guidance = GuidanceConfig(
+        omega=omega, every=2, start=start, mode=mode, through=through, anchor=anchor
+    )
     sampler = GuidedSampler(
         pipeline, learner, guidance=guidance, steps=STEPS, cfg_scale=2.0, compile=False
     )
@@ -445,6 +541,46 @@ def test_what_cannot_work_is_named(dit, sd, sd3, learner):
         make_cond_fn(lambda x, t: x, learner, [0.9, 0.5], prediction="flow")
     with pytest.raises(ValueError, match="t has shape"):
         make_cond_fn(lambda x, t: x, learner, [0.9, 0.5])(noise(), torch.tensor(1))
+
+
+def test_an_anchor_that_nothing_can_be_made_of_is_refused(dit, sd, sd3, learner, pixel_folder):
+    anchored = GuidanceConfig(omega=0.05, every=1, anchor=0.5)
+
+    def refused(why, call, *given, **options):
+        message = f"guidance has anchor = 0.5: .*{why}.*; expected anchor = 0"
+        with pytest.raises(InputError, match=message) as caught:
+            call(*given, **options)
+        assert "\n" not in str(caught.value)
+
+    score = GuidanceConfig(omega=1.0, every=1, mode="score", anchor=0.5)
+    refused("prediction alone", make_cond_fn, lambda x, t: x, learner, [0.9, 0.5], guidance=score)
+    callback = GuidanceCallback(sd, learner, guidance=anchored)
+    alone = {"guidance_scale": 1.0}
+    refused("without classifier", run, sd, callback_on_step_end=callback, **alone)
+    sd.scheduler = GuidedDDIMScheduler.from_config(sd.scheduler.config)
+    sd.scheduler.attach(sd, learner, guidance=anchored, prompts=PROMPTS)
+    refused("without classifier", run, sd, **alone)
+    refused("or rescales it", run, sd, guidance_rescale=0.7)
+    latent = GuidanceConfig(omega=0.05, every=1, anchor=0.5, through="latent")
+    refused("'latent'", sd.scheduler.attach, sd, learner, guidance=latent, prompts=PROMPTS)
+    dit.scheduler.attach(dit, learner, labels=LABELS, guidance=anchored)
+    refused("without classifier", run_dit, dit, 1.0)
+    pixels = diffusers.DDIMPipeline.from_pretrained(pixel_folder)
+    scheduler = GuidedDDIMScheduler.from_config(pixels.scheduler.config)
+    refused("DDIMPipeline", scheduler.attach, pixels, learner, guidance=anchored)
+    for alone in ({"guidance_scale": 1.0}, {"guidance_scale": 0.0, "use_original_formulation": 1}):
+        guider = LearnerGuidance(**alone)
+        guider.attach(learner, sd3.scheduler, sd3.vae, guidance=anchored)
+        sd3.scheduler.set_timesteps(2)
+        guider.set_state(step=0, num_inference_steps=2, timestep=sd3.scheduler.timesteps[0])
+        guider._x = noise().requires_grad_()
+        refused("the guider has no", guider.forward, 0.5 * guider._x)
+
+
+def test_the_scale_is_the_pipelines_own(sd, learner):
+    own = GuidanceConfig(omega=0.05, every=1, cfg_scale=2.5)
+    with pytest.raises(InputError, match=r"guidance has cfg_scale = 2\.5: expected None"):
+        GuidanceCallback(sd, learner, guidance=own)
 
 
 def attached(where, learner, dit, sd, sd3):
