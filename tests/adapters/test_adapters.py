@@ -184,8 +184,8 @@ def test_an_anchored_callback_moves_along_both_directions(name, through, request
 
 @pytest.mark.parametrize("kind", ["epsilon", "v", "sample", "flow"])
 def test_what_an_adapter_ascends_is_what_the_step_does(kind, learner):
-    """In float64, of each kind of prediction: the move and the score's gradient; a score that is not
-    finite is counted.
+    """In float64, of each kind of prediction: the move and the score's gradient; what is not finite
+    is counted.
     """
     guidance = GuidanceConfig(omega=0.1, every=1, anchor=0.5)
     ours = LearnerGradient(learner=learner, guidance=guidance)
