@@ -38,6 +38,18 @@ def add(commands: Commands) -> None:
         metavar="FILE",
         help="JSON lines of a study, to set beside the theory",
     )
+    drawing.add_argument(
+        "--guidance",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines of dpfast bench guidance, to set beside the theory's label noise",
+    )
+    drawing.add_argument(
+        "--anchored",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines of dpfast bench anchored: the accuracies beside those of --guidance",
+    )
     about = "samples that an accuracy takes, by kept fraction"
     sizes = add_command(parts, "samples", samples, about)
     sizes.add_argument(
@@ -99,12 +111,19 @@ def figures(arguments: argparse.Namespace) -> int:
         raise InputError(f"out = {str(arguments.out)!r}: is not a folder")
 
     from dpfast.report.points import points_of_study
-    from dpfast.report.sweeps import measured_sweeps
+    from dpfast.report.sweeps import measured_cells, measured_sweeps
     from dpfast.theory.figures import study, write
+    from dpfast.theory.guided import GuidedCell, beside_theory, label_noise
+    from dpfast.theory.label_noise import Shares
 
-    beside = None
+    beside = noise = None
     if arguments.study is not None:
         beside = study(measured_sweeps(points_of_study(arguments.study)))
+    if arguments.guidance is not None:
+        measured = measured_cells(arguments.guidance, arguments.anchored)
+        noise = beside_theory([GuidedCell(o, k, Shares(*s), g) for o, k, s, g in measured])
+    elif arguments.anchored is not None:
+        raise InputError("anchored: needs --guidance, whose cells it is set beside")
     for made in write(arguments.out, draws=arguments.draws, seed=arguments.seed):
         print(
             f"{made.path}: {made.points} points, off by {made.mean:.4f} on average and "
@@ -115,6 +134,18 @@ def figures(arguments: argparse.Namespace) -> int:
         path = arguments.out / "study.png"
         beside.savefig(path, dpi=110)
         print(path)
+    if noise is not None:
+        path = arguments.out / "label_noise.png"
+        label_noise(noise).savefig(path, dpi=110)
+        print(f"{path}: of guided samples, labels that are wrong, and the accuracy predicted")
+        for row in noise:
+            cell = row.cell
+            print(
+                f"omega {cell.omega:g}, kappa {cell.kappa:g}: learner wrong "
+                f"{cell.found.selector_wrong:.1%}, label wrong {cell.found.label_wrong:.1%} "
+                f"(selection alone {row.label_wrong:.1%}), accuracy {row.accuracy:.2%} "
+                f"(selection alone {row.accuracy_of_selection:.2%})"
+            )
     return 0
 
 

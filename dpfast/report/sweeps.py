@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from pathlib import Path
 from statistics import mean, stdev
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure
 
+from dpfast.errors import InputError
 from dpfast.plotting import COLORS, MUTED, styled
-from dpfast.report.points import Point, sweep
+from dpfast.report.points import Point, points_of_study, sweep
+from dpfast.textfiles import read_json_lines
 
 Seed: TypeAlias = tuple[int, float]  # of a run, with its held-out accuracy
+# omega, kappa; shares of wrong labels, wrong learner and a wrong learner before a right label;
+# gains over static in points
+Cell: TypeAlias = tuple[float, float, tuple[float, float, float], list[float]]
 SWEEPS = {
     "oversampling": ("prune", "oversample", "candidates for each sample that is kept"),
     "omega": ("dp", "omega", "omega"),
@@ -58,3 +65,50 @@ def measured_sweeps(points: list[Point]) -> list[tuple[str, str, str, dict[float
 
 def _seeds(group: list[Point]) -> list[Seed]:
     return [(point.fields["seed"], point.accuracy) for point in group]
+
+
+def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
+    """The forms of guidance at the usual scale of classifier-free guidance, of the records of
+    ``dpfast bench guidance``; labels are judged by the first judge. The unguided one comes first.
+
+    study: the records of ``dpfast bench anchored``, whose runs have gains over the static run of
+    the same seed and size.
+
+    Raises ``InputError`` for a file that is not there or cannot be read.
+    """
+    gains: dict[tuple[float, float], list[float]] = defaultdict(list)
+    points = [] if study is None else points_of_study(study)
+    static = {_twin(p): p.accuracy for p in points if p.source == "static"}
+    for point in points:
+        usual = not point.fields.get("cfg_scale_rounds") and "add_at" in point.fields
+        if point.source == "dp" and usual and _twin(point) in static:
+            key = (float(point.fields["omega"]), float(point.fields.get("anchor") or 0))
+            gains[key].append(100 * (point.accuracy - static[_twin(point)]))
+    cells: dict[tuple[float, float], dict[str, Any]] = {}
+    try:
+        lines = [line for _, line in read_json_lines(guidance)]
+        scale = next((line["cfg_scale"] for line in lines if line["omega"] == 0), None)
+        for line in lines:
+            if line["cfg_scale"] == scale and not line["projected"]:
+                key = (line["omega"], line["kappa"] if line["omega"] else 0.0)
+                if key not in cells or line["samples"] >= cells[key]["samples"]:
+                    cells[key] = line
+        return [
+            (*key, _shares(cells[key]), gains[key])
+            for key in sorted(cells, key=lambda key: (key[0] > 0, key[1], key[0]))
+        ]
+    except FileNotFoundError:
+        raise InputError(f"guidance = {str(guidance)!r}: no such file") from None
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"guidance = {str(guidance)!r}: cannot be read: {error!r}") from None
+
+
+def _shares(line: dict[str, Any]) -> tuple[float, float, float]:
+    wrong, of_wrong = line["wrong"][0], line["right_of_wrong"][0]
+    return 1 - line["agreement"][0][0], wrong, wrong * (of_wrong[0] if of_wrong else 0.0)
+
+
+def _twin(point: Point) -> tuple[int, int, int]:
+    """What a run shares with the static one that it is held against."""
+    fields = point.fields
+    return fields["seed"], fields["maximum_samples"], fields["iterations"]
