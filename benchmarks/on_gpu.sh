@@ -126,7 +126,7 @@ learner=("${bench[@]}" learner "${tiny[@]}" --record "$out")
 eager="=plain loop, fused AdamW|AveragedModel|=dpfast"
 if wanted models; then
   rows="the predecessor|=(b) batched, eager|=dpfast, fused, CUDA graphs"
-  blocks="=dpfast, compiled blocks and graphs"
+  blocks="=dpfast, unfused, compiled blocks and graphs"
   models=("${bench[@]}" models "${tiny[@]}" --rounds 2 --record "$out")
   step models 115 "${models[@]}" --rows "$rows"
   step dit_blocks 40 "${models[@]}" --models dit-xl-2 --rows "$blocks"
@@ -141,8 +141,8 @@ if wanted run; then
 fi
 if [ "$only" = rows ]; then
   models=("${bench[@]}" models "${tiny[@]}" --rounds 2 --record "$out")
-  step R1 150 "${models[@]}" --models stable-diffusion-1.5 --rows "batched|dpfast, fused"
-  step R2 90 "${models[@]}" --models dit-xl-2 --rows "=(b) batched, eager|blocks|=dpfast, fused, CUDA graphs"
+  step R1 150 "${models[@]}" --models stable-diffusion-1.5 --rows "batched|dpfast, fused, eager|dpfast, fused, CUDA graphs"
+  step R2 90 "${models[@]}" --models dit-xl-2 --rows "=(b) batched, eager|blocks|=dpfast, fused, CUDA graphs|learner|float8"
   step R3 50 "${bench[@]}" images "${tiny[@]}" --record "$out"
   step R4_vit 45 "${learner[@]}" --only ViT --rounds 1 --steps 5 --rows "$eager|=dpfast, compiled"
   step R4_fashion 20 "${learner[@]}" --only fashion --rounds 5 --rows "$eager"

@@ -41,7 +41,7 @@ EXACT = 2  # samples in fp32
 Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]
 State = tuple[Tensor, Tensor]  # x and t of a guided step
 ROWS: dict[str, dict[str, Any]] = {
-    "dpfast, eager": {"compile": False, "cuda_graphs": False},
+    "dpfast, unfused, eager": {"compile": False, "cuda_graphs": False},
     "dpfast, fused, eager": {"fused": True, "compile": False, "cuda_graphs": False},
 }
 

@@ -4,7 +4,8 @@ DiT-XL/2 at 256 px and Stable Diffusion 1.5 at 512 px in bf16, guided by ViT-B/1
 fifth of 20 DDIM steps through the tiny decoder. Weights are random, which changes neither FLOPs nor
 bytes. All rows make the same number of samples from labels to uint8 images on the device, and (a)
 to files; their rivals are those of `benchmarks.systems.naive`, and (b2), which is (b) with cuDNN's
-search, the tiny decoder in NHWC, and UNet and full decoder in the layout that is faster.
+search, the tiny decoder in NHWC, and UNet and full decoder in the layout that is faster. "unfused"
+are diffusers' own modules; records of before say nothing in its place.
 
 With --tiny the same rows run at sizes that a CPU computes in seconds, to try the code out.
 """
@@ -37,6 +38,7 @@ from benchmarks.systems.naive import Batched, Models, Predecessor
 from dpfast.cli.parser import at_least
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.models.fused import quantise
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.hardware.device import searched_convolutions
@@ -316,12 +318,19 @@ class Bench:
         return Batched(models=models, **common | options)
 
     def sampler(
-        self, *, fused: bool = False, fused_decoders: bool = False, **options: Any
+        self,
+        *,
+        fused: bool = False,
+        fused_decoders: bool = False,
+        float8: bool = False,
+        **options: Any,
     ) -> GuidedSampler:
         setting = self.setting
         pipeline = setting.pipeline(self.device, DTYPE, fused=fused)
         if not fused and not setting.is_dit:
             pipeline.denoiser.model.to(memory_format=torch.channels_last)
+        if float8:
+            quantise(pipeline.denoiser.model)
         if fused_decoders:
             other = setting.pipeline(self.device, DTYPE, fused=True)
             pipeline = replace(
@@ -383,10 +392,10 @@ class Bench:
         blocks = {"compile": True, "compile_region": "blocks", "cuda_graphs": graphs}
         fused = {"fused": True, "compile": False}
         ours: dict[str, dict[str, Any]] = {
-            "dpfast, eager": {"compile": False, "cuda_graphs": False},
-            "dpfast, CUDA graphs": {"compile": False, "cuda_graphs": graphs},
-            "dpfast, compiled blocks and graphs": blocks,
-            "dpfast, compiled blocks and graphs, fused decoders": {
+            "dpfast, unfused, eager": {"compile": False, "cuda_graphs": False},
+            "dpfast, unfused, CUDA graphs": {"compile": False, "cuda_graphs": graphs},
+            "dpfast, unfused, compiled blocks and graphs": blocks,
+            "dpfast, unfused, compiled blocks and graphs, fused decoders": {
                 **blocks,
                 "fused_decoders": True,
             },
@@ -397,8 +406,16 @@ class Bench:
                 "cuda_graphs": graphs,
                 "batches": 2,
             },
-            "dpfast, compiled and graphs": {"compile": True, "cuda_graphs": graphs},
+            # fused blocks stay as they are where the blocks are compiled
+            "dpfast, fused, compiled learner and graphs": {**blocks, "fused": True},
+            "dpfast, unfused, compiled and graphs": {"compile": True, "cuda_graphs": graphs},
         }
+        if self.setting.is_dit:
+            ours["dpfast, fused, float8, CUDA graphs"] = {
+                **fused,
+                "float8": True,
+                "cuda_graphs": graphs,
+            }
         makers: dict[str, Callable[[], Row]] = {
             _A: lambda: self.predecessor(folder),
             "(b) batched, eager": lambda: self.plain("(b) batched, eager"),

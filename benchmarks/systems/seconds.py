@@ -34,11 +34,14 @@ GPU = "NVIDIA H200"
 UNITS = 132  # multiprocessors, each with one tile of a product's result at a time
 # a tile's rows and columns -> what of the rate it reaches: a small one reads its operands again
 TILES = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 0.92, (256, 64): 0.8, (128, 64): 0.75}
-# rows that were timed -> their networks, of diffusers' modules as they are or compiled
+# rows that were timed -> their networks, of diffusers' modules as they are or compiled; the first
+# records do not say "unfused"
 TIMED = {
     "(b) batched, eager": "(b)",
     "dpfast, eager": "plain",
+    "dpfast, unfused, eager": "plain",
     "dpfast, compiled blocks and graphs": "compiled blocks",
+    "dpfast, unfused, compiled blocks and graphs": "compiled blocks",
 }
 
 

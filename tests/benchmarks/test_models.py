@@ -64,6 +64,26 @@ def test_the_rows_run_at_tiny_sizes_and_are_recorded_as_they_come(name, tmp_path
     ]
 
 
+def test_the_rows_say_which_modules_they_run(tmp_path, monkeypatch):
+    """On a GPU fused blocks are the default; compiled are diffusers' own, or the learner's."""
+    seen = {}
+    monkeypatch.setattr(models.Bench, "ours", lambda _, title, **given: seen.update({title: given}))
+    for make in models.Bench(models.TINY[DIT], CPU).rows(tmp_path, "dpfast").values():
+        make()
+    assert {title for title, given in seen.items() if given.get("fused")} == {
+        title for title in seen if title.startswith("dpfast, fused, ")
+    }
+    assert all(title.startswith(("dpfast, fused, ", "dpfast, unfused, ")) for title in seen)
+    assert {title for title, given in seen.items() if given["compile"]} == {
+        title for title in seen if "compiled" in title
+    }
+    assert seen["dpfast, fused, float8, CUDA graphs"]["float8"]
+    sampler = models.Bench(models.TINY[DIT], CPU).sampler(fused=True, float8=True, compile=False)
+    assert all(block.float8 for block in sampler.pipeline.denoiser.model.transformer_blocks)
+    others = models.Bench(models.TINY[SD], CPU).rows(tmp_path, "")
+    assert not any("float8" in title for title in others)
+
+
 def test_published_sizes_are_refused_without_a_gpu(capsys):
     for suite in ("models", "images"):
         assert run.main([suite, "--device", "cpu"]) == 2
@@ -73,10 +93,10 @@ def test_published_sizes_are_refused_without_a_gpu(capsys):
 def test_a_row_that_fails_leaves_the_others(monkeypatch, capsys):
     monkeypatch.setattr(models.Bench, "predecessor", lambda *_: 1 / 0)
     given = ["models", "--tiny", "--device", "cpu", "--models", DIT, "--rounds", "1"]
-    assert run.main([*given, "--rows", "the predecessor|=dpfast, eager"]) == 1
+    assert run.main([*given, "--rows", "the predecessor|=dpfast, unfused, eager"]) == 1
     captured = capsys.readouterr()
     assert "(a) the predecessor: batch 1, files: ZeroDivisionError" in captured.err
-    assert "| dpfast, eager | " in captured.out
+    assert "| dpfast, unfused, eager | " in captured.out
 
 
 def test_the_predecessor_is_compared_by_minima_until_it_has_seven_rounds():
