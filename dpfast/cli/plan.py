@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
         "--samples",
         type=int,
         metavar="N",
-        help="samples at the end of the run (default: maximum_samples)",
+        help="samples at the end of the run (default: as many as the recipe allows)",
     )
 
 

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -394,6 +395,10 @@ class Learner(Section):
         left = f"at most {most:g}, which warmup leaves"
         _check(self.cooldown <= most, "cooldown", self.cooldown, left)
 
+    def cooling_at(self, step: int, iterations: int) -> bool:
+        """Whether the last phase has begun after ``step`` steps, in which no samples are added."""
+        return iterations - step <= self.cooldown * iterations
+
 
 @dataclass(frozen=True, kw_only=True)
 class Practice(Section):
@@ -446,6 +451,14 @@ class Practice(Section):
         help="how patience grows with the pool; coverage: "
         "at least a quarter of the pool over the initial samples; pool: "
         "in proportion to the pool; round: by one a round; fixed: not at all",
+    )
+    add_at: tuple[int, ...] = option(
+        (),
+        unit="steps",
+        low=1,
+        unset="when patience ends",
+        help="optimiser steps after which samples are added, in place of patience, rising; the "
+        "learner is evaluated after them too",
     )
     omega_rounds: tuple[float, ...] = option(
         (),
@@ -561,6 +574,14 @@ class Practice(Section):
         both = self.early_candidates > 1 and self.restart
         wanted = f"0 with early_candidates = {self.early_candidates:g}: one of the two"
         _check(not both, "restart", self.restart, wanted)
+        rising = all(first < second for first, second in pairwise(self.add_at))
+        _check(rising, "add_at", ",".join(map(str, self.add_at)), "rising steps, each once")
+        rounds = self.rounds_within(self.maximum_samples)
+        wanted = (
+            f"at most {rounds} steps, for the rounds that maximum_samples ({most}) and "
+            "maximum_rounds allow"
+        )
+        _check(len(self.add_at) <= rounds, "add_at", ",".join(map(str, self.add_at)), wanted)
         once = self.sources and len(set(self.sources)) == len(self.sources)
         wanted = f"one or more of {', '.join(SOURCES)}, each once"
         _check(bool(once), "sources", ",".join(self.sources), wanted)
@@ -570,6 +591,24 @@ class Practice(Section):
         if self.evaluate_unit == "steps":
             return self.evaluate_every
         return -(-self.evaluate_every * self.initial_samples // batch_size)
+
+    def evaluations(self, batch_size: int) -> list[int]:
+        """The optimiser steps after which the learner is evaluated, rising."""
+        interval = self.interval(batch_size)
+        return sorted({*range(interval, self.iterations + 1, interval), *self.add_at})
+
+    def rounds_within(self, samples: int) -> int:
+        """Additions that lead to ``samples``, as far as ``maximum_rounds`` allows."""
+        rounds = max(0, -(-(samples - self.initial_samples) // self.round_samples))
+        return rounds if self.maximum_rounds is None else min(rounds, self.maximum_rounds)
+
+    @property
+    def most_samples(self) -> int:
+        """Samples at the end of a run that adds as many rounds as it may."""
+        if self.sources == ("static",):
+            return self.maximum_samples
+        rounds = len(self.add_at) or self.rounds_within(self.maximum_samples)
+        return min(self.initial_samples + rounds * self.round_samples, self.maximum_samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -658,6 +697,11 @@ class Recipe(Section):
         first, last = practice.interval(self.learner.batch_size), practice.iterations
         wanted = f"the first evaluation, now after {first} steps, within iterations ({last})"
         _check(first <= last, "evaluate_every", practice.evaluate_every, wanted)
+        late = [step for step in practice.add_at if self.learner.cooling_at(step, last)]
+        wanted = (
+            f"steps before the cool-down, the last {self.learner.cooldown:g} of iterations ({last})"
+        )
+        _check(not late, "add_at", ",".join(map(str, practice.add_at)), wanted)
         branches = practice.keep_rounds and self.pool.save_samples == "none"
         wanted = "false with save_samples = 'none': a branch needs the samples"
         _check(not branches, "keep_rounds", True, wanted)

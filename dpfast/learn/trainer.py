@@ -101,7 +101,7 @@ class Trainer:
 
     def cooling_at(self, step: int) -> bool:
         """``cooling``, after ``step`` steps."""
-        return self.iterations - step <= self.config.cooldown * self.iterations
+        return self.config.cooling_at(step, self.iterations)
 
     @property
     def warming(self) -> bool:

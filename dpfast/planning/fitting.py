@@ -107,7 +107,7 @@ def fit(
     """
     device = peaks_named(device) if isinstance(device, str) else device
     stages = stages or stages_of(recipe, device)
-    total = recipe.practice.maximum_samples if samples is None else samples
+    total = recipe.practice.most_samples if samples is None else samples
     config, wanted = recipe.learner, recipe.generator.batch_size
     asked, share = recipe.generator.at_once, math.ceil(config.batch_size / count)
     guided = "dp" in recipe.practice.sources and total > recipe.practice.initial_samples

@@ -8,8 +8,8 @@ longer, divided by the utilisation. Training is data-parallel: the sum of gradie
 runs beside the backward pass (``dpfast.planning.network``). Where the stages were timed
 (``dpfast.planning.measure``), the plan goes by those times.
 
-The plan is for a run that adds samples until ``maximum_samples``; one that stops earlier costs
-less.
+The plan is for a run that adds as many samples as it may (``Practice.most_samples``); one that
+stops earlier costs less.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def plan(
         raise InputError(f"count = {count}: expected at least one device")
     if utilisation is not None and not 0 < utilisation <= 1:
         raise InputError(f"utilisation = {utilisation:g}: expected above 0 and at most 1")
-    total = recipe.practice.maximum_samples if samples is None else samples
+    total = recipe.practice.most_samples if samples is None else samples
     if total < recipe.practice.initial_samples:
         raise InputError(
             f"samples = {total}: the run begins with {recipe.practice.initial_samples}"
@@ -250,7 +250,7 @@ def _phases(
 def _evaluated(recipe: Recipe, classes: int) -> int:
     """Real images in all evaluations of one source, the last one with the held-out ones."""
     validation, test = count_real(recipe.validation, recipe.held_out, classes=classes)
-    times = recipe.practice.iterations // recipe.practice.interval(recipe.learner.batch_size)
+    times = len(recipe.practice.evaluations(recipe.learner.batch_size))
     return (times + 1) * validation + test
 
 

@@ -82,7 +82,9 @@ class SimulatedRun:
 
 
 def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
-    """A recipe's loop up to ``samples``."""
+    """A recipe's loop up to ``samples``: rounds after the steps of ``add_at``, or evenly between
+    the first step and the cool-down. Raises ``InputError`` for more rounds than ``add_at`` names.
+    """
     practice, batch = recipe.practice, recipe.learner.batch_size
     more = max(samples - practice.initial_samples, 0)
     count = math.ceil(more / practice.round_samples)
@@ -91,6 +93,13 @@ def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
     )
     stable = practice.iterations - round(practice.iterations * recipe.learner.cooldown)
     ends = [stable * i // max(count, 1) for i in range(count + 1)] if count else [0]
+    if practice.add_at:
+        if count > len(practice.add_at):
+            raise InputError(
+                f"samples = {samples}: expected at most {practice.most_samples}, to which the "
+                "steps of add_at lead"
+            )
+        ends = [0, *practice.add_at[:count]]
     segments = (*(b - a for a, b in itertools.pairwise(ends)), practice.iterations - ends[-1])
     return Job(
         initial=min(practice.initial_samples, samples),

@@ -33,8 +33,10 @@ class Progress:
     source: the name of the loop's source; rank: this process among those of the run. step:
     optimiser steps taken of ``iterations``. pool_size: samples in the pool; round: the newest
     complete one, -1 before the initial samples. waited: evaluations without a new best accuracy, of
-    the ``patience`` that are waited for. accuracy: of the last evaluation, in [0, 1]. Seconds, of
-    training, evaluation, and waiting for batches in training, are those of all lives of a run.
+    the ``patience`` that are waited for; None where rounds are due after known steps, of which
+    ``next_round`` is the next one, None after the last. accuracy: of the last evaluation, in
+    [0, 1]. Seconds, of training, evaluation, and waiting for batches in training, are those of all
+    lives of a run.
     """
 
     source: str
@@ -44,7 +46,8 @@ class Progress:
     pool_size: int
     round: int
     waited: int
-    patience: int
+    patience: int | None
+    next_round: int | None
     accuracy: float | None
     training_seconds: float
     evaluation_seconds: float
@@ -131,7 +134,7 @@ class Console(Callback):
         tqdm.write(
             f"{progress.source:>7} | iteration {progress.step:5d} | pool {progress.pool_size:6d} | "
             f"validation accuracy {evaluation.top1:6.2%} | training loss {loss:.3f} | "
-            f"waited {progress.waited}/{progress.patience}"
+            f"{_waits(progress)}"
         )
 
     def on_round(self, progress: Progress, addition: Addition) -> None:
@@ -262,3 +265,12 @@ class LogCallback(Callback):
         failed = level == logging.ERROR
         text = f"{progress.source}: {words}"
         log.log(level, text, *values, exc_info=failed, extra={"fields": named})
+
+
+def _waits(progress: Progress) -> str:
+    """What the next round waits for, in words."""
+    if progress.patience is not None:
+        return f"waited {progress.waited}/{progress.patience}"
+    if progress.next_round is None:
+        return "no more rounds"
+    return f"next round after {progress.next_round}"

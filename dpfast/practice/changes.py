@@ -131,6 +131,7 @@ RULES: dict[str, tuple[str, str]] = {
     "evaluate_unit": (FIXED, DATES),
     "patience": (FIXED, DATES),
     "patience_growth": (FIXED, DATES),
+    "add_at": (BRANCH, DATES),
     "omega_rounds": (FIXED, SAMPLES),
     "cfg_scale_rounds": (FIXED, SAMPLES),
     "fresh_weight": (FIXED, TRAINING),

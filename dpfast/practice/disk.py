@@ -41,7 +41,8 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 def samples_to_come(source: Source, practice: Practice, state: LoopState, size: int) -> int:
     """How many samples a loop makes at most beyond the ``size`` ones of its complete rounds."""
-    most = practice.maximum_rounds
+    limits = (practice.maximum_rounds, None if source.moments is None else len(source.moments))
+    most = min((limit for limit in limits if limit is not None), default=None)
     rounds = state.additions
     total = size
     if state.round < 0:

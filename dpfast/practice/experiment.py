@@ -411,7 +411,9 @@ class DeliberatePractice:
 
     def _source(self, name: str, loop: Loop, practised: Loop | None) -> Source:
         recipe, unguided = self.recipe, self.unguided
-        moments = None if practised is None else frozenset(practised.state.moments)
+        moments = frozenset(recipe.practice.add_at) or None
+        if practised is not None:
+            moments = frozenset(practised.state.moments)
         if name in self.own:
             own = self.own[name]
             own.cost.load_state_dict(Cost().state_dict())
@@ -436,6 +438,7 @@ class DeliberatePractice:
                 guides=loop.guides,
                 pool=lambda: loop.pool,
                 criterion=self.criterion,
+                moments=moments,
             )
             if self.overlap_groups is None:
                 return source

@@ -54,7 +54,7 @@ from dpfast.practice.checkpointer import LoopCheckpointer, Moment
 from dpfast.practice.disk import Needs, check_disk, checkpoint_bytes, samples_to_come
 from dpfast.practice.loop_state import Component, LoopSeconds, LoopState
 from dpfast.practice.losses import Losses
-from dpfast.practice.patience import Patience
+from dpfast.practice.patience import Patience, next_chance
 from dpfast.practice.result import Result
 from dpfast.practice.run_paths import RunPaths
 from dpfast.practice.run_pool import new_pool, stored_shape
@@ -245,7 +245,7 @@ class Loop:
                 self._save()
             loss = trainer.step(*next(self.loader))
             self.losses.add(loss, trainer.step_count)
-            due = trainer.step_count % self.interval == 0
+            due = self._evaluates_at(trainer.step_count)
             if due or at_once:  # a step on a GPU must not wait for its loss
                 self._check_loss()
             self.source.stepped(trainer.step_count, self._next_round)
@@ -254,10 +254,18 @@ class Loop:
                 return True
         return False
 
+    def _evaluates_at(self, step: int) -> bool:
+        """Whether the learner is evaluated after ``step`` steps: it always is before an
+        addition.
+        """
+        moments = self.source.moments
+        return step % self.interval == 0 or (moments is not None and step in moments)
+
     def _stands_still(self) -> bool:
         """Evaluates; True when samples are due."""
         state = self.state
         step = self.trainer.step_count
+        steps = step - self.losses.step  # since the evaluation before
         with self.seconds.of("evaluation"):
             found = self._evaluate(self.real.validation)
             state.accuracy = found.top1
@@ -265,7 +273,7 @@ class Loop:
             self.losses.anchor(step)
         # the count of evaluations without progress starts with the stable phase
         due = not self.trainer.warming and self.patience.update(found.top1, len(self.pool))
-        loss = self.losses.mean(self.interval)
+        loss = self.losses.mean(steps)
         self._tell(lambda callback, now: callback.on_evaluation(now, found, loss))
         if self.source.moments is not None:
             due = step in self.source.moments
@@ -282,9 +290,17 @@ class Loop:
         most = self.recipe.practice.maximum_rounds
         size = len(self.pool)
         enough = most is not None and self.state.additions >= most
-        if self.state.frozen or self.trainer.cooling or enough or not self.source.available(size):
+        if enough or self._next_chance() is None or not self.source.available(size):
             return None
         return self._request(size)
+
+    def _next_chance(self) -> int | None:
+        """The step after which a round may be due next; None where none will be."""
+        step = self.trainer.step_count
+        if self.state.frozen or self.trainer.cooling:
+            return None
+        added = step in self.state.moments[-1:]  # once after one step
+        return next_chance(step + added, self.interval, self.source.moments)
 
     def _request(self, start: int) -> RoundRequest:
         """What the source is asked for behind ``start`` samples."""
@@ -522,7 +538,8 @@ class Loop:
             pool_size=size,
             round=self.state.round,
             waited=self.patience.waited,
-            patience=self.patience.limit(size),
+            patience=self.patience.limit(size) if self.source.moments is None else None,
+            next_round=None if self.source.moments is None else self._next_chance(),
             accuracy=self.state.accuracy,
             training_seconds=self.seconds.training,
             evaluation_seconds=self.seconds.evaluation,

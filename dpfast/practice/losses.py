@@ -14,8 +14,8 @@ from dpfast.parallel import ALONE, Ranks
 class Losses:
     """Takes every step's loss and reads none of them, so that a GPU's queue stays full.
 
-    ``anchor`` remembers where the loader stands; the samples of a bad step are drawn again from
-    there.
+    ``anchor`` remembers where the loader stands after ``step`` steps; the samples of a bad step
+    are drawn again from there.
     """
 
     def __init__(self, loader: Loader, device: torch.device, ranks: Ranks = ALONE) -> None:
@@ -28,7 +28,7 @@ class Losses:
 
     def anchor(self, step: int) -> None:
         """Says that all steps up to this one were good, and that the loader stands behind it."""
-        self._step = step
+        self.step = step
         self._position = self.loader.state_dict()
 
     def add(self, loss: Tensor, step: int) -> None:
@@ -55,7 +55,7 @@ class Losses:
         """The sample ids of a step's batch, rising; the step lies between the anchor and the next
         addition.
         """
-        rows = self.loader.indices_after(self._position, step - self._step)
+        rows = self.loader.indices_after(self._position, step - self.step)
         return sorted(self.loader.pool.column("sample_id")[rows].tolist())
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,12 +64,12 @@ class Losses:
         Collective, but right after ``mean``: the sums are known there, and one rank may ask alone.
         """
         sums = self.ranks.all_gather(self.total) if self._begun else torch.zeros(self.ranks.size)
-        return {"sums": sums, "step": self._step, "position": self._position}
+        return {"sums": sums, "step": self.step, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         sums = state["sums"]
         size = self.ranks.size
         self.total.copy_(sums[self.ranks.rank] if len(sums) == size else sums.mean())
         self._begun = True
-        self._step = state["step"]
+        self.step = state["step"]
         self._position = state["position"]

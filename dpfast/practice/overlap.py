@@ -5,9 +5,10 @@
                 is missing of it
 
 A learner is published when a round has been added, and again as soon as what it guides would be
-older than ``overlap_staleness`` optimiser steps at the next evaluation: the generators then begin
-the round anew. So no sample is older when it is added, its column ``learner_step`` says how old,
-and nothing depends on the clock: a run gives the same bits again.
+older than ``overlap_staleness`` optimiser steps where the round may be due next, at an evaluation
+or at the next step of ``add_at``: the generators then begin the round anew. So no sample is older
+when it is added, its column ``learner_step`` says how old, and nothing depends on the clock: a run
+gives the same bits again.
 
 Weights go from the first trainer to the generators by a broadcast that the trainer does not wait
 for, samples from the generators to the trainers that will hold them, batch by batch, when they are
@@ -37,6 +38,7 @@ from dpfast.parallel import Ranks
 from dpfast.parallel.groups import Group
 from dpfast.parallel.heartbeat import Heartbeat
 from dpfast.pool.pool import SamplePool
+from dpfast.practice.patience import next_chance
 from dpfast.practice.stopping import Stop
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
@@ -127,6 +129,7 @@ class OverlappedSource(Source):
         self.groups = groups
         self.cost = source.cost
         self.yardstick = source.yardstick
+        self.moments = source.moments
         pipeline = source.pipeline
         self._images = image_shape(pipeline)
         self._latents: tuple[int, ...] | None = None
@@ -198,8 +201,8 @@ class OverlappedSource(Source):
         recipe = self.source.recipe
         oldest = recipe.practice.overlap_staleness
         interval = recipe.practice.interval(recipe.learner.batch_size)
-        due = -(-step // interval) * interval  # the next evaluation: before it none can be added
-        if due - self.job.learner_step > oldest >= due - step:
+        due = next_chance(step, interval, self.moments)  # before it none can be added
+        if due is not None and due - self.job.learner_step > oldest >= due - step:
             self._begin(upcoming())
 
     def close(self) -> None:

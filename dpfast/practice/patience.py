@@ -1,10 +1,11 @@
 """When to ask for more samples: patience with the validation accuracy (Algorithm 1 and section C.2
-of the paper).
+of the paper), or steps that are known before.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,3 +73,14 @@ class Patience:
         self.best = -math.inf if state["best"] is None else state["best"]
         self.waited = state["waited"]
         self.rounds = state["rounds"]
+
+
+def next_chance(step: int, interval: int, moments: Collection[int] | None) -> int | None:
+    """The first step from ``step`` on after which a round may be due: of the ``moments``, where
+    they are known, or the next evaluation; None where no moment is left.
+
+    interval: steps between two evaluations.
+    """
+    if moments is None:
+        return -(-step // interval) * interval
+    return min((moment for moment in moments if moment >= step), default=None)

@@ -3,8 +3,8 @@ are not equally fast.
 
 The stages' seconds are those of a plan (``dpfast.planning.plan``). What decides is the code of a
 run: the patience asks for samples (on accuracies that never rise, so as early and as often as it
-can), ``CheckpointTimer`` for checkpoints, and ranks wait for each other by their heartbeats. Only
-the clock and the store are simulated.
+can), or ``add_at`` does, ``CheckpointTimer`` for checkpoints, and ranks wait for each other by
+their heartbeats. Only the clock and the store are simulated.
 """
 
 from __future__ import annotations
@@ -132,13 +132,12 @@ def timeline(
     step = step_seconds(
         unit.step + unit.image * -(-size // count), link.all_reduce(unit.gradients, count)
     )
-    interval = practice.interval(size)
-    evaluations = practice.iterations // interval
-    evaluation = unit.evaluation * plan.job.evaluated / max(evaluations, 1) / count
+    evaluations = practice.evaluations(size)
+    evaluation = unit.evaluation * plan.job.evaluated / max(len(evaluations), 1) / count
     clock = SimulatedClock()
     timer = CheckpointTimer(practice.checkpoint_share, practice.checkpoint_minutes, clock.now)
     patience = Patience(practice.patience, practice.initial_samples, practice.patience_growth)
-    line = Timeline(interval=interval * step, checkpoint_bytes=checkpoint_bytes)
+    line = Timeline(interval=practice.interval(size) * step, checkpoint_bytes=checkpoint_bytes)
     took = checkpoint_bytes / WRITTEN
     newest = 0.0
 
@@ -165,15 +164,16 @@ def timeline(
     save()
     make(practice.initial_samples, unit.unguided)
     pool, done = practice.initial_samples, 0
-    stable = practice.iterations * (1 - recipe.learner.cooldown)
     warm = practice.iterations * recipe.learner.warmup
-    while done + interval <= practice.iterations:
-        done += interval
-        clock.seconds += interval * step + evaluation
+    for reached in evaluations:
+        clock.seconds += (reached - done) * step + evaluation
+        done = reached
         line.evaluations += 1
         due = done > warm and patience.update(0.0, pool)
+        if practice.add_at:
+            due = done in practice.add_at
         left = min(practice.round_samples, practice.maximum_samples - pool)
-        if due and done < stable and left > 0:
+        if due and left > 0 and not recipe.learner.cooling_at(done, practice.iterations):
             save()
             make(left, unit.guided)
             pool += left

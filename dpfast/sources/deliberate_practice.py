@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from torch import Tensor, nn
 
@@ -37,8 +37,9 @@ class DeliberatePracticeSource(DynamicSource):
         guides: nn.Module,
         pool: Callable[[], Pool],
         criterion: Criterion | None = None,
+        moments: Collection[int] | None = None,
     ) -> None:
-        super().__init__(recipe, unguided, learner)
+        super().__init__(recipe, unguided, learner, moments=moments)
         self.pipeline = pipeline
         self.sampler = new_sampler(recipe, pipeline, guides, criterion=criterion)
         eager = new_sampler(recipe, pipeline, guides, criterion=criterion, **EAGER)

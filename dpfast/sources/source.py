@@ -60,7 +60,8 @@ class LoopView:
     recipe: as it is run. pipeline: what makes images. learner: live, the weights that guide, from
     images (B, C, H, W) in [-1, 1] to logits (B, K). pool: gives this rank's part of the pool.
     unguided: samples by id, shared with other sources. ranks: those that make a round together.
-    moments: the steps after which the source "dp" has added, where it has run before.
+    moments: the steps after which the source "dp" has added, where it has run before, or the
+    recipe's ``add_at``; None: neither.
     """
 
     recipe: Recipe
@@ -77,9 +78,9 @@ class Source(abc.ABC):
     defaults.
 
     name: what results and files call it. initial_samples: of round 0. moments: the steps after
-    which rounds are due, in place of patience; None: by patience. streams: whether ``make`` can go
-    on in the middle of a round. cost: of everything made so far, to which ``make`` adds.
-    yardstick: what a round's entropy is compared with.
+    which the learner is evaluated and rounds are due, in place of patience; None: by patience.
+    streams: whether ``make`` can go on in the middle of a round. cost: of everything made so far,
+    to which ``make`` adds. yardstick: what a round's entropy is compared with.
     """
 
     name = ""
