@@ -145,6 +145,6 @@ if [ "$only" = rows ]; then
   step R2 90 "${models[@]}" --models dit-xl-2 --rows "=(b) batched, eager|blocks|=dpfast, fused, CUDA graphs|learner|float8"
   step R3 50 "${bench[@]}" images "${tiny[@]}" --record "$out"
   step R4_vit 45 "${learner[@]}" --only ViT --rounds 1 --steps 5 --rows "$eager|=dpfast, compiled"
-  step R4_fashion 20 "${learner[@]}" --only fashion --rounds 5 --rows "$eager"
+  step R4_fashion 20 "${learner[@]}" --only fashion --rounds 5 --rows "$eager|captured"
 fi
 exit $failed

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from benchmarks.harness.arguments import add_device, add_record, add_rows, is_wa
 from dpfast.cli.parser import at_least
 from dpfast.config import Learner, Recipe
 from dpfast.errors import InputError
+from dpfast.generate.graphs import Captured, CudaRecorder, Recorder
 from dpfast.hardware.flops import count_flops
 from dpfast.hardware.peaks import here
 from dpfast.learn.models import build_learner
@@ -129,9 +130,13 @@ def plain_loop(
     *,
     fused: bool,
     torchs_average: bool = False,
+    recorder: Recorder | None = None,
 ) -> Step:
     """A step of timm's script, written out; torchs_average: by ``AveragedModel``, which counts its
     updates on the host.
+
+    recorder: captures all of the step but the rate, which is a tensor then, and replays it. The
+    steps of its warm-up train, too.
     """
     model.train()
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
@@ -143,12 +148,21 @@ def plain_loop(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=fused or None)
     factor = partial(wsd, total=ITERATIONS, warmup=config.warmup, cooldown=config.cooldown)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule: Any
+    if recorder is None:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=fused or None)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    else:
+        rate = torch.tensor(config.lr * factor(0), device=device)
+        # a CPU's optimiser knows no captures, and needs to know of none
+        on_gpu = device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, lr=rate, fused=fused or None, capturable=on_gpu)
+        schedule = _Rate(rate, config.lr, factor)
     bf16 = in_bf16(config.precision, device)
 
-    def step(images: Tensor, labels: Tensor) -> Tensor:
+    @torch.enable_grad()
+    def compute(images: Tensor, labels: Tensor) -> _Loss:
         with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
             logits = model(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
@@ -157,10 +171,9 @@ def plain_loop(
             nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         if torchs_average:
             counted.update_parameters(model)
-            return loss.detach()
+            return _Loss(loss.detach())
         with torch.no_grad():
             for mean, value in zip(
                 averaged.state_dict().values(), model.state_dict().values(), strict=True
@@ -169,9 +182,31 @@ def plain_loop(
                     mean.lerp_(value, 1 - config.ema_decay)
                 else:
                     mean.copy_(value)
-        return loss.detach()
+        return _Loss(loss.detach())
+
+    whole: Any = compute if recorder is None else Captured(compute, recorder, name="training step")
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = whole(images, labels).loss
+        schedule.step()
+        return loss
 
     return step
+
+
+class _Loss(NamedTuple):
+    loss: Tensor
+
+
+class _Rate:
+    """A schedule of a rate that is a tensor, which no step waits for."""
+
+    def __init__(self, rate: Tensor, peak: float, factor: Callable[[int], float]) -> None:
+        self.rate, self.peak, self.factor, self.count = rate, peak, factor, 0
+
+    def step(self) -> None:
+        self.count += 1
+        self.rate.fill_(self.peak * self.factor(self.count))
 
 
 def rows(training: Training, device: torch.device, wanted: str) -> dict[str, Step]:
@@ -180,7 +215,7 @@ def rows(training: Training, device: torch.device, wanted: str) -> dict[str, Ste
     """
     config, model = training.config, training.model(device)
 
-    def plain(*, fused: bool = True, compile: bool = False, **options: bool) -> Step:
+    def plain(*, fused: bool = True, compile: bool = False, **options: Any) -> Step:
         mine = copy.deepcopy(model)
         if compile:
             mine.compile()
@@ -202,6 +237,7 @@ def rows(training: Training, device: torch.device, wanted: str) -> dict[str, Ste
             "dpfast, activation checkpointing": partial(ours, activation_checkpointing=True),
             f"{PLAIN}, fused AdamW, compiled": partial(plain, compile=True),
             "dpfast, compiled": partial(ours, compile=True),
+            f"{PLAIN}, fused AdamW, captured": partial(plain, recorder=CudaRecorder(device)),
         }
     return {name: make() for name, make in makers.items() if is_wanted(name, wanted)}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks import ROOT, run
 from benchmarks.harness.arguments import is_wanted
 from benchmarks.systems import images, learner, models, naive
 from tests.benchmarks.test_benchmarks import recorded
+from tests.generate.standin import StandInRecorder, force_reference
 
 CPU = torch.device("cpu")
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
@@ -212,6 +214,27 @@ def test_a_learner_trains_alike_under_the_written_average_and_torchs():
         )
         losses.append([float(step(*batch)) for _ in range(3)])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_captured_loop_takes_the_steps_of_the_plain_one(index, monkeypatch):
+    """Forward and backward pass, clipping, optimiser and average, without a host read; what the
+    recorder warms up with are steps, too.
+    """
+    force_reference(monkeypatch)
+    training = learner.trainings(CPU, tiny=True)[index]
+    config = replace(training.config, warmup=0.0)
+    batch = training.batches(CPU)[0]
+    plain, captured = (
+        learner.plain_loop(training.model(CPU), config, CPU, fused=True, recorder=recorder)
+        for recorder in (None, StandInRecorder())
+    )
+    expected = [float(plain(*batch)) for _ in range(6)]
+    assert learner.host_waits(captured, batch, CPU) == 0  # with the capture
+    warm_ups = 2
+    found = [float(captured(*batch)) for _ in range(3)]
+    assert found == pytest.approx(expected[warm_ups + 1 :], rel=1e-6)
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize(
