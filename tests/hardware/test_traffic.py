@@ -61,6 +61,41 @@ def test_views_are_free_a_broadcast_is_read_once_and_the_backward_pass_counts() 
     assert [k.bytes for k in with_backward.kernels] == [2 * SIZE, 3 * SIZE]
 
 
+def test_a_product_has_its_flops_and_the_length_of_its_sums() -> None:
+    half = {"device": META, "dtype": torch.bfloat16}
+    x = images(NHWC).requires_grad_(True)
+    layer = nn.Conv2d(32, 48, 3, padding=1, bias=False, **half).requires_grad_(False)
+    y = torch.empty(2, 48, 8, 8, **half).to(memory_format=NHWC)
+    both = count_traffic(lambda: torch.autograd.grad(layer(x), x, y)).kernels
+    each = 2 * 2 * 8 * 8 * 32 * 48 * 9
+    products = [(k.flops, k.depth) for k in both if k.kind == "product"]
+    assert products == [(each, 9 * 32), (each, 9 * 48)]
+    rows, weight, into = (torch.empty(*shape, **half) for shape in ((6, 32), (32, 8), (6, 8)))
+    for call in (lambda: rows @ weight, lambda: into.addmm_(rows, weight)):
+        (product,) = count_traffic(call).kernels
+        assert (product.flops, product.depth) == (2 * 6 * 32 * 8, 32)
+    q, k = (torch.empty(2, 4, tokens, 40, **half).requires_grad_() for tokens in (64, 77))
+
+    def attention() -> object:
+        out = F.scaled_dot_product_attention(q, k, k)
+        return torch.autograd.grad(out, (q, k), torch.empty_like(out))
+
+    products = [(k.flops, k.depth) for k in count_traffic(attention).kernels if k.flops]
+    each = 2 * 2 * 4 * 64 * 77 * 40
+    assert products == [(2 * each, 40), (5 * each, 40)]  # with the scores once more
+    assert not any(kernel.own for kernel in both)
+
+
+def test_the_keys_and_values_of_all_prompts_are_one_product_and_a_small_part_of_a_step() -> None:
+    denoiser = published("stable-diffusion-1.5", dtype=torch.bfloat16, fused=True).denoiser
+    labels = torch.zeros(32, dtype=torch.int64, device=META)
+    with torch.no_grad():
+        rows = count_traffic(lambda: denoiser._text(denoiser.embeddings.index_select(0, labels)))
+    assert rows.launches == 2
+    assert sum(kernel.flops for kernel in rows.kernels) == pytest.approx(0.0945e12, rel=1e-3)
+    assert rows.bytes() == pytest.approx(0.173e9, rel=1e-2)
+
+
 def test_an_operation_of_ours_is_never_counted_as_nothing() -> None:
     logits = torch.empty(8, 10, device=META)
     with pytest.raises(NotImplementedError, match="has no formula of its traffic"):
