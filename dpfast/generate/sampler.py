@@ -225,6 +225,8 @@ class GuidedSampler:
         request = self._request(labels, sample_ids, 0, omega, anchor, cfg_scale)
         shape = (len(request.labels), *self.pipeline.denoiser.sample_shape)
         preflight.check_start(shape, latents, step, total=len(self.table))
+        if request.anchor is not None:
+            self.check_anchored(request.cfg_scale, anchor, step=step)
         self.runner.prepare_one(len(request.labels))
         noise = self._noise(request)
         begun = self._begun(request, noise)
@@ -305,6 +307,8 @@ class GuidedSampler:
         """
         check.integer("learner_step", learner_step)
         request = self._request(labels, sample_ids, first_id, omega, anchor, cfg_scale)
+        if request.anchor is not None:
+            self.check_anchored(request.cfg_scale, anchor)
 
         @torch.no_grad()
         def make(part: slice) -> SampleBatch:
@@ -354,21 +358,23 @@ class GuidedSampler:
             request.cfg_scale,
             tuple(self.cfg_interval) if self._scales() == (1, 1) else (0, 1),
         )
-        if request.anchor is not None:
-            self.check_anchored(request.cfg_scale, anchor)
         self.runner.check_learner()
         return request
 
     def check_anchored(
-        self, cfg_scale: float | None = None, anchor: float | Tensor | None = None
+        self,
+        cfg_scale: float | None = None,
+        anchor: float | Tensor | None = None,
+        *,
+        step: int = 0,
     ) -> None:
-        """Raises ``InputError`` where guided samples have nothing that an anchor could be made of:
-        classifier-free guidance in a guided step. None: as configured.
+        """Raises ``InputError`` where guided samples that begin at ``step`` have nothing that an
+        anchor could be made of: classifier-free guidance in a guided step. None: as configured.
         """
         preflight.check_anchored(
             self.guidance.anchor if anchor is None else anchor,
             self.pipeline,
-            self.variants(guided=True, cfg_scale=cfg_scale),
+            self.variants(guided=True, cfg_scale=cfg_scale)[step:],
             self._scales(cfg_scale)[True],
             self.cfg_interval,
         )

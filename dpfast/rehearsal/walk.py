@@ -30,6 +30,7 @@ from dpfast.data.real import RealData, RealSet
 from dpfast.errors import RecipeError
 from dpfast.generate import graphs
 from dpfast.generate.from_recipe import image_shape
+from dpfast.generate.guidance import interval_steps
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.flops import Fused
 from dpfast.learn import checkpointing, trainer
@@ -94,9 +95,8 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         sources=("dp",) if "dp" in recipe.practice.sources else recipe.practice.sources[:1],
         yardstick_samples=min(recipe.practice.yardstick_samples, ranks.size * batch),
     )
-    # a guided step and a plain one, unless every step is guided; where a round begins late, it
-    # begins at its own step
-    steps = recipe.generator.steps if recipe.practice.restart else min(recipe.generator.steps, 2)
+    # where a round begins late, it begins at its own step
+    steps = recipe.generator.steps if recipe.practice.restart else _fewest_steps(recipe)
     share = recipe.learner.batch_size // ranks.size
     shown = min(share, MICRO_BATCHES * (recipe.learner.micro_batch or share))
     return replace(
@@ -107,6 +107,21 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         learner=replace(recipe.learner, batch_size=shown * ranks.size, compile=False),
         pool=replace(recipe.pool, device_gib=1.0, host_gib=1.0, mapped=False),
     )
+
+
+def _fewest_steps(recipe: Recipe) -> int:
+    """The shortest trajectory that has every kind of step of the recipe's own: guided or not, with
+    classifier-free guidance or without. Two are walked where there are two.
+    """
+    guidance, generator = recipe.guidance, recipe.generator
+
+    def kinds(total: int) -> set[tuple[bool, bool]]:
+        guided = interval_steps(total, guidance.start, guidance.until, guidance.every)
+        cfg = interval_steps(total, *generator.cfg_interval)
+        return {(i in guided, i in cfg) for i in range(total)}
+
+    wanted, least = kinds(generator.steps), min(generator.steps, 2)
+    return next(n for n in range(least, generator.steps + 1) if kinds(n) >= wanted)
 
 
 def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:

@@ -87,9 +87,12 @@ class GuidedRequest:
 
 
 class GuidedMethod(Protocol):
-    """Makes guided samples and pays for them in ``cost``. steps: those that a sample takes."""
+    """Makes guided samples and pays for them in ``cost``. steps: those that a sample takes, from
+    ``start`` on.
+    """
 
     steps: int
+    start: int
 
     def make(self, request: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
         """This rank's samples that are left of a request, batch by batch."""
@@ -129,6 +132,8 @@ class FromNoise:
     """Runs every trajectory from noise to its end. ``sampler`` makes the samples; ``eager`` is its
     like for counting what one costs.
     """
+
+    start = 0
 
     def __init__(self, recipe: Recipe, sampler: Sampler, eager: Sampler) -> None:
         self.recipe = recipe
@@ -336,15 +341,15 @@ def guided_method(
 
 def check_guided_method(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> None:
     """Raises ``RecipeError`` where the recipe's method does not fit its steps or its pipeline, and
-    ``InputError`` where no step is guided.
+    ``InputError`` where no step is guided, or none with what an anchor is made of.
     """
     sampler = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
-    guided_method(recipe, sampler, sampler, lambda: SamplePool())
+    way = guided_method(recipe, sampler, sampler, lambda: SamplePool())
     if isinstance(sampler, GuidedSampler):
         sampler.guidance.check_steps(len(sampler.table))
         for scale in recipe.practice.cfg_scale_rounds or (recipe.guided_cfg_scale,):
             if recipe.guidance.anchor:
-                sampler.check_anchored(scale)
+                sampler.check_anchored(scale, step=way.start)
 
 
 def joined(parts: list[SampleBatch]) -> SampleBatch:

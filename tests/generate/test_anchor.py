@@ -254,6 +254,15 @@ def test_an_anchor_without_anything_to_be_made_of_is_refused(
     with pytest.raises(InputError, match=r"none of the guided steps lies in cfg_interval = \(0.5,"):
         late.generate(LABELS)
     assert len(late.generate(LABELS, omega=0.0)) == 3
+    early = GuidanceConfig(omega=0.1, every=2, anchor=0.5)
+    early = new_sampler(pipeline, learner, guidance=early, cfg_interval=(0.0, 0.5))
+    assert len(early.begin(LABELS)) == 3
+    latents = torch.zeros(3, 4, 8, 8)
+    assert len(early.begin(LABELS, latents=latents, step=0)) == 3
+    with pytest.raises(InputError, match=r"none of the guided steps lies in cfg_interval"):
+        early.begin(LABELS, latents=latents, step=1)
+    with pytest.raises(InputError, match="step = 4: expected 0 to 3"):
+        early.begin(LABELS, latents=latents, step=4)
     folder = tiny_pipelines.pixel(tmp_path, class_embeddings=3)
     pixels = Pipeline.from_pretrained(folder)
     small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()

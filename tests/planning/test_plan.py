@@ -99,6 +99,26 @@ def test_a_planned_sample_costs_what_a_real_one_is_counted_to(recipe, stages, fa
     assert stages.guided.flops == one(new_sampler(recipe, fashion, learner, compile=False)).flops
 
 
+@pytest.mark.parametrize(("plain", "guided"), [(1.5, 1.0), (1.0, 2.5), (1.5, 2.5)])
+def test_guided_samples_are_planned_at_their_own_cfg_scale(plain, guided, recipe, stages, fashion):
+    """An anchor adds no FLOPs; CFG that guided samples switch off or on does."""
+    changed = dataclasses.replace(
+        recipe,
+        generator=dataclasses.replace(recipe.generator, cfg_scale=plain),
+        guidance=dataclasses.replace(
+            recipe.guidance, guided_cfg_scale=guided, anchor=0.5 if guided != 1 else 0.0
+        ),
+    )
+    planned = count_stages(changed, without_weights("fashion"), half_training=False)
+    options = recipe.learner.options
+    learner = build_learner(recipe.learner.model, classes=10, channels=1, **options).eval()
+    paid = Prices(new_sampler(changed, fashion, learner, compile=False)).at(guided)
+    assert planned.guided.flops == paid.flops
+    assert (planned.guided.flops == stages.guided.flops) == (guided != 1)
+    assert (planned.unguided.flops == stages.unguided.flops) == (plain != 1)
+    assert planned.guided_bytes == stages.guided_bytes or guided == 1
+
+
 def test_reused_features_are_planned_and_paid_alike(recipe, stages, fashion):
     cached = dataclasses.replace(
         recipe, generator=dataclasses.replace(recipe.generator, cache_interval=2)

@@ -46,6 +46,14 @@ def test_a_recipe_fits_or_adapts(name, device, count):
     assert max(phase.peak for phase in found.walks[0].phases.values()) < usable(found.plan.device)
 
 
+def test_an_anchored_recipe_is_walked_where_its_cfg_begins_late():
+    """As many steps as it takes to meet a guided one with CFG, without which an anchor is
+    refused.
+    """
+    changes = {"anchor": 0.5, "cfg_interval": (0.6, 1.0), "every": 2}
+    assert not rehearse(Recipe.load("fashion", **changes), "h100", ranks=1).failures
+
+
 def test_a_disk_that_cannot_hold_the_samples():
     recipe = Recipe.load(RECIPES[1], save_samples="npy")
     found = rehearse(recipe, "h100", count=8, disk=1e12, ranks=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpfast.errors import RecipeError
+from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.measures import predict
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.pipelines import Pipeline
@@ -89,6 +89,39 @@ def test_a_batch_from_latents_begins_with_the_noise_of_its_step(pipeline, learne
     torch.testing.assert_close(
         zero, sigma * sampler.begin([1], [7]).x / sampler.table.initial_scale
     )
+
+
+@pytest.mark.parametrize("way", [{}, REJECTING, {"restart": 0.4}], ids=["noise", "early", "late"])
+def test_every_way_anchors_its_samples(way, short):
+    """By the anchor, and in nothing else: labels, ids, forwards and FLOPs are as without."""
+    short = with_(short, "practice", **way)
+    plain, anchored, again = (
+        DeliberatePractice(with_(short, "guidance", anchor=anchor), real=REAL).run(progress=False)[
+            0
+        ]
+        for anchor in (0.0, 0.5, 0.5)
+    )
+    pools = [result.pool for result in (plain, anchored, again)]
+    before, after, repeated = (pool.images(torch.arange(len(pool))) for pool in pools)
+    assert torch.equal(after, repeated)
+    assert torch.equal(before[:30], after[:30])
+    assert all(not torch.equal(a, b) for a, b in zip(before[30:45], after[30:45], strict=True))
+    assert plain.cost.flops == anchored.cost.flops
+    assert plain.cost.forwards == anchored.cost.forwards
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"none of the guided steps lies in cfg_interval = \(0.7, 1.0\)"),
+        ({"restart": 0.5}, "none of the guided steps lies in cfg_interval"),
+    ],
+)
+def test_a_run_that_could_anchor_nothing_is_refused_before_it_begins(changes, message, short):
+    cfg = {"cfg_interval": (0.0, 0.3) if changes else (0.7, 1.0)}
+    anchored = with_(with_(short, "guidance", anchor=0.5, every=3), "generator", **cfg)
+    with pytest.raises(InputError, match=message):
+        DeliberatePractice(with_(anchored, "practice", **changes), real=REAL)
 
 
 def test_early_rejection_keeps_the_highest_of_each_class(rejection):
