@@ -39,6 +39,7 @@ TABLES = {
     "traffic": "benchmarks.systems.traffic",
     "seconds": "benchmarks.systems.seconds",
     "study": "benchmarks.studies.study",
+    "anchored": "benchmarks.studies.anchored",
     "theory": "benchmarks.cases.theory",
     "precision": "benchmarks.systems.precision",
     "learner": "benchmarks.systems.learner",

@@ -33,6 +33,7 @@ from dpfast.pool.reader import open_pool
 from dpfast.pool.saver import Saver
 from dpfast.practice.callbacks import Callback, Progress
 from dpfast.practice.experiment import DeliberatePractice
+from dpfast.practice.result import Result
 from dpfast.sources.costs import Cost
 from dpfast.sources.source import RoundRequest
 from dpfast.sources.static import StaticSource
@@ -90,24 +91,28 @@ def pieces(part: str, sizes: tuple[int, ...] = SIZES, iterations: int = 1200) ->
         yield from (run("dp", middle, **option) for option in OPTIONS)
 
 
+def cached(recipe: Recipe, samples: int) -> Path:
+    """The file that the seed's unguided samples end with, where they are kept or will be."""
+    made = recipe.generator
+    name = f"unguided-seed{recipe.seed}-steps{made.steps}-cfg{made.cfg_scale:g}-{samples}"
+    return CACHE / name / "cost.json"
+
+
 def shared(recipe: Recipe, samples: int) -> UnguidedSamples:
     """The seed's unguided samples, from the cache folder or made now and kept there."""
     pipeline = Pipeline.from_pretrained(
         recipe.generator.pipeline, device=device_named(recipe.device)
     )
-    unguided, generator = UnguidedSamples(recipe, pipeline), recipe.generator
-    folder = (
-        CACHE
-        / f"unguided-seed{recipe.seed}-steps{generator.steps}-cfg{generator.cfg_scale:g}-{samples}"
-    )
-    if not (folder / "cost.json").is_file():
+    unguided, cost = UnguidedSamples(recipe, pipeline), cached(recipe, samples)
+    folder = cost.parent
+    if not cost.is_file():
         source, pool = StaticSource(recipe, unguided, samples), SamplePool()
         for batch in source.make(RoundRequest(number=0, start=0, count=samples)):
             pool.append(batch, round=0, omega=0.0)
         with Saver(pool, folder, truncate=True) as saver:
             saver.save()
-        (folder / "cost.json").write_text(json.dumps(asdict(source.cost)), encoding="utf-8")
-    unguided.remember(open_pool(folder), Cost(**read_json(folder / "cost.json")))
+        cost.write_text(json.dumps(asdict(source.cost)), encoding="utf-8")
+    unguided.remember(open_pool(folder), Cost(**read_json(cost)))
     return unguided
 
 
@@ -125,6 +130,11 @@ def measure(fields: Fields, unguided: UnguidedSamples) -> Fields:
     """One run's line."""
     recipe, curve = Recipe.load("fashion", **fields), Curve()
     (result,) = DeliberatePractice(recipe, unguided=unguided).run(progress=False, callbacks=[curve])
+    return line_of(recipe, result, curve)
+
+
+def line_of(recipe: Recipe, result: Result, curve: Curve) -> Fields:
+    """What a line says of every run."""
     return {
         "source": result.source,
         "samples": len(result.pool),

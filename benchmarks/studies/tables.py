@@ -45,19 +45,23 @@ def read(path: Path) -> list[Line]:
     return [line for _, line in read_json_lines(path)]
 
 
-def seconds(lines: Iterable[Line]) -> Callable[[Line], float]:
+def seconds(
+    lines: Iterable[Line], kind: Callable[[Line], Any] | None = None
+) -> Callable[[Line], float]:
     """A run's seconds of generation and training at the best rates that any of ``lines`` of the
     same kind had.
 
-    Runs share a machine with other work, so that their own seconds vary; their counts do not.
+    kind: of a line, those whose samples cost the same; None: as the study's options say. Runs
+    share a machine with other work, so that their own seconds vary; their counts do not.
     """
+    kind = kind or _kind
     made: dict[Any, float] = {}
     step = float("inf")
     for line in lines:
         rate = line["generation_seconds"] / line["samples_made"]
-        made[_kind(line)] = min(rate, made.get(_kind(line), rate))
+        made[kind(line)] = min(rate, made.get(kind(line), rate))
         step = min(step, line["training_seconds"] / line["iterations"])
-    return lambda line: made[_kind(line)] * line["samples_made"] + step * line["iterations"]
+    return lambda line: made[kind(line)] * line["samples_made"] + step * line["iterations"]
 
 
 def _kind(line: Line) -> tuple[Any, ...]:
@@ -146,7 +150,7 @@ def tables(path: Path) -> Iterator[str]:
         s for s in ("static", "dynamic", "prune", "dp") if any(name == s for name, _ in grid)
     ]
     sizes = sorted({size for _, size in grid})
-    yield from _table(
+    yield from table(
         ["samples", *sources],
         ([f"{n:,}", *(str(grid.get((s, n), "")) for s in sources)] for n in sizes),
     )
@@ -166,19 +170,19 @@ def tables(path: Path) -> Iterator[str]:
     for title, source, field in SWEEPS:
         rows = sweep(lines, source, field)
         if len(rows) > 1:
-            yield from _table(
+            yield from table(
                 [title, "accuracy", "seconds"],
                 ([str(v), str(c), f"{c.seconds:.0f}"] for v, c in rows.items()),
             )
     options = list(study_options.rows(lines))
     if options:
-        yield from _table(study_options.HEAD, options)
+        yield from table(study_options.HEAD, options)
     largest = grid["static", max(size for source, size in grid if source == "static")]
     yield (
         f"The least seconds to the {100 * largest.mean:.2f} % of static's largest set "
         f"({largest.seconds:.0f} s):"
     )
-    yield from _table(
+    yield from table(
         ["source", "samples", "iterations", "omega", "accuracy", "seconds"],
         (
             [
@@ -205,7 +209,8 @@ def _setting(line: Line) -> Line:
     return setting(line["fields"])
 
 
-def _table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """The lines of a Markdown table."""
     yield ""
     for cells_ in (head, ["---"] * len(head), *rows):
         yield "| " + " | ".join(cells_) + " |"

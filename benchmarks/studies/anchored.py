@@ -1,0 +1,328 @@
+"""The study of anchored guidance: chosen on some seeds, confirmed on others, paired and resumable.
+
+    dpfast bench anchored --part selection --workers 2
+    dpfast bench anchored --tables
+
+    selection      arms of every kind at the middle size; of each kind the one of the highest
+                   validation accuracy goes on
+    confirmation   static, plain dp, dp with more CFG, anchored and prune on other seeds, at all
+                   sizes, the middle one first; additions after the same steps (``add_at``) in all
+    patience       the same arms at the middle size, each adding by its own patience
+
+Every finished run is one line of ``benchmarks/results/anchored.jsonl``, appended by the process
+that deals the runs; workers with one thread each make them, so that a line does not depend on what
+runs beside it, its seconds apart. A run that has a line is skipped, so a study that
+was killed loses the runs that were running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks import RESULTS, ROOT
+from benchmarks.harness.arguments import new_parser
+from benchmarks.studies.anchored_tables import anchored_tables
+from benchmarks.studies.births import Births
+from benchmarks.studies.settings import COMMON, Fields
+from benchmarks.studies.study import Curve, cached, line_of, shared
+from dpfast.cli.parser import at_least
+from dpfast.config import Recipe
+from dpfast.errors import InputError
+from dpfast.planning.training import count_training
+from dpfast.practice.experiment import DeliberatePractice
+from dpfast.textfiles import read_json_lines
+
+RECORDS = RESULTS / "anchored.jsonl"
+PARTS = ("selection", "confirmation", "patience")
+OMEGAS = (0.05, 0.08, 0.12)
+CFG_SCALES = (2.5, 3.5)
+ANCHORS, ANCHORED_OMEGAS = (0.5, 1.0), (0.08, 0.12, 0.2)
+KINDS = ("static", "dp", "cfg", "anchored", "prune")  # in the order in which a seed runs them
+ITERATIONS = 1200
+MOMENTS = (250, 350, 450, 550, 650, 750)  # steps of ``ITERATIONS`` after which a round is added
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Design:
+    """sizes: samples, the middle one first; seeds of the selection, of the confirmation at the
+    middle size, and at the others and with patience.
+    """
+
+    iterations: int
+    sizes: tuple[int, ...]
+    selection: Sequence[int]
+    many: Sequence[int]
+    few: Sequence[int]
+
+    def seeds(self, size: int) -> Sequence[int]:
+        return self.many if size == self.sizes[0] else self.few
+
+    @property
+    def moments(self) -> list[int]:
+        """The steps after which rounds are added."""
+        return [step * self.iterations // ITERATIONS for step in MOMENTS]
+
+
+FULL = Design(ITERATIONS, (2000, 1000, 500, 4000, 8000), range(3), range(3, 15), range(3, 9))
+SHORT = Design(40, (80, 160), range(1), range(3, 5), range(3, 4))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line to be. kind: of ``KINDS``; arm: what tells it from others of its kind."""
+
+    part: str
+    kind: str
+    arm: str
+    size: int
+    fields: Fields
+
+    @property
+    def made_from(self) -> tuple[Recipe, int]:
+        """Whose unguided samples it shares, and how many."""
+        return Recipe.load("fashion", seed=self.fields["seed"], steps=COMMON["steps"]), self.size
+
+
+def arms(kind: str, lines: Sequence[Line], design: Design) -> dict[str, Fields]:
+    """Name -> fields of the arms of a kind that the selection compares; those of more CFG are known
+    when plain dp's best is.
+    """
+    if kind == "dp":
+        return {f"omega {omega:g}": {"omega": omega} for omega in OMEGAS}
+    if kind == "cfg":
+        best = chosen("dp", lines, design)
+        plain = None if best is None else arms("dp", lines, design)[best]
+        return {
+            f"{best}, CFG {scale:g}": {**plain, "guided_cfg_scale": scale}
+            for scale in CFG_SCALES
+            if plain is not None
+        }
+    if kind == "anchored":
+        return {
+            f"omega {omega:g}, kappa {kappa:g}": {"omega": omega, "anchor": kappa}
+            for omega in ANCHORED_OMEGAS
+            for kappa in ANCHORS
+        }
+    return {kind: {}}
+
+
+def chosen(kind: str, lines: Sequence[Line], design: Design) -> str | None:
+    """The arm of a kind with the highest mean validation accuracy over the seeds of the selection;
+    None until all of them ran.
+    """
+    if kind in ("static", "prune"):
+        return kind
+    found = {}
+    for name in arms(kind, lines, design):
+        runs = [
+            line["validation_accuracy"]
+            for line in lines
+            if line["part"] == "selection" and (line["kind"], line["arm"]) == (kind, name)
+        ]
+        if len(runs) < len(design.selection):
+            return None
+        found[name] = mean(runs)
+    return max(found, key=found.__getitem__, default=None)
+
+
+def runs(part: str, lines: Sequence[Line], design: Design) -> Iterator[Run]:
+    """The runs of a part in their order, as far as ``lines`` say which they are."""
+    middle = design.sizes[0]
+    if part == "selection":
+        for kind in ("dp", "cfg", "anchored"):
+            for name, fields in arms(kind, lines, design).items():
+                for seed in design.selection:
+                    yield _run(part, kind, name, middle, seed, fields, design)
+        return
+    timed = part == "confirmation"
+    for size in design.sizes if timed else (middle,):
+        for kinds in (KINDS[:-1], KINDS[-1:]):  # prune, the dearest, when the others are there
+            for seed in design.seeds(size) if timed else design.few:
+                for kind in kinds:
+                    name = chosen(kind, lines, design)
+                    if name is not None and (timed or kind != "static"):  # which adds nothing
+                        fields = arms(kind, lines, design)[name]
+                        yield _run(part, kind, name, size, seed, fields, design)
+
+
+def _run(
+    part: str, kind: str, name: str, size: int, seed: int, fields: Fields, design: Design
+) -> Run:
+    """A run of a quarter of its samples at the start and the rest in equal rounds."""
+    initial = size // 4
+    shape = {
+        "sources": kind if kind in ("static", "prune") else "dp",
+        "maximum_samples": size,
+        "initial_samples": initial,
+        "round_samples": -(-(size - initial) // len(MOMENTS)),
+        "iterations": design.iterations,
+        "evaluation": "shifts",
+        "seed": seed,
+    }
+    if part != "patience":
+        shape["add_at"] = design.moments
+    return Run(part, kind, name, size, {**COMMON, **shape, **fields})
+
+
+def measure(run: Run) -> Line:
+    """The line of a run, which this process makes."""
+    recipe, curve = Recipe.load("fashion", **run.fields), Curve()
+    practice = DeliberatePractice(recipe, unguided=shared(*run.made_from))
+    births = Births(practice)
+    (result,) = practice.run(progress=False, callbacks=[curve, births])
+    shifts: dict[str, list[float]] = {}
+    for row in result.sets:
+        shifts.setdefault(row.name, []).append(row.result.top1)
+    learner, image = recipe.learner, practice.real.validation.images.shape[1:]
+    step = count_training(learner, len(practice.real.classes), tuple(image), half=False)
+    return {
+        "part": run.part,
+        "kind": run.kind,
+        "arm": run.arm,
+        "size": run.size,
+        **line_of(recipe, result, curve),
+        "training_flops": step.flops * learner.batch_size * result.iterations,
+        "calibration_error": result.test.calibration_error,
+        "test_loss": result.test.loss,
+        "shifts": {name: round(mean(each), 5) for name, each in shifts.items()},
+        "shifts_calibration_error": mean(row.result.calibration_error for row in result.sets),
+        "births": births.measured(),
+        "fields": run.fields,
+    }
+
+
+def serve() -> None:
+    """Answers every run on a line of the standard input with its line."""
+    for asked in sys.stdin:
+        print(json.dumps(measure(Run(**json.loads(asked)))), flush=True)
+
+
+class Worker:
+    """A process with one thread that makes runs, one after the other."""
+
+    def __init__(self) -> None:
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+    def measure(self, run: Run) -> Line:
+        """The line of a run. Raises ``InputError`` where the process ends before."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(vars(run)) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            code = self.process.wait()
+            raise InputError(f"run {json.dumps(run.fields)}: its process ended with {code}")
+        line: Line = json.loads(answer)
+        return line
+
+    def close(self) -> None:
+        """Ends the process, with the run that it is at."""
+        self.process.terminate()
+        self.process.communicate()
+
+
+def deal(parts: Sequence[str], results: Path, design: Design, workers: int) -> None:
+    """Runs what has no line yet, so many at a time, and appends a line as soon as one ends."""
+    with contextlib.ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(workers))
+        idle: list[Worker] = []
+        for _ in range(workers):
+            idle.append(Worker())
+            stack.callback(idle[-1].close)
+        running: dict[Future[Line], tuple[Run, Worker]] = {}
+        while True:
+            begun = [run for run, _ in running.values()]
+            for run in _next(parts, read(results), design, begun)[: len(idle)]:
+                worker = idle.pop()
+                running[threads.submit(worker.measure, run)] = (run, worker)
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                idle.append(running.pop(future)[1])
+                line = json.dumps(future.result())
+                with results.open("ab", buffering=0) as file:  # at once: a kill tears no line
+                    file.write(f"{line}\n".encode())
+                print(line, flush=True)
+
+
+def _next(
+    parts: Sequence[str], lines: Sequence[Line], design: Design, running: list[Run]
+) -> list[Run]:
+    """What may begin now, in order: of runs that share unguided samples one makes them."""
+    begun = [run.fields for run in running]
+    making = {cached(*run.made_from) for run in running}
+    found = []
+    for run in (run for part in parts for run in left(part, lines, design)):
+        file = cached(*run.made_from)
+        if run.fields not in begun and (file.is_file() or file not in making):
+            making.add(file)
+            found.append(run)
+    return found
+
+
+def left(part: str, lines: Sequence[Line], design: Design) -> list[Run]:
+    """The runs of a part that have no line yet, as far as they are known."""
+    taken = [line["fields"] for line in lines]
+    return [run for run in runs(part, lines, design) if run.fields not in taken]
+
+
+def read(results: Path) -> list[Line]:
+    """The lines so far."""
+    return [line for _, line in read_json_lines(results)] if results.is_file() else []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = new_parser("anchored", __doc__)
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="may be repeated; default: all"
+    )
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, help="runs at a time, of one thread each"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RECORDS,
+        help="file with a line for each run, to which finished ones are appended",
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="two small sizes and few iterations, for a test"
+    )
+    parser.add_argument(
+        "--tables", action="store_true", help="print what the runs so far say, and run nothing"
+    )
+    options = parser.parse_args(arguments)
+    design = SHORT if options.short else FULL
+    parts = options.part or PARTS
+    if not options.tables:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        deal(parts, options.results, design, options.workers)
+        return 0
+    lines = read(options.results)
+    best = {kind: chosen(kind, lines, design) for kind in KINDS}
+    missing = {part: [run.kind for run in left(part, lines, design)] for part in PARTS}
+    print("\n".join(anchored_tables(lines, best, missing)))
+    return 0
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,267 @@
+"""What the study of anchored guidance says, as Markdown.
+
+    dpfast bench anchored --tables
+
+Accuracies are percents on the held-out real images, means over seeds with their standard error.
+Differences are paired by seed, with the 95 % interval of Student's t; what one arm needs for the
+accuracy of another is interpolated in the logarithm of its samples or FLOPs, with the 95 % interval
+of a bootstrap over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.studies.tables import seconds, table
+
+Line = dict[str, Any]
+Values = dict[int, float]  # by seed
+PAIRS = (
+    ("anchored", "dp"),
+    ("anchored", "cfg"),
+    ("cfg", "dp"),
+    ("anchored", "prune"),
+    ("anchored", "static"),
+    ("dp", "static"),
+)
+DRAWS = 2000  # of the bootstrap
+COSTS: dict[str, Callable[[Line], float]] = {
+    "samples": lambda line: float(line["samples"]),
+    "FLOPs of generation": lambda line: float(line["flops"]),
+    "FLOPs in all": lambda line: float(line["flops"] + line["training_flops"]),
+}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of independent values and its 95 % interval by Student's t; of one value alone the
+    interval has no ends.
+    """
+    middle = mean(values)
+    if len(values) < 2:
+        return middle, -math.inf, math.inf
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return middle, middle - half, middle + half
+
+
+def paired(first: Values, second: Values) -> list[float]:
+    """first - second of every seed that has both."""
+    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+
+
+def crossing(points: Iterable[tuple[float, float]], target: float) -> float:
+    """Where rising x of (x, accuracy) points first reach ``target``, interpolated in log x: the
+    first x where they begin above it, infinity where they do not reach it.
+    """
+    points = sorted(points)
+    if points and points[0][1] >= target:
+        return points[0][0]
+    for (low, below), (high, above) in pairwise(points):
+        if below < target <= above:
+            return low * (high / low) ** ((target - below) / (above - below))
+    return math.inf
+
+
+def needed(
+    goal: Values, curve: Mapping[float, Values], *, draws: int = DRAWS
+) -> tuple[float, float, float]:
+    """The x at which the mean of a curve reaches the mean of ``goal``, and the 95 % interval of a
+    bootstrap over seeds, drawn for the goal and all points of the curve alike.
+
+    curve: x -> accuracies by seed. Draws in which the goal or a point has no seed are drawn again.
+    """
+    chance = random.Random(0)
+    seeds = sorted({*goal, *(seed for values in curve.values() for seed in values)})
+
+    def at(drawn: Sequence[int]) -> float | None:
+        picked = [[values[s] for s in drawn if s in values] for values in (goal, *curve.values())]
+        if not all(picked):
+            return None
+        target, *means = map(mean, picked)
+        return crossing(zip(curve, means, strict=True), target)
+
+    middle = at(seeds)
+    assert middle is not None
+    found: list[float] = []
+    while len(found) < draws:
+        value = at(chance.choices(seeds, k=len(seeds)))
+        if value is not None:
+            found.append(value)
+    found.sort()
+    return middle, found[round(0.025 * (draws - 1))], found[round(0.975 * (draws - 1))]
+
+
+def anchored_tables(
+    lines: Sequence[Line], best: Mapping[str, str | None], missing: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """The lines of all tables. best: the arm of each kind that the selection chose, None where it
+    has not; missing: the kinds of the runs of each part that are known and have no line.
+    """
+    yield from _selection([line for line in lines if line["part"] == "selection"], best)
+    for part in ("confirmation", "patience"):
+        here = [
+            line for line in lines if line["part"] == part and line["arm"] == best[line["kind"]]
+        ]
+        if not here:
+            continue
+        yield f"{part.capitalize()}: held-out accuracy of the chosen arms."
+        yield from _arms(here)
+        differences = list(_differences(here))
+        if differences:
+            yield f"{part.capitalize()}: differences of the same seeds, in points."
+            head = ["samples", "difference", "seeds", "mean", "95 % interval", "better in"]
+            yield from table(head, differences)
+        if part == "confirmation":
+            rows = list(_needs(here, best))
+            if rows:
+                yield "What one needs for the other's mean accuracy, 95 % interval in brackets."
+                head = ["", "accuracy", "it has", "the other needs", "times as many"]
+                yield from table(head, rows)
+    yield from _unrun(best, missing)
+
+
+def _unrun(best: Mapping[str, str | None], missing: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    unknown = [kind for kind, arm in best.items() if arm is None]
+    if unknown:
+        yield f"The selection has not chosen yet: {', '.join(unknown)}."
+    for part, kinds in missing.items():
+        told = ", ".join(f"{count} of {kind}" for kind, count in Counter(kinds).items())
+        yield f"Not run yet, of what is known of the {part}: {told or 'nothing'}."
+
+
+def _selection(lines: Sequence[Line], best: Mapping[str, str | None]) -> Iterator[str]:
+    """Every arm's accuracies; those of the validation choose."""
+    groups = _groups(lines, lambda line: (line["kind"], line["arm"]))
+    if not groups:
+        return
+    yield "Selection: by the validation accuracy."
+    rows = [
+        [
+            _label(kind, arm),
+            str(len(group)),
+            _spread([line["validation_accuracy"] for line in group]),
+            _spread([line["test_accuracy"] for line in group]),
+            f"{mean(line['flops'] for line in group) / 1e12:.2f}",
+            "chosen" if best[kind] == arm else "",
+        ]
+        for (kind, arm), group in groups.items()
+    ]
+    head = ["arm", "seeds", "validation", "held-out", "TFLOPs of generation", ""]
+    yield from table(head, rows)
+
+
+def _arms(lines: Sequence[Line]) -> Iterator[str]:
+    duration = seconds(lines, lambda line: (line["kind"], line["arm"]))
+    rows = []
+    groups = _groups(lines, lambda line: (line["size"], line["kind"], line["arm"]))
+    for (size, kind, arm), group in sorted(groups.items(), key=lambda item: item[0][0]):
+        rows.append(
+            [
+                f"{size:,}",
+                _label(kind, arm),
+                str(len(group)),
+                _spread([line["test_accuracy"] for line in group]),
+                _spread([mean(line["shifts"].values()) for line in group]),
+                _spread([line["calibration_error"] for line in group]),
+                f"{mean(line['samples'] for line in group):,.0f}",
+                f"{mean(line['flops'] for line in group) / 1e12:.2f}",
+                f"{mean(map(duration, group)):.0f}",
+            ]
+        )
+    head = ["samples", "arm", "seeds", "held-out", "shifts", "calibration error", "at the end"]
+    yield from table([*head, "TFLOPs of generation", "seconds"], rows)
+
+
+def _differences(lines: Sequence[Line]) -> Iterator[list[str]]:
+    found = _by_seed(lines, "test_accuracy")
+    for size in sorted({size for size, _ in found}):
+        for first, second in PAIRS:
+            values = paired(found.get((size, first), {}), found.get((size, second), {}))
+            if values:
+                middle, low, high = interval([100 * value for value in values])
+                wins = sum(value > 0 for value in values)
+                yield [
+                    f"{size:,}",
+                    f"{first} - {second}",
+                    str(len(values)),
+                    f"{middle:+.2f}",
+                    f"{low:+.2f} to {high:+.2f}" if len(values) > 1 else "",
+                    f"{wins} of {len(values)}",
+                ]
+
+
+def _needs(lines: Sequence[Line], best: Mapping[str, str | None]) -> Iterator[list[str]]:
+    """What plain dp needs for anchored's accuracy of every size, and anchored for plain dp's
+    best.
+    """
+    found = _by_seed(lines, "test_accuracy")
+    sizes = {kind: [size for size, name in sorted(found) if name == kind] for kind in best}
+    goals = [("anchored", size, "dp") for size in sizes["anchored"]]
+    if sizes["dp"]:
+        top = max(sizes["dp"], key=lambda size: mean(found[size, "dp"].values()))
+        goals.append(("dp", top, "anchored"))
+    for kind, size, other in goals:
+        if len(sizes[other]) < 2:
+            continue
+        for cost, of in COSTS.items():
+            costs = {
+                each: mean(
+                    of(line) for line in lines if (line["size"], line["kind"]) == (each, other)
+                )
+                for each in sizes[other]
+            }
+            curve = {costs[each]: found[each, other] for each in sizes[other]}
+            has = mean(of(line) for line in lines if (line["size"], line["kind"]) == (size, kind))
+            values = needed(found[size, kind], curve)
+            most = max(curve)
+            middle, low, high = (_cost(value, most) for value in values)
+            times = [_times(value / has, most / has) for value in values]
+            yield [
+                f"{cost}: {other} for {kind} with {size:,}",
+                f"{100 * mean(found[size, kind].values()):.2f}",
+                _cost(has, math.inf),
+                f"{middle} [{low}, {high}]",
+                f"{times[0]} [{times[1]}, {times[2]}]",
+            ]
+
+
+def _cost(value: float, most: float) -> str:
+    if math.isinf(value):
+        return f"> {_cost(most, math.inf)}"
+    return f"{value:,.0f}" if value < 1e9 else f"{value / 1e12:.2f} T"
+
+
+def _times(value: float, most: float) -> str:
+    return f"> {most:.2f}" if math.isinf(value) else f"{value:.2f}"
+
+
+def _by_seed(lines: Iterable[Line], name: str) -> dict[tuple[int, str], Values]:
+    """(size, kind) -> a number of its lines by seed."""
+    found: dict[tuple[int, str], Values] = defaultdict(dict)
+    for line in lines:
+        found[line["size"], line["kind"]][line["seed"]] = line[name]
+    return found
+
+
+def _groups(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list[Line]]:
+    groups: dict[Any, list[Line]] = defaultdict(list)
+    for line in lines:
+        groups[key(line)].append(line)
+    return groups
+
+
+def _label(kind: str, arm: str) -> str:
+    return kind if arm == kind else f"{kind}, {arm}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """A mean in percent with its standard error."""
+    error = f" ± {100 * stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.2f}{error}"

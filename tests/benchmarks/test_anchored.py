@@ -1,0 +1,273 @@
+"""The study of anchored guidance: which runs there are, that each runs once, and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from statistics import mean
+
+import pytest
+
+from benchmarks.studies import anchored
+from benchmarks.studies.anchored import FULL, arms, chosen, left, runs
+from benchmarks.studies.anchored_tables import anchored_tables, crossing, interval, needed, paired
+from dpfast.config import Recipe
+from dpfast.errors import InputError
+
+
+def line(run, accuracy, **changes):
+    """A line as ``measure`` writes it, with an accuracy of one's own."""
+    return {
+        "part": run.part,
+        "kind": run.kind,
+        "arm": run.arm,
+        "size": run.size,
+        "samples": run.size,
+        "samples_made": run.size,
+        "seed": run.fields["seed"],
+        "iterations": 1200,
+        "validation_accuracy": accuracy,
+        "test_accuracy": accuracy,
+        "calibration_error": 0.05,
+        "shifts": {"blur": accuracy - 0.1, "noise": accuracy - 0.2},
+        "flops": run.size * 2e9,
+        "training_flops": 1e12,
+        "generation_seconds": 10.0,
+        "training_seconds": 50.0,
+        "fields": json.loads(json.dumps(run.fields)),
+        **changes,
+    }
+
+
+def finished(part, lines, design=FULL, accuracy=lambda run: 0.8):
+    """``lines`` and those of all runs of a part, also of those that others make known."""
+    lines = list(lines)
+    while todo := left(part, lines, design):
+        lines += [line(run, accuracy(run)) for run in todo]
+    return lines
+
+
+def best_arm(run):
+    return 0.8 + 0.02 * (run.arm in ("omega 0.08", "omega 0.08, CFG 3.5", "omega 0.2, kappa 0.5"))
+
+
+@pytest.fixture(scope="module")
+def selected():
+    return finished("selection", [], accuracy=best_arm)
+
+
+def test_every_run_is_a_recipe_whose_rounds_make_its_samples(selected):
+    lines = finished("patience", finished("confirmation", selected))
+    assert len(lines) == 3 * (3 + 2 + 6) + 5 * (12 + 4 * 6) + 4 * 6
+    for each in lines:
+        practice = Recipe.load("fashion", **each["fields"]).practice
+        assert practice.maximum_samples == each["size"]
+        assert practice.most_samples == each["size"]
+        if each["part"] != "patience":
+            assert practice.add_at == (250, 350, 450, 550, 650, 750)
+            assert practice.rounds_within(each["size"]) == 6
+    by_size = {line["size"]: line["fields"] for line in lines}
+    shapes = {n: (f["initial_samples"], f["round_samples"]) for n, f in by_size.items()}
+    assert shapes == {
+        500: (125, 63),
+        1000: (250, 125),
+        2000: (500, 250),
+        4000: (1000, 500),
+        8000: (2000, 1000),
+    }
+
+
+def test_the_selection_tries_more_cfg_at_the_best_omega_of_plain_dp(selected):
+    plain = [line for line in selected if line["kind"] == "dp"]
+    assert arms("cfg", plain[:-1], FULL) == {}  # one run of plain dp is missing
+    assert arms("cfg", plain, FULL) == {
+        "omega 0.08, CFG 2.5": {"omega": 0.08, "guided_cfg_scale": 2.5},
+        "omega 0.08, CFG 3.5": {"omega": 0.08, "guided_cfg_scale": 3.5},
+    }
+    assert [chosen(kind, selected, FULL) for kind in anchored.KINDS] == [
+        "static",
+        "omega 0.08",
+        "omega 0.08, CFG 3.5",
+        "omega 0.2, kappa 0.5",
+        "prune",
+    ]
+    last = max(i for i, each in enumerate(selected) if each["kind"] == "anchored")
+    assert chosen("anchored", selected[:last] + selected[last + 1 :], FULL) is None
+    # by the validation, whatever the held-out images say
+    other = [each | {"test_accuracy": 1 - each["test_accuracy"]} for each in selected]
+    assert chosen("dp", other, FULL) == "omega 0.08"
+
+
+def test_the_confirmation_begins_at_the_middle_size_and_has_a_seeds_arms_together(selected):
+    order = list(runs("confirmation", selected, FULL))
+    first = [(run.size, run.fields["seed"], run.kind) for run in order[:5]]
+    assert first == [
+        (2000, 3, "static"),
+        (2000, 3, "dp"),
+        (2000, 3, "cfg"),
+        (2000, 3, "anchored"),
+        (2000, 4, "static"),
+    ]
+    assert [run.kind for run in order[48:60]] == ["prune"] * 12
+    assert list(dict.fromkeys(run.size for run in order)) == [2000, 1000, 500, 4000, 8000]
+    seeds = {run.fields["seed"] for run in order}
+    assert not seeds & {each["fields"]["seed"] for each in selected}
+    # what is not chosen yet does not hold up the others
+    plain = [each for each in selected if each["kind"] == "dp"]
+    kinds = {run.kind for run in runs("confirmation", plain, FULL)}
+    assert kinds == {"static", "dp", "prune"}
+
+
+def test_a_line_is_made_once_and_only_what_is_missing_is_left(selected):
+    assert left("selection", selected, FULL) == []
+    (again,) = left("selection", selected[:4] + selected[5:], FULL)
+    assert json.loads(json.dumps(again.fields)) == selected[4]["fields"]
+
+
+def test_of_runs_that_share_unguided_samples_one_makes_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = anchored._next(("selection",), [], FULL, [])
+    assert [run.fields["seed"] for run in found] == [0, 1, 2]
+    assert [run.fields["seed"] for run in anchored._next(("selection",), [], FULL, found[:1])] == [
+        1,
+        2,
+    ]
+    kept = anchored.cached(*found[0].made_from)
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    after = anchored._next(("selection",), [], FULL, found[:1])
+    assert found[0] not in after
+    assert [run.fields["seed"] for run in after].count(0) == 2 + 6  # other arms
+
+
+@pytest.mark.slow
+def test_a_short_study_resumes_and_repeats_its_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, values in (("OMEGAS", (0.08,)), ("CFG_SCALES", ()), ("ANCHORS", (0.5,))):
+        monkeypatch.setattr(anchored, name, values)
+    monkeypatch.setattr(anchored, "ANCHORED_OMEGAS", (0.12,))
+    results = tmp_path / "anchored.jsonl"
+    command = ["--short", "--part", "selection", "--results", str(results)]
+    assert anchored.main(command) == 0
+    lines = anchored.read(results)
+    assert [each["kind"] for each in lines] == ["dp", "anchored"]
+    assert [each["samples"] for each in lines] == [80, 80]
+    assert [point[0] for point in lines[0]["curve"]] == [8, 11, 15, 18, 21, 25]
+    assert lines[0]["births"]["added"]["samples"] == 60
+    assert len(list((tmp_path / "runs" / "study").iterdir())) == 1
+
+    # the run without a line is made again, by another worker and with its bits; the other is not
+    kept = results.read_text().splitlines(keepends=True)
+    results.write_text(kept[0])
+    assert anchored.main([*command, "--workers", "2"]) == 0
+    first, again = anchored.read(results)
+    assert first == lines[0]
+    assert {k: v for k, v in again.items() if "seconds" not in k} == {
+        k: v for k, v in lines[1].items() if "seconds" not in k
+    }
+
+    capsys.readouterr()
+    assert anchored.main(["--short", "--tables", "--results", str(results)]) == 0
+    assert "The selection has not chosen yet: cfg." in capsys.readouterr().out
+
+
+def test_a_worker_that_dies_is_named_with_its_run(monkeypatch, selected):
+    monkeypatch.setattr(anchored.sys, "executable", "/bin/false")
+    worker = anchored.Worker()
+    run = next(runs("confirmation", selected, FULL))
+    with pytest.raises((InputError, BrokenPipeError), match=r"its process ended with 1|Broken"):
+        worker.measure(run)
+    worker.process.wait()
+
+
+def test_the_interval_is_that_of_students_t():
+    values = [1.2, -0.3, 0.8, 2.1, 0.4, 1.0, 0.7]  # t of 6 degrees of freedom: 2.446912
+    middle, low, high = interval(values)
+    sd = math.sqrt(sum((value - mean(values)) ** 2 for value in values) / 6)
+    assert middle == pytest.approx(mean(values))
+    assert (high - middle) == pytest.approx(2.446912 * sd / math.sqrt(7), rel=1e-6)
+    assert middle - low == pytest.approx(high - middle)
+    assert interval([0.5]) == (0.5, -math.inf, math.inf)
+    # two values a and b: the half width is 12.7062 |a - b| / 2
+    assert interval([0.0, 1.0])[2] - 0.5 == pytest.approx(12.7062 / 2, rel=1e-5)
+
+
+def test_the_interval_holds_the_mean_in_95_of_100():
+    chance = random.Random(0)
+    held = 0
+    for _ in range(2000):
+        _, low, high = interval([chance.gauss(1.0, 2.0) for _ in range(6)])
+        held += low <= 1.0 <= high
+    assert 0.935 < held / 2000 < 0.965
+
+
+def test_differences_are_of_the_seeds_that_both_have():
+    assert paired({3: 0.9, 4: 0.8, 5: 0.7}, {4: 0.75, 3: 0.8, 9: 0.1}) == pytest.approx([0.1, 0.05])
+    assert paired({3: 0.9}, {4: 0.8}) == []
+
+
+def test_a_crossing_is_interpolated_in_the_logarithm():
+    curve = [(1000.0, 0.7), (2000.0, 0.8), (4000.0, 0.85)]
+    assert crossing(curve, 0.75) == pytest.approx(1000 * math.sqrt(2))
+    assert crossing(curve, 0.8) == pytest.approx(2000)
+    assert crossing(curve, 0.69) == 1000.0
+    assert crossing(curve, 0.86) == math.inf
+    # where noise makes it fall, the first time counts
+    assert crossing([(1.0, 0.5), (2.0, 0.7), (4.0, 0.6), (8.0, 0.8)], 0.65) == pytest.approx(
+        2**0.75
+    )
+
+
+def test_what_one_needs_has_the_interval_of_its_seeds():
+    curve = {x: {s: 0.6 + 0.1 * math.log2(x) for s in range(6)} for x in (1.0, 2.0, 4.0)}
+    goal = dict.fromkeys(range(6), 0.75)
+    assert needed(goal, curve, draws=50) == pytest.approx([2**1.5] * 3)  # no noise, no width
+    goal = {seed: 0.75 + 0.02 * (-1) ** seed for seed in range(6)}
+    middle, low, high = needed(goal, curve, draws=500)
+    assert middle == pytest.approx(2**1.5)
+    # the mean of six signs is within 0.67 in 95 of 100 draws: 0.0133 in accuracy, 0.133 in log2 x
+    assert math.log2(low) == pytest.approx(1.5 - 0.133, abs=0.04)
+    assert math.log2(high) == pytest.approx(1.5 + 0.133, abs=0.04)
+    goal = dict.fromkeys(range(6), 0.9)
+    assert needed(goal, curve, draws=20) == (math.inf, math.inf, math.inf)
+
+
+def test_seeds_that_a_size_lacks_are_left_out_there():
+    curve = {1.0: {0: 0.5, 1: 0.5}, 2.0: {0: 0.7, 1: 0.7, 2: 0.7}}
+    middle, low, high = needed({0: 0.6, 2: 0.6}, curve, draws=100)
+    assert (middle, low, high) == pytest.approx([math.sqrt(2)] * 3)
+
+
+def test_the_tables_say_what_the_lines_hold(selected):
+    """Anchored is 1.9 points above plain dp at every size, and a doubling gives dp one point."""
+
+    def accuracy(run):
+        base = 0.70 + 0.01 * math.log2(run.size / 500)
+        return base + {"anchored": 0.019, "static": -0.03}.get(run.kind, 0.0)
+
+    lines = finished("patience", finished("confirmation", selected, accuracy=accuracy))
+    best = {kind: chosen(kind, lines, FULL) for kind in anchored.KINDS}
+    text = "\n".join(anchored_tables(lines, best, {"confirmation": [], "patience": ["dp", "dp"]}))
+    assert "| dp, omega 0.08 | 3 | 82.00 ± 0.00 | 82.00 ± 0.00 | 4.00 | chosen |" in text
+    assert "| 2,000 | anchored - dp | 12 | +1.90 | +1.90 to +1.90 | 12 of 12 |" in text
+    assert "| 500 | dp - static | 6 | +3.00 | +3.00 to +3.00 | 6 of 6 |" in text
+    # 1.9 points are 1.9 doublings, 3.73 times; what 4,000 reach is beyond dp's largest
+    for row in (
+        "samples: dp for anchored with 2,000 | 73.90 | 2,000 | 7,464 [7,464, 7,464] | 3.73 [3.73, ",
+        "samples: dp for anchored with 500 | 71.90 | 500 | 1,866 [1,866, 1,866] | 3.73 [3.73, ",
+        "samples: dp for anchored with 4,000 | 74.90 | 4,000 | > 8,000 [> 8,000, > 8,000] | > 2.00",
+        "samples: anchored for dp with 8,000 | 74.00 | 8,000 | 2,144 [2,144, 2,144] | 0.27 [0.27, ",
+        "FLOPs of generation: dp for anchored with 500 | 71.90 | 1.00 T | 3.73 T [3.73 T, 3.73 T]",
+    ):
+        assert f"| {row}" in text, row
+    # with those of the training: 2 T, and between dp's 3 T at 1,000 and 5 T at 2,000
+    assert f"| 2.00 T | {3 * (5 / 3) ** 0.9:.2f} T [" in text
+    assert "Not run yet, of what is known of the patience: 2 of dp." in text
+
+
+def test_an_arm_that_is_chosen_no_more_is_in_no_table(selected):
+    (run, *_) = runs("confirmation", selected, FULL)
+    stray = line(run, 0.123, kind="dp", arm="omega 0.9")
+    best = {kind: chosen(kind, selected, FULL) for kind in anchored.KINDS}
+    assert "12.30" not in "\n".join(anchored_tables([*selected, stray], best, {}))
