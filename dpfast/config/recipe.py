@@ -777,9 +777,6 @@ class Recipe(Section):
             f"are fewer batches than the {ranks} ranks"
         )
         _check(-(-initial // batch) >= ranks, "generator.batch_size", batch, wanted)
-        wanted = "no 'prune' with several ranks: it chooses among all candidates of a round"
-        alone = ranks == 1 or "prune" not in practice.sources
-        _check(alone, "sources", ",".join(practice.sources), wanted)
         wanted = "0 with overlap: ranks that only generate hold no samples to begin from"
         _check(not (practice.restart and practice.overlap), "restart", practice.restart, wanted)
 

@@ -10,6 +10,7 @@ from dpfast.planning.stages import Stages
 from dpfast.pool import codecs
 from dpfast.pool.memory_tiers import readable
 from dpfast.pool.placement import Placement
+from dpfast.sources.prune import held_bytes
 
 # A checkpoint of 1.37 GB was written with its checksum and fsync in 3.6 to 4.9 s (a virtual
 # machine's disk, two cores: docs/scaling.md); a node's own drives are faster.
@@ -22,8 +23,9 @@ class Disk:
 
     samples: saved; each: of one of them, 0 where none is saved; checkpoint: of one; kept: how many
     lie there at once, with the one that is being written; files: of the pool's mapped part, until
-    the run ends. checkpoints: how many are written; seconds: that writing one takes; share: of the
-    run's seconds that all of them take, beside the loop.
+    the run ends; held: of the source "prune" while it makes its largest round, of all hosts' memory
+    where no sample is saved. checkpoints: how many are written; seconds: that writing one takes;
+    share: of the run's seconds that all of them take, beside the loop.
     """
 
     samples: float
@@ -32,16 +34,20 @@ class Disk:
     checkpoint: int
     kept: int
     files: float
+    held: int
     checkpoints: int
     seconds: float
     share: float
 
     @property
     def total(self) -> float:
-        return self.samples + self.kept * self.checkpoint + self.files
+        held = self.held if self.each else 0
+        return self.samples + self.kept * self.checkpoint + self.files + held
 
     def lines(self) -> list[str]:
-        """Two sentences for a reader: bytes by kind, and what checkpoints take of the time."""
+        """Sentences for a reader: bytes by kind, what checkpoints take of the time, and where
+        candidates are held.
+        """
         samples = (
             f"samples {readable(self.samples)} ({self.each} bytes each, {self.images})"
             if self.each
@@ -54,7 +60,12 @@ class Disk:
             f"{readable(self.checkpoint)}){mapped}",
             f"  {self.checkpoints} checkpoints are written beside the loop, "
             f"{self.seconds:.2g} s each: {self.share:.2%} of the seconds",
+            *([self._held()] if self.held else []),
         ]
+
+    def _held(self) -> str:
+        where = "on the disk" if self.each else "in the memory of all hosts"
+        return f"  prune holds {readable(self.held)} {where} while a round is made"
 
 
 def most_checkpoints(recipe: Recipe, rounds: int) -> int:
@@ -95,8 +106,18 @@ def plan_disk(
         images=config.save_samples if config.codec == "pixels" else config.codec,
         checkpoint=stages.learner.state,
         kept=kept,
+        held=_held(recipe, stages, samples),
         files=float(pool.devices * pool.in_tier["file"] * pool.bytes_per_sample),
         checkpoints=written,
         seconds=took,
         share=written * took / seconds if seconds else 0.0,
     )
+
+
+def _held(recipe: Recipe, stages: Stages, samples: int) -> int:
+    practice = recipe.practice
+    if "prune" not in practice.sources:
+        return 0
+    largest = min(practice.round_samples, samples - practice.initial_samples)
+    latents = stages.latent if recipe.pool.codec == "latents" else None
+    return largest * held_bytes(stages.image, latents)

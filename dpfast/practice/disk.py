@@ -3,6 +3,7 @@ before every round.
 
     samples       of the rounds to come: what a saved one has taken so far, before the first an
                   estimate by its kind
+    scratch       what the source holds of a round while it is made (``Source.scratch``)
     mapped files  of the pool, where host and device memory do not hold it (``mapped``)
     checkpoints   as many as lie there at once (``most_checkpoints``)
 
@@ -57,12 +58,13 @@ def samples_to_come(source: Source, practice: Practice, state: LoopState, size: 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that are still to be written: of ``count`` samples, of the pool's mapped files, of
-    checkpoints.
+    """Bytes that are still to be written: of ``count`` samples, of what a source holds of a round,
+    of the pool's mapped files, of checkpoints.
     """
 
     count: int
     samples: int
+    scratch: int
     mapped: int
     checkpoints: int
 
@@ -74,14 +76,15 @@ class Needs:
         shape: tuple[int, ...],
         count: int,
         *,
+        scratch: int,
         saved: Sequence[shards.Shard],
         checkpoint: int,
         checkpoints: Path,
     ) -> Needs:
         """The needs of a loop that makes ``count`` samples more, on all ranks.
 
-        shape: (C, H, W) of what the pool stores. saved: shards that are there, of one rank.
-        checkpoint: bytes of one; checkpoints: their folder.
+        shape: (C, H, W) of what the pool stores. scratch: bytes that the source holds. saved:
+        shards that are there, of one rank. checkpoint: bytes of one; checkpoints: their folder.
         """
         ranks = pool.ranks.size
         made = sum(shard.samples for shard in saved)
@@ -93,6 +96,7 @@ class Needs:
         return cls(
             count=count,
             samples=count * each,
+            scratch=scratch,
             mapped=ranks * _mapped(pool.local, shape, -(-count // ranks)),
             checkpoints=max(kept * checkpoint - there, 0),
         )
@@ -100,7 +104,7 @@ class Needs:
     @property
     def total(self) -> int:
         """All bytes together."""
-        return self.samples + self.mapped + self.checkpoints
+        return self.samples + self.scratch + self.mapped + self.checkpoints
 
     def refusal(self, folder: Path, when: str) -> str | None:
         """Why ``folder`` cannot take it, in one line; None where it can."""
@@ -113,9 +117,11 @@ class Needs:
             else ""
         )
         mapped = f", mapped files {readable(self.mapped)}" if self.mapped else ""
+        held = f", held while a round is made {readable(self.scratch)}" if self.scratch else ""
         return (
             f"out = {str(folder)!r}: {when} needs {readable(self.total)} of disk ({self.count} "
-            f"samples {readable(self.samples)}{mapped}, checkpoints {readable(self.checkpoints)}), "
+            f"samples {readable(self.samples)}{held}{mapped}, checkpoints "
+            f"{readable(self.checkpoints)}), "
             f"{readable(free)} are free; make room and go on with --resume{anew}"
         )
 

@@ -446,8 +446,12 @@ class DeliberatePractice:
         if name == "static":
             total = recipe.practice.maximum_samples if practised is None else len(practised.pool)
             return StaticSource(recipe, unguided, total)
-        kind = {"prune": PruneSource, "dynamic": DynamicSource}[name]
-        return kind(recipe, unguided, loop.guide, moments=moments)
+        if name == "prune":
+            held = None if loop.folder is None else loop.folder.held(name)
+            if recipe.pool.save_samples == "none":
+                held = None
+            return PruneSource(recipe, unguided, loop.guide, moments=moments, folder=held)
+        return DynamicSource(recipe, unguided, loop.guide, moments=moments)
 
 
 def _parted(

@@ -11,6 +11,7 @@ To understand a round, read in this order:
     sources/static.py               how samples are made without guidance, in batches by rank
     sources/unguided.py             which of them another source has made already
     sources/dynamic.py              rounds of such samples, and their entropy
+    sources/prune.py                the best of many of them
     sources/deliberate_practice.py  the source "dp": rounds with labels, omega, and who guides
     sources/guided_methods.py       how guided samples come about
     pool/protocol.py                what they are added to, whoever holds it
@@ -455,12 +456,18 @@ class Loop:
                 self.pool,
                 self.shape,
                 count,
+                scratch=self._scratch(),
                 saved=self.samples.shards,
                 checkpoint=self.checkpointer.size,
                 checkpoints=self.folder.checkpoints(self.name),
             )
         when = "the run" if first else f"round {self.state.round + 1}"
         check_disk(self.ranks, needs, self.folder.path, when)
+
+    def _scratch(self) -> int:
+        """Bytes that the largest round to come takes of the disk while it is made."""
+        later = self.source.available(self.state.round_start or self.source.initial_samples)
+        return self.source.scratch(later)
 
     def _save(self, *, wait: bool = False) -> None:
         """Begins a checkpoint of this moment; ``wait``: and ends it."""
@@ -554,4 +561,5 @@ class Loop:
             event(callback, now)
 
     def _tell_checkpoint(self, written: WrittenCheckpoint) -> None:
+        self.source.checkpointed(written.step)
         self._tell(lambda callback, now: callback.on_checkpoint(now, written))

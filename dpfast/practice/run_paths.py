@@ -16,6 +16,7 @@ learner_*       the evaluated weights of every source's classifier, safetensors
 checkpoints_*/  the states of every source's loop (``dpfast.practice.checkpoint``)
 pool_*/         every source's samples, webdataset shards with a manifest (``dpfast.pool.shards``),
                 or a sub-folder of them for each rank
+held_*/         the best candidates so far of a round that is being made (``dpfast.sources.held``)
 progress_*      what is saved of a round that is being made
 branch.json     where a branch began: run, round and iteration
 .launch         which call of torchrun made it
@@ -85,6 +86,10 @@ class RunPaths:
     def pool(self, source: str) -> Path:
         """The folder of a source's samples: one saved pool, or a folder of one for each rank."""
         return self.path / f"pool_{source}"
+
+    def held(self, source: str) -> Path:
+        """The folder of what a source holds of a round that is being made."""
+        return self.path / f"held_{source}"
 
     def progress(self, source: str) -> dict[str, Any] | None:
         """What ``save_progress`` kept; None where there is nothing, or nothing that can be read."""

@@ -353,8 +353,10 @@ def check_guided_method(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> Non
 
 
 def joined(parts: list[SampleBatch]) -> SampleBatch:
-    """Parts of one batch, all with latents, in their order."""
-    names = ("images", "labels", "sample_ids", "entropy", "latents")
+    """Parts of one batch, all with latents or none, in their order."""
+    names = ["images", "labels", "sample_ids", "entropy"]
+    if parts[0].latents is not None:
+        names.append("latents")
     rows: dict[str, Any] = {
         name: torch.cat([getattr(part, name) for part in parts]) for name in names
     }

@@ -7,8 +7,13 @@ from torch import Tensor
 
 
 def balanced_labels(first_id: int, count: int, classes: int) -> Tensor:
-    """(count,) labels: sample id i has label i mod classes."""
-    return torch.arange(first_id, first_id + count) % classes
+    """(count,) labels of the sample ids from ``first_id`` on."""
+    return labels_of(torch.arange(first_id, first_id + count), classes)
+
+
+def labels_of(ids: Tensor, classes: int) -> Tensor:
+    """(n,) labels of unguided samples: sample id i has label i mod classes."""
+    return ids % classes
 
 
 def allotted_labels(per_class: Tensor, first_id: int, count: int) -> Tensor:

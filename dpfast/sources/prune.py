@@ -1,71 +1,315 @@
-"""The source "prune": of an unguided surplus the samples of the highest entropy."""
+"""The source "prune": of an unguided surplus the samples of the highest entropy.
+
+A round is made in turns: each rank makes a batch of candidates, the learner of that moment scores
+it, ranks tell each other the scores, and all know alike which candidates are the best so far
+(``Best``). A candidate that is out is dropped at once, the others are held by the rank that made
+them (``HeldSamples``): between two turns there are never more than a round's samples, and within
+one a batch more on each rank. At the end the samples go, in the order of their ids, to the ranks
+to whom the pool's layout deals them.
+
+What is held is saved every half minute, after the same turn on all ranks, and a run that goes on
+from the checkpoint before the round goes on after that turn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import logging
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpfast.config import Recipe
+from dpfast.errors import InputError
+from dpfast.files import listed
+from dpfast.generate.from_recipe import image_shape, latent_shape
+from dpfast.pool.rank_folders import rank_folder_name
 from dpfast.samples import SampleBatch
+from dpfast.sources.best import LAST, Best
 from dpfast.sources.dynamic import DynamicSource
+from dpfast.sources.guided_methods import joined
+from dpfast.sources.held import HeldSamples
+from dpfast.sources.labels import labels_of
 from dpfast.sources.source import RoundRequest
+from dpfast.sources.unguided import UnguidedSamples
+
+log = logging.getLogger(__name__)
+SAVED_SECONDS = 30.0  # of generation between two savings of what is held
 
 
 class PruneSource(DynamicSource):
     """N unguided samples, then rounds of P: of ``oversample`` x P unguided candidates those of
     highest entropy.
 
-    Candidates are scored by the learner of that moment and dropped when they are not kept. Ids
-    count candidates.
+    Candidates are scored by the learner of that moment and dropped when they are not kept; of
+    equal entropies the smaller id is kept. Ids count candidates. folder: where a round's samples
+    are held while it is made; None: in memory.
     """
 
-    streams = False  # what is kept is known when the last candidate has been scored
+    def __init__(
+        self,
+        recipe: Recipe,
+        unguided: UnguidedSamples,
+        learner: nn.Module,
+        *,
+        moments: Collection[int] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        super().__init__(recipe, unguided, learner, moments=moments)
+        self.folder = folder
+        self.ranks = unguided.ranks
+        self.clock = self.ranks.heartbeat.clock.now
+        self._trained = False
+
+    def make(self, request: RoundRequest, done: int = 0) -> Iterator[SampleBatch]:
+        self.streams = not request.number  # later rounds save by themselves what they hold
+        return super().make(request, done)
+
+    def scratch(self, count: int) -> int:
+        if self.folder is None:
+            return 0
+        pipeline = self.unguided.pipeline
+        latents = self.recipe.pool.codec == "latents"
+        shape = latent_shape(pipeline) if latents else None
+        return count * held_bytes(image_shape(pipeline), shape)
+
+    def stepped(self, step: int, upcoming: object) -> None:
+        """What was held at this step or behind it is of another course of the training."""
+        if not self._trained:
+            self._remove(lambda held: held >= step)
+            self._trained = True
+
+    def checkpointed(self, step: int) -> None:
+        """The samples of rounds before ``step`` are in the pool for good."""
+        self._remove(lambda held: held < step)
+
+    def _remove(self, gone: Callable[[int], bool]) -> None:
+        if self.folder is not None:
+            for path in listed(self.folder, "step-*"):
+                if gone(int(path.name.removeprefix("step-"))):
+                    shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not there, or of use still
+                self.folder.rmdir()
 
     def _later(self, request: RoundRequest, done: int) -> Iterator[SampleBatch]:
-        practice = self.recipe.practice
-        initial = self.initial_samples
+        oversample, initial = self.recipe.practice.oversample, self.initial_samples
         first, last = (
-            initial + int(practice.oversample * (size - initial))
+            initial + int(oversample * (size - initial))
             for size in (request.start, request.start + request.count)
         )
-        scale = self.cfg_scale(request.number)
-        held: list[Tensor] = []
-        for batch in self.unguided.stream(first, last - first, self.cost, cfg_scale=scale):
-            batch = self._judged(batch, request)
-            columns = [batch.images, batch.labels, batch.sample_ids, batch.entropy]
-            if batch.latents is not None and self.recipe.pool.codec == "latents":
-                columns.append(batch.latents)
-            columns = [column.cpu() for column in columns]  # a round is too much for the device
-            if held:
-                columns = [torch.cat(pair) for pair in zip(held, columns, strict=True)]
-            best = highest(columns[3], columns[1], request.count, within=practice.prune_within)
-            held = [column[best] for column in columns]  # who is out now would be out at the end
-        for images, labels, ids, scores, *latents in zip(
-            *(c.split(self.unguided.batch) for c in held), strict=True
-        ):
-            yield SampleBatch(
-                images=images,
-                labels=labels,
-                sample_ids=ids,
-                entropy=scores,
-                learner_step=request.learner_step,
-                latents=latents[0] if latents else None,
+        if last - first > LAST:
+            raise InputError(
+                f"oversample = {oversample:g}: {last - first} candidates in a round; expected at "
+                f"most {LAST}"
             )
+        held = HeldSamples(self._place(request))
+        try:
+            best = self._chosen(request, first, last - first, held)
+            yield from self._dealt(request, first, best.numbers(), held)
+        finally:
+            held.close()
+
+    def _place(self, request: RoundRequest) -> Path | None:
+        if self.folder is None:
+            return None
+        return self.folder / f"step-{request.learner_step:09d}" / rank_folder_name(self.ranks)
+
+    def _chosen(self, request: RoundRequest, first: int, count: int, held: HeldSamples) -> Best:
+        """The best of the ``count`` candidates whose ids begin with ``first``; this rank's are
+        held.
+        """
+        ranks, batch, turn = self.ranks, self.unguided.batch, request.turn
+        classes = self.unguided.classes
+        within = self.recipe.practice.prune_within == "class"
+        best = Best(request.count, classes if within else 1)
+        span = ranks.size * batch
+        turns = -(-count // span)
+        number = self._resumed(request, first, count, held, best)
+        saved = self.clock()
+        made = self._candidates(request, first, count, done=min(number * batch, count))
+        while number < turns:
+            numbers = torch.arange(number * span, min((number + 1) * span, count))
+            mine = ranks.indices(len(numbers), batch, turn=turn)
+            candidates = next(made) if len(mine) else None
+            scores = torch.empty(0) if candidates is None else candidates.entropy
+            scores = ranks.gather(scores, len(numbers), batch, turn=turn)
+            groups = labels_of(first + numbers, classes) * within
+            out = best.add(scores, groups, numbers)
+            held.drop(out)
+            if candidates is not None:
+                kept = ~torch.isin(numbers[mine], torch.tensor(out, dtype=torch.int64))
+                rows = torch.nonzero(kept).flatten()
+                held.about["parts"] = [
+                    (str(part.dtype).removeprefix("torch."), list(part.shape[1:]))
+                    for part in _parts(candidates)
+                ]
+                held.put(
+                    numbers[mine][rows].tolist(),
+                    scores[mine][rows].tolist(),
+                    _records(candidates.take(rows.to(candidates.images.device))),
+                )
+            number += 1
+            if ranks.broadcast_object(number == turns or self.clock() - saved >= SAVED_SECONDS):
+                held.about["cost"] = self.cost.state_dict()
+                held.save(number)
+                saved = self.clock()
+        return best
+
+    def _candidates(
+        self, request: RoundRequest, first: int, count: int, *, done: int
+    ) -> Iterator[SampleBatch]:
+        """This rank's batches of candidates, each whole: where memory ran out, samples come in
+        smaller parts.
+        """
+        ranks, batch, turn = self.ranks, self.unguided.batch, request.turn
+        done = min(done, ranks.share(count, batch, turn=turn))
+        scale = self.cfg_scale(request.number)
+        parts = self.unguided.stream(first, count, self.cost, cfg_scale=scale, turn=turn, done=done)
+        for indices in ranks.batches(count, batch, turn=turn, done=done):
+            made = [self._scored(next(parts), request)]
+            while sum(map(len, made)) < len(indices):
+                made.append(self._scored(next(parts), request))
+            yield made[0] if len(made) == 1 else joined(made)
+
+    def _scored(self, batch: SampleBatch, request: RoundRequest) -> SampleBatch:
+        """What is kept of a batch, with its entropy."""
+        batch = self._judged(batch, request)
+        keeps = self.recipe.pool.codec == "latents"
+        return batch if keeps else replace(batch, latents=None)
+
+    def _resumed(
+        self, request: RoundRequest, first: int, count: int, held: HeldSamples, best: Best
+    ) -> int:
+        """After how many turns a round goes on that was cut short; what was kept by then is in
+        ``held`` and ``best``. 0: it begins anew.
+        """
+        ranks, practice = self.ranks, self.recipe.practice
+        asked = {**asdict(replace(request, per_class=None)), "first": first, "candidates": count}
+        this = {
+            **asked,
+            "ranks": ranks.size,
+            "batch": self.unguided.batch,
+            "cfg_scale": self.cfg_scale(request.number),
+            "within": practice.prune_within,
+            "seed": self.recipe.seed,
+        }
+        saved = set.intersection(*map(set, ranks.all_gather_object(held.turns())))
+        if saved:
+            turn, numbers, scores, failure = max(saved), None, None, None
+            try:
+                numbers, scores = held.load(turn)
+                if held.about["round"] != this:
+                    raise InputError(f"{str(held.folder)!r} is of another round")
+            except InputError as error:
+                failure = str(error)
+            failures = [said for said in ranks.all_gather_object(failure) if said]
+            if not failures and numbers is not None and scores is not None:
+                self.cost.load_state_dict(held.about["cost"])
+                numbers, scores = self._together(numbers, scores)
+                classes = self.unguided.classes
+                within = practice.prune_within == "class"
+                best.add(scores, labels_of(first + numbers, classes) * within, numbers)
+                return turn
+            if ranks.first:
+                log.warning(
+                    "the candidates of round %d are made again: %s", request.number, failures[0]
+                )
+        held.clear()
+        held.about = {"round": this}
+        return 0
+
+    def _together(self, numbers: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """What all ranks hold: numbers (n,) int64 and scores (n,) float32."""
+        counts = self.ranks.all_gather_object(len(numbers))
+        packed = torch.zeros(max(counts), 2, dtype=torch.int64)
+        packed[: len(numbers), 0] = numbers
+        packed[: len(numbers), 1] = scores.view(torch.int32)
+        found = self.ranks.all_gather(packed)
+        every = torch.cat([part[:n] for part, n in zip(found, counts, strict=True)])
+        return every[:, 0], every[:, 1].to(torch.int32).view(torch.float32)
+
+    def _dealt(
+        self, request: RoundRequest, first: int, numbers: Tensor, held: HeldSamples
+    ) -> Iterator[SampleBatch]:
+        """This rank's samples of a round, which the ranks that hold them send it, a batch at a
+        time.
+        """
+        ranks, batch, turn = self.ranks, self.unguided.batch, request.turn
+        makers = (turn + numbers // batch) % ranks.size
+        owners = (turn + torch.arange(len(numbers)) // batch) % ranks.size
+        span = ranks.size * batch
+        for start in range(0, len(numbers), span):
+            rows = slice(start, start + span)
+            made, due = makers[rows], owners[rows]
+            sent = [
+                numbers[rows][(made == ranks.rank) & (due == rank)] for rank in range(ranks.size)
+            ]
+            records = held.records(torch.cat(sent).tolist())
+            held.drop(torch.cat(sent).tolist())
+            mine = numbers[rows][due == ranks.rank]
+            if not ranks.alone:
+                records = self._sent(
+                    records, [len(each) for each in sent], made[due == ranks.rank], held.width
+                )
+            if len(mine):
+                yield self._batch(request, first + mine, records, held.about["parts"])
+
+    def _sent(self, records: Tensor, sent: list[int], origins: Tensor, width: int) -> Tensor:
+        """(n, width) records that ranks send this one, from ``origins`` (n,); this one sends
+        ``records``, ``sent[r]`` of them to rank r.
+        """
+        ranks = self.ranks
+        ranks.ready()
+        counts = torch.bincount(origins, minlength=ranks.size).tolist()
+        sizes = [[width * count for count in each] for each in (sent, counts)]
+        received = ranks.control.all_to_all(records.flatten(), *sizes).view(len(origins), width)
+        ordered = torch.empty_like(received)
+        ordered[origins.argsort(stable=True)] = received
+        return ordered
+
+    def _batch(
+        self, request: RoundRequest, ids: Tensor, records: Tensor, parts: list[Any]
+    ) -> SampleBatch:
+        """The samples ``ids`` (n,) of their records, on the CPU."""
+        columns = []
+        start = 0
+        for name, shape in parts:
+            dtype = getattr(torch, name)
+            size = math.prod(shape) * dtype.itemsize
+            column = records[:, start : start + size].contiguous().view(dtype)
+            columns.append(column.view(len(ids), *shape))
+            start += size
+        entropy, images, *latents = columns
+        return SampleBatch(
+            images=images,
+            labels=labels_of(ids, self.unguided.classes),
+            sample_ids=ids,
+            entropy=entropy,
+            learner_step=request.learner_step,
+            latents=latents[0] if latents else None,
+        )
 
 
-def highest(scores: Tensor, labels: Tensor, count: int, *, within: str) -> Tensor:
-    """Indices, rising, of the ``count`` highest of ``scores`` (n,): "overall", or as evenly as can
-    be over "class"es.
+def held_bytes(image: Sequence[int], latents: Sequence[int] | None) -> int:
+    """Bytes of a sample while it is held: pixels, latents where the pool stores them, entropy."""
+    return 4 + math.prod(image) + (0 if latents is None else 2 * math.prod(latents))
 
-    labels: (n,) int64, on the same device. Of equal scores the first are kept.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    if within == "class":
-        labels = labels.gather(0, order)
-        ordered, places = labels.sort(stable=True)  # class by class, the highest first
-        rank = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
-        ranks = torch.empty_like(order).scatter_(0, places, rank)
-        # every class's best, then every class's second, ...
-        order = order.gather(0, ranks.argsort(stable=True))
-    return order.narrow(0, 0, min(count, len(order))).sort().values
+
+def _parts(batch: SampleBatch) -> list[Tensor]:
+    parts = [batch.entropy, batch.images]
+    return parts if batch.latents is None else [*parts, batch.latents]
+
+
+def _records(batch: SampleBatch) -> Tensor:
+    """(n, width) uint8 on the CPU: all that is held of each sample of a batch."""
+    columns = [
+        part.cpu().contiguous().view(len(batch), math.prod(part.shape[1:]))
+        for part in _parts(batch)
+    ]
+    return torch.cat([column.view(torch.uint8) for column in columns], 1)

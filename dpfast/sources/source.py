@@ -79,8 +79,9 @@ class Source(abc.ABC):
 
     name: what results and files call it. initial_samples: of round 0. moments: the steps after
     which the learner is evaluated and rounds are due, in place of patience; None: by patience.
-    streams: whether ``make`` can go on in the middle of a round. cost: of everything made so far,
-    to which ``make`` adds. yardstick: what a round's entropy is compared with.
+    streams: whether ``make`` can go on in the middle of the round that it was asked for last. cost:
+    of everything made so far, to which ``make`` adds. yardstick: what a round's entropy is compared
+    with.
     """
 
     name = ""
@@ -130,6 +131,17 @@ class Source(abc.ABC):
     def stepped(self, step: int, upcoming: Callable[[], RoundRequest | None]) -> None:  # noqa: B027
         """Hears that ``step`` optimiser steps have been taken; ``upcoming`` gives the next round as
         it would be asked for now.
+        """
+
+    def scratch(self, count: int) -> int:
+        """Bytes of the disk, of all ranks, that a round of ``count`` samples takes while it is
+        made.
+        """
+        return 0
+
+    def checkpointed(self, step: int) -> None:  # noqa: B027
+        """Hears, on the rank that writes, that a checkpoint of ``step`` optimiser steps is on the
+        disk.
         """
 
     def close(self) -> None:  # noqa: B027

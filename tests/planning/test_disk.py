@@ -15,6 +15,7 @@ from dpfast.pool.placement import Placement
 class Counted:
     def __init__(self, recipe):
         self.learner = count_learner(recipe.learner, 10, (1, 32, 32), half=False)
+        self.image, self.latent = (1, 32, 32), (4, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +59,18 @@ def test_checkpoints_come_by_the_share_then_by_the_minutes(recipe):
     took = planned(recipe).checkpoint / WRITTEN
     assert written(checkpoint_share=took / 250) == 40
     assert planned(recipe).share == pytest.approx(planned(recipe).checkpoints * took / 20_000)
+
+
+def test_prune_holds_its_largest_round(recipe):
+    practice = dataclasses.replace(recipe.practice, sources=("dp", "prune"))
+    pruned = dataclasses.replace(recipe, practice=practice)
+    disk, plain = planned(pruned), planned(recipe)
+    assert (disk.held, plain.held) == (500 * (32 * 32 + 4), 0)
+    assert disk.total == plain.total + disk.held
+    assert disk.lines()[-1] == "  prune holds 502 KiB on the disk while a round is made"
+    latents = planned(pruned, codec="latents")
+    assert latents.held == disk.held + 500 * 2 * 4 * 8 * 8
+    unsaved = planned(pruned, save_samples="none")
+    assert unsaved.lines()[-1].startswith("  prune holds 502 KiB in the memory of all hosts")
+    once = dataclasses.replace(practice, round_samples=10**6)
+    assert planned(dataclasses.replace(pruned, practice=once)).held == 2000 * (32 * 32 + 4)

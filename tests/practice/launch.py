@@ -115,13 +115,13 @@ class Launched:
     def said(self) -> str:
         return self.log.read_text()
 
-    def until(self, number: int) -> None:
+    def until(self, number: int, source: str = "dp") -> None:
         """Waits for the checkpoint of this number, or the end of the processes."""
         deadline = time.monotonic() + DEADLINE
         while self.process.poll() is None:
             saved = [
                 int(path.stem.split("-")[1])
-                for path in self.out.glob("checkpoints_dp/checkpoint-*.json")
+                for path in self.out.glob(f"checkpoints_{source}/checkpoint-*.json")
             ]
             if max(saved, default=-1) >= number:
                 return

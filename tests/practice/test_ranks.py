@@ -40,8 +40,8 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def same_pool(run, other):
-    mine, theirs = (open_pool(folder / "pool_dp") for folder in (run, other))
+def same_pool(run, other, source="dp"):
+    mine, theirs = (open_pool(folder / f"pool_{source}") for folder in (run, other))
     names = [
         name for name in mine.records().dtype.names if name not in ("offset", "length", "entropy")
     ]
@@ -50,13 +50,15 @@ def same_pool(run, other):
     return mine, theirs
 
 
-def same(run, other):
+def same(run, other, source="dp"):
     """The same bits."""
     assert (run / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
-    mine, theirs = same_pool(run, other)
+    mine, theirs = same_pool(run, other, source)
     rows = torch.arange(len(mine))
     assert torch.equal(mine.payload(rows), theirs.payload(rows))
-    weights, expected = (load_file(folder / "learner_dp.safetensors") for folder in (run, other))
+    weights, expected = (
+        load_file(folder / f"learner_{source}.safetensors") for folder in (run, other)
+    )
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
@@ -67,6 +69,18 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(rehearsal, tmp_p
     assert run.signal(1)
     run.ended()
     same(tmp_path / "run", whole)
+
+
+def test_prune_on_two_ranks_goes_on_after_a_kill_and_the_end_is_the_same(tmp_path):
+    recipe = "imagenet100-sd15"
+    options = [*launch.folders(recipe, tmp_path), "--sources", "prune", "--oversample", "3"]
+    Launched(recipe, tmp_path / "whole", options).ended()
+    run = Launched(recipe, tmp_path / "run", options, restarts=1)
+    run.until(3, source="prune")
+    assert run.signal(1)
+    run.ended()
+    assert "addition" in {line["event"] for line in lines(tmp_path / "run")}
+    same(tmp_path / "run", tmp_path / "whole", source="prune")
 
 
 def test_one_rank_goes_on_from_two_and_ends_as_one_alone(tmp_path):

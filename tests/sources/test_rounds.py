@@ -4,11 +4,9 @@ and drawn.
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.sources.costs import pruning_ratio
-from dpfast.sources.prune import highest
 from tests.practice.small import REAL
 from tests.practice.test_loop import run, with_
 
@@ -87,26 +85,3 @@ def test_fresh_samples_may_be_drawn_more_often(dp, tmp_path):
 def test_the_pruning_ratio_is_the_surplus_whose_best_are_as_hard(entropy, ratio):
     """Of 0, 1, 2, 3 the means of the highest one to four are 3, 2.5, 2 and 1.5."""
     assert pruning_ratio(torch.tensor([2.0, 0.0, 3.0, 1.0]), entropy) == pytest.approx(ratio)
-
-
-def test_the_highest_are_kept_within_classes_or_overall():
-    scores = torch.tensor([0.9, 0.8, 0.7, 0.1, 0.2, 0.2])
-    labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    assert highest(scores, labels, 3, within="overall").tolist() == [0, 1, 2]
-    assert highest(scores, labels, 4, within="class").tolist() == [0, 1, 4, 5]
-    assert highest(scores, labels, 3, within="class").tolist() == [0, 1, 4]
-    assert highest(scores, labels, 1, within="class").tolist() == [0]
-
-
-@pytest.mark.parametrize("within", ["class", "overall"])
-def test_pruning_stays_on_the_device_and_reads_nothing_there(within):
-    """Fake tensors of a GPU: an operation that mixes devices, or whose result has a shape of the
-    data, raises.
-    """
-    with FakeTensorMode():
-        scores, labels = (
-            torch.empty(12, device="cuda"),
-            torch.zeros(12, dtype=torch.int64, device="cuda"),
-        )
-        kept = highest(scores, labels, 5, within=within)
-        assert (kept.device.type, tuple(kept.shape)) == ("cuda", (5,))
