@@ -40,6 +40,7 @@ TABLES = {
     "seconds": "benchmarks.systems.seconds",
     "study": "benchmarks.studies.study",
     "anchored": "benchmarks.studies.anchored",
+    "evidence": "benchmarks.studies.evidence",
     "theory": "benchmarks.cases.theory",
     "precision": "benchmarks.systems.precision",
     "learner": "benchmarks.systems.learner",

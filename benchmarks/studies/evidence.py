@@ -1,0 +1,254 @@
+"""What a trajectory knows of its label without another forward: scores of each sample from the two
+predictions of classifier-free guidance, against whether the judge denies the label.
+
+    dpfast bench evidence                # guided samples of a young learner; a line for each form
+    dpfast bench evidence --tables
+
+With eps_c and eps_u the noise predicted with and without the label, D = eps_c - eps_u:
+
+    c = -D / sigma = grad log p(label | x)           the label's score at one noise level
+    path        sum c.(x' - x)                       of the steps x -> x': how far they climbed it
+    fisher      -sum |c|^2                           how much the label changes the prediction
+    hindsight   sum |e - eps_u|^2 - |e - eps_c|^2    e = (x - alpha x0) / sigma, the noise that
+                                                     would have led from the x0 reached to x
+    alignment   mean cosine of c and x' - x
+    whole       path and its known remainder
+
+log p(label | x) changes along a path by more than its gradient: with z = x / alpha and s = sigma /
+alpha both densities obey the heat equation, so that d log p(label | z) = c.dz + s ds (div c + c.(a
++ b)), a and b being the scores with and without the label. The divergence takes a derivative of the
+denoiser and is not in hand; "whole" is the rest. Were the sampler one with noise, the ratio of the
+two transition densities would be the evidence exactly (Girsanov); a step of DDIM has none.
+
+"label loss" of the learner that guided is there for comparison: it finds hard samples first. A
+score is useful if dropping the lowest tenth of each class lowers the share of wrong labels, and not
+that of useful samples, which the learner gets wrong and the judge right. AUC: the probability that
+a sample with a wrong label has the lower score, "within": of the same class, for labels are
+balanced and some classes are confused more than others.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import RESULTS
+from benchmarks.harness import timing
+from benchmarks.harness.arguments import new_parser
+from dpfast.cli.parser import at_least
+from dpfast.config import Recipe
+from dpfast.evaluate.measures import predict
+from dpfast.generate import step
+from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.learn.models import load_judge
+from dpfast.ops import guided_step
+from dpfast.practice.experiment import DeliberatePractice
+from dpfast.textfiles import read_json_lines
+
+RECORDS = RESULTS / "evidence.jsonl"
+FIRST_ID = 1 << 40  # ids that no run uses
+BATCH = 100
+FORMS = ((0.0, 0.0), (0.08, 0.0), (0.12, 0.0), (0.12, 0.5))  # omega, kappa
+LEARNER: dict[str, Any] = {"sources": "static", "initial_samples": 1000, "maximum_samples": 1000}
+BRIEFLY = {"initial_samples": 40, "maximum_samples": 40}
+ITERATIONS = 500  # of the learner: about where a run of 1,200 adds
+Record = dict[str, Any]
+
+
+class Trajectory:
+    """Stands in for ``guided_step`` while samples are made, and keeps what each step had.
+
+    steps: (x, x_next, eps_c, eps_u, alpha, sigma) of each.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Tensor, ...]] = []
+
+    def guided_step(
+        self,
+        x: Tensor,
+        cond: Tensor,
+        uncond: Tensor,
+        grad: Tensor | None,
+        rows: Tensor,
+        *o: Any,
+        **options: Any,
+    ) -> Tensor:
+        assert options["prediction"] == "v"
+        before, (alpha, sigma) = x.clone(), rows[int(o[0]), :2]
+        eps = [sigma * before + alpha * each for each in (cond, uncond)]
+        following = guided_step(x, cond, uncond, grad, rows, *o, **options)
+        self.steps.append((before, following.clone(), *eps, alpha, sigma))
+        return following
+
+    def scores(self, x0: Tensor) -> dict[str, Tensor]:
+        """(B,) of each kind, of the samples that ended at x0."""
+        found: dict[str, Tensor] = {}
+        ahead = [(alpha, sigma) for *_, alpha, sigma in self.steps[1:]]
+        ends = [*ahead, (torch.tensor(1.0), torch.tensor(0.0))]
+        for (x, following, eps_c, eps_u, alpha, sigma), (alpha_next, sigma_next) in zip(
+            self.steps, ends, strict=True
+        ):
+            c, moved = (eps_u - eps_c) / sigma, following - x
+            e = (x - alpha * x0) / sigma
+            lengths = (_dot(c, c) * _dot(moved, moved)).sqrt().clamp(min=1e-12)
+            parts = {
+                "path": _dot(c, moved),
+                "fisher": -_dot(c, c),
+                "hindsight": _dot(e - eps_u, e - eps_u) - _dot(e - eps_c, e - eps_c),
+                "alignment": _dot(c, moved) / lengths,
+            }
+            if alpha > 1e-2:  # z has no scale in pure noise
+                s, ds = sigma / alpha, sigma_next / alpha_next - sigma / alpha
+                scaled = following / alpha_next - x / alpha
+                parts["whole"] = alpha * _dot(c, scaled) - _dot(c, eps_c + eps_u) * sigma / s * ds
+            for name, part in parts.items():
+                found[name] = found.get(name, 0) + part
+        return found
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def auc(score: Tensor, wrong: Tensor) -> float | None:
+    """The probability that a sample (n,) with a wrong label has the lower score than one with a
+    right one, ties counting half; None without one of either.
+    """
+    low, high = score[wrong].double(), score[~wrong].double()
+    if not len(low) or not len(high):
+        return None
+    below = (low[:, None] < high).double() + 0.5 * (low[:, None] == high).double()
+    return float(below.mean())
+
+
+def auc_within(score: Tensor, wrong: Tensor, labels: Tensor) -> float | None:
+    """The mean of ``auc`` over classes, weighted by their wrong labels."""
+    total, weight = 0.0, 0
+    for label in labels.unique():
+        own = labels == label
+        found = auc(score[own], wrong[own])
+        if found is not None:
+            total, weight = total + found * int(wrong[own].sum()), weight + int(wrong[own].sum())
+    return total / weight if weight else None
+
+
+def kept(score: Tensor, labels: Tensor, share: float = 0.9) -> Tensor:
+    """Indices (m,) of the samples that stay if the lowest of each class are dropped."""
+    rows = []
+    for label in labels.unique():
+        own = (labels == label).nonzero()[:, 0]
+        rows.append(own[score[own].argsort(descending=True)[: round(share * len(own))]])
+    return torch.cat(rows)
+
+
+def judged(score: Tensor, wrong: Tensor, useful: Tensor, labels: Tensor) -> Record:
+    """What a score is worth, on samples (n,) of which ``wrong`` and ``useful`` tell."""
+    stay = kept(score, labels)
+    return {
+        "auc": auc(score, wrong),
+        "auc_within": auc_within(score, wrong, labels),
+        "wrong": float(wrong[stay].float().mean()),
+        "useful": float(useful[stay].float().mean()),
+    }
+
+
+def measure(
+    practice: DeliberatePractice, learner: nn.Module, omega: float, kappa: float, count: int
+) -> Record:
+    """The line of one form of guidance."""
+    generator = practice.recipe.generator
+    sampler = GuidedSampler(
+        practice.pipeline,  # type: ignore[arg-type]  # the recipe's
+        learner,
+        guidance=GuidanceConfig(omega=omega, every=2, anchor=kappa),
+        steps=generator.steps,
+        cfg_scale=generator.cfg_scale,
+        compile=False,  # a compiled step would look its name up no more
+    )
+    labels = torch.arange(count) % len(practice.pipeline.class_names)
+    images, found = [], []
+    for start in range(0, count, BATCH):
+        rows, trajectory = torch.arange(start, min(start + BATCH, count)), Trajectory()
+        with mock.patch.object(step, "guided_step", trajectory.guided_step):
+            batch = sampler.generate(labels[rows], rows + FIRST_ID)
+        assert batch.latents is not None
+        images.append(batch.images)
+        found.append(trajectory.scores(batch.latents.float()))
+    made = torch.cat(images)
+    scores = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    logits = predict(learner, made)
+    scores["label loss"] = logits.log_softmax(1)[torch.arange(count), labels]
+    wrong = predict(load_judge(), made).argmax(1) != labels
+    useful = (logits.argmax(1) != labels) & ~wrong
+    return {
+        "omega": omega,
+        "kappa": kappa,
+        "samples": count,
+        "wrong": float(wrong.float().mean()),
+        "useful": float(useful.float().mean()),
+        "scores": {name: judged(each, wrong, useful, labels) for name, each in scores.items()},
+    }
+
+
+def tables(lines: list[Record]) -> list[str]:
+    """The lines of a Markdown table, the newest line of each form."""
+    newest = {(line["omega"], line["kappa"]): line for line in lines}
+    head = [
+        "score",
+        "AUC",
+        "within a class",
+        "wrong labels",
+        "of the kept",
+        "useful",
+        "of the kept",
+    ]
+    rows = []
+    for (omega, kappa), line in newest.items():
+        rows.append([f"**omega {omega:g}, kappa {kappa:g}**", *[""] * (len(head) - 1)])
+        for name, worth in line["scores"].items():
+            areas = [worth["auc"], worth["auc_within"]]
+            shares = [line["wrong"], worth["wrong"], line["useful"], worth["useful"]]
+            rows.append(
+                [
+                    name,
+                    *("" if area is None else f"{area:.2f}" for area in areas),
+                    *(f"{share:.1%}" for share in shares),
+                ]
+            )
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = new_parser("evidence", __doc__)
+    parser.add_argument(
+        "--count", type=at_least(20), default=2000, help="samples of each form (default 2000)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RECORDS, help="file to which the lines are appended"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="two forms and a learner of few steps, for a test"
+    )
+    parser.add_argument(
+        "--tables", action="store_true", help="print what the lines say, and make nothing"
+    )
+    options: argparse.Namespace = parser.parse_args(arguments)
+    if not options.tables:
+        iterations = 40 if options.short else ITERATIONS
+        sizes = BRIEFLY if options.short else {}
+        recipe = Recipe.load("fashion", **(LEARNER | sizes), steps=8, iterations=iterations)
+        practice = DeliberatePractice(recipe)
+        (result,) = practice.run(progress=False)
+        learner = result.learner.eval()
+        for omega, kappa in FORMS[-2:] if options.short else FORMS:
+            record = measure(practice, learner, omega, kappa, options.count)
+            timing.append(options.results, "evidence", [record])
+    print("\n".join(tables([line for _, line in read_json_lines(options.results)])))
+    return 0
