@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Trains the embedded generator: a class-conditional latent diffusion model of Fashion-MNIST, and
-its judge.
+its two judges.
 
     python tools/train_fashion_generator.py --data /usr/share/datasets/fashion-mnist --work FOLDER
     [--stage STAGE]
@@ -10,10 +10,13 @@ Stages, in order (``--stage all`` runs each that is not finished):
     autoencoder  AutoencoderKL, 32x32x1 -> 4x8x8
     judge        a classifier of the real training images: the yardstick for the samples, never
                  shown to a learner
+    judge_2      another one of the same images, of another family, seed and order: what is said of
+                 samples must not hang on one network
     denoiser     DiTTransformer2DModel on the latents, v-prediction, label dropout for
                  classifier-free guidance
     tiny         AutoencoderTiny, distilled from the autoencoder: the decoder of the guidance path
-    export       float16 pipeline folder for ``DiTPipeline`` and the judge, into --out
+    export       float16 pipeline folder for ``DiTPipeline`` and the judges, into --out; a network
+                 without a snapshot in --work is left as it is there
     report       label agreement, Fréchet distances, a contact sheet and the model card
 
 Each stage writes a snapshot every few minutes and continues from it when started again. The random
@@ -44,7 +47,12 @@ from diffusers import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import RegNetConfig, RegNetForImageClassification
+from transformers import (
+    RegNetConfig,
+    RegNetForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from dpfast.cli.parser import Parser, in_one_line
 from dpfast.data import fashion
@@ -106,6 +114,14 @@ JUDGE = {
     "depths": [1, 2, 1],
     "groups_width": 256,
     "layer_type": "x",
+}
+SECOND_JUDGE = {
+    "num_channels": 1,
+    "num_labels": 10,
+    "embedding_size": 32,
+    "hidden_sizes": [64, 128],
+    "depths": [2, 2],
+    "layer_type": "basic",
 }
 
 
@@ -263,23 +279,57 @@ def new_judge() -> nn.Module:
     return RegNetForImageClassification(RegNetConfig(**JUDGE))
 
 
+def new_second_judge() -> nn.Module:
+    return ResNetForImageClassification(ResNetConfig(**SECOND_JUDGE))
+
+
 def train_judge(images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed + 10)
-    model = new_judge().to(memory_format=torch.channels_last).train()
-    trainer = Trainer(
-        "judge", model, args.work, steps=args.judge_steps, lr=3e-3, ema=0.998, weight_decay=0.05
+    train_classifier(
+        "judge", new_judge, images, labels, args, steps=args.judge_steps, seed=10, bf16=False
     )
-    order = batches(len(images), 128, args.seed + 11)
+
+
+def train_second_judge(images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
+    train_classifier(
+        "judge_2",
+        new_second_judge,
+        images,
+        labels,
+        args,
+        steps=args.second_judge_steps,
+        seed=40,
+        bf16=args.bf16,
+    )
+
+
+def train_classifier(
+    name: str,
+    new: Callable[[], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    args: argparse.Namespace,
+    *,
+    steps: int,
+    seed: int,
+    bf16: bool,
+) -> None:
+    """seed: added to that of the command, for this classifier's weights, order and crops."""
+    seed += args.seed
+    torch.manual_seed(seed)
+    model = new().to(memory_format=torch.channels_last).train()
+    trainer = Trainer(name, model, args.work, steps=steps, lr=3e-3, ema=0.998, weight_decay=0.05)
+    order = batches(len(images), 128, seed + 1)
 
     def loss_of(step: int) -> Tensor:
-        generator = step_generator(args.seed + 12, step)
+        generator = step_generator(seed + 2, step)
         index = order(step)
         x = F.pad(pixels(images[index]), (2, 2, 2, 2), value=-1.0)
         top, left = torch.randint(0, 5, (2,), generator=generator).tolist()
         x = x[..., top : top + 32, left : left + 32]
         flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-        logits = model(torch.where(flip, x.flip(-1), x)).logits
-        return F.cross_entropy(logits, labels[index], label_smoothing=0.05)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(torch.where(flip, x.flip(-1), x)).logits
+        return F.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)
 
     trainer.run(loss_of)
 
@@ -360,6 +410,25 @@ def train_tiny(images: Tensor, args: argparse.Namespace) -> None:
 
 
 def export(images: Tensor, args: argparse.Namespace) -> None:
+    made = {file.stem for file in args.work.glob("*.safetensors")}
+    if made >= {"autoencoder", "denoiser", "tiny"}:
+        export_generator(images, args)
+    for name, new in (("judge", new_judge), ("judge_2", new_second_judge)):
+        if name in made:
+            judge = load_ema(new(), args.work, name)
+            judge.half().save_pretrained(args.out / f"fashion_{name}", safe_serialization=True)
+    os.umask(umask := os.umask(0))
+    size = 0
+    for folder in ("fashion", "fashion_judge", "fashion_judge_2"):
+        for file in below(args.out / folder):
+            file.chmod(0o666 & ~umask)  # safetensors 0.8 writes for its user alone
+            size += file.stat().st_size
+    print(
+        f"exported {', '.join(sorted(made))} to {args.out}, now {size / 2**20:.1f} MiB", flush=True
+    )
+
+
+def export_generator(images: Tensor, args: argparse.Namespace) -> None:
     vae, _, _ = latents_of(images[:5000], args)
     transformer = load_ema(DiTTransformer2DModel(**DENOISER), args.work, "denoiser")
     tiny = load_ema(AutoencoderTiny(**TINY), args.work, "tiny")
@@ -374,21 +443,18 @@ def export(images: Tensor, args: argparse.Namespace) -> None:
     known = {k: v for k, v in read_json(config).items() if k != "block_out_channels"}
     # a key that diffusers writes and then warns of
     config.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    judge = load_ema(new_judge(), args.work, "judge")
-    judge.half().save_pretrained(args.out / "fashion_judge", safe_serialization=True)
-    os.umask(umask := os.umask(0))
-    size = 0
-    for file in (f for folder in ("fashion", "fashion_judge") for f in below(args.out / folder)):
-        file.chmod(0o666 & ~umask)  # safetensors 0.8 writes for its user alone
-        size += file.stat().st_size
-    print(f"exported to {args.out}, {size / 2**20:.1f} MiB", flush=True)
 
 
 def report(images: Tensor, args: argparse.Namespace) -> None:
     """Measures the exported folders and prints the figures of the model card."""
     test, test_labels = fashion.read_split(args.data, "t10k")
     pipeline, judge = Pipeline.from_pretrained(args.out / "fashion"), load_judge()
-    print(f"judge: {evaluate(judge, test, test_labels).top1:.2%} of the 10,000 real test images")
+    second = load_judge(2)
+    for name, network in (("judge", judge), ("judge_2", second)):
+        top1 = evaluate(network, test, test_labels).top1
+        print(f"{name}: {top1:.2%} of the 10,000 real test images")
+    alike = (predict(judge, test).argmax(1) == predict(second, test).argmax(1)).float()
+    print(f"the judges agree on {float(alike.mean()):.2%} of the real test images")
     vae = pipeline.decoder.vae
     with torch.no_grad():
         latents = torch.cat(
@@ -415,7 +481,9 @@ def report(images: Tensor, args: argparse.Namespace) -> None:
         for steps in args.report_steps:
             sampler = GuidedSampler(pipeline, steps=steps, cfg_scale=cfg_scale, seed=args.seed)
             samples = torch.cat([batch.images for batch in sampler.stream(labels)])
-            agreement = (predict(judge, samples).argmax(1) == labels).float()
+            said = predict(judge, samples).argmax(1)
+            said_second = predict(second, samples).argmax(1)
+            agreement = (said == labels).float()
             by_class = " ".join(f"{float(agreement[labels == k].mean()):.2f}" for k in range(10))
             distance = frechet_distance(features(judge, samples), real)
             print(
@@ -423,7 +491,12 @@ def report(images: Tensor, args: argparse.Namespace) -> None:
                 f"{float(agreement.mean()):.2%} ({by_class})",
                 end=", ",
             )
-            print(f"Frechet distance {distance:.3f}", flush=True)
+            print(
+                f"of judge_2 {float((said_second == labels).float().mean()):.2%}, "
+                f"judges alike {float((said == said_second).float().mean()):.2%}, "
+                f"Frechet distance {distance:.3f}",
+                flush=True,
+            )
             rows = [samples[labels == k][:20] for k in range(10)]
             title = f"unguided samples, {steps} steps, CFG scale {cfg_scale}"
             contact_sheet(
@@ -435,6 +508,7 @@ def stages(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]
     images, labels = fashion.read_split(args.data, "train")
     yield "autoencoder", lambda: train_autoencoder(images, args)
     yield "judge", lambda: train_judge(images, labels, args)
+    yield "judge_2", lambda: train_second_judge(images, labels, args)
     yield "denoiser", lambda: train_denoiser(images, labels, args)
     yield "tiny", lambda: train_tiny(images, args)
     yield "export", lambda: export(images, args)
@@ -453,7 +527,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--stage",
-        choices=("autoencoder", "judge", "denoiser", "tiny", "export", "report", "all"),
+        choices=("autoencoder", "judge", "judge_2", "denoiser", "tiny", "export", "report", "all"),
         default="all",
         help="one of them (default: all)",
     )
@@ -463,6 +537,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--judge-steps", type=int, default=3000, help="optimiser steps (default 3000)"
+    )
+    parser.add_argument(
+        "--second-judge-steps", type=int, default=3500, help="optimiser steps (default 3500)"
     )
     parser.add_argument(
         "--denoiser-steps", type=int, default=6000, help="optimiser steps (default 6000)"

@@ -28,6 +28,10 @@ from dpfast.textfiles import lines
 
 NewLearner = Callable[[], nn.Module]  # gives a learner with the same initial weights each time
 Named = tuple[str, Tensor]
+JUDGES = {  # class of transformers and folder of the assets
+    1: ("RegNetForImageClassification", "fashion_judge"),
+    2: ("ResNetForImageClassification", "fashion_judge_2"),
+}
 
 
 class _Logits(nn.Module):
@@ -142,20 +146,26 @@ def _transformers_model(
     return _Logits(kind(kind.config_class(num_channels=channels, num_labels=classes, **options)))
 
 
-def load_judge() -> nn.Module:
-    """The embedded judge, a classifier of real Fashion-MNIST images: (B, 1, 32, 32) in [-1, 1] to
+def load_judge(number: int = 1) -> nn.Module:
+    """An embedded judge, a classifier of real Fashion-MNIST images: (B, 1, 32, 32) in [-1, 1] to
     logits (B, 10).
 
     A yardstick for samples (label agreement, Fréchet distance). No learner ever sees it or what it
     was trained on.
+
+    number: 1, a RegNet of bottlenecks, or 2, a ResNet of basic blocks and of another seed, so that
+        what is said of samples hangs on no single network.
+
+    Raises ``InputError`` for another number.
     """
+    if number not in JUDGES:
+        raise InputError(f"judge = {number!r}: expected one of {', '.join(map(str, JUDGES))}")
     require("transformers")
-    transformers, folder = importlib.import_module("transformers"), ASSETS / "fashion_judge"
-    model = transformers.RegNetForImageClassification(
-        transformers.RegNetConfig.from_pretrained(folder)
-    )
+    name, folder = JUDGES[number]
+    kind = getattr(importlib.import_module("transformers"), name)
+    model = kind(kind.config_class.from_pretrained(ASSETS / folder))
     # float16 on disk, copied into float32
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.load_state_dict(load_file(ASSETS / folder / "model.safetensors"))
     return _Logits(model).eval().requires_grad_(False)
 
 

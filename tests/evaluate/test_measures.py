@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dpfast.data.real import load_real
+from dpfast.errors import InputError
 from dpfast.evaluate.measures import (
     calibration_error,
     evaluate,
@@ -19,7 +20,7 @@ from dpfast.evaluate.measures import (
     score,
 )
 from dpfast.hardware.live_bytes import peak_bytes
-from dpfast.learn.models import load_judge
+from dpfast.learn.models import JUDGES, load_judge
 
 
 def test_evaluation_counts_by_hand():
@@ -125,9 +126,22 @@ def test_features_are_what_the_last_layer_of_the_judge_reads():
     assert torch.allclose(judge.model.classifier(found), predict(judge, images), atol=1e-5)
 
 
-def test_the_judge_knows_real_images():
+@pytest.mark.parametrize("number", JUDGES)
+def test_each_judge_knows_real_images(number):
     test = load_real("fashion").test
-    assert evaluate(load_judge(), test.images[:2000], test.labels[:2000]).top1 >= 0.91
+    assert evaluate(load_judge(number), test.images[:2000], test.labels[:2000]).top1 >= 0.91
+
+
+def test_the_judges_are_two_and_err_on_their_own():
+    test = load_real("fashion").test
+    logits = [predict(load_judge(number), test.images[:1000]) for number in JUDGES]
+    wrong = torch.stack([each.argmax(1) != test.labels[:1000] for each in logits])
+    assert len(wrong) == 2
+    assert torch.equal(logits[0], predict(load_judge(), test.images[:1000]))
+    assert (wrong[0] ^ wrong[1]).sum() > 0.25 * wrong.any(0).sum()
+    for number in (0, 3, "regnet", 1.5):
+        with pytest.raises(InputError, match=f"judge = {number!r}: expected one of 1, 2"):
+            load_judge(number)
 
 
 def test_calibration_error_of_known_confidences():
