@@ -54,6 +54,7 @@ while [ $# -gt 0 ]; do
 done
 out=$(realpath -m "${folder:-benchmarks/results}")
 export PYTHONPATH=$PWD
+export PYTHONUNBUFFERED=1  # what is printed is there, whatever ends the process
 python=${PYTHON:-python3}
 bench=($python -m benchmarks.run)
 failed=0
@@ -73,7 +74,9 @@ elif "--tiny" not in sys.argv:
 EOF
 fi
 
-step() {  # name, seconds, command: what it prints goes to the terminal and a log, and the run goes on after a failure
+# name, seconds, command: what it prints goes to the terminal and a log, and the run goes on after a failure. At its limit
+# it is interrupted, as by Ctrl-C, so that pytest tells what has failed until then; what does not end is killed.
+step() {
   local name=$1 limit=$2
   shift 2
   [ ${#tiny[@]} -gt 0 ] && limit=$((4 * limit))  # of a CPU beside other work
@@ -82,7 +85,7 @@ step() {  # name, seconds, command: what it prints goes to the terminal and a lo
     return
   fi
   echo "== $name (at most $limit s): $*"
-  timeout "$limit" "$@" 2> "$out/gpu_$name.err" | tee "$out/gpu_$name.log"
+  timeout --signal=INT --kill-after=10 "$limit" "$@" 2> "$out/gpu_$name.err" | tee "$out/gpu_$name.log"
   local code=$?
   if [ $code -ne 0 ]; then
     tail -n 25 "$out/gpu_$name.err"
@@ -94,12 +97,17 @@ step() {  # name, seconds, command: what it prints goes to the terminal and a lo
 has() { [ -n "$list" ] || $python -c "import $1" 2> /dev/null; }
 wanted() { [ "${only:-$1}" = "$1" ]; }
 
+# Compiled beside the first steps, so that no timed step waits for a hundred compilations one after the other.
+if [ -z "$list" ] && [ ${#tiny[@]} -eq 0 ] && { [ "$only" = rows ] || wanted models; } && has diffusers; then
+  timeout --kill-after=10 120 "${bench[@]}" kernels > "$out/gpu_kernels.log" 2>&1 &
+fi
+
 # The build itself never fails, so that dpfast installs without a compiler: whether it worked shows in the import.
 if wanted tests || wanted ops; then
   step build 40 bash -c "$python setup.py -q build_ext --inplace && $python -c 'import dpfast._native'"
 fi
 tests=($python -m pytest -q -rs --tb=short -m "not slow" -p no:cacheprovider)
-has xdist && tests+=(-n 6)
+has xdist && tests+=(-n 8)
 if wanted tests; then
   step ops_tests 115 "${tests[@]}" tests/ops
   has diffusers && step gpu_tests 80 "${tests[@]}" tests/gpu
@@ -107,7 +115,7 @@ fi
 if wanted ops; then
   limit=240 tested=()  # each operation's tests run before it is timed, unless they have just passed
   if wanted tests; then
-    limit=80
+    limit=90
     [ $failed -eq 0 ] && tested=(--tested)
   fi
   step ops $limit "${bench[@]}" ops --device cuda --rounds 9 "${tested[@]}" --record "$out"
@@ -125,14 +133,16 @@ fi
 learner=("${bench[@]}" learner "${tiny[@]}" --record "$out")
 eager="=plain loop, fused AdamW|AveragedModel|=dpfast"
 if wanted models; then
-  rows="the predecessor|=(b) batched, eager|=dpfast, fused, CUDA graphs"
+  rows="=(b) batched, eager|=dpfast, fused, CUDA graphs" limit=110
+  # at least eight images one by one, twice: a minute and a half of two models
+  [ "$only" = models ] && rows="the predecessor|$rows" limit=200
   blocks="=dpfast, unfused, compiled blocks and graphs"
   models=("${bench[@]}" models "${tiny[@]}" --rounds 2 --record "$out")
-  step models 115 "${models[@]}" --rows "$rows"
+  step models $limit "${models[@]}" --rows "$rows"
   step dit_blocks 40 "${models[@]}" --models dit-xl-2 --rows "$blocks"
   # Sixteen compilations of half a minute in all, and no time for them beside everything else.
   [ "$only" = models ] && step unet_blocks 120 "${models[@]}" --models stable-diffusion-1.5 --rows "$blocks"
-  step learner 35 "${learner[@]}" --rounds 2 --rows "$eager"
+  step learner 30 "${learner[@]}" --rounds 1 --steps 5 --rows "$eager"
 fi
 if wanted run; then
   short=(--device cuda)
@@ -141,10 +151,12 @@ if wanted run; then
 fi
 if [ "$only" = rows ]; then
   models=("${bench[@]}" models "${tiny[@]}" --rounds 2 --record "$out")
-  step R1 150 "${models[@]}" --models stable-diffusion-1.5 --rows "batched|dpfast, fused, eager|dpfast, fused, CUDA graphs"
-  step R2 90 "${models[@]}" --models dit-xl-2 --rows "=(b) batched, eager|blocks|=dpfast, fused, CUDA graphs|learner|float8"
-  step R3 50 "${bench[@]}" images "${tiny[@]}" --record "$out"
-  step R4_vit 45 "${learner[@]}" --only ViT --rounds 1 --steps 5 --rows "$eager|=dpfast, compiled"
-  step R4_fashion 20 "${learner[@]}" --only fashion --rounds 5 --rows "$eager|captured"
+  step R1 145 "${models[@]}" --models stable-diffusion-1.5 --rows "batched|dpfast, fused, eager|dpfast, fused, CUDA graphs"
+  step R2 85 "${models[@]}" --models dit-xl-2 --rows "=(b) batched, eager|blocks|=dpfast, fused, CUDA graphs|learner|float8"
+  step R3 45 "${bench[@]}" images "${tiny[@]}" --record "$out"
+  step R4_vit 25 "${learner[@]}" --only ViT --rounds 1 --steps 5 --rows "$eager"
+  # apart: where the compilation meets the limit, the record of the others is there
+  step R4_compiled 40 "${learner[@]}" --only ViT --rounds 1 --steps 5 --rows "=dpfast, compiled"
+  step R4_fashion 15 "${learner[@]}" --only fashion --rounds 5 --rows "$eager|captured"
 fi
 exit $failed

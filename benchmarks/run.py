@@ -37,6 +37,7 @@ TABLES = {
     "regions": "benchmarks.systems.compile_regions",
     "flops": "benchmarks.systems.flops",
     "traffic": "benchmarks.systems.traffic",
+    "kernels": "benchmarks.systems.kernels",
     "seconds": "benchmarks.systems.seconds",
     "study": "benchmarks.studies.study",
     "anchored": "benchmarks.studies.anchored",

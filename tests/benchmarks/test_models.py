@@ -50,14 +50,14 @@ def test_the_rows_run_at_tiny_sizes_and_are_recorded_as_they_come(name, tmp_path
     assert titles == [
         "(a) the predecessor: batch 1, files",
         "(b) batched, eager",
-        "(b2) batched, better layout and search",
         "dpfast, fused, eager",
+        "(b2) batched, better layout and search",
         "dpfast, fused, CUDA graphs, twice the batch",
     ]
     assert [each["batch"] for each in made] == [1, 2, 2, 2, 4]
     assert [each["rounds"] for each in made] == [models.LEAST_ROUNDS, 1, 1, 1, 1]
     networks = {"vae"} if name == DIT else {"unet", "vae"}
-    assert set(made[2]["layouts"]) == networks
+    assert set(made[3]["layouts"]) == networks
     out = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in out] == [
         f"| {name}",
@@ -278,7 +278,7 @@ def test_the_script_stays_under_nine_minutes_and_its_rows_beside_the_facts_in_fi
     ]
     assert sum(everything.values()) < 9 * 60
     rows = steps("--only", "rows")
-    assert list(rows) == ["R1", "R2", "R3", "R4_vit", "R4_fashion"]
+    assert list(rows) == ["R1", "R2", "R3", "R4_vit", "R4_compiled", "R4_fashion"]
     assert sum(rows.values()) < 6 * 60
     assert steps("--only", "experiments") == {"experiments": 120}
 
@@ -323,9 +323,36 @@ def test_a_step_that_fails_lets_the_others_run(tmp_path):
     assert played.returncode == 1
     assert "== R2 failed with 1" in played.stdout
     asked = [line for line in played.stdout.splitlines() if line.startswith("asked: -m bench")]
-    assert [line.split()[3] for line in asked] == ["models", "models", "images", *["learner"] * 2]
+    assert [line.split()[3] for line in asked] == ["models", "models", "images", *["learner"] * 3]
     assert all(f"--record {out}" in line and "--tiny" in line for line in asked)
     assert (out / "gpu_R3.log").read_text() == f"{asked[2]}\n"
+
+
+def test_a_step_at_its_limit_is_interrupted_and_one_that_stays_is_killed(tmp_path):
+    """Interrupted, pytest tells what has failed until then; terminated, it would tell nothing."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        'trap "echo interrupted" INT\n'
+        '[[ "$*" != *benchmarks.run* ]] || for _ in 1 2 3 4 5 6 7 8; do sleep 1; done\n'
+    )
+    python.chmod(0o755)
+    text = (
+        SCRIPT.read_text().replace("limit=$((4 * limit))", "limit=1").replace("after=10", "after=2")
+    )
+    copy = tmp_path / "benchmarks" / "on_gpu.sh"
+    copy.parent.mkdir()
+    copy.write_text(text)
+    played = subprocess.run(
+        ["bash", copy, "--only", "experiments", "--tiny", str(tmp_path)],
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert played.returncode == 1
+    assert "interrupted\n" in played.stdout
+    assert "== experiments failed with 137" in played.stdout
 
 
 def test_every_row_that_the_script_asks_for_exists():
