@@ -213,3 +213,28 @@ def test_generation_beside_training_repeats_itself_and_bounds_the_age_of_samples
     assert run.signal(1)
     run.ended()
     same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_two_ranks_add_after_exactly_the_steps_that_are_named(tmp_path, overlap):
+    """Between evaluations, too; beside training, of the learner of ``overlap_staleness`` steps
+    before: it is published once for each round.
+    """
+    recipe, named = "imagenet100-sd15", [7, 21]
+    options = [*launch.folders(recipe, tmp_path), "--add-at", "7,21"]
+    options += ["--overlap", str(overlap), "--overlap-staleness", "5"]
+    whole = tmp_path / "whole"
+    Launched(recipe, whole, options).ended()
+    assert [line["step"] for line in lines(whole) if line["event"] == "addition"] == named
+    pool = open_pool(whole / "pool_dp")
+    rounds, born = pool.column("round"), pool.column("learner_step")
+    ages = [
+        [step - each for each in born[rounds == number].unique().tolist()]
+        for number, step in enumerate(named, 1)
+    ]
+    assert ages == ([[5], [5]] if overlap else [[0], [0]])
+    run = Launched(recipe, tmp_path / "run", options, restarts=1)
+    run.until(7)  # the one before the first of the two rounds, which is on its way
+    assert run.signal(1)
+    run.ended()
+    same(tmp_path / "run", whole)
