@@ -70,6 +70,49 @@ def test_what_cannot_work_is_named_in_one_line(folder, options, message, request
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--anchor", "-0.5"], "anchor = -0.5: expected a number of at least 0"),
+        (["--anchor", "nan"], "anchor = 'nan': expected a number of at least 0"),
+        (["--anchor", "inf"], "anchor = 'inf': expected a number of at least 0"),
+        (["--anchor", "much"], "anchor = 'much': expected a number of at least 0"),
+        (["--anchor", "true"], "anchor = 'true': expected a number of at least 0"),
+        (["--anchor", "0.5", "--omega", "-0.1"], "anchor = 0.5: expected 0 with omega = -0.1"),
+        (["--anchor", "0.5", "--cfg-scale", "1"], "anchor = 0.5: expected 0 where guided samples"),
+        (["--guided-cfg-scale", "-1"], "guided_cfg_scale = -1.0: expected a number of at least 0"),
+        (
+            ["--anchor", "0.5", "--cfg-interval", "0.5,1", "--until", "0.4"],
+            "anchor = 0.5: needs the two predictions of classifier-free guidance in a guided step",
+        ),
+    ],
+)
+def test_an_anchor_that_cannot_be_is_named_in_one_line(options, message, tmp_path, capsys):
+    given = ["sample", "--labels", "0", "--count", "1", "--steps", "2", "--omega", "0.1"]
+    assert main([*given, "--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith(f"dpfast: error: {message}")
+    assert not (tmp_path / "out" / "samples.jsonl").exists()
+
+
+def test_an_anchor_and_both_scales_are_told_apart(tmp_path):
+    """--cfg-scale is the generator's, also of guided images unless they have their own."""
+    given = ["sample", "--labels", "0", "--count", "2", "--steps", "2", "--omega", "0.1"]
+
+    def images(*options):
+        out = tmp_path / "-".join(("out", *options)).replace("--", "")
+        assert main([*given, "--out", str(out), *options]) == 0
+        return sorted(path.read_bytes() for path in out.rglob("*.png"))
+
+    plain = images()
+    assert images("--guidance.anchor", "0") == plain
+    assert images("--anchor", "1") != plain
+    three = images("--cfg-scale", "3")
+    assert three != plain
+    assert images("--guided-cfg-scale", "3") == three
+    assert images("--cfg-scale", "3", "--guided-cfg-scale", "1.5") == plain
+
+
 def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, capsys):
     options = [
         "sample",
@@ -90,14 +133,22 @@ def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, caps
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("every", "5"), ("start", "0.5"), ("until", "0.5"), ("mode", "score"), ("criterion", "loss")],
+    [
+        ("every", "5"),
+        ("start", "0.5"),
+        ("until", "0.5"),
+        ("mode", "score"),
+        ("criterion", "loss"),
+        ("anchor", "0.5"),
+        ("guided_cfg_scale", "2"),
+    ],
 )
 @pytest.mark.parametrize("omega", [(), ("--omega", "0")], ids=["without omega", "omega 0"])
 def test_a_field_of_guidance_that_would_not_guide_is_named(
     omega, option, value, pipeline_folder, tmp_path, capsys
 ):
     out = tmp_path / "out"
-    given = [f"--guidance.{option}", value, *omega]
+    given = [f"--guidance.{option}".replace("_", "-"), value, *omega]
     assert main(arguments(pipeline_folder, out, *given)) == 2
     error = f"dpfast: error: {option} = '{value}': guides only with omega, which is 0\n"
     assert capsys.readouterr().err == error
