@@ -129,7 +129,7 @@ _TINY: dict[str, Any] = {
     "learner": {
         "image_size": 32,
         "hidden_size": 32,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": 2,  # one alone does not repeat
         "num_attention_heads": 2,
         "intermediate_size": 32,
     },

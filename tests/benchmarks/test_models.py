@@ -86,6 +86,23 @@ def test_the_rows_say_which_modules_they_run(tmp_path, monkeypatch):
     assert not any("float8" in title for title in others)
 
 
+def test_what_is_compiled_of_a_fused_sampler_is_its_learner():
+    """One kind of block, with a tape and without."""
+    sampler = models.Bench(models.TINY[DIT], CPU).sampler(
+        fused=True, compile=True, compile_region="blocks", cuda_graphs=False
+    )
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    sampler.runner.backend = backend
+    sampler.generate(torch.arange(2))
+    assert len(seen) == 2
+    assert sampler.runner._by_blocks.denoiser.model is sampler.pipeline.denoiser.model
+
+
 def test_published_sizes_are_refused_without_a_gpu(capsys):
     for suite in ("models", "images"):
         assert run.main([suite, "--device", "cpu"]) == 2
