@@ -5,6 +5,7 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.errors import InputError, RecipeError
+from dpfast.planning.plan import plan
 from dpfast.planning.simulation import job_of
 from dpfast.practice.branch import prepare_branch
 from dpfast.practice.callbacks import Callback
@@ -14,6 +15,7 @@ from dpfast.practice.loop_state import LoopState
 from dpfast.practice.patience import next_chance
 from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop, Stopped
+from dpfast.rehearsal.timeline import timeline
 from dpfast.sources.source import Source
 from tests.practice.small import REAL
 from tests.practice.test_changes import At, resumed
@@ -180,6 +182,17 @@ def test_a_plan_knows_the_rounds(timed):
     assert job_of(timed, 45).segments == (7, 93)
     with pytest.raises(InputError, match=r"samples = 100: expected at most 70, to which the steps"):
         job_of(timed, 100)
+
+
+def test_a_plan_and_a_timeline_have_these_rounds_and_evaluations():
+    recipe = Recipe.load("fashion", add_at=(250, 333), sources=("dp",))
+    made = plan(recipe, "h100")
+    units = {phase.name: phase.units for phase in made.phases}
+    assert (units["unguided samples"], units["guided samples"]) == (1000, 1000)
+    # 1,200 / 25 and the one after 333, each of the validation, and both halves at the end
+    assert units["evaluation"] == 49 * 5000 + 10_000
+    line = timeline(recipe, made, saves=0.0, checkpoint_bytes=1, timeout=600.0)
+    assert (len(line.rounds), line.evaluations) == (3, 49)
 
 
 def test_the_most_samples_are_those_of_the_rounds_that_may_be(recipe):
