@@ -51,6 +51,7 @@ TABLES = {
     "scaling": "benchmarks.systems.scaling",
     "overhead": "benchmarks.systems.overhead",
     "pages": "benchmarks.systems.pages",
+    "guidance": "benchmarks.systems.guidance",
     "ranks": "benchmarks.systems.ranks",
 }
 Record = dict[str, Any]
