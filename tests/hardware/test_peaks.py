@@ -58,6 +58,19 @@ def test_no_convolution_is_faster_than_the_peak(channels, width):
     assert below_the_peak(work, lambda: F.conv2d(images, weight, padding=1))
 
 
+@pytest.mark.parametrize("error", [RuntimeError("_scaled_mm: no kernel"), NotImplementedError("x")])
+def test_a_build_without_products_in_float8_has_no_peak_of_them(error, monkeypatch):
+    """The other peaks of the machine are measured all the same."""
+
+    def missing():
+        raise error
+
+    monkeypatch.setattr(peaks, "float8_product", lambda device, side: (1.0, missing))
+    assert peaks._float8_peak(torch.device("cpu")) is None
+    monkeypatch.setattr(peaks, "float8_product", lambda device, side: (1.0, lambda: None))
+    assert peaks._float8_peak(torch.device("cpu")) > 0
+
+
 def test_measuring_takes_no_random_numbers_from_the_run():
     here.cache_clear()
     torch.manual_seed(3)
