@@ -27,7 +27,7 @@ from dpfast.evaluate.measures import (
     precision_and_recall,
     predict,
 )
-from dpfast.learn.models import load_judge
+from dpfast.learn.models import JUDGES, load_judge
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.protocol import Pool
 from dpfast.practice.callbacks import Addition, Callback, Progress
@@ -60,7 +60,7 @@ def nearest_earlier(pool: SamplePool) -> float | None:
 @functools.cache
 def judges() -> tuple[nn.Module, ...]:
     """The embedded judges; the first one's features measure diversity."""
-    return (load_judge(),)
+    return tuple(load_judge(number) for number in JUDGES)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ With eps_c and eps_u the noise predicted with and without the label, D = eps_c -
 
     c = -D / sigma = grad log p(label | x)           the label's score at one noise level
     path        sum c.(x' - x)                       of the steps x -> x': how far they climbed it
+    early       the same of the first half of the steps, when omega could still be changed
     fisher      -sum |c|^2                           how much the label changes the prediction
     hindsight   sum |e - eps_u|^2 - |e - eps_c|^2    e = (x - alpha x0) / sigma, the noise that
                                                      would have led from the x0 reached to x
@@ -40,13 +41,14 @@ from torch import Tensor, nn
 from benchmarks import RESULTS
 from benchmarks.harness import timing
 from benchmarks.harness.arguments import new_parser
+from benchmarks.systems.fewer_steps import mean
 from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
 from dpfast.generate import step
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.sampler import GuidedSampler
-from dpfast.learn.models import load_judge
+from dpfast.learn.models import JUDGES, load_judge
 from dpfast.ops import guided_step
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.textfiles import read_json_lines
@@ -54,7 +56,8 @@ from dpfast.textfiles import read_json_lines
 RECORDS = RESULTS / "evidence.jsonl"
 FIRST_ID = 1 << 40  # ids that no run uses
 BATCH = 100
-FORMS = ((0.0, 0.0), (0.08, 0.0), (0.12, 0.0), (0.12, 0.5))  # omega, kappa
+SEED = 7  # of their noise
+FORMS = ((0.0, 0.0), (0.05, 0.0), (0.08, 0.0), (0.12, 0.0), (0.12, 0.5))  # omega, kappa
 LEARNER: dict[str, Any] = {"sources": "static", "initial_samples": 1000, "maximum_samples": 1000}
 BRIEFLY = {"initial_samples": 40, "maximum_samples": 40}
 ITERATIONS = 500  # of the learner: about where a run of 1,200 adds
@@ -92,9 +95,10 @@ class Trajectory:
         found: dict[str, Tensor] = {}
         ahead = [(alpha, sigma) for *_, alpha, sigma in self.steps[1:]]
         ends = [*ahead, (torch.tensor(1.0), torch.tensor(0.0))]
-        for (x, following, eps_c, eps_u, alpha, sigma), (alpha_next, sigma_next) in zip(
-            self.steps, ends, strict=True
+        for number, (taken, (alpha_next, sigma_next)) in enumerate(
+            zip(self.steps, ends, strict=True)
         ):
+            x, following, eps_c, eps_u, alpha, sigma = taken
             c, moved = (eps_u - eps_c) / sigma, following - x
             e = (x - alpha * x0) / sigma
             lengths = (_dot(c, c) * _dot(moved, moved)).sqrt().clamp(min=1e-12)
@@ -108,6 +112,8 @@ class Trajectory:
                 s, ds = sigma / alpha, sigma_next / alpha_next - sigma / alpha
                 scaled = following / alpha_next - x / alpha
                 parts["whole"] = alpha * _dot(c, scaled) - _dot(c, eps_c + eps_u) * sigma / s * ds
+            if 2 * number < len(ends):
+                parts["early"] = parts["path"]
             for name, part in parts.items():
                 found[name] = found.get(name, 0) + part
         return found
@@ -148,13 +154,15 @@ def kept(score: Tensor, labels: Tensor, share: float = 0.9) -> Tensor:
     return torch.cat(rows)
 
 
-def judged(score: Tensor, wrong: Tensor, useful: Tensor, labels: Tensor) -> Record:
-    """What a score is worth, on samples (n,) of which ``wrong`` and ``useful`` tell."""
+def judged(score: Tensor, denied: Tensor, useful: Tensor, labels: Tensor) -> Record:
+    """What a score is worth: its areas, and shares of the samples that stay. denied, useful:
+    (n,) bool, labels that the judge denies, and those of useful samples.
+    """
     stay = kept(score, labels)
     return {
-        "auc": auc(score, wrong),
-        "auc_within": auc_within(score, wrong, labels),
-        "wrong": float(wrong[stay].float().mean()),
+        "auc": auc(score, denied),
+        "auc_within": auc_within(score, denied, labels),
+        "denied": float(denied[stay].float().mean()),
         "useful": float(useful[stay].float().mean()),
     }
 
@@ -170,6 +178,7 @@ def measure(
         guidance=GuidanceConfig(omega=omega, every=2, anchor=kappa),
         steps=generator.steps,
         cfg_scale=generator.cfg_scale,
+        seed=SEED,
         compile=False,  # a compiled step would look its name up no more
     )
     labels = torch.arange(count) % len(practice.pipeline.class_names)
@@ -185,15 +194,32 @@ def measure(
     scores = {name: torch.cat([each[name] for each in found]) for name in found[0]}
     logits = predict(learner, made)
     scores["label loss"] = logits.log_softmax(1)[torch.arange(count), labels]
-    wrong = predict(load_judge(), made).argmax(1) != labels
-    useful = (logits.argmax(1) != labels) & ~wrong
+    agrees = torch.stack(
+        [predict(load_judge(number), made).argmax(1) == labels for number in JUDGES]
+    )
+    line = described(agrees, logits.argmax(1) != labels, scores, labels)
+    settings = {"omega": omega, "kappa": kappa, "cfg_scale": generator.cfg_scale}
+    return settings | {"projected": False} | line
+
+
+def described(agrees: Tensor, wrong: Tensor, scores: dict[str, Tensor], labels: Tensor) -> Record:
+    """What the samples (n,) of a form are, in the words of ``dpfast bench guidance``, and what each
+    score knows.
+
+    agrees: (judges, n) bool, whether a judge gives a sample its label; a label is denied where the
+    first one does not. wrong: (n,) bool, whether the learner gives it another one.
+    """
+    both, denied = agrees.all(0), ~agrees[0]
+    useful = wrong & both
     return {
-        "omega": omega,
-        "kappa": kappa,
-        "samples": count,
-        "wrong": float(wrong.float().mean()),
-        "useful": float(useful.float().mean()),
-        "scores": {name: judged(each, wrong, useful, labels) for name, each in scores.items()},
+        "samples": len(labels),
+        "agreement": [mean(each.float()) for each in agrees],
+        "wrong": mean(wrong.float()),
+        "right_of_wrong": [
+            mean(each[wrong].float()) if wrong.sum() > 1 else None for each in (*agrees, both)
+        ],
+        "useful": mean(useful.float()),
+        "scores": {name: judged(each, denied, useful, labels) for name, each in scores.items()},
     }
 
 
@@ -214,7 +240,8 @@ def tables(lines: list[Record]) -> list[str]:
         rows.append([f"**omega {omega:g}, kappa {kappa:g}**", *[""] * (len(head) - 1)])
         for name, worth in line["scores"].items():
             areas = [worth["auc"], worth["auc_within"]]
-            shares = [line["wrong"], worth["wrong"], line["useful"], worth["useful"]]
+            denied = 1 - line["agreement"][0][0]
+            shares = [denied, worth["denied"], line["useful"][0], worth["useful"]]
             rows.append(
                 [
                     name,
@@ -228,7 +255,7 @@ def tables(lines: list[Record]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = new_parser("evidence", __doc__)
     parser.add_argument(
-        "--count", type=at_least(20), default=2000, help="samples of each form (default 2000)"
+        "--count", type=at_least(20), default=2500, help="samples of each form (default 2500)"
     )
     parser.add_argument(
         "--results", type=Path, default=RECORDS, help="file to which the lines are appended"

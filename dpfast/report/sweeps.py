@@ -89,7 +89,7 @@ def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
         lines = [line for _, line in read_json_lines(guidance)]
         scale = next((line["cfg_scale"] for line in lines if line["omega"] == 0), None)
         for line in lines:
-            if line["cfg_scale"] == scale and not line["projected"]:
+            if line["cfg_scale"] == (scale or line["cfg_scale"]) and not line["projected"]:
                 key = (line["omega"], line["kappa"] if line["omega"] else 0.0)
                 if key not in cells or line["samples"] >= cells[key]["samples"]:
                     cells[key] = line

@@ -99,14 +99,16 @@ def label_noise(beside: Sequence[LabelNoise]) -> Figure:
     """
     cells = [made.cell for made in beside]
     figure = Figure(figsize=(11, 4), layout="constrained", facecolor="white")
-    labels, predicted, measured = figure.subplots(1, 3)
+    known = any(cell.gains for cell in cells)
+    labels, predicted, *measured = figure.subplots(1, 2 + known)
     x_label = "samples that the learner gets wrong, %"
     styled(labels, x_label, "labels that the judge denies, %")
     at = _unguided(cells)
     line = np.array([shares(at, power) for power in np.expm1(np.linspace(0, 9, 60))])
     labels.plot(100 * line[:, 1], 100 * line[:, 0], color=MUTED, label="theory: selection alone")
     styled(predicted, "omega", "predicted gain, points")
-    styled(measured, "omega", "measured gain, points")
+    for axes in measured:
+        styled(axes, "omega", "measured gain, points")
     start = next(made.accuracy for made in beside if made.cell.omega == 0)
     kappas = sorted({cell.kappa for cell in cells if cell.omega})
     shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.4, 1, len(kappas)))
@@ -125,16 +127,25 @@ def label_noise(beside: Sequence[LabelNoise]) -> Figure:
         labels.plot(wrong, denied, "o-", ms=4, lw=1.2, color=color, label=name)
         gained = [100 * (made.accuracy - start) for made in own]
         predicted.plot(omegas, gained, "o-", ms=4, lw=1.2, color=color, label=name)
-        known = [made.cell for made in own if made.cell.gains]
+        ran = [made.cell for made in own if made.cell.gains]
         spread = [
             np.std(c.gains, ddof=1) / np.sqrt(len(c.gains)) if len(c.gains) > 1 else 0.0
-            for c in known
+            for c in ran
         ]
-        means = [float(np.mean(cell.gains)) for cell in known]
-        style = {"fmt": "o-", "ms": 4, "lw": 1.2, "capsize": 2, "color": color}
-        measured.errorbar([cell.omega for cell in known], means, spread, **style)
+        means = [float(np.mean(cell.gains)) for cell in ran]
+        for axes in measured:
+            axes.errorbar(
+                [cell.omega for cell in ran],
+                means,
+                spread,
+                fmt="o-",
+                ms=4,
+                lw=1.2,
+                capsize=2,
+                color=color,
+            )
     labels.legend(frameon=False, fontsize=8, labelcolor="linecolor")
-    for axes in (predicted, measured):
+    for axes in (predicted, *measured):
         axes.axhline(0, color=MUTED, lw=0.8, zorder=0)
     text = "Gains over no guidance. Theory: d = 512, 2,048 kept, ridge 0.001 a kept sample."
     figure.suptitle(text, color=INK, fontsize=10, x=0.01, ha="left")

@@ -83,6 +83,8 @@ def test_a_run_is_told_by_round_and_as_a_whole(runs):
         mean = sum(told[name] for told in found["rounds"]) / 2
         assert found["added"][name] == pytest.approx(mean)
     assert all(told["useful"] <= told["learner_wrong"] for told in found["rounds"])
+    assert len(found["added"]["judges"]) == len(births.judges()) == 2
+    assert found["added"]["agreed"] <= min(found["added"]["judges"])
     assert found["added"].keys() > found["pool"].keys() == {"frechet", "precision", "recall"}
 
 

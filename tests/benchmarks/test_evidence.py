@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.studies import evidence
+from dpfast.report.sweeps import measured_cells
 
 
 def test_areas_are_counted_pair_by_pair():
@@ -36,7 +37,7 @@ def test_the_lowest_of_each_class_are_dropped():
     assert sorted(set(range(20)) - set(stay.tolist())) == [0, 1]
     wrong, useful = score < 2, score > 17
     found = evidence.judged(score, wrong, useful, labels)
-    assert (found["wrong"], found["useful"]) == (0.0, pytest.approx(2 / 18))
+    assert (found["denied"], found["useful"]) == (0.0, pytest.approx(2 / 18))
 
 
 def test_a_trajectory_towards_the_label_has_evidence_for_it():
@@ -68,7 +69,10 @@ def test_a_short_run_leaves_a_line_for_each_form(tmp_path, capsys):
     assert evidence.main(["--short", "--count", "20", "--results", str(results)]) == 0
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(line["omega"], line["kappa"]) for line in lines] == [(0.12, 0.0), (0.12, 0.5)]
-    names = ["path", "fisher", "hindsight", "alignment", "whole", "label loss"]
+    for line in lines:
+        assert line["useful"][0] == pytest.approx(line["wrong"][0] * line["right_of_wrong"][-1][0])
+    assert [cell[:2] for cell in measured_cells(results)] == [(0.12, 0.0), (0.12, 0.5)]
+    names = ["path", "early", "fisher", "hindsight", "alignment", "whole", "label loss"]
     assert sorted(lines[0]["scores"]) == sorted(names)
     printed = capsys.readouterr().out
     assert evidence.main(["--tables", "--results", str(results)]) == 0

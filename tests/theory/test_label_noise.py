@@ -144,6 +144,8 @@ def test_better_labels_than_selection_leaves_predict_more(files):
     assert anchored.accuracy > anchored.accuracy_of_selection
     assert (paper.accuracy > paper.accuracy_of_selection) == (paper.label_wrong > 0.25)
     assert len(label_noise(beside).axes) == 3
+    alone = [made._replace(cell=made.cell._replace(gains=())) for made in beside]
+    assert len(label_noise(alone).axes) == 2
     with pytest.raises(ValueError, match=r"^guidance: no cell with omega = 0"):
         beside_theory(cells[1:])
 
