@@ -71,6 +71,11 @@ def _deeper(value: object, levels: int) -> bool:
     return not levels or any(_deeper(each, levels - 1) for each in inner)
 
 
+def _lasting(values: tuple[float, ...], rounds: int) -> tuple[float, ...]:
+    """A schedule's values in so many rounds: the last one holds for all later ones."""
+    return values + values[-1:] * (rounds - len(values))
+
+
 def _in_running_order(sources: Sequence[str]) -> tuple[SourceName, ...]:
     """Sources as they run, however they were said: so that one recipe is written in one way."""
     return tuple(name for name in SOURCES if name in sources)
@@ -734,7 +739,10 @@ class Recipe(Section):
             "classifier-free guidance"
         )
         scales = rounds or (self.guided_cfg_scale,)
-        _check(not any(omegas) or 1 not in scales, "anchor", guidance.anchor, wanted)
+        last = max(len(omegas), len(scales))  # round from which on both schedules stay
+        each = zip(_lasting(omegas, last), _lasting(scales, last), strict=True)
+        without = any(omega and scale == 1 for omega, scale in each)
+        _check(not without, "anchor", guidance.anchor, wanted)
 
     @property
     def guided_cfg_scale(self) -> float:

@@ -348,7 +348,7 @@ def check_guided_method(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> Non
     if isinstance(sampler, GuidedSampler):
         sampler.guidance.check_steps(len(sampler.table))
         for scale in recipe.practice.cfg_scale_rounds or (recipe.guided_cfg_scale,):
-            if recipe.guidance.anchor:
+            if recipe.guidance.anchor and scale != 1:  # a recipe has it where nothing is guided
                 sampler.check_anchored(scale, step=way.start)
 
 

@@ -94,6 +94,11 @@ def test_guided_samples_have_the_generators_cfg_scale_unless_they_have_their_own
 
 def test_an_anchor_needs_no_cfg_where_nothing_is_guided():
     assert Recipe.load("fashion", anchor=0.5, omega=0.0, cfg_scale=1.0).guidance.anchor == 0.5
+    rounds = {"anchor": 0.5, "omega_rounds": (0.1, 0.0), "cfg_scale_rounds": (2.0, 1.0)}
+    assert Recipe.load("fashion", **rounds).guidance.anchor == 0.5
+    for omegas in ((0.1, 0.2), (0.0, 0.0, 0.1), (0.1,)):
+        with pytest.raises(RecipeError, match="guided samples have cfg_scale = 1"):
+            Recipe.load("fashion", **{**rounds, "omega_rounds": omegas})
 
 
 def test_an_unknown_recipe_lists_the_known_ones():

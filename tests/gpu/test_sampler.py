@@ -69,6 +69,23 @@ def test_every_family_is_captured_and_makes_the_images_of_a_cpu(family, eta, on_
     torch.testing.assert_close(first.entropy.cpu(), expected.entropy, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["dit", "stable diffusion", "stable diffusion 3"])
+def test_anchors_of_any_value_share_a_capture_and_make_the_images_of_a_cpu(name, request, on_gpu):
+    fixture, options = FAMILIES[name]
+    folder = request.getfixturevalue(fixture)
+    host, device = Pipeline.from_pretrained(folder, **options), on_gpu(folder, **options)
+    anchored = GuidanceConfig(omega=0.1, every=2, anchor=0.5)
+    settings = {"guidance": anchored, "steps": 4, "compile": False}
+    expected = GuidedSampler(host, learner_of(host), **settings)
+    sampler = GuidedSampler(device, learner_of(device).cuda(), **settings)
+    for anchor in (None, 2.0, torch.tensor([0.0, 0.5, 1.0])):
+        assert close(
+            sampler.generate([0, 1, 2], anchor=anchor), expected.generate([0, 1, 2], anchor=anchor)
+        )
+    assert sampler.runner.fallbacks == {}
+    assert set(captures(sampler).values()) == {1}
+
+
 def test_a_captured_batch_is_the_eager_one(on_gpu, pipeline_folder, gpu_learner):
     pipeline = on_gpu(pipeline_folder)
     settings = {"guidance": GUIDANCE, "steps": 6, "solver": "dpmpp2m", "compile": False}
