@@ -27,6 +27,19 @@ def add(commands: Commands) -> None:
         metavar="FILE",
         help="JSON lines of a study: source, samples, seed, test_accuracy",
     )
+    parser.add_argument(
+        "--accuracy",
+        choices=("test", "validation"),
+        default="test",
+        help="the real images on which power laws of the error are fitted (default: test)",
+    )
+    parser.add_argument(
+        "--group-by",
+        action="append",
+        metavar="FIELD",
+        help="a field of the recipe by which runs of a source are told apart in those fits, or "
+        "source alone; may be given more than once (default: all fields but sizes and seed)",
+    )
     add_device(parser, "the learners and decoders that read the samples again")
 
 
@@ -36,6 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     from dpfast.report.page import write_report
 
     out, device = arguments.out or arguments.runs[0] / "report", device_named(arguments.device)
-    page = write_report(arguments.runs, out, study=arguments.study, device=device)
+    page = write_report(
+        arguments.runs,
+        out,
+        study=arguments.study,
+        device=device,
+        accuracy=arguments.accuracy,
+        group_by=arguments.group_by,
+        tell=print,
+    )
     print(f"Report: {page}")
     return 0

@@ -4,14 +4,17 @@ labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from dpfast.plotting import COLORS, INK, MUTED, axes_of, label_ends
-from dpfast.report.points import Point
+from dpfast.report.laws import Law
 from dpfast.report.runs import Run
+
+STYLES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))  # of the groups of a source
 
 
 def _color(source: str) -> str:
@@ -60,34 +63,43 @@ def loss(runs: list[Run], size: tuple[float, float]) -> Figure | None:
     return curve(runs, size, "loss", "training loss, nats")
 
 
-def fit_power_law(samples: np.ndarray, error: np.ndarray) -> tuple[float, float] | None:
-    """(a, b) of error = a samples^-b by least squares of the logarithms; None with fewer than three
-    distinct sizes.
+def scaling(laws: Sequence[Law], size: tuple[float, float], label: str) -> Figure | None:
+    """Accuracy against samples with fitted power laws (Figs. 1 and 4). Groups without one are
+    small open marks where others have one. label: of the accuracy.
     """
-    good = (error > 0) & (samples > 0)
-    if len(np.unique(samples[good])) < 3:
-        return None
-    slope, intercept = np.polyfit(np.log(samples[good]), np.log(error[good]), 1)
-    return float(np.exp(intercept)), float(-slope)
-
-
-def scaling(points: list[Point], size: tuple[float, float]) -> Figure | None:
-    """Held-out accuracy against samples with fitted power laws (Figs. 1 and 4)."""
+    points = [point for law in laws for point in law.points]
     if not points:
         return None
-    figure, axes = axes_of(size, "samples", "held-out accuracy, %")
+    figure, axes = axes_of(size, "samples", f"{label} accuracy, %")
+    fitted = [law for law in laws if law.exponent is not None]
     ends = []
-    for source in dict.fromkeys(p.source for p in points):
-        samples = np.array([p.samples for p in points if p.source == source], float)
-        top1 = np.array([p.accuracy for p in points if p.source == source])
-        axes.plot(samples, 100 * top1, "o", color=_color(source), ms=5, alpha=0.8)
-        law = fit_power_law(samples, 1 - top1)
-        if law is not None:
+    seen: Counter[str] = Counter()
+    for law in fitted or laws:
+        color, style = _color(law.source), STYLES[seen[law.source] % len(STYLES)]
+        seen[law.source] += 1
+        samples = np.array([p.samples for p in law.points], float)
+        top1 = np.array([p.accuracy for p in law.points])
+        # one name a source at the ends of lines, the others' in a legend
+        first = seen[law.source] == 1
+        name = None if first else law.name
+        axes.plot(samples, 100 * top1, style[0], color=color, ms=5, alpha=0.8, label=name)
+        if law.exponent is not None:
             line = np.geomspace(samples.min(), samples.max(), 60)
-            axes.plot(line, 100 * (1 - law[0] * line ** -law[1]), color=_color(source), lw=1.5)
-        ends.append(
-            (source, samples.max(), 100 * top1[samples == samples.max()].mean(), _color(source))
-        )
+            axes.plot(line, 100 * (1 - law.error(line)), color=color, lw=1.5, ls=style[1])
+        height = 100 * top1[samples == samples.max()].mean()
+        if first:
+            ends.append((law.name, samples.max(), height, color))
+    for law in laws if fitted else ():
+        if law.exponent is None:
+            axes.plot(
+                [p.samples for p in law.points],
+                [100 * p.accuracy for p in law.points],
+                "o",
+                mec=_color(law.source),
+                mfc="none",
+                ms=3,
+                alpha=0.5,
+            )
     if len({p.samples for p in points}) > 3:
         axes.set_xscale("log")
         low, high = (p(point.samples for point in points) for p in (min, max))
@@ -96,6 +108,8 @@ def scaling(points: list[Point], size: tuple[float, float]) -> Figure | None:
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xticks([], minor=True)
     label_ends(axes, ends)
+    if any(count > 1 for count in seen.values()):
+        axes.legend(frameon=False, fontsize=7, loc="lower right")
     return figure
 
 

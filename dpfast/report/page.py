@@ -21,13 +21,22 @@ from dpfast.pool.pool import SamplePool
 from dpfast.report import tables
 from dpfast.report.figures import PER_RUN, scaling
 from dpfast.report.inclusion import births, errors_around, inclusion
-from dpfast.report.points import Point, lead, points_of_runs, points_of_study, usual
+from dpfast.report.laws import fit_laws, savings
+from dpfast.report.points import (
+    Point,
+    lead,
+    left_out,
+    on_validation,
+    points_of_runs,
+    points_of_study,
+)
 from dpfast.report.runs import Run, differences, read_runs
 from dpfast.report.sheets import enlarged, tile
 from dpfast.report.sweeps import swept
 
 WIDE, NARROW = (7.0, 3.6), (3.7, 2.9)  # inches; a phone gets a figure drawn for its width
 SHEET_COLUMNS = 12
+ACCURACIES = {"test": "held-out", "validation": "validation"}
 # bytes of saved samples that are read into memory for entropies at birth and contact sheets
 LARGEST = 16 << 30
 SWEPT = {
@@ -62,6 +71,9 @@ def write_report(
     *,
     study: Path | None = None,
     device: torch.device | str = "cpu",
+    accuracy: str = "test",
+    group_by: Sequence[str] | None = None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Writes ``index.html`` and PNG files into ``out`` and returns the page's path.
 
@@ -71,12 +83,22 @@ def write_report(
         study: a JSON-lines file as of ``dpfast.report.points.points_of_study``, in place of the
         runs' own results.
         device: where learners and decoders read the samples again.
+        accuracy: "test" or "validation", of which power laws are fitted.
+        group_by: fields of the recipe by which the runs of a source are told apart there; None: all
+        but sizes and seed.
+        tell: called with each exponent and factor, and each run that is not in the fits, in words.
 
-    Raises ``InputError`` for a path that is no run, runs on different real images, or a study that
-    cannot be read.
+    Raises ``InputError`` where no path is a run, for runs on different real images, a study that
+    cannot be read, or a field that no run has.
     """
-    runs = read_runs(list(paths))
+    if accuracy not in ACCURACIES:
+        raise InputError(f"accuracy = {accuracy!r}: expected one of {', '.join(ACCURACIES)}")
+    runs, refused = read_runs(list(paths))
     points = points_of_study(study) if study is not None else points_of_runs(runs)
+    scaled, missing = (points, []) if accuracy == "test" else on_validation(points)
+    missing = [*refused, *(left_out(runs) if study is None else []), *missing]
+    laws = fit_laws(scaled, group_by)
+    saved = savings(laws)
     pools = {run.path: _pool(run, device) for run in runs}
     out.mkdir(parents=True, exist_ok=True)
 
@@ -85,18 +107,24 @@ def write_report(
     ) -> str:
         return _figure(out / f"{name}.png", draw(WIDE), draw(NARROW), caption)
 
-    body = [_head(runs, points), tables.results(runs), _notes(runs)]
+    body = [_head(runs, points), tables.results(runs), _notes(runs, refused)]
     body.append("<h2>Training</h2>")
     body += [
         figure(name, partial(draw, runs), caption) for name, (draw, caption) in PER_RUN.items()
     ]
     body.append(tables.phases(runs))
     body.append("<h2>Accuracy against samples</h2>")
+    label = ACCURACIES[accuracy]
     caption = (
-        "Held-out accuracy; points are runs, lines power laws of the error, fitted from "
-        "three sizes on."
+        f"{label.capitalize()} accuracy; points are runs, lines power laws of the error, fitted "
+        "from three sizes on."
     )
-    body.append(figure("accuracy_samples", partial(scaling, usual(points)), caption))
+    body.append(figure("accuracy_samples", partial(scaling, laws, label=label), caption))
+    body.append(tables.laws(laws, saved))
+    for text in missing:
+        body.append(f'<p class="note">Not in these fits: {html.escape(text)}</p>')
+    for text in (*tables.sentences(laws, saved), *(f"not in the fits: {text}" for text in missing)):
+        tell(text)
     body.append("<h2>Accuracy and cost</h2>")
     for name, caption in SWEPT.items():
         body.append(figure(name, partial(swept, points, name), caption))
@@ -126,8 +154,8 @@ def _head(runs: list[Run], points: list[Point]) -> str:
     return f'<h1>Deliberate Practice</h1><p class="sub">{len(runs)} run(s): {names}</p>{first}'
 
 
-def _notes(runs: list[Run]) -> str:
-    notes = [note for run in runs for note in run.notes]
+def _notes(runs: list[Run], refused: list[str]) -> str:
+    notes = [*refused, *(note for run in runs for note in run.notes)]
     for key, values in differences(runs).items():
         notes.append(f"The recipes differ in {key}: {', '.join(json.dumps(v) for v in values)}")
     return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,7 +24,7 @@ SIZE = {"maximum_samples", "initial_samples", "round_samples"}
 @dataclass(frozen=True)
 class Point:
     """One finished source. accuracy: held-out, in [0, 1]; flops: of its generation, None where
-    nobody counted.
+    nobody counted; validation: accuracy there, None where it is not known; run: its name.
     """
 
     source: str
@@ -32,6 +32,8 @@ class Point:
     accuracy: float
     fields: dict[str, Any]
     flops: float | None = None
+    validation: float | None = None
+    run: str = ""
 
     def setting(self, *without: str) -> str:
         """The recipe's fields that two runs must share to be compared, those named left out."""
@@ -48,6 +50,8 @@ def points_of_runs(runs: Iterable[Run]) -> list[Point]:
             m["test_accuracy"],
             run.fields,
             run.total("generation", "flops", m["source"]),
+            m.get("validation_accuracy"),
+            run.path.name,
         )
         for run in runs
         for m in run.events("result")
@@ -64,14 +68,48 @@ def points_of_study(path: Path) -> list[Point]:
     try:
         return [
             Point(
-                e["source"], e["samples"], e["test_accuracy"], e.get("fields", {}), e.get("flops")
+                e["source"],
+                e["samples"],
+                e["test_accuracy"],
+                e.get("fields", {}),
+                e.get("flops"),
+                e.get("validation_accuracy"),
+                f"line {number}",
             )
-            for _, e in read_json_lines(path)
+            for number, e in read_json_lines(path)
         ]
     except FileNotFoundError:
         raise InputError(f"study = {str(path)!r}: no such file") from None
     except (KeyError, TypeError) as error:
         raise InputError(f"study = {str(path)!r}: cannot be read: {error!r}") from None
+
+
+def left_out(runs: Iterable[Run]) -> list[str]:
+    """Why sources of runs are no points, in words."""
+    return [
+        f"{run.path.name}, {source}: {reason}"
+        for run in runs
+        for source in run.sources or ["no source"]
+        if (reason := _missing(run, source))
+    ]
+
+
+def _missing(run: Run, source: str) -> str:
+    results = run.events("result", source)
+    if any("test_accuracy" in result for result in results):
+        return ""
+    if results:
+        return "its result has no held-out accuracy"
+    last = max((m["step"] for m in run.metrics if m["source"] == source), default=0)
+    return f"unfinished, at iteration {last}"
+
+
+def on_validation(points: Iterable[Point]) -> tuple[list[Point], list[str]]:
+    """The points with their validation accuracy as ``accuracy``, and in words those without."""
+    points = list(points)
+    known = [replace(p, accuracy=p.validation) for p in points if p.validation is not None]
+    missing = [f"{p.run}, {p.source}: its result has no validation accuracy" for p in points]
+    return known, [text for text, p in zip(missing, points, strict=True) if p.validation is None]
 
 
 def usual(points: Iterable[Point]) -> list[Point]:

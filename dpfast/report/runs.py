@@ -101,18 +101,28 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def read_runs(paths: list[Path]) -> list[Run]:
-    """Reads runs that measure the same thing. Raises ``InputError`` where their real images
-    differ.
+def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
+    """Reads runs that measure the same thing; those that cannot be read are named beside them, in
+    words.
+
+    Raises ``InputError`` where their real images differ, and where none can be read.
     """
-    runs = [read_run(path) for path in paths]
+    runs: list[Run] = []
+    refused: list[InputError] = []
+    for path in paths:
+        try:
+            runs.append(read_run(path))
+        except InputError as error:
+            refused.append(error)
+    if not runs and refused:
+        raise refused[0]
     kinds = {str(run.recipe.get("validation")) for run in runs}
     if len(kinds) > 1:
         raise InputError(
             "runs: their real images differ "
             f"({', '.join(sorted(kinds))}); one report compares one set"
         )
-    return runs
+    return runs, [str(error) for error in refused]
 
 
 def differences(runs: list[Run]) -> dict[str, list[Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dpfast.pool.memory_tiers import readable
+from dpfast.report.laws import Law, Saving
 from dpfast.report.runs import Run
 
 
@@ -38,6 +39,64 @@ def results(runs: list[Run]) -> str:
     return "<h2>Results</h2>" + html_table(
         ("run", "source", "samples", "iterations", "additions", "validation", "held-out"), rows
     )
+
+
+def laws(laws: Sequence[Law], saved: Sequence[Saving]) -> str:
+    """The exponents of all groups, those with a law first, and what they save."""
+    rows = []
+    for law in sorted(laws, key=lambda law: law.exponent is None):
+        sizes, exponent = law.sizes, law.exponent
+        notes = [law.reason, "" if exponent is None else exponent.missing, *law.notes]
+        span = f"{len(sizes)}: {sizes[0]:,} to {sizes[-1]:,}" if len(sizes) > 1 else f"{sizes[0]:,}"
+        rows.append(
+            (
+                law.name,
+                "-" if exponent is None else f"{exponent.value:.3f}",
+                "-" if exponent is None else exponent.ends(3) or "-",
+                str(len(law.points)),
+                span,
+                str(len(law.seeds) or "-"),
+                "; ".join(filter(None, notes)),
+            )
+        )
+    if not rows:
+        return ""
+    head = ("group", "exponent", "95 % over seeds", "runs", "sizes", "seeds", "")
+    title = "<h3>Power laws, error = a / samples<sup>exponent</sup></h3>"
+    return f"{title}{html_table(head, rows)}{_saved(saved)}"
+
+
+def _saved(saved: Sequence[Saving]) -> str:
+    if not saved:
+        return ""
+    base, size, accuracy = saved[0].base.name, saved[0].size, saved[0].accuracy
+    rows = []
+    for each in saved:
+        beyond = "" if each.inside else "beyond the sizes that it was measured at"
+        rows.append(
+            (
+                each.group.name,
+                _number(each.factor.value, "", 1),
+                each.factor.ends(1) or "-",
+                _number(each.samples.value, ""),
+                "; ".join(filter(None, (each.factor.missing, beyond))),
+            )
+        )
+    head = ("group", "times fewer samples", "95 % over seeds", "samples", "")
+    title = f"Samples for {accuracy:.2%}, the mean of {base} with {size:,}"
+    return f"<h3>{html.escape(title)}</h3>{html_table(head, rows)}"
+
+
+def sentences(laws: Sequence[Law], saved: Sequence[Saving]) -> list[str]:
+    """What ``laws`` says, for a terminal."""
+    found = [
+        f"{law.name}: exponent {law.exponent.text(3)}, {len(law.points)} runs of "
+        f"{len(law.sizes)} sizes"
+        if law.exponent is not None
+        else f"{law.name}: no power law, {law.reason}"
+        for law in laws
+    ]
+    return [*found, *(each.sentence() for each in saved)]
 
 
 def phases(runs: list[Run]) -> str:

@@ -4,12 +4,10 @@ browser.
 
 import json
 
-import numpy as np
 import pytest
 
 from dpfast.config import Recipe
 from dpfast.errors import InputError
-from dpfast.report.figures import fit_power_law
 from dpfast.report.page import write_report
 from dpfast.report.runs import differences, read_runs
 from tests.report import browser
@@ -122,7 +120,7 @@ def test_bad_runs_are_refused_and_mixed_recipes_are_told(tmp_path):
         write_report([tmp_path / "empty"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     runs = [make_run(tmp_path / "a", omega=0.03), make_run(tmp_path / "b", omega=0.05, seed=1)]
-    assert differences(read_runs(runs)) == {"omega": [0.03, 0.05]}
+    assert differences(read_runs(runs)[0]) == {"omega": [0.03, 0.05]}
     assert (
         "The recipes differ in omega: 0.03, 0.05"
         in write_report(runs, tmp_path / "out").read_text()
@@ -133,8 +131,54 @@ def test_bad_runs_are_refused_and_mixed_recipes_are_told(tmp_path):
         write_report(runs, tmp_path / "out")
 
 
-def test_a_power_law_is_found_again():
-    samples = np.array([1000.0, 2000.0, 4000.0, 16000.0])
-    a, b = fit_power_law(samples, 3 * samples**-0.4)
-    assert (a, b) == (pytest.approx(3), pytest.approx(0.4))
-    assert fit_power_law(samples[:2], samples[:2] ** -0.4) is None
+def test_runs_that_are_not_compared_are_named(tmp_path):
+    """Unfinished ones, folders that are no run, and results without the accuracy that is asked."""
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", finished=False)]
+    (tmp_path / "empty").mkdir()
+    told = []
+    paths = [*runs, tmp_path / "empty", tmp_path / "missing"]
+    text = write_report(paths, tmp_path / "out", tell=told.append).read_text()
+    for words in (
+        "b, dp: unfinished, at iteration 975",
+        "b, static: unfinished, at iteration 975",
+        "empty&#x27;: not the folder of a run",
+        "missing&#x27;: not the folder of a run",
+    ):
+        assert f"{words}" in text
+    assert "not in the fits: b, dp: unfinished, at iteration 975" in told
+    assert "dp: no power law, runs of 1 size(s), 3 are needed" in told
+    lines = (runs[0] / "metrics.jsonl").read_text().replace('"validation_accuracy"', '"other"')
+    (runs[0] / "metrics.jsonl").write_text(lines)
+    told.clear()
+    write_report(runs[:1], tmp_path / "out", accuracy="validation", tell=told.append)
+    assert told == [
+        f"not in the fits: a, {source}: its result has no validation accuracy"
+        for source in ("dp", "static")
+    ]
+    with pytest.raises(InputError, match="accuracy = 'held-out': expected one of test, validation"):
+        write_report(runs, tmp_path / "out", accuracy="held-out")
+    with pytest.raises(InputError, match="group_by = 'patiense': no run has such a field"):
+        write_report(runs, tmp_path / "out", group_by=["patiense"])
+
+
+def test_runs_that_differ_in_patience_are_all_drawn(tmp_path):
+    """Table 4's patience grows with the size: told apart none has a law, by source there is one."""
+    runs = []
+    for number, size in enumerate((500, 1000, 2000)):
+        run = make_run(tmp_path / str(size), initial_samples=100, patience=3 + number)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            if line["event"] == "result":
+                line |= {"samples": size, "test_accuracy": 1 - 0.3 * (size / 500) ** -0.25}
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        runs.append(run)
+    told = []
+    page = write_report(runs, tmp_path / "out", tell=told.append).read_text()
+    assert sum("no power law" in line for line in told) == 6
+    assert "dp, patience 4" in page
+    told.clear()
+    page = write_report(
+        runs, tmp_path / "out", group_by=["source"], accuracy="test", tell=told.append
+    ).read_text()
+    assert told[0] == "dp: exponent 0.250 (no interval: one seed), 3 runs of 3 sizes"
+    assert "its runs differ in patience" in page

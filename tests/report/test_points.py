@@ -67,7 +67,7 @@ def test_a_sweep_is_drawn_over_its_cost(points):
 def test_a_study_may_leave_out_what_is_not_known(tmp_path):
     file = tmp_path / "study.jsonl"
     file.write_text(json.dumps({"source": "dp", "samples": 10, "test_accuracy": 0.5}) + "\n\n")
-    assert points_of_study(file) == [Point("dp", 10, 0.5, {})]
+    assert points_of_study(file) == [Point("dp", 10, 0.5, {}, run="line 1")]
     file.write_text("[1]\n")
     with pytest.raises(InputError, match="line 1: holds no table"):
         points_of_study(file)
