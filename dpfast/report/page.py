@@ -62,6 +62,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:100%;
 th,td{padding:.4rem .8rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 thead th{color:var(--muted);font-weight:600}
+.noted td:last-child{text-align:left;white-space:normal;min-width:13rem}
 """
 
 

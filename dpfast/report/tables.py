@@ -12,12 +12,14 @@ from dpfast.report.runs import Run
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as HTML; a last column without a name is for words, which wrap."""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     cells = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
+    kind = "" if header[-1] else ' class="noted"'
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>'
         f"<tbody>{cells}</tbody></table></div>"
     )
 

@@ -154,6 +154,11 @@ def test_the_studys_runs_save_what_its_tables_say():
     assert found["dp"].factor.low > 4
     assert 4 <= found["prune"].factor.value < 8
     assert 1 <= found["dynamic"].factor.value < 2
+    text = (STUDY.parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    for law in laws[:1] + [law for law in laws if law.name in ("prune", "dynamic", "static")]:
+        assert f"| {law.name} | {law.exponent.text(3)} |" in text
+    for name in ("dp", "dynamic"):
+        assert f"| {found[name].factor.text(1)} |" in text
     validation, missing = on_validation(points_of_study(STUDY))
     assert (len(validation), missing) == (118, [])
     assert fit_laws(validation)[0].exponent.value != laws[0].exponent.value
