@@ -168,7 +168,7 @@ def _arms(lines: Sequence[Line]) -> Iterator[str]:
                 _label(kind, arm),
                 str(len(group)),
                 _spread([line["test_accuracy"] for line in group]),
-                _spread([mean(line["shifts"].values()) for line in group]),
+                _spread([mean(line["shifts"].values()) for line in group if line["shifts"]]),
                 _spread([line["calibration_error"] for line in group]),
                 f"{mean(line['samples'] for line in group):,.0f}",
                 f"{mean(line['flops'] for line in group) / 1e12:.2f}",
@@ -262,6 +262,8 @@ def _label(kind: str, arm: str) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """A mean in percent with its standard error."""
+    """A mean in percent with its standard error; nothing of no values."""
+    if not values:
+        return ""
     error = f" ± {100 * stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
     return f"{100 * mean(values):.2f}{error}"

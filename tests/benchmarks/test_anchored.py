@@ -113,6 +113,10 @@ def test_the_confirmation_begins_at_the_middle_size_and_has_a_seeds_arms_togethe
     assert list(dict.fromkeys(run.size for run in order)) == [2000, 1000, 500, 4000, 8000]
     seeds = {run.fields["seed"] for run in order}
     assert not seeds & {each["fields"]["seed"] for each in selected}
+    assert {(run.size, run.shifts) for run in order} == {
+        (2000, True),
+        *((size, False) for size in (500, 1000, 4000, 8000)),
+    }
     # what is not chosen yet does not hold up the others
     plain = [each for each in selected if each["kind"] == "dp"]
     kinds = {run.kind for run in runs("confirmation", plain, FULL)}
