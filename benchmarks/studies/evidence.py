@@ -60,6 +60,7 @@ SEED = 7  # of their noise
 FORMS = ((0.0, 0.0), (0.05, 0.0), (0.08, 0.0), (0.12, 0.0), (0.12, 0.5))  # omega, kappa
 LEARNER: dict[str, Any] = {"sources": "static", "initial_samples": 1000, "maximum_samples": 1000}
 BRIEFLY = {"initial_samples": 40, "maximum_samples": 40}
+HARDEST = (0.5, 0.25, 0.1, 0.05)  # fractions of the unguided samples
 ITERATIONS = 500  # of the learner: about where a run of 1,200 adds
 Record = dict[str, Any]
 
@@ -182,13 +183,14 @@ def measure(
         compile=False,  # a compiled step would look its name up no more
     )
     labels = torch.arange(count) % len(practice.pipeline.class_names)
-    images, found = [], []
+    images, entropies, found = [], [], []
     for start in range(0, count, BATCH):
         rows, trajectory = torch.arange(start, min(start + BATCH, count)), Trajectory()
         with mock.patch.object(step, "guided_step", trajectory.guided_step):
             batch = sampler.generate(labels[rows], rows + FIRST_ID)
         assert batch.latents is not None
         images.append(batch.images)
+        entropies.append(batch.entropy)
         found.append(trajectory.scores(batch.latents.float()))
     made = torch.cat(images)
     scores = {name: torch.cat([each[name] for each in found]) for name in found[0]}
@@ -197,7 +199,10 @@ def measure(
     agrees = torch.stack(
         [predict(load_judge(number), made).argmax(1) == labels for number in JUDGES]
     )
-    line = described(agrees, logits.argmax(1) != labels, scores, labels)
+    wrong = logits.argmax(1) != labels
+    line = described(agrees, wrong, scores, labels)
+    if not omega:
+        line["hardest"] = hardest(torch.cat(entropies), ~agrees[0], wrong)
     settings = {"omega": omega, "kappa": kappa, "cfg_scale": generator.cfg_scale}
     return settings | {"projected": False} | line
 
@@ -221,6 +226,20 @@ def described(agrees: Tensor, wrong: Tensor, scores: dict[str, Tensor], labels: 
         "useful": mean(useful.float()),
         "scores": {name: judged(each, denied, useful, labels) for name, each in scores.items()},
     }
+
+
+def hardest(entropy: Tensor, denied: Tensor, wrong: Tensor) -> list[Record]:
+    """What pruning would keep of samples (n,): for each fraction those of the highest entropy."""
+    order = entropy.argsort(descending=True)
+    rows = [(keep, order[: max(1, round(keep * len(order)))]) for keep in HARDEST]
+    return [
+        {
+            "keep": keep,
+            "denied": float(denied[own].float().mean()),
+            "wrong": float(wrong[own].float().mean()),
+        }
+        for keep, own in rows
+    ]
 
 
 def tables(lines: list[Record]) -> list[str]:

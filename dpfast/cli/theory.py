@@ -111,7 +111,7 @@ def figures(arguments: argparse.Namespace) -> int:
         raise InputError(f"out = {str(arguments.out)!r}: is not a folder")
 
     from dpfast.report.points import points_of_study
-    from dpfast.report.sweeps import measured_cells, measured_sweeps
+    from dpfast.report.sweeps import measured_cells, measured_pruning, measured_sweeps
     from dpfast.theory.figures import study, write
     from dpfast.theory.guided import GuidedCell, beside_theory, label_noise
     from dpfast.theory.label_noise import Shares
@@ -136,7 +136,7 @@ def figures(arguments: argparse.Namespace) -> int:
         print(path)
     if noise is not None:
         path = arguments.out / "label_noise.png"
-        label_noise(noise).savefig(path, dpi=110)
+        label_noise(noise, measured_pruning(arguments.guidance)).savefig(path, dpi=110)
         print(f"{path}: of guided samples, labels that are wrong, and the accuracy predicted")
         for row in noise:
             cell = row.cell

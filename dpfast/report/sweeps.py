@@ -103,6 +103,14 @@ def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
         raise InputError(f"guidance = {str(guidance)!r}: cannot be read: {error!r}") from None
 
 
+def measured_pruning(guidance: Path) -> list[tuple[float, float]]:
+    """Of the hardest unguided samples of ``dpfast bench evidence``, the shares that the learner
+    gets wrong and whose labels the judge denies; [] of other records.
+    """
+    lines = [line for _, line in read_json_lines(guidance)]
+    return [(row["wrong"], row["denied"]) for line in lines for row in line.get("hardest", ())]
+
+
 def _shares(line: dict[str, Any]) -> tuple[float, float, float]:
     wrong, of_wrong = line["wrong"][0], line["right_of_wrong"][0]
     return 1 - line["agreement"][0][0], wrong, wrong * (of_wrong[0] if of_wrong else 0.0)

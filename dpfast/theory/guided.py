@@ -92,10 +92,13 @@ def _unguided(cells: Sequence[GuidedCell]) -> Directions:
     return directions(found[0])
 
 
-def label_noise(beside: Sequence[LabelNoise]) -> Figure:
+def label_noise(beside: Sequence[LabelNoise], pruned: Sequence[tuple[float, float]] = ()) -> Figure:
     """Labels of guided samples against how often the learner gets them wrong, measured and as
     selection would leave them; and the accuracies that the theory predicts for both, above those
     that were measured, where they were.
+
+    pruned: the first two shares of selected samples, as measured: wrong for the learner, and
+    denied.
     """
     cells = [made.cell for made in beside]
     figure = Figure(figsize=(11, 4), layout="constrained", facecolor="white")
@@ -106,6 +109,10 @@ def label_noise(beside: Sequence[LabelNoise]) -> Figure:
     at = _unguided(cells)
     line = np.array([shares(at, power) for power in np.expm1(np.linspace(0, 9, 60))])
     labels.plot(100 * line[:, 1], 100 * line[:, 0], color=MUTED, label="theory: selection alone")
+    if pruned:
+        points = 100 * np.array(pruned)
+        style = {"color": MUTED, "marker": "x", "linestyle": "", "ms": 6}
+        labels.plot(points[:, 0], points[:, 1], label="hardest unguided ones", **style)
     styled(predicted, "omega", "predicted gain, points")
     for axes in measured:
         styled(axes, "omega", "measured gain, points")

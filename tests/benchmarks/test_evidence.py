@@ -40,6 +40,14 @@ def test_the_lowest_of_each_class_are_dropped():
     assert (found["denied"], found["useful"]) == (0.0, pytest.approx(2 / 18))
 
 
+def test_pruning_keeps_the_hardest():
+    entropy = torch.arange(20.0)
+    found = evidence.hardest(entropy, entropy > 17, entropy > 9)
+    assert [row["keep"] for row in found] == list(evidence.HARDEST)
+    assert [row["wrong"] for row in found] == [1.0] * 4
+    assert [row["denied"] for row in found] == pytest.approx([0.2, 0.4, 1.0, 1.0])
+
+
 def test_a_trajectory_towards_the_label_has_evidence_for_it():
     """Two steps of a denoiser whose label asks for 1 where it asks for 0 without: samples that end
     at 1 and at 0, and one that is moved against the label.

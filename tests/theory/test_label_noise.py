@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpfast.cli.main import main
-from dpfast.report.sweeps import measured_cells
+from dpfast.report.sweeps import measured_cells, measured_pruning
 from dpfast.theory import figures
 from dpfast.theory.guided import GuidedCell, beside_theory, label_noise
 from dpfast.theory.label_noise import Shares, directions, hardness, kept, matched, shares
@@ -136,6 +136,13 @@ def test_cells_are_read_with_the_gains_of_their_runs(files):
     assert [cell[3] for cell in measured_cells(files[0])] == [[], [], []]
 
 
+def test_pruning_is_read_where_it_was_measured(files):
+    assert measured_pruning(files[0]) == []
+    unguided = line(0.0, 0.0, 0.95, 0.06, 0.6, hardest=[{"keep": 0.1, "wrong": 0.3, "denied": 0.2}])
+    files[0].write_text(json.dumps(unguided) + "\n")
+    assert measured_pruning(files[0]) == [(0.3, 0.2)]
+
+
 def test_better_labels_than_selection_leaves_predict_more(files):
     cells = [GuidedCell(o, k, Shares(*s), g) for o, k, s, g in measured_cells(*files)]
     unguided, paper, anchored = beside = beside_theory(cells)
@@ -145,7 +152,7 @@ def test_better_labels_than_selection_leaves_predict_more(files):
     assert (paper.accuracy > paper.accuracy_of_selection) == (paper.label_wrong > 0.25)
     assert len(label_noise(beside).axes) == 3
     alone = [made._replace(cell=made.cell._replace(gains=())) for made in beside]
-    assert len(label_noise(alone).axes) == 2
+    assert len(label_noise(alone, [(0.3, 0.2)]).axes) == 2
     with pytest.raises(ValueError, match=r"^guidance: no cell with omega = 0"):
         beside_theory(cells[1:])
 
