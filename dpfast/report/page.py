@@ -62,7 +62,8 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:100%;
 th,td{padding:.4rem .8rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 thead th{color:var(--muted);font-weight:600}
-.noted td:last-child{text-align:left;white-space:normal;min-width:13rem}
+.noted td:first-child,.noted td:last-child{white-space:normal;min-width:8rem}
+.noted td:last-child{text-align:left;min-width:13rem}
 """
 
 
