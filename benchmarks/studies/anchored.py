@@ -33,6 +33,7 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.harness.arguments import new_parser
 from benchmarks.studies.anchored_tables import anchored_tables
 from benchmarks.studies.births import Births
+from benchmarks.studies.births_tables import births_tables
 from benchmarks.studies.settings import COMMON, Fields
 from benchmarks.studies.study import Curve, cached, line_of, shared
 from dpfast.cli.parser import at_least
@@ -328,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     lines = read(options.results)
     best = {kind: chosen(kind, lines, design) for kind in KINDS}
     missing = {part: [run.kind for run in left(part, lines, design)] for part in PARTS}
-    print("\n".join(anchored_tables(lines, best, missing)))
+    print("\n".join([*anchored_tables(lines, best, missing), *births_tables(lines)]))
     return 0
 
 

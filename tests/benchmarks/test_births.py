@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.studies import births
+from benchmarks.studies.births_tables import births_tables
 from dpfast.config import Recipe
 from dpfast.data import fashion
 from dpfast.data.real import RealData, load_real
@@ -26,6 +27,36 @@ def test_shares_are_of_all_samples():
         "useful": 0.25,  # the first alone: the second judge doubts the second one's label
     }
     assert births.shares([first]) == {"samples": 4, "judges": [0.75], "agreed": 0.75}
+
+
+def line(arm: str, agreed: tuple[float, ...], **found) -> dict:
+    """A run's line whose rounds have these shares."""
+    diverse = {"frechet": 2.0, "precision": 0.9, "recall": 0.5}
+    rounds = [
+        {"round": number, "agreed": share, "useful": 0.2, "learner_wrong": 0.3}
+        for number, share in enumerate(agreed, 1)
+    ]
+    added = {**rounds[0], **diverse} if rounds else None
+    told = {"added": added, "rounds": rounds, "pool": diverse}
+    return {"part": "selection", "arm": arm, "size": 2000, "nearest": 0.1, "births": told, **found}
+
+
+def test_tables_are_means_over_the_runs_of_an_arm():
+    lines = [
+        line("omega 0.1", (0.9, 0.7)),
+        line("omega 0.1", (0.8,), nearest=0.2),
+        line("static", (), nearest=None),
+        line("static", (), births=None),
+    ]
+    text = list(births_tables(lines))
+    assert (
+        "| selection, omega 0.1, 2,000 | 2 | 85.0 | 30.0 | 20.0 | 0.150 | 2.00 | 90.0 | 50.0 |"
+        in (text)
+    )
+    assert "| selection, static, 2,000 | 1 |  |  |  |  | 2.00 | 90.0 | 50.0 |" in text
+    by_round = "| selection, omega 0.1, 2,000 | 85.0 / 20.0 / 30.0 | 70.0 / 20.0 / 30.0 |"
+    assert by_round in text
+    assert list(births_tables([lines[-1]])) == []
 
 
 def test_one_class_is_less_diverse_than_all_of_them():
