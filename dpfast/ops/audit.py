@@ -259,9 +259,12 @@ def _entropy(classes: int, dtype: str, gradient: bool = True) -> Variant:
 def guided_variant(name: str, elements: int, dtype: str = "fp32", **changes: Any) -> Variant:
     size = 4 if dtype == "fp32" else 2
     chunks, block, warps = guided.settings(
-        elements, size, changes.get("LIMIT") == 2, "ids" in changes
+        elements, size, changes.get("LIMIT") == 2, "ids" in changes, "anchor" in changes
     )
     parts = -(-elements // (chunks * block))
+    hold = "anchor" in changes and elements <= guided.HELD
+    # The predictions a second time, from the cache: the registers do not suffice.
+    again = "anchor" in changes and not hold and parts == 1
     arguments = {
         **dict.fromkeys(("x", "pred_cond", "pred_uncond", "grad", "out"), f"*{dtype}"),
         **{
@@ -279,7 +282,15 @@ def guided_variant(name: str, elements: int, dtype: str = "fp32", **changes: Any
             "STEP_AT": True,
             "SEED_AT": True,
         },
-        **{"CFG_STRIDE": 0, "OMEGA_STRIDE": 0, "RELATIVE": True, "PREDICTION": 1, "LIMIT": 0},
+        **{
+            "CFG_STRIDE": 0,
+            "OMEGA_STRIDE": 0,
+            "ANCHOR_STRIDE": 0,
+            "HOLD": hold,
+            "RELATIVE": True,
+            "PREDICTION": 1,
+            "LIMIT": 0,
+        },
         **{"PARTS": next_power(parts), "CHUNKS": chunks, "BLOCK": block, "seed": "*i64", **changes},
     }
     payload = chunks * block * size
@@ -293,10 +304,25 @@ def guided_variant(name: str, elements: int, dtype: str = "fp32", **changes: Any
         kernel=guided.guided_step_kernel,
         arguments=arguments,
         warps=warps,
-        reads=inputs * payload,
+        reads=(inputs + 2 * again) * payload,
         writes=outputs * payload,
         width=min(WIDE, block // (warps * 32) * size),
         scalars=24,
+    )
+
+
+def _norms(anchored: bool = False) -> Variant:
+    names = ("x", "grad", *(("pred_cond", "pred_uncond") if anchored else ()))
+    return Variant(
+        name=f"guided_step, norms{', anchor' if anchored else ''}, n = 65536, fp32",
+        kernel=guided.norms_kernel,
+        arguments={
+            **dict.fromkeys((*names, "partials"), "*fp32"),
+            **{"ELEMENTS": 65536, "BLOCK": guided.SPLIT},
+        },
+        warps=guided.settings(65536, 4)[2],
+        reads=len(names) * 4 * guided.SPLIT,
+        writes=0,
     )
 
 
@@ -515,6 +541,7 @@ def variants() -> list[Variant]:
         "ELEMENTS": 16384,
     }
     noise_arguments |= {"SEED_AT": True, "STREAM_AT": True, "WORDS": False, "BLOCK": noise.BLOCK}
+    anchor = {"anchor": "*fp32"}
     every = {"x0_prev": "*fp32", "x0_out": "*fp32", "ids": "*i64", "skipped": "*i64"}
     return [
         *(_entropy(classes, "fp32") for classes in (10, 100, 1000, 16384, 128256)),
@@ -546,24 +573,24 @@ def variants() -> list[Variant]:
         ),
         # A dynamic threshold of longer samples: x0 alone, then torch.topk, then the step with the
         # bounds.
-        Variant(
-            name="guided_step, norms, n = 65536, fp32",
-            kernel=guided.norms_kernel,
-            arguments={
-                "x": "*fp32",
-                "grad": "*fp32",
-                "partials": "*fp32",
-                "ELEMENTS": 65536,
-                "BLOCK": guided.SPLIT,
-            },
-            warps=guided.settings(65536, 4)[2],
-            reads=2 * 4 * guided.SPLIT,
-            writes=0,
-        ),
+        _norms(),
         guided_variant("dynamic threshold, first pass", 65536, out=None, x0_out="*fp32"),
         guided_variant(
             "dynamic threshold, second pass, every term", 65536, LIMIT=3, **every, bound="*fp32"
         ),
+        *(
+            guided_variant("CFG, relative, anchor", elements, **anchor)
+            for elements in (4096, 8192, 16384, 65536)
+        ),
+        guided_variant("CFG, relative, anchor", 8192, "bf16", **anchor),
+        guided_variant("CFG, relative, anchor", 16384, "bf16", **anchor, step="*i32"),
+        guided_variant("CFG, score, flow, anchor", 16384, RELATIVE=False, PREDICTION=3, **anchor),
+        *(
+            guided_variant(f"{name}every term, anchor", elements, LIMIT=limit, **every, **anchor)
+            for name, limit in (("", 0), ("clip, ", 1), ("dynamic threshold, ", 2))
+            for elements in (8192, 16384)
+        ),
+        _norms(anchored=True),
         Variant(
             name="normal",
             kernel=noise.normal_kernel,

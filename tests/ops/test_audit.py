@@ -31,6 +31,11 @@ ON_EVERY_GPU = [
     "guided_step, CFG, relative, n = 16384, fp32",
     "guided_step, every term, clip, n = 16384, fp32",
     "guided_step, dynamic threshold, every term, n = 16384, fp32",
+    "guided_step, CFG, relative, anchor, n = 8192, fp32",
+    "guided_step, CFG, relative, anchor, n = 16384, fp32",
+    "guided_step, CFG, relative, anchor, n = 16384, bf16",
+    "guided_step, every term, anchor, n = 16384, fp32",
+    "guided_step, dynamic threshold, every term, anchor, n = 16384, fp32",
     "gather, NCHW, fp32",
     "normal",
     "geglu, backward, C = 1280, bf16",
@@ -75,13 +80,25 @@ def test_float8_is_written_from_hopper_on():
     }
 
 
-def test_16_bit_samples_with_a_quantile_and_noise_do_not_spill():
+@pytest.mark.parametrize("anchor", [{}, {"anchor": "*fp32"}], ids=["", "anchor"])
+def test_16_bit_samples_with_a_quantile_and_noise_do_not_spill(anchor):
     """Its accesses of 8 bytes cannot be told from those of ids and seeds, so the table has no such
     row.
     """
-    terms = {"x0_prev": "*bf16", "x0_out": "*bf16", "ids": "*i64", "skipped": "*i64"}
+    terms = {"x0_prev": "*bf16", "x0_out": "*bf16", "ids": "*i64", "skipped": "*i64", **anchor}
     variant = guided_variant("", 16384, "bf16", LIMIT=2, PREDICTION=0, **terms)
     assert (variant.width, inspect(variant, 90).local_bytes) == (8, 0)
+
+
+def test_an_anchor_reads_predictions_twice_only_where_registers_do_not_suffice():
+    """4 tensors of 8,192 elements are held; of 16,384, in fp32 all of a multiprocessor's registers,
+    the predictions come twice, and every other tensor once.
+    """
+    anchor = {"anchor": "*fp32"}
+    once, twice = (guided_variant("", elements, **anchor) for elements in (8192, 16384))
+    assert (once.reads, twice.reads) == (4 * 4 * 8192, 6 * 4 * 16384)
+    held = guided_variant("", 16384, **anchor, HOLD=True)
+    assert any("local memory" in problem for problem in problems(inspect(held, 90)))
 
 
 @triton.jit

@@ -193,9 +193,10 @@ def test_every_variant(prediction, mode, clip, device):
         assert_close(x0, expected_x0, torch.float32, 4)
 
 
+@pytest.mark.parametrize("anchor", [None, 0.5], ids=["", "anchor"])
 @pytest.mark.parametrize("clip", [None, DynamicThreshold(0.9, 2.0)], ids=["free", "dynamic"])
 @pytest.mark.parametrize("mode", ["relative", "score"])
-def test_samples_that_no_single_program_holds(mode, clip, device, monkeypatch):
+def test_samples_that_no_single_program_holds(mode, clip, anchor, device, monkeypatch):
     monkeypatch.setattr(kernel, "WHOLE", 1024)
     monkeypatch.setattr(kernel, "SPLIT", 512)
     x, cond, uncond, grad, previous = tensors((3, 3, 19, 23), device)
@@ -204,6 +205,7 @@ def test_samples_that_no_single_program_holds(mode, clip, device, monkeypatch):
     options = {
         "cfg_scale": 2.5,
         "omega": 0.2,
+        "anchor": anchor,
         "mode": mode,
         "prediction": "v",
         "clip": clip,
@@ -288,6 +290,118 @@ def test_an_anchor_turns_the_step_to_the_label(prediction, mode, dtype, device):
             assert_close(x0, expected_x0, dtype, 4)
 
 
+@pytest.mark.parametrize("clip", [None, DynamicThreshold(0.9, 2.0)], ids=["free", "dynamic"])
+def test_predictions_that_a_program_does_not_hold(clip, device, monkeypatch):
+    monkeypatch.setattr(kernel, "HELD", 64)
+    inputs = tensors((2, 3, 9, 11), device)[:4]
+    table, options = solver_table(device), {"cfg_scale": 2.5, "omega": 0.2, "mode": "relative"}
+    options |= {"prediction": "sample", "clip": clip, "anchor": 0.75}
+    following = guided_step(*inputs, table, 3, **options)
+    cpu = [tensor.cpu() for tensor in (*inputs, table)]
+    assert_close(following, truth(*cpu, 3, **options)[0], torch.float32, 4)
+
+
+def anchored(inputs, anchor, *, mode="relative", **rest):
+    """The step of x, both predictions and the gradient, as (x_next, samples skipped)."""
+    device = inputs[0].device
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+    options = {"cfg_scale": 2.0, "omega": 0.3, "mode": mode, "skipped": skipped, **rest}
+    table = solver_table(device)
+    return guided_step(*inputs, table, 2, anchor=anchor, **options), skipped.item()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in Triton's interpreter
+@pytest.mark.parametrize("mode", ["relative", "score"])
+def test_an_anchor_of_zero_is_the_step_without_one_bit_for_bit(mode, device):
+    x, cond, uncond, grad, _ = tensors((4, 3, 7, 9), device)
+    cond[1] = 1e30  # the square of its difference is infinite, which nobody looks at
+    expected, _ = anchored((x, cond, uncond, grad), None, mode=mode)
+    for zero in (0, 0.0, torch.tensor(0.0, device=device), torch.zeros(4, device=device)):
+        following, skipped = anchored((x, cond, uncond, grad), zero, mode=mode)
+        assert torch.equal(following, expected)
+        assert skipped == 0
+
+
+@pytest.mark.parametrize("mode", ["relative", "score"])
+def test_samples_without_a_label_score_take_the_step_without_an_anchor(mode, device):
+    x, cond, uncond, grad, _ = tensors((4, 3, 50), device)
+    uncond[2] = cond[2]
+    expected, _ = anchored((x, cond, uncond, grad), None, mode=mode)
+    following, skipped = anchored((x, cond, uncond, grad), 0.5, mode=mode)
+    assert torch.equal(following[2], expected[2])
+    assert not torch.isclose(following[[0, 1, 3]], expected[[0, 1, 3]]).all(dim=(1, 2)).any()
+    without = [anchored((x, cond, None, grad), anchor, mode=mode)[0] for anchor in (None, 0.5)]
+    assert torch.equal(*without)
+    assert skipped == 0
+
+
+@pytest.mark.parametrize("mode", ["relative", "score"])
+def test_an_anchor_without_a_gradient_moves_nothing(mode, device):
+    x, cond, uncond, grad, _ = tensors((3, 60), device)
+    grad[1] = 0
+    following, skipped = anchored((x, cond, uncond, grad), 0.5, mode=mode)
+    unguided = [anchored((x, cond, uncond, None), anchor, mode=mode)[0] for anchor in (None, 0.5)]
+    assert torch.equal(*unguided)
+    torch.testing.assert_close(following[1], unguided[0][1], rtol=1e-6, atol=1e-6)
+    assert skipped == 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in Triton's interpreter
+@pytest.mark.parametrize("mode", ["relative", "score"])
+def test_a_label_score_that_is_not_finite_counts_as_skipped(mode, device):
+    x, cond, uncond, grad, _ = tensors((5, 70), device)
+    unguided, _ = anchored((x, cond, uncond, None), None, mode=mode)
+    expected, _ = anchored((x, cond, uncond, grad), 0.5, mode=mode)
+    cond[0, 3], uncond[3, 69], grad[3, 1], grad[4, 2] = math.nan, -math.inf, math.nan, math.inf
+    cond[1, 5] = 3e19  # finite, but no fp32 holds its square
+    following, skipped = anchored((x, cond, uncond, grad), 0.5, mode=mode)
+    assert skipped == 4
+    assert torch.equal(following[2], expected[2])
+    whole = torch.ones(70, dtype=torch.bool, device=device)
+    whole[[3, 5, 69]] = False
+    for row in (0, 1, 3, 4):
+        torch.testing.assert_close(
+            following[row][whole], unguided[row][whole], rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("mode", ["relative", "score"])
+def test_an_anchor_may_differ_between_samples(mode, device):
+    """Rows of zero are those without an anchor, no row sees another, and NaN stays in its own."""
+    inputs = tensors((5, 3, 40), device)[:4]
+    kappas = torch.tensor([0.0, 0.5, 0.0, 2.0, math.nan], device=device)
+    following, skipped = anchored(inputs, kappas, mode=mode)
+    expected, _ = anchored(inputs, None, mode=mode)
+    assert torch.equal(following[[0, 2]], expected[[0, 2]])
+    assert following[4].isnan().all()
+    assert skipped == 0
+    for order in ([3], [1, 3, 0], [4, 2, 1, 0, 3]):
+        part = [tensor[order] for tensor in inputs]
+        moved, _ = anchored(part, kappas[order], mode=mode)
+        torch.testing.assert_close(moved, following[order], rtol=0, atol=0, equal_nan=True)
+    for row in (1, 3):
+        part = [tensor[[row]] for tensor in inputs]
+        for kappa in (kappas[row], kappas[row].item()):
+            moved, _ = anchored(part, kappa, mode=mode)
+            torch.testing.assert_close(moved[0], following[row], rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_against_the_label_score_leaves_nothing_to_move_along(device):
+    """At kappa = 1 and a gradient just against c, d is 0: so is the move, and it grows with d."""
+    x, cond, uncond, aside, _ = tensors((1, 4096), device)
+    # along the difference of the predictions, which for epsilon is against c
+    difference = cond - uncond
+    aside = aside - (aside * difference).sum() / difference.square().sum() * difference
+    aside = aside / aside.norm() * difference.norm()
+    unguided, _ = anchored((x, cond, uncond, None), None)
+    full = (anchored((x, cond, uncond, difference), None)[0] - unguided).norm().item()
+    for turn, share in ((0.0, 0.0), (1 / 320, 0.1), (1 / 64, 0.5), (1 / 8, 1.0)):
+        grad = 1e-3 * (difference + turn * aside)
+        moved, _ = anchored((x, cond, uncond, grad), 1.0)
+        length = (moved - unguided).norm().item()
+        assert length == pytest.approx(share * full, rel=0.02, abs=2e-3 * full)
+
+
 def test_mixed_dtypes(device):
     x, cond, uncond, grad, _ = tensors((2, 4, 6, 6), device)
     cond, uncond, grad = cond.bfloat16(), uncond.half(), grad.bfloat16()
@@ -347,6 +461,7 @@ def test_each_step_has_its_own_noise(device):
         )
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in Triton's interpreter
 @pytest.mark.parametrize("mode", ["relative", "score"])
 def test_gradient_that_is_not_finite_counts_as_none(mode, device):
     x, cond, uncond, grad, _ = tensors((5, 3, 70), device)
@@ -442,7 +557,8 @@ def test_compiles_into_one_graph(device):
         x0 = torch.empty_like(x)
         options = {"x0_prev": previous, "sample_ids": ids, "x0_out": x0, "skipped": skipped}
         following = guided_step(
-            x, cond, uncond, grad, table, at, cfg_scale=2.0, omega=omega, seed=seed, **options
+            *(x, cond, uncond, grad, table, at),
+            **{"cfg_scale": 2.0, "omega": omega, "anchor": 5 * omega, "seed": seed, **options},
         )
         guided_step(x, cond, None, None, table, at, cfg_scale=1.0, omega=0.0, clip=1.0, out=x)
         return following, x0

@@ -66,6 +66,34 @@ def test_relative_guidance_moves_by_omega_norms(
 
 @examples
 @given(
+    batch=st.integers(1, 5),
+    elements=st.integers(2, 200),
+    kappa=st.floats(1, 20),
+    prediction=st.sampled_from(["epsilon", "v", "sample", "flow"]),
+    against=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_no_anchored_move_leads_away_from_the_label_at_kappa_of_one_or_more(
+    batch, elements, kappa, prediction, against, seed, device
+):
+    torch.manual_seed(seed)
+    x, cond, uncond, grad = (torch.randn(batch, elements).to(device) for _ in range(4))
+    label = (cond - uncond) * (1 if prediction == "sample" else -1)
+    grad = (1 - against) * grad - against * label
+    # x_next is what x~ is at sigma = 0, or at "sample" eps at alpha = 0 and sigma = 1
+    row = (
+        [0.0, 1.0, 0.0, 1.0, 0.0, 0.0] if prediction == "sample" else [1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    )
+    table = torch.tensor([row], device=device)
+    options = {"cfg_scale": 2.0, "omega": 0.5, "prediction": prediction}
+    moved = guided_step(x, cond, uncond, grad, table, 0, anchor=kappa, **options) - x
+    along = (moved * label).sum(dim=1) / label.norm(dim=1)
+    assert (along >= -1e-4 * x.norm(dim=1)).all()
+    assert (moved.norm(dim=1) <= 0.5 * x.norm(dim=1) * (1 + 1e-4)).all()
+
+
+@examples
+@given(
     sample=st.integers(-(2**63), 2**63 - 1),
     seed=st.integers(-(2**63), 2**64 - 1),
     stream=st.integers(0, 2**32 - 1),

@@ -37,7 +37,8 @@ is not finite in fp32 takes its step unguided, and is counted. The noise of step
 `normal(sample_ids, ..., stream=t + 1)`; stream 0 is left to the first latent.
 
 Bytes for n elements of b bytes: 5 n b (read x, pred_cond, pred_uncond, grad, write x_next), n b
-more for x0_prev or x0, none for an anchor.
+more for x0_prev or x0. An anchor adds sums, no bytes of memory; ``triton`` says what it adds to the
+cache's.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _native(call: Call) -> None:
 def _run(call: Call) -> None:
     """Writes the step into `call.out`."""
     backend = dispatch.backend_for(call.out.device)
-    if backend == "triton" and call.anchor is None:
+    if backend == "triton":
         launch(call)
     elif backend == "native":
         _native(call)

@@ -2,6 +2,9 @@
 
 A sample of up to 16,384 elements belongs to one program, which keeps x and the gradient in
 registers while it sums their squares, then x0 and eps in their place: each tensor is read once.
+With an anchor it sums over the predictions as well, and keeps them too up to 8,192 elements. For
+more a multiprocessor has no registers (four tensors of 16,384 in fp32 are all of its 256 KiB), and
+the predictions are read a second time, from the cache.
 They are held as chunks, of which a thread loads 16 bytes at a time. A longer sample is split over
 programs: a first kernel leaves partial sums, the second adds them up and makes the step.
 """
@@ -12,21 +15,25 @@ programs: a first kernel leaves partial sums, the second adds them up and makes 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpfast.ops import dispatch
-from dpfast.ops.guided_step.reference import Call, quantile
+from dpfast.ops.guided_step.reference import SHORTEST, SMALLEST, Call, quantile
 from dpfast.ops.noise import normals, wide
 from dpfast.ops.triton_stub import next_power, tl, triton
 
 WHOLE = 16384  # elements of a sample that one program holds
 SPLIT = 4096  # elements a program of a longer sample
+HELD = 8192  # elements of a sample whose predictions stay in registers too, with an anchor
 PREDICTIONS = {"epsilon": 0, "v": 1, "sample": 2, "flow": 3}
 INFINITY = tl.constexpr(0x7F800000)  # its bits
 LARGEST = tl.constexpr(3.4028234663852886e38)
+SMALLEST_SQUARES = tl.constexpr(SMALLEST)
+SHORTEST_LENGTH = tl.constexpr(SHORTEST)
 
 
 class Limit(NamedTuple):
@@ -42,16 +49,27 @@ class Limit(NamedTuple):
 
 
 @triton.jit
-def norms_kernel(x, grad, partials, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of squares of one block of a sample: partials (B, blocks, 2)."""
+def norms_kernel(
+    x, grad, pred_cond, pred_uncond, partials, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sums of one block of a sample: partials (B, blocks, 2), those of squares. With predictions
+    (B, blocks, 4), two more over their difference: of its squares, and along the gradient.
+    """
     sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
     inside = at < ELEMENTS
     state = tl.load(x + sample * ELEMENTS + at, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(grad + sample * ELEMENTS + at, mask=inside, other=0.0).to(tl.float32)
-    target = partials + (sample * tl.num_programs(1) + part) * 2
+    SUMS: tl.constexpr = 2 if pred_cond is None else 4
+    target = partials + (sample * tl.num_programs(1) + part) * SUMS
     tl.store(target, tl.sum(state * state, axis=0))
     tl.store(target + 1, tl.sum(gradient * gradient, axis=0))
+    if pred_cond is not None:
+        cond = tl.load(pred_cond + sample * ELEMENTS + at, mask=inside, other=0.0).to(tl.float32)
+        uncond = tl.load(pred_uncond + sample * ELEMENTS + at, mask=inside, other=0.0)
+        difference = cond - uncond.to(tl.float32)
+        tl.store(target + 2, tl.sum(difference * difference, axis=0))
+        tl.store(target + 3, tl.sum(difference * gradient, axis=0))
 
 
 @triton.jit
@@ -68,6 +86,50 @@ def _sum_of_squares(chunks, CHUNKS: tl.constexpr):
         value = chunks[i].to(tl.float32)
         total += value * value
     return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _label_sums(
+    gradients,
+    conds,
+    unconds,
+    pred_cond,
+    pred_uncond,
+    base,
+    start,
+    ELEMENTS: tl.constexpr,
+    HOLD: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums over the difference of the predictions: of its squares, and along the gradient.
+
+    Each chunk is added up by fours, elements of one thread, which leaves it three registers more a
+    sum.
+    """
+    squares = tl.zeros((BLOCK // 4,), tl.float32)
+    along = tl.zeros((BLOCK // 4,), tl.float32)
+    for i in tl.static_range(CHUNKS):
+        if HOLD:
+            cond, uncond = conds[i], unconds[i]
+        else:
+            at = start + i * BLOCK + tl.arange(0, BLOCK)
+            cond = tl.load(pred_cond + base + at, mask=at < ELEMENTS, other=0.0)
+            uncond = tl.load(pred_uncond + base + at, mask=at < ELEMENTS, other=0.0)
+        difference = cond.to(tl.float32) - uncond.to(tl.float32)
+        squares += tl.sum(tl.reshape(difference * difference, (BLOCK // 4, 4)), axis=1)
+        along += tl.sum(
+            tl.reshape(difference * gradients[i].to(tl.float32), (BLOCK // 4, 4)), axis=1
+        )
+    return tl.sum(squares, axis=0), tl.sum(along, axis=0)
+
+
+@triton.jit
+def _partial(partials, sample, index, SUMS: tl.constexpr, PARTS: tl.constexpr):
+    """One of the sums of a split sample."""
+    part = tl.arange(0, PARTS)
+    source = partials + (sample * tl.num_programs(1) + part) * SUMS + index
+    return tl.sum(tl.load(source, mask=part < tl.num_programs(1), other=0.0), axis=0)
 
 
 @triton.jit
@@ -114,30 +176,44 @@ def _quantile(x0s, below, fraction, CHUNKS: tl.constexpr):
 def _predict(
     state,
     gradient,
+    cond,
+    uncond,
     pred_cond,
     pred_uncond,
     base,
     at,
     scale,
     grad_scale,
+    label_scale,
     finite,
     alpha,
     sigma,
     ELEMENTS: tl.constexpr,
     GUIDED: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    HOLD: tl.constexpr,
     RELATIVE: tl.constexpr,
     PREDICTION: tl.constexpr,
 ):
-    """x0 and eps of one chunk, in fp32."""
+    """x0 and eps of one chunk, in fp32. HOLD: its predictions are `cond` and `uncond`."""
     inside = at < ELEMENTS
     state = state.to(tl.float32)
-    pred = tl.load(pred_cond + base + at, mask=inside, other=0.0).to(tl.float32)
+    if HOLD:
+        pred = cond.to(tl.float32)
+    else:
+        pred = tl.load(pred_cond + base + at, mask=inside, other=0.0).to(tl.float32)
     if pred_uncond is not None:
-        uncond = tl.load(pred_uncond + base + at, mask=inside, other=0.0).to(tl.float32)
-        pred = uncond + scale * (pred - uncond)
+        if HOLD:
+            without = uncond.to(tl.float32)
+        else:
+            without = tl.load(pred_uncond + base + at, mask=inside, other=0.0).to(tl.float32)
+        difference = pred - without
+        pred = without + scale * difference
     if GUIDED:
         # A choice, not a product: zero times NaN is NaN.
         shift = tl.where(finite, grad_scale * gradient.to(tl.float32), 0.0)
+        if ANCHORED:
+            shift = tl.where(label_scale != 0.0, shift + label_scale * difference, shift)
         if RELATIVE:
             state += shift
     if PREDICTION == 0:
@@ -211,6 +287,7 @@ def guided_step_kernel(
     step,
     cfg_scale,
     omega,
+    anchor,
     ids,
     seed,
     skipped,
@@ -224,9 +301,11 @@ def guided_step_kernel(
     SEED_AT: tl.constexpr,
     CFG_STRIDE: tl.constexpr,
     OMEGA_STRIDE: tl.constexpr,
+    ANCHOR_STRIDE: tl.constexpr,
     RELATIVE: tl.constexpr,
     PREDICTION: tl.constexpr,
     LIMIT: tl.constexpr,
+    HOLD: tl.constexpr,
     PARTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -234,8 +313,9 @@ def guided_step_kernel(
     """CHUNKS * BLOCK elements of one sample a program. A tensor that is None drops its term at
     compile time.
 
-    STEP_AT and SEED_AT: the argument is a pointer. CFG_STRIDE and OMEGA_STRIDE: 0 or 1 for a
-    pointer, -1 for a number.
+    STEP_AT and SEED_AT: the argument is a pointer. CFG_STRIDE, OMEGA_STRIDE and ANCHOR_STRIDE: 0 or
+    1 for a pointer, -1 for a number. HOLD: an anchored step keeps the predictions too, from their
+    sums on.
     PARTS: the partial sums of a split sample, rounded up to a power of two.
     """
     sample = tl.program_id(0).to(tl.int64)
@@ -252,6 +332,15 @@ def guided_step_kernel(
             gradients = gradients + (tl.load(grad + base + at, mask=at < ELEMENTS, other=0.0),)
     if grad is None:
         gradients = states
+    conds = states
+    unconds = states
+    if HOLD:
+        conds = ()
+        unconds = ()
+        for i in tl.static_range(CHUNKS):
+            at = start + i * BLOCK + lane
+            conds = conds + (tl.load(pred_cond + base + at, mask=at < ELEMENTS, other=0.0),)
+            unconds = unconds + (tl.load(pred_uncond + base + at, mask=at < ELEMENTS, other=0.0),)
 
     row = (tl.load(step) if STEP_AT else step).to(tl.int64)
     legal = (row >= 0) & (row < steps)
@@ -260,73 +349,119 @@ def guided_step_kernel(
     alpha, sigma = tl.load(column) + nowhere, tl.load(column + 1) + nowhere
     scale = cfg_scale if CFG_STRIDE < 0 else tl.load(cfg_scale + sample * CFG_STRIDE)
     grad_scale = 0.0
+    label_scale = 0.0
     finite = True
     if grad is not None:
         if partials is None:
+            if anchor is not None:
+                label_squares, along = _label_sums(
+                    gradients,
+                    conds,
+                    unconds,
+                    pred_cond,
+                    pred_uncond,
+                    base,
+                    start,
+                    ELEMENTS,
+                    HOLD,
+                    CHUNKS,
+                    BLOCK,
+                )
             state_squares = _sum_of_squares(states, CHUNKS)
             squares = _sum_of_squares(gradients, CHUNKS)
         else:
-            part = tl.arange(0, PARTS)
-            source = partials + (sample * tl.num_programs(1) + part) * 2
-            state_squares = tl.sum(
-                tl.load(source, mask=part < tl.num_programs(1), other=0.0), axis=0
-            )
-            squares = tl.sum(tl.load(source + 1, mask=part < tl.num_programs(1), other=0.0), axis=0)
+            SUMS: tl.constexpr = 2 if anchor is None else 4
+            state_squares = _partial(partials, sample, 0, SUMS, PARTS)
+            squares = _partial(partials, sample, 1, SUMS, PARTS)
+            if anchor is not None:
+                label_squares = _partial(partials, sample, 2, SUMS, PARTS)
+                along = _partial(partials, sample, 3, SUMS, PARTS)
         finite = squares <= LARGEST
         strength = omega if OMEGA_STRIDE < 0 else tl.load(omega + sample * OMEGA_STRIDE)
         norm = tl.sqrt(state_squares) / (tl.sqrt(squares) + 1e-8) if RELATIVE else sigma
         grad_scale = strength * norm
-        if skipped is not None:
-            tl.atomic_add(
-                skipped,
-                1,
-                mask=(start == 0) & ((squares > LARGEST) | (squares != squares)),
-                sem="relaxed",
+        broken = (squares > LARGEST) | (squares != squares)
+        if anchor is not None:
+            kappa = anchor if ANCHOR_STRIDE < 0 else tl.load(anchor + sample * ANCHOR_STRIDE)
+            finite = finite & ((kappa == 0.0) | (label_squares <= LARGEST))
+            broken = finite == False  # noqa: E712 (a tensor)
+            anchored = (
+                finite
+                & (kappa != 0.0)
+                & (squares >= SMALLEST_SQUARES)
+                & (label_squares >= SMALLEST_SQUARES)
             )
+            length = tl.where(anchored, tl.sqrt(squares), 1.0)
+            toward = (1.0 if PREDICTION == 2 else -1.0) / tl.where(
+                anchored, tl.sqrt(label_squares), 1.0
+            )
+            if RELATIVE:
+                cosine = along * toward / length
+                cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))
+                reach = tl.sqrt((1.0 - kappa) * (1.0 - kappa) + 2.0 * kappa * (1.0 + cosine))
+                reach = tl.where(reach < SHORTEST_LENGTH, SHORTEST_LENGTH, reach)
+                grad_scale = tl.where(anchored, grad_scale / reach, grad_scale)
+            share = kappa * length * toward
+            label_scale = tl.where(anchored, grad_scale * share, 0.0)
+        if skipped is not None:
+            tl.atomic_add(skipped, 1, mask=(start == 0) & broken, sem="relaxed")
 
     # With a quantile to find, x0 and eps of all chunks stay, and a thread has no registers for the
     # next chunk's loads. The compiler moves none across a loop. This one runs once: num_programs(1)
-    # is 1 then, which only the launch knows.
+    # is 1 then, which only the launch knows. With an anchor it also keeps the second reading of the
+    # predictions apart from the first: they would be joined, and what was read held.
+    AGAIN: tl.constexpr = anchor is not None and partials is None and not HOLD
     x0s = ()
     epss = ()
     for i in tl.static_range(CHUNKS):
         at = start + i * BLOCK + lane
-        if LIMIT == 2:
+        if LIMIT == 2 or AGAIN:
             x0, eps = states[i].to(tl.float32), gradients[i].to(tl.float32)
             for _ in range(tl.num_programs(1)):
                 x0, eps = _predict(
                     x0,
                     eps,
+                    conds[i],
+                    unconds[i],
                     pred_cond,
                     pred_uncond,
                     base,
                     at,
                     scale,
                     grad_scale,
+                    label_scale,
                     finite,
                     alpha,
                     sigma,
                     ELEMENTS,
                     grad is not None,
+                    anchor is not None,
+                    HOLD,
                     RELATIVE,
                     PREDICTION,
                 )
-            x0 = tl.where(at < ELEMENTS, x0, float("inf"))
+            if LIMIT == 2:
+                x0 = tl.where(at < ELEMENTS, x0, float("inf"))
         else:
             x0, eps = _predict(
                 states[i],
                 gradients[i],
+                conds[i],
+                unconds[i],
                 pred_cond,
                 pred_uncond,
                 base,
                 at,
                 scale,
                 grad_scale,
+                label_scale,
                 finite,
                 alpha,
                 sigma,
                 ELEMENTS,
                 grad is not None,
+                anchor is not None,
+                HOLD,
                 RELATIVE,
                 PREDICTION,
             )
@@ -375,21 +510,26 @@ def guided_step_kernel(
 
 
 def settings(
-    elements: int, itemsize: int, quantile: bool = False, noise: bool = False
+    elements: int,
+    itemsize: int,
+    quantile: bool = False,
+    noise: bool = False,
+    anchored: bool = False,
 ) -> tuple[int, int, int]:
     """Chunks, elements of a chunk and warps of a program, for tensors whose narrowest item has
     `itemsize` bytes.
 
     A thread takes 16 bytes of each tensor and chunk. The search for a quantile takes twice as many
-    threads, where there are; with noise on top, a thread has registers for four elements a chunk, 8
+    threads, where there are, and so does an anchor; with either and more than 8,192 elements (with
+    a quantile alone, where there is noise) a thread has registers for four elements a chunk, 8
     bytes where an item has two. The audit shows that no setting spills.
     """
     if elements > WHOLE:
         return 1, SPLIT, 16
-    if quantile and noise and elements > WHOLE // 2:
+    if elements > WHOLE // 2 and (anchored or (quantile and noise)):
         itemsize = 4
     width = max(next_power(elements), 16)
-    warps = min(max(width // (256 if quantile else 512), 1), 32)
+    warps = min(max(width // (256 if quantile or anchored else 512), 1), 32)
     chunks = max(1, width // (warps * 32 * (16 // itemsize)))
     return chunks, width // chunks, warps
 
@@ -402,7 +542,7 @@ def launch(call: Call) -> None:
         return
     inputs = tuple(map(dispatch.contiguous, call.inputs))
     targets = [dispatch.contiguous(tensor) for tensor in (call.out, call.x0_out)]
-    partials = _norms(cast(Tensor, inputs[0]), inputs[3]) if elements > WHOLE else None
+    partials = _norms(inputs, call.anchor is not None) if elements > WHOLE else None
     limit = Limit(0 if math.isinf(options.clip) else 1, options.clip)
     if options.threshold_ratio >= 0:
         position = options.threshold_ratio * (elements - 1)
@@ -419,16 +559,21 @@ def launch(call: Call) -> None:
     call.deliver(targets)
 
 
-def _norms(x: Tensor, grad: Tensor | None) -> Tensor | None:
-    """The partial sums of split samples, (B, blocks, 2)."""
+def _norms(inputs: Sequence[Tensor | None], anchored: bool) -> Tensor | None:
+    """The partial sums of split samples, (B, blocks, 2), with an anchor (B, blocks, 4)."""
+    x, pred_cond, pred_uncond, grad, _ = inputs
     if grad is None:
         return None
+    assert x is not None
     samples = x.shape[0]
     elements = math.prod(x.shape[1:])
     _, block, warps = settings(elements, x.element_size())
     blocks = -(-elements // block)
-    partials = torch.empty((samples, blocks, 2), dtype=torch.float32, device=x.device)
-    norms_kernel[(samples, blocks)](x, grad, partials, elements, block, num_warps=warps)
+    partials = x.new_empty((samples, blocks, 4 if anchored else 2), dtype=torch.float32)
+    predictions = (pred_cond, pred_uncond) if anchored else (None, None)
+    norms_kernel[(samples, blocks)](
+        x, grad, *predictions, partials, elements, block, num_warps=warps
+    )
     return partials
 
 
@@ -446,12 +591,13 @@ def _launch(
     samples = call.x.shape[0]
     elements = math.prod(call.x.shape[1:])
     x, pred_cond, pred_uncond, grad, x0_prev = inputs
-    cfg_scale, omega = (
-        v.contiguous() if isinstance(v, Tensor) else v for v in (call.cfg_scale, call.omega)
+    cfg_scale, omega, anchor = (
+        v.contiguous() if isinstance(v, Tensor) else v
+        for v in (call.cfg_scale, call.omega, call.anchor)
     )
     itemsize = min(tensor.element_size() for tensor in inputs if tensor is not None)
     chunks, block, warps = settings(
-        elements, itemsize, limit.kind == 2, call.sample_ids is not None
+        elements, itemsize, limit.kind == 2, call.sample_ids is not None, anchor is not None
     )
     parts = -(-elements // (chunks * block))
     guided_step_kernel[(samples, parts)](
@@ -467,6 +613,7 @@ def _launch(
         call.step,
         cfg_scale,
         omega,
+        anchor,
         dispatch.contiguous(call.sample_ids),
         call.seed,
         call.skipped,
@@ -480,9 +627,11 @@ def _launch(
         isinstance(call.seed, Tensor),
         _stride(cfg_scale),
         _stride(omega),
+        _stride(anchor),
         call.options.mode == "relative",
         PREDICTIONS[call.options.prediction],
         limit.kind,
+        anchor is not None and elements <= HELD,
         next_power(parts),
         chunks,
         block,
@@ -490,5 +639,5 @@ def _launch(
     )
 
 
-def _stride(value: float | Tensor) -> int:
+def _stride(value: float | Tensor | None) -> int:
     return value.dim() if isinstance(value, Tensor) else -1
