@@ -63,8 +63,14 @@ FORWARD = (
     Tiles(128, 64, 4, 3),
     Tiles(64, 64, 4, 3, "values"),
     Tiles(64, 64, 4, 3, "all"),
+    Tiles(128, 64, 8, 3),
+    Tiles(128, 128, 8, 2),
 )
-BACKWARD = Tiles(64, 64, 4, 2)
+# of the pass over the keys of each query, and of that over the queries of each key
+BACKWARD = (
+    (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    (Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)),
+)
 
 
 def lanes(head_size: int) -> tuple[int, int]:
@@ -437,29 +443,33 @@ def backward(
     logs: Tensor,
     *,
     one_pass: bool,
-    tiles: Tiles = BACKWARD,
+    tiles: tuple[Tiles, Tiles] = BACKWARD[0],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, each (B, H, T, d) of memory (B, T, H, d)."""
     dout, q, k, v = map(_readable, (dout, q, k, v))
     b, h, queries, d = q.shape
     keys = k.shape[2]
-    common = _common(q, tiles)
-    query_blocks, key_blocks = -(-queries // tiles.queries), -(-keys // tiles.keys)
+    of_queries, of_keys = tiles
+    common = _common(q, of_queries)
+    query_blocks, key_blocks = -(-queries // of_queries.queries), -(-keys // of_keys.keys)
     sums = torch.empty_like(logs)
     products_kernel[(b * h * query_blocks,)](out, dout, sums, *_strides(dout), queries, **common)
     dk, dv = _new(k), _new(v)
     dq = _new(q, torch.float32).zero_() if one_pass else _new(q)
     strides = _strides(q, k, v, dout)
     given: list[Any] = [*strides, queries, keys, LOG2_E / math.sqrt(d), 1 / math.sqrt(d)]
-    common["N"] = tiles.keys
     if not one_pass:
         queries_kernel[(b * h * query_blocks,)](
-            *(q, k, v, dout, logs, sums, dq, *given), **common, EVEN=keys % tiles.keys == 0
+            *(q, k, v, dout, logs, sums, dq, *given),
+            **common,
+            N=of_queries.keys,
+            EVEN=keys % of_queries.keys == 0,
         )
-    even = queries % tiles.queries == 0 and keys % tiles.keys == 0
+    even = queries % of_keys.queries == 0 and keys % of_keys.keys == 0
     keys_kernel[(b * h * key_blocks,)](
         *(q, k, v, dout, logs, sums, dq if one_pass else None, dk, dv, *given),
-        **common,
+        **_common(q, of_keys),
+        N=of_keys.keys,
         EVEN=even,
     )
     return dq.to(q.dtype), dk, dv
@@ -467,33 +477,48 @@ def backward(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, one_pass: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Tiles,
+        back: tuple[Tiles, Tiles],
+        one_pass: bool,
+    ) -> Tensor:
         out, logs = forward(q, k, v, tiles, taped=True)
         ctx.save_for_backward(q, k, v, out, logs)
-        ctx.one_pass = one_pass
+        ctx.given = {"tiles": back, "one_pass": one_pass}
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(grads[0], *ctx.saved_tensors, one_pass=ctx.one_pass), None, None
+        return *backward(grads[0], *ctx.saved_tensors, **ctx.given), None, None, None
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles = FORWARD[0], *, one_pass: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tiles = FORWARD[0],
+    *,
+    back: tuple[Tiles, Tiles] = BACKWARD[0],
+    one_pass: bool = False,
 ) -> Tensor:
     """softmax(q k^T / sqrt d) v, where what ``dpfast.generate.models.attention.attend`` takes.
 
     Args:
         q, k, v: (B, H, T, d), (B, H, S, d), (B, H, S, d) in fp16 or bf16, views of (B, T, H d) at
             best, others are copied. d: as `lanes` takes it.
-        tiles: of the forward pass. one_pass: form of the backward pass.
+        tiles: of the forward pass. back: of the two passes of the backward pass. one_pass: whether
+            the second of them alone makes all gradients.
 
     Returns:
         (B, H, T, d), a view of (B, T, H, d). Differentiable once.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        return _Attention.apply(q, k, v, tiles, one_pass)  # type: ignore[no-any-return]
+        return _Attention.apply(q, k, v, tiles, back, one_pass)  # type: ignore[no-any-return]
     return forward(q, k, v, tiles)[0]
 
 

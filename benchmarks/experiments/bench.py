@@ -133,10 +133,16 @@ def attention_case(
 
     ours: dict[str, Callable[[], Results]] = {}
     for tiles in forms:
-        for one_pass in (False, True) if backward else (False,):
-            passes = "" if not backward else ", in one pass" if one_pass else ", in two passes"
-            function = partial(attention.attention, tiles=tiles, one_pass=one_pass)
-            ours[f"{tiles}{passes}"] = partial(run, function)
+        if not backward:
+            ours[str(tiles)] = partial(run, partial(attention.attention, tiles=tiles))
+            continue
+        for back in attention.BACKWARD:
+            for one_pass in (False, True):
+                name = f"gradients {back[1]}" if one_pass else f"gradients {back[0]}; {back[1]}"
+                function = partial(attention.attention, tiles=tiles, back=back, one_pass=one_pass)
+                ours[f"{name}, in {'one pass' if one_pass else 'two passes'}"] = partial(
+                    run, function
+                )
     useful = attention.flops(samples, heads, queries, keys, head_size)
     if backward:
         useful += attention.flops(samples, heads, queries, keys, head_size, backward=True)
@@ -216,7 +222,7 @@ def cases(device: torch.device) -> dict[str, Maker]:
 def odd_cases() -> dict[str, Maker]:
     """Sizes that fit no tile, and some that do, on a CPU in the interpreter."""
     made: dict[str, Maker] = {}
-    two = attention.BACKWARD
+    two = attention.Tiles(64, 64, 4, 2)
     forms = (two, replace(two, whole="values"), replace(two, whole="all"))
     bf16 = partial(attention_case, device=CPU, forms=forms)
     fp16 = partial(bf16, dtype=torch.float16)

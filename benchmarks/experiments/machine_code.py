@@ -65,17 +65,16 @@ def geglu_variant(tiles: geglu_product.Tiles) -> Variant:
 
 def variants() -> list[Variant]:
     """The kernels that a GPU would time."""
-    block = attention.BACKWARD
     found = []
     for head_size in (40, 72, 80):
         forms = attention.FORWARD if head_size == 40 else attention.FORWARD[:2]
         found += [attention_variant(attention.forward_kernel, head_size, tiles) for tiles in forms]
-        for kernel, changes in (
-            (attention.queries_kernel, {}),
-            (attention.keys_kernel, {}),
-            (attention.keys_kernel, {"dq": "*fp32"}),
-        ):
-            found.append(attention_variant(kernel, head_size, block, **changes))
+        for of_queries, of_keys in attention.BACKWARD:
+            found += [
+                attention_variant(attention.queries_kernel, head_size, of_queries),
+                attention_variant(attention.keys_kernel, head_size, of_keys),
+                attention_variant(attention.keys_kernel, head_size, of_keys, dq="*fp32"),
+            ]
     return [*found, *map(geglu_variant, geglu_product.TILES)]
 
 

@@ -187,22 +187,25 @@ def test_a_head_of_40_costs_tensor_cores_the_lanes_of_its_tiles(tiles):
     assert report.local_bytes == 0
     work = machine_code.operations(report) / machine_code.useful(variant)
     assert work == pytest.approx(LANES[tiles.whole])
-    # keys and values go to shared memory past the registers, 16 bytes at a time
-    assert set(machine_code.copies(report)) == {"16"}
+    # keys and values go to shared memory past the registers, 16 bytes at a time; the narrow tile
+    # has 8 for each of 256 threads
+    most = {"16", "8"} if tiles.warps * 32 > tiles.keys * 2 else {"16"}
+    assert set(machine_code.copies(report)) == most
     assert set(report.loads) == {16}  # the queries
     assert set(report.stores) == {16}
-    assert report.occupancy >= (0.25 if tiles.queries == 64 else 0.125)
+    small = tiles.queries * tiles.keys // tiles.warps <= 64 * 64 // 4
+    assert report.occupancy >= (0.25 if small else 0.125)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dq", [None, "*fp32"], ids=["two passes", "one pass"])
 def test_the_gradients_of_keys_spill_nothing(dq):
-    kernel, tiles = attention.keys_kernel, attention.BACKWARD
-    variant = machine_code.attention_variant(kernel, 40, tiles, dq=dq)
-    report = audit.inspect(variant, 90)
-    assert report.local_bytes == 0
-    work = machine_code.operations(report) / machine_code.useful(variant)
-    assert work == pytest.approx(48 / 40)
+    for _, tiles in attention.BACKWARD:
+        variant = machine_code.attention_variant(attention.keys_kernel, 40, tiles, dq=dq)
+        report = audit.inspect(variant, 90)
+        assert report.local_bytes == 0
+        work = machine_code.operations(report) / machine_code.useful(variant)
+        assert work == pytest.approx(48 / 40)
 
 
 @needs_compiler
