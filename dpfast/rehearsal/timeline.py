@@ -119,7 +119,8 @@ def outwaits(
 def timeline(
     recipe: Recipe, plan: Plan, *, saves: float, checkpoint_bytes: int, timeout: float
 ) -> Timeline:
-    """The whole run of a recipe on a plan's devices.
+    """The whole run of a recipe on a plan's devices, of the source "dp" or, without it, the first
+    one.
 
     saves: seconds for which the loop waits at a checkpoint; checkpoint_bytes: of one; timeout: of
     the run.
@@ -161,9 +162,13 @@ def timeline(
         newest = clock.seconds  # samples are saved while they are made
         save()
 
+    source = "dp" if "dp" in practice.sources else practice.sources[0]  # the one that is walked
+    later = unit.guided if source == "dp" else unit.unguided + unit.evaluation
+    surplus = practice.oversample if source == "prune" else 1.0
+    pool = practice.maximum_samples if source == "static" else practice.initial_samples
     save()
-    make(practice.initial_samples, unit.unguided)
-    pool, done = practice.initial_samples, 0
+    make(pool, unit.unguided)
+    done = 0
     warm = practice.iterations * recipe.learner.warmup
     for reached in evaluations:
         clock.seconds += (reached - done) * step + evaluation
@@ -175,7 +180,7 @@ def timeline(
         left = min(practice.round_samples, practice.maximum_samples - pool)
         if due and left > 0 and not recipe.learner.cooling_at(done, practice.iterations):
             save()
-            make(left, unit.guided)
+            make(int(surplus * left), later)
             pool += left
             patience.added()
         elif timer.due() or timer.overdue():

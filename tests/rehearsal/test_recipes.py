@@ -1,6 +1,7 @@
 """The ImageNet recipes go from start to end on the GPUs that people have, at their true size."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from dpfast.planning.memory import usable
 from dpfast.planning.plan import plan
 from dpfast.rehearsal import rehearse
 from dpfast.rehearsal.dry_run import MOST, dry_run_seconds
+from dpfast.rehearsal.timeline import timeline
 
 RECIPES = ("imagenet100-sd15", "imagenet1k-sd15", "imagenet1k-dit")
 PLACES = (("h100", 8), ("h100", 32), ("a100", 8), ("h200", 8), ("h100", 1), ("rtx4090", 1))
@@ -85,3 +87,26 @@ def test_the_command_prints_what_it_found(capsys):
     ):
         assert words in told
     assert "0 alive while the learner trains" in told
+
+
+def test_prune_on_ranks_goes_from_start_to_end():
+    """Two of eight ranks make the same collectives in the same order, and the clock is prune's."""
+    found = rehearse(Recipe.load("fashion", sources=("prune",)), "h100", count=8, ranks=2)
+    # so short a run waits for its checkpoints
+    assert not [each for each in found.failures if not each.startswith("checkpoints: the loop")]
+    assert not any(wait.in_step for wait in found.walks[0].waits)
+    recipe = Recipe.load("fashion", sources=("prune",), add_at=(250, 333), oversample=8.0)
+    made = plan(recipe, "h100")
+    rounds = [
+        timeline(
+            replace(recipe, practice=replace(recipe.practice, sources=(source,))),
+            made,
+            saves=0.0,
+            checkpoint_bytes=1,
+            timeout=600.0,
+        ).rounds
+        for source in ("prune", "dynamic", "static")
+    ]
+    assert rounds[0][1] == pytest.approx(8 * rounds[1][1], rel=0.15)  # in whole batches
+    assert rounds[0][0] == rounds[1][0]
+    assert len(rounds[2]) == 1
