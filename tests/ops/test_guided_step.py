@@ -9,7 +9,7 @@ import torch
 from dpfast.ops import DynamicThreshold, guided_step
 from dpfast.ops.guided_step import triton as kernel
 from dpfast.ops.noise import reference as reference_normal
-from tests.tolerances import GUIDED, HALF_ULP
+from tests.tolerances import CANCELLED, GUIDED, HALF_ULP
 
 from .conftest import INTERPRETED
 
@@ -398,6 +398,10 @@ def test_a_gradient_against_the_label_score_leaves_nothing_to_move_along(device)
     for turn, share in ((0.0, 0.0), (1 / 320, 0.1), (1 / 64, 0.5), (1 / 8, 1.0)):
         grad = 1e-3 * (difference + turn * aside)
         moved, _ = anchored((x, cond, uncond, grad), 1.0)
+        cpu = [tensor.cpu() for tensor in (x, cond, uncond, grad, solver_table(device))]
+        options = {"cfg_scale": 2.0, "omega": 0.3, "mode": "relative", "prediction": "epsilon"}
+        expected, _ = truth(*cpu, 2, anchor=1.0, **options)
+        torch.testing.assert_close(moved.cpu().double(), expected, rtol=0, atol=CANCELLED)
         length = (moved - unguided).norm().item()
         assert length == pytest.approx(share * full, rel=0.02, abs=2e-3 * full)
 
