@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import RESULTS
 from dpfast.cli.parser import Parser
+from dpfast.errors import InputError
 
 
 def new_parser(suite: str, about: str | None) -> Parser:
@@ -29,6 +31,14 @@ def add_rows(parser: argparse.ArgumentParser) -> None:
 def is_wanted(name: str, rows: str) -> bool:
     """Whether ``--rows`` asks for the row of this name."""
     return any(text in name or text == f"={name}" for text in rows.split("|"))
+
+
+def check_rows(names: Iterable[str], rows: str) -> None:
+    """Raises ``InputError`` for a text of ``--rows`` that none of the names has."""
+    known = list(names)
+    for text in rows.split("|"):
+        if not any(is_wanted(name, text) for name in known):
+            raise InputError(f"rows = {text!r}: no row has it; there are: {'; '.join(known)}")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

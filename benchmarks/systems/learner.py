@@ -28,7 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import add_device, add_record, add_rows, is_wanted, new_parser
+from benchmarks.harness.arguments import (
+    add_device,
+    add_record,
+    add_rows,
+    check_rows,
+    is_wanted,
+    new_parser,
+)
 from dpfast.cli.parser import at_least
 from dpfast.config import Learner, Recipe
 from dpfast.errors import InputError
@@ -232,13 +239,17 @@ def rows(training: Training, device: torch.device, wanted: str) -> dict[str, Ste
         "dpfast": ours,
         "dpfast, 4 micro-batches": partial(ours, micro_batch=training.size // 4),
     }
+    others: dict[str, Callable[[], Step]] = {
+        "dpfast, activation checkpointing": partial(ours, activation_checkpointing=True),
+        f"{PLAIN}, fused AdamW, compiled": partial(plain, compile=True),
+        "dpfast, compiled": partial(ours, compile=True),
+    }
+    asked = wanted.split("|")  # on a CPU by their whole names alone
+    makers |= {n: make for n, make in others.items() if device.type == "cuda" or f"={n}" in asked}
+    captured = f"{PLAIN}, fused AdamW, captured"  # by a GPU alone
+    check_rows([*makers, *others, captured], wanted)
     if device.type == "cuda":
-        makers |= {
-            "dpfast, activation checkpointing": partial(ours, activation_checkpointing=True),
-            f"{PLAIN}, fused AdamW, compiled": partial(plain, compile=True),
-            "dpfast, compiled": partial(ours, compile=True),
-            f"{PLAIN}, fused AdamW, captured": partial(plain, recorder=CudaRecorder(device)),
-        }
+        makers[captured] = partial(plain, recorder=CudaRecorder(device))
     return {name: make() for name, make in makers.items() if is_wanted(name, wanted)}
 
 

@@ -33,7 +33,14 @@ from torch import Tensor, nn
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import add_device, add_record, add_rows, is_wanted, new_parser
+from benchmarks.harness.arguments import (
+    add_device,
+    add_record,
+    add_rows,
+    check_rows,
+    is_wanted,
+    new_parser,
+)
 from benchmarks.systems.naive import Batched, Models, Predecessor
 from dpfast.cli.parser import at_least
 from dpfast.errors import InputError
@@ -587,6 +594,9 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where a row fails. Raises ``InputError`` for published sizes without a GPU."""
     options = _arguments(arguments)
     chosen, device = settings("models", options), options.device
+    # nothing is made until a row is asked for
+    names = [name for each in chosen for name in Bench(each, device).rows(Path(), "")]
+    check_rows(dict.fromkeys(names), options.rows)
     peak, failed = here().half, False
     for setting in chosen:
         setting = replace(setting, batch=options.batch_size or setting.batch)

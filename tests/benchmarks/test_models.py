@@ -270,6 +270,20 @@ def test_rows_are_chosen_by_a_part_of_their_name_or_the_whole(rows, wanted):
     assert is_wanted("dpfast, fused, eager", rows) == wanted
 
 
+@pytest.mark.parametrize(
+    ("suite", "rows", "text"),
+    [
+        ("models", "=(b) batched, eager|nosuch", "nosuch"),
+        ("models", "=dpfast", "=dpfast"),
+        ("learner", "=dpfast|=dpfast, eager", "=dpfast, eager"),
+    ],
+)
+def test_a_row_that_does_not_exist_is_named(suite, rows, text, capsys):
+    """Every text is looked at, and not only whether any row is left."""
+    assert run.main([suite, "--tiny", "--device", "cpu", "--rows", rows]) == 2
+    assert f"rows = {text!r}: no row has it; there are: " in capsys.readouterr().err
+
+
 def script(*arguments: str, python: str = "python3") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", SCRIPT, *arguments],
