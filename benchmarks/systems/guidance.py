@@ -27,12 +27,11 @@ from torch import Tensor
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import add_rows, is_wanted, new_parser
+from benchmarks.harness.arguments import add_rows, check_rows, is_wanted, new_parser
 from benchmarks.systems import fewer_steps, guidance_tables
 from benchmarks.systems.ablation import FIRST_ID
 from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
-from dpfast.errors import InputError
 from dpfast.evaluate.measures import predict
 from dpfast.files import there
 from dpfast.generate import step
@@ -102,10 +101,13 @@ def cells() -> Iterator[Cell]:
 
 
 SHORT = [Cell(0.0), Cell(0.12), Cell(0.12, projected=True), Cell(0.12, kappa=0.5)]
-ROWS = [  # of the sheet
-    *(Cell(omega) for omega in (0.0, 0.05, 0.12)),
-    *(Cell(0.12, kappa=kappa) for kappa in (0.5, 1.0)),
-]
+ROWS = {  # of the sheet
+    "unguided": Cell(0.0),
+    "omega 0.05": Cell(0.05),
+    "omega 0.12": Cell(0.12),
+    "omega 0.2": Cell(0.2),
+    "omega 0.2, kappa 0.5": Cell(0.2, kappa=0.5),
+}
 
 
 def label_score(conditional: Tensor, unconditional: Tensor, prediction: str) -> Tensor:
@@ -235,9 +237,9 @@ class Bench:
 
     def sheet(self, file: Path) -> Path:
         """Writes a picture of the same samples in each cell of ``ROWS``, a row each."""
-        rows = [self.sampled(cell, SHOWN, Watch(cell.projected))[1] for cell in ROWS]
-        names = tuple("unguided" if not c.omega else c.name for c in ROWS)
-        return contact_sheet(rows, names, "The same labels and noise under rising guidance", file)
+        rows = [self.sampled(cell, SHOWN, Watch(cell.projected))[1] for cell in ROWS.values()]
+        title = "The same labels and noise under rising guidance"
+        return contact_sheet(rows, tuple(ROWS), title, file)
 
 
 def share(hits: Tensor) -> tuple[float, float] | None:
@@ -262,11 +264,8 @@ def finished(results: Path) -> list[Record]:
 def chosen(rows: str, *, short: bool) -> list[Cell]:
     """The cells that ``--rows`` asks for."""
     every = SHORT if short else list(cells())
-    wanted = [cell for cell in every if is_wanted(cell.name, rows)]
-    if not wanted:
-        names = "; ".join(cell.name for cell in every)
-        raise InputError(f"rows = {rows!r}: no cell has it; there are: {names}")
-    return wanted
+    check_rows((cell.name for cell in every), rows)
+    return [cell for cell in every if is_wanted(cell.name, rows)]
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:

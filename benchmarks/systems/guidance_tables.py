@@ -154,8 +154,8 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
 
 
 # Okabe and Ito's colours, as of all figures
-ANCHORS = ("#D55E00", "#CC79A7", "#009E73", "#0072B2", "#56B4E9")  # of rising kappa
-GREYS = ("#374151", "#6b7280", "#9ca3af")  # of rising CFG
+ANCHORS = {0: "#D55E00", 0.25: "#CC79A7", 0.5: "#009E73", 1: "#0072B2", 2: "#56B4E9"}
+GREYS = {2: "#9ca3af", 2.5: "#6b7280", 3.5: "#374151"}  # of CFG without an anchor
 
 
 def figure(forms: dict[str, list[Line]]) -> Figure:
@@ -167,16 +167,16 @@ def figure(forms: dict[str, list[Line]]) -> Figure:
     for judge, (axes, name) in enumerate(zip(panels, JUDGES, strict=True)):
         styled(axes, "entropy of the learner, nats", "label agreement, %" if judge == 0 else "")
         axes.set_title(name, fontsize=10, color=MUTED)
-        anchors, greys = iter(ANCHORS), iter(GREYS)
         for lines in forms.values():
             line = lines[-1]
             if line["projected"]:
                 style: Line = {"color": "#E69F00", "ls": ":", "label": "projected"}
             elif line["cfg_scale"] != 1.5:
                 label = f"kappa 0, CFG {line['cfg_scale']:g}"
-                style = {"color": next(greys), "ls": "--", "label": label}
+                style = {"color": GREYS[line["cfg_scale"]], "ls": "--", "label": label}
             else:
-                style = {"color": next(anchors), "ls": "-", "label": f"kappa {line['kappa']:g}"}
+                kappa = line["kappa"]
+                style = {"color": ANCHORS[kappa], "ls": "-", "label": f"kappa {kappa:g}"}
             agreement = [_column(each, "agreement", judge) for each in lines]
             axes.errorbar(
                 [each["entropy"][0] for each in lines],

@@ -173,7 +173,7 @@ def test_forms_are_compared_where_their_entropies_are_equal(results):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--rows", "kappa 7"], "rows = 'kappa 7': no cell has it; there are: CFG 1.5, kappa 0, "),
+        (["--rows", "kappa 7"], "rows = 'kappa 7': no row has it; there are: CFG 1.5, kappa 0, "),
         (["--count", "1"], "count = 1: expected a whole number of at least 2"),
         (["nowhere"], "learner = 'nowhere': not the folder of a finished run"),
         (["--omega", "0.1"], "--omega: no such option"),
