@@ -108,11 +108,6 @@ class LearnerGradient:
             raise TypeError(
                 f"guidance is a {type(self.guidance).__name__}, expected a GuidanceConfig"
             )
-        if self.guidance.cfg_scale is not None:
-            raise InputError(
-                f"guidance has cfg_scale = {self.guidance.cfg_scale:g}: expected None, the "
-                "pipeline says its own scale"
-            )
         if self.chunk is not None and self.chunk < 1:
             raise InputError(f"chunk = {self.chunk}: expected at least 1, or None")
         self.decoder = decoder_of(self.decoder)

@@ -271,12 +271,6 @@ class Guidance(Section):
         help="how strongly the generator's own label score, which classifier-free guidance has "
         "computed, joins the criterion's gradient, both of length 1; 0: the paper's guidance",
     )
-    guided_cfg_scale: float | None = option(
-        None,
-        low=0,
-        unset="cfg_scale",
-        help="scale of classifier-free guidance of guided samples, where it is to be another",
-    )
 
     def check(self) -> None:
         _check(self.start < self.until, "until", self.until, f"above start ({self.start:g})")
@@ -723,13 +717,10 @@ class Recipe(Section):
         _check(apart, "criterion", criterion, wanted)
 
     def _check_cfg(self, omegas: tuple[float, ...]) -> None:
-        """Raises ``RecipeError`` where guided samples are told two scales of classifier-free
-        guidance, and where they are anchored without any.
+        """Raises ``RecipeError`` where guided samples are anchored without classifier-free
+        guidance.
         """
-        guidance, rounds = self.guidance, self.practice.cfg_scale_rounds
-        wanted = f"none with cfg_scale_rounds = {rounds}: one of the two"
-        twice = guidance.guided_cfg_scale is not None and rounds
-        _check(not twice, "guided_cfg_scale", guidance.guided_cfg_scale, wanted)
+        guidance = self.guidance
         if not guidance.anchor:
             return
         wanted = f"0 with omega_rounds = {omegas}, of which one lowers the criterion"
@@ -738,17 +729,11 @@ class Recipe(Section):
             "0 where guided samples have cfg_scale = 1: it needs the two predictions of "
             "classifier-free guidance"
         )
-        scales = rounds or (self.guided_cfg_scale,)
+        scales = self.practice.cfg_scale_rounds or (self.generator.cfg_scale,)
         last = max(len(omegas), len(scales))  # round from which on both schedules stay
         each = zip(_lasting(omegas, last), _lasting(scales, last), strict=True)
         without = any(omega and scale == 1 for omega, scale in each)
         _check(not without, "anchor", guidance.anchor, wanted)
-
-    @property
-    def guided_cfg_scale(self) -> float:
-        """The scale of classifier-free guidance where the learner guides, before any schedule."""
-        own = self.guidance.guided_cfg_scale
-        return self.generator.cfg_scale if own is None else own
 
     def need_folders(self, *names: str) -> None:
         """Raises ``RecipeError`` with the options of all fields of ``names`` whose folder its user

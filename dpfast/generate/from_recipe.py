@@ -144,7 +144,6 @@ def new_sampler(
         through=guidance.through,
         criterion=criterion or guidance.criterion,
         anchor=guidance.anchor,
-        cfg_scale=guidance.guided_cfg_scale,
     )
     if not isinstance(pipeline, Pipeline):
         return pipeline.sampler(learner, guidance=config, seed=recipe.seed)

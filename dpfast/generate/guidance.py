@@ -56,7 +56,6 @@ class GuidanceConfig:
     anchor: kappa, how strongly the generator's own label score joins the criterion's gradient, both
         of length 1; 0: the paper's guidance. A guided step without classifier-free guidance has no
         such score, and is the paper's. Only where omega raises the criterion.
-    cfg_scale: of classifier-free guidance in guided batches; None: the sampler's own.
 
     Raises ``InputError`` for a value out of range, ``TypeError`` for one of another kind.
     """
@@ -69,7 +68,6 @@ class GuidanceConfig:
     through: Through = "denoiser"
     criterion: str | Criterion = "entropy"
     anchor: float = 0.0
-    cfg_scale: float | None = None
 
     def __post_init__(self) -> None:
         check.number("omega", self.omega)
@@ -89,8 +87,6 @@ class GuidanceConfig:
                 f"anchor = {self.anchor:g}: expected 0 with omega = {self.omega:g}, which lowers "
                 "the criterion"
             )
-        if self.cfg_scale is not None:
-            check.number("cfg_scale", self.cfg_scale)
 
     def steps(self, total: int) -> frozenset[int]:
         """The indices of the guided steps among ``total``, whatever omega is."""

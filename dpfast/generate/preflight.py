@@ -96,15 +96,14 @@ def checked_request(
     first_id: int,
     omega: float | Tensor,
     anchor: float | Tensor,
-    cfg_scales: tuple[float, float],
+    cfg_scale: float,
     *,
     pipeline: Pipeline,
     path: GuidancePath | None,
 ) -> Request:
     """Checks what samples are asked for, and moves it to the device.
 
-    sample_ids: None counts up from ``first_id``; cfg_scales: of unguided samples and of guided
-    ones; path: None without a learner.
+    sample_ids: None counts up from ``first_id``; path: None without a learner.
 
     Raises ``TypeError`` for values of another kind, ``InputError`` for other shapes, for what is
     not finite, for a label that the generator does not know, and for an anchor that is negative or
@@ -133,8 +132,7 @@ def checked_request(
     )
     if bool((anchors < 0).any()):
         raise InputError(f"anchor = {float(anchors.min()):g}: expected at least 0")
-    for scale in cfg_scales:
-        check.number("cfg_scale", scale)
+    check.number("cfg_scale", cfg_scale)
     # Everything is looked at where it was given: what comes from the host costs no wait for the
     # device.
     guided = path is not None and bool(omegas.any())
@@ -156,7 +154,7 @@ def checked_request(
         ids,
         omegas.expand(len(labels)).contiguous(),
         anchors.expand(len(labels)).contiguous() if anchored else None,
-        cfg_scales[guided],
+        cfg_scale,
         guided,
     )
 

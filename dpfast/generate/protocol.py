@@ -63,8 +63,8 @@ class OwnPipeline(Protocol):
 
         Args:
             learner: images (B, C, H, W) in [-1, 1] to logits (B, K), read live; None: unguided.
-            guidance: what the recipe's [guidance] says, with the criterion. Its anchor and its
-                cfg_scale are the sampler's to take: a loop says the scale of each round as well.
+            guidance: what the recipe's [guidance] says, with the criterion. Its anchor is the
+                sampler's to take.
             seed: the recipe's.
         """
         ...

@@ -58,8 +58,7 @@ class GuidedSampler:
             guides; None: unguided.
         guidance: strength, schedule and criterion; ignored without a learner.
         steps, solver, eta: of the trajectory, as in ``Pipeline.table``.
-        cfg_scale: diffusers' convention; 1 switches classifier-free guidance off. Guided batches
-            have that of ``guidance`` where it has one.
+        cfg_scale: diffusers' convention; 1 switches classifier-free guidance off.
         cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the
             steps. A step outside runs the conditional prediction alone, for half the price.
         cache_interval: of a run of unguided steps every one so many runs the whole denoiser, the
@@ -172,7 +171,7 @@ class GuidedSampler:
     def variants(self, *, guided: bool, cfg_scale: float | None = None) -> tuple[Variant, ...]:
         """The variant of each step of a trajectory; cfg_scale: None is the configured one."""
         total = len(self.table)
-        scale = self._scales(cfg_scale)[guided]
+        scale = self.cfg_scale if cfg_scale is None else cfg_scale
         has_cfg = scale != 1 and self.pipeline.denoiser.null_label is not None
         guided_steps = self.guidance.steps(total) if guided else frozenset()
         cfg_steps = interval_steps(total, *self.cfg_interval) if has_cfg else range(0)
@@ -348,7 +347,7 @@ class GuidedSampler:
             first_id,
             self.guidance.omega if omega is None else omega,
             self.guidance.anchor if anchor is None else anchor,
-            self._scales(cfg_scale),
+            self.cfg_scale if cfg_scale is None else cfg_scale,
             pipeline=self.pipeline,
             path=self.parts.path,
         )
@@ -356,7 +355,7 @@ class GuidedSampler:
             self.pipeline.folder,
             self.pipeline.denoiser.null_label is not None,
             request.cfg_scale,
-            tuple(self.cfg_interval) if self._scales() == (1, 1) else (0, 1),
+            tuple(self.cfg_interval) if request.cfg_scale == self.cfg_scale else (0, 1),
         )
         self.runner.check_learner()
         return request
@@ -375,16 +374,9 @@ class GuidedSampler:
             self.guidance.anchor if anchor is None else anchor,
             self.pipeline,
             self.variants(guided=True, cfg_scale=cfg_scale)[step:],
-            self._scales(cfg_scale)[True],
+            self.cfg_scale if cfg_scale is None else cfg_scale,
             self.cfg_interval,
         )
-
-    def _scales(self, given: float | None = None) -> tuple[float, float]:
-        """The scale of classifier-free guidance of unguided and of guided samples."""
-        if given is not None:
-            return given, given
-        own = self.guidance.cfg_scale
-        return self.cfg_scale, self.cfg_scale if own is None else own
 
     def _not_finite(self, ids: list[int], lost: list[int]) -> InputError:
         """What to say of samples ``ids`` of which so many lost their latents, and their images."""

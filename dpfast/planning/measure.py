@@ -33,6 +33,7 @@ from dpfast.pool.pool import SamplePool
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
 from dpfast.sources.guided_methods import GuidedRequest, guided_method
+from dpfast.sources.source import scheduled
 
 EVALUATED = 500  # images
 SECONDS = 20.0  # of all stages together, an even part each
@@ -113,7 +114,7 @@ def measure(
             start=len(pool),
             done=0,
             omega=recipe.guidance.omega,
-            cfg_scale=recipe.guided_cfg_scale,
+            cfg_scale=scheduled(1, recipe.practice.cfg_scale_rounds, recipe.generator.cfg_scale),
             learner_step=0,
         )
         yield lambda: list(way.make(wanted, Cost()))

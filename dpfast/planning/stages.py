@@ -28,6 +28,7 @@ from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.learn.models import build_learner, guiding
 from dpfast.planning.training import Training, count_learner
 from dpfast.sources.guided_methods import early_stop, restart_step
+from dpfast.sources.source import scheduled
 
 META = torch.device("meta")
 
@@ -80,7 +81,10 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
             **recipe.learner.options,
         ).eval()
     guide = guiding(recipe.guidance.criterion, learner, learner).eval()
-    sampler = new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False)
+    # all rounds are counted as the first one, whose scale may switch the guidance off or on
+    scale = scheduled(1, recipe.practice.cfg_scale_rounds, recipe.generator.cfg_scale)
+    rounds = replace(recipe, generator=replace(recipe.generator, cfg_scale=scale))
+    sampler = new_sampler(rounds, pipeline, guide, compile=False, cuda_graphs=False)
     batch = recipe.generator.batch_size
     decode = finish_function(sampler.parts)
     image = tuple(decode(sampler.runner.blank(1).x).images.shape[1:])

@@ -81,7 +81,6 @@ RULES: dict[str, tuple[str, str]] = {
     "criterion": (FIXED, SAMPLES),
     "guide_with": (FIXED, SAMPLES),
     "anchor": (FIXED, SAMPLES),
-    "guided_cfg_scale": (FIXED, SAMPLES),
     # the learner
     "model": (FIXED, "its weights are in the checkpoint"),
     "options": (FIXED, "they shape the weights in the checkpoint"),

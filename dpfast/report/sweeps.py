@@ -80,8 +80,7 @@ def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
     points = [] if study is None else points_of_study(study)
     static = {_twin(p): p.accuracy for p in points if p.source == "static"}
     for point in points:
-        scaled = point.fields.get("cfg_scale_rounds") or point.fields.get("guided_cfg_scale")
-        usual = not scaled and "add_at" in point.fields
+        usual = not point.fields.get("cfg_scale_rounds") and "add_at" in point.fields
         if point.source == "dp" and usual and _twin(point) in static:
             key = (float(point.fields["omega"]), float(point.fields.get("anchor") or 0))
             gains[key].append(100 * (point.accuracy - static[_twin(point)]))

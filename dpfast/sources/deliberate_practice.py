@@ -56,11 +56,6 @@ class DeliberatePracticeSource(DynamicSource):
             else 0.0
         )
 
-    def cfg_scale(self, number: int) -> float:
-        guided, recipe = self.omega(number), self.recipe
-        usual = recipe.guided_cfg_scale if guided else recipe.generator.cfg_scale
-        return scheduled(number, recipe.practice.cfg_scale_rounds, usual)
-
     def steps(self, number: int) -> int:
         return self.method.steps if self.omega(number) else super().steps(number)
 

@@ -347,7 +347,7 @@ def check_guided_method(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> Non
     way = guided_method(recipe, sampler, sampler, lambda: SamplePool())
     if isinstance(sampler, GuidedSampler):
         sampler.guidance.check_steps(len(sampler.table))
-        for scale in recipe.practice.cfg_scale_rounds or (recipe.guided_cfg_scale,):
+        for scale in recipe.practice.cfg_scale_rounds or (recipe.generator.cfg_scale,):
             if recipe.guidance.anchor and scale != 1:  # a recipe has it where nothing is guided
                 sampler.check_anchored(scale, step=way.start)
 

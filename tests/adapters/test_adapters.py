@@ -577,12 +577,6 @@ def test_an_anchor_that_nothing_can_be_made_of_is_refused(dit, sd, sd3, learner,
         refused("the guider has no", guider.forward, 0.5 * guider._x)
 
 
-def test_the_scale_is_the_pipelines_own(sd, learner):
-    own = GuidanceConfig(omega=0.05, every=1, cfg_scale=2.5)
-    with pytest.raises(InputError, match=r"guidance has cfg_scale = 2\.5: expected None"):
-        GuidanceCallback(sd, learner, guidance=own)
-
-
 def attached(where, learner, dit, sd, sd3):
     """What an adapter does at its first guided step, with this learner."""
     x, t = noise(), torch.tensor([500, 500, 500])

@@ -80,7 +80,6 @@ def test_what_cannot_work_is_named_in_one_line(folder, options, message, request
         (["--anchor", "true"], "anchor = 'true': expected a number of at least 0"),
         (["--anchor", "0.5", "--omega", "-0.1"], "anchor = 0.5: expected 0 with omega = -0.1"),
         (["--anchor", "0.5", "--cfg-scale", "1"], "anchor = 0.5: expected 0 where guided samples"),
-        (["--guided-cfg-scale", "-1"], "guided_cfg_scale = -1.0: expected a number of at least 0"),
         (
             ["--anchor", "0.5", "--cfg-interval", "0.5,1", "--until", "0.4"],
             "anchor = 0.5: needs the two predictions of classifier-free guidance in a guided step",
@@ -95,8 +94,7 @@ def test_an_anchor_that_cannot_be_is_named_in_one_line(options, message, tmp_pat
     assert not (tmp_path / "out" / "samples.jsonl").exists()
 
 
-def test_an_anchor_and_both_scales_are_told_apart(tmp_path):
-    """--cfg-scale is the generator's, also of guided images unless they have their own."""
+def test_an_anchor_changes_images_and_0_is_none(tmp_path):
     given = ["sample", "--labels", "0", "--count", "2", "--steps", "2", "--omega", "0.1"]
 
     def images(*options):
@@ -107,10 +105,6 @@ def test_an_anchor_and_both_scales_are_told_apart(tmp_path):
     plain = images()
     assert images("--guidance.anchor", "0") == plain
     assert images("--anchor", "1") != plain
-    three = images("--cfg-scale", "3")
-    assert three != plain
-    assert images("--guided-cfg-scale", "3") == three
-    assert images("--cfg-scale", "3", "--guided-cfg-scale", "1.5") == plain
 
 
 def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, capsys):
@@ -140,7 +134,6 @@ def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, caps
         ("mode", "score"),
         ("criterion", "loss"),
         ("anchor", "0.5"),
-        ("guided_cfg_scale", "2"),
     ],
 )
 @pytest.mark.parametrize("omega", [(), ("--omega", "0")], ids=["without omega", "omega 0"])

@@ -61,21 +61,12 @@ def test_overrides_take_text_as_a_command_line_gives_it():
         ({"anchor": 0.5, "omega": -0.1}, "anchor = 0.5: expected 0 with omega = -0.1"),
         ({"anchor": 0.5, "cfg_scale": 1}, "anchor = 0.5: expected 0 where guided samples have"),
         (
-            {"anchor": 0.5, "guided_cfg_scale": 1},
-            "anchor = 0.5: expected 0 where guided samples have cfg_scale = 1",
-        ),
-        (
             {"anchor": 0.5, "omega_rounds": "0.1,-0.1"},
             "anchor = 0.5: expected 0 with omega_rounds = (0.1, -0.1)",
         ),
         (
             {"anchor": 0.5, "cfg_scale_rounds": "2,1"},
             "anchor = 0.5: expected 0 where guided samples have cfg_scale = 1",
-        ),
-        ({"guided_cfg_scale": "-1"}, "guided_cfg_scale = -1.0"),
-        (
-            {"guided_cfg_scale": 2, "cfg_scale_rounds": "2,3"},
-            "guided_cfg_scale = 2.0: expected none with cfg_scale_rounds = (2.0, 3.0)",
         ),
         ({"colour": "red"}, "colour"),
     ],
@@ -85,11 +76,6 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(overrides, named):
         Recipe.load("fashion", **overrides)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_guided_samples_have_the_generators_cfg_scale_unless_they_have_their_own():
-    assert Recipe.load("fashion", cfg_scale=3.0).guided_cfg_scale == 3.0
-    assert Recipe.load("fashion", cfg_scale=3.0, guided_cfg_scale=1.0).guided_cfg_scale == 1.0
 
 
 def test_an_anchor_needs_no_cfg_where_nothing_is_guided():

@@ -9,7 +9,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpfast.errors import InputError
-from dpfast.generate import preflight
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
@@ -270,24 +269,3 @@ def test_an_anchor_without_anything_to_be_made_of_is_refused(
         new_sampler(pixels, small).generate(LABELS)
     with pytest.raises(InputError, match=r"anchor = 0.5: guides only with a learner"):
         new_sampler(pipeline, None).generate(LABELS, anchor=0.5)
-
-
-@pytest.mark.parametrize(("plain", "own"), [(1.5, 2.5), (1.5, 1.0), (1.0, 2.5)])
-def test_guided_batches_have_the_cfg_scale_of_their_guidance(plain, own, pipeline, learner, caplog):
-    guidance = GuidanceConfig(omega=0.1, every=2, cfg_scale=own)
-    options = {"cfg_scale": plain, "cfg_interval": (0.0, 0.75)}
-    sampler = new_sampler(pipeline, learner, guidance=guidance, **options)
-    usual = replace(guidance, cfg_scale=None)
-    other = new_sampler(pipeline, learner, guidance=usual, **options)
-    preflight.warn_of_idle_cfg.cache_clear()
-    made = sampler.generate(LABELS).latents
-    (batch,) = sampler.stream(LABELS, batch_size=3)
-    unguided = sampler.generate(LABELS, omega=0.0).latents
-    three = sampler.generate(LABELS, cfg_scale=3.0).latents
-    assert not [r for r in caplog.records if "has no effect" in r.getMessage()]
-    wanted = other.generate(LABELS, cfg_scale=own).latents
-    assert torch.equal(made, wanted)
-    assert torch.equal(batch.latents, wanted)
-    assert torch.equal(unguided, other.generate(LABELS, omega=0.0).latents)
-    assert not torch.equal(unguided, wanted)
-    assert torch.equal(three, other.generate(LABELS, cfg_scale=3.0).latents)  # asked for: first

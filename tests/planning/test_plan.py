@@ -100,14 +100,15 @@ def test_a_planned_sample_costs_what_a_real_one_is_counted_to(recipe, stages, fa
 
 
 @pytest.mark.parametrize(("plain", "guided"), [(1.5, 1.0), (1.0, 2.5), (1.5, 2.5)])
-def test_guided_samples_are_planned_at_their_own_cfg_scale(plain, guided, recipe, stages, fashion):
+def test_guided_samples_are_planned_at_the_cfg_scale_of_the_first_round(
+    plain, guided, recipe, stages, fashion
+):
     """An anchor adds no FLOPs; CFG that guided samples switch off or on does."""
     changed = dataclasses.replace(
         recipe,
         generator=dataclasses.replace(recipe.generator, cfg_scale=plain),
-        guidance=dataclasses.replace(
-            recipe.guidance, guided_cfg_scale=guided, anchor=0.5 if guided != 1 else 0.0
-        ),
+        guidance=dataclasses.replace(recipe.guidance, anchor=0.5 if guided != 1 else 0.0),
+        practice=dataclasses.replace(recipe.practice, cfg_scale_rounds=(guided,)),
     )
     planned = count_stages(changed, without_weights("fashion"), half_training=False)
     options = recipe.learner.options

@@ -44,17 +44,6 @@ def test_omega_and_cfg_follow_their_rounds_and_so_does_the_cost(dp):
     assert result.cost.forwards == 45 * 6 + 25 * 3
 
 
-@pytest.mark.parametrize(("plain", "guided"), [(1.5, 2.5), (1.5, 1.0), (1.0, 2.5)])
-def test_guided_rounds_may_have_a_cfg_scale_of_their_own(plain, guided, dp):
-    changed = with_(with_(dp, "generator", cfg_scale=plain), "guidance", guided_cfg_scale=guided)
-    changed = with_(changed, "practice", omega_rounds=(0.1, 0.0, 0.1))
-    (result,) = DeliberatePractice(changed, real=REAL).run(progress=False)
-    cfg = result.pool.column("cfg_scale").tolist()
-    assert cfg == [plain] * 30 + [guided] * 15 + [plain] * 15 + [guided] * 10
-    forwards = {1.0: 3, 1.5: 6, 2.5: 6}  # of a sample's three steps
-    assert result.cost.forwards == 45 * forwards[plain] + 25 * forwards[guided]
-
-
 def test_a_round_may_be_unguided(dp):
     (result,) = DeliberatePractice(with_(dp, "practice", omega_rounds=(0.0, 0.2)), real=REAL).run(
         progress=False

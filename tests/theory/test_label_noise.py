@@ -122,7 +122,6 @@ def files(tmp_path):
         run("dp", 1, 0.76, omega=0.12, anchor=0.5),
         run("dp", 2, 0.9, omega=0.12, anchor=0.5),
         run("dp", 0, 0.9, omega=0.12, cfg_scale_rounds=[2.5]),
-        run("dp", 0, 0.9, omega=0.12, guided_cfg_scale=2.5),
     ]
     guidance.write_text("".join(json.dumps(each) + "\n" for each in cells))
     anchored.write_text("".join(json.dumps(each) + "\n" for each in runs))
