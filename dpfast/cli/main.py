@@ -90,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code. Without ``arguments`` it is the process's own command."""
     if arguments is None:
         _speak_utf8()
+        # for recipes that name modules of their user's; last, so that it hides no package
+        sys.path.append("")
     warnings.formatwarning = _warning
     try:
         parsed = new_parser().parse_args(sys.argv[1:] if arguments is None else arguments)

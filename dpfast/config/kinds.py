@@ -10,7 +10,11 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NewType
+
+from dpfast.config.imported import FORM, is_import_path
+
+ImportPath = NewType("ImportPath", str)  # the form of dpfast/config/imported.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,28 @@ class Choice(Kind):
 
 
 @dataclass(frozen=True)
+class ChoiceOrPath(Kind):
+    """One of some texts, or the import path of an object of the user's own. values: none for a
+    path alone.
+    """
+
+    values: tuple[str, ...]
+
+    def parse(self, given: Any) -> str:
+        if not isinstance(given, str):
+            raise TypeError
+        if given not in self.values and not is_import_path(given):
+            raise ValueError
+        return given
+
+    def words(self, range: Range) -> str:
+        return _either([repr(value) for value in (*self.values, FORM)])
+
+    def placeholder(self, unit: str) -> str:
+        return "|".join((*self.values, FORM))
+
+
+@dataclass(frozen=True)
 class Sequence(Kind):
     """Several values of one type; on a command line with commas. count: None for any number."""
 
@@ -238,6 +264,10 @@ def kind_of(annotation: Any) -> Kind:
         return Choice(arguments)
     if origin is tuple:
         return Sequence(kind_of(arguments[0]), None if arguments[-1] is ... else len(arguments))
+    if annotation is ImportPath:
+        return ChoiceOrPath(())
+    if origin in (types.UnionType, typing.Union) and arguments[1:] == (ImportPath,):
+        return ChoiceOrPath(typing.get_args(arguments[0]))
     if origin in (types.UnionType, typing.Union) and arguments[1:] == (type(None),):
         return Optional(kind_of(arguments[0]))
     raise TypeError(f"no kind of option has the type {annotation}")

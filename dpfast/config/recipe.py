@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from dpfast.config.kinds import ImportPath
 from dpfast.config.option import Option, option, options, shown
 from dpfast.errors import InputError, RecipeError
 from dpfast.files import is_folder, there
@@ -256,11 +257,12 @@ class Guidance(Section):
         help="what the gradient passes: latent leaves the denoiser's backward pass out, which is "
         "cheaper and approximate",
     )
-    criterion: Literal["entropy", "loss", "margin", "disagreement"] = option(
+    criterion: Literal["entropy", "loss", "margin", "disagreement"] | ImportPath = option(
         "entropy",
         help="what guidance raises: the entropy of the prediction, the loss of the label, the "
-        "nearness of the border between two classes, or the disagreement of the EMA and the raw "
-        "weights, which runs both in every guided step",
+        "nearness of the border between two classes, the disagreement of the EMA and the raw "
+        "weights, which runs both in every guided step, or a function of yours, of logits (B, K) "
+        "and labels (B,) with values (B,)",
     )
     guide_with: Literal["ema", "raw"] = option(
         "ema", help="the learner's weights that guide; those whose accuracy counts: evaluate_with"

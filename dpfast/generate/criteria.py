@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpfast import ops
+from dpfast.config import imported, is_import_path
 from dpfast.errors import InputError
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -64,17 +65,26 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def named(criterion: str | Criterion) -> Criterion:
-    """The criterion of that name, or the function itself.
+    """The criterion of that name, or of that import path ("package.module:name"), or the function
+    itself.
 
-    Raises ``InputError`` for an unknown name, ``TypeError`` for what is neither.
+    Raises ``InputError`` for an unknown name and for a path that leads to no function,
+    ``TypeError`` for what is neither.
     """
     if not isinstance(criterion, str):
         if not callable(criterion):
             raise TypeError(f"criterion must be a name or a function, got {criterion!r}")
         return criterion
+    if is_import_path(criterion):
+        found: Criterion = imported("criterion", criterion)
+        if not callable(found) or isinstance(found, type):
+            what = "class" if isinstance(found, type) else type(found).__name__
+            raise InputError(f"criterion = {criterion!r}: is a {what}, expected a function")
+        return found
     if criterion not in CRITERIA:
         raise InputError(
-            f"criterion = {criterion!r}: expected one of {', '.join(CRITERIA)}, or a function"
+            f"criterion = {criterion!r}: expected one of {', '.join(CRITERIA)}, "
+            "package.module:name or a function"
         )
     return CRITERIA[criterion]
 

@@ -248,15 +248,17 @@ def _warn_of_easy_samples() -> None:
 
 
 @torch.inference_mode(False)  # autograd could record nothing there
-def try_criterion(criterion: criteria.Criterion, logits: Tensor) -> None:
+def try_criterion(criterion: criteria.Criterion, logits: Tensor, what: str = "criterion") -> None:
     """Tries a criterion out on noise of the shape of logits (B, K), or (B, M, K) of a committee.
+
+    what: which criterion, for messages.
 
     Raises ``InputError`` for one that is no function, fails on them, gives no (B,) values, gives
     values without a gradient at the logits, is constant on single logits, or whose value or
     gradient for a sample changes with the other samples of its batch or by chance.
     """
     if not callable(criterion):
-        raise InputError(f"criterion is a {type(criterion).__name__}: expected a function")
+        raise InputError(f"{what} is a {type(criterion).__name__}: expected a function")
     named = criterion in criteria.CRITERIA.values()
     if named and logits.shape[-1] == 1:
         raise _single_logit(logits)
@@ -273,15 +275,15 @@ def try_criterion(criterion: criteria.Criterion, logits: Tensor) -> None:
         connected = criterion is criteria.entropy or _has_gradient(criterion, rows[:2], labels[:2])
     except Exception as error:  # whatever the caller's function raises
         raise InputError(
-            f"criterion fails on logits of shape {tuple(logits.shape)}: {first_line(error)}"
+            f"{what} fails on logits of shape {tuple(logits.shape)}: {first_line(error)}"
         ) from error
     if value.shape != (2,):
         raise InputError(
-            f"criterion gives values of shape {tuple(value.shape)} for 2 samples, expected (2,)"
+            f"{what} gives values of shape {tuple(value.shape)} for 2 samples, expected (2,)"
         )
     if not connected:
         raise InputError(
-            "criterion gives values without a gradient at its logits: it detaches them, or runs in "
+            f"{what} gives values without a gradient at its logits: it detaches them, or runs in "
             "no_grad"
         )
     if named or logits.device.type == "meta":
@@ -296,7 +298,7 @@ def try_criterion(criterion: criteria.Criterion, logits: Tensor) -> None:
         other, other_gradient = of(*batch)
         if any(_apart(value[i], other[i]) or _apart(gradient[i], other_gradient[i]) for i in same):
             raise InputError(
-                f"criterion: what it gives for a sample changes {what}; expected a function of the "
+                f"{what}: what it gives for a sample changes {what}; expected a function of the "
                 "sample's logits and label alone"
             )
 

@@ -16,7 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dpfast.config import ASSETS, RECIPE_FILE, Recipe, kind_of, objects_of, read_recipe
+from dpfast.config import (
+    ASSETS,
+    RECIPE_FILE,
+    Recipe,
+    imported,
+    imported_module,
+    kind_of,
+    objects_of,
+    read_recipe,
+)
 from dpfast.errors import InputError, first_line
 from dpfast.extras import EXTRAS, require
 from dpfast.files import check_readable, there
@@ -62,19 +71,15 @@ def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> 
     library, _, name = spec.partition(":")
     if library in EXTRAS:
         require(library)
-    try:
-        module = importlib.import_module(library)
-    except Exception as error:  # whatever a foreign module raises
-        raise InputError(
-            f"model = {spec!r}: cannot import {library} ({first_line(error)})"
-        ) from error
+    # what timm calls a model is no name of its module
+    found: Any = (imported_module if library == "timm" else imported)("model", spec)
     try:
         if library == "transformers":
-            model: nn.Module = _transformers_model(module, name, classes, channels, options)
+            model: nn.Module = _transformers_model(found, classes, channels, options)
         elif library == "timm":
-            model = module.create_model(name, num_classes=classes, in_chans=channels, **options)
+            model = found.create_model(name, num_classes=classes, in_chans=channels, **options)
         else:
-            model = getattr(module, name)(classes=classes, channels=channels, **options)
+            model = found(classes=classes, channels=channels, **options)
         if not isinstance(model, nn.Module):
             raise TypeError(f"gives a {type(model).__name__}, expected an nn.Module")
         check_tensors(f"model = {spec!r}", model)
@@ -135,9 +140,8 @@ def overlaps(named: Sequence[Named]) -> Iterator[tuple[Named, Named]]:
 
 
 def _transformers_model(
-    module: Any, name: str, classes: int, channels: int, options: dict[str, Any]
+    kind: Any, classes: int, channels: int, options: dict[str, Any]
 ) -> nn.Module:
-    kind = getattr(module, name)
     unknown = set(options) - set(kind.config_class().to_dict())
     if unknown:
         raise InputError(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dpfast.config import SOURCES, Recipe, SourceName, kind_of
+from dpfast.config import SOURCES, Recipe, SourceName, is_import_path, kind_of
 from dpfast.data.real import Given, RealData, check_real, given_real, load_real
 from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.sets import evaluation_sets
@@ -230,9 +230,12 @@ class DeliberatePractice:
             raise InputError(f"loader is a {type(self.loader).__name__}: expected a function")
         if "dp" in self.named:
             check_guided_method(self.recipe, self.pipeline)
-        if self.criterion is not None:
+        own, what, named = self.criterion, "criterion", self.recipe.guidance.criterion
+        if own is None and is_import_path(named):
+            own, what = criteria.named(named), f"criterion = {named!r}"
+        if own is not None:
             members = (2,) if self.recipe.guidance.criterion == "disagreement" else ()
-            try_criterion(self.criterion, torch.zeros(2, *members, classes))
+            try_criterion(own, torch.zeros(2, *members, classes), what)
 
     def _try_learner(self) -> None:
         """Raises ``InputError`` for a learner that cannot be trained, saved or asked, unless one

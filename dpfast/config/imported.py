@@ -1,0 +1,50 @@
+"""Objects of the user's own that a recipe names by where Python finds them: package.module:name."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+from dpfast.errors import InputError, first_line
+
+FORM = "package.module:name"
+
+
+def is_import_path(text: str) -> bool:
+    """Whether a text has the form of an import path, ``FORM``: a module and what it calls an
+    object, "nets:tiny" or "my.sources:Hard.near".
+    """
+    module, colon, name = text.partition(":")
+    return bool(colon) and all(
+        part.isidentifier() for part in (*module.split("."), *name.split("."))
+    )
+
+
+def imported_module(field: str, path: str) -> ModuleType:
+    """The module of an import path. Raises ``InputError`` as ``imported`` does."""
+    module = path.partition(":")[0]
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # whatever a module of others raises
+        raise InputError(
+            f"{field} = {path!r}: cannot import {module} ({first_line(error)})"
+        ) from error
+
+
+def imported(field: str, path: str) -> Any:
+    """The object that a field of a recipe names by an import path.
+
+    The module is imported as Python does it, from its working directory too where ``dpfast`` is a
+    command, once in each process: on every rank, and anew by a run that goes on.
+
+    Raises ``InputError``, which names the field and the path, where the module cannot be imported
+    and where nothing has the name.
+    """
+    found: Any = imported_module(field, path)
+    for part in path.partition(":")[2].split("."):
+        try:
+            found = getattr(found, part)
+        except Exception as error:  # whatever a module's own __getattr__ raises
+            raise InputError(f"{field} = {path!r}: {first_line(error)}") from error
+    return found
