@@ -28,9 +28,10 @@ A recipe is a TOML file with up to five sections. Every field has a default, so 
 only what is its own; the files in `dpfast/recipes` are examples. Before any work starts each value
 is checked, and an error names the field, its value and what was expected.
 
-- On a command line every field but `name` and `options` is an option with its section's name,
+- On a command line every field but `name` is an option with its section's name,
   `--guidance.omega 0.05`. The last word alone, `--omega 0.05`, is enough where one section has it.
-  A list is written with commas: `--sources dp,static`.
+  A list is written with commas: `--sources dp,static`; a table as TOML in one line:
+  `--options 'depths = [1, 1], groups_width = 8'`.
 - In Python fields are arguments of `Recipe.load`:
   `Recipe.load("fashion", omega=0.1, learner={{"batch_size": 32}})`.
 - `dpfast run RECIPE --help` prints all options with the values that the recipe has.
@@ -136,8 +137,6 @@ def _row(full: str, option: Option) -> list[str]:
 def _said(option: Option, value: Any) -> str:
     if value == option.default:
         return ""
-    if isinstance(value, dict):
-        return _code(", ".join(f"{key} = {each}" for key, each in value.items()))
     return _code(option.text(value))
 
 

@@ -9,8 +9,6 @@ from typing import Any
 from dpfast.cli.parser import Commands, Parser, add_command
 from dpfast.config import RECIPES, SECTIONS, Option, Recipe, fields, flat, short_name
 
-UNOFFERED = ("name", "learner.options")  # a file's own: its name, and a table
-
 
 class FieldHelp(argparse.Action):
     """``--help`` of a command with a recipe: beside the defaults it prints the values of the recipe
@@ -47,7 +45,9 @@ def add_recipe_command(
     *,
     without: Collection[str] = (),
 ) -> Parser:
-    """Adds a command on a recipe, with an option for each field but those of ``without``."""
+    """Adds a command on a recipe, with an option for each field but its name, a file's own,
+    and those of ``without``.
+    """
     usage = f"dpfast {name} RECIPE [--OPTION VALUE ...]"
     parser = add_command(commands, name, handler, help, usage=usage, add_help=False)
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
@@ -63,7 +63,7 @@ def add_recipe_command(
         actions=actions,
         help="print this; after a RECIPE with the values that it has",
     )
-    actions |= add_fields(parser, [name for name in fields() if name not in {*UNOFFERED, *without}])
+    actions |= add_fields(parser, [name for name in fields() if name not in {"name", *without}])
     return parser
 
 

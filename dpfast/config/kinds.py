@@ -5,7 +5,10 @@ A value comes from Python, from TOML or as the text of a command line.
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import sys
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -14,6 +17,14 @@ from typing import Any, Literal, NewType
 
 from dpfast.config.imported import FORM, is_import_path
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LEVELS = 20  # of a recipe's tables and lists: a model's options may be nested, no one's so deeply
+BELOW = 1e300  # numbers of a table: Python writes no whole ones of more than 4,300 digits
+BARE = re.compile("[A-Za-z0-9_-]+")  # a key without quotes
 ImportPath = NewType("ImportPath", str)  # the form of dpfast/config/imported.py
 
 
@@ -199,18 +210,60 @@ class Sequence(Kind):
 
 
 class Table(Kind):
-    """Keyword arguments, in a file or in Python alone."""
+    """Keyword arguments; on a command line a table of TOML in one line: "depths = [1, 1]"."""
 
     def parse(self, given: Any) -> dict[str, Any]:
-        if not isinstance(given, dict):
+        if isinstance(given, str):
+            given = _inline(given)
+        if not isinstance(given, dict) or not _plain(given, LEVELS - 1):
             raise TypeError
         return given
 
     def words(self, range: Range) -> str:
-        return "a table of keyword arguments"
+        return "a table of keyword arguments, such as 'name = 8, other = [1, 2]'"
 
     def placeholder(self, unit: str) -> str:
         return "TABLE"
+
+
+def _inline(text: str) -> object:
+    """The table of a line of TOML, its braces given or left out. Raises ``ValueError``."""
+    text = text.strip()
+    braced = text.startswith("{") and text.endswith("}")
+    try:
+        found = tomllib.loads(f"table = {text if braced else '{' + text + '}'}")
+    except RecursionError:
+        raise ValueError from None
+    if found.keys() != {"table"}:  # the text went on behind its line
+        raise ValueError
+    return found["table"]
+
+
+def inline(value: Any) -> str:
+    """A value of a table as TOML writes it in one line."""
+    if isinstance(value, dict):
+        named = (
+            f"{name if BARE.fullmatch(name) else json.dumps(name)} = {inline(each)}"
+            for name, each in value.items()
+        )
+        return f"{{{', '.join(named)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(inline, value))}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _plain(value: object, levels: int) -> bool:
+    """Whether a run's folder can keep a value: texts, truths, finite numbers and None, and lists
+    and tables of them within each other on no more than so many levels.
+    """
+    if isinstance(value, dict):
+        named = all(isinstance(name, str) for name in value)
+        return levels > 0 and named and all(_plain(each, levels - 1) for each in value.values())
+    if isinstance(value, list | tuple):
+        return levels > 0 and all(_plain(each, levels - 1) for each in value)
+    if isinstance(value, int | float):
+        return math.isfinite(value) and abs(value) < BELOW
+    return value is None or isinstance(value, str)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dpfast.config.kinds import ImportPath
+from dpfast.config.kinds import LEVELS, ImportPath
 from dpfast.config.option import Option, option, options, shown
 from dpfast.errors import InputError, RecipeError
 from dpfast.files import is_folder, there
@@ -36,7 +36,6 @@ SolverName = Literal["auto", "ddim", "dpmpp2m", "euler", "lcm", "tcd"]
 STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is for
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.json"  # of a run's folder
-LEVELS = 20  # of a recipe's tables and lists: a model's options may be nested, no one's so deeply
 ASSETS = Path(__file__).parents[1] / "assets"
 INDEX = "model_index.json"  # of the folder of a diffusers pipeline
 # section -> the names that its fields have in the folders of older runs, which are reported,
@@ -289,7 +288,11 @@ class Learner(Section):
         help="architecture of the learner: transformers:Class, timm:name or package.module:factory",
     )
     options: dict[str, Any] = option(
-        {}, unset="none", help="keyword arguments of the model's configuration"
+        {},
+        unset="none",
+        help="keyword arguments of the model's configuration, on a command line in TOML: "
+        "'depths = [1, 1], groups_width = 8'; "
+        "--model with another one than the recipe's begins without them",
     )
     classes: int | None = option(
         None,
@@ -778,7 +781,8 @@ class Recipe(Section):
     @classmethod
     def load(cls, source: str | Path, **overrides: Any) -> Recipe:
         """Reads a recipe by name or path and replaces fields by ``overrides``: ``omega=0.03``, or
-        by section, ``learner={"batch_size": 32}``.
+        by section, ``learner={"batch_size": 32}``. Another ``model`` than the recipe's begins
+        without the recipe's ``options``.
 
         Raises ``RecipeError`` for an unknown recipe, section or field, a wrong type or a value out
         of range.
@@ -799,6 +803,9 @@ class Recipe(Section):
         except (ValueError, RecursionError) as error:
             raise RecipeError(f"recipe = {str(source)!r}: not valid TOML: {error}") from None
         table.setdefault("name", path.stem)
+        model, learner = _model(overrides), table.get("learner")
+        if isinstance(learner, dict) and model not in (None, learner.get("model", Learner.model)):
+            learner.pop("options", None)  # those of another architecture
         for key, value in overrides.items():
             if key in SECTIONS and isinstance(value, dict):
                 table.setdefault(key, {}).update(value)
@@ -830,6 +837,13 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _model(overrides: dict[str, Any]) -> Any:
+    """The model that the overrides of a recipe name, None where they leave it."""
+    learner = overrides.get("learner")
+    inner = learner.get("model") if isinstance(learner, dict) else None
+    return overrides.get("model", overrides.get("learner.model", inner))
 
 
 def pipeline_folder(source: str | Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpfast.config import Recipe, fields, read_recipe
-from dpfast.config.kinds import Choice, Number, Optional, Sequence, Table, Text, Truth
+from dpfast.config.kinds import Choice, ChoiceOrPath, Number, Optional, Sequence, Table, Text, Truth
 from tests.bad_inputs.case import NEVER, Case, generated, listed
 
 TEXT = "seed = 3\n\n[guidance]\nomega = 0.25\nevery = 2\n\n[learner]\noptions = {depths = [1, 2]}\n"
@@ -157,10 +157,11 @@ def _taken(kind: Any, written: str) -> Any:
         kind = kind.value
     if isinstance(kind, Truth):
         return given if isinstance(given, bool) else NEVER
-    if isinstance(kind, (Text, Choice)):
+    if isinstance(kind, (Text, Choice, ChoiceOrPath)):
         return given if isinstance(given, str) else NEVER
     if isinstance(kind, Table):
-        return given if isinstance(given, dict) else NEVER
+        # "" as on a command line
+        return given if isinstance(given, dict) else {} if given == "" else NEVER
     if isinstance(kind, Sequence):
         item = kind.item
         if isinstance(given, str):  # as on a command line

@@ -61,7 +61,7 @@ def test_the_help_of_run_tells_meaning_default_and_values_by_section(capsys, mon
     places = [text.index(f" [{section}]: ") for section in SECTIONS]
     assert places == sorted(places)
     for name, option in fields().items():
-        if name not in ("name", "learner.options"):
+        if name != "name":
             assert f"{option.placeholder} {option.help} (default: {option.default_text}" in text
     assert (
         "--every STEPS one step in so many is guided, from start on (default: 3; at least 1)"

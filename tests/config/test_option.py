@@ -72,7 +72,11 @@ def test_a_value_comes_from_python_toml_or_a_command_line(name, given, taken):
         ("waypoints", "1,-2", "waypoints = (1.0, -2.0): expected a list of numbers of at least 0"),
         ("leg", "1", "leg = '1': expected 2 numbers of at least 0"),
         ("flags", [1], "flags = [1]: expected a list of names"),
-        ("extra", "a=1", "extra = 'a=1': expected a table of keyword arguments"),
+        (
+            "extra",
+            "a",
+            "extra = 'a': expected a table of keyword arguments, such as 'name = 8, other = [1, 2]'",
+        ),
     ],
 )
 def test_what_it_does_not_take_is_refused_with_what_it_takes(name, given, error):

@@ -176,3 +176,46 @@ def test_a_whole_number_stays_what_it_is():
 def test_a_path_that_no_file_system_takes_is_refused_in_one_line(name):
     with pytest.raises(InputError, match="cannot be read"):
         Recipe.load(name)
+
+
+TABLES = [
+    ("depths = [1, 1], groups_width = 8", {"depths": [1, 1], "groups_width": 8}),
+    (' {a = {b = "x, y"}} ', {"a": {"b": "x, y"}}),
+    ('"odd key" = 0.5, yes = true, "größe" = -1', {"odd key": 0.5, "yes": True, "größe": -1}),
+    ("", {}),
+    ("{}", {}),
+]
+
+
+@pytest.mark.parametrize(("text", "table"), TABLES)
+def test_a_table_is_a_line_of_toml_on_a_command_line_and_is_shown_as_one(text, table):
+    assert Recipe.load("fashion", options=text).learner.options == table
+    shown = fields()["learner.options"].text(table)
+    assert Recipe.load("fashion", **{"learner.options": shown}).learner.options == table
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("depths", "depths: [1]", '{"depths": 1}', "a = 1}\nb = {c = 1", "a = 1\nb = 2", "[1]"),
+        *("a = 1, a = 2", "a = nan", "a = [1, inf]", "a = 1979-05-27", "a = 0x" + "f" * 5000),
+        *("a = " + "[" * 30 + "]" * 30, "a = " + "[" * 9000, {"a": {1: 2}}, {"a": [{3}]}, 3),
+    ],
+)
+def test_what_is_no_table_of_plain_values_is_refused_in_one_line(options):
+    with pytest.raises(RecipeError, match=r"^(options = .*expected a table|learner: )") as caught:
+        Recipe.load("fashion", options=options)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_model_begins_without_the_options_of_the_recipe_s():
+    recipe = Recipe.load("fashion")
+    assert recipe.learner.options
+    for given in ({"model": "nets:tiny"}, {"learner": {"model": "nets:tiny"}}):
+        assert Recipe.load("fashion", **given).learner.options == {}
+        asked = Recipe.load("fashion", **given, **{"learner.options": "width = 3"})
+        assert asked.learner.options == {"width": 3}
+    both = Recipe.load("fashion", learner={"model": "nets:tiny", "options": {"width": 3}})
+    assert both.learner.options == {"width": 3}
+    same = Recipe.load("fashion", model=recipe.learner.model, lr=0.1)
+    assert same.learner.options == recipe.learner.options
