@@ -75,7 +75,8 @@ def test_a_value_comes_from_python_toml_or_a_command_line(name, given, taken):
         (
             "extra",
             "a",
-            "extra = 'a': expected a table of keyword arguments, such as 'name = 8, other = [1, 2]'",
+            "extra = 'a': expected a table of keyword arguments, "
+            "such as 'name = 8, other = [1, 2]'",
         ),
     ],
 )
