@@ -108,7 +108,7 @@ def arms(kind: str, lines: Sequence[Line], design: Design) -> dict[str, Fields]:
         best = chosen("dp", lines, design)
         plain = None if best is None else arms("dp", lines, design)[best]
         return {
-            f"{best}, CFG {scale:g}": {**plain, "cfg_scale_rounds": (scale,)}
+            f"{best}, CFG {scale:g}": {**plain, "cfg_scale_rounds": [scale]}
             for scale in CFG_SCALES
             if plain is not None
         }

@@ -82,8 +82,8 @@ def test_the_selection_tries_more_cfg_at_the_best_omega_of_plain_dp(selected):
     plain = [line for line in selected if line["kind"] == "dp"]
     assert arms("cfg", plain[:-1], FULL) == {}  # one run of plain dp is missing
     assert arms("cfg", plain, FULL) == {
-        "omega 0.08, CFG 2.5": {"omega": 0.08, "cfg_scale_rounds": (2.5,)},
-        "omega 0.08, CFG 3.5": {"omega": 0.08, "cfg_scale_rounds": (3.5,)},
+        "omega 0.08, CFG 2.5": {"omega": 0.08, "cfg_scale_rounds": [2.5]},
+        "omega 0.08, CFG 3.5": {"omega": 0.08, "cfg_scale_rounds": [3.5]},
     }
     assert [chosen(kind, selected, FULL) for kind in anchored.KINDS] == [
         "static",
