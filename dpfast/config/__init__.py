@@ -1,6 +1,6 @@
 """What a run is told: recipes, and the options that their fields are."""
 
-from dpfast.config.imported import imported, imported_module, is_import_path
+from dpfast.config.imported import imported, imported_module, is_import_path, made
 from dpfast.config.objects import OBJECTS_FILE, check_objects, kind_of, objects_of
 from dpfast.config.option import Option
 from dpfast.config.recipe import (
@@ -51,6 +51,7 @@ __all__ = [
     "imported_module",
     "is_import_path",
     "kind_of",
+    "made",
     "objects_of",
     "pipeline_folder",
     "read_recipe",

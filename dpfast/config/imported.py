@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from dpfast.errors import InputError, first_line
 
 FORM = "package.module:name"
+T = TypeVar("T")
 
 
 def is_import_path(text: str) -> bool:
@@ -48,3 +49,22 @@ def imported(field: str, path: str) -> Any:
         except Exception as error:  # whatever a module's own __getattr__ raises
             raise InputError(f"{field} = {path!r}: {first_line(error)}") from error
     return found
+
+
+def made(field: str, path: str, kind: type[T], **arguments: Any) -> T:
+    """What a class or a function at an import path gives for ``arguments``.
+
+    Raises ``InputError`` as ``imported`` does, and where it gives none of ``kind``, a class of
+    dpfast's own.
+    """
+    found = imported(field, path)
+    wanted = f"a kind of dpfast.{kind.__name__}, or a function that gives one"
+    if not callable(found):
+        raise InputError(f"{field} = {path!r}: is a {type(found).__name__}, expected {wanted}")
+    try:
+        thing = found(**arguments)
+    except Exception as error:  # whatever a class of others raises
+        raise InputError(f"{field} = {path!r}: {first_line(error)}") from error
+    if not isinstance(thing, kind):
+        raise InputError(f"{field} = {path!r}: gives a {type(thing).__name__}, expected {wanted}")
+    return thing

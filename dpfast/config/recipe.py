@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from dpfast.config.imported import FORM
 from dpfast.config.kinds import LEVELS, ImportPath
 from dpfast.config.option import Option, option, options, shown
 from dpfast.errors import InputError, RecipeError
@@ -76,9 +77,12 @@ def _lasting(values: tuple[float, ...], rounds: int) -> tuple[float, ...]:
     return values + values[-1:] * (rounds - len(values))
 
 
-def _in_running_order(sources: Sequence[str]) -> tuple[SourceName, ...]:
-    """Sources as they run, however they were said: so that one recipe is written in one way."""
-    return tuple(name for name in SOURCES if name in sources)
+def _in_running_order(sources: Sequence[str]) -> tuple[str, ...]:
+    """Sources as they run, however they were said: so that one recipe is written in one way.
+    Those of the user's own run last.
+    """
+    own = (each for each in sources if each not in SOURCES)
+    return (*(name for name in SOURCES if name in sources), *own)
 
 
 class Section:
@@ -515,11 +519,12 @@ class Practice(Section):
         "class",
         help="prune: whether the highest entropies are kept of each class, or of all samples",
     )
-    sources: tuple[SourceName, ...] = option(
+    sources: tuple[SourceName | ImportPath, ...] = option(
         ("dp", "static"),
         help="what makes samples, a run each, compared in one table; dp: Deliberate Practice, "
         "static: a pool that does not grow, prune: the best of many candidates, dynamic: "
-        "additions without guidance",
+        "additions without guidance; one of yours: called with initial_samples, it gives a "
+        "dpfast.Source",
     )
     yardstick_samples: int = option(
         250,
@@ -587,7 +592,7 @@ class Practice(Section):
         )
         _check(len(self.add_at) <= rounds, "add_at", ",".join(map(str, self.add_at)), wanted)
         once = self.sources and len(set(self.sources)) == len(self.sources)
-        wanted = f"one or more of {', '.join(SOURCES)}, each once"
+        wanted = f"one or more of {', '.join((*SOURCES, FORM))}, each once"
         _check(bool(once), "sources", ",".join(self.sources), wanted)
 
     def interval(self, batch_size: int) -> int:
@@ -689,6 +694,12 @@ class Recipe(Section):
         unit="set",
         unset="none",
         help="further sets for the final table: shifts, the name of one shift, or [NAME=]FOLDER",
+    )
+    callbacks: tuple[ImportPath, ...] = option(
+        (),
+        unset="none",
+        help="who hears of every event of a run: classes or functions of yours that give a "
+        "dpfast.Callback, called without arguments on each rank",
     )
     generator: Generator = field(default_factory=Generator)
     guidance: Guidance = field(default_factory=Guidance)
@@ -880,7 +891,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         generator["cfg_interval"] = [generator.pop("cfg_from"), generator.pop("cfg_until")]
     practice = table.get("practice", {})
     sources = practice.get("sources")
-    if isinstance(sources, list) and all(source in SOURCES for source in sources):
+    if isinstance(sources, list) and all(isinstance(each, str) for each in sources):
         practice["sources"] = list(_in_running_order(sources))
     found: dict[str, Any] = table
     return found

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from dpfast.config import Recipe
+from dpfast.config import SOURCES, Recipe
 from dpfast.data.real import count_real
 from dpfast.errors import InputError
 from dpfast.hardware.flops import Counts
@@ -216,18 +216,17 @@ def _phases(
         else (timings.unguided, timings.guided, timings.training, timings.evaluation)
     )
     made = 0  # unguided samples by id are made once and shared
-    for source in ("dp", "static", "prune", "dynamic"):
-        if source not in practice.sources:
-            continue
+    for source in practice.sources:
         first, more = practice.initial_samples, total - practice.initial_samples
         needed = {
             "dp": first,
             "static": total,
             "dynamic": total,
             "prune": first + int(practice.oversample * more),
-        }[source]
+        }.get(source, 0)  # what a source of the user's own makes is not known
         new = max(0, needed - made)
-        yield phase(source, "unguided samples", "generation", new, stages.unguided, unguided)
+        if source in SOURCES:
+            yield phase(source, "unguided samples", "generation", new, stages.unguided, unguided)
         made = max(made, needed)
         if source == "dp" and more > 0:
             yield phase(source, "guided samples", "generation", more, stages.guided, guided)

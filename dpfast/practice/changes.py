@@ -49,6 +49,7 @@ RULES: dict[str, tuple[str, str]] = {
         + "; but with a folder all of the validation's images drive the run, without one half",
     ),
     "evaluation": (FREE, "it is measured at the end"),
+    "callbacks": (FREE, "they hear of the run, and change nothing"),
     # the generator
     "pipeline": (FREE, MOVED),
     "class_names": (FIXED, "it says what the labels mean"),

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dpfast.config import SOURCES, Recipe, SourceName, is_import_path, kind_of
+from dpfast.config import SOURCES, Recipe, SourceName, is_import_path, kind_of, made
+from dpfast.config.imported import FORM
+from dpfast.config.kinds import ImportPath
 from dpfast.data.real import Given, RealData, check_real, given_real, load_real
 from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.sets import evaluation_sets
@@ -70,12 +72,13 @@ class DeliberatePractice:
         learner: an ``nn.Module`` from images (B, C, H, W) in [-1, 1] to logits (B, K), of which
             every source trains a copy, or a function that builds one for each source.
         real: images (N, C, H, W) and labels (N,), a ``Dataset`` of such pairs, or ``RealData``.
-        sources: names and ``Source`` objects, in place of the recipe's; objects run last.
+        sources: names, import paths and ``Source`` objects, in place of the recipe's; those of your
+            own run last.
         criterion: what guidance raises, a function of logits (B, K) and labels (B,)
             (``dpfast.generate.criteria``); with the recipe's criterion "disagreement" it gets
             those of a committee, (B, 2, K).
         loader: makes the ``Loader``, called with the pool and the options of ``make_loader``.
-        callbacks: told of every run, before those of ``run``.
+        callbacks: told of every run, after the recipe's and before those of ``run``.
         unguided: samples that exist already (``UnguidedSamples.remember``), for experiments that
             share a generator and a seed.
         ranks: every rank of a run makes this object and calls ``run``, with the same arguments.
@@ -104,9 +107,10 @@ class DeliberatePractice:
         _check_kind("ranks", ranks, Ranks, "dpfast.parallel.Ranks")
         if unguided is not None:
             _check_kind("unguided", unguided, UnguidedSamples, "UnguidedSamples")
-        named, own = _parted(recipe, sources)
-        if named:
-            recipe = replace(recipe, practice=replace(recipe.practice, sources=named))
+        named, paths, own = _parted(recipe, sources)
+        if named or paths:
+            both = (*named, *paths)
+            recipe = replace(recipe, practice=replace(recipe.practice, sources=both))
         recipe.check_ranks(ranks.size)
         overlap = recipe.practice.overlap
         self.overlap_groups = OverlapGroups.of(ranks, overlap) if overlap else None
@@ -117,10 +121,12 @@ class DeliberatePractice:
         self.own = own
         self.criterion = criterion
         self.loader = loader
-        self.callbacks = _checked(callbacks)
+        told = (made("callbacks", path, Callback) for path in recipe.callbacks)
+        self.callbacks = (*told, *_checked(callbacks))
         given: dict[str, object] = {"pipeline": pipeline, "learner": learner, "real": real}
         given |= {"criterion": criterion, "loader": loader}
-        given |= {f"source {name}": each for name, each in own.items()}
+        by_path = set(paths.values())  # of which the recipe knows
+        given |= {f"source {name}": each for name, each in own.items() if name not in by_path}
         self.objects = {name: kind_of(each) for name, each in given.items() if each is not None}
         if pipeline is None and unguided is not None:
             pipeline = unguided.pipeline
@@ -459,20 +465,27 @@ class DeliberatePractice:
 
 def _parted(
     recipe: Recipe, sources: Sequence[str | Source] | None
-) -> tuple[tuple[SourceName, ...], dict[str, Source]]:
-    """The names of the sources that the package knows, and the caller's own ones by name, each in
-    the order in which they run. Raises ``InputError`` for other things and names that come twice.
+) -> tuple[tuple[SourceName, ...], dict[ImportPath, str], dict[str, Source]]:
+    """The names of the sources that the package knows, import path -> name of those that the recipe
+    names so, and all of the caller's own by name, each in the order in which they run.
+
+    Raises ``InputError`` for other things, names that come twice, and paths as ``made`` does.
     """
     if sources is None:
         sources = recipe.practice.sources
     _check_list("sources", sources, "names and Sources")
     own: dict[str, Source] = {}
+    paths: dict[ImportPath, str] = {}
     for each in sources:
         if isinstance(each, str) and each in SOURCES:
             continue
+        path = ImportPath(each) if isinstance(each, str) and is_import_path(each) else None
+        if path is not None:
+            initial = recipe.practice.initial_samples
+            each = made("sources", path, Source, initial_samples=initial)  # type: ignore[type-abstract]
         if not isinstance(each, Source):
             raise InputError(
-                f"sources: {each!r}: expected a Source, or one of {', '.join(SOURCES)}"
+                f"sources: {each!r}: expected a Source, or one of {', '.join((*SOURCES, FORM))}"
             )
         name = each.name or type(each).__name__.lower()
         if name in SOURCES or name in own or not re.fullmatch(r"[A-Za-z0-9_]+", name):
@@ -485,9 +498,11 @@ def _parted(
                 "super().__init__(initial_samples)"
             )
         own[name] = each
+        if path is not None:
+            paths[path] = name
     if not sources:
         raise InputError("sources: expected one or more")
-    return tuple(name for name in SOURCES if name in sources), own
+    return tuple(name for name in SOURCES if name in sources), paths, own
 
 
 def _checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:

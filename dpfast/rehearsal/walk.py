@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.config import Recipe
+from dpfast.config import SOURCES, Recipe
 from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
 from dpfast.errors import RecipeError
@@ -74,6 +74,11 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
                 f"{name} = {value!r}: a rehearsal decodes no files; "
                 "rehearse it with pixels or latents"
             )
+    if recipe.practice.sources[0] not in SOURCES:
+        raise RecipeError(
+            f"sources = {','.join(recipe.practice.sources)!r}: a rehearsal walks none but "
+            f"{', '.join(SOURCES)}"
+        )
     if recipe.practice.overlap:
         raise RecipeError(
             f"overlap = {recipe.practice.overlap}: "
@@ -103,6 +108,7 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         recipe,
         practice=practice,
         evaluation=(),
+        callbacks=(),
         generator=replace(recipe.generator, steps=steps, compile=False),
         learner=replace(recipe.learner, batch_size=shown * ranks.size, compile=False),
         pool=replace(recipe.pool, device_gib=1.0, host_gib=1.0, mapped=False),

@@ -17,7 +17,8 @@ from dpfast.report.runs import ORDER, Run
 from dpfast.textfiles import read_json_lines
 
 # fields that say which run it is, or what it writes down, not how it learns
-IDENTITY = {"name", "seed", "sources", "device", "evaluation", "checkpoints_kept", "keep_rounds"}
+IDENTITY = {"name", "seed", "sources", "device", "evaluation", "callbacks"}
+IDENTITY |= {"checkpoints_kept", "keep_rounds"}
 SIZE = {"maximum_samples", "initial_samples", "round_samples"}
 
 

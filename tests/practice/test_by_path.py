@@ -2,13 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dpfast.cli.main import main
-from dpfast.errors import InputError
+from dpfast.errors import InputError, RecipeError
+from dpfast.parallel import ALONE
+from dpfast.planning.plan import plan
 from dpfast.practice.experiment import DeliberatePractice
+from dpfast.rehearsal.walk import cut
 from tests.practice.small import REAL
 from tests.practice.test_loop import with_
 
@@ -48,6 +52,59 @@ def test_a_criterion_by_path_guides_and_a_resumed_run_imports_it_again(tmp_path,
     (tmp_path / "other.py").write_text((tmp_path / "gini.py").read_text())
     assert run(out, *chosen[:3], "other:gini", "--resume") == 2
     assert "criterion = 'other:gini' was 'gini:gini'" in capsys.readouterr().err
+
+
+def test_a_source_and_a_callback_by_path_run_and_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    sources = ["--sources", "mistaken:Mistaken,static"]
+    assert run(out, *sources, "--callbacks", "heard:Heard") == 0
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe["practice"]["sources"] == ["static", "mistaken:Mistaken"]
+    assert recipe["callbacks"] == ["heard:Heard"]
+    assert not (out / "objects.json").exists()
+    heard = [json.loads(line) for line in (tmp_path / "heard.jsonl").read_text().splitlines()]
+    steps = [(each["source"], each["step"]) for each in heard]
+    assert steps == [(name, step) for name in ("static", "mistaken") for step in (5, 10, 15, 20)]
+    assert "mistaken" in (out / "index.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert run(out, *sources, "--resume") == 0  # callbacks may differ
+    assert run(out, "--sources", "static", "--resume") == 2
+    assert "sources = ['static'] was ['static', 'mistaken:Mistaken']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "path", "said"),
+    [
+        ("sources", "wrong:number", "is a int, expected a kind of dpfast.Source"),
+        ("sources", "wrong:Thing", r"Thing\(\) takes no arguments"),
+        ("sources", "wrong:fails", "'depth'"),
+        ("sources", "dpfast:Source", "Can't instantiate abstract class Source"),
+        ("sources", "heard:Nothing", "has no attribute 'Nothing'"),
+        ("sources", "nowhere:Source", "cannot import nowhere"),
+        ("callbacks", "wrong:Thing", "gives a Thing, expected a kind of dpfast.Callback"),
+        ("callbacks", "wrong:fails", "'depth'"),
+        ("callbacks", "nowhere:Heard", "cannot import nowhere"),
+    ],
+)
+def test_a_path_to_no_source_and_no_callback_is_one_line_that_names_it(recipe, field, path, said):
+    if field == "sources":
+        asked = with_(recipe, "practice", sources=("static", path))
+    else:
+        asked = replace(recipe, callbacks=("dpfast:Callback", path))
+    with pytest.raises(InputError, match=f"^{field} = '{path}': .*{said}") as caught:
+        DeliberatePractice(asked, real=REAL)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_counts_the_training_of_a_source_by_path_and_a_rehearsal_needs_another(recipe):
+    own = with_(recipe, "practice", sources=("mistaken:Mistaken",))
+    phases = [(each.source, each.name) for each in plan(own, "h100").phases]
+    assert phases == [("mistaken:Mistaken", "training"), ("mistaken:Mistaken", "evaluation")]
+    with pytest.raises(
+        RecipeError, match=r"^sources = 'mistaken:Mistaken': a rehearsal walks none"
+    ):
+        cut(own, ALONE, 3)
 
 
 @pytest.mark.parametrize(
