@@ -390,9 +390,10 @@ class Learner(Section):
         help="paste a part of another image: alpha of the Beta distribution of its share; with "
         "mixup, a batch gets one of the two; 0: none",
     )
-    loader: Literal["auto", "dali", "torch"] = option(
+    loader: Literal["auto", "dali", "torch"] | ImportPath = option(
         "auto",
-        help="what makes batches; auto: DALI for JPEG, torch for pixels and latents",
+        help="what makes batches, and augments their images; auto: DALI for JPEG, torch for pixels "
+        "and latents; one of yours: makes a dpfast.Loader",
     )
 
     def check(self) -> None:

@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+from dpfast.config import imported, is_import_path
+from dpfast.config.imported import FORM
 from dpfast.errors import InputError
 from dpfast.feed.dali import DaliLoader
 from dpfast.feed.loader import Loader
@@ -31,6 +33,8 @@ def make_loader(kind: str | Callable[..., Loader], pool: Pool, **options: Any) -
     Raises what they raise, ``TypeError`` for what is no loader or no pool, and ``InputError`` where
     a loader of the caller's own lacks a part of the protocol.
     """
+    if isinstance(kind, str) and is_import_path(kind):
+        kind = _loader_at(kind)
     if isinstance(kind, str):
         if not hasattr(pool, "fetch"):
             raise TypeError(f"pool = {pool!r}: expected a SamplePool")
@@ -55,17 +59,34 @@ def choose_loader(kind: str, codec: str = "pixels") -> str:
     times at 32 px and 2.6 to 9.3 times without crops (``dpfast bench loader``). DALI has not run on
     a GPU yet.
 
-    Raises ``InputError`` for an unknown loader and for DALI where it is not installed.
+    The import path of a loader of the user's own is itself.
+
+    Raises ``InputError`` for an unknown loader, for DALI where it is not installed, and for a path
+    that leads to nothing that could make a loader.
     """
+    if is_import_path(kind):
+        _loader_at(kind)
+        return kind
     if kind == "auto":
         return "dali" if codec == "jpeg" and dali_installed() else "torch"
     if kind not in LOADERS:
-        raise InputError(f"loader = {kind!r}: expected one of auto, {', '.join(LOADERS)}")
+        raise InputError(f"loader = {kind!r}: expected one of auto, {', '.join((*LOADERS, FORM))}")
     if kind == "dali" and not dali_installed():
         raise InputError(
             "loader = 'dali': DALI is not installed; pip install 'dpfast[dali]', or choose 'torch'"
         )
     return kind
+
+
+def _loader_at(path: str) -> Callable[..., Loader]:
+    """What makes a loader, at an import path."""
+    found: Callable[..., Loader] = imported("loader", path)
+    if not callable(found):
+        raise InputError(
+            f"loader = {path!r}: is a {type(found).__name__}, "
+            "expected a class or function that makes a dpfast.Loader"
+        )
+    return found
 
 
 def dali_installed() -> bool:

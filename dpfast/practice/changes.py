@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import RECIPE_FILE, Recipe, flat, read_recipe
+from dpfast.config import RECIPE_FILE, Recipe, flat, is_import_path, read_recipe
 from dpfast.errors import InputError, RecipeError
 from dpfast.files import there
 from dpfast.pool.shards import durable
@@ -181,6 +181,9 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
             f"held_out = {asked['held_out']!r} was {born.get('held_out')!r} "
             f"({RULES['held_out'][1]})"
         )
+    loaders = {str(asked["loader"]), str(born.get("loader", asked["loader"]))}
+    if len(loaders) > 1 and any(map(is_import_path, loaders)):
+        refused.append(f"loader = {asked['loader']!r} was {born['loader']!r} ({TRAINING})")
     if not leaves and recipe.practice.iterations < now["iterations"]:
         refused.append(
             f"iterations = {recipe.practice.iterations} was {now['iterations']} "

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.config import SOURCES, Recipe
+from dpfast.config import SOURCES, Recipe, is_import_path
 from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
 from dpfast.errors import RecipeError
@@ -74,6 +74,11 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
                 f"{name} = {value!r}: a rehearsal decodes no files; "
                 "rehearse it with pixels or latents"
             )
+    if is_import_path(recipe.learner.loader):
+        raise RecipeError(
+            f"loader = {recipe.learner.loader!r}: a rehearsal accounts for no loader of yours; "
+            "rehearse it with torch"
+        )
     if recipe.practice.sources[0] not in SOURCES:
         raise RecipeError(
             f"sources = {','.join(recipe.practice.sources)!r}: a rehearsal walks none but "

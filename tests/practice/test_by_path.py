@@ -82,19 +82,33 @@ def test_a_source_and_a_callback_by_path_run_and_go_on(tmp_path, monkeypatch, ca
         ("sources", "dpfast:Source", "Can't instantiate abstract class Source"),
         ("sources", "heard:Nothing", "has no attribute 'Nothing'"),
         ("sources", "nowhere:Source", "cannot import nowhere"),
+        ("loader", "wrong:number", "is a int, expected a class or function that makes a dpfast.L"),
+        ("loader", "nowhere:Loader", "cannot import nowhere"),
         ("callbacks", "wrong:Thing", "gives a Thing, expected a kind of dpfast.Callback"),
         ("callbacks", "wrong:fails", "'depth'"),
         ("callbacks", "nowhere:Heard", "cannot import nowhere"),
     ],
 )
-def test_a_path_to_no_source_and_no_callback_is_one_line_that_names_it(recipe, field, path, said):
-    if field == "sources":
+def test_a_path_to_nothing_of_its_kind_is_one_line_that_names_it(recipe, field, path, said):
+    if field == "loader":
+        asked = with_(recipe, "learner", loader=path)
+    elif field == "sources":
         asked = with_(recipe, "practice", sources=("static", path))
     else:
         asked = replace(recipe, callbacks=("dpfast:Callback", path))
     with pytest.raises(InputError, match=f"^{field} = '{path}': .*{said}") as caught:
         DeliberatePractice(asked, real=REAL)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loader_by_path_augments_and_a_resumed_run_needs_it_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    out, chosen = tmp_path / "run", ["--sources", "static", "--loader", "own_loader:ErasingLoader"]
+    assert run(out, *chosen) == 0
+    assert run(out, *chosen, "--resume") == 0
+    capsys.readouterr()
+    assert run(out, *chosen[:2], "--resume") == 2
+    assert "loader = 'auto' was 'own_loader:ErasingLoader'" in capsys.readouterr().err
 
 
 def test_a_plan_counts_the_training_of_a_source_by_path_and_a_rehearsal_needs_another(recipe):
@@ -105,6 +119,8 @@ def test_a_plan_counts_the_training_of_a_source_by_path_and_a_rehearsal_needs_an
         RecipeError, match=r"^sources = 'mistaken:Mistaken': a rehearsal walks none"
     ):
         cut(own, ALONE, 3)
+    with pytest.raises(RecipeError, match=r"^loader = 'own_loader:Erasing': a rehearsal accounts"):
+        cut(with_(recipe, "learner", loader="own_loader:Erasing"), ALONE, 3)
 
 
 @pytest.mark.parametrize(
