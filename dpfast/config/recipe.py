@@ -489,6 +489,13 @@ class Practice(Section):
         "equal",
         help="labels of new samples: as many of each class, or by the classes' validation error",
     )
+    class_counts: str = option(
+        "",
+        unit="file",
+        unset="as many of each class",
+        help="samples of each class that the pool fills towards, in proportion: a file with a "
+        "class, by name or id, and its count a line, maximum_samples or more in all",
+    )
     early_candidates: float = option(
         1.0,
         low=1,
@@ -586,6 +593,11 @@ class Practice(Section):
         _check(not both, "restart", self.restart, wanted)
         rising = all(first < second for first, second in pairwise(self.add_at))
         _check(rising, "add_at", ",".join(map(str, self.add_at)), "rising steps, each once")
+        targets, within = self.class_counts, self.prune_within
+        wanted = "'equal' with class_counts, which say the labels"
+        _check(not targets or self.allot == "equal", "allot", self.allot, wanted)
+        alike = not targets or "prune" not in self.sources or within == "class"
+        _check(alike, "prune_within", within, "'class' with class_counts")
         rounds = self.rounds_within(self.maximum_samples)
         wanted = (
             f"at most {rounds} steps, for the rounds that maximum_samples ({most}) and "

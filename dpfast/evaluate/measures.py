@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from dpfast.hardware.out_of_memory import HalvingBatches
 from dpfast.ops import entropy
 from dpfast.parallel import ALONE, Ranks
 
+MANY, FEW = 100, 20  # shots: classes with more are many, with fewer few (ImageNet-LT)
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 # model -> the batch that fitted where memory ran out
 _FITTING: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -27,7 +28,8 @@ class Evaluation:
 
     top1, top5: fractions in [0, 1]; with five classes or fewer, top5 is 1. loss: cross-entropy,
     nats. entropy: of the predictions, mean, nats. calibration_error: expected calibration error in
-    [0, 1]. per_class: (K,) fractions, NaN for a class without images.
+    [0, 1]. per_class: (K,) fractions, NaN for a class without images. shots: of a run with class
+    counts what ``by_shots`` gives, else empty.
     """
 
     top1: float
@@ -36,6 +38,7 @@ class Evaluation:
     entropy: float
     calibration_error: float
     per_class: Tensor
+    shots: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 def predict(
@@ -128,6 +131,23 @@ def measure(scores: Sequence[Tensor], classes: int, ranks: Ranks = ALONE) -> Eva
         calibration_error=_calibration_error(rows[:, 5], rows[:, 6], BINS),
         per_class=right / torch.bincount(labels, minlength=classes),
     )
+
+
+def by_shots(per_class: Tensor, counts: Tensor) -> dict[str, tuple[float, int]]:
+    """The mean accuracy of the classes with many, medium and few samples, and how many they are.
+
+    per_class: (K,) fractions, of which NaN, a class without images, is left out; counts: (K,)
+    samples of each class: "many" has more than 100, "few" fewer than 20, "medium" the others (Liu
+    et al. 2019, arXiv 1904.05160, section 5). A group without a class is left out.
+    """
+    counts = counts.to(per_class.device)
+    many, few = counts > MANY, counts < FEW
+    found = {}
+    for name, members in (("many", many), ("medium", ~many & ~few), ("few", few)):
+        known = per_class[members & ~per_class.isnan()]
+        if len(known):
+            found[name] = (float(known.double().mean()), len(known))
+    return found
 
 
 def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = BINS) -> float:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dpfast.config import SOURCES, Recipe
+from dpfast.data.class_counts import check_total
 from dpfast.data.real import count_real
 from dpfast.errors import InputError
 from dpfast.hardware.flops import Counts
@@ -153,6 +154,7 @@ def plan(
         raise InputError(
             f"samples = {total}: the run begins with {recipe.practice.initial_samples}"
         )
+    check_total(recipe.practice)
     device = peaks_named(device) if isinstance(device, str) else device
     stages = stages_of(recipe, device)
     shares = {"generation": GENERATION["transformer" if stages.transformer else "unet"], **STATED}

@@ -136,6 +136,7 @@ RULES: dict[str, tuple[str, str]] = {
     "cfg_scale_rounds": (FIXED, SAMPLES),
     "fresh_weight": (FIXED, TRAINING),
     "allot": (FIXED, SAMPLES),
+    "class_counts": (FREE, MOVED + "; but a run has one from its birth, or none"),
     "early_candidates": (FIXED, SAMPLES),
     "early_until": (FIXED, SAMPLES),
     "restart": (FIXED, SAMPLES),
@@ -176,11 +177,11 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
         for name in sorted(asked.keys() | born.keys())
         if asked.get(name) != born.get(name) and name not in allowed
     ]
-    if bool(asked["held_out"]) != bool(born.get("held_out")):
-        refused.append(
-            f"held_out = {asked['held_out']!r} was {born.get('held_out')!r} "
-            f"({RULES['held_out'][1]})"
-        )
+    refused += [
+        f"{name} = {asked[name]!r} was {born.get(name, '')!r} ({_rule(name)})"
+        for name in ("held_out", "class_counts")
+        if bool(asked[name]) != bool(born.get(name))
+    ]
     loaders = {str(asked["loader"]), str(born.get("loader", asked["loader"]))}
     if len(loaders) > 1 and any(map(is_import_path, loaders)):
         refused.append(f"loader = {asked['loader']!r} was {born['loader']!r} ({TRAINING})")

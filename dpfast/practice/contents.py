@@ -3,7 +3,8 @@ most.
 
 contents.json   field -> what its folder holds: of the generator the bytes of each file of weights
                 and a checksum of
-                each file of JSON, of real images how many files each class has
+                each file of JSON, of real images how many files each class has, of class counts
+                the count of each class
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import warnings
 from pathlib import Path
 
 from dpfast.config import Recipe, pipeline_folder
+from dpfast.data.class_counts import count_rows
 from dpfast.data.class_folders import sub_folders
 from dpfast.data.pictures import pictures_in
 from dpfast.data.real import is_fashion
@@ -41,7 +43,10 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
             generator[name] = file.stat().st_size
         elif file.suffix == ".json":
             generator[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    found = {"pipeline": generator}
+    found: dict[str, dict[str, int | str]] = {"pipeline": generator}
+    counts = recipe.practice.class_counts
+    if counts and Path(counts).is_file():
+        found["class_counts"] = dict(count_rows(counts))
     for field, place in (("validation", recipe.validation), ("held_out", recipe.held_out)):
         if is_fashion(place):
             found[field] = {"fashion": 1}
@@ -83,6 +88,7 @@ def check_contents(run: Path, recipe: Recipe) -> None:
         ("pipeline", recipe.generator.pipeline),
         ("validation", recipe.validation),
         ("held_out", recipe.held_out),
+        ("class_counts", recipe.practice.class_counts),
     ):
         before = born.get(field)
         found = now.get(field)

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpfast.config import SOURCES, Recipe, SourceName, is_import_path, kind_of, made
 from dpfast.config.imported import FORM
 from dpfast.config.kinds import ImportPath
+from dpfast.data.class_counts import class_counts
 from dpfast.data.real import Given, RealData, check_real, given_real, load_real
 from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.sets import evaluation_sets
@@ -50,6 +51,7 @@ from dpfast.sources.costs import Cost
 from dpfast.sources.deliberate_practice import DeliberatePracticeSource
 from dpfast.sources.dynamic import DynamicSource
 from dpfast.sources.guided_methods import check_guided_method
+from dpfast.sources.labels import LabelOrder
 from dpfast.sources.prune import PruneSource
 from dpfast.sources.source import LoopView, Source
 from dpfast.sources.static import StaticSource
@@ -127,6 +129,7 @@ class DeliberatePractice:
         given |= {"criterion": criterion, "loader": loader}
         by_path = set(paths.values())  # of which the recipe knows
         given |= {f"source {name}": each for name, each in own.items() if name not in by_path}
+        self.class_counts: Tensor | None = None
         self.objects = {name: kind_of(each) for name, each in given.items() if each is not None}
         if pipeline is None and unguided is not None:
             pipeline = unguided.pipeline
@@ -148,6 +151,7 @@ class DeliberatePractice:
         self._try_learner()
         ranks.beat()
         self._fit(recipe)
+        self._check_labels(unguided)
         self.unguided = unguided or UnguidedSamples(self.recipe, self.pipeline, ranks)
         self.loop: Loop | None = None  # the one that runs, or ran last
 
@@ -172,6 +176,7 @@ class DeliberatePractice:
             names = tuple(pipeline.class_names)
         if checks_real:
             check_real(recipe.validation, recipe.held_out, names)
+        self.class_counts = class_counts(recipe.practice, names)
         ranks.beat()
         if pipeline is not None:
             return pipeline
@@ -242,6 +247,31 @@ class DeliberatePractice:
         if own is not None:
             members = (2,) if self.recipe.guidance.criterion == "disagreement" else ()
             try_criterion(own, torch.zeros(2, *members, classes), what)
+
+    def _check_labels(self, unguided: UnguidedSamples | None) -> None:
+        """Raises ``InputError`` where samples that exist have other labels, and ``RecipeError``
+        where new samples begin from those of a class that has none.
+        """
+        counts, practice = self.class_counts, self.recipe.practice
+        if unguided is not None:
+            known = unguided.labels.counts
+            if (known is None) != (counts is None) or (
+                counts is not None and known is not None and not torch.equal(known, counts)
+            ):
+                raise InputError(
+                    "unguided: its samples have other labels than with class_counts = "
+                    f"{practice.class_counts!r}"
+                )
+        if counts is None or not practice.restart or "dp" not in self.named:
+            return
+        labels = LabelOrder(len(counts), counts).between(0, practice.initial_samples)
+        without = (counts > 0) & (labels.bincount(minlength=len(counts)) == 0)
+        if bool(without.any()):
+            name = self.pipeline.class_names[int(without.nonzero()[0])]
+            raise RecipeError(
+                f"restart = {practice.restart:g}: new samples begin from the pool's, and "
+                f"initial_samples = {practice.initial_samples} hold none of {name!r}"
+            )
 
     def _try_learner(self) -> None:
         """Raises ``InputError`` for a learner that cannot be trained, saved or asked, unless one
@@ -369,6 +399,7 @@ class DeliberatePractice:
                 ranks=self.ranks,
                 new_learner=self.new_learner,
                 loader=self.loader,
+                class_counts=self.class_counts,
             )
             self.loop = loop
             source = self._source(name, loop, practised)

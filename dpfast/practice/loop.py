@@ -30,12 +30,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from dpfast.config import Recipe
 from dpfast.data.real import RealData, RealSet
 from dpfast.errors import InputError
-from dpfast.evaluate.measures import Evaluation, evaluate
+from dpfast.evaluate.measures import Evaluation, by_shots, evaluate
 from dpfast.evaluate.sets import EvaluationSet, evaluate_sets
 from dpfast.feed import make_loader
 from dpfast.feed.augment import Augment
@@ -74,7 +74,8 @@ class Loop:
     order. folder: where the state is kept; None: nowhere. stop: asked after every step and batch.
     ranks: run one loop each, in step: they make and hold their parts of the samples, train on their
     parts of the batches, and decide alike. new_learner: gives the initial learner, loader: what
-    ``make_loader`` takes; None: the recipe's.
+    ``make_loader`` takes; None: the recipe's. class_counts: (K,), the recipe's targets, by which
+    accuracies are told by shots as well.
     """
 
     source: Source  # from ``run`` on
@@ -93,6 +94,7 @@ class Loop:
         ranks: Ranks = ALONE,
         new_learner: NewLearner | None = None,
         loader: str | Callable[..., Loader] | None = None,
+        class_counts: Tensor | None = None,
     ) -> None:
         learner, practice = recipe.learner, recipe.practice
         self.recipe = recipe
@@ -101,6 +103,7 @@ class Loop:
         self.pipeline = pipeline
         self.real = real
         self.sets = sets
+        self.class_counts = class_counts
         self.folder, self.callbacks = folder, callbacks
         self.stop = stop or Stop()
         self.stop_together = StopTogether(self.stop, ranks)
@@ -507,7 +510,10 @@ class Loop:
 
     def _evaluate(self, real: RealSet) -> Evaluation:
         """The measures of the learner on a set of real images, of which each rank has its part."""
-        return evaluate(self.evaluated, real.images, real.labels, self.ranks)
+        found = evaluate(self.evaluated, real.images, real.labels, self.ranks)
+        if self.class_counts is None:
+            return found
+        return replace(found, shots=by_shots(found.per_class, self.class_counts))
 
     def _finish(self) -> Result:
         """Evaluates the learner on all sets, tells the result and saves the end."""

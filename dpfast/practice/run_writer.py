@@ -211,6 +211,7 @@ class MetricsCallback(Callback):
             validation_loss=evaluation.loss,
             entropy=evaluation.entropy,
             samples=progress.pool_size,
+            **{name: value for name, (value, _) in evaluation.shots.items()},
         )
 
     def on_checkpoint(self, progress: Progress, written: WrittenCheckpoint) -> None:
@@ -243,6 +244,8 @@ class MetricsCallback(Callback):
             validation_accuracy=result.validation.top1,
             test_accuracy=result.test.top1,
             test_per_class=[round(float(v), 6) for v in result.test.per_class],
+            **{f"test_{name}": value for name, (value, _) in result.test.shots.items()},
+            **{f"{name}_classes": count for name, (_, count) in result.test.shots.items()},
         )
         for row in result.sets:
             self.folder.log("set", progress.source, progress.step, **row.to_dict())

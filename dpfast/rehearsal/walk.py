@@ -102,6 +102,7 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         patience=1,
         patience_growth="fixed",
         add_at=(),
+        class_counts="",
         sources=("dp",) if "dp" in recipe.practice.sources else recipe.practice.sources[:1],
         yardstick_samples=min(recipe.practice.yardstick_samples, ranks.size * batch),
     )

@@ -109,7 +109,7 @@ def write_report(
     ) -> str:
         return _figure(out / f"{name}.png", draw(WIDE), draw(NARROW), caption)
 
-    body = [_head(runs, points), tables.results(runs), _notes(runs, refused)]
+    body = [_head(runs, points), tables.results(runs), tables.shots(runs), _notes(runs, refused)]
     body.append("<h2>Training</h2>")
     body += [
         figure(name, partial(draw, runs), caption) for name, (draw, caption) in PER_RUN.items()

@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from dpfast.evaluate.measures import FEW, MANY
 from dpfast.pool.memory_tiers import readable
 from dpfast.report.laws import Law, Saving
 from dpfast.report.runs import Run
@@ -41,6 +42,30 @@ def results(runs: list[Run]) -> str:
     return "<h2>Results</h2>" + html_table(
         ("run", "source", "samples", "iterations", "additions", "validation", "held-out"), rows
     )
+
+
+def shots(runs: list[Run]) -> str:
+    """Held-out accuracy by the shots of a class; empty where no run has class counts."""
+    names = ("many", "medium", "few")
+    rows = []
+    for run in runs:
+        for m in (m for source in run.sources for m in run.events("result", source)[-1:]):
+            found = [m.get(f"test_{name}") for name in names]
+            if any(value is not None for value in found):
+                of = [m.get(f"{name}_classes") for name in names]
+                cells = [
+                    "-" if value is None else f"{value:.2%}" + ("" if n is None else f" of {n}")
+                    for value, n in zip(found, of, strict=True)
+                ]
+                rows.append([run.path.name, m["source"], *cells])
+    if not rows:
+        return ""
+    head = ("run", "source", f"many: over {MANY}", f"medium: {FEW} to {MANY}", f"few: under {FEW}")
+    note = (
+        '<p class="note">Held-out accuracy, the mean over classes, by the count of a class in '
+        "class_counts.</p>"
+    )
+    return f"<h3>By shots</h3>{html_table(head, rows)}{note}"
 
 
 def laws(laws: Sequence[Law], saved: Sequence[Saving]) -> str:

@@ -18,15 +18,17 @@ class Best:
 
     Each group keeps its highest scores, and all keep as evenly as can be: first comes every group's
     best, then every group's second, and of the last such row the highest. Of equal scores the
-    smaller number comes first, and NaN is above every number. Who is out now would be out at the
+    smaller number comes first, and NaN is above every number. With ``quotas`` each group keeps so
+    many instead, ``count`` in all. Who is out now would be out at the
     end, so the result is a function of the set of candidates, whatever their order, and of what
     ranks have added the same.
 
     A candidate that is kept takes 44 bytes, on every rank: 0.4 GB for 9 million.
     """
 
-    def __init__(self, count: int, groups: int) -> None:
+    def __init__(self, count: int, groups: int, quotas: Tensor | None = None) -> None:
         self.count = count
+        self._quotas = None if quotas is None else quotas.tolist()
         self.size = 0
         # of each group the keys (``_keys``), the worst first
         self._heaps: list[list[int]] = [[] for _ in range(groups)]
@@ -43,7 +45,13 @@ class Best:
             heappush(self._heaps[group], key)
             self._note(group)
         self.size += len(scores)
-        return [self._drop() for _ in range(self.size - self.count)]
+        if self._quotas is None:
+            return [self._drop() for _ in range(self.size - self.count)]
+        out = []
+        for group in groups.unique().tolist():
+            over = len(self._heaps[group]) - self._quotas[group]
+            out += [self._drop_of(group) for _ in range(over)]
+        return out
 
     def numbers(self) -> Tensor:
         """(size,) int64, rising: the candidates that are kept."""
@@ -57,7 +65,9 @@ class Best:
     def _drop(self) -> int:
         """Takes out the lowest one of the largest groups."""
         rim = self._sizes == self._sizes.max()
-        group = int(np.where(rim, self._worst, NONE).argmin())
+        return self._drop_of(int(np.where(rim, self._worst, NONE).argmin()))
+
+    def _drop_of(self, group: int) -> int:
         key = heappop(self._heaps[group])
         self._note(group)
         self.size -= 1

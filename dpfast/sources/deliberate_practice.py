@@ -15,7 +15,7 @@ from dpfast.pool.protocol import Pool
 from dpfast.samples import SampleBatch
 from dpfast.sources.dynamic import DynamicSource
 from dpfast.sources.guided_methods import GuidedRequest, guided_method
-from dpfast.sources.labels import allotted_labels, balanced_labels
+from dpfast.sources.labels import allotted_labels
 from dpfast.sources.source import RoundRequest, scheduled
 from dpfast.sources.unguided import EAGER, UnguidedSamples
 
@@ -78,4 +78,4 @@ class DeliberatePracticeSource(DynamicSource):
     def _labels(self, request: RoundRequest) -> Tensor:
         if self.recipe.practice.allot == "difficulty" and request.per_class is not None:
             return allotted_labels(request.per_class, request.start, request.count)
-        return balanced_labels(request.start, request.count, self.unguided.classes)
+        return self.unguided.labels.between(request.start, request.count)

@@ -35,11 +35,11 @@ from dpfast.sources.best import LAST, Best
 from dpfast.sources.dynamic import DynamicSource
 from dpfast.sources.guided_methods import joined
 from dpfast.sources.held import HeldSamples
-from dpfast.sources.labels import labels_of
 from dpfast.sources.source import RoundRequest
 from dpfast.sources.unguided import UnguidedSamples
 
 log = logging.getLogger(__name__)
+Ids = Callable[[Tensor], Tensor]  # of candidates by their numbers in a round
 SAVED_SECONDS = 30.0  # of generation between two savings of what is held
 
 
@@ -48,7 +48,9 @@ class PruneSource(DynamicSource):
     highest entropy.
 
     Candidates are scored by the learner of that moment and dropped when they are not kept; of
-    equal entropies the smaller id is kept. Ids count candidates. folder: where a round's samples
+    equal entropies the smaller id is kept. Ids count candidates; with class counts of T samples the
+    candidates for index i of the pool are i, i + T, i + 2 T, ..., which have its label, and of each
+    class as many are kept as the order of labels gives the round. folder: where a round's samples
     are held while it is made; None: in memory.
     """
 
@@ -110,8 +112,9 @@ class PruneSource(DynamicSource):
             )
         held = HeldSamples(self._place(request))
         try:
-            best = self._chosen(request, first, last - first, held)
-            yield from self._dealt(request, first, best.numbers(), held)
+            ids = self._ids(request, first)
+            best = self._chosen(request, first, last - first, ids, held)
+            yield from self._dealt(request, ids, best.numbers(), held)
         finally:
             held.close()
 
@@ -120,27 +123,45 @@ class PruneSource(DynamicSource):
             return None
         return self.folder / f"step-{request.learner_step:09d}" / rank_folder_name(self.ranks)
 
-    def _chosen(self, request: RoundRequest, first: int, count: int, held: HeldSamples) -> Best:
-        """The best of the ``count`` candidates whose ids begin with ``first``; this rank's are
-        held.
-        """
+    def _ids(self, request: RoundRequest, first: int) -> Ids:
+        """The ids of a round's candidates by their numbers."""
+        counts = self.unguided.labels.counts
+        if counts is None:
+            return lambda numbers: first + numbers
+        total, size = int(counts.sum()), request.count
+        return lambda numbers: request.start + numbers % size + numbers // size * total
+
+    def _best(self, request: RoundRequest) -> Best:
+        """What chooses a round's samples."""
+        labels = self.unguided.labels
+        if labels.counts is None:
+            within = self.recipe.practice.prune_within == "class"
+            return Best(request.count, labels.classes if within else 1)
+        quotas = labels.between(request.start, request.count).bincount(minlength=labels.classes)
+        return Best(request.count, labels.classes, quotas)
+
+    def _groups(self, ids: Tensor) -> Tensor:
+        """(n,) int64: within which the highest entropies of the candidates ``ids`` are kept."""
+        return self.unguided.labels.of(ids) * (self.recipe.practice.prune_within == "class")
+
+    def _chosen(
+        self, request: RoundRequest, first: int, count: int, ids: Ids, held: HeldSamples
+    ) -> Best:
+        """The best of a round's ``count`` candidates; this rank's are held."""
         ranks, batch, turn = self.ranks, self.unguided.batch, request.turn
-        classes = self.unguided.classes
-        within = self.recipe.practice.prune_within == "class"
-        best = Best(request.count, classes if within else 1)
+        best = self._best(request)
         span = ranks.size * batch
         turns = -(-count // span)
-        number = self._resumed(request, first, count, held, best)
+        number = self._resumed(request, first, count, ids, held, best)
         saved = self.clock()
-        made = self._candidates(request, first, count, done=min(number * batch, count))
+        made = self._candidates(request, ids, count, done=min(number * batch, count))
         while number < turns:
             numbers = torch.arange(number * span, min((number + 1) * span, count))
             mine = ranks.indices(len(numbers), batch, turn=turn)
             candidates = next(made) if len(mine) else None
             scores = torch.empty(0) if candidates is None else candidates.entropy
             scores = ranks.gather(scores, len(numbers), batch, turn=turn)
-            groups = labels_of(first + numbers, classes) * within
-            out = best.add(scores, groups, numbers)
+            out = best.add(scores, self._groups(ids(numbers)), numbers)
             held.drop(out)
             if candidates is not None:
                 kept = ~torch.isin(numbers[mine], torch.tensor(out, dtype=torch.int64))
@@ -162,7 +183,7 @@ class PruneSource(DynamicSource):
         return best
 
     def _candidates(
-        self, request: RoundRequest, first: int, count: int, *, done: int
+        self, request: RoundRequest, ids: Ids, count: int, *, done: int
     ) -> Iterator[SampleBatch]:
         """This rank's batches of candidates, each whole: where memory ran out, samples come in
         smaller parts.
@@ -170,7 +191,9 @@ class PruneSource(DynamicSource):
         ranks, batch, turn = self.ranks, self.unguided.batch, request.turn
         done = min(done, ranks.share(count, batch, turn=turn))
         scale = self.cfg_scale(request.number)
-        parts = self.unguided.stream(first, count, self.cost, cfg_scale=scale, turn=turn, done=done)
+        parts = self.unguided.stream(
+            0, count, self.cost, cfg_scale=scale, turn=turn, done=done, ids=ids
+        )
         for indices in ranks.batches(count, batch, turn=turn, done=done):
             made = [self._scored(next(parts), request)]
             while sum(map(len, made)) < len(indices):
@@ -184,7 +207,13 @@ class PruneSource(DynamicSource):
         return batch if keeps else replace(batch, latents=None)
 
     def _resumed(
-        self, request: RoundRequest, first: int, count: int, held: HeldSamples, best: Best
+        self,
+        request: RoundRequest,
+        first: int,
+        count: int,
+        ids: Ids,
+        held: HeldSamples,
+        best: Best,
     ) -> int:
         """After how many turns a round goes on that was cut short; what was kept by then is in
         ``held`` and ``best``. 0: it begins anew.
@@ -212,9 +241,7 @@ class PruneSource(DynamicSource):
             if not failures and numbers is not None and scores is not None:
                 self.cost.load_state_dict(held.about["cost"])
                 numbers, scores = self._together(numbers, scores)
-                classes = self.unguided.classes
-                within = practice.prune_within == "class"
-                best.add(scores, labels_of(first + numbers, classes) * within, numbers)
+                best.add(scores, self._groups(ids(numbers)), numbers)
                 return turn
             if ranks.first:
                 log.warning(
@@ -235,7 +262,7 @@ class PruneSource(DynamicSource):
         return every[:, 0], every[:, 1].to(torch.int32).view(torch.float32)
 
     def _dealt(
-        self, request: RoundRequest, first: int, numbers: Tensor, held: HeldSamples
+        self, request: RoundRequest, ids: Ids, numbers: Tensor, held: HeldSamples
     ) -> Iterator[SampleBatch]:
         """This rank's samples of a round, which the ranks that hold them send it, a batch at a
         time.
@@ -258,7 +285,7 @@ class PruneSource(DynamicSource):
                     records, [len(each) for each in sent], made[due == ranks.rank], held.width
                 )
             if len(mine):
-                yield self._batch(request, first + mine, records, held.about["parts"])
+                yield self._batch(request, ids(mine), records, held.about["parts"])
 
     def _sent(self, records: Tensor, sent: list[int], origins: Tensor, width: int) -> Tensor:
         """(n, width) records that ranks send this one, from ``origins`` (n,); this one sends
@@ -288,7 +315,7 @@ class PruneSource(DynamicSource):
         entropy, images, *latents = columns
         return SampleBatch(
             images=images,
-            labels=labels_of(ids, self.unguided.classes),
+            labels=self.unguided.labels.of(ids),
             sample_ids=ids,
             entropy=entropy,
             learner_step=request.learner_step,

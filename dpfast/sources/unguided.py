@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpfast.config import Recipe
+from dpfast.data.class_counts import class_counts
 from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
@@ -16,7 +18,7 @@ from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.pool import SamplePool
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost, Prices
-from dpfast.sources.labels import balanced_labels
+from dpfast.sources.labels import LabelOrder
 from dpfast.sources.yardstick import Yardstick
 
 EAGER: dict[str, Any] = {"compile": False, "cuda_graphs": False}  # for few samples
@@ -37,6 +39,8 @@ class UnguidedSamples:
         self.ranks = ranks
         self.batch = recipe.generator.batch_size
         self.classes = len(pipeline.class_names)
+        counts = class_counts(recipe.practice, pipeline.class_names)
+        self.labels = LabelOrder(self.classes, counts)
         self.cfg_scale = recipe.generator.cfg_scale
         self.sampler = new_sampler(recipe, pipeline, None)
         self.made = Cost()
@@ -45,7 +49,7 @@ class UnguidedSamples:
             new_sampler(recipe, pipeline, None, **EAGER),
             self.batch,
             ranks,
-            classes=self.classes,
+            labels=self.labels,
             samples=recipe.practice.yardstick_samples,
         )
         self._pools: list[tuple[SamplePool, dict[int, int]]] = []
@@ -66,24 +70,32 @@ class UnguidedSamples:
             self.made = replace(cost)
 
     def stream(
-        self, first: int, count: int, cost: Cost, *, cfg_scale: float, turn: int = 0, done: int = 0
+        self,
+        first: int,
+        count: int,
+        cost: Cost,
+        *,
+        cfg_scale: float,
+        turn: int = 0,
+        done: int = 0,
+        ids: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[SampleBatch]:
-        """This rank's samples (``Ranks.batches``) of the ids ``first`` to ``first + count``, paid
-        for in ``cost``.
+        """This rank's samples (``Ranks.batches``) of the ids ``first`` to ``first + count``, or of
+        those that ``ids`` gives for the numbers 0 to ``count``, paid for in ``cost``.
         """
         price = self._prices.at(cfg_scale)
         for indices in self.ranks.batches(count, self.batch, turn=turn, done=done):
-            start = first + indices.start
             size = len(indices)
-            known = self._known(start, size) if cfg_scale == self.cfg_scale else None
+            numbers = torch.arange(indices.start, indices.stop)
+            wanted = first + numbers if ids is None else ids(numbers)
+            known = self._known(wanted) if cfg_scale == self.cfg_scale else None
             if known is not None:
                 cost.add(size, price, size * self.made.seconds / max(self.made.samples, 1))
                 yield known
                 continue
-            labels = balanced_labels(start, size, self.classes)
             batches = self.sampler.stream(
-                labels,
-                sample_ids=torch.arange(start, start + size),
+                self.labels.of(wanted),
+                sample_ids=wanted,
                 batch_size=self.batch,
                 cfg_scale=cfg_scale,
             )
@@ -91,15 +103,15 @@ class UnguidedSamples:
                 self.ranks.beat()
                 yield batch
 
-    def _known(self, first: int, count: int) -> SampleBatch | None:
+    def _known(self, ids: Tensor) -> SampleBatch | None:
         for pool, row_of in self._pools:
-            if first in row_of and first + count - 1 in row_of:
-                rows = torch.tensor([row_of[i] for i in range(first, first + count)])
+            if all(number in row_of for number in ids.tolist()):
+                rows = torch.tensor([row_of[number] for number in ids.tolist()])
                 device = self.pipeline.device  # where a batch that is made lies
                 return SampleBatch(
                     images=pool.images(rows).to(device),
                     labels=pool.column("label")[rows].to(device),
                     sample_ids=pool.column("sample_id")[rows].to(device),
-                    entropy=torch.full((count,), float("nan"), device=device),
+                    entropy=torch.full((len(ids),), float("nan"), device=device),
                 )
         return None

@@ -13,13 +13,18 @@ from dpfast.evaluate.measures import predict
 from dpfast.generate.protocol import Sampler
 from dpfast.ops import entropy
 from dpfast.parallel import Ranks
+from dpfast.sources.labels import LabelOrder
 
 FIRST_ID = 1 << 40  # of ids that no pool holds
 
 
-def spread_labels(count: int, classes: int) -> Tensor:
-    """(count,) labels: all classes in turn, or of more classes than samples evenly spaced ones."""
-    places = torch.arange(count)
+def spread_labels(count: int, labels: LabelOrder) -> Tensor:
+    """(count,) labels: all classes in turn, or of more classes than samples evenly spaced ones; of
+    a long tail in its shares.
+    """
+    places, classes = torch.arange(count), labels.classes
+    if labels.counts is not None:
+        return labels.of(places)
     return places % classes if classes <= count else places * classes // count
 
 
@@ -34,15 +39,15 @@ class Yardstick:
             memory for the rest of the run, or seconds for nothing.
         batch: samples that are made at once, at most.
         ranks: those that make them together.
-        classes: the number of classes, over which labels are spread.
+        labels: those of the run's samples, in whose shares these are.
         samples: how many, on all ranks together.
     """
 
     def __init__(
-        self, sampler: Sampler, batch: int, ranks: Ranks, *, classes: int, samples: int
+        self, sampler: Sampler, batch: int, ranks: Ranks, *, labels: LabelOrder, samples: int
     ) -> None:
         self.sampler, self.ranks = sampler, ranks
-        self.classes, self.samples = classes, samples
+        self.labels, self.samples = labels, samples
         self.batch = min(batch, -(-samples // ranks.size))
 
     @cached_property
@@ -51,7 +56,7 @@ class Yardstick:
         room from training.
         """
         places = self.ranks.indices(self.samples, self.batch)
-        labels = spread_labels(self.samples, self.classes)[places]
+        labels = spread_labels(self.samples, self.labels)[places]
         batches = self.sampler.stream(labels, sample_ids=FIRST_ID + places, batch_size=self.batch)
         made = []
         for batch in batches:

@@ -9,6 +9,7 @@ from torch import nn
 from dpfast.data.real import load_real
 from dpfast.errors import InputError
 from dpfast.evaluate.measures import (
+    by_shots,
     calibration_error,
     evaluate,
     features,
@@ -161,3 +162,15 @@ def test_top_five_and_a_class_without_images():
     assert (result.top1, result.top5) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert result.per_class[6] == 1
     assert math.isnan(result.per_class[0])
+
+
+def test_accuracies_by_shots_are_means_over_the_classes_of_a_group():
+    """The borders are ImageNet-LT's: 101 is many, 100 and 20 are medium, 19 is few."""
+    per_class = torch.tensor([0.9, 0.8, 0.6, 0.5, 0.25, float("nan"), 0.0])
+    counts = torch.tensor([1280, 101, 100, 20, 19, 5, 0])
+    found = by_shots(per_class, counts)
+    assert {name: count for name, (_, count) in found.items()} == {"many": 2, "medium": 2, "few": 2}
+    wanted = {"many": 0.85, "medium": 0.55, "few": 0.125}
+    assert {name: value for name, (value, _) in found.items()} == pytest.approx(wanted)
+    assert by_shots(per_class[:2], counts[:2]).keys() == {"many"}
+    assert by_shots(per_class[5:6], counts[5:6]) == {}

@@ -30,7 +30,7 @@ def failures(name="imagenet100-sd15", device="h100", count=8, ranks=1):
 
 def test_a_yardstick_in_one_batch(monkeypatch):
     def images(self):
-        labels = yardstick.spread_labels(250, self.classes)
+        labels = yardstick.spread_labels(250, self.labels)
         return [self.sampler.generate(labels).images.cpu()[: self.batch]]
 
     monkeypatch.setattr(yardstick.Yardstick, "images", property(images))

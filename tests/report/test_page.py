@@ -103,6 +103,22 @@ def test_the_page_tells_the_results_and_the_gap(tmp_path):
     ):
         assert f"<td>{cell}</td>" in text
     assert "http" not in text.replace("http-equiv", "")
+    assert "By shots" not in text
+
+
+def test_a_run_with_class_counts_has_a_table_by_shots(tmp_path):
+    run = make_run(tmp_path / "a")
+    shots = {"test_many": 0.9, "many_classes": 385, "test_few": 0.125, "few_classes": 136}
+    metrics = (run / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in metrics]
+    last = next(line for line in lines if line["event"] == "result" and line["source"] == "dp")
+    last |= shots
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_report([run], tmp_path / "out").read_text()
+    heads = ("many: over 100", "medium: 20 to 100", "few: under 20")
+    assert "".join(f'<th scope="col">{head}</th>' for head in heads) in text
+    row = ("a", "dp", "90.00% of 385", "-", "12.50% of 136")
+    assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr></tbody>" in text
 
 
 def test_an_unfinished_run_says_so(tmp_path):

@@ -9,9 +9,10 @@ from dpfast.evaluate.measures import predict
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.ops import entropy
 from dpfast.parallel import ALONE, Ranks
+from dpfast.sources.labels import LabelOrder
 from dpfast.sources.yardstick import FIRST_ID, Yardstick, spread_labels
 
-yardstick = functools.partial(Yardstick, classes=3, samples=20)
+yardstick = functools.partial(Yardstick, labels=LabelOrder(3), samples=20)
 
 
 @pytest.fixture
@@ -20,10 +21,15 @@ def sampler(pipeline):
 
 
 def test_labels_are_spread_over_all_classes():
-    assert spread_labels(250, 1000).tolist() == list(range(0, 1000, 4))
-    assert len(spread_labels(250, 300).unique()) == 250
-    assert spread_labels(250, 300).max() == 298
-    assert set(spread_labels(250, 100).bincount().tolist()) == {2, 3}
+    assert spread_labels(250, LabelOrder(1000)).tolist() == list(range(0, 1000, 4))
+    assert len(spread_labels(250, LabelOrder(300)).unique()) == 250
+    assert spread_labels(250, LabelOrder(300)).max() == 298
+    assert set(spread_labels(250, LabelOrder(100)).bincount().tolist()) == {2, 3}
+
+
+def test_of_a_long_tail_labels_have_its_shares():
+    order = LabelOrder(3, torch.tensor([600, 300, 100]))
+    assert spread_labels(20, order).bincount().tolist() == [12, 6, 2]
 
 
 @torch.no_grad()
