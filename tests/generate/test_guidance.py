@@ -267,8 +267,6 @@ def test_intervals_that_touch_share_no_step():
         ({"anchor": True}, "anchor must be a number, got True"),
         ({"anchor": None}, "anchor must be a number, got None"),
         ({"anchor": 0.5, "omega": -0.1}, "anchor = 0.5: expected 0 with omega = -0.1"),
-        ({"cfg_scale": float("inf")}, "cfg_scale = inf: expected a finite number"),
-        ({"cfg_scale": "2"}, "cfg_scale must be a number, got '2'"),
     ],
 )
 def test_a_wrong_configuration_is_named(wrong, message):
