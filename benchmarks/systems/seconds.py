@@ -313,6 +313,8 @@ def table(counted: dict[tuple[str, str], Batch]) -> str:
         for rates, told in ((RATES, ""), (CUDNN, ", attention by cuDNN")):
             mine = Seconds.of(parts, setting, rates).guided
             put(f"samples over (b){told}", f"{timed(name)['(b)']['guided'] / mine:.2f}x")
+            plain = Seconds.of(counted[name, "(b)"], setting, rates).guided
+            put(f"samples over a derived (b){told}", f"{plain / mine:.2f}x")
             put(f"share of products' rate{told}", f"{work / mine / rates.half:.0%}")
     lines = [f"| derived | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     return "\n".join([*lines, *(f"| {row} | {' | '.join(cells)} |" for row, cells in rows.items())])

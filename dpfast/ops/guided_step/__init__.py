@@ -37,8 +37,8 @@ is not finite in fp32 takes its step unguided, and is counted. The noise of step
 `normal(sample_ids, ..., stream=t + 1)`; stream 0 is left to the first latent.
 
 Bytes for n elements of b bytes: 5 n b (read x, pred_cond, pred_uncond, grad, write x_next), n b
-more for x0_prev or x0. An anchor adds sums, no bytes of memory; ``triton`` says what it adds to the
-cache's.
+more for x0_prev or x0. An anchor adds sums alone up to 8,192 elements a sample; above, the
+predictions are read twice, which ``triton`` says more about.
 """
 
 from __future__ import annotations
