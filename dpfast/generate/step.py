@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpfast.errors import InputError
 from dpfast.generate.feature_cache import FeatureCache, Features
 from dpfast.generate.guidance import GuidancePath
 from dpfast.generate.models.decoder import Decoder
@@ -28,7 +29,7 @@ from dpfast.generate.models.denoiser import Denoiser
 from dpfast.ops import DynamicThreshold, guided_step
 from dpfast.ops.guided_step import Mode
 
-ROWS = ("x", "x0_prev", "labels", "sample_ids", "omega", "anchor", "value", "features")
+ROWS = ("x", "x0_prev", "labels", "sample_ids", "omega", "anchor", "value", "features", "valid")
 
 
 class Variant(NamedTuple):
@@ -116,15 +117,40 @@ class Trajectory:
 
     @staticmethod
     def joined(parts: Sequence[Trajectory]) -> Trajectory:
-        """Returns batches with the same steps, before the same one, as one."""
-        columns = {name: [getattr(part, name) for part in parts] for name in ROWS}
-        joined: dict[str, Any] = {
-            name: None if column[0] is None else torch.cat(column)
-            for name, column in columns.items()
-        }
-        return replace(
-            parts[0], **joined, skipped=torch.stack([part.skipped for part in parts]).sum()
-        )
+        """Returns batches with the same steps, before the same one, as one.
+
+        Where some have no anchor, theirs is 0; where some have no features, the next step makes all
+        anew. Raises ``InputError`` for parts of other steps.
+        """
+        first = parts[0]
+        for part in parts:
+            if (part.step, part.variants) != (first.step, first.variants):
+                raise InputError(
+                    f"parts: one is before step {part.step} of {len(part.variants)}, the first "
+                    f"before step {first.step} of {len(first.variants)}; expected the same steps"
+                )
+        joined = {name: _joined(name, parts) for name in ROWS}
+        skipped = torch.stack([part.skipped for part in parts]).sum()
+        return replace(first, **joined, skipped=skipped)  # type: ignore[arg-type]
+
+
+def _joined(name: str, parts: Sequence[Trajectory]) -> Tensor | None:
+    columns: list[Tensor | None] = [getattr(part, name) for part in parts]
+    if all(column is None for column in columns):
+        return None
+    if name == "anchor":
+        columns = [
+            torch.zeros_like(part.omega) if column is None else column
+            for part, column in zip(parts, columns, strict=True)
+        ]
+    elif name == "valid":
+        columns = [
+            torch.ones_like(part.labels, dtype=torch.bool) if column is None else column
+            for part, column in zip(parts, columns, strict=True)
+        ]
+    known = [column for column in columns if column is not None]
+    assert name == "features" or len(known) == len(columns)
+    return torch.cat(known) if len(known) == len(columns) else None
 
 
 class StepInputs(NamedTuple):

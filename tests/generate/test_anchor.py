@@ -202,6 +202,52 @@ def test_an_anchored_sample_is_the_same_in_any_batch(solver, through, pipeline, 
     torch.testing.assert_close(joined.latents.float(), whole[[2, 0, 1]], **near)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_part_without_an_anchor_joins_with_zeros(order, pipeline, learner):
+    """In either order: both finish as they do alone."""
+    sampler = new_sampler(pipeline, learner)
+    kappas, ids = (0.0, 1.0), ([5], [7])
+    parts = [sampler.begin([2], ids[i], anchor=kappas[i]) for i in order]
+    assert [part.anchor is None for part in parts] == [i == 0 for i in order]
+    joined = Trajectory.joined(parts)
+    assert joined.anchor.tolist() == [kappas[i] for i in order]
+    rest = joined.take(torch.tensor([1]))
+    assert rest.anchor.tolist() == [kappas[order[1]]]
+    together = sampler.finish(sampler.advance(joined)).latents
+    alone = [sampler.finish(sampler.advance(part)).latents for part in parts]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(*alone, atol=1e-3)
+
+
+def test_rows_that_fill_a_part_stay_known_when_it_is_taken_or_joined(pipeline, learner):
+    sampler = new_sampler(pipeline, learner)
+    filled = replace(sampler.begin(LABELS), valid=torch.tensor([True, True, False]))
+    assert filled.take(torch.tensor([2, 0])).valid.tolist() == [False, True]
+    whole = sampler.begin([1, 1], [8, 9])
+    for parts, valid in (
+        ([filled, whole], [True, True, False, True, True]),
+        ([whole, filled], [True, True, True, True, False]),
+    ):
+        assert Trajectory.joined(parts).valid.tolist() == valid
+    assert Trajectory.joined([whole, whole]).valid is None
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_part_without_features_has_all_made_anew(order, pipeline, learner):
+    sampler = new_sampler(pipeline, learner)
+    begun = sampler.begin(LABELS)
+    parts = [begun, replace(begun, features=torch.zeros(3, 2, 4))]
+    assert Trajectory.joined([parts[i] for i in order]).features is None
+    assert len(Trajectory.joined([parts[1], parts[1]]).features) == 6
+
+
+def test_parts_before_other_steps_are_not_joined(pipeline, learner):
+    sampler = new_sampler(pipeline, learner)
+    begun = sampler.begin(LABELS)
+    with pytest.raises(InputError, match=r"^parts: one is before step 1 of 4, the first before"):
+        Trajectory.joined([begun, sampler.advance(begun, 1)])
+
+
 def test_a_sample_with_a_score_that_is_not_finite_is_counted_once(pipeline, learner):
     """Also where its copies fill the batch up to the size that the steps take."""
     kind = type(pipeline.denoiser)
