@@ -10,6 +10,7 @@ from dpfast.cli.recipes import add_fields, recipe_of
 from dpfast.config import fields
 from dpfast.errors import InputError
 from dpfast.extras import require
+from dpfast.textfiles import to_json
 
 # A learner guides as it was saved, in one stream of batches that finds its size and whether
 # compiling pays.
@@ -87,6 +88,10 @@ def sample(arguments: argparse.Namespace) -> int:
     sampler = new_sampler(recipe, pipeline, learner, compile="auto")
     batches = sampler.stream(ordered)
     sheet = write_samples(batches, pipeline.class_names, arguments.out)
+    whole = recipe.to_dict()
+    made = {name: whole[name] for name in ("seed", "generator", "guidance")}
+    made["learner"] = (arguments.learner or "the embedded judge") if omega else None
+    (arguments.out / "settings.json").write_text(to_json(made) + "\n", encoding="utf-8")
     print(f"{len(ordered)} images in {arguments.out}, overview {sheet}")
     return 0
 

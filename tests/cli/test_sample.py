@@ -103,8 +103,13 @@ def test_an_anchor_changes_images_and_0_is_none(tmp_path):
         return sorted(path.read_bytes() for path in out.rglob("*.png"))
 
     plain = images()
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["guidance"]["omega"] == 0.1
+    assert settings["learner"] == "the embedded judge"
     assert images("--guidance.anchor", "0") == plain
     assert images("--anchor", "1") != plain
+    settings = json.loads((tmp_path / "out-anchor-1" / "settings.json").read_text())
+    assert settings["guidance"]["anchor"] == 1.0
 
 
 def test_a_learner_that_would_not_guide_is_named(pipeline_folder, tmp_path, capsys):
