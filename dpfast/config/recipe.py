@@ -625,9 +625,14 @@ class Practice(Section):
         return rounds if self.maximum_rounds is None else min(rounds, self.maximum_rounds)
 
     @property
+    def takes_all_at_once(self) -> bool:
+        """Whether no round is added: by "static", which no other source has told its size."""
+        return self.sources == ("static",)
+
+    @property
     def most_samples(self) -> int:
         """Samples at the end of a run that adds as many rounds as it may."""
-        if self.sources == ("static",):
+        if self.takes_all_at_once:
             return self.maximum_samples
         rounds = len(self.add_at) or self.rounds_within(self.maximum_samples)
         return min(self.initial_samples + rounds * self.round_samples, self.maximum_samples)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from dpfast.config import Recipe
+from dpfast.planning.simulation import job_of
 from dpfast.planning.stages import Stages
 from dpfast.pool import codecs
 from dpfast.pool.memory_tiers import readable
@@ -94,7 +94,7 @@ def plan_disk(
     practice, config = recipe.practice, recipe.pool
     each = codecs.saved_bytes(config.codec, pool.shape, config.save_samples)
     took = stages.learner.state / WRITTEN
-    rounds = math.ceil(max(0, samples - practice.initial_samples) / practice.round_samples)
+    rounds = len(job_of(recipe, samples).rounds)
     evaluations = practice.iterations / practice.interval(recipe.learner.batch_size)
     between = max(took / practice.checkpoint_share, training / evaluations)
     between = min(between, 60 * practice.checkpoint_minutes or training / evaluations)

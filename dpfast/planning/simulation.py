@@ -83,10 +83,12 @@ class SimulatedRun:
 
 def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
     """A recipe's loop up to ``samples``: rounds after the steps of ``add_at``, or evenly between
-    the first step and the cool-down. Raises ``InputError`` for more rounds than ``add_at`` names.
+    the first step and the cool-down; none of the source "static" alone. Raises ``InputError`` for
+    more rounds than ``add_at`` names.
     """
     practice, batch = recipe.practice, recipe.learner.batch_size
-    more = max(samples - practice.initial_samples, 0)
+    initial = samples if practice.takes_all_at_once else min(practice.initial_samples, samples)
+    more = samples - initial
     count = math.ceil(more / practice.round_samples)
     rounds = tuple(
         min(practice.round_samples, more - i * practice.round_samples) for i in range(count)
@@ -102,7 +104,7 @@ def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
         ends = [0, *practice.add_at[:count]]
     segments = (*(b - a for a, b in itertools.pairwise(ends)), practice.iterations - ends[-1])
     return Job(
-        initial=min(practice.initial_samples, samples),
+        initial=initial,
         rounds=rounds,
         segments=segments,
         batch_size=batch,

@@ -184,6 +184,20 @@ def test_a_plan_knows_the_rounds(timed):
         job_of(timed, 100)
 
 
+@pytest.mark.parametrize("rounds", [{"add_at": MOMENTS}, {"maximum_rounds": 1}, {}])
+def test_a_plan_of_static_alone_has_no_round(recipe, rounds):
+    """Whatever the other sources would be told: it makes its samples before the first step."""
+    alone = with_(recipe, "practice", sources=("static",), keep_rounds=True, **rounds)
+    job = job_of(alone, alone.practice.most_samples)
+    assert (job.initial, job.rounds, job.segments) == (70, (), (100,))
+    made = plan(alone, "h100")
+    assert made.turns.generation == 80 * made.unit.unguided  # in batches of 20
+    line = timeline(alone, made, saves=0.0, checkpoint_bytes=1, timeout=600.0)
+    assert len(line.rounds) == 1
+    # two, the one before the cool-down and the one that is being written; none of a round
+    assert made.disk.kept == alone.practice.checkpoints_kept + 2
+
+
 def test_a_plan_and_a_timeline_have_these_rounds_and_evaluations():
     recipe = Recipe.load("fashion", add_at=(250, 333), sources=("dp",))
     made = plan(recipe, "h100")
