@@ -119,10 +119,13 @@ def unconditional_half(tensor: Tensor, batch: int) -> Tensor | None:
     return tensor[:batch] if len(tensor) == 2 * batch else None
 
 
-def has_cfg(pipe: Any) -> bool:
+def has_cfg(pipe: Any) -> bool | None:
     """Whether the call that a ``StableDiffusionPipeline`` is in combines two predictions, and
-    nothing else, into what its scheduler is given.
+    nothing else, into what its scheduler is given; None where the pipeline was never called or is
+    gone.
     """
+    if getattr(pipe, "guidance_scale", None) is None:  # a call sets it
+        return None
     return bool(pipe.do_classifier_free_guidance) and not pipe.guidance_rescale
 
 

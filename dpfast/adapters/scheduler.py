@@ -48,7 +48,8 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
 
     An anchor takes the difference of the combined prediction from the conditional one, which is
     that of classifier-free guidance times its scale less 1: so it needs such guidance without a
-    ``guidance_rescale``, and through="denoiser", whose gradient makes the conditional one.
+    ``guidance_rescale``, and through="denoiser", whose gradient makes the conditional one. Of a
+    ``StableDiffusionPipeline`` its call says so: a loop of one's own has no anchor there.
 
     A timestep must be on the grid of ``set_timesteps``. ``use_clipped_model_output`` with a bound
     on x0 has no fused form and raises ``InputError``.
@@ -261,10 +262,17 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
                 f"{attached.batch}"
             )
         anchor = attached.gradient.guidance.anchor
-        if anchor and not (twice if attached.doubled else live_pipeline.has_cfg(attached.pipe())):
-            raise no_anchor(
-                anchor, "the pipeline runs without classifier-free guidance, or rescales it"
-            )
+        if anchor:
+            cfg = twice if attached.doubled else live_pipeline.has_cfg(attached.pipe())
+            if cfg is None:
+                raise no_anchor(
+                    anchor,
+                    "no call of the pipeline tells how the prediction was made; call the pipeline",
+                )
+            if not cfg:
+                raise no_anchor(
+                    anchor, "the pipeline runs without classifier-free guidance, or rescales it"
+                )
         size = len(x) // 2 if twice else len(x)
         found = attached.gradient(
             x[:size],

@@ -72,7 +72,7 @@ def interval(name: str, start: float, stop: float) -> None:
 
 def integers(name: str, values: Any) -> Tensor:
     """``values`` as an int64 tensor. Raises ``TypeError`` for anything that is not integers,
-    fractions included.
+    fractions included, ``InputError`` for a tensor without values.
     """
     given = _tensor(name, values, "integers")
     if given.numel() and (
@@ -84,7 +84,7 @@ def integers(name: str, values: Any) -> Tensor:
 
 def numbers(name: str, values: Any) -> Tensor:
     """``values`` as a float32 tensor. Raises ``TypeError`` for what is no number or numbers, truth
-    values included.
+    values included, ``InputError`` for a tensor without values.
     """
     given = _tensor(name, values, "a number or a tensor of numbers")
     if given.dtype == torch.bool or given.is_complex():
@@ -94,6 +94,9 @@ def numbers(name: str, values: Any) -> Tensor:
 
 def _tensor(name: str, values: Any, expected: str) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        given = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be {expected}, got {values!r}") from error
+    if given.is_meta:
+        raise InputError(f"{name} is a tensor on the device meta, without values")
+    return given

@@ -162,7 +162,7 @@ def load_judge(number: int = 1) -> nn.Module:
 
     Raises ``InputError`` for another number.
     """
-    if number not in JUDGES:
+    if type(number) is not int or number not in JUDGES:  # True and 2.0 equal two of them
         raise InputError(f"judge = {number!r}: expected one of {', '.join(map(str, JUDGES))}")
     require("transformers")
     name, folder = JUDGES[number]

@@ -2,6 +2,7 @@
 nothing changes.
 """
 
+import gc
 from types import SimpleNamespace
 
 import diffusers
@@ -575,6 +576,37 @@ def test_an_anchor_that_nothing_can_be_made_of_is_refused(dit, sd, sd3, learner,
         guider.set_state(step=0, num_inference_steps=2, timestep=sd3.scheduler.timesteps[0])
         guider._x = noise().requires_grad_()
         refused("the guider has no", guider.forward, 0.5 * guider._x)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+def test_an_anchor_in_a_loop_of_ones_own_is_refused(anchor, gone, stable_diffusion_folder, learner):
+    """Nothing tells how the prediction was made; without an anchor the loop runs."""
+    pipe = quiet(diffusers.StableDiffusionPipeline.from_pretrained(stable_diffusion_folder))
+    scheduler = GuidedDDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    guidance = GuidanceConfig(omega=0.05, every=1, anchor=anchor)
+    scheduler.attach(pipe, learner, guidance=guidance, prompts=PROMPTS)
+    scheduler.set_timesteps(STEPS)
+    if gone:
+        del pipe
+        gc.collect()
+    given = (noise(), scheduler.timesteps[0], noise())
+    if not anchor:
+        assert scheduler.step(*given).prev_sample.isfinite().all()
+        return
+    with pytest.raises(InputError, match=r"^guidance has anchor = 0.5: no call of the pipe.*$"):
+        scheduler.step(*given)
+
+
+def test_an_anchor_in_a_loop_of_ones_own_follows_a_doubled_batch(dit, learner):
+    guidance = GuidanceConfig(omega=0.05, every=1, anchor=0.5)
+    scheduler = GuidedDDIMScheduler.from_config(dit.scheduler.config)
+    scheduler.attach(dit, learner, guidance=guidance, labels=LABELS)
+    scheduler.set_timesteps(STEPS)
+    first, x = scheduler.timesteps[0], noise()
+    assert len(scheduler.step(torch.cat([x, x]), first, torch.cat([x, x])).prev_sample) == 6
+    with pytest.raises(InputError, match=r"anchor = 0.5: .* without classifier-free guidance"):
+        scheduler.step(x, first, x)
 
 
 def attached(where, learner, dit, sd, sd3):

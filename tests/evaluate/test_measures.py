@@ -1,6 +1,7 @@
 """Measures against counts by hand and known distributions."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -140,8 +141,9 @@ def test_the_judges_are_two_and_err_on_their_own():
     assert len(wrong) == 2
     assert torch.equal(logits[0], predict(load_judge(), test.images[:1000]))
     assert (wrong[0] ^ wrong[1]).sum() > 0.25 * wrong.any(0).sum()
-    for number in (0, 3, "regnet", 1.5):
-        with pytest.raises(InputError, match=f"judge = {number!r}: expected one of 1, 2"):
+    for number in (0, 3, "regnet", 1.5, True, 2.0, [1], None):
+        message = re.escape(f"judge = {number!r}: expected one of 1, 2")
+        with pytest.raises(InputError, match=message):
             load_judge(number)
 
 

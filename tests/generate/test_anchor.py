@@ -291,6 +291,15 @@ def test_a_wrong_anchor_is_named_in_one_line(given, message, pipeline, learner):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["anchor", "omega", "labels", "sample_ids"])
+def test_a_tensor_without_values_is_refused(name, pipeline, learner):
+    sampler = new_sampler(pipeline, learner)
+    kind = torch.float32 if name in ("anchor", "omega") else torch.int64
+    given = {"labels": LABELS, name: torch.zeros(3, dtype=kind, device="meta")}
+    with pytest.raises(InputError, match=f"^{name} is a tensor on the device meta, without values"):
+        sampler.generate(**given)
+
+
 def test_an_anchor_without_anything_to_be_made_of_is_refused(
     pipeline, learner, tiny_pipelines, tmp_path
 ):
