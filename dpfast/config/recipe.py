@@ -813,8 +813,8 @@ class Recipe(Section):
         by section, ``learner={"batch_size": 32}``. Another ``model`` than the recipe's begins
         without the recipe's ``options``.
 
-        Raises ``RecipeError`` for an unknown recipe, section or field, a wrong type or a value out
-        of range.
+        Raises ``RecipeError`` for an unknown recipe, section or field, a wrong type, a value out of
+        range, and another patience than the recipe's beside ``add_at``, which leaves it no say.
         """
         text = str(source)
         named = not text.endswith(".toml") and os.sep not in text
@@ -835,13 +835,20 @@ class Recipe(Section):
         model, learner = _model(overrides), table.get("learner")
         if isinstance(learner, dict) and model not in (None, learner.get("model", Learner.model)):
             learner.pop("options", None)  # those of another architecture
+        practice = table.get("practice")
+        own = dict(practice) if isinstance(practice, dict) else {}
         for key, value in overrides.items():
             if key in SECTIONS and isinstance(value, dict):
                 table.setdefault(key, {}).update(value)
                 continue
             section, _, name = full_name(key).rpartition(".")
             (table.setdefault(section, {}) if section else table)[name] = value
-        return cls.from_dict(table)
+        recipe = cls.from_dict(table)
+        for name in ("patience", "patience_growth") if recipe.practice.add_at else ():
+            said, kept = getattr(recipe.practice, name), own.get(name, getattr(Practice, name))
+            wanted = f"{kept!r}, the recipe's, as no patience counts with add_at"
+            _check(said == kept, name, said, wanted)
+        return recipe
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Recipe:

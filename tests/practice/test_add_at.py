@@ -139,6 +139,32 @@ def test_the_steps_of_a_run_stay_and_those_of_a_branch_may_go(timed, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"patience": 3}, r"patience = 3: expected 1, the recipe's, as no patience"),
+        ({"patience": "3"}, r"patience = 3: expected 1, the recipe's, as no patience"),
+        ({"practice.patience": 3}, r"patience = 3: expected 1"),
+        ({"practice": {"patience": 3}}, r"patience = 3: expected 1"),
+        ({"patience_growth": "pool"}, r"patience_growth = 'pool': expected 'fixed', the recipe's"),
+    ],
+)
+def test_a_patience_beside_steps_is_refused(said, named, tmp_path):
+    with pytest.raises(RecipeError, match=named):
+        Recipe.load("fashion", add_at=(250,), **said)
+    Recipe.load("fashion", **said)
+    written = tmp_path / "timed.toml"
+    written.write_text("[practice]\npatience = 1\npatience_growth = 'fixed'\nadd_at = [250]\n")
+    with pytest.raises(RecipeError, match=named):
+        Recipe.load(written, **said)
+    assert not Recipe.load(written, add_at=(), **said).practice.add_at
+
+
+def test_the_recipes_own_patience_is_no_choice_beside_steps():
+    same = Recipe.load("fashion", add_at=(250,), patience="1", patience_growth="fixed")
+    assert same == Recipe.load("fashion", add_at=(250,))
+
+
+@pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"add_at": (35, 7)}, r"add_at = '35,7': expected rising steps, each once"),
