@@ -7,9 +7,9 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpfast.errors import InputError, UnreadableError
 
@@ -117,6 +117,59 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(table, dict):
             raise InputError(f"{path}, line {number}: holds no table of names and values")
         yield number, table
+
+
+class Kind(NamedTuple):
+    """What a value of a table may be. holds: whether one is; words: what is expected."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+    def or_null(self) -> Kind:
+        """The same, or null."""
+        return Kind(lambda value: value is None or self.holds(value), f"{self.words} or null")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+TEXT = Kind(lambda value: isinstance(value, str), "a text")
+FLAG = Kind(lambda value: isinstance(value, bool), "true or false")
+TABLE = Kind(lambda value: isinstance(value, dict), "a table")
+NUMBER = Kind(_is_number, "a number")
+WHOLE = Kind(
+    lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+    "a whole number of at least 0",
+)
+COUNT = Kind(lambda value: WHOLE.holds(value) and value > 0, "a whole number of at least 1")
+SHARE = Kind(lambda value: _is_number(value) and 0 <= value <= 1, "a share, 0 to 1")
+
+
+def rows_of(kind: Kind, least: int = 0) -> Kind:
+    """A list of values of one kind, at least so many."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, list) and len(value) >= least and all(map(kind.holds, value))
+
+    return Kind(holds, f"a list of {least or 'any'} or more, each {kind.words}")
+
+
+def check_table(
+    table: dict[str, Any],
+    where: str,
+    kinds: Mapping[str, Kind],
+    known: Mapping[str, Kind] | None = None,
+) -> None:
+    """Raises ``InputError`` that begins with ``where`` for a value that is missing or of another
+    kind. known: values that may be missing.
+    """
+    for name, kind in {**kinds, **(known or {})}.items():
+        if name not in table:
+            if name in kinds:
+                raise InputError(f"{where}: has no {name!r}; expected {kind.words}")
+        elif not kind.holds(table[name]):
+            raise InputError(f"{where}: {name} = {table[name]!r}: expected {kind.words}")
 
 
 def to_json(value: Any) -> str:

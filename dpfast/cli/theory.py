@@ -122,6 +122,7 @@ def figures(arguments: argparse.Namespace) -> int:
     if arguments.guidance is not None:
         measured = measured_cells(arguments.guidance, arguments.anchored)
         noise = beside_theory([GuidedCell(o, k, Shares(*s), g) for o, k, s, g in measured])
+        pruned = measured_pruning(arguments.guidance)
     elif arguments.anchored is not None:
         raise InputError("anchored: needs --guidance, whose cells it is set beside")
     for made in write(arguments.out, draws=arguments.draws, seed=arguments.seed):
@@ -136,7 +137,7 @@ def figures(arguments: argparse.Namespace) -> int:
         print(path)
     if noise is not None:
         path = arguments.out / "label_noise.png"
-        label_noise(noise, measured_pruning(arguments.guidance)).savefig(path, dpi=110)
+        label_noise(noise, pruned).savefig(path, dpi=110)
         print(f"{path}: of guided samples, labels that are wrong, and the accuracy predicted")
         for row in noise:
             cell = row.cell

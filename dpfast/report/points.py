@@ -14,11 +14,22 @@ from typing import Any
 
 from dpfast.errors import InputError
 from dpfast.report.runs import ORDER, Run
-from dpfast.textfiles import read_json_lines
+from dpfast.textfiles import COUNT, NUMBER, SHARE, TABLE, TEXT, WHOLE, check_table, read_json_lines
 
 # fields that say which run it is, or what it writes down, not how it learns
 IDENTITY = {"name", "seed", "sources", "device", "evaluation", "callbacks"}
 IDENTITY |= {"checkpoints_kept", "keep_rounds"}
+# of a study's line, and of its fields those that are reckoned with
+NEEDED = {"source": TEXT, "samples": COUNT, "test_accuracy": SHARE}
+KNOWN = {"fields": TABLE, "flops": NUMBER.or_null(), "validation_accuracy": SHARE.or_null()}
+FIELDS = {
+    "seed": WHOLE.or_null(),
+    "maximum_samples": WHOLE,
+    "iterations": WHOLE,
+    "omega": NUMBER,
+    "anchor": NUMBER.or_null(),
+    "oversample": NUMBER,
+}
 SIZE = {"maximum_samples", "initial_samples", "round_samples"}
 
 
@@ -64,25 +75,31 @@ def points_of_study(path: Path) -> list[Point]:
     """The lines of a study: "source", "samples", "test_accuracy", and where they are known "fields"
     and "flops".
 
-    Raises ``InputError`` for a file that cannot be read.
+    Raises ``InputError`` for a file that cannot be read, and with its line for a value of another
+    kind.
     """
     try:
-        return [
-            Point(
-                e["source"],
-                e["samples"],
-                e["test_accuracy"],
-                e.get("fields", {}),
-                e.get("flops"),
-                e.get("validation_accuracy"),
-                f"line {number}",
-            )
-            for number, e in read_json_lines(path)
-        ]
+        lines = list(read_json_lines(path))
     except FileNotFoundError:
         raise InputError(f"study = {str(path)!r}: no such file") from None
-    except (KeyError, TypeError) as error:
-        raise InputError(f"study = {str(path)!r}: cannot be read: {error!r}") from None
+    points = []
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        check_table(line, where, NEEDED, KNOWN)
+        fields = line.get("fields", {})
+        check_table(fields, f"{where}, fields", {}, FIELDS)
+        points.append(
+            Point(
+                line["source"],
+                line["samples"],
+                line["test_accuracy"],
+                fields,
+                line.get("flops"),
+                line.get("validation_accuracy"),
+                f"line {number}",
+            )
+        )
+    return points
 
 
 def left_out(runs: Iterable[Run]) -> list[str]:

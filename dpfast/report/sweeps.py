@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TypeAlias
@@ -12,12 +13,40 @@ from matplotlib.figure import Figure
 from dpfast.errors import InputError
 from dpfast.plotting import COLORS, MUTED, styled
 from dpfast.report.points import Point, points_of_study, sweep
-from dpfast.textfiles import read_json_lines
+from dpfast.textfiles import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    SHARE,
+    WHOLE,
+    Kind,
+    check_table,
+    read_json_lines,
+    rows_of,
+)
 
 Seed: TypeAlias = tuple[int, float]  # of a run, with its held-out accuracy
 # omega, kappa; shares of wrong labels, wrong learner and a wrong learner before a right label;
 # gains over static in points
 Cell: TypeAlias = tuple[float, float, tuple[float, float, float], list[float]]
+MEAN = Kind(  # with its standard error
+    lambda value: isinstance(value, list) and len(value) == 2 and SHARE.holds(value[0]),
+    "a share, 0 to 1, and its error",
+)
+CELL = {
+    "omega": NUMBER,
+    "kappa": NUMBER,
+    "cfg_scale": NUMBER,
+    "projected": FLAG,
+    "samples": COUNT,
+    "agreement": rows_of(MEAN, 1),
+    "wrong": MEAN,
+    "right_of_wrong": rows_of(MEAN.or_null(), 1),
+}
+HARDEST = Kind(
+    lambda row: isinstance(row, dict) and all(SHARE.holds(row.get(n)) for n in ("wrong", "denied")),
+    "a table with the shares wrong and denied",
+)
 SWEEPS = {
     "oversampling": ("prune", "oversample", "candidates for each sample that is kept"),
     "omega": ("dp", "omega", "omega"),
@@ -74,41 +103,52 @@ def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
     study: the records of ``dpfast bench anchored``, whose runs have gains over the static run of
     the same seed and size.
 
-    Raises ``InputError`` for a file that is not there or cannot be read.
+    Raises ``InputError`` for a file that is not there or cannot be read, and with its line for a
+    value that is missing or of another kind.
     """
     gains: dict[tuple[float, float], list[float]] = defaultdict(list)
     points = [] if study is None else points_of_study(study)
-    static = {_twin(p): p.accuracy for p in points if p.source == "static"}
+    static = {_twin(p, study): p.accuracy for p in points if p.source == "static"}
     for point in points:
         usual = not point.fields.get("cfg_scale_rounds") and "add_at" in point.fields
-        if point.source == "dp" and usual and _twin(point) in static:
+        if point.source == "dp" and usual and _twin(point, study) in static:
+            check_table(point.fields, f"{study}, {point.run}, fields", {"omega": NUMBER})
             key = (float(point.fields["omega"]), float(point.fields.get("anchor") or 0))
-            gains[key].append(100 * (point.accuracy - static[_twin(point)]))
+            gains[key].append(100 * (point.accuracy - static[_twin(point, study)]))
     cells: dict[tuple[float, float], dict[str, Any]] = {}
-    try:
-        lines = [line for _, line in read_json_lines(guidance)]
-        scale = next((line["cfg_scale"] for line in lines if line["omega"] == 0), None)
-        for line in lines:
-            if line["cfg_scale"] == (scale or line["cfg_scale"]) and not line["projected"]:
-                key = (line["omega"], line["kappa"] if line["omega"] else 0.0)
-                if key not in cells or line["samples"] >= cells[key]["samples"]:
-                    cells[key] = line
-        return [
-            (*key, _shares(cells[key]), gains[key])
-            for key in sorted(cells, key=lambda key: (key[0] > 0, key[1], key[0]))
-        ]
-    except FileNotFoundError:
-        raise InputError(f"guidance = {str(guidance)!r}: no such file") from None
-    except (KeyError, TypeError, IndexError) as error:
-        raise InputError(f"guidance = {str(guidance)!r}: cannot be read: {error!r}") from None
+    lines = _lines(guidance, CELL)
+    scale = next((line["cfg_scale"] for line in lines if line["omega"] == 0), None)
+    for line in lines:
+        if line["cfg_scale"] == (scale or line["cfg_scale"]) and not line["projected"]:
+            key = (line["omega"], line["kappa"] if line["omega"] else 0.0)
+            if key not in cells or line["samples"] >= cells[key]["samples"]:
+                cells[key] = line
+    return [
+        (*key, _shares(cells[key]), gains[key])
+        for key in sorted(cells, key=lambda key: (key[0] > 0, key[1], key[0]))
+    ]
 
 
 def measured_pruning(guidance: Path) -> list[tuple[float, float]]:
     """Of the hardest unguided samples of ``dpfast bench evidence``, the shares that the learner
-    gets wrong and whose labels the judge denies; [] of other records.
+    gets wrong and whose labels the judge denies; [] of other records. Raises ``InputError`` as
+    ``measured_cells`` does.
     """
-    lines = [line for _, line in read_json_lines(guidance)]
+    lines = _lines(guidance, {}, {"hardest": rows_of(HARDEST)})
     return [(row["wrong"], row["denied"]) for line in lines for row in line.get("hardest", ())]
+
+
+def _lines(
+    guidance: Path, kinds: Mapping[str, Kind], known: Mapping[str, Kind] | None = None
+) -> list[dict[str, Any]]:
+    """The lines of a file of records, checked."""
+    try:
+        numbered = list(read_json_lines(guidance))
+    except FileNotFoundError:
+        raise InputError(f"guidance = {str(guidance)!r}: no such file") from None
+    for number, line in numbered:
+        check_table(line, f"{guidance}, line {number}", kinds, known)
+    return [line for _, line in numbered]
 
 
 def _shares(line: dict[str, Any]) -> tuple[float, float, float]:
@@ -116,7 +156,9 @@ def _shares(line: dict[str, Any]) -> tuple[float, float, float]:
     return 1 - line["agreement"][0][0], wrong, wrong * (of_wrong[0] if of_wrong else 0.0)
 
 
-def _twin(point: Point) -> tuple[int, int, int]:
-    """What a run shares with the static one that it is held against."""
+def _twin(point: Point, study: Path | None) -> tuple[int, int, int]:
+    """What a run of a study shares with the static one that it is held against."""
     fields = point.fields
+    wanted = dict.fromkeys(("seed", "maximum_samples", "iterations"), WHOLE)
+    check_table(fields, f"{study}, {point.run}, fields", wanted)
     return fields["seed"], fields["maximum_samples"], fields["iterations"]

@@ -71,3 +71,35 @@ def test_a_study_may_leave_out_what_is_not_known(tmp_path):
     file.write_text("[1]\n")
     with pytest.raises(InputError, match="line 1: holds no table"):
         points_of_study(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"samples": "5"}, "samples = '5': expected a whole number of at least 1"),
+        ({"samples": 0}, "samples = 0: expected a whole number of at least 1"),
+        ({"samples": True}, "samples = True: expected a whole number"),
+        ({"test_accuracy": None}, "test_accuracy = None: expected a share, 0 to 1"),
+        ({"test_accuracy": 81.5}, "test_accuracy = 81.5: expected a share, 0 to 1"),
+        ({"test_accuracy": float("nan")}, "test_accuracy = nan: expected a share, 0 to 1"),
+        ({"source": 3}, "source = 3: expected a text"),
+        ({"validation_accuracy": "0.8"}, "validation_accuracy = '0.8': expected a share, 0 to 1"),
+        ({"flops": "many"}, "flops = 'many': expected a number or null"),
+        ({"fields": None}, "fields = None: expected a table"),
+        ({"fields": {"seed": [1]}}, r"fields: seed = [1]: expected a whole number of at least 0"),
+        ({"fields": {"seed": "1"}}, r"fields: seed = '1': expected a whole number of at least 0"),
+        ({"fields": {"omega": "0.1"}}, r"fields: omega = '0.1': expected a number"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_its_line(changes, told, tmp_path):
+    good = {"source": "dp", "samples": 10, "test_accuracy": 0.5, "fields": {"seed": 0}}
+    file = tmp_path / "study.jsonl"
+    file.write_text(f"{json.dumps(good)}\n{json.dumps(good | changes)}\n")
+    with pytest.raises(InputError) as caught:
+        points_of_study(file)
+    said = str(caught.value).replace("line 2, fields", "line 2: fields")
+    assert said.startswith(f"{file}, line 2: {told}")
+    missing = {name: value for name, value in good.items() if name != "samples"}
+    file.write_text(f"\n{json.dumps(missing)}\n")
+    with pytest.raises(InputError, match=r"line 2: has no 'samples'; expected a whole number"):
+        points_of_study(file)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpfast.cli.main import main
+from dpfast.errors import InputError
 from dpfast.report.sweeps import measured_cells, measured_pruning
 from dpfast.theory import figures
 from dpfast.theory.guided import GuidedCell, beside_theory, label_noise
@@ -141,6 +142,42 @@ def test_pruning_is_read_where_it_was_measured(files):
     unguided = line(0.0, 0.0, 0.95, 0.06, 0.6, hardest=[{"keep": 0.1, "wrong": 0.3, "denied": 0.2}])
     files[0].write_text(json.dumps(unguided) + "\n")
     assert measured_pruning(files[0]) == [(0.3, 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"samples": "5"}, "samples = '5': expected a whole number of at least 1"),
+        ({"omega": None}, "omega = None: expected a number"),
+        ({"wrong": 0.3}, "wrong = 0.3: expected a share, 0 to 1, and its error"),
+        ({"agreement": []}, "agreement = []: expected a list of 1 or more"),
+        ({"agreement": [[81.5, 1.0]]}, "agreement = [[81.5, 1.0]]: expected a list of 1 or more"),
+        ({"right_of_wrong": None}, "right_of_wrong = None: expected a list"),
+        ({"projected": "no"}, "projected = 'no': expected true or false"),
+    ],
+)
+def test_a_cell_of_another_kind_is_named_with_its_line(changes, told, files):
+    good = line(0.0, 0.0, 0.95, 0.06, 0.6)
+    files[0].write_text(f"{json.dumps(good)}\n{json.dumps(good | changes)}\n")
+    with pytest.raises(InputError) as caught:
+        measured_cells(*files)
+    assert str(caught.value).startswith(f"{files[0]}, line 2: {told}")
+    files[0].write_text(json.dumps({n: v for n, v in good.items() if n not in changes}))
+    with pytest.raises(InputError, match=f"line 1: has no '{next(iter(changes))}'; expected"):
+        measured_cells(files[0])
+
+
+@pytest.mark.parametrize("hardest", [None, 3, [[0.1, 0.2]], [{"wrong": 0.3}], [{"wrong": "a"}]])
+def test_pruning_of_another_kind_is_named_with_its_line(hardest, files):
+    files[0].write_text(json.dumps({"hardest": hardest}))
+    with pytest.raises(InputError, match=r"jsonl, line 1: hardest = .*: expected a list"):
+        measured_pruning(files[0])
+
+
+def test_a_run_that_no_static_one_can_be_held_against_is_named(files):
+    files[1].write_text(json.dumps(run("static", 0, 0.7) | {"fields": {"seed": 0}}))
+    with pytest.raises(InputError, match=r"line 1, fields: has no 'maximum_samples'; expected"):
+        measured_cells(*files)
 
 
 def test_better_labels_than_selection_leaves_predict_more(files):
