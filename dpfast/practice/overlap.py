@@ -4,11 +4,11 @@
     trainers    run Algorithm 1; when samples are due they take that round over, and wait for what
                 is missing of it
 
-A learner is published when a round has been added, and again as soon as what it guides would be
-older than ``overlap_staleness`` optimiser steps where the round may be due next, at an evaluation
-or at the next step of ``add_at``: the generators then begin the round anew. So no sample is older
-when it is added, its column ``learner_step`` says how old, and nothing depends on the clock: a run
-gives the same bits again.
+A learner is published when a round may be due within ``overlap_staleness`` optimiser steps, at an
+evaluation or at the next step of ``add_at``, and again as soon as what it guides would be older
+than that where the round may be due next: the generators then begin the round anew. So no sample is
+older when it is added, its column ``learner_step`` says how old, and nothing depends on the clock:
+a run gives the same bits again.
 
 Weights go from the first trainer to the generators by a broadcast that the trainer does not wait
 for, samples from the generators to the trainers that will hold them, batch by batch, when they are
@@ -193,30 +193,38 @@ class OverlappedSource(Source):
         )
 
     def added(self, upcoming: RoundRequest | None) -> None:
-        self._begin(upcoming)
+        self.job = None
+        if upcoming is not None and self._within_reach(upcoming.learner_step, after=1):
+            self._publish(upcoming)
 
     def stepped(self, step: int, upcoming: Callable[[], RoundRequest | None]) -> None:
-        if self.job is None:
-            return
+        if self._within_reach(step):
+            request = upcoming()
+            if request is None:
+                self.job = None
+            else:
+                self._publish(request)
+
+    def _within_reach(self, step: int, after: int = 0) -> bool:
+        """Whether the learner of this moment would guide a round that may be due from ``after``
+        steps on, and the one that was published may not.
+        """
         recipe = self.source.recipe
         oldest = recipe.practice.overlap_staleness
         interval = recipe.practice.interval(recipe.learner.batch_size)
-        due = next_chance(step, interval, self.moments)  # before it none can be added
-        if due is not None and due - self.job.learner_step > oldest >= due - step:
-            self._begin(upcoming())
+        due = next_chance(step + after, interval, self.moments)  # before it none can be added
+        if due is None or due - step > oldest:  # what it guided would be thrown away
+            return False
+        return self.job is None or due - self.job.learner_step > oldest
 
     def close(self) -> None:
         if self.groups.trainers.first:
             self.groups.tell("end")
 
-    def _begin(self, upcoming: RoundRequest | None) -> None:
-        """Lets the generators begin the next round, guided by the learner of this moment."""
-        if upcoming is None:
-            self.job = None
-        else:
-            self._publish(upcoming)
-
     def _publish(self, job: RoundRequest, weights: dict[str, Tensor] | None = None) -> None:
+        """Lets the generators begin a round, guided by ``weights`` or the learner of this
+        moment.
+        """
         self.job = job
         self._published += 1
         if not self.groups.trainers.first:
