@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -105,6 +106,19 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
         for name in names
         if fnmatchcase(name, pattern) and (hidden or not is_no_data(name))
     )
+
+
+def numbered(folder: Path, form: str) -> dict[int, Path]:
+    """The entries of a folder by their numbers, rising, whose names are ``form`` of a number, as
+    "step-{:09d}"; other names, of copies for instance, are passed over. Errors of ``listed``.
+    """
+    before, after = re.split(r"\{.*\}", form)
+    found = {}
+    for path in listed(folder):
+        digits = path.name.removeprefix(before).removesuffix(after)
+        if re.fullmatch("[0-9]+", digits) and form.format(int(digits)) == path.name:
+            found[int(digits)] = path
+    return dict(sorted(found.items()))
 
 
 def below(folder: Path) -> Iterator[Path]:

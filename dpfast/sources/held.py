@@ -27,10 +27,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dpfast.errors import InputError, SaveWarning
-from dpfast.files import listed
+from dpfast.files import numbered
 from dpfast.pool.shards import durable
 
-KEPT = "kept-*.safetensors"
+KEPT = "kept-{:08d}.safetensors"
+COLUMNS = ("number", "slot", "score", "check")
 
 
 class HeldSamples:
@@ -75,9 +76,8 @@ class HeldSamples:
         """(n, width) uint8 of samples that are held. Raises ``InputError`` for a damaged one."""
         rows = torch.empty(len(numbers), self.width, dtype=torch.uint8)
         for row, number in zip(rows, numbers, strict=True):
-            place, _, check = self._held[number]
-            row.copy_(place if isinstance(place, Tensor) else self._read(place))
-            if zlib.crc32(row.numpy()) != check:
+            row.copy_(self._record(number))
+            if not self._intact(number, row):
                 raise InputError(
                     f"{str(self.folder)!r} is damaged: the checksum of candidate {number} differs "
                     "from the recorded one; remove the folder and go on with --resume"
@@ -102,13 +102,14 @@ class HeldSamples:
             "score": torch.tensor(scores, dtype=torch.float32),
             "check": torch.tensor(checks, dtype=torch.int64),
         }
-        about = json.dumps({**self.about, "width": self.width})
+        about = json.dumps({**self.about, "width": self.width, "turn": turn})
+        described = {"about": about, "checksum": str(_checksum(about, columns))}
         try:
             if self._file is not None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
-            with durable(self.folder, f"kept-{turn:08d}.safetensors") as file:
-                file.write(save(columns, {"about": about}))
+            with durable(self.folder, KEPT.format(turn)) as file:
+                file.write(save(columns, described))
             for old in self.turns()[:-2]:
                 self._kept(old).unlink()
         except OSError as error:
@@ -122,21 +123,28 @@ class HeldSamples:
         """After how many turns something was saved, rising."""
         if self.folder is None:
             return []
-        return sorted(int(path.stem.removeprefix("kept-")) for path in listed(self.folder, KEPT))
+        return list(numbered(self.folder, KEPT))
 
     def load(self, turn: int) -> tuple[Tensor, Tensor]:
         """Holds what was saved after ``turn`` turns; gives numbers (n,) int64 and scores (n,)
         float32.
 
-        Raises ``InputError`` where that cannot be read.
+        Raises ``InputError`` where that cannot be read, or is not what was saved then.
         """
         assert self.folder is not None
         path = self._kept(turn)
         try:
             with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["about"])
-                columns = [file.get_tensor(name) for name in ("number", "slot", "score", "check")]
-            numbers, slots, scores, checks = (column.tolist() for column in columns)
+                described = file.metadata() or {}
+                columns = {name: file.get_tensor(name) for name in COLUMNS}
+            written = described.get("about", "")
+            # before anything that it says is believed
+            if described.get("checksum") != str(_checksum(written, columns)):
+                raise InputError(f"{path} is damaged: its checksum differs from the recorded one")
+            about = json.loads(written)
+            if about.pop("turn") != turn:
+                raise InputError(f"{path} was saved under another name")
+            numbers, slots, scores, checks = (column.tolist() for column in columns.values())
             self.width = about.pop("width")
             self.about = about
             values = zip(slots, scores, checks, strict=True)
@@ -144,13 +152,16 @@ class HeldSamples:
             self._slots = max(slots, default=-1) + 1
             self._free = sorted(set(range(self._slots)) - set(slots))
             for number in numbers:
-                self.records([number])
+                if not self._intact(number, self._record(number)):
+                    raise InputError(f"{path.parent / 'slots'} is damaged at candidate {number}")
             for other in self.turns():
                 if other != turn:
                     self._kept(other).unlink()
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        except InputError:
+            raise
+        except (OSError, SafetensorError, TypeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
-        return columns[0], columns[2]
+        return columns["number"], columns["score"]
 
     def clear(self) -> None:
         """Forgets everything, and removes what was saved."""
@@ -167,7 +178,14 @@ class HeldSamples:
 
     def _kept(self, turn: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"kept-{turn:08d}.safetensors"
+        return self.folder / KEPT.format(turn)
+
+    def _record(self, number: int) -> Tensor:
+        place = self._held[number][0]
+        return place if isinstance(place, Tensor) else self._read(place)
+
+    def _intact(self, number: int, record: Tensor) -> bool:
+        return zlib.crc32(record.numpy().data) == self._held[number][2]
 
     def _opened(self) -> BinaryIO:
         if self._file is None:
@@ -213,3 +231,12 @@ class HeldSamples:
                 stacklevel=2,
             )
         self._refused = True
+
+
+def _checksum(about: str, columns: dict[str, Tensor]) -> int:
+    """Of all that a file of kept samples says, dtypes and shapes too."""
+    found = zlib.crc32(about.encode())
+    for name, column in columns.items():
+        said = f"{name} {column.dtype} {tuple(column.shape)}"
+        found = zlib.crc32(column.numpy().data, zlib.crc32(said.encode(), found))
+    return found

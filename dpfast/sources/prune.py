@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dpfast.config import Recipe
 from dpfast.errors import InputError
-from dpfast.files import listed
+from dpfast.files import numbered
 from dpfast.generate.from_recipe import image_shape, latent_shape
 from dpfast.pool.rank_folders import rank_folder_name
 from dpfast.samples import SampleBatch
@@ -40,6 +40,7 @@ from dpfast.sources.unguided import UnguidedSamples
 
 log = logging.getLogger(__name__)
 Ids = Callable[[Tensor], Tensor]  # of candidates by their numbers in a round
+STEP = "step-{:09d}"  # the folder of a round, by its learner's
 SAVED_SECONDS = 30.0  # of generation between two savings of what is held
 
 
@@ -93,8 +94,8 @@ class PruneSource(DynamicSource):
 
     def _remove(self, gone: Callable[[int], bool]) -> None:
         if self.folder is not None:
-            for path in listed(self.folder, "step-*"):
-                if gone(int(path.name.removeprefix("step-"))):
+            for step, path in numbered(self.folder, STEP).items():
+                if gone(step):
                     shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):  # not there, or of use still
                 self.folder.rmdir()
@@ -121,7 +122,7 @@ class PruneSource(DynamicSource):
     def _place(self, request: RoundRequest) -> Path | None:
         if self.folder is None:
             return None
-        return self.folder / f"step-{request.learner_step:09d}" / rank_folder_name(self.ranks)
+        return self.folder / STEP.format(request.learner_step) / rank_folder_name(self.ranks)
 
     def _ids(self, request: RoundRequest, first: int) -> Ids:
         """The ids of a round's candidates by their numbers."""
@@ -233,7 +234,7 @@ class PruneSource(DynamicSource):
             turn, numbers, scores, failure = max(saved), None, None, None
             try:
                 numbers, scores = held.load(turn)
-                if held.about["round"] != this:
+                if held.about.get("round") != this:
                     raise InputError(f"{str(held.folder)!r} is of another round")
             except InputError as error:
                 failure = str(error)

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
-from dpfast.errors import SaveWarning
+from dpfast.errors import InputError, SaveWarning
 from dpfast.generate.pipelines import Pipeline
 from dpfast.parallel import ALONE, Ranks
 from dpfast.practice.experiment import DeliberatePractice
@@ -272,6 +274,82 @@ def test_what_is_damaged_or_of_another_round_is_made_again(
     assert again.cost.samples == 175
     said = "the candidates of round 2 are made again: " in caplog.text
     assert said == (what != "other ranks")
+
+
+def rewritten(path, described=None, **columns):
+    """A file of kept samples with other columns, or with other words about them."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    path.write_bytes(save(kept | columns, metadata | ({} if described is None else described)))
+
+
+ONE = {
+    "number": torch.tensor([3]),
+    "score": torch.tensor([0.5]),
+    "check": torch.tensor([0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("described", "columns"),
+    [
+        ({"about": "3"}, {}),
+        ({"about": "[]"}, {}),
+        ({"about": '{"width": -4, "turn": 1}'}, {}),
+        ({"about": '{"width": 99999999999, "turn": 1}'}, {}),
+        ({"about": "not JSON", "checksum": "x"}, {}),
+        ({"about": "[" * 10_000}, {}),
+        ({}, {**ONE, "slot": torch.tensor([2**62])}),
+        ({}, {**ONE, "slot": torch.tensor([-1])}),
+        ({}, {"number": torch.tensor([3.0, 5.0])}),
+        ({}, {"number": torch.tensor([[3, 5]])}),
+        ({}, {"score": torch.zeros(2, dtype=torch.bfloat16)}),
+    ],
+)
+def test_nothing_that_a_damaged_file_says_is_believed(tmp_path, described, columns):
+    held = HeldSamples(tmp_path)
+    held.put([3, 5], [0.5, 0.25], torch.arange(8, dtype=torch.uint8).view(2, 4))
+    held.save(1)
+    rewritten(tmp_path / "kept-00000001.safetensors", described, **columns)
+    with pytest.raises(InputError, match=r"kept-00000001.safetensors (is damaged|cannot be read)"):
+        HeldSamples(tmp_path).load(1)
+
+
+def test_damage_is_told_once_and_a_file_under_another_turn_s_name_is_none(tmp_path):
+    held = HeldSamples(tmp_path)
+    held.put([3, 5], [0.5, 0.25], torch.arange(8, dtype=torch.uint8).view(2, 4))
+    held.save(1)
+    kept = tmp_path / "kept-00000001.safetensors"
+    (tmp_path / "kept-00000009.safetensors").write_bytes(kept.read_bytes())
+    with pytest.raises(InputError, match=r"kept-00000009.safetensors was saved under another name"):
+        HeldSamples(tmp_path).load(9)
+    (tmp_path / "slots").write_bytes(bytes(8))
+    with pytest.raises(InputError, match=r"slots is damaged at candidate 3$") as said:
+        HeldSamples(tmp_path).load(1)
+    assert "cannot be read" not in str(said.value)
+
+
+def test_names_that_others_gave_are_passed_over(small, tmp_path, monkeypatch, caplog):
+    """Copies and backups in the folder of what is held are neither read nor removed."""
+    monkeypatch.setattr(prune, "SAVED_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        made(killed(source(small, ALONE, tmp_path), 4), request())
+    (place,) = tmp_path.glob("step-*/rank-*")
+    newest = sorted(place.glob("kept-*"))[-1]
+    for name in ("kept-00000001 (copy)", "kept-1", "kept-000000009", "kept-x", "kept-٠٠٠٠٠٠٠٩"):
+        (place / f"{name}.safetensors").write_bytes(newest.read_bytes())
+    others = [
+        tmp_path / name for name in ("step-000000250.bak", "step-15", "step-", "step--00000015")
+    ]
+    for other in others:
+        other.mkdir()
+    again = source(small, ALONE, tmp_path)
+    same(one(made(killed(again, 5), request())), reference(small, "class"))
+    assert "made again" not in caplog.text
+    again.checkpointed(16)
+    again.stepped(1, lambda: None)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
 def test_training_past_a_round_that_is_held_drops_it(small, tmp_path):
