@@ -99,11 +99,12 @@ class HostCopy:
 
 @dataclass
 class WrittenCheckpoint:
-    """How the writing of a checkpoint ended. path: None where it was not written; seconds: from its
-    copy on; waited: by the loop.
+    """How the writing of a checkpoint ended. pending: whether it leads into a round; path: None
+    where it was not written; seconds: from its copy on; waited: by the loop.
     """
 
     step: int
+    pending: bool
     path: Path | None
     bytes: int
     waited: float

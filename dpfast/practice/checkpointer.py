@@ -30,13 +30,14 @@ GRACE = 20.0
 
 @dataclass(frozen=True)
 class Moment:
-    """The moment of a checkpoint: ``step`` of ``iterations``, and the label where it is kept for
-    good (``dpfast.practice.checkpoint``).
+    """The moment of a checkpoint: ``step`` of ``iterations``, the label where it is kept for good
+    (``dpfast.practice.checkpoint``), and whether a round is pending.
     """
 
     step: int
     iterations: int
     label: str | None
+    pending: bool = False
 
 
 class LoopCheckpointer:
@@ -176,11 +177,11 @@ class LoopCheckpointer:
         self.timer.begun()
         self.writer.begin(
             lambda: self.samples.on_disk(held),
-            lambda: self._write(taken, moment.label, started, waited),
+            lambda: self._write(taken, moment, started, waited),
         )
 
     def _write(
-        self, taken: Checkpoint, label: str | None, started: float, waited: float
+        self, taken: Checkpoint, moment: Moment, started: float, waited: float
     ) -> WrittenCheckpoint:
         """Writes a checkpoint that was taken at ``started``; from the thread of the background."""
         assert self.folder is not None
@@ -189,7 +190,7 @@ class LoopCheckpointer:
         try:
             self._copy.wait()
             self.folder.sync()
-            path = checkpoint.save(folder, taken, keep=self.kept, label=label)
+            path = checkpoint.save(folder, taken, keep=self.kept, label=moment.label)
             self._newest = started
             if self._moved:
                 needed = checkpoint.ranks_of(folder)
@@ -200,7 +201,7 @@ class LoopCheckpointer:
         seconds = self.clock() - started
         self.timer.took(seconds if failure is None else float("inf"))
         size = sum(value.numel() * value.itemsize for value in taken.tensors.values())
-        return WrittenCheckpoint(taken.step, path, size, waited, seconds, failure)
+        return WrittenCheckpoint(taken.step, moment.pending, path, size, waited, seconds, failure)
 
     def _report(self) -> None:
         """Tells how the checkpoints ended that the background had."""

@@ -489,7 +489,7 @@ class Loop:
             label = STABLE if trainer.cooling_at(after) else None
         if self.recipe.practice.keep_rounds and state.pending and state.round >= 0:
             label = of_round(state.round)
-        return Moment(trainer.step_count, trainer.iterations, label)
+        return Moment(trainer.step_count, trainer.iterations, label, state.pending)
 
     def _saved_components(self) -> dict[str, Component]:
         """What a checkpoint holds: the loop's parts, and how far the lines of the run's files go,
@@ -567,5 +567,5 @@ class Loop:
             event(callback, now)
 
     def _tell_checkpoint(self, written: WrittenCheckpoint) -> None:
-        self.source.checkpointed(written.step)
+        self.source.checkpointed(written.step, pending=written.pending)
         self._tell(lambda callback, now: callback.on_checkpoint(now, written))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 
 from dpfast.config import Recipe
 from dpfast.errors import InputError
-from dpfast.files import numbered
+from dpfast.files import listed, numbered
 from dpfast.generate.from_recipe import image_shape, latent_shape
-from dpfast.pool.rank_folders import rank_folder_name
+from dpfast.parallel import Ranks
+from dpfast.pool.rank_folders import RANK_FOLDERS, rank_folder_name
 from dpfast.samples import SampleBatch
 from dpfast.sources.best import LAST, Best
 from dpfast.sources.dynamic import DynamicSource
@@ -88,9 +90,9 @@ class PruneSource(DynamicSource):
             self._remove(lambda held: held >= step)
             self._trained = True
 
-    def checkpointed(self, step: int) -> None:
-        """The samples of rounds before ``step`` are in the pool for good."""
-        self._remove(lambda held: held < step)
+    def checkpointed(self, step: int, *, pending: bool) -> None:
+        """The samples of the rounds that the checkpoint holds are in the pool for good."""
+        self._remove(lambda held: held < step or (held == step and not pending))
 
     def _remove(self, gone: Callable[[int], bool]) -> None:
         if self.folder is not None:
@@ -111,7 +113,10 @@ class PruneSource(DynamicSource):
                 f"oversample = {oversample:g}: {last - first} candidates in a round; expected at "
                 f"most {LAST}"
             )
-        held = HeldSamples(self._place(request))
+        place = self._place(request)
+        if place is not None and self.ranks.first:
+            _remove_others(place.parent, self.ranks)
+        held = HeldSamples(place)
         try:
             ids = self._ids(request, first)
             best = self._chosen(request, first, last - first, ids, held)
@@ -322,6 +327,14 @@ class PruneSource(DynamicSource):
             learner_step=request.learner_step,
             latents=latents[0] if latents else None,
         )
+
+
+def _remove_others(folder: Path, ranks: Ranks) -> None:
+    """Removes what other numbers of ranks have held of a round, which these make again."""
+    ours = {rank_folder_name(ranks, rank) for rank in range(ranks.size)}
+    for path in listed(folder, RANK_FOLDERS):
+        if re.fullmatch("rank-[0-9]+-of-[0-9]+", path.name) and path.name not in ours:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def held_bytes(image: Sequence[int], latents: Sequence[int] | None) -> int:

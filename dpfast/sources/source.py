@@ -139,9 +139,9 @@ class Source(abc.ABC):
         """
         return 0
 
-    def checkpointed(self, step: int) -> None:  # noqa: B027
+    def checkpointed(self, step: int, *, pending: bool) -> None:  # noqa: B027
         """Hears, on the rank that writes, that a checkpoint of ``step`` optimiser steps is on the
-        disk.
+        disk; ``pending``: it leads into the round after this step, else it holds that round.
         """
 
     def close(self) -> None:  # noqa: B027

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save
 from dpfast.errors import InputError, SaveWarning
 from dpfast.generate.pipelines import Pipeline
 from dpfast.parallel import ALONE, Ranks
+from dpfast.practice.callbacks import Callback
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
 from dpfast.sources import prune
@@ -246,9 +248,10 @@ def test_a_killed_round_goes_on_where_it_was_saved_and_ends_in_the_same_bits(
         last = source(small, ALONE, folder)
         monkeypatch.setattr(last, "_judged", None)
         same(one(made(last, request())), wanted)
-        again.checkpointed(15)
+        again.checkpointed(10, pending=False)
+        again.checkpointed(15, pending=True)
         assert list(folder.iterdir())
-        again.checkpointed(16)
+        again.checkpointed(*((15,) if turns else (16,)), pending=not turns)
         assert not folder.exists()
 
 
@@ -268,12 +271,16 @@ def test_what_is_damaged_or_of_another_round_is_made_again(
         sorted(place.glob("kept-*"))[-1].write_bytes(b"torn")
     elif what == "other ranks":
         place.rename(place.parent / "rank-000-of-002")
+        (place.parent / "rank-001-of-002").mkdir()
+        (place.parent / "rank-000-of-002.bak").mkdir()
     asked = request(turn=0) if what == "other round" else request()
     again = source(small, ALONE, tmp_path)
     same(one(made(again, asked)), wanted)
     assert again.cost.samples == 175
     said = "the candidates of round 2 are made again: " in caplog.text
     assert said == (what != "other ranks")
+    backup = ["rank-000-of-002.bak"] if what == "other ranks" else []
+    assert sorted(path.name for path in place.parent.iterdir()) == [place.name, *backup]
 
 
 def rewritten(path, described=None, **columns):
@@ -347,7 +354,7 @@ def test_names_that_others_gave_are_passed_over(small, tmp_path, monkeypatch, ca
     again = source(small, ALONE, tmp_path)
     same(one(made(killed(again, 5), request())), reference(small, "class"))
     assert "made again" not in caplog.text
-    again.checkpointed(16)
+    again.checkpointed(16, pending=True)
     again.stepped(1, lambda: None)
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
@@ -361,6 +368,34 @@ def test_training_past_a_round_that_is_held_drops_it(small, tmp_path):
     made(again, request())
     again.stepped(16, lambda: None)
     assert list(tmp_path.iterdir())
+
+
+def test_a_round_is_held_until_the_checkpoint_after_it(small, tmp_path):
+    """Which is of the same step: two rounds are not held side by side."""
+    told, held = [], {}
+
+    class Looks(Callback):
+        def on_step(self, progress):
+            if progress.step == 21:  # time for the writing beside the training
+                time.sleep(1.0)
+
+        def on_checkpoint(self, progress, written):
+            told.append((written.step, written.pending))
+
+        def on_generation(self, progress, number, count, done):
+            held[number] = [path.name for path in tmp_path.glob("run/held_prune/step-*")]
+
+        def on_round(self, progress, addition):
+            here = [path.name for path in tmp_path.glob("run/held_prune/step-*")]
+            assert here == ([f"step-{progress.step:09d}"] if addition.number else [])
+
+    # no checkpoint but those around rounds
+    timed = {"checkpoint_share": 1e-9, "checkpoint_minutes": 60.0}
+    small = with_(small, "practice", add_at=(20, 40), **timed)
+    with RunWriter(tmp_path / "run", small) as folder:
+        DeliberatePractice(small, real=REAL).run(folder, progress=False, callbacks=[Looks()])
+    assert (20, False) in told
+    assert held == {0: [], 1: [], 2: []}
 
 
 def test_a_full_disk_leaves_a_round_in_memory(small, tmp_path, monkeypatch):
