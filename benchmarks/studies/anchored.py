@@ -31,9 +31,10 @@ from typing import Any
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.harness.arguments import new_parser
-from benchmarks.studies.anchored_tables import anchored_tables
+from benchmarks.harness.records import read_records
+from benchmarks.studies.anchored_tables import KINDS, LINE, anchored_tables
 from benchmarks.studies.births import Births
-from benchmarks.studies.births_tables import births_tables
+from benchmarks.studies.births_tables import BIRTHS, births_tables
 from benchmarks.studies.settings import COMMON, Fields
 from benchmarks.studies.study import Curve, cached, line_of, shared
 from dpfast.cli.parser import at_least
@@ -41,14 +42,14 @@ from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.planning.training import count_training
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.textfiles import read_json_lines
+from dpfast.textfiles import NUMBER
 
 RECORDS = RESULTS / "anchored.jsonl"
 PARTS = ("selection", "confirmation", "patience")
 OMEGAS = (0.05, 0.08, 0.12)
 CFG_SCALES = (2.5, 3.5)
 ANCHORS, ANCHORED_OMEGAS = (0.5, 1.0), (0.08, 0.12, 0.2)
-KINDS = ("static", "dp", "cfg", "anchored", "prune")  # in the order in which a seed runs them
+LINE_KNOWN = {"births": BIRTHS, "nearest": NUMBER.or_null()}
 ITERATIONS = 1200
 MOMENTS = (250, 350, 450, 550, 650, 750)  # steps of ``ITERATIONS`` after which a round is added
 Line = dict[str, Any]
@@ -294,9 +295,11 @@ def left(part: str, lines: Sequence[Line], design: Design) -> list[Run]:
     return [run for run in runs(part, lines, design) if run.fields not in taken]
 
 
-def read(results: Path) -> list[Line]:
-    """The lines so far."""
-    return [line for _, line in read_json_lines(results)] if results.is_file() else []
+def read(results: Path, *, needed: bool = False) -> list[Line]:
+    """The lines so far. needed: whether there has to be a file. Raises ``InputError`` as
+    ``read_records`` does.
+    """
+    return read_records(results, LINE, LINE_KNOWN, needed=needed)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -322,11 +325,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     design = SHORT if options.short else FULL
     parts = options.part or PARTS
+    lines = read(options.results, needed=options.tables)
     if not options.tables:
         options.results.parent.mkdir(parents=True, exist_ok=True)
         deal(parts, options.results, design, options.workers)
         return 0
-    lines = read(options.results)
     best = {kind: chosen(kind, lines, design) for kind in KINDS}
     missing = {part: [run.kind for run in left(part, lines, design)] for part in PARTS}
     print("\n".join([*anchored_tables(lines, best, missing), *births_tables(lines)]))

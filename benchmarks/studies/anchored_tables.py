@@ -19,9 +19,26 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.studies.tables import seconds, table
+from dpfast.textfiles import COUNT, NUMBER, SHARE, TABLE, TEXT, WHOLE, Kind
 
 Line = dict[str, Any]
 Values = dict[int, float]  # by seed
+KINDS = ("static", "dp", "cfg", "anchored", "prune")  # in the order in which a seed runs them
+LINE: dict[str, Kind] = {  # of a finished run, as far as it is read
+    **dict.fromkeys(("part", "arm"), TEXT),
+    "kind": Kind(lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
+    **dict.fromkeys(("size", "samples"), COUNT),
+    "seed": WHOLE,
+    "iterations": COUNT,
+    **dict.fromkeys(("validation_accuracy", "test_accuracy", "calibration_error"), SHARE),
+    **dict.fromkeys(("flops", "training_flops", "samples_made"), NUMBER),
+    **dict.fromkeys(("generation_seconds", "training_seconds"), NUMBER),
+    "shifts": Kind(
+        lambda value: isinstance(value, dict) and all(map(SHARE.holds, value.values())),
+        "a table of shares, 0 to 1",
+    ),
+    "fields": TABLE,
+}
 PAIRS = (
     ("anchored", "dp"),
     ("anchored", "cfg"),

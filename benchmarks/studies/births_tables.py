@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.studies.tables import table
+from dpfast.textfiles import NUMBER, Kind
 
 Line = dict[str, Any]
 HEAD = [
@@ -23,6 +24,30 @@ HEAD = [
     "precision, %",
     "recall, %",
 ]
+
+NAMES = ("agreed", "learner_wrong", "useful", "frechet", "precision", "recall")
+
+
+def _is_told(value: Any, needed: str) -> bool:
+    return (
+        isinstance(value, dict)
+        and NUMBER.holds(value.get(needed))
+        and all(NUMBER.holds(value[name]) for name in NAMES if name in value)
+    )
+
+
+def _is_births(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return value is None
+    added, rounds = value.get("added"), value.get("rounds")
+    return (
+        _is_told(added or value.get("pool"), "frechet")
+        and isinstance(rounds, list)
+        and all(_is_told(told, "round") for told in rounds)
+    )
+
+
+BIRTHS = Kind(_is_births, "null, or a table with added or pool, of numbers, and rounds")
 
 
 def births_tables(lines: Iterable[Line]) -> Iterator[str]:
@@ -50,7 +75,7 @@ def births_tables(lines: Iterable[Line]) -> Iterator[str]:
 
 
 def _whole(runs: Sequence[Line]) -> list[str]:
-    added = [run["births"]["added"] or run["births"]["pool"] for run in runs]
+    added = [run["births"].get("added") or run["births"]["pool"] for run in runs]
     shares = [_percent(added, name) for name in ("agreed", "learner_wrong", "useful")]
     near = [run["nearest"] for run in runs if run.get("nearest") is not None]
     distance = f"{mean(each['frechet'] for each in added):.2f}"

@@ -41,7 +41,9 @@ from torch import Tensor, nn
 from benchmarks import RESULTS
 from benchmarks.harness import timing
 from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.records import read_records
 from benchmarks.systems.fewer_steps import mean
+from benchmarks.systems.guidance_tables import MEAN
 from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
@@ -51,7 +53,7 @@ from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import JUDGES, load_judge
 from dpfast.ops import guided_step
 from dpfast.practice.experiment import DeliberatePractice
-from dpfast.textfiles import read_json_lines
+from dpfast.textfiles import NUMBER, Kind, rows_of
 
 RECORDS = RESULTS / "evidence.jsonl"
 FIRST_ID = 1 << 40  # ids that no run uses
@@ -118,6 +120,29 @@ class Trajectory:
             for name, part in parts.items():
                 found[name] = found.get(name, 0) + part
         return found
+
+
+WORTH = {  # of a score
+    **dict.fromkeys(("auc", "auc_within"), NUMBER.or_null()),
+    **dict.fromkeys(("denied", "useful"), NUMBER),
+}
+KINDS = {  # of a line, as far as the table reads it
+    "omega": NUMBER,
+    "kappa": NUMBER,
+    "agreement": rows_of(MEAN, 1),
+    "useful": MEAN,
+    "scores": Kind(
+        lambda scores: (
+            isinstance(scores, dict)
+            and all(
+                isinstance(worth, dict)
+                and all(name in worth and kind.holds(worth[name]) for name, kind in WORTH.items())
+                for worth in scores.values()
+            )
+        ),
+        f"a table of scores, each with {', '.join(WORTH)}",
+    ),
+}
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -286,6 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--tables", action="store_true", help="print what the lines say, and make nothing"
     )
     options: argparse.Namespace = parser.parse_args(arguments)
+    read_records(options.results, KINDS, needed=options.tables)
     if not options.tables:
         iterations = 40 if options.short else ITERATIONS
         sizes = BRIEFLY if options.short else {}
@@ -296,5 +322,5 @@ def main(arguments: list[str] | None = None) -> int:
         for omega, kappa in FORMS[-2:] if options.short else FORMS:
             record = measure(practice, learner, omega, kappa, options.count)
             timing.append(options.results, "evidence", [record])
-    print("\n".join(tables([line for _, line in read_json_lines(options.results)])))
+    print("\n".join(tables(read_records(options.results, KINDS))))
     return 0

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import RESULTS
-from benchmarks.harness import timing
+from benchmarks.harness import records, timing
 from benchmarks.harness.arguments import add_rows, check_rows, is_wanted, new_parser
 from benchmarks.systems import fewer_steps, guidance_tables
 from benchmarks.systems.ablation import FIRST_ID
@@ -35,14 +35,13 @@ from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
 from dpfast.files import there
 from dpfast.generate import step
-from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.guidance import GuidanceConfig, label_score
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import JUDGES, load_judge, load_learner
 from dpfast.ops import guided_step
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.report.sheets import contact_sheet
-from dpfast.textfiles import read_json_lines
 
 RECORDS = RESULTS / "guidance.jsonl"
 CACHE = Path("runs") / "guidance"
@@ -108,14 +107,6 @@ ROWS = {  # of the sheet
     "omega 0.2": Cell(0.2),
     "omega 0.2, kappa 0.5": Cell(0.2, kappa=0.5),
 }
-
-
-def label_score(conditional: Tensor, unconditional: Tensor, prediction: str) -> Tensor:
-    """The gradient of the generator's own log p(label | x), up to a positive factor, from its two
-    predictions (B, c, h, w).
-    """
-    difference = conditional - unconditional
-    return difference if prediction == "sample" else -difference
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -257,8 +248,8 @@ def trained(short: bool) -> Path:
 
 
 def finished(results: Path) -> list[Record]:
-    """The lines of cells that are done."""
-    return [line for _, line in read_json_lines(results)] if there(results) else []
+    """The lines of cells that are done. Raises ``InputError`` as ``read_records`` does."""
+    return records.read_records(results, guidance_tables.KINDS, guidance_tables.KNOWN)
 
 
 def chosen(rows: str, *, short: bool) -> list[Cell]:
@@ -307,6 +298,10 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _arguments(arguments)
+    for option in ("figure", "sheet"):
+        if getattr(options, option) is not None:
+            records.check_picture(option, getattr(options, option))
+    finished(options.results)  # that it can be read is known before anything is made
     if options.tables or options.figure is not None:
         lines = guidance_tables.latest(finished(options.results), options.results)
         if options.tables:

@@ -16,9 +16,24 @@ from matplotlib.figure import Figure
 
 from dpfast.errors import InputError
 from dpfast.plotting import MUTED, styled
+from dpfast.textfiles import COUNT, FLAG, NUMBER, TEXT, Kind, rows_of
 
 Line = dict[str, Any]
 Value = tuple[float, float]  # with its standard error
+MEAN = Kind(  # with its standard error
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(NUMBER.holds, value)),
+    "a mean and its error",
+)
+KINDS = {  # of a line
+    **dict.fromkeys(("cell", "form", "learner"), TEXT),
+    **dict.fromkeys(("omega", "kappa", "cfg_scale", "seconds"), NUMBER),
+    "projected": FLAG,
+    "samples": COUNT,
+    **dict.fromkeys(("entropy", "alike", "wrong", "useful"), MEAN),
+    "agreement": rows_of(MEAN, 2),
+    "right_of_wrong": rows_of(MEAN.or_null(), 3),
+}
+KNOWN = {"cosine": MEAN, "cosine_negative": MEAN}
 LEVELS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # nats
 JUDGES = ("judge 1, a RegNet", "judge 2, a ResNet")
 UNGUIDED = "CFG 1.5, kappa 0"  # also where the curves of an anchor and of the projection begin
@@ -122,7 +137,7 @@ def tables(forms: dict[str, list[Line]]) -> Iterator[str]:
                 _percent(line["cosine_negative"]),
             ]
             for line in own
-            if "cosine" in line
+            if "cosine" in line and "cosine_negative" in line
         ),
     )
 
@@ -173,10 +188,10 @@ def figure(forms: dict[str, list[Line]]) -> Figure:
                 style: Line = {"color": "#E69F00", "ls": ":", "label": "projected"}
             elif line["cfg_scale"] != 1.5:
                 label = f"kappa 0, CFG {line['cfg_scale']:g}"
-                style = {"color": GREYS[line["cfg_scale"]], "ls": "--", "label": label}
+                style = {"color": GREYS.get(line["cfg_scale"], MUTED), "ls": "--", "label": label}
             else:
                 kappa = line["kappa"]
-                style = {"color": ANCHORS[kappa], "ls": "-", "label": f"kappa {kappa:g}"}
+                style = {"color": ANCHORS.get(kappa, MUTED), "ls": "-", "label": f"kappa {kappa:g}"}
             agreement = [_column(each, "agreement", judge) for each in lines]
             axes.errorbar(
                 [each["entropy"][0] for each in lines],

@@ -11,9 +11,9 @@ from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
 from dpfast.adapters import live_pipeline
-from dpfast.adapters.gradient import LearnerGradient, label_score, no_anchor
+from dpfast.adapters.gradient import LearnerGradient, no_anchor
 from dpfast.errors import InputError
-from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.guidance import GuidanceConfig, label_score
 
 _TENSORS = {
     diffusers.StableDiffusionPipeline: {"prompt_embeds": "encoder_hidden_states"},

@@ -40,14 +40,6 @@ def decoder_of(decoder: Any) -> Decoder:
     return decoder
 
 
-def label_score(conditional: Tensor, unconditional: Tensor, prediction: Prediction) -> Tensor:
-    """The gradient of the generator's belief in the condition, (B, c, h, w) in float32 and up to a
-    positive factor, of the two predictions of classifier-free guidance.
-    """
-    more = conditional.float() - unconditional.float()
-    return more if prediction == "sample" else -more
-
-
 def no_anchor(anchor: float, why: str) -> InputError:
     """What to raise where a pipeline has nothing that an anchor could be made of."""
     return InputError(f"guidance has anchor = {anchor:g}: {why}; expected anchor = 0")

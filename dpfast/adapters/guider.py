@@ -13,9 +13,9 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor, nn
 
 from dpfast.adapters import live_pipeline
-from dpfast.adapters.gradient import LearnerGradient, label_score, no_anchor
+from dpfast.adapters.gradient import LearnerGradient, no_anchor
 from dpfast.errors import InputError
-from dpfast.generate.guidance import GuidanceConfig, predict_x0
+from dpfast.generate.guidance import GuidanceConfig, label_score, predict_x0
 from dpfast.generate.solvers import ddim_table, is_flow
 from dpfast.ops.guided_step import Prediction
 

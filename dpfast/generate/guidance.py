@@ -29,7 +29,7 @@ from dpfast.generate.criteria import Criterion
 from dpfast.generate.models.decoder import Decoder
 from dpfast.generate.models.denoiser import Denoiser
 from dpfast.generate.resizing import resize
-from dpfast.ops.guided_step import Mode
+from dpfast.ops.guided_step import Mode, Prediction
 
 Through = Literal["denoiser", "latent"]
 
@@ -204,3 +204,11 @@ class GuidancePath(LearnerPath):
             x0, backward, made = torch.func.vjp(x0_of, x, has_aux=True)  # type: ignore[misc]
             value, dx0 = self.at(x0, labels)
             return backward(dx0)[0], made, value
+
+
+def label_score(conditional: Tensor, unconditional: Tensor, prediction: Prediction) -> Tensor:
+    """The gradient of the generator's belief in the condition, (B, c, h, w) in float32 and up to a
+    positive factor, of the two predictions of classifier-free guidance.
+    """
+    more = conditional.float() - unconditional.float()
+    return more if prediction == "sample" else -more

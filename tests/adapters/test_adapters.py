@@ -21,8 +21,9 @@ from dpfast import (
     make_cond_fn,
 )
 from dpfast.adapters import live_pipeline
-from dpfast.adapters.gradient import LearnerGradient, label_score
+from dpfast.adapters.gradient import LearnerGradient
 from dpfast.errors import InputError
+from dpfast.generate.guidance import label_score
 from dpfast.generate.pipelines import Pipeline
 from dpfast.ops import entropy, guided_step
 from tests.generate.standin import Watch, from_noise

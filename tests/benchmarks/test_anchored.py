@@ -9,6 +9,7 @@ from statistics import mean
 
 import pytest
 
+from benchmarks.run import main as run_bench
 from benchmarks.studies import anchored
 from benchmarks.studies.anchored import FULL, arms, chosen, left, runs
 from benchmarks.studies.anchored_tables import anchored_tables, crossing, interval, needed, paired
@@ -268,6 +269,30 @@ def test_the_tables_say_what_the_lines_hold(selected):
     # with those of the training: 2 T, and between dp's 3 T at 1,000 and 5 T at 2,000
     assert f"| 2.00 T | {3 * (5 / 3) ** 0.9:.2f} T [" in text
     assert "Not run yet, of what is known of the patience: 2 of dp." in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "dpp"},
+        {"test_accuracy": None},
+        {"shifts": {"blur": "x"}},
+        {"seed": [1]},
+        {"fields": None},
+        {"births": {"added": {"agreed": 0.9}, "rounds": []}},
+    ],
+)
+def test_a_record_of_another_kind_is_named_with_its_line(changes, selected, tmp_path, capsys):
+    results = tmp_path / "anchored.jsonl"
+    bad = selected[0] | changes
+    results.write_text(f"{json.dumps(selected[1])}\n{json.dumps(bad)}\n")
+    name = next(iter(changes))
+    for options in ([], ["--tables"]):
+        assert run_bench(["anchored", "--results", str(results), *options]) == 2
+        assert f"{results}, line 2: {name} = " in capsys.readouterr().err
+    results.write_text(json.dumps({n: v for n, v in bad.items() if n != name}) + "\n")
+    wanted = 0 if name == "births" else 2
+    assert run_bench(["anchored", "--results", str(results), "--tables"]) == wanted
 
 
 def test_an_arm_that_is_chosen_no_more_is_in_no_table(selected):

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import run
 from benchmarks.studies import evidence
 from dpfast.report.sweeps import measured_cells
 
@@ -85,3 +86,49 @@ def test_a_short_run_leaves_a_line_for_each_form(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert evidence.main(["--tables", "--results", str(results)]) == 0
     assert capsys.readouterr().out == printed
+
+
+RECORD = {
+    "omega": 0.12,
+    "kappa": 0.5,
+    "agreement": [[0.9, 0.01]],
+    "useful": [0.1, 0.01],
+    "scores": {"path": {"auc": 0.7, "auc_within": None, "denied": 0.1, "useful": 0.2}},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scores": {"path": {"auc": 0.7}}}, "scores = "),
+        ({"useful": 0.1}, "useful = 0.1: expected a mean and its error"),
+        ({"omega": "0.12"}, "omega = '0.12': expected a number"),
+    ],
+)
+def test_a_record_of_another_kind_is_named_with_its_line(changes, told, tmp_path, capsys):
+    results = tmp_path / "evidence.jsonl"
+    command = ["evidence", "--results", str(results), "--short"]
+    results.write_text(json.dumps(RECORD) + "\n")
+    assert run.main([*command, "--tables"]) == 0
+    for line in (RECORD | changes, {n: v for n, v in RECORD.items() if n not in changes}):
+        results.write_text(json.dumps(line) + "\n")
+        for options in ([], ["--tables"]):
+            assert run.main([*command, *options]) == 2
+            name = next(iter(changes))
+            wanted = told if name in line else f"has no '{name}'; expected"
+            assert f"{results}, line 1: {wanted}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", ["evidence", "anchored"])
+def test_results_that_are_no_file_are_told_before_any_run(suite, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("")
+    for options, told in (
+        (["--tables", "--results", "nosuch"], "results = 'nosuch': no such file"),
+        (["--tables", "--results", "."], "results = '.': is a folder, expected a file"),
+        (["--results", "."], "results = '.': is a folder, expected a file"),
+        (["--results", "text/x.jsonl"], "is no folder"),
+    ):
+        assert run.main([suite, "--short", *options]) == 2
+        assert told in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["text"]

@@ -10,6 +10,7 @@ import torch
 from benchmarks import run
 from benchmarks.systems import guidance, guidance_tables
 from benchmarks.systems.guidance import Cell
+from dpfast.generate.guidance import label_score
 
 
 def test_a_short_bench_resumes_with_the_same_learner(tmp_path, monkeypatch, capsys):
@@ -98,8 +99,8 @@ def test_the_label_score_is_that_of_two_known_densities(prediction):
         known = {"epsilon": eps, "sample": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}
         return known[prediction]
 
-    score = guidance.label_score(predicted(mean), predicted(0 * mean), prediction)
-    assert guidance.cosine(score, mean.expand(2, 3)) == pytest.approx(1.0, abs=1e-12)
+    score = label_score(predicted(mean), predicted(0 * mean), prediction)
+    assert guidance.cosine(score, mean.expand(2, 3)) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_cosine_of_tiny_gradients_is_theirs():
@@ -177,6 +178,12 @@ def test_forms_are_compared_where_their_entropies_are_equal(results):
         (["--count", "1"], "count = 1: expected a whole number of at least 2"),
         (["nowhere"], "learner = 'nowhere': not the folder of a finished run"),
         (["--omega", "0.1"], "--omega: no such option"),
+        (["--tables", "--results", "."], "results = '.': is a folder, expected a file"),
+        (["--results", "."], "results = '.': is a folder, expected a file"),
+        (["--figure", "nosuch/dir/x.png"], "figure = 'nosuch/dir/x.png': no folder 'nosuch/dir'"),
+        (["--figure", "x.xyz"], "figure = 'x.xyz': expected a name that ends in ."),
+        (["--figure", "."], "figure = '.': is a folder, expected a file"),
+        (["--sheet", "x.xyz"], "sheet = 'x.xyz': expected a name that ends in "),
         (["--tables", "--results", "none.jsonl"], "results = 'none.jsonl': no lines; expected"),
     ],
 )
@@ -194,3 +201,28 @@ def test_cells_of_several_learners_are_not_one_table(results, capsys):
     results.write_text(results.read_text() + other + "\n")
     assert run.main(["guidance", "--tables", "--results", str(results)]) == 2
     assert "cells of 2 learners; expected cells of one learner" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in line(Cell(0.1), 0.5, 0.7) if not n.startswith("cosine")],
+)
+@pytest.mark.parametrize("options", [["--tables"], ["--short"]])
+def test_a_record_without_a_value_is_named_with_its_line(name, options, results, capsys):
+    short = {n: v for n, v in line(Cell(0.1), 0.5, 0.7).items() if n != name}
+    results.write_text(results.read_text() + json.dumps(short) + "\n")
+    assert run.main(["guidance", *options, "--results", str(results)]) == 2
+    assert f"{results}, line 8: has no '{name}'; expected" in capsys.readouterr().err
+
+
+def test_a_record_of_another_kind_is_named_with_its_line(results, capsys):
+    for changes in ({"entropy": 0.5}, {"agreement": [[0.7, 0.1]]}, {"samples": "5"}):
+        results.write_text(json.dumps(line(Cell(0.1), 0.5, 0.7) | changes) + "\n")
+        assert run.main(["guidance", "--tables", "--results", str(results)]) == 2
+        assert f"{results}, line 1: {next(iter(changes))} = " in capsys.readouterr().err
+
+
+def test_a_cell_that_the_bench_has_not_is_drawn(results):
+    results.write_text(json.dumps(line(Cell(0.1, kappa=0.7), 0.5, 0.7)) + "\n")
+    forms = guidance_tables.latest(guidance.finished(results), results)
+    assert len(guidance_tables.figure(forms).axes) == 2
