@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks import RESULTS, ROOT
 from benchmarks.harness.arguments import new_parser
 from benchmarks.harness.records import read_records
-from benchmarks.studies.anchored_tables import KINDS, LINE, anchored_tables
+from benchmarks.studies.anchored_tables import KINDS, LINE, anchored_tables, of_seeds
 from benchmarks.studies.births import Births
 from benchmarks.studies.births_tables import BIRTHS, births_tables
 from benchmarks.studies.settings import COMMON, Fields
@@ -130,14 +130,15 @@ def chosen(kind: str, lines: Sequence[Line], design: Design) -> str | None:
         return kind
     found = {}
     for name in arms(kind, lines, design):
-        runs = [
-            line["validation_accuracy"]
+        by_seed = {
+            line["seed"]: line["validation_accuracy"]
             for line in lines
-            if line["part"] == "selection" and (line["kind"], line["arm"]) == (kind, name)
-        ]
-        if len(runs) < len(design.selection):
+            if (line["part"], line["size"]) == ("selection", design.sizes[0])
+            and (line["kind"], line["arm"]) == (kind, name)
+        }
+        if not by_seed.keys() >= {*design.selection}:
             return None
-        found[name] = mean(runs)
+        found[name] = mean(by_seed[seed] for seed in design.selection)
     return max(found, key=found.__getitem__, default=None)
 
 
@@ -177,7 +178,8 @@ def _run(
     if part != "patience":
         shape["add_at"] = design.moments
     shifts = part == "confirmation" and size == design.sizes[0]
-    return Run(part, kind, name, size, shifts, {**COMMON, **shape, **fields})
+    recorded = json.loads(json.dumps({**COMMON, **shape, **fields}))  # as its line will hold them
+    return Run(part, kind, name, size, shifts, recorded)
 
 
 def measure(run: Run) -> Line:
@@ -332,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     best = {kind: chosen(kind, lines, design) for kind in KINDS}
     missing = {part: [run.kind for run in left(part, lines, design)] for part in PARTS}
-    print("\n".join([*anchored_tables(lines, best, missing), *births_tables(lines)]))
+    print("\n".join([*anchored_tables(lines, best, missing), *births_tables(of_seeds(lines))]))
     return 0
 
 

@@ -115,12 +115,19 @@ def needed(
     return middle, found[round(0.025 * (draws - 1))], found[round(0.975 * (draws - 1))]
 
 
+def of_seeds(lines: Iterable[Line]) -> list[Line]:
+    """The lines, the last one of each seed of an arm of one part and size."""
+    names = ("part", "kind", "arm", "size", "seed")
+    return list({tuple(line[name] for name in names): line for line in lines}.values())
+
+
 def anchored_tables(
     lines: Sequence[Line], best: Mapping[str, str | None], missing: Mapping[str, Sequence[str]]
 ) -> Iterator[str]:
     """The lines of all tables. best: the arm of each kind that the selection chose, None where it
     has not; missing: the kinds of the runs of each part that are known and have no line.
     """
+    lines = of_seeds(lines)
     yield from _selection([line for line in lines if line["part"] == "selection"], best)
     for part in ("confirmation", "patience"):
         here = [

@@ -130,6 +130,40 @@ def test_a_line_is_made_once_and_only_what_is_missing_is_left(selected):
     assert json.loads(json.dumps(again.fields)) == selected[4]["fields"]
 
 
+def test_nothing_is_left_of_what_was_written_and_read(selected, monkeypatch, tmp_path):
+    """All runs, those of more CFG too, whatever the fields are made of."""
+    monkeypatch.setitem(anchored.COMMON, "omega_rounds", (0.05, 0.1))
+    monkeypatch.setattr(anchored, "CFG_SCALES", (2.5, 3))
+    lines, results = [], tmp_path / "anchored.jsonl"
+    for part in anchored.PARTS:
+        for _ in range(2):  # plain dp's arm is known, then that of more CFG
+            new = [
+                line(run, best_arm(run)) | {"fields": run.fields} for run in left(part, lines, FULL)
+            ]
+            with results.open("a") as file:
+                file.writelines(json.dumps(each) + "\n" for each in new)
+            lines = anchored.read(results)
+        assert left(part, lines, FULL) == []
+    assert {each["kind"] for each in lines} == set(anchored.KINDS)
+
+
+def test_a_seed_that_ran_twice_is_one_seed(selected):
+    plain = [each for each in selected if each["kind"] == "dp"]
+    twice = [*plain[:-1], plain[-2]]  # seed 1 of the last arm twice, seed 2 never
+    assert len(twice) == len(plain)
+    assert chosen("dp", twice, FULL) is None
+    other = plain[0] | {"validation_accuracy": 1.0, "seed": 99}
+    assert chosen("dp", [*plain, other, other], FULL) == "omega 0.08"
+    short = [each | {"size": 80, "validation_accuracy": 1.0} for each in plain[:3]]
+    assert chosen("dp", [*plain, *short], FULL) == "omega 0.08"
+    best = dict.fromkeys(anchored.KINDS)
+    once, more = (
+        "\n".join(anchored_tables(lines, best, {})) for lines in (plain, [plain[0], *plain])
+    )
+    assert once == more
+    assert "| dp, omega 0.05 | 3 |" in more
+
+
 def test_of_runs_that_share_unguided_samples_one_makes_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = anchored._next(("selection",), [], FULL, [])
