@@ -11,6 +11,7 @@ ones, which are removed when no checkpoint needs them any more.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -32,15 +33,26 @@ def rank_folder(folder: Path, ranks: Ranks, rank: int | None = None) -> Path:
     return folder if ranks.alone else folder / rank_folder_name(ranks, rank)
 
 
+def rank_folders(folder: Path) -> dict[Path, int]:
+    """The folders of ranks below ``folder``, each with the number of the ranks; other names, as of
+    backups, are passed over.
+    """
+    named = {path: re.fullmatch("rank-[0-9]+-of-([0-9]+)", path.name) for path in listed(folder)}
+    return {path: int(name[1]) for path, name in named.items() if name and path.is_dir()}
+
+
 def saved_folders(folder: Path) -> list[Path]:
     """The saved pools that make one: ``folder`` itself, or those of its ranks; those of the most
     samples where other numbers of ranks have saved as well.
 
     Empty where nothing is saved.
     """
-    names = {path.name.rsplit("-", 1)[1] for path in listed(folder, RANK_FOLDERS) if path.is_dir()}
+    sizes = rank_folders(folder)
     found = [[folder]] if there(folder / shards.MANIFEST) else []
-    found += [listed(folder, f"rank-*-of-{name}") for name in sorted(names)]
+    found += [
+        [path for path, size in sizes.items() if size == each]
+        for each in sorted(set(sizes.values()))
+    ]
     saved = [[path for path in paths if there(path / shards.MANIFEST)] for paths in found]
     return max(
         saved,
@@ -57,12 +69,11 @@ def remove_rank_folders(folder: Path, sizes: Collection[int]) -> None:
     there begins anew.
     """
     entries = list(folder.iterdir())
-    of_ranks = [entry for entry in entries if entry.match(RANK_FOLDERS)]
-    for entry in of_ranks:
-        if int(entry.name.rsplit("-", 1)[1]) not in sizes:
+    for entry, size in rank_folders(folder).items():
+        if size not in sizes:
             _forget(entry)
             shutil.rmtree(entry)
-    own = [entry for entry in entries if entry not in of_ranks]
+    own = [entry for entry in entries if not entry.match(RANK_FOLDERS)]
     if 1 not in sizes and own:
         _forget(folder)
         for entry in own:

@@ -7,6 +7,7 @@ So one long run yields every point of a scaling curve: the pool of each round, t
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +53,9 @@ def prepare_branch(
     path = checkpoint.at_round(folder, round)
     if path is None:
         kept = sorted(
-            int(p.stem.rsplit("-", 1)[1]) for p in listed(folder, "checkpoint-*-round-*.json")
+            int(name[1])
+            for p in listed(folder)
+            if (name := re.fullmatch(r"checkpoint-[0-9]+-round-([0-9]+)\.json", p.name))
         )
         rounds = (
             f"there are those of {', '.join(map(str, kept))}"

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -28,10 +27,10 @@ from torch import Tensor, nn
 
 from dpfast.config import Recipe
 from dpfast.errors import InputError
-from dpfast.files import listed, numbered
+from dpfast.files import numbered
 from dpfast.generate.from_recipe import image_shape, latent_shape
 from dpfast.parallel import Ranks
-from dpfast.pool.rank_folders import RANK_FOLDERS, rank_folder_name
+from dpfast.pool.rank_folders import rank_folder_name, rank_folders
 from dpfast.samples import SampleBatch
 from dpfast.sources.best import LAST, Best
 from dpfast.sources.dynamic import DynamicSource
@@ -331,9 +330,8 @@ class PruneSource(DynamicSource):
 
 def _remove_others(folder: Path, ranks: Ranks) -> None:
     """Removes what other numbers of ranks have held of a round, which these make again."""
-    ours = {rank_folder_name(ranks, rank) for rank in range(ranks.size)}
-    for path in listed(folder, RANK_FOLDERS):
-        if re.fullmatch("rank-[0-9]+-of-[0-9]+", path.name) and path.name not in ours:
+    for path, size in rank_folders(folder).items():
+        if size != ranks.size:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -9,7 +9,12 @@ import torch
 
 from dpfast.parallel import Ranks
 from dpfast.pool.pool import SamplePool
-from dpfast.pool.rank_folders import rank_folder, remove_rank_folders
+from dpfast.pool.rank_folders import (
+    rank_folder,
+    rank_folders,
+    remove_rank_folders,
+    saved_folders,
+)
 from dpfast.pool.reader import open_pool
 from dpfast.pool.saver import Saver
 from tests.pool.helpers import ORIGIN, batch, check_prefix
@@ -86,3 +91,21 @@ def killed_at_zero(function, left):
         return function(*arguments, **options)
 
     return until_then
+
+
+def test_a_backup_of_a_rank_s_folder_is_none_and_stays(tmp_path):
+    names = ("rank-000-of-002", "rank-001-of-002", "rank-000-of-003")
+    others = ("rank-000-of-002.bak", "rank-000-of-002 (copy)", "rank-x-of-002", "rank-0-of-y")
+    for name in (*names, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    assert {path.name: size for path, size in rank_folders(tmp_path).items()} == {
+        "rank-000-of-002": 2,
+        "rank-001-of-002": 2,
+        "rank-000-of-003": 3,
+    }
+    remove_rank_folders(tmp_path, {3})
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted(("rank-000-of-003", *others))
+    assert rank_folders(tmp_path / "none") == {}
+    assert saved_folders(tmp_path / "none") == []

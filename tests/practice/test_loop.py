@@ -4,6 +4,7 @@ its recipe.
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -225,6 +226,8 @@ def test_a_branch_goes_on_without_additions_and_refuses_another_generator(recipe
     assert (len(branch.pool), branch.additions, branch.iterations) == (45, 1, 100)
     with pytest.raises(RecipeError, match="steps = 4 was 3"):
         prepare_branch(tmp_path / "run", 1, tmp_path / "other", with_(recipe, "generator", steps=4))
+    (kept,) = (tmp_path / "run" / "checkpoints_dp").glob("*-round-01.json")
+    shutil.copy(kept, kept.with_name(f"{kept.stem} (copy).json"))
     with pytest.raises(InputError, match=r"branch_at = 7: .* there are those of 0, 1"):
         prepare_branch(tmp_path / "run", 7, tmp_path / "other", recipe)
     late = with_(recipe, "practice", iterations=20)
