@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks import RESULTS
 from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.records import read_records
 from benchmarks.studies.births import nearest_earlier
 from benchmarks.studies.settings import COMMON, OPTIONS, Fields
 from benchmarks.studies.tables import tables
@@ -38,7 +39,7 @@ from dpfast.sources.costs import Cost
 from dpfast.sources.source import RoundRequest
 from dpfast.sources.static import StaticSource
 from dpfast.sources.unguided import UnguidedSamples
-from dpfast.textfiles import read_json, read_json_lines
+from dpfast.textfiles import TABLE, read_json, read_json_lines
 
 RECORDS = RESULTS / "study.jsonl"
 CACHE = Path("runs") / "study"
@@ -189,6 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--tables", action="store_true", help="print what the runs so far say, and run nothing"
     )
     options = parser.parse_args(arguments)
+    read_records(options.results, {"fields": TABLE}, needed=options.tables)
     if options.tables:
         print("\n".join(tables(options.results)))
         return 0

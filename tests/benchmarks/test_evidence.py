@@ -119,7 +119,7 @@ def test_a_record_of_another_kind_is_named_with_its_line(changes, told, tmp_path
             assert f"{results}, line 1: {wanted}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("suite", ["evidence", "anchored"])
+@pytest.mark.parametrize("suite", ["evidence", "anchored", "study"])
 def test_results_that_are_no_file_are_told_before_any_run(suite, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("")
