@@ -87,6 +87,8 @@ class Launched:
     ):
         self.out, self.log = out, out.with_suffix(".log")
         fields = FIELDS | SIZES[recipe] if recipe in SIZES else {}
+        if "--add-at" in options:  # a patience beside it is refused
+            fields = {name: each for name, each in fields.items() if "patience" not in name}
         command = [sys.executable, "-m"]
         if ranks > 1:
             command += [
