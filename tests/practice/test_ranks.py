@@ -233,6 +233,8 @@ def test_two_ranks_add_after_exactly_the_steps_that_are_named(tmp_path, overlap)
         for number, step in enumerate(named, 1)
     ]
     assert ages == ([[5], [5]] if overlap else [[0], [0]])
+    if not overlap:
+        return  # killed in turns: the tests above
     run = Launched(recipe, tmp_path / "run", options, restarts=1)
     run.until(7)  # the one before the first of the two rounds, which is on its way
     assert run.signal(1)
