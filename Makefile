@@ -4,16 +4,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?=
 
-.PHONY: demo test sanitize install clean
+.PHONY: demo test test-long sanitize install clean
 
 demo: install  ## Deliberate Practice against static data on the embedded generator, about two minutes on two cores
 	$(BIN)/dpfast run fashion --overwrite $(RUN)
 
-test: install  ## lint, types and all tests
+test: install  ## lint, types and all tests but the long ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not long"
+
+test-long: install  ## studies in short, experiments at every size, more kills of ranks: two minutes
+	$(BIN)/pytest -m long
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so) $(shell $(CXX) -print-file-name=libstdc++.so)

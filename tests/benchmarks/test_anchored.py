@@ -180,7 +180,7 @@ def test_of_runs_that_share_unguided_samples_one_makes_them(tmp_path, monkeypatc
     assert [run.fields["seed"] for run in after].count(0) == 2 + 6  # other arms
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_short_study_resumes_and_repeats_its_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, values in (("OMEGAS", (0.08,)), ("CFG_SCALES", ()), ("ANCHORS", (0.5,))):

@@ -39,7 +39,7 @@ def test_they_match_fp64_at_sizes_that_fit_no_tile(only, count, capfd):
     assert len(interpreted(only, capfd)) == count
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_triton
 def test_they_match_fp64_at_every_size(capfd):
     assert interpreted("", capfd) == list(bench.odd_cases())

@@ -71,6 +71,7 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(rehearsal, tmp_p
     same(tmp_path / "run", whole)
 
 
+@pytest.mark.long
 def test_prune_on_two_ranks_goes_on_after_a_kill_and_the_end_is_the_same(tmp_path):
     recipe = "imagenet100-sd15"
     options = [*launch.folders(recipe, tmp_path), "--sources", "prune", "--oversample", "3"]
@@ -215,7 +216,7 @@ def test_generation_beside_training_repeats_itself_and_bounds_the_age_of_samples
     same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("overlap", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_two_ranks_add_after_exactly_the_steps_that_are_named(tmp_path, overlap):
     """Between evaluations, too; beside training, of the learner of ``overlap_staleness`` steps
     before: it is published once for each round.
