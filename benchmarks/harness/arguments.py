@@ -67,3 +67,20 @@ def add_record(parser: argparse.ArgumentParser, suite: str) -> None:
         metavar="FOLDER",
         help=f"append to {suite}.jsonl in FOLDER (default benchmarks/results)",
     )
+
+
+def add_lines(parser: argparse.ArgumentParser, default: Path, what: str, *, short: str) -> None:
+    """``--results``, ``--short`` and ``--tables`` of a suite that appends a line for each ``what``
+    that it has finished, and makes none twice. short: what ``--short`` makes.
+    """
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help=f"file with a line for each {what}, which a finished one appends",
+    )
+    parser.add_argument("--short", action="store_true", help=f"{short}, for a test")
+    parser.add_argument(
+        "--tables", action="store_true", help="print what the lines so far say, and make nothing"
+    )

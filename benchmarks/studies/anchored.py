@@ -30,7 +30,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_lines, new_parser
 from benchmarks.harness.records import read_records
 from benchmarks.studies.anchored_tables import KINDS, LINE, anchored_tables, of_seeds
 from benchmarks.studies.births import Births
@@ -312,18 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=at_least(1), default=1, help="runs at a time, of one thread each"
     )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=RECORDS,
-        help="file with a line for each run, to which finished ones are appended",
-    )
-    parser.add_argument(
-        "--short", action="store_true", help="two small sizes and few iterations, for a test"
-    )
-    parser.add_argument(
-        "--tables", action="store_true", help="print what the runs so far say, and run nothing"
-    )
+    add_lines(parser, RECORDS, "run", short="two small sizes and few iterations")
     options = parser.parse_args(arguments)
     design = SHORT if options.short else FULL
     parts = options.part or PARTS

@@ -31,7 +31,6 @@ balanced and some classes are confused more than others.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -40,7 +39,7 @@ from torch import Tensor, nn
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_lines, new_parser
 from benchmarks.harness.records import read_records
 from benchmarks.systems.fewer_steps import mean
 from benchmarks.systems.guidance_tables import MEAN
@@ -301,15 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--count", type=at_least(20), default=2500, help="samples of each form (default 2500)"
     )
-    parser.add_argument(
-        "--results", type=Path, default=RECORDS, help="file to which the lines are appended"
-    )
-    parser.add_argument(
-        "--short", action="store_true", help="two forms and a learner of few steps, for a test"
-    )
-    parser.add_argument(
-        "--tables", action="store_true", help="print what the lines say, and make nothing"
-    )
+    add_lines(parser, RECORDS, "form", short="two forms and a learner of few steps")
     options: argparse.Namespace = parser.parse_args(arguments)
     read_records(options.results, KINDS, needed=options.tables)
     if not options.tables:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_lines, new_parser
 from benchmarks.harness.records import read_records
 from benchmarks.studies.births import nearest_earlier
 from benchmarks.studies.settings import COMMON, OPTIONS, Fields
@@ -177,18 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--iterations", type=at_least(1), default=1200, help="of each run (default 1200)"
     )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=RECORDS,
-        help="file with a line for each run, which a finished one appends",
-    )
-    parser.add_argument(
-        "--short", action="store_true", help="two small sizes and few iterations, for a test"
-    )
-    parser.add_argument(
-        "--tables", action="store_true", help="print what the runs so far say, and run nothing"
-    )
+    add_lines(parser, RECORDS, "run", short="two small sizes and few iterations")
     options = parser.parse_args(arguments)
     read_records(options.results, {"fields": TABLE}, needed=options.tables)
     if options.tables:

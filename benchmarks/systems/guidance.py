@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import RESULTS
 from benchmarks.harness import records, timing
-from benchmarks.harness.arguments import add_rows, check_rows, is_wanted, new_parser
+from benchmarks.harness.arguments import add_lines, add_rows, check_rows, is_wanted, new_parser
 from benchmarks.systems import fewer_steps, guidance_tables
 from benchmarks.systems.ablation import FIRST_ID
 from dpfast.cli.parser import at_least
@@ -272,18 +272,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--count", type=at_least(2), default=5000, help="samples of each cell (default 5000)"
     )
     add_rows(parser)
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=RECORDS,
-        help="file with a line for each cell, which a finished one appends",
-    )
-    parser.add_argument(
-        "--short", action="store_true", help="few cells and a learner of few steps, for a test"
-    )
-    parser.add_argument(
-        "--tables", action="store_true", help="print what the cells so far say, and make nothing"
-    )
+    add_lines(parser, RECORDS, "cell", short="few cells and a learner of few steps")
     parser.add_argument(
         "--figure",
         type=Path,
