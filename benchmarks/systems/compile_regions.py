@@ -23,8 +23,8 @@ from benchmarks.harness import timing
 from benchmarks.harness.arguments import add_device, new_parser
 from dpfast.cli.parser import at_least
 from dpfast.generate.guidance import GuidanceConfig
-from dpfast.generate.models.denoiser import DiTDenoiser
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.pipelines.families.dit import DiTDenoiser
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import load_judge
 

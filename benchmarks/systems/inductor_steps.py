@@ -26,8 +26,10 @@ from dpfast.cli.parser import Parser, at_least, in_one_line
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath
 from dpfast.generate.models import denoiser as denoisers
 from dpfast.generate.models.decoder import TinyDecoder
-from dpfast.generate.models.denoiser import Denoiser, DiTDenoiser, TextUNetDenoiser
+from dpfast.generate.models.denoiser import Denoiser
 from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.pipelines.families.dit import DiTDenoiser
+from dpfast.generate.pipelines.families.stable_diffusion import TextUNetDenoiser
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.solvers import SolverTable, ddim_table
 from dpfast.generate.step import StepParts, Variant, step_function

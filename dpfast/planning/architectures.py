@@ -17,10 +17,11 @@ from dpfast.config import Generator
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import class_names, resized
 from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder, decoder_dtype
-from dpfast.generate.models.denoiser import DiTDenoiser, TextUNetDenoiser
 from dpfast.generate.models.fused import quantise
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.families import check_float8, into_float8
+from dpfast.generate.pipelines.families.dit import DiTDenoiser
+from dpfast.generate.pipelines.families.stable_diffusion import TextUNetDenoiser
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.pipeline import DTYPES, FLOAT8
 from dpfast.generate.solvers import load_scheduler, prediction_of

@@ -10,9 +10,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import diffusers
 import torch
-from torch import Tensor
 
 from dpfast.errors import InputError
 from dpfast.extras import require
@@ -33,67 +31,7 @@ def class_prompts(names: tuple[str, ...], template: str) -> list[str]:
     return [template.replace("{}", name) for name in names] + [""]
 
 
-def encode_stable_diffusion(
-    folder: PipelineFolder, prompts: list[str], *, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Embeddings (len(prompts), tokens, width) in ``dtype``, as ``StableDiffusionPipeline``
-    computes them.
-    """
-    transformers = _transformers()
-    encoder = _encoder(folder, transformers.CLIPTextModel, "text_encoder", device, dtype)
-    pipeline = diffusers.StableDiffusionPipeline(
-        **_parts(
-            diffusers.StableDiffusionPipeline,
-            text_encoder=encoder,
-            tokenizer=_tokenizer(folder, "tokenizer"),
-        ),
-        requires_safety_checker=False,
-    )
-    return torch.cat(
-        [pipeline.encode_prompt(part, device, 1, False)[0] for part in _split(prompts)]
-    )
-
-
-def encode_stable_diffusion_3(
-    folder: PipelineFolder,
-    prompts: list[str],
-    transformer: Any,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Embeddings (len(prompts), tokens, width) and pooled ones (len(prompts), width), both in
-    ``dtype``.
-
-    As ``StableDiffusion3Pipeline`` computes them: without the T5 encoder where the folder was saved
-    without it.
-    """
-    transformers = _transformers()
-    parts: dict[str, Any] = {"transformer": transformer}
-    for suffix in ("", "_2"):
-        encoder = _encoder(
-            folder, transformers.CLIPTextModelWithProjection, f"text_encoder{suffix}", device, dtype
-        )
-        parts |= {
-            f"text_encoder{suffix}": encoder,
-            f"tokenizer{suffix}": _tokenizer(folder, f"tokenizer{suffix}"),
-        }
-    if folder.class_of("text_encoder_3"):
-        parts["text_encoder_3"] = _encoder(
-            folder, transformers.T5EncoderModel, "text_encoder_3", device, dtype
-        )
-        parts["tokenizer_3"] = _tokenizer(folder, "tokenizer_3", transformers.T5TokenizerFast)
-    pipeline = diffusers.StableDiffusion3Pipeline(
-        **_parts(diffusers.StableDiffusion3Pipeline, **parts)
-    )
-    encoded = [
-        pipeline.encode_prompt(part, None, None, device=device, do_classifier_free_guidance=False)
-        for part in _split(prompts)
-    ]
-    return torch.cat([part[0] for part in encoded]), torch.cat([part[2] for part in encoded])
-
-
-def _transformers() -> Any:
+def transformers_library() -> Any:
     """The library of the text encoders, which pipelines without text do without."""
     require("transformers")
     import transformers
@@ -101,11 +39,11 @@ def _transformers() -> Any:
     return transformers
 
 
-def _split(prompts: list[str]) -> list[list[str]]:
+def split(prompts: list[str]) -> list[list[str]]:
     return [prompts[i : i + PROMPTS_AT_ONCE] for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
 
 
-def _parts(kind: Any, **parts: Any) -> dict[str, Any]:
+def pipeline_parts(kind: Any, **parts: Any) -> dict[str, Any]:
     """Keyword arguments of a diffusers pipeline of which only some parts exist."""
     names = inspect.signature(kind.__init__).parameters
     return {
@@ -113,10 +51,10 @@ def _parts(kind: Any, **parts: Any) -> dict[str, Any]:
     }
 
 
-def _encoder(
+def encoder(
     folder: PipelineFolder, kind: Any, part: str, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    logging = _transformers().utils.logging
+    logging = transformers_library().utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -126,9 +64,9 @@ def _encoder(
             logging.enable_progress_bar()
 
 
-def _tokenizer(folder: PipelineFolder, part: str, kind: Any = None) -> Any:
+def tokenizer(folder: PipelineFolder, part: str, kind: Any = None) -> Any:
     folder.need(part)
-    kind = kind or _transformers().CLIPTokenizer
+    kind = kind or transformers_library().CLIPTokenizer
     try:
         return kind.from_pretrained(folder.path / part)
     except Exception as error:  # tokenizers raises its own

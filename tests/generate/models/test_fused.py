@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dpfast import GuidanceConfig, GuidedSampler
 from dpfast.generate.graphs import Captured
-from dpfast.generate.models.denoiser import TextUNetDenoiser
 from dpfast.generate.models.frozen_layers import fuse_projections, share_conditioning
 from dpfast.generate.models.fused import fuse
+from dpfast.generate.pipelines.families.stable_diffusion import TextUNetDenoiser
 from tests.generate.standin import StandInRecorder, force_reference
 
 Call = Callable[[Tensor], Tensor]

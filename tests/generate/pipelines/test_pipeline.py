@@ -59,9 +59,10 @@ def test_a_folder_that_is_no_pipeline_is_refused(broken, tmp_path):
     ):
         Pipeline.from_pretrained(tmp_path / "missing")
     index = broken / "model_index.json"
-    index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    index.write_text(json.dumps({"_class_name": "AudioLDMPipeline"}))
     with pytest.raises(
-        InputError, match="a FluxPipeline; expected one of DiTPipeline, StableDiffusionPipeline"
+        InputError,
+        match="a AudioLDMPipeline; expected one of DDIMPipeline, DDPMPipeline, DiTPipeline",
     ):
         Pipeline.from_pretrained(broken)
     for text, named in (("{", ": cannot be read as JSON"), ("[]", " is not a table")):

@@ -1,0 +1,106 @@
+"""Model families: how the parts of each kind of pipeline folder become a denoiser and a decoder.
+
+DiTPipeline               class ids; the class id after the last embedding row is the null class
+StableDiffusionPipeline   1.x and 2.x; one prompt a class, the empty prompt is the null class
+StableDiffusion3Pipeline  flow matching; prompts as above; the T5 encoder where the folder has it
+DDIMPipeline, DDPMPipeline  pixels, unconditional or class ids
+
+Adding a family is one file in this package and its test. The file holds a class of denoiser with
+the call of its model (``dpfast.generate.models.denoiser.ModelDenoiser``), the function that loads a
+folder's parts, made of those in ``common`` and, for text, of ``dpfast.generate.pipelines.prompts``,
+and a table ``FAMILIES`` from the pipeline's class name to its ``Family``; every file here is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+from typing import Any
+
+import diffusers
+
+from dpfast.generate.models.decoder import Decoder, TinyDecoder
+from dpfast.generate.models.fused import quantise
+from dpfast.generate.pipelines.families.common import (
+    Family,
+    LoadedParts,
+    LoadOptions,
+    autoencoder,
+)
+from dpfast.generate.pipelines.folder import PipelineFolder
+
+__all__ = ["FAMILIES", "LoadOptions", "check", "check_float8", "family_of", "into_float8", "load"]
+
+log = logging.getLogger(__name__)
+
+FAMILIES: dict[str, Family] = {}
+for _found in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f"{__name__}.{_found.name}")
+    FAMILIES |= getattr(_module, "FAMILIES", {})
+
+
+def load(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
+    """Loads the parts of a folder.
+
+    Raises ``InputError`` for a pipeline of no family and whatever its family refuses.
+    """
+    family = family_of(folder)
+    folder.need(*family.needs)
+    if options.float8:
+        check_float8(folder)
+    parts = family.load(folder, options)
+    if options.float8:
+        quantised, layers = into_float8(folder, parts.denoiser)
+        log.info("float8: %d of %d linear layers of the denoiser", quantised, layers)
+    return parts
+
+
+def check_float8(folder: PipelineFolder) -> None:
+    """Raises ``InputError`` for a pipeline whose linear layers run in 16 bits alone."""
+    if not family_of(folder).float8:
+        able = " and ".join(name for name, each in FAMILIES.items() if each.float8)
+        raise folder.error(
+            f"a {folder.kind} with dtype = 'float8', which is for {able}; use 'bfloat16'"
+        )
+
+
+def into_float8(folder: PipelineFolder, denoiser: Any) -> tuple[int, int]:
+    """Lets the linear layers of a fused denoiser run in float8, and returns how many do, and of how
+    many. Raises ``InputError`` where none can.
+    """
+    quantised, layers = quantise(denoiser.model)
+    if not quantised:
+        raise folder.error(
+            "dtype = 'float8' finds no block whose linear layers take it (known to "
+            "dpfast.generate.models.fused, widths that are multiples of 16); use 'bfloat16'"
+        )
+    return quantised, layers
+
+
+def check(folder: PipelineFolder) -> None:
+    """Raises ``InputError`` for a pipeline of no family, and where a file of weights is missing or
+    cut short.
+
+    Reads the headers of the files alone.
+    """
+    for part in family_of(folder).models:
+        if folder.class_of(part) is not None:
+            folder.check_weights(part)
+    if (folder.path / "tiny_decoder").is_dir():
+        folder.check_weights("tiny_decoder")
+
+
+def tiny_decoder(folder: PipelineFolder, options: LoadOptions) -> Decoder | None:
+    """The folder's ``tiny_decoder`` part, where there is one."""
+    if not (folder.path / "tiny_decoder").is_dir():
+        return None
+    model = autoencoder(folder, diffusers.AutoencoderTiny, "tiny_decoder", options)
+    return TinyDecoder(model, fused=options.fused)
+
+
+def family_of(folder: PipelineFolder) -> Family:
+    """The family of a folder. Raises ``InputError`` for a pipeline of none."""
+    if folder.kind not in FAMILIES:
+        raise folder.error(f"a {folder.kind}; expected one of {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[folder.kind]

@@ -1,0 +1,100 @@
+"""What the families share: the options of a loader, what it gives, and the parts alike in all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder, decoder_dtype
+from dpfast.generate.models.denoiser import Denoiser
+from dpfast.generate.pipelines.attention import set_attention
+from dpfast.generate.pipelines.folder import PipelineFolder
+
+CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What the caller of ``Pipeline.from_pretrained`` chose, checked."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    channels_last: bool
+    fused: bool
+    float8: bool  # of the linear layers, where dtype is of all else
+    class_names: Sequence[str] | None
+    prompt_template: str
+
+
+@dataclass(frozen=True)
+class LoadedParts:
+    """What a family makes of a folder."""
+
+    denoiser: Denoiser
+    decoder: Decoder
+    scheduler: Any
+    class_names: tuple[str, ...]
+    image_channels: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a kind of pipeline folder.
+
+    load: makes its parts. needs: the sub-folders without which it cannot be loaded. models: the
+    parts with weights, where the folder has them. float8: whether its linear layers gain by it.
+    """
+
+    load: Callable[[PipelineFolder, LoadOptions], LoadedParts]
+    needs: tuple[str, ...]
+    models: tuple[str, ...]
+    float8: bool = False
+
+
+def names_of(folder: PipelineFolder, options: LoadOptions) -> tuple[str, ...]:
+    names = folder.class_names(options.class_names)
+    if names is None:
+        raise folder.error(
+            f"a {folder.kind} needs class names: pass class_names = [...], or put a list of them "
+            "into the folder's class_names.json"
+        )
+    return names
+
+
+def network(folder: PipelineFolder, kind: Any, part: str, options: LoadOptions) -> Any:
+    model = folder.model(kind, part, device=options.device, dtype=options.dtype)
+    if kind in CONVOLUTIONAL:
+        model = in_format(model, options)
+    return set_attention(model, options.attention)
+
+
+def autoencoder(folder: PipelineFolder, kind: Any, part: str, options: LoadOptions) -> Any:
+    dtype = decoder_dtype(folder.config(part), options.dtype)
+    return folder.model(kind, part, device=options.device, dtype=dtype)
+
+
+def in_format(model: Any, options: LoadOptions) -> Any:
+    nhwc = options.channels_last or options.fused
+    return model.to(memory_format=torch.channels_last) if nhwc else model
+
+
+def decoder_of(
+    folder: PipelineFolder, latent_channels: int, options: LoadOptions
+) -> tuple[Decoder, int]:
+    """The decoder of the part "vae" and the channels of its images."""
+    named = folder.class_of("vae")
+    if named not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise folder.error(f"'vae' is a {named}; expected an AutoencoderKL or an AutoencoderTiny")
+    model = in_format(autoencoder(folder, getattr(diffusers, named), "vae", options), options)
+    if model.config.latent_channels != latent_channels:
+        raise folder.error(
+            f"the denoiser takes {latent_channels} channels and 'vae' has "
+            f"{model.config.latent_channels} latent ones; expected as many"
+        )
+    decoder = VaeDecoder if named == "AutoencoderKL" else TinyDecoder
+    return decoder(model, fused=options.fused), int(model.config.out_channels)

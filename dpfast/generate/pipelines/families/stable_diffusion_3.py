@@ -1,0 +1,131 @@
+"""``StableDiffusion3Pipeline``: flow matching over prompts; the T5 encoder where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from dpfast.generate.models.denoiser import ModelDenoiser
+from dpfast.generate.pipelines import prompts as texts
+from dpfast.generate.pipelines.families.common import (
+    Family,
+    LoadedParts,
+    LoadOptions,
+    decoder_of,
+    names_of,
+    network,
+)
+from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.solvers import load_scheduler, prediction_of
+from dpfast.ops.guided_step import Prediction
+
+
+class TextTransformerDenoiser(ModelDenoiser):
+    """``SD3Transformer2DModel`` over prompts' embeddings (classes + 1, tokens, width) and pooled
+    ones (classes + 1, w).
+
+    They have the model's dtype and device; the last rows belong to the empty prompt.
+    ``image_tokens`` is the length of the image sequence.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embeddings: Tensor,
+        pooled: Tensor,
+        *,
+        prediction: Prediction,
+        fused: bool = False,
+    ) -> None:
+        classes = len(embeddings) - 1
+        super().__init__(
+            model, classes=classes, null_label=classes, prediction=prediction, fused=fused
+        )
+        self.embeddings, self.pooled = embeddings, pooled
+        patch = int(self.model.config.patch_size)
+        self.image_tokens = (self.sample_shape[1] // patch) * (self.sample_shape[2] // patch)
+
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        return self.model(
+            hidden_states=x,
+            timestep=timesteps,
+            encoder_hidden_states=self.embeddings.index_select(0, labels),
+            pooled_projections=self.pooled.index_select(0, labels),
+        ).sample
+
+
+def _stable_diffusion_3(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
+    names = names_of(folder, options)
+    prompts = texts.class_prompts(names, options.prompt_template)
+    scheduler = load_scheduler(folder.path, latent=True)
+    if prediction_of(scheduler) != "flow":
+        raise folder.error(
+            f"scheduler {type(scheduler).__name__}: a {folder.kind} needs a flow-matching one"
+        )
+    model = network(folder, diffusers.SD3Transformer2DModel, "transformer", options)
+    decoder, channels = decoder_of(folder, model.config.in_channels, options)
+    embeddings, pooled = _encode(folder, prompts, model, device=options.device, dtype=options.dtype)
+    denoiser = TextTransformerDenoiser(
+        model, embeddings, pooled, prediction="flow", fused=options.fused
+    )
+    return LoadedParts(denoiser, decoder, scheduler, names, channels)
+
+
+def _encode(
+    folder: PipelineFolder,
+    prompts: list[str],
+    transformer: Any,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings (len(prompts), tokens, width) and pooled ones (len(prompts), width), both in
+    ``dtype``.
+
+    As ``StableDiffusion3Pipeline`` computes them: without the T5 encoder where the folder was saved
+    without it.
+    """
+    transformers = texts.transformers_library()
+    parts: dict[str, Any] = {"transformer": transformer}
+    for suffix in ("", "_2"):
+        encoder = texts.encoder(
+            folder, transformers.CLIPTextModelWithProjection, f"text_encoder{suffix}", device, dtype
+        )
+        parts |= {
+            f"text_encoder{suffix}": encoder,
+            f"tokenizer{suffix}": texts.tokenizer(folder, f"tokenizer{suffix}"),
+        }
+    if folder.class_of("text_encoder_3"):
+        parts["text_encoder_3"] = texts.encoder(
+            folder, transformers.T5EncoderModel, "text_encoder_3", device, dtype
+        )
+        parts["tokenizer_3"] = texts.tokenizer(folder, "tokenizer_3", transformers.T5TokenizerFast)
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        **texts.pipeline_parts(diffusers.StableDiffusion3Pipeline, **parts)
+    )
+    encoded = [
+        pipeline.encode_prompt(part, None, None, device=device, do_classifier_free_guidance=False)
+        for part in texts.split(prompts)
+    ]
+    return torch.cat([part[0] for part in encoded]), torch.cat([part[2] for part in encoded])
+
+
+FAMILIES = {
+    "StableDiffusion3Pipeline": Family(
+        _stable_diffusion_3,
+        needs=(
+            "transformer",
+            "vae",
+            "text_encoder",
+            "tokenizer",
+            "text_encoder_2",
+            "tokenizer_2",
+            "scheduler",
+        ),
+        models=("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+        float8=True,
+    )
+}
