@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart with any colour vision
 COLORS = {"dp": "#0072B2", "static": "#D55E00", "prune": "#009E73", "dynamic": "#CC79A7"}
+COLORS |= {"mix": "#56B4E9", "real": "#000000", "pool": "#E69F00"}
 INK, MUTED = "#1f2328", "#6b7280"
 
 

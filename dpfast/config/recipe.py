@@ -31,8 +31,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SourceName = Literal["dp", "static", "prune", "dynamic"]
+SourceName = Literal["dp", "static", "prune", "dynamic", "mix", "real", "pool"]
 SOURCES: tuple[SourceName, ...] = get_args(SourceName)  # in the order in which they run
+AT_ONCE: tuple[SourceName, ...] = ("static", "real", "pool")  # those that add no round
+READ: tuple[SourceName, ...] = ("real", "pool")  # those that make nothing
 SolverName = Literal["auto", "ddim", "dpmpp2m", "euler", "lcm", "tcd"]
 STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is for
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -395,6 +397,14 @@ class Learner(Section):
         help="what makes batches, and augments their images; auto: DALI for JPEG, torch for pixels "
         "and latents; one of yours: makes a dpfast.Loader",
     )
+    seed: int | None = option(
+        None,
+        low=0,
+        high=2**31 - 1,
+        unset="the recipe's",
+        help="seed of the learner's weights and batches alone, for several learners of the same "
+        "samples",
+    )
 
     def check(self) -> None:
         kinds = "'transformers:Class', 'timm:name' or 'package.module:factory'"
@@ -531,8 +541,58 @@ class Practice(Section):
         ("dp", "static"),
         help="what makes samples, a run each, compared in one table; dp: Deliberate Practice, "
         "static: a pool that does not grow, prune: the best of many candidates, dynamic: "
-        "additions without guidance; one of yours: called with initial_samples, it gives a "
-        "dpfast.Source",
+        "additions without guidance, mix: real images beside those that are made (mix_with), real: "
+        "real images alone, pool: the samples of another run (pool_from); one of yours: called "
+        "with initial_samples, it gives a dpfast.Source",
+    )
+    real: str = option(
+        "",
+        unit="folder",
+        unset="none",
+        help="real and mix: images to train on, a folder with a sub-folder a class; the real "
+        "images of validation and held_out are never trained on",
+    )
+    mix_with: Literal["dp", "static", "dynamic"] = option(
+        "dp",
+        help="mix: what makes the samples beside the real images, as the source of that name",
+    )
+    real_share: float = option(
+        0.5,
+        unit="fraction",
+        above=0,
+        high=1,
+        help="mix: the share of the samples before training that are real images; 1: all, and the "
+        "others come in rounds",
+    )
+    real_in_batch: tuple[float, ...] = option(
+        (),
+        unit="fraction",
+        above=0,
+        below=1,
+        unset="as in the pool",
+        help="mix: the share of a training batch that are real images, before round 1, 2, ...; the "
+        "last one holds from then on",
+    )
+    pool_from: str = option(
+        "",
+        unit="folder",
+        unset="none",
+        help="pool: whose samples are trained on: of a run, a saved or exported pool, or another's "
+        "dataset",
+    )
+    pool_rounds: tuple[int, ...] = option(
+        (),
+        unit="rounds",
+        low=0,
+        unset="all",
+        help="pool: the rounds whose samples are taken, 0 for the initial ones",
+    )
+    reuse: str = option(
+        "",
+        unit="run",
+        unset="none",
+        help="folder of a run of the same generator and seed, whose unguided samples are taken in "
+        "place of making them again",
     )
     yardstick_samples: int = option(
         250,
@@ -604,6 +664,22 @@ class Practice(Section):
             "maximum_rounds allow"
         )
         _check(len(self.add_at) <= rounds, "add_at", ",".join(map(str, self.add_at)), wanted)
+        for name, needs in (("real", ("real", "mix")), ("pool_from", ("pool",))):
+            given, asking = getattr(self, name), [each for each in needs if each in self.sources]
+            wanted = "a folder, which the source "
+            wanted += " and the source ".join(map(repr, asking)) + " trains on"
+            _check(bool(given) or not asking, name, given, wanted)
+        rounds_once = len(set(self.pool_rounds)) == len(self.pool_rounds)
+        text = ",".join(map(str, self.pool_rounds))
+        _check(rounds_once, "pool_rounds", text, "rounds, each once")
+        mixed = "mix" in self.sources
+        alone = not mixed or not self.real_in_batch or self.fresh_weight == 1
+        wanted = "1 with real_in_batch, which says how samples are drawn"
+        _check(alone, "fresh_weight", self.fresh_weight, wanted)
+        _check(not mixed or not self.overlap, "overlap", self.overlap, "0 with sources = 'mix'")
+        with_others = self.real_share < 1 or self.mix_with != "static" or not mixed
+        wanted = "below 1 with mix_with = 'static', which adds none later"
+        _check(with_others, "real_share", self.real_share, wanted)
         once = self.sources and len(set(self.sources)) == len(self.sources)
         wanted = f"one or more of {', '.join((*SOURCES, FORM))}, each once"
         _check(bool(once), "sources", ",".join(self.sources), wanted)
@@ -626,8 +702,16 @@ class Practice(Section):
 
     @property
     def takes_all_at_once(self) -> bool:
-        """Whether no round is added: by "static", which no other source has told its size."""
-        return self.sources == ("static",)
+        """Whether no round is added: by sources such as "static", which no other one has told its
+        size.
+        """
+        still = (*AT_ONCE, "mix") if self.mix_with == "static" else AT_ONCE
+        return all(name in still for name in self.sources)
+
+    @property
+    def generates(self) -> bool:
+        """Whether some source makes samples, and does not only read them."""
+        return any(name not in READ for name in self.sources)
 
     @property
     def most_samples(self) -> int:
@@ -724,6 +808,11 @@ class Recipe(Section):
     learner: Learner = field(default_factory=Learner)
     pool: Pool = field(default_factory=Pool)
     practice: Practice = field(default_factory=Practice)
+
+    @property
+    def learner_seed(self) -> int:
+        """The seed of the learner's weights and batches."""
+        return self.seed if self.learner.seed is None else self.learner.seed
 
     def check(self) -> None:
         practice = self.practice

@@ -203,7 +203,7 @@ def learner_factory(
     built: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def new_learner() -> nn.Module:
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(recipe.learner_seed)
         if held is not None:
             return copy.deepcopy(held).to(pipeline.device)
         if learner is None:

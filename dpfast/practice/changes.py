@@ -108,6 +108,7 @@ RULES: dict[str, tuple[str, str]] = {
     "mixup": (FIXED, TRAINING),
     "cutmix": (FIXED, TRAINING),
     "loader": (FREE, ROUNDING),
+    "learner.seed": (FIXED, "it is in the weights and in every batch"),
     # the pool
     "codec": (FIXED, "the samples that are there are kept so"),
     "device_gib": (FREE, MEMORY),
@@ -146,6 +147,13 @@ RULES: dict[str, tuple[str, str]] = {
         BRANCH,
         "other sources take sizes and moments from dp; run them into a folder of their own",
     ),
+    "real": (FREE, MOVED + "; but a run has one from its birth, or none"),
+    "mix_with": (FIXED, SAMPLES),
+    "real_share": (FIXED, "they are there"),
+    "real_in_batch": (FIXED, TRAINING),
+    "pool_from": (FREE, "what was taken of it is in the run's own pool"),
+    "pool_rounds": (FIXED, "they are there"),
+    "reuse": (FREE, "the samples are the same, taken or made"),
     "yardstick_samples": (FREE, "it is measured against, and trains nothing"),
     "checkpoint_share": (FREE, "it says when is saved, not what"),
     "checkpoint_minutes": (FREE, "it says when is saved, not what"),
@@ -179,7 +187,7 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     ]
     refused += [
         f"{name} = {asked[name]!r} was {born.get(name, '')!r} ({_rule(name)})"
-        for name in ("held_out", "class_counts")
+        for name in ("held_out", "class_counts", "real")
         if bool(asked[name]) != bool(born.get(name))
     ]
     loaders = {str(asked["loader"]), str(born.get("loader", asked["loader"]))}

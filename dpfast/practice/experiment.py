@@ -483,6 +483,8 @@ class DeliberatePractice:
             if self.overlap_groups is None:
                 return source
             return OverlappedSource(source, loop.guides, self.overlap_groups)
+        if name in ("mix", "real", "pool"):
+            raise RecipeError(f"sources = {name!r}: not there yet")
         if name == "static":
             total = recipe.practice.maximum_samples if practised is None else len(practised.pool)
             return StaticSource(recipe, unguided, total)

@@ -120,7 +120,7 @@ class Loop:
             loader or learner.loader,
             self.pool,
             batch_size=learner.batch_size,
-            seed=recipe.seed,
+            seed=recipe.learner_seed,
             augment=Augment(
                 flip=learner.flip,
                 shift=learner.shift,

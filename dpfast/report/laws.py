@@ -245,7 +245,7 @@ class _Weights:
         """(1 + draws, n) weights of points; one without a known seed is always there once."""
         columns = [
             self.drawn[:, self.place[seed]] if seed is not None else np.ones(len(self.drawn))
-            for seed in (point.fields.get("seed") for point in points)
+            for seed in (point.seed for point in points)
         ]
         return np.stack(columns, 1)
 
@@ -361,7 +361,7 @@ def _exp(logs: Interval) -> Interval:
 
 
 def _seeds(points: Sequence[Point]) -> list[Any]:
-    seeds = {point.fields.get("seed") for point in points} - {None}
+    seeds = {point.seed for point in points} - {None}
     return sorted(seeds)
 
 

@@ -18,7 +18,7 @@ from dpfast.textfiles import COUNT, NUMBER, SHARE, TABLE, TEXT, WHOLE, check_tab
 
 # fields that say which run it is, or what it writes down, not how it learns
 IDENTITY = {"name", "seed", "sources", "device", "evaluation", "callbacks"}
-IDENTITY |= {"checkpoints_kept", "keep_rounds"}
+IDENTITY |= {"checkpoints_kept", "keep_rounds", "learner.seed", "real", "pool_from", "reuse"}
 # of a study's line, and of its fields those that are reckoned with
 NEEDED = {"source": TEXT, "samples": COUNT, "test_accuracy": SHARE}
 KNOWN = {"fields": TABLE, "flops": NUMBER.or_null(), "validation_accuracy": SHARE.or_null()}
@@ -30,7 +30,7 @@ FIELDS = {
     "anchor": NUMBER.or_null(),
     "oversample": NUMBER,
 }
-SIZE = {"maximum_samples", "initial_samples", "round_samples"}
+SIZE = {"maximum_samples", "initial_samples", "round_samples", "pool_rounds"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class Point:
     flops: float | None = None
     validation: float | None = None
     run: str = ""
+
+    @property
+    def seed(self) -> Any:
+        """What tells it from other runs of the same settings; None where it is not known."""
+        own = self.fields.get("learner.seed")
+        return self.fields.get("seed") if own is None else own
 
     def setting(self, *without: str) -> str:
         """The recipe's fields that two runs must share to be compared, those named left out."""

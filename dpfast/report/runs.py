@@ -12,7 +12,7 @@ from dpfast.errors import InputError
 from dpfast.files import there
 from dpfast.textfiles import lines, read_text
 
-ORDER = ("dp", "dynamic", "prune", "static")
+ORDER = ("dp", "mix", "dynamic", "prune", "static", "pool", "real")
 TEXTS = ("event", "source", "name")  # of a line; its other values are numbers
 LISTS = ("test_per_class",)
 NEEDED = {  # what a line of an event holds in any case, beside event, source and step
