@@ -162,7 +162,7 @@ class Runner:
         """What the next step of a batch reads."""
         return StepInputs(
             x=trajectory.x,
-            x0_prev=trajectory.x0_prev,
+            x0_prev=trajectory.x0_prev if self._given.multistep else None,
             labels=trajectory.labels,
             sample_ids=trajectory.sample_ids,
             valid=trajectory.valid,

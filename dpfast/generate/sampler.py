@@ -168,8 +168,12 @@ class GuidedSampler:
         )
         return cls(pipeline, learner, **options)
 
-    def variants(self, *, guided: bool, cfg_scale: float | None = None) -> tuple[Variant, ...]:
-        """The variant of each step of a trajectory; cfg_scale: None is the configured one."""
+    def variants(
+        self, *, guided: bool, cfg_scale: float | None = None, x0: bool = False
+    ) -> tuple[Variant, ...]:
+        """The variant of each step of a trajectory; cfg_scale: None is the configured one; x0:
+        every step gives its x0.
+        """
         total = len(self.table)
         scale = self.cfg_scale if cfg_scale is None else cfg_scale
         has_cfg = scale != 1 and self.pipeline.denoiser.null_label is not None
@@ -178,7 +182,8 @@ class GuidedSampler:
         guided_at = [i in guided_steps for i in range(total)]
         cfg_at = [i in cfg_steps for i in range(total)]
         features = cached_steps(guided_at, cfg_at, self.cache_interval)
-        return tuple(Variant(*kinds) for kinds in zip(guided_at, cfg_at, features, strict=True))
+        kinds = zip(guided_at, cfg_at, features, strict=True)
+        return tuple(Variant(*kind, x0=x0) for kind in kinds)
 
     def generate(
         self,
@@ -211,12 +216,15 @@ class GuidedSampler:
         cfg_scale: float | None = None,
         latents: Tensor | None = None,
         step: int = 0,
+        keep_x0: bool = False,
     ) -> Trajectory:
         """A batch before its first step, for ``advance``; the arguments of ``generate``.
 
         latents: (B, c, h, w) clean latents, such as ``SampleBatch.latents``: with them the batch
         begins at ``step``, from alpha latents + sigma noise of that step (SDEdit, Meng et al. 2022,
         arXiv 2108.01073). A multistep solver takes them for the x0 of the step before.
+        keep_x0: behind each step ``Trajectory.x0_prev`` is the x0 that it predicted, whatever the
+        solver. The samples are the same.
 
         Raises ``InputError`` for a step outside the trajectory, a step without latents, latents of
         another shape and no labels at all; ``TypeError`` for a value of another kind.
@@ -228,7 +236,7 @@ class GuidedSampler:
             self.check_anchored(request.cfg_scale, anchor, step=step)
         self.runner.prepare_one(len(request.labels))
         noise = self._noise(request)
-        begun = self._begun(request, noise)
+        begun = self._begun(request, noise, keep_x0)
         if latents is None:
             return begun
         clean = latents.to(noise)
@@ -283,6 +291,45 @@ class GuidedSampler:
             skipped=skipped,
             latents=trajectory.x.to(torch.float16),
         )
+
+    def predictions(
+        self,
+        labels: Tensor | Sequence[int],
+        sample_ids: Tensor | Sequence[int] | None = None,
+        *,
+        omega: float | Tensor | None = None,
+        anchor: float | Tensor | None = None,
+        cfg_scale: float | None = None,
+        learner_step: int = 0,
+    ) -> Iterator[SampleBatch]:
+        """Yields one batch as each step predicts it, then as it ends: ``len(table)`` + 1 batches,
+        the last of which ``generate`` gives for the same arguments.
+
+        A step's prediction is its x0, behind guidance where it is guided (Fig. 8 of arXiv
+        2502.15588): ``latents`` are the x0, ``images`` what they decode to, and ``entropy`` is that
+        of these images. Bad input raises here, not at the first batch.
+        """
+        check.integer("learner_step", learner_step)
+        begun = self.begin(
+            labels, sample_ids, omega=omega, anchor=anchor, cfg_scale=cfg_scale, keep_x0=True
+        )
+        return self._predictions(begun, learner_step)
+
+    def _predictions(self, state: Trajectory, learner_step: int) -> Iterator[SampleBatch]:
+        while state.step < len(self.table):
+            state = self.advance(state, state.step + 1)
+            assert state.x0_prev is not None
+            with torch.no_grad():
+                images, entropy, _ = self.runner.finish(state.x0_prev)
+            yield SampleBatch(
+                images=images,
+                labels=state.labels,
+                sample_ids=state.sample_ids,
+                entropy=entropy,
+                learner_step=learner_step,
+                latents=state.x0_prev.to(torch.float16),
+            )
+        yield self.finish(state, learner_step=learner_step)
 
     def stream(
         self,
@@ -400,7 +447,7 @@ class GuidedSampler:
         shape = self.pipeline.denoiser.sample_shape
         return normal(request.sample_ids, shape, seed=self.seed, stream=INITIAL_NOISE)
 
-    def _begun(self, request: Request, noise: Tensor) -> Trajectory:
+    def _begun(self, request: Request, noise: Tensor, keep_x0: bool = False) -> Trajectory:
         device = noise.device
         seed = int(check_seed("seed", self.seed, device))
         return Trajectory(
@@ -414,5 +461,5 @@ class GuidedSampler:
             cfg_scale=torch.full((), float(request.cfg_scale), device=device),
             seed=torch.full((), seed, dtype=torch.int64, device=device),
             skipped=torch.zeros((), dtype=torch.int64, device=device),
-            variants=self.variants(guided=request.guided, cfg_scale=request.cfg_scale),
+            variants=self.variants(guided=request.guided, cfg_scale=request.cfg_scale, x0=keep_x0),
         )

@@ -7,7 +7,7 @@ variants as a trajectory has kinds of steps.
     x <- a x0 + b eps + c x0_prev + d noise            x0, eps: of x and p; a to d: of the solver
 
 A variant is plain or guided, with classifier-free guidance or without; a plain one may keep or
-reuse features (``dpfast.generate.feature_cache``). All that changes between two calls is an input
+reuse features (``dpfast.generate.feature_cache``), and any may give its x0. All that changes between two calls is an input
 tensor, and nothing is read on the host: one compilation, or one capture as a CUDA graph, serves
 every step, batch and update of the learner's weights in place.
 """
@@ -33,15 +33,17 @@ ROWS = ("x", "x0_prev", "labels", "sample_ids", "omega", "anchor", "value", "fea
 
 
 class Variant(NamedTuple):
-    """The kind of a step."""
+    """The kind of a step. x0: it gives its x0 although the solver may have no use for it."""
 
     guided: bool
     cfg: bool
     features: Features = "compute"
+    x0: bool = False
 
     def __str__(self) -> str:
         kind = "guided" if self.guided else "plain"
         name = f"{kind} step {'with' if self.cfg else 'without'} CFG"
+        name += " and its x0" if self.x0 else ""
         return name if self.features == "compute" else f"{name} to {self.features} features"
 
 
@@ -50,7 +52,7 @@ class Trajectory:
     """A batch before its step ``step``; row i of every column belongs to ``sample_ids[i]``.
 
     x: (B, c, h, w) float32 latents; x0_prev: the same, the x0 of the step before, None where the
-    solver has no use for it; labels, sample_ids: (B,) int64; omega: (B,) float32; anchor:
+    solver has no use for it and that step did not give it; labels, sample_ids: (B,) int64; omega: (B,) float32; anchor:
     the same, None where nothing is anchored; value: (B,) float32, the criterion at the x0 that the
     last guided step predicted, None before it;
     features: as in ``StepInputs``, where the next step reuses them; valid: (B,) bool, False where a
@@ -180,7 +182,8 @@ class StepInputs(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """x: the next state; x0: this step's x0 for a multistep solver; value: (B,) of the criterion at
+    """x: the next state; x0: this step's x0, for a multistep solver or where the variant gives it;
+    value: (B,) of the criterion at
     the old state; skipped: 0-d int64, the samples whose gradient was not finite; these two are None
     in a plain step. features: as in ``StepInputs``, None unless the step keeps them.
     """
@@ -221,7 +224,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
     """The step of this variant: ``StepInputs``, as positional arguments, to ``StepOutputs``."""
     denoiser, path = parts.denoiser, parts.path
     cache = parts.cache
-    guided, cfg, features = variant
+    guided, cfg, features, gives_x0 = variant
     assert not (guided and features != "compute")
     through_denoiser = guided and path is not None and path.through == "denoiser"
 
@@ -269,7 +272,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             if inputs.valid is not None:  # the copy of a sample must not be counted as skipped
                 gradient = torch.where(inputs.valid.view(-1, 1, 1, 1), gradient, 0.0)
                 anchor = None if anchor is None else torch.where(inputs.valid, anchor, 0.0)
-        x0 = torch.empty_like(x) if parts.multistep else None
+        x0 = torch.empty_like(x) if parts.multistep or gives_x0 else None
         following = guided_step(
             x,
             conditional,
