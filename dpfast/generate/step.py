@@ -7,9 +7,9 @@ variants as a trajectory has kinds of steps.
     x <- a x0 + b eps + c x0_prev + d noise            x0, eps: of x and p; a to d: of the solver
 
 A variant is plain or guided, with classifier-free guidance or without; a plain one may keep or
-reuse features (``dpfast.generate.feature_cache``), and any may give its x0. All that changes between two calls is an input
-tensor, and nothing is read on the host: one compilation, or one capture as a CUDA graph, serves
-every step, batch and update of the learner's weights in place.
+reuse features (``dpfast.generate.feature_cache``), and any may give its x0. All that changes
+between two calls is an input tensor, and nothing is read on the host: one compilation, or one
+capture as a CUDA graph, serves every step, batch and update of the learner's weights in place.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Trajectory:
     """A batch before its step ``step``; row i of every column belongs to ``sample_ids[i]``.
 
     x: (B, c, h, w) float32 latents; x0_prev: the same, the x0 of the step before, None where the
-    solver has no use for it and that step did not give it; labels, sample_ids: (B,) int64; omega: (B,) float32; anchor:
-    the same, None where nothing is anchored; value: (B,) float32, the criterion at the x0 that the
-    last guided step predicted, None before it;
+    solver has no use for it and that step did not give it; labels, sample_ids: (B,) int64; omega:
+    (B,) float32; anchor: the same, None where nothing is anchored; value: (B,) float32, the
+    criterion at the x0 that the last guided step predicted, None before it;
     features: as in ``StepInputs``, where the next step reuses them; valid: (B,) bool, False where a
     row only fills the batch, None where it is not filled; cfg_scale, seed: 0-d; skipped: 0-d int64,
     as in ``SampleBatch``, of all that ever belonged to the batch; variants: of all its steps.

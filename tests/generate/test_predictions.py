@@ -1,4 +1,4 @@
-"""The clean images that the steps of a trajectory predict, and that asking for them changes none."""
+"""The clean images that the steps of a trajectory predict; asking for them changes no sample."""
 
 import pytest
 import torch
