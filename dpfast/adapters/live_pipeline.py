@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpfast.adapters.gradient import Network
 from dpfast.errors import InputError
-from dpfast.generate.solvers import PREDICTIONS, SOLVERS, is_flow
+from dpfast.generate.solvers import FLOW_SOLVERS, PREDICTIONS, is_flow
 from dpfast.ops.guided_step import Prediction
 
 # Schedulers whose state is alpha x0 + sigma eps, and which go on from the latents that they are
@@ -28,7 +28,7 @@ def check_scheduler(scheduler: Any) -> Prediction:
     """What the scheduler's model predicts. Raises ``InputError`` for a scheduler that the
     adapters cannot follow.
     """
-    name, known = type(scheduler).__name__, (*STATELESS, *MULTISTEP, *SOLVERS["euler"].folders)
+    name, known = type(scheduler).__name__, (*STATELESS, *MULTISTEP, *FLOW_SOLVERS["euler"].folders)
     if name not in known:
         raise InputError(
             f"scheduler is a {name}, whose latents cannot be moved; expected one of "

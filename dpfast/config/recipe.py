@@ -35,7 +35,7 @@ SourceName = Literal["dp", "static", "prune", "dynamic", "mix", "real", "pool"]
 SOURCES: tuple[SourceName, ...] = get_args(SourceName)  # in the order in which they run
 AT_ONCE: tuple[SourceName, ...] = ("static", "real", "pool")  # those that add no round
 READ: tuple[SourceName, ...] = ("real", "pool")  # those that make nothing
-SolverName = Literal["auto", "ddim", "dpmpp2m", "euler", "lcm", "tcd"]
+SolverName = Literal["auto", "ddim", "dpmpp2m", "euler", "euler_ancestral", "lcm", "tcd"]
 STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is for
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.json"  # of a run's folder
@@ -140,8 +140,8 @@ class Generator(Section):
     )
     solver: SolverName = option(
         "auto",
-        help="solver of the reverse process: euler is for flow models, lcm and tcd for distilled "
-        "ones; auto: ddim, or the one that the model was made for",
+        help="solver of the reverse process: flow models take euler alone, distilled ones lcm, "
+        "tcd, euler or euler_ancestral; auto: ddim, or the one that the model was made for",
     )
     steps: int = option(15, low=1, high=1000, help="solver steps of a sample")
     cfg_scale: float = option(

@@ -14,10 +14,13 @@ prediction, spacing, offsets, the last alpha, zero terminal SNR, flow shift, bou
 caller says which solver runs on it. What the scheduler says about its own algorithm (order,
 ancestral noise, Runge-Kutta steps) is therefore not read: a folder with a ``PNDMScheduler`` samples
 with DDIM as ``DDIMScheduler.from_config`` would set it up. Distilled models are the exception: they
-were trained for one solver, "auto" takes it, and any other serves for comparison.
+were trained for one solver, "auto" takes it, and any other serves for comparison. They are known by
+an LCM or TCD scheduler, or by one of Euler's with trailing timesteps, as the folders of SD-Turbo,
+SDXL-Turbo and SDXL-Lightning have it.
 
-Adding a solver: write the function that makes its table and enter it in ``SOLVERS``; a recipe
-allows the names of ``dpfast.config.SolverName``, which a test holds against ``SOLVERS``.
+Adding a solver: write the function that makes its table and enter it in ``SOLVERS``, or in
+``FLOW_SOLVERS`` for models that match a flow; a recipe allows the names of
+``dpfast.config.SolverName``, which a test holds against ``SOLVERS``.
 """
 
 from __future__ import annotations
@@ -218,6 +221,57 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
     )
 
 
+def euler_table(scheduler: Any, steps: int) -> SolverTable:
+    """Euler steps in sigma / alpha (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without its
+    correction) on the grid of a ``diffusers.EulerDiscreteScheduler``.
+
+    diffusers keeps x / alpha, here it is x: a = alpha', b = sigma', c = d = 0, DDIM's update on
+    another grid. Behind the last step diffusers leaves x / alpha as it is: a = 1, b = sigma' /
+    alpha'. The first input is the scheduler's ``init_noise_sigma`` times the noise.
+
+    Karras, exponential and beta grids have timesteps between those of the training, and so has the
+    spacing "linspace"; they are float32 then, and int64 otherwise.
+
+    Raises ``InputError`` when ``steps`` is outside [1, num_train_timesteps], or no number of steps
+    that the spacing can make.
+    """
+    return _euler_table(scheduler, steps, ancestral=False)
+
+
+def euler_ancestral_table(scheduler: Any, steps: int) -> SolverTable:
+    """Euler steps with ancestral noise on the grid of a
+    ``diffusers.EulerAncestralDiscreteScheduler``.
+
+    With s = sigma / alpha, up^2 = s'^2 (s^2 - s'^2) / s^2 and down^2 = s'^2 - up^2 a step goes down
+    to the level ``down`` and adds noise: a = alpha', b = alpha' down, c = 0, d = alpha' up.
+
+    Raises ``InputError`` as ``euler_table`` does.
+    """
+    return _euler_table(scheduler, steps, ancestral=True)
+
+
+def _euler_table(scheduler: Any, steps: int, *, ancestral: bool) -> SolverTable:
+    _check_steps(steps, scheduler.config.num_train_timesteps)
+    scheduler.set_timesteps(steps)
+    t, ratio = scheduler.timesteps.double().cpu(), scheduler.sigmas.double().cpu()
+    if len(t) != steps:
+        raise InputError(
+            f"steps = {steps}: the spacing of the scheduler makes {len(t)} timesteps of it; use "
+            "another number"
+        )
+    now, then = ratio[:steps], ratio[1 : steps + 1]
+    alpha, a = (1 + now.square()).rsqrt(), (1 + then.square()).rsqrt()
+    a[-1] = 1.0
+    up = (then.square() * (1 - (then / now).square())).clamp(min=0).sqrt() * ancestral
+    down = (then.square() - up.square()).clamp(min=0).sqrt()
+    whole = bool((t == t.round()).all())
+    table = _table(
+        [alpha, now * alpha, a, a * down, torch.zeros_like(a), a * up],
+        t.long() if whole else t.float(),
+    )
+    return replace(table, initial_scale=float(scheduler.init_noise_sigma * alpha[0]))
+
+
 def flow_euler_table(
     scheduler: Any, steps: int, *, image_tokens: int = 0, **options: Any
 ) -> SolverTable:
@@ -353,8 +407,8 @@ class Solver:
     whose grid and options ``table`` reads. settings: options that the scheduler gets in place of
     the folder's. takes: the arguments that ``table`` has besides. refuses: options of a folder's
     scheduler that the table would ignore, and that must therefore be off. folders: the schedulers
-    of the folders that "auto" samples with this solver. flow: the solver is for models that match a
-    flow, and for them alone.
+    of the folders that "auto" samples with this solver. trailing: those of which it does so where
+    their ``timestep_spacing`` is "trailing".
     """
 
     table: Callable[..., SolverTable]
@@ -363,20 +417,16 @@ class Solver:
     takes: tuple[str, ...] = ()
     refuses: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
-    flow: bool = False
+    trailing: tuple[str, ...] = ()
 
 
+KARRAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 SOLVERS: dict[str, Solver] = {
     "ddim": Solver(
         table=ddim_table,
         scheduler="DDIMScheduler",
         takes=("eta",),
-        refuses=(
-            "use_karras_sigmas",
-            "use_exponential_sigmas",
-            "use_beta_sigmas",
-            "use_lu_lambdas",
-        ),
+        refuses=(*KARRAS, "use_lu_lambdas"),
         folders=(  # all schedulers over betas: they differ in their algorithm, not in their options
             "DDIMScheduler",
             "DDPMScheduler",
@@ -403,18 +453,36 @@ SOLVERS: dict[str, Solver] = {
         },
     ),
     "euler": Solver(
-        table=flow_euler_table,
-        scheduler="FlowMatchEulerDiscreteScheduler",
-        takes=("image_tokens",),
-        folders=("FlowMatchEulerDiscreteScheduler",),
-        flow=True,
+        table=euler_table,
+        scheduler="EulerDiscreteScheduler",
+        refuses=("use_lu_lambdas",),
+        trailing=("EulerDiscreteScheduler",),
+    ),
+    "euler_ancestral": Solver(
+        table=euler_ancestral_table,
+        scheduler="EulerAncestralDiscreteScheduler",
+        refuses=(*KARRAS, "use_lu_lambdas"),
+        trailing=("EulerAncestralDiscreteScheduler",),
     ),
     "lcm": Solver(table=lcm_table, scheduler="LCMScheduler", folders=("LCMScheduler",)),
     "tcd": Solver(
         table=tcd_table, scheduler="TCDScheduler", takes=("eta",), folders=("TCDScheduler",)
     ),
 }
-AUTO = {name: solver for solver, about in SOLVERS.items() for name in about.folders}
+FLOW_SOLVERS: dict[str, Solver] = {
+    "euler": Solver(
+        table=flow_euler_table,
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        takes=("image_tokens",),
+        folders=("FlowMatchEulerDiscreteScheduler",),
+    ),
+}
+AUTO = {
+    name: solver
+    for solver, about in (*SOLVERS.items(), *FLOW_SOLVERS.items())
+    for name in about.folders
+}
+TRAILING = {name: solver for solver, about in SOLVERS.items() for name in about.trailing}
 SPACINGS = ("leading", "trailing", "linspace")
 FINAL_SIGMAS = ("zero", "sigma_min")
 
@@ -503,9 +571,9 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
     for key, (fits, words) in OPTIONS.items():
         if key in saved and not fits(saved[key]):
             raise refuse(f"scheduler option {key} = {saved[key]!r}: expected {words}")
-    solver = SOLVERS[AUTO[name]]
     own = read(lambda: getattr(diffusers, name).from_pretrained(path))
-    if solver.flow:
+    if is_flow(own):
+        solver = FLOW_SOLVERS[AUTO[name]]
         # at the length for which base_shift is meant: others are the model's to know
         read(lambda: solver.table(own, 2, image_tokens=own.config.base_image_seq_len))
         return own
@@ -521,7 +589,7 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
             )
     if latent and "clip_sample" not in config:
         overrides = {"clip_sample": False, **overrides}
-    made = read(lambda: _as(solver.scheduler, config, **overrides))
+    made = read(lambda: _as(SOLVERS[_auto(own)].scheduler, config, **overrides))
     betas, count = made.betas, config.num_train_timesteps
     if len(betas) != count or not bool(((betas >= 0) & (betas <= 1)).all()):
         raise refuse(
@@ -533,8 +601,15 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
 
 def is_flow(scheduler: Any) -> bool:
     """Whether the model of a folder with this scheduler matches a flow."""
-    solver = AUTO.get(type(scheduler).__name__)
-    return solver is not None and SOLVERS[solver].flow
+    return any(type(scheduler).__name__ in about.folders for about in FLOW_SOLVERS.values())
+
+
+def _auto(scheduler: Any) -> str:
+    """The solver that "auto" is for a scheduler of this class and options."""
+    name = type(scheduler).__name__
+    if scheduler.config.get("timestep_spacing") == "trailing" and name in TRAILING:
+        return TRAILING[name]
+    return AUTO.get(name, "ddim")
 
 
 def prediction_of(scheduler: Any) -> Prediction:
@@ -560,13 +635,12 @@ def solver_table(
     check.number("eta", eta)
     if solver != "auto" and solver not in SOLVERS:
         raise InputError(f"solver = {solver!r}: expected one of {', '.join(('auto', *SOLVERS))}")
-    name = AUTO.get(type(scheduler).__name__, "ddim") if solver == "auto" else solver
-    about = SOLVERS[name]
-    if about.flow != is_flow(scheduler):
-        others = [repr(other) for other in SOLVERS if SOLVERS[other].flow != about.flow]
-        raise InputError(
-            f"solver = {name!r}: the pipeline's scheduler takes 'auto' or {' or '.join(others)}"
-        )
+    name = _auto(scheduler) if solver == "auto" else solver
+    known = FLOW_SOLVERS if is_flow(scheduler) else SOLVERS
+    if name not in known:
+        others = " or ".join(map(repr, known))
+        raise InputError(f"solver = {name!r}: the pipeline's scheduler takes 'auto' or {others}")
+    about = known[name]
     if eta and "eta" not in about.takes:
         stochastic = [repr(other) for other in SOLVERS if "eta" in SOLVERS[other].takes]
         raise InputError(

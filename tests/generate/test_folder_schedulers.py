@@ -16,6 +16,7 @@ from dpfast.errors import InputError
 from dpfast.generate.solvers import (
     AUTO,
     SOLVERS,
+    TRAILING,
     load_scheduler,
     prediction_of,
     solver_table,
@@ -71,7 +72,19 @@ def test_every_scheduler_over_betas(name, save):
         assert_same(table, reference)
         # alpha grows towards the image
         assert torch.equal(table.rows[:, 0], table.rows[:, 0].sort().values)
-    assert torch.equal(solver_table(loaded, 10).rows, solver_table(loaded, 10, solver="ddim").rows)
+    own_solver = TRAILING.get(name, "ddim")
+    assert (own_solver == "ddim") != name.startswith("Euler")
+    of_own = solver_table(loaded, 10, solver=own_solver)
+    assert torch.equal(solver_table(loaded, 10).rows, of_own.rows)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+def test_eulers_schedulers_are_ddim_unless_their_timesteps_trail(name, save):
+    loaded = load_scheduler(save(name, timestep_spacing="leading"), latent=True)
+    assert torch.equal(solver_table(loaded, 4).rows, solver_table(loaded, 4, solver="ddim").rows)
+    trailing = load_scheduler(save(name, timestep_spacing="trailing"), latent=True)
+    assert solver_table(trailing, 4).needs_noise == ("Ancestral" in name)
+    assert type(trailing).__name__ == name
 
 
 @pytest.mark.parametrize(
@@ -213,8 +226,8 @@ def test_a_distilled_grid_longer_than_the_trained_one_is_refused(save):
         (
             "DDIMScheduler",
             {},
-            {"solver": "euler"},
-            "solver = 'euler': the pipeline's scheduler takes 'auto' or 'ddim'",
+            {"solver": "euler_ancestral", "eta": 1.0},
+            "eta = 1.0: only 'ddim' and 'tcd'",
         ),
         (
             "FlowMatchEulerDiscreteScheduler",

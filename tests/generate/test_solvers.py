@@ -8,19 +8,28 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     TCDScheduler,
 )
-from diffusers.schedulers import scheduling_lcm, scheduling_tcd
+from diffusers.schedulers import (
+    scheduling_euler_ancestral_discrete,
+    scheduling_lcm,
+    scheduling_tcd,
+)
 
 from dpfast.config import STOCHASTIC, SolverName
 from dpfast.generate.solvers import (
     AUTO,
+    FLOW_SOLVERS,
     SOLVERS,
     SolverTable,
     ddim_table,
     dpmpp_2m_table,
+    euler_ancestral_table,
+    euler_table,
     flow_euler_table,
     lcm_table,
     tcd_table,
@@ -190,8 +199,57 @@ def same_noise(monkeypatch):
     def drawn(shape, **_):
         return normal(IDS, shape[1:], seed=5, stream=next(stream))
 
-    for module in (scheduling_lcm, scheduling_tcd):
+    for module in (scheduling_lcm, scheduling_tcd, scheduling_euler_ancestral_discrete):
         monkeypatch.setattr(module, "randn_tensor", drawn)
+
+
+def assert_same_in_ratio(table, scheduler):
+    """As ``assert_same``, for a scheduler that keeps x / alpha: all states but the last are so."""
+    assert table.timesteps.tolist() == scheduler.timesteps.tolist()
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * scheduler.init_noise_sigma
+    states = []
+    for step, t in enumerate(scheduler.timesteps):
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step(predictions(step), t, x, return_dict=False)[0]
+        last = step == len(table) - 1
+        states.append(x if last else x / (1 + scheduler.sigmas[step + 1] ** 2).sqrt())
+    kind = KINDS.get(scheduler.config.prediction_type, scheduler.config.prediction_type)
+    scale = torch.stack(states).flatten(1).abs().amax(1).clamp(min=1).view(-1, 1, 1, 1, 1)
+    expected = torch.stack(states) / scale
+    torch.testing.assert_close(run(table, kind) / scale, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [
+        (1, {"timestep_spacing": "trailing"}),
+        (4, {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}),
+        (7, {"timestep_spacing": "leading", "steps_offset": 1}),
+        (7, {"timestep_spacing": "leading", "final_sigmas_type": "sigma_min"}),
+        (7, {"timestep_spacing": "linspace", "prediction_type": "sample"}),
+        (9, {"use_karras_sigmas": True}),
+        (3, {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}),
+    ],
+    ids=str,
+)
+def test_euler(steps, options):
+    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", **options)
+    table = euler_table(scheduler, steps)
+    whole = options.get("timestep_spacing") in ("leading", "trailing")
+    assert table.timesteps.dtype == (torch.int64 if whole else torch.float32)
+    assert_same_in_ratio(table, scheduler)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_euler_ancestral(steps, spacing, kind, same_noise):
+    scheduler = EulerAncestralDiscreteScheduler(
+        beta_schedule="scaled_linear", timestep_spacing=spacing, prediction_type=kind
+    )
+    table = euler_ancestral_table(scheduler, steps)
+    assert table.needs_noise == (steps > 1)
+    assert_same_in_ratio(table, scheduler)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
@@ -316,6 +374,8 @@ def test_a_recipe_names_the_solvers_that_there_are():
 
 
 def test_auto_is_one_solver_for_each_scheduler_of_a_folder():
-    folders = [name for about in SOLVERS.values() for name in about.folders]
+    known = (*SOLVERS.values(), *FLOW_SOLVERS.values())
+    folders = [name for about in known for name in about.folders]
     assert len(folders) == len(set(folders)) == len(AUTO)
-    assert all(hasattr(diffusers, about.scheduler) for about in SOLVERS.values())
+    assert all(hasattr(diffusers, about.scheduler) for about in known)
+    assert FLOW_SOLVERS.keys() < SOLVERS.keys()

@@ -126,18 +126,24 @@ class Pipeline:
 
         Args:
             steps: between 1 and the scheduler's trained timesteps.
-            solver: "ddim", "dpmpp2m" (DPM-Solver++ 2M), for distilled models "lcm" and "tcd", for
-                flow-matching models "euler"; "auto" is "ddim", or the one that the model was
-                distilled or trained for.
+            solver: "ddim", "dpmpp2m" (DPM-Solver++ 2M), "euler", "euler_ancestral", for distilled
+                models "lcm" and "tcd"; flow-matching models take "euler" alone. "auto" is "ddim",
+                or the one that the model was distilled or trained for.
             eta: noise of DDIM, 0 deterministic to 1 ancestral; the gamma of TCD.
 
         Raises ``InputError`` for steps, a solver or an eta that the scheduler does not take, and
-        for an option of the scheduler that the solver has no table for; the message names it.
+        for an option of the scheduler that the solver has no table for; the message names it. So
+        it does for timesteps between those of the training, where the denoiser has tables of these.
         """
         tokens = getattr(self.denoiser, "image_tokens", 0)
-        return solver_table(self.scheduler, steps, solver=solver, eta=eta, image_tokens=tokens).to(
-            self.device
-        )
+        table = solver_table(self.scheduler, steps, solver=solver, eta=eta, image_tokens=tokens)
+        if table.timesteps.is_floating_point() and getattr(self.denoiser, "whole_timesteps", False):
+            raise InputError(
+                f"solver = {solver!r}: in {steps} steps it stops between the timesteps that the "
+                "model was trained on, of which this denoiser has tables; use 'ddim' or 'dpmpp2m', "
+                "or fused = False for a UNet"
+            )
+        return table.to(self.device)
 
 
 def _check_float8(device: torch.device, fused: bool | str) -> None:
