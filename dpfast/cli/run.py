@@ -171,7 +171,9 @@ def execute(spec: RunSpec, stop: Stop, ranks: Ranks) -> int:
         with ranks.all_or_none():
             goes_on = spec.resume or (ranks.restarted and _begun(spec))
         branch_at = None if goes_on else spec.round
-        recipe = _begun_with(spec, ranks, goes_on=goes_on)
+        recipe = _fetched(_begun_with(spec, ranks, goes_on=goes_on), ranks)
+        revised = replace(spec.recipe.generator, revision=recipe.generator.revision)
+        spec = replace(spec, recipe=replace(spec.recipe, generator=revised))
         with ranks.all_or_none():
             practice = DeliberatePractice(recipe, ranks=ranks)
         if spec.dry_run:
@@ -228,6 +230,25 @@ def _begun_with(spec: RunSpec, ranks: Ranks, *, goes_on: bool) -> Recipe:
             if branches and not goes_on:
                 recipe = continued(spec.trunk, recipe, branch=True)
     return Recipe.from_dict(ranks.broadcast_object(recipe.to_dict()))
+
+
+def _fetched(recipe: Recipe, ranks: Ranks) -> Recipe:
+    """The recipe with the commit of its generator on the Hub, which is in the cache of each
+    machine: rank 0 downloads what is lacking, and one rank of each machine with another cache.
+    """
+    from dpfast.generate.from_recipe import fetched
+
+    def with_commit() -> Recipe:
+        return replace(recipe, generator=fetched(recipe.generator, beat=ranks.beat))
+
+    with ranks.all_or_none():
+        if ranks.first:
+            recipe = with_commit()
+    recipe = Recipe.from_dict(ranks.broadcast_object(recipe.to_dict()))
+    with ranks.all_or_none():
+        if ranks.local_rank == 0 and not ranks.first:
+            recipe = with_commit()
+    return recipe
 
 
 def _begun(spec: RunSpec) -> bool:

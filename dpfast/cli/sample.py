@@ -76,12 +76,13 @@ def sample(arguments: argparse.Namespace) -> int:
         _check_unguided(arguments)
     recipe.need_folders("pipeline")
 
-    from dpfast.generate.from_recipe import load_pipeline, new_sampler
+    from dpfast.generate.from_recipe import fetched, load_pipeline, new_sampler
     from dpfast.hardware.device import device_named
     from dpfast.learn.models import load_learner
     from dpfast.report.samples import write_samples
 
-    pipeline = load_pipeline(recipe.generator, device=device_named(recipe.device))
+    generator = fetched(recipe.generator)
+    pipeline = load_pipeline(generator, device=device_named(recipe.device))
     labels = _labels(arguments.labels, pipeline.class_names)
     learner = load_learner(arguments.learner, pipeline) if omega else None
     ordered = [label for label in labels for _ in range(arguments.count)]

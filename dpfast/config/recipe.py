@@ -112,7 +112,29 @@ class Generator(Section):
     pipeline: str = option(
         "fashion",
         unit="folder",
-        help="folder of a diffusers pipeline, or the name of an embedded one",
+        help="folder of a diffusers pipeline, the name of an embedded one, or OWNER/NAME of a "
+        "model of the Hugging Face Hub, which is downloaded unless its cache has it or "
+        "HF_HUB_OFFLINE is set",
+    )
+    revision: str = option(
+        "",
+        unit="revision",
+        unset="main",
+        help="branch, tag or commit of a pipeline of the Hub; a run keeps the commit that it began "
+        "with",
+    )
+    variant: str = option(
+        "",
+        unit="name",
+        unset="weights without one",
+        help="variant of the pipeline's weights where it has several, such as fp16",
+    )
+    tiny_decoder: str = option(
+        "",
+        unit="folder",
+        unset="the part tiny_decoder of the pipeline, where there is one",
+        help="folder of an AutoencoderTiny, or OWNER/NAME of one on the Hub (madebyollin/taesd), "
+        "through which guidance looks",
     )
     class_names: tuple[str, ...] = option(
         (),

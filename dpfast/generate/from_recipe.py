@@ -20,7 +20,7 @@ from dpfast.files import there
 from dpfast.generate.criteria import Criterion
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.models.decoder import ResizedDecoder
-from dpfast.generate.pipelines import Pipeline, families
+from dpfast.generate.pipelines import Pipeline, families, hub
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.protocol import OwnPipeline, Sampler
 from dpfast.generate.sampler import GuidedSampler, Learner
@@ -32,6 +32,9 @@ def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeli
     """
     pipeline = Pipeline.from_pretrained(
         generator.pipeline,
+        revision=generator.revision,
+        variant=generator.variant,
+        tiny_decoder=generator.tiny_decoder,
         device=device,
         dtype=generator.dtype,
         attention=generator.attention,
@@ -49,9 +52,46 @@ def check_generator(generator: Generator) -> tuple[str, ...]:
 
     Raises ``InputError`` as ``dpfast.generate.pipelines.families.check`` does.
     """
-    folder = PipelineFolder(generator.pipeline)
+    folder = folder_of(generator)
     families.check(folder)
     return folder.class_names(class_names(generator)) or ()
+
+
+def folder_of(generator: Generator) -> PipelineFolder:
+    """The folder of a recipe's generator. Raises ``InputError`` as ``PipelineFolder`` does."""
+    return PipelineFolder(
+        generator.pipeline,
+        revision=generator.revision,
+        variant=generator.variant,
+        tiny_decoder=generator.tiny_decoder,
+    )
+
+
+def fetched(generator: Generator, *, beat: Callable[[], None] = lambda: None) -> Generator:
+    """A recipe's [generator] with all that it names on the Hub in its cache, where that may be
+    downloaded, and ``revision`` the commit that is there.
+
+    beat: called while a download grows. Raises ``InputError`` as ``PipelineFolder`` and
+    ``dpfast.generate.pipelines.hub.fetch`` do.
+    """
+    fetch = functools.partial(hub.fetch, beat=beat)
+    if generator.tiny_decoder:
+        try:
+            hub.located(generator.tiny_decoder, field="tiny_decoder")
+        except hub.IncompleteError:
+            if hub.offline():
+                raise
+            fetch(generator.tiny_decoder, field="tiny_decoder")
+    if not hub.is_model_id(generator.pipeline):
+        return generator
+    try:
+        families.check(folder_of(generator))
+    except hub.IncompleteError:
+        if hub.offline():
+            raise
+        fetch(generator.pipeline, generator.revision, generator.variant)
+    commit = hub.commit_of(hub.located(generator.pipeline, generator.revision))
+    return generator if commit is None else replace(generator, revision=commit)
 
 
 def class_names(generator: Generator) -> tuple[str, ...] | None:

@@ -52,6 +52,12 @@ RULES: dict[str, tuple[str, str]] = {
     "callbacks": (FREE, "they hear of the run, and change nothing"),
     # the generator
     "pipeline": (FREE, MOVED),
+    "revision": (
+        FREE,
+        "a branch may move, and has the commit that it had at birth (contents.json)",
+    ),
+    "variant": (FIXED, SAMPLES),
+    "tiny_decoder": (FREE, MOVED),
     "class_names": (FIXED, "it says what the labels mean"),
     "image_size": (FIXED, "the pool's images have one size"),
     "prompt_template": (FIXED, SAMPLES),
@@ -175,6 +181,10 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     if not there(run / RECIPE_FILE):
         raise InputError(f"{'branch_from' if branch else 'resume'} = {str(run)!r}: holds no run")
     born, now = _read(run, BORN), _read(run, RECIPE_FILE)
+    generator = recipe.generator
+    if not generator.revision and generator.pipeline == born.get("pipeline"):
+        commit = str(born.get("revision", ""))  # it began with, wherever the branch is by now
+        recipe = replace(recipe, generator=replace(generator, revision=commit))
     leaves, branch = branch, branch or (run / "branch.json").is_file()
     allowed = {
         name for name, (kind, _) in RULES.items() if kind == FREE or (branch and kind == BRANCH)

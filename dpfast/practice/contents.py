@@ -1,30 +1,33 @@
 """What was in the folders that a run was born with, so that one that goes on has moved folders at
 most.
 
-contents.json   field -> what its folder holds: of the generator the bytes of each file of weights
-                and a checksum of
-                each file of JSON, of real images how many files each class has, of class counts
-                the count of each class
+contents.json   field -> what its folder holds: of the generator and a tiny decoder of its own the
+                bytes of each file of weights and a checksum of each file of JSON, and where they
+                are of the Hub their commit; of real images how many files each class has, of class
+                counts the count of each class
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
 from pathlib import Path
 
-from dpfast.config import Recipe, pipeline_folder
+from dpfast.config import Recipe
 from dpfast.data.class_counts import count_rows
 from dpfast.data.class_folders import sub_folders
 from dpfast.data.pictures import pictures_in
 from dpfast.data.real import is_fashion
 from dpfast.errors import InputError, RecipeError
-from dpfast.files import below
+from dpfast.files import below, is_folder, there
+from dpfast.generate.pipelines import hub
 from dpfast.pool.shards import durable
 from dpfast.textfiles import read_json
 
 CONTENTS = "contents.json"
+OF_HUB = " of the Hub"
 
 
 class UnknownContentsWarning(UserWarning):
@@ -35,15 +38,14 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
     """The table of ``CONTENTS``, by names and sizes: no weights and no images are read. {} for what
     is not there.
     """
-    generator: dict[str, int | str] = {}
-    folder = pipeline_folder(recipe.generator.pipeline)
-    for file in below(folder) if (folder / "model_index.json").is_file() else ():
-        name = str(file.relative_to(folder))
-        if file.suffix == ".safetensors":
-            generator[name] = file.stat().st_size
-        elif file.suffix == ".json":
-            generator[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    found: dict[str, dict[str, int | str]] = {"pipeline": generator}
+    generator = recipe.generator
+    found: dict[str, dict[str, int | str]] = {}
+    for field, source, revision in (
+        ("pipeline", generator.pipeline, generator.revision),
+        ("tiny_decoder", generator.tiny_decoder, ""),
+    ):
+        with contextlib.suppress(hub.IncompleteError):
+            found |= _models(field, hub.located(source, revision, field=field)) if source else {}
     counts = recipe.practice.class_counts
     if counts and Path(counts).is_file():
         found["class_counts"] = dict(count_rows(counts))
@@ -57,6 +59,19 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
                 if (count := sum(1 for _ in pictures_in(entry)))
             }
     return found
+
+
+def _models(field: str, folder: Path) -> dict[str, dict[str, int | str]]:
+    """What the folder of a field holds, and under "FIELD of the Hub" its commit there."""
+    models: dict[str, int | str] = {}
+    for file in below(folder) if is_folder(folder) else ():
+        name = str(file.relative_to(folder))
+        if file.suffix == ".safetensors" and there(file):
+            models[name] = file.stat().st_size
+        elif file.suffix == ".json" and there(file):
+            models[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    commit = hub.commit_of(folder)
+    return {field: models} | ({} if commit is None else {f"{field}{OF_HUB}": {"commit": commit}})
 
 
 def note_contents(run: Path, recipe: Recipe) -> None:
@@ -84,8 +99,14 @@ def check_contents(run: Path, recipe: Recipe) -> None:
     if not isinstance(born, dict) or not all(isinstance(each, dict) for each in born.values()):
         raise InputError(f"{run / CONTENTS}: expected a table of what each folder held")
     now = contents_of(recipe)
+    for field in ("pipeline", "tiny_decoder"):
+        if born.get(field + OF_HUB) and now.get(field + OF_HUB):
+            now.pop(field)  # a commit says more than sizes; what it has may be there in part
     for field, place in (
+        ("pipeline" + OF_HUB, recipe.generator.pipeline),
+        ("tiny_decoder" + OF_HUB, recipe.generator.tiny_decoder),
         ("pipeline", recipe.generator.pipeline),
+        ("tiny_decoder", recipe.generator.tiny_decoder),
         ("validation", recipe.validation),
         ("held_out", recipe.held_out),
         ("class_counts", recipe.practice.class_counts),
@@ -100,6 +121,6 @@ def check_contents(run: Path, recipe: Recipe) -> None:
         was, value = (each.get(other[0], "not there") for each in (before, found))
         more = f", and {len(other) - 1} more differ" if len(other) > 1 else ""
         raise RecipeError(
-            f"{field} = {place!r}: holds other things than the run in {str(run)!r} began with: "
-            f"{other[0]} is {value}, was {was}{more}"
+            f"{field.removesuffix(OF_HUB)} = {place!r}: holds other things than the run in "
+            f"{str(run)!r} began with: {other[0]} is {value}, was {was}{more}"
         )

@@ -24,7 +24,7 @@ from dpfast.feed import choose_loader
 from dpfast.feed.loader import Loader
 from dpfast.generate import criteria
 from dpfast.generate.criteria import Criterion
-from dpfast.generate.from_recipe import check_generator, image_shape, load_pipeline
+from dpfast.generate.from_recipe import check_generator, fetched, image_shape, load_pipeline
 from dpfast.generate.guidance import LearnerPath
 from dpfast.generate.models.decoder import IdentityDecoder
 from dpfast.generate.pipelines import Pipeline
@@ -133,9 +133,12 @@ class DeliberatePractice:
         self.objects = {name: kind_of(each) for name, each in given.items() if each is not None}
         if pipeline is None and unguided is not None:
             pipeline = unguided.pipeline
+        if pipeline is None and ranks.alone:
+            recipe = replace(recipe, generator=fetched(recipe.generator))
         self.pipeline = self._load_pipeline(recipe, pipeline, checks_real=real is None)
         if isinstance(pipeline, Pipeline):  # for those who count, or decode latents later
-            generator = replace(recipe.generator, pipeline=str(pipeline.folder))
+            folder = str(pipeline.folder)
+            generator = replace(recipe.generator, pipeline=folder, revision="")
             recipe = replace(recipe, generator=generator)
         ranks.beat()
         self.real = self._load_real(recipe, real)

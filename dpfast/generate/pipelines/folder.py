@@ -1,9 +1,13 @@
 """A diffusers pipeline folder on disk: its index, its parts, its class names. Only safetensors
 weights are read.
+
+A part's weights may be there in several variants ("fp16", "ema"), told by the names of their files:
+model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,24 +16,48 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dpfast.config import ASSETS, pipeline_folder
+from dpfast.config import ASSETS
 from dpfast.errors import InputError, first_line
 from dpfast.extras import installed
-from dpfast.files import below, check_readable, is_folder, there
+from dpfast.files import below, check_readable, is_folder, listed, there
+from dpfast.generate.pipelines import hub
 from dpfast.textfiles import read_json
+
+TINY = "tiny_decoder"
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?"
+    r"(?:\.(?P<former>[\w-]+))?\.safetensors"
+)
 
 
 class PipelineFolder:
-    """``source`` is a folder, or names an embedded asset (``pipeline_folder``). Every error is an
-    ``InputError`` that names the folder.
+    """Every error is an ``InputError`` that names the folder.
 
     Models are loaded by the classes that the caller names, never by what ``model_index.json`` asks
     for, and a model whose file lacks weights is refused: diffusers would fill them with random
     numbers.
+
+    Args:
+        source: a folder, the name of an embedded asset, or a model of the Hub that its cache has
+            (``dpfast.generate.pipelines.hub.located``).
+        revision: branch, tag or commit of a model of the Hub; "": its main branch.
+        variant: of the weights, where a part has it; "": files without one.
+        tiny_decoder: folder of an ``AutoencoderTiny`` or a model of the Hub, in place of the part
+            "tiny_decoder"; "": that part, where the folder has one.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        self.path = pipeline_folder(source)
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        revision: str = "",
+        variant: str = "",
+        tiny_decoder: str | Path = "",
+    ) -> None:
+        self.source = str(source)
+        self.variant = variant
+        self.path = hub.located(source, revision)
+        self.elsewhere: dict[str, Path] = {}
         if not is_folder(self.path):
             names = ", ".join(sorted(p.parent.name for p in ASSETS.glob("*/model_index.json")))
             raise self.error(
@@ -37,7 +65,7 @@ class PipelineFolder:
             )
         index = self.path / "model_index.json"
         if not index.is_file():
-            raise self.error("not a diffusers pipeline folder, it has no model_index.json")
+            raise self.lacking("not a diffusers pipeline folder, it has no model_index.json")
         for file in below(self.path):  # diffusers calls what may not be read missing
             if there(file):
                 check_readable(file)
@@ -45,9 +73,42 @@ class PipelineFolder:
         if not isinstance(self.index, dict):
             raise self.error("model_index.json is not a table")
         self.kind = str(self.index.get("_class_name"))
+        if tiny_decoder:
+            self._take(TINY, tiny_decoder, "AutoencoderTiny")
+
+    def _take(self, part: str, source: str | Path, kind: str) -> None:
+        """Has a part from a folder of its own, or from the Hub's cache."""
+        path = hub.located(source, field=part)
+        if not is_folder(path):
+            raise InputError(
+                f"{part} = {str(source)!r}: no such folder; expected one of an {kind}, as its "
+                "save_pretrained writes it, or a model of the Hub"
+            )
+        self.elsewhere[part] = path
+        named = self.config(part).get("_class_name")
+        if named != kind:
+            raise InputError(f"{part} = {str(source)!r}: a {named}; expected an {kind}")
+
+    @property
+    def name(self) -> str:
+        """What its user calls it: its path, or its name on the Hub."""
+        return self.source if hub.is_model_id(self.source) else str(self.path)
 
     def error(self, what: str) -> InputError:
-        return InputError(f"pipeline = {str(self.path)!r}: {what}")
+        return InputError(f"pipeline = {self.name!r}: {what}")
+
+    def lacking(self, what: str, part: str = "") -> InputError:
+        """The error for something that is not there, with what completes a download."""
+        hint = hub.hint(self.elsewhere.get(part, self.path))
+        return hub.IncompleteError(f"{self.error(what)}{hint}") if hint else self.error(what)
+
+    def place(self, part: str) -> Path:
+        """Where a part lies."""
+        return self.elsewhere.get(part, self.path / part)
+
+    def has(self, part: str) -> bool:
+        """Whether there is a part."""
+        return self.place(part).is_dir()
 
     def _json(self, path: Path) -> Any:
         return read_json(path)
@@ -62,44 +123,78 @@ class PipelineFolder:
     def need(self, *parts: str) -> None:
         """Raises unless the folder has these parts."""
         for part in parts:
-            if not (self.path / part).is_dir():
-                raise self.error(f"the folder has no part {part!r}, which a {self.kind} needs")
+            if not self.has(part):
+                raise self.lacking(f"the folder has no part {part!r}, which a {self.kind} needs")
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of a part as its file says it, without defaults. Raises where there is
         none.
         """
         self.need(part)
-        path = self.path / part / "config.json"
+        path = self.place(part) / "config.json"
         if not path.is_file():
-            raise self.error(f"{part!r} has no config.json")
+            raise self.lacking(f"{part!r} has no config.json", part)
         config = self._json(path)
         if not isinstance(config, dict):
             raise self.error(f"{part!r}: config.json is not a table")
         return config
 
     def check_weights(self, part: str) -> None:
-        """Raises unless every file of a part's weights is there and as long as its header says."""
-        self.need(part)
-        files = list((self.path / part).glob("*.safetensors"))
-        if not files:
-            raise self.error(
-                f"{part!r} has no .safetensors weights; pickled weights are refused, and "
-                "diffusers' save_pretrained turns them into the other kind"
-            )
-        for index in (self.path / part).glob("*.safetensors.index.json"):
-            named = {self.path / part / name for name in self._json(index)["weight_map"].values()}
-            lacking = sorted(file.name for file in named - set(files))
-            if lacking:
-                raise self.error(f"{part!r} lacks {lacking[0]}, which {index.name} names")
+        """Raises unless every file of the weights that are read of a part is there and as long as
+        its header says.
+        """
+        self.config(part)
+        variant, files = self._weights(part)
+        place, suffix = self.place(part), f".{variant}" if variant else ""
+        for pattern in (f"*.safetensors.index{suffix}.json", f"*.safetensors{suffix}.index.json"):
+            for index in listed(place, pattern):
+                named = {place / name for name in self._json(index)["weight_map"].values()}
+                lacking = sorted(file.name for file in named - set(files))
+                if lacking:
+                    raise self.lacking(
+                        f"{part!r} lacks {lacking[0]}, which {index.name} names", part
+                    )
         for file in files:
+            if not there(file):
+                raise self.lacking(f"{part!r} lacks {file.name}, a link that leads nowhere", part)
             try:
                 with safe_open(file, "pt"):
                     pass
             except (SafetensorError, OSError) as error:
-                raise self.error(
-                    f"{part!r}: {file.name} is damaged or cut short: {first_line(error)}"
-                ) from error
+                words = f"{part!r}: {file.name} is damaged or cut short: {first_line(error)}"
+                raise self.lacking(words, part) from error
+
+    def _weights(self, part: str) -> tuple[str, list[Path]]:
+        """The variant of a part's weights that is read, "" for none, and its files."""
+        self.need(part)
+        found: dict[str, list[Path]] = {}
+        for file in listed(self.place(part), "*.safetensors"):
+            name = WEIGHTS.fullmatch(file.name)
+            variant = (name["variant"] or name["former"] or "") if name else ""
+            found.setdefault(variant, []).append(file)
+        variant = self.variant if self.variant in found else ""
+        if variant in found:
+            return variant, found[variant]
+        if found:
+            has = " and ".join(map(repr, found))
+            raise self.error(
+                f"{part!r} has weights of the variant {has} alone; "
+                f"say --variant {next(iter(found))}"
+            )
+        if listed(self.place(part), "*.bin"):
+            raise self.error(
+                f"{part!r} has no .safetensors weights; pickled weights are refused, and "
+                "diffusers' save_pretrained turns them into the other kind"
+            )
+        raise self.lacking(f"{part!r} has no .safetensors weights", part)
+
+    def check_variant(self, parts: Sequence[str]) -> None:
+        """Raises unless one of the parts has weights of the variant that was asked for."""
+        if self.variant and all(self._weights(part)[0] != self.variant for part in parts):
+            raise self.error(
+                f"variant = {self.variant!r}: none of its weights are of it "
+                f"({', '.join(parts)}); leave it out"
+            )
 
     def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
         """A model of diffusers or transformers, frozen, in eval mode."""
@@ -109,7 +204,11 @@ class PipelineFolder:
         self.check_weights(part)
         try:
             model, found = kind.from_pretrained(
-                self.path / part, use_safetensors=True, output_loading_info=True, **cast
+                self.place(part),
+                use_safetensors=True,
+                variant=self._weights(part)[0] or None,
+                output_loading_info=True,
+                **cast,
             )
         except Exception as error:  # diffusers, transformers and safetensors each raise their own
             raise self.error(

@@ -56,6 +56,9 @@ class Pipeline:
         cls,
         source: str | Path,
         *,
+        revision: str = "",
+        variant: str = "",
+        tiny_decoder: str | Path = "",
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         attention: str = "sdpa",
@@ -64,13 +67,17 @@ class Pipeline:
         class_names: Sequence[str] | None = None,
         prompt_template: str = "a photo of a {}",
     ) -> Pipeline:
-        """Loads a local folder that the ``save_pretrained`` of its diffusers pipeline wrote, from
-        safetensors only.
+        """Loads a folder that the ``save_pretrained`` of its diffusers pipeline wrote, or a model
+        of the Hugging Face Hub that is in its cache, from safetensors only.
 
         Args:
-            source: a folder, or the name of an embedded asset ("fashion"). An optional
-                ``tiny_decoder`` (``AutoencoderTiny``) beside the pipeline's own parts serves the
-                guidance path. A safety checker is not loaded.
+            source: a folder, the name of an embedded asset ("fashion"), or "owner/name" on the Hub;
+                ``dpfast.generate.pipelines.hub.fetch`` or ``hf download owner/name`` brings a model
+                into the cache. A safety checker is not loaded.
+            revision: branch, tag or commit of a model of the Hub; "": main.
+            variant: of the weights, such as "fp16", for the parts that have it.
+            tiny_decoder: folder of an ``AutoencoderTiny``, or "owner/name" on the Hub, that serves
+                the guidance path; "": the part of that name, where the folder has one.
             device: of all parts and tables; a name is "auto", "cpu", "cuda" or "cuda:N".
             dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents,
                 images and the solver stay in float32, and so does a decoder whose configuration
@@ -108,7 +115,9 @@ class Pipeline:
             class_names,
             prompt_template,
         )
-        folder = PipelineFolder(source)
+        folder = PipelineFolder(
+            source, revision=revision, variant=variant, tiny_decoder=tiny_decoder
+        )
         parts = families.load(folder, options)
         return cls(
             folder=folder.path,

@@ -28,7 +28,7 @@ from dpfast.generate.pipelines.families.common import (
     LoadOptions,
     autoencoder,
 )
-from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.folder import TINY, PipelineFolder
 
 __all__ = ["FAMILIES", "LoadOptions", "check", "check_float8", "family_of", "into_float8", "load"]
 
@@ -47,6 +47,7 @@ def load(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     """
     family = family_of(folder)
     folder.need(*family.needs)
+    folder.check_variant(_with_weights(folder))
     if options.float8:
         check_float8(folder)
     parts = family.load(folder, options)
@@ -79,23 +80,29 @@ def into_float8(folder: PipelineFolder, denoiser: Any) -> tuple[int, int]:
 
 
 def check(folder: PipelineFolder) -> None:
-    """Raises ``InputError`` for a pipeline of no family, and where a file of weights is missing or
-    cut short.
+    """Raises ``InputError`` for a pipeline of no family, and where a part or a file of weights is
+    missing or cut short.
 
     Reads the headers of the files alone.
     """
-    for part in family_of(folder).models:
-        if folder.class_of(part) is not None:
-            folder.check_weights(part)
-    if (folder.path / "tiny_decoder").is_dir():
-        folder.check_weights("tiny_decoder")
+    folder.need(*family_of(folder).needs)
+    for part in _with_weights(folder):
+        folder.check_weights(part)
+    folder.check_variant(_with_weights(folder))
+    if folder.has(TINY):
+        folder.check_weights(TINY)
+
+
+def _with_weights(folder: PipelineFolder) -> list[str]:
+    """The parts with weights that a folder was saved with."""
+    return [part for part in family_of(folder).models if folder.class_of(part) is not None]
 
 
 def tiny_decoder(folder: PipelineFolder, options: LoadOptions) -> Decoder | None:
     """The folder's ``tiny_decoder`` part, where there is one."""
-    if not (folder.path / "tiny_decoder").is_dir():
+    if not folder.has(TINY):
         return None
-    model = autoencoder(folder, diffusers.AutoencoderTiny, "tiny_decoder", options)
+    model = autoencoder(folder, diffusers.AutoencoderTiny, TINY, options)
     return TinyDecoder(model, fused=options.fused)
 
 

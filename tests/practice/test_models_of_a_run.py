@@ -1,0 +1,69 @@
+"""What a run remembers of the models that it was born with."""
+
+from dataclasses import replace
+
+import huggingface_hub.constants
+import pytest
+
+from dpfast.config import Recipe
+from dpfast.errors import RecipeError
+from dpfast.generate.from_recipe import fetched
+from dpfast.practice.changes import continued, write_recipe
+from tests import tiny_pipelines
+from tests.hub_cache import FIRST, SECOND, cached
+
+MODEL = "someone/tiny-dit"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def with_generator(recipe, **changes):
+    return replace(recipe, generator=replace(recipe.generator, **changes))
+
+
+def test_a_run_goes_on_with_the_commit_that_it_began_with(cache, pipeline_folder, tmp_path):
+    """A branch that has moved since is not followed; another commit, though its files have the same
+    sizes, is refused, and named.
+    """
+    asked = Recipe.load("fashion", pipeline=MODEL)
+    cached(cache, MODEL, pipeline_folder)
+    born = replace(asked, generator=fetched(asked.generator))
+    assert born.generator.revision == FIRST
+    run = tmp_path / "run"
+    run.mkdir()
+    write_recipe(run, born)
+    cached(cache, MODEL, pipeline_folder, SECOND)  # moves main
+    assert continued(run, asked).generator.revision == FIRST
+    assert continued(run, with_generator(asked, revision=FIRST)).generator.revision == FIRST
+    for revision in (SECOND, "main"):
+        with pytest.raises(RecipeError, match=rf"holds other .*: commit is {SECOND}, was {FIRST}"):
+            continued(run, with_generator(asked, revision=revision))
+    more = cache / "models--someone--tiny-dit" / "snapshots" / FIRST / "README.json"
+    more.write_text("{}")  # a file more of the same commit is the same commit
+    assert continued(run, asked).generator.revision == FIRST
+    # a folder has moved where it holds the same
+    moved = with_generator(asked, pipeline=str(pipeline_folder))
+    more.unlink()
+    assert continued(run, moved).generator.pipeline == str(pipeline_folder)
+
+
+def test_another_tiny_decoder_is_refused(cache, pipeline_folder, tmp_path):
+    for name in ("one", "other"):
+        tiny = tiny_pipelines.tiny_vae()
+        if name == "other":
+            tiny.register_to_config(force_upcast=True)
+        tiny.save_pretrained(tmp_path / name)
+    run = tmp_path / "run"
+    run.mkdir()
+    recipe = Recipe.load(
+        "fashion", pipeline=str(pipeline_folder), tiny_decoder=str(tmp_path / "one")
+    )
+    write_recipe(run, recipe)
+    continued(run, recipe)
+    with pytest.raises(RecipeError, match=r"tiny_decoder = '.*other': holds other things"):
+        continued(run, with_generator(recipe, tiny_decoder=str(tmp_path / "other")))
