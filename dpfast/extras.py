@@ -20,6 +20,9 @@ EXTRAS = {
     "timm": "timm",
     "xformers": "xformers",
     "pyarrow": "export",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
 }
 
 

@@ -22,6 +22,9 @@ OPTIONAL = {
     "timm": ("timm", "timm learners; needs torchvision"),
     "xformers": ("xformers", "attention by xformers; must match the torch build"),
     "pyarrow": ("pyarrow", "parquet files of dpfast export"),
+    "wandb": ("wandb", "the tracker Weights & Biases"),
+    "mlflow": ("mlflow", "the tracker MLflow"),
+    "trackio": ("trackio", "the tracker Trackio"),
 }
 CORE = ("dpfast", "torch", "triton", "numpy", "diffusers", "safetensors")
 

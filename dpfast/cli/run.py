@@ -124,7 +124,8 @@ def resolve(arguments: argparse.Namespace) -> RunSpec:
 def run(arguments: argparse.Namespace) -> int:
     """Runs on every rank, and returns the exit code: 0 also for a run that was stopped."""
     spec = resolve(arguments)
-    require("matplotlib", "tensorboard")  # and not when the report is drawn, after the run
+    # and not when the report is drawn, after the run
+    require("matplotlib", *spec.recipe.tracker_packages)
 
     from dpfast.parallel import RankError, process_group
     from dpfast.practice.stopping import LossError, Stop, Stopped

@@ -51,18 +51,20 @@ def imported(field: str, path: str) -> Any:
     return found
 
 
-def made(field: str, path: str, kind: type[T], **arguments: Any) -> T:
-    """What a class or a function at an import path gives for ``arguments``.
+def made(field: str, path: str, kind: type[T], *given: Any, **arguments: Any) -> T:
+    """What a class or a function at an import path gives for arguments.
 
     Raises ``InputError`` as ``imported`` does, and where it gives none of ``kind``, a class of
-    dpfast's own.
+    dpfast's public names or of another package.
     """
     found = imported(field, path)
-    wanted = f"a kind of dpfast.{kind.__name__}, or a function that gives one"
+    own = kind.__module__.startswith("dpfast.")
+    home = "dpfast" if own else kind.__module__
+    wanted = f"a kind of {home}.{kind.__name__}, or a function that gives one"
     if not callable(found):
         raise InputError(f"{field} = {path!r}: is a {type(found).__name__}, expected {wanted}")
     try:
-        thing = found(**arguments)
+        thing = found(*given, **arguments)
     except Exception as error:  # whatever a class of others raises
         raise InputError(f"{field} = {path!r}: {first_line(error)}") from error
     if not isinstance(thing, kind):

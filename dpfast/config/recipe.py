@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dpfast.config.imported import FORM
+from dpfast.config.imported import FORM, is_import_path
 from dpfast.config.kinds import LEVELS, ImportPath
 from dpfast.config.option import Option, option, options, shown
 from dpfast.errors import InputError, RecipeError
@@ -36,6 +36,7 @@ SOURCES: tuple[SourceName, ...] = get_args(SourceName)  # in the order in which 
 AT_ONCE: tuple[SourceName, ...] = ("static", "real", "pool")  # those that add no round
 READ: tuple[SourceName, ...] = ("real", "pool")  # those that make nothing
 SolverName = Literal["auto", "ddim", "dpmpp2m", "euler", "euler_ancestral", "lcm", "tcd"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is for
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.json"  # of a run's folder
@@ -825,6 +826,11 @@ class Recipe(Section):
         help="who hears of every event of a run: classes or functions of yours that give a "
         "dpfast.Callback, called without arguments on each rank",
     )
+    trackers: tuple[TrackerName | ImportPath, ...] = option(
+        ("tensorboard",),
+        help="what tracks the numbers of a run beside the files in its folder; one of yours: a "
+        "kind of accelerate.tracking.GeneralTracker, called as accelerate does",
+    )
     generator: Generator = field(default_factory=Generator)
     guidance: Guidance = field(default_factory=Guidance)
     learner: Learner = field(default_factory=Learner)
@@ -838,6 +844,8 @@ class Recipe(Section):
 
     def check(self) -> None:
         practice = self.practice
+        once = len(set(self.trackers)) == len(self.trackers)
+        _check(once, "trackers", ",".join(self.trackers), "each once")
         first, last = practice.interval(self.learner.batch_size), practice.iterations
         wanted = f"the first evaluation, now after {first} steps, within iterations ({last})"
         _check(first <= last, "evaluate_every", practice.evaluate_every, wanted)
@@ -879,6 +887,13 @@ class Recipe(Section):
         each = zip(_lasting(omegas, last), _lasting(scales, last), strict=True)
         without = any(omega and scale == 1 for omega, scale in each)
         _check(not without, "anchor", guidance.anchor, wanted)
+
+    @property
+    def tracker_packages(self) -> tuple[str, ...]:
+        """What the trackers import, of the packages of ``dpfast.extras``."""
+        named = (name for name in self.trackers if not is_import_path(name))
+        alone = set(self.trackers) <= {"tensorboard"}
+        return (*named, *([] if alone else ["accelerate"]))
 
     def need_folders(self, *names: str) -> None:
         """Raises ``RecipeError`` with the options of all fields of ``names`` whose folder its user

@@ -60,6 +60,7 @@ class Trainer:
         self.ranks = ranks
         self.device = next(model.parameters()).device
         self.step_count = 0
+        self._norm: Tensor | None = None  # of the newest step's gradient, where it was clipped
         self.micro_batch = config.micro_batch
         if not ranks.alone:
             for tensor in model.state_dict().values():
@@ -110,10 +111,28 @@ class Trainer:
     @property
     def rate(self) -> float:
         """The learning rate of the next step."""
+        return self.rate_at(self.step_count)
+
+    @property
+    def newest_rate(self) -> float:
+        """The learning rate of the newest step, or of the first one."""
+        return self.rate_at(max(self.step_count - 1, 0))
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of the step after ``step`` steps."""
         config = self.config
         return config.lr * wsd(
-            self.step_count, total=self.iterations, warmup=config.warmup, cooldown=config.cooldown
+            step, total=self.iterations, warmup=config.warmup, cooldown=config.cooldown
         )
+
+    def grad_norm(self) -> float | None:
+        """The norm of the newest step's gradient over all weights, before it was clipped; None
+        where there was no step, or its gradients are given back. Waits for the device.
+        """
+        if self._norm is None:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            return float(nn.utils.get_total_norm(gradients)) if gradients else None
+        return float(self._norm)
 
     @property
     def ema_decay(self) -> float:
@@ -142,8 +161,9 @@ class Trainer:
         if self._pays is not None and self._pays(self.iterations - self.step_count):
             self._loss = torch.compile(self._forward)
         loss = self._gradients(images, labels)
+        self._norm = None
         if self.config.clip_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
+            self._norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.step()

@@ -35,8 +35,9 @@ class Progress:
     complete one, -1 before the initial samples. waited: evaluations without a new best accuracy, of
     the ``patience`` that are waited for; None where rounds are due after known steps, of which
     ``next_round`` is the next one, None after the last. accuracy: of the last evaluation, in
-    [0, 1]. Seconds, of training, evaluation, and waiting for batches in training, are those of all
-    lives of a run.
+    [0, 1]. lr: the newest step's learning rate; grad_norm: of the gradient of all weights in the
+    step before the last evaluation, before it was clipped, None until there is one. Seconds, of
+    training, evaluation, and waiting for batches in training, are those of all lives of a run.
     """
 
     source: str
@@ -49,6 +50,8 @@ class Progress:
     patience: int | None
     next_round: int | None
     accuracy: float | None
+    lr: float
+    grad_norm: float | None
     training_seconds: float
     evaluation_seconds: float
     waiting_seconds: float
@@ -59,7 +62,8 @@ class Addition:
     """One finished round. number: 0 for the initial samples; added, total: samples; cost: of making
     them.
 
-    The rest has no value in round 0, or where a source has no yardstick. entropy, unguided_entropy:
+    omega: the strength of its guidance, 0: unguided. The rest has no value in round 0, or where a
+    source has no yardstick. entropy, unguided_entropy:
     mean nats of the new samples and of unguided ones under the learner that guided; pruning_ratio:
     how many unguided samples one of these replaces (``dpfast.sources.costs.pruning_ratio``).
     """
@@ -68,6 +72,7 @@ class Addition:
     added: int
     total: int
     cost: Cost
+    omega: float
     entropy: float | None = None
     unguided_entropy: float | None = None
     pruning_ratio: float | None = None

@@ -50,6 +50,7 @@ RULES: dict[str, tuple[str, str]] = {
     ),
     "evaluation": (FREE, "it is measured at the end"),
     "callbacks": (FREE, "they hear of the run, and change nothing"),
+    "trackers": (FREE, "they hear of the run, and change nothing"),
     # the generator
     "pipeline": (FREE, MOVED),
     "revision": (

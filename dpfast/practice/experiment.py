@@ -47,6 +47,7 @@ from dpfast.practice.run_pool import placement, stored_shape
 from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.stopping import Stop
 from dpfast.practice.throughput import Throughput
+from dpfast.practice.trackers import check_paths
 from dpfast.sources.costs import Cost
 from dpfast.sources.deliberate_practice import DeliberatePracticeSource
 from dpfast.sources.dynamic import DynamicSource
@@ -123,6 +124,7 @@ class DeliberatePractice:
         self.own = own
         self.criterion = criterion
         self.loader = loader
+        check_paths(recipe)
         told = (made("callbacks", path, Callback) for path in recipe.callbacks)
         self.callbacks = (*told, *_checked(callbacks))
         given: dict[str, object] = {"pipeline": pipeline, "learner": learner, "real": real}

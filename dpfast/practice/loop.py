@@ -134,6 +134,7 @@ class Loop:
         )
         self.losses = Losses(self.loader, pipeline.device, ranks)
         self.seconds = LoopSeconds(self.loader)
+        self.grad_norm: float | None = None  # before the last evaluation
         self.patience = Patience(
             practice.patience, practice.initial_samples, practice.patience_growth
         )
@@ -275,6 +276,7 @@ class Loop:
             state.accuracy = found.top1
             state.per_class = found.per_class
             self.losses.anchor(step)
+            self.grad_norm = self.trainer.grad_norm()
         # the count of evaluations without progress starts with the stable phase
         due = not self.trainer.warming and self.patience.update(found.top1, len(self.pool))
         loss = self.losses.mean(steps)
@@ -381,7 +383,13 @@ class Loop:
         """The account of a round whose samples are all in the pool."""
         cost = self.source.cost.since(self.cost_before)
         number = request.number
-        addition = Addition(number=number, added=request.count, total=len(self.pool), cost=cost)
+        addition = Addition(
+            number=number,
+            added=request.count,
+            total=len(self.pool),
+            cost=cost,
+            omega=self.source.omega(number),
+        )
         if not number or self.source.yardstick is None:
             return addition
         hard = float(self.pool.column("entropy", request.start).mean())
@@ -554,6 +562,8 @@ class Loop:
             patience=self.patience.limit(size) if self.source.moments is None else None,
             next_round=None if self.source.moments is None else self._next_chance(),
             accuracy=self.state.accuracy,
+            lr=self.trainer.newest_rate,
+            grad_norm=self.grad_norm,
             training_seconds=self.seconds.training,
             evaluation_seconds=self.seconds.evaluation,
             waiting_seconds=self.seconds.waiting,

@@ -11,6 +11,8 @@ metrics.jsonl   one line per evaluation, addition and result; a function of the 
 timings.jsonl   what was done how fast: a line per round, per interval between evaluations, per
                 checkpoint and per training
 events.*        the numbers of both for TensorBoard
+tracking.json   what other trackers know the run by (``dpfast.practice.trackers``)
+wandb/          what the tracker "wandb" keeps
 logs/           the log of every rank (``dpfast.logs``)
 learner_*       the evaluated weights of every source's classifier, safetensors
 checkpoints_*/  the states of every source's loop (``dpfast.practice.checkpoint``)
@@ -58,6 +60,8 @@ PARTS = (  # what a run's folder has before the first sample
     "metrics.jsonl",
     "timings.jsonl",
     "events.*",
+    "tracking.json",
+    "wandb",
     "logs",
     "checkpoints_*",
     "pool_*",

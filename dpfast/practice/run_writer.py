@@ -1,5 +1,5 @@
 """What the first rank writes into the folder of a run: its recipe, lines of metrics and timings,
-TensorBoard's events and the learner's weights.
+whose numbers the trackers are given too, and the learner's weights.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dpfast.practice.changes import record_changes, write_recipe
 from dpfast.practice.checkpoint import save_weights
 from dpfast.practice.result import Result
 from dpfast.practice.run_paths import RunPaths, check_vacant
-from dpfast.practice.tensorboard_file import TensorBoardFile
 from dpfast.practice.throughput import Throughput
+from dpfast.practice.trackers import new_trackers
 from dpfast.textfiles import read_whole_json, to_json
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class RunWriter(RunPaths):
     ) -> None:
         super().__init__(path, ranks)
         self.recipe = recipe = check_vacant(path, recipe, overwrite=overwrite, resume=resume)
+        self._trackers = new_trackers(recipe, path)
         if path.exists() and not resume:
             _remove(path)
         try:
@@ -74,9 +75,10 @@ class RunWriter(RunPaths):
             write_recipe(path, recipe, born=born)
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._timings = (path / "timings.jsonl").open("a", encoding="utf-8")
-        self._events: TensorBoardFile | None = TensorBoardFile(path)
 
     def watchers(self, throughput: Throughput) -> Sequence[Callback]:
+        for tracker in self._trackers:
+            tracker.begin()
         return (MetricsCallback(self, throughput),)
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,8 +120,8 @@ class RunWriter(RunPaths):
         self._changes = {}
 
     def log(self, event: str, source: str, step: int, **values: Any) -> None:
-        """Writes one line of ``metrics.jsonl`` and its numbers as TensorBoard scalars
-        "source/event/name".
+        """Writes one line of ``metrics.jsonl`` and gives its numbers to the
+        trackers, as "source/event/name".
         """
         self._write(self._metrics, event, source, step, values)
 
@@ -132,19 +134,13 @@ class RunWriter(RunPaths):
         with unsaved(f"{Path(file.name).name} lags behind"):
             file.write(to_json({"event": event, "source": source, "step": step, **values}) + "\n")
             file.flush()
-        if self._events is None:
-            return
         numbers = {
             f"{source}/{event}/{k}": float(v)
             for k, v in values.items()
             if isinstance(v, (int, float))
         }
-        events, self._events = self._events, None  # given up, unless the disk takes it
-        with unsaved(
-            "TensorBoard's events end here", "metrics.jsonl and timings.jsonl have the numbers"
-        ):
-            events.scalars(step, numbers)
-            self._events = events
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
 
     def __enter__(self) -> RunWriter:
         return self
@@ -157,8 +153,8 @@ class RunWriter(RunPaths):
         for file in (self._metrics, self._timings):
             with unsaved(f"{Path(file.name).name} is not complete", "its last lines are lost"):
                 file.close()
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
         self._owner.close()
 
 
@@ -194,6 +190,7 @@ class MetricsCallback(Callback):
                 progress.step,
                 round=addition.number,
                 samples=addition.total,
+                omega=addition.omega,
                 entropy=addition.entropy,
                 unguided_entropy=addition.unguided_entropy,
                 pruning_ratio=addition.pruning_ratio,
@@ -211,6 +208,10 @@ class MetricsCallback(Callback):
             validation_loss=evaluation.loss,
             entropy=evaluation.entropy,
             samples=progress.pool_size,
+            lr=progress.lr,
+            grad_norm=progress.grad_norm,
+            waited=progress.waited,
+            patience=progress.patience,
             **{name: value for name, (value, _) in evaluation.shots.items()},
         )
 

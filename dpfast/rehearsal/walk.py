@@ -115,6 +115,7 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         practice=practice,
         evaluation=(),
         callbacks=(),
+        trackers=(),
         generator=replace(recipe.generator, steps=steps, compile=False),
         learner=replace(recipe.learner, batch_size=shown * ranks.size, compile=False),
         pool=replace(recipe.pool, device_gib=1.0, host_gib=1.0, mapped=False),

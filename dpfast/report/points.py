@@ -17,7 +17,7 @@ from dpfast.report.runs import ORDER, Run
 from dpfast.textfiles import COUNT, NUMBER, SHARE, TABLE, TEXT, WHOLE, check_table, read_json_lines
 
 # fields that say which run it is, or what it writes down, not how it learns
-IDENTITY = {"name", "seed", "sources", "device", "evaluation", "callbacks"}
+IDENTITY = {"name", "seed", "sources", "device", "evaluation", "callbacks", "trackers"}
 IDENTITY |= {"checkpoints_kept", "keep_rounds", "learner.seed", "real", "pool_from", "reuse"}
 # of a study's line, and of its fields those that are reckoned with
 NEEDED = {"source": TEXT, "samples": COUNT, "test_accuracy": SHARE}

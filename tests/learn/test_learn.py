@@ -65,6 +65,23 @@ def test_the_gradient_is_clipped_to_its_norm():
     assert norm(clip_grad_norm=100.0) == norm()
 
 
+def test_the_norm_that_is_told_is_that_of_the_newest_step_before_it_was_clipped():
+    free, clipped = toy(steps=3)[0], toy(steps=1, clip_grad_norm=0.1)[0]
+    found = torch.stack([p.grad.norm() for p in free.model.parameters()]).norm()
+    assert free.grad_norm() == pytest.approx(float(found))
+    assert clipped.grad_norm() == pytest.approx(toy(steps=1)[0].grad_norm())
+    free.release()
+    assert free.grad_norm() is None
+
+
+def test_the_rate_that_is_told_is_that_of_the_newest_step():
+    trainer, _ = toy(steps=1)
+    for _ in range(3):
+        before = trainer.rate
+        trainer.step(torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0]))
+        assert trainer.newest_rate == before == trainer.optimizer.param_groups[0]["lr"]
+
+
 def test_bf16_is_of_the_forward_alone():
     trainer, losses = toy(precision="bf16")
     seen = []

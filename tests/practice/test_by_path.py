@@ -54,21 +54,37 @@ def test_a_criterion_by_path_guides_and_a_resumed_run_imports_it_again(tmp_path,
     assert "criterion = 'other:gini' was 'gini:gini'" in capsys.readouterr().err
 
 
-def test_a_source_and_a_callback_by_path_run_and_go_on(tmp_path, monkeypatch, capsys):
+def test_a_part_of_ones_own_is_less_than_40_lines():
+    names = [block[2 : block.index(":")] for block in BLOCK.findall(PAGE)]
+    assert names == ["gini.py", "mistaken.py", "heard.py", "lines.py"]
+    assert all(block.count("\n") < 40 for block in BLOCK.findall(PAGE))
+
+
+def test_a_source_a_callback_and_a_tracker_by_path_run_and_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     sources = ["--sources", "mistaken:Mistaken,static"]
-    assert run(out, *sources, "--callbacks", "heard:Heard") == 0
+    assert run(out, *sources, "--callbacks", "heard:Heard", "--trackers", "lines:Lines") == 0
     recipe = json.loads((out / "recipe.json").read_text())
     assert recipe["practice"]["sources"] == ["static", "mistaken:Mistaken"]
     assert recipe["callbacks"] == ["heard:Heard"]
+    assert recipe["trackers"] == ["lines:Lines"]
+    assert not list(out.glob("events.*"))
+    tracked = [json.loads(line) for line in (out / "lines.jsonl").read_text().splitlines()]
+    for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+        numbers = {
+            f"{row['source']}/{row['event']}/{key}": value
+            for key, value in row.items()
+            if isinstance(value, (int, float)) and key != "step"
+        }
+        assert {"step": row["step"], **numbers} in tracked
     assert not (out / "objects.json").exists()
     heard = [json.loads(line) for line in (tmp_path / "heard.jsonl").read_text().splitlines()]
     steps = [(each["source"], each["step"]) for each in heard]
     assert steps == [(name, step) for name in ("static", "mistaken") for step in (5, 10, 15, 20)]
     assert "mistaken" in (out / "index.html").read_text(encoding="utf-8")
     capsys.readouterr()
-    assert run(out, *sources, "--resume") == 0  # callbacks may differ
+    assert run(out, *sources, "--resume") == 0  # callbacks and trackers may differ
     assert run(out, "--sources", "static", "--resume") == 2
     assert "sources = ['static'] was ['static', 'mistaken:Mistaken']" in capsys.readouterr().err
 

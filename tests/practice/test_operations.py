@@ -15,6 +15,7 @@ from dpfast import launch, logs
 from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.generate.sampler import GuidedSampler
+from dpfast.learn.trainer import wsd
 from dpfast.practice.callbacks import Callback, LogCallback
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
@@ -180,6 +181,24 @@ def test_tensorboard_has_the_numbers_of_both_files(folder):
                     scalar.value for scalar in events.Scalars(tag) if scalar.step == row["step"]
                 ]
                 assert pytest.approx(value, rel=1e-5) in shown
+
+
+def test_a_run_writes_its_rate_gradient_patience_and_omega(folder, short):
+    rows = lines_of(folder / "metrics.jsonl")
+    evaluations = [row for row in rows if row["event"] == "evaluation"]
+    learner, total = short.learner, short.practice.iterations
+    for row in evaluations:
+        factor = wsd(row["step"] - 1, total=total, warmup=learner.warmup, cooldown=learner.cooldown)
+        assert row["lr"] == pytest.approx(learner.lr * factor)
+        assert row["grad_norm"] > 0
+        assert row["patience"] == 1
+    assert len({row["grad_norm"] for row in evaluations}) == len(evaluations)
+    best = 0.0
+    for row in evaluations:
+        assert (row["waited"] == 0) == (row["accuracy"] > best)
+        best = max(best, row["accuracy"])
+    additions = [row for row in rows if row["event"] == "addition"]
+    assert [row["omega"] for row in additions] == [0.2] * len(additions) != []
 
 
 def test_everything_that_is_written_is_written_up(folder):
