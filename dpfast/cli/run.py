@@ -220,6 +220,7 @@ def execute(spec: RunSpec, stop: Stop, ranks: Ranks) -> int:
 
 def _begun_with(spec: RunSpec, ranks: Ranks, *, goes_on: bool) -> Recipe:
     """The recipe with which the run begins or goes on, the same one on every rank."""
+    from dpfast.learn.pretrained import as_kept
     from dpfast.practice.changes import continued
     from dpfast.practice.run_paths import check_saving, check_vacant
 
@@ -229,7 +230,9 @@ def _begun_with(spec: RunSpec, ranks: Ranks, *, goes_on: bool) -> Recipe:
         if ranks.first:
             recipe = check_vacant(spec.out, recipe, overwrite=spec.overwrite, resume=goes_on)
             if branches and not goes_on:
-                recipe = continued(spec.trunk, recipe, branch=True)
+                recipe = as_kept(continued(spec.trunk, recipe, branch=True), spec.trunk)
+            if goes_on:
+                recipe = as_kept(recipe, spec.out)
     return Recipe.from_dict(ranks.broadcast_object(recipe.to_dict()))
 
 

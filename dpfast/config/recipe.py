@@ -321,7 +321,23 @@ class Learner(Section):
         unset="none",
         help="keyword arguments of the model's configuration, on a command line in TOML: "
         "'depths = [1, 1], groups_width = 8'; "
-        "--model with another one than the recipe's begins without them",
+        "--model with another one than the recipe's begins without them, and so does --pretrained "
+        "with one of transformers",
+    )
+    pretrained: str = option(
+        "",
+        unit="folder",
+        unset="random weights",
+        help="weights that the learner begins with, its head anew for other classes; a folder of "
+        "transformers' save_pretrained, or its name on the Hugging Face Hub, which says the "
+        "options as well; of timm and of a factory of yours a .safetensors file",
+    )
+    freeze: tuple[str, ...] = option(
+        (),
+        unit="name",
+        unset="none",
+        help="parameters that are not trained, by the beginning of their names: vit.embeddings; "
+        "backbone: all but the head",
     )
     classes: int | None = option(
         None,
@@ -349,6 +365,19 @@ class Learner(Section):
     lr: float = option(3e-3, above=0, help="largest learning rate")
     weight_decay: float = option(
         0.05, low=0, help="weight decay of AdamW, decoupled from the gradient"
+    )
+    betas: tuple[float, float] = option(
+        (0.9, 0.999),
+        low=0,
+        below=1,
+        help="decay of AdamW's averages of the gradient and of its square",
+    )
+    layer_decay: float = option(
+        1.0,
+        above=0,
+        high=1,
+        help="learning rate of each block of the learner as a fraction of the next one's, from the "
+        "head down; 1: one rate for all",
     )
     label_smoothing: float = option(
         0.0,
@@ -937,7 +966,7 @@ class Recipe(Section):
     def load(cls, source: str | Path, **overrides: Any) -> Recipe:
         """Reads a recipe by name or path and replaces fields by ``overrides``: ``omega=0.03``, or
         by section, ``learner={"batch_size": 32}``. Another ``model`` than the recipe's begins
-        without the recipe's ``options``.
+        without the recipe's ``options``, and so does a ``pretrained`` one of transformers.
 
         Raises ``RecipeError`` for an unknown recipe, section or field, a wrong type, a value out of
         range, and another patience than the recipe's beside ``add_at``, which leaves it no say.
@@ -958,8 +987,8 @@ class Recipe(Section):
         except (ValueError, RecursionError) as error:
             raise RecipeError(f"recipe = {str(source)!r}: not valid TOML: {error}") from None
         table.setdefault("name", path.stem)
-        model, learner = _model(overrides), table.get("learner")
-        if isinstance(learner, dict) and model not in (None, learner.get("model", Learner.model)):
+        learner = table.get("learner")
+        if isinstance(learner, dict) and _another(learner, overrides):
             learner.pop("options", None)  # those of another architecture
         practice = table.get("practice")
         own = dict(practice) if isinstance(practice, dict) else {}
@@ -1001,11 +1030,21 @@ class Recipe(Section):
         return dataclasses.asdict(self)
 
 
-def _model(overrides: dict[str, Any]) -> Any:
-    """The model that the overrides of a recipe name, None where they leave it."""
+def _another(learner: dict[str, Any], overrides: dict[str, Any]) -> bool:
+    """Whether the overrides of a recipe with this learner name another model, or the folder of a
+    pretrained one of transformers, which says the options.
+    """
+    own = learner.get("model", Learner.model)
+    model = _said(overrides, "model")
+    ready = str(model or own).startswith("transformers:") and _said(overrides, "pretrained")
+    return model not in (None, own) or bool(ready)
+
+
+def _said(overrides: dict[str, Any], name: str) -> Any:
+    """A field of the learner in the overrides of a recipe, None where they leave it."""
     learner = overrides.get("learner")
-    inner = learner.get("model") if isinstance(learner, dict) else None
-    return overrides.get("model", overrides.get("learner.model", inner))
+    inner = learner.get(name) if isinstance(learner, dict) else None
+    return overrides.get(name, overrides.get(f"learner.{name}", inner))
 
 
 def pipeline_folder(source: str | Path) -> Path:

@@ -5,7 +5,7 @@ share one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,23 @@ def _registered_again(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
                 yield module, name, names[child]
 
 
+def keep_statistics(model: nn.Module, frozen: Callable[[str], bool]) -> None:
+    """Makes ``FrozenBatchNorm`` of the batch norms for whose names ``frozen`` returns True and of
+    which nothing is trained; the names of the model's state stay.
+    """
+    kept = {
+        norm: FrozenBatchNorm(norm)
+        for name, norm in model.named_modules()
+        if isinstance(norm, _BatchNorm)
+        and frozen(name)
+        and not any(weights.requires_grad for weights in norm.parameters())
+    }
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, _BatchNorm) and child in kept:
+                module._modules[name] = kept[child]
+
+
 def shared_norms(model: nn.Module) -> list[_BatchNorm]:
     """The batch norms of ``synchronised``, which wait for all ranks in training mode."""
     return [
@@ -69,6 +86,39 @@ def alone(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.train()
+
+
+class FrozenBatchNorm(nn.Module):
+    """A batch norm that goes by its running statistics in training as well, and leaves them.
+
+    It has the same parameters and buffers under the same names, and is no ``_BatchNorm``: what
+    treats those in a way of its own passes over it.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        for name in ("weight", "bias"):
+            self.register_parameter(name, getattr(norm, name))
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(norm, name))
+
+    def forward(self, input: Tensor) -> Tensor:
+        means, variances = self.running_mean, self.running_var
+        return F.batch_norm(
+            input,
+            means,
+            variances,
+            self.weight,
+            self.bias,
+            training=means is None,
+            eps=self.eps,
+        )
 
 
 class _Normalised(torch.autograd.Function):

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from dpfast.config import (
     ASSETS,
     RECIPE_FILE,
+    Learner,
     Recipe,
     imported,
     imported_module,
@@ -26,13 +27,15 @@ from dpfast.config import (
     objects_of,
     read_recipe,
 )
-from dpfast.errors import InputError, first_line
+from dpfast.errors import InputError, RecipeError, first_line
 from dpfast.extras import EXTRAS, require
 from dpfast.files import check_readable, there
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
+from dpfast.learn.parts import Logits
 from dpfast.learn.precision import in_precision
+from dpfast.learn.pretrained import as_kept, load_transformers, load_weights, settings_of
 from dpfast.textfiles import lines
 
 NewLearner = Callable[[], nn.Module]  # gives a learner with the same initial weights each time
@@ -41,17 +44,6 @@ JUDGES = {  # class of transformers and folder of the assets
     1: ("RegNetForImageClassification", "fashion_judge"),
     2: ("ResNetForImageClassification", "fashion_judge_2"),
 }
-
-
-class _Logits(nn.Module):
-    """A model of the transformers library, returning its logits alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images).logits
 
 
 def build_learner(spec: str, *, classes: int, channels: int, **options: Any) -> nn.Module:
@@ -139,15 +131,50 @@ def overlaps(named: Sequence[Named]) -> Iterator[tuple[Named, Named]]:
             furthest, last = end, tensor
 
 
+def recipe_learner(config: Learner, *, classes: int, channels: int) -> nn.Module:
+    """The learner of a recipe as it begins, random or pretrained, in channels-last memory; where
+    torch's default device is "meta" no file of weights is read.
+
+    classes, channels: K and C.
+
+    Raises ``InputError`` as ``build_learner`` does, and ``RecipeError`` for weights that cannot be
+    read or do not fit, but for those of the head.
+    """
+    library = config.model.partition(":")[0]
+    numbers = torch.get_default_device().type != "meta"
+    if not config.pretrained:
+        return build_learner(config.model, classes=classes, channels=channels, **config.options)
+    if library != "transformers":
+        learner = build_learner(config.model, classes=classes, channels=channels, **config.options)
+        if numbers:
+            load_weights(learner, config.pretrained)
+        return learner
+    require(library)
+    kind = imported("model", config.model)
+    settings = settings_of(kind, config.pretrained) | config.options
+    _check_options(kind, config.options)
+    try:
+        made = kind.config_class(**settings | {"num_channels": channels, "num_labels": classes})
+        shapes = None if numbers else Logits(kind(made))
+    except Exception as error:  # whatever transformers raises
+        raise InputError(f"model = {config.model!r}: {first_line(error)}") from error
+    loaded = shapes or load_transformers(kind, config.pretrained, made)
+    return loaded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def _transformers_model(
     kind: Any, classes: int, channels: int, options: dict[str, Any]
 ) -> nn.Module:
+    _check_options(kind, options)
+    return Logits(kind(kind.config_class(num_channels=channels, num_labels=classes, **options)))
+
+
+def _check_options(kind: Any, options: dict[str, Any]) -> None:
     unknown = set(options) - set(kind.config_class().to_dict())
     if unknown:
         raise InputError(
             f"options: {kind.config_class.__name__} has no {', '.join(sorted(unknown))}"
         )
-    return _Logits(kind(kind.config_class(num_channels=channels, num_labels=classes, **options)))
 
 
 def load_judge(number: int = 1) -> nn.Module:
@@ -170,7 +197,7 @@ def load_judge(number: int = 1) -> nn.Module:
     model = kind(kind.config_class.from_pretrained(ASSETS / folder))
     # float16 on disk, copied into float32
     model.load_state_dict(load_file(ASSETS / folder / "model.safetensors"))
-    return _Logits(model).eval().requires_grad_(False)
+    return Logits(model).eval().requires_grad_(False)
 
 
 def learner_factory(
@@ -196,6 +223,11 @@ def learner_factory(
         )
     if learner is not None and not isinstance(learner, nn.Module):
         _check_no_arguments(learner)
+    if learner is not None and recipe.learner.pretrained:
+        raise RecipeError(
+            f"pretrained = {recipe.learner.pretrained!r}: the learner is an object of yours; load "
+            "its weights into it"
+        )
     held = None
     if isinstance(learner, nn.Module):
         check_tensors(f"learner = {kind_of(learner)}", learner)  # a copy has no memory of others
@@ -207,12 +239,13 @@ def learner_factory(
         if held is not None:
             return copy.deepcopy(held).to(pipeline.device)
         if learner is None:
-            model = build_learner(
-                recipe.learner.model,
+            model = recipe_learner(
+                recipe.learner,
                 classes=len(pipeline.class_names),
                 channels=image_channels(pipeline),
-                **recipe.learner.options,
             )
+            if recipe.learner.pretrained:  # a head may have been drawn, or not
+                torch.manual_seed(recipe.seed)
         else:
             model = learner()
         if not isinstance(model, nn.Module):
@@ -275,7 +308,7 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
             f"learner = {str(folder)!r}: an object of its run, "
             f"{kind}; load {weights.name} into another one"
         )
-    recipe = Recipe.from_dict(read_recipe(recipe_file))
+    recipe = as_kept(Recipe.from_dict(read_recipe(recipe_file)), Path(folder))
     model = learner_factory(recipe, pipeline)()
     check_readable(weights)
     try:

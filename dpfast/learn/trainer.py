@@ -14,6 +14,9 @@ Several ranks train as one: each takes its part of a batch, gradients (``dpfast.
 and batch norms are means over all, and every rank keeps the same weights, EMA and optimiser. Those
 of ViT-B are 1.7 GB with gradients (86.6 M parameters, five copies): beside a generator they fit on
 any GPU of 24 GB, so nothing is sharded (FSDP).
+
+What is frozen (``dpfast.learn.parts``) has no gradient, no moments and no place in a message of
+ranks. Its average is itself, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import logging
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +39,7 @@ from dpfast.learn.checkpointing import checkpoint_activations
 from dpfast.learn.compiling import WhenItPays
 from dpfast.learn.ema import Ema
 from dpfast.learn.gradients import GradientBuckets, Gradients
+from dpfast.learn.parts import freeze, layers
 from dpfast.learn.precision import autocast, in_bf16, in_precision
 from dpfast.parallel import ALONE, Ranks
 
@@ -62,6 +67,8 @@ class Trainer:
         self.step_count = 0
         self._norm: Tensor | None = None  # of the newest step's gradient, where it was clipped
         self.micro_batch = config.micro_batch
+        freeze(model, config.freeze)
+        groups = parameter_groups(model, config)
         if not ranks.alone:
             for tensor in model.state_dict().values():
                 ranks.learn.broadcast(tensor, ranks.process(0))
@@ -70,16 +77,7 @@ class Trainer:
         if config.activation_checkpointing:
             checkpoint_activations(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        decayed = [p for p in self.parameters if p.ndim > 1]
-        plain = [p for p in self.parameters if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            fused=True,
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.bf16 = in_bf16(config.precision, self.device)
         self._classifiers = {
             which: in_precision(self.weights(which), config.precision, self.device)
@@ -165,7 +163,7 @@ class Trainer:
         if self.config.clip_grad_norm:
             self._norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+            group["lr"] = self.rate * group["lr_scale"]
         self.optimizer.step()
         self.ema.update(self.ema_decay)
         self.step_count += 1
@@ -315,6 +313,30 @@ class Trainer:
                 _, index, slot = key.split("/")
                 slots.setdefault(int(index), {})[slot] = _laid_out_as(parameters[int(index)], value)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+
+
+def parameter_groups(model: nn.Module, config: Learner) -> list[dict[str, Any]]:
+    """What is trained of a model, in groups of one weight decay and one share of the learning rate.
+
+    Weights with two dimensions or more decay; norms and biases do not. With ``layer_decay`` a layer
+    below another one learns by that factor more slowly, and the last one at the full rate
+    (``dpfast.learn.parts.layers``): as in BEiT and MAE. "lr_scale" is timm's name of the share.
+
+    Raises ``InputError`` as ``layers`` does.
+    """
+    of = layers(model) if config.layer_decay < 1 else {}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    last = max(of.values(), default=0)
+    groups = []
+    for layer in range(last + 1):
+        here = [p for p in parameters if of.get(p, 0) == layer]
+        scale = config.layer_decay ** (last - layer)
+        decayed = [p for p in here if p.ndim > 1]
+        plain = [p for p in here if p.ndim <= 1]
+        for members, decay in ((decayed, config.weight_decay), (plain, 0.0)):
+            if members or not of:
+                groups.append({"params": members, "weight_decay": decay, "lr_scale": scale})
+    return groups
 
 
 def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:

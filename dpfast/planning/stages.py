@@ -25,7 +25,7 @@ from dpfast.generate.sampler import GuidedSampler
 from dpfast.generate.step import finish_function, step_function
 from dpfast.hardware.flops import Counts, Fused, count_work
 from dpfast.hardware.live_bytes import bytes_per_sample
-from dpfast.learn.models import build_learner, guiding
+from dpfast.learn.models import guiding, recipe_learner
 from dpfast.planning.training import Training, count_learner
 from dpfast.sources.guided_methods import early_stop, restart_step
 from dpfast.sources.source import scheduled
@@ -74,11 +74,8 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
     pipeline = replace(pipeline, device=META)
     classes = pipeline.denoiser.classes
     with META:
-        learner = build_learner(
-            recipe.learner.model,
-            classes=classes,
-            channels=pipeline.image_channels,
-            **recipe.learner.options,
+        learner = recipe_learner(
+            recipe.learner, classes=classes, channels=pipeline.image_channels
         ).eval()
     guide = guiding(recipe.guidance.criterion, learner, learner).eval()
     # all rounds are counted as the first one, whose scale may switch the guidance off or on

@@ -26,7 +26,8 @@ from dpfast.config import Learner
 from dpfast.hardware.flops import Counts, count_work
 from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.learn.checkpointing import checkpoint_activations
-from dpfast.learn.models import build_learner
+from dpfast.learn.models import recipe_learner
+from dpfast.learn.parts import freeze
 from dpfast.learn.precision import autocast
 
 CPU = torch.device("cpu")
@@ -36,7 +37,8 @@ CPU = torch.device("cpu")
 class Training:
     """Counts of one image in a training step and of an evaluated one, and bytes.
 
-    parameters, buffers: their numbers of elements. held: (fixed, per image) bytes of a
+    parameters, trained, buffers: their numbers of elements; trained: of the parameters that are not
+    frozen. held: (fixed, per image) bytes of a
     micro-batch's forward and backward pass beside weights and images, without the gradients of the
     weights; gradients: bytes of those; evaluation_held: (fixed, per image) of an evaluated batch.
     """
@@ -44,20 +46,21 @@ class Training:
     training: Counts
     evaluation: Counts
     parameters: int
+    trained: int
     buffers: int
     held: tuple[int, int]
     evaluation_held: tuple[int, int]
 
     @property
     def gradients(self) -> int:
-        return 4 * self.parameters
+        return 4 * self.trained
 
     @property
     def state(self) -> int:
-        """Bytes of weights and buffers, of their average, and of AdamW's two moments: what a
-        checkpoint has as well.
+        """Bytes of weights and buffers, of their average, and of AdamW's two moments of what is
+        trained: what a checkpoint has as well.
         """
-        return 4 * (4 * self.parameters + 2 * self.buffers)
+        return 4 * (2 * self.parameters + 2 * self.trained + 2 * self.buffers)
 
     def memory(self, images: int, *, accumulated: bool) -> int:
         """The most bytes that a step holds beside ``state``, with micro-batches of ``images``.
@@ -89,16 +92,25 @@ def count_training(learner: Learner, classes: int, image: tuple[int, ...], *, ha
 def _key(learner: Learner, classes: int, image: tuple[int, ...], half: bool) -> tuple[Any, ...]:
     options = json.dumps(learner.options, sort_keys=True)
     mixed = learner.mixup > 0 or learner.cutmix > 0
-    model = (learner.model, options, classes, image[0], learner.activation_checkpointing)
+    begins = (learner.model, options, learner.pretrained, learner.freeze)
+    model = (*begins, classes, image[0], learner.activation_checkpointing)
     return model, classes, tuple(image), half, mixed, learner.batch_size
 
 
 @functools.lru_cache(maxsize=16)
 def _fake(
-    model: str, options: str, classes: int, channels: int, again: bool
+    model: str,
+    options: str,
+    pretrained: str,
+    frozen: tuple[str, ...],
+    classes: int,
+    channels: int,
+    again: bool,
 ) -> tuple[FakeTensorMode, nn.Module]:
     with torch.device("meta"):
-        learner = build_learner(model, classes=classes, channels=channels, **json.loads(options))
+        config = Learner(model=model, options=json.loads(options), pretrained=pretrained)
+        learner = recipe_learner(config, classes=classes, channels=channels)
+    freeze(learner, frozen)
     if again:
         checkpoint_activations(learner)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -146,6 +158,7 @@ def _held(
         training=_counted(model, classes, image, half, mixed, batch_size),
         evaluation=evaluation,
         parameters=sum(p.numel() for p in learner.parameters()),
+        trained=sum(p.numel() for p in learner.parameters() if p.requires_grad),
         buffers=sum(b.numel() for b in learner.buffers()),
         held=(fixed, each - 4 * math.prod(image)),  # a batch is the loader's
         evaluation_held=evaluated,

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from dpfast.config import RECIPE_FILE, Recipe, objects_of
 from dpfast.errors import InputError, RecipeError
-from dpfast.files import listed
+from dpfast.files import is_folder, listed
+from dpfast.learn.pretrained import KEPT
 from dpfast.parallel import Ranks
 from dpfast.pool.rank_folders import rank_folder
 from dpfast.pool.saver import copy_saved
@@ -80,6 +81,8 @@ def prepare_branch(
         born = read_text(trunk / (BORN if (trunk / BORN).is_file() else RECIPE_FILE))
         with RunWriter(out, recipe, overwrite=overwrite, born=born) as branch:
             branch.keep_objects(objects_of(trunk))
+            if is_folder(trunk / KEPT):
+                shutil.copytree(trunk / KEPT, out / KEPT)
             (out / "metrics.jsonl").write_bytes("".join(f"{line}\n" for line in past).encode())
             components = start.components
             for rank in range(start.ranks):

@@ -92,6 +92,12 @@ RULES: dict[str, tuple[str, str]] = {
     # the learner
     "model": (FIXED, "its weights are in the checkpoint"),
     "options": (FIXED, "they shape the weights in the checkpoint"),
+    "pretrained": (
+        FREE,
+        "the run's folder keeps those weights (pretrained); but a run has them from its birth, or "
+        "none",
+    ),
+    "freeze": (FIXED, TRAINING),
     "classes": (FIXED, "they shape the weights in the checkpoint"),
     "learner.batch_size": (
         FIXED,
@@ -101,6 +107,8 @@ RULES: dict[str, tuple[str, str]] = {
     "activation_checkpointing": (FREE, MEMORY),
     "lr": (FIXED, TRAINING),
     "weight_decay": (FIXED, TRAINING),
+    "betas": (FIXED, TRAINING),
+    "layer_decay": (FIXED, TRAINING),
     "label_smoothing": (FIXED, TRAINING),
     "ema_decay": (FIXED, TRAINING),
     "evaluate_with": (FIXED, "the accuracies so far are of these weights"),
@@ -198,7 +206,7 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     ]
     refused += [
         f"{name} = {asked[name]!r} was {born.get(name, '')!r} ({_rule(name)})"
-        for name in ("held_out", "class_counts", "real")
+        for name in ("held_out", "class_counts", "real", "pretrained")
         if bool(asked[name]) != bool(born.get(name))
     ]
     loaders = {str(asked["loader"]), str(born.get("loader", asked["loader"]))}

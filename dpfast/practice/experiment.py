@@ -32,6 +32,7 @@ from dpfast.generate.preflight import try_criterion, try_learner
 from dpfast.generate.protocol import OwnPipeline, check_pipeline
 from dpfast.hardware.device import device_named, is_gpu
 from dpfast.learn.models import NewLearner, guiding, learner_factory
+from dpfast.learn.pretrained import as_kept
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.placement import Placement
 from dpfast.practice import checkpoint
@@ -374,6 +375,10 @@ class DeliberatePractice:
         if folder is not None:
             with self.ranks.all_or_none():
                 folder.keep_objects(self.objects)
+                folder.keep_learner(self.new_learner)
+            kept = as_kept(self.recipe, folder.path)
+            if kept is not self.recipe:
+                self.new_learner = learner_factory(kept, self.pipeline)
         starts = {name: self._start(folder, name) for name in names}
         begun = [name for name in names if starts[name] is not None]
         newest = starts[begun[-1]] if begun else None

@@ -14,6 +14,8 @@ events.*        the numbers of both for TensorBoard
 tracking.json   what other trackers know the run by (``dpfast.practice.trackers``)
 wandb/          what the tracker "wandb" keeps
 logs/           the log of every rank (``dpfast.logs``)
+pretrained/     what its learners began with, where the recipe names weights
+                (``dpfast.learn.pretrained``)
 learner_*       the evaluated weights of every source's classifier, safetensors
 checkpoints_*/  the states of every source's loop (``dpfast.practice.checkpoint``)
 pool_*/         every source's samples, webdataset shards with a manifest (``dpfast.pool.shards``),
@@ -32,15 +34,18 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dpfast import launch
 from dpfast.config import OBJECTS_FILE, RECIPE_FILE, Recipe
 from dpfast.errors import InputError, RecipeError, SaveWarning, unsaved
 from dpfast.files import listed, there
+from dpfast.learn.pretrained import KEPT
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.owner import owner_of
 from dpfast.pool.rank_folders import rank_folder_name
@@ -62,6 +67,7 @@ PARTS = (  # what a run's folder has before the first sample
     "events.*",
     "tracking.json",
     "wandb",
+    KEPT,
     "logs",
     "checkpoints_*",
     "pool_*",
@@ -120,6 +126,9 @@ class RunPaths:
 
     def keep_objects(self, objects: Mapping[str, str]) -> None:
         """Names the objects that the run was given in place of what its recipe says."""
+
+    def keep_learner(self, new_learner: Callable[[], nn.Module]) -> None:
+        """Keeps the weights that the run's learners begin with, where somebody has trained them."""
 
     def sync(self) -> None:
         """Makes the lines last that a checkpoint is to speak of; from any thread."""

@@ -10,14 +10,17 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dpfast.config import OBJECTS_FILE, RECIPE_FILE, Recipe, check_objects
 from dpfast.errors import InputError, unsaved
 from dpfast.evaluate.measures import Evaluation
-from dpfast.files import listed
+from dpfast.files import is_folder, listed
+from dpfast.learn.pretrained import KEPT, keep
 from dpfast.parallel import ALONE, Ranks
 from dpfast.pool.owner import OwnedError, Owner
 from dpfast.pool.shards import durable
@@ -106,6 +109,11 @@ class RunWriter(RunPaths):
         elif objects:
             with durable(self.path, OBJECTS_FILE) as file:
                 file.write(json.dumps(objects, indent=2).encode() + b"\n")
+
+    def keep_learner(self, new_learner: Callable[[], nn.Module]) -> None:
+        if self.recipe.learner.pretrained and not is_folder(self.path / KEPT):
+            with unsaved(f"{KEPT} was not written", "a run that goes on needs that folder again"):
+                keep(new_learner(), self.path)
 
     def sync(self) -> None:
         for file in (self._metrics, self._timings):

@@ -34,7 +34,7 @@ from dpfast.generate.guidance import interval_steps
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.flops import Fused
 from dpfast.learn import checkpointing, trainer
-from dpfast.learn.models import build_learner
+from dpfast.learn.models import recipe_learner
 from dpfast.parallel import Ranks
 from dpfast.planning.architectures import pipeline_of
 from dpfast.planning.memory import AHEAD
@@ -273,11 +273,10 @@ def learner_on_the_device(recipe: Recipe, pipeline: Pipeline) -> Callable[[], nn
 
     def built() -> nn.Module:
         with META:
-            return build_learner(
-                recipe.learner.model,
+            return recipe_learner(
+                recipe.learner,
                 classes=len(pipeline.class_names),
                 channels=pipeline.image_channels,
-                **recipe.learner.options,
             )
 
     return built

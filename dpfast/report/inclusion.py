@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
-from dpfast.learn.models import build_learner
+from dpfast.learn.models import recipe_learner
 from dpfast.learn.precision import in_precision
+from dpfast.learn.pretrained import as_kept
 from dpfast.plotting import COLORS, MUTED, axes_of, label_ends
 from dpfast.pool.pool import SamplePool
 from dpfast.practice import checkpoint
@@ -59,12 +60,10 @@ def errors_around(
         return None
     if newest is None:
         return None
-    recipe = Recipe.from_dict(run.recipe)
-    options, weights = recipe.learner.options, recipe.guidance.guide_with
+    recipe = as_kept(Recipe.from_dict(run.recipe), run.path)
+    weights = recipe.guidance.guide_with
     channels = pool.images(torch.arange(1)).shape[1]
-    model = build_learner(recipe.learner.model, classes=classes, channels=channels, **options).to(
-        device
-    )
+    model = recipe_learner(recipe.learner, classes=classes, channels=channels).to(device)
     of_round = pool.column("round")
     members = [
         torch.nonzero(of_round == number).flatten()[:PER_ROUND] for number in range(1, rounds + 1)
