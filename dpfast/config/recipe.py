@@ -154,6 +154,30 @@ class Generator(Section):
         "a photo of a {}",
         help="prompt of a pipeline with text prompts; {} is the class name",
     )
+    prompts: str = option(
+        "",
+        unit="file",
+        unset="prompt_template",
+        help="JSON file from the names of classes to one prompt or a list of them; the id of a "
+        "sample says which of its class's it is asked for",
+    )
+    negative_prompt: str = option(
+        "",
+        unset="empty",
+        help="what classifier-free guidance leads away from, of a pipeline with text prompts",
+    )
+    height: int = option(
+        0,
+        unit="pixels",
+        low=0,
+        help="height of the images that the generator makes; 0: as it was trained",
+    )
+    width: int = option(
+        0,
+        unit="pixels",
+        low=0,
+        help="width of the images that the generator makes; 0: as it was trained",
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float8"] = option(
         "float32",
         help="data type of the generator's models; latents stay in float32, and so does a decoder "

@@ -65,9 +65,10 @@ class BoundedPath(GuidancePath):
         alpha: Tensor,
         sigma: Tensor,
         prediction: Tensor | None = None,
+        conditions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``GuidancePath.gradient``, chunk by chunk."""
-        given = (x, timestep, labels, alpha, sigma, prediction)
+        given = (x, timestep, labels, alpha, sigma, prediction, conditions)
         return in_chunks(self._of_chunk, self.chunk, *given)
 
     def at(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,15 +91,17 @@ class BoundedPath(GuidancePath):
         alpha: Tensor,
         sigma: Tensor,
         prediction: Tensor | None,
+        conditions: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not self.taped:
-            return super().gradient(x, timestep, labels, alpha, sigma, prediction)
+            return super().gradient(x, timestep, labels, alpha, sigma, prediction, conditions)
         # Autograd records nothing in inference mode, not even what is recomputed, and saves no
         # tensor made there.
         x, timestep, labels, alpha, sigma = map(_recordable, (x, timestep, labels, alpha, sigma))
         with torch.inference_mode(False), torch.enable_grad():
             x.requires_grad_()
-            made = self.denoiser(x, timestep, labels) if prediction is None else prediction
+            asked = labels if conditions is None else _recordable(conditions)
+            made = self.denoiser(x, timestep, asked) if prediction is None else prediction
             x0 = predict_x0(x, made, alpha, sigma, self.denoiser.prediction)
         value, gradient = self.at_recorded(x0, x, labels)
         return gradient, made.detach(), value

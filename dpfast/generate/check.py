@@ -28,6 +28,13 @@ def count(name: str, value: object, meaning: str) -> None:
         raise InputError(f"{name} = {value}: expected {meaning}")
 
 
+def pixels(name: str, value: object) -> int:
+    """Returns ``value``. Raises ``TypeError`` unless it is an integer, ``InputError`` below 0."""
+    if integer(name, value) < 0:
+        raise InputError(f"{name} = {value}: expected pixels, or 0 for the model's own")
+    return int(value)  # type: ignore[call-overload]
+
+
 def number(name: str, value: object) -> None:
     """Raises ``TypeError`` unless ``value`` is a real number, ``InputError`` unless it is
     finite.

@@ -22,6 +22,7 @@ from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.models.decoder import ResizedDecoder
 from dpfast.generate.pipelines import Pipeline, families, hub
 from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.prompts import Prompts
 from dpfast.generate.protocol import OwnPipeline, Sampler
 from dpfast.generate.sampler import GuidedSampler, Learner
 
@@ -42,6 +43,10 @@ def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeli
         fused=generator.fused,
         class_names=class_names(generator),
         prompt_template=generator.prompt_template,
+        prompts=generator.prompts,
+        negative_prompt=generator.negative_prompt,
+        height=generator.height,
+        width=generator.width,
     )
     return resized(pipeline, generator.image_size)
 
@@ -54,7 +59,15 @@ def check_generator(generator: Generator) -> tuple[str, ...]:
     """
     folder = folder_of(generator)
     families.check(folder)
-    return folder.class_names(class_names(generator)) or ()
+    families.check_size(folder, generator.height, generator.width)
+    names = folder.class_names(class_names(generator)) or ()
+    families.check_prompts(folder, prompts_of(generator), names)
+    return names
+
+
+def prompts_of(generator: Generator) -> Prompts:
+    """What the classes of a recipe's generator are asked for, if it is asked by text."""
+    return Prompts(generator.prompt_template, generator.prompts, generator.negative_prompt)
 
 
 def folder_of(generator: Generator) -> PipelineFolder:

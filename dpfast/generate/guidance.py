@@ -180,6 +180,7 @@ class GuidancePath(LearnerPath):
         alpha: Tensor,
         sigma: Tensor,
         prediction: Tensor | None = None,
+        conditions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient of the criterion at x, and the prediction that it shares with
         classifier-free guidance.
@@ -191,13 +192,15 @@ class GuidancePath(LearnerPath):
             alpha, sigma: 0-d, or (B, 1, 1, 1), of the step's table row.
             prediction: the conditional prediction (B, c, h, w), held fixed; None: it is made, and
                 differentiated.
+            conditions: (B,) int64 ids that the denoiser is asked by; None: the labels.
 
         Returns:
             gradient (B, c, h, w), prediction (B, c, h, w) and value (B,) of the criterion.
         """
+        asked = labels if conditions is None else conditions
 
         def x0_of(x: Tensor) -> tuple[Tensor, Tensor]:
-            made = self.denoiser(x, timestep, labels) if prediction is None else prediction
+            made = self.denoiser(x, timestep, asked) if prediction is None else prediction
             return predict_x0(x, made, alpha, sigma, self.denoiser.prediction), made
 
         with torch.no_grad():  # the learner's own weights need no graph; vjp records what x needs

@@ -226,11 +226,13 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
     cache = parts.cache
     guided, cfg, features, gives_x0 = variant
     assert not (guided and features != "compute")
+    prompts = getattr(denoiser, "rows", None)
     through_denoiser = guided and path is not None and path.through == "denoiser"
 
     def step(*given: Tensor | None) -> StepOutputs:
         inputs = StepInputs(*given)  # type: ignore[arg-type]
         x, labels = inputs.x, inputs.labels
+        conditions = labels if prompts is None else prompts.of(labels, inputs.sample_ids)
         index = inputs.step.reshape(1)
         timestep = inputs.timesteps.index_select(0, index).reshape(())
         alpha, sigma = inputs.rows.index_select(0, index)[0, :2].unbind()
@@ -252,14 +254,16 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
 
         if through_denoiser:
             assert path is not None
-            gradient, conditional, value = path.gradient(x, timestep, labels, alpha, sigma)
+            gradient, conditional, value = path.gradient(
+                x, timestep, labels, alpha, sigma, conditions=conditions
+            )
             if null is not None:
                 unconditional = denoiser(x, timestep, null)
         elif null is not None:
-            both = predict(torch.cat([x, x]), torch.cat([labels, null]))
+            both = predict(torch.cat([x, x]), torch.cat([conditions, null]))
             conditional, unconditional = both.chunk(2)
         else:
-            conditional = predict(x, labels)
+            conditional = predict(x, conditions)
         if guided and not through_denoiser:
             assert path is not None
             gradient, _, value = path.gradient(x, timestep, labels, alpha, sigma, conditional)

@@ -3,8 +3,8 @@ most.
 
 contents.json   field -> what its folder holds: of the generator and a tiny decoder of its own the
                 bytes of each file of weights and a checksum of each file of JSON, and where they
-                are of the Hub their commit; of real images how many files each class has, of class
-                counts the count of each class
+                are of the Hub their commit; of prompts a checksum of those of each class; of real
+                images how many files each class has, of class counts the count of each class
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dpfast.errors import InputError, RecipeError
 from dpfast.files import below, is_folder, there
 from dpfast.generate.pipelines import hub
 from dpfast.pool.shards import durable
-from dpfast.textfiles import read_json
+from dpfast.textfiles import read_json, to_json
 
 CONTENTS = "contents.json"
 OF_HUB = " of the Hub"
@@ -46,6 +46,10 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
     ):
         with contextlib.suppress(hub.IncompleteError):
             found |= _models(field, hub.located(source, revision, field=field)) if source else {}
+    if generator.prompts and Path(generator.prompts).is_file():
+        table = read_json(Path(generator.prompts))
+        each = table.items() if isinstance(table, dict) else ()
+        found["prompts"] = {name: _checksum(to_json(texts).encode()) for name, texts in each}
     counts = recipe.practice.class_counts
     if counts and Path(counts).is_file():
         found["class_counts"] = dict(count_rows(counts))
@@ -69,9 +73,13 @@ def _models(field: str, folder: Path) -> dict[str, dict[str, int | str]]:
         if file.suffix == ".safetensors" and there(file):
             models[name] = file.stat().st_size
         elif file.suffix == ".json" and there(file):
-            models[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            models[name] = _checksum(file.read_bytes())
     commit = hub.commit_of(folder)
     return {field: models} | ({} if commit is None else {f"{field}{OF_HUB}": {"commit": commit}})
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def note_contents(run: Path, recipe: Recipe) -> None:
@@ -107,6 +115,7 @@ def check_contents(run: Path, recipe: Recipe) -> None:
         ("tiny_decoder" + OF_HUB, recipe.generator.tiny_decoder),
         ("pipeline", recipe.generator.pipeline),
         ("tiny_decoder", recipe.generator.tiny_decoder),
+        ("prompts", recipe.generator.prompts),
         ("validation", recipe.validation),
         ("held_out", recipe.held_out),
         ("class_counts", recipe.practice.class_counts),

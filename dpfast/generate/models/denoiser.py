@@ -4,12 +4,14 @@
 A denoiser maps (x, timestep, labels) to a prediction of x's shape, in the dtype of its weights.
 Labels are class ids (B,) for every family, so that a captured step has one small input to refresh;
 `null_label` is the id of classifier-free guidance's empty condition. Text-conditioned families hold
-a table of embeddings by id and gather its rows inside the call. No call reads the host or branches
-on data, so each is one full graph with ``torch.func.vjp`` around it.
+a table of embeddings by id and gather its rows inside the call. Where classes have several prompts,
+the ids of a call are rows of that table, found by label and sample id (``PromptRows``). No call
+reads the host or branches on data, so each is one full graph with ``torch.func.vjp`` around it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from dpfast.generate.models.frozen_layers import freeze_linear, fuse_projections
 from dpfast.generate.models.fused import fuse
 from dpfast.ops.guided_step import Prediction
+
+WORD = 0xFFFFFFFF
 
 
 class Denoiser(Protocol):
@@ -33,12 +37,38 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor: ...
 
 
+class PromptRows:
+    """Which of its class's prompts each sample is asked for.
+
+    The prompts of class c are the next ``counts[c]`` rows of a table, behind those of the classes
+    before it. A sample takes number floor(n h / 2^32) of its class's n, h being a 32-bit hash of
+    its id (the finaliser of MurmurHash3, Appleby): the same one in any batch and any run.
+    """
+
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+        self.counts = torch.tensor(counts, dtype=torch.int64, device=device)
+        self.first = self.counts.cumsum(0) - self.counts
+
+    def of(self, labels: Tensor, sample_ids: Tensor) -> Tensor:
+        """(B,) int64 rows, for class ids and sample ids (B,) int64. Reads nothing on the host."""
+        h = (sample_ids ^ (sample_ids >> 32)) & WORD
+        # less 2^32 the factors give the same words, and no product beyond 63 bits
+        h = ((h ^ (h >> 16)) * (0x85EBCA6B - 2**32)) & WORD
+        h = ((h ^ (h >> 13)) * (0xC2B2AE35 - 2**32)) & WORD
+        h = h ^ (h >> 16)
+        numbers = (h * self.counts.index_select(0, labels)) >> 32
+        return self.first.index_select(0, labels) + numbers
+
+
 class ModelDenoiser:
     """A frozen diffusers model behind the call. A learned variance (twice the channels) is cut to
     the mean.
 
     fused: whether its blocks are replaced by their fused forms (``dpfast.generate.models.fused``).
+    rows: of the prompts of samples; None where a class has one condition.
     """
+
+    rows: PromptRows | None = None
 
     def __init__(
         self,

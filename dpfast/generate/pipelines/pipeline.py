@@ -11,11 +11,13 @@ import torch
 
 from dpfast.config import SolverName
 from dpfast.errors import InputError
+from dpfast.generate import check
 from dpfast.generate.models.decoder import Decoder
 from dpfast.generate.models.denoiser import Denoiser
 from dpfast.generate.pipelines import attention as kernels
 from dpfast.generate.pipelines import families
 from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.prompts import Prompts
 from dpfast.generate.solvers import SolverTable, solver_table
 from dpfast.hardware.device import device_of
 from dpfast.ops.quantise import HOPPER
@@ -66,6 +68,10 @@ class Pipeline:
         fused: bool | Literal["auto"] = "auto",
         class_names: Sequence[str] | None = None,
         prompt_template: str = "a photo of a {}",
+        prompts: str | Path = "",
+        negative_prompt: str = "",
+        height: int = 0,
+        width: int = 0,
     ) -> Pipeline:
         """Loads a folder that the ``save_pretrained`` of its diffusers pipeline wrote, or a model
         of the Hugging Face Hub that is in its cache, from safetensors only.
@@ -94,6 +100,12 @@ class Pipeline:
                 ``class_names.json`` (a list) or in the ``id2label`` of its ``model_index.json``.
             prompt_template: what a text-conditioned family is asked for, with "{}" for the class
                 name.
+            prompts: JSON file of one prompt or several for each class, in place of the template
+                (``dpfast.generate.pipelines.prompts.Prompts``). Which of them a sample is asked for
+                follows from its id.
+            negative_prompt: what classifier-free guidance leads away from; "": the empty prompt.
+            height, width: of the images in pixels, for the families whose diffusers pipeline takes
+                them; 0: the size that the model was trained at.
 
         Raises ``InputError`` for a missing folder or part, weights that are missing, incomplete or
         pickled, a pipeline of another family, class names that are missing or do not fit the model,
@@ -113,7 +125,9 @@ class Pipeline:
             placed.type == "cuda" if fused == "auto" else fused,
             float8,
             class_names,
-            prompt_template,
+            Prompts(prompt_template, str(prompts), negative_prompt),
+            check.pixels("height", height),
+            check.pixels("width", width),
         )
         folder = PipelineFolder(
             source, revision=revision, variant=variant, tiny_decoder=tiny_decoder

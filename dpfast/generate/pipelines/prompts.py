@@ -1,34 +1,150 @@
-"""Class names to tables of prompt embeddings, one row a class and a last one for the empty prompt.
+"""Class names to prompts, and those to tables of embeddings: one or more rows a class, and a last
+one for the negative prompt, which is empty unless its user has one.
 
 Each prompt passes the text encoders once, when a pipeline is loaded; the encoders are dropped after
-that. In half precision a class takes 118 kB for Stable Diffusion 1.5 and 2.7 MB for Stable
+that. In half precision a prompt takes 118 kB for Stable Diffusion 1.5 and 2.7 MB for Stable
 Diffusion 3 (derived: 77 tokens of 768, 333 of 4096).
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpfast import imagenet
 from dpfast.errors import InputError
 from dpfast.extras import require
+from dpfast.generate.models.denoiser import PromptRows
 from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.labels import shortened
+from dpfast.textfiles import read_json
 
 PROMPTS_AT_ONCE = 64
+EVERY = "*"  # in a file of prompts: all classes that it does not name
 
 
-def class_prompts(names: tuple[str, ...], template: str) -> list[str]:
-    """``template`` with each name in place of its "{}", and the empty prompt.
+@dataclass(frozen=True)
+class Prompts:
+    """What the classes of a pipeline with text prompts are asked for.
 
-    Raises ``InputError`` where the template does not have exactly one "{}".
+    template: a prompt with "{}" for the class name. file: of prompts by class, in its place: a JSON
+    table from the name of a class, or its WordNet id, to a prompt or a list of them, in which "{}"
+    stands for the class name as well; "*" stands for all other classes. negative: the prompt that
+    classifier-free guidance leads away from.
+
+    A class of ImageNet that is called by its WordNet id is asked for by its name.
     """
-    if not isinstance(template, str) or template.count("{}") != 1:
-        raise InputError(
-            f"prompt_template = {template!r}: expected text with one '{{}}' for the class name"
+
+    template: str = "a photo of a {}"
+    file: str = ""
+    negative: str = ""
+
+    @property
+    def given(self) -> str:
+        """The argument that only a pipeline with text prompts takes; empty for none."""
+        return "prompts" if self.file else "negative_prompt" if self.negative else ""
+
+    def of(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+        """The prompts of each class.
+
+        Raises ``InputError`` where the template does not have exactly one "{}", for a file that
+        cannot be used, and for a name that is a WordNet id outside of ImageNet.
+        """
+        if not isinstance(self.template, str) or self.template.count("{}") != 1:
+            raise InputError(
+                f"prompt_template = {self.template!r}: expected text with one '{{}}' for the class "
+                "name"
+            )
+        listed = _read(self.file, names) if self.file else [(self.template,)] * len(names)
+        return tuple(
+            tuple(_filled(text, name) for text in texts)
+            for texts, name in zip(listed, names, strict=True)
         )
-    return [template.replace("{}", name) for name in names] + [""]
+
+    def texts(self, names: tuple[str, ...]) -> list[str]:
+        """All prompts, class by class, and the negative one behind them. Errors of ``of``."""
+        return [text for texts in self.of(names) for text in texts] + [self.negative]
+
+    def rows(self, names: tuple[str, ...], device: torch.device) -> PromptRows | None:
+        """The rows of each class among ``texts``; None where every class has one."""
+        counts = [len(texts) for texts in self.of(names)]
+        return None if set(counts) == {1} else PromptRows(counts, device)
+
+
+def _filled(text: str, name: str) -> str:
+    """A prompt with the class name in it, as people call the class."""
+    if "{}" not in text:
+        return text
+    known = imagenet.load()
+    if imagenet.WORDNET_ID.fullmatch(name.strip()):
+        if name.strip() not in known.ids:
+            raise InputError(
+                f"class_names: {name!r} is a WordNet id and no prompt; name the class, or say "
+                "--prompts FILE"
+            )
+        name = known.names[known.ids.index(name.strip())]
+    return text.replace("{}", name)
+
+
+def _read(file: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The prompts of each class in a file."""
+    where = f"prompts = {file!r}"
+    try:
+        table = read_json(Path(file))
+    except FileNotFoundError:
+        raise InputError(f"{where}: no such file; expected JSON, class names to prompts") from None
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: expected a table of class names and prompts")
+    called: dict[str, list[int]] = {}
+    with contextlib.suppress(InputError):  # a name of two classes
+        for label, wordnet_id in enumerate(imagenet.load().ids_of(names) or ()):
+            called[wordnet_id] = [label]
+    for label, name in enumerate(names):
+        if called.get(_nfc(name)) != [label]:
+            called.setdefault(_nfc(name), []).append(label)
+    found: dict[int, tuple[str, ...]] = {}
+    for key, value in table.items():
+        texts = [value] if isinstance(value, str) else value
+        right = isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)
+        if not right or not all(text.strip() for text in texts):
+            raise InputError(
+                f"{where}: {key!r} has {shortened(value)}; expected a prompt or a list of them, "
+                "none of them empty"
+            )
+        if key == EVERY:
+            continue
+        labels = called.get(_nfc(key), [])
+        if not labels:
+            some = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+            raise InputError(f"{where}: {key!r} is none of the class names {some}")
+        if len(labels) > 1:
+            raise InputError(
+                f"{where}: {key!r} is the name of classes {labels[0]} and {labels[1]}; say their "
+                "WordNet ids"
+            )
+        (label,) = labels
+        if label in found:
+            raise InputError(f"{where}: {key!r} is the class {names[label]!r}, which it has twice")
+        found[label] = tuple(texts)
+    others = table.get(EVERY)
+    lacking = [name for label, name in enumerate(names) if label not in found]
+    if lacking and others is None:
+        more = f" and {len(lacking) - 1} more classes" if len(lacking) > 1 else ""
+        raise InputError(
+            f"{where}: has no prompts of {lacking[0]!r}{more}; {EVERY!r} stands for all others"
+        )
+    rest = (others,) if isinstance(others, str) else tuple(others or ())
+    return [found.get(label, rest) for label in range(len(names))]
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip())
 
 
 def transformers_library() -> Any:

@@ -29,6 +29,7 @@ from dpfast.generate.pipelines.families.common import (
     autoencoder,
 )
 from dpfast.generate.pipelines.folder import TINY, PipelineFolder
+from dpfast.generate.pipelines.prompts import Prompts
 
 __all__ = ["FAMILIES", "LoadOptions", "check", "check_float8", "family_of", "into_float8", "load"]
 
@@ -50,7 +51,13 @@ def load(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     folder.check_variant(_with_weights(folder))
     if options.float8:
         check_float8(folder)
+    check_prompts(folder, options.prompts, ())
+    check_size(folder, options.height, options.width)
     parts = family.load(folder, options)
+    if family.prompted:
+        denoiser: Any = parts.denoiser
+        denoiser.classes = len(parts.class_names)
+        denoiser.rows = options.prompts.rows(parts.class_names, options.device)
     if options.float8:
         quantised, layers = into_float8(folder, parts.denoiser)
         log.info("float8: %d of %d linear layers of the denoiser", quantised, layers)
@@ -77,6 +84,27 @@ def into_float8(folder: PipelineFolder, denoiser: Any) -> tuple[int, int]:
             "dpfast.generate.models.fused, widths that are multiples of 16); use 'bfloat16'"
         )
     return quantised, layers
+
+
+def check_size(folder: PipelineFolder, height: int, width: int) -> None:
+    """Raises ``InputError`` for a pipeline whose images have one size, and another is asked for."""
+    name, pixels = ("height", height) if height else ("width", width)
+    if pixels and not family_of(folder).sized:
+        raise folder.error(
+            f"{name} = {pixels}: a {folder.kind} makes images of its own size alone; leave it out, "
+            "image_size changes them afterwards"
+        )
+
+
+def check_prompts(folder: PipelineFolder, prompts: Prompts, names: tuple[str, ...]) -> None:
+    """Raises ``InputError`` for prompts of a pipeline that takes none, or that cannot be those of
+    the classes ``names``.
+    """
+    if family_of(folder).prompted:
+        if names:
+            prompts.of(names)
+    elif prompts.given:
+        raise folder.error(f"a {folder.kind} takes no prompts; leave {prompts.given} out")
 
 
 def check(folder: PipelineFolder) -> None:

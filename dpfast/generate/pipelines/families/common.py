@@ -13,6 +13,7 @@ from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder, dec
 from dpfast.generate.models.denoiser import Denoiser
 from dpfast.generate.pipelines.attention import set_attention
 from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.prompts import Prompts
 
 CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
 
@@ -28,7 +29,9 @@ class LoadOptions:
     fused: bool
     float8: bool  # of the linear layers, where dtype is of all else
     class_names: Sequence[str] | None
-    prompt_template: str
+    prompts: Prompts
+    height: int  # of the images in pixels; 0: the model's own
+    width: int
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,19 @@ class Family:
 
     load: makes its parts. needs: the sub-folders without which it cannot be loaded. models: the
     parts with weights, where the folder has them. float8: whether its linear layers gain by it.
+    sized: whether its images may have another height and width than it was trained at.
     """
 
     load: Callable[[PipelineFolder, LoadOptions], LoadedParts]
     needs: tuple[str, ...]
     models: tuple[str, ...]
     float8: bool = False
+    sized: bool = False
+
+    @property
+    def prompted(self) -> bool:
+        """Whether it is asked by text."""
+        return any(part.startswith("tokenizer") for part in self.needs)
 
 
 def names_of(folder: PipelineFolder, options: LoadOptions) -> tuple[str, ...]:
@@ -67,10 +77,46 @@ def names_of(folder: PipelineFolder, options: LoadOptions) -> tuple[str, ...]:
 
 
 def network(folder: PipelineFolder, kind: Any, part: str, options: LoadOptions) -> Any:
+    """The model that denoises, on its device and of the size of images that was asked for."""
     model = folder.model(kind, part, device=options.device, dtype=options.dtype)
+    sized(folder, model, options.height, options.width)
     if kind in CONVOLUTIONAL:
         model = in_format(model, options)
     return set_attention(model, options.attention)
+
+
+def pixels_of_latents(folder: PipelineFolder) -> int:
+    """Pixels in the height, and in the width, of one element of the latents of the part "vae"."""
+    config = folder.config("vae")
+    for blocks in ("encoder_block_out_channels", "block_out_channels"):
+        if config.get(blocks):
+            return 2 ** (len(config[blocks]) - 1)
+    raise folder.error("'vae' has no block_out_channels in its config.json")
+
+
+def sized(folder: PipelineFolder, model: Any, height: int, width: int) -> None:
+    """Gives a model the sample_size of images of ``height`` x ``width`` pixels; 0: its own.
+
+    Raises ``InputError`` for sides that its latents or patches do not divide, or that are beyond
+    its table of positions.
+    """
+    if not (height or width):
+        return
+    config = model.config
+    patch, scale = int(config.get("patch_size") or 1), pixels_of_latents(folder)
+    own = config.sample_size
+    sides = [int(side) for side in ((own, own) if isinstance(own, int) else own)]
+    most = int(config.get("pos_embed_max_size") or 0) * patch * scale
+    for at, (name, pixels) in enumerate((("height", height), ("width", width))):
+        if pixels % (scale * patch):
+            raise folder.error(
+                f"{name} = {pixels}: expected a multiple of {scale * patch}, the pixels of "
+                f"{'an element' if patch == 1 else 'a patch'} of its latents"
+            )
+        if most and pixels > most:
+            raise folder.error(f"{name} = {pixels}: expected at most {most}, its last position")
+        sides[at] = pixels // scale or sides[at]
+    model.register_to_config(sample_size=tuple(sides))
 
 
 def autoencoder(folder: PipelineFolder, kind: Any, part: str, options: LoadOptions) -> Any:

@@ -56,7 +56,7 @@ class TextUNetDenoiser(ModelDenoiser):
 
 def _stable_diffusion(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     names = names_of(folder, options)
-    prompts = texts.class_prompts(names, options.prompt_template)
+    prompts = options.prompts.texts(names)
     # as StableDiffusionPipeline sets every scheduler: old folders of this family name other values
     scheduler = load_scheduler(folder.path, latent=True, clip_sample=False, steps_offset=1)
     model = network(folder, diffusers.UNet2DConditionModel, "unet", options)
@@ -108,5 +108,6 @@ FAMILIES = {
         _stable_diffusion,
         needs=("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
         models=("unet", "vae", "text_encoder"),
+        sized=True,
     )
 }

@@ -59,7 +59,7 @@ class TextTransformerDenoiser(ModelDenoiser):
 
 def _stable_diffusion_3(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     names = names_of(folder, options)
-    prompts = texts.class_prompts(names, options.prompt_template)
+    prompts = options.prompts.texts(names)
     scheduler = load_scheduler(folder.path, latent=True)
     if prediction_of(scheduler) != "flow":
         raise folder.error(
@@ -126,6 +126,7 @@ FAMILIES = {
             "scheduler",
         ),
         models=("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+        sized=True,
         float8=True,
     )
 }
