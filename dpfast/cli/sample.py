@@ -1,20 +1,24 @@
-"""``dpfast sample``: images of given classes, guided or not."""
+"""``dpfast sample``: images of given classes, guided or not, under one setting or several."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dpfast.cli.parser import Commands, add_command
 from dpfast.cli.recipes import add_fields, recipe_of
-from dpfast.config import fields
+from dpfast.config import Recipe, fields
 from dpfast.errors import InputError
 from dpfast.extras import require
 from dpfast.textfiles import to_json
 
 # A learner guides as it was saved, in one stream of batches that finds its size and whether
 # compiling pays.
-ELSEWHERE = ("guidance.omega", "guidance.guide_with", "generator.compile")
+STRENGTHS = ("guidance.omega", "guidance.anchor")  # of which several may be given
+ELSEWHERE = (*STRENGTHS, "guidance.guide_with", "generator.compile")
 OWN = ("seed", "device")
 FIELDS = [
     name
@@ -47,13 +51,35 @@ def add(commands: Commands) -> None:
         "--omega",
         dest="omega",
         default="0",
-        metavar="X",
-        help="strength of guidance (default: 0, unguided)",
+        metavar="X,...",
+        help="strength of guidance, or several, the same samples with each in a folder of its own "
+        "and all in grid.png (default: 0, unguided)",
+    )
+    parser.add_argument(
+        "--guidance.anchor",
+        "--anchor",
+        dest="anchor",
+        metavar="X,...",
+        help=f"{fields()['guidance.anchor'].help}; or several, as of --omega (default: the "
+        "recipe's)",
     )
     parser.add_argument(
         "--learner",
         metavar="FOLDER",
-        help="folder of the run whose learner guides (default: the embedded judge network)",
+        help="folder of the run whose learner guides, finished or not (default: the embedded judge "
+        "network)",
+    )
+    parser.add_argument(
+        "--at",
+        metavar="MOMENT,...",
+        help="which learner of the run, or several, as of --omega: 2 for the end of round 2, which "
+        "--keep-rounds keeps, step-N for any checkpoint that is there, newest (default: newest, "
+        "the end of a finished run)",
+    )
+    parser.add_argument(
+        "--trajectory",
+        action="store_true",
+        help="write trajectory.png as well: the image that each step predicts",
     )
     parser.add_argument(
         "--recipe",
@@ -65,41 +91,94 @@ def add(commands: Commands) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    recipe = recipe_of(arguments, omega=arguments.omega)
-    omega = recipe.guidance.omega
+    recipes = _recipes(arguments)
+    recipe = recipes[0]
+    guided = any(each.guidance.omega for each in recipes)
     if arguments.count < 1:
         raise InputError(f"count = {arguments.count}: expected at least 1")
     require("matplotlib")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise InputError(f"out = {str(arguments.out)!r}: exists and is not an empty folder")
-    if not omega:
+    if not guided:
         _check_unguided(arguments)
+    if arguments.at is not None and arguments.learner is None:
+        raise InputError(f"at = {arguments.at!r}: names the learner of a run; say --learner RUN")
     recipe.need_folders("pipeline")
 
     from dpfast.generate.from_recipe import fetched, load_pipeline, new_sampler
     from dpfast.hardware.device import device_named
     from dpfast.learn.models import load_learner
-    from dpfast.report.samples import write_samples
+    from dpfast.practice.saved_learners import NEWEST, saved_learners
+    from dpfast.report.cells import cells_of, write_cells
 
     generator = fetched(recipe.generator)
     pipeline = load_pipeline(generator, device=device_named(recipe.device))
     labels = _labels(arguments.labels, pipeline.class_names)
-    learner = load_learner(arguments.learner, pipeline) if omega else None
-    ordered = [label for label in labels for _ in range(arguments.count)]
-    sampler = new_sampler(recipe, pipeline, learner, compile="auto")
-    batches = sampler.stream(ordered)
-    sheet = write_samples(batches, pipeline.class_names, arguments.out)
+    learner, saved = None, []
+    if guided and arguments.learner is None:
+        learner = load_learner(None, pipeline)
+    elif guided:
+        moments = (NEWEST,) if arguments.at is None else _members(arguments.at)
+        saved = saved_learners(Path(arguments.learner), pipeline, moments)
+        learner = saved[0].module
+    cells = cells_of(_strengths(recipes), saved)
+    sampler, stepwise = new_sampler(recipe, pipeline, learner, compile="auto"), None
+    if arguments.trajectory:  # of so few samples that nothing is prepared for them
+        stepwise = new_sampler(recipe, pipeline, learner, compile=False, cuda_graphs=False)
+    pictures = write_cells(
+        cells, sampler, labels, arguments.count, arguments.out, stepwise=stepwise
+    )
+    made = _settings(recipe, len(cells) > 1)
+    made["learner"] = (arguments.learner or "the embedded judge") if guided else None
+    made["cells"] = [cell.described(cells) for cell in cells]
+    settings = arguments.out / "settings.json"
+    settings.write_text(to_json(made) + "\n", encoding="utf-8")
+    count = f"{len(labels) * arguments.count} images"
+    if len(cells) > 1:
+        count += f" under each of {len(cells)} settings"
+    print(f"{count} in {arguments.out}, overview {', '.join(map(str, pictures))}")
+    return 0
+
+
+def _settings(recipe: Recipe, several: bool) -> dict[str, Any]:
+    """What all samples share; of ``several`` strengths each cell has its own."""
     whole = recipe.to_dict()
     made = {name: whole[name] for name in ("seed", "generator", "guidance")}
-    made["learner"] = (arguments.learner or "the embedded judge") if omega else None
-    (arguments.out / "settings.json").write_text(to_json(made) + "\n", encoding="utf-8")
-    print(f"{len(ordered)} images in {arguments.out}, overview {sheet}")
-    return 0
+    if several:
+        strengths = [name.rpartition(".")[2] for name in STRENGTHS]
+        made["guidance"] = {k: v for k, v in made["guidance"].items() if k not in strengths}
+    return made
+
+
+def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
+    """The recipe with each omega and anchor that are given. Raises ``InputError`` for a value that
+    is given twice.
+    """
+    given = {"omega": arguments.omega, "anchor": arguments.anchor}
+    texts = {name: _members(text) for name, text in given.items() if text is not None}
+    recipes = [
+        recipe_of(arguments, **dict(zip(texts, values, strict=True)))
+        for values in itertools.product(*texts.values())
+    ]
+    for name, members in texts.items():
+        if len({getattr(recipe.guidance, name) for recipe in recipes}) < len(members):
+            raise InputError(f"{name} = {given[name]!r}: names a value twice")
+    return recipes
+
+
+def _strengths(recipes: Sequence[Recipe]) -> list[tuple[float, float]]:
+    """Omega and anchor of each recipe, those once that have no omega, which an anchor needs."""
+    pairs = [(each.guidance.omega, each.guidance.anchor) for each in recipes]
+    return [*dict.fromkeys((omega, anchor if omega else 0.0) for omega, anchor in pairs)]
+
+
+def _members(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def _check_unguided(arguments: argparse.Namespace) -> None:
     """Raises ``InputError`` for what was given and says how to guide, where nothing is guided."""
-    given = {"learner": arguments.learner} | {
+    given = {name: getattr(arguments, name) for name in ("learner", "at", "anchor")} | {
         key.removeprefix("field.guidance."): value
         for key, value in vars(arguments).items()
         if key.startswith("field.guidance.")

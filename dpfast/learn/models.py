@@ -292,24 +292,15 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
     embedded judge network.
 
     Raises ``InputError`` when the folder holds no learner, or one whose classes are not the
-    pipeline's.
+    pipeline's; and without a folder for a pipeline whose images the judge does not know.
     """
     if folder is None:
-        return load_judge().to(pipeline.device)
+        return _judge_of(pipeline)
     weights = Path(folder) / f"learner_{source}.safetensors"
-    recipe_file = Path(folder) / RECIPE_FILE
-    if not there(weights) or not there(recipe_file):
+    if not there(weights) or not there(Path(folder) / RECIPE_FILE):
         raise InputError(
             f"learner = {str(folder)!r}: not the folder of a finished run, it has no {weights.name}"
         )
-    kind = objects_of(Path(folder)).get("learner")
-    if kind is not None:
-        raise InputError(
-            f"learner = {str(folder)!r}: an object of its run, "
-            f"{kind}; load {weights.name} into another one"
-        )
-    recipe = as_kept(Recipe.from_dict(read_recipe(recipe_file)), Path(folder))
-    model = learner_factory(recipe, pipeline)()
     check_readable(weights)
     try:
         tensors = load_file(weights)
@@ -317,14 +308,44 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
         raise InputError(
             f"learner = {str(folder)!r}: {weights.name} cannot be read: {first_line(error)}"
         ) from error
+    return learner_of_run(Path(folder), pipeline, tensors)
+
+
+def learner_of_run(folder: Path, pipeline: Pipeline, weights: dict[str, Tensor]) -> nn.Module:
+    """The classifier of the run in ``folder`` with these weights, in eval mode and its precision.
+
+    Raises ``InputError`` for a learner that was an object of its run, and for weights that do not
+    fit the one of its recipe for this pipeline.
+    """
+    kind = objects_of(folder).get("learner")
+    if kind is not None:
+        raise InputError(
+            f"learner = {str(folder)!r}: an object of its run, "
+            f"{kind}; load its weights into another one"
+        )
+    recipe = as_kept(Recipe.from_dict(read_recipe(folder / RECIPE_FILE)), folder)
+    model = learner_factory(recipe, pipeline)()
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(weights)
     except RuntimeError as error:  # a heading, then a line a tensor
         why = lines(str(error))[:2][-1].strip()
         raise InputError(f"learner = {str(folder)!r}: does not fit the pipeline: {why}") from error
     return in_precision(
         model.eval().requires_grad_(False), recipe.learner.precision, pipeline.device
     )
+
+
+def _judge_of(pipeline: Pipeline) -> nn.Module:
+    """The embedded judge. Raises ``InputError`` for a pipeline of other images than it knows."""
+    judge: Any = load_judge().to(pipeline.device)
+    channels, classes = judge.model.config.num_channels, judge.model.config.num_labels
+    if (image_channels(pipeline), len(pipeline.class_names)) != (channels, classes):
+        raise InputError(
+            f"learner: name the run whose learner guides; the embedded judge knows {classes} "
+            f"classes of images with {channels} channel, and the pipeline makes "
+            f"{len(pipeline.class_names)} with {image_channels(pipeline)}"
+        )
+    return judge
 
 
 class Committee(nn.Module):

@@ -7,7 +7,6 @@ So one long run yields every point of a scaling curve: the pool of each round, t
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from dpfast.config import RECIPE_FILE, Recipe, objects_of
 from dpfast.errors import InputError, RecipeError
-from dpfast.files import is_folder, listed
+from dpfast.files import is_folder
 from dpfast.learn.pretrained import KEPT
 from dpfast.parallel import Ranks
 from dpfast.pool.rank_folders import rank_folder
@@ -53,11 +52,7 @@ def prepare_branch(
     folder = trunk / f"checkpoints_{SOURCE}"
     path = checkpoint.at_round(folder, round)
     if path is None:
-        kept = sorted(
-            int(name[1])
-            for p in listed(folder)
-            if (name := re.fullmatch(r"checkpoint-[0-9]+-round-([0-9]+)\.json", p.name))
-        )
+        kept = checkpoint.rounds(folder)
         rounds = (
             f"there are those of {', '.join(map(str, kept))}"
             if kept

@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import mmap
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -204,6 +205,19 @@ def at_round(folder: Path, round: int) -> Path | None:
     """
     found = [p for p in paths(folder) if p.stem.endswith(f"-{of_round(round)}")]
     return found[-1] if found else None
+
+
+def rounds(folder: Path) -> list[int]:
+    """The rounds whose ends are kept, in their order."""
+    names = (re.fullmatch(r"checkpoint-[0-9]+-round-([0-9]+)", path.stem) for path in paths(folder))
+    return sorted({int(name[1]) for name in names if name})
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint; None where its JSON cannot be read."""
+    record = read_whole_json(path)
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def stable(folder: Path) -> Path | None:

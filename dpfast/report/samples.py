@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from dpfast.data.class_folders import LONGEST, safe_name
-from dpfast.report.sheets import contact_sheet
+from dpfast.report.sheets import contact_sheet, reduced
 from dpfast.samples import SampleBatch
 from dpfast.textfiles import to_json
 
+ROWS, COLUMNS = 50, 20  # of an overview
 
-def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder: Path) -> Path:
-    """Writes ``<sample id>_<label>.png`` for every sample, ``samples.jsonl`` and an overview, whose
-    path it returns.
+
+def write_samples(
+    batches: Iterable[SampleBatch],
+    names: Sequence[str],
+    folder: Path,
+    *,
+    labels: int = ROWS,
+    each: int = COLUMNS,
+    what: str = "",
+) -> dict[int, Tensor]:
+    """Writes ``<sample id>_<label>.png`` for every sample, and ``samples.jsonl``.
 
     A name's characters that do not belong in a file name become "-".
+
+    what: they are, beside the progress.
+
+    Returns, for the first ``labels`` labels, the first images of ``each`` of them as a sheet shows
+    them: uint8 (n, C, H, W) by label.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    by_label: dict[int, list[torch.Tensor]] = {}
+    shown: dict[int, list[Tensor]] = {}
     with (
         (folder / "samples.jsonl").open("w", encoding="utf-8") as lines,
-        tqdm(unit="sample") as bar,
+        tqdm(unit="sample", desc=what or None) as bar,
     ):
         for batch in batches:
             columns = batch.labels.tolist(), batch.sample_ids.tolist(), batch.entropy.tolist()
@@ -36,10 +51,18 @@ def write_samples(batches: Iterable[SampleBatch], names: tuple[str, ...], folder
                 row = {"file": file, "sample_id": number, "label": label, "class": names[label]}
                 known = {"entropy": entropy} if entropy == entropy else {}
                 lines.write(to_json(row | known) + "\n")
-                by_label.setdefault(label, []).append(image)
+                if label in shown or len(shown) < labels:
+                    of_label = shown.setdefault(label, [])
+                    if len(of_label) < each:
+                        of_label.append(reduced(image[None])[0])
             bar.update(len(batch))
-    labels = sorted(by_label)
-    rows = [torch.stack(by_label[label][:20]) for label in labels]
-    return contact_sheet(
-        rows, tuple(names[label] for label in labels), "samples", folder / "overview.png"
-    )
+    return {label: torch.stack(images) for label, images in shown.items()}
+
+
+def overview(shown: dict[int, Tensor], names: Sequence[str], folder: Path) -> Path:
+    """Writes ``overview.png``, a row of samples for each label, as ``write_samples`` returned
+    them.
+    """
+    labels = sorted(shown)
+    rows, called = [shown[label] for label in labels], [names[label] for label in labels]
+    return contact_sheet(rows, called, "samples", folder / "overview.png")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -12,6 +14,10 @@ from torch import Tensor
 GAP = 1  # pixels between images
 # pixels: small images are enlarged by a whole number, so that their pixels stay square and sharp
 TARGET = 48
+LARGEST = 192  # pixels: the side of an image in a sheet, at most
+WIDEST = 6000  # pixels of all images of a row
+DPI = 100
+LETTER = 7.5  # pixels of a letter of a name, about
 
 
 def tile(rows: list[Tensor], *, background: int = 255) -> Image.Image:
@@ -37,17 +43,65 @@ def enlarged(picture: Image.Image, side: int) -> Image.Image:
     )
 
 
-def contact_sheet(rows: list[Tensor], names: tuple[str, ...], title: str, path: Path) -> Path:
-    """Writes a PNG of a grid with a title and a name for each row; ``rows`` as for ``tile``."""
-    picture = tile(rows)
-    height, columns = rows[0].shape[-2], max(len(row) for row in rows)
-    figure = Figure(figsize=(2.0 + 0.42 * columns, 0.6 + 0.42 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(picture, cmap="gray" if picture.mode == "L" else None, vmin=0, vmax=255)
-    axes.set_yticks([r * (height + GAP) + height / 2 for r in range(len(rows))], names)
-    axes.set_xticks([])
+def reduced(images: Tensor, side: int = LARGEST) -> Tensor:
+    """uint8 images (n, C, H, W) whose longer side is at most ``side`` pixels, each pixel the mean
+    of those that it stands for.
+    """
+    height, width = images.shape[-2:]
+    if max(height, width) <= side:
+        return images
+    size = [max(1, round(each * side / max(height, width))) for each in (height, width)]
+    return F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
+
+
+def contact_sheet(
+    rows: list[Tensor],
+    names: Sequence[str],
+    title: str,
+    path: Path,
+    *,
+    columns: Sequence[tuple[str, int]] = (),
+) -> Path:
+    """Writes a PNG of a grid with a title, and returns its path.
+
+    Images are shown pixel for pixel, small ones enlarged as by ``enlarged``, large ones and those
+    of long rows ``reduced``.
+
+    Args:
+        rows: as for ``tile``.
+        names: of the rows.
+        title: above all.
+        path: of the PNG.
+        columns: names above the columns, each with how many columns it is of.
+    """
+    longest = max(len(row) for row in rows)
+    rows = [reduced(row, min(LARGEST, max(1, WIDEST // longest))) for row in rows]
+    height, width = rows[0].shape[-2:]
+    grid = tile(rows)
+    picture = enlarged(grid, width)
+    factor = picture.width / grid.width
+    figure = Figure(figsize=(picture.width / DPI, picture.height / DPI), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(
+        picture,
+        cmap="gray" if picture.mode == "L" else None,
+        vmin=0,
+        vmax=255,
+        interpolation="none",
+    )
+    down = [factor * (r * (height + GAP) + height / 2) for r in range(len(rows))]
+    axes.set_yticks(down, names, fontsize=9)
+    across, above, start = [], [], 0
+    for name, count in columns:
+        across.append(factor * ((start + count / 2) * (width + GAP) - GAP / 2))
+        above.append(name)
+        start += count
+    axes.xaxis.tick_top()
+    room = [factor * count * (width + GAP) for _, count in columns]
+    upright = any(LETTER * len(n) > r for (n, _), r in zip(columns, room, strict=True))
+    axes.set_xticks(across, above, fontsize=9, rotation=90 if upright else 0)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.1)
     return path

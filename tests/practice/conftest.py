@@ -4,7 +4,9 @@ import pytest
 from PIL import Image
 
 from dpfast.config import Recipe
-from tests.practice.small import CLASSES, noise
+from dpfast.practice.experiment import DeliberatePractice
+from dpfast.practice.run_writer import RunWriter
+from tests.practice.small import CLASSES, REAL, noise
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +25,22 @@ def recipe(pipeline_folder):
     """A recipe of seconds: three classes, 16x16 images, a yardstick of 20 samples; its real images
     are ``tests.practice.small.REAL``.
     """
+    return recipe_of_seconds(pipeline_folder)
+
+
+@pytest.fixture(scope="session")
+def kept_run(pipeline_folder, tmp_path_factory):
+    """The folder of a finished run of "dp" with three additions, whose rounds are kept; not to be
+    changed.
+    """
+    path = tmp_path_factory.mktemp("kept") / "run"
+    recipe = recipe_of_seconds(pipeline_folder, sources=["dp"], keep_rounds=True)
+    with RunWriter(path, recipe) as folder:
+        DeliberatePractice(recipe, real=REAL).run(folder, progress=False)
+    return path
+
+
+def recipe_of_seconds(pipeline_folder, **practice):
     return Recipe.from_dict(
         {
             "name": "test",
@@ -49,6 +67,7 @@ def recipe(pipeline_folder):
                 "yardstick_samples": 20,
                 # a checkpoint at every evaluation, whatever the clock says
                 "checkpoint_minutes": 0,
+                **practice,
             },
         }
     )

@@ -233,7 +233,7 @@ def test_a_run_of_objects_names_them_and_needs_the_same_kinds_to_go_on(short, tm
             DeliberatePractice(short, learner=learner, **options).run(out, resume=True)
     DeliberatePractice(short, learner=net(), **options).run(out, resume=True, progress=False)
     assert (out / "metrics.jsonl").read_text() == lines
-    with pytest.raises(InputError, match=r"an object of its run, torch.*load learner_static"):
+    with pytest.raises(InputError, match=r"an object of its run, torch.*load its weights"):
         load_learner(out, pipeline, source="static")
 
 
