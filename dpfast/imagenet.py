@@ -42,10 +42,7 @@ class ImageNet:
 
         Raises ``InputError`` where only one class of such a name is there, which may be either.
         """
-        known: dict[str, list[str]] = {}
-        for wordnet_id, name in zip(self.ids, self.names, strict=True):
-            for key in dict.fromkeys((wordnet_id, name.lower(), name.split(",")[0].lower())):
-                known.setdefault(key, []).append(wordnet_id)
+        known = self._known()
         keys = [name.strip().lower() for name in classes]
         if not all(key in known for key in keys):
             return None
@@ -65,6 +62,19 @@ class ImageNet:
             found.append(choices[place])
             taken[key] = place + 1
         return tuple(found)
+
+    def strangers(self, classes: Sequence[str]) -> list[str]:
+        """The classes that are none of ImageNet's, by id or name."""
+        known = self._known()
+        return [name for name in classes if name.strip().lower() not in known]
+
+    def _known(self) -> dict[str, list[str]]:
+        """What a class may be called, in lower case -> the WordNet ids of such classes."""
+        known: dict[str, list[str]] = {}
+        for wordnet_id, name in zip(self.ids, self.names, strict=True):
+            for key in dict.fromkeys((wordnet_id, name.lower(), name.split(",")[0].lower())):
+                known.setdefault(key, []).append(wordnet_id)
+        return known
 
     def _named_fully(self, wordnet_id: str, keys: list[str], key: str) -> bool:
         """Whether another of ``keys`` already is the full name of this class: "maillot, tank suit"

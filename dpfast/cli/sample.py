@@ -11,6 +11,7 @@ from typing import Any
 from dpfast.cli.parser import Commands, add_command
 from dpfast.cli.recipes import add_fields, recipe_of
 from dpfast.config import Recipe, fields
+from dpfast.config.kinds import joined, parted
 from dpfast.errors import InputError
 from dpfast.extras import require
 from dpfast.textfiles import to_json
@@ -34,7 +35,8 @@ def add(commands: Commands) -> None:
         "--labels",
         required=True,
         metavar="LABEL,...",
-        help="class ids or names, or all; to be given",
+        help="class ids or names, one with commas between double quotes "
+        "('\"bonnet, poke bonnet\",3'), or all; to be given",
     )
     parser.add_argument(
         "--out",
@@ -195,14 +197,21 @@ def _labels(text: str, names: tuple[str, ...]) -> list[int]:
 
     classes = ClassNames(names)
     labels = []
-    for part in (p.strip() for p in text.split(",")):
+    try:
+        parts = parted(text)
+    except ValueError:
+        raise InputError(f"labels = {text!r}: expected quotes around whole names") from None
+    for part in parts:
         found = classes.called(text_of(part))
         if len(found) > 1:
             raise InputError(f"labels = {part!r}: may be any of {classes.several(found)}")
         if not found:
+            quoted = joined([text.strip()])
+            if len(parts) > 1 and classes.called(text_of(text.strip())):
+                raise InputError(f"labels = {text!r}: a name with commas is quoted: {quoted!r}")
             raise InputError(
                 f"labels = {part!r}: expected 0 to {len(names) - 1}, 'all', or one of: "
-                f"{', '.join(names)}"
+                f"{joined(names)}"
             )
         labels += found
     return labels

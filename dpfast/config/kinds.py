@@ -25,6 +25,9 @@ else:
 LEVELS = 20  # of a recipe's tables and lists: a model's options may be nested, no one's so deeply
 BELOW = 1e300  # numbers of a table: Python writes no whole ones of more than 4,300 digits
 BARE = re.compile("[A-Za-z0-9_-]+")  # a key without quotes
+ITEM = re.compile(  # of a list on a command line
+    r'\s*(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<plain>(?!")[^,]*?))\s*(?P<more>,|\Z)'
+)
 ImportPath = NewType("ImportPath", str)  # the form of dpfast/config/imported.py
 
 
@@ -186,14 +189,16 @@ class ChoiceOrPath(Kind):
 
 @dataclass(frozen=True)
 class Sequence(Kind):
-    """Several values of one type; on a command line with commas. count: None for any number."""
+    """Several values of one type; on a command line with commas, around which a value of its own
+    commas is quoted. count: None for any number.
+    """
 
     item: Kind
     count: int | None
 
     def parse(self, given: Any) -> tuple[Any, ...]:
         if isinstance(given, str):
-            given = [part.strip() for part in given.split(",")] if given else []
+            given = parted(given) if given else []
         if not isinstance(given, list | tuple) or self.count not in (None, len(given)):
             raise TypeError
         return tuple(self.item.parse(each) for each in given)
@@ -207,6 +212,32 @@ class Sequence(Kind):
 
     def within(self, value: Any, range: Range) -> bool:
         return all(self.item.within(each, range) for each in value)
+
+
+def parted(text: str) -> list[str]:
+    """The values of a list on a command line, as in CSV: between commas, and between double quotes
+    where a value has commas of its own; a quote in one that is quoted is doubled:
+
+        "bonnet, poke bonnet",tench
+
+    Raises ``ValueError`` for a quote that does not end, or ends in the middle of a value.
+    """
+    found, at, more = [], 0, True
+    while more:
+        item = ITEM.match(text, at)
+        if item is None:
+            raise ValueError
+        found.append(item["plain"] if item["quoted"] is None else item["quoted"].replace('""', '"'))
+        at, more = item.end(), item["more"] == ","
+    return found
+
+
+def joined(values: typing.Iterable[str]) -> str:
+    """Values as ``parted`` reads them."""
+    return ",".join(
+        '"' + value.replace('"', '""') + '"' if "," in value or value.startswith('"') else value
+        for value in values
+    )
 
 
 class Table(Kind):

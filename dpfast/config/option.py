@@ -15,7 +15,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast, get_type_hints
 
-from dpfast.config.kinds import Kind, Range, inline, kind_of
+from dpfast.config.kinds import Kind, Range, inline, joined, kind_of
 from dpfast.errors import RecipeError
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Option:
     def text(self, value: Any) -> str:
         """A value as a command line writes it."""
         if isinstance(value, tuple):
-            return ",".join(map(self.text, value))
+            return joined(map(self.text, value))
         if isinstance(value, dict):
             return inline(value)[1:-1]
         if isinstance(value, bool):

@@ -128,9 +128,25 @@ def class_folders(
         found[label] = folder
     if unknown:
         raise InputError(
-            f"{field} = {str(path)!r}: classes that the learner does not know: {some_of(unknown)}"
+            f"{field} = {str(path)!r}: classes that the learner does not know: "
+            f"{some_of(unknown)}{in_part_imagenet(classes, ids)}"
         )
     return sorted((folder, label) for label, folder in found.items())
+
+
+def in_part_imagenet(classes: Sequence[str], ids: Sequence[str] | None) -> str:
+    """Why WordNet ids and indices do not call the classes, for a message: some of them are
+    ImageNet's and others are not. Empty where that is not so.
+    """
+    strangers = [] if ids is not None else imagenet.load().strangers(classes)
+    if not 0 < len(strangers) < len(classes):
+        return ""
+    others = f" and {len(strangers) - 1} more are" if len(strangers) > 1 else " is"
+    return (
+        f"; folders are matched by WordNet ids and indices only where all class_names are of "
+        f"ImageNet, and {strangers[0]!r}{others} not: a prompt of your own for a class belongs "
+        "into --prompts FILE, beside its name"
+    )
 
 
 def imagenet_ids(path: Path, classes: Sequence[str]) -> tuple[str, ...] | None:

@@ -19,7 +19,13 @@ from torch.utils.data import Dataset
 
 from dpfast.config import ASSETS
 from dpfast.data import fashion
-from dpfast.data.class_folders import class_folders, holds_classes, imagenet_ids, sub_folders
+from dpfast.data.class_folders import (
+    class_folders,
+    holds_classes,
+    imagenet_ids,
+    in_part_imagenet,
+    sub_folders,
+)
 from dpfast.data.folders import (
     BATCH,
     ImageFolder,
@@ -396,7 +402,8 @@ def _complete(name: str, field: str, classes: Sequence[str], labels: Iterable[in
     missing = sorted(set(range(len(classes))) - set(labels))
     if missing:
         more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
-        raise InputError(f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}")
+        why = in_part_imagenet(classes, imagenet_ids(Path(name), classes))
+        raise InputError(f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}{why}")
 
 
 def read_all(folder: ImageFolder, ranks: Ranks = ALONE) -> RealSet:

@@ -45,6 +45,9 @@ GIVEN = [  # field, given, taken
     ("waypoints", "", ()),
     ("leg", [1, 2], (1.0, 2.0)),
     ("flags", "A, B", ("A", "B")),
+    ("flags", '"bonnet, poke bonnet" , tench', ("bonnet, poke bonnet", "tench")),
+    ("flags", 'say "A",B', ('say "A"', "B")),
+    ("flags", '"a ""b"", c"', ('a "b", c',)),
     ("extra", {"a": 1}, {"a": 1}),
 ]
 
@@ -95,6 +98,20 @@ def test_a_placeholder_and_a_default_are_written_as_on_a_command_line():
     assert said["motor"] == ("true|false|auto", "auto")
     assert said["leg"] == ("X,X", "0,1.5")
     assert said["flags"] == ("FLAG,...", "none")
+
+
+@pytest.mark.parametrize(
+    "values", [("A", "B"), ("bonnet, poke bonnet",), ('"', "a"), ('a "b", c', "d"), ("", "e")]
+)
+def test_a_list_is_read_as_it_is_written(values):
+    flags = options(Sailing)["flags"]
+    assert flags.value("flags", flags.text(values)) == values
+
+
+@pytest.mark.parametrize("text", ['"A', 'A,"B', '"A" of B', '"A""'])
+def test_quotes_that_do_not_close_are_refused(text):
+    with pytest.raises(RecipeError, match=r"flags = .*expected a list of names"):
+        options(Sailing)["flags"].value("flags", text)
 
 
 def test_a_type_that_no_field_has_had_is_refused():

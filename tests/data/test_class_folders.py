@@ -221,7 +221,11 @@ def test_labels_of_the_command_line_are_read_by_the_same_rules():
     assert _labels("0, 9,1", turned) == [9, 8, 0]
     assert _labels("1,dress, Bag", ("Bag", "Dress")) == [1, 1, 0]
     assert _labels("all", turned) == list(range(10))
+    with_commas = ("bonnet, poke bonnet", "bonnet", "tench")
+    assert _labels('"bonnet, poke bonnet", bonnet,2', with_commas) == [0, 1, 2]
     for text, names, said in (
+        ("bonnet, poke bonnet", with_commas[::2], "commas is quoted: '\"bonnet, poke bonnet\"'"),
+        ('"bonnet', with_commas, "expected quotes around whole names"),
         ("0", ("1", "2"), "labels = '0': expected"),
         ("crane", ("crane", "crane"), "'crane': may be any of"),
         ("DOG", ("Dog", "dog"), "'DOG': may be any of"),
@@ -229,3 +233,27 @@ def test_labels_of_the_command_line_are_read_by_the_same_rules():
     ):
         with pytest.raises(InputError, match=said):
             _labels(text, names)
+
+
+@pytest.mark.parametrize("called", ["ids", "names"])
+def test_a_prompt_among_the_names_of_imagenet_is_named_as_the_reason(tmp_path, called):
+    """Of twelve classes one is called by a prompt: the folders of the other eleven are matched no
+    more, and the message says why.
+    """
+    known = imagenet.load()
+    names = list(known.names[1:13])
+    for wordnet_id, name in zip(known.ids[1:13], names, strict=True):
+        folder = {"ids": wordnet_id, "names": name}[called]
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(b"")
+    check_real(str(tmp_path), classes=names)
+    names[4] = "a red bonnet in a shop"
+    with pytest.raises(InputError, match="'a red bonnet in a shop' is not: a prompt of your own"):
+        check_real(str(tmp_path), classes=names)
+    names[6] = "a blue one"
+    with pytest.raises(InputError, match="'a red bonnet in a shop' and 1 more are not"):
+        check_real(str(tmp_path), classes=names)
+    ours = ["ship", "frog"]
+    with pytest.raises(InputError) as error:
+        check_real(str(tmp_path), classes=ours)
+    assert "ImageNet" not in str(error.value)
