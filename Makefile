@@ -9,11 +9,12 @@ RUN ?=
 demo: install  ## Deliberate Practice against static data on the embedded generator, about two minutes on two cores
 	$(BIN)/dpfast run fashion --overwrite $(RUN)
 
+# Two processes of one thread each, on a machine of two cores; the tests of a file share their fixtures.
 test: install  ## lint, types and all tests but the long ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses 2 --dist loadfile --benchmark-disable
 
 test-long: install  ## studies in short, experiments at every size, more kills of ranks: two minutes
 	$(BIN)/pytest -m long
@@ -32,10 +33,13 @@ SANITIZED := tests/ops \
 sanitize: install  ## the native kernels' tests under AddressSanitizer and UBSan, on copies in build/sanitize
 	$(MAKE) -j2 $(LEVELS:%=sanitize-%)
 
+# Two builds at once would read each other's half-written list of sources: each has metadata of its own.
 sanitize-%:
 	rm -rf build/sanitize/$*
+	mkdir -p build/sanitize/$*/metadata
 	DPFAST_CXXFLAGS="$(SANITIZE) -O1 -g1 -march=$* -DDPFAST_PORTABLE" \
-		$(BIN)/python setup.py -q build --build-lib build/sanitize/$* --build-temp build/sanitize/$*/objects
+		$(BIN)/python setup.py -q egg_info --egg-base build/sanitize/$*/metadata \
+		build --build-lib build/sanitize/$* --build-temp build/sanitize/$*/objects
 	test -f build/sanitize/$*/dpfast/_native*.so
 	cp -r tests pyproject.toml build/sanitize/$*
 	cd build/sanitize/$* && LD_PRELOAD="$(LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
