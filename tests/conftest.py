@@ -33,6 +33,13 @@ def stable_diffusion_folder(tiny_pipelines, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def stable_diffusion_xl_folder(tiny_pipelines, tmp_path_factory):
+    """Stable Diffusion XL at tiny size: two text encoders, sizes, a scheduler of Euler's."""
+    torch.manual_seed(0)
+    return tiny_pipelines.stable_diffusion_xl(tmp_path_factory.mktemp("stable_diffusion_xl"))
+
+
+@pytest.fixture(scope="session")
 def stable_diffusion_3_folder(tiny_pipelines, tmp_path_factory):
     """Stable Diffusion 3 at tiny size: three text encoders, a flow of shift 3, latents with a
     shift.

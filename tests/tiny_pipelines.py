@@ -159,6 +159,46 @@ def stable_diffusion(folder: Path, scheduler=None, encoder=None, **unet):
     return folder
 
 
+def stable_diffusion_xl(folder: Path, scheduler=None, **unet):
+    """Two encoders of other widths, heads and layers by level, and the sizes' embedding."""
+    tokenizer = clip_tokenizer()
+    first = clip_encoder(transformers.CLIPTextModel, tokenizer)
+    second = clip_encoder(transformers.CLIPTextModelWithProjection, tokenizer, 24)
+    network = diffusers.UNet2DConditionModel(
+        **{
+            "block_out_channels": (8, 16),
+            "layers_per_block": 1,
+            "sample_size": 8,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 16 + 24,
+            "norm_num_groups": 4,
+            "attention_head_dim": (1, 2),
+            "transformer_layers_per_block": (1, 2),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 6 * 4 + 24,
+            **unet,
+        }
+    )
+    randomise(network, std=0.3)
+    # the scheduler of the published folder
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    base = diffusers.EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
+    diffusers.StableDiffusionXLPipeline(
+        vae=vae(force_upcast=True),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=network,
+        scheduler=scheduler or base,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
 def stable_diffusion_3(folder: Path, *, t5=True, **scheduler):
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,

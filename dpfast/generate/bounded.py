@@ -18,7 +18,7 @@ from dpfast.errors import InputError
 from dpfast.generate import criteria
 from dpfast.generate.guidance import GuidancePath, predict_x0
 from dpfast.generate.models.checkpointing import can_checkpoint, with_checkpointing
-from dpfast.generate.models.denoiser import Denoiser
+from dpfast.generate.models.denoiser import Denoiser, predict
 from dpfast.generate.solvers import SolverTable
 from dpfast.hardware.live_bytes import bytes_per_sample
 
@@ -66,9 +66,10 @@ class BoundedPath(GuidancePath):
         sigma: Tensor,
         prediction: Tensor | None = None,
         conditions: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``GuidancePath.gradient``, chunk by chunk."""
-        given = (x, timestep, labels, alpha, sigma, prediction, conditions)
+        given = (x, timestep, labels, alpha, sigma, prediction, conditions, scale)
         return in_chunks(self._of_chunk, self.chunk, *given)
 
     def at(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,16 +93,22 @@ class BoundedPath(GuidancePath):
         sigma: Tensor,
         prediction: Tensor | None,
         conditions: Tensor | None,
+        scale: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not self.taped:
-            return super().gradient(x, timestep, labels, alpha, sigma, prediction, conditions)
+            return super().gradient(
+                x, timestep, labels, alpha, sigma, prediction, conditions, scale
+            )
         # Autograd records nothing in inference mode, not even what is recomputed, and saves no
         # tensor made there.
         x, timestep, labels, alpha, sigma = map(_recordable, (x, timestep, labels, alpha, sigma))
+        scale = None if scale is None else _recordable(scale)
         with torch.inference_mode(False), torch.enable_grad():
             x.requires_grad_()
             asked = labels if conditions is None else _recordable(conditions)
-            made = self.denoiser(x, timestep, asked) if prediction is None else prediction
+            made = prediction
+            if made is None:
+                made = predict(self.denoiser, x, timestep, asked, scale)
             x0 = predict_x0(x, made, alpha, sigma, self.denoiser.prediction)
         value, gradient = self.at_recorded(x0, x, labels)
         return gradient, made.detach(), value

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from dpfast.errors import InputError
 from dpfast.generate.models.blocks import Blocks, blocks_of, replaced, with_forward
+from dpfast.generate.models.denoiser import predict
 
 Features = Literal["compute", "keep", "reuse"]
 
@@ -79,17 +80,26 @@ class FeatureCache:
             )
         self._keep, self._reuse = replaced(denoiser, keep), replaced(denoiser, reuse)
 
-    def keep(self, x: Tensor, timestep: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(
+        self, x: Tensor, timestep: Tensor, labels: Tensor, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The denoiser's prediction, and its features (B, ...)."""
-        prediction = self._keep(x, timestep, labels)
+        prediction = predict(self._keep, x, timestep, labels, scale)
         kept, self._slot.value = self._slot.value, None
         assert kept is not None
         return prediction, kept
 
-    def reuse(self, x: Tensor, timestep: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
+    def reuse(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        labels: Tensor,
+        kept: Tensor,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         """The prediction of the outer blocks around ``kept``."""
         self._slot.value = kept
-        prediction = self._reuse(x, timestep, labels)
+        prediction = predict(self._reuse, x, timestep, labels, scale)
         self._slot.value = None
         return prediction
 

@@ -27,7 +27,7 @@ from dpfast.errors import InputError
 from dpfast.generate import check, criteria
 from dpfast.generate.criteria import Criterion
 from dpfast.generate.models.decoder import Decoder
-from dpfast.generate.models.denoiser import Denoiser
+from dpfast.generate.models.denoiser import Denoiser, predict
 from dpfast.generate.resizing import resize
 from dpfast.ops.guided_step import Mode, Prediction
 
@@ -181,6 +181,7 @@ class GuidancePath(LearnerPath):
         sigma: Tensor,
         prediction: Tensor | None = None,
         conditions: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient of the criterion at x, and the prediction that it shares with
         classifier-free guidance.
@@ -193,6 +194,7 @@ class GuidancePath(LearnerPath):
             prediction: the conditional prediction (B, c, h, w), held fixed; None: it is made, and
                 differentiated.
             conditions: (B,) int64 ids that the denoiser is asked by; None: the labels.
+            scale: 0-d, of classifier-free guidance, for a denoiser that embeds it.
 
         Returns:
             gradient (B, c, h, w), prediction (B, c, h, w) and value (B,) of the criterion.
@@ -200,7 +202,9 @@ class GuidancePath(LearnerPath):
         asked = labels if conditions is None else conditions
 
         def x0_of(x: Tensor) -> tuple[Tensor, Tensor]:
-            made = self.denoiser(x, timestep, asked) if prediction is None else prediction
+            made = prediction
+            if made is None:
+                made = predict(self.denoiser, x, timestep, asked, scale)
             return predict_x0(x, made, alpha, sigma, self.denoiser.prediction), made
 
         with torch.no_grad():  # the learner's own weights need no graph; vjp records what x needs

@@ -19,6 +19,7 @@ from dpfast.errors import InputError, first_line
 from dpfast.generate import check, criteria
 from dpfast.generate.feature_cache import FeatureCache
 from dpfast.generate.guidance import GuidanceConfig, GuidancePath, LearnerPath
+from dpfast.generate.models.denoiser import embeds_scale
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.solvers import SolverTable
 from dpfast.generate.step import StepParts, Variant
@@ -185,7 +186,9 @@ def check_anchored(
     """
     if any(variant.guided and variant.cfg for variant in variants):
         return
-    if pipeline.denoiser.null_label is None:
+    if embeds_scale(pipeline.denoiser):
+        why = f"the generator of {pipeline.folder} embeds cfg_scale and makes one"
+    elif pipeline.denoiser.null_label is None:
         why = f"the generator of {pipeline.folder} has no null class"
     elif cfg_scale == 1:
         why = "guided samples have cfg_scale = 1, which is none"
@@ -216,14 +219,24 @@ def check_start(shape: tuple[int, ...], latents: Tensor | None, step: int, *, to
 
 @functools.cache
 def warn_of_idle_cfg(
-    folder: Path, has_null: bool, scale: float, interval: tuple[float, float]
+    folder: Path, has_null: bool, embedded: bool, scale: float, interval: tuple[float, float]
 ) -> None:
     """Warns, once a process and pipeline, of classifier-free guidance that is asked for and has no
     effect.
 
-    folder: of the pipeline; has_null: whether its denoiser has an unconditional prediction.
+    folder: of the pipeline; has_null: whether its denoiser has an unconditional prediction;
+    embedded: whether the scale is an input of its model.
     """
-    if scale != 1 and not has_null:
+    if embedded and interval != (0, 1):
+        log.warning(
+            "cfg_interval = (%g, %g) has no effect: the generator of %s takes cfg_scale as an "
+            "input in every step",
+            *interval,
+            folder,
+        )
+    elif embedded:
+        return
+    elif scale != 1 and not has_null:
         log.warning(
             "cfg_scale = %g has no effect: the generator of %s has no null class; "
             "say cfg_scale = 1",

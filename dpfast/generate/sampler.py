@@ -31,6 +31,7 @@ from dpfast.generate import check, preflight
 from dpfast.generate.feature_cache import cached_steps
 from dpfast.generate.graphs import Recorder
 from dpfast.generate.guidance import GuidanceConfig, interval_steps
+from dpfast.generate.models.denoiser import embeds_scale
 from dpfast.generate.models.regional import Region
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.preflight import Request
@@ -58,7 +59,8 @@ class GuidedSampler:
             guides; None: unguided.
         guidance: strength, schedule and criterion; ignored without a learner.
         steps, solver, eta: of the trajectory, as in ``Pipeline.table``.
-        cfg_scale: diffusers' convention; 1 switches classifier-free guidance off.
+        cfg_scale: diffusers' convention; 1 switches classifier-free guidance off. A model that
+            embeds it makes one prediction with it.
         cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the
             steps. A step outside runs the conditional prediction alone, for half the price.
         cache_interval: of a run of unguided steps every one so many runs the whole denoiser, the
@@ -401,6 +403,7 @@ class GuidedSampler:
         preflight.warn_of_idle_cfg(
             self.pipeline.folder,
             self.pipeline.denoiser.null_label is not None,
+            embeds_scale(self.pipeline.denoiser),
             request.cfg_scale,
             tuple(self.cfg_interval) if request.cfg_scale == self.cfg_scale else (0, 1),
         )

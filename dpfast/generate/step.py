@@ -1,7 +1,8 @@
 """A step of the sampler: the batch that it moves on, and one pure function of tensors in as many
 variants as a trajectory has kinds of steps.
 
-    p = p_null + cfg_scale (p_label - p_null)          classifier-free guidance
+    p = p_null + cfg_scale (p_label - p_null)          classifier-free guidance, or what a model
+                                                       that embeds cfg_scale makes at once
     x <- x + omega |x| g / |g|                         g: the criterion's gradient at x, or with an
                                                        anchor that and the label's score
     x <- a x0 + b eps + c x0_prev + d noise            x0, eps: of x and p; a to d: of the solver
@@ -24,6 +25,7 @@ from torch import Tensor
 from dpfast.errors import InputError
 from dpfast.generate.feature_cache import FeatureCache, Features
 from dpfast.generate.guidance import GuidancePath
+from dpfast.generate.models import denoiser as models
 from dpfast.generate.models.decoder import Decoder
 from dpfast.generate.models.denoiser import Denoiser
 from dpfast.ops import DynamicThreshold, guided_step
@@ -243,19 +245,26 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
         def predict(x: Tensor, labels: Tensor) -> Tensor:
             nonlocal kept
             if features == "compute":
-                return denoiser(x, timestep, labels)
+                return models.predict(denoiser, x, timestep, labels, inputs.cfg_scale)
             assert cache is not None
             if features == "keep":
-                prediction, kept = cache.keep(x, timestep, labels)
+                prediction, kept = cache.keep(x, timestep, labels, inputs.cfg_scale)
                 kept = kept.unflatten(0, (-1, len(inputs.x))).transpose(0, 1)
                 return prediction
             assert inputs.features is not None
-            return cache.reuse(x, timestep, labels, inputs.features.transpose(0, 1).flatten(0, 1))
+            held = inputs.features.transpose(0, 1).flatten(0, 1)
+            return cache.reuse(x, timestep, labels, held, inputs.cfg_scale)
 
         if through_denoiser:
             assert path is not None
             gradient, conditional, value = path.gradient(
-                x, timestep, labels, alpha, sigma, conditions=conditions
+                x,
+                timestep,
+                labels,
+                alpha,
+                sigma,
+                conditions=conditions,
+                scale=inputs.cfg_scale,
             )
             if null is not None:
                 unconditional = denoiser(x, timestep, null)

@@ -20,7 +20,12 @@ from tests.tiny_pipelines import NAMES
 STEPS, CFG = 4, 2.0
 LABELS = [0, 2, 1]
 KAPPAS = torch.tensor([0.5, 0.0, 2.0])
-FOLDERS = ("pipeline_folder", "stable_diffusion_folder", "stable_diffusion_3_folder")
+FOLDERS = (
+    "pipeline_folder",
+    "stable_diffusion_folder",
+    "stable_diffusion_xl_folder",
+    "stable_diffusion_3_folder",
+)
 
 
 def load(folder, request):

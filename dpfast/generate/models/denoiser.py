@@ -7,6 +7,10 @@ Labels are class ids (B,) for every family, so that a captured step has one smal
 a table of embeddings by id and gather its rows inside the call. Where classes have several prompts,
 the ids of a call are rows of that table, found by label and sample id (``PromptRows``). No call
 reads the host or branches on data, so each is one full graph with ``torch.func.vjp`` around it.
+
+A model that was distilled with its guidance takes the scale as an embedding and makes one
+prediction: its denoiser has ``embeds_scale`` and a fourth argument (``predict``), and no null
+label.
 """
 
 from __future__ import annotations
@@ -60,15 +64,36 @@ class PromptRows:
         return self.first.index_select(0, labels) + numbers
 
 
+def embeds_scale(denoiser: Denoiser) -> bool:
+    """Whether the scale of classifier-free guidance is an input of the model."""
+    return bool(getattr(denoiser, "embeds_scale", False))
+
+
+def predict(
+    denoiser: Denoiser, x: Tensor, timestep: Tensor, labels: Tensor, scale: Tensor | None
+) -> Tensor:
+    """The denoiser's prediction. scale: 0-d, of classifier-free guidance, for a model that embeds
+    it; None: as without guidance.
+    """
+    call: Any = denoiser
+    if scale is None or not embeds_scale(denoiser):
+        return call(x, timestep, labels)
+    return call(x, timestep, labels, scale)
+
+
 class ModelDenoiser:
     """A frozen diffusers model behind the call. A learned variance (twice the channels) is cut to
     the mean.
 
     fused: whether its blocks are replaced by their fused forms (``dpfast.generate.models.fused``).
-    rows: of the prompts of samples; None where a class has one condition.
+    rows: of the prompts of samples; None where a class has one condition. embeds_scale: whether the
+    model takes the scale of guidance. whole_timesteps: whether timesteps must be those of the
+    training, because there are tables of them.
     """
 
     rows: PromptRows | None = None
+    embeds_scale = False
+    whole_timesteps = False
 
     def __init__(
         self,
@@ -92,9 +117,9 @@ class ModelDenoiser:
         nhwc = fused and hasattr(model, "conv_in")
         self._layout = torch.channels_last if nhwc else torch.preserve_format
 
-    def __call__(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, timestep: Tensor, labels: Tensor, *scale: Tensor) -> Tensor:
         given = x.to(self.dtype, memory_format=self._layout)
-        return self._predict(given, timestep.expand(len(x)), labels)[:, : x.shape[1]]
+        return self._predict(given, timestep.expand(len(x)), labels, *scale)[:, : x.shape[1]]
 
-    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor, *scale: Tensor) -> Tensor:
         raise NotImplementedError

@@ -253,6 +253,7 @@ def test_class_conditional_pixels(tmp_path):
 FOLDERS = [
     "pipeline_folder",
     "stable_diffusion_folder",
+    "stable_diffusion_xl_folder",
     "stable_diffusion_3_folder",
     "pixel_folder",
 ]
@@ -350,10 +351,7 @@ def test_latents_are_unscaled_by_all_four_values():
         torch.testing.assert_close(VaeDecoder(vae)(latents), expected)
 
 
-@pytest.mark.parametrize(
-    "folder",
-    ["pipeline_folder", "stable_diffusion_folder", "stable_diffusion_3_folder", "pixel_folder"],
-)
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_the_guidance_gradient_is_that_of_plain_autograd(folder, request, monkeypatch):
     """Against PyTorch's own layers and ``torch.autograd.grad``, 1e-4 relative."""
     names = NAMES if folder.startswith("stable") else None

@@ -40,6 +40,10 @@ def edit(path, **values):
             for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
         ),
         *(
+            ("stable_diffusion_xl_folder", part)
+            for part in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer_2")
+        ),
+        *(
             ("stable_diffusion_3_folder", part)
             for part in ("text_encoder_2", "tokenizer_2", "text_encoder_3")
         ),

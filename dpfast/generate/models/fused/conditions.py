@@ -3,9 +3,10 @@
 Every residual block projects the time's embedding, and every cross-attention projects the text:
 22 and 16 small products in a step of Stable Diffusion 1.5, with the activations between them. None
 depends on x. Here the time rows of all blocks are one table over the timesteps of the training,
-from which a step takes a row, and the keys and values of all layers are one product. diffusers'
-forward hands both on as the embedding and the text that it takes them for; each block reads its own
-columns.
+from which a step takes a row, and the keys and values of all layers are one product. Where prompt
+and sizes add to the time's embedding (Stable Diffusion XL), or a scale of guidance does, the time
+rows are one product, too. diffusers' forward hands both on as the embedding and the text that it
+takes them for; each block reads its own columns.
 """
 
 from __future__ import annotations
@@ -22,33 +23,64 @@ from dpfast.generate.models.fused.convolutional import FusedResnet
 from dpfast.generate.models.fused.projection import frozen
 from dpfast.generate.models.fused.transformer import FusedAttention
 
-# options of a UNet that add to the embedding of the time, or act on it
+# options of a UNet that are not known here, and those that add to the embedding of the time
 OPTIONS = (
     "class_embed_type",
     "num_class_embeds",
-    "addition_embed_type",
     "time_embedding_act_fn",
-    "time_cond_proj_dim",
     "encoder_hid_dim_type",
 )
+ADDING = ("addition_embed_type", "time_cond_proj_dim")
 
 
-def share_conditions(unet: Any, timesteps: int) -> nn.Module | None:
+def share_conditions(unet: Any, timesteps: int | None) -> nn.Module | None:
     """Prepares a fused ``UNet2DConditionModel`` in place.
 
     timesteps: of its training; those that it is called with are integers among them, one for all
-    samples. Returns what makes of text (B, S, E) that which the UNet takes in its place, or None
-    where a block is not fused or something else than time and text has a say: nothing has changed
-    then.
+    samples. None: they may be others, and more may add to their embedding; its rows are then made
+    in each call. Returns what makes of text (B, S, E) that which the UNet takes in its place, or
+    None where a block is not fused or something else has a say: nothing has changed then.
     """
     modules = list(unet.modules())
     plain = any(isinstance(module, (ResnetBlock2D, Transformer2DModel)) for module in modules)
-    if plain or any(unet.config.get(option) is not None for option in OPTIONS):
+    unknown = OPTIONS if timesteps is None else OPTIONS + ADDING
+    if plain or any(unet.config.get(option) is not None for option in unknown):
         return None
-    resnets = [module for module in modules if isinstance(module, FusedResnet)]
     across = [m for m in modules if isinstance(m, FusedAttention) and m.across]
-    unet.time_proj, unet.time_embedding = _TimeRows(unet, resnets, timesteps), _Passed()
+    layers = _time_layers([m for m in modules if isinstance(m, FusedResnet)], unet)
+    if timesteps is None:
+        unet.time_embed_act = _TimeProduct(layers)  # where diffusers has all of the embedding
+    else:
+        unet.time_proj, unet.time_embedding = _TimeRows(unet, layers, timesteps), _Passed()
     return _TextRows(across)
+
+
+Layers = list[tuple[Tensor, Tensor]]  # (C', E) and (C',) of each residual block
+
+
+def _time_layers(resnets: list[FusedResnet], unet: Any) -> Layers:
+    """Those of the residual blocks, each of which reads its columns from here on."""
+    layers = [resnet.take_time(len(unet.time_embedding.linear_2.weight)) for resnet in resnets]
+    start = 0
+    for resnet, (_, row) in zip(resnets, layers, strict=True):
+        resnet.columns = slice(start, start + len(row))
+        start += len(row)
+    return layers
+
+
+class _TimeProduct(nn.Module):
+    """Embeddings of the time (B, E) to the time rows (B, sum of C') of all residual blocks."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        frozen(self, "weight", torch.cat([weight for weight, _ in layers]))
+        frozen(self, "bias", torch.cat([bias for _, bias in layers]))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return F.linear(F.silu(embedding), self.weight, self.bias)
 
 
 class _TimeRows(nn.Module):
@@ -56,18 +88,14 @@ class _TimeRows(nn.Module):
 
     table: Tensor
 
-    def __init__(self, unet: Any, resnets: list[FusedResnet], timesteps: int) -> None:
+    def __init__(self, unet: Any, layers: Layers, timesteps: int) -> None:
         super().__init__()
         weight = unet.time_embedding.linear_1.weight
         grid = torch.arange(timesteps, device=weight.device)
         with torch.no_grad():
             hidden = F.silu(unet.time_embedding(unet.time_proj(grid).to(weight.dtype)))
-            rows = [resnet.take_time(hidden) for resnet in resnets]
+            rows = [F.linear(hidden, *layer) for layer in layers]
         frozen(self, "table", torch.cat(rows, dim=1))
-        start = 0
-        for resnet, columns in zip(resnets, rows, strict=True):
-            resnet.columns = slice(start, start + columns.shape[1])
-            start += columns.shape[1]
 
     def forward(self, timesteps: Tensor) -> Tensor:
         if timesteps.is_floating_point():

@@ -49,8 +49,8 @@ class FusedResnet(nn.Module):
     """A ``ResnetBlock2D`` without up- or downsampling: x (B, C, H, W), or two tensors of C1 and C2
     channels, and a time embedding (B, E), (1, E) or None, to (B, C', H, W).
 
-    columns: where the block's row stands in time rows (1, sum of C') that come in the embedding's
-    place; None: nowhere.
+    columns: where the block's row stands in time rows (B, sum of C') or (1, sum of C') that come in
+    the embedding's place; None: nowhere.
     """
 
     weight1: Tensor
@@ -105,15 +105,13 @@ class FusedResnet(nn.Module):
             late = torch.mv(self.shortcut[:, : len(bias)].float(), bias.float())
             frozen(self, "bias", self.bias + late)
 
-    def take_time(self, hidden: Tensor) -> Tensor:
-        """The time rows (T, C') of T embeddings behind their activation (T, E), which the block
-        does not project itself any more.
+    def take_time(self, width: int) -> tuple[Tensor, Tensor]:
+        """The layer (C', width), (C',) from an embedding behind its activation to the time's row,
+        which the block does not make itself any more.
         """
-        rows = self.row.expand(len(hidden), -1)
-        if self.time is not None:
-            rows = F.linear(hidden, self.time, self.row)
+        weight = self.row.new_zeros(len(self.row), width) if self.time is None else self.time
         frozen(self, "time", None)
-        return rows
+        return weight, self.row
 
     def forward(self, x: Sources, temb: Tensor | None = None) -> Tensor:
         normed, x = self.norm1.and_x(x, self.shift)
@@ -138,7 +136,7 @@ class FusedResnet(nn.Module):
     def _time_row(self, temb: Tensor | None) -> Tensor:
         """The row (C',) or (B, C') before the second norm."""
         if temb is not None and self.columns is not None:
-            return temb[0, self.columns]
+            return temb[0 if len(temb) == 1 else slice(None), self.columns]
         if temb is None or self.time is None:
             return self.row
         return F.linear(F.silu(temb), self.time, self.row)

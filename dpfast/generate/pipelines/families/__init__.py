@@ -2,6 +2,8 @@
 
 DiTPipeline               class ids; the class id after the last embedding row is the null class
 StableDiffusionPipeline   1.x and 2.x; one prompt a class, the empty prompt is the null class
+LatentConsistencyModelPipeline  the same, distilled, with the scale of guidance as an input
+StableDiffusionXLPipeline  prompts as above, for two encoders; the base without the refiner
 StableDiffusion3Pipeline  flow matching; prompts as above; the T5 encoder where the folder has it
 DDIMPipeline, DDPMPipeline  pixels, unconditional or class ids
 

@@ -29,6 +29,8 @@ class DiTDenoiser(ModelDenoiser):
     ``timesteps``: of the training; those of a table are among them.
     """
 
+    whole_timesteps = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -47,7 +49,7 @@ class DiTDenoiser(ModelDenoiser):
             fused=fused,
         )
 
-    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
         # one row of time for all samples
         return self.model(x, timestep=timesteps[:1], class_labels=labels).sample
 

@@ -37,7 +37,7 @@ class PixelUNetDenoiser(ModelDenoiser):
         )
         self._conditional = rows is not None
 
-    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
         return self.model(x, timesteps, class_labels=labels if self._conditional else None).sample
 
 

@@ -48,7 +48,7 @@ class TextTransformerDenoiser(ModelDenoiser):
         patch = int(self.model.config.patch_size)
         self.image_tokens = (self.sample_shape[1] // patch) * (self.sample_shape[2] // patch)
 
-    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
         return self.model(
             hidden_states=x,
             timestep=timesteps,
