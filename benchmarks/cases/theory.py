@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 
 from benchmarks import RESULTS
 from benchmarks.harness import gate, timing
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_record_file, new_parser
 from benchmarks.harness.registry import OURS, Case, Variants
 from dpfast.cli.parser import at_least
 from dpfast.theory import simulate, test_error
@@ -207,13 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=at_least(1), default=5, help="timings of the evaluations (default 5)"
     )
-    parser.add_argument(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=RECORDS,
-        help=f"file to append to (default {RECORDS.name})",
-    )
+    add_record_file(parser, RECORDS)
     parser.add_argument("--no-gate", action="store_true", help="skip the tests, and record nothing")
     options = parser.parse_args(arguments)
     report = None if options.no_gate else gate.failure(TESTS)

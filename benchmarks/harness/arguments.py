@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import RESULTS
+from benchmarks.harness.records import check_appendable
 from dpfast.cli.parser import Parser
 from dpfast.errors import InputError
+from dpfast.files import there
 
 
 def new_parser(suite: str, about: str | None) -> Parser:
@@ -61,12 +63,39 @@ def add_record(parser: argparse.ArgumentParser, suite: str) -> None:
     """
     parser.add_argument(
         "--record",
-        type=Path,
+        type=_record_folder,
         nargs="?",
         const=RESULTS,
         metavar="FOLDER",
         help=f"append to {suite}.jsonl in FOLDER (default benchmarks/results)",
     )
+
+
+def add_record_file(parser: argparse.ArgumentParser, default: Path) -> None:
+    """``--record``: the file that the suite appends to, ``default`` where none is named."""
+    parser.add_argument(
+        "--record",
+        type=_record_file,
+        nargs="?",
+        const=default,
+        metavar="FILE",
+        help=f"append to FILE (default {default.relative_to(RESULTS.parents[1])})",
+    )
+
+
+def _record_file(text: str) -> Path:
+    """A file that can be appended to. Raises ``InputError``."""
+    check_appendable("record", Path(text))
+    return Path(text)
+
+
+def _record_folder(text: str) -> Path:
+    """A folder that is there or can be made. Raises ``InputError``."""
+    folder = Path(text)
+    if there(folder) and not folder.is_dir():
+        raise InputError(f"record = {text!r}: is a file, expected a folder")
+    check_appendable("record", folder / "SUITE.jsonl")
+    return folder
 
 
 def add_lines(parser: argparse.ArgumentParser, default: Path, what: str, *, short: str) -> None:

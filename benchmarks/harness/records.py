@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def check_file(option: str, path: Path) -> None:
     around = next((folder for folder in path.absolute().parents if there(folder)), None)
     if around is not None and not around.is_dir():
         raise InputError(f"{option} = {str(path)!r}: {str(around)!r} is no folder")
+
+
+def check_appendable(option: str, path: Path) -> None:
+    """Raises ``InputError`` where nothing can be appended to a file of this path."""
+    check_file(option, path)
+    place = next(each for each in (path.absolute(), *path.absolute().parents) if there(each))
+    if not os.access(place, os.W_OK):
+        raise InputError(f"{option} = {str(path)!r}: {str(place)!r} may not be written")
 
 
 def check_picture(option: str, path: Path) -> None:

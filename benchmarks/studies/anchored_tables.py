@@ -19,6 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.studies.tables import seconds, table
+from dpfast.report.laws import student_t
 from dpfast.textfiles import COUNT, NUMBER, SHARE, TABLE, TEXT, WHOLE, Kind
 
 Line = dict[str, Any]
@@ -62,9 +63,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     middle = mean(values)
     if len(values) < 2:
         return middle, -math.inf, math.inf
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    half = student_t(len(values)) * stdev(values) / math.sqrt(len(values))
     return middle, middle - half, middle + half
 
 

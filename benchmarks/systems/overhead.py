@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_record_file, new_parser
 from dpfast.cli.parser import at_least, in_one_line
 from dpfast.pool.shards import MANIFEST, Manifest, Shard
 from dpfast.textfiles import lines
@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=at_least(1), default=3, help="measurements of each (default 3)"
     )
-    parser.add_argument("--record", type=Path, nargs="?", const=RECORDS, help="file to append to")
+    add_record_file(parser, RECORDS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:

@@ -7,12 +7,11 @@ take this machine.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_record_file, new_parser
 from dpfast.config import Recipe
 from dpfast.planning.measure import measure
 from dpfast.planning.plan import plan
@@ -76,9 +75,7 @@ def missed(record: dict[str, Any]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where a prediction is too far off."""
     parser = new_parser("plan", __doc__)
-    parser.add_argument(
-        "--record", type=Path, nargs="?", const=RECORDS, help=f"file to append to ({RECORDS.name})"
-    )
+    add_record_file(parser, RECORDS)
     options = parser.parse_args(arguments)
     record = compare(Recipe.load("fashion", sources="dp"))
     print(table(record))

@@ -27,7 +27,7 @@ import torch.multiprocessing as mp
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_record_file, new_parser
 from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
 from dpfast.hardware.peaks import DEVICES
@@ -194,9 +194,7 @@ def table(found: list[dict[str, float]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = new_parser("scaling", __doc__)
     parser.add_argument("--rounds", type=at_least(1), default=3, help="of each stage (default 3)")
-    parser.add_argument(
-        "--record", type=Path, nargs="?", const=RECORDS, help=f"file to append to ({RECORDS.name})"
-    )
+    add_record_file(parser, RECORDS)
     options = parser.parse_args(arguments)
     record = record_of(options.rounds)
     link = record["link"]

@@ -10,11 +10,13 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from dpfast.cli import (
     audit,
@@ -87,7 +89,49 @@ def _speak_utf8() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code. Without ``arguments`` it is the process's own command."""
+    """Entry point; returns the exit code, 1 where nobody reads what it prints any more, as after
+    ``dpfast ... | head``. Without ``arguments`` it is the process's own command.
+    """
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            _flush()
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        return 1
+
+
+def _flush() -> None:
+    """Prints what is still in the buffers."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+
+
+def _unread() -> bool:
+    """Whether nobody reads what this command prints; it then prints nowhere, as Python would
+    complain once more at its end.
+    """
+    left = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _left(stream)]
+    for stream in left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(left)
+
+
+def _left(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader has left."""
+    try:
+        pipe = stream.fileno()
+    except (OSError, ValueError):  # of a stream in memory, or a closed one
+        return False
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     if arguments is None:
         _speak_utf8()
         # for recipes that name modules of their user's; last, so that it hides no package

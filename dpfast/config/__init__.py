@@ -5,6 +5,7 @@ from dpfast.config.objects import OBJECTS_FILE, check_objects, kind_of, objects_
 from dpfast.config.option import Option
 from dpfast.config.recipe import (
     ASSETS,
+    AT_ONCE,
     RECIPE_FILE,
     RECIPES,
     SECTIONS,
@@ -28,6 +29,7 @@ from dpfast.config.recipe import (
 
 __all__ = [
     "ASSETS",
+    "AT_ONCE",
     "OBJECTS_FILE",
     "RECIPES",
     "RECIPE_FILE",

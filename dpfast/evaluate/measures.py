@@ -17,6 +17,11 @@ from dpfast.ops import entropy
 from dpfast.parallel import ALONE, Ranks
 
 MANY, FEW = 100, 20  # shots: classes with more are many, with fewer few (ImageNet-LT)
+SHOTS = {  # group of classes -> what a table calls it
+    "many": f"many: over {MANY}",
+    "medium": f"medium: {FEW} to {MANY}",
+    "few": f"few: under {FEW}",
+}
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 # model -> the batch that fitted where memory ran out
 _FITTING: WeakKeyDictionary[Any, int] = WeakKeyDictionary()

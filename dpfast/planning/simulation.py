@@ -40,6 +40,11 @@ class Job:
     generation_batch_size: int
     evaluated: int = 0
 
+    @property
+    def longest(self) -> int:
+        """Steps of the longest segment that a round ends."""
+        return max(self.segments[:-1], default=0)
+
     def __post_init__(self) -> None:
         if len(self.segments) != len(self.rounds) + 1:
             raise InputError(
@@ -147,6 +152,10 @@ def side_by_side(
 ) -> SimulatedRun:
     """``generating`` ranks make the next round's samples while the others train. link: of those;
     whole: of all ranks.
+
+    A round begins with its segment, so that samples are as old as that is long: a run does so with
+    an ``overlap_staleness`` of ``Job.longest`` steps or more. With fewer it begins a round anew
+    again and again, and waits for most of it.
 
     Raises ``InputError`` unless both parts have a rank.
     """

@@ -74,11 +74,13 @@ def _simulated(plan: Plan) -> list[str]:
     if plan.count < 2 or "dp" not in plan.recipe.practice.sources:
         return []
     turns, overlap = plan.turns, plan.overlap
+    oldest, longest = plan.recipe.practice.overlap_staleness, plan.job.longest
+    needs = f", with --overlap-staleness {longest} or more" if longest > oldest else ""
     return [
         f"dp, simulated in turns: {_hours(turns.seconds)} hours, "
         f"{plan.efficiency(turns):.0%} efficient",
         f"  side by side, {overlap.generating} of {overlap.ranks} make samples while the "
-        f"others train: {_hours(overlap.seconds)} hours, {plan.efficiency(overlap):.0%}",
+        f"others train: {_hours(overlap.seconds)} hours, {plan.efficiency(overlap):.0%}{needs}",
     ]
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -28,7 +29,6 @@ from typing import Any
 
 BEAT = 10.0  # seconds between two signs of life
 STALE = 60.0  # seconds without one, after which a process on another host is taken for dead
-PATTERN = ".owner-*"
 
 
 class OwnedError(RuntimeError):
@@ -59,9 +59,9 @@ class Owner:
             ) from None
         self._state: dict[str, Any] = {**_process(os.getpid()), "beat": 0, "ended": False}
         self._write()
-        for path in folder.glob(PATTERN):
-            if path < self.path:
-                path.unlink(missing_ok=True)
+        for before in _numbers(folder):
+            if before < self.number:
+                _path(folder, before).unlink(missing_ok=True)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="dpfast-owner", daemon=True)
         self._thread.start()
@@ -117,9 +117,13 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _highest(folder: Path) -> int | None:
-    return max(
-        (int(name[7:]) for name in os.listdir(folder) if name.startswith(".owner-")), default=None
-    )
+    return max(_numbers(folder), default=None)
+
+
+def _numbers(folder: Path) -> list[int]:
+    """The numbers of a folder's owners; files of other names, as copies have, are none."""
+    named = (re.fullmatch(r"\.owner-([0-9]{6}|[1-9][0-9]{6,})", n) for n in os.listdir(folder))
+    return [int(name[1]) for name in named if name]
 
 
 def _read(path: Path) -> dict[str, Any]:

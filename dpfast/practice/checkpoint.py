@@ -119,7 +119,7 @@ def save(folder: Path, taken: Checkpoint, *, keep: int, label: str | None = None
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = paths(folder)
-    number = int(before[-1].name.split("-")[1].removesuffix(".json")) + 1 if before else 0
+    number = _number(before[-1]) if before else 0
     path = folder / f"checkpoint-{number:06d}{'' if label is None else f'-{label}'}.json"
     record = {
         "version": VERSION,
@@ -186,8 +186,16 @@ def _bytes(value: Tensor) -> memoryview:
 
 
 def paths(folder: Path) -> list[Path]:
-    """The JSON files of a folder's checkpoints, oldest first."""
-    return listed(folder, "checkpoint-*.json")
+    """The JSON files of a folder's checkpoints, oldest first; files of other names, as copies have,
+    are passed over.
+    """
+    return sorted(filter(_number, listed(folder, "checkpoint-*.json")), key=_number)
+
+
+def _number(path: Path) -> int:
+    """The number of a checkpoint, from 1; 0: the file is none."""
+    found = re.fullmatch(rf"checkpoint-([0-9]{{6,}})(-round-[0-9]+|-{STABLE})?\.json", path.name)
+    return int(found[1]) + 1 if found else 0
 
 
 def ranks_of(folder: Path) -> set[int]:

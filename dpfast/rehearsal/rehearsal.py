@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dpfast.config import Pool, Recipe
+from dpfast.data.class_counts import class_counts
 from dpfast.data.real import count_real
+from dpfast.generate.from_recipe import class_names
 from dpfast.hardware.peaks import NODE
 from dpfast.parallel.heartbeat import TIMEOUT
 from dpfast.parallel.recorder import CollectiveRecorder
+from dpfast.planning.architectures import PIXELS, pipeline_of
 from dpfast.planning.disk import WRITTEN
 from dpfast.planning.memory import usable
 from dpfast.planning.plan import Plan, plan
@@ -79,6 +82,17 @@ class Rehearsal:
         return usable(self.plan.device) - self.peak[1].peak
 
 
+def _check_counts(recipe: Recipe) -> None:
+    """Raises ``InputError`` where ``class_counts`` do not fit the classes, as far as their names
+    are known: a published architecture has none.
+    """
+    names = class_names(recipe.generator)
+    if names is None and recipe.generator.pipeline not in PIXELS:
+        names = pipeline_of(recipe.generator).class_names
+    if names is not None:
+        class_counts(recipe.practice, names)
+
+
 def rehearse(
     recipe: Recipe,
     device: str,
@@ -97,6 +111,7 @@ def rehearse(
     Raises ``InputError`` for an unknown device, and for a recipe that cannot be planned.
     """
     planned = plan(recipe, device, count=count)
+    _check_counts(recipe)
     chosen = sorted({0, count - 1} if ranks > 1 else {0})
     walks = tuple(walked(planned, rank) for rank in chosen)
     first = walks[0]

@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from dpfast.config import Recipe
+from dpfast.config import AT_ONCE, Recipe
 from dpfast.parallel import RankError, Ranks
 from dpfast.parallel.heartbeat import TIMEOUT, Clock, Heartbeat
 from dpfast.planning.disk import WRITTEN
@@ -165,7 +165,7 @@ def timeline(
     source = "dp" if "dp" in practice.sources else practice.sources[0]  # the one that is walked
     later = unit.guided if source == "dp" else unit.unguided + unit.evaluation
     surplus = practice.oversample if source == "prune" else 1.0
-    pool = practice.maximum_samples if source == "static" else practice.initial_samples
+    pool = practice.most_samples if source in AT_ONCE else practice.initial_samples
     save()
     make(pool, unit.unguided)
     done = 0
@@ -177,7 +177,7 @@ def timeline(
         due = done > warm and patience.update(0.0, pool)
         if practice.add_at:
             due = done in practice.add_at
-        left = min(practice.round_samples, practice.maximum_samples - pool)
+        left = min(practice.round_samples, practice.most_samples - pool)
         if due and left > 0 and not recipe.learner.cooling_at(done, practice.iterations):
             save()
             make(int(surplus * left), later)

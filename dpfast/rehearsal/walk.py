@@ -63,7 +63,7 @@ WALKED = 1  # steps of the learner after each addition; the others are the same 
 
 def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
     """The recipe with everything that repeats cut short, at the sizes of its models, batches and
-    images; not compiled.
+    images; not compiled. Labels are balanced: class counts change which samples are made, not how.
 
     Raises ``RecipeError`` for what cannot be walked: files that are decoded take numbers, and ranks
     that only generate speak with the others all the time.

@@ -308,7 +308,7 @@ def _interval(values: np.ndarray, seeds: int) -> Interval:
     reason = _unknown(drawn, seeds)
     if reason:
         return Interval(value=value, reason=reason)
-    half = _t(seeds) * math.sqrt(float(np.nanvar(drawn)) * seeds / (seeds - 1))
+    half = student_t(seeds) * math.sqrt(float(np.nanvar(drawn)) * seeds / (seeds - 1))
     return Interval(value=value, low=value - half, high=value + half)
 
 
@@ -321,7 +321,9 @@ def _ratio(above: np.ndarray, below: np.ndarray, seeds: int) -> Interval:
     if reason:
         return Interval(value=u / b, reason=reason)
     known = np.isfinite(above[1:] + below[1:])
-    spread = np.cov(above[1:][known], below[1:][known]) * _t(seeds) ** 2 * seeds / (seeds - 1)
+    spread = (
+        np.cov(above[1:][known], below[1:][known]) * student_t(seeds) ** 2 * seeds / (seeds - 1)
+    )
     square, linear, rest = b * b - spread[1, 1], u * b - spread[0, 1], u * u - spread[0, 0]
     if square <= 0:
         return Interval(value=u / b, reason="its exponent may be 0")
@@ -337,9 +339,11 @@ def _unknown(drawn: np.ndarray, seeds: int) -> str:
     return "" if enough else "too few sizes have runs of several seeds"
 
 
-def _t(seeds: int) -> float:
-    """Student's t of ``seeds`` - 1 degrees of freedom, the quantile of 97.5 %."""
-    return float(T[seeds - 2]) if seeds - 2 < len(T) else 1.96 + 2.5 / (seeds - 1)
+def student_t(values: int) -> float:
+    """Student's t for the interval of 95 % of a mean over so many values, two or more: the quantile
+    of 97.5 % with ``values`` - 1 degrees of freedom, to three decimals.
+    """
+    return float(T[values - 2]) if values - 2 < len(T) else 1.96 + 2.5 / (values - 1)
 
 
 def _less(whole: float, part: Interval) -> Interval:

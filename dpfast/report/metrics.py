@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dpfast.evaluate.measures import SHOTS
 from dpfast.practice.result import Result
 
 
 def result_table(results: list[Result]) -> str:
-    """The final tables as text, accuracies on real images: one row per source, then one per further
-    set and source.
+    """The final tables as text, accuracies on real images: one row per source; of runs with class
+    counts another by the shots of a class; then one per further set and source.
     """
     header = (
         "source",
@@ -49,11 +50,24 @@ def result_table(results: list[Result]) -> str:
         for row in r.sets
     ]
     tables = [_aligned(header, rows)]
+    if any(r.test.shots for r in results):
+        shots = [
+            (r.source, *(shots_text(*r.test.shots.get(name, (None, None))) for name in SHOTS))
+            for r in results
+        ]
+        tables.append(_aligned(("held-out test", *SHOTS.values()), shots))
     if sets:
         tables.append(
             _aligned(("source", "set", "images", "top-1", "top-5", "calibration error"), sets)
         )
     return "\n\n".join(tables)
+
+
+def shots_text(accuracy: float | None, classes: int | None) -> str:
+    """The mean accuracy of a group of classes, and how many they are where that is known."""
+    if accuracy is None:
+        return "-"
+    return f"{accuracy:.2%}" + ("" if classes is None else f" of {classes}")
 
 
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,9 +6,10 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dpfast.evaluate.measures import FEW, MANY
+from dpfast.evaluate.measures import SHOTS
 from dpfast.pool.memory_tiers import readable
 from dpfast.report.laws import Law, Saving
+from dpfast.report.metrics import shots_text
 from dpfast.report.runs import Run
 
 
@@ -46,21 +47,16 @@ def results(runs: list[Run]) -> str:
 
 def shots(runs: list[Run]) -> str:
     """Held-out accuracy by the shots of a class; empty where no run has class counts."""
-    names = ("many", "medium", "few")
     rows = []
     for run in runs:
         for m in (m for source in run.sources for m in run.events("result", source)[-1:]):
-            found = [m.get(f"test_{name}") for name in names]
+            found = [m.get(f"test_{name}") for name in SHOTS]
             if any(value is not None for value in found):
-                of = [m.get(f"{name}_classes") for name in names]
-                cells = [
-                    "-" if value is None else f"{value:.2%}" + ("" if n is None else f" of {n}")
-                    for value, n in zip(found, of, strict=True)
-                ]
-                rows.append([run.path.name, m["source"], *cells])
+                of = [m.get(f"{name}_classes") for name in SHOTS]
+                rows.append([run.path.name, m["source"], *map(shots_text, found, of)])
     if not rows:
         return ""
-    head = ("run", "source", f"many: over {MANY}", f"medium: {FEW} to {MANY}", f"few: under {FEW}")
+    head = ("run", "source", *SHOTS.values())
     note = (
         '<p class="note">Held-out accuracy, the mean over classes, by the count of a class in '
         "class_counts.</p>"

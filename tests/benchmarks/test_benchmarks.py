@@ -343,3 +343,21 @@ def test_records_are_appended_with_the_machine_before_them(tmp_path):
     first, second = (json.loads(line) for line in file.read_text().splitlines())
     assert list(first)[:4] == ["suite", "when", "cpu", "threads"]
     assert (first["suite"], first["value"], second["value"], second["threads"]) == ("some", 1, 2, 7)
+
+
+@pytest.mark.parametrize("suite", ["overhead", "plan", "scaling", "theory"])
+def test_a_record_that_cannot_be_written_is_named_before_any_work(suite, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for path, said in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "is no folder")):
+        assert run.main([suite, "--record", str(path)]) == 2
+        told = capsys.readouterr()
+        assert told.err.startswith(f"dpfast bench: error: record = {str(path)!r}: ")
+        assert said in told.err
+        assert (told.out, told.err.count("\n")) == ("", 1)
+
+
+def test_a_folder_of_records_that_cannot_be_one_is_named_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run.main(["ops", "--record", str(tmp_path / "file")]) == 2
+    assert "record = " in (told := capsys.readouterr()).err
+    assert told.out == ""

@@ -1,6 +1,8 @@
 """The command line: errors in one line with exit code 2, samples on disk, the doctor's report."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -232,3 +234,44 @@ def test_audit_needs_the_tools_of_the_linux_wheel(monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert main(["audit"]) == 2
     assert capsys.readouterr().err.startswith("dpfast: error: the audit needs the compiler")
+
+
+TALKS = """
+import sys
+from dpfast.cli import main
+
+main.doctor.doctor = lambda arguments: print(*range(LINES), sep="\\n", file=FILE) or 0
+sys.exit(main.main(["doctor"]))
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+@pytest.mark.parametrize("file", ["sys.stdout", "sys.stderr"])
+def test_a_reader_that_leaves_ends_a_command_without_a_word(lines, file, tmp_path):
+    """As ``dpfast ... | head`` does, with what is printed at once and with what waits in a
+    buffer.
+    """
+    left, ours = os.pipe()
+    os.close(left)
+    code = TALKS.replace("LINES", str(lines)).replace("FILE", file)
+    with (tmp_path / "other").open("wb") as other, os.fdopen(ours, "wb") as pipe:
+        streams = {"stdout": pipe, "stderr": other}
+        if file == "sys.stderr":
+            streams = {"stdout": other, "stderr": pipe}
+        done = subprocess.run([sys.executable, "-c", code], **streams)
+    assert (done.returncode, (tmp_path / "other").read_bytes()) == (1, b"")
+
+
+def test_a_command_without_a_stdout_ends_as_it_would():
+    command = " ".join([sys.executable, "-c", shlex.quote(TALKS), ">&-"])
+    command = command.replace("LINES", "3").replace("FILE", "None")
+    assert subprocess.run(command, shell=True, stderr=subprocess.PIPE).stderr == b""
+
+
+def test_a_pipe_of_others_that_breaks_is_an_error(monkeypatch):
+    def breaks(arguments):
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setattr("dpfast.cli.main._main", breaks)
+    with pytest.raises(BrokenPipeError, match="a worker is gone"):
+        main(["doctor"])

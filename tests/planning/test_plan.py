@@ -299,6 +299,17 @@ def test_measured_stages_replace_limits_and_the_table_says_so(recipe):
     assert "guided samples" in text
 
 
+def test_side_by_side_a_plan_names_the_staleness_that_it_needs():
+    def line(staleness):
+        recipe = Recipe.load("fashion", sources="dp", overlap_staleness=staleness)
+        made = plan(recipe, "h100", count=2)
+        assert made.job.longest == 160  # six rounds in the 960 steps before the cool-down
+        return next(row for row in plan_table(made).splitlines() if "side by side" in row)
+
+    assert line(159).endswith(", with --overlap-staleness 160 or more")
+    assert "staleness" not in line(160)
+
+
 def test_the_published_pools_have_their_sizes():
     assert Placement.of(6_500_000, (3, 256, 256)).bytes_per_sample * 6_500_000 == pytest.approx(
         1.278e12, rel=1e-3

@@ -168,3 +168,24 @@ def test_what_the_file_system_refuses_is_said_in_its_own_words(tmp_path, monkeyp
     monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(OSError, match="Read-only file system"):
         Saver(SamplePool(), Path(tmp_path))
+
+
+def test_files_that_are_no_owners_count_for_nothing_and_stay(tmp_path):
+    names = [".owner-x", ".owner-", ".owner-000007 (copy)", ".owner-9.bak", ".owner-12", "owner-3"]
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    Owner(tmp_path).close()
+    assert owner_of(tmp_path) is None
+    second = Owner(tmp_path)
+    assert second.number == 1
+    second.close()
+    assert {path.name for path in tmp_path.iterdir()} == {*names, ".owner-000001"}
+
+
+def test_the_highest_owner_is_so_by_its_number_and_not_by_its_name(tmp_path):
+    for number in (999_999, 1_000_000):
+        (tmp_path / f".owner-{number:06d}").write_text('{"ended": true}')
+    owner = Owner(tmp_path)
+    assert owner.number == 1_000_001
+    owner.close()
+    assert [path.name for path in tmp_path.iterdir()] == [".owner-1000001"]

@@ -3,6 +3,7 @@ kill comes.
 """
 
 import json
+import shutil
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from dpfast.parallel import Ranks, heartbeat
 from dpfast.practice import checkpoint
 from dpfast.practice.background import CheckpointTimer, HostCopy
 from dpfast.practice.callbacks import Callback
+from dpfast.practice.checkpoint import Checkpoint
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
 from tests.practice.small import REAL
@@ -217,3 +219,19 @@ def test_weights_are_written_as_safetensors_reads_them(tmp_path, dtype):
         for name, value in tensors.items()
     )
     assert checkpoint._sha256(tmp_path / "x.safetensors") == digest
+
+
+def test_files_that_are_no_checkpoints_are_passed_over_and_stay(tmp_path):
+    taken = Checkpoint(5, 40, 1, {"trainer": {"step": torch.tensor(5)}})
+    for label in (None, "round-02", "stable", None):
+        checkpoint.save(tmp_path, taken, keep=2, label=label)
+    ours = {f"checkpoint-00000{n}.json" for n in ("0", "1-round-02", "2-stable", "3")}
+    for name in ("checkpoint-000009 (copy)", "checkpoint-old", "checkpoint-000009-mine", "notes"):
+        shutil.copy(tmp_path / "checkpoint-000003.json", tmp_path / f"{name}.json")
+    shutil.copy(tmp_path / "checkpoint-000003.json", tmp_path / "checkpoint-9.json")
+    assert {path.name for path in checkpoint.paths(tmp_path)} == ours
+    assert checkpoint.latest(tmp_path).path.name == "checkpoint-000003.json"
+    assert checkpoint.save(tmp_path, taken, keep=1).name == "checkpoint-000004.json"
+    kept = [path.name for path in checkpoint.paths(tmp_path)]
+    assert kept == [f"checkpoint-00000{n}.json" for n in ("1-round-02", "2-stable", "4")]
+    assert (tmp_path / "checkpoint-000009 (copy).json").exists()

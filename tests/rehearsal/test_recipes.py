@@ -7,6 +7,7 @@ import pytest
 
 from dpfast.cli.main import main
 from dpfast.config import Recipe
+from dpfast.errors import InputError
 from dpfast.planning import measure
 from dpfast.planning.memory import usable
 from dpfast.planning.plan import plan
@@ -110,3 +111,25 @@ def test_prune_on_ranks_goes_from_start_to_end():
     assert rounds[0][1] == pytest.approx(8 * rounds[1][1], rel=0.15)  # in whole batches
     assert rounds[0][0] == rounds[1][0]
     assert len(rounds[2]) == 1
+
+
+def test_the_clock_of_a_rehearsal_adds_no_more_rounds_than_the_recipe_allows():
+    def rounds(**fields):
+        recipe = Recipe.load("fashion", sources="dp", **fields)
+        made = plan(recipe, "h100")
+        return len(timeline(recipe, made, saves=0.0, checkpoint_bytes=1, timeout=600.0).rounds)
+
+    assert rounds() == 1 + 6  # 1,500 samples, and 750 a round up to 6,000
+    assert rounds(maximum_rounds=2) == 1 + 2
+    assert rounds(maximum_rounds=0) == 1
+    assert rounds(maximum_rounds=9) == 1 + 6
+
+
+def test_class_counts_that_do_not_fit_are_refused_by_a_rehearsal_too(tmp_path):
+    file = tmp_path / "counts.txt"
+    file.write_text("".join(f"{label} 700\n" for label in range(9)))
+    with pytest.raises(InputError, match=r"no count of class 9 \('Ankle boot'\); expected one"):
+        rehearse(Recipe.load("fashion", class_counts=str(file)), "h100")
+    file.write_text(file.read_text() + "boots 700\n")
+    with pytest.raises(InputError, match="'boots' is no class; expected a name, or an id"):
+        rehearse(Recipe.load("fashion", class_counts=str(file)), "h100")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpfast.errors import InputError
-from dpfast.report.laws import SIZES, Interval, fit_laws, groups_of, savings
+from dpfast.report.laws import SIZES, Interval, fit_laws, groups_of, savings, student_t
 from dpfast.report.points import Point, on_validation, points_of_study
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "results" / "study.jsonl"
@@ -162,3 +162,10 @@ def test_the_studys_runs_save_what_its_tables_say():
     validation, missing = on_validation(points_of_study(STUDY))
     assert (len(validation), missing) == (118, [])
     assert fit_laws(validation)[0].exponent.value != laws[0].exponent.value
+
+
+def test_students_t_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for values in range(2, 60):
+        assert student_t(values) == pytest.approx(stats.t.ppf(0.975, values - 1), rel=2e-3)
+    assert student_t(3) == pytest.approx(stats.t.ppf(0.975, 2), abs=5e-4)
