@@ -457,6 +457,37 @@ class Learner(Section):
         high=1,
         help="random resized crop: the smallest share of the area that is kept; 1: none",
     )
+    rand_augment: int = option(
+        0,
+        unit="operations",
+        low=0,
+        help="RandAugment: operations that change an image, each drawn from fourteen; 0: none",
+    )
+    rand_magnitude: float = option(
+        9.0,
+        low=0,
+        high=30,
+        help="magnitude of RandAugment's operations",
+    )
+    augment: ImportPath | None = option(
+        None,
+        unset="none",
+        help="an augmentation of yours: a function of images (B, C, H, W) in [-1, 1] and of a seed "
+        "for each, (B,), that gives such images",
+    )
+    erase: float = option(
+        0.0,
+        unit="fraction",
+        low=0,
+        high=1,
+        help="share of the images of which a random box is erased",
+    )
+    aug_repeats: int = option(
+        1,
+        low=1,
+        help="repeated augmentation: how often an image is in a batch, each time augmented "
+        "otherwise",
+    )
     mixup: float = option(
         0.0,
         low=0,
@@ -486,6 +517,8 @@ class Learner(Section):
         kinds = "'transformers:Class', 'timm:name' or 'package.module:factory'"
         library, _, name = self.model.partition(":")
         _check(bool(library and name), "model", self.model, kinds)
+        wanted = f"a divisor of learner.batch_size ({self.batch_size})"
+        _check(self.batch_size % self.aug_repeats == 0, "aug_repeats", self.aug_repeats, wanted)
         most = 1 - self.warmup
         left = f"at most {most:g}, which warmup leaves"
         _check(self.cooldown <= most, "cooldown", self.cooldown, left)

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -16,12 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpfast.config import Learner
 from dpfast.errors import InputError
+from dpfast.feed.own_augment import OwnAugment, augment_at, augmented
+from dpfast.feed.rand_augment import MAGNITUDES, OPERATIONS, rand_augment
 from dpfast.ops import check
+from dpfast.pool.batch import BatchFormat
 
 TRIES = 10  # boxes drawn for one crop until one lies inside its image, as in torchvision
 MOST_SHIFT = 1 << 16  # pixels, more than any image has
 RATIOS = (3 / 4, 4 / 3)  # of a box's width and height
+ERASED = (0.02, 1 / 3)  # shares of an image's area, as of torchvision and of Zhong et al. 2020
+ERASED_RATIOS = (0.3, 3.3)
 
 
 @dataclass(frozen=True)
@@ -112,20 +119,37 @@ class AugmentationDraw:
     """The chances of one batch, on the CPU; None for none.
 
     boxes: (B, 4) float32 of (top, left, height, width) in pixels, in images of the size that was
-    drawn for; flips: (B,) bool; crops: what the boxes were made of.
+    drawn for; flips: (B,) bool; crops: what the boxes were made of; operations, signs: (B, n)
+    int64 of RandAugment; erased: (B, 4) int64 (top, bottom, left, right) in pixels of the batch,
+    empty where nothing is erased; seeds: (B,) int64 of the user's own augmentation.
     """
 
     boxes: Tensor | None
     flips: Tensor | None
     mix: Mix | None
     crops: Crops | None = None
+    operations: Tensor | None = None
+    signs: Tensor | None = None
+    erased: Tensor | None = None
+    seeds: Tensor | None = None
 
     def part(self, rows: Tensor) -> AugmentationDraw:
         """The chances of the samples in ``rows`` (b,) of the batch."""
-        boxes = None if self.boxes is None else self.boxes[rows]
-        flips = None if self.flips is None else self.flips[rows]
         crops = None if self.crops is None else self.crops.part(rows.numpy())
-        return AugmentationDraw(boxes, flips, self.mix, crops)
+
+        def of(each: Tensor | None) -> Tensor | None:
+            return None if each is None else each[rows]
+
+        return AugmentationDraw(
+            of(self.boxes),
+            of(self.flips),
+            self.mix,
+            crops,
+            of(self.operations),
+            of(self.signs),
+            of(self.erased),
+            of(self.seeds),
+        )
 
     def boxes_in(self, sizes: Tensor) -> Tensor:
         """``boxes`` in images of these (B, 2) int64 heights and widths, by the same chances; all of
@@ -144,6 +168,13 @@ class Augment:
         crop: the smallest share of the area that a random resized crop keeps (Szegedy et al. 2015:
         0.08); 1: none.
         size: (height, width) of a batch; None: that of the pool's images.
+        rand_augment: operations of RandAugment that change an image (``dpfast.feed.rand_augment``);
+            0: none. magnitude: of them, 0 to 30.
+        own: an augmentation of the user's own (``dpfast.feed.own_augment``).
+        erase: share of the samples of which a box is erased: 0, the middle of the scale; 2 to 33 %
+            of the area (Zhong et al. 2020).
+        repeats: so many times a sample is in a batch, each time with other chances (Hoffer et al.
+            2020); must divide the batch size.
         mixup, cutmix: alpha of the Beta distribution of the share (Zhang et al. 2018, Yun et al.
             2019); 0: none. With both, a batch gets one of the two, each half of the time.
 
@@ -155,8 +186,30 @@ class Augment:
     shift: int = 0
     crop: float = 1.0
     size: tuple[int, int] | None = None
+    rand_augment: int = 0
+    magnitude: float = 9.0
+    own: OwnAugment | None = None
+    erase: float = 0.0
+    repeats: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
+
+    @classmethod
+    def of(cls, learner: Learner) -> Augment:
+        """The augmentations of a recipe. Raises ``InputError`` for a path that leads nowhere."""
+        own = learner.augment
+        return cls(
+            flip=learner.flip,
+            shift=learner.shift,
+            crop=learner.crop,
+            rand_augment=learner.rand_augment,
+            magnitude=learner.rand_magnitude,
+            own=None if own is None else augment_at(own),
+            erase=learner.erase,
+            repeats=learner.aug_repeats,
+            mixup=learner.mixup,
+            cutmix=learner.cutmix,
+        )
 
     def __post_init__(self) -> None:
         if not isinstance(self.flip, bool):
@@ -167,6 +220,15 @@ class Augment:
         check.number("crop", self.crop)
         if not 0 < self.crop <= 1:
             raise InputError(f"crop = {self.crop}, expected a share of the area in (0, 1]")
+        check.whole("rand_augment", self.rand_augment, "at least 0 operations", low=0)
+        check.whole("repeats", self.repeats, "at least 1")
+        for name, high in (("magnitude", MAGNITUDES), ("erase", 1.0)):
+            value = getattr(self, name)
+            check.number(name, value)
+            if not 0 <= value <= high:
+                raise InputError(f"{name} = {value}, expected 0 to {high:g}")
+        if not (self.own is None or callable(self.own)):
+            raise TypeError(f"own must be a function of images and seeds, got {self.own!r}")
         if self.size is not None and not (
             isinstance(self.size, (tuple, list))
             and len(self.size) == 2
@@ -185,6 +247,11 @@ class Augment:
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def changes(self) -> bool:
+        """Whether images change after they were gathered, each by itself."""
+        return self.rand_augment > 0 or self.erase > 0 or self.own is not None
+
     def resamples(self, image: tuple[int, int] | None) -> bool:
         """Whether a batch of images of (height, width) needs boxes; None: of any sizes."""
         return self.shift > 0 or self.crop < 1 or self.size not in (None, image)
@@ -193,14 +260,51 @@ class Augment:
         self, batch: int, image: tuple[int, int], *, seed: int, number: int
     ) -> AugmentationDraw:
         """The chances of batch ``number`` of ``batch`` images of (height, width)."""
-        if not (self.flip or self.mixes or self.resamples(image)):
+        if not (self.flip or self.mixes or self.changes or self.resamples(image)):
             # a generator takes longer to make than a small batch
             return AugmentationDraw(None, None, None)
         random = np.random.Generator(np.random.Philox(key=(seed << 64) + number))
         flips = torch.from_numpy(random.random(batch) < 0.5) if self.flip else None
         crops = self._crops(random, batch) if self.resamples(image) else None
         boxes = None if crops is None else crops.boxes(np.tile(image, (batch, 1)))
-        return AugmentationDraw(boxes, flips, self._mix(random, self.size or image), crops)
+        size = self.size or image
+        mix = self._mix(random, size)
+        return AugmentationDraw(boxes, flips, mix, crops, **self._changes(random, batch, size))
+
+    def _changes(
+        self, random: np.random.Generator, batch: int, size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """The chances of what happens to images of (height, width) after they were gathered."""
+        found: dict[str, np.ndarray] = {}
+        if self.rand_augment:
+            shape = (batch, self.rand_augment)
+            found["operations"] = random.integers(len(OPERATIONS), size=shape)
+            found["signs"] = 1 - 2 * random.integers(2, size=shape)
+        if self.erase:
+            found["erased"] = _erased(random, batch, size, self.erase)
+        if self.own is not None:
+            found["seeds"] = random.integers(1 << 62, size=batch)
+        return {name: torch.from_numpy(values) for name, values in found.items()}
+
+    def change(self, images: Tensor, draw: AugmentationDraw, form: BatchFormat) -> Tensor:
+        """Images (B, C, H, W) of a batch in ``form``, changed each by itself: RandAugment, the
+        user's own, erasing. They may be changed in place.
+        """
+        if draw.operations is not None:
+            assert draw.signs is not None
+            mean, std = (
+                torch.tensor(each, device=images.device).view(1, -1, 1, 1)
+                for each in form.per_channel(images.shape[1])
+            )
+            bytes_ = images.float().mul(std).add_(mean).mul_(255).round_().clamp_(0, 255)
+            values = rand_augment(bytes_, draw.operations, draw.signs, self.magnitude)
+            images.copy_(values.div_(255).sub_(mean).div_(std))
+        if self.own is not None:
+            assert draw.seeds is not None
+            images = augmented(self.own, images, draw.seeds)
+        if draw.erased is not None:
+            images.masked_fill_(_inside(draw.erased.to(images.device), images.shape[2:]), 0.0)
+        return images
 
     def _crops(self, random: np.random.Generator, batch: int) -> Crops:
         areas = ratios = places = shifts = None
@@ -226,6 +330,37 @@ class Augment:
         left, right = _cut(int(random.integers(width)), side * width, width)
         share = 1 - (bottom - top) * (right - left) / (height * width)
         return Mix(share, (top, bottom, left, right))
+
+
+def _erased(
+    random: np.random.Generator, batch: int, size: tuple[int, int], share: float
+) -> np.ndarray:
+    """(B, 4) boxes of (top, bottom, left, right) in images of (height, width), for a share of them:
+    the first of ``TRIES`` that fits; zeros for the others.
+    """
+    height, width = size
+    chosen = random.random(batch) < share
+    low, high = (math.log(ratio) for ratio in ERASED_RATIOS)
+    areas = random.uniform(*ERASED, (batch, TRIES)) * height * width
+    ratios = np.exp(random.uniform(low, high, (batch, TRIES)))
+    places = random.random((2, batch))
+    heights = np.round(np.sqrt(areas * ratios)).astype(np.int64)
+    widths = np.round(np.sqrt(areas / ratios)).astype(np.int64)
+    fits = (heights < height) & (widths < width)
+    first = np.arange(batch), fits.argmax(1)
+    tall, wide = (each[first] * (chosen & fits.any(1)) for each in (heights, widths))
+    top = np.floor(places[0] * (height - tall + 1)).astype(np.int64)
+    left = np.floor(places[1] * (width - wide + 1)).astype(np.int64)
+    return np.stack([top, top + tall, left, left + wide], 1)
+
+
+def _inside(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, 1, H, W) bool, True within boxes of (top, bottom, left, right)."""
+    rows, columns = (torch.arange(each, device=boxes.device) for each in size)
+    top, bottom, left, right = boxes[:, :, None].unbind(1)
+    down = (rows >= top) & (rows < bottom)
+    across = (columns >= left) & (columns < right)
+    return (down[:, :, None] & across[:, None, :])[:, None]
 
 
 def _cut(centre: int, length: float, limit: int) -> tuple[int, int]:

@@ -16,10 +16,13 @@ The path of a batch, in reading order:
     PoolSnapshot.gather         their images, normalised, cropped and mirrored, and their labels
     Work.result                 hands them over, wherever they were made: in a thread, on a side
                                 stream, by the caller, in DALI's pipeline
+    Augment.change, Mix.apply   RandAugment, the user's own, erasing; and mixing: by the caller,
+                                whatever made the batch
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -188,7 +191,8 @@ class PoolLoader(Loader):
         self.pool = pool
         self.seed = seed
         self.classes = classes
-        self.order = Order(seed, batch_size, fresh_weight=fresh_weight)
+        repeats = self.augment.repeats
+        self.order = Order(seed, batch_size, fresh_weight=fresh_weight, repeats=repeats)
         self.count = (
             self.order.batch_size // pool.ranks.size
         )  # samples of a batch that are delivered
@@ -215,6 +219,7 @@ class PoolLoader(Loader):
         assert pending.work is not None
         with _Rewinding(self._rewind):
             images, labels = pending.work.result()
+            images = self.augment.change(images, pending.draw, self.form)
             if pending.draw.mix is not None:
                 assert self.classes is not None
                 images, labels = pending.draw.mix.apply(images, labels, self.classes)
@@ -239,7 +244,7 @@ class PoolLoader(Loader):
         self._rewind()
 
     def indices_after(self, state: dict[str, int], batches: int) -> Tensor:
-        order = Order(self.seed, self.order.batch_size, fresh_weight=self.order.fresh_weight)
+        order = copy.copy(self.order)
         order.load_state_dict(state)
         for _ in range(batches):  # one at a time: all of them may be millions
             indices = order.next(len(self.pool), self._fresh())

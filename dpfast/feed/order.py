@@ -30,12 +30,17 @@ class Order:
     ``next``). 1 is the paper's uniform choice. Otherwise every batch mixes a pass over the newest
     with a pass over the rest, in the fixed proportion that the weight gives.
 
-    Raises ``TypeError`` for a seed or a batch size that is no integer and a weight that is no
-    number, ``InputError`` for a seed outside [0, 2^64), a batch size below 1 and a weight that is
-    not finite and above 0.
+    repeats: so many times each sample of a batch is in it, one behind the other; a pass takes so
+    many times as long.
+
+    Raises ``TypeError`` for a seed, a batch size or repeats that are no integers and a weight that
+    is no number, ``InputError`` for a seed outside [0, 2^64), a batch size below 1, a weight that
+    is not finite and above 0, and repeats that do not divide the batch size.
     """
 
-    def __init__(self, seed: int, batch_size: int, *, fresh_weight: float = 1.0) -> None:
+    def __init__(
+        self, seed: int, batch_size: int, *, fresh_weight: float = 1.0, repeats: int = 1
+    ) -> None:
         check.whole("seed", seed, "0 to 2^64 - 1", low=0)
         if seed >= 1 << 64:
             raise InputError(f"seed = {seed}: expected 0 to 2^64 - 1")
@@ -43,8 +48,14 @@ class Order:
         check.number("fresh_weight", fresh_weight)
         if fresh_weight <= 0:
             raise InputError(f"fresh_weight = {fresh_weight}, expected a number above 0")
+        check.whole("repeats", repeats, "at least 1")
+        if batch_size % repeats:
+            raise InputError(
+                f"repeats = {repeats}: expected a divisor of the batch size, {batch_size}"
+            )
         self.seed = seed
         self.batch_size = int(batch_size)
+        self.repeats = repeats
         self.fresh_weight = fresh_weight
         self.epoch = self.position = self.size = self.fresh = 0
 
@@ -71,9 +82,10 @@ class Order:
             self.size = size
             self.fresh = fresh
         first = self.position
-        count = batches * self.batch_size
+        count = batches * self.batch_size // self.repeats
         self.position += count
-        return self._mixed(first, count) if weighted else self._passes(first, count, size, STREAM)
+        drawn = self._mixed(first, count) if weighted else self._passes(first, count, size, STREAM)
+        return drawn if self.repeats == 1 else drawn.repeat_interleave(self.repeats)
 
     def _passes(self, first: int, count: int, size: int, stream: int) -> Tensor:
         """The draws ``first`` to ``first + count`` of endless passes over ``size`` samples."""
@@ -114,7 +126,7 @@ class Order:
 
     def state_dict(self, *, before: int = 0) -> dict[str, int]:
         """The position, or that of ``before`` batches earlier in the same call of ``next``."""
-        position = self.position - before * self.batch_size
+        position = self.position - before * self.batch_size // self.repeats
         return {"epoch": self.epoch, "position": position, "size": self.size, "fresh": self.fresh}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -121,13 +121,8 @@ def measure(
 
     pushed = clock.time("guided samples", guided, stages.guided, most=at_once, dtype=dtype)
     sampler.release()
-    augment = Augment(
-        flip=config.flip,
-        shift=config.shift,
-        crop=config.crop,
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-    )
+
+    augment = Augment.of(replace(config, aug_repeats=1))  # batches of any size are timed
 
     @contextlib.contextmanager
     def training(size: int) -> Iterator[Callable[[], object]]:

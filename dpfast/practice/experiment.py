@@ -22,6 +22,7 @@ from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.sets import evaluation_sets
 from dpfast.feed import choose_loader
 from dpfast.feed.loader import Loader
+from dpfast.feed.own_augment import augment_at, try_augment
 from dpfast.generate import criteria
 from dpfast.generate.criteria import Criterion
 from dpfast.generate.from_recipe import check_generator, fetched, image_shape, load_pipeline
@@ -245,6 +246,9 @@ class DeliberatePractice:
             choose_loader(self.recipe.learner.loader, self.recipe.pool.codec)
         elif not callable(self.loader):
             raise InputError(f"loader is a {type(self.loader).__name__}: expected a function")
+        if self.recipe.learner.augment is not None:
+            own_augment = augment_at(self.recipe.learner.augment)
+            try_augment(own_augment, image_shape(self.pipeline), self.pipeline.device)
         if "dp" in self.named:
             check_guided_method(self.recipe, self.pipeline)
         own, what, named = self.criterion, "criterion", self.recipe.guidance.criterion

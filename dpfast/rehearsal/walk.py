@@ -79,6 +79,11 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
             f"loader = {recipe.learner.loader!r}: a rehearsal accounts for no loader of yours; "
             "rehearse it with torch"
         )
+    if recipe.learner.augment is not None:
+        raise RecipeError(
+            f"augment = {recipe.learner.augment!r}: a rehearsal accounts for no augmentation of "
+            "yours; rehearse it without"
+        )
     if recipe.practice.sources[0] not in SOURCES:
         raise RecipeError(
             f"sources = {','.join(recipe.practice.sources)!r}: a rehearsal walks none but "
