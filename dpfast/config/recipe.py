@@ -137,6 +137,13 @@ class Generator(Section):
         help="folder of an AutoencoderTiny, or OWNER/NAME of one on the Hub (madebyollin/taesd), "
         "through which guidance looks",
     )
+    lora: tuple[str, ...] = option(
+        (),
+        unit="file[:weight]",
+        unset="none",
+        help="LoRA weights that are fused into the pipeline's models: files of safetensors or "
+        "OWNER/NAME of models on the Hub, each with its weight (1 where it has none)",
+    )
     class_names: tuple[str, ...] = option(
         (),
         unit="name",

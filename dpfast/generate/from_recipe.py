@@ -22,6 +22,7 @@ from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.models.decoder import ResizedDecoder
 from dpfast.generate.pipelines import Pipeline, families, hub
 from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.lora import model_id
 from dpfast.generate.pipelines.prompts import Prompts
 from dpfast.generate.protocol import OwnPipeline, Sampler
 from dpfast.generate.sampler import GuidedSampler, Learner
@@ -36,6 +37,7 @@ def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeli
         revision=generator.revision,
         variant=generator.variant,
         tiny_decoder=generator.tiny_decoder,
+        lora=generator.lora,
         device=device,
         dtype=generator.dtype,
         attention=generator.attention,
@@ -77,6 +79,7 @@ def folder_of(generator: Generator) -> PipelineFolder:
         revision=generator.revision,
         variant=generator.variant,
         tiny_decoder=generator.tiny_decoder,
+        lora=generator.lora,
     )
 
 
@@ -88,13 +91,14 @@ def fetched(generator: Generator, *, beat: Callable[[], None] = lambda: None) ->
     ``dpfast.generate.pipelines.hub.fetch`` do.
     """
     fetch = functools.partial(hub.fetch, beat=beat)
-    if generator.tiny_decoder:
+    others = [("lora", model_id(text)) for text in generator.lora]
+    for field, source in [("tiny_decoder", generator.tiny_decoder), *others]:
         try:
-            hub.located(generator.tiny_decoder, field="tiny_decoder")
+            hub.located(source, field=field)
         except hub.IncompleteError:
             if hub.offline():
                 raise
-            fetch(generator.tiny_decoder, field="tiny_decoder")
+            fetch(source, field=field)
     if not hub.is_model_id(generator.pipeline):
         return generator
     try:

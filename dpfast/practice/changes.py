@@ -35,6 +35,15 @@ TRAINING = "the weights so far were trained by it"
 DATES = "it decides when samples are added, and has decided so far"
 ROUNDING = "it changes the rounding of what comes, no more"
 MEMORY = "it decides where things lie, not what they are"
+GIVEN_AT_BIRTH = (  # or not, whatever they are called by now
+    "held_out",
+    "class_counts",
+    "real",
+    "pretrained",
+    "tiny_decoder",
+    "lora",
+    "prompts",
+)
 MOVED = "a folder may move, and holds what it held at birth (contents.json)"
 
 RULES: dict[str, tuple[str, str]] = {
@@ -58,11 +67,12 @@ RULES: dict[str, tuple[str, str]] = {
         "a branch may move, and has the commit that it had at birth (contents.json)",
     ),
     "variant": (FIXED, SAMPLES),
-    "tiny_decoder": (FREE, MOVED),
+    "tiny_decoder": (FREE, MOVED + "; but a run has one from its birth, or that of its pipeline"),
+    "lora": (FREE, MOVED + "; but a run has them from its birth, or none"),
     "class_names": (FIXED, "it says what the labels mean"),
     "image_size": (FIXED, "the pool's images have one size"),
     "prompt_template": (FIXED, SAMPLES),
-    "prompts": (FREE, MOVED),
+    "prompts": (FREE, MOVED + "; but a run has them from its birth, or none"),
     "negative_prompt": (FIXED, SAMPLES),
     "height": (FIXED, SAMPLES),
     "width": (FIXED, SAMPLES),
@@ -215,7 +225,7 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     ]
     refused += [
         f"{name} = {asked[name]!r} was {born.get(name, '')!r} ({_rule(name)})"
-        for name in ("held_out", "class_counts", "real", "pretrained")
+        for name in GIVEN_AT_BIRTH
         if bool(asked[name]) != bool(born.get(name))
     ]
     loaders = {str(asked["loader"]), str(born.get("loader", asked["loader"]))}

@@ -3,8 +3,9 @@ most.
 
 contents.json   field -> what its folder holds: of the generator and a tiny decoder of its own the
                 bytes of each file of weights and a checksum of each file of JSON, and where they
-                are of the Hub their commit; of prompts a checksum of those of each class; of real
-                images how many files each class has, of class counts the count of each class
+                are of the Hub their commit; of files of LoRA a checksum and the weight, of prompts
+                a checksum of those of each class; of real images how many files each class has, of
+                class counts the count of each class
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dpfast.data.real import is_fashion
 from dpfast.errors import InputError, RecipeError
 from dpfast.files import below, is_folder, there
 from dpfast.generate.pipelines import hub
+from dpfast.generate.pipelines.lora import LoraFile
 from dpfast.pool.shards import durable
 from dpfast.textfiles import read_json, to_json
 
@@ -46,6 +48,13 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
     ):
         with contextlib.suppress(hub.IncompleteError):
             found |= _models(field, hub.located(source, revision, field=field)) if source else {}
+    with contextlib.suppress(hub.IncompleteError):
+        files = [LoraFile.of(text) for text in generator.lora]
+        if files:
+            found["lora"] = {
+                str(number): f"{_checksum(each.file.read_bytes())} times {each.weight:g}"
+                for number, each in enumerate(files)
+            }
     if generator.prompts and Path(generator.prompts).is_file():
         table = read_json(Path(generator.prompts))
         each = table.items() if isinstance(table, dict) else ()
@@ -115,6 +124,7 @@ def check_contents(run: Path, recipe: Recipe) -> None:
         ("tiny_decoder" + OF_HUB, recipe.generator.tiny_decoder),
         ("pipeline", recipe.generator.pipeline),
         ("tiny_decoder", recipe.generator.tiny_decoder),
+        ("lora", ",".join(recipe.generator.lora)),
         ("prompts", recipe.generator.prompts),
         ("validation", recipe.validation),
         ("held_out", recipe.held_out),

@@ -7,6 +7,7 @@ model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from dpfast.errors import InputError, first_line
 from dpfast.extras import installed
 from dpfast.files import below, check_readable, is_folder, listed, there
 from dpfast.generate.pipelines import hub
+from dpfast.generate.pipelines.lora import NETWORKS, Lora, LoraFile
 from dpfast.textfiles import read_json
 
 TINY = "tiny_decoder"
@@ -42,6 +44,8 @@ class PipelineFolder:
             (``dpfast.generate.pipelines.hub.located``).
         revision: branch, tag or commit of a model of the Hub; "": its main branch.
         variant: of the weights, where a part has it; "": files without one.
+        lora: files that are fused into the models, as ``dpfast.generate.pipelines.lora.LoraFile``
+            reads them.
         tiny_decoder: folder of an ``AutoencoderTiny`` or a model of the Hub, in place of the part
             "tiny_decoder"; "": that part, where the folder has one.
     """
@@ -53,11 +57,13 @@ class PipelineFolder:
         revision: str = "",
         variant: str = "",
         tiny_decoder: str | Path = "",
+        lora: Sequence[str] = (),
     ) -> None:
         self.source = str(source)
         self.variant = variant
         self.path = hub.located(source, revision)
         self.elsewhere: dict[str, Path] = {}
+        self.lora_files = [LoraFile.of(text) for text in lora]
         if not is_folder(self.path):
             names = ", ".join(sorted(p.parent.name for p in ASSETS.glob("*/model_index.json")))
             raise self.error(
@@ -220,7 +226,25 @@ class PipelineFolder:
                 f"{part!r} lacks {len(missing)} weights of a "
                 f"{kind.__name__}, the first is {missing[0]}"
             )
-        return model.to(device).eval().requires_grad_(False)
+        model.requires_grad_(False)
+        for lora in self.loras:
+            lora.fuse(part, model)
+        return model.to(device).eval()
+
+    @functools.cached_property
+    def loras(self) -> list[Lora]:
+        """What is fused into the models. Raises ``InputError`` for a file of another kind."""
+        network = next((part for part in NETWORKS if self.class_of(part)), None)
+        config = self.config(network) if self.lora_files and network else {}
+        loras = [Lora.read(given, self.kind, config) for given in self.lora_files]
+        for lora in loras:
+            for part in lora.parts:
+                if self.class_of(part) is None:
+                    raise InputError(
+                        f"{lora.given.error}: changes {part!r}, which pipeline = {self.name!r} "
+                        "does not have"
+                    )
+        return loras
 
     def class_names(self, given: Sequence[str] | None) -> tuple[str, ...] | None:
         """``given``, or what the folder says in class_names.json (a list) or in the index's

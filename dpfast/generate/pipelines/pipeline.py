@@ -61,6 +61,7 @@ class Pipeline:
         revision: str = "",
         variant: str = "",
         tiny_decoder: str | Path = "",
+        lora: Sequence[str] = (),
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         attention: str = "sdpa",
@@ -84,6 +85,8 @@ class Pipeline:
             variant: of the weights, such as "fp16", for the parts that have it.
             tiny_decoder: folder of an ``AutoencoderTiny``, or "owner/name" on the Hub, that serves
                 the guidance path; "": the part of that name, where the folder has one.
+            lora: LoRA weights that are fused into the models, each a file of safetensors or
+                "owner/name" on the Hub, with ":0.7" behind it for another weight than 1.
             device: of all parts and tables; a name is "auto", "cpu", "cuda" or "cuda:N".
             dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents,
                 images and the solver stay in float32, and so does a decoder whose configuration
@@ -130,7 +133,7 @@ class Pipeline:
             check.pixels("width", width),
         )
         folder = PipelineFolder(
-            source, revision=revision, variant=variant, tiny_decoder=tiny_decoder
+            source, revision=revision, variant=variant, tiny_decoder=tiny_decoder, lora=lora
         )
         parts = families.load(folder, options)
         return cls(

@@ -121,6 +121,7 @@ def check(folder: PipelineFolder) -> None:
     folder.check_variant(_with_weights(folder))
     if folder.has(TINY):
         folder.check_weights(TINY)
+    _ = folder.loras
 
 
 def _with_weights(folder: PipelineFolder) -> list[str]:
