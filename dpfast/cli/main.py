@@ -24,6 +24,7 @@ from dpfast.cli import (
     doctor,
     export,
     first,
+    paper,
     plan,
     rehearse,
     report,
@@ -38,7 +39,7 @@ from dpfast.version import __version__
 WORDS = 5.0  # seconds
 PACKAGE = Path(__file__).parents[1]
 _PYTHONS = warnings.formatwarning
-COMMANDS = (run, plan, rehearse, report, sample, audit, bench, export, doctor, theory)
+COMMANDS = (run, plan, rehearse, report, paper, sample, audit, bench, export, doctor, theory)
 
 
 def _warning(

@@ -107,7 +107,7 @@ def write_report(
     def figure(
         name: str, draw: Callable[[tuple[float, float]], Figure | None], caption: str
     ) -> str:
-        return _figure(out / f"{name}.png", draw(WIDE), draw(NARROW), caption)
+        return figure_html(out / f"{name}.png", draw, caption)
 
     body = [_head(runs, points), tables.results(runs), tables.shots(runs), _notes(runs, refused)]
     body.append("<h2>Training</h2>")
@@ -135,19 +135,35 @@ def write_report(
     for run in runs:
         body.append(_samples(run, pools[run.path], figure, out, device))
     body.append(_recipe(runs))
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     page = out / "index.html"
     page.write_text(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Deliberate '
-        "Practice</title>"
-        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" '
-        'href="data:,">'
-        f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n",
+        page_html("".join(body), title="Deliberate Practice"),
         encoding="utf-8",
         errors="backslashreplace",  # of paths whose bytes are no UTF-8
     )
     return page
+
+
+def page_html(body: str, *, title: str) -> str:
+    """A page of one file that loads nothing, around the HTML of its body."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
+        "</title>"
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" '
+        'href="data:,">'
+        f"<style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def figure_html(
+    path: Path, draw: Callable[[tuple[float, float]], Figure | None], caption: str
+) -> str:
+    """A figure as HTML, drawn for a wide page and for a phone; the wide one is written to
+    ``path``.
+    """
+    return _figure(path, draw(WIDE), draw(NARROW), caption)
 
 
 def _head(runs: list[Run], points: list[Point]) -> str:
