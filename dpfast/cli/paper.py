@@ -58,7 +58,8 @@ def add(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="[NAME=]FOLDER",
-        help="the generator; where a table compares several, given for each with its NAME",
+        help="the generator, or its id at the Hub; where a table compares several, given for each "
+        "with its NAME",
     )
     parser.add_argument("--validation", metavar="FOLDER", help="real images that drive the runs")
     parser.add_argument("--held-out", metavar="FOLDER", help="real images for the final test")
@@ -111,12 +112,14 @@ def run(arguments: argparse.Namespace) -> int:
     missing = lacking(runs)
     if missing and not arguments.page:
         raise InputError(f"table = {table.name!r}: needs folders of yours, say {_needed(missing)}")
+    own = [sys.executable, "-m", "dpfast"]
+    launch = own if arguments.launch is None else launch_words(arguments.launch)
     claim(table, runs, out, small=arguments.small)
     code = 0
     if not arguments.page:
-        own = [sys.executable, "-m", "dpfast"]
-        launch = launch_words(arguments.launch) if arguments.launch is not None else own
-        code = make_runs(runs, launch, print) or make_others(table.commands, out, own, print)
+        others = table.commands
+        code = make_runs(runs, launch, print)
+        code = code or make_others(others, out, _pipeline(runs), own, print)
     print(f"Page: {write_page(table, runs, out)}")
     return code
 
@@ -147,6 +150,7 @@ def _seeds(text: str | None, table: Table) -> tuple[int, ...]:
 def _folders(arguments: argparse.Namespace, table: Table) -> Folders:
     """The folders of the command line, each a folder that is there."""
     from dpfast.config import Recipe
+    from dpfast.generate.pipelines.hub import is_model_id
     from dpfast.paper.runs import PLACES, Folders
 
     given = {name: value for name in FOLDERS if (value := getattr(arguments, name)) is not None}
@@ -162,7 +166,8 @@ def _folders(arguments: argparse.Namespace, table: Table) -> Folders:
         name, _, folder = text.partition("=")
         if name not in generators or not folder:
             name, folder = "", text
-        _check_folder("pipeline", folder)
+        if not is_model_id(folder):
+            _check_folder("pipeline", folder)
         if not name and len(generators) > 1:
             each = " ".join(f"--pipeline {known}=FOLDER" for known in generators)
             raise InputError(f"pipeline = {text!r}: {table.name} compares generators, say {each}")
@@ -175,6 +180,14 @@ def _folders(arguments: argparse.Namespace, table: Table) -> Folders:
 def _check_folder(option: str, value: str) -> None:
     if not is_folder(Path(value)):
         raise InputError(f"{option} = {value!r}: no such folder")
+
+
+def _pipeline(runs: Sequence[PaperRun]) -> str:
+    """The generator of a table that has one, as a command names it."""
+    if not runs:
+        return ""
+    name = runs[0].recipe.generator.pipeline
+    return f"FOLDER-OF-{name}" if "pipeline" in runs[0].lacking else name
 
 
 def _needed(missing: dict[str, list[str]]) -> str:
@@ -210,7 +223,7 @@ def _dry_run(
         print(f"\n# {made.name}: {made.state}; makes {cost.made:,} samples, {price}")
         print(made.command)
     for other in table.commands:
-        print(f"\n# {other.name}\n{shlex.join(['dpfast', *words_of(other, out)])}")
+        print(f"\n# {other.name}\n{shlex.join(['dpfast', *words_of(other, out, _pipeline(runs))])}")
     for entry in table.entries:
         if entry.left_out:
             print(f"\n# {entry.name} ({entry.row}) stays out: {entry.left_out}")

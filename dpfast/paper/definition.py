@@ -70,7 +70,7 @@ class Entry:
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """What another command than ``dpfast run`` makes. words: after ``dpfast``, in which {out} is
-    the table's folder; makes: a file there that it writes last.
+    the table's folder and {pipeline} the generator's; makes: a file there that it writes last.
     """
 
     name: str
@@ -132,7 +132,11 @@ def load_table(name: str, *, small: bool = False) -> Table:
     whole = _read(FOLDER / f"{known[wanted]}.toml")
     less = whole.get("small", {})
     commands = tuple(
-        Command(name=each["name"], words=tuple(each["words"]), makes=each["makes"])
+        Command(
+            name=each["name"],
+            words=tuple(each.get("small", each["words"]) if small else each["words"]),
+            makes=each["makes"],
+        )
         for each in whole.get("commands", ())
     )
     if small and not less and not commands:

@@ -46,8 +46,7 @@ def make_runs(
         log = run.table / LOGS / f"{run.name}.log"
         code = _call([*launch, *run.words, *more, "--quiet"], log)
         if code or not run.finished:
-            said = lines(read_text(log))
-            tell(f"{about}: {said[-1] if said else 'it said nothing'} ({log})")
+            tell(f"{about}: {_last(log)} ({log})")
             tell("the same command goes on with what is there")
             return code or 1
         tell(f"{about}: {time.monotonic() - start:.0f} s, {_reached(run)}")
@@ -55,7 +54,11 @@ def make_runs(
 
 
 def make_others(
-    commands: Sequence[Command], out: Path, launch: Sequence[str], tell: Callable[[str], object]
+    commands: Sequence[Command],
+    out: Path,
+    pipeline: str,
+    launch: Sequence[str],
+    tell: Callable[[str], object],
 ) -> int:
     """Calls the commands whose files are not there, as ``make_runs`` calls runs."""
     for command in commands:
@@ -64,16 +67,18 @@ def make_others(
             continue
         tell(f"{command.name}: begins")
         log = out / LOGS / f"{command.name}.log"
-        code = _call([*launch, *words_of(command, out)], log)
+        code = _call([*launch, *words_of(command, out, pipeline)], log)
         if code:
-            tell(f"{command.name}: {lines(read_text(log))[-1:]} ({log})")
+            tell(f"{command.name}: {_last(log)} ({log})")
             return code
     return 0
 
 
-def words_of(command: Command, out: Path) -> list[str]:
-    """A command's words after ``dpfast``."""
-    return [word.replace("{out}", str(out)) for word in command.words]
+def words_of(command: Command, out: Path, pipeline: str) -> list[str]:
+    """A command's words after ``dpfast``. pipeline: the generator's folder."""
+    return [
+        word.replace("{out}", str(out)).replace("{pipeline}", pipeline) for word in command.words
+    ]
 
 
 def launch_words(text: str) -> list[str]:
@@ -118,6 +123,12 @@ def _wait_for_owner(folder: Path, tell: Callable[[str], object]) -> None:
             raise InputError(f"out = {str(folder.parent)!r}: {owner} writes in {folder.name!r}")
         tell(f"{folder.name}: {owner} writes there; waiting")
         time.sleep(5)
+
+
+def _last(log: Path) -> str:
+    """What a process said last."""
+    said = [line for line in lines(read_text(log)) if line.strip()]
+    return said[-1] if said else "it said nothing"
 
 
 def _reached(run: PaperRun) -> str:
