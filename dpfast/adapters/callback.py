@@ -130,7 +130,8 @@ class GuidanceCallback(PipelineCallback):
         if self.guidance.anchor:
             unconditional = network(x, begun, **self._unconditional(callback_kwargs, len(x)))
             score = label_score(conditional, unconditional[:, : x.shape[1]], prediction)
-        return {**callback_kwargs, "latents": self.gradient.displaced(x, gradient, score)}
+        moved = self.gradient.displaced(x, gradient, score, at=(following, total))
+        return {**callback_kwargs, "latents": moved}
 
     def _unconditional(self, given: dict[str, Any], batch: int) -> dict[str, Tensor]:
         """The condition of the unconditional prediction."""

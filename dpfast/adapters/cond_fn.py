@@ -99,8 +99,8 @@ def make_cond_fn(
         alphas_cumprod: (T,) of the trained grid, as in ``GaussianDiffusion.alphas_cumprod`` before
             respacing.
         guidance: mode="score" and every=1 (a ``cond_fn`` knows no step index); start and until are
-            fractions of the T timesteps; anchor=0, there is no unconditional prediction. Default:
-            omega = 1.
+            fractions of the T timesteps; anchor=0, there is no unconditional prediction, and no
+            schedules. Default: omega = 1.
         learner, decoder, image_size, chunk: as in ``LearnerGradient``; decoder=None for pixels.
         prediction: "epsilon", "v" or "sample".
 
@@ -119,6 +119,12 @@ def make_cond_fn(
         )
     if guidance.anchor:
         raise no_anchor(guidance.anchor, "a cond_fn has the conditional prediction alone")
+    for name in ("omega_schedule", "anchor_schedule"):
+        if getattr(guidance, name):
+            raise InputError(
+                f"guidance has {name} = {getattr(guidance, name)!r}: expected (), a cond_fn knows "
+                "no step index"
+            )
     if prediction not in get_args(Prediction) or prediction == "flow":
         raise InputError(f"prediction = {prediction!r}: expected 'epsilon', 'v' or 'sample'")
     levels = torch.as_tensor(alphas_cumprod, dtype=torch.float32)

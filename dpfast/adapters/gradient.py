@@ -219,20 +219,49 @@ class LearnerGradient:
         found: tuple[Tensor, Tensor] = in_chunks(gradient, self.chunk, *given, *condition.values())
         return found
 
-    def displaced(self, x: Tensor, gradient: Tensor, score: Tensor | None = None) -> Tensor:
+    def displaced(
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        score: Tensor | None = None,
+        *,
+        at: tuple[int, int] | None = None,
+    ) -> Tensor:
         """x + omega |x| / |g| g with the norms of one sample; a sample whose gradient is not finite
-        stays. score: as ``label_score`` gives it, which the configured anchor joins to g.
-        """
-        return self._stepped(_IN_PLACE, x, gradient, score, omega=self.guidance.omega)
+        stays.
 
-    def ascended(self, gradient: Tensor, score: Tensor | None) -> Tensor:
-        """The gradient that mode "score" takes: with a score (``label_score``) turned towards it by
-        the configured anchor.
+        score: as ``label_score`` gives it, which the configured anchor joins to g. at: the step and
+        of how many, which a schedule of ``guidance`` asks for.
+
+        Raises ``InputError`` for a schedule without ``at``.
         """
-        if score is None or not self.guidance.anchor:
+        omega, anchor = self._strengths(at)
+        return self._stepped(_IN_PLACE, x, gradient, score, omega=omega, anchor=anchor)
+
+    def ascended(
+        self, gradient: Tensor, score: Tensor | None, *, at: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The gradient that mode "score" takes: with a score (``label_score``) turned towards it by
+        the configured anchor. at: as in ``displaced``.
+        """
+        anchor = self._strengths(at)[1]
+        if score is None or not anchor:
             return gradient
         x = torch.zeros_like(gradient)
-        return -self._stepped(_EPSILON, x, gradient, score, omega=1.0, mode="score")
+        return -self._stepped(_EPSILON, x, gradient, score, omega=1.0, anchor=anchor, mode="score")
+
+    def _strengths(self, at: tuple[int, int] | None) -> tuple[float, float]:
+        """omega and anchor in a step."""
+        guidance = self.guidance
+        if at is not None:
+            return guidance.at(*at)
+        for name in ("omega_schedule", "anchor_schedule"):
+            if getattr(guidance, name):
+                raise InputError(
+                    f"guidance has {name} = {getattr(guidance, name)!r}: say the step, "
+                    "at = (index, how many)"
+                )
+        return guidance.omega, guidance.anchor
 
     def _stepped(
         self,
@@ -242,6 +271,7 @@ class LearnerGradient:
         score: Tensor | None,
         *,
         omega: float,
+        anchor: float,
         mode: Mode = "relative",
     ) -> Tensor:
         """What a solver row makes of x, gradient and score. The step reads a score off its two
@@ -256,7 +286,7 @@ class LearnerGradient:
             0,
             cfg_scale=1.0,
             omega=omega,
-            anchor=self.guidance.anchor if score is not None else None,
+            anchor=anchor if score is not None else None,
             mode=mode,
             skipped=self.counter(x.device),
         )

@@ -172,17 +172,19 @@ class LearnerGuidance(ClassifierFreeGuidance):
         assert learner is not None
         kind: Prediction = live_pipeline.check_scheduler(scheduler)
         index = live_pipeline.position(scheduler, self._timestep)
+        at = (index, len(scheduler.timesteps))
         alpha, sigma = (value.to(x.device) for value in live_pipeline.levels(scheduler, index))
         gradient = learner.finite(self._differentiated(learner, x, pred_cond, alpha, sigma, kind))
         score = self._score(learner, pred_cond.detach(), pred_uncond, x.shape[1], kind)
         if learner.guidance.mode == "score":
             factor = {"epsilon": -sigma, "sample": sigma.square() / alpha}.get(kind, -sigma / alpha)
-            change = learner.guidance.omega * factor * learner.ascended(gradient, score)
+            omega = learner.guidance.at(*at)[0]
+            change = omega * factor * learner.ascended(gradient, score, at=at)
             return (pred.float() + torch.where(alpha == 0, 0.0, change)).to(pred.dtype)
         state = x.detach().float()
         a, b = (value.to(x.device) for value in _following(scheduler, index))
         numerator = {"epsilon": a, "v": a * alpha + b * sigma, "flow": a + b, "sample": -b}[kind]
-        move = learner.displaced(state, gradient, score) - state
+        move = learner.displaced(state, gradient, score, at=at) - state
         return (pred.float() + numerator / (b * alpha - a * sigma) * move).to(pred.dtype)
 
     def _score(

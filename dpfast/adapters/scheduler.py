@@ -191,7 +191,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
             config.check_steps(len(table))
             if config.omega and index in config.steps(len(table)):
                 gradient, made = self._gradient(attached, table, index, sample, model_output)
-                omega, anchor, mode = config.omega, config.anchor, config.mode
+                (omega, anchor), mode = config.at(index, len(table)), config.mode
                 conditional = made if anchor else None
         x0 = torch.empty_like(sample)
         if gradient is not None and attached is not None:

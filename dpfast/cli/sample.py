@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def add(commands: Commands) -> None:
 def sample(arguments: argparse.Namespace) -> int:
     recipes = _recipes(arguments)
     recipe = recipes[0]
-    guided = any(each.guidance.omega for each in recipes)
+    guided = any(each.guidance.omega or each.guidance.omega_classes for each in recipes)
     if arguments.count < 1:
         raise InputError(f"count = {arguments.count}: expected at least 1")
     require("matplotlib")
@@ -123,7 +122,7 @@ def sample(arguments: argparse.Namespace) -> int:
         moments = (NEWEST,) if arguments.at is None else _members(arguments.at)
         saved = saved_learners(Path(arguments.learner), pipeline, moments)
         learner = saved[0].module
-    cells = cells_of(_strengths(recipes), saved)
+    cells = cells_of([each.guidance for each in recipes], pipeline.class_names, saved)
     sampler, stepwise = new_sampler(recipe, pipeline, learner, compile="auto"), None
     if arguments.trajectory:  # of so few samples that nothing is prepared for them
         stepwise = new_sampler(recipe, pipeline, learner, compile=False, cuda_graphs=False)
@@ -166,12 +165,6 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
         if len({getattr(recipe.guidance, name) for recipe in recipes}) < len(members):
             raise InputError(f"{name} = {given[name]!r}: names a value twice")
     return recipes
-
-
-def _strengths(recipes: Sequence[Recipe]) -> list[tuple[float, float]]:
-    """Omega and anchor of each recipe, those once that have no omega, which an anchor needs."""
-    pairs = [(each.guidance.omega, each.guidance.anchor) for each in recipes]
-    return [*dict.fromkeys((omega, anchor if omega else 0.0) for omega, anchor in pairs)]
 
 
 def _members(text: str) -> list[str]:

@@ -5,6 +5,7 @@ A value comes from Python, from TOML or as the text of a command line.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -190,15 +191,17 @@ class ChoiceOrPath(Kind):
 @dataclass(frozen=True)
 class Sequence(Kind):
     """Several values of one type; on a command line with commas, around which a value of its own
-    commas is quoted. count: None for any number.
+    commas is quoted, the pairs of a list with colons. count: None for any number.
     """
 
     item: Kind
     count: int | None
+    separator: str = ","
 
     def parse(self, given: Any) -> tuple[Any, ...]:
         if isinstance(given, str):
-            given = parted(given) if given else []
+            parts = parted(given) if self.separator == "," else given.split(self.separator)
+            given = [part.strip() for part in parts] if given else []
         if not isinstance(given, list | tuple) or self.count not in (None, len(given)):
             raise TypeError
         return tuple(self.item.parse(each) for each in given)
@@ -206,8 +209,13 @@ class Sequence(Kind):
     def words(self, range: Range) -> str:
         return f"{'a list of' if self.count is None else self.count} {self.item.plural(range)}"
 
+    def plural(self, range: Range) -> str:
+        return f"pairs of {self.item.plural(range)}, such as 0{self.separator}1"
+
     def placeholder(self, unit: str) -> str:
         one = self.item.placeholder(unit)
+        if self.separator != ",":  # a list's unit is that of its pairs
+            return one
         return f"{one},..." if self.count is None else ",".join([one] * self.count)
 
     def within(self, value: Any, range: Range) -> bool:
@@ -347,7 +355,10 @@ def kind_of(annotation: Any) -> Kind:
     if origin is Literal:
         return Choice(arguments)
     if origin is tuple:
-        return Sequence(kind_of(arguments[0]), None if arguments[-1] is ... else len(arguments))
+        item = kind_of(arguments[0])
+        if isinstance(item, Sequence):
+            item = dataclasses.replace(item, separator=":")
+        return Sequence(item, None if arguments[-1] is ... else len(arguments))
     if annotation is ImportPath:
         return ChoiceOrPath(())
     if origin in (types.UnionType, typing.Union) and arguments[1:] == (ImportPath,):

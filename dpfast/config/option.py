@@ -68,7 +68,8 @@ class Option:
     def text(self, value: Any) -> str:
         """A value as a command line writes it."""
         if isinstance(value, tuple):
-            return joined(map(self.text, value))
+            pairs = bool(value) and isinstance(value[0], tuple)
+            return joined(":".join(map(self.text, v)) if pairs else self.text(v) for v in value)
         if isinstance(value, dict):
             return inline(value)[1:-1]
         if isinstance(value, bool):

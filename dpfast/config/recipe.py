@@ -41,6 +41,8 @@ STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.json"  # of a run's folder
 ASSETS = Path(__file__).parents[1] / "assets"
+# what may have another value in each round, in the field of [practice] with "_rounds" behind it
+BY_ROUND = ("omega", "anchor", "cfg_scale", "every", "start", "until", "through", "criterion")
 INDEX = "model_index.json"  # of the folder of a diffusers pipeline
 # section -> the names that its fields have in the folders of older runs, which are reported,
 # exported and sampled from, if not resumed
@@ -62,6 +64,14 @@ def _check(condition: bool, name: str, value: object, wanted: str) -> None:
         raise RecipeError(f"{_word(name)} = {shown(value)}: expected {wanted}")
 
 
+def _check_schedule(name: str, points: tuple[tuple[float, float], ...]) -> None:
+    """Raises ``RecipeError`` unless the fractions of a schedule rise, from 0 to 1 at most."""
+    at = [fraction for fraction, _ in points]
+    rising = all(first < second for first, second in pairwise(at))
+    wanted = "fractions of the steps that rise, from 0 to 1 at most"
+    _check(rising and max(at, default=0) <= 1, name, points, wanted)
+
+
 def _word(name: str) -> str:
     """A field's name as it was said, on one line whatever is in it."""
     return name if name.isprintable() and name else repr(name)
@@ -73,11 +83,6 @@ def _deeper(value: object, levels: int) -> bool:
         return False
     inner = value.values() if isinstance(value, dict) else value
     return not levels or any(_deeper(each, levels - 1) for each in inner)
-
-
-def _lasting(values: tuple[float, ...], rounds: int) -> tuple[float, ...]:
-    """A schedule's values in so many rounds: the last one holds for all later ones."""
-    return values + values[-1:] * (rounds - len(values))
 
 
 def _in_running_order(sources: Sequence[str]) -> tuple[str, ...]:
@@ -218,6 +223,14 @@ class Generator(Section):
         help="of unguided steps in a row one in so many runs the whole denoiser and the others "
         "reuse features of its inner blocks: cheaper, and other images; 1: every step is whole",
     )
+    cfg_schedule: tuple[tuple[float, float], ...] = option(
+        (),
+        unit="fraction:factor",
+        low=0,
+        unset="1 in all steps",
+        help="what cfg_scale - 1 is multiplied by, said as omega_schedule is; a step of factor 0 "
+        "runs the conditional prediction alone",
+    )
     eta: float = option(
         0.0,
         low=0,
@@ -270,6 +283,7 @@ class Generator(Section):
         _check(template.count("{}") == 1, "prompt_template", template, one)
         start, until = self.cfg_interval
         _check(start < until, "cfg_interval", self.cfg_interval, "the first below the second")
+        _check_schedule("cfg_schedule", self.cfg_schedule)
         stochastic = self.solver in ("auto", *STOCHASTIC)
         takes = " and ".join(map(repr, STOCHASTIC))
         alone = f"0 with solver = {self.solver!r}: it is for {takes} alone"
@@ -332,8 +346,39 @@ class Guidance(Section):
         help="how strongly the generator's own label score, which classifier-free guidance has "
         "computed, joins the criterion's gradient, both of length 1; 0: the paper's guidance",
     )
+    omega_schedule: tuple[tuple[float, float], ...] = option(
+        (),
+        unit="fraction:factor",
+        low=0,
+        unset="1 in all steps",
+        help="what omega is multiplied by along a trajectory: pairs of a fraction of the steps, "
+        "rising, and a factor, straight lines between them, the ends' factors before and behind; "
+        "a step of factor 0 is unguided",
+    )
+    anchor_schedule: tuple[tuple[float, float], ...] = option(
+        (),
+        unit="fraction:factor",
+        low=0,
+        unset="1 in all steps",
+        help="what anchor is multiplied by, the same way",
+    )
+    omega_classes: str = option(
+        "",
+        unit="file",
+        unset="omega for all classes",
+        help="omega of single classes in all rounds, in the place of omega and omega_rounds: a "
+        "file with a class, by name or id, and its value a line",
+    )
+    anchor_classes: str = option(
+        "",
+        unit="file",
+        unset="anchor for all classes",
+        help="anchor of single classes, the same way",
+    )
 
     def check(self) -> None:
+        _check_schedule("omega_schedule", self.omega_schedule)
+        _check_schedule("anchor_schedule", self.anchor_schedule)
         _check(self.start < self.until, "until", self.until, f"above start ({self.start:g})")
         wanted = f"0 with omega = {self.omega:g}, which lowers the criterion"
         _check(not self.anchor or self.omega >= 0, "anchor", self.anchor, wanted)
@@ -600,12 +645,40 @@ class Practice(Section):
         unset="omega",
         help="omega of round 1, 2, ...; the last one holds for all later rounds",
     )
+    anchor_rounds: tuple[float, ...] = option(
+        (), low=0, unset="anchor", help="anchor of round 1, 2, ..., the same way"
+    )
     cfg_scale_rounds: tuple[float, ...] = option(
         (),
         low=0,
         unset="cfg_scale",
         help="cfg_scale of round 1, 2, ..., the same way",
     )
+    every_rounds: tuple[int, ...] = option(
+        (), unit="steps", low=1, unset="every", help="every of round 1, 2, ..., the same way"
+    )
+    start_rounds: tuple[float, ...] = option(
+        (),
+        unit="fraction",
+        low=0,
+        below=1,
+        unset="start",
+        help="start of round 1, 2, ..., the same way",
+    )
+    until_rounds: tuple[float, ...] = option(
+        (),
+        unit="fraction",
+        above=0,
+        high=1,
+        unset="until",
+        help="until of round 1, 2, ..., the same way",
+    )
+    through_rounds: tuple[Literal["denoiser", "latent"], ...] = option(
+        (), unset="through", help="through of round 1, 2, ..., the same way"
+    )
+    criterion_rounds: tuple[
+        Literal["entropy", "loss", "margin", "disagreement"] | ImportPath, ...
+    ] = option((), unset="criterion", help="criterion of round 1, 2, ..., the same way")
     fresh_weight: float = option(
         1.0,
         above=0,
@@ -950,36 +1023,63 @@ class Recipe(Section):
         branches = practice.keep_rounds and self.pool.save_samples == "none"
         wanted = "false with save_samples = 'none': a branch needs the samples"
         _check(not branches, "keep_rounds", True, wanted)
-        early, omegas = practice.early_candidates, practice.omega_rounds or (self.guidance.omega,)
-        wanted = (
-            "1 unless omega and all of omega_rounds are above 0: guidance scores the candidates, "
-            "and the highest stay"
-        )
-        _check(early == 1 or min(omegas) > 0, "early_candidates", early, wanted)
-        self._check_cfg(omegas)
-        criterion = self.guidance.criterion
-        apart = criterion != "disagreement" or self.learner.ema_decay > 0
-        wanted = "another with ema_decay = 0: both weights are the same"
-        _check(apart, "criterion", criterion, wanted)
+        for number in range(1, self.scheduled_rounds + 1):
+            try:
+                self.of_round(number)
+            except RecipeError as error:
+                raise RecipeError(f"round {number}: {error}") from None
+        if not self.scheduled_rounds:
+            self._check_guidance()
+        compared = {each == "disagreement" for each in practice.criterion_rounds}
+        compared |= {self.guidance.criterion == "disagreement"}
+        wanted = "'disagreement', which compares two learners, of all rounds and as criterion"
+        _check(len(compared) == 1, "criterion_rounds", practice.criterion_rounds, wanted)
 
-    def _check_cfg(self, omegas: tuple[float, ...]) -> None:
-        """Raises ``RecipeError`` where guided samples are anchored without classifier-free
-        guidance.
-        """
-        guidance = self.guidance
-        if not guidance.anchor:
-            return
-        wanted = f"0 with omega_rounds = {omegas}, of which one lowers the criterion"
-        _check(min(omegas) >= 0, "anchor", guidance.anchor, wanted)
+    def _check_guidance(self) -> None:
+        """Raises ``RecipeError`` for a guided round whose values do not go together."""
+        guidance, early = self.guidance, self.practice.early_candidates
+        wanted = (
+            "1 unless omega, and with omega_rounds each of it, is above 0: guidance scores the "
+            "candidates, and the highest stay"
+        )
+        _check(early == 1 or guidance.omega > 0, "early_candidates", early, wanted)
         wanted = (
             "0 where guided samples have cfg_scale = 1: it needs the two predictions of "
             "classifier-free guidance"
         )
-        scales = self.practice.cfg_scale_rounds or (self.generator.cfg_scale,)
-        last = max(len(omegas), len(scales))  # round from which on both schedules stay
-        each = zip(_lasting(omegas, last), _lasting(scales, last), strict=True)
-        without = any(omega and scale == 1 for omega, scale in each)
+        without = bool(guidance.anchor and guidance.omega) and self.generator.cfg_scale == 1
         _check(not without, "anchor", guidance.anchor, wanted)
+        apart = guidance.criterion != "disagreement" or self.learner.ema_decay > 0
+        wanted = "another with ema_decay = 0: both weights are the same"
+        _check(apart, "criterion", guidance.criterion, wanted)
+
+    @property
+    def scheduled_rounds(self) -> int:
+        """The rounds for which ``omega_rounds`` and its like have a value of their own."""
+        return max(len(getattr(self.practice, f"{name}_rounds")) for name in BY_ROUND)
+
+    def of_round(self, number: int) -> Recipe:
+        """The recipe whose [guidance] and cfg_scale are those of round ``number``; 0: the initial
+        samples, for which no round's hold.
+        """
+        schedules = {
+            f"{name}_rounds": getattr(self.practice, f"{name}_rounds") for name in BY_ROUND
+        }
+        given = {
+            name.removesuffix("_rounds"): values[min(number, len(values)) - 1]
+            for name, values in schedules.items()
+            if number and values
+        }
+        if not any(schedules.values()):
+            return self
+        scale = given.pop("cfg_scale", self.generator.cfg_scale)
+        cleared: dict[str, Any] = dict.fromkeys(schedules, ())
+        return dataclasses.replace(
+            self,
+            generator=dataclasses.replace(self.generator, cfg_scale=scale),
+            guidance=dataclasses.replace(self.guidance, **given),
+            practice=dataclasses.replace(self.practice, **cleared),
+        )
 
     @property
     def tracker_packages(self) -> tuple[str, ...]:

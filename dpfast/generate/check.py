@@ -77,6 +77,27 @@ def interval(name: str, start: float, stop: float) -> None:
         )
 
 
+def schedule(name: str, points: object) -> None:
+    """Raises ``TypeError`` unless ``points`` are pairs of numbers, a fraction of the steps and a
+    factor, and ``InputError`` unless the fractions rise within 0 and 1 and no factor is negative.
+    """
+    wanted = "(fraction of the steps, factor)"
+    if not isinstance(points, (tuple, list)):
+        raise TypeError(f"{name} must be pairs {wanted}, got {points!r}")
+    before = -1.0
+    for point in points:
+        pair(f"each of {name}", point, Real, wanted)
+        fraction, factor = point
+        number(name, fraction)
+        at_least_zero(name, factor)
+        if not (before < fraction and 0 <= fraction <= 1):
+            raise InputError(
+                f"{name} = {points!r}: expected fractions of the steps that rise, from 0 to 1 at "
+                "most"
+            )
+        before = fraction
+
+
 def integers(name: str, values: Any) -> Tensor:
     """``values`` as an int64 tensor. Raises ``TypeError`` for anything that is not integers,
     fractions included, ``InputError`` for a tensor without values.

@@ -153,6 +153,23 @@ def latent_shape(pipeline: Pipeline | OwnPipeline) -> tuple[int, ...]:
     return pipeline.denoiser.sample_shape
 
 
+def guidance_config(recipe: Recipe, criterion: Criterion | None = None) -> GuidanceConfig:
+    """What a recipe's [guidance] says, with ``criterion`` in place of its own."""
+    guidance = recipe.guidance
+    return GuidanceConfig(
+        omega=guidance.omega,
+        every=guidance.every,
+        start=guidance.start,
+        until=guidance.until,
+        mode=guidance.mode,
+        through=guidance.through,
+        criterion=criterion or guidance.criterion,
+        anchor=guidance.anchor,
+        omega_schedule=guidance.omega_schedule,
+        anchor_schedule=guidance.anchor_schedule,
+    )
+
+
 @overload
 def new_sampler(
     recipe: Recipe,
@@ -191,17 +208,7 @@ def new_sampler(
 
     Raises ``InputError`` where pipeline, learner and recipe do not fit.
     """
-    generator, guidance = recipe.generator, recipe.guidance
-    config = GuidanceConfig(
-        omega=guidance.omega,
-        every=guidance.every,
-        start=guidance.start,
-        until=guidance.until,
-        mode=guidance.mode,
-        through=guidance.through,
-        criterion=criterion or guidance.criterion,
-        anchor=guidance.anchor,
-    )
+    generator, config = recipe.generator, guidance_config(recipe, criterion)
     if not isinstance(pipeline, Pipeline):
         return pipeline.sampler(learner, guidance=config, seed=recipe.seed)
     described: dict[str, Any] = {
@@ -211,6 +218,7 @@ def new_sampler(
         "eta": generator.eta,
         "cfg_scale": generator.cfg_scale,
         "cfg_interval": generator.cfg_interval,
+        "cfg_schedule": generator.cfg_schedule,
         "cache_interval": generator.cache_interval,
         "seed": recipe.seed,
         "micro_batch": generator.at_once,

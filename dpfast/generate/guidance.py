@@ -15,10 +15,11 @@ label, up to a positive factor. With an anchor a step ascends both (``dpfast.ops
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,29 @@ def interval_steps(total: int, start: float, stop: float, every: int = 1) -> ran
     return range(first, last, every)
 
 
+Schedule = Sequence[tuple[float, float]]
+
+
+def factors(schedule: Schedule, total: int) -> list[float]:
+    """The factor of each of ``total`` steps, on the straight lines between the points (fraction of
+    the steps, factor) of a schedule, of which the first and the last one hold before and behind;
+    1 without points. Step i is at the fraction i / total, as in ``interval_steps``.
+    """
+    if not schedule:
+        return [1.0] * total
+    at, values = zip(*schedule, strict=True)
+    found: list[float] = np.interp(np.arange(total) / total, at, values).tolist()
+    return found
+
+
+def cfg_steps(interval: tuple[float, float], schedule: Schedule, total: int) -> frozenset[int]:
+    """The indices of the steps with classifier-free guidance among ``total``: those in an interval
+    whose factor is not 0.
+    """
+    factor = factors(schedule, total)
+    return frozenset(i for i in interval_steps(total, *interval) if factor[i])
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:
     """When, how strongly and by what a learner guides.
@@ -56,6 +80,9 @@ class GuidanceConfig:
     anchor: kappa, how strongly the generator's own label score joins the criterion's gradient, both
         of length 1; 0: the paper's guidance. A guided step without classifier-free guidance has no
         such score, and is the paper's. Only where omega raises the criterion.
+    omega_schedule, anchor_schedule: what both are multiplied by in a step, pairs (fraction of the
+        steps, factor of at least 0) as in ``factors``; (): 1 in all. A step in which the factor of
+        omega is 0 is unguided, and costs what such a step costs.
 
     Raises ``InputError`` for a value out of range, ``TypeError`` for one of another kind.
     """
@@ -68,6 +95,8 @@ class GuidanceConfig:
     through: Through = "denoiser"
     criterion: str | Criterion = "entropy"
     anchor: float = 0.0
+    omega_schedule: Schedule = ()
+    anchor_schedule: Schedule = ()
 
     def __post_init__(self) -> None:
         check.number("omega", self.omega)
@@ -82,6 +111,8 @@ class GuidanceConfig:
                 )
         criteria.named(self.criterion)
         check.at_least_zero("anchor", self.anchor)
+        check.schedule("omega_schedule", self.omega_schedule)
+        check.schedule("anchor_schedule", self.anchor_schedule)
         if self.anchor and self.omega < 0:
             raise InputError(
                 f"anchor = {self.anchor:g}: expected 0 with omega = {self.omega:g}, which lowers "
@@ -90,14 +121,28 @@ class GuidanceConfig:
 
     def steps(self, total: int) -> frozenset[int]:
         """The indices of the guided steps among ``total``, whatever omega is."""
-        return frozenset(interval_steps(total, self.start, self.until, self.every))
+        factor = factors(self.omega_schedule, total)
+        inside = interval_steps(total, self.start, self.until, self.every)
+        return frozenset(i for i in inside if factor[i])
+
+    def at(self, step: int, total: int) -> tuple[float, float]:
+        """omega and anchor in one of ``total`` steps."""
+        factor = [
+            factors(each, total)[step] for each in (self.omega_schedule, self.anchor_schedule)
+        ]
+        return self.omega * factor[0], self.anchor * factor[1]
 
     def check_steps(self, total: int) -> None:
         """Raises ``InputError`` where none of ``total`` steps is guided."""
-        if not self.steps(total):
+        if not interval_steps(total, self.start, self.until, self.every):
             raise InputError(
                 f"(start, until) = ({self.start:g}, {self.until:g}): none of the {total} steps "
                 "begins there, so none would be guided; expected at least one"
+            )
+        if not self.steps(total):
+            raise InputError(
+                f"omega_schedule = {self.omega_schedule!r}: its factor is 0 in all of the {total} "
+                "steps that may be guided; expected another one in at least one"
             )
 
 

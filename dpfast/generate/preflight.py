@@ -18,7 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dpfast.errors import InputError, first_line
 from dpfast.generate import check, criteria
 from dpfast.generate.feature_cache import FeatureCache
-from dpfast.generate.guidance import GuidanceConfig, GuidancePath, LearnerPath
+from dpfast.generate.guidance import (
+    GuidanceConfig,
+    GuidancePath,
+    LearnerPath,
+    Schedule,
+    factors,
+)
 from dpfast.generate.models.denoiser import embeds_scale
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.solvers import SolverTable
@@ -34,6 +40,7 @@ def step_parts(
     guidance: GuidanceConfig,
     table: SolverTable,
     *,
+    cfg_schedule: Schedule,
     image_size: tuple[int, int] | None,
     cached: bool,
 ) -> StepParts:
@@ -62,16 +69,28 @@ def step_parts(
         path=path,
         mode=guidance.mode,
         clip=table.clip,
+        factors=_factors(guidance, cfg_schedule, table),
         multistep=table.needs_x0_prev,
         noise=table.needs_noise,
         cache=FeatureCache(denoiser) if cached else None,
     )
 
 
+def _factors(guidance: GuidanceConfig, cfg_schedule: Schedule, table: SolverTable) -> Tensor | None:
+    """(steps, 3) float32 on the table's device, as in ``StepInputs``; None where all are 1, for
+    which steps need no input.
+    """
+    schedules = (guidance.omega_schedule, guidance.anchor_schedule, cfg_schedule)
+    columns = [factors(schedule, len(table)) for schedule in schedules]
+    if all(factor == 1 for column in columns for factor in column):
+        return None
+    return torch.tensor(columns, dtype=torch.float32).T.contiguous().to(table.rows.device)
+
+
 class Request(NamedTuple):
     """Samples that are asked for, on the device. labels, sample_ids: (N,) int64; omega: (N,)
     float32, 0 without a learner; anchor: the same, None where nothing is anchored; cfg_scale: of
-    all; guided: whether any omega is not 0.
+    all; guided: whether their steps are, as they are unless one omega of 0 is that of all.
     """
 
     labels: Tensor
@@ -136,7 +155,8 @@ def checked_request(
     check.number("cfg_scale", cfg_scale)
     # Everything is looked at where it was given: what comes from the host costs no wait for the
     # device.
-    guided = path is not None and bool(omegas.any())
+    # a number for each: whether one sample takes guided steps must not depend on the others
+    guided = path is not None and (omegas.dim() > 0 or bool(omegas.any()))
     anchored = guided and bool(anchors.any())
     if anchored and bool(((omegas < 0) & (anchors.to(omegas.device) > 0)).any()):
         raise InputError(

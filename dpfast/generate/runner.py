@@ -174,6 +174,7 @@ class Runner:
             seed=trajectory.seed,
             features=trajectory.features,
             anchor=trajectory.anchor,
+            factors=self._given.factors,
         )
 
     def finish(self, latents: Tensor) -> Finished:

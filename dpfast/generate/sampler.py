@@ -30,7 +30,7 @@ from dpfast.errors import InputError
 from dpfast.generate import check, preflight
 from dpfast.generate.feature_cache import cached_steps
 from dpfast.generate.graphs import Recorder
-from dpfast.generate.guidance import GuidanceConfig, interval_steps
+from dpfast.generate.guidance import GuidanceConfig, Schedule, cfg_steps, interval_steps
 from dpfast.generate.models.denoiser import embeds_scale
 from dpfast.generate.models.regional import Region
 from dpfast.generate.pipelines import Pipeline
@@ -61,6 +61,9 @@ class GuidedSampler:
         steps, solver, eta: of the trajectory, as in ``Pipeline.table``.
         cfg_scale: diffusers' convention; 1 switches classifier-free guidance off. A model that
             embeds it makes one prediction with it.
+        cfg_schedule: what cfg_scale - 1 is multiplied by in a step, as ``omega_schedule`` of
+            ``GuidanceConfig``; a step in which the factor is 0 runs the conditional prediction
+            alone.
         cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the
             steps. A step outside runs the conditional prediction alone, for half the price.
         cache_interval: of a run of unguided steps every one so many runs the whole denoiser, the
@@ -91,6 +94,7 @@ class GuidedSampler:
         solver: SolverName = "auto",
         cfg_scale: float = 1.5,
         cfg_interval: tuple[float, float] = (0.0, 1.0),
+        cfg_schedule: Schedule = (),
         eta: float = 0.0,
         cache_interval: int = 1,
         seed: int = 0,
@@ -108,6 +112,7 @@ class GuidedSampler:
         check.number("cfg_scale", cfg_scale)
         check.pair("cfg_interval", cfg_interval, Real, "(start, stop), fractions of the steps")
         check.interval("cfg_interval", *cfg_interval)
+        check.schedule("cfg_schedule", cfg_schedule)
         check.count("cache_interval", cache_interval, "at least 1, which reuses nothing")
         if image_size is not None:
             check.pair("image_size", image_size, Integral, "(height, width) in pixels")
@@ -118,6 +123,7 @@ class GuidedSampler:
         self.guidance = guidance or GuidanceConfig()
         self.cfg_scale = cfg_scale
         self.cfg_interval = cfg_interval
+        self.cfg_schedule = cfg_schedule
         self.cache_interval = cache_interval
         self.seed = seed
         self.table = pipeline.table(steps, solver=solver, eta=eta)
@@ -126,6 +132,11 @@ class GuidedSampler:
                 f"cfg_interval = {tuple(cfg_interval)}: none of the {len(self.table)} steps begins "
                 "in it; expected at least one"
             )
+        if not cfg_steps(cfg_interval, cfg_schedule, len(self.table)):
+            raise InputError(
+                f"cfg_schedule = {cfg_schedule!r}: its factor is 0 in all steps of cfg_interval; "
+                "expected another one in at least one, or cfg_scale = 1"
+            )
         if learner is not None:
             self.guidance.check_steps(len(self.table))
         self.parts = preflight.step_parts(
@@ -133,6 +144,7 @@ class GuidedSampler:
             learner,
             self.guidance,
             self.table,
+            cfg_schedule=cfg_schedule,
             image_size=image_size,
             cached=cache_interval > 1,
         )
@@ -180,9 +192,11 @@ class GuidedSampler:
         scale = self.cfg_scale if cfg_scale is None else cfg_scale
         has_cfg = scale != 1 and self.pipeline.denoiser.null_label is not None
         guided_steps = self.guidance.steps(total) if guided else frozenset()
-        cfg_steps = interval_steps(total, *self.cfg_interval) if has_cfg else range(0)
+        with_cfg = (
+            cfg_steps(self.cfg_interval, self.cfg_schedule, total) if has_cfg else frozenset()
+        )
         guided_at = [i in guided_steps for i in range(total)]
-        cfg_at = [i in cfg_steps for i in range(total)]
+        cfg_at = [i in with_cfg for i in range(total)]
         features = cached_steps(guided_at, cfg_at, self.cache_interval)
         kinds = zip(guided_at, cfg_at, features, strict=True)
         return tuple(Variant(*kind, x0=x0) for kind in kinds)
@@ -200,8 +214,9 @@ class GuidedSampler:
         """One batch.
 
         labels: (B,) class ids; sample_ids: (B,) keys of the noise, default 0..B-1; omega, anchor:
-        numbers or (B,) tensors in place of the configured ones, omega 0 being unguided; cfg_scale:
-        in place of the configured one.
+        numbers or (B,) tensors in place of the configured ones, whose schedules hold for them; a
+        number omega = 0 leaves the guided steps out, a 0 in a tensor runs them and moves nothing;
+        cfg_scale: in place of the configured one.
         """
         check.integer("learner_step", learner_step)
         begun = self.begin(labels, sample_ids, omega=omega, anchor=anchor, cfg_scale=cfg_scale)

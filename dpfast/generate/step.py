@@ -4,7 +4,9 @@ variants as a trajectory has kinds of steps.
     p = p_null + cfg_scale (p_label - p_null)          classifier-free guidance, or what a model
                                                        that embeds cfg_scale makes at once
     x <- x + omega |x| g / |g|                         g: the criterion's gradient at x, or with an
-                                                       anchor that and the label's score
+                                                       anchor that and the label's score; omega,
+                                                       anchor and cfg_scale - 1 times the step's
+                                                       factors
     x <- a x0 + b eps + c x0_prev + d noise            x0, eps: of x and p; a to d: of the solver
 
 A variant is plain or guided, with classifier-free guidance or without; a plain one may keep or
@@ -162,10 +164,11 @@ class StepInputs(NamedTuple):
     whole table.
 
     features: (B, ways, ...) of an earlier step, ways being 2 with classifier-free guidance (row 0
-    the conditional one).
+    the conditional one). factors: (steps, 3) float32, those of omega, anchor and cfg_scale - 1.
 
     None where a variant has no use for it: x0_prev without a multistep solver, valid in a batch
-    without filling, features unless it reuses them; anchor in a batch that has none.
+    without filling, features unless it reuses them; anchor in a batch that has none; factors where
+    all are 1.
     """
 
     x: Tensor
@@ -181,6 +184,7 @@ class StepInputs(NamedTuple):
     seed: Tensor
     features: Tensor | None = None
     anchor: Tensor | None = None
+    factors: Tensor | None = None
 
 
 class StepOutputs(NamedTuple):
@@ -217,6 +221,7 @@ class StepParts:
     path: GuidancePath | None
     mode: Mode = "relative"
     clip: float | DynamicThreshold | None = None
+    factors: Tensor | None = None  # (steps, 3), as in ``StepInputs``
     multistep: bool = False  # the solver uses the x0 of the step before
     noise: bool = False  # the solver adds noise
     cache: FeatureCache | None = None  # of variants that keep or reuse features
@@ -238,6 +243,12 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
         index = inputs.step.reshape(1)
         timestep = inputs.timesteps.index_select(0, index).reshape(())
         alpha, sigma = inputs.rows.index_select(0, index)[0, :2].unbind()
+        omega, anchor, cfg_scale = inputs.omega, inputs.anchor, inputs.cfg_scale
+        if inputs.factors is not None:
+            of_omega, of_anchor, of_cfg = inputs.factors.index_select(0, index)[0].unbind()
+            omega = omega * of_omega
+            anchor = None if anchor is None else anchor * of_anchor
+            cfg_scale = torch.lerp(torch.ones_like(cfg_scale), cfg_scale, of_cfg)
         null = gradient = value = unconditional = skipped = kept = None
         if cfg and denoiser.null_label is not None:
             null = torch.full_like(labels, denoiser.null_label)
@@ -245,15 +256,15 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
         def predict(x: Tensor, labels: Tensor) -> Tensor:
             nonlocal kept
             if features == "compute":
-                return models.predict(denoiser, x, timestep, labels, inputs.cfg_scale)
+                return models.predict(denoiser, x, timestep, labels, cfg_scale)
             assert cache is not None
             if features == "keep":
-                prediction, kept = cache.keep(x, timestep, labels, inputs.cfg_scale)
+                prediction, kept = cache.keep(x, timestep, labels, cfg_scale)
                 kept = kept.unflatten(0, (-1, len(inputs.x))).transpose(0, 1)
                 return prediction
             assert inputs.features is not None
             held = inputs.features.transpose(0, 1).flatten(0, 1)
-            return cache.reuse(x, timestep, labels, held, inputs.cfg_scale)
+            return cache.reuse(x, timestep, labels, held, cfg_scale)
 
         if through_denoiser:
             assert path is not None
@@ -264,7 +275,7 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
                 alpha,
                 sigma,
                 conditions=conditions,
-                scale=inputs.cfg_scale,
+                scale=cfg_scale,
             )
             if null is not None:
                 unconditional = denoiser(x, timestep, null)
@@ -276,7 +287,8 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
         if guided and not through_denoiser:
             assert path is not None
             gradient, _, value = path.gradient(x, timestep, labels, alpha, sigma, conditional)
-        anchor = None if gradient is None or unconditional is None else inputs.anchor
+        if gradient is None or unconditional is None:
+            anchor = None
         if gradient is not None:
             # One of two: Inductor (torch 2.11) takes the seed of memory-efficient attention, a 0-d
             # int64 tensor on the CPU, for one on the GPU, and would put a lone counter into its
@@ -293,8 +305,8 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
             gradient,
             inputs.rows,
             inputs.step,
-            cfg_scale=inputs.cfg_scale,
-            omega=inputs.omega,
+            cfg_scale=cfg_scale,
+            omega=omega,
             anchor=anchor,
             mode=parts.mode,
             prediction=denoiser.prediction,

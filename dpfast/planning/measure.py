@@ -33,7 +33,7 @@ from dpfast.pool.pool import SamplePool
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
 from dpfast.sources.guided_methods import GuidedRequest, guided_method
-from dpfast.sources.source import scheduled
+from dpfast.sources.strengths import Strengths
 
 EVALUATED = 500  # images
 SECONDS = 20.0  # of all stages together, an even part each
@@ -79,7 +79,9 @@ def measure(
     trainer = Trainer(learner_factory(recipe, pipeline)(), config, iterations=10**6)
     guide, other = (trainer.classifier(which) for which in (recipe.guidance.guide_with, "raw"))
     guide = guiding(recipe.guidance.criterion, guide, other).eval()
-    plain, sampler = (new_sampler(recipe, pipeline, model) for model in (None, guide))
+    first = recipe.of_round(1)
+    plain = new_sampler(recipe, pipeline, None)
+    sampler = new_sampler(first, pipeline, guide)
     held = [_noise(pipeline)]
 
     @contextlib.contextmanager
@@ -100,9 +102,9 @@ def measure(
     for batch in held:
         pool.append(batch, round=0, omega=0.0, cfg_scale=1.0, steps=1, seed=0)
     way = guided_method(
-        recipe,
+        first,
         sampler,
-        new_sampler(recipe, pipeline, guide, compile=False, cuda_graphs=False),
+        new_sampler(first, pipeline, guide, compile=False, cuda_graphs=False),
         lambda: pool,
     )
 
@@ -113,8 +115,8 @@ def measure(
             labels=labels,
             start=len(pool),
             done=0,
-            omega=recipe.guidance.omega,
-            cfg_scale=scheduled(1, recipe.practice.cfg_scale_rounds, recipe.generator.cfg_scale),
+            strengths=Strengths(omega=first.guidance.omega),
+            cfg_scale=first.generator.cfg_scale,
             learner_step=0,
         )
         yield lambda: list(way.make(wanted, Cost()))

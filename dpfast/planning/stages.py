@@ -28,7 +28,7 @@ from dpfast.hardware.live_bytes import bytes_per_sample
 from dpfast.learn.models import guiding, recipe_learner
 from dpfast.planning.training import Training, count_learner
 from dpfast.sources.guided_methods import early_stop, restart_step
-from dpfast.sources.source import scheduled
+from dpfast.sources.strengths import Strengths
 
 META = torch.device("meta")
 
@@ -37,10 +37,11 @@ META = torch.device("meta")
 class Stages:
     """Counts of one unit each, and bytes held.
 
-    unguided, guided: a sample, from noise to pixels; learner: an image in a training step and an
-    evaluated one. weights: bytes of the generator's weights. unguided_bytes, guided_bytes: (fixed,
-    per sample) of the dearest step or the decoding, beside the weights. transformer: whether the
-    denoiser is one. classes: K. image, latent: (C, H, W).
+    unguided, guided: a sample, from noise to pixels, the guided one in the mean of all rounds;
+    learner: an image in a training step and an evaluated one. weights: bytes of the generator's
+    weights. unguided_bytes, guided_bytes: (fixed, per sample) of the dearest step or the decoding,
+    beside the weights. transformer: whether the denoiser is one. classes: K. image, latent:
+    (C, H, W).
     """
 
     unguided: Counts
@@ -78,27 +79,59 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
             recipe.learner, classes=classes, channels=pipeline.image_channels
         ).eval()
     guide = guiding(recipe.guidance.criterion, learner, learner).eval()
-    # all rounds are counted as the first one, whose scale may switch the guidance off or on
-    scale = scheduled(1, recipe.practice.cfg_scale_rounds, recipe.generator.cfg_scale)
-    rounds = replace(recipe, generator=replace(recipe.generator, cfg_scale=scale))
-    sampler = new_sampler(rounds, pipeline, guide, compile=False, cuda_graphs=False)
     batch = recipe.generator.batch_size
-    decode = finish_function(sampler.parts)
-    image = tuple(decode(sampler.runner.blank(1).x).images.shape[1:])
     plain = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
+    image = tuple(finish_function(plain.parts)(plain.runner.blank(1).x).images.shape[1:])
     decoding = _decoding_bytes(plain)
+    unguided = _sample(plain, batch, guided=False)
+    unguided_bytes = _dearer(decoding, _step_bytes(plain, guided=False))
+    guided, guided_bytes = Counts(), decoding
+    for share, way in _ways(recipe, pipeline):
+        sampler = new_sampler(way, pipeline, guide, compile=False, cuda_graphs=False)
+        guides = Strengths.of(way.guidance, pipeline.class_names).guides
+        one = _guided(way, sampler, batch) if guides else _sample(sampler, batch, guided=False)
+        guided += one * share
+        guided_bytes = _dearer(guided_bytes, _step_bytes(sampler, guided=guides))
     return Stages(
-        unguided=_sample(plain, batch, guided=False),
-        guided=_guided(recipe, sampler, batch),
+        unguided=unguided,
+        guided=guided,
         learner=count_learner(recipe.learner, classes, image, half=half_training),
         weights=_weights(pipeline),
-        unguided_bytes=_dearer(decoding, _step_bytes(plain, guided=False)),
-        guided_bytes=_dearer(decoding, _step_bytes(sampler, guided=True)),
+        unguided_bytes=unguided_bytes,
+        guided_bytes=guided_bytes,
         transformer="transformer_blocks" in blocks_of(pipeline.denoiser),
         classes=classes,
         image=image,
         latent=pipeline.denoiser.sample_shape,
     )
+
+
+def _ways(recipe: Recipe, pipeline: Pipeline) -> list[tuple[float, Recipe]]:
+    """The ways in which rounds make their samples, as the recipe of such a round, each with its
+    share of all samples up to the maximum; the first round's where there is none.
+    """
+    practice = recipe.practice
+    found: dict[tuple[object, ...], tuple[int, Recipe]] = {}
+    rounds = max(1, len(practice.add_at) or practice.rounds_within(practice.maximum_samples))
+    left = max(1, practice.maximum_samples - practice.initial_samples)
+    for number in range(1, rounds + 1):
+        last = number >= min(rounds, max(1, recipe.scheduled_rounds))
+        count = max(1, left if last else min(left, practice.round_samples))
+        way = recipe.of_round(number)
+        guidance = way.guidance
+        guides = Strengths.of(guidance, pipeline.class_names).guides
+        key = (
+            guides,
+            way.generator.cfg_scale == 1,
+            *((guidance.every, guidance.start, guidance.until, guidance.through) if guides else ()),
+        )
+        before, first = found.get(key, (0, way))
+        found[key] = (before + count, first)
+        left -= count
+        if last:
+            break
+    total = sum(count for count, _ in found.values())
+    return [(count / total, way) for count, way in found.values()]
 
 
 def _weights(pipeline: Pipeline) -> int:

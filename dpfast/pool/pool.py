@@ -163,7 +163,7 @@ class SamplePool:
         batch: SampleBatch,
         *,
         round: int,
-        omega: float,
+        omega: float | Tensor,
         cfg_scale: float = 1.0,
         steps: int = 0,
         seed: int = 0,
@@ -176,7 +176,8 @@ class SamplePool:
         Args:
             batch: what a sampler has made.
             round: counts the additions; 0 for the initial samples.
-            omega, cfg_scale, steps, seed: of the sampler, for the samples' columns.
+            omega, cfg_scale, steps, seed: of the sampler, for the samples' columns; omega also
+                (B,), one a sample.
             payload: what to store instead of the batch's images, or of its latents in a pool of
                 latents: (B, *shape) of the codec's dtype, or B JPEG files. A JPEG pool encodes
                 uint8 images that come without.
@@ -198,7 +199,7 @@ class SamplePool:
             records[name] = values.cpu().numpy()
         records["learner_step"] = batch.learner_step
         records["round"] = round
-        records["omega"] = omega
+        records["omega"] = omega.cpu().numpy() if isinstance(omega, Tensor) else omega
         records["cfg_scale"] = cfg_scale
         records["steps"] = steps
         records["seed"] = seed

@@ -19,7 +19,7 @@ from dpfast.config import RECIPE_FILE, Recipe, flat, is_import_path, read_recipe
 from dpfast.errors import InputError, RecipeError
 from dpfast.files import there
 from dpfast.pool.shards import durable
-from dpfast.practice.contents import check_contents, note_contents
+from dpfast.practice.contents import STRENGTHS, check_contents, note_contents
 
 BORN, CHANGES = "born.json", "changes.jsonl"
 
@@ -43,6 +43,7 @@ GIVEN_AT_BIRTH = (  # or not, whatever they are called by now
     "tiny_decoder",
     "lora",
     "prompts",
+    *STRENGTHS,
 )
 MOVED = "a folder may move, and holds what it held at birth (contents.json)"
 
@@ -81,6 +82,7 @@ RULES: dict[str, tuple[str, str]] = {
     "steps": (FIXED, SAMPLES),
     "cfg_scale": (FIXED, SAMPLES),
     "cfg_interval": (FIXED, SAMPLES),
+    "cfg_schedule": (FIXED, SAMPLES),
     "cache_interval": (FIXED, SAMPLES),
     "eta": (FIXED, SAMPLES),
     "generator.compile": (FREE, ROUNDING),
@@ -103,6 +105,10 @@ RULES: dict[str, tuple[str, str]] = {
     "criterion": (FIXED, SAMPLES),
     "guide_with": (FIXED, SAMPLES),
     "anchor": (FIXED, SAMPLES),
+    "omega_schedule": (FIXED, SAMPLES),
+    "anchor_schedule": (FIXED, SAMPLES),
+    "omega_classes": (FREE, MOVED + "; but a run has one from its birth, or none"),
+    "anchor_classes": (FREE, MOVED + "; but a run has one from its birth, or none"),
     # the learner
     "model": (FIXED, "its weights are in the checkpoint"),
     "options": (FIXED, "they shape the weights in the checkpoint"),
@@ -168,7 +174,13 @@ RULES: dict[str, tuple[str, str]] = {
     "patience_growth": (FIXED, DATES),
     "add_at": (BRANCH, DATES),
     "omega_rounds": (FIXED, SAMPLES),
+    "anchor_rounds": (FIXED, SAMPLES),
     "cfg_scale_rounds": (FIXED, SAMPLES),
+    "every_rounds": (FIXED, SAMPLES),
+    "start_rounds": (FIXED, SAMPLES),
+    "until_rounds": (FIXED, SAMPLES),
+    "through_rounds": (FIXED, SAMPLES),
+    "criterion_rounds": (FIXED, SAMPLES),
     "fresh_weight": (FIXED, TRAINING),
     "allot": (FIXED, SAMPLES),
     "class_counts": (FREE, MOVED + "; but a run has one from its birth, or none"),

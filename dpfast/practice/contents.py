@@ -5,7 +5,7 @@ contents.json   field -> what its folder holds: of the generator and a tiny deco
                 bytes of each file of weights and a checksum of each file of JSON, and where they
                 are of the Hub their commit; of files of LoRA a checksum and the weight, of prompts
                 a checksum of those of each class; of real images how many files each class has, of
-                class counts the count of each class
+                class counts and strengths the value of each class
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dpfast.config import Recipe
 from dpfast.data.class_counts import count_rows
+from dpfast.data.class_files import strength_rows
 from dpfast.data.class_folders import sub_folders
 from dpfast.data.pictures import pictures_in
 from dpfast.data.real import is_fashion
@@ -36,12 +37,15 @@ class UnknownContentsWarning(UserWarning):
     """A run was begun before its contents were noted."""
 
 
-def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
+STRENGTHS = ("omega_classes", "anchor_classes")
+
+
+def contents_of(recipe: Recipe) -> dict[str, dict[str, float | str]]:
     """The table of ``CONTENTS``, by names and sizes: no weights and no images are read. {} for what
     is not there.
     """
     generator = recipe.generator
-    found: dict[str, dict[str, int | str]] = {}
+    found: dict[str, dict[str, float | str]] = {}
     for field, source, revision in (
         ("pipeline", generator.pipeline, generator.revision),
         ("tiny_decoder", generator.tiny_decoder, ""),
@@ -62,6 +66,10 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
     counts = recipe.practice.class_counts
     if counts and Path(counts).is_file():
         found["class_counts"] = dict(count_rows(counts))
+    for field in STRENGTHS:
+        file = getattr(recipe.guidance, field)
+        if file and Path(file).is_file():
+            found[field] = dict(strength_rows(field, file))
     for field, place in (("validation", recipe.validation), ("held_out", recipe.held_out)):
         if is_fashion(place):
             found[field] = {"fashion": 1}
@@ -74,9 +82,9 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, int | str]]:
     return found
 
 
-def _models(field: str, folder: Path) -> dict[str, dict[str, int | str]]:
+def _models(field: str, folder: Path) -> dict[str, dict[str, float | str]]:
     """What the folder of a field holds, and under "FIELD of the Hub" its commit there."""
-    models: dict[str, int | str] = {}
+    models: dict[str, float | str] = {}
     for file in below(folder) if is_folder(folder) else ():
         name = str(file.relative_to(folder))
         if file.suffix == ".safetensors" and there(file):
@@ -129,6 +137,7 @@ def check_contents(run: Path, recipe: Recipe) -> None:
         ("validation", recipe.validation),
         ("held_out", recipe.held_out),
         ("class_counts", recipe.practice.class_counts),
+        *((field, getattr(recipe.guidance, field)) for field in STRENGTHS),
     ):
         before = born.get(field)
         found = now.get(field)

@@ -58,6 +58,7 @@ from dpfast.sources.labels import LabelOrder
 from dpfast.sources.prune import PruneSource
 from dpfast.sources.source import LoopView, Source
 from dpfast.sources.static import StaticSource
+from dpfast.sources.strengths import Strengths
 from dpfast.sources.unguided import UnguidedSamples
 
 
@@ -184,6 +185,7 @@ class DeliberatePractice:
         if checks_real:
             check_real(recipe.validation, recipe.held_out, names)
         self.class_counts = class_counts(recipe.practice, names)
+        Strengths.of(recipe.guidance, names)  # looked at before weights are read
         ranks.beat()
         if pipeline is not None:
             return pipeline
@@ -251,12 +253,13 @@ class DeliberatePractice:
             try_augment(own_augment, image_shape(self.pipeline), self.pipeline.device)
         if "dp" in self.named:
             check_guided_method(self.recipe, self.pipeline)
-        own, what, named = self.criterion, "criterion", self.recipe.guidance.criterion
-        if own is None and is_import_path(named):
-            own, what = criteria.named(named), f"criterion = {named!r}"
-        if own is not None:
-            members = (2,) if self.recipe.guidance.criterion == "disagreement" else ()
-            try_criterion(own, torch.zeros(2, *members, classes), what)
+        members = (2,) if self.recipe.guidance.criterion == "disagreement" else ()
+        tried = {f"criterion = {name!r}": name for name in self._criteria() if is_import_path(name)}
+        own = {what: criteria.named(name) for what, name in tried.items()}
+        for what, each in (
+            own if self.criterion is None else {"criterion": self.criterion}
+        ).items():
+            try_criterion(each, torch.zeros(2, *members, classes), what)
 
     def _check_labels(self, unguided: UnguidedSamples | None) -> None:
         """Raises ``InputError`` where samples that exist have other labels, and ``RecipeError``
@@ -311,13 +314,20 @@ class DeliberatePractice:
         guidance, device = self.recipe.guidance, self.pipeline.device
         with torch.random.fork_rng([device] if is_gpu(device) else []):
             learner = self.new_learner()
-        path = LearnerPath(
-            decoder=IdentityDecoder(),
-            learner=guiding(guidance.criterion, learner, learner).eval(),
-            criterion=criteria.named(self.criterion or guidance.criterion),
-        )
         shape, classes = image_shape(self.pipeline), len(self.pipeline.class_names)
-        try_learner(path, shape, classes, device)
+        for criterion in self._criteria() if self.criterion is None else (self.criterion,):
+            path = LearnerPath(
+                decoder=IdentityDecoder(),
+                learner=guiding(guidance.criterion, learner, learner).eval(),
+                criterion=criteria.named(criterion),
+            )
+            try_learner(path, shape, classes, device)
+
+    def _criteria(self) -> tuple[str, ...]:
+        """The recipe's criteria, of all rounds, each once."""
+        recipe = self.recipe
+        found = recipe.practice.criterion_rounds or (recipe.guidance.criterion,)
+        return tuple(dict.fromkeys(found))
 
     def run(
         self,

@@ -367,7 +367,7 @@ class Loop:
         self.samples.append(
             batch,
             round=number,
-            omega=self.source.omega(number),
+            omega=self.source.omega_of(number, batch.labels),
             cfg_scale=self.source.cfg_scale(number),
             steps=self.source.steps(number),
         )

@@ -146,6 +146,9 @@ class OverlappedSource(Source):
     def omega(self, number: int) -> float:
         return self.source.omega(number)
 
+    def omega_of(self, number: int, labels: Tensor) -> float | Tensor:
+        return self.source.omega_of(number, labels)
+
     def cfg_scale(self, number: int) -> float:
         return self.source.cfg_scale(number)
 

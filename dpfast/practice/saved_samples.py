@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.parallel import Ranks
@@ -112,7 +114,13 @@ class SavedSamples:
                 self._saver.wait()
 
     def append(
-        self, batch: SampleBatch, *, round: int, omega: float, cfg_scale: float, steps: int
+        self,
+        batch: SampleBatch,
+        *,
+        round: int,
+        omega: float | Tensor,
+        cfg_scale: float,
+        steps: int,
     ) -> None:
         """Adds a batch to the samples that this rank holds."""
         self.pool.local.append(

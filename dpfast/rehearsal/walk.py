@@ -29,8 +29,8 @@ from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
 from dpfast.errors import RecipeError
 from dpfast.generate import graphs
-from dpfast.generate.from_recipe import image_shape
-from dpfast.generate.guidance import interval_steps
+from dpfast.generate.from_recipe import guidance_config, image_shape
+from dpfast.generate.guidance import cfg_steps
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.flops import Fused
 from dpfast.learn import checkpointing, trainer
@@ -128,18 +128,21 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
 
 
 def _fewest_steps(recipe: Recipe) -> int:
-    """The shortest trajectory that has every kind of step of the recipe's own: guided or not, with
-    classifier-free guidance or without. Two are walked where there are two.
+    """The shortest trajectory that has, in each round, every kind of step of the recipe's own:
+    guided or not, with classifier-free guidance or without. Two are walked where there are two.
     """
-    guidance, generator = recipe.guidance, recipe.generator
+    total = recipe.generator.steps
+    rounds = [recipe.of_round(number) for number in range(recipe.scheduled_rounds + 1)]
+    ways = {(each.guidance, each.generator.cfg_schedule): each for each in rounds}
 
-    def kinds(total: int) -> set[tuple[bool, bool]]:
-        guided = interval_steps(total, guidance.start, guidance.until, guidance.every)
-        cfg = interval_steps(total, *generator.cfg_interval)
+    def kinds(way: Recipe, total: int) -> set[tuple[bool, bool]]:
+        guided = guidance_config(way).steps(total)
+        cfg = cfg_steps(way.generator.cfg_interval, way.generator.cfg_schedule, total)
         return {(i in guided, i in cfg) for i in range(total)}
 
-    wanted, least = kinds(generator.steps), min(generator.steps, 2)
-    return next(n for n in range(least, generator.steps + 1) if kinds(n) >= wanted)
+    wanted = [(way, kinds(way, total)) for way in ways.values()]
+    shorter = range(min(total, 2), total + 1)
+    return next(n for n in shorter if all(kinds(way, n) >= whole for way, whole in wanted))
 
 
 def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:

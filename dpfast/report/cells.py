@@ -5,17 +5,19 @@ lie side by side (Figs. 8 and 10 to 13 of arXiv 2502.15588).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpfast.config import Guidance
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.practice.saved_learners import SavedLearner
 from dpfast.report.samples import overview, write_samples
 from dpfast.report.sheets import contact_sheet, reduced
+from dpfast.sources.strengths import Strengths
 
 COLUMNS = 24  # samples of a row of a grid
 TRAJECTORIES = 48  # rows of a picture of trajectories
@@ -24,19 +26,25 @@ AT_ONCE = 4  # samples whose trajectories are made together
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One setting: strengths of guidance, omega 0 being unguided, and the learner of a run that
-    guides, or None.
+    """One setting: strengths of guidance, omega 0 being unguided, those of classes that have their
+    own, and the learner of a run that guides, or None.
     """
 
     omega: float
     anchor: float = 0.0
+    by_class: Strengths | None = None
     learner: SavedLearner | None = None
 
-    @property
-    def strengths(self) -> dict[str, Any]:
-        """What a sampler takes of it, as keyword arguments."""
+    def told(self, labels: Sequence[int]) -> dict[str, Any]:
+        """What a sampler takes of it with samples of these labels, as keyword arguments."""
         step = 0 if self.learner is None else self.learner.step
-        return {"omega": self.omega, "anchor": self.anchor, "learner_step": step}
+        strengths = self.by_class or Strengths(omega=self.omega, anchor=self.anchor)
+        return {**strengths.rows(torch.tensor(labels)), "learner_step": step}
+
+    @property
+    def guided(self) -> bool:
+        """Whether any of its samples is."""
+        return bool(self.omega) or self.by_class is not None
 
     def name(self, among: Sequence[Cell]) -> str:
         """It in words, of which those are left out that all ``among`` share."""
@@ -45,7 +53,7 @@ class Cell:
             parts.append(self.learner.moment)
         if len({cell.omega for cell in among}) > 1:
             parts.append(f"omega {self.omega:g}")
-        if len({cell.anchor for cell in among if cell.omega}) > 1 and self.omega:
+        if len({cell.anchor for cell in among if cell.guided}) > 1 and self.guided:
             parts.append(f"anchor {self.anchor:g}")
         return ", ".join(parts)
 
@@ -57,6 +65,10 @@ class Cell:
         """Its row in settings.json."""
         row: dict[str, Any] = {"folder": self.folder(among), "omega": self.omega}
         row |= {"anchor": self.anchor}
+        if self.by_class is not None:
+            found = {"omega": self.by_class.omega, "anchor": self.by_class.anchor}
+            tables = {name: v for name, v in found.items() if isinstance(v, Tensor)}
+            row |= {f"{name}_by_class": values.tolist() for name, values in tables.items()}
         if self.learner is not None:
             row |= {
                 "source": self.learner.source,
@@ -67,15 +79,24 @@ class Cell:
 
 
 def cells_of(
-    strengths: Sequence[tuple[float, float]], learners: Sequence[SavedLearner]
+    guidances: Sequence[Guidance], names: Sequence[str], learners: Sequence[SavedLearner]
 ) -> list[Cell]:
-    """A cell for each learner of a run, if there are any, and each omega and anchor."""
+    """A cell for each learner of a run, if there are any, and each omega and anchor, whose files
+    may have others for classes of ``names``.
+
+    Settings without any omega, which an anchor needs, are one. Raises ``InputError`` as
+    ``Strengths.of`` does.
+    """
+    cells = []
+    for guidance in guidances:
+        strengths = Strengths.of(guidance, names)
+        varied = bool(guidance.omega_classes or guidance.anchor_classes)
+        anchor = guidance.anchor if strengths.guides else 0.0
+        by_class = strengths if varied and strengths.guides else None
+        cells.append(Cell(omega=guidance.omega, anchor=anchor, by_class=by_class))
+    kinds = {(cell.omega, cell.anchor): cell for cell in cells}.values()
     guides: Sequence[SavedLearner | None] = learners or [None]
-    return [
-        Cell(omega=omega, anchor=anchor, learner=learner)
-        for learner in guides
-        for omega, anchor in strengths
-    ]
+    return [replace(cell, learner=learner) for learner in guides for cell in kinds]
 
 
 def _moment(cell: Cell) -> str | None:
@@ -111,7 +132,7 @@ def write_cells(
     names = sampler.pipeline.class_names
     ordered = [label for label in labels for _ in range(count)]
     for cell in cells:
-        sampler.stream(ordered, **cell.strengths)
+        sampler.stream(ordered, **cell.told(ordered))
     grid = len(cells) > 1
     part = {"labels": COLUMNS, "each": max(1, COLUMNS // len(labels))} if grid else {}
     called = [cell.name(cells) for cell in cells]
@@ -121,7 +142,7 @@ def write_cells(
         _load(cell, sampler)
         if stepwise is not None:
             trajectories.append(_trajectories(stepwise, cell, ordered, followed))
-        batches = sampler.stream(ordered, **cell.strengths)
+        batches = sampler.stream(ordered, **cell.told(ordered))
         where = out / cell.folder(cells)
         shown.append(write_samples(batches, names, where, what=name, **part))
     if grid:
@@ -169,7 +190,7 @@ def _trajectories(
         given = [ordered[row] for row in ids]
         steps = [
             reduced(batch.images.cpu())
-            for batch in sampler.predictions(given, ids, **cell.strengths)
+            for batch in sampler.predictions(given, ids, **cell.told(given))
         ]
         made += torch.stack(steps, 1).unbind()
     return made

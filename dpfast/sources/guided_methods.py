@@ -47,20 +47,21 @@ from dpfast.pool.protocol import Pool
 from dpfast.pool.snapshot import PoolSnapshot
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost, Prices
+from dpfast.sources.strengths import Strengths
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedRequest:
     """Asks a guided method for the samples of a round, of which this rank makes its part.
 
-    labels: (n,) int64 of all of them; start: the pool's size before; turn: the rank of the first
-    batch; done: how many of this rank's are made already.
+    labels: (n,) int64 of all of them; start: the pool's size before; strengths: of the guidance;
+    turn: the rank of the first batch; done: how many of this rank's are made already.
     """
 
     labels: Tensor
     start: int
     done: int
-    omega: float
+    strengths: Strengths
     cfg_scale: float
     learner_step: int
     turn: int = 0
@@ -87,9 +88,12 @@ class GuidedRequest:
 
 
 class GuidedMethod(Protocol):
-    """Makes guided samples and pays for them in ``cost``. steps: those that a sample takes, from
-    ``start`` on.
+    """Makes guided samples with ``sampler`` and pays for them in ``cost``. steps: those that a
+    sample takes, from ``start`` on.
     """
+
+    @property
+    def sampler(self) -> Sampler: ...
 
     steps: int
     start: int
@@ -145,11 +149,12 @@ class FromNoise:
 
     def make(self, request: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
         rest = request.rest(self.batch)
+        labels = request.labels[rest]
         batches = self.sampler.stream(
-            request.labels[rest],
+            labels,
             sample_ids=request.start + rest,
             batch_size=self.batch,
-            omega=request.omega,
+            **request.strengths.rows(labels),
             cfg_scale=request.cfg_scale,
             learner_step=request.learner_step,
         )
@@ -215,7 +220,10 @@ class EarlyRejection(FromNoise):
 
         def begun(rows: slice) -> Trajectory:
             started = self.sampler.begin(
-                candidates[rows], ids[rows], omega=request.omega, cfg_scale=request.cfg_scale
+                candidates[rows],
+                ids[rows],
+                **request.strengths.rows(candidates[rows]),
+                cfg_scale=request.cfg_scale,
             )
             return self.sampler.advance(started, self.stop)
 
@@ -280,10 +288,11 @@ class RePractice(FromNoise):
 
         def made(rows: slice) -> SampleBatch:
             indices = rest[rows]
+            labels = request.labels[indices]
             start = self.sampler.begin(
-                request.labels[indices],
+                labels,
                 request.start + indices,
-                omega=request.omega,
+                **request.strengths.rows(labels),
                 cfg_scale=request.cfg_scale,
                 latents=self._latents(held, parents[rows]),
                 step=self.start,
@@ -341,15 +350,42 @@ def guided_method(
 
 def check_guided_method(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> None:
     """Raises ``RecipeError`` where the recipe's method does not fit its steps or its pipeline, and
-    ``InputError`` where no step is guided, or none with what an anchor is made of.
+    ``InputError`` where no step is guided, or none with what an anchor is made of, or where a
+    class has strengths that do not go together.
     """
+    rounds = [recipe.of_round(number) for number in range(1, recipe.scheduled_rounds + 1)]
+    seen = set()
+    for each in rounds or [recipe]:
+        key = (each.guidance, each.generator.cfg_scale)
+        if key not in seen:
+            _check_round(each, pipeline)
+        seen.add(key)
+
+
+def _check_round(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> None:
+    """``check_guided_method`` of one round, whose recipe this is."""
+    guidance, scale = recipe.guidance, recipe.generator.cfg_scale
+    strengths = Strengths.of(guidance, pipeline.class_names)
+    omegas, anchors = (torch.as_tensor(each) for each in (strengths.omega, strengths.anchor))
+    early = recipe.practice.early_candidates
+    if early > 1 and float(omegas.min()) <= 0:
+        raise RecipeError(
+            f"omega_classes = {guidance.omega_classes!r}: has {float(omegas.min()):g}; expected "
+            f"numbers above 0 with early_candidates = {early:g}: guidance scores the candidates, "
+            "and the highest stay"
+        )
     sampler = new_sampler(recipe, pipeline, None, compile=False, cuda_graphs=False)
     way = guided_method(recipe, sampler, sampler, lambda: SamplePool())
-    if isinstance(sampler, GuidedSampler):
-        sampler.guidance.check_steps(len(sampler.table))
-        for scale in recipe.practice.cfg_scale_rounds or (recipe.generator.cfg_scale,):
-            if recipe.guidance.anchor and scale != 1:  # a recipe has it where nothing is guided
-                sampler.check_anchored(scale, step=way.start)
+    if not isinstance(sampler, GuidedSampler):
+        if guidance.anchor_classes:
+            raise RecipeError(
+                f"anchor_classes = {guidance.anchor_classes!r}: needs a dpfast.Pipeline, whose "
+                "samples have an anchor each"
+            )
+        return
+    sampler.guidance.check_steps(len(sampler.table))
+    if bool(((anchors > 0) & (omegas != 0)).any()):
+        sampler.check_anchored(scale, anchors, step=way.start)
 
 
 def joined(parts: list[SampleBatch]) -> SampleBatch:

@@ -110,6 +110,12 @@ class Source(abc.ABC):
         """The strength of the guidance in round ``number``, which is kept with its samples."""
         return 0.0
 
+    def omega_of(self, number: int, labels: Tensor) -> float | Tensor:
+        """The same for each of its samples with these labels, (n,) int64: a number, or (n,)
+        float32 where classes differ.
+        """
+        return self.omega(number)
+
     def cfg_scale(self, number: int) -> float:
         """The scale of classifier-free guidance in round ``number``; 1: none."""
         return 1.0
@@ -154,10 +160,3 @@ class Source(abc.ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from where ``state_dict`` was taken."""
         self.cost.load_state_dict(state["cost"])
-
-
-def scheduled(number: int, values: tuple[float, ...], usual: float) -> float:
-    """A schedule's value in round ``number``: the last one from its end on, ``usual`` in round 0
-    and without one.
-    """
-    return values[min(number, len(values)) - 1] if number and values else usual

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from dpfast.config import Recipe
 from dpfast.samples import SampleBatch
-from dpfast.sources.source import RoundRequest, Source, scheduled
+from dpfast.sources.source import RoundRequest, Source
 from dpfast.sources.unguided import UnguidedSamples
 
 
@@ -19,6 +19,7 @@ class StaticSource(Source):
     def __init__(self, recipe: Recipe, unguided: UnguidedSamples, total: int) -> None:
         super().__init__(total)
         self.recipe, self.unguided = recipe, unguided
+        self._rounds: dict[int, Recipe] = {}
         self.yardstick = unguided.yardstick
 
     def available(self, pool_size: int) -> int:
@@ -40,9 +41,14 @@ class StaticSource(Source):
         return 0.0
 
     def cfg_scale(self, number: int) -> float:
-        return scheduled(
-            number, self.recipe.practice.cfg_scale_rounds, self.recipe.generator.cfg_scale
-        )
+        return self.of_round(number).generator.cfg_scale
+
+    def of_round(self, number: int) -> Recipe:
+        """The recipe of round ``number``."""
+        number = min(number, self.recipe.scheduled_rounds)
+        if number not in self._rounds:
+            self._rounds[number] = self.recipe.of_round(number)
+        return self._rounds[number]
 
     def steps(self, number: int) -> int:
         return self.recipe.generator.steps

@@ -62,7 +62,7 @@ def test_overrides_take_text_as_a_command_line_gives_it():
         ({"anchor": 0.5, "cfg_scale": 1}, "anchor = 0.5: expected 0 where guided samples have"),
         (
             {"anchor": 0.5, "omega_rounds": "0.1,-0.1"},
-            "anchor = 0.5: expected 0 with omega_rounds = (0.1, -0.1)",
+            "round 2: anchor = 0.5: expected 0 with omega = -0.1, which lowers the criterion",
         ),
         (
             {"anchor": 0.5, "cfg_scale_rounds": "2,1"},

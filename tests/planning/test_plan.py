@@ -33,6 +33,7 @@ from dpfast.pool.placement import Placement
 from dpfast.pool.pool import SamplePool
 from dpfast.sources.costs import Cost, Prices
 from dpfast.sources.guided_methods import GuidedRequest, guided_method
+from dpfast.sources.strengths import Strengths
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_every_way_is_planned_at_what_a_sample_is_paid(recipe, changes, fashion)
                 labels=torch.arange(10),
                 start=10,
                 done=0,
-                omega=0.05,
+                strengths=Strengths(omega=0.05),
                 cfg_scale=1.5,
                 learner_step=0,
             ),

@@ -24,6 +24,7 @@ from dpfast.practice.stopping import Stop, Stopped
 from dpfast.sources.costs import Cost
 from dpfast.sources.guided_methods import EarlyRejection, GuidedRequest, RePractice, joined
 from dpfast.sources.labels import allotted_labels
+from dpfast.sources.strengths import Strengths
 from tests.practice.small import REAL
 from tests.practice.test_loop import run, with_
 from tests.ranks import spawned
@@ -42,7 +43,8 @@ def short(recipe):
 
 def wanted(labels=LABELS, **changes):
     return GuidedRequest(
-        **{"labels": labels, "start": 30, "done": 0, "omega": 0.2, "cfg_scale": 1.5}
+        **{"labels": labels, "start": 30, "done": 0, "cfg_scale": 1.5}
+        | {"strengths": Strengths(omega=0.2)}
         | {"learner_step": 0}
         | changes
     )
