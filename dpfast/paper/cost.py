@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpfast.errors import InputError
@@ -11,6 +11,7 @@ from dpfast.paper.runs import PaperRun
 from dpfast.planning.measure import Timings
 from dpfast.planning.plan import Plan, plan
 
+ALIKE = {"stable-diffusion-1.4": "stable-diffusion-1.5"}  # of the same architecture
 GENERATION = ("unguided samples", "guided samples", "yardstick", "scoring")
 
 
@@ -41,16 +42,19 @@ def costs_of(
 def _cost(
     run: PaperRun, device: str, count: int, timings: Timings | None, ends: dict[Path, int]
 ) -> Cost:
-    practice = run.recipe.practice
+    recipe, practice = run.recipe, run.recipe.practice
+    name = ALIKE.get(recipe.generator.pipeline)
+    if name is not None:
+        recipe = replace(recipe, generator=replace(recipe.generator, pipeline=name))
     samples = None
     if run.entry.branch is not None:
         samples = practice.initial_samples + run.entry.branch[1] * practice.round_samples
     try:
-        planned = plan(run.recipe, device, count=count, timings=timings, samples=samples)
+        planned = plan(recipe, device, count=count, timings=timings, samples=samples)
     except InputError as error:
         if not str(error).startswith("pipeline"):
             raise
-        return Cost(made=0, hours=0.0, disk=0.0, why=str(error))
+        return Cost(made=0, hours=0.0, disk=0.0, why="hours and disk by its folder")
     return _priced(planned, run, ends)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,9 @@ def make_others(
             tell(f"{command.name}: finished")
             continue
         tell(f"{command.name}: begins")
+        half = (out / command.makes).parent
+        if half != out:  # of a kill; these commands write in new folders alone
+            shutil.rmtree(half, ignore_errors=True)
         log = out / LOGS / f"{command.name}.log"
         code = _call([*launch, *words_of(command, out, pipeline)], log)
         if code:
