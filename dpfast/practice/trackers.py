@@ -92,6 +92,7 @@ class TrackerThread:
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
+        _speak_alone()
         self._thread = threading.Thread(
             target=self._track, args=(self.run.id(),), name=self.name, daemon=True
         )
@@ -99,9 +100,6 @@ class TrackerThread:
 
     def _track(self, id: str) -> None:
         try:
-            from accelerate import PartialState
-
-            PartialState()  # accelerate's trackers speak of it
             tracker = self.start(self.run, id)
             while (sent := self._sent.get()) is not None:
                 step, values = sent
@@ -138,6 +136,21 @@ class TrackerThread:
             TrackerWarning,
             stacklevel=4,
         )
+
+
+def _speak_alone() -> None:
+    """Tells accelerate, whose trackers and logs ask which process this is, that it is alone, as the
+    first rank is among trackers. By torchrun's variable it would choose a GPU, and make a process
+    group where there is none.
+    """
+    from accelerate import PartialState
+
+    local = os.environ.pop("LOCAL_RANK", None)
+    try:
+        PartialState()
+    finally:
+        if local is not None:
+            os.environ["LOCAL_RANK"] = local
 
 
 def new_trackers(recipe: Recipe, folder: Path) -> list[Tracker]:
@@ -216,10 +229,10 @@ def _mlflow(run: Tracked, id: str) -> GeneralTracker:
     import mlflow
     from accelerate.tracking import MLflowTracker
 
-    tracker = MLflowTracker(PROJECT, run_name=run.name, tags={"dpfast.run": id})
+    tracker = MLflowTracker(PROJECT, run_name=run.name, tags={"dpfast_run": id})
     known = mlflow.search_runs(
         experiment_names=[tracker.experiment_name],
-        filter_string=f"tags.`dpfast.run` = '{id}'",
+        filter_string=f"tags.dpfast_run = '{id}'",
         output_format="list",
     )
     if not known:

@@ -2,10 +2,14 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 import threading
 import warnings
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 from accelerate.tracking import GeneralTracker
@@ -17,7 +21,7 @@ from dpfast.practice.run_paths import RunPaths, unbegun
 from dpfast.practice.run_writer import RunWriter
 from dpfast.practice.trackers import Tracked, TrackerThread, TrackerWarning, new_trackers
 
-ID = "0123456789abcdef" * 2
+ROOT = Path(__file__).parents[2]
 
 
 class Kept(GeneralTracker):
@@ -102,6 +106,28 @@ def test_a_tracker_that_hangs_holds_up_neither_a_step_nor_the_end(tmp_path, monk
     each._thread.join()
 
 
+def test_accelerate_makes_no_process_group_under_torchrun(tmp_path):
+    """In a process of its own: accelerate asks once for each process."""
+    code = (
+        "from pathlib import Path; import os, torch\n"
+        "from tests.practice.test_trackers import Kept, thread\n"
+        f"each = thread(Path({str(tmp_path)!r}), Kept()); each.begin(); each.close()\n"
+        "assert os.environ['LOCAL_RANK'] == '0' and each._failure is None\n"
+        "assert not torch.distributed.is_initialized()\n"
+        "from accelerate import PartialState; assert PartialState().is_main_process\n"
+    )
+    launched = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **launched, **place},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_only_the_first_rank_tracks_and_a_folder_with_trackers_alone_is_no_begun_run(
     recipe, tmp_path
 ):
@@ -176,7 +202,7 @@ def test_mlflow_keeps_one_run_and_its_parameters_as_they_were_born(recipe, tmp_p
     mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
     known = lives(recipe, tmp_path / "run", "mlflow")
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    assert run.data.tags["dpfast.run"] == known
+    assert run.data.tags["dpfast_run"] == known
     assert run.info.run_name == "run"
     assert run.data.params["omega"] == str(recipe.guidance.omega)
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "static/evaluation/lr")
