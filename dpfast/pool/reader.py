@@ -79,7 +79,7 @@ def open_folder(
     for part in loaded:
         records = part.records[: wanted - len(pool)]
         if len(records):
-            pool.append_records(_payload(part, records, manifest), records.copy())
+            pool.append_records(payload_of(part, records, manifest), records.copy())
         beat()
     return pool
 
@@ -137,10 +137,10 @@ class SavedFolder:
         for shard in np.unique(number).tolist():
             part = self.shards[shard]
             records = part.records[rows[number == shard] - self.starts[shard]]
-            pool.append_records(_payload(part, records, self.manifest), records.copy())
+            pool.append_records(payload_of(part, records, self.manifest), records.copy())
 
 
-def _payload(
+def payload_of(
     part: shards.Loaded, records: np.ndarray, manifest: shards.Manifest
 ) -> torch.Tensor | list[bytes]:
     """What is stored of the samples of ``records``, some of the shard's, as

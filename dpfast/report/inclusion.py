@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dpfast.config import Recipe
+from dpfast.data.folders import BATCH
 from dpfast.evaluate.measures import predict
 from dpfast.learn.models import recipe_learner
 from dpfast.learn.precision import in_precision
@@ -20,9 +21,8 @@ from dpfast.learn.pretrained import as_kept
 from dpfast.plotting import COLORS, MUTED, axes_of, label_ends
 from dpfast.pool.pool import SamplePool
 from dpfast.practice import checkpoint
+from dpfast.practice.saved_learners import weights_of
 from dpfast.report.runs import Run
-
-PER_ROUND = 2000  # samples of a round that are looked at
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,14 @@ def errors_around(
     channels = pool.images(torch.arange(1)).shape[1]
     model = recipe_learner(recipe.learner, classes=classes, channels=channels).to(device)
     of_round = pool.column("round")
-    members = [
-        torch.nonzero(of_round == number).flatten()[:PER_ROUND] for number in range(1, rounds + 1)
-    ]
+    members = [torch.nonzero(of_round == number).flatten() for number in range(1, rounds + 1)]
     states = itertools.chain(
         (checkpoint.load(path) for path in paths if path is not None), [newest]
     )
     learner = in_precision(model, recipe.learner.precision, torch.device(device))
     wrong = []
     for state in states:
-        _with(model, state.components["trainer"], weights)
+        _with(model, state, weights)
         wrong.append(_wrong(learner, pool, members))
     sums: dict[int, list[int]] = {}  # mistakes and samples, of all and of the hard ones
     for new in range(rounds):  # the samples of round new + 1; the learner at index new guided them
@@ -87,23 +85,30 @@ def errors_around(
     offsets = tuple(sorted(sums))
     return Errors(
         offsets,
-        tuple(sums[o][0] / sums[o][1] for o in offsets),
+        tuple(sums[o][0] / max(sums[o][1], 1) for o in offsets),
         tuple(sums[o][2] / max(sums[o][3], 1) for o in offsets),
     )
 
 
-def _with(model: nn.Module, trained: dict[str, Tensor], weights: str) -> nn.Module:
-    """``model`` in eval mode with the "ema" or "raw" weights of a trainer's state."""
-    prefix = f"{'ema' if weights == 'ema' else 'model'}/"
-    model.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
-    )
+def _with(model: nn.Module, taken: checkpoint.Checkpoint, weights: str) -> nn.Module:
+    """``model`` in eval mode with the "ema" or "raw" weights of a checkpoint."""
+    model.load_state_dict(weights_of(taken, weights))
     return model.eval()
 
 
 def _wrong(model: nn.Module, pool: SamplePool, members: list[Tensor]) -> list[Tensor]:
+    """Which samples of each of ``members`` a model mistakes; it holds a batch of images at a
+    time.
+    """
     labels = pool.column("label")
-    return [predict(model, pool.images(rows)).argmax(1).cpu() != labels[rows] for rows in members]
+    found = []
+    for rows in members:
+        batches = rows.split(BATCH)
+        guesses = [
+            predict(model, pool.images(batch)).argmax(1).cpu() for batch in batches if len(batch)
+        ]
+        found.append(torch.cat([*guesses, labels[:0]]) != labels[rows])
+    return found
 
 
 def inclusion(errors: Errors | None, size: tuple[float, float]) -> Figure | None:

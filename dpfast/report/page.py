@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import decoder_of_run
-from dpfast.pool.importing import import_pool
-from dpfast.pool.memory_tiers import readable
 from dpfast.pool.pool import SamplePool
+from dpfast.pool.subset import Choice, choose, read_chosen
 from dpfast.report import tables
 from dpfast.report.figures import PER_RUN, scaling
 from dpfast.report.inclusion import births, errors_around, inclusion
@@ -31,14 +30,13 @@ from dpfast.report.points import (
     points_of_study,
 )
 from dpfast.report.runs import Run, differences, read_runs
-from dpfast.report.sheets import enlarged, tile
+from dpfast.report.sheets import enlarged, reduced, tile
 from dpfast.report.sweeps import swept
 
 WIDE, NARROW = (7.0, 3.6), (3.7, 2.9)  # inches; a phone gets a figure drawn for its width
-SHEET_COLUMNS = 12
 ACCURACIES = {"test": "held-out", "validation": "validation"}
-# bytes of saved samples that are read into memory for entropies at birth and contact sheets
-LARGEST = 16 << 30
+# bytes of a run's samples that are held at a time: for the errors of learners, and for sheets
+LOOKED, SHOWN = 3 << 29, 1 << 29
 SWEPT = {
     "oversampling": "prune: accuracy and cost against "
     "how many candidates a kept sample was chosen from.",
@@ -101,7 +99,6 @@ def write_report(
     missing = [*refused, *(left_out(runs) if study is None else []), *missing]
     laws = fit_laws(scaled, group_by)
     saved = savings(laws)
-    pools = {run.path: _pool(run, device) for run in runs}
     out.mkdir(parents=True, exist_ok=True)
 
     def figure(
@@ -133,7 +130,7 @@ def write_report(
     body.append(tables.sets(runs))
     body.append("<h2>Samples</h2>")
     for run in runs:
-        body.append(_samples(run, pools[run.path], figure, out, device))
+        body.append(_samples(run, figure, out, device))
     body.append(_recipe(runs))
     page = out / "index.html"
     page.write_text(
@@ -179,60 +176,73 @@ def _notes(runs: list[Run], refused: list[str]) -> str:
     return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
-def _pool(run: Run, device: torch.device | str) -> tuple[SamplePool, int] | None:
-    """A run's saved samples and its number of classes; None where there are none, or more than a
-    page is worth.
-    """
-    size = sum(file.stat().st_size for file in run.path.glob("pool_*/**/shard-*.tar"))
-    if size > LARGEST:
-        run.notes.append(
-            f"{run.path.name}: its {readable(size)} of samples are not read for this page"
-        )
-        return None
-    try:
-        pool, names = import_pool(run.path, decode=decoder_of_run(run.path, device))
-    except InputError:
-        return None
-    return pool, len(names) if names else int(pool.column("label").max()) + 1
-
-
-def _samples(
-    run: Run,
-    saved: tuple[SamplePool, int] | None,
-    figure: Callable[..., str],
-    out: Path,
-    device: torch.device | str,
-) -> str:
+def _samples(run: Run, figure: Callable[..., str], out: Path, device: torch.device | str) -> str:
     """Entropy at birth, error before and after inclusion, and contact sheets of every round."""
     name = run.path.name
-    if saved is None:
-        return (
-            f'<p class="note">{html.escape(name)}: '
-            "no samples that were read, so no contact sheets.</p>"
-        )
-    pool, classes = saved
-    parts = [
-        figure(
-            f"births_{name}",
-            partial(births, pool),
-            f"{name}: entropy of new samples at birth, by round.",
-        )
-    ]
-    errors = errors_around(run, pool, classes, device=device)
+    try:
+        found = _chosen(run)
+        if found is None:
+            return _note(f"{name}: no samples are saved, so there are no contact sheets.")
+        source, choice = found
+        decode = decoder_of_run(run.path, device)
+        pool = read_chosen(choice, choice.looked, LOOKED, decode=decode)
+        parts = _figures(run, source, choice, pool, figure, device)
+        del pool
+        shown = read_chosen(choice, choice.shown, SHOWN, decode=decode)
+    except (InputError, OSError) as error:
+        return _note(f"{name}: its samples cannot be read: {error}")
+    return parts + _sheets(run, shown, out)
+
+
+def _chosen(run: Run) -> tuple[str, Choice] | None:
+    """The first source of a run that has saved samples, "dp" before all others, and which of them
+    are looked at.
+    """
+    for source in dict.fromkeys(("dp", "static", *run.sources)):
+        choice = choose(run.path / f"pool_{source}")
+        if choice is not None and choice.total:
+            return source, choice
+    return None
+
+
+def _figures(
+    run: Run,
+    source: str,
+    choice: Choice,
+    pool: SamplePool,
+    figure: Callable[..., str],
+    device: torch.device | str,
+) -> str:
+    """What becomes of the samples of a run."""
+    name = run.path.name
+    parts = []
+    looked = f"{len(pool):,} of {choice.total:,} samples were looked at"
+    if len(pool) == choice.total:
+        looked = f"all {choice.total:,} samples were looked at"
+    if choice.lost:
+        parts.append(_note(f"{name}: {choice.lost:,} samples are lost or damaged."))
+    caption = f"{name}: entropy of new samples at birth, by round; {looked}."
+    parts.append(figure(f"births_{name}", partial(births, pool), caption))
+    classes = choice.top + 1 if choice.classes is None else len(choice.classes)
+    errors = errors_around(run, pool, classes, source=source, device=device)
     if errors is None:
         parts.append(
-            f'<p class="note">{html.escape(name)}: no checkpoints of every round (--keep-rounds '
-            "true), so no errors of "
-            "samples before and after inclusion.</p>"
+            _note(
+                f"{name}: no checkpoints of every round (--keep-rounds true), so no errors of "
+                "samples before and after inclusion."
+            )
         )
     else:
         caption = (
             f"{name}: error of the learners at the ends of rounds on the samples of each round. "
-            "Hard: those that the "
-            "learner of their inclusion mistook."
+            f"Hard: those that the learner of their inclusion mistook; {looked}."
         )
         parts.append(figure(f"inclusion_{name}", partial(inclusion, errors), caption))
-    return "".join(parts) + _sheets(run, pool, out)
+    return "".join(parts)
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
 
 
 def _sheets(run: Run, pool: SamplePool, out: Path) -> str:
@@ -241,12 +251,10 @@ def _sheets(run: Run, pool: SamplePool, out: Path) -> str:
     rounds, entropy, labels = (pool.column(name) for name in ("round", "entropy", "label"))
     for number in rounds.unique().tolist():
         rows = []
-        for label in labels.unique().tolist()[:10]:
-            members = torch.nonzero((rounds == number) & (labels == label)).flatten()[
-                :SHEET_COLUMNS
-            ]
+        for label in labels.unique().tolist():
+            members = torch.nonzero((rounds == number) & (labels == label)).flatten()
             if len(members):
-                rows.append(pool.images(members[entropy[members].argsort()]))
+                rows.append(reduced(pool.images(members[entropy[members].argsort()])))
         picture = enlarged(tile(rows), rows[0].shape[-1])
         path = out / f"samples_{run.path.name}_round_{number:02d}.png"
         picture.save(path)

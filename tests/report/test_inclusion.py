@@ -1,5 +1,7 @@
 """Samples before and after inclusion, from the folder of a real run."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -8,41 +10,34 @@ from dpfast.evaluate.measures import predict
 from dpfast.learn.models import build_learner
 from dpfast.ops import entropy
 from dpfast.pool.importing import import_pool
+from dpfast.pool.subset import read_chosen
 from dpfast.practice import checkpoint
 from dpfast.report import page
 from dpfast.report.inclusion import _with, births, errors_around
 from dpfast.report.page import write_report
 from dpfast.report.runs import read_run
-from tests.practice.conftest import recipe  # noqa: F401 - a fixture
-from tests.practice.test_loop import run, with_
+from tests.practice.conftest import kept_run  # noqa: F401 - a fixture
 
 
-@pytest.fixture
-def folder(recipe, tmp_path):  # noqa: F811
-    """Three rounds of additions, whose checkpoints are kept."""
-    run(with_(recipe, "practice", sources=("dp",), keep_rounds=True), tmp_path / "run")
-    return tmp_path / "run"
-
-
-def test_errors_are_those_of_the_learners_of_the_rounds(folder):
-    pool, _ = import_pool(folder)
-    errors = errors_around(read_run(folder), pool, 3)
+def test_errors_are_those_of_the_learners_of_the_rounds(kept_run):  # noqa: F811
+    pool, _ = import_pool(kept_run)
+    errors = errors_around(read_run(kept_run), pool, 3)
     assert errors.offsets == (-2, -1, 0, 1, 2, 3)  # the last: round 1 under the finished learner
     assert errors.hard[2] == 1.0
     assert all(0 <= value <= 1 for value in (*errors.hard, *errors.everything))
     # the learner that guided gave the entropies at birth: it is the one at offset 0
-    config = Recipe.from_dict(read_run(folder).recipe).learner
+    config = Recipe.from_dict(read_run(kept_run).recipe).learner
     model = build_learner(config.model, classes=3, channels=1, **config.options)
-    kept = checkpoint.load(checkpoint.at_round(folder / "checkpoints_dp", 0))
+    kept = checkpoint.load(checkpoint.at_round(kept_run / "checkpoints_dp", 0))
     rows = torch.arange(30, 45)
     born = pool.column("entropy")[rows]
-    torch.testing.assert_close(
-        entropy(predict(_with(model, kept.components["trainer"], "ema"), pool.images(rows))), born
-    )
+    torch.testing.assert_close(entropy(predict(_with(model, kept, "ema"), pool.images(rows))), born)
 
 
-def test_the_page_shows_births_and_errors_where_they_are_kept(folder, tmp_path):
+def test_the_page_shows_births_and_errors_where_they_are_kept(kept_run, tmp_path):  # noqa: F811
+    folder = shutil.copytree(kept_run, tmp_path / "run")
     page = write_report([folder], tmp_path / "out").read_text()
+    assert page.count("all 70 samples were looked at") == 4  # as text and for a screen reader
     assert (tmp_path / "out" / "inclusion_run.png").is_file()
     assert (tmp_path / "out" / "births_run.png").is_file()
     assert "Hard: those that the learner of their inclusion mistook" in page
@@ -54,16 +49,27 @@ def test_the_page_shows_births_and_errors_where_they_are_kept(folder, tmp_path):
     )
 
 
-def test_births_are_shares_of_the_guided_rounds(folder):
-    pool, _ = import_pool(folder)
+def test_births_are_shares_of_the_guided_rounds(kept_run):  # noqa: F811
+    pool, _ = import_pool(kept_run)
     (axes,) = births(pool, (7.0, 3.6)).axes
     assert len(axes.patches) == 3  # unguided samples have no entropy at birth
     assert [sum(patch.get_data().values) for patch in axes.patches] == pytest.approx([100.0] * 3)
 
 
-def test_a_pool_that_is_too_large_for_a_page_is_noted_instead(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "LARGEST", 100)
-    monkeypatch.setattr(page, "import_pool", lambda *_: pytest.fail("the pool was read"))
-    text = write_report([folder], tmp_path / "out").read_text()
-    assert "of samples are not read for this page" in text
-    assert not list((tmp_path / "out").glob("samples_*"))
+def test_of_a_pool_of_any_size_a_bounded_part_is_looked_at(kept_run, tmp_path, monkeypatch):  # noqa: F811
+    """The page says how many of how many, and holds no more bytes than it may."""
+    monkeypatch.setattr(page, "LOOKED", 4 * 5 * 256)  # five images of 16 x 16 of each round
+    monkeypatch.setattr(page, "SHOWN", 4 * 3 * 256)
+    held = []
+
+    def counted(*given, **more):
+        pool = read_chosen(*given, **more)
+        held.append(pool.images(torch.arange(len(pool))).numel())
+        return pool
+
+    monkeypatch.setattr(page, "read_chosen", counted)
+    text = write_report([kept_run], tmp_path / "out").read_text()
+    assert held == [page.LOOKED, page.SHOWN]
+    assert text.count("20 of 70 samples were looked at") == 4
+    assert (tmp_path / "out" / "inclusion_run.png").is_file()
+    assert len(list((tmp_path / "out").glob("samples_run_round_*.png"))) == 4
