@@ -3,6 +3,8 @@ right.
 """
 
 import json
+import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -219,3 +221,44 @@ def test_another_model_begins_without_the_options_of_the_recipe_s():
     assert both.learner.options == {"width": 3}
     same = Recipe.load("fashion", model=recipe.learner.model, lr=0.1)
     assert same.learner.options == recipe.learner.options
+
+
+def test_the_rounds_of_the_documentation_are_a_recipe(tmp_path):
+    text = (Path(__file__).parents[2] / "docs/embedding.md").read_text(encoding="utf-8")
+    block = text[
+        text.index("    [guidance]\n") : text.index("On a command line: `--omega-schedule")
+    ]
+    (tmp_path / "mine.toml").write_text(textwrap.dedent(block), encoding="utf-8")
+    recipe = Recipe.load(tmp_path / "mine.toml")
+    said = "0:0.4,1:1.5"
+    assert recipe.guidance == Recipe.load(tmp_path / "mine.toml", omega_schedule=said).guidance
+    rounds = [recipe.of_round(number) for number in range(5)]
+    assert [each.guidance.omega for each in rounds] == [0.05, 0.03, 0.06, 0.09, 0.09]
+    assert [each.guidance.every for each in rounds] == [3, 3, 2, 2, 2]
+    assert [each.guidance.criterion for each in rounds][1:3] == ["loss", "entropy"]
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"omega_schedule": "0.5:1,0.5:2"}, "expected fractions of the steps that rise"),
+        ({"cfg_schedule": "0:1,2:2"}, "expected fractions of the steps that rise"),
+        ({"anchor_schedule": "0:-1"}, "expected a list of pairs of numbers of at least 0"),
+        ({"omega_schedule": "0"}, "expected a list of pairs"),
+        ({"omega_schedule": "0:nan"}, "expected a list of pairs"),
+        ({"omega_schedule": "0:1:2"}, "expected a list of pairs"),
+        ({"omega_schedule": [0.5, 1]}, "expected a list of pairs"),
+        ({"start_rounds": "0.1,0.9", "until": 0.5}, "round 2: until = 0.5: expected above start"),
+        ({"criterion_rounds": "loss,disagreement"}, "criterion_rounds = .*'disagreement'"),
+        ({"criterion_rounds": "loss,nosuch"}, "criterion_rounds = .*: expected a list of"),
+        ({"every_rounds": "2,0"}, r"every_rounds = \(2, 0\): expected a list of whole numbers"),
+        ({"anchor_rounds": "0,-1"}, "anchor_rounds = .*: expected a list of numbers of at least 0"),
+        ({"anchor_rounds": "0,1", "cfg_scale": 1}, "round 2: anchor = 1.0: expected 0 where"),
+        ({"through_rounds": "decoder"}, "through_rounds = 'decoder'"),
+    ],
+)
+def test_wrong_schedules_and_rounds_are_said_in_one_line(overrides, said):
+    with pytest.raises(RecipeError, match=said) as caught:
+        Recipe.load("fashion", **overrides)
+    assert "\n" not in str(caught.value)
