@@ -25,6 +25,7 @@ from dpfast.generate.guidance import (
     Schedule,
     factors,
 )
+from dpfast.generate.models.decoder import ResizedDecoder, VaeDecoder, times_a_tiny_one
 from dpfast.generate.models.denoiser import embeds_scale
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.solvers import SolverTable
@@ -32,6 +33,7 @@ from dpfast.generate.step import StepParts, Variant
 from dpfast.ops import normal
 
 log = logging.getLogger(__name__)
+_TOLD: set[Path] = set()  # pipelines of which was said that they have no tiny decoder
 
 
 def step_parts(
@@ -268,6 +270,22 @@ def warn_of_idle_cfg(
             "cfg_interval = (%g, %g) has no effect: cfg_scale = 1 is no classifier-free guidance",
             *interval,
         )
+
+
+def tell_of_full_decoder(pipeline: Pipeline) -> None:
+    """Says, once a process and pipeline, what guidance costs without a tiny decoder."""
+    decoder = pipeline.guidance_decoder
+    while isinstance(decoder, ResizedDecoder):
+        decoder = decoder.decoder
+    if not isinstance(decoder, VaeDecoder) or pipeline.folder in _TOLD:
+        return
+    _TOLD.add(pipeline.folder)
+    log.info(
+        "no tiny decoder in %s: guidance goes through the full one, %.0f times the FLOPs of a tiny "
+        "one in each guided step (derived); --tiny-decoder names one",
+        pipeline.folder,
+        times_a_tiny_one(decoder, pipeline.denoiser.sample_shape),
+    )
 
 
 @functools.cache

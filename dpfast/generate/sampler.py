@@ -139,6 +139,7 @@ class GuidedSampler:
             )
         if learner is not None:
             self.guidance.check_steps(len(self.table))
+            preflight.tell_of_full_decoder(pipeline)
         self.parts = preflight.step_parts(
             pipeline,
             learner,

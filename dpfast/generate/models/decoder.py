@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import diffusers
 import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from dpfast.errors import InputError
 from dpfast.generate.models.fused import fuse
 from dpfast.generate.resizing import resize
+from dpfast.hardware.flops import count_passes
 
 
 class Decoder(Protocol):
@@ -190,6 +192,28 @@ class TinyDecoder(AutoencoderDecoder):
 
     def encode(self, images: Tensor) -> Tensor:
         return self._unscale.inverse(self.model.encode(images.to(self._unscale.dtype)).latents)
+
+
+def times_a_tiny_one(decoder: AutoencoderDecoder, shape: tuple[int, ...]) -> float:
+    """FLOPs of a forward and a backward pass through a decoder of latents ``shape`` (c, h, w), over
+    those through a tiny one for the same latents: TAESD, with as many levels. Derived: both are
+    counted on the meta device.
+    """
+    config = decoder.model.config
+    levels = len(config.block_out_channels)
+    with torch.device("meta"):
+        full = type(decoder.model).from_config(config)
+        tiny = diffusers.AutoencoderTiny(
+            out_channels=config.out_channels,
+            latent_channels=config.latent_channels,
+            encoder_block_out_channels=(64,) * levels,
+            decoder_block_out_channels=(64,) * levels,
+            num_encoder_blocks=(3,) * levels,
+            num_decoder_blocks=(3,) * (levels - 1) + (1,),
+        )
+        x = torch.empty(1, *shape)
+        passes = [count_passes(lambda x, m=m: m.decode(x).sample, x).both for m in (full, tiny)]  # type: ignore[misc]
+    return passes[0] / passes[1]
 
 
 class ResizedDecoder:

@@ -1,10 +1,15 @@
 """The full decoder's gradient survives compilation."""
 
+import diffusers
 import pytest
 import torch
 
 from dpfast.errors import InputError
-from dpfast.generate.models.decoder import VaeDecoder
+from dpfast.generate.models.decoder import TinyDecoder, VaeDecoder, times_a_tiny_one
+from dpfast.generate.pipelines import Pipeline
+from dpfast.generate.sampler import GuidedSampler
+from dpfast.hardware.flops import count_passes
+from dpfast.planning.architectures import VAE
 from tests import tiny_pipelines
 
 
@@ -49,3 +54,38 @@ def test_a_decoder_is_made_where_tensors_hold_no_values():
     with torch.device("meta"):
         model = tiny_pipelines.vae()
     assert VaeDecoder(model)._unscale.scale.is_meta
+
+
+def test_what_guidance_costs_without_a_tiny_decoder_is_said_once(tmp_path, learner, caplog):
+    """The ratio is that of the passes which torch's counter counts in the two decoders."""
+    folder = tiny_pipelines.dit(tmp_path / "dit", tiny=False)
+    tiny_pipelines.tiny_vae().save_pretrained(tmp_path / "tiny")
+    pipeline = Pipeline.from_pretrained(folder)
+    x = torch.randn(1, 4, 8, 8)
+    small = TinyDecoder(
+        diffusers.AutoencoderTiny(
+            out_channels=1,
+            encoder_block_out_channels=(64, 64),
+            decoder_block_out_channels=(64, 64),
+            num_encoder_blocks=(3, 3),
+            num_decoder_blocks=(3, 1),
+        )
+    )
+    times = count_passes(pipeline.decoder, x).both / count_passes(small, x).both
+    assert times_a_tiny_one(pipeline.decoder, (4, 8, 8)) == pytest.approx(times, rel=0.05)
+    with caplog.at_level("INFO", logger="dpfast.generate.preflight"):
+        for _ in range(2):
+            GuidedSampler(pipeline, learner, compile=False)
+        GuidedSampler(pipeline, None, compile=False)
+        GuidedSampler(
+            Pipeline.from_pretrained(folder, tiny_decoder=tmp_path / "tiny"), learner, compile=False
+        )
+    (said,) = [each for each in caplog.messages if "no tiny decoder" in each]
+    assert f"{times:.0f} times the FLOPs" in said
+
+
+def test_the_full_decoder_of_stable_diffusion_costs_eighteen_times_a_tiny_one():
+    """TAESD, at 512 px."""
+    with torch.device("meta"):
+        decoder = VaeDecoder(diffusers.AutoencoderKL(**VAE))
+    assert times_a_tiny_one(decoder, (4, 64, 64)) == pytest.approx(17.8, abs=0.05)
