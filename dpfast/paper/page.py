@@ -78,27 +78,29 @@ def write_page(table: Table, runs: Sequence[PaperRun], out: Path) -> Path:
 
 
 def _line(entry: Entry, runs: Sequence[PaperRun], measure: str) -> Line:
-    samples, measured, why = [], [], [f"stays out: {entry.left_out}" if entry.left_out else ""]
+    samples, measured, lacking = list[int](), list[float](), dict[str, list[int]]()
     for run in runs:
-        result, name = run.result, f"seed {run.seed}: " if len(runs) > 1 else ""
-        if result is None or not run.finished:
-            why.append(name + (run.out_of_reach() or run.state))
+        result = run.result if run.finished else None
+        if result is None:
+            lacking.setdefault(run.out_of_reach() or run.state, []).append(run.seed)
             continue
         samples.append(int(result["samples"]))
         found = _measured(run, result, measure)
         if found is None:
-            why.append(f"{name}missing: {measure} was not measured, --evaluation names its folder")
+            why = f"missing: {measure} was not measured, --evaluation names its folder"
+            lacking.setdefault(why, []).append(run.seed)
         else:
             measured.append(100 * found)
-    alike = dict.fromkeys(filter(None, why))
-    if not measured and len({each.partition(": ")[2] for each in alike}) == 1 and len(alike) > 1:
-        alike = {each.partition(": ")[2]: None for each in alike}
+    reasons = [f"stays out: {entry.left_out}"] if entry.left_out else []
+    for why, seeds in lacking.items():
+        some = f"seed {', '.join(map(str, seeds))}: " if len(seeds) < len(runs) else ""
+        reasons.append(some + why)
     return Line(
         entry=entry,
         samples=tuple(samples),
         paper=entry.paper.get(measure),
         measured=tuple(measured),
-        why="; ".join(filter(None, (*alike, entry.note))),
+        why="; ".join(filter(None, (*reasons, entry.note))),
     )
 
 
@@ -117,21 +119,27 @@ def _compared(table: Table, runs: Sequence[PaperRun], measure: str) -> str:
     base = next((line for line in compared if line.entry.name == table.baseline), None)
     head = ["run", "row", "samples", "paper", "measured", "difference"]
     if base is not None:
-        head += [f"over {table.baseline}: paper", "measured"]
-    rows = []
+        head += ["paper's gain", "gain"]
+    rows, notes = [], dict[str, list[str]]()
     for line in compared:
         row = [
             line.entry.name,
             line.entry.row or "-",
             _range(line.samples),
             _percent(line.paper),
-            _spread(line.measured),
+            "stays out" if line.entry.left_out else _spread(line.measured),
             _points(line.difference),
         ]
         if base is not None:
             row += [_gain(line.paper, base.paper), _gain(line.mean, base.mean)]
-        rows.append([*row, line.why])
-    return tables.html_table([*head, ""], rows)
+        rows.append(row)
+        if line.why:
+            notes.setdefault(line.why, []).append(line.entry.name)
+    told = [f"{', '.join(names)}: {why}" for why, names in notes.items()]
+    if base is not None:
+        told.insert(0, f"Gains are over {table.baseline}, in points.")
+    below = "".join(f'<p class="note">{html.escape(text)}</p>' for text in told)
+    return tables.html_table(head, rows) + below
 
 
 def _figures(table: Table, runs: Sequence[PaperRun], out: Path) -> list[str]:

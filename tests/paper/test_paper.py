@@ -93,6 +93,7 @@ def test_a_row_without_a_run_shows_as_missing_beside_the_papers_number(small):
     assert lines["static-64k"].why == "missing: at iteration 120"
     assert (lines["static-260k"].why, lines["static-260k"].mean) == ("missing", None)
     assert lines["static-260k"].paper == 60.02
+    assert table.measures == ("validation",)  # no such sets in small
     sketch = {line.entry.name: line for line in comparison(table, runs, "imagenet-sketch")}
     assert "imagenet-sketch was not measured" in sketch["dp-32k"].why
     text = (small.out / "index.html").read_text()
