@@ -35,7 +35,7 @@ def costs_of(
 
     Raises ``InputError`` as ``plan`` does, but for a generator that no plan knows.
     """
-    ends = {run.folder: run.recipe.practice.most_samples for run in runs}
+    ends = {run.folder: _kept(run) for run in runs}
     return [_cost(run, device, count, timings, ends) for run in runs]
 
 
@@ -43,6 +43,8 @@ def _cost(
     run: PaperRun, device: str, count: int, timings: Timings | None, ends: dict[Path, int]
 ) -> Cost:
     recipe, practice = run.recipe, run.recipe.practice
+    # what it takes is counted here, as the run that it takes it from need not be there
+    recipe = replace(recipe, practice=replace(practice, reuse=""))
     name = ALIKE.get(recipe.generator.pipeline)
     if name is not None:
         recipe = replace(recipe, generator=replace(recipe.generator, pipeline=name))
@@ -56,6 +58,12 @@ def _cost(
             raise
         return Cost(made=0, hours=0.0, disk=0.0, why="hours and disk by its folder")
     return _priced(planned, run, ends)
+
+
+def _kept(run: PaperRun) -> int:
+    """Unguided samples that another run may take from it, by id from the first on."""
+    practice = run.recipe.practice
+    return practice.most_samples if practice.sources == ("static",) else practice.initial_samples
 
 
 def _priced(planned: Plan, run: PaperRun, ends: dict[Path, int]) -> Cost:
