@@ -15,14 +15,15 @@ from torch import nn
 
 from dpfast.config import Generator
 from dpfast.errors import InputError
-from dpfast.generate.from_recipe import class_names, resized
+from dpfast.generate.from_recipe import class_names, folder_of, prompts_of, resized
 from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder, decoder_dtype
 from dpfast.generate.models.fused import quantise
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.pipelines.families import check_float8, into_float8
+from dpfast.generate.pipelines.families import check_float8, check_size, into_float8
+from dpfast.generate.pipelines.families.common import sized
 from dpfast.generate.pipelines.families.dit import DiTDenoiser
 from dpfast.generate.pipelines.families.stable_diffusion import TextUNetDenoiser
-from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.pipelines.folder import TINY, PipelineFolder
 from dpfast.generate.pipelines.pipeline import DTYPES, FLOAT8
 from dpfast.generate.solvers import load_scheduler, prediction_of
 from dpfast.learn.models import build_learner
@@ -145,43 +146,62 @@ def pipeline_of(generator: Generator) -> Pipeline:
     ``InputError``.
     """
     names = class_names(generator)
-    classes, dtype = None if names is None else len(names), DTYPES[generator.dtype]
-    float8 = generator.dtype == FLOAT8
+    is_published = generator.pipeline in PIXELS and not Path(generator.pipeline).is_dir()
+    source = generator.pipeline if is_published else folder_of(generator)
+    prompts = None
+    if generator.prompts:
+        own = None if isinstance(source, str) else source.class_names(None)
+        prompts = sum(map(len, prompts_of(generator).of(names or own or ())))
     return resized(
-        without_weights(generator.pipeline, classes=classes, dtype=dtype, float8=float8),
+        without_weights(
+            source,
+            classes=None if names is None else len(names),
+            dtype=DTYPES[generator.dtype],
+            float8=generator.dtype == FLOAT8,
+            height=generator.height,
+            width=generator.width,
+            prompts=prompts,
+        ),
         generator.image_size,
     )
 
 
 def without_weights(
-    source: str | Path,
+    source: str | Path | PipelineFolder,
     *,
     classes: int | None = None,
     dtype: torch.dtype = torch.float32,
     float8: bool = False,
+    height: int = 0,
+    width: int = 0,
+    prompts: int | None = None,
 ) -> Pipeline:
     """The pipeline of a folder or an embedded asset, from its configurations alone; of a published
     name otherwise.
 
-    classes: where the folder does not name its own. float8: with fused blocks, whose linear layers
+    classes: where the folder does not name its own. height, width: of the images in pixels, as
+    ``Pipeline.from_pretrained`` takes them. prompts: of all classes; None: one a
+    class. float8: with fused blocks, whose linear layers
     run in float8 where they can. Raises ``InputError`` for a folder of another kind than
     ``DiTPipeline`` and ``StableDiffusionPipeline``, or in float8 than the first.
     """
-    if source in PIXELS and not Path(source).is_dir():
-        made = published(str(source), classes=classes or 1000, dtype=dtype, fused=float8)
+    if isinstance(source, str) and source in PIXELS and not Path(source).is_dir():
+        pixels = _square(source, height, width)
+        made = published(source, pixels, classes=classes or 1000, dtype=dtype, fused=float8)
         if float8 and not quantise(made.denoiser.model)[0]:  # type: ignore[attr-defined]
             raise InputError(
                 f"pipeline = {str(source)!r}: a UNet with dtype = 'float8', which is for "
                 "transformers; use 'bfloat16'"
             )
         return made
-    folder = PipelineFolder(source)
+    folder = source if isinstance(source, PipelineFolder) else PipelineFolder(source)
     if folder.kind not in ("DiTPipeline", "StableDiffusionPipeline"):
         raise folder.error(
             f"a {folder.kind}; a plan takes a DiTPipeline or a StableDiffusionPipeline"
         )
     if float8:
         check_float8(folder)
+    check_size(folder, height, width)
     given = None if classes is None else [f"class {i}" for i in range(classes)]
     names = (folder.class_names(None) if given is None else tuple(given)) or ()
     if not names:
@@ -203,19 +223,31 @@ def without_weights(
                 into_float8(folder, denoiser)
         else:
             unet = _from_config(folder, diffusers.UNet2DConditionModel, "unet")
-            prompts = torch.empty(len(names) + 1, TOKENS, unet.config.cross_attention_dim)
-            denoiser = TextUNetDenoiser(unet, prompts, prediction=prediction_of(scheduler))
+            sized(folder, unet, height, width)
+            rows = (len(names) if prompts is None else prompts) + 1
+            embeddings = torch.empty(rows, TOKENS, unet.config.cross_attention_dim)
+            denoiser = TextUNetDenoiser(unet, embeddings, prediction=prediction_of(scheduler))
         kind = getattr(diffusers, str(folder.class_of("vae")))
         vae = _autoencoder(folder, kind, "vae", dtype)
         decoder: Decoder = VaeDecoder(vae) if kind is diffusers.AutoencoderKL else TinyDecoder(vae)
         tiny = decoder
-        if (folder.path / "tiny_decoder").is_dir():
-            model = _autoencoder(folder, diffusers.AutoencoderTiny, "tiny_decoder", dtype)
+        if folder.has(TINY):
+            model = _autoencoder(folder, diffusers.AutoencoderTiny, TINY, dtype)
             tiny = TinyDecoder(model)
     channels = int(vae.config.out_channels)
     return Pipeline(
         folder.path, denoiser, decoder, tiny, scheduler, names, channels, torch.device("cpu")
     )
+
+
+def _square(name: str, height: int, width: int) -> int | None:
+    """The side of the images of a published architecture, None for its own."""
+    if height != width:
+        raise InputError(
+            f"height = {height}: the published {name} is counted for squares alone; say width = "
+            f"{height} as well, or name a folder"
+        )
+    return height or None
 
 
 def _autoencoder(folder: PipelineFolder, kind: Any, part: str, dtype: torch.dtype) -> Any:
@@ -225,7 +257,7 @@ def _autoencoder(folder: PipelineFolder, kind: Any, part: str, dtype: torch.dtyp
 
 def _from_config(folder: PipelineFolder, kind: Any, part: str) -> Any:
     folder.need(part)
-    return frozen(kind.from_config(kind.load_config(folder.path / part)))
+    return frozen(kind.from_config(kind.load_config(folder.place(part))))
 
 
 def vit_b_16(classes: int = 1000) -> nn.Module:
