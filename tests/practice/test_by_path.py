@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpfast.cli.main import main
 from dpfast.errors import InputError, RecipeError
+from dpfast.feed.own_augment import augment_at, augmented, try_augment
 from dpfast.parallel import ALONE
 from dpfast.planning.plan import plan
 from dpfast.practice.experiment import DeliberatePractice
@@ -127,6 +129,25 @@ def test_a_loader_by_path_augments_and_a_resumed_run_needs_it_again(tmp_path, mo
     assert "loader = 'auto' was 'own_loader:ErasingLoader'" in capsys.readouterr().err
 
 
+def test_an_augmentation_by_path_changes_images_and_a_resumed_run_needs_it_again(tmp_path, capsys):
+    out, chosen = tmp_path / "run", ["--sources", "static", "--augment", "polarity:polarity"]
+    assert run(out, *chosen) == 0
+    assert run(out, *chosen, "--resume") == 0
+    capsys.readouterr()
+    assert run(out, *chosen[:2], "--resume") == 2
+    assert "augment = None was 'polarity:polarity'" in capsys.readouterr().err
+    assert run(tmp_path / "other", *chosen[:3], "gini:gini") == 2
+    assert "augment: " in capsys.readouterr().err
+    images, seeds = torch.rand(3, 1, 4, 4), torch.tensor([3, 4, 5])
+    found = augmented(augment_at("polarity:polarity"), images, seeds)
+    assert torch.equal(found, torch.cat([-images[:1], images[1:]]))
+
+
+def test_a_transform_of_torchvision_runs_as_an_augmentation():
+    pytest.importorskip("torchvision")
+    try_augment(augment_at("polarity:trivial"), (3, 16, 16), torch.device("cpu"))
+
+
 def test_a_plan_counts_the_training_of_a_source_by_path_and_a_rehearsal_needs_another(recipe):
     own = with_(recipe, "practice", sources=("mistaken:Mistaken",))
     phases = [(each.source, each.name) for each in plan(own, "h100").phases]
@@ -137,6 +158,8 @@ def test_a_plan_counts_the_training_of_a_source_by_path_and_a_rehearsal_needs_an
         cut(own, ALONE, 3)
     with pytest.raises(RecipeError, match=r"^loader = 'own_loader:Erasing': a rehearsal accounts"):
         cut(with_(recipe, "learner", loader="own_loader:Erasing"), ALONE, 3)
+    with pytest.raises(RecipeError, match=r"^augment = 'polarity:polarity': a rehearsal accounts"):
+        cut(with_(recipe, "learner", augment="polarity:polarity"), ALONE, 3)
 
 
 @pytest.mark.parametrize(
