@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -15,7 +18,9 @@ class SampleBatch:
     finished image under the guiding learner (NaN without one); learner_step: the learner's
     optimiser steps at birth; skipped: how many guided steps of single samples went unguided,
     because their gradient was not finite; retries: how often memory ran out before the batch was
-    small enough; latents: (B, c, h, w) float16, what the images were decoded from.
+    small enough; latents: (B, c, h, w) float16, what the images were decoded from; files: B JPEG
+    files of the images, where those exist; origins: (B,) ``dpfast.pool.record.RECORD``, the columns
+    of samples that were made before, or by nobody.
     """
 
     images: Tensor
@@ -26,12 +31,15 @@ class SampleBatch:
     skipped: int = 0
     latents: Tensor | None = None
     retries: int = 0
+    files: Sequence[bytes] | None = None
+    origins: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: Tensor | slice) -> SampleBatch:
         """The samples of some rows, a slice or (n,) indices."""
+        chosen = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows].numpy()
         return replace(
             self,
             images=self.images[rows],
@@ -39,4 +47,6 @@ class SampleBatch:
             sample_ids=self.sample_ids[rows],
             entropy=self.entropy[rows],
             latents=None if self.latents is None else self.latents[rows],
+            files=None if self.files is None else [self.files[row] for row in chosen],
+            origins=None if self.origins is None else self.origins[chosen],
         )

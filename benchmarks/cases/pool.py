@@ -41,7 +41,12 @@ class Batch(SimpleNamespace):
 def batch_of(first: int, images: Tensor) -> Batch:
     ids = torch.arange(first, first + len(images))
     return Batch(
-        images=images, labels=ids % 1000, sample_ids=ids, entropy=ids / 7.0, learner_step=0
+        images=images,
+        labels=ids % 1000,
+        sample_ids=ids,
+        entropy=ids / 7.0,
+        learner_step=0,
+        origins=None,
     )
 
 

@@ -242,6 +242,9 @@ def _fetched(recipe: Recipe, ranks: Ranks) -> Recipe:
     """
     from dpfast.generate.from_recipe import fetched
 
+    if not recipe.practice.generates:
+        return recipe
+
     def with_commit() -> Recipe:
         return replace(recipe, generator=fetched(recipe.generator, beat=ranks.beat))
 

@@ -6,6 +6,7 @@ from dpfast.config.option import Option
 from dpfast.config.recipe import (
     ASSETS,
     AT_ONCE,
+    READ,
     RECIPE_FILE,
     RECIPES,
     SECTIONS,
@@ -32,6 +33,7 @@ __all__ = [
     "ASSETS",
     "AT_ONCE",
     "OBJECTS_FILE",
+    "READ",
     "RECIPES",
     "RECIPE_FILE",
     "SECTIONS",

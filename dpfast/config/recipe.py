@@ -898,6 +898,11 @@ class Practice(Section):
         return all(name in still for name in self.sources)
 
     @property
+    def guides(self) -> bool:
+        """Whether some source makes guided samples."""
+        return "dp" in self.sources or ("mix" in self.sources and self.mix_with == "dp")
+
+    @property
     def generates(self) -> bool:
         """Whether some source makes samples, and does not only read them."""
         return any(name not in READ for name in self.sources)
@@ -1020,6 +1025,9 @@ class Recipe(Section):
             f"steps before the cool-down, the last {self.learner.cooldown:g} of iterations ({last})"
         )
         _check(not late, "add_at", ",".join(map(str, practice.add_at)), wanted)
+        existing = [name for name in practice.sources if name in (*READ, "mix")]
+        wanted = f"'pixels' or 'jpeg': the source {''.join(existing[:1])!r} has images, no latents"
+        _check(not existing or self.pool.codec != "latents", "codec", "latents", wanted)
         branches = practice.keep_rounds and self.pool.save_samples == "none"
         wanted = "false with save_samples = 'none': a branch needs the samples"
         _check(not branches, "keep_rounds", True, wanted)

@@ -48,6 +48,12 @@ def read_idx(path: Path) -> Tensor:
     return torch.from_numpy(data.reshape(shape).copy())
 
 
+def holds_split(folder: Path, split: str) -> bool:
+    """Whether a folder has both files of ``split``, as ``read_split`` reads them."""
+    kinds = ("images-idx3", "labels-idx1")
+    return all((folder / f"{split}-{kind}-ubyte.gz").is_file() for kind in kinds)
+
+
 def read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Reads ``split`` ("train" or "t10k") from a folder with the four files of the data set.
 

@@ -4,6 +4,8 @@ channels.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpfast.data.class_folders import class_folders
+from dpfast.data.jpeg import read_header
 from dpfast.data.pictures import pictures_in, pixels, read_picture, upright
 from dpfast.errors import InputError
 from dpfast.files import is_folder
@@ -120,11 +123,34 @@ def fit_picture(picture: Image.Image, shape: tuple[int, ...]) -> Tensor:
     return _fitted(upright(picture), shape)
 
 
-def _fitted(picture: Image.Image, shape: tuple[int, ...]) -> Tensor:
+def fit_file(data: bytes, name: str, shape: tuple[int, ...]) -> tuple[Tensor, bytes | None]:
+    """One image to train on: (C, H, W) uint8 of an image file's bytes, the largest central part of
+    the right proportions; and the bytes where they are a JPEG file of that very shape.
+
+    Nothing is cut beyond the proportions: that is left to the learner's augmentation. name: of the
+    file. Raises ``InputError`` for a file that is no image.
+    """
+    image = _fitted(read_picture(io.BytesIO(data), name), shape, crop=1.0)
+    with contextlib.suppress(InputError):  # what Pillow alone makes something of
+        header = read_header(data, name)
+        if (header.channels, *(header.shown or ())) == tuple(shape):
+            return image, data
+    return image, None
+
+
+def fit_pixels(pixels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(C, H, W) uint8 of an image (c, h, w) of 1 or 3 channels, as ``fit_file`` fits it."""
+    if tuple(pixels.shape) == tuple(shape):
+        return pixels
+    rows = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    return _fitted(Image.fromarray(rows.contiguous().cpu().numpy()), shape, crop=1.0)
+
+
+def _fitted(picture: Image.Image, shape: tuple[int, ...], crop: float = CROP) -> Tensor:
     channels, height, width = shape
     picture = picture.convert(MODES[channels])
     if picture.size != (width, height):
-        scale = CROP * min(picture.width / width, picture.height / height)
+        scale = crop * min(picture.width / width, picture.height / height)
         left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2
         box = (left, top, left + scale * width, top + scale * height)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)

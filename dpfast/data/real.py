@@ -344,6 +344,38 @@ def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int,
     return (found[0], found[1]) if held_out else (-(-found[0] // 2), found[0] // 2)
 
 
+def check_training(folder: str, classes: Sequence[str]) -> None:
+    """Raises ``InputError`` where a folder holds no images to train on, those of other classes, or
+    none of one. Looks at names, to the first image of each class.
+    """
+    path = Path(folder)
+    if is_folder(path) and fashion.holds_split(path, "train"):
+        if tuple(classes) != fashion.CLASSES:
+            raise InputError(
+                f"real = {folder!r}: holds Fashion-MNIST, of other classes than the run's "
+                f"({', '.join(classes[:3])}, ...)"
+            )
+        return
+    if is_folder(path) and sub_folders(path):
+        _check_classes(folder, "real", classes)
+        return
+    what = "it has no sub-folders" if is_folder(path) else "no such folder"
+    raise InputError(
+        f"real = {folder!r}: {what}; expected a folder with a sub-folder of images to train on for "
+        "each class, or that of Fashion-MNIST with train-images-idx3-ubyte.gz"
+    )
+
+
+def count_training(folder: str) -> int:
+    """How many images to train on a folder holds; 0 where it is not there."""
+    path = Path(folder)
+    if not folder or not is_folder(path):
+        return 0
+    if fashion.holds_split(path, "train"):
+        return len(fashion.read_split(path, "train")[1])
+    return sum(1 for _ in pictures_in(path))
+
+
 def check_real(name: str, held_out: str = "", classes: Sequence[str] = ()) -> None:
     """Raises ``InputError`` where a folder that ``load_real`` will read is missing.
 

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -157,6 +157,8 @@ class PoolLoader(Loader):
         device: where the batches are.
         classes: how many; needed where ``augment`` mixes.
         fresh_weight: see ``Order``.
+        groups: gives how many of the pool's first samples are a group of their own, and their share
+            of every batch; None: there is none, now or at all.
         ahead: batches that are prepared while the caller works.
 
     Raises ``TypeError`` for an argument of another type, ``InputError`` for a batch size, ``ahead``
@@ -175,6 +177,7 @@ class PoolLoader(Loader):
         device: torch.device | str = CPU,
         classes: int | None = None,
         fresh_weight: float = 1.0,
+        groups: Callable[[], tuple[int, float] | None] | None = None,
         ahead: int = 2,
     ) -> None:
         check.whole("ahead", ahead, "at least 1")
@@ -193,6 +196,7 @@ class PoolLoader(Loader):
         self.classes = classes
         repeats = self.augment.repeats
         self.order = Order(seed, batch_size, fresh_weight=fresh_weight, repeats=repeats)
+        self.groups = groups
         self.count = (
             self.order.batch_size // pool.ranks.size
         )  # samples of a batch that are delivered
@@ -247,7 +251,7 @@ class PoolLoader(Loader):
         order = copy.copy(self.order)
         order.load_state_dict(state)
         for _ in range(batches):  # one at a time: all of them may be millions
-            indices = order.next(len(self.pool), self._fresh())
+            indices = order.next(len(self.pool), **self._drawn(len(self.pool)))
         return indices
 
     def close(self) -> None:
@@ -310,9 +314,15 @@ class PoolLoader(Loader):
         image = None if self.pool.codec == "jpeg" else self.image_shape()[1:]
         return self.augment.resamples(image)
 
-    def _fresh(self) -> int:
-        """The newest samples that the order draws more often than others."""
-        return self.pool.fresh if self.order.fresh_weight != 1 else 0
+    def _drawn(self, size: int) -> dict[str, Any]:
+        """How the order chooses among ``size`` samples: the last ``fresh`` of them, and their share
+        where it is said.
+        """
+        group = None if self.groups is None else self.groups()
+        if group is not None:
+            first, share = group
+            return {"fresh": size - first, "share": 1 - share}
+        return {"fresh": self.pool.fresh if self.order.fresh_weight != 1 else 0}
 
     def _prepare(self, size: int) -> None:
         """Draws batches until the queue is full, and starts their work."""
@@ -327,7 +337,7 @@ class PoolLoader(Loader):
     def _draw(self, size: int, count: int) -> list[PendingBatch]:
         """The next ``count`` batches out of ``size`` samples."""
         image = self.image_shape()[1:]
-        indices = self.order.next(size, self._fresh(), batches=count)
+        indices = self.order.next(size, batches=count, **self._drawn(size))
         ranks = self.pool.ranks
         alone = ranks.alone
         drawn = []

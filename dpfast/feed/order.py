@@ -59,18 +59,22 @@ class Order:
         self.fresh_weight = fresh_weight
         self.epoch = self.position = self.size = self.fresh = 0
 
-    def next(self, size: int, fresh: int = 0, *, batches: int = 1) -> Tensor:
+    def next(
+        self, size: int, fresh: int = 0, *, batches: int = 1, share: float | None = None
+    ) -> Tensor:
         """(batches * batch_size,) int64 indices into a pool of ``size`` samples, the last ``fresh``
         of them the newest.
 
         The same as of so many calls for one batch. Where a pass ends, a batch goes on with the
-        next. Raises ``InputError`` for an empty pool and for ``fresh`` outside [0, size].
+        next. share: of the last ``fresh`` in every batch, in place of ``fresh_weight``; the same
+        one for a pool of the same size. Raises ``InputError`` for an empty pool and for ``fresh``
+        outside [0, size].
         """
         if size < 1:
             raise InputError("the pool is empty: expected a sample before the first batch")
         if not 0 <= fresh <= size:
             raise InputError(f"fresh = {fresh}, expected 0 to {size}, the pool's samples")
-        weighted = self.fresh_weight != 1 and 0 < fresh < size
+        weighted = (self.fresh_weight != 1 or share is not None) and 0 < fresh < size
         fresh = fresh if weighted else 0
         if (size, fresh) != (self.size, self.fresh):
             # Passes of different sizes never share an epoch, so a key is used for one permutation
@@ -84,7 +88,12 @@ class Order:
         first = self.position
         count = batches * self.batch_size // self.repeats
         self.position += count
-        drawn = self._mixed(first, count) if weighted else self._passes(first, count, size, STREAM)
+        if not weighted:
+            drawn = self._passes(first, count, size, STREAM)
+        else:
+            if share is None:
+                share = self.fresh_weight * fresh / (self.fresh_weight * fresh + size - fresh)
+            drawn = self._mixed(first, count, round((1 << SHARE_BITS) * share))
         return drawn if self.repeats == 1 else drawn.repeat_interleave(self.repeats)
 
     def _passes(self, first: int, count: int, size: int, stream: int) -> Tensor:
@@ -102,17 +111,11 @@ class Order:
             count = count - part
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _mixed(self, first: int, count: int) -> Tensor:
+    def _mixed(self, first: int, count: int, share: int) -> Tensor:
         """The draws ``first`` to ``first + count``, t of them one of the newest where floor(t *
-        share) steps up.
+        share) steps up. share: of 2^SHARE_BITS.
         """
         old = self.size - self.fresh
-        share = round(
-            (1 << SHARE_BITS)
-            * self.fresh_weight
-            * self.fresh
-            / (self.fresh_weight * self.fresh + old)
-        )
         drawn = [t * share >> SHARE_BITS for t in range(first, first + count + 1)]
         newest = torch.tensor(drawn[1:]) > torch.tensor(drawn[:-1])
         news = drawn[-1] - drawn[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -68,6 +68,32 @@ class OwnPipeline(Protocol):
             seed: the recipe's.
         """
         ...
+
+
+class NoGenerator:
+    """An ``OwnPipeline`` that makes nothing: of a run whose samples all exist."""
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        image_shape: tuple[int, int, int],
+        device: torch.device,
+    ) -> None:
+        self.class_names, self.image_shape = tuple(class_names), image_shape
+        self.device = device
+
+    def sampler(self, learner: Any, *, guidance: GuidanceConfig, seed: int) -> Sampler:
+        """A sampler that no source asks for a sample."""
+        return _NoSampler()
+
+
+class _NoSampler:
+    def stream(self, labels: Tensor, **options: Any) -> Iterator[SampleBatch]:
+        """Raises ``InputError``: nothing is there that could make a sample."""
+        raise InputError("sources: the run has loaded no generator")
+
+    def release(self) -> None:
+        """Does nothing: there is no memory to give back."""
 
 
 def check_pipeline(pipeline: object) -> None:

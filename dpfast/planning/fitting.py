@@ -110,7 +110,8 @@ def fit(
     total = recipe.practice.most_samples if samples is None else samples
     config, wanted = recipe.learner, recipe.generator.batch_size
     asked, share = recipe.generator.at_once, math.ceil(config.batch_size / count)
-    guided = "dp" in recipe.practice.sources and total > recipe.practice.initial_samples
+    generates = recipe.practice.generates
+    guided = recipe.practice.guides and total > recipe.practice.initial_samples
     limit, always = usable(device), float(stages.weights + stages.learner.state)
     if not device.gpu:  # a CPU's pool is in the same memory, and goes nowhere else
         always += _held(place_pool(recipe, total, stages, device, count), device)
@@ -154,6 +155,7 @@ def fit(
             micro_batch=micro,
             evaluated=evaluated,
             ranks=count,
+            generates=generates,
             guided=guided,
         )
 
@@ -263,6 +265,9 @@ def stages_of(recipe: Recipe, device: Peaks) -> Stages:
     key += repr((practice.restart, recipe.pool.codec, recipe.seed, half))
     if key not in _STAGES:
         _STAGES[key] = count_stages(recipe, pipeline_of(recipe.generator), half_training=half)
+    if not practice.generates:  # nothing of the generator is loaded
+        none = (0, 0)
+        return replace(_STAGES[key], weights=0, unguided_bytes=none, guided_bytes=none)
     return _STAGES[key]
 
 

@@ -29,6 +29,7 @@ from dpfast.hardware.peaks import Peaks, here
 from dpfast.learn.models import guiding, learner_factory
 from dpfast.learn.trainer import Trainer
 from dpfast.planning.fitting import fit, stages_of
+from dpfast.planning.without_generator import without_generator
 from dpfast.pool.pool import SamplePool
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost
@@ -69,7 +70,14 @@ def measure(
 
     pipeline: where it is loaded already. Raises what ``load_pipeline`` and ``stages_of`` raise.
     """
-    pipeline = pipeline or load_pipeline(recipe.generator, device=device_named(recipe.device))
+    generates = recipe.practice.generates
+    if pipeline is None:
+        device = device_named(recipe.device)
+        pipeline = (
+            load_pipeline(recipe.generator, device=device)
+            if generates
+            else without_generator(recipe, None, device)
+        )
     stages = stages_of(recipe, here())
     recipe = fit(recipe, here(), stages=stages).recipe
     classes = len(pipeline.class_names)
@@ -93,7 +101,9 @@ def measure(
         yield call
 
     dtype, at_once = recipe.generator.dtype, recipe.generator.at_once
-    made = clock.time("unguided samples", unguided, stages.unguided, most=at_once, dtype=dtype)
+    made = pushed = None
+    if generates:
+        made = clock.time("unguided samples", unguided, stages.unguided, most=at_once, dtype=dtype)
     plain.release()
     pool = SamplePool(
         recipe.pool.codec if recipe.pool.codec != "latents" else "pixels",
@@ -121,7 +131,8 @@ def measure(
         )
         yield lambda: list(way.make(wanted, Cost()))
 
-    pushed = clock.time("guided samples", guided, stages.guided, most=at_once, dtype=dtype)
+    if generates:
+        pushed = clock.time("guided samples", guided, stages.guided, most=at_once, dtype=dtype)
     sampler.release()
 
     augment = Augment.of(replace(config, aug_repeats=1))  # batches of any size are timed

@@ -85,13 +85,14 @@ def footprints(
     micro_batch: int,
     evaluated: int,
     ranks: int,
+    generates: bool = True,
     guided: bool,
 ) -> tuple[Footprint, ...]:
     """The footprint of every phase of a run.
 
     pool: bytes of the samples on this device; batch: samples that a sampler makes at once; share:
     images of a training step on this device; evaluated: images of a batch; ranks: that train;
-    guided: whether there are guided samples.
+    generates, guided: whether samples are made, and whether there are guided ones.
     """
     learner = stages.learner
     always = {
@@ -99,7 +100,8 @@ def footprints(
         "generator": float(stages.weights),
         "learner, average and moments": float(learner.state),
     }
-    made = {"unguided samples": False} | ({"guided samples": True} if guided else {})
+    made = {"unguided samples": False} if generates else {}
+    made |= {"guided samples": True} if guided else {}
     training = training_bytes(stages, device, share=share, micro_batch=micro_batch, ranks=ranks)
     judged = evaluation_bytes(stages, device, evaluated)
     return (

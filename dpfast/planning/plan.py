@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from dpfast.config import SOURCES, Recipe
 from dpfast.data.class_counts import check_total
-from dpfast.data.real import count_real
+from dpfast.data.real import count_real, count_training
 from dpfast.errors import InputError
 from dpfast.hardware.flops import Counts
 from dpfast.hardware.peaks import Peaks, peaks_named
@@ -38,6 +39,10 @@ from dpfast.planning.simulation import (
     job_of,
 )
 from dpfast.planning.stages import Stages
+from dpfast.pool.importing import saved_pool
+from dpfast.pool.rank_folders import saved_folders
+from dpfast.pool.shards import Manifest
+from dpfast.sources.reuse import count_known
 
 # Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (batch 32) and of
 # Stable Diffusion 1.5 (512 px, batch 16) in steps that were not compiled, on one H200
@@ -149,8 +154,8 @@ def plan(
         raise InputError(f"count = {count}: expected at least one device")
     if utilisation is not None and not 0 < utilisation <= 1:
         raise InputError(f"utilisation = {utilisation:g}: expected above 0 and at most 1")
-    total = recipe.practice.most_samples if samples is None else samples
-    if total < recipe.practice.initial_samples:
+    total = most_samples(recipe) if samples is None else samples
+    if total < recipe.practice.initial_samples and recipe.practice.generates:
         raise InputError(
             f"samples = {total}: the run begins with {recipe.practice.initial_samples}"
         )
@@ -174,6 +179,24 @@ def plan(
         job=job_of(recipe, total, _evaluated(recipe, stages.classes)),
         unit=_unit_seconds(stages, device, shares, timings),
     )
+
+
+def most_samples(recipe: Recipe) -> int:
+    """Samples at the end of a run that adds as many rounds as it may; of one whose samples all
+    exist, those that are there, where the folders are.
+    """
+    practice = recipe.practice
+    most = practice.most_samples
+    if practice.generates:
+        return most
+    there = 0
+    if "real" in practice.sources:
+        there = count_training(practice.real)
+    saved = saved_pool(Path(practice.pool_from)) if "pool" in practice.sources else None
+    if saved is not None:
+        found = sum(Manifest.read(part).samples for part in saved_folders(saved))
+        there = max(there, found)
+    return min(most, there) if there else most
 
 
 def _phases(
@@ -217,20 +240,24 @@ def _phases(
         if timings is None
         else (timings.unguided, timings.guided, timings.training, timings.evaluation)
     )
-    made = 0  # unguided samples by id are made once and shared
+    made = count_known(recipe)  # unguided samples by id are made once and shared
     for source in practice.sources:
         first, more = practice.initial_samples, total - practice.initial_samples
+        as_source = practice.mix_with if source == "mix" else source
         needed = {
             "dp": first,
             "static": total,
             "dynamic": total,
             "prune": first + int(practice.oversample * more),
-        }.get(source, 0)  # what a source of the user's own makes is not known
-        new = max(0, needed - made)
+        }.get(as_source, 0)  # what a source of the user's own makes is not known
+        real = 0  # in the place of the first ones
+        if source == "mix":
+            real = round(practice.real_share * (total if as_source == "static" else first))
+        new = max(0, needed - max(made, real))
         if source in SOURCES:
             yield phase(source, "unguided samples", "generation", new, stages.unguided, unguided)
-        made = max(made, needed)
-        if source == "dp" and more > 0:
+        made = max(made, needed) if real <= made else made
+        if as_source == "dp" and more > 0:
             yield phase(source, "guided samples", "generation", more, stages.guided, guided)
             yield phase(
                 source,
@@ -240,7 +267,7 @@ def _phases(
                 stages.unguided,
                 unguided,
             )
-        if source in ("dynamic", "prune"):
+        if as_source in ("dynamic", "prune"):
             yield phase(source, "scoring", "evaluation", needed - first, stages.evaluation, judge)
         yield phase(
             source, "training", "training", steps * learner.batch_size, stages.training, train

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from dpfast.config import RECIPE_FILE
+from dpfast.config import RECIPE_FILE, SOURCES
 from dpfast.data.class_folders import some_of
 from dpfast.errors import InputError
-from dpfast.files import is_folder, there
+from dpfast.files import is_folder, listed, there
 from dpfast.pool import codecs, shards
 from dpfast.pool.foreign.images import read_images
 from dpfast.pool.foreign.intake import Intake
@@ -21,8 +21,6 @@ from dpfast.pool.reader import open_pool
 
 log = logging.getLogger(__name__)
 
-OF_RUNS = ("pool_dp", "pool_static")
-
 
 def import_pool(
     folder: Path,
@@ -33,7 +31,7 @@ def import_pool(
 ) -> tuple[SamplePool, list[str] | None]:
     """The samples of a folder in host memory, and the names of their classes where they are known.
 
-    A run's folder gives the pool of its source "dp", or of "static" where it alone was run. Of
+    A run's folder gives the pool of its source "dp", or of the first that it has of the others. Of
     other people's datasets (parquet, webdataset tars, image folders; at any depth, hidden files
     aside) the label is what is unambiguous: "label", else the only ``ClassLabel``, ``.cls``, or
     class folders.
@@ -58,25 +56,34 @@ def _pool_of(
 ) -> tuple[SamplePool, list[str] | None]:
     if not is_folder(folder):
         raise InputError(f"{str(folder)!r}: {'is no' if there(folder) else 'no such'} folder")
-    for saved in (*(folder / name for name in OF_RUNS), folder):
-        if parts := saved_folders(saved):
-            for option, value in (("label_column", label_column), ("split", split)):
-                if value is not None:
-                    raise InputError(
-                        f"{option} = {value!r}: {str(folder)!r} is a pool of dpfast, which has "
-                        "labels and no splits"
-                    )
-            pool, classes = open_pool(saved, decode=decode), shards.Manifest.read(parts[0]).classes
-            top = int(pool.column("label").max()) if len(pool) else -1
-            if classes is not None and top >= len(classes):
-                raise shards.DamagedPoolError(
-                    f"{parts[0] / shards.MANIFEST} names {len(classes)} classes, a sample's label "
-                    f"is {top}"
+    if (saved := saved_pool(folder)) is not None:
+        for option, value in (("label_column", label_column), ("split", split)):
+            if value is not None:
+                raise InputError(
+                    f"{option} = {value!r}: {str(folder)!r} is a pool of dpfast, which has "
+                    "labels and no splits"
                 )
-            return pool, classes
+        manifest = saved_folders(saved)[0]
+        pool, classes = open_pool(saved, decode=decode), shards.Manifest.read(manifest).classes
+        top = int(pool.column("label").max()) if len(pool) else -1
+        if classes is not None and top >= len(classes):
+            raise shards.DamagedPoolError(
+                f"{manifest / shards.MANIFEST} names {len(classes)} classes, a sample's label "
+                f"is {top}"
+            )
+        return pool, classes
     if (folder / RECIPE_FILE).is_file():
         raise InputError(f"{str(folder)!r}: the run has saved no samples")
     return _dataset(folder, label_column, split)
+
+
+def saved_pool(folder: Path) -> Path | None:
+    """The saved pool that a folder is, or that the folder of a run holds: of the source "dp", else
+    of the first source that has one. None where nothing is saved.
+    """
+    named = [folder / f"pool_{name}" for name in SOURCES]
+    own = [path for path in listed(folder, "pool_*") if path not in named]
+    return next((place for place in (*named, *own, folder) if saved_folders(place)), None)
 
 
 def _dataset(

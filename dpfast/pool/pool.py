@@ -34,6 +34,7 @@ from dpfast.samples import SampleBatch
 
 RECORD_CHUNK = 2 << 20  # bytes, one large page
 RECORD_ROWS = RECORD_CHUNK // RECORD.itemsize
+KEPT = ("seed", "learner_step", "steps", "omega", "cfg_scale")  # of a sample's own origin
 
 
 class SamplePool:
@@ -176,8 +177,8 @@ class SamplePool:
         Args:
             batch: what a sampler has made.
             round: counts the additions; 0 for the initial samples.
-            omega, cfg_scale, steps, seed: of the sampler, for the samples' columns; omega also
-                (B,), one a sample.
+            omega, cfg_scale, steps, seed: of the sampler, for the columns of samples that do not
+                bring their own (``SampleBatch.origins``); omega also (B,), one a sample.
             payload: what to store instead of the batch's images, or of its latents in a pool of
                 latents: (B, *shape) of the codec's dtype, or B JPEG files. A JPEG pool encodes
                 uint8 images that come without.
@@ -203,6 +204,9 @@ class SamplePool:
         records["cfg_scale"] = cfg_scale
         records["steps"] = steps
         records["seed"] = seed
+        if batch.origins is not None:
+            for name in KEPT:
+                records[name] = batch.origins[name]
         if payload is None:
             payload = batch.latents if self.codec == "latents" else batch.images
         if payload is None:

@@ -144,7 +144,8 @@ def payload_of(
     part: shards.Loaded, records: np.ndarray, manifest: shards.Manifest
 ) -> torch.Tensor | list[bytes]:
     """What is stored of the samples of ``records``, some of the shard's, as
-    ``SamplePool.append_records`` takes it.
+    ``SamplePool.append_records`` takes it. Raises ``DamagedPoolError`` for payloads of another size
+    than the manifest says.
     """
     offsets = records["offset"]
     lengths = records["length"]

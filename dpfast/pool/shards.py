@@ -334,18 +334,11 @@ def opened(folder: Path, shard: Shard, *, checksum: bool = False) -> Loaded | st
         return f"{len(data)} bytes, the manifest says {shard.bytes}"
     if checksum and hashlib.sha256(data.data).hexdigest() != shard.sha256:
         return "its checksum differs from the manifest's"
-    try:
-        with reading(folder / shard.columns):
-            columns = (folder / shard.columns).read_bytes()
-        if hashlib.sha256(columns).hexdigest() == shard.columns_sha256:
-            with ONE_PARSER:
-                records = np.load(io.BytesIO(columns))
-        else:
-            records = _records_of(folder / shard.name) if checksum else None
-    except (FileNotFoundError, IsADirectoryError):
-        records = _records_of(folder / shard.name) if checksum else None
+    records = read_columns(folder, shard)
     if records is None:
-        return verify(folder, shard)
+        if not checksum:
+            return verify(folder, shard)
+        records = _records_of(folder / shard.name)
     if records.dtype != RECORD or len(records) != shard.samples:
         return f"{len(records)} samples, the manifest says {shard.samples}"
     if len(records) and (
@@ -353,6 +346,22 @@ def opened(folder: Path, shard: Shard, *, checksum: bool = False) -> Loaded | st
     ):
         return "a payload lies outside it"
     return Loaded(shard, records, data)
+
+
+def read_columns(folder: Path, shard: Shard) -> np.ndarray | None:
+    """The array of a shard's columns file; None where there is none, or a damaged one. Raises
+    ``UnreadableError`` for one that may not be read.
+    """
+    try:
+        with reading(folder / shard.columns):
+            columns = (folder / shard.columns).read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    if hashlib.sha256(columns).hexdigest() != shard.columns_sha256:
+        return None
+    with ONE_PARSER:
+        found: np.ndarray = np.load(io.BytesIO(columns))
+    return found
 
 
 def _records_of(path: Path) -> np.ndarray:

@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 from dpfast.config import Recipe
+from dpfast.data import fashion
 from dpfast.data.class_counts import count_rows
 from dpfast.data.class_files import strength_rows
 from dpfast.data.class_folders import sub_folders
@@ -26,10 +27,12 @@ from dpfast.errors import InputError, RecipeError
 from dpfast.files import below, is_folder, there
 from dpfast.generate.pipelines import hub
 from dpfast.generate.pipelines.lora import LoraFile
-from dpfast.pool.shards import durable
+from dpfast.pool.importing import saved_pool
+from dpfast.pool.rank_folders import saved_folders
+from dpfast.pool.shards import Manifest, durable
+from dpfast.sources.reuse import CONTENTS
 from dpfast.textfiles import read_json, to_json
 
-CONTENTS = "contents.json"
 OF_HUB = " of the Hub"
 
 
@@ -70,9 +73,22 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, float | str]]:
         file = getattr(recipe.guidance, field)
         if file and Path(file).is_file():
             found[field] = dict(strength_rows(field, file))
-    for field, place in (("validation", recipe.validation), ("held_out", recipe.held_out)):
-        if is_fashion(place):
+    other = recipe.practice.pool_from
+    if other and Path(other).is_dir() and (saved := saved_pool(Path(other))) is not None:
+        found["pool_from"] = {
+            f"{part.name}/{shard.name}": shard.sha256[:16]
+            for part in saved_folders(saved)
+            for shard in Manifest.read(part).shards
+        }
+    for field, place in (
+        ("validation", recipe.validation),
+        ("held_out", recipe.held_out),
+        ("real", recipe.practice.real),
+    ):
+        if field != "real" and is_fashion(place):
             found[field] = {"fashion": 1}
+        elif field == "real" and place and fashion.holds_split(Path(place), "train"):
+            found[field] = {"Fashion-MNIST": 60000}
         elif place and Path(place).is_dir():
             found[field] = {
                 entry.name: count
@@ -138,6 +154,8 @@ def check_contents(run: Path, recipe: Recipe) -> None:
         ("held_out", recipe.held_out),
         ("class_counts", recipe.practice.class_counts),
         *((field, getattr(recipe.guidance, field)) for field in STRENGTHS),
+        ("real", recipe.practice.real),
+        ("pool_from", recipe.practice.pool_from),
     ):
         before = born.get(field)
         found = now.get(field)

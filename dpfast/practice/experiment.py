@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpfast.config import SOURCES, Recipe, SourceName, is_import_path, kind_of, made
+from dpfast.config import READ, SOURCES, Recipe, SourceName, is_import_path, kind_of, made
 from dpfast.config.imported import FORM
 from dpfast.config.kinds import ImportPath
 from dpfast.data.class_counts import class_counts
@@ -25,7 +26,13 @@ from dpfast.feed.loader import Loader
 from dpfast.feed.own_augment import augment_at, try_augment
 from dpfast.generate import criteria
 from dpfast.generate.criteria import Criterion
-from dpfast.generate.from_recipe import check_generator, fetched, image_shape, load_pipeline
+from dpfast.generate.from_recipe import (
+    check_generator,
+    decoder_of_run,
+    fetched,
+    image_shape,
+    load_pipeline,
+)
 from dpfast.generate.guidance import LearnerPath
 from dpfast.generate.models.decoder import IdentityDecoder
 from dpfast.generate.pipelines import Pipeline
@@ -35,10 +42,13 @@ from dpfast.hardware.device import device_named, is_gpu
 from dpfast.learn.models import NewLearner, guiding, learner_factory
 from dpfast.learn.pretrained import as_kept
 from dpfast.parallel import ALONE, Ranks
+from dpfast.planning.without_generator import without_generator
 from dpfast.pool.placement import Placement
+from dpfast.pool.stored import Stored, open_stored
 from dpfast.practice import checkpoint
 from dpfast.practice.callbacks import Callback, Console
 from dpfast.practice.checkpoint import Checkpoint
+from dpfast.practice.contents import contents_of
 from dpfast.practice.fitted import fit_run
 from dpfast.practice.loop import Loop
 from dpfast.practice.overlap import GeneratorRank, OverlapGroups, OverlappedSource
@@ -53,9 +63,13 @@ from dpfast.practice.trackers import check_paths
 from dpfast.sources.costs import Cost
 from dpfast.sources.deliberate_practice import DeliberatePracticeSource
 from dpfast.sources.dynamic import DynamicSource
+from dpfast.sources.existing import Existing, ExistingSource
 from dpfast.sources.guided_methods import check_guided_method
 from dpfast.sources.labels import LabelOrder
+from dpfast.sources.other_pool import OtherPool
 from dpfast.sources.prune import PruneSource
+from dpfast.sources.real_images import RealImages
+from dpfast.sources.reuse import ReusedSamples
 from dpfast.sources.source import LoopView, Source
 from dpfast.sources.static import StaticSource
 from dpfast.sources.strengths import Strengths
@@ -138,8 +152,9 @@ class DeliberatePractice:
         self.objects = {name: kind_of(each) for name, each in given.items() if each is not None}
         if pipeline is None and unguided is not None:
             pipeline = unguided.pipeline
-        if pipeline is None and ranks.alone:
+        if pipeline is None and ranks.alone and (recipe.practice.generates or self.own):
             recipe = replace(recipe, generator=fetched(recipe.generator))
+        self._stored = self._open_stored(recipe)
         self.pipeline = self._load_pipeline(recipe, pipeline, checks_real=real is None)
         if isinstance(pipeline, Pipeline):  # for those who count, or decode latents later
             folder = str(pipeline.folder)
@@ -151,6 +166,8 @@ class DeliberatePractice:
             recipe.evaluation, self.real.test, self.real.classes, seed=recipe.seed
         )
         ranks.beat()
+        self.existing = self._open_existing(recipe)
+        ranks.beat()
         self.asked = self.recipe = recipe
         self.new_learner = learner_factory(recipe, self.pipeline, learner)
         self._check()
@@ -160,7 +177,9 @@ class DeliberatePractice:
         ranks.beat()
         self._fit(recipe)
         self._check_labels(unguided)
-        self.unguided = unguided or UnguidedSamples(self.recipe, self.pipeline, ranks)
+        self.unguided = unguided or UnguidedSamples(
+            self.recipe, self.pipeline, ranks, reused=self._reused(recipe)
+        )
         self.loop: Loop | None = None  # the one that runs, or ran last
 
     @property
@@ -175,6 +194,9 @@ class DeliberatePractice:
         read.
         """
         ranks, missing = self.ranks, "validation" if checks_real else None
+        device = device_named(recipe.device, rank=ranks.local_rank, ranks=ranks.size)
+        if pipeline is None and not (recipe.practice.generates or self.own):
+            pipeline = without_generator(recipe, self._stored, device)
         needed = ("pipeline" if pipeline is None else None, missing)
         recipe.need_folders(*(name for name in needed if name))
         if pipeline is None:
@@ -189,7 +211,6 @@ class DeliberatePractice:
         ranks.beat()
         if pipeline is not None:
             return pipeline
-        device = device_named(recipe.device, rank=ranks.local_rank, ranks=ranks.size)
         return load_pipeline(recipe.generator, device=device)
 
     def _load_real(self, recipe: Recipe, real: Given | None) -> RealData:
@@ -203,6 +224,81 @@ class DeliberatePractice:
             classes=classes,
             shape=shape,
             ranks=self.ranks,
+        )
+
+    def _open_stored(self, recipe: Recipe) -> Stored | None:
+        """The samples that the source "pool" trains on; their columns alone are read."""
+        if "pool" not in self.named:
+            return None
+        folder = recipe.practice.pool_from
+        try:
+            return open_stored(Path(folder), beat=self.ranks.beat)
+        except InputError as error:
+            raise type(error)(f"pool_from: {error}") from None
+
+    def _open_existing(self, recipe: Recipe) -> dict[str, Existing]:
+        """Source -> what it reads."""
+        practice, ranks, classes = recipe.practice, self.ranks, self.pipeline.class_names
+        options: dict[str, Any] = {
+            "order": LabelOrder(len(classes), self.class_counts),
+            "files": recipe.pool.codec == "jpeg",
+            "device": self.pipeline.device,
+            "ranks": ranks,
+        }
+        found: dict[str, Existing] = {}
+        shape = image_shape(self.pipeline)
+        for name in ("real", "mix"):
+            if name in self.named:
+                total = practice.maximum_samples
+                if name == "mix":
+                    static = practice.mix_with == "static"
+                    total = practice.maximum_samples if static else practice.initial_samples
+                    total = round(practice.real_share * total)
+                images = RealImages(
+                    practice.real, classes, shape, seed=recipe.seed, most=total, **options
+                )
+                if name == "mix" and len(images) < total:
+                    raise RecipeError(
+                        f"real_share = {practice.real_share:g}: {total} real images; real = "
+                        f"{practice.real!r} holds {images.total}"
+                    )
+                found[name] = images
+        if self._stored is not None:
+            found["pool"] = OtherPool(
+                self._stored,
+                practice.pool_from,
+                classes,
+                shape,
+                rounds=practice.pool_rounds,
+                most=practice.maximum_samples,
+                decode=decoder_of_run(Path(practice.pool_from), self.pipeline.device),
+                **options,
+            )
+        return found
+
+    @property
+    def most_samples(self) -> int | None:
+        """The most samples that a run can have whose samples all exist; None: the recipe says."""
+        if self.recipe.practice.generates or self.own:
+            return None
+        return max(map(len, self.existing.values()))
+
+    def _reused(self, recipe: Recipe) -> ReusedSamples | None:
+        """What another run has saved of the unguided samples."""
+        run = recipe.practice.reuse
+        if not run:
+            return None
+        if not isinstance(self.pipeline, Pipeline):
+            raise InputError(
+                f"reuse = {run!r}: that the generator is the same is known of a folder's alone, "
+                f"and this one is a {type(self.pipeline).__name__}"
+            )
+        return ReusedSamples(
+            run,
+            recipe,
+            LabelOrder(len(self.pipeline.class_names), self.class_counts),
+            contents=contents_of(recipe),
+            beat=self.ranks.beat,
         )
 
     def _fit(self, recipe: Recipe) -> None:
@@ -224,7 +320,7 @@ class DeliberatePractice:
         out: the run's folder, on whose disk mapped files lie; it need not be there yet.
         """
         shape = stored_shape(self.recipe, self.pipeline, self.real)
-        return placement(self.recipe, self.pipeline, shape, self.ranks, out)
+        return placement(self.recipe, self.pipeline, shape, self.ranks, out, most=self.most_samples)
 
     def _check(self) -> None:
         practice, classes = self.recipe.practice, len(self.pipeline.class_names)
@@ -251,7 +347,7 @@ class DeliberatePractice:
         if self.recipe.learner.augment is not None:
             own_augment = augment_at(self.recipe.learner.augment)
             try_augment(own_augment, image_shape(self.pipeline), self.pipeline.device)
-        if "dp" in self.named:
+        if self.recipe.practice.guides:
             check_guided_method(self.recipe, self.pipeline)
         members = (2,) if self.recipe.guidance.criterion == "disagreement" else ()
         tried = {f"criterion = {name!r}": name for name in self._criteria() if is_import_path(name)}
@@ -275,7 +371,7 @@ class DeliberatePractice:
                     "unguided: its samples have other labels than with class_counts = "
                     f"{practice.class_counts!r}"
                 )
-        if counts is None or not practice.restart or "dp" not in self.named:
+        if counts is None or not practice.restart or not practice.guides:
             return
         labels = LabelOrder(len(counts), counts).between(0, practice.initial_samples)
         without = (counts > 0) & (labels.bincount(minlength=len(counts)) == 0)
@@ -303,7 +399,7 @@ class DeliberatePractice:
             device=self.pipeline.device,
             rows=rows,
         ).run(self.new_learner)
-        if "dp" in self.named:
+        if self.recipe.practice.guides:
             self._try_guide()
         self._tried = rows
 
@@ -424,12 +520,13 @@ class DeliberatePractice:
                 new_learner=self.new_learner,
                 loader=self.loader,
                 class_counts=self.class_counts,
+                most=self.most_samples,
             )
             self.loop = loop
             source = self._source(name, loop, practised)
             result = loop.run(source, start=starts[name])
             # the pool has what is left of the images that were made
-            if self.recipe.pool.save_samples != "jpeg":
+            if self.recipe.pool.save_samples != "jpeg" and name not in ("mix", *READ):
                 self.unguided.remember(loop.pool.local, result.initial_cost)
             results.append(result)
             if name == "dp":
@@ -507,10 +604,19 @@ class DeliberatePractice:
             if self.overlap_groups is None:
                 return source
             return OverlappedSource(source, loop.guides, self.overlap_groups)
-        if name in ("mix", "real", "pool"):
-            raise RecipeError(f"sources = {name!r}: not there yet")
+        total = recipe.practice.maximum_samples if practised is None else len(practised.pool)
+        if name in READ:
+            samples = self.existing[name]
+            count = min(total, len(samples))
+            return ExistingSource(samples, count, self.ranks, recipe.generator.batch_size)
+        if name == "mix":
+            mixed = self._source(recipe.practice.mix_with, loop, practised)
+            assert isinstance(mixed, StaticSource)
+            images = self.existing[name]
+            assert isinstance(images, RealImages)
+            mixed.real = images.first(round(recipe.practice.real_share * mixed.initial_samples))
+            return mixed
         if name == "static":
-            total = recipe.practice.maximum_samples if practised is None else len(practised.pool)
             return StaticSource(recipe, unguided, total)
         if name == "prune":
             held = None if loop.folder is None else loop.folder.held(name)

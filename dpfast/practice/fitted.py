@@ -12,7 +12,7 @@ from dpfast.config import Recipe
 from dpfast.errors import InputError, first_line
 from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.protocol import OwnPipeline
+from dpfast.generate.protocol import NoGenerator, OwnPipeline
 from dpfast.hardware.device import is_gpu
 from dpfast.hardware.memory import available_bytes, free_bytes
 from dpfast.hardware.peaks import DEVICES, Peaks
@@ -55,7 +55,7 @@ def fit_run(
     own = [
         what
         for what, given in (
-            ("pipeline", not isinstance(pipeline, Pipeline)),
+            ("pipeline", not isinstance(pipeline, Pipeline | NoGenerator)),
             ("learner", learner is not None),
         )
         if given

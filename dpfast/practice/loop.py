@@ -75,7 +75,8 @@ class Loop:
     ranks: run one loop each, in step: they make and hold their parts of the samples, train on their
     parts of the batches, and decide alike. new_learner: gives the initial learner, loader: what
     ``make_loader`` takes; None: the recipe's. class_counts: (K,), the recipe's targets, by which
-    accuracies are told by shots as well.
+    accuracies are told by shots as well. most: samples that the pool holds at most; None: the
+    recipe's.
     """
 
     source: Source  # from ``run`` on
@@ -95,6 +96,7 @@ class Loop:
         new_learner: NewLearner | None = None,
         loader: str | Callable[..., Loader] | None = None,
         class_counts: Tensor | None = None,
+        most: int | None = None,
     ) -> None:
         learner, practice = recipe.learner, recipe.practice
         self.recipe = recipe
@@ -113,7 +115,12 @@ class Loop:
         self.state = LoopState()
         self.shape = stored_shape(recipe, pipeline, real)
         pool = new_pool(
-            recipe, pipeline, self.shape, ranks, None if folder is None else folder.path
+            recipe,
+            pipeline,
+            self.shape,
+            ranks,
+            None if folder is None else folder.path,
+            most=most,
         )
         self.samples = SavedSamples(pool, self.state, folder, name, recipe, ranks)
         self.loader = make_loader(
@@ -125,6 +132,7 @@ class Loop:
             device=pipeline.device,
             classes=len(pipeline.class_names),
             fresh_weight=practice.fresh_weight,
+            **({"groups": self._groups} if name == "mix" and practice.real_in_batch else {}),
         )
         self.losses = Losses(self.loader, pipeline.device, ranks)
         self.seconds = LoopSeconds(self.loader)
@@ -142,6 +150,10 @@ class Loop:
             size=checkpoint_bytes(self.trainer.model),
             told=self._tell_checkpoint,
         )
+
+    def _groups(self) -> tuple[int, float] | None:
+        """How the source wants samples to be drawn at this moment (``Source.drawn``)."""
+        return self.source.drawn(self.state.round)
 
     def components(self) -> dict[str, Component]:
         """The parts of the loop that keep their own state, by name, in the order in which a

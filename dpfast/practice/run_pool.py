@@ -16,15 +16,21 @@ from dpfast.pool.protocol import Pool
 from dpfast.pool.sharded import ShardLayout, pool_of_ranks
 
 
-def most_samples(recipe: Recipe, ranks: Ranks) -> int:
-    """How many of the most samples that a run can have one rank holds at most."""
+def most_samples(recipe: Recipe, ranks: Ranks, most: int | None = None) -> int:
+    """How many of the most samples that a run can have one rank holds at most.
+
+    most: of a run that has all of them at the start; None: the recipe's, and its rounds.
+    """
     practice = recipe.practice
     batch = recipe.generator.batch_size
+    total = practice.maximum_samples if most is None else most
     if ranks.alone:
-        return practice.maximum_samples
-    rounds = 1 + -(-(practice.maximum_samples - practice.initial_samples) // practice.round_samples)
-    batches = practice.maximum_samples // batch + rounds  # the last one of a round may be smaller
-    return min(-(-batches // ranks.size) * batch, practice.maximum_samples)
+        return total
+    rounds = 1
+    if most is None:
+        rounds += -(-(total - practice.initial_samples) // practice.round_samples)
+    batches = total // batch + rounds  # the last one of a round may be smaller
+    return min(-(-batches // ranks.size) * batch, total)
 
 
 def stored_shape(
@@ -44,16 +50,18 @@ def placement(
     shape: tuple[int, ...],
     ranks: Ranks,
     out: Path | None,
+    *,
+    most: int | None = None,
 ) -> Placement:
     """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place.
 
     shape: (C, H, W) of what is stored. out: the run's folder, on whose disk mapped files lie; it
-    need not be there yet.
+    need not be there yet. most: as of ``most_samples``.
     """
     places = () if out is None else (out, *out.absolute().parents)
     return Placement.from_recipe(
         recipe.pool,
-        most_samples(recipe, ranks),
+        most_samples(recipe, ranks, most),
         shape,
         device=pipeline.device,
         folder=next((place for place in places if place.is_dir()), None),
@@ -67,11 +75,15 @@ def new_pool(
     shape: tuple[int, ...],
     ranks: Ranks,
     out: Path | None,
+    *,
+    most: int | None = None,
 ) -> Pool:
-    """An empty pool of all ranks, for samples of ``shape`` (C, H, W). out: the run's folder."""
+    """An empty pool of all ranks, for samples of ``shape`` (C, H, W). out: the run's folder; most:
+    as of ``most_samples``.
+    """
     local = SamplePool.from_recipe(
         recipe.pool,
-        most_samples(recipe, ranks),
+        most_samples(recipe, ranks, most),
         shape,
         device=pipeline.device,
         folder=out,

@@ -134,9 +134,11 @@ class SavedSamples:
         )
 
     def _payload(self, batch: SampleBatch) -> Any:
-        """What the pool keeps in the place of a batch's images: what JPEG leaves of them; None:
-        the images.
+        """What the pool keeps in the place of a batch's images: their files, or what JPEG leaves of
+        them; None: the images.
         """
+        if self.pool.local.codec == "jpeg":
+            return batch.files
         if self.kept_as != "jpeg":
             return None
         if self._saver is None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpfast.config import SOURCES, Recipe, is_import_path
+from dpfast.config import READ, SOURCES, Recipe, is_import_path
 from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
 from dpfast.errors import RecipeError
@@ -88,6 +88,11 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
         raise RecipeError(
             f"sources = {','.join(recipe.practice.sources)!r}: a rehearsal walks none but "
             f"{', '.join(SOURCES)}"
+        )
+    if recipe.practice.sources[0] in (*READ, "mix"):
+        raise RecipeError(
+            f"sources = {','.join(recipe.practice.sources)!r}: a rehearsal reads no images of "
+            "others; rehearse it with --sources static, which trains alike, or dp"
         )
     if recipe.practice.overlap:
         raise RecipeError(

@@ -124,6 +124,12 @@ class Source(abc.ABC):
         """The solver steps that a sample of round ``number`` takes."""
         return 1
 
+    def drawn(self, number: int) -> tuple[int, float] | None:
+        """How many of the pool's first samples are a group of their own after round ``number``, and
+        their share of a training batch; None: all samples are drawn alike.
+        """
+        return None
+
     def release(self) -> None:  # noqa: B027
         """Gives back the memory that the making of a round leaves behind
         (``GuidedSampler.release``).

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+import torch
+
 from dpfast.config import Recipe
 from dpfast.samples import SampleBatch
+from dpfast.sources.existing import Existing
 from dpfast.sources.source import RoundRequest, Source
 from dpfast.sources.unguided import UnguidedSamples
 
 
 class StaticSource(Source):
-    """All samples at the start, unguided."""
+    """All samples at the start, unguided.
+
+    ``real``: images in the place of the first ones of them; with those any source of this kind is
+    the source "mix".
+    """
 
     moments: Collection[int] | None = ()
     streams = True
@@ -21,6 +28,7 @@ class StaticSource(Source):
         self.recipe, self.unguided = recipe, unguided
         self._rounds: dict[int, Recipe] = {}
         self.yardstick = unguided.yardstick
+        self.real: Existing | None = None
 
     def available(self, pool_size: int) -> int:
         return 0
@@ -33,9 +41,29 @@ class StaticSource(Source):
 
     def _unguided(self, request: RoundRequest, done: int) -> Iterator[SampleBatch]:
         scale = self.cfg_scale(request.number)
+        if self.real is not None and not request.number:
+            return self._beside(self.real, request, done)
         return self.unguided.stream(
             request.start, request.count, self.cost, cfg_scale=scale, turn=request.turn, done=done
         )
+
+    def _beside(self, real: Existing, request: RoundRequest, done: int) -> Iterator[SampleBatch]:
+        """The initial samples, the first ones of which are real."""
+        unguided = self.unguided
+        turn, scale = request.turn, self.cfg_scale(0)
+        for places in unguided.ranks.batches(request.count, unguided.batch, turn=turn, done=done):
+            first = min(max(places.start, len(real)), places.stop)  # that is made
+            if places.start < first:
+                yield real.batch(range(places.start, first))
+            if first < places.stop:
+                made = torch.arange(first, places.stop)
+                yield from unguided.of(made, self.cost, cfg_scale=scale)
+
+    def drawn(self, number: int) -> tuple[int, float] | None:
+        shares = self.recipe.practice.real_in_batch
+        if self.real is None or not shares:
+            return None
+        return len(self.real), shares[min(max(number, 0), len(shares) - 1)]
 
     def omega(self, number: int) -> float:
         return 0.0

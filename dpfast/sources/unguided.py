@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,10 @@ from dpfast.pool.pool import SamplePool
 from dpfast.samples import SampleBatch
 from dpfast.sources.costs import Cost, Prices
 from dpfast.sources.labels import LabelOrder
+from dpfast.sources.reuse import ReusedSamples
 from dpfast.sources.yardstick import Yardstick
 
+log = logging.getLogger(__name__)
 EAGER: dict[str, Any] = {"compile": False, "cuda_graphs": False}  # for few samples
 
 
@@ -29,11 +32,16 @@ class UnguidedSamples:
     not made again.
 
     A sample taken over costs what making one cost when it was made. A rank makes and shares its own
-    part.
+    part. reused: what another run has saved.
     """
 
     def __init__(
-        self, recipe: Recipe, pipeline: Pipeline | OwnPipeline, ranks: Ranks = ALONE
+        self,
+        recipe: Recipe,
+        pipeline: Pipeline | OwnPipeline,
+        ranks: Ranks = ALONE,
+        *,
+        reused: ReusedSamples | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.ranks = ranks
@@ -52,6 +60,8 @@ class UnguidedSamples:
             labels=self.labels,
             samples=recipe.practice.yardstick_samples,
         )
+        self._reused = reused
+        self.taken = 0  # of the round that is made, those that exist
         self._pools: list[tuple[SamplePool, dict[int, int]]] = []
 
     def remember(self, pool: SamplePool, cost: Cost) -> None:
@@ -83,35 +93,49 @@ class UnguidedSamples:
         """This rank's samples (``Ranks.batches``) of the ids ``first`` to ``first + count``, or of
         those that ``ids`` gives for the numbers 0 to ``count``, paid for in ``cost``.
         """
-        price = self._prices.at(cfg_scale)
+        self.taken = 0
         for indices in self.ranks.batches(count, self.batch, turn=turn, done=done):
-            size = len(indices)
             numbers = torch.arange(indices.start, indices.stop)
             wanted = first + numbers if ids is None else ids(numbers)
-            known = self._known(wanted) if cfg_scale == self.cfg_scale else None
-            if known is not None:
-                cost.add(size, price, size * self.made.seconds / max(self.made.samples, 1))
-                yield known
-                continue
-            batches = self.sampler.stream(
-                self.labels.of(wanted),
-                sample_ids=wanted,
-                batch_size=self.batch,
-                cfg_scale=cfg_scale,
-            )
-            for batch in cost.timed(batches, price):
-                self.ranks.beat()
-                yield batch
+            yield from self.of(wanted, cost, cfg_scale=cfg_scale)
+        if self.taken:
+            log.info("%d samples exist already and were not made again", self.taken)
 
-    def _known(self, ids: Tensor) -> SampleBatch | None:
-        for pool, row_of in self._pools:
-            if all(number in row_of for number in ids.tolist()):
-                rows = torch.tensor([row_of[number] for number in ids.tolist()])
-                device = self.pipeline.device  # where a batch that is made lies
-                return SampleBatch(
-                    images=pool.images(rows).to(device),
-                    labels=pool.column("label")[rows].to(device),
-                    sample_ids=pool.column("sample_id")[rows].to(device),
-                    entropy=torch.full((len(ids),), float("nan"), device=device),
-                )
-        return None
+    def of(self, ids: Tensor, cost: Cost, *, cfg_scale: float) -> Iterator[SampleBatch]:
+        """The samples ``ids`` (n,), at most a batch, paid for in ``cost``: all of them made, unless
+        all of them exist.
+        """
+        price = self._prices.at(cfg_scale)
+        known, seconds = self._known(ids, cfg_scale)
+        if known is not None:
+            self.taken += len(ids)
+            cost.add(len(ids), price, len(ids) * seconds)
+            self.ranks.beat()
+            yield known
+            return
+        batches = self.sampler.stream(
+            self.labels.of(ids), sample_ids=ids, batch_size=self.batch, cfg_scale=cfg_scale
+        )
+        for batch in cost.timed(batches, price):
+            self.ranks.beat()
+            yield batch
+
+    def _known(self, ids: Tensor, cfg_scale: float) -> tuple[SampleBatch | None, float]:
+        """The samples where all of them exist, and the seconds that each of them took."""
+        images = None
+        seconds = self.made.seconds / max(self.made.samples, 1)
+        for pool, row_of in self._pools if cfg_scale == self.cfg_scale else ():
+            if images is None and all(number in row_of for number in ids.tolist()):
+                images = pool.images(torch.tensor([row_of[number] for number in ids.tolist()]))
+        if images is None and self._reused is not None:
+            images, seconds = self._reused.images(ids, cfg_scale), self._reused.seconds
+        if images is None:
+            return None, 0.0
+        device = self.pipeline.device  # where a batch that is made lies
+        batch = SampleBatch(
+            images=images.to(device),
+            labels=self.labels.of(ids).to(device),
+            sample_ids=ids.to(device),
+            entropy=torch.full((len(ids),), float("nan"), device=device),
+        )
+        return batch, seconds

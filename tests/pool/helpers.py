@@ -21,6 +21,7 @@ class Batch:
     sample_ids: Tensor
     entropy: Tensor
     learner_step: int = 0
+    origins: None = None
 
     def __len__(self) -> int:
         return len(self.labels)
