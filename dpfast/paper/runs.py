@@ -218,13 +218,16 @@ def claim(table: Table, runs: Sequence[PaperRun], out: Path, *, small: bool) -> 
     otherwise when it was noted. Folders, and what else a resumed run may change, are not compared.
     """
     now = {run.entry.name: _essence(run) for run in runs}
-    known: dict[str, Any] = read_json(out / DEFINED) if there(out / DEFINED) else {}
+    if there(out) and not out.is_dir():
+        raise InputError(f"out = {str(out)!r}: expected a folder")
+    known: Any = read_json(out / DEFINED) if there(out / DEFINED) else {}
+    held_runs = known.get("runs", {}) if isinstance(known, dict) else None
+    if not isinstance(held_runs, dict) or not all(isinstance(v, dict) for v in held_runs.values()):
+        raise InputError(f"{out / DEFINED}: expected the runs of a table")
     size = " in small" if small else ""
     if known:
-        held = known.get("table"), known.get("small"), known.get("runs")
-        if not isinstance(held[2], dict):
-            raise InputError(f"{out / DEFINED}: expected the runs of a table")
-        if held[:2] != (table.name, small):
+        held = known.get("table"), known.get("small")
+        if held != (table.name, small):
             their = f"{held[0]}{' in small' if held[1] else ''}"
             raise InputError(
                 f"out = {str(out)!r}: holds the runs of {their}, not of {table.name}{size}; choose "
@@ -233,9 +236,9 @@ def claim(table: Table, runs: Sequence[PaperRun], out: Path, *, small: bool) -> 
         changed = [
             f"{name}, {field} = {new!r} was {old!r}"
             for name, fields_now in now.items()
-            if name in held[2]
-            for field in sorted(fields_now.keys() | held[2][name].keys())
-            if (new := fields_now.get(field)) != (old := held[2][name].get(field))
+            if name in held_runs
+            for field in sorted(fields_now.keys() | held_runs[name].keys())
+            if (new := fields_now.get(field)) != (old := held_runs[name].get(field))
         ]
         if changed:
             raise InputError(
@@ -248,7 +251,7 @@ def claim(table: Table, runs: Sequence[PaperRun], out: Path, *, small: bool) -> 
             "folder"
         )
     out.mkdir(parents=True, exist_ok=True)
-    told = {"table": table.name, "small": small, "runs": known.get("runs", {}) | now}
+    told = {"table": table.name, "small": small, "runs": held_runs | now}
     with durable(out, DEFINED) as file:
         file.write(json.dumps(told, indent=1).encode() + b"\n")
 

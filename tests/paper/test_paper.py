@@ -179,6 +179,22 @@ def test_a_definition_that_changed_since_is_refused(small, capsys, change, said)
     assert small.calls() == []
 
 
+@pytest.mark.parametrize("text", ["[]", "{", '{"runs": 3}', '{"runs": {"static-64k": 3}}'])
+def test_a_folder_whose_definition_is_damaged_is_refused(small, capsys, text):
+    small.out.mkdir()
+    (small.out / "paper.json").write_text(text)
+    assert small("--page") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "paper.json" in error
+
+
+def test_a_file_is_no_folder_of_a_table(small, capsys):
+    small.out.write_text("")
+    assert small("--page") == 2
+    assert "expected a folder" in capsys.readouterr().err
+
+
 def test_further_seeds_may_come_later(small):
     assert small("--page", "--seeds", "0") == 0
     assert small("--page", "--seeds", "0,5") == 0
