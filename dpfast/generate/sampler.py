@@ -478,6 +478,7 @@ class GuidedSampler:
             anchor=request.anchor,
             # filled there; a copy would be waited for
             cfg_scale=torch.full((), float(request.cfg_scale), device=device),
+            settings=(float(request.cfg_scale), seed),
             seed=torch.full((), seed, dtype=torch.int64, device=device),
             skipped=torch.zeros((), dtype=torch.int64, device=device),
             variants=self.variants(guided=request.guided, cfg_scale=request.cfg_scale, x0=keep_x0),

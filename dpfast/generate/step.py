@@ -61,7 +61,8 @@ class Trajectory:
     criterion at the x0 that the last guided step predicted, None before it;
     features: as in ``StepInputs``, where the next step reuses them; valid: (B,) bool, False where a
     row only fills the batch, None where it is not filled; cfg_scale, seed: 0-d; skipped: 0-d int64,
-    as in ``SampleBatch``, of all that ever belonged to the batch; variants: of all its steps.
+    as in ``SampleBatch``, of all that ever belonged to the batch; variants: of all its steps;
+    settings: cfg_scale and seed as they were given, which the host knows.
     """
 
     x: Tensor
@@ -72,6 +73,7 @@ class Trajectory:
     seed: Tensor
     skipped: Tensor
     variants: tuple[Variant, ...]
+    settings: tuple[float, int] | None = None
     x0_prev: Tensor | None = None
     anchor: Tensor | None = None
     value: Tensor | None = None
@@ -126,7 +128,7 @@ class Trajectory:
         """Returns batches with the same steps, before the same one, as one.
 
         Where some have no anchor, theirs is 0; where some have no features, the next step makes all
-        anew. Raises ``InputError`` for parts of other steps.
+        anew. Raises ``InputError`` for parts of other steps, of another cfg_scale or seed.
         """
         first = parts[0]
         for part in parts:
@@ -134,6 +136,11 @@ class Trajectory:
                 raise InputError(
                     f"parts: one is before step {part.step} of {len(part.variants)}, the first "
                     f"before step {first.step} of {len(first.variants)}; expected the same steps"
+                )
+            if part.settings != first.settings:
+                raise InputError(
+                    f"parts: one has (cfg_scale, seed) = {part.settings}, the first "
+                    f"{first.settings}; expected the same"
                 )
         joined = {name: _joined(name, parts) for name in ROWS}
         skipped = torch.stack([part.skipped for part in parts]).sum()

@@ -329,3 +329,11 @@ def test_an_anchor_without_anything_to_be_made_of_is_refused(
         new_sampler(pixels, small).generate(LABELS)
     with pytest.raises(InputError, match=r"anchor = 0.5: guides only with a learner"):
         new_sampler(pipeline, None).generate(LABELS, anchor=0.5)
+
+
+@pytest.mark.parametrize("other", [{"cfg_scale": 3.0}, {"seed": 5}], ids=str)
+def test_parts_of_another_scale_or_seed_are_not_joined(other, pipeline, learner):
+    one = new_sampler(pipeline, learner).begin(LABELS)
+    part = new_sampler(pipeline, learner, **other).begin(LABELS)
+    with pytest.raises(InputError, match=r"parts: one has \(cfg_scale, seed\) = .*the first \(2"):
+        Trajectory.joined([one, part])

@@ -311,6 +311,17 @@ def anchored(inputs, anchor, *, mode="relative", **rest):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in Triton's interpreter
+@pytest.mark.parametrize("anchor", [1e6, 1e15, 1e20, 3e38])
+def test_an_anchor_of_any_size_moves_as_far_towards_the_label(anchor, device):
+    x, cond, uncond, grad, _ = tensors((2, 3, 5, 7), device)
+    options = {"cfg_scale": 1.5, "omega": 0.2, "mode": "relative", "prediction": "epsilon"}
+    cpu = [tensor.cpu() for tensor in (x, cond, uncond, grad, solver_table(device))]
+    expected, _ = truth(*cpu, 3, anchor=anchor, **options)
+    for said in (anchor, torch.full((2,), anchor, device=device)):
+        found = guided_step(x, cond, uncond, grad, solver_table(device), 3, anchor=said, **options)
+        assert_close(found, expected, torch.float32, 4)
+
+
 @pytest.mark.parametrize("mode", ["relative", "score"])
 def test_an_anchor_of_zero_is_the_step_without_one_bit_for_bit(mode, device):
     x, cond, uncond, grad, _ = tensors((4, 3, 7, 9), device)

@@ -28,8 +28,9 @@ p(label | x), whose gradient c = score(x | label) - score(x) lies between the tw
 
 Both modes move along the same d. |d|^2 = (1 - kappa)^2 + 2 kappa (1 + cos(g, c)). Where g and c are
 nearly opposite and kappa is nearly 1, d is little but rounding: below a length of 1/32 (at kappa =
-1, a cosine below -0.9995) the relative move shrinks with d, to none at d = 0. A sample with kappa =
-0, without pred_uncond or with c = 0 takes the step without an anchor; one with g = 0 is unguided.
+1, a cosine below -0.9995) the relative move shrinks with d, to none at d = 0; a kappa above 2^40
+counts as that there, so that no square overflows. A sample with kappa = 0, without pred_uncond or
+with c = 0 takes the step without an anchor; one with g = 0 is unguided.
 
 A division by a coefficient that is zero contributes zero (flow matching starts at alpha = 0). A
 sample whose gradient g (or, with an anchor, whose pred_cond - pred_uncond) has a squared norm that

@@ -13,6 +13,7 @@ from dpfast.ops import noise
 
 NORM_FLOOR = 1e-8
 SHORTEST = 2.0**-5  # a |d| below this is not stretched to length 1, but by 32
+STRONGEST = 2.0**40  # a kappa above turns d no further in fp32, and its square may overflow
 SMALLEST = 2.0**-126  # a squared norm below it, fp32's smallest normal number, counts as zero
 
 
@@ -135,6 +136,10 @@ def reference(call: Call) -> tuple[Tensor, Tensor]:
             anchored = (kappa != 0) & (squares >= SMALLEST) & (label_squares >= SMALLEST)
             ratio = squares.sqrt() / label_squares.sqrt()
             if options.mode == "relative":
+                if isinstance(kappa, Tensor):
+                    kappa = kappa.clamp(max=STRONGEST)
+                else:
+                    kappa = min(kappa, STRONGEST)
                 cosine = (gradient * label).sum(dim=1, keepdim=True) / squares.sqrt()
                 cosine = (cosine / label_squares.sqrt()).clamp(-1.0, 1.0)
                 length = ((1 - kappa) ** 2 + 2 * kappa * (1 + cosine)).sqrt()

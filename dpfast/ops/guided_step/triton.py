@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dpfast.ops import dispatch
-from dpfast.ops.guided_step.reference import SHORTEST, SMALLEST, Call, quantile
+from dpfast.ops.guided_step.reference import SHORTEST, SMALLEST, STRONGEST, Call, quantile
 from dpfast.ops.noise import normals, wide
 from dpfast.ops.triton_stub import next_power, tl, triton
 
@@ -34,6 +34,7 @@ INFINITY = tl.constexpr(0x7F800000)  # its bits
 LARGEST = tl.constexpr(3.4028234663852886e38)
 SMALLEST_SQUARES = tl.constexpr(SMALLEST)
 SHORTEST_LENGTH = tl.constexpr(SHORTEST)
+STRONGEST_ANCHOR = tl.constexpr(STRONGEST)
 
 
 class Limit(NamedTuple):
@@ -396,6 +397,7 @@ def guided_step_kernel(
                 anchored, tl.sqrt(label_squares), 1.0
             )
             if RELATIVE:
+                kappa = tl.where(kappa > STRONGEST_ANCHOR, STRONGEST_ANCHOR, kappa)
                 cosine = along * toward / length
                 cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))
                 reach = tl.sqrt((1.0 - kappa) * (1.0 - kappa) + 2.0 * kappa * (1.0 + cosine))
