@@ -67,7 +67,8 @@ class PipelineFolder:
         if not is_folder(self.path):
             names = ", ".join(sorted(p.parent.name for p in ASSETS.glob("*/model_index.json")))
             raise self.error(
-                f"no such folder; expected a diffusers pipeline folder or one of: {names}"
+                f"no such folder; expected a diffusers pipeline folder or one of: {names}; or "
+                "OWNER/NAME of a model of the Hub"
             )
         index = self.path / "model_index.json"
         if not index.is_file():

@@ -16,6 +16,7 @@ from dpfast.generate.models.denoiser import PromptRows
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.pipelines.prompts import Prompts
 from dpfast.generate.sampler import GuidedSampler
+from tests import tiny_pipelines
 from tests.tiny_pipelines import NAMES
 
 PROMPTS = {
@@ -244,3 +245,12 @@ def test_a_side_that_the_latents_do_not_divide_is_refused(
             Pipeline.from_pretrained(folder, class_names=NAMES, **options)
     one = Pipeline.from_pretrained(stable_diffusion_folder, class_names=NAMES, width=32)
     assert one.denoiser.sample_shape == (4, 8, 16)
+
+
+def test_a_negative_prompt_of_a_model_that_embeds_its_scale_is_refused(tmp_path):
+    folder = tiny_pipelines.stable_diffusion_xl(
+        tmp_path, diffusers.LCMScheduler(), time_cond_proj_dim=8
+    )
+    Pipeline.from_pretrained(folder, class_names=NAMES)
+    with pytest.raises(InputError, match="negative_prompt: its model embeds the scale of guidance"):
+        Pipeline.from_pretrained(folder, class_names=NAMES, negative_prompt="blurry")

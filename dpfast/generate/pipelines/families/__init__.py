@@ -59,6 +59,11 @@ def load(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     if family.prompted:
         denoiser: Any = parts.denoiser
         denoiser.classes = len(parts.class_names)
+        if options.prompts.negative and denoiser.null_label is None:
+            raise folder.error(
+                "negative_prompt: its model embeds the scale of guidance and has no prediction to "
+                "lead away from; leave it out"
+            )
         denoiser.rows = options.prompts.rows(parts.class_names, options.device)
     if options.float8:
         quantised, layers = into_float8(folder, parts.denoiser)
