@@ -13,6 +13,7 @@ To understand a round, read in this order:
     sources/dynamic.py              rounds of such samples, and their entropy
     sources/prune.py                the best of many of them
     sources/deliberate_practice.py  the source "dp": rounds with labels, omega, and who guides
+    sources/strengths.py            how strongly they guide, by class
     sources/guided_methods.py       how guided samples come about
     pool/protocol.py                what they are added to, whoever holds it
     practice/saved_samples.py       how they outlive the process
