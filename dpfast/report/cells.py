@@ -52,9 +52,9 @@ class Cell:
         if self.learner is not None and len({_moment(cell) for cell in among}) > 1:
             parts.append(self.learner.moment)
         if len({cell.omega for cell in among}) > 1:
-            parts.append(f"omega {self.omega:g}")
+            parts.append(f"omega {self.omega:.16g}")
         if len({cell.anchor for cell in among if cell.guided}) > 1 and self.guided:
-            parts.append(f"anchor {self.anchor:g}")
+            parts.append(f"anchor {self.anchor:.16g}")
         return ", ".join(parts)
 
     def folder(self, among: Sequence[Cell]) -> str:

@@ -15,6 +15,7 @@ from dpfast.cli.main import main
 from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.learn.models import build_learner, load_learner
+from dpfast.report.cells import Cell
 from tests.practice.conftest import kept_run  # noqa: F401 - a fixture
 from tests.tiny_pipelines import NAMES
 
@@ -185,3 +186,9 @@ def test_trajectories_of_a_text_prompted_generator_lie_side_by_side(
     width, height = Image.open(out / "trajectory.png").size
     assert width > 4 * side  # three steps and the end
     assert height > 4 * side  # two samples, unguided and guided
+
+
+def test_settings_that_are_close_have_folders_of_their_own():
+    cells = [Cell(omega=omega, anchor=0.5) for omega in (0.1, 0.1000001, 0.10000001)]
+    assert len({cell.folder(cells) for cell in cells}) == 3
+    assert cells[0].folder(cells) == "omega-0.1"
