@@ -56,7 +56,6 @@ def test_every_family_writes_its_images(folder, options, request, tmp_path):
             [*TEXT[:2], "--prompt-template", "a photo"],
             "prompt_template = 'a photo'",
         ),
-        ("stable_diffusion_folder", [*TEXT, "--solver", "euler"], "solver = 'euler'"),
         ("stable_diffusion_3_folder", [*TEXT, "--solver", "ddim"], "solver = 'ddim'"),
         ("pipeline_folder", ["--dtype", "int8"], "dtype = 'int8'"),
         ("pipeline_folder", ["--cfg-interval", "0.5,0.2"], "cfg_interval = (0.5, 0.2)"),
