@@ -1,5 +1,6 @@
 """Models of the Hugging Face Hub by name, from a cache on this machine, offline."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -117,6 +118,10 @@ def test_an_incomplete_download_is_named(lost, cache, pipeline_folder):
         shutil.rmtree(snapshot / "transformer")
     elif lost == "index":
         (snapshot / "model_index.json").unlink()
+        trees = snapshot.parent.parent / "trees"  # what the commit holds, as newer versions note
+        trees.mkdir()
+        files = {"model_index.json": {"size": 9, "blob_id": "0" * 40}}
+        (trees / f"{FIRST}.json").write_text(json.dumps({"format_version": 1, "files": files}))
     else:
         (snapshot / "transformer" / "config.json").unlink()
     words = {
@@ -161,8 +166,6 @@ def test_weights_of_a_variant_are_read(form, cache, stable_diffusion_folder, tmp
         weights_of(folder, "unet").unlink()
         pipe.unet.save_pretrained(folder / "unet", variant="fp16", max_shard_size="20KB")
     if form == "former":
-        import json
-
         (index,) = (folder / "unet").glob("*.index.fp16.json")
         table = json.loads(index.read_text())
         names = {}
