@@ -1,5 +1,5 @@
-"""Cheaper unguided steps: reused features and solvers of distilled models, beside whole steps of
-the same samples.
+"""Cheaper steps: reused features, solvers of distilled models, and guidance in one, two and four
+steps, beside whole steps of the same samples.
 
 Each group has a reference with the same labels, ids and first noise. Quality is that of every
 sample; seconds are of batches that take turns within a group, of eager steps.
@@ -31,19 +31,25 @@ GROUPS: dict[str, tuple[dict[str, Any], ...]] = {
         *(PLAIN | {"steps": n} for n in (8, 4)),
         *(PLAIN | {"solver": solver, "steps": 4} for solver in ("dpmpp2m", "lcm", "tcd")),
     ),
+} | {
+    f"{solver} in {steps}": tuple(
+        {"solver": solver, "steps": steps, "every": 1, "omega": omega} for omega in (0.0, 0.03, 0.1)
+    )
+    for steps, solver in ((1, "lcm"), (2, "lcm"), (4, "lcm"), (2, "ddim"), (4, "ddim"))
 }
 
 
 def table(tried: list[dict[str, Any]], seconds: dict[int, float]) -> str:
     """Markdown; the first record is the reference."""
     lines = [
-        "| solver | steps | cache interval | samples/s | entropy, nats | agreement |",
-        "|---|---|---|---|---|---|",
+        "| solver | steps | cache interval | omega | samples/s | entropy, nats | agreement |",
+        "|---|---|---|---|---|---|---|",
     ]
     for index, record in enumerate(tried):
         (change, error) = record["entropy_change"]
         (points, points_error) = record["agreement_change"]
         cells = [record["solver"], record["steps"], record.get("cache_interval", 1)]
+        cells.append(record["omega"])
         cells.append(
             f"{1 / seconds[index]:.1f} ({seconds[0] / seconds[index]:.2f}x)" if seconds else ""
         )
@@ -91,12 +97,21 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FOLDER",
         help="finished settings are left here, not done again",
     )
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        choices=GROUPS,
+        metavar="GROUP",
+        default=list(GROUPS),
+        help=f"those of {', '.join(GROUPS)} (default: all)",
+    )
     add_device(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.learner, Path(folder), options.device, compile=False)
         quality = qualities(bench, options.samples, 0, options.keep)
-        for name, settings in GROUPS.items():
+        for name in options.groups:
+            settings = GROUPS[name]
             seconds = (
                 speed(bench, settings, options.batch_size, options.rounds) if options.rounds else {}
             )

@@ -6,7 +6,14 @@ from __future__ import annotations
 
 from benchmarks.harness.arguments import new_parser
 from dpfast.hardware.peaks import samples_per_second
-from dpfast.planning.methods import PREDECESSOR, Method, dit_xl_2, stable_diffusion_15
+from dpfast.planning.methods import (
+    PREDECESSOR,
+    Method,
+    dit_xl_2,
+    stable_diffusion_15,
+    stable_diffusion_21,
+    stable_diffusion_xl,
+)
 
 METHODS = {
     "the predecessor, batched or not": PREDECESSOR,
@@ -23,7 +30,13 @@ def table() -> str:
     """Markdown: FLOPs of a guided sample, its cost against an unguided one, and its gain on the
     predecessor.
     """
-    generators = [stable_diffusion_15(512), stable_diffusion_15(256), dit_xl_2()]
+    generators = [
+        stable_diffusion_15(512),
+        stable_diffusion_15(256),
+        stable_diffusion_21(),
+        stable_diffusion_xl(),
+        dit_xl_2(),
+    ]
     lines = [
         "| | " + " | ".join(parts.name for parts in generators) + " |",
         "|---" * (len(generators) + 1) + "|",

@@ -52,11 +52,9 @@ from dpfast.hardware.device import searched_convolutions
 from dpfast.hardware.peaks import here
 from dpfast.learn.models import build_learner
 from dpfast.planning.architectures import (
-    BETAS,
-    DIT_XL_2,
+    ARCHITECTURES,
     META,
     PIXELS,
-    SD15,
     VAE,
     frozen,
     published,
@@ -95,7 +93,7 @@ class Setting:
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of the "denoiser", "vae" or "tiny"."""
-        before = {"denoiser": DIT_XL_2 if self.is_dit else SD15, "vae": VAE, "tiny": {}}
+        before = {"denoiser": ARCHITECTURES[self.name].config, "vae": VAE, "tiny": {}}
         return before[part] | self.changes.get(part, {})
 
     def pipeline(self, device: torch.device, dtype: torch.dtype, *, fused: bool) -> Pipeline:
@@ -225,7 +223,7 @@ class Large(Models):
         vae = diffusers.AutoencoderKL(**setting.config("vae"))
         tiny = diffusers.AutoencoderTiny(**setting.config("tiny"))
         scheduler = diffusers.DDIMScheduler(
-            clip_sample=False, set_alpha_to_one=False, **BETAS[setting.name]
+            clip_sample=False, set_alpha_to_one=False, **ARCHITECTURES[setting.name].betas
         )
         networks = [frozen(each) for each in (network, vae, tiny)]
         if dtype != torch.get_default_dtype():

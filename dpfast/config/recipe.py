@@ -54,7 +54,12 @@ FORMER = {
 }
 # field -> the names by which recipes call a folder that only their user has
 USER_FOLDERS = {
-    "pipeline": ("stable-diffusion-1.5", "dit-xl-2"),
+    "pipeline": (
+        "stable-diffusion-1.5",
+        "stable-diffusion-2.1",
+        "stable-diffusion-xl",
+        "dit-xl-2",
+    ),
     "validation": ("imagenet-val",),
 }
 

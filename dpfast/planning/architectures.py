@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,20 @@ from dpfast.errors import InputError
 from dpfast.generate.from_recipe import class_names, folder_of, prompts_of, resized
 from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder, decoder_dtype
 from dpfast.generate.models.fused import quantise
-from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.pipelines.families import check_float8, check_size, into_float8
-from dpfast.generate.pipelines.families.common import sized
+from dpfast.generate.pipelines import Pipeline, families
 from dpfast.generate.pipelines.families.dit import DiTDenoiser
 from dpfast.generate.pipelines.families.stable_diffusion import TextUNetDenoiser
-from dpfast.generate.pipelines.folder import TINY, PipelineFolder
+from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.pipeline import DTYPES, FLOAT8
-from dpfast.generate.solvers import load_scheduler, prediction_of
+from dpfast.generate.pipelines.prompts import Prompts
+from dpfast.generate.solvers import PREDICTIONS
 from dpfast.learn.models import build_learner
+from dpfast.ops.guided_step import Prediction
 
 META = torch.device("meta")
 TOKENS = 77  # of CLIP's text encoder
 
-# The published configurations, as their repositories' config.json say: stable-diffusion-v1-5 (UNet
-# of 859.5 M parameters) and facebook/DiT-XL-2-256 (675 M); both use the autoencoder of Stable
-# Diffusion (83.7 M).
-SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
-DIT_XL_2: dict[str, Any] = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 1000,
-}
+UNET = diffusers.UNet2DConditionModel
 VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -51,18 +40,79 @@ VAE: dict[str, Any] = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-BETAS: dict[str, dict[str, Any]] = {
-    "stable-diffusion-1.5": {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-    },
-    "dit-xl-2": {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
+SCALED: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
 }
-PIXELS = {
-    "stable-diffusion-1.5": 512,
-    "dit-xl-2": 256,
-}  # the published names, and what they were trained at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A generator as the files of its repository on the Hub describe it.
+
+    pixels: that it was trained at. vae: what is not as in ``VAE``.
+    """
+
+    kind: Any
+    config: dict[str, Any]
+    pixels: int
+    betas: dict[str, Any] = field(default_factory=lambda: SCALED)
+    prediction: Prediction = "epsilon"
+    vae: dict[str, Any] = field(default_factory=dict)
+
+
+# stable-diffusion-v1-5 (UNet of 859.5 M parameters), stable-diffusion-2-1 (865.9 M),
+# stable-diffusion-xl-base-1.0 (2,567.5 M) and facebook/DiT-XL-2-256 (675 M); all use the
+# autoencoder of Stable Diffusion (83.7 M), that of XL trained anew.
+ARCHITECTURES = {
+    "stable-diffusion-1.5": Published(
+        kind=UNET, config={"cross_attention_dim": 768, "attention_head_dim": 8}, pixels=512
+    ),
+    "stable-diffusion-2.1": Published(
+        kind=UNET,
+        config={
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+        pixels=768,
+        prediction="v",
+    ),
+    "stable-diffusion-xl": Published(
+        kind=UNET,
+        config={
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        pixels=1024,
+        vae={"scaling_factor": 0.13025, "force_upcast": True},
+    ),
+    "dit-xl-2": Published(
+        kind=diffusers.DiTTransformer2DModel,
+        config={
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 28,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 1000,
+        },
+        pixels=256,
+        betas={"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
+    ),
+}
+PIXELS = {name: about.pixels for name, about in ARCHITECTURES.items()}
 
 
 @contextlib.contextmanager
@@ -104,23 +154,31 @@ def published(
             f"pipeline = {name!r}: no folder, and no published architecture; those are "
             f"{', '.join(PIXELS)}"
         )
-    side = (pixels or PIXELS[name]) // 8
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS[name])
+    about = ARCHITECTURES[name]
+    side = (pixels or about.pixels) // 8
+    kinds = {kind: named for named, kind in PREDICTIONS.items()}
+    scheduler = diffusers.DDIMScheduler(
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type=kinds[about.prediction],
+        **about.betas,
+    )
     layout: Any = {"memory_format": torch.channels_last} if fused else {}
     changed: dict[str, dict[str, Any]] = {"denoiser": {}, "vae": {}, "tiny": {}} | dict(
         changes or {}
     )
-    is_dit = name == "dit-xl-2"
-    config = (DIT_XL_2 if is_dit else SD15) | changed["denoiser"]
+    config, of_vae = about.config | changed["denoiser"], VAE | about.vae | changed["vae"]
     with device, _default(dtype):
-        kind = diffusers.DiTTransformer2DModel if is_dit else diffusers.UNet2DConditionModel
         # Weights are drawn before anything is made of them: a seed gives the same in every form.
-        network = frozen(kind(sample_size=side, **config))
-        prompts = None
-        if not is_dit:
+        network = frozen(about.kind(sample_size=side, **config))
+        prompts = added = None
+        if about.kind is UNET:
             prompts = torch.randn(classes + 1, TOKENS, config["cross_attention_dim"])
-        vae = diffusers.AutoencoderKL(**VAE | changed["vae"]).to(**layout)
+        with _default(decoder_dtype(of_vae, dtype)):
+            vae = diffusers.AutoencoderKL(**of_vae).to(**layout)
         small = diffusers.AutoencoderTiny(**changed["tiny"])
+        if config.get("addition_embed_type") is not None:
+            added = torch.randn(classes + 1, network.time_embedding.linear_2.out_features)
         denoiser: Any
         if prompts is None:
             denoiser = DiTDenoiser(
@@ -132,7 +190,12 @@ def published(
             )
         else:
             denoiser = TextUNetDenoiser(
-                network.to(**layout), prompts, prediction="epsilon", timesteps=1000, fused=fused
+                network.to(**layout),
+                prompts,
+                prediction=about.prediction,
+                timesteps=1000,
+                added=added,
+                fused=fused,
             )
         decoder: Decoder = VaeDecoder(vae, fused=fused)
         tiny: Decoder = TinyDecoder(small, fused=fused)
@@ -180,10 +243,9 @@ def without_weights(
     name otherwise.
 
     classes: where the folder does not name its own. height, width: of the images in pixels, as
-    ``Pipeline.from_pretrained`` takes them. prompts: of all classes; None: one a
-    class. float8: with fused blocks, whose linear layers
-    run in float8 where they can. Raises ``InputError`` for a folder of another kind than
-    ``DiTPipeline`` and ``StableDiffusionPipeline``, or in float8 than the first.
+    ``Pipeline.from_pretrained`` takes them. prompts: of all classes; None: one a class. float8:
+    with fused blocks, whose linear layers run in float8 where they can. Raises ``InputError`` as
+    ``Pipeline.from_pretrained`` does, and for images of a published name that are no squares.
     """
     if isinstance(source, str) and source in PIXELS and not Path(source).is_dir():
         pixels = _square(source, height, width)
@@ -195,49 +257,39 @@ def without_weights(
             )
         return made
     folder = source if isinstance(source, PipelineFolder) else PipelineFolder(source)
-    if folder.kind not in ("DiTPipeline", "StableDiffusionPipeline"):
-        raise folder.error(
-            f"a {folder.kind}; a plan takes a DiTPipeline or a StableDiffusionPipeline"
-        )
-    if float8:
-        check_float8(folder)
-    check_size(folder, height, width)
-    given = None if classes is None else [f"class {i}" for i in range(classes)]
-    names = (folder.class_names(None) if given is None else tuple(given)) or ()
-    if not names:
-        raise folder.error("does not name its classes; say class_names")
-    scheduler = load_scheduler(folder.path, latent=True)
-    denoiser: Any
-    with META, _default(dtype):
-        if folder.kind == "DiTPipeline":
-            dit = _from_config(folder, diffusers.DiTTransformer2DModel, "transformer")
-            steps = scheduler.config.num_train_timesteps
-            denoiser = DiTDenoiser(
-                dit,
-                classes=len(names),
-                prediction=prediction_of(scheduler),
-                timesteps=steps,
-                fused=float8,
-            )
-            if float8:
-                into_float8(folder, denoiser)
-        else:
-            unet = _from_config(folder, diffusers.UNet2DConditionModel, "unet")
-            sized(folder, unet, height, width)
-            rows = (len(names) if prompts is None else prompts) + 1
-            embeddings = torch.empty(rows, TOKENS, unet.config.cross_attention_dim)
-            denoiser = TextUNetDenoiser(unet, embeddings, prediction=prediction_of(scheduler))
-        kind = getattr(diffusers, str(folder.class_of("vae")))
-        vae = _autoencoder(folder, kind, "vae", dtype)
-        decoder: Decoder = VaeDecoder(vae) if kind is diffusers.AutoencoderKL else TinyDecoder(vae)
-        tiny = decoder
-        if folder.has(TINY):
-            model = _autoencoder(folder, diffusers.AutoencoderTiny, TINY, dtype)
-            tiny = TinyDecoder(model)
-    channels = int(vae.config.out_channels)
-    return Pipeline(
-        folder.path, denoiser, decoder, tiny, scheduler, names, channels, torch.device("cpu")
+    names = folder.class_names(None) if classes is None else _numbered(classes)
+    # a class a prompt, as many rows of embeddings as a class of several prompts has
+    asked = names if prompts is None else _numbered(prompts)
+    options = families.LoadOptions(
+        device=META,
+        dtype=dtype,
+        attention="sdpa",
+        channels_last=False,
+        fused=float8,
+        float8=float8,
+        class_names=asked,
+        prompts=Prompts(),
+        height=height,
+        width=width,
     )
+    parts = families.load(folder, options)
+    denoiser: Any = parts.denoiser
+    if names and prompts is not None:
+        denoiser.classes = len(names)
+    return Pipeline(
+        folder.path,
+        denoiser,
+        parts.decoder,
+        families.tiny_decoder(folder, options) or parts.decoder,
+        parts.scheduler,
+        names or parts.class_names,
+        parts.image_channels,
+        torch.device("cpu"),
+    )
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(f"class {i}" for i in range(count))
 
 
 def _square(name: str, height: int, width: int) -> int | None:
@@ -248,16 +300,6 @@ def _square(name: str, height: int, width: int) -> int | None:
             f"{height} as well, or name a folder"
         )
     return height or None
-
-
-def _autoencoder(folder: PipelineFolder, kind: Any, part: str, dtype: torch.dtype) -> Any:
-    with _default(decoder_dtype(folder.config(part), dtype)):
-        return _from_config(folder, kind, part)
-
-
-def _from_config(folder: PipelineFolder, kind: Any, part: str) -> Any:
-    folder.need(part)
-    return frozen(kind.from_config(kind.load_config(folder.place(part))))
 
 
 def vit_b_16(classes: int = 1000) -> nn.Module:

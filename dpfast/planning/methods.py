@@ -73,6 +73,16 @@ def stable_diffusion_15(pixels: int) -> PartFlops:
     return _parts(f"Stable Diffusion 1.5, {pixels} px", "stable-diffusion-1.5", pixels)
 
 
+def stable_diffusion_21(pixels: int = 768) -> PartFlops:
+    """Stable Diffusion 2.1 with the same learner."""
+    return _parts(f"Stable Diffusion 2.1, {pixels} px", "stable-diffusion-2.1", pixels)
+
+
+def stable_diffusion_xl(pixels: int = 1024) -> PartFlops:
+    """Stable Diffusion XL 1.0, the base, with the same learner."""
+    return _parts(f"Stable Diffusion XL, {pixels} px", "stable-diffusion-xl", pixels)
+
+
 def dit_xl_2(pixels: int = 256) -> PartFlops:
     """DiT-XL/2 with learned sigma; decoders and learner as for Stable Diffusion 1.5, whose
     autoencoder it uses.

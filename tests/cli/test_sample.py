@@ -34,6 +34,7 @@ def arguments(folder, out, *options):
     [
         ("pipeline_folder", ["--dtype", "bfloat16", "--cfg-interval", "0,0.5"]),
         ("stable_diffusion_folder", [*TEXT, "--solver", "dpmpp2m"]),
+        ("stable_diffusion_xl_folder", [*TEXT, "--solver", "euler", "--cfg-scale", "3"]),
         ("stable_diffusion_3_folder", [*TEXT, "--solver", "euler"]),
         ("pixel_folder", ["--solver", "ddim"]),
     ],
@@ -55,6 +56,11 @@ def test_every_family_writes_its_images(folder, options, request, tmp_path):
             "stable_diffusion_folder",
             [*TEXT[:2], "--prompt-template", "a photo"],
             "prompt_template = 'a photo'",
+        ),
+        (
+            "stable_diffusion_folder",
+            [*TEXT, "--solver", "lcm", "--cfg-scale", "1", "--steps", "60"],
+            "steps = 60",
         ),
         ("stable_diffusion_3_folder", [*TEXT, "--solver", "ddim"], "solver = 'ddim'"),
         ("pipeline_folder", ["--dtype", "int8"], "dtype = 'int8'"),

@@ -56,9 +56,10 @@ def test_counts_of_every_architecture_are_those_of_torchs_counter():
     work = stable_diffusion_15(256)
     with torch.device("meta"):
         x, tokens, t = torch.empty(1, 4, 32, 32), torch.empty(1, 77, 768), torch.empty(1)
-        unet = diffusers.UNet2DConditionModel(sample_size=32, **architectures.SD15)
+        configs = {name: each.config for name, each in architectures.ARCHITECTURES.items()}
+        unet = diffusers.UNet2DConditionModel(sample_size=32, **configs["stable-diffusion-1.5"])
         vae, tiny = diffusers.AutoencoderKL(**architectures.VAE), diffusers.AutoencoderTiny()
-        dit = diffusers.DiTTransformer2DModel(sample_size=32, **architectures.DIT_XL_2)
+        dit = diffusers.DiTTransformer2DModel(sample_size=32, **configs["dit-xl-2"])
         vit = architectures.vit_b_16()
     with torch.no_grad():
         assert work.denoiser.forward == torch_counts(
@@ -75,6 +76,22 @@ def test_counts_of_every_architecture_are_those_of_torchs_counter():
             == torch_counts(lambda: dit(x, timestep=t.long(), class_labels=label))
             == 237333676032
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("stable-diffusion-1.5", 859.520964),
+        ("stable-diffusion-2.1", 865.910724),
+        ("stable-diffusion-xl", 2567.463684),
+    ],
+)
+def test_a_published_unet_has_its_published_size(name, millions):
+    made = published(name, classes=1, dtype=torch.bfloat16)
+    assert sum(w.numel() for w in made.denoiser.model.parameters()) == round(millions * 1e6)
+    # the autoencoder of XL overflows in 16 bits
+    assert (made.decoder.dtype == torch.float32) == (name == "stable-diffusion-xl")
+    assert made.denoiser.sample_shape[1] * 8 == architectures.PIXELS[name]
 
 
 def one(sampler, **options):

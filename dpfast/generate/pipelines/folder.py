@@ -204,7 +204,11 @@ class PipelineFolder:
             )
 
     def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
-        """A model of diffusers or transformers, frozen, in eval mode."""
+        """A model of diffusers or transformers, frozen, in eval mode; on the device meta of its
+        configuration alone.
+        """
+        if torch.device(device).type == "meta":
+            return self._described(kind, part, dtype).eval().requires_grad_(False)
         cast: dict[str, Any] = {"dtype": dtype}
         if issubclass(kind, diffusers.ModelMixin):
             cast = {**dtype_option(dtype), "low_cpu_mem_usage": installed("accelerate")}
@@ -246,6 +250,21 @@ class PipelineFolder:
                         "does not have"
                     )
         return loras
+
+    def _described(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
+        """A model of diffusers without weights."""
+        self.config(part)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                return kind.from_config(kind.load_config(self.place(part)))
+        except Exception as error:  # whatever diffusers meets in options that it does not check
+            raise self.error(
+                f"{part!r} cannot be loaded as a {kind.__name__}: {first_line(error)}"
+            ) from error
+        finally:
+            torch.set_default_dtype(before)
 
     def class_names(self, given: Sequence[str] | None) -> tuple[str, ...] | None:
         """``given``, or what the folder says in class_names.json (a list) or in the index's

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
+from torch.utils.flop_counter import FlopCounterMode
 
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
@@ -19,6 +20,7 @@ from dpfast.generate.pipelines.folder import dtype_option
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.hardware.flops import count_work
 from dpfast.ops import normal
+from dpfast.planning.architectures import without_weights
 from tests import tiny_pipelines
 from tests.generate.pipelines.test_families import (
     CLOSE,
@@ -307,3 +309,24 @@ def test_guidance_sees_the_scale_that_is_embedded(tmp_path, learner, caplog):
     idle = GuidedSampler(pipeline, cfg_interval=(0.0, 0.5), **options)
     idle.generate([0])
     assert "cfg_interval = (0, 0.5) has no effect: the generator of" in caplog.text
+
+
+def test_a_plan_counts_what_torch_counts(stable_diffusion_xl_folder, reference, pipelines):
+    """But for the layers behind the pooled embedding, whose results are a table."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet = diffusers.UNet2DConditionModel.from_config(reference.unet.config)
+        unet(
+            torch.zeros(2, 4, 8, 8),
+            torch.tensor(500),
+            encoder_hidden_states=torch.zeros(2, 16, 40),
+            added_cond_kwargs={"text_embeds": torch.zeros(2, 24), "time_ids": torch.zeros(2, 6)},
+        )
+    tabulated = 2 * 2 * sum(w.numel() for w in unet.add_embedding.parameters() if w.dim() == 2)
+    planned = without_weights(stable_diffusion_xl_folder, classes=3, dtype=torch.float16)
+    assert planned.denoiser.embeddings.shape == pipelines[0].denoiser.embeddings.shape
+    assert (planned.denoiser.dtype, planned.decoder.dtype) == (torch.float16, torch.float32)
+    with torch.device("meta"), torch.no_grad():
+        x, t = torch.zeros(2, 4, 8, 8), torch.tensor(500)
+        labels = torch.zeros(2, dtype=torch.int64)
+        work = count_work(lambda: planned.denoiser(x, t, labels))
+    assert work.flops == counter.get_total_flops() - tabulated

@@ -11,6 +11,8 @@ Adding a family is one file in this package and its test. The file holds a class
 the call of its model (``dpfast.generate.models.denoiser.ModelDenoiser``), the function that loads a
 folder's parts, made of those in ``common`` and, for text, of ``dpfast.generate.pipelines.prompts``,
 and a table ``FAMILIES`` from the pipeline's class name to its ``Family``; every file here is read.
+Its loader gives the parts without weights as well (``LoadOptions.planned``), which is what plans
+and rehearsals count.
 """
 
 from __future__ import annotations
@@ -44,13 +46,14 @@ for _found in pkgutil.iter_modules(__path__):
 
 
 def load(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
-    """Loads the parts of a folder.
+    """Loads the parts of a folder; on the device meta of their configurations alone.
 
     Raises ``InputError`` for a pipeline of no family and whatever its family refuses.
     """
     family = family_of(folder)
-    folder.need(*family.needs)
-    folder.check_variant(_with_weights(folder))
+    if not options.planned:
+        folder.need(*family.needs)
+        folder.check_variant(_with_weights(folder))
     if options.float8:
         check_float8(folder)
     check_prompts(folder, options.prompts, ())

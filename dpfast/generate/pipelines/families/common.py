@@ -33,6 +33,11 @@ class LoadOptions:
     height: int  # of the images in pixels; 0: the model's own
     width: int
 
+    @property
+    def planned(self) -> bool:
+        """Whether the parts are wanted without weights, and prompts without their embeddings."""
+        return self.device.type == "meta"
+
 
 @dataclass(frozen=True)
 class LoadedParts:

@@ -117,7 +117,11 @@ def _stable_diffusion(folder: PipelineFolder, options: LoadOptions) -> LoadedPar
     model = network(folder, diffusers.UNet2DConditionModel, "unet", options)
     prompts_alone(folder, model, "addition_embed_type")
     decoder, channels = decoder_of(folder, model.config.in_channels, options)
-    embeddings = _encode(folder, prompts, device=options.device, dtype=options.dtype)
+    if options.planned:
+        width = model.config.cross_attention_dim
+        embeddings = texts.blank(folder, prompts, width).to(options.dtype)
+    else:
+        embeddings = _encode(folder, prompts, device=options.device, dtype=options.dtype)
     denoiser = TextUNetDenoiser(
         model,
         embeddings,

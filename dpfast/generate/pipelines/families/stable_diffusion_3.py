@@ -22,6 +22,8 @@ from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.solvers import load_scheduler, prediction_of
 from dpfast.ops.guided_step import Prediction
 
+T5_TOKENS = 256  # as StableDiffusion3Pipeline takes them, of zeros where the encoder is missing
+
 
 class TextTransformerDenoiser(ModelDenoiser):
     """``SD3Transformer2DModel`` over prompts' embeddings (classes + 1, tokens, width) and pooled
@@ -67,7 +69,14 @@ def _stable_diffusion_3(folder: PipelineFolder, options: LoadOptions) -> LoadedP
         )
     model = network(folder, diffusers.SD3Transformer2DModel, "transformer", options)
     decoder, channels = decoder_of(folder, model.config.in_channels, options)
-    embeddings, pooled = _encode(folder, prompts, model, device=options.device, dtype=options.dtype)
+    if options.planned:
+        width, tokens = model.config.joint_attention_dim, T5_TOKENS
+        embeddings = texts.blank(folder, prompts, width, more=tokens).to(options.dtype)
+        pooled = embeddings.new_empty(len(prompts), model.config.pooled_projection_dim)
+    else:
+        embeddings, pooled = _encode(
+            folder, prompts, model, device=options.device, dtype=options.dtype
+        )
     denoiser = TextTransformerDenoiser(
         model, embeddings, pooled, prediction="flow", fused=options.fused
     )

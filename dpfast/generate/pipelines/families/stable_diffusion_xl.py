@@ -24,6 +24,7 @@ from dpfast.generate.pipelines.families.stable_diffusion import TextUNetDenoiser
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.solvers import load_scheduler, prediction_of
 
+SIZES = 6  # original height and width, place of the crop, height and width
 ZEROS = "force_zeros_for_empty_prompt"
 
 
@@ -39,7 +40,14 @@ def _stable_diffusion_xl(folder: PipelineFolder, options: LoadOptions) -> Loaded
             "'text_time'"
         )
     decoder, channels = decoder_of(folder, model.config.in_channels, options)
-    embeddings, pooled = _encode(folder, prompts, device=options.device, dtype=options.dtype)
+    if options.planned:
+        embeddings = texts.blank(folder, prompts, model.config.cross_attention_dim)
+        embeddings = embeddings.to(options.dtype)
+        sizes = SIZES * model.config.addition_time_embed_dim
+        wide = model.config.projection_class_embeddings_input_dim - sizes
+        pooled = embeddings.new_empty(len(prompts), wide)
+    else:
+        embeddings, pooled = _encode(folder, prompts, device=options.device, dtype=options.dtype)
     denoiser = TextUNetDenoiser(
         model,
         embeddings,
@@ -61,12 +69,12 @@ def added_rows(folder: PipelineFolder, model: Any, pooled: Tensor) -> Tensor:
     size, scale = model.config.sample_size, pixels_of_latents(folder)
     sides = [side * scale for side in ((size, size) if isinstance(size, int) else size)]
     ids = torch.tensor([*sides, 0, 0, *sides], dtype=pooled.dtype, device=pooled.device)
-    given = model.config.addition_time_embed_dim * len(ids) + pooled.shape[1]
+    given = model.config.addition_time_embed_dim * SIZES + pooled.shape[1]
     expected = model.config.projection_class_embeddings_input_dim
     if given != expected:
         raise folder.error(
             f"'unet' takes {expected} numbers of prompt and sizes "
-            f"(projection_class_embeddings_input_dim), and 'text_encoder_2' and {len(ids)} sizes "
+            f"(projection_class_embeddings_input_dim), and 'text_encoder_2' and {SIZES} sizes "
             f"give {given}; expected as many"
         )
     conditions = {"text_embeds": pooled, "time_ids": ids.expand(len(pooled), -1)}
