@@ -149,7 +149,15 @@ def test_a_cache_that_may_not_be_written_is_read(cache, pipeline_folder, tmp_pat
     assert sorted(str(each) for each in tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("form", ["fp16", "sharded", "former", "mixed"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "fp16",
+        "former",
+        pytest.param("sharded", marks=pytest.mark.long),
+        pytest.param("mixed", marks=pytest.mark.long),
+    ],
+)
 def test_weights_of_a_variant_are_read(form, cache, stable_diffusion_folder, tmp_path):
     """As save_pretrained(variant = "fp16") writes them, whole and in shards; as older versions
     wrote shards; and where one part has none.
@@ -269,6 +277,7 @@ def test_a_download_beats_while_it_grows_and_its_failure_is_one_line(cache, monk
     assert threading.active_count() == threads
 
 
+@pytest.mark.long
 def test_the_environment_says_where_the_cache_is(tmp_path, pipeline_folder):
     cached(tmp_path / "hub", MODEL, pipeline_folder)
     code = f"from dpfast.generate.pipelines.hub import located; print(located({MODEL!r}))"
