@@ -88,15 +88,17 @@ def test_a_sampler_is_what_its_recipe_says(pipeline, learner):
 
 
 def test_no_field_is_without_effect():
-    """A new field needs a place in ``dpfast.generate.from_recipe``, or in the practice's own
-    list.
+    """A new field needs a place in ``dpfast.generate.from_recipe``, or in the list of what others
+    read.
     """
     described = inspect.getsource(recipes)
     elsewhere = {
         "batch_size",
         "micro_batch",
-        "guide_with",
-    }  # of the loop around the sampler, and ``at_once``
+        "guide_with",  # of the loop around the sampler, and ``at_once``
+        "omega_classes",
+        "anchor_classes",  # of ``dpfast.sources.strengths``, which knows the labels
+    }
     for section, name in ((load().generator, "generator"), (load().guidance, "guidance")):
         for field in dataclasses.fields(section):
             assert field.name in elsewhere or f"{name}.{field.name}" in described, field.name
@@ -117,6 +119,7 @@ def test_a_wrong_value_is_refused_before_anything_is_loaded(overrides, named):
         load(**overrides)
 
 
-def test_a_solver_that_the_pipeline_does_not_take_is_the_recipes_fault(pipeline):
-    with pytest.raises(InputError, match="solver = 'euler'"):
-        new_sampler(load(solver="euler"), pipeline, None)
+def test_a_solver_that_the_pipeline_does_not_take_is_the_recipes_fault(stable_diffusion_3_folder):
+    flow = Pipeline.from_pretrained(stable_diffusion_3_folder, class_names=["ship", "frog"])
+    with pytest.raises(InputError, match="solver = 'ddim'"):
+        new_sampler(load(solver="ddim"), flow, None)
