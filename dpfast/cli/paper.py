@@ -102,12 +102,14 @@ def run(arguments: argparse.Namespace) -> int:
     from dpfast.paper.runs import claim, lacking, paper_runs
 
     out = arguments.out or Path("runs/paper") / f"{table.name}{'-small' * arguments.small}"
-    runs = paper_runs(table, out, _seeds(arguments.seeds, table), _folders(arguments, table))
+    seeds = _seeds(arguments.seeds, table)
+    runs = paper_runs(table, out, seeds, _folders(arguments, table))
     if arguments.dry_run:
-        _dry_run(table, runs, out, arguments)
+        _dry_run(table, runs, seeds[0], out, arguments)
         return 0
     require("matplotlib", "tensorboard")
     from dpfast.paper.page import write_page
+    from dpfast.practice.run_writer import owned
 
     missing = lacking(runs)
     if missing and not arguments.page:
@@ -117,9 +119,12 @@ def run(arguments: argparse.Namespace) -> int:
     claim(table, runs, out, small=arguments.small)
     code = 0
     if not arguments.page:
-        others = table.commands
-        code = make_runs(runs, launch, print)
-        code = code or make_others(others, out, _pipeline(runs), own, print)
+        owner = owned(out)
+        try:
+            code = make_runs(runs, launch, print)
+            code = code or make_others(table.commands, out, _pipeline(runs), seeds[0], own, print)
+        finally:
+            owner.close()
     print(f"Page: {write_page(table, runs, out)}")
     return code
 
@@ -203,7 +208,7 @@ def _needed(missing: dict[str, list[str]]) -> str:
 
 
 def _dry_run(
-    table: Table, runs: Sequence[PaperRun], out: Path, arguments: argparse.Namespace
+    table: Table, runs: Sequence[PaperRun], seed: int, out: Path, arguments: argparse.Namespace
 ) -> None:
     from dpfast.hardware.peaks import HERE
     from dpfast.paper.cost import costs_of
@@ -223,7 +228,8 @@ def _dry_run(
         print(f"\n# {made.name}: {made.state}; makes {cost.made:,} samples, {price}")
         print(made.command)
     for other in table.commands:
-        print(f"\n# {other.name}\n{shlex.join(['dpfast', *words_of(other, out, _pipeline(runs))])}")
+        words = words_of(other, out, _pipeline(runs), seed)
+        print(f"\n# {other.name}\n{shlex.join(['dpfast', *words])}")
     for entry in table.entries:
         if entry.left_out:
             print(f"\n# {entry.name} ({entry.row}) stays out: {entry.left_out}")

@@ -21,7 +21,7 @@ group_by   fields that tell curves of accuracy against samples apart, beside the
   small      the fields of its twin in small; a branch has at alone
 
 [small]    recipe, seeds, fields and about of the twins; runs without small have none
-[[commands]]  what is made by another command than a run: name, words, makes (a file)
+[[commands]]  what is made by another command than a run: name, words, makes (a folder of pictures)
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Entry:
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """What another command than ``dpfast run`` makes. words: after ``dpfast``, in which {out} is
-    the table's folder and {pipeline} the generator's; makes: a file there that it writes last.
+    the table's folder, {pipeline} the generator's and {seed} the first of those that are asked for;
+    makes: the folder in {out} that it writes, with its pictures.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shlex
 import shutil
 import signal
@@ -58,31 +59,38 @@ def make_others(
     commands: Sequence[Command],
     out: Path,
     pipeline: str,
+    seed: int,
     launch: Sequence[str],
     tell: Callable[[str], object],
 ) -> int:
-    """Calls the commands whose files are not there, as ``make_runs`` calls runs."""
+    """Calls the commands whose folders are not there, as ``make_runs`` calls runs. Each writes in a
+    hidden folder that gets its name once it is whole.
+    """
     for command in commands:
-        if there(out / command.makes):
+        made = out / command.makes
+        if there(made):
             tell(f"{command.name}: finished")
             continue
         tell(f"{command.name}: begins")
-        half = (out / command.makes).parent
-        if half != out:  # of a kill; these commands write in new folders alone
-            shutil.rmtree(half, ignore_errors=True)
+        half = made.with_name(f".{made.name}")
+        shutil.rmtree(half, ignore_errors=True)  # of a kill
+        words = words_of(command, out, pipeline, seed)
         log = out / LOGS / f"{command.name}.log"
-        code = _call([*launch, *words_of(command, out, pipeline)], log)
+        code = _call([*launch, *(str(half) if each == str(made) else each for each in words)], log)
         if code:
             tell(f"{command.name}: {_last(log)} ({log})")
             return code
+        half.rename(made)
     return 0
 
 
-def words_of(command: Command, out: Path, pipeline: str) -> list[str]:
-    """A command's words after ``dpfast``. pipeline: the generator's folder."""
-    return [
-        word.replace("{out}", str(out)).replace("{pipeline}", pipeline) for word in command.words
-    ]
+def words_of(command: Command, out: Path, pipeline: str, seed: int) -> list[str]:
+    """A command's words after ``dpfast``. pipeline: the generator's folder; seed: of the run that
+    it is about.
+    """
+    values = {"{out}": str(out), "{pipeline}": pipeline, "{seed}": str(seed)}
+    parts = re.compile("|".join(map(re.escape, values)))
+    return [parts.sub(lambda found: values[found[0]], word) for word in command.words]
 
 
 def launch_words(text: str) -> list[str]:

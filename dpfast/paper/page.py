@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
+from dpfast.files import listed
 from dpfast.paper.definition import Entry, Table
 from dpfast.paper.runs import PaperRun
 from dpfast.report import tables
 from dpfast.report.figures import scaling
 from dpfast.report.laws import fit_laws, savings
-from dpfast.report.page import ACCURACIES, SWEPT, figure_html, page_html
+from dpfast.report.page import ACCURACIES, SWEPT, figure_html, page_html, picture_html
 from dpfast.report.points import on_validation, points_of_runs
 from dpfast.report.sweeps import swept
 
@@ -67,9 +68,10 @@ def write_page(table: Table, runs: Sequence[PaperRun], out: Path) -> Path:
     body += _figures(table, ready, out)
     body += ["<h2>Runs</h2>", _runs(runs)] if runs else []
     for command in table.commands:
-        path = out / command.makes
-        state = "finished" if path.exists() else "missing"
-        body.append(f'<p class="note">{html.escape(f"{command.name}: {state}, {path}")}</p>')
+        pictures = listed(out / command.makes, "*.png")
+        state = f"finished, {out / command.makes}" if pictures else "missing"
+        body.append(f'<p class="note">{html.escape(f"{command.name}: {state}")}</p>')
+        body += [picture_html(path, f"{command.name}: {path.name}") for path in pictures]
     page = out / "index.html"
     page.write_text(
         page_html("".join(body), title=table.title), encoding="utf-8", errors="backslashreplace"

@@ -215,7 +215,8 @@ def claim(table: Table, runs: Sequence[PaperRun], out: Path, *, small: bool) -> 
     """Notes in ``out`` which runs it holds.
 
     Raises ``InputError`` where it holds those of another table, and where a run was defined
-    otherwise when it was noted. Folders, and what else a resumed run may change, are not compared.
+    otherwise when it was noted, or where nothing can be written. Folders, and what else a resumed
+    run may change, are not compared.
     """
     now = {run.entry.name: _essence(run) for run in runs}
     if there(out) and not out.is_dir():
@@ -250,10 +251,15 @@ def claim(table: Table, runs: Sequence[PaperRun], out: Path, *, small: bool) -> 
             f"out = {str(out)!r}: holds other things than the runs of a table; choose another "
             "folder"
         )
-    out.mkdir(parents=True, exist_ok=True)
     told = {"table": table.name, "small": small, "runs": held_runs | now}
-    with durable(out, DEFINED) as file:
-        file.write(json.dumps(told, indent=1).encode() + b"\n")
+    if told == known:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with durable(out, DEFINED) as file:
+            file.write(json.dumps(told, indent=1).encode() + b"\n")
+    except OSError as error:
+        raise InputError(f"out = {str(out)!r}: cannot be written: {error.strerror}") from error
 
 
 def _essence(run: PaperRun) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def loss(runs: list[Run], size: tuple[float, float]) -> Figure | None:
 
 def scaling(laws: Sequence[Law], size: tuple[float, float], label: str) -> Figure | None:
     """Accuracy against samples with fitted power laws (Figs. 1 and 4). Groups without one are
-    small open marks where others have one. label: of the accuracy.
+    small open marks where others have one, and name their source where no line does. label: of
+    the accuracy.
     """
     points = [point for law in laws for point in law.points]
     if not points:
@@ -91,14 +92,20 @@ def scaling(laws: Sequence[Law], size: tuple[float, float], label: str) -> Figur
             ends.append((law.name, samples.max(), height, color))
     for law in laws if fitted else ():
         if law.exponent is None:
+            if not seen[law.source]:  # none of its source has a line
+                last = max(law.points, key=lambda point: point.samples)
+                at = [p.accuracy for p in law.points if p.samples == last.samples]
+                height = 100 * float(np.mean(at))
+                ends.append((law.source, float(last.samples), height, _color(law.source)))
+                seen[law.source] += 1
             axes.plot(
                 [p.samples for p in law.points],
                 [100 * p.accuracy for p in law.points],
                 "o",
                 mec=_color(law.source),
                 mfc="none",
-                ms=3,
-                alpha=0.5,
+                ms=4,
+                alpha=0.7,
             )
     if len({p.samples for p in points}) > 3:
         axes.set_xscale("log")

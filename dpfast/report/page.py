@@ -163,6 +163,11 @@ def figure_html(
     return _figure(path, draw(WIDE), draw(NARROW), caption)
 
 
+def picture_html(path: Path, caption: str) -> str:
+    """A PNG file as a figure of a page."""
+    return _img(path.read_bytes(), None, caption)
+
+
 def _head(runs: list[Run], points: list[Point]) -> str:
     names, sentence = ", ".join(html.escape(run.path.name) for run in runs), lead(points)
     first = f'<p class="lead">{html.escape(sentence)}</p>' if sentence else ""
@@ -262,7 +267,7 @@ def _sheets(run: Run, pool: SamplePool, out: Path) -> str:
             f"{run.path.name}, round {number}: a row per class, "
             "entropy at birth rises to the right."
         )
-        parts.append(_img(path.read_bytes(), None, caption))
+        parts.append(picture_html(path, caption))
     return "".join(parts)
 
 

@@ -45,8 +45,12 @@ def test_the_printed_command_of_a_run_asks_for_the_recipe_of_the_run(name, small
 def test_other_commands_are_ones_that_can_be_typed(name):
     small = load_table(name, small=True).commands if name in SMALL else ()
     for command in (*load_table(name).commands, *small):
-        assert new_parser().parse_args(words_of(command, Path("out"), "folder")).handler
-        assert not any("{" in word for word in words_of(command, Path("out"), "folder"))
+        words = words_of(command, Path("out"), "folder", 5)
+        assert new_parser().parse_args(words).handler
+        assert not any("{" in word for word in words)
+        assert words[words.index("--out") + 1] == f"out/{command.makes}"
+        if "--learner" in words:
+            assert words[words.index("--learner") + 1] == "out/dp-seed5"
 
 
 @pytest.mark.parametrize("name", SMALL)

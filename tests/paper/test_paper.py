@@ -3,6 +3,7 @@ for ``dpfast``.
 """
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 from dpfast.cli.main import main
 from dpfast.paper.definition import load_table
-from dpfast.paper.page import comparison
+from dpfast.paper.making import make_others
+from dpfast.paper.page import comparison, write_page
 from dpfast.paper.runs import Folders, PaperRun, paper_runs
+from dpfast.pool.owner import Owner
 
 # writes what a run writes, as the command says; a run whose name is in FAILS stops half-way, once
 SCRIPT = """
@@ -38,6 +41,19 @@ line = {"event": "result", "source": source, "step": 300, "samples": size, "addi
         "validation_accuracy": 0.6 + size / 1e4, "test_accuracy": 0.6}
 (out / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
 (out / "index.html").write_text("")
+"""
+
+# writes two pictures, and when it is first called stops after the first
+PICTURES = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir()
+(out / "a.png").write_bytes(b"a")
+once = out.parent / "once"
+if not once.exists():
+    once.write_text("")
+    sys.exit(1)
+(out / "b.png").write_bytes(b"b")
 """
 
 
@@ -187,6 +203,46 @@ def test_a_folder_whose_definition_is_damaged_is_refused(small, capsys, text):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "paper.json" in error
+
+
+def test_one_command_at_a_time_makes_the_runs_of_a_folder(small, capsys):
+    assert small("--page", "--seeds", "0") == 0
+    owner = Owner(small.out)
+    try:
+        assert small("--seeds", "0") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"process {os.getpid()}" in error
+        assert small.calls() == []
+        assert small("--page", "--seeds", "0") == 0  # a look at it
+    finally:
+        owner.close()
+
+
+def test_a_folder_that_cannot_be_written_is_named(capsys):
+    error = refused(capsys, "table4", "--small", "--page", "--out", "/proc/none/table4")
+    assert error.startswith("dpfast: error: out = '/proc/none/table4': cannot be written: ")
+
+
+def test_pictures_of_another_command_are_whole_or_missing_and_on_the_page(tmp_path):
+    """A command that is stopped between two pictures is called again, in an empty folder."""
+    script = tmp_path / "pictures.py"
+    script.write_text(PICTURES)
+    table = load_table("figure3")
+    launch, said = [sys.executable, str(script)], []
+
+    def call():
+        return make_others(table.commands, tmp_path / "out", "", 0, launch, said.append)
+
+    assert call() == 1
+    assert "missing" in write_page(table, [], tmp_path / "out").read_text()
+    assert call() == 0
+    made = tmp_path / "out" / "theory"
+    assert sorted(path.name for path in made.iterdir()) == ["a.png", "b.png"]
+    page = write_page(table, [], tmp_path / "out").read_text()
+    assert page.count("<img ") == 2
+    assert call() == 0
+    assert said[-1] == "theory: finished"
 
 
 def test_a_file_is_no_folder_of_a_table(small, capsys):

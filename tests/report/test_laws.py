@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpfast.errors import InputError
+from dpfast.report.figures import scaling
 from dpfast.report.laws import SIZES, Interval, fit_laws, groups_of, savings, student_t
 from dpfast.report.points import Point, on_validation, points_of_study
 
@@ -169,3 +170,10 @@ def test_students_t_is_that_of_scipy():
     for values in range(2, 60):
         assert student_t(values) == pytest.approx(stats.t.ppf(0.975, values - 1), rel=2e-3)
     assert student_t(3) == pytest.approx(stats.t.ppf(0.975, 2), abs=5e-4)
+
+
+@pytest.mark.parametrize("sizes", [SIZE, SIZE[:2], SIZE[:1]])
+def test_every_source_has_its_name_in_the_figure(sizes):
+    laws = fit_laws([*points("dp", 1.5, 0.3), *points("static", 1.2, 0.2, sizes=sizes)])
+    (axes,) = scaling(laws, (7.0, 3.6), "validation").axes
+    assert sorted(text.get_text() for text in axes.texts) == ["dp", "static"]
