@@ -114,7 +114,7 @@ def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
     if not before or max(before) + 1 >= total:
         raise RecipeError(
             f"early_until = {until:g}: expected a guided step before this part of the {total} "
-            f"steps and a step after it; guided are {', '.join(map(str, sorted(guided)))}"
+            f"steps and a step after it; guided are {_shown(guided)}"
         )
     return max(before) + 1
 
@@ -127,9 +127,13 @@ def restart_step(recipe: Recipe, guided: Collection[int]) -> int:
     if not any(i >= start for i in guided):
         raise RecipeError(
             f"restart = {restart:g}: expected a guided step at or after step {start} of {total}; "
-            f"guided are {', '.join(map(str, sorted(guided)))}"
+            f"guided are {_shown(guided)}"
         )
     return start
+
+
+def _shown(steps: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(steps))) or "none"
 
 
 class FromNoise:

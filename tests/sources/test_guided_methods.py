@@ -409,6 +409,11 @@ def test_contradictory_values_are_refused(short, section, changes, named):
             {"start": 0.6},
             "early_until = 0.4: expected a guided step before",
         ),
+        (
+            {"early_candidates": 2.0},
+            {"omega_schedule": ((0.0, 0.0),)},
+            "early_until = 0.4: expected a guided step .* guided are none$",
+        ),
         ({"restart": 0.9}, {}, "restart = 0.9: expected a guided step at or after step 5 of 5"),
         (
             {"restart": 0.5},
