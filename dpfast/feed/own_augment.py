@@ -5,7 +5,8 @@
 images: (B, C, H, W) in [-1, 1], float32 unless a loader was told otherwise, on the run's device,
 behind crop, flip and RandAugment and before erasing and mixing; the function may write to them.
 seeds: (B,) int64 on the CPU, a function of (the run's seed, the number of the batch, the place in
-it). The result has the shape, dtype and device of the images.
+it). The result has the shape, dtype and device of the images, and is copied: the function may keep
+it, and its rows may share memory.
 
 Around the call torch's own generators are seeded with the first of the seeds and put back after it:
 transforms of libraries that draw from them run as they are, and a run that goes on sees the same
@@ -58,7 +59,8 @@ def augmented(own: OwnAugment, images: Tensor, seeds: Tensor) -> Tensor:
     if found != expected:
         words = (", ".join(map(str, each)) for each in (found, expected))
         raise InputError("augment: gives {}; expected {}".format(*words))
-    return changed.detach()
+    # erasing and mixing write to it
+    return changed.detach() if changed is images else changed.detach().clone()
 
 
 def try_augment(own: OwnAugment, image: Sequence[int], device: torch.device) -> None:

@@ -222,3 +222,16 @@ def test_functions_that_draw_from_torch_or_from_their_seeds_pass():
     assert not torch.equal(augmented(noisy, images.clone(), seeds), images)
     one = augmented(noisy, images.clone(), seeds)
     assert not torch.equal(one, augmented(noisy, images.clone(), seeds + 1))
+
+
+def test_what_a_function_gives_is_copied_before_others_write_to_it():
+    """One image for all of a batch, and one that the function keeps."""
+    kept = torch.full((4, 1, 6, 6), 0.5)
+    for given in (kept[:1].expand(4, -1, -1, -1), kept):
+        erasing = Augment(own=lambda images, seeds, given=given: given, erase=0.5)
+        draw = erasing.draw(4, (6, 6), seed=3, number=0)
+        boxes = draw.erased[:, 1::2] > draw.erased[:, ::2]
+        erased = erasing.change(torch.zeros(4, 1, 6, 6), draw, BatchFormat())
+        assert torch.equal((erased == 0).flatten(1).any(1), boxes.all(1))
+        assert 0 < int(boxes.all(1).sum()) < 4
+        assert torch.equal(kept, torch.full((4, 1, 6, 6), 0.5))
