@@ -6,6 +6,8 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
+LARGEST = 3.4028234663852886e38  # of float32, in which tensors hold what a caller gives
+
 
 class InputError(ValueError):
     """An argument, a file or a folder that cannot be used.

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NewType
 
 from dpfast.config.imported import FORM, is_import_path
+from dpfast.errors import LARGEST
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -90,7 +91,7 @@ class Kind(ABC):
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A finite number. type: int or float."""
+    """A finite number, which float32 holds. type: int or float."""
 
     type: type[int] | type[float]
 
@@ -98,6 +99,8 @@ class Number(Kind):
         number = math.nan if isinstance(given, bool) else float(given)
         if not math.isfinite(number) or self.type(number) != number:
             raise ValueError
+        if abs(number) > LARGEST:
+            raise OverflowError
         # as it was given, where the type is right: a float holds whole numbers until 2**53 alone
         return given if type(given) is self.type else self.type(number)
 

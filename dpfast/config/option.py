@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast, get_type_hints
 
 from dpfast.config.kinds import Kind, Range, inline, joined, kind_of
-from dpfast.errors import RecipeError
+from dpfast.errors import LARGEST, RecipeError
 
 T = TypeVar("T")
 
@@ -44,7 +44,10 @@ class Option:
         """
         try:
             value = self.kind.parse(given)
-        except (TypeError, ValueError, OverflowError):
+        except OverflowError:
+            wanted = f"{self.expected}, with numbers up to {LARGEST:.1e} either way"
+            raise RecipeError(f"{name} = {shown(given)}: expected {wanted}") from None
+        except (TypeError, ValueError):
             raise RecipeError(f"{name} = {shown(given)}: expected {self.expected}") from None
         if not self.kind.within(value, self.range):
             raise RecipeError(f"{name} = {shown(value)}: expected {self.expected}")

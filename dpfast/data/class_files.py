@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from dpfast.errors import InputError
+from dpfast.errors import LARGEST, InputError
 from dpfast.textfiles import lines, read_text
 
 T = TypeVar("T")
@@ -81,10 +81,10 @@ def strength_rows(field: str, file: str, low: float = -math.inf) -> dict[str, fl
 
     def parsed(text: str) -> float | None:
         number = float(text) if NUMBER.fullmatch(text) else math.nan
-        return number if math.isfinite(number) and number >= low else None
+        return number if low <= number and abs(number) <= LARGEST else None
 
     least = "" if low == -math.inf else f" of at least {low:g}"
-    wanted = f"a {'' if least else 'finite '}number{least}"
+    wanted = f"a {'' if least else 'finite '}number{least}, of float32"
     return class_rows(field, file, "value", parsed, wanted)
 
 

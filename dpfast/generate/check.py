@@ -4,7 +4,6 @@ expected.
 
 from __future__ import annotations
 
-import math
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpfast.errors import InputError
+from dpfast.ops.check import number
 
 
 def integer(name: str, value: object) -> int:
@@ -33,16 +33,6 @@ def pixels(name: str, value: object) -> int:
     if integer(name, value) < 0:
         raise InputError(f"{name} = {value}: expected pixels, or 0 for the model's own")
     return int(value)  # type: ignore[call-overload]
-
-
-def number(name: str, value: object) -> None:
-    """Raises ``TypeError`` unless ``value`` is a real number, ``InputError`` unless it is
-    finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise InputError(f"{name} = {value}: expected a finite number")
 
 
 def at_least_zero(name: str, value: object) -> None:

@@ -4,25 +4,24 @@ is expected.
 
 from __future__ import annotations
 
-import math
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from dpfast.errors import InputError
+from dpfast.errors import LARGEST, InputError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def number(name: str, value: object) -> None:
-    """Raises ``TypeError`` unless ``value`` is a real number, ``InputError`` unless it is
-    finite.
+    """Raises ``TypeError`` unless ``value`` is a real number, ``InputError`` unless float32 holds
+    it as a finite one.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise InputError(f"{name} = {value}: expected a finite number")
+    if not abs(value) <= LARGEST:  # type: ignore[operator]
+        raise InputError(f"{name} = {value}: expected a finite number of float32")
 
 
 def whole(name: str, value: object, meaning: str, *, low: int = 1) -> None:

@@ -156,11 +156,25 @@ def test_a_damaged_recipe_of_a_run_is_refused_in_one_line_with_its_path(tmp_path
         ("seed = " + "9" * 5000, "not valid TOML: Exceeds the limit"),
         ("seed = 0x" + "f" * 5000, "seed = <int, too long to be shown>: expected a whole"),
         ("[guidance]\nomega = " + "9" * 400, "omega = 9+: expected a finite number"),
+        (
+            "[guidance]\nomega = -1e39",
+            r"omega = -1e\+39: .* with numbers up to 3.4e\+38 either way",
+        ),
+        ("[generator]\ncfg_scale = 1e40", r"cfg_scale = 1e\+40: .* up to 3.4e\+38 either way"),
+        ("[guidance]\nomega_schedule = [[0, 1e39]]", r"omega_schedule = .* up to 3.4e\+38 either"),
         ("[generator]\nclass_names = " + "[" * 2000 + "]" * 2000, "not valid TOML: maximum"),
         ("learner" + ".a" * 3000 + " = 1", "learner: tables or lists within each other, over 20"),
         ('"se\\ned" = 1', r"'se\\ned' = 1: expected a field of recipe"),
     ],
-    ids=["endless", "endless hex", "no float", "deep list", "deep tables", "line feed in a name"],
+    ids=[
+        "endless",
+        "endless hex",
+        "no float",
+        *("beyond float32",) * 3,
+        "deep list",
+        "deep tables",
+        "line feed in a name",
+    ],
 )
 def test_what_python_itself_cannot_take_is_refused_in_one_line(tmp_path, text, said):
     (tmp_path / "odd.toml").write_text(text, encoding="utf-8")

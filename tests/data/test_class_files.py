@@ -25,6 +25,10 @@ def test_classes_that_are_not_named_are_left_out(tmp_path):
         ("\ncat nan\n", ", line 2: the value of 'cat' is 'nan', expected a number of at least 0"),
         ("cat inf\n", ", line 1: the value of 'cat' is 'inf', expected"),
         ("cat 1e999\n", ", line 1: the value of 'cat' is '1e999', expected"),
+        (
+            "cat 1e39\n",
+            ", line 1: the value of 'cat' is '1e39', expected a number of at least 0, of",
+        ),
         ("cat 1_0\n", ", line 1: the value of 'cat' is '1_0', expected"),
         ("cat \u0663\n", ", line 1: the value of 'cat' is '\u0663', expected"),
         ("cat much\n", ", line 1: the value of 'cat' is 'much', expected"),

@@ -263,6 +263,7 @@ def test_intervals_that_touch_share_no_step():
         ({"anchor": -0.5}, "anchor = -0.5: expected at least 0"),
         ({"anchor": float("nan")}, "anchor = nan: expected a finite number"),
         ({"anchor": float("inf")}, "anchor = inf: expected a finite number"),
+        ({"omega": -1e39}, r"omega = -1e\+39: expected a finite number of float32"),
         ({"anchor": "0.5"}, "anchor must be a number, got '0.5'"),
         ({"anchor": True}, "anchor must be a number, got True"),
         ({"anchor": None}, "anchor must be a number, got None"),

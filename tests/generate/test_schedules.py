@@ -130,6 +130,7 @@ def test_a_sample_with_a_strength_of_its_own_does_not_depend_on_its_batch(pipeli
         (((0.0, -1.0),), "_schedule = -1.0: expected at least 0"),
         (((0.0, float("nan")),), "_schedule = nan: expected a finite number"),
         (((float("inf"), 1.0),), "_schedule = inf: expected a finite number"),
+        (((0.0, 1e39),), r"_schedule = 1e\+39: expected a finite number of float32"),
         ((0.5, 1.0), r"each of \w+ must be \(fraction of the steps, factor\), got 0.5"),
         (((0.5,),), r"each of \w+ must be \(fraction of the steps, factor\), got \(0.5,\)"),
         (((0.5, True),), "must be a number, got True"),

@@ -29,7 +29,7 @@ from diffusers.utils.state_dict_utils import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dpfast.errors import InputError, first_line
+from dpfast.errors import LARGEST, InputError, first_line
 from dpfast.files import is_folder, listed, there
 from dpfast.generate.pipelines import hub
 
@@ -100,8 +100,10 @@ def _parted(text: str) -> tuple[str, float]:
         weight = float(number)
     except ValueError:
         weight = math.nan
-    if not math.isfinite(weight) or not place:
-        raise InputError(f"lora = {text!r}: {number!r} is no weight; expected a finite number")
+    if not abs(weight) <= LARGEST or not place:
+        raise InputError(
+            f"lora = {text!r}: {number!r} is no weight; expected a finite number of float32"
+        )
     return place, weight
 
 

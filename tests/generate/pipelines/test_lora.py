@@ -236,6 +236,7 @@ def test_families_without_lora_and_files_that_are_none_are_refused(
         (str(tmp_path / "none"), "no such folder|no such file"),
         (f"{given}:much", "'much' is no weight"),
         (f"{given}:nan", "'nan' is no weight"),
+        (f"{given}:1e39", "'1e39' is no weight; expected a finite number of float32"),
         ("someone/style", "no model of that name in the Hub's cache"),
     ):
         with pytest.raises(InputError, match=words):
