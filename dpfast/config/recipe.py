@@ -871,7 +871,10 @@ class Practice(Section):
         wanted = "1 with real_in_batch, which says how samples are drawn"
         _check(alone, "fresh_weight", self.fresh_weight, wanted)
         _check(not mixed or not self.overlap, "overlap", self.overlap, "0 with sources = 'mix'")
-        with_others = self.real_share < 1 or self.mix_with != "static" or not mixed
+        real, first = self.mixed_real(self.before_training), self.before_training
+        wanted = f"enough for one real image among {first} samples"
+        _check(not mixed or real > 0, "real_share", self.real_share, wanted)
+        with_others = real < first or self.mix_with != "static" or not mixed
         wanted = "below 1 with mix_with = 'static', which adds none later"
         _check(with_others, "real_share", self.real_share, wanted)
         once = self.sources and len(set(self.sources)) == len(self.sources)
@@ -901,6 +904,15 @@ class Practice(Section):
         """
         still = (*AT_ONCE, "mix") if self.mix_with == "static" else AT_ONCE
         return all(name in still for name in self.sources)
+
+    @property
+    def before_training(self) -> int:
+        """mix: the samples that it has before training, where no other source says its size."""
+        return self.maximum_samples if self.mix_with == "static" else self.initial_samples
+
+    def mixed_real(self, first: int) -> int:
+        """mix: how many of ``first`` samples before training are real images."""
+        return round(self.real_share * first)
 
     @property
     def guides(self) -> bool:

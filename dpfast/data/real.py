@@ -366,6 +366,26 @@ def check_training(folder: str, classes: Sequence[str]) -> None:
     )
 
 
+def check_apart(field: str, folder: str, validation: str, held_out: str) -> None:
+    """Raises ``InputError`` where the folder of ``field``, to train on, or one of its sub-folders
+    is one of the validation or of the test, by whatever path. Images are not looked at.
+    """
+    mine = _folders(folder)
+    for other, place in (("validation", validation), ("held_out", held_out)):
+        if place and not is_fashion(place) and (both := mine & _folders(place)):
+            shared = str(min(both))
+            raise InputError(
+                f"{field} = {folder!r}: {shared!r} is a folder of {other} = {place!r}; expected "
+                "images to train on that drive and test nothing"
+            )
+
+
+def _folders(place: str) -> set[Path]:
+    """A folder and its sub-folders, links followed; none where it is not there."""
+    path = Path(place)
+    return {each.resolve() for each in (path, *sub_folders(path))} if is_folder(path) else set()
+
+
 def count_training(folder: str) -> int:
     """How many images to train on a folder holds; 0 where it is not there."""
     path = Path(folder)

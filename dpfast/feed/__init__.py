@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,24 @@ def _loader_at(path: str) -> Callable[..., Loader]:
             "expected a class or function that makes a dpfast.Loader"
         )
     return found
+
+
+def check_groups(loader: str | Callable[..., Loader]) -> None:
+    """Raises ``InputError`` for what makes a loader of the caller's own and takes no ``groups``
+    (``PoolLoader``).
+    """
+    make = _loader_at(loader) if isinstance(loader, str) and is_import_path(loader) else loader
+    if isinstance(make, str):
+        return
+    try:
+        inspect.signature(make).bind_partial(groups=None)
+    except TypeError:
+        raise InputError(
+            f"real_in_batch: loader = {loader!r} takes no groups, which say what of the pool is "
+            "real; expected a parameter of that name, or no real_in_batch"
+        ) from None
+    except ValueError:  # of native code, which has no signature
+        return
 
 
 def dali_installed() -> bool:

@@ -252,7 +252,7 @@ def _phases(
         }.get(as_source, 0)  # what a source of the user's own makes is not known
         real = 0  # in the place of the first ones
         if source == "mix":
-            real = round(practice.real_share * (total if as_source == "static" else first))
+            real = practice.mixed_real(total if as_source == "static" else first)
         new = max(0, needed - max(made, real))
         if source in SOURCES:
             yield phase(source, "unguided samples", "generation", new, stages.unguided, unguided)

@@ -18,10 +18,10 @@ from dpfast.config import READ, SOURCES, Recipe, SourceName, is_import_path, kin
 from dpfast.config.imported import FORM
 from dpfast.config.kinds import ImportPath
 from dpfast.data.class_counts import class_counts
-from dpfast.data.real import Given, RealData, check_real, given_real, load_real
+from dpfast.data.real import Given, RealData, check_apart, check_real, given_real, load_real
 from dpfast.errors import InputError, RecipeError
 from dpfast.evaluate.sets import evaluation_sets
-from dpfast.feed import choose_loader
+from dpfast.feed import check_groups, choose_loader
 from dpfast.feed.loader import Loader
 from dpfast.feed.own_augment import augment_at, try_augment
 from dpfast.generate import criteria
@@ -206,6 +206,10 @@ class DeliberatePractice:
             names = tuple(pipeline.class_names)
         if checks_real:
             check_real(recipe.validation, recipe.held_out, names)
+            for field, of in (("real", ("real", "mix")), ("pool_from", ("pool",))):
+                if any(name in self.named for name in of):
+                    folder = getattr(recipe.practice, field)
+                    check_apart(field, folder, recipe.validation, recipe.held_out)
         self.class_counts = class_counts(recipe.practice, names)
         Strengths.of(recipe.guidance, names)  # looked at before weights are read
         ranks.beat()
@@ -251,9 +255,7 @@ class DeliberatePractice:
             if name in self.named:
                 total = practice.maximum_samples
                 if name == "mix":
-                    static = practice.mix_with == "static"
-                    total = practice.maximum_samples if static else practice.initial_samples
-                    total = round(practice.real_share * total)
+                    total = practice.mixed_real(practice.before_training)
                 images = RealImages(
                     practice.real, classes, shape, seed=recipe.seed, most=total, **options
                 )
@@ -344,6 +346,8 @@ class DeliberatePractice:
             choose_loader(self.recipe.learner.loader, self.recipe.pool.codec)
         elif not callable(self.loader):
             raise InputError(f"loader is a {type(self.loader).__name__}: expected a function")
+        if "mix" in self.named and practice.real_in_batch:
+            check_groups(self.loader or self.recipe.learner.loader)
         if self.recipe.learner.augment is not None:
             own_augment = augment_at(self.recipe.learner.augment)
             try_augment(own_augment, image_shape(self.pipeline), self.pipeline.device)
@@ -614,7 +618,7 @@ class DeliberatePractice:
             assert isinstance(mixed, StaticSource)
             images = self.existing[name]
             assert isinstance(images, RealImages)
-            mixed.real = images.first(round(recipe.practice.real_share * mixed.initial_samples))
+            mixed.real = images.first(recipe.practice.mixed_real(mixed.initial_samples))
             return mixed
         if name == "static":
             return StaticSource(recipe, unguided, total)

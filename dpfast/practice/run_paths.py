@@ -150,6 +150,13 @@ def check_vacant(
     ``recipe``: only a run is ever replaced, none in which a process still writes, and unasked only
     one that is ``unbegun``. What a run may change is in ``dpfast.practice.changes``.
     """
+    for field in ("pool_from", "reuse"):
+        other = getattr(recipe.practice, field)
+        if other and path.resolve() in (Path(other).resolve(), *Path(other).resolve().parents):
+            raise InputError(
+                f"{field} = {other!r}: lies in the run's own folder, out = {str(path)!r}; expected "
+                "another run's"
+            )
     if resume:
         if not there(path / RECIPE_FILE):
             raise InputError(f"resume: {str(path)!r} holds no run")

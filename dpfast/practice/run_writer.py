@@ -186,7 +186,7 @@ class MetricsCallback(Callback):
             made=cost.samples,
             samples=addition.added,
             seconds=cost.seconds,
-            samples_per_second=addition.added / max(cost.seconds, 1e-9),
+            samples_per_second=addition.added / cost.seconds if cost.seconds else None,
             forwards=cost.forwards,
             flops=cost.flops,
             **self.throughput.generation(cost),

@@ -34,15 +34,19 @@ HELD = {"pipeline": ("pipeline of the Hub", "pipeline"), "lora": ("lora",), "pro
 # guides, and what changes the rounding; cfg_scale is looked at by sample
 FREE = {"pipeline", "revision", "tiny_decoder", "lora", "prompts", "cfg_scale", "batch_size"}
 FREE |= {"micro_batch", "compile", "compile_region", "attention", "channels_last", "fused"}
+# source -> whether the samples of all rounds are functions of their ids, or those of round 0 alone:
+# where some classes are not guided, the others' guide may still have chosen. What "real", "pool"
+# and sources of the user's own hold, other things have made
+SOURCES = {"static": True, "prune": True, "dynamic": True, "dp": False, "mix": False}
 
 
 class ReusedSamples:
     """The unguided samples of a run's saved pools, by id.
 
-    Of pools of pixels that are kept exactly: latents and JPEG give back other images than were
-    made. A sample counts where its seed, its steps and its label are those of this run and nothing
-    has guided it. A damaged shard is named in a ``LostSamplesWarning``, and its samples are made
-    again.
+    Of the pools of ``SOURCES``, and of pixels that are kept exactly: latents and JPEG give back
+    other images than were made. A sample counts where its seed, its steps and its label are those
+    of this run and nothing has guided it. A damaged shard is named in a ``LostSamplesWarning``,
+    and its samples are made again.
 
     run: its folder. recipe, labels: of this run; contents: what its folders hold (``CONTENTS``).
     ``seconds``: that a sample took there, 0 where it is not known.
@@ -61,20 +65,13 @@ class ReusedSamples:
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         folder = Path(run)
-        pools = _pools(run)
+        sources = _saved(run)
         _check_same(run, recipe, contents)
-        self._pools = [OnDisk(path, beat=beat) for path in pools]
-        exact = [pool.codec == "pixels" for pool in self._pools]
-        if not any(exact):
-            raise InputError(
-                f"reuse = {run!r}: its samples are kept as {self._pools[0].codec}, which are not "
-                "the pixels that were made; expected a run with codec = 'pixels' and save_samples "
-                "= 'png' or 'npy'"
-            )
-        self._pools = [pool for pool, right in zip(self._pools, exact, strict=True) if right]
+        pools = _pools(run, sources, beat)
+        self._pools = list(pools.values())
         found = [
-            _unguided(pool.records, number, recipe, labels)
-            for number, pool in enumerate(self._pools)
+            _unguided(pool.records, number, recipe, labels, every=SOURCES[source])
+            for number, (source, pool) in enumerate(pools.items())
         ]
         known = np.concatenate(found)
         _, first = np.unique(known["id"], return_index=True)
@@ -121,11 +118,10 @@ def count_known(recipe: Recipe) -> int:
     run = recipe.practice.reuse
     if not run:
         return 0
-    found = []
-    for path in _pools(run):
-        records = OnDisk(path).records
-        made = (records["omega"] == 0) & (records["steps"] == recipe.generator.steps)
-        found.append(records["sample_id"][made])
+    found = [
+        pool.records["sample_id"][_made_so(pool.records, recipe, every=SOURCES[source])]
+        for source, pool in _pools(run, _saved(run)).items()
+    ]
     ids = np.unique(np.concatenate(found))
     return int(np.argmin(np.append(ids, -1) == np.arange(len(ids) + 1)))
 
@@ -133,30 +129,62 @@ def count_known(recipe: Recipe) -> int:
 KNOWN = np.dtype([("id", "<i8"), ("row", "<i8"), ("pool", "<i4"), ("cfg_scale", "<f4")])
 
 
-def _unguided(records: np.ndarray, number: int, recipe: Recipe, labels: LabelOrder) -> np.ndarray:
+def _unguided(
+    records: np.ndarray, number: int, recipe: Recipe, labels: LabelOrder, *, every: bool
+) -> np.ndarray:
     """``KNOWN`` of the records of a pool that this run would make just so."""
     expected = labels.of(torch.from_numpy(records["sample_id"].astype(np.int64))).numpy()
-    rows = np.flatnonzero(
-        (records["omega"] == 0)
-        & (records["seed"] == recipe.seed)
-        & (records["steps"] == recipe.generator.steps)
-        & (records["label"] == expected)
-    )
+    rows = np.flatnonzero(_made_so(records, recipe, every=every) & (records["label"] == expected))
     known = np.empty(len(rows), KNOWN)
     known["id"], known["row"], known["pool"] = records["sample_id"][rows], rows, number
     known["cfg_scale"] = records["cfg_scale"][rows]
     return known
 
 
-def _pools(run: str) -> list[Path]:
-    """The saved pools of a run. Raises ``InputError`` for a folder that is none, or has none."""
+def _made_so(records: np.ndarray, recipe: Recipe, *, every: bool) -> np.ndarray:
+    """(n,) bool: which records are of unguided samples of this recipe's seed and steps. every:
+    whether those of all rounds count (``SOURCES``).
+    """
+    return (
+        (records["omega"] == 0)
+        & (records["seed"] == recipe.seed)
+        & (records["steps"] == recipe.generator.steps)
+        & (every | (records["round"] == 0))
+    )
+
+
+def _saved(run: str) -> dict[str, Path]:
+    """Source -> its saved pool, of the ``SOURCES`` of a run. Raises ``InputError`` for a folder
+    that is none, or has none.
+    """
     folder = Path(run)
     if not there(folder / RECIPE_FILE):
         raise InputError(f"reuse = {run!r}: not the folder of a run, it has no {RECIPE_FILE}")
-    found = [path for path in listed(folder, "pool_*") if saved_folders(path)]
+    saved = {path.name.removeprefix("pool_"): path for path in listed(folder, "pool_*")}
+    found = {source: saved[source] for source in SOURCES if source in saved}
+    found = {source: path for source, path in found.items() if saved_folders(path)}
     if not found:
-        raise InputError(f"reuse = {run!r}: the run has saved no samples")
+        raise InputError(
+            f"reuse = {run!r}: the run has saved no samples of the sources {', '.join(SOURCES)}"
+        )
     return found
+
+
+def _pools(
+    run: str, saved: dict[str, Path], beat: Callable[[], None] = lambda: None
+) -> dict[str, OnDisk]:
+    """Source -> its pool, of those that keep exact pixels. Raises ``InputError`` where none
+    does.
+    """
+    pools = {source: OnDisk(path, beat=beat) for source, path in saved.items()}
+    exact = {source: pool for source, pool in pools.items() if pool.codec == "pixels"}
+    if not exact:
+        codec = next(iter(pools.values())).codec
+        raise InputError(
+            f"reuse = {run!r}: its samples are kept as {codec}, which are not the pixels that were "
+            "made; expected a run with codec = 'pixels' and save_samples = 'png' or 'npy'"
+        )
+    return exact
 
 
 def _check_same(run: str, recipe: Recipe, contents: dict[str, Any]) -> None:

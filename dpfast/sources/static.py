@@ -51,13 +51,15 @@ class StaticSource(Source):
         """The initial samples, the first ones of which are real."""
         unguided = self.unguided
         turn, scale = request.turn, self.cfg_scale(0)
-        for places in unguided.ranks.batches(request.count, unguided.batch, turn=turn, done=done):
-            first = min(max(places.start, len(real)), places.stop)  # that is made
-            if places.start < first:
-                yield real.batch(range(places.start, first))
-            if first < places.stop:
-                made = torch.arange(first, places.stop)
-                yield from unguided.of(made, self.cost, cfg_scale=scale)
+        batches = unguided.ranks.batches(request.count, unguided.batch, turn=turn, done=done)
+        with unguided.told():
+            for places in batches:
+                first = min(max(places.start, len(real)), places.stop)  # that is made
+                if places.start < first:
+                    yield real.batch(range(places.start, first))
+                if first < places.stop:
+                    made = torch.arange(first, places.stop)
+                    yield from unguided.of(made, self.cost, cfg_scale=scale)
 
     def drawn(self, number: int) -> tuple[int, float] | None:
         shares = self.recipe.practice.real_in_batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -93,12 +94,20 @@ class UnguidedSamples:
         """This rank's samples (``Ranks.batches``) of the ids ``first`` to ``first + count``, or of
         those that ``ids`` gives for the numbers 0 to ``count``, paid for in ``cost``.
         """
+        with self.told():
+            for indices in self.ranks.batches(count, self.batch, turn=turn, done=done):
+                numbers = torch.arange(indices.start, indices.stop)
+                wanted = first + numbers if ids is None else ids(numbers)
+                yield from self.of(wanted, cost, cfg_scale=cfg_scale)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Says at its end how many of the samples ``of`` it exist; with those of another run in any
+        case.
+        """
         self.taken = 0
-        for indices in self.ranks.batches(count, self.batch, turn=turn, done=done):
-            numbers = torch.arange(indices.start, indices.stop)
-            wanted = first + numbers if ids is None else ids(numbers)
-            yield from self.of(wanted, cost, cfg_scale=cfg_scale)
-        if self.taken:
+        yield
+        if self.taken or self._reused is not None:
             log.info("%d samples exist already and were not made again", self.taken)
 
     def of(self, ids: Tensor, cost: Cost, *, cfg_scale: float) -> Iterator[SampleBatch]:

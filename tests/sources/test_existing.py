@@ -3,27 +3,35 @@
 import json
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dpfast.config import Recipe
+from dpfast.config import SourceName
 from dpfast.data.folders import fit_file
+from dpfast.data.real import check_apart
 from dpfast.errors import InputError, RecipeError
+from dpfast.feed import check_groups
 from dpfast.feed.order import Order
+from dpfast.feed.torch_loader import TorchLoader
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.parallel import Ranks
 from dpfast.planning.plan import plan
 from dpfast.pool.codecs import to_jpeg
 from dpfast.pool.importing import import_pool
 from dpfast.pool.reader import open_pool
+from dpfast.pool.record import RECORD
 from dpfast.practice.experiment import DeliberatePractice
+from dpfast.practice.run_paths import check_vacant
 from dpfast.practice.stopping import Stop, Stopped
-from dpfast.sources.existing import chosen
+from dpfast.sources.existing import ExistingSource, chosen
 from dpfast.sources.labels import LabelOrder
 from dpfast.sources.real_images import RealImages
+from dpfast.sources.reuse import SOURCES, ReusedSamples, _made_so
+from dpfast.sources.source import RoundRequest
 from tests.practice.small import CLASSES, REAL, noise
 
 SHAPE = (1, 16, 16)
@@ -120,15 +128,18 @@ def test_real_images_alone_need_no_weights_of_the_generator(recipe, train, monke
         known = changed(known, generator={"image_size": 16}, pool={"codec": "jpeg"})
         practice = DeliberatePractice(known, real=REAL)
         assert type(practice.pipeline).__name__ == "NoGenerator"
-        (result,) = practice.run(progress=False)
-        assert (len(result.pool), result.cost.samples, result.generation_seconds) == (45, 0, 0)
-        assert result.pool.column("label").bincount().tolist() == [15, 15, 15]
+        assert practice.existing["real"].batch(range(45)).labels.bincount().tolist() == [15] * 3
+    (result,) = practice.run(progress=False)
+    assert (len(result.pool), result.cost.samples, result.generation_seconds) == (45, 0, 0)
+    assert result.pool.column("label").bincount().tolist() == [15, 15, 15]
 
 
-def test_a_mixture_begins_with_real_images_and_makes_the_rest(recipe, train):
+def test_a_mixture_begins_with_real_images_and_makes_the_rest(recipe, train, caplog):
     recipe = changed(recipe, sources=("mix",), real=str(train), maximum_samples=45)
     recipe = changed(recipe, sources=("mix", "dynamic"), mix_with="dynamic", real_in_batch=(0.75,))
-    dynamic, mix = run(changed(recipe, add_at=(4,)))
+    with caplog.at_level("INFO", "dpfast"):
+        dynamic, mix = run(changed(recipe, add_at=(4,)))
+    assert "15 samples exist already" in caplog.text  # beside the real ones
     steps = mix.pool.column("steps")
     assert (steps[:15] == 0).all()
     assert (steps[15:] == 3).all()
@@ -136,7 +147,11 @@ def test_a_mixture_begins_with_real_images_and_makes_the_rest(recipe, train):
     rows = torch.arange(15, 45)
     assert torch.equal(mix.pool.images(rows), dynamic.pool.images(rows))
     assert mix.cost.samples == 30
-    both = changed(recipe, mix_with="dp", real_share=1.0, real_in_batch=(), sources=("mix",))
+
+
+@pytest.mark.long
+def test_a_learner_of_real_images_alone_guides_what_is_added(recipe, train):
+    both = changed(recipe, sources=("mix",), real=str(train), real_share=1.0, maximum_samples=45)
     (guided,) = run(changed(both, add_at=(4,)))
     assert guided.pool.column("omega").gt(0).tolist() == [False] * 30 + [True] * 15
 
@@ -180,17 +195,17 @@ def test_a_larger_run_makes_what_a_smaller_one_has_not_saved(recipe, tmp_path, m
         ({"generator": {"eta": 0.5}}, "eta = 0.0 there, 0.5 here"),
     ):
         with pytest.raises(RecipeError, match=named):
-            run(changed(again, **fields))
+            DeliberatePractice(changed(again, **fields), real=REAL)
     with pytest.raises(RecipeError, match="seed = 0 there, 1 here"):
-        run(replace(again, seed=1))
+        DeliberatePractice(replace(again, seed=1), real=REAL)
     with pytest.raises(InputError, match="not the folder of a run"):
-        run(changed(again, reuse=str(tmp_path)))
+        DeliberatePractice(changed(again, reuse=str(tmp_path)), real=REAL)
     shard = next((tmp_path / "small" / "pool_static").glob("shard-*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    made.clear()
+    known = ReusedSamples(str(tmp_path / "small"), again, LabelOrder(3), contents={})
     with pytest.warns(UserWarning, match="its samples are made again"):
-        run(again)
-    assert made == list(range(70))
+        assert known.images(torch.arange(20), again.generator.cfg_scale) is None
+    assert len(known) == 0
     text = (
         (tmp_path / "small" / "recipe.json")
         .read_text()
@@ -214,24 +229,119 @@ def test_a_pool_is_trained_on_again_in_parts(recipe, tmp_path):
         assert torch.equal(whole.pool.column(name), saved.column(name)), name
     assert torch.equal(whole.pool.images(torch.arange(60)), saved.images(torch.arange(60)))
     assert whole.generation_seconds == 0
-    (first,) = run(changed(again, pool_rounds=(0, 2)))
-    assert first.pool.column("sample_id").tolist() == [*range(30), *range(45, 60)]
-    small = changed(again, maximum_samples=33, pool={"codec": "jpeg"})
-    (few,) = run(small)
-    assert few.pool.column("label").bincount().tolist() == [11, 11, 11]
+
+    def batch(**fields):
+        found = DeliberatePractice(changed(again, **fields), real=REAL).existing["pool"]
+        return found.batch(range(len(found)))
+
+    rounds = batch(pool_rounds=(0, 2))
+    assert rounds.sample_ids.tolist() == [*range(30), *range(45, 60)]
+    few = batch(maximum_samples=33, pool={"codec": "jpeg"})
+    assert few.labels.bincount().tolist() == [11, 11, 11]
+    assert [file[:2] for file in few.files] == [b"\xff\xd8"] * 33
     assert len(import_pool(tmp_path / "whole")[0]) == 60
     with pytest.raises(InputError, match=r"pool_rounds = 7: .* has the rounds 0, 1, 2"):
-        run(changed(again, pool_rounds=(7,)))
+        batch(pool_rounds=(7,))
     with pytest.raises(InputError, match="class 'cat' is none of the run's"):
         DeliberatePractice(
             changed(again, generator={"class_names": ("a", "b", "c")}), real=noise(60)
         )
     with pytest.raises(InputError, match=r"pool_from: .*no such folder"):
-        run(changed(again, pool_from=str(tmp_path / "nowhere")))
+        batch(pool_from=str(tmp_path / "nowhere"))
+    # whoever made what the source "pool" has, the generator of its own recipe did not
+    with pytest.raises(InputError, match="saved no samples of the sources static, prune"):
+        DeliberatePractice(changed(grown, reuse=str(tmp_path / "whole")), real=REAL)
 
 
+def test_a_guided_round_is_not_reused_where_a_class_has_no_guidance(recipe):
+    records = np.zeros(6, RECORD)
+    records["steps"], records["sample_id"] = 3, np.arange(6)
+    records["round"], records["omega"] = [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0.2, 0.2]
+    made = {every: _made_so(records, recipe, every=every).tolist() for every in (False, True)}
+    assert made[False] == [True] * 3 + [False] * 3
+    assert made[True] == [True] * 4 + [False] * 2
+    records["seed"][0], records["steps"][1] = 1, 4
+    assert _made_so(records, recipe, every=True).tolist() == [
+        False,
+        False,
+        True,
+        True,
+        *[False] * 2,
+    ]
+    assert {name: SOURCES.get(name) for name in get_args(SourceName)} == {
+        **{"static": True, "prune": True, "dynamic": True, "dp": False, "mix": False},
+        **{"real": None, "pool": None},
+    }
+
+
+def test_kept_candidates_are_the_samples_of_their_ids(recipe, tmp_path):
+    """Made in the same batches, of which each run keeps its own part."""
+    recipe = changed(recipe, initial_samples=40, round_samples=20, maximum_samples=60, oversample=2)
+    recipe = changed(recipe, iterations=10, add_at=(5,))
+    run(changed(recipe, sources=("prune",)), tmp_path / "prune")
+    (static,) = run(changed(recipe, sources=("static",), maximum_samples=80, add_at=()))
+    reused = ReusedSamples(str(tmp_path / "prune"), recipe, LabelOrder(3), contents={})
+    ids = open_pool(tmp_path / "prune" / "pool_prune").column("sample_id").sort().values
+    assert (len(ids), int(ids.max()) > 60) == (60, True)
+    assert torch.equal(reused.images(ids, recipe.generator.cfg_scale), static.pool.images(ids))
+    gone = sorted({*range(80)} - {*ids.tolist()})[:1]
+    assert reused.images(torch.tensor(gone), recipe.generator.cfg_scale) is None
+
+
+def test_images_that_judge_a_run_do_not_train_it(train, tmp_path):
+    link, held = tmp_path / "link", tmp_path / "held"
+    link.symlink_to(train)
+    (held / "cat").mkdir(parents=True)
+    (held / "dog").symlink_to(train / "dog")
+    for validation, held_out, named in (
+        (str(train), "", "validation"),
+        (str(link), "", "validation"),
+        ("fashion", str(train / ".." / train.name), "held_out"),
+        (str(held / "cat"), str(held), "held_out"),
+    ):
+        with pytest.raises(InputError, match=f"real = .* is a folder of {named} = "):
+            check_apart("real", str(train), validation, held_out)
+    for other in (str(held / "cat"), "fashion", str(tmp_path / "nowhere")):
+        check_apart("real", str(train), other, "")
+
+
+@pytest.mark.parametrize("field", ["pool_from", "reuse"])
+@pytest.mark.parametrize("place", [".", "pool_static"])
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_a_run_takes_nothing_of_its_own_folder(recipe, tmp_path, field, place, how):
+    recipe = changed(recipe, **{field: str(tmp_path / place)})
+    with pytest.raises(InputError, match=f"{field} = .*: lies in the run's own folder, out = "):
+        check_vacant(tmp_path, recipe, **{how: True})
+
+
+def test_a_loader_of_ones_own_is_told_what_is_real():
+    def plain(pool, batch_size, **options): ...
+    def deaf(pool, batch_size): ...
+
+    for loader in ("torch", plain, TorchLoader):
+        check_groups(loader)
+    with pytest.raises(InputError, match="takes no groups") as error:
+        check_groups(deaf)
+    assert str(error.value).startswith("real_in_batch: loader = ")
+    with pytest.raises(InputError, match="takes no groups"):
+        check_groups("operator:add")
+
+
+def test_each_rank_reads_its_part_and_goes_on_in_it(train):
+    samples = images_of(train, seed=0)(most=60)
+    request = RoundRequest(number=0, start=0, count=60)
+
+    def ids(rank, done=0):
+        made = ExistingSource(samples, 60, Ranks(rank, 2), 20).make(request, done)
+        return [number for batch in made for number in batch.sample_ids.tolist()]
+
+    assert ids(0) == [*range(20), *range(40, 60)]
+    assert ids(1) == list(range(20, 40))
+    assert ids(0, done=20) == list(range(40, 60))
+
+
+@pytest.mark.long
 def test_an_existing_source_goes_on_after_a_stop(recipe, train, tmp_path):
-    """It is stopped among its samples, and on two ranks each reads its part."""
     recipe = changed(recipe, sources=("real",), real=str(train), maximum_samples=60)
     (whole,) = run(recipe, tmp_path / "whole")
     read = RealImages.batch
@@ -249,11 +359,6 @@ def test_an_existing_source_goes_on_after_a_stop(recipe, train, tmp_path):
     rows = torch.arange(60)
     assert torch.equal(result.pool.images(rows), whole.pool.images(rows))
     assert result.test.top1 == whole.test.top1
-    parts = [
-        torch.cat([torch.arange(p.start, p.stop) for p in Ranks(rank, 2).batches(60, 20)])
-        for rank in range(2)
-    ]
-    assert sorted(torch.cat(parts).tolist()) == list(range(60))
 
 
 @pytest.mark.parametrize(
@@ -271,6 +376,15 @@ def test_an_existing_source_goes_on_after_a_stop(recipe, train, tmp_path):
             {"sources": ("mix",), "real": "x", "real_share": 1.0, "mix_with": "static"},
             "real_share = 1.0: expected below 1",
         ),
+        (
+            {"sources": ("mix",), "real": "x", "real_share": 0.999, "mix_with": "static"},
+            "real_share = 0.999: expected below 1",
+        ),
+        (
+            {"sources": ("mix",), "real": "x", "real_share": 0.01},
+            "real_share = 0.01: expected enough for one real image among 30 samples",
+        ),
+        ({"sources": ("mix",), "real": "x", "overlap": 1}, "overlap = 1: expected 0 with"),
         ({"real_in_batch": (1.0,)}, "real_in_batch"),
     ],
 )
@@ -298,12 +412,12 @@ def test_a_folder_that_is_no_training_set_is_one_line(recipe, train, tmp_path):
         changed(few, pool={"codec": "latents"})
 
 
-def test_a_plan_counts_no_generation_of_what_exists(train):
-    recipe = Recipe.load("fashion", sources=("real",), real=str(train))
+def test_a_plan_counts_no_generation_of_what_exists(recipe, train):
+    recipe = changed(recipe, sources=("real",), real=str(train))
     made = plan(recipe, "h100")
     assert made.samples == 60
     assert {phase.name for phase in made.phases if phase.units} == {"training", "evaluation"}
     assert "unguided samples" not in {phase.phase for phase in made.fit.phases}
-    mixed = Recipe.load("fashion", sources=("mix",), real=str(train), real_share=0.05)
+    mixed = changed(recipe, sources=("mix",), real_share=0.1)
     units = {phase.name: phase.units for phase in plan(mixed, "h100").phases}
-    assert (units["unguided samples"], units["guided samples"]) == (950, 3000)
+    assert (units["unguided samples"], units["guided samples"]) == (27, 40)
