@@ -19,7 +19,7 @@ from dpfast.report.samples import overview, write_samples
 from dpfast.report.sheets import contact_sheet, reduced
 from dpfast.sources.strengths import Strengths
 
-COLUMNS = 24  # samples of a row of a grid
+ROWS, COLUMNS = 100, 24  # settings of a grid, and samples of each of its rows
 TRAJECTORIES = 48  # rows of a picture of trajectories
 AT_ONCE = 4  # samples whose trajectories are made together
 
@@ -52,9 +52,9 @@ class Cell:
         if self.learner is not None and len({_moment(cell) for cell in among}) > 1:
             parts.append(self.learner.moment)
         if len({cell.omega for cell in among}) > 1:
-            parts.append(f"omega {self.omega:.16g}")
+            parts.append(f"omega {_number(self.omega)}")
         if len({cell.anchor for cell in among if cell.guided}) > 1 and self.guided:
-            parts.append(f"anchor {self.anchor:.16g}")
+            parts.append(f"anchor {_number(self.anchor)}")
         return ", ".join(parts)
 
     def folder(self, among: Sequence[Cell]) -> str:
@@ -99,6 +99,11 @@ def cells_of(
     return [replace(cell, learner=learner) for learner in guides for cell in kinds]
 
 
+def _number(value: float) -> str:
+    """As one types it, and another text for every other number."""
+    return repr(float(value)).removesuffix(".0")
+
+
 def _moment(cell: Cell) -> str | None:
     return None if cell.learner is None else cell.learner.moment
 
@@ -140,7 +145,7 @@ def write_cells(
     shown, trajectories, pictures = [], [], []
     for cell, name in zip(cells, called, strict=True):
         _load(cell, sampler)
-        if stepwise is not None:
+        if stepwise is not None and len(trajectories) < TRAJECTORIES:
             trajectories.append(_trajectories(stepwise, cell, ordered, followed))
         batches = sampler.stream(ordered, **cell.told(ordered))
         where = out / cell.folder(cells)
@@ -154,7 +159,7 @@ def write_cells(
         described = [
             f"{names[ordered[row]]} {row}{f': {name}' if name else ''}"
             for row in followed
-            for name in called
+            for name in called[: len(trajectories)]
         ]
         steps = [(str(step + 1), 1) for step in range(len(rows[0]) - 1)]
         title = f"what each step predicts, {len(followed)} of {len(ordered)} samples"
@@ -203,8 +208,10 @@ def _grid(
     total: int,
     out: Path,
 ) -> Path:
-    """Writes grid.png: a row for each cell, the same samples in each."""
-    rows = [torch.cat(list(of_cell.values())) for of_cell in shown]
+    """Writes grid.png: a row for each cell, the first ``ROWS``, the same samples in each."""
+    rows = [torch.cat(list(of_cell.values())) for of_cell in shown[:ROWS]]
     columns = [(names[label], len(images)) for label, images in shown[0].items()]
     title = f"the same samples in every row, {len(rows[0])} of {total}"
-    return contact_sheet(rows, called, title, out / "grid.png", columns=columns)
+    if len(rows) < len(shown):
+        title += f"; {len(rows)} of {len(shown)} settings"
+    return contact_sheet(rows, called[:ROWS], title, out / "grid.png", columns=columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ GAP = 1  # pixels between images
 TARGET = 48
 LARGEST = 192  # pixels: the side of an image in a sheet, at most
 WIDEST = 6000  # pixels of all images of a row
+MOST = 36_000_000  # pixels of all images of a sheet
+NAME = 32  # letters of a name above a column, at most
 DPI = 100
 LETTER = 7.5  # pixels of a letter of a name, about
 
@@ -54,6 +57,11 @@ def reduced(images: Tensor, side: int = LARGEST) -> Tensor:
     return F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
 
 
+def side_of(rows: int, columns: int) -> int:
+    """Pixels of the longer side of an image in a sheet of so many rows and columns, at most."""
+    return max(1, min(LARGEST, WIDEST // columns, math.isqrt(MOST // (rows * columns))))
+
+
 def contact_sheet(
     rows: list[Tensor],
     names: Sequence[str],
@@ -65,17 +73,17 @@ def contact_sheet(
     """Writes a PNG of a grid with a title, and returns its path.
 
     Images are shown pixel for pixel, small ones enlarged as by ``enlarged``, large ones and those
-    of long rows ``reduced``.
+    of many ``reduced`` to ``side_of``.
 
     Args:
         rows: as for ``tile``.
         names: of the rows.
         title: above all.
         path: of the PNG.
-        columns: names above the columns, each with how many columns it is of.
+        columns: names above the columns, long ones cut, each with how many columns it is of.
     """
     longest = max(len(row) for row in rows)
-    rows = [reduced(row, min(LARGEST, max(1, WIDEST // longest))) for row in rows]
+    rows = [reduced(row, side_of(len(rows), longest)) for row in rows]
     height, width = rows[0].shape[-2:]
     grid = tile(rows)
     picture = enlarged(grid, width)
@@ -91,6 +99,7 @@ def contact_sheet(
     )
     down = [factor * (r * (height + GAP) + height / 2) for r in range(len(rows))]
     axes.set_yticks(down, names, fontsize=9)
+    columns = [(n if len(n) <= NAME else f"{n[: NAME - 3]}...", count) for n, count in columns]
     across, above, start = [], [], 0
     for name, count in columns:
         across.append(factor * ((start + count / 2) * (width + GAP) - GAP / 2))

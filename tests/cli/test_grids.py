@@ -192,3 +192,9 @@ def test_settings_that_are_close_have_folders_of_their_own():
     cells = [Cell(omega=omega, anchor=0.5) for omega in (0.1, 0.1000001, 0.10000001)]
     assert len({cell.folder(cells) for cell in cells}) == 3
     assert cells[0].folder(cells) == "omega-0.1"
+
+
+def test_settings_have_the_names_that_one_types():
+    cells = [Cell(omega=omega) for omega in (0, 0.07, 0.3, 2.0, 1e-5, -0.14)]
+    names = ["omega 0", "omega 0.07", "omega 0.3", "omega 2", "omega 1e-05", "omega -0.14"]
+    assert [cell.name(cells) for cell in cells] == names
