@@ -240,7 +240,8 @@ def _phases(
         if timings is None
         else (timings.unguided, timings.guided, timings.training, timings.evaluation)
     )
-    made = count_known(recipe)  # unguided samples by id are made once and shared
+    saved, batch = count_known(recipe), recipe.generator.batch_size
+    made = 0  # unguided samples by id are made once and shared
     for source in practice.sources:
         first, more = practice.initial_samples, total - practice.initial_samples
         as_source = practice.mix_with if source == "mix" else source
@@ -253,7 +254,8 @@ def _phases(
         real = 0  # in the place of the first ones
         if source == "mix":
             real = practice.mixed_real(total if as_source == "static" else first)
-        new = max(0, needed - max(made, real))
+        taken = saved if saved >= needed else saved - saved % batch  # of another run, whole batches
+        new = max(0, needed - max(made, real, taken))
         if source in SOURCES:
             yield phase(source, "unguided samples", "generation", new, stages.unguided, unguided)
         made = max(made, needed) if real <= made else made

@@ -421,3 +421,10 @@ def test_a_plan_counts_no_generation_of_what_exists(recipe, train):
     mixed = changed(recipe, sources=("mix",), real_share=0.1)
     units = {phase.name: phase.units for phase in plan(mixed, "h100").phases}
     assert (units["unguided samples"], units["guided samples"]) == (27, 40)
+
+
+@pytest.mark.parametrize(("saved", "new"), [(0, 70), (39, 50), (69, 10), (70, 0)])
+def test_a_plan_counts_whole_batches_of_what_is_reused(recipe, monkeypatch, saved, new):
+    monkeypatch.setattr("dpfast.planning.plan.count_known", lambda _: saved)
+    found = plan(changed(recipe, sources=("static",)), "h100").phases
+    assert sum(phase.units for phase in found if phase.name == "unguided samples") == new
