@@ -142,7 +142,8 @@ def write_cells(
     part = {"labels": COLUMNS, "each": max(1, COLUMNS // len(labels))} if grid else {}
     called = [cell.name(cells) for cell in cells]
     followed = _spread(labels, count, max(1, TRAJECTORIES // len(cells)))
-    shown, trajectories, pictures = [], [], []
+    shown, pictures = [], []
+    trajectories: list[list[Tensor]] = []
     for cell, name in zip(cells, called, strict=True):
         _load(cell, sampler)
         if stepwise is not None and len(trajectories) < TRAJECTORIES:
