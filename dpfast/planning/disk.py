@@ -22,7 +22,8 @@ class Disk:
     """Bytes of one run in its folder, of all ranks together.
 
     samples: saved; each: of one of them, 0 where none is saved; checkpoint: of one; kept: how many
-    lie there at once, with the one that is being written; files: of the pool's mapped part, until
+    lie there at once, with the one that is being written; initial: of the weights that a pretrained
+    learner begins with, which the folder keeps; files: of the pool's mapped part, until
     the run ends; held: of the source "prune" while it makes its largest round, of all hosts' memory
     where no sample is saved. checkpoints: how many are written; seconds: that writing one takes;
     share: of the run's seconds that all of them take, beside the loop.
@@ -33,6 +34,7 @@ class Disk:
     images: str
     checkpoint: int
     kept: int
+    initial: int
     files: float
     held: int
     checkpoints: int
@@ -42,7 +44,7 @@ class Disk:
     @property
     def total(self) -> float:
         held = self.held if self.each else 0
-        return self.samples + self.kept * self.checkpoint + self.files + held
+        return self.samples + self.kept * self.checkpoint + self.initial + self.files + held
 
     def lines(self) -> list[str]:
         """Sentences for a reader: bytes by kind, what checkpoints take of the time, and where
@@ -53,11 +55,12 @@ class Disk:
             if self.each
             else "no sample"
         )
+        initial = f", pretrained weights {readable(self.initial)}" if self.initial else ""
         mapped = f", mapped files of the pool {readable(self.files)}" if self.files else ""
         return [
             f"disk: {readable(self.total)} a run: {samples}, "
             f"checkpoints {readable(self.kept * self.checkpoint)} ({self.kept} of "
-            f"{readable(self.checkpoint)}){mapped}",
+            f"{readable(self.checkpoint)}){initial}{mapped}",
             f"  {self.checkpoints} checkpoints are written beside the loop, "
             f"{self.seconds:.2g} s each: {self.share:.2%} of the seconds",
             *([self._held()] if self.held else []),
@@ -91,9 +94,9 @@ def plan_disk(
     the seconds, after ``checkpoint_minutes`` at the latest, before and after every round, and at
     the end.
     """
-    practice, config = recipe.practice, recipe.pool
+    practice, config, learner = recipe.practice, recipe.pool, stages.learner
     each = codecs.saved_bytes(config.codec, pool.shape, config.save_samples)
-    took = stages.learner.state / WRITTEN
+    took = learner.state / WRITTEN
     rounds = len(job_of(recipe, samples).rounds)
     evaluations = practice.iterations / practice.interval(recipe.learner.batch_size)
     between = max(took / practice.checkpoint_share, training / evaluations)
@@ -104,8 +107,9 @@ def plan_disk(
         samples=float(samples * each),
         each=each,
         images=config.save_samples if config.codec == "pixels" else config.codec,
-        checkpoint=stages.learner.state,
+        checkpoint=learner.state,
         kept=kept,
+        initial=4 * (learner.parameters + learner.buffers) if recipe.learner.pretrained else 0,
         held=_held(recipe, stages, samples),
         files=float(pool.devices * pool.in_tier["file"] * pool.bytes_per_sample),
         checkpoints=written,

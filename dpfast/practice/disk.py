@@ -35,9 +35,12 @@ from dpfast.sources.source import Source
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """Bytes of one checkpoint: weights, their average, two moments of AdamW for each parameter."""
+    """Bytes of one checkpoint: weights, their average, two moments of AdamW for each parameter that
+    is trained.
+    """
     state = sum(value.numel() * value.itemsize for value in model.state_dict().values())
-    return 2 * state + 2 * sum(value.numel() * value.itemsize for value in model.parameters())
+    trained = (value for value in model.parameters() if value.requires_grad)
+    return 2 * state + 2 * sum(value.numel() * value.itemsize for value in trained)
 
 
 def samples_to_come(source: Source, practice: Practice, state: LoopState, size: int) -> int:

@@ -3,13 +3,16 @@
 import dataclasses
 
 import pytest
+import torch
 
 from dpfast.config import Recipe
+from dpfast.learn.parts import freeze
 from dpfast.planning.disk import WRITTEN, plan_disk
 from dpfast.planning.training import count_learner
 from dpfast.pool.codecs import saved_bytes
-from dpfast.pool.memory_tiers import MemoryTiers
+from dpfast.pool.memory_tiers import MemoryTiers, readable
 from dpfast.pool.placement import Placement
+from dpfast.practice.disk import checkpoint_bytes
 
 
 class Counted:
@@ -74,3 +77,24 @@ def test_prune_holds_its_largest_round(recipe):
     assert unsaved.lines()[-1].startswith("  prune holds 502 KiB in the memory of all hosts")
     once = dataclasses.replace(practice, round_samples=10**6)
     assert planned(dataclasses.replace(pruned, practice=once)).held == 2000 * (32 * 32 + 4)
+
+
+def test_a_pretrained_run_keeps_its_weights_once_and_no_moments_of_frozen_ones(recipe):
+    """As many bytes as the model's own file of weights has."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4))
+    state = sum(value.numel() * value.itemsize for value in model.state_dict().values())
+    moments = 2 * 4 * (4 * 9 + 4 + 4 + 4)
+    assert checkpoint_bytes(model) == 2 * state + moments
+    freeze(model, ("0",))
+    assert checkpoint_bytes(model) == 2 * state + 2 * 4 * (4 + 4)
+
+    learner = dataclasses.replace(recipe.learner, pretrained="folder")  # which nobody reads here
+    places = Placement.of(3000, (1, 32, 32), tiers=MemoryTiers(host_bytes=1 << 30))
+    ready = dataclasses.replace(recipe, learner=learner)
+    disk = plan_disk(ready, places, Counted(recipe), 3000, 20_000.0, 10_000.0)
+    counted = Counted(recipe).learner
+    assert disk.initial == 4 * (counted.parameters + counted.buffers)
+    assert disk.total == planned(recipe).total + disk.initial
+    assert f", pretrained weights {readable(disk.initial)}" in disk.lines()[0]
+    assert "pretrained" not in planned(recipe).lines()[0]
