@@ -49,6 +49,11 @@ def stable_diffusion_3_folder(tiny_pipelines, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def pixart_folder(tiny_pipelines, tmp_path_factory):
+    return tiny_pipelines.pixart(tmp_path_factory.mktemp("pixart"))
+
+
+@pytest.fixture(scope="session")
 def pixel_folder(tiny_pipelines, tmp_path_factory):
     """An unconditional DDIMPipeline of 8x8 images that bounds x0 to [-1, 1]."""
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from dpfast.learn.models import build_learner
 
 NAMES = ("cat", "dog", "red bicycle")
 WORDS = ("cat", "dog", "photo", "red")
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 INDEX = {str(i): name for i, name in enumerate(NAMES)}
 
 
@@ -139,13 +140,7 @@ def stable_diffusion(folder: Path, scheduler=None, encoder=None, **unet):
     randomise(network, std=0.3)
     tokenizer = clip_tokenizer()
     # the scheduler of the published 1.5 folder
-    scheduler = scheduler or diffusers.PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
+    scheduler = scheduler or diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
     diffusers.StableDiffusionPipeline(
         vae=vae(),
         text_encoder=clip_encoder(transformers.CLIPTextModel, tokenizer, **(encoder or {})),
@@ -184,8 +179,7 @@ def stable_diffusion_xl(folder: Path, scheduler=None, **unet):
     )
     randomise(network, std=0.3)
     # the scheduler of the published folder
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    base = diffusers.EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
+    base = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1)
     diffusers.StableDiffusionXLPipeline(
         vae=vae(force_upcast=True),
         text_encoder=first,
@@ -216,16 +210,6 @@ def stable_diffusion_3(folder: Path, *, t5=True, **scheduler):
     randomise(transformer)
     clip, t5_words = clip_tokenizer(), t5_tokenizer()
     encoder = clip_encoder(transformers.CLIPTextModelWithProjection, clip)
-    torch.manual_seed(4)
-    third = transformers.T5Config(
-        vocab_size=len(t5_words),
-        d_model=32,
-        d_kv=8,
-        d_ff=32,
-        num_layers=1,
-        num_heads=2,
-        is_encoder_decoder=False,
-    )
     diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
@@ -234,8 +218,49 @@ def stable_diffusion_3(folder: Path, *, t5=True, **scheduler):
         tokenizer=clip,
         text_encoder_2=encoder,
         tokenizer_2=clip,
-        text_encoder_3=transformers.T5EncoderModel(third).eval() if t5 else None,
+        text_encoder_3=t5_encoder(t5_words) if t5 else None,
         tokenizer_3=t5_words if t5 else None,
+    ).save_pretrained(folder)
+    return folder
+
+
+def t5_encoder(words, width=32):
+    torch.manual_seed(4)
+    config = transformers.T5Config(
+        vocab_size=len(words),
+        d_model=width,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        is_encoder_decoder=False,
+    )
+    return transformers.T5EncoderModel(config).eval()
+
+
+def pixart(folder: Path, *, kind=diffusers.PixArtSigmaPipeline, scheduler=None, **options):
+    transformer = diffusers.PixArtTransformer2DModel(
+        **{
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "cross_attention_dim": 24,
+            "attention_bias": True,
+            "sample_size": 8,
+            "caption_channels": 32,
+            **options,
+        }
+    )
+    randomise(transformer)
+    words = t5_tokenizer()
+    kind(
+        tokenizer=words,
+        text_encoder=t5_encoder(words),
+        vae=vae(),
+        transformer=transformer,
+        scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(**BETAS),
     ).save_pretrained(folder)
     return folder
 

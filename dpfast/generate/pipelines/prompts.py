@@ -156,6 +156,20 @@ def blank(folder: PipelineFolder, prompts: list[str], width: int, *, more: int =
     return torch.empty(len(prompts), tokens, width, device="meta")
 
 
+def without_padding(
+    embeddings: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (n, tokens, width) as long as the longest prompt, up to the next multiple of 8,
+    and what attention adds at their tokens, (n, 1, tokens): 0, and -10000 at padding.
+
+    mask: (n, tokens), 1 at a prompt's own tokens, which come first. What is cut off is padding in
+    all of them, at which no image looks.
+    """
+    most = -(-int(mask.sum(1).max()) // 8) * 8
+    bias = (1 - mask[:, None, :most].to(embeddings.dtype)) * -10000.0
+    return embeddings[:, :most].contiguous(), bias
+
+
 def transformers_library() -> Any:
     """The library of the text encoders, which pipelines without text do without."""
     require("transformers")

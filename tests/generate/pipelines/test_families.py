@@ -255,6 +255,7 @@ FOLDERS = [
     "stable_diffusion_folder",
     "stable_diffusion_xl_folder",
     "stable_diffusion_3_folder",
+    "pixart_folder",
     "pixel_folder",
 ]
 
@@ -354,7 +355,7 @@ def test_latents_are_unscaled_by_all_four_values():
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_guidance_gradient_is_that_of_plain_autograd(folder, request, monkeypatch):
     """Against PyTorch's own layers and ``torch.autograd.grad``, 1e-4 relative."""
-    names = NAMES if folder.startswith("stable") else None
+    names = NAMES if folder.startswith(("stable", "pixart")) else None
     ours = Pipeline.from_pretrained(request.getfixturevalue(folder), class_names=names)
     monkeypatch.setattr("dpfast.generate.models.denoiser.freeze_linear", lambda model: model)
     plain = Pipeline.from_pretrained(request.getfixturevalue(folder), class_names=names)

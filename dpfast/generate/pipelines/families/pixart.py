@@ -1,0 +1,134 @@
+"""``PixArtAlphaPipeline`` and ``PixArtSigmaPipeline``: a transformer over prompts of a T5 encoder.
+
+Prompts are taken in lower case and otherwise as they are. diffusers' ``clean_caption``, which takes
+punctuation and links out of them where beautifulsoup4 and ftfy are installed, is off.
+"""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from dpfast.generate.models.denoiser import ModelDenoiser
+from dpfast.generate.pipelines import prompts as texts
+from dpfast.generate.pipelines.families.common import (
+    Family,
+    LoadedParts,
+    LoadOptions,
+    decoder_of,
+    names_of,
+    network,
+    pixels_of_latents,
+)
+from dpfast.generate.pipelines.folder import PipelineFolder
+from dpfast.generate.solvers import load_scheduler, prediction_of
+from dpfast.ops.guided_step import Prediction
+
+TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # of a prompt, as they cut them
+
+
+class PixArtDenoiser(ModelDenoiser):
+    """``PixArtTransformer2DModel`` over prompts' embeddings (classes + 1, tokens, width), behind
+    the projection of captions, with what attention adds at each of their tokens, ``bias`` (classes
+    + 1, 1, tokens).
+
+    They have the model's dtype and device; the last rows belong to the empty prompt. ``pixels`` are
+    those of an element of the latents, for a model that is told the size of the image.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embeddings: Tensor,
+        bias: Tensor,
+        *,
+        prediction: Prediction,
+        pixels: int,
+        fused: bool = False,
+    ) -> None:
+        classes = len(embeddings) - 1
+        super().__init__(
+            model, classes=classes, null_label=classes, prediction=prediction, fused=fused
+        )
+        self.embeddings, self.bias = embeddings, bias
+        self.model.caption_projection = None  # the table lies behind it
+        self.size: dict[str, Tensor] | None = None
+        if self.model.use_additional_conditions:
+            height, width = (pixels * side for side in self.sample_shape[1:])
+            self.size = {
+                "resolution": embeddings.new_tensor([[height, width]]),
+                "aspect_ratio": embeddings.new_tensor([[height / width]]),
+            }
+
+    def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
+        size = self.size or {}
+        return self.model(
+            x,
+            encoder_hidden_states=self.embeddings.index_select(0, labels),
+            encoder_attention_mask=self.bias.index_select(0, labels),
+            timestep=timesteps,
+            added_cond_kwargs={
+                name: size[name].expand(len(x), -1) if size else None
+                for name in ("resolution", "aspect_ratio")
+            },
+        ).sample
+
+
+@torch.no_grad()
+def _pixart(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
+    names = names_of(folder, options)
+    prompts = options.prompts.texts(names)
+    scheduler = load_scheduler(folder.path, latent=True)
+    model = network(folder, diffusers.PixArtTransformer2DModel, "transformer", options)
+    if model.config.caption_channels is None:
+        raise folder.error("'transformer' has caption_channels = None; expected a width")
+    decoder, channels = decoder_of(folder, model.config.in_channels, options)
+    if options.planned:
+        shape = (len(prompts), TOKENS[folder.kind])
+        embeddings = torch.empty(
+            *shape, model.config.caption_channels, dtype=options.dtype, device=options.device
+        )
+        bias = embeddings.new_empty(len(prompts), 1, shape[1])
+    else:
+        embeddings, bias = _encode(folder, prompts, device=options.device, dtype=options.dtype)
+    projected = [model.caption_projection(part) for part in embeddings.split(texts.PROMPTS_AT_ONCE)]
+    denoiser = PixArtDenoiser(
+        model,
+        torch.cat(projected),
+        bias,
+        prediction=prediction_of(scheduler),
+        pixels=pixels_of_latents(folder),
+        fused=options.fused,
+    )
+    return LoadedParts(denoiser, decoder, scheduler, names, channels)
+
+
+def _encode(
+    folder: PipelineFolder, prompts: list[str], *, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Embeddings (len(prompts), tokens, width) and what attention adds at their tokens, both in
+    ``dtype``, as the folder's pipeline computes them.
+    """
+    kind = getattr(diffusers, folder.kind)
+    encoder = texts.encoder(
+        folder, texts.transformers_library().T5EncoderModel, "text_encoder", device, dtype
+    )
+    tokenizer = texts.tokenizer(folder, "tokenizer", texts.transformers_library().T5TokenizerFast)
+    pipeline = kind(**texts.pipeline_parts(kind, text_encoder=encoder, tokenizer=tokenizer))
+    encoded = [
+        pipeline.encode_prompt(part, False, device=device, max_sequence_length=TOKENS[folder.kind])[
+            :2
+        ]
+        for part in texts.split(prompts)
+    ]
+    return texts.without_padding(*(torch.cat(each) for each in zip(*encoded, strict=True)))
+
+
+_PIXART = Family(
+    _pixart,
+    needs=("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
+    models=("transformer", "vae", "text_encoder"),
+    sized=True,
+)
+FAMILIES = dict.fromkeys(TOKENS, _PIXART)
