@@ -208,10 +208,10 @@ def test_more_names_than_the_model_has_classes_are_refused(pipeline_folder, tmp_
 
 
 def test_models_of_other_conditions_are_refused(broken_text, pixel_folder, tmp_path):
-    """A guidance-distilled UNet, one that takes nine channels, and pixels without a size."""
+    """A UNet of class ids, one that takes nine channels, and pixels without a size."""
     options = {**diffusers.UNet2DConditionModel.load_config(broken_text / "unet")}
     for changed, named in (
-        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim = 8"),
+        ({"num_class_embeds": 8}, "num_class_embeds = 8"),
         ({"in_channels": 9}, "takes 9 channels"),
     ):
         diffusers.UNet2DConditionModel.from_config({**options, **changed}).save_pretrained(
