@@ -98,7 +98,7 @@ def test_report_and_export_decode_and_predict_on_the_device(
                 "decoder_of_run",
                 lambda *_: lambda latents: torch.zeros(len(latents), 1, 16, 16),
             )
-            patch.setattr(inclusion, "build_learner", lambda *_, **__: Learner())
+            patch.setattr(inclusion, "recipe_learner", lambda *_, **__: Learner())
             assert (
                 asked(["report", str(latents), "--out", str(tmp_path / "page"), *options]) == device
             )
