@@ -27,7 +27,7 @@ from dpfast.config import (
     objects_of,
     read_recipe,
 )
-from dpfast.errors import InputError, RecipeError, first_line
+from dpfast.errors import InputError, first_line
 from dpfast.extras import EXTRAS, require
 from dpfast.files import check_readable, there
 from dpfast.generate.from_recipe import image_shape
@@ -137,8 +137,8 @@ def recipe_learner(config: Learner, *, classes: int, channels: int) -> nn.Module
 
     classes, channels: K and C.
 
-    Raises ``InputError`` as ``build_learner`` does, and ``RecipeError`` for weights that cannot be
-    read or do not fit, but for those of the head.
+    Raises ``InputError`` as ``build_learner`` does, and for weights that cannot be read or do not
+    fit, but for those of the head.
     """
     library = config.model.partition(":")[0]
     numbers = torch.get_default_device().type != "meta"
@@ -224,7 +224,7 @@ def learner_factory(
     if learner is not None and not isinstance(learner, nn.Module):
         _check_no_arguments(learner)
     if learner is not None and recipe.learner.pretrained:
-        raise RecipeError(
+        raise InputError(
             f"pretrained = {recipe.learner.pretrained!r}: the learner is an object of yours; load "
             "its weights into it"
         )

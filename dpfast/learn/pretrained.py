@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dpfast.config import Recipe
-from dpfast.errors import RecipeError, first_line
+from dpfast.errors import InputError, first_line
 from dpfast.files import check_readable, is_folder, there
 from dpfast.learn.parts import Logits, in_head, library_model
 
@@ -43,7 +43,7 @@ Shape = Sequence[int]
 def settings_of(kind: Any, source: str) -> dict[str, Any]:
     """The settings of the model of transformers in ``source``, without the names of its classes.
 
-    Raises ``RecipeError`` where there is none, and for one of another architecture.
+    Raises ``InputError`` where there is none, and for one of another architecture.
     """
     _check_source(source)
     try:
@@ -53,7 +53,7 @@ def settings_of(kind: Any, source: str) -> dict[str, Any]:
         raise _unread(source, error) from error
     found, wanted = settings.get("model_type"), kind.config_class.model_type
     if found != wanted:
-        raise RecipeError(
+        raise InputError(
             f"pretrained = {source!r}: of model_type {found!r}; {kind.__name__} needs {wanted!r}"
         )
     return {name: value for name, value in settings.items() if name not in NAMES_OF_CLASSES}
@@ -64,7 +64,7 @@ def load_transformers(kind: Any, source: str, config: Any) -> nn.Module:
 
     config: of the model, as ``settings_of`` gives it.
 
-    Raises ``RecipeError`` where the weights cannot be read or do not fit, the head's apart.
+    Raises ``InputError`` where the weights cannot be read or do not fit, the head's apart.
     """
     try:
         with quiet():
@@ -87,12 +87,12 @@ def load_transformers(kind: Any, source: str, config: Any) -> nn.Module:
 def load_weights(learner: nn.Module, source: str) -> None:
     """Fills a learner from a file of safetensors, or from the folder that a run has kept.
 
-    Raises ``RecipeError`` as ``load_transformers`` does; the learner is then of no use.
+    Raises ``InputError`` as ``load_transformers`` does; the learner is then of no use.
     """
     path = Path(source)
     path = path / WEIGHTS if is_folder(path) else path
     if not there(path) or not path.name.endswith(".safetensors"):
-        raise RecipeError(
+        raise InputError(
             f"pretrained = {source!r}: expected a .safetensors file, the state dict of the model"
         )
     check_readable(path)
@@ -118,7 +118,7 @@ def _check(
     missing: Collection[str],
     unexpected: Collection[str],
 ) -> None:
-    """Raises ``RecipeError`` with the first name beyond the head that does not fit, and says what
+    """Raises ``InputError`` with the first name beyond the head that does not fit, and says what
     becomes of the head.
 
     shapes: name -> that of the file and that of the learner, where they differ.
@@ -126,17 +126,17 @@ def _check(
     order = list(library_model(learner).state_dict())
     for name in order:
         if name in missing and not in_head(learner, name):
-            raise RecipeError(f"pretrained = {source!r}: has no {name}, which the learner needs")
+            raise InputError(f"pretrained = {source!r}: has no {name}, which the learner needs")
         if name in shapes:
             old, new = map(tuple, shapes[name])
             if not (in_head(learner, name) and old[1:] == new[1:]):
-                raise RecipeError(
+                raise InputError(
                     f"pretrained = {source!r}: {name} has the shape {old} there, and {new} in the "
                     "learner"
                 )
     for name in sorted(unexpected):
         if not _of_another_head(learner, name):
-            raise RecipeError(f"pretrained = {source!r}: has {name}, which the learner has not")
+            raise InputError(f"pretrained = {source!r}: has {name}, which the learner has not")
     drawn = next((name for name in order if name in shapes or name in missing), None)
     if drawn is not None:
         was = f"was of {shapes[drawn][0][0]} classes" if drawn in shapes else "was not there"
@@ -180,18 +180,18 @@ def as_kept(recipe: Recipe, run: Path) -> Recipe:
 
 
 def _check_source(source: str) -> None:
-    """Raises ``RecipeError`` for what is no folder of a model, and cannot be a name on the Hub."""
+    """Raises ``InputError`` for what is no folder of a model, and cannot be a name on the Hub."""
     path = Path(source)
     wanted = "expected one of transformers' save_pretrained, or a name on the Hugging Face Hub"
     if is_folder(path) and not there(path / CONFIG):
-        raise RecipeError(f"pretrained = {source!r}: has no {CONFIG}; {wanted}")
+        raise InputError(f"pretrained = {source!r}: has no {CONFIG}; {wanted}")
     if not is_folder(path) and (there(path) or not NAME.fullmatch(source)):
-        raise RecipeError(f"pretrained = {source!r}: no such folder; {wanted}")
+        raise InputError(f"pretrained = {source!r}: no such folder; {wanted}")
 
 
-def _unread(source: str, error: Exception) -> RecipeError:
+def _unread(source: str, error: Exception) -> InputError:
     where = "cannot be read" if there(Path(source)) else "no such folder, nor on the Hub"
-    return RecipeError(f"pretrained = {source!r}: {where}: {first_line(error)}")
+    return InputError(f"pretrained = {source!r}: {where}: {first_line(error)}")
 
 
 @contextlib.contextmanager

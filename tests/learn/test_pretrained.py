@@ -108,13 +108,13 @@ def test_a_head_of_as_many_classes_is_the_folders_and_nothing_is_said(folders, c
     ],
 )
 def test_what_does_not_fit_is_one_line_with_the_first_name(folders, name, options, said):
-    with pytest.raises(RecipeError, match=f"^pretrained = '.*': {said}") as caught:
+    with pytest.raises(InputError, match=f"^pretrained = '.*': {said}") as caught:
         learner(folders / name, **options)
     assert "\n" not in str(caught.value)
 
 
 def test_colours_do_not_become_grey_and_unknown_options_are_refused(folders):
-    with pytest.raises(RecipeError, match=r"patch_embeddings.projection.weight has the shape \(8,"):
+    with pytest.raises(InputError, match=r"patch_embeddings.projection.weight has the shape \(8,"):
         learner(folders / "vit", channels=3)
     with pytest.raises(InputError, match=r"^options: ViTConfig has no depth$"):
         learner(folders / "vit", depth=3)
@@ -126,7 +126,7 @@ def test_a_name_of_the_hub_goes_to_transformers_and_its_error_is_one_line(monkey
 
     monkeypatch.setattr(ViTConfig, "get_config_dict", offline)
     with pytest.raises(
-        RecipeError,
+        InputError,
         match=r"^pretrained = 'google/vit': no such folder, nor on the Hub: We couldn't connect to "
         r"load google/vit$",
     ):
@@ -184,14 +184,14 @@ def test_a_file_that_does_not_fit_is_one_line(own, change, said):
     weights = load_file(file)
     change(weights)
     save_file(weights, file)
-    with pytest.raises(RecipeError, match=f"^pretrained = '{file}': {said}$"):
+    with pytest.raises(InputError, match=f"^pretrained = '{file}': {said}$"):
         learner(file, model)
 
 
 def test_nothing_is_unpickled(own, tmp_path):
     torch.save({}, tmp_path / "weights.pt")
     for name in ("weights.pt", "nothing.safetensors"):
-        with pytest.raises(RecipeError, match=r"expected a \.safetensors file, the state dict of"):
+        with pytest.raises(InputError, match=r"expected a \.safetensors file, the state dict of"):
             learner(tmp_path / name, own[0])
 
 
@@ -254,7 +254,7 @@ def test_a_run_keeps_what_it_began_with_and_goes_on_without_the_folder(
 
 def test_a_learner_that_is_an_object_has_its_own_weights(recipe, folders):  # noqa: F811
     asked = with_(recipe, "learner", pretrained=str(folders / "vit"))
-    with pytest.raises(RecipeError, match=r"^pretrained = .*: the learner is an object of yours"):
+    with pytest.raises(InputError, match=r"^pretrained = .*: the learner is an object of yours"):
         learner_factory(asked, None, Own(3, 1))
 
 

@@ -170,6 +170,8 @@ def test_a_part_that_is_missing_is_named(part, pixart_folder, tmp_path):
 
 def test_a_plan_counts_what_torch_counts(pixart_folder, reference):
     """But for the projection of the prompts, whose results are a table."""
+    planned = without_weights(pixart_folder, classes=3, dtype=torch.float16)
+    assert planned.denoiser.embeddings.dtype == torch.float16
     with torch.device("meta"), torch.no_grad():
         model = diffusers.PixArtTransformer2DModel.from_config(reference.transformer.config)
         rows, x, t = torch.zeros(2, 300, 32), torch.zeros(2, 4, 8, 8), torch.tensor(500)
@@ -183,8 +185,6 @@ def test_a_plan_counts_what_torch_counts(pixart_folder, reference):
                 {"resolution": None, "aspect_ratio": None},
                 encoder_attention_mask=torch.ones(2, 300),
             )
-        planned = without_weights(pixart_folder, classes=3, dtype=torch.float16)
-        assert planned.denoiser.embeddings.dtype == torch.float16
         labels = torch.zeros(2, dtype=torch.int64)
         work = count_work(lambda: planned.denoiser(x, t, labels))
     assert work.flops == counter.get_total_flops() - once.get_total_flops()
