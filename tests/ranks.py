@@ -2,6 +2,7 @@
 folder)`` in each.
 """
 
+import contextlib
 import os
 import socket
 
@@ -12,6 +13,7 @@ import torch.multiprocessing as mp
 from dpfast.parallel import process_group
 
 AGENT = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+PORTS = iter(range(10_000 + os.getpid() % 1000 * 20, 32_000))  # of one process, of a thousand
 
 
 def spawned(size, function, *arguments):
@@ -22,9 +24,14 @@ def spawned(size, function, *arguments):
 
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that stays free until a rank listens there: each is given once, and lies below those
+    that the system gives to connections of other processes.
+    """
+    for port in PORTS:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 def environment(rank, size, port):
