@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,29 +119,33 @@ def _measured(run: PaperRun, result: dict[str, object], measure: str) -> float |
 def _compared(table: Table, runs: Sequence[PaperRun], measure: str) -> str:
     compared = comparison(table, runs, measure)
     base = next((line for line in compared if line.entry.name == table.baseline), None)
-    head = ["run", "row", "samples", "paper", "measured", "difference"]
+    printed = any(line.paper is not None for line in compared)  # of a plot nothing is
+    columns: dict[str, Callable[[Line], str]] = {
+        "run": lambda line: line.entry.name,
+        "row": lambda line: line.entry.row or "-",
+        "samples": lambda line: _range(line.samples),
+    }
+    if printed:
+        columns["paper"] = lambda line: _percent(line.paper)
+    columns["measured"] = lambda line: (
+        "stays out" if line.entry.left_out else _spread(line.measured)
+    )
+    if printed:
+        columns["difference"] = lambda line: _points(line.difference)
+    if base is not None and printed:
+        columns["paper's gain"] = lambda line: _gain(line.paper, base.paper)
     if base is not None:
-        head += ["paper's gain", "gain"]
-    rows, notes = [], dict[str, list[str]]()
+        columns["gain"] = lambda line: _gain(line.mean, base.mean)
+    rows = [[cell(line) for cell in columns.values()] for line in compared]
+    notes = dict[str, list[str]]()
     for line in compared:
-        row = [
-            line.entry.name,
-            line.entry.row or "-",
-            _range(line.samples),
-            _percent(line.paper),
-            "stays out" if line.entry.left_out else _spread(line.measured),
-            _points(line.difference),
-        ]
-        if base is not None:
-            row += [_gain(line.paper, base.paper), _gain(line.mean, base.mean)]
-        rows.append(row)
         if line.why:
             notes.setdefault(line.why, []).append(line.entry.name)
     told = [f"{', '.join(names)}: {why}" for why, names in notes.items()]
     if base is not None:
         told.insert(0, f"Gains are over {table.baseline}, in points.")
     below = "".join(f'<p class="note">{html.escape(text)}</p>' for text in told)
-    return tables.html_table(head, rows) + below
+    return tables.html_table(list(columns), rows) + below
 
 
 def _figures(table: Table, runs: Sequence[PaperRun], out: Path) -> list[str]:

@@ -2,8 +2,10 @@
 for ``dpfast``.
 """
 
+import html
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -126,6 +128,20 @@ def test_means_are_of_the_seeds_that_are_there(small):
     line = {each.entry.name: each for each in comparison(table, runs, "validation")}["static-64k"]
     assert len(line.measured) == 1
     assert line.why == "seed 1: missing: at iteration 120"
+
+
+@pytest.mark.parametrize(("name", "printed"), [("table4", True), ("figure5", False)])
+def test_what_the_paper_shows_in_a_plot_alone_has_no_columns_of_its_numbers(
+    name, printed, tmp_path
+):
+    table = load_table(name, small=True)
+    folders = Folders(given={}, pipelines={})
+    page = write_page(table, paper_runs(table, tmp_path, [0], folders), tmp_path).read_text()
+    heads = {html.unescape(text) for text in re.findall(r"<th [^>]*>([^<]*)", page)}
+    assert {"measured", "gain"} <= heads
+    assert heads & {"paper", "difference", "paper's gain"} == (
+        {"paper", "difference", "paper's gain"} if printed else set()
+    )
 
 
 def test_a_branch_of_a_run_with_fewer_rounds_is_passed_over_and_says_so(small):
