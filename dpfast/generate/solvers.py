@@ -201,7 +201,32 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
     scheduler.set_timesteps(steps)
     ratio = scheduler.sigmas.double().cpu()
     alpha = (1 + ratio.square()).rsqrt()
-    sigma = ratio * alpha
+    return _dpmpp_2m(scheduler, alpha, ratio * alpha, ratio)
+
+
+def flow_dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
+    """DPM-Solver++ 2M as in ``dpmpp_2m_table`` on the grid of a flow, alpha = 1 - sigma, as a
+    ``diffusers.DPMSolverMultistepScheduler`` with ``use_flow_sigmas`` has it.
+
+    Raises ``InputError`` for options of a grid that this scheduler does not apply to a flow, and
+    for ``thresholding``.
+    """
+    config = scheduler.config
+    for option in (*KARRAS, *FLOW_GRIDS, "use_lu_lambdas", "use_dynamic_shifting", "thresholding"):
+        if config.get(option):
+            raise InputError(
+                f"scheduler option {option} = {config[option]}: DPM-Solver++ 2M has no table for "
+                "it on a flow"
+            )
+    _check_steps(steps, config.num_train_timesteps - 1)
+    scheduler.set_timesteps(steps)
+    sigma = scheduler.sigmas.double().cpu()
+    return _dpmpp_2m(scheduler, 1 - sigma, sigma, sigma / (1 - sigma))
+
+
+def _dpmpp_2m(scheduler: Any, alpha: Tensor, sigma: Tensor, ratio: Tensor) -> SolverTable:
+    """The table on a grid of steps + 1 levels; ratio: sigma / alpha."""
+    config, steps = scheduler.config, len(ratio) - 1
     now, then = slice(0, steps), slice(1, steps + 1)
     shrink = ratio[then] / ratio[now] - 1  # exp(-h) - 1
     log_ratio = -ratio.log()
@@ -273,14 +298,16 @@ def _euler_table(scheduler: Any, steps: int, *, ancestral: bool) -> SolverTable:
 
 
 def flow_euler_table(
-    scheduler: Any, steps: int, *, image_tokens: int = 0, **options: Any
+    scheduler: Any, steps: int, *, image_tokens: int = 0, even: bool = False, **options: Any
 ) -> SolverTable:
     """Flow-matching Euler (Lipman et al. 2023) on the grid of a
     ``diffusers.FlowMatchEulerDiscreteScheduler``.
 
     alpha = 1 - sigma, a = 1 - sigma', b = sigma', c = d = 0. ``image_tokens``: length of the image
-    sequence, which shifts the grid of a scheduler with ``use_dynamic_shifting``. ``options`` go to
-    the scheduler's ``set_timesteps``.
+    sequence, which shifts the grid of a scheduler with ``use_dynamic_shifting``. ``even``: whether
+    the grid goes in even steps from 1 down to 0, before any shift, as diffusers' pipelines of FLUX
+    ask for it, and not to the lowest trained sigma. ``options`` go to the scheduler's
+    ``set_timesteps``.
 
     Raises ``InputError`` for ``steps`` below 1, ``invert_sigmas`` and ``stochastic_sampling``.
     """
@@ -292,6 +319,8 @@ def flow_euler_table(
     _check_steps(steps, scheduler.config.num_train_timesteps)
     if scheduler.config.use_dynamic_shifting and "mu" not in options:
         options["mu"] = _dynamic_shift(scheduler.config, image_tokens)
+    if even:
+        options["sigmas"] = [1 - step / steps for step in range(steps)]
     scheduler.set_timesteps(steps, **options)
     sigmas = scheduler.sigmas.double().cpu()
     now, then = sigmas[:-1], sigmas[1:]
@@ -420,6 +449,7 @@ class Solver:
     trailing: tuple[str, ...] = ()
 
 
+FLOW_GRIDS = ("invert_sigmas", "stochastic_sampling", "shift_terminal")
 KARRAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 SOLVERS: dict[str, Solver] = {
     "ddim": Solver(
@@ -473,8 +503,13 @@ FLOW_SOLVERS: dict[str, Solver] = {
     "euler": Solver(
         table=flow_euler_table,
         scheduler="FlowMatchEulerDiscreteScheduler",
-        takes=("image_tokens",),
+        takes=("image_tokens", "even"),
         folders=("FlowMatchEulerDiscreteScheduler",),
+    ),
+    "dpmpp2m": Solver(
+        table=flow_dpmpp_2m_table,
+        scheduler="DPMSolverMultistepScheduler",
+        settings=SOLVERS["dpmpp2m"].settings,
     ),
 }
 AUTO = {
@@ -508,8 +543,10 @@ OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip_sample_range": (lambda x: _number(x) and x > 0, "a number above 0"),
     "dynamic_thresholding_ratio": (lambda x: _number(x) and 0 <= x <= 1, "between 0 and 1"),
     "shift": (lambda x: _number(x) and x > 0, "a number above 0"),
+    "flow_shift": (lambda x: _number(x) and x > 0, "a number above 0"),
     "shift_terminal": (lambda x: x is None or (_number(x) and 0 <= x < 1), "at least 0, below 1"),
 }
+FLOW = "flow_prediction"  # as a scheduler calls it that knows other predictions, too
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 
@@ -573,9 +610,12 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
             raise refuse(f"scheduler option {key} = {saved[key]!r}: expected {words}")
     own = read(lambda: getattr(diffusers, name).from_pretrained(path))
     if is_flow(own):
-        solver = FLOW_SOLVERS[AUTO[name]]
+        kind = own.config.get("prediction_type", FLOW)
+        if kind != FLOW:
+            raise refuse(f"prediction_type = {kind!r}: expected {FLOW!r} on a flow")
         # at the length for which base_shift is meant: others are the model's to know
-        read(lambda: solver.table(own, 2, image_tokens=own.config.base_image_seq_len))
+        tokens = own.config.get("base_image_seq_len", 0)
+        read(lambda: solver_table(own, 2, image_tokens=tokens))
         return own
     config = own.config
     kind = config.get("prediction_type", "epsilon")
@@ -601,12 +641,29 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
 
 def is_flow(scheduler: Any) -> bool:
     """Whether the model of a folder with this scheduler matches a flow."""
-    return any(type(scheduler).__name__ in about.folders for about in FLOW_SOLVERS.values())
+    name = type(scheduler).__name__
+    own = any(name in about.folders for about in FLOW_SOLVERS.values())
+    return own or _is_flow_of(name, scheduler.config)
+
+
+def _is_flow_of(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether it is a scheduler over betas by its class that an option makes one over a flow."""
+    return name == FLOW_SOLVERS["dpmpp2m"].scheduler and bool(config.get("use_flow_sigmas"))
+
+
+def _of_flow(scheduler: Any) -> dict[str, Any]:
+    """The shift of a flow's grid by the names that either class of scheduler gives it."""
+    config = scheduler.config
+    shift = config["flow_shift" if _is_flow_of(type(scheduler).__name__, config) else "shift"]
+    named = {"use_flow_sigmas": True, "prediction_type": FLOW}
+    return {"shift": shift, "flow_shift": shift, **named}
 
 
 def _auto(scheduler: Any) -> str:
     """The solver that "auto" is for a scheduler of this class and options."""
     name = type(scheduler).__name__
+    if _is_flow_of(name, scheduler.config):
+        return "dpmpp2m"
     if scheduler.config.get("timestep_spacing") == "trailing" and name in TRAILING:
         return TRAILING[name]
     return AUTO.get(name, "ddim")
@@ -625,6 +682,7 @@ def solver_table(
     solver: SolverName = "auto",
     eta: float = 0.0,
     image_tokens: int = 0,
+    even: bool = False,
 ) -> SolverTable:
     """The table of a solver on the grid of ``load_scheduler``'s scheduler, which stays as it was.
 
@@ -653,6 +711,7 @@ def solver_table(
                 f"scheduler option {option} = True: {name!r} steps on the trained timesteps only; "
                 "use solver = 'dpmpp2m' or set the option to false"
             )
-    own = _as(about.scheduler, scheduler.config, **about.settings)
-    given = {"eta": eta, "image_tokens": image_tokens}
+    options = {**about.settings, **(_of_flow(scheduler) if is_flow(scheduler) else {})}
+    own = _as(about.scheduler, scheduler.config, **options)
+    given = {"eta": eta, "image_tokens": image_tokens, "even": even}
     return about.table(own, steps, **{argument: given[argument] for argument in about.takes})

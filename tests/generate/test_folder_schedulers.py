@@ -233,7 +233,7 @@ def test_a_distilled_grid_longer_than_the_trained_one_is_refused(save):
             "FlowMatchEulerDiscreteScheduler",
             {},
             {"solver": "ddim"},
-            "'ddim': the pipeline's scheduler takes 'auto' or 'euler'",
+            "'ddim': the pipeline's scheduler takes 'auto' or 'euler' or 'dpmpp2m'",
         ),
         (
             "DDIMScheduler",
@@ -285,6 +285,28 @@ def test_karras_grids_of_a_folder_reach_dpm_solver(save):
     assert_same(solver_table(scheduler, 10, solver="dpmpp2m"), reference)
 
 
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+def test_both_solvers_of_a_flow_run_on_the_shift_of_either_scheduler(save):
+    """SANA's folders have the one, Stable Diffusion 3 and FLUX the other."""
+    kinds = {
+        "DPMSolverMultistepScheduler": {**FLOW, "flow_shift": 3.0},
+        "FlowMatchEulerDiscreteScheduler": {"shift": 3.0},
+    }
+    of_dpm, of_euler = (
+        load_scheduler(save(name, **options), latent=True) for name, options in kinds.items()
+    )
+    assert prediction_of(of_dpm) == prediction_of(of_euler) == "flow"
+    for solver, auto in (("dpmpp2m", of_dpm), ("euler", of_euler)):
+        tables = [solver_table(each, 9, solver=solver) for each in (of_dpm, of_euler)]
+        assert torch.equal(tables[0].rows, tables[1].rows)
+        assert torch.equal(solver_table(auto, 9).rows, tables[0].rows)
+    with pytest.raises(InputError, match="use_dynamic_shifting = True: DPM-Solver"):
+        moving = save("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True)
+        solver_table(load_scheduler(moving, latent=True), 9, solver="dpmpp2m")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [
@@ -300,9 +322,19 @@ def test_karras_grids_of_a_folder_reach_dpm_solver(save):
             "prediction_type = 'flow_prediction'",
         ),
         (
-            "DPMSolverMultistepScheduler",
+            "UniPCMultistepScheduler",
             {"use_flow_sigmas": True},
             "use_flow_sigmas = True has no solver here",
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            {"use_flow_sigmas": True},
+            "prediction_type = 'epsilon': expected 'flow_prediction' on a flow",
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            {**FLOW, "use_karras_sigmas": True},
+            "use_karras_sigmas = True: DPM-Solver.. 2M has no table for it on a flow",
         ),
         (
             "EulerDiscreteScheduler",

@@ -30,6 +30,7 @@ from dpfast.generate.solvers import (
     dpmpp_2m_table,
     euler_ancestral_table,
     euler_table,
+    flow_dpmpp_2m_table,
     flow_euler_table,
     lcm_table,
     tcd_table,
@@ -189,6 +190,25 @@ def test_dpmpp_2m_predictions(kind):
 def test_flow_euler(steps, options, arguments):
     scheduler = FlowMatchEulerDiscreteScheduler(**options)
     assert_same(flow_euler_table(scheduler, steps, **arguments), scheduler, "flow")
+
+
+@pytest.mark.parametrize("steps", [2, 12, 20])
+def test_dpmpp_2m_on_a_flow(steps):
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    assert_same(flow_dpmpp_2m_table(scheduler, steps), scheduler, "flow")
+
+
+@pytest.mark.parametrize("options", [{"shift": 1.0}, {"use_dynamic_shifting": True}])
+def test_the_even_grid_of_flux(options):
+    scheduler = FlowMatchEulerDiscreteScheduler(**options)
+    arguments = {"mu": 0.8} if options.get("use_dynamic_shifting") else {}
+    table = flow_euler_table(scheduler, 4, even=True, **arguments)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], **arguments)
+    assert torch.equal(table.timesteps, scheduler.timesteps)
+    assert torch.equal(table.rows[:, 1], scheduler.sigmas[:-1])
+    assert float(table.rows[-1, 1]) >= 0.25
 
 
 @pytest.fixture

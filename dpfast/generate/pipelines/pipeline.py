@@ -153,16 +153,22 @@ class Pipeline:
         Args:
             steps: between 1 and the scheduler's trained timesteps.
             solver: "ddim", "dpmpp2m" (DPM-Solver++ 2M), "euler", "euler_ancestral", for distilled
-                models "lcm" and "tcd"; flow-matching models take "euler" alone. "auto" is "ddim",
-                or the one that the model was distilled or trained for.
+                models "lcm" and "tcd"; flow-matching models take "euler" and "dpmpp2m". "auto" is
+                "ddim", or the one that the model was distilled or trained for.
             eta: noise of DDIM, 0 deterministic to 1 ancestral; the gamma of TCD.
 
         Raises ``InputError`` for steps, a solver or an eta that the scheduler does not take, and
         for an option of the scheduler that the solver has no table for; the message names it. So
         it does for timesteps between those of the training, where the denoiser has tables of these.
         """
-        tokens = getattr(self.denoiser, "image_tokens", 0)
-        table = solver_table(self.scheduler, steps, solver=solver, eta=eta, image_tokens=tokens)
+        table = solver_table(
+            self.scheduler,
+            steps,
+            solver=solver,
+            eta=eta,
+            image_tokens=getattr(self.denoiser, "image_tokens", 0),
+            even=getattr(self.denoiser, "even_grid", False),
+        )
         if table.timesteps.is_floating_point() and getattr(self.denoiser, "whole_timesteps", False):
             raise InputError(
                 f"solver = {solver!r}: in {steps} steps it stops between the timesteps that the "
