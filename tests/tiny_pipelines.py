@@ -238,6 +238,34 @@ def t5_encoder(words, width=32):
     return transformers.T5EncoderModel(config).eval()
 
 
+def flux(folder: Path, *, guidance_embeds=True, scheduler=None):
+    """dev, or schnell without ``guidance_embeds``, with their schedulers."""
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    randomise(transformer)
+    clip, words = clip_tokenizer(), t5_tokenizer()
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance_embeds else {"shift": 1.0}
+    diffusers.FluxPipeline(
+        scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(**shift),
+        vae=vae(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=clip_encoder(transformers.CLIPTextModel, clip),
+        tokenizer=clip,
+        text_encoder_2=t5_encoder(words),
+        tokenizer_2=words,
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
 def pixart(folder: Path, *, kind=diffusers.PixArtSigmaPipeline, scheduler=None, **options):
     transformer = diffusers.PixArtTransformer2DModel(
         **{

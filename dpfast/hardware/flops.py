@@ -77,8 +77,10 @@ class _Attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            (*_, queries, _), (*_, keys, _) = args[0].shape, args[1].shape
-            self.scores |= dict.fromkeys([(queries, keys), (keys, queries)], args[0].itemsize)
+            given = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
+            (*_, queries, _), (*_, keys, _) = given["query"].shape, given["key"].shape
+            size = given["query"].itemsize
+            self.scores |= dict.fromkeys([(queries, keys), (keys, queries)], size)
         return func(*args, **(kwargs or {}))
 
 

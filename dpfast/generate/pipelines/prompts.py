@@ -147,10 +147,14 @@ def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip())
 
 
-def blank(folder: PipelineFolder, prompts: list[str], width: int, *, more: int = 0) -> torch.Tensor:
-    """Embeddings (len(prompts), tokens, width) on the device meta, of as many tokens as the part
+def blank(
+    folder: PipelineFolder, prompts: list[str], width: int, *, more: int = 0, tokens: int = 0
+) -> torch.Tensor:
+    """Embeddings (len(prompts), tokens, width) on the device meta; 0 tokens: as many as the part
     "text_encoder" gives, or CLIP's 77, and ``more``.
     """
+    if tokens:
+        return torch.empty(len(prompts), tokens, width, device="meta")
     known = folder.config("text_encoder") if folder.has("text_encoder") else {}
     tokens = int(known.get("max_position_embeddings") or 77) + more
     return torch.empty(len(prompts), tokens, width, device="meta")

@@ -279,10 +279,13 @@ def test_labels_are_read_row_by_row(folder, request):
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_step_with_its_gradient_is_one_graph(folder, request):
+    is_one_graph(Pipeline.from_pretrained(request.getfixturevalue(folder), class_names=NAMES))
+
+
+def is_one_graph(pipeline):
     """fullgraph=True raises at a graph break; one compilation serves every timestep and every
     label.
     """
-    pipeline = Pipeline.from_pretrained(request.getfixturevalue(folder), class_names=NAMES)
     graphs = []
 
     def backend(graph, _):

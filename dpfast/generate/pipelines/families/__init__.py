@@ -5,6 +5,7 @@ StableDiffusionPipeline   1.x and 2.x; one prompt a class, the empty prompt is t
 LatentConsistencyModelPipeline  the same, distilled, with the scale of guidance as an input
 StableDiffusionXLPipeline  prompts as above, for two encoders; the base without the refiner
 StableDiffusion3Pipeline  flow matching; prompts as above; the T5 encoder where the folder has it
+FluxPipeline  dev, with the scale of guidance as an input, and schnell; packed latents
 PixArtAlphaPipeline, PixArtSigmaPipeline  prompts of a T5 encoder
 DDIMPipeline, DDPMPipeline  pixels, unconditional or class ids
 

@@ -14,6 +14,7 @@ from dpfast.generate.models.denoiser import Denoiser
 from dpfast.generate.pipelines.attention import set_attention
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.prompts import Prompts
+from dpfast.generate.solvers import load_scheduler, prediction_of
 
 CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
 
@@ -81,10 +82,33 @@ def names_of(folder: PipelineFolder, options: LoadOptions) -> tuple[str, ...]:
     return names
 
 
-def network(folder: PipelineFolder, kind: Any, part: str, options: LoadOptions) -> Any:
-    """The model that denoises, on its device and of the size of images that was asked for."""
+def flow_scheduler(folder: PipelineFolder) -> Any:
+    """The scheduler of a folder whose model matches a flow. Raises ``InputError`` for another."""
+    scheduler = load_scheduler(folder.path, latent=True)
+    if prediction_of(scheduler) != "flow":
+        raise folder.error(
+            f"scheduler {type(scheduler).__name__}: a {folder.kind} needs a flow-matching one"
+        )
+    return scheduler
+
+
+def network(
+    folder: PipelineFolder,
+    kind: Any,
+    part: str,
+    options: LoadOptions,
+    *,
+    sample_size: int | None = None,
+    patch: int | None = None,
+) -> Any:
+    """The model that denoises, on its device and of the size of images that was asked for.
+
+    sample_size, patch: of a model whose configuration does not say them.
+    """
     model = folder.model(kind, part, device=options.device, dtype=options.dtype)
-    sized(folder, model, options.height, options.width)
+    if sample_size is not None:
+        model.register_to_config(sample_size=sample_size)
+    sized(folder, model, options.height, options.width, patch=patch)
     if kind in CONVOLUTIONAL:
         model = in_format(model, options)
     return set_attention(model, options.attention)
@@ -99,7 +123,9 @@ def pixels_of_latents(folder: PipelineFolder) -> int:
     raise folder.error("'vae' has no block_out_channels in its config.json")
 
 
-def sized(folder: PipelineFolder, model: Any, height: int, width: int) -> None:
+def sized(
+    folder: PipelineFolder, model: Any, height: int, width: int, *, patch: int | None = None
+) -> None:
     """Gives a model the sample_size of images of ``height`` x ``width`` pixels; 0: its own.
 
     Raises ``InputError`` for sides that its latents or patches do not divide, or that are beyond
@@ -108,7 +134,7 @@ def sized(folder: PipelineFolder, model: Any, height: int, width: int) -> None:
     if not (height or width):
         return
     config = model.config
-    patch, scale = int(config.get("patch_size") or 1), pixels_of_latents(folder)
+    patch, scale = patch or int(config.get("patch_size") or 1), pixels_of_latents(folder)
     own = config.sample_size
     sides = [int(side) for side in ((own, own) if isinstance(own, int) else own)]
     most = int(config.get("pos_embed_max_size") or 0) * patch * scale

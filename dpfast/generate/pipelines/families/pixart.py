@@ -85,11 +85,9 @@ def _pixart(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
         raise folder.error("'transformer' has caption_channels = None; expected a width")
     decoder, channels = decoder_of(folder, model.config.in_channels, options)
     if options.planned:
-        shape = (len(prompts), TOKENS[folder.kind])
-        embeddings = torch.empty(
-            *shape, model.config.caption_channels, dtype=options.dtype, device=options.device
-        )
-        bias = embeddings.new_empty(len(prompts), 1, shape[1])
+        width, tokens = model.config.caption_channels, TOKENS[folder.kind]
+        embeddings = texts.blank(folder, prompts, width, tokens=tokens).to(options.dtype)
+        bias = embeddings.new_empty(len(prompts), 1, tokens)
     else:
         embeddings, bias = _encode(folder, prompts, device=options.device, dtype=options.dtype)
     projected = [model.caption_projection(part) for part in embeddings.split(texts.PROMPTS_AT_ONCE)]

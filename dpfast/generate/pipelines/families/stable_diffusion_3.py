@@ -15,11 +15,11 @@ from dpfast.generate.pipelines.families.common import (
     LoadedParts,
     LoadOptions,
     decoder_of,
+    flow_scheduler,
     names_of,
     network,
 )
 from dpfast.generate.pipelines.folder import PipelineFolder
-from dpfast.generate.solvers import load_scheduler, prediction_of
 from dpfast.ops.guided_step import Prediction
 
 T5_TOKENS = 256  # as StableDiffusion3Pipeline takes them, of zeros where the encoder is missing
@@ -62,11 +62,7 @@ class TextTransformerDenoiser(ModelDenoiser):
 def _stable_diffusion_3(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
     names = names_of(folder, options)
     prompts = options.prompts.texts(names)
-    scheduler = load_scheduler(folder.path, latent=True)
-    if prediction_of(scheduler) != "flow":
-        raise folder.error(
-            f"scheduler {type(scheduler).__name__}: a {folder.kind} needs a flow-matching one"
-        )
+    scheduler = flow_scheduler(folder)
     model = network(folder, diffusers.SD3Transformer2DModel, "transformer", options)
     decoder, channels = decoder_of(folder, model.config.in_channels, options)
     if options.planned:
