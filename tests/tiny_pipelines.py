@@ -293,6 +293,71 @@ def pixart(folder: Path, *, kind=diffusers.PixArtSigmaPipeline, scheduler=None, 
     return folder
 
 
+def gemma_tokenizer(begin=True):
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
+    numbers = {token: i for i, token in enumerate(tokens)}
+    return transformers.GemmaTokenizer(numbers, [], add_bos_token=begin)
+
+
+def deep_compression():
+    torch.manual_seed(0)
+    return diffusers.AutoencoderDC(
+        in_channels=1,
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        decoder_norm_types="rms_norm",
+        scaling_factor=0.4,
+    )
+
+
+def sana(folder: Path, *, scheduler=None, **options):
+    transformer = diffusers.SanaTransformer2DModel(
+        **{
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "caption_channels": 32,
+            "sample_size": 16,
+            **options,
+        }
+    )
+    randomise(transformer, std=0.2)
+    words = gemma_tokenizer()
+    torch.manual_seed(5)
+    gemma = transformers.Gemma2Config(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    # the scheduler of the published folders
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    diffusers.SanaPipeline(
+        tokenizer=words,
+        text_encoder=transformers.Gemma2Model(gemma).eval(),
+        vae=deep_compression(),
+        transformer=transformer,
+        scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(**flow),
+    ).save_pretrained(folder)
+    return folder
+
+
 def pixel(folder: Path, *, class_embeddings=None, kind=diffusers.DDIMPipeline, scheduler=None):
     unet = diffusers.UNet2DModel(
         sample_size=8,

@@ -175,6 +175,15 @@ class VaeDecoder(AutoencoderDecoder):
         return self._unscale.inverse(latents)
 
 
+class DeepCompressionDecoder(VaeDecoder):
+    """The full ``AutoencoderDC`` of SANA (Chen et al. 2024, arXiv 2410.10733): 32 times fewer
+    elements in height and width. ``fused`` as for ``VaeDecoder``; it has no fused blocks.
+    """
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self._unscale.inverse(self.model.encode(images.to(self._unscale.dtype)).latent)
+
+
 class TinyDecoder(AutoencoderDecoder):
     """A distilled ``AutoencoderTiny``: the decoder of the guidance path, where the full one
     dominates the cost. ``fused`` as for ``VaeDecoder``.
@@ -200,11 +209,11 @@ def times_a_tiny_one(decoder: AutoencoderDecoder, shape: tuple[int, ...]) -> flo
     counted on the meta device.
     """
     config = decoder.model.config
-    levels = len(config.block_out_channels)
+    levels = len(config.get("decoder_block_out_channels") or config.block_out_channels)
     with torch.device("meta"):
         full = type(decoder.model).from_config(config)
         tiny = diffusers.AutoencoderTiny(
-            out_channels=config.out_channels,
+            out_channels=config.get("out_channels") or config.in_channels,
             latent_channels=config.latent_channels,
             encoder_block_out_channels=(64,) * levels,
             decoder_block_out_channels=(64,) * levels,

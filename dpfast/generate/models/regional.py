@@ -36,6 +36,7 @@ Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 # the layers that never lie on two devices.
 REPEATED = {
     "AutoencoderKL": ("ResnetBlock2D",),
+    "AutoencoderDC": ("ResBlock", "EfficientViTBlock"),
     "AutoencoderTiny": ("AutoencoderTinyBlock",),
     "DiTTransformer2DModel": ("BasicTransformerBlock",),
     "SD3Transformer2DModel": ("JointTransformerBlock",),

@@ -167,9 +167,10 @@ def without_padding(
     and what attention adds at their tokens, (n, 1, tokens): 0, and -10000 at padding.
 
     mask: (n, tokens), 1 at a prompt's own tokens, which come first. What is cut off is padding in
-    all of them, at which no image looks.
+    all of them, at which no image looks; nothing is where a prompt has no token of its own.
     """
-    most = -(-int(mask.sum(1).max()) // 8) * 8
+    lengths = mask.sum(1)
+    most = -(-int(lengths.max()) // 8) * 8 if int(lengths.min()) else mask.shape[1]
     bias = (1 - mask[:, None, :most].to(embeddings.dtype)) * -10000.0
     return embeddings[:, :most].contiguous(), bias
 

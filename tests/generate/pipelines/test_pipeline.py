@@ -252,8 +252,8 @@ def test_decoders(pipeline_folder, pixel_folder, broken):
     shutil.copytree(pipeline_folder / "tiny_decoder", broken / "vae")
     edit(broken / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
     assert isinstance(Pipeline.from_pretrained(broken).decoder, TinyDecoder)
-    edit(broken / "model_index.json", vae=["diffusers", "AutoencoderDC"])
-    with pytest.raises(InputError, match="'vae' is a AutoencoderDC; expected an AutoencoderKL"):
+    edit(broken / "model_index.json", vae=["diffusers", "VQModel"])
+    with pytest.raises(InputError, match="'vae' is a VQModel; expected one of AutoencoderKL, "):
         Pipeline.from_pretrained(broken)
 
 

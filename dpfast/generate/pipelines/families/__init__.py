@@ -7,6 +7,7 @@ StableDiffusionXLPipeline  prompts as above, for two encoders; the base without 
 StableDiffusion3Pipeline  flow matching; prompts as above; the T5 encoder where the folder has it
 FluxPipeline  dev, with the scale of guidance as an input, and schnell; packed latents
 PixArtAlphaPipeline, PixArtSigmaPipeline  prompts of a T5 encoder
+SanaPipeline  prompts of a Gemma encoder, a deep-compression autoencoder
 DDIMPipeline, DDPMPipeline  pixels, unconditional or class ids
 
 Adding a family is one file in this package and its test. The file holds a class of denoiser with

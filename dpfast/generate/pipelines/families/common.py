@@ -9,13 +9,24 @@ from typing import Any
 import diffusers
 import torch
 
-from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder, decoder_dtype
+from dpfast.generate.models.decoder import (
+    Decoder,
+    DeepCompressionDecoder,
+    TinyDecoder,
+    VaeDecoder,
+    decoder_dtype,
+)
 from dpfast.generate.models.denoiser import Denoiser
 from dpfast.generate.pipelines.attention import set_attention
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.prompts import Prompts
 from dpfast.generate.solvers import load_scheduler, prediction_of
 
+DECODERS: dict[str, Any] = {
+    "AutoencoderKL": VaeDecoder,
+    "AutoencoderDC": DeepCompressionDecoder,
+    "AutoencoderTiny": TinyDecoder,
+}
 CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
 
 
@@ -164,14 +175,15 @@ def decoder_of(
     folder: PipelineFolder, latent_channels: int, options: LoadOptions
 ) -> tuple[Decoder, int]:
     """The decoder of the part "vae" and the channels of its images."""
-    named = folder.class_of("vae")
-    if named not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise folder.error(f"'vae' is a {named}; expected an AutoencoderKL or an AutoencoderTiny")
+    named = str(folder.class_of("vae"))
+    if named not in DECODERS:
+        *others, last = DECODERS
+        raise folder.error(f"'vae' is a {named}; expected one of {', '.join(others)} and {last}")
     model = in_format(autoencoder(folder, getattr(diffusers, named), "vae", options), options)
     if model.config.latent_channels != latent_channels:
         raise folder.error(
             f"the denoiser takes {latent_channels} channels and 'vae' has "
             f"{model.config.latent_channels} latent ones; expected as many"
         )
-    decoder = VaeDecoder if named == "AutoencoderKL" else TinyDecoder
-    return decoder(model, fused=options.fused), int(model.config.out_channels)
+    made = DECODERS[named](model, fused=options.fused)
+    return made, int(model.config.get("out_channels") or model.config.in_channels)
