@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import dpfast
+from tests import tiny_pipelines
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
@@ -87,3 +90,58 @@ def test_a_generator_that_is_no_pipeline_runs_the_loop(caplog):
     assert dp.additions == 1
     assert (dp.cost.forwards, dp.cost.flops) == (0, 0)
     assert dp.cost.seconds > 0
+
+
+class Network(nn.Module):
+    """Images (B, 3, 16, 16), noise levels (B,) and class ids to images, with weights at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.classes = nn.Conv2d(3, 3, 3, padding=1), nn.Embedding(3, 3)
+
+    def forward(self, y, noise, labels):
+        condition = self.classes(labels) * noise[:, None].cos()
+        return self.body(y + condition[:, :, None, None]).tanh()
+
+
+def test_a_network_of_one_s_own_is_sampled_and_guided_as_its_paper_says():
+    """Karras et al.'s algorithm 1 with classifier-free guidance, and autograd through it."""
+    own = example("own_denoiser")
+    torch.manual_seed(0)
+    network = Network().requires_grad_(False)
+    pipeline = own.pipeline_of(network, ("cat", "dog"), 16)
+    learner = tiny_pipelines.learner(2, 3).eval()
+    labels, steps, scale = torch.tensor([0, 1, 1]), 12, 2.5
+
+    def denoised(y, s, labels):
+        size = (s * s + 0.25).sqrt()
+        found = network(y / size, (s.log() / 4).expand(len(y)), labels)
+        return y * 0.25 / size**2 + found * s * 0.5 / size
+
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    grid = (80.0 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 80.0 ** (1 / 7))) ** 7
+    grid = [*grid.float(), torch.tensor(0.0)]
+    sampler = dpfast.GuidedSampler(
+        pipeline,
+        learner,
+        guidance=dpfast.GuidanceConfig(omega=0.05),
+        steps=steps,
+        cfg_scale=scale,
+        compile=False,
+    )
+    state = sampler.begin(labels, [3, 5, 9], omega=0.0)
+    y = state.x * (1 + grid[0] ** 2).sqrt()
+    for s, following in pairwise(grid):
+        empty = denoised(y, s, torch.full_like(labels, 2))
+        x0 = empty + scale * (denoised(y, s, labels) - empty)
+        y = y + (following - s) * (y - x0) / s
+    torch.testing.assert_close(sampler.advance(state).x, y, rtol=0, atol=1e-4)
+
+    s, x = grid[4], torch.randn(3, 3, 16, 16)
+    alpha, sigma = (1 + s * s).rsqrt(), s * (1 + s * s).rsqrt()
+    path, t = sampler.runner.parts.path, sampler.table.timesteps[4]
+    gradient, _, _ = path.gradient(x, t, labels, alpha, sigma)
+    leaf = x.clone().requires_grad_()
+    log_p = learner(denoised(leaf / alpha, s, labels)).log_softmax(1)
+    (truth,) = torch.autograd.grad(-(log_p.exp() * log_p).sum(), leaf)
+    assert float((gradient - truth).norm() / truth.norm()) < 1e-4

@@ -83,6 +83,29 @@ def test_dit(learned_sigma, cfg_scale, tmp_path):
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
+@torch.no_grad()
+def test_dit_of_a_flow(tmp_path):
+    """As SiT and REPA train it: the same network of a velocity. diffusers' pipeline does not run
+    on such a scheduler: the model and the scheduler's steps, between the trained timesteps.
+    """
+    folder = tiny_pipelines.dit(tmp_path, learned_sigma=True, tiny=False)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.5)
+    scheduler.save_pretrained(folder / "scheduler")
+    model = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    pipelines = [Pipeline.from_pretrained(folder, fused=fused) for fused in (False, True)]
+    for cfg_scale in (1.0, 3.0):
+        scheduler.set_timesteps(STEPS)
+        x = noise = noise_for(pipelines[0])
+        for t in scheduler.timesteps:
+            v, empty = (
+                model(x, timestep=t.expand(4), class_labels=torch.tensor(ids)).sample[:, :4]
+                for ids in (LABELS, [1000] * 4)
+            )
+            x = scheduler.step(empty + cfg_scale * (v - empty), t, x).prev_sample
+        for pipeline in pipelines:
+            torch.testing.assert_close(run(pipeline, noise, cfg_scale), x, **CLOSE)
+
+
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp2m"])
 @pytest.mark.parametrize("cfg_scale", [1.0, 5.0])
 def test_stable_diffusion(cfg_scale, solver, stable_diffusion_folder):

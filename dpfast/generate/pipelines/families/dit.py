@@ -1,4 +1,7 @@
-"""``DiTPipeline``: class ids; the class id after the last embedding row is the null class."""
+"""``DiTPipeline``: class ids; the class id after the last embedding row is the null class.
+
+With a flow-matching scheduler it is what SiT and REPA train: the same network, of a velocity.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,9 @@ class DiTDenoiser(ModelDenoiser):
     """``DiTTransformer2DModel``, conditioned on class ids; the null class is the id after the last
     embedding row.
 
-    ``timesteps``: of the training; those of a table are among them.
+    ``timesteps``: of the training, where those of a table are among them; the time's embeddings are
+    then tables. None for a flow, whose table stops between them.
     """
-
-    whole_timesteps = True
 
     def __init__(
         self,
@@ -37,21 +39,23 @@ class DiTDenoiser(ModelDenoiser):
         *,
         classes: int,
         prediction: Prediction,
-        timesteps: int,
+        timesteps: int | None,
         fused: bool = False,
     ) -> None:
         config: Any = model.config
         super().__init__(
-            share_conditioning(model, timesteps),
+            model if timesteps is None else share_conditioning(model, timesteps),
             classes=classes,
             null_label=int(config.num_embeds_ada_norm),
             prediction=prediction,
             fused=fused,
         )
+        self.whole_timesteps = timesteps is not None
 
     def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
-        # one row of time for all samples
-        return self.model(x, timestep=timesteps[:1], class_labels=labels).sample
+        # in a table one row of time for all samples
+        given = timesteps[:1] if self.whole_timesteps else timesteps
+        return self.model(x, timestep=given, class_labels=labels).sample
 
 
 def _dit(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
@@ -63,12 +67,12 @@ def _dit(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
             f"{len(names)} class names for a model of {model.config.num_embeds_ada_norm} classes"
         )
     decoder, channels = decoder_of(folder, model.config.in_channels, options)
-    steps = scheduler.config.num_train_timesteps
+    prediction = prediction_of(scheduler)
     denoiser = DiTDenoiser(
         model,
         classes=len(names),
-        prediction=prediction_of(scheduler),
-        timesteps=steps,
+        prediction=prediction,
+        timesteps=None if prediction == "flow" else scheduler.config.num_train_timesteps,
         fused=options.fused,
     )
     return LoadedParts(denoiser, decoder, scheduler, names, channels)
