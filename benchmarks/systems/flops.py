@@ -4,12 +4,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from benchmarks.harness.arguments import new_parser
 from dpfast.hardware.peaks import samples_per_second
 from dpfast.planning.methods import (
     PREDECESSOR,
     Method,
+    PartFlops,
     dit_xl_2,
+    flux,
+    pixart_sigma,
+    sana,
     stable_diffusion_15,
     stable_diffusion_21,
     stable_diffusion_xl,
@@ -58,7 +65,53 @@ def table() -> str:
     return "\n".join(lines)
 
 
+ONE = Method(cfg_steps=0)  # one prediction a step: guidance is embedded, or distilled away
+FAMILIES: tuple[tuple[Callable[[], PartFlops], Method], ...] = (
+    (lambda: stable_diffusion_15(512), Method()),
+    (stable_diffusion_21, Method()),
+    (stable_diffusion_xl, Method()),
+    (dit_xl_2, Method()),
+    (pixart_sigma, Method()),
+    (sana, Method()),
+    (flux, replace(ONE, steps=28, guided=6)),
+    (lambda: flux("schnell"), replace(ONE, steps=4, guided=2)),
+)
+COLUMNS = (
+    "",
+    "predictions, of them guided",
+    "denoiser",
+    "its backward pass",
+    "decoder of guidance, both ways",
+    "unguided sample",
+    "guided sample",
+    "ratio",
+)
+
+
+def of_families() -> str:
+    """Markdown: a row for each model with the steps that its card asks for, in TFLOP."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for make, method in FAMILIES:
+        parts = make()
+        with_cfg = method.steps if method.cfg_steps is None else method.cfg_steps
+        numbers = (
+            parts.denoiser.forward,
+            parts.denoiser.backward,
+            parts.tiny.both,
+            method.unguided(parts),
+            method.total(parts),
+        )
+        cells = [
+            parts.name,
+            f"{method.steps + with_cfg}, {method.guided}",
+            *(f"{number / 1e12:.2f}" for number in numbers),
+            f"{method.ratio(parts):.2f}x",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     new_parser("flops", __doc__).parse_args(arguments)
-    print(table())
+    print(table(), of_families(), sep="\n\n")
     return 0

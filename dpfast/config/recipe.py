@@ -59,6 +59,10 @@ USER_FOLDERS = {
         "stable-diffusion-2.1",
         "stable-diffusion-xl",
         "dit-xl-2",
+        "pixart-sigma",
+        "sana-1.6b",
+        "flux-dev",
+        "flux-schnell",
     ),
     "validation": ("imagenet-val",),
 }

@@ -12,15 +12,27 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpfast.config import Generator
 from dpfast.errors import InputError
 from dpfast.generate.from_recipe import class_names, folder_of, prompts_of, resized
-from dpfast.generate.models.decoder import Decoder, TinyDecoder, VaeDecoder, decoder_dtype
+from dpfast.generate.models.decoder import (
+    Decoder,
+    DeepCompressionDecoder,
+    TinyDecoder,
+    VaeDecoder,
+    decoder_dtype,
+)
 from dpfast.generate.models.fused import quantise
 from dpfast.generate.pipelines import Pipeline, families
 from dpfast.generate.pipelines.families.dit import DiTDenoiser
+from dpfast.generate.pipelines.families.flux import TOKENS as FLUX_TOKENS
+from dpfast.generate.pipelines.families.flux import FluxDenoiser
+from dpfast.generate.pipelines.families.pixart import TOKENS as PIXART_TOKENS
+from dpfast.generate.pipelines.families.pixart import PixArtDenoiser
+from dpfast.generate.pipelines.families.sana import TOKENS as SANA_TOKENS
+from dpfast.generate.pipelines.families.sana import SanaDenoiser
 from dpfast.generate.pipelines.families.stable_diffusion import TextUNetDenoiser
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.generate.pipelines.pipeline import DTYPES, FLOAT8
@@ -33,6 +45,10 @@ META = torch.device("meta")
 TOKENS = 77  # of CLIP's text encoder
 
 UNET = diffusers.UNet2DConditionModel
+DIT = diffusers.DiTTransformer2DModel
+PIXART = diffusers.PixArtTransformer2DModel
+SANA = diffusers.SanaTransformer2DModel
+FLUX = diffusers.FluxTransformer2DModel
 VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -40,18 +56,40 @@ VAE: dict[str, Any] = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
+VAE_XL = VAE | {"scaling_factor": 0.13025, "force_upcast": True}
+VAE_FLUX = VAE | {
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "force_upcast": True,
+}
+BLOCKS_DC = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+VAE_DC: dict[str, Any] = {
+    "encoder_block_types": BLOCKS_DC,
+    "decoder_block_types": BLOCKS_DC,
+    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
 SCALED: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
+LINEAR: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """A generator as the files of its repository on the Hub describe it.
 
-    pixels: that it was trained at. vae: what is not as in ``VAE``.
+    pixels: that it was trained at, and ``scale`` of them to an element of its latents. flow: the
+    scheduler of a model that matches one, in place of ``betas``. tokens: of a prompt. vae: of the
+    full decoder, an ``AutoencoderDC`` where ``scale`` is 32. tiny: of the tiny one; None for none.
     """
 
     kind: Any
@@ -59,12 +97,32 @@ class Published:
     pixels: int
     betas: dict[str, Any] = field(default_factory=lambda: SCALED)
     prediction: Prediction = "epsilon"
-    vae: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=lambda: VAE)
+    tiny: dict[str, Any] | None = field(default_factory=dict)
+    scale: int = 8
+    tokens: int = TOKENS
+    flow: Any = None
+
+
+def _flux(*, dev: bool) -> Published:
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if dev else {"shift": 1.0}
+    return Published(
+        kind=FLUX,
+        config={"guidance_embeds": dev},
+        pixels=1024,
+        prediction="flow",
+        vae=VAE_FLUX,
+        tiny={"latent_channels": 16},
+        tokens=FLUX_TOKENS[dev],
+        flow=diffusers.FlowMatchEulerDiscreteScheduler(**shift),
+    )
 
 
 # stable-diffusion-v1-5 (UNet of 859.5 M parameters), stable-diffusion-2-1 (865.9 M),
 # stable-diffusion-xl-base-1.0 (2,567.5 M) and facebook/DiT-XL-2-256 (675 M); all use the
-# autoencoder of Stable Diffusion (83.7 M), that of XL trained anew.
+# autoencoder of Stable Diffusion (83.7 M), that of XL trained anew. PixArt-Sigma-XL-2-1024-MS
+# (610.9 M) uses that of XL, Sana_1600M_1024px (1,604.5 M) dc-ae-f32c32-sana, FLUX.1 dev (11,901 M)
+# and schnell (11,891 M) one of 16 channels.
 ARCHITECTURES = {
     "stable-diffusion-1.5": Published(
         kind=UNET, config={"cross_attention_dim": 768, "attention_head_dim": 8}, pixels=512
@@ -95,10 +153,10 @@ ARCHITECTURES = {
             "projection_class_embeddings_input_dim": 2816,
         },
         pixels=1024,
-        vae={"scaling_factor": 0.13025, "force_upcast": True},
+        vae=VAE_XL,
     ),
     "dit-xl-2": Published(
-        kind=diffusers.DiTTransformer2DModel,
+        kind=DIT,
         config={
             "num_attention_heads": 16,
             "attention_head_dim": 72,
@@ -109,8 +167,32 @@ ARCHITECTURES = {
             "num_embeds_ada_norm": 1000,
         },
         pixels=256,
-        betas={"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
+        betas=LINEAR,
     ),
+    "pixart-sigma": Published(
+        kind=PIXART,
+        config={"interpolation_scale": 2, "caption_channels": 4096}
+        | {"attention_bias": True, "use_additional_conditions": False},
+        pixels=1024,
+        betas=LINEAR,
+        vae=VAE_XL,
+        tokens=PIXART_TOKENS["PixArtSigmaPipeline"],
+    ),
+    "sana-1.6b": Published(
+        kind=SANA,
+        config={},
+        pixels=1024,
+        prediction="flow",
+        vae=VAE_DC,
+        tiny=None,
+        scale=32,
+        tokens=SANA_TOKENS,
+        flow=diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+        ),
+    ),
+    "flux-dev": _flux(dev=True),
+    "flux-schnell": _flux(dev=False),
 }
 PIXELS = {name: about.pixels for name, about in ARCHITECTURES.items()}
 
@@ -139,8 +221,8 @@ def published(
     fused: bool = False,
     changes: Mapping[str, dict[str, Any]] | None = None,
 ) -> Pipeline:
-    """A published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters),
-    weights at random.
+    """A published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters)
+    where there is one, weights at random.
 
     fused: as ``Pipeline.from_pretrained`` takes it; convolutions are then in channels_last memory.
     dtype, device: of all weights. On the meta device, where there are none, the solver's tables,
@@ -155,30 +237,34 @@ def published(
             f"{', '.join(PIXELS)}"
         )
     about = ARCHITECTURES[name]
-    side = (pixels or about.pixels) // 8
-    kinds = {kind: named for named, kind in PREDICTIONS.items()}
-    scheduler = diffusers.DDIMScheduler(
-        clip_sample=False,
-        set_alpha_to_one=False,
-        prediction_type=kinds[about.prediction],
-        **about.betas,
-    )
+    side = (pixels or about.pixels) // about.scale
+    scheduler = about.flow or _over_betas(about)
     layout: Any = {"memory_format": torch.channels_last} if fused else {}
     changed: dict[str, dict[str, Any]] = {"denoiser": {}, "vae": {}, "tiny": {}} | dict(
         changes or {}
     )
-    config, of_vae = about.config | changed["denoiser"], VAE | about.vae | changed["vae"]
+    config, of_vae = about.config | changed["denoiser"], about.vae | changed["vae"]
     with device, _default(dtype):
         # Weights are drawn before anything is made of them: a seed gives the same in every form.
-        network = frozen(about.kind(sample_size=side, **config))
+        network = frozen(
+            about.kind(**config, **({} if about.kind is FLUX else {"sample_size": side}))
+        )
+        network.register_to_config(sample_size=side)
+        width = _width(network)
         prompts = added = None
-        if about.kind is UNET:
-            prompts = torch.randn(classes + 1, TOKENS, config["cross_attention_dim"])
+        if width:
+            prompts = torch.randn(classes + 1, about.tokens, width)
+        of_dc = about.scale == 32
         with _default(decoder_dtype(of_vae, dtype)):
-            vae = diffusers.AutoencoderKL(**of_vae).to(**layout)
-        small = diffusers.AutoencoderTiny(**changed["tiny"])
+            kind: Any = diffusers.AutoencoderDC if of_dc else diffusers.AutoencoderKL
+            vae = kind(**of_vae).to(**layout)
+        small = None
+        if about.tiny is not None:
+            small = diffusers.AutoencoderTiny(**(about.tiny | changed["tiny"]))
         if config.get("addition_embed_type") is not None:
             added = torch.randn(classes + 1, network.time_embedding.linear_2.out_features)
+        elif about.kind is FLUX:
+            added = torch.randn(classes + 1, width)
         denoiser: Any
         if prompts is None:
             denoiser = DiTDenoiser(
@@ -188,7 +274,7 @@ def published(
                 timesteps=scheduler.config.num_train_timesteps,
                 fused=fused,
             )
-        else:
+        elif about.kind is UNET:
             denoiser = TextUNetDenoiser(
                 network.to(**layout),
                 prompts,
@@ -197,11 +283,47 @@ def published(
                 added=added,
                 fused=fused,
             )
-        decoder: Decoder = VaeDecoder(vae, fused=fused)
-        tiny: Decoder = TinyDecoder(small, fused=fused)
+        elif about.kind is FLUX:
+            denoiser = FluxDenoiser(network, prompts, added, fused=fused)
+        elif about.kind is SANA:
+            denoiser = SanaDenoiser(network, prompts, _unmasked(prompts), fused=fused)
+        else:
+            denoiser = PixArtDenoiser(
+                network,
+                prompts,
+                _unmasked(prompts),
+                prediction=about.prediction,
+                pixels=about.scale,
+                fused=fused,
+            )
+        decoder: Decoder = (DeepCompressionDecoder if of_dc else VaeDecoder)(vae, fused=fused)
+        tiny: Decoder = decoder if small is None else TinyDecoder(small, fused=fused)
     names = tuple(f"class {i}" for i in range(classes))
     placed = torch.device("cpu") if device == META else device
     return Pipeline(Path(name), denoiser, decoder, tiny, scheduler, names, 3, placed)
+
+
+def _over_betas(about: Published) -> Any:
+    kinds = {kind: named for named, kind in PREDICTIONS.items()}
+    return diffusers.DDIMScheduler(
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type=kinds[about.prediction],
+        **about.betas,
+    )
+
+
+def _width(network: Any) -> int:
+    """Of the prompts' embeddings that a denoiser keeps; 0 for a model of classes."""
+    config = network.config
+    if isinstance(network, UNET):
+        return int(config.cross_attention_dim)
+    return 0 if isinstance(network, DIT) else config.num_attention_heads * config.attention_head_dim
+
+
+def _unmasked(prompts: Tensor) -> Tensor:
+    """What attention adds at the tokens of prompts without padding."""
+    return prompts.new_zeros(len(prompts), 1, prompts.shape[1])
 
 
 def pipeline_of(generator: Generator) -> Pipeline:

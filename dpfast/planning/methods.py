@@ -83,6 +83,21 @@ def stable_diffusion_xl(pixels: int = 1024) -> PartFlops:
     return _parts(f"Stable Diffusion XL, {pixels} px", "stable-diffusion-xl", pixels)
 
 
+def pixart_sigma(pixels: int = 1024) -> PartFlops:
+    """PixArt-Sigma XL/2 with the same learner, prompts of all 300 tokens."""
+    return _parts(f"PixArt-Sigma, {pixels} px", "pixart-sigma", pixels)
+
+
+def sana(pixels: int = 1024) -> PartFlops:
+    """SANA 1.6B with the same learner; it has no tiny decoder, so "tiny" is its full one."""
+    return _parts(f"SANA 1.6B, {pixels} px", "sana-1.6b", pixels)
+
+
+def flux(kind: str = "dev", pixels: int = 1024) -> PartFlops:
+    """FLUX.1 "dev" or "schnell" with the same learner."""
+    return _parts(f"FLUX.1 {kind}, {pixels} px", f"flux-{kind}", pixels)
+
+
 def dit_xl_2(pixels: int = 256) -> PartFlops:
     """DiT-XL/2 with learned sigma; decoders and learner as for Stable Diffusion 1.5, whose
     autoencoder it uses.

@@ -94,6 +94,31 @@ def test_a_published_unet_has_its_published_size(name, millions):
     assert made.denoiser.sample_shape[1] * 8 == architectures.PIXELS[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "decoder"),
+    [
+        ("pixart-sigma", 610_856_096, 83_653_863),
+        ("sana-1.6b", 1_604_462_752, 312_250_275),
+        ("flux-dev", 11_901_408_320, 83_819_683),
+        ("flux-schnell", 11_891_178_560, 83_819_683),
+    ],
+)
+def test_a_published_transformer_has_its_published_size(name, parameters, decoder):
+    """With the layers for prompts alone, of which the denoiser keeps what they give."""
+    about = architectures.ARCHITECTURES[name]
+    with torch.device("meta"):
+        whole = about.kind(**about.config)
+    assert sum(w.numel() for w in whole.parameters()) == parameters
+    made = published(name, classes=1, dtype=torch.bfloat16)
+    behind = ("caption_", "context_embedder", "time_text_embed.text_embedder")
+    alone = sum(w.numel() for n, w in whole.named_parameters() if n.startswith(behind))
+    assert sum(w.numel() for w in made.denoiser.model.parameters()) == parameters - alone
+    assert sum(w.numel() for w in made.decoder.model.parameters()) == decoder
+    assert made.denoiser.sample_shape[1] * about.scale == architectures.PIXELS[name] == 1024
+    assert (made.guidance_decoder is made.decoder) == (name == "sana-1.6b")
+    assert len(made.table(4)) == 4
+
+
 def one(sampler, **options):
     """The counted price of one sample."""
     return Prices(sampler, **options).at(sampler.cfg_scale)
