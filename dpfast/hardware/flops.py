@@ -66,6 +66,11 @@ class Counts:
         return Counts(*(each * times for each in astuple(self)))
 
 
+def _operands(args: Any, kwargs: Any) -> dict[str, Any]:
+    """What an attention is given, by name: diffusers' newer models say it by keywords."""
+    return dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
+
+
 class _Attention(TorchFunctionMode):
     """Remembers what attentions compute: (queries, keys) of their scores -> bytes of an element
     that goes in.
@@ -77,7 +82,7 @@ class _Attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            given = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
+            given = _operands(args, kwargs)
             (*_, queries, _), (*_, keys, _) = given["query"].shape, given["key"].shape
             size = given["query"].itemsize
             self.scores |= dict.fromkeys([(queries, keys), (keys, queries)], size)
@@ -122,14 +127,13 @@ class Fused(TorchFunctionMode):
     """Attention on the meta device holds what a fused one does: no scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if (
-            func is F.scaled_dot_product_attention
-            and args[0].is_meta
-            and kwargs.get("attn_mask") is None
-        ):
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
-        return func(*args, **kwargs)
+        given = _operands(args, kwargs) if func is F.scaled_dot_product_attention else {}
+        if given and given["query"].is_meta:
+            query, key, value = (given[name] for name in ("query", "key", "value"))
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, attn_mask=given.get("attn_mask")
+            )[0]
+        return func(*args, **(kwargs or {}))
 
 
 def count_work(call: Callable[[], object]) -> Counts:

@@ -251,7 +251,8 @@ def published(
         )
         network.register_to_config(sample_size=side)
         width = _width(network)
-        prompts = added = None
+        prompts: Any = None
+        added: Any = None
         if width:
             prompts = torch.randn(classes + 1, about.tokens, width)
         of_dc = about.scale == 32
@@ -374,8 +375,8 @@ def without_weights(
         made = published(source, pixels, classes=classes or 1000, dtype=dtype, fused=float8)
         if float8 and not quantise(made.denoiser.model)[0]:  # type: ignore[attr-defined]
             raise InputError(
-                f"pipeline = {str(source)!r}: a UNet with dtype = 'float8', which is for "
-                "transformers; use 'bfloat16'"
+                f"pipeline = {str(source)!r}: a model with dtype = 'float8', which is for "
+                "a DiT and Stable Diffusion 3; use 'bfloat16'"
             )
         return made
     folder = source if isinstance(source, PipelineFolder) else PipelineFolder(source)

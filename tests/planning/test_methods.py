@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dpfast.hardware.flops import Passes, count_passes
+from dpfast.hardware.flops import Fused, Passes, count_passes, count_work
 from dpfast.hardware.peaks import samples_per_second
 from dpfast.planning.methods import PREDECESSOR, Method, PartFlops, stable_diffusion_15
 
@@ -13,6 +13,23 @@ from dpfast.planning.methods import PREDECESSOR, Method, PartFlops, stable_diffu
 def test_a_linear_layer_counts_two_flops_a_weight_in_each_direction():
     layer = torch.nn.Linear(3, 5, device="meta").requires_grad_(False)
     assert count_passes(layer, torch.empty(4, 3, device="meta")) == Passes(30, 30)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_attention_counts_the_same_by_whatever_names_it_is_called(masked):
+    """diffusers' newer models say its operands by keywords. On meta tensors it holds no scores."""
+    q, k = torch.empty(2, 3, 8, 4, device="meta"), torch.empty(2, 3, 16, 4, device="meta")
+    mask = torch.empty(2, 3, 1, 16, device="meta") if masked else None
+    attention = torch.nn.functional.scaled_dot_product_attention
+    calls = (
+        lambda: attention(q, k, k, mask),
+        lambda: attention(query=q, key=k, value=k, attn_mask=mask),
+    )
+    by_place, by_name = map(count_work, calls)
+    assert by_place == by_name
+    assert by_place.flops == 2 * (2 * 3 * 8 * 16 * 4) * 2
+    with Fused():
+        assert [call().shape for call in calls] == [q.shape] * 2
 
 
 @pytest.fixture(scope="module")
