@@ -192,6 +192,9 @@ def test_what_the_models_do_not_take_is_refused(folders, tmp_path):
 @pytest.mark.parametrize(("name", "tokens"), [("dev", 512), ("schnell", 256)])
 def test_a_plan_counts_what_torch_counts(name, tokens, folders, references):
     """But for what is done to the prompts alone, whose results are tables."""
+    size = {"height": 16, "width": 16}
+    planned = without_weights(folders[name], classes=3, dtype=torch.float16, **size)
+    assert planned.denoiser.embeddings.dtype == torch.float16
     with torch.device("meta"), torch.no_grad():
         model = diffusers.FluxTransformer2DModel.from_config(references[name].transformer.config)
         rows, pooled, t = torch.zeros(2, tokens, 32), torch.zeros(2, 16), torch.tensor(500.0)
@@ -208,9 +211,6 @@ def test_a_plan_counts_what_torch_counts(name, tokens, folders, references):
                 txt_ids=torch.zeros(tokens, 3),
                 img_ids=torch.zeros(16, 3),
             )
-        size = {"height": 16, "width": 16}
-        planned = without_weights(folders[name], classes=3, dtype=torch.float16, **size)
-        assert planned.denoiser.embeddings.dtype == torch.float16
         x, labels = torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64)
         work = count_work(lambda: planned.denoiser(x, t, labels))
     assert work.flops == counter.get_total_flops() - once.get_total_flops()

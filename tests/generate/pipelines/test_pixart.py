@@ -1,5 +1,6 @@
 """PixArt-alpha and -Sigma against diffusers' pipelines."""
 
+import json
 import shutil
 from functools import partial
 
@@ -159,6 +160,21 @@ def test_weights_of_a_variant_in_shards(reference, tmp_path):
     noise = noise_for(pipeline)
     got = run(pipeline, noise, 3.0, solver="dpmpp2m")
     torch.testing.assert_close(got, sampled(whole, noise, 3.0), **CLOSE)
+
+
+def test_the_published_class_of_the_transformer(pixart_folder, pipelines, tmp_path):
+    """Folders name Transformer2DModel, which the transformer was before it had a class."""
+    folder = shutil.copytree(pixart_folder, tmp_path / "copied")
+    former = {"_class_name": "Transformer2DModel", "double_self_attention": False}
+    former |= {"only_cross_attention": False, "num_vector_embeds": None}
+    for file, values in (
+        (folder / "transformer" / "config.json", former),
+        (folder / "model_index.json", {"transformer": ["diffusers", "Transformer2DModel"]}),
+    ):
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    x, t, labels = noise_for(pipelines[0]), torch.tensor(400), torch.tensor(LABELS)
+    with torch.no_grad():
+        assert torch.equal(load(folder).denoiser(x, t, labels), pipelines[0].denoiser(x, t, labels))
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "transformer"])

@@ -175,6 +175,14 @@ def test_a_part_that_is_missing_is_named(part, folder, tmp_path):
         load(tmp_path / "copied")
 
 
+def test_a_transformer_of_1_5_norms_queries_and_keys(tmp_path):
+    folder = tiny_pipelines.sana(tmp_path, qk_norm="rms_norm_across_heads", timestep_scale=0.5)
+    pipeline, reference = load(folder), KIND.from_pretrained(folder)
+    noise = noise_for(pipeline)
+    expected = sampled(quiet(reference), noise, 3.0)
+    torch.testing.assert_close(run(pipeline, noise, 3.0), expected, **CLOSE)
+
+
 def test_a_sprint_is_refused(tmp_path):
     folder = tiny_pipelines.sana(tmp_path, guidance_embeds=True)
     with pytest.raises(InputError, match="guidance_embeds = True, as SANA-Sprint has it"):
