@@ -208,8 +208,9 @@ class Generator(Section):
     )
     solver: SolverName = option(
         "auto",
-        help="solver of the reverse process: flow models take euler alone, distilled ones lcm, "
-        "tcd, euler or euler_ancestral; auto: ddim, or the one that the model was made for",
+        help="solver of the reverse process: flow models take euler and dpmpp2m, distilled "
+        "ones lcm, tcd, euler or euler_ancestral; auto: ddim, or the one that the model was made "
+        "for",
     )
     steps: int = option(15, low=1, high=1000, help="solver steps of a sample")
     cfg_scale: float = option(

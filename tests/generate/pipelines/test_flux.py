@@ -6,6 +6,7 @@ from functools import partial
 import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpfast.errors import InputError
@@ -178,6 +179,18 @@ def test_a_part_that_is_missing_is_named(part, folders, tmp_path):
     shutil.copytree(folders["dev"], tmp_path / "copied", ignore=shutil.ignore_patterns(part))
     with pytest.raises(InputError, match=f"no part '{part}', which a FluxPipeline needs"):
         load(tmp_path / "copied")
+
+
+def test_lora_weights_are_fused(folders, dev, tmp_path):
+    name, generator = "transformer_blocks.0.attn.to_q", torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=generator) for shape in ((2, 32), (32, 2)))
+    file = tmp_path / "own.safetensors"
+    factors = {"lora_A": down, "lora_B": up}
+    save_file({f"transformer.{name}.{key}.weight": w for key, w in factors.items()}, file)
+    plain = dev[0].denoiser
+    changed = load(folders["dev"], lora=[f"{file}:0.5"]).denoiser
+    weights = [each.model.get_submodule(name).weight for each in (changed, plain)]
+    torch.testing.assert_close(weights[0], weights[1] + 0.5 * up @ down)
 
 
 def test_what_the_models_do_not_take_is_refused(folders, tmp_path):
