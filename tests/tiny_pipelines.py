@@ -313,7 +313,8 @@ def deep_compression():
         decoder_layers_per_block=(1, 1),
         encoder_qkv_multiscales=((), (5,)),
         decoder_qkv_multiscales=((), (5,)),
-        decoder_norm_types="rms_norm",
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
         scaling_factor=0.4,
     )
 
