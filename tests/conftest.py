@@ -54,6 +54,17 @@ def pixart_folder(tiny_pipelines, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def flux_folder(tiny_pipelines, tmp_path_factory):
+    """FLUX.1 dev, whose images are 256 px unless another size is asked for."""
+    return tiny_pipelines.flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="session")
+def sana_folder(tiny_pipelines, tmp_path_factory):
+    return tiny_pipelines.sana(tmp_path_factory.mktemp("sana"))
+
+
+@pytest.fixture(scope="session")
 def pixel_folder(tiny_pipelines, tmp_path_factory):
     """An unconditional DDIMPipeline of 8x8 images that bounds x0 to [-1, 1]."""
     torch.manual_seed(0)

@@ -36,6 +36,9 @@ def arguments(folder, out, *options):
         ("stable_diffusion_folder", [*TEXT, "--solver", "dpmpp2m"]),
         ("stable_diffusion_xl_folder", [*TEXT, "--solver", "euler", "--cfg-scale", "3"]),
         ("stable_diffusion_3_folder", [*TEXT, "--solver", "euler"]),
+        ("pixart_folder", [*TEXT, "--solver", "dpmpp2m", "--height", "24"]),
+        ("flux_folder", [*TEXT, "--height", "16", "--width", "24", "--cfg-scale", "3.5"]),
+        ("sana_folder", [*TEXT, "--cfg-scale", "3"]),
         ("pixel_folder", ["--solver", "ddim"]),
     ],
 )

@@ -38,11 +38,9 @@ load = partial(
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {
-        name: tiny_pipelines.flux(tmp_path_factory.mktemp(name), guidance_embeds=name == "dev")
-        for name in ("dev", "schnell")
-    }
+def folders(flux_folder, tmp_path_factory):
+    schnell = tiny_pipelines.flux(tmp_path_factory.mktemp("schnell"), guidance_embeds=False)
+    return {"dev": flux_folder, "schnell": schnell}
 
 
 @pytest.fixture(scope="module")

@@ -43,23 +43,18 @@ load = partial(Pipeline.from_pretrained, class_names=NAMES, prompt_template=TEMP
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_pipelines.sana(tmp_path_factory.mktemp("sana") / "folder")
+def pipelines(sana_folder):
+    return [load(sana_folder, fused=fused) for fused in (False, True)]
 
 
 @pytest.fixture(scope="module")
-def pipelines(folder):
-    return [load(folder, fused=fused) for fused in (False, True)]
+def small(sana_folder):
+    return load(sana_folder, **SMALL)
 
 
 @pytest.fixture(scope="module")
-def small(folder):
-    return load(folder, **SMALL)
-
-
-@pytest.fixture(scope="module")
-def reference(folder):
-    return quiet(KIND.from_pretrained(folder))
+def reference(sana_folder):
+    return quiet(KIND.from_pretrained(sana_folder))
 
 
 def sampled(reference, noise, cfg_scale, **options):
@@ -118,7 +113,7 @@ def test_prompts_end_where_the_longest_does(small):
     assert (bias[:, 0] == 0).sum(1).tolist() == [9, 1]
 
 
-def test_guidance_is_the_gradient_through_the_plain_modules(folder, reference, learner):
+def test_guidance_is_the_gradient_through_the_plain_modules(sana_folder, reference, learner):
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     labels, t = torch.tensor([0, 1, 2]), torch.tensor(400)
     rows, mask, *_ = reference.encode_prompt(
@@ -133,7 +128,7 @@ def test_guidance_is_the_gradient_through_the_plain_modules(folder, reference, l
     (truth,) = torch.autograd.grad(-(log_p.exp() * log_p).sum(), leaf)
     for fused in (False, True):
         sampler = GuidedSampler(
-            load(folder, fused=fused, **SMALL),
+            load(sana_folder, fused=fused, **SMALL),
             learner,
             guidance=GuidanceConfig(omega=0.05),
             steps=2,
@@ -157,8 +152,8 @@ def test_samples_do_not_depend_on_their_batch(small, learner):
     torch.testing.assert_close(together.float(), alone.float(), rtol=0, atol=2e-2)
 
 
-def test_weights_of_a_variant_in_shards(folder, tmp_path):
-    half = KIND.from_pretrained(folder, **dtype_option(torch.float16))
+def test_weights_of_a_variant_in_shards(sana_folder, tmp_path):
+    half = KIND.from_pretrained(sana_folder, **dtype_option(torch.float16))
     half.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
     assert len(list((tmp_path / "transformer").glob("*.fp16*.safetensors"))) > 1
     pipeline = load(tmp_path, variant="fp16")
@@ -169,8 +164,8 @@ def test_weights_of_a_variant_in_shards(folder, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
-def test_a_part_that_is_missing_is_named(part, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "copied", ignore=shutil.ignore_patterns(part))
+def test_a_part_that_is_missing_is_named(part, sana_folder, tmp_path):
+    shutil.copytree(sana_folder, tmp_path / "copied", ignore=shutil.ignore_patterns(part))
     with pytest.raises(InputError, match=f"no part '{part}', which a SanaPipeline needs"):
         load(tmp_path / "copied")
 
@@ -189,9 +184,9 @@ def test_a_sprint_is_refused(tmp_path):
         load(folder)
 
 
-def test_a_plan_counts_what_torch_counts(folder, reference):
+def test_a_plan_counts_what_torch_counts(sana_folder, reference):
     """But for the projection of the prompts, whose results are a table."""
-    planned = without_weights(folder, classes=3, dtype=torch.bfloat16, **SMALL)
+    planned = without_weights(sana_folder, classes=3, dtype=torch.bfloat16, **SMALL)
     with torch.device("meta"), torch.no_grad():
         model = diffusers.SanaTransformer2DModel.from_config(reference.transformer.config)
         rows, x, t = torch.zeros(2, 300, 32), torch.zeros(2, 4, 8, 8), torch.tensor(500)
