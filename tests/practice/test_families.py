@@ -1,4 +1,4 @@
-"""Two rounds of the loop on a generator of every family."""
+"""Two rounds of the loop on a generator of every family; all by ``pytest -m long`` on this file."""
 
 import pytest
 import torch
@@ -8,17 +8,16 @@ import dpfast
 from tests.tiny_pipelines import NAMES
 
 SIZES = {"flux_folder": {"height": 16, "width": 16}, "sana_folder": {"height": 16, "width": 16}}
-FOLDERS = (
+OTHERS = (
     "stable_diffusion_folder",
     "stable_diffusion_xl_folder",
     "stable_diffusion_3_folder",
-    "pixart_folder",
     *SIZES,
 )
+LATER = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in OTHERS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", ["pixart_folder", *LATER])
 def test_a_learner_is_trained_on_what_a_family_makes(folder, request, tmp_path):
     source = request.getfixturevalue(folder)
     pipeline = dpfast.Pipeline.from_pretrained(source, class_names=NAMES, **SIZES.get(folder, {}))
