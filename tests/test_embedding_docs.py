@@ -9,13 +9,18 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [
     pytest.param(block, id=f"{page}-{i}")
-    for page in ("README.md", "docs/embedding.md", "docs/embed_loop.md", "docs/pool_and_loader.md")
+    for page in (
+        "README.md",
+        "docs/guides/embed_sampler.md",
+        "docs/guides/embed_loop.md",
+        "docs/guides/pool_and_loader.md",
+    )
     for i, block in enumerate(BLOCK.findall((ROOT / page).read_text()))
 ]
 
 
 def test_every_way_in_has_its_block():
-    text = (ROOT / "docs/embedding.md").read_text()
+    text = (ROOT / "docs/guides/embed_sampler.md").read_text()
     assert len(BLOCK.findall(text)) == text.count("```") / 2
     for name in (
         "generate",

@@ -13,7 +13,7 @@ from dpfast.cli import main
 from dpfast.pool.codecs import saved_bytes
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "docs" / "runbook.md").read_text()
+TEXT = (ROOT / "docs" / "guides" / "many_gpus.md").read_text()
 COMMANDS = [
     shlex.split(line, comments=True)
     for line in re.findall(r"^    (\S.*)$", TEXT.replace("\\\n", " "), re.MULTILINE)

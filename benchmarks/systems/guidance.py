@@ -2,8 +2,8 @@
 labels, resumable.
 
     dpfast bench guidance [RUN]                       # hours; each cell is a line of the results
-    dpfast bench guidance --tables --figure docs/guidance_curves.png
-    dpfast bench guidance --sheet docs/guidance.png   # the same samples under rising guidance
+    dpfast bench guidance --tables --figure docs/images/guidance_curves.png
+    dpfast bench guidance --sheet docs/images/guidance.png  # the same samples, guided more
 
 A cell is a form of guidance at one strength; every cell makes the same labels with the same noise.
 One learner guides all of them: that of the finished run in the folder RUN, or the one that a run of

@@ -55,7 +55,7 @@ class Rates:
     one-pass kernels and torch's elementwise ones reach. launch: seconds of each kernel beside.
     """
 
-    # measured here: docs/results.md, "On a GPU"
+    # measured here: docs/records/results.md, "On a GPU"
     half: float = 780e12
     copy: float = 4.15e12
     # 394 TFLOP/s at sums of 256 terms: openxla/xla, matmul_interpolator_data.h, sm_90

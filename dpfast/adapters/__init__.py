@@ -1,4 +1,6 @@
-"""The guidance of dpfast inside other people's samplers; ``docs/embedding.md`` shows each in use.
+"""The guidance of dpfast inside other people's samplers.
+
+``docs/guides/embed_sampler.md`` shows each in use.
 
 GuidanceCallback      ``callback_on_step_end`` of Stable Diffusion 1.x, 2.x and 3 pipelines
 GuidedDDIMScheduler   a ``DDIMScheduler`` for DiT, Stable Diffusion and pixel pipelines

@@ -171,6 +171,6 @@ def samples(arguments: argparse.Namespace) -> int:
         near = ", ".join(f"{row.keep:g}" for row in peak)
         print(
             f"\nkeep {near}: about as many kept samples as dimensions, where the theory is least "
-            "exact (docs/theory.md)"
+            "exact (docs/background/theory.md)"
         )
     return 0

@@ -124,7 +124,8 @@ DEVICES = {
         disk=2e12,
     ),
 }
-# bytes/s between processes of this machine: about what gloo was measured to do (docs/scaling.md)
+# bytes/s between processes of this machine: about what gloo was measured to do
+# (docs/records/scaling.md)
 LOOPBACK = 1e9
 NODE = 8  # devices behind one NVLink switch
 # In the name of a module that is not one of the table, or a part of one:

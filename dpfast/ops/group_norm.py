@@ -25,7 +25,7 @@ Bytes for n elements of b bytes: 3 n b forward, 5 n b backward, 6 n b with v, an
 of rows of a channel (``bytes_moved``). PyTorch 2.13 has no kernel for NHWC on CUDA: it transposes
 to NCHW, the next convolution transposes back, shift and SiLU are kernels of their own, 11 n b and
 12 n b. A CPU runs PyTorch's own operations, of which a kernel could save too little
-(docs/numerics.md).
+(docs/records/numerics.md).
 """
 
 # Triton gives the parameters of a kernel their types when it is launched.

@@ -142,7 +142,9 @@ def load_table(name: str, *, small: bool = False) -> Table:
         for each in whole.get("commands", ())
     )
     if small and not less and not commands:
-        raise InputError(f"small: {known[wanted]} has no runs in small; docs/paper.md says why")
+        raise InputError(
+            f"small: {known[wanted]} has no runs in small; docs/guides/reproduce_paper.md says why"
+        )
     entry = _small if small else _entry
     told = [e for row in whole.get("runs", ()) if (e := entry(row, whole)) is not None]
     return Table(

@@ -13,7 +13,7 @@ from dpfast.pool.placement import Placement
 from dpfast.sources.prune import held_bytes
 
 # A checkpoint of 1.37 GB was written with its checksum and fsync in 3.6 to 4.9 s (a virtual
-# machine's disk, two cores: docs/scaling.md); a node's own drives are faster.
+# machine's disk, two cores: docs/records/scaling.md); a node's own drives are faster.
 WRITTEN = 1.37e9 / 4.9  # bytes/s
 
 

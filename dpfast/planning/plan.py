@@ -46,7 +46,7 @@ from dpfast.sources.reuse import count_known
 
 # Of the limit, by the makers' peaks. Generation: guided samples of DiT-XL/2 (batch 32) and of
 # Stable Diffusion 1.5 (512 px, batch 16) in steps that were not compiled, on one H200
-# (docs/results.md). The others are stated.
+# (docs/records/results.md). The others are stated.
 GENERATION = {"transformer": 0.33, "unet": 0.24}
 STATED = {"training": 0.4, "evaluation": 0.4}
 

@@ -4,7 +4,7 @@ hold no numbers.
 The tensors are fake ones of the CPU (``FakeTensorMode``) and not those of the meta device, which
 autocast does not reach: it casts the operands of products and convolutions and leaves norms,
 residuals and losses in fp32, so that bf16 halves less than everything. What is counted is what an
-eager step on a CPU holds, byte for byte (docs/scaling.md); a GPU's kernels may keep other
+eager step on a CPU holds, byte for byte (docs/records/scaling.md); a GPU's kernels may keep other
 statistics, and its allocator's reserve comes on top (``dpfast.planning.memory``).
 """
 

@@ -22,7 +22,7 @@ DTYPES = {"pixels": torch.uint8, "latents": torch.float16}
 CODECS = (*DTYPES, "jpeg")
 JPEG_QUALITY = 95
 JPEG_BYTES_PER_PIXEL = 0.5  # an estimate: photographs at quality 95 take 0.3 to 0.6
-# of the pixels' own bytes, an estimate: a photograph of 224 px takes 0.65 (docs/scaling.md)
+# of the pixels' own bytes, an estimate: a photograph of 224 px takes 0.65 (docs/records/scaling.md)
 PNG_SHARE = 0.75
 # of a saved sample beside its payload: headers and files of label and columns, padding, a record
 TAR_BYTES = 6 * 512

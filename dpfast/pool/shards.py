@@ -11,8 +11,9 @@ is damaged.
 
 Every file is written under a temporary name, fsynced, renamed, and the folder fsynced, before the
 manifest names it. A file that the manifest does not name does not exist. The manifest is written
-anew for each shard: over 10 M samples of one rank 8 GB beside 1.5 TB (docs/scaling.md). The columns
-file is a copy for speed: without it, or where it is damaged, the columns come from the tar.
+anew for each shard: over 10 M samples of one rank 8 GB beside 1.5 TB (docs/records/scaling.md).
+The columns file is a copy for speed: without it, or where it is damaged, the columns come from
+the tar.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ class Patience:
         round       initial + rounds so far
         fixed       initial
 
-    Of these the last row of the paper's Table 4 allows the first and the last (docs/patience.md).
+    Of these the last row of the paper's Table 4 allows the first and the last
+    (docs/background/patience.md).
     """
 
     initial: int

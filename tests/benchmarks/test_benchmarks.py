@@ -244,7 +244,7 @@ def recorded(suite):
 
 
 def test_the_documented_gpu_rows_of_the_sampler_are_those_of_the_record():
-    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "records" / "results.md").read_text().splitlines()
     records = recorded("models")
     assert {record["model"] for record in records} == {"dit-xl-2", "stable-diffusion-1.5"}
     for record in records:
@@ -277,7 +277,7 @@ def test_the_gpu_ratios_that_the_readme_gives_are_those_of_the_record():
 
 
 def test_the_documented_rehearsal_is_that_of_the_record_and_within_a_tenth():
-    text = (ROOT / "docs" / "scaling.md").read_text()
+    text = (ROOT / "docs" / "records" / "scaling.md").read_text()
     for record in {record["samples"]: record for record in recorded("rehearsal")}.values():
         rehearsed, measured, ratio = (
             max(record["phases"].values()),
@@ -293,7 +293,7 @@ def test_the_documented_rehearsal_is_that_of_the_record_and_within_a_tenth():
 
 
 def test_the_documented_differences_of_bf16_are_those_of_the_record():
-    text = (ROOT / "docs" / "numerics.md").read_text()
+    text = (ROOT / "docs" / "records" / "numerics.md").read_text()
     for record in {record["learner"]: record for record in recorded("precision")}.values():
         accuracy, cosine = record["accuracy"], record["cosine"]
         row = (
@@ -308,7 +308,7 @@ def test_the_documented_differences_of_bf16_are_those_of_the_record():
 
 
 def test_the_documented_steps_of_the_learner_are_those_of_the_record():
-    text = (ROOT / "docs" / "results.md").read_text()
+    text = (ROOT / "docs" / "records" / "results.md").read_text()
     for record in recorded("learner")[-2:]:
         for row in record["rows"]:
             median, minimum = (

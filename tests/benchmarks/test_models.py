@@ -155,7 +155,7 @@ def test_b2_has_each_network_in_the_layout_that_takes_less_time(faster, monkeypa
 
 def test_the_documented_ratios_to_the_predecessor_are_those_of_the_record():
     """DiT's by minima, since one of its two rounds was slow."""
-    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "records" / "results.md").read_text().splitlines()
     for name in (DIT, SD):
         made = [each for each in recorded("models") if each["model"] == name]
         base = made[0]

@@ -10,7 +10,7 @@ from benchmarks import ROOT
 from benchmarks.systems import overhead
 from dpfast.pool.shards import Manifest, Shard
 
-DOCUMENT = ROOT / "docs" / "scaling.md"
+DOCUMENT = ROOT / "docs" / "records" / "scaling.md"
 
 
 def test_the_bookkeeping_is_measured_on_a_pool_of_that_size(monkeypatch, tmp_path):

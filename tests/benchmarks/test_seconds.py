@@ -103,6 +103,6 @@ def test_what_was_timed_is_derived_within_a_tenth(counted):
 
 
 def test_the_documented_tables_are_those_of_the_model(counted):
-    text = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "records" / "numerics.md").read_text(encoding="utf-8")
     for line in [*seconds.check(counted).splitlines(), *seconds.table(counted).splitlines()]:
         assert line in text

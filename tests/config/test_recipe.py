@@ -238,7 +238,7 @@ def test_another_model_begins_without_the_options_of_the_recipe_s():
 
 
 def test_the_rounds_of_the_documentation_are_a_recipe(tmp_path):
-    text = (Path(__file__).parents[2] / "docs/embedding.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs/guides/embed_sampler.md").read_text(encoding="utf-8")
     block = text[
         text.index("    [guidance]\n") : text.index("On a command line: `--omega-schedule")
     ]

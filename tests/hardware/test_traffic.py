@@ -103,7 +103,7 @@ def test_an_operation_of_ours_is_never_counted_as_nothing() -> None:
 
 
 # Launches, gigabytes beside the products and copies that only transpose, plain and fused: of a
-# denoiser's step, of its decoder at half the rows. docs/numerics.md has the table.
+# denoiser's step, of its decoder at half the rows. docs/records/numerics.md has the table.
 STEPS = {
     "stable-diffusion-1.5": ((32, 980, 74.13, 155), (32, 535, 26.78, 0)),
     "dit-xl-2": ((64, 552, 34.51, 2), (64, 210, 8.60, 0)),

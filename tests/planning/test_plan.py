@@ -382,7 +382,7 @@ def test_a_pool_is_placed_by_the_shares_of_a_node(recipe, stages):
 
 def test_the_documented_hours_are_the_planners():
     made = plan(Recipe.load("imagenet1k-dit"), "h100", count=256, samples=6_500_000)
-    lines = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text().splitlines()
+    lines = (Path(__file__).parents[2] / "docs" / "records" / "scaling.md").read_text().splitlines()
     whole, beside = (
         next(line for line in lines if line.startswith(start)).split("|")[3:-1]
         for start in ("| imagenet1k-dit | 256 H100 |", "| imagenet1k-dit | 256 |")
@@ -404,7 +404,7 @@ def test_the_documented_hours_are_the_planners():
 
 def test_the_documented_fits_are_the_planners():
     recipe = Recipe.load("imagenet1k-dit")
-    lines = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text().splitlines()
+    lines = (Path(__file__).parents[2] / "docs" / "records" / "scaling.md").read_text().splitlines()
     for name, device, count in (
         ("8 H200", "h200", 8),
         ("1 H100", "h100", 1),

@@ -1,4 +1,4 @@
-"""Runs whose recipes name parts of the user's own: the blocks of docs/embed_loop.md."""
+"""Runs whose recipes name parts of the user's own: the blocks of docs/guides/embed_loop.md."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from dpfast.rehearsal.walk import cut
 from tests.practice.small import REAL
 from tests.practice.test_loop import with_
 
-PAGE = (Path(__file__).parents[2] / "docs/embed_loop.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/guides/embed_loop.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```python\n(# .*?\.py: .*?)^```", re.MULTILINE | re.DOTALL)
 SMALL = {
     **{"steps": 4, "initial-samples": 40, "round-samples": 20, "maximum-samples": 60},

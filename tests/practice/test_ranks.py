@@ -135,7 +135,7 @@ def test_the_embedded_recipe_is_the_same_on_one_two_and_four_ranks(tmp_path):
             if expected["event"] == "evaluation":
                 # Adam divides by the gradients' own size, rounding included, and new samples follow
                 # the learner: a second thread of one rank changes as much as ranks do
-                # (docs/scaling.md)
+                # (docs/records/scaling.md)
                 near = 5e-3 if expected["samples"] == 250 else 3e-2
                 assert found["loss"] == pytest.approx(expected["loss"], rel=near)
 

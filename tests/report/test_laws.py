@@ -141,8 +141,8 @@ def test_groups_are_what_the_user_names_and_nothing_is_dropped():
 
 
 def test_the_studys_runs_save_what_its_tables_say():
-    """docs/results.md: dp reaches static's best with 8 times fewer samples, prune with 4, dynamic
-    with none of the sizes; each is the next larger size that was run.
+    """docs/records/results.md: dp reaches static's best with 8 times fewer samples, prune with 4,
+    dynamic with none of the sizes; each is the next larger size that was run.
     """
     laws = fit_laws(points_of_study(STUDY))
     assert sum(len(law.points) for law in laws) == 118
@@ -155,7 +155,7 @@ def test_the_studys_runs_save_what_its_tables_say():
     assert found["dp"].factor.low > 4
     assert 4 <= found["prune"].factor.value < 8
     assert 1 <= found["dynamic"].factor.value < 2
-    text = (STUDY.parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    text = (STUDY.parents[2] / "docs" / "records" / "results.md").read_text(encoding="utf-8")
     for law in laws[:1] + [law for law in laws if law.name in ("prune", "dynamic", "static")]:
         assert f"| {law.name} | {law.exponent.text(3)} |" in text
     for name in ("dp", "dynamic"):

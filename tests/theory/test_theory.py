@@ -167,7 +167,7 @@ def test_far_corners_are_finite(strategy):
 
 
 def test_regimes():
-    """The table and the weak generator of docs/theory.md, to its digits."""
+    """The table and the weak generator of docs/background/theory.md, to its digits."""
     keep, n = np.array([1, 0.5, 0.1]), 2048 / np.array([1, 0.5, 0.1])
     cell = {"d": 512, "rho": 0.9}
     accuracies = [

@@ -5,7 +5,7 @@ stays eager and calls one compiled block after the other; weights are inputs of 
 so all blocks of a kind share it: those of one class with weights of the same shapes. Denoiser,
 decoders and learner alike; what lies between the blocks (embeddings, samplers, heads) runs eagerly,
 and so do fused blocks (``dpfast.generate.models.fused``), whose passes torch.compile cannot lessen
-(docs/numerics.md).
+(docs/records/numerics.md).
 
 Guided steps differentiate through the blocks. torch.compile (2.13) refuses a compiled function
 inside an eager ``torch.func.vjp``, so autograd records them (``BoundedPath.taped``): the compiled
