@@ -1,10 +1,10 @@
-# Two commands do everything on a machine with Python 3.10 or newer, a C++17 compiler and make.
+# These commands do everything on a machine with Python 3.10 or newer, a C++17 compiler and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?=
 
-.PHONY: demo test test-long sanitize install clean
+.PHONY: demo test test-long sanitize docs install clean
 
 demo: install  ## Deliberate Practice against static data on the embedded generator, about two minutes on two cores
 	$(BIN)/dpfast run fashion --overwrite $(RUN)
@@ -44,6 +44,10 @@ sanitize-%:
 	cp -r tests pyproject.toml build/sanitize/$*
 	cd build/sanitize/$* && LD_PRELOAD="$(LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		../../../$(BIN)/python -m pytest $(SANITIZED) -x --capture=sys
+
+# The variable is that of mkdocs-material: without it a notice of its authors stands above every build.
+docs: install  ## the documentation as a site in build/site, which needs no network; a broken link ends it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 install: .venv/installed
 
