@@ -23,7 +23,7 @@ from dpfast.practice.stopping import Stop, Stopped
 from tests.practice.small import REAL
 from tests.practice.test_loop import with_
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "runbook.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
 
 
 def lines_of(path):

@@ -108,6 +108,6 @@ def test_the_rule_that_keeps_the_passes_over_the_pool_does_not_reach_them():
 
 
 def test_the_documented_tables_are_those_of_the_command():
-    text = (Path(__file__).parents[2] / "docs" / "patience.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "background" / "patience.md").read_text()
     assert bench.rules_table() in text
     assert bench.reached_table("imagenet100-sd15") in text
