@@ -257,25 +257,6 @@ def test_the_documented_gpu_rows_of_the_sampler_are_those_of_the_record():
         ), record["row"]
 
 
-def test_the_gpu_ratios_that_the_readme_gives_are_those_of_the_record():
-    replayed = [
-        record["ratios"][OURS] for record in recorded("ops") if record["pages"] == "replayed"
-    ]
-    low, high = (
-        {
-            rival: limit(ratios[rival] for ratios in replayed if rival in ratios)
-            for rival in ("copy", EAGER, COMPILED)
-        }
-        for limit in (min, max)
-    )
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert (
-        f"move {100 * low['copy']:.0f} to {100 * high['copy']:.0f} % of a copy's bandwidth" in text
-    )
-    assert f"{low[EAGER]:.1f} to {high[EAGER]:.1f} times as fast as eager PyTorch" in text
-    assert f"{low[COMPILED]:.2f} to {high[COMPILED]:.2f} times as fast as torch.compile" in text
-
-
 def test_the_documented_rehearsal_is_that_of_the_record_and_within_a_tenth():
     text = (ROOT / "docs" / "records" / "scaling.md").read_text()
     for record in {record["samples"]: record for record in recorded("rehearsal")}.values():
