@@ -123,3 +123,27 @@ class ModelDenoiser:
 
     def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor, *scale: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+class PromptDenoiser(ModelDenoiser):
+    """A model over the embeddings of prompts (classes + 1, tokens, width), of its dtype and device.
+
+    The last row, here and in every further table by prompt, belongs to the empty or the negative
+    prompt. A model that embeds the scale of guidance (``embeds_scale``) has no use for it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        embeddings: Tensor,
+        *,
+        prediction: Prediction,
+        embeds_scale: bool = False,
+        fused: bool = False,
+    ) -> None:
+        classes = len(embeddings) - 1
+        null_label = None if embeds_scale else classes
+        super().__init__(
+            model, classes=classes, null_label=null_label, prediction=prediction, fused=fused
+        )
+        self.embeddings, self.embeds_scale = embeddings, embeds_scale

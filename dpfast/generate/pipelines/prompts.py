@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ from dpfast.labels import shortened
 from dpfast.textfiles import read_json
 
 PROMPTS_AT_ONCE = 64
+TOKENIZERS = {  # the classes of transformers, by those of the encoders
+    "CLIPTextModel": "CLIPTokenizer",
+    "CLIPTextModelWithProjection": "CLIPTokenizer",
+    "T5EncoderModel": "T5TokenizerFast",
+    "Gemma2Model": "GemmaTokenizerFast",
+}
 EVERY = "*"  # in a file of prompts: all classes that it does not name
 
 
@@ -183,20 +190,40 @@ def transformers_library() -> Any:
     return transformers
 
 
-def split(prompts: list[str]) -> list[list[str]]:
-    return [prompts[i : i + PROMPTS_AT_ONCE] for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
+def encoding_pipeline(
+    folder: PipelineFolder,
+    kind: Any,
+    encoders: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    **others: Any,
+) -> Any:
+    """A pipeline of diffusers of this kind, of which the text encoders and their tokenizers alone
+    exist, and what ``others`` gives.
+
+    encoders: of each part the class of transformers.
+    """
+    given: dict[str, Any] = dict(others)
+    for part, named in encoders.items():
+        given[part] = encoder(
+            folder, getattr(transformers_library(), named), part, device=device, dtype=dtype
+        )
+        beside = part.replace("text_encoder", "tokenizer")
+        given[beside] = tokenizer(folder, beside, TOKENIZERS[named])
+    names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    return kind(**dict.fromkeys(names) | given)
 
 
-def pipeline_parts(kind: Any, **parts: Any) -> dict[str, Any]:
-    """Keyword arguments of a diffusers pipeline of which only some parts exist."""
-    names = inspect.signature(kind.__init__).parameters
-    return {
-        name: parts.get(name) for name in names if name not in ("self", "requires_safety_checker")
-    }
+def encoded(
+    encode: Callable[[list[str]], Sequence[torch.Tensor]], prompts: list[str]
+) -> list[torch.Tensor]:
+    """The tables that ``encode`` makes of some of the prompts, for all of them."""
+    parts = [prompts[i : i + PROMPTS_AT_ONCE] for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
+    return [torch.cat(table) for table in zip(*map(encode, parts), strict=True)]
 
 
 def encoder(
-    folder: PipelineFolder, kind: Any, part: str, device: torch.device, dtype: torch.dtype
+    folder: PipelineFolder, kind: Any, part: str, *, device: torch.device, dtype: torch.dtype
 ) -> Any:
     logging = transformers_library().utils.logging
     shown = logging.is_progress_bar_enabled()
@@ -208,10 +235,9 @@ def encoder(
             logging.enable_progress_bar()
 
 
-def tokenizer(folder: PipelineFolder, part: str, kind: Any = None) -> Any:
+def tokenizer(folder: PipelineFolder, part: str, named: str) -> Any:
     folder.need(part)
-    kind = kind or transformers_library().CLIPTokenizer
     try:
-        return kind.from_pretrained(folder.path / part)
+        return getattr(transformers_library(), named).from_pretrained(folder.path / part)
     except Exception as error:  # tokenizers raises its own
         raise folder.error(f"{part!r} cannot be loaded: {error}") from error

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from dpfast.generate.models.denoiser import ModelDenoiser
+from dpfast.generate.models.denoiser import PromptDenoiser
 from dpfast.generate.pipelines import prompts as texts
 from dpfast.generate.pipelines.families.common import (
     Family,
@@ -26,13 +26,12 @@ SIDE = 128  # of the latents, as FluxPipeline takes them: the model does not say
 TOKENS = {True: 512, False: 256}  # of T5; the most that dev, and schnell, was trained with
 
 
-class FluxDenoiser(ModelDenoiser):
-    """``FluxTransformer2DModel`` over prompts' embeddings (classes + 1, tokens, width) behind the
-    model's embedding of the context, and pooled ones (classes + 1, width) behind that of the text.
+class FluxDenoiser(PromptDenoiser):
+    """``FluxTransformer2DModel`` over prompts' embeddings behind the model's embedding of the
+    context, and pooled ones (classes + 1, width) behind that of the text.
 
-    They have the model's dtype and device; the last rows belong to the empty prompt, which a model
-    that embeds the scale of guidance does not use. Latents are packed to tokens of 2 x 2 inside the
-    call. ``image_tokens`` is the length of the image sequence.
+    Latents are packed to tokens of 2 x 2 inside the call. ``image_tokens`` is the length of the
+    image sequence.
     """
 
     even_grid = True
@@ -40,17 +39,15 @@ class FluxDenoiser(ModelDenoiser):
     def __init__(
         self, model: nn.Module, embeddings: Tensor, pooled: Tensor, *, fused: bool = False
     ) -> None:
-        classes = len(embeddings) - 1
         config: Any = model.config
-        self.embeds_scale = bool(config.guidance_embeds)
         super().__init__(
             model,
-            classes=classes,
-            null_label=None if self.embeds_scale else classes,
+            embeddings,
             prediction="flow",
+            embeds_scale=bool(config.guidance_embeds),
             fused=fused,
         )
-        self.embeddings, self.pooled = embeddings, pooled
+        self.pooled = pooled
         channels, height, width = self.sample_shape
         self.sample_shape = (channels // PATCH**2, height, width)
         self.grid = (height // PATCH, width // PATCH)
@@ -155,23 +152,13 @@ def _encode(
     """Embeddings of T5 (len(prompts), tokens, width) and pooled ones of CLIP (len(prompts), w),
     both in ``dtype``, as ``FluxPipeline`` computes them.
     """
-    transformers = texts.transformers_library()
-    clip = texts.encoder(folder, transformers.CLIPTextModel, "text_encoder", device, dtype)
-    t5 = texts.encoder(folder, transformers.T5EncoderModel, "text_encoder_2", device, dtype)
-    pipeline = diffusers.FluxPipeline(
-        **texts.pipeline_parts(
-            diffusers.FluxPipeline,
-            text_encoder=clip,
-            text_encoder_2=t5,
-            tokenizer=texts.tokenizer(folder, "tokenizer"),
-            tokenizer_2=texts.tokenizer(folder, "tokenizer_2", transformers.T5TokenizerFast),
-        )
+    encoders = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+    pipeline = texts.encoding_pipeline(folder, diffusers.FluxPipeline, encoders, device, dtype)
+    embeddings, pooled = texts.encoded(
+        lambda part: pipeline.encode_prompt(part, device=device, max_sequence_length=tokens)[:2],
+        prompts,
     )
-    encoded = [
-        pipeline.encode_prompt(part, device=device, max_sequence_length=tokens)[:2]
-        for part in texts.split(prompts)
-    ]
-    return torch.cat([part[0] for part in encoded]), torch.cat([part[1] for part in encoded])
+    return embeddings, pooled
 
 
 FAMILIES = {

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from dpfast.generate.models.denoiser import ModelDenoiser
+from dpfast.generate.models.denoiser import PromptDenoiser
 from dpfast.generate.pipelines import prompts as texts
 from dpfast.generate.pipelines.families.common import (
     Family,
@@ -28,13 +28,12 @@ from dpfast.ops.guided_step import Prediction
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # of a prompt, as they cut them
 
 
-class PixArtDenoiser(ModelDenoiser):
-    """``PixArtTransformer2DModel`` over prompts' embeddings (classes + 1, tokens, width), behind
-    the projection of captions, with what attention adds at each of their tokens, ``bias`` (classes
-    + 1, 1, tokens).
+class PixArtDenoiser(PromptDenoiser):
+    """``PixArtTransformer2DModel`` over prompts' embeddings behind the projection of captions, with
+    what attention adds at each of their tokens, ``bias`` (classes + 1, 1, tokens).
 
-    They have the model's dtype and device; the last rows belong to the empty prompt. ``pixels`` are
-    those of an element of the latents, for a model that is told the size of the image.
+    ``pixels`` are those of an element of the latents, for a model that is told the size of the
+    image.
     """
 
     def __init__(
@@ -47,11 +46,8 @@ class PixArtDenoiser(ModelDenoiser):
         pixels: int,
         fused: bool = False,
     ) -> None:
-        classes = len(embeddings) - 1
-        super().__init__(
-            model, classes=classes, null_label=classes, prediction=prediction, fused=fused
-        )
-        self.embeddings, self.bias = embeddings, bias
+        super().__init__(model, embeddings, prediction=prediction, fused=fused)
+        self.bias = bias
         self.model.caption_projection = None  # the table lies behind it
         self.size: dict[str, Tensor] | None = None
         if self.model.use_additional_conditions:
@@ -109,18 +105,17 @@ def _encode(
     ``dtype``, as the folder's pipeline computes them.
     """
     kind = getattr(diffusers, folder.kind)
-    encoder = texts.encoder(
-        folder, texts.transformers_library().T5EncoderModel, "text_encoder", device, dtype
+    pipeline = texts.encoding_pipeline(
+        folder, kind, {"text_encoder": "T5EncoderModel"}, device, dtype
     )
-    tokenizer = texts.tokenizer(folder, "tokenizer", texts.transformers_library().T5TokenizerFast)
-    pipeline = kind(**texts.pipeline_parts(kind, text_encoder=encoder, tokenizer=tokenizer))
-    encoded = [
-        pipeline.encode_prompt(part, False, device=device, max_sequence_length=TOKENS[folder.kind])[
+    tokens = TOKENS[folder.kind]
+    embeddings, mask = texts.encoded(
+        lambda part: pipeline.encode_prompt(part, False, device=device, max_sequence_length=tokens)[
             :2
-        ]
-        for part in texts.split(prompts)
-    ]
-    return texts.without_padding(*(torch.cat(each) for each in zip(*encoded, strict=True)))
+        ],
+        prompts,
+    )
+    return texts.without_padding(embeddings, mask)
 
 
 _PIXART = Family(

@@ -8,12 +8,13 @@ negative one without it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
-from dpfast.generate.models.denoiser import ModelDenoiser
+from dpfast.generate.models.denoiser import PromptDenoiser
 from dpfast.generate.pipelines import prompts as texts
 from dpfast.generate.pipelines.families.common import (
     Family,
@@ -34,20 +35,16 @@ INSTRUCTION = (
 )
 
 
-class SanaDenoiser(ModelDenoiser):
-    """``SanaTransformer2DModel`` over prompts' embeddings (classes + 1, tokens, width), behind the
-    projection and the norm of captions, with what attention adds at each of their tokens, ``bias``
-    (classes + 1, 1, tokens).
-
-    They have the model's dtype and device; the last rows belong to the empty prompt.
+class SanaDenoiser(PromptDenoiser):
+    """``SanaTransformer2DModel`` over prompts' embeddings behind the projection and the norm of
+    captions, with what attention adds at each of their tokens, ``bias`` (classes + 1, 1, tokens).
     """
 
     def __init__(
         self, model: nn.Module, embeddings: Tensor, bias: Tensor, *, fused: bool = False
     ) -> None:
-        classes = len(embeddings) - 1
-        super().__init__(model, classes=classes, null_label=classes, prediction="flow", fused=fused)
-        self.embeddings, self.bias = embeddings, bias
+        super().__init__(model, embeddings, prediction="flow", fused=fused)
+        self.bias = bias
         self.model.caption_projection = self.model.caption_norm = nn.Identity()  # behind both
 
     def _predict(self, x: Tensor, timesteps: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
@@ -91,29 +88,24 @@ def _encode(
     """Embeddings (len(prompts), tokens, width) and what attention adds at their tokens, both in
     ``dtype``, as ``SanaPipeline`` computes them.
     """
-    transformers = texts.transformers_library()
-    pipeline = diffusers.SanaPipeline(
-        **texts.pipeline_parts(
-            diffusers.SanaPipeline,
-            text_encoder=texts.encoder(
-                folder, transformers.Gemma2Model, "text_encoder", device, dtype
-            ),
-            tokenizer=texts.tokenizer(folder, "tokenizer", transformers.GemmaTokenizerFast),
-        )
+    pipeline = texts.encoding_pipeline(
+        folder, diffusers.SanaPipeline, {"text_encoder": "Gemma2Model"}, device, dtype
     )
-    *asked, negative = prompts
-    parts = [(part, INSTRUCTION) for part in texts.split(asked)] + [([negative], None)]
-    encoded = [
-        pipeline.encode_prompt(
+
+    def encode(part: list[str], instruction: list[str] | None) -> Sequence[Tensor]:
+        return pipeline.encode_prompt(
             part,
             False,
             device=device,
             max_sequence_length=TOKENS,
             complex_human_instruction=instruction,
         )[:2]
-        for part, instruction in parts
-    ]
-    return texts.without_padding(*(torch.cat(each) for each in zip(*encoded, strict=True)))
+
+    *asked, negative = prompts
+    tables = texts.encoded(lambda part: encode(part, INSTRUCTION), asked)
+    last = encode([negative], None)
+    embeddings, mask = (torch.cat(pair) for pair in zip(tables, last, strict=True))
+    return texts.without_padding(embeddings, mask)
 
 
 FAMILIES = {

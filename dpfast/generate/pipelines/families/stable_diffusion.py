@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpfast.generate.models.denoiser import ModelDenoiser
+from dpfast.generate.models.denoiser import PromptDenoiser
 from dpfast.generate.models.fused import share_conditions
 from dpfast.generate.pipelines import prompts as texts
 from dpfast.generate.pipelines.families.common import (
@@ -28,12 +28,11 @@ from dpfast.generate.solvers import load_scheduler, prediction_of
 from dpfast.ops.guided_step import Prediction
 
 
-class TextUNetDenoiser(ModelDenoiser):
-    """``UNet2DConditionModel`` of Stable Diffusion over prompts' embeddings (classes + 1, tokens,
-    width).
+class TextUNetDenoiser(PromptDenoiser):
+    """``UNet2DConditionModel`` of Stable Diffusion over prompts' embeddings.
 
-    They have the model's dtype and device; the last row belongs to the empty prompt. ``timesteps``:
-    of the training, where those of a table are among them; a fused model then tabulates its time.
+    ``timesteps``: of the training, where those of a table are among them; a fused model then
+    tabulates its time.
     ``added``: (classes + 1, E), what a prompt adds to the embedding of the time, None where it is
     nothing.
 
@@ -50,18 +49,16 @@ class TextUNetDenoiser(ModelDenoiser):
         added: Tensor | None = None,
         fused: bool = False,
     ) -> None:
-        classes = len(embeddings) - 1
         config: Any = model.config
         width = config.time_cond_proj_dim
         super().__init__(
             model,
-            classes=classes,
-            null_label=classes if width is None else None,
+            embeddings,
             prediction=prediction,
+            embeds_scale=width is not None,
             fused=fused,
         )
-        self.embeddings, self.added = embeddings, added
-        self.embeds_scale = width is not None
+        self.added = added
         self._scales = None if width is None else ScaleRows(width, embeddings)
         if added is not None:
             self.model.get_aug_embed = _given_rows
@@ -149,19 +146,18 @@ def _encode(
     """Embeddings (len(prompts), tokens, width) in ``dtype``, as ``StableDiffusionPipeline``
     computes them.
     """
-    transformers = texts.transformers_library()
-    encoder = texts.encoder(folder, transformers.CLIPTextModel, "text_encoder", device, dtype)
-    pipeline = diffusers.StableDiffusionPipeline(
-        **texts.pipeline_parts(
-            diffusers.StableDiffusionPipeline,
-            text_encoder=encoder,
-            tokenizer=texts.tokenizer(folder, "tokenizer"),
-        ),
+    pipeline = texts.encoding_pipeline(
+        folder,
+        diffusers.StableDiffusionPipeline,
+        {"text_encoder": "CLIPTextModel"},
+        device,
+        dtype,
         requires_safety_checker=False,
     )
-    return torch.cat(
-        [pipeline.encode_prompt(part, device, 1, False)[0] for part in texts.split(prompts)]
+    (embeddings,) = texts.encoded(
+        lambda part: pipeline.encode_prompt(part, device, 1, False)[:1], prompts
     )
+    return embeddings
 
 
 _STABLE_DIFFUSION = Family(

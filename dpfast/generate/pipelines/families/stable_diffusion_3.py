@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from dpfast.generate.models.denoiser import ModelDenoiser
+from dpfast.generate.models.denoiser import PromptDenoiser
 from dpfast.generate.pipelines import prompts as texts
 from dpfast.generate.pipelines.families.common import (
     Family,
@@ -25,11 +25,9 @@ from dpfast.ops.guided_step import Prediction
 T5_TOKENS = 256  # as StableDiffusion3Pipeline takes them, of zeros where the encoder is missing
 
 
-class TextTransformerDenoiser(ModelDenoiser):
-    """``SD3Transformer2DModel`` over prompts' embeddings (classes + 1, tokens, width) and pooled
-    ones (classes + 1, w).
+class TextTransformerDenoiser(PromptDenoiser):
+    """``SD3Transformer2DModel`` over prompts' embeddings and pooled ones (classes + 1, width).
 
-    They have the model's dtype and device; the last rows belong to the empty prompt.
     ``image_tokens`` is the length of the image sequence.
     """
 
@@ -42,11 +40,8 @@ class TextTransformerDenoiser(ModelDenoiser):
         prediction: Prediction,
         fused: bool = False,
     ) -> None:
-        classes = len(embeddings) - 1
-        super().__init__(
-            model, classes=classes, null_label=classes, prediction=prediction, fused=fused
-        )
-        self.embeddings, self.pooled = embeddings, pooled
+        super().__init__(model, embeddings, prediction=prediction, fused=fused)
+        self.pooled = pooled
         patch = int(self.model.config.patch_size)
         self.image_tokens = (self.sample_shape[1] // patch) * (self.sample_shape[2] // patch)
 
@@ -93,29 +88,24 @@ def _encode(
     As ``StableDiffusion3Pipeline`` computes them: without the T5 encoder where the folder was saved
     without it.
     """
-    transformers = texts.transformers_library()
-    parts: dict[str, Any] = {"transformer": transformer}
-    for suffix in ("", "_2"):
-        encoder = texts.encoder(
-            folder, transformers.CLIPTextModelWithProjection, f"text_encoder{suffix}", device, dtype
-        )
-        parts |= {
-            f"text_encoder{suffix}": encoder,
-            f"tokenizer{suffix}": texts.tokenizer(folder, f"tokenizer{suffix}"),
-        }
+    encoders = dict.fromkeys(("text_encoder", "text_encoder_2"), "CLIPTextModelWithProjection")
     if folder.class_of("text_encoder_3"):
-        parts["text_encoder_3"] = texts.encoder(
-            folder, transformers.T5EncoderModel, "text_encoder_3", device, dtype
-        )
-        parts["tokenizer_3"] = texts.tokenizer(folder, "tokenizer_3", transformers.T5TokenizerFast)
-    pipeline = diffusers.StableDiffusion3Pipeline(
-        **texts.pipeline_parts(diffusers.StableDiffusion3Pipeline, **parts)
+        encoders["text_encoder_3"] = "T5EncoderModel"
+    pipeline = texts.encoding_pipeline(
+        folder,
+        diffusers.StableDiffusion3Pipeline,
+        encoders,
+        device,
+        dtype,
+        transformer=transformer,
     )
-    encoded = [
-        pipeline.encode_prompt(part, None, None, device=device, do_classifier_free_guidance=False)
-        for part in texts.split(prompts)
-    ]
-    return torch.cat([part[0] for part in encoded]), torch.cat([part[2] for part in encoded])
+    embeddings, pooled = texts.encoded(
+        lambda part: pipeline.encode_prompt(
+            part, None, None, device=device, do_classifier_free_guidance=False
+        )[::2],
+        prompts,
+    )
+    return embeddings, pooled
 
 
 FAMILIES = {

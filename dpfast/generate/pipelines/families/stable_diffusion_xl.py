@@ -92,22 +92,20 @@ def _encode(
     zeros = folder.index.get(ZEROS, True)
     if not isinstance(zeros, bool):
         raise folder.error(f"model_index.json: {ZEROS} = {zeros!r}: expected true or false")
-    transformers = texts.transformers_library()
-    kinds = {"": transformers.CLIPTextModel, "_2": transformers.CLIPTextModelWithProjection}
-    parts: dict[str, Any] = {"add_watermarker": False}
-    for suffix, kind in kinds.items():
-        part = f"text_encoder{suffix}"
-        parts[part] = texts.encoder(folder, kind, part, device, dtype)
-        parts[f"tokenizer{suffix}"] = texts.tokenizer(folder, f"tokenizer{suffix}")
-    pipeline = diffusers.StableDiffusionXLPipeline(
-        **texts.pipeline_parts(diffusers.StableDiffusionXLPipeline, **parts)
+    pipeline = texts.encoding_pipeline(
+        folder,
+        diffusers.StableDiffusionXLPipeline,
+        {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
+        device,
+        dtype,
+        add_watermarker=False,
     )
-    encoded = [
-        pipeline.encode_prompt(part, device=device, do_classifier_free_guidance=False)
-        for part in texts.split(prompts)
-    ]
-    embeddings = torch.cat([part[0] for part in encoded])
-    pooled = torch.cat([part[2] for part in encoded])
+    embeddings, pooled = texts.encoded(
+        lambda part: pipeline.encode_prompt(part, device=device, do_classifier_free_guidance=False)[
+            ::2
+        ],
+        prompts,
+    )
     if zeros and not prompts[-1]:
         embeddings[-1], pooled[-1] = 0.0, 0.0
     return embeddings, pooled
