@@ -1,33 +1,25 @@
 """What a run is told: recipes, and the options that their fields are."""
 
+from dpfast.config.generator import STOCHASTIC, Generator, SolverName
+from dpfast.config.guidance import Guidance
 from dpfast.config.imported import imported, imported_module, is_import_path, made
+from dpfast.config.learner import Learner
 from dpfast.config.objects import OBJECTS_FILE, check_objects, kind_of, objects_of
 from dpfast.config.option import Option
+from dpfast.config.pool import Pool
+from dpfast.config.practice import AT_ONCE, READ, SOURCES, Practice, SourceName
 from dpfast.config.recipe import (
     ASSETS,
-    AT_ONCE,
-    READ,
     RECIPE_FILE,
     RECIPES,
     SECTIONS,
-    SOURCES,
-    STOCHASTIC,
     USER_FOLDERS,
-    Generator,
-    Guidance,
-    Learner,
-    Pool,
-    Practice,
     Recipe,
-    SolverName,
-    SourceName,
-    fields,
     flat,
-    full_name,
     pipeline_folder,
     read_recipe,
-    short_name,
 )
+from dpfast.config.section import fields, full_name, short_name
 
 __all__ = [
     "ASSETS",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpfast.config.recipe import Practice
+from dpfast.config.practice import Practice
 from dpfast.data.class_files import by_label, class_rows
 from dpfast.errors import InputError
 
