@@ -32,12 +32,12 @@ class RecipeError(InputError):
 
 
 class SaveWarning(UserWarning):
-    """Saving has stopped; the pool goes on in memory."""
+    """A warning that saving has stopped; the pool goes on in memory."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign message, which may be a page; the error's kind where it has no
-    words.
+    """Returns the first line of a foreign message, which may be a page; the error's kind where it
+    has no words.
     """
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

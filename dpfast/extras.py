@@ -27,12 +27,12 @@ EXTRAS = {
 
 
 def install_command(package: str) -> str:
-    """The command that installs a package of ``EXTRAS``."""
+    """Returns the command that installs a package of ``EXTRAS``."""
     return f"pip install 'dpfast[{EXTRAS[package]}]'"
 
 
 def installed(package: str) -> bool:
-    """Return True if ``package`` can be imported; it is not imported for that."""
+    """Returns True if ``package`` can be imported; it is not imported for that."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # of a package whose parent is missing

@@ -30,7 +30,7 @@ NO_DATA = (
 
 
 def is_no_data(name: str) -> bool:
-    """Whether an entry of this name is hidden, or one of ``NO_DATA``."""
+    """Returns True if an entry of this name is hidden, or one of ``NO_DATA``."""
     return name.startswith(".") or name in NO_DATA
 
 
@@ -58,7 +58,7 @@ def check_readable(*paths: Path) -> None:
 
 
 def there(path: Path) -> bool:
-    """Whether there is a file or folder, links followed.
+    """Returns True if there is a file or folder, links followed.
 
     ``Path.is_file`` raises or says no, by Python's version, where the folder around it may not be
     searched; this raises ``UnreadableError``.
@@ -74,13 +74,13 @@ def there(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is such a folder, links followed; errors of ``there``."""
+    """Returns True if there is such a folder, links followed; errors of ``there``."""
     return there(path) and path.is_dir()
 
 
 def _absent(error: OSError | ValueError) -> bool:
-    """Whether an error of the file system says that there is nothing of this name: also because it
-    takes no such name, too long or with a null byte, or a link leads to itself.
+    """Returns True if an error of the file system says that there is nothing of this name: also
+    because it takes no such name, too long or with a null byte, or a link leads to itself.
     """
     if isinstance(error, OSError):
         return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -88,7 +88,8 @@ def _absent(error: OSError | ValueError) -> bool:
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
-    """The entries of a folder whose names match ``pattern``, sorted; [] where there is no folder.
+    """Returns the entries of a folder whose names match ``pattern``, sorted; [] where there is no
+    folder.
 
     Hidden entries (``is_no_data``) only where the pattern begins with a dot. Raises
     ``UnreadableError`` where the folder may not be read.
@@ -109,8 +110,9 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def numbered(folder: Path, form: str) -> dict[int, Path]:
-    """The entries of a folder by their numbers, rising, whose names are ``form`` of a number, as
-    "step-{:09d}"; other names, of copies for instance, are passed over. Errors of ``listed``.
+    """Returns the entries of a folder by their numbers, rising, whose names are ``form`` of a
+    number, as "step-{:09d}"; other names, of copies for instance, are passed over. Errors of
+    ``listed``.
     """
     before, after = re.split(r"\{.*\}", form)
     found = {}
@@ -122,8 +124,8 @@ def numbered(folder: Path, form: str) -> dict[int, Path]:
 
 
 def below(folder: Path) -> Iterator[Path]:
-    """The files in a folder at any depth, by name within each folder; hidden files and folders are
-    passed over.
+    """Returns the files in a folder at any depth, by name within each folder; hidden files and
+    folders are passed over.
 
     Links are followed, as torchvision's ``ImageFolder`` does; one to a folder around it ends there,
     where torchvision goes round until the system refuses. Raises ``UnreadableError`` for a folder

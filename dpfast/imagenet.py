@@ -19,8 +19,8 @@ WORDNET_ID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True)
 class ImageNet:
-    """ids: the 1,000 WordNet ids by index; names: their comma-separated synonyms; r, a: the ids of
-    a subset each.
+    """The classes of ImageNet-1k. ids: the 1,000 WordNet ids by index; names: their comma-separated
+    synonyms; r, a: the ids of a subset each.
     """
 
     ids: tuple[str, ...]
@@ -29,12 +29,12 @@ class ImageNet:
     a: frozenset[str]
 
     def subset(self, name: str) -> frozenset[str]:
-        """The ids of "r", "a", or all of them for any other set."""
+        """Returns the ids of "r", "a", or all of them for any other set."""
         return {"r": self.r, "a": self.a}.get(name, frozenset(self.ids))
 
     def ids_of(self, classes: Sequence[str]) -> tuple[str, ...] | None:
-        """The WordNet ids of a classifier's classes, by index; None when they are not classes of
-        ImageNet.
+        """Returns the WordNet ids of a classifier's classes, by index; None when they are not
+        classes of ImageNet.
 
         A class is called by its WordNet id, by all of its synonyms ("tench, Tinca tinca") or by the
         first one. Three names, "crane", "cardigan" and "maillot", belong to two classes each: where
@@ -64,12 +64,14 @@ class ImageNet:
         return tuple(found)
 
     def strangers(self, classes: Sequence[str]) -> list[str]:
-        """The classes that are none of ImageNet's, by id or name."""
+        """Returns the classes that are none of ImageNet's, by id or name."""
         known = self._known()
         return [name for name in classes if name.strip().lower() not in known]
 
     def _known(self) -> dict[str, list[str]]:
-        """What a class may be called, in lower case -> the WordNet ids of such classes."""
+        """Maps the names that a class may have, in lower case, to the WordNet ids of such
+        classes.
+        """
         known: dict[str, list[str]] = {}
         for wordnet_id, name in zip(self.ids, self.names, strict=True):
             for key in dict.fromkeys((wordnet_id, name.lower(), name.split(",")[0].lower())):
@@ -77,15 +79,17 @@ class ImageNet:
         return known
 
     def _named_fully(self, wordnet_id: str, keys: list[str], key: str) -> bool:
-        """Whether another of ``keys`` already is the full name of this class: "maillot, tank suit"
-        beside "maillot".
+        """Returns True if another of ``keys`` already is the full name of this class: "maillot,
+        tank suit" beside "maillot".
         """
         name = self.names[self.ids.index(wordnet_id)].lower()
         return name != key and name in keys
 
 
 def named(name: str) -> tuple[str, ...]:
-    """The names of the classes of "imagenet1k", or of "imagenet100" in the order of its list."""
+    """Returns the names of the classes of "imagenet1k", or of "imagenet100" in the order of its
+    list.
+    """
     known = load()
     if name == "imagenet1k":
         return known.names

@@ -1,5 +1,5 @@
-"""What a label is, wherever one is read: in parquet, in a table beside images, in a tar, in a
-``Dataset``.
+"""The definition of a label, wherever one is read: in parquet, in a table beside images, in a tar,
+in a ``Dataset``.
 
 A label is a whole number from 0 on. Whole floats count, since pandas makes them of integers beside
 missing values; truth values, text and missing values do not: nothing that is not understood becomes
@@ -20,7 +20,8 @@ LARGEST = (1 << 31) - 1  # what the record of a sample holds
 
 
 def class_id(value: object, what: str, classes: int | None = None) -> int:
-    """The class id that ``value`` is: an integer, a whole float, or an array or tensor of one.
+    """Returns the class id that ``value`` is: an integer, a whole float, or an array or tensor of
+    one.
 
     what: where it stands, for the message. classes: how many there are, where that is known. Raises
     ``InputError`` for everything else, and for numbers outside of 0 to ``classes`` - 1.
@@ -41,13 +42,15 @@ def class_id(value: object, what: str, classes: int | None = None) -> int:
 
 
 def class_id_in_text(text: bytes, what: str, classes: int | None = None) -> int:
-    """``class_id`` of a text that holds a number in decimal digits, as a tar's ``.cls`` does."""
+    """Returns ``class_id`` of a text that holds a number in decimal digits, as a tar's ``.cls``
+    does.
+    """
     found = re.fullmatch(rb"[+-]?[0-9]{1,20}", text.strip())
     return class_id(int(found[0]) if found else text.decode(errors="replace"), what, classes)
 
 
 def class_ids(labels: Tensor, count: int, what: str, classes: int | None = None) -> Tensor:
-    """The class ids in ``labels`` (count,), of any integer dtype, as int64 on their device.
+    """Returns the class ids in ``labels`` (count,), of any integer dtype, as int64 on their device.
 
     what: the argument that they are of; classes: how many there are, where that is known. Raises
     ``InputError`` for another shape or dtype, and for numbers outside of 0 to ``classes`` - 1.
@@ -74,8 +77,8 @@ def class_ids(labels: Tensor, count: int, what: str, classes: int | None = None)
 def label_column(
     columns: Sequence[str], class_labels: Sequence[str], wanted: str | None, where: str
 ) -> str:
-    """The column of ``columns`` that holds the labels: ``wanted``, else "label", else the only one
-    that is declared as a class.
+    """Returns the column of ``columns`` that holds the labels: ``wanted``, else "label", else the
+    only one that is declared as a class.
 
     class_labels: the columns that the file declares so (``ClassLabel`` of Hugging Face). where: the
     file, for the message. Raises ``InputError`` that lists the columns where none is unambiguous.
@@ -93,8 +96,8 @@ def label_column(
 def no_label(
     wanted: str | None, columns: Sequence[str], where: str, besides: str = ""
 ) -> InputError:
-    """The error for a file or a sample of which it is not clear what its label is. besides: what
-    else was looked at.
+    """Returns the error for a file or a sample of which it is not clear what its label is. besides:
+    what else was looked at.
     """
     listed = ", ".join(repr(column) for column in columns) or "nothing"
     problem = "no label" if wanted is None else f"label_column = {wanted!r} is not there"
@@ -104,6 +107,6 @@ def no_label(
 
 
 def shortened(value: object) -> str:
-    """``repr`` of a value in at most 60 characters."""
+    """Returns ``repr`` of a value in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

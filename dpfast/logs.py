@@ -74,7 +74,7 @@ class LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def logged(run: Path, level: str = "info") -> Iterator[Path]:
-    """Within it, this rank's log is written into ``run``; gives the file."""
+    """Writes this rank's log into ``run`` within a ``with`` block, and gives the file."""
     path = run / FOLDER / f"rank-{launch.rank():05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = LogFile(path, encoding="utf-8")

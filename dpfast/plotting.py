@@ -14,7 +14,7 @@ INK, MUTED = "#1f2328", "#6b7280"
 
 
 def axes_of(size: tuple[float, float], x: str, y: str) -> tuple[Figure, Any]:
-    """A figure of ``size`` inches with one pair of axes."""
+    """Returns a figure of ``size`` inches with one pair of axes."""
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     styled(axes, x, y)
@@ -22,7 +22,7 @@ def axes_of(size: tuple[float, float], x: str, y: str) -> tuple[Figure, Any]:
 
 
 def styled(axes: Any, x: str, y: str) -> None:
-    """The look of all axes, with their labels."""
+    """Gives axes the look of all figures, and their labels."""
     axes.set_xlabel(x, color=MUTED)
     axes.set_ylabel(y, color=MUTED)
     axes.tick_params(colors=MUTED, length=3)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class SampleBatch:
-    """What a sampler yields. Row i of every tensor belongs to ``sample_ids[i]``.
+    """The samples that a sampler yields. Row i of every tensor belongs to ``sample_ids[i]``.
 
     images: (B, C, H, W) uint8; labels, sample_ids: (B,) int64; entropy: (B,) float32, nats, of the
     finished image under the guiding learner (NaN without one); learner_step: the learner's
@@ -38,7 +38,7 @@ class SampleBatch:
         return len(self.labels)
 
     def take(self, rows: Tensor | slice) -> SampleBatch:
-        """The samples of some rows, a slice or (n,) indices."""
+        """Returns the samples of some rows, a slice or (n,) indices."""
         chosen = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows].numpy()
         return replace(
             self,

@@ -23,7 +23,7 @@ MARKS = {
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without its byte order mark.
+    """Reads the text of a file in UTF-8, with or without its byte order mark.
 
     Raises ``InputError`` with the path for another encoding, ``UnreadableError`` for a file that
     may not be read, and ``FileNotFoundError`` where there is none.
@@ -40,7 +40,9 @@ def read_text(path: Path) -> str:
 
 
 def _decoded(data: bytes, where: str) -> str:
-    """The text of bytes in UTF-8. Raises ``InputError`` that begins with ``where`` for others."""
+    """Returns the text of bytes in UTF-8. Raises ``InputError`` that begins with ``where`` for
+    others.
+    """
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
             raise InputError(f"{where}: its encoding is {encoding}; save it as UTF-8")
@@ -58,7 +60,7 @@ def _decoded(data: bytes, where: str) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text. Only a line feed (with or without a carriage return) ends one:
+    """Returns the lines of a text. Only a line feed (with or without a carriage return) ends one:
     ``str.splitlines`` also splits at U+2028, U+0085 and six more, which captions hold.
     """
     found = [line.removesuffix("\r") for line in text.split("\n")]
@@ -66,16 +68,16 @@ def lines(text: str) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ``InputError`` with the path and line for what is none; else
-    as ``read_text``.
+    """Reads a JSON file. Raises ``InputError`` with the path and line for what is none; else as
+    ``read_text``.
     """
     return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """What a text in JSON holds; bytes are UTF-8. Raises ``InputError`` that begins with ``where``
-    for what is none, and for a name that stands twice in one table: Python takes the last one,
-    others the first.
+    """Reads a text in JSON; bytes are UTF-8. Raises ``InputError`` that begins with ``where`` for
+    what is none, and for a name that stands twice in one table: Python takes the last one, others
+    the first.
     """
     if isinstance(text, bytes):
         text = _decoded(text, where)
@@ -94,7 +96,7 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_whole_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is no file, or one that is no JSON, as a kill may
+    """Reads a JSON file; returns None where there is no file, or one that is no JSON, as a kill may
     leave it. Raises ``UnreadableError`` for one that may not be read.
     """
     try:
@@ -106,7 +108,8 @@ def read_whole_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The number, from 1, and the table of each line of a .jsonl file; empty lines are passed over.
+    """Yields the number, from 1, and the table of each line of a .jsonl file; empty lines are
+    passed over.
 
     Raises ``InputError`` with the path and line for one that holds no table; else as ``read_text``.
     """
@@ -120,13 +123,13 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class Kind(NamedTuple):
-    """What a value of a table may be. holds: whether one is; words: what is expected."""
+    """The kind of a table's value. holds: whether a value is of it; words: what is expected."""
 
     holds: Callable[[Any], bool]
     words: str
 
     def or_null(self) -> Kind:
-        """The same, or null."""
+        """Returns the same, or null."""
         return Kind(lambda value: value is None or self.holds(value), f"{self.words} or null")
 
 
@@ -147,7 +150,7 @@ SHARE = Kind(lambda value: _is_number(value) and 0 <= value <= 1, "a share, 0 to
 
 
 def rows_of(kind: Kind, least: int = 0) -> Kind:
-    """A list of values of one kind, at least so many."""
+    """Returns a list of values of one kind, at least so many."""
 
     def holds(value: Any) -> bool:
         return isinstance(value, list) and len(value) >= least and all(map(kind.holds, value))
@@ -173,7 +176,7 @@ def check_table(
 
 
 def to_json(value: Any) -> str:
-    """JSON in one line, which strict parsers read: a number that is not finite is null."""
+    """Returns JSON in one line, which strict parsers read: a number that is not finite is null."""
     return json.dumps(_finite(value), allow_nan=False)
 
 

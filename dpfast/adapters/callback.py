@@ -84,12 +84,14 @@ class GuidanceCallback(PipelineCallback):
 
     @property
     def tensor_inputs(self) -> list[str]:
-        """What the pipeline hands to the callback; it asks for this itself."""
+        """The names of what the pipeline hands to the callback, which it reads itself."""
         return ["latents", *self._names]
 
     @property
     def skipped(self) -> int:
-        """How often a sample went unguided for a step, because its gradient was not finite."""
+        """The number of times that a sample went unguided for a step, because its gradient was not
+        finite.
+        """
         return self.gradient.skipped
 
     @torch.no_grad()
@@ -134,7 +136,7 @@ class GuidanceCallback(PipelineCallback):
         return {**callback_kwargs, "latents": moved}
 
     def _unconditional(self, given: dict[str, Any], batch: int) -> dict[str, Tensor]:
-        """The condition of the unconditional prediction."""
+        """Returns the condition of the unconditional prediction."""
         rows = {
             argument: live_pipeline.unconditional_half(given[name], batch)
             for name, argument in self._names.items()

@@ -39,15 +39,17 @@ class CondFn:
 
     @property
     def skipped(self) -> int:
-        """How often a sample got a gradient of zero, because its own was not finite."""
+        """The number of times that a sample got a gradient of zero, because its own was not
+        finite.
+        """
         return self.gradient.skipped
 
     @torch.no_grad()
     def __call__(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, **model_kwargs: Tensor
     ) -> Tensor:
-        """omega d criterion / d x, (B, c, h, w) in x's dtype; t: (B,) trained timesteps; y: (B,)
-        class ids.
+        """Returns omega d criterion / d x, (B, c, h, w) in x's dtype; t: (B,) trained timesteps; y:
+        (B,) class ids.
         """
         if x.dim() != 4:
             raise InputError(f"x has shape {tuple(x.shape)}, expected (B, c, h, w)")
@@ -90,8 +92,8 @@ def make_cond_fn(
     image_size: tuple[int, int] | None = None,
     chunk: int | None = None,
 ) -> CondFn:
-    """The ``cond_fn`` of a learner of clean images, which sees the model's prediction of x0 in
-    place of a noisy x.
+    """Returns the ``cond_fn`` of a learner of clean images, which sees the model's prediction of x0
+    in place of a noisy x.
 
     Args:
         model: ``model(x, t, y=y, **model_kwargs)`` to its prediction; a learned variance behind it

@@ -25,8 +25,8 @@ _EPSILON = ((1.0, 1.0, 0.0, 1.0, 0.0, 0.0),)
 
 
 def decoder_of(decoder: Any) -> Decoder:
-    """A decoder from an autoencoder of diffusers, a function of latents, or None for pixels. Else
-    ``TypeError``.
+    """Returns a decoder from an autoencoder of diffusers, a function of latents, or None for
+    pixels. Else ``TypeError``.
     """
     if decoder is None:
         return IdentityDecoder()
@@ -41,7 +41,7 @@ def decoder_of(decoder: Any) -> Decoder:
 
 
 def no_anchor(anchor: float, why: str) -> InputError:
-    """What to raise where a pipeline has nothing that an anchor could be made of."""
+    """Returns the error for where a pipeline has nothing that an anchor could be made of."""
     return InputError(f"guidance has anchor = {anchor:g}: {why}; expected anchor = 0")
 
 
@@ -120,7 +120,7 @@ class LearnerGradient:
         return 0 if self._skipped is None else int(self._skipped)
 
     def counter(self, device: torch.device) -> Tensor:
-        """The count of skipped samples, 0-d int64."""
+        """Returns the count of skipped samples, 0-d int64."""
         if self._skipped is None or self._skipped.device != device:
             self._skipped = torch.tensor(self.skipped, device=device)
         return self._skipped
@@ -129,7 +129,7 @@ class LearnerGradient:
         preflight.check_modules(self.learner)
 
     def path(self, x: Tensor, labels: Tensor) -> LearnerPath:
-        """The path for denoised latents like x, its learner tried out at this size."""
+        """Returns the path for denoised latents like x, its learner tried out at this size."""
         self.check_mode()
         path = LearnerPath(
             decoder=self.decoder,
@@ -149,8 +149,8 @@ class LearnerGradient:
         return path
 
     def labels_for(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(B,) class ids, those given or those of the constructor; zeros for a criterion that reads
-        none.
+        """Returns (B,) class ids, those given or those of the constructor; zeros for a criterion
+        that reads none.
         """
         labels = self.labels if labels is None else labels  # type: ignore[assignment]
         if labels is None:
@@ -178,8 +178,8 @@ class LearnerGradient:
         labels: Tensor | None = None,
         held: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The gradient (B, c, h, w) in float32 at latents x, through one forward of the network,
-        and the prediction (B, c, h, w) that it was taken through.
+        """Returns the gradient (B, c, h, w) in float32 at latents x, through one forward of the
+        network, and the prediction (B, c, h, w) that it was taken through.
 
         Args:
             timestep, alpha, sigma: 0-d; or (B,) and (B, 1, 1, 1).
@@ -227,8 +227,8 @@ class LearnerGradient:
         *,
         at: tuple[int, int] | None = None,
     ) -> Tensor:
-        """x + omega |x| / |g| g with the norms of one sample; a sample whose gradient is not finite
-        stays.
+        """Returns x + omega |x| / |g| g with the norms of one sample; a sample whose gradient is
+        not finite stays.
 
         score: as ``label_score`` gives it, which the configured anchor joins to g. at: the step and
         of how many, which a schedule of ``guidance`` asks for.
@@ -241,8 +241,8 @@ class LearnerGradient:
     def ascended(
         self, gradient: Tensor, score: Tensor | None, *, at: tuple[int, int] | None = None
     ) -> Tensor:
-        """The gradient that mode "score" takes: with a score (``label_score``) turned towards it by
-        the configured anchor. at: as in ``displaced``.
+        """Returns the gradient that mode "score" takes: with a score (``label_score``) turned
+        towards it by the configured anchor. at: as in ``displaced``.
         """
         anchor = self._strengths(at)[1]
         if score is None or not anchor:
@@ -251,7 +251,7 @@ class LearnerGradient:
         return -self._stepped(_EPSILON, x, gradient, score, omega=1.0, anchor=anchor, mode="score")
 
     def _strengths(self, at: tuple[int, int] | None) -> tuple[float, float]:
-        """omega and anchor in a step."""
+        """Returns omega and anchor in a step."""
         guidance = self.guidance
         if at is not None:
             return guidance.at(*at)
@@ -274,8 +274,8 @@ class LearnerGradient:
         anchor: float,
         mode: Mode = "relative",
     ) -> Tensor:
-        """What a solver row makes of x, gradient and score. The step reads a score off its two
-        predictions: of zero and it, where eps is predicted, and with a scale of 1 zero is left.
+        """Returns what a solver row makes of x, gradient and score. The step reads a score off its
+        two predictions: of zero and it, where eps is predicted, and with a scale of 1 zero is left.
         """
         return guided_step(
             x,
@@ -292,7 +292,7 @@ class LearnerGradient:
         )
 
     def finite(self, gradient: Tensor) -> Tensor:
-        """The gradient, with zeros for the samples where it is not finite."""
+        """Returns the gradient, with zeros for the samples where it is not finite."""
         finite = gradient.flatten(1).square().sum(dim=1).isfinite()
         self.counter(gradient.device).add_((~finite).sum())
         return torch.where(finite.view(-1, 1, 1, 1), gradient, 0.0)

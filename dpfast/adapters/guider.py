@@ -92,18 +92,20 @@ class LearnerGuidance(ClassifierFreeGuidance):
         return self
 
     def detach(self) -> None:
-        """Back to classifier-free guidance alone."""
+        """Returns to classifier-free guidance alone."""
         self._gradient = self._scheduler = self._x = None
 
     def new(self, **kwargs: Any) -> LearnerGuidance:
-        """A copy with other options, and the same attachment."""
+        """Returns a copy with other options, and the same attachment."""
         copy = super().new(**kwargs)
         copy._gradient, copy._scheduler = self._gradient, self._scheduler
         return copy
 
     @property
     def skipped(self) -> int:
-        """How often a sample went unguided for a step, because its gradient was not finite."""
+        """The number of times that a sample went unguided for a step, because its gradient was not
+        finite.
+        """
         return 0 if self._gradient is None else self._gradient.skipped
 
     def _is_guided(self) -> bool:
@@ -153,7 +155,7 @@ class LearnerGuidance(ClassifierFreeGuidance):
         super().cleanup_models(denoiser)
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
-        """The guided prediction, and the two it is made of, without their graphs."""
+        """Returns the guided prediction, and the two it is made of, without their graphs."""
         uncond = None if pred_uncond is None else pred_uncond.detach()
         output = super().forward(pred_cond.detach(), uncond)
         if self._x is None or self._gradient is None:
@@ -195,7 +197,9 @@ class LearnerGuidance(ClassifierFreeGuidance):
         channels: int,
         kind: Prediction,
     ) -> Tensor | None:
-        """The label's score for an anchor; None without one, and in a step that has none."""
+        """Returns the label's score for an anchor; None without one, and in a step that has
+        none.
+        """
         anchor = learner.guidance.anchor
         if not anchor:
             return None
@@ -214,7 +218,9 @@ class LearnerGuidance(ClassifierFreeGuidance):
         sigma: Tensor,
         kind: Prediction,
     ) -> Tensor:
-        """d criterion / d x through the recorded forward (x0 is the border of the two graphs)."""
+        """Returns d criterion / d x through the recorded forward (x0 is the border of the two
+        graphs).
+        """
         labels = learner.labels_for(x)
         path = learner.path(x.detach().float(), labels)
         with torch.enable_grad():
@@ -224,7 +230,7 @@ class LearnerGuidance(ClassifierFreeGuidance):
 
 
 def _following(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:
-    """The solver's a and b of a step: x_next = a x0 + b eps."""
+    """Returns the solver's a and b of a step: x_next = a x0 + b eps."""
     if is_flow(scheduler):
         then = scheduler.sigmas[index + 1].float()
         return 1 - then, then

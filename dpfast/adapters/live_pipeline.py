@@ -1,4 +1,4 @@
-"""What the adapters read from a live diffusers pipeline and its scheduler."""
+"""Readings of the adapters from a live diffusers pipeline and its scheduler."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _GRIDS: WeakKeyDictionary[Any, tuple[Tensor, list[Any]]] = WeakKeyDictionary()
 
 
 def check_scheduler(scheduler: Any) -> Prediction:
-    """What the scheduler's model predicts. Raises ``InputError`` for a scheduler that the
-    adapters cannot follow.
+    """Returns the kind of the scheduler's prediction. Raises ``InputError`` for a scheduler that
+    the adapters cannot follow.
     """
     name, known = type(scheduler).__name__, (*STATELESS, *MULTISTEP, *FLOW_SOLVERS["euler"].folders)
     if name not in known:
@@ -47,7 +47,7 @@ def check_scheduler(scheduler: Any) -> Prediction:
 
 
 def position(scheduler: Any, timestep: Any) -> int:
-    """The index of a timestep on the scheduler's grid.
+    """Returns the index of a timestep on the scheduler's grid.
 
     Pipelines iterate over ``scheduler.timesteps``, so a timestep is mostly a view of it, and its
     address tells the index without waiting for the device. A number is looked up in a copy of the
@@ -72,8 +72,8 @@ def position(scheduler: Any, timestep: Any) -> int:
 
 
 def levels(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:
-    """alpha and sigma of the state at the input of step ``index``, 0-d float32 on the device of the
-    timesteps.
+    """Returns alpha and sigma of the state at the input of step ``index``, 0-d float32 on the
+    device of the timesteps.
     """
     device = scheduler.timesteps.device
     if type(scheduler).__name__ in STATELESS:
@@ -87,8 +87,8 @@ def levels(scheduler: Any, index: int) -> tuple[Tensor, Tensor]:
 
 
 def network_of(pipe: Any) -> Network:
-    """``(x, timestep, **condition)`` to the prediction of a pipeline's network, whose dtype the
-    arguments take.
+    """Returns ``(x, timestep, **condition)`` to the prediction of a pipeline's network, whose dtype
+    the arguments take.
     """
     model = getattr(pipe, "unet", None) or pipe.transformer
 
@@ -106,23 +106,23 @@ def network_of(pipe: Any) -> Network:
 
 
 def conditional_half(tensor: Tensor, batch: int) -> Tensor:
-    """The conditional rows of what a pipeline batches for classifier-free guidance: unconditional
-    rows come first.
+    """Returns the conditional rows of what a pipeline batches for classifier-free guidance:
+    unconditional rows come first.
     """
     return tensor[-batch:] if len(tensor) == 2 * batch else tensor
 
 
 def unconditional_half(tensor: Tensor, batch: int) -> Tensor | None:
-    """The unconditional rows of the same; None where a pipeline runs without classifier-free
-    guidance.
+    """Returns the unconditional rows of the same; None where a pipeline runs without
+    classifier-free guidance.
     """
     return tensor[:batch] if len(tensor) == 2 * batch else None
 
 
 def has_cfg(pipe: Any) -> bool | None:
-    """Whether the call that a ``StableDiffusionPipeline`` is in combines two predictions, and
-    nothing else, into what its scheduler is given; None where the pipeline was never called or is
-    gone.
+    """Returns True if the call that a ``StableDiffusionPipeline`` is in combines two predictions,
+    and nothing else, into what its scheduler is given; None where the pipeline was never called or
+    is gone.
     """
     if getattr(pipe, "guidance_scale", None) is None:  # a call sets it
         return None
@@ -130,7 +130,7 @@ def has_cfg(pipe: Any) -> bool | None:
 
 
 def encoded(pipe: Any, prompts: list[str]) -> Mapping[str, Tensor]:
-    """The condition of a ``StableDiffusionPipeline`` for one prompt a sample."""
+    """Returns the condition of a ``StableDiffusionPipeline`` for one prompt a sample."""
     with torch.no_grad():
         embeddings, _ = pipe.encode_prompt(prompts, pipe._execution_device, 1, False)
     return {"encoder_hidden_states": embeddings}

@@ -149,13 +149,13 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         return self
 
     def detach(self) -> None:
-        """Back to a plain DDIM."""
+        """Returns to a plain DDIM."""
         self._attached = None
 
     @property
     def skipped(self) -> int:
-        """How often a sample of the attached learner went unguided, because its gradient was not
-        finite.
+        """The number of times that a sample of the attached learner went unguided, because its
+        gradient was not finite.
         """
         return 0 if self._attached is None else self._attached.gradient.skipped
 
@@ -171,7 +171,9 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """As ``DDIMScheduler.step``; the prediction of x0 that it returns is the guided one."""
+        """Takes a step as ``DDIMScheduler.step`` does; the prediction of x0 that it returns is the
+        guided one.
+        """
         if self.num_inference_steps is None:
             raise InputError("the scheduler has no timesteps: call set_timesteps first")
         if eta > 0 and variance_noise is not None and generator is not None:
@@ -254,7 +256,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
     def _gradient(
         self, attached: _Attached, table: SolverTable, index: int, x: Tensor, prediction: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradient at x, and the prediction that it was taken through."""
+        """Returns the gradient at x, and the prediction that it was taken through."""
         twice = attached.doubled and attached.batch is not None and len(x) == 2 * attached.batch
         if attached.batch is not None and len(x) != attached.batch and not twice:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What a run is told: recipes, and the options that their fields are."""
+"""The words that a run is told: recipes, and the options that their fields are."""
 
 from dpfast.config.generator import STOCHASTIC, Generator, SolverName
 from dpfast.config.guidance import Guidance

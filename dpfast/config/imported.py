@@ -13,8 +13,8 @@ T = TypeVar("T")
 
 
 def is_import_path(text: str) -> bool:
-    """Whether a text has the form of an import path, ``FORM``: a module and what it calls an
-    object, "nets:tiny" or "my.sources:Hard.near".
+    """Returns True if a text has the form of an import path, ``FORM``: a module and what it calls
+    an object, "nets:tiny" or "my.sources:Hard.near".
     """
     module, colon, name = text.partition(":")
     return bool(colon) and all(
@@ -23,7 +23,7 @@ def is_import_path(text: str) -> bool:
 
 
 def imported_module(field: str, path: str) -> ModuleType:
-    """The module of an import path. Raises ``InputError`` as ``imported`` does."""
+    """Returns the module of an import path. Raises ``InputError`` as ``imported`` does."""
     module = path.partition(":")[0]
     try:
         return importlib.import_module(module)
@@ -34,7 +34,7 @@ def imported_module(field: str, path: str) -> ModuleType:
 
 
 def imported(field: str, path: str) -> Any:
-    """The object that a field of a recipe names by an import path.
+    """Returns the object that a field of a recipe names by an import path.
 
     The module is imported as Python does it, from its working directory too where ``dpfast`` is a
     command, once in each process: on every rank, and anew by a run that goes on.
@@ -52,7 +52,7 @@ def imported(field: str, path: str) -> Any:
 
 
 def made(field: str, path: str, kind: type[T], *given: Any, **arguments: Any) -> T:
-    """What a class or a function at an import path gives for arguments.
+    """Calls the class or the function at an import path with arguments, and returns the result.
 
     Raises ``InputError`` as ``imported`` does, and where it gives none of ``kind``, a class of
     dpfast's public names or of another package.

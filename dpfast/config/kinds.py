@@ -67,25 +67,27 @@ class Kind(ABC):
 
     @abstractmethod
     def parse(self, given: Any) -> Any:
-        """``given`` as this type.
+        """Returns ``given`` as this type.
 
         Raises ``TypeError``, ``ValueError`` or ``OverflowError`` where it is not.
         """
 
     @abstractmethod
     def words(self, range: Range) -> str:
-        """What is expected: "a whole number of at least 1"."""
+        """Returns the expected values in words: "a whole number of at least 1"."""
 
     @abstractmethod
     def placeholder(self, unit: str) -> str:
-        """What stands for a value on a command line: ``unit`` where there is one."""
+        """Returns the text that stands for a value on a command line: ``unit`` where there is
+        one.
+        """
 
     def plural(self, range: Range) -> str:
-        """What is expected of the items of a list."""
+        """Returns the expected items of a list in words."""
         return self.words(range)
 
     def within(self, value: Any, range: Range) -> bool:
-        """Whether the numbers of a parsed value are in the range."""
+        """Returns True if the numbers of a parsed value are in the range."""
         return True
 
 
@@ -171,8 +173,8 @@ class Choice(Kind):
 
 @dataclass(frozen=True)
 class ChoiceOrPath(Kind):
-    """One of some texts, or the import path of an object of the user's own. values: none for a
-    path alone.
+    """One of some texts, or the import path of an object of the user's own. ``values`` is empty for
+    a path alone.
     """
 
     values: tuple[str, ...]
@@ -226,8 +228,8 @@ class Sequence(Kind):
 
 
 def parted(text: str) -> list[str]:
-    """The values of a list on a command line, as in CSV: between commas, and between double quotes
-    where a value has commas of its own; a quote in one that is quoted is doubled:
+    """Returns the values of a list on a command line, as in CSV: between commas, and between double
+    quotes where a value has commas of its own; a quote in one that is quoted is doubled:
 
         "bonnet, poke bonnet",tench
 
@@ -244,7 +246,7 @@ def parted(text: str) -> list[str]:
 
 
 def joined(values: typing.Iterable[str]) -> str:
-    """Values as ``parted`` reads them."""
+    """Returns values as ``parted`` reads them."""
     return ",".join(
         '"' + value.replace('"', '""') + '"' if "," in value or value.startswith('"') else value
         for value in values
@@ -269,7 +271,7 @@ class Table(Kind):
 
 
 def _inline(text: str) -> object:
-    """The table of a line of TOML, its braces given or left out. Raises ``ValueError``."""
+    """Returns the table of a line of TOML, its braces given or left out. Raises ``ValueError``."""
     text = text.strip()
     braced = text.startswith("{") and text.endswith("}")
     try:
@@ -282,7 +284,7 @@ def _inline(text: str) -> object:
 
 
 def inline(value: Any) -> str:
-    """A value of a table as TOML writes it in one line."""
+    """Returns a value of a table as TOML writes it in one line."""
     if isinstance(value, dict):
         named = (
             f"{name if BARE.fullmatch(name) else json.dumps(name)} = {inline(each)}"
@@ -295,8 +297,8 @@ def inline(value: Any) -> str:
 
 
 def _plain(value: object, levels: int) -> bool:
-    """Whether a run's folder can keep a value: texts, truths, finite numbers and None, and lists
-    and tables of them within each other on no more than so many levels.
+    """Returns True if a run's folder can keep a value: texts, truths, finite numbers and None, and
+    lists and tables of them within each other on no more than so many levels.
     """
     if isinstance(value, dict):
         named = all(isinstance(name, str) for name in value)
@@ -351,7 +353,9 @@ SIMPLE: dict[Any, Kind] = {
 
 
 def kind_of(annotation: Any) -> Kind:
-    """The kind of a field's type. Raises ``TypeError`` for a type that no field has had so far."""
+    """Returns the kind of a field's type. Raises ``TypeError`` for a type that no field has had so
+    far.
+    """
     if annotation in SIMPLE:
         return SIMPLE[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)

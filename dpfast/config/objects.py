@@ -16,13 +16,16 @@ OBJECTS_FILE = "objects.json"
 
 
 def kind_of(thing: object) -> str:
-    """What ``objects.json`` calls an object: the module and name of its class, or of a function."""
+    """Returns the name of an object in ``objects.json``: the module and name of its class, or of a
+    function.
+    """
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def objects_of(run: Path) -> dict[str, str]:
-    """Argument of ``DeliberatePractice`` -> kind, of the run in a folder; {} without objects.
+    """Maps each argument of ``DeliberatePractice`` that a run was given to its kind; {} without
+    objects.
 
     Raises ``InputError`` for a file that is damaged.
     """

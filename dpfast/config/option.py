@@ -38,7 +38,7 @@ class Option:
     default: Any
 
     def value(self, name: str, given: object) -> Any:
-        """``given`` as the field's type; the text of a command line is taken as well.
+        """Returns ``given`` as the field's type; the text of a command line is taken as well.
 
         Raises ``RecipeError``, which calls the field ``name``.
         """
@@ -60,16 +60,16 @@ class Option:
 
     @property
     def placeholder(self) -> str:
-        """What stands for its value in a help text."""
+        """The text that stands for its value in a help text."""
         return self.kind.placeholder(self.unit.upper())
 
     @property
     def default_text(self) -> str:
-        """What the default means, or how a command line writes it."""
+        """The meaning of the default, or the default as a command line writes it."""
         return self.unset or self.text(self.default)
 
     def text(self, value: Any) -> str:
-        """A value as a command line writes it."""
+        """Returns a value as a command line writes it."""
         if isinstance(value, tuple):
             pairs = bool(value) and isinstance(value[0], tuple)
             return joined(":".join(map(self.text, v)) if pairs else self.text(v) for v in value)
@@ -81,8 +81,8 @@ class Option:
 
 
 def shown(value: object) -> str:
-    """A value as Python writes it; its type where that is too long for Python itself: a whole
-    number of more than 4,300 digits, or tables nested without end.
+    """Returns a value as Python writes it; its type where that is too long for Python itself: a
+    whole number of more than 4,300 digits, or tables nested without end.
     """
     try:
         return repr(value)
@@ -101,8 +101,8 @@ def option(
     below: float | None = None,
     unset: str = "",
 ) -> T:
-    """A field of a dataclass that has an ``Option``. low and high belong to the range, above and
-    below do not; a dict as default is copied.
+    """Returns a field of a dataclass that has an ``Option``. low and high belong to the range,
+    above and below do not; a dict as default is copied.
     """
     bounds = Range(low=low, above=above, high=high, below=below)
     metadata = {"option": {"help": help, "unit": unit, "range": bounds, "unset": unset}}
@@ -113,7 +113,7 @@ def option(
 
 @functools.cache
 def options(owner: type) -> dict[str, Option]:
-    """Name -> option of a dataclass's fields that have one, in their order."""
+    """Maps the names of a dataclass's fields that have an option to it, in their order."""
     types, found = get_type_hints(owner), {}
     for field in dataclasses.fields(owner):
         declared = field.metadata.get("option")

@@ -73,7 +73,7 @@ SECTIONS: dict[str, Any] = {
 
 
 def _deeper(value: object, levels: int) -> bool:
-    """Whether tables and lists lie within each other on more than so many levels."""
+    """Returns True if tables and lists lie within each other on more than so many levels."""
     if not isinstance(value, (dict, list, tuple)):
         return False
     inner = value.values() if isinstance(value, dict) else value
@@ -192,8 +192,8 @@ class Recipe(Section, name=""):
         return max(len(getattr(self.practice, f"{name}_rounds")) for name in BY_ROUND)
 
     def of_round(self, number: int) -> Recipe:
-        """The recipe whose [guidance] and cfg_scale are those of round ``number``; 0: the initial
-        samples, for which no round's hold.
+        """Returns the recipe whose [guidance] and cfg_scale are those of round ``number``; 0: the
+        initial samples, for which no round's hold.
         """
         schedules = {
             f"{name}_rounds": getattr(self.practice, f"{name}_rounds") for name in BY_ROUND
@@ -216,7 +216,7 @@ class Recipe(Section, name=""):
 
     @property
     def tracker_packages(self) -> tuple[str, ...]:
-        """What the trackers import, of the packages of ``dpfast.extras``."""
+        """The packages of ``dpfast.extras`` that the trackers import."""
         named = (name for name in self.trackers if not is_import_path(name))
         alone = set(self.trackers) <= {"tensorboard"}
         return (*named, *([] if alone else ["accelerate"]))
@@ -330,8 +330,8 @@ class Recipe(Section, name=""):
 
 
 def _another(learner: dict[str, Any], overrides: dict[str, Any]) -> bool:
-    """Whether the overrides of a recipe with this learner name another model, or the folder of a
-    pretrained one of transformers, which says the options.
+    """Returns True if the overrides of a recipe with this learner name another model, or the folder
+    of a pretrained one of transformers, which says the options.
     """
     own = learner.get("model", Learner.model)
     model = _said(overrides, "model")
@@ -340,15 +340,15 @@ def _another(learner: dict[str, Any], overrides: dict[str, Any]) -> bool:
 
 
 def _said(overrides: dict[str, Any], name: str) -> Any:
-    """A field of the learner in the overrides of a recipe, None where they leave it."""
+    """Returns a field of the learner in the overrides of a recipe, None where they leave it."""
     learner = overrides.get("learner")
     inner = learner.get(name) if isinstance(learner, dict) else None
     return overrides.get(name, overrides.get(f"learner.{name}", inner))
 
 
 def pipeline_folder(source: str | Path) -> Path:
-    """Where a pipeline lies: ``source`` where it is a folder of one, else the embedded one of that
-    name, else ``source``. A text with a separator ("./fashion") is a path and no name.
+    """Returns the folder of a pipeline: ``source`` where it is a folder of one, else the embedded
+    one of that name, else ``source``. A text with a separator ("./fashion") is a path and no name.
     """
     path, embedded = Path(source), ASSETS / str(source)
     if os.sep in str(source) or there(path / INDEX) or not there(embedded / INDEX):
@@ -357,8 +357,8 @@ def pipeline_folder(source: str | Path) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe as nested dictionaries from a file in a run's folder (``recipe.json``), by the names
-    that fields have today.
+    """Returns a recipe as nested dictionaries from a file in a run's folder (``recipe.json``), by
+    the names that fields have today.
 
     Raises ``RecipeError`` with the path where there is none or where it is no such thing, and
     ``InputError`` as ``read_json`` does.
@@ -387,7 +387,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def flat(table: dict[str, Any]) -> dict[str, Any]:
-    """Short name -> value of a recipe as nested dictionaries (``Recipe.to_dict``)."""
+    """Maps each field's short name to its value in a recipe of nested dictionaries
+    (``Recipe.to_dict``).
+    """
     found: dict[str, Any] = {}
     for key, value in table.items():
         if key in SECTIONS:

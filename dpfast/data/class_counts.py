@@ -22,7 +22,7 @@ LARGEST = 10**9  # samples of a class
 
 
 def count_rows(file: str) -> dict[str, int]:
-    """Class, as the file calls it -> count, in the order of its lines.
+    """Maps each class, as the file calls it, to its count, in the order of the lines.
 
     Raises ``InputError`` as ``class_rows`` does, for a count that is no whole number from 0 to
     ``LARGEST`` too.
@@ -53,8 +53,8 @@ def check_total(practice: Practice) -> None:
 
 
 def class_counts(practice: Practice, classes: Sequence[str]) -> Tensor | None:
-    """(K,) int64, the count of each of ``classes``; None where a recipe has none, and labels are
-    balanced.
+    """Returns (K,) int64, the count of each of ``classes``; None where a recipe has none, and
+    labels are balanced.
 
     Raises ``InputError`` as ``count_rows``, ``check_total`` and ``by_label`` do, and for a class
     that is missing.

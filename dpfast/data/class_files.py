@@ -25,7 +25,7 @@ NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?")
 def class_rows(
     field: str, file: str, value: str, parsed: Callable[[str], T | None], wanted: str
 ) -> dict[str, T]:
-    """Class, as the file calls it -> value, in the order of its lines.
+    """Maps each class, as the file calls it, to its value, in the order of the lines.
 
     field: what names the file. value: what a line says of its class, such as "count"; parsed: the
     value of a text, None where it is none; wanted: what it would have to be, in words.
@@ -58,8 +58,8 @@ def class_rows(
 
 
 def by_label(field: str, file: str, rows: dict[str, T], classes: Sequence[str]) -> dict[int, T]:
-    """Label -> value of the rows of a file. A class whose name is a number is meant before the
-    class with that id.
+    """Maps labels to the values of the rows of a file. A class whose name is a number is meant
+    before the class with that id.
 
     Raises ``InputError`` for a class that is not known or comes twice under two names.
     """
@@ -75,8 +75,8 @@ def by_label(field: str, file: str, rows: dict[str, T], classes: Sequence[str]) 
 
 
 def strength_rows(field: str, file: str, low: float = -math.inf) -> dict[str, float]:
-    """Class, as the file calls it -> a finite number of at least ``low``. Raises ``InputError`` as
-    ``class_rows`` does.
+    """Maps each class, as the file calls it, to a finite number of at least ``low``. Raises
+    ``InputError`` as ``class_rows`` does.
     """
 
     def parsed(text: str) -> float | None:
@@ -91,9 +91,9 @@ def strength_rows(field: str, file: str, low: float = -math.inf) -> dict[str, fl
 def class_strengths(
     field: str, file: str, classes: Sequence[str], low: float = -math.inf
 ) -> dict[int, float]:
-    """Label -> a finite number of at least ``low``, of the classes that the file names; {} without
-    a file. Raises ``InputError`` as ``strength_rows`` and ``by_label`` do, and for a file that
-    names none.
+    """Maps the labels of the classes that a file names to finite numbers of at least ``low``; {}
+    without a file. Raises ``InputError`` as ``strength_rows`` and ``by_label`` do, and for a file
+    that names none.
     """
     if not file:
         return {}

@@ -1,4 +1,4 @@
-"""Which folder is which class: the one place that decides it.
+"""The one place that decides which folder is which class.
 
 A folder may be called
     by its class's name                     "Dress", "T-shirt"
@@ -33,19 +33,21 @@ SHOWN = 10  # names in a message
 
 
 def sub_folders(path: Path) -> list[Path]:
-    """The folders in a folder, sorted; hidden ones are no data. Raises ``UnreadableError``."""
+    """Returns the folders in a folder, sorted; hidden ones are no data. Raises
+    ``UnreadableError``.
+    """
     return [entry for entry in listed(path) if entry.is_dir()]
 
 
 def holds_classes(path: Path) -> bool:
-    """Whether a path is a folder with sub-folders and no run: it then goes before what is embedded
-    under the same name.
+    """Returns True if a path is a folder with sub-folders and no run: it then goes before what is
+    embedded under the same name.
     """
     return is_folder(path) and not (path / RECIPE_FILE).is_file() and bool(sub_folders(path))
 
 
 class ClassNames:
-    """What each class may be called.
+    """The names that each class may be called by.
 
     classes: names, by id; ids: their WordNet ids where they are ImageNet's, else None.
     """
@@ -68,8 +70,8 @@ class ClassNames:
                 self._other.setdefault(other.casefold(), set()).add(label)
 
     def called(self, name: str) -> list[int]:
-        """The classes that may be meant by a name in NFC, rising: those that have exactly this one,
-        else all that may be called so.
+        """Returns the classes that may be meant by a name in NFC, rising: those that have exactly
+        this one, else all that may be called so.
         """
         folded = name.casefold()
         return sorted(
@@ -79,7 +81,7 @@ class ClassNames:
         )
 
     def several(self, labels: Sequence[int]) -> str:
-        """Classes in words, for a message."""
+        """Returns classes in words, for a message."""
         return ", ".join(f"{self.classes[label]!r} (class {label})" for label in labels)
 
 
@@ -91,7 +93,7 @@ def class_folders(
     only: bool = False,
     field: str = "folder",
 ) -> list[tuple[Path, int]]:
-    """The sub-folders of ``path`` with their class ids, sorted by path.
+    """Returns the sub-folders of ``path`` with their class ids, sorted by path.
 
     Args:
         path: the folder.
@@ -135,8 +137,8 @@ def class_folders(
 
 
 def in_part_imagenet(classes: Sequence[str], ids: Sequence[str] | None) -> str:
-    """Why WordNet ids and indices do not call the classes, for a message: some of them are
-    ImageNet's and others are not. Empty where that is not so.
+    """Returns the reason why WordNet ids and indices do not call the classes, for a message: some
+    of them are ImageNet's and others are not. Empty where that is not so.
     """
     strangers = [] if ids is not None else imagenet.load().strangers(classes)
     if not 0 < len(strangers) < len(classes):
@@ -150,7 +152,7 @@ def in_part_imagenet(classes: Sequence[str], ids: Sequence[str] | None) -> str:
 
 
 def imagenet_ids(path: Path, classes: Sequence[str]) -> tuple[str, ...] | None:
-    """The WordNet ids of ``classes``; None where they are not ImageNet's.
+    """Returns the WordNet ids of ``classes``; None where they are not ImageNet's.
 
     None also where a name belongs to two of ImageNet's classes ("crane") and the sub-folders of
     ``path`` are called exactly by the names of ``classes``, so that no id is needed. Raises
@@ -166,8 +168,8 @@ def imagenet_ids(path: Path, classes: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def wordnet_ids(path: Path) -> frozenset[str]:
-    """The WordNet ids that the sub-folders of ``path`` are called by, or that their indices into
-    ImageNet's 1,000 stand for, as ImageNet-V2 has them; other sub-folders are not looked at.
+    """Returns the WordNet ids that the sub-folders of ``path`` are called by, or that their indices
+    into ImageNet's 1,000 stand for, as ImageNet-V2 has them; other sub-folders are not looked at.
     """
     known = imagenet.load().ids
     by_index = {str(index): wordnet_id for index, wordnet_id in enumerate(known)}
@@ -180,23 +182,25 @@ def wordnet_ids(path: Path) -> frozenset[str]:
 
 
 def folder_name(label: int, name: str) -> str:
-    """What ``dpfast export`` calls the folder of a class, at most 255 bytes as file systems have
-    it: "0007-Sneaker".
+    """Returns the name that ``dpfast export`` gives the folder of a class, at most 255 bytes as
+    file systems have it: "0007-Sneaker".
     """
     return f"{label:04d}-{safe_name(name)}".encode()[:LONGEST].decode(errors="ignore")
 
 
 def safe_name(name: str) -> str:
-    """A name with "-" for what is neither letter nor digit, so that it can be part of a file's."""
+    """Returns a name with "-" for what is neither letter nor digit, so that it can be part of a
+    file's.
+    """
     return "".join(c if c.isalnum() else "-" for c in unicodedata.normalize("NFC", name))
 
 
 def text_of(name: str) -> str:
-    """The text of a file's name, which is UTF-8 whatever the locale, as NFC."""
+    """Returns the text of a file's name, which is UTF-8 whatever the locale, as NFC."""
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Returns the first names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -49,7 +49,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 def holds_split(folder: Path, split: str) -> bool:
-    """Whether a folder has both files of ``split``, as ``read_split`` reads them."""
+    """Returns True if a folder has both files of ``split``, as ``read_split`` reads them."""
     kinds = ("images-idx3", "labels-idx1")
     return all((folder / f"{split}-{kind}-ubyte.gz").is_file() for kind in kinds)
 

@@ -48,8 +48,8 @@ class ImageFolder:
         )
 
     def batches(self, ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's images (n, C, H, W) uint8 and labels (n,). Raises ``InputError`` for a file
-        that is no image.
+        """Yields this rank's images (n, C, H, W) uint8 and labels (n,). Raises ``InputError`` for a
+        file that is no image.
         """
         for rows in ranks.batches(len(self), BATCH):
             files, labels = (
@@ -106,7 +106,7 @@ def open_folder(
 
 
 def read_image(file: Path, shape: tuple[int, ...]) -> Tensor:
-    """One image (C, H, W) uint8, fitted as ``fit_picture`` does.
+    """Returns one image (C, H, W) uint8, fitted as ``fit_picture`` does.
 
     Raises ``InputError`` for a file that is no image (``dpfast.data.pictures``).
     """
@@ -114,8 +114,8 @@ def read_image(file: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def fit_picture(picture: Image.Image, shape: tuple[int, ...]) -> Tensor:
-    """(C, H, W) uint8 of a picture: the largest central part of the right proportions, of it 7/8,
-    resized (bicubic).
+    """Returns (C, H, W) uint8 of a picture: the largest central part of the right proportions, of
+    it 7/8, resized (bicubic).
 
     A picture that has the size already is taken as it is. Modes and orientation are those of
     ``dpfast.data.pictures``. Raises what its ``upright`` raises.
@@ -124,8 +124,8 @@ def fit_picture(picture: Image.Image, shape: tuple[int, ...]) -> Tensor:
 
 
 def fit_file(data: bytes, name: str, shape: tuple[int, ...]) -> tuple[Tensor, bytes | None]:
-    """One image to train on: (C, H, W) uint8 of an image file's bytes, the largest central part of
-    the right proportions; and the bytes where they are a JPEG file of that very shape.
+    """Returns one image to train on: (C, H, W) uint8 of an image file's bytes, the largest central
+    part of the right proportions; and the bytes where they are a JPEG file of that very shape.
 
     Nothing is cut beyond the proportions: that is left to the learner's augmentation. name: of the
     file. Raises ``InputError`` for a file that is no image.
@@ -139,7 +139,7 @@ def fit_file(data: bytes, name: str, shape: tuple[int, ...]) -> tuple[Tensor, by
 
 
 def fit_pixels(pixels: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(C, H, W) uint8 of an image (c, h, w) of 1 or 3 channels, as ``fit_file`` fits it."""
+    """Returns (C, H, W) uint8 of an image (c, h, w) of 1 or 3 channels, as ``fit_file`` fits it."""
     if tuple(pixels.shape) == tuple(shape):
         return pixels
     rows = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)

@@ -1,5 +1,4 @@
-"""What the header of a JPEG file says, read without decoding: the size, whether there are colours,
-and how the picture is turned.
+"""The header of a JPEG file, read without decoding: size, colours and orientation.
 
 A pool reads it of every file that it takes, a loader where boxes are drawn or DALI decodes.
 """
@@ -28,7 +27,8 @@ FRAME = struct.Struct(">BHHB")
 
 
 class JpegHeader(NamedTuple):
-    """components: 1 (grey), 3, or 4 (CMYK); height, width: as the file stores it, before any turn;
+    """The header of a JPEG file. components: 1 (grey), 3, or 4 (CMYK); height, width: as the file
+    stores it, before any turn;
     notes: where EXIF and XMP lie in the file, from byte to byte.
     """
 
@@ -39,17 +39,17 @@ class JpegHeader(NamedTuple):
 
     @property
     def shown(self) -> tuple[int, int] | None:
-        """(height, width) as every decoder shows it; None where ``for_decoder`` has to look."""
+        """The (height, width) as every decoder shows it; None where ``for_decoder`` has to look."""
         return None if self.notes or self.components == 4 else (self.height, self.width)
 
     @property
     def channels(self) -> int:
-        """Of the picture: 1 (grey) or 3."""
+        """The channels of the picture: 1 (grey) or 3."""
         return 1 if self.components == 1 else 3
 
 
 def read_header(data: bytes, name: str) -> JpegHeader:
-    """The header of a JPEG file's bytes; a few microseconds.
+    """Returns the header of a JPEG file's bytes; a few microseconds.
 
     Raises ``InputError`` that begins with ``name`` for what is no JPEG file, or one that Pillow
     does not decode: of other than 8 bits, of 2 components, larger than its limit.
@@ -93,8 +93,8 @@ def read_header(data: bytes, name: str) -> JpegHeader:
 
 
 def for_decoder(data: bytes, name: str) -> tuple[bytes, tuple[int, int]]:
-    """A file that every decoder which knows EXIF's orientation shows as Pillow does, and the
-    upright (height, width).
+    """Returns a file that every decoder which knows EXIF's orientation shows as Pillow does, and
+    the upright (height, width).
 
     Of EXIF and XMP it keeps the orientation alone, in Pillow's writing: DALI 2.4 does not read
     XMP, takes an EXIF entry of four bytes in the other byte order for none, and dies of a second

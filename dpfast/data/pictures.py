@@ -1,4 +1,4 @@
-"""What an image file is, and which pixels it shows: every file and picture is read here.
+"""The one place that reads image files and pictures, and decides which pixels they show.
 
 formats        PNG, JPEG, WebP, BMP, GIF and TIFF, whichever of them the file's name says; files
                that are called as images of other formats are refused, not passed over
@@ -53,8 +53,8 @@ TURNS = {  # EXIF's orientation -> what makes the picture upright
 
 
 def pictures_in(folder: Path) -> Iterator[Path]:
-    """The image files in a folder, at any depth: of those that ``dpfast.files.below`` gives. A Mac
-    leaves a hidden "._0.png" beside "0.png". Raises ``InputError`` for one that is not read.
+    """Yields the image files in a folder, at any depth: of those that ``dpfast.files.below`` gives.
+    A Mac leaves a hidden "._0.png" beside "0.png". Raises ``InputError`` for one that is not read.
     """
     for file in below(folder):
         if file.suffix.lower() in SUFFIXES:
@@ -64,7 +64,7 @@ def pictures_in(folder: Path) -> Iterator[Path]:
 
 
 def unread(file: Path) -> InputError:
-    """The error for a file whose name is that of an image in a format that is not read."""
+    """Returns the error for a file whose name is that of an image in a format that is not read."""
     return InputError(
         f"{file}: images of this kind are not read; expected {', '.join(FORMATS[:-1])} or "
         f"{FORMATS[-1]}"
@@ -72,8 +72,8 @@ def unread(file: Path) -> InputError:
 
 
 def from_image_file(data: bytes, name: str = "the file") -> np.ndarray:
-    """uint8 pixels (C, H, W) of an image file's bytes; grey ones have one channel, all others
-    three.
+    """Returns uint8 pixels (C, H, W) of an image file's bytes; grey ones have one channel, all
+    others three.
 
     name: of the file or member, for the message. Raises ``InputError`` as ``read_picture`` does.
     """
@@ -81,14 +81,14 @@ def from_image_file(data: bytes, name: str = "the file") -> np.ndarray:
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
-    """(C, H, W) uint8, contiguous and writable, of a picture of mode "L" or "RGB"."""
+    """Returns (C, H, W) uint8, contiguous and writable, of a picture of mode "L" or "RGB"."""
     if picture.mode == "L":
         return np.array(picture)[None]
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
 def read_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
-    """The picture of an image file as ``upright`` makes it, in memory.
+    """Returns the picture of an image file as ``upright`` makes it, in memory.
 
     Raises ``InputError`` as ``opened`` does, also for pixels that are cut off or have no range.
     """
@@ -98,7 +98,7 @@ def read_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
 
 @contextlib.contextmanager
 def opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
-    """An image file of ``FORMATS``, of which nothing but the header is read yet.
+    """Opens an image file of ``FORMATS``, of which nothing but the header is read yet.
 
     Raises ``InputError`` that begins with ``name`` for what is missing, no such image, larger than
     Pillow decodes (a decompression bomb, also of text), and for all that goes wrong inside.
@@ -120,7 +120,8 @@ def opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """The first frame of a picture, turned as its orientation says, in mode "L" (grey) or "RGB".
+    """Returns the first frame of a picture, turned as its orientation says, in mode "L" (grey) or
+    "RGB".
 
     Raises ``InputError`` for a mode that has no defined range, and what Pillow raises for a file
     that is damaged.
@@ -142,8 +143,8 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 def orientation(picture: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8, 1 being upright; an entry that is damaged or no such number
-    counts as none.
+    """Returns EXIF's orientation, 1 to 8, 1 being upright; an entry that is damaged or no such
+    number counts as none.
     """
     try:
         found = picture.getexif().get(ExifTags.Base.Orientation, 1)

@@ -45,8 +45,8 @@ Labels = Tensor | np.ndarray | Sequence[int]
 
 @dataclass(frozen=True)
 class RealSet:
-    """images: (N, C, H, W) uint8; labels: (N,) int64. Of several ranks each has its own part
-    (``Ranks.indices``).
+    """Real images with their labels. images: (N, C, H, W) uint8; labels: (N,) int64. Of several
+    ranks each has its own part (``Ranks.indices``).
     """
 
     images: Tensor
@@ -58,7 +58,7 @@ class RealSet:
 
 @dataclass(frozen=True)
 class RealData:
-    """What a run knows of the real world. Neither set is ever trained on."""
+    """The real images that a run knows. Neither of the two sets is ever trained on."""
 
     classes: tuple[str, ...]
     validation: RealSet
@@ -131,8 +131,8 @@ def load_real(
 def given_real(
     real: Given, *, classes: Sequence[str], shape: Sequence[int], ranks: Ranks = ALONE
 ) -> RealData:
-    """The real images of a run from what a caller has: ``RealData`` as it is, the rest split by
-    ``RealData.split``.
+    """Returns the real images of a run from what a caller has: ``RealData`` as it is, the rest
+    split by ``RealData.split``.
 
     Args:
         real: ``RealData``, of which each rank gives its own part (``Ranks.indices``); a pair of
@@ -190,7 +190,9 @@ def _check_names(given: Sequence[str], classes: Sequence[str]) -> None:
 
 
 def _pair(real: tuple[object, ...]) -> tuple[Tensor, Tensor]:
-    """The images and the labels of a pair. Raises ``InputError`` for other things than tensors."""
+    """Returns the images and the labels of a pair. Raises ``InputError`` for other things than
+    tensors.
+    """
     kinds = " and ".join(type(part).__name__ for part in real)
     if len(real) != 2:
         raise InputError(f"real is a tuple of {kinds}: expected two tensors, images and labels")
@@ -202,7 +204,9 @@ def _pair(real: tuple[object, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _tensor(what: str, given: object) -> Tensor:
-    """A tensor of what a caller gave. Raises ``InputError`` for what is none and becomes none."""
+    """Returns a tensor of what a caller gave. Raises ``InputError`` for what is none and becomes
+    none.
+    """
     if isinstance(given, (np.ndarray, list, tuple)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             return torch.as_tensor(given)
@@ -244,7 +248,7 @@ def _read_dataset(
 
 
 def _item(real: Any, number: int, shape: tuple[int, ...], classes: int) -> tuple[Tensor, int]:
-    """An image (C, H, W), uint8, and its label. Raises ``InputError`` for other things."""
+    """Returns an image (C, H, W), uint8, and its label. Raises ``InputError`` for other things."""
     try:
         image, label = real[number]
         image = fit_picture(image, shape) if isinstance(image, Image.Image) else image
@@ -265,8 +269,8 @@ def _joined(items: list[tuple[Tensor, int]], shape: tuple[int, ...]) -> RealSet:
 
 
 def _dense(images: Tensor) -> Tensor:
-    """``images``, whose values lie in memory one by one; ``InputError`` for those of which none or
-    some do.
+    """Returns ``images``, whose values lie in memory one by one; ``InputError`` for those of which
+    none or some do.
     """
     if images.layout != torch.strided or images.device.type == "meta":
         raise InputError(
@@ -276,7 +280,7 @@ def _dense(images: Tensor) -> Tensor:
 
 
 def _pixels(images: Tensor) -> Tensor:
-    """uint8 of images that are uint8, or floats in [0, 1]."""
+    """Returns uint8 of images that are uint8, or floats in [0, 1]."""
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
@@ -287,8 +291,8 @@ def _pixels(images: Tensor) -> Tensor:
 
 
 def _checked(images: Tensor, labels: Tensor, classes: int | None) -> Tensor:
-    """The labels as int64. Raises ``InputError`` unless these are images (N, C, H, W) and their N
-    class ids.
+    """Returns the labels as int64. Raises ``InputError`` unless these are images (N, C, H, W) and
+    their N class ids.
     """
     images, labels = _tensor("images", images), _tensor("labels", labels)
     if _dense(images).dim() != 4:
@@ -304,7 +308,8 @@ def _check_shape(images: Tensor, shape: Sequence[int]) -> None:
 
 
 def _halves(labels: Sequence[int], classes: Sequence[str], what: str) -> list[list[int]]:
-    """Indices of the validation half and of the held-out one: the images of a class in turn.
+    """Returns indices of the validation half and of the held-out one: the images of a class in
+    turn.
 
     Raises ``InputError`` that begins with ``what`` for a class of fewer than two.
     """
@@ -323,15 +328,15 @@ def _halves(labels: Sequence[int], classes: Sequence[str], what: str) -> list[li
 
 
 def is_fashion(place: str) -> bool:
-    """Whether a recipe's folder of real images is the embedded set, rather than a folder of that
-    name.
+    """Returns True if a recipe's folder of real images is the embedded set, rather than a folder of
+    that name.
     """
     return place == "fashion" and not holds_classes(Path(place))
 
 
 def count_real(name: str, held_out: str = "", *, classes: int = 0) -> tuple[int, int]:
-    """How many images ``load_real`` will take for validation and test; without such folders 25 a
-    class for each.
+    """Counts the images that ``load_real`` will take for validation and test; without such folders
+    25 a class for each.
     """
     if is_fashion(name):
         return 5000, 5000
@@ -381,13 +386,13 @@ def check_apart(field: str, folder: str, validation: str, held_out: str) -> None
 
 
 def _folders(place: str) -> set[Path]:
-    """A folder and its sub-folders, links followed; none where it is not there."""
+    """Returns a folder and its sub-folders, links followed; none where it is not there."""
     path = Path(place)
     return {each.resolve() for each in (path, *sub_folders(path))} if is_folder(path) else set()
 
 
 def count_training(folder: str) -> int:
-    """How many images to train on a folder holds; 0 where it is not there."""
+    """Counts the images to train on in a folder; 0 where it is not there."""
     path = Path(folder)
     if not folder or not is_folder(path):
         return 0

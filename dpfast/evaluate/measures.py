@@ -49,8 +49,8 @@ class Evaluation:
 def predict(
     model: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = BATCH
 ) -> Tensor:
-    """Logits (N, K), float32, of uint8 images (N, C, H, W), scaled to [-1, 1]; on the device of the
-    model.
+    """Returns logits (N, K), float32, of uint8 images (N, C, H, W), scaled to [-1, 1]; on the
+    device of the model.
 
     A module is run in eval mode and put back. Batches halve where memory runs out.
     """
@@ -60,7 +60,7 @@ def predict(
 def predictions(
     model: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = BATCH
 ) -> Iterator[tuple[slice, Tensor]]:
-    """``predict``, batch by batch: the rows of ``images``, and their logits."""
+    """Yields predictions batch by batch: the rows of ``images``, and their logits."""
     was_training, device = False, images.device
     if isinstance(model, nn.Module):
         was_training = model.training
@@ -99,8 +99,8 @@ def evaluate(
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return what ``measure`` needs of a batch's logits (n, K) with labels (n,): (n, 7) float64, on
-    their device.
+    """Returns the values that ``measure`` needs of a batch's logits (n, K) with labels (n,): (n, 7)
+    float64, on their device.
 
     The columns: label, right, right among the top five, cross-entropy, entropy, highest
     probability, right in float64.
@@ -119,8 +119,8 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def measure(scores: Sequence[Tensor], classes: int, ranks: Ranks = ALONE) -> Evaluation:
-    """All measures of this rank's ``score``, N >= 1 over all ranks. classes: K, 0 where this rank
-    has none.
+    """Returns all measures of this rank's ``score``, N >= 1 over all ranks. classes: K, 0 where
+    this rank has none.
     """
     rows = torch.cat([*scores]) if scores else torch.empty(0, 7).double()
     known, counts = zip(*ranks.all_gather_object([classes, len(rows)]), strict=True)
@@ -139,7 +139,8 @@ def measure(scores: Sequence[Tensor], classes: int, ranks: Ranks = ALONE) -> Eva
 
 
 def by_shots(per_class: Tensor, counts: Tensor) -> dict[str, tuple[float, int]]:
-    """The mean accuracy of the classes with many, medium and few samples, and how many they are.
+    """Returns the mean accuracy of the classes with many, medium and few samples, and how many they
+    are.
 
     per_class: (K,) fractions, of which NaN, a class without images, is left out; counts: (K,)
     samples of each class: "many" has more than 100, "few" fewer than 20, "medium" the others (Liu
@@ -156,8 +157,8 @@ def by_shots(per_class: Tensor, counts: Tensor) -> dict[str, tuple[float, int]]:
 
 
 def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = BINS) -> float:
-    """Expected calibration error of logits (N, K) (Guo et al. 2017, arXiv 1706.04599, eq. 3), in
-    [0, 1].
+    """Returns expected calibration error of logits (N, K) (Guo et al. 2017, arXiv 1706.04599, eq.
+    3), in [0, 1].
 
     The top probabilities fall into ``bins`` intervals of equal width, closed at their upper end;
     the gaps between a bin's accuracy and its mean probability are averaged, weighted by the bins'
@@ -168,7 +169,9 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = BINS) -> fl
 
 
 def _calibration_error(top: Tensor, right: Tensor, bins: int) -> float:
-    """The error of top probabilities (N,) float64; right: 1 where they are right, else 0."""
+    """Returns the error of top probabilities (N,) float64; right: 1 where they are right, else
+    0.
+    """
     bin_of = (top * bins).ceil().long().clamp(1, bins) - 1
     sums = torch.zeros(bins, dtype=torch.float64, device=top.device).index_add_(
         0, bin_of, right - top
@@ -177,8 +180,8 @@ def _calibration_error(top: Tensor, right: Tensor, bins: int) -> float:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of two sets of features (N, D) and (M, D) (Heusel et al. 2017, eq. 6), in
-    float64.
+    """Returns the Fréchet distance of two sets of features (N, D) and (M, D) (Heusel et al. 2017,
+    eq. 6), in float64.
 
     |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)); the trace of the root is that of the root of
     B^(1/2) A B^(1/2).
@@ -192,16 +195,16 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def features(judge: nn.Module, images: Tensor) -> Tensor:
-    """The pooled features (N, D), float32, of uint8 images (N, C, H, W): what the last layer of a
-    judge (``dpfast.learn.models.load_judge``) reads.
+    """Returns the pooled features (N, D), float32, of uint8 images (N, C, H, W): what the last
+    layer of a judge (``dpfast.learn.models.load_judge``) reads.
     """
     model: Any = judge.model  # of transformers
     return predict(lambda part: model.base_model(part).pooler_output.flatten(1), images)
 
 
 def neighbour_radii(points: Tensor, neighbours: int = 3) -> Tensor:
-    """The distance (N,) of each of N > ``neighbours`` points (N, D) to its so many-th nearest of
-    the others.
+    """Returns the distance (N,) of each of N > ``neighbours`` points (N, D) to its so many-th
+    nearest of the others.
     """
     return torch.cat(
         [
@@ -214,7 +217,7 @@ def neighbour_radii(points: Tensor, neighbours: int = 3) -> Tensor:
 def precision_and_recall(
     made: Tensor, real: Tensor, *, neighbours: int = 3, real_radii: Tensor | None = None
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2), in [0, 1].
+    """Returns improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2), in [0, 1].
 
     Precision is the share of the samples that lie within the ball of some real image, which reaches
     to its so many-th nearest of the real ones; recall the share of the real images that lie within

@@ -71,7 +71,7 @@ class Row:
     result: Evaluation
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: name, severity, images, classes, top1, top5, loss, entropy,
+        """Returns JSON-able: name, severity, images, classes, top1, top5, loss, entropy,
         calibration_error.
         """
         measures = {
@@ -89,7 +89,7 @@ class Row:
 def evaluation_sets(
     names: Sequence[str], test: RealSet, classes: Sequence[str], *, seed: int = 0
 ) -> list[EvaluationSet]:
-    """The sets of a recipe, checked before any work; folders are listed, nothing is read.
+    """Returns the sets of a recipe, checked before any work; folders are listed, nothing is read.
 
     Args:
         names: the recipe's ``evaluation``.

@@ -37,7 +37,7 @@ TRANSLATE = (0.04, 0.08, 0.12, 0.16, 0.2)  # of the shorter side, in a direction
 def shift(
     images: Tensor, name: str, severity: int, *, ids: Tensor | None = None, seed: int = 0
 ) -> Tensor:
-    """Shifted copies of uint8 images (N, C, H, W), in the same shape and type.
+    """Returns shifted copies of uint8 images (N, C, H, W), in the same shape and type.
 
     Args:
         name: one of ``SHIFTS``.
@@ -97,7 +97,7 @@ def _pixelate(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
 
 
 def _jpeg(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
-    """Three channels are compressed as one RGB picture, any other number as grey ones."""
+    """Compresses three channels as one RGB picture, any other number as grey ones."""
     colour = images.shape[1] == 3
     pictures = images.permute(0, 2, 3, 1) if colour else images.flatten(0, 1)
     decoded = []
@@ -134,7 +134,7 @@ def _translate(images: Tensor, level: int, ids: Tensor, seed: int) -> Tensor:
 
 
 def _resample(images: Tensor, affine: Tensor) -> Tensor:
-    """Bilinear; beyond the border lies the nearest pixel of it."""
+    """Resamples bilinearly; beyond the border lies the nearest pixel of it."""
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     return _bytes(F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False))
 

@@ -1,4 +1,4 @@
-"""From a pool to the batches that a learner trains on: ``make_loader``."""
+"""The way from a pool to the batches that a learner trains on: ``make_loader``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ LOADERS: dict[str, Callable[..., Loader]] = {"dali": DaliLoader, "torch": TorchL
 
 
 def make_loader(kind: str | Callable[..., Loader], pool: Pool, **options: Any) -> Loader:
-    """An endless iterator over shuffled batches (images, labels) of ``pool``, which may grow.
+    """Returns an endless iterator over shuffled batches (images, labels) of ``pool``, which may
+    grow.
 
     Args:
         kind: as ``choose_loader`` takes it; or what makes a loader of the caller's own, called with
@@ -53,7 +54,8 @@ def make_loader(kind: str | Callable[..., Loader], pool: Pool, **options: Any) -
 
 
 def choose_loader(kind: str, codec: str = "pixels") -> str:
-    """The name in ``LOADERS`` of a loader for a pool of ``codec``: ``kind``, unless that is "auto".
+    """Returns the name in ``LOADERS`` of a loader for a pool of ``codec``: ``kind``, unless that is
+    "auto".
 
     "auto" takes DALI for JPEG, which it decodes, and torch for what lies in the pool as pixels or
     latents: on two CPU cores DALI takes 7.5 times as long for crops of 256 images of 224 px, 9.7
@@ -80,7 +82,7 @@ def choose_loader(kind: str, codec: str = "pixels") -> str:
 
 
 def _loader_at(path: str) -> Callable[..., Loader]:
-    """What makes a loader, at an import path."""
+    """Returns the maker of a loader at an import path."""
     found: Callable[..., Loader] = imported("loader", path)
     if not callable(found):
         raise InputError(
@@ -109,7 +111,7 @@ def check_groups(loader: str | Callable[..., Loader]) -> None:
 
 
 def dali_installed() -> bool:
-    """Whether NVIDIA DALI can be imported."""
+    """Returns True if NVIDIA DALI can be imported."""
     return (
         importlib.util.find_spec("nvidia") is not None
         and importlib.util.find_spec("nvidia.dali") is not None

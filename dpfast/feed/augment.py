@@ -1,4 +1,4 @@
-"""What changes in a batch by chance, drawn in one place for every loader.
+"""The changes of a batch by chance, drawn in one place for every loader.
 
 A draw is a function of (seed, number of the batch): Philox with that key. Loaders only carry it
 out, so that all of them show the learner the same crops in the same order, and a position restores
@@ -75,12 +75,14 @@ class Crops:
     shifts: np.ndarray | None = None
 
     def part(self, rows: np.ndarray) -> Crops:
-        """The chances of the samples in ``rows`` of the batch."""
+        """Returns the chances of the samples in ``rows`` of the batch."""
         parts = (self.areas, self.ratios, self.places, self.shifts)
         return Crops(*(None if part is None else part[rows] for part in parts))
 
     def boxes(self, sizes: np.ndarray) -> Tensor:
-        """(B, 4) float32 of (top, left, height, width) in images of (B, 2) heights and widths."""
+        """Returns (B, 4) float32 of (top, left, height, width) in images of (B, 2) heights and
+        widths.
+        """
         boxes = np.zeros((len(sizes), 4))
         boxes[:, 2:] = sizes
         if self.areas is not None:
@@ -134,7 +136,7 @@ class AugmentationDraw:
     seeds: Tensor | None = None
 
     def part(self, rows: Tensor) -> AugmentationDraw:
-        """The chances of the samples in ``rows`` (b,) of the batch."""
+        """Returns the chances of the samples in ``rows`` (b,) of the batch."""
         crops = None if self.crops is None else self.crops.part(rows.numpy())
 
         def of(each: Tensor | None) -> Tensor | None:
@@ -152,15 +154,15 @@ class AugmentationDraw:
         )
 
     def boxes_in(self, sizes: Tensor) -> Tensor:
-        """``boxes`` in images of these (B, 2) int64 heights and widths, by the same chances; all of
-        an image where nothing is cropped.
+        """Returns ``boxes`` in images of these (B, 2) int64 heights and widths, by the same
+        chances; all of an image where nothing is cropped.
         """
         return (self.crops or Crops()).boxes(sizes.numpy())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Which augmentations a loader applies. The default leaves the images as they are.
+    """The augmentations that a loader applies. The default leaves the images as they are.
 
     Args:
         flip: mirrors half of the samples left to right.
@@ -196,7 +198,9 @@ class Augment:
 
     @classmethod
     def of(cls, learner: Learner) -> Augment:
-        """The augmentations of a recipe. Raises ``InputError`` for a path that leads nowhere."""
+        """Returns the augmentations of a recipe. Raises ``InputError`` for a path that leads
+        nowhere.
+        """
         own = learner.augment
         return cls(
             flip=learner.flip,
@@ -249,17 +253,17 @@ class Augment:
 
     @property
     def changes(self) -> bool:
-        """Whether images change after they were gathered, each by itself."""
+        """True if images change after they were gathered, each by itself."""
         return self.rand_augment > 0 or self.erase > 0 or self.own is not None
 
     def resamples(self, image: tuple[int, int] | None) -> bool:
-        """Whether a batch of images of (height, width) needs boxes; None: of any sizes."""
+        """Returns True if a batch of images of (height, width) needs boxes; None: of any sizes."""
         return self.shift > 0 or self.crop < 1 or self.size not in (None, image)
 
     def draw(
         self, batch: int, image: tuple[int, int], *, seed: int, number: int
     ) -> AugmentationDraw:
-        """The chances of batch ``number`` of ``batch`` images of (height, width)."""
+        """Returns the chances of batch ``number`` of ``batch`` images of (height, width)."""
         if not (self.flip or self.mixes or self.changes or self.resamples(image)):
             # a generator takes longer to make than a small batch
             return AugmentationDraw(None, None, None)
@@ -274,7 +278,9 @@ class Augment:
     def _changes(
         self, random: np.random.Generator, batch: int, size: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """The chances of what happens to images of (height, width) after they were gathered."""
+        """Returns the chances of what happens to images of (height, width) after they were
+        gathered.
+        """
         found: dict[str, np.ndarray] = {}
         if self.rand_augment:
             shape = (batch, self.rand_augment)
@@ -287,8 +293,8 @@ class Augment:
         return {name: torch.from_numpy(values) for name, values in found.items()}
 
     def change(self, images: Tensor, draw: AugmentationDraw, form: BatchFormat) -> Tensor:
-        """Images (B, C, H, W) of a batch in ``form``, changed each by itself: RandAugment, the
-        user's own, erasing. They may be changed in place.
+        """Returns images (B, C, H, W) of a batch in ``form``, changed each by itself: RandAugment,
+        the user's own, erasing. They may be changed in place.
         """
         if draw.operations is not None:
             assert draw.signs is not None
@@ -335,8 +341,8 @@ class Augment:
 def _erased(
     random: np.random.Generator, batch: int, size: tuple[int, int], share: float
 ) -> np.ndarray:
-    """(B, 4) boxes of (top, bottom, left, right) in images of (height, width), for a share of them:
-    the first of ``TRIES`` that fits; zeros for the others.
+    """Returns (B, 4) boxes of (top, bottom, left, right) in images of (height, width), for a share
+    of them: the first of ``TRIES`` that fits; zeros for the others.
     """
     height, width = size
     chosen = random.random(batch) < share
@@ -355,7 +361,7 @@ def _erased(
 
 
 def _inside(boxes: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, 1, H, W) bool, True within boxes of (top, bottom, left, right)."""
+    """Returns (B, 1, H, W) bool, True within boxes of (top, bottom, left, right)."""
     rows, columns = (torch.arange(each, device=boxes.device) for each in size)
     top, bottom, left, right = boxes[:, :, None].unbind(1)
     down = (rows >= top) & (rows < bottom)
@@ -364,7 +370,7 @@ def _inside(boxes: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _cut(centre: int, length: float, limit: int) -> tuple[int, int]:
-    """The ends of a stretch of [0, limit), cut at its ends."""
+    """Returns the ends of a stretch of [0, limit), cut at its ends."""
     first = round(centre - length / 2)
     last = round(centre + length / 2)
     return min(max(first, 0), limit), min(max(last, 0), limit)

@@ -32,7 +32,9 @@ class BufferPool:
         return len(self._arrays)
 
     def take(self, size: int) -> np.ndarray:
-        """(n,) uint8, at least ``size``, its contents undefined: one that is free, or a new one."""
+        """Returns (n,) uint8, at least ``size``, its contents undefined: one that is free, or a new
+        one.
+        """
         if size > self._size:
             self._arrays = []
             self._size = size
@@ -44,7 +46,7 @@ class BufferPool:
         return self._arrays[-1]
 
     def batch(self, shape: tuple[int, int, int, int], form: BatchFormat) -> Tensor:
-        """(B, C, H, W) over a buffer, undefined, in the dtype and layout of ``form``."""
+        """Returns (B, C, H, W) over a buffer, undefined, in the dtype and layout of ``form``."""
         count, channels, height, width = shape
         size = math.prod(shape) * form.dtype.itemsize
         flat = torch.from_numpy(self.take(size))[:size].view(form.dtype)

@@ -67,7 +67,7 @@ class DaliLoader(PoolLoader):
     def _gather(
         self, snapshot: PoolSnapshot, indices: Tensor, draw: AugmentationDraw
     ) -> tuple[Any, Tensor | None, Tensor]:
-        """What DALI is fed, the boxes in it, and the labels."""
+        """Returns what DALI is fed, the boxes in it, and the labels."""
         device = self.device
         boxes = draw.boxes
         if snapshot.codec == "latents":  # decoded to floats on the scale of bytes
@@ -86,7 +86,9 @@ class DaliLoader(PoolLoader):
     def _files(
         self, snapshot: PoolSnapshot, indices: Tensor, draw: AugmentationDraw
     ) -> tuple[list[np.ndarray], Tensor | None]:
-        """JPEG files as DALI shows them like Pillow, and the boxes, each in its own picture."""
+        """Returns JPEG files as DALI shows them like Pillow, and the boxes, each in its own
+        picture.
+        """
         files, sizes = snapshot.payload(indices), [snapshot.alike] * len(indices)
         if snapshot.alike is None:
             named = zip(files, indices.tolist(), strict=True)
@@ -179,7 +181,7 @@ class _DaliQueue:
                 self.pipeline.schedule_run()
 
     def deliver(self) -> Tensor:
-        """The images of the oldest batch, in DALI's layout."""
+        """Returns the images of the oldest batch, in DALI's layout."""
         with self._in_use():
             (output,) = self.pipeline.share_outputs(cuda_stream=self._stream())
             images = torch.from_dlpack(output.as_tensor())  # the memory is now the tensor's
@@ -237,7 +239,7 @@ class _InQueue:
 
 
 def _index_of(device: torch.device) -> int | None:
-    """DALI's device id: None for a CPU, the current GPU where the device names none."""
+    """Returns DALI's device id: None for a CPU, the current GPU where the device names none."""
     if device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index

@@ -1,4 +1,4 @@
-"""What every loader is: the protocol, and the part that the loaders here share.
+"""The protocol of every loader, and the part that the loaders here share.
 
 Batches are prepared ahead, and that is invisible: batch n is a function of (seed, position, pool at
 the call of ``next``). When the pool has grown, what was prepared is dropped and drawn anew, so a
@@ -47,7 +47,9 @@ Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) and labels (B,) int64
 
 
 class LoaderError(RuntimeError):
-    """A batch could not be made; ``__cause__`` says why. The position stays where it was."""
+    """An error for a batch that could not be made; ``__cause__`` says why. The position stays where
+    it was.
+    """
 
 
 class Loader(Protocol):
@@ -67,11 +69,13 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __next__(self) -> Batch:
-        """The next batch. Raises ``InputError`` for what a caller can mend, or ``LoaderError``."""
+        """Returns the next batch. Raises ``InputError`` for what a caller can mend, or
+        ``LoaderError``.
+        """
         ...
 
     def state_dict(self) -> dict[str, int]:
-        """The position after the last batch, a few integers."""
+        """Returns the position after the last batch, a few integers."""
         ...
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -81,8 +85,8 @@ class Loader(Protocol):
         ...
 
     def indices_after(self, state: dict[str, int], batches: int) -> Tensor:
-        """(batch_size,) int64, what the last of ``batches`` batches after a position was drawn
-        from, while the pool has not grown.
+        """Returns (batch_size,) int64, what the last of ``batches`` batches after a position was
+        drawn from, while the pool has not grown.
         """
         ...
 
@@ -261,7 +265,7 @@ class PoolLoader(Loader):
         self._rewind()
 
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the pool's images, before any crop."""
+        """Returns (C, H, W) of the pool's images, before any crop."""
         if self._shape is None:
             shape = self.pool.shape if self.pool.codec == "pixels" else None
             if shape is None:
@@ -273,13 +277,13 @@ class PoolLoader(Loader):
         return self._shape
 
     def batch_shape(self) -> tuple[int, int, int, int]:
-        """(B, C, H, W) of what is delivered."""
+        """Returns (B, C, H, W) of what is delivered."""
         channels, *size = self.image_shape()
         height, width = self.augment.size or size
         return self.count, channels, height, width
 
     def boxes(self, snapshot: PoolSnapshot, draw: AugmentationDraw) -> Boxes | None:
-        """What ``PoolSnapshot.gather`` shows of the samples of a batch."""
+        """Returns what ``PoolSnapshot.gather`` shows of the samples of a batch."""
         if snapshot.codec != "jpeg":
             return draw.boxes
         return lambda sizes: self.boxes_in(sizes, snapshot, draw)
@@ -287,7 +291,7 @@ class PoolLoader(Loader):
     def boxes_in(
         self, sizes: Tensor, snapshot: PoolSnapshot, draw: AugmentationDraw
     ) -> Tensor | None:
-        """The boxes in JPEG pictures of these (B, 2) heights and widths; None: all of each.
+        """Returns the boxes in JPEG pictures of these (B, 2) heights and widths; None: all of each.
 
         Raises ``InputError`` for pictures of several sizes where ``augment`` gives the batch none,
         and where the pool was grey at the first batch and is not any more.
@@ -308,15 +312,15 @@ class PoolLoader(Loader):
         return draw.boxes_in(sizes) if self.resamples() else None
 
     def resamples(self) -> bool:
-        """Whether batches need boxes; of JPEG pictures, which may have any size, wherever
+        """Returns True if batches need boxes; of JPEG pictures, which may have any size, wherever
         ``augment`` gives the batch a size.
         """
         image = None if self.pool.codec == "jpeg" else self.image_shape()[1:]
         return self.augment.resamples(image)
 
     def _drawn(self, size: int) -> dict[str, Any]:
-        """How the order chooses among ``size`` samples: the last ``fresh`` of them, and their share
-        where it is said.
+        """Returns how the order chooses among ``size`` samples: the last ``fresh`` of them, and
+        their share where it is said.
         """
         group = None if self.groups is None else self.groups()
         if group is not None:
@@ -335,7 +339,7 @@ class PoolLoader(Loader):
             self.start(drawn)
 
     def _draw(self, size: int, count: int) -> list[PendingBatch]:
-        """The next ``count`` batches out of ``size`` samples."""
+        """Returns the next ``count`` batches out of ``size`` samples."""
         image = self.image_shape()[1:]
         indices = self.order.next(size, batches=count, **self._drawn(size))
         ranks = self.pool.ranks

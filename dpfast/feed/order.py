@@ -62,8 +62,8 @@ class Order:
     def next(
         self, size: int, fresh: int = 0, *, batches: int = 1, share: float | None = None
     ) -> Tensor:
-        """(batches * batch_size,) int64 indices into a pool of ``size`` samples, the last ``fresh``
-        of them the newest.
+        """Returns (batches * batch_size,) int64 indices into a pool of ``size`` samples, the last
+        ``fresh`` of them the newest.
 
         The same as of so many calls for one batch. Where a pass ends, a batch goes on with the
         next. share: of the last ``fresh`` in every batch, in place of ``fresh_weight``; the same
@@ -97,7 +97,9 @@ class Order:
         return drawn if self.repeats == 1 else drawn.repeat_interleave(self.repeats)
 
     def _passes(self, first: int, count: int, size: int, stream: int) -> Tensor:
-        """The draws ``first`` to ``first + count`` of endless passes over ``size`` samples."""
+        """Returns the draws ``first`` to ``first + count`` of endless passes over ``size``
+        samples.
+        """
         parts = []
         while count:
             epoch, place = divmod(first, size)
@@ -112,8 +114,8 @@ class Order:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _mixed(self, first: int, count: int, share: int) -> Tensor:
-        """The draws ``first`` to ``first + count``, t of them one of the newest where floor(t *
-        share) steps up. share: of 2^SHARE_BITS.
+        """Returns the draws ``first`` to ``first + count``, t of them one of the newest where
+        floor(t * share) steps up. share: of 2^SHARE_BITS.
         """
         old = self.size - self.fresh
         drawn = [t * share >> SHARE_BITS for t in range(first, first + count + 1)]
@@ -128,7 +130,9 @@ class Order:
         return batch
 
     def state_dict(self, *, before: int = 0) -> dict[str, int]:
-        """The position, or that of ``before`` batches earlier in the same call of ``next``."""
+        """Returns the position, or that of ``before`` batches earlier in the same call of
+        ``next``.
+        """
         position = self.position - before * self.batch_size // self.repeats
         return {"epoch": self.epoch, "position": position, "size": self.size, "fresh": self.fresh}
 

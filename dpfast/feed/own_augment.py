@@ -28,7 +28,7 @@ OwnAugment = Callable[[Tensor, Tensor], Tensor]
 
 
 def augment_at(path: str) -> OwnAugment:
-    """The function at an import path. Raises ``InputError`` where there is none."""
+    """Returns the function at an import path. Raises ``InputError`` where there is none."""
     found = imported("augment", path)
     if not callable(found) or isinstance(found, type):
         kind = "class" if isinstance(found, type) else type(found).__name__
@@ -41,7 +41,7 @@ def augment_at(path: str) -> OwnAugment:
 
 
 def augmented(own: OwnAugment, images: Tensor, seeds: Tensor) -> Tensor:
-    """``images`` as the function changes them.
+    """Returns ``images`` as the function changes them.
 
     Raises ``InputError``, in one line, where it raises or gives anything else than images of the
     same shape, dtype and device.

@@ -23,7 +23,7 @@ Change = Callable[[Tensor, Tensor], Tensor]  # of images by signed strengths (b,
 
 
 def rand_augment(values: Tensor, operations: Tensor, signs: Tensor, magnitude: float) -> Tensor:
-    """Images changed by ``operations``, one after the other.
+    """Returns images changed by ``operations``, one after the other.
 
     Args:
         values: (B, C, H, W) floating bytes: whole numbers from 0 to 255, of 1 or 3 channels.
@@ -48,8 +48,8 @@ def _identity(values: Tensor, strengths: Tensor) -> Tensor:
 
 
 def _warped(values: Tensor, matrices: Tensor) -> Tensor:
-    """Each image sampled at the nearest of the places that (b, 2, 3) matrices give for the middles
-    of its pixels; black outside.
+    """Returns each image sampled at the nearest of the places that (b, 2, 3) matrices give for the
+    middles of its pixels; black outside.
     """
     height, width = values.shape[2:]
     rows, columns = torch.meshgrid(
@@ -66,7 +66,7 @@ def _warped(values: Tensor, matrices: Tensor) -> Tensor:
 
 
 def _matrices(strengths: Tensor) -> Tensor:
-    """(b, 2, 3) float64 that leave every place as it is."""
+    """Returns (b, 2, 3) float64 that leave every place as it is."""
     return torch.eye(2, 3, dtype=torch.float64).repeat(len(strengths), 1, 1)
 
 
@@ -89,7 +89,7 @@ def _moved(axis: int) -> Change:
 
 
 def _turned(values: Tensor, strengths: Tensor) -> Tensor:
-    """Turned about the middle by up to 30 degrees."""
+    """Returns the images turned about the middle by up to 30 degrees."""
     angles = strengths * math.radians(30)
     cos, sin = angles.cos(), angles.sin()
     y, x = (size / 2 for size in values.shape[2:])
@@ -99,7 +99,9 @@ def _turned(values: Tensor, strengths: Tensor) -> Tensor:
 
 
 def _blended(values: Tensor, other: Tensor, strengths: Tensor) -> Tensor:
-    """From ``other`` at the factor 0 through the image at 1 and beyond it, as ``Image.blend``."""
+    """Blends from ``other`` at the factor 0 through the image at 1 and beyond it, as
+    ``Image.blend``.
+    """
     factors = (1 + 0.9 * strengths).to(values.device, values.dtype).view(-1, 1, 1, 1)
     return (other + factors * (values - other)).clamp(0, 255).floor()
 
@@ -125,8 +127,8 @@ def _contrast(values: Tensor, strengths: Tensor) -> Tensor:
 
 
 def _sharpness(values: Tensor, strengths: Tensor) -> Tensor:
-    """Its other end is the mean of a pixel, at five times the weight, and its neighbours; the
-    border stays.
+    """Sharpens or smooths. The other end is the mean of a pixel, at five times the weight, and its
+    neighbours; the border stays.
     """
     height, width = values.shape[2:]
     if min(height, width) < 3:
@@ -141,20 +143,22 @@ def _sharpness(values: Tensor, strengths: Tensor) -> Tensor:
 
 
 def _posterized(values: Tensor, strengths: Tensor) -> Tensor:
-    """Without the lowest bits, up to four of the eight."""
+    """Returns the images without the lowest bits, up to four of the eight."""
     steps = (2.0 ** (4 * strengths.abs()).round()).to(values.device, values.dtype)
     steps = steps.view(-1, 1, 1, 1)
     return (values / steps).floor() * steps
 
 
 def _solarized(values: Tensor, strengths: Tensor) -> Tensor:
-    """Inverted from a threshold on."""
+    """Returns the images inverted from a threshold on."""
     thresholds = (255 * (1 - strengths.abs())).to(values.device, values.dtype).view(-1, 1, 1, 1)
     return torch.where(values < thresholds, values, 255 - values)
 
 
 def _autocontrast(values: Tensor, strengths: Tensor) -> Tensor:
-    """Each channel from its darkest value, which becomes 0, to its brightest, which becomes 255."""
+    """Returns each channel from its darkest value, which becomes 0, to its brightest, which becomes
+    255.
+    """
     exact = values.double()
     low, high = exact.amin((2, 3), keepdim=True), exact.amax((2, 3), keepdim=True)
     scale = 255 / (high - low).clamp(min=1)
@@ -163,7 +167,7 @@ def _autocontrast(values: Tensor, strengths: Tensor) -> Tensor:
 
 
 def _equalized(values: Tensor, strengths: Tensor) -> Tensor:
-    """Each channel with a histogram as even as a map of its values can make it."""
+    """Returns each channel with a histogram as even as a map of its values can make it."""
     levels = values.flatten(2).to(torch.int64)
     counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.int64, device=values.device)
     counts.scatter_add_(2, levels, torch.ones_like(levels))

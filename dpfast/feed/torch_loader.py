@@ -77,7 +77,7 @@ class TorchLoader(PoolLoader):
             self._worker.shutdown()
 
     def _count_on_demand(self) -> int:
-        """How many batches the caller makes at once; 0: none."""
+        """Counts the batches that the caller makes at once; 0: none."""
         if not self.pool.ranks.alone or self.device.type != "cpu":
             return 0
         if not self.pool.local.snapshot.in_place(self.device):
@@ -120,7 +120,7 @@ class TorchLoader(PoolLoader):
             pending.work = Made(batch)
 
     def _buffer(self, batches: int) -> Tensor | None:
-        """Memory for so many batches together; None where ``gather`` makes its own."""
+        """Returns memory for so many batches together; None where ``gather`` makes its own."""
         if not self.pool.local.snapshot.in_place(self.device):
             return None
         count, channels, height, width = self.batch_shape()
@@ -178,6 +178,6 @@ class _OnStream:
 
 
 def _joined(rows: Sequence[Tensor | None]) -> Tensor | None:
-    """The rows of all batches, None where they have none."""
+    """Returns the rows of all batches, None where they have none."""
     there = [part for part in rows if part is not None]
     return torch.cat(there) if there else None

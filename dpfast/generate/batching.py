@@ -1,4 +1,4 @@
-"""How many samples go into a batch: as many as memory holds, and found on the job by doubling.
+"""The size of a batch of samples: as many as memory holds, and found on the job by doubling.
 
 The batches that measure are batches of the stream: nothing is sampled twice or thrown away.
 """
@@ -22,14 +22,14 @@ SHARE = 0.5  # of the available memory that a batch may take
 
 
 def dearest(variants: Iterable[Variant]) -> Variant:
-    """The variant that takes the most memory; a step that reuses features never does."""
+    """Returns the variant that takes the most memory; a step that reuses features never does."""
     whole = (variant for variant in variants if variant.features != "reuse")
     return max(whole, key=lambda variant: (variant.guided, variant.cfg))
 
 
 def largest_batch(probe: Callable[[int], object], device: torch.device) -> int:
-    """The most samples that take half of the memory that is available, by the bytes that ``probe``
-    holds, which runs on the number of samples it is given.
+    """Returns the most samples that take half of the memory that is available, by the bytes that
+    ``probe`` holds, which runs on the number of samples it is given.
     """
     fixed, each = bytes_per_sample(probe)
     largest = int((available_bytes(device) * SHARE - fixed) // each)
@@ -58,7 +58,7 @@ class BatchSizer:
         self._without_gain = 0
 
     def report(self, seconds: float) -> None:
-        """A whole batch of ``size`` took so long."""
+        """Notes how long a whole batch of ``size`` took."""
         if not self.searching:
             return
         rate = self.size / max(seconds, 1e-9)
@@ -71,7 +71,9 @@ class BatchSizer:
             self.size *= 2
 
     def out_of_memory(self, error: BaseException) -> None:
-        """A batch of ``size`` did not fit. Raises ``error`` when it held a single sample."""
+        """Notes that a batch of ``size`` did not fit. Raises ``error`` when it held a single
+        sample.
+        """
         if self.size == 1:
             raise error
         self.limit = self.size = self.size // 2

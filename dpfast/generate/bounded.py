@@ -30,7 +30,9 @@ SAMPLES, TOKENS = 8, 8192
 
 
 def enough(denoiser: Denoiser) -> int:
-    """The samples of a chunk that recomputation could not make cheaper by making it larger."""
+    """Returns the samples of a chunk that recomputation could not make cheaper by making it
+    larger.
+    """
     config = getattr(getattr(denoiser, "model", None), "config", None)
     patch = int(getattr(config, "patch_size", None) or 1)
     tokens = max(1, math.prod(denoiser.sample_shape[1:]) // patch**2)
@@ -68,12 +70,12 @@ class BoundedPath(GuidancePath):
         conditions: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``GuidancePath.gradient``, chunk by chunk."""
+        """Returns what ``GuidancePath.gradient`` returns, chunk by chunk."""
         given = (x, timestep, labels, alpha, sigma, prediction, conditions, scale)
         return in_chunks(self._of_chunk, self.chunk, *given)
 
     def at(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``LearnerPath.at``."""
+        """Returns what ``LearnerPath.at`` returns."""
         if not self.taped:
             return super().at(x0, labels)
         x0 = _recordable(x0)
@@ -117,7 +119,7 @@ class BoundedPath(GuidancePath):
 def in_chunks(
     function: Callable[..., tuple[Tensor, ...]], size: int | None, *tensors: Tensor | None
 ) -> Any:
-    """``function`` of the tensors, at most ``size`` rows at a time; None: all at once.
+    """Returns ``function`` of the tensors, at most ``size`` rows at a time; None: all at once.
 
     The first tensor has the rows. Tensors without dimensions, and None, belong to every chunk; the
     others are split along their first dimension, and so the results are joined.
@@ -137,15 +139,15 @@ def in_chunks(
 
 @torch.inference_mode(False)
 def _recordable(tensor: Tensor) -> Tensor:
-    """A tensor that autograd can save, apart from what it recorded before."""
+    """Returns a tensor that autograd can save, apart from what it recorded before."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def within_budget(
     path: GuidancePath, table: SolverTable, budget: int, *, recompute: bool
 ) -> GuidancePath:
-    """The path whose gradient holds at most ``budget`` bytes: in chunks, its denoiser's blocks
-    recomputed if need be.
+    """Returns the path whose gradient holds at most ``budget`` bytes: in chunks, its denoiser's
+    blocks recomputed if need be.
 
     Chunks cost nothing while one fills the device; recomputation costs another forward of the
     blocks, and allows more samples in a chunk. So blocks are recomputed only where a chunk would
@@ -183,8 +185,8 @@ def within_budget(
 
 
 def _chunk(path: GuidancePath, table: SolverTable, budget: int) -> tuple[int, int]:
-    """The samples whose gradient, taken at once, holds ``budget`` bytes, and the bytes of a single
-    one.
+    """Returns the samples whose gradient, taken at once, holds ``budget`` bytes, and the bytes of a
+    single one.
     """
     device = table.rows.device
     alpha, sigma = table.rows[0, :2]

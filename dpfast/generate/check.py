@@ -36,7 +36,7 @@ def pixels(name: str, value: object) -> int:
 
 
 def at_least_zero(name: str, value: object) -> None:
-    """As ``number``; raises ``InputError`` for a negative one as well."""
+    """Checks as ``number`` does, and raises ``InputError`` for a negative one as well."""
     number(name, value)
     if value < 0:  # type: ignore[operator]
         raise InputError(f"{name} = {value}: expected at least 0")
@@ -89,8 +89,8 @@ def schedule(name: str, points: object) -> None:
 
 
 def integers(name: str, values: Any) -> Tensor:
-    """``values`` as an int64 tensor. Raises ``TypeError`` for anything that is not integers,
-    fractions included, ``InputError`` for a tensor without values.
+    """Returns ``values`` as an int64 tensor. Raises ``TypeError`` for anything that is not
+    integers, fractions included, ``InputError`` for a tensor without values.
     """
     given = _tensor(name, values, "integers")
     if given.numel() and (
@@ -101,8 +101,8 @@ def integers(name: str, values: Any) -> Tensor:
 
 
 def numbers(name: str, values: Any) -> Tensor:
-    """``values`` as a float32 tensor. Raises ``TypeError`` for what is no number or numbers, truth
-    values included, ``InputError`` for a tensor without values.
+    """Returns ``values`` as a float32 tensor. Raises ``TypeError`` for what is no number or
+    numbers, truth values included, ``InputError`` for a tensor without values.
     """
     given = _tensor(name, values, "a number or a tensor of numbers")
     if given.dtype == torch.bool or given.is_complex():

@@ -46,22 +46,22 @@ ASSUMED = {"cpu": CompileCost(75.0, 1.15), "cuda": CompileCost(300.0, 1.1)}
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether to compile, and the reason in words and numbers."""
+    """A decision whether to compile, and the reason in words and numbers."""
 
     compile: bool
     reason: str
 
 
 def cache_folder() -> Path | None:
-    """Where measured costs are kept: the folder that the environment names, else one for this user
-    among the temporary files, which is logged once; None where there is neither.
+    """Returns the folder in which measured costs are kept: the one that the environment names, else
+    one for this user among the temporary files, which is logged once; None where there is neither.
     """
     lasting = _lasting()
     return lasting if isinstance(lasting, Path) else _temporary(lasting)
 
 
 def _lasting() -> Path | str:
-    """The folder that the environment names, or why there is none."""
+    """Returns the folder that the environment names, or why there is none."""
     given, home = os.environ.get("DPFAST_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
         if given:
@@ -103,7 +103,9 @@ def keep_compiled() -> None:
 
 @cache
 def _temporary(reason: str) -> Path | None:
-    """A folder for this user among the temporary files; None where no such files can be made."""
+    """Returns a folder for this user among the temporary files; None where no such files can be
+    made.
+    """
     try:
         folder = Path(tempfile.gettempdir()) / f"dpfast-{os.getuid()}"
     except FileNotFoundError:  # nowhere, as on a machine that is read-only
@@ -113,7 +115,7 @@ def _temporary(reason: str) -> Path | None:
 
 
 def machine(device: torch.device) -> str:
-    """What a measured cost holds for: the device, its threads and torch."""
+    """Returns the key for which a measured cost holds: the device, its threads and torch."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return (
@@ -143,7 +145,7 @@ class CompileCosts:
         return table if isinstance(table, dict) else {}
 
     def known(self) -> tuple[CompileCost, str]:
-        """The best known cost, and where it comes from."""
+        """Returns the best known cost, and where it comes from."""
         try:
             here = {
                 name: CompileCost(**{key: float(value) for key, value in cost.items()})
@@ -204,8 +206,8 @@ class Tuner:
         self._recorded = False
 
     def decide(self, samples: int, *, compiled: bool) -> bool:
-        """Whether the next batch runs compiled, with ``samples`` to go. The first eager batch
-        measures.
+        """Returns True if the next batch runs compiled, with ``samples`` to go. The first eager
+        batch measures.
 
         compiled: whether there are compiled steps for it already.
         """
@@ -221,8 +223,8 @@ class Tuner:
         return self.decision.compile
 
     def report(self, size: int, seconds: float, *, compiled: bool) -> None:
-        """A whole batch took so long. The second compiled one shows what the first one spent on
-        compiling.
+        """Notes how long a whole batch took. The second compiled one shows what the first one spent
+        on compiling.
         """
         if not compiled:
             self._eager = seconds / size

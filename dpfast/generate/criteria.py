@@ -1,4 +1,5 @@
-"""What guidance raises: a value for each sample, from the learner's logits and the sample's label.
+"""The criteria that guidance raises: a value for each sample, from the learner's logits and the
+sample's label.
 
 A criterion is one differentiable function ``(logits (B, K), labels (B,)) -> values (B,)`` whose
 value i depends on row i alone. ``functools.partial(F.cross_entropy, reduction="none")`` is one;
@@ -21,17 +22,17 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 def entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Prediction entropy in nats, whatever the label: the paper's criterion."""
+    """Returns the prediction entropy in nats, whatever the label: the paper's criterion."""
     return ops.entropy(logits)
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the label in nats: also raised by a confident mistake."""
+    """Returns the cross-entropy of the label in nats: also raised by a confident mistake."""
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """The runner-up's logit minus the winner's: at most 0, and 0 on the border between two
+    """Returns the runner-up's logit minus the winner's: at most 0, and 0 on the border between two
     classes.
     """
     top = logits.topk(2, dim=1).values
@@ -39,7 +40,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def disagreement(logits: Tensor, labels: Tensor) -> Tensor:
-    """How far the members of a committee are apart: logits (B, M, K), one row a member
+    """Returns the distance between the members of a committee: logits (B, M, K), one row a member
     (``dpfast.learn.models.Committee``).
 
     H(mean_m p_m) - mean_m H(p_m) in nats, the Jensen-Shannon divergence of the predictions, at most
@@ -65,8 +66,8 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def named(criterion: str | Criterion) -> Criterion:
-    """The criterion of that name, or of that import path ("package.module:name"), or the function
-    itself.
+    """Returns the criterion of that name, or of that import path ("package.module:name"), or the
+    function itself.
 
     Raises ``InputError`` for an unknown name and for a path that leads to no function,
     ``TypeError`` for what is neither.
@@ -92,8 +93,8 @@ def named(criterion: str | Criterion) -> Criterion:
 def value_and_gradient(
     criterion: Criterion, logits: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The values (B,) and their gradient with respect to the logits (B, K); entropy has both from
-    one operation.
+    """Returns the values (B,) and their gradient with respect to the logits (B, K); entropy has
+    both from one operation.
     """
     if criterion is entropy:
         return ops.entropy_and_grad(logits)

@@ -39,8 +39,8 @@ Features = Literal["compute", "keep", "reuse"]
 
 
 def cached_steps(guided: Sequence[bool], cfg: Sequence[bool], interval: int) -> list[Features]:
-    """What each step does with its features: every ``interval``-th step of a run of unguided steps
-    keeps them.
+    """Returns each step's use of its features: every ``interval``-th step of a run of unguided
+    steps keeps them.
 
     guided, cfg: of each step. A run ends at a guided step and where classifier-free guidance begins
     or ends, which changes the batch of the denoiser. A step that nobody reuses has nothing to keep.
@@ -83,7 +83,7 @@ class FeatureCache:
     def keep(
         self, x: Tensor, timestep: Tensor, labels: Tensor, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The denoiser's prediction, and its features (B, ...)."""
+        """Returns the denoiser's prediction, and its features (B, ...)."""
         prediction = predict(self._keep, x, timestep, labels, scale)
         kept, self._slot.value = self._slot.value, None
         assert kept is not None
@@ -97,7 +97,7 @@ class FeatureCache:
         kept: Tensor,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """The prediction of the outer blocks around ``kept``."""
+        """Returns the prediction of the outer blocks around ``kept``."""
         self._slot.value = kept
         prediction = predict(self._reuse, x, timestep, labels, scale)
         self._slot.value = None
@@ -111,7 +111,9 @@ class _Slot:
 
 
 def _stream(out: Any) -> Tensor:
-    """The image's hidden states in a block's output; joint blocks return the text's before them."""
+    """Returns the image's hidden states in a block's output; joint blocks return the text's before
+    them.
+    """
     return out[1] if isinstance(out, tuple) else out
 
 

@@ -1,4 +1,4 @@
-"""From a recipe to a pipeline and a sampler: where the fields of [generator] and [guidance] take
+"""The way from a recipe to a pipeline and a sampler, where [generator] and [guidance] take
 effect.
 """
 
@@ -29,7 +29,7 @@ from dpfast.generate.sampler import GuidedSampler, Learner
 
 
 def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeline:
-    """The pipeline of a recipe's [generator] on ``device``. Raises what
+    """Returns the pipeline of a recipe's [generator] on ``device``. Raises what
     ``Pipeline.from_pretrained`` raises.
     """
     pipeline = Pipeline.from_pretrained(
@@ -54,8 +54,8 @@ def load_pipeline(generator: Generator, *, device: torch.device | str) -> Pipeli
 
 
 def check_generator(generator: Generator) -> tuple[str, ...]:
-    """The class names of a recipe's generator, () where it has none, after a look at its folder
-    that reads no weights.
+    """Returns the class names of a recipe's generator, () where it has none, after a look at its
+    folder that reads no weights.
 
     Raises ``InputError`` as ``dpfast.generate.pipelines.families.check`` does.
     """
@@ -68,12 +68,14 @@ def check_generator(generator: Generator) -> tuple[str, ...]:
 
 
 def prompts_of(generator: Generator) -> Prompts:
-    """What the classes of a recipe's generator are asked for, if it is asked by text."""
+    """Returns the prompts of a recipe's generator, if it is asked by text."""
     return Prompts(generator.prompt_template, generator.prompts, generator.negative_prompt)
 
 
 def folder_of(generator: Generator) -> PipelineFolder:
-    """The folder of a recipe's generator. Raises ``InputError`` as ``PipelineFolder`` does."""
+    """Returns the folder of a recipe's generator. Raises ``InputError`` as ``PipelineFolder``
+    does.
+    """
     return PipelineFolder(
         generator.pipeline,
         revision=generator.revision,
@@ -84,8 +86,8 @@ def folder_of(generator: Generator) -> PipelineFolder:
 
 
 def fetched(generator: Generator, *, beat: Callable[[], None] = lambda: None) -> Generator:
-    """A recipe's [generator] with all that it names on the Hub in its cache, where that may be
-    downloaded, and ``revision`` the commit that is there.
+    """Returns a recipe's [generator] with all that it names on the Hub in its cache, where that may
+    be downloaded, and ``revision`` the commit that is there.
 
     beat: called while a download grows. Raises ``InputError`` as ``PipelineFolder`` and
     ``dpfast.generate.pipelines.hub.fetch`` do.
@@ -112,8 +114,8 @@ def fetched(generator: Generator, *, beat: Callable[[], None] = lambda: None) ->
 
 
 def class_names(generator: Generator) -> tuple[str, ...] | None:
-    """The classes that a recipe names, those of ImageNet spelled out; None where it leaves them to
-    the folder.
+    """Returns the classes that a recipe names, those of ImageNet spelled out; None where it leaves
+    them to the folder.
     """
     names = generator.class_names
     return (
@@ -122,8 +124,8 @@ def class_names(generator: Generator) -> tuple[str, ...] | None:
 
 
 def resized(pipeline: Pipeline, size: int) -> Pipeline:
-    """The pipeline with images of ``size`` x ``size`` pixels, final ones and those that guide; 0:
-    as they are.
+    """Returns the pipeline with images of ``size`` x ``size`` pixels, final ones and those that
+    guide; 0: as they are.
     """
     if not size:
         return pipeline
@@ -136,7 +138,7 @@ def resized(pipeline: Pipeline, size: int) -> Pipeline:
 
 @torch.no_grad()
 def image_shape(pipeline: Pipeline | OwnPipeline) -> tuple[int, int, int]:
-    """(C, H, W) of a pipeline's images: what an object says, or by decoding one."""
+    """Returns (C, H, W) of a pipeline's images: what an object says, or by decoding one."""
     if not isinstance(pipeline, Pipeline):
         return pipeline.image_shape
     latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
@@ -145,7 +147,7 @@ def image_shape(pipeline: Pipeline | OwnPipeline) -> tuple[int, int, int]:
 
 
 def latent_shape(pipeline: Pipeline | OwnPipeline) -> tuple[int, ...]:
-    """(c, h, w) of a pipeline's latents. Raises ``InputError`` for one that has none."""
+    """Returns (c, h, w) of a pipeline's latents. Raises ``InputError`` for one that has none."""
     if not isinstance(pipeline, Pipeline):
         raise InputError(
             f"codec = 'latents': a {type(pipeline).__name__} is no dpfast.Pipeline and decodes none"
@@ -154,7 +156,9 @@ def latent_shape(pipeline: Pipeline | OwnPipeline) -> tuple[int, ...]:
 
 
 def guidance_config(recipe: Recipe, criterion: Criterion | None = None) -> GuidanceConfig:
-    """What a recipe's [guidance] says, with ``criterion`` in place of its own."""
+    """Returns the configuration of a recipe's [guidance], with ``criterion`` in place of its
+    own.
+    """
     guidance = recipe.guidance
     return GuidanceConfig(
         omega=guidance.omega,
@@ -196,7 +200,7 @@ def new_sampler(
     criterion: Criterion | None = None,
     **options: Any,
 ) -> Sampler:
-    """The sampler that a recipe describes; unguided without a learner.
+    """Returns the sampler that a recipe describes; unguided without a learner.
 
     Args:
         recipe: of [generator] and [guidance].
@@ -229,7 +233,8 @@ def new_sampler(
 
 
 def decoder_of_run(run: Path, device: torch.device | str) -> Callable[[Tensor], Tensor] | None:
-    """The decoder of the latents that the run in the folder ``run`` has saved, on ``device``.
+    """Returns the decoder of the latents that the run in the folder ``run`` has saved, on
+    ``device``.
 
     It takes (B, c, h, w) to images (B, C, H, W) in [-1, 1]. Its pipeline is loaded with the first
     latents. None where the folder is no run's.

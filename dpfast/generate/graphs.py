@@ -91,7 +91,7 @@ class CudaRecorder:
 
 
 def recorder_on(device: torch.device, wanted: bool | Recorder | None) -> Recorder | None:
-    """The recorder of a device; None where steps are not to be captured.
+    """Returns the recorder of a device; None where steps are not to be captured.
 
     wanted: True, False, None for where there is a GPU, or the recorder itself. Raises
     ``InputError`` for True without a GPU, ``TypeError`` for anything else.
@@ -148,7 +148,7 @@ class Captured:
         self._recording: Recording | None = None
 
     def __call__(self, *inputs: Any) -> Any:
-        """Fresh outputs, equal to ``function(*inputs)``; inputs are only read."""
+        """Returns fresh outputs, equal to ``function(*inputs)``; inputs are only read."""
         if self.reason is not None:
             return self.function(*inputs)
         signature = tuple(map(_signature, inputs))

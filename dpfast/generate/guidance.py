@@ -36,7 +36,7 @@ Through = Literal["denoiser", "latent"]
 
 
 def interval_steps(total: int, start: float, stop: float, every: int = 1) -> range:
-    """The steps i = first, first + every, ... with start <= i / total < stop."""
+    """Returns the steps i = first, first + every, ... with start <= i / total < stop."""
     first, last = (math.ceil(part * total - 1e-9) for part in (start, stop))  # 0.3 * 10 > 3
     return range(first, last, every)
 
@@ -45,9 +45,9 @@ Schedule = Sequence[tuple[float, float]]
 
 
 def factors(schedule: Schedule, total: int) -> list[float]:
-    """The factor of each of ``total`` steps, on the straight lines between the points (fraction of
-    the steps, factor) of a schedule, of which the first and the last one hold before and behind;
-    1 without points. Step i is at the fraction i / total, as in ``interval_steps``.
+    """Returns the factor of each of ``total`` steps, on the straight lines between the points
+    (fraction of the steps, factor) of a schedule, of which the first and the last one hold before
+    and behind; 1 without points. Step i is at the fraction i / total, as in ``interval_steps``.
     """
     if not schedule:
         return [1.0] * total
@@ -57,8 +57,8 @@ def factors(schedule: Schedule, total: int) -> list[float]:
 
 
 def cfg_steps(interval: tuple[float, float], schedule: Schedule, total: int) -> frozenset[int]:
-    """The indices of the steps with classifier-free guidance among ``total``: those in an interval
-    whose factor is not 0.
+    """Returns the indices of the steps with classifier-free guidance among ``total``: those in an
+    interval whose factor is not 0.
     """
     factor = factors(schedule, total)
     return frozenset(i for i in interval_steps(total, *interval) if factor[i])
@@ -66,7 +66,7 @@ def cfg_steps(interval: tuple[float, float], schedule: Schedule, total: int) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:
-    """When, how strongly and by what a learner guides.
+    """The strength, the steps and the criterion of guidance by a learner.
 
     omega: in "relative" mode the displacement of a latent per guided step as a fraction of its
         norm; in "score" mode the factor of Algorithm 1. Positive raises the criterion ("hard"
@@ -120,13 +120,13 @@ class GuidanceConfig:
             )
 
     def steps(self, total: int) -> frozenset[int]:
-        """The indices of the guided steps among ``total``, whatever omega is."""
+        """Returns the indices of the guided steps among ``total``, whatever omega is."""
         factor = factors(self.omega_schedule, total)
         inside = interval_steps(total, self.start, self.until, self.every)
         return frozenset(i for i in inside if factor[i])
 
     def at(self, step: int, total: int) -> tuple[float, float]:
-        """omega and anchor in one of ``total`` steps."""
+        """Returns omega and anchor in one of ``total`` steps."""
         factor = [
             factors(each, total)[step] for each in (self.omega_schedule, self.anchor_schedule)
         ]
@@ -147,8 +147,8 @@ class GuidanceConfig:
 
 
 def predict_x0(x: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
-    """x0 from a denoiser's prediction of ``kind`` "epsilon", "v", "sample" or "flow"; all of shape
-    (B, c, h, w).
+    """Returns x0 from a denoiser's prediction of ``kind`` "epsilon", "v", "sample" or "flow"; all
+    of shape (B, c, h, w).
     """
     prediction = prediction.to(x.dtype)
     if kind == "epsilon":
@@ -176,28 +176,30 @@ class LearnerPath:
     image_size: tuple[int, int] | None = None
 
     def logits(self, images: Tensor) -> Tensor:
-        """The learner's logits of images (B, C, H, W) in [-1, 1], resized to what it takes."""
+        """Returns the learner's logits of images (B, C, H, W) in [-1, 1], resized to what it
+        takes.
+        """
         if self.image_size is not None and images.shape[-2:] != self.image_size:
             images = resize(images, self.image_size)
         return self.learner(images)
 
     def entropy(self, images: Tensor) -> Tensor:
-        """The entropy (B,) of the learner's prediction, nats; of a committee that of its first
-        member.
+        """Returns the entropy (B,) of the learner's prediction, nats; of a committee that of its
+        first member.
         """
         logits = self.logits(images)
         return ops.entropy(logits[:, 0] if logits.dim() == 3 else logits)
 
     def at(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The criterion's values (B,) at x0, and their gradient there."""
+        """Returns the criterion's values (B,) at x0, and their gradient there."""
         logits, backward = torch.func.vjp(lambda x0: self.logits(self.decoder(x0)), x0)  # type: ignore[misc]
         value, dlogits = criteria.value_and_gradient(self.criterion, logits, labels)
         return value, backward(dlogits)[0]
 
     @torch.no_grad()
     def at_recorded(self, x0: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The criterion's values (B,) at x0, and their gradient at the leaf x from which autograd
-        recorded x0.
+        """Returns the criterion's values (B,) at x0, and their gradient at the leaf x from which
+        autograd recorded x0.
         """
         value, dx0 = self.at(x0.detach(), labels)
         with torch.inference_mode(False):
@@ -228,7 +230,7 @@ class GuidancePath(LearnerPath):
         conditions: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient of the criterion at x, and the prediction that it shares with
+        """Returns the gradient of the criterion at x, and the prediction that it shares with
         classifier-free guidance.
 
         Args:
@@ -259,8 +261,8 @@ class GuidancePath(LearnerPath):
 
 
 def label_score(conditional: Tensor, unconditional: Tensor, prediction: Prediction) -> Tensor:
-    """The gradient of the generator's belief in the condition, (B, c, h, w) in float32 and up to a
-    positive factor, of the two predictions of classifier-free guidance.
+    """Returns the gradient of the generator's belief in the condition, (B, c, h, w) in float32 and
+    up to a positive factor, of the two predictions of classifier-free guidance.
     """
     more = conditional.float() - unconditional.float()
     return more if prediction == "sample" else -more

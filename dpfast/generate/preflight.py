@@ -1,6 +1,4 @@
-"""What a sampler finds out before it samples: is what is asked for right, and do its models fit
-together?
-"""
+"""Checks before a sampler samples: is the request right, and do the models fit together?"""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ def step_parts(
     image_size: tuple[int, int] | None,
     cached: bool,
 ) -> StepParts:
-    """What the steps of a sampler are made of; cached: whether any reuses features.
+    """Returns the parts of a sampler's steps. cached: True if any step reuses features.
 
     Raises ``InputError`` where the denoiser has no path around it or no features to reuse.
     """
@@ -79,8 +77,8 @@ def step_parts(
 
 
 def _factors(guidance: GuidanceConfig, cfg_schedule: Schedule, table: SolverTable) -> Tensor | None:
-    """(steps, 3) float32 on the table's device, as in ``StepInputs``; None where all are 1, for
-    which steps need no input.
+    """Returns (steps, 3) float32 on the table's device, as in ``StepInputs``; None where all are 1,
+    for which steps need no input.
     """
     schedules = (guidance.omega_schedule, guidance.anchor_schedule, cfg_schedule)
     columns = [factors(schedule, len(table)) for schedule in schedules]
@@ -183,7 +181,7 @@ def checked_request(
 
 
 def _each(name: str, values: float | Tensor, labels: Tensor) -> Tensor:
-    """() or (N,) float32, a finite number for all labels (N,) or for each."""
+    """Returns () or (N,) float32, a finite number for all labels (N,) or for each."""
     given = check.numbers(name, values)
     if given.shape not in ((), labels.shape):
         raise InputError(
@@ -363,8 +361,8 @@ def _single_logit(logits: Tensor) -> InputError:
 
 @torch.enable_grad()
 def _has_gradient(criterion: criteria.Criterion, logits: Tensor, labels: Tensor) -> bool:
-    """Whether autograd leads from the values back to the logits. The vjp of values that it does not
-    lead back from is zero, like that of equal logits' entropy.
+    """Returns True if autograd leads from the values back to the logits. The vjp of values that it
+    does not lead back from is zero, like that of equal logits' entropy.
     """
     logits = logits.detach().requires_grad_()
     value = criterion(logits, labels)
@@ -477,7 +475,7 @@ def _check_values(path: LearnerPath, decoded: Tensor, images: Tensor, logits: Te
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _recorded(path: LearnerPath, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits, with autograd's record, and the leaf that it leads to."""
+    """Returns the logits, with autograd's record, and the leaf that it leads to."""
     leaf = images.clone().requires_grad_()
     return path.logits(leaf), leaf
 
@@ -520,7 +518,9 @@ STEADY = 0.01
 
 
 def _apart(one: Tensor, other: Tensor) -> bool:
-    """Whether two rows differ by more than rounding; NaN and infinities are equal to themselves."""
+    """Returns True if two rows differ by more than rounding; NaN and infinities are equal to
+    themselves.
+    """
     one, other = one.float(), other.float()
     same = (one == other) | (one.isnan() & other.isnan())
     middle = one.mean(-1, keepdim=True) if one.dim() and one.shape[-1] > 1 else 0.0
@@ -529,7 +529,9 @@ def _apart(one: Tensor, other: Tensor) -> bool:
 
 
 def _noise(rows: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """(rows, *shape) of unit normals, always the same ones; no generator of the caller's moves."""
+    """Returns (rows, *shape) of unit normals, always the same ones; no generator of the caller's
+    moves.
+    """
     return normal(torch.arange(rows, device=device), tuple(shape), seed=0, stream=0)
 
 

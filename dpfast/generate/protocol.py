@@ -1,4 +1,4 @@
-"""What a loop asks of a generator: a ``Pipeline``, or an object of anybody's with this protocol."""
+"""The protocol of a loop's generator: a ``Pipeline``, or an object of anybody's."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class OwnPipeline(Protocol):
     device: torch.device
 
     def sampler(self, learner: Any, *, guidance: GuidanceConfig, seed: int) -> Sampler:
-        """A sampler, called several times by a run.
+        """Returns a sampler, called several times by a run.
 
         Args:
             learner: images (B, C, H, W) in [-1, 1] to logits (B, K), read live; None: unguided.
@@ -83,7 +83,7 @@ class NoGenerator:
         self.device = device
 
     def sampler(self, learner: Any, *, guidance: GuidanceConfig, seed: int) -> Sampler:
-        """A sampler that no source asks for a sample."""
+        """Returns a sampler that no source asks for a sample."""
         return _NoSampler()
 
 

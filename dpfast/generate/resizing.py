@@ -17,8 +17,8 @@ from torch import Tensor
 
 
 def triangles(source: int, target: int, device: torch.device) -> Tensor:
-    """The weights (target, source) in fp32: a triangle around the place of each of ``target``
-    pixels among those of ``source``, as wide as one of them, or as the larger pixels.
+    """Returns the weights (target, source) in fp32: a triangle around the place of each of
+    ``target`` pixels among those of ``source``, as wide as one of them, or as the larger pixels.
     """
     scale = source / target
     place = (torch.arange(target, device=device) + 0.5) * scale
@@ -28,14 +28,14 @@ def triangles(source: int, target: int, device: torch.device) -> Tensor:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (B, C, H, W), floating, at ``size`` (H', W'), in their dtype."""
+    """Returns images (B, C, H, W), floating, at ``size`` (H', W'), in their dtype."""
     if images.is_cuda:
         return by_products(images, size)
     return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def by_products(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """``resize`` on any device as it is on CUDA."""
+    """Returns ``resize`` on any device as it is on CUDA."""
     height, width = images.shape[-2:]
     rows = triangles(height, size[0], images.device).to(images.dtype)
     columns = triangles(width, size[1], images.device).to(images.dtype)

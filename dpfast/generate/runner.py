@@ -1,6 +1,5 @@
-"""How the steps of a sampler run: eagerly, compiled as one full graph each or by the
-blocks of their models, replayed from a CUDA graph, or both; and many samples, in batches as large
-as pays.
+"""The run of a sampler's steps: eagerly, compiled as one full graph each or by the blocks of their
+models, replayed from a CUDA graph, or both; and many samples, in batches as large as pays.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ class Runner:
 
     @property
     def parts(self) -> StepParts:
-        """What the steps are made of, once the learner has been tried out."""
+        """The parts that the steps are made of, once the learner has been tried out."""
         if self._parts is None:
             self.check_learner()
         assert self._parts is not None
@@ -137,13 +136,13 @@ class Runner:
         self._parts = replace(self._given, path=path)
 
     def step(self, trajectory: Trajectory) -> StepOutputs:
-        """The next step of a batch that ``padded`` gave."""
+        """Returns the next step of a batch that ``padded`` gave."""
         variant = trajectory.variant
         with self._searched():
             return self._function(variant, str(variant))(*self.inputs(trajectory))
 
     def blank(self, size: int) -> Trajectory:
-        """A batch of zeros before its first step, to count what a step takes."""
+        """Returns a batch of zeros before its first step, to count what a step takes."""
         shape = (size, *self._given.denoiser.sample_shape)
         integers = torch.zeros(size, dtype=torch.int64, device=self.device)
         return Trajectory(
@@ -159,7 +158,7 @@ class Runner:
         )
 
     def inputs(self, trajectory: Trajectory) -> StepInputs:
-        """What the next step of a batch reads."""
+        """Returns the inputs of a batch's next step."""
         return StepInputs(
             x=trajectory.x,
             x0_prev=trajectory.x0_prev if self._given.multistep else None,
@@ -178,7 +177,7 @@ class Runner:
         )
 
     def finish(self, latents: Tensor) -> Finished:
-        """What follows the last step, for latents (B, c, h, w)."""
+        """Runs what follows the last step, for latents (B, c, h, w)."""
         size = len(latents)
         with self._searched():
             finish = self._function("finish", "decoding")
@@ -208,8 +207,8 @@ class Runner:
         return replace(trajectory.mapped(lambda rows: rows[:size]), valid=None)
 
     def prepare(self, size: int, *, compile: bool) -> None:
-        """From here on, batches of up to ``size`` run compiled (``compile``) and captured (with a
-        recorder).
+        """Lets batches of up to ``size`` run compiled (``compile``) and captured (with a recorder)
+        from here on.
         """
         if (self.batch_size, self.compiled) != (size, compile):
             self._clear()
@@ -353,7 +352,9 @@ class Runner:
         )
 
     def _weights(self) -> Iterable[Tensor]:
-        """What of the learner a capture reads in place; the generator's own weights are frozen."""
+        """Yields the tensors of the learner that a capture reads in place; the generator's own
+        weights are frozen.
+        """
         learner = None if self.parts.path is None else self.parts.path.learner
         if isinstance(learner, nn.Module):
             yield from learner.parameters()
@@ -366,7 +367,9 @@ class Runner:
 
     @property
     def fallbacks(self) -> dict[str, str]:
-        """Why steps are not captured although a recorder is there: name of the step -> reason."""
+        """The reasons for which steps are not captured although a recorder is there, by the step's
+        name.
+        """
         return {
             function.name: function.reason
             for function in self._captured()
@@ -410,7 +413,7 @@ def _filled(rows: Tensor, size: int) -> Tensor:
 
 
 def _described(parts: StepParts, region: Region) -> str:
-    """The models whose compilation is measured."""
+    """Returns the models whose compilation is measured."""
     denoiser, path = parts.denoiser, parts.path
     models = [getattr(denoiser, "model", denoiser), None if path is None else path.learner]
     names = " + ".join(type(model).__name__ for model in models if model is not None)
@@ -418,7 +421,7 @@ def _described(parts: StepParts, region: Region) -> str:
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a Python function that torch.compile counts apart.
+    """Returns a copy of a Python function that torch.compile counts apart.
 
     Compilations are cached, and limited in their number, by code object. The steps of all samplers
     of a process come from one; sharing it, the ninth compiled sampler would fail.

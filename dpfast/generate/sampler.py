@@ -186,8 +186,8 @@ class GuidedSampler:
     def variants(
         self, *, guided: bool, cfg_scale: float | None = None, x0: bool = False
     ) -> tuple[Variant, ...]:
-        """The variant of each step of a trajectory; cfg_scale: None is the configured one; x0:
-        every step gives its x0.
+        """Returns the variant of each step of a trajectory; cfg_scale: None is the configured one;
+        x0: every step gives its x0.
         """
         total = len(self.table)
         scale = self.cfg_scale if cfg_scale is None else cfg_scale
@@ -212,7 +212,7 @@ class GuidedSampler:
         cfg_scale: float | None = None,
         learner_step: int = 0,
     ) -> SampleBatch:
-        """One batch.
+        """Makes one batch of samples.
 
         labels: (B,) class ids; sample_ids: (B,) keys of the noise, default 0..B-1; omega, anchor:
         numbers or (B,) tensors in place of the configured ones, whose schedules hold for them; a
@@ -236,7 +236,7 @@ class GuidedSampler:
         step: int = 0,
         keep_x0: bool = False,
     ) -> Trajectory:
-        """A batch before its first step, for ``advance``; the arguments of ``generate``.
+        """Returns a batch before its first step, for ``advance``; the arguments of ``generate``.
 
         latents: (B, c, h, w) clean latents, such as ``SampleBatch.latents``: with them the batch
         begins at ``step``, from alpha latents + sigma noise of that step (SDEdit, Meng et al. 2022,
@@ -400,7 +400,7 @@ class GuidedSampler:
         anchor: float | Tensor | None,
         cfg_scale: float | None,
     ) -> Request:
-        """What is asked for, checked like the learner before anything is sampled."""
+        """Returns the request for samples, checked like the learner before anything is sampled."""
         for name, value in (("omega", omega), ("anchor", anchor)):
             if self.learner is None and value is not None and check.numbers(name, value).any():
                 raise InputError(
@@ -445,7 +445,9 @@ class GuidedSampler:
         )
 
     def _not_finite(self, ids: list[int], lost: list[int]) -> InputError:
-        """What to say of samples ``ids`` of which so many lost their latents, and their images."""
+        """Returns the message for samples ``ids`` of which so many lost their latents, and their
+        images.
+        """
         latents, _ = lost
         pipeline = self.pipeline
         part, model = ("latents", pipeline.denoiser) if latents else ("images", pipeline.decoder)

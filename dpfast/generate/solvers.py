@@ -67,19 +67,19 @@ class SolverTable:
 
     @cached_property
     def needs_x0_prev(self) -> bool:
-        """Whether a step uses the x0 of the step before (column c). Reads the rows once, on the
+        """True if a step uses the x0 of the step before (column c). Reads the rows once, on the
         host.
         """
         return bool(self.rows[:, 4].any())
 
     @cached_property
     def needs_noise(self) -> bool:
-        """Whether a step adds noise (column d). Reads the rows once, on the host."""
+        """True if a step adds noise (column d). Reads the rows once, on the host."""
         return bool(self.rows[:, 5].any())
 
     def to(self, device: torch.device | str) -> SolverTable:
-        """The table on ``device``. What is asked about the rows has been read before: there nothing
-        is waited for.
+        """Returns the table on ``device``. What is asked about the rows has been read before: there
+        nothing is waited for.
         """
         known = {"needs_x0_prev": self.needs_x0_prev, "needs_noise": self.needs_noise}
         moved = replace(self, rows=self.rows.to(device), timesteps=self.timesteps.to(device))
@@ -129,7 +129,8 @@ def _clip(config: Any) -> float | DynamicThreshold | None:
 
 
 def ddim_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
-    """DDIM (Song et al. 2021, eq. 12) on the grid of a ``diffusers.DDIMScheduler``.
+    """Returns the table of DDIM (Song et al. 2021, eq. 12) on the grid of a
+    ``diffusers.DDIMScheduler``.
 
     s = eta sqrt((sigma'^2/sigma^2) (1 - alpha^2/alpha'^2));  a = alpha', b = sqrt(sigma'^2 - s^2),
                                                               c = 0, d = s.
@@ -170,7 +171,7 @@ def ddim_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
 
 
 def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
-    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2) on the grid of a
+    """Returns the table of DPM-Solver++ 2M (Lu et al. 2022, algorithm 2) on the grid of a
     ``diffusers.DPMSolverMultistepScheduler``.
 
     With h = lambda' - lambda, lambda = log(alpha/sigma), r = h_prev/h and E = exp(-h) - 1 the
@@ -205,8 +206,8 @@ def dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
 
 
 def flow_dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
-    """DPM-Solver++ 2M as in ``dpmpp_2m_table`` on the grid of a flow, alpha = 1 - sigma, as a
-    ``diffusers.DPMSolverMultistepScheduler`` with ``use_flow_sigmas`` has it.
+    """Returns the table of DPM-Solver++ 2M as in ``dpmpp_2m_table`` on the grid of a flow, alpha =
+    1 - sigma, as a ``diffusers.DPMSolverMultistepScheduler`` with ``use_flow_sigmas`` has it.
 
     Raises ``InputError`` for options of a grid that this scheduler does not apply to a flow, and
     for ``thresholding``.
@@ -225,7 +226,7 @@ def flow_dpmpp_2m_table(scheduler: Any, steps: int) -> SolverTable:
 
 
 def _dpmpp_2m(scheduler: Any, alpha: Tensor, sigma: Tensor, ratio: Tensor) -> SolverTable:
-    """The table on a grid of steps + 1 levels; ratio: sigma / alpha."""
+    """Returns the table on a grid of steps + 1 levels; ratio: sigma / alpha."""
     config, steps = scheduler.config, len(ratio) - 1
     now, then = slice(0, steps), slice(1, steps + 1)
     shrink = ratio[then] / ratio[now] - 1  # exp(-h) - 1
@@ -247,8 +248,8 @@ def _dpmpp_2m(scheduler: Any, alpha: Tensor, sigma: Tensor, ratio: Tensor) -> So
 
 
 def euler_table(scheduler: Any, steps: int) -> SolverTable:
-    """Euler steps in sigma / alpha (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without its
-    correction) on the grid of a ``diffusers.EulerDiscreteScheduler``.
+    """Returns the table of Euler steps in sigma / alpha (Karras et al. 2022, arXiv 2206.00364,
+    algorithm 1 without its correction) on the grid of a ``diffusers.EulerDiscreteScheduler``.
 
     diffusers keeps x / alpha, here it is x: a = alpha', b = sigma', c = d = 0, DDIM's update on
     another grid. Behind the last step diffusers leaves x / alpha as it is: a = 1, b = sigma' /
@@ -264,7 +265,7 @@ def euler_table(scheduler: Any, steps: int) -> SolverTable:
 
 
 def euler_ancestral_table(scheduler: Any, steps: int) -> SolverTable:
-    """Euler steps with ancestral noise on the grid of a
+    """Returns the table of Euler steps with ancestral noise on the grid of a
     ``diffusers.EulerAncestralDiscreteScheduler``.
 
     With s = sigma / alpha, up^2 = s'^2 (s^2 - s'^2) / s^2 and down^2 = s'^2 - up^2 a step goes down
@@ -300,7 +301,7 @@ def _euler_table(scheduler: Any, steps: int, *, ancestral: bool) -> SolverTable:
 def flow_euler_table(
     scheduler: Any, steps: int, *, image_tokens: int = 0, even: bool = False, **options: Any
 ) -> SolverTable:
-    """Flow-matching Euler (Lipman et al. 2023) on the grid of a
+    """Returns the table of flow-matching Euler (Lipman et al. 2023) on the grid of a
     ``diffusers.FlowMatchEulerDiscreteScheduler``.
 
     alpha = 1 - sigma, a = 1 - sigma', b = sigma', c = d = 0. ``image_tokens``: length of the image
@@ -329,7 +330,7 @@ def flow_euler_table(
 
 
 def _dynamic_shift(config: Any, image_tokens: int) -> float:
-    """mu, linear in the length of the image sequence (Esser et al. 2024, as in diffusers'
+    """Returns mu, linear in the length of the image sequence (Esser et al. 2024, as in diffusers'
     pipelines).
     """
     lengths = (config.base_image_seq_len, config.max_image_seq_len)
@@ -349,8 +350,8 @@ def _dynamic_shift(config: Any, image_tokens: int) -> float:
 
 
 def lcm_table(scheduler: Any, steps: int) -> SolverTable:
-    """Multistep consistency sampling (Luo et al. 2023, arXiv 2310.04378) on the grid of a
-    ``diffusers.LCMScheduler``.
+    """Returns the table of multistep consistency sampling (Luo et al. 2023, arXiv 2310.04378) on
+    the grid of a ``diffusers.LCMScheduler``.
 
     The denoised image is c_out x0 + c_skip x with the boundary condition's scalings, and x = alpha
     x0 + sigma eps. Each step but the last adds new noise to it: a = alpha' (c_out + c_skip alpha),
@@ -379,8 +380,8 @@ def lcm_table(scheduler: Any, steps: int) -> SolverTable:
 
 
 def tcd_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
-    """Strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159) on the grid of a
-    ``diffusers.TCDScheduler``.
+    """Returns the table of strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159) on
+    the grid of a ``diffusers.TCDScheduler``.
 
     A step goes to s = floor((1 - eta) t') without noise and from there to t' with it; eta is the
     paper's gamma. With r = alpha'/alpha_s: a = r alpha_s, b = r sigma_s, c = 0, d = sqrt(1 - r^2);
@@ -410,8 +411,8 @@ def tcd_table(scheduler: Any, steps: int, *, eta: float = 0.0) -> SolverTable:
 
 
 def _distilled_grid(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """timesteps, and alpha^2 of each step and of the next one; behind the last step that of the
-    last.
+    """Returns timesteps, and alpha^2 of each step and of the next one; behind the last step that of
+    the last.
     """
     config = scheduler.config
     trained, original = config.num_train_timesteps, config.original_inference_steps
@@ -430,7 +431,7 @@ def _distilled_grid(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """What the name of a solver means.
+    """The meaning of a solver's name.
 
     table: makes the table from a scheduler and a number of steps. scheduler: the class in diffusers
     whose grid and options ``table`` reads. settings: options that the scheduler gets in place of
@@ -562,8 +563,8 @@ def _without_notices() -> Iterator[None]:
 
 
 def _as(kind: str, config: Mapping[str, Any], **options: Any) -> Any:
-    """A scheduler of diffusers' class ``kind`` with the options of another's ``config``. That it
-    does not know all of them is no news for its log.
+    """Returns a scheduler of diffusers' class ``kind`` with the options of another's ``config``.
+    That it does not know all of them is no news for its log.
     """
     log = logging.getLogger("diffusers.configuration_utils")
     level = log.level
@@ -576,7 +577,7 @@ def _as(kind: str, config: Mapping[str, Any], **options: Any) -> Any:
 
 @_without_notices()
 def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
-    """The scheduler of a pipeline folder, as the one that its solver in ``AUTO`` reads.
+    """Returns the scheduler of a pipeline folder, as the one that its solver in ``AUTO`` reads.
 
     It keeps the options of the folder's scheduler that it does not know itself, for other solvers.
 
@@ -640,19 +641,21 @@ def load_scheduler(folder: Path, *, latent: bool, **overrides: Any) -> Any:
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether the model of a folder with this scheduler matches a flow."""
+    """Returns True if the model of a folder with this scheduler matches a flow."""
     name = type(scheduler).__name__
     own = any(name in about.folders for about in FLOW_SOLVERS.values())
     return own or _is_flow_of(name, scheduler.config)
 
 
 def _is_flow_of(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether it is a scheduler over betas by its class that an option makes one over a flow."""
+    """Returns True if it is a scheduler over betas by its class that an option makes one over a
+    flow.
+    """
     return name == FLOW_SOLVERS["dpmpp2m"].scheduler and bool(config.get("use_flow_sigmas"))
 
 
 def _of_flow(scheduler: Any) -> dict[str, Any]:
-    """The shift of a flow's grid by the names that either class of scheduler gives it."""
+    """Returns the shift of a flow's grid by the names that either class of scheduler gives it."""
     config = scheduler.config
     shift = config["flow_shift" if _is_flow_of(type(scheduler).__name__, config) else "shift"]
     named = {"use_flow_sigmas": True, "prediction_type": FLOW}
@@ -660,7 +663,7 @@ def _of_flow(scheduler: Any) -> dict[str, Any]:
 
 
 def _auto(scheduler: Any) -> str:
-    """The solver that "auto" is for a scheduler of this class and options."""
+    """Returns the solver that "auto" is for a scheduler of this class and options."""
     name = type(scheduler).__name__
     if _is_flow_of(name, scheduler.config):
         return "dpmpp2m"
@@ -670,7 +673,7 @@ def _auto(scheduler: Any) -> str:
 
 
 def prediction_of(scheduler: Any) -> Prediction:
-    """What the model of a folder with this scheduler predicts."""
+    """Returns the kind of prediction of the model of a folder with this scheduler."""
     return "flow" if is_flow(scheduler) else PREDICTIONS[scheduler.config.prediction_type]
 
 
@@ -684,7 +687,8 @@ def solver_table(
     image_tokens: int = 0,
     even: bool = False,
 ) -> SolverTable:
-    """The table of a solver on the grid of ``load_scheduler``'s scheduler, which stays as it was.
+    """Returns the table of a solver on the grid of ``load_scheduler``'s scheduler, which stays as
+    it was.
 
     Raises ``InputError`` for an unknown solver, one of the other model kind, an ``eta`` for a
     solver without such a choice, and what the solver's function refuses; ``TypeError`` for an

@@ -86,7 +86,7 @@ class Trajectory:
 
     @property
     def guided(self) -> bool:
-        """Whether any of its steps is guided."""
+        """True if any of its steps is guided."""
         return any(variant.guided for variant in self.variants)
 
     @property
@@ -167,8 +167,8 @@ def _joined(name: str, parts: Sequence[Trajectory]) -> Tensor | None:
 
 
 class StepInputs(NamedTuple):
-    """What a step reads: columns of a ``Trajectory``, the step's index (0-d int64) and the solver's
-    whole table.
+    """The inputs of a step: columns of a ``Trajectory``, the step's index (0-d int64) and the
+    solver's whole table.
 
     features: (B, ways, ...) of an earlier step, ways being 2 with classifier-free guidance (row 0
     the conditional one). factors: (steps, 3) float32, those of omega, anchor and cfg_scale - 1.
@@ -195,10 +195,10 @@ class StepInputs(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """x: the next state; x0: this step's x0, for a multistep solver or where the variant gives it;
-    value: (B,) of the criterion at
-    the old state; skipped: 0-d int64, the samples whose gradient was not finite; these two are None
-    in a plain step. features: as in ``StepInputs``, None unless the step keeps them.
+    """The outputs of a step. x: the next state; x0: this step's x0, for a multistep solver or where
+    the variant gives it; value: (B,) of the criterion at the old state; skipped: 0-d int64, the
+    samples whose gradient was not finite; these two are None in a plain step. features: as in
+    ``StepInputs``, None unless the step keeps them.
     """
 
     x: Tensor
@@ -209,9 +209,9 @@ class StepOutputs(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """images: (B, C, H, W) uint8; entropy: (B,) float32 under the learner, NaN without one; finite:
-    (B, 2) bool, whether all of a sample's latents are finite, and all of its image before it was
-    rounded: a NaN rounds to black.
+    """A batch behind its last step. images: (B, C, H, W) uint8; entropy: (B,) float32 under the
+    learner, NaN without one; finite: (B, 2) bool, whether all of a sample's latents are finite, and
+    all of its image before it was rounded: a NaN rounds to black.
     """
 
     images: Tensor
@@ -221,7 +221,7 @@ class Finished(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepParts:
-    """What the variants of a step share, fixed for the life of a sampler."""
+    """The parts that the variants of a step share, fixed for the life of a sampler."""
 
     denoiser: Denoiser
     decoder: Decoder  # of the final images
@@ -235,7 +235,9 @@ class StepParts:
 
 
 def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutputs]:
-    """The step of this variant: ``StepInputs``, as positional arguments, to ``StepOutputs``."""
+    """Returns the step of this variant: ``StepInputs``, as positional arguments, to
+    ``StepOutputs``.
+    """
     denoiser, path = parts.denoiser, parts.path
     cache = parts.cache
     guided, cfg, features, gives_x0 = variant
@@ -330,12 +332,14 @@ def step_function(parts: StepParts, variant: Variant) -> Callable[..., StepOutpu
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8, rounded as diffusers' image processor does."""
+    """Returns images in [-1, 1] to uint8, rounded as diffusers' image processor does."""
     return images.mul(0.5).add(0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def finish_function(parts: StepParts) -> Callable[[Tensor], Finished]:
-    """What follows the last step: final latents (B, c, h, w) to ``Finished``."""
+    """Returns the function behind the last step, from final latents (B, c, h, w) to
+    ``Finished``.
+    """
 
     def finish(latents: Tensor) -> Finished:
         decoded = parts.decoder(latents)

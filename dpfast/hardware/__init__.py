@@ -1,1 +1,1 @@
-"""What this process may use of the machine that it runs on. Knows nobody else in the package."""
+"""The parts of the machine that this process may use. The room knows no other in the package."""

@@ -13,7 +13,7 @@ ROOT = Path("/")
 
 
 def lines(file: Path) -> list[str]:
-    """The lines of a file; none where it cannot be read."""
+    """Returns the lines of a file; none where it cannot be read."""
     try:
         return textfiles.lines(file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -21,14 +21,14 @@ def lines(file: Path) -> list[str]:
 
 
 def number(file: Path) -> int | None:
-    """The number that a file of a group holds; None where there is none, or "max"."""
+    """Returns the number that a file of a group holds; None where there is none, or "max"."""
     words = lines(file)
     return int(words[0]) if words and words[0].strip().isdecimal() else None
 
 
 def groups(controller: str, root: Path = ROOT) -> Iterator[tuple[int, Path]]:
-    """(version, folder) of this process's group and all around it that can be seen, the inner ones
-    first.
+    """Yields (version, folder) of this process's group and all around it that can be seen, the
+    inner ones first.
 
     A limit may stand at any of them. Of version 1 those of ``controller`` ("memory", "cpu"), which
     has a tree of its own; both versions may be there. Within a container the files begin at its own

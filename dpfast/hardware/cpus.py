@@ -1,4 +1,4 @@
-"""How many CPUs this job may use on this machine, and who says so.
+"""The number of CPUs that this job may use on this machine, and who says so.
 
 The least of these counts: the CPUs that the scheduler may put this process on (taskset, Slurm,
 cpuset groups), the quota of its control groups (cpu.max; cpu.cfs_quota_us), and Slurm's share of
@@ -24,7 +24,7 @@ class Count:
 
 
 def cpu_counts(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> list[Count]:
-    """Return what every source says, the least first, which counts; never empty."""
+    """Returns the word of every source, the least number first, which counts; never empty."""
     if hasattr(os, "sched_getaffinity"):
         found = [Count(len(os.sched_getaffinity(0)), "the CPUs of this process")]
     else:
@@ -37,7 +37,7 @@ def cpu_counts(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> li
 
 
 def cpus() -> int:
-    """CPUs that the processes of this job may use on this machine, all together."""
+    """Returns CPUs that the processes of this job may use on this machine, all together."""
     return cpu_counts()[0].cpus
 
 

@@ -1,4 +1,6 @@
-"""Where models, batches and samples are: one decision for a run, and one question to a device."""
+"""The place of models, batches and samples: one decision for a run, and one question to a
+device.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,15 @@ GPUS = {
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Return True if work on ``device`` goes through streams, may be captured and must not be
+    """Returns True if work on ``device`` goes through streams, may be captured and must not be
     waited for.
     """
     return device.type in GPUS
 
 
 def device_named(name: str, *, rank: int = 0, ranks: int = 1) -> torch.device:
-    """The device of a recipe's ``device``; "auto" is the current GPU, or the CPU where there is
-    none.
+    """Returns the device of a recipe's ``device``; "auto" is the current GPU, or the CPU where
+    there is none.
 
     rank: this process's number on its machine; ranks: how many processes the run has. Of several
     each takes the GPU of its number on its machine; "cuda:N" is for one alone.
@@ -51,7 +53,7 @@ def device_named(name: str, *, rank: int = 0, ranks: int = 1) -> torch.device:
 
 
 def device_of(device: torch.device | str) -> torch.device:
-    """An argument's device: itself, or the one that ``device_named`` knows by its name.
+    """Returns an argument's device: itself, or the one that ``device_named`` knows by its name.
 
     Raises ``InputError`` for an unknown name and for a GPU that is not there.
     """

@@ -1,4 +1,4 @@
-"""What a computation does, counted on any device: FLOPs and bytes moved.
+"""The work of a computation, counted on any device: FLOPs and bytes moved.
 
 FLOPs are those of torch's flop counter: a multiplication and its addition count as two; norms,
 activations and softmax do not count. Bytes moved are the operands and results of the same
@@ -45,8 +45,8 @@ class Passes:
 
 @dataclass(frozen=True)
 class Counts:
-    """half, full: FLOPs whose result is a 16-bit and a 32-bit float; float8: those of 8-bit
-    operands; moved: bytes of all their operands and results.
+    """The work of a computation. half, full: FLOPs whose result is a 16-bit and a 32-bit float;
+    float8: those of 8-bit operands; moved: bytes of all their operands and results.
     """
 
     half: float = 0.0
@@ -67,7 +67,7 @@ class Counts:
 
 
 def _operands(args: Any, kwargs: Any) -> dict[str, Any]:
-    """What an attention is given, by name: diffusers' newer models say it by keywords."""
+    """Returns the operands of an attention by name: diffusers' newer models say it by keywords."""
     return dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
 
 
@@ -124,7 +124,7 @@ class _Counter(TorchDispatchMode):
 
 
 class Fused(TorchFunctionMode):
-    """Attention on the meta device holds what a fused one does: no scores."""
+    """A mode in which attention on the meta device holds what a fused one does: no scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = _operands(args, kwargs) if func is F.scaled_dot_product_attention else {}
@@ -146,12 +146,14 @@ def count_work(call: Callable[[], object]) -> Counts:
 
 
 def count_flops(call: Callable[[], object]) -> float:
-    """FLOPs of the matrix products, convolutions and attentions in an eager ``call``."""
+    """Returns FLOPs of the matrix products, convolutions and attentions in an eager ``call``."""
     return count_work(call).flops
 
 
 def count_passes(function: Callable[[Tensor], Tensor], x: Tensor) -> Passes:
-    """The passes of ``function`` at a batch ``x`` (B, ...) of floating type, for one sample."""
+    """Returns the passes of ``function`` at a batch ``x`` (B, ...) of floating type, for one
+    sample.
+    """
     x = x.detach().requires_grad_(True)
     kept: list[Tensor] = []
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What a computation holds in memory, measured before it runs at full size."""
+"""The memory that a computation holds, measured before it runs at full size."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes that tensors made inside an eager ``call`` held at one moment, on any device.
+    """Returns the most bytes that tensors made inside an eager ``call`` held at one moment, on any
+    device.
 
     Counted by storage, so it is exact and repeatable; workspaces inside an operation are not seen.
     """
@@ -63,7 +64,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def bytes_per_sample(call: Callable[[int], object], *, first: int = 1) -> tuple[int, int]:
-    """(fixed, per sample) bytes of ``call(batch)``, a line through its peaks at two batches.
+    """Returns (fixed, per sample) bytes of ``call(batch)``, a line through its peaks at two
+    batches.
 
     The peak of a batch is the largest of several moments, and those that do not grow with it, as
     when the gradients of all weights are there, hide the others in small batches. So batches double

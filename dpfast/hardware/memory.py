@@ -1,4 +1,4 @@
-"""How much host memory is free to the processes of this job on this machine, and who says so.
+"""The host memory that is free to the processes of this job on this machine, and who says so.
 
 The least of what these say counts:
 
@@ -36,7 +36,9 @@ UNITS = {"": MIB, "K": 1 << 10, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 @dataclass(frozen=True, order=True)
 class Free:
-    """bytes: free by the word of ``source``; limit: of which, where there is one."""
+    """Free host memory. bytes: free by the word of ``source``; limit: of which, where there is
+    one.
+    """
 
     bytes: int
     source: str
@@ -44,7 +46,7 @@ class Free:
 
 
 def free_memory(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> list[Free]:
-    """Return what every source says, the least first, which counts; never empty.
+    """Returns the word of every source, the least number first, which counts; never empty.
 
     Where no kernel says anything half of the machine's memory is taken for free.
     """
@@ -56,22 +58,22 @@ def free_memory(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> l
 
 
 def free_bytes() -> int:
-    """Bytes of host memory that the processes of this job may still take on this machine, all
-    together.
+    """Returns bytes of host memory that the processes of this job may still take on this machine,
+    all together.
     """
     return free_memory()[0].bytes
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of a GPU; of a CPU this rank's part of what is free to the job."""
+    """Returns free memory of a GPU; of a CPU this rank's part of what is free to the job."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_bytes() // local_world_size()
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of a GPU what torch allocated, on a CPU resident
-    memory.
+    """Returns the most bytes that this process has held: of a GPU what torch allocated, on a CPU
+    resident memory.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

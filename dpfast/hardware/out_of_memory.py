@@ -17,7 +17,7 @@ Made = TypeVar("Made")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an allocation failed, on a GPU or on a CPU (where torch raises a plain
+    """Returns True if an allocation failed, on a GPU or on a CPU (where torch raises a plain
     ``RuntimeError``).
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -29,7 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def attempt(make: Callable[[], Made]) -> tuple[Made | None, BaseException | None]:
-    """Return what ``make`` gives, or the error where memory ran out; other errors are raised."""
+    """Returns what ``make`` gives, or the error where memory ran out; other errors are raised."""
     try:
         return make(), None
     except (RuntimeError, MemoryError) as error:

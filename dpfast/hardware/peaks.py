@@ -23,7 +23,8 @@ ROUNDS, MEASURED = 5, 0.1  # of each measurement of this machine: calls, seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Peaks:
-    """half, full: dense FLOP/s in 16-bit and in 32-bit floats; bandwidth: of its memory, bytes/s;
+    """The peaks of a device. half, full: dense FLOP/s in 16-bit and in 32-bit floats; bandwidth: of
+    its memory, bytes/s;
     memory: bytes. float8: FLOP/s in 8-bit floats with a factor for each row; None: it has none.
 
     link, network: bytes/s to the other devices of its node and, through an adapter of its own, to
@@ -48,7 +49,7 @@ class Peaks:
         return self.half > self.full
 
     def limits(self, counts: Counts) -> dict[str, float]:
-        """Seconds that the counted work takes at least: of "compute", and of "memory"."""
+        """Returns seconds that the counted work takes at least: of "compute", and of "memory"."""
         return {
             "compute": counts.half / self.half
             + counts.full / self.full
@@ -133,8 +134,8 @@ OTHERS = frozenset({"PCIe", "PCIE", "NVL", "MIG", "Laptop", "D"})
 
 
 def peaks_named(name: str) -> Peaks:
-    """A device of the table, or "here": this machine, measured. Raises ``InputError`` for another
-    name.
+    """Returns a device of the table, or "here": this machine, measured. Raises ``InputError`` for
+    another name.
     """
     if name.lower() == HERE:
         return here()
@@ -146,13 +147,15 @@ def peaks_named(name: str) -> Peaks:
 
 
 def samples_per_second(name: str, flops_per_sample: float, *, share: float = 1.0) -> float:
-    """Samples/s at ``share`` of the peak of a device. Raises ``InputError`` for an unknown one."""
+    """Returns the samples/s at ``share`` of the peak of a device. Raises ``InputError`` for an
+    unknown one.
+    """
     return share * peaks_named(name).half / flops_per_sample
 
 
 def peaks_of(device: torch.device) -> Peaks | None:
-    """The peaks of a run's device: a GPU of the table, or this CPU, measured; None where they are
-    not known.
+    """Returns the peaks of a run's device: a GPU of the table, or this CPU, measured; None where
+    they are not known.
     """
     if device.type == "cpu":
         return here()
@@ -163,7 +166,8 @@ def peaks_of(device: torch.device) -> Peaks | None:
 
 @functools.cache
 def here() -> Peaks:
-    """This machine: the best that it is seen to do of products of random numbers, and of a copy.
+    """Returns this machine: the best that it is seen to do of products of random numbers, and of a
+    copy.
 
     A CPU multiplies in fp32 alone, by the best of its libraries: oneDNN's layers, which a frozen
     denoiser and a learner's convolutions take, may do twice what ``torch.mm`` does.
@@ -197,8 +201,8 @@ def here() -> Peaks:
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> list[tuple[float, Callable[[], object]]]:
-    """FLOPs, and a call that does them: large products on a GPU, of sizes that stay in a CPU's
-    caches there.
+    """Returns FLOPs, and a call that does them: large products on a GPU, of sizes that stay in a
+    CPU's caches there.
     """
     side = 8192 if device.type == "cuda" else 1024
     # constants may run faster and cooler
@@ -223,7 +227,7 @@ def _products(device: torch.device, dtype: torch.dtype) -> list[tuple[float, Cal
 
 
 def _float8_peak(device: torch.device) -> float | None:
-    """None where this build of torch has no such product, which no other peak needs."""
+    """Returns none where this build of torch has no such product, which no other peak needs."""
     try:
         work, product = float8_product(device, 8192)
         return work / _best(product, device)
@@ -232,8 +236,8 @@ def _float8_peak(device: torch.device) -> float | None:
 
 
 def float8_product(device: torch.device, side: int) -> tuple[float, Callable[[], object]]:
-    """FLOPs, and a call that does them as a frozen layer in float8 does: factors for each row, a
-    result in bf16.
+    """Returns FLOPs, and a call that does them as a frozen layer in float8 does: factors for each
+    row, a result in bf16.
     """
     rows, weight = (
         quantise(torch.randn(side, side, device=device, dtype=torch.bfloat16)) for _ in range(2)
@@ -251,7 +255,7 @@ def float8_product(device: torch.device, side: int) -> tuple[float, Callable[[],
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:
-    """The least seconds of a call, of the ROUNDS or more that MEASURED takes."""
+    """Returns the least seconds of a call, of the ROUNDS or more that MEASURED takes."""
     times: list[float] = []
     while len(times) < ROUNDS or sum(times) < MEASURED:
         if device.type == "cuda":

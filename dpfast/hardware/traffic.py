@@ -73,18 +73,18 @@ class Traffic:
         return sum(kernel.kind == "layout" for kernel in self.kernels)
 
     def bytes(self, *kinds: Kind) -> int:
-        """Bytes of the kernels of these kinds, of all by default."""
+        """Returns bytes of the kernels of these kinds, of all by default."""
         return sum(kernel.bytes for kernel in self.kernels if not kinds or kernel.kind in kinds)
 
     @property
     def pointwise(self) -> int:
-        """Bytes of all that is no product."""
+        """The bytes of all that is no product."""
         return self.bytes("pointwise", "layout")
 
 
 def count_traffic(call: Callable[[], object]) -> Traffic:
-    """The kernels of an eager ``call`` on the meta device, its backward pass included where it runs
-    one.
+    """Returns the kernels of an eager ``call`` on the meta device, its backward pass included where
+    it runs one.
     """
     with Fused(), _Recorder() as recorder:
         call()
@@ -199,7 +199,7 @@ class _Recorder(TorchDispatchMode):
     def _convolution_backward(
         self, func: Any, grad: Tensor, x: Tensor, weight: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        """The gradient of the input; weights are frozen."""
+        """Returns the gradient of the input; weights are frozen."""
         dx = x.new_empty(x.shape)
         if _nhwc(x) or _nhwc(weight):
             dx = dx.to(memory_format=torch.channels_last)
@@ -220,7 +220,9 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _nhwc(tensor: Tensor) -> bool:
-    """Whether a tensor lies in NHWC and not, as one of a single channel may, in both orders."""
+    """Returns True if a tensor lies in NHWC and not, as one of a single channel may, in both
+    orders.
+    """
     if tensor.dim() != 4 or tensor.shape[1] == 1:
         return False
     if tensor.shape[2] == tensor.shape[3] == 1:

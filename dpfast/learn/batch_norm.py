@@ -18,7 +18,8 @@ from dpfast.parallel import Ranks
 
 
 def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """``model`` with every batch norm over all ranks; its weights and the names of its state stay.
+    """Returns ``model`` with every batch norm over all ranks; its weights and the names of its
+    state stay.
 
     On GPUs that is torch's ``SyncBatchNorm``, which refuses a CPU: there it is ``RanksBatchNorm``.
     """
@@ -38,7 +39,7 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def _registered_again(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(module, name, the first name) of children that a module has under a further name:
+    """Yields (module, name, the first name) of children that a module has under a further name:
     ``named_children`` gives them once.
     """
     for module in model.modules():
@@ -66,7 +67,7 @@ def keep_statistics(model: nn.Module, frozen: Callable[[str], bool]) -> None:
 
 
 def shared_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of ``synchronised``, which wait for all ranks in training mode."""
+    """Returns the batch norms of ``synchronised``, which wait for all ranks in training mode."""
     return [
         module
         for module in model.modules()
@@ -76,8 +77,8 @@ def shared_norms(model: nn.Module) -> list[_BatchNorm]:
 
 @contextlib.contextmanager
 def alone(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Within it batch norms go by their running statistics: they hold the same memory and wait for
-    nobody.
+    """Lets batch norms go by their running statistics within a ``with`` block: they hold the same
+    memory and wait for nobody.
     """
     for norm in norms:
         norm.eval()
@@ -176,7 +177,7 @@ class RanksBatchNorm(_BatchNorm):
 
     @classmethod
     def of(cls, norm: _BatchNorm, ranks: Ranks) -> RanksBatchNorm:
-        """The same norm over all ranks, its parameters and buffers taken over."""
+        """Returns the same norm over all ranks, its parameters and buffers taken over."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         for name, value in (
             *norm.named_parameters(recurse=False),

@@ -38,8 +38,8 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a network is a stack of: the members of its innermost ``ModuleList``s and
-    ``Sequential``s whose members are of one class and made of further modules.
+    """Returns the blocks that a network is a stack of: the members of its innermost ``ModuleList``s
+    and ``Sequential``s whose members are of one class and made of further modules.
     """
     found = [block for child in model.children() for block in repeated_blocks(child)]
     members = list(model.children()) if isinstance(model, (nn.ModuleList, nn.Sequential)) else []
@@ -64,7 +64,9 @@ def _contexts(
 
 @contextlib.contextmanager
 def _counted(block: nn.Module) -> Iterator[None]:
-    """Within it batch norms leave their running statistics, which have seen the batch already."""
+    """Lets batch norms leave their running statistics within a ``with`` block: those have seen the
+    batch already.
+    """
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked for norm in norms]

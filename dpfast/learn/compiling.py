@@ -33,8 +33,8 @@ class Event(Protocol):
 
 
 class WhenItPays:
-    """Asked before each step, says once whether to compile from now on. It waits for nothing: it
-    times by events.
+    """A question asked before each step, which says once whether to compile from now on. It waits
+    for nothing: it times by events.
     """
 
     def __init__(self, event: Callable[[], Event] | None = None) -> None:
@@ -44,7 +44,7 @@ class WhenItPays:
         self._end: Event | None = None
 
     def __call__(self, left: int) -> bool:
-        """Return True if compiling now pays, with ``left`` steps to go."""
+        """Returns True if compiling now pays, with ``left`` steps to go."""
         self._asked += 1
         if self._asked == FROM:
             self._begin = self.event()

@@ -29,7 +29,7 @@ class Bucket:
     missing: int = 0
 
     def clear(self) -> Tensor:
-        """Return ``flat``, filled with zeros."""
+        """Returns ``flat``, filled with zeros."""
         if self.flat is None:
             self.flat = self.parameters[0].new_empty(
                 sum(p.numel() for p in self.parameters), requires_grad=False
@@ -58,20 +58,22 @@ class Gradients:
         self.parameters = parameters
 
     def begin(self) -> None:
-        """A step begins: there is no gradient."""
+        """Begins a step, without any gradient."""
         self.again()
 
     def again(self) -> None:
-        """The step's backward passes begin anew."""
+        """Begins the step's backward passes anew."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def sending(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around a backward pass; last: it brings the last part of every gradient."""
+        """Returns a context for a backward pass. last: the pass brings the last part of every
+        gradient.
+        """
         return contextlib.nullcontext()
 
     def finish(self) -> None:
-        """The step's gradients are complete."""
+        """Completes the step's gradients."""
 
     def release(self) -> None:
         """Gives back what the next ``begin`` makes anew."""
@@ -116,7 +118,7 @@ class GradientBuckets(Gradients):
         self.again()
 
     def again(self) -> None:
-        """The step's backward passes begin anew, from zero, for the buckets that have not been
+        """Begins the step's backward passes anew, from zero, for the buckets that have not been
         sent.
         """
         sent, rest = self.buckets[: len(self._work)], self.buckets[len(self._work) :]
@@ -165,8 +167,8 @@ class GradientBuckets(Gradients):
 
 
 def _groups(parameters: Sequence[nn.Parameter], size: int) -> list[list[nn.Parameter]]:
-    """The parameters from the last to the first, as their gradients come, in groups of one dtype
-    and about ``size``.
+    """Returns the parameters from the last to the first, as their gradients come, in groups of one
+    dtype and about ``size``.
     """
     groups: list[list[nn.Parameter]] = []
     held = 0

@@ -111,7 +111,7 @@ def check_tensors(what: str, model: nn.Module) -> None:
 
 
 def overlaps(named: Sequence[Named]) -> Iterator[tuple[Named, Named]]:
-    """Pairs of different tensors, with their names, of which one reaches into the other's
+    """Yields pairs of different tensors, with their names, of which one reaches into the other's
     memory.
     """
     spans = []
@@ -132,8 +132,8 @@ def overlaps(named: Sequence[Named]) -> Iterator[tuple[Named, Named]]:
 
 
 def recipe_learner(config: Learner, *, classes: int, channels: int) -> nn.Module:
-    """The learner of a recipe as it begins, random or pretrained, in channels-last memory; where
-    torch's default device is "meta" no file of weights is read.
+    """Returns the learner of a recipe as it begins, random or pretrained, in channels-last memory;
+    where torch's default device is "meta" no file of weights is read.
 
     classes, channels: K and C.
 
@@ -178,8 +178,8 @@ def _check_options(kind: Any, options: dict[str, Any]) -> None:
 
 
 def load_judge(number: int = 1) -> nn.Module:
-    """An embedded judge, a classifier of real Fashion-MNIST images: (B, 1, 32, 32) in [-1, 1] to
-    logits (B, 10).
+    """Returns an embedded judge, a classifier of real Fashion-MNIST images: (B, 1, 32, 32) in [-1,
+    1] to logits (B, 10).
 
     A yardstick for samples (label agreement, Fréchet distance). No learner ever sees it or what it
     was trained on.
@@ -205,7 +205,8 @@ def learner_factory(
     pipeline: Pipeline | OwnPipeline,
     learner: nn.Module | NewLearner | None = None,
 ) -> NewLearner:
-    """A function that gives a run's initial learner on the pipeline's device, a new one each time.
+    """Returns a function that gives a run's initial learner on the pipeline's device, a new one
+    each time.
 
     Args:
         recipe: names the learner where no other one is given, and its seed, which is set before a
@@ -283,12 +284,12 @@ def _check_no_arguments(learner: NewLearner) -> None:
 
 
 def image_channels(pipeline: Pipeline | OwnPipeline) -> int:
-    """C of a pipeline's images (C, H, W)."""
+    """Returns C of a pipeline's images (C, H, W)."""
     return pipeline.image_channels if isinstance(pipeline, Pipeline) else image_shape(pipeline)[0]
 
 
 def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str = "dp") -> nn.Module:
-    """The finished classifier of a run in eval mode and its precision; without a folder the
+    """Returns the finished classifier of a run in eval mode and its precision; without a folder the
     embedded judge network.
 
     Raises ``InputError`` when the folder holds no learner, or one whose classes are not the
@@ -312,7 +313,8 @@ def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str =
 
 
 def learner_of_run(folder: Path, pipeline: Pipeline, weights: dict[str, Tensor]) -> nn.Module:
-    """The classifier of the run in ``folder`` with these weights, in eval mode and its precision.
+    """Returns the classifier of the run in ``folder`` with these weights, in eval mode and its
+    precision.
 
     Raises ``InputError`` for a learner that was an object of its run, and for weights that do not
     fit the one of its recipe for this pipeline.
@@ -336,7 +338,9 @@ def learner_of_run(folder: Path, pipeline: Pipeline, weights: dict[str, Tensor])
 
 
 def _judge_of(pipeline: Pipeline) -> nn.Module:
-    """The embedded judge. Raises ``InputError`` for a pipeline of other images than it knows."""
+    """Returns the embedded judge. Raises ``InputError`` for a pipeline of other images than it
+    knows.
+    """
     judge: Any = load_judge().to(pipeline.device)
     channels, classes = judge.model.config.num_channels, judge.model.config.num_labels
     if (image_channels(pipeline), len(pipeline.class_names)) != (channels, classes):
@@ -365,7 +369,7 @@ class Committee(nn.Module):
 
 
 def guiding(criterion: str, guide: nn.Module, other: nn.Module) -> nn.Module:
-    """Return what a sampler takes for its learner: ``guide``, or for the criterion "disagreement"
-    it and ``other``.
+    """Returns a sampler's learner: ``guide``, or for the criterion "disagreement" it and
+    ``other``.
     """
     return Committee(guide, other) if criterion == "disagreement" else guide

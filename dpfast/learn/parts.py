@@ -29,12 +29,12 @@ class Logits(nn.Module):
 
 
 def library_model(learner: nn.Module) -> nn.Module:
-    """The module whose names a user knows: within ``Logits``, the library's own."""
+    """Returns the module whose names a user knows: within ``Logits``, the library's own."""
     return learner.model if isinstance(learner, Logits) else learner
 
 
 def in_head(learner: nn.Module, name: str) -> bool:
-    """Whether a parameter is of the head, which tells classes apart.
+    """Returns True if a parameter is of the head, which tells classes apart.
 
     Of a model of transformers that is all outside of the base model, of one of timm its
     ``get_classifier``, and of any other the last layer with a matrix of weights, by registration.
@@ -47,7 +47,7 @@ def in_head(learner: nn.Module, name: str) -> bool:
 
 
 def _heads(model: nn.Module) -> list[str]:
-    """The names of the modules that are the head."""
+    """Returns the names of the modules that are the head."""
     classifier = getattr(model, "get_classifier", None)
     if callable(classifier):
         found = classifier()
@@ -92,8 +92,8 @@ def freeze(learner: nn.Module, names: Sequence[str]) -> None:
 
 
 def layers(learner: nn.Module) -> dict[nn.Parameter, int]:
-    """The layer of each parameter: 0 before the first of the blocks that the learner is a stack
-    of, 1 to L in them, L + 1 behind the last one and in the head.
+    """Returns the layer of each parameter: 0 before the first of the blocks that the learner is a
+    stack of, 1 to L in them, L + 1 behind the last one and in the head.
 
     The blocks are those of ``dpfast.learn.checkpointing``, the convention is BEiT's (Bao et al.
     2022), by the order of registration: of a ViT 0 are its embeddings, and L + 1 are its last norm

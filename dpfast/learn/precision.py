@@ -13,15 +13,15 @@ from dpfast.hardware.device import is_gpu
 
 
 def in_bf16(precision: str, device: torch.device) -> bool:
-    """Return True if ``precision`` means bf16 on ``device``: "auto" does on a GPU that has it."""
+    """Returns True if ``precision`` means bf16 on ``device``: "auto" does on a GPU that has it."""
     return precision == "bf16" or (
         precision == "auto" and is_gpu(device) and torch.cuda.is_bf16_supported()
     )
 
 
 def autocast(bf16: bool, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Within it, matrix products and convolutions run in bf16, which has the exponents of fp32: no
-    gradient is scaled.
+    """Returns a context within which matrix products and convolutions run in bf16, which has the
+    exponents of fp32: no gradient is scaled.
 
     Casts of weights are not kept: a captured step has to make them anew from the weights of its
     moment.
@@ -34,7 +34,9 @@ def autocast(bf16: bool, device: torch.device) -> contextlib.AbstractContextMana
 
 
 def in_precision(classifier: nn.Module, precision: str, device: torch.device) -> nn.Module:
-    """The classifier as a recipe's ``precision`` runs it on ``device``, its weights read live."""
+    """Returns the classifier as a recipe's ``precision`` runs it on ``device``, its weights read
+    live.
+    """
     return Autocast(classifier) if in_bf16(precision, device) else classifier
 
 
@@ -53,7 +55,7 @@ class Autocast(nn.Module):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """Nothing: ``train`` and ``eval`` reach the classifier."""
+        """Does nothing: ``train`` and ``eval`` reach the classifier."""
 
     def forward(self, images: Tensor) -> Tensor:
         with autocast(True, images.device):

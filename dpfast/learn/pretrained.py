@@ -41,7 +41,8 @@ Shape = Sequence[int]
 
 
 def settings_of(kind: Any, source: str) -> dict[str, Any]:
-    """The settings of the model of transformers in ``source``, without the names of its classes.
+    """Returns the settings of the model of transformers in ``source``, without the names of its
+    classes.
 
     Raises ``InputError`` where there is none, and for one of another architecture.
     """
@@ -60,7 +61,8 @@ def settings_of(kind: Any, source: str) -> dict[str, Any]:
 
 
 def load_transformers(kind: Any, source: str, config: Any) -> nn.Module:
-    """A learner of transformers with the weights in ``source``, in float32, of the class ``kind``.
+    """Returns a learner of transformers with the weights in ``source``, in float32, of the class
+    ``kind``.
 
     config: of the model, as ``settings_of`` gives it.
 
@@ -144,8 +146,8 @@ def _check(
 
 
 def _of_another_head(learner: nn.Module, name: str) -> bool:
-    """Whether a name that a model of transformers has not is of what others have in place of its
-    head. A folder of a base model leaves the prefix of the names out.
+    """Returns True if a name that a model of transformers has not is of what others have in place
+    of its head. A folder of a base model leaves the prefix of the names out.
     """
     model = library_model(learner)
     base = getattr(model, getattr(model, "base_model_prefix", ""), None)
@@ -173,7 +175,9 @@ def keep(learner: nn.Module, run: Path) -> None:
 
 
 def as_kept(recipe: Recipe, run: Path) -> Recipe:
-    """A run's recipe whose learner begins with the weights that the run has kept, if it has."""
+    """Returns a run's recipe whose learner begins with the weights that the run has kept, if it
+    has.
+    """
     if not recipe.learner.pretrained or not is_folder(run / KEPT):
         return recipe
     return replace(recipe, learner=replace(recipe.learner, pretrained=str(run / KEPT)))
@@ -196,7 +200,9 @@ def _unread(source: str, error: Exception) -> InputError:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within it transformers says nothing: what it says, a run says in a line of its own."""
+    """Silences transformers within a ``with`` block: what it says, a run says in a line of its
+    own.
+    """
     logging = importlib.import_module("transformers").utils.logging
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

@@ -99,7 +99,7 @@ class Trainer:
         return self.cooling_at(self.step_count)
 
     def cooling_at(self, step: int) -> bool:
-        """``cooling``, after ``step`` steps."""
+        """Returns ``cooling``, after ``step`` steps."""
         return self.config.cooling_at(step, self.iterations)
 
     @property
@@ -117,15 +117,15 @@ class Trainer:
         return self.rate_at(max(self.step_count - 1, 0))
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of the step after ``step`` steps."""
+        """Returns the learning rate of the step after ``step`` steps."""
         config = self.config
         return config.lr * wsd(
             step, total=self.iterations, warmup=config.warmup, cooldown=config.cooldown
         )
 
     def grad_norm(self) -> float | None:
-        """The norm of the newest step's gradient over all weights, before it was clipped; None
-        where there was no step, or its gradients are given back. Waits for the device.
+        """Returns the norm of the newest step's gradient over all weights, before it was clipped;
+        None where there was no step, or its gradients are given back. Waits for the device.
         """
         if self._norm is None:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -140,16 +140,16 @@ class Trainer:
         return min(self.config.ema_decay, (1 + self.step_count) / (10 + self.step_count))
 
     def weights(self, which: str) -> nn.Module:
-        """The module with the "ema" or the "raw" weights, live."""
+        """Returns the module with the "ema" or the "raw" weights, live."""
         return self.ema.module if which == "ema" else self.model
 
     def classifier(self, which: str) -> nn.Module:
-        """``weights`` in the precision of the training, for evaluation and guidance."""
+        """Returns ``weights`` in the precision of the training, for evaluation and guidance."""
         return self._classifiers[which]
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimiser step on images (B, C, H, W) and labels (B,) or (B, K) probabilities;
-        returns the 0-d loss.
+        """Returns one optimiser step on images (B, C, H, W) and labels (B,) or (B, K)
+        probabilities; returns the 0-d loss.
 
         Of several ranks, all take a step together, each on its part of the batch, whose loss it
         returns.
@@ -193,8 +193,8 @@ class Trainer:
         return loss
 
     def _attempt(self, gradients: Gradients, images: Tensor, labels: Tensor) -> Tensor | None:
-        """``_accumulate``; None where it has to begin anew: in smaller micro-batches, or not
-        compiled.
+        """Returns ``_accumulate``; None where it has to begin anew: in smaller micro-batches, or
+        not compiled.
         """
         try:
             loss, failure = attempt(partial(self._accumulate, gradients, images, labels))
@@ -226,7 +226,7 @@ class Trainer:
         return torch.stack(losses).sum()
 
     def _size(self, count: int) -> int:
-        """Images of a micro-batch out of ``count``: even parts, none of them larger than
+        """Returns images of a micro-batch out of ``count``: even parts, none of them larger than
         ``micro_batch``.
         """
         return even_part(count, self.micro_batch)
@@ -262,7 +262,9 @@ class Trainer:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
 
     def _random(self) -> list[Tensor]:
-        """The states of the generators that a forward pass draws from, which live on the host."""
+        """Returns the states of the generators that a forward pass draws from, which live on the
+        host.
+        """
         states = [torch.get_rng_state()]
         return [*states, torch.cuda.get_rng_state(self.device)] if is_gpu(self.device) else states
 
@@ -282,7 +284,7 @@ class Trainer:
         self._fits = not self._norms
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as flat tensors."""
+        """Returns everything that the next step depends on, as flat tensors."""
         tensors = {"step": torch.tensor(self.step_count), "rng": torch.get_rng_state()}
         if is_gpu(self.device):
             tensors["device_rng"] = torch.cuda.get_rng_state(self.device)
@@ -316,7 +318,8 @@ class Trainer:
 
 
 def parameter_groups(model: nn.Module, config: Learner) -> list[dict[str, Any]]:
-    """What is trained of a model, in groups of one weight decay and one share of the learning rate.
+    """Returns the trained parameters of a model, in groups of one weight decay and one share of the
+    learning rate.
 
     Weights with two dimensions or more decay; norms and biases do not. With ``layer_decay`` a layer
     below another one learns by that factor more slowly, and the last one at the full rate
@@ -340,8 +343,8 @@ def parameter_groups(model: nn.Module, config: Learner) -> list[dict[str, Any]]:
 
 
 def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """A moment in the memory layout of its parameter: fused kernels walk through both in the order
-    of the memory.
+    """Returns a moment in the memory layout of its parameter: fused kernels walk through both in
+    the order of the memory.
     """
     return (
         torch.empty_like(parameter).copy_(value)
@@ -351,14 +354,14 @@ def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def even_part(count: int, most: int | None) -> int:
-    """The size of the fewest even parts of ``count``, none of them larger than ``most``; None: of
-    one part. The last may be smaller.
+    """Returns the size of the fewest even parts of ``count``, none of them larger than ``most``;
+    None: of one part. The last may be smaller.
     """
     return count if most is None else -(-count // -(-count // most))
 
 
 def wsd(step: int, *, total: int, warmup: float, cooldown: float) -> float:
-    """The learning rate of optimiser step ``step`` (0-based) as a factor of its peak.
+    """Returns the learning rate of optimiser step ``step`` (0-based) as a factor of its peak.
 
     Warm-up, stable, decay: the schedule of the paper (section C.5). Linear over the first
     ``warmup`` x total steps, then 1, then a half cosine to 0 over the last ``cooldown`` x total.

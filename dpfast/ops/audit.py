@@ -1,5 +1,4 @@
-"""What the Triton kernels become on a GPU, read from their machine code; needs Triton's Linux wheel
-and no GPU.
+"""An audit of the Triton kernels' machine code for a GPU; it needs Triton's Linux wheel and no GPU.
 
 Each variant is compiled for A100 (sm_80), H100 (sm_90) and B200 (sm_100) and disassembled with the
 tools in that wheel.
@@ -98,7 +97,7 @@ class Report:
     assembly: str = field(default="", repr=False)
 
     def payload(self, accesses: Counter[int]) -> int:
-        """Bytes that a program moves in accesses of the promised width."""
+        """Returns bytes that a program moves in accesses of the promised width."""
         width = self.variant.width
         return accesses[width] * width * self.variant.warps * 32
 
@@ -108,7 +107,7 @@ def _binary(tool: str) -> Path:
 
 
 def missing() -> str | None:
-    """Why nothing can be audited here, or None."""
+    """Returns the reason why nothing can be audited here, or None."""
     if not dispatch.has_triton() or not all(
         _binary(tool).is_file() for tool in ("ptxas", "cuobjdump", "nvdisasm")
     ):
@@ -131,8 +130,8 @@ def _toolchain(tool: str, *arguments: str) -> str:
 
 
 def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) -> float:
-    """Resident warps over the most that a multiprocessor holds; registers come in units of 256 a
-    warp.
+    """Returns resident warps over the most that a multiprocessor holds; registers come in units of
+    256 a warp.
     """
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // per_warp // warps
@@ -206,7 +205,7 @@ def _widths(instruction: str, assembly: str) -> Counter[int]:
 
 
 def problems(report: Report) -> list[str]:
-    """The promises that a report breaks; empty for a good kernel."""
+    """Returns the promises that a report breaks; empty for a good kernel."""
     variant, found = report.variant, []
     if report.local_bytes:
         found.append(f"{report.local_bytes} bytes of local memory (spills)")
@@ -331,8 +330,8 @@ def _gather(name: str, dtype: str, channels_last: bool, flip: bool) -> Variant:
     count, access = 3 if channels_last else 1, WIDE * 32 * gather.WARPS
 
     def whole(size: int) -> int:
-        """With the lanes that three planes in a tile of four leave idle: rounded up to an access of
-        all threads.
+        """Returns the bytes with the lanes that three planes in a tile of four leave idle: rounded
+        up to an access of all threads.
         """
         return -(-size // access) * access
 
@@ -419,7 +418,9 @@ def _relu_backward(more: bool) -> Variant:
 
 
 def gate_norm_variant(name: str, channels: int, given: str, *, backward: bool = False) -> Variant:
-    """given: the arguments that are not None, separated by spaces."""
+    """Returns a launch of the kernel. given: the arguments that are not None, separated by
+    spaces.
+    """
     names = given.split()
     block, warps = gate_norm_settings(channels, backward)
     row = block * 2
@@ -475,7 +476,9 @@ GROUP_NORM_KERNELS = {  # and how many channel vectors in fp32 each reads beside
 def group_norm_variant(
     name: str, channels: tuple[int, ...], pixels: int, dtype: str = "bf16", **changes: Any
 ) -> Variant:
-    """A launch over one or two sources of so many channels, with every vector and a SiLU."""
+    """Returns a launch over one or two sources of so many channels, with every vector and a
+    SiLU.
+    """
     kernel, vectors = GROUP_NORM_KERNELS[name]
     size = 4 if dtype == "fp32" else 2
     backward = name.startswith("backward")
@@ -505,9 +508,9 @@ def group_norm_variant(
 
 
 def _group_coefficients(group: int, channels: int, parts: int, backward: bool) -> Variant:
-    """The launch in the middle. What it reads is no payload, but sums of a group's channels: in
-    accesses of 16 bytes where groups begin at multiples of them and there is enough for each
-    thread, in narrower ones elsewhere.
+    """Returns the launch in the middle. What it reads is no payload, but sums of a group's
+    channels: in accesses of 16 bytes where groups begin at multiples of them and there is enough
+    for each thread, in narrower ones elsewhere.
     """
     kernel = backward_coefficients_kernel if backward else coefficients_kernel
     at_a_time, block = group_settings(group, parts)
@@ -532,7 +535,7 @@ def _group_coefficients(group: int, channels: int, parts: int, backward: bool) -
 
 
 def variants() -> list[Variant]:
-    """The uses that the audit promises something about."""
+    """Returns the uses that the audit promises something about."""
     noise_arguments = {
         "ids": "*i64",
         "out": "*fp32",
@@ -640,7 +643,9 @@ def variants() -> list[Variant]:
 def audit(
     chosen: Iterable[Variant] | None = None, capabilities: Sequence[int] = CAPABILITIES
 ) -> list[Report]:
-    """Reports for `chosen` variants, all by default, on each of `capabilities` that they run on."""
+    """Returns reports for `chosen` variants, all by default, on each of `capabilities` that they
+    run on.
+    """
     return [
         inspect(variant, capability)
         for variant in chosen or variants()
@@ -650,7 +655,7 @@ def audit(
 
 
 def record(report: Report) -> dict[str, Any]:
-    """One report as a JSON object; `loads` and `stores` map a width in bytes to a thread's
+    """Returns one report as a JSON object; `loads` and `stores` map a width in bytes to a thread's
     instructions.
     """
     variant = report.variant
@@ -669,7 +674,7 @@ def record(report: Report) -> dict[str, Any]:
 
 
 def table(reports: Iterable[Report]) -> str:
-    """The reports as a Markdown table."""
+    """Returns the reports as a Markdown table."""
     lines = [
         "| kernel | GPU | registers | local bytes | shared bytes "
         "| occupancy | loads | stores | promises |",

@@ -26,13 +26,13 @@ BLOCK = 2048
 
 
 def reference(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """The formula in plain PyTorch, rounded where its operations round."""
+    """Returns the formula in plain PyTorch, rounded where its operations round."""
     return x + bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2)) + residual
 
 
 @triton.jit
 def bias_residual_kernel(x, bias, residual, out, elements, C: tl.constexpr, BLOCK: tl.constexpr):
-    """y of BLOCK elements; channels lie next to each other."""
+    """Writes y of BLOCK elements; channels lie next to each other."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -85,7 +85,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """x + bias + residual.
+    """Returns x + bias + residual.
 
     Args:
         x: (B, C, H, W), or any (B, C, ...), fp32, fp16 or bf16, best in channels_last memory.

@@ -35,7 +35,7 @@ def whole(name: str, value: object, meaning: str, *, low: int = 1) -> None:
 def tensor(
     name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
 ) -> Tensor:
-    """`value` as a tensor of one of `dtypes`, on `device` where one is given."""
+    """Returns `value` as a tensor of one of `dtypes`, on `device` where one is given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -51,7 +51,7 @@ def tensor(
 
 
 def shaped(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`value`, whose shape must be exactly `shape`."""
+    """Returns `value`, whose shape must be exactly `shape`."""
     if value.shape != torch.Size(shape):
         raise InputError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
     return value
@@ -65,7 +65,7 @@ def target(
     device: torch.device,
     channels_last: bool = False,
 ) -> Tensor:
-    """A tensor to write into, in contiguous or channels_last memory."""
+    """Returns a tensor to write into, in contiguous or channels_last memory."""
     out = shaped(name, tensor(name, value, (dtype,), device), shape)
     if not out.is_contiguous(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format
@@ -81,8 +81,8 @@ def target(
 def per_sample(
     name: str, value: float | Tensor, batch: int, device: torch.device
 ) -> float | Tensor:
-    """A scalar, or a floating tensor of shape () or (batch,) on `device`; tensors come back as
-    fp32.
+    """Returns a scalar, or a floating tensor of shape () or (batch,) on `device`; tensors come back
+    as fp32.
     """
     if isinstance(value, Tensor):
         tensor(name, value, (*FLOATS, torch.float64), device)
@@ -98,8 +98,8 @@ def per_sample(
 
 
 def integer(name: str, value: int | Tensor, device: torch.device) -> int | Tensor:
-    """A Python integer, or an int64 or int32 tensor of shape () or (1,) on `device`, which comes
-    back 0-d.
+    """Returns a Python integer, or an int64 or int32 tensor of shape () or (1,) on `device`, which
+    comes back 0-d.
     """
     if isinstance(value, Tensor):
         tensor(name, value, (torch.int64, torch.int32), device)

@@ -47,38 +47,40 @@ class ChunkTable:
     kinds: frozenset[str] = frozenset()
 
     def with_chunks(self, chunks: Iterable[Tensor]) -> ChunkTable:
-        """Return the same table over other chunks."""
+        """Returns the same table over other chunks."""
         held = tuple(chunks)
         addresses = torch.tensor([chunk.data_ptr() for chunk in held], dtype=torch.int64)
         kinds = frozenset(map(kind_of, held))
         return replace(self, chunks=held, addresses=addresses, kinds=kinds)
 
     def block(self, chunk: int) -> Tensor:
-        """Return the (chunk_rows, stride) uint8 rows of one chunk, without a copy."""
+        """Returns the (chunk_rows, stride) uint8 rows of one chunk, without a copy."""
         rows = self.chunks[chunk][: self.chunk_rows * self.stride]
         return rows.view(self.chunk_rows, self.stride)
 
     @property
     def on_host(self) -> bool:
-        """Whether the CPU can read all chunks in place."""
+        """True if the CPU can read all chunks in place."""
         return self.kinds <= {"cpu", "pinned"}
 
     def read_by(self, device: torch.device) -> bool:
-        """Whether the kernels of a GPU read all chunks in place; "cuda" is the current one."""
+        """Returns True if the kernels of a GPU read all chunks in place; "cuda" is the current
+        one.
+        """
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         return dispatch.backend_for(device) == "triton" and self.kinds <= {str(device), "pinned"}
 
 
 def kind_of(chunk: Tensor) -> str:
-    """Return where a chunk lies, as ``ChunkTable.kinds`` says it."""
+    """Returns the kind of memory of a chunk, as ``ChunkTable.kinds`` names it."""
     return "pinned" if chunk.is_pinned() else str(chunk.device)
 
 
 def reference(
     table: ChunkTable, indices: Tensor, offset: int, width: int, device: torch.device = CPU
 ) -> Tensor:
-    """The formula chunk by chunk in plain PyTorch; chunks may lie on any devices."""
+    """Returns the formula chunk by chunk in plain PyTorch; chunks may lie on any devices."""
     out = torch.empty(len(indices), width, dtype=torch.uint8, device=device)
     numbers = indices // table.chunk_rows
     for number in numbers.unique().tolist():
@@ -91,7 +93,7 @@ def reference(
 
 @triton.jit
 def chunk_rows_kernel(addresses, indices, out, chunk_rows, stride, words, BLOCK: tl.constexpr):
-    """BLOCK words of one row a program; a word is the element type of ``out``."""
+    """Copies BLOCK words of one row a program; a word is the element type of ``out``."""
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     index = tl.load(indices + row)
@@ -102,7 +104,9 @@ def chunk_rows_kernel(addresses, indices, out, chunk_rows, stride, words, BLOCK:
 def launch(
     table: ChunkTable, indices: Tensor, offset: int, width: int, device: torch.device
 ) -> Tensor:
-    """The rows by the Triton kernel, on a device that reads all chunks: (B, width) uint8."""
+    """Returns the rows by the Triton kernel, on a device that reads all chunks: (B, width)
+    uint8.
+    """
     word = 4 if width % 4 == offset % 4 == table.stride % 4 == 0 else 1
     out = torch.empty(len(indices), width, dtype=torch.uint8, device=device)
     words = width // word
@@ -153,7 +157,7 @@ def _native(
 
 
 def check_indices(indices: Tensor, total: int) -> None:
-    """Raise ``IndexError`` unless all of ``indices`` lie in [0, total)."""
+    """Raises ``IndexError`` unless all of ``indices`` lie in [0, total)."""
     if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= total):
         found = f"{int(indices.min())}..{int(indices.max())}"
         raise IndexError(f"indices reach {found}, the table holds {total} samples")
@@ -170,7 +174,7 @@ def take_rows(
     out: Tensor | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """Bytes ``offset`` to ``offset + width`` of the rows at ``indices``.
+    """Returns bytes ``offset`` to ``offset + width`` of the rows at ``indices``.
 
     Args:
         table: the chunks, on any devices.

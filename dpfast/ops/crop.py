@@ -55,7 +55,7 @@ class StoredImages(NamedTuple):
 
     @classmethod
     def of(cls, images: Tensor) -> StoredImages:
-        """Return (B, C, H, W) images as a table of one chunk, without a copy if contiguous."""
+        """Returns (B, C, H, W) images as a table of one chunk, without a copy if contiguous."""
         count, *shape = images.shape
         rows = images.contiguous().view(torch.uint8).flatten()
         stride = math.prod(shape) * images.dtype.itemsize
@@ -63,13 +63,13 @@ class StoredImages(NamedTuple):
         return cls(table, count, shape, images.dtype)
 
     def take(self, indices: Tensor, device: torch.device) -> Tensor:
-        """Return copies of the images at ``indices``, (B, C, H, W) on ``device``."""
+        """Returns copies of the images at ``indices``, (B, C, H, W) on ``device``."""
         rows = take_rows(self.table, indices, self.total, device=device)
         return rows.view(self.dtype).view(len(indices), *self.shape)
 
 
 class Transform(NamedTuple):
-    """What becomes of an image: its box (None: all of it), a mirror, the size, the affine map.
+    """The transform of an image: its box (None: all of it), a mirror, the size, the affine map.
 
     boxes: (B, 4) float32 on the CPU. flip: (B,) bool. scale, bias: (C,) float32, byte * scale +
     bias. flip, scale and bias lie on the device of the batch.
@@ -83,7 +83,7 @@ class Transform(NamedTuple):
 
 
 def axis_weights(start: Tensor, length: Tensor, inputs: int, outputs: int) -> Tensor:
-    """R_b of boxes [start, start + length), both (B,), over an axis: (B, outputs, inputs)
+    """Returns R_b of boxes [start, start + length), both (B,), over an axis: (B, outputs, inputs)
     float32.
     """
     step = length.double() / outputs
@@ -105,7 +105,7 @@ def axis_weights(start: Tensor, length: Tensor, inputs: int, outputs: int) -> Te
 def resample(
     images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None
 ) -> Tensor:
-    """R_b image C_b^T in plain PyTorch: (B, C, H, W) floating point to (B, C, *size).
+    """Returns R_b image C_b^T in plain PyTorch: (B, C, H, W) floating point to (B, C, *size).
 
     boxes: (B, 4) float32 of (top, left, height, width) in pixels, on the CPU; flip: (B,) bool
     on the images' device.
@@ -118,7 +118,7 @@ def resample(
 
 
 def reference(images: Tensor, transform: Transform) -> Tensor:
-    """The formula in plain PyTorch: (B, C, H, W) of any dtype to (B, C, *size) float32."""
+    """Returns the formula in plain PyTorch: (B, C, H, W) of any dtype to (B, C, *size) float32."""
     boxes, flip, size, scale, bias = transform
     batch = images.float() * scale[:, None, None] + bias[:, None, None]
     if boxes is not None:
@@ -135,7 +135,7 @@ def reference(images: Tensor, transform: Transform) -> Tensor:
 
 @triton.jit
 def _axis(start, length, output, OUTPUTS: tl.constexpr):
-    """Centre and reach of the triangle of an output, and the first input that it covers."""
+    """Returns centre and reach of the triangle of an output, and the first input that it covers."""
     step = length / OUTPUTS
     reach = tl.maximum(step, 1.0)
     centre = start + (output.to(tl.float32) + 0.5) * step - 0.5
@@ -144,7 +144,9 @@ def _axis(start, length, output, OUTPUTS: tl.constexpr):
 
 @triton.jit
 def _tap(first, tap, centre, reach, INPUTS: tl.constexpr):
-    """The weight of one covered input, and its place; inputs beyond the image repeat its border."""
+    """Returns the weight of one covered input, and its place; inputs beyond the image repeat its
+    border.
+    """
     place = first + tap
     weight = tl.maximum(1.0 - tl.abs(place - centre) / reach, 0.0)
     return weight, tl.minimum(tl.maximum(place, 0.0), INPUTS - 1.0).to(tl.int32)
@@ -172,8 +174,8 @@ def crop_kernel(
     ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK pixels of one image a program, all channels. ELEMENT is the type of the images, stride
-    in bytes.
+    """Writes BLOCK pixels of one image a program, all channels. ELEMENT is the type of the images,
+    stride in bytes.
     """
     image = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -208,8 +210,8 @@ def crop_kernel(
 
 
 def taps(lengths: Tensor, outputs: int) -> int:
-    """The most inputs that one of ``outputs`` triangles covers over an axis of boxes of ``lengths``
-    (B,), on the CPU.
+    """Returns the most inputs that one of ``outputs`` triangles covers over an axis of boxes of
+    ``lengths`` (B,), on the CPU.
 
     Rounded up to a power of two: each number is a kernel of its own.
     """
@@ -292,7 +294,9 @@ def _native(
 
 
 def _has_kernel(dtype: torch.dtype, boxes: Tensor | None, device: torch.device) -> bool:
-    """Whether a kernel makes such a batch: the native one takes bytes, Triton's takes boxes."""
+    """Returns True if a kernel makes such a batch: the native one takes bytes, Triton's takes
+    boxes.
+    """
     backend = dispatch.backend_for(device)
     if backend == "native":
         return dtype == torch.uint8
@@ -300,7 +304,7 @@ def _has_kernel(dtype: torch.dtype, boxes: Tensor | None, device: torch.device) 
 
 
 def _in_place(images: StoredImages, boxes: Tensor | None, device: torch.device) -> bool:
-    """Whether that kernel reads the images where they are stored."""
+    """Returns True if that kernel reads the images where they are stored."""
     if dispatch.backend_for(device) == "native":
         return images.dtype == torch.uint8 and images.table.on_host
     return boxes is not None and images.table.read_by(device)
@@ -309,7 +313,9 @@ def _in_place(images: StoredImages, boxes: Tensor | None, device: torch.device) 
 def _checked_size(
     shape: Sequence[int], flip: Tensor | None, boxes: Tensor | None, size: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """The (height, width) of a batch out of images (B, C, H, W), and whether it can be made."""
+    """Returns the (height, width) of a batch out of images (B, C, H, W), and whether it can be
+    made.
+    """
     count, _, height, width = shape
     if flip is not None:
         check.shaped("flip", check.tensor("flip", flip, (torch.bool,)), (count,))
@@ -339,7 +345,7 @@ def crop_batch(
     out: Tensor | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """Images, or boxes of them, as a normalised batch.
+    """Returns images, or boxes of them, as a normalised batch.
 
     Args:
         images: (B, C, H, W) uint8 or floats in [0, 255]; or stored ones, of which ``indices`` are

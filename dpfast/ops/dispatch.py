@@ -49,7 +49,7 @@ CPU = torch.device("cpu")
 
 @functools.cache
 def native() -> ModuleType | None:
-    """The compiled extension, or None (after one warning) where it was not built."""
+    """Returns the compiled extension, or None (after one warning) where it was not built."""
     try:
         return importlib.import_module("dpfast._native")
     except ImportError as error:
@@ -64,7 +64,7 @@ def native() -> ModuleType | None:
 
 
 def native_module() -> ModuleType:
-    """The compiled extension, where `backend_for` has chosen it."""
+    """Returns the compiled extension, where `backend_for` has chosen it."""
     module = native()
     assert module is not None
     return module
@@ -72,12 +72,12 @@ def native_module() -> ModuleType:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
+    """Returns True if Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 def backend_of(operation: str, device: torch.device | str) -> Backend:
-    """The backend that `operation`, one of OPERATIONS, uses for tensors on `device`.
+    """Returns the backend that `operation`, one of OPERATIONS, uses for tensors on `device`.
 
     Raises `InputError` for an unknown operation or `DPFAST_BACKEND`, `RuntimeError` where a forced
     backend cannot run.
@@ -94,7 +94,7 @@ backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backend_for(device: torch.device) -> Backend:
-    """`backend_of` for an operation that has all kernels: they share the rule."""
+    """Returns `backend_of` for an operation that has all kernels: they share the rule."""
     return _choose(device, FORCED)
 
 
@@ -121,8 +121,8 @@ def _choose(device: torch.device, forced: str) -> Backend:
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through the registered torch operation, because something looks at the
-    tensors' graph.
+    """Returns True if a call must go through the registered torch operation, because something
+    looks at the tensors' graph.
 
     Otherwise the kernel is called directly: the registered operation costs tens of microseconds a
     call.
@@ -142,7 +142,7 @@ def traced(*tensors: Tensor | None) -> bool:
 
 
 def has_kernels(operation: str, tensor: Tensor) -> bool:
-    """Whether the Triton kernels of `operation`, which has no others, run for a tensor.
+    """Returns True if the Triton kernels of `operation`, which has no others, run for a tensor.
 
     The meta device has no kernels, but counters look there for what a GPU would run.
     """
@@ -152,25 +152,27 @@ def has_kernels(operation: str, tensor: Tensor) -> bool:
 
 
 def in_graph(*tensors: Tensor | None) -> bool:
-    """`traced`, or on the meta device, where every call is looked at."""
+    """Returns `traced`, or on the meta device, where every call is looked at."""
     return any(t is not None and t.is_meta for t in tensors) or traced(*tensors)
 
 
 def address(tensor: Tensor | None) -> int:
-    """The address of a tensor's first element for the native kernels, 0 for None."""
+    """Returns the address of a tensor's first element for the native kernels, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor in contiguous memory, None for None. Its caller keeps it until it was read."""
+    """Returns the tensor in contiguous memory, None for None. Its caller keeps it until it was
+    read.
+    """
     return None if tensor is None else tensor.contiguous()
 
 
 def integer_or_tensor(value: int | Tensor) -> tuple[int, Tensor | None]:
-    """A number or a device scalar as the pair that a registered operation takes."""
+    """Returns a number or a device scalar as the pair that a registered operation takes."""
     return (0, value) if isinstance(value, Tensor) else (value, None)
 
 
 def number_or_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
-    """A number or a tensor of numbers as the pair that a registered operation takes."""
+    """Returns a number or a tensor of numbers as the pair that a registered operation takes."""
     return (0.0, value) if isinstance(value, Tensor) else (value, None)

@@ -28,7 +28,7 @@ CHUNK = 4096
 
 
 def reference(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch: fp32 elements and fp64 sums (all fp64 for fp64 logits).
+    """Returns the formula in plain PyTorch: fp32 elements and fp64 sums (all fp64 for fp64 logits).
 
     With d = (z - max z) / T, S = sum e^d and W = sum d e^d, H = log S - W / S: no term is negative,
     so nothing cancels.
@@ -46,8 +46,8 @@ def reference(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _exponential(z, top, inverse_temperature):
-    """d = (z - top) / T, never below FLOOR, and e^d. Comparisons, not maxima: they let a NaN
-    through.
+    """Returns d = (z - top) / T, never below FLOOR, and e^d. Comparisons, not maxima: they let a
+    NaN through.
     """
     d = (z - top) * inverse_temperature
     d = tl.where(d < FLOOR, FLOOR, d)
@@ -68,8 +68,8 @@ def rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS whole rows a program. The row stride comes in units of UNIT, which tells the compiler
-    its alignment.
+    """Reads ROWS whole rows a program. The row stride comes in units of UNIT, which tells the
+    compiler its alignment.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -102,7 +102,7 @@ def online_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program, too long for registers: running sums, and a second read for the
+    """Reads one row a program, too long for registers: running sums, and a second read for the
     gradient.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -135,7 +135,9 @@ def online_kernel(
 
 
 def settings(classes: int) -> tuple[int, int, int]:
-    """Rows and columns of a program and its warps; the audit shows that none of them spills."""
+    """Returns rows and columns of a program and its warps; the audit shows that none of them
+    spills.
+    """
     block = next_power(classes)
     if classes > ONE_BLOCK:
         return 1, CHUNK, 8
@@ -180,8 +182,8 @@ def _gradient_like(logits: Tensor) -> Tensor:
 
 
 def _run(logits: Tensor, temperature: float, dlogits: Tensor | None) -> Tensor:
-    """The entropy, by the backend of the device; the gradient goes to `dlogits`, contiguous, where
-    one is given.
+    """Returns the entropy, by the backend of the device; the gradient goes to `dlogits`,
+    contiguous, where one is given.
     """
     backend = dispatch.backend_for(logits.device)
     if backend == "reference":
@@ -214,7 +216,7 @@ def _run(logits: Tensor, temperature: float, dlogits: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("dpfast::entropy", mutates_args=())
 def _operation(logits: Tensor, temperature: float, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Entropy, and the gradient or an empty tensor."""
+    """Returns entropy, and the gradient or an empty tensor."""
     if not gradient:
         return _run(logits, temperature, None), logits.new_empty(0)
     dlogits = _gradient_like(logits)
@@ -283,7 +285,7 @@ def _check_arguments(logits: Tensor, temperature: float) -> float:
 def entropy_and_grad(
     logits: Tensor, *, temperature: float = 1.0, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Entropy in nats of softmax(logits / temperature) and its gradient with respect to the logits.
+    """Returns the entropy in nats of softmax(logits / temperature) and its gradient.
 
     Args:
         logits: (B, K) fp32, fp16 or bf16; rows may be strided, -inf marks an impossible class.
@@ -313,9 +315,7 @@ def entropy_and_grad(
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature): the first output of `entropy_and_grad`
-    alone, (B,) fp32.
-    """
+    """Returns the entropy in nats of softmax(logits / temperature), (B,) fp32."""
     temperature = _check_arguments(logits, temperature)
     if dispatch.traced(logits):
         return _Differentiable.apply(logits, temperature, False)[0]

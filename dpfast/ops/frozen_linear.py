@@ -26,7 +26,7 @@ from dpfast.ops import check
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """The formula in plain PyTorch."""
+    """Returns the formula in plain PyTorch."""
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
 
@@ -49,7 +49,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
 
 @register_flop_formula(torch.ops.dpfast.frozen_linear)
 def _flops(x: Any, weight: Any, bias: Any, gelu: bool, **_: Any) -> int:
-    """The FLOPs of shapes: counters see the operation, and not what it calls."""
+    """Returns the FLOPs of shapes: counters see the operation, and not what it calls."""
     return 2 * math.prod(x) * weight[0]
 
 
@@ -77,7 +77,7 @@ class _Differentiable(torch.autograd.Function):
 def frozen_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False
 ) -> Tensor:
-    """A linear layer with weights that never change, and the tanh form of GELU behind it.
+    """Returns a linear layer with weights that never change, and the tanh form of GELU behind it.
 
     Args:
         x: (..., in) fp32 on a CPU.

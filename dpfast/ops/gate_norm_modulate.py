@@ -1,5 +1,5 @@
-"""What lies between two branches of a transformer's block: the end of one, a gated residual, and
-the beginning of the next, a LayerNorm with a modulation.
+"""The operations between two branches of a transformer's block: the end of one, a gated residual,
+and the beginning of the next, a LayerNorm with a modulation.
 
     u = x + g h                                     the stream; without a branch h it is x itself
     n = (u + o - mean) / sqrt(var + eps)            o: biases that the stream still lacks
@@ -47,7 +47,7 @@ def reference(
     shift: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch, rounded where its operations round."""
+    """Returns the formula in plain PyTorch, rounded where its operations round."""
     if branch is not None:
         x = x + (branch if gate is None else gate[:, None] * branch)
     moved = x if offset is None else (x + offset).to(x.dtype)
@@ -59,13 +59,13 @@ def reference(
 
 @triton.jit
 def _vector(source, at, real):
-    """A row of numbers in fp32."""
+    """Returns a row of numbers in fp32."""
     return tl.load(source + at, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _normed(u, offset, column, real, eps, D: tl.constexpr):
-    """n of a row, and 1 / sqrt(var + eps)."""
+    """Returns n of a row, and 1 / sqrt(var + eps)."""
     if offset is not None:
         u += _vector(offset, column, real)
     centered = tl.where(real, u - tl.sum(u, axis=0) / D, 0.0)
@@ -92,8 +92,8 @@ def gate_norm_modulate_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """u and y of one row, y in float8 where there are scales to write; stride: from a sample's
-    gate, scale and shift to the next one's.
+    """Writes u and y of one row, y in float8 where there are scales to write; stride: from a
+    sample's gate, scale and shift to the next one's.
     """
     row = tl.program_id(0).to(tl.int64)
     sample = row // tokens
@@ -141,7 +141,7 @@ def backward_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dx and, where there is a gate, dh of one row."""
+    """Writes dx and, where there is a gate, dh of one row."""
     row = tl.program_id(0).to(tl.int64)
     sample = row // tokens
     column = tl.arange(0, BLOCK)
@@ -163,15 +163,15 @@ def backward_kernel(
 
 
 def settings(channels: int, backward: bool = False) -> tuple[int, int]:
-    """Lanes and warps of a row: 16 channels a thread, of the backward pass 8, which holds more of
-    each.
+    """Returns lanes and warps of a row: 16 channels a thread, of the backward pass 8, which holds
+    more of each.
     """
     block = next_power(channels)
     return block, min(max(1, block // (256 if backward else 512)), 16)
 
 
 def _strided(*rows: Tensor | None) -> tuple[int, tuple[Tensor | None, ...]]:
-    """The one distance from sample to sample of rows (B, D), copied where theirs differ."""
+    """Returns the one distance from sample to sample of rows (B, D), copied where theirs differ."""
     given = [row for row in rows if row is not None]
     strides = {row.stride(0) for row in given}
     if len(strides) > 1 or any(row.stride(1) != 1 for row in given):
@@ -192,7 +192,7 @@ def _forward(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The stream, empty where there is no branch or it is not to be kept, and y."""
+    """Returns the stream, empty where there is no branch or it is not to be kept, and y."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     given = (x, branch, gate, offset, weight, bias, scale, shift)
     return _launch(*given, eps, keep, out, None), out
@@ -207,7 +207,7 @@ def _quantised(
     eps: float,
     values_dtype: torch.dtype = FLOAT8,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The stream, empty where there is no branch, and y as values and scales.
+    """Returns the stream, empty where there is no branch, and y as values and scales.
 
     values_dtype: float8, or for tests fp32: what is rounded to it.
     """
@@ -270,7 +270,7 @@ def _backward(
     scale: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dh, the latter empty where there is no gate: it is dx then."""
+    """Returns dx and dh, the latter empty where there is no gate: it is dx then."""
     u, dy, dstream = u.contiguous(), dy.contiguous(), dispatch.contiguous(dstream)
     stride, (gate, scale) = _strided(gate, scale)
     dx = torch.empty_like(u)
@@ -348,12 +348,16 @@ def _(
 
 
 def bytes_moved(elements: int, itemsize: int, *, branch: bool, keep: bool = True) -> int:
-    """What a forward launch reads and writes, but for rows of a sample and vectors."""
+    """Returns the bytes that a forward launch reads and writes, but for rows of a sample and
+    vectors.
+    """
     return (2 + branch + (branch and keep)) * elements * itemsize
 
 
 def backward_bytes_moved(elements: int, itemsize: int, *, stream: bool, gate: bool) -> int:
-    """What a backward launch reads and writes, but for rows of a sample and vectors."""
+    """Returns the bytes that a backward launch reads and writes, but for rows of a sample and
+    vectors.
+    """
     return (3 + stream + gate) * elements * itemsize
 
 
@@ -433,7 +437,7 @@ def gate_norm_modulate(
     eps: float = 1e-5,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """A gated residual, the LayerNorm of the result and its modulation.
+    """Returns a gated residual, the LayerNorm of the result and its modulation.
 
     Args:
         x: (B, T, D) fp32, fp16 or bf16: the stream.
@@ -483,7 +487,8 @@ def gate_norm_quantise(
     shift: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Quantised]:
-    """``gate_norm_modulate`` of a step without a tape, with y in float8 and one factor a token.
+    """Returns ``gate_norm_modulate`` of a step without a tape, with y in float8 and one factor a
+    token.
 
     Args:
         x, branch: as there, in fp32, fp16 or bf16.
@@ -516,7 +521,7 @@ def _checked(
     shift: Tensor | None,
     eps: float,
 ) -> tuple[Tensor | None, ...]:
-    """gate, scale and shift as constants."""
+    """Returns gate, scale and shift as constants."""
     check.tensor("x", x, (*check.FLOATS, torch.float64))
     if x.dim() != 3 or x.shape[2] == 0:
         raise InputError(f"x has shape {tuple(x.shape)}, expected (B, T, D)")

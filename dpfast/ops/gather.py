@@ -27,8 +27,8 @@ WARPS = 4  # of a program
 
 
 class Request(NamedTuple):
-    """What a batch is made of; `scale` and `bias` are one fp32 number for each channel: byte *
-    scale + bias.
+    """The parts that a batch is made of; `scale` and `bias` are one fp32 number for each channel:
+    byte * scale + bias.
     """
 
     store: Tensor
@@ -39,7 +39,7 @@ class Request(NamedTuple):
 
 
 def reference(request: Request) -> Tensor:
-    """The formula in plain PyTorch: a contiguous fp32 batch."""
+    """Returns the formula in plain PyTorch: a contiguous fp32 batch."""
     rows = request.store.index_select(0, request.indices).float()
     if request.flip is not None:
         rows = torch.where(request.flip[:, None, None, None], rows.flip(3), rows)
@@ -65,8 +65,8 @@ def gather_kernel(
     PLANES: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """PIXELS output pixels a program, of one plane or, in channels_last order, of all (PLANES, a
-    power of two).
+    """Writes PIXELS output pixels a program, of one plane or, in channels_last order, of all
+    (PLANES, a power of two).
 
     Bytes arrive in groups of GROUP, a divisor of the width, and so does a mirror image: the groups
     of a line are read in reverse order, and the bytes of a group are reversed on the chip, where
@@ -116,8 +116,8 @@ def gather_kernel(
 
 
 def settings(channels: int, height: int, width: int, channels_last: bool) -> tuple[int, int, int]:
-    """Bytes of a group, planes and pixels of a program, which loads 16 bytes a thread where there
-    are as many.
+    """Returns bytes of a group, planes and pixels of a program, which loads 16 bytes a thread where
+    there are as many.
     """
     group = math.gcd(width, 16)
     planes = next_power(channels) if channels_last else 1
@@ -233,7 +233,7 @@ def constants(
     channels: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The scale and bias of each channel, in fp32 after fp64 arithmetic: (C,) each."""
+    """Returns the scale and bias of each channel, in fp32 after fp64 arithmetic: (C,) each."""
     if isinstance(mean, Tensor) or isinstance(std, Tensor) or dispatch.traced():
         return _affine(
             _vector("mean", mean, channels, device), _vector("std", std, channels, device)
@@ -286,7 +286,7 @@ def gather_batch(
     channels_last: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Rows of a uint8 image store as a normalised batch.
+    """Gathers rows of a uint8 image store as a normalised batch.
 
     Args:
         store: (N, C, H, W) uint8; each row contiguous.

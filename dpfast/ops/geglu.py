@@ -29,14 +29,14 @@ FORWARD, BACKWARD = 2048, 1024  # elements of y in a program
 
 
 def reference(x: Tensor) -> Tensor:
-    """The formula in plain PyTorch, rounded where its operations round."""
+    """Returns the formula in plain PyTorch, rounded where its operations round."""
     a, gate = x.chunk(2, dim=-1)
     return a * F.gelu(gate)
 
 
 @triton.jit
 def _place(C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows and the columns of y that a program works on."""
+    """Returns the rows and the columns of y that a program works on."""
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     row = (program // BLOCKS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -45,7 +45,7 @@ def _place(C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def geglu_kernel(x, out, rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """y of ROWS x BLOCK elements."""
+    """Writes y of ROWS x BLOCK elements."""
     row, column = _place(C, ROWS, BLOCK)
     inside = (row < rows) & (column < C)
     source = x + row * 2 * C + column
@@ -59,7 +59,7 @@ def geglu_kernel(x, out, rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.co
 def geglu_backward_kernel(
     x, dy, dx, rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """da and dg of ROWS x BLOCK elements of y."""
+    """Writes da and dg of ROWS x BLOCK elements of y."""
     row, column = _place(C, ROWS, BLOCK)
     inside = (row < rows) & (column < C)
     source = x + row * 2 * C + column
@@ -75,8 +75,8 @@ def geglu_backward_kernel(
 
 
 def settings(channels: int, backward: bool = False) -> tuple[int, int]:
-    """Rows and columns of a program: columns that divide C where 64 or more do, so that no lane
-    idles.
+    """Returns rows and columns of a program: columns that divide C where 64 or more do, so that no
+    lane idles.
     """
     elements = BACKWARD if backward else FORWARD
     divisor = channels & -channels
@@ -85,7 +85,7 @@ def settings(channels: int, backward: bool = False) -> tuple[int, int]:
 
 
 def bytes_moved(elements: int, itemsize: int, *, backward: bool = False) -> int:
-    """What the launch for so many elements of y reads and writes."""
+    """Returns the bytes that the launch for so many elements of y reads and writes."""
     return (5 if backward else 3) * elements * itemsize
 
 
@@ -158,7 +158,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def geglu(x: Tensor) -> Tensor:
-    """One half of the channels times the GELU of the other.
+    """Returns one half of the channels times the GELU of the other.
 
     Args:
         x: (..., 2 C) fp32, fp16 or bf16, the gates last; other than contiguous it is copied.

@@ -63,7 +63,7 @@ def reference(
     shift: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    """The formula in plain PyTorch, rounded where its operations round."""
+    """Returns the formula in plain PyTorch, rounded where its operations round."""
     x = torch.cat(x, dim=1) if isinstance(x, tuple) else x
     if shift is not None:
         x = x + shift.to(x.dtype).reshape(-1, x.shape[1], *[1] * (x.dim() - 2))
@@ -83,8 +83,8 @@ def _place(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a program works on: one of the two tensors, its channels, where they begin in the
-    concatenation; the program's channels, sample, part of the rows, and where that begins.
+    """Returns what a program works on: one of the two tensors, its channels, where they begin in
+    the concatenation; the program's channels, sample, part of the rows, and where that begins.
     """
     FIRST: tl.constexpr = (C1 + BLOCK - 1) // BLOCK
     BLOCKS: tl.constexpr = FIRST + (C2 + BLOCK - 1) // BLOCK
@@ -117,7 +117,9 @@ def _at(chunk, stride, channel, ROWS: tl.constexpr):
 
 @triton.jit
 def _load(base, stride, left, channel, width, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
-    """All chunks of a program, before it works on the first: as many accesses are in flight."""
+    """Loads all chunks of a program before it works on the first: as many accesses are in
+    flight.
+    """
     chunks = ()
     for i in tl.static_range(CHUNKS):
         inside = _inside(i, left, channel, width, ROWS)
@@ -127,14 +129,14 @@ def _load(base, stride, left, channel, width, ROWS: tl.constexpr, CHUNKS: tl.con
 
 @triton.jit
 def _pair(table, sample, column, inside, C: tl.constexpr):
-    """The two rows of a (B, 2, C) table."""
+    """Returns the two rows of a (B, 2, C) table."""
     at = table + sample * 2 * C + column
     return tl.load(at, mask=inside, other=0.0), tl.load(at + C, mask=inside, other=0.0)
 
 
 @triton.jit
 def _slope(z, dy, SILU: tl.constexpr):
-    """dz of dy."""
+    """Returns dz of dy."""
     if SILU:
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
         dy = dy * sigmoid * (1.0 + z * (1.0 - sigmoid))
@@ -154,8 +156,8 @@ def moments_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Means and squares around them (B, parts, 2, C) of ROWS * CHUNKS rows, which a program holds
-    while it goes over them twice: nothing cancels.
+    """Writes means and squares around them (B, parts, 2, C) of ROWS * CHUNKS rows, which a program
+    holds while it goes over them twice: nothing cancels.
     """
     SPAN: tl.constexpr = ROWS * CHUNKS
     source, width, start, channel, sample, part, row = _place(
@@ -195,7 +197,8 @@ def coefficients_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """a and c (B, 2, C), mean and 1 / sqrt(var + eps) (B, 2, groups) of a group of GROUP channels.
+    """Writes a and c (B, 2, C), mean and 1 / sqrt(var + eps) (B, 2, groups) of a group of GROUP
+    channels.
 
     PARTS: how many parts are read at a time.
     """
@@ -257,7 +260,7 @@ def apply_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y of ROWS * CHUNKS rows, the last ones first."""
+    """Writes y of ROWS * CHUNKS rows, the last ones first."""
     C: tl.constexpr = C1 + C2
     SPAN: tl.constexpr = ROWS * CHUNKS
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -293,7 +296,7 @@ def backward_sums_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sums (B, parts, 2, C) of dz and dz (z - b) over ROWS * CHUNKS rows."""
+    """Writes the sums (B, parts, 2, C) of dz and dz (z - b) over ROWS * CHUNKS rows."""
     C: tl.constexpr = C1 + C2
     SPAN: tl.constexpr = ROWS * CHUNKS
     source, width, start, channel, sample, part, row = _place(
@@ -335,7 +338,9 @@ def backward_coefficients_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """k and l (B, 2, C) of a group of GROUP channels; PARTS: how many parts are read at a time."""
+    """Writes k and l (B, 2, C) of a group of GROUP channels; PARTS: how many parts are read at a
+    time.
+    """
     GROUPS: tl.constexpr = C // GROUP
     group = tl.program_id(0) % GROUPS
     sample = (tl.program_id(0) // GROUPS).to(tl.int64)
@@ -387,7 +392,7 @@ def backward_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dx of ROWS * CHUNKS rows, the last ones first; `gradients` are k and l (B, 2, C)."""
+    """Writes dx of ROWS * CHUNKS rows, the last ones first; `gradients` are k and l (B, 2, C)."""
     C: tl.constexpr = C1 + C2
     SPAN: tl.constexpr = ROWS * CHUNKS
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -415,7 +420,8 @@ def backward_kernel(
 
 
 def settings(channels: int, pixels: int, itemsize: int, backward: bool) -> tuple[int, int, int]:
-    """Rows of a chunk, chunks and channels of a program: a thread takes 16 bytes of each chunk.
+    """Returns rows of a chunk, chunks and channels of a program: a thread takes 16 bytes of each
+    chunk.
 
     channels: of the wider of two sources. A sample's sums are parted by its own size alone, so its
     bits depend on no other's. The audit shows that no setting spills.
@@ -427,7 +433,9 @@ def settings(channels: int, pixels: int, itemsize: int, backward: bool) -> tuple
 
 
 def group_settings(group: int, parts: int) -> tuple[int, int]:
-    """Parts that the launch in the middle reads at a time, and the lanes of a group's channels."""
+    """Returns parts that the launch in the middle reads at a time, and the lanes of a group's
+    channels.
+    """
     block = next_power(group)
     return min(next_power(parts), max(1, 1024 // block)), block
 
@@ -441,7 +449,8 @@ def bytes_moved(
     backward: bool = False,
     more: bool = False,
 ) -> tuple[int, int, int]:
-    """What each of the three launches reads and writes, but for vectors of a channel or a group.
+    """Returns the bytes that each of the three launches reads and writes, but for vectors of a
+    channel or a group.
 
     channels: of each source. more: whether a gradient reaches the sources from elsewhere.
     """
@@ -456,7 +465,7 @@ def bytes_moved(
 
 
 class _Cut(NamedTuple):
-    """How the launches of a pass are cut into programs."""
+    """The cut of a pass's launches into programs."""
 
     pixels: int
     parts: int
@@ -475,7 +484,7 @@ class _Cut(NamedTuple):
         return cls(pixels, parts, c1, c2, (rows, chunks, block), (len(first) * parts * blocks,))
 
     def single(self) -> _Cut:
-        """The same in programs of one chunk."""
+        """Returns the same in programs of one chunk."""
         rows, _, block = self.tile
         parts = -(-self.pixels // rows)
         programs = self.programs[0] // self.parts * parts
@@ -487,8 +496,8 @@ class _Cut(NamedTuple):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as a kernel reads it: in NHWC from a multiple of 16 bytes on. From elsewhere the compiler
-    would read narrower, and add up in another order.
+    """Returns x as a kernel reads it: in NHWC from a multiple of 16 bytes on. From elsewhere the
+    compiler would read narrower, and add up in another order.
     """
     x = nhwc(x)
     return x if x.data_ptr() % WIDE == 0 else x.clone()
@@ -508,7 +517,9 @@ def _forward(
     shift: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the coefficients a and c (B, 2, C), and mean and 1 / sqrt(var + eps) (B, 2, groups)."""
+    """Returns y, the coefficients a and c (B, 2, C), and mean and 1 / sqrt(var + eps) (B, 2,
+    groups).
+    """
     first, second = _rows(first), None if second is None else _rows(second)
     weight, bias, shift = map(dispatch.contiguous, (weight, bias, shift))
     cut = _Cut.of(first, second, backward=False)
@@ -555,8 +566,8 @@ def _backward(
     vfirst: Tensor | None = None,
     vsecond: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of both sources, the second one empty where there is none; with those that
-    reach them from elsewhere.
+    """Returns the gradients of both sources, the second one empty where there is none; with those
+    that reach them from elsewhere.
     """
     dy, first, second = _rows(dy), _rows(first), None if second is None else _rows(second)
     vfirst, vsecond = (None if v is None else _rows(v) for v in (vfirst, vsecond))
@@ -593,7 +604,7 @@ def _backward(
 
 
 def _stride(shift: Tensor | None) -> int:
-    """How far the shift of a sample is from that of the next."""
+    """Returns the distance from the shift of a sample to that of the next."""
     return shift.shape[1] if shift is not None and shift.dim() == 2 else 0
 
 
@@ -734,7 +745,8 @@ def group_norm(
     shift: Tensor | None = None,
     silu: bool = False,
 ) -> Tensor:
-    """GroupNorm of x, or of two tensors as if they were concatenated, with a SiLU behind it.
+    """Returns the GroupNorm of x, or of two tensors as if they were concatenated, with a SiLU
+    behind it.
 
     Args:
         x: (B, C, H, W), or any (B, C, ...), fp32, fp16 or bf16, best in channels_last memory: the
@@ -771,8 +783,9 @@ def group_norm_and_x(
     shift: Tensor | None = None,
     silu: bool = False,
 ) -> tuple[Tensor, Sources]:
-    """``group_norm``, and x again: who goes on with that, a residual for instance, has the sum of
-    its gradients inside of the kernel. It is x itself, or views of it or of its channels_last copy.
+    """Returns ``group_norm``, and x again: who goes on with that, a residual for instance, has the
+    sum of its gradients inside of the kernel. It is x itself, or views of it or of its
+    channels_last copy.
     """
     sources = x if isinstance(x, tuple) else (x,)
     if isinstance(x, tuple) and len(x) != 2:

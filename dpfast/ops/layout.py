@@ -6,11 +6,13 @@ from torch import Tensor
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """x (B, C, ...) in channels_last memory: itself where it lies there, else a copy."""
+    """Returns x (B, C, ...) in channels_last memory: itself where it lies there, else a copy."""
     rows = x.movedim(1, -1)
     return x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
 
 
 def nhwc_like(x: Tensor, channels: int) -> Tensor:
-    """New channels_last memory (B, channels, ...) for a tensor as x (B, C, ...), in its dtype."""
+    """Returns new channels_last memory (B, channels, ...) for a tensor as x (B, C, ...), in its
+    dtype.
+    """
     return x.new_empty((len(x), *x.shape[2:], channels)).movedim(-1, 1)

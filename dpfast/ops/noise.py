@@ -40,7 +40,8 @@ BLOCK = 1024  # elements of a program
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of broadcastable int64 words in [0, 2^32): four int64 tensors of words.
+    """Computes Philox4x32-10 of broadcastable int64 words in [0, 2^32): four int64 tensors of
+    words.
 
     The product of two words wraps around in int64, which keeps all of its 64 bits.
     """
@@ -57,8 +58,8 @@ def philox(
 def reference_words(
     sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | Tensor
 ) -> Tensor:
-    """The words of `elements` elements for each sample: (B, ceil(elements / 4), 4) int64 in [0,
-    2^32).
+    """Returns the words of `elements` elements for each sample: (B, ceil(elements / 4), 4) int64 in
+    [0, 2^32).
     """
     device = sample_ids.device
     # int64 holds a seed's bits as two's complement, so seeds from 2^63 to 2^64 - 1 fold to the
@@ -79,7 +80,7 @@ def reference_words(
 def reference(
     sample_ids: Tensor, shape: tuple[int, ...], seed: int | Tensor, stream: int | Tensor
 ) -> Tensor:
-    """The formula in plain PyTorch, with Box-Muller in fp64: (B, *shape) fp32."""
+    """Returns the formula in plain PyTorch, with Box-Muller in fp64: (B, *shape) fp32."""
     elements = math.prod(shape)
     words = reference_words(sample_ids, elements, seed, stream)
     u = words[..., 0::2].float() * 2.0**-32 + 2.0**-33
@@ -91,14 +92,14 @@ def reference(
 
 
 def signed(seed: int) -> int:
-    """The int64 with the bits of a 64-bit seed."""
+    """Returns the int64 with the bits of a 64-bit seed."""
     return (seed + 2**63) % 2**64 - 2**63
 
 
 @triton.jit
 def philox_words(sample, block, seed, stream):
-    """The four words of each counter, as `philox`: `block` is a tensor of block indices, the rest
-    are int64 scalars.
+    """Returns the four words of each counter, as `philox`: `block` is a tensor of block indices,
+    the rest are int64 scalars.
     """
     c0 = (sample & 0xFFFFFFFF).to(tl.uint32) + block * 0
     c1 = ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32) + block * 0
@@ -119,8 +120,8 @@ def philox_words(sample, block, seed, stream):
 
 @triton.jit
 def _logarithm(u):
-    """log(u) of normal u > 0 to an ulp also next to 1, where the hardware's is not; fits as in
-    csrc/simd.hpp.
+    """Returns log(u) of normal u > 0 to an ulp also next to 1, where the hardware's is not; fits as
+    in csrc/simd.hpp.
     """
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # the mantissa lands in [sqrt(1/2), sqrt(2))
@@ -138,8 +139,8 @@ def _logarithm(u):
 
 @triton.jit
 def _box_muller(word, turn):
-    """Two normals from two words. The library's sine keeps a table in local memory for angles that
-    never occur here.
+    """Returns two normals from two words. The library's sine keeps a table in local memory for
+    angles that never occur here.
     """
     u = word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
     radius = tl.sqrt(-2.0 * _logarithm(u))
@@ -160,15 +161,15 @@ def _box_muller(word, turn):
 
 @triton.jit
 def wide(seed):
-    """A seed as int64. A sum, not a cast: the interpreter keeps a number from 2^31 on in 32 bits
-    and calls it 64.
+    """Returns a seed as int64. A sum, not a cast: the interpreter keeps a number from 2^31 on in 32
+    bits and calls it 64.
     """
     return seed + tl.zeros((), tl.int64)
 
 
 @triton.jit
 def normals(sample, first, seed, stream, BLOCK: tl.constexpr):
-    """BLOCK normals of one sample from element `first` on, a multiple of 4."""
+    """Returns BLOCK normals of one sample from element `first` on, a multiple of 4."""
     block = (first // 4).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
     w0, w1, w2, w3 = philox_words(sample, block, seed, stream)
     z0, z1 = _box_muller(w0, w1)
@@ -188,8 +189,8 @@ def normal_kernel(
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK elements of one sample a program. SEED_AT and STREAM_AT: the argument is a pointer
-    instead of a number.
+    """Writes BLOCK elements of one sample a program. SEED_AT and STREAM_AT: the argument is a
+    pointer instead of a number.
     """
     # One axis of the grid for both: the second one ends at 65,535, which is 2^26 elements of a
     # sample.
@@ -212,8 +213,8 @@ def normal_kernel(
 def launch(
     sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | Tensor, words: bool = False
 ) -> Tensor:
-    """The normals (B, elements), or the words themselves (B, ceil(elements / 4), 4) as int32
-    bits.
+    """Returns the normals (B, elements), or the words themselves (B, ceil(elements / 4), 4) as
+    int32 bits.
     """
     samples = sample_ids.shape[0]
     shape = (samples, (elements + 3) // 4, 4) if words else (samples, elements)
@@ -242,8 +243,8 @@ def launch(
 def _native(
     sample_ids: Tensor, elements: int, seed: int | Tensor, stream: int | Tensor, words: bool = False
 ) -> Tensor:
-    """The normals (B, elements), or the words themselves (B, ceil(elements / 4), 4) as int32
-    bits.
+    """Returns the normals (B, elements), or the words themselves (B, ceil(elements / 4), 4) as
+    int32 bits.
     """
     samples = sample_ids.shape[0]
     blocks = (samples, (elements + 3) // 4, 4)
@@ -270,8 +271,8 @@ def _native(
 
 
 def words(sample_ids: Tensor, elements: int, *, seed: int, stream: int) -> Tensor:
-    """The words behind `normal`: (B, ceil(elements / 4), 4) int64 in [0, 2^32), the same on every
-    backend.
+    """Returns the words behind `normal`: (B, ceil(elements / 4), 4) int64 in [0, 2^32), the same on
+    every backend.
     """
     backend = dispatch.backend_for(sample_ids.device)
     if backend == "triton":
@@ -324,8 +325,8 @@ def _(
 
 
 def check_seed(name: str, seed: int | Tensor, device: torch.device) -> int | Tensor:
-    """A seed or stream: any 64-bit integer, signed or not, or a 0-d integer tensor; integers come
-    back signed.
+    """Returns a seed or stream: any 64-bit integer, signed or not, or a 0-d integer tensor;
+    integers come back signed.
     """
     value = check.integer(name, seed, device)
     if isinstance(value, Tensor):
@@ -338,8 +339,7 @@ def check_seed(name: str, seed: int | Tensor, device: torch.device) -> int | Ten
 def normal(
     sample_ids: Tensor, shape: Sequence[int], *, seed: int | Tensor, stream: int | Tensor
 ) -> Tensor:
-    """Standard normals, one stream of them for each sample id: (B, *shape) fp32 on the device of
-    `sample_ids`.
+    """Draws standard normals, one stream of them for each sample id.
 
     Args:
         sample_ids: (B,) int64; a sample keeps its noise in any batch, order or device.

@@ -36,7 +36,9 @@ LARGEST = 1 << 62
 
 
 def reference(places: Tensor, size: int, *, seed: int, epoch: int, stream: int) -> Tensor:
-    """The formula in plain PyTorch, for any int64 ``places`` in [0, size), on any device."""
+    """Returns the formula in plain PyTorch, for any int64 ``places`` in [0, size), on any
+    device.
+    """
     words = reference_words(torch.tensor([epoch]), ROUNDS, seed, stream)
     keys: list[int] = words.flatten().tolist()
     bits = max((size - 1).bit_length(), SMALLEST_BITS)
@@ -64,7 +66,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def permutation(first: int, count: int, size: int, *, seed: int, epoch: int, stream: int) -> Tensor:
-    """The values at places ``first`` to ``first + count`` of a permutation of [0, size).
+    """Returns the values at places ``first`` to ``first + count`` of a permutation of [0, size).
 
     Args:
         first, count, size: 0 <= first <= first + count <= size <= 2^62.

@@ -32,14 +32,14 @@ SMALLEST = 1e-12  # of max |y|: a row of zeros has a factor, too
 
 
 class Quantised(NamedTuple):
-    """values (..., D) float8_e4m3fn, times scales (..., 1) fp32."""
+    """Rows in float8. values (..., D) float8_e4m3fn, times scales (..., 1) fp32."""
 
     values: Tensor
     scales: Tensor
 
 
 def reference(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch, in fp32 throughout."""
+    """Returns the formula in plain PyTorch, in fp32 throughout."""
     wide = x.float()
     if gelu:
         wide = F.gelu(wide, approximate="tanh")
@@ -58,7 +58,7 @@ def store_row(y, values, scales, row, column, real, D: tl.constexpr):
 
 @triton.jit
 def quantise_kernel(x, values, scales, GELU: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One row."""
+    """Quantises one row a program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     real = column < D
@@ -70,13 +70,15 @@ def quantise_kernel(x, values, scales, GELU: tl.constexpr, D: tl.constexpr, BLOC
 
 
 def settings(channels: int) -> tuple[int, int]:
-    """Lanes and warps of a row: 16 channels a thread, which are 16 bytes of the result."""
+    """Returns lanes and warps of a row: 16 channels a thread, which are 16 bytes of the result."""
     block = next_power(channels)
     return block, min(max(1, block // 512), 16)
 
 
 def _forward(x: Tensor, gelu: bool, values_dtype: torch.dtype = FLOAT8) -> tuple[Tensor, Tensor]:
-    """values_dtype: float8, or for tests fp32: what is rounded to it."""
+    """Returns values and scales of rows. values_dtype: float8, or for tests fp32: what is rounded
+    to it.
+    """
     x = x.contiguous()
     values = torch.empty_like(x, dtype=values_dtype)
     scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
@@ -102,7 +104,7 @@ def _(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
 
 
 def bytes_moved(elements: int, rows: int, itemsize: int) -> int:
-    """What a launch reads and writes."""
+    """Returns the bytes that a launch reads and writes."""
     return elements * (itemsize + 1) + 4 * rows
 
 
@@ -112,7 +114,7 @@ def _traffic(x: Tensor, gelu: bool, *, out: tuple[Tensor, Tensor]) -> tuple[int]
 
 
 def quantise(x: Tensor, *, gelu: bool = False) -> Quantised:
-    """Rows in float8 (e4m3) with one factor each.
+    """Returns rows in float8 (e4m3) with one factor each.
 
     Args:
         x: (..., D) fp32, fp16 or bf16; other than contiguous it is copied.

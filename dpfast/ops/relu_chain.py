@@ -37,14 +37,14 @@ ONE = (1, 1)  # stride, padding and dilation
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    """One step of the formula in plain PyTorch, rounded where its operations round."""
+    """Returns one step of the formula in plain PyTorch, rounded where its operations round."""
     z = F.conv2d(x, weight, bias, padding=1)
     return F.relu(z if residual is None else z + residual)
 
 
 @triton.jit
 def relu_backward_kernel(dy, more, y, dz, elements, BLOCK: tl.constexpr):
-    """dz of BLOCK elements; more: the gradient of y as a residual, or None."""
+    """Writes dz of BLOCK elements; more: the gradient of y as a residual, or None."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     slope = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
@@ -69,13 +69,13 @@ def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
 
 
 def _repeats() -> bool:
-    """Whether bits have to repeat, which PyTorch does not ask of these kernels of cuDNN."""
+    """Returns True if bits have to repeat, which PyTorch does not ask of these kernels of cuDNN."""
     return torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 @functools.cache
 def _has_fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether cuDNN has the fused convolution, asked once with an image of 8x8 pixels."""
+    """Returns True if cuDNN has the fused convolution, asked once with an image of 8x8 pixels."""
     x = torch.zeros(1, 8, 8, 64, device=device, dtype=dtype).movedim(-1, 1)
     weight = torch.zeros(64, 3, 3, 64, device=device, dtype=dtype).movedim(-1, 1)
     try:
@@ -118,7 +118,7 @@ def _(dy: Tensor, y: Tensor, more: Tensor | None) -> Tensor:
 
 @register_flop_formula(torch.ops.dpfast.conv_relu)
 def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """The FLOPs of shapes: counters see the operation, and not what it calls."""
+    """Returns the FLOPs of shapes: counters see the operation, and not what it calls."""
     return 2 * x[0] * math.prod(x[2:]) * math.prod(weight)
 
 
@@ -141,7 +141,9 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 def _run(
     step: Step, x: Tensor, residuals: Sequence[int], parameters: Sequence[Tensor], keep: bool
 ) -> list[Any]:
-    """x, y_1, ...; where they are not kept, None for those that nothing asks for any more."""
+    """Returns x, y_1, ...; where they are not kept, None for those that nothing asks for any
+    more.
+    """
     results: list[Any] = [x]
     pairs = zip(parameters[::2], parameters[1::2], residuals, strict=True)
     for index, (weight, bias, source) in enumerate(pairs):
@@ -201,7 +203,7 @@ def relu_chain(
     biases: Sequence[Tensor],
     residuals: Sequence[int],
 ) -> Tensor:
-    """3x3 convolutions one after the other, each with its bias, a residual and a ReLU.
+    """Runs 3x3 convolutions one after the other, each with its bias, a residual and a ReLU.
 
     Args:
         x: (B, C, H, W) fp32, fp16 or bf16, best in channels_last memory.

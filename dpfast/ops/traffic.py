@@ -1,5 +1,4 @@
-"""What an operation of this package launches on a GPU and moves there: the formulas that counters
-read.
+"""The launches and bytes of each operation on a GPU: the formulas that counters read.
 
 A counter of torch's operations sees one of ours as one call, and nothing inside of it. Here each
 says how many kernels it launches, how many bytes each of them reads and writes, and whether they

@@ -22,5 +22,5 @@ __all__ = ["next_power", "tl", "triton"]
 
 
 def next_power(number: int) -> int:
-    """The smallest power of two that is not below `number`."""
+    """Returns the smallest power of two that is not below `number`."""
     return 1 << max(number - 1, 0).bit_length()

@@ -17,8 +17,8 @@ GENERATION = ("unguided samples", "guided samples", "yardstick", "scoring")
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """made: samples that the run makes; hours: of all devices side by side, at most; disk: bytes
-    that its folder takes. why: hours and disk are not known, in words, and are 0.
+    """The cost of a run. made: samples that the run makes; hours: of all devices side by side, at
+    most; disk: bytes that its folder takes. why: hours and disk are not known, in words, and are 0.
     """
 
     made: int
@@ -30,8 +30,8 @@ class Cost:
 def costs_of(
     runs: Sequence[PaperRun], device: str, count: int, timings: Timings | None = None
 ) -> list[Cost]:
-    """The cost of each run. A branch makes no samples and trains from its round on, at most all
-    iterations; what a run takes from another one (``reuse``) it does not make again.
+    """Returns the cost of each run. A branch makes no samples and trains from its round on, at most
+    all iterations; what a run takes from another one (``reuse``) it does not make again.
 
     Raises ``InputError`` as ``plan`` does, but for a generator that no plan knows.
     """
@@ -61,7 +61,7 @@ def _cost(
 
 
 def _kept(run: PaperRun) -> int:
-    """Unguided samples that another run may take from it, by id from the first on."""
+    """Returns the unguided samples that another run may take from it, by id from the first on."""
     practice = run.recipe.practice
     return practice.most_samples if practice.sources == ("static",) else practice.initial_samples
 

@@ -70,8 +70,9 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What another command than ``dpfast run`` makes. words: after ``dpfast``, in which {out} is
-    the table's folder, {pipeline} the generator's and {seed} the first of those that are asked for;
+    """A row that another command than ``dpfast run`` makes. words: after ``dpfast``, in which {out}
+    is the table's folder, {pipeline} the generator's and {seed} the first of those that are asked
+    for;
     makes: the folder in {out} that it writes, with its pictures.
     """
 
@@ -110,7 +111,7 @@ class Table:
 
 
 def names() -> dict[str, str]:
-    """The name of each table and figure -> that of the file that defines it, in the paper's
+    """Maps the name of each table and figure to that of the file that defines it, in the paper's
     order.
     """
     found = {}
@@ -167,7 +168,7 @@ def load_table(name: str, *, small: bool = False) -> Table:
 
 
 def _entry(row: dict[str, Any], whole: dict[str, Any]) -> Entry:
-    """A row at the paper's size."""
+    """Returns a row at the paper's size."""
     branch = row.get("branch")
     own = row if branch is None else _named(whole, branch["run"])
     return Entry(
@@ -184,7 +185,7 @@ def _entry(row: dict[str, Any], whole: dict[str, Any]) -> Entry:
 
 
 def _small(row: dict[str, Any], whole: dict[str, Any]) -> Entry | None:
-    """A row's twin in small; None where it has none."""
+    """Returns a row's twin in small; None where it has none."""
     if "small" not in row:
         return None
     branch, less = row.get("branch"), whole["small"]
@@ -211,6 +212,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _place(name: str) -> tuple[bool, int]:
-    """Tables before figures, by number."""
+    """Returns tables before figures, by number."""
     number = "".join(filter(str.isdecimal, name))
     return name.startswith("figure"), int(number)

@@ -85,8 +85,8 @@ def make_others(
 
 
 def words_of(command: Command, out: Path, pipeline: str, seed: int) -> list[str]:
-    """A command's words after ``dpfast``. pipeline: the generator's folder; seed: of the run that
-    it is about.
+    """Returns a command's words after ``dpfast``. pipeline: the generator's folder; seed: of the
+    run that it is about.
     """
     values = {"{out}": str(out), "{pipeline}": pipeline, "{seed}": str(seed)}
     parts = re.compile("|".join(map(re.escape, values)))
@@ -94,7 +94,9 @@ def words_of(command: Command, out: Path, pipeline: str, seed: int) -> list[str]
 
 
 def launch_words(text: str) -> list[str]:
-    """The words of ``--launch``. Raises ``InputError`` for open quotes, and where it has none."""
+    """Returns the words of ``--launch``. Raises ``InputError`` for open quotes, and where it has
+    none.
+    """
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -122,7 +124,7 @@ def _call(words: Sequence[str], log: Path) -> int:
 
 
 def _end_with_parent() -> None:
-    """Has the kernel stop this process as SIGTERM does, so that it saves, when its parent dies of
+    """Lets the kernel stop this process as SIGTERM does, so that it saves, when its parent dies of
     whatever.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -138,7 +140,7 @@ def _wait_for_owner(folder: Path, tell: Callable[[str], object]) -> None:
 
 
 def _last(log: Path) -> str:
-    """What a process said last."""
+    """Returns the last line that a process said."""
     said = [line for line in lines(read_text(log)) if line.strip()]
     return said[-1] if said else "it said nothing"
 

@@ -41,14 +41,14 @@ class Line:
 
     @property
     def difference(self) -> float | None:
-        """Measured minus paper, in points."""
+        """The measured accuracy minus paper, in points."""
         if self.mean is None or self.paper is None:
             return None
         return self.mean - self.paper
 
 
 def comparison(table: Table, runs: Sequence[PaperRun], measure: str) -> list[Line]:
-    """A line for each row of the table, those without a run among them."""
+    """Returns a line for each row of the table, those without a run among them."""
     return [
         _line(entry, [run for run in runs if run.entry.name == entry.name], measure)
         for entry in table.entries
@@ -149,7 +149,9 @@ def _compared(table: Table, runs: Sequence[PaperRun], measure: str) -> str:
 
 
 def _figures(table: Table, runs: Sequence[PaperRun], out: Path) -> list[str]:
-    """Accuracy against samples with power laws, and sweeps, as far as there are runs for them."""
+    """Returns accuracy against samples with power laws, and sweeps, as far as there are runs for
+    them.
+    """
     read = [found for run in runs if (found := run.read()) is not None]
     points = points_of_runs(read)
     known, _ = on_validation(points)

@@ -36,8 +36,8 @@ PAGE = "index.html"  # that a run writes last
 
 @dataclass(frozen=True, kw_only=True)
 class Folders:
-    """What the user has: option -> what is given to each run. pipelines: name of a generator that
-    the table's recipes have -> folder.
+    """The folders that the user has. options: what each run is given, by option. pipelines: the
+    folder of each generator that the table's recipes name.
     """
 
     given: Mapping[str, str]
@@ -90,7 +90,7 @@ class PaperRun:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """Raises ``RecipeError`` as ``Recipe.load`` does."""
+        """The recipe with the run's fields. Raises ``RecipeError`` as ``Recipe.load`` does."""
         recipe = Recipe.load(self.entry.recipe, **self.fields)
         if self.entry.branch is None:
             return recipe
@@ -98,7 +98,7 @@ class PaperRun:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """Its command after ``dpfast``, as one would type it."""
+        """The command after ``dpfast``, as one would type it."""
         options: list[str] = []
         for name, value in self.fields.items():
             shown = fields()[full_name(name)].text(_tuples(value))
@@ -109,7 +109,9 @@ class PaperRun:
 
     @property
     def lacking(self) -> dict[str, str]:
-        """The options that its user has yet to name a folder for -> the recipe's name for it."""
+        """The options that its user has yet to name a folder for, and the recipe's names for
+        them.
+        """
         recipe = self.recipe
         values = {
             "pipeline": recipe.generator.pipeline,
@@ -124,7 +126,7 @@ class PaperRun:
 
     @property
     def command(self) -> str:
-        """Its command as one would type it; folders that are lacking are named in capitals."""
+        """The command as one would type it; folders that are lacking are named in capitals."""
         missing = [(f"--{name}", f"FOLDER-OF-{value}") for name, value in self.lacking.items()]
         known = {name for name in self.lacking if name in self.fields}
         words = [*self.words]
@@ -134,7 +136,7 @@ class PaperRun:
         return shlex.join(("dpfast", *words, *(each for pair in missing for each in pair)))
 
     def read(self) -> Run | None:
-        """What its folder holds; None where it has not begun."""
+        """Reads the run's folder; None where it has not begun."""
         return read_run(self.folder) if there(self.folder / RECIPE_FILE) else None
 
     @property
@@ -150,7 +152,7 @@ class PaperRun:
 
     @property
     def state(self) -> str:
-        """How far it is, in words."""
+        """The run's progress, in words."""
         run = self.read()
         if run is None:
             return "missing"
@@ -173,7 +175,9 @@ class PaperRun:
         return ("--resume",)
 
     def out_of_reach(self) -> str:
-        """Why it cannot be made, in words; "" where it can, or its trunk is not finished."""
+        """Returns the reason why it cannot be made, in words; "" where it can, or its trunk is not
+        finished.
+        """
         if self.entry.branch is None or self.trunk is None or not there(self.trunk / RECIPE_FILE):
             return ""
         ends = read_run(self.trunk).events("result", "dp")
@@ -187,7 +191,8 @@ class PaperRun:
 
 
 def paper_runs(table: Table, out: Path, seeds: Sequence[int], folders: Folders) -> list[PaperRun]:
-    """All runs of a table in the order in which they can be made, all seeds of one after another.
+    """Returns all runs of a table in the order in which they can be made, all seeds of one after
+    another.
 
     Raises ``RecipeError`` where a recipe cannot be.
     """
@@ -202,7 +207,7 @@ def paper_runs(table: Table, out: Path, seeds: Sequence[int], folders: Folders) 
 
 
 def lacking(runs: Sequence[PaperRun]) -> dict[str, list[str]]:
-    """The options whose folders the user has yet to name -> the recipes' names for them."""
+    """Maps the options whose folders the user has yet to name to the recipes' names for them."""
     found: dict[str, list[str]] = {}
     for run in runs:
         for option, value in run.lacking.items():
@@ -263,7 +268,7 @@ def claim(table: Table, runs: Sequence[PaperRun], out: Path, *, small: bool) -> 
 
 
 def _essence(run: PaperRun) -> dict[str, Any]:
-    """What makes a run the one it is, without its seed."""
+    """Returns the identity of a run, without its seed."""
     own = {
         name: _tuples(value)
         for name, value in run.fields.items()

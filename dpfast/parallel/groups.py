@@ -51,7 +51,7 @@ class Group:
     handle: Any = None
 
     def all_gather(self, value: Tensor) -> list[Tensor]:
-        """Every rank's ``value``; all have one shape and dtype."""
+        """Returns every rank's ``value``; all have one shape and dtype."""
         parts = [torch.empty_like(value) for _ in range(dist.get_world_size(self.handle))]
         dist.all_gather(parts, value, group=self.handle)
         return parts
@@ -61,8 +61,8 @@ class Group:
         return _waited(dist.all_reduce(value, group=self.handle, async_op=True), wait)
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """(sum(received), ...) rows: of rank r ``received[r]``, which gets the next ``sent[r]`` of
-        this rank's.
+        """Returns (sum(received), ...) rows: of rank r ``received[r]``, which gets the next
+        ``sent[r]`` of this rank's.
         """
         out = rows.new_empty(sum(received), *rows.shape[1:])
         dist.all_to_all_single(

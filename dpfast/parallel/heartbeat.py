@@ -1,5 +1,5 @@
-"""Who waits for whom, and when a rank counts as dead: when it has made no progress for
-``--timeout`` seconds.
+"""Waiting for other ranks. A rank counts as dead when it has made no progress for ``--timeout``
+seconds.
 
 A rank counts what it completes (batches made, optimiser steps, batches evaluated, images read) and
 tells the others through torchrun's store. No thread does that for it: a rank whose main thread
@@ -42,14 +42,14 @@ TELLS = 5.0
 
 
 class RankError(RuntimeError):
-    """A rank does not answer; the message names it."""
+    """An error for a rank that does not answer; the message names it."""
 
 
 class Clock:
     """The time that ranks wait by. A simulation gives its own, together with the store."""
 
     def now(self) -> float:
-        """Seconds from some moment on."""
+        """Returns seconds from some moment on."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
@@ -75,11 +75,11 @@ class Heartbeat:
 
     @property
     def interval(self) -> float:
-        """Seconds between two messages, and between two looks at another's."""
+        """The seconds between two messages, and between two looks at another's."""
         return min(self.timeout / 10, TELLS)
 
     def beat(self) -> None:
-        """Count one more completed piece of work. Costs an addition, and a message through the
+        """Counts one more completed piece of work. Costs an addition, and a message through the
         store now and then.
         """
         if self.store is None:
@@ -110,7 +110,9 @@ class Heartbeat:
             pause = min(1.2 * pause, POLLS[1])
 
     def leave(self, error: BaseException | None) -> None:
-        """Tell the others that this process ends, with its ``error`` if it ends before its time."""
+        """Tells the others that this process ends, with its ``error`` if it ends before its
+        time.
+        """
         words = f"rank {self.process} of {self.processes} has ended"
         if isinstance(error, RankError):
             words = str(error)
@@ -120,7 +122,7 @@ class Heartbeat:
             self.store.set(f"left/{self.process}", words)
 
     def left(self, process: int) -> str:
-        """Return what a process said when it ended; empty while it has not."""
+        """Returns the last words of a process that ended; empty while it has not."""
         key = f"left/{process}"
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
@@ -197,7 +199,7 @@ class Presence:
 
 
 def silent(dead: Collection[int], processes: int, timeout: float) -> str:
-    """The sentence that names processes which do not answer; empty where there are none."""
+    """Returns the sentence that names processes which do not answer; empty where there are none."""
     if not dead:
         return ""
     named = ", ".join(map(str, sorted(dead)))

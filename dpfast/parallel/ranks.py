@@ -1,4 +1,4 @@
-"""What belongs to which rank, and how the ranks of a run agree.
+"""The division of work among the ranks of a run, and their agreement.
 
 What is short they say through torchrun's store, tensors through gloo once all are ready:
 ``dpfast.parallel.heartbeat``.
@@ -87,15 +87,15 @@ class Ranks:
 
     @property
     def timeout(self) -> float:
-        """Seconds without progress after which a rank counts as dead."""
+        """The seconds without progress after which a rank counts as dead."""
         return self.heartbeat.timeout
 
     def process(self, rank: int) -> int:
-        """The number of ``rank`` among all processes of the run."""
+        """Returns the number of ``rank`` among all processes of the run."""
         return rank if self.members is None else self.members[rank]
 
     def beat(self) -> None:
-        """Tell the others that this rank has completed something: whoever waits for it goes on."""
+        """Tells the others that this rank has completed something: whoever waits for it goes on."""
         self.heartbeat.beat()
 
     def __str__(self) -> str:
@@ -104,7 +104,8 @@ class Ranks:
     def batches(
         self, count: int, batch: int, *, turn: int = 0, done: int = 0, rank: int | None = None
     ) -> Iterator[range]:
-        """The indices in [0, count) that belong to this rank, or to ``rank``, a batch at a time.
+        """Yields the indices in [0, count) that belong to this rank, or to ``rank``, a batch at a
+        time.
 
         turn: the rank of the first batch; done: so many of the rank's own indices are left out.
         """
@@ -116,7 +117,7 @@ class Ranks:
             done = max(done - len(indices), 0)
 
     def share(self, count: int, batch: int, *, turn: int = 0, rank: int | None = None) -> int:
-        """Return how many indices ``batches`` gives."""
+        """Counts the indices that ``batches`` gives."""
         first = ((self.rank if rank is None else rank) - turn) % self.size
         whole, rest = divmod(count, batch)
         mine = max(-(-(whole - first) // self.size), 0) * batch
@@ -125,7 +126,7 @@ class Ranks:
     def indices(
         self, count: int, batch: int, *, turn: int = 0, done: int = 0, rank: int | None = None
     ) -> Tensor:
-        """(n,) int64, what ``batches`` gives, as one tensor."""
+        """Returns (n,) int64, what ``batches`` gives, as one tensor."""
         parts = [
             torch.arange(p.start, p.stop)
             for p in self.batches(count, batch, turn=turn, done=done, rank=rank)
@@ -133,8 +134,8 @@ class Ranks:
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def part(self, count: int, rank: int | None = None) -> Tensor:
-        """(count / size,) indices of a training batch of ``count`` that this rank, or ``rank``,
-        learns from.
+        """Returns (count / size,) indices of a training batch of ``count`` that this rank, or
+        ``rank``, learns from.
 
         A stretch of the first half and its mirror image of the second: sample i is mixed with
         sample count - 1 - i, and so both are on one rank, in mirrored positions of its part.
@@ -147,8 +148,8 @@ class Ranks:
         return torch.cat([front, count - 1 - front.flip(0)])
 
     def gather(self, values: Tensor, count: int, batch: int, *, turn: int = 0) -> Tensor:
-        """(count, ...) on the CPU, in order: each rank gives the rows of its own ``indices``. The
-        bits are kept.
+        """Returns (count, ...) on the CPU, in order: each rank gives the rows of its own
+        ``indices``. The bits are kept.
         """
         if self.alone:
             return values.cpu()
@@ -164,22 +165,22 @@ class Ranks:
         return every
 
     def all_gather(self, value: Tensor) -> Tensor:
-        """(size, ...) on the CPU: every rank's ``value``, all of one shape."""
+        """Returns (size, ...) on the CPU: every rank's ``value``, all of one shape."""
         if self.alone:
             return value.cpu()[None]
         self.ready()
         return torch.stack(self.control.all_gather(value.detach().cpu().contiguous()))
 
     def total(self, number: float) -> float:
-        """The sum over ranks of a number; exact for integers below 2^53."""
+        """Returns the sum over ranks of a number; exact for integers below 2^53."""
         return number if self.alone else float(sum(self.all_gather_object(number)))
 
     def most(self, number: float) -> float:
-        """The largest of the ranks' numbers."""
+        """Returns the largest of the ranks' numbers."""
         return number if self.alone else float(max(self.all_gather_object(number)))
 
     def any(self, flag: bool) -> bool:
-        """Return True on every rank if ``flag`` is true on any."""
+        """Returns True on every rank if ``flag`` is true on any."""
         return any(self.all_gather_object(flag))
 
     def ready(self) -> None:
@@ -189,8 +190,8 @@ class Ranks:
         self.all_gather_object(None)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, which JSON can hold. Raises ``RankError`` that names a rank which
-        is dead.
+        """Returns every rank's ``value``, which JSON can hold. Raises ``RankError`` that names a
+        rank which is dead.
         """
         if self.alone:
             return [value]
@@ -209,7 +210,7 @@ class Ranks:
         return said
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's ``value`` on every rank; JSON can hold it."""
+        """Returns rank 0's ``value`` on every rank; JSON can hold it."""
         return self.all_gather_object(value if self.first else None)[0]
 
     def same(self, what: str, value: Any) -> None:
@@ -226,8 +227,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """All ranks succeed, or none: an ``InputError`` on one of them is raised on all, with the
-        same words.
+        """Lets all ranks succeed, or none: an ``InputError`` on one of them is raised on all, with
+        the same words.
 
         Another error is raised where it was, and named by a ``RankError`` elsewhere.
         """
@@ -250,8 +251,8 @@ class Ranks:
             raise failure or RankError(f"rank {rank} of {self.size}: {message}")
 
     def absent(self, given_up: Callable[[], bool] = lambda: False) -> list[int]:
-        """A roll call after a failure: the ranks that do not answer. Ends early when ``given_up``
-        says so.
+        """Returns a roll call after a failure: the ranks that do not answer. Ends early when
+        ``given_up`` says so.
         """
         self.store.set(f"here/{self.rank}", "1")
         clock, missing = self.heartbeat.clock, list(range(self.size))
@@ -281,8 +282,8 @@ class Ranks:
             raise RankError(words) from error
 
     def _lost(self, given_up: Callable[[], bool]) -> str:
-        """Why a collective broke: what a rank said when it ended, or who does not answer; empty
-        where nobody knows.
+        """Returns the reason why a collective broke: what a rank said when it ended, or who does
+        not answer; empty where nobody knows.
         """
 
         def left() -> str:
@@ -299,8 +300,8 @@ class Ranks:
         )
 
     def parted(self, makers: int) -> tuple[Ranks, Ranks, Group]:
-        """The ranks but the last ``makers``, those, and the group of rank 0 and those. All ranks
-        call it together.
+        """Returns the ranks but the last ``makers``, those, and the group of rank 0 and those. All
+        ranks call it together.
 
         A rank has its number in the part that it is of, and 0 in the other.
         """
@@ -333,8 +334,8 @@ ALONE = Ranks()
 
 
 def patience(timeout: float, cuda: bool) -> datetime.timedelta:
-    """Return how long a collective waits: on a GPU longer than those on the CPU beside it, whose
-    errors say more.
+    """Returns the seconds that a collective waits: on a GPU longer than those on the CPU beside it,
+    whose errors say more.
     """
     return datetime.timedelta(seconds=timeout + (AHEAD if cuda else 0))
 
@@ -342,8 +343,8 @@ def patience(timeout: float, cuda: bool) -> datetime.timedelta:
 def side_groups(
     members: Iterable[int], timeout: float, learn: Group, cuda: bool
 ) -> tuple[Group, dict[str, Group]]:
-    """``control`` and ``feed`` of ``Ranks``. Each is told how long to wait: torch's own choice is
-    half an hour.
+    """Returns ``control`` and ``feed`` of ``Ranks``. Each is told how long to wait: torch's own
+    choice is half an hour.
     """
 
     def group(name: str) -> Group:
@@ -355,7 +356,7 @@ def side_groups(
 
 
 def feeds(host: Group, learn: Group, device: str | None) -> dict[str, Group]:
-    """``feed`` of ``Ranks``: what lies on a device goes through the communicator of the gradients,
-    in one order.
+    """Returns ``feed`` of ``Ranks``: what lies on a device goes through the communicator of the
+    gradients, in one order.
     """
     return {"cpu": host} if device is None else {"cpu": host, device: learn}

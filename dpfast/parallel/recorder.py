@@ -28,8 +28,8 @@ from dpfast.parallel.ranks import Ranks
 
 @dataclass
 class Collective:
-    """group, kind, bytes: what was called with how much of this rank's data. began, ended: seconds;
-    None: in flight.
+    """A collective of this rank. group, kind, bytes: what was called with how much of this rank's
+    data. began, ended: seconds; None: in flight.
     """
 
     group: str
@@ -39,7 +39,7 @@ class Collective:
     ended: float | None = None
 
     def meets(self, other: Collective) -> bool:
-        """Return True if both were in flight at one moment."""
+        """Returns True if both were in flight at one moment."""
         first, second = sorted((self, other), key=lambda collective: collective.began)
         return first.ended is None or second.began < first.ended
 
@@ -68,12 +68,12 @@ class CollectiveRecorder:
 
     @property
     def order(self) -> list[tuple[str, str, int]]:
-        """(group, kind, bytes) of all, in the order of their beginning."""
+        """The (group, kind, bytes) of all collectives, in the order of their beginning."""
         return [(each.group, each.kind, each.bytes) for each in self.collectives]
 
     def overlaps(self, *names: str) -> list[tuple[Collective, Collective]]:
-        """Pairs of collectives of two of the groups ``names``, of any two by default, that were in
-        flight together.
+        """Returns pairs of collectives of two of the groups ``names``, of any two by default, that
+        were in flight together.
         """
         chosen = [each for each in self.collectives if not names or each.group in names]
         return [

@@ -1,4 +1,4 @@
-"""How the processes of one start find each other in torchrun's store, which outlives them.
+"""The rendezvous of one start's processes in torchrun's store, which outlives them.
 
 The store still holds what the ranks of an earlier start said, and no variable of torchrun tells two
 starts apart: its ``TORCHELASTIC_RESTART_COUNT`` counts the failures of one node, so after a process
@@ -26,8 +26,8 @@ from dpfast.parallel.heartbeat import POLLS, Clock, RankError, silent
 
 @dataclass(frozen=True)
 class Start:
-    """name: the same on all ranks, of no other start. again: whether it is not the first one of a
-    run.
+    """A start of the run. name: the same on all ranks, of no other start. again: True but for the
+    first one of a run.
     """
 
     name: str
@@ -76,7 +76,9 @@ def meet(
 
 
 def _roster(store: Any, joins: list[str], *, publish: bool) -> tuple[list[str], str]:
-    """The words of all ranks and the digest that names them; none while there is no roster."""
+    """Returns the words of all ranks and the digest that names them; none while there is no
+    roster.
+    """
     if publish and store.check(joins):
         store.set("roster", json.dumps([key.decode() for key in store.multi_get(joins)]))
     if not store.check(["roster"]):

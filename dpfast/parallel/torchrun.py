@@ -19,7 +19,9 @@ from dpfast.version import __version__
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that make images and weights, which all ranks need the same."""
+    """Returns the versions of the packages that make images and weights, which all ranks need the
+    same.
+    """
     return {
         "dpfast": __version__,
         **{name: metadata.version(name) for name in ("torch", "diffusers", "transformers")},
@@ -28,8 +30,8 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def process_group(*, cuda: bool | None = None, timeout: float = TIMEOUT) -> Iterator[Ranks]:
-    """The ranks that torchrun started, within it as process groups; without torchrun one process
-    alone.
+    """Gives the ranks that torchrun started, as process groups within a ``with`` block; without
+    torchrun one process alone.
 
     cuda: whether the run is on GPUs; None: where there are any. timeout: seconds without progress
     after which a rank counts as dead.

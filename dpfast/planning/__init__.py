@@ -1,4 +1,4 @@
-"""What a run costs in FLOPs, bytes and hours, and how much of it a device's peaks allow.
+"""The cost of a run in FLOPs, bytes and hours, and the limits that a device's peaks set.
 
 architectures  generators without weights, on the meta device
 methods        FLOPs of a guided sample by the way its gradient is made

@@ -221,8 +221,8 @@ def published(
     fused: bool = False,
     changes: Mapping[str, dict[str, Any]] | None = None,
 ) -> Pipeline:
-    """A published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M parameters)
-    where there is one, weights at random.
+    """Returns a published architecture with the tiny decoder of its autoencoder (TAESD, 1.22 M
+    parameters) where there is one, weights at random.
 
     fused: as ``Pipeline.from_pretrained`` takes it; convolutions are then in channels_last memory.
     dtype, device: of all weights. On the meta device, where there are none, the solver's tables,
@@ -315,7 +315,9 @@ def _over_betas(about: Published) -> Any:
 
 
 def _width(network: Any) -> int:
-    """Of the prompts' embeddings that a denoiser keeps; 0 for a model of classes."""
+    """Returns the width of the prompts' embeddings that a denoiser keeps; 0 for a model of
+    classes.
+    """
     config = network.config
     if isinstance(network, UNET):
         return int(config.cross_attention_dim)
@@ -323,13 +325,13 @@ def _width(network: Any) -> int:
 
 
 def _unmasked(prompts: Tensor) -> Tensor:
-    """What attention adds at the tokens of prompts without padding."""
+    """Returns the bias that attention adds at the tokens of prompts without padding."""
     return prompts.new_zeros(len(prompts), 1, prompts.shape[1])
 
 
 def pipeline_of(generator: Generator) -> Pipeline:
-    """The pipeline of a recipe's [generator], with its classes and its size of images. Raises
-    ``InputError``.
+    """Returns the pipeline of a recipe's [generator], with its classes and its size of images.
+    Raises ``InputError``.
     """
     names = class_names(generator)
     is_published = generator.pipeline in PIXELS and not Path(generator.pipeline).is_dir()
@@ -362,8 +364,8 @@ def without_weights(
     width: int = 0,
     prompts: int | None = None,
 ) -> Pipeline:
-    """The pipeline of a folder or an embedded asset, from its configurations alone; of a published
-    name otherwise.
+    """Returns the pipeline of a folder or an embedded asset, from its configurations alone; of a
+    published name otherwise.
 
     classes: where the folder does not name its own. height, width: of the images in pixels, as
     ``Pipeline.from_pretrained`` takes them. prompts: of all classes; None: one a class. float8:
@@ -416,7 +418,7 @@ def _numbered(count: int) -> tuple[str, ...]:
 
 
 def _square(name: str, height: int, width: int) -> int | None:
-    """The side of the images of a published architecture, None for its own."""
+    """Returns the side of the images of a published architecture, None for its own."""
     if height != width:
         raise InputError(
             f"height = {height}: the published {name} is counted for squares alone; say width = "
@@ -426,5 +428,5 @@ def _square(name: str, height: int, width: int) -> int | None:
 
 
 def vit_b_16(classes: int = 1000) -> nn.Module:
-    """ViT-B/16 at 224 px (Dosovitskiy et al. 2020), on the device of the context."""
+    """Returns ViT-B/16 at 224 px (Dosovitskiy et al. 2020), on the device of the context."""
     return build_learner("transformers:ViTForImageClassification", classes=classes, channels=3)

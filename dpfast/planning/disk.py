@@ -1,4 +1,4 @@
-"""What a run writes: bytes on the disk at its end, and the seconds that saving takes."""
+"""The bytes that a run has on the disk at its end, and the seconds that saving takes."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Disk:
         return self.samples + self.kept * self.checkpoint + self.initial + self.files + held
 
     def lines(self) -> list[str]:
-        """Sentences for a reader: bytes by kind, what checkpoints take of the time, and where
-        candidates are held.
+        """Returns sentences for a reader: bytes by kind, what checkpoints take of the time, and
+        where candidates are held.
         """
         samples = (
             f"samples {readable(self.samples)} ({self.each} bytes each, {self.images})"
@@ -72,7 +72,7 @@ class Disk:
 
 
 def most_checkpoints(recipe: Recipe, rounds: int) -> int:
-    """Return how many checkpoints of a source lie on the disk at once, ``rounds`` rounds later;
+    """Counts the checkpoints of a source that lie on the disk at once, ``rounds`` rounds later;
     none without saved samples.
 
     The newest ones, the last one before the cool-down, the one that is being written, and with
@@ -87,7 +87,7 @@ def most_checkpoints(recipe: Recipe, rounds: int) -> int:
 def plan_disk(
     recipe: Recipe, pool: Placement, stages: Stages, samples: int, seconds: float, training: float
 ) -> Disk:
-    """Plan the disk of one source that ends with ``samples`` after ``seconds``, of which
+    """Plans the disk of one source that ends with ``samples`` after ``seconds``, of which
     ``training`` go by between additions.
 
     A checkpoint comes at the first evaluation after which saving is at most ``checkpoint_share`` of

@@ -39,7 +39,7 @@ from dpfast.pool.placement import Placement
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What a recipe takes of each of its devices, and what of it had to change.
+    """The memory that a recipe takes of each device, and the fields that had to change.
 
     recipe: with the batches and the pool's budget that fit. generator_micro_batch: samples that are
     made at once; the generator's batch_size stays, it says which rank makes what.
@@ -67,7 +67,7 @@ class Fit:
 
     @property
     def margin(self) -> float:
-        """Bytes that are left at the peak; below 0 where it does not fit."""
+        """The bytes that are left at the peak; below 0 where it does not fit."""
         return self.usable - self.peak.total
 
     @property
@@ -75,7 +75,9 @@ class Fit:
         return self.margin >= 0 and self.pool.fits
 
     def lines(self) -> list[str]:
-        """Lines of text: the peak and its margin, then what was changed and what is proposed."""
+        """Returns lines of text: the peak and its margin, then what was changed and what is
+        proposed.
+        """
         kind = "margin" if self.margin >= 0 else "missing"
         first = (
             f"memory: at most {readable(self.peak.total)} of the {readable(self.usable)} of a "
@@ -185,7 +187,7 @@ def fit(
 
 
 def equal_part(whole: int, fits: Callable[[int], bool], *, even: bool = False) -> int:
-    """The size of the fewest equal parts of ``whole`` that fit, the last one smaller unless
+    """Returns the size of the fewest equal parts of ``whole`` that fit, the last one smaller unless
     ``even``; 1 where none.
     """
     sizes = (-(-whole // parts) for parts in range(1, whole + 1) if not even or whole % parts == 0)
@@ -193,13 +195,13 @@ def equal_part(whole: int, fits: Callable[[int], bool], *, even: bool = False) -
 
 
 def _held(pool: Placement, device: Peaks) -> float:
-    """Bytes of the pool's part in a device's own memory."""
+    """Returns bytes of the pool's part in a device's own memory."""
     held = pool.in_tier["device"] + (0 if device.gpu else pool.in_tier["host"])
     return float(held * pool.bytes_per_sample)
 
 
 def _proposals(recipe: Recipe, pool: Placement) -> tuple[str, ...]:
-    """Name the options that would make a pool fit which does not."""
+    """Names the options that would make a pool fit which does not."""
     if pool.fits:
         return ()
     held = pool.devices * sum(pool.in_tier.values())
@@ -214,8 +216,8 @@ def _proposals(recipe: Recipe, pool: Placement) -> tuple[str, ...]:
 def place_pool(
     recipe: Recipe, samples: int, stages: Stages, device: Peaks, count: int
 ) -> Placement:
-    """Place the samples by a run's shares: what weights leave of a device, of a node's memory,
-    of its drives.
+    """Places the samples by a run's shares: what weights leave of a device, of a node's memory, of
+    its drives.
     """
     config = recipe.pool
     shape = stages.latent if config.codec == "latents" else stages.image
@@ -241,8 +243,8 @@ def place_pool(
 
 
 def stages_of(recipe: Recipe, device: Peaks) -> Stages:
-    """The counted stages of a recipe's generator and learner on a device; the same ones are counted
-    once.
+    """Returns the counted stages of a recipe's generator and learner on a device; the same ones are
+    counted once.
 
     Raises ``InputError`` for a pipeline or a learner that cannot be counted, and for products in
     float8 on a device that has none.

@@ -65,8 +65,8 @@ class Timings:
 def measure(
     recipe: Recipe, *, pipeline: Pipeline | OwnPipeline | None = None, seconds: float = SECONDS
 ) -> Timings:
-    """Times the stages on the recipe's device, in at most about ``seconds`` beside loading and
-    counting.
+    """Returns times the stages on the recipe's device, in at most about ``seconds`` beside loading
+    and counting.
 
     pipeline: where it is loaded already. Raises what ``load_pipeline`` and ``stages_of`` raise.
     """
@@ -172,7 +172,7 @@ def measure(
 
 
 def _noise(pipeline: Pipeline | OwnPipeline) -> SampleBatch:
-    """Two samples of noise, for a pool where making one takes too long."""
+    """Returns two samples of noise, for a pool where making one takes too long."""
     images = torch.randint(
         256, (2, *image_shape(pipeline)), dtype=torch.uint8, device=pipeline.device
     )
@@ -201,8 +201,8 @@ class StageClock:
         dtype: str,
         least: int = 1,
     ) -> float | None:
-        """Seconds of one unit, in a batch of a multiple of ``least`` and at most ``most`` units;
-        None: not timed.
+        """Returns seconds of one unit, in a batch of a multiple of ``least`` and at most ``most``
+        units; None: not timed.
 
         prepared: of a number of units, within which it gives a call that does them. counts: of a
         unit.
@@ -236,8 +236,8 @@ class StageClock:
         *,
         rounds: int,
     ) -> list[float]:
-        """Seconds of calls, the first of which warms up; fewer of them where another one would
-        exceed ``seconds``.
+        """Returns seconds of calls, the first of which warms up; fewer of them where another one
+        would exceed ``seconds``.
         """
         times: list[float] = []
         with prepared(size) as call:

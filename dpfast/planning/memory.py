@@ -1,4 +1,4 @@
-"""What a device holds while each phase of a run goes on: the sum of everything that lives at the
+"""The memory that a device holds in each phase of a run: the sum of everything that lives at the
 same time.
 
 The pool's part, the generator's weights and the learner's state are there all the time. Beside them
@@ -43,12 +43,12 @@ class Footprint:
 
 
 def usable(device: Peaks) -> float:
-    """Bytes of a device that a run may plan with."""
+    """Returns bytes of a device that a run may plan with."""
     return device.memory * (USABLE if device.gpu else 1.0)
 
 
 def sampling_bytes(stages: Stages, device: Peaks, batch: int, *, guided: bool) -> float:
-    """Bytes of a batch of samples and the graphs captured for it, beside the weights."""
+    """Returns bytes of a batch of samples and the graphs captured for it, beside the weights."""
     fixed, each = stages.guided_bytes if guided else stages.unguided_bytes
     reserve = (
         RESERVED["transformer" if stages.transformer else "unet"] * GRAPHS if device.gpu else 1.0
@@ -59,8 +59,8 @@ def sampling_bytes(stages: Stages, device: Peaks, batch: int, *, guided: bool) -
 def training_bytes(
     stages: Stages, device: Peaks, *, share: int, micro_batch: int, ranks: int
 ) -> float:
-    """Bytes of a training step of ``share`` images in micro-batches, with the loader's batches,
-    beside weights and state.
+    """Returns bytes of a training step of ``share`` images in micro-batches, with the loader's
+    batches, beside weights and state.
     """
     held = stages.learner.memory(
         min(micro_batch, share), accumulated=micro_batch < share or ranks > 1
@@ -70,7 +70,7 @@ def training_bytes(
 
 
 def evaluation_bytes(stages: Stages, device: Peaks, batch: int) -> float:
-    """Bytes of a batch of images that is evaluated, beside weights and state."""
+    """Returns bytes of a batch of images that is evaluated, beside weights and state."""
     fixed, each = stages.learner.evaluation_held
     return (fixed + each * batch) * (TRAINING_RESERVED if device.gpu else 1.0)
 
@@ -88,7 +88,7 @@ def footprints(
     generates: bool = True,
     guided: bool,
 ) -> tuple[Footprint, ...]:
-    """The footprint of every phase of a run.
+    """Returns the footprint of every phase of a run.
 
     pool: bytes of the samples on this device; batch: samples that a sampler makes at once; share:
     images of a training step on this device; evaluated: images of a batch; ranks: that train;

@@ -1,4 +1,4 @@
-"""What a guided sample costs by the way its gradient is made, in FLOPs.
+"""The FLOPs of a guided sample by the way its gradient is made.
 
 Everything derived from here is a limit or a ratio, never a measurement: FLOP ratios equal time
 ratios only where every part runs at the same share of the peak.
@@ -45,23 +45,23 @@ class Method:
     tiny: bool = True
 
     def guidance(self, parts: PartFlops) -> float:
-        """FLOPs that one guided step adds to an unguided one."""
+        """Returns FLOPs that one guided step adds to an unguided one."""
         denoiser = {"extra": parts.denoiser.both, "shared": parts.denoiser.backward, "latent": 0.0}[
             self.gradient
         ]
         return denoiser + (parts.tiny if self.tiny else parts.decoder).both + parts.learner.both
 
     def unguided(self, parts: PartFlops) -> float:
-        """FLOPs of one unguided sample: the steps and the decoding of the image."""
+        """Returns FLOPs of one unguided sample: the steps and the decoding of the image."""
         cfg_steps = self.steps if self.cfg_steps is None else self.cfg_steps
         return (self.steps + cfg_steps) * parts.denoiser.forward + parts.decoder.forward
 
     def total(self, parts: PartFlops) -> float:
-        """FLOPs of one guided sample."""
+        """Returns FLOPs of one guided sample."""
         return self.unguided(parts) + self.guided * self.guidance(parts)
 
     def ratio(self, parts: PartFlops) -> float:
-        """A guided sample over an unguided one."""
+        """Returns a guided sample over an unguided one."""
         return self.total(parts) / self.unguided(parts)
 
 
@@ -69,38 +69,40 @@ PREDECESSOR = Method(gradient="extra", tiny=False)
 
 
 def stable_diffusion_15(pixels: int) -> PartFlops:
-    """Stable Diffusion 1.5 with ViT-B/16 at 224 px as the learner."""
+    """Returns the parts of Stable Diffusion 1.5 with ViT-B/16 at 224 px as the learner."""
     return _parts(f"Stable Diffusion 1.5, {pixels} px", "stable-diffusion-1.5", pixels)
 
 
 def stable_diffusion_21(pixels: int = 768) -> PartFlops:
-    """Stable Diffusion 2.1 with the same learner."""
+    """Returns the parts of Stable Diffusion 2.1 with the same learner."""
     return _parts(f"Stable Diffusion 2.1, {pixels} px", "stable-diffusion-2.1", pixels)
 
 
 def stable_diffusion_xl(pixels: int = 1024) -> PartFlops:
-    """Stable Diffusion XL 1.0, the base, with the same learner."""
+    """Returns the parts of Stable Diffusion XL 1.0, the base, with the same learner."""
     return _parts(f"Stable Diffusion XL, {pixels} px", "stable-diffusion-xl", pixels)
 
 
 def pixart_sigma(pixels: int = 1024) -> PartFlops:
-    """PixArt-Sigma XL/2 with the same learner, prompts of all 300 tokens."""
+    """Returns the parts of PixArt-Sigma XL/2 with the same learner, prompts of all 300 tokens."""
     return _parts(f"PixArt-Sigma, {pixels} px", "pixart-sigma", pixels)
 
 
 def sana(pixels: int = 1024) -> PartFlops:
-    """SANA 1.6B with the same learner; it has no tiny decoder, so "tiny" is its full one."""
+    """Returns the parts of SANA 1.6B with the same learner; it has no tiny decoder, so "tiny" is
+    its full one.
+    """
     return _parts(f"SANA 1.6B, {pixels} px", "sana-1.6b", pixels)
 
 
 def flux(kind: str = "dev", pixels: int = 1024) -> PartFlops:
-    """FLUX.1 "dev" or "schnell" with the same learner."""
+    """Returns the parts of FLUX.1 "dev" or "schnell" with the same learner."""
     return _parts(f"FLUX.1 {kind}, {pixels} px", f"flux-{kind}", pixels)
 
 
 def dit_xl_2(pixels: int = 256) -> PartFlops:
-    """DiT-XL/2 with learned sigma; decoders and learner as for Stable Diffusion 1.5, whose
-    autoencoder it uses.
+    """Returns the parts of DiT-XL/2 with learned sigma; decoders and learner as for Stable
+    Diffusion 1.5, whose autoencoder it uses.
     """
     return _parts(f"DiT-XL/2, {pixels} px", "dit-xl-2", pixels)
 
@@ -112,7 +114,7 @@ def _parts(title: str, name: str, pixels: int) -> PartFlops:
 
 
 def parts_of(title: str, pipeline: Pipeline, learner: nn.Module, side: int) -> PartFlops:
-    """The parts of a pipeline and a learner of images of ``side`` pixels, both on the meta
+    """Returns the parts of a pipeline and a learner of images of ``side`` pixels, both on the meta
     device.
     """
     denoiser = pipeline.denoiser

@@ -33,7 +33,7 @@ class Link:
     bandwidth: float
 
     def all_reduce(self, size: float, ranks: int, *, bucket: float = BUCKET) -> float:
-        """Seconds to sum ``size`` bytes over ``ranks`` in buckets; nothing for one rank."""
+        """Returns seconds to sum ``size`` bytes over ``ranks`` in buckets; nothing for one rank."""
         if ranks < 2:
             return 0.0
         return (
@@ -43,7 +43,7 @@ class Link:
 
 
 def link_of(device: Peaks, ranks: int) -> Link:
-    """Derived for ``ranks`` devices in nodes of ``NODE``."""
+    """Returns the link derived for ``ranks`` devices in nodes of ``NODE``."""
     nodes = math.ceil(ranks / NODE)
     within, between = min(ranks, NODE) - 1, math.ceil(math.log2(nodes))
     bandwidth = device.link if nodes == 1 else min(device.link, NODE * device.network)
@@ -51,5 +51,5 @@ def link_of(device: Peaks, ranks: int) -> Link:
 
 
 def step_seconds(compute: float, reduce: float) -> float:
-    """A training step whose all-reduce runs beside its backward pass."""
+    """Returns a training step whose all-reduce runs beside its backward pass."""
     return (1 - BACKWARD) * compute + max(BACKWARD * compute, reduce)

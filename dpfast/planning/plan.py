@@ -53,8 +53,8 @@ STATED = {"training": 0.4, "evaluation": 0.4}
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """units: samples or images of all devices; limit: seconds at 100 %; seconds: at the
-    utilisation, or measured.
+    """A phase of a run. units: samples or images of all devices; limit: seconds at 100 %; seconds:
+    at the utilisation, or measured.
     """
 
     source: str
@@ -67,7 +67,7 @@ class Phase:
 
     @property
     def rate(self) -> float:
-        """Units per second of all devices together."""
+        """The units per second of all devices together."""
         return self.units / self.seconds if self.seconds else float("inf")
 
     @property
@@ -105,7 +105,7 @@ class Plan:
         return best_overlap(self.job, self.unit, self.count, partial(link_of, self.device))
 
     def efficiency(self, run: SimulatedRun) -> float:
-        """The seconds of one device over the device-seconds of a simulated run."""
+        """Returns the seconds of one device over the device-seconds of a simulated run."""
         return efficiency(self.job, self.unit, run, partial(link_of, self.device))
 
     @property
@@ -139,7 +139,7 @@ def plan(
     timings: Timings | None = None,
     samples: int | None = None,
 ) -> Plan:
-    """Plan a recipe on ``count`` devices.
+    """Plans a recipe on ``count`` devices.
 
     Args:
         device: a name of ``dpfast.hardware.peaks`` or a device; count: how many of them.
@@ -182,8 +182,8 @@ def plan(
 
 
 def most_samples(recipe: Recipe) -> int:
-    """Samples at the end of a run that adds as many rounds as it may; of one whose samples all
-    exist, those that are there, where the folders are.
+    """Returns samples at the end of a run that adds as many rounds as it may; of one whose samples
+    all exist, those that are there, where the folders are.
     """
     practice = recipe.practice
     most = practice.most_samples
@@ -278,7 +278,7 @@ def _phases(
 
 
 def _evaluated(recipe: Recipe, classes: int) -> int:
-    """Real images in all evaluations of one source, the last one with the held-out ones."""
+    """Returns real images in all evaluations of one source, the last one with the held-out ones."""
     validation, test = count_real(recipe.validation, recipe.held_out, classes=classes)
     times = len(recipe.practice.evaluations(recipe.learner.batch_size))
     return (times + 1) * validation + test
@@ -287,7 +287,7 @@ def _evaluated(recipe: Recipe, classes: int) -> int:
 def _unit_seconds(
     stages: Stages, device: Peaks, shares: Mapping[str, float], timings: Timings | None
 ) -> UnitSeconds:
-    """Seconds of one unit of each stage on one device."""
+    """Returns seconds of one unit of each stage on one device."""
 
     def derived(counts: Counts, kind: str) -> float:
         return max(device.limits(counts).values()) / shares[kind]

@@ -28,8 +28,9 @@ from dpfast.planning.network import Link, step_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """initial: samples before training; rounds: samples of each addition; segments: training steps
-    before each of them and after the last; batch_size: images of a training step, of all ranks;
+    """The work of a run. initial: samples before training; rounds: samples of each addition;
+    segments: training steps before each of them and after the last; batch_size: images of a
+    training step, of all ranks;
     generation_batch_size: samples of a rank; evaluated: images in all.
     """
 
@@ -42,7 +43,7 @@ class Job:
 
     @property
     def longest(self) -> int:
-        """Steps of the longest segment that a round ends."""
+        """The steps of the longest segment that a round ends."""
         return max(self.segments[:-1], default=0)
 
     def __post_init__(self) -> None:
@@ -70,8 +71,8 @@ class UnitSeconds:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedRun:
-    """Seconds. generating: ranks that make samples beside training; 0: in turns. overlapped: of
-    both at once.
+    """The seconds of a simulated run. generating: ranks that make samples beside training; 0: in
+    turns. overlapped: of both at once.
     """
 
     ranks: int
@@ -87,9 +88,9 @@ class SimulatedRun:
 
 
 def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
-    """A recipe's loop up to ``samples``: rounds after the steps of ``add_at``, or evenly between
-    the first step and the cool-down; none of the source "static" alone. Raises ``InputError`` for
-    more rounds than ``add_at`` names.
+    """Returns a recipe's loop up to ``samples``: rounds after the steps of ``add_at``, or evenly
+    between the first step and the cool-down; none of the source "static" alone. Raises
+    ``InputError`` for more rounds than ``add_at`` names.
     """
     practice, batch = recipe.practice, recipe.learner.batch_size
     initial = samples if practice.takes_all_at_once else min(practice.initial_samples, samples)
@@ -119,7 +120,7 @@ def job_of(recipe: Recipe, samples: int, evaluated: int = 0) -> Job:
 
 
 def slowest(spread: Sequence[float], ranks: int) -> float:
-    """The expected largest of ``ranks`` independent draws from ``spread``."""
+    """Returns the expected largest of ``ranks`` independent draws from ``spread``."""
     ordered, count = sorted(spread), len(spread)
     return sum(
         v * (((i + 1) / count) ** ranks - (i / count) ** ranks) for i, v in enumerate(ordered)
@@ -127,7 +128,7 @@ def slowest(spread: Sequence[float], ranks: int) -> float:
 
 
 def in_turns(job: Job, unit: UnitSeconds, ranks: int, link: Link) -> SimulatedRun:
-    """All ranks make samples, then all train."""
+    """Simulates a run in which all ranks make samples, then all train."""
     made = sum(
         _making(count, unit.guided, job.generation_batch_size, ranks) for count in job.rounds
     )
@@ -150,7 +151,8 @@ def side_by_side(
     *,
     whole: Link | None = None,
 ) -> SimulatedRun:
-    """``generating`` ranks make the next round's samples while the others train. link: of those;
+    """Simulates a run in which ``generating`` ranks make the next round's samples while the others
+    train. link: of those;
     whole: of all ranks.
 
     A round begins with its segment, so that samples are as old as that is long: a run does so with
@@ -179,7 +181,7 @@ def side_by_side(
 def best_overlap(
     job: Job, unit: UnitSeconds, ranks: int, link: Callable[[int], Link]
 ) -> SimulatedRun:
-    """The fastest of the overlapped runs of two or more ranks. link: of so many ranks."""
+    """Returns the fastest of the overlapped runs of two or more ranks. link: of so many ranks."""
     whole = link(ranks)
     return min(
         (side_by_side(job, unit, ranks, k, link(ranks - k), whole=whole) for k in range(1, ranks)),
@@ -190,7 +192,7 @@ def best_overlap(
 def efficiency(
     job: Job, unit: UnitSeconds, run: SimulatedRun, link: Callable[[int], Link]
 ) -> float:
-    """One rank's seconds over the rank-seconds of a run."""
+    """Returns one rank's seconds over the rank-seconds of a run."""
     return in_turns(job, unit, 1, link(1)).seconds / (run.ranks * run.seconds)
 
 

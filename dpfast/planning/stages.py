@@ -107,8 +107,8 @@ def count_stages(recipe: Recipe, pipeline: Pipeline, *, half_training: bool) -> 
 
 
 def _ways(recipe: Recipe, pipeline: Pipeline) -> list[tuple[float, Recipe]]:
-    """The ways in which rounds make their samples, as the recipe of such a round, each with its
-    share of all samples up to the maximum; the first round's where there is none.
+    """Returns the ways in which rounds make their samples, as the recipe of such a round, each with
+    its share of all samples up to the maximum; the first round's where there is none.
     """
     practice = recipe.practice
     found: dict[tuple[object, ...], tuple[int, Recipe]] = {}
@@ -135,7 +135,9 @@ def _ways(recipe: Recipe, pipeline: Pipeline) -> list[tuple[float, Recipe]]:
 
 
 def _weights(pipeline: Pipeline) -> int:
-    """Bytes of the denoiser's weights and of the decoders'; one that is both counts once."""
+    """Returns bytes of the denoiser's weights and of the decoders'; one that is both counts
+    once.
+    """
     parts: list[Any] = [pipeline.denoiser, pipeline.decoder, pipeline.guidance_decoder]
     parts = [part.decoder if isinstance(part, ResizedDecoder) else part for part in parts]
     models = {id(part.model): part.model for part in parts if hasattr(part, "model")}
@@ -143,7 +145,9 @@ def _weights(pipeline: Pipeline) -> int:
 
 
 def _guided(recipe: Recipe, sampler: GuidedSampler, batch: int) -> Counts:
-    """One guided sample in the way that the recipe chooses (``dpfast.sources.guided_methods``)."""
+    """Returns one guided sample in the way that the recipe chooses
+    (``dpfast.sources.guided_methods``).
+    """
     practice, steps = recipe.practice, sampler.guidance.steps(len(sampler.table))
     if practice.early_candidates > 1:
         stop = early_stop(recipe, steps)
@@ -158,7 +162,7 @@ def _guided(recipe: Recipe, sampler: GuidedSampler, batch: int) -> Counts:
 
 
 def _sample(sampler: GuidedSampler, batch: int, *, guided: bool) -> Counts:
-    """One sample of a batch: its steps and its decoding."""
+    """Returns one sample of a batch: its steps and its decoding."""
     return _steps(sampler, batch, guided=guided) + _decoding(sampler, batch)
 
 
@@ -166,7 +170,7 @@ def _sample(sampler: GuidedSampler, batch: int, *, guided: bool) -> Counts:
 def _steps(
     sampler: GuidedSampler, batch: int, *, guided: bool, start: int = 0, stop: int | None = None
 ) -> Counts:
-    """The steps from ``start`` to ``stop`` of one sample of a batch."""
+    """Returns the steps from ``start`` to ``stop`` of one sample of a batch."""
     total, blank = Counts(), sampler.runner.blank(batch)
     inputs = sampler.runner.inputs(blank)
     for variant, times in Counter(sampler.variants(guided=guided)[start:stop]).items():
@@ -193,19 +197,19 @@ def _encoding(sampler: GuidedSampler, batch: int) -> Counts:
 
 
 def _dearer(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    """The one of two lines (fixed, per sample) that rises faster."""
+    """Returns the one of two lines (fixed, per sample) that rises faster."""
     return max(one, other, key=lambda line: line[1])
 
 
 def _decoding_bytes(sampler: GuidedSampler) -> tuple[int, int]:
-    """(fixed, per sample) bytes of decoding latents."""
+    """Returns (fixed, per sample) bytes of decoding latents."""
     decode = finish_function(sampler.parts)
     with Fused():
         return bytes_per_sample(lambda size: decode(sampler.runner.blank(size).x))
 
 
 def _step_bytes(sampler: GuidedSampler, *, guided: bool) -> tuple[int, int]:
-    """(fixed, per sample) bytes of the dearest of the steps."""
+    """Returns (fixed, per sample) bytes of the dearest of the steps."""
     step = step_function(sampler.parts, dearest(sampler.variants(guided=guided)))
 
     def one(size: int) -> object:

@@ -8,8 +8,8 @@ from dpfast.pool.memory_tiers import NAMES, readable
 
 
 def plan_table(plan: Plan) -> str:
-    """Phases with hours and samples/s at the utilisation and at the limit, then memory and the
-    place of the pool.
+    """Returns phases with hours and samples/s at the utilisation and at the limit, then memory and
+    the place of the pool.
     """
     rows: list[tuple[str, ...]] = [
         (
@@ -70,7 +70,9 @@ def _hours(seconds: float) -> str:
 
 
 def _simulated(plan: Plan) -> list[str]:
-    """The simulated runs of Deliberate Practice on several devices, in turns and side by side."""
+    """Returns the simulated runs of Deliberate Practice on several devices, in turns and side by
+    side.
+    """
     if plan.count < 2 or "dp" not in plan.recipe.practice.sources:
         return []
     turns, overlap = plan.turns, plan.overlap

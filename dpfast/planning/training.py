@@ -57,13 +57,14 @@ class Training:
 
     @property
     def state(self) -> int:
-        """Bytes of weights and buffers, of their average, and of AdamW's two moments of what is
+        """The bytes of weights and buffers, of their average, and of AdamW's two moments of what is
         trained: what a checkpoint has as well.
         """
         return 4 * (2 * self.parameters + 2 * self.trained + 2 * self.buffers)
 
     def memory(self, images: int, *, accumulated: bool) -> int:
-        """The most bytes that a step holds beside ``state``, with micro-batches of ``images``.
+        """Returns the most bytes that a step holds beside ``state``, with micro-batches of
+        ``images``.
 
         accumulated: gradients are there all the time, of the micro-batches before, or in the
         buckets that ranks sum; otherwise they come while what was kept for them goes.
@@ -85,7 +86,9 @@ def count_learner(
 
 
 def count_training(learner: Learner, classes: int, image: tuple[int, ...], *, half: bool) -> Counts:
-    """An image in a training step of the recipe's batch; raises as ``count_learner`` does."""
+    """Counts an image in a training step of the recipe's batch; raises as ``count_learner``
+    does.
+    """
     return _counted(*_key(learner, classes, image, half))
 
 
@@ -166,7 +169,7 @@ def _held(
 
 
 def without_numbers(module: nn.Module) -> nn.Module:
-    """``module`` with fake parameters and buffers of the CPU in place of its own; within a
+    """Returns ``module`` with fake parameters and buffers of the CPU in place of its own; within a
     ``FakeTensorMode``.
     """
     known: dict[int, Any] = {}  # tied weights stay tied
@@ -190,7 +193,7 @@ def without_numbers(module: nn.Module) -> nn.Module:
 def _step(
     learner: nn.Module, image: tuple[int, ...], classes: int, *, half: bool, mixed: bool
 ) -> Callable[[int], None]:
-    """One forward and backward pass at a batch size; mixed labels are probabilities."""
+    """Returns one forward and backward pass at a batch size; mixed labels are probabilities."""
 
     def step(size: int) -> None:
         images = torch.empty(size, *image)

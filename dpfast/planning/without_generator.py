@@ -1,4 +1,4 @@
-"""What stands in the place of a generator where all samples of a run exist."""
+"""A stand-in for the generator of a run whose samples all exist."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dpfast.sources.other_pool import shape_of
 
 
 def without_generator(recipe: Recipe, stored: Stored | None, device: torch.device) -> NoGenerator:
-    """The classes and the shape of a run's images: those of the pool that it reads, else those
-    that the recipe's generator would make, whose weights need not be there.
+    """Returns the classes and the shape of a run's images: those of the pool that it reads, else
+    those that the recipe's generator would make, whose weights need not be there.
 
     The recipe's ``class_names`` and ``image_size`` go before both. stored: the pool.
 

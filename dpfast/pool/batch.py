@@ -16,7 +16,7 @@ TINY = torch.finfo(torch.float32).tiny  # less than that has no inverse in float
 
 @dataclass(frozen=True, kw_only=True)
 class BatchFormat:
-    """How a batch lies in memory, and the scale of its values.
+    """The memory layout of a batch and the scale of its values.
 
     mean, std: a pixel v in [0, 255] becomes (v / 255 - mean) / std, one number or one for each
     channel.
@@ -53,7 +53,7 @@ class BatchFormat:
             object.__setattr__(self, name, plain if numbers is value else plain[0])
 
     def per_channel(self, channels: int) -> tuple[Sequence[float], Sequence[float]]:
-        """Return mean and std as one number for each channel; sequences as they are."""
+        """Returns mean and std as one number for each channel; sequences as they are."""
         mean = (self.mean,) * channels if isinstance(self.mean, float) else self.mean
         std = (self.std,) * channels if isinstance(self.std, float) else self.std
         return mean, std

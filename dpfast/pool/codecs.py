@@ -1,5 +1,5 @@
-"""What a sample's payload is: uint8 pixels, fp16 latents or JPEG bytes; and the file formats that
-hold it exactly.
+"""The payloads of samples: uint8 pixels, fp16 latents or JPEG bytes; and the file formats that hold
+them exactly.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class BoundedDecode:
 
 
 def check_codec(codec: str) -> str:
-    """``codec``, which is one of ``CODECS``; raises ``InputError`` for another."""
+    """Returns ``codec``, which is one of ``CODECS``; raises ``InputError`` for another."""
     if codec not in CODECS:
         raise InputError(f"codec = {codec!r}, expected one of {', '.join(CODECS)}")
     return codec
 
 
 def row_bytes(codec: str, shape: Sequence[int]) -> int:
-    """Bytes of one payload of ``shape`` (C, H, W); for JPEG an estimate."""
+    """Returns bytes of one payload of ``shape`` (C, H, W); for JPEG an estimate."""
     elements = int(np.prod(shape))
     if codec == "jpeg":
         return int(elements * JPEG_BYTES_PER_PIXEL)
@@ -69,8 +69,8 @@ def row_bytes(codec: str, shape: Sequence[int]) -> int:
 
 
 def saved_bytes(codec: str, shape: Sequence[int], images: str = "png") -> int:
-    """Bytes on a disk of one sample whose payload is of ``shape`` (C, H, W): an estimate for PNG
-    and JPEG.
+    """Returns bytes on a disk of one sample whose payload is of ``shape`` (C, H, W): an estimate
+    for PNG and JPEG.
 
     images: a recipe's ``save_samples``; "none" takes nothing.
     """
@@ -83,7 +83,7 @@ def saved_bytes(codec: str, shape: Sequence[int], images: str = "png") -> int:
 
 
 def to_jpeg(image: Tensor, quality: int = JPEG_QUALITY) -> bytes:
-    """JPEG bytes of a uint8 image (C, H, W), without loss of colour resolution.
+    """Returns JPEG bytes of a uint8 image (C, H, W), without loss of colour resolution.
 
     Raises ``InputError`` unless it has one or three channels.
     """
@@ -91,8 +91,8 @@ def to_jpeg(image: Tensor, quality: int = JPEG_QUALITY) -> bytes:
 
 
 def to_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of uint8 pixels (C, H, W). Raises ``InputError`` unless they have one or three
-    channels.
+    """Returns PNG bytes of uint8 pixels (C, H, W). Raises ``InputError`` unless they have one or
+    three channels.
     """
     return _encoded(pixels, format="PNG", compress_level=1)
 
@@ -109,8 +109,8 @@ def _encoded(pixels: np.ndarray, **options: object) -> bytes:
 
 
 def from_image_files(files: Sequence[bytes], threads: int = 1) -> np.ndarray:
-    """(B, C, H, W) uint8 pixels of images of one shape, decoded by so many threads; Pillow holds no
-    lock meanwhile.
+    """Returns (B, C, H, W) uint8 pixels of images of one shape, decoded by so many threads; Pillow
+    holds no lock meanwhile.
     """
     if threads == 1:
         return np.stack([from_image_file(file) for file in files])
@@ -119,7 +119,7 @@ def from_image_files(files: Sequence[bytes], threads: int = 1) -> np.ndarray:
 
 
 def npy_header(codec: str, shape: Sequence[int]) -> bytes:
-    """The bytes of an .npy file before its data."""
+    """Returns the bytes of an .npy file before its data."""
     buffer = io.BytesIO()
     descr = "|u1" if codec == "pixels" else "<f2"
     np.lib.format.write_array_header_1_0(

@@ -92,8 +92,8 @@ def _write(
 def _rows(
     pool: SamplePool, *, decoded: bool = False
 ) -> Iterator[tuple[int, np.ndarray, list[Any]]]:
-    """(first row, records, payloads) of BATCH samples at a time; payloads are image files, or rows
-    of latents.
+    """Yields (first row, records, payloads) of BATCH samples at a time; payloads are image files,
+    or rows of latents.
 
     decoded: latents as the image files that they decode to.
     """
@@ -169,8 +169,8 @@ def _write_parquet(
 
 
 def _schema(arrow: Any, pool: SamplePool, classes: list[str] | None, *, pictures: bool) -> Any:
-    """Fields with Hugging Face's feature types, so that an image loads as an image and a label has
-    its name.
+    """Returns fields with Hugging Face's feature types, so that an image loads as an image and a
+    label has its name.
     """
     if pictures:
         payload = arrow.field(
@@ -212,8 +212,8 @@ def _schema(arrow: Any, pool: SamplePool, classes: list[str] | None, *, pictures
 
 
 def _distinct(classes: list[str]) -> list[str]:
-    """The names with their label behind those that two classes have ("crane" is a bird and a
-    machine): ``datasets`` refuses a ``ClassLabel`` whose names repeat.
+    """Returns the names with their label behind those that two classes have ("crane" is a bird and
+    a machine): ``datasets`` refuses a ``ClassLabel`` whose names repeat.
     """
     count = Counter(classes)
     return [f"{name} ({label})" if count[name] > 1 else name for label, name in enumerate(classes)]

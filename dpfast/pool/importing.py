@@ -29,7 +29,8 @@ def import_pool(
     label_column: str | None = None,
     split: str | None = None,
 ) -> tuple[SamplePool, list[str] | None]:
-    """The samples of a folder in host memory, and the names of their classes where they are known.
+    """Returns the samples of a folder in host memory, and the names of their classes where they are
+    known.
 
     A run's folder gives the pool of its source "dp", or of the first that it has of the others. Of
     other people's datasets (parquet, webdataset tars, image folders; at any depth, hidden files
@@ -78,8 +79,8 @@ def _pool_of(
 
 
 def saved_pool(folder: Path) -> Path | None:
-    """The saved pool that a folder is, or that the folder of a run holds: of the source "dp", else
-    of the first source that has one. None where nothing is saved.
+    """Returns the saved pool that a folder is, or that the folder of a run holds: of the source
+    "dp", else of the first source that has one. None where nothing is saved.
     """
     named = [folder / f"pool_{name}" for name in SOURCES]
     own = [path for path in listed(folder, "pool_*") if path not in named]

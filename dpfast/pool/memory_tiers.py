@@ -1,4 +1,5 @@
-"""Where the pool's chunks live: device memory, then host memory, then files, each up to its budget.
+"""The places of the pool's chunks: device memory, then host memory, then files, each up to its
+budget.
 
 On a machine with CUDA, host memory is pinned, so that a GPU reads it in place. A file is unlinked
 as soon as it is mapped: nothing is left behind however the process ends. Its blocks are reserved at
@@ -32,7 +33,7 @@ GIB = 1 << 30
 
 
 class PoolFullError(MemoryError):
-    """No tier has room for another chunk."""
+    """An error for a pool whose tiers have no room for another chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,9 @@ class MemoryTiers:
         free: float | None = None,
         processes: int = 1,
     ) -> MemoryTiers:
-        """Shares of what is free now: device memory for a CUDA device, host memory within the
-        limits of a container or of Slurm (``dpfast.hardware.memory``), and the disk of ``folder``.
+        """Returns shares of what is free now: device memory for a CUDA device, host memory within
+        the limits of a container or of Slurm (``dpfast.hardware.memory``), and the disk of
+        ``folder``.
 
         device_bytes, host_bytes: budgets in place of the shares; of a CPU as the device, a budget
         in bytes is a part of the host's memory that is filled first. free: bytes of one process's
@@ -100,8 +102,8 @@ class MemoryTiers:
     def from_recipe(
         cls, recipe: config.Pool, device: torch.device, folder: Path | None, *, processes: int = 1
     ) -> MemoryTiers:
-        """The budgets of a recipe's section ``[pool]``. Raises ``RecipeError`` for files without a
-        folder.
+        """Returns the budgets of a recipe's section ``[pool]``. Raises ``RecipeError`` for files
+        without a folder.
         """
         device_bytes, host_bytes = (
             None if size is None else int(size * GIB)
@@ -115,11 +117,11 @@ class MemoryTiers:
         )
 
     def budget(self, name: str) -> int:
-        """Bytes of the tier, one of ``NAMES``."""
+        """Returns bytes of the tier, one of ``NAMES``."""
         return int(getattr(self, f"{name}_bytes"))
 
     def next_tier(self, used: Mapping[str, int], chunk_bytes: int) -> str:
-        """The tier of one more chunk beside so many in each; raises ``PoolFullError``."""
+        """Returns the tier of one more chunk beside so many in each; raises ``PoolFullError``."""
         for name in NAMES:
             if (used.get(name, 0) + 1) * chunk_bytes <= self.budget(name):
                 return name
@@ -131,8 +133,8 @@ class MemoryTiers:
         )
 
     def allocate(self, name: str, chunk_bytes: int) -> Tensor:
-        """(chunk_bytes,) uint8 of the tier, its contents undefined. Raises ``OSError`` where the
-        disk is full.
+        """Returns (chunk_bytes,) uint8 of the tier, its contents undefined. Raises ``OSError``
+        where the disk is full.
         """
         if name == "device":
             return torch.empty(chunk_bytes, dtype=torch.uint8, device=self.device)
@@ -148,8 +150,8 @@ class MemoryTiers:
 
 
 def host_memory(count: int) -> Tensor:
-    """(count,) uint8 zeros on large pages where there are any: random rows then miss the page
-    tables less often.
+    """Returns (count,) uint8 zeros on large pages where there are any: random rows then miss the
+    page tables less often.
     """
     # private: shared pages are always small
     memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -159,7 +161,7 @@ def host_memory(count: int) -> Tensor:
 
 
 def touched(memory: Tensor) -> Tensor:
-    """``memory`` (n,) uint8 with every page of it there, on one thread and without torch.
+    """Returns ``memory`` (n,) uint8 with every page of it there, on one thread and without torch.
 
     An operation of torch in a thread of ours leaves a second team of OpenMP threads behind. With
     more of them than cores, the runtime lets all of them sleep at once when they wait: the
@@ -171,7 +173,7 @@ def touched(memory: Tensor) -> Tensor:
 
 
 def readable(count: float) -> str:
-    """Bytes in the largest unit that leaves a number above 1."""
+    """Returns bytes in the largest unit that leaves a number above 1."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

@@ -32,7 +32,7 @@ STALE = 60.0  # seconds without one, after which a process on another host is ta
 
 
 class OwnedError(RuntimeError):
-    """Another process writes the folder; the message names it."""
+    """An error for a folder that another process writes; the message names it."""
 
 
 class Owner:
@@ -101,8 +101,8 @@ class Owner:
 
 
 def owner_of(folder: Path) -> str | None:
-    """The living process that writes ``folder``, in words; None where there is none. It may wait as
-    ``Owner`` does.
+    """Returns the living process that writes ``folder``, in words; None where there is none. It may
+    wait as ``Owner`` does.
     """
     number = _highest(folder) if folder.is_dir() else None
     return (
@@ -121,13 +121,15 @@ def _highest(folder: Path) -> int | None:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """The numbers of a folder's owners; files of other names, as copies have, are none."""
+    """Returns the numbers of a folder's owners; files of other names, as copies have, are none."""
     named = (re.fullmatch(r"\.owner-([0-9]{6}|[1-9][0-9]{6,})", n) for n in os.listdir(folder))
     return [int(name[1]) for name in named if name]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What an owner says; empty while it is being written, or where it has been removed."""
+    """Returns the words of an owner; empty while it is being written, or where it has been
+    removed.
+    """
     try:
         state = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -136,7 +138,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _lives(path: Path) -> bool:
-    """Whether the process that made ``path`` is still there."""
+    """Returns True if the process that made ``path`` is still there."""
     first = _read(path)
     if first.get("ended"):
         return False
@@ -162,8 +164,8 @@ def _named(path: Path) -> str:
 
 
 def _process(number: int) -> dict[str, Any]:
-    """A process of this host. start: tells it from others of its number; None once it has ended,
-    and without /proc.
+    """Returns a process of this host. start: tells it from others of its number; None once it has
+    ended, and without /proc.
     """
     state = ""
     start = None
@@ -185,8 +187,8 @@ def _process(number: int) -> dict[str, Any]:
 
 
 def _host() -> str:
-    """What processes that see each other share: name, boot, and the name space of their numbers (a
-    container's).
+    """Returns the key that processes which see each other share: name, boot, and the name space of
+    their numbers (a container's).
     """
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):

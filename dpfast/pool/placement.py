@@ -1,4 +1,4 @@
-"""Whether a pool will fit, and where, before anything is generated."""
+"""The answer whether a pool will fit, and where, before anything is generated."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Placement:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of payloads and columns in one device's share of the pool."""
+        """The bytes of payloads and columns in one device's share of the pool."""
         return self.samples * (self.bytes_per_sample + self.overhead)
 
     @property
@@ -100,7 +100,7 @@ class Placement:
         tiers: MemoryTiers | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> Placement:
-        """Where a pool of ``samples`` payloads of ``shape`` would lie.
+        """Returns the places of a pool of ``samples`` payloads of ``shape``.
 
         It refuses nothing by itself: ``Placement.of(...).check()`` does.
 
@@ -158,7 +158,7 @@ class Placement:
         folder: Path | None = None,
         processes: int = 1,
     ) -> Placement:
-        """The placement of a recipe's section ``[pool]`` on this machine; the arguments of
+        """Returns the placement of a recipe's section ``[pool]`` on this machine; the arguments of
         ``SamplePool.from_recipe``.
 
         Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.

@@ -102,8 +102,8 @@ class SamplePool:
         decode: codecs.Decode | None = None,
         processes: int = 1,
     ) -> SamplePool:
-        """An empty pool for at most ``samples`` samples, as the section ``[pool]`` of a recipe
-        describes it.
+        """Returns an empty pool for at most ``samples`` samples, as the section ``[pool]`` of a
+        recipe describes it.
 
         shape: (C, H, W) of the pixels or latents that are stored. device: whose memory comes first.
         folder: of the mapped files. decode: as of ``SamplePool``. processes: as of
@@ -127,7 +127,7 @@ class SamplePool:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """(C, H, W) of a payload; None until it is known, and for JPEG."""
+        """The shape (C, H, W) of a payload; None until it is known, and for JPEG."""
         return self._snapshot.shape
 
     @property
@@ -143,7 +143,7 @@ class SamplePool:
         return self._snapshot
 
     def held(self, size: int) -> int:
-        """``size``: one process holds all samples."""
+        """Returns ``size``: one process holds all samples."""
         return size
 
     def complete(self, count: int) -> None:
@@ -156,7 +156,9 @@ class SamplePool:
         device: torch.device = CPU,
         parts: Sequence[Tensor] | None = None,
     ) -> tuple[PoolSnapshot, Tensor]:
-        """The pool at this moment and ``indices``, or the part of them: nothing has to be sent."""
+        """Returns the pool at this moment and ``indices``, or the part of them: nothing has to be
+        sent.
+        """
         return self._snapshot, indices if parts is None else indices[parts[0]]
 
     def append(
@@ -245,8 +247,8 @@ class SamplePool:
         self.append_records(payload, records)
 
     def append_records(self, payload: Payload, records: np.ndarray) -> None:
-        """``append`` for samples whose columns are there already: (B,) ``RECORD``, offset and
-        length ignored.
+        """Appends samples whose columns are there already: (B,) ``RECORD``, offset and length
+        ignored.
         """
         with self._lock:
             payload = self._checked(payload, len(records))
@@ -277,7 +279,7 @@ class SamplePool:
             self._snapshot = replace(snapshot, origins=origins, size=size, ready=ready)
 
     def _checked(self, payload: Payload, count: int) -> Payload:
-        """What goes into the chunks: a tensor (B, *shape) or B files."""
+        """Returns the payload that goes into the chunks: a tensor (B, *shape) or B files."""
         if len(payload) != count:
             raise InputError(f"{len(payload)} payloads for {count} samples")
         self._check_codec(payload)
@@ -337,7 +339,9 @@ class SamplePool:
     def _write_files(
         self, snapshot: PoolSnapshot, files: Sequence[bytes], records: np.ndarray
     ) -> PoolSnapshot:
-        """``_write_rows`` of JPEG files; ``records`` get their offsets and lengths."""
+        """Writes JPEG files as ``_write_rows`` writes rows; ``records`` get their offsets and
+        lengths.
+        """
         filled = self._filled
         for row, data in enumerate(files):
             if not snapshot.chunks.chunks or filled + len(data) > self.chunk_bytes:
@@ -382,7 +386,9 @@ class SamplePool:
             spare.result()
 
     def _bytes_with(self, samples: int) -> int:
-        """Bytes of the chunks that the pool and ``samples`` more fill, for JPEG an estimate."""
+        """Returns bytes of the chunks that the pool and ``samples`` more fill, for JPEG an
+        estimate.
+        """
         snapshot = self._snapshot
         if self.codec == "jpeg" and (snapshot.size or self._guess):
             used = max(len(snapshot.chunks.chunks) - 1, 0) * self.chunk_bytes + self._filled
@@ -395,7 +401,7 @@ class SamplePool:
         return -(-(snapshot.size + samples) // snapshot.chunks.chunk_rows) * self.chunk_bytes
 
     def _grown(self, snapshot: PoolSnapshot) -> PoolSnapshot:
-        """``snapshot`` with one more chunk, the next of those that were prepared."""
+        """Returns ``snapshot`` with one more chunk, the next of those that were prepared."""
         used = self._used(snapshot)
         if self._spares:
             tier, spare = self._spares.popleft()
@@ -408,8 +414,8 @@ class SamplePool:
         return replace(snapshot, chunks=with_chunk(snapshot.chunks, chunk), tiers=grown)
 
     def _used(self, snapshot: PoolSnapshot) -> Counter[str]:
-        """How many chunks of ``snapshot`` lie in each tier; counted anew only where a snapshot
-        was dropped.
+        """Counts the chunks of ``snapshot`` in each tier; counted anew only where a snapshot was
+        dropped.
         """
         if self._counted[0] is not snapshot.tiers:
             self._counted = snapshot.tiers, Counter(snapshot.tiers)
@@ -456,20 +462,20 @@ class SamplePool:
             self.tiers = tiers
 
     def in_tier(self) -> dict[str, int]:
-        """How many samples lie in each tier."""
+        """Counts the samples in each tier."""
         snapshot = self._snapshot
         counts = Counter(snapshot.tiers[number] for number in snapshot.chunk_numbers().tolist())
         return {name: counts[name] for name in NAMES}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all chunks and records that the pool has allocated."""
+        """The bytes of all chunks and records that the pool has allocated."""
         snapshot = self._snapshot
         return sum(chunk.nbytes for chunk in (*snapshot.chunks.chunks, *snapshot.origins.chunks))
 
     def column(self, name: str, start: int = 0) -> Tensor:
-        """(N - start,) values of a column of ``dpfast.pool.record``, in the order of appending,
-        int64 or float32.
+        """Returns (N - start,) values of a column of ``dpfast.pool.record``, in the order of
+        appending, int64 or float32.
         """
         snapshot = self._snapshot
         return snapshot.column(name, torch.arange(start, snapshot.size))
@@ -477,8 +483,8 @@ class SamplePool:
     def records(
         self, start: int = 0, stop: int | None = None, *, threads: int | None = None
     ) -> np.ndarray:
-        """Copies of the ``RECORD`` of the samples ``start`` to ``stop``, which is the end by
-        default.
+        """Returns copies of the ``RECORD`` of the samples ``start`` to ``stop``, which is the end
+        by default.
 
         threads: as in ``PoolSnapshot.payload``.
         """
@@ -488,20 +494,20 @@ class SamplePool:
         )
 
     def payload(self, indices: Tensor, **options: Any) -> Payload:
-        """``PoolSnapshot.payload`` of the pool at this moment."""
+        """Returns ``PoolSnapshot.payload`` of the pool at this moment."""
         return self._snapshot.payload(indices, **options)
 
     def images(self, indices: Tensor, **options: Any) -> Tensor:
-        """``PoolSnapshot.images`` of the pool at this moment."""
+        """Returns ``PoolSnapshot.images`` of the pool at this moment."""
         return self._snapshot.images(indices, **options)
 
     def gather(self, indices: Tensor, *form: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """``PoolSnapshot.gather`` of the pool at this moment."""
+        """Returns ``PoolSnapshot.gather`` of the pool at this moment."""
         return self._snapshot.gather(indices, *form, **options)
 
 
 def _write(room: Tensor, rows: Tensor) -> None:
-    """One copy of (B, *shape) payloads into (B, bytes of each) uint8 of a chunk."""
+    """Copies (B, *shape) payloads once, into (B, bytes of each) uint8 of a chunk."""
     if (
         rows.is_contiguous()
         and rows.device == room.device == CPU

@@ -34,17 +34,17 @@ class Pool(Protocol):
 
     @property
     def codec(self) -> str:
-        """What is stored of a sample: "pixels", "latents" or "jpeg"."""
+        """The form in which a sample is stored: "pixels", "latents" or "jpeg"."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """(C, H, W) of what is stored; None until it is known, and for JPEG."""
+        """The shape (C, H, W) of what is stored; None until it is known, and for JPEG."""
         ...
 
     @property
     def fresh(self) -> int:
-        """Counts the samples of the newest round."""
+        """The number of samples of the newest round."""
         ...
 
     @property
@@ -55,8 +55,8 @@ class Pool(Protocol):
     def __len__(self) -> int: ...
 
     def held(self, size: int) -> int:
-        """Counts those of the first ``size`` samples, all rounds before one, that this process
-        holds.
+        """Counts the samples that this process holds of the first ``size``, which are all rounds
+        before one.
         """
         ...
 
@@ -65,13 +65,13 @@ class Pool(Protocol):
         ...
 
     def column(self, name: str, start: int = 0) -> Tensor:
-        """(N - start,) int64 or float32 values of a column from index ``start`` on, the start of a
-        round.
+        """Returns (N - start,) int64 or float32 values of a column from index ``start`` on, the
+        start of a round.
         """
         ...
 
     def images(self, indices: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) of samples of ``local``, decoded where it holds no pixels."""
+        """Returns uint8 (B, C, H, W) of samples of ``local``, decoded where it holds no pixels."""
         ...
 
     def fetch(
@@ -81,7 +81,7 @@ class Pool(Protocol):
         device: torch.device = CPU,
         parts: Sequence[Tensor] | None = None,
     ) -> tuple[PoolSnapshot, Tensor]:
-        """This process's part of the samples ``indices`` (B,), which all ranks know.
+        """Returns this process's part of the samples ``indices`` (B,), which all ranks know.
 
         parts: for each rank which of ``indices`` it gets, (b,) int64; None: those of a training
         batch (``Ranks.part``). Returns a snapshot that holds the part's samples, and (b,) their

@@ -1,4 +1,4 @@
-"""Where the ranks of a run save their samples: each in a folder of its own.
+"""The folders in which the ranks of a run save their samples, each in one of its own.
 
     pool_dp/rank-000-of-002/       a saved pool (``dpfast.pool.shards``) of the rows that this rank
                                    holds, in order
@@ -24,26 +24,26 @@ RANK_FOLDERS = "rank-*-of-*"
 
 
 def rank_folder_name(ranks: Ranks, rank: int | None = None) -> str:
-    """The name of the folder of ``rank``, this one by default."""
+    """Returns the name of the folder of ``rank``, this one by default."""
     return f"rank-{ranks.rank if rank is None else rank:03d}-of-{ranks.size:03d}"
 
 
 def rank_folder(folder: Path, ranks: Ranks, rank: int | None = None) -> Path:
-    """Where a rank saves its samples under ``folder``, the saved pool of a run."""
+    """Returns the folder of a rank's samples under ``folder``, the saved pool of a run."""
     return folder if ranks.alone else folder / rank_folder_name(ranks, rank)
 
 
 def rank_folders(folder: Path) -> dict[Path, int]:
-    """The folders of ranks below ``folder``, each with the number of the ranks; other names, as of
-    backups, are passed over.
+    """Returns the folders of ranks below ``folder``, each with the number of the ranks; other
+    names, as of backups, are passed over.
     """
     named = {path: re.fullmatch("rank-[0-9]+-of-([0-9]+)", path.name) for path in listed(folder)}
     return {path: int(name[1]) for path, name in named.items() if name and path.is_dir()}
 
 
 def saved_folders(folder: Path) -> list[Path]:
-    """The saved pools that make one: ``folder`` itself, or those of its ranks; those of the most
-    samples where other numbers of ranks have saved as well.
+    """Returns the saved pools that make one: ``folder`` itself, or those of its ranks; those of the
+    most samples where other numbers of ranks have saved as well.
 
     Empty where nothing is saved.
     """

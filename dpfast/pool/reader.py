@@ -20,7 +20,7 @@ DECODE_THREADS = 4  # of image files that are read again
 
 
 def open_pool(folder: str | Path, **options: Any) -> SamplePool:
-    """The pool that was saved in ``folder``, every sample and column as it was.
+    """Returns the pool that was saved in ``folder``, every sample and column as it was.
 
     Where several ranks have saved, the samples of all of them, in the order of their ids. A damaged
     shard is quarantined and named in a ``LostSamplesWarning`` with the ids of its samples; the rest
@@ -58,7 +58,7 @@ def open_folder(
     beat: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> SamplePool:
-    """The pool that one process saved in ``folder``, or its first ``limit`` samples.
+    """Returns the pool that one process saved in ``folder``, or its first ``limit`` samples.
 
     Every shard is checked against the manifest. A damaged one is quarantined and named in a
     ``LostSamplesWarning`` with the ids of its samples; the rest is opened. ``beat`` is called after
@@ -92,7 +92,8 @@ def open_share(
     beat: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> SamplePool:
-    """The rows of ``wanted.ranks`` out of what the ranks of ``saved`` have saved under ``folder``.
+    """Returns the rows of ``wanted.ranks`` out of what the ranks of ``saved`` have saved under
+    ``folder``.
 
     Both have the same rounds and batches, so a batch of one is a batch of the other.
     Raises ``DamagedPoolError`` when a part is missing, or has fewer samples than its rank held.
@@ -143,7 +144,7 @@ class SavedFolder:
 def payload_of(
     part: shards.Loaded, records: np.ndarray, manifest: shards.Manifest
 ) -> torch.Tensor | list[bytes]:
-    """What is stored of the samples of ``records``, some of the shard's, as
+    """Returns the stored payloads of ``records``, some of the shard's, as
     ``SamplePool.append_records`` takes it. Raises ``DamagedPoolError`` for payloads of another size
     than the manifest says.
     """

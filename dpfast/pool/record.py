@@ -31,7 +31,7 @@ COLUMNS = tuple(name for name in RECORD.names or () if name not in ("offset", "l
 
 
 def as_dict(record: np.void) -> dict[str, Any]:
-    """A record's columns as Python numbers; a float32 survives JSON exactly.
+    """Returns a record's columns as Python numbers; a float32 survives JSON exactly.
 
     In a shard's ``.json`` NaN is the token NaN, which the webdataset library reads: ``datasets``
     takes types from the first five samples, and null would be the type of a run's entropies, whose
@@ -41,7 +41,7 @@ def as_dict(record: np.void) -> dict[str, Any]:
 
 
 def from_dicts(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> np.ndarray:
-    """(B,) ``RECORD`` of what ``as_dict`` gave, offset and length 0.
+    """Returns (B,) ``RECORD`` of what ``as_dict`` gave, offset and length 0.
 
     A missing column is 0, a missing entropy NaN; a float that is None, as JSON has it for NaN, is
     NaN. Id and label must be there. names: what to call the rows in messages. Raises ``InputError``
@@ -61,8 +61,8 @@ def from_dicts(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> np.
 
 
 def _all_fit(values: list[Any], column: str) -> bool:
-    """Whether the values are Python's numbers of the column's own kind and within its range, as in
-    our own files: looked at together, for speed.
+    """Returns True if the values are Python's numbers of the column's own kind and within its
+    range, as in our own files: looked at together, for speed.
     """
     dtype = RECORD[column]
     if dtype.kind == "f":
@@ -78,7 +78,7 @@ def _all_fit(values: list[Any], column: str) -> bool:
 
 
 def _fitting(value: object, column: str, where: str) -> float:
-    """``value`` as a number that ``column`` holds: integers exactly, floats as float32."""
+    """Returns ``value`` as a number that ``column`` holds: integers exactly, floats as float32."""
     if column == "label":
         return class_id(value, where)
     dtype = RECORD[column]
@@ -98,7 +98,7 @@ def _fitting(value: object, column: str, where: str) -> float:
 
 
 def ranges(ids: np.ndarray) -> list[list[int]]:
-    """Sample ids as inclusive runs in their order: [0, 1, 2, 7] -> [[0, 2], [7, 7]]."""
+    """Returns sample ids as inclusive runs in their order: [0, 1, 2, 7] -> [[0, 2], [7, 7]]."""
     if not len(ids):
         return []
     breaks = np.flatnonzero(np.diff(ids) != 1) + 1

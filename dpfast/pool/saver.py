@@ -109,17 +109,17 @@ class Saver:
 
     @property
     def saved(self) -> int:
-        """How many of the pool's samples are on the disk for good."""
+        """The number of the pool's samples that are on the disk for good."""
         return self._manifest.samples
 
     @property
     def shards(self) -> list[shards.Shard]:
-        """What is on the disk."""
+        """The manifest of what is on the disk."""
         return self._manifest.shards
 
     def encoded(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images (B, C, H, W) as they come back from JPEG files, which are kept for the
-        pool's next B samples.
+        """Returns uint8 images (B, C, H, W) as they come back from JPEG files, which are kept for
+        the pool's next B samples.
 
         So a pool of pixels holds from the first moment what a resumed run will read: to encode
         again is not exact.
@@ -270,7 +270,7 @@ class Saver:
 
 
 def through_jpeg(images: torch.Tensor) -> tuple[torch.Tensor, list[bytes]]:
-    """(B, C, H, W) uint8 as they come back from JPEG, on their device, and the files."""
+    """Returns (B, C, H, W) uint8 as they come back from JPEG, on their device, and the files."""
     files = [codecs.to_jpeg(image) for image in images.cpu()]
     return torch.from_numpy(codecs.from_image_files(files)).to(images.device), files
 
@@ -306,8 +306,8 @@ def copy_saved(
 
 
 def _link(path: Path, target: Path) -> None:
-    """``path`` in the folder ``target`` as well: another name of the file, or a copy where the disk
-    refuses that.
+    """Puts ``path`` into the folder ``target`` as well: as another name of the file, or a copy
+    where the disk refuses that.
     """
     try:
         (target / path.name).hardlink_to(path)

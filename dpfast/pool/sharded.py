@@ -37,7 +37,7 @@ KNOWN = np.dtype([("label", "<i4"), ("length", "<i4")])  # of a sample, on every
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Who holds row g of the union: rounds of samples, each dealt to ``ranks.size`` ranks in
+    """The owners of the union's rows: rounds of samples, each dealt to ``ranks.size`` ranks in
     batches, in turn.
 
     A rank holds its rows in their order. batch: the samples of a batch; rounds: the sizes of the
@@ -59,13 +59,13 @@ class ShardLayout:
         return sum(-(-count // self.batch) for count in self.rounds) % self.ranks.size
 
     def with_round(self, count: int) -> ShardLayout:
-        """With another round of ``count`` samples behind it."""
+        """Returns the layout with another round of ``count`` samples behind it."""
         return replace(self, rounds=(*self.rounds, count))
 
     @cached_property
     def _table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For every round: its first row, its turn, and what each rank holds before it, (rounds +
-        1, size).
+        """The rows of every round: its first one, its turn, and what each rank holds before it,
+        (rounds + 1, size).
         """
         size = self.ranks.size
         rounds = len(self.rounds)
@@ -83,11 +83,11 @@ class ShardLayout:
         return starts, torch.tensor(turns, dtype=torch.int64), before
 
     def held(self, rank: int | None = None) -> int:
-        """How many rows this rank, or ``rank``, holds."""
+        """Counts the rows that this rank, or ``rank``, holds."""
         return int(self._table[2][-1, self.ranks.rank if rank is None else rank])
 
     def rows(self, rank: int | None = None) -> list[range]:
-        """The rows of this rank, or of ``rank``, a batch at a time."""
+        """Returns the rows of this rank, or of ``rank``, a batch at a time."""
         rank = self.ranks.rank if rank is None else rank
         starts, turns, _ = self._table
         return [
@@ -97,7 +97,9 @@ class ShardLayout:
         ]
 
     def locate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The ranks that hold ``rows`` (B,) of the union, and their rows there, both (B,) int64."""
+        """Returns the ranks that hold ``rows`` (B,) of the union, and their rows there, both (B,)
+        int64.
+        """
         starts, turns, before = self._table
         size = self.ranks.size
         number = torch.searchsorted(starts, rows, right=True) - 1  # of the round
@@ -110,8 +112,8 @@ class ShardLayout:
 
 
 def pool_of_ranks(local: SamplePool, layout: ShardLayout) -> Pool:
-    """The pool of all ranks of ``layout``, each of which holds its ``local``: that itself where one
-    process is alone.
+    """Returns the pool of all ranks of ``layout``, each of which holds its ``local``: that itself
+    where one process is alone.
 
     Collective where ``layout`` has rounds.
     """
@@ -147,7 +149,7 @@ class ShardedPool:
 
     @property
     def fresh(self) -> int:
-        """Samples of the newest round."""
+        """The number of samples of the newest round."""
         return self.layout.rounds[-1] if self.layout.rounds else 0
 
     @property
@@ -156,13 +158,13 @@ class ShardedPool:
         return self.layout.turn
 
     def held(self, size: int) -> int:
-        """Counts those of the first ``size`` samples, all rounds before one, that this rank
-        holds.
+        """Counts the samples that this rank holds of the first ``size``, which are all rounds
+        before one.
         """
         return replace(self.layout, rounds=self.layout.rounds[: self._first_round(size)]).held()
 
     def complete(self, count: int) -> None:
-        """All ranks have appended their samples of a round of ``count``."""
+        """Ends a round of ``count`` samples, which all ranks have appended."""
         layout = self.layout.with_round(count)
         if layout.held() != len(self.local):
             raise RuntimeError(
@@ -185,22 +187,26 @@ class ShardedPool:
             self._coloured = self.ranks.any(self.local.snapshot.coloured)
 
     def images(self, indices: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) of rows of this rank's own pool, whichever: for their shape."""
+        """Returns uint8 (B, C, H, W) of rows of this rank's own pool, whichever: for their
+        shape.
+        """
         return replace(self.local.snapshot, coloured=self._coloured).images(indices)
 
     def column(self, name: str, start: int = 0) -> Tensor:
-        """(N - start,) values of a column in the union's order, from row ``start`` on, the start of
-        a round.
+        """Returns (N - start,) values of a column in the union's order, from row ``start`` on, the
+        start of a round.
         """
         return self._gathered(self.local.column(name, self.held(start)), start)
 
     def _first_round(self, start: int) -> int:
-        """The round that begins at row ``start`` or after it."""
+        """Returns the round that begins at row ``start`` or after it."""
         rounds = self.layout.rounds
         return next((i for i in range(len(rounds)) if sum(rounds[:i]) >= start), len(rounds))
 
     def _gathered(self, values: Tensor, start: int) -> Tensor:
-        """(N - start,) of every rank's ``values``, those of its samples from row ``start`` on."""
+        """Returns (N - start,) of every rank's ``values``, those of its samples from row ``start``
+        on.
+        """
         rounds = self.layout.rounds
         first = self._first_round(start)
         parts = []
@@ -222,8 +228,8 @@ class ShardedPool:
         device: torch.device = CPU,
         parts: Sequence[Tensor] | None = None,
     ) -> tuple[PoolSnapshot, Tensor]:
-        """This rank's part of the rows ``indices`` (B,), which all ranks know: by ``parts``, or of
-        a training batch.
+        """Returns this rank's part of the rows ``indices`` (B,), which all ranks know: by
+        ``parts``, or of a training batch.
 
         Returns a pool of the part's samples as they came in, on ``device``, and (b,) where the part
         lies there in its order. Of the columns it has the labels. Raises what a collective raises
@@ -275,8 +281,8 @@ class ShardedPool:
         sent: Sequence[int],
         received: Sequence[int],
     ) -> ChunkTable:
-        """JPEG files, one behind the other; ``columns``, which say their lengths, get their new
-        offsets.
+        """Returns JPEG files, one behind the other; ``columns``, which say their lengths, get their
+        new offsets.
         """
         lengths = columns["length"].astype(np.int64)
         ends = np.cumsum(lengths)

@@ -56,7 +56,7 @@ class DamagedPoolError(InputError):
 
 
 class LostSamplesWarning(UserWarning):
-    """A shard did not match its checksum and was quarantined."""
+    """A warning that a shard did not match its checksum and was quarantined."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class Shard:
     ids: list[list[int]]
 
     def intact(self) -> bool:
-        """Whether the values are such as a manifest has, and the ids as many as the samples."""
+        """Returns True if the values are such as a manifest has, and the ids as many as the
+        samples.
+        """
         return (
             all(isinstance(text, str) for text in (self.name, self.sha256, self.columns_sha256))
             and _is_number(self.samples)
@@ -94,8 +96,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder promises. suffix: of the payloads' files; classes: names of the labels, where
-    they are known.
+    """The promise of a folder of shards. suffix: of the payloads' files; classes: names of the
+    labels, where they are known.
     """
 
     codec: str
@@ -110,7 +112,7 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     def next_name(self) -> str:
-        """The name of the next shard; those of quarantined shards are not used again."""
+        """Returns the name of the next shard; those of quarantined shards are not used again."""
         # the shards' numbers rise
         numbers = [int(s.name[6:-4]) for s in (*self.shards[-1:], *self.quarantined)]
         return f"shard-{max(numbers, default=-1) + 1:06d}.tar"
@@ -224,8 +226,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The ustar header of a regular file, without owner or time, so that equal samples give equal
-    shards.
+    """Returns the ustar header of a regular file, without owner or time, so that equal samples give
+    equal shards.
     """
     header = bytearray(BLOCK)
     for start, text in (
@@ -314,15 +316,15 @@ class Loaded:
 
 
 def verify(folder: Path, shard: Shard) -> Loaded | str:
-    """The shard, or in words what is wrong with it. A damaged columns file is replaced from the
-    tar. Raises ``UnreadableError`` for files that may not be read, which are not damaged.
+    """Returns the shard, or in words what is wrong with it. A damaged columns file is replaced from
+    the tar. Raises ``UnreadableError`` for files that may not be read, which are not damaged.
     """
     return opened(folder, shard, checksum=True)
 
 
 def opened(folder: Path, shard: Shard, *, checksum: bool = False) -> Loaded | str:
-    """``verify``, which reads all of the tar for its ``checksum``; without it the columns alone,
-    unless they are damaged.
+    """Returns ``verify``, which reads all of the tar for its ``checksum``; without it the columns
+    alone, unless they are damaged.
     """
     try:
         with reading(folder / shard.name):
@@ -350,8 +352,8 @@ def opened(folder: Path, shard: Shard, *, checksum: bool = False) -> Loaded | st
 
 
 def read_columns(folder: Path, shard: Shard) -> np.ndarray | None:
-    """The array of a shard's columns file; None where there is none, or a damaged one. Raises
-    ``UnreadableError`` for one that may not be read.
+    """Returns the array of a shard's columns file; None where there is none, or a damaged one.
+    Raises ``UnreadableError`` for one that may not be read.
     """
     try:
         with reading(folder / shard.columns):
@@ -366,7 +368,7 @@ def read_columns(folder: Path, shard: Shard) -> np.ndarray | None:
 
 
 def _records_of(path: Path) -> np.ndarray:
-    """The columns and payload positions of a shard, from its own members."""
+    """Returns the columns and payload positions of a shard, from its own members."""
     rows = []
     spans = []
     for sample in read_tar(path):
@@ -381,7 +383,7 @@ def _records_of(path: Path) -> np.ndarray:
 
 
 def npy_array(data: bytes, where: str) -> np.ndarray:
-    """The array of an .npy file's bytes, uint8 or float16 (C, H, W).
+    """Returns the array of an .npy file's bytes, uint8 or float16 (C, H, W).
 
     Raises ``InputError`` that begins with ``where`` for another, and for a torn one.
     """
@@ -399,7 +401,7 @@ def npy_array(data: bytes, where: str) -> np.ndarray:
 
 
 def _npy_header(data: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], int]:
-    """(shape, Fortran order, dtype) of an .npy file, and where its data begin."""
+    """Returns (shape, Fortran order, dtype) of an .npy file, and where its data begin."""
     buffer = io.BytesIO(data)
     if np.lib.format.read_magic(buffer) != (1, 0):
         raise InputError("an .npy file of a version that is not 1.0")
@@ -410,8 +412,8 @@ def _npy_header(data: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], in
 def load_shards(
     folder: Path, manifest: Manifest, *, threads: int = 2, beat: Callable[[], None] = lambda: None
 ) -> tuple[Manifest, Iterator[Loaded]]:
-    """The manifest of what is intact, and the intact shards in their order, verified ``threads`` at
-    a time.
+    """Returns the manifest of what is intact, and the intact shards in their order, verified
+    ``threads`` at a time.
 
     A shard that is damaged or missing is moved to ``quarantine/``, the manifest on the disk is
     replaced, and a ``LostSamplesWarning`` names the shard and the ids of its samples, at this and

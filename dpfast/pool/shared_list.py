@@ -30,12 +30,12 @@ class SharedList(Sequence[Item]):
 
     @property
     def newest(self) -> bool:
-        """Whether nothing has grown out of it yet, so that ``plus`` copies nothing."""
+        """True if nothing has grown out of it yet, so that ``plus`` copies nothing."""
         return len(self._items) == self._size
 
     def plus(self, item: Item) -> SharedList[Item]:
-        """With ``item`` at the end: in constant time, amortised, of the newest; of another by a
-        copy.
+        """Returns the list with ``item`` at the end: in constant time, amortised, of the newest; of
+        another by a copy.
         """
         grown: SharedList[Item] = SharedList.__new__(SharedList)
         grown._items = self._items if self.newest else self._items[: self._size]
@@ -63,7 +63,7 @@ class SharedList(Sequence[Item]):
 
 
 def with_chunk(table: ChunkTable, chunk: Tensor) -> ChunkTable:
-    """Return ``table`` with another chunk, (n,) uint8, at the end; the others are not looked at.
+    """Returns ``table`` with another chunk, (n,) uint8, at the end; the others are not looked at.
 
     In constant time, amortised. Whoever holds the table before can still read it.
     """

@@ -1,4 +1,4 @@
-"""What a reader sees of a pool: payloads, columns and batches of the samples that it held at one
+"""A reader's view of a pool: payloads, columns and batches of the samples that it held at one
 moment.
 """
 
@@ -55,7 +55,7 @@ class PoolSnapshot:
     alike: tuple[int, int] | None = None
 
     def records(self, indices: Tensor, *, threads: int | None = None) -> np.ndarray:
-        """(B,) copies of the ``RECORD`` of the samples at ``indices``; ``threads`` as in
+        """Returns (B,) copies of the ``RECORD`` of the samples at ``indices``; ``threads`` as in
         ``payload``.
         """
         return (
@@ -63,8 +63,8 @@ class PoolSnapshot:
         )
 
     def column(self, name: str, indices: Tensor) -> Tensor:
-        """(B,) int64 or float32 values of one column of ``dpfast.pool.record`` at ``indices`` (B,)
-        int64.
+        """Returns (B,) int64 or float32 values of one column of ``dpfast.pool.record`` at
+        ``indices`` (B,) int64.
 
         Raises ``KeyError`` for an unknown column, ``IndexError`` for an index outside the pool.
         """
@@ -83,7 +83,7 @@ class PoolSnapshot:
         return torch.from_numpy(values if dtype.kind == "f" else values.astype(np.int64))
 
     def chunk_numbers(self) -> Tensor:
-        """(size,) int64, the chunk of every sample."""
+        """Returns (size,) int64, the chunk of every sample."""
         indices = torch.arange(self.size)
         if self.codec == "jpeg":
             return self._field("offset", indices) // self.chunks.chunk_rows
@@ -97,8 +97,8 @@ class PoolSnapshot:
         out: Tensor | None = None,
         threads: int | None = None,
     ) -> Payload:
-        """Copies of what is stored at ``indices`` (B,): (B, *shape) of the codec's dtype, or B JPEG
-        files.
+        """Returns copies of what is stored at ``indices`` (B,): (B, *shape) of the codec's dtype,
+        or B JPEG files.
 
         out: (B, bytes of a sample) uint8 on ``device``, where the copies shall lie; not for JPEG.
         threads: that copy on a CPU at most, all of torch's by default. Raises ``IndexError`` for an
@@ -128,8 +128,8 @@ class PoolSnapshot:
         return files
 
     def images(self, indices: Tensor, *, device: torch.device = CPU) -> Tensor:
-        """uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the pool
-        holds no pixels.
+        """Returns uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the
+        pool holds no pixels.
 
         Raises ``InputError`` for JPEG images of several sizes, for a file that cannot be decoded,
         for latents without a ``decode``, and for those that it makes no finite image of.
@@ -151,8 +151,8 @@ class PoolSnapshot:
         return _stacked(self._pictures(payload, indices)).to(device)
 
     def _pictures(self, files: Sequence[bytes], indices: Tensor) -> list[np.ndarray]:
-        """uint8 (C, H, W) of each of these JPEG files, the samples at ``indices``, in its own
-        size.
+        """Returns uint8 (C, H, W) of each of these JPEG files, the samples at ``indices``, in its
+        own size.
         """
         named = zip(files, indices.tolist(), strict=True)
         pictures = [from_image_file(file, sample_name(index)) for file, index in named]
@@ -161,7 +161,7 @@ class PoolSnapshot:
         return [np.repeat(p, 3, axis=0) if len(p) == 1 else p for p in pictures]
 
     def _decoded(self, latents: Payload) -> Tensor:
-        """(B, C, H, W) floats on the scale of bytes, where the latents are."""
+        """Returns (B, C, H, W) floats on the scale of bytes, where the latents are."""
         if self.decode is None:
             raise InputError(
                 "the pool holds latents and has no decode function: "
@@ -184,8 +184,8 @@ class PoolSnapshot:
         out: Tensor | None = None,
         threads: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, C, H, W) and int64 labels (B,) of the samples at ``indices`` (B,),
-        on ``device``.
+        """Returns normalised images (B, C, H, W) and int64 labels (B,) of the samples at
+        ``indices`` (B,), on ``device``.
 
         Latents are decoded first, without rounding to uint8.
 
@@ -246,8 +246,8 @@ class PoolSnapshot:
         return batch, labels
 
     def in_place(self, device: torch.device) -> bool:
-        """Whether the native kernels read a batch of pixels for ``device`` in the pool's chunks,
-        without a copy.
+        """Returns True if the native kernels read a batch of pixels for ``device`` in the pool's
+        chunks, without a copy.
         """
         pixels = self.codec == "pixels" and self.shape is not None
         native = device.type == "cpu" and dispatch.backend_for(CPU) == "native"
@@ -255,12 +255,14 @@ class PoolSnapshot:
 
 
 def sample_name(index: int) -> str:
-    """What the message of an error calls the sample at ``index``."""
+    """Returns the name of the sample at ``index`` for the message of an error."""
     return f"sample {index} of the pool"
 
 
 def _stacked(pictures: list[np.ndarray]) -> Tensor:
-    """(B, C, H, W) of pictures (C, H, W). Raises ``InputError`` where they have several sizes."""
+    """Returns (B, C, H, W) of pictures (C, H, W). Raises ``InputError`` where they have several
+    sizes.
+    """
     if not pictures:
         return torch.empty(0, dtype=torch.uint8)
     if len({picture.shape for picture in pictures}) > 1:
@@ -279,7 +281,8 @@ def _cropped(
     size: tuple[int, int],
     threads: int | None,
 ) -> Tensor:
-    """``PoolSnapshot.gather`` of pictures of several sizes, one by one on the CPU: (B, C, *size).
+    """Returns ``PoolSnapshot.gather`` of pictures of several sizes, one by one on the CPU: (B, C,
+    *size).
 
     A kernel of a GPU is compiled for each size, and what is shown of a photograph is less to move.
     """

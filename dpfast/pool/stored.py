@@ -1,5 +1,4 @@
-"""What was saved of a pool, sample by sample: the columns at once, the payloads when they are asked
-for.
+"""A saved pool, sample by sample: the columns at once, the payloads when they are asked for.
 
 ``dpfast.pool.reader`` opens whole pools into memory. Here a sample is read where it lies: a shard
 is checked against the manifest and mapped when the first of its samples is asked for, and nothing
@@ -36,12 +35,12 @@ class Stored(Protocol):
 
     @property
     def shape(self) -> Sequence[int] | None:
-        """(C, H, W) of a payload; None for JPEG."""
+        """The shape (C, H, W) of a payload; None for JPEG."""
         ...
 
     def payload(self, rows: np.ndarray) -> Payload:
-        """What is stored of the samples at ``rows`` (n,), as ``PoolSnapshot.payload`` gives it.
-        Raises ``DamagedPoolError`` where it is not there, or other than was saved.
+        """Returns the stored payloads of the samples at ``rows`` (n,), as ``PoolSnapshot.payload``
+        gives it. Raises ``DamagedPoolError`` where it is not there, or other than was saved.
         """
         ...
 
@@ -121,7 +120,7 @@ class OnDisk:
 
 
 def _columns(folder: Path, shard: shards.Shard) -> np.ndarray:
-    """The records of a shard, of its columns file where that is whole."""
+    """Returns the records of a shard, of its columns file where that is whole."""
     found = shards.read_columns(folder, shard)
     if found is None or found.dtype != RECORD or len(found) != shard.samples:
         return _verified(folder, shard).records
@@ -136,8 +135,8 @@ def _verified(folder: Path, shard: shards.Shard) -> shards.Loaded:
 
 
 def open_stored(folder: Path, *, beat: Callable[[], None] = lambda: None) -> Stored:
-    """The samples of a folder as ``import_pool`` takes it: those that dpfast has saved stay where
-    they are, of another's dataset all are in host memory.
+    """Returns the samples of a folder as ``import_pool`` takes it: those that dpfast has saved stay
+    where they are, of another's dataset all are in host memory.
 
     Raises what ``import_pool`` raises.
     """

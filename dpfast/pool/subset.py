@@ -51,7 +51,7 @@ class Choice:
 
     @property
     def classes(self) -> list[str] | None:
-        """Names of the labels, where they are known."""
+        """The names of the labels, where they are known."""
         return self.manifests[0].classes
 
 
@@ -105,14 +105,16 @@ def choose(folder: Path) -> Choice | None:
 
 
 def _candidates(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Of the records of all ``parts`` those that may be chosen, whatever follows."""
+    """Returns those records of all ``parts`` that may be chosen, whatever follows."""
     records = np.concatenate(parts)
     low = _rank(records, ("round",)) < PER_ROUND
     return records[low | (_rank(records, ("round", "label")) < PER_CLASS)]
 
 
 def _rank(records: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """(n,) int64: the place of each record in the order by its id's hash, within its group."""
+    """Returns (n,) int64: the place of each record in the order by its id's hash, within its
+    group.
+    """
     keys = [records[name] for name in groups]
     order = np.lexsort((_hashed(records["sample_id"]), *keys))
     new = np.zeros(len(order), bool)
@@ -125,7 +127,7 @@ def _rank(records: np.ndarray, groups: Sequence[str]) -> np.ndarray:
 
 
 def _hashed(ids: np.ndarray) -> np.ndarray:
-    """The ids mixed up, (n,) uint64: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    """Returns the ids mixed up, (n,) uint64: the finaliser of SplitMix64 (Steele et al. 2014)."""
     mixed = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
@@ -135,8 +137,8 @@ def _hashed(ids: np.ndarray) -> np.ndarray:
 def read_chosen(
     choice: Choice, chosen: np.ndarray, limit: int, *, decode: codecs.Decode | None = None
 ) -> SamplePool:
-    """The samples ``chosen``, of a choice's columns, as a pool in host memory: of pixels, in which
-    latents are decoded, or of JPEG files.
+    """Returns the samples ``chosen``, of a choice's columns, as a pool in host memory: of pixels,
+    in which latents are decoded, or of JPEG files.
 
     limit: bytes of their images, or of their files. Where they have more, fewer are read: of each
     round equally many, those whose ids hash lowest. At least one of each round is read.
@@ -158,7 +160,7 @@ def read_chosen(
 
 
 def _bytes(choice: Choice, chosen: np.ndarray, decode: codecs.Decode | None) -> int:
-    """Bytes that a chosen sample takes in memory, at most."""
+    """Returns bytes that a chosen sample takes in memory, at most."""
     images, _ = next(_batches(choice, chosen[:1], decode), (None, None))
     return images[0].numel() if isinstance(images, torch.Tensor) else int(chosen["length"].max())
 
@@ -166,7 +168,7 @@ def _bytes(choice: Choice, chosen: np.ndarray, decode: codecs.Decode | None) -> 
 def _batches(
     choice: Choice, chosen: np.ndarray, decode: codecs.Decode | None
 ) -> Iterator[tuple[torch.Tensor | list[bytes], np.ndarray]]:
-    """Payloads and records of the ``chosen``, which are sorted by where they lie."""
+    """Yields payloads and records of the ``chosen``, which are sorted by where they lie."""
     for (number, place), rows in itertools.groupby(
         range(len(chosen)), lambda row: (chosen["folder"][row], chosen["shard"][row])
     ):
@@ -195,8 +197,8 @@ def _batches(
 
 
 def _spans(path: Path, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The payloads of ``records`` of a shard, one behind the other, and the records with where they
-    lie there.
+    """Returns the payloads of ``records`` of a shard, one behind the other, and the records with
+    where they lie there.
 
     They are read, not mapped, where each page is a fault of its own: 1,782 images of 224 px took
     4 s in place of 44 (measured).

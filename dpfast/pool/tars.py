@@ -28,7 +28,8 @@ class TarSample:
 
 
 def read_tar(path: Path) -> Iterator[TarSample]:
-    """The samples of a webdataset shard, in order; of several tars behind each other, all of them.
+    """Yields the samples of a webdataset shard, in order; of several tars behind each other, all of
+    them.
 
     Keys are as the webdataset library reads them: the name to the first dot of its last part. What
     is hidden is passed over. Raises ``InputError`` for a member that must not be there, for a
@@ -76,8 +77,8 @@ def read_tar(path: Path) -> Iterator[TarSample]:
 
 
 def _archives(path: Path, data: np.ndarray) -> Iterator[Iterator[tarfile.TarInfo]]:
-    """The tars that lie behind each other in a file, as ``cat`` makes them. tarfile ends at the
-    first one's end mark, and at a damaged header as if it were one.
+    """Yields the tars that lie behind each other in a file, as ``cat`` makes them. tarfile ends at
+    the first one's end mark, and at a damaged header as if it were one.
     """
     start = 0
     with path.open("rb") as file:
@@ -96,8 +97,8 @@ def _archives(path: Path, data: np.ndarray) -> Iterator[Iterator[tarfile.TarInfo
 
 
 def _files(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members that are files. Folders and what is hidden are passed over, anything else is
-    refused.
+    """Yields the members that are files. Folders and what is hidden are passed over, anything else
+    is refused.
     """
     with _refusals(path):
         for member in tar:
@@ -121,7 +122,7 @@ def _refusals(path: Path) -> Iterator[None]:
 
 
 def _next_byte(data: np.ndarray, start: int) -> int:
-    """Where the zeros that begin at ``start`` end."""
+    """Returns the end of the zeros that begin at ``start``."""
     for first in range(start, len(data), ZEROS):
         found = np.flatnonzero(data[first : first + ZEROS])
         if len(found):
@@ -130,9 +131,9 @@ def _next_byte(data: np.ndarray, start: int) -> int:
 
 
 def is_hidden(path: PurePath) -> bool:
-    """Whether a relative path is that of a hidden file, or in a hidden folder: what a Mac adds
-    (.DS_Store, ._0.png, __MACOSX) and what tools keep for themselves is no data. As ``datasets``
-    has it, so are all folders that begin with "__".
+    """Returns True if a relative path is that of a hidden file, or in a hidden folder: what a Mac
+    adds (.DS_Store, ._0.png, __MACOSX) and what tools keep for themselves is no data. As
+    ``datasets`` has it, so are all folders that begin with "__".
     """
     return any(map(is_no_data, path.parts)) or any(
         part.startswith("__") for part in path.parts[:-1]

@@ -74,8 +74,8 @@ class HostCopy:
         self._copied: torch.cuda.Event | None = None
 
     def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Contiguous copies of ``tensors``. Those of a GPU are there after ``wait``, which the
-        caller need not call.
+        """Returns contiguous copies of ``tensors``. Those of a GPU are there after ``wait``, which
+        the caller need not call.
         """
         memory: dict[str, Tensor] = {}
         gpu = None
@@ -99,8 +99,8 @@ class HostCopy:
 
 @dataclass
 class WrittenCheckpoint:
-    """How the writing of a checkpoint ended. pending: whether it leads into a round; path: None
-    where it was not written; seconds: from its copy on; waited: by the loop.
+    """The end of a checkpoint's writing. pending: whether it leads into a round; path: None where
+    it was not written; seconds: from its copy on; waited: by the loop.
     """
 
     step: int
@@ -128,12 +128,12 @@ class BackgroundWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is being written, or waits for its samples."""
+        """True if a checkpoint is being written, or waits for its samples."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def writing(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """True if a checkpoint is being written."""
         return self.busy and not self._waits
 
     def clear(self, grace: float = 0.0) -> bool:

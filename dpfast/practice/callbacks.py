@@ -1,4 +1,4 @@
-"""What a loop tells others while it runs: the console, the logs, the run's folder, or yours.
+"""The events of a loop and those who hear them: the console, the logs, the run's folder, or yours.
 
 class Alert(Callback):
     def on_round(self, progress, addition):
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """Where a loop stands at the moment of an event; it never changes.
+    """The state of a loop at the moment of an event; it never changes.
 
     source: the name of the loop's source; rank: this process among those of the run. step:
     optimiser steps taken of ``iterations``. pool_size: samples in the pool; round: the newest
@@ -85,33 +85,35 @@ class Callback:
     """
 
     def on_start(self, progress: Progress) -> None:
-        """The loop begins, or goes on where a checkpoint was taken."""
+        """Hears that the loop begins, or goes on where a checkpoint was taken."""
 
     def on_generation(self, progress: Progress, number: int, total: int, made: int) -> None:
-        """A round begins, of which this rank makes ``total`` samples and has ``made`` already."""
+        """Hears that a round begins, of which this rank makes ``total`` samples and has ``made``
+        already.
+        """
 
     def on_samples(self, progress: Progress, batch: SampleBatch) -> None:
-        """A batch has been appended to the pool."""
+        """Hears that a batch has been appended to the pool."""
 
     def on_round(self, progress: Progress, addition: Addition) -> None:
-        """A round is complete."""
+        """Hears that a round is complete."""
 
     def on_step(self, progress: Progress) -> None:
-        """One optimiser step has been taken."""
+        """Hears that one optimiser step has been taken."""
 
     def on_evaluation(self, progress: Progress, evaluation: Evaluation, loss: float) -> None:
-        """The learner was evaluated on the validation set; ``loss`` is the mean training loss since
-        the evaluation before.
+        """Hears that the learner was evaluated on the validation set; ``loss`` is the mean training
+        loss since the evaluation before.
         """
 
     def on_checkpoint(self, progress: Progress, written: WrittenCheckpoint) -> None:
-        """A checkpoint is on the disk; this is told some steps later."""
+        """Hears, some steps later, that a checkpoint is on the disk."""
 
     def on_result(self, progress: Progress, result: Result) -> None:
-        """The loop has ended."""
+        """Hears that the loop has ended."""
 
     def on_end(self, progress: Progress) -> None:
-        """The loop is left, for whatever reason."""
+        """Hears that the loop is left, for whatever reason."""
 
 
 class Console(Callback):
@@ -273,7 +275,7 @@ class LogCallback(Callback):
 
 
 def _waits(progress: Progress) -> str:
-    """What the next round waits for, in words."""
+    """Returns the words for what the next round waits for."""
     if progress.patience is not None:
         return f"waited {progress.waited}/{progress.patience}"
     if progress.next_round is None:

@@ -1,5 +1,4 @@
-"""What a run that goes on may have other than it was born with: one table for ``--resume`` and
-``--branch-at``.
+"""The fields that a run may change when it goes on: one table for ``--resume`` and ``--branch-at``.
 
 born.json       the recipe of the run's first command
 recipe.json     the recipe in force
@@ -212,8 +211,8 @@ RULES: dict[str, tuple[str, str]] = {
 
 
 def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
-    """``recipe`` as the run in ``run`` goes on with it: the layout of its samples and its warm-up
-    are those of birth.
+    """Returns ``recipe`` as the run in ``run`` goes on with it: the layout of its samples and its
+    warm-up are those of birth.
 
     Raises ``InputError`` where the folder holds no run. Raises ``RecipeError`` with every field
     that must stay as the run was born, and why, where iterations fell, and where a folder holds
@@ -276,7 +275,7 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
 
 
 def _rule(name: str) -> str:
-    """Why a field stays as it is."""
+    """Returns the reason why a field stays as it is."""
     return RULES[name][1] if name in RULES else "this dpfast knows no such field"
 
 
@@ -319,7 +318,8 @@ def record_changes(run: Path, recipe: Recipe, steps: dict[str, int]) -> dict[str
 
 
 def _read(run: Path, name: str) -> dict[str, Any]:
-    """The fields of a recipe in a run's folder; one that was never changed is as it was born.
+    """Returns the fields of a recipe in a run's folder; one that was never changed is as it was
+    born.
 
     Raises ``InputError`` with the path where a number is missing that the run goes on with.
     """

@@ -57,11 +57,11 @@ DTYPES = {  # and their names in a safetensors file
 
 
 class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint does not match its record and was passed over."""
+    """A warning that a checkpoint does not match its record and was passed over."""
 
 
 class VersionError(InputError):
-    """A checkpoint was written in another version of the format."""
+    """An error for a checkpoint of another version of the format."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class Checkpoint:
 
     @property
     def values(self) -> dict[str, dict[str, Any]]:
-        """What the components keep beside tensors, for JSON."""
+        """The values that the components keep beside tensors, for JSON."""
         return {
             component: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
             for component, state in self.components.items()
         }
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Checkpoint:
-        """The checkpoint with these tensors, as "component/name", beside its values."""
+        """Returns the checkpoint with these tensors, as "component/name", beside its values."""
         components = self.values
         for name, value in tensors.items():
             component, _, key = name.partition("/")
@@ -107,7 +107,7 @@ class Checkpoint:
 
 
 def of_round(number: int) -> str:
-    """The label of the checkpoint of a round's end."""
+    """Returns the label of the checkpoint of a round's end."""
     return f"round-{number:02d}"
 
 
@@ -142,8 +142,8 @@ def save(folder: Path, taken: Checkpoint, *, keep: int, label: str | None = None
 
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> str:
-    """A safetensors file that appears under its name complete and synced; its SHA-256. Raises
-    ``OSError``.
+    """Returns a safetensors file that appears under its name complete and synced; its SHA-256.
+    Raises ``OSError``.
     """
     digest = hashlib.sha256()
     with durable(path.parent, path.name) as file:
@@ -154,7 +154,8 @@ def save_weights(tensors: dict[str, Tensor], path: Path) -> str:
 
 
 def file_pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
-    """The bytes of a safetensors file, a piece at a time, each read from where its tensor lies.
+    """Yields the bytes of a safetensors file, a piece at a time, each read from where its tensor
+    lies.
 
     safetensors' own function copies everything first, and a checksum would read it all again.
     Raises ``InputError`` for a dtype that the file does not know.
@@ -186,21 +187,21 @@ def _bytes(value: Tensor) -> memoryview:
 
 
 def paths(folder: Path) -> list[Path]:
-    """The JSON files of a folder's checkpoints, oldest first; files of other names, as copies have,
-    are passed over.
+    """Returns the JSON files of a folder's checkpoints, oldest first; files of other names, as
+    copies have, are passed over.
     """
     return sorted(filter(_number, listed(folder, "checkpoint-*.json")), key=_number)
 
 
 def _number(path: Path) -> int:
-    """The number of a checkpoint, from 1; 0: the file is none."""
+    """Returns the number of a checkpoint, from 1; 0: the file is none."""
     found = re.fullmatch(rf"checkpoint-([0-9]{{6,}})(-round-[0-9]+|-{STABLE})?\.json", path.name)
     return int(found[1]) + 1 if found else 0
 
 
 def ranks_of(folder: Path) -> set[int]:
-    """The numbers of ranks that hold the samples of a folder's checkpoints, of those whose JSON can
-    be read.
+    """Returns the numbers of ranks that hold the samples of a folder's checkpoints, of those whose
+    JSON can be read.
     """
     records = [read_whole_json(path) for path in paths(folder)]
     ranks = [record.get("ranks") for record in records if isinstance(record, dict)]
@@ -208,34 +209,34 @@ def ranks_of(folder: Path) -> set[int]:
 
 
 def at_round(folder: Path, round: int) -> Path | None:
-    """The kept checkpoint of the end of a round, the newest where there are several; None where
-    there is none.
+    """Returns the kept checkpoint of the end of a round, the newest where there are several; None
+    where there is none.
     """
     found = [p for p in paths(folder) if p.stem.endswith(f"-{of_round(round)}")]
     return found[-1] if found else None
 
 
 def rounds(folder: Path) -> list[int]:
-    """The rounds whose ends are kept, in their order."""
+    """Returns the rounds whose ends are kept, in their order."""
     names = (re.fullmatch(r"checkpoint-[0-9]+-round-([0-9]+)", path.stem) for path in paths(folder))
     return sorted({int(name[1]) for name in names if name})
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a checkpoint; None where its JSON cannot be read."""
+    """Returns the step of a checkpoint; None where its JSON cannot be read."""
     record = read_whole_json(path)
     step = record.get("step") if isinstance(record, dict) else None
     return step if isinstance(step, int) else None
 
 
 def stable(folder: Path) -> Path | None:
-    """The kept checkpoint before the cool-down; None where there is none yet."""
+    """Returns the kept checkpoint before the cool-down; None where there is none yet."""
     found = [p for p in paths(folder) if p.stem.endswith(f"-{STABLE}")]
     return found[-1] if found else None
 
 
 def _digest(record: dict[str, Any]) -> str:
-    """The SHA-256 of a record's values, the same before and after they were JSON."""
+    """Returns the SHA-256 of a record's values, the same before and after they were JSON."""
     own = {name: value for name, value in record.items() if name not in (OWN, "version")}
     values = json.loads(json.dumps(own))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -291,7 +292,7 @@ def _of_version(path: Path, version: object) -> VersionError:
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest intact checkpoint; None where there has never been one.
+    """Returns the newest intact checkpoint; None where there has never been one.
 
     A damaged one is named in a ``DamagedCheckpointWarning`` and the one before is taken. Raises
     ``VersionError`` for one of another format, ``UnreadableError`` for one that may not be read,

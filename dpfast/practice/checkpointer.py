@@ -87,20 +87,20 @@ class LoopCheckpointer:
 
     @property
     def _writes(self) -> bool:
-        """Whether this process writes the checkpoints."""
+        """True if this process writes the checkpoints."""
         return self.folder is not None and self.folder.writes and self.samples.saves
 
     @property
     def _grace(self) -> float:
-        """How long a checkpoint that must not be lost may wait for its samples: not at all where
-        saving has stopped.
+        """The seconds that a checkpoint that must not be lost may wait for its samples: not at all
+        where saving has stopped.
         """
         return GRACE if self.samples.saves and not self.samples.refused else 0.0
 
     @contextlib.contextmanager
     def opened(self, classes: tuple[str, ...]) -> Iterator[None]:
-        """Saves samples and checkpoints in the background, within it. classes: names of the
-        labels.
+        """Saves samples and checkpoints in the background within a ``with`` block. classes: names
+        of the labels.
         """
         if self.folder is None or self.samples.state.finished or self.samples.kept_as == "none":
             yield
@@ -114,7 +114,7 @@ class LoopCheckpointer:
                 self._report()
 
     def newest(self) -> str | None:
-        """The path of the newest checkpoint, if there is one."""
+        """Returns the path of the newest checkpoint, if there is one."""
         self.writer.clear()
         if self.folder is None:
             return None
@@ -122,7 +122,7 @@ class LoopCheckpointer:
         return str(saved[-1]) if saved else None
 
     def overdue(self) -> bool:
-        """Whether this rank asks for a checkpoint between two evaluations."""
+        """Returns True if this rank asks for a checkpoint between two evaluations."""
         return self._writes and self.timer.overdue() and not self.writer.writing
 
     def evaluated(self, moment: Moment) -> None:

@@ -1,4 +1,4 @@
-"""What was in the folders that a run was born with, so that one that goes on has moved folders at
+"""The contents of the folders that a run was born with: a run that goes on may have moved them at
 most.
 
 contents.json   field -> what its folder holds: of the generator and a tiny decoder of its own the
@@ -37,15 +37,15 @@ OF_HUB = " of the Hub"
 
 
 class UnknownContentsWarning(UserWarning):
-    """A run was begun before its contents were noted."""
+    """A warning that a run was begun before its contents were noted."""
 
 
 STRENGTHS = ("omega_classes", "anchor_classes")
 
 
 def contents_of(recipe: Recipe) -> dict[str, dict[str, float | str]]:
-    """The table of ``CONTENTS``, by names and sizes: no weights and no images are read. {} for what
-    is not there.
+    """Returns the table of ``CONTENTS``, by names and sizes: no weights and no images are read. {}
+    for what is not there.
     """
     generator = recipe.generator
     found: dict[str, dict[str, float | str]] = {}
@@ -99,7 +99,7 @@ def contents_of(recipe: Recipe) -> dict[str, dict[str, float | str]]:
 
 
 def _models(field: str, folder: Path) -> dict[str, dict[str, float | str]]:
-    """What the folder of a field holds, and under "FIELD of the Hub" its commit there."""
+    """Returns the contents of a field's folder, and under "FIELD of the Hub" its commit there."""
     models: dict[str, float | str] = {}
     for file in below(folder) if is_folder(folder) else ():
         name = str(file.relative_to(folder))

@@ -1,5 +1,5 @@
-"""What a run still has to write, against what its disk has: asked before the first sample and
-before every round.
+"""The bytes that a run still has to write, against what its disk has: asked before the first sample
+and before every round.
 
     samples       of the rounds to come: what a saved one has taken so far, before the first an
                   estimate by its kind
@@ -35,8 +35,8 @@ from dpfast.sources.source import Source
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """Bytes of one checkpoint: weights, their average, two moments of AdamW for each parameter that
-    is trained.
+    """Returns bytes of one checkpoint: weights, their average, two moments of AdamW for each
+    parameter that is trained.
     """
     state = sum(value.numel() * value.itemsize for value in model.state_dict().values())
     trained = (value for value in model.parameters() if value.requires_grad)
@@ -44,7 +44,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 
 def samples_to_come(source: Source, practice: Practice, state: LoopState, size: int) -> int:
-    """How many samples a loop makes at most beyond the ``size`` ones of its complete rounds."""
+    """Counts the most samples that a loop makes beyond the ``size`` ones of its complete rounds."""
     limits = (practice.maximum_rounds, None if source.moments is None else len(source.moments))
     most = min((limit for limit in limits if limit is not None), default=None)
     rounds = state.additions
@@ -84,7 +84,7 @@ class Needs:
         checkpoint: int,
         checkpoints: Path,
     ) -> Needs:
-        """The needs of a loop that makes ``count`` samples more, on all ranks.
+        """Returns the needs of a loop that makes ``count`` samples more, on all ranks.
 
         shape: (C, H, W) of what the pool stores. scratch: bytes that the source holds. saved:
         shards that are there, of one rank. checkpoint: bytes of one; checkpoints: their folder.
@@ -106,11 +106,11 @@ class Needs:
 
     @property
     def total(self) -> int:
-        """All bytes together."""
+        """The sum of all bytes."""
         return self.samples + self.scratch + self.mapped + self.checkpoints
 
     def refusal(self, folder: Path, when: str) -> str | None:
-        """Why ``folder`` cannot take it, in one line; None where it can."""
+        """Returns the reason why ``folder`` cannot take it, in one line; None where it can."""
         free = shutil.disk_usage(folder).free
         if self.total <= free:
             return None
@@ -139,7 +139,7 @@ def check_disk(ranks: Ranks, needs: Needs | None, folder: Path, when: str) -> No
 
 
 def _mapped(local: SamplePool, shape: tuple[int, ...], count: int) -> int:
-    """Bytes of files that a rank's pool maps for ``count`` samples more."""
+    """Returns bytes of files that a rank's pool maps for ``count`` samples more."""
     if not local.tiers.file_bytes:
         return 0
     total = len(local) + count

@@ -190,8 +190,8 @@ class DeliberatePractice:
     def _load_pipeline(
         self, recipe: Recipe, pipeline: Pipeline | OwnPipeline | None, *, checks_real: bool
     ) -> Pipeline | OwnPipeline:
-        """The recipe's pipeline where none is given. Folders are looked at before weights are
-        read.
+        """Returns the recipe's pipeline where none is given. Folders are looked at before weights
+        are read.
         """
         ranks, missing = self.ranks, "validation" if checks_real else None
         device = device_named(recipe.device, rank=ranks.local_rank, ranks=ranks.size)
@@ -218,7 +218,7 @@ class DeliberatePractice:
         return load_pipeline(recipe.generator, device=device)
 
     def _load_real(self, recipe: Recipe, real: Given | None) -> RealData:
-        """This rank's part of the real images that are given, or that the recipe names."""
+        """Returns this rank's part of the real images that are given, or that the recipe names."""
         classes, shape = self.pipeline.class_names, image_shape(self.pipeline)
         if real is not None:
             return given_real(real, classes=classes, shape=shape, ranks=self.ranks)
@@ -231,7 +231,7 @@ class DeliberatePractice:
         )
 
     def _open_stored(self, recipe: Recipe) -> Stored | None:
-        """The samples that the source "pool" trains on; their columns alone are read."""
+        """Returns the samples that the source "pool" trains on; their columns alone are read."""
         if "pool" not in self.named:
             return None
         folder = recipe.practice.pool_from
@@ -241,7 +241,7 @@ class DeliberatePractice:
             raise type(error)(f"pool_from: {error}") from None
 
     def _open_existing(self, recipe: Recipe) -> dict[str, Existing]:
-        """Source -> what it reads."""
+        """Maps each source of samples that exist to what it reads."""
         practice, ranks, classes = recipe.practice, self.ranks, self.pipeline.class_names
         options: dict[str, Any] = {
             "order": LabelOrder(len(classes), self.class_counts),
@@ -280,13 +280,13 @@ class DeliberatePractice:
 
     @property
     def most_samples(self) -> int | None:
-        """The most samples that a run can have whose samples all exist; None: the recipe says."""
+        """The most samples of a run whose samples all exist; None where the recipe says."""
         if self.recipe.practice.generates or self.own:
             return None
         return max(map(len, self.existing.values()))
 
     def _reused(self, recipe: Recipe) -> ReusedSamples | None:
-        """What another run has saved of the unguided samples."""
+        """Returns the unguided samples that another run has saved."""
         run = recipe.practice.reuse
         if not run:
             return None
@@ -316,8 +316,8 @@ class DeliberatePractice:
             self.place_pool()
 
     def place_pool(self, out: Path | None = None) -> Placement:
-        """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place, as the
-        run does.
+        """Plans where a rank's samples will lie. Raises ``RecipeError`` where they have no place,
+        as the run does.
 
         out: the run's folder, on whose disk mapped files lie; it need not be there yet.
         """
@@ -424,7 +424,7 @@ class DeliberatePractice:
             try_learner(path, shape, classes, device)
 
     def _criteria(self) -> tuple[str, ...]:
-        """The recipe's criteria, of all rounds, each once."""
+        """Returns the recipe's criteria, of all rounds, each once."""
         recipe = self.recipe
         found = recipe.practice.criterion_rounds or (recipe.guidance.criterion,)
         return tuple(dict.fromkeys(found))
@@ -538,7 +538,9 @@ class DeliberatePractice:
         return results
 
     def _start(self, folder: RunPaths | None, name: str) -> Checkpoint | None:
-        """The newest checkpoint of a source, the same one on every rank: that of the first."""
+        """Returns the newest checkpoint of a source, the same one on every rank: that of the
+        first.
+        """
         if folder is None:
             return None
         with self.ranks.all_or_none():
@@ -547,7 +549,7 @@ class DeliberatePractice:
         return newest if newest is not None or path is None else checkpoint.load(Path(path))
 
     def _newest(self, folder: Path, name: str) -> Checkpoint | None:
-        """The checkpoint from which a source goes on; None: it begins anew.
+        """Returns the checkpoint from which a source goes on; None: it begins anew.
 
         After the iterations have grown the first source goes on before the old cool-down, and the
         others, which take their sizes and moments from it, begin anew. Raises ``RecipeError`` where
@@ -633,8 +635,8 @@ class DeliberatePractice:
 def _parted(
     recipe: Recipe, sources: Sequence[str | Source] | None
 ) -> tuple[tuple[SourceName, ...], dict[ImportPath, str], dict[str, Source]]:
-    """The names of the sources that the package knows, import path -> name of those that the recipe
-    names so, and all of the caller's own by name, each in the order in which they run.
+    """Returns the names of the sources that the package knows, the import paths of the recipe with
+    their names, and all of the caller's own by name, each in the order in which they run.
 
     Raises ``InputError`` for other things, names that come twice, and paths as ``made`` does.
     """
@@ -673,7 +675,7 @@ def _parted(
 
 
 def _checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
-    """The callbacks of a list. Raises ``InputError`` for other things."""
+    """Returns the callbacks of a list. Raises ``InputError`` for other things."""
     _check_list("callbacks", callbacks, "dpfast.Callback")
     for each in callbacks:
         if not isinstance(each, Callback):

@@ -34,7 +34,7 @@ def fit_run(
     learner: object | None = None,
     memory: float | None = None,
 ) -> Fit | None:
-    """The recipe fitted to a rank's device.
+    """Returns the recipe fitted to a rank's device.
 
     Args:
         recipe: as it was asked for.
@@ -83,7 +83,7 @@ _CPU = Peaks(name="cpu", half=1.0, full=1.0, bandwidth=1.0, memory=0.0, link=1.0
 
 
 def device_memory(device: torch.device) -> float:
-    """Bytes of a rank's device that are free or this process's own."""
+    """Returns bytes of a rank's device that are free or this process's own."""
     own = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
     return float(available_bytes(device) + own)
 

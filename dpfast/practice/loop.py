@@ -153,11 +153,13 @@ class Loop:
         )
 
     def _groups(self) -> tuple[int, float] | None:
-        """How the source wants samples to be drawn at this moment (``Source.drawn``)."""
+        """Returns the groups from which the source wants samples to be drawn at this moment
+        (``Source.drawn``).
+        """
         return self.source.drawn(self.state.round)
 
     def components(self) -> dict[str, Component]:
-        """The parts of the loop that keep their own state, by name, in the order in which a
+        """Returns the parts of the loop that keep their own state, by name, in the order in which a
         checkpoint is taken and restored.
         """
         return {
@@ -175,7 +177,7 @@ class Loop:
 
     @property
     def pool(self) -> Pool:
-        """What is trained on: the samples of all ranks."""
+        """The pool that is trained on: the samples of all ranks."""
         return self.samples.pool
 
     @property
@@ -185,8 +187,8 @@ class Loop:
 
     @cached_property
     def guides(self) -> nn.Module:
-        """What guides: ``guide``, or for the criterion "disagreement" both weights, ``guide``
-        before the others.
+        """The weights that guide: ``guide``, or for the criterion "disagreement" both weights,
+        ``guide`` before the others.
         """
         other = "raw" if self.recipe.guidance.guide_with == "ema" else "ema"
         return guiding(self.recipe.guidance.criterion, self.guide, self.trainer.classifier(other))
@@ -216,7 +218,7 @@ class Loop:
             return self._finish()
 
     def _practise(self) -> None:
-        """Algorithm 1."""
+        """Runs Algorithm 1."""
         if self.state.pending:  # line 1: N unguided samples; or a round that was cut short
             self._check_disk()
             self._add_samples()
@@ -242,7 +244,7 @@ class Loop:
         return False
 
     def _train_steps(self) -> bool:
-        """Steps up to the next evaluation; False at the end of the iterations, or at a stop."""
+        """Trains up to the next evaluation; False at the end of the iterations, or at a stop."""
         trainer = self.trainer
         at_once = trainer.device.type == "cpu" and self.ranks.alone
         self.stop_together.anew()
@@ -267,7 +269,7 @@ class Loop:
         return False
 
     def _evaluates_at(self, step: int) -> bool:
-        """Whether the learner is evaluated after ``step`` steps: it always is before an
+        """Returns True if the learner is evaluated after ``step`` steps: it always is before an
         addition.
         """
         moments = self.source.moments
@@ -299,7 +301,9 @@ class Loop:
         self.cost_before.load_state_dict(self.source.cost.state_dict())
 
     def _next_round(self) -> RoundRequest | None:
-        """The round that would be asked for at this moment; None where no more are added."""
+        """Returns the round that would be asked for at this moment; None where no more are
+        added.
+        """
         most = self.recipe.practice.maximum_rounds
         size = len(self.pool)
         enough = most is not None and self.state.additions >= most
@@ -308,7 +312,7 @@ class Loop:
         return self._request(size)
 
     def _next_chance(self) -> int | None:
-        """The step after which a round may be due next; None where none will be."""
+        """Returns the step after which a round may be due next; None where none will be."""
         step = self.trainer.step_count
         if self.state.frozen or self.trainer.cooling:
             return None
@@ -316,7 +320,7 @@ class Loop:
         return next_chance(step + added, self.interval, self.source.moments)
 
     def _request(self, start: int) -> RoundRequest:
-        """What the source is asked for behind ``start`` samples."""
+        """Returns the request to the source behind ``start`` samples."""
         source = self.source
         return RoundRequest(
             number=self.state.round + 1,
@@ -387,7 +391,7 @@ class Loop:
         self._tell(lambda callback, now: callback.on_samples(now, batch))
 
     def _account(self, request: RoundRequest) -> Addition:
-        """The account of a round whose samples are all in the pool."""
+        """Returns the account of a round whose samples are all in the pool."""
         cost = self.source.cost.since(self.cost_before)
         number = request.number
         addition = Addition(
@@ -436,7 +440,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _guiding(self) -> Iterator[None]:
-        """Puts the learner into eval mode, within it, so that it can guide."""
+        """Puts the learner into eval mode within a ``with`` block, so that it can guide."""
         model = self.trainer.model  # the EMA never trains
         training = model.training
         self.guides.eval()
@@ -483,7 +487,7 @@ class Loop:
         check_disk(self.ranks, needs, self.folder.path, when)
 
     def _scratch(self) -> int:
-        """Bytes that the largest round to come takes of the disk while it is made."""
+        """Returns bytes that the largest round to come takes of the disk while it is made."""
         later = self.source.available(self.state.round_start or self.source.initial_samples)
         return self.source.scratch(later)
 
@@ -492,9 +496,9 @@ class Loop:
         self.checkpointer.save(self._moment(), wait=wait)
 
     def _moment(self) -> Moment:
-        """This moment, with the label of a checkpoint that is kept for good: before an addition
-        where the recipe keeps rounds, and the last one before the cool-down, from which a run can
-        be made longer.
+        """Returns this moment, with the label of a checkpoint that is kept for good: before an
+        addition where the recipe keeps rounds, and the last one before the cool-down, from which a
+        run can be made longer.
         """
         trainer = self.trainer
         state = self.state
@@ -507,8 +511,8 @@ class Loop:
         return Moment(trainer.step_count, trainer.iterations, label, state.pending)
 
     def _saved_components(self) -> dict[str, Component]:
-        """What a checkpoint holds: the loop's parts, and how far the lines of the run's files go,
-        which loops share.
+        """Returns the components that a checkpoint holds: the loop's parts, and how far the lines
+        of the run's files go, which loops share.
         """
         assert self.folder is not None
         return {**self.components(), "folder": self.folder}
@@ -524,7 +528,9 @@ class Loop:
         self.loader.pool = self.pool
 
     def _evaluate(self, real: RealSet) -> Evaluation:
-        """The measures of the learner on a set of real images, of which each rank has its part."""
+        """Returns the measures of the learner on a set of real images, of which each rank has its
+        part.
+        """
         found = evaluate(self.evaluated, real.images, real.labels, self.ranks)
         if self.class_counts is None:
             return found
@@ -556,7 +562,7 @@ class Loop:
         return result
 
     def progress(self) -> Progress:
-        """Where the loop stands, for those who watch it."""
+        """Returns the state of the loop, for those who watch it."""
         size = len(self.pool)
         return Progress(
             source=self.name,

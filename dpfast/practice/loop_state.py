@@ -1,5 +1,5 @@
-"""What a loop remembers beside its learner and its samples, and what all that a checkpoint keeps
-answers.
+"""The state of a loop beside its learner and its samples, and the protocol of all that a checkpoint
+keeps.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Component(Protocol):
     """A part of a loop that keeps its own state: ``Loop.components`` names them all."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that what comes depends on: names with tensors, or with values that JSON can
-        hold.
+        """Returns everything that what comes depends on: names with tensors, or with values that
+        JSON can hold.
         """
         ...
 
@@ -31,7 +31,7 @@ class Component(Protocol):
 
 @dataclass
 class LoopState:
-    """Where a loop stands in Algorithm 1.
+    """The state of a loop in Algorithm 1.
 
     round: the newest complete one, -1 before the initial samples, which are round 0. rounds: the
     samples of every complete one. pending: whether the next round is due, or being made;
@@ -52,7 +52,7 @@ class LoopState:
 
     @property
     def additions(self) -> int:
-        """Complete rounds after the initial samples."""
+        """The number of complete rounds after the initial samples."""
         return max(self.round, 0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,12 +77,12 @@ class LoopSeconds:
 
     @property
     def waiting(self) -> float:
-        """Seconds that training has waited for batches."""
+        """The seconds that training has waited for batches."""
         return self._waited_before + self._loader.waited
 
     @contextlib.contextmanager
     def of(self, phase: str) -> Iterator[None]:
-        """Adds the time within it to ``phase``, "training" or "evaluation"."""
+        """Adds the time within a ``with`` block to ``phase``, "training" or "evaluation"."""
         started = time.perf_counter()
         try:
             yield

@@ -38,28 +38,28 @@ class Losses:
         self._bad += torch.where((self._bad == 0) & ~loss.isfinite(), step, 0)
 
     def mean(self, steps: int) -> float:
-        """The mean of the last ``steps`` steps over all ranks; the sum begins anew."""
+        """Returns the mean of the last ``steps`` steps over all ranks; the sum begins anew."""
         mean = float(self.ranks.all_gather(self.total).mean()) / steps
         self.total.zero_()
         self._begun = False
         return mean
 
     def bad(self) -> int:
-        """The first step without a finite loss on any rank; 0: there is none. Waits for the
+        """Returns the first step without a finite loss on any rank; 0: there is none. Waits for the
         device.
         """
         found = self.ranks.all_gather(self._bad)
         return int(found[found > 0].min()) if bool(found.any()) else 0
 
     def samples_of(self, step: int) -> list[int]:
-        """The sample ids of a step's batch, rising; the step lies between the anchor and the next
-        addition.
+        """Returns the sample ids of a step's batch, rising; the step lies between the anchor and
+        the next addition.
         """
         rows = self.loader.indices_after(self._position, step - self.step)
         return sorted(self.loader.pool.column("sample_id")[rows].tolist())
 
     def state_dict(self) -> dict[str, Any]:
-        """(ranks,) sums since the last ``mean``, and the anchor.
+        """Returns (ranks,) sums since the last ``mean``, and the anchor.
 
         Collective, but right after ``mean``: the sums are known there, and one rank may ask alone.
         """

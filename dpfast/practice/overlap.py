@@ -52,7 +52,7 @@ WEIGHTS = "weights/"  # of the learner, in the names of a checkpoint
 
 @dataclass(frozen=True)
 class OverlapGroups:
-    """What trainers and generators say to each other.
+    """The messages between trainers and generators.
 
     generates: whether this process is a generator. publishing: carries weights, from the first
     trainer to all generators; everyone: samples, between any two processes. store: short messages,
@@ -82,11 +82,13 @@ class OverlapGroups:
         )
 
     def generator_of(self, batch: int) -> int:
-        """The process that makes batch ``batch`` of a round."""
+        """Returns the process that makes batch ``batch`` of a round."""
         return self.trainers.size + batch % self.generators.size
 
     def owner_of(self, batch: int, turn: int) -> int:
-        """The process that will hold batch ``batch`` of a round whose first one ``turn`` holds."""
+        """Returns the process that will hold batch ``batch`` of a round whose first one ``turn``
+        holds.
+        """
         return (turn + batch) % self.trainers.size
 
     def tell(self, key: str, value: Any = None) -> None:
@@ -94,11 +96,11 @@ class OverlapGroups:
         self.store.set(f"overlap/{key}", json.dumps(value))
 
     def told(self, key: str) -> bool:
-        """Whether some process has said ``key``."""
+        """Returns True if some process has said ``key``."""
         return bool(self.store.check([f"overlap/{key}"]))
 
     def any_told(self, keys: Sequence[str]) -> bool:
-        """Whether some process has said one of ``keys``."""
+        """Returns True if some process has said one of ``keys``."""
         return any(map(self.told, keys))
 
     def said(self, key: str, process: int) -> Any:
@@ -107,7 +109,7 @@ class OverlapGroups:
         return json.loads(self.store.get(f"overlap/{key}"))
 
     def meet(self, key: str, process: int) -> None:
-        """Returns when ``process``, which says the same, and this one are ready to pass on what
+        """Waits until ``process``, which says the same, and this one are ready to pass on what
         ``key`` names.
         """
         self.tell(f"{key}/{int(self.generates)}")
@@ -209,8 +211,8 @@ class OverlappedSource(Source):
                 self._publish(request)
 
     def _within_reach(self, step: int, after: int = 0) -> bool:
-        """Whether the learner of this moment would guide a round that may be due from ``after``
-        steps on, and the one that was published may not.
+        """Returns True if the learner of this moment would guide a round that may be due from
+        ``after`` steps on, and the one that was published may not.
         """
         recipe = self.source.recipe
         oldest = recipe.practice.overlap_staleness
@@ -246,7 +248,9 @@ class OverlappedSource(Source):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The cost, and of a round on its way what was asked for and the weights that guide it."""
+        """Returns the cost, and of a round on its way what was asked for and the weights that guide
+        it.
+        """
         state: dict[str, Any] = {**super().state_dict(), "job": None}
         if self.job is not None:
             state["job"] = self.job.to_dict()
@@ -332,8 +336,8 @@ class GeneratorRank:
                 groups.heartbeat.wait(partial(groups.any_told, news), lambda: [0])
 
     def _batches(self, job: RoundRequest) -> Iterator[SampleBatch]:
-        """This generator's batches of a round, each whole: where memory ran out, samples come in
-        smaller parts.
+        """Yields this generator's batches of a round, each whole: where memory ran out, samples
+        come in smaller parts.
         """
         parts = self.source.make(replace(job, turn=0))
         held = None
@@ -346,7 +350,7 @@ class GeneratorRank:
             held = held.take(slice(len(indices), None)) if len(held) > len(indices) else None
 
     def _take(self) -> RoundRequest:
-        """The next job; its weights are in place."""
+        """Returns the next job; its weights are in place."""
         self._taken += 1
         for value in self.guides.state_dict().values():
             received = torch.empty_like(value, device="cpu")

@@ -39,7 +39,7 @@ class Patience:
     rounds: int = 0
 
     def limit(self, pool_size: int) -> int:
-        """T_max for a pool of ``pool_size`` samples, in evaluations."""
+        """Returns T_max for a pool of ``pool_size`` samples, in evaluations."""
         times = pool_size / self.initial_samples
         if self.growth == "coverage":
             return max(self.initial, math.ceil(COVERED * times))
@@ -58,7 +58,7 @@ class Patience:
         return self.waited >= self.limit(pool_size)
 
     def added(self) -> None:
-        """A round of samples has been added: the count begins anew."""
+        """Begins the count anew, after a round of samples has been added."""
         self.waited = 0
         self.rounds += 1
 
@@ -77,8 +77,8 @@ class Patience:
 
 
 def next_chance(step: int, interval: int, moments: Collection[int] | None) -> int | None:
-    """The first step from ``step`` on after which a round may be due: of the ``moments``, where
-    they are known, or the next evaluation; None where no moment is left.
+    """Returns the first step from ``step`` on after which a round may be due: of the ``moments``,
+    where they are known, or the next evaluation; None where no moment is left.
 
     interval: steps between two evaluations.
     """

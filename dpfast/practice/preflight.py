@@ -1,5 +1,4 @@
-"""What a run finds out about its learner before a sample is made: does it train, and can it be
-saved?
+"""A trial of the learner before a sample is made: does it train, and can it be saved?
 
 A learner is anybody's code. One that guides and predicts may still return auxiliary logits in
 training, fail on a batch of one, or keep what no file of weights takes; without a trial a run finds
@@ -36,8 +35,8 @@ CLOSE = 1e-3  # of two predictions by the same weights; a GPU need not give the 
 
 
 def trial_rows(config: Learner, ranks: int) -> int:
-    """How many images a trial takes: ``ROWS``, or fewer where a micro-batch of the run has
-    fewer.
+    """Returns the number of images of a trial: ``ROWS``, or fewer where a micro-batch of the run
+    has fewer.
     """
     share = config.batch_size // ranks
     size = even_part(share, config.micro_batch)
@@ -142,7 +141,9 @@ class LearnerTrial:
         return self._predictions(trainer)
 
     def _predictions(self, trainer: Trainer) -> list[Tensor]:
-        """The logits of both weights for the same images, as they are evaluated and guide."""
+        """Returns the logits of both weights for the same images, as they are evaluated and
+        guide.
+        """
         found = []
         images = self._images()
         for which in ("ema", "raw"):
@@ -174,7 +175,9 @@ class LearnerTrial:
         return (self.rows, *self.image)
 
     def _images(self) -> Tensor:
-        """Noise in the form of a batch: (rows, C, H, W) float32 in [-1, 1], channels last."""
+        """Returns noise in the form of a batch: (rows, C, H, W) float32 in [-1, 1], channels
+        last.
+        """
         drawn = torch.Generator().manual_seed(0)
         pixels = torch.randint(256, self._shape, generator=drawn, dtype=torch.uint8)
         images = pixels.to(self.device).float().div(127.5).sub(1.0)

@@ -39,5 +39,5 @@ class Result:
 
     @property
     def generation_seconds(self) -> float:
-        """Seconds in which samples were made."""
+        """The seconds in which samples were made."""
         return self.cost.seconds

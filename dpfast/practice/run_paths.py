@@ -78,7 +78,7 @@ SEEN = 30.0  # seconds in which a network's file system shows it to them
 
 
 class RunPaths:
-    """Where the parts of a run's folder are; every rank has its own for samples and progress.
+    """The paths of the parts of a run's folder; every rank has its own for samples and progress.
 
     It writes none of the files that a run has once: those are the first rank's, whose paths are a
     ``RunWriter``.
@@ -90,19 +90,23 @@ class RunPaths:
         self.path, self.ranks = path, ranks
 
     def checkpoints(self, source: str) -> Path:
-        """The folder of the checkpoints of a source's loop."""
+        """Returns the folder of the checkpoints of a source's loop."""
         return self.path / f"checkpoints_{source}"
 
     def pool(self, source: str) -> Path:
-        """The folder of a source's samples: one saved pool, or a folder of one for each rank."""
+        """Returns the folder of a source's samples: one saved pool, or a folder of one for each
+        rank.
+        """
         return self.path / f"pool_{source}"
 
     def held(self, source: str) -> Path:
-        """The folder of what a source holds of a round that is being made."""
+        """Returns the folder of what a source holds of a round that is being made."""
         return self.path / f"held_{source}"
 
     def progress(self, source: str) -> dict[str, Any] | None:
-        """What ``save_progress`` kept; None where there is nothing, or nothing that can be read."""
+        """Returns the note that ``save_progress`` kept; None where there is nothing, or nothing
+        that can be read.
+        """
         kept = read_whole_json(self.path / self._progress(source))
         whole = isinstance(kept, dict) and all(
             isinstance(kept.get(name), kind)
@@ -121,7 +125,7 @@ class RunPaths:
         return f"progress_{source}{part}.json"
 
     def watchers(self, throughput: Throughput) -> Sequence[Callback]:
-        """The callbacks that write down what a loop tells."""
+        """Returns the callbacks that write down what a loop tells."""
         return ()
 
     def keep_objects(self, objects: Mapping[str, str]) -> None:
@@ -134,7 +138,7 @@ class RunPaths:
         """Makes the lines last that a checkpoint is to speak of; from any thread."""
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the lines of the run's files go, for a checkpoint."""
+        """Returns the lengths of the run's files of lines, for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -144,7 +148,7 @@ class RunPaths:
 def check_vacant(
     path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False
 ) -> Recipe:
-    """The recipe with which the run in ``path`` begins, or goes on.
+    """Returns the recipe with which the run in ``path`` begins, or goes on.
 
     Raises ``InputError`` when ``path`` may not become, or continue, the folder of a run of
     ``recipe``: only a run is ever replaced, none in which a process still writes, and unasked only
@@ -183,8 +187,8 @@ def check_vacant(
 
 
 def unbegun(path: Path) -> bool:
-    """Whether a folder holds a run without any sample, as one that the disk refuses at its start,
-    and nothing else.
+    """Returns True if a folder holds a run without any sample, as one that the disk refuses at its
+    start, and nothing else.
     """
     metrics = path / "metrics.jsonl"
     return (
@@ -249,7 +253,7 @@ def check_shared(out: Path, ranks: Ranks) -> None:
 
 
 def _early(name: str) -> bool:
-    """Whether a file may be there before a run's recipe is."""
+    """Returns True if a file may be there before a run's recipe is."""
     return name.startswith(".owner-") or name in (
         BORN,
         CONTENTS,

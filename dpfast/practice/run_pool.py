@@ -17,7 +17,7 @@ from dpfast.pool.sharded import ShardLayout, pool_of_ranks
 
 
 def most_samples(recipe: Recipe, ranks: Ranks, most: int | None = None) -> int:
-    """How many of the most samples that a run can have one rank holds at most.
+    """Returns the most samples that one rank holds of those that a run can have.
 
     most: of a run that has all of them at the start; None: the recipe's, and its rounds.
     """
@@ -36,8 +36,8 @@ def most_samples(recipe: Recipe, ranks: Ranks, most: int | None = None) -> int:
 def stored_shape(
     recipe: Recipe, pipeline: Pipeline | OwnPipeline, real: RealData
 ) -> tuple[int, ...]:
-    """(C, H, W) of what a run's pool stores of a sample: latents, or pixels as those of the real
-    images.
+    """Returns (C, H, W) of what a run's pool stores of a sample: latents, or pixels as those of the
+    real images.
     """
     if recipe.pool.codec == "latents":
         return latent_shape(pipeline)
@@ -53,7 +53,7 @@ def placement(
     *,
     most: int | None = None,
 ) -> Placement:
-    """Where a rank's samples will lie. Raises ``RecipeError`` where they have no place.
+    """Plans where a rank's samples will lie. Raises ``RecipeError`` where they have no place.
 
     shape: (C, H, W) of what is stored. out: the run's folder, on whose disk mapped files lie; it
     need not be there yet. most: as of ``most_samples``.
@@ -78,8 +78,8 @@ def new_pool(
     *,
     most: int | None = None,
 ) -> Pool:
-    """An empty pool of all ranks, for samples of ``shape`` (C, H, W). out: the run's folder; most:
-    as of ``most_samples``.
+    """Returns an empty pool of all ranks, for samples of ``shape`` (C, H, W). out: the run's
+    folder; most: as of ``most_samples``.
     """
     local = SamplePool.from_recipe(
         recipe.pool,

@@ -1,5 +1,5 @@
-"""What the first rank writes into the folder of a run: its recipe, lines of metrics and timings,
-whose numbers the trackers are given too, and the learner's weights.
+"""The files that the first rank writes into the folder of a run: its recipe, lines of metrics and
+timings, whose numbers the trackers are given too, and the learner's weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class LostLinesWarning(UserWarning):
-    """A run's file of lines is shorter than it was when the checkpoint was taken."""
+    """A warning that a run's file of lines is shorter than when the checkpoint was taken."""
 
 
 class RunWriter(RunPaths):
@@ -85,7 +85,9 @@ class RunWriter(RunPaths):
         return (MetricsCallback(self, throughput),)
 
     def state_dict(self) -> dict[str, Any]:
-        """The lengths of both files of lines, bytes. Raises ``OSError`` where they lag behind."""
+        """Returns the lengths of both files of lines, bytes. Raises ``OSError`` where they lag
+        behind.
+        """
         return {"metrics": self._metrics.tell(), "timings": self._timings.tell()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,8 +130,8 @@ class RunWriter(RunPaths):
         self._changes = {}
 
     def log(self, event: str, source: str, step: int, **values: Any) -> None:
-        """Writes one line of ``metrics.jsonl`` and gives its numbers to the
-        trackers, as "source/event/name".
+        """Writes one line of ``metrics.jsonl`` and gives its numbers to the trackers, as
+        "source/event/name".
         """
         self._write(self._metrics, event, source, step, values)
 
@@ -276,7 +278,7 @@ def owned(path: Path) -> Owner:
 
 
 def _steps(path: Path) -> dict[str, int]:
-    """The optimiser steps of the newest checkpoint of every source that has one."""
+    """Returns the optimiser steps of the newest checkpoint of every source that has one."""
     found = {}
     for folder in listed(path, "checkpoints_*"):
         with contextlib.suppress(KeyError, IndexError, TypeError):

@@ -39,7 +39,7 @@ class SavedLearner:
 def saved_learners(
     run: Path, pipeline: Pipeline, moments: Sequence[str] = (NEWEST,)
 ) -> list[SavedLearner]:
-    """The learners of a run, finished or not, at each of these moments.
+    """Returns the learners of a run, finished or not, at each of these moments.
 
     Of a run with several sources they are those of "dp", or of the first source where "dp" is not
     among them. A checkpoint gives the weights that guide in its run (``guide_with``), the end of
@@ -89,7 +89,7 @@ def _learner_at(
 
 
 def _taken(moment: str, run: Path, folder: Path) -> Checkpoint:
-    """The checkpoint of a moment, out of the ``folder`` of those of its source."""
+    """Returns the checkpoint of a moment, out of the ``folder`` of those of its source."""
     if moment == NEWEST:
         newest = checkpoint.latest(folder)
         if newest is None:
@@ -118,7 +118,7 @@ def _taken(moment: str, run: Path, folder: Path) -> Checkpoint:
 
 
 def weights_of(taken: Checkpoint, which: str) -> dict[str, Tensor]:
-    """The "ema" or the "raw" weights of a checkpoint's learner, as a module loads them."""
+    """Returns the "ema" or the "raw" weights of a checkpoint's learner, as a module loads them."""
     prefix = f"{'ema' if which == 'ema' else 'model'}/"
     trained = taken.components["trainer"]
     return {

@@ -66,26 +66,26 @@ class SavedSamples:
 
     @property
     def saves(self) -> bool:
-        """Whether samples are saved at this moment."""
+        """True if samples are saved at this moment."""
         return self._saver is not None
 
     @property
     def refused(self) -> bool:
-        """Whether saving has stopped, as on a full disk."""
+        """True if saving has stopped, as on a full disk."""
         return self._saver is not None and self._saver.error is not None
 
     @property
     def saved(self) -> int:
-        """How many of this rank's samples are on the disk for good."""
+        """The number of this rank's samples that are on the disk for good."""
         return 0 if self._saver is None else self._saver.saved
 
     @property
     def shards(self) -> list[Shard]:
-        """What is on the disk of this rank's samples."""
+        """The manifest of this rank's samples on the disk."""
         return [] if self._saver is None else self._saver.shards
 
     def held(self, rank: int | None = None) -> int:
-        """How many samples of the complete rounds this rank, or ``rank``, holds."""
+        """Counts the samples of the complete rounds that this rank, or ``rank``, holds."""
         return self._complete.held(rank)
 
     @property
@@ -94,7 +94,7 @@ class SavedSamples:
 
     @contextlib.contextmanager
     def saving(self, classes: tuple[str, ...], *, reserve: int) -> Iterator[None]:
-        """Saves samples in the background, within it.
+        """Saves samples in the background within a ``with`` block.
 
         classes: names of the labels; reserve: bytes of the disk that are left to others.
         """
@@ -134,8 +134,8 @@ class SavedSamples:
         )
 
     def _payload(self, batch: SampleBatch) -> Any:
-        """What the pool keeps in the place of a batch's images: their files, or what JPEG leaves of
-        them; None: the images.
+        """Returns the payload that the pool keeps in the place of a batch's images: their files, or
+        what JPEG leaves of them; None: the images.
         """
         if self.pool.local.codec == "jpeg":
             return batch.files
@@ -166,8 +166,8 @@ class SavedSamples:
         return self._saver.wait() >= self.held()
 
     def on_disk(self, held: list[int]) -> bool:
-        """Whether each rank has saved as many samples as ``held`` says: this one knows, of others
-        what their manifests promise counts.
+        """Returns True if each rank has saved as many samples as ``held`` says: this one knows, of
+        others what their manifests promise counts.
         """
         assert self.folder is not None
         folder = self.folder.pool(self.source)
@@ -185,8 +185,8 @@ class SavedSamples:
     def noted(
         self, batches: Iterator[SampleBatch], source_state: Callable[[], dict[str, Any]], stop: Stop
     ) -> Iterator[SampleBatch]:
-        """The batches of a round that can go on in its middle; saves its samples now and then, and
-        when asked to stop.
+        """Yields the batches of a round that can go on in its middle; saves its samples now and
+        then, and when asked to stop.
 
         The samples of the last half minute are asked for, and noted as progress at the first batch
         that finds them on the disk. A batch counts as appended when the next one is asked for.
@@ -220,7 +220,7 @@ class SavedSamples:
         self.folder.save_progress(self.source, progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """Who held the samples; they themselves are on the disk."""
+        """Returns the holders of the samples, which themselves are on the disk."""
         return {"ranks": self.ranks.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -256,7 +256,7 @@ class SavedSamples:
             raise InputError(f"resume: {error}") from error
 
     def _noted_progress(self, size: int) -> dict[str, Any] | None:
-        """What was noted of the pending round; None where that is of no use."""
+        """Returns the note about the pending round; None where that is of no use."""
         assert self.folder is not None
         noted = self.folder.progress(self.source) if self.state.pending else None
         if noted is None or noted["round"] != self.state.round + 1 or size != self.ranks.size:
@@ -265,7 +265,7 @@ class SavedSamples:
 
 
 def _promised(folder: Path, ranks: Ranks, rank: int) -> int:
-    """How many samples the manifest of a rank's part promises."""
+    """Counts the samples that the manifest of a rank's part promises."""
     try:
         return Manifest.read(rank_folder(folder, ranks, rank)).samples
     except DamagedPoolError:

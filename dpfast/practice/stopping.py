@@ -1,4 +1,4 @@
-"""What comes between two steps, the same on all ranks: SIGTERM or a checkpoint; and a loss that is
+"""Decisions between two steps, the same on all ranks: SIGTERM or a checkpoint; and a loss that is
 not finite.
 """
 
@@ -19,12 +19,12 @@ CHECKPOINT, STOP = 1, 2  # what a rank asks for; the highest counts
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its state."""
+    """A signal that the run was asked to stop and has saved its state."""
 
 
 class LossError(RuntimeError):
-    """The loss is not finite; the message names the iteration, the batch's sample ids and the last
-    checkpoint.
+    """An error for a loss that is not finite; the message names the iteration, the batch's sample
+    ids and the last checkpoint.
     """
 
 
@@ -55,8 +55,8 @@ class Stop:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within it a request raises ``Stopped`` where it arrives: for work that leaves nothing to
-        save.
+        """Raises ``Stopped`` wherever a request arrives within a ``with`` block: for work that
+        leaves nothing to save.
         """
         self.check()
         before, self._raise = self._raise, True
@@ -82,12 +82,14 @@ class StopTogether:
         self._asked = (0, 0.0)  # the step of the last question, and when it was answered
 
     def anew(self) -> None:
-        """Training begins, or goes on after something else: ranks ask before its first step."""
+        """Hears that training begins, or goes on after something else: ranks ask before its first
+        step.
+        """
         self._next = 0
 
     def before(self, step: int, *, checkpoint: Callable[[], bool] = lambda: False) -> int:
-        """What all do before ``step``: ``STOP``, a ``CHECKPOINT`` that a rank asks for, or nothing
-        (0).
+        """Returns the decision of all ranks before ``step``: ``STOP``, a ``CHECKPOINT`` that a rank
+        asks for, or nothing (0).
 
         Raises ``RankError`` where a rank is dead that was to be asked.
         """

@@ -1,4 +1,4 @@
-"""How fast a loop goes: rates, the share of the peak, waits and memory, for ``timings.jsonl`` and
+"""The speed of a loop: rates, the share of the peak, waits and memory, for ``timings.jsonl`` and
 TensorBoard.
 """
 
@@ -56,7 +56,7 @@ class Throughput:
 
     @cached_property
     def image_flops(self) -> float | None:
-        """FLOPs of one image in a training step; None where they cannot be counted."""
+        """The FLOPs of one image in a training step; None where they cannot be counted."""
         learner = self.recipe.learner
         if not self.counted:
             log.info("the learner is an object of the caller's: no mfu of training")
@@ -75,7 +75,7 @@ class Throughput:
         self._before = progress
 
     def generation(self, cost: Cost) -> dict[str, float]:
-        """The rates of a round, given its ``cost``."""
+        """Returns the rates of a round, given its ``cost``."""
         half = self.recipe.generator.dtype != "float32"
         return {
             **self._share(cost.flops, cost.seconds, half=half),
@@ -85,7 +85,7 @@ class Throughput:
         }
 
     def interval(self, progress: Progress) -> dict[str, float]:
-        """The rates of training and evaluation since the last call, or since ``begin``."""
+        """Returns the rates of training and evaluation since the last call, or since ``begin``."""
         before = self._before
         assert before is not None
         self._before = progress

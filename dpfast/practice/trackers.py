@@ -1,4 +1,4 @@
-"""Where a run's numbers go beside its own files: to TensorBoard, and to what tracks experiments,
+"""Trackers of a run's numbers beside its own files: TensorBoard, and what tracks experiments,
 through the trackers of accelerate.
 
 A run with a folder has trackers, on its first rank alone. One that is no file works in a thread of
@@ -36,14 +36,14 @@ LAST = 30.0  # seconds in which a tracker may send, at the end of a run, what it
 
 
 class TrackerWarning(UserWarning):
-    """A tracker has stopped; the run goes on."""
+    """A warning that a tracker has stopped; the run goes on."""
 
 
 class Tracker(Protocol):
     """Takes the numbers of a run; it neither raises an error nor waits for a network."""
 
     def begin(self) -> None:
-        """The run begins, or goes on; its folder is there."""
+        """Hears that the run begins, or goes on; its folder is there."""
         ...
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -59,14 +59,18 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class Tracked:
-    """What a tracker is told of a run. config: its recipe, with lists and tables as text."""
+    """The facts that a tracker is told of a run. config: its recipe, with lists and tables as
+    text.
+    """
 
     name: str
     folder: Path
     config: dict[str, Any]
 
     def id(self) -> str:
-        """What the run is known by in all its lives: 32 hexadecimal digits, kept in its folder."""
+        """Returns the name of the run in all its lives: 32 hexadecimal digits, kept in its
+        folder.
+        """
         kept = read_whole_json(self.folder / TRACKING)
         if isinstance(kept, dict) and isinstance(kept.get("id"), str):
             return kept["id"]
@@ -123,7 +127,7 @@ class TrackerThread:
             self._warn(f"it has not taken all numbers within {LAST:g} s")
 
     def _given_up(self) -> bool:
-        """Whether the tracker is off; the first time after a failure with a warning."""
+        """Returns True if the tracker is off; the first time after a failure with a warning."""
         if self._failure is not None and not self._off:
             self._off = True
             self._warn(first_line(self._failure))
@@ -154,7 +158,7 @@ def _speak_alone() -> None:
 
 
 def new_trackers(recipe: Recipe, folder: Path) -> list[Tracker]:
-    """The recipe's trackers, not begun, for the run that will be in a folder.
+    """Returns the recipe's trackers, not begun, for the run that will be in a folder.
 
     Raises ``InputError`` where a package is missing, and where an import path leads to nothing that
     gives an ``accelerate.tracking.GeneralTracker``.
@@ -187,8 +191,8 @@ def check_paths(recipe: Recipe) -> None:
 
 
 def _own(path: str, run: Tracked) -> GeneralTracker:
-    """The user's own tracker, called as accelerate calls its: with the project, and with a folder
-    where it asks for one.
+    """Returns the user's own tracker, called as accelerate calls its: with the project, and with a
+    folder where it asks for one.
     """
     from accelerate.tracking import GeneralTracker
 
@@ -206,8 +210,8 @@ def _wandb(run: Tracked, id: str) -> GeneralTracker:
     from accelerate.tracking import WandBTracker
 
     class WandB(WandBTracker):
-        """Weights & Biases drops what has a smaller step than the numbers before, as those of a
-        second source have: the steps go beside the numbers.
+        """A tracker of Weights & Biases that logs steps beside the numbers. It drops what has a
+        smaller step than the numbers before, as those of a second source have.
         """
 
         def log(self, values: dict[str, float], step: int | None = None, **options: Any) -> None:

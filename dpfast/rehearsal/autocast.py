@@ -119,7 +119,7 @@ class MetaAutocast(TorchFunctionMode):
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """``torch.utils.checkpoint.checkpoint``, which runs ``function`` again as it ran: under
+    """Returns ``torch.utils.checkpoint.checkpoint``, which runs ``function`` again as it ran: under
     autocast or not.
 
     A backward pass has left the modes that its call was made in.

@@ -33,8 +33,8 @@ BESIDE = ("/rehearsal/device.py", "/rehearsal/autocast.py", "/hardware/flops.py"
 
 
 def scripted(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-    """Return what the host reads from a device without numbers: zeros, on the CPU; large ones
-    without memory of their own.
+    """Returns the values that the host reads from a device without numbers: zeros, on the CPU;
+    large ones without memory of their own.
 
     So every accuracy is 0, no evaluation but the first is a new best, every loss is finite, and no
     gradient is skipped.
@@ -59,14 +59,16 @@ class Wait:
 
 @dataclass
 class PhaseMemory:
-    """peak: the most bytes of a phase at one moment; kinds: what they were kept for then."""
+    """The memory of a phase. peak: the most bytes of a phase at one moment; kinds: what they were
+    kept for then.
+    """
 
     peak: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
 
 
 class FakeDevice(TorchDispatchMode):
-    """Within it, operations on meta tensors are accounted for.
+    """An account of operations on meta tensors within a ``with`` block.
 
     phases: name -> ``PhaseMemory``; waits: all host waits. ``phase`` and ``kind`` are context
     managers that name what happens within them; new storages are of the innermost kind, until
@@ -88,7 +90,7 @@ class FakeDevice(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """Bytes that are held now."""
+        """The bytes that are held now."""
         return self._total
 
     @contextlib.contextmanager
@@ -102,7 +104,7 @@ class FakeDevice(TorchDispatchMode):
 
     @contextlib.contextmanager
     def after_a_restart(self) -> Iterator[None]:
-        """Within it, phases are those of a run that goes on."""
+        """Counts phases within a ``with`` block as those of a run that goes on."""
         self._prefix = "restarted: "
         try:
             yield
@@ -119,7 +121,9 @@ class FakeDevice(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watermark(self) -> Iterator[PhaseMemory]:
-        """Within it, ``peak`` of what it gives is the most bytes that were held at one moment."""
+        """Gives an object whose ``peak`` is the most bytes that were held at one moment of the
+        ``with`` block.
+        """
         top = PhaseMemory(self._total)
         self._watermarks.append(top)
         try:
@@ -128,8 +132,8 @@ class FakeDevice(TorchDispatchMode):
             self._watermarks.remove(top)
 
     def step(self, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
-        """``function``, whose new storages are of a kind, as a step of a GPU: what waits within it
-        is ``in_step``.
+        """Returns ``function``, whose new storages are of a kind, as a step of a GPU: what waits
+        within it is ``in_step``.
         """
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -152,7 +156,7 @@ class FakeDevice(TorchDispatchMode):
                 held.kind = kind
 
     def claim_module(self, module: nn.Module, kind: str) -> None:
-        """``claim`` of the parameters and buffers of a module."""
+        """Claims the parameters and buffers of a module."""
         self.claim((*module.parameters(), *module.buffers()), kind)
 
     def reserve(self, kind: str, size: int) -> None:
@@ -163,7 +167,7 @@ class FakeDevice(TorchDispatchMode):
 
     @contextlib.contextmanager
     def held(self, kind: str, size: int) -> Iterator[None]:
-        """``reserve`` for as long as it is entered."""
+        """Reserves bytes as ``reserve`` does, within a ``with`` block."""
         self.reserve(kind, size)
         try:
             yield
@@ -239,7 +243,7 @@ def _side(device: str) -> str:
 
 
 def _caller() -> str:
-    """The innermost line of dpfast on the stack, but for what only looks on."""
+    """Returns the innermost line of dpfast on the stack, but for what only looks on."""
     for frame in reversed(traceback.extract_stack()):
         if "/dpfast/" in frame.filename and not frame.filename.endswith(BESIDE):
             return f"{frame.filename.rsplit('/dpfast/', 1)[1]}:{frame.lineno} {frame.name}"

@@ -1,5 +1,5 @@
-"""What a run writes, without a disk of its size: checkpoints keep their shapes, samples are few and
-real.
+"""The files of a run, without a disk of its size: checkpoints keep their shapes, samples are few
+and real.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RehearsedDisk:
         self._files: dict[Path, dict[str, Tensor]] = {}
 
     def values(self) -> list[tuple[Any, str, Any]]:
-        """The stand-ins of the disk, as ``dpfast.rehearsal.standins.put`` takes them."""
+        """Returns the stand-ins of the disk, as ``dpfast.rehearsal.standins.put`` takes them."""
         return [
             (background.HostCopy, "take", lambda _, tensors: self._take(tensors)),
             (checkpoint, "save_weights", self._save),

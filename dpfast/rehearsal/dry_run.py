@@ -1,4 +1,4 @@
-"""How long ``dpfast run --dry-run`` times the stages on a device, by the plan's seconds."""
+"""The seconds for which ``dpfast run --dry-run`` times the stages on a device, by the plan."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class _Time:
 
 
 def dry_run_seconds(planned: Plan) -> float:
-    """Seconds in which ``measure`` times all stages of the plan's recipe on one of its devices.
+    """Returns seconds in which ``measure`` times all stages of the plan's recipe on one of its
+    devices.
 
     Its own clock decides on batches and rounds; a call takes what the plan says.
     """

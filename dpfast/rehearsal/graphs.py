@@ -1,4 +1,4 @@
-"""What captured CUDA graphs hold, without a GPU: a recorder for ``dpfast.generate.graphs``."""
+"""The memory of captured CUDA graphs, without a GPU: a recorder for ``dpfast.generate.graphs``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dpfast.rehearsal.device import FakeDevice
 
 
 class RehearsedRecording:
-    """outputs: what the recorded call gave; a replay computes nothing."""
+    """A recording without a GPU. outputs: what the recorded call gave; a replay computes
+    nothing.
+    """
 
     def __init__(self, recorder: RehearsedRecorder, outputs: Any) -> None:
         self.recorder, self.outputs = recorder, outputs
@@ -49,14 +51,14 @@ class RehearsedRecorder:
         return RehearsedRecording(self, outputs)
 
     def forget(self) -> None:
-        """Forget a recording that was reset."""
+        """Forgets a recording that was reset."""
         self.alive -= 1
         if not self.alive:
             self._pool = 0
             self._keep(0)
 
     def close(self) -> None:
-        """Nothing is left when all recordings were reset."""
+        """Does nothing: nothing is left when all recordings were reset."""
 
     @property
     def _outputs(self) -> int:

@@ -90,7 +90,7 @@ class EchoStore:
 def ranks_of(
     count: int, rank: int, node: int, recorder: CollectiveRecorder, carried: set[str]
 ) -> Ranks:
-    """Rank ``rank`` of ``count``, ``node`` of them on a machine; its collectives go to
+    """Returns rank ``rank`` of ``count``, ``node`` of them on a machine; its collectives go to
     ``recorder``.
 
     carried: filled with the names of the groups that move what lies on the device.

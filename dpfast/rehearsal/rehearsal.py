@@ -78,7 +78,7 @@ class Rehearsal:
 
     @property
     def margin(self) -> float:
-        """Bytes of a device that may be used and are not: by the tensors that were counted."""
+        """The bytes of a device that may be used and are not: by the tensors that were counted."""
         return usable(self.plan.device) - self.peak[1].peak
 
 
@@ -132,8 +132,8 @@ def rehearse(
 
 
 def walked(planned: Plan, rank: int) -> Walked:
-    """The walk of one rank, with what the plan fitted, and its part of the pool on the device all
-    the time.
+    """Returns the walk of one rank, with what the plan fitted, and its part of the pool on the
+    device all the time.
     """
     recipe = planned.fit.recipe
     pool = planned.fit.pool
@@ -154,8 +154,8 @@ def walked(planned: Plan, rank: int) -> Walked:
 
 @functools.lru_cache(maxsize=64)
 def _walked(recipe: str, count: int, rank: int) -> Walked:
-    """Devices differ in what fits, not in what a walk is: the same batches on another device are
-    walked once.
+    """Returns the walk of one rank. Devices differ in what fits, not in what a walk is: the same
+    batches on another device are walked once.
     """
     recorder, device = CollectiveRecorder(), FakeDevice()
     carried: set[str] = set()
@@ -178,7 +178,7 @@ def _walked(recipe: str, count: int, rank: int) -> Walked:
 
 
 def host_memory(recipe: Recipe, planned: Plan) -> dict[str, float]:
-    """Bytes of a node's host memory that a run takes, by kind."""
+    """Returns bytes of a node's host memory that a run takes, by kind."""
     pool, here = planned.fit.pool, min(NODE, planned.count)
     validation, test = count_real(
         recipe.validation, recipe.held_out, classes=planned.stages.classes
@@ -252,7 +252,9 @@ def _failures(found: Rehearsal, timeout: float, disk: float | None) -> Iterator[
 
 
 def _kinds(walk: Walked) -> list[tuple[str, str]]:
-    """The kinds of collectives in the order that all ranks share; what each sends differs."""
+    """Returns the kinds of collectives in the order that all ranks share; what each sends
+    differs.
+    """
     return [(group, kind) for group, kind, _ in walk.collectives]
 
 

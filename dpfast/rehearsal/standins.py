@@ -1,4 +1,4 @@
-"""What a rehearsal puts in place of a GPU's own parts, all of it here.
+"""The stand-ins of a rehearsal for a GPU's own parts, all of them here.
 
 A stand-in does nothing but what the account needs: streams and events order nothing (all operations
 run at once, in the order of the host), kernels that are not registered with torch write nothing,
@@ -52,8 +52,8 @@ class _Kernel:
 
 @contextlib.contextmanager
 def put(values: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Within it, each ``owner`` has ``value`` under ``name``, for ``values`` of (owner, name,
-    value).
+    """Puts ``value`` under ``name`` of each ``owner`` within a ``with`` block, for ``values`` of
+    (owner, name, value).
     """
     before = []
     try:
@@ -72,8 +72,8 @@ _MISSING = object()
 
 @contextlib.contextmanager
 def stand_ins(device: FakeDevice, *, gpu: bool = True) -> Iterator[None]:
-    """Within it the meta device is taken for a GPU with ``FREE`` bytes, or without ``gpu`` for a
-    CPU.
+    """Lets the meta device be taken, within a ``with`` block, for a GPU with ``FREE`` bytes, or
+    without ``gpu`` for a CPU.
 
     Nothing of it outlives the context.
     """
@@ -99,8 +99,8 @@ def stand_ins(device: FakeDevice, *, gpu: bool = True) -> Iterator[None]:
     take = chunk_rows.take_rows
 
     def taken(table: chunk_rows.ChunkTable, indices: Tensor, total: int, **options: Any) -> Tensor:
-        """Return what a thread that saves samples reads out of the device's memory: zeros, without
-        an operation there.
+        """Returns the bytes that a thread that saves samples reads out of the device's memory:
+        zeros, without an operation there.
         """
         if "meta" not in table.kinds or options.get("device", CPU) != CPU:
             return take(table, indices, total, **options)

@@ -10,7 +10,9 @@ from dpfast.rehearsal.rehearsal import Rehearsal
 
 
 def rehearsal_table(found: Rehearsal) -> str:
-    """Memory by phase and kind, the run's clock, waits and collectives, and what would go wrong."""
+    """Returns memory by phase and kind, the run's clock, waits and collectives, and what would go
+    wrong.
+    """
     plan = found.plan
     line = found.timeline
     walk = found.walks[0]
@@ -48,7 +50,7 @@ def rehearsal_table(found: Rehearsal) -> str:
 
 
 def _memory(found: Rehearsal) -> list[str]:
-    """A row for each phase: the peak, the margin, and what is held then."""
+    """Returns a row for each phase: the peak, the margin, and what is held then."""
     limit = usable(found.plan.device)
     rows = [f"memory of a device, of {readable(limit)} that may be used (counted tensors)"]
     width = max(len(name) for name in found.walks[0].phases)

@@ -29,7 +29,8 @@ SLOWER = 0.5  # how much slower than the others one rank may be, and the run goe
 
 @dataclass
 class Timeline:
-    """seconds: of the run; rounds: of each round of samples; evaluations, checkpoints: how many;
+    """The timeline of a run. seconds: of the run; rounds: of each round of samples; evaluations,
+    checkpoints: how many;
     interval: seconds between two evaluations; checkpoint_bytes: of one; waited: seconds that the
     loop waited for checkpoints; lost: the most seconds of training that a kill costs; quiet: the
     most seconds in which a rank tells nothing; dead: what a rank says of another that is
@@ -49,7 +50,7 @@ class Timeline:
 
     @property
     def written(self) -> int:
-        """Bytes of all checkpoints."""
+        """The bytes of all checkpoints."""
         return self.checkpoints * self.checkpoint_bytes
 
 
@@ -98,7 +99,7 @@ class _Others:
 def outwaits(
     count: int, batch: float, batches: int, *, timeout: float = TIMEOUT, slower: float = SLOWER
 ) -> str | None:
-    """Return what the first rank says at the end of a round, while the last one is ``slower`` by
+    """Returns the first rank's words at the end of a round, while the last one is ``slower`` by
     this part; None: it waits.
 
     batch: seconds of a batch; batches: of every rank.
@@ -119,8 +120,8 @@ def outwaits(
 def timeline(
     recipe: Recipe, plan: Plan, *, saves: float, checkpoint_bytes: int, timeout: float
 ) -> Timeline:
-    """The whole run of a recipe on a plan's devices, of the source "dp" or, without it, the first
-    one.
+    """Simulates the whole run of a recipe on a plan's devices, of the source "dp" or, without it,
+    the first one.
 
     saves: seconds for which the loop waits at a checkpoint; checkpoint_bytes: of one; timeout: of
     the run.

@@ -62,8 +62,9 @@ WALKED = 1  # steps of the learner after each addition; the others are the same 
 
 
 def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
-    """The recipe with everything that repeats cut short, at the sizes of its models, batches and
-    images; not compiled. Labels are balanced: class counts change which samples are made, not how.
+    """Returns the recipe with everything that repeats cut short, at the sizes of its models,
+    batches and images; not compiled. Labels are balanced: class counts change which samples are
+    made, not how.
 
     Raises ``RecipeError`` for what cannot be walked: files that are decoded take numbers, and ranks
     that only generate speak with the others all the time.
@@ -133,8 +134,9 @@ def cut(recipe: Recipe, ranks: Ranks, classes: int) -> Recipe:
 
 
 def _fewest_steps(recipe: Recipe) -> int:
-    """The shortest trajectory that has, in each round, every kind of step of the recipe's own:
-    guided or not, with classifier-free guidance or without. Two are walked where there are two.
+    """Returns the shortest trajectory that has, in each round, every kind of step of the recipe's
+    own: guided or not, with classifier-free guidance or without. Two are walked where there are
+    two.
     """
     total = recipe.generator.steps
     rounds = [recipe.of_round(number) for number in range(recipe.scheduled_rounds + 1)]
@@ -151,7 +153,7 @@ def _fewest_steps(recipe: Recipe) -> int:
 
 
 def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:
-    """Return as many real images as fill one evaluation batch of every rank and a part of another;
+    """Returns as many real images as fill one evaluation batch of every rank and a part of another;
     no memory of their own.
     """
     count = ranks.size * BATCH + BATCH // 5
@@ -163,8 +165,8 @@ def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:
 
 @dataclass
 class Account:
-    """Beside what the device tells. captures: of all samplers; alive: captured graphs at a training
-    step, at most.
+    """The numbers of a walk that the device does not tell. captures: of all samplers; alive:
+    captured graphs at a training step, at most.
 
     checkpoint_bytes: of one; copied, written: bytes of it that the loop itself copied to the host,
     and wrote.
@@ -254,7 +256,9 @@ def _slots(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def in_place(device: FakeDevice, account: Account, hidden: int) -> Iterator[None]:
-    """Within it the loops of ``DeliberatePractice`` tell a rehearsal what they do."""
+    """Lets the loops of ``DeliberatePractice`` tell a rehearsal what they do, within a ``with``
+    block.
+    """
     recorders: list[RehearsedRecorder] = []
     told = {"device": device, "recorders": recorders, "account": account, "hidden": hidden}
     loop = type("RehearsedLoop", (RehearsedLoop,), told)
@@ -296,7 +300,7 @@ def learner_on_the_device(recipe: Recipe, pipeline: Pipeline) -> Callable[[], nn
 
 
 def _weights(pipeline: Pipeline) -> Iterator[Tensor]:
-    """The weights of all models that a pipeline's parts hold, and the tables beside them."""
+    """Yields the weights of all models that a pipeline's parts hold, and the tables beside them."""
     seen: set[int] = set()
     parts: list[object] = [pipeline.denoiser, pipeline.decoder, pipeline.guidance_decoder]
     while parts:

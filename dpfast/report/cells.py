@@ -36,18 +36,18 @@ class Cell:
     learner: SavedLearner | None = None
 
     def told(self, labels: Sequence[int]) -> dict[str, Any]:
-        """What a sampler takes of it with samples of these labels, as keyword arguments."""
+        """Returns a sampler's keyword arguments for samples of these labels."""
         step = 0 if self.learner is None else self.learner.step
         strengths = self.by_class or Strengths(omega=self.omega, anchor=self.anchor)
         return {**strengths.rows(torch.tensor(labels)), "learner_step": step}
 
     @property
     def guided(self) -> bool:
-        """Whether any of its samples is."""
+        """True if any of its samples is."""
         return bool(self.omega) or self.by_class is not None
 
     def name(self, among: Sequence[Cell]) -> str:
-        """It in words, of which those are left out that all ``among`` share."""
+        """Returns it in words, of which those are left out that all ``among`` share."""
         parts = []
         if self.learner is not None and len({_moment(cell) for cell in among}) > 1:
             parts.append(self.learner.moment)
@@ -58,11 +58,11 @@ class Cell:
         return ", ".join(parts)
 
     def folder(self, among: Sequence[Cell]) -> str:
-        """The name of its folder; "." where it is alone."""
+        """Returns the name of its folder; "." where it is alone."""
         return self.name(among).replace(", ", "_").replace(" ", "-") or "."
 
     def described(self, among: Sequence[Cell]) -> dict[str, Any]:
-        """Its row in settings.json."""
+        """Returns its row in settings.json."""
         row: dict[str, Any] = {"folder": self.folder(among), "omega": self.omega}
         row |= {"anchor": self.anchor}
         if self.by_class is not None:
@@ -81,8 +81,8 @@ class Cell:
 def cells_of(
     guidances: Sequence[Guidance], names: Sequence[str], learners: Sequence[SavedLearner]
 ) -> list[Cell]:
-    """A cell for each learner of a run, if there are any, and each omega and anchor, whose files
-    may have others for classes of ``names``.
+    """Returns a cell for each learner of a run, if there are any, and each omega and anchor, whose
+    files may have others for classes of ``names``.
 
     Settings without any omega, which an anchor needs, are one. Raises ``InputError`` as
     ``Strengths.of`` does.
@@ -100,7 +100,7 @@ def cells_of(
 
 
 def _number(value: float) -> str:
-    """As one types it, and another text for every other number."""
+    """Returns a number as one types it, and another text for every other number."""
     return repr(float(value)).removesuffix(".0")
 
 
@@ -177,8 +177,8 @@ def _load(cell: Cell, sampler: GuidedSampler) -> None:
 
 
 def _spread(labels: Sequence[int], count: int, most: int) -> list[int]:
-    """At most ``most`` rows of ``count`` for each label: as many of each label as there is room
-    for.
+    """Returns at most ``most`` rows of ``count`` for each label: as many of each label as there is
+    room for.
     """
     each = min(count, max(1, most // len(labels)))
     return [place * count + row for place in range(len(labels)) for row in range(each)][:most]
@@ -187,8 +187,8 @@ def _spread(labels: Sequence[int], count: int, most: int) -> list[int]:
 def _trajectories(
     sampler: GuidedSampler, cell: Cell, ordered: list[int], rows: list[int]
 ) -> list[Tensor]:
-    """What each step predicts of the samples ``rows``, and how they end: (steps + 1, C, H, W) of
-    each.
+    """Returns the predictions of each step for the samples ``rows``, and their ends: (steps + 1, C,
+    H, W) of each.
     """
     made: list[Tensor] = []
     for start in range(0, len(rows), AT_ONCE):

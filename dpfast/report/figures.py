@@ -24,8 +24,8 @@ def _color(source: str) -> str:
 def curve(
     runs: list[Run], size: tuple[float, float], key: str, label: str, scale: float = 1.0
 ) -> Figure | None:
-    """A measure of the evaluations against iterations, one line a run; a vertical line at each
-    addition (Fig. 2).
+    """Draws a measure of the evaluations against iterations, one line a run; a vertical line at
+    each addition (Fig. 2).
     """
     figure, axes = axes_of(size, "optimiser iterations", label)
     ends: dict[str, tuple[str, float, float, str]] = {}
@@ -64,9 +64,9 @@ def loss(runs: list[Run], size: tuple[float, float]) -> Figure | None:
 
 
 def scaling(laws: Sequence[Law], size: tuple[float, float], label: str) -> Figure | None:
-    """Accuracy against samples with fitted power laws (Figs. 1 and 4). Groups without one are
-    small open marks where others have one, and name their source where no line does. label: of
-    the accuracy.
+    """Draws accuracy against samples with fitted power laws (Figs. 1 and 4). Groups without one are
+    small open marks where others have one, and name their source where no line does. label: of the
+    accuracy.
     """
     points = [point for law in laws for point in law.points]
     if not points:
@@ -121,7 +121,7 @@ def scaling(laws: Sequence[Law], size: tuple[float, float], label: str) -> Figur
 
 
 def phases(runs: list[Run], size: tuple[float, float]) -> Figure | None:
-    """Seconds of generation, training and evaluation by source, the mean of the runs."""
+    """Draws the seconds of generation, training and evaluation by source, the mean of the runs."""
     sources = list(dict.fromkeys(s for run in runs for s in run.sources))
     parts = {
         "generation": ("generation", "seconds", 1.0),
@@ -153,8 +153,8 @@ def phases(runs: list[Run], size: tuple[float, float]) -> Figure | None:
 
 
 def hardness(runs: list[Run], size: tuple[float, float]) -> Figure | None:
-    """Entropy of new samples at birth beside that of unguided ones under the same learner, by
-    round.
+    """Draws the entropy of new samples at birth beside that of unguided ones under the same
+    learner, by round.
     """
     figure, axes = axes_of(size, "round", "mean entropy, nats")
     drawn = False

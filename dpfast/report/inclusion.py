@@ -1,4 +1,4 @@
-"""What becomes of samples: their entropy at birth, and the learner's error on them before and after
+"""The fate of samples: their entropy at birth, and the learner's error on them before and after
 inclusion.
 """
 
@@ -44,8 +44,8 @@ def errors_around(
     source: str = "dp",
     device: torch.device | str = "cpu",
 ) -> Errors | None:
-    """The errors of a run's learners, at the ends of its rounds and of the run, on the samples of
-    every round.
+    """Returns the errors of a run's learners, at the ends of its rounds and of the run, on the
+    samples of every round.
 
     The learners run on ``device``. None without the checkpoints of every round (``keep_rounds``).
     Source: Fig. 6 of arXiv 2502.15588.
@@ -91,14 +91,14 @@ def errors_around(
 
 
 def _with(model: nn.Module, taken: checkpoint.Checkpoint, weights: str) -> nn.Module:
-    """``model`` in eval mode with the "ema" or "raw" weights of a checkpoint."""
+    """Returns ``model`` in eval mode with the "ema" or "raw" weights of a checkpoint."""
     model.load_state_dict(weights_of(taken, weights))
     return model.eval()
 
 
 def _wrong(model: nn.Module, pool: SamplePool, members: list[Tensor]) -> list[Tensor]:
-    """Which samples of each of ``members`` a model mistakes; it holds a batch of images at a
-    time.
+    """Returns which samples of each of ``members`` a model mistakes; it holds a batch of images at
+    a time.
     """
     labels = pool.column("label")
     found = []
@@ -112,7 +112,9 @@ def _wrong(model: nn.Module, pool: SamplePool, members: list[Tensor]) -> list[Te
 
 
 def inclusion(errors: Errors | None, size: tuple[float, float]) -> Figure | None:
-    """Fig. 6: error of samples around their inclusion, over the learners at the ends of rounds."""
+    """Draws Fig. 6: the error of samples around their inclusion, over the learners at the ends of
+    rounds.
+    """
     if errors is None:
         return None
     figure, axes = axes_of(size, "rounds since inclusion", "error on the samples, %")
@@ -131,7 +133,9 @@ def inclusion(errors: Errors | None, size: tuple[float, float]) -> Figure | None
 
 
 def births(pool: SamplePool, size: tuple[float, float]) -> Figure | None:
-    """Histograms of the entropy at birth, a line for each round from the first addition on."""
+    """Draws histograms of the entropy at birth, a line for each round from the first addition
+    on.
+    """
     rounds, entropy = pool.column("round"), pool.column("entropy")
     numbers = [n for n in rounds.unique().tolist() if bool(entropy[rounds == n].isfinite().any())]
     if not numbers:

@@ -75,18 +75,18 @@ class Interval:
     reason: str = ""
 
     def text(self, digits: int) -> str:
-        """The number and its interval, or why there is none."""
+        """Returns the number and its interval, or why there is none."""
         return f"{_number(self.value, digits)} ({self.ends(digits) or self.missing})"
 
     def ends(self, digits: int) -> str:
-        """The interval in words; "" without one."""
+        """Returns the interval in words; "" without one."""
         if self.low is None or self.high is None:
             return ""
         return f"{_number(self.low, digits)} to {_number(self.high, digits)}"
 
     @property
     def missing(self) -> str:
-        """Why there is no interval; "" with one."""
+        """The reason why there is no interval; "" with one."""
         return f"no interval: {self.reason}" if self.reason else ""
 
 
@@ -119,7 +119,7 @@ class Law:
         return _seeds(self.points)
 
     def error(self, samples: np.ndarray) -> np.ndarray:
-        """The law's error with so many samples."""
+        """Returns the law's error with so many samples."""
         assert self.factor is not None
         assert self.exponent is not None
         return np.asarray(self.factor * samples**-self.exponent.value)
@@ -127,8 +127,8 @@ class Law:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """How many times fewer samples a group needs than ``base`` has at its largest size, for the
-    mean accuracy that was measured there.
+    """The factor by which fewer samples a group needs than ``base`` has at its largest size, for
+    the mean accuracy that was measured there.
 
     samples: that the group's law needs; inside: whether it has runs on both sides of that.
     """
@@ -152,8 +152,8 @@ class Saving:
 def groups_of(
     points: Sequence[Point], group_by: Sequence[str] | None = None
 ) -> dict[str, list[Point]]:
-    """Name -> the points of a group: of one source, and equal in the fields ``group_by``; None: in
-    all fields but sizes and seed, of which a name says those that are not as in most runs.
+    """Maps names to the points of a group: of one source, and equal in the fields ``group_by``;
+    None: in all fields but sizes and seed, of which a name says those that are not as in most runs.
 
     Raises ``InputError`` for a field that no point has.
     """
@@ -186,15 +186,15 @@ def groups_of(
 def fit_laws(
     points: Sequence[Point], group_by: Sequence[str] | None = None, *, draws: int = DRAWS
 ) -> list[Law]:
-    """The laws of all groups (``groups_of``), also of those that have none."""
+    """Returns the laws of all groups (``groups_of``), also of those that have none."""
     groups = groups_of(points, group_by)
     weights = _Weights(points, draws)
     return [_law(name, group, weights) for name, group in groups.items()]
 
 
 def savings(laws: Sequence[Law], *, base: str = "static", draws: int = DRAWS) -> list[Saving]:
-    """What the groups with a law save against the largest group of the source ``base``; [] without
-    one.
+    """Returns the savings of the groups with a law against the largest group of the source
+    ``base``; [] without one.
     """
     bases = [law for law in laws if law.source == base]
     if not bases:
@@ -229,7 +229,7 @@ def savings(laws: Sequence[Law], *, base: str = "static", draws: int = DRAWS) ->
 
 
 class _Weights:
-    """How often each seed is drawn: (1 + draws, seeds), the first row is the data as they are."""
+    """The draws of each seed, (1 + draws, seeds): the first row is the data as they are."""
 
     def __init__(self, points: Sequence[Point], draws: int) -> None:
         self.place = {seed: place for place, seed in enumerate(_seeds(points))}
@@ -242,7 +242,9 @@ class _Weights:
         self.drawn = drawn
 
     def of(self, points: Sequence[Point]) -> np.ndarray:
-        """(1 + draws, n) weights of points; one without a known seed is always there once."""
+        """Returns (1 + draws, n) weights of points; one without a known seed is always there
+        once.
+        """
         columns = [
             self.drawn[:, self.place[seed]] if seed is not None else np.ones(len(self.drawn))
             for seed in (point.seed for point in points)
@@ -281,7 +283,7 @@ def _fitted(points: Sequence[Point]) -> list[Point]:
 
 
 def _fits(points: Sequence[Point], weights: _Weights) -> tuple[np.ndarray, np.ndarray]:
-    """(ln a, b), (1 + draws,) each, of every draw; NaN where it has too few sizes."""
+    """Returns (ln a, b), (1 + draws,) each, of every draw; NaN where it has too few sizes."""
     x = np.log([point.samples for point in points])
     y = np.log([1 - point.accuracy for point in points])
     w = weights.of(points)
@@ -303,7 +305,7 @@ def _mean_error(points: Sequence[Point], weights: _Weights) -> np.ndarray:
 
 
 def _interval(values: np.ndarray, seeds: int) -> Interval:
-    """Of the data's value, the first, and the others of the draws."""
+    """Returns the interval of the data's value, the first, and the others of the draws."""
     value, drawn = float(values[0]), values[1:]
     reason = _unknown(drawn, seeds)
     if reason:
@@ -313,8 +315,8 @@ def _interval(values: np.ndarray, seeds: int) -> Interval:
 
 
 def _ratio(above: np.ndarray, below: np.ndarray, seeds: int) -> Interval:
-    """The ratio of two such values. Its interval holds every x at which ``above - x below`` may be
-    0 (Fieller 1954), and is bounded only where ``below`` is not 0.
+    """Returns the ratio of two such values. Its interval holds every x at which ``above - x below``
+    may be 0 (Fieller 1954), and is bounded only where ``below`` is not 0.
     """
     u, b = float(above[0]), float(below[0])
     reason = _unknown(above[1:] + below[1:], seeds)
@@ -332,7 +334,7 @@ def _ratio(above: np.ndarray, below: np.ndarray, seeds: int) -> Interval:
 
 
 def _unknown(drawn: np.ndarray, seeds: int) -> str:
-    """Why there is no interval; "" where there is one."""
+    """Returns the reason why there is no interval; "" where there is one."""
     if seeds < 2:
         return "one seed" if seeds else "no known seed"
     enough = np.isfinite(drawn).mean() >= 0.9
@@ -340,21 +342,21 @@ def _unknown(drawn: np.ndarray, seeds: int) -> str:
 
 
 def student_t(values: int) -> float:
-    """Student's t for the interval of 95 % of a mean over so many values, two or more: the quantile
-    of 97.5 % with ``values`` - 1 degrees of freedom, to three decimals.
+    """Returns Student's t for the interval of 95 % of a mean over so many values, two or more: the
+    quantile of 97.5 % with ``values`` - 1 degrees of freedom, to three decimals.
     """
     return float(T[values - 2]) if values - 2 < len(T) else 1.96 + 2.5 / (values - 1)
 
 
 def _less(whole: float, part: Interval) -> Interval:
-    """``whole`` less a part."""
+    """Returns ``whole`` less a part."""
     if part.low is None or part.high is None:
         return Interval(value=whole - part.value, reason=part.reason)
     return Interval(value=whole - part.value, low=whole - part.high, high=whole - part.low)
 
 
 def _exp(logs: Interval) -> Interval:
-    """The numbers of which these are the logarithms."""
+    """Returns the numbers of which these are the logarithms."""
     with np.errstate(over="ignore"):
         value, low, high = (
             None if each is None else float(np.exp(each))

@@ -9,8 +9,8 @@ from dpfast.practice.result import Result
 
 
 def result_table(results: list[Result]) -> str:
-    """The final tables as text, accuracies on real images: one row per source; of runs with class
-    counts another by the shots of a class; then one per further set and source.
+    """Returns the final tables as text, accuracies on real images: one row per source; of runs with
+    class counts another by the shots of a class; then one per further set and source.
     """
     header = (
         "source",
@@ -64,7 +64,9 @@ def result_table(results: list[Result]) -> str:
 
 
 def shots_text(accuracy: float | None, classes: int | None) -> str:
-    """The mean accuracy of a group of classes, and how many they are where that is known."""
+    """Returns the mean accuracy of a group of classes, and how many they are where that is
+    known.
+    """
     if accuracy is None:
         return "-"
     return f"{accuracy:.2%}" + ("" if classes is None else f" of {classes}")

@@ -142,7 +142,7 @@ def write_report(
 
 
 def page_html(body: str, *, title: str) -> str:
-    """A page of one file that loads nothing, around the HTML of its body."""
+    """Returns a page of one file that loads nothing, around the HTML of its body."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
@@ -157,14 +157,14 @@ def page_html(body: str, *, title: str) -> str:
 def figure_html(
     path: Path, draw: Callable[[tuple[float, float]], Figure | None], caption: str
 ) -> str:
-    """A figure as HTML, drawn for a wide page and for a phone; the wide one is written to
+    """Returns a figure as HTML, drawn for a wide page and for a phone; the wide one is written to
     ``path``.
     """
     return _figure(path, draw(WIDE), draw(NARROW), caption)
 
 
 def picture_html(path: Path, caption: str) -> str:
-    """A PNG file as a figure of a page."""
+    """Returns a PNG file as a figure of a page."""
     return _img(path.read_bytes(), None, caption)
 
 
@@ -182,7 +182,9 @@ def _notes(runs: list[Run], refused: list[str]) -> str:
 
 
 def _samples(run: Run, figure: Callable[..., str], out: Path, device: torch.device | str) -> str:
-    """Entropy at birth, error before and after inclusion, and contact sheets of every round."""
+    """Returns entropy at birth, error before and after inclusion, and contact sheets of every
+    round.
+    """
     name = run.path.name
     try:
         found = _chosen(run)
@@ -200,8 +202,8 @@ def _samples(run: Run, figure: Callable[..., str], out: Path, device: torch.devi
 
 
 def _chosen(run: Run) -> tuple[str, Choice] | None:
-    """The first source of a run that has saved samples, "dp" before all others, and which of them
-    are looked at.
+    """Returns the first source of a run that has saved samples, "dp" before all others, and which
+    of them are looked at.
     """
     for source in dict.fromkeys(("dp", "static", *run.sources)):
         choice = choose(run.path / f"pool_{source}")
@@ -218,7 +220,7 @@ def _figures(
     figure: Callable[..., str],
     device: torch.device | str,
 ) -> str:
-    """What becomes of the samples of a run."""
+    """Returns figures of what becomes of the samples of a run."""
     name = run.path.name
     parts = []
     looked = f"{len(pool):,} of {choice.total:,} samples were looked at"
@@ -251,7 +253,7 @@ def _note(text: str) -> str:
 
 
 def _sheets(run: Run, pool: SamplePool, out: Path) -> str:
-    """Contact sheets of every round, entropy at birth rising to the right."""
+    """Returns contact sheets of every round, entropy at birth rising to the right."""
     parts = []
     rounds, entropy, labels = (pool.column(name) for name in ("round", "entropy", "label"))
     for number in rounds.unique().tolist():

@@ -49,12 +49,16 @@ class Point:
 
     @property
     def seed(self) -> Any:
-        """What tells it from other runs of the same settings; None where it is not known."""
+        """The seed, which tells it from other runs of the same settings; None where it is not
+        known.
+        """
         own = self.fields.get("learner.seed")
         return self.fields.get("seed") if own is None else own
 
     def setting(self, *without: str) -> str:
-        """The recipe's fields that two runs must share to be compared, those named left out."""
+        """Returns the recipe's fields that two runs must share to be compared, those named left
+        out.
+        """
         return json.dumps(
             {k: v for k, v in sorted(self.fields.items()) if k not in IDENTITY | {*without}}
         )
@@ -78,8 +82,8 @@ def points_of_runs(runs: Iterable[Run]) -> list[Point]:
 
 
 def points_of_study(path: Path) -> list[Point]:
-    """The lines of a study: "source", "samples", "test_accuracy", and where they are known "fields"
-    and "flops".
+    """Returns the lines of a study: "source", "samples", "test_accuracy", and where they are known
+    "fields" and "flops".
 
     Raises ``InputError`` for a file that cannot be read, and with its line for a value of another
     kind.
@@ -109,7 +113,7 @@ def points_of_study(path: Path) -> list[Point]:
 
 
 def left_out(runs: Iterable[Run]) -> list[str]:
-    """Why sources of runs are no points, in words."""
+    """Returns the reasons why sources of runs are no points, in words."""
     return [
         f"{run.path.name}, {source}: {reason}"
         for run in runs
@@ -129,7 +133,9 @@ def _missing(run: Run, source: str) -> str:
 
 
 def on_validation(points: Iterable[Point]) -> tuple[list[Point], list[str]]:
-    """The points with their validation accuracy as ``accuracy``, and in words those without."""
+    """Returns the points with their validation accuracy as ``accuracy``, and in words those
+    without.
+    """
     points = list(points)
     known = [replace(p, accuracy=p.validation) for p in points if p.validation is not None]
     missing = [f"{p.run}, {p.source}: its result has no validation accuracy" for p in points]
@@ -137,8 +143,8 @@ def on_validation(points: Iterable[Point]) -> tuple[list[Point], list[str]]:
 
 
 def usual(points: Iterable[Point]) -> list[Point]:
-    """The largest part of the points, by sources and then by number, that share everything but size
-    and seed.
+    """Returns the largest part of the points, by sources and then by number, that share everything
+    but size and seed.
     """
     groups = defaultdict(list)
     for point in points:
@@ -149,8 +155,8 @@ def usual(points: Iterable[Point]) -> list[Point]:
 
 
 def sweep(points: Iterable[Point], source: str, field: str) -> dict[float, list[Point]]:
-    """The points of one source that differ in one field and the seed alone, most values first; {}
-    with only one.
+    """Returns the points of one source that differ in one field and the seed alone, most values
+    first; {} with only one.
     """
     groups: dict[str, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
@@ -161,8 +167,8 @@ def sweep(points: Iterable[Point], source: str, field: str) -> dict[float, list[
 
 
 def lead(points: list[Point]) -> str:
-    """One sentence that ranks the sources at the largest size that all of them have, "" with fewer
-    than two.
+    """Returns one sentence that ranks the sources at the largest size that all of them have, ""
+    with fewer than two.
     """
     same = usual(points)
     sources = sorted(

@@ -43,12 +43,12 @@ class Run:
         return sorted(found, key=lambda s: (ORDER.index(s) if s in ORDER else len(ORDER), s))
 
     def events(self, event: str, source: str | None = None) -> list[dict[str, Any]]:
-        """The metrics of one kind, in their order."""
+        """Returns the metrics of one kind, in their order."""
         return [m for m in self.metrics if m["event"] == event and source in (None, m["source"])]
 
     def total(self, event: str, key: str, source: str) -> float | None:
-        """The sum of a value over a source's "generation" or "training"; None where it was not
-        written.
+        """Returns the sum of a value over a source's "generation" or "training"; None where it was
+        not written.
         """
         found = [
             t[key]
@@ -58,8 +58,8 @@ class Run:
         return sum(found) if found else None
 
     def share(self, event: str, source: str) -> float | None:
-        """The mean share of the peak over a source's "generation" or "interval" seconds; None where
-        it is not known.
+        """Returns the mean share of the peak over a source's "generation" or "interval" seconds;
+        None where it is not known.
         """
         found = [
             t for t in self.timings if t["event"] == event and t["source"] == source and "mfu" in t
@@ -68,7 +68,7 @@ class Run:
         return sum(t["mfu"] * t["seconds"] for t in found) / seconds if seconds else None
 
     def highest(self, key: str, source: str) -> float | None:
-        """The largest of a value over a source's lines; None where it was not written."""
+        """Returns the largest of a value over a source's lines; None where it was not written."""
         return max(
             (t[key] for t in self.timings if t["source"] == source and key in t), default=None
         )
@@ -126,7 +126,7 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
 
 
 def differences(runs: list[Run]) -> dict[str, list[Any]]:
-    """The recipe fields, other than seed and name, that are not the same in all runs -> their
+    """Maps the recipe fields that are not the same in all runs, but for seed and name, to their
     values by run.
     """
     flat = [run.fields for run in runs]
@@ -159,7 +159,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _wrong(row: Any) -> str | None:
-    """What is wrong with a line of metrics or timings, in words; a null is a value that is not
+    """Returns the fault of a line of metrics or timings, in words; a null is a value that is not
     known.
     """
     if not isinstance(row, dict):

@@ -24,8 +24,8 @@ LETTER = 7.5  # pixels of a letter of a name, about
 
 
 def tile(rows: list[Tensor], *, background: int = 255) -> Image.Image:
-    """A grid of images; ``rows`` holds one uint8 (n, C, H, W) tensor per row, of any n, C being 1
-    or 3.
+    """Returns a grid of images; ``rows`` holds one uint8 (n, C, H, W) tensor per row, of any n, C
+    being 1 or 3.
     """
     columns = max(len(row) for row in rows)
     channels, height, width = rows[0].shape[1:]
@@ -39,7 +39,7 @@ def tile(rows: list[Tensor], *, background: int = 255) -> Image.Image:
 
 
 def enlarged(picture: Image.Image, side: int) -> Image.Image:
-    """A grid of images with ``side`` pixels each, at least ``TARGET`` pixels an image."""
+    """Returns a grid of images with ``side`` pixels each, at least ``TARGET`` pixels an image."""
     factor = max(1, -(-TARGET // side))
     return picture.resize(
         (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
@@ -47,8 +47,8 @@ def enlarged(picture: Image.Image, side: int) -> Image.Image:
 
 
 def reduced(images: Tensor, side: int = LARGEST) -> Tensor:
-    """uint8 images (n, C, H, W) whose longer side is at most ``side`` pixels, each pixel the mean
-    of those that it stands for.
+    """Returns uint8 images (n, C, H, W) whose longer side is at most ``side`` pixels, each pixel
+    the mean of those that it stands for.
     """
     height, width = images.shape[-2:]
     if max(height, width) <= side:
@@ -58,7 +58,9 @@ def reduced(images: Tensor, side: int = LARGEST) -> Tensor:
 
 
 def side_of(rows: int, columns: int) -> int:
-    """Pixels of the longer side of an image in a sheet of so many rows and columns, at most."""
+    """Returns pixels of the longer side of an image in a sheet of so many rows and columns, at
+    most.
+    """
     return max(1, min(LARGEST, WIDEST // columns, math.isqrt(MOST // (rows * columns))))
 
 

@@ -54,7 +54,7 @@ SWEEPS = {
 
 
 def swept(points: list[Point], name: str, size: tuple[float, float]) -> Figure | None:
-    """Held-out accuracy over the cost of a sample, GFLOP of generation; bars are standard
+    """Draws held-out accuracy over the cost of a sample, GFLOP of generation; bars are standard
     deviations over runs.
     """
     source, field, label = SWEEPS[name]
@@ -84,7 +84,9 @@ def swept(points: list[Point], name: str, size: tuple[float, float]) -> Figure |
 
 
 def measured_sweeps(points: list[Point]) -> list[tuple[str, str, str, dict[float, list[Seed]]]]:
-    """(source, field, label of the axis, {value: (seed, accuracy) of each run}) of ``SWEEPS``."""
+    """Returns (source, field, label of the axis, {value: (seed, accuracy) of each run}) of
+    ``SWEEPS``.
+    """
     return [
         (source, field, label, {value: _seeds(group) for value, group in values.items()})
         for source, field, label in SWEEPS.values()
@@ -97,8 +99,9 @@ def _seeds(group: list[Point]) -> list[Seed]:
 
 
 def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
-    """The forms of guidance at the usual scale of classifier-free guidance, of the records of
-    ``dpfast bench guidance``; labels are judged by the first judge. The unguided one comes first.
+    """Returns the forms of guidance at the usual scale of classifier-free guidance, of the records
+    of ``dpfast bench guidance``; labels are judged by the first judge. The unguided one comes
+    first.
 
     study: the records of ``dpfast bench anchored``, whose runs have gains over the static run of
     the same seed and size.
@@ -130,9 +133,9 @@ def measured_cells(guidance: Path, study: Path | None = None) -> list[Cell]:
 
 
 def measured_pruning(guidance: Path) -> list[tuple[float, float]]:
-    """Of the hardest unguided samples of ``dpfast bench evidence``, the shares that the learner
-    gets wrong and whose labels the judge denies; [] of other records. Raises ``InputError`` as
-    ``measured_cells`` does.
+    """Returns the shares of the hardest unguided samples of ``dpfast bench evidence`` that the
+    learner gets wrong and whose labels the judge denies; [] of other records. Raises ``InputError``
+    as ``measured_cells`` does.
     """
     lines = _lines(guidance, {}, {"hardest": rows_of(HARDEST)})
     return [(row["wrong"], row["denied"]) for line in lines for row in line.get("hardest", ())]
@@ -141,7 +144,7 @@ def measured_pruning(guidance: Path) -> list[tuple[float, float]]:
 def _lines(
     guidance: Path, kinds: Mapping[str, Kind], known: Mapping[str, Kind] | None = None
 ) -> list[dict[str, Any]]:
-    """The lines of a file of records, checked."""
+    """Returns the lines of a file of records, checked."""
     try:
         numbered = list(read_json_lines(guidance))
     except FileNotFoundError:
@@ -157,7 +160,7 @@ def _shares(line: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def _twin(point: Point, study: Path | None) -> tuple[int, int, int]:
-    """What a run of a study shares with the static one that it is held against."""
+    """Returns the key that a run of a study shares with the static one that it is held against."""
     fields = point.fields
     wanted = dict.fromkeys(("seed", "maximum_samples", "iterations"), WHOLE)
     check_table(fields, f"{study}, {point.run}, fields", wanted)

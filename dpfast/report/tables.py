@@ -14,7 +14,7 @@ from dpfast.report.runs import Run
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table as HTML; a last column without a name is for words, which wrap."""
+    """Returns a table as HTML; a last column without a name is for words, which wrap."""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     cells = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -46,7 +46,7 @@ def results(runs: list[Run]) -> str:
 
 
 def shots(runs: list[Run]) -> str:
-    """Held-out accuracy by the shots of a class; empty where no run has class counts."""
+    """Returns held-out accuracy by the shots of a class; empty where no run has class counts."""
     rows = []
     for run in runs:
         for m in (m for source in run.sources for m in run.events("result", source)[-1:]):
@@ -65,7 +65,7 @@ def shots(runs: list[Run]) -> str:
 
 
 def laws(laws: Sequence[Law], saved: Sequence[Saving]) -> str:
-    """The exponents of all groups, those with a law first, and what they save."""
+    """Returns the exponents of all groups, those with a law first, and what they save."""
     rows = []
     for law in sorted(laws, key=lambda law: law.exponent is None):
         sizes, exponent = law.sizes, law.exponent
@@ -111,7 +111,7 @@ def _saved(saved: Sequence[Saving]) -> str:
 
 
 def sentences(laws: Sequence[Law], saved: Sequence[Saving]) -> list[str]:
-    """What ``laws`` says, for a terminal."""
+    """Returns the sentences of ``laws`` for a terminal."""
     found = [
         f"{law.name}: exponent {law.exponent.text(3)}, {len(law.points)} runs of "
         f"{len(law.sizes)} sizes"
@@ -123,8 +123,8 @@ def sentences(laws: Sequence[Law], saved: Sequence[Saving]) -> list[str]:
 
 
 def phases(runs: list[Run]) -> str:
-    """Seconds of each phase and what they brought. Of an unfinished source the training is not
-    known yet.
+    """Returns seconds of each phase and what they brought. Of an unfinished source the training is
+    not known yet.
     """
     rows = []
     for run in runs:

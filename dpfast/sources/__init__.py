@@ -1,4 +1,4 @@
-"""Where the training samples come from, behind one interface (``dpfast.sources.source``).
+"""The sources of training samples, behind one interface (``dpfast.sources.source``).
 
     deliberate_practice  "dp": N unguided samples, then rounds of P that the learner of that moment
                          guides, by one of ``guided_methods``

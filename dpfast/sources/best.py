@@ -1,4 +1,4 @@
-"""Which of a round's candidates are kept, decided as they come."""
+"""The choice of a round's candidates, decided as they come."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Best:
         return out
 
     def numbers(self) -> Tensor:
-        """(size,) int64, rising: the candidates that are kept."""
+        """Returns (size,) int64, rising: the candidates that are kept."""
         found = np.empty(self.size, np.int64)
         start = 0
         for heap in self._heaps:
@@ -80,7 +80,7 @@ class Best:
 
 
 def _keys(scores: Tensor, numbers: Tensor) -> list[int]:
-    """An integer of 64 bits for each candidate, in the order of scores and then of falling
+    """Returns an integer of 64 bits for each candidate, in the order of scores and then of falling
     numbers.
     """
     bits = (scores + 0.0).view(torch.int32).long()  # of -0 those of 0

@@ -1,4 +1,4 @@
-"""What samples cost, counted and measured: samples made, denoiser forwards, FLOPs and seconds."""
+"""The cost of samples, counted and measured: samples made, denoiser forwards, FLOPs and seconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SLOW = 1.05  # times the median rank's seconds a sample from which on a rank is 
 
 @dataclass(frozen=True)
 class Price:
-    """What one sample costs. forwards: of the denoiser, two in a step with classifier-free
+    """The cost of one sample. forwards: of the denoiser, two in a step with classifier-free
     guidance; flops: of everything.
     """
 
@@ -34,7 +34,7 @@ class Price:
     flops: float
 
     def minus(self, part: Price) -> Price:
-        """The price of what is left when ``part`` of the work is not done."""
+        """Returns the price of what is left when ``part`` of the work is not done."""
         return Price(self.forwards - part.forwards, self.flops - part.flops)
 
 
@@ -43,8 +43,8 @@ UNCOUNTED = Price(0.0, 0.0)  # of a sample whose making nobody can count: its se
 
 @dataclass
 class Cost:
-    """What a source has spent. samples: made, kept or not; forwards, flops: counted; seconds:
-    measured.
+    """The work that a source has spent. samples: made, kept or not; forwards, flops: counted;
+    seconds: measured.
 
     skipped: guided steps of single samples that went unguided, their gradient not finite; retries:
     batches that ran out of memory and were made anew in smaller ones.
@@ -87,7 +87,7 @@ class Cost:
             yield batch
 
     def since(self, before: Cost) -> Cost:
-        """What has been spent after ``before``."""
+        """Returns the cost that was spent after ``before``."""
         return Cost(
             **{name: value - getattr(before, name) for name, value in self.state_dict().items()}
         )
@@ -117,7 +117,7 @@ class Cost:
             setattr(self, name, before + (max(values) if name == "seconds" else sum(values)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that was spent, for JSON."""
+        """Returns everything that was spent, for JSON."""
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -126,8 +126,8 @@ class Cost:
 
 
 def slowest(spent: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
-    """The rank that took longest for a sample, and how many times as long as the median one; None
-    within ``SLOW``.
+    """Returns the rank that took longest for a sample, and how many times as long as the median
+    one; None within ``SLOW``.
 
     The median is the lower one: that of two ranks is the faster one, and not a mean with the slow
     one in it.
@@ -185,7 +185,7 @@ class Prices:
         self._known: dict[bool, Price] = {}
 
     def at(self, cfg_scale: float) -> Price:
-        """The price of one sample in a round of this scale."""
+        """Returns the price of one sample in a round of this scale."""
         sampler = self.sampler
         if not isinstance(sampler, GuidedSampler):
             return UNCOUNTED
@@ -197,8 +197,8 @@ class Prices:
 
 
 def pruning_ratio(unguided: Tensor, entropy: float) -> float:
-    """How many unguided samples a source would make to keep one, so that the kept ones' mean
-    entropy is ``entropy``.
+    """Returns the number of unguided samples that a source would make to keep one, so that the kept
+    ones' mean entropy is ``entropy``.
 
     unguided: (n,) entropies of unguided samples under the same learner, nats. The mean of their top
     k falls with k; the ratio is n/k where it equals ``entropy``, interpolated in k. At least 1; n

@@ -69,15 +69,15 @@ class DeliberatePracticeSource(DynamicSource):
         return bool(number) and self.strengths(number).guides
 
     def strengths(self, number: int) -> Strengths:
-        """How strongly the samples of round ``number`` are guided."""
+        """Returns the strengths by which the samples of round ``number`` are guided."""
         guidance = self.of_round(number).guidance
         if guidance not in self._strengths:
             self._strengths[guidance] = Strengths.of(guidance, self.pipeline.class_names)
         return self._strengths[guidance]
 
     def method(self, number: int) -> GuidedMethod:
-        """How the samples of round ``number`` come about. Rounds that differ in no more than what a
-        sampler is told with its samples have one.
+        """Returns the method by which the samples of round ``number`` are made. Rounds that differ
+        in no more than what a sampler is told with its samples have one.
         """
         recipe = self.of_round(number)
         told = ("omega", "anchor") if isinstance(self.pipeline, Pipeline) else ("omega",)

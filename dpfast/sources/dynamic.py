@@ -45,7 +45,9 @@ class DynamicSource(StaticSource):
             yield self._judged(batch, request)
 
     def _judged(self, batch: SampleBatch, request: RoundRequest) -> SampleBatch:
-        """``batch`` with the entropy under the learner of this moment; the time for it counts."""
+        """Returns ``batch`` with the entropy under the learner of this moment; the time for it
+        counts.
+        """
         started = time.perf_counter()
         judged = replace(
             batch,

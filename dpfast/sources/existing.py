@@ -27,8 +27,8 @@ class Existing(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, places: range) -> SampleBatch:
-        """The samples at these places, which bring their own columns. Raises ``InputError`` for
-        what cannot be read.
+        """Returns the samples at these places, which bring their own columns. Raises ``InputError``
+        for what cannot be read.
         """
         ...
 
@@ -58,8 +58,9 @@ class ExistingSource(Source):
 
 
 def chosen(labels: Tensor, order: LabelOrder, most: int, what: str) -> Tensor:
-    """(n,) int64 indices of at most ``most`` of the labels (N,): their classes in turn, as long as
-    they last, or with class counts the labels of ``order``; of a class in the order that they have.
+    """Returns (n,) int64 indices of at most ``most`` of the labels (N,): their classes in turn, as
+    long as they last, or with class counts the labels of ``order``; of a class in the order that
+    they have.
 
     Raises ``InputError`` that begins with ``what`` where a class has fewer than its class count
     takes.

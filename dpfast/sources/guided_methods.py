@@ -1,5 +1,5 @@
-"""How a round's guided samples come about: the paper's method, and two that a recipe may choose
-instead.
+"""The ways in which a round's guided samples come about: the paper's method, and two that a recipe
+may choose instead.
 
     FromNoise       every trajectory runs from noise to its end: the paper (Algorithm 1)
     EarlyRejection  ``early_candidates`` trajectories begin for each sample. When the last guided
@@ -68,18 +68,18 @@ class GuidedRequest:
     ranks: Ranks = ALONE
 
     def parts(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """What is left, in batches: the index in the pool of a batch's first sample, and the
-        batch's labels.
+        """Yields the parts that are left, in batches: the index in the pool of a batch's first
+        sample, and the batch's labels.
         """
         for indices in self.ranks.batches(len(self.labels), size, turn=self.turn, done=self.done):
             yield self.start + indices.start, self.labels[indices.start : indices.stop]
 
     def rest(self, size: int) -> Tensor:
-        """(n,) int64, all indices of ``parts``, counted from the round's start."""
+        """Returns (n,) int64, all indices of ``parts``, counted from the round's start."""
         return self.ranks.indices(len(self.labels), size, turn=self.turn, done=self.done)
 
     def shares(self, size: int) -> list[Tensor]:
-        """``rest`` of every rank. Collective: all ranks call it together."""
+        """Returns ``rest`` of every rank. Collective: all ranks call it together."""
         ranks = self.ranks
         return [
             ranks.indices(len(self.labels), size, turn=self.turn, done=done, rank=rank)
@@ -99,12 +99,12 @@ class GuidedMethod(Protocol):
     start: int
 
     def make(self, request: GuidedRequest, cost: Cost) -> Iterator[SampleBatch]:
-        """This rank's samples that are left of a request, batch by batch."""
+        """Returns this rank's samples that are left of a request, batch by batch."""
         ...
 
 
 def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
-    """The step before which early rejection chooses; ``guided``: the guided steps.
+    """Returns the step before which early rejection chooses; ``guided``: the guided steps.
 
     Raises ``RecipeError`` when no guided step lies before ``early_until``, or nothing after it.
     """
@@ -120,7 +120,9 @@ def early_stop(recipe: Recipe, guided: Collection[int]) -> int:
 
 
 def restart_step(recipe: Recipe, guided: Collection[int]) -> int:
-    """The step at which re-practice begins. Raises ``RecipeError`` when no guided step is left."""
+    """Returns the step at which re-practice begins. Raises ``RecipeError`` when no guided step is
+    left.
+    """
     restart = recipe.practice.restart
     total = recipe.generator.steps
     start = -int(-(restart * total - 1e-9) // 1)
@@ -202,23 +204,23 @@ class EarlyRejection(FromNoise):
             yield batch
 
     def _early(self, cfg_scale: float) -> None:
-        """One trajectory up to the cut, to be counted."""
+        """Runs one trajectory up to the cut, to be counted."""
         self.eager.advance(self.eager.begin([0], [0], cfg_scale=cfg_scale), self.stop)
 
     def _finished(self, kept: Trajectory, learner_step: int, rows: slice) -> SampleBatch:
-        """These rows of the trajectories that go on, from the cut to the end."""
+        """Returns these rows of the trajectories that go on, from the cut to the end."""
         some = kept.take(torch.arange(rows.start, rows.stop, device=kept.x.device))
         if rows.start:  # what was skipped before the cut is told once
             some = replace(some, skipped=torch.zeros_like(kept.skipped))
         return self.sampler.finish(self.sampler.advance(some), learner_step=learner_step)
 
     def _id(self, index: int) -> int:
-        """The id of the first candidate for the sample of this index in the pool."""
+        """Returns the id of the first candidate for the sample of this index in the pool."""
         return self.initial + int(self.ratio * (index - self.initial))
 
     def _kept(self, labels: Tensor, ids: Tensor, request: GuidedRequest) -> Trajectory:
-        """The best of the candidates ``ids`` before the cut, as many of each label as ``labels``
-        (n,) has.
+        """Returns the best of the candidates ``ids`` before the cut, as many of each label as
+        ``labels`` (n,) has.
         """
         candidates = labels[torch.arange(len(ids)) % len(labels)]
 
@@ -275,7 +277,7 @@ class RePractice(FromNoise):
         self.prices = Prices(eager, self._one)
 
     def _one(self, cfg_scale: float) -> None:
-        """A sample, to be counted."""
+        """Makes one sample, to be counted."""
         pipeline = self.eager.pipeline
         latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
         if self.recipe.pool.codec != "latents":
@@ -312,8 +314,8 @@ class RePractice(FromNoise):
             started = time.perf_counter()
 
     def _parents(self, request: GuidedRequest) -> Tensor:
-        """(n,) indices in the pool, one for each of the round's samples, of all ranks; of the
-        round's seed and the pool alone.
+        """Returns (n,) indices in the pool, one for each of the round's samples, of all ranks; of
+        the round's seed and the pool alone.
         """
         known = self.pool().column("label")[: request.start].cpu()
         generator = torch.Generator().manual_seed((self.recipe.seed << 32) + request.start)
@@ -326,7 +328,7 @@ class RePractice(FromNoise):
 
     @torch.no_grad()
     def _latents(self, held: PoolSnapshot, rows: Tensor) -> Tensor:
-        """(B, c, h, w) on the device, of the samples in these rows of ``held``."""
+        """Returns (B, c, h, w) on the device, of the samples in these rows of ``held``."""
         pipeline = self.sampler.pipeline
         if held.codec == "latents":
             payload = held.payload(rows)
@@ -338,8 +340,8 @@ class RePractice(FromNoise):
 def guided_method(
     recipe: Recipe, sampler: Sampler, eager: Sampler, pool: Callable[[], Pool]
 ) -> GuidedMethod:
-    """The method that a recipe chooses. Raises ``RecipeError`` where its values leave nothing to
-    choose.
+    """Returns the method that a recipe chooses. Raises ``RecipeError`` where its values leave
+    nothing to choose.
     """
     candidates, restart = recipe.practice.early_candidates, recipe.practice.restart
     if candidates == 1 and not restart:
@@ -367,7 +369,7 @@ def check_guided_method(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> Non
 
 
 def _check_round(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> None:
-    """``check_guided_method`` of one round, whose recipe this is."""
+    """Checks one round, whose recipe this is, for ``check_guided_method``."""
     guidance, scale = recipe.guidance, recipe.generator.cfg_scale
     strengths = Strengths.of(guidance, pipeline.class_names)
     omegas, anchors = (torch.as_tensor(each) for each in (strengths.omega, strengths.anchor))
@@ -393,7 +395,7 @@ def _check_round(recipe: Recipe, pipeline: Pipeline | OwnPipeline) -> None:
 
 
 def joined(parts: list[SampleBatch]) -> SampleBatch:
-    """Parts of one batch, all with latents or none, in their order."""
+    """Returns parts of one batch, all with latents or none, in their order."""
     names = ["images", "labels", "sample_ids", "entropy"]
     if parts[0].latents is not None:
         names.append("latents")

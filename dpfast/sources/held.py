@@ -73,7 +73,9 @@ class HeldSamples:
                 self._dropped.append(place)
 
     def records(self, numbers: Sequence[int]) -> Tensor:
-        """(n, width) uint8 of samples that are held. Raises ``InputError`` for a damaged one."""
+        """Returns (n, width) uint8 of samples that are held. Raises ``InputError`` for a damaged
+        one.
+        """
         rows = torch.empty(len(numbers), self.width, dtype=torch.uint8)
         for row, number in zip(rows, numbers, strict=True):
             row.copy_(self._record(number))
@@ -120,7 +122,7 @@ class HeldSamples:
         self._refused = False
 
     def turns(self) -> list[int]:
-        """After how many turns something was saved, rising."""
+        """Returns after how many turns something was saved, rising."""
         if self.folder is None:
             return []
         return list(numbered(self.folder, KEPT))
@@ -197,7 +199,7 @@ class HeldSamples:
         return self._file
 
     def _write(self, record: Tensor) -> int | Tensor:
-        """The slot that has a record now; the record where the disk refuses it."""
+        """Returns the slot that has a record now; the record where the disk refuses it."""
         slot = self._free[-1] if self._free else self._slots
         try:
             file = self._opened()
@@ -234,7 +236,7 @@ class HeldSamples:
 
 
 def _checksum(about: str, columns: dict[str, Tensor]) -> int:
-    """Of all that a file of kept samples says, dtypes and shapes too."""
+    """Returns the checksum of all that a file of kept samples says, dtypes and shapes too."""
     found = zlib.crc32(about.encode())
     for name, column in columns.items():
         said = f"{name} {column.dtype} {tuple(column.shape)}"

@@ -23,17 +23,17 @@ class LabelOrder:
         self._order = None if counts is None else _proportional(counts.tolist())
 
     def of(self, ids: Tensor) -> Tensor:
-        """(n,) int64 labels of sample ids (n,)."""
+        """Returns the (n,) int64 labels of sample ids (n,)."""
         return ids % self.classes if self._order is None else self._order[ids % len(self._order)]
 
     def between(self, first_id: int, count: int) -> Tensor:
-        """(count,) labels of the sample ids from ``first_id`` on."""
+        """Returns (count,) labels of the sample ids from ``first_id`` on."""
         return self.of(torch.arange(first_id, first_id + count))
 
 
 def _proportional(counts: list[int]) -> Tensor:
-    """(T / g,) labels whose repetition is the order of ``LabelOrder``; g: the counts' common
-    divisor.
+    """Returns (T / g,) labels whose repetition is the order of ``LabelOrder``; g: the counts'
+    common divisor.
 
     The j-th sample of class c may come from place floor(j T / n) on and must by place
     ceil((j + 1) T / n): of those that may, the one that must first. That keeps all of these terms
@@ -58,8 +58,8 @@ def _proportional(counts: list[int]) -> Tensor:
 
 
 def allotted_labels(per_class: Tensor, first_id: int, count: int) -> Tensor:
-    """(count,) labels in proportion to the classes' validation error; half of the samples are
-    spread evenly.
+    """Returns (count,) labels in proportion to the classes' validation error; half of the samples
+    are spread evenly.
 
     The even half keeps every class in the pool's balance, and a class without any error alive.
     Shares are rounded by largest remainder; labels take turns, so that any part of the round has

@@ -90,7 +90,9 @@ class OtherPool:
         )
 
     def _fitted(self, payload: Payload) -> tuple[Tensor, list[bytes] | None]:
-        """Images (B, C, H, W) uint8 of the run's shape, and the files that its pool keeps."""
+        """Returns images (B, C, H, W) uint8 of the run's shape, and the files that its pool
+        keeps.
+        """
         if isinstance(payload, Tensor):
             if self._stored.codec == "latents":
                 payload = self._decoded(payload)
@@ -112,7 +114,9 @@ class OtherPool:
 
 
 def shape_of(stored: Stored) -> tuple[int, ...] | None:
-    """(C, H, W) of a pool's images; None where only a decoder knows it, or the pool is empty."""
+    """Returns (C, H, W) of a pool's images; None where only a decoder knows it, or the pool is
+    empty.
+    """
     if stored.codec == "pixels":
         return None if stored.shape is None else tuple(stored.shape)
     if stored.codec == "latents" or not len(stored.records):
@@ -123,7 +127,7 @@ def shape_of(stored: Stored) -> tuple[int, ...] | None:
 
 
 def _of_rounds(found: np.ndarray, rounds: Sequence[int], what: str) -> np.ndarray:
-    """The rows of the samples of some rounds, (): of all."""
+    """Returns the rows of the samples of some rounds, (): of all."""
     there = np.unique(found).tolist()
     if not there:
         raise InputError(f"{what}: it is empty")
@@ -137,7 +141,9 @@ def _of_rounds(found: np.ndarray, rounds: Sequence[int], what: str) -> np.ndarra
 def _as_here(
     labels: Tensor, names: Sequence[str] | None, classes: Sequence[str], what: str
 ) -> Tensor:
-    """Labels by the run's classes: where the pool names its own, those that are called so."""
+    """Returns labels by the run's classes: where the pool names its own, those that are called
+    so.
+    """
     if names is None or list(names) == list(classes):
         return class_ids(labels, len(labels), what, len(classes))
     class_ids(labels, len(labels), what, len(names))

@@ -84,13 +84,17 @@ class PruneSource(DynamicSource):
         return count * held_bytes(image_shape(pipeline), shape)
 
     def stepped(self, step: int, upcoming: object) -> None:
-        """What was held at this step or behind it is of another course of the training."""
+        """Forgets what was held at this step or behind it, which is of another course of the
+        training.
+        """
         if not self._trained:
             self._remove(lambda held: held >= step)
             self._trained = True
 
     def checkpointed(self, step: int, *, pending: bool) -> None:
-        """The samples of the rounds that the checkpoint holds are in the pool for good."""
+        """Forgets the samples of the rounds that the checkpoint holds, which are in the pool for
+        good.
+        """
         self._remove(lambda held: held < step or (held == step and not pending))
 
     def _remove(self, gone: Callable[[int], bool]) -> None:
@@ -129,7 +133,7 @@ class PruneSource(DynamicSource):
         return self.folder / STEP.format(request.learner_step) / rank_folder_name(self.ranks)
 
     def _ids(self, request: RoundRequest, first: int) -> Ids:
-        """The ids of a round's candidates by their numbers."""
+        """Returns the ids of a round's candidates by their numbers."""
         counts = self.unguided.labels.counts
         if counts is None:
             return lambda numbers: first + numbers
@@ -137,7 +141,7 @@ class PruneSource(DynamicSource):
         return lambda numbers: request.start + numbers % size + numbers // size * total
 
     def _best(self, request: RoundRequest) -> Best:
-        """What chooses a round's samples."""
+        """Returns the choice of a round's samples."""
         labels = self.unguided.labels
         if labels.counts is None:
             within = self.recipe.practice.prune_within == "class"
@@ -146,13 +150,15 @@ class PruneSource(DynamicSource):
         return Best(request.count, labels.classes, quotas)
 
     def _groups(self, ids: Tensor) -> Tensor:
-        """(n,) int64: within which the highest entropies of the candidates ``ids`` are kept."""
+        """Returns (n,) int64: within which the highest entropies of the candidates ``ids`` are
+        kept.
+        """
         return self.unguided.labels.of(ids) * (self.recipe.practice.prune_within == "class")
 
     def _chosen(
         self, request: RoundRequest, first: int, count: int, ids: Ids, held: HeldSamples
     ) -> Best:
-        """The best of a round's ``count`` candidates; this rank's are held."""
+        """Returns the best of a round's ``count`` candidates; this rank's are held."""
         ranks, batch, turn = self.ranks, self.unguided.batch, request.turn
         best = self._best(request)
         span = ranks.size * batch
@@ -190,8 +196,8 @@ class PruneSource(DynamicSource):
     def _candidates(
         self, request: RoundRequest, ids: Ids, count: int, *, done: int
     ) -> Iterator[SampleBatch]:
-        """This rank's batches of candidates, each whole: where memory ran out, samples come in
-        smaller parts.
+        """Yields this rank's batches of candidates, each whole: where memory ran out, samples come
+        in smaller parts.
         """
         ranks, batch, turn = self.ranks, self.unguided.batch, request.turn
         done = min(done, ranks.share(count, batch, turn=turn))
@@ -206,7 +212,7 @@ class PruneSource(DynamicSource):
             yield made[0] if len(made) == 1 else joined(made)
 
     def _scored(self, batch: SampleBatch, request: RoundRequest) -> SampleBatch:
-        """What is kept of a batch, with its entropy."""
+        """Returns the kept parts of a batch, with its entropy."""
         batch = self._judged(batch, request)
         keeps = self.recipe.pool.codec == "latents"
         return batch if keeps else replace(batch, latents=None)
@@ -220,8 +226,8 @@ class PruneSource(DynamicSource):
         held: HeldSamples,
         best: Best,
     ) -> int:
-        """After how many turns a round goes on that was cut short; what was kept by then is in
-        ``held`` and ``best``. 0: it begins anew.
+        """Returns after how many turns a round goes on that was cut short; what was kept by then is
+        in ``held`` and ``best``. 0: it begins anew.
         """
         ranks, practice = self.ranks, self.recipe.practice
         asked = {**asdict(replace(request, per_class=None)), "first": first, "candidates": count}
@@ -257,7 +263,7 @@ class PruneSource(DynamicSource):
         return 0
 
     def _together(self, numbers: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """What all ranks hold: numbers (n,) int64 and scores (n,) float32."""
+        """Gathers what all ranks hold: numbers (n,) int64 and scores (n,) float32."""
         counts = self.ranks.all_gather_object(len(numbers))
         packed = torch.zeros(max(counts), 2, dtype=torch.int64)
         packed[: len(numbers), 0] = numbers
@@ -269,8 +275,8 @@ class PruneSource(DynamicSource):
     def _dealt(
         self, request: RoundRequest, ids: Ids, numbers: Tensor, held: HeldSamples
     ) -> Iterator[SampleBatch]:
-        """This rank's samples of a round, which the ranks that hold them send it, a batch at a
-        time.
+        """Yields this rank's samples of a round, which the ranks that hold them send it, a batch at
+        a time.
         """
         ranks, batch, turn = self.ranks, self.unguided.batch, request.turn
         makers = (turn + numbers // batch) % ranks.size
@@ -293,8 +299,8 @@ class PruneSource(DynamicSource):
                 yield self._batch(request, ids(mine), records, held.about["parts"])
 
     def _sent(self, records: Tensor, sent: list[int], origins: Tensor, width: int) -> Tensor:
-        """(n, width) records that ranks send this one, from ``origins`` (n,); this one sends
-        ``records``, ``sent[r]`` of them to rank r.
+        """Returns (n, width) records that ranks send this one, from ``origins`` (n,); this one
+        sends ``records``, ``sent[r]`` of them to rank r.
         """
         ranks = self.ranks
         ranks.ready()
@@ -308,7 +314,7 @@ class PruneSource(DynamicSource):
     def _batch(
         self, request: RoundRequest, ids: Tensor, records: Tensor, parts: list[Any]
     ) -> SampleBatch:
-        """The samples ``ids`` (n,) of their records, on the CPU."""
+        """Returns the samples ``ids`` (n,) of their records, on the CPU."""
         columns = []
         start = 0
         for name, shape in parts:
@@ -336,7 +342,9 @@ def _remove_others(folder: Path, ranks: Ranks) -> None:
 
 
 def held_bytes(image: Sequence[int], latents: Sequence[int] | None) -> int:
-    """Bytes of a sample while it is held: pixels, latents where the pool stores them, entropy."""
+    """Returns bytes of a sample while it is held: pixels, latents where the pool stores them,
+    entropy.
+    """
     return 4 + math.prod(image) + (0 if latents is None else 2 * math.prod(latents))
 
 
@@ -346,7 +354,7 @@ def _parts(batch: SampleBatch) -> list[Tensor]:
 
 
 def _records(batch: SampleBatch) -> Tensor:
-    """(n, width) uint8 on the CPU: all that is held of each sample of a batch."""
+    """Returns (n, width) uint8 on the CPU: all that is held of each sample of a batch."""
     columns = [
         part.cpu().contiguous().view(len(batch), math.prod(part.shape[1:]))
         for part in _parts(batch)

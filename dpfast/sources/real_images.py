@@ -74,7 +74,7 @@ class RealImages:
         return len(self._rows)
 
     def first(self, count: int) -> RealImages:
-        """The first ``count`` of them."""
+        """Returns the first ``count`` of them."""
         fewer = copy.copy(self)
         fewer._rows, fewer._labels = self._rows[:count], self._labels[:count]
         return fewer
@@ -96,7 +96,7 @@ class RealImages:
         )
 
     def _one(self, row: int) -> tuple[Tensor, bytes | None]:
-        """An image, and the JPEG file that a pool of them keeps."""
+        """Returns an image, and the JPEG file that a pool of them keeps."""
         image, file = self._read(row)
         if not self._files:
             return image, None
@@ -104,7 +104,7 @@ class RealImages:
 
 
 def _opened(folder: Path, classes: Sequence[str], shape: tuple[int, ...]) -> tuple[Tensor, Read]:
-    """The labels (N,) of a folder's images, and what reads one of them."""
+    """Returns the labels (N,) of a folder's images, and what reads one of them."""
     if fashion.holds_split(folder, "train"):
         images, labels = fashion.read_split(folder, "train")
         return labels, lambda row: (fit_pixels(images[row], shape), None)

@@ -82,8 +82,8 @@ class ReusedSamples:
         return len(self._known)
 
     def images(self, ids: Tensor, cfg_scale: float) -> Tensor | None:
-        """(n, C, H, W) uint8 of the samples ``ids`` (n,), made with ``cfg_scale``; None unless all
-        of them are there.
+        """Returns (n, C, H, W) uint8 of the samples ``ids`` (n,), made with ``cfg_scale``; None
+        unless all of them are there.
         """
         asked = ids.numpy()
         places = np.searchsorted(self._known["id"], asked)
@@ -112,7 +112,7 @@ class ReusedSamples:
 
 
 def count_known(recipe: Recipe) -> int:
-    """How many of the first unguided samples the recipe's ``reuse`` has saved, for a plan; whether
+    """Counts the first unguided samples that the recipe's ``reuse`` has saved, for a plan; whether
     the generator is the same is not looked at.
     """
     run = recipe.practice.reuse
@@ -132,7 +132,7 @@ KNOWN = np.dtype([("id", "<i8"), ("row", "<i8"), ("pool", "<i4"), ("cfg_scale", 
 def _unguided(
     records: np.ndarray, number: int, recipe: Recipe, labels: LabelOrder, *, every: bool
 ) -> np.ndarray:
-    """``KNOWN`` of the records of a pool that this run would make just so."""
+    """Returns ``KNOWN`` of the records of a pool that this run would make just so."""
     expected = labels.of(torch.from_numpy(records["sample_id"].astype(np.int64))).numpy()
     rows = np.flatnonzero(_made_so(records, recipe, every=every) & (records["label"] == expected))
     known = np.empty(len(rows), KNOWN)
@@ -142,8 +142,8 @@ def _unguided(
 
 
 def _made_so(records: np.ndarray, recipe: Recipe, *, every: bool) -> np.ndarray:
-    """(n,) bool: which records are of unguided samples of this recipe's seed and steps. every:
-    whether those of all rounds count (``SOURCES``).
+    """Returns (n,) bool: which records are of unguided samples of this recipe's seed and steps.
+    every: whether those of all rounds count (``SOURCES``).
     """
     return (
         (records["omega"] == 0)
@@ -154,8 +154,8 @@ def _made_so(records: np.ndarray, recipe: Recipe, *, every: bool) -> np.ndarray:
 
 
 def _saved(run: str) -> dict[str, Path]:
-    """Source -> its saved pool, of the ``SOURCES`` of a run. Raises ``InputError`` for a folder
-    that is none, or has none.
+    """Maps the ``SOURCES`` of a run to their saved pools. Raises ``InputError`` for a folder that
+    is none, or has none.
     """
     folder = Path(run)
     if not there(folder / RECIPE_FILE):
@@ -173,7 +173,7 @@ def _saved(run: str) -> dict[str, Path]:
 def _pools(
     run: str, saved: dict[str, Path], beat: Callable[[], None] = lambda: None
 ) -> dict[str, OnDisk]:
-    """Source -> its pool, of those that keep exact pixels. Raises ``InputError`` where none
+    """Maps the sources that keep exact pixels to their pools. Raises ``InputError`` where none
     does.
     """
     pools = {source: OnDisk(path, beat=beat) for source, path in saved.items()}
@@ -226,7 +226,9 @@ def _shown(value: object) -> str:
 
 
 def _seconds(folder: Path) -> float:
-    """Seconds that an initial sample took in a run, by its timings; 0 where they are not there."""
+    """Returns seconds that an initial sample took in a run, by its timings; 0 where they are not
+    there.
+    """
     path = folder / "timings.jsonl"
     made, seconds = 0.0, 0.0
     for line in lines(read_text(path)) if there(path) else ():

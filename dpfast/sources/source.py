@@ -1,4 +1,4 @@
-"""What a source is: who is asked for the samples of each round."""
+"""The protocol of a source, which is asked for the samples of each round."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from dpfast.sources.yardstick import Yardstick
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRequest:
-    """What is asked of a source. number: 0 for the initial samples; start: the pool's size before;
+    """The request of a round from a source. number: 0 for the initial samples; start: the pool's
+    size before;
     count: how many.
 
     per_class: (K,) validation accuracies of the learner at this moment; None in round 0. turn: the
@@ -39,14 +40,14 @@ class RoundRequest:
     turn: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The request for JSON, which knows no NaN: None for a class without images."""
+        """Returns the request for JSON, which knows no NaN: None for a class without images."""
         known = self.per_class
         plain = None if known is None else [None if v != v else v for v in known.tolist()]
         return {**dataclasses.asdict(self), "per_class": plain}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> RoundRequest:
-        """The request that ``to_dict`` gave."""
+        """Returns the request that ``to_dict`` gave."""
         known = plain["per_class"]
         if known is not None:
             known = torch.tensor([float("nan") if v is None else v for v in known])
@@ -55,7 +56,7 @@ class RoundRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopView:
-    """What a source may use of its loop.
+    """The parts of a loop that its source may use.
 
     recipe: as it is run. pipeline: what makes images. learner: live, the weights that guide, from
     images (B, C, H, W) in [-1, 1] to logits (B, K). pool: gives this rank's part of the pool.
@@ -98,35 +99,37 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def available(self, pool_size: int) -> int:
-        """How many samples the next round would bring; 0: none."""
+        """Returns the number of samples that the next round would bring; 0: none."""
 
     @abc.abstractmethod
     def make(self, request: RoundRequest, done: int = 0) -> Iterator[SampleBatch]:
-        """This rank's samples of a round, without its first ``done``. The learner is in eval mode
-        meanwhile.
+        """Returns this rank's samples of a round, without its first ``done``. The learner is in
+        eval mode meanwhile.
         """
 
     def omega(self, number: int) -> float:
-        """The strength of the guidance in round ``number``, which is kept with its samples."""
+        """Returns the strength of the guidance in round ``number``, which is kept with its
+        samples.
+        """
         return 0.0
 
     def omega_of(self, number: int, labels: Tensor) -> float | Tensor:
-        """The same for each of its samples with these labels, (n,) int64: a number, or (n,)
+        """Returns the same for each of its samples with these labels, (n,) int64: a number, or (n,)
         float32 where classes differ.
         """
         return self.omega(number)
 
     def cfg_scale(self, number: int) -> float:
-        """The scale of classifier-free guidance in round ``number``; 1: none."""
+        """Returns the scale of classifier-free guidance in round ``number``; 1: none."""
         return 1.0
 
     def steps(self, number: int) -> int:
-        """The solver steps that a sample of round ``number`` takes."""
+        """Returns the solver steps that a sample of round ``number`` takes."""
         return 1
 
     def drawn(self, number: int) -> tuple[int, float] | None:
-        """How many of the pool's first samples are a group of their own after round ``number``, and
-        their share of a training batch; None: all samples are drawn alike.
+        """Returns the number of the pool's first samples that are a group of their own after round
+        ``number``, and their share of a training batch; None: all samples are drawn alike.
         """
         return None
 
@@ -146,8 +149,8 @@ class Source(abc.ABC):
         """
 
     def scratch(self, count: int) -> int:
-        """Bytes of the disk, of all ranks, that a round of ``count`` samples takes while it is
-        made.
+        """Returns bytes of the disk, of all ranks, that a round of ``count`` samples takes while it
+        is made.
         """
         return 0
 
@@ -160,7 +163,9 @@ class Source(abc.ABC):
         """Hears that the loop is left, for whatever reason."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the source: names with tensors or values for JSON."""
+        """Returns the state that a checkpoint keeps of the source: names with tensors or values for
+        JSON.
+        """
         return {"cost": self.cost.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ class StaticSource(Source):
         )
 
     def _beside(self, real: Existing, request: RoundRequest, done: int) -> Iterator[SampleBatch]:
-        """The initial samples, the first ones of which are real."""
+        """Yields the initial samples, the first ones of which are real."""
         unguided = self.unguided
         turn, scale = request.turn, self.cfg_scale(0)
         batches = unguided.ranks.batches(request.count, unguided.batch, turn=turn, done=done)
@@ -74,7 +74,7 @@ class StaticSource(Source):
         return self.of_round(number).generator.cfg_scale
 
     def of_round(self, number: int) -> Recipe:
-        """The recipe of round ``number``."""
+        """Returns the recipe of round ``number``."""
         number = min(number, self.recipe.scheduled_rounds)
         if number not in self._rounds:
             self._rounds[number] = self.recipe.of_round(number)

@@ -1,4 +1,4 @@
-"""How strongly a sample is guided: by its round, and by its class."""
+"""The strength of a sample's guidance: by its round, and by its class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Strengths:
 
     @classmethod
     def of(cls, guidance: Guidance, classes: Sequence[str]) -> Strengths:
-        """Those of a recipe's [guidance], whose files may name single ones of ``classes``.
+        """Returns those of a recipe's [guidance], whose files may name single ones of ``classes``.
 
         Raises ``InputError`` as ``class_strengths`` does, and for a class with an anchor whose
         omega lowers the criterion.
@@ -53,12 +53,12 @@ class Strengths:
 
     @property
     def guides(self) -> bool:
-        """Whether any class is guided."""
+        """True if any class is guided."""
         return bool(torch.as_tensor(self.omega).any())
 
     def rows(self, labels: Tensor) -> dict[str, Any]:
-        """The arguments omega and anchor of ``GuidedSampler.stream`` for samples with these labels
-        (n,): numbers where all classes have one, else (n,) float32.
+        """Returns the arguments omega and anchor of ``GuidedSampler.stream`` for samples with these
+        labels (n,): numbers where all classes have one, else (n,) float32.
         """
         found = {"omega": self.omega} | ({} if self.anchor is None else {"anchor": self.anchor})
         return {
@@ -68,7 +68,9 @@ class Strengths:
 
 
 def _by_class(usual: float, named: dict[int, float], classes: int) -> float | Tensor:
-    """(K,) float32, ``usual`` for the classes that are not named; where none is, ``usual``."""
+    """Returns (K,) float32, ``usual`` for the classes that are not named; where none is,
+    ``usual``.
+    """
     if not named:
         return usual
     return torch.tensor([named.get(label, usual) for label in range(classes)])

@@ -91,8 +91,8 @@ class UnguidedSamples:
         done: int = 0,
         ids: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[SampleBatch]:
-        """This rank's samples (``Ranks.batches``) of the ids ``first`` to ``first + count``, or of
-        those that ``ids`` gives for the numbers 0 to ``count``, paid for in ``cost``.
+        """Yields this rank's samples (``Ranks.batches``) of the ids ``first`` to ``first + count``,
+        or of those that ``ids`` gives for the numbers 0 to ``count``, paid for in ``cost``.
         """
         with self.told():
             for indices in self.ranks.batches(count, self.batch, turn=turn, done=done):
@@ -102,8 +102,8 @@ class UnguidedSamples:
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """Says at its end how many of the samples ``of`` it exist; with those of another run in any
-        case.
+        """Says at the end of a ``with`` block how many of the samples ``of`` it exist; with those
+        of another run in any case.
         """
         self.taken = 0
         yield
@@ -111,8 +111,8 @@ class UnguidedSamples:
             log.info("%d samples exist already and were not made again", self.taken)
 
     def of(self, ids: Tensor, cost: Cost, *, cfg_scale: float) -> Iterator[SampleBatch]:
-        """The samples ``ids`` (n,), at most a batch, paid for in ``cost``: all of them made, unless
-        all of them exist.
+        """Yields the samples ``ids`` (n,), at most a batch, paid for in ``cost``: all of them made,
+        unless all of them exist.
         """
         price = self._prices.at(cfg_scale)
         known, seconds = self._known(ids, cfg_scale)
@@ -130,7 +130,7 @@ class UnguidedSamples:
             yield batch
 
     def _known(self, ids: Tensor, cfg_scale: float) -> tuple[SampleBatch | None, float]:
-        """The samples where all of them exist, and the seconds that each of them took."""
+        """Returns the samples where all of them exist, and the seconds that each of them took."""
         images = None
         seconds = self.made.seconds / max(self.made.samples, 1)
         for pool, row_of in self._pools if cfg_scale == self.cfg_scale else ():

@@ -19,8 +19,8 @@ FIRST_ID = 1 << 40  # of ids that no pool holds
 
 
 def spread_labels(count: int, labels: LabelOrder) -> Tensor:
-    """(count,) labels: all classes in turn, or of more classes than samples evenly spaced ones; of
-    a long tail in its shares.
+    """Returns (count,) labels: all classes in turn, or of more classes than samples evenly spaced
+    ones; of a long tail in its shares.
     """
     places, classes = torch.arange(count), labels.classes
     if labels.counts is not None:
@@ -52,8 +52,8 @@ class Yardstick:
 
     @cached_property
     def images(self) -> list[Tensor]:
-        """This rank's samples, batch by batch: uint8 (n, C, H, W) on the CPU, where they take no
-        room from training.
+        """The samples of this rank, batch by batch: uint8 (n, C, H, W) on the CPU, where they take
+        no room from training.
         """
         places = self.ranks.indices(self.samples, self.batch)
         labels = spread_labels(self.samples, self.labels)[places]
@@ -65,8 +65,8 @@ class Yardstick:
         return made
 
     def entropies(self, learner: nn.Module) -> Tensor:
-        """(samples,) nats of the samples of all ranks under ``learner``, on the CPU. All ranks call
-        it together.
+        """Returns (samples,) nats of the samples of all ranks under ``learner``, on the CPU. All
+        ranks call it together.
         """
         mine = [entropy(predict(learner, images)).cpu() for images in self.images]
         return self.ranks.gather(

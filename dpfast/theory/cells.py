@@ -1,4 +1,4 @@
-"""What the prediction and its simulation are asked for, and the domain of each argument."""
+"""The arguments of the prediction and its simulation, and the domain of each."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Pool(TypedDict):
 
 
 class Arguments(Pool):
-    """Those and the directions: the whole experiment."""
+    """The arguments of a whole experiment: those of ``Pool`` and the directions."""
 
     d: ArrayLike
     rho: ArrayLike
@@ -83,8 +83,8 @@ def cells(
     rho_s: ArrayLike | None = None,
     power: ArrayLike = 1.0,
 ) -> Cells:
-    """The arguments, each in its own shape; InputError names what lies outside the domain, NaN
-    included.
+    """Returns the arguments, each in its own shape; InputError names what lies outside the domain,
+    NaN included.
     """
     choose("strategy", strategy, STRATEGIES)
     if (rho_g is None) != (rho_s is None):
@@ -104,8 +104,8 @@ def cells(
 
 
 def domain(**values: ArrayLike) -> dict[str, Array]:
-    """Each value as float64; InputError names the first outside of its domain, and shapes that do
-    not broadcast.
+    """Returns each value as float64; InputError names the first outside of its domain, and shapes
+    that do not broadcast.
     """
     checked = {}
     for name, value in values.items():

@@ -34,8 +34,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """title: what distinguishes it; marks: x of vertical lines; legend: where the lines' names
-    stand, if anywhere.
+    """A panel of a chart. title: what distinguishes it; marks: x of vertical lines; legend: where
+    the lines' names stand, if anywhere.
     """
 
     title: str
@@ -46,8 +46,8 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Panels in rows. accuracy: of the y axis, else the error, both in percent; octaves: x in steps
-    of 2.
+    """A chart of panels in rows. accuracy: of the y axis, else the error, both in percent; octaves:
+    x in steps of 2.
     """
 
     title: str
@@ -73,7 +73,7 @@ class Curve(NamedTuple):
 
 
 def curves(lines: Sequence[Line], *, draws: int = 20, seed: int = 0) -> list[Curve]:
-    """Compute what the lines of a chart show. Cells of one pool share its draws, so their
+    """Computes what the lines of a chart show. Cells of one pool share its draws, so their
     deviations are correlated.
     """
     at_points = [line.experiment(line.points) for line in lines]
@@ -110,8 +110,8 @@ def _entry(value: Any, j: int) -> Any:
 
 
 def draw(chart: Chart, made: Sequence[Curve], draws: int) -> Figure:
-    """The chart of ``curves(chart.lines, draws=draws)``; bars are two standard errors to either
-    side.
+    """Draws the chart of ``curves(chart.lines, draws=draws)``; bars are two standard errors to
+    either side.
     """
     figure = Figure(figsize=chart.size, layout="constrained", facecolor="white")
     figure.suptitle(chart.title.format(draws=draws), color=INK, fontsize=10.5, x=0.01, ha="left")

@@ -77,7 +77,7 @@ class Features:
 
     @property
     def cosines(self) -> tuple[float, float, float]:
-        """rho, rho_g and rho_s of the theorem, in the whitened space."""
+        """The cosines rho, rho_g and rho_s of the theorem, in the whitened space."""
         pairs = (
             (self.generator, self.truth),
             (self.selector, self.generator),
@@ -87,15 +87,16 @@ class Features:
         return rho, rho_g, rho_s
 
     def cells(self, **pool: Unpack[Pool]) -> Cells:
-        """The checked arguments of an experiment with these features; InputError names the
+        """Returns the checked arguments of an experiment with these features; InputError names the
         argument.
         """
         rho, rho_g, rho_s = self.cosines
         return cells(d=self.d, rho=rho, rho_g=rho_g, rho_s=rho_s, **pool)
 
     def mixing(self) -> Array:
-        """(d, d) M such that rows z M have the covariance where z ~ N(0, I), and u, then v_label
-        across u, then v_truth across both are the first axes of z."""
+        """Returns (d, d) M such that rows z M have the covariance where z ~ N(0, I), and u, then
+        v_label across u, then v_truth across both are the first axes of z.
+        """
         spanned = np.stack([self.selector, self.generator, self.truth], axis=1)
         # A vector that the ones before it span gets a direction of its own: any will do.
         random = np.random.default_rng(0).standard_normal((self.d, self.d))
@@ -118,8 +119,8 @@ def covariance_error(
     strategy: str = "hard",
     power: float = 1.0,
 ) -> Array:
-    """The probability of a wrong label on a fresh sample; float64, broadcast over n, keep and
-    ridge.
+    """Returns the probability of a wrong label on a fresh sample; float64, broadcast over n, keep
+    and ridge.
 
     keep is a fraction: the rule's threshold is in units of the projection's standard deviation.
     ridge above 0.
@@ -145,7 +146,7 @@ def covariance_error(
     lost = (k.p - k.gamma) / (1 + delta)  # what selection takes from A along a, over 1 + delta
 
     def resolve(x: Array) -> Array:
-        """R x: R0 and its rank-one correction."""
+        """Returns R x: R0 and its rank-one correction."""
         return np.asarray(r0 * x + lost * r0 * a * _dot(r0 * a, x) / (1 - lost * _dot(r0 * a, a)))
 
     rc = resolve(c)
@@ -163,7 +164,9 @@ def covariance_error(
 
 
 def _spectrum(covariance: ArrayLike) -> tuple[Array, Array | None]:
-    """Eigenvalues (d,) and eigenvectors (d, d) in columns, which a diagonal does without."""
+    """Returns eigenvalues (d,) and eigenvectors (d, d) in columns, which a diagonal does
+    without.
+    """
     sigma = np.asarray(covariance, float)
     if (
         sigma.ndim not in (1, 2)
@@ -187,7 +190,7 @@ def _spectrum(covariance: ArrayLike) -> tuple[Array, Array | None]:
 
 
 def _delta(s: Array, n: Array, p: Array, ridge: Array) -> Array:
-    """The root of delta = tr(Sigma R0) / n, (..., 1).
+    """Returns the root of delta = tr(Sigma R0) / n, (..., 1).
 
     tr(Sigma R0) / n - delta is 0 at one point, as n delta (p s / (1 + delta) + ridge) grows with
     delta for each s. It lies between the trace at delta = 0 and at infinity; bisection in the

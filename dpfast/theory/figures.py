@@ -28,8 +28,8 @@ HARD, EASY = COLORS["dp"], COLORS["static"]
 
 
 def selected_sizes() -> Chart:
-    """Fig. 3: accuracy against the number of selected samples, for pools that are selected more or
-    less sharply.
+    """Returns Fig. 3: accuracy against the number of selected samples, for pools that are selected
+    more or less sharply.
     """
     keeps = (1.0, 0.9, 0.8, 0.5, 0.1)
     names = ("all", "top 90 %", "top 80 %", "top 50 %", "top 10 %")
@@ -62,7 +62,7 @@ def selected_sizes() -> Chart:
 
 
 def oversampling() -> Chart:
-    """Fig. 5c: accuracy against candidates for each kept sample, at a fixed number of kept
+    """Returns Fig. 5c: accuracy against candidates for each kept sample, at a fixed number of kept
     samples.
     """
 
@@ -105,7 +105,7 @@ def oversampling() -> Chart:
 
 
 def easy_or_hard() -> Chart:
-    """Fig. 7: the error of keeping the easiest and the hardest fraction of a pool."""
+    """Returns Fig. 7: the error of keeping the easiest and the hardest fraction of a pool."""
     d = 350
 
     def experiment(keep: Array, n: int, rho: float, ridge: float, strategy: str) -> Arguments:
@@ -155,7 +155,7 @@ class DrawnFigure(NamedTuple):
 
 
 def _shades(count: int) -> list[str]:
-    """Colours of an ordered quantity, from light to dark."""
+    """Returns colours of an ordered quantity, from light to dark."""
     ramp = matplotlib.colormaps["YlGnBu"]
     return [matplotlib.colors.to_hex(ramp(x)) for x in np.linspace(0.4, 1, count)]
 
@@ -163,8 +163,8 @@ def _shades(count: int) -> list[str]:
 def study(
     sweeps: Sequence[tuple[str, str, str, Mapping[float, Sequence[tuple[int, float]]]]],
 ) -> Figure:
-    """The study's sweeps of omega and of oversampling above the theory's: gains over no selection,
-    in points.
+    """Returns the study's sweeps of omega and of oversampling above the theory's: gains over no
+    selection, in points.
 
     Guidance draws samples of a tilted density rather than from a pool; its counterpart is the soft
     rule, whose power tilts the density of the projection in the same way. Penalties are those of a

@@ -26,7 +26,7 @@ from dpfast.theory.theorem import test_error
 
 
 class GuidedCell(NamedTuple):
-    """What samples of one form of guidance were measured to be. kappa: of an anchor, 0 without;
+    """The measurements of samples of one form of guidance. kappa: of an anchor, 0 without;
     gains: measured accuracies of runs over those of unguided ones, in points.
     """
 
@@ -49,7 +49,9 @@ class LabelNoise(NamedTuple):
 
 
 def _tilted_accuracy(at: Directions, power: float) -> float:
-    """With 2,048 kept samples of 512 features; the penalty is that of a kept sample."""
+    """Returns the accuracy with 2,048 kept samples of 512 features; the penalty is that of a kept
+    sample.
+    """
     keep = kept(power)
     error = test_error(
         d=512,
@@ -64,7 +66,8 @@ def _tilted_accuracy(at: Directions, power: float) -> float:
 
 
 def beside_theory(cells: Sequence[GuidedCell]) -> list[LabelNoise]:
-    """Measured cells beside a selection along directions that have the shares of the unguided one.
+    """Returns measured cells beside a selection along directions that have the shares of the
+    unguided one.
 
     Raises ``InputError`` where none is unguided.
     """
@@ -93,8 +96,8 @@ def _unguided(cells: Sequence[GuidedCell]) -> Directions:
 
 
 def label_noise(beside: Sequence[LabelNoise], pruned: Sequence[tuple[float, float]] = ()) -> Figure:
-    """Labels of guided samples against how often the learner gets them wrong, measured and as
-    selection would leave them; and the accuracies that the theory predicts for both, above those
+    """Returns labels of guided samples against how often the learner gets them wrong, measured and
+    as selection would leave them; and the accuracies that the theory predicts for both, above those
     that were measured, where they were.
 
     pruned: the first two shares of selected samples, as measured: wrong for the learner, and

@@ -1,5 +1,5 @@
-"""How often the labels of selected samples are wrong, and the classifier that selects them, in the
-model of three directions (``dpfast.theory.theorem``).
+"""The shares of wrong labels among selected samples, and of errors of the classifier that selects
+them, in the model of three directions (``dpfast.theory.theorem``).
 
 Along the selecting vector a sample's projection is t, along the part of the generator's vector
 across it v, and along the rest of the truth's z, all N(0, 1) before selection:
@@ -41,8 +41,8 @@ class Directions(NamedTuple):
     rho_s: float
 
     def improved(self, by: float) -> Directions:
-        """Labels along the arc from the generator's vector towards the truth: ``by`` = 0 leaves
-        them, 1 makes them the truth, below 0 worse.
+        """Returns labels along the arc from the generator's vector towards the truth: ``by`` = 0
+        leaves them, 1 makes them the truth, below 0 worse.
         """
         across = math.sqrt(max(0.0, 1 - self.rho**2))
         beside = (self.rho_g - self.rho * self.rho_s) / max(across, _TINY)
@@ -52,8 +52,9 @@ class Directions(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Of selected samples, in [0, 1]. label_wrong: the label is not the truth's; selector_wrong:
-    the selector does not give the label; useful: the selector does not, and the truth does.
+    """The shares of selected samples, in [0, 1]. label_wrong: the label is not the truth's;
+    selector_wrong: the selector does not give the label; useful: the selector does not, and the
+    truth does.
     """
 
     label_wrong: float
@@ -62,7 +63,7 @@ class Shares(NamedTuple):
 
 
 def directions(unselected: Shares) -> Directions:
-    """The directions with these shares without selection.
+    """Returns the directions with these shares without selection.
 
     Raises ``InputError`` for what are no shares, and where one contradicts the others.
     """
@@ -82,8 +83,8 @@ def directions(unselected: Shares) -> Directions:
 
 
 def shares(at: Directions, power: float = 0.0) -> Shares:
-    """The shares of the samples that the tilt q(t) = cosh(t / 2)^(-2 power) selects, which is the
-    soft rule below its saturation: hard ones for power > 0, any for 0.
+    """Returns the shares of the samples that the tilt q(t) = cosh(t / 2)^(-2 power) selects, which
+    is the soft rule below its saturation: hard ones for power > 0, any for 0.
     """
     spread = math.sqrt(max(0.0, 1 - at.rho_g**2))
     second = (at.rho - at.rho_g * at.rho_s) / max(spread, _TINY)
@@ -107,13 +108,15 @@ def shares(at: Directions, power: float = 0.0) -> Shares:
 
 
 def kept(power: float) -> float:
-    """The fraction that the tilt of ``shares`` keeps, in (0, 1]: ``keep`` of a soft rule."""
+    """Returns the fraction that the tilt of ``shares`` keeps, in (0, 1]: ``keep`` of a soft
+    rule.
+    """
     return min(1.0, float(quadrature(lambda t: _tilt(t, power), 0.0).p))
 
 
 def hardness(at: Directions, selector_wrong: float) -> float:
-    """The power of the tilt, at least 0, whose samples the selector gets wrong so often; 0 where it
-    does without selection, and a large one beyond what any tilt reaches.
+    """Returns the power of the tilt, at least 0, whose samples the selector gets wrong so often; 0
+    where it does without selection, and a large one beyond what any tilt reaches.
     """
     return math.expm1(
         _bisect(
@@ -123,8 +126,8 @@ def hardness(at: Directions, selector_wrong: float) -> float:
 
 
 def matched(at: Directions, label_wrong: float, selector_wrong: float) -> tuple[float, float]:
-    """The power of a tilt, and the improvement of the labels (``Directions.improved``), with which
-    selected samples have these two shares.
+    """Returns the power of a tilt, and the improvement of the labels (``Directions.improved``),
+    with which selected samples have these two shares.
     """
 
     def improvement(power: float) -> float:
@@ -141,7 +144,9 @@ def matched(at: Directions, label_wrong: float, selector_wrong: float) -> tuple[
 
 
 def _bisect(rising: Callable[[float], float], value: float, high: float) -> float:
-    """Where a rising function on [0, high] has a value; an end where it lies outside."""
+    """Returns the place where a rising function on [0, high] has a value; an end where it lies
+    outside.
+    """
     low = 0.0
     for _ in range(26):
         middle = (low + high) / 2
@@ -154,7 +159,9 @@ def _tilt(t: Array, power: float) -> Array:
 
 
 def _nodes(edges: Array) -> tuple[Array, Array]:
-    """Nodes and weights (..., panels * nodes) of a composite Gauss rule between edges (..., n)."""
+    """Returns nodes and weights (..., panels * nodes) of a composite Gauss rule between edges (...,
+    n).
+    """
     x, w = np.polynomial.legendre.leggauss(_NODES)
     low, width = edges[..., :-1, None], np.diff(edges, axis=-1)[..., None]
     nodes, weights = low + width * (1 + x) / 2, width * w / 2

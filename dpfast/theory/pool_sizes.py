@@ -1,4 +1,4 @@
-"""How many samples reach an accuracy, at which kept fraction, against no selection."""
+"""The samples that reach an accuracy at each kept fraction, against no selection."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def pool_sizes(
     rho_s: float | None = None,
     power: float = 1.0,
 ) -> list[PoolSize]:
-    """One size for each kept fraction, of pools up to MOST d. The other arguments are those of
-    ``test_error``.
+    """Returns one size for each kept fraction, of pools up to MOST d. The other arguments are those
+    of ``test_error``.
 
     ridge: above 0; None takes the best one for every pool. Raises InputError, naming the argument.
     """
@@ -64,7 +64,7 @@ def pool_sizes(
             raise InputError("ridge = 0: expected above 0 here; 1e-9 stands for its limit")
 
     def best(n: ArrayLike, keep: float) -> tuple[Array, Array]:
-        """Ridges and errors of pools n (k,)."""
+        """Returns ridges and errors of pools n (k,)."""
         n = np.asarray(n, float)[:, None]
         log = np.log(_RIDGES if ridge is None else np.array([ridge])) + np.zeros_like(n)
         looks = 3 if ridge is None else 1  # each one between the neighbours of the best before
@@ -113,7 +113,7 @@ def pool_sizes(
 
 
 def table(sizes: Sequence[PoolSize]) -> str:
-    """Markdown, against the pool without selection if there is one."""
+    """Returns a Markdown table, against the pool without selection if there is one."""
     whole = next((p for p in sizes if p.keep == 1), None)
     lines = [
         "| keep | pool | kept | fewer kept than without selection | ridge | accuracy |",

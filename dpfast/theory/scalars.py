@@ -34,7 +34,7 @@ _TINY = 1e-300
 
 
 class Scalars(NamedTuple):
-    """p, gamma, beta and beta~ of a rule; float64 arrays of one shape."""
+    """The scalars p, gamma, beta and beta~ of a rule, float64 arrays of one shape."""
 
     p: Array
     gamma: Array
@@ -43,8 +43,8 @@ class Scalars(NamedTuple):
 
 
 def scalars(strategy: str, keep: ArrayLike, rho: ArrayLike, *, power: ArrayLike = 1.0) -> Scalars:
-    """The scalars of "hard", "easy" (closed forms) or "soft" (quadrature, the only one to use
-    `power`).
+    """Returns the scalars of "hard", "easy" (closed forms) or "soft" (quadrature, the only one to
+    use `power`).
     """
     choose("strategy", strategy, STRATEGIES)
     if strategy == "soft":
@@ -53,7 +53,7 @@ def scalars(strategy: str, keep: ArrayLike, rho: ArrayLike, *, power: ArrayLike 
 
 
 def hard(keep: ArrayLike, rho: ArrayLike) -> Scalars:
-    """Keep the samples nearest to the selecting hyperplane, |t| <= a with P(|t| <= a) = keep.
+    """Keeps the samples nearest to the selecting hyperplane, |t| <= a with P(|t| <= a) = keep.
     Closed form.
     """
     keep, rho = domain(keep=keep, rho=rho).values()
@@ -61,7 +61,7 @@ def hard(keep: ArrayLike, rho: ArrayLike) -> Scalars:
 
 
 def easy(keep: ArrayLike, rho: ArrayLike) -> Scalars:
-    """Keep the samples farthest from the selecting hyperplane, |t| > a with P(|t| > a) = keep.
+    """Keeps the samples farthest from the selecting hyperplane, |t| > a with P(|t| > a) = keep.
     Closed form.
     """
     keep, rho = domain(keep=keep, rho=rho).values()
@@ -69,7 +69,7 @@ def easy(keep: ArrayLike, rho: ArrayLike) -> Scalars:
 
 
 def soft(keep: ArrayLike, rho: ArrayLike, power: ArrayLike) -> Scalars:
-    """Keep with probability min(1, e^c (sigma(t) sigma(-t))^power / sigma(0)^(2 power)), c such
+    """Keeps with probability min(1, e^c (sigma(t) sigma(-t))^power / sigma(0)^(2 power)), c such
     that E q = keep.
 
     The part where q = 1 is a closed form, the rest a composite Gauss rule. power = 0 keeps at
@@ -101,8 +101,8 @@ def soft(keep: ArrayLike, rho: ArrayLike, power: ArrayLike) -> Scalars:
 def quadrature(
     rule: Callable[[Array], Array], rho: float, *, breaks: Sequence[float] = (), nodes: int = 48
 ) -> Scalars:
-    """The scalars of any even rule q(t), given for t >= 0, by a composite Gauss rule; `breaks` are
-    the jumps of q.
+    """Returns the scalars of any even rule q(t), given for t >= 0, by a composite Gauss rule;
+    `breaks` are the jumps of q.
 
     The panels narrow towards the breaks and towards 0, where Phi(tau t) turns within sqrt(1 -
     rho^2) of it.
@@ -137,7 +137,7 @@ def quadrature(
 
 
 def threshold(strategy: str, keep: ArrayLike) -> Array:
-    """The a of "hard" (|t| <= a is kept) or "easy" (|t| > a is kept); infinite and 0 where
+    """Returns the a of "hard" (|t| <= a is kept) or "easy" (|t| > a is kept); infinite and 0 where
     everything is kept.
     """
     choose("strategy", strategy, ("hard", "easy"))
@@ -151,7 +151,9 @@ def _threshold(strategy: str, keep: Array) -> Array:
 
 
 def soft_rule(keep: ArrayLike, power: ArrayLike) -> tuple[Array, Array]:
-    """(a, c) of the soft rule: q = 1 for |t| <= a where power >= 0, for |t| > a where power < 0."""
+    """Returns (a, c) of the soft rule: q = 1 for |t| <= a where power >= 0, for |t| > a where power
+    < 0.
+    """
     keep, power = np.broadcast_arrays(*map(np.atleast_1d, domain(keep=keep, power=power).values()))
     far = np.where(power < 0, _END, 0.0)  # where q reaches 1 last, as c rises
 
@@ -174,7 +176,7 @@ def soft_rule(keep: ArrayLike, power: ArrayLike) -> tuple[Array, Array]:
 
 
 def keep_probability(t: Array, strategy: str, keep: float, *, power: float = 1.0) -> Array:
-    """q(t) of a rule, for projections t of any shape."""
+    """Returns q(t) of a rule, for projections t of any shape."""
     choose("strategy", strategy, STRATEGIES)
     if strategy == "soft":
         _, log_scale = soft_rule(keep, power)
@@ -186,7 +188,9 @@ def keep_probability(t: Array, strategy: str, keep: float, *, power: float = 1.0
 
 
 def density(x: Array) -> Array:
-    """The standard normal density; 0 beyond 40, where the square of a huge x would overflow."""
+    """Returns the standard normal density; 0 beyond 40, where the square of a huge x would
+    overflow.
+    """
     return np.asarray(_PEAK * np.exp(-0.5 * np.square(np.clip(x, -40, 40))))
 
 
@@ -195,7 +199,7 @@ def erf(x: Array) -> Array:
 
 
 def _inside(a: Array, rho: ArrayLike) -> Scalars:
-    """The scalars of q = 1[|t| <= a]."""
+    """Returns the scalars of q = 1[|t| <= a]."""
     a = np.minimum(a, _FAR)
     rho = np.asarray(rho, float)
     spread = np.sqrt((1 - rho) * (1 + rho))
@@ -215,7 +219,9 @@ def _inside(a: Array, rho: ArrayLike) -> Scalars:
 
 
 def _near_zero(a: Array, rho: Array, spread: Array) -> tuple[Array, Array]:
-    """gamma and beta~ of |t| <= a for small a, as integrals of one sign: nothing cancels."""
+    """Returns gamma and beta~ of |t| <= a for small a, as integrals of one sign: nothing
+    cancels.
+    """
     x, w = np.polynomial.legendre.leggauss(32)
     x, w = (1 + x) / 2, w / 2
     t = a[:, None] * x
@@ -229,7 +235,7 @@ def _near_zero(a: Array, rho: Array, spread: Array) -> tuple[Array, Array]:
 
 
 def _outside(a: Array, rho: ArrayLike) -> Scalars:
-    """The scalars of q = 1[|t| > a]: no differences of like numbers."""
+    """Returns the scalars of q = 1[|t| > a]: no differences of like numbers."""
     a = np.minimum(a, _FAR)
     rho = np.asarray(rho, float)
     spread = np.sqrt((1 - rho) * (1 + rho))
@@ -244,8 +250,8 @@ def _outside(a: Array, rho: ArrayLike) -> Scalars:
 def _soft_parts(
     a: Array, log_scale: Array, power: Array, rho: Array
 ) -> tuple[Scalars, Array, Array]:
-    """The part where q = 1 in closed form; nodes and weights (cells, nodes) of the rest, for both
-    signs of t.
+    """Returns the part where q = 1 in closed form; nodes and weights (cells, nodes) of the rest,
+    for both signs of t.
     """
     eager = power < 0
     inner, outer = _inside(np.where(eager, 0.0, a), rho), _outside(np.where(eager, a, np.inf), rho)
@@ -257,12 +263,12 @@ def _soft_parts(
 
 
 def _log_profile(t: Array, power: Array) -> Array:
-    """power times the logarithm of sigma(t) sigma(-t) / sigma(0)^2, for t >= 0."""
+    """Returns power times the logarithm of sigma(t) sigma(-t) / sigma(0)^2, for t >= 0."""
     return np.asarray(-2 * power * (t / 2 + np.log1p(np.exp(-t)) - np.log(2)))
 
 
 def _graded(steps: int) -> Array:
-    """Edges of panels on [0, 1] that halve towards both ends."""
+    """Returns edges of panels on [0, 1] that halve towards both ends."""
     halves = 0.5 ** np.arange(1, steps + 1)
     return np.concatenate([[0.0], halves[::-1], 1 - halves[1:], [1.0]])
 
@@ -279,10 +285,10 @@ _BLOCK = 1024  # cells a block: their nodes stay in the cache
 
 
 def _ratio(x: ArrayLike, y: ArrayLike) -> Array:
-    """x / y with 0 / 0 = 0: the limit that makes the closed forms right at rho = +-1."""
+    """Returns x / y with 0 / 0 = 0: the limit that makes the closed forms right at rho = +-1."""
     return np.asarray(x / np.maximum(y, _TINY))
 
 
 def special(function: Callable[..., Any], x: ArrayLike) -> Array:
-    """A special function that NumPy lacks, on torch's threads."""
+    """Returns a special function that NumPy lacks, on torch's threads."""
     return np.asarray(function(torch.from_numpy(np.require(x, np.float64, ["C", "W"]))).numpy())

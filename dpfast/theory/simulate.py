@@ -44,8 +44,8 @@ def simulate(
     device: str | torch.device | None = None,
     **arguments: Unpack[Arguments],
 ) -> Simulated:
-    """The arguments of `test_error` but for `form`; d and n whole, d >= 3; ridge > 0; one power. On
-    a GPU, if any.
+    """Returns the arguments of `test_error` but for `form`; d and n whole, d >= 3; ridge > 0; one
+    power. On a GPU, if any.
 
     A cell's result depends on its own arguments, `draws` and `seed`, not on the other cells, but
     cells that differ in rho or ridge alone use the same samples, so their deviations are
@@ -64,7 +64,7 @@ def simulate_covariance(
     device: str | torch.device | None = None,
     **pool: Unpack[Pool],
 ) -> Simulated:
-    """`simulate` for the arguments of `covariance_error`."""
+    """Returns `simulate` for the arguments of `covariance_error`."""
     return _simulate(
         features.cells(**pool), pool.get("strategy", "hard"), features.mixing(), draws, seed, device
     )
@@ -113,7 +113,7 @@ def _pool(
     seed: int,
     device: torch.device,
 ) -> Array:
-    """Errors (draws, fits) of one (d, n, keep); fits hold ridge, rho, rho_g, rho_s."""
+    """Returns errors (draws, fits) of one (d, n, keep); fits hold ridge, rho, rho_g, rho_s."""
     d = int(pool[0])
     n = int(pool[1])
     keep = float(pool[2])
@@ -177,8 +177,8 @@ def _kept_rows(
     generator: torch.Generator,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Rows (batch, most kept, d) that were selected along coordinate 0, zero beyond each draw's own
-    number.
+    """Returns rows (batch, most kept, d) that were selected along coordinate 0, zero beyond each
+    draw's own number.
     """
     t = torch.randn(batch, n, generator=generator, device=device)
     if strategy == "soft":
@@ -198,7 +198,9 @@ def _kept_rows(
 
 
 def _vectors(directions: Array) -> tuple[Array, Array]:
-    """Label vectors (k, 2) and test vectors (k, 3) where the selecting vector is the first axis."""
+    """Returns label vectors (k, 2) and test vectors (k, 3) where the selecting vector is the first
+    axis.
+    """
     rho, rho_g, rho_s = directions.T
     spread = np.sqrt(np.maximum(0, 1 - rho_g**2))
     second = (rho - rho_g * rho_s) / np.where(spread > 0, spread, 1)

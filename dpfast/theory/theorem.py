@@ -35,7 +35,7 @@ _LEAST_RIDGE = (
 
 
 class Spectral(NamedTuple):
-    """m, m', m~ and m~' at z = -ridge."""
+    """The numbers m, m', m~ and m~' at z = -ridge."""
 
     m: Array
     m_prime: Array
@@ -56,7 +56,8 @@ def test_error(
     rho_s: ArrayLike | None = None,
     power: ArrayLike = 1.0,
 ) -> Array:
-    """The probability of a wrong label on a fresh sample; float64, broadcast over all arguments.
+    """Returns the probability of a wrong label on a fresh sample; float64, broadcast over all
+    arguments.
 
     d: features. n: size of the pool before selection. keep: fraction kept, in (0, 1]. rho: cosine
     of the selecting vector and w_0. ridge: penalty, normalised by n; 0 takes the closed form of the
@@ -113,12 +114,12 @@ test_error.__test__ = False  # type: ignore[attr-defined]  # no test, whatever p
 def ridgeless(
     *, d: ArrayLike, n: ArrayLike, keep: ArrayLike, rho: ArrayLike, strategy: str = "hard"
 ) -> Array:
-    """The limit of no ridge in closed form (Corollary 1); d = n keep raises InputError."""
+    """Returns the limit of no ridge in closed form (Corollary 1); d = n keep raises InputError."""
     return test_error(d=d, n=n, keep=keep, rho=rho, ridge=0.0, strategy=strategy)
 
 
 def spectral(p: ArrayLike, gamma: ArrayLike, phi: ArrayLike, ridge: ArrayLike) -> Spectral:
-    """m, m~ and their derivatives; ridge > 0. Either sign of p - phi + ridge goes without
+    """Returns m, m~ and their derivatives; ridge > 0. Either sign of p - phi + ridge goes without
     cancellation.
 
     Raises InputError, naming the argument, outside 0 < p <= 1, gamma >= 0, phi > 0, ridge > 0, and
@@ -163,8 +164,8 @@ def _general(
 
 
 def _limit(s: Scalars, phi: Array, across: Array, along: Array) -> Array:
-    """Corollary 1, with the powers of |p - phi| cancelled in a / sqrt(b), so that it is stable next
-    to phi = p.
+    """Returns the limit of Corollary 1, with the powers of |p - phi| cancelled in a / sqrt(b), so
+    that it is stable next to phi = p.
     """
     p = s.p
     gamma = s.gamma

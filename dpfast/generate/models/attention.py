@@ -28,7 +28,9 @@ ORDERS: tuple[tuple[tuple[int, int], int, tuple[SDPBackend, ...]], ...] = (
 
 
 def order(head_size: int, capability: tuple[int, int]) -> tuple[SDPBackend, ...]:
-    """The kernels for heads of a size in 16 bits on a GPU of a compute capability, best first."""
+    """Returns the kernels for heads of a size in 16 bits on a GPU of a compute capability, best
+    first.
+    """
     fits = (row for row in ORDERS if capability >= row[0] and head_size <= row[1])
     return next(fits)[2]
 
@@ -39,8 +41,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt d) v of heads (B, H, T, d) and (B, H, S, d), (B, H, T, d) in their
-    dtype.
+    """Returns softmax(q k^T / sqrt d) v of heads (B, H, T, d) and (B, H, S, d), (B, H, T, d) in
+    their dtype.
     """
     if not q.is_cuda or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v)

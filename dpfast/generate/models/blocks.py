@@ -21,7 +21,7 @@ Blocks = dict[str, list[nn.Module] | nn.Module]  # by attribute
 
 
 def blocks_of(denoiser: Any) -> Blocks:
-    """The blocks of a denoiser's model by attribute; empty for a model of an unknown build.
+    """Returns the blocks of a denoiser's model by attribute; empty for a model of an unknown build.
 
     Each stands alone: what lies between them are hidden states.
     """
@@ -34,7 +34,9 @@ def blocks_of(denoiser: Any) -> Blocks:
 
 
 def replaced(denoiser: Any, blocks: Blocks) -> Any:
-    """A twin of a denoiser with other blocks in its model, and the same weights elsewhere."""
+    """Returns a twin of a denoiser with other blocks in its model, and the same weights
+    elsewhere.
+    """
     twin = copy.copy(denoiser)
     parts = {k: nn.ModuleList(v) if isinstance(v, list) else v for k, v in blocks.items()}
     twin.model = with_children(denoiser.model, parts)
@@ -42,14 +44,16 @@ def replaced(denoiser: Any, blocks: Blocks) -> Any:
 
 
 def with_children(module: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:
-    """A twin of ``module`` with the same weights and attributes, and other children by name."""
+    """Returns a twin of ``module`` with the same weights and attributes, and other children by
+    name.
+    """
     twin = copy.copy(module)
     twin._modules = {**module._modules, **children}
     return twin
 
 
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """A twin of ``module`` with the same weights and attributes, and another forward."""
+    """Returns a twin of ``module`` with the same weights and attributes, and another forward."""
     twin = copy.copy(module)
     twin.__dict__["forward"] = forward
     return twin

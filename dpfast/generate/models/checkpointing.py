@@ -21,13 +21,13 @@ checkpointed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False
 
 
 def can_checkpoint(denoiser: Any) -> bool:
-    """Whether the denoiser has a model with blocks that are known here."""
+    """Returns True if the denoiser has a model with blocks that are known here."""
     return bool(blocks_of(denoiser))
 
 
 def with_checkpointing(denoiser: Any) -> Any:
-    """A twin of a denoiser of ``dpfast.generate.models.denoiser``, with the same weights, that
-    recomputes its blocks in the backward pass.
+    """Returns a twin of a denoiser of ``dpfast.generate.models.denoiser``, with the same weights,
+    that recomputes its blocks in the backward pass.
 
     Raises ``InputError`` for a model without blocks that are known here.
     """

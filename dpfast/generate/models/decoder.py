@@ -24,22 +24,24 @@ from dpfast.hardware.flops import count_passes
 
 
 class Decoder(Protocol):
-    """Latents (B, c, h, w) of unit variance to float32 images (B, C, H, W) in [-1, 1]."""
+    """A function from latents (B, c, h, w) of unit variance to float32 images (B, C, H, W) in [-1,
+    1].
+    """
 
     def __call__(self, latents: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What the full decoders are as well: images in [-1, 1] back to latents, a distribution's mode
-    where it is one.
+    """The way back of the full decoders: images in [-1, 1] to latents, a distribution's mode where
+    it is one.
     """
 
     def encode(self, images: Tensor) -> Tensor: ...
 
 
 def decoder_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """The dtype that an autoencoder of this configuration runs in where the others run in
+    """Returns the dtype that an autoencoder of this configuration runs in where the others run in
     ``dtype``.
 
     It is float32 where the configuration says ``force_upcast``, as that of Stable Diffusion XL
@@ -52,8 +54,8 @@ def decoder_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
 
 
 class Unscale:
-    """Latents of unit variance to those of an autoencoder: z std / scaling_factor + mean +
-    shift_factor.
+    """A map from latents of unit variance to those of an autoencoder: z std / scaling_factor + mean
+    + shift_factor.
 
     The four values come from the autoencoder's configuration; what it does not name changes
     nothing. mean and std are per channel (``latents_mean``, ``latents_std``), as in Stable
@@ -84,7 +86,7 @@ class Unscale:
         return latents.to(self.dtype, memory_format=self.layout)
 
     def inverse(self, latents: Tensor) -> Tensor:
-        """The way back, in float32."""
+        """Returns the way back, in float32."""
         return (latents.float() - self.shift) / self.scale
 
 
@@ -92,8 +94,8 @@ DIVISORS = ("scaling_factor", "latents_std")  # on the way to latents
 
 
 def _numbers(config: Any, name: str, default: float) -> list[float]:
-    """A number of an autoencoder's configuration, or one for each channel where it has a list;
-    ``default`` where it is null or not there.
+    """Returns a number of an autoencoder's configuration, or one for each channel where it has a
+    list; ``default`` where it is null or not there.
     """
     value = config.get(name)
     if value is None:
@@ -126,8 +128,8 @@ def _repeat(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _upsample_by_repeating(model: nn.Module) -> nn.Module:
-    """Nearest upsampling as a broadcast: the same values, and a sum instead of a scatter as its
-    backward.
+    """Upsamples to the nearest neighbour by a broadcast: the same values, and a sum instead of a
+    scatter as its backward.
 
     With the scatter, torch.compile (2.13, CPU) gives a gradient of zero through a whole
     ``AutoencoderKL``.
@@ -204,9 +206,9 @@ class TinyDecoder(AutoencoderDecoder):
 
 
 def times_a_tiny_one(decoder: AutoencoderDecoder, shape: tuple[int, ...]) -> float:
-    """FLOPs of a forward and a backward pass through a decoder of latents ``shape`` (c, h, w), over
-    those through a tiny one for the same latents: TAESD, with as many levels. Derived: both are
-    counted on the meta device.
+    """Returns FLOPs of a forward and a backward pass through a decoder of latents ``shape`` (c, h,
+    w), over those through a tiny one for the same latents: TAESD, with as many levels. Derived:
+    both are counted on the meta device.
     """
     config = decoder.model.config
     levels = len(config.get("decoder_block_out_channels") or config.block_out_channels)

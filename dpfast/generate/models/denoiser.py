@@ -29,8 +29,8 @@ WORD = 0xFFFFFFFF
 
 
 class Denoiser(Protocol):
-    """x: (B, *sample_shape) floating; timestep: 0-d, as in the solver's table; labels: (B,) int64
-    in [0, classes).
+    """The call of every denoiser. x: (B, *sample_shape) floating; timestep: 0-d, as in the solver's
+    table; labels: (B,) int64 in [0, classes).
     """
 
     classes: int
@@ -42,7 +42,7 @@ class Denoiser(Protocol):
 
 
 class PromptRows:
-    """Which of its class's prompts each sample is asked for.
+    """The choice among a class's prompts for each sample.
 
     The prompts of class c are the next ``counts[c]`` rows of a table, behind those of the classes
     before it. A sample takes number floor(n h / 2^32) of its class's n, h being a 32-bit hash of
@@ -54,7 +54,9 @@ class PromptRows:
         self.first = self.counts.cumsum(0) - self.counts
 
     def of(self, labels: Tensor, sample_ids: Tensor) -> Tensor:
-        """(B,) int64 rows, for class ids and sample ids (B,) int64. Reads nothing on the host."""
+        """Returns (B,) int64 rows, for class ids and sample ids (B,) int64. Reads nothing on the
+        host.
+        """
         h = (sample_ids ^ (sample_ids >> 32)) & WORD
         # less 2^32 the factors give the same words, and no product beyond 63 bits
         h = ((h ^ (h >> 16)) * (0x85EBCA6B - 2**32)) & WORD
@@ -65,15 +67,15 @@ class PromptRows:
 
 
 def embeds_scale(denoiser: Denoiser) -> bool:
-    """Whether the scale of classifier-free guidance is an input of the model."""
+    """Returns True if the scale of classifier-free guidance is an input of the model."""
     return bool(getattr(denoiser, "embeds_scale", False))
 
 
 def predict(
     denoiser: Denoiser, x: Tensor, timestep: Tensor, labels: Tensor, scale: Tensor | None
 ) -> Tensor:
-    """The denoiser's prediction. scale: 0-d, of classifier-free guidance, for a model that embeds
-    it; None: as without guidance.
+    """Returns the denoiser's prediction. scale: 0-d, of classifier-free guidance, for a model that
+    embeds it; None: as without guidance.
     """
     call: Any = denoiser
     if scale is None or not embeds_scale(denoiser):

@@ -23,8 +23,8 @@ from dpfast.ops.frozen_linear import frozen_linear
 
 @torch.no_grad()
 def fuse_projections(model: nn.Module) -> nn.Module:
-    """Query, key and value of self-attention as one product, key and value of cross-attention as
-    one; in place.
+    """Returns query, key and value of self-attention as one product, key and value of
+    cross-attention as one; in place.
 
     For diffusers' ``Attention`` with its default processor. Others stay as they are: xformers'
     reads the parts, and the fused form of joint attention (Stable Diffusion 3) lacks the norms of
@@ -41,8 +41,8 @@ def fuse_projections(model: nn.Module) -> nn.Module:
 
 
 class Conditioned(NamedTuple):
-    """What the L blocks of a DiT receive in place of a timestep: modulations (L, B, 6 D), and
-    (B, D) for the output layer.
+    """The input of a DiT's L blocks in place of a timestep: modulations (L, B, 6 D), and (B, D) for
+    the output layer.
     """
 
     modulations: Tensor
@@ -107,7 +107,7 @@ class Modulated(nn.Module):
         )
 
     def emb(self, timestep: Conditioned, *_: Any, **__: Any) -> Tensor:
-        """What the model asks its first block for when it comes to the output layer."""
+        """Returns the embedding that the model asks of its first block for the output layer."""
         return timestep.output
 
 

@@ -45,7 +45,7 @@ REPEATED = {
 
 
 def has_region(denoiser: Any) -> bool:
-    """Whether the denoiser's model says which of its blocks repeat."""
+    """Returns True if the denoiser's model says which of its blocks repeat."""
     model = getattr(denoiser, "model", None)
     return isinstance(model, nn.Module) and bool(_names(model))
 
@@ -63,8 +63,8 @@ class Regions:
         self.functions: dict[Any, Callable[..., Any]] = {}
 
     def twin(self, part: Any, *, recompute: bool = False) -> Any:
-        """The twin of a module, or of a denoiser or decoder around one; what has no such blocks as
-        it is.
+        """Returns the twin of a module, or of a denoiser or decoder around one; what has no such
+        blocks as it is.
 
         recompute: the backward pass of a block runs its forward again.
         """
@@ -124,7 +124,7 @@ class Regions:
 
 
 def _names(model: Any) -> tuple[str, ...]:
-    """The classes of the blocks that repeat in a model; none where it does not say."""
+    """Returns the classes of the blocks that repeat in a model; none where it does not say."""
     for parent in type(model).__mro__:
         if parent.__name__ in REPEATED:
             return REPEATED[parent.__name__]
@@ -148,7 +148,7 @@ def _row(timestep: Any, index: int) -> Any:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The tensor without gaps, so that the blocks of a kind are given the same strides."""
+    """Returns the tensor without gaps, so that the blocks of a kind are given the same strides."""
     nhwc = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return tensor if nhwc else tensor.contiguous()
 

@@ -17,8 +17,8 @@ from dpfast.errors import InputError
 
 
 def checked(attention: str, device: torch.device) -> str:
-    """``attention``, or ``InputError`` for an unknown kind, and for xformers that is missing, does
-    not match or has no GPU to run on.
+    """Returns ``attention``, or ``InputError`` for an unknown kind, and for xformers that is
+    missing, does not match or has no GPU to run on.
     """
     if attention not in ("sdpa", "xformers"):
         raise InputError(f"attention = {attention!r}: expected 'sdpa' or 'xformers'")
@@ -64,5 +64,5 @@ def set_attention(model: Any, attention: str) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    """A foreign message without its advice, as one line."""
+    """Returns a foreign message without its advice, as one line."""
     return " ".join(str(error).split("Please")[0].split()) or type(error).__name__

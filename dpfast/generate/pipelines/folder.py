@@ -33,7 +33,7 @@ WEIGHTS = re.compile(
 
 
 class PipelineFolder:
-    """Every error is an ``InputError`` that names the folder.
+    """A pipeline folder on the disk. Every error is an ``InputError`` that names the folder.
 
     Models are loaded by the classes that the caller names, never by what ``model_index.json`` asks
     for, and a model whose file lacks weights is refused: diffusers would fill them with random
@@ -98,31 +98,31 @@ class PipelineFolder:
 
     @property
     def name(self) -> str:
-        """What its user calls it: its path, or its name on the Hub."""
+        """The name that its user knows: its path, or its name on the Hub."""
         return self.source if hub.is_model_id(self.source) else str(self.path)
 
     def error(self, what: str) -> InputError:
         return InputError(f"pipeline = {self.name!r}: {what}")
 
     def lacking(self, what: str, part: str = "") -> InputError:
-        """The error for something that is not there, with what completes a download."""
+        """Returns the error for something that is not there, with what completes a download."""
         hint = hub.hint(self.elsewhere.get(part, self.path))
         return hub.IncompleteError(f"{self.error(what)}{hint}") if hint else self.error(what)
 
     def place(self, part: str) -> Path:
-        """Where a part lies."""
+        """Returns the folder of a part."""
         return self.elsewhere.get(part, self.path / part)
 
     def has(self, part: str) -> bool:
-        """Whether there is a part."""
+        """Returns True if the folder has a part of this name."""
         return self.place(part).is_dir()
 
     def _json(self, path: Path) -> Any:
         return read_json(path)
 
     def class_of(self, part: str) -> str | None:
-        """The class that the index gives for a part; None where the pipeline was saved without
-        it.
+        """Returns the class that the index gives for a part; None where the pipeline was saved
+        without it.
         """
         entry = self.index.get(part)
         return entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
@@ -134,8 +134,8 @@ class PipelineFolder:
                 raise self.lacking(f"the folder has no part {part!r}, which a {self.kind} needs")
 
     def config(self, part: str) -> dict[str, Any]:
-        """The configuration of a part as its file says it, without defaults. Raises where there is
-        none.
+        """Returns the configuration of a part as its file says it, without defaults. Raises where
+        there is none.
         """
         self.need(part)
         path = self.place(part) / "config.json"
@@ -172,7 +172,7 @@ class PipelineFolder:
                 raise self.lacking(words, part) from error
 
     def _weights(self, part: str) -> tuple[str, list[Path]]:
-        """The variant of a part's weights that is read, "" for none, and its files."""
+        """Returns the variant of a part's weights that is read, "" for none, and its files."""
         self.need(part)
         found: dict[str, list[Path]] = {}
         for file in listed(self.place(part), "*.safetensors"):
@@ -204,8 +204,8 @@ class PipelineFolder:
             )
 
     def model(self, kind: Any, part: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:
-        """A model of diffusers or transformers, frozen, in eval mode; on the device meta of its
-        configuration alone.
+        """Returns a model of diffusers or transformers, frozen, in eval mode; on the device meta of
+        its configuration alone.
         """
         if torch.device(device).type == "meta":
             return self._described(kind, part, dtype).eval().requires_grad_(False)
@@ -238,7 +238,9 @@ class PipelineFolder:
 
     @functools.cached_property
     def loras(self) -> list[Lora]:
-        """What is fused into the models. Raises ``InputError`` for a file of another kind."""
+        """The LoRA files that are fused into the models. Raises ``InputError`` for a file of
+        another kind.
+        """
         network = next((part for part in NETWORKS if self.class_of(part)), None)
         config = self.config(network) if self.lora_files and network else {}
         loras = [Lora.read(given, self.kind, config) for given in self.lora_files]
@@ -252,7 +254,7 @@ class PipelineFolder:
         return loras
 
     def _described(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
-        """A model of diffusers without weights."""
+        """Returns a model of diffusers without weights."""
         self.config(part)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -267,7 +269,7 @@ class PipelineFolder:
             torch.set_default_dtype(before)
 
     def class_names(self, given: Sequence[str] | None) -> tuple[str, ...] | None:
-        """``given``, or what the folder says in class_names.json (a list) or in the index's
+        """Returns ``given``, or what the folder says in class_names.json (a list) or in the index's
         id2label, or None.
         """
         if given is not None:
@@ -297,7 +299,7 @@ class PipelineFolder:
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, Any]:
-    """The dtype of weights as an option of diffusers' ``from_pretrained``. From 0.42 on
+    """Returns the dtype of weights as an option of diffusers' ``from_pretrained``. From 0.42 on
     ``torch_dtype`` is deprecated; before it, ``dtype`` was ignored.
     """
     version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])

@@ -39,7 +39,7 @@ class IncompleteError(InputError):
 
 
 def is_model_id(source: str | Path) -> bool:
-    """Whether a text has the form "owner/name", which no path with "./", "/" or "~" has."""
+    """Returns True if a text has the form "owner/name", which no path with "./", "/" or "~" has."""
     try:
         validate_repo_id(str(source))
     except HFValidationError:
@@ -48,14 +48,16 @@ def is_model_id(source: str | Path) -> bool:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a folder that is a snapshot in a cache; None for other folders."""
+    """Returns the commit of a folder that is a snapshot in a cache; None for other folders."""
     place = folder.absolute()
     inside = place.parent.name == "snapshots" and place.parent.parent.name.startswith(CACHED)
     return place.name if inside and COMMIT.fullmatch(place.name) else None
 
 
 def model_of(folder: Path) -> str | None:
-    """The "owner/name" of a folder in a cache, or of a snapshot in one; None for other folders."""
+    """Returns the "owner/name" of a folder in a cache, or of a snapshot in one; None for other
+    folders.
+    """
     place = folder.absolute()
     if commit_of(place) is not None:
         place = place.parent.parent
@@ -65,8 +67,8 @@ def model_of(folder: Path) -> str | None:
 
 
 def located(source: str | Path, revision: str = "", *, field: str = "pipeline") -> Path:
-    """The folder of a model: ``source`` where it is one, else the snapshot of the Hub's model of
-    that name in the cache.
+    """Returns the folder of a model: ``source`` where it is one, else the snapshot of the Hub's
+    model of that name in the cache.
 
     source: a folder, the folder of a model in a cache (models--owner--name), the name of an
     embedded pipeline, or "owner/name". revision: a branch, a tag or a commit; "": of a model of the
@@ -90,7 +92,7 @@ def located(source: str | Path, revision: str = "", *, field: str = "pipeline") 
 
 
 def _snapshot(model: str, revision: str, cache: Path | None, field: str) -> Path:
-    """The folder of a model's snapshot in ``cache``, None: that of huggingface_hub."""
+    """Returns the folder of a model's snapshot in ``cache``, None: that of huggingface_hub."""
     place = Path(constants.HF_HUB_CACHE if cache is None else cache)
     try:
         # that the snapshot is whole is looked at part by part: diffusers downloads a part of it
@@ -114,7 +116,7 @@ def _snapshot(model: str, revision: str, cache: Path | None, field: str) -> Path
 
 
 def _absent(model: str, revision: str, cache: Path, field: str) -> str:
-    """Why there is no snapshot of a model in the cache, and what gets it."""
+    """Returns the reason why there is no snapshot of a model in the cache, and what gets it."""
     owned = cache / f"{CACHED}{model.replace('/', '--')}"
     command = download_command(model, revision)
     barred = " (HF_HUB_OFFLINE is set)" if offline() else ""
@@ -133,17 +135,19 @@ def _absent(model: str, revision: str, cache: Path, field: str) -> str:
 
 
 def offline() -> bool:
-    """Whether nothing may be downloaded."""
+    """Returns True if nothing may be downloaded."""
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def download_command(model: str, revision: str = "") -> str:
-    """The command that brings a model of the Hub into the cache."""
+    """Returns the command that brings a model of the Hub into the cache."""
     return f"hf download {model}" + (f" --revision {revision}" if revision else "")
 
 
 def hint(folder: Path) -> str:
-    """What completes a folder that is a snapshot in a cache; empty for other folders."""
+    """Returns the command that completes a folder that is a snapshot in a cache; empty for other
+    folders.
+    """
     model, commit = model_of(folder), commit_of(folder)
     if model is None or commit is None:
         return ""

@@ -41,7 +41,7 @@ FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[\w-]+)?\.weight")
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What "PATH:WEIGHT" or "owner/name:WEIGHT" names: a file of safetensors and its weight."""
+    """A file of safetensors and its weight, as "PATH:WEIGHT" or "owner/name:WEIGHT" names them."""
 
     text: str
     file: Path
@@ -77,12 +77,12 @@ class LoraFile:
 
     @property
     def error(self) -> str:
-        """How errors begin."""
+        """The beginning of errors about this file."""
         return f"lora = {self.text!r}"
 
 
 def model_id(text: str) -> str:
-    """The "owner/name" on the Hub of what a recipe's ``lora`` names; empty for a path."""
+    """Returns the "owner/name" on the Hub of what a recipe's ``lora`` names; empty for a path."""
     place, _ = _parted(text)
     if there(Path(place)):
         return ""
@@ -92,7 +92,7 @@ def model_id(text: str) -> str:
 
 
 def _parted(text: str) -> tuple[str, float]:
-    """Place and weight."""
+    """Returns the place and the weight."""
     place, colon, number = text.rpartition(":")
     if not colon or there(Path(text)):
         return text, 1.0
@@ -115,7 +115,7 @@ class Layer(NamedTuple):
     scale: float
 
     def change(self) -> Tensor:
-        """The change of the weights, float32."""
+        """Returns the change of the weights, float32."""
         down, up = self.down.float(), self.up.float()
         if down.dim() <= 2 or up.dim() <= 2:
             return self.scale * (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
@@ -214,7 +214,7 @@ class _Config(dict[str, Any]):
 def _parts(
     state: dict[str, Tensor], alphas: dict[str, float], noted: dict[str, Any]
 ) -> dict[str, dict[str, Layer]]:
-    """The layers of a file whose names begin with their parts.
+    """Returns the layers of a file whose names begin with their parts.
 
     alphas: of layers, by their names in the state; noted: of the adapter's configuration, by part.
     """
@@ -250,7 +250,7 @@ def _parts(
 
 
 def _of_part(part: str, entries: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a part, by PEFT's names of its layers."""
+    """Returns the entries of a part, by PEFT's names of its layers."""
     named = {
         name.removeprefix(f"{part}."): value
         for name, value in entries.items()
@@ -266,7 +266,9 @@ def _of_part(part: str, entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scale(module: str, rank: int, alpha: float | None, settings: dict[str, Any]) -> float:
-    """alpha / r of a layer: its own alpha, else that of the adapter's configuration, else 1."""
+    """Returns alpha / r of a layer: its own alpha, else that of the adapter's configuration, else
+    1.
+    """
     if alpha is None:
         alpha = settings.get("lora_alpha", rank)
         for pattern, value in (settings.get("alpha_pattern") or {}).items():

@@ -148,7 +148,8 @@ class Pipeline:
         )
 
     def table(self, steps: int, *, solver: SolverName = "auto", eta: float = 0.0) -> SolverTable:
-        """The solver's table on this pipeline's device, from the folder's scheduler configuration.
+        """Returns the solver's table on this pipeline's device, from the folder's scheduler
+        configuration.
 
         Args:
             steps: between 1 and the scheduler's trained timesteps.

@@ -73,7 +73,9 @@ class DynamicThreshold(NamedTuple):
 
 
 def _as_pointer(value: float | Tensor) -> tuple[float, Tensor | None, int]:
-    """A scalar or a tensor as number, contiguous tensor and stride: the extension reads either."""
+    """Returns a scalar or a tensor as number, contiguous tensor and stride: the extension reads
+    either.
+    """
     return (0.0, value.contiguous(), value.dim()) if isinstance(value, Tensor) else (value, None, 0)
 
 
@@ -239,7 +241,7 @@ def guided_step(
     x0_out: Tensor | None = None,
     skipped: Tensor | None = None,
 ) -> Tensor:
-    """The state after one guided solver step, in x's shape and dtype.
+    """Returns the state after one guided solver step, in x's shape and dtype.
 
     Args:
         x: (B, ...) fp32, fp16 or bf16: the state at this step.

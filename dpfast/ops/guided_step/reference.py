@@ -18,7 +18,9 @@ SMALLEST = 2.0**-126  # a squared norm below it, fp32's smallest normal number, 
 
 
 class Options(NamedTuple):
-    """What selects a variant of the step, in the types that a registered operation takes."""
+    """The options that select a variant of the step, in the types that a registered operation
+    takes.
+    """
 
     mode: str
     prediction: str
@@ -59,7 +61,7 @@ class Call(NamedTuple):
 
 
 def _row(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """A scalar as it is, a (B,) tensor as (B, 1)."""
+    """Returns a scalar as it is, a (B,) tensor as (B, 1)."""
     return value.to(like.dtype).reshape(-1, 1) if isinstance(value, Tensor) else value
 
 
@@ -75,7 +77,7 @@ def _clipped(x0: Tensor, options: Options) -> Tensor:
 
 
 def quantile(values: Tensor, ratio: float) -> Tensor:
-    """The quantile of each row, linear between its neighbours: (B, n) -> (B, 1)."""
+    """Returns the quantile of each row, linear between its neighbours: (B, n) -> (B, 1)."""
     position = ratio * (values.shape[1] - 1)
     below = math.floor(position)
     largest = values.topk(values.shape[1] - below, dim=1).values
@@ -85,8 +87,8 @@ def quantile(values: Tensor, ratio: float) -> Tensor:
 
 
 def reference(call: Call) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch, fp32 inside (fp64 for an fp64 x): x_next and x0, in the dtype
-    of x.
+    """Returns the formula in plain PyTorch, fp32 inside (fp64 for an fp64 x): x_next and x0, in the
+    dtype of x.
     """
     x = call.x
     table = call.table

@@ -38,8 +38,8 @@ STRONGEST_ANCHOR = tl.constexpr(STRONGEST)
 
 
 class Limit(NamedTuple):
-    """How x0 is limited: `kind` 0 not at all, 1 at `bound`, 2 at a quantile found on chip, 3 at
-    given bounds (B,).
+    """The limit of x0: `kind` 0 not at all, 1 at `bound`, 2 at a quantile found on chip, 3 at given
+    bounds (B,).
     """
 
     kind: int
@@ -53,8 +53,9 @@ class Limit(NamedTuple):
 def norms_kernel(
     x, grad, pred_cond, pred_uncond, partials, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Sums of one block of a sample: partials (B, blocks, 2), those of squares. With predictions
-    (B, blocks, 4), two more over their difference: of its squares, and along the gradient.
+    """Writes sums of one block of a sample: partials (B, blocks, 2), those of squares. With
+    predictions (B, blocks, 4), two more over their difference: of its squares, and along the
+    gradient.
     """
     sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
@@ -80,7 +81,7 @@ def _reciprocal(value):
 
 @triton.jit
 def _sum_of_squares(chunks, CHUNKS: tl.constexpr):
-    """Added up by lane first: every sum over lanes is a barrier."""
+    """Returns the sum of squares, added up by lane first: every sum over lanes is a barrier."""
     value = chunks[0].to(tl.float32)
     total = value * value
     for i in tl.static_range(1, CHUNKS):
@@ -103,7 +104,7 @@ def _label_sums(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums over the difference of the predictions: of its squares, and along the gradient.
+    """Returns sums over the difference of the predictions: of its squares, and along the gradient.
 
     Each chunk is added up by fours, elements of one thread, which leaves it three registers more a
     sum.
@@ -127,7 +128,7 @@ def _label_sums(
 
 @triton.jit
 def _partial(partials, sample, index, SUMS: tl.constexpr, PARTS: tl.constexpr):
-    """One of the sums of a split sample."""
+    """Returns one of the sums of a split sample."""
     part = tl.arange(0, PARTS)
     source = partials + (sample * tl.num_programs(1) + part) * SUMS + index
     return tl.sum(tl.load(source, mask=part < tl.num_programs(1), other=0.0), axis=0)
@@ -135,8 +136,8 @@ def _partial(partials, sample, index, SUMS: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _count_below(x0s, limit, CHUNKS: tl.constexpr):
-    """How many of |x0| are below a limit: the comparison takes the magnitude itself, so nothing but
-    x0 is kept.
+    """Counts how many of |x0| are below a limit: the comparison takes the magnitude itself, so
+    nothing but x0 is kept.
     """
     count = (tl.abs(x0s[0]) < limit).to(tl.int32)
     for i in tl.static_range(1, CHUNKS):
@@ -146,8 +147,8 @@ def _count_below(x0s, limit, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _quantile(x0s, below, fraction, CHUNKS: tl.constexpr):
-    """Between the values number `below` and `below + 1` of |x0|, found bit by bit: they order as
-    their bits do.
+    """Returns a number between the values number `below` and `below + 1` of |x0|, found bit by bit:
+    they order as their bits do.
 
     Lanes past the end hold infinity. A NaN is below nothing, so that as many of the lowest values
     are missing.
@@ -196,7 +197,7 @@ def _predict(
     RELATIVE: tl.constexpr,
     PREDICTION: tl.constexpr,
 ):
-    """x0 and eps of one chunk, in fp32. HOLD: its predictions are `cond` and `uncond`."""
+    """Returns x0 and eps of one chunk, in fp32. HOLD: its predictions are `cond` and `uncond`."""
     inside = at < ELEMENTS
     state = state.to(tl.float32)
     if HOLD:
@@ -311,8 +312,8 @@ def guided_step_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """CHUNKS * BLOCK elements of one sample a program. A tensor that is None drops its term at
-    compile time.
+    """Writes CHUNKS * BLOCK elements of one sample a program. A tensor that is None drops its term
+    at compile time.
 
     STEP_AT and SEED_AT: the argument is a pointer. CFG_STRIDE, OMEGA_STRIDE and ANCHOR_STRIDE: 0 or
     1 for a pointer, -1 for a number. HOLD: an anchored step keeps the predictions too, from their
@@ -518,8 +519,8 @@ def settings(
     noise: bool = False,
     anchored: bool = False,
 ) -> tuple[int, int, int]:
-    """Chunks, elements of a chunk and warps of a program, for tensors whose narrowest item has
-    `itemsize` bytes.
+    """Returns chunks, elements of a chunk and warps of a program, for tensors whose narrowest item
+    has `itemsize` bytes.
 
     A thread takes 16 bytes of each tensor and chunk. The search for a quantile takes twice as many
     threads, where there are, and so does an anchor; with either and more than 8,192 elements (with
@@ -537,7 +538,7 @@ def settings(
 
 
 def launch(call: Call) -> None:
-    """The step of a call whose tensors lie on one device, in any memory layout."""
+    """Launches the step of a call whose tensors lie on one device, in any memory layout."""
     options = call.options
     elements = math.prod(call.out.shape[1:])
     if call.out.shape[0] == 0:
@@ -562,7 +563,7 @@ def launch(call: Call) -> None:
 
 
 def _norms(inputs: Sequence[Tensor | None], anchored: bool) -> Tensor | None:
-    """The partial sums of split samples, (B, blocks, 2), with an anchor (B, blocks, 4)."""
+    """Returns the partial sums of split samples, (B, blocks, 2), with an anchor (B, blocks, 4)."""
     x, pred_cond, pred_uncond, grad, _ = inputs
     if grad is None:
         return None

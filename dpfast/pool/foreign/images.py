@@ -98,8 +98,8 @@ def _tell_of_unlisted(table: Path, images: Sequence[PurePath], names: set[PurePa
 
 
 def _splits_of_rows(folder: Path, tables: Sequence[PurePath]) -> dict[str, Listing]:
-    """The rows of a table above all images, by the split whose name their first folder has: where
-    all have one, or they name several. Else it may be that of a class.
+    """Returns the rows of a table above all images, by the split whose name their first folder has:
+    where all have one, or they name several. Else it may be that of a class.
     """
     whole = _listing(folder, tables)
     parts: dict[str, list[dict[str, Any]]] = {}
@@ -114,7 +114,7 @@ def _splits_of_rows(folder: Path, tables: Sequence[PurePath]) -> dict[str, Listi
 
 
 def _listing(folder: Path, files: Sequence[PurePath]) -> Listing:
-    """What the ``files`` of a split are."""
+    """Lists the images among the ``files`` of a split."""
     tables = [file for file in files if is_table(file.name)]
     if len(tables) > 1 or (tables and tables[0].name != TABLE):
         raise InputError(
@@ -165,7 +165,7 @@ def _read_part(
 
 
 def _rows(table: Path) -> list[dict[str, Any]]:
-    """The lines of a metadata.jsonl, each with the name of a file of its own."""
+    """Returns the lines of a metadata.jsonl, each with the name of a file of its own."""
     rows = []
     seen = set()
     for line, row in read_json_lines(table):
@@ -183,7 +183,7 @@ def _rows(table: Path) -> list[dict[str, Any]]:
 
 
 def _base(files: Sequence[PurePath], folder: Path) -> PurePath:
-    """The folder of a split, relative to ``folder``, whose sub-folders are classes."""
+    """Returns the folder of a split, relative to ``folder``, whose sub-folders are classes."""
     bases = {_split_folder(file) for file in files}
     if len(bases) > 1:
         listed = ", ".join(sorted(str(folder / base) for base in bases))
@@ -199,7 +199,8 @@ def _split_folder(file: PurePath) -> PurePath:
 
 
 def _class_folders(part: Listing, others: Sequence[Listing]) -> list[str]:
-    """The sorted names of the folders that the images lie in, over a split and the ``others``.
+    """Returns the sorted names of the folders that the images lie in, over a split and the
+    ``others``.
 
     Those of another split count where all its images lie in folders, and one folder alone, which
     may as well be called "images", where it is one of others. Raises ``InputError`` where an image
@@ -231,7 +232,7 @@ def _class_folders(part: Listing, others: Sequence[Listing]) -> list[str]:
 
 
 def _folders(part: Listing) -> set[str]:
-    """The folders that the images lie in, if each lies in one; none otherwise."""
+    """Returns the folders that the images lie in, if each lies in one; none otherwise."""
     parts = [PurePath(row["file_name"]).parts for row in part.rows]
     return {names[0] for names in parts} if all(len(names) == 2 for names in parts) else set()
 

@@ -95,9 +95,9 @@ class Intake:
         self.pool.append_records(torch.from_numpy(np.stack(arrays)), self._records(names, rows))
 
     def _records(self, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> np.ndarray:
-        """The records of samples. Of a row that has all columns of dpfast all are read; of another
-        the "label" alone, and its id is its place in the pool: a "seed" or "round" of other people
-        is none of ours.
+        """Returns the records of samples. Of a row that has all columns of dpfast all are read; of
+        another the "label" alone, and its id is its place in the pool: a "seed" or "round" of other
+        people is none of ours.
         """
         first = len(self.pool)
         return from_dicts(

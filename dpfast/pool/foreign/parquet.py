@@ -18,7 +18,7 @@ from dpfast.textfiles import parse_json
 
 
 def arrow_modules() -> tuple[Any, Any]:
-    """pyarrow and pyarrow.parquet. Raises ``InputError`` with what to install."""
+    """Returns pyarrow and pyarrow.parquet. Raises ``InputError`` with what to install."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -47,8 +47,8 @@ def read_parquet(paths: Iterable[Path], intake: Intake, wanted: str | None) -> N
 
 @dataclass(frozen=True)
 class Columns:
-    """What a file holds. payload: the column of images or arrays; shape and dtype: of arrays, None
-    of images; label: the labels' column; classes: their names.
+    """The columns of a file. payload: the column of images or arrays; shape and dtype: of arrays,
+    None of images; label: the labels' column; classes: their names.
     """
 
     payload: str
@@ -113,7 +113,7 @@ def _dtype(codec: str) -> np.dtype:
 
 
 def _features(metadata: dict[bytes, bytes], path: Path) -> dict[str, dict[str, Any]]:
-    """The features that Hugging Face's metadata declare, by column."""
+    """Returns the features that Hugging Face's metadata declare, by column."""
     table = parse_json(metadata.get(b"huggingface", b"{}"), f"{path}: its metadata 'huggingface'")
     for key in ("info", "features"):
         table = table.get(key) if isinstance(table, dict) else None
@@ -123,7 +123,9 @@ def _features(metadata: dict[bytes, bytes], path: Path) -> dict[str, dict[str, A
 
 
 def _picture_column(schema: Any, features: dict[str, dict[str, Any]], path: Path) -> str:
-    """The column of images: declared so, or of the type that Hugging Face stores them in."""
+    """Returns the column of images: declared so, or of the type that Hugging Face stores them
+    in.
+    """
     found = [
         field.name
         for field in schema
@@ -140,13 +142,13 @@ def _picture_column(schema: Any, features: dict[str, dict[str, Any]], path: Path
 
 
 def _inner(kind: Any) -> Iterator[Any]:
-    """The fields of a struct; none of another type."""
+    """Yields the fields of a struct; none of another type."""
     if kind.num_fields and hasattr(kind, "field") and str(kind).startswith("struct"):
         yield from (kind.field(i) for i in range(kind.num_fields))
 
 
 def _file(value: object, place: str) -> bytes:
-    """The image file of a row."""
+    """Returns the image file of a row."""
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path"):
             raise InputError(
@@ -162,7 +164,7 @@ def _file(value: object, place: str) -> bytes:
 
 
 def _arrays(column: Any, columns: Columns, places: list[str]) -> np.ndarray:
-    """(B, *shape) of a column of lists."""
+    """Returns (B, *shape) of a column of lists."""
     assert columns.shape is not None
     for value, place in zip(column, places, strict=True):
         if not value.is_valid or len(value) != int(np.prod(columns.shape)):

@@ -1,4 +1,4 @@
-"""Which files of a folder are data, and of which split: the names that Hugging Face uses, so that
+"""The files of a folder that are data, and their splits: the names that Hugging Face uses, so that
 what ``datasets`` calls "train" is "train" here. In any case of letters: "Train.parquet" and
 "Test.parquet" are one split to ``datasets``, and merged.
 """
@@ -44,9 +44,9 @@ PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
 def data_files(folder: Path) -> dict[str, list[PurePath]]:
-    """What lies in ``folder`` at any depth, by kind: "parquet", "tar", "packed" archives, "arrow"
-    files, "table"s of images, "image"s (also in formats that are not read), and "other" tables;
-    each sorted, relative to ``folder``.
+    """Lists the files in ``folder`` at any depth, by kind: "parquet", "tar", "packed" archives,
+    "arrow" files, "table"s of images, "image"s (also in formats that are not read), and "other"
+    tables; each sorted, relative to ``folder``.
 
     Hidden files and folders are no data. Links are followed (``dpfast.files.below``).
     """
@@ -75,12 +75,12 @@ def _kind(name: str) -> str | None:
 
 
 def is_table(name: str) -> bool:
-    """Whether a file is one of ``TABLES``, in any case of letters."""
+    """Returns True if a file is one of ``TABLES``, in any case of letters."""
     return name.lower() in TABLES
 
 
 def split_of(path: PurePath, *, by_name: bool = True) -> str:
-    """The split that a file belongs to: by a folder above it, else by its own name where
+    """Returns the split that a file belongs to: by a folder above it, else by its own name where
     ``by_name``; "" for none.
     """
     for part in path.parts[:-1]:
@@ -95,7 +95,7 @@ def split_of(path: PurePath, *, by_name: bool = True) -> str:
 
 
 def _keyword(name: str) -> str:
-    """The one split whose keyword is a word of ``name``, or ""."""
+    """Returns the one split whose keyword is a word of ``name``, or ""."""
     words = {KEYWORDS[word] for word in _words(name) if word in KEYWORDS}
     return words.pop() if len(words) == 1 else ""
 
@@ -105,7 +105,7 @@ def _words(name: str) -> list[str]:
 
 
 def by_split(paths: Iterable[PurePath], *, by_name: bool = True) -> dict[str, list[PurePath]]:
-    """The files of each split, as ``split_of`` has it, in their order."""
+    """Returns the files of each split, as ``split_of`` has it, in their order."""
     found: dict[str, list[PurePath]] = {}
     for path in paths:
         found.setdefault(split_of(path, by_name=by_name), []).append(path)
@@ -148,8 +148,8 @@ def check_shards(files: Iterable[PurePath], folder: Path) -> None:
 def choose(
     found: Mapping[str, list[PurePath]], split: str | None, folder: Path
 ) -> dict[str, list[PurePath]]:
-    """The files of the splits that ``split`` names ("train", "train+test"), in its order; all of
-    them where there is only one. found: of each split its files, "" for none.
+    """Returns the files of the splits that ``split`` names ("train", "train+test"), in its order;
+    all of them where there is only one. found: of each split its files, "" for none.
 
     Raises ``InputError`` that lists the splits where there are several and none is named, and for
     one that is not there: they are never merged without being asked.

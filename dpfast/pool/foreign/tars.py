@@ -39,7 +39,7 @@ def read_tars(paths: Iterable[Path], intake: Intake, label_column: str | None) -
 
 
 def _item(sample: TarSample, path: Path, wanted: str | None) -> tuple[str, bytes, dict[str, Any]]:
-    """What to call a sample's image or array, its bytes, and its columns."""
+    """Returns the name of a sample's image or array, its bytes, and its columns."""
     suffix = _payload(sample, path)
     return f"{path}: {sample.key}.{suffix}", sample.read(suffix), _row(sample, path, wanted)
 
@@ -56,7 +56,7 @@ def _payload(sample: TarSample, path: Path) -> str:
 
 
 def _row(sample: TarSample, path: Path, wanted: str | None) -> dict[str, Any]:
-    """The columns of a sample, with its "label"."""
+    """Returns the columns of a sample, with its "label"."""
     where = f"{path}: sample {sample.key!r}"
     row: dict[str, Any] = {}
     if "json" in sample.members:
@@ -78,8 +78,8 @@ def _row(sample: TarSample, path: Path, wanted: str | None) -> dict[str, Any]:
 
 
 def _agrees(value: object, label: int) -> bool:
-    """Whether a value beside a label says nothing else: there is none, it is the same number, also
-    as text, or a text that is no number, which names the class.
+    """Returns True if a value beside a label says nothing else: there is none, it is the same
+    number, also as text, or a text that is no number, which names the class.
     """
     if isinstance(value, str):
         try:

@@ -100,7 +100,7 @@ def _fused(module: nn.Module, refused: dict[str, int]) -> nn.Module:
 
 
 def _fuse_ends(module: Any) -> None:
-    """What lies before, between and behind the blocks, where it is known: the biases of the
+    """Fuses what lies before, between and behind the blocks, where it is known: the biases of the
     convolutions that enlarge, the norm and activation before the last convolution of a UNet or
     decoder, the patches and the last norm of a transformer.
     """

@@ -32,7 +32,7 @@ from dpfast.generate.models.fused.transformer import FusedAttention
 
 
 class Stream(NamedTuple):
-    """What a block hands on: the stream x (B, T, D), and the gated branch that is still to be added
+    """The output of a block: the stream x (B, T, D), and the gated branch that is still to be added
     to it.
     """
 
@@ -52,7 +52,7 @@ def _is_taped(stream: Stream | Tensor) -> bool:
 def _norm8(
     stream: Stream | Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight: bool
 ) -> tuple[Tensor, Tensor | ops.Quantised]:
-    """``_norm``, or with its norm in float8."""
+    """Returns what ``_norm`` returns, or its norm in float8."""
     if not eight:
         return _norm(stream, scale, shift, eps)
     x, branch, gate = stream if isinstance(stream, Stream) else (stream, None, None)
@@ -62,7 +62,7 @@ def _norm8(
 def _norm(
     stream: Stream | Tensor, scale: Tensor, shift: Tensor, eps: float, *, keep: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The stream with its branch, and its modulated norm."""
+    """Returns the stream with its branch, and its modulated norm."""
     x, branch, gate = stream if isinstance(stream, Stream) else (stream, None, None)
     return ops.gate_norm_modulate(
         x, branch, gate=gate, scale=scale, shift=shift, eps=eps, keep=keep
@@ -129,13 +129,13 @@ class FusedDiTBlock(nn.Module):
 
 
 def _out(layer: Any, x: Tensor, *, eight: bool) -> Tensor:
-    """An attention's output layer."""
+    """Returns an attention's output layer."""
     out: Tensor = layer(ops.quantise(x) if eight else x)
     return out
 
 
 def _rows(norm: Any, timestep: Any, class_labels: Any, dtype: torch.dtype) -> Tensor:
-    """The six rows (B, 6 D) of a block's adaLN-Zero."""
+    """Returns the six rows (B, 6 D) of a block's adaLN-Zero."""
     if isinstance(norm, Modulated):
         modulations: Tensor = timestep.modulations
         return modulations[norm.block]
@@ -144,7 +144,7 @@ def _rows(norm: Any, timestep: Any, class_labels: Any, dtype: torch.dtype) -> Te
 
 
 def plain_eps(norm: Any) -> float:
-    """The eps of a LayerNorm without weights."""
+    """Returns the eps of a LayerNorm without weights."""
     need(type(norm) is nn.LayerNorm, f"a {type(norm).__name__}")
     need(norm.weight is None and norm.bias is None, "a norm with weights of its own")
     return float(norm.eps)
@@ -327,8 +327,8 @@ def quantise(model: nn.Module) -> tuple[int, int]:
 
 
 def alone(block: nn.Module) -> nn.Module:
-    """A twin of a block that adds its last branch itself, for who looks at what lies between
-    blocks; other modules as they are.
+    """Returns a twin of a block that adds its last branch itself, for who looks at what lies
+    between blocks; other modules as they are.
     """
     if not isinstance(block, (FusedDiTBlock, FusedJointBlock)):
         return block

@@ -1,4 +1,4 @@
-"""What a UNet of prompts computes of the timestep and the prompt alone, once for all of its blocks.
+"""The part of a UNet that reads timestep and prompt alone, computed once for all of its blocks.
 
 Every residual block projects the time's embedding, and every cross-attention projects the text:
 22 and 16 small products in a step of Stable Diffusion 1.5, with the activations between them. None
@@ -59,7 +59,7 @@ Layers = list[tuple[Tensor, Tensor]]  # (C', E) and (C',) of each residual block
 
 
 def _time_layers(resnets: list[FusedResnet], unet: Any) -> Layers:
-    """Those of the residual blocks, each of which reads its columns from here on."""
+    """Returns those of the residual blocks, each of which reads its columns from here on."""
     layers = [resnet.take_time(len(unet.time_embedding.linear_2.weight)) for resnet in resnets]
     start = 0
     for resnet, (_, row) in zip(resnets, layers, strict=True):
@@ -69,7 +69,9 @@ def _time_layers(resnets: list[FusedResnet], unet: Any) -> Layers:
 
 
 class _TimeProduct(nn.Module):
-    """Embeddings of the time (B, E) to the time rows (B, sum of C') of all residual blocks."""
+    """A map from embeddings of the time (B, E) to the time rows (B, sum of C') of all residual
+    blocks.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -84,7 +86,9 @@ class _TimeProduct(nn.Module):
 
 
 class _TimeRows(nn.Module):
-    """Timesteps (B,), all the same, to the time rows (1, sum of C') of all residual blocks."""
+    """A map from timesteps (B,), all the same, to the time rows (1, sum of C') of all residual
+    blocks.
+    """
 
     table: Tensor
 
@@ -104,14 +108,18 @@ class _TimeRows(nn.Module):
 
 
 class _Passed(nn.Module):
-    """In the place of the network behind the time's sinusoids, which the table holds."""
+    """The identity in the place of the network behind the time's sinusoids, which the table
+    holds.
+    """
 
     def forward(self, rows: Tensor, condition: None = None) -> Tensor:
         return rows
 
 
 class _TextRows(nn.Module):
-    """Text (B, S, E) to the keys and values (B, S, sum of 2 H d) of all cross-attentions."""
+    """A map from text (B, S, E) to the keys and values (B, S, sum of 2 H d) of all
+    cross-attentions.
+    """
 
     weight: Tensor
     bias: Tensor | None

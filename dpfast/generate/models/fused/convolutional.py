@@ -39,7 +39,7 @@ class FusedNorm(nn.Module):
         return self.and_x(x, shift)[0]
 
     def and_x(self, x: Sources, shift: Tensor | None = None) -> tuple[Tensor, Sources]:
-        """The norm, and x to go on with."""
+        """Returns the norm, and x to go on with."""
         return ops.group_norm_and_x(
             x, self.weight, self.bias, self.groups, self.eps, shift=shift, silu=self.silu
         )
@@ -106,8 +106,8 @@ class FusedResnet(nn.Module):
             frozen(self, "bias", self.bias + late)
 
     def take_time(self, width: int) -> tuple[Tensor, Tensor]:
-        """The layer (C', width), (C',) from an embedding behind its activation to the time's row,
-        which the block does not make itself any more.
+        """Returns the layer (C', width), (C',) from an embedding behind its activation to the
+        time's row, which the block does not make itself any more.
         """
         weight = self.row.new_zeros(len(self.row), width) if self.time is None else self.time
         frozen(self, "time", None)
@@ -134,7 +134,7 @@ class FusedResnet(nn.Module):
         return as_images(rows.add_(self.bias), h)
 
     def _time_row(self, temb: Tensor | None) -> Tensor:
-        """The row (C',) or (B, C') before the second norm."""
+        """Returns the row (C',) or (B, C') before the second norm."""
         if temb is not None and self.columns is not None:
             return temb[0 if len(temb) == 1 else slice(None), self.columns]
         if temb is None or self.time is None:
@@ -143,18 +143,20 @@ class FusedResnet(nn.Module):
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Images (B, C, H, W) as (B, H, W, C), a view; of NHWC memory a contiguous one."""
+    """Returns images (B, C, H, W) as (B, H, W, C), a view; of NHWC memory a contiguous one."""
     return x.permute(0, 2, 3, 1)
 
 
 def as_images(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows (..., C), one a pixel, as images (B, C, H, W) of the sizes of ``like``, a view."""
+    """Returns rows (..., C), one a pixel, as images (B, C, H, W) of the sizes of ``like``, a
+    view.
+    """
     b, _, height, width = like.shape
     return rows.reshape(b, height, width, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Images (B, C, H, W) as (B, C, 2 H, 2 W) in NHWC, by nearest neighbours."""
+    """Returns images (B, C, H, W) as (B, C, 2 H, 2 W) in NHWC, by nearest neighbours."""
     b, c, h, w = x.shape
     rows = as_rows(x)[:, :, None, :, None].expand(b, h, 2, w, 2, c)
     return rows.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
@@ -170,7 +172,7 @@ class FusedUpsample(nn.Module):
         need(type(self.conv) is nn.Conv2d, f"a {type(self.conv).__name__}")
 
     def leave_out_bias(self) -> Tensor | None:
-        """The bias (C,), which the convolution does not add any more."""
+        """Returns the bias (C,), which the convolution does not add any more."""
         bias: Tensor | None = self.conv.bias
         self.conv.bias = None
         return bias

@@ -20,7 +20,9 @@ def frozen(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 
 def is_taped(x: Tensor) -> bool:
-    """Whether a backward pass will ask for what is computed from ``x``, so that it must stay."""
+    """Returns True if a backward pass will ask for what is computed from ``x``, so that it must
+    stay.
+    """
     return torch.is_grad_enabled() and x.requires_grad
 
 
@@ -80,7 +82,9 @@ class Projection(nn.Module):
         frozen(self, "scales", None)
 
     def takes_float8(self) -> bool:
-        """Whether the product in float8 exists: of bf16 weights, both sides multiples of 16."""
+        """Returns True if the product in float8 exists: of bf16 weights, both sides multiples of
+        16.
+        """
         return self.weight.dtype == torch.bfloat16 and not any(n % 16 for n in self.weight.shape)
 
     def quantise(self) -> None:
@@ -110,7 +114,7 @@ class Projection(nn.Module):
         return rows.unflatten(0, x.values.shape[:-1])
 
     def parts(self, x: Tensor | ops.Quantised, count: int) -> tuple[Tensor, ...]:
-        """The result in ``count`` equal parts of its columns."""
+        """Returns the result in ``count`` equal parts of its columns."""
         if isinstance(x, Tensor) and is_taped(x):
             return _Parts.apply(x, self.weight, self.bias, count)
         return self(x).chunk(count, dim=-1)
@@ -119,6 +123,8 @@ class Projection(nn.Module):
         return F.linear(x, self.weight)
 
     def add_to(self, x: Tensor, branch: Tensor) -> Tensor:
-        """x + branch W^T, without the bias, in x's own memory: the product adds what is there."""
+        """Returns x + branch W^T, without the bias, in x's own memory: the product adds what is
+        there.
+        """
         x.flatten(0, -2).addmm_(branch.flatten(0, -2), self.weight.t())
         return x

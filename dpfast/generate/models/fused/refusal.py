@@ -1,4 +1,4 @@
-"""Why a module of diffusers stays as it is."""
+"""The reasons for which a module of diffusers stays as it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import nn
 
 
 class Refusal(Exception):
-    """A module has an option that its fused form does not know; the message names it."""
+    """A refusal of a module with an option that its fused form does not know; the message names
+    it.
+    """
 
 
 def need(condition: object, reason: str) -> None:

@@ -30,7 +30,7 @@ class ReluChain(nn.Module):
         return ops.relu_chain(x, [*self.weights], [*self.biases], self.residuals)
 
     def then(self, other: ReluChain) -> ReluChain:
-        """This chain and another one behind it."""
+        """Returns this chain and another one behind it."""
         before = len(self.residuals)
         moved = tuple(r if r == NONE else r + before for r in other.residuals)
         return ReluChain(
@@ -48,7 +48,7 @@ class Doubled(nn.Module):
 
 
 def tiny_block(block: Any) -> ReluChain:
-    """The fused form of an ``AutoencoderTinyBlock``."""
+    """Returns the fused form of an ``AutoencoderTinyBlock``."""
     need(type(block.skip) is nn.Identity, f"a {type(block.skip).__name__} beside the convolutions")
     convolutions, activations = block.conv[::2], [*block.conv[1::2], block.fuse]
     for activation in activations:
@@ -61,8 +61,8 @@ def tiny_block(block: Any) -> ReluChain:
 
 
 def tiny_decoder(decoder: Any) -> nn.Module:
-    """A ``DecoderTiny`` of fused blocks, in place: its own first convolution and activation join
-    them.
+    """Returns a ``DecoderTiny`` of fused blocks, in place: its own first convolution and activation
+    join them.
     """
     first, activation, *others = decoder.layers
     need(type(activation) is nn.ReLU, f"a {type(activation).__name__}")

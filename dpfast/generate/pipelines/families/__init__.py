@@ -136,12 +136,12 @@ def check(folder: PipelineFolder) -> None:
 
 
 def _with_weights(folder: PipelineFolder) -> list[str]:
-    """The parts with weights that a folder was saved with."""
+    """Returns the parts with weights that a folder was saved with."""
     return [part for part in family_of(folder).models if folder.class_of(part) is not None]
 
 
 def tiny_decoder(folder: PipelineFolder, options: LoadOptions) -> Decoder | None:
-    """The folder's ``tiny_decoder`` part, where there is one."""
+    """Returns the folder's ``tiny_decoder`` part, where there is one."""
     if not folder.has(TINY):
         return None
     model = autoencoder(folder, diffusers.AutoencoderTiny, TINY, options)
@@ -149,7 +149,7 @@ def tiny_decoder(folder: PipelineFolder, options: LoadOptions) -> Decoder | None
 
 
 def family_of(folder: PipelineFolder) -> Family:
-    """The family of a folder. Raises ``InputError`` for a pipeline of none."""
+    """Returns the family of a folder. Raises ``InputError`` for a pipeline of none."""
     if folder.kind not in FAMILIES:
         raise folder.error(f"a {folder.kind}; expected one of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[folder.kind]

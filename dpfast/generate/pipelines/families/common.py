@@ -1,4 +1,6 @@
-"""What the families share: the options of a loader, what it gives, and the parts alike in all."""
+"""The parts that the families share: the options of a loader, what it gives, and the parts alike in
+all.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ CONVOLUTIONAL = (diffusers.UNet2DConditionModel, diffusers.UNet2DModel)
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What the caller of ``Pipeline.from_pretrained`` chose, checked."""
+    """The checked choices of the caller of ``Pipeline.from_pretrained``."""
 
     device: torch.device
     dtype: torch.dtype
@@ -47,13 +49,13 @@ class LoadOptions:
 
     @property
     def planned(self) -> bool:
-        """Whether the parts are wanted without weights, and prompts without their embeddings."""
+        """True if the parts are wanted without weights, and prompts without their embeddings."""
         return self.device.type == "meta"
 
 
 @dataclass(frozen=True)
 class LoadedParts:
-    """What a family makes of a folder."""
+    """The parts that a family makes of a folder."""
 
     denoiser: Denoiser
     decoder: Decoder
@@ -64,7 +66,7 @@ class LoadedParts:
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a kind of pipeline folder.
+    """The facts about a kind of pipeline folder.
 
     load: makes its parts. needs: the sub-folders without which it cannot be loaded. models: the
     parts with weights, where the folder has them. float8: whether its linear layers gain by it.
@@ -79,7 +81,7 @@ class Family:
 
     @property
     def prompted(self) -> bool:
-        """Whether it is asked by text."""
+        """True if it is asked by text."""
         return any(part.startswith("tokenizer") for part in self.needs)
 
 
@@ -94,7 +96,9 @@ def names_of(folder: PipelineFolder, options: LoadOptions) -> tuple[str, ...]:
 
 
 def flow_scheduler(folder: PipelineFolder) -> Any:
-    """The scheduler of a folder whose model matches a flow. Raises ``InputError`` for another."""
+    """Returns the scheduler of a folder whose model matches a flow. Raises ``InputError`` for
+    another.
+    """
     scheduler = load_scheduler(folder.path, latent=True)
     if prediction_of(scheduler) != "flow":
         raise folder.error(
@@ -112,7 +116,7 @@ def network(
     sample_size: int | None = None,
     patch: int | None = None,
 ) -> Any:
-    """The model that denoises, on its device and of the size of images that was asked for.
+    """Returns the model that denoises, on its device and of the size of images that was asked for.
 
     sample_size, patch: of a model whose configuration does not say them.
     """
@@ -126,7 +130,9 @@ def network(
 
 
 def pixels_of_latents(folder: PipelineFolder) -> int:
-    """Pixels in the height, and in the width, of one element of the latents of the part "vae"."""
+    """Returns pixels in the height, and in the width, of one element of the latents of the part
+    "vae".
+    """
     config = folder.config("vae")
     for blocks in ("encoder_block_out_channels", "block_out_channels"):
         if config.get(blocks):
@@ -174,7 +180,7 @@ def in_format(model: Any, options: LoadOptions) -> Any:
 def decoder_of(
     folder: PipelineFolder, latent_channels: int, options: LoadOptions
 ) -> tuple[Decoder, int]:
-    """The decoder of the part "vae" and the channels of its images."""
+    """Returns the decoder of the part "vae" and the channels of its images."""
     named = str(folder.class_of("vae"))
     if named not in DECODERS:
         *others, last = DECODERS

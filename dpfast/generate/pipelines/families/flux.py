@@ -79,7 +79,9 @@ class FluxDenoiser(PromptDenoiser):
 
 
 class _Given(nn.Module):
-    """In the place of a model's rotary embeddings, which are the same for all samples."""
+    """A constant in the place of a model's rotary embeddings, which are the same for all
+    samples.
+    """
 
     cosines: Tensor
     sines: Tensor
@@ -94,14 +96,14 @@ class _Given(nn.Module):
 
 
 def positions(height: int, width: int, *, like: Tensor) -> Tensor:
-    """(height width, 3) of the tokens of an image: 0, row, column; in float32."""
+    """Returns (height width, 3) of the tokens of an image: 0, row, column; in float32."""
     rows, columns = (torch.arange(n, device=like.device).float() for n in (height, width))
     places = [rows.new_zeros(height, width), *torch.meshgrid(rows, columns, indexing="ij")]
     return torch.stack(places, dim=-1).reshape(height * width, 3)
 
 
 def _packed(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Latents (B, c, h, w) to tokens (B, h w / 4, 4 c)."""
+    """Returns latents (B, c, h, w) to tokens (B, h w / 4, 4 c)."""
     parts = x.unflatten(3, (grid[1], PATCH)).unflatten(2, (grid[0], PATCH))
     return parts.permute(0, 2, 4, 1, 3, 5).reshape(len(x), grid[0] * grid[1], -1)
 
@@ -149,8 +151,8 @@ def _encode(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings of T5 (len(prompts), tokens, width) and pooled ones of CLIP (len(prompts), w),
-    both in ``dtype``, as ``FluxPipeline`` computes them.
+    """Returns embeddings of T5 (len(prompts), tokens, width) and pooled ones of CLIP (len(prompts),
+    w), both in ``dtype``, as ``FluxPipeline`` computes them.
     """
     encoders = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
     pipeline = texts.encoding_pipeline(folder, diffusers.FluxPipeline, encoders, device, dtype)

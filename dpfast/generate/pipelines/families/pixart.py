@@ -101,8 +101,8 @@ def _pixart(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
 def _encode(
     folder: PipelineFolder, prompts: list[str], *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings (len(prompts), tokens, width) and what attention adds at their tokens, both in
-    ``dtype``, as the folder's pipeline computes them.
+    """Returns embeddings (len(prompts), tokens, width) and what attention adds at their tokens,
+    both in ``dtype``, as the folder's pipeline computes them.
     """
     kind = getattr(diffusers, folder.kind)
     pipeline = texts.encoding_pipeline(

@@ -85,8 +85,8 @@ def _sana(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
 def _encode(
     folder: PipelineFolder, prompts: list[str], *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings (len(prompts), tokens, width) and what attention adds at their tokens, both in
-    ``dtype``, as ``SanaPipeline`` computes them.
+    """Returns embeddings (len(prompts), tokens, width) and what attention adds at their tokens,
+    both in ``dtype``, as ``SanaPipeline`` computes them.
     """
     pipeline = texts.encoding_pipeline(
         folder, diffusers.SanaPipeline, {"text_encoder": "Gemma2Model"}, device, dtype

@@ -81,13 +81,15 @@ class TextUNetDenoiser(PromptDenoiser):
 
 
 def _given_rows(*, added_cond_kwargs: dict[str, Tensor], **_: Any) -> Tensor:
-    """In the place of the layers behind a prompt's pooled embedding, whose results are a table."""
+    """Stands in the place of the layers behind a prompt's pooled embedding, whose results are a
+    table.
+    """
     return added_cond_kwargs["rows"]
 
 
 class ScaleRows:
-    """Scales of guidance, 0-d, to their embeddings (1, width), as diffusers' pipelines of distilled
-    models compute them: sinusoids of 1000 (scale - 1). No scale is 1.
+    """A map from scales of guidance, 0-d, to their embeddings (1, width), as diffusers' pipelines
+    of distilled models compute them: sinusoids of 1000 (scale - 1). No scale is 1.
 
     like: has their dtype and device.
     """
@@ -143,7 +145,7 @@ def prompts_alone(folder: PipelineFolder, model: Any, *more: str) -> None:
 def _encode(
     folder: PipelineFolder, prompts: list[str], *, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Embeddings (len(prompts), tokens, width) in ``dtype``, as ``StableDiffusionPipeline``
+    """Returns embeddings (len(prompts), tokens, width) in ``dtype``, as ``StableDiffusionPipeline``
     computes them.
     """
     pipeline = texts.encoding_pipeline(

@@ -82,8 +82,8 @@ def _encode(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings (len(prompts), tokens, width) and pooled ones (len(prompts), width), both in
-    ``dtype``.
+    """Returns embeddings (len(prompts), tokens, width) and pooled ones (len(prompts), width), both
+    in ``dtype``.
 
     As ``StableDiffusion3Pipeline`` computes them: without the T5 encoder where the folder was saved
     without it.

@@ -60,8 +60,8 @@ def _stable_diffusion_xl(folder: PipelineFolder, options: LoadOptions) -> Loaded
 
 @torch.no_grad()
 def added_rows(folder: PipelineFolder, model: Any, pooled: Tensor) -> Tensor:
-    """What pooled embeddings (classes + 1, w) and the sizes of an image add to the embedding of the
-    time, (classes + 1, E).
+    """Returns the rows that pooled embeddings (classes + 1, w) and the sizes of an image add to the
+    embedding of the time, (classes + 1, E).
 
     The sizes are those that the pipeline takes by itself: an original of the size of the image, no
     crop. Raises ``InputError`` for a UNet that takes others, as the refiner's does.
@@ -84,10 +84,10 @@ def added_rows(folder: PipelineFolder, model: Any, pooled: Tensor) -> Tensor:
 def _encode(
     folder: PipelineFolder, prompts: list[str], *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings (len(prompts), tokens, width) and pooled ones (len(prompts), w), both in
-    ``dtype``, as ``StableDiffusionXLPipeline`` computes them: hidden states of both encoders'
-    last layer but one, pooled ones of the second. Without a negative prompt the last rows are
-    zeros, unless the folder says otherwise.
+    """Returns embeddings (len(prompts), tokens, width) and pooled ones (len(prompts), w), both in
+    ``dtype``, as ``StableDiffusionXLPipeline`` computes them: hidden states of both encoders' last
+    layer but one, pooled ones of the second. Without a negative prompt the last rows are zeros,
+    unless the folder says otherwise.
     """
     zeros = folder.index.get(ZEROS, True)
     if not isinstance(zeros, bool):
