@@ -38,7 +38,7 @@ EVERY = "*"  # in a file of prompts: all classes that it does not name
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the classes of a pipeline with text prompts are asked for.
+    """The prompts of the classes of a pipeline with text.
 
     template: a prompt with "{}" for the class name. file: of prompts by class, in its place: a JSON
     table from the name of a class, or its WordNet id, to a prompt or a list of them, in which "{}"
@@ -58,7 +58,7 @@ class Prompts:
         return "prompts" if self.file else "negative_prompt" if self.negative else ""
 
     def of(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-        """The prompts of each class.
+        """Returns the prompts of each class.
 
         Raises ``InputError`` where the template does not have exactly one "{}", for a file that
         cannot be used, and for a name that is a WordNet id outside of ImageNet.
@@ -75,17 +75,19 @@ class Prompts:
         )
 
     def texts(self, names: tuple[str, ...]) -> list[str]:
-        """All prompts, class by class, and the negative one behind them. Errors of ``of``."""
+        """Returns all prompts, class by class, and the negative one behind them. Errors of
+        ``of``.
+        """
         return [text for texts in self.of(names) for text in texts] + [self.negative]
 
     def rows(self, names: tuple[str, ...], device: torch.device) -> PromptRows | None:
-        """The rows of each class among ``texts``; None where every class has one."""
+        """Returns the rows of each class among ``texts``; None where every class has one."""
         counts = [len(texts) for texts in self.of(names)]
         return None if set(counts) == {1} else PromptRows(counts, device)
 
 
 def _filled(text: str, name: str) -> str:
-    """A prompt with the class name in it, as people call the class."""
+    """Returns a prompt with the class name in it, as people call the class."""
     if "{}" not in text:
         return text
     known = imagenet.load()
@@ -100,7 +102,7 @@ def _filled(text: str, name: str) -> str:
 
 
 def _read(file: str, names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The prompts of each class in a file."""
+    """Returns the prompts of each class in a file."""
     where = f"prompts = {file!r}"
     try:
         table = read_json(Path(file))
@@ -157,8 +159,8 @@ def _nfc(name: str) -> str:
 def blank(
     folder: PipelineFolder, prompts: list[str], width: int, *, more: int = 0, tokens: int = 0
 ) -> torch.Tensor:
-    """Embeddings (len(prompts), tokens, width) on the device meta; 0 tokens: as many as the part
-    "text_encoder" gives, or CLIP's 77, and ``more``.
+    """Returns embeddings (len(prompts), tokens, width) on the device meta; 0 tokens: as many as the
+    part "text_encoder" gives, or CLIP's 77, and ``more``.
     """
     if tokens:
         return torch.empty(len(prompts), tokens, width, device="meta")
@@ -170,8 +172,8 @@ def blank(
 def without_padding(
     embeddings: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings (n, tokens, width) as long as the longest prompt, up to the next multiple of 8,
-    and what attention adds at their tokens, (n, 1, tokens): 0, and -10000 at padding.
+    """Returns embeddings (n, tokens, width) as long as the longest prompt, up to the next multiple
+    of 8, and what attention adds at their tokens, (n, 1, tokens): 0, and -10000 at padding.
 
     mask: (n, tokens), 1 at a prompt's own tokens, which come first. What is cut off is padding in
     all of them, at which no image looks; nothing is where a prompt has no token of its own.
@@ -183,7 +185,7 @@ def without_padding(
 
 
 def transformers_library() -> Any:
-    """The library of the text encoders, which pipelines without text do without."""
+    """Returns the library of the text encoders, which pipelines without text do without."""
     require("transformers")
     import transformers
 
@@ -198,8 +200,8 @@ def encoding_pipeline(
     dtype: torch.dtype,
     **others: Any,
 ) -> Any:
-    """A pipeline of diffusers of this kind, of which the text encoders and their tokenizers alone
-    exist, and what ``others`` gives.
+    """Returns a pipeline of diffusers of this kind, of which the text encoders and their tokenizers
+    alone exist, and what ``others`` gives.
 
     encoders: of each part the class of transformers.
     """
@@ -217,7 +219,7 @@ def encoding_pipeline(
 def encoded(
     encode: Callable[[list[str]], Sequence[torch.Tensor]], prompts: list[str]
 ) -> list[torch.Tensor]:
-    """The tables that ``encode`` makes of some of the prompts, for all of them."""
+    """Returns the tables that ``encode`` makes of some of the prompts, for all of them."""
     parts = [prompts[i : i + PROMPTS_AT_ONCE] for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
     return [torch.cat(table) for table in zip(*map(encode, parts), strict=True)]
 
