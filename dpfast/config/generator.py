@@ -14,7 +14,7 @@ STOCHASTIC: tuple[SolverName, ...] = ("ddim", "tcd")  # the solvers that eta is 
 
 @dataclass(frozen=True, kw_only=True)
 class Generator(Section, name="generator"):
-    """How a sample is made, guided or not."""
+    """The making of a sample, guided or not."""
 
     pipeline: str = option(
         "fashion",

@@ -12,7 +12,7 @@ from dpfast.config.section import Section, require, require_schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance(Section, name="guidance"):
-    """How strongly, when and by what the learner pulls on a sample."""
+    """The strength, the steps and the criterion by which the learner pulls on a sample."""
 
     omega: float = option(
         0.05,

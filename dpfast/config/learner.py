@@ -202,5 +202,7 @@ class Learner(Section, name="learner"):
         require(self.cooldown <= most, "cooldown", self.cooldown, left)
 
     def cooling_at(self, step: int, iterations: int) -> bool:
-        """Whether the last phase has begun after ``step`` steps, in which no samples are added."""
+        """Returns True if the last phase has begun after ``step`` steps, in which no samples are
+        added.
+        """
         return iterations - step <= self.cooldown * iterations

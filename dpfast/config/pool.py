@@ -11,7 +11,7 @@ from dpfast.config.section import Section, require
 
 @dataclass(frozen=True, kw_only=True)
 class Pool(Section, name="pool"):
-    """As what the samples are kept, and how much of which memory they may take."""
+    """The form in which samples are kept, and the memory that they may take."""
 
     codec: Literal["pixels", "latents", "jpeg"] = option(
         "pixels",

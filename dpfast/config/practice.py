@@ -20,7 +20,7 @@ READ: tuple[SourceName, ...] = ("real", "pool")  # those that make nothing
 
 @dataclass(frozen=True, kw_only=True)
 class Practice(Section, name="practice"):
-    """Algorithm 1: how many samples, when more, and beside which other sources."""
+    """Algorithm 1: the number of samples, the moments of new ones, and the sources beside it."""
 
     initial_samples: int = option(
         1500,
@@ -315,24 +315,24 @@ class Practice(Section, name="practice"):
         require(bool(once), "sources", ",".join(self.sources), wanted)
 
     def interval(self, batch_size: int) -> int:
-        """Optimiser steps between two evaluations."""
+        """Returns the optimiser steps between two evaluations."""
         if self.evaluate_unit == "steps":
             return self.evaluate_every
         return -(-self.evaluate_every * self.initial_samples // batch_size)
 
     def evaluations(self, batch_size: int) -> list[int]:
-        """The optimiser steps after which the learner is evaluated, rising."""
+        """Returns the optimiser steps after which the learner is evaluated, rising."""
         interval = self.interval(batch_size)
         return sorted({*range(interval, self.iterations + 1, interval), *self.add_at})
 
     def rounds_within(self, samples: int) -> int:
-        """Additions that lead to ``samples``, as far as ``maximum_rounds`` allows."""
+        """Returns additions that lead to ``samples``, as far as ``maximum_rounds`` allows."""
         rounds = max(0, -(-(samples - self.initial_samples) // self.round_samples))
         return rounds if self.maximum_rounds is None else min(rounds, self.maximum_rounds)
 
     @property
     def takes_all_at_once(self) -> bool:
-        """Whether no round is added: by sources such as "static", which no other one has told its
+        """True if no round is added: by sources such as "static", which no other one has told its
         size.
         """
         still = (*AT_ONCE, "mix") if self.mix_with == "static" else AT_ONCE
@@ -340,21 +340,23 @@ class Practice(Section, name="practice"):
 
     @property
     def before_training(self) -> int:
-        """mix: the samples that it has before training, where no other source says its size."""
+        """The samples that the source "mix" has before training, where no other source says its
+        size.
+        """
         return self.maximum_samples if self.mix_with == "static" else self.initial_samples
 
     def mixed_real(self, first: int) -> int:
-        """mix: how many of ``first`` samples before training are real images."""
+        """Returns how many of the ``first`` samples of "mix" before training are real images."""
         return round(self.real_share * first)
 
     @property
     def guides(self) -> bool:
-        """Whether some source makes guided samples."""
+        """True if some source makes guided samples."""
         return "dp" in self.sources or ("mix" in self.sources and self.mix_with == "dp")
 
     @property
     def generates(self) -> bool:
-        """Whether some source makes samples, and does not only read them."""
+        """True if some source makes samples, and does not only read them."""
         return any(name not in READ for name in self.sources)
 
     @property
@@ -367,8 +369,8 @@ class Practice(Section, name="practice"):
 
 
 def in_running_order(sources: Sequence[str]) -> tuple[str, ...]:
-    """Sources as they run, however they were said: so that one recipe is written in one way.
-    Those of the user's own run last.
+    """Returns sources as they run, however they were said: so that one recipe is written in one
+    way. Those of the user's own run last.
     """
     own = (each for each in sources if each not in SOURCES)
     return (*(name for name in SOURCES if name in sources), *own)

@@ -51,13 +51,13 @@ def require_schedule(name: str, points: tuple[tuple[float, float], ...]) -> None
 
 
 def printable(name: str) -> str:
-    """A field's name as it was said, on one line whatever is in it."""
+    """Returns a field's name as it was said, on one line whatever is in it."""
     return name if name.isprintable() and name else repr(name)
 
 
 @functools.cache
 def fields() -> dict[str, Option]:
-    """Full name -> option: of the recipe itself (``seed``) and of its sections
+    """Maps each full name to its option: of the recipe itself (``seed``) and of its sections
     (``guidance.omega``).
     """
     return {
@@ -69,7 +69,7 @@ def fields() -> dict[str, Option]:
 
 @functools.cache
 def _full_names() -> dict[str, list[str]]:
-    """The last word of a full name -> the full names that end in it."""
+    """Maps the last word of a full name to the full names that end in it."""
     found: dict[str, list[str]] = {}
     for name in fields():
         found.setdefault(name.rpartition(".")[2], []).append(name)
@@ -77,7 +77,7 @@ def _full_names() -> dict[str, list[str]]:
 
 
 def full_name(name: str) -> str:
-    """The full name of a field that is named by its full name or by its last word.
+    """Returns the full name of a field that is named by its full name or by its last word.
 
     Raises ``RecipeError`` for an unknown name, and for a last word that several sections have.
     """
@@ -95,6 +95,8 @@ def full_name(name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """The last word of a field's full name where no other section has it, else the full name."""
+    """Returns the last word of a field's full name where no other section has it, else the full
+    name.
+    """
     last = name.rpartition(".")[2]
     return last if _full_names().get(last, [name]) == [name] else name
