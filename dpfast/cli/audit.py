@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from dpfast.cli import Next
 from dpfast.cli.parser import Commands, add_command
 from dpfast.errors import InputError
 
@@ -29,7 +30,7 @@ def add(commands: Commands) -> None:
     )
 
 
-def audit(arguments: argparse.Namespace) -> int:
+def audit(arguments: argparse.Namespace) -> int | Next:
     from dpfast.ops.audit import audit as compile_all
     from dpfast.ops.audit import missing, problems, record, table
 
@@ -48,4 +49,6 @@ def audit(arguments: argparse.Namespace) -> int:
     print(
         f"{table(reports)}\n\n{len(reports) - broken} of {len(reports)} kernels keep their promises"
     )
-    return 1 if broken else 0
+    if broken:
+        return 1
+    return Next(("what the kernels gain on this machine", ["dpfast", "bench", "ops"]))

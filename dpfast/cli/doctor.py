@@ -9,8 +9,10 @@ import platform
 import warnings
 from importlib import metadata
 
+from dpfast.cli import Next
 from dpfast.cli.parser import Commands, add_command
 from dpfast.extras import install_command
+from dpfast.terminal import say
 
 # A distribution -> what it is imported as, and what it is for.
 OPTIONAL = {
@@ -34,9 +36,9 @@ def add(commands: Commands) -> None:
     add_command(commands, "doctor", doctor, about)
 
 
-def doctor(arguments: argparse.Namespace) -> int:
-    print(installation())
-    return 0
+def doctor(arguments: argparse.Namespace) -> Next:
+    say(installation())
+    return Next(("the loop on this machine, in minutes", ["dpfast", "run", "fashion"]))
 
 
 def _version(package: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dpfast.cli import add_device
+from dpfast.cli import Next, add_device
 from dpfast.cli.parser import Commands, add_command
 
 
@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
     add_device(parser, "decoders that make images of latents for an image folder")
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export(arguments: argparse.Namespace) -> Next:
     from dpfast.generate.from_recipe import decoder_of_run
     from dpfast.hardware.device import device_named
     from dpfast.pool.export import export_pool
@@ -56,4 +56,5 @@ def export(arguments: argparse.Namespace) -> int:
     )
     export_pool(pool, arguments.out, arguments.format, classes)
     print(f"{len(pool)} samples in {arguments.out}")
-    return 0
+    words = ["dpfast", "run", "RECIPE", "--sources", "pool", "--pool-from", str(arguments.out)]
+    return Next(("a learner of these samples alone", words))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dpfast.cli import (
+    Next,
     audit,
     bench,
     doctor,
@@ -139,8 +140,15 @@ def _main(arguments: Sequence[str] | None) -> int:
         sys.path.append("")
     warnings.formatwarning = _warning
     try:
-        parsed = new_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-        return int(parsed.handler(parsed))
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        parsed = new_parser().parse_args(words)
+        parsed.words = words
+        done = parsed.handler(parsed)
+        if not isinstance(done, Next):
+            return int(done)
+        if first():
+            done.tell()
+        return 0
     except InputError as error:
         if first():
             print(f"dpfast: error: {error}", file=sys.stderr)

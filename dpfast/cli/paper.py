@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpfast.cli import Next, page_of
 from dpfast.cli.parser import Commands, add_command, at_least
 from dpfast.errors import InputError
 from dpfast.extras import require
@@ -90,12 +91,14 @@ def add(commands: Commands) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int | Next:
     from dpfast.paper.definition import load_table, names
 
     if arguments.table is None:
         _list(names())
-        return 0
+        return Next(
+            ("the runs of one, made small", ["dpfast", "paper", "table4", "--small", "--dry-run"])
+        )
     table = load_table(arguments.table, small=arguments.small)
 
     from dpfast.paper.making import launch_words, make_others, make_runs
@@ -106,14 +109,17 @@ def run(arguments: argparse.Namespace) -> int:
     runs = paper_runs(table, out, seeds, _folders(arguments, table))
     if arguments.dry_run:
         _dry_run(table, runs, seeds[0], out, arguments)
-        return 0
+        words = [word for word in arguments.words if word != "--dry-run"]
+        return Next(("these runs and their page", ["dpfast", *words, *_needed(lacking(runs))]))
     require("matplotlib", "tensorboard")
     from dpfast.paper.page import write_page
     from dpfast.practice.run_writer import owned
 
     missing = lacking(runs)
     if missing and not arguments.page:
-        raise InputError(f"table = {table.name!r}: needs folders of yours, say {_needed(missing)}")
+        raise InputError(
+            f"table = {table.name!r}: needs folders of yours, say {' '.join(_needed(missing))}"
+        )
     own = [sys.executable, "-m", "dpfast"]
     launch = own if arguments.launch is None else launch_words(arguments.launch)
     claim(table, runs, out, small=arguments.small)
@@ -125,8 +131,9 @@ def run(arguments: argparse.Namespace) -> int:
             code = code or make_others(table.commands, out, _pipeline(runs), seeds[0], own, print)
         finally:
             owner.close()
-    print(f"Page: {write_page(table, runs, out)}")
-    return code
+    page = write_page(table, runs, out)
+    print(f"Page: {page}")
+    return code or Next(("the page in a browser", page_of(page)))
 
 
 def _list(names: dict[str, str]) -> None:
@@ -136,7 +143,6 @@ def _list(names: dict[str, str]) -> None:
     for name, defined in names.items():
         also = "" if name == defined else f" (the runs of {defined})"
         print(f"{name.ljust(width)}  {load_table(name).title}{also}")
-    print("\ndpfast paper TABLE --dry-run prints its runs; --small makes it on this machine.")
 
 
 def _seeds(text: str | None, table: Table) -> tuple[int, ...]:
@@ -195,16 +201,14 @@ def _pipeline(runs: Sequence[PaperRun]) -> str:
     return f"FOLDER-OF-{name}" if "pipeline" in runs[0].lacking else name
 
 
-def _needed(missing: dict[str, list[str]]) -> str:
+def _needed(missing: dict[str, list[str]]) -> list[str]:
     """The options that name what is missing."""
-    options = []
+    options: list[str] = []
     for option, values in missing.items():
         several = option == "pipeline" and len(values) > 1
-        options += [
-            f"--{option} {f'{value}=' if several else ''}FOLDER"
-            for value in (values if several else values[:1])
-        ]
-    return " ".join(options)
+        for value in values if several else values[:1]:
+            options += [f"--{option}", f"{value}=FOLDER" if several else "FOLDER"]
+    return options
 
 
 def _dry_run(
@@ -242,7 +246,7 @@ def _dry_run(
     )
     missing = lacking(runs)
     if missing:
-        print(f"# needs folders of yours: {_needed(missing)}")
+        print(f"# needs folders of yours: {' '.join(_needed(missing))}")
     further = [name for name in table.measures if name not in ("validation", "held-out")]
     if further and not arguments.small:
         sets = ",".join(f"{name}=FOLDER" for name in further)

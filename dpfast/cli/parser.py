@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
+from dpfast.cli import Next
 from dpfast.errors import InputError
 
 WIDEST = 120  # columns of a help text
@@ -95,8 +96,11 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            known = ", ".join(map(str, action.choices))
-            raise InputError(f"{action.dest} = {value!r}: expected one of {known}")
+            known = list(map(str, action.choices))
+            near = difflib.get_close_matches(str(value), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            words = f"expected one of {', '.join(known)}"
+            raise InputError(f"{action.dest} = {value!r}: {words}{hint}")
 
 
 def whole(text: str) -> int:
@@ -146,7 +150,7 @@ def in_one_line(prog: str, call: Callable[[], int]) -> int:
 def add_command(
     commands: Commands,
     name: str,
-    handler: Callable[[argparse.Namespace], int],
+    handler: Callable[[argparse.Namespace], int | Next],
     help: str,
     **options: Any,
 ) -> Parser:

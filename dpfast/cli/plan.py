@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from dpfast.cli import Next
 from dpfast.cli.parser import Commands
-from dpfast.cli.recipes import add_recipe_command, recipe_of
+from dpfast.cli.recipes import add_recipe_command, folder_words, recipe_of, recipe_words
+from dpfast.terminal import say, width
 
 
 def add(commands: Commands) -> None:
@@ -37,7 +39,7 @@ def add(commands: Commands) -> None:
     )
 
 
-def plan(arguments: argparse.Namespace) -> int:
+def plan(arguments: argparse.Namespace) -> Next:
     recipe = recipe_of(arguments)
     recipe.check_ranks(arguments.count)
 
@@ -54,5 +56,9 @@ def plan(arguments: argparse.Namespace) -> int:
         samples=arguments.samples,
         timings=measure(recipe) if arguments.device.lower() == HERE else None,
     )
-    print(plan_table(made))
-    return 0
+    say(plan_table(made, width()))
+    words = recipe_words(arguments)
+    if arguments.device.lower() == HERE:
+        return Next(("the run", ["dpfast", "run", *words, *folder_words(recipe)]))
+    words += ["--device", arguments.device, "--count", str(arguments.count)]
+    return Next(("the run's memory, waits and checkpoints", ["dpfast", "rehearse", *words]))

@@ -6,8 +6,11 @@ import argparse
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from dpfast.cli import Next
 from dpfast.cli.parser import Commands, Parser, add_command
 from dpfast.config import RECIPES, SECTIONS, Option, Recipe, fields, flat, short_name
+
+A_NODE = 8  # devices of a machine, where the next command names machines
 
 
 class FieldHelp(argparse.Action):
@@ -40,7 +43,7 @@ class FieldHelp(argparse.Action):
 def add_recipe_command(
     commands: Commands,
     name: str,
-    handler: Callable[[argparse.Namespace], int],
+    handler: Callable[[argparse.Namespace], int | Next],
     help: str,
     *,
     without: Collection[str] = (),
@@ -107,6 +110,42 @@ def recipe_of(arguments: argparse.Namespace, **overrides: Any) -> Recipe:
         if key.startswith("field.") and value is not None
     }
     return Recipe.load(arguments.recipe, **overrides, **given)
+
+
+def recipe_words(arguments: argparse.Namespace, *names: str) -> list[str]:
+    """The recipe of a command line and its fields as they were said, for another command: its first
+    word, and options. names: of the fields that the other one has; without any all of them.
+    """
+    words = [str(arguments.recipe)]
+    for key, value in vars(arguments).items():
+        name = key.removeprefix("field.")
+        if name != key and value is not None and (not names or name in names):
+            words += option_words(name, value)
+    return words
+
+
+def option_words(name: str, value: str) -> list[str]:
+    """A field's option with its value, which may look like an option itself."""
+    option = f"--{short_name(name)}".replace("_", "-")
+    return [f"{option}={value}"] if value.startswith("-") else [option, value]
+
+
+def folder_words(recipe: Recipe) -> list[str]:
+    """The options that name the folders which a run of the recipe lacks."""
+    lacking = recipe.lacking("pipeline", "validation")
+    return [word for name in lacking for word in (f"--{name}", "FOLDER")]
+
+
+def launched(count: int) -> list[str]:
+    """What stands before ``run`` on a number of devices, ``A_NODE`` of them in a machine."""
+    if count == 1:
+        return ["dpfast"]
+    words = ["torchrun"]
+    if count > A_NODE and count % A_NODE == 0:
+        words += ["--nnodes", str(count // A_NODE), "--rdzv-backend", "c10d"]
+        words += ["--rdzv-endpoint", "HOST:29500"]
+        count = A_NODE
+    return [*words, "--nproc-per-node", str(count), "-m", "dpfast"]
 
 
 def _heading(section: str, example: str) -> tuple[str, str]:

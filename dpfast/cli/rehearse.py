@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from dpfast.cli import Next
 from dpfast.cli.parser import Commands
-from dpfast.cli.recipes import add_recipe_command, recipe_of
+from dpfast.cli.recipes import (
+    add_recipe_command,
+    folder_words,
+    launched,
+    recipe_of,
+    recipe_words,
+)
+from dpfast.terminal import say
 
 
 def add(commands: Commands) -> None:
@@ -36,7 +44,7 @@ def add(commands: Commands) -> None:
     )
 
 
-def rehearse(arguments: argparse.Namespace) -> int:
+def rehearse(arguments: argparse.Namespace) -> int | Next:
     """Prints what was found. Exit code 1 where something would go wrong."""
     recipe = recipe_of(arguments)
     recipe.check_ranks(arguments.count)
@@ -48,5 +56,8 @@ def rehearse(arguments: argparse.Namespace) -> int:
     found = rehearse(
         recipe, arguments.device, count=arguments.count, timeout=arguments.timeout, disk=disk
     )
-    print(rehearsal_table(found))
-    return 1 if found.failures else 0
+    say(rehearsal_table(found))
+    if found.failures:
+        return 1
+    words = [*recipe_words(arguments), *folder_words(recipe)]
+    return Next(("the run, on these devices", [*launched(arguments.count), "run", *words]))

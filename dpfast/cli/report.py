@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dpfast.cli import add_device
+from dpfast.cli import Next, add_device, page_of
 from dpfast.cli.parser import Commands, add_command
 from dpfast.extras import require
 
@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
     add_device(parser, "the learners and decoders that read the samples again")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> Next:
     require("matplotlib")
     from dpfast.hardware.device import device_named
     from dpfast.report.page import write_report
@@ -59,4 +59,4 @@ def run(arguments: argparse.Namespace) -> int:
         tell=print,
     )
     print(f"Report: {page}")
-    return 0
+    return Next(("the page in a browser", page_of(page)))

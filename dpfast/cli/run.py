@@ -10,17 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpfast.cli import first
+from dpfast import launch
+from dpfast.cli import Next, first, page_of, vacant
 from dpfast.cli.parser import Commands
-from dpfast.cli.recipes import add_recipe_command, recipe_of
+from dpfast.cli.recipes import add_recipe_command, launched, recipe_of, recipe_words
+from dpfast.cli.sample import FIELDS
 from dpfast.config import RECIPE_FILE, Recipe
 from dpfast.errors import InputError
 from dpfast.extras import require
+from dpfast.files import there
 from dpfast.logs import check_level, logged
+from dpfast.terminal import say, width
 
 log = logging.getLogger(__name__)
 LAUNCH = ".launch"  # in a run's folder: which torchrun made it
 RUNS = Path("runs")
+PAGE = 7  # further runs on one page, where the next command names them
 
 if TYPE_CHECKING:
     from dpfast.parallel import Ranks
@@ -121,7 +126,7 @@ def resolve(arguments: argparse.Namespace) -> RunSpec:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int | Next:
     """Runs on every rank, and returns the exit code: 0 also for a run that was stopped."""
     spec = resolve(arguments)
     # and not when the report is drawn, after the run
@@ -137,11 +142,12 @@ def run(arguments: argparse.Namespace) -> int:
                 process_group(cuda=cuda, timeout=spec.timeout) as ranks,
                 ranks.watched(lambda: stop.requested),
             ):
-                return execute(spec, stop, ranks)
+                execute(spec, stop, ranks)
+            return 0 if spec.quiet else _next(arguments, spec)
         except Stopped:
             if first():
                 print("stopped; the same command with --resume continues a run that has begun")
-            return 0
+            return 0 if spec.quiet or not there(spec.out / RECIPE_FILE) else _resumed(arguments)
         except LossError as error:
             if first():
                 print(f"dpfast: error: {error}", file=sys.stderr)
@@ -152,8 +158,43 @@ def run(arguments: argparse.Namespace) -> int:
     return 1
 
 
-def execute(spec: RunSpec, stop: Stop, ranks: Ranks) -> int:
-    """Does what ``spec`` asks for on this rank, and returns the exit code.
+def _next(arguments: argparse.Namespace, spec: RunSpec) -> Next:
+    """After a dry run the run; after a run its page, the learner's images, and other runs."""
+    if spec.dry_run:
+        words = [word for word in arguments.words if word != "--dry-run"]
+        return Next(("the run", [*launched(launch.world_size()), *words]))
+    recipe, out = spec.recipe, spec.out
+    steps = [("the page of this run in a browser", page_of(out / "index.html"))]
+    if recipe.practice.generates:
+        omega = recipe.guidance.omega or Recipe().guidance.omega
+        words = recipe_words(arguments, *FIELDS, "guidance.anchor")
+        words = words[1:] if words[0] == "fashion" else ["--recipe", *words]
+        words += ["--learner", str(out), "--labels", "0,1", "--omega", f"0,{omega:g}"]
+        words += ["--out", str(vacant(out.with_name(f"{out.name}-samples")))]
+        steps.append(("images that its learner guides", ["dpfast", "sample", *words]))
+    runs = _runs_beside(out)
+    if len(runs) > 1:
+        page = str(out.parent / "report")
+        steps.append(("the runs on one page", ["dpfast", "report", *runs, "--out", page]))
+    return Next(*steps)
+
+
+def _resumed(arguments: argparse.Namespace) -> Next:
+    words = [word for word in arguments.words if word not in ("--overwrite", "--resume")]
+    return Next(("the rest of it", [*launched(launch.world_size()), *words, "--resume"]))
+
+
+def _runs_beside(out: Path) -> list[str]:
+    """The folder of a run, and those of others beside it."""
+    try:
+        found = [each.parent for each in out.parent.glob(f"*/{RECIPE_FILE}")]
+    except OSError:
+        return [str(out)]
+    return [str(out), *sorted(str(each) for each in found if each.name != out.name)[:PAGE]]
+
+
+def execute(spec: RunSpec, stop: Stop, ranks: Ranks) -> None:
+    """Does what ``spec`` asks for on this rank.
 
     Nothing is written before all ranks have checked everything.
     """
@@ -178,7 +219,8 @@ def execute(spec: RunSpec, stop: Stop, ranks: Ranks) -> int:
         with ranks.all_or_none():
             practice = DeliberatePractice(recipe, ranks=ranks)
         if spec.dry_run:
-            return _dry_run(spec, practice, ranks)
+            _dry_run(spec, practice, ranks)
+            return
         with ranks.all_or_none():
             if branch_at is not None and ranks.first:
                 prepare_branch(
@@ -212,10 +254,9 @@ def execute(spec: RunSpec, stop: Stop, ranks: Ranks) -> int:
         with stop.at_once():
             _report(spec.out, practice)
         print(
-            f"\n{result_table(results)}\n\nRun folder with metrics, plots, contact sheets and "
-            f"learners: {spec.out}"
+            f"\n{result_table(results, width())}\n\nRun folder with metrics, plots, contact sheets "
+            f"and learners: {spec.out}"
         )
-    return 0
 
 
 def _begun_with(spec: RunSpec, ranks: Ranks, *, goes_on: bool) -> Recipe:
@@ -260,7 +301,6 @@ def _fetched(recipe: Recipe, ranks: Ranks) -> Recipe:
 
 def _begun(spec: RunSpec) -> bool:
     """Whether the ranks that torchrun has started again have begun their run."""
-    from dpfast.files import there
     from dpfast.launch import launch_name
 
     if not there(spec.out / RECIPE_FILE):
@@ -285,10 +325,10 @@ def _tell_fit(fit: Fit | None, *, aloud: bool) -> None:
     for line in [] if fit is None else fit.lines():
         log.info(line.strip())
         if aloud:
-            print(line)
+            say(line)
 
 
-def _dry_run(spec: RunSpec, practice: DeliberatePractice, ranks: Ranks) -> int:
+def _dry_run(spec: RunSpec, practice: DeliberatePractice, ranks: Ranks) -> None:
     """Times the stages and prints the plan: the generator is loaded, the real images are read, the
     learner has been tried.
     """
@@ -299,12 +339,11 @@ def _dry_run(spec: RunSpec, practice: DeliberatePractice, ranks: Ranks) -> int:
     with ranks.all_or_none():
         pool = practice.place_pool(spec.out)
     if not ranks.first:
-        return 0
+        return
     timings = measure(practice.recipe, pipeline=practice.pipeline)
     count = practice.ranks.size
     made = plan(practice.recipe, "here", count=count, timings=timings)
     # the pool as the run places it
     placed = replace(made.fit, pool=replace(pool, devices=count), proposals=())
-    print(plan_table(replace(made, fit=placed)))
+    say(plan_table(replace(made, fit=placed), width()))
     print(f"\nNothing was written; without --dry-run the run begins in {spec.out}")
-    return 0

@@ -7,8 +7,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from dpfast.cli import Next, vacant, without
 from dpfast.cli.parser import Commands, add_command
-from dpfast.cli.recipes import add_fields, recipe_of
+from dpfast.cli.recipes import add_fields, folder_words, recipe_of, recipe_words
 from dpfast.config import Recipe, fields
 from dpfast.config.kinds import joined, parted
 from dpfast.errors import InputError
@@ -91,7 +92,7 @@ def add(commands: Commands) -> None:
     add_fields(parser, FIELDS)
 
 
-def sample(arguments: argparse.Namespace) -> int:
+def sample(arguments: argparse.Namespace) -> Next:
     recipes = _recipes(arguments)
     recipe = recipes[0]
     guided = any(each.guidance.omega or each.guidance.omega_classes for each in recipes)
@@ -138,7 +139,23 @@ def sample(arguments: argparse.Namespace) -> int:
     if len(cells) > 1:
         count += f" under each of {len(cells)} settings"
     print(f"{count} in {arguments.out}, overview {', '.join(map(str, pictures))}")
-    return 0
+    return _next(arguments, recipe, guided=guided)
+
+
+def _next(arguments: argparse.Namespace, recipe: Recipe, *, guided: bool) -> Next:
+    """The same samples guided; after those a learner that guides, or the page of the one that
+    did.
+    """
+    out = arguments.out
+    if not guided:
+        words = without(arguments.words, "--out", "--omega", "--guidance.omega")
+        guided_out = str(vacant(out.with_name(f"{out.name}-guided")))
+        words += ["--omega", f"0,{Recipe().guidance.omega:g}", "--out", guided_out]
+        return Next(("the same samples, guided as well", ["dpfast", *words]))
+    if arguments.learner is None:
+        words = [*recipe_words(arguments), *folder_words(recipe)]
+        return Next(("a learner of your own that guides", ["dpfast", "run", *words]))
+    return Next(("the page of the run that guided", ["dpfast", "report", arguments.learner]))
 
 
 def _settings(recipe: Recipe, several: bool) -> dict[str, Any]:

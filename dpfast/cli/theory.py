@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dpfast.cli import Next, vacant
 from dpfast.cli.parser import Commands, add_command
 from dpfast.errors import InputError
 from dpfast.extras import require
@@ -103,7 +104,7 @@ def add(commands: Commands) -> None:
     )
 
 
-def figures(arguments: argparse.Namespace) -> int:
+def figures(arguments: argparse.Namespace) -> Next:
     require("matplotlib")
     if arguments.draws < 2:
         raise InputError(f"draws = {arguments.draws}: expected at least 2, for a standard error")
@@ -147,10 +148,10 @@ def figures(arguments: argparse.Namespace) -> int:
                 f"(selection alone {row.label_wrong:.1%}), accuracy {row.accuracy:.2%} "
                 f"(selection alone {row.accuracy_of_selection:.2%})"
             )
-    return 0
+    return Next(("these figures beside the paper's", ["dpfast", "paper", "figure3"]))
 
 
-def samples(arguments: argparse.Namespace) -> int:
+def samples(arguments: argparse.Namespace) -> Next:
     from dpfast.theory.pool_sizes import KEEPS, pool_sizes, table
 
     try:
@@ -173,4 +174,5 @@ def samples(arguments: argparse.Namespace) -> int:
             f"\nkeep {near}: about as many kept samples as dimensions, where the theory is least "
             "exact (docs/background/theory.md)"
         )
-    return 0
+    figures = ["dpfast", "theory", "figures", "--out", str(vacant(Path("theory")))]
+    return Next(("the paper's figures of it, with simulation", figures))

@@ -225,16 +225,19 @@ class Recipe(Section, name=""):
         """Raises ``RecipeError`` with the options of all fields of ``names`` whose folder its user
         has yet to name.
         """
+        missing = self.lacking(*names)
+        if missing:
+            options = " ".join(f"--{name} FOLDER" for name in missing)
+            raise RecipeError(f"recipe = {self.name!r}: needs folders of yours, say {options}")
+
+    def lacking(self, *names: str) -> list[str]:
+        """Those of some fields whose folder its user has yet to name."""
         given = flat(self.to_dict())
-        missing = [
-            f"--{name} FOLDER"
+        return [
+            name
             for name in names
             if given[name] in USER_FOLDERS[name] and not is_folder(Path(given[name]))
         ]
-        if missing:
-            raise RecipeError(
-                f"recipe = {self.name!r}: needs folders of yours, say {' '.join(missing)}"
-            )
 
     def check_ranks(self, count: int) -> None:
         """Raises ``RecipeError`` where a run under torchrun with ``count`` ranks would be

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dpfast.planning.fitting import Fit
 from dpfast.planning.plan import Phase, Plan
 from dpfast.pool.memory_tiers import NAMES, readable
+from dpfast.terminal import table
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: Plan, columns: int | None = None) -> str:
     """Returns phases with hours and samples/s at the utilisation and at the limit, then memory and
     the place of the pool.
+
+    columns: of the terminal, as of ``dpfast.terminal.table``.
     """
     rows: list[tuple[str, ...]] = [
         (
@@ -38,13 +41,7 @@ def plan_table(plan: Plan) -> str:
         )
     took = f"{plan.seconds / 3600:.2f} hours, {plan.device_hours:.2f} device hours"
     lines = [f"{plan.recipe.name} on {many}{plan.device.name}: {took}; {how}"]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i in (0, 8) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+    lines.append(table(rows, left=(0, 8), columns=columns))
     timed = (
         ["", "timed in small batches:", *(f"  {note}" for note in plan.timed)] if plan.timed else []
     )

@@ -14,8 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
+from dpfast import terminal
 from dpfast.evaluate.measures import Evaluation
 from dpfast.practice.background import WrittenCheckpoint
 from dpfast.practice.result import Result
@@ -117,10 +116,10 @@ class Callback:
 
 
 class Console(Callback):
-    """Shows a progress bar, and a line for every evaluation and round."""
+    """Shows the progress, and a line for every evaluation and round."""
 
     def __init__(self) -> None:
-        self.bar: tqdm | None = None
+        self.bar: terminal.Progress | None = None
 
     def on_generation(self, progress: Progress, number: int, total: int, made: int) -> None:
         what = f"round {number}" if number else "initial samples"
@@ -131,41 +130,35 @@ class Console(Callback):
             self.bar.update(len(batch))
 
     def on_step(self, progress: Progress) -> None:
-        if self.bar is None or self.bar.unit != "it":
+        if self.bar is None or self.bar.unit != "step":
             label = f"{progress.source}: training"
-            self._open(progress.iterations, "it", label, progress.step - 1)
+            self._open(progress.iterations, "step", label, progress.step - 1)
         assert self.bar is not None
         self.bar.update()
 
     def on_evaluation(self, progress: Progress, evaluation: Evaluation, loss: float) -> None:
-        tqdm.write(
-            f"{progress.source:>7} | iteration {progress.step:5d} | pool {progress.pool_size:6d} | "
-            f"validation accuracy {evaluation.top1:6.2%} | training loss {loss:.3f} | "
-            f"{_waits(progress)}"
+        terminal.tell(
+            f"{progress.source:>7} | step {progress.step:5d} | pool {progress.pool_size:6d} | "
+            f"validation {evaluation.top1:6.2%} | loss {loss:.3f} | {_waits(progress)}"
         )
 
     def on_round(self, progress: Progress, addition: Addition) -> None:
         if not addition.number:
             return
         line = (
-            f"{progress.source:>7} | round {addition.number:2d} at iteration {progress.step} | "
+            f"{progress.source:>7} | step {progress.step:5d} | round {addition.number} | "
             f"pool {addition.total - addition.added} -> {addition.total}"
         )
         if addition.entropy is not None:
-            line += (
-                f" | mean entropy of the new samples {addition.entropy:.3f} nats, "
-                f"of unguided ones {addition.unguided_entropy:.3f}"
-            )
-        tqdm.write(line)
+            line += f" | entropy {addition.entropy:.2f}, unguided {addition.unguided_entropy:.2f}"
+        terminal.tell(line)
 
     def on_end(self, progress: Progress) -> None:
         self._close()
 
     def _open(self, total: int, unit: str, label: str, initial: int) -> None:
         self._close()
-        self.bar = tqdm(
-            total=total, unit=unit, desc=label, initial=initial, leave=False, dynamic_ncols=True
-        )
+        self.bar = terminal.Progress(total, unit, label, done=initial)
 
     def _close(self) -> None:
         if self.bar is not None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from dpfast.evaluate.measures import SHOTS
 from dpfast.practice.result import Result
+from dpfast.terminal import table
 
 
-def result_table(results: list[Result]) -> str:
+def result_table(results: list[Result], columns: int | None = None) -> str:
     """Returns the final tables as text, accuracies on real images: one row per source; of runs with
     class counts another by the shots of a class; then one per further set and source.
+
+    columns: of the terminal, as of ``dpfast.terminal.table``.
     """
     header = (
         "source",
@@ -49,17 +50,17 @@ def result_table(results: list[Result]) -> str:
         for r in results
         for row in r.sets
     ]
-    tables = [_aligned(header, rows)]
+    tables = [table([header, *rows], left=(), rule=True, columns=columns)]
     if any(r.test.shots for r in results):
         shots = [
             (r.source, *(shots_text(*r.test.shots.get(name, (None, None))) for name in SHOTS))
             for r in results
         ]
-        tables.append(_aligned(("held-out test", *SHOTS.values()), shots))
+        shots.insert(0, ("held-out test", *SHOTS.values()))
+        tables.append(table(shots, left=(), rule=True, columns=columns))
     if sets:
-        tables.append(
-            _aligned(("source", "set", "images", "top-1", "top-5", "calibration error"), sets)
-        )
+        sets.insert(0, ("source", "set", "images", "top-1", "top-5", "calibration error"))
+        tables.append(table(sets, left=(), rule=True, columns=columns))
     return "\n\n".join(tables)
 
 
@@ -70,12 +71,3 @@ def shots_text(accuracy: float | None, classes: int | None) -> str:
     if accuracy is None:
         return "-"
     return f"{accuracy:.2%}" + ("" if classes is None else f" of {classes}")
-
-
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in [header, *rows]
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dpfast.data.class_folders import LONGEST, safe_name
 from dpfast.report.sheets import contact_sheet, reduced
 from dpfast.samples import SampleBatch
+from dpfast.terminal import Progress
 from dpfast.textfiles import to_json
 
 ROWS, COLUMNS = 50, 20  # of an overview
@@ -40,7 +40,7 @@ def write_samples(
     shown: dict[int, list[Tensor]] = {}
     with (
         (folder / "samples.jsonl").open("w", encoding="utf-8") as lines,
-        tqdm(unit="sample", desc=what or None) as bar,
+        Progress(None, "sample", what, leave=True) as bar,
     ):
         for batch in batches:
             columns = batch.labels.tolist(), batch.sample_ids.tolist(), batch.entropy.tolist()

@@ -1,0 +1,154 @@
+"""What people read: as wide as their terminal, and lines in the place of bars where there is none.
+
+A width of None stands for a file or a pipe: nothing is folded there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from tqdm import tqdm
+
+EVERY = 60.0  # seconds between two lines on a piece of work, where no bar can be
+NARROWEST = 20  # columns
+
+
+def width(stream: TextIO | None = None) -> int | None:
+    """The columns of the terminal behind a stream, by default stdout; ``COLUMNS`` of the
+    environment goes before it, as in other programs. None for a file or a pipe.
+    """
+    stream = sys.stdout if stream is None else stream
+    said = os.environ.get("COLUMNS", "")
+    if said.isascii() and said.isdecimal() and int(said):
+        return max(int(said), NARROWEST)
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError, AttributeError):  # a file, a closed stream, one in memory, none
+        return None
+    return max(columns, NARROWEST) if columns else None
+
+
+def fitted(text: str, columns: int | None) -> str:
+    """A text whose longer lines go on in the next one, two columns further in."""
+    if columns is None:
+        return text
+    made = []
+    for line in text.split("\n"):
+        inner = " " * (len(line) - len(line.lstrip()) + 2)
+        folded = textwrap.wrap(
+            line, columns, subsequent_indent=inner, break_long_words=False, break_on_hyphens=False
+        )
+        made += [line] if len(line) <= columns else folded
+    return "\n".join(made)
+
+
+def say(text: str) -> None:
+    """Prints a text on stdout, fitted to its terminal."""
+    print(fitted(text, width()))
+
+
+def table(
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[int] = (0,),
+    rule: bool = False,
+    columns: int | None = None,
+) -> str:
+    """Rows of cells in columns. Those that do not fit beside the first one stand below, with the
+    first one again.
+
+    rows: of equal length, the heads first; left: the columns whose cells stand on the left;
+    rule: whether a line follows the heads; columns: of the terminal, None: all in one piece.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pieces: list[list[int]] = []
+    room = 0
+    for index in range(1, len(widths)):
+        needs = widths[index] + 2
+        if not pieces or (columns is not None and needs > room):
+            pieces.append([0])
+            room = sys.maxsize if columns is None else columns - widths[0]
+        pieces[-1].append(index)
+        room -= needs
+    made = []
+    for piece in pieces or [[0]]:
+        lines = []
+        for row in rows:
+            cells = (
+                row[i].ljust(widths[i]) if i in left else row[i].rjust(widths[i]) for i in piece
+            )
+            lines.append("  ".join(cells).rstrip())
+        if rule:
+            lines.insert(1, "-" * max(map(len, lines)))
+        made.append("\n".join(lines))
+    return "\n\n".join(made)
+
+
+class Progress:
+    """The progress of one piece of work, on stderr: a bar on a terminal; elsewhere, as in a file of
+    logs, a line a minute.
+
+    total: None where it is not known; done: what of it is there already; leave: whether its end
+    stays to be read.
+    """
+
+    def __init__(
+        self, total: int | None, unit: str, label: str, *, done: int = 0, leave: bool = False
+    ) -> None:
+        self.unit = unit
+        self._total, self._label, self._leave = total, label, leave
+        self._start, self._done, self._told = done, done, done
+        self._began = self._last = time.monotonic()
+        self._bar: tqdm | None = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total,
+                unit=unit,
+                desc=label or None,
+                initial=done,
+                leave=leave,
+                dynamic_ncols=True,
+            )
+
+    def update(self, count: int = 1) -> None:
+        """Adds what has been done since the last call."""
+        if self._bar is not None:
+            self._bar.update(count)
+            return
+        self._done += count
+        if time.monotonic() - self._last >= EVERY:
+            self._tell()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._leave and self._done > self._told:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._last, self._told = time.monotonic(), self._done
+        seconds = self._last - self._began
+        of = "" if self._total is None else f" of {self._total}"
+        rate = (self._done - self._start) / max(seconds, 1e-9)
+        label = f"{self._label}: " if self._label else ""
+        line = f"{label}{self._done}{of} {self.unit}s in {seconds:.0f} s, {rate:.3g} a second"
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def tell(line: str) -> None:
+    """Prints a line on stdout, above the bar of a terminal, and at once in a file."""
+    tqdm.write(fitted(line, width()))
+    if sys.stdout is not None:
+        sys.stdout.flush()
