@@ -6,15 +6,32 @@ from pathlib import Path
 
 import pytest
 
+import dpfast
+
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "write_reference.py"
 
 
-@pytest.mark.parametrize("name", ["recipe.md", "cli.md", "run_folder.md"])
+@pytest.mark.parametrize("name", ["recipe.md", "cli.md", "api.md", "run_folder.md"])
 def test_a_page_is_the_one_that_the_tool_writes(name):
     tool = runpy.run_path(str(TOOL))
     written = (tool["FOLDER"] / name).read_text()
     assert written == tool["PAGES"][name](), "run python tools/write_reference.py"
+
+
+def test_the_page_of_the_api_has_every_public_name_once_and_each_place_shows_it():
+    names = runpy.run_path(str(TOOL))["NAMES"]
+    shown = [(name, place) for group in names.values() for name, place in group.items()]
+    assert sorted(name for name, _ in shown) == sorted(dpfast.__all__)
+    for name, place in shown:
+        if place:
+            page = ROOT / "docs" / "reference" / place.partition("#")[0]
+            assert re.search(rf"\b{name}\b", page.read_text()), (name, place)
+
+
+def test_the_drawing_of_the_concepts_is_the_one_that_the_tool_draws():
+    tool = runpy.run_path(str(ROOT / "tools" / "draw_concepts.py"))
+    assert tool["FILE"].read_text() == tool["drawing"](), "run python tools/draw_concepts.py"
 
 
 def test_the_page_of_the_environment_names_every_variable_that_is_read():

@@ -57,7 +57,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     if here == "reference/api.md":
         markdown = re.sub(r"\[`(\w+)`\]\([^)]*\.py\)", r"[`\1`](#dpfast.\1)", markdown)
-    markdown = re.sub(r"^<!-- (::: [\w.]+) -->$", r"\1", markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^<!-- (::: [\w.]+) -->$", r"\1\n", markdown, flags=re.MULTILINE)
     return LINK.sub(led, markdown)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the pages recipe, cli and run_folder of docs/reference from the code that they describe.
+"""Writes the pages recipe, cli, api and run_folder of docs/reference from the code they describe.
 
 python tools/write_reference.py
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dpfast
 from dpfast.cli.main import new_parser
 from dpfast.config import RECIPES, SECTIONS, Option, Recipe, fields, flat, short_name
 from dpfast.textfiles import lines, read_text
@@ -57,6 +59,65 @@ RUN_FOLDER = f"""{WRITTEN}
 `dpfast run RECIPE --out FOLDER` writes all that it makes into one folder.
 
 """
+API = f"""{WRITTEN}
+
+# The Python API
+
+These names are public: `import dpfast` offers them, each imported on first use. A name leads to its
+documentation, and the last column to a page or a file that uses it. Everything else in the package
+may change without notice.
+
+"""
+SAMPLER, LOOP = "../guides/embed_sampler.md", "../guides/embed_loop.md"
+POOL, EXAMPLES = "../guides/pool_and_loader.md", "../../examples"
+# what a reader does, then each name with the place that shows it
+NAMES = {
+    "Guided samples": {
+        "GuidedSampler": f"{SAMPLER}#the-sampler",
+        "GuidanceConfig": f"{SAMPLER}#the-sampler",
+        "Pipeline": LOOP,
+        "SampleBatch": POOL,
+    },
+    "Guidance inside another sampler": {
+        "GuidanceCallback": f"{SAMPLER}#a-callback",
+        "GuidedDDIMScheduler": f"{SAMPLER}#a-scheduler",
+        "LearnerGuidance": f"{SAMPLER}#a-guider",
+        "make_cond_fn": f"{SAMPLER}#a-cond_fn",
+    },
+    "The loop": {
+        "DeliberatePractice": LOOP,
+        "Recipe": LOOP,
+        "RealData": LOOP,
+        "Result": f"{EXAMPLES}/embed_loop.py",
+        "Callback": f"{LOOP}#a-callback",
+        "Progress": f"{LOOP}#a-callback",
+        "Addition": f"{LOOP}#a-callback",
+    },
+    "Parts of your own": {
+        "Source": f"{EXAMPLES}/own_source.py",
+        "LoopView": f"{EXAMPLES}/own_source.py",
+        "RoundRequest": f"{EXAMPLES}/own_source.py",
+        "Loader": f"{EXAMPLES}/own_loader.py",
+        "OwnPipeline": LOOP,
+        "Sampler": LOOP,
+    },
+    "Pool and loader": {
+        "SamplePool": f"{POOL}#a-pool",
+        "Pool": f"{POOL}#pools-and-loaders-of-your-own",
+        "open_pool": f"{POOL}#on-a-disk",
+        "make_loader": f"{POOL}#a-loader",
+        "Augment": f"{POOL}#a-loader",
+        "BatchFormat": f"{POOL}#a-loader",
+    },
+    "Single operations": {
+        "entropy": "",
+        "entropy_and_grad": f"{SAMPLER}#one-fused-operation",
+        "guided_step": f"{SAMPLER}#one-fused-operation",
+        "gather_batch": "",
+        "normal": "",
+    },
+    "Errors": {"InputError": LOOP, "RecipeError": ""},
+}
 
 
 def recipe_page() -> str:
@@ -96,6 +157,35 @@ def run_folder_page() -> str:
             rows[-1][1] += f" {text.strip()}"
     rows = [[name, _cell(text.replace("``", "`"))] for name, text in rows]
     return RUN_FOLDER + table(("file", "what it holds"), rows).rstrip() + "\n"
+
+
+def api_page() -> str:
+    """The site shows in place of each comment what mkdocstrings makes of the docstring."""
+    text = API
+    for about, names in NAMES.items():
+        rows = []
+        for name, shown in names.items():
+            file, documented = _definition(name)
+            first = re.split(r"(?<=\.)\s|:\s", _line(documented).replace("``", "`"))[0]
+            place = shown.partition("#")[0].rpartition("/")[2]
+            where = f"[{place}]({shown})" if shown else ""
+            rows.append(
+                [f"[`{name}`](../../{file.relative_to(ROOT)})", _cell(first.rstrip(":,")), where]
+            )
+        text += f"## {about}\n\n{table(('name', 'what it is', 'shown in'), rows)}"
+        text += "".join(f"<!-- ::: dpfast.{name} -->\n" for name in names) + "\n"
+    return text.rstrip() + "\n"
+
+
+def _definition(name: str) -> tuple[Path, str | None]:
+    """Returns the file that defines a public name and its docstring, without importing it."""
+    home = ROOT / dpfast._HOME[name].replace(".", "/")
+    file = home.with_suffix(".py")
+    for path in [file] if file.exists() else sorted(home.rglob("*.py")):
+        for node in ast.parse(read_text(path)).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+                return path, ast.get_docstring(node)
+    raise LookupError(name)
 
 
 def _sections(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -152,7 +242,12 @@ def _line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "run_folder.md": run_folder_page}
+PAGES = {
+    "recipe.md": recipe_page,
+    "cli.md": cli_page,
+    "api.md": api_page,
+    "run_folder.md": run_folder_page,
+}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
