@@ -214,7 +214,13 @@ def execute(spec: RunSpec, stop: Stop, ranks: Ranks) -> None:
             goes_on = spec.resume or (ranks.restarted and _begun(spec))
         branch_at = None if goes_on else spec.round
         recipe = _fetched(_begun_with(spec, ranks, goes_on=goes_on), ranks)
-        revised = replace(spec.recipe.generator, revision=recipe.generator.revision)
+        found = recipe.generator
+        revised = replace(
+            spec.recipe.generator,
+            revision=found.revision,
+            tiny_decoder=found.tiny_decoder,
+            lora=found.lora,
+        )
         spec = replace(spec, recipe=replace(spec.recipe, generator=revised))
         with ranks.all_or_none():
             practice = DeliberatePractice(recipe, ranks=ranks)
@@ -278,7 +284,7 @@ def _begun_with(spec: RunSpec, ranks: Ranks, *, goes_on: bool) -> Recipe:
 
 
 def _fetched(recipe: Recipe, ranks: Ranks) -> Recipe:
-    """The recipe with the commit of its generator on the Hub, which is in the cache of each
+    """The recipe with the commits of its generator on the Hub, which is in the cache of each
     machine: rank 0 downloads what is lacking, and one rank of each machine with another cache.
     """
     from dpfast.generate.from_recipe import fetched

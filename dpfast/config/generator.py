@@ -40,15 +40,16 @@ class Generator(Section, name="generator"):
         "",
         unit="folder",
         unset="the part tiny_decoder of the pipeline, where there is one",
-        help="folder of an AutoencoderTiny, or OWNER/NAME of one on the Hub (madebyollin/taesd), "
-        "through which guidance looks",
+        help="folder of an AutoencoderTiny, or OWNER/NAME[@REVISION] of one on the Hub "
+        "(madebyollin/taesd), through which guidance looks; a run keeps the commit",
     )
     lora: tuple[str, ...] = option(
         (),
         unit="file[:weight]",
         unset="none",
         help="LoRA weights that are fused into the pipeline's models: files of safetensors or "
-        "OWNER/NAME of models on the Hub, each with its weight (1 where it has none)",
+        "OWNER/NAME[@REVISION] of models on the Hub, each with its weight (1 where it has none); a "
+        "run keeps the commits",
     )
     class_names: tuple[str, ...] = option(
         (),

@@ -31,8 +31,8 @@ class Learner(Section, name="learner"):
         unit="folder",
         unset="random weights",
         help="weights that the learner begins with, its head anew for other classes; a folder of "
-        "transformers' save_pretrained, or its name on the Hugging Face Hub, which says the "
-        "options as well; of timm and of a factory of yours a .safetensors file",
+        "transformers' save_pretrained, or OWNER/NAME of one on the Hugging Face Hub, which says "
+        "the options as well; of timm and of a factory of yours a .safetensors file",
     )
     freeze: tuple[str, ...] = option(
         (),

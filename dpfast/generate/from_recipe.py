@@ -87,20 +87,35 @@ def folder_of(generator: Generator) -> PipelineFolder:
 
 def fetched(generator: Generator, *, beat: Callable[[], None] = lambda: None) -> Generator:
     """Returns a recipe's [generator] with all that it names on the Hub in its cache, where that may
-    be downloaded, and ``revision`` the commit that is there.
+    be downloaded, and the commits that are there: ``revision``, and behind the names of tiny
+    decoder and LoRA.
 
     beat: called while a download grows. Raises ``InputError`` as ``PipelineFolder`` and
     ``dpfast.generate.pipelines.hub.fetch`` do.
     """
     fetch = functools.partial(hub.fetch, beat=beat)
-    others = [("lora", model_id(text)) for text in generator.lora]
-    for field, source in [("tiny_decoder", generator.tiny_decoder), *others]:
+
+    def pinned(field: str, text: str, model: str) -> str:
+        """Returns what a field names, with the commit behind its model."""
+        name, revision = hub.parted(model)
+        if not hub.is_model_id(name):
+            return text
         try:
-            hub.located(source, field=field)
+            found = hub.located(model, field=field)
         except hub.IncompleteError:
             if hub.offline():
                 raise
-            fetch(source, field=field)
+            fetch(name, revision, field=field)
+            found = hub.located(model, field=field)
+        commit = hub.commit_of(found)
+        return text if commit is None else text.replace(model, f"{name}@{commit}", 1)
+
+    tiny = generator.tiny_decoder
+    generator = replace(
+        generator,
+        tiny_decoder=pinned("tiny_decoder", tiny, tiny),
+        lora=tuple(pinned("lora", text, model_id(text)) for text in generator.lora),
+    )
     if not hub.is_model_id(generator.pipeline):
         return generator
     try:

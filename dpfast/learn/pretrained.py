@@ -14,7 +14,6 @@ import contextlib
 import importlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +34,6 @@ log = logging.getLogger(__name__)
 
 KEPT = "pretrained"  # in a run's folder: what its learners began with
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the names of transformers
-NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hub
 NAMES_OF_CLASSES = ("id2label", "label2id", "num_labels")
 Shape = Sequence[int]
 
@@ -46,10 +44,10 @@ def settings_of(kind: Any, source: str) -> dict[str, Any]:
 
     Raises ``InputError`` where there is none, and for one of another architecture.
     """
-    _check_source(source)
+    folder = _folder(source)
     try:
-        with quiet():  # a folder, or a name on the Hub
-            settings, _ = kind.config_class.get_config_dict(source)
+        with quiet():
+            settings, _ = kind.config_class.get_config_dict(folder)
     except Exception as error:  # those of two libraries
         raise _unread(source, error) from error
     found, wanted = settings.get("model_type"), kind.config_class.model_type
@@ -68,10 +66,11 @@ def load_transformers(kind: Any, source: str, config: Any) -> nn.Module:
 
     Raises ``InputError`` where the weights cannot be read or do not fit, the head's apart.
     """
+    folder = _folder(source)
     try:
         with quiet():
             model, found = kind.from_pretrained(
-                source,
+                folder,
                 config=config,
                 dtype=torch.float32,
                 use_safetensors=True,
@@ -183,19 +182,32 @@ def as_kept(recipe: Recipe, run: Path) -> Recipe:
     return replace(recipe, learner=replace(recipe.learner, pretrained=str(run / KEPT)))
 
 
-def _check_source(source: str) -> None:
-    """Raises ``InputError`` for what is no folder of a model, and cannot be a name on the Hub."""
+def _folder(source: str) -> Path:
+    """Returns the folder of a model of transformers, of a name that in the Hub's cache. What the
+    cache lacks is downloaded, unless HF_HUB_OFFLINE forbids it. Raises ``InputError`` where there
+    is none.
+    """
+    from dpfast.generate.pipelines import hub  # which imports diffusers
+
+    wanted = "expected one of transformers' save_pretrained, or OWNER/NAME of a model of the Hub"
     path = Path(source)
-    wanted = "expected one of transformers' save_pretrained, or a name on the Hugging Face Hub"
-    if is_folder(path) and not there(path / CONFIG):
-        raise InputError(f"pretrained = {source!r}: has no {CONFIG}; {wanted}")
-    if not is_folder(path) and (there(path) or not NAME.fullmatch(source)):
-        raise InputError(f"pretrained = {source!r}: no such folder; {wanted}")
+    if not is_folder(path):
+        if there(path) or not hub.is_model_id(hub.parted(source)[0]):
+            raise InputError(f"pretrained = {source!r}: no such folder; {wanted}")
+        try:
+            path = hub.located(source, field="pretrained")
+        except hub.IncompleteError:
+            if hub.offline():
+                raise
+            hub.fetch(*hub.parted(source), field="pretrained")
+            path = hub.located(source, field="pretrained")
+    if not there(path / CONFIG):
+        raise InputError(f"pretrained = {source!r}: has no {CONFIG}; {wanted}{hub.hint(path)}")
+    return path
 
 
 def _unread(source: str, error: Exception) -> InputError:
-    where = "cannot be read" if there(Path(source)) else "no such folder, nor on the Hub"
-    return InputError(f"pretrained = {source!r}: {where}: {first_line(error)}")
+    return InputError(f"pretrained = {source!r}: cannot be read: {first_line(error)}")
 
 
 @contextlib.contextmanager

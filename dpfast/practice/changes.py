@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpfast.config import RECIPE_FILE, Recipe, flat, is_import_path, read_recipe
+from dpfast.config import RECIPE_FILE, Generator, Recipe, flat, is_import_path, read_recipe
 from dpfast.errors import InputError, RecipeError
 from dpfast.files import there
+from dpfast.generate.pipelines import hub
 from dpfast.pool.shards import durable
 from dpfast.practice.contents import STRENGTHS, check_contents, note_contents
 
@@ -210,6 +211,19 @@ RULES: dict[str, tuple[str, str]] = {
 }
 
 
+def _with_commits(generator: Generator, born: dict[str, Any]) -> Generator:
+    """Returns the generator with the commits that a run began with, wherever branches are now."""
+    kept: dict[str, Any] = {}
+    if not generator.revision and generator.pipeline == born.get("pipeline"):
+        kept["revision"] = str(born.get("revision", ""))
+    tiny, lora = str(born.get("tiny_decoder", "")), [str(text) for text in born.get("lora", ())]
+    if generator.tiny_decoder == hub.without_commit(tiny):
+        kept["tiny_decoder"] = tiny
+    if [*generator.lora] == [hub.without_commit(text) for text in lora]:
+        kept["lora"] = tuple(lora)
+    return replace(generator, **kept)
+
+
 def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     """Returns ``recipe`` as the run in ``run`` goes on with it: the layout of its samples and its
     warm-up are those of birth.
@@ -221,10 +235,7 @@ def continued(run: Path, recipe: Recipe, *, branch: bool = False) -> Recipe:
     if not there(run / RECIPE_FILE):
         raise InputError(f"{'branch_from' if branch else 'resume'} = {str(run)!r}: holds no run")
     born, now = _read(run, BORN), _read(run, RECIPE_FILE)
-    generator = recipe.generator
-    if not generator.revision and generator.pipeline == born.get("pipeline"):
-        commit = str(born.get("revision", ""))  # it began with, wherever the branch is by now
-        recipe = replace(recipe, generator=replace(generator, revision=commit))
+    recipe = replace(recipe, generator=_with_commits(recipe.generator, born))
     leaves, branch = branch, branch or (run / "branch.json").is_file()
     allowed = {
         name for name, (kind, _) in RULES.items() if kind == FREE or (branch and kind == BRANCH)

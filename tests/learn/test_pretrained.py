@@ -8,6 +8,7 @@ import shutil
 import sys
 from types import ModuleType
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from dpfast.planning.training import count_learner
 from dpfast.practice.changes import continued
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.practice.run_writer import RunWriter
+from tests.hub_cache import cached
 from tests.practice.conftest import recipe  # noqa: F401
 from tests.practice.small import REAL
 from tests.practice.test_loop import with_
@@ -102,7 +104,7 @@ def test_a_head_of_as_many_classes_is_the_folders_and_nothing_is_said(folders, c
         ("regnet", {}, "of model_type 'regnet'; ViTForImageClassification needs 'vit'"),
         ("bare", {}, "cannot be read: .*no file named model.safetensors"),
         ("damaged", {}, "cannot be read: "),
-        (".", {}, "has no config.json; expected one of transformers' save_pretrained, or a name"),
+        (".", {}, "has no config.json; expected one of transformers' save_pretrained, or OWNER"),
         ("vit/config.json", {}, "no such folder; expected one of transformers'"),
         ("no/such/one", {}, "no such folder; expected one of transformers'"),
     ],
@@ -120,16 +122,22 @@ def test_colours_do_not_become_grey_and_unknown_options_are_refused(folders):
         learner(folders / "vit", depth=3)
 
 
-def test_a_name_of_the_hub_goes_to_transformers_and_its_error_is_one_line(monkeypatch):
-    def offline(name):
-        raise OSError(f"We couldn't connect to load {name}\nCheck your connection")
-
-    monkeypatch.setattr(ViTConfig, "get_config_dict", offline)
+def test_a_model_of_the_hub_is_read_from_its_cache_and_its_absence_is_one_line(
+    folders, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         InputError,
-        match=r"^pretrained = 'google/vit': no such folder, nor on the Hub: We couldn't connect to "
-        r"load google/vit$",
+        match=r"^pretrained = 'google/vit': no such folder, and no model of that name in the Hub's "
+        r"cache '.*' \(HF_HUB_OFFLINE is set\); to download it: hf download google/vit$",
     ):
+        learner("google/vit")
+    snapshot = cached(tmp_path, "google/vit", folders / "vit")
+    weights, expected = (learner(source).state_dict() for source in ("google/vit", folders / "vit"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected if "vit" in name)
+    (snapshot / "config.json").unlink()
+    with pytest.raises(InputError, match=r"has no config.json; .*: hf download google/vit --rev"):
         learner("google/vit")
 
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dpfast.config import Recipe
 from dpfast.errors import RecipeError
@@ -50,6 +52,40 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(cache, pipeline_folder
     moved = with_generator(asked, pipeline=str(pipeline_folder))
     more.unlink()
     assert continued(run, moved).generator.pipeline == str(pipeline_folder)
+
+
+def test_tiny_decoder_and_lora_of_the_hub_keep_the_commits_that_they_began_with(
+    cache, stable_diffusion_folder, tmp_path
+):
+    style = tmp_path / "style"
+    tiny_pipelines.tiny_vae().save_pretrained(tmp_path / "tiny")
+    style.mkdir()
+    tiny, lora = ("someone/taesd", ("someone/style/one.safetensors:0.5", "someone/style"))
+    asked = Recipe.load(
+        "fashion", pipeline=str(stable_diffusion_folder), tiny_decoder=tiny, lora=lora
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    for commit in (FIRST, SECOND):
+        save_file({"of": torch.tensor(int(commit[0]))}, style / "one.safetensors")
+        cached(cache, tiny, tmp_path / "tiny", commit)
+        cached(cache, "someone/style", style, commit)
+        found = fetched(asked.generator)
+        assert found.tiny_decoder == f"{tiny}@{commit}"
+        name = f"someone/style@{commit}"
+        assert found.lora == (f"{name}/one.safetensors:0.5", name)
+        assert fetched(found) == found
+        if commit == FIRST:
+            write_recipe(run, replace(asked, generator=found))
+    # main has moved: the command as it was goes on with the first commits
+    goes_on = continued(run, asked).generator
+    assert goes_on == fetched(goes_on)
+    assert goes_on.tiny_decoder == f"{tiny}@{FIRST}"
+    assert all(FIRST in text for text in goes_on.lora)
+    for field, words in (("tiny_decoder", f"commit is {SECOND}, was {FIRST}"), ("lora", "0 is ")):
+        other = with_generator(replace(asked, generator=goes_on), **{field: getattr(found, field)})
+        with pytest.raises(RecipeError, match=f"{field} = '.*{SECOND}.*: holds other .*{words}"):
+            continued(run, other)
 
 
 def test_another_tiny_decoder_is_refused(cache, pipeline_folder, tmp_path):

@@ -20,7 +20,13 @@ from pathlib import Path
 import diffusers
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from dpfast.config import pipeline_folder
@@ -30,8 +36,10 @@ from dpfast.files import is_folder, listed, there
 
 log = logging.getLogger(__name__)
 COMMIT = re.compile(r"[0-9a-f]{40}")
+PINNED = re.compile(r"@[0-9a-f]{40}(?=$|[:/])")  # in what a recipe names
 CACHED = "models--"  # begins the name of a model's folder in the cache
 WATCHED = 2.0  # seconds between two looks at how much of a download is there
+ANSWERS = 10.0  # seconds within which the Hub says what it has, without a second try
 
 
 class IncompleteError(InputError):
@@ -45,6 +53,17 @@ def is_model_id(source: str | Path) -> bool:
     except HFValidationError:
         return False
     return str(source).count("/") == 1
+
+
+def parted(source: str) -> tuple[str, str]:
+    """Returns the model and the revision of "owner/name@revision", "" where it names none."""
+    model, _, revision = source.partition("@")
+    return (model, revision) if is_model_id(model) else (source, "")
+
+
+def without_commit(text: str) -> str:
+    """Returns what a recipe names without the commit that a run has put behind it."""
+    return PINNED.sub("", text)
 
 
 def commit_of(folder: Path) -> str | None:
@@ -71,15 +90,17 @@ def located(source: str | Path, revision: str = "", *, field: str = "pipeline") 
     model of that name in the cache.
 
     source: a folder, the folder of a model in a cache (models--owner--name), the name of an
-    embedded pipeline, or "owner/name". revision: a branch, a tag or a commit; "": of a model of the
-    Hub its main branch. field: what the caller calls ``source``.
+    embedded pipeline, or "owner/name"; of other fields than "pipeline" also "owner/name@revision".
+    revision: a branch, a tag or a commit; "": of a model of the Hub its main branch. field: what
+    the caller calls ``source``.
 
     Raises ``IncompleteError`` where the cache has no such model or revision, and ``InputError`` for
     a revision of a plain folder. A path that leads nowhere is returned as it is.
     """
     path = pipeline_folder(source) if field == "pipeline" else Path(source)
     if not is_folder(path):
-        return _snapshot(str(source), revision, None, field) if is_model_id(source) else path
+        named = (str(source), revision) if field == "pipeline" else parted(str(source))
+        return _snapshot(*named, None, field) if is_model_id(named[0]) else path
     model = model_of(path)
     if model is not None and commit_of(path) is None:
         return _snapshot(model, revision, path.parent, field)
@@ -172,6 +193,7 @@ def fetch(
     log.info("downloading %s from the Hub into %s", source, constants.HF_HUB_CACHE)
     owned = Path(constants.HF_HUB_CACHE) / f"{CACHED}{source.replace('/', '--')}"
     try:
+        huggingface_hub.HfApi().model_info(source, revision=revision or None, timeout=ANSWERS)
         with _watched(owned / "blobs", beat):
             if field == "pipeline":
                 diffusers.DiffusionPipeline.download(
@@ -188,9 +210,23 @@ def fetch(
                 )
     except Exception as error:  # of diffusers, huggingface_hub and its HTTP client
         raise InputError(
-            f"{field} = {source!r}: is not in the Hub's cache, and downloading it failed: "
-            f"{first_line(error)}"
+            f"{field} = {source!r}: no such folder, not in the Hub's cache, and downloading it "
+            f"failed: {_refusal(error, source, revision)}"
         ) from error
+
+
+def _refusal(error: Exception, model: str, revision: str) -> str:
+    """Returns why the Hub did not give a model, and what helps."""
+    if isinstance(error, GatedRepoError):  # a kind of the next one
+        return (
+            f"its owner asks for consent; give it on https://huggingface.co/{model}, and say "
+            "'hf auth login'"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return "the Hub has no model of that name, or it is private ('hf auth login')"
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {revision or 'main'!r}"
+    return f"{first_line(error)}; where there is a network: {download_command(model, revision)}"
 
 
 @contextlib.contextmanager

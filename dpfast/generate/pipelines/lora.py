@@ -41,7 +41,9 @@ FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[\w-]+)?\.weight")
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A file of safetensors and its weight, as "PATH:WEIGHT" or "owner/name:WEIGHT" names them."""
+    """A file of safetensors and its weight, as "PATH:WEIGHT" or "owner/name@REVISION:WEIGHT" names
+    them.
+    """
 
     text: str
     file: Path
@@ -82,13 +84,15 @@ class LoraFile:
 
 
 def model_id(text: str) -> str:
-    """Returns the "owner/name" on the Hub of what a recipe's ``lora`` names; empty for a path."""
+    """Returns the "owner/name" on the Hub of what a recipe's ``lora`` names, with its revision
+    if it has one; empty for a path.
+    """
     place, _ = _parted(text)
     if there(Path(place)):
         return ""
     model = "/".join(place.split("/")[:2])
     known = place == model or place.endswith(".safetensors")
-    return model if known and hub.is_model_id(model) else ""
+    return model if known and hub.is_model_id(hub.parted(model)[0]) else ""
 
 
 def _parted(text: str) -> tuple[str, float]:

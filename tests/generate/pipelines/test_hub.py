@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import huggingface_hub.constants
+import huggingface_hub.errors
 import pytest
 import torch
 
@@ -270,11 +271,38 @@ def test_a_download_beats_while_it_grows_and_its_failure_is_one_line(cache, monk
         raise OSError("no route to the Hub\nand more")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     threads = threading.active_count()
-    with pytest.raises(InputError, match=r"downloading it failed: no route to the Hub$"):
+    words = "downloading it failed: no route to the Hub; where there is a network: hf download "
+    with pytest.raises(InputError, match=f"{words}{MODEL}$"):
         hub.fetch(MODEL, beat=lambda: beats.append(1))
     assert len(beats) >= 3
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("GatedRepoError", f"give it on https://huggingface.co/{MODEL}, and say 'hf auth login'$"),
+        ("RepositoryNotFoundError", "the Hub has no model of that name, or it is private"),
+        ("RevisionNotFoundError", "it has no revision 'v2'$"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_with_what_helps(kind, words, monkeypatch):
+    """It is asked once, before anything is downloaded: libraries try five times in 25 seconds."""
+    asked = []
+
+    def model_info(_, model, *, revision, timeout):
+        asked.append((model, revision, timeout))
+        error = getattr(huggingface_hub.errors, kind)
+        raise error.__new__(error, "401 Client Error\nand more")  # without the Hub's response
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    for field in ("pipeline", "pretrained"):
+        with pytest.raises(InputError, match=f"^{field} = '{MODEL}': .*{words}") as caught:
+            hub.fetch(MODEL, "v2", field=field)
+        assert "\n" not in str(caught.value)
+    assert asked == [(MODEL, "v2", hub.ANSWERS)] * 2
 
 
 @pytest.mark.long
