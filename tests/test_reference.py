@@ -1,5 +1,6 @@
 """The reference pages are what the code says now."""
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "write_reference.py"
 
 
-@pytest.mark.parametrize("name", ["recipe.md", "cli.md", "api.md", "run_folder.md"])
+@pytest.mark.parametrize("name", ["recipe.md", "cli.md", "api.md", "run_folder.md", "errors.md"])
 def test_a_page_is_the_one_that_the_tool_writes(name):
     tool = runpy.run_path(str(TOOL))
     written = (tool["FOLDER"] / name).read_text()
@@ -46,3 +47,39 @@ def test_the_page_of_the_environment_names_every_variable_that_is_read():
             name.startswith(start) for start in re.findall(r"(\w+_)\*", page)
         )
         assert covered, name
+
+
+@pytest.fixture(scope="module")
+def errors():
+    return runpy.run_path(str(ROOT / "tools" / "error_messages.py"))
+
+
+def test_every_text_of_a_raise_is_on_the_page_of_errors():
+    page = " ".join((ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8").split())
+    texts = set()
+    for file in sorted((ROOT / "dpfast").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                first = [each for arg in node.exc.args for each in _fixed(arg)]
+                texts |= {(file.name, max(first, key=len))} if first else set()
+    assert len(texts) > 500
+    lost = {each for each in texts if " ".join(each[1].split()).replace("`", "'") not in page}
+    assert lost == set()
+
+
+def _fixed(node):
+    """The fixed parts of a text, those within its values aside."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value.strip().replace("|", "\\|")]
+    if isinstance(node, ast.JoinedStr):
+        return [part for each in node.values for part in _fixed(each)]
+    return []
+
+
+def test_every_message_of_an_error_says_what_would_be_right_or_has_its_cause(errors):
+    found, unread = errors["messages"]()
+    known = errors["causes"]()["causes"]
+    assert unread == []
+    silent = {each.form for each in found if not errors["SAYS_IT"].search(each.form)}
+    assert {form for form in silent if not errors["cause"](form, known)} == set()
+    assert {part for part in known if not any(part in each.form for each in found)} == set()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the pages recipe, cli, api and run_folder of docs/reference from the code they describe.
+"""Writes recipe, cli, api, run_folder and errors of docs/reference from the code they describe.
 
 python tools/write_reference.py
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ RUN_FOLDER = f"""{WRITTEN}
 
 # The folder of a run
 
-`dpfast run RECIPE --out FOLDER` writes all that it makes into one folder.
+`dpfast run RECIPE --out FOLDER` writes all that it makes into one folder. The values in its files
+of numbers are explained in [the numbers of a run](metrics.md).
 
 """
 API = f"""{WRITTEN}
@@ -242,11 +244,16 @@ def _line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
+def errors_page() -> str:
+    return str(runpy.run_path(str(Path(__file__).with_name("error_messages.py")))["page"]())
+
+
 PAGES = {
     "recipe.md": recipe_page,
     "cli.md": cli_page,
     "api.md": api_page,
     "run_folder.md": run_folder_page,
+    "errors.md": errors_page,
 }
 
 if __name__ == "__main__":
