@@ -12,7 +12,7 @@ from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
 from dpfast.generate.models.decoder import DeepCompressionDecoder, times_a_tiny_one
 from dpfast.generate.pipelines import Pipeline
-from dpfast.generate.pipelines.families.sana import INSTRUCTION
+from dpfast.generate.pipelines.families.sana import instruction
 from dpfast.generate.pipelines.folder import dtype_option
 from dpfast.generate.pipelines.prompts import without_padding
 from dpfast.generate.sampler import GuidedSampler
@@ -117,7 +117,7 @@ def test_guidance_is_the_gradient_through_the_plain_modules(sana_folder, referen
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     labels, t = torch.tensor([0, 1, 2]), torch.tensor(400)
     rows, mask, *_ = reference.encode_prompt(
-        [TEMPLATE.format(name) for name in NAMES], False, complex_human_instruction=INSTRUCTION
+        [TEMPLATE.format(name) for name in NAMES], False, complex_human_instruction=instruction()
     )
     leaf = x.clone().requires_grad_()
     made = reference.transformer(

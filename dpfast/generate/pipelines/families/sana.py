@@ -28,11 +28,13 @@ from dpfast.generate.pipelines.families.common import (
 from dpfast.generate.pipelines.folder import PipelineFolder
 
 TOKENS = 300  # of a prompt, as SanaPipeline cuts them
-INSTRUCTION = (
-    inspect.signature(diffusers.SanaPipeline.__call__)
-    .parameters["complex_human_instruction"]
-    .default
-)
+
+
+def instruction() -> list[str]:
+    """Return the lines that diffusers puts before a prompt, which need transformers."""
+    call = inspect.signature(diffusers.SanaPipeline.__call__)
+    lines: list[str] = call.parameters["complex_human_instruction"].default
+    return lines
 
 
 class SanaDenoiser(PromptDenoiser):
@@ -92,17 +94,17 @@ def _encode(
         folder, diffusers.SanaPipeline, {"text_encoder": "Gemma2Model"}, device, dtype
     )
 
-    def encode(part: list[str], instruction: list[str] | None) -> Sequence[Tensor]:
+    def encode(part: list[str], before: list[str] | None) -> Sequence[Tensor]:
         return pipeline.encode_prompt(
             part,
             False,
             device=device,
             max_sequence_length=TOKENS,
-            complex_human_instruction=instruction,
+            complex_human_instruction=before,
         )[:2]
 
     *asked, negative = prompts
-    tables = texts.encoded(lambda part: encode(part, INSTRUCTION), asked)
+    tables = texts.encoded(lambda part: encode(part, instruction()), asked)
     last = encode([negative], None)
     embeddings, mask = (torch.cat(pair) for pair in zip(tables, last, strict=True))
     return texts.without_padding(embeddings, mask)
