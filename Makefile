@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?=
 
-.PHONY: demo test test-long sanitize docs install clean
+.PHONY: demo test test-long sanitize docs wheel install clean
 
 demo: install  ## Deliberate Practice against static data on the embedded generator, about two minutes on two cores
 	$(BIN)/dpfast run fashion --overwrite $(RUN)
@@ -49,6 +49,10 @@ sanitize-%:
 docs: install  ## the documentation as a site in build/site, which needs no network; a broken link ends it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
+# The wheel is built from the sdist: what the sdist lacks or a checkout has left over shows in neither.
+wheel: install  ## an sdist and the wheel that it builds, in dist
+	$(BIN)/python -m build
+
 install: .venv/installed
 
 # The constraints pin a torch that has a CPU build; without them pip may take a CUDA build of several gigabytes.
@@ -59,4 +63,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info dpfast/*.so runs
+	rm -rf .venv build dist *.egg-info dpfast/*.so runs

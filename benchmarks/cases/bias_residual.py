@@ -4,11 +4,10 @@ one of its full decoder. The gradient launches nothing.
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness.registry import COMPILED, EAGER, OURS, Case, Variants, pytest_pairs
+from benchmarks.harness.registry import COMPILED, EAGER, OURS, Case, Variants
 from dpfast.ops import bias_residual
 
 
@@ -43,10 +42,3 @@ def _case(samples: int, channels: int, side: int) -> Case:
 
 
 CASES = [_case(32, 320, 64), _case(4, 128, 512)]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU runs plain PyTorch")
-@pytest.mark.parametrize(("case", "variant"), pytest_pairs(CASES))
-def test_bias_residual(benchmark, case, variant):
-    benchmark.group = case.name
-    benchmark(case.build(torch.device("cuda"))[variant])

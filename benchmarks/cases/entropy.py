@@ -4,7 +4,6 @@ batch.
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from benchmarks.harness.registry import (
     OURS_OUT,
     Case,
     Variants,
-    pytest_pairs,
 )
 from dpfast.ops import entropy_and_grad
 
@@ -56,9 +54,3 @@ CASES = [
     _case(65536, 1000, {EAGER: 20, COMPILED: 5, "copy": 0.60}),
     _case(256, 10, {EAGER: 8, COMPILED: 8}, latency=True),
 ]
-
-
-@pytest.mark.parametrize(("case", "variant"), pytest_pairs(CASES))
-def test_entropy(benchmark, case, variant):
-    benchmark.group = case.name
-    benchmark(case.build(torch.device("cpu"))[variant])

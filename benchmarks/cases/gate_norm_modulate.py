@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.registry import COMPILED, EAGER, OURS, Case, Variants, pytest_pairs
+from benchmarks.harness.registry import COMPILED, EAGER, OURS, Case, Variants
 from dpfast.ops import gate_norm_modulate
 from dpfast.ops.gate_norm_modulate import backward_bytes_moved, bytes_moved
 
@@ -70,10 +69,3 @@ def _case(samples: int, tokens: int, channels: int, backward: bool) -> Case:
 
 
 CASES = [_case(64, 256, 1152, backward=False), _case(32, 256, 1152, backward=True)]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU runs plain PyTorch")
-@pytest.mark.parametrize(("case", "variant"), pytest_pairs(CASES))
-def test_gate_norm_modulate(benchmark, case, variant):
-    benchmark.group = case.name
-    benchmark(case.build(torch.device("cuda"))[variant])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from benchmarks.harness.registry import (
     OURS_OUT,
     Case,
     Variants,
-    pytest_pairs,
 )
 from dpfast.ops import gather_batch
 
@@ -71,9 +69,3 @@ CASES = [
         targets={EAGER: 20, COMPILED: 10, "copy": 0.50},
     )
 ]
-
-
-@pytest.mark.parametrize(("case", "variant"), pytest_pairs(CASES))
-def test_gather(benchmark, case, variant):
-    benchmark.group = case.name
-    benchmark(case.build(torch.device("cpu"))[variant])

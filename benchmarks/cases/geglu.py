@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.registry import COMPILED, EAGER, OURS, Case, Variants, pytest_pairs
+from benchmarks.harness.registry import COMPILED, EAGER, OURS, Case, Variants
 from dpfast.ops import geglu
 from dpfast.ops.geglu import bytes_moved
 
@@ -58,10 +57,3 @@ CASES = [
     _case(16, 4096, 1280, backward=True),
     _case(32, 256, 5120, backward=False),
 ]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU runs plain PyTorch")
-@pytest.mark.parametrize(("case", "variant"), pytest_pairs(CASES))
-def test_geglu(benchmark, case, variant):
-    benchmark.group = case.name
-    benchmark(case.build(torch.device("cuda"))[variant])

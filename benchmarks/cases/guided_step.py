@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from benchmarks.harness.registry import (
     OURS_OUT,
     Case,
     Variants,
-    pytest_pairs,
 )
 from dpfast.ops import guided_step, normal
 
@@ -96,9 +94,3 @@ CASES = [
         KAPPA,
     ),
 ]
-
-
-@pytest.mark.parametrize(("case", "variant"), pytest_pairs(CASES))
-def test_guided_step(benchmark, case, variant):
-    benchmark.group = case.name
-    benchmark(case.build(torch.device("cpu"))[variant])

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.cases.pool import batch_of
 from benchmarks.harness.registry import OURS, Case, Variants
+from dpfast.extras import installed
 from dpfast.feed import dali_installed, make_loader
 from dpfast.feed.augment import Augment
 from dpfast.feed.loader import PoolLoader
@@ -83,23 +83,31 @@ class Folder(Dataset):
 
 @functools.lru_cache(maxsize=2)
 def data(size: int) -> tuple[Path, Tensor]:
-    """Smooth images with some noise: as files, as shards, and as a tensor."""
-    import webdataset
-
+    """Smooth images with some noise: as files, and as a tensor."""
     temporary = tempfile.TemporaryDirectory(prefix="dpfast-loader-")
     atexit.register(temporary.cleanup)
     folder, generator = Path(temporary.name), torch.Generator().manual_seed(0)
     coarse = torch.rand(SIZES[size], 3, 8, 8, generator=generator) * 230
     images = F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 230)
     images = (images + torch.rand(images.shape, generator=generator) * 6).to(torch.uint8)
+    for i, image in enumerate(images):
+        (folder / f"{i:06d}.png").write_bytes(to_png(image.numpy()))
+    return folder, images
+
+
+@functools.lru_cache(maxsize=2)
+def shards(size: int) -> list[str]:
+    """The same files as shards of an eighth of them."""
+    import webdataset
+
+    folder = data(size)[0]
     with webdataset.ShardWriter(
         str(folder / "%04d.tar"), maxcount=SIZES[size] // 8, verbose=0
-    ) as shards:
-        for i, image in enumerate(images):
-            png = to_png(image.numpy())
-            (folder / f"{i:06d}.png").write_bytes(png)
-            shards.write({"__key__": f"{i:06d}", "png": png, "cls": str(i % 1000).encode()})
-    return folder, images
+    ) as writer:
+        for i, file in enumerate(sorted(folder.glob("*.png"))):
+            label = str(i % 1000).encode()
+            writer.write({"__key__": file.stem, "png": file.read_bytes(), "cls": label})
+    return sorted(map(str, folder.glob("*.tar")))
 
 
 def from_folder(size: int, batch: int, augment: bool) -> Callable[[], Any]:
@@ -114,9 +122,8 @@ def from_folder(size: int, batch: int, augment: bool) -> Callable[[], Any]:
 def from_shards(size: int, batch: int, augment: bool) -> Callable[[], Any]:
     import webdataset
 
-    shards = sorted(map(str, data(size)[0].glob("*.tar")))
     samples = webdataset.WebDataset(
-        shards, shardshuffle=False, repeat=True, resampled=True, empty_check=False
+        shards(size), shardshuffle=False, repeat=True, resampled=True, empty_check=False
     ).shuffle(256)
     pairs = (
         samples.shuffle(256)
@@ -164,10 +171,9 @@ def build(device: torch.device, *, size: int, batch: int, augment: bool) -> Vari
     )
     assert labels.tolist() == [0, 1, 2, 3]
     variants = {name: from_pool(loader, BATCHES[size]) for name, loader in loaders.items()}
-    rivals = {
-        FOLDER: from_folder(size, batch, augment),
-        WEBDATASET: from_shards(size, batch, augment),
-    }
+    rivals = {FOLDER: from_folder(size, batch, augment)}
+    if installed("webdataset"):
+        rivals[WEBDATASET] = from_shards(size, batch, augment)
     for name, call in (variants | rivals).items():
         assert call() == BATCHES[size] * batch, name
     return rivals | variants
@@ -192,9 +198,3 @@ CASES = [
     for batch in (64, 256, 1024)
     for augment in (True, False)
 ]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.size)
-def test_loader(benchmark, case):
-    benchmark.group = case.name
-    benchmark(case.build(torch.device("cpu"))[OURS])

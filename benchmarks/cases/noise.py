@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness.registry import EAGER, OURS, Case, Variants, pytest_pairs
+from benchmarks.harness.registry import EAGER, OURS, Case, Variants
 from dpfast.ops import normal
 
 SAMPLES, SHAPE = 256, (4, 64, 64)
@@ -38,9 +37,3 @@ CASES = [
         targets={EAGER: 4},
     )
 ]
-
-
-@pytest.mark.parametrize(("case", "variant"), pytest_pairs(CASES))
-def test_normal(benchmark, case, variant):
-    benchmark.group = case.name
-    benchmark(case.build(torch.device("cpu"))[variant])

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -147,9 +146,3 @@ CASES = [
         build=build_open,
     ),
 ]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.operation)
-def test_pool(benchmark, case):
-    benchmark.group = case.name
-    benchmark(case.build(torch.device("cpu"))[OURS])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.registry import COMPILED, EAGER, OURS, Case, Variants, pytest_pairs
+from benchmarks.harness.registry import COMPILED, EAGER, OURS, Case, Variants
 from dpfast.ops import relu_chain
 
 
@@ -56,10 +55,3 @@ def _case(samples: int, channels: int, side: int) -> Case:
 
 
 CASES = [_case(16, 64, 512)]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU runs plain PyTorch")
-@pytest.mark.parametrize(("case", "variant"), pytest_pairs(CASES))
-def test_relu_chain(benchmark, case, variant):
-    benchmark.group = case.name
-    benchmark(case.build(torch.device("cuda"))[variant])

@@ -15,7 +15,6 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 
 from benchmarks import RESULTS
@@ -102,11 +101,6 @@ def build(device: torch.device) -> Variants:
 
 
 CASES = [Case(operation="test_error", size=f"{EVALUATIONS:,} cells", tests=TESTS, build=build)]
-
-
-@pytest.mark.parametrize("variant", [f"{OURS}, hard", f"{OURS}, easy"])
-def test_evaluations(benchmark, variant):
-    benchmark(CASES[0].build(torch.device("cpu"))[variant])
 
 
 def measure(draws: int, seed: int, rounds: int) -> dict[str, Any]:

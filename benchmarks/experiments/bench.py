@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import RESULTS, ROOT
+from benchmarks import RESULTS
 from benchmarks.experiments import attention, geglu_product, machine_code
 from benchmarks.harness import timing
 from benchmarks.harness.arguments import add_device, add_record, new_parser
+from benchmarks.harness.processes import command
 from dpfast import ops
 from dpfast.cli.parser import at_least
 from dpfast.errors import InputError
@@ -412,9 +413,8 @@ def interpreted(only: str) -> int:
     """Compares in a process of its own, since Triton decides once whether to interpret."""
     makers = chosen(odd_cases(), only)
     if not dispatch.INTERPRETED:
-        command = [sys.executable, "-m", "benchmarks.run", "experiments", "--interpret"]
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        return subprocess.run([*command, "--only", only], cwd=ROOT, env=environment).returncode
+        same = command("benchmarks.run", "experiments", "--interpret", "--only", only)
+        return subprocess.run(same, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
     failed = False
     for name, make in makers.items():
         _, wrong = gate(make())

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import RESULTS
+from benchmarks import CHECKOUT, RESULTS
 from benchmarks.harness.records import check_appendable
 from dpfast.cli.parser import Parser
 from dpfast.errors import InputError
@@ -58,29 +58,43 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_record(parser: argparse.ArgumentParser, suite: str) -> None:
-    """``--record``: the folder of the suite's records, ``benchmarks/results`` where none is
-    named.
+    """``--record``: the folder of the suite's records, where none is named that of a checkout, or
+    the current one.
     """
+    default = RESULTS if CHECKOUT else Path()
     parser.add_argument(
         "--record",
         type=_record_folder,
         nargs="?",
-        const=RESULTS,
+        const=default,
         metavar="FOLDER",
-        help=f"append to {suite}.jsonl in FOLDER (default benchmarks/results)",
+        help=f"append to {suite}.jsonl in FOLDER (default {_told(default)})",
     )
 
 
 def add_record_file(parser: argparse.ArgumentParser, default: Path) -> None:
-    """``--record``: the file that the suite appends to, ``default`` where none is named."""
+    """``--record``: the file that the suite appends to. default: of ``RESULTS``, where none is
+    named; without a checkout of the current folder.
+    """
+    default = kept(default)
     parser.add_argument(
         "--record",
         type=_record_file,
         nargs="?",
         const=default,
         metavar="FILE",
-        help=f"append to FILE (default {default.relative_to(RESULTS.parents[1])})",
+        help=f"append to FILE (default {_told(default)})",
     )
+
+
+def kept(file: Path) -> Path:
+    """Where what is measured is kept. file: of ``RESULTS``; in a wheel of the current folder."""
+    return file if CHECKOUT else Path(file.name)
+
+
+def _told(place: Path) -> str:
+    """A place as a help names it."""
+    return str(place.relative_to(RESULTS.parents[1])) if CHECKOUT else str(place)
 
 
 def _record_file(text: str) -> Path:
@@ -98,14 +112,15 @@ def _record_folder(text: str) -> Path:
     return folder
 
 
-def add_lines(parser: argparse.ArgumentParser, default: Path, what: str, *, short: str) -> None:
+def add_lines(parser: argparse.ArgumentParser, what: str, *, short: str) -> None:
     """``--results``, ``--short`` and ``--tables`` of a suite that appends a line for each ``what``
     that it has finished, and makes none twice. short: what ``--short`` makes.
+
+    ``lines_file`` says which file that is.
     """
     parser.add_argument(
         "--results",
         type=Path,
-        default=default,
         metavar="FILE",
         help=f"file with a line for each {what}, which a finished one appends",
     )
@@ -113,3 +128,14 @@ def add_lines(parser: argparse.ArgumentParser, default: Path, what: str, *, shor
     parser.add_argument(
         "--tables", action="store_true", help="print what the lines so far say, and make nothing"
     )
+
+
+def lines_file(results: Path | None, default: Path, *, only_read: bool) -> Path:
+    """The file of lines that a suite reads, and appends to unless it is ``only_read``.
+
+    results: what ``--results`` names. default: of ``RESULTS``, where it names none. A wheel keeps
+    the lines in the current folder, and reads those that were shipped while that has none.
+    """
+    if results is not None:
+        return results
+    return default if only_read and not there(kept(default)) else kept(default)

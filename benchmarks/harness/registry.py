@@ -62,8 +62,3 @@ def cases(suite: str) -> list[Case]:
     """
     modules = (importlib.import_module(f"benchmarks.cases.{module}") for module in SUITES[suite])
     return [case for module in modules for case in module.CASES]
-
-
-def pytest_pairs(chosen: list[Case]) -> list[tuple[Case, str]]:
-    """The case and the variant of each single measurement, for `pytest.mark.parametrize`."""
-    return [(case, variant) for case in chosen for variant in (EAGER, OURS)]

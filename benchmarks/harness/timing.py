@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import ROOT
 from dpfast.textfiles import lines
+from dpfast.version import __version__
 
 SHORTEST = 2e-3  # seconds of one measurement; shorter calls are repeated within it
 COPY_BYTES = 256 << 20
@@ -175,11 +176,14 @@ def machine(device: torch.device) -> dict[str, object]:
         described["triton"] = triton.__version__
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "describe", "--always", "--dirty"]
-        described["commit"] = subprocess.run(
-            command, cwd=ROOT, check=True, capture_output=True, encoding="utf-8"
-        ).stdout.strip()
+    if (ROOT / ".git").exists():  # an environment may lie in a repository of its user's
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            command = ["git", "describe", "--always", "--dirty"]
+            described["commit"] = subprocess.run(
+                command, cwd=ROOT, check=True, capture_output=True, encoding="utf-8"
+            ).stdout.strip()
+    else:
+        described["version"] = __version__
     return described
 
 

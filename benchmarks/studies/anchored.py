@@ -29,8 +29,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import RESULTS, ROOT
-from benchmarks.harness.arguments import add_lines, new_parser
+from benchmarks import RESULTS
+from benchmarks.harness.arguments import add_lines, lines_file, new_parser
+from benchmarks.harness.processes import command
 from benchmarks.harness.records import read_records
 from benchmarks.studies.anchored_tables import KINDS, LINE, anchored_tables, of_seeds
 from benchmarks.studies.births import Births
@@ -224,13 +225,12 @@ class Worker:
     """A process with one thread that makes runs, one after the other."""
 
     def __init__(self) -> None:
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            command("benchmarks.studies.anchored"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
     def measure(self, run: Run) -> Line:
@@ -312,14 +312,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=at_least(1), default=1, help="runs at a time, of one thread each"
     )
-    add_lines(parser, RECORDS, "run", short="two small sizes and few iterations")
+    add_lines(parser, "run", short="two small sizes and few iterations")
     options = parser.parse_args(arguments)
     design = SHORT if options.short else FULL
     parts = options.part or PARTS
-    lines = read(options.results, needed=options.tables)
+    results = lines_file(options.results, RECORDS, only_read=options.tables)
+    lines = read(results, needed=options.tables)
     if not options.tables:
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        deal(parts, options.results, design, options.workers)
+        results.parent.mkdir(parents=True, exist_ok=True)
+        deal(parts, results, design, options.workers)
         return 0
     best = {kind: chosen(kind, lines, design) for kind in KINDS}
     missing = {part: [run.kind for run in left(part, lines, design)] for part in PARTS}

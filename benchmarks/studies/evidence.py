@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import add_lines, new_parser
+from benchmarks.harness.arguments import add_lines, lines_file, new_parser
 from benchmarks.harness.records import read_records
 from benchmarks.systems.fewer_steps import mean
 from benchmarks.systems.guidance_tables import MEAN
@@ -300,9 +300,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--count", type=at_least(20), default=2500, help="samples of each form (default 2500)"
     )
-    add_lines(parser, RECORDS, "form", short="two forms and a learner of few steps")
+    add_lines(parser, "form", short="two forms and a learner of few steps")
     options: argparse.Namespace = parser.parse_args(arguments)
-    read_records(options.results, KINDS, needed=options.tables)
+    results = lines_file(options.results, RECORDS, only_read=options.tables)
+    read_records(results, KINDS, needed=options.tables)
     if not options.tables:
         iterations = 40 if options.short else ITERATIONS
         sizes = BRIEFLY if options.short else {}
@@ -312,6 +313,6 @@ def main(arguments: list[str] | None = None) -> int:
         learner = result.learner.eval()
         for omega, kappa in FORMS[-2:] if options.short else FORMS:
             record = measure(practice, learner, omega, kappa, options.count)
-            timing.append(options.results, "evidence", [record])
-    print("\n".join(tables(read_records(options.results, KINDS))))
+            timing.append(results, "evidence", [record])
+    print("\n".join(tables(read_records(results, KINDS))))
     return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS
-from benchmarks.harness.arguments import add_lines, new_parser
+from benchmarks.harness.arguments import add_lines, lines_file, new_parser
 from benchmarks.harness.records import read_records
 from benchmarks.studies.births import nearest_earlier
 from benchmarks.studies.settings import COMMON, OPTIONS, Fields
@@ -177,11 +177,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--iterations", type=at_least(1), default=1200, help="of each run (default 1200)"
     )
-    add_lines(parser, RECORDS, "run", short="two small sizes and few iterations")
+    add_lines(parser, "run", short="two small sizes and few iterations")
     options = parser.parse_args(arguments)
-    read_records(options.results, {"fields": TABLE}, needed=options.tables)
+    results = lines_file(options.results, RECORDS, only_read=options.tables)
+    read_records(results, {"fields": TABLE}, needed=options.tables)
     if options.tables:
-        print("\n".join(tables(options.results)))
+        print("\n".join(tables(results)))
         return 0
     sizes = (80, 160) if options.short else SIZES
     iterations = 40 if options.short else options.iterations
@@ -191,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
             for piece in pieces(part, sizes, iterations):
                 fields = {**COMMON, **piece, "seed": seed}
                 # before, in another process, or for another part
-                if fields in finished(options.results):
+                if fields in finished(results):
                     continue
                 if seed not in unguided:
                     # prune draws up to the last oversampled id; what the cache lacks is made when
@@ -202,8 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
                 line = json.dumps(
                     {**measure(fields, unguided[seed]), "part": part, "fields": fields}
                 )
-                options.results.parent.mkdir(parents=True, exist_ok=True)
-                with options.results.open("a", encoding="utf-8") as file:
+                results.parent.mkdir(parents=True, exist_ok=True)
+                with results.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
                 print(line, flush=True)
     return 0

@@ -27,7 +27,14 @@ from torch import Tensor
 
 from benchmarks import RESULTS
 from benchmarks.harness import records, timing
-from benchmarks.harness.arguments import add_lines, add_rows, check_rows, is_wanted, new_parser
+from benchmarks.harness.arguments import (
+    add_lines,
+    add_rows,
+    check_rows,
+    is_wanted,
+    lines_file,
+    new_parser,
+)
 from benchmarks.systems import fewer_steps, guidance_tables
 from benchmarks.systems.ablation import FIRST_ID
 from dpfast.cli.parser import at_least
@@ -272,7 +279,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--count", type=at_least(2), default=5000, help="samples of each cell (default 5000)"
     )
     add_rows(parser)
-    add_lines(parser, RECORDS, "cell", short="few cells and a learner of few steps")
+    add_lines(parser, "cell", short="few cells and a learner of few steps")
     parser.add_argument(
         "--figure",
         type=Path,
@@ -290,9 +297,11 @@ def main(arguments: list[str] | None = None) -> int:
     for option in ("figure", "sheet"):
         if getattr(options, option) is not None:
             records.check_picture(option, getattr(options, option))
-    finished(options.results)  # that it can be read is known before anything is made
-    if options.tables or options.figure is not None:
-        lines = guidance_tables.latest(finished(options.results), options.results)
+    only_read = options.tables or options.figure is not None
+    results = lines_file(options.results, RECORDS, only_read=only_read)
+    finished(results)  # that it can be read is known before anything is made
+    if only_read:
+        lines = guidance_tables.latest(finished(results), results)
         if options.tables:
             print("\n".join(guidance_tables.tables(lines)))
         if options.figure is not None:
@@ -306,9 +315,9 @@ def main(arguments: list[str] | None = None) -> int:
     for cell in wanted:
         settings = bench.settings(cell, options.count)
         # before, or in another process
-        if any(line.items() >= settings.items() for line in finished(options.results)):
+        if any(line.items() >= settings.items() for line in finished(results)):
             continue
         record = bench.measure(cell, options.count)
-        timing.append(options.results, "guidance", [record])
+        timing.append(results, "guidance", [record])
         print(f"{cell.name}: {guidance_tables.told(record)}", file=sys.stderr, flush=True)
     return 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import ROOT
 from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.processes import command
 from benchmarks.systems.traffic import ROWS
 from dpfast.cli.parser import at_least
 from dpfast.errors import InputError
@@ -165,10 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
             launch.compile()
         return 0
     started = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.run", "kernels", "--models", options.models]
-    running = [
-        subprocess.Popen([*command, "--part", str(part)], cwd=ROOT) for part in range(PROCESSES)
-    ]
+    same = command("benchmarks.run", "kernels", "--models", options.models)
+    running = [subprocess.Popen([*same, "--part", str(part)]) for part in range(PROCESSES)]
     failed = [process.wait() for process in running]
     print(f"kernels of {', '.join(names)}: {time.perf_counter() - started:.0f} s", flush=True)
     return 1 if any(failed) else 0

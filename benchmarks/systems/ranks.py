@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_record_file, new_parser
 from dpfast.cli.parser import at_least
 from dpfast.config import Recipe
 from dpfast.errors import InputError
@@ -194,17 +194,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--rounds", type=at_least(1), default=7, help="measurements of each (default 7)"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument(
-        "--record", action="store_true", help="append to benchmarks/results/ranks.jsonl"
-    )
+    add_record_file(parser, RESULTS / "ranks.jsonl")
     options = parser.parse_args(arguments)
     chosen = [name for name in WORKS if options.only in name]
     if not chosen:
         raise InputError(f"only = {options.only!r}: no case; there are {'; '.join(WORKS)}")
     records = gains(options.ranks, options.rounds, chosen)
     print(table(records))
-    if options.record:
-        timing.append(
-            RESULTS / "ranks.jsonl", "ranks", ({"threads": 1, **record} for record in records)
-        )
+    if options.record is not None:
+        timing.append(options.record, "ranks", ({"threads": 1, **record} for record in records))
     return 0

@@ -15,15 +15,13 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import RESULTS, ROOT
+from benchmarks import RESULTS
 from benchmarks.harness import timing
-from benchmarks.harness.arguments import new_parser
+from benchmarks.harness.arguments import add_record_file, new_parser
+from benchmarks.harness.processes import command
 from dpfast.cli.parser import in_one_line
 from dpfast.textfiles import lines
 
@@ -51,18 +49,9 @@ def recipe(samples: int, images: int) -> Any:
 
 def measured(samples: int, images: int) -> int:
     """Bytes that a real run took, in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.systems.rehearsal",
-        "--child",
-        str(samples),
-        str(images),
-    ]
+    run = command("benchmarks.systems.rehearsal", "--child", str(samples), str(images))
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": MMAP, "OMP_NUM_THREADS": "2"}
-    out = subprocess.run(
-        command, check=True, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment
-    )
+    out = subprocess.run(run, check=True, capture_output=True, encoding="utf-8", env=environment)
     return int(json.loads(lines(out.stdout)[-1])["bytes"])
 
 
@@ -101,9 +90,7 @@ def rehearsed(samples: int, images: int) -> dict[str, int]:
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where the rehearsal is further from the run than ``WITHIN``."""
     parser = new_parser("rehearsal", __doc__)
-    parser.add_argument(
-        "--record", action="store_true", help="append to benchmarks/results/rehearsal.jsonl"
-    )
+    add_record_file(parser, RECORDS)
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child is not None:
@@ -132,8 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"{ratio:.3f} | {name} |",
             flush=True,
         )
-    if options.record:
-        timing.append(RECORDS, "rehearsal", records, torch.device("cpu"))
+    if options.record is not None:
+        timing.append(options.record, "rehearsal", records)
     return int(any(abs(record["ratio"] - 1) > WITHIN for record in records))
 
 

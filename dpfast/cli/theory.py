@@ -172,7 +172,7 @@ def samples(arguments: argparse.Namespace) -> Next:
         near = ", ".join(f"{row.keep:g}" for row in peak)
         print(
             f"\nkeep {near}: about as many kept samples as dimensions, where the theory is least "
-            "exact (docs/background/theory.md)"
+            "exact"
         )
     figures = ["dpfast", "theory", "figures", "--out", str(vacant(Path("theory")))]
     return Next(("the paper's figures of it, with simulation", figures))

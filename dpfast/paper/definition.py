@@ -144,7 +144,8 @@ def load_table(name: str, *, small: bool = False) -> Table:
     )
     if small and not less and not commands:
         raise InputError(
-            f"small: {known[wanted]} has no runs in small; docs/guides/reproduce_paper.md says why"
+            f"small: {known[wanted]} has no runs in small, since what it compares is not embedded; "
+            "leave --small out"
         )
     entry = _small if small else _entry
     told = [e for row in whole.get("runs", ()) if (e := entry(row, whole)) is not None]
