@@ -1,4 +1,19 @@
-"""dpfast: Deliberate Practice, a classifier and the diffusion generator that it steers."""
+"""dpfast: Deliberate Practice, a classifier and the diffusion generator that it steers.
+
+The classifier trains on synthetic images; the generator makes new ones on demand, guided towards
+high entropy of the current classifier (arXiv 2502.15588). Each name is imported on its first use.
+
+A run: ``Recipe``, ``DeliberatePractice``, ``Result``; ``RealData`` for real images of one's own,
+    ``Callback`` with ``Progress`` and ``Addition``; ``InputError`` and ``RecipeError``.
+The sampler: ``Pipeline``, ``GuidedSampler``, ``GuidanceConfig``, ``SampleBatch``; ``OwnPipeline``
+    and ``Sampler`` for a generator of one's own.
+The guidance in other samplers: ``GuidanceCallback``, ``GuidedDDIMScheduler``,
+    ``LearnerGuidance``, ``make_cond_fn``.
+The samples: ``SamplePool``, ``Pool``, ``open_pool``; ``Source`` with ``RoundRequest`` and
+    ``LoopView`` for samples of any other origin.
+The batches: ``make_loader``, ``Loader``, ``Augment``, ``BatchFormat``.
+The operations: ``guided_step``, ``entropy``, ``entropy_and_grad``, ``normal``, ``gather_batch``.
+"""
 
 from __future__ import annotations
 

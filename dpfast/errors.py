@@ -10,10 +10,16 @@ LARGEST = 3.4028234663852886e38  # of float32, in which tensors hold what a call
 
 
 class InputError(ValueError):
-    """An argument, a file or a folder that cannot be used.
+    """An error for an argument, a file or a folder that cannot be used.
 
     The message names it, its value and what would be right. It is one line that a terminal shows
     as it is, whatever names and foreign messages are in it: "\\n" stands for a line feed.
+
+    Examples:
+        >>> import dpfast
+        >>> dpfast.GuidanceConfig(every=0)
+        Traceback (most recent call last):
+        dpfast.errors.InputError: every = 0: expected at least 1, which guides every step
     """
 
     def __str__(self) -> str:
@@ -28,7 +34,14 @@ class UnreadableError(InputError):
 
 
 class RecipeError(InputError):
-    """A recipe that cannot run; the message names the field, its value and what would be right."""
+    """An error for a recipe that cannot run; the message names the field and what would be right.
+
+    Examples:
+        >>> import dpfast
+        >>> dpfast.Recipe.load("fashion", iterations=0)
+        Traceback (most recent call last):
+        dpfast.errors.RecipeError: iterations = 0: expected a whole number of at least 10
+    """
 
 
 class SaveWarning(UserWarning):

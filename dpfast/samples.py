@@ -14,13 +14,32 @@ from torch import Tensor
 class SampleBatch:
     """The samples that a sampler yields. Row i of every tensor belongs to ``sample_ids[i]``.
 
-    images: (B, C, H, W) uint8; labels, sample_ids: (B,) int64; entropy: (B,) float32, nats, of the
-    finished image under the guiding learner (NaN without one); learner_step: the learner's
-    optimiser steps at birth; skipped: how many guided steps of single samples went unguided,
-    because their gradient was not finite; retries: how often memory ran out before the batch was
-    small enough; latents: (B, c, h, w) float16, what the images were decoded from; files: B JPEG
-    files of the images, where those exist; origins: (B,) ``dpfast.pool.record.RECORD``, the columns
-    of samples that were made before, or by nobody.
+    Attributes:
+        images: (B, C, H, W) uint8.
+        labels: (B,) int64 class ids.
+        sample_ids: (B,) int64 keys of the noise.
+        entropy: (B,) float32, nats, of the finished images under the guiding learner; NaN without
+            one.
+        learner_step: Optimiser steps of the learner at birth.
+        skipped: Guided steps of single samples that went unguided, because their gradient was not
+            finite.
+        latents: (B, c, h, w) float16 that the images were decoded from, or None.
+        retries: Times that memory ran out before the batch was small enough.
+        files: B JPEG files of the images, where those exist.
+        origins: (B,) ``dpfast.pool.record.RECORD``, the columns of samples that were made before,
+            or by nobody.
+
+    Examples:
+        >>> import torch
+        >>> from dpfast import SampleBatch
+        >>> batch = SampleBatch(
+        ...     images=torch.zeros(3, 1, 32, 32, dtype=torch.uint8),
+        ...     labels=torch.tensor([5, 7, 9]),
+        ...     sample_ids=torch.arange(3),
+        ...     entropy=torch.zeros(3),
+        ... )
+        >>> batch.take(slice(1, 3)).labels
+        tensor([7, 9])
     """
 
     images: Tensor

@@ -25,26 +25,31 @@ _TENSORS = {
 
 
 class GuidanceCallback(PipelineCallback):
-    """Moves a pipeline's latents towards what the learner finds hard: ``pipe(...,
-    callback_on_step_end=callback)``.
+    """Moves a pipeline's latents towards what the learner finds hard, between its steps.
 
-    A callback runs after a step, so what it moves is the input of the next: step 0 is never guided,
-    and the gradient takes one more conditional forward at the next timestep (a pipeline hands out
-    no graph of its own). The prediction that the next step uses is made at the moved latents;
-    ``GuidedSampler`` keeps the one from before the move. An anchor takes an unconditional forward
-    there as well, so it needs classifier-free guidance (``guidance_scale`` above 1).
+    It is passed as ``pipe(..., callback_on_step_end=callback)``. A callback runs after a step, so
+    what it moves is the input of the next: step 0 is never guided, and the gradient takes one more
+    conditional forward at the next timestep (a pipeline hands out no graph of its own). The
+    prediction that the next step uses is made at the moved latents; ``GuidedSampler`` keeps the one
+    from before the move. An anchor takes an unconditional forward there as well, so it needs
+    classifier-free guidance (``guidance_scale`` above 1).
 
     Args:
-        pipe: a ``StableDiffusionPipeline`` or a ``StableDiffusion3Pipeline``; its scheduler may be
+        pipe: A ``StableDiffusionPipeline`` or a ``StableDiffusion3Pipeline``; its scheduler may be
             replaced later.
-        learner, guidance, labels, image_size, chunk: as in ``LearnerGradient``; guidance in
-            "relative" mode.
-        decoder: of the guidance path; None: the pipeline's own autoencoder. An ``AutoencoderTiny``
-            is much cheaper.
+        learner: As in ``dpfast.adapters.gradient.LearnerGradient``.
+        guidance: As in ``LearnerGradient``, in "relative" mode.
+        decoder: Decoder of the guidance path; None: the pipeline's own autoencoder. An
+            ``AutoencoderTiny`` is much cheaper.
+        labels: As in ``LearnerGradient``.
+        image_size: As in ``LearnerGradient``.
+        chunk: As in ``LearnerGradient``.
 
-    Raises ``TypeError`` for another pipeline (a ``DiTPipeline`` has no callbacks: use
-    ``GuidedDDIMScheduler``) and ``InputError`` for mode="score", which only a scheduler can do, or
-    a scheduler whose latents cannot be moved.
+    Raises:
+        TypeError: For another pipeline. A ``DiTPipeline`` has no callbacks: use
+            ``GuidedDDIMScheduler``.
+        InputError: For mode="score", which only a scheduler can do, and a scheduler whose latents
+            cannot be moved.
     """
 
     def __init__(
@@ -89,16 +94,19 @@ class GuidanceCallback(PipelineCallback):
 
     @property
     def skipped(self) -> int:
-        """The number of times that a sample went unguided for a step, because its gradient was not
-        finite.
-        """
+        """The number of guided steps of single samples whose gradient was not finite."""
         return self.gradient.skipped
 
     @torch.no_grad()
     def callback_fn(
         self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Replaces ``callback_kwargs["latents"]`` (B, c, h, w) before a guided step."""
+        """Replaces ``callback_kwargs["latents"]`` (B, c, h, w) before a guided step.
+
+        Raises:
+            InputError: For ``callback_kwargs`` without the tensors that the callback reads, and
+                where no step behind the first is guided.
+        """
         missing = [name for name in self.tensor_inputs if name not in callback_kwargs]
         if missing:
             raise InputError(

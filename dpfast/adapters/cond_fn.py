@@ -39,17 +39,23 @@ class CondFn:
 
     @property
     def skipped(self) -> int:
-        """The number of times that a sample got a gradient of zero, because its own was not
-        finite.
-        """
+        """The number of gradients of single samples that were not finite, and are zero."""
         return self.gradient.skipped
 
     @torch.no_grad()
     def __call__(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, **model_kwargs: Tensor
     ) -> Tensor:
-        """Returns omega d criterion / d x, (B, c, h, w) in x's dtype; t: (B,) trained timesteps; y:
-        (B,) class ids.
+        """Returns omega d criterion / d x, (B, c, h, w) in x's dtype.
+
+        Args:
+            x: (B, c, h, w) noisy latents.
+            t: (B,) trained timesteps.
+            y: (B,) class ids, or None.
+            **model_kwargs: Further arguments of the model.
+
+        Raises:
+            InputError: For other shapes.
         """
         if x.dim() != 4:
             raise InputError(f"x has shape {tuple(x.shape)}, expected (B, c, h, w)")
@@ -92,21 +98,35 @@ def make_cond_fn(
     image_size: tuple[int, int] | None = None,
     chunk: int | None = None,
 ) -> CondFn:
-    """Returns the ``cond_fn`` of a learner of clean images, which sees the model's prediction of x0
-    in place of a noisy x.
+    """Returns the ``cond_fn`` of a learner of clean images.
+
+    The learner sees the model's prediction of x0 in place of a noisy x.
 
     Args:
-        model: ``model(x, t, y=y, **model_kwargs)`` to its prediction; a learned variance behind it
-            is cut off.
+        model: Function ``model(x, t, y=y, **model_kwargs)`` to its prediction; a learned variance
+            behind it is cut off.
+        learner: As in ``dpfast.adapters.gradient.LearnerGradient``.
         alphas_cumprod: (T,) of the trained grid, as in ``GaussianDiffusion.alphas_cumprod`` before
             respacing.
-        guidance: mode="score" and every=1 (a ``cond_fn`` knows no step index); start and until are
-            fractions of the T timesteps; anchor=0, there is no unconditional prediction, and no
-            schedules. Default: omega = 1.
-        learner, decoder, image_size, chunk: as in ``LearnerGradient``; decoder=None for pixels.
+        guidance: Configuration with mode="score" and every=1 (a ``cond_fn`` knows no step index);
+            start and until are fractions of the T timesteps; anchor=0, there is no unconditional
+            prediction, and no schedules. None: omega = 1.
+        decoder: As in ``LearnerGradient``; None for pixels.
         prediction: "epsilon", "v" or "sample".
+        image_size: As in ``LearnerGradient``.
+        chunk: As in ``LearnerGradient``.
 
-    Raises ``TypeError`` or ``InputError`` for arguments that cannot work.
+    Raises:
+        InputError: For a guidance, a prediction or an ``alphas_cumprod`` that cannot work.
+        TypeError: For an argument of another type.
+
+    Examples:
+        >>> import torch
+        >>> from dpfast import make_cond_fn
+        >>> learner = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+        >>> cond_fn = make_cond_fn(lambda x, t: 0.1 * x, learner, torch.linspace(0.99, 0.01, 10))
+        >>> cond_fn(torch.ones(2, 1, 8, 8), torch.tensor([4, 4])).shape
+        torch.Size([2, 1, 8, 8])
     """
     guidance = guidance or GuidanceConfig(omega=1.0, every=1, mode="score")
     if not callable(model):

@@ -21,7 +21,7 @@ from dpfast.ops.guided_step import Prediction
 
 
 class LearnerGuidance(ClassifierFreeGuidance):
-    """``ClassifierFreeGuidance``, and guidance by a learner once one is attached.
+    """A ``ClassifierFreeGuidance`` of diffusers, with guidance by a learner once one is attached.
 
     The conditional forward that the pipeline runs anyway is the one that is differentiated, as in
     ``GuidedSampler``: ``prepare_models`` records it on guided steps, ``cleanup_models`` leaves the
@@ -52,14 +52,18 @@ class LearnerGuidance(ClassifierFreeGuidance):
         labels: Tensor | Sequence[int] | None = None,
         image_size: tuple[int, int] | None = None,
     ) -> LearnerGuidance:
-        """Guides by the learner from now on.
+        """Guides by the learner from now on, and returns the guider.
 
         Args:
-            scheduler, decoder: the pipeline's own, ``pipe.scheduler`` and ``pipe.vae`` (or an
-                ``AutoencoderTiny``).
-            learner, guidance, labels, image_size: as in ``LearnerGradient``.
+            learner: As in ``dpfast.adapters.gradient.LearnerGradient``.
+            scheduler: The pipeline's own, ``pipe.scheduler``.
+            decoder: The pipeline's own, ``pipe.vae``, or an ``AutoencoderTiny``.
+            guidance: As in ``LearnerGradient``.
+            labels: As in ``LearnerGradient``.
+            image_size: As in ``LearnerGradient``.
 
-        Raises ``InputError`` for a scheduler that the guider cannot follow.
+        Raises:
+            InputError: For a scheduler that the guider cannot follow.
         """
         guidance = guidance or GuidanceConfig()
         prediction = live_pipeline.check_scheduler(scheduler)
@@ -103,9 +107,7 @@ class LearnerGuidance(ClassifierFreeGuidance):
 
     @property
     def skipped(self) -> int:
-        """The number of times that a sample went unguided for a step, because its gradient was not
-        finite.
-        """
+        """The number of guided steps of single samples whose gradient was not finite."""
         return 0 if self._gradient is None else self._gradient.skipped
 
     def _is_guided(self) -> bool:
@@ -118,6 +120,11 @@ class LearnerGuidance(ClassifierFreeGuidance):
         ) in config.steps(total)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
+        """Records the conditional forward of a guided step, so that it can be differentiated.
+
+        Raises:
+            InputError: For a denoiser that is called without latents.
+        """
         super().prepare_models(denoiser)
         if not (self.is_conditional and self._is_guided()) or self._gradient is None:
             return
@@ -147,6 +154,7 @@ class LearnerGuidance(ClassifierFreeGuidance):
         )
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
+        """Leaves the network as it was before ``prepare_models``."""
         for hook in self._hooks:
             hook.remove()
         for parameter in self._frozen:

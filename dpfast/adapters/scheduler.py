@@ -36,8 +36,7 @@ class _Attached:
 
 
 class GuidedDDIMScheduler(diffusers.DDIMScheduler):
-    """``DDIMScheduler`` with the same configuration and the same results, guided once a learner is
-    attached.
+    """A ``DDIMScheduler`` with the same results, guided once a learner is attached.
 
     ``step`` is ``dpfast.guided_step``. A guided step is that of ``GuidedSampler``: the gradient at
     the step's input, the move of the latents, the prediction from before the move. A scheduler is
@@ -72,21 +71,30 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         image_size: tuple[int, int] | None = None,
         chunk: int | None = None,
     ) -> GuidedDDIMScheduler:
-        """Guides the next calls of ``pipe`` by the learner, until ``detach``; an attachment is
-        never saved.
+        """Guides the next calls of ``pipe`` by the learner, until ``detach``.
+
+        An attachment is never saved.
 
         Args:
-            pipe: a ``DiTPipeline``, ``StableDiffusionPipeline`` or ``DDIMPipeline``.
-            learner, guidance, image_size, chunk: as in ``LearnerGradient``.
-            decoder: as in ``LearnerGradient``; None is the pipeline's own.
+            pipe: A ``DiTPipeline``, ``StableDiffusionPipeline`` or ``DDIMPipeline``.
+            learner: As in ``dpfast.adapters.gradient.LearnerGradient``.
+            guidance: As in ``LearnerGradient``.
+            decoder: As in ``LearnerGradient``; None is the pipeline's own.
             labels: (B,) class ids: the condition of a ``DiTPipeline``, which needs them, and the
                 criterion's labels.
-            prompts: one a sample, for a ``StableDiffusionPipeline``, which needs them.
-            sample_ids: (B,) keys of the noise of eta > 0, as in ``GuidedSampler``, with ``seed``;
-                None: the pipeline's generator.
+            prompts: One a sample, for a ``StableDiffusionPipeline``, which needs them.
+            sample_ids: (B,) keys of the noise of eta > 0, as in ``GuidedSampler``; None: the
+                pipeline's generator.
+            seed: Seed of that noise.
+            image_size: As in ``LearnerGradient``.
+            chunk: As in ``LearnerGradient``.
 
-        Raises ``TypeError`` for another pipeline, ``InputError`` for a missing condition and for an
-        anchor that has nothing to be made of.
+        Returns:
+            The scheduler itself.
+
+        Raises:
+            TypeError: For another pipeline.
+            InputError: For a missing condition and for an anchor that has nothing to be made of.
         """
         gradient = LearnerGradient(
             learner=learner,
@@ -154,9 +162,7 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
 
     @property
     def skipped(self) -> int:
-        """The number of times that a sample of the attached learner went unguided, because its
-        gradient was not finite.
-        """
+        """The number of guided steps of single samples whose gradient was not finite."""
         return 0 if self._attached is None else self._attached.gradient.skipped
 
     @torch.no_grad()
@@ -171,8 +177,13 @@ class GuidedDDIMScheduler(diffusers.DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Takes a step as ``DDIMScheduler.step`` does; the prediction of x0 that it returns is the
-        guided one.
+        """Takes a step as ``DDIMScheduler.step`` does, guided while a learner is attached.
+
+        The prediction of x0 that it returns is the guided one.
+
+        Raises:
+            InputError: For ``use_clipped_model_output`` with a bound on x0, and a timestep that is
+                not on the grid.
         """
         if self.num_inference_steps is None:
             raise InputError("the scheduler has no timesteps: call set_timesteps first")

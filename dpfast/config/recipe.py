@@ -82,8 +82,34 @@ def _deeper(value: object, levels: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Section, name=""):
-    """Everything a run depends on. Two runs of one recipe on one machine give the same
-    ``metrics.jsonl``.
+    """Everything a run depends on: its fields, in five sections.
+
+    Two runs of one recipe on one machine give the same ``metrics.jsonl``. Each field says what it
+    means and takes; ``docs/reference/recipe.md`` lists them.
+
+    Attributes:
+        name: Name of the recipe and of its runs' folders.
+        seed: Seed of all weights, noise, labels and batches.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        validation: Real images that drive the loop: a folder, or the name of an embedded set.
+        held_out: Folder of real images for the final test; "": every second one of the validation.
+        evaluation: Further sets of the final table.
+        callbacks: Import paths of callbacks.
+        trackers: Names or import paths of trackers of experiments.
+        generator: Section [generator], the making of a sample.
+        guidance: Section [guidance], the learner's pull on a sample.
+        learner: Section [learner], the classifier and its training.
+        pool: Section [pool], the memory of samples.
+        practice: Section [practice], the rounds of Algorithm 1 and the sources beside it.
+
+    Raises:
+        RecipeError: For a wrong type, a value out of range, and values that contradict each other.
+
+    Examples:
+        >>> import dpfast
+        >>> recipe = dpfast.Recipe.load("fashion", omega=0.03, learner={"batch_size": 32})
+        >>> recipe.guidance.omega, recipe.learner.batch_size
+        (0.03, 32)
     """
 
     name: str = option("", unset="the file's", help="name of the recipe and of its runs' folders")
@@ -139,6 +165,11 @@ class Recipe(Section, name=""):
         return self.seed if self.learner.seed is None else self.learner.seed
 
     def check(self) -> None:
+        """Checks values that are right alone and wrong together.
+
+        Raises:
+            RecipeError: For the first that contradicts another.
+        """
         practice = self.practice
         once = len(set(self.trackers)) == len(self.trackers)
         require(once, "trackers", ",".join(self.trackers), "each once")
@@ -192,8 +223,10 @@ class Recipe(Section, name=""):
         return max(len(getattr(self.practice, f"{name}_rounds")) for name in BY_ROUND)
 
     def of_round(self, number: int) -> Recipe:
-        """Returns the recipe whose [guidance] and cfg_scale are those of round ``number``; 0: the
-        initial samples, for which no round's hold.
+        """Returns the recipe whose [guidance] and cfg_scale are those of one round.
+
+        Args:
+            number: Number of the round; 0: the initial samples, for which no round's values hold.
         """
         schedules = {
             f"{name}_rounds": getattr(self.practice, f"{name}_rounds") for name in BY_ROUND
@@ -222,8 +255,13 @@ class Recipe(Section, name=""):
         return (*named, *([] if alone else ["accelerate"]))
 
     def need_folders(self, *names: str) -> None:
-        """Raises ``RecipeError`` with the options of all fields of ``names`` whose folder its user
-        has yet to name.
+        """Checks that the user has named the folders that only the user has.
+
+        Args:
+            *names: Short names of fields, such as "pipeline" and "validation".
+
+        Raises:
+            RecipeError: With the options of all that are missing.
         """
         missing = self.lacking(*names)
         if missing:
@@ -240,8 +278,13 @@ class Recipe(Section, name=""):
         ]
 
     def check_ranks(self, count: int) -> None:
-        """Raises ``RecipeError`` where a run under torchrun with ``count`` ranks would be
-        refused.
+        """Checks that a run under torchrun with so many ranks can begin.
+
+        Args:
+            count: Number of ranks.
+
+        Raises:
+            RecipeError: For a batch size or an overlap that the ranks cannot share.
         """
         practice, initial = self.practice, self.practice.initial_samples
         fewer = practice.overlap < max(count, 1)
@@ -264,12 +307,20 @@ class Recipe(Section, name=""):
 
     @classmethod
     def load(cls, source: str | Path, **overrides: Any) -> Recipe:
-        """Reads a recipe by name or path and replaces fields by ``overrides``: ``omega=0.03``, or
-        by section, ``learner={"batch_size": 32}``. Another ``model`` than the recipe's begins
-        without the recipe's ``options``, and so does a ``pretrained`` one of transformers.
+        """Reads a recipe by name or path and replaces some of its fields.
 
-        Raises ``RecipeError`` for an unknown recipe, section or field, a wrong type, a value out of
-        range, and another patience than the recipe's beside ``add_at``, which leaves it no say.
+        Another ``model`` than the recipe's begins without the recipe's ``options``, and so does a
+        ``pretrained`` one of transformers.
+
+        Args:
+            source: Name of an embedded recipe, or path of a TOML file.
+            **overrides: Values of fields by their short names, ``omega=0.03``, or by section,
+                ``learner={"batch_size": 32}``.
+
+        Raises:
+            RecipeError: For an unknown recipe, section or field, a wrong type, a value out of
+                range, and another patience than the recipe's beside ``add_at``, which leaves it no
+                say.
         """
         text = str(source)
         named = not text.endswith(".toml") and os.sep not in text
@@ -307,9 +358,10 @@ class Recipe(Section, name=""):
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Recipe:
-        """Builds a recipe from nested dictionaries, the inverse of ``dataclasses.asdict``.
+        """Builds a recipe from nested dictionaries, the inverse of ``to_dict``.
 
-        Raises ``RecipeError`` as ``load`` does, and for tables within tables of more than LEVELS.
+        Raises:
+            RecipeError: As ``load`` does, and for tables within tables of more than LEVELS.
         """
         for key, value in table.items():
             if _deeper(value, LEVELS):
@@ -329,6 +381,7 @@ class Recipe(Section, name=""):
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the recipe as nested dictionaries."""
         return dataclasses.asdict(self)
 
 

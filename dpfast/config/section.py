@@ -1,4 +1,4 @@
-"""What all sections of a recipe share: checks as they are made, and the names of their fields."""
+"""The parts that all sections of a recipe share: their checks and the names of their fields."""
 
 from __future__ import annotations
 

@@ -45,8 +45,11 @@ Labels = Tensor | np.ndarray | Sequence[int]
 
 @dataclass(frozen=True)
 class RealSet:
-    """Real images with their labels. images: (N, C, H, W) uint8; labels: (N,) int64. Of several
-    ranks each has its own part (``Ranks.indices``).
+    """Real images with their labels. Of several ranks each has its own part (``Ranks.indices``).
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64 class ids.
     """
 
     images: Tensor
@@ -58,7 +61,21 @@ class RealSet:
 
 @dataclass(frozen=True)
 class RealData:
-    """The real images that a run knows. Neither of the two sets is ever trained on."""
+    """The real images that a run knows. Neither of the two sets is ever trained on.
+
+    Attributes:
+        classes: Names of the classes, whose indices are the labels.
+        validation: Images whose accuracy drives patience.
+        test: Held-out images, which are only reported.
+
+    Examples:
+        >>> import torch
+        >>> from dpfast import RealData
+        >>> images = torch.zeros(6, 3, 32, 32, dtype=torch.uint8)
+        >>> real = RealData.split(images, [0, 0, 0, 0, 1, 1], classes=("cat", "dog"))
+        >>> real.validation.labels, real.test.labels
+        (tensor([0, 0, 1]), tensor([0, 0, 1]))
+    """
 
     classes: tuple[str, ...]
     validation: RealSet
@@ -73,10 +90,11 @@ class RealData:
         Args:
             images: (N, C, H, W) uint8, or floats in [0, 1]; of NumPy, too.
             labels: (N,) integers; of NumPy or a list, too.
-            classes: names of the classes, whose indices are the labels; none: "0", "1", ...
+            classes: Names of the classes, whose indices are the labels; none: "0", "1", ...
 
-        Raises ``InputError`` for other shapes and types, labels without a class, and classes of
-        fewer than two images.
+        Raises:
+            InputError: For other shapes and types, labels without a class, and classes of fewer
+                than two images.
         """
         names = tuple(classes)
         pictures, given = _tensor("images", images), _tensor("labels", labels)

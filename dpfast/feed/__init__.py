@@ -23,17 +23,30 @@ LOADERS: dict[str, Callable[..., Loader]] = {"dali": DaliLoader, "torch": TorchL
 
 
 def make_loader(kind: str | Callable[..., Loader], pool: Pool, **options: Any) -> Loader:
-    """Returns an endless iterator over shuffled batches (images, labels) of ``pool``, which may
-    grow.
+    """Returns an endless iterator over shuffled batches (images, labels) of a pool.
+
+    The pool may grow meanwhile: what was prepared is then dropped, and drawn anew from all samples.
 
     Args:
-        kind: as ``choose_loader`` takes it; or what makes a loader of the caller's own, called with
-            ``pool`` and ``options``.
-        pool: must hold a sample before the first batch.
-        options: of ``PoolLoader`` and of the class in ``LOADERS``.
+        kind: "auto", "torch" or "dali", the import path of a loader of one's own, or what makes
+            one, called with ``pool`` and ``options``.
+        pool: Samples to draw from; must hold one before the first batch.
+        **options: Arguments of ``dpfast.feed.loader.PoolLoader``, such as ``batch_size`` and
+            ``seed``, and of the loader's class in ``dpfast.feed.LOADERS``.
 
-    Raises what they raise, ``TypeError`` for what is no loader or no pool, and ``InputError`` where
-    a loader of the caller's own lacks a part of the protocol.
+    Raises:
+        InputError: For an unknown kind, options that do not fit, and a loader of one's own that
+            lacks a part of the protocol.
+        TypeError: For what is no loader or no pool.
+
+    Examples:
+        >>> import torch
+        >>> from dpfast import SamplePool, make_loader
+        >>> pool = SamplePool()
+        >>> pool.append_images(torch.zeros(8, 1, 16, 16, dtype=torch.uint8), torch.arange(8))
+        >>> images, labels = next(make_loader("torch", pool, batch_size=4, seed=0))
+        >>> images.shape, images.min()
+        (torch.Size([4, 1, 16, 16]), tensor(-1.))
     """
     if isinstance(kind, str) and is_import_path(kind):
         kind = _loader_at(kind)

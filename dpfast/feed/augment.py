@@ -162,26 +162,34 @@ class AugmentationDraw:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """The augmentations that a loader applies. The default leaves the images as they are.
+    """The augmentations that a loader applies; by default none.
 
     Args:
-        flip: mirrors half of the samples left to right.
-        shift: moves a sample by up to so many pixels each way; the border is repeated.
-        crop: the smallest share of the area that a random resized crop keeps (Szegedy et al. 2015:
-        0.08); 1: none.
+        flip: True mirrors half of the samples left to right.
+        shift: Most pixels by which a sample moves each way; the border is repeated.
+        crop: Smallest share of the area that a random resized crop keeps (Szegedy et al. 2015:
+            0.08); 1: none.
         size: (height, width) of a batch; None: that of the pool's images.
-        rand_augment: operations of RandAugment that change an image (``dpfast.feed.rand_augment``);
-            0: none. magnitude: of them, 0 to 30.
-        own: an augmentation of the user's own (``dpfast.feed.own_augment``).
-        erase: share of the samples of which a box is erased: 0, the middle of the scale; 2 to 33 %
+        rand_augment: Number of RandAugment's operations that change an image
+            (``dpfast.feed.rand_augment``); 0: none.
+        magnitude: Magnitude of RandAugment's operations, 0 to 30.
+        own: An augmentation of the user's own (``dpfast.feed.own_augment``).
+        erase: Share of the samples of which a box is erased: 0, the middle of the scale; 2 to 33 %
             of the area (Zhong et al. 2020).
-        repeats: so many times a sample is in a batch, each time with other chances (Hoffer et al.
-            2020); must divide the batch size.
-        mixup, cutmix: alpha of the Beta distribution of the share (Zhang et al. 2018, Yun et al.
-            2019); 0: none. With both, a batch gets one of the two, each half of the time.
+        repeats: Times that a sample is in a batch, each with other chances (Hoffer et al. 2020);
+            must divide the batch size.
+        mixup: Alpha of mixup's Beta distribution (Zhang et al. 2018); 0: none.
+        cutmix: Alpha of CutMix's Beta distribution (Yun et al. 2019); 0: none. With both, a batch
+            gets one of the two, each half of the time.
 
-    Raises ``InputError`` that names the argument which is out of range, ``TypeError`` for one of
-    another type and for a size that is no pair of integers.
+    Raises:
+        InputError: For an argument out of range, which the message names.
+        TypeError: For an argument of another type, and a size that is no pair of integers.
+
+    Examples:
+        >>> import dpfast
+        >>> dpfast.Augment(flip=True, mixup=0.2).mixes
+        True
     """
 
     flip: bool = False
@@ -198,8 +206,10 @@ class Augment:
 
     @classmethod
     def of(cls, learner: Learner) -> Augment:
-        """Returns the augmentations of a recipe. Raises ``InputError`` for a path that leads
-        nowhere.
+        """Returns the augmentations of a recipe's learner.
+
+        Raises:
+            InputError: For an import path that leads nowhere.
         """
         own = learner.augment
         return cls(
@@ -249,6 +259,7 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
+        """True if the samples of a batch are mixed, so that labels become probabilities."""
         return self.mixup > 0 or self.cutmix > 0
 
     @property
@@ -257,13 +268,24 @@ class Augment:
         return self.rand_augment > 0 or self.erase > 0 or self.own is not None
 
     def resamples(self, image: tuple[int, int] | None) -> bool:
-        """Returns True if a batch of images of (height, width) needs boxes; None: of any sizes."""
+        """Returns True if a batch of images of (height, width) needs boxes.
+
+        Args:
+            image: (height, width) of the pool's images; None: of any sizes.
+        """
         return self.shift > 0 or self.crop < 1 or self.size not in (None, image)
 
     def draw(
         self, batch: int, image: tuple[int, int], *, seed: int, number: int
     ) -> AugmentationDraw:
-        """Returns the chances of batch ``number`` of ``batch`` images of (height, width)."""
+        """Returns the chances of batch ``number``.
+
+        Args:
+            batch: Images in the batch.
+            image: (height, width) of the pool's images.
+            seed: Key of all chances.
+            number: Number of the batch, from 0.
+        """
         if not (self.flip or self.mixes or self.changes or self.resamples(image)):
             # a generator takes longer to make than a small batch
             return AugmentationDraw(None, None, None)
@@ -293,8 +315,15 @@ class Augment:
         return {name: torch.from_numpy(values) for name, values in found.items()}
 
     def change(self, images: Tensor, draw: AugmentationDraw, form: BatchFormat) -> Tensor:
-        """Returns images (B, C, H, W) of a batch in ``form``, changed each by itself: RandAugment,
-        the user's own, erasing. They may be changed in place.
+        """Changes each image of a batch by itself: RandAugment, the user's own, erasing.
+
+        Args:
+            images: (B, C, H, W) in ``form``; they may be changed in place.
+            draw: Chances of the batch.
+            form: Scale, dtype and memory layout of the batch.
+
+        Returns:
+            (B, C, H, W) in ``form``.
         """
         if draw.operations is not None:
             assert draw.signs is not None

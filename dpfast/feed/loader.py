@@ -57,10 +57,11 @@ class Loader(Protocol):
 
     A batch is (images (B, C, H, W), labels (B,) int64), or (B, classes) float32 labels where
     samples are mixed. Both are on one device, and the caller may write to them.
+    ``examples/own_loader.py`` is a loader of one's own.
 
     Attributes:
-        pool: what is drawn from; another one may be set before ``load_state_dict``.
-        waited: seconds that callers have spent in ``next``.
+        pool: Pool that is drawn from; another one may be set before ``load_state_dict``.
+        waited: Seconds that callers have spent in ``next``.
     """
 
     pool: Pool
@@ -69,8 +70,11 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __next__(self) -> Batch:
-        """Returns the next batch. Raises ``InputError`` for what a caller can mend, or
-        ``LoaderError``.
+        """Returns the next batch.
+
+        Raises:
+            InputError: For what a caller can mend.
+            LoaderError: For a batch that could not be made.
         """
         ...
 
@@ -79,21 +83,31 @@ class Loader(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from a position, of this loader or of another one with the same seed, batch size
-        and pool. Raises ``InputError`` for what is no position.
+        """Goes on from a position.
+
+        Args:
+            state: Position of this loader, or of another one with the same seed, batch size and
+                pool.
+
+        Raises:
+            InputError: For what is no position.
         """
         ...
 
     def indices_after(self, state: dict[str, int], batches: int) -> Tensor:
-        """Returns (batch_size,) int64, what the last of ``batches`` batches after a position was
-        drawn from, while the pool has not grown.
+        """Returns the indices from which a later batch was drawn, while the pool has not grown.
+
+        Args:
+            state: Position from which to count.
+            batches: Number of batches behind it; the last of them is meant.
+
+        Returns:
+            (batch_size,) int64 indices into the pool.
         """
         ...
 
     def release(self) -> None:
-        """Gives back the memory of batches that were prepared; they are made again when they are
-        asked for.
-        """
+        """Gives back the memory of prepared batches; they are made again on demand."""
         ...
 
     def close(self) -> None:

@@ -68,23 +68,36 @@ def cfg_steps(interval: tuple[float, float], schedule: Schedule, total: int) -> 
 class GuidanceConfig:
     """The strength, the steps and the criterion of guidance by a learner.
 
-    omega: in "relative" mode the displacement of a latent per guided step as a fraction of its
-        norm; in "score" mode the factor of Algorithm 1. Positive raises the criterion ("hard"
-        samples), negative lowers it ("easy" ones).
-    every, start, until: guided is every k-th step of those in [start, until), fractions of the
-        trajectory; the count begins with the first step inside.
-    through: "denoiser" is exact. "latent" holds the prediction fixed, so that the denoiser has no
-        backward pass: an approximation, whose gradient sees x only where predict_x0 does.
-    criterion: "entropy", "loss", "margin", "disagreement", or a function
-        (``dpfast.generate.criteria``).
-    anchor: kappa, how strongly the generator's own label score joins the criterion's gradient, both
-        of length 1; 0: the paper's guidance. A guided step without classifier-free guidance has no
-        such score, and is the paper's. Only where omega raises the criterion.
-    omega_schedule, anchor_schedule: what both are multiplied by in a step, pairs (fraction of the
-        steps, factor of at least 0) as in ``factors``; (): 1 in all. A step in which the factor of
-        omega is 0 is unguided, and costs what such a step costs.
+    Args:
+        omega: In "relative" mode the displacement of a latent per guided step as a fraction of its
+            norm; in "score" mode the factor of Algorithm 1 of arXiv 2502.15588. Positive raises the
+            criterion ("hard" samples), negative lowers it ("easy" ones).
+        every: Every so many of the steps in [start, until) one is guided; the count begins with the
+            first step inside.
+        start: Begin of the guided part, a fraction of the trajectory.
+        until: End of the guided part, a fraction of the trajectory.
+        mode: "relative" or "score", as ``omega`` says.
+        through: "denoiser" is exact. "latent" holds the prediction fixed, so that the denoiser has
+            no backward pass: an approximation, whose gradient sees x only where predict_x0 does.
+        criterion: "entropy", "loss", "margin", "disagreement", or a function
+            (``dpfast.generate.criteria``).
+        anchor: kappa, the weight of the generator's own label score beside the criterion's
+            gradient, both of length 1; 0: the paper's guidance. A guided step without
+            classifier-free guidance has no such score, and is the paper's. Only where omega raises
+            the criterion.
+        omega_schedule: Factors of omega by step, pairs (fraction of the steps, factor of at least
+            0) as in ``dpfast.generate.guidance.factors``; (): 1 in all. A step in which the factor
+            is 0 is unguided, and costs what such a step costs.
+        anchor_schedule: Factors of the anchor by step, as ``omega_schedule``.
 
-    Raises ``InputError`` for a value out of range, ``TypeError`` for one of another kind.
+    Raises:
+        InputError: For a value out of range.
+        TypeError: For a value of another kind.
+
+    Examples:
+        >>> import dpfast
+        >>> sorted(dpfast.GuidanceConfig(omega=0.05, every=5).steps(20))
+        [0, 5, 10, 15]
     """
 
     omega: float = 0.05
@@ -126,14 +139,18 @@ class GuidanceConfig:
         return frozenset(i for i in inside if factor[i])
 
     def at(self, step: int, total: int) -> tuple[float, float]:
-        """Returns omega and anchor in one of ``total`` steps."""
+        """Returns omega and anchor in step ``step`` of ``total``, their schedules applied."""
         factor = [
             factors(each, total)[step] for each in (self.omega_schedule, self.anchor_schedule)
         ]
         return self.omega * factor[0], self.anchor * factor[1]
 
     def check_steps(self, total: int) -> None:
-        """Raises ``InputError`` where none of ``total`` steps is guided."""
+        """Checks that some of ``total`` steps is guided.
+
+        Raises:
+            InputError: Where none is.
+        """
         if not interval_steps(total, self.start, self.until, self.every):
             raise InputError(
                 f"(start, until) = ({self.start:g}, {self.until:g}): none of the {total} steps "

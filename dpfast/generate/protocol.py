@@ -33,10 +33,10 @@ class Sampler(Protocol):
             labels: (N,) int64 class ids.
             sample_ids: (N,) int64. A sample is a function of its id, its label and, where it is
                 guided, the learner: a run that goes on makes the same ones again.
-            batch_size: the recipe's, or less.
-            omega: strength of guidance; None: as configured.
-            cfg_scale: of classifier-free guidance; None: as configured.
-            learner_step: to be handed on in the batches.
+            batch_size: Samples of a batch: the recipe's, or less.
+            omega: Strength of guidance; None: as configured.
+            cfg_scale: Scale of classifier-free guidance; None: as configured.
+            learner_step: Optimiser steps of the learner, to be handed on in the batches.
         """
         ...
 
@@ -48,10 +48,12 @@ class Sampler(Protocol):
 class OwnPipeline(Protocol):
     """A generator of one's own, for a loop in place of a ``Pipeline``.
 
+    ``examples/own_pipeline.py`` is one.
+
     Attributes:
-        class_names: names of the classes, whose indices are the labels.
+        class_names: Names of the classes, whose indices are the labels.
         image_shape: (C, H, W) of the images, uint8.
-        device: where the learner is trained, and where samples are handed over.
+        device: Device where the learner is trained, and where samples are handed over.
     """
 
     class_names: tuple[str, ...]
@@ -59,13 +61,14 @@ class OwnPipeline(Protocol):
     device: torch.device
 
     def sampler(self, learner: Any, *, guidance: GuidanceConfig, seed: int) -> Sampler:
-        """Returns a sampler, called several times by a run.
+        """Returns a sampler; a run calls this several times.
 
         Args:
-            learner: images (B, C, H, W) in [-1, 1] to logits (B, K), read live; None: unguided.
-            guidance: what the recipe's [guidance] says, with the criterion. Its anchor is the
-                sampler's to take.
-            seed: the recipe's.
+            learner: Function from images (B, C, H, W) in [-1, 1] to logits (B, K), read live; None:
+                unguided.
+            guidance: Configuration by the recipe's [guidance], with the criterion. Its anchor is
+                the sampler's to take.
+            seed: The recipe's seed.
         """
         ...
 

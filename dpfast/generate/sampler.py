@@ -51,37 +51,47 @@ class GuidedSampler:
 
     The same sample id, label, seed and learner give the same image in any batch, up to the rounding
     of fp32 sums (noise is bit-identical). The learner is read live: an update of its weights in
-    place shows in the next batch; another learner needs another sampler.
+    place shows in the next batch; another learner needs another sampler. It is tried out on a few
+    images of noise when the first batch is asked for.
 
     Args:
-        pipeline: from ``Pipeline.from_pretrained``.
-        learner: images (B, C, H, W) in [-1, 1] to logits (B, K), in ``eval()`` mode while it
-            guides; None: unguided.
-        guidance: strength, schedule and criterion; ignored without a learner.
-        steps, solver, eta: of the trajectory, as in ``Pipeline.table``.
-        cfg_scale: diffusers' convention; 1 switches classifier-free guidance off. A model that
-            embeds it makes one prediction with it.
-        cfg_schedule: what cfg_scale - 1 is multiplied by in a step, as ``omega_schedule`` of
-            ``GuidanceConfig``; a step in which the factor is 0 runs the conditional prediction
-            alone.
-        cfg_interval: the part of the trajectory with classifier-free guidance, fractions of the
-            steps. A step outside runs the conditional prediction alone, for half the price.
-        cache_interval: of a run of unguided steps every one so many runs the whole denoiser, the
+        pipeline: From ``Pipeline.from_pretrained``.
+        learner: Function from images (B, C, H, W) in [-1, 1] to logits (B, K), in ``eval()`` mode
+            while it guides; None: unguided.
+        guidance: Strength, schedule and criterion; ignored without a learner.
+        steps: Steps of a trajectory, as in ``Pipeline.table``.
+        solver: Name of the solver, as in ``Pipeline.table``.
+        cfg_scale: Scale of classifier-free guidance by diffusers' convention; 1 switches it off. A
+            model that embeds it makes one prediction with it.
+        cfg_interval: Part of the trajectory with classifier-free guidance, fractions of the steps.
+            A step outside runs the conditional prediction alone, for half the price.
+        cfg_schedule: Factors of cfg_scale - 1 by step, as ``omega_schedule`` of ``GuidanceConfig``;
+            a step in which the factor is 0 runs the conditional prediction alone.
+        eta: Noise of the solver, as in ``Pipeline.table``.
+        cache_interval: In a run of unguided steps every one so many runs the whole denoiser, the
             others reuse features (``dpfast.generate.feature_cache``); 1: every step is whole.
-        seed: key of all noise.
+        seed: Key of all noise.
         image_size: (H, W) that the learner takes; None: as decoded.
-        memory_budget: bytes for the differentiated half of a guided step, which then runs in
+        memory_budget: Bytes for the differentiated half of a guided step, which then runs in
             chunks (``dpfast.generate.bounded``); None: in one.
-        micro_batch: the most samples of a ``stream`` that are made at a time; None: as many as fit.
+        micro_batch: Most samples of a ``stream`` that are made at a time; None: as many as fit.
         compile: True, False or "auto", which compiles where that pays within the samples of a
             ``stream``. Compiled steps round differently: say True or False where bits must repeat.
         compile_region: "step" compiles whole steps, "blocks" the blocks that repeat in denoiser,
             decoders and learner alone, once for all of a kind
             (``dpfast.generate.models.regional``).
-        cuda_graphs: replay steps from CUDA graphs; None: on a GPU; or what records them.
+        cuda_graphs: True replays steps from CUDA graphs; None: on a GPU; or what records them.
 
-    Raises ``InputError`` or ``TypeError`` for an argument that cannot work; the learner is tried
-    out on a few images of noise when the first batch is asked for.
+    Raises:
+        InputError: For an argument that cannot work.
+        TypeError: For an argument of another type.
+
+    Examples:
+        >>> import dpfast
+        >>> sampler = dpfast.GuidedSampler.from_pretrained("fashion", steps=2)
+        >>> batch = sampler.generate([8, 5])
+        >>> batch.images.shape, batch.labels
+        (torch.Size([2, 1, 32, 32]), tensor([8, 5]))
     """
 
     def __init__(
@@ -172,7 +182,22 @@ class GuidedSampler:
         fused: bool | Literal["auto"] = "auto",
         **options: Any,
     ) -> GuidedSampler:
-        """Loads the pipeline by ``Pipeline.from_pretrained``; options: as above."""
+        """Loads the pipeline by ``Pipeline.from_pretrained`` and makes its sampler.
+
+        Args:
+            folder: Folder of a pipeline, or "owner/name" on the Hub.
+            learner: As in ``GuidedSampler``.
+            device: As in ``Pipeline.from_pretrained``.
+            dtype: As in ``Pipeline.from_pretrained``.
+            attention: As in ``Pipeline.from_pretrained``.
+            channels_last: As in ``Pipeline.from_pretrained``.
+            fused: As in ``Pipeline.from_pretrained``.
+            **options: Further arguments of ``GuidedSampler``.
+
+        Raises:
+            InputError: As ``Pipeline.from_pretrained`` and ``GuidedSampler`` do.
+            TypeError: As ``GuidedSampler`` does.
+        """
         pipeline = Pipeline.from_pretrained(
             folder,
             device=device,
@@ -186,8 +211,12 @@ class GuidedSampler:
     def variants(
         self, *, guided: bool, cfg_scale: float | None = None, x0: bool = False
     ) -> tuple[Variant, ...]:
-        """Returns the variant of each step of a trajectory; cfg_scale: None is the configured one;
-        x0: every step gives its x0.
+        """Returns the variant of each step of a trajectory.
+
+        Args:
+            guided: True for a guided trajectory.
+            cfg_scale: Scale of classifier-free guidance; None: the configured one.
+            x0: True lets every step give its x0.
         """
         total = len(self.table)
         scale = self.cfg_scale if cfg_scale is None else cfg_scale
@@ -214,10 +243,21 @@ class GuidedSampler:
     ) -> SampleBatch:
         """Makes one batch of samples.
 
-        labels: (B,) class ids; sample_ids: (B,) keys of the noise, default 0..B-1; omega, anchor:
-        numbers or (B,) tensors in place of the configured ones, whose schedules hold for them; a
-        number omega = 0 leaves the guided steps out, a 0 in a tensor runs them and moves nothing;
-        cfg_scale: in place of the configured one.
+        Args:
+            labels: (B,) class ids.
+            sample_ids: (B,) keys of the noise; None: 0 to B - 1.
+            omega: A number or (B,) tensor in place of the configured one, whose schedule holds for
+                it. The number 0 leaves the guided steps out; a 0 in a tensor runs them and moves
+                nothing.
+            anchor: A number or (B,) tensor in place of the configured one, whose schedule holds for
+                it.
+            cfg_scale: Scale of classifier-free guidance in place of the configured one.
+            learner_step: Optimiser steps of the learner, which the batch keeps.
+
+        Raises:
+            InputError: For labels that are no classes, other shapes, a learner that cannot guide,
+                and latents or images that are not finite.
+            TypeError: For values of another type.
         """
         check.integer("learner_step", learner_step)
         begun = self.begin(labels, sample_ids, omega=omega, anchor=anchor, cfg_scale=cfg_scale)
@@ -236,16 +276,26 @@ class GuidedSampler:
         step: int = 0,
         keep_x0: bool = False,
     ) -> Trajectory:
-        """Returns a batch before its first step, for ``advance``; the arguments of ``generate``.
+        """Returns a batch before its first step, for ``advance``.
 
-        latents: (B, c, h, w) clean latents, such as ``SampleBatch.latents``: with them the batch
-        begins at ``step``, from alpha latents + sigma noise of that step (SDEdit, Meng et al. 2022,
-        arXiv 2108.01073). A multistep solver takes them for the x0 of the step before.
-        keep_x0: behind each step ``Trajectory.x0_prev`` is the x0 that it predicted, whatever the
-        solver. The samples are the same.
+        Args:
+            labels: As in ``generate``.
+            sample_ids: As in ``generate``.
+            omega: As in ``generate``.
+            anchor: As in ``generate``.
+            cfg_scale: As in ``generate``.
+            latents: (B, c, h, w) clean latents, such as ``SampleBatch.latents``: with them the
+                batch begins at ``step``, from alpha latents + sigma noise of that step (SDEdit,
+                Meng et al. 2022, arXiv 2108.01073). A multistep solver takes them for the x0 of the
+                step before.
+            step: Step at which the batch begins.
+            keep_x0: True lets ``Trajectory.x0_prev`` be, behind each step, the x0 that it
+                predicted, whatever the solver. The samples are the same.
 
-        Raises ``InputError`` for a step outside the trajectory, a step without latents, latents of
-        another shape and no labels at all; ``TypeError`` for a value of another kind.
+        Raises:
+            InputError: For a step outside the trajectory, a step without latents, latents of
+                another shape and no labels at all.
+            TypeError: For a value of another kind.
         """
         request = self._request(labels, sample_ids, 0, omega, anchor, cfg_scale)
         shape = (len(request.labels), *self.pipeline.denoiser.sample_shape)
@@ -264,10 +314,15 @@ class GuidedSampler:
 
     @torch.no_grad()
     def advance(self, trajectory: Trajectory, stop: int | None = None) -> Trajectory:
-        """Runs the steps before ``stop``; None: all that are left. Reads nothing on the host.
+        """Runs the steps before ``stop``, and reads nothing on the host.
 
-        Raises ``InputError`` for a stop that lies behind the trajectory or beyond the last step,
-        ``TypeError`` for what is no trajectory or no step.
+        Args:
+            trajectory: From ``begin`` or ``advance``.
+            stop: Step before which to stop; None: all steps that are left run.
+
+        Raises:
+            InputError: For a stop that lies behind the trajectory or beyond the last step.
+            TypeError: For what is no trajectory or no step.
         """
         check.instance("trajectory", trajectory, Trajectory, "a Trajectory, which begin gives")
         total = len(self.table)
@@ -283,8 +338,9 @@ class GuidedSampler:
     def finish(self, trajectory: Trajectory, *, learner_step: int = 0) -> SampleBatch:
         """Decodes a trajectory behind its last step.
 
-        Raises ``InputError`` where latents or decoded images are not finite; it names the part and
-        its dtype.
+        Raises:
+            InputError: Where latents or decoded images are not finite; it names the part and its
+                dtype.
         """
         check.instance("trajectory", trajectory, Trajectory, "a Trajectory, which advance gives")
         check.integer("learner_step", learner_step)
@@ -320,12 +376,20 @@ class GuidedSampler:
         cfg_scale: float | None = None,
         learner_step: int = 0,
     ) -> Iterator[SampleBatch]:
-        """Yields one batch as each step predicts it, then as it ends: ``len(table)`` + 1 batches,
-        the last of which ``generate`` gives for the same arguments.
+        """Yields one batch as each step predicts it, then as it ends.
 
-        A step's prediction is its x0, behind guidance where it is guided (Fig. 8 of arXiv
-        2502.15588): ``latents`` are the x0, ``images`` what they decode to, and ``entropy`` is that
-        of these images. Bad input raises here, not at the first batch.
+        These are ``len(table)`` + 1 batches, the last of which ``generate`` gives for the same
+        arguments. A step's prediction is its x0, behind guidance where it is guided (Fig. 8 of
+        arXiv 2502.15588): ``latents`` are the x0, ``images`` what they decode to, and ``entropy``
+        is that of these images. Bad input raises here, not at the first batch.
+
+        Args:
+            labels: As in ``generate``.
+            sample_ids: As in ``generate``.
+            omega: As in ``generate``.
+            anchor: As in ``generate``.
+            cfg_scale: As in ``generate``.
+            learner_step: As in ``generate``.
         """
         check.integer("learner_step", learner_step)
         begun = self.begin(
@@ -363,11 +427,23 @@ class GuidedSampler:
     ) -> Iterator[SampleBatch]:
         """Yields batches for all ``labels`` in their order, each sample once.
 
-        sample_ids: (N,) keys of the noise, default counting up from ``first_id``; omega, anchor,
-        cfg_scale: as in ``generate``, of tensors (N,).
-        batch_size: "auto" doubles the batch while samples per second grow and memory lasts. Running
-        out of memory halves any batch and goes on; later streams do not try it again. Bad input
-        raises here, not at the first batch.
+        Running out of memory halves any batch and goes on; later streams do not try it again. Bad
+        input raises here, not at the first batch.
+
+        Args:
+            labels: (N,) class ids.
+            first_id: Key of the first sample's noise; the keys of the others count up from it.
+            sample_ids: (N,) keys of the noise in place of those.
+            batch_size: Samples of a batch; "auto" doubles the batch while samples per second grow
+                and memory lasts.
+            omega: As in ``generate``, a number or (N,).
+            anchor: As in ``generate``, a number or (N,).
+            cfg_scale: As in ``generate``.
+            learner_step: As in ``generate``.
+
+        Raises:
+            InputError: As ``generate`` does.
+            TypeError: As ``generate`` does.
         """
         check.integer("learner_step", learner_step)
         request = self._request(labels, sample_ids, first_id, omega, anchor, cfg_scale)
@@ -433,8 +509,17 @@ class GuidedSampler:
         *,
         step: int = 0,
     ) -> None:
-        """Raises ``InputError`` where guided samples that begin at ``step`` have nothing that an
-        anchor could be made of: classifier-free guidance in a guided step. None: as configured.
+        """Checks that guided samples that begin at ``step`` have what an anchor is made of.
+
+        That is classifier-free guidance in a guided step.
+
+        Args:
+            cfg_scale: Scale of classifier-free guidance; None: as configured.
+            anchor: Anchor of the samples; None: as configured.
+            step: Step at which the samples begin.
+
+        Raises:
+            InputError: Where they have not.
         """
         preflight.check_anchored(
             self.guidance.anchor if anchor is None else anchor,

@@ -287,22 +287,29 @@ def entropy_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """Returns the entropy in nats of softmax(logits / temperature) and its gradient.
 
+    It is the criterion of guidance in "Improving the Scaling Laws of Synthetic Data with Deliberate
+    Practice" (arXiv 2502.15588).
+
     Args:
         logits: (B, K) fp32, fp16 or bf16; rows may be strided, -inf marks an impossible class.
-        temperature: positive divisor of the logits.
-        out: where to write the gradient, contiguous and otherwise like the logits; may be the
-            logits themselves.
+        temperature: Positive divisor of the logits.
+        out: Tensor for the gradient, contiguous and otherwise like the logits; may be the logits
+            themselves.
 
     Returns:
-        H (B,) fp32 and dH/dlogits (B, K) in the logits' dtype, `out` if given. H is differentiable
-        once, dH/dlogits is not; asking for more raises RuntimeError.
+        H (B,) fp32 and dH/dlogits (B, K) in the logits' dtype, ``out`` if given. H is
+        differentiable once, dH/dlogits is not; asking for more raises ``RuntimeError``.
 
     Raises:
-        TypeError: wrong type or dtype. InputError: wrong shape or device, an `out` that is not
-        contiguous, or a temperature that is not finite and positive.
+        InputError: For a wrong shape or device, an ``out`` that is not contiguous, and a
+            temperature that is not finite and positive.
+        TypeError: For a wrong type or dtype.
 
-    Source: the guidance criterion of "Improving the Scaling Laws of Synthetic Data with Deliberate
-    Practice" (2025).
+    Examples:
+        >>> import torch, dpfast
+        >>> values, gradient = dpfast.entropy_and_grad(torch.tensor([[1.0, 0.0]]))
+        >>> values, gradient
+        (tensor([0.5822]), tensor([[-0.1966,  0.1966]]))
     """
     temperature = _check_arguments(logits, temperature)
     if out is not None:
@@ -315,7 +322,24 @@ def entropy_and_grad(
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Returns the entropy in nats of softmax(logits / temperature), (B,) fp32."""
+    """Returns the entropy in nats of softmax(logits / temperature), without its gradient.
+
+    Args:
+        logits: (B, K) fp32, fp16 or bf16, as in ``entropy_and_grad``.
+        temperature: Positive divisor of the logits.
+
+    Returns:
+        (B,) fp32, differentiable once.
+
+    Raises:
+        InputError: For a wrong shape, and a temperature that is not finite and positive.
+        TypeError: For a wrong type or dtype.
+
+    Examples:
+        >>> import torch, dpfast
+        >>> dpfast.entropy(torch.zeros(2, 10))  # log 10
+        tensor([2.3026, 2.3026])
+    """
     temperature = _check_arguments(logits, temperature)
     if dispatch.traced(logits):
         return _Differentiable.apply(logits, temperature, False)[0]

@@ -291,19 +291,36 @@ def gather_batch(
     Args:
         store: (N, C, H, W) uint8; each row contiguous.
         indices: (B,) int64 in [0, N).
-        flip: (B,) bool, which rows to mirror left to right; None mirrors none.
-        mean, std: one number for each channel, for pixels in [0, 1]; a sequence or a (C,) tensor on
-            the same device.
+        flip: (B,) bool, True mirrors a row left to right; None mirrors none.
+        mean: One number for each channel, for pixels in [0, 1]; a sequence or a (C,) tensor on the
+            same device.
+        std: One number for each channel, as ``mean``.
         dtype: fp32, fp16 or bf16 of the batch.
-        channels_last: memory layout of the batch.
-        out: where to write the batch, in its shape, dtype and layout.
+        channels_last: Memory layout of the batch.
+        out: Tensor for the batch, in its shape, dtype and layout.
 
     Returns:
-        (B, C, H, W) of `dtype`, in channels_last or contiguous memory; `out` if given.
+        (B, C, H, W) of ``dtype``, in channels_last or contiguous memory; ``out`` if given.
 
     Raises:
-        TypeError: wrong type or dtype. InputError: wrong shape or device. IndexError: an index
-        outside the store, on a CPU; on a GPU, where the host cannot look, such a row is NaN.
+        IndexError: For an index outside the store, on a CPU; on a GPU, where the host cannot look,
+            such a row is NaN.
+        InputError: For a wrong shape or device.
+        TypeError: For a wrong type or dtype.
+
+    Examples:
+        >>> import torch, dpfast
+        >>> store = torch.full((5, 1, 2, 2), 255, dtype=torch.uint8)
+        >>> batch = dpfast.gather_batch(
+        ...     store,
+        ...     torch.tensor([4]),
+        ...     mean=[0.5],
+        ...     std=[0.5],
+        ...     dtype=torch.float32,
+        ...     channels_last=False,
+        ... )
+        >>> batch.shape, batch.dtype
+        (torch.Size([1, 1, 2, 2]), torch.float32)
     """
     check.tensor("store", store, (torch.uint8,))
     if store.dim() != 4:

@@ -341,17 +341,28 @@ def normal(
 ) -> Tensor:
     """Draws standard normals, one stream of them for each sample id.
 
+    The generator is Philox4x32-10 (Salmon et al., SC 2011) with the transform of Box and Muller
+    (1958).
+
     Args:
         sample_ids: (B,) int64; a sample keeps its noise in any batch, order or device.
-        shape: the shape of one sample, at most 2^34 elements.
+        shape: Shape of one sample, at most 2^34 elements.
         seed: 64-bit integer or 0-d integer tensor on the same device.
-        stream: which independent draw for the same seed and id; its low 32 bits count. Integer or
-            0-d tensor.
+        stream: Number of an independent draw for the same seed and id; its low 32 bits count.
+            Integer or 0-d tensor.
+
+    Returns:
+        (B, *shape) fp32 on the device of ``sample_ids``.
 
     Raises:
-        TypeError: wrong type or dtype. InputError: wrong shape, device or range.
+        InputError: For a wrong shape, device or range.
+        TypeError: For a wrong type or dtype.
 
-    Source: Salmon et al., SC 2011 (Philox4x32-10); Box and Muller, 1958.
+    Examples:
+        >>> import torch, dpfast
+        >>> noise = dpfast.normal(torch.tensor([3, 7]), (2,), seed=0, stream=0)
+        >>> torch.equal(noise[1:], dpfast.normal(torch.tensor([7]), (2,), seed=0, stream=0))
+        True
     """
     check.tensor("sample_ids", sample_ids, (torch.int64,))
     if sample_ids.dim() != 1:

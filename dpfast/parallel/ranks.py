@@ -67,14 +67,14 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    learn: Group = field(default_factory=lambda: Group("learn"))
-    control: Group = field(default_factory=lambda: Group("control"))
-    feed: dict[str, Group] = field(default_factory=dict)
-    heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    store: Any = None
-    members: tuple[int, ...] | None = None
-    restarted: bool = False
-    _asked: int = field(default=0, init=False)
+    learn: Group = field(repr=False, default_factory=lambda: Group("learn"))
+    control: Group = field(repr=False, default_factory=lambda: Group("control"))
+    feed: dict[str, Group] = field(repr=False, default_factory=dict)
+    heartbeat: Heartbeat = field(repr=False, default_factory=Heartbeat)
+    store: Any = field(default=None, repr=False)
+    members: tuple[int, ...] | None = field(default=None, repr=False)
+    restarted: bool = field(default=False, repr=False)
+    _asked: int = field(default=0, init=False, repr=False)
 
     @property
     def alone(self) -> bool:

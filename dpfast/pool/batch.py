@@ -18,12 +18,22 @@ TINY = torch.finfo(torch.float32).tiny  # less than that has no inverse in float
 class BatchFormat:
     """The memory layout of a batch and the scale of its values.
 
-    mean, std: a pixel v in [0, 255] becomes (v / 255 - mean) / std, one number or one for each
-    channel.
-    dtype: float32, float16 or bfloat16. channels_last: memory layout of the batch.
+    A pixel v in [0, 255] becomes (v / 255 - mean) / std.
 
-    Raises ``TypeError`` for another dtype and for what is no number, ``InputError`` for a mean that
-    is not finite and a std that is not above 0.
+    Args:
+        mean: One finite number, or one for each channel.
+        std: One number above 0, or one for each channel.
+        dtype: float32, float16 or bfloat16.
+        channels_last: True for channels_last memory, False for contiguous memory.
+
+    Raises:
+        TypeError: For another dtype, and for what is no number.
+        InputError: For a mean that is not finite, and a std that is not above 0.
+
+    Examples:
+        >>> import dpfast
+        >>> dpfast.BatchFormat(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).per_channel(3)
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     """
 
     mean: float | Sequence[float] = 0.5

@@ -46,14 +46,23 @@ class SamplePool:
 
     Args:
         codec: "pixels", uint8 (C, H, W); "latents", fp16 (c, h, w); or "jpeg", bytes.
-        tiers: budgets; by default a share of the free host memory.
-        chunk_bytes: size of every chunk.
-        decode: latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], for a pool of latents that
-            serves images.
-        shape: (C, H, W) of a payload; by default that of the first one. JPEG images may differ from
-            it: there it is the guess of ``reserve`` for the first of them.
+        tiers: Budgets of memory; None: a share of the free host memory.
+        chunk_bytes: Bytes of every chunk.
+        decode: Function from latents (B, c, h, w) to images (B, C, H, W) in [-1, 1], for a pool of
+            latents that serves images.
+        shape: (C, H, W) of a payload; None: that of the first one. JPEG images may differ from it:
+            there it is the guess of ``reserve`` for the first of them.
 
-    Raises ``InputError`` for an unknown codec and for chunks that do not hold a sample.
+    Raises:
+        InputError: For an unknown codec and for chunks that do not hold a sample.
+
+    Examples:
+        >>> import torch
+        >>> from dpfast import SamplePool
+        >>> pool = SamplePool()
+        >>> pool.append_images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), [0, 1, 2, 3])
+        >>> len(pool), pool.column("label")
+        (4, tensor([0, 1, 2, 3]))
     """
 
     ranks = ALONE
@@ -102,14 +111,19 @@ class SamplePool:
         decode: codecs.Decode | None = None,
         processes: int = 1,
     ) -> SamplePool:
-        """Returns an empty pool for at most ``samples`` samples, as the section ``[pool]`` of a
-        recipe describes it.
+        """Returns an empty pool for at most ``samples`` samples, by a recipe's section ``[pool]``.
 
-        shape: (C, H, W) of the pixels or latents that are stored. device: whose memory comes first.
-        folder: of the mapped files. decode: as of ``SamplePool``. processes: as of
-        ``MemoryTiers.detect``.
+        Args:
+            recipe: Section ``[pool]`` of a recipe.
+            samples: Most samples that the pool will hold.
+            shape: (C, H, W) of the pixels or latents that are stored.
+            device: Device whose memory comes first.
+            folder: Folder of the mapped files.
+            decode: As in ``SamplePool``.
+            processes: As in ``MemoryTiers.detect``.
 
-        Raises ``RecipeError`` with the numbers and three ways out when the samples do not fit.
+        Raises:
+            RecipeError: Where the samples do not fit; it has the numbers and three ways out.
         """
         placement = Placement.from_recipe(
             recipe, samples, shape, device=device, folder=folder, processes=processes
@@ -137,9 +151,7 @@ class SamplePool:
 
     @property
     def snapshot(self) -> PoolSnapshot:
-        """The pool at this moment, for a reader that needs several answers about the same
-        samples.
-        """
+        """The pool at this moment, for several questions about the same samples."""
         return self._snapshot
 
     def held(self, size: int) -> int:
@@ -156,8 +168,9 @@ class SamplePool:
         device: torch.device = CPU,
         parts: Sequence[Tensor] | None = None,
     ) -> tuple[PoolSnapshot, Tensor]:
-        """Returns the pool at this moment and ``indices``, or the part of them: nothing has to be
-        sent.
+        """Returns the pool at this moment and ``indices``, or the part of them.
+
+        Nothing has to be sent. The arguments are those of ``Pool.fetch``.
         """
         return self._snapshot, indices if parts is None else indices[parts[0]]
 
@@ -177,17 +190,23 @@ class SamplePool:
         The payload is copied once, from the device where it is into its chunk.
 
         Args:
-            batch: what a sampler has made.
-            round: counts the additions; 0 for the initial samples.
-            omega, cfg_scale, steps, seed: of the sampler, for the columns of samples that do not
-                bring their own (``SampleBatch.origins``); omega also (B,), one a sample.
-            payload: what to store instead of the batch's images, or of its latents in a pool of
+            batch: Samples that a sampler has made.
+            round: Number of the round; 0 for the initial samples.
+            omega: Strength of guidance, a number or (B,), one a sample. Like the next three it is
+                for the columns of samples that do not bring their own (``SampleBatch.origins``).
+            cfg_scale: Scale of classifier-free guidance.
+            steps: Solver steps of a sample.
+            seed: Seed of the sampler.
+            payload: What to store instead of the batch's images, or of its latents in a pool of
                 latents: (B, *shape) of the codec's dtype, or B JPEG files. A JPEG pool encodes
-                uint8 images that come without.
+                    uint8
+                images that come without.
 
-        Raises ``TypeError`` and ``InputError`` for a payload that is not the pool's, or a file
-        that is no JPEG file, ``PoolFullError`` when it does not fit into the budgets, ``OSError``
-        when the disk of the file tier is full.
+        Raises:
+            InputError: For a payload that is not the pool's, and a file that is no JPEG file.
+            TypeError: For a payload of another type.
+            PoolFullError: Where it does not fit into the budgets.
+            OSError: Where the disk of the file tier is full.
         """
         records = np.empty(len(batch), RECORD)
         for name, values in (
@@ -227,9 +246,13 @@ class SamplePool:
         Args:
             payload: uint8 images (B, C, H, W), or what else ``append`` takes.
             labels: (B,) integers from 0 on.
-            round: as in ``append``; by default one more than that of the newest sample.
+            round: Number of the round; None: one more than that of the newest sample.
 
-        Raises what ``append`` raises.
+        Raises:
+            InputError: As ``append`` does, and for labels that are no class ids.
+            TypeError: As ``append`` does.
+            PoolFullError: As ``append`` does.
+            OSError: As ``append`` does.
         """
         self._check_codec(payload)
         try:
@@ -247,8 +270,17 @@ class SamplePool:
         self.append_records(payload, records)
 
     def append_records(self, payload: Payload, records: np.ndarray) -> None:
-        """Appends samples whose columns are there already: (B,) ``RECORD``, offset and length
-        ignored.
+        """Appends samples whose columns are there already.
+
+        Args:
+            payload: As in ``append``.
+            records: (B,) ``dpfast.pool.record.RECORD``; offset and length are ignored.
+
+        Raises:
+            InputError: As ``append`` does.
+            TypeError: As ``append`` does.
+            PoolFullError: As ``append`` does.
+            OSError: As ``append`` does.
         """
         with self._lock:
             payload = self._checked(payload, len(records))
@@ -368,13 +400,18 @@ class SamplePool:
         self._round = int(rounds[-1])
 
     def reserve(self, samples: int, *, wait: bool = False) -> None:
-        """Prepares chunks for ``samples`` more in the background, and touches their pages: an
-        append is then one copy.
+        """Prepares chunks for ``samples`` more in the background, so that an append is one copy.
 
-        Without it the pool prepares one chunk ahead. JPEG files are taken to be as large as those
-        before them, the first ones as half a byte a pixel. Raises ``PoolFullError`` when the
-        budgets have no room for them, ``InputError`` while the pool does not know how large a
-        sample is.
+        Their pages are touched as well. Without it the pool prepares one chunk ahead. JPEG files
+        are taken to be as large as those before them, the first ones as half a byte a pixel.
+
+        Args:
+            samples: Samples to come.
+            wait: True returns when the chunks are there.
+
+        Raises:
+            PoolFullError: Where the budgets have no room for them.
+            InputError: While the pool does not know how large a sample is.
         """
         with self._lock:
             snapshot = self._snapshot
@@ -434,11 +471,13 @@ class SamplePool:
         )
 
     def move(self, tiers: MemoryTiers) -> None:
-        """Gives the pool other budgets and moves its chunks to where they put them, in the order of
-        appending.
+        """Gives the pool other budgets and moves its chunks to where they put them.
 
-        Readers go on with the old chunks until they have finished; appends wait. Raises
-        ``PoolFullError``, and moves nothing, when the budgets have no room for all chunks.
+        Chunks keep the order of appending. Readers go on with the old ones until they have
+        finished; appends wait.
+
+        Raises:
+            PoolFullError: Where the budgets have no room for all chunks; nothing is moved.
         """
         with self._lock:
             snapshot = self._snapshot
@@ -474,8 +513,14 @@ class SamplePool:
         return sum(chunk.nbytes for chunk in (*snapshot.chunks.chunks, *snapshot.origins.chunks))
 
     def column(self, name: str, start: int = 0) -> Tensor:
-        """Returns (N - start,) values of a column of ``dpfast.pool.record``, in the order of
-        appending, int64 or float32.
+        """Returns the values of a column in the order of appending.
+
+        Args:
+            name: Name of a column of ``dpfast.pool.record``.
+            start: Index of the first value.
+
+        Returns:
+            (N - start,) int64 or float32.
         """
         snapshot = self._snapshot
         return snapshot.column(name, torch.arange(start, snapshot.size))
@@ -483,10 +528,12 @@ class SamplePool:
     def records(
         self, start: int = 0, stop: int | None = None, *, threads: int | None = None
     ) -> np.ndarray:
-        """Returns copies of the ``RECORD`` of the samples ``start`` to ``stop``, which is the end
-        by default.
+        """Returns copies of the ``RECORD`` of the samples ``start`` to ``stop``.
 
-        threads: as in ``PoolSnapshot.payload``.
+        Args:
+            start: Index of the first sample.
+            stop: Index behind the last sample; None: the end.
+            threads: As in ``PoolSnapshot.payload``.
         """
         snapshot = self._snapshot
         return snapshot.records(

@@ -15,11 +15,11 @@ from dpfast.pool.snapshot import PoolSnapshot
 
 
 class Pool(Protocol):
-    """Samples under the indices 0 to ``len(pool)``: those of one process (``SamplePool``), or of
-    all ranks (``ShardedPool``).
+    """Samples under the indices 0 to ``len(pool)``, of one process or of all ranks.
 
-    Every rank sees the same samples under the same indices, and holds some of them in its memory.
-    ``column``, ``complete`` and ``fetch`` are collective: all ranks call them together.
+    ``SamplePool`` holds those of one process, ``ShardedPool`` those of all ranks. Every rank sees
+    the same samples under the same indices, and holds some of them in its memory. ``column``,
+    ``complete`` and ``fetch`` are collective: all ranks call them together.
     """
 
     @property
@@ -55,9 +55,7 @@ class Pool(Protocol):
     def __len__(self) -> int: ...
 
     def held(self, size: int) -> int:
-        """Counts the samples that this process holds of the first ``size``, which are all rounds
-        before one.
-        """
+        """Counts the samples of this process among the first ``size``, all rounds before one."""
         ...
 
     def complete(self, count: int) -> None:
@@ -65,13 +63,26 @@ class Pool(Protocol):
         ...
 
     def column(self, name: str, start: int = 0) -> Tensor:
-        """Returns (N - start,) int64 or float32 values of a column from index ``start`` on, the
-        start of a round.
+        """Returns the values of a column in the order of appending.
+
+        Args:
+            name: Name of a column of ``dpfast.pool.record``.
+            start: Index of the first value, the start of a round.
+
+        Returns:
+            (N - start,) int64 or float32.
         """
         ...
 
     def images(self, indices: Tensor) -> Tensor:
-        """Returns uint8 (B, C, H, W) of samples of ``local``, decoded where it holds no pixels."""
+        """Returns samples of ``local`` as images, decoded where it holds no pixels.
+
+        Args:
+            indices: (B,) int64 indices into ``local``.
+
+        Returns:
+            (B, C, H, W) uint8.
+        """
         ...
 
     def fetch(
@@ -81,10 +92,15 @@ class Pool(Protocol):
         device: torch.device = CPU,
         parts: Sequence[Tensor] | None = None,
     ) -> tuple[PoolSnapshot, Tensor]:
-        """Returns this process's part of the samples ``indices`` (B,), which all ranks know.
+        """Returns this process's part of the samples ``indices``, which all ranks know.
 
-        parts: for each rank which of ``indices`` it gets, (b,) int64; None: those of a training
-        batch (``Ranks.part``). Returns a snapshot that holds the part's samples, and (b,) their
-        indices in it.
+        Args:
+            indices: (B,) int64.
+            device: Device on which the part is wanted.
+            parts: For each rank which of ``indices`` it gets, (b,) int64; None: those of a training
+                batch (``Ranks.part``).
+
+        Returns:
+            A snapshot that holds the part's samples, and (b,) int64, their indices in it.
         """
         ...

@@ -20,14 +20,19 @@ DECODE_THREADS = 4  # of image files that are read again
 
 
 def open_pool(folder: str | Path, **options: Any) -> SamplePool:
-    """Returns the pool that was saved in ``folder``, every sample and column as it was.
+    """Returns the pool that was saved in a folder, every sample and column as it was.
 
-    Where several ranks have saved, the samples of all of them, in the order of their ids. A damaged
-    shard is quarantined and named in a ``LostSamplesWarning`` with the ids of its samples; the rest
-    is opened.
+    Where several ranks have saved, it has the samples of all of them, in the order of their ids. A
+    damaged shard is quarantined and named in a ``LostSamplesWarning`` with the ids of its samples;
+    the rest is opened.
 
-    options: of ``SamplePool``; ``limit`` and ``beat`` as in ``open_folder``, of what one process
-    saved. Raises ``DamagedPoolError`` where nothing is saved.
+    Args:
+        folder: Folder that a ``dpfast.pool.saver.Saver`` or a run has written.
+        **options: Arguments of ``SamplePool``; of what one process saved also ``limit`` and
+            ``beat`` of ``dpfast.pool.reader.open_folder``.
+
+    Raises:
+        DamagedPoolError: Where nothing is saved.
     """
     folder = Path(folder)
     paths = saved_folders(folder)

@@ -29,14 +29,25 @@ log = logging.getLogger(__name__)
 class Progress:
     """The state of a loop at the moment of an event; it never changes.
 
-    source: the name of the loop's source; rank: this process among those of the run. step:
-    optimiser steps taken of ``iterations``. pool_size: samples in the pool; round: the newest
-    complete one, -1 before the initial samples. waited: evaluations without a new best accuracy, of
-    the ``patience`` that are waited for; None where rounds are due after known steps, of which
-    ``next_round`` is the next one, None after the last. accuracy: of the last evaluation, in
-    [0, 1]. lr: the newest step's learning rate; grad_norm: of the gradient of all weights in the
-    step before the last evaluation, before it was clipped, None until there is one. Seconds, of
-    training, evaluation, and waiting for batches in training, are those of all lives of a run.
+    Seconds are those of all lives of a run.
+
+    Attributes:
+        source: Name of the loop's source.
+        rank: This process among those of the run.
+        step: Optimiser steps taken so far.
+        iterations: Optimiser steps of the whole run.
+        pool_size: Samples in the pool.
+        round: The newest complete round, -1 before the initial samples.
+        waited: Evaluations without a new best accuracy.
+        patience: Evaluations that are waited for; None where rounds are due after known steps.
+        next_round: The next of those known steps; None after the last one, and with patience.
+        accuracy: Of the last evaluation, in [0, 1]; None before it.
+        lr: The newest step's learning rate.
+        grad_norm: Norm of the gradient over all weights in the step before the last evaluation,
+            before it was clipped; None until there is one.
+        training_seconds: Seconds of training.
+        evaluation_seconds: Seconds of evaluation.
+        waiting_seconds: Seconds of training in which it waited for batches.
     """
 
     source: str
@@ -58,13 +69,20 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Addition:
-    """One finished round. number: 0 for the initial samples; added, total: samples; cost: of making
-    them.
+    """One finished round of samples.
 
-    omega: the strength of its guidance, 0: unguided. The rest has no value in round 0, or where a
-    source has no yardstick. entropy, unguided_entropy:
-    mean nats of the new samples and of unguided ones under the learner that guided; pruning_ratio:
-    how many unguided samples one of these replaces (``dpfast.sources.costs.pruning_ratio``).
+    Entropies and the ratio are None in round 0, and where a source has no yardstick.
+
+    Attributes:
+        number: 0 for the initial samples.
+        added: Samples of this round.
+        total: Samples in the pool behind it.
+        cost: Cost of making the round's samples.
+        omega: Strength of the round's guidance; 0: unguided.
+        entropy: Mean nats of the new samples under the learner that guided.
+        unguided_entropy: Mean nats of unguided samples under the same learner.
+        pruning_ratio: Number of unguided samples that one of these replaces
+            (``dpfast.sources.costs.pruning_ratio``).
     """
 
     number: int
@@ -81,14 +99,25 @@ class Callback:
     """Hears what happens in a loop. Override what you need.
 
     An exception from a callback stops the run.
+
+    Examples:
+        >>> import dpfast
+        >>> class Rounds(dpfast.Callback):  # for DeliberatePractice(recipe, callbacks=[Rounds()])
+        ...     def on_round(self, progress, addition):
+        ...         print(f"round {addition.number}: {addition.total} samples")
     """
 
     def on_start(self, progress: Progress) -> None:
         """Hears that the loop begins, or goes on where a checkpoint was taken."""
 
     def on_generation(self, progress: Progress, number: int, total: int, made: int) -> None:
-        """Hears that a round begins, of which this rank makes ``total`` samples and has ``made``
-        already.
+        """Hears that a round begins.
+
+        Args:
+            progress: State of the loop.
+            number: Number of the round, 0 for the initial samples.
+            total: Samples of the round that this rank makes.
+            made: Samples of those that exist already.
         """
 
     def on_samples(self, progress: Progress, batch: SampleBatch) -> None:
@@ -101,8 +130,12 @@ class Callback:
         """Hears that one optimiser step has been taken."""
 
     def on_evaluation(self, progress: Progress, evaluation: Evaluation, loss: float) -> None:
-        """Hears that the learner was evaluated on the validation set; ``loss`` is the mean training
-        loss since the evaluation before.
+        """Hears that the learner was evaluated on the validation set.
+
+        Args:
+            progress: State of the loop.
+            evaluation: Measures of the learner on the validation set.
+            loss: Mean training loss since the evaluation before.
         """
 
     def on_checkpoint(self, progress: Progress, written: WrittenCheckpoint) -> None:

@@ -79,34 +79,37 @@ from dpfast.sources.unguided import UnguidedSamples
 class DeliberatePractice:
     """The sources of a recipe, one after the other, over one generator and one set of real images.
 
-        results = DeliberatePractice(Recipe.load("fashion")).run()
+        results = DeliberatePractice(Recipe.load("fashion")).run("runs/mine")
 
     Deliberate Practice runs first. The other sources then get as many samples as it ended with and
     as many iterations, those with rounds at the same moments. Without it they go by the recipe: the
     maximum of samples, their own patience.
 
     Args:
-        recipe: says everything that no object is given for.
-        pipeline: a ``Pipeline``, used as it was loaded, or an object with the protocol
-            ``OwnPipeline``.
-        learner: an ``nn.Module`` from images (B, C, H, W) in [-1, 1] to logits (B, K), of which
-            every source trains a copy, or a function that builds one for each source.
-        real: images (N, C, H, W) and labels (N,), a ``Dataset`` of such pairs, or ``RealData``.
-        sources: names, import paths and ``Source`` objects, in place of the recipe's; those of your
+        recipe: Everything that no object is given for.
+        pipeline: A ``Pipeline``, used as it was loaded, or an object with the protocol
+            ``OwnPipeline``; None: the recipe's.
+        learner: An ``nn.Module`` from images (B, C, H, W) in [-1, 1] to logits (B, K), of which
+            every source trains a copy, or a function that builds one for each source; None: the
+            recipe's.
+        real: Images (N, C, H, W) and labels (N,), a ``Dataset`` of such pairs, or ``RealData``;
+            None: the recipe's.
+        sources: Names, import paths and ``Source`` objects, in place of the recipe's; those of your
             own run last.
-        criterion: what guidance raises, a function of logits (B, K) and labels (B,)
+        criterion: Function of logits (B, K) and labels (B,) that guidance raises
             (``dpfast.generate.criteria``); with the recipe's criterion "disagreement" it gets
             those of a committee, (B, 2, K).
-        loader: makes the ``Loader``, called with the pool and the options of ``make_loader``.
-        callbacks: told of every run, after the recipe's and before those of ``run``.
-        unguided: samples that exist already (``UnguidedSamples.remember``), for experiments that
+        loader: Maker of the ``Loader``, called with the pool and the options of ``make_loader``.
+        callbacks: Told of every run, after the recipe's and before those of ``run``.
+        unguided: Samples that exist already (``UnguidedSamples.remember``), for experiments that
             share a generator and a seed.
-        ranks: every rank of a run makes this object and calls ``run``, with the same arguments.
-            With the recipe's ``overlap`` the last ones only generate, and ``ranks`` are then the
-            others.
+        ranks: Processes of the run. Every rank makes this object and calls ``run``, with the same
+            arguments. With the recipe's ``overlap`` the last ones only generate, and ``ranks`` are
+            then the others.
 
-    Raises ``InputError`` from the constructor when the recipe, the objects, the generator and the
-    real images do not fit together.
+    Raises:
+        InputError: Where the recipe, the objects, the generator and the real images do not fit
+            together.
     """
 
     def __init__(
@@ -316,10 +319,13 @@ class DeliberatePractice:
             self.place_pool()
 
     def place_pool(self, out: Path | None = None) -> Placement:
-        """Plans where a rank's samples will lie. Raises ``RecipeError`` where they have no place,
-        as the run does.
+        """Plans where a rank's samples will lie.
 
-        out: the run's folder, on whose disk mapped files lie; it need not be there yet.
+        Args:
+            out: Folder of the run, on whose disk mapped files lie; it need not be there yet.
+
+        Raises:
+            RecipeError: Where they have no place, as the run does.
         """
         shape = stored_shape(self.recipe, self.pipeline, self.real)
         return placement(self.recipe, self.pipeline, shape, self.ranks, out, most=self.most_samples)
@@ -439,20 +445,25 @@ class DeliberatePractice:
         callbacks: Sequence[Callback] = (),
         stop: Stop | None = None,
     ) -> list[Result]:
-        """Runs all sources. Nothing is written without a ``folder``; one that holds a run's state
-        is continued.
+        """Runs all sources, and returns their results.
+
+        Nothing is written without a ``folder``; one that holds a run's state is continued. A rank
+        that only generates returns no results.
 
         Args:
-            folder: a path, or of several ranks for the first one a ``RunWriter``, for the others
+            folder: A path, or of several ranks for the first one a ``RunWriter``, for the others
                 its ``RunPaths``.
-            resume: go on with the run in the path, which began with objects of the same kinds.
-            overwrite: replace the run in the path.
-            progress: show a bar, and lines for rounds and evaluations.
-            callbacks: told as well, after those of the constructor.
-            stop: asked after every step and batch.
+            resume: True goes on with the run in the path, which began with objects of the same
+                kinds.
+            overwrite: True replaces the run in the path.
+            progress: True shows a bar, and lines for rounds and evaluations.
+            callbacks: Told as well, after those of the constructor.
+            stop: Asked after every step and batch.
 
-        A rank that only generates returns no results.
-        Raises ``Stopped`` after a stop was requested and ``LossError`` when a loss is not finite.
+        Raises:
+            InputError: For a folder that cannot be used, and where the disk has no room.
+            Stopped: After a stop was requested.
+            LossError: Where a loss is not finite.
         """
         stop = Stop() if stop is None else stop
         _check_kind("stop", stop, Stop, "dpfast.practice.stopping.Stop")

@@ -1,5 +1,5 @@
-"""When to ask for more samples: patience with the validation accuracy (Algorithm 1 and section C.2
-of the paper), or steps that are known before.
+"""The moments at which to ask for more samples: patience with the validation accuracy (Algorithm 1
+and section C.2 of the paper), or steps that are known before.
 """
 
 from __future__ import annotations

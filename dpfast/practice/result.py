@@ -14,13 +14,25 @@ from dpfast.sources.costs import Cost
 
 @dataclass(frozen=True)
 class Result:
-    """One source's outcome: the pool it trained on and its accuracy on the two real sets
-    (``evaluate_with`` weights).
+    """The outcome of one source: the pool it trained on and its accuracies.
 
-    cost: of all samples; initial_cost: of those before training. Seconds are those of all lives of
-    a resumed run.
-    loader_wait: time spent waiting for batches over the time of the learner's steps. sets: the
-    recipe's further ones.
+    Accuracies are those of the ``evaluate_with`` weights. Seconds are those of all lives of a
+    resumed run.
+
+    Attributes:
+        source: Name of the source.
+        pool: Samples that the source has made.
+        learner: Trained classifier, images (B, C, H, W) in [-1, 1] to logits (B, K).
+        validation: Measures on the real images that drive patience.
+        test: Measures on the held-out real images.
+        iterations: Optimiser steps taken.
+        additions: Rounds after the initial samples.
+        initial_cost: Cost of the samples before training.
+        cost: Cost of all samples.
+        training_seconds: Seconds of training.
+        evaluation_seconds: Seconds of evaluation.
+        loader_wait: Time spent waiting for batches over the time of the learner's steps.
+        sets: Measures on the recipe's further evaluation sets.
     """
 
     source: str

@@ -24,12 +24,15 @@ from dpfast.sources.yardstick import Yardstick
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRequest:
-    """The request of a round from a source. number: 0 for the initial samples; start: the pool's
-    size before;
-    count: how many.
+    """The request of a round of samples from a source.
 
-    per_class: (K,) validation accuracies of the learner at this moment; None in round 0. turn: the
-    first batch's rank.
+    Attributes:
+        number: Number of the round, 0 for the initial samples.
+        start: Samples in the pool before it.
+        count: Samples of the round, of all ranks.
+        learner_step: Optimiser steps of the learner at this moment.
+        per_class: (K,) validation accuracies of the learner at this moment; None in round 0.
+        turn: Rank that makes the first batch.
     """
 
     number: int
@@ -58,11 +61,15 @@ class RoundRequest:
 class LoopView:
     """The parts of a loop that its source may use.
 
-    recipe: as it is run. pipeline: what makes images. learner: live, the weights that guide, from
-    images (B, C, H, W) in [-1, 1] to logits (B, K). pool: gives this rank's part of the pool.
-    unguided: samples by id, shared with other sources. ranks: those that make a round together.
-    moments: the steps after which the source "dp" has added, where it has run before, or the
-    recipe's ``add_at``; None: neither.
+    Attributes:
+        recipe: The recipe as it is run.
+        pipeline: Generator of the images.
+        learner: Live weights that guide, from images (B, C, H, W) in [-1, 1] to logits (B, K).
+        pool: Function that gives this rank's part of the pool.
+        unguided: Unguided samples by id, shared with other sources.
+        ranks: Processes that make a round together.
+        moments: Steps after which the source "dp" has added, where it has run before, or the
+            recipe's ``add_at``; None: neither.
     """
 
     recipe: Recipe
@@ -75,14 +82,21 @@ class LoopView:
 
 
 class Source(abc.ABC):
-    """Makes the samples of a run. ``available`` and ``make`` are a source's own; the rest has
-    defaults.
+    """Makes the samples of a run. ``available`` and ``make`` are a source's own.
 
-    name: what results and files call it. initial_samples: of round 0. moments: the steps after
-    which the learner is evaluated and rounds are due, in place of patience; None: by patience.
-    streams: whether ``make`` can go on in the middle of the round that it was asked for last. cost:
-    of everything made so far, to which ``make`` adds. yardstick: what a round's entropy is compared
-    with.
+    All other methods have defaults. ``examples/own_source.py`` is a source of one's own.
+
+    Args:
+        initial_samples: Samples of round 0.
+
+    Attributes:
+        name: Name of the source in results and files.
+        moments: Steps after which the learner is evaluated and rounds are due, in place of
+            patience; None: by patience.
+        streams: True if ``make`` can go on in the middle of the round that it was asked for last.
+        yardstick: Unguided samples with whose entropy that of a round is compared, or None.
+        initial_samples: Samples of round 0.
+        cost: Cost of everything made so far, to which ``make`` adds.
     """
 
     name = ""
@@ -95,27 +109,40 @@ class Source(abc.ABC):
         self.cost = Cost()
 
     def begin(self, loop: LoopView) -> None:  # noqa: B027
-        """Hears of its loop, before anything is asked for; of a source of the caller's own."""
+        """Hears of its loop before anything is asked for; of a source of the caller's own."""
 
     @abc.abstractmethod
     def available(self, pool_size: int) -> int:
-        """Returns the number of samples that the next round would bring; 0: none."""
+        """Returns the number of samples that the next round would bring; 0: none.
+
+        Args:
+            pool_size: Samples in the pool.
+        """
 
     @abc.abstractmethod
     def make(self, request: RoundRequest, done: int = 0) -> Iterator[SampleBatch]:
-        """Returns this rank's samples of a round, without its first ``done``. The learner is in
-        eval mode meanwhile.
+        """Yields this rank's samples of a round, in batches.
+
+        The learner is in eval mode meanwhile.
+
+        Args:
+            request: The round that is asked for.
+            done: Samples of this rank's part that exist already and are left out.
         """
 
     def omega(self, number: int) -> float:
-        """Returns the strength of the guidance in round ``number``, which is kept with its
-        samples.
-        """
+        """Returns the strength of guidance in round ``number``, which is kept with its samples."""
         return 0.0
 
     def omega_of(self, number: int, labels: Tensor) -> float | Tensor:
-        """Returns the same for each of its samples with these labels, (n,) int64: a number, or (n,)
-        float32 where classes differ.
+        """Returns the strength of guidance in round ``number`` for samples with these labels.
+
+        Args:
+            number: Number of the round.
+            labels: (n,) int64 class ids.
+
+        Returns:
+            A number, or (n,) float32 where classes differ.
         """
         return self.omega(number)
 
@@ -128,44 +155,52 @@ class Source(abc.ABC):
         return 1
 
     def drawn(self, number: int) -> tuple[int, float] | None:
-        """Returns the number of the pool's first samples that are a group of their own after round
-        ``number``, and their share of a training batch; None: all samples are drawn alike.
+        """Returns the group of first samples from which batches are drawn after round ``number``.
+
+        Returns:
+            The number of the pool's first samples in that group, and the group's share of a
+            training batch. None: all samples are drawn alike.
         """
         return None
 
     def release(self) -> None:  # noqa: B027
-        """Gives back the memory that the making of a round leaves behind
-        (``GuidedSampler.release``).
-        """
+        """Gives back the memory that a round leaves behind (``GuidedSampler.release``)."""
 
     def added(self, upcoming: RoundRequest | None) -> None:  # noqa: B027
-        """Hears that a round has been added; ``upcoming``: the next one, as it would be asked for
-        now, or None where no more are added.
+        """Hears that a round has been added.
+
+        Args:
+            upcoming: The next round, as it would be asked for now; None where no more are added.
         """
 
     def stepped(self, step: int, upcoming: Callable[[], RoundRequest | None]) -> None:  # noqa: B027
-        """Hears that ``step`` optimiser steps have been taken; ``upcoming`` gives the next round as
-        it would be asked for now.
+        """Hears that ``step`` optimiser steps have been taken.
+
+        Args:
+            step: Optimiser steps taken.
+            upcoming: Function that gives the next round, as it would be asked for now.
         """
 
     def scratch(self, count: int) -> int:
-        """Returns bytes of the disk, of all ranks, that a round of ``count`` samples takes while it
-        is made.
+        """Returns bytes of the disk that a round of ``count`` samples takes while it is made.
+
+        They are those of all ranks together.
         """
         return 0
 
     def checkpointed(self, step: int, *, pending: bool) -> None:  # noqa: B027
-        """Hears, on the rank that writes, that a checkpoint of ``step`` optimiser steps is on the
-        disk; ``pending``: it leads into the round after this step, else it holds that round.
+        """Hears, on the rank that writes, that a checkpoint is on the disk.
+
+        Args:
+            step: Optimiser steps of the checkpoint.
+            pending: True if it leads into the round after this step, else it holds that round.
         """
 
     def close(self) -> None:  # noqa: B027
         """Hears that the loop is left, for whatever reason."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state that a checkpoint keeps of the source: names with tensors or values for
-        JSON.
-        """
+        """Returns the state that a checkpoint keeps: names with tensors or values for JSON."""
         return {"cost": self.cost.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

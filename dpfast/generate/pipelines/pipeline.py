@@ -33,14 +33,28 @@ DTYPES = {  # and that of the weights; beside those in float8 all else is bf16
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The parts of a pipeline folder that a sampler needs; ``dpfast.generate.pipelines.families``
-    lists the families.
+    """The parts of a pipeline folder that a sampler needs.
 
-    Labels are class ids, indices into ``class_names``, for every family. An unconditional generator
-    has no classes: its images do not depend on their labels. It has the single class
-    "unconditional", unless ``class_names`` are given; their number is then the number of classes,
-    so that a learner of as many can guide it and the labels that the caller chose stay with the
-    samples.
+    ``dpfast.generate.pipelines.families`` lists the families. Labels are class ids, indices into
+    ``class_names``, for every family. An unconditional generator has no classes: its images do not
+    depend on their labels. It has the single class "unconditional", unless ``class_names`` are
+    given; their number is then the number of classes, so that a learner of as many can guide it and
+    the labels that the caller chose stay with the samples.
+
+    Attributes:
+        folder: Folder that was loaded.
+        denoiser: Frozen model behind one call signature (``dpfast.generate.models.denoiser``).
+        decoder: Decoder of the images that enter the pool.
+        guidance_decoder: Decoder of the guidance path.
+        scheduler: Scheduler of diffusers, whose configuration makes ``table``.
+        class_names: Names of the classes by id.
+        image_channels: Channels of the images.
+        device: Device of all parts.
+
+    Examples:
+        >>> import dpfast
+        >>> dpfast.Pipeline.from_pretrained("fashion").class_names[:3]
+        ('T-shirt/top', 'Trouser', 'Pullover')
     """
 
     folder: Path
@@ -74,46 +88,47 @@ class Pipeline:
         height: int = 0,
         width: int = 0,
     ) -> Pipeline:
-        """Loads a folder that the ``save_pretrained`` of its diffusers pipeline wrote, or a model
-        of the Hugging Face Hub that is in its cache, from safetensors only.
+        """Loads a folder of a diffusers pipeline, or a model of the Hub, from safetensors only.
 
         Args:
-            source: a folder, the name of an embedded asset ("fashion"), or "owner/name" on the Hub;
-                ``dpfast.generate.pipelines.hub.fetch`` or ``hf download owner/name`` brings a model
-                into the cache. A safety checker is not loaded.
-            revision: branch, tag or commit of a model of the Hub; "": main.
-            variant: of the weights, such as "fp16", for the parts that have it.
-            tiny_decoder: folder of an ``AutoencoderTiny``, or "owner/name" on the Hub, that serves
+            source: A folder that ``save_pretrained`` wrote, the name of an embedded asset
+                ("fashion"), or "owner/name" of a model in the cache of the Hugging Face Hub.
+                ``dpfast.generate.pipelines.hub.fetch`` or ``hf download owner/name`` brings it
+                there. A safety checker is not loaded.
+            revision: Branch, tag or commit of a model of the Hub; "": main.
+            variant: Variant of the weights, such as "fp16", for the parts that have it.
+            tiny_decoder: Folder of an ``AutoencoderTiny``, or "owner/name" on the Hub, that serves
                 the guidance path; "": the part of that name, where the folder has one.
             lora: LoRA weights that are fused into the models, each a file of safetensors or
                 "owner/name" on the Hub, with ":0.7" behind it for another weight than 1.
-            device: of all parts and tables; a name is "auto", "cpu", "cuda" or "cuda:N".
-            dtype: of all models: "float32", "bfloat16" or "float16", or the torch dtypes. Latents,
-                images and the solver stay in float32, and so does a decoder whose configuration
-                says ``force_upcast``. "float8" is bfloat16 with the linear layers in the blocks of
-                a DiT or Stable Diffusion 3 in float8 wherever no gradient is taken: an
-                approximation, for a GPU of the Hopper generation or a later one.
+            device: Device of all parts and tables; a name is "auto", "cpu", "cuda" or "cuda:N".
+            dtype: dtype of all models: "float32", "bfloat16" or "float16", or the torch dtypes.
+                Latents, images and the solver stay in float32, and so does a decoder whose
+                configuration says ``force_upcast``. "float8" is bfloat16 with the linear layers in
+                the blocks of a DiT or Stable Diffusion 3 in float8 wherever no gradient is taken:
+                an approximation, for a GPU of the Hopper generation or a later one.
             attention: "sdpa" or "xformers", which must match torch and needs a GPU.
-            channels_last: memory format of the convolutional models, UNets and full decoders; the
-                tiny decoder and fused models always have it.
-            fused: whether the blocks of denoiser and full decoder are replaced by forms with fewer
-                passes through memory (``dpfast.generate.models.fused``), equal up to rounding;
-                "auto": on a GPU.
-            class_names: names of the classes by id; None: those of the folder, in
+            channels_last: True gives the convolutional models, UNets and full decoders that memory
+                format; the tiny decoder and fused models always have it.
+            fused: True replaces the blocks of denoiser and full decoder by forms with fewer passes
+                through memory (``dpfast.generate.models.fused``), equal up to rounding; "auto": on
+                a GPU.
+            class_names: Names of the classes by id; None: those of the folder, in
                 ``class_names.json`` (a list) or in the ``id2label`` of its ``model_index.json``.
-            prompt_template: what a text-conditioned family is asked for, with "{}" for the class
-                name.
+            prompt_template: Prompt of a text-conditioned family, with "{}" for the class name.
             prompts: JSON file of one prompt or several for each class, in place of the template
-                (``dpfast.generate.pipelines.prompts.Prompts``). Which of them a sample is asked for
-                follows from its id.
-            negative_prompt: what classifier-free guidance leads away from; "": the empty prompt.
-            height, width: of the images in pixels, for the families whose diffusers pipeline takes
-                them; 0: the size that the model was trained at.
+                (``dpfast.generate.pipelines.prompts.Prompts``). A sample's id chooses among them.
+            negative_prompt: Prompt that classifier-free guidance leads away from; "": the empty
+                one.
+            height: Height of the images in pixels, for the families whose diffusers pipeline takes
+                it; 0: the size that the model was trained at.
+            width: Width of the images in pixels, as ``height``.
 
-        Raises ``InputError`` for a missing folder or part, weights that are missing, incomplete or
-        pickled, a pipeline of another family, class names that are missing or do not fit the model,
-        a scheduler option without a solver here, an unknown device, dtype or attention, and where
-        xformers is missing, does not match or has no GPU.
+        Raises:
+            InputError: For a missing folder or part, weights that are missing, incomplete or
+                pickled, a pipeline of another family, class names that are missing or do not fit
+                the model, a scheduler option without a solver here, an unknown device, dtype or
+                attention, and where xformers is missing, does not match or has no GPU.
         """
         placed = device_of(device)
         kind = kernels.checked(attention, placed)
@@ -148,19 +163,19 @@ class Pipeline:
         )
 
     def table(self, steps: int, *, solver: SolverName = "auto", eta: float = 0.0) -> SolverTable:
-        """Returns the solver's table on this pipeline's device, from the folder's scheduler
-        configuration.
+        """Returns the solver's table on this pipeline's device, from the folder's scheduler.
 
         Args:
-            steps: between 1 and the scheduler's trained timesteps.
+            steps: Steps between 1 and the scheduler's trained timesteps.
             solver: "ddim", "dpmpp2m" (DPM-Solver++ 2M), "euler", "euler_ancestral", for distilled
                 models "lcm" and "tcd"; flow-matching models take "euler" and "dpmpp2m". "auto" is
                 "ddim", or the one that the model was distilled or trained for.
-            eta: noise of DDIM, 0 deterministic to 1 ancestral; the gamma of TCD.
+            eta: Noise of DDIM, 0 deterministic to 1 ancestral; the gamma of TCD.
 
-        Raises ``InputError`` for steps, a solver or an eta that the scheduler does not take, and
-        for an option of the scheduler that the solver has no table for; the message names it. So
-        it does for timesteps between those of the training, where the denoiser has tables of these.
+        Raises:
+            InputError: For steps, a solver or an eta that the scheduler does not take, for an
+                option of the scheduler that the solver has no table for, and for timesteps between
+                those of the training, where the denoiser has tables of these.
         """
         table = solver_table(
             self.scheduler,

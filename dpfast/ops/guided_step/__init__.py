@@ -243,41 +243,47 @@ def guided_step(
 ) -> Tensor:
     """Returns the state after one guided solver step, in x's shape and dtype.
 
+    The solvers are those of Song et al., DDIM (2021); Lu et al., DPM-Solver++ (2022); and Lipman et
+    al., flow matching (2023).
+
     Args:
         x: (B, ...) fp32, fp16 or bf16: the state at this step.
-        pred_cond: the network's output with the condition, x's shape, any of the three dtypes.
-        pred_uncond: the output without it, or None for no classifier-free guidance.
-        grad: the gradient of the guidance criterion with respect to x, or None for an unguided
-            step.
+        pred_cond: Output of the network with the condition, x's shape, any of the three dtypes.
+        pred_uncond: Output without it, or None for no classifier-free guidance.
+        grad: Gradient of the guidance criterion with respect to x, or None for an unguided step.
         table: (steps, 6) fp32 on x's device, columns alpha, sigma, a, b, c, d.
-        step: the row of the table; a Python integer, or a 0-d integer tensor that is read on the
+        step: Row of the table; a Python integer, or a 0-d integer tensor that is read on the
             device.
-        cfg_scale: diffusers' convention, 1 is the conditional prediction; number, 0-d or (B,)
-            tensor.
-        omega: strength of the guidance; number, 0-d or (B,) tensor.
+        cfg_scale: Scale by diffusers' convention, 1 is the conditional prediction; number, 0-d or
+            (B,) tensor.
+        omega: Strength of the guidance; number, 0-d or (B,) tensor.
         anchor: kappa, the weight of the generator's own belief in the label beside the guidance;
             number, 0-d or (B,) tensor. None and 0 are the step without one, bit for bit.
         mode: "relative" moves the state by omega times its norm, "score" adds omega grad to the
             score.
-        prediction: what the network predicts: "epsilon", "v", "sample" or "flow".
-        clip: bound of |x0|, or a `DynamicThreshold`, or None.
-        x0_prev: the x0 of the step before, for the table's column c; None drops the term.
+        prediction: Kind of the network's prediction: "epsilon", "v", "sample" or "flow".
+        clip: Bound of the absolute x0, or a ``DynamicThreshold``, or None.
+        x0_prev: x0 of the step before, for the table's column c; None drops the term.
         sample_ids: (B,) int64 keys of the noise for the table's column d; None drops the term.
-        seed: seed of the noise; integer or 0-d tensor.
-        out: where to write the result; may be x itself.
-        x0_out: where to write the (clipped) x0; must not overlap.
+        seed: Seed of the noise; integer or 0-d tensor.
+        out: Tensor for the result; may be x itself.
+        x0_out: Tensor for the (clipped) x0; must not overlap.
         skipped: int64 counter of shape () or (1,), raised by the number of samples whose gradient
             was not finite, or with an anchor the difference of the predictions.
 
     Returns:
-        x_next: `out`, or a new contiguous tensor. A step tensor outside the table gives NaN.
+        ``out``, or a new contiguous tensor. A step tensor outside the table gives NaN.
 
     Raises:
-        TypeError: wrong type or dtype. InputError: wrong shape or device, an unknown option, a step
-        outside the table.
+        InputError: For a wrong shape or device, an unknown option, a step outside the table.
+        TypeError: For a wrong type or dtype.
 
-    Source: Song et al., DDIM (2021); Lu et al., DPM-Solver++ (2022); Lipman et al., flow matching
-    (2023).
+    Examples:
+        >>> import torch, dpfast
+        >>> table = torch.tensor([[0.6, 0.8, 1.0, 0.0, 0.0, 0.0]])  # x_next = x0
+        >>> x = torch.full((1, 2), 0.6)
+        >>> dpfast.guided_step(x, torch.zeros(1, 2), None, None, table, 0, cfg_scale=1, omega=0)
+        tensor([[1., 1.]])
     """
     check.tensor("x", x, check.FLOATS)
     if x.dim() < 2 or math.prod(x.shape[1:]) == 0:
