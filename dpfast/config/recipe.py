@@ -82,7 +82,7 @@ def _deeper(value: object, levels: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Section, name=""):
-    """Everything a run depends on: its fields, in five sections.
+    """Everything a run depends on, in five sections of fields.
 
     Two runs of one recipe on one machine give the same ``metrics.jsonl``. Each field says what it
     means and takes; ``docs/reference/recipe.md`` lists them.

@@ -61,7 +61,7 @@ class RealSet:
 
 @dataclass(frozen=True)
 class RealData:
-    """The real images that a run knows. Neither of the two sets is ever trained on.
+    """The real images of a run in two sets, neither of which is ever trained on.
 
     Attributes:
         classes: Names of the classes, whose indices are the labels.

@@ -53,7 +53,7 @@ class LoaderError(RuntimeError):
 
 
 class Loader(Protocol):
-    """An endless iterator over the batches of a pool: all that a loop asks of a loader.
+    """An endless iterator over the batches of a pool, with all that a loop asks of a loader.
 
     A batch is (images (B, C, H, W), labels (B,) int64), or (B, classes) float32 labels where
     samples are mixed. Both are on one device, and the caller may write to them.

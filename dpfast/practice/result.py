@@ -14,7 +14,7 @@ from dpfast.sources.costs import Cost
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of one source: the pool it trained on and its accuracies.
+    """The outcome of one source, with the pool it trained on and its accuracies.
 
     Accuracies are those of the ``evaluate_with`` weights. Seconds are those of all lives of a
     resumed run.
