@@ -190,7 +190,7 @@ def _definition(name: str) -> tuple[Path, str | None]:
     raise LookupError(name)
 
 
-def _sections(parser: argparse.ArgumentParser) -> Iterator[str]:
+def _sections(parser: Any) -> Iterator[str]:
     """The sections of all commands below a parser, in the order of its help."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -205,7 +205,7 @@ def _sections(parser: argparse.ArgumentParser) -> Iterator[str]:
             value = "|".join(map(str, action.choices)) if action.choices else str(value)
             name = min(action.option_strings, key=len) if action.option_strings else ""
             rows.append([_code(f"{name} {value}".strip()), _cell((action.help or "") % {})])
-    yield f"## {parser.prog}\n\n{parser.description}\n\n"
+    yield f"## {parser.prog}\n\n{parser.description}\n\n    {parser.example}\n\n"
     if rows:
         yield table(("argument", "meaning"), rows)
     if of_recipe:

@@ -12,8 +12,10 @@ from dpfast.errors import InputError
 
 
 def add(commands: Commands) -> None:
-    about = "compile the Triton kernels for GPUs and check their machine code; needs no GPU"
-    parser = add_command(commands, "audit", audit, about)
+    about = "compile the Triton kernels and check their code; needs no GPU"
+    example = "dpfast audit --capability 90"
+    page = "records/numerics.md"
+    parser = add_command(commands, "audit", audit, about, example=example, page=page)
     parser.add_argument(
         "--capability",
         type=int,

@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 def add(commands: Commands) -> None:
     about = "measure beside eager PyTorch and torch.compile"
-    parser = add_command(commands, "bench", bench, about)
+    example = "dpfast bench ops --only entropy"
+    page = "records/results.md"
+    parser = add_command(commands, "bench", bench, about, example=example, page=page)
     parser.add_argument(
         "suite",
         metavar="SUITE",

@@ -32,8 +32,9 @@ CORE = ("dpfast", "torch", "triton", "numpy", "diffusers", "safetensors")
 
 
 def add(commands: Commands) -> None:
-    about = "what is installed, which backend each operation uses, what is missing"
-    add_command(commands, "doctor", doctor, about)
+    about = "what is installed, what is missing, what runs where"
+    page = "guides/troubleshoot.md"
+    add_command(commands, "doctor", doctor, about, example="dpfast doctor", page=page)
 
 
 def doctor(arguments: argparse.Namespace) -> Next:

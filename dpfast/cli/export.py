@@ -11,7 +11,10 @@ from dpfast.cli.parser import Commands, add_command
 
 def add(commands: Commands) -> None:
     about = "write a run's samples for other libraries"
-    parser = add_command(commands, "export", export, about)
+    example = "dpfast export runs/fashion --format imagefolder --out images"
+    parser = add_command(
+        commands, "export", export, about, example=example, page="guides/pool_and_loader.md"
+    )
     parser.add_argument(
         "run",
         type=Path,

@@ -7,6 +7,7 @@ arguments are checked.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import os
@@ -16,7 +17,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from dpfast.cli import (
     Next,
@@ -25,6 +26,7 @@ from dpfast.cli import (
     doctor,
     export,
     first,
+    init,
     paper,
     plan,
     rehearse,
@@ -40,7 +42,21 @@ from dpfast.version import __version__
 WORDS = 5.0  # seconds
 PACKAGE = Path(__file__).parents[1]
 _PYTHONS = warnings.formatwarning
-COMMANDS = (run, plan, rehearse, report, paper, sample, audit, bench, export, doctor, theory)
+# as ``dpfast --help`` shows them, in the order of a first day
+GROUPS = {
+    "Start": (doctor, init, run),
+    "Look at what was made": (sample, report, export),
+    "Before devices are rented": (plan, rehearse),
+    "Measure": (bench, audit),
+    "The paper": (paper, theory),
+}
+EXAMPLES = """Examples:
+  dpfast run fashion                    the loop in small, minutes on two cores
+  dpfast init my.toml                   a recipe of your own to start from
+  dpfast plan imagenet1k-sd15 --count 8
+
+dpfast COMMAND --help tells a command's options, an example and where to read on. docs/index.md of \
+the repository is where the documentation begins."""
 
 
 def _warning(
@@ -58,22 +74,45 @@ def _warning(
     return _PYTHONS(message, category, filename, lineno, line)
 
 
+class _Program(Parser):
+    """The parser of the whole line, whose help shows the commands in groups."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.groups: dict[str, Sequence[argparse.Action]] = {}
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        options = [action for action in self._actions if action.option_strings]
+        for title, actions in [*self.groups.items(), ("options", options)]:
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+
 def new_parser() -> Parser:
     """The parser of the whole command line."""
-    parser = Parser(
+    parser = _Program(
         prog="dpfast",
         usage="dpfast COMMAND ...",
         description="Deliberate Practice: a classifier and the diffusion generator that it steers.",
-        epilog="dpfast COMMAND --help tells a command's options.",
+        epilog=EXAMPLES,
     )
     parser.add_argument(
         "--version", action="version", version=f"dpfast {__version__}", help="print the version"
     )
     commands = parser.add_subparsers(
-        title="commands", prog="dpfast", dest="command", required=True, metavar="COMMAND"
+        parser_class=Parser, prog="dpfast", dest="command", required=True, metavar="COMMAND"
     )
-    for command in COMMANDS:
-        command.add(commands)
+    for title, modules in GROUPS.items():
+        before = len(commands._choices_actions)
+        for command in modules:
+            command.add(commands)
+        parser.groups[title] = commands._choices_actions[before:]
     return parser
 
 

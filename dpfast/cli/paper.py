@@ -23,8 +23,10 @@ FOLDERS = ("validation", "held_out", "real")
 
 
 def add(commands: Commands) -> None:
-    about = "the runs of a table or figure of the paper, and its numbers beside those measured"
-    parser = add_command(commands, "paper", run, about)
+    about = "a table or figure of the paper, made and compared"
+    example = "dpfast paper table4 --small --dry-run"
+    page = "guides/reproduce_paper.md"
+    parser = add_command(commands, "paper", run, about, example=example, page=page)
     parser.add_argument(
         "table",
         nargs="?",

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeAlias
 from dpfast.cli import Next
 from dpfast.errors import InputError
 
+DOCS = "docs"
 WIDEST = 120  # columns of a help text
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -33,6 +34,15 @@ class HelpFormatter(argparse.HelpFormatter):
         value = self._format_args(action, (action.dest or "").upper())
         return f"{min(action.option_strings, key=len)} {value}"
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        # lines that are indented are examples, and stay as they are
+        return "\n".join(
+            line
+            if line.startswith(" ")
+            else textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent)
+            for line in text.split("\n")
+        )
+
     def _split_lines(self, text: str, width: int) -> list[str]:
         # an option that is named in the text stays whole
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
@@ -42,6 +52,9 @@ class Parser(argparse.ArgumentParser):
     """Raises an ``InputError`` of one line for an unusable argument: it names the argument, its
     value and what would be right, and for an unknown option the nearest one of the same command.
     """
+
+    # of a command: a whole command line, and a page of docs; empty where there is none
+    example = page = ""
 
     def __init__(self, **options: Any) -> None:
         options = {"formatter_class": HelpFormatter} | options
@@ -152,10 +165,19 @@ def add_command(
     name: str,
     handler: Callable[[argparse.Namespace], int | Next],
     help: str,
+    *,
+    example: str,
+    page: str,
     **options: Any,
 ) -> Parser:
-    """Adds a command. help: what it does, a phrase; options: of ``ArgumentParser``."""
+    """Adds a command. help: what it does, a phrase; example: a whole command line; page: of the
+    documentation, a path in ``docs``; options: of ``ArgumentParser``.
+    """
     about = f"{help[0].upper()}{help[1:]}."
-    parser: Parser = commands.add_parser(name, help=help, description=about, **options)
+    epilog = f"Example:\n  {example}\n\nMore: {DOCS}/{page}"
+    parser: Parser = commands.add_parser(
+        name, help=help, description=about, epilog=epilog, **options
+    )
     parser.set_defaults(handler=handler)
+    parser.example, parser.page = example, page
     return parser

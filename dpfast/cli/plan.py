@@ -13,7 +13,16 @@ from dpfast.terminal import say, width
 def add(commands: Commands) -> None:
     about = "hours, samples/s, memory and limits of a recipe on given devices"
     # the plan's device may be another than that of the run
-    parser = add_recipe_command(commands, "plan", plan, about, without=("device",))
+    example = "dpfast plan imagenet1k-sd15 --device h100 --count 8"
+    parser = add_recipe_command(
+        commands,
+        "plan",
+        plan,
+        about,
+        example=example,
+        page="guides/many_gpus.md",
+        without=("device",),
+    )
     parser.add_argument(
         "--device",
         default="h100",

@@ -46,13 +46,17 @@ def add_recipe_command(
     handler: Callable[[argparse.Namespace], int | Next],
     help: str,
     *,
+    example: str,
+    page: str,
     without: Collection[str] = (),
 ) -> Parser:
     """Adds a command on a recipe, with an option for each field but its name, a file's own,
     and those of ``without``.
     """
     usage = f"dpfast {name} RECIPE [--OPTION VALUE ...]"
-    parser = add_command(commands, name, handler, help, usage=usage, add_help=False)
+    parser = add_command(
+        commands, name, handler, help, example=example, page=page, usage=usage, add_help=False
+    )
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     parser.add_argument(
         "recipe", metavar="RECIPE", help=f"a path that ends in .toml, or one of {known}"
@@ -71,25 +75,30 @@ def add_recipe_command(
 
 
 def add_fields(parser: Parser, names: Iterable[str]) -> dict[str, argparse.Action]:
-    """Adds an option for each field, in a group for each section.
+    """Adds an option for each field, in a group for each section: the most used fields of all
+    sections, then the others.
 
     A field is named in full, ``--guidance.omega``, or by its last word alone, ``--omega``, where no
     other of ``names`` has the same. Returns the options by their fields' names.
     """
     names = list(names)
-    groups, actions = {}, {}
     last = [name.rpartition(".")[2] for name in names]
-    for name, short in zip(names, last, strict=True):
-        section = name.rpartition(".")[0]
-        if section not in groups:
-            groups[section] = parser.add_argument_group(*_heading(section, short))
-        spelled = [name] if last.count(short) > 1 or short == name else [name, short]
-        actions[name] = groups[section].add_argument(
-            *(f"--{each}".replace("_", "-") for each in spelled),
-            dest=f"field.{name}",
-            metavar=fields()[name].placeholder,
-            help=field_help(fields()[name]),
-        )
+    groups, actions = {}, {}
+    for common in (True, False):
+        for name, short in zip(names, last, strict=True):
+            option, section = fields()[name], name.rpartition(".")[0]
+            if option.common != common:
+                continue
+            if (section, common) not in groups:
+                titles = _heading(section, short) if common else _rest(section)
+                groups[section, common] = parser.add_argument_group(*titles)
+            spelled = [name] if last.count(short) > 1 or short == name else [name, short]
+            actions[name] = groups[section, common].add_argument(
+                *(f"--{each}".replace("_", "-") for each in spelled),
+                dest=f"field.{name}",
+                metavar=option.placeholder,
+                help=field_help(option),
+            )
     return actions
 
 
@@ -151,7 +160,13 @@ def launched(count: int) -> list[str]:
 def _heading(section: str, example: str) -> tuple[str, str]:
     """The title of a section's group, and what it is about."""
     if not section:
-        return "the recipe's fields", "Each replaces the value that the recipe has."
+        about = "Each replaces the value that the recipe has; the most used ones come first."
+        return "the recipe's fields", about
     about = " ".join((SECTIONS[section].__doc__ or "").split())
     example = example.replace("_", "-")
     return f"[{section}]", f"{about} In full: --{section}.{example}, and so on."
+
+
+def _rest(section: str) -> tuple[str, None]:
+    """Returns the title of the group of a section's less used fields."""
+    return f"{f'[{section}]' if section else 'the recipe itself'}, the rest", None

@@ -18,7 +18,16 @@ from dpfast.terminal import say
 
 def add(commands: Commands) -> None:
     about = "walk a recipe at its true size through GPUs that are not there"
-    parser = add_recipe_command(commands, "rehearse", rehearse, about, without=("device",))
+    example = "dpfast rehearse imagenet1k-sd15 --device h100 --count 8"
+    parser = add_recipe_command(
+        commands,
+        "rehearse",
+        rehearse,
+        about,
+        example=example,
+        page="guides/many_gpus.md",
+        without=("device",),
+    )
     parser.add_argument(
         "--device",
         default="h100",

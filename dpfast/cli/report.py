@@ -11,7 +11,14 @@ from dpfast.extras import require
 
 
 def add(commands: Commands) -> None:
-    parser = add_command(commands, "report", run, "write a page on one or more runs")
+    parser = add_command(
+        commands,
+        "report",
+        run,
+        "write a page on one or more runs",
+        example="dpfast report runs/fashion runs/strong --out report",
+        page="guides/one_gpu.md",
+    )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, finished or not"
     )

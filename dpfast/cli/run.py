@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    about = "train a classifier by Deliberate Practice, beside other sources of samples"
-    parser = add_recipe_command(commands, "run", run, about)
+    about = "train by Deliberate Practice, beside other sources of samples"
+    example = "dpfast run fashion --omega 0.1 --out runs/strong"
+    parser = add_recipe_command(commands, "run", run, about, example=example, page="quickstart.md")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/RECIPE)"
     )

@@ -30,7 +30,15 @@ FIELDS = [
 
 def add(commands: Commands) -> None:
     usage = "dpfast sample --labels LABEL,... --out FOLDER [--OPTION VALUE ...]"
-    parser = add_command(commands, "sample", sample, "write images of given classes", usage=usage)
+    parser = add_command(
+        commands,
+        "sample",
+        sample,
+        "write images of given classes",
+        example="dpfast sample --labels 0,1 --omega 0,0.05 --out samples",
+        page="guides/embed_sampler.md",
+        usage=usage,
+    )
     parser.add_argument(
         "--labels",
         required=True,

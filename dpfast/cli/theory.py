@@ -19,7 +19,9 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser("theory", help=about)
     parts = parser.add_subparsers(title="commands", dest="part", required=True, metavar="COMMAND")
     about = "draw the paper's Figs. 3, 5c and 7 with simulation"
-    drawing = add_command(parts, "figures", figures, about)
+    page = "background/theory.md"
+    example = "dpfast theory figures --out theory"
+    drawing = add_command(parts, "figures", figures, about, example=example, page=page)
     drawing.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="folder for the PNG files"
     )
@@ -52,7 +54,8 @@ def add(commands: Commands) -> None:
         help="JSON lines of dpfast bench anchored: the accuracies beside those of --guidance",
     )
     about = "samples that an accuracy takes, by kept fraction"
-    sizes = add_command(parts, "samples", samples, about)
+    example = "dpfast theory samples --accuracy 0.9 --d 100"
+    sizes = add_command(parts, "samples", samples, about, example=example, page=page)
     sizes.add_argument(
         "--accuracy",
         type=float,

@@ -19,6 +19,7 @@ class Generator(Section, name="generator"):
     pipeline: str = option(
         "fashion",
         unit="folder",
+        common=True,
         help="folder of a diffusers pipeline, the name of an embedded one, or OWNER/NAME of a "
         "model of the Hugging Face Hub, which is downloaded unless its cache has it or "
         "HF_HUB_OFFLINE is set",
@@ -55,6 +56,7 @@ class Generator(Section, name="generator"):
         (),
         unit="name",
         unset="the folder's own",
+        common=True,
         help="what a pipeline with text prompts is asked for, by class id; imagenet1k or "
         "imagenet100 alone stands for the classes of that set by all of their WordNet names",
     )
@@ -62,10 +64,12 @@ class Generator(Section, name="generator"):
         0,
         unit="pixels",
         low=0,
+        common=True,
         help="side of the images that enter the pool and that the learner sees; 0: as decoded",
     )
     prompt_template: str = option(
         "a photo of a {}",
+        common=True,
         help="prompt of a pipeline with text prompts; {} is the class name",
     )
     prompts: str = option(
@@ -94,6 +98,7 @@ class Generator(Section, name="generator"):
     )
     dtype: Literal["float32", "bfloat16", "float16", "float8"] = option(
         "float32",
+        common=True,
         help="data type of the generator's models; latents stay in float32, and so does a decoder "
         "whose config.json says force_upcast; float8: bfloat16, but the linear layers in the "
         "blocks of DiT and Stable Diffusion 3 in 8 bits where no gradient is taken, an "
@@ -101,14 +106,16 @@ class Generator(Section, name="generator"):
     )
     solver: SolverName = option(
         "auto",
+        common=True,
         help="solver of the reverse process: flow models take euler and dpmpp2m, distilled "
         "ones lcm, tcd, euler or euler_ancestral; auto: ddim, or the one that the model was made "
         "for",
     )
-    steps: int = option(15, low=1, high=1000, help="solver steps of a sample")
+    steps: int = option(15, low=1, high=1000, common=True, help="solver steps of a sample")
     cfg_scale: float = option(
         1.5,
         low=0,
+        common=True,
         help="scale of classifier-free guidance in the convention of diffusers, the paper's "
         "lambda + 1; 1: off",
     )
@@ -154,6 +161,7 @@ class Generator(Section, name="generator"):
         250,
         unit="samples",
         low=1,
+        common=True,
         help="samples in one batch, which one rank makes; the images do not depend on it",
     )
     micro_batch: int | None = option(

@@ -16,10 +16,13 @@ class Guidance(Section, name="guidance"):
 
     omega: float = option(
         0.05,
+        common=True,
         help="strength of guidance: with mode relative the displacement of a latent as a fraction "
         "of its norm; 0: unguided",
     )
-    every: int = option(3, unit="steps", low=1, help="one step in so many is guided, from start on")
+    every: int = option(
+        3, unit="steps", low=1, common=True, help="one step in so many is guided, from start on"
+    )
     start: float = option(
         0.0,
         unit="fraction",
@@ -36,6 +39,7 @@ class Guidance(Section, name="guidance"):
     )
     mode: Literal["relative", "score"] = option(
         "relative",
+        common=True,
         help="relative: the gradient is rescaled to the latent's norm, the paper's practice; "
         "score: it is added to the score, the paper's Algorithm 1",
     )
@@ -46,6 +50,7 @@ class Guidance(Section, name="guidance"):
     )
     criterion: Literal["entropy", "loss", "margin", "disagreement"] | ImportPath = option(
         "entropy",
+        common=True,
         help="what guidance raises: the entropy of the prediction, the loss of the label, the "
         "nearness of the border between two classes, the disagreement of the EMA and the raw "
         "weights, which runs both in every guided step, or a function of yours, of logits (B, K) "
@@ -57,6 +62,7 @@ class Guidance(Section, name="guidance"):
     anchor: float = option(
         0.0,
         low=0,
+        common=True,
         help="how strongly the generator's own label score, which classifier-free guidance has "
         "computed, joins the criterion's gradient, both of length 1; 0: the paper's guidance",
     )

@@ -284,16 +284,18 @@ def _inline(text: str) -> object:
 
 
 def inline(value: Any) -> str:
-    """Returns a value of a table as TOML writes it in one line."""
+    """Returns a value as TOML writes it in one line."""
     if isinstance(value, dict):
-        named = (
-            f"{name if BARE.fullmatch(name) else json.dumps(name)} = {inline(each)}"
-            for name, each in value.items()
-        )
-        return f"{{{', '.join(named)}}}"
+        return f"{{{', '.join(f'{key(name)} = {inline(each)}' for name, each in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(inline, value))}]"
-    return json.dumps(value, ensure_ascii=False)
+    # JSON leaves the one control character alone that TOML does not
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def key(name: str) -> str:
+    """Returns the name of a table's entry as TOML writes it."""
+    return name if BARE.fullmatch(name) else inline(name)
 
 
 def _plain(value: object, levels: int) -> bool:

@@ -16,11 +16,13 @@ class Learner(Section, name="learner"):
 
     model: str = option(
         "transformers:RegNetForImageClassification",
+        common=True,
         help="architecture of the learner: transformers:Class, timm:name or package.module:factory",
     )
     options: dict[str, Any] = option(
         {},
         unset="none",
+        common=True,
         help="keyword arguments of the model's configuration, on a command line in TOML: "
         "'depths = [1, 1], groups_width = 8'; "
         "--model with another one than the recipe's begins without them, and so does --pretrained "
@@ -30,6 +32,7 @@ class Learner(Section, name="learner"):
         "",
         unit="folder",
         unset="random weights",
+        common=True,
         help="weights that the learner begins with, its head anew for other classes; a folder of "
         "transformers' save_pretrained, or OWNER/NAME of one on the Hugging Face Hub, which says "
         "the options as well; of timm and of a factory of yours a .safetensors file",
@@ -51,6 +54,7 @@ class Learner(Section, name="learner"):
         64,
         unit="images",
         low=2,
+        common=True,
         help="images of an optimiser step, over all ranks",
     )
     micro_batch: int | None = option(
@@ -64,9 +68,9 @@ class Learner(Section, name="learner"):
         False,
         help="compute activations twice: less memory, a quarter more work",
     )
-    lr: float = option(3e-3, above=0, help="largest learning rate")
+    lr: float = option(3e-3, above=0, common=True, help="largest learning rate")
     weight_decay: float = option(
-        0.05, low=0, help="weight decay of AdamW, decoupled from the gradient"
+        0.05, low=0, common=True, help="weight decay of AdamW, decoupled from the gradient"
     )
     betas: tuple[float, float] = option(
         (0.9, 0.999),
@@ -91,6 +95,7 @@ class Learner(Section, name="learner"):
         0.99,
         low=0,
         below=1,
+        common=True,
         help="decay of the moving average of the weights, by optimiser step",
     )
     evaluate_with: Literal["ema", "raw"] = option(
@@ -104,6 +109,7 @@ class Learner(Section, name="learner"):
     )
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto",
+        common=True,
         help="precision of the learner's forward pass; "
         "bf16: by autocast; auto: bf16 on a GPU that has it",
     )

@@ -27,13 +27,14 @@ class Option:
 
     help: a phrase without a full stop. unit: of a number, or what a text names ("folder"); empty
     for none. range: of its numbers, those of a list one by one. unset: what the default means where
-    it is None or empty.
+    it is None or empty. common: whether it is one of the most used, which a help text shows first.
     """
 
     help: str
     unit: str
     range: Range
     unset: str
+    common: bool
     kind: Kind
     default: Any
 
@@ -100,12 +101,14 @@ def option(
     high: float | None = None,
     below: float | None = None,
     unset: str = "",
+    common: bool = False,
 ) -> T:
     """Returns a field of a dataclass that has an ``Option``. low and high belong to the range,
     above and below do not; a dict as default is copied.
     """
     bounds = Range(low=low, above=above, high=high, below=below)
-    metadata = {"option": {"help": help, "unit": unit, "range": bounds, "unset": unset}}
+    declared = {"help": help, "unit": unit, "range": bounds, "unset": unset, "common": common}
+    metadata = {"option": declared}
     if isinstance(default, dict):
         return cast(T, dataclasses.field(default_factory=default.copy, metadata=metadata))
     return dataclasses.field(default=default, metadata=metadata)

@@ -15,6 +15,7 @@ class Pool(Section, name="pool"):
 
     codec: Literal["pixels", "latents", "jpeg"] = option(
         "pixels",
+        common=True,
         help="form of a sample in the pool: uint8 pixels, float16 latents that are decoded when a "
         "batch is made, or JPEG",
     )
@@ -23,6 +24,7 @@ class Pool(Section, name="pool"):
         unit="GiB",
         low=0,
         unset="half of what is free on a GPU",
+        common=True,
         help="memory on the run's device, which is filled first",
     )
     host_gib: float | None = option(
@@ -30,6 +32,7 @@ class Pool(Section, name="pool"):
         unit="GiB",
         low=0,
         unset="70 % of what is free at the start",
+        common=True,
         help="memory of the host, which is filled next",
     )
     mapped: bool = option(
@@ -39,6 +42,7 @@ class Pool(Section, name="pool"):
     )
     save_samples: Literal["png", "npy", "jpeg", "none"] = option(
         "png",
+        common=True,
         help="form of samples of pixels in the run's folder; png and npy are exact; none: no "
         "resume, no export",
     )

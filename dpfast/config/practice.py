@@ -26,18 +26,21 @@ class Practice(Section, name="practice"):
         1500,
         unit="samples",
         low=1,
+        common=True,
         help="samples before training begins, the paper's N",
     )
     round_samples: int = option(
         750,
         unit="samples",
         low=1,
+        common=True,
         help="samples of an addition, the paper's P",
     )
     maximum_samples: int = option(
         6000,
         unit="samples",
         low=1,
+        common=True,
         help="samples after which none are added",
     )
     maximum_rounds: int | None = option(
@@ -47,10 +50,13 @@ class Practice(Section, name="practice"):
         unset="as many as maximum_samples allows",
         help="additions after which no more are made",
     )
-    iterations: int = option(1500, unit="steps", low=10, help="optimiser steps of the run")
+    iterations: int = option(
+        1500, unit="steps", low=10, common=True, help="optimiser steps of the run"
+    )
     evaluate_every: int = option(
         25,
         low=1,
+        common=True,
         help="steps or passes (evaluate_unit) between two evaluations, the paper's tau",
     )
     evaluate_unit: Literal["steps", "passes"] = option(
@@ -61,6 +67,7 @@ class Practice(Section, name="practice"):
         2,
         unit="evaluations",
         low=1,
+        common=True,
         help="evaluations without a new best after which "
         "samples are added, the paper's T_max at the start",
     )
@@ -166,6 +173,7 @@ class Practice(Section, name="practice"):
     )
     sources: tuple[SourceName | ImportPath, ...] = option(
         ("dp", "static"),
+        common=True,
         help="what makes samples, a run each, compared in one table; dp: Deliberate Practice, "
         "static: a pool that does not grow, prune: the best of many candidates, dynamic: "
         "additions without guidance, mix: real images beside those that are made (mix_with), real: "
@@ -176,6 +184,7 @@ class Practice(Section, name="practice"):
         "",
         unit="folder",
         unset="none",
+        common=True,
         help="real and mix: images to train on, a folder with a sub-folder a class; the real "
         "images of validation and held_out are never trained on",
     )

@@ -117,16 +117,19 @@ class Recipe(Section, name=""):
         0,
         low=0,
         high=2**31 - 1,
+        common=True,
         help="seed of all weights, noise, labels and batches",
     )
     device: str = option(
         "auto",
         unit="device",
+        common=True,
         help="where models and batches are: cpu, cuda, cuda:1; auto: a GPU where there is one",
     )
     validation: str = option(
         "fashion",
         unit="folder",
+        common=True,
         help="real images that drive the loop: a folder with a sub-folder a class, or the name of "
         "an embedded set",
     )
@@ -134,6 +137,7 @@ class Recipe(Section, name=""):
         "",
         unit="folder",
         unset="every second image of the validation",
+        common=True,
         help="real images for the final test, a folder of the same form",
     )
     evaluation: tuple[str, ...] = option(

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,28 @@ def printed(arguments, capsys, monkeypatch, columns=100):
         main(arguments)
     assert ended.value.code == 0
     return capsys.readouterr().out
+
+
+def test_the_help_shows_every_command_in_a_group_and_in_one_line(capsys, monkeypatch):
+    lines = printed(["--help"], capsys, monkeypatch, 80).splitlines()
+    assert max(map(len, lines)) < 80
+    starts = [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "]
+    (action,) = (a for a in new_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert [name for name in starts if name in action.choices] == list(action.choices)
+    listed = lines[: lines.index("options:")]
+    assert not [line for line in listed if line.startswith("   ")], "a command takes two lines"
+
+
+def test_a_command_has_an_example_that_is_one_and_a_page_that_is_there():
+    root = Path(__file__).parents[2]
+    for command in commands(new_parser()):
+        if command.get_default("handler") is None:  # it has commands of its own
+            continue
+        words = shlex.split(command.example)
+        assert f"dpfast {words[1]}" in command.prog
+        assert new_parser().parse_args(words[1:]).handler is command.get_default("handler")
+        assert (root / "docs" / command.page).is_file()
+        assert f"  {command.example}\n" in command.format_help()
 
 
 def test_every_option_of_every_command_has_a_word_of_help():
@@ -59,7 +82,11 @@ def test_suites_and_tools_have_a_word_on_every_option_too(folder):
 def test_the_help_of_run_tells_meaning_default_and_values_by_section(capsys, monkeypatch):
     text = " ".join(printed(["run", "--help"], capsys, monkeypatch).split())
     places = [text.index(f" [{section}]: ") for section in SECTIONS]
+    places += [text.index(f" [{section}], the rest: ") for section in SECTIONS]
     assert places == sorted(places)
+    first, last = text.index(" [generator]: "), text.index(" the recipe itself, the rest: ")
+    assert first < text.index("--omega X") < text.index("--iterations STEPS") < last
+    assert last < text.index("--overlap RANKS")
     for name, option in fields().items():
         if name != "name":
             assert f"{option.placeholder} {option.help} (default: {option.default_text}" in text

@@ -60,7 +60,9 @@ from dpfast.ops import audit, dispatch
         (["bench"], "dpfast bench needs SUITE"),
         (["audit", "--capability", "70"], "capability = 70: expected one of 80, 90, 100"),
         (["audit", "--json", "nowhere/audit.jsonl"], "json = 'nowhere/audit.jsonl'"),
-        (["dance"], "command = 'dance': expected one of run, plan"),
+        (["dance"], "command = 'dance': expected one of doctor, init"),
+        (["sampel"], "did you mean sample?"),
+        (["theory", "figure"], "did you mean figures?"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_exit_code_2(
