@@ -47,7 +47,7 @@ sanitize-%:
 
 # The variable is that of mkdocs-material: without it a notice of its authors stands above every build.
 docs: install  ## the documentation as a site in build/site, which needs no network; a broken link ends it
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # The wheel is built from the sdist: what the sdist lacks or a checkout has left over shows in neither.
 wheel: install  ## an sdist and the wheel that it builds, in dist

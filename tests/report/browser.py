@@ -16,7 +16,10 @@ def find():
 
 
 class Page:
-    """One tab. events: what the browser reported besides answers; ``with Page(binary) as page``."""
+    """One tab, ``with Page(binary) as page``.
+
+    events: what the browser reported besides answers since the last ``open``.
+    """
 
     def __init__(self, binary):
         read_commands, self.commands = os.pipe()
@@ -73,6 +76,7 @@ class Page:
         return answer["result"]
 
     def open(self, path, *, width, height=900, dark=False):
+        self.events.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
