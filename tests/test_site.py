@@ -128,6 +128,7 @@ def tab():
 OPENED = ("index", "quickstart", "concepts", "results", "guides/many_gpus", "reference/api")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("width", "dark"), [(360, True), (1280, False)], ids=["phone", "desktop"])
 def test_pages_open_from_the_disk_whole_and_in_silence(site, tab, width, dark):
     for name in (*OPENED, "source/examples/own_source.py"):
@@ -151,6 +152,7 @@ def test_pages_open_from_the_disk_whole_and_in_silence(site, tab, width, dark):
         assert {url.partition(":")[0] for url in urls} <= {"file", "data"}, name
 
 
+@pytest.mark.long
 def test_the_search_finds_pages_without_a_server(site, tab):
     tab.open(site / "guides" / "extend.html", width=1280)
     typed = """new Promise(done => {
