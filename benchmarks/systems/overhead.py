@@ -99,7 +99,7 @@ def child(generator: str, validation: str) -> None:
 
         from dpfast.config import Recipe
         from dpfast.data.real import check_real, load_real
-        from dpfast.generate.from_recipe import check_generator, image_shape, load_pipeline
+        from dpfast.generate.from_recipe import check_generator, load_pipeline
         from dpfast.hardware.device import device_named
         from dpfast.practice import experiment  # noqa: F401  what `dpfast run` imports
         from dpfast.practice.loop import Loop
@@ -120,7 +120,7 @@ def child(generator: str, validation: str) -> None:
     with stage("pipeline and prompts"):
         pipeline = load_pipeline(recipe.generator, device=device_named(recipe.device))
     with stage("real images"):
-        shape = image_shape(pipeline)
+        shape = pipeline.image_shape
         real = load_real(validation, classes=pipeline.class_names, shape=shape)
     with stage("learner, pool and loader"):
         check_guided_method(recipe, pipeline)

@@ -151,16 +151,6 @@ def resized(pipeline: Pipeline, size: int) -> Pipeline:
     )
 
 
-@torch.no_grad()
-def image_shape(pipeline: Pipeline | OwnPipeline) -> tuple[int, int, int]:
-    """Returns (C, H, W) of a pipeline's images: what an object says, or by decoding one."""
-    if not isinstance(pipeline, Pipeline):
-        return pipeline.image_shape
-    latents = torch.zeros(1, *pipeline.denoiser.sample_shape, device=pipeline.device)
-    _, channels, height, width = pipeline.decoder(latents).shape
-    return channels, height, width
-
-
 def latent_shape(pipeline: Pipeline | OwnPipeline) -> tuple[int, ...]:
     """Returns (c, h, w) of a pipeline's latents. Raises ``InputError`` for one that has none."""
     if not isinstance(pipeline, Pipeline):

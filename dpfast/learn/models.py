@@ -30,7 +30,6 @@ from dpfast.config import (
 from dpfast.errors import InputError, first_line
 from dpfast.extras import EXTRAS, require
 from dpfast.files import check_readable, there
-from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
 from dpfast.learn.parts import Logits
@@ -285,7 +284,7 @@ def _check_no_arguments(learner: NewLearner) -> None:
 
 def image_channels(pipeline: Pipeline | OwnPipeline) -> int:
     """Returns C of a pipeline's images (C, H, W)."""
-    return pipeline.image_channels if isinstance(pipeline, Pipeline) else image_shape(pipeline)[0]
+    return pipeline.image_channels if isinstance(pipeline, Pipeline) else pipeline.image_shape[0]
 
 
 def load_learner(folder: str | Path | None, pipeline: Pipeline, *, source: str = "dp") -> nn.Module:

@@ -20,7 +20,7 @@ from dpfast.config import Recipe
 from dpfast.evaluate.measures import predict
 from dpfast.feed import make_loader
 from dpfast.feed.augment import Augment
-from dpfast.generate.from_recipe import image_shape, load_pipeline, new_sampler
+from dpfast.generate.from_recipe import load_pipeline, new_sampler
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
 from dpfast.hardware.device import device_named
@@ -174,7 +174,7 @@ def measure(
 def _noise(pipeline: Pipeline | OwnPipeline) -> SampleBatch:
     """Returns two samples of noise, for a pool where making one takes too long."""
     images = torch.randint(
-        256, (2, *image_shape(pipeline)), dtype=torch.uint8, device=pipeline.device
+        256, (2, *pipeline.image_shape), dtype=torch.uint8, device=pipeline.device
     )
     ids = torch.arange(2, device=pipeline.device)
     return SampleBatch(

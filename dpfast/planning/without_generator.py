@@ -8,7 +8,7 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.errors import InputError, RecipeError
-from dpfast.generate.from_recipe import check_generator, class_names, image_shape
+from dpfast.generate.from_recipe import check_generator, class_names
 from dpfast.generate.protocol import NoGenerator
 from dpfast.planning.architectures import META, pipeline_of
 from dpfast.pool.stored import Stored
@@ -32,7 +32,7 @@ def without_generator(recipe: Recipe, stored: Stored | None, device: torch.devic
         if names is None:
             names = check_generator(generator) or None
         if shape is None:
-            shape = image_shape(replace(pipeline_of(generator), device=META))
+            shape = replace(pipeline_of(generator), device=META).image_shape
     except InputError as error:
         raise RecipeError(
             f"{error}; its classes and the shape of its images are needed, if not its weights"

@@ -30,7 +30,6 @@ from dpfast.generate.from_recipe import (
     check_generator,
     decoder_of_run,
     fetched,
-    image_shape,
     load_pipeline,
 )
 from dpfast.generate.guidance import LearnerPath
@@ -222,7 +221,7 @@ class DeliberatePractice:
 
     def _load_real(self, recipe: Recipe, real: Given | None) -> RealData:
         """Returns this rank's part of the real images that are given, or that the recipe names."""
-        classes, shape = self.pipeline.class_names, image_shape(self.pipeline)
+        classes, shape = self.pipeline.class_names, self.pipeline.image_shape
         if real is not None:
             return given_real(real, classes=classes, shape=shape, ranks=self.ranks)
         return load_real(
@@ -253,7 +252,7 @@ class DeliberatePractice:
             "ranks": ranks,
         }
         found: dict[str, Existing] = {}
-        shape = image_shape(self.pipeline)
+        shape = self.pipeline.image_shape
         for name in ("real", "mix"):
             if name in self.named:
                 total = practice.maximum_samples
@@ -356,7 +355,7 @@ class DeliberatePractice:
             check_groups(self.loader or self.recipe.learner.loader)
         if self.recipe.learner.augment is not None:
             own_augment = augment_at(self.recipe.learner.augment)
-            try_augment(own_augment, image_shape(self.pipeline), self.pipeline.device)
+            try_augment(own_augment, self.pipeline.image_shape, self.pipeline.device)
         if self.recipe.practice.guides:
             check_guided_method(self.recipe, self.pipeline)
         members = (2,) if self.recipe.guidance.criterion == "disagreement" else ()
@@ -420,7 +419,7 @@ class DeliberatePractice:
         guidance, device = self.recipe.guidance, self.pipeline.device
         with torch.random.fork_rng([device] if is_gpu(device) else []):
             learner = self.new_learner()
-        shape, classes = image_shape(self.pipeline), len(self.pipeline.class_names)
+        shape, classes = self.pipeline.image_shape, len(self.pipeline.class_names)
         for criterion in self._criteria() if self.criterion is None else (self.criterion,):
             path = LearnerPath(
                 decoder=IdentityDecoder(),

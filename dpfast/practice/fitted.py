@@ -10,7 +10,6 @@ import torch
 
 from dpfast.config import Recipe
 from dpfast.errors import InputError, first_line
-from dpfast.generate.from_recipe import image_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import NoGenerator, OwnPipeline
 from dpfast.hardware.device import is_gpu
@@ -89,7 +88,7 @@ def device_memory(device: torch.device) -> float:
 
 
 def _batch_bytes(recipe: Recipe, pipeline: Pipeline | OwnPipeline, ranks: Ranks) -> int:
-    image = decoded = 4 * math.prod(image_shape(pipeline))
+    image = decoded = 4 * math.prod(pipeline.image_shape)
     if recipe.generator.image_size and isinstance(pipeline, Pipeline):  # resized after decoding
         decoded = 4 * 3 * math.prod(8 * side for side in pipeline.denoiser.sample_shape[1:])
     share = math.ceil(recipe.learner.batch_size / ranks.size)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dpfast.config import Recipe
 from dpfast.generate.criteria import Criterion
-from dpfast.generate.from_recipe import image_shape, latent_shape
+from dpfast.generate.from_recipe import latent_shape
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline
 from dpfast.learn.models import NewLearner, guiding
@@ -133,7 +133,7 @@ class OverlappedSource(Source):
         self.yardstick = source.yardstick
         self.moments = source.moments
         pipeline = source.pipeline
-        self._images = image_shape(pipeline)
+        self._images = pipeline.image_shape
         self._latents: tuple[int, ...] | None = None
         if source.recipe.pool.codec == "latents":
             self._latents = latent_shape(pipeline)

@@ -29,7 +29,7 @@ from dpfast.data.folders import BATCH
 from dpfast.data.real import RealData, RealSet
 from dpfast.errors import RecipeError
 from dpfast.generate import graphs
-from dpfast.generate.from_recipe import guidance_config, image_shape
+from dpfast.generate.from_recipe import guidance_config
 from dpfast.generate.guidance import cfg_steps
 from dpfast.generate.pipelines import Pipeline
 from dpfast.hardware.flops import Fused
@@ -158,7 +158,7 @@ def real_images(pipeline: Pipeline, ranks: Ranks) -> RealData:
     """
     count = ranks.size * BATCH + BATCH // 5
     mine = len(ranks.indices(count, BATCH))
-    images = torch.zeros((), dtype=torch.uint8).expand(mine, *image_shape(pipeline))
+    images = torch.zeros((), dtype=torch.uint8).expand(mine, *pipeline.image_shape)
     real = RealSet(images, torch.arange(mine) % pipeline.denoiser.classes)
     return RealData(pipeline.class_names, real, real)
 
@@ -351,7 +351,7 @@ def walk(recipe: Recipe, ranks: Ranks, device: FakeDevice, *, gpu: bool = True) 
             device.claim(_weights(pipeline), "generator")
         short = cut(recipe, ranks, pipeline.denoiser.classes)
         missing = (recipe.learner.batch_size - short.learner.batch_size) // ranks.size
-        hidden = AHEAD * missing * 4 * math.prod(image_shape(pipeline))
+        hidden = AHEAD * missing * 4 * math.prod(pipeline.image_shape)
         stack.enter_context(in_place(device, account, hidden))
         practice = partial(
             experiment.DeliberatePractice,

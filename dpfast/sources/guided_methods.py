@@ -34,7 +34,7 @@ from torch import Tensor
 
 from dpfast.config import Recipe
 from dpfast.errors import RecipeError
-from dpfast.generate.from_recipe import image_shape, new_sampler
+from dpfast.generate.from_recipe import new_sampler
 from dpfast.generate.models.decoder import Encoder
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.protocol import OwnPipeline, Sampler
@@ -273,7 +273,7 @@ class RePractice(FromNoise):
         self.batches = HalvingBatches(
             recipe.generator.at_once, sampler.pipeline.device, after_out_of_memory=sampler.close
         )
-        self.image = torch.zeros(1, *image_shape(sampler.pipeline), device=sampler.pipeline.device)
+        self.image = torch.zeros(1, *sampler.pipeline.image_shape, device=sampler.pipeline.device)
         self.prices = Prices(eager, self._one)
 
     def _one(self, cfg_scale: float) -> None:

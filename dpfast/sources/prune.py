@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.files import numbered
-from dpfast.generate.from_recipe import image_shape, latent_shape
+from dpfast.generate.from_recipe import latent_shape
 from dpfast.parallel import Ranks
 from dpfast.pool.rank_folders import rank_folder_name, rank_folders
 from dpfast.samples import SampleBatch
@@ -81,7 +81,7 @@ class PruneSource(DynamicSource):
         pipeline = self.unguided.pipeline
         latents = self.recipe.pool.codec == "latents"
         shape = latent_shape(pipeline) if latents else None
-        return count * held_bytes(image_shape(pipeline), shape)
+        return count * held_bytes(pipeline.image_shape, shape)
 
     def stepped(self, step: int, upcoming: object) -> None:
         """Forgets what was held at this step or behind it, which is of another course of the

@@ -162,6 +162,14 @@ class Pipeline:
             device=options.device,
         )
 
+    @property
+    @torch.no_grad()
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the images, by decoding one of zeros."""
+        latents = torch.zeros(1, *self.denoiser.sample_shape, device=self.device)
+        _, channels, height, width = self.decoder(latents).shape
+        return channels, height, width
+
     def table(self, steps: int, *, solver: SolverName = "auto", eta: float = 0.0) -> SolverTable:
         """Returns the solver's table on this pipeline's device, from the folder's scheduler.
 
