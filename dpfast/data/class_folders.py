@@ -131,21 +131,23 @@ def class_folders(
     if unknown:
         raise InputError(
             f"{field} = {str(path)!r}: classes that the learner does not know: "
-            f"{some_of(unknown)}{in_part_imagenet(classes, ids)}"
+            f"{some_of(unknown)}; expected {_expected(unknown, classes, ids)}"
         )
     return sorted((folder, label) for label, folder in found.items())
 
 
-def in_part_imagenet(classes: Sequence[str], ids: Sequence[str] | None) -> str:
-    """Returns the reason why WordNet ids and indices do not call the classes, for a message: some
-    of them are ImageNet's and others are not. Empty where that is not so.
+def _expected(unknown: Sequence[str], classes: Sequence[str], ids: Sequence[str] | None) -> str:
+    """Says what folders of no class should be called: by the classes' names, and where they are
+    called as ImageNet's, why that calls no class here.
     """
-    strangers = [] if ids is not None else imagenet.load().strangers(classes)
-    if not 0 < len(strangers) < len(classes):
-        return ""
+    known = imagenet.load()
+    strangers = [] if ids is not None else known.strangers(classes)
+    imagenet_s = {*known.ids, *known.names, *map(str, range(len(known.ids)))}
+    if imagenet_s.isdisjoint(unknown) or not 0 < len(strangers) < len(classes):
+        return f"names of classes: {some_of([repr(name) for name in classes])}"
     others = f" and {len(strangers) - 1} more are" if len(strangers) > 1 else " is"
     return (
-        f"; folders are matched by WordNet ids and indices only where all class_names are of "
+        f"names of classes: WordNet ids and indices call them only where all class_names are of "
         f"ImageNet, and {strangers[0]!r}{others} not: a prompt of your own for a class belongs "
         "into --prompts FILE, beside its name"
     )

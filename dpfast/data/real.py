@@ -23,7 +23,6 @@ from dpfast.data.class_folders import (
     class_folders,
     holds_classes,
     imagenet_ids,
-    in_part_imagenet,
     sub_folders,
 )
 from dpfast.data.folders import (
@@ -477,8 +476,7 @@ def _complete(name: str, field: str, classes: Sequence[str], labels: Iterable[in
     missing = sorted(set(range(len(classes))) - set(labels))
     if missing:
         more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
-        why = in_part_imagenet(classes, imagenet_ids(Path(name), classes))
-        raise InputError(f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}{why}")
+        raise InputError(f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}")
 
 
 def read_all(folder: ImageFolder, ranks: Ranks = ALONE) -> RealSet:

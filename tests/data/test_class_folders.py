@@ -110,6 +110,12 @@ def test_what_may_be_several_classes_or_none_is_refused_by_name(tmp_path, classe
         evaluation_sets((f"mine={root}",), TEST, classes)
 
 
+def test_a_misspelt_folder_hears_the_names_of_the_classes(tmp_path):
+    root = folder(tmp_path, ["Trousers", "Sandal"])  # a sandal is a class of ImageNet too
+    with pytest.raises(InputError, match=r"know: Trousers; expected .*: 'Trouser', 'Sandal'$"):
+        class_folders(root, ("Trouser", "Sandal"), ids=None)
+
+
 def test_names_of_a_mac_are_those_of_the_recipe(tmp_path):
     classes = ("café", "naïve")
     names = [unicodedata.normalize("NFD", name) for name in classes]
