@@ -72,53 +72,58 @@ may change without notice.
 """
 SAMPLER, LOOP = "../guides/embed_sampler.md", "../guides/embed_loop.md"
 POOL, EXAMPLES = "../guides/pool_and_loader.md", "../../examples"
+INSIDE, DATA = "../guides/inside_diffusers.md", "../guides/own_data.md"
+EXTEND = "../guides/extend.md"
 # what a reader does, then each name with the place that shows it
 NAMES = {
     "Guided samples": {
-        "GuidedSampler": f"{SAMPLER}#the-sampler",
-        "GuidanceConfig": f"{SAMPLER}#the-sampler",
-        "Pipeline": LOOP,
-        "SampleBatch": POOL,
+        "GuidedSampler": SAMPLER,
+        "GuidanceConfig": SAMPLER,
+        "Pipeline": f"{SAMPLER}#your-generator-in-place-of-fashion-mnist",
+        "SampleBatch": f"{POOL}#the-pool",
     },
     "Guidance inside another sampler": {
-        "GuidanceCallback": f"{SAMPLER}#a-callback",
-        "GuidedDDIMScheduler": f"{SAMPLER}#a-scheduler",
-        "LearnerGuidance": f"{SAMPLER}#a-guider",
-        "make_cond_fn": f"{SAMPLER}#a-cond_fn",
+        "GuidanceCallback": f"{INSIDE}#a-callback",
+        "GuidedDDIMScheduler": f"{INSIDE}#a-scheduler",
+        "LearnerGuidance": f"{INSIDE}#a-guider",
+        "make_cond_fn": f"{INSIDE}#a-cond_fn",
     },
     "The loop": {
         "DeliberatePractice": LOOP,
         "Recipe": LOOP,
-        "RealData": LOOP,
-        "Result": f"{EXAMPLES}/embed_loop.py",
+        "RealData": f"{DATA}#tensors-and-datasets",
+        "Result": f"{LOOP}#a-callback",
         "Callback": f"{LOOP}#a-callback",
         "Progress": f"{LOOP}#a-callback",
         "Addition": f"{LOOP}#a-callback",
     },
     "Parts of your own": {
-        "Source": f"{EXAMPLES}/own_source.py",
-        "LoopView": f"{EXAMPLES}/own_source.py",
-        "RoundRequest": f"{EXAMPLES}/own_source.py",
+        "Source": f"{EXTEND}#a-source",
+        "LoopView": f"{EXTEND}#a-source",
+        "RoundRequest": f"{EXTEND}#a-source",
         "Loader": f"{EXAMPLES}/own_loader.py",
-        "OwnPipeline": LOOP,
-        "Sampler": LOOP,
+        "OwnPipeline": f"{LOOP}#your-generator",
+        "Sampler": f"{LOOP}#your-generator",
     },
     "Pool and loader": {
-        "SamplePool": f"{POOL}#a-pool",
+        "SamplePool": f"{POOL}#the-pool",
         "Pool": f"{POOL}#pools-and-loaders-of-your-own",
         "open_pool": f"{POOL}#on-a-disk",
-        "make_loader": f"{POOL}#a-loader",
-        "Augment": f"{POOL}#a-loader",
-        "BatchFormat": f"{POOL}#a-loader",
+        "make_loader": f"{POOL}#the-loader",
+        "Augment": f"{POOL}#the-loader",
+        "BatchFormat": f"{POOL}#the-loader",
     },
     "Single operations": {
-        "entropy": "",
-        "entropy_and_grad": f"{SAMPLER}#one-fused-operation",
-        "guided_step": f"{SAMPLER}#one-fused-operation",
-        "gather_batch": "",
-        "normal": "",
+        "entropy": f"{EXAMPLES}/own_pipeline.py",
+        "entropy_and_grad": f"{SAMPLER}#single-operations",
+        "guided_step": f"{SAMPLER}#single-operations",
+        "gather_batch": f"{POOL}#the-loader",
+        "normal": f"{SAMPLER}#single-operations",
     },
-    "Errors": {"InputError": LOOP, "RecipeError": ""},
+    "Errors": {
+        "InputError": f"{LOOP}#what-can-be-yours",
+        "RecipeError": f"{LOOP}#what-can-be-yours",
+    },
 }
 
 

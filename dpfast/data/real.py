@@ -476,7 +476,9 @@ def _complete(name: str, field: str, classes: Sequence[str], labels: Iterable[in
     missing = sorted(set(range(len(classes))) - set(labels))
     if missing:
         more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
-        raise InputError(f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}")
+        raise InputError(
+            f"{field} = {name!r}: no images of {classes[missing[0]]!r}{more}, expected one or more"
+        )
 
 
 def read_all(folder: ImageFolder, ranks: Ranks = ALONE) -> RealSet:
