@@ -10,14 +10,29 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from dpfast.cli import main
+from dpfast.cli.recipes import recipe_of
+from dpfast.config import Recipe
 from dpfast.pool.codecs import saved_bytes
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "guides" / "many_gpus.md").read_text(encoding="utf-8")
 TROUBLES = (ROOT / "docs" / "guides" / "troubleshoot.md").read_text(encoding="utf-8")
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for line in re.findall(r"^    (\S.*)$", TEXT.replace("\\\n", " "), re.MULTILINE)
+
+
+def commands(text):
+    """The commands of a page's indented lines, a word in a list each."""
+    lines = re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    programs = {"dpfast", "torchrun", "sbatch", "tensorboard", "tail"}
+    return [shlex.split(line, comments=True) for line in lines if line.split()[0] in programs]
+
+
+COMMANDS = commands(TEXT)
+ALL = [
+    pytest.param(command, id=f"{page.name} {' '.join(command)}")
+    for page in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("**/*.md"))]
+    if page.parent.name != "records"
+    for command in commands(page.read_text(encoding="utf-8"))
+    if "." not in command[0] and "error:" not in command
 ]
 
 
@@ -31,8 +46,8 @@ def test_every_kind_of_command_is_there():
     }
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_command_has_options_that_exist(command):
+@pytest.mark.parametrize("command", ALL)
+def test_a_command_of_a_page_has_options_and_values_that_are_taken(command):
     if command[0] == "torchrun":
         options = get_args_parser().parse_args(command[1:])
         assert (options.module, options.training_script) == (True, "dpfast")
@@ -47,8 +62,10 @@ def test_a_command_has_options_that_exist(command):
             *command[command.index(script) + 3 :],
         ]
     if command[0] == "dpfast":
-        parser = main.new_parser()
-        assert isinstance(parser.parse_args(command[1:]), argparse.Namespace)
+        arguments = main.new_parser().parse_args(command[1:])
+        if command[1] == "run":
+            assert isinstance(recipe_of(arguments), Recipe)
+        assert isinstance(arguments, argparse.Namespace)
 
 
 def said():
