@@ -29,13 +29,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.transformers.transformer_flux import (
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from torch import Tensor, nn
 
 from dpfast.errors import InputError
-from dpfast.generate.models.blocks import Blocks, blocks_of, replaced, with_forward
+from dpfast.generate.models.blocks import TRANSFORMERS, Blocks, blocks_of, replaced, with_forward
 from dpfast.generate.models.denoiser import predict
+from dpfast.generate.models.fused.adaptive import FusedJointBlock
 
 Features = Literal["compute", "keep", "reuse"]
+# Blocks that return the text's hidden states and, behind them, the image's.
+JOINT = (
+    JointTransformerBlock,
+    FusedJointBlock,
+    FluxTransformerBlock,
+    FluxSingleTransformerBlock,
+)
 
 
 def cached_steps(guided: Sequence[bool], cfg: Sequence[bool], interval: int) -> list[Features]:
@@ -67,8 +80,10 @@ class FeatureCache:
     def __init__(self, denoiser: Any) -> None:
         self._slot = _Slot()
         model: Any = getattr(denoiser, "model", None)
-        if len(getattr(model, "transformer_blocks", ())) > 1:
-            keep, reuse = _transformer(blocks_of(denoiser)["transformer_blocks"], self._slot)
+        known = blocks_of(denoiser)
+        transformers: Any = {name: known[name] for name in TRANSFORMERS if name in known}
+        if sum(map(len, transformers.values())) > 1:
+            keep, reuse = _transformer(transformers, self._slot)
         elif len(getattr(model, "up_blocks", ())) > 1 and not hasattr(
             model.up_blocks[-2], "skip_conv"
         ):
@@ -117,8 +132,10 @@ def _stream(out: Any) -> Tensor:
     return out[1] if isinstance(out, tuple) else out
 
 
-def _transformer(blocks: Any, slot: _Slot) -> tuple[Blocks, Blocks]:
-    first, *middle, last = blocks
+def _transformer(lists: dict[str, list[Any]], slot: _Slot) -> tuple[Blocks, Blocks]:
+    blocks = [block for each in lists.values() for block in each]
+    first, last = blocks[0], blocks[-1]
+    joint = isinstance(last, JOINT)
 
     def run_first(*args: Any, **kwargs: Any) -> Any:
         out = first(*args, **kwargs)
@@ -132,15 +149,14 @@ def _transformer(blocks: Any, slot: _Slot) -> tuple[Blocks, Blocks]:
         return out
 
     def add(*args: Any, **kwargs: Any) -> Any:
-        hidden, text = (
-            args[0] if args else kwargs["hidden_states"],
-            kwargs.get("encoder_hidden_states"),
-        )
-        hidden = hidden + slot.value
-        return hidden if text is None else (text, hidden)
+        hidden = (args[0] if args else kwargs["hidden_states"]) + slot.value
+        return (kwargs["encoder_hidden_states"], hidden) if joint else hidden
 
-    kept = [with_forward(first, run_first), *middle, with_forward(last, run_last)]
-    return {"transformer_blocks": kept}, {"transformer_blocks": [first, with_forward(last, add)]}
+    forms = {first: with_forward(first, run_first), last: with_forward(last, run_last)}
+    added = {first: first, last: with_forward(last, add)}
+    keep: Blocks = {name: [forms.get(b, b) for b in each] for name, each in lists.items()}
+    reuse: Blocks = {name: [added[b] for b in each if b in added] for name, each in lists.items()}
+    return keep, reuse
 
 
 def _unet(model: Any, slot: _Slot) -> tuple[Blocks, Blocks]:

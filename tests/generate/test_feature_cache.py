@@ -16,14 +16,19 @@ FOLDERS = {
     "pipeline_folder": None,
     "stable_diffusion_folder": NAMES,
     "stable_diffusion_3_folder": NAMES,
+    "stable_diffusion_xl_folder": NAMES,
+    "pixart_folder": NAMES,
+    "sana_folder": NAMES,
+    "flux_folder": NAMES,
 }
 LETTERS = {"compute": "c", "keep": "k", "reuse": "r"}
 
 
 @pytest.fixture(params=[*FOLDERS, "pixel_folder"])
 def family(request):
+    size = {"height": 16, "width": 16} if request.param == "flux_folder" else {}
     return Pipeline.from_pretrained(
-        request.getfixturevalue(request.param), class_names=FOLDERS.get(request.param)
+        request.getfixturevalue(request.param), class_names=FOLDERS.get(request.param), **size
     )
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from dpfast.generate.models.fused import alone
 
 # The attributes under which diffusers' transformers and UNets keep their blocks.
-NAMES = ("transformer_blocks", "down_blocks", "mid_block", "up_blocks")
+TRANSFORMERS = ("transformer_blocks", "single_transformer_blocks")  # as they run
+NAMES = (*TRANSFORMERS, "down_blocks", "mid_block", "up_blocks")
 Blocks = dict[str, list[nn.Module] | nn.Module]  # by attribute
 
 

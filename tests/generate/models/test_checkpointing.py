@@ -21,6 +21,9 @@ FOLDERS = {
     "pipeline_folder": None,
     "stable_diffusion_folder": NAMES,
     "stable_diffusion_3_folder": NAMES,
+    "pixart_folder": NAMES,
+    "sana_folder": NAMES,
+    "flux_folder": NAMES,
 }
 LEVELS = (torch.tensor(0.8), torch.tensor(0.6))
 
@@ -28,8 +31,9 @@ LEVELS = (torch.tensor(0.8), torch.tensor(0.6))
 @pytest.fixture(params=[*FOLDERS, "pixel_folder"])
 def paths(request, learner):
     """The plain path and its recomputing twin."""
+    size = {"height": 16, "width": 16} if request.param == "flux_folder" else {}
     pipeline = Pipeline.from_pretrained(
-        request.getfixturevalue(request.param), class_names=FOLDERS.get(request.param)
+        request.getfixturevalue(request.param), class_names=FOLDERS.get(request.param), **size
     )
     plain = GuidancePath(
         denoiser=pipeline.denoiser,

@@ -151,8 +151,20 @@ def test_a_pipeline_says_how_many_layers_are_in_float8(
     assert any(r.message.startswith("float8: ") for r in caplog.records)
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_folder", "pixel_folder"])
-def test_a_unet_is_refused(family: str, request: Any, on_any_device: None) -> None:
+@pytest.mark.parametrize(
+    "family",
+    [
+        "stable_diffusion_folder",
+        "stable_diffusion_xl_folder",
+        "pixel_folder",
+        "pixart_folder",
+        "sana_folder",
+        "flux_folder",
+    ],
+)
+def test_a_model_without_fused_linear_layers_is_refused(
+    family: str, request: Any, on_any_device: None
+) -> None:
     message = (
         r"with dtype = 'float8', which is for DiTPipeline and StableDiffusion3Pipeline; use "
         "'bfloat16'"
