@@ -112,6 +112,14 @@ class _Module:
         self.others: dict[str, _Module] = {}
         # each that makes an error or warns: the call, its function, the last part of its name
         self.calls: list[tuple[ast.Call, ast.AST, str]] = []
+        self.constants = {
+            node.targets[0].id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        }
         self._enter(tree, tree)
 
     def _enter(self, node: ast.AST, function: ast.AST) -> None:
@@ -145,7 +153,7 @@ class _Module:
         if isinstance(node, ast.Constant):
             return [node.value] if isinstance(node.value, str) else []
         if isinstance(node, ast.JoinedStr):
-            return ["".join(map(_part, node.values))]
+            return ["".join(map(self._part, node.values))]
         if isinstance(node, ast.IfExp):
             return self._all([node.body, node.orelse], function, depth)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -178,6 +186,25 @@ class _Module:
             return [f for each in found for f in each or ()] or None
         return None
 
+    def _part(self, node: ast.expr) -> str:
+        """What stands for a part of an f-string."""
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        assert isinstance(node, ast.FormattedValue)
+        value = node.value
+        if isinstance(value, ast.Call) and ast.unparse(value.func) in ("str", "shown", "_word"):
+            value = value.args[0]
+        word = ast.unparse(value) if isinstance(value, ast.Name | ast.Attribute) else ""
+        last = word.rpartition(".")[2]
+        if last.isupper():
+            home = word.rpartition(".")[0] or last
+            elsewhere = self.others.get(f"{self.imported.get(home, '')}/{home}".strip("/"))
+            for each in (self, self.others.get(self.imported.get(home, "")), elsewhere):
+                if each and last in each.constants:
+                    return each.constants[last]
+            return GAP
+        return last.strip("_").upper() if len(last) > 1 else GAP
+
     def _assigned(self, name: str, function: ast.AST, depth: int) -> list[str] | None:
         values = []
         for node in ast.walk(function):
@@ -195,21 +222,6 @@ class _Module:
     def _all(self, nodes: list[ast.expr], function: ast.AST, depth: int) -> list[str] | None:
         found = [self.forms(node, function, depth) for node in nodes]
         return None if None in found else [form for each in found for form in each or ()]
-
-
-def _part(node: ast.expr) -> str:
-    """What stands for a part of an f-string."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    assert isinstance(node, ast.FormattedValue)
-    value = node.value
-    if isinstance(value, ast.Call) and ast.unparse(value.func) in ("str", "shown", "_word"):
-        value = value.args[0]
-    name = {ast.Name: "id", ast.Attribute: "attr"}.get(type(value))
-    word = getattr(value, name) if name else ""
-    if word.isupper() and isinstance(value, ast.Name):
-        return GAP
-    return word.strip("_").upper() if len(word) > 1 else GAP
 
 
 def causes() -> dict[str, dict[str, str]]:
