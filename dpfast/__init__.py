@@ -1,4 +1,4 @@
-"""dpfast: Deliberate Practice, a classifier and the diffusion generator that it steers.
+"""Deliberate Practice: a classifier and the diffusion generator that it steers.
 
 The classifier trains on synthetic images; the generator makes new ones on demand, guided towards
 high entropy of the current classifier (arXiv 2502.15588). Each name is imported on its first use.

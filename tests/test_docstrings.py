@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import dpfast
+from dpfast import ops, theory
 
 PACKAGE = Path(dpfast.__file__).parent
 SECTIONS = {"Args", "Attributes", "Returns", "Yields", "Raises", "Examples"}
@@ -50,8 +51,9 @@ def is_property(node: ast.AST) -> bool:
 def public() -> list[tuple[str, Any]]:
     """Lists the public names and the public methods and properties that they define."""
     found: list[tuple[str, Any]] = []
-    for name in dpfast.__all__:
-        value = getattr(dpfast, name)
+    named = [(each, home) for home in (dpfast, ops, theory) for each in home.__all__]
+    for name, home in named:
+        value = getattr(home, name)
         found.append((name, value))
         for part, method in vars(value).items() if inspect.isclass(value) else ():
             if isinstance(method, (staticmethod, classmethod)):

@@ -90,14 +90,15 @@ def bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     Args:
         x: (B, C, H, W), or any (B, C, ...), fp32, fp16 or bf16, best in channels_last memory.
         bias: (C,) of any floating dtype.
-        residual: like x.
+        residual: Like x.
 
     Returns:
         (B, C, H, W) in x's dtype, in channels_last memory where the kernel made it. Differentiable
         in x and the residual; the bias counts as a constant (frozen).
 
     Raises:
-        TypeError: wrong type or dtype. InputError: wrong shape or device.
+        InputError: For a wrong shape or device.
+        TypeError: For a wrong type or dtype.
     """
     dtypes = (*check.FLOATS, torch.float64)
     check.tensor("x", x, dtypes)

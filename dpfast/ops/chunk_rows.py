@@ -64,8 +64,10 @@ class ChunkTable:
         return self.kinds <= {"cpu", "pinned"}
 
     def read_by(self, device: torch.device) -> bool:
-        """Returns True if the kernels of a GPU read all chunks in place; "cuda" is the current
-        one.
+        """Returns True if the kernels of a GPU read all chunks in place.
+
+        Args:
+            device: A GPU; "cuda" is the current one.
         """
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -177,20 +179,21 @@ def take_rows(
     """Returns bytes ``offset`` to ``offset + width`` of the rows at ``indices``.
 
     Args:
-        table: the chunks, on any devices.
+        table: Chunks, on any devices.
         indices: (B,) int64 on the CPU.
-        total: rows in the table; the last chunk may have room for more.
-        offset: first byte of a row to take.
-        width: bytes of a row to take, all of them by default.
-        device: where the result lies.
-        out: where to write it, (B, width) uint8, contiguous, on ``device``.
-        threads: of the native kernel at most, all of torch's by default.
+        total: Rows in the table; the last chunk may have room for more.
+        offset: First byte of a row to take.
+        width: Bytes of a row to take, all of them by default.
+        device: Device of the result.
+        out: Tensor for the result, (B, width) uint8, contiguous, on ``device``.
+        threads: Most threads of the native kernel, all of torch's by default.
 
     Returns:
         (B, width) uint8 on ``device``; ``out`` if given.
 
     Raises:
-        IndexError: an index outside [0, total). InputError: an ``out`` of another kind.
+        IndexError: For an index outside [0, total).
+        InputError: For an ``out`` of another kind.
     """
     width = table.stride if width is None else width
     indices = indices.contiguous()

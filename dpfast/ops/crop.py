@@ -351,24 +351,26 @@ def crop_batch(
         images: (B, C, H, W) uint8 or floats in [0, 255]; or stored ones, of which ``indices`` are
             taken.
         indices: (B,) int64 on the CPU for stored images, None for a tensor.
-        boxes: (B, 4) float32 of (top, left, height, width) in pixels, on the CPU: what is shown of
-            an image. None shows all of it, and so does a box of its size: the same bits in the
-            native kernel.
-        flip: (B,) bool on the batch's device, which images to mirror left to right.
+        boxes: (B, 4) float32 of (top, left, height, width) in pixels, on the CPU: the part of each
+            image that is shown. None shows all of it, and so does a box of its size: the same bits
+            in the native kernel.
+        flip: (B,) bool on the batch's device, True mirrors an image left to right.
         size: (height, width) of the batch, that of the images by default; another one needs boxes.
-        mean, std: one number for each channel, for pixels in [0, 1].
+        mean: One number for each channel, for pixels in [0, 1].
+        std: One number for each channel, for pixels in [0, 1].
         dtype: fp32, fp16 or bf16 of the batch.
-        channels_last: memory layout of the batch.
-        device: of a batch out of stored images; that of a tensor is the tensor's.
-        out: where to write the batch, in its shape, dtype, layout and on its device.
-        threads: of the native kernel, all of torch's by default.
+        channels_last: Memory layout of the batch.
+        device: Device of a batch out of stored images; that of a tensor is the tensor's.
+        out: Tensor for the batch, in its shape, dtype, layout and on its device.
+        threads: Threads of the native kernel, all of torch's by default.
 
     Returns:
         (B, C, *size) of ``dtype``; ``out`` if given.
 
     Raises:
-        TypeError: wrong type or dtype. InputError: wrong shape, device or size. IndexError: an
-        index outside the stored images.
+        IndexError: For an index outside the stored images.
+        InputError: For a wrong shape, device or size.
+        TypeError: For a wrong type or dtype.
     """
     if isinstance(images, StoredImages):
         indices = check.tensor("indices", indices, (torch.int64,), CPU)

@@ -77,10 +77,20 @@ def has_triton() -> bool:
 
 
 def backend_of(operation: str, device: torch.device | str) -> Backend:
-    """Returns the backend that `operation`, one of OPERATIONS, uses for tensors on `device`.
+    """Returns the backend that an operation uses for tensors on a device.
 
-    Raises `InputError` for an unknown operation or `DPFAST_BACKEND`, `RuntimeError` where a forced
-    backend cannot run.
+    Args:
+        operation: One of ``dpfast.ops.dispatch.OPERATIONS``.
+        device: Device of the tensors.
+
+    Raises:
+        InputError: For an unknown operation or ``DPFAST_BACKEND``.
+        RuntimeError: Where a forced backend cannot run.
+
+    Examples:
+        >>> import dpfast.ops
+        >>> dpfast.ops.backend_of("entropy", "meta")
+        'torch'
     """
     if operation not in OPERATIONS:
         raise InputError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")

@@ -83,7 +83,7 @@ def frozen_linear(
         x: (..., in) fp32 on a CPU.
         weight: (out, in) fp32 of any strides; fastest as the transpose of a contiguous tensor.
         bias: (out,) fp32, or None.
-        gelu: whether the GELU follows.
+        gelu: True applies the GELU.
 
     Returns:
         (..., out) fp32; differentiable once, in x only. Inside a compiled ``torch.func.vjp`` x must
@@ -91,7 +91,8 @@ def frozen_linear(
         raises).
 
     Raises:
-        TypeError: wrong type or dtype. InputError: tensors on different devices.
+        InputError: For tensors on different devices.
+        TypeError: For a wrong type or dtype.
     """
     check.tensor("x", x, (torch.float32,), weight.device)
     if not x.requires_grad:

@@ -439,29 +439,31 @@ def gate_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """Returns a gated residual, the LayerNorm of the result and its modulation.
 
+    It is the adaLN-Zero block of Peebles and Xie, "Scalable Diffusion Models with Transformers"
+    (2023).
+
     Args:
         x: (B, T, D) fp32, fp16 or bf16: the stream.
-        branch: like x, or None: what is added to it.
+        branch: Like x, or None: added to it.
         gate: (B, D) factors of the branch, or None for 1.
         offset: (D,) that the norm adds to the stream first, or None; the stream does not keep it.
-        weight, bias: (D,) of the norm, or None for 1 and 0.
-        scale, shift: (B, D), or None for 0: the norm's result times 1 + scale, plus shift.
-        eps: what is added to the variance.
-        keep: whether the stream is asked for. Behind the last norm it is not: without a tape it is
-            then not written.
+        weight: (D,) of the norm, or None for 1.
+        bias: (D,) of the norm, or None for 0.
+        scale: (B, D), or None for 0: the norm's result is multiplied by 1 + scale.
+        shift: (B, D), or None for 0: added behind that.
+        eps: Number that is added to the variance.
+        keep: True where the stream is asked for. Behind the last norm it is not: without a tape it
+            is then not written.
 
     Returns:
         The stream u (B, T, D), which is x itself without a branch, or a view of it (and may be
         empty where it is not kept), and y (B, T, D), both in x's dtype. Who goes on with u instead
-        of x saves a sum of gradients. Differentiable once, in x and the branch only:
-        all else counts as constants (frozen). A row's bits depend on no other row.
+        of x saves a sum of gradients. Differentiable once, in x and the branch only: all else
+        counts as constants (frozen). A row's bits depend on no other row.
 
     Raises:
-        TypeError: wrong type or dtype. InputError: wrong shape or device, a gate without a branch,
-        a negative eps.
-
-    Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), the adaLN-Zero
-    block.
+        InputError: For a wrong shape or device, a gate without a branch, a negative eps.
+        TypeError: For a wrong type or dtype.
     """
     gate, scale, shift = _checked(x, branch, gate, scale, shift, eps)
     channels = x.shape[2]
@@ -487,19 +489,23 @@ def gate_norm_quantise(
     shift: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Quantised]:
-    """Returns ``gate_norm_modulate`` of a step without a tape, with y in float8 and one factor a
-    token.
+    """Returns ``gate_norm_modulate`` without a tape, with y in float8 and one factor a token.
 
     Args:
-        x, branch: as there, in fp32, fp16 or bf16.
-        gate, scale, shift, eps: as there.
+        x: As in ``gate_norm_modulate``.
+        branch: As in ``gate_norm_modulate``.
+        gate: As in ``gate_norm_modulate``.
+        scale: As in ``gate_norm_modulate``.
+        shift: As in ``gate_norm_modulate``.
+        eps: As in ``gate_norm_modulate``.
 
     Returns:
         The stream u (B, T, D) in x's dtype, which is x itself without a branch, and y as
         ``Quantised``, from fp32 (on a CPU from x's dtype). Without a gradient.
 
     Raises:
-        TypeError: wrong type or dtype. InputError: as there.
+        InputError: As ``gate_norm_modulate`` does.
+        TypeError: For a wrong type or dtype.
     """
     check.tensor("x", x, check.FLOATS)
     gate, scale, shift = _checked(x, branch, gate, scale, shift, eps)

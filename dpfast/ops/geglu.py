@@ -160,6 +160,8 @@ class _Differentiable(torch.autograd.Function):
 def geglu(x: Tensor) -> Tensor:
     """Returns one half of the channels times the GELU of the other.
 
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020); the GELU is the exact one.
+
     Args:
         x: (..., 2 C) fp32, fp16 or bf16, the gates last; other than contiguous it is copied.
 
@@ -167,9 +169,14 @@ def geglu(x: Tensor) -> Tensor:
         (..., C) in x's dtype. Differentiable once.
 
     Raises:
-        TypeError: wrong type or dtype. InputError: an odd number of channels.
+        InputError: For an odd number of channels.
+        TypeError: For a wrong type or dtype.
 
-    Source: Shazeer, "GLU Variants Improve Transformer" (2020); the GELU is the exact one.
+    Examples:
+        >>> import torch
+        >>> from dpfast.ops import geglu
+        >>> geglu(torch.tensor([2.0, 3.0, 0.0, 1.0]))  # 2 gelu(0), 3 gelu(1)
+        tensor([0.0000, 2.5240])
     """
     check.tensor("x", x, (*check.FLOATS, torch.float64))
     if x.dim() == 0 or x.shape[-1] % 2 or x.shape[-1] == 0:

@@ -745,8 +745,9 @@ def group_norm(
     shift: Tensor | None = None,
     silu: bool = False,
 ) -> Tensor:
-    """Returns the GroupNorm of x, or of two tensors as if they were concatenated, with a SiLU
-    behind it.
+    """Returns the GroupNorm of x, or of two tensors as if concatenated, with a SiLU behind it.
+
+    Source: Wu and He, "Group Normalization" (2018).
 
     Args:
         x: (B, C, H, W), or any (B, C, ...), fp32, fp16 or bf16, best in channels_last memory: the
@@ -754,10 +755,10 @@ def group_norm(
             C2 channels and otherwise alike; C = C1 + C2.
         weight: (C,) factors of the channels, or None for 1.
         bias: (C,) or None for 0.
-        groups: into how many groups of neighbouring channels C is parted.
-        eps: what is added to the variance.
+        groups: Number of groups of neighbouring channels.
+        eps: Number that is added to the variance.
         shift: (C,) or (B, C), added to x first; or None. In the kernels it costs nothing.
-        silu: whether y = z sigmoid(z) of the normalised z is returned.
+        silu: True returns y = z sigmoid(z) of the normalised z.
 
     Returns:
         (B, C, H, W) in x's dtype, in channels_last memory where kernels made it. Differentiable
@@ -765,10 +766,9 @@ def group_norm(
         a gradient. A sample's bits depend on no other sample.
 
     Raises:
-        TypeError: wrong type or dtype. InputError: wrong shape or device, a number of groups that
-        does not divide the channels, a negative eps.
-
-    Source: Wu and He, "Group Normalization" (2018).
+        InputError: For a wrong shape or device, a number of groups that does not divide the
+            channels, a negative eps.
+        TypeError: For a wrong type or dtype.
     """
     return group_norm_and_x(x, weight, bias, groups, eps, shift=shift, silu=silu)[0]
 
@@ -783,9 +783,17 @@ def group_norm_and_x(
     shift: Tensor | None = None,
     silu: bool = False,
 ) -> tuple[Tensor, Sources]:
-    """Returns ``group_norm``, and x again: who goes on with that, a residual for instance, has the
-    sum of its gradients inside of the kernel. It is x itself, or views of it or of its
-    channels_last copy.
+    """Returns ``group_norm``, and x again for those who go on with it, such as a residual.
+
+    The sum of their gradients is then inside of the kernel. The arguments are those of
+    ``group_norm``.
+
+    Returns:
+        What ``group_norm`` returns, and x itself, or views of it or of its channels_last copy.
+
+    Raises:
+        InputError: As ``group_norm`` does.
+        TypeError: As ``group_norm`` does.
     """
     sources = x if isinstance(x, tuple) else (x,)
     if isinstance(x, tuple) and len(x) != 2:

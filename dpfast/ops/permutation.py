@@ -68,18 +68,27 @@ def _mix(x: Tensor) -> Tensor:
 def permutation(first: int, count: int, size: int, *, seed: int, epoch: int, stream: int) -> Tensor:
     """Returns the values at places ``first`` to ``first + count`` of a permutation of [0, size).
 
+    Source: Black and Rogaway, CT-RSA 2002 (cycle walking).
+
     Args:
-        first, count, size: 0 <= first <= first + count <= size <= 2^62.
-        seed, epoch: 64-bit integers; each pair is a permutation of its own.
-        stream: which independent permutation for the same seed and epoch; its low 32 bits count.
+        first: First place, at least 0.
+        count: Number of places; first + count <= size.
+        size: Length of the permutation, at most 2^62.
+        seed: 64-bit integer.
+        epoch: 64-bit integer; each pair with a seed is a permutation of its own.
+        stream: Number of an independent permutation for the same seed and epoch; its low 32 bits
+            count.
 
     Returns:
         (count,) int64 on the CPU, the same integers on every backend.
 
     Raises:
-        InputError: places outside [0, size), or a size above 2^62.
+        InputError: For places outside [0, size), and a size above 2^62.
 
-    Source: Black and Rogaway, CT-RSA 2002 (cycle walking).
+    Examples:
+        >>> from dpfast.ops import permutation
+        >>> permutation(0, 5, 5, seed=0, epoch=0, stream=0).sort().values
+        tensor([0, 1, 2, 3, 4])
     """
     if not 0 <= first <= first + count <= size <= LARGEST:
         raise InputError(

@@ -32,7 +32,12 @@ SMALLEST = 1e-12  # of max |y|: a row of zeros has a factor, too
 
 
 class Quantised(NamedTuple):
-    """Rows in float8. values (..., D) float8_e4m3fn, times scales (..., 1) fp32."""
+    """Rows in float8 with one factor each.
+
+    Attributes:
+        values: (..., D) float8_e4m3fn.
+        scales: (..., 1) fp32, by which the values are multiplied.
+    """
 
     values: Tensor
     scales: Tensor
@@ -116,19 +121,20 @@ def _traffic(x: Tensor, gelu: bool, *, out: tuple[Tensor, Tensor]) -> tuple[int]
 def quantise(x: Tensor, *, gelu: bool = False) -> Quantised:
     """Returns rows in float8 (e4m3) with one factor each.
 
+    Source: Micikevicius et al., "FP8 Formats for Deep Learning" (2022).
+
     Args:
         x: (..., D) fp32, fp16 or bf16; other than contiguous it is copied.
-        gelu: whether the tanh form of GELU comes first.
+        gelu: True applies the tanh form of GELU first.
 
     Returns:
-        ``Quantised``: values (..., D) float8_e4m3fn and scales (..., 1) fp32, on x's device. It has
-        no gradient: x counts as a constant. A row that is not finite gives values or a scale that
-        are not, so that its products are not either.
+        Values (..., D) float8_e4m3fn and scales (..., 1) fp32, on x's device. It has no gradient: x
+        counts as a constant. A row that is not finite gives values or a scale that are not, so that
+        its products are not either.
 
     Raises:
-        TypeError: wrong type or dtype. InputError: x without a row.
-
-    Source: Micikevicius et al., "FP8 Formats for Deep Learning" (2022).
+        InputError: For x without a row.
+        TypeError: For a wrong type or dtype.
     """
     x = check.tensor("x", x, check.FLOATS).detach()
     if x.dim() == 0 or x.shape[-1] == 0:

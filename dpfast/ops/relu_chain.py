@@ -207,10 +207,10 @@ def relu_chain(
 
     Args:
         x: (B, C, H, W) fp32, fp16 or bf16, best in channels_last memory.
-        weights: one (C', C, 3, 3) a convolution, in x's dtype, best in channels_last memory. Each
+        weights: One (C', C, 3, 3) a convolution, in x's dtype, best in channels_last memory. Each
             pads by one pixel.
-        biases: one (C',) a convolution, in x's dtype.
-        residuals: for each convolution which result it adds: 0 is x, 1 that of the first
+        biases: One (C',) a convolution, in x's dtype.
+        residuals: Number of the result that each convolution adds: 0 is x, 1 that of the first
             convolution, and so on; -1 for none.
 
     Returns:
@@ -218,8 +218,8 @@ def relu_chain(
         only: weights and biases count as constants (frozen).
 
     Raises:
-        TypeError: wrong type or dtype. InputError: wrong shape or device, a residual that is not
-        made yet.
+        InputError: For a wrong shape or device, and a residual that is not made yet.
+        TypeError: For a wrong type or dtype.
     """
     dtypes = (*check.FLOATS, torch.float64)
     check.tensor("x", x, dtypes)

@@ -44,10 +44,15 @@ if TYPE_CHECKING:
 class Features:
     """A covariance and the vectors that label, select and test, in one basis.
 
-    covariance: (d,) variances of independent features, or (d, d), symmetric and positive definite.
-    truth, selector, generator: (d,) vectors of any length: the labels of the test, the selection,
-    and the labels of the training set, which are the truth's when left out. Raises InputError,
-    naming the argument.
+    Args:
+        covariance: (d,) variances of independent features, or (d, d), symmetric and positive
+            definite.
+        truth: (d,) vector of any length, the labels of the test.
+        selector: (d,) vector of any length, the selection.
+        generator: (d,) vector of any length, the labels of the training set; None: the truth's.
+
+    Raises:
+        InputError: For an argument outside its domain, which the message names.
     """
 
     def __init__(
@@ -87,15 +92,18 @@ class Features:
         return rho, rho_g, rho_s
 
     def cells(self, **pool: Unpack[Pool]) -> Cells:
-        """Returns the checked arguments of an experiment with these features; InputError names the
-        argument.
+        """Returns the checked arguments of an experiment with these features.
+
+        Raises:
+            InputError: For an argument outside its domain, which the message names.
         """
         rho, rho_g, rho_s = self.cosines
         return cells(d=self.d, rho=rho, rho_g=rho_g, rho_s=rho_s, **pool)
 
     def mixing(self) -> Array:
-        """Returns (d, d) M such that rows z M have the covariance where z ~ N(0, I), and u, then
-        v_label across u, then v_truth across both are the first axes of z.
+        """Returns a (d, d) matrix M such that rows z M have the covariance where z ~ N(0, I).
+
+        u, then v_label across u, then v_truth across both are the first axes of z.
         """
         spanned = np.stack([self.selector, self.generator, self.truth], axis=1)
         # A vector that the ones before it span gets a direction of its own: any will do.
@@ -119,13 +127,25 @@ def covariance_error(
     strategy: str = "hard",
     power: float = 1.0,
 ) -> Array:
-    """Returns the probability of a wrong label on a fresh sample; float64, broadcast over n, keep
-    and ridge.
+    """Returns the probability of a wrong label on a fresh sample, for any covariance.
 
-    keep is a fraction: the rule's threshold is in units of the projection's standard deviation.
-    ridge above 0.
+    It is the appendix of arXiv 2502.15588 with its open part filled in, broadcast over n, keep and
+    ridge.
 
-    Raises InputError, naming the argument.
+    Args:
+        features: Covariance and directions.
+        n: Size of the pool before selection.
+        keep: Fraction kept: the rule's threshold is in units of the projection's standard
+            deviation.
+        ridge: Penalty above 0.
+        strategy: "hard", "easy" or "soft".
+        power: Power of the soft rule.
+
+    Returns:
+        float64 in the broadcast shape.
+
+    Raises:
+        InputError: For an argument outside its domain, which the message names.
     """
     s = features.spectrum
     checked = features.cells(n=n, keep=keep, ridge=ridge, strategy=strategy, power=power)

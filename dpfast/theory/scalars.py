@@ -43,8 +43,13 @@ class Scalars(NamedTuple):
 
 
 def scalars(strategy: str, keep: ArrayLike, rho: ArrayLike, *, power: ArrayLike = 1.0) -> Scalars:
-    """Returns the scalars of "hard", "easy" (closed forms) or "soft" (quadrature, the only one to
-    use `power`).
+    """Returns the scalars of a selection rule.
+
+    Args:
+        strategy: "hard" or "easy", closed forms, or "soft", a quadrature.
+        keep: Fraction kept, in (0, 1].
+        rho: Cosine of the selecting vector and the labels' one.
+        power: Power of the soft rule.
     """
     choose("strategy", strategy, STRATEGIES)
     if strategy == "soft":
@@ -53,27 +58,29 @@ def scalars(strategy: str, keep: ArrayLike, rho: ArrayLike, *, power: ArrayLike 
 
 
 def hard(keep: ArrayLike, rho: ArrayLike) -> Scalars:
-    """Keeps the samples nearest to the selecting hyperplane, |t| <= a with P(|t| <= a) = keep.
-    Closed form.
+    """Returns the scalars of keeping the samples nearest to the selecting hyperplane.
+
+    The rule is abs(t) <= a with P(abs(t) <= a) = keep, in closed form.
     """
     keep, rho = domain(keep=keep, rho=rho).values()
     return _inside(_threshold("hard", keep), rho)._replace(p=keep)
 
 
 def easy(keep: ArrayLike, rho: ArrayLike) -> Scalars:
-    """Keeps the samples farthest from the selecting hyperplane, |t| > a with P(|t| > a) = keep.
-    Closed form.
+    """Returns the scalars of keeping the samples farthest from the selecting hyperplane.
+
+    The rule is abs(t) > a with P(abs(t) > a) = keep, in closed form.
     """
     keep, rho = domain(keep=keep, rho=rho).values()
     return _outside(_threshold("easy", keep), rho)._replace(p=keep)
 
 
 def soft(keep: ArrayLike, rho: ArrayLike, power: ArrayLike) -> Scalars:
-    """Keeps with probability min(1, e^c (sigma(t) sigma(-t))^power / sigma(0)^(2 power)), c such
-    that E q = keep.
+    """Returns the scalars of keeping with a probability that falls away from the hyperplane.
 
-    The part where q = 1 is a closed form, the rest a composite Gauss rule. power = 0 keeps at
-    random; towards +-infinity the rule becomes "hard" and "easy".
+    The probability is min(1, e^c (sigma(t) sigma(-t))^power / sigma(0)^(2 power)), c such that
+    E q = keep. The part where q = 1 is a closed form, the rest a composite Gauss rule. power = 0
+    keeps at random; towards +-infinity the rule becomes "hard" and "easy".
     """
     keep, rho, power = np.broadcast_arrays(*domain(keep=keep, rho=rho, power=power).values())
     out = np.empty((4, keep.size))
@@ -101,13 +108,20 @@ def soft(keep: ArrayLike, rho: ArrayLike, power: ArrayLike) -> Scalars:
 def quadrature(
     rule: Callable[[Array], Array], rho: float, *, breaks: Sequence[float] = (), nodes: int = 48
 ) -> Scalars:
-    """Returns the scalars of any even rule q(t), given for t >= 0, by a composite Gauss rule;
-    `breaks` are the jumps of q.
+    """Returns the scalars of any even rule q(t), by a composite Gauss rule.
 
     The panels narrow towards the breaks and towards 0, where Phi(tau t) turns within sqrt(1 -
     rho^2) of it.
 
-    Raises InputError, naming the argument; for ``rule`` where a value is no probability.
+    Args:
+        rule: Function q(t), given for t >= 0.
+        rho: Cosine of the selecting vector and the labels' one.
+        breaks: Jumps of q.
+        nodes: Nodes of each panel.
+
+    Raises:
+        InputError: For an argument outside its domain, and a rule with a value that is no
+            probability.
     """
     domain(rho=rho)
     if np.any(np.isnan(breaks)):

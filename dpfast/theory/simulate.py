@@ -31,7 +31,7 @@ _ELEMENTS = 32 << 20  # of one batch of kept rows
 
 
 class Simulated(NamedTuple):
-    """Mean test error over the draws and its standard error."""
+    """The mean test error over the draws and its standard error."""
 
     error: Array
     stderr: Array
@@ -44,12 +44,21 @@ def simulate(
     device: str | torch.device | None = None,
     **arguments: Unpack[Arguments],
 ) -> Simulated:
-    """Returns the arguments of `test_error` but for `form`; d and n whole, d >= 3; ridge > 0; one
-    power. On a GPU, if any.
+    """Simulates the experiment that ``test_error`` predicts, on a GPU if there is one.
 
-    A cell's result depends on its own arguments, `draws` and `seed`, not on the other cells, but
-    cells that differ in rho or ridge alone use the same samples, so their deviations are
-    correlated. Raises InputError, naming the argument.
+    A cell's result depends on its own arguments, ``draws`` and ``seed``, not on the other cells,
+    but cells that differ in rho or ridge alone use the same samples, so their deviations are
+    correlated.
+
+    Args:
+        draws: Number of independent training sets.
+        seed: Seed of all draws.
+        device: Device of the simulation; None: a GPU, if any.
+        **arguments: Those of ``test_error`` but for ``form``; d and n whole, d >= 3, ridge above 0,
+            and one power.
+
+    Raises:
+        InputError: For an argument outside its domain, which the message names.
     """
     return _simulate(
         cells(**arguments), arguments.get("strategy", "hard"), None, draws, seed, device
@@ -64,7 +73,18 @@ def simulate_covariance(
     device: str | torch.device | None = None,
     **pool: Unpack[Pool],
 ) -> Simulated:
-    """Returns `simulate` for the arguments of `covariance_error`."""
+    """Simulates the experiment that ``covariance_error`` predicts.
+
+    Args:
+        features: Covariance and directions.
+        draws: As in ``simulate``.
+        seed: As in ``simulate``.
+        device: As in ``simulate``.
+        **pool: Further arguments of ``covariance_error``.
+
+    Raises:
+        InputError: For an argument outside its domain, which the message names.
+    """
     return _simulate(
         features.cells(**pool), pool.get("strategy", "hard"), features.mixing(), draws, seed, device
     )

@@ -56,19 +56,37 @@ def test_error(
     rho_s: ArrayLike | None = None,
     power: ArrayLike = 1.0,
 ) -> Array:
-    """Returns the probability of a wrong label on a fresh sample; float64, broadcast over all
-    arguments.
+    """Returns the probability of a wrong label on a fresh sample.
 
-    d: features. n: size of the pool before selection. keep: fraction kept, in (0, 1]. rho: cosine
-    of the selecting vector and w_0. ridge: penalty, normalised by n; 0 takes the closed form of the
-    limit. power: of the soft rule.
+    It is broadcast over all arguments. With rho_g and rho_s there are three directions: labels come
+    from a generator at cosine ``rho`` from the truth; the selecting vector has cosine rho_g with
+    the generator and rho_s with the truth, which the test uses.
 
-    With rho_g and rho_s there are three directions: labels come from a generator at cosine `rho`
-    from the truth; the selecting vector has cosine rho_g with the generator and rho_s with the
-    truth, which the test uses.
+    Args:
+        d: Number of features.
+        n: Size of the pool before selection.
+        keep: Fraction kept, in (0, 1].
+        rho: Cosine of the selecting vector and the labels' one, w_0; with three directions that of
+            the generator and the truth.
+        ridge: Penalty, normalised by n; 0 takes the closed form of the limit.
+        strategy: "hard", "easy" or "soft".
+        form: "exact", or a superseded print of the paper, "arxiv-v1" or "icml-main".
+        rho_g: Cosine of the selecting vector and the generator.
+        rho_s: Cosine of the selecting vector and the truth.
+        power: Power of the soft rule.
 
-    Raises InputError, naming the argument, outside the domain, and for ridge = 0 at d = n keep,
-    where nu0 is infinite.
+    Returns:
+        float64 in the broadcast shape.
+
+    Raises:
+        InputError: For an argument outside its domain, which the message names, and for ridge = 0
+            at d = n keep, where nu0 is infinite.
+
+    Examples:
+        >>> from dpfast.theory import test_error
+        >>> hard = test_error(d=100, n=10_000, keep=0.1, rho=1.0, ridge=1e-3)
+        >>> bool(hard < test_error(d=100, n=1_000, keep=1.0, rho=1.0, ridge=1e-3))
+        True
     """
     choose("form", form, FORMS)
     c = cells(
@@ -114,16 +132,24 @@ test_error.__test__ = False  # type: ignore[attr-defined]  # no test, whatever p
 def ridgeless(
     *, d: ArrayLike, n: ArrayLike, keep: ArrayLike, rho: ArrayLike, strategy: str = "hard"
 ) -> Array:
-    """Returns the limit of no ridge in closed form (Corollary 1); d = n keep raises InputError."""
+    """Returns the limit of no ridge in closed form (Corollary 1 of arXiv 2502.15588).
+
+    The arguments are those of ``test_error``.
+
+    Raises:
+        InputError: For d = n keep, and an argument outside its domain.
+    """
     return test_error(d=d, n=n, keep=keep, rho=rho, ridge=0.0, strategy=strategy)
 
 
 def spectral(p: ArrayLike, gamma: ArrayLike, phi: ArrayLike, ridge: ArrayLike) -> Spectral:
-    """Returns m, m~ and their derivatives; ridge > 0. Either sign of p - phi + ridge goes without
-    cancellation.
+    """Returns m, m~ and their derivatives at z = -ridge.
 
-    Raises InputError, naming the argument, outside 0 < p <= 1, gamma >= 0, phi > 0, ridge > 0, and
-    where the result is beyond float64.
+    Either sign of p - phi + ridge goes without cancellation.
+
+    Raises:
+        InputError: Outside 0 < p <= 1, gamma >= 0, phi > 0, ridge > 0, and where the result is
+            beyond float64.
     """
     p, gamma, phi, ridge = domain(p=p, gamma=gamma, phi=phi, ridge=ridge).values()
     if np.any(ridge == 0):

@@ -61,9 +61,9 @@ COLUMNS = 6
 
 
 class DynamicThreshold(NamedTuple):
-    """Imagen's dynamic threshold: clamp(x0, -s, s) / s, s = quantile(|x0|, ratio) of a sample
-    within [1, maximum].
+    """Imagen's dynamic threshold, a bound of x0 that each sample finds for itself.
 
+    It is clamp(x0, -s, s) / s with s = quantile(abs(x0), ratio) of a sample within [1, maximum].
     Source: Saharia et al., "Photorealistic text-to-image diffusion models with deep language
     understanding" (2022).
     """
