@@ -1,4 +1,4 @@
-"""What people read: as wide as their terminal, and lines in the place of bars where there is none.
+"""Text for people: as wide as their terminal, and lines in the place of bars where there is none.
 
 A width of None stands for a file or a pipe: nothing is folded there.
 """
@@ -19,7 +19,7 @@ NARROWEST = 20  # columns
 
 
 def width(stream: TextIO | None = None) -> int | None:
-    """The columns of the terminal behind a stream, by default stdout; ``COLUMNS`` of the
+    """Returns the columns of the terminal behind a stream, by default stdout; ``COLUMNS`` of the
     environment goes before it, as in other programs. None for a file or a pipe.
     """
     stream = sys.stdout if stream is None else stream
@@ -34,7 +34,7 @@ def width(stream: TextIO | None = None) -> int | None:
 
 
 def fitted(text: str, columns: int | None) -> str:
-    """A text whose longer lines go on in the next one, two columns further in."""
+    """Returns a text whose longer lines go on in the next one, two columns further in."""
     if columns is None:
         return text
     made = []
@@ -59,8 +59,8 @@ def table(
     rule: bool = False,
     columns: int | None = None,
 ) -> str:
-    """Rows of cells in columns. Those that do not fit beside the first one stand below, with the
-    first one again.
+    """Returns rows of cells in columns. Those that do not fit beside the first one stand below,
+    with the first one again.
 
     rows: of equal length, the heads first; left: the columns whose cells stand on the left;
     rule: whether a line follows the heads; columns: of the terminal, None: all in one piece.

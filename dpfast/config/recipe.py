@@ -273,7 +273,7 @@ class Recipe(Section, name=""):
             raise RecipeError(f"recipe = {self.name!r}: needs folders of yours, say {options}")
 
     def lacking(self, *names: str) -> list[str]:
-        """Those of some fields whose folder its user has yet to name."""
+        """Lists those of some fields whose folder its user has yet to name."""
         given = flat(self.to_dict())
         return [
             name

@@ -90,7 +90,7 @@ def backend_of(operation: str, device: torch.device | str) -> Backend:
     Examples:
         >>> import dpfast.ops
         >>> dpfast.ops.backend_of("entropy", "meta")
-        'torch'
+        'reference'
     """
     if operation not in OPERATIONS:
         raise InputError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")

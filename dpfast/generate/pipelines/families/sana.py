@@ -31,7 +31,7 @@ TOKENS = 300  # of a prompt, as SanaPipeline cuts them
 
 
 def instruction() -> list[str]:
-    """Return the lines that diffusers puts before a prompt, which need transformers."""
+    """Returns the lines that diffusers puts before a prompt, which need transformers."""
     call = inspect.signature(diffusers.SanaPipeline.__call__)
     lines: list[str] = call.parameters["complex_human_instruction"].default
     return lines
