@@ -65,20 +65,18 @@ class LearnerGradient:
     """The gradient of a learner's criterion at noisy latents, whoever runs the denoiser.
 
     Args:
-        learner: images (B, C, H, W) in [-1, 1] to logits (B, K), in ``eval()`` mode.
-        guidance: when, how strongly and by which criterion the learner guides.
-        decoder: of the guidance path: an autoencoder of diffusers (an ``AutoencoderTiny`` is the
-            cheap one), a function from latents of unit variance to images in [-1, 1], or None for
-            pixels.
+        learner: Function from images (B, C, H, W) in [-1, 1] to logits (B, K), in ``eval()`` mode.
+        guidance: Strength, steps and criterion of guidance.
+        decoder: Decoder of the guidance path: an autoencoder of diffusers (an ``AutoencoderTiny``
+            is the cheap one), a function from latents of unit variance to images in [-1, 1], or
+            None for pixels.
         labels: (B,) class ids, for a criterion that reads them.
         image_size: (H, W) that the learner takes; None: as decoded.
-        chunk: samples that are differentiated at a time; None: all.
+        chunk: Samples that are differentiated at a time; None: all.
 
-    ``skipped`` counts the samples whose gradient was not finite, which went unguided for that step;
-    reading it waits for the device.
-
-    Raises ``TypeError`` or ``InputError``, here or at the first gradient, for arguments that cannot
-    work.
+    Raises:
+        InputError: Here or at the first gradient, for arguments that cannot work.
+        TypeError: For arguments of another type.
     """
 
     learner: Callable[[Tensor], Tensor]
@@ -117,6 +115,10 @@ class LearnerGradient:
 
     @property
     def skipped(self) -> int:
+        """The number of samples whose gradient was not finite, which went unguided for that step.
+
+        Reading it waits for the device.
+        """
         return 0 if self._skipped is None else int(self._skipped)
 
     def counter(self, device: torch.device) -> Tensor:

@@ -29,12 +29,17 @@ _FITTING: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A classifier on one set of N labelled images.
+    """The measures of a classifier on one set of N labelled images.
 
-    top1, top5: fractions in [0, 1]; with five classes or fewer, top5 is 1. loss: cross-entropy,
-    nats. entropy: of the predictions, mean, nats. calibration_error: expected calibration error in
-    [0, 1]. per_class: (K,) fractions, NaN for a class without images. shots: of a run with class
-    counts what ``by_shots`` gives, else empty.
+    Attributes:
+        top1: Fraction of right labels, in [0, 1].
+        top5: Fraction of labels among the first five, in [0, 1]; with five classes or fewer it is
+            1.
+        loss: Cross-entropy, mean, nats.
+        entropy: Entropy of the predictions, mean, nats.
+        calibration_error: Expected calibration error in [0, 1].
+        per_class: (K,) fractions of right labels, NaN for a class without images.
+        shots: Of a run with class counts what ``by_shots`` gives, else empty.
     """
 
     top1: float
@@ -84,8 +89,7 @@ def predictions(
 def evaluate(
     model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, ranks: Ranks = ALONE
 ) -> Evaluation:
-    """Evaluates on uint8 images (N, C, H, W) with labels (N,): the whole set, or this rank's part
-    of it.
+    """Evaluates on uint8 images (N, C, H, W) with labels (N,), all or this rank's part of them.
 
     All ranks get the measures of the whole set, and the same as one rank would. A batch's logits
     are in memory at a time.

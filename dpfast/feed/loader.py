@@ -162,26 +162,27 @@ class PendingBatch:
 
 
 class PoolLoader(Loader):
-    """The shared part: order, chances, preparation ahead, positions, mixing. A subclass starts the
-    work.
+    """The shared part of loaders: order, chances, preparation ahead, positions and mixing.
+
+    A subclass starts the work.
 
     Args:
-        pool: must hold a sample before the first batch.
-        batch_size, seed: with the position they determine every batch, of which a rank delivers an
-            even part.
-        augment: what changes in a batch by chance; nothing by default.
-        form: scale, dtype and memory layout of the batches; the default is [-1, 1], float32,
-            channels last.
-        device: where the batches are.
-        classes: how many; needed where ``augment`` mixes.
-        fresh_weight: see ``Order``.
-        groups: gives how many of the pool's first samples are a group of their own, and their share
-            of every batch; None: there is none, now or at all.
-        ahead: batches that are prepared while the caller works.
+        pool: Samples to draw from; must hold one before the first batch.
+        batch_size: Samples of a batch, of which a rank delivers an even part.
+        seed: Key of the order and of all chances.
+        augment: Changes of a batch by chance; None: nothing.
+        form: Scale, dtype and memory layout of the batches; None: [-1, 1], float32, channels last.
+        device: Device of the batches.
+        classes: Number of classes; needed where ``augment`` mixes.
+        fresh_weight: As in ``dpfast.feed.order.Order``.
+        groups: Function that gives how many of the pool's first samples are a group of their own,
+            and their share of every batch; None: there is none, now or at all.
+        ahead: Batches that are prepared while the caller works.
 
-    Raises ``TypeError`` for an argument of another type, ``InputError`` for a batch size, ``ahead``
-    or ``classes`` below 1, a seed or weight that ``Order`` refuses, a device that is not there, and
-    mixing without ``classes``.
+    Raises:
+        InputError: For a batch size, ``ahead`` or ``classes`` below 1, a seed or weight that
+            ``Order`` refuses, a device that is not there, and mixing without ``classes``.
+        TypeError: For an argument of another type.
     """
 
     def __init__(

@@ -52,9 +52,11 @@ COLUMNS = ("alpha", "sigma", "a", "b", "c", "d")
 class SolverTable:
     """One solver on one grid.
 
-    rows: (steps, 6) float32; timesteps: (steps,) as the denoiser expects them, int64 or float32;
-    initial_scale: the first input is this times unit noise; clip: the bound of x0 that
-    ``guided_step`` takes.
+    Attributes:
+        rows: (steps, 6) float32, the rows that ``guided_step`` takes.
+        timesteps: (steps,) as the denoiser expects them, int64 or float32.
+        initial_scale: Factor of unit noise that makes the first input.
+        clip: Bound of x0 that ``guided_step`` takes.
     """
 
     rows: Tensor

@@ -55,12 +55,19 @@ LOST = (
 class Ranks:
     """This process among those of a run. The default is one process alone.
 
-    rank, size: of all processes; local_rank, local_size: of those on this machine. learn: the group
-    of gradients; control, feed: those for what the loop says on the CPU and, by the device of what
-    is sent, for the loaders. On a GPU the loader's is ``learn`` itself
-    (``dpfast.parallel.groups``). heartbeat: this process among all of the run; store: for what
-    these ranks say. members: their numbers among all processes, None: the same. restarted: whether
-    torchrun has started the processes again.
+    Attributes:
+        rank: Number of this process among all of the run.
+        size: Number of all processes.
+        local_rank: Number of this process among those of its machine.
+        local_size: Number of processes of this machine.
+        learn: Group of gradients.
+        control: Group of what the loop says on the CPU.
+        feed: Groups of the loaders, by the device of what is sent. On a GPU it is ``learn`` itself
+            (``dpfast.parallel.groups``).
+        heartbeat: Progress of this process among all of the run.
+        store: Store for what these ranks say.
+        members: Numbers of these ranks among all processes; None: the same.
+        restarted: True where torchrun has started the processes again.
     """
 
     rank: int = 0

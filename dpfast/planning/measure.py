@@ -65,8 +65,7 @@ class Timings:
 def measure(
     recipe: Recipe, *, pipeline: Pipeline | OwnPipeline | None = None, seconds: float = SECONDS
 ) -> Timings:
-    """Returns times the stages on the recipe's device, in at most about ``seconds`` beside loading
-    and counting.
+    """Times the stages on the recipe's device, in at most about ``seconds`` beside loading.
 
     pipeline: where it is loaded already. Raises what ``load_pipeline`` and ``stages_of`` raise.
     """

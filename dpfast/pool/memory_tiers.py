@@ -38,10 +38,17 @@ class PoolFullError(MemoryError):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryTiers:
-    """Budgets in bytes, used in this order. ``device_bytes`` needs a ``device``, ``file_bytes`` a
-    ``folder``.
+    """The budgets in bytes of the places of a pool's chunks, used in this order.
 
-    Raises ``InputError`` without them, and for a budget below 0.
+    Args:
+        device: Device of ``device_bytes``.
+        device_bytes: Budget of device memory; needs ``device``.
+        host_bytes: Budget of host memory.
+        folder: Folder of mapped files.
+        file_bytes: Budget of mapped files; needs ``folder``.
+
+    Raises:
+        InputError: For a budget below 0, and one without its device or folder.
     """
 
     device: torch.device | None = None

@@ -35,18 +35,21 @@ class Saver:
     there. Training reads the pool in memory and is never touched.
 
     Args:
-        pool: its samples go into shards, except for those that the folder has already.
-        images: of a pool of pixels "npy" (raw, opened fastest), "png", or "jpeg", whose files
+        pool: Pool whose samples go into shards, except for those that the folder has already.
+        folder: Folder of the shards.
+        images: Of a pool of pixels "npy" (raw, opened fastest), "png", or "jpeg", whose files
             ``encoded`` makes; latents are .npy and JPEG .jpg.
-        classes: names of the labels, kept in the manifest.
-        shard_samples: samples of a shard at most.
-        truncate: drop the shards that hold more than the pool does, where a run goes back to an
-            earlier state.
-        reserve: bytes of the disk that are left to others: no shard is begun that would take from
+        classes: Names of the labels, kept in the manifest.
+        shard_samples: Most samples of a shard.
+        truncate: True drops the shards that hold more than the pool does, where a run goes back to
+            an earlier state.
+        reserve: Bytes of the disk that are left to others: no shard is begun that would take from
             them.
 
-    Raises ``OwnedError`` when another process saves into the folder, ``OSError`` for what the file
-    system refuses, and ``InputError`` when the folder holds another pool's samples.
+    Raises:
+        InputError: Where the folder holds another pool's samples.
+        OSError: For what the file system refuses.
+        OwnedError: Where another process saves into the folder.
     """
 
     def __init__(

@@ -29,15 +29,20 @@ Boxes = Tensor | Callable[[Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class PoolSnapshot:
-    """The first ``size`` samples of a pool. It stays valid whatever the pool does next, and needs
-    no lock.
+    """The first ``size`` samples of a pool.
+
+    It stays valid whatever the pool does next, and needs no lock.
 
     Attributes:
-        codec, shape, decode: as of ``SamplePool``.
-        chunks, origins: where payloads and records lie.
-        tiers: of the chunks.
-        ready: the last append on a device, which a reader's stream waits for.
-        coloured: whether one of the pool's JPEG files has colours. Its images then have three
+        codec: As in ``SamplePool``.
+        decode: As in ``SamplePool``.
+        chunks: Places of the payloads.
+        origins: Places of the records.
+        size: Number of samples.
+        shape: As in ``SamplePool``.
+        tiers: Tier of each chunk.
+        ready: Last append on a device, which a reader's stream waits for.
+        coloured: True if one of the pool's JPEG files has colours. Its images then have three
             channels, equal ones where a file is grey; one channel otherwise.
         alike: (height, width) of all of the pool's JPEG files, where every decoder shows them so;
             None: each has to be looked at.
@@ -97,12 +102,20 @@ class PoolSnapshot:
         out: Tensor | None = None,
         threads: int | None = None,
     ) -> Payload:
-        """Returns copies of what is stored at ``indices`` (B,): (B, *shape) of the codec's dtype,
-        or B JPEG files.
+        """Returns copies of what is stored at some indices.
 
-        out: (B, bytes of a sample) uint8 on ``device``, where the copies shall lie; not for JPEG.
-        threads: that copy on a CPU at most, all of torch's by default. Raises ``IndexError`` for an
-        index outside the pool.
+        Args:
+            indices: (B,) int64.
+            device: Device of the copies.
+            out: (B, bytes of a sample) uint8 on ``device``, where the copies shall lie; not for
+                JPEG.
+            threads: Most threads of that copy on a CPU, all of torch's by default.
+
+        Returns:
+            (B, *shape) of the codec's dtype, or B JPEG files.
+
+        Raises:
+            IndexError: For an index outside the pool.
         """
         indices = indices.to(CPU, torch.int64)
         self._wait(device)
@@ -128,11 +141,18 @@ class PoolSnapshot:
         return files
 
     def images(self, indices: Tensor, *, device: torch.device = CPU) -> Tensor:
-        """Returns uint8 (B, C, H, W) copies of the samples at ``indices`` (B,), decoded where the
-        pool holds no pixels.
+        """Returns copies of samples as images, decoded where the pool holds no pixels.
 
-        Raises ``InputError`` for JPEG images of several sizes, for a file that cannot be decoded,
-        for latents without a ``decode``, and for those that it makes no finite image of.
+        Args:
+            indices: (B,) int64.
+            device: Device of the images.
+
+        Returns:
+            (B, C, H, W) uint8.
+
+        Raises:
+            InputError: For JPEG images of several sizes, a file that cannot be decoded, latents
+                without a ``decode``, and those that it makes no finite image of.
         """
         payload = self.payload(indices, device=device)
         if self.codec == "latents":

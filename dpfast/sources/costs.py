@@ -43,11 +43,15 @@ UNCOUNTED = Price(0.0, 0.0)  # of a sample whose making nobody can count: its se
 
 @dataclass
 class Cost:
-    """The work that a source has spent. samples: made, kept or not; forwards, flops: counted;
-    seconds: measured.
+    """The work that a source has spent.
 
-    skipped: guided steps of single samples that went unguided, their gradient not finite; retries:
-    batches that ran out of memory and were made anew in smaller ones.
+    Attributes:
+        samples: Samples made, kept or not.
+        forwards: Forwards of the denoiser, counted.
+        flops: FLOPs of everything, counted.
+        seconds: Seconds, measured.
+        skipped: Guided steps of single samples that went unguided, their gradient not finite.
+        retries: Batches that ran out of memory and were made anew in smaller ones.
     """
 
     samples: int = 0
