@@ -5,6 +5,8 @@ python examples/callback.py
 
 from __future__ import annotations
 
+from torch import nn
+
 import dpfast
 
 
@@ -31,16 +33,18 @@ def main() -> list[tuple[int, float]]:
         maximum_samples=60,
         iterations=20,
         evaluate_every=5,
-        evaluate_unit="steps",
-        patience=1,
-        patience_growth="fixed",
+        add_at=[10],  # a round after ten steps; without it patience decides
         yardstick_samples=20,
         learner={"batch_size": 16},
     )
+    learner = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10))
     curve = Curve()
-    dpfast.DeliberatePractice(recipe, sources=["dp"], callbacks=[curve]).run(progress=False)
+    options = {"learner": learner, "sources": ["dp"], "callbacks": [curve]}
+    dpfast.DeliberatePractice(recipe, **options).run(progress=False)
+    for step, accuracy in curve.points:
+        print(f"step {step}: {accuracy:.1%}")
     return curve.points
 
 
 if __name__ == "__main__":
-    print(main())
+    main()

@@ -35,7 +35,6 @@ def main(folder: str | None = None, *, resume: bool = False) -> list[dpfast.Resu
         maximum_samples=60,
         iterations=40,
         evaluate_every=5,
-        evaluate_unit="steps",
         patience=1,
         patience_growth="fixed",
         yardstick_samples=20,
@@ -49,9 +48,11 @@ def main(folder: str | None = None, *, resume: bool = False) -> list[dpfast.Resu
         learner=Learner(),
         real=(images[:400], labels[:400]),  # every second image of a class is held out
     )
-    return practice.run(folder, resume=resume, progress=False)
+    results = practice.run(folder, resume=resume, progress=False)
+    for result in results:
+        print(f"{result.source}: {len(result.pool)} samples, accuracy {result.test.top1:.1%}")
+    return results
 
 
 if __name__ == "__main__":
-    for result in main(*sys.argv[1:2]):
-        print(f"{result.source}: {len(result.pool)} samples, accuracy {result.test.top1:.2%}")
+    main(*sys.argv[1:2])

@@ -5,7 +5,7 @@ python examples/own_criterion.py
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import dpfast
 
@@ -25,16 +25,17 @@ def main() -> dpfast.Result:
         maximum_samples=60,
         iterations=20,
         evaluate_every=5,
-        evaluate_unit="steps",
-        patience=1,
-        patience_growth="fixed",
+        add_at=[10],  # a round after ten steps; without it patience decides
         yardstick_samples=20,
         learner={"batch_size": 16},
     )
-    practice = dpfast.DeliberatePractice(recipe, sources=["dp"], criterion=gini)
-    (result,) = practice.run(progress=False)
+    learner = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10))
+    options = {"learner": learner, "sources": ["dp"], "criterion": gini}
+    (result,) = dpfast.DeliberatePractice(recipe, **options).run(progress=False)
+    guided = result.pool.column("entropy", start=40)  # those before had no learner to guide them
+    print(f"{len(guided)} guided samples, {guided.mean():.2f} nats of entropy on average")
     return result
 
 
 if __name__ == "__main__":
-    print(main().pool.column("entropy"))  # NaN for those before there was a learner
+    main()

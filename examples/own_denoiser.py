@@ -5,8 +5,6 @@
 D(y, s) finds x0 in y = x0 + s n; a denoiser is given x = alpha y, and s = sigma / alpha.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,4 +54,5 @@ def pipeline_of(network: Network, names: tuple[str, ...], side: int) -> dpfast.P
 
 if __name__ == "__main__":  # a network that has learned nothing
     made = pipeline_of(lambda y, noise, labels: y, ("cat", "dog"), 16)
-    print(dpfast.GuidedSampler(made, steps=8, cfg_scale=2.0).generate([0, 1]).images.shape)
+    images = dpfast.GuidedSampler(made, steps=8, cfg_scale=2.0).generate([0, 1]).images
+    print(f"images {tuple(images.shape)}, {images.dtype}")

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import nn
+
 import dpfast
 
 
 class Mistaken(dpfast.Source):
     """Rounds of 20: of twice as many unguided samples the half with the likeliest other class."""
+
+    moments = (10, 15)  # rounds come after these steps; without it patience decides
 
     def begin(self, loop: dpfast.LoopView) -> None:
         self.loop = loop
@@ -38,20 +42,18 @@ def main() -> list[dpfast.Result]:
         "fashion",
         steps=4,
         initial_samples=40,
-        round_samples=20,
         maximum_samples=60,
         iterations=20,
         evaluate_every=5,
-        evaluate_unit="steps",
-        patience=1,
-        patience_growth="fixed",
-        yardstick_samples=20,
-        learner={"batch_size": 16},
     )
     sources = ["static", Mistaken(initial_samples=40)]
-    return dpfast.DeliberatePractice(recipe, sources=sources).run(progress=False)
+    learner = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10))
+    practice = dpfast.DeliberatePractice(recipe, learner=learner, sources=sources)
+    results = practice.run(progress=False)
+    for result in results:
+        print(f"{result.source}: {len(result.pool)} samples, {result.cost.samples} made")
+    return results
 
 
 if __name__ == "__main__":
-    for result in main():
-        print(f"{result.source}: {len(result.pool)} samples, {result.cost.samples} made")
+    main()

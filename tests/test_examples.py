@@ -2,17 +2,24 @@
 
 import importlib.util
 import json
+import re
+import runpy
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import dpfast
 from tests import tiny_pipelines
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+# file -> a line that it prints
+ROWS = dict(re.findall(r"^\| \[\S+\]\((\S+)\) \|.*\| `([^`]+)` \|$", README, re.MULTILINE))
 
 
 def example(name):
@@ -29,27 +36,96 @@ def test_an_example_is_under_60_lines(path):
     assert len(path.read_text().splitlines()) < 60
 
 
-def test_samples_that_a_training_loop_of_one_s_own_appends_are_in_its_next_batch(capsys):
-    shares = example("own_pool_loop").main()
+def test_the_table_has_a_row_for_each_example():
+    assert sorted(ROWS) == [path.name for path in EXAMPLES]
+    others = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.[is]*") if path.is_file()}
+    assert others == {"deliberate_practice.ipynb", "slurm/dpfast.sbatch"}
+    assert all(f"({name})" in README for name in others)
+
+
+def words(text):
+    """A text without its numbers."""
+    return re.sub(r"\d+(\.\d+)?", "N", text)
+
+
+@pytest.fixture
+def prints(capsys):
+    """Says whether an example has printed the line of its row in the table, whatever its numbers,
+    and returns what it printed.
+    """
+
+    def of(name):
+        printed = capsys.readouterr().out
+        assert words(ROWS[f"{name}.py"]) in map(words, printed.splitlines())
+        return printed
+
+    return of
+
+
+def test_guided_samples_of_a_grid_are_harder_than_unguided_ones(tmp_path, prints):
+    (unguided, read), *guided = example("guided_grid").main(str(tmp_path / "grid.png"), 10)
+    assert read == 1
+    *free, anchored = (entropy for entropy, _ in guided)
+    assert min(free) > 2 * unguided
+    assert unguided < anchored < free[-1]  # of the same omega
+    assert prints("guided_grid").count("nats") == 5
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.width > 10 * 32
+        assert picture.height > 5 * 32
+
+
+def test_a_classifier_of_one_s_own_finds_guided_samples_harder(prints):
+    found = example("own_classifier").main(steps=100, samples=20)
+    assert found["real images"][1] > 0.7
+    assert found["guided samples"][0] > 1.5 * found["unguided samples"][0]
+    prints("own_classifier")
+
+
+def test_a_diffusers_pipeline_is_guided_by_a_callback(stable_diffusion_folder, prints):
+    unguided, guided = example("diffusers_pipeline").main(str(stable_diffusion_folder), steps=6)
+    assert guided > unguided
+    assert "0 steps were left unguided" in prints("diffusers_pipeline")
+
+
+def test_a_folder_of_images_of_one_s_own_makes_a_generator_and_a_run(tmp_path, prints):
+    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    images = tmp_path / "images"
+    block = block.replace('"clothes"', repr(str(images))).replace("2500", "100")
+    exec(compile(block, "README.md", "exec"), {})
+    sizes = {"initial_samples": 10, "round_samples": 5, "maximum_samples": 15, "iterations": 20}
+    sizes |= {"steps": 2, "evaluate_every": 1, "yardstick_samples": 5}
+    results = example("own_images").main(str(images), str(tmp_path / "out"), 3, **sizes)
+    prints("own_images")
+    assert [len(result.pool) for result in results] == [15, 15]
+    assert results[0].pool.shape == (3, 16, 16)
+    made = dpfast.Pipeline.from_pretrained(tmp_path / "out/model")
+    assert made.class_names == ("Ankle boot", "Bag", "Coat", "Sneaker", "Trouser")
+    assert (tmp_path / "out/run/metrics.jsonl").is_file()
+
+
+def test_samples_that_a_training_loop_of_one_s_own_appends_are_in_its_next_batch(prints):
+    shares = example("pool_and_loader").main()
     # each addition has 256 samples beside 256 more of every one before it, drawn twice as often
     for before, share in enumerate(shares, 1):
         assert share == pytest.approx(2 / (2 + before), abs=0.02)
-    assert "1536 samples" in capsys.readouterr().out
+    assert "1536 samples" in prints("pool_and_loader")
 
 
-def test_a_loader_of_one_s_own_hides_a_square_of_every_image_and_feeds_a_run():
+def test_a_loader_of_one_s_own_hides_a_square_of_every_image_and_feeds_a_run(prints):
     erasing = example("own_loader")
     pool = dpfast.SamplePool()
     pool.append_images(torch.full((8, 1, 16, 16), 255, dtype=torch.uint8), torch.arange(8))
     images, _ = next(dpfast.make_loader(erasing.ErasingLoader, pool, batch_size=4, seed=0))
     assert (images == 0).sum((1, 2, 3)).tolist() == [erasing.SIDE**2] * 4
     result = erasing.main()
+    prints("own_loader")
     assert (len(result.pool), result.iterations) == (32, 10)
 
 
-def test_the_loop_runs_on_a_pipeline_a_learner_and_images_of_one_s_own(tmp_path):
+def test_the_loop_runs_on_a_pipeline_a_learner_and_images_of_one_s_own(tmp_path, prints):
     embed = example("embed_loop")
     dp, static = embed.main(str(tmp_path / "run"))
+    prints("embed_loop")
     assert [len(result.pool) for result in (dp, static)] == [60, 60]
     assert [int(result.validation.per_class.isnan().sum()) for result in (dp, static)] == [0, 0]
     assert type(dp.learner).__name__ == type(static.learner).__name__ == "Learner"
@@ -63,29 +139,32 @@ def test_the_loop_runs_on_a_pipeline_a_learner_and_images_of_one_s_own(tmp_path)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == written
 
 
-def test_a_criterion_of_one_s_own_guides():
+def test_a_criterion_of_one_s_own_guides(prints):
     result = example("own_criterion").main()
+    prints("own_criterion")
     assert bool(torch.isfinite(result.pool.column("entropy")[40:]).all())
     gini = example("own_criterion").gini
     torch.testing.assert_close(gini(torch.zeros(2, 4), torch.zeros(2)), torch.full((2,), 0.75))
 
 
-def test_a_source_of_one_s_own_runs_beside_others():
+def test_a_source_of_one_s_own_runs_beside_others(prints):
     static, mistaken = example("own_source").main()
+    prints("own_source")
     assert (static.source, mistaken.source) == ("static", "mistaken")
     assert len(mistaken.pool) == 40 + 20 * mistaken.additions > 40
     assert mistaken.cost.samples == 40 + 2 * 20 * mistaken.additions
     assert len(mistaken.pool.column("sample_id").unique()) == len(mistaken.pool)
 
 
-def test_a_callback_hears_every_evaluation(capsys):
+def test_a_callback_hears_every_evaluation(prints):
     points = example("callback").main()
     assert [step for step, _ in points] == [5, 10, 15, 20]
-    assert "dp has 60 samples" in capsys.readouterr().out
+    assert "dp has 60 samples at step 10" in prints("callback")
 
 
-def test_a_generator_that_is_no_pipeline_runs_the_loop(caplog):
+def test_a_generator_that_is_no_pipeline_runs_the_loop(prints):
     dp, static = example("own_pipeline").main()
+    prints("own_pipeline")
     assert len(dp.pool) == len(static.pool) == 60
     assert dp.additions == 1
     assert (dp.cost.forwards, dp.cost.flops) == (0, 0)
@@ -102,6 +181,11 @@ class Network(nn.Module):
     def forward(self, y, noise, labels):
         condition = self.classes(labels) * noise[:, None].cos()
         return self.body(y + condition[:, :, None, None]).tanh()
+
+
+def test_a_network_of_one_s_own_is_sampled(prints):
+    runpy.run_path(str(FOLDER / "own_denoiser.py"), run_name="__main__")
+    prints("own_denoiser")
 
 
 def test_a_network_of_one_s_own_is_sampled_and_guided_as_its_paper_says():

@@ -1,6 +1,6 @@
 """Train on a pool that grows, in a training loop of your own: without a recipe and a sampler.
 
-    python examples/own_pool_loop.py
+    python examples/pool_and_loader.py
 
 The samples are tensors of any origin; here they are noisy bars, a new class with every addition.
 """
