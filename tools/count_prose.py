@@ -51,7 +51,8 @@ def count(text: str) -> Count:
         text = pattern.sub("", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"`[^`]+`", "code", text)
-    paragraphs = re.split(r"\n\s*\n|^\s*(?:[-*]|\d+\.)\s+", text, flags=re.MULTILINE)
+    text = re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "\n", text, flags=re.MULTILINE)  # items of lists
+    paragraphs = re.split(r"\n\s*\n", text)
     sentences = [
         len(words)
         for paragraph in paragraphs
