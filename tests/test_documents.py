@@ -2,6 +2,7 @@
 
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,11 @@ def test_documents_and_docstrings_name_what_exists(pattern, known):
     }
     assert len(named) > 20
     assert [use for use in sorted(named) if not known(use[1])] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/guides").glob("*.md")), ids=lambda p: p.stem)
+def test_a_guide_has_short_sentences_and_few_numbers(page):
+    found = runpy.run_path(str(ROOT / "tools/count_prose.py"))["count"](page.read_text())
+    assert found.words_a_sentence <= 17
+    assert max(found.sentences) <= 40
+    assert found.numbers_per_100_words <= 4.5
