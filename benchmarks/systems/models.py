@@ -1,11 +1,12 @@
 """Guided sampling at the sizes that people use, measured: `dpfast bench models`, on a GPU.
 
-DiT-XL/2 at 256 px and Stable Diffusion 1.5 at 512 px in bf16, guided by ViT-B/16 at 224 px in every
-fifth of 20 DDIM steps through the tiny decoder. Weights are random, which changes neither FLOPs nor
-bytes. All rows make the same number of samples from labels to uint8 images on the device, and (a)
-to files; their rivals are those of `benchmarks.systems.naive`, and (b2), which is (b) with cuDNN's
-search, the tiny decoder in NHWC, and UNet and full decoder in the layout that is faster. "unfused"
-are diffusers' own modules; records of before say nothing in its place.
+DiT-XL/2 at 256 px and Stable Diffusion 1.5 at 512 px, and with --models 2.1 at 768 px and XL at
+1024 px, in bf16, guided by ViT-B/16 at 224 px in every fifth of 20 DDIM steps through the tiny
+decoder. Weights are random, which changes neither FLOPs nor bytes. All rows make the same number of
+samples from labels to uint8 images on the device, and (a) to files; their rivals are those of
+`benchmarks.systems.naive`, and (b2), which is (b) with cuDNN's search, the tiny decoder in NHWC,
+and UNet and full decoder in the layout that is faster. "unfused" are diffusers' own modules;
+records of before say nothing in its place.
 
 With --tiny the same rows run at sizes that a CPU computes in seconds, to try the code out.
 """
@@ -45,6 +46,7 @@ from benchmarks.systems.naive import Batched, Models, Predecessor
 from dpfast.cli.parser import at_least
 from dpfast.errors import InputError
 from dpfast.generate.guidance import GuidanceConfig
+from dpfast.generate.models.decoder import decoder_dtype
 from dpfast.generate.models.fused import quantise
 from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
@@ -55,8 +57,10 @@ from dpfast.planning.architectures import (
     ARCHITECTURES,
     META,
     PIXELS,
-    VAE,
+    Published,
+    default_dtype,
     frozen,
+    over_betas,
     published,
 )
 from dpfast.planning.methods import Method, PartFlops, parts_of
@@ -88,12 +92,17 @@ class Setting:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
+    def about(self) -> Published:
+        return ARCHITECTURES[self.name]
+
+    @property
     def is_dit(self) -> bool:
         return self.name == "dit-xl-2"
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of the "denoiser", "vae" or "tiny"."""
-        before = {"denoiser": ARCHITECTURES[self.name].config, "vae": VAE, "tiny": {}}
+        about = self.about
+        before = {"denoiser": about.config, "vae": about.vae, "tiny": about.tiny or {}}
         return before[part] | self.changes.get(part, {})
 
     def pipeline(self, device: torch.device, dtype: torch.dtype, *, fused: bool) -> Pipeline:
@@ -140,10 +149,21 @@ _TINY: dict[str, Any] = {
     },
 }
 SETTINGS = {
-    "dit-xl-2": Setting(name="dit-xl-2", batch=32, pixels=PIXELS["dit-xl-2"]),
-    "stable-diffusion-1.5": Setting(
-        name="stable-diffusion-1.5", batch=16, pixels=PIXELS["stable-diffusion-1.5"]
-    ),
+    name: Setting(name=name, batch=batch, pixels=PIXELS[name])
+    for name, batch in (
+        ("dit-xl-2", 32),
+        ("stable-diffusion-1.5", 16),
+        ("stable-diffusion-2.1", 8),
+        ("stable-diffusion-xl", 4),
+    )
+}
+USUAL = ("dit-xl-2", "stable-diffusion-1.5")  # those of the records
+_NARROW_UNET: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
 }
 TINY = {
     "dit-xl-2": Setting(
@@ -162,13 +182,28 @@ TINY = {
     "stable-diffusion-1.5": Setting(
         name="stable-diffusion-1.5",
         changes={
+            "denoiser": {**_NARROW_UNET, "attention_head_dim": 2},
+            **_NARROW,
+        },
+        **_TINY,
+    ),
+    "stable-diffusion-2.1": Setting(
+        name="stable-diffusion-2.1",
+        changes={
+            "denoiser": {**_NARROW_UNET, "attention_head_dim": (2, 4)},
+            **_NARROW,
+        },
+        **_TINY,
+    ),
+    "stable-diffusion-xl": Setting(
+        name="stable-diffusion-xl",
+        changes={
             "denoiser": {
-                "block_out_channels": (32, 64),
-                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-                "layers_per_block": 1,
-                "cross_attention_dim": 16,
-                "attention_head_dim": 2,
+                **_NARROW_UNET,
+                "attention_head_dim": (2, 4),
+                "transformer_layers_per_block": (1, 2),
+                "addition_time_embed_dim": 4,
+                "projection_class_embeddings_input_dim": 40,
             },
             **_NARROW,
         },
@@ -208,11 +243,13 @@ class Large(Models):
     classes: int = 1000
     prompts: Tensor | None = None
     dtype: torch.dtype = DTYPE
+    added: Tensor | None = None  # what a prompt of XL adds to the embedding of the time
 
     @classmethod
     def build(cls, setting: Setting, learner: nn.Module, dtype: torch.dtype = DTYPE) -> Large:
         """On the device of the context, with weights that are drawn in its dtype and then cast."""
-        side, config = setting.pixels // 8, setting.config("denoiser")
+        about, drawn = setting.about, torch.get_default_dtype()
+        side, config = setting.pixels // about.scale, setting.config("denoiser")
         if setting.is_dit:
             network, prompts = diffusers.DiTTransformer2DModel(sample_size=side, **config), None
         else:
@@ -220,24 +257,33 @@ class Large(Models):
                 memory_format=torch.channels_last
             )
             prompts = torch.randn(setting.classes + 1, 77, config["cross_attention_dim"]).to(dtype)
-        vae = diffusers.AutoencoderKL(**setting.config("vae"))
+        of_vae = setting.config("vae")
+        with default_dtype(decoder_dtype(of_vae, drawn)):
+            vae = diffusers.AutoencoderKL(**of_vae)
         tiny = diffusers.AutoencoderTiny(**setting.config("tiny"))
-        scheduler = diffusers.DDIMScheduler(
-            clip_sample=False, set_alpha_to_one=False, **ARCHITECTURES[setting.name].betas
-        )
+        added = None
+        if config.get("addition_embed_type") is not None:
+            added = torch.randn(setting.classes + 1, network.time_embedding.linear_2.out_features)
+            added = added.to(dtype)
+            network.get_aug_embed = lambda *, added_cond_kwargs, **_: added_cond_kwargs["rows"]
         networks = [frozen(each) for each in (network, vae, tiny)]
-        if dtype != torch.get_default_dtype():
+        if dtype != drawn:
             networks = [each.to(dtype) for each in networks]
         resized = Resized(learner, setting.side)
-        return cls(*networks, scheduler, resized, setting.classes, prompts, dtype)
+        scheduler = over_betas(about)
+        return cls(*networks, scheduler, resized, setting.classes, prompts, dtype, added)
 
     def predict(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         steps = t.to(x.device).expand(len(x))
         if self.prompts is None:
             out = self.transformer(x.to(self.dtype), timestep=steps, class_labels=labels).sample
         else:
+            rows = None if self.added is None else {"rows": self.added[labels]}
             out = self.transformer(
-                x.to(self.dtype), steps, encoder_hidden_states=self.prompts[labels]
+                x.to(self.dtype),
+                steps,
+                encoder_hidden_states=self.prompts[labels],
+                added_cond_kwargs=rows,
             ).sample
         return out[:, : x.shape[1]].float()
 
@@ -246,7 +292,7 @@ class Large(Models):
 
     def decode(self, latents: Tensor) -> Tensor:
         scaled = latents / self.vae.config.scaling_factor
-        return self.vae.decode(scaled.to(self.dtype)).sample.float()
+        return self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
 
     def decode_tiny(self, latents: Tensor) -> Tensor:
         return self.tiny.decode(latents.to(self.dtype)).sample.float()
@@ -555,7 +601,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         help=f"timed batches of each, {LEAST_ROUNDS} or more of (a) (default 3)",
     )
     parser.add_argument(
-        "--batch-size", type=at_least(1), help="samples at once (default 32 and 16)"
+        "--batch-size", type=at_least(1), help="samples at once (default 32, 16, 8 and 4)"
     )
     add_record(parser, "models")
     return parser.parse_args(arguments)
@@ -564,7 +610,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """``--models``, ``--device`` and ``--tiny``, which `settings` reads."""
     parser.add_argument(
-        "--models", default="|".join(SETTINGS), help=f"of {', '.join(SETTINGS)}, | between several"
+        "--models",
+        default="|".join(USUAL),
+        help=f"of {', '.join(SETTINGS)}, | between several (default: {' and '.join(USUAL)})",
     )
     add_device(parser)
     parser.add_argument(

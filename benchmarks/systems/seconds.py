@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import RESULTS
 from benchmarks.harness.arguments import new_parser
-from benchmarks.systems.models import DTYPE, EVERY, SETTINGS, Bench, Resized, Setting
+from benchmarks.systems.models import DTYPE, EVERY, SETTINGS, USUAL, Bench, Resized, Setting
 from benchmarks.systems.traffic import with_gradient, without_tape
 from dpfast.generate.models.fused import quantise
 from dpfast.generate.resizing import by_products
@@ -267,7 +267,8 @@ def check(counted: dict[tuple[str, str], Batch]) -> str:
         "| seconds of a batch | guided | derived | | unguided | derived | |",
         "|---" * 7 + "|",
     ]
-    for name, setting in SETTINGS.items():
+    for name in USUAL:
+        setting = SETTINGS[name]
         for form, measured in timed(name).items():
             derived: dict[str, float] = {}
             if form == "compiled blocks":  # whose guided steps ran each block twice when timed
@@ -345,7 +346,8 @@ def batch_flops(setting: Setting) -> float:
 def counted_batches() -> dict[tuple[str, str], Batch]:
     """Of each setting, by its name and its form."""
     found = {}
-    for name, setting in SETTINGS.items():
+    for name in USUAL:
+        setting = SETTINGS[name]
         for form in ("(b)", "plain", "fused", *(["float8"] if setting.is_dit else [])):
             found[name, form] = batch(setting, form)
     return found

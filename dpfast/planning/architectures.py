@@ -198,7 +198,8 @@ PIXELS = {name: about.pixels for name, about in ARCHITECTURES.items()}
 
 
 @contextlib.contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Makes ``dtype`` that of new floating-point tensors."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -238,13 +239,13 @@ def published(
         )
     about = ARCHITECTURES[name]
     side = (pixels or about.pixels) // about.scale
-    scheduler = about.flow or _over_betas(about)
+    scheduler = about.flow or over_betas(about)
     layout: Any = {"memory_format": torch.channels_last} if fused else {}
     changed: dict[str, dict[str, Any]] = {"denoiser": {}, "vae": {}, "tiny": {}} | dict(
         changes or {}
     )
     config, of_vae = about.config | changed["denoiser"], about.vae | changed["vae"]
-    with device, _default(dtype):
+    with device, default_dtype(dtype):
         # Weights are drawn before anything is made of them: a seed gives the same in every form.
         network = frozen(
             about.kind(**config, **({} if about.kind is FLUX else {"sample_size": side}))
@@ -256,7 +257,7 @@ def published(
         if width:
             prompts = torch.randn(classes + 1, about.tokens, width)
         of_dc = about.scale == 32
-        with _default(decoder_dtype(of_vae, dtype)):
+        with default_dtype(decoder_dtype(of_vae, dtype)):
             kind: Any = diffusers.AutoencoderDC if of_dc else diffusers.AutoencoderKL
             vae = kind(**of_vae).to(**layout)
         small = None
@@ -304,7 +305,8 @@ def published(
     return Pipeline(Path(name), denoiser, decoder, tiny, scheduler, names, 3, placed)
 
 
-def _over_betas(about: Published) -> Any:
+def over_betas(about: Published) -> Any:
+    """Returns the scheduler of a published generator that does not match a flow."""
     kinds = {kind: named for named, kind in PREDICTIONS.items()}
     return diffusers.DDIMScheduler(
         clip_sample=False,

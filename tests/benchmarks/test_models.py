@@ -182,7 +182,13 @@ def test_rows_that_search_and_rows_that_do_not_share_no_plan_of_a_convolution():
     assert torch.backends.cudnn.allow_tf32 == before
 
 
-@pytest.mark.parametrize("name", models.TINY)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in models.USUAL else pytest.param(name, marks=pytest.mark.long)
+        for name in models.TINY
+    ],
+)
 def test_every_form_makes_the_images_of_plain_code_up_to_bf16(name):
     """They have the same weights, labels and noise."""
     rival, *ours = images.compare(models.TINY[name], CPU, 3, "")
