@@ -48,8 +48,9 @@ words of a message into the search, without the values: in the table, names in c
 stand for what differs. An empty cell means that the message itself says what would be right.
 Common troubles, with what to do, are in [troubleshoot](../guides/troubleshoot.md).
 
-An `InputError` is what a caller got wrong; it is a `ValueError`, and on the command line it is one
-line and exit code 2. A message that begins with `rank 3: ` comes from that rank.
+A message without a word in brackets is an `InputError`: what a caller got wrong. It is a
+`ValueError`, and on the command line it is one line and exit code 2. A message that begins with
+`rank 3: ` comes from that rank.
 
 """
 
@@ -242,9 +243,10 @@ def page() -> str:
         rooms.setdefault(room, {}).setdefault(each.form, each)
     text = PAGE
     for room, found in rooms.items():
-        text += f"## {room}\n\n{told['rooms'][room]}\n\n| message | kind | cause |\n|---|---|---|\n"
+        text += f"## {room}\n\n{told['rooms'][room]}\n\n| message | cause |\n|---|---|\n"
         for form, each in found.items():
             code = form.replace("|", "\\|").replace("`", "'")
-            text += f"| `{code}` | {each.kind} | {cause(form, told['causes'])} |\n"
+            kind = "" if each.kind in ("InputError", "RecipeError") else f" ({each.kind})"
+            text += f"| `{code}`{kind} | {cause(form, told['causes'])} |\n"
         text += "\n"
     return text.rstrip() + "\n"
