@@ -74,7 +74,7 @@ def there(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Returns True if there is such a folder, links followed; errors of ``there``."""
+    """Returns True if there is such a folder, links followed. Raises what ``there`` raises."""
     return there(path) and path.is_dir()
 
 
@@ -111,8 +111,8 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
 
 def numbered(folder: Path, form: str) -> dict[int, Path]:
     """Returns the entries of a folder by their numbers, rising, whose names are ``form`` of a
-    number, as "step-{:09d}"; other names, of copies for instance, are passed over. Errors of
-    ``listed``.
+    number, as "step-{:09d}"; other names, of copies for instance, are passed over. Raises what
+    ``listed`` raises.
     """
     before, after = re.split(r"\{.*\}", form)
     found = {}

@@ -26,7 +26,7 @@ _EPSILON = ((1.0, 1.0, 0.0, 1.0, 0.0, 0.0),)
 
 def decoder_of(decoder: Any) -> Decoder:
     """Returns a decoder from an autoencoder of diffusers, a function of latents, or None for
-    pixels. Else ``TypeError``.
+    pixels. Raises ``TypeError`` for anything else.
     """
     if decoder is None:
         return IdentityDecoder()

@@ -242,7 +242,7 @@ def decoder_of_run(run: Path, device: torch.device | str) -> Callable[[Tensor], 
     ``device``.
 
     It takes (B, c, h, w) to images (B, C, H, W) in [-1, 1]. Its pipeline is loaded with the first
-    latents. None where the folder is no run's.
+    latents. It is None where the folder is no run's.
     """
     if not there(run / RECIPE_FILE):
         return None

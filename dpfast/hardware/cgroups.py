@@ -30,9 +30,9 @@ def groups(controller: str, root: Path = ROOT) -> Iterator[tuple[int, Path]]:
     """Yields (version, folder) of this process's group and all around it that can be seen, the
     inner ones first.
 
-    A limit may stand at any of them. Of version 1 those of ``controller`` ("memory", "cpu"), which
-    has a tree of its own; both versions may be there. Within a container the files begin at its own
-    group, whatever that is called outside. root: where "/proc" and "/sys" are.
+    A limit may stand at any of them. Of version 1 they are those of ``controller`` ("memory",
+    "cpu"), which has a tree of its own; both versions may be there. Within a container the files
+    begin at its own group, whatever that is called outside. root: where "/proc" and "/sys" are.
     """
     own: dict[str, str] = {}
     for line in lines(root / "proc/self/cgroup"):

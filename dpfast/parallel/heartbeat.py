@@ -160,7 +160,8 @@ class Presence:
     """A thread that says that this process is there, and ends it when another one has not been for
     too long.
 
-    For GPUs, where the main thread may wait for a lost rank in CUDA. Half of ``AHEAD`` after the
+    It is for GPUs, where the main thread may wait for a lost rank in CUDA. Half of ``AHEAD`` after
+    the
     timeout: whoever can raise has done so, and NCCL's watchdog has not spoken yet. leave: what ends
     the process, after the words.
     """

@@ -7,7 +7,7 @@
                               (``dpfast.parallel.groups``)
     recorder.overlaps("learn", "feed")
 
-For tests and rehearsals; a run has none. What ``SyncBatchNorm`` sends on a GPU is not seen.
+It serves tests and rehearsals; a run has none. What ``SyncBatchNorm`` sends on a GPU is not seen.
 """
 
 from __future__ import annotations

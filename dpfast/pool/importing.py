@@ -80,7 +80,7 @@ def _pool_of(
 
 def saved_pool(folder: Path) -> Path | None:
     """Returns the saved pool that a folder is, or that the folder of a run holds: of the source
-    "dp", else of the first source that has one. None where nothing is saved.
+    "dp", else of the first source that has one. It is None where nothing is saved.
     """
     named = [folder / f"pool_{name}" for name in SOURCES]
     own = [path for path in listed(folder, "pool_*") if path not in named]

@@ -62,7 +62,7 @@ def choose(folder: Path) -> Choice | None:
     new ones of their round took their places. No shard is read as a whole, so none is checked
     against its checksum: one whose size or columns are wrong is passed over, and stays where it is.
 
-    None where nothing is saved. Raises ``DamagedPoolError`` and ``UnreadableError`` as
+    Returns None where nothing is saved. Raises ``DamagedPoolError`` and ``UnreadableError`` as
     ``Manifest.read`` does.
     """
     folders = saved_folders(folder)

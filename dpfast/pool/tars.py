@@ -132,8 +132,8 @@ def _next_byte(data: np.ndarray, start: int) -> int:
 
 def is_hidden(path: PurePath) -> bool:
     """Returns True if a relative path is that of a hidden file, or in a hidden folder: what a Mac
-    adds (.DS_Store, ._0.png, __MACOSX) and what tools keep for themselves is no data. As
-    ``datasets`` has it, so are all folders that begin with "__".
+    adds (.DS_Store, ._0.png, __MACOSX) and what tools keep for themselves is no data. So are, as
+    ``datasets`` has it, all folders that begin with "__".
     """
     return any(map(is_no_data, path.parts)) or any(
         part.startswith("__") for part in path.parts[:-1]

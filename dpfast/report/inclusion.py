@@ -47,7 +47,8 @@ def errors_around(
     """Returns the errors of a run's learners, at the ends of its rounds and of the run, on the
     samples of every round.
 
-    The learners run on ``device``. None without the checkpoints of every round (``keep_rounds``).
+    The learners run on ``device``. Returns None without the checkpoints of every round
+    (``keep_rounds``).
     Source: Fig. 6 of arXiv 2502.15588.
     """
     saved = run.path / f"checkpoints_{source}"

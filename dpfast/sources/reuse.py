@@ -43,10 +43,10 @@ SOURCES = {"static": True, "prune": True, "dynamic": True, "dp": False, "mix": F
 class ReusedSamples:
     """The unguided samples of a run's saved pools, by id.
 
-    Of the pools of ``SOURCES``, and of pixels that are kept exactly: latents and JPEG give back
-    other images than were made. A sample counts where its seed, its steps and its label are those
-    of this run and nothing has guided it. A damaged shard is named in a ``LostSamplesWarning``,
-    and its samples are made again.
+    They are those of the pools of ``SOURCES``, and of pixels that are kept exactly: latents and
+    JPEG give back other images than were made. A sample counts where its seed, its steps and its
+    label are those of this run and nothing has guided it. A damaged shard is named in a
+    ``LostSamplesWarning``, and its samples are made again.
 
     run: its folder. recipe, labels: of this run; contents: what its folders hold (``CONTENTS``).
     ``seconds``: that a sample took there, 0 where it is not known.

@@ -26,9 +26,9 @@ def fuse_projections(model: nn.Module) -> nn.Module:
     """Returns query, key and value of self-attention as one product, key and value of
     cross-attention as one; in place.
 
-    For diffusers' ``Attention`` with its default processor. Others stay as they are: xformers'
-    reads the parts, and the fused form of joint attention (Stable Diffusion 3) lacks the norms of
-    query and key.
+    It is for diffusers' ``Attention`` with its default processor. Others stay as they are:
+    xformers' reads the parts, and the fused form of joint attention (Stable Diffusion 3) lacks the
+    norms of query and key.
     """
     for module in model.modules():
         if not isinstance(module, Attention) or type(module.processor) is not AttnProcessor2_0:

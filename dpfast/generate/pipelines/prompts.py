@@ -75,8 +75,8 @@ class Prompts:
         )
 
     def texts(self, names: tuple[str, ...]) -> list[str]:
-        """Returns all prompts, class by class, and the negative one behind them. Errors of
-        ``of``.
+        """Returns all prompts, class by class, and the negative one behind them. Raises what ``of``
+        raises.
         """
         return [text for texts in self.of(names) for text in texts] + [self.negative]
 

@@ -85,8 +85,8 @@ def _encode(
     """Returns embeddings (len(prompts), tokens, width) and pooled ones (len(prompts), width), both
     in ``dtype``.
 
-    As ``StableDiffusion3Pipeline`` computes them: without the T5 encoder where the folder was saved
-    without it.
+    They are as ``StableDiffusion3Pipeline`` computes them: without the T5 encoder where the folder
+    was saved without it.
     """
     encoders = dict.fromkeys(("text_encoder", "text_encoder_2"), "CLIPTextModelWithProjection")
     if folder.class_of("text_encoder_3"):
