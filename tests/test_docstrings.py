@@ -70,8 +70,6 @@ PUBLIC = dict(public())
 def test_no_docstring_begins_with_a_fragment() -> None:
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        if "cli" in path.parts:
-            continue
         for name, node, text in definitions(path):
             function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
             thing = function and not is_property(node) and THINGS.match(text)

@@ -25,14 +25,16 @@ def add_device(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def first() -> bool:
-    """Whether this process speaks for all that torchrun started; without it every one does."""
+    """Returns True if this process speaks for all that torchrun started; without it every one
+    does.
+    """
     return launch.rank() == 0
 
 
 @dataclass(frozen=True)
 class Next:
-    """What a command that went well ends with: the next sensible ones, each as what it is for and
-    its words, which are printed as a shell takes them.
+    """The end of a command that went well: the next sensible ones, each as what it is for and its
+    words, which are printed as a shell takes them.
 
     ``Next(("the run", ["dpfast", "run", "fashion"]))``
     """
@@ -50,7 +52,7 @@ class Next:
 
 
 def without(words: list[str], *options: str) -> list[str]:
-    """The words of a command line without some options that have a value."""
+    """Returns the words of a command line without some options that have a value."""
     left, skip = [], False
     for word in words:
         if skip or word.partition("=")[0] in options:
@@ -61,7 +63,7 @@ def without(words: list[str], *options: str) -> list[str]:
 
 
 def vacant(path: Path) -> Path:
-    """``path``, or with a number behind it, where nothing is there yet."""
+    """Returns ``path``, or with a number behind it, where nothing is there yet."""
     number, free = 1, path
     while free.exists():
         number += 1
@@ -70,5 +72,5 @@ def vacant(path: Path) -> Path:
 
 
 def page_of(path: Path) -> list[str]:
-    """A page as the address that a browser opens."""
+    """Returns a page as the address that a browser opens."""
     return [path.absolute().as_uri()]

@@ -28,8 +28,8 @@ def add(commands: Commands) -> None:
 
 
 def place() -> Path:
-    """The folder that holds ``benchmarks``: in a wheel ``dpfast/shipped``, where setup.py puts it,
-    else the checkout.
+    """Returns the folder that holds ``benchmarks``: in a wheel ``dpfast/shipped``, where setup.py
+    puts it, else the checkout.
 
     It goes first on the path of a process that measures, and of its children. So the benchmarks
     have one name everywhere, and no installation has them among its top-level packages. Raises

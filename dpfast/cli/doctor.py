@@ -50,7 +50,7 @@ def _version(package: str) -> str | None:
 
 
 def installation() -> str:
-    """The installation as text, one fact a line."""
+    """Returns the installation as text, one fact a line."""
     import torch
 
     from dpfast.hardware.cpus import cpu_counts

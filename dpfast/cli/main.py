@@ -66,8 +66,8 @@ def _warning(
     lineno: int,
     line: str | None = None,
 ) -> str:
-    """A warning of dpfast as one line without its place in the source; those of others as Python
-    shows them.
+    """Returns a warning of dpfast as one line without its place in the source; those of others as
+    Python shows them.
     """
     if category.__module__.startswith("dpfast.") or Path(filename).is_relative_to(PACKAGE):
         return f"dpfast: warning: {message}\n"
@@ -95,7 +95,7 @@ class _Program(Parser):
 
 
 def new_parser() -> Parser:
-    """The parser of the whole command line."""
+    """Returns the parser of the whole command line."""
     parser = _Program(
         prog="dpfast",
         usage="dpfast COMMAND ...",
@@ -130,8 +130,8 @@ def _speak_utf8() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code, 1 where nobody reads what it prints any more, as after
-    ``dpfast ... | head``. Without ``arguments`` it is the process's own command.
+    """Runs the command and returns the exit code, 1 where nobody reads what it prints any more, as
+    after ``dpfast ... | head``. Without ``arguments`` it is the process's own command.
     """
     try:
         try:
@@ -152,8 +152,8 @@ def _flush() -> None:
 
 
 def _unread() -> bool:
-    """Whether nobody reads what this command prints; it then prints nowhere, as Python would
-    complain once more at its end.
+    """Returns True if nobody reads what this command prints; it then prints nowhere, as Python
+    would complain once more at its end.
     """
     left = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _left(stream)]
     for stream in left:
@@ -162,7 +162,7 @@ def _unread() -> bool:
 
 
 def _left(stream: TextIO) -> bool:
-    """Whether a stream is a pipe whose reader has left."""
+    """Returns True if a stream is a pipe whose reader has left."""
     try:
         pipe = stream.fileno()
     except (OSError, ValueError):  # of a stream in memory, or a closed one

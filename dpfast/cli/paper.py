@@ -161,7 +161,7 @@ def _seeds(text: str | None, table: Table) -> tuple[int, ...]:
 
 
 def _folders(arguments: argparse.Namespace, table: Table) -> Folders:
-    """The folders of the command line, each a folder that is there."""
+    """Returns the folders of the command line, each a folder that is there."""
     from dpfast.config import Recipe
     from dpfast.generate.pipelines.hub import is_model_id
     from dpfast.paper.runs import PLACES, Folders
@@ -196,7 +196,7 @@ def _check_folder(option: str, value: str) -> None:
 
 
 def _pipeline(runs: Sequence[PaperRun]) -> str:
-    """The generator of a table that has one, as a command names it."""
+    """Returns the generator of a table that has one, as a command names it."""
     if not runs:
         return ""
     name = runs[0].recipe.generator.pipeline
@@ -204,7 +204,7 @@ def _pipeline(runs: Sequence[PaperRun]) -> str:
 
 
 def _needed(missing: dict[str, list[str]]) -> list[str]:
-    """The options that name what is missing."""
+    """Returns the options that name what is missing."""
     options: list[str] = []
     for option, values in missing.items():
         several = option == "pipeline" and len(values) > 1

@@ -49,8 +49,9 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises an ``InputError`` of one line for an unusable argument: it names the argument, its
-    value and what would be right, and for an unknown option the nearest one of the same command.
+    """A parser that raises an ``InputError`` of one line for an unusable argument: it names the
+    argument, its value and what would be right, and for an unknown option the nearest one of the
+    same command.
     """
 
     # of a command: a whole command line, and a page of docs; empty where there is none
@@ -69,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As of ``ArgumentParser``, for the whole line and for each command; nothing unknown is
+        """Parses as ``ArgumentParser`` does, the whole line and each command; nothing unknown is
         left over.
         """
         try:
@@ -117,7 +118,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(text: str) -> int:
-    """The type ``int`` of an argument."""
+    """Reads an argument of the type ``int``."""
     try:
         return int(text)
     except ValueError:
@@ -125,7 +126,7 @@ def whole(text: str) -> int:
 
 
 def finite(text: str) -> float:
-    """The type ``float`` of an argument."""
+    """Reads an argument of the type ``float``."""
     try:
         value = float(text)
     except ValueError:
@@ -136,7 +137,7 @@ def finite(text: str) -> float:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number of ``least`` or more."""
+    """Returns the type of an argument that is a whole number of ``least`` or more."""
 
     def kind(text: str) -> int:
         words = f"expected a whole number of at least {least}"
@@ -152,7 +153,9 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def in_one_line(prog: str, call: Callable[[], int]) -> int:
-    """The exit code of ``call``; for an ``InputError`` 2, after one line on stderr."""
+    """Runs ``call`` and returns its exit code; for an ``InputError`` 2, after one line on
+    stderr.
+    """
     try:
         return call()
     except InputError as error:

@@ -14,8 +14,8 @@ A_NODE = 8  # devices of a machine, where the next command names machines
 
 
 class FieldHelp(argparse.Action):
-    """``--help`` of a command with a recipe: beside the defaults it prints the values of the recipe
-    that stands before it.
+    """The ``--help`` of a command with a recipe: beside the defaults it prints the values of the
+    recipe that stands before it.
     """
 
     def __init__(self, *, actions: dict[str, argparse.Action], **options: Any) -> None:
@@ -103,13 +103,15 @@ def add_fields(parser: Parser, names: Iterable[str]) -> dict[str, argparse.Actio
 
 
 def field_help(option: Option, *more: str) -> str:
-    """The help text of a field's option: its meaning, its default, ``more`` and its range."""
+    """Returns the help text of a field's option: its meaning, its default, ``more`` and its
+    range.
+    """
     facts = [f"default: {option.default_text}", *more, str(option.range)]
     return f"{option.help} ({'; '.join(filter(None, facts))})".replace("%", "%%")
 
 
 def recipe_of(arguments: argparse.Namespace, **overrides: Any) -> Recipe:
-    """The recipe with the fields that the command line and ``overrides`` replace.
+    """Returns the recipe with the fields that the command line and ``overrides`` replace.
 
     Raises ``RecipeError`` for an unknown recipe and for a field that cannot be.
     """
@@ -122,8 +124,9 @@ def recipe_of(arguments: argparse.Namespace, **overrides: Any) -> Recipe:
 
 
 def recipe_words(arguments: argparse.Namespace, *names: str) -> list[str]:
-    """The recipe of a command line and its fields as they were said, for another command: its first
-    word, and options. names: of the fields that the other one has; without any all of them.
+    """Returns the recipe of a command line and its fields as they were said, for another command:
+    its first word, and options. names: of the fields that the other one has; without any all of
+    them.
     """
     words = [str(arguments.recipe)]
     for key, value in vars(arguments).items():
@@ -134,19 +137,19 @@ def recipe_words(arguments: argparse.Namespace, *names: str) -> list[str]:
 
 
 def option_words(name: str, value: str) -> list[str]:
-    """A field's option with its value, which may look like an option itself."""
+    """Returns a field's option with its value, which may look like an option itself."""
     option = f"--{short_name(name)}".replace("_", "-")
     return [f"{option}={value}"] if value.startswith("-") else [option, value]
 
 
 def folder_words(recipe: Recipe) -> list[str]:
-    """The options that name the folders which a run of the recipe lacks."""
+    """Returns the options that name the folders which a run of the recipe lacks."""
     lacking = recipe.lacking("pipeline", "validation")
     return [word for name in lacking for word in (f"--{name}", "FOLDER")]
 
 
 def launched(count: int) -> list[str]:
-    """What stands before ``run`` on a number of devices, ``A_NODE`` of them in a machine."""
+    """Returns the words before ``run`` on a number of devices, ``A_NODE`` of them in a machine."""
     if count == 1:
         return ["dpfast"]
     words = ["torchrun"]
@@ -158,7 +161,7 @@ def launched(count: int) -> list[str]:
 
 
 def _heading(section: str, example: str) -> tuple[str, str]:
-    """The title of a section's group, and what it is about."""
+    """Returns the title of a section's group, and what it is about."""
     if not section:
         about = "Each replaces the value that the recipe has; the most used ones come first."
         return "the recipe's fields", about

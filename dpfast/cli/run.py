@@ -85,7 +85,7 @@ def add(commands: Commands) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """What a call of ``dpfast run`` asks for, by its arguments alone.
+    """The request of a call of ``dpfast run``, by its arguments alone.
 
     round: the end of which round of the run in ``trunk`` a branch leaves; None for no branch.
     """
@@ -160,7 +160,9 @@ def run(arguments: argparse.Namespace) -> int | Next:
 
 
 def _next(arguments: argparse.Namespace, spec: RunSpec) -> Next:
-    """After a dry run the run; after a run its page, the learner's images, and other runs."""
+    """Returns the next commands: after a dry run the run; after a run its page, the learner's
+    images, and other runs.
+    """
     if spec.dry_run:
         words = [word for word in arguments.words if word != "--dry-run"]
         return Next(("the run", [*launched(launch.world_size()), *words]))
@@ -186,7 +188,7 @@ def _resumed(arguments: argparse.Namespace) -> Next:
 
 
 def _runs_beside(out: Path) -> list[str]:
-    """The folder of a run, and those of others beside it."""
+    """Returns the folder of a run, and those of others beside it."""
     try:
         found = [each.parent for each in out.parent.glob(f"*/{RECIPE_FILE}")]
     except OSError:
@@ -267,7 +269,7 @@ def execute(spec: RunSpec, stop: Stop, ranks: Ranks) -> None:
 
 
 def _begun_with(spec: RunSpec, ranks: Ranks, *, goes_on: bool) -> Recipe:
-    """The recipe with which the run begins or goes on, the same one on every rank."""
+    """Returns the recipe with which the run begins or goes on, the same one on every rank."""
     from dpfast.learn.pretrained import as_kept
     from dpfast.practice.changes import continued
     from dpfast.practice.run_paths import check_saving, check_vacant
@@ -285,8 +287,8 @@ def _begun_with(spec: RunSpec, ranks: Ranks, *, goes_on: bool) -> Recipe:
 
 
 def _fetched(recipe: Recipe, ranks: Ranks) -> Recipe:
-    """The recipe with the commits of its generator on the Hub, which is in the cache of each
-    machine: rank 0 downloads what is lacking, and one rank of each machine with another cache.
+    """Returns the recipe with the commits of its generator on the Hub, which is in the cache of
+    each machine: rank 0 downloads what is lacking, and one rank of each machine with another cache.
     """
     from dpfast.generate.from_recipe import fetched
 
@@ -307,7 +309,7 @@ def _fetched(recipe: Recipe, ranks: Ranks) -> Recipe:
 
 
 def _begun(spec: RunSpec) -> bool:
-    """Whether the ranks that torchrun has started again have begun their run."""
+    """Returns True if the ranks that torchrun has started again have begun their run."""
     from dpfast.launch import launch_name
 
     if not there(spec.out / RECIPE_FILE):

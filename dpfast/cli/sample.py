@@ -151,8 +151,8 @@ def sample(arguments: argparse.Namespace) -> Next:
 
 
 def _next(arguments: argparse.Namespace, recipe: Recipe, *, guided: bool) -> Next:
-    """The same samples guided; after those a learner that guides, or the page of the one that
-    did.
+    """Returns the next commands: the same samples guided; after those a learner that guides, or the
+    page of the one that did.
     """
     out = arguments.out
     if not guided:
@@ -167,7 +167,9 @@ def _next(arguments: argparse.Namespace, recipe: Recipe, *, guided: bool) -> Nex
 
 
 def _settings(recipe: Recipe, several: bool) -> dict[str, Any]:
-    """What all samples share; of ``several`` strengths each cell has its own."""
+    """Returns the settings that all samples share; of ``several`` strengths each cell has its
+    own.
+    """
     whole = recipe.to_dict()
     made = {name: whole[name] for name in ("seed", "generator", "guidance")}
     if several:
@@ -177,8 +179,8 @@ def _settings(recipe: Recipe, several: bool) -> dict[str, Any]:
 
 
 def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
-    """The recipe with each omega and anchor that are given. Raises ``InputError`` for a value that
-    is given twice.
+    """Returns the recipe with each omega and anchor that are given. Raises ``InputError`` for a
+    value that is given twice.
     """
     given = {"omega": arguments.omega, "anchor": arguments.anchor}
     texts = {name: _members(text) for name, text in given.items() if text is not None}
