@@ -22,6 +22,7 @@ from benchmarks.harness.arguments import add_device, add_record
 from benchmarks.harness.registry import OURS, OURS_OUT, Case, cases
 from dpfast.cli.parser import Parser, at_least, in_one_line
 from dpfast.errors import InputError
+from dpfast.terminal import say, width
 
 COPY = "copy"
 HEADING = 2  # lines of a table before its rows
@@ -181,7 +182,9 @@ def _run(given: list[str]) -> int:
     file = None if kept is None else kept / f"{options.suite}.jsonl"
     if file is not None:
         timing.append(file, options.suite, [], device)
-    print(table([]), flush=True)
+    columns = width()
+    if columns is None:
+        print(table([]), flush=True)
     for case in chosen:
         report = None if options.no_gate or options.tested else gate.failure(case.tests)
         if report is not None:
@@ -192,7 +195,10 @@ def _run(given: list[str]) -> int:
         if options.no_gate:
             records = [record | {"ratios": {}, "targets": {}} for record in records]
         # each as soon as it is there: a run that is cut off has the others
-        print(*table(records).split("\n")[HEADING:], sep="\n", flush=True)
+        if columns is None:
+            print(*table(records).split("\n")[HEADING:], sep="\n", flush=True)
+        else:
+            say(f"{table(records)}\n")
         if file is not None:
             timing.append(file, options.suite, records, device)
     return 1 if failed else 0

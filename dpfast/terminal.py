@@ -6,6 +6,7 @@ A width of None stands for a file or a pipe: nothing is folded there.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 import time
@@ -16,6 +17,8 @@ from tqdm import tqdm
 
 EVERY = 60.0  # seconds between two lines on a piece of work, where no bar can be
 NARROWEST = 20  # columns
+MARKDOWN = re.compile(r"^\|.*\n\|[-:| ]+\|(?:\n\|.*)*", re.MULTILINE)  # a table
+BAR = re.compile(r"(?<!\\)\|")  # between two cells
 
 
 def width(stream: TextIO | None = None) -> int | None:
@@ -34,11 +37,13 @@ def width(stream: TextIO | None = None) -> int | None:
 
 
 def fitted(text: str, columns: int | None) -> str:
-    """Returns a text whose longer lines go on in the next one, two columns further in."""
+    """Returns a text whose tables of Markdown are laid out as by ``table``, and whose longer lines
+    go on in the next one, two columns further in.
+    """
     if columns is None:
         return text
     made = []
-    for line in text.split("\n"):
+    for line in MARKDOWN.sub(lambda found: _laid_out(found[0], columns), text).split("\n"):
         inner = " " * (len(line) - len(line.lstrip()) + 2)
         folded = textwrap.wrap(
             line, columns, subsequent_indent=inner, break_long_words=False, break_on_hyphens=False
@@ -47,9 +52,17 @@ def fitted(text: str, columns: int | None) -> str:
     return "\n".join(made)
 
 
+def _laid_out(markdown: str, columns: int) -> str:
+    rows = [BAR.split(line)[1:-1] for line in markdown.split("\n")]
+    rows = [[cell.strip().replace("\\|", "|") for cell in row] for row in (rows[0], *rows[2:])]
+    if any(len(row) != len(rows[0]) for row in rows):
+        return markdown
+    return table(rows, left=range(len(rows[0])), rule=True, columns=columns)
+
+
 def say(text: str) -> None:
     """Prints a text on stdout, fitted to its terminal."""
-    print(fitted(text, width()))
+    print(fitted(text, width()), flush=True)
 
 
 def table(

@@ -48,6 +48,16 @@ def test_columns_that_do_not_fit_stand_below_with_the_first_one_again():
     assert terminal.table(ROWS, rule=True, columns=27) == whole
 
 
+def test_markdown_is_laid_out_on_a_terminal_and_stays_in_a_file():
+    text = "of all\n\n| case | dpfast |\n|---|---|\n| a \\| b | 3.00x |\n| c | |\n\nthe end"
+    assert terminal.fitted(text, 40) == (
+        "of all\n\ncase   dpfast\n-------------\na | b  3.00x\nc\n\nthe end"
+    )
+    assert terminal.fitted(text, None) == text
+    ragged = "| a | b |\n|---|---|\n| one |"
+    assert terminal.fitted(ragged, 40) == ragged
+
+
 @pytest.mark.parametrize("columns", [20, 40, 80])
 def test_a_longer_line_goes_on_further_in(columns):
     line = "  training, 64 at once: 31.41 MiB (pool 3.906 MiB, generator 13.22 MiB, learner)"

@@ -22,6 +22,7 @@ from benchmarks.harness import gate, timing
 from benchmarks.harness.arguments import add_record_file, new_parser
 from benchmarks.harness.registry import OURS, Case, Variants
 from dpfast.cli.parser import at_least
+from dpfast.terminal import say
 from dpfast.theory import simulate, test_error
 from dpfast.theory.theorem import FORMS
 
@@ -208,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"the tests fail, nothing is measured\n{report}")
         return 1
     record = measure(options.draws, options.seed, options.rounds)
-    print(table(record))
+    say(table(record))
     for line in missed(record):
         print(f"missed: {line}")
     if options.record is not None and not options.no_gate:

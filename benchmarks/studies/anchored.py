@@ -43,6 +43,7 @@ from dpfast.config import Recipe
 from dpfast.errors import InputError
 from dpfast.planning.training import count_training
 from dpfast.practice.experiment import DeliberatePractice
+from dpfast.terminal import say
 from dpfast.textfiles import NUMBER
 
 RECORDS = RESULTS / "anchored.jsonl"
@@ -324,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     best = {kind: chosen(kind, lines, design) for kind in KINDS}
     missing = {part: [run.kind for run in left(part, lines, design)] for part in PARTS}
-    print("\n".join([*anchored_tables(lines, best, missing), *births_tables(of_seeds(lines))]))
+    say("\n".join([*anchored_tables(lines, best, missing), *births_tables(of_seeds(lines))]))
     return 0
 
 

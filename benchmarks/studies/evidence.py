@@ -52,6 +52,7 @@ from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import JUDGES, load_judge
 from dpfast.ops import guided_step
 from dpfast.practice.experiment import DeliberatePractice
+from dpfast.terminal import say
 from dpfast.textfiles import NUMBER, Kind, rows_of
 
 RECORDS = RESULTS / "evidence.jsonl"
@@ -314,5 +315,5 @@ def main(arguments: list[str] | None = None) -> int:
         for omega, kappa in FORMS[-2:] if options.short else FORMS:
             record = measure(practice, learner, omega, kappa, options.count)
             timing.append(results, "evidence", [record])
-    print("\n".join(tables(read_records(results, KINDS))))
+    say("\n".join(tables(read_records(results, KINDS))))
     return 0

@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.harness.arguments import new_parser
 from dpfast.config import Recipe
 from dpfast.practice.patience import Patience
+from dpfast.terminal import say
 
 Rule = Callable[
     [int, float, int], int
@@ -206,5 +207,5 @@ def reached_table(name: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where the recipes' rule does not fit."""
     new_parser("patience", __doc__).parse_args(arguments)
-    print(f"{rules_table()}\n\n{reached_table('imagenet100-sd15')}")
+    say(f"{rules_table()}\n\n{reached_table('imagenet100-sd15')}")
     return 0 if fits(RULES["coverage"]) else 1

@@ -39,6 +39,7 @@ from dpfast.sources.costs import Cost
 from dpfast.sources.source import RoundRequest
 from dpfast.sources.static import StaticSource
 from dpfast.sources.unguided import UnguidedSamples
+from dpfast.terminal import say
 from dpfast.textfiles import TABLE, read_json, read_json_lines
 
 RECORDS = RESULTS / "study.jsonl"
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = lines_file(options.results, RECORDS, only_read=options.tables)
     read_records(results, {"fields": TABLE}, needed=options.tables)
     if options.tables:
-        print("\n".join(tables(results)))
+        say("\n".join(tables(results)))
         return 0
     sizes = (80, 160) if options.short else SIZES
     iterations = 40 if options.short else options.iterations

@@ -40,6 +40,7 @@ from dpfast.learn.models import build_learner, load_judge, load_learner
 from dpfast.learn.trainer import Trainer
 from dpfast.ops import entropy
 from dpfast.planning.methods import Method, PartFlops
+from dpfast.terminal import say
 
 RECORDS = RESULTS / "sampler.jsonl"
 STEPS = 20
@@ -515,7 +516,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-    print(table(made))
+    say(table(made))
     print(
         f"\nGEMM {GEMM}: {statistics.median(record['gemm'] for record in made) / 1e9:.0f} GFLOP/s "
         "(median of the rows)"

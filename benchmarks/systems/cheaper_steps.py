@@ -20,6 +20,7 @@ from benchmarks.harness.arguments import add_device, new_parser
 from benchmarks.systems import fewer_steps
 from benchmarks.systems.ablation import Bench, qualities
 from dpfast.cli.parser import at_least
+from dpfast.terminal import say
 
 DDIM: dict[str, Any] = {"solver": "ddim", "steps": 20, "every": 5, "omega": 0.03}
 PLAIN = DDIM | {"every": 1, "omega": 0.0}
@@ -117,5 +118,5 @@ def main(arguments: list[str] | None = None) -> int:
             )
             print(f"{name}: {seconds}", file=sys.stderr, flush=True)
             rows = fewer_steps.search(quality, settings[0], settings[1:])
-            print(f"{name}\n\n{table(rows, seconds)}\n")
+            say(f"{name}\n\n{table(rows, seconds)}\n")
     return 0

@@ -26,6 +26,7 @@ from dpfast.generate.pipelines import Pipeline
 from dpfast.generate.sampler import GuidedSampler
 from dpfast.learn.models import load_judge, load_learner
 from dpfast.ops import entropy
+from dpfast.terminal import say
 
 RECORDS = RESULTS / "float8.jsonl"
 CPU = torch.device("cpu")
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
             record |= fewer_steps.beside(qualities[name], qualities["float32"])
             for other in ("float32", "bfloat16"):
                 record[f"from_{other}"] = difference(by_dtype[name], by_dtype[other])
-        print(table(records[-len(made) :]), flush=True)
+        say(table(records[-len(made) :]))
     if options.record is not None:
         timing.append(options.record / RECORDS.name, "float8", records)
     return 0

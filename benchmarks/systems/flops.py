@@ -21,6 +21,7 @@ from dpfast.planning.methods import (
     stable_diffusion_21,
     stable_diffusion_xl,
 )
+from dpfast.terminal import say
 
 METHODS = {
     "the predecessor, batched or not": PREDECESSOR,
@@ -113,5 +114,5 @@ def of_families() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     new_parser("flops", __doc__).parse_args(arguments)
-    print(table(), of_families(), sep="\n\n")
+    say(f"{table()}\n\n{of_families()}")
     return 0

@@ -49,6 +49,7 @@ from dpfast.learn.models import JUDGES, load_judge, load_learner
 from dpfast.ops import guided_step
 from dpfast.practice.experiment import DeliberatePractice
 from dpfast.report.sheets import contact_sheet
+from dpfast.terminal import say
 
 RECORDS = RESULTS / "guidance.jsonl"
 CACHE = Path("runs") / "guidance"
@@ -303,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     if only_read:
         lines = guidance_tables.latest(finished(results), results)
         if options.tables:
-            print("\n".join(guidance_tables.tables(lines)))
+            say("\n".join(guidance_tables.tables(lines)))
         if options.figure is not None:
             guidance_tables.figure(lines).savefig(options.figure, dpi=110)
         return 0

@@ -35,6 +35,7 @@ from benchmarks.systems.models import (
 )
 from benchmarks.systems.naive import Batched
 from dpfast.cli.parser import at_least
+from dpfast.terminal import say
 
 RECORDS = RESULTS / "images.jsonl"
 EXACT = 2  # samples in fp32
@@ -191,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     for setting in settings("images", options):
         with convolutions(device, searched=False, tf32=False):  # fp32 would feel it
             records = compare(setting, device, options.samples, options.rows)
-        print(table(setting.name, records), flush=True)
+        say(table(setting.name, records))
         print(json.dumps(records), file=sys.stderr, flush=True)
         if options.record is not None:
             named = [{"model": setting.name} | record for record in records]

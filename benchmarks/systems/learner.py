@@ -45,6 +45,7 @@ from dpfast.hardware.peaks import here
 from dpfast.learn.models import build_learner
 from dpfast.learn.precision import in_bf16
 from dpfast.learn.trainer import Trainer, wsd
+from dpfast.terminal import say
 
 RECORDS = RESULTS / "learner.jsonl"
 ITERATIONS, BATCHES = 100_000, 4
@@ -384,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
             wanted=options.rows,
         )
         print(json.dumps(record), file=sys.stderr, flush=True)
-        print(table(record), flush=True)
+        say(table(record))
         if options.record is not None:
             timing.append(options.record / RECORDS.name, "learner", [record], device)
     return 0

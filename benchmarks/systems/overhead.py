@@ -32,6 +32,7 @@ from benchmarks.harness.processes import command
 from dpfast.cli.parser import at_least, in_one_line
 from dpfast.errors import InputError
 from dpfast.pool.shards import MANIFEST, Manifest, Shard
+from dpfast.terminal import say
 from dpfast.textfiles import lines
 
 RECORDS = RESULTS / "overhead.jsonl"
@@ -311,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"without 'start': {missing}", file=sys.stderr)
         parts.remove("start")
     records = [record for part in parts for record in PARTS[part](options.rounds)]
-    print(table(records))
+    say(table(records))
     for line in missed(records):
         print(f"missed: {line}")
     if options.record is not None:

@@ -16,6 +16,7 @@ from dpfast.config import Recipe
 from dpfast.planning.measure import measure
 from dpfast.planning.plan import plan
 from dpfast.practice.experiment import DeliberatePractice
+from dpfast.terminal import say
 
 RECORDS = RESULTS / "plan.jsonl"
 TARGET = 0.25  # a prediction may be so far from what was measured
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_record_file(parser, RECORDS)
     options = parser.parse_args(arguments)
     record = compare(Recipe.load("fashion", sources="dp"))
-    print(table(record))
+    say(table(record))
     for line in missed(record):
         print(f"missed: {line}")
     if options.record is not None:

@@ -38,6 +38,7 @@ from dpfast.parallel import ALONE, Ranks, process_group
 from dpfast.pool.pool import SamplePool
 from dpfast.pool.record import RECORD
 from dpfast.pool.sharded import ShardLayout, pool_of_ranks
+from dpfast.terminal import say
 from dpfast.textfiles import read_json
 
 SAMPLES, BATCH = 80, 20  # of a generation
@@ -200,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         raise InputError(f"only = {options.only!r}: no case; there are {'; '.join(WORKS)}")
     records = gains(options.ranks, options.rounds, chosen)
-    print(table(records))
+    say(table(records))
     if options.record is not None:
         timing.append(options.record, "ranks", ({"threads": 1, **record} for record in records))
     return 0

@@ -37,6 +37,7 @@ from dpfast.planning.measure import measure
 from dpfast.planning.network import Link, link_of
 from dpfast.planning.plan import plan
 from dpfast.planning.simulation import Job, UnitSeconds, best_overlap, efficiency, in_turns
+from dpfast.terminal import say
 from dpfast.textfiles import read_json
 
 RECORDS = RESULTS / "scaling.jsonl"
@@ -199,9 +200,9 @@ def main(arguments: list[str] | None = None) -> int:
     record = record_of(options.rounds)
     link = record["link"]
     print(f"gloo, two ranks: {1e6 * link['latency']:.0f} us and {link['bandwidth'] / 1e9:.2f} GB/s")
-    print(f"\nstages measured here, one thread a rank\n\n{table(record['measured'])}")
+    say(f"\nstages measured here, one thread a rank\n\n{table(record['measured'])}")
     for name, found in record["derived"].items():
-        print(f"\n{name} on H100s, derived\n\n{table(found)}")
+        say(f"\n{name} on H100s, derived\n\n{table(found)}")
     if options.record is not None:
         timing.append(options.record, "scaling", [record])
     return 0

@@ -28,6 +28,7 @@ from dpfast.generate.resizing import by_products
 from dpfast.hardware.traffic import Kernel, Traffic
 from dpfast.planning.architectures import META
 from dpfast.planning.methods import Method
+from dpfast.terminal import say
 from dpfast.textfiles import read_json_lines
 
 GPU = "NVIDIA H200"
@@ -356,5 +357,5 @@ def counted_batches() -> dict[tuple[str, str], Batch]:
 def main(arguments: list[str] | None = None) -> int:
     new_parser("seconds", __doc__).parse_args(arguments)
     counted = counted_batches()
-    print(f"{check(counted)}\n\n{table(counted)}")
+    say(f"{check(counted)}\n\n{table(counted)}")
     return 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.harness.arguments import new_parser
 from dpfast.hardware.traffic import Traffic, count_traffic
 from dpfast.planning.architectures import META, published
+from dpfast.terminal import say
 
 # rows of a step without a tape: samples, conditional and not
 ROWS = {"stable-diffusion-1.5": 32, "dit-xl-2": 64}
@@ -81,5 +82,5 @@ def table() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     new_parser("traffic", __doc__).parse_args(arguments)
-    print(table())
+    say(table())
     return 0

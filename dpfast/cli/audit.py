@@ -9,6 +9,7 @@ from pathlib import Path
 from dpfast.cli import Next
 from dpfast.cli.parser import Commands, add_command
 from dpfast.errors import InputError
+from dpfast.terminal import say
 
 
 def add(commands: Commands) -> None:
@@ -48,7 +49,7 @@ def audit(arguments: argparse.Namespace) -> int | Next:
             "".join(f"{json.dumps(record(report))}\n" for report in reports), encoding="utf-8"
         )
     broken = sum(bool(problems(report)) for report in reports)
-    print(
+    say(
         f"{table(reports)}\n\n{len(reports) - broken} of {len(reports)} kernels keep their promises"
     )
     if broken:

@@ -6,11 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from dpfast.cli import Next
 from dpfast.cli.parser import Commands, add_command
 from dpfast.errors import InputError
 from dpfast.extras import EXTRAS, require
 
 PACKAGE = Path(__file__).resolve().parents[1]
+OPERATIONS = ("ops", "pool", "loader")  # suites of parts of what another one measures whole
 
 
 def add(commands: Commands) -> None:
@@ -41,14 +43,17 @@ def place() -> Path:
     raise InputError(f"bench: there is no folder benchmarks beside {str(PACKAGE)!r} nor in it")
 
 
-def bench(arguments: argparse.Namespace) -> int:
+def bench(arguments: argparse.Namespace) -> int | Next:
     sys.path.insert(0, str(place()))
     try:
         from benchmarks.run import main as measure
 
-        return int(measure([arguments.suite, *arguments.options]))
+        code = int(measure([arguments.suite, *arguments.options]))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in EXTRAS:
             require(package)
         raise
+    if code or arguments.suite not in OPERATIONS:
+        return code
+    return Next(("the whole sampler beside a naive one", ["dpfast", "bench", "sampler"]))

@@ -47,9 +47,9 @@ def init(arguments: argparse.Namespace) -> Next:
         raise InputError(f"file = {str(file)!r}: expected a name that ends in .toml")
     recipe = Recipe.load(arguments.source)
     if file.is_dir():
-        raise InputError(f"file = {str(file)!r}: is a folder")
+        raise InputError(f"file = {str(file)!r}: is a folder; expected a file")
     if not file.parent.is_dir():
-        raise InputError(f"file = {str(file)!r}: no folder {str(file.parent)!r}")
+        raise InputError(f"file = {str(file)!r}: no folder {str(file.parent)!r}; make it first")
     text = recipe_text(recipe, file)
     try:
         with file.open("w" if arguments.overwrite else "x", encoding="utf-8") as opened:

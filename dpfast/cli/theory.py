@@ -9,6 +9,7 @@ from dpfast.cli import Next, vacant
 from dpfast.cli.parser import Commands, add_command
 from dpfast.errors import InputError
 from dpfast.extras import require
+from dpfast.terminal import say
 
 # |d / kept - 1| below it: the interpolation peak, as `dpfast bench theory` parts its cells
 PEAK = 0.25
@@ -169,11 +170,11 @@ def samples(arguments: argparse.Namespace) -> Next:
     made = pool_sizes(
         arguments.accuracy, keeps=keeps, **{name: getattr(arguments, name) for name in names}
     )
-    print(table(made))
+    say(table(made))
     peak = [row for row in made if row.kept is not None and abs(arguments.d / row.kept - 1) < PEAK]
     if peak:
         near = ", ".join(f"{row.keep:g}" for row in peak)
-        print(
+        say(
             f"\nkeep {near}: about as many kept samples as dimensions, where the theory is least "
             "exact"
         )

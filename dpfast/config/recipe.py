@@ -333,6 +333,11 @@ class Recipe(Section, name=""):
             table = tomllib.loads(read_text(path))
         except FileNotFoundError:
             known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+            if text.endswith(".toml"):
+                raise RecipeError(
+                    f"recipe = {str(source)!r}: no such file; "
+                    "dpfast init FILE writes one to start from"
+                ) from None
             raise RecipeError(
                 f"recipe = {str(source)!r}: no such recipe; "
                 f"known are {known}, or a path that ends in .toml"

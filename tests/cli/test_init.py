@@ -79,7 +79,7 @@ def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(tmp_path, capsys
     ("arguments", "named"),
     [
         (["my.toml", "--from", "nosuch"], "recipe = 'nosuch': no such recipe; known are fashion"),
-        (["my.toml", "--from", "no.toml"], "recipe = 'no.toml': no such recipe"),
+        (["my.toml", "--from", "no.toml"], "recipe = 'no.toml': no such file; dpfast init FILE"),
         (["my"], "file = 'my': expected a name that ends in .toml"),
         (["folder.toml"], "file = 'folder.toml': is a folder"),
         (["folder.toml", "--overwrite"], "file = 'folder.toml': is a folder"),
