@@ -40,7 +40,9 @@ def place() -> Path:
     for folder in (PACKAGE / "shipped", PACKAGE.parent):
         if (folder / "benchmarks" / "run.py").is_file():
             return folder
-    raise InputError(f"bench: there is no folder benchmarks beside {str(PACKAGE)!r} nor in it")
+    raise InputError(
+        f"bench: there is no folder benchmarks beside {str(PACKAGE)!r} nor in it; install dpfast again"
+    )
 
 
 def bench(arguments: argparse.Namespace) -> int | Next:

@@ -14,6 +14,7 @@ from dpfast.cli.parser import Commands, add_command, at_least
 from dpfast.errors import InputError
 from dpfast.extras import require
 from dpfast.files import is_folder
+from dpfast.terminal import say
 
 if TYPE_CHECKING:
     from dpfast.paper.definition import Table
@@ -144,7 +145,7 @@ def _list(names: dict[str, str]) -> None:
     width = max(map(len, names))
     for name, defined in names.items():
         also = "" if name == defined else f" (the runs of {defined})"
-        print(f"{name.ljust(width)}  {load_table(name).title}{also}")
+        say(f"{name.ljust(width)}  {load_table(name).title}{also}")
 
 
 def _seeds(text: str | None, table: Table) -> tuple[int, ...]:
