@@ -121,7 +121,7 @@ class Progress:
         if sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(
                 total=total,
-                unit=unit,
+                unit=f" {unit}",
                 desc=label or None,
                 initial=done,
                 leave=leave,

@@ -41,7 +41,8 @@ def place() -> Path:
         if (folder / "benchmarks" / "run.py").is_file():
             return folder
     raise InputError(
-        f"bench: there is no folder benchmarks beside {str(PACKAGE)!r} nor in it; install dpfast again"
+        f"bench: there is no folder benchmarks beside {str(PACKAGE)!r} nor in it; "
+        "install dpfast again"
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dpfast.cli import Next, add_device
 from dpfast.cli.parser import Commands, add_command
+from dpfast.config import RECIPE_FILE, RECIPES, read_recipe
+from dpfast.errors import InputError
 
 
 def add(commands: Commands) -> None:
@@ -59,5 +61,15 @@ def export(arguments: argparse.Namespace) -> Next:
     )
     export_pool(pool, arguments.out, arguments.format, classes)
     print(f"{len(pool)} samples in {arguments.out}")
-    words = ["dpfast", "run", "RECIPE", "--sources", "pool", "--pool-from", str(arguments.out)]
+    words = ["dpfast", "run", _recipe(arguments.run), "--sources", "pool"]
+    words += ["--pool-from", str(arguments.out)]
     return Next(("a learner of these samples alone", words))
+
+
+def _recipe(run: Path) -> str:
+    """Returns the recipe of a run by its name, where the package has it under this one."""
+    try:
+        name = str(read_recipe(run / RECIPE_FILE).get("name"))
+    except InputError:  # another's dataset, or a saved pool
+        name = ""
+    return name if (RECIPES / f"{name}.toml").is_file() else "RECIPE"

@@ -171,7 +171,7 @@ class Console(Callback):
 
     def on_evaluation(self, progress: Progress, evaluation: Evaluation, loss: float) -> None:
         terminal.tell(
-            f"{progress.source:>7} | step {progress.step:5d} | pool {progress.pool_size:6d} | "
+            f"{progress.source:>7} | step {progress.step:4d} | pool {progress.pool_size:5d} | "
             f"validation {evaluation.top1:6.2%} | loss {loss:.3f} | {_waits(progress)}"
         )
 
@@ -179,7 +179,7 @@ class Console(Callback):
         if not addition.number:
             return
         line = (
-            f"{progress.source:>7} | step {progress.step:5d} | round {addition.number} | "
+            f"{progress.source:>7} | step {progress.step:4d} | round {addition.number} | "
             f"pool {addition.total - addition.added} -> {addition.total}"
         )
         if addition.entropy is not None:
@@ -305,5 +305,5 @@ def _waits(progress: Progress) -> str:
     if progress.patience is not None:
         return f"waited {progress.waited}/{progress.patience}"
     if progress.next_round is None:
-        return "no more rounds"
-    return f"next round after {progress.next_round}"
+        return "rounds over"
+    return f"next at {progress.next_round}"

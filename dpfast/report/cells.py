@@ -150,7 +150,7 @@ def write_cells(
             trajectories.append(_trajectories(stepwise, cell, ordered, followed))
         batches = sampler.stream(ordered, **cell.told(ordered))
         where = out / cell.folder(cells)
-        shown.append(write_samples(batches, names, where, what=name, **part))
+        shown.append(write_samples(batches, names, where, what=name, total=len(ordered), **part))
     if grid:
         pictures.append(_grid(shown, called, names, len(ordered), out))
     else:

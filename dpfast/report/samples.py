@@ -26,12 +26,13 @@ def write_samples(
     labels: int = ROWS,
     each: int = COLUMNS,
     what: str = "",
+    total: int | None = None,
 ) -> dict[int, Tensor]:
     """Writes ``<sample id>_<label>.png`` for every sample, and ``samples.jsonl``.
 
     A name's characters that do not belong in a file name become "-".
 
-    what: they are, beside the progress.
+    what: they are, beside the progress; total: how many they will be.
 
     Returns, for the first ``labels`` labels, the first images of ``each`` of them as a sheet shows
     them: uint8 (n, C, H, W) by label.
@@ -40,7 +41,7 @@ def write_samples(
     shown: dict[int, list[Tensor]] = {}
     with (
         (folder / "samples.jsonl").open("w", encoding="utf-8") as lines,
-        Progress(None, "sample", what, leave=True) as bar,
+        Progress(total, "sample", what, leave=True) as bar,
     ):
         for batch in batches:
             columns = batch.labels.tolist(), batch.sample_ids.tolist(), batch.entropy.tolist()

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from dpfast.cli import Next, main, run, sample, vacant, without
+from dpfast.cli import Next, export, main, run, sample, vacant, without
 from dpfast.cli.recipes import launched
 
 
@@ -139,3 +139,10 @@ def test_a_folder_that_is_there_gets_a_number(tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s-2").mkdir()
     assert vacant(tmp_path / "s") == tmp_path / "s-3"
+
+
+def test_an_exported_run_names_its_recipe_where_the_package_has_it(tmp_path):
+    assert export._recipe(tmp_path) == "RECIPE"
+    for name, told in (("fashion", "fashion"), ("my", "RECIPE"), ("../fashion", "RECIPE")):
+        (tmp_path / "recipe.json").write_text(f'{{"name": "{name}"}}')
+        assert export._recipe(tmp_path) == told
