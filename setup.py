@@ -87,6 +87,14 @@ class WithBenchmarks(build_py):
         self.package_dir = {**self.package_dir, SHIPPED: "benchmarks"}
         self.package_data = {**self.package_data, SHIPPED: RECORDS}
 
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # an earlier build leaves modules that there are no more
+            built = {Path(name) for name in self.get_outputs(include_bytecode=False)}
+            for path in Path(self.build_lib, "dpfast").rglob("*"):
+                if path.is_file() and path not in built and path.suffix not in (".so", ".pyd"):
+                    path.unlink()
+
 
 def description() -> str:
     """README.md without the pictures and links to files of a checkout, which a page of an index

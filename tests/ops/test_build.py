@@ -56,12 +56,15 @@ def test_without_a_compiler_the_package_builds_and_runs_the_reference(tmp_path):
     left_over.parent.mkdir(parents=True)
     left_over.touch()
     os.utime(left_over, (0, 0))  # an extension of older sources, which must not outlive this build
+    moved = library / "dpfast" / "moved.py"  # nor must a module that is no more
+    moved.touch()
     environment = {**os.environ, "CC": "false", "CXX": "false"}
     folders = ["--build-lib", str(library), "--build-temp", str(tmp_path / "objects")]
     built = run(["setup.py", "build", *folders], ROOT, environment)
     assert built.returncode == 0, built.stderr
     assert built.stderr.count("dpfast: the native CPU kernels were not built (") == 1
     assert not left_over.exists()
+    assert not moved.exists()
 
     environment = {
         name: value
