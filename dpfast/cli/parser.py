@@ -177,7 +177,7 @@ def add_command(
     documentation, a path in ``docs``; options: of ``ArgumentParser``.
     """
     about = f"{help[0].upper()}{help[1:]}."
-    epilog = f"Example:\n  {example}\n\nMore: {DOCS}/{page}"
+    epilog = f"Example:\n  {example}\n\nMore: {DOCS}/{page} of the repository"
     parser: Parser = commands.add_parser(
         name, help=help, description=about, epilog=epilog, **options
     )
