@@ -23,8 +23,15 @@ from tests.test_imports import ROOT
 MOST = 25e6  # bytes of a wheel or an sdist
 # What a build takes, told by setuptools without one.
 LISTS = """
-import json, sys
+import json, os, sys
 from distutils.core import run_setup
+
+
+def flags(own):
+    os.environ["DPFAST_CXXFLAGS"] = own
+    (extension,) = run_setup("setup.py", [], stop_after="init").ext_modules
+    return extension.extra_compile_args + extension.extra_link_args
+
 
 dist = run_setup("setup.py", ["-q", "egg_info", "--egg-base", sys.argv[1]], stop_after="run")
 build = dist.get_command_obj("build_py")
@@ -38,6 +45,7 @@ print(json.dumps({
     "classifiers": meta.classifiers,
     "urls": meta.project_urls,
     "licence": meta.license_expression,
+    "flags": {own: flags(own) for own in ("", "-fsanitize=address -g1")},
 }))
 """
 
@@ -105,6 +113,14 @@ def test_the_metadata_says_what_the_index_takes(lists):
     assert lists["licence"] == "Apache-2.0 AND MIT"
     data = (ROOT / "dpfast/assets/fashion_test/LICENSE").read_text()
     assert data.startswith("The MIT License")
+
+
+def test_only_an_extension_of_the_default_flags_is_stripped(lists):
+    stripped, own = (lists["flags"][given] for given in ("", "-fsanitize=address -g1"))
+    assert ("-s" in stripped) == sys.platform.startswith("linux")
+    assert "-s" not in own
+    assert own.index("-g0") < own.index("-g1")  # the last one counts
+    assert own[-2:] == ["-fsanitize=address", "-g1"]
 
 
 def printed(tree: ast.AST) -> list[str]:
