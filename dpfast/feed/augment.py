@@ -92,7 +92,7 @@ class Crops:
         return torch.from_numpy(boxes.astype(np.float32))
 
     def _place(self, boxes: np.ndarray) -> None:
-        """Makes of boxes that are whole images such of a random share of the area and a random
+        """Turns boxes that are whole images into those of a random share of the area and a random
         ratio, at a random place, in whole pixels.
         """
         assert self.areas is not None

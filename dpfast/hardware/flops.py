@@ -137,8 +137,8 @@ class Fused(TorchFunctionMode):
 
 
 def count_work(call: Callable[[], object]) -> Counts:
-    """Counts of an eager ``call``, with attention in its plain form, whose FLOPs are those of every
-    form.
+    """Counts the work of an eager ``call``, with attention in its plain form, whose FLOPs are those
+    of every form.
     """
     with _Attention() as attention, _Counter(attention) as counter, sdpa_kernel(SDPBackend.MATH):
         call()

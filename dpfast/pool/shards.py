@@ -450,5 +450,5 @@ def load_shards(
 
 
 def describe(runs: Sequence[Sequence[int]]) -> str:
-    """Runs of ids in words: "0-2, 7"."""
+    """Returns runs of ids in words: "0-2, 7"."""
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

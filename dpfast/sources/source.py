@@ -109,7 +109,13 @@ class Source(abc.ABC):
         self.cost = Cost()
 
     def begin(self, loop: LoopView) -> None:  # noqa: B027
-        """Hears of its loop before anything is asked for; of a source of the caller's own."""
+        """Takes the parts of its loop before anything is asked for.
+
+        A loop calls this for sources of the caller's own alone.
+
+        Args:
+            loop: Recipe, generator, live learner and more.
+        """
 
     @abc.abstractmethod
     def available(self, pool_size: int) -> int:
