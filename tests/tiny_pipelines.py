@@ -44,7 +44,7 @@ def vae(latent_channels=4, **options):
     )
 
 
-def tiny_vae():
+def tiny_vae(**options):
     torch.manual_seed(0)
     return diffusers.AutoencoderTiny(
         in_channels=1,
@@ -53,6 +53,7 @@ def tiny_vae():
         decoder_block_out_channels=(8, 8),
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
+        **options,
     )
 
 

@@ -407,7 +407,7 @@ def without_weights(
         folder.path,
         denoiser,
         parts.decoder,
-        families.tiny_decoder(folder, options) or parts.decoder,
+        families.tiny_decoder(folder, options, parts.denoiser) or parts.decoder,
         parts.scheduler,
         names or parts.class_names,
         parts.image_channels,

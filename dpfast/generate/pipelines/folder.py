@@ -222,9 +222,10 @@ class PipelineFolder:
                 **cast,
             )
         except Exception as error:  # diffusers, transformers and safetensors each raise their own
-            raise self.error(
-                f"{part!r} cannot be loaded as a {kind.__name__}: {first_line(error)}"
-            ) from error
+            why = first_line(error)
+            if "ignore_mismatched_sizes" in why:  # of transformers, whose reasons are in its log
+                why = "its weights are not of the shapes that its config.json says"
+            raise self.error(f"{part!r} cannot be loaded as a {kind.__name__}: {why}") from error
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise self.error(

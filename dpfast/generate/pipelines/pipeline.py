@@ -155,7 +155,8 @@ class Pipeline:
             folder=folder.path,
             denoiser=parts.denoiser,
             decoder=parts.decoder,
-            guidance_decoder=families.tiny_decoder(folder, options) or parts.decoder,
+            guidance_decoder=families.tiny_decoder(folder, options, parts.denoiser)
+            or parts.decoder,
             scheduler=parts.scheduler,
             class_names=parts.class_names,
             image_channels=parts.image_channels,

@@ -21,6 +21,7 @@ import torch
 from dpfast import imagenet
 from dpfast.errors import InputError
 from dpfast.extras import require
+from dpfast.files import there
 from dpfast.generate.models.denoiser import PromptRows
 from dpfast.generate.pipelines.folder import PipelineFolder
 from dpfast.labels import shortened
@@ -239,7 +240,14 @@ def encoder(
 
 def tokenizer(folder: PipelineFolder, part: str, named: str) -> Any:
     folder.need(part)
+    kind, place = getattr(transformers_library(), named), folder.path / part
+    # without its files transformers makes a tokenizer that knows no word, and says nothing
+    files = dict(kind.vocab_files_names)
+    whole = files.pop("tokenizer_file", "tokenizer.json")
+    parts = list(files.values()) or ["tokenizer.model"]
+    if not there(place / whole) and not all(there(place / name) for name in parts):
+        raise folder.lacking(f"{part!r} has neither {whole} nor {' and '.join(parts)}", part)
     try:
-        return getattr(transformers_library(), named).from_pretrained(folder.path / part)
+        return kind.from_pretrained(place)
     except Exception as error:  # tokenizers raises its own
         raise folder.error(f"{part!r} cannot be loaded: {error}") from error

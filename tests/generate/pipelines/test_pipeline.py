@@ -158,6 +158,37 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(broken_text):
         Pipeline.from_pretrained(broken_text, class_names=NAMES)
 
 
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("stable_diffusion_folder", r"vocab\.json and merges\.txt"),
+        ("pixart_folder", r"spiece\.model"),
+        ("sana_folder", r"tokenizer\.model"),
+    ],
+)
+def test_a_tokenizer_without_its_words_is_refused(family, words, request, tmp_path):
+    """transformers makes one that knows no word, and every prompt would be the same."""
+    copied = shutil.copytree(request.getfixturevalue(family), tmp_path / "copied")
+    (copied / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=f"'tokenizer' has neither tokenizer.json nor {words}$"):
+        Pipeline.from_pretrained(copied, class_names=NAMES)
+
+
+def test_parts_that_do_not_fit_their_configurations_are_named(
+    broken_text, pipeline_folder, tmp_path
+):
+    edit(broken_text / "text_encoder" / "config.json", hidden_size=20)
+    with pytest.raises(InputError, match=r"'text_encoder' .* not of the shapes that its config"):
+        Pipeline.from_pretrained(broken_text, class_names=NAMES)
+    edit(broken_text / "unet" / "config.json", sample_size=None)
+    with pytest.raises(InputError, match=r"'unet' has no sample_size in its config\.json"):
+        Pipeline.from_pretrained(broken_text, class_names=NAMES)
+    tiny = tiny_pipelines.tiny_vae(latent_channels=16)
+    tiny.save_pretrained(tmp_path / "tiny")
+    with pytest.raises(InputError, match="the tiny decoder takes 16 channels and the denoiser has"):
+        Pipeline.from_pretrained(pipeline_folder, tiny_decoder=str(tmp_path / "tiny"))
+
+
 def test_prompts_need_class_names(broken_text):
     with pytest.raises(
         InputError, match=r"StableDiffusionPipeline needs class names: pass class_names = .*\.json"

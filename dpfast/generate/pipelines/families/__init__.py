@@ -28,6 +28,7 @@ from typing import Any
 import diffusers
 
 from dpfast.generate.models.decoder import Decoder, TinyDecoder
+from dpfast.generate.models.denoiser import Denoiser
 from dpfast.generate.models.fused import quantise
 from dpfast.generate.pipelines.families.common import (
     Family,
@@ -140,11 +141,19 @@ def _with_weights(folder: PipelineFolder) -> list[str]:
     return [part for part in family_of(folder).models if folder.class_of(part) is not None]
 
 
-def tiny_decoder(folder: PipelineFolder, options: LoadOptions) -> Decoder | None:
+def tiny_decoder(
+    folder: PipelineFolder, options: LoadOptions, denoiser: Denoiser
+) -> Decoder | None:
     """Returns the folder's ``tiny_decoder`` part, where there is one."""
     if not folder.has(TINY):
         return None
     model = autoencoder(folder, diffusers.AutoencoderTiny, TINY, options)
+    channels = denoiser.sample_shape[0]
+    if model.config.latent_channels != channels:
+        raise folder.error(
+            f"the tiny decoder takes {model.config.latent_channels} channels and the denoiser has "
+            f"{channels}; expected as many"
+        )
     return TinyDecoder(model, fused=options.fused)
 
 

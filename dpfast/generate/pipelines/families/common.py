@@ -123,6 +123,11 @@ def network(
     model = folder.model(kind, part, device=options.device, dtype=options.dtype)
     if sample_size is not None:
         model.register_to_config(sample_size=sample_size)
+    if model.config.sample_size is None:
+        raise folder.error(
+            f"{part!r} has no sample_size in its config.json; expected the height and width of "
+            "what it denoises"
+        )
     sized(folder, model, options.height, options.width, patch=patch)
     if kind in CONVOLUTIONAL:
         model = in_format(model, options)

@@ -49,10 +49,6 @@ def _pixel(folder: PipelineFolder, options: LoadOptions) -> LoadedParts:
         )
     model = network(folder, diffusers.UNet2DModel, "unet", options)
     config = model.config
-    if config.sample_size is None:
-        raise folder.error(
-            "'unet' has no sample_size in its config.json; expected the images' height and width"
-        )
     rows = config.num_class_embeds
     if config.class_embed_type is not None:
         raise folder.error(
