@@ -178,7 +178,7 @@ def check_vacant(
     if not overwrite and not unbegun(path):
         raise InputError(
             f"out = {str(path)!r}: holds another run; "
-            "--resume continues it, --overwrite replaces it"
+            "--resume continues it, --overwrite replaces it (in Python resume=True, overwrite=True)"
         )
     living = owner_of(path)
     if living is not None:
