@@ -55,14 +55,24 @@ class Variant(NamedTuple):
 class Trajectory:
     """A batch before its step ``step``; row i of every column belongs to ``sample_ids[i]``.
 
-    x: (B, c, h, w) float32 latents; x0_prev: the same, the x0 of the step before, None where the
-    solver has no use for it and that step did not give it; labels, sample_ids: (B,) int64; omega:
-    (B,) float32; anchor: the same, None where nothing is anchored; value: (B,) float32, the
-    criterion at the x0 that the last guided step predicted, None before it;
-    features: as in ``StepInputs``, where the next step reuses them; valid: (B,) bool, False where a
-    row only fills the batch, None where it is not filled; cfg_scale, seed: 0-d; skipped: 0-d int64,
-    as in ``SampleBatch``, of all that ever belonged to the batch; variants: of all its steps;
-    settings: cfg_scale and seed as they were given, which the host knows.
+    Attributes:
+        x: (B, c, h, w) float32 latents.
+        labels: (B,) int64 class ids.
+        sample_ids: (B,) int64 keys of the noise.
+        omega: (B,) float32.
+        cfg_scale: 0-d scale of classifier-free guidance.
+        seed: 0-d seed of the noise.
+        skipped: 0-d int64, as in ``SampleBatch``, of all that ever belonged to the batch.
+        variants: Variants of all its steps.
+        settings: cfg_scale and seed as they were given, which the host knows.
+        x0_prev: x0 of the step before, like x; None where the solver has no use for it and that
+            step did not give it.
+        anchor: (B,) float32, None where nothing is anchored.
+        value: (B,) float32, the criterion at the x0 that the last guided step predicted; None
+            before it.
+        features: As in ``StepInputs``, where the next step reuses them.
+        valid: (B,) bool, False where a row only fills the batch; None where it is not filled.
+        step: Index of the next step.
     """
 
     x: Tensor
@@ -195,10 +205,14 @@ class StepInputs(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """The outputs of a step. x: the next state; x0: this step's x0, for a multistep solver or where
-    the variant gives it; value: (B,) of the criterion at the old state; skipped: 0-d int64, the
-    samples whose gradient was not finite; these two are None in a plain step. features: as in
-    ``StepInputs``, None unless the step keeps them.
+    """The outputs of a step.
+
+    Attributes:
+        x: Next state.
+        x0: This step's x0, for a multistep solver or where the variant gives it.
+        value: (B,) of the criterion at the old state; None in a plain step.
+        skipped: 0-d int64, the samples whose gradient was not finite; None in a plain step.
+        features: As in ``StepInputs``, None unless the step keeps them.
     """
 
     x: Tensor
@@ -209,9 +223,13 @@ class StepOutputs(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A batch behind its last step. images: (B, C, H, W) uint8; entropy: (B,) float32 under the
-    learner, NaN without one; finite: (B, 2) bool, whether all of a sample's latents are finite, and
-    all of its image before it was rounded: a NaN rounds to black.
+    """A batch behind its last step.
+
+    Attributes:
+        images: (B, C, H, W) uint8.
+        entropy: (B,) float32 under the learner, NaN without one.
+        finite: (B, 2) bool, True where all of a sample's latents are finite, and all of its image
+            before it was rounded: a NaN rounds to black.
     """
 
     images: Tensor

@@ -45,8 +45,13 @@ class Passes:
 
 @dataclass(frozen=True)
 class Counts:
-    """The work of a computation. half, full: FLOPs whose result is a 16-bit and a 32-bit float;
-    float8: those of 8-bit operands; moved: bytes of all their operands and results.
+    """The work of a computation.
+
+    Attributes:
+        half: FLOPs whose result is a 16-bit float.
+        full: FLOPs whose result is a 32-bit float.
+        moved: Bytes of all their operands and results.
+        float8: FLOPs of 8-bit operands.
     """
 
     half: float = 0.0

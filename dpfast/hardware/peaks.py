@@ -23,13 +23,19 @@ ROUNDS, MEASURED = 5, 0.1  # of each measurement of this machine: calls, seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Peaks:
-    """The peaks of a device. half, full: dense FLOP/s in 16-bit and in 32-bit floats; bandwidth: of
-    its memory, bytes/s;
-    memory: bytes. float8: FLOP/s in 8-bit floats with a factor for each row; None: it has none.
+    """The peaks of a device.
 
-    link, network: bytes/s to the other devices of its node and, through an adapter of its own, to
-    other nodes, in one direction. host, disk: bytes of a node's memory and of its local drives over
-    its devices; None: what is free here.
+    Attributes:
+        name: Name of the device.
+        half: Dense FLOP/s in 16-bit floats.
+        full: Dense FLOP/s in 32-bit floats.
+        bandwidth: Bandwidth of its memory, bytes/s.
+        memory: Bytes of its memory.
+        link: Bytes/s to the other devices of its node, in one direction.
+        network: Bytes/s to other nodes, through an adapter of its own, in one direction.
+        host: Bytes of a node's memory over its devices; None: what is free here.
+        disk: Bytes of a node's local drives over its devices; None: what is free here.
+        float8: FLOP/s in 8-bit floats with a factor for each row; None: it has none.
     """
 
     name: str

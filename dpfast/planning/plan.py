@@ -142,13 +142,16 @@ def plan(
     """Plans a recipe on ``count`` devices.
 
     Args:
-        device: a name of ``dpfast.hardware.peaks`` or a device; count: how many of them.
-        utilisation: of every phase's limit, in place of ``GENERATION`` and ``STATED``.
-        timings: measured seconds of the stages on one device, in place of limits.
-        samples: at the end of the run, in place of the recipe's maximum.
+        recipe: The recipe.
+        device: A name of ``dpfast.hardware.peaks`` or a device.
+        count: Number of devices.
+        utilisation: Share of every phase's limit, in place of ``GENERATION`` and ``STATED``.
+        timings: Measured seconds of the stages on one device, in place of limits.
+        samples: Samples at the end of the run, in place of the recipe's maximum.
 
-    Raises ``InputError`` for a count or a utilisation out of range, an unknown device, a pipeline
-    or a learner that cannot be built.
+    Raises:
+        InputError: For a count or a utilisation out of range, an unknown device, and a pipeline or
+            a learner that cannot be built.
     """
     if count < 1:
         raise InputError(f"count = {count}: expected at least one device")

@@ -28,10 +28,15 @@ from dpfast.planning.network import Link, step_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The work of a run. initial: samples before training; rounds: samples of each addition;
-    segments: training steps before each of them and after the last; batch_size: images of a
-    training step, of all ranks;
-    generation_batch_size: samples of a rank; evaluated: images in all.
+    """The work of a run.
+
+    Attributes:
+        initial: Samples before training.
+        rounds: Samples of each addition.
+        segments: Training steps before each of them and after the last.
+        batch_size: Images of a training step, of all ranks.
+        generation_batch_size: Samples of a rank's batch.
+        evaluated: Images of all evaluations.
     """
 
     initial: int
@@ -55,9 +60,17 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitSeconds:
-    """Seconds on one rank: unguided, guided: of a sample; image: in a training step; step: of a
-    step beside its images; evaluation: of an image. gradients: bytes that an all-reduce sums.
-    spread: measured times of a step over their median; of one value all ranks are equally fast.
+    """The seconds of one unit of each stage on one rank.
+
+    Attributes:
+        unguided: Seconds of an unguided sample.
+        guided: Seconds of a guided sample.
+        image: Seconds of an image in a training step.
+        evaluation: Seconds of an evaluated image.
+        step: Seconds of a training step beside its images.
+        gradients: Bytes that an all-reduce sums.
+        spread: Measured times of a step over their median; of one value all ranks are equally
+            fast.
     """
 
     unguided: float
@@ -71,8 +84,15 @@ class UnitSeconds:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedRun:
-    """The seconds of a simulated run. generating: ranks that make samples beside training; 0: in
-    turns. overlapped: of both at once.
+    """The seconds of a simulated run.
+
+    Attributes:
+        ranks: Number of ranks.
+        generating: Ranks that make samples beside training; 0: in turns.
+        generation: Seconds in which samples alone are made.
+        training: Seconds of training alone.
+        overlapped: Seconds of both at once.
+        evaluation: Seconds of evaluation.
     """
 
     ranks: int

@@ -35,13 +35,20 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """Counts of one unit each, and bytes held.
+    """The counts of one unit of each stage, and the bytes that they hold.
 
-    unguided, guided: a sample, from noise to pixels, the guided one in the mean of all rounds;
-    learner: an image in a training step and an evaluated one. weights: bytes of the generator's
-    weights. unguided_bytes, guided_bytes: (fixed, per sample) of the dearest step or the decoding,
-    beside the weights. transformer: whether the denoiser is one. classes: K. image, latent:
-    (C, H, W).
+    Attributes:
+        unguided: An unguided sample, from noise to pixels.
+        guided: A guided sample, in the mean of all rounds.
+        learner: An image in a training step and an evaluated one.
+        weights: Bytes of the generator's weights.
+        unguided_bytes: (fixed, per sample) bytes of the dearest unguided step or the decoding,
+            beside the weights.
+        guided_bytes: The same of a guided sample.
+        transformer: True where the denoiser is one.
+        classes: Number of classes K.
+        image: (C, H, W) of an image.
+        latent: (C, H, W) of a latent.
     """
 
     unguided: Counts

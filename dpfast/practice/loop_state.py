@@ -33,11 +33,16 @@ class Component(Protocol):
 class LoopState:
     """The state of a loop in Algorithm 1.
 
-    round: the newest complete one, -1 before the initial samples, which are round 0. rounds: the
-    samples of every complete one. pending: whether the next round is due, or being made;
-    round_start: the pool's size before it, or before the newest one. moments: the steps after which
-    samples were added. frozen: no more are added, in a branch. accuracy, per_class: of the last
-    evaluation, (K,) float32, NaN for a class without images.
+    Attributes:
+        round: The newest complete round, -1 before the initial samples, which are round 0.
+        rounds: Samples of every complete round.
+        pending: True where the next round is due, or being made.
+        round_start: Samples in the pool before it, or before the newest one.
+        moments: Steps after which samples were added.
+        frozen: True in a branch, where no more are added.
+        finished: True behind the last step.
+        accuracy: Accuracy of the last evaluation, in [0, 1].
+        per_class: (K,) float32 accuracies of the last evaluation, NaN for a class without images.
     """
 
     round: int = -1

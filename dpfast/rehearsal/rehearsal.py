@@ -104,11 +104,17 @@ def rehearse(
 ) -> Rehearsal:
     """Walks a recipe through ``count`` devices of a kind, as ``dpfast run`` would adapt it to them.
 
-    timeout: of the run (``--timeout``). disk: bytes that are free where its folder is; None: not
-    asked. ranks: how many of the ranks are walked, from the first and the last one on; one is
-    enough for memory, the second holds the order of the collectives.
+    Args:
+        recipe: The recipe.
+        device: A name of ``dpfast.hardware.peaks``.
+        count: Number of devices.
+        timeout: Timeout of the run in seconds (``--timeout``).
+        disk: Bytes that are free where the run's folder is; None: not asked.
+        ranks: Number of ranks that are walked, from the first and the last one on; one is enough
+            for memory, the second holds the order of the collectives.
 
-    Raises ``InputError`` for an unknown device, and for a recipe that cannot be planned.
+    Raises:
+        InputError: For an unknown device, and for a recipe that cannot be planned.
     """
     planned = plan(recipe, device, count=count)
     _check_counts(recipe)

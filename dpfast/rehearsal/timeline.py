@@ -29,12 +29,19 @@ SLOWER = 0.5  # how much slower than the others one rank may be, and the run goe
 
 @dataclass
 class Timeline:
-    """The timeline of a run. seconds: of the run; rounds: of each round of samples; evaluations,
-    checkpoints: how many;
-    interval: seconds between two evaluations; checkpoint_bytes: of one; waited: seconds that the
-    loop waited for checkpoints; lost: the most seconds of training that a kill costs; quiet: the
-    most seconds in which a rank tells nothing; dead: what a rank says of another that is
-    ``SLOWER``, None where all goes on.
+    """The timeline of a run.
+
+    Attributes:
+        seconds: Seconds of the run.
+        rounds: Seconds of each round of samples.
+        evaluations: Number of evaluations.
+        interval: Seconds between two evaluations.
+        checkpoints: Number of checkpoints.
+        checkpoint_bytes: Bytes of one checkpoint.
+        waited: Seconds that the loop waited for checkpoints.
+        lost: The most seconds of training that a kill costs.
+        quiet: The most seconds in which a rank tells nothing.
+        dead: Words of a rank about another that is ``SLOWER``; None where all goes on.
     """
 
     seconds: float = 0.0

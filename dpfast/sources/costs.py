@@ -26,8 +26,11 @@ SLOW = 1.05  # times the median rank's seconds a sample from which on a rank is 
 
 @dataclass(frozen=True)
 class Price:
-    """The cost of one sample. forwards: of the denoiser, two in a step with classifier-free
-    guidance; flops: of everything.
+    """The cost of one sample.
+
+    Attributes:
+        forwards: Forwards of the denoiser, two in a step with classifier-free guidance.
+        flops: FLOPs of everything.
     """
 
     forwards: float
