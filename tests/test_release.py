@@ -81,11 +81,12 @@ def installed(files, tmp_path_factory) -> Installed:
     assert made.returncode == 0, made.stderr
     binaries = folder / "venv" / "bin"
     packages = Path(ran([str(binaries / "python"), "-c", PATHS], folder).stdout.strip())
-    # a path of a .pth file, whose own .pth files and so this checkout Python leaves alone
-    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     install = ["pip", "--python", str(binaries / "python"), "install", "--quiet", "--no-deps"]
     added = ran([sys.executable, "-m", *install, str(files[1])], folder)
     assert added.returncode == 0, added.stderr
+    # after pip, which would find dpfast there; the .pth files in it, as that of an editable
+    # checkout, Python leaves alone
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     user = folder / "user"
     user.mkdir()
     return Installed(binaries, packages, user)
