@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?=
 
-.PHONY: demo test test-long sanitize docs wheel install clean
+.PHONY: demo test test-long sanitize docs notebook wheel install clean
 
 demo: install  ## Deliberate Practice against static data on the embedded generator, about two minutes on two cores
 	$(BIN)/dpfast run fashion --overwrite $(RUN)
@@ -48,6 +48,9 @@ sanitize-%:
 # The variable is that of mkdocs-material: without it a notice of its authors stands above every build.
 docs: install  ## the documentation as a site in build/site, which needs no network; a broken link ends it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+notebook: install  ## the notebook's cells once more, and their outputs into it: a minute
+	$(BIN)/python tools/run_notebook.py examples/deliberate_practice.ipynb
 
 # The wheel is built from the sdist: what the sdist lacks or a checkout has left over shows in neither.
 wheel: install  ## an sdist and the wheel that it builds, in dist

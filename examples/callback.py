@@ -5,6 +5,7 @@ python examples/callback.py
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 import dpfast
@@ -37,6 +38,7 @@ def main() -> list[tuple[int, float]]:
         yardstick_samples=20,
         learner={"batch_size": 16},
     )
+    torch.manual_seed(0)  # of the learner's first weights
     learner = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10))
     curve = Curve()
     options = {"learner": learner, "sources": ["dp"], "callbacks": [curve]}

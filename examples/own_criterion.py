@@ -5,6 +5,7 @@ python examples/own_criterion.py
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 import dpfast
@@ -29,6 +30,7 @@ def main() -> dpfast.Result:
         yardstick_samples=20,
         learner={"batch_size": 16},
     )
+    torch.manual_seed(0)  # of the learner's first weights
     learner = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10))
     options = {"learner": learner, "sources": ["dp"], "criterion": gini}
     (result,) = dpfast.DeliberatePractice(recipe, **options).run(progress=False)
